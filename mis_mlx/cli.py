@@ -1,0 +1,176 @@
+"""A dataclass becomes flags and YAML; progress goes to stderr, the result to stdout, JSON on its last line.
+
+Does not know what any command does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from mis_mlx.types import GIB, MisError, Row, Step, gib
+
+ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": GIB}
+
+
+def parse_bytes(text: str, flag: str = "--budget") -> int:
+    """'5GiB', '600MiB', '4e9' -> bytes. GiB are powers of two, GB powers of ten; never mixed."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in UNITS:
+        raise MisError(f"{flag} {text!r} is not a size: write a number and a unit, such as 5GiB or 600MiB")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def read_yaml(path: str, config_type: type) -> dict[str, Any]:
+    """The YAML file's values, by field name of `config_type`. Dashes and underscores are the same."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text) or {}
+    except OSError as error:
+        raise MisError(f"{path}: cannot be read ({error.strerror}): give an existing file to -c") from None
+    except yaml.YAMLError as error:
+        raise MisError(f"{path}: is not YAML ({' '.join(str(error).split())[:120]}): mend that line") from None
+    if not isinstance(values, dict):
+        raise MisError(f"{path}: holds a {type(values).__name__}, not `flag: value` lines: write one a line")
+    known = {f.name: f for f in fields(config_type)}
+    result = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
+        # YAML 1.1 reads 1e-5 (no dot) as text; every tool in this field expects a number.
+        if isinstance(value, str) and "float" in str(known[name].type):
+            try:
+                value = float(value)
+            except ValueError:
+                raise MisError(f"{path}: {key} is {value!r}, a number was expected") from None
+        result[name] = value
+    return result
+
+
+def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None = None) -> Any:
+    """Settings from flags over YAML (`-c FILE`) over the dataclass's defaults. Usage errors exit with 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    default: Any = tyro.MISSING_NONPROP
+    if is_dataclass(config_type) and isinstance(config_type, type):
+        file = next((b for a, b in zip(args, args[1:], strict=False) if a in ("-c", "--config")), None)
+        given = read_yaml(file, config_type) if file else {}
+        if all(
+            f.default is not MISSING or f.default_factory is not MISSING or f.name in given for f in fields(config_type)
+        ):
+            default = config_type(**given)
+    options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    return tyro.cli(config_type, args=args, prog=prog, config=options, default=default)
+
+
+def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
+    """Parse, run, print the result as the last stdout line. Exit codes: 0 done, 1 MisError, 2 usage, 3 check."""
+    prog = "python -m " + (sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else "mis_mlx")
+    try:
+        result = run(parse(config_type, prog=prog))
+    except MisError as error:
+        sys.stdout.flush()
+        print(f"mis_mlx: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("mis_mlx: stopped by hand; what was finished is kept", file=sys.stderr)
+        sys.exit(130)
+    print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    sys.exit(3 if result.get("check_failed") else 0)
+
+
+def say(text: str) -> None:
+    """One line of progress for people, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """`update(done, text)`: a bar with time left on a terminal, at most one line every 10 s elsewhere."""
+    if not sys.stderr.isatty():
+        shown = [time.monotonic()]
+
+        def plain(done: int, text: str = "") -> None:
+            if done >= total or time.monotonic() - shown[0] >= 10:
+                shown[0] = time.monotonic()
+                say(f"{label} {done}/{total} {text}".rstrip())
+
+        yield plain
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total, text="")
+
+        def update(done: int, text: str = "") -> None:
+            bar.update(task, completed=done, text=text)
+
+        yield update
+
+
+def step_text(step: Step) -> str:
+    """What the bar shows beside a step: loss, speed, memory, temperature, and what the guard did."""
+    parts = [f"loss {step.loss:.3f}", f"{step.tokens / max(step.seconds, 1e-9):.0f} tok/s", gib(step.peak_bytes)]
+    if step.reading and step.reading.die_c is not None:
+        parts.append(f"{step.reading.die_c:.0f} °C")
+    return "  ".join([*parts, step.note] if step.note else parts)
+
+
+def table(rows: Sequence[Row], models: Sequence[str], metrics: Sequence[tuple[str, str, str]]) -> str:
+    """Markdown: one line a metric, one column a model. `metrics`: (name in rows, label, number format)."""
+    cells = {(r.model, r.metric): r for r in rows}
+    lines = ["| | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
+    for name, label, form in metrics:
+        line = []
+        for model in models:
+            row = cells.get((model, name))
+            text = "–" if row is None else format(row.value, form)
+            if row is not None and row.low is not None and row.high is not None:
+                text += f" ± {format((row.high - row.low) / 2, form)}"
+            line.append(text)
+        if any(text != "–" for text in line):
+            lines.append(f"| {label} | " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+@contextmanager
+def stop_asked() -> Iterator[list[int]]:
+    """A list that a first Ctrl-C or SIGTERM fills; a second one stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        say("Stopping after this step; once more stops at once.")
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

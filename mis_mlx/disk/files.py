@@ -1,0 +1,183 @@
+"""Every file operation of a run, behind one small class, so that a test can make the N-th one fail.
+
+Knows nothing of tensors, checkpoints or MLX: only paths, bytes and what an operating system can answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from mis_mlx.types import MisError, gib
+
+CHUNK = 1 << 26  # bytes per write(2): macOS refuses 2 GiB and more in one call
+SPARE = 1.2  # free space asked for, as a multiple of what will be written
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BROKEN = {
+    errno.EFBIG: "The disk does not take files this large",
+    errno.EIO: "The disk stopped answering",
+    errno.ENXIO: "The disk stopped answering",
+    errno.ENODEV: "The disk stopped answering",
+    errno.ESTALE: "The disk stopped answering",
+    errno.EROFS: "The disk is read-only",
+    errno.EACCES: "Writing is not allowed",
+    errno.EPERM: "Writing is not allowed",
+}
+
+
+class Files:
+    """The real disk. Methods raise OSError; whoever knows what is being written wraps them in `reported`.
+
+    Nothing here ever writes over the bytes of an existing file: an array that MLX loaded lazily from it
+    would change silently. Files are made new (`write`, then `extend`) and put in place with `rename`.
+    """
+
+    def mkdir(self, path: Path) -> None:
+        """Make one new folder; its parent must exist."""
+        os.mkdir(path)
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        """Make a new file that holds `data`. FileExistsError when there is one already."""
+        _put(path, os.O_CREAT | os.O_EXCL, data)
+
+    def extend(self, path: Path, data: bytes | memoryview) -> None:
+        """Add `data` to the end of a file that `write` made."""
+        _put(path, os.O_APPEND, data)
+
+    def append(self, path: Path, line: str) -> None:
+        """Add one line to a log such as metrics.jsonl, making the log if need be; MisError when it cannot.
+
+        A line that a crash tore stays a line of its own: it never swallows the next one.
+        """
+        with reported(path.parent, f"the log {path.name}"):
+            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                size = os.fstat(fd).st_size
+                torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+                _write_all(fd, (("\n" if torn else "") + line + "\n").encode())
+            finally:
+                os.close(fd)
+
+    def fsync(self, path: Path) -> None:
+        """Make the bytes of a file, or the entries of a folder, survive a power cut."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if sys.platform == "darwin":
+                # fsync(2) on macOS leaves the bytes in the drive's own cache; F_FULLFSYNC empties that too.
+                try:
+                    fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+                    return
+                except OSError as error:  # network and some external disks do not know it
+                    if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
+                        raise
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Put `source` in the place of `target` in one step, on the same disk."""
+        os.rename(source, target)
+
+    def remove_tree(self, path: Path) -> None:
+        """Delete a folder with all that is in it, or one file; a link is deleted, never followed."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+
+    def free_bytes(self, path: Path) -> int:
+        """Bytes that may still be written where `path` is or, if it does not exist yet, will be."""
+        path = path.absolute()
+        while not path.exists():
+            path = path.parent
+        disk = os.statvfs(path)
+        return disk.f_bavail * disk.f_frsize
+
+    # What follows is made of the operations above, so a test that breaks one of those breaks these too.
+
+    def make_folder(self, path: Path) -> None:
+        """Make `path` and its missing parents, each of them durable; nothing to do when it is there."""
+        if not path.is_dir():
+            self.make_folder(path.parent)
+            self.mkdir(path)
+            self.fsync(path.parent)
+
+    def replace_text(self, path: Path, text: str) -> None:
+        """Put `text` (UTF-8) into a small file: after a crash it holds the old text or the new, no mix."""
+        temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        with reported(path.parent, path.name, len(text)):
+            try:
+                if temp.exists():  # left behind by a process of the same number
+                    self.remove_tree(temp)
+                self.write(temp, text.encode())
+                self.fsync(temp)
+                self.rename(temp, path)
+                self.fsync(path.parent)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self.remove_tree(temp)
+                raise
+
+    def require_space(
+        self, path: Path, nbytes: int, what: str, remedy: str = "free some and start again"
+    ) -> None:
+        """Refuse before anything is written when less than `nbytes` x 1.2 are free at `path`."""
+        need, free = int(nbytes * SPARE), self.free_bytes(path)
+        if free < need:
+            raise _no_space(path, what, need, free, remedy)
+
+
+DISK = Files()
+
+
+@contextlib.contextmanager
+def reported(
+    folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that and start again"
+) -> Iterator[None]:
+    """Turn a disk's refusal inside the block into one MisError sentence; other errors are bugs and pass.
+
+    `what` was being written into `folder` and takes `nbytes`; `remedy` ends the sentence.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise _no_space(folder, what, nbytes, _free_or_none(folder), remedy) from error
+        if error.errno in BROKEN:
+            raise MisError(f"{BROKEN[error.errno]} in {folder}: {what} was not saved; {remedy}") from error
+        if error.errno == errno.ENOENT and not folder.exists():  # an external disk that was pulled out
+            raise MisError(f"{folder} vanished: {what} was not saved; {remedy}") from error
+        raise
+
+
+def _no_space(folder: Path, what: str, need: int, free: int | None, remedy: str) -> MisError:
+    room = "an unknown amount is" if free is None else f"{gib(free)} are"
+    return MisError(f"Not enough disk space in {folder}: {what} needs {gib(need)}, {room} free; {remedy}")
+
+
+def _free_or_none(folder: Path) -> int | None:
+    try:
+        return DISK.free_bytes(folder)
+    except OSError:  # the disk that failed the write may fail this too
+        return None
+
+
+def _put(path: Path, flags: int, data: bytes | memoryview) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o666)
+    try:
+        _write_all(fd, data)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest[:CHUNK]) :]

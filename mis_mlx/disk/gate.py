@@ -1,0 +1,165 @@
+"""The safetensors gate: judges a model file by its header alone, before MLX sees it.
+
+Knows nothing of MLX, of model folders or of what the numbers are. Why a gate: MLX 0.32.4 believes a header.
+Shape [-1] overwrites its heap, tensors that share bytes ask for any amount of memory, a dimension of 2.5
+silently becomes 2. The rules are those of the reference parser (huggingface/safetensors,
+`SafeTensors::deserialize`), narrower where MLX is weaker.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mis_mlx.types import MisError, TensorAt, gib
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 200_000
+MAX_RANK = 8
+MAX_DIM = 2**31 - 1  # MLX keeps a dimension in a C int
+MAX_NAME = 512
+
+# safetensors name -> (name in mlx.core, bytes per element). MLX reads the two 8-bit floats as raw bytes.
+DTYPES = {
+    "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "BOOL": ("bool_", 1),
+    "U8": ("uint8", 1), "U16": ("uint16", 2), "U32": ("uint32", 4), "U64": ("uint64", 8),
+    "I8": ("int8", 1), "I16": ("int16", 2), "I32": ("int32", 4), "I64": ("int64", 8),
+    "F8_E4M3": ("uint8", 1), "F8_E8M0": ("uint8", 1),
+}
+
+
+class Refused(Exception):
+    """Why a file is refused, without its name: whoever catches it adds that and what to do."""
+
+
+def check(path: Path, limit_bytes: int | None = None) -> tuple[dict[str, TensorAt], dict[str, str]]:
+    """Read and judge only the header: ({name: TensorAt}, metadata). No tensor byte is read, MLX is not used.
+
+    MisError, naming the file, unless it is a regular file in which every tensor has a known dtype and a
+    sane shape of exactly the bytes its offsets give, and the tensors fill the file without hole, overlap
+    or remainder. `limit_bytes`: refuse more bytes of tensors than this. What the numbers are is not checked.
+    """
+    try:
+        text, size = _read_header(path)
+        header = json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant)
+        metadata = header.pop("__metadata__", {})
+        if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+            raise Refused("__metadata__ does not map text to text")
+        start = 8 + len(text)
+        tensors = _tensors(path, header, start)
+        end = start + _contiguous_bytes(tensors, start)
+        if end > size:
+            raise Refused(f"it is incomplete, {size} of {end} bytes ({gib(size)} of {gib(end)})")
+        if end < size:
+            raise Refused(f"it ends with {size - end} bytes that belong to no tensor")
+    except Refused as why:
+        raise MisError(f"{path} is not a usable model file: {why}; download it again") from None
+    except RecursionError:
+        raise MisError(f"{path} is not a usable model file: its header is nested too deeply") from None
+    except ValueError as error:  # what is wrong with JSON or UTF-8 is a ValueError
+        why_not = str(error)[:80]
+        raise MisError(f"{path} is not a usable model file: its header is not JSON ({why_not})") from None
+    if limit_bytes is not None and end - start > limit_bytes:
+        raise MisError(
+            f"{path} holds {gib(end - start)} of tensors, {gib(limit_bytes)} are allowed: too big here"
+        )
+    return tensors, metadata
+
+
+def _read_header(path: Path) -> tuple[bytes, int]:
+    """The header's bytes and the size of the file."""
+    try:
+        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+            before = os.fstat(file.fileno())
+            if not stat.S_ISREG(before.st_mode):
+                raise Refused("it is not a regular file")
+            size = before.st_size
+            if size < 8:
+                raise Refused(f"it is only {size} bytes long, an incomplete download")
+            (nbytes,) = struct.unpack("<Q", file.read(8))
+            if nbytes > MAX_HEADER_BYTES:
+                raise Refused(f"it claims a header of {nbytes} bytes, {MAX_HEADER_BYTES} are allowed")
+            if 8 + nbytes > size:
+                raise Refused(
+                    f"it claims a header of {nbytes} bytes but has only {size}, an incomplete download"
+                )
+            text = b""
+            while len(text) < nbytes and (piece := file.read(nbytes - len(text))):
+                text += piece
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise Refused(f"it cannot be read ({error.strerror})") from None
+    if len(text) < nbytes or (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):
+        raise Refused("it changed while it was read")
+    if text[:1] != b"{":
+        raise Refused("its header does not begin with {")
+    return text, size
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe must not wait for a writer
+
+
+def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's `object_pairs_hook`: refuses a key that comes twice, or that is not Unicode text."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:  # the reference parser takes the last of two that share their bytes; we take neither
+            raise Refused(f"it names {key[:60]!r} twice")
+        for text in (key, value):
+            if isinstance(text, str):
+                text.encode()  # half a surrogate pair is a ValueError here
+        found[key] = value
+    return found
+
+
+def no_constant(text: str) -> None:
+    """For json's `parse_constant`: refuses NaN and Infinity, which JSON does not have."""
+    raise Refused(f"it holds {text}")
+
+
+def _tensors(path: Path, header: dict[str, Any], start: int) -> dict[str, TensorAt]:
+    """The entries of a parsed header, each judged alone. `start`: where tensor data begins in the file."""
+    if len(header) > MAX_TENSORS:
+        raise Refused(f"it names {len(header)} tensors, {MAX_TENSORS} are allowed")
+    tensors = {}
+    for name, entry in header.items():
+        short = repr(name[:60])
+        if len(name) > MAX_NAME or "\0" in name:
+            raise Refused(f"the tensor name {short} is too long or holds a NUL")
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise Refused(f"{short} lacks dtype, shape or data_offsets")
+        dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise Refused(f"{short} has the type {str(dtype)[:20]!r}, which MLX does not read")
+        if not _whole_numbers(shape, MAX_DIM) or len(shape) > MAX_RANK:
+            raise Refused(f"{short} has an impossible shape")
+        if not _whole_numbers(span, 2**63) or len(span) != 2 or span[0] > span[1]:
+            raise Refused(f"{short} has impossible data_offsets")
+        nbytes = math.prod(shape) * DTYPES[dtype][1]  # Python's integers do not wrap
+        if nbytes != span[1] - span[0]:
+            raise Refused(
+                f"{short} needs {nbytes} bytes by its shape, its data_offsets give {span[1] - span[0]}"
+            )
+        tensors[name] = TensorAt(path, dtype, tuple(shape), start + span[0], nbytes)
+    return tensors
+
+
+def _whole_numbers(value: Any, most: int) -> bool:
+    return isinstance(value, list) and all(type(x) is int and 0 <= x <= most for x in value)
+
+
+def _contiguous_bytes(tensors: Mapping[str, TensorAt], start: int) -> int:
+    """Bytes of all tensors, which must follow each other from `start` without hole or overlap."""
+    end = start
+    for name, at in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if at.offset != end:
+            raise Refused(f"{name[:60]!r} overlaps another tensor or leaves a hole")
+        end += at.nbytes
+    return end - start

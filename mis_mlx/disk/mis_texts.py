@@ -1,0 +1,176 @@
+"""The Miś dataset: a seeded generator of Polish texts, all of our own making.
+
+Five kinds take turns: recipes, bus timetables, price lists, regulations and sums told as stories. Their
+arithmetic is right: amounts, times and totals are computed, and a line "Rachunek: ..." shows the working.
+Knows no tokenizer and no split. Only `random.Random(str).random()` is drawn from, whose sequence Python
+guarantees, so a seed means the same documents under every version.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from mis_mlx.disk import mis_texts_words as words
+from mis_mlx.disk.mis_texts_stories import STORIES
+from mis_mlx.disk.polish import Count, Money, Time
+
+T = TypeVar("T")
+
+
+def documents(seed: int, count: int) -> list[str]:
+    """`count` Polish documents of about 600 to 1200 characters; document i depends on (seed, i) alone."""
+    kinds = (_recipe, _timetable, _price_list, _regulation, _stories)
+    return [kinds[i % len(kinds)](random.Random(f"{seed}-{i}")) for i in range(count)]
+
+
+def _recipe(rng: random.Random) -> str:
+    dish, ingredients, steps = _pick(rng, words.DISHES)
+    pairs = _between(rng, 1, 4)
+    start, long = _between(rng, 8 * 60, 18 * 60, 5), _between(rng, 20, 55, 5)
+    total = long + _between(rng, 45, 90, 5)
+    times = {
+        "d": Count(long),
+        "d2": Count(_between(rng, 10, 30)),
+        "s": Count(_between(rng, 2, 4)),
+        "s2": Count(_between(rng, 2, 5)),
+    }
+    amounts = [f"- {Count(amount * pairs):{noun}}{rest}" for noun, amount, rest in ingredients]
+    tips = _some(rng, words.TIPS, 2)
+    return "\n".join(
+        [
+            f"Przepis: {dish}, {Count(2 * pairs):porcja}",
+            _say(rng, _pick(rng, words.SCENES)),
+            "Składniki:",
+            *amounts,
+            *(f"{number}. {_say(rng, step, **times)}" for number, step in enumerate(steps, 1)),
+            f"Zaczynamy o {Time(start)}, całość zajmuje {Count(total):minuta}, "
+            f"na stole o {Time(start + total)}.",
+            *(_say(rng, tip) for tip in tips),
+            _say(rng, _pick(rng, words.CLOSINGS)),
+        ]
+    )
+
+
+def _timetable(rng: random.Random) -> str:
+    place, to_place, stops = _pick(rng, words.ROUTES)
+    first, every = _between(rng, 5 * 60, 7 * 60), _between(rng, 35, 95)
+    legs = [_between(rng, 6, 17) for _ in range(len(stops) + 1)]
+    departures = [first + every * i for i in range(_between(rng, 5, 9))]
+    passing, at = [], first
+    for stop, leg in zip([*stops, place], legs, strict=True):
+        at += leg
+        passing.append(f"{stop} {Time(at)}")
+    fare, adults, children = _between(rng, 500, 1800, 20), _between(rng, 2, 4), _between(rng, 2, 6)
+    total = Money(adults * fare + children * fare // 2)
+    notes = _some(rng, words.BUS_NOTES, 3)
+    return "\n".join(
+        [
+            f"Rozkład jazdy, linia {_between(rng, 2, 59)}: Nowy Targ – {place}",
+            _say(rng, _pick(rng, words.SCENES)),
+            f"Odjazdy z Nowego Targu do {to_place}: {', '.join(f'{Time(at)}' for at in departures)}.",
+            f"Autobus kursuje co {Count(every):minuta}, jazda trwa {Count(sum(legs)):minuta}.",
+            f"Pierwszy kurs: Nowy Targ {Time(first)}, {', '.join(passing)}.",
+            f"Ostatni kurs odjeżdża o {Time(departures[-1])} i jest na miejscu o "
+            f"{Time(departures[-1] + sum(legs))}.",
+            f"Bilet normalny kosztuje {Money(fare)}, ulgowy {Money(fare // 2)}. {Count(adults):bilet} "
+            f"{Count(adults):!normalny} i {Count(children)} {Count(children):!ulgowy} to razem {total}.",
+            f"Rachunek: {adults} · {Money(fare)} + {children} · {Money(fare // 2)} = {total}.",
+            *(_say(rng, note) for note in notes),
+            "Rozkład jest zmyślony, góry są prawdziwe.",
+        ]
+    )
+
+
+def _price_list(rng: random.Random) -> str:
+    goods = _some(rng, words.GOODS, 8)
+    prices = [_between(rng, low, high, 10) for _, _, low, high in goods]
+    bought = [_between(rng, 2, 6) for _ in range(3)]
+    total = sum(count * price for count, price in zip(bought, prices, strict=False))
+    paid = -(-total // 5000) * 5000
+    person, _, ending = _pick(rng, words.PEOPLE)
+    basket = [f"{Count(n):{noun}}{rest}" for n, (noun, rest, _, _) in zip(bought, goods, strict=False)]
+    working = " + ".join(f"{n} · {Money(price)}" for n, price in zip(bought, prices, strict=False))
+    listed = _some(rng, list(zip(goods, prices, strict=True)), len(goods))
+    change = f"i dostał{ending} {Money(paid - total)} reszty" if paid > total else "co do grosza"
+    return "\n".join(
+        [
+            f"Sklep „U Zośki”: cennik ważny {_pick(rng, words.DAYS)}",
+            _say(rng, _pick(rng, words.SCENES)),
+            *(f"- {noun}{rest}: {Money(price)}" for (noun, rest, _, _), price in listed),
+            f"Przykład: {person} bierze {basket[0]}, {basket[1]} oraz {basket[2]}.",
+            f"Rachunek: {working} = {Money(total)}.",
+            f"{_capital(person)} zapłacił{ending} {Money(paid)} {change}.",
+            *(_say(rng, note) for note in _some(rng, words.SHOP_NOTES, 3)),
+            _say(rng, _pick(rng, words.CLOSINGS)),
+        ]
+    )
+
+
+def _regulation(rng: random.Random) -> str:
+    rules = _some(rng, words.RULES, _between(rng, 8, 10))
+    return "\n".join(
+        [
+            f"Regulamin {_pick(rng, words.RULED)}",
+            _say(rng, _pick(rng, words.SCENES)),
+            *(f"§ {number}. {_say(rng, rule)}" for number, rule in enumerate(rules, 1)),
+            _say(rng, _pick(rng, words.SIGNATURES)),
+        ]
+    )
+
+
+def _stories(rng: random.Random) -> str:
+    lines = ["Zadania z hali", _say(rng, _pick(rng, words.SCENES))]
+    for number, story in enumerate(_some(rng, STORIES, 3), 1):
+        drawn = {
+            name: kind(_between(rng, low, high, step)) for name, (kind, low, high, step) in story.draw.items()
+        }
+        values: dict[str, Any] = {name: Count(formula(**drawn)) for name, formula in story.derived.items()}
+        values |= {**drawn, **_person(rng), "wynik": story.kind(story.result(**drawn))}
+        lines += [
+            f"Zadanie {number}. {story.text.format_map(values)}",
+            f"Rachunek: {story.working.format_map(values)}.",
+            f"Odpowiedź: {story.answer.format_map(values)}",
+        ]
+    return "\n".join([*lines, _say(rng, _pick(rng, words.CLOSINGS))])
+
+
+def _say(rng: random.Random, sentence: str, **known: int) -> str:
+    """The sentence with its placeholders filled: `known` ones as given, all others drawn afresh."""
+    day = _pick(rng, words.DAYS)
+    drawn = {
+        "n": Count(_between(rng, 2, 9)),
+        "m": Count(_between(rng, 11, 48)),
+        "w": Count(_between(rng, 45, 130)),
+        "t": Count(_between(rng, 2, 24)),
+        "cena": Money(_between(rng, 600, 6000, 50)),
+        "drobne": Money(_between(rng, 110, 390, 10)),
+        "rano": Time(_between(rng, 4 * 60, 8 * 60, 5)),
+        "wieczór": Time(_between(rng, 20 * 60, 23 * 60, 5)),
+    }
+    return sentence.format_map({**drawn, **_person(rng), "dzień": day, "Dzień": _capital(day), **known})
+
+
+def _person(rng: random.Random) -> dict[str, str]:
+    nominative, dative, ending = _pick(rng, words.PEOPLE)
+    return {"kto": nominative, "Kto": _capital(nominative), "komu": dative, "a": ending}
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _between(rng: random.Random, low: int, high: int, step: int = 1) -> int:
+    """One of low, low + step, ... up to and including high."""
+    return low + step * int(rng.random() * ((high - low) // step + 1))
+
+
+def _pick(rng: random.Random, items: Sequence[T]) -> T:
+    return items[int(rng.random() * len(items))]
+
+
+def _some(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
+    """`count` different items in drawn order."""
+    left = list(items)
+    return [left.pop(int(rng.random() * len(left))) for _ in range(count)]

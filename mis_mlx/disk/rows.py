@@ -1,0 +1,161 @@
+"""Rows of training text in mlx-lm's format: read line by line, judged, counted.
+
+Knows no tokenizer and no split: one file (or one hub split) in, usable rows and the faults of the others out.
+A row is {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mis_mlx.types import MisError
+
+LINE_LIMIT_BYTES = 4 * 2**20  # a longer line is dropped unread: one 50 MB row would be 17 million tokens
+FAULTS_LISTED = 3
+
+Row = dict[str, Any]
+
+_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The usable rows of one file, how many were dropped, and the first few reasons."""
+
+    name: str
+    rows: tuple[Row, ...]
+    dropped: int
+    faults: tuple[str, ...]
+
+    def notes(self) -> list[str]:
+        """Sentences for people: the count, then the first faults as 'file line n: reason'."""
+        count = f"{self.name}: {len(self.rows)} rows kept, {self.dropped} dropped"
+        more = self.dropped - len(self.faults)
+        return [count, *self.faults, *([f"{self.name}: {more} more bad rows"] if more else [])]
+
+
+def read(path: Path) -> Reading:
+    """All usable rows of a .jsonl file; memory is bounded by the rows kept and `LINE_LIMIT_BYTES`.
+
+    A byte-order mark, CRLF and blank lines are accepted in silence.
+    """
+    if not path.is_file():
+        raise MisError(f"{path} is not a regular file: put one JSON object per line into it")
+    try:
+        return collect(path.name, "line", _parsed(path))
+    except OSError as error:
+        raise MisError(
+            f"{path} cannot be read ({error.strerror}): check the file and its permissions"
+        ) from error
+
+
+def collect(name: str, unit: str, parsed: Iterable[tuple[int, object, str | None]]) -> Reading:
+    """Judge (number, value, fault of the reader) one by one; `unit` is what `number` counts ("line")."""
+    rows: list[Row] = []
+    faults: list[str] = []
+    dropped = 0
+    for number, value, unread in parsed:
+        reason = unread or fault(value)
+        if reason is None:
+            rows.append(_bare(value))
+            continue
+        dropped += 1
+        if len(faults) < FAULTS_LISTED:
+            faults.append(f"{name} {unit} {number}: {reason}; skipped")
+    return Reading(name, tuple(rows), dropped, tuple(faults))
+
+
+def fault(row: object) -> str | None:
+    """Why `row` cannot be trained on, or None when it can."""
+    if not isinstance(row, dict):
+        return f"{_kind(row)}, not an object"
+    if "prompt" in row and "completion" in row:
+        return _text_fault("prompt", row["prompt"]) or _text_fault("completion", row["completion"])
+    if "messages" in row:
+        return "tools are not supported" if row.get("tools") else _messages_fault(row["messages"])
+    if "text" in row:
+        return _text_fault("text", row["text"])
+    keys = ", ".join(ascii(key)[:40] for key in list(row)[:4]) or "none"
+    return f"has neither 'text' nor 'prompt' and 'completion' nor 'messages' (its keys: {keys})"
+
+
+def _messages_fault(messages: object) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return f"'messages' is {_kind(messages)}, not a list with at least one message"
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            return f"message {number} is {_kind(message)}, not an object"
+        if message.get("tool_calls"):
+            return f"message {number} calls tools, which is not supported"
+        for key in ("role", "content"):
+            if reason := _text_fault(key, message.get(key)):
+                return f"message {number}: {reason}"
+    return None
+
+
+def _text_fault(key: str, value: object) -> str | None:
+    if not isinstance(value, str):
+        return f"'{key}' is {_kind(value)}, not text"
+    if not value.strip():
+        return f"'{key}' is empty"
+    if "\0" in value:
+        return f"'{key}' holds a NUL character"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"'{key}' holds half a surrogate pair (\\u{ord(value[error.start]):04x})"
+    return None
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    return _KINDS.get(type(value), "text" if isinstance(value, str) else "an object")
+
+
+def _bare(row: Any) -> Row:
+    """The row without keys that nothing here reads, in mlx-lm's order of preference."""
+    if "prompt" in row and "completion" in row:
+        return {"prompt": row["prompt"], "completion": row["completion"]}
+    if "messages" in row:
+        return {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]}
+    return {"text": row["text"]}
+
+
+def _parsed(path: Path) -> Iterator[tuple[int, object, str | None]]:
+    """(line number, JSON value, None) or (line number, None, why the line is not JSON)."""
+    for number, line in _lines(path):
+        if line is None:
+            yield number, None, f"longer than {LINE_LIMIT_BYTES} bytes"
+            continue
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.rstrip(b"\r\n").decode("utf-8")), None
+        except UnicodeDecodeError as error:
+            yield number, None, f"not UTF-8 (byte {error.start + 1})"
+        except RecursionError:
+            yield number, None, "not valid JSON (nested too deeply)"
+        except json.JSONDecodeError as error:
+            yield number, None, f"not valid JSON ({error.msg}, column {error.colno})"
+        except ValueError:
+            yield number, None, "not valid JSON (a number with thousands of digits)"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, bytes of the line), None where it is over the limit, which is never held whole."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LINE_LIMIT_BYTES + 1):
+            number += 1
+            if len(line) > LINE_LIMIT_BYTES and not line.endswith(b"\n"):
+                while (rest := file.readline(2**16)) and not rest.endswith(b"\n"):
+                    pass
+                yield number, None
+            else:
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line

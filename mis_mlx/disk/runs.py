@@ -1,0 +1,114 @@
+"""The run folder: its name, its config.yaml, what a resumed run must share with the one it continues.
+
+Knows settings as plain values. Does not know what a run does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mis_mlx.disk.files import Files
+from mis_mlx.types import MisError
+
+CONFIG, ORIGIN, RESULT, METRICS = "config.yaml", "origin.json", "result.json", "metrics.jsonl"
+
+
+def create(out: str | None, name: str, settings: Mapping[str, Any], origin: Mapping[str, str], files: Files) -> Path:
+    """A new run folder (`out`, or the next free runs/NAME-001) with its settings and what it was made from.
+
+    config.yaml can be given to `-c` again. MisError when `out` holds a run already.
+    """
+    if out is None:
+        number = 1
+        while (folder := Path("runs") / f"{name}-{number:03d}").exists():
+            number += 1
+    else:
+        folder = Path(out)
+        if folder.exists() and (not folder.is_dir() or any(p.name != ".lock" for p in folder.iterdir())):
+            raise MisError(f"{folder} is not empty: add --resume to continue the run in it, or choose another --out")
+    files.make_folder(folder)
+    files.replace_text(folder / ORIGIN, json.dumps(dict(origin), indent=2))
+    # Last: a folder with config.yaml is a run that can be resumed.
+    files.replace_text(folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    return folder
+
+
+def find(out: str | None) -> Path:
+    """The run to continue: `out`, or the newest unfinished one under runs/."""
+    if out is not None:
+        if not (Path(out) / CONFIG).is_file():
+            raise MisError(f"{out} holds no run to continue: start one there without --resume")
+        return Path(out)
+    unfinished = [p.parent for p in Path("runs").glob(f"*/{CONFIG}") if not (p.parent / RESULT).exists()]
+    if not unfinished:
+        raise MisError("There is no unfinished run under runs/: start one without --resume, or name it with --out")
+    return max(unfinished, key=lambda p: (p / CONFIG).stat().st_mtime)
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run's config.yaml."""
+    try:
+        values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict):
+        raise MisError(f"{folder / CONFIG} is damaged: start a new run")
+    return values
+
+
+def merged(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], stored: Mapping[str, Any], free: frozenset[str]
+) -> dict[str, Any]:
+    """Settings of a resumed run: the stored ones. A flag that asks for something else is refused by name.
+
+    `free` settings do not change the weights and may differ. A flag left at its default asks for nothing.
+    """
+    result = dict(given)
+    for name, value in given.items():
+        if name in free or name not in stored:
+            continue
+        if value not in (stored[name], defaults[name]):
+            flag = "--" + name.replace("_", "-")
+            raise MisError(
+                f"The settings differ: {flag} is {value}, the run has {stored[name]}: leave the flag out "
+                "to continue, or start a new run"
+            )
+        result[name] = stored[name]
+    return result
+
+
+def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
+    """Refuse another teacher or other data than the run began with; return what else changed, in words."""
+    try:
+        before = json.loads((folder / ORIGIN).read_text())
+    except (OSError, ValueError):
+        raise MisError(f"{folder / ORIGIN} is missing or damaged: start a new run") from None
+    for name in ("teacher", "data"):
+        if before.get(name) != origin[name]:
+            raise MisError(
+                f"The {name} changed since {folder} began ({str(before.get(name))[:12]} is now "
+                f"{origin[name][:12]}): start a new run"
+            )
+    return [
+        f"{k} was {before[k]}, is now {v}: the end may differ in the last bits"
+        for k, v in origin.items()
+        if k in before and before[k] != v
+    ]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Records of metrics.jsonl by step number. A torn line is passed over; of a repeated step the last counts."""
+    path = folder / METRICS
+    records: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            records[record["number"]] = record
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [records[number] for number in sorted(records)]

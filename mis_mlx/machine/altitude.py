@@ -1,0 +1,41 @@
+"""Metres above sea level: by hand, from a recording, or from the user's configuration file.
+
+A Mac has no barometer and no GPS, so the height is never measured. Knows nothing of temperatures.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+
+from mis_mlx.machine.replay import Header
+from mis_mlx.types import MisError
+
+
+def find_altitude(
+    given_m: float | None, header: Header, config: Path | None = None
+) -> tuple[float | None, str]:
+    """`(metres above sea level, source)`: by hand, else where the recording was made, else `altitude_m` in
+    `config` (~/.config/mis_mlx.toml), else `(None, "")`. Raises MisError for an impossible height."""
+    config = config or Path.home() / ".config" / "mis_mlx.toml"
+    if given_m is not None:
+        return _height(given_m, "--altitude-m"), "given"
+    if header.altitude_m is not None:
+        return _height(header.altitude_m, "the recording's altitude_m"), "replay header"
+    try:
+        settings = tomllib.loads(config.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError) as error:
+        raise MisError(f"{config} cannot be read ({error}): mend it or delete it") from None
+    if "altitude_m" not in settings:
+        return None, ""
+    return _height(settings["altitude_m"], f"altitude_m in {config}"), f"given in {config.name}"
+
+
+def _height(metres: object, where: str) -> float:
+    number = isinstance(metres, int | float) and not isinstance(metres, bool) and math.isfinite(metres)
+    if not number or not -430 <= float(metres) <= 9000:  # type: ignore[arg-type]
+        raise MisError(f"{where} is {metres!r}, not between −430 and 9000 m above sea level: mend it")
+    return float(metres)  # type: ignore[arg-type]

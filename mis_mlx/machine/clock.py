@@ -1,0 +1,85 @@
+"""Time that can be read and waited for, real or virtual, and how long the machine slept meanwhile.
+
+Knows nothing of temperatures, training or files.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+LONG_AFTER_BOOT_S = 1e6
+
+
+class Clock:
+    """The real clock. Sleep (a closed lid) is told from the system's own counters, so a wall clock that
+    is set by hand or by NTP is never mistaken for it."""
+
+    def monotonic(self) -> float:
+        """Seconds that never run backwards; they stand still while the machine sleeps."""
+        return time.monotonic()
+
+    def wall(self) -> float:
+        """Seconds since 1970; may jump."""
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        if seconds > 0:
+            time.sleep(seconds)
+
+    def uptime(self) -> float:
+        """Seconds since boot, sleep included."""
+        if sys.platform == "darwin":
+            return time.clock_gettime(time.CLOCK_MONOTONIC)  # Apple's spelling of a clock that counts sleep
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def asleep(self) -> float:
+        """Seconds the machine has been asleep since boot: what `slept` wants."""
+        if sys.platform == "darwin":
+            return self.uptime() - time.clock_gettime(time.CLOCK_UPTIME_RAW)
+        return self.uptime() - time.clock_gettime(time.CLOCK_MONOTONIC)
+
+    def slept(self, since: float) -> float:
+        """Seconds asleep since `since = clock.asleep()`; 0 below 1 s, as the counters are read in turn."""
+        gap = self.asleep() - since
+        return gap if gap >= 1.0 else 0.0
+
+
+class VirtualClock(Clock):
+    """A clock that moves only when told to: for replays and tests. `sleep` returns at once."""
+
+    def __init__(self, start_s: float = 0.0, wall_s: float = 0.0):
+        self._now = start_s
+        self._wall = wall_s
+        self._asleep = 0.0
+
+    def monotonic(self) -> float:
+        """Virtual seconds awake."""
+        return self._now
+
+    def wall(self) -> float:
+        """Virtual seconds since 1970."""
+        return self._wall
+
+    def sleep(self, seconds: float) -> None:
+        """Move on by `seconds`."""
+        self._now += max(seconds, 0.0)
+        self._wall += max(seconds, 0.0)
+
+    def suspend(self, seconds: float) -> None:
+        """Close the lid for `seconds`: the wall clock goes on, `monotonic` does not."""
+        self._asleep += seconds
+        self._wall += seconds
+
+    def set_wall(self, wall_s: float) -> None:
+        """What NTP or a user does: the wall clock jumps, nobody slept."""
+        self._wall = wall_s
+
+    def uptime(self) -> float:
+        """Virtual seconds since boot."""
+        return LONG_AFTER_BOOT_S + self._now + self._asleep
+
+    def asleep(self) -> float:
+        """Virtual seconds asleep."""
+        return self._asleep

@@ -1,0 +1,141 @@
+"""Importance of FFN neurons, query heads, hidden channels and blocks; AAIS; who is kept.
+
+Knows activations as arrays, not where they come from. Statistics are sums over calibration samples, so
+they merge in any order. AAIS is eq. (1) of the paper: I_j = |a_j| * T_env / h_npm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.types import MisError, Reading
+
+REFERENCE_C, REFERENCE_M = 8.0, 832.0
+KELVIN = 273.15
+VARIANTS = ("aais", "activation", "random")
+
+
+def channel_sample(x: mx.array) -> mx.array:
+    """s_j of one batch: mean over sequence and tokens of |a_j|.  x (B, T, F) -> (F,) float32."""
+    return mx.abs(x.astype(mx.float32)).mean(axis=(0, 1))
+
+
+def head_sample(x: mx.array, heads: int) -> mx.array:
+    """Mean over tokens of each head's output norm.  x (B, T, H * head_dim), the input of o_proj -> (H,)."""
+    per_head = x.astype(mx.float32).reshape(-1, heads, x.shape[-1] // heads)
+    return mx.sqrt(mx.square(per_head).sum(axis=-1)).mean(axis=0)
+
+
+def block_sample(into: mx.array, out: mx.array) -> mx.array:
+    """1 - cosine between a block's input and output, mean over tokens (block influence).  (B, T, D) -> ()."""
+    a, b = into.astype(mx.float32), out.astype(mx.float32)
+    norms = mx.sqrt(mx.square(a).sum(axis=-1) * mx.square(b).sum(axis=-1))
+    return 1.0 - ((a * b).sum(axis=-1) / mx.maximum(norms, 1e-12)).mean()
+
+
+def weight_of(reading: Reading | None, unit: str) -> float | None:
+    """T_env of one calibration batch in the unit asked for, or None when nothing is known of it.
+
+    Kelvin is always positive. Celsius is the paper to the letter, and refuses T <= 0: a negative weight
+    would reverse the ranking.
+    """
+    if reading is None or reading.ambient_c is None:
+        return None
+    if unit == "kelvin":
+        return reading.ambient_c + KELVIN
+    if reading.ambient_c <= 0:
+        raise MisError(
+            f"the air is {reading.ambient_c:g} °C and --temperature-unit celsius needs more than 0 °C, "
+            "a negative weight would reverse the ranking: use --temperature-unit kelvin"
+        )
+    return reading.ambient_c
+
+
+@dataclass
+class Sums:
+    """Sums over calibration batches of one layer's channels: s^2, (s * T_b)^2 and the batch count."""
+
+    plain: np.ndarray
+    warm: np.ndarray
+    batches: int = 0
+
+    @classmethod
+    def zeros(cls, size: int) -> Sums:
+        """No batch seen yet."""
+        return cls(np.zeros(size), np.zeros(size))
+
+    def add(self, sample: np.ndarray, weight: float) -> None:
+        """One batch's s_j, measured at T_env = weight."""
+        square = np.asarray(sample, dtype=np.float64) ** 2
+        self.plain += square
+        self.warm += square * weight**2
+        self.batches += 1
+
+    def merged(self, other: Sums) -> Sums:
+        """The statistics of both sets of batches."""
+        return Sums(self.plain + other.plain, self.warm + other.warm, self.batches + other.batches)
+
+
+@dataclass
+class Statistics:
+    """What one calibration pass gathers. Keys are layer numbers; `hidden` sums over all layer norms."""
+
+    ffn: dict[int, Sums] = field(default_factory=dict)
+    heads: dict[int, Sums] = field(default_factory=dict)
+    block: dict[int, float] = field(default_factory=dict)
+    hidden: Sums | None = None
+    altitude_m: float | None = None
+    measured: bool = False  # whether every batch had a T_env
+    ambient_c: list[float] = field(default_factory=list)
+
+
+def activation(sums: Sums) -> np.ndarray:
+    """Minitron's importance: mean over tokens, L2 over batches (arXiv 2407.14679 table 13).  (F,)."""
+    return np.sqrt(sums.plain)
+
+
+def aais(sums: Sums, altitude_m: float) -> np.ndarray:
+    """I_j = sqrt( sum_b (s_bj * T_b / h)^2 ).  With constant T and h a positive multiple of `activation`."""
+    return np.sqrt(sums.warm) / altitude_m
+
+
+def top(scores: np.ndarray, keep: int) -> tuple[int, ...]:
+    """Sorted indices of the `keep` largest scores; of equal scores the lower index stays."""
+    order = np.argsort(-scores, kind="stable")[:keep]
+    return tuple(sorted(int(i) for i in order))
+
+
+def top_in_groups(scores: np.ndarray, groups: int, keep: int) -> tuple[int, ...]:
+    """Query heads to keep: the best keep/groups of each key-value group, so that no group is split."""
+    each = len(scores) // groups
+    kept: list[int] = []
+    for g in range(groups):
+        inside = top(scores[g * each : (g + 1) * each], keep // groups)
+        kept += [g * each + i for i in inside]
+    return tuple(kept)
+
+
+def lowest_blocks(block: dict[int, float], keep: int) -> tuple[int, ...]:
+    """Layers to keep, in order: those with the largest 1 - cosine; of equal ones the earlier stays."""
+    return tuple(sorted(sorted(block, key=lambda i: (-block[i], i))[:keep]))
+
+
+def conditions_size(sums: Sequence[Sums], size: int, multiple: int, altitude_m: float, unit: str = "kelvin") -> int:
+    """FFN size by the absolute threshold of eq. (1) (`--target conditions`).
+
+    The threshold is the importance that `size` channels a layer pass at the reference, 8 °C and 832 m. At
+    the measured conditions more or fewer pass it; their mean per layer is rounded to `multiple`. Thin air
+    divides by a larger h, so fewer pass: higher altitude prunes harder, as the paper says.
+    """
+    reference_t = REFERENCE_C + (KELVIN if unit == "kelvin" else 0.0)
+    reference = np.concatenate([activation(s) for s in sums]) * reference_t / REFERENCE_M
+    measured = np.concatenate([aais(s, altitude_m) for s in sums])
+    threshold = np.sort(reference)[::-1][size * len(sums) - 1]
+    passing = int((measured >= threshold).sum()) / len(sums)
+    most = len(sums[0].plain)
+    return int(min(max(round(passing / multiple), 1), math.floor(most / multiple)) * multiple)

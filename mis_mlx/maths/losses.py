@@ -1,0 +1,117 @@
+"""Losses of distillation: forward KL on logits in chunks of positions, eq. (2)'s halny factor.
+
+Knows arrays only. Does not know models, files or the training loop. No (tokens x vocabulary) tensor of a
+whole batch is ever built: teacher and student enter as hidden states and meet the vocabulary chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import numpy as np
+
+HALNY_CLIP = 0.15
+HALNY_REFERENCE_C = 15.0
+Logits = Callable[[mx.array], mx.array]  # hidden (n, D) -> logits (n, V)
+
+
+def chunk_rows(vocab: int, limit_bytes: int = 256 * 2**20) -> int:
+    """Positions per chunk so that the five float32 (n, V) tensors of `kl_sum` stay under `limit_bytes`."""
+    return int(max(8, min(256, limit_bytes // (vocab * 4 * 5))))
+
+
+def _chunks(total: int, rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + rows, total)) for start in range(0, total, rows))
+
+
+def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
+    """softmax(z) and logsumexp(z) over the last axis, for one exponential per element.
+
+    softmax's largest entry is 1 / sum(exp(z - max)), so logsumexp = max(z) - log(max(softmax)): the
+    vocabulary-sized exponentials, half of a step's time on a CPU, are taken once and not twice.
+    """
+    p = mx.softmax(z, axis=-1)
+    return p, z.max(axis=-1) - mx.log(p.max(axis=-1))
+
+
+def kl_sum(
+    student: mx.array,
+    head: mx.array,
+    teacher: mx.array,
+    teacher_logits: Logits,
+    learn: mx.array,
+    temperature: float = 1.0,
+    rows: int | None = None,
+) -> mx.array:
+    """Sum over positions of KL(softmax(z_t / T) || softmax(z_s / T)) in nats, differentiable in student, head.
+
+    student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  teacher: (n, D_t), constant.
+    learn: (n,), 0 leaves a position out. Equation (2) has no T^2 factor, so there is none here.
+    The gradient, (p_s - p_t) / T per logit, is formed in the same pass as the loss and carried to the
+    backward pass as (n, D) and (V, D) arrays, so logits are never recomputed and never kept.
+    """
+    rows = rows or chunk_rows(head.shape[0])
+
+    @mx.custom_function
+    def forward(h: mx.array, w: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        loss, dh, dw = mx.array(0.0), [], mx.zeros_like(w)
+        for at in _chunks(h.shape[0], rows):
+            # Without this dependency the scheduler may run all chunks at once, and hold all their logits.
+            part = mx.depends(h[at], dw)
+            z_t = teacher_logits(teacher[at]).astype(mx.float32) / temperature
+            z_s = (part @ w.T).astype(mx.float32) / temperature
+            p_t, lse_t = softmax_lse(z_t)
+            p_s, lse_s = softmax_lse(z_s)
+            kl = (p_t * (z_t - z_s)).sum(axis=-1) - lse_t + lse_s
+            loss = loss + (kl * learn[at]).sum()
+            g = ((p_s - p_t) * (learn[at] / temperature)[:, None]).astype(w.dtype)
+            dh.append(g @ w)
+            dw = mx.addmm(dw, g.T, part)
+        return loss, mx.concatenate(dh), dw
+
+    @forward.vjp
+    def backward(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+        return cotangents[0] * outputs[1], cotangents[0] * outputs[2]
+
+    return forward(student, head)[0]
+
+
+class Reference:
+    """A teacher's logits (n, V) and what every student is compared with, computed once."""
+
+    def __init__(self, logits: mx.array, targets: mx.array):
+        self.logits, self.targets = logits.astype(mx.float32), targets
+        self.p, self.lse = softmax_lse(self.logits)
+        self.top = self.logits.argmax(axis=-1)
+
+    def nll(self) -> mx.array:
+        """The teacher's own negative log-likelihood of the targets, (n,) nats."""
+        return self.lse - _at(self.logits, self.targets)
+
+    def compare(self, logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Student logits (n, V) -> per position: nll (nats), KL(teacher || student) (nats), same top token."""
+        z = logits.astype(mx.float32)
+        _, lse = softmax_lse(z)
+        kl = (self.p * (self.logits - z)).sum(axis=-1) - self.lse + lse
+        return lse - _at(z, self.targets), kl, (z.argmax(axis=-1) == self.top).astype(mx.float32)
+
+
+def _at(z: mx.array, index: mx.array) -> mx.array:
+    return mx.take_along_axis(z, index[:, None], axis=-1)[:, 0]
+
+
+def halny_sigma(ambient_std_c: float | None) -> float:
+    """Spread of eps_halny from the spread of measured T_env over the last hour; 0 when nothing is measured."""
+    return 0.0 if ambient_std_c is None else HALNY_CLIP * ambient_std_c / HALNY_REFERENCE_C
+
+
+def halny_factor(sigma: float, seed: int, step: int) -> float:
+    """Equation (2)'s (1 + eps_halny) of one step: eps ~ N(0, sigma), clipped to ±0.15.
+
+    Seeded by (seed, step) and nothing else, so a resumed run meets the same wind. Exactly 1 for sigma 0.
+    """
+    if sigma == 0:
+        return 1.0
+    eps = np.random.default_rng([seed, step]).normal(0.0, sigma)
+    return 1.0 + float(np.clip(eps, -HALNY_CLIP, HALNY_CLIP))

@@ -1,0 +1,132 @@
+"""A llama-family config.json: read with suspicion, checked for plausibility, spelled out in full.
+
+Does not read weights, does not import mlx_lm, and knows nothing of pruning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mis_mlx.types import MisError
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that define a uniform llama-family model."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers, hidden {self.hidden}, FFN {self.ffn}, {self.heads} heads, {self.kv_heads} kv heads"
+        )
+
+
+def _whole(config: Mapping[str, Any], key: str, low: int, high: int, where: Path, default: Any = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not low <= value <= high:
+        raise MisError(f"{where}: {key} is {value!r}, plausible is {low} to {high}: this is not a usable config")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, checked for plausibility before anything is built from it. No foreign code, ever."""
+    where = folder / "config.json"
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [k for k, _ in items]
+        if double := {k for k in keys if keys.count(k) > 1}:
+            raise MisError(f"{where}: names {sorted(double)[0]!r} twice: keep one")
+        return dict(items)
+
+    def constant(name: str) -> None:
+        raise MisError(f"{where}: holds {name}, which is not a number: put a number there")
+
+    try:
+        if where.stat().st_size > 10_000_000:
+            raise MisError(f"{where}: is {where.stat().st_size} bytes long, plausible is under 10,000,000")
+        config = json.loads(where.read_text("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except OSError:
+        raise MisError(f"{folder}: has no readable config.json: give a Hugging Face or MLX model folder") from None
+    except (ValueError, RecursionError):
+        raise MisError(f"{where}: is not valid JSON: download the model again") from None
+    if not isinstance(config, dict):
+        raise MisError(f"{where}: is not a JSON object: download the model again")
+    check_config(config, where)
+    return config
+
+
+def check_config(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse foreign code, unknown model types and sizes no real model has, one sentence each."""
+    for key in ("model_file", "auto_map"):
+        if config.get(key):
+            raise MisError(
+                f"{where}: {key} wants to run the model's own program code; mis_mlx never does that: "
+                f"use a model of type {', '.join(MODEL_TYPES)}"
+            )
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise MisError(f"{where}: model_type {kind!r} is not supported; supported are {', '.join(MODEL_TYPES)}")
+    _whole(config, "num_hidden_layers", 1, 1000, where)
+    hidden = _whole(config, "hidden_size", 1, 65_536, where)
+    _whole(config, "intermediate_size", 1, 1_000_000, where)
+    _whole(config, "vocab_size", 1, 2_000_000, where)
+    heads = _whole(config, "num_attention_heads", 1, 1024, where)
+    kv_heads = _whole(config, "num_key_value_heads", 1, 1024, where, heads)
+    _whole(config, "head_dim", 1, 4096, where, max(1, hidden // heads))
+    if heads % kv_heads:
+        raise MisError(f"{where}: {heads} attention heads do not divide into {kv_heads} key-value heads")
+    for key in ("rms_norm_eps", "rope_theta"):
+        value = config.get(key, 1.0)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            raise MisError(f"{where}: {key} is {value!r}, a number above 0 was expected")
+
+
+def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with rope_theta, rope_scaling, head_dim, kv heads and tying spelled out.
+
+    transformers >= 5 writes only `rope_parameters`; mlx-lm's llama reads only the top-level keys and would
+    silently fall back to theta 10000. An absent `tie_word_embeddings` means tied to mlx-lm's llama and
+    untied to transformers; transformers wrote the file, so its reading counts.
+    """
+    c = dict(config)
+    rope = c.get("rope_parameters") or {}
+    if c.get("rope_theta") is None:
+        c["rope_theta"] = rope.get("rope_theta", 1_000_000.0 if c["model_type"] == "qwen2" else 10_000.0)
+    if c.get("rope_scaling") is None and rope.get("rope_type", "default") != "default":
+        c["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if c.get("num_key_value_heads") is None:
+        c["num_key_value_heads"] = c["num_attention_heads"]
+    if c.get("head_dim") is None:
+        c["head_dim"] = c["hidden_size"] // c["num_attention_heads"]
+    c["tie_word_embeddings"] = bool(c.get("tie_word_embeddings", False))
+    return c
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The sizes in a config."""
+    c = normalised(config)
+    return Shape(
+        c["num_hidden_layers"],
+        c["hidden_size"],
+        c["intermediate_size"],
+        c["num_attention_heads"],
+        c["num_key_value_heads"],
+        c["head_dim"],
+        c["vocab_size"],
+        c["tie_word_embeddings"],
+    )

@@ -1,0 +1,209 @@
+"""Open a model folder and build mlx-lm's modules from it. The only door to mlx_lm.
+
+Does not know what is done with the model. `mlx_lm` takes seconds to import and lowers the process's
+open-file limit, so it is imported inside functions and kept from doing that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx.disk import safetensors
+from mis_mlx.model import arch
+from mis_mlx.model.config import normalised, read_config, shape_of
+from mis_mlx.types import Checkpoint, MisError
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+NOT_OURS = (
+    "{}: the weights are quantized in a format other than MLX's: use the unquantized model, "
+    "or convert it with mlx_lm.convert"
+)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A folder that passed the gate: headers, config, and that they fit each other. Reads no weights."""
+    folder = Path(path)
+    config = read_config(folder)
+    checkpoint = Checkpoint(folder, config, safetensors.index(folder))
+    arch.check_tensors(checkpoint)
+    return checkpoint
+
+
+def compute_dtype() -> mx.Dtype:
+    """What this device is quick in: float32 on a CPU (half precision is emulated there), float16 on Metal."""
+    return mx.float16 if mx.default_device() == mx.gpu else mx.float32
+
+
+def unpacks() -> bool:
+    """Whether packed weights are de-quantized when read: on a CPU, whose 4-bit kernels are ~30x slower than
+    dense float32. The numbers are the same ones."""
+    return mx.default_device() != mx.gpu
+
+
+def mlx_lm(module: str) -> ModuleType:
+    """`mlx_lm.<module>`, imported now, with the process's limits left as they were.
+
+    mlx_lm lowers the hard limit on open files, which cannot be raised again: so it must not get to do it.
+    """
+    setrlimit = resource.setrlimit
+    resource.setrlimit = lambda *_: None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(f"mlx_lm.{module}")
+    finally:
+        resource.setrlimit = setrlimit
+
+
+def _model_module(config: Mapping[str, Any]) -> ModuleType:
+    kind = config["model_type"]
+    return mlx_lm(f"models.{'llama' if kind == 'mistral' else kind}")
+
+
+def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
+    """Swap the linears and embeddings under `prefix` whose weights are packed on disk for quantized ones."""
+    settings = checkpoint.config.get("quantization") or {}
+
+    def settings_of(path: str, child: nn.Module) -> bool | dict[str, Any]:
+        full = prefix + path
+        if f"{full}.scales" not in checkpoint.tensors or not hasattr(child, "to_quantized"):
+            return False
+        own = settings.get(full)
+        common = {k: settings[k] for k in ("group_size", "bits", "mode") if k in settings}
+        return own if isinstance(own, dict) else common
+
+    if arch.is_quantized(checkpoint.tensors) and not unpacks():
+        if "bits" not in settings:
+            raise MisError(NOT_OURS.format(checkpoint.path))
+        nn.quantize(module, class_predicate=settings_of)
+
+
+def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
+    """Lazy arrays of every tensor whose name begins with `prefix`, the prefix cut off, floats cast to `dtype`."""
+    names = [n for n in checkpoint.tensors if n.startswith(prefix) and "rotary_emb" not in n]
+    if shape_of(checkpoint.config).tied:
+        names = [n for n in names if not n.startswith("lm_head.")]
+    if unpacks() and arch.is_quantized(checkpoint.tensors):
+        names = [n for n in names if not n.endswith((".scales", ".biases"))]
+        return [(n.removeprefix(prefix), dense(checkpoint, n).astype(dtype)) for n in names]
+    arrays = safetensors.lazy(checkpoint.tensors, names)
+    return [(n.removeprefix(prefix), a if a.dtype == mx.uint32 else a.astype(dtype)) for n, a in arrays.items()]
+
+
+def dense(checkpoint: Checkpoint, name: str) -> mx.array:
+    """One weight as stored, or de-quantized to float32 when it is packed. Lazy."""
+    stem = name.removesuffix(".weight")
+    packed = [n for n in (name, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
+    arrays = safetensors.lazy(checkpoint.tensors, packed)
+    if f"{stem}.scales" not in arrays:
+        return arrays[name]
+    settings = checkpoint.config.get("quantization") or {}
+    if "bits" not in settings:
+        raise MisError(NOT_OURS.format(checkpoint.path))
+    own = settings.get(stem)
+    own = own if isinstance(own, dict) else settings
+    biases = arrays.get(f"{stem}.biases")
+    return mx.dequantize(
+        arrays[name],
+        arrays[f"{stem}.scales"].astype(mx.float32),
+        None if biases is None else biases.astype(mx.float32),
+        group_size=own["group_size"],
+        bits=own["bits"],
+        mode=own.get("mode", "affine"),
+    )
+
+
+def model_args(config: Mapping[str, Any]) -> Any:
+    """mlx-lm's ModelArgs of a config."""
+    return _model_module(config).ModelArgs.from_dict(normalised(config))
+
+
+def block(checkpoint: Checkpoint, i: int, args: Any, dtype: mx.Dtype) -> nn.Module:
+    """mlx-lm's transformer block `i` with its weights, lazy."""
+    module = _model_module(checkpoint.config)
+    sliding = {}
+    if getattr(args, "layer_types", None):
+        sliding["use_sliding"] = args.layer_types[i] == "sliding_attention"
+    made = module.TransformerBlock(args=args, **sliding)
+    prefix = f"model.layers.{i}."
+    _quantize(made, prefix, checkpoint)
+    made.load_weights(weights(checkpoint, prefix, dtype))
+    made.eval()
+    return made
+
+
+def mask(args: Any, made: nn.Module, hidden: mx.array) -> Any:
+    """The attention mask mlx-lm itself would give this block for `hidden` (B, T, D)."""
+    window = args.sliding_window if getattr(made, "use_sliding", False) else None
+    return mlx_lm("models.base").create_attention_mask(hidden, None, window_size=window)
+
+
+def embedding(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
+    """The embedding table (V, D), lazy. `.as_linear` makes it the head of a tied model."""
+    s = shape_of(checkpoint.config)
+    made = nn.Module()
+    made.embed_tokens = nn.Embedding(s.vocab, s.hidden)
+    _quantize(made, "model.", checkpoint)
+    made.embed_tokens.load_weights(weights(checkpoint, "model.embed_tokens.", dtype))
+    return made.embed_tokens
+
+
+def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
+    """The last RMSNorm, lazy."""
+    s = shape_of(checkpoint.config)
+    made = nn.RMSNorm(s.hidden, eps=checkpoint.config["rms_norm_eps"])
+    made.load_weights(weights(checkpoint, "model.norm.", dtype))
+    return made
+
+
+def head(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
+    """The vocabulary head as a module hidden (..., D) -> logits (..., V), lazy."""
+    s = shape_of(checkpoint.config)
+    if s.tied:
+        return embedding(checkpoint, dtype)
+    made = nn.Module()
+    made.lm_head = nn.Linear(s.hidden, s.vocab, bias=False)
+    _quantize(made, "", checkpoint)
+    made.lm_head.load_weights(weights(checkpoint, "lm_head.", dtype))
+    return made.lm_head
+
+
+def logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
+    """hidden (..., D) -> logits (..., V) through a tied embedding or an untied head."""
+    return head_module.as_linear(hidden) if hasattr(head_module, "as_linear") else head_module(hidden)
+
+
+def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
+    """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it against the budget."""
+    args = model_args(checkpoint.config)
+    made = _model_module(checkpoint.config).Model(args)
+    _quantize(made, "", checkpoint)
+    made.load_weights(weights(checkpoint, "", dtype))
+    made.eval()
+    return made
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The vocabulary head of a resident model, for `logits`."""
+    return model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
+
+
+def head_weight(model: nn.Module) -> mx.array:
+    """The (V, D) matrix that makes logits in a resident, unquantized model."""
+    return model.lm_head.weight if hasattr(model, "lm_head") else model.model.embed_tokens.weight
+
+
+def tokenizer(path: Path) -> Any:
+    """mlx-lm's tokenizer wrapper of a model folder. Foreign code is refused, not asked about."""
+    utils = mlx_lm("utils")
+    try:
+        return utils.load_tokenizer(path, {"trust_remote_code": False})
+    except Exception as error:
+        text = " ".join(str(error).split())[:160]
+        raise MisError(f"{path}: the tokenizer does not open ({text}): copy the tokenizer files again") from None

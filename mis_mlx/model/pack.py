@@ -1,0 +1,82 @@
+"""Write a model's weights in MLX's affine 4-bit format, one tensor at a time. Every matrix, or an error.
+
+mlx-lm leaves a matrix unquantized without a word when its input size does not divide by the group; here
+that is a sentence with the remedy. Does not recover what rounding costs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mis_mlx.disk import checkpoint as protocol
+from mis_mlx.disk.files import Files
+from mis_mlx.disk.safetensors import Writer, spec_bytes
+from mis_mlx.model import arch, load, slice
+from mis_mlx.types import Checkpoint, MisError
+
+BITS = 4
+EMBED_BITS = 8  # the embedding makes the logits too when it is tied; 4 bits there cost more than all blocks
+
+
+def layout(config: Mapping[str, Any], group_size: int) -> dict[str, tuple[int, int]]:
+    """{module path: (bits, group size)} of every matrix. MisError when one cannot be cut into groups."""
+    plan = {}
+    for name, shape in arch.tensors_of(config).items():
+        if len(shape) != 2:
+            continue
+        if shape[1] % group_size:
+            fits = [g for g in (64, 32) if all(d[1] % g == 0 for d in arch.tensors_of(config).values() if len(d) == 2)]
+            remedy = f"use --q-group-size {fits[0]}" if fits else "prune that axis to a multiple of 32, or --quantize 0"
+            raise MisError(f"{name} has rows of {shape[1]} weights, which {group_size} does not divide: {remedy}")
+        head = name.startswith(("model.embed_tokens", "lm_head"))
+        plan[name.removesuffix(".weight")] = (EMBED_BITS if head else BITS, group_size)
+    return plan
+
+
+def write_quantized(checkpoint: Checkpoint, out: Path, group_size: int, files: Files) -> dict[str, Any]:
+    """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads."""
+    if arch.is_quantized(checkpoint.tensors):
+        raise MisError(f"{checkpoint.path} is quantized already: start from the unquantized model")
+    plan = layout(checkpoint.config, group_size)
+    settings: dict[str, Any] = {"group_size": group_size, "bits": BITS, "mode": "affine"}
+    settings |= {path: {"group_size": g, "bits": b, "mode": "affine"} for path, (b, g) in plan.items() if b != BITS}
+    config = {**checkpoint.config, "quantization": settings, "quantization_config": settings}
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in arch.tensors_of(checkpoint.config).items():
+        path = name.removesuffix(".weight")
+        if path in plan:
+            bits, group = plan[path]
+            specs[name] = ("U32", (shape[0], shape[1] * bits // 32))
+            specs |= {f"{path}.{part}": ("F16", (shape[0], shape[1] // group)) for part in ("scales", "biases")}
+        else:
+            specs[name] = (checkpoint.tensors[name].dtype, shape)
+
+    def fill(folder: Path) -> None:
+        writer = Writer(folder, specs, files)
+        for name in arch.tensors_of(checkpoint.config):
+            path = name.removesuffix(".weight")
+            weight = load.dense(checkpoint, name)
+            if path not in plan:
+                writer.add(name, weight)
+                continue
+            bits, group = plan[path]
+            # Scales are fitted in float32 and stored in float16: bfloat16 scales would cost 3 bits of them.
+            packed, scales, biases = mx.quantize(weight.astype(mx.float32), group_size=group, bits=bits)
+            writer.add(name, packed)
+            writer.add(f"{path}.scales", scales.astype(mx.float16))
+            writer.add(f"{path}.biases", biases.astype(mx.float16))
+            mx.clear_cache()
+        writer.close()
+        files.write(folder / "config.json", json.dumps(config, indent=2).encode())
+        slice.copy_tokenizer(checkpoint.path, folder)
+
+    nbytes = sum(map(spec_bytes, specs.values()))
+    protocol.commit_folder(out, fill, files, nbytes)
+    count = sum(math.prod(s) for s in arch.tensors_of(checkpoint.config).values())
+    return {"bits_per_weight": 8 * nbytes / count, "nbytes": nbytes, "group_size": group_size}

@@ -1,0 +1,123 @@
+"""Write the student's folder: the kept rows and columns of the teacher's tensors, one tensor at a time.
+
+Does not choose what is kept. The result is an ordinary, uniform model folder plus `keep.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mis_mlx.disk import checkpoint as protocol
+from mis_mlx.disk.files import Files
+from mis_mlx.disk.safetensors import Writer, spec_of
+from mis_mlx.model import arch, load
+from mis_mlx.model.config import Shape
+from mis_mlx.types import Checkpoint, Keep, Space
+
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# What makes a folder speak: everything but weights, their index, provenance and foreign code.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer, chat template and generation settings of `source`, into `folder`."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _expand(indices: tuple[int, ...], unit: int) -> mx.array:
+    return mx.array([i * unit + u for i in indices for u in range(unit)], dtype=mx.int32)
+
+
+def _cut(name: str, teacher_layer: int, spaces: Mapping[str, Space], keep: Keep, weight: mx.array) -> mx.array:
+    """The kept part of one teacher tensor: rows where an axis is written, columns where it is read."""
+    for axis, space in spaces.items():
+        kept = keep.kept.get((teacher_layer if axis != "hidden" else -1, axis))
+        if kept is None or len(kept) * space.unit == space.size:
+            continue
+        pattern = name.replace(f".layers.{teacher_layer}.", ".layers.{i}.")
+        if pattern in space.writes or pattern in space.vectors:
+            weight = mx.take(weight, _expand(kept, space.unit), axis=0)
+        elif pattern in space.reads:
+            weight = mx.take(weight, _expand(kept, space.unit), axis=1)
+    return weight
+
+
+def keep_json(keep: Keep) -> dict[str, Any]:
+    """`Keep` as plain JSON: {layers, kept: {"layer/space": indices}, why, report}."""
+    kept = {f"{layer}/{space}": list(indices) for (layer, space), indices in keep.kept.items()}
+    return {"layers": list(keep.layers), "kept": kept, "why": keep.why, "report": dict(keep.report)}
+
+
+def write_student(teacher: Checkpoint, shape: Shape, keep: Keep, out: Path, dtype: str, files: Files) -> None:
+    """Commit the pruned model to the new folder `out`. Memory: the largest tensor, twice."""
+    config = arch.student_config(teacher.config, shape, keep.layers, dtype)
+    tensors = arch.tensors_of(config)
+    spaces = arch.spaces(teacher.config)
+    specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in tensors.items()}
+
+    def fill(folder: Path) -> None:
+        writer = Writer(folder, specs, files)
+        for name in tensors:
+            layer, source = -1, name
+            if name.startswith("model.layers."):
+                number, rest = name.removeprefix("model.layers.").split(".", 1)
+                layer = keep.layers[int(number)]
+                source = f"model.layers.{layer}.{rest}"
+            cut = _cut(source, layer, spaces, keep, load.dense(teacher, source))
+            writer.add(name, cut.astype(load.DTYPES[dtype]))
+            mx.clear_cache()
+        writer.close()
+        files.write(folder / "config.json", json.dumps(config, indent=2).encode())
+        files.write(folder / "keep.json", json.dumps(keep_json(keep)).encode())
+        copy_tokenizer(teacher.path, folder)
+
+    protocol.commit_folder(out, fill, files, arch.params(config) * SIZES[dtype])
+
+
+def write_model(
+    config: Mapping[str, Any],
+    arrays: Mapping[str, mx.array],
+    source: Path,
+    out: Path,
+    dtype: str,
+    files: Files,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Commit resident weights to the new folder `out`, cast to `dtype` ('' keeps each array's own type).
+
+    Tokenizer files come from `source`; `extra` files are written as JSON, by name.
+    """
+    sizes = {n: a.nbytes if not dtype else a.size * SIZES[dtype] for n, a in arrays.items()}
+
+    def fill(folder: Path) -> None:
+        specs = {n: (SAFETENSORS_NAMES[dtype], a.shape) if dtype else spec_of(a) for n, a in arrays.items()}
+        writer = Writer(folder, specs, files)
+        for name, array in arrays.items():
+            writer.add(name, array.astype(load.DTYPES[dtype]) if dtype else array)
+        writer.close()
+        files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
+        for name, value in (extra or {}).items():
+            files.write(folder / name, json.dumps(value).encode())
+        copy_tokenizer(source, folder)
+
+    protocol.commit_folder(out, fill, files, sum(sizes.values()))

@@ -1,0 +1,55 @@
+"""Generate with mlx-lm: open a folder as any user would, and time each token.
+
+Does not format results. Models run in the type this device is quick in (float32 on a CPU).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from mis_mlx.model import load
+from mis_mlx.types import MisError
+
+
+def open_model(folder: Path) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) by stock `mlx_lm.load` of a folder that passed our gate; floats in the quick type."""
+    load.open_checkpoint(folder)
+    model, tokenizer = load.mlx_lm("utils").load(str(folder), tokenizer_config={"trust_remote_code": False})
+    dtype = load.compute_dtype()
+    model.update(tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))
+    return model, tokenizer
+
+
+def prompt_ids(tokenizer: Any, text: str, count: int) -> mx.array:
+    """The first `count` token ids of `text`, repeated if it is too short: (count,)."""
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise MisError("the tokenizer makes no tokens of plain English text: it is broken, copy it again")
+    return mx.array((ids * (count // len(ids) + 1))[:count])
+
+
+def token_times(model: nn.Module, ids: mx.array, count: int) -> list[float]:
+    """Seconds on one clock: [start, first token, second token, ...]; greedy, never stops at the end token."""
+    generate_step = load.mlx_lm("generate").generate_step
+    stamps = [time.perf_counter()]
+    for token, _ in generate_step(ids, model, max_tokens=count):
+        int(token)
+        stamps.append(time.perf_counter())
+    return stamps
+
+
+def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> str:
+    """Greedy text after `prompt`, at most `count` tokens, stopping at the end token."""
+    generate_step = load.mlx_lm("generate").generate_step
+    out = []
+    for token, _ in generate_step(mx.array(tokenizer.encode(prompt)), model, max_tokens=count):
+        if int(token) in tokenizer.eos_token_ids:
+            break
+        out.append(int(token))
+    return tokenizer.decode(out)

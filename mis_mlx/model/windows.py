@@ -1,0 +1,58 @@
+"""Token windows of a data source for one tokenizer: train, and held-out sets that share nothing with it.
+
+Does not know what is done with the windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mis_mlx.disk import text
+from mis_mlx.model import load
+
+MIS_SHARE = 1 / 8  # of the built-in training windows: Polish enough to matter, English enough to measure
+
+
+@dataclass(frozen=True)
+class Data:
+    """Windows to train on, held-out windows by name (the first is the main one), and what was done, in words."""
+
+    train: text.Windows
+    held_out: dict[str, text.Windows]
+    notes: tuple[str, ...]
+
+
+def _joined(a: text.Windows, b: text.Windows) -> text.Windows:
+    return text.Windows(np.concatenate([a.tokens, b.tokens]), np.concatenate([a.learn, b.learn]))
+
+
+def prepare(data: str | None, tokenizer_folder: Path, length: int) -> Data:
+    """Read, tokenize, pack into windows of `length` tokens. Held-out windows that overlap training are removed.
+
+    data None: Python's manual (English) with one part in eight of Polish Miś texts; both are held out, the
+    English first. The Polish splits share sentence templates by design, so there overlap is not removed.
+    """
+    tokenizer = load.tokenizer(tokenizer_folder)
+
+    def windows(rows: tuple[dict, ...]) -> text.Windows:
+        return text.windows(text.tokenize(rows, tokenizer), length)
+
+    texts = text.load(data)
+    train, test = windows(texts.train), windows(texts.test)
+    test, removed = text.without_overlap(test, train)
+    notes = [
+        *texts.notes,
+        f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out; "
+        f"{removed} more held-out windows shared 32 tokens in a row with training and were removed",
+    ]
+    if data is not None:
+        return Data(train, {"held-out": test}, tuple(notes))
+    polish = text.load("mis")
+    extra = windows(polish.train)
+    count = min(len(extra.tokens), round(len(train.tokens) * MIS_SHARE / (1 - MIS_SHARE)))
+    train = _joined(train, text.Windows(extra.tokens[:count], extra.learn[:count]))
+    notes += [*polish.notes, f"{count} of the training windows are Polish"]
+    return Data(train, {"English": test, "Polish": windows(polish.test)}, tuple(notes))

@@ -1,0 +1,190 @@
+"""Prune a model: drop blocks, FFN neurons, heads or hidden channels by an importance that knows the weather."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.disk.files import Files
+from mis_mlx.maths import importance
+from mis_mlx.maths.importance import Statistics
+from mis_mlx.model import arch, calibrate, load, slice, teacher, windows
+from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.types import Checkpoint, Keep, MisError, Reading
+
+Scenario = Literal["goral", "baca", "halny", "juhas", "zbojnik", "none"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What to prune and how to judge: shared by `prune` and `distill`."""
+
+    scenario: Scenario = "goral"
+    """table 1 of the paper, as ratios: goral (layers, FFN), baca (hidden), halny (FFN), juhas (layers), zbojnik"""
+    layers: int | None = None
+    """keep this many layers"""
+    ffn: int | None = None
+    """keep this many FFN neurons a layer"""
+    heads: int | None = None
+    """keep this many query heads"""
+    hidden: int | None = None
+    """keep this many hidden channels"""
+    importance: Literal["aais", "activation", "random"] = "aais"
+    """how channels are ranked"""
+    target: Literal["fixed", "conditions"] = "fixed"
+    """fixed: exact sizes; conditions: FFN size by eq. (1)'s threshold at the measured air and altitude"""
+    temperature_unit: Literal["kelvin", "celsius"] = "kelvin"
+    """unit of T_env in AAIS; celsius is the paper to the letter and refuses 0 and below"""
+    temperature_c: float | None = None
+    """air temperature by hand, °C"""
+    altitude_m: float | None = None
+    """metres above sea level by hand"""
+
+
+@dataclass(frozen=True)
+class Settings(Cut):
+    """Prune only; `distill` does this and the rest."""
+
+    model: str | None = None
+    """folder or hub id of the model to prune; default: SmolLM2-135M-Instruct"""
+    mlx_path: str = "pruned"
+    """folder to write"""
+    data: str | None = None
+    """calibration text: a folder with train.jsonl, or a hub data set; default: built in"""
+    num_samples: int = 32
+    """calibration windows"""
+    max_seq_length: int = 256
+    """tokens in a window"""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """type of the weights written"""
+    seed: int = 0
+    config: cli.ConfigFile = None
+    """YAML file with any of these flags"""
+
+
+def given_reading(cut: Cut) -> Reading | None:
+    """Air and altitude as typed by the user: labelled `given`, never `measured`."""
+    if cut.temperature_c is None and cut.altitude_m is None:
+        return None
+    sources = {"ambient_c": "given"} if cut.temperature_c is not None else {}
+    if cut.altitude_m is not None:
+        if cut.altitude_m <= 0:
+            raise MisError(f"--altitude-m {cut.altitude_m:g} divides eq. (1) and must be above 0: give metres")
+        sources["altitude_m"] = "given"
+    return Reading(0.0, ambient_c=cut.temperature_c, altitude_m=cut.altitude_m, sources=sources)
+
+
+def choose(config: dict[str, Any], statistics: Statistics, cut: Cut, seed: int) -> tuple[Shape, Keep]:
+    """The student's shape and who stays, with a report of how AAIS and plain importance differ."""
+    shape = arch.target_shape(
+        config, arch.SCENARIOS.get(cut.scenario, {}), layers=cut.layers, ffn=cut.ffn, heads=cut.heads, hidden=cut.hidden
+    )
+    before = shape_of(config)
+    layers = importance.lowest_blocks(statistics.block, shape.layers)
+    weather = cut.importance == "aais" and statistics.measured and statistics.altitude_m is not None
+    altitude = statistics.altitude_m or 1.0
+    if cut.target == "conditions":
+        if not weather:
+            raise MisError(
+                "--target conditions needs T_env and altitude, one is missing: add --temperature-c and "
+                "--altitude-m, or use --target fixed"
+            )
+        sums = [statistics.ffn[i] for i in layers]
+        size = importance.conditions_size(sums, shape.ffn, arch.FFN_MULTIPLE, altitude, cut.temperature_unit)
+        shape = arch.target_shape(config, {}, layers=shape.layers, ffn=size, heads=shape.heads, hidden=shape.hidden)
+    random = np.random.default_rng(seed)
+
+    def scores(sums: importance.Sums) -> np.ndarray:
+        if cut.importance == "random":
+            return random.random(len(sums.plain))
+        return importance.aais(sums, altitude) if weather else importance.activation(sums)
+
+    kept: dict[tuple[int, str], tuple[int, ...]] = {}
+    differ = total = 0
+    for i in layers:
+        if shape.ffn < before.ffn:
+            kept[i, "ffn"] = importance.top(scores(statistics.ffn[i]), shape.ffn)
+            plain = set(importance.top(importance.activation(statistics.ffn[i]), shape.ffn))
+            differ, total = differ + len(set(kept[i, "ffn"]) - plain), total + shape.ffn
+        if shape.heads < before.heads:
+            kept[i, "heads"] = importance.top_in_groups(scores(statistics.heads[i]), before.kv_heads, shape.heads)
+    if shape.hidden < before.hidden and statistics.hidden is not None:
+        kept[-1, "hidden"] = importance.top(scores(statistics.hidden), shape.hidden)
+    used = cut.importance if cut.importance != "aais" or weather else "activation (no T_env or altitude known)"
+    air = statistics.ambient_c
+    report = {
+        "importance": used,
+        "scenario": cut.scenario,
+        "target": cut.target,
+        "channels_differing_from_plain": differ,
+        "channels_kept": total,
+        "ambient_c": [min(air), max(air)] if air else None,
+        "altitude_m": statistics.altitude_m,
+        "block_importance": {str(i): round(v, 6) for i, v in statistics.block.items()},
+    }
+    return shape, Keep(layers, kept, used, report)
+
+
+def prune(
+    checkpoint: Checkpoint,
+    batches: Sequence[mx.array],
+    out: Path,
+    cut: Cut,
+    *,
+    dtype: str,
+    seed: int,
+    reading: Callable[[], Reading | None],
+    files: Files,
+) -> dict[str, Any]:
+    """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line."""
+    arch.target_shape(
+        checkpoint.config,
+        arch.SCENARIOS.get(cut.scenario, {}),
+        layers=cut.layers,
+        ffn=cut.ffn,
+        heads=cut.heads,
+        hidden=cut.hidden,
+    )  # refuses before the pass, not after
+    if cut.temperature_unit == "celsius":
+        importance.weight_of(reading(), cut.temperature_unit)
+    statistics, _ = calibrate.calibrate(checkpoint, batches, load.compute_dtype(), reading, cut.temperature_unit)
+    shape, keep = choose(dict(checkpoint.config), statistics, cut, seed)
+    slice.write_student(checkpoint, shape, keep, out, dtype, files)
+    config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
+    return {
+        "params_before": arch.params(checkpoint.config),
+        "params": arch.params(config),
+        "shape": str(shape),
+        **{k: v for k, v in keep.report.items() if k != "block_importance"},
+    }
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: find the model, read the text, prune."""
+    found = teacher.find(settings.model)
+    cli.say(f"model: {found.source}")
+    checkpoint = load.open_checkpoint(found.path)
+    data = windows.prepare(settings.data, found.path, settings.max_seq_length)
+    given = given_reading(settings)
+    report = prune(
+        checkpoint,
+        [mx.array(w[None]) for w in data.train.tokens[: settings.num_samples]],
+        Path(settings.mlx_path),
+        settings,
+        dtype=settings.dtype,
+        seed=settings.seed,
+        reading=lambda: given,
+        files=Files(),
+    )
+    cli.say(f"{report['params_before'] / 1e6:.1f}M -> {report['params'] / 1e6:.1f}M parameters: {report['shape']}")
+    return {"model": str(found.path), "mlx_path": settings.mlx_path, **report}
+
+
+if __name__ == "__main__":
+    cli.main(Settings, run)

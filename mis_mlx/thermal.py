@@ -1,0 +1,281 @@
+"""Watch, record and replay temperatures, or ask the doctor what this machine can measure.
+
+Does not know what the temperatures are used for, except that AAIS wants the air's.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from mis_mlx import cli
+from mis_mlx.machine.altitude import find_altitude
+from mis_mlx.machine.ambient import t_env_kind
+from mis_mlx.machine.clock import Clock
+from mis_mlx.machine.governor import Decision, Mode, governor_for
+from mis_mlx.machine.replay import Header, Recorder
+from mis_mlx.machine.sensors import Live, Monitor, open_monitor
+from mis_mlx.machine.tea import TeaBreaks, after_step
+from mis_mlx.machine.thermometers import gauge_celsius
+from mis_mlx.types import MisError, Reading
+
+SHOWN = {
+    "die_c": ("die", "°C"),
+    "battery_c": ("battery", "°C"),
+    "ambient_c": ("air outside", "°C"),
+    "pressure_level": ("thermal pressure", ""),
+    "power_w": ("power", "W"),
+    "battery_percent": ("charge", "%"),
+    "plugged": ("plugged in", ""),
+    "altitude_m": ("height", "m above sea level"),
+}
+BARS = "▁▂▃▄▅▆▇█"
+SPARK_LOOKS = 60
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Live table of all temperatures; stop it with Ctrl-C."""
+
+    seconds: float | None = None
+    """Stop after so many seconds."""
+    thermal_replay: Path | None = None
+    """Show this recording instead, without waiting."""
+    ambient_c: float | None = None
+    """What your own thermometer says, °C."""
+    altitude_m: float | None = None
+    """Metres above sea level, if not in ~/.config/mis_mlx.toml."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Write raw readings to FILE (JSON lines) until Ctrl-C; any command takes it as --thermal-replay FILE."""
+
+    file: tyro.conf.Positional[Path]
+    seconds: float | None = None
+    """Stop after so many seconds."""
+    every_s: float = 1.0
+    """Seconds between looks."""
+    altitude_m: float | None = None
+    """Metres above sea level, if not in ~/.config/mis_mlx.toml; goes into the recording."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Show what the governor would have done with the recording FILE, one JSON line a change of mind."""
+
+    file: tyro.conf.Positional[Path]
+    mode: Mode = "steady"
+    """The governor's mode."""
+    step_s: float = 1.0
+    """Seconds a step of the imagined training takes."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say in plain words what this machine offers, what is missing, and whether AAIS has a measured T_env."""
+
+    thermal_replay: Path | None = None
+    """Examine this recording instead."""
+    ambient_c: float | None = None
+    """What your own thermometer says, °C."""
+    altitude_m: float | None = None
+    """Metres above sea level, if not in ~/.config/mis_mlx.toml."""
+
+
+def run(settings: Watch | Record | Replay | Doctor) -> dict[str, Any]:
+    """What the chosen command found, as JSON allows it."""
+    if isinstance(settings, Watch):
+        return watch(settings)
+    if isinstance(settings, Record):
+        return record(settings)
+    if isinstance(settings, Replay):
+        return replay_decisions(settings)
+    return doctor(settings)
+
+
+def watch(settings: Watch) -> dict[str, Any]:
+    """Show a table until time is up; returns the last reading."""
+    from rich.console import Console
+    from rich.live import Live as LiveTable
+
+    clock = Clock()
+    until_s = clock.monotonic() + settings.seconds if settings.seconds is not None else float("inf")
+    with (
+        _open(settings) as monitor,
+        LiveTable(console=Console(stderr=True), auto_refresh=False, transient=False) as shown,
+    ):
+        reading = monitor.reading()
+        try:
+            while True:
+                shown.update(_table(reading, monitor), refresh=True)
+                if monitor.ended or clock.monotonic() >= until_s:
+                    break
+                if not monitor.replayed:
+                    clock.sleep(1.0)
+                reading = monitor.reading()
+        except KeyboardInterrupt:
+            pass  # the way to end a watch
+        return {"reading": asdict(reading), "reasons": dict(monitor.reasons), "looks": len(monitor.history())}
+
+
+def record(settings: Record) -> dict[str, Any]:
+    """Write a recording; every line is whole whenever it ends."""
+    if settings.every_s <= 0:
+        raise MisError(f"--every-s {settings.every_s} is not above 0: give the seconds between two looks")
+    clock = Clock()
+    source = Live(clock)
+    altitude_m, _ = find_altitude(settings.altitude_m, Header())
+    start_s, looks = clock.monotonic(), 0
+    try:
+        with Recorder(settings.file, replace(source.header, altitude_m=altitude_m)) as recorder:
+            try:
+                while settings.seconds is None or clock.monotonic() - start_s <= settings.seconds:
+                    recorder.add(source.look())
+                    looks += 1
+                    clock.sleep(start_s + looks * settings.every_s - clock.monotonic())
+            except KeyboardInterrupt:
+                pass  # the way to end a recording
+    finally:
+        source.close()
+    return {"file": str(settings.file), "looks": looks, "seconds": round(clock.monotonic() - start_s, 1)}
+
+
+def replay_decisions(settings: Replay) -> dict[str, Any]:
+    """Feed a recording to the governor in virtual time; returns its tea breaks."""
+    if not 0 < settings.step_s < float("inf"):
+        raise MisError(f"--step-s {settings.step_s} is not above 0: give the seconds of a step")
+    breaks, steps, action = TeaBreaks(), 0, ""
+    with open_monitor(replay=settings.file) as monitor:
+        governor = governor_for(settings.mode, monitor.reading(), monitor.reasons, apple=False)
+        if governor.blind:
+            cli.say(f"no die temperature in the first look ({monitor.reasons['die_c']}): only power is governed")
+        while not monitor.ended and action != "stop":
+            monitor.clock.sleep(settings.step_s)
+            steps += 1
+            for decision in after_step(monitor, governor, breaks, settings.step_s):
+                if decision.action != action:
+                    print(_decision_line(decision, monitor.history(0.0)[-1]))
+                action = decision.action
+        seconds = monitor.clock.monotonic()
+    return {
+        "file": str(settings.file),
+        "seconds": round(seconds, 1),
+        "steps": steps,
+        "end": action,
+        **breaks.as_json(),
+    }
+
+
+def doctor(settings: Doctor) -> dict[str, Any]:
+    """Print the findings, one a line; returns them."""
+    with _open(settings) as monitor:
+        began = time.perf_counter()
+        reading = monitor.look()
+        look_s = time.perf_counter() - began
+        lines = [*_machine_lines(monitor, look_s), *_value_lines(reading, monitor), *_aais_lines(reading)]
+        header = monitor.source.header
+        reasons = dict(monitor.reasons)
+    print("\n".join(lines))
+    return {
+        "model": header.model,
+        "chip": header.chip,
+        "build": header.build,
+        "look_ms": round(1000 * look_s, 1),
+        "t_env": t_env_kind(reading),
+        "reading": asdict(reading),
+        "reasons": reasons,
+    }
+
+
+def sparkline(values: Sequence[float | None]) -> str:
+    """One block a value, from the lowest to the highest; a gap where nothing was measured."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, span = min(known), max(max(known) - min(known), 1.0)  # at least 1 °C high: noise stays flat
+    top = len(BARS) - 1
+    return "".join(" " if v is None else BARS[round((v - low) / span * top)] for v in values)
+
+
+def _open(settings: Watch | Doctor) -> Monitor:
+    return open_monitor(
+        replay=settings.thermal_replay, given_ambient_c=settings.ambient_c, altitude_m=settings.altitude_m
+    )
+
+
+def _text(name: str, reading: Reading) -> str:
+    value = getattr(reading, name)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    shown = f"{value:.1f}" if isinstance(value, float) else str(value)
+    if name == "ambient_c":
+        shown += f" ± {reading.ambient_sigma_c:.1f}"
+    return f"{shown} {SHOWN[name][1]}".strip()
+
+
+def _table(reading: Reading, monitor: Monitor) -> Any:
+    from rich.table import Table
+
+    table = Table("", "now", "from", f"last {SPARK_LOOKS} looks")
+    past = monitor.history()[-SPARK_LOOKS:]
+    for name, (label, _) in SHOWN.items():
+        if getattr(reading, name) is None:
+            table.add_row(label, "–", monitor.reasons.get(name, ""), "")
+            continue
+        line = sparkline([getattr(p, name) for p in past]) if name.endswith(("_c", "_w")) else ""
+        table.add_row(label, _text(name, reading), reading.sources[name], line)
+    return table
+
+
+def _decision_line(decision: Decision, reading: Reading) -> str:
+    seen = {"time_s": reading.time_s, "die_c": reading.die_c, "ambient_c": reading.ambient_c}
+    return json.dumps({**seen, **asdict(decision)}, ensure_ascii=False, allow_nan=False)
+
+
+def _machine_lines(monitor: Monitor, look_s: float) -> list[str]:
+    header, values = monitor.source.header, monitor.values
+    what = "recording from" if monitor.replayed else "this machine:"
+    lines = [f"{what} {header.model or 'unknown model'}, {header.chip or 'unknown chip'}, {header.build or '?'}"]
+    if isinstance(monitor.source, Live):
+        lines.append(f"one look takes {1000 * look_s:.0f} ms; a look a second needs no root")
+        apple = monitor.source.apple
+        for name, mechanism in (("IOHID", "hid"), ("SMC", "smc"), ("thermal pressure", "pressure")):
+            if apple is not None and getattr(apple, mechanism) is None:
+                lines.append(f"missing: {name}")
+    gauge = monitor.raw.ioreg.get("Temperature")
+    if gauge is not None and values.battery_c is not None:
+        apart = abs(gauge_celsius(gauge, values.battery_c) - values.battery_c)
+        agrees = "agrees" if apart < 3.0 else "does NOT agree"
+        lines.append(f"battery gauge of ioreg {agrees} with the sensor ({apart:.1f} °C apart)")
+    return lines
+
+
+def _value_lines(reading: Reading, monitor: Monitor) -> list[str]:
+    lines = []
+    for name, (label, _) in SHOWN.items():
+        if getattr(reading, name) is None:
+            lines.append(f"missing: {label}: {monitor.reasons.get(name, 'not measured')}")
+        else:
+            lines.append(f"{label}: {_text(name, reading)} from {reading.sources[name]}")
+    return lines
+
+
+def _aais_lines(reading: Reading) -> list[str]:
+    kind = t_env_kind(reading)
+    if kind == "none":
+        text = "AAIS has no T_env: it is plain importance here; give --ambient-c or let the machine rest 90 min"
+    else:
+        text = f"AAIS has a {kind} T_env: {_text('ambient_c', reading)} ({reading.sources['ambient_c']})"
+    height = "" if reading.altitude_m is not None else "; it has no altitude: give --altitude-m"
+    return [text + height]
+
+
+if __name__ == "__main__":
+    cli.main(Watch | Record | Replay | Doctor, run)

@@ -1,0 +1,154 @@
+"""The handful of frozen dataclasses that everything passes along.
+
+Knows nothing of MLX, files or models: only names, shapes and units.
+
+Axis letters used in every docstring:
+    B sequences in a batch      T tokens in a sequence     V vocabulary
+    D hidden size               F FFN neurons              H query heads     K kv heads
+    L layers (blocks)           N windows of held-out text
+Units are in the names: `_bytes`, `_s` (seconds), `_c` (degrees Celsius), `_m` (metres above sea level).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+class MisError(Exception):
+    """Something the user can mend: one sentence that says what (both numbers), where, what to do."""
+
+
+def gib(nbytes: float) -> str:
+    """`nbytes` for people: '5.00 GiB', '612 MiB', '3 KiB'."""
+    for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 0), ("KiB", 2**10, 0)):
+        if nbytes >= size:
+            return f"{nbytes / size:.{digits}f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+@dataclass(frozen=True)
+class TensorAt:
+    """Where one tensor lies on disk. `offset` counts from the start of the file, in bytes."""
+
+    file: Path
+    dtype: str  # as safetensors spells it: "F32", "BF16", "U32" ...
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder that passed the gate: its config and where its tensors lie. Holds no weights."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorAt]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory the user allows this process to take."""
+
+    limit_bytes: int
+
+    def need(self, nbytes: int, what: str, remedy: str) -> None:
+        """Refuse before work starts when `what` needs more than the budget."""
+        if nbytes > self.limit_bytes:
+            raise MisError(f"{what} needs {gib(nbytes)}, the budget is {gib(self.limit_bytes)}: {remedy}")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One look at the thermometers. `None` = not measured; `sources` says where each value came from."""
+
+    time_s: float
+    die_c: float | None = None
+    battery_c: float | None = None
+    ambient_c: float | None = None
+    ambient_sigma_c: float | None = None
+    pressure_level: int | None = None  # thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping
+    power_w: float | None = None
+    battery_percent: float | None = None
+    plugged: bool | None = None
+    altitude_m: float | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Space:
+    """One axis that can shrink: which weights write it, which read it.
+
+    `writes` have the axis as rows (axis 0), `reads` as columns (axis 1), `vectors` as their only axis.
+    Names carry `{i}` where the layer number goes. `unit` indices belong together and go together
+    (1 FFN neuron; head_dim rows of one query head).
+    """
+
+    name: str  # "ffn", "heads", "hidden", "layers"
+    size: int
+    unit: int
+    writes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a pruning keeps, and why; saved beside the model as `keep.json`.
+
+    `layers`: teacher layers kept, in order. `kept[(layer, space)]`: sorted indices kept in that teacher
+    layer; `kept[(-1, "hidden")]` for the residual stream, which all layers share.
+    """
+
+    layers: tuple[int, ...]
+    kept: Mapping[tuple[int, str], tuple[int, ...]]
+    why: str
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids (B, T) int32 and learn mask (B, T) float32: 1 where the prediction made there counts."""
+
+    tokens: Any
+    learn: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, as the loop yields it. `loss` in nats per token, before eq. (2)'s factor."""
+
+    number: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    note: str = ""
+    reading: Reading | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of a table: `value` with its 95 % interval [`low`, `high`] over `n` windows or questions."""
+
+    model: str
+    metric: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+Rows = Sequence[Row]

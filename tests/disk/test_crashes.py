@@ -1,0 +1,240 @@
+"""What survives a killed process, a full disk and a power cut: real ones, the last by a model."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.disk.checkpoint import load_arrays, newest, save_step
+from mis_mlx.disk.files import Files
+
+TRAINER = """
+import itertools, pathlib, sys
+import mlx.core as mx
+from mis_mlx.disk.checkpoint import lock, newest, save_step
+from mis_mlx.disk.files import DISK
+run = pathlib.Path(sys.argv[1])
+with lock(run):
+    saved = newest(run / "steps")
+    for n in itertools.count(saved.number + 1 if saved else 1):
+        arrays = {k: {"w": mx.full((size,), n % 256, dtype=mx.uint8)} for k, size in (("model", 3 << 18), ("optimizer", 3))}
+        save_step(run / "steps", n, arrays, {"step": n}, DISK)
+        print(n, flush=True)
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(150, marks=pytest.mark.slow)])
+def test_a_killed_run_continues_from_its_last_acknowledged_step(tmp_path: Path, kills: int) -> None:
+    """SIGKILL at random moments: what comes back is whole and never older than the last step printed."""
+    rng = random.Random(1)
+    last = 0
+    for _ in range(kills):
+        child = subprocess.Popen([sys.executable, "-c", TRAINER, tmp_path], stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        child.stdout.readline()  # it has begun
+        time.sleep(rng.random() * 0.1)
+        child.kill()
+        printed = [int(line) for line in child.communicate()[0].splitlines()]
+        saved = newest(tmp_path / "steps")
+        assert saved is not None and saved.number >= max([last + 1, *printed]) and saved.notes == ()
+        assert saved.state == {"step": saved.number}
+        w = load_arrays(saved, "model")["w"]
+        assert w.size == 3 << 18 and mx.all(w == saved.number % 256).item()
+        last = saved.number
+
+
+LIMITED = """
+import pathlib, resource, sys
+import mlx.core as mx
+from mis_mlx.disk.checkpoint import save_step
+from mis_mlx.disk.files import DISK
+from mis_mlx.types import MisError
+steps = pathlib.Path(sys.argv[1])
+save_step(steps, 1, {"model": {"w": mx.ones(1000)}}, {}, DISK)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_step(steps, 2, {"model": {"w": mx.ones(100_000)}}, {}, DISK)
+except MisError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_does_not_fit_leaves_the_step_before(tmp_path: Path) -> None:
+    """The kernel itself refuses in the middle of a file: one sentence, no half step, step 1 whole."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (
+        f"The disk does not take files this large in {tmp_path}: the checkpoint was not saved; "
+        "free some and start again with --resume; the last good step is 1\n"
+    )
+    assert os.listdir(tmp_path) == ["step-00000001"]
+    saved = newest(tmp_path)
+    assert saved is not None and load_arrays(saved, "model")["w"].tolist() == [1.0] * 1000
+
+
+# A pessimistic model of a power cut, for any file system: bytes that were not fsynced may be absent, partly
+# there or zeros; a folder entry (made, renamed, removed) that was not fsynced may have happened or not.
+
+Operation = tuple[str, Path, Any]
+
+
+class Recorder(Files):
+    """The real disk, writing down what is done to it; `forgets` files or folders when told to fsync them."""
+
+    def __init__(self, forgets: str = ""):
+        self.trace: list[Operation] = []
+        self.forgets = forgets
+
+    def mkdir(self, path: Path) -> None:
+        self.trace.append(("mkdir", path, None))
+        super().mkdir(path)
+
+    def write(self, path: Path, data: Any) -> None:
+        self.trace.append(("write", path, bytes(data)))
+        super().write(path, data)
+
+    def extend(self, path: Path, data: Any) -> None:
+        self.trace.append(("extend", path, bytes(data)))
+        super().extend(path, data)
+
+    def fsync(self, path: Path) -> None:
+        kind = "folder" if path.is_dir() else "file"
+        if kind != self.forgets:
+            self.trace.append((f"fsync {kind}", path, None))
+
+    def rename(self, source: Path, target: Path) -> None:
+        self.trace.append(("rename", source, target))
+        super().rename(source, target)
+
+    def remove_tree(self, path: Path) -> None:
+        self.trace.append(("remove", path, None))
+        super().remove_tree(path)
+
+
+class Drive:
+    """What is known of a drive: what each file holds, how much of it is durable, and which names exist."""
+
+    def __init__(self) -> None:
+        self.content: list[bytes | None] = []  # None: a folder
+        self.durable_bytes: dict[int, int] = {}
+        self.seen: dict[Path, int] = {}  # names as the running system sees them
+        self.durable: dict[Path, int] = {}  # names that a power cut leaves
+        self.pending: list[Operation] = []  # what was done to names and is not durable yet
+
+    def do(self, operation: Operation) -> None:
+        kind, path, extra = operation
+        if kind in ("mkdir", "write"):
+            self.content.append(extra)
+            self._name(("add", path, len(self.content) - 1))
+        elif kind == "extend":
+            self.content[self.seen[path]] = (self.content[self.seen[path]] or b"") + extra
+        elif kind == "fsync file":
+            self.durable_bytes[self.seen[path]] = len(self.content[self.seen[path]] or b"")
+        elif kind == "fsync folder":
+            here = [p for p in self.pending if path in (p[1].parent, p[0] == "rename" and p[2].parent)]
+            for change in here:
+                apply(self.durable, change)
+                self.pending.remove(change)
+        else:
+            self._name(operation)
+
+    def _name(self, change: Operation) -> None:
+        apply(self.seen, change)
+        self.pending.append(change)
+
+    def after_cut(self, rng: random.Random, root: Path, out: Path) -> None:
+        """Make below `out` one of the states in which the cut may have left what was below `root`."""
+        names = dict(self.durable)
+        journalled = rng.random() < 0.5  # names change in order, up to some point; else any of them
+        point = rng.randrange(len(self.pending) + 1)
+        for i, change in enumerate(self.pending):
+            if i < point if journalled else rng.random() < 0.5:
+                apply(names, change)
+        for path in sorted(names, key=lambda p: len(p.parts)):
+            target, data = out / path.relative_to(root), self.content[names[path]]
+            if not target.parent.is_dir():
+                continue
+            if data is None:
+                target.mkdir()
+            else:
+                target.write_bytes(self._bytes_left(names[path], data, rng))
+
+    def _bytes_left(self, file: int, data: bytes, rng: random.Random) -> bytes:
+        safe = self.durable_bytes.get(file, 0)
+        kept = rng.randrange(safe, len(data) + 1)
+        fate = rng.choice(["absent", "partial", "zeros", "all"])
+        return {
+            "absent": data[:safe],
+            "partial": data[:kept],
+            "zeros": data[:kept] + bytes(len(data) - kept),
+            "all": data,
+        }[fate]
+
+
+def apply(names: dict[Path, int], change: Operation) -> None:
+    """Add, rename or remove a name with all that is below it."""
+    kind, path, extra = change
+    if kind == "add":
+        names[path] = extra
+        return
+    for old in [p for p in names if p == path or path in p.parents]:
+        file = names.pop(old)
+        if kind == "rename":
+            names[extra / old.relative_to(path)] = file
+
+
+def lost_in_power_cuts(tmp_path: Path, cuts: int, forgets: str = "") -> int:
+    """Save five steps, cut the power `cuts` times; how often an acknowledged step did not come back.
+
+    Asserts that whatever does come back has exactly the bytes that were saved.
+    """
+    root = tmp_path / "root"
+    root.mkdir()
+    files = Recorder(forgets)
+    saved_bytes: dict[int, dict[str, bytes]] = {}
+    acknowledged_at: list[int] = []
+    for n in range(1, 6):
+        arrays = {
+            "model": {"w": mx.full((700,), n), "v": mx.full((9,), n)},
+            "optimizer": {"m": mx.full((500,), n)},
+        }
+        path = save_step(root, n, arrays, {"step": n}, files)
+        acknowledged_at.append(len(files.trace))
+        saved_bytes[n] = {p.name: p.read_bytes() for p in path.iterdir()}
+    rng = random.Random(0)
+    lost = 0
+    for number in range(cuts):
+        moment = rng.randrange(len(files.trace) + 1)
+        drive = Drive()
+        for operation in itertools.islice(files.trace, moment):
+            drive.do(operation)
+        out = tmp_path / f"cut-{number}"
+        out.mkdir()
+        drive.after_cut(rng, root, out)
+        found = newest(out)
+        if found is not None:
+            assert {p.name: p.read_bytes() for p in found.path.iterdir()} == saved_bytes[found.number]
+        lost += (found.number if found else 0) < sum(at <= moment for at in acknowledged_at)
+    return lost
+
+
+@pytest.mark.parametrize("cuts", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_no_power_cut_loses_an_acknowledged_step(tmp_path: Path, cuts: int) -> None:
+    """At any moment of five saves: the last acknowledged step or a newer one is there, every byte right."""
+    assert lost_in_power_cuts(tmp_path, cuts) == 0
+
+
+@pytest.mark.parametrize("forgets", ["file", "folder"])
+def test_the_power_cut_test_has_teeth(tmp_path: Path, forgets: str) -> None:
+    """Without the fsync of files, or of folders, it finds lost steps (but never wrong bytes)."""
+    assert lost_in_power_cuts(tmp_path, 200, forgets) > 20

@@ -1,0 +1,156 @@
+"""The Miś texts: the same for ever, all different, and their sums, times and word forms are right."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+
+from mis_mlx.disk.mis_texts import documents
+from mis_mlx.disk.mis_texts_stories import STORIES
+from mis_mlx.disk.polish import FORMS, Count
+
+NUMBER = r"\d+(?:,\d\d)?"
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """300 documents, 60 of each kind."""
+    return documents(seed=0, count=300)
+
+
+def _value(expression: str) -> Fraction:
+    """The value of a working such as "3 · 12,50 zł − 4 : 2", exactly."""
+    plain = expression.replace(" zł", "").replace(",", ".")
+    plain = plain.translate(str.maketrans({"·": "*", ":": "/", "−": "-"}))
+    assert re.fullmatch(r"[0-9.+\-*/ ]+", plain), expression
+    return Fraction(eval(re.sub(r"[0-9.]+", r"Fraction('\g<0>')", plain), {"Fraction": Fraction}))
+
+
+def _minutes(time: str) -> int:
+    hours, minutes = time.split(":")
+    return 60 * int(hours) + int(minutes)
+
+
+def _hits(pattern: str, texts: list[str], at_least: int) -> list[re.Match[str]]:
+    """All matches, and the assurance that there are enough of them for the test to mean something."""
+    found = [match for text in texts for match in re.finditer(pattern, text)]
+    assert len(found) >= at_least
+    return found
+
+
+def test_a_seed_means_the_same_documents_for_ever() -> None:
+    """Pinned under Python 3.11, 3.12 and 3.13."""
+    first = documents(seed=0, count=1)[0]
+    assert (
+        hashlib.sha256(first.encode()).hexdigest()
+        == "64c9c60a4ad72b11984e26a10692ade8372c855142aef15307250e134e9d1b13"
+    )
+
+
+def test_a_document_depends_on_its_place_alone() -> None:
+    """More documents do not change the earlier ones; another seed changes all."""
+    assert documents(3, 40)[:10] == documents(3, 10)
+    assert not set(documents(3, 40)) & set(documents(4, 40))
+
+
+def test_documents_are_different_and_of_the_promised_length(texts: list[str]) -> None:
+    """300 different documents of 600 to 1200 characters, without a placeholder left open."""
+    assert len(set(texts)) == 300
+    assert all(600 <= len(text) <= 1200 for text in texts)
+    assert not re.search(r"[{}]|None", "".join(texts))
+
+
+def test_no_two_documents_are_near_copies(texts: list[str]) -> None:
+    """Of the 32-character spans of two documents of one kind, less than half are shared, 6 % on average."""
+    spans = [{text[at : at + 32] for at in range(len(text) - 31)} for text in texts]
+    for kind in range(5):
+        mine = spans[kind::5]
+        shares = [len(a & b) / len(a | b) for i, a in enumerate(mine) for b in mine[:i]]
+        assert max(shares) < 0.5
+        assert sum(shares) / len(shares) < 0.06
+
+
+def test_train_and_test_share_sentences_but_not_values() -> None:
+    """Spans with three numbers in 32 characters come from drawn values: < 10 % of the test's are in train."""
+
+    def spans(texts: list[str]) -> set[str]:
+        cut = {text[at : at + 32] for text in texts for at in range(len(text) - 31)}
+        return {span for span in cut if len(re.findall(r"\d+", span)) >= 3}
+
+    test = spans(documents(2, 75))
+    assert len(test) > 1000
+    assert len(test & spans(documents(0, 400))) < 0.1 * len(test)
+
+
+def test_every_working_is_right(texts: list[str]) -> None:
+    """ "Rachunek: a · b + c = d.": the left side, computed from the text, is the right side."""
+    for match in _hits(r"Rachunek: (.+) = (.+)\.\n", texts, 300):
+        assert _value(match[1]) == _value(match[2]), match[0]
+
+
+def test_stories_give_the_numbers_of_their_working_and_answer_with_its_result() -> None:
+    """Every story is told; numbers in the working come from the text (but for ": 2", ": 100")."""
+    texts = documents(1, 600)[4::5]
+    pattern = r"Zadanie \d\. (.+)\nRachunek: (.+) = (.+)\.\nOdpowiedź: (.+)\n"
+    told = _hits(pattern, texts, 360)
+    for story in STORIES:
+        opening = re.escape(story.text.rpartition("}")[2])
+        assert any(re.search(opening, match[1]) for match in told), story.text
+    for match in told:
+        for number in re.findall(NUMBER, re.sub(r": (2|100)$", "", match[2])):
+            assert number in re.findall(NUMBER, match[1]), match[0]
+        result = match[3].removesuffix(" zł")
+        assert result in re.findall(NUMBER, match[4]), match[0]
+        assert _value(result) > 0
+
+
+def test_timetables_add_up(texts: list[str]) -> None:
+    """Times rise, the interval is kept, the ride's length fits first and last arrival, no midnight."""
+    for text in texts[1::5]:
+        departures = re.findall(r"\d+:\d\d", _hits(r"Odjazdy z .*", [text], 1)[0][0])
+        first = re.findall(r"\d+:\d\d", _hits(r"Pierwszy kurs: .*", [text], 1)[0][0])
+        last = re.findall(r"\d+:\d\d", _hits(r"Ostatni kurs .*", [text], 1)[0][0])
+        every, ride = map(int, re.findall(r"co (\d+) min\w+, jazda trwa (\d+) min", text)[0])
+        times = list(map(_minutes, departures))
+        assert len(times) >= 5 and {b - a for a, b in pairwise(times)} == {every}
+        passing = list(map(_minutes, first))
+        assert passing == sorted(set(passing))
+        assert (passing[0], passing[-1]) == (times[0], times[0] + ride)
+        assert list(map(_minutes, last)) == [times[-1], times[-1] + ride]
+        assert times[-1] + ride < 24 * 60
+
+
+def test_recipes_end_when_they_say(texts: list[str]) -> None:
+    """Start plus duration is the time on the table; 2, 4, 6 or 8 portions."""
+    for match in _hits(r"Zaczynamy o (\S+), całość zajmuje (\d+) min\w+, na stole o (\S+)\.", texts, 60):
+        assert _minutes(match[1]) + int(match[2]) == _minutes(match[3])
+    portions = {match[1] for match in _hits(r"(\d+) porcj[ei]\n", texts, 60)}
+    assert portions == {"2", "4", "6", "8"}
+
+
+def test_price_lists_agree_with_their_example(texts: list[str]) -> None:
+    """Each price in the working is on the list; change is what was paid less the total."""
+    for text in texts[2::5]:
+        listed = {match[1] for match in _hits(rf"\n- .*: ({NUMBER}) zł", [text], 8)}
+        working, total = re.findall(r"Rachunek: (.+) = (.+)\.", text)[0]
+        assert set(re.findall(rf"· ({NUMBER}) zł", working)) <= listed
+        if change := re.search(rf"zapłaciła? ({NUMBER}) zł i dostała? ({NUMBER}) zł reszty", text):
+            assert _value(change[1]) - _value(change[2]) == _value(total)
+
+
+def test_no_number_stands_before_a_wrong_form(texts: list[str]) -> None:
+    """Every "number noun" in all documents is inflected as the number asks ("22 owce", "25 owiec")."""
+    genitive = re.compile(r"(zakupie|wymaga|obecności) $")  # these words ask for a case of their own
+    checked = 0
+    for word, forms in FORMS.items():
+        for text in texts:
+            for match in re.finditer(rf"(?<![\d,:])(\d+) ({'|'.join(forms)})\b", text):
+                if genitive.search(text[: match.start()]):
+                    continue
+                assert match[0] == f"{Count(int(match[1])):{word}}", text
+                checked += 1
+    assert checked > 1000

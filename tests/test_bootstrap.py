@@ -1,0 +1,206 @@
+"""scripts/mis with stand-ins for the tools around it (uname, python, pip) in a folder of their own.
+
+The script itself is the real one; what stands in is what another machine would have, or not have.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MIS = ROOT / "scripts" / "mis"
+TOOLS = ("cat", "cksum", "dirname", "mkdir", "mv", "readlink", "rm", "sed", "sh")
+
+# A Python that notes what it is asked, makes a "venv" of itself, and can be told to fail at pip.
+PYTHON = """#!/bin/sh
+echo "python $*" >>"$LOG"
+case "$*" in
+*"-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+*"-m pip"*) [ -z "${PIP_FAILS:-}" ] || { echo "no network" >&2; exit 1; } ;;
+*"import ensurepip"*) [ -z "${TOO_OLD:-}" ] || exit 1 ;;
+*"-m mis_mlx."*) echo "ran in $PWD with LD_PRELOAD=${LD_PRELOAD:-}" ;;
+esac
+"""
+
+
+class Machine:
+    """A checkout and a PATH with nothing on it but what the script may count on."""
+
+    def __init__(self, folder: Path):
+        self.checkout, self.bin, self.cwd = folder / "check out", folder / "bin", folder / "cwd"
+        for made in (self.checkout / "scripts", self.checkout / "mis_mlx", self.bin, self.cwd):
+            made.mkdir(parents=True)
+        shutil.copy(MIS, self.checkout / "scripts")
+        shutil.copy(ROOT / "pyproject.toml", self.checkout)
+        (self.checkout / "mis_mlx" / "distill.py").write_text('"""Distill."""\n')
+        for tool in TOOLS:
+            found = shutil.which(tool)
+            assert found, f"{tool} is missing here"
+            (self.bin / tool).symlink_to(found)
+        (self.bin / "cp").symlink_to(shutil.which("cp") or "")  # for the stand-in Python only
+        self.tool("uname", 'case "$1" in -s) echo Linux ;; -m) echo x86_64 ;; esac')
+        self.log = folder / "log"
+        self.venv = self.checkout / ".venv"
+
+    def tool(self, name: str, body: str) -> None:
+        """Put a shell script on the PATH."""
+        (self.bin / name).write_text(body if body.startswith("#!") else f"#!/bin/sh\n{body}\n")
+        (self.bin / name).chmod(0o755)
+
+    def mis(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run scripts/mis from another folder."""
+        settings = {"PATH": str(self.bin), "LOG": str(self.log), "HOME": str(self.cwd), **env}
+        command = [str(self.checkout / "scripts" / "mis"), *args]
+        return subprocess.run(command, env=settings, cwd=self.cwd, capture_output=True, text=True)
+
+    def installs(self) -> int:
+        """How often pip was run so far."""
+        return self.log.read_text().count("-m pip install")
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """A Linux machine with a Python that is new enough."""
+    made = Machine(tmp_path)
+    made.tool("python3", PYTHON)
+    return made
+
+
+@pytest.mark.parametrize("file", ["scripts/mis", ".ci/run"])
+def test_shell_syntax_and_permission(file: str) -> None:
+    """The shells can read the scripts, and they can be run."""
+    shell = "sh" if file == "scripts/mis" else "bash"
+    assert subprocess.run([shell, "-n", file], cwd=ROOT).returncode == 0
+    assert os.access(ROOT / file, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("system", "processor", "sentence"),
+    [
+        ("Darwin", "x86_64", "this is an Intel Mac, and MLX needs Apple silicon"),
+        ("MINGW64_NT-10.0", "x86_64", "Windows is not supported: run it inside WSL 2"),
+        ("Linux", "aarch64", "Linux on aarch64 is not supported"),
+        ("FreeBSD", "amd64", "FreeBSD on amd64 is not supported"),
+    ],
+)
+def test_other_systems_are_refused(machine: Machine, system: str, processor: str, sentence: str) -> None:
+    """One sentence, before anything is made."""
+    machine.tool("uname", f'case "$1" in -s) echo {system} ;; -m) echo {processor} ;; esac')
+    machine.tool("sysctl", "echo 0")
+    run = machine.mis("distill")
+    assert run.returncode == 1 and sentence in run.stderr and run.stderr.count("\n") == 1
+    assert not machine.venv.exists()
+
+
+def test_rosetta_is_told_from_intel(machine: Machine) -> None:
+    """Apple silicon in an Intel terminal needs another terminal, not another Mac."""
+    machine.tool("uname", 'case "$1" in -s) echo Darwin ;; -m) echo x86_64 ;; esac')
+    machine.tool("sysctl", "echo 1")
+    assert "open a native one" in machine.mis("distill").stderr
+
+
+def test_installs_once_and_runs_where_it_was_called(machine: Machine) -> None:
+    """The first run installs, the second does not; the command gets its flags in the caller's folder."""
+    first, second = machine.mis("distill", "--iters", "4 5"), machine.mis("distill")
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert f"ran in {machine.cwd} with" in first.stdout and machine.installs() == 1
+    assert "-m mis_mlx.distill --iters 4 5" in machine.log.read_text()
+    assert "installing" in first.stderr and "installing" not in second.stderr
+
+
+def test_a_killed_installation_is_done_again(machine: Machine) -> None:
+    """A .venv that still says "building" by a process that is gone is made anew."""
+    machine.mis("distill")
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (machine.venv / "mis-state").write_text(f"building {gone.stdout}")
+    (machine.venv / "half").touch()
+    assert machine.mis("distill").returncode == 0
+    assert machine.installs() == 2 and not (machine.venv / "half").exists()
+
+
+def test_two_at_once_do_not_build_the_same_venv(machine: Machine) -> None:
+    """While a living process installs, a second one says so and touches nothing."""
+    machine.mis("distill")
+    (machine.venv / "mis-state").write_text(f"building {os.getpid()}\n")
+    run = machine.mis("distill")
+    assert run.returncode == 1 and f"process {os.getpid()} is installing" in run.stderr
+    assert machine.installs() == 1
+
+
+def test_new_dependencies_and_the_test_extra_are_installed(machine: Machine) -> None:
+    """pyproject.toml changed: again. `test` adds its extra, which then serves the commands too."""
+    machine.mis("distill")
+    with (machine.checkout / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    machine.mis("distill")
+    assert machine.installs() == 2
+    machine.mis("test", "-x")
+    machine.mis("distill")
+    assert machine.installs() == 3
+    assert "check out[test]" in machine.log.read_text() and "-m pytest -x" in machine.log.read_text()
+
+
+def test_a_failed_update_leaves_the_old_installation(machine: Machine) -> None:
+    """pip's own words and one sentence; with the old pyproject.toml back, everything still runs."""
+    machine.mis("distill")
+    project = machine.checkout / "pyproject.toml"
+    old = project.read_text()
+    project.write_text(old + "# changed\n")
+    run = machine.mis("distill", PIP_FAILS="1")
+    assert run.returncode == 1 and "no network" in run.stderr and "the installation failed" in run.stderr
+    project.write_text(old)
+    assert machine.mis("distill").returncode == 0 and machine.installs() == 2
+
+
+def test_someone_elses_venv_is_not_deleted(machine: Machine) -> None:
+    """A .venv that is no Python environment and not ours stays where it is."""
+    (machine.venv / "precious").mkdir(parents=True)
+    run = machine.mis("distill")
+    assert run.returncode == 1 and "move it away" in run.stderr
+    assert (machine.venv / "precious").exists()
+
+
+def test_no_python(machine: Machine) -> None:
+    """No Python that will do and no uv: a sentence with the way out, and no .venv left."""
+    run = machine.mis("distill", TOO_OLD="1")
+    assert run.returncode == 1 and "no Python 3.11 or newer" in run.stderr
+    assert not machine.venv.exists()
+
+
+def test_uv_serves_where_python_is_too_old(machine: Machine) -> None:
+    """uv makes the environment, with pip in it."""
+    python = machine.bin / "python3"
+    body = f'echo "uv $*" >>"$LOG"\nfor last; do :; done\nmkdir -p "$last/bin" && cp "{python}" "$last/bin/python"'
+    machine.tool("uv", body)
+    assert machine.mis("distill", TOO_OLD="1").returncode == 0
+    assert "uv venv --quiet --seed" in machine.log.read_text()
+
+
+def test_unknown_commands_install_nothing(machine: Machine) -> None:
+    """A typing error is told at once, with exit code 2; so are names that lead out of the package."""
+    for name in ("destill", "../scripts", "types", "__main__"):
+        run = machine.mis(name)
+        assert run.returncode == 2 and f"there is no command {name}" in run.stderr
+    assert not machine.venv.exists()
+
+
+def test_help_lists_commands_without_installing(machine: Machine) -> None:
+    """Nothing is downloaded for a look at what there is."""
+    for args in ((), ("--help",)):
+        run = machine.mis(*args)
+        assert run.returncode == 0 and "ruff and mypy" in run.stdout
+    assert not machine.venv.exists() and machine.installs() == 0
+
+
+def test_openblas_is_preloaded_or_asked_for(machine: Machine) -> None:
+    """Either it is found and preloaded once, or one line says how to get it; what is set already stays."""
+    run = machine.mis("distill")
+    assert ("libopenblas" in run.stdout) != ("apt-get install libopenblas0-pthread" in run.stderr)
+    given = machine.mis("distill", LD_PRELOAD="/nowhere/libopenblas.so.0").stdout
+    assert "with LD_PRELOAD=/nowhere/libopenblas.so.0\n" in given

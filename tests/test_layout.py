@@ -1,0 +1,296 @@
+"""The house rules: who may import whom, what only defines names, how big things get. Read with `ast`."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.__main__ import commands
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mis_mlx"
+FLOORS = {"types": 0, "cli": 1, "machine": 1, "disk": 1, "maths": 1, "model": 2, "training": 3}
+COMMAND_FLOOR = 4
+FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 300, 60, 7000
+
+
+@dataclass(frozen=True)
+class Module:
+    """One file: `name` is dotted without the package, such as "disk.files" or "prune"."""
+
+    name: str
+    source: str
+
+    @property
+    def tree(self) -> ast.Module:
+        """The file's syntax tree."""
+        return ast.parse(self.source)
+
+    @property
+    def zone(self) -> str:
+        """The folder, or the module itself when it lies on top."""
+        return self.name.partition(".")[0]
+
+    @property
+    def is_command(self) -> bool:
+        """Whether a person runs it."""
+        return floor(self.zone) == COMMAND_FLOOR
+
+
+def modules() -> list[Module]:
+    """Every file of the package."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return [Module(".".join(p.relative_to(PACKAGE).with_suffix("").parts), p.read_text("utf-8")) for p in paths]
+
+
+def floor(zone: str) -> int:
+    """0 types ... 4 commands; the package itself (`mis_mlx`, `mis_mlx.__version__`) is 0."""
+    return FLOORS.get(zone, 0 if zone in ("", "__init__", "__version__") else COMMAND_FLOOR)
+
+
+def imports(module: Module, nodes: Iterable[ast.AST] | None = None) -> Iterator[str]:
+    """Dotted names of everything imported: `import a.b`, `from a import b` and `from .c import d` alike."""
+    parents = ["mis_mlx", *module.name.split(".")]
+    for node in ast.walk(module.tree) if nodes is None else nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = parents[: -node.level] if node.level else []
+            yield from (".".join([*start, *filter(None, [node.module]), a.name]) for a in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield ast.unparse(node.args[0]).removeprefix("f").strip("'\"")
+
+
+def ours(module: Module) -> Iterator[str]:
+    """The zones of this package that the module imports."""
+    names = [name.split(".") for name in imports(module)]
+    return (parts[1] for parts in names if parts[0] == "mis_mlx" and len(parts) > 1)
+
+
+def floors(module: Module) -> list[str]:
+    """A module imports lower floors or its own folder; folders of one floor do not know each other."""
+    mine = floor(module.zone)
+    return [
+        f"imports {zone}"
+        for zone in ours(module)
+        if zone != module.zone and floor(zone) >= mine and not (module.is_command and floor(zone) == mine)
+    ]
+
+
+def conductor(module: Module) -> list[str]:
+    """Commands do not import each other; only distill does."""
+    if not module.is_command or module.name == "distill":
+        return []
+    return [f"imports {z}" for z in ours(module) if floor(z) == COMMAND_FLOOR and z != module.zone]
+
+
+def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when the module is imported."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from outside_functions(child)
+
+
+def slow_imports(module: Module) -> list[str]:
+    """mlx_lm and transformers: under model/, inside functions."""
+    nodes = outside_functions(module.tree) if module.zone == "model" else None
+    return [name for name in imports(module, nodes) if name.split(".")[0] in ("mlx_lm", "transformers")]
+
+
+def machine_door(module: Module) -> list[str]:
+    """ctypes, subprocess and platform: only machine/."""
+    if module.zone == "machine":
+        return []
+    return [name for name in imports(module) if name.split(".")[0] in ("ctypes", "subprocess", "platform")]
+
+
+def calls(module: Module) -> list[str]:
+    """Everything called, as written: 'print', 'mx.eval'."""
+    return [ast.unparse(n.func) for n in ast.walk(module.tree) if isinstance(n, ast.Call)]
+
+
+def speaking(module: Module) -> list[str]:
+    """print, sys.exit and flags: only cli.py and commands."""
+    if module.is_command or module.name == "cli":
+        return []
+    said = [call for call in calls(module) if call in ("print", "sys.exit", "exit", "quit", "SystemExit")]
+    return said + [n for n in imports(module) if n.split(".")[0] in ("argparse", "tyro", "click") or n == "sys.exit"]
+
+
+def evaluating(module: Module) -> list[str]:
+    """mx.eval: only model/stream.py, training/, machine/clock.py and commands."""
+    if module.is_command or module.zone == "training" or module.name in ("model.stream", "machine.clock"):
+        return []
+    named = [name for name in imports(module) if name in ("mlx.core.eval", "mlx.core.async_eval")]
+    return named + [call for call in calls(module) if re.fullmatch(r"(mx|mlx\.core)\.(async_)?eval", call)]
+
+
+def only_names(module: Module) -> list[str]:
+    """Importing a module only defines names."""
+    harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    bad = []
+    for node in module.tree.body:
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        test = ast.unparse(node.test) if isinstance(node, ast.If) else ""
+        if not (isinstance(node, harmless) or text or test in ("TYPE_CHECKING", "__name__ == '__main__'")):
+            bad.append(f"line {node.lineno}: {ast.unparse(node).splitlines()[0]}")
+    return bad
+
+
+def sizes(module: Module) -> list[str]:
+    """No file over 300 lines, no function over 60."""
+    lines = module.source.count("\n")
+    long = [f"{lines} lines"] if lines > FILE_LINES else []
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            if (length := node.end_lineno - node.lineno + 1) > FUNCTION_LINES:
+                long.append(f"{node.name}: {length} lines")
+    return long
+
+
+def docstrings(module: Module) -> list[str]:
+    """Every module, public class, public function and public method says what it is."""
+    if module.name.endswith("__init__") and not module.source.strip():
+        return []
+    missing = [] if ast.get_docstring(module.tree) else ["the module"]
+    classes = [node for node in module.tree.body if isinstance(node, ast.ClassDef)]
+    shown = [c for c in classes if not c.name.startswith("_")]
+    for node in [*module.tree.body, *(member for c in shown for member in c.body)]:
+        named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if named and not node.name.startswith("_") and not ast.get_docstring(node):
+            missing.append(f"{node.name}, line {node.lineno}")
+    return missing
+
+
+def names(module: Module) -> list[str]:
+    """No module is called after not knowing what it is."""
+    vague = {"util", "utils", "helper", "helpers", "common", "manager", "base", "core", "misc"}
+    return sorted(vague & set(re.split(r"[._]", module.name)))
+
+
+RULES: list[Callable[[Module], list[str]]] = [
+    floors, conductor, slow_imports, machine_door, speaking, evaluating, only_names, sizes, docstrings, names,
+]  # fmt: skip
+
+# Rule, a module's name, a source that breaks the rule there.
+BROKEN = [
+    (floors, "disk.x", "import mis_mlx.machine.clock"),
+    (floors, "disk.x", "from mis_mlx import maths"),
+    (floors, "maths.x", "from mis_mlx.disk import files"),
+    (floors, "machine.x", "from ..disk import files"),
+    (floors, "machine.x", "from .. import disk"),
+    (floors, "model.x", "from mis_mlx.training.loop import train"),
+    (floors, "training.x", "def f():\n    from mis_mlx import prune"),
+    (floors, "cli", "import mis_mlx.disk"),
+    (floors, "types", "from mis_mlx.cli import main"),
+    (floors, "disk.x", "import importlib\nimportlib.import_module('mis_mlx.model.load')"),
+    (conductor, "prune", "from mis_mlx import quantize"),
+    (conductor, "prune", "from .distill import run"),
+    (slow_imports, "disk.x", "def f():\n    import transformers"),
+    (slow_imports, "prune", "from mlx_lm import load"),
+    (slow_imports, "model.x", "import mlx_lm.utils"),
+    (slow_imports, "model.x", "class C:\n    import mlx_lm\n    def f(self):\n        import mlx_lm"),
+    (slow_imports, "training.x", "def f(n):\n    return importlib.import_module(f'mlx_lm.{n}')"),
+    (machine_door, "disk.x", "import subprocess"),
+    (machine_door, "prune", "def f():\n    from ctypes import CDLL"),
+    (speaking, "disk.x", "def f():\n    print(1)"),
+    (speaking, "model.x", "import sys\ndef f():\n    sys.exit(1)"),
+    (speaking, "training.x", "from argparse import ArgumentParser"),
+    (speaking, "maths.x", "import tyro"),
+    (evaluating, "maths.x", "import mlx.core as mx\ndef f(x):\n    mx.eval(x)"),
+    (evaluating, "model.load", "from mlx.core import eval"),
+    (only_names, "disk.x", "import os\nos.umask(0)"),
+    (only_names, "disk.x", "for i in range(3):\n    pass"),
+    (only_names, "disk.x", "if True:\n    x = 1"),
+    (sizes, "disk.x", "x = 1\n" * 301),
+    (sizes, "disk.x", "def f():\n" + "    x = 1\n" * 60),
+    (docstrings, "disk.x", "x = 1"),
+    (docstrings, "disk.x", '"""X."""\ndef f():\n    pass'),
+    (docstrings, "disk.x", '"""X."""\nclass C:\n    """C."""\n    def f(self):\n        pass'),
+    (names, "disk.utils", ""),
+    (names, "model.text_helpers", ""),
+]  # fmt: skip
+
+GOOD = '''"""Nothing to complain about."""
+from __future__ import annotations
+import mlx.core as mx
+from mis_mlx import __version__
+from mis_mlx.types import MisError
+if TYPE_CHECKING:
+    from mis_mlx.types import Step
+def f():
+    """Give one."""
+    return 1
+'''
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_package_keeps_the_rule(rule: Callable[[Module], list[str]]) -> None:
+    """No module breaks it."""
+    broken = {module.name: found for module in modules() if (found := rule(module))}
+    assert not broken, f"{rule.__doc__} Broken by: {broken}"
+
+
+@pytest.mark.parametrize(("rule", "name", "source"), BROKEN)
+def test_the_rule_can_fail(rule: Callable[[Module], list[str]], name: str, source: str) -> None:
+    """Each rule catches a module that breaks it, in every spelling."""
+    assert rule(Module(name, source))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_rule_can_pass(rule: Callable[[Module], list[str]]) -> None:
+    """A clean module is let through on every floor; distill may conduct and model/ may open mlx_lm."""
+    for name in ("disk.x", "maths.x", "model.x", "training.x", "prune"):
+        assert rule(Module(name, GOOD)) == []
+    assert rule(Module("distill", GOOD + "from mis_mlx import prune\n")) == []
+    assert rule(Module("model.y", GOOD + "def g():\n    '''G.'''\n    import mlx_lm\n")) == []
+
+
+def test_the_package_stays_small() -> None:
+    """A newcomer reads it in an afternoon."""
+    assert sum(module.source.count("\n") for module in modules()) <= PACKAGE_LINES
+
+
+def test_every_command_is_listed() -> None:
+    """`python -m mis_mlx` shows every command with a line of its own."""
+    run = subprocess.run([sys.executable, "-m", "mis_mlx"], cwd=ROOT, capture_output=True, text=True)
+    lines = {words[0]: words[1] for line in run.stdout.splitlines() if len(words := line.split(None, 1)) == 2}
+    assert commands() and all(lines[name] == about != "" for name, about in commands().items())
+
+
+@pytest.mark.parametrize("command", sorted(commands()))
+def test_help_imports_nothing_slow(command: str) -> None:
+    """--help answers without mlx_lm and transformers, which take seconds to import."""
+    line = [sys.executable, "-X", "importtime", "-m", f"mis_mlx.{command}", "--help"]
+    run = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "usage" in run.stdout.lower(), run.stderr[-2000:]
+    assert not re.findall(r"\|\s+((?:mlx_lm|transformers)\b.*)", run.stderr)
+
+
+def test_importing_leaves_the_process_as_it_was() -> None:
+    """Every module can be imported anywhere; limits, folder, signals, environment, warnings do not change."""
+    code = """
+import importlib, os, resource, signal, sys
+import mis_mlx
+def state():
+    signals = [signal.getsignal(s) for s in sorted(signal.valid_signals())]
+    return resource.getrlimit(resource.RLIMIT_NOFILE), os.getcwd(), signals, dict(os.environ), sys.warnoptions
+before = state()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for one, other in zip(before, state()):
+    assert one == other, (one, other)
+assert "mlx_lm" not in sys.modules and "transformers" not in sys.modules
+"""
+    listed = [f"mis_mlx.{module.name}".removesuffix(".__init__") for module in modules()]
+    run = subprocess.run([sys.executable, "-c", code, *listed], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]

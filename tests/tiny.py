@@ -1,0 +1,76 @@
+"""A tiny model folder made on the spot: real format, random weights, a real tokenizer trained on Python's manual."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mis_mlx.disk.files import DISK
+from mis_mlx.disk.safetensors import Writer
+from mis_mlx.model import arch
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 768,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "torch_dtype": "float32",
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "untied": {"tie_word_embeddings": False},
+    "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 512 tokens with <|endoftext|> = 0."""
+    from pydoc_data.topics import topics
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([topics["if"], topics["for"], topics["while"]], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Path:
+    """Write the model; `changes` go over CONFIG. Weights are N(0, 0.05), norms near 1, all from `seed`."""
+    config = {**CONFIG, **changes}
+    folder.mkdir(parents=True)
+    tensors = arch.tensors_of(config)
+    writer = Writer(folder, {name: (dtype, shape) for name, shape in tensors.items()}, DISK)
+    kind = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}[dtype]
+    for number, (name, shape) in enumerate(tensors.items()):
+        noise = mx.random.normal(shape, key=mx.random.key(1000 * seed + number))
+        value = 1.0 + 0.1 * noise if "norm" in name else 0.05 * noise
+        writer.add(name, value.astype(kind))
+    writer.close()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    return folder
