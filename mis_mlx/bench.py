@@ -11,14 +11,11 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx import cli
-from mis_mlx.model import load, speak
+from mis_mlx.machine import governor
+from mis_mlx.model import load, speak, teacher
+from mis_mlx.training.weather import Weather, WeatherFlags
 from mis_mlx.types import Row
 
-METRICS = (
-    ("ttft_ms", "time to first token, ms", ".0f"),
-    ("decode_tps", "decode, tokens/s", ".1f"),
-    ("bytes", "weights on disk, MB (10^6)", ".1f"),
-)
 PROMPT = (
     "In the evening the wind came down from the pass and the shepherds put the fire out. The youngest of them "
     "asked the old one how far it was to the next hut, and whether there would be milk. The old one looked at "
@@ -27,11 +24,11 @@ PROMPT = (
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Interleaved trials, so that a warming machine treats all models alike."""
+class Settings(WeatherFlags):
+    """The same prompt and length for every model; medians over trials."""
 
-    model: tuple[str, ...]
-    """model folders"""
+    model: tuple[str, ...] = ()
+    """model folders; default: SmolLM2-135M-Instruct"""
     p: int = 64
     """tokens in the prompt"""
     g: int = 32
@@ -47,7 +44,7 @@ class Settings:
 def measure(
     folders: Sequence[Path], names: Sequence[str], prompt_tokens: int, tokens: int, trials: int, delay: float = 0.0
 ) -> list[Row]:
-    """Rows for each model: medians over trials. One model is loaded at a time, round after round.
+    """Rows for each model: medians over trials, one model after the other, one in memory at a time.
 
     TTFT runs from a tokenized prompt to the first sampled token; decode is (tokens - 1) / (last - first).
     """
@@ -63,24 +60,27 @@ def measure(
         del model
         mx.clear_cache()
     rows = []
-    for folder, name in zip(folders, names, strict=True):
+    for name in names:
         first, rate = (sorted(t[i] for t in times[name])[trials // 2] for i in (0, 1))
-        nbytes = load.open_checkpoint(folder).nbytes
-        rows += [
-            Row(name, "ttft_ms", first * 1000, n=trials),
-            Row(name, "decode_tps", rate, n=trials),
-            Row(name, "bytes", nbytes / 1e6),
-        ]
+        rows += [Row(name, "ttft_ms", first * 1000, n=trials), Row(name, "decode_tps", rate, n=trials)]
     return rows
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """The command."""
-    folders = [Path(m) for m in settings.model]
+    """The command. A machine that is hot at the start or the end is said to be, in the JSON too."""
+    folders = [Path(m) for m in settings.model] or [teacher.find().path]
     names = [f.name for f in folders]
-    rows = measure(folders, names, settings.p, settings.g, settings.n, settings.delay)
-    print(cli.table(rows, names, METRICS))
-    return {"p": settings.p, "g": settings.g, "n": settings.n, **{f"{r.metric}_{r.model}": r.value for r in rows}}
+    with Weather(settings) as weather:
+        hot = [governor.unfit_for_timing(weather.reading())]
+        rows = measure(folders, names, settings.p, settings.g, settings.n, settings.delay)
+        hot.append(governor.unfit_for_timing(weather.reading()))
+    rows += [Row(n, "bytes", load.open_checkpoint(f).nbytes / 1e6) for f, n in zip(folders, names, strict=True)]
+    print(cli.table(rows, names, speak.METRICS))
+    flags = [f"{when}: {why}" for when, why in zip(("before", "after"), hot, strict=True) if why]
+    for flag in flags:
+        cli.say(f"these times measure the heat too ({flag}): let it cool, or use --delay")
+    values = {f"{r.metric}_{r.model}": r.value for r in rows}
+    return {"p": settings.p, "g": settings.g, "n": settings.n, **values, "hot": flags}
 
 
 if __name__ == "__main__":

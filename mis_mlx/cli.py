@@ -6,6 +6,7 @@ Does not know what any command does.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 import signal
@@ -69,7 +70,7 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     args = list(sys.argv[1:] if argv is None else argv)
     default: Any = tyro.MISSING_NONPROP
     if is_dataclass(config_type) and isinstance(config_type, type):
-        file = next((b for a, b in zip(args, args[1:], strict=False) if a in ("-c", "--config")), None)
+        file = next((b for a, b in itertools.pairwise(args) if a in ("-c", "--config")), None)
         given = read_yaml(file, config_type) if file else {}
         if all(
             f.default is not MISSING or f.default_factory is not MISSING or f.name in given for f in fields(config_type)

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-
 from mis_mlx import cli
-from mis_mlx.disk.text import Windows
-from mis_mlx.maths import losses
-from mis_mlx.maths.stats import interval
-from mis_mlx.model import load, stream, teacher, windows
-from mis_mlx.model.config import shape_of
-from mis_mlx.types import Checkpoint, MisError, Row
-
-METRICS = (
-    ("nll", "held-out loss, nats/token", ".3f"),
-    ("ppl", "perplexity", ".2f"),
-    ("kl", "KL(teacher ‖ model), nats/token", ".3f"),
-    ("top1", "same top token as teacher", ".1%"),
-)
+from mis_mlx.model import compare, load, teacher, windows
+from mis_mlx.types import Checkpoint, MisError
 
 
 @dataclass(frozen=True)
@@ -43,58 +27,6 @@ class Settings:
     """tokens in a window"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
-
-
-def chosen(held_out: Windows, count: int) -> Windows:
-    """`count` windows spread evenly over the held-out text, or all when there are fewer."""
-    n = len(held_out.tokens)
-    at = np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int))
-    return Windows(held_out.tokens[at], held_out.learn[at])
-
-
-def compare(models: Mapping[str, Checkpoint], held_out: Windows) -> dict[tuple[str, str], np.ndarray]:
-    """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed.
-
-    One block of one model in memory at a time, then all heads at once, window by window.
-    """
-    dtype = load.compute_dtype()
-    batches = [mx.array(w[None]) for w in held_out.tokens]
-    names = list(models)
-    vocab = min(shape_of(m.config).vocab for m in models.values())
-    hidden = {name: stream.forward(model, batches, dtype)[0] for name, model in models.items()}
-    heads = {name: stream.into_memory(load.head(model, dtype)) for name, model in models.items()}
-    found: dict[tuple[str, str], list[float]] = {}
-    for w in range(len(batches)):
-        learn = np.asarray(held_out.learn[w][:-1])
-        per_position: dict[tuple[str, str], list[np.ndarray]] = {}
-        for start in range(0, len(learn), losses.chunk_rows(vocab)):
-            at = slice(start, min(start + losses.chunk_rows(vocab), len(learn)))
-            targets = batches[w][0, 1:][at]
-
-            def logits(name: str, at: slice = at, w: int = w) -> mx.array:
-                return load.logits(heads[name], hidden[name][w][0, :-1][at])[:, :vocab]
-
-            reference = losses.Reference(logits(names[0]), targets)
-            for name in names:
-                nll, kl, top1 = reference.compare(logits(name)) if name != names[0] else (reference.nll(), None, None)
-                for metric, value in (("nll", nll), ("kl", kl), ("top1", top1)):
-                    if value is not None:
-                        per_position.setdefault((name, metric), []).append(np.array(value))
-        for key, parts in per_position.items():
-            values = np.concatenate(parts)
-            found.setdefault(key, []).append(float((values * learn).sum() / max(learn.sum(), 1.0)))
-    return {key: np.array(values) for key, values in found.items()}
-
-
-def rows_of(found: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:
-    """One row per model and metric, with its 95 % interval over windows; perplexity from the loss."""
-    rows = []
-    for (name, metric), values in found.items():
-        mean, low, high = interval(values)
-        rows.append(Row(name, metric, mean, low, high, len(values)))
-        if metric == "nll":
-            rows.append(Row(name, "ppl", math.exp(mean), math.exp(low), math.exp(high), len(values)))
-    return rows
 
 
 def same_vocabulary(teacher_model: Checkpoint, other: Checkpoint) -> None:
@@ -117,9 +49,9 @@ def run(settings: Settings) -> dict[str, Any]:
     data = windows.prepare(settings.data, found.path, settings.max_seq_length)
     result: dict[str, Any] = {"teacher": str(found.path), "students": list(settings.students)}
     for text_name, held_out in data.held_out.items():
-        rows = rows_of(compare(models, chosen(held_out, settings.eval_windows)))
+        rows = compare.rows_of(compare.compare(models, compare.chosen(held_out, settings.eval_windows)))
         print(f"\n{text_name}, {rows[0].n} windows of {settings.max_seq_length} tokens\n")
-        print(cli.table(rows, list(models), METRICS))
+        print(cli.table(rows, list(models), compare.METRICS))
         result[text_name] = {f"{r.metric}_{r.model}": r.value for r in rows}
     return result
 

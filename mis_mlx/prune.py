@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,17 +12,19 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.disk.files import Files
+from mis_mlx.disk.text import Windows
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Statistics
-from mis_mlx.model import arch, calibrate, load, slice, teacher, windows
+from mis_mlx.model import arch, calibrate, compare, load, slice, teacher, windows
 from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.training.weather import Weather, WeatherFlags
 from mis_mlx.types import Checkpoint, Keep, MisError, Reading
 
 Scenario = Literal["goral", "baca", "halny", "juhas", "zbojnik", "none"]
 
 
 @dataclass(frozen=True)
-class Cut:
+class Cut(WeatherFlags):
     """What to prune and how to judge: shared by `prune` and `distill`."""
 
     scenario: Scenario = "goral"
@@ -41,10 +43,6 @@ class Cut:
     """fixed: exact sizes; conditions: FFN size by eq. (1)'s threshold at the measured air and altitude"""
     temperature_unit: Literal["kelvin", "celsius"] = "kelvin"
     """unit of T_env in AAIS; celsius is the paper to the letter and refuses 0 and below"""
-    temperature_c: float | None = None
-    """air temperature by hand, °C"""
-    altitude_m: float | None = None
-    """metres above sea level by hand"""
 
 
 @dataclass(frozen=True)
@@ -68,23 +66,9 @@ class Settings(Cut):
     """YAML file with any of these flags"""
 
 
-def given_reading(cut: Cut) -> Reading | None:
-    """Air and altitude as typed by the user: labelled `given`, never `measured`."""
-    if cut.temperature_c is None and cut.altitude_m is None:
-        return None
-    sources = {"ambient_c": "given"} if cut.temperature_c is not None else {}
-    if cut.altitude_m is not None:
-        if cut.altitude_m <= 0:
-            raise MisError(f"--altitude-m {cut.altitude_m:g} divides eq. (1) and must be above 0: give metres")
-        sources["altitude_m"] = "given"
-    return Reading(0.0, ambient_c=cut.temperature_c, altitude_m=cut.altitude_m, sources=sources)
-
-
 def choose(config: dict[str, Any], statistics: Statistics, cut: Cut, seed: int) -> tuple[Shape, Keep]:
     """The student's shape and who stays, with a report of how AAIS and plain importance differ."""
-    shape = arch.target_shape(
-        config, arch.SCENARIOS.get(cut.scenario, {}), layers=cut.layers, ffn=cut.ffn, heads=cut.heads, hidden=cut.hidden
-    )
+    shape = wanted_shape(config, cut)
     before = shape_of(config)
     layers = importance.lowest_blocks(statistics.block, shape.layers)
     weather = cut.importance == "aais" and statistics.measured and statistics.altitude_m is not None
@@ -131,9 +115,16 @@ def choose(config: dict[str, Any], statistics: Statistics, cut: Cut, seed: int) 
     return shape, Keep(layers, kept, used, report)
 
 
+def wanted_shape(config: Mapping[str, Any], cut: Cut) -> Shape:
+    """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
+    ratios = arch.SCENARIOS.get(cut.scenario, {})
+    return arch.target_shape(config, ratios, layers=cut.layers, ffn=cut.ffn, heads=cut.heads, hidden=cut.hidden)
+
+
 def prune(
     checkpoint: Checkpoint,
     batches: Sequence[mx.array],
+    held_out: Windows,
     out: Path,
     cut: Cut,
     *,
@@ -142,19 +133,29 @@ def prune(
     reading: Callable[[], Reading | None],
     files: Files,
 ) -> dict[str, Any]:
-    """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line."""
-    arch.target_shape(
-        checkpoint.config,
-        arch.SCENARIOS.get(cut.scenario, {}),
-        layers=cut.layers,
-        ffn=cut.ffn,
-        heads=cut.heads,
-        hidden=cut.hidden,
-    )  # refuses before the pass, not after
-    if cut.temperature_unit == "celsius":
-        importance.weight_of(reading(), cut.temperature_unit)
+    """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line.
+
+    Where AAIS keeps other channels than plain importance, the plain student is made too, for as long as it
+    takes to compare the two on `held_out`.
+    """
+    wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     statistics, _ = calibrate.calibrate(checkpoint, batches, load.compute_dtype(), reading, cut.temperature_unit)
     shape, keep = choose(dict(checkpoint.config), statistics, cut, seed)
+    if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
+        sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "hidden")}
+        as_plain = replace(cut, importance="activation", target="fixed", scenario="none", **sizes)
+        _, plain = choose(dict(checkpoint.config), statistics, as_plain, seed)
+        both = {
+            "aais": (out.with_name(f".tmp-{out.name}-aais"), keep),
+            "plain": (out.with_name(f".tmp-{out.name}-plain"), plain),
+        }
+        for folder, kept in both.values():
+            slice.write_student(checkpoint, shape, kept, folder, dtype, files)
+        found = compare.compare({name: load.open_checkpoint(folder) for name, (folder, _) in both.items()}, held_out)
+        losses = {f"nll_{name}": float(found[name, "nll"].mean()) for name in both}
+        keep = replace(keep, report={**keep.report, **losses})
+        for folder, _ in both.values():
+            files.remove_tree(folder)
     slice.write_student(checkpoint, shape, keep, out, dtype, files)
     config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
     return {
@@ -165,25 +166,44 @@ def prune(
     }
 
 
+def sentence(report: Mapping[str, Any]) -> str:
+    """What a pruning did, for people."""
+    text = (
+        f"{report['params_before'] / 1e6:.1f}M -> {report['params'] / 1e6:.1f}M parameters: {report['shape']}; "
+        f"importance {report['importance']}"
+    )
+    differ = report["channels_differing_from_plain"]
+    if report["importance"] != "aais":
+        return text
+    if not differ:
+        return text + ", which keeps the same channels as plain importance"
+    return (
+        f"{text}, which keeps {differ} of {report['channels_kept']} channels that plain importance does not; "
+        f"held-out loss {report['nll_aais']:.4f}, plain {report['nll_plain']:.4f}"
+    )
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
+    files = Files()
     found = teacher.find(settings.model)
     cli.say(f"model: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
     data = windows.prepare(settings.data, found.path, settings.max_seq_length)
-    given = given_reading(settings)
-    report = prune(
-        checkpoint,
-        [mx.array(w[None]) for w in data.train.tokens[: settings.num_samples]],
-        Path(settings.mlx_path),
-        settings,
-        dtype=settings.dtype,
-        seed=settings.seed,
-        reading=lambda: given,
-        files=Files(),
-    )
-    cli.say(f"{report['params_before'] / 1e6:.1f}M -> {report['params'] / 1e6:.1f}M parameters: {report['shape']}")
-    return {"model": str(found.path), "mlx_path": settings.mlx_path, **report}
+    with Weather(settings, None, files) as weather:
+        report = prune(
+            checkpoint,
+            [mx.array(w[None]) for w in data.train.tokens[: settings.num_samples]],
+            compare.chosen(next(iter(data.held_out.values())), 24),
+            Path(settings.mlx_path),
+            settings,
+            dtype=settings.dtype,
+            seed=settings.seed,
+            reading=weather.reading,
+            files=files,
+        )
+        cli.say(sentence(report))
+        return {"model": str(found.path), "mlx_path": settings.mlx_path, **report, **weather.account()}
 
 
 if __name__ == "__main__":

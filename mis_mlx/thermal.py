@@ -270,7 +270,7 @@ def _value_lines(reading: Reading, monitor: Monitor) -> list[str]:
 def _aais_lines(reading: Reading) -> list[str]:
     kind = t_env_kind(reading)
     if kind == "none":
-        text = "AAIS has no T_env: it is plain importance here; give --ambient-c or let the machine rest 90 min"
+        text = "AAIS has no T_env: it is plain importance here; give --temperature-c or let the machine rest 90 min"
     else:
         text = f"AAIS has a {kind} T_env: {_text('ambient_c', reading)} ({reading.sources['ambient_c']})"
     height = "" if reading.altitude_m is not None else "; it has no altitude: give --altitude-m"

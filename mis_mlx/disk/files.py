@@ -125,9 +125,7 @@ class Files:
                     self.remove_tree(temp)
                 raise
 
-    def require_space(
-        self, path: Path, nbytes: int, what: str, remedy: str = "free some and start again"
-    ) -> None:
+    def require_space(self, path: Path, nbytes: int, what: str, remedy: str = "free some and start again") -> None:
         """Refuse before anything is written when less than `nbytes` x 1.2 are free at `path`."""
         need, free = int(nbytes * SPARE), self.free_bytes(path)
         if free < need:
@@ -138,9 +136,7 @@ DISK = Files()
 
 
 @contextlib.contextmanager
-def reported(
-    folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that and start again"
-) -> Iterator[None]:
+def reported(folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that and start again") -> Iterator[None]:
     """Turn a disk's refusal inside the block into one MisError sentence; other errors are bugs and pass.
 
     `what` was being written into `folder` and takes `nbytes`; `remedy` ends the sentence.

@@ -27,10 +27,20 @@ MAX_NAME = 512
 
 # safetensors name -> (name in mlx.core, bytes per element). MLX reads the two 8-bit floats as raw bytes.
 DTYPES = {
-    "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "BOOL": ("bool_", 1),
-    "U8": ("uint8", 1), "U16": ("uint16", 2), "U32": ("uint32", 4), "U64": ("uint64", 8),
-    "I8": ("int8", 1), "I16": ("int16", 2), "I32": ("int32", 4), "I64": ("int64", 8),
-    "F8_E4M3": ("uint8", 1), "F8_E8M0": ("uint8", 1),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "BOOL": ("bool_", 1),
+    "U8": ("uint8", 1),
+    "U16": ("uint16", 2),
+    "U32": ("uint32", 4),
+    "U64": ("uint64", 8),
+    "I8": ("int8", 1),
+    "I16": ("int16", 2),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
+    "F8_E4M3": ("uint8", 1),
+    "F8_E8M0": ("uint8", 1),
 }
 
 
@@ -66,9 +76,7 @@ def check(path: Path, limit_bytes: int | None = None) -> tuple[dict[str, TensorA
         why_not = str(error)[:80]
         raise MisError(f"{path} is not a usable model file: its header is not JSON ({why_not})") from None
     if limit_bytes is not None and end - start > limit_bytes:
-        raise MisError(
-            f"{path} holds {gib(end - start)} of tensors, {gib(limit_bytes)} are allowed: too big here"
-        )
+        raise MisError(f"{path} holds {gib(end - start)} of tensors, {gib(limit_bytes)} are allowed: too big here")
     return tensors, metadata
 
 
@@ -86,9 +94,7 @@ def _read_header(path: Path) -> tuple[bytes, int]:
             if nbytes > MAX_HEADER_BYTES:
                 raise Refused(f"it claims a header of {nbytes} bytes, {MAX_HEADER_BYTES} are allowed")
             if 8 + nbytes > size:
-                raise Refused(
-                    f"it claims a header of {nbytes} bytes but has only {size}, an incomplete download"
-                )
+                raise Refused(f"it claims a header of {nbytes} bytes but has only {size}, an incomplete download")
             text = b""
             while len(text) < nbytes and (piece := file.read(nbytes - len(text))):
                 text += piece
@@ -144,9 +150,7 @@ def _tensors(path: Path, header: dict[str, Any], start: int) -> dict[str, Tensor
             raise Refused(f"{short} has impossible data_offsets")
         nbytes = math.prod(shape) * DTYPES[dtype][1]  # Python's integers do not wrap
         if nbytes != span[1] - span[0]:
-            raise Refused(
-                f"{short} needs {nbytes} bytes by its shape, its data_offsets give {span[1] - span[0]}"
-            )
+            raise Refused(f"{short} needs {nbytes} bytes by its shape, its data_offsets give {span[1] - span[0]}")
         tensors[name] = TensorAt(path, dtype, tuple(shape), start + span[0], nbytes)
     return tensors
 

@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from mis_mlx.disk import mis_texts_shop as shop
 from mis_mlx.disk import mis_texts_words as words
 from mis_mlx.disk.mis_texts_stories import STORIES
 from mis_mlx.disk.polish import Count, Money, Time
@@ -45,8 +46,7 @@ def _recipe(rng: random.Random) -> str:
             "Składniki:",
             *amounts,
             *(f"{number}. {_say(rng, step, **times)}" for number, step in enumerate(steps, 1)),
-            f"Zaczynamy o {Time(start)}, całość zajmuje {Count(total):minuta}, "
-            f"na stole o {Time(start + total)}.",
+            f"Zaczynamy o {Time(start)}, całość zajmuje {Count(total):minuta}, na stole o {Time(start + total)}.",
             *(_say(rng, tip) for tip in tips),
             _say(rng, _pick(rng, words.CLOSINGS)),
         ]
@@ -72,8 +72,7 @@ def _timetable(rng: random.Random) -> str:
             f"Odjazdy z Nowego Targu do {to_place}: {', '.join(f'{Time(at)}' for at in departures)}.",
             f"Autobus kursuje co {Count(every):minuta}, jazda trwa {Count(sum(legs)):minuta}.",
             f"Pierwszy kurs: Nowy Targ {Time(first)}, {', '.join(passing)}.",
-            f"Ostatni kurs odjeżdża o {Time(departures[-1])} i jest na miejscu o "
-            f"{Time(departures[-1] + sum(legs))}.",
+            f"Ostatni kurs odjeżdża o {Time(departures[-1])} i jest na miejscu o {Time(departures[-1] + sum(legs))}.",
             f"Bilet normalny kosztuje {Money(fare)}, ulgowy {Money(fare // 2)}. {Count(adults):bilet} "
             f"{Count(adults):!normalny} i {Count(children)} {Count(children):!ulgowy} to razem {total}.",
             f"Rachunek: {adults} · {Money(fare)} + {children} · {Money(fare // 2)} = {total}.",
@@ -84,7 +83,7 @@ def _timetable(rng: random.Random) -> str:
 
 
 def _price_list(rng: random.Random) -> str:
-    goods = _some(rng, words.GOODS, 8)
+    goods = _some(rng, shop.GOODS, 8)
     prices = [_between(rng, low, high, 10) for _, _, low, high in goods]
     bought = [_between(rng, 2, 6) for _ in range(3)]
     total = sum(count * price for count, price in zip(bought, prices, strict=False))
@@ -102,20 +101,20 @@ def _price_list(rng: random.Random) -> str:
             f"Przykład: {person} bierze {basket[0]}, {basket[1]} oraz {basket[2]}.",
             f"Rachunek: {working} = {Money(total)}.",
             f"{_capital(person)} zapłacił{ending} {Money(paid)} {change}.",
-            *(_say(rng, note) for note in _some(rng, words.SHOP_NOTES, 3)),
+            *(_say(rng, note) for note in _some(rng, shop.SHOP_NOTES, 3)),
             _say(rng, _pick(rng, words.CLOSINGS)),
         ]
     )
 
 
 def _regulation(rng: random.Random) -> str:
-    rules = _some(rng, words.RULES, _between(rng, 8, 10))
+    rules = _some(rng, shop.RULES, _between(rng, 8, 10))
     return "\n".join(
         [
-            f"Regulamin {_pick(rng, words.RULED)}",
+            f"Regulamin {_pick(rng, shop.RULED)}",
             _say(rng, _pick(rng, words.SCENES)),
             *(f"§ {number}. {_say(rng, rule)}" for number, rule in enumerate(rules, 1)),
-            _say(rng, _pick(rng, words.SIGNATURES)),
+            _say(rng, _pick(rng, shop.SIGNATURES)),
         ]
     )
 
@@ -123,9 +122,7 @@ def _regulation(rng: random.Random) -> str:
 def _stories(rng: random.Random) -> str:
     lines = ["Zadania z hali", _say(rng, _pick(rng, words.SCENES))]
     for number, story in enumerate(_some(rng, STORIES, 3), 1):
-        drawn = {
-            name: kind(_between(rng, low, high, step)) for name, (kind, low, high, step) in story.draw.items()
-        }
+        drawn = {name: kind(_between(rng, low, high, step)) for name, (kind, low, high, step) in story.draw.items()}
         values: dict[str, Any] = {name: Count(formula(**drawn)) for name, formula in story.derived.items()}
         values |= {**drawn, **_person(rng), "wynik": story.kind(story.result(**drawn))}
         lines += [

@@ -73,8 +73,7 @@ STORIES = (
         "Razem to {wynik:litr} mleka.",
     ),
     Story(
-        "Jeden oscypek wymaga {ile} litrów mleka, a {kto} nalał{a} do kotła {razem:litr}. "
-        "Ile oscypków z tego będzie?",
+        "Jeden oscypek wymaga {ile} litrów mleka, a {kto} nalał{a} do kotła {razem:litr}. Ile oscypków z tego będzie?",
         {"ile": _count(4, 9), "n": _count(3, 24)},
         "{razem} : {ile} = {wynik}",
         Count,
@@ -145,8 +144,7 @@ STORIES = (
         "W południe było {wynik} °C.",
     ),
     Story(
-        "{Kto} porąbał{a} {n:kłoda}, każdą na {k:szczapa}, a do pieca dorzucił{a} {m:szczapa}. "
-        "Ile szczap zostało?",
+        "{Kto} porąbał{a} {n:kłoda}, każdą na {k:szczapa}, a do pieca dorzucił{a} {m:szczapa}. Ile szczap zostało?",
         {"n": _count(5, 19), "k": _count(4, 9), "m": _count(3, 18)},
         "{n} · {k} − {m} = {wynik}",
         Count,
@@ -163,8 +161,7 @@ STORIES = (
         "Za wszystkie bilety {kto} zapłaci {wynik}.",
     ),
     Story(
-        "Sklep „U Zośki” obniżył cenę kierpców z {cena} o {p} procent, bo tak poradził{a} {kto}. "
-        "Ile kosztują teraz?",
+        "Sklep „U Zośki” obniżył cenę kierpców z {cena} o {p} procent, bo tak poradził{a} {kto}. Ile kosztują teraz?",
         {"cena": _money(9000, 26000, 1000), "p": _count(5, 40, 5)},
         "{cena} − {cena} · {p} : 100 = {wynik}",
         Money,

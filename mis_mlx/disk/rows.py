@@ -49,9 +49,7 @@ def read(path: Path) -> Reading:
     try:
         return collect(path.name, "line", _parsed(path))
     except OSError as error:
-        raise MisError(
-            f"{path} cannot be read ({error.strerror}): check the file and its permissions"
-        ) from error
+        raise MisError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
 
 
 def collect(name: str, unit: str, parsed: Iterable[tuple[int, object, str | None]]) -> Reading:

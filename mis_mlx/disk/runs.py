@@ -5,6 +5,8 @@ Knows settings as plain values. Does not know what a run does.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from mis_mlx import __version__
 from mis_mlx.disk.files import Files
-from mis_mlx.types import MisError
+from mis_mlx.types import Checkpoint, MisError
 
 CONFIG, ORIGIN, RESULT, METRICS = "config.yaml", "origin.json", "result.json", "metrics.jsonl"
 
@@ -80,6 +83,14 @@ def merged(
             )
         result[name] = stored[name]
     return result
+
+
+def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
+    """What a resumed run must share: the teacher's fingerprint (config and headers), the data's, the versions."""
+    table = sorted((n, t.dtype, t.shape, t.nbytes) for n, t in teacher.tensors.items())
+    text = json.dumps([dict(teacher.config), table], sort_keys=True)
+    versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")}
+    return {"teacher": hashlib.sha256(text.encode()).hexdigest(), "data": data, "mis_mlx": __version__, **versions}
 
 
 def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:

@@ -43,18 +43,14 @@ def index(folder: Path) -> dict[str, TensorAt]:
     else:
         raise MisError(_no_weights(folder))
     if stray := sorted({p.name for p in folder.glob("model*.safetensors")} - set(files)):
-        raise MisError(
-            f"{folder} holds {', '.join(stray)} which no index lists: move it out, mlx-lm would load it"
-        )
+        raise MisError(f"{folder} holds {', '.join(stray)} which no index lists: move it out, mlx-lm would load it")
     tensors: dict[str, TensorAt] = {}
     for name in files:
         _inside(folder, name)
         found, _ = check(folder / name)
         if twice := tensors.keys() & found.keys():
             other = tensors[min(twice)].file.name
-            raise MisError(
-                f"{folder} has the tensor {min(twice)} in both {other} and {name}; download it again"
-            )
+            raise MisError(f"{folder} has the tensor {min(twice)} in both {other} and {name}; download it again")
         tensors.update(found)
     if weight_map is not None:
         where = {name: at.file.name for name, at in tensors.items()}
@@ -91,9 +87,7 @@ def _inside(folder: Path, name: str) -> None:
         raise MisError(f"{folder / name} is missing: download the model again")
     cached = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
     if real.parent != folder.resolve() and not cached:
-        raise MisError(
-            f"{folder / name} is a link out of the model folder, to {real}: put the file itself there"
-        )
+        raise MisError(f"{folder / name} is a link out of the model folder, to {real}: put the file itself there")
 
 
 def _no_weights(folder: Path) -> str:
@@ -190,9 +184,7 @@ class Writer:
         self._metadata = {"format": "mlx"} if metadata is None else metadata
         shards = _cut(specs, shard_bytes)
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        self._shards = (
-            dict(zip(names, shards, strict=True)) if len(shards) > 1 else {"model.safetensors": specs}
-        )
+        self._shards = dict(zip(names, shards, strict=True)) if len(shards) > 1 else {"model.safetensors": specs}
         self._coming = iter(self._shards)
         self._file = self._open(next(self._coming))
 
@@ -213,9 +205,7 @@ class Writer:
         self._file.close()
         if len(self._shards) > 1:
             metadata = {"total_size": sum(map(spec_bytes, self._specs.values()))}
-            if not any(
-                dtype == "U32" for dtype, _ in self._specs.values()
-            ):  # packed: elements are no parameters
+            if not any(dtype == "U32" for dtype, _ in self._specs.values()):  # packed: elements are no parameters
                 metadata["total_parameters"] = sum(math.prod(shape) for _, shape in self._specs.values())
             where = {name: shard for shard, specs in self._shards.items() for name in specs}
             content = {"metadata": metadata, "weight_map": dict(sorted(where.items()))}

@@ -116,9 +116,7 @@ def _from_hub(name: str) -> Texts:
             parsed = ((i, dict(row), None) for i, row in enumerate(found[spelling], 1))
             readings[split] = collect(f"{name}[{spelling}]", "row", parsed)
     if "train" not in readings:
-        raise MisError(
-            f"the dataset '{name}' has no split called train (it has {', '.join(found)}): choose another"
-        )
+        raise MisError(f"the dataset '{name}' has no split called train (it has {', '.join(found)}): choose another")
     return _splits(readings, name)
 
 

@@ -41,9 +41,7 @@ class Windows:
     learn: np.ndarray
 
 
-def tokenize(
-    rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False
-) -> list[tuple[list[int], list[int]]]:
+def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> list[tuple[list[int], list[int]]]:
     """Per row (ids, learn): learn is 1 where a token is to be predicted, 0 for prompts under `mask_prompt`.
 
     A text row gets the tokenizer's own start token, if it has that habit, and the end token; the others are
@@ -126,9 +124,7 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
         for token, stand_in in stand_ins.items():
             text = text.replace(token, stand_in)
         safe.append({**message, "content": text})
-    rendered = tokenizer.apply_chat_template(
-        safe, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
     if not spelled:
         return _encode(tokenizer, rendered, split=False)
     meant = {stand_in: token for token, stand_in in stand_ins.items()}
@@ -157,8 +153,7 @@ def windows(tokenized: Iterable[tuple[Sequence[int], Sequence[int]]], length: in
     count = len(ids) // length
     if count == 0:
         raise MisError(
-            f"the text has {len(ids)} tokens and one window takes {length}: "
-            f"bring more text or lower --max-seq-length"
+            f"the text has {len(ids)} tokens and one window takes {length}: bring more text or lower --max-seq-length"
         )
     tokens = ids[: count * length].reshape(count, length)
     learn = np.zeros((count, length), np.float32)
@@ -219,8 +214,7 @@ def without_overlap(held_out: Windows, train: Windows, span: int = 32) -> tuple[
     count = len(held_out.tokens)
     if len(shared) == count:
         raise MisError(
-            f"all {count} held-out windows share {span} tokens in a row with the training text: "
-            f"bring other test text"
+            f"all {count} held-out windows share {span} tokens in a row with the training text: bring other test text"
         )
     keep = np.setdiff1d(np.arange(count), shared)
     return Windows(held_out.tokens[keep], held_out.learn[keep]), len(shared)

@@ -13,9 +13,7 @@ from mis_mlx.machine.replay import Header
 from mis_mlx.types import MisError
 
 
-def find_altitude(
-    given_m: float | None, header: Header, config: Path | None = None
-) -> tuple[float | None, str]:
+def find_altitude(given_m: float | None, header: Header, config: Path | None = None) -> tuple[float | None, str]:
     """`(metres above sea level, source)`: by hand, else where the recording was made, else `altitude_m` in
     `config` (~/.config/mis_mlx.toml), else `(None, "")`. Raises MisError for an impossible height."""
     config = config or Path.home() / ".config" / "mis_mlx.toml"

@@ -40,9 +40,7 @@ class Hid:
         self._create_client = foreign(iokit, "IOHIDEventSystemClientCreate", c_void_p, c_void_p)
         self._copy_services = foreign(iokit, "IOHIDEventSystemClientCopyServices", c_void_p, c_void_p)
         self._copy_property = foreign(iokit, "IOHIDServiceClientCopyProperty", c_void_p, c_void_p, c_void_p)
-        self._copy_event = foreign(
-            iokit, "IOHIDServiceClientCopyEvent", c_void_p, c_void_p, c_int64, c_int32, c_int64
-        )
+        self._copy_event = foreign(iokit, "IOHIDServiceClientCopyEvent", c_void_p, c_void_p, c_int64, c_int32, c_int64)
         self._float_value = foreign(iokit, "IOHIDEventGetFloatValue", c_double, c_void_p, c_int32)
 
     def _match_thermometers(self, libraries: Frameworks) -> None:
@@ -50,9 +48,7 @@ class Hid:
         iokit, cf = libraries.iokit, libraries.foundation
         array = ctypes.POINTER(c_void_p)
         number = foreign(cf, "CFNumberCreate", c_void_p, c_void_p, c_long, c_void_p)
-        dictionary = foreign(
-            cf, "CFDictionaryCreate", c_void_p, c_void_p, array, array, c_long, c_void_p, c_void_p
-        )
+        dictionary = foreign(cf, "CFDictionaryCreate", c_void_p, c_void_p, array, array, c_long, c_void_p, c_void_p)
         set_matching = foreign(iokit, "IOHIDEventSystemClientSetMatching", c_int32, c_void_p, c_void_p)
         keys = (c_void_p * 2)(*(self._string(None, k, UTF8) for k in (b"PrimaryUsagePage", b"PrimaryUsage")))
         numbers = (c_int32(APPLE_VENDOR_PAGE), c_int32(TEMPERATURE_USAGE))

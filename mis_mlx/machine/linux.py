@@ -27,9 +27,7 @@ def _psutil() -> Rows:
     except (OSError, ValueError):
         return ()
     return tuple(
-        (f"psutil {chip} {part.label}".strip(), float(part.current))
-        for chip, parts in found.items()
-        for part in parts
+        (f"psutil {chip} {part.label}".strip(), float(part.current)) for chip, parts in found.items() for part in parts
     )
 
 
@@ -45,9 +43,7 @@ def _hwmon(root: Path) -> Rows:
 
 def _zones(root: Path) -> Rows:
     zones = sorted(root.glob("class/thermal/thermal_zone*"))
-    return _in_degrees(
-        [(f"thermal_zone {_text(zone / 'type') or zone.name}", _text(zone / "temp")) for zone in zones]
-    )
+    return _in_degrees([(f"thermal_zone {_text(zone / 'type') or zone.name}", _text(zone / "temp")) for zone in zones])
 
 
 def _in_degrees(rows: list[tuple[str, str | None]]) -> Rows:

@@ -71,9 +71,7 @@ class EnergyMeter:
 def machine_joules(history: Sequence[Reading], since_s: float, until_s: float) -> float | None:
     """Power over time by trapezoids, stretched to the whole of `since_s` to `until_s`; `None` when fewer
     than two readings in it carry a power."""
-    inside = [
-        (r.time_s, r.power_w) for r in history if since_s <= r.time_s <= until_s and r.power_w is not None
-    ]
+    inside = [(r.time_s, r.power_w) for r in history if since_s <= r.time_s <= until_s and r.power_w is not None]
     if len(inside) < 2 or inside[-1][0] <= inside[0][0]:
         return None
     joules = sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in pairwise(inside))

@@ -134,9 +134,7 @@ class Monitor:
     @property
     def apple(self) -> bool:
         """Whether this is a live Mac: there a run without a die temperature is not safe."""
-        return not self.replayed and (
-            sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
-        )
+        return not self.replayed and (sys.platform == "darwin" or getattr(self.source, "apple", None) is not None)
 
     @property
     def ended(self) -> bool:
@@ -197,9 +195,7 @@ class Monitor:
     def _reading(
         self, raw: Raw, values: Values, estimate: Estimate | None, stuck: bool
     ) -> tuple[Reading, dict[str, str]]:
-        no_air = (
-            "no --ambient-c, no start after a long rest, no SMC TVA0, no calm palm or battery to tell it from"
-        )
+        no_air = "no --temperature-c, no start after a long rest, no SMC TVA0, no calm palm or battery to tell it from"
         found: dict[str, tuple[float | int | bool | None, str, str]] = {  # value, source, reason if None
             name: (getattr(values, name), values.sources.get(name, ""), values.reasons.get(name, ""))
             for name in ("die_c", "battery_c", "power_w")

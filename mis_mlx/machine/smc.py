@@ -87,9 +87,7 @@ class Smc:
 
     def _ask(self, question: KeyData) -> KeyData:
         answer, size = KeyData(), c_size_t(ctypes.sizeof(KeyData))
-        code = self._call(
-            self._connection, HANDLE_EVENT, byref(question), size.value, byref(answer), byref(size)
-        )
+        code = self._call(self._connection, HANDLE_EVENT, byref(question), size.value, byref(answer), byref(size))
         if code:
             raise OSError(f"IOConnectCallStructMethod answered 0x{code & 0xFFFFFFFF:08x}")
         return answer

@@ -42,9 +42,7 @@ class TeaBreaks:
         return asdict(self)
 
 
-def after_step(
-    monitor: Thermometer, governor: Governor, breaks: TeaBreaks, step_s: float
-) -> Iterator[Decision]:
+def after_step(monitor: Thermometer, governor: Governor, breaks: TeaBreaks, step_s: float) -> Iterator[Decision]:
     """Ask the governor after a step of `step_s` seconds and wait as it says.
 
     Gives each decision before its wait is served, about one a second in a pause, so that the caller can

@@ -112,9 +112,7 @@ def _average(hid: list[tuple[str, float]], prefix: str, source: str) -> tuple[fl
     return (mean(values), source) if values else (None, source)
 
 
-def _battery(
-    hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Raw
-) -> tuple[float | None, str]:
+def _battery(hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Raw) -> tuple[float | None, str]:
     gauge = [value for name, value in hid if name.startswith("gas gauge battery")]
     if gauge:
         return median(gauge), "IOHID gas gauge battery"  # the same gauge six times
@@ -129,9 +127,7 @@ def _battery(
 
 def _palm(smc: dict[str, float | None]) -> tuple[float | None, str]:
     """Ts1P on M1, TsOP (letter O) on M2, where Ts0P belongs to the die: so the coolest of the three."""
-    seen = [
-        (v, f"SMC {k}") for k in ("Ts1P", "Ts0P", "TsOP") if (v := _within(smc.get(k), -30, 60)) is not None
-    ]
+    seen = [(v, f"SMC {k}") for k in ("Ts1P", "Ts0P", "TsOP") if (v := _within(smc.get(k), -30, 60)) is not None]
     return min(seen, default=(None, ""))
 
 

@@ -7,6 +7,7 @@ whole batch is ever built: teacher and student enter as hidden states and meet t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -58,7 +59,7 @@ def kl_sum(
         loss, dh, dw = mx.array(0.0), [], mx.zeros_like(w)
         for at in _chunks(h.shape[0], rows):
             # Without this dependency the scheduler may run all chunks at once, and hold all their logits.
-            part = mx.depends(h[at], dw)
+            part: Any = mx.depends(h[at], dw)
             z_t = teacher_logits(teacher[at]).astype(mx.float32) / temperature
             z_s = (part @ w.T).astype(mx.float32) / temperature
             p_t, lse_t = softmax_lse(z_t)
@@ -74,7 +75,8 @@ def kl_sum(
     def backward(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
         return cotangents[0] * outputs[1], cotangents[0] * outputs[2]
 
-    return forward(student, head)[0]
+    results: Any = forward(student, head)
+    return results[0]
 
 
 class Reference:

@@ -6,6 +6,7 @@ Does not decide what is kept. One block is in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,35 +49,35 @@ def calibrate(
 ) -> tuple[Statistics, list[mx.array]]:
     """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states [(B, T, D)].
 
-    `reading()` is asked once per batch, while the batch runs: its T_b weighs that batch in AAIS. Batches
-    without a T_b weigh 1, and then `measured` is False.
+    `reading()` is asked once per batch, as the batch enters the model: its T_b weighs that batch in AAIS,
+    in every layer. If any batch has no T_b, all weigh 1, and `measured` is False.
     """
     s = shape_of(checkpoint.config)
-    weights: dict[tuple[int, int], float | None] = {}
-    ambient: list[float] = []
-    altitude: list[float] = []
-    look = _look(s.heads)
+    readings: list[Reading | None] = []
+    gather = _look(s.heads)
 
-    def timed(i: int, b: int, *rest: object) -> list[mx.array]:
-        now = reading()
-        weights[i, b] = importance.weight_of(now, unit)
-        if now is not None:
-            ambient.extend([now.ambient_c] if now.ambient_c is not None else [])
-            altitude.extend([now.altitude_m] if now.altitude_m is not None else [])
-        return look(i, b, *rest)
+    def look(i: int, b: int, *rest: Any) -> list[mx.array]:
+        if i == 0:
+            readings.append(reading())
+        return gather(i, b, *rest)
 
-    hidden, seen = stream.forward(checkpoint, batches, dtype, _tap, timed)
-    measured = all(w is not None for w in weights.values())
+    hidden, seen = stream.forward(checkpoint, batches, dtype, _tap, look)
+    weights = [importance.weight_of(r, unit) for r in readings]
+    measured = all(w is not None for w in weights)
+    known = [r for r in readings if r is not None]
     out = Statistics(
-        hidden=Sums.zeros(s.hidden), measured=measured, ambient_c=ambient, altitude_m=altitude[-1] if altitude else None
+        hidden=Sums.zeros(s.hidden),
+        measured=measured,
+        ambient_c=[r.ambient_c for r in known if r.ambient_c is not None],
+        altitude_m=known[-1].altitude_m if known else None,
     )
     assert out.hidden is not None
     for i, layer in enumerate(seen):
         out.ffn[i], out.heads[i] = Sums.zeros(s.ffn), Sums.zeros(s.heads)
         out.block[i] = float(np.mean([float(found[2]) for found in layer]))
         for b, (ffn, heads, _, norm1, norm2) in enumerate(layer):
-            w = weights[i, b]
-            w = w if measured and w is not None else 1.0
+            weight = weights[b]
+            w = weight if measured and weight is not None else 1.0
             out.ffn[i].add(np.array(ffn), w)
             out.heads[i].add(np.array(heads), w)
             out.hidden.add(np.array(norm1), w)

@@ -68,6 +68,16 @@ def keep_json(keep: Keep) -> dict[str, Any]:
     return {"layers": list(keep.layers), "kept": kept, "why": keep.why, "report": dict(keep.report)}
 
 
+def read_keep(folder: Path) -> Keep | None:
+    """The `Keep` beside a pruned model, or None when there is none."""
+    path = folder / "keep.json"
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    kept = {(int(k.split("/")[0]), k.split("/")[1]): tuple(v) for k, v in saved["kept"].items()}
+    return Keep(tuple(saved["layers"]), kept, saved["why"], saved["report"])
+
+
 def write_student(teacher: Checkpoint, shape: Shape, keep: Keep, out: Path, dtype: str, files: Files) -> None:
     """Commit the pruned model to the new folder `out`. Memory: the largest tensor, twice."""
     config = arch.student_config(teacher.config, shape, keep.layers, dtype)

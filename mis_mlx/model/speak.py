@@ -16,6 +16,12 @@ from mlx.utils import tree_map
 from mis_mlx.model import load
 from mis_mlx.types import MisError
 
+METRICS = (
+    ("ttft_ms", "time to first token, ms", ".0f"),
+    ("decode_tps", "decode, tokens/s", ".1f"),
+    ("bytes", "weights on disk, MB (10^6)", ".1f"),
+)
+
 
 def open_model(folder: Path) -> tuple[nn.Module, Any]:
     """(model, tokenizer) by stock `mlx_lm.load` of a folder that passed our gate; floats in the quick type."""

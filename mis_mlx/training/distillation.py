@@ -70,14 +70,13 @@ def steps(
     optimizer: GoralW,
     start: int,
     temperature: float,
-    halny: float | None,
+    sigma: Callable[[], float],
 ) -> Iterator[Step]:
     """Optimizer steps `start` to `recipe.iters` of distillation, as `loop.train` yields them.
 
-    halny: spread of eps_halny by hand; None takes it from the measured air, which is 0 when unmeasured.
+    sigma(): spread of eps_halny, asked at every step.
     """
     each = recipe.batch_size * recipe.grad_accumulation_steps
-    sigma = losses.halny_sigma(None) if halny is None else halny
 
     def micro_batches(step: int) -> list[MicroBatch]:
         at = order(len(data.tokens), each, step, recipe.seed)
@@ -92,5 +91,5 @@ def steps(
         optimizer,
         recipe.schedule,
         start,
-        lambda step: losses.halny_factor(sigma, recipe.seed, step),
+        lambda step: losses.halny_factor(sigma(), recipe.seed, step),
     )

@@ -6,18 +6,20 @@ calls nobody. Cutting a step into micro-batches cannot change it: losses are sum
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mis_mlx.machine.clock import Clock
 from mis_mlx.maths.optimizer import GoralW, cosine, global_norm
 from mis_mlx.types import Step
 
+CLOCK = Clock()
 Loss = Callable[..., tuple[mx.array, mx.array]]  # (model, *micro-batch) -> (sum in nats, token count)
 
 
@@ -43,33 +45,45 @@ def train(
     schedule: Schedule,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
+    clock: Clock = CLOCK,
 ) -> Iterator[Step]:
     """Run steps `start` to `schedule.iters`, yielding each as it is done (`Step.number` counts from 1).
 
     micro_batches(step): what makes up a step, as argument tuples for `loss`. factor(step): eq. (2)'s
-    (1 + eps_halny); it scales the gradient, while the loss reported is the plain one.
+    (1 + eps_halny); it scales the gradient, while the loss reported is the plain one. A step during which
+    the machine slept (the lid was closed) is discarded before it touches the weights, and done again.
     """
-    gradient_of = nn.value_and_grad(model, loss)
+    gradient_of = partial(nn.value_and_grad(model, loss), model)
     for step in range(start, schedule.iters):
-        began = time.monotonic()
-        mx.reset_peak_memory()
-        total, count, gradients = mx.array(0.0), mx.array(0.0), None
-        for arguments in micro_batches(step):
-            (part, n), grads = gradient_of(model, *arguments)
-            gradients = grads if gradients is None else tree_map(mx.add, gradients, grads)
-            total, count = total + part, count + n
-            mx.eval(total, count, gradients)
-            del grads
-        tokens = max(float(count), 1.0)
-        value, scale = float(total) / tokens, factor(step) / tokens
-        gradients = tree_map(lambda g, k=scale: g * k, gradients)
+        note = ""
+        while True:
+            began, mark = clock.monotonic(), clock.asleep()
+            mx.reset_peak_memory()
+            value, tokens, gradients = _gradients(gradient_of, micro_batches(step))
+            if not (slept := clock.slept(mark)):
+                break
+            note = f"the machine slept {slept / 60:.0f} min; step done again. "
+        gradients = tree_map(partial(mx.multiply, factor(step) / tokens), gradients)
         norm = float(global_norm(gradients))
         rate = schedule.rate(step)
-        note = optimizer.update(model, gradients, value, norm, rate)
+        note += optimizer.update(model, gradients, value, norm, rate)
         del gradients
         mx.eval(model.parameters(), optimizer.adamw.state)
-        seconds = time.monotonic() - began
-        yield Step(step + 1, value, norm, rate, int(tokens), seconds, mx.get_peak_memory(), note)
+        seconds = clock.monotonic() - began
+        yield Step(step + 1, value, norm, rate, int(tokens), seconds, mx.get_peak_memory(), note.strip())
+
+
+def _gradients(gradient_of: Callable[..., Any], parts: Sequence[tuple[Any, ...]]) -> tuple[float, float, Any]:
+    """(loss per token in nats, tokens, gradients of the *sum* over tokens) of one step, evaluated."""
+    total, count, gradients = mx.array(0.0), mx.array(0.0), None
+    for arguments in parts:
+        (part, n), grads = gradient_of(*arguments)
+        gradients = grads if gradients is None else tree_map(mx.add, gradients, grads)
+        total, count = total + part, count + n
+        mx.eval(total, count, gradients)
+        del grads
+    tokens = max(float(count), 1.0)
+    return float(total) / tokens, tokens, gradients
 
 
 def arrays_of(model: nn.Module, optimizer: GoralW) -> dict[str, dict[str, mx.array]]:

@@ -42,7 +42,7 @@ def test_a_virtual_machine_measures_nothing_and_says_why(no_sys):
     )
     assert values == (None,) * 5
     assert "neither psutil nor hwmon nor thermal_zone" in monitor.reasons["die_c"]
-    assert "--ambient-c" in monitor.reasons["ambient_c"]
+    assert "--temperature-c" in monitor.reasons["ambient_c"]
     assert "--altitude-m" in monitor.reasons["altitude_m"]
     assert not {"die_c", "ambient_c", "altitude_m"} & set(reading.sources)
 

@@ -1,0 +1,96 @@
+"""Does AAIS help? The same teacher pruned by plain importance and by AAIS, on air that warms during calibration.
+
+    scripts/mis benchmarks/aais.py        # about 6 minutes on 2 cores
+
+Three seeds choose the calibration windows. The air comes from tests/data/halny.jsonl: 8 to 33 °C over the
+first 16 batches, then 33 °C, at 832 m. Held-out loss is measured right after pruning, before any training,
+on the same windows for all. `--target conditions` is tried at three altitudes on the first seed. Writes
+benchmarks/results/<machine>/aais.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx import prune
+from mis_mlx.disk.files import DISK
+from mis_mlx.maths import importance
+from mis_mlx.model import arch, calibrate, compare, load, slice, teacher, windows
+from mis_mlx.training.weather import Weather, WeatherFlags
+
+ROOT = Path(__file__).resolve().parent
+REPLAY = ROOT.parent / "tests" / "data" / "halny.jsonl"
+SEEDS, WINDOWS, HELD_OUT, LENGTH = (0, 1, 2), 32, 16, 256
+
+
+def main() -> None:
+    """Run all seeds, print one table, write one JSON file."""
+    checkpoint = load.open_checkpoint(teacher.find().path)
+    data = windows.prepare(None, checkpoint.path, LENGTH)
+    held_out = compare.chosen(data.held_out["English"], HELD_OUT)
+    cut = prune.Cut(scenario="goral")
+    rows = []
+    sizes = {}
+    for seed in SEEDS:
+        at = np.random.default_rng(seed).permutation(len(data.train.tokens))[:WINDOWS]
+        batches = [mx.array(data.train.tokens[i][None]) for i in at]
+        readings = []
+
+        def reading(log=readings):
+            log.append(weather.reading())
+            return log[-1]
+
+        with Weather(WeatherFlags(thermal_replay=str(REPLAY))) as weather:
+            kelvin, _ = calibrate.calibrate(checkpoint, batches, load.compute_dtype(), reading)
+        replayed = iter(readings)
+        celsius, _ = calibrate.calibrate(
+            checkpoint, batches, load.compute_dtype(), lambda r=replayed: next(r), "celsius"
+        )
+        if seed == SEEDS[0]:
+            sums = [kelvin.ffn[i] for i in importance.lowest_blocks(kelvin.block, 20)]
+            for metres in (100.0, 832.0, 2500.0):
+                sizes[metres] = importance.conditions_size(sums, 1280, arch.FFN_MULTIPLE, metres)
+        chosen = {
+            "plain": prune.choose(dict(checkpoint.config), kelvin, replace(cut, importance="activation"), seed),
+            "kelvin": prune.choose(dict(checkpoint.config), kelvin, cut, seed),
+            "celsius": prune.choose(dict(checkpoint.config), celsius, cut, seed),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            models = {"teacher": checkpoint}
+            for name, (shape, keep) in chosen.items():
+                slice.write_student(checkpoint, shape, keep, Path(folder) / name, "bfloat16", DISK)
+                models[name] = load.open_checkpoint(Path(folder) / name)
+            found = compare.compare(models, held_out)
+        for name, (_, keep) in chosen.items():
+            differ = keep.report["channels_differing_from_plain"]
+            gap = (found[name, "nll"] - found["plain", "nll"]).mean()
+            rows.append(
+                {
+                    "seed": seed,
+                    "importance": name,
+                    "differ": differ,
+                    "kept": keep.report["channels_kept"],
+                    "nll": float(found[name, "nll"].mean()),
+                    "kl": float(found[name, "kl"].mean()),
+                    "nll_minus_plain": float(gap),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    where = {"system": f"{platform.system()} {platform.machine()}", "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
+    result = {"command": "scripts/mis benchmarks/aais.py", **where, "rows": rows, "ffn_size_at_altitude_m": sizes}
+    out = ROOT / "results" / f"{platform.system()}-{platform.machine()}".lower()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "aais.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({"ffn_size_at_altitude_m": sizes}))
+
+
+if __name__ == "__main__":
+    main()

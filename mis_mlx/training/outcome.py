@@ -1,0 +1,60 @@
+"""What came out of a run: one dictionary for machines, one page of tables for people.
+
+Does not measure; it arranges what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mis_mlx import cli
+from mis_mlx.disk import runs
+from mis_mlx.model import arch, compare, load, slice, speak
+from mis_mlx.types import Checkpoint, Row
+
+
+def result(
+    folder: Path, models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]]
+) -> dict[str, Any]:
+    """The run's JSON. `models`: teacher, pruned, distilled and perhaps 4-bit; the first text of `quality` counts."""
+    main = {(r.model, r.metric): r.value for r in next(iter(quality.values()))}
+    steps = runs.metrics(folder)
+    tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
+    gap = main["pruned", "nll"] - main["teacher", "nll"]
+    keep = slice.read_keep(models["pruned"].path)
+    report = {k: v for k, v in keep.report.items() if k != "block_importance"} if keep else {}
+    return {
+        "teacher": str(models["teacher"].path),
+        "student": str(folder / "model"),
+        "run": str(folder),
+        "params_teacher": arch.params(models["teacher"].config),
+        "params_student": arch.params(models["distilled"].config),
+        "nll_teacher": main["teacher", "nll"],
+        "nll_pruned": main["pruned", "nll"],
+        "nll_student": main["distilled", "nll"],
+        "nll_quantized": main.get(("4-bit", "nll")),
+        "gap_closed": (main["pruned", "nll"] - main["distilled", "nll"]) / gap if gap else None,
+        "kl_student": main["distilled", "kl"],
+        "top1_student": main["distilled", "top1"],
+        **{f"{r.metric}_{r.model}": round(r.value, 3) for r in sizes if r.metric != "params"},
+        "tokens": tokens,
+        "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+        **report,
+    }
+
+
+def page(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]], length: int) -> str:
+    """Markdown: sizes and speeds, then one table a text; `length` is the tokens of a held-out window."""
+    names = list(models)
+    parts = [cli.table(sizes, names, (("params", "parameters, millions", ".1f"), *speak.METRICS))]
+    for name, rows in quality.items():
+        head = f"{name}, {rows[0].n} windows of {length} tokens held out, ± 95 %"
+        parts.append(head + "\n\n" + cli.table(rows, names, compare.METRICS))
+    if load.unpacks() and "4-bit" in models:
+        parts.append(
+            "The 4-bit loss is computed from the de-quantized weights, which are the same numbers; speeds are those "
+            "of stock mlx-lm with float32 activations, 4-bit kernels included."
+        )
+    return "\n\n".join(parts)
