@@ -181,7 +181,8 @@ def _distil(run: Run, pruned: Checkpoint) -> Checkpoint:
 
     supervise(train, run.folder, s.iters, s.save_every, save, run.weather, run.peak, run.files)
     config = {**pruned.config, "torch_dtype": s.dtype}
-    slice.write_model(config, dict(tree_flatten(student.parameters())), pruned.path, out, s.dtype, run.files)
+    extra = {"keep.json": slice.keep_json(keep)} if (keep := slice.read_keep(pruned.path)) else None
+    slice.write_model(config, dict(tree_flatten(student.parameters())), pruned.path, out, s.dtype, run.files, extra)
     return load.open_checkpoint(out)
 
 

@@ -32,13 +32,18 @@ def create(out: str | None, name: str, settings: Mapping[str, Any], origin: Mapp
             number += 1
     else:
         folder = Path(out)
-        if folder.exists() and (not folder.is_dir() or any(p.name != ".lock" for p in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(not _unborn(p) for p in folder.iterdir())):
             raise MisError(f"{folder} is not empty: add --resume to continue the run in it, or choose another --out")
     files.make_folder(folder)
     files.replace_text(folder / ORIGIN, json.dumps(dict(origin), indent=2))
     # Last: a folder with config.yaml is a run that can be resumed.
     files.replace_text(folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     return folder
+
+
+def _unborn(path: Path) -> bool:
+    """Whether a crash before a run's config.yaml was written can have left this in its folder."""
+    return path.name in (".lock", ORIGIN) or path.name.startswith(".tmp-")
 
 
 def find(out: str | None) -> Path:
@@ -57,7 +62,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     """The settings in a run's config.yaml."""
     try:
         values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):
         raise MisError(f"{folder / CONFIG} is damaged: start a new run")
@@ -96,9 +101,11 @@ def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
 def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
     """Refuse another teacher or other data than the run began with; return what else changed, in words."""
     try:
-        before = json.loads((folder / ORIGIN).read_text())
+        before = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise MisError(f"{folder / ORIGIN} is missing or damaged: start a new run") from None
+        before = None
+    if not isinstance(before, dict):
+        raise MisError(f"{folder / ORIGIN} is missing or damaged: start a new run")
     for name in ("teacher", "data"):
         if before.get(name) != origin[name]:
             raise MisError(

@@ -1,19 +1,26 @@
-"""Metres above sea level: by hand, from a recording, or from the user's configuration file.
+"""Metres above sea level: by hand, from a recording, from the configuration file, or (asked for) macOS.
 
-A Mac has no barometer and no GPS, so the height is never measured. Knows nothing of temperatures.
+A Mac has no barometer and no GPS, so the height is never measured here. Knows nothing of temperatures.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import tomllib
 from pathlib import Path
 
+from mis_mlx.machine.clock import Clock
 from mis_mlx.machine.replay import Header
 from mis_mlx.types import MisError
 
+LOCATION = "location"  # altitude_m = "location" in the configuration file: ask macOS
+LOCATION_TRIES = 10  # seconds to wait for a fix
 
-def find_altitude(given_m: float | None, header: Header, config: Path | None = None) -> tuple[float | None, str]:
+
+def find_altitude(
+    given_m: float | None, header: Header, config: Path | None = None, clock: Clock | None = None
+) -> tuple[float | None, str]:
     """`(metres above sea level, source)`: by hand, else where the recording was made, else `altitude_m` in
     `config` (~/.config/mis_mlx.toml), else `(None, "")`. Raises MisError for an impossible height."""
     config = config or Path.home() / ".config" / "mis_mlx.toml"
@@ -29,7 +36,34 @@ def find_altitude(given_m: float | None, header: Header, config: Path | None = N
         raise MisError(f"{config} cannot be read ({error}): mend it or delete it") from None
     if "altitude_m" not in settings:
         return None, ""
+    if settings["altitude_m"] == LOCATION:
+        return by_location(clock or Clock())
     return _height(settings["altitude_m"], f"altitude_m in {config}"), f"given in {config.name}"
+
+
+def by_location(clock: Clock) -> tuple[float | None, str]:
+    """`(metres, "CoreLocation")` if macOS knows a height, else `(None, "")`. Asks macOS for the permission.
+
+    Only on the user's word (`altitude_m = "location"` in the configuration file), and needs
+    pyobjc-framework-CoreLocation. A Mac locates itself by Wi-Fi, which has no height: then verticalAccuracy
+    is not positive and the altitude it reports means nothing (Apple's documentation of CLLocation).
+    """
+    try:
+        location = importlib.import_module("CoreLocation")
+    except ImportError:
+        return None, ""
+    manager = location.CLLocationManager.alloc().init()
+    manager.requestWhenInUseAuthorization()
+    manager.startUpdatingLocation()
+    try:
+        for _ in range(LOCATION_TRIES):
+            fix = manager.location()
+            if fix is not None:
+                return (float(fix.altitude()), "CoreLocation") if fix.verticalAccuracy() > 0 else (None, "")
+            clock.sleep(1.0)
+    finally:
+        manager.stopUpdatingLocation()
+    return None, ""
 
 
 def _height(metres: object, where: str) -> float:

@@ -56,11 +56,13 @@ def kl_sum(
 
     @mx.custom_function
     def forward(h: mx.array, w: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        loss, dh, dw = mx.array(0.0), [], mx.zeros_like(w)
+        loss, dw = mx.array(0.0), mx.zeros_like(w)
+        dh: list[mx.array] = []
         for at in _chunks(h.shape[0], rows):
-            # Without this dependency the scheduler may run all chunks at once, and hold all their logits.
-            part: Any = mx.depends(h[at], dw)
-            z_t = teacher_logits(teacher[at]).astype(mx.float32) / temperature
+            # Each chunk waits for all of the one before: else the scheduler begins them all, and holds all logits.
+            waited: Any = mx.depends([h[at], teacher[at], loss], [dw, *dh[-1:]])
+            part, target, loss = waited
+            z_t = teacher_logits(target).astype(mx.float32) / temperature
             z_s = (part @ w.T).astype(mx.float32) / temperature
             p_t, lse_t = softmax_lse(z_t)
             p_s, lse_s = softmax_lse(z_s)

@@ -143,7 +143,8 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     known = {n.removesuffix(".weight") for n in expected}
     for name in found:
         stem = name.rsplit(".", 1)[0]
-        if name in expected or name == "lm_head.weight" or "rotary_emb" in name or stem in known:
+        packing = name.endswith((".scales", ".biases")) and stem in known
+        if name in expected or name == "lm_head.weight" or "rotary_emb" in name or packing:
             continue
         raise MisError(
             f"{found[name].file}: holds {name}, which a {checkpoint.config['model_type']} of "

@@ -14,6 +14,14 @@ from typing import Any
 from mis_mlx.types import MisError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_NEEDS = {  # kinds of rotary positions, and the numbers each cannot do without
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+ATTENTION = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -87,13 +95,44 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
     _whole(config, "vocab_size", 1, 2_000_000, where)
     heads = _whole(config, "num_attention_heads", 1, 1024, where)
     kv_heads = _whole(config, "num_key_value_heads", 1, 1024, where, heads)
-    _whole(config, "head_dim", 1, 4096, where, max(1, hidden // heads))
+    if (head_dim := _whole(config, "head_dim", 1, 4096, where, max(1, hidden // heads))) % 2:
+        raise MisError(f"{where}: head_dim is {head_dim}, rotary positions need an even one: this is no usable config")
     if heads % kv_heads:
         raise MisError(f"{where}: {heads} attention heads do not divide into {kv_heads} key-value heads")
-    for key in ("rms_norm_eps", "rope_theta"):
-        value = config.get(key, 1.0)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-            raise MisError(f"{where}: {key} is {value!r}, a number above 0 was expected")
+    _positive(config.get("rms_norm_eps"), "rms_norm_eps", where)
+    _check_positions(config, where)
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if config.get(key) not in (None, True, False):
+            raise MisError(f"{where}: {key} is {config[key]!r}, true or false was expected")
+
+
+def _positive(value: Any, key: str, where: Path) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise MisError(f"{where}: {key} is {value!r}, a number above 0 was expected")
+
+
+def _check_positions(config: Mapping[str, Any], where: Path) -> None:
+    """What says where a token stands: rotary settings, and which layers see only a sliding window."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        if rope is None:
+            continue
+        kind = rope.get("type") or rope.get("rope_type", "default") if isinstance(rope, Mapping) else None
+        if kind not in ROPE_NEEDS:
+            raise MisError(f"{where}: {key} is {rope!r}, supported are the types {', '.join(ROPE_NEEDS)}")
+        for needed in ROPE_NEEDS[kind]:
+            _positive(rope.get(needed), f"{key}.{needed}", where)
+        if "rope_theta" in rope:
+            _positive(rope["rope_theta"], f"{key}.rope_theta", where)
+    if config.get("rope_theta") is not None:
+        _positive(config["rope_theta"], "rope_theta", where)
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    if types is None:
+        return
+    if not isinstance(types, list) or len(types) != layers or set(map(str, types)) - ATTENTION:
+        raise MisError(f"{where}: layer_types must be a list of {layers}, each of {' or '.join(sorted(ATTENTION))}")
+    if "sliding_attention" in types:
+        _whole(config, "sliding_window", 1, 2**31 - 1, where)
 
 
 def normalised(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""What most tests share: tiny models, a small text, and a home and cache of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.model import load
+from mis_mlx.types import Checkpoint
+from tests import tiny
+
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu() -> Iterator[None]:
+    """Bit-for-bit comparisons are stated for the CPU back end, also on a Mac."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """`models(kind)`: the tiny float32 model of a kind in tiny.KINDS, made once a session."""
+    root, made = tmp_path_factory.mktemp("models"), dict[str, Checkpoint]()
+
+    def get(kind: str) -> Checkpoint:
+        if kind not in made:
+            made[kind] = load.open_checkpoint(tiny.make(root / kind, **tiny.KINDS[kind]))
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def llama(models: Callable[[str], Checkpoint]) -> Checkpoint:
+    """The tiny llama: 3 layers, hidden 64, FFN 768, 4 heads in 2 groups."""
+    return models("llama")
+
+
+@pytest.fixture(scope="session")
+def batches() -> list[mx.array]:
+    """Two windows of token ids, (1, 24) each."""
+    return [mx.random.randint(0, 512, (1, 24), key=mx.random.key(k)) for k in (1, 2)]
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder in mlx-lm's format: some pages of Python's manual."""
+    from pydoc_data.topics import topics
+
+    folder, names = tmp_path_factory.mktemp("text"), sorted(topics)
+    for split, chosen in (("train", names[:12]), ("valid", names[30:32]), ("test", names[40:44])):
+        rows = [json.dumps({"text": topics[name][:3000]}) for name in chosen]
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment whose home and model cache are empty and offline: the user's are never touched."""
+    home = tmp_path_factory.mktemp("home")
+    own = {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **own, "MIS_MLX_CACHE": str(home / "cache")}
+
+
+@pytest.fixture(scope="session")
+def command(own_home: dict[str, str]) -> Callable[..., Done]:
+    """`command("distill", "--iters", 3)` runs `python -m mis_mlx.distill --iters 3` to its end."""
+
+    def run(name: str, *flags: object, cwd: Path | None = None) -> Done:
+        argv = [sys.executable, "-m", f"mis_mlx.{name}", *map(str, flags)]
+        root = str(Path(__file__).parents[1])
+        return subprocess.run(
+            argv, env={**own_home, "PYTHONPATH": root}, cwd=cwd, capture_output=True, text=True, check=False
+        )
+
+    return run

@@ -1,0 +1,131 @@
+"""Importance, AAIS and who is kept: by pencil."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.maths import importance
+from mis_mlx.maths.importance import Sums
+from mis_mlx.types import MisError, Reading
+
+
+def sums_of(samples: np.ndarray, weights: list[float]) -> Sums:
+    """Statistics of samples (batches, channels), one weight a batch."""
+    out = Sums.zeros(samples.shape[1])
+    for sample, weight in zip(samples, weights, strict=True):
+        out.add(sample, weight)
+    return out
+
+
+def air(celsius: float | None, metres: float | None = 832.0) -> Reading:
+    return Reading(0.0, ambient_c=celsius, altitude_m=metres)
+
+
+def test_samples_by_pencil() -> None:
+    """Channel: mean of |a|. Head: mean of the norm of its two numbers. Block: 1 - cosine."""
+    x = mx.array([[[3.0, 4.0, 0.0, -2.0], [-3.0, 4.0, 6.0, 8.0]]])
+    assert importance.channel_sample(x).tolist() == [3.0, 4.0, 3.0, 5.0]
+    assert importance.head_sample(x, 2).tolist() == [5.0, 6.0]
+    into, out = mx.array([[[1.0, 0.0], [1.0, 0.0]]]), mx.array([[[2.0, 0.0], [0.0, 5.0]]])
+    assert importance.block_sample(into, out).item() == pytest.approx((0 + 1) / 2)
+
+
+def test_constant_weather_is_plain_importance() -> None:
+    """With one T and h AAIS is a positive multiple of plain importance, so the kept set is the same."""
+    samples = np.random.default_rng(0).random((6, 200))
+    sums = sums_of(samples, [281.15] * 6)
+    plain, weather = importance.activation(sums), importance.aais(sums, 832.0)
+    np.testing.assert_allclose(weather, plain * 281.15 / 832.0, rtol=1e-12)
+    for keep in (1, 50, 199):
+        assert importance.top(weather, keep) == importance.top(plain, keep)
+
+
+def test_a_warm_batch_changes_who_is_kept() -> None:
+    """Pencil: channel 0 fires 2 at 10 °C, channel 1 fires 1.5 and 1.5; at 10 and 30 °C, in °C, 1 wins.
+
+    Plain: sqrt(4) = 2 < sqrt(4.5), so let channel 0 fire 2.2: 2.2 > 2.12 and 0 is kept. With T_b = 10, 30:
+    channel 0 has 22 / h, channel 1 has sqrt(15^2 + 45^2) / h = 47.4 / h and is kept instead.
+    """
+    sums = sums_of(np.array([[2.2, 1.5], [0.0, 1.5]]), [10.0, 30.0])
+    assert importance.top(importance.activation(sums), 1) == (0,)
+    assert importance.top(importance.aais(sums, 832.0), 1) == (1,)
+    assert importance.aais(sums, 2.0).tolist() == pytest.approx([11.0, np.sqrt(2250) / 2])
+
+
+def test_sums_merge_in_any_order() -> None:
+    """Statistics of three parts, merged in two orders, equal those of one pass."""
+    samples, weights = np.random.default_rng(1).random((6, 5)), [280.0, 281, 282, 283, 284, 285]
+    whole = sums_of(samples, weights)
+    a, b, c = (sums_of(samples[i : i + 2], weights[i : i + 2]) for i in (0, 2, 4))
+    for merged in (a.merged(b).merged(c), c.merged(a.merged(b))):
+        np.testing.assert_allclose(merged.plain, whole.plain, rtol=1e-14)
+        np.testing.assert_allclose(merged.warm, whole.warm, rtol=1e-14)
+        assert merged.batches == 6
+
+
+def test_weight_is_kelvin_unless_asked() -> None:
+    """8 °C weigh 281.15 K or 8; an unknown temperature is None."""
+    assert importance.weight_of(air(8.0), "kelvin") == pytest.approx(281.15)
+    assert importance.weight_of(air(8.0), "celsius") == 8.0
+    assert importance.weight_of(air(None), "kelvin") is None
+    assert importance.weight_of(None, "celsius") is None
+
+
+def test_frost_refuses_celsius() -> None:
+    """A negative weight would turn the ranking round: one sentence; in kelvin the same air is fine."""
+    with pytest.raises(MisError, match="-3 °C.*--temperature-unit kelvin"):
+        importance.weight_of(air(-3.0), "celsius")
+    with pytest.raises(MisError):
+        importance.weight_of(air(0.0), "celsius")
+    assert importance.weight_of(air(-3.0), "kelvin") == pytest.approx(270.15)
+
+
+@pytest.mark.parametrize("metres", [0.0, -5.0])
+def test_the_sea_refuses_aais(metres: float) -> None:
+    """The altitude divides: 0 m and below is a sentence."""
+    with pytest.raises(MisError, match="altitude"):
+        importance.weight_of(air(8.0, metres), "kelvin")
+
+
+def test_ties_keep_the_lower_index() -> None:
+    """Equal scores: the first stay; the result is sorted."""
+    assert importance.top(np.array([1.0, 2.0, 2.0, 1.0, 1.0]), 3) == (0, 1, 2)
+    assert importance.top(np.zeros(5), 2) == (0, 1)
+    assert importance.lowest_blocks({0: 0.5, 1: 0.1, 2: 0.1, 3: 0.9}, 3) == (0, 1, 3)
+
+
+def test_heads_are_kept_group_by_group() -> None:
+    """The three best heads of four are in one group; still each group keeps its share."""
+    scores = np.array([9.0, 8.0, 7.0, 6.0, 0.3, 0.1, 0.2, 0.4])
+    assert importance.top_in_groups(scores, 2, 4) == (0, 1, 4, 7)
+    for keep in (2, 4, 6, 8):
+        kept = importance.top_in_groups(scores, 2, keep)
+        assert sum(i < 4 for i in kept) == sum(i >= 4 for i in kept) == keep // 2
+
+
+def layers(weight: float) -> list[Sums]:
+    """Three layers of 1,024 channels whose importance falls smoothly."""
+    falling = np.exp(-np.arange(1024) / 400.0)
+    return [sums_of(np.stack([falling * scale] * 2), [weight] * 2) for scale in (1.0, 1.1, 0.9)]
+
+
+def test_the_reference_gives_the_fixed_size() -> None:
+    """At 8 °C and 832 m, in both units, the threshold passes exactly the fixed size."""
+    for unit, weight in (("kelvin", 281.15), ("celsius", 8.0)):
+        for size in (256, 512, 768):
+            assert importance.conditions_size(layers(weight), size, 256, 832.0, unit) == size
+
+
+def test_higher_is_smaller() -> None:
+    """100 m, 832 m and 2,500 m: the FFN shrinks with the altitude, and never below one multiple."""
+    at = [importance.conditions_size(layers(281.15), 512, 128, h) for h in (100.0, 832.0, 2500.0)]
+    assert at[0] > at[1] > at[2] >= 128
+    assert at[1] == 512 and at[0] <= 1024
+
+
+def test_warmer_is_larger() -> None:
+    """Eq. (1) multiplies by T: in °C twice the temperature keeps more channels."""
+    cold, warm = (importance.conditions_size(layers(t), 512, 128, 832.0, "celsius") for t in (8.0, 16.0))
+    assert warm > cold

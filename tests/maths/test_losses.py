@@ -1,0 +1,172 @@
+"""Forward KL in chunks, its gradient and its memory; eq. (2)'s halny factor."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.maths import losses
+
+N, D, D_T, V = 13, 8, 6, 40
+
+
+def problem(n: int = N, vocab: int = V) -> dict[str, mx.array]:
+    """Random hidden states, heads and a learn mask with holes."""
+    keys = mx.random.split(mx.random.key(7), 4)
+    return {
+        "student": mx.random.normal((n, D), key=keys[0]),
+        "head": mx.random.normal((vocab, D), key=keys[1]),
+        "teacher": mx.random.normal((n, D_T), key=keys[2]),
+        "teacher_head": mx.random.normal((vocab, D_T), key=keys[3]),
+        "learn": mx.array([float(i % 3 != 1) for i in range(n)]),
+    }
+
+
+def chunked(p: dict[str, mx.array], temperature: float, rows: int | None) -> tuple[mx.array, list[mx.array]]:
+    """kl_sum and its gradients in student and head."""
+
+    def loss(student: mx.array, head: mx.array) -> mx.array:
+        return losses.kl_sum(
+            student, head, p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"], temperature, rows
+        )
+
+    return mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
+
+
+def plain(p: dict[str, mx.array], temperature: float) -> tuple[mx.array, list[mx.array]]:
+    """The formula as it is written, differentiated by MLX."""
+    z_t = p["teacher"] @ p["teacher_head"].T / temperature
+
+    def loss(student: mx.array, head: mx.array) -> mx.array:
+        z_s = student @ head.T / temperature
+        log_t = z_t - mx.logsumexp(z_t, axis=-1, keepdims=True)
+        log_s = z_s - mx.logsumexp(z_s, axis=-1, keepdims=True)
+        return ((mx.exp(log_t) * (log_t - log_s)).sum(axis=-1) * p["learn"]).sum()
+
+    return mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
+
+
+def exact(p: dict[str, mx.array], temperature: float) -> float:
+    """The same in numpy float64."""
+    a = {k: np.array(v, dtype=np.float64) for k, v in p.items()}
+    z_t, z_s = a["teacher"] @ a["teacher_head"].T / temperature, a["student"] @ a["head"].T / temperature
+    log_t = z_t - np.log(np.exp(z_t - z_t.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z_t.max(-1, keepdims=True)
+    log_s = z_s - np.log(np.exp(z_s - z_s.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z_s.max(-1, keepdims=True)
+    return float(((np.exp(log_t) * (log_t - log_s)).sum(-1) * a["learn"]).sum())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("rows", [1, 4, 13, None])
+def test_chunked_kl_is_the_plain_formula(temperature: float, rows: int | None) -> None:
+    """Value and both gradients equal autodiff (1e-5) and float64, however the positions are cut, at T = 1 and 2."""
+    p = problem()
+    value, gradients = chunked(p, temperature, rows)
+    wanted, wanted_gradients = plain(p, temperature)
+    assert value.item() == pytest.approx(exact(p, temperature), rel=1e-5)
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_scales_with_what_is_above() -> None:
+    """Whatever multiplies the loss multiplies the gradient: the cotangent is not dropped."""
+    p = problem()
+
+    def loss(student: mx.array) -> mx.array:
+        return 3.0 * losses.kl_sum(student, p["head"], p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"])
+
+    got = mx.grad(loss)(p["student"])
+    np.testing.assert_allclose(np.array(got), 3 * np.array(chunked(p, 1.0, None)[1][0]), rtol=1e-6)
+
+
+def test_masked_positions_get_no_gradient() -> None:
+    """learn = 0 leaves a position out of the loss and its gradient is exactly 0."""
+    p = problem()
+    _, (gradient, _) = chunked(p, 1.0, 4)
+    masked = np.array(p["learn"]) == 0
+    assert masked.any() and (np.array(gradient)[masked] == 0).all()
+    assert (np.abs(np.array(gradient)[~masked]).sum(axis=1) > 0).all()
+
+
+def test_a_perfect_student_has_no_loss() -> None:
+    """The same logits on both sides: KL and gradient are 0 (to rounding)."""
+    p = problem()
+    p |= {"teacher": p["student"], "teacher_head": p["head"]}
+    value, (gradient, _) = chunked(p, 1.0, None)
+    assert abs(value.item()) < 1e-4 and mx.abs(gradient).max().item() < 1e-5
+
+
+def test_memory_is_bounded_by_the_chunk() -> None:
+    """Eight times the positions at the same chunk size: the peak grows by hidden states, not by logits.
+
+    Bound: 24 tensors of a chunk's logits, because each chunk has five alive and MLX prepares up to three
+    chunks ahead of the one it computes (15.5 were measured); both heads and their gradients; 8 copies of the
+    hidden states. The teacher's logits of all positions at once would alone be over it.
+    """
+    vocab, rows, peaks = 8192, 16, []
+    for n in (128, 1024):
+        p = problem(n, vocab)
+        mx.eval(list(p.values()))
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(chunked(p, 1.0, rows))
+        peaks.append(mx.get_peak_memory() - before)
+        bound = 24 * rows * vocab * 4 + 4 * vocab * D * 4 + 8 * n * D * 4
+        assert peaks[-1] < bound
+    assert n * vocab * 4 > bound
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_chunk_rows_by_pencil() -> None:
+    """256 MiB hold five float32 rows of 49,152 tokens 273 times, capped to 256; of 1,000,000 tokens 13 times."""
+    assert losses.chunk_rows(49_152) == 256
+    assert losses.chunk_rows(1_000_000) == 13
+    assert losses.chunk_rows(50_000_000) == 8  # never fewer: a chunk has its cost
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
+def test_softmax_lse_against_float64(shift: float) -> None:
+    """softmax and logsumexp of large logits neither overflow nor drift (relative float32 rounding)."""
+    z = np.random.default_rng(0).normal(0, 20, (6, 300)).astype(np.float32) + np.float32(shift)
+    p, lse = losses.softmax_lse(mx.array(z))
+    wide = z.astype(np.float64)
+    top = wide.max(-1, keepdims=True)
+    total = np.exp(wide - top).sum(-1)
+    np.testing.assert_allclose(np.array(lse), top[:, 0] + np.log(total), rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(np.array(p), np.exp(wide - top) / total[:, None], atol=1e-6)
+
+
+def test_reference_by_pencil() -> None:
+    """Two tokens, teacher 3 : 1, student 1 : 1: losses ln 4/3 and ln 2, KL = 0.75 ln 1.5 + 0.25 ln 0.5."""
+    reference = losses.Reference(mx.array([[np.log(3.0), 0.0]]), mx.array([0]))
+    nll, kl, top1 = reference.compare(mx.array([[0.0, 0.0]]))
+    assert reference.nll().item() == pytest.approx(np.log(4 / 3), abs=1e-6)
+    assert nll.item() == pytest.approx(np.log(2), abs=1e-6)
+    assert kl.item() == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5), abs=1e-6)
+    assert top1.item() == 1.0
+    assert reference.compare(mx.array([[0.0, 1.0]]))[2].item() == 0.0
+
+
+def test_no_wind_is_exactly_one() -> None:
+    """Unmeasured air gives sigma 0, and sigma 0 gives the factor 1.0, not nearly."""
+    assert losses.halny_sigma(None) == 0.0
+    assert [losses.halny_factor(0.0, seed, 5) for seed in range(3)] == [1.0, 1.0, 1.0]
+
+
+def test_halny_sigma_by_pencil() -> None:
+    """15 °C of spread are the full 0.15, 5 °C a third of it."""
+    assert losses.halny_sigma(15.0) == pytest.approx(0.15)
+    assert losses.halny_sigma(5.0) == pytest.approx(0.05)
+
+
+def test_halny_factor_is_clipped_and_repeats() -> None:
+    """A storm (sigma 10) stays within ±0.15; a seed and step always meet the same wind, others another."""
+    storm = [losses.halny_factor(10.0, 0, step) for step in range(50)]
+    assert min(storm) == pytest.approx(0.85) and max(storm) == pytest.approx(1.15)
+    breeze = [losses.halny_factor(0.05, 3, step) for step in range(400)]
+    assert breeze == [losses.halny_factor(0.05, 3, step) for step in range(400)]
+    assert len(set(breeze)) > 390
+    assert losses.halny_factor(0.05, 4, 0) != breeze[0]
+    assert np.std(breeze) == pytest.approx(0.05, abs=0.01) and np.mean(breeze) == pytest.approx(1.0, abs=0.01)

@@ -1,0 +1,152 @@
+"""GóralW: AdamW to the last bit with the dog asleep; what the dog does when it wakes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mis_mlx.maths.optimizer import PATIENCE, WAKE, GoralW, cosine, global_norm
+from mis_mlx.types import MisError
+
+
+def net() -> nn.Module:
+    """A small net with fixed weights."""
+    made = nn.Sequential(nn.Linear(6, 5), nn.RMSNorm(5), nn.Linear(5, 3))
+    keys = mx.random.split(mx.random.key(1), 8)
+    flat = [(n, mx.random.normal(p.shape, key=keys[i])) for i, (n, p) in enumerate(tree_flatten(made.parameters()))]
+    made.load_weights(flat)
+    return made
+
+
+def gradients(model: nn.Module, step: int, scale: float = 1.0) -> Any:
+    """Random gradients of step `step`, scaled to Euclidean norm `scale`."""
+    keys = iter(mx.random.split(mx.random.key(100 + step), 16))
+    raw = tree_map(lambda p: mx.random.normal(p.shape, key=next(keys)), model.trainable_parameters())
+    norm = global_norm(raw)
+    return tree_map(lambda g: g * (scale / norm), raw)
+
+
+def flat(tree: Any) -> dict[str, list[float]]:
+    return {name: value.tolist() for name, value in tree_flatten(tree)}
+
+
+def walk(optimizer: GoralW, model: nn.Module, steps: range, scale: float = 1.0) -> list[str]:
+    """Ordinary steps; what the dog said at each."""
+    said = []
+    for step in steps:
+        g = gradients(model, step, scale)
+        said.append(optimizer.update(model, g, 1.0, float(global_norm(g)), cosine(step, 40, 1e-2, 3)))
+        mx.eval(model.parameters(), optimizer.adamw.state)
+    return said
+
+
+def test_asleep_it_is_adamw_to_the_last_bit() -> None:
+    """Guard off, 5 steps with a changing rate: weights and moments equal mlx.optimizers.AdamW's exactly."""
+    ours, theirs = net(), net()
+    goral = GoralW(betas=(0.9, 0.95), weight_decay=0.1, guard=False)
+    adamw = optim.AdamW(1e-2, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
+    walk(goral, ours, range(5), 50.0)
+    for step in range(5):
+        adamw.learning_rate = cosine(step, 40, 1e-2, 3)
+        adamw.update(theirs, gradients(theirs, step, 50.0))
+    assert flat(ours.parameters()) == flat(theirs.parameters())
+    assert flat(goral.adamw.state) == flat(adamw.state)
+
+
+def test_awake_on_a_calm_day_it_is_adamw_too() -> None:
+    """Steady norms are never clipped: guard on equals guard off."""
+    a, b = net(), net()
+    assert set(walk(GoralW(), a, range(20))) == {""}
+    walk(GoralW(guard=False), b, range(20))
+    assert flat(a.parameters()) == flat(b.parameters())
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf)])
+def test_a_step_that_is_not_a_number_is_skipped(loss: float, norm: float) -> None:
+    """Weights, moments and step count stay as they were; the note says so."""
+    model, optimizer = net(), GoralW()
+    walk(optimizer, model, range(3))
+    before = flat(model.parameters()), flat(optimizer.adamw.state), list(optimizer.norms)
+    bad = tree_map(lambda g: g * math.nan, gradients(model, 3))
+    assert optimizer.update(model, bad, loss, norm, 1e-2) == "skipped: not a number"
+    assert (flat(model.parameters()), flat(optimizer.adamw.state), optimizer.norms) == before
+
+
+def test_three_bad_steps_in_a_row_stop_the_run() -> None:
+    """Two and a good one are forgiven; three raise a sentence with a remedy."""
+    model, optimizer = net(), GoralW()
+    for _ in range(2):
+        for _ in range(PATIENCE - 1):
+            optimizer.update(model, gradients(model, 0), math.nan, 1.0, 1e-2)
+        walk(optimizer, model, range(1))
+    for _ in range(PATIENCE - 1):
+        optimizer.update(model, gradients(model, 0), math.nan, 1.0, 1e-2)
+    with pytest.raises(MisError, match="3 steps in a row.*--learning-rate"):
+        optimizer.update(model, gradients(model, 0), math.nan, 1.0, 1e-2)
+
+
+def test_a_spike_is_clipped_to_mean_plus_five_sigma() -> None:
+    """Norms 1 and 2 in turn: mean 1.5, sigma 0.5, so a 100x spike counts as 4; the moments say so too."""
+    model, twin = net(), net()
+    dog, sleepy = GoralW(), GoralW(guard=False)
+    for step in range(WAKE):
+        for optimizer, own in ((dog, model), (sleepy, twin)):
+            walk(optimizer, own, range(step, step + 1), 1.0 + step % 2)
+    assert dog.bound() == pytest.approx(1.5 + 5 * 0.5, rel=1e-5)
+    spike = gradients(model, 77, 150.0)
+    note = dog.update(model, spike, 1.0, 150.0, 1e-2)
+    assert note == "clipped 150.0 to 4.0" and dog.norms[-1] == pytest.approx(4.0, rel=1e-5)
+    sleepy.update(twin, gradients(twin, 77, 4.0), 1.0, 4.0, 1e-2)
+    for name, value in tree_flatten(dog.adamw.state):
+        want = dict(tree_flatten(sleepy.adamw.state))[name]
+        assert mx.allclose(value, want, rtol=1e-4, atol=1e-7), name
+
+
+def test_it_does_not_bite_before_it_knows_the_flock() -> None:
+    """Before ten norms were seen nothing is clipped."""
+    model, optimizer = net(), GoralW()
+    walk(optimizer, model, range(WAKE - 1))
+    assert optimizer.bound() == math.inf
+    assert optimizer.update(model, gradients(model, 50, 500.0), 1.0, 500.0, 1e-2) == ""
+
+
+def test_restore_continues_bit_equal() -> None:
+    """Moments, step count and the dog's memory: 6 + 6 steps over a restore equal 12 in one go."""
+    whole, optimizer = net(), GoralW()
+    walk(optimizer, whole, range(12))
+    first, before = net(), GoralW()
+    walk(before, first, range(6))
+    second, after = net(), GoralW()
+    second.update(first.parameters())
+    after.restore(before.arrays(), before.memory())
+    walk(after, second, range(6, 12))
+    assert flat(second.parameters()) == flat(whole.parameters())
+    assert flat(after.adamw.state) == flat(optimizer.adamw.state)
+    assert after.memory() == optimizer.memory()
+
+
+def test_cosine_by_pencil() -> None:
+    """Warm-up 2: half, full; then down a cosine over 8 steps: halfway 0.55, at the end a tenth of the peak."""
+    rates = [cosine(step, 11, 1.0, 2) for step in range(11)]
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[10] == pytest.approx(0.1)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_the_papers_schedule() -> None:
+    """1.5e-4 down to 1.5e-5 over 8,000 steps."""
+    assert cosine(0, 8000, 1.5e-4, 0) == pytest.approx(1.5e-4)
+    assert cosine(7999, 8000, 1.5e-4, 0) == pytest.approx(1.5e-5)
+
+
+def test_global_norm_by_pencil() -> None:
+    """3, 4 in two tensors and 12 in a scalar: 13."""
+    tree = {"a": mx.array([[3.0, 0.0]]), "b": {"c": mx.array([4.0]), "d": mx.array([12.0])}}
+    assert global_norm(tree).item() == 13.0

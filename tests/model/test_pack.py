@@ -1,0 +1,89 @@
+"""4 bits: every matrix or a sentence; stock mlx-lm opens the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.disk.files import DISK
+from mis_mlx.model import arch, load, pack
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_every_matrix_is_packed(
+    tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
+) -> None:
+    """All 2-D weights are U32 with scales and biases, the rest is as it was; stock mlx_lm.load opens it."""
+    done = pack.write_quantized(models(kind), tmp_path / "q4", 64, DISK)
+    packed = load.open_checkpoint(tmp_path / "q4")
+    for name, shape in arch.tensors_of(models(kind).config).items():
+        stem = name.removesuffix(".weight")
+        if len(shape) == 2:
+            assert packed.tensors[name].dtype == "U32"
+            assert packed.tensors[f"{stem}.scales"].dtype == packed.tensors[f"{stem}.biases"].dtype == "F16"
+        else:
+            assert packed.tensors[name].dtype == "F32" and f"{stem}.scales" not in packed.tensors
+    model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
+    assert mx.isfinite(model(batches[0])).all()
+    assert done["nbytes"] == packed.nbytes
+    assert done["bits_per_weight"] == pytest.approx(8 * packed.nbytes / arch.params(models(kind).config))
+
+
+def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint) -> None:
+    """No number is further from its original than half a step of its group, plus float16 scales' rounding."""
+    pack.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    packed = load.open_checkpoint(tmp_path / "q4")
+    for name, levels in (("model.layers.0.mlp.up_proj.weight", 15), ("model.embed_tokens.weight", 255)):
+        groups = load.dense(llama, name).reshape(-1, 64)
+        error = mx.abs(load.dense(packed, name).reshape(-1, 64) - groups).max(axis=-1)
+        step = (groups.max(axis=-1) - groups.min(axis=-1)) / levels
+        # MLX moves the grid so that 0 is exact, which costs up to half a step more at one end.
+        assert (error <= 1.1 * step).all()
+        assert error.mean().item() < 0.6 * step.mean().item()
+
+
+def test_the_embedding_gets_eight_bits(llama: Checkpoint) -> None:
+    """It makes the logits too; config.json says so per module in the way mlx-lm reads."""
+    plan = pack.layout(llama.config, 64)
+    assert plan["model.embed_tokens"] == (8, 64)
+    assert {bits for path, (bits, _) in plan.items() if path != "model.embed_tokens"} == {4}
+
+
+def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
+    """Hidden 96 is no multiple of 64: the sentence names 32, and 32 works."""
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "t", hidden_size=96, head_dim=24))
+    with pytest.raises(MisError, match="rows of 96 weights, which 64 does not divide: use --q-group-size 32"):
+        pack.write_quantized(teacher, tmp_path / "q4", 64, DISK)
+    assert not (tmp_path / "q4").exists()
+    pack.write_quantized(teacher, tmp_path / "q4", 32, DISK)
+    model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
+    assert mx.isfinite(model(batches[0])).all()
+
+
+def test_no_group_fits() -> None:
+    """FFN 760: no group divides it, so the remedy is another cut or no quantization."""
+    with pytest.raises(MisError, match="rows of 760 weights.*multiple of 32, or --quantize 0"):
+        pack.layout({**tiny.CONFIG, "intermediate_size": 760}, 64)
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
+    """Twice rounded is twice wrong."""
+    pack.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    with pytest.raises(MisError, match="quantized already"):
+        pack.write_quantized(load.open_checkpoint(tmp_path / "q4"), tmp_path / "q44", 64, DISK)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q4"]
+
+
+def test_config_is_readable_by_others(tmp_path: Path, llama: Checkpoint) -> None:
+    """Both spellings that are in use say the same."""
+    pack.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    config = json.loads((tmp_path / "q4" / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"]
+    assert config["quantization"]["bits"] == 4 and config["quantization"]["group_size"] == 64
+    assert config["quantization"]["model.embed_tokens"]["bits"] == 8

@@ -1,0 +1,107 @@
+"""A model passed through memory block by block computes what the whole model computes, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.disk.files import DISK
+from mis_mlx.model import load, pack, stream
+from mis_mlx.types import Checkpoint
+from tests import tiny
+
+
+def logits_of(checkpoint: Checkpoint, batches: list[mx.array]) -> list[mx.array]:
+    """A streamed pass, then the head."""
+    head = load.head(checkpoint, mx.float32)
+    return [load.logits(head, h) for h in stream.forward(checkpoint, batches, mx.float32)[0]]
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_streamed_is_resident_bit_for_bit(
+    models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
+) -> None:
+    """Hidden states equal the resident model's, and logits stock mlx_lm.load's, to the last bit."""
+    streamed, _ = stream.forward(models(kind), batches, mx.float32)
+    whole = stream.resident_forward(load.resident(models(kind), mx.float32), batches)
+    stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
+    for a, b, logits, tokens in zip(streamed, whole, logits_of(models(kind), batches), batches, strict=True):
+        assert mx.array_equal(a, b)
+        assert mx.array_equal(logits, stock(tokens))
+
+
+def test_sliding_layers_see_their_window(tmp_path: Path, batches: list[mx.array]) -> None:
+    """A llama with one sliding layer of window 4: streamed equals stock, and differs from full attention."""
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    folder = tiny.make(tmp_path / "sliding", layer_types=types, sliding_window=4)
+    checkpoint = load.open_checkpoint(folder)
+    stock, _ = load.mlx_lm("utils").load(str(folder))
+    full = Checkpoint(checkpoint.path, {**checkpoint.config, "layer_types": None}, checkpoint.tensors)
+    for ours, other, tokens in zip(logits_of(checkpoint, batches), logits_of(full, batches), batches, strict=True):
+        assert mx.array_equal(ours, stock(tokens))
+        assert not mx.array_equal(ours, other)
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied", "qwen3"])
+def test_a_quantized_folder_streams(
+    tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
+) -> None:
+    """4-bit: bit for bit the model of the de-quantized weights; mlx-lm's own 4-bit kernels within 1e-4.
+
+    The kernels de-quantize to the same numbers but with float16 scales and add up in another order.
+    """
+    pack.write_quantized(models(kind), tmp_path / "q4", 64, DISK)
+    packed = load.open_checkpoint(tmp_path / "q4")
+    plain = load.resident(models(kind), mx.float32)
+    plain.load_weights([(n, load.dense(packed, n)) for n in models(kind).tensors])
+    stock, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
+    stock.set_dtype(mx.float32)
+    for ours, tokens in zip(logits_of(packed, batches), batches, strict=True):
+        assert mx.array_equal(ours, plain(tokens))
+        assert mx.abs(ours - stock(tokens)).max().item() < 1e-4 * mx.abs(ours).max().item() + 1e-4
+
+
+def test_memory_holds_one_block_not_the_model(tmp_path: Path) -> None:
+    """24 blocks of 641 KiB pass through 4 MiB: the peak stays under, the model is four times over."""
+    limit = 4 * 2**20
+    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
+    assert checkpoint.nbytes > 3.5 * limit
+    tokens = [mx.random.randint(0, 512, (1, 32), key=mx.random.key(0))] * 4
+    mx.eval(tokens)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    stream.forward(checkpoint, tokens, mx.float32)
+    assert mx.get_peak_memory() - before < limit
+
+
+def test_taps_see_what_goes_in(llama: Checkpoint, batches: list[mx.array]) -> None:
+    """A tap changes no number, and hands over the input of the layer it stands for, once."""
+    seen: list[tuple[int, int, tuple[int, ...]]] = []
+
+    def tap(block: object) -> None:
+        block.mlp.down_proj = stream.Tap(block.mlp.down_proj)  # type: ignore[attr-defined]
+
+    def look(i: int, b: int, block: object, into: mx.array, out: mx.array) -> list[mx.array]:
+        a = block.mlp.down_proj.take()  # type: ignore[attr-defined]
+        seen.append((i, b, a.shape))
+        return [a.sum()]
+
+    tapped, found = stream.forward(llama, batches, mx.float32, tap, look)
+    plain, nothing = stream.forward(llama, batches, mx.float32)
+    assert all(mx.array_equal(a, b) for a, b in zip(tapped, plain, strict=True))
+    assert seen == [(i, b, (1, 24, 768)) for i in range(3) for b in range(2)]
+    assert [len(layer) for layer in found] == [2, 2, 2] and nothing == [[[], []]] * 3
+
+
+def test_through_is_one_block(llama: Checkpoint, batches: list[mx.array]) -> None:
+    """Block after block by hand ends where the whole pass ends."""
+    hidden = stream.embed(llama, batches, mx.float32)
+    for _, block, args in stream.blocks(llama, mx.float32):
+        hidden = stream.through(block, args, hidden)
+    norm = load.final_norm(llama, mx.float32)
+    whole, _ = stream.forward(llama, batches, mx.float32)
+    assert all(mx.array_equal(norm(h), w) for h, w in zip(hidden, whole, strict=True))

@@ -1,0 +1,132 @@
+"""AAIS from the command line: warming air, three altitudes, frost; and a run that a replay interrupts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx import bench, distill, prune
+from mis_mlx.types import MisError
+from tests import tiny
+
+HALNY = Path(__file__).parent / "data" / "halny.jsonl"
+SMALL = {"max_seq_length": 32, "num_samples": 18}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with 1,536 FFN neurons, so that sizes have room to move."""
+    return tiny.make(tmp_path_factory.mktemp("aais") / "model", intermediate_size=1536)
+
+
+Pruned = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def pruned(model: Path, text_folder: Path) -> Pruned:
+    """`pruned(out, **flags)`: the report of `prune` on the tiny model."""
+
+    def run(out: Path, **flags: Any) -> dict[str, Any]:
+        given = {**SMALL, **flags}
+        return prune.run(prune.Settings(model=str(model), mlx_path=str(out), data=str(text_folder), **given))
+
+    return run
+
+
+def test_constant_air_keeps_what_plain_importance_keeps(pruned: Pruned, tmp_path: Path) -> None:
+    """With constant T and h AAIS is plain importance times a number, so the same channels stay."""
+    plain = pruned(tmp_path / "plain", importance="activation")
+    aais = pruned(tmp_path / "aais", temperature_c=8.0, altitude_m=832.0)
+    assert (plain["importance"], aais["importance"]) == ("activation", "aais")
+    assert aais["channels_differing_from_plain"] == 0
+    kept = [json.loads((tmp_path / name / "keep.json").read_text())["kept"] for name in ("plain", "aais")]
+    assert kept[0] == kept[1]
+    assert aais["t_env_source"] == "given"
+
+
+def test_air_that_warms_changes_some_channels_and_says_what_that_did(pruned: Pruned, tmp_path: Path) -> None:
+    """The report counts the channels that differ and gives the held-out loss of both choices."""
+    report = pruned(tmp_path / "out", thermal_replay=str(HALNY), temperature_unit="celsius")
+    assert report["ambient_c"] == [8.0, 33.0]
+    assert 0 < report["channels_differing_from_plain"] < report["channels_kept"]
+    assert report["nll_aais"] > 0
+    assert report["nll_plain"] > 0
+    assert report["nll_aais"] != report["nll_plain"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]  # the plain student was for comparison only
+
+
+def test_higher_is_smaller_when_the_conditions_decide(pruned: Pruned, tmp_path: Path) -> None:
+    """`--target conditions` at 100 m, 832 m and 2,500 m gives three falling FFN sizes; 832 m is the scenario's."""
+    sizes = []
+    for metres in (100.0, 832.0, 2500.0):
+        out = tmp_path / f"{metres:.0f}"
+        pruned(out, target="conditions", scenario="halny", temperature_c=8.0, altitude_m=metres)
+        sizes.append(json.loads((out / "config.json").read_text())["intermediate_size"])
+    fixed = tmp_path / "fixed"
+    pruned(fixed, scenario="halny")
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert sizes[1] == json.loads((fixed / "config.json").read_text())["intermediate_size"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"temperature_c": -3.0, "altitude_m": 832.0, "temperature_unit": "celsius"}, "-3 °C"),
+        ({"temperature_c": 8.0, "altitude_m": -10.0}, "altitude is -10 m"),
+        ({"target": "conditions"}, "--temperature-c and --altitude-m"),
+    ],
+)
+def test_weather_that_eq_1_cannot_bear_is_refused(pruned: Pruned, tmp_path: Path, flags: dict, words: str) -> None:
+    """One sentence, and nothing written."""
+    with pytest.raises(MisError, match=words):
+        pruned(tmp_path / "out", **flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_kelvin_bears_frost(pruned: Pruned, tmp_path: Path) -> None:
+    """-3 °C is 270.15 K, which is a weight like any other."""
+    assert pruned(tmp_path / "out", temperature_c=-3.0, altitude_m=832.0)["importance"] == "aais"
+
+
+def test_tea_breaks_do_not_touch_the_weights(model: Path, text_folder: Path, tmp_path: Path) -> None:
+    """A run that a recorded halny interrupts ends with the weights of the undisturbed one, bit for bit."""
+    common: dict[str, Any] = dict(
+        teacher=str(model),
+        data=str(text_folder),
+        iters=20,
+        max_seq_length=32,
+        num_samples=4,
+        reconstruct_samples=2,
+        batch_size=1,
+        eval_windows=2,
+        bench_tokens=0,
+        halny=0.0,
+        importance="activation",
+        q_group_size=32,
+    )
+    calm = distill.run(distill.Settings(out=str(tmp_path / "calm"), **common))
+    hot = distill.run(distill.Settings(out=str(tmp_path / "hot"), thermal_replay=str(HALNY), **common))
+    assert calm["tea_breaks"] == 0
+    assert hot["tea_breaks"] > 0
+    assert hot["throttled_s"] > hot["seconds"] - calm["seconds"]  # the pauses were virtual
+    assert hot["altitude_source"] == "replay header"
+    one, other = (mx.load(str(tmp_path / name / "distilled" / "model.safetensors")) for name in ("calm", "hot"))
+    assert all(mx.array_equal(one[name], other[name]) for name in one)
+    log = (tmp_path / "hot" / "thermal.jsonl").read_text().splitlines()
+    assert any(json.loads(line)["action"] == "pause" for line in log)
+
+
+def test_a_hot_machine_is_said_to_be_hot(model: Path, tmp_path: Path) -> None:
+    """Times taken on a die above 80 °C carry a flag in the JSON."""
+    header, *records = HALNY.read_text().splitlines()
+    hottest = max(records, key=lambda line: max(value for _, value in json.loads(line)["hid"]))
+    replay = tmp_path / "hot.jsonl"
+    replay.write_text("\n".join([header, hottest]) + "\n")
+    report = bench.run(bench.Settings(model=(str(model),), p=4, g=4, n=1, thermal_replay=str(replay)))
+    assert report["hot"]
+    assert "above 80" in report["hot"][0]
