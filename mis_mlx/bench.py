@@ -14,7 +14,7 @@ from mis_mlx import cli
 from mis_mlx.machine import governor
 from mis_mlx.model import load, speak, teacher
 from mis_mlx.training.weather import Weather, WeatherFlags
-from mis_mlx.types import Row
+from mis_mlx.types import MisError, Row
 
 PROMPT = (
     "In the evening the wind came down from the pass and the shepherds put the fire out. The youngest of them "
@@ -46,8 +46,10 @@ def measure(
 ) -> list[Row]:
     """Rows for each model: medians over trials, one model after the other, one in memory at a time.
 
-    TTFT runs from a tokenized prompt to the first sampled token; decode is (tokens - 1) / (last - first).
+    TTFT runs from a tokenized prompt to the first sampled token; decode is (tokens - 1) / (last - first), so
+    fewer than two tokens are not timed: `tokens` is at least 2.
     """
+    tokens = max(tokens, 2)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for folder, name in zip(folders, names, strict=True):
         model, tokenizer = speak.open_model(folder)
@@ -68,8 +70,11 @@ def measure(
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command. A machine that is hot at the start or the end is said to be, in the JSON too."""
+    if min(settings.p, settings.g, settings.n) < 1 or settings.delay < 0:
+        given = f"--p {settings.p} --g {settings.g} --n {settings.n} --delay {settings.delay:g}"
+        raise MisError(f"{given} cannot be timed: give 1 or more of each, and a delay of 0 or more")
     folders = [Path(m) for m in settings.model] or [teacher.find().path]
-    names = [f.name for f in folders]
+    names = load.labels(folders)
     with Weather(settings) as weather:
         hot = [governor.unfit_for_timing(weather.reading())]
         rows = measure(folders, names, settings.p, settings.g, settings.n, settings.delay)

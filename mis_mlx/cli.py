@@ -28,7 +28,7 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mi
 
 def parse_bytes(text: str, flag: str = "--budget") -> int:
     """'5GiB', '600MiB', '4e9' -> bytes. GiB are powers of two, GB powers of ten; never mixed."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in UNITS:
         raise MisError(f"{flag} {text!r} is not a size: write a number and a unit, such as 5GiB or 600MiB")
     return int(float(match[1]) * UNITS[match[2].lower()])
@@ -43,7 +43,7 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
         values = yaml.safe_load(text) or {}
     except OSError as error:
         raise MisError(f"{path}: cannot be read ({error.strerror}): give an existing file to -c") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MisError(f"{path}: is not YAML ({' '.join(str(error).split())[:120]}): mend that line") from None
     if not isinstance(values, dict):
         raise MisError(f"{path}: holds a {type(values).__name__}, not `flag: value` lines: write one a line")
@@ -70,6 +70,7 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     args = list(sys.argv[1:] if argv is None else argv)
     default: Any = tyro.MISSING_NONPROP
     if is_dataclass(config_type) and isinstance(config_type, type):
+        args = [part for a in args for part in (a.split("=", 1) if a.startswith(("--config=", "-c=")) else [a])]
         file = next((b for a, b in itertools.pairwise(args) if a in ("-c", "--config")), None)
         given = read_yaml(file, config_type) if file else {}
         if all(

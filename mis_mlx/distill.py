@@ -143,7 +143,7 @@ def _start(run: Run, pruned: Checkpoint, student: Any, optimizer: GoralW) -> tup
         batches = _pick(run.data, s.reconstruct_samples, s.seed, 2)
         mended, _ = reconstruct.reconstruct(run.teacher, pruned, keep, batches)
         student.load_weights(list(mended.items()), strict=False)
-    stream.into_memory(student)
+    stream.into_memory(student, f"{pruned.path}: ")
     sigma = run.weather.sigma() if s.halny is None else s.halny
     _save(run, student, optimizer, 0, sigma)
     return 0, sigma

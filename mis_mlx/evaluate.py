@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
@@ -43,9 +42,9 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: one table a text."""
     found = teacher.find(settings.teacher)
     models = {"teacher": load.open_checkpoint(found.path)}
-    for folder in settings.students:
-        models[Path(folder).name] = load.open_checkpoint(folder)
-        same_vocabulary(models["teacher"], models[Path(folder).name])
+    for name, folder in zip(load.labels(settings.students, ("teacher",)), settings.students, strict=True):
+        models[name] = load.open_checkpoint(folder)
+        same_vocabulary(models["teacher"], models[name])
     data = windows.prepare(settings.data, found.path, settings.max_seq_length)
     result: dict[str, Any] = {"teacher": str(found.path), "students": list(settings.students)}
     for text_name, held_out in data.held_out.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.machine import memory, rates
@@ -17,6 +17,7 @@ from mis_mlx.types import gib
 # A training step spends about this many times its matrix products' time, the rest being element-wise work
 # on one thread (measured: CPU, 512 tokens a step, 49,152 tokens in the vocabulary).
 ELEMENTWISE = 2.5
+CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
 
 
 def training_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
-    """Weights, gradients, two moments (float32), activations, the head's gradient and one chunk of logits."""
-    s = shape_of(config)
-    head = 2 * s.vocab * s.hidden * 4 + 5 * chunk_rows(s.vocab) * s.vocab * 4
+    """Weights, gradients, two moments (float32), activations, the head's gradient and the chunks of logits."""
+    s, rows = shape_of(config), chunk_rows(shape_of(config).vocab)
+    chunks = min(CHUNKS_AHEAD, math.ceil(batch * length / rows))
+    head = 2 * s.vocab * s.hidden * 4 + 5 * chunks * rows * s.vocab * 4
     return 4 * 4 * arch.params(config) + activation_bytes(config, batch, length) + head
 
 
@@ -88,7 +90,7 @@ def make(
     flops_per_s: float,
 ) -> Plan:
     """The plan of `distill`: teacher config `big`, student config `small`, windows of `length` tokens."""
-    p_t, p_s = arch.params(big), arch.params(small)
+    p_t, p_s, s = arch.params(big), arch.params(small), shape_of(small)
     seen, step = calibration * length, micro_batch * accumulate * length
     train = training_bytes(small, micro_batch, length)
     resident = train + 4 * p_t <= budget_bytes
@@ -101,7 +103,7 @@ def make(
             2,
             teacher_bytes + 2 * p_s,
             0,
-            2 * (p_t + p_s) * seen + 2 * seen * p_s * 20,
+            2 * (p_t + p_s + s.layers * s.ffn * (s.ffn + s.hidden)) * seen,
             _pass_bytes(big, seen) + _pass_bytes(small, seen),
         ),
         Phase(
@@ -147,7 +149,7 @@ class Settings:
 
     teacher: str | None = None
     """folder or hub id; default: SmolLM2-135M-Instruct"""
-    scenario: str = "goral"
+    scenario: Literal["goral", "baca", "halny", "juhas", "zbojnik"] = "goral"
     """a row of the paper's table 1"""
     budget: str | None = None
     """memory this may take, such as 5GiB"""

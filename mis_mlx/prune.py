@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,17 +146,15 @@ def prune(
         sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "hidden")}
         as_plain = replace(cut, importance="activation", target="fixed", scenario="none", **sizes)
         _, plain = choose(dict(checkpoint.config), statistics, as_plain, seed)
-        both = {
-            "aais": (out.with_name(f".tmp-{out.name}-aais"), keep),
-            "plain": (out.with_name(f".tmp-{out.name}-plain"), plain),
-        }
-        for folder, kept in both.values():
-            slice.write_student(checkpoint, shape, kept, folder, dtype, files)
-        found = compare.compare({name: load.open_checkpoint(folder) for name, (folder, _) in both.items()}, held_out)
+        files.make_folder(out.absolute().parent)
+        with tempfile.TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.absolute().parent) as temp:
+            both = {}
+            for name, kept in (("aais", keep), ("plain", plain)):
+                slice.write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files)
+                both[name] = load.open_checkpoint(Path(temp) / name)
+            found = compare.compare(both, held_out)
         losses = {f"nll_{name}": float(found[name, "nll"].mean()) for name in both}
         keep = replace(keep, report={**keep.report, **losses})
-        for folder, _ in both.values():
-            files.remove_tree(folder)
     slice.write_student(checkpoint, shape, keep, out, dtype, files)
     config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
     return {

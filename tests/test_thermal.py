@@ -20,9 +20,7 @@ DATA = Path(__file__).parent / "data"
 
 def thermal(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mis_mlx.thermal", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "HOME": str(home)}, check=False
-    )
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HOME": str(home)}, check=False)
 
 
 def test_replay_as_a_user_runs_it(tmp_path):

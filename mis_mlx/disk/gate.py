@@ -58,7 +58,9 @@ def check(path: Path, limit_bytes: int | None = None) -> tuple[dict[str, TensorA
     try:
         text, size = _read_header(path)
         header = json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        if metadata is None:  # mx.save_safetensors without metadata writes null, and the reference parser takes it
+            metadata = {}
         if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
             raise Refused("__metadata__ does not map text to text")
         start = 8 + len(text)

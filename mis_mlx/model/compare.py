@@ -43,7 +43,7 @@ def compare(models: Mapping[str, Checkpoint], held_out: Windows) -> dict[tuple[s
     names = list(models)
     vocab = min(shape_of(m.config).vocab for m in models.values())
     hidden = {name: stream.forward(model, batches, dtype)[0] for name, model in models.items()}
-    heads = {name: stream.into_memory(load.head(model, dtype)) for name, model in models.items()}
+    heads = {name: stream.into_memory(load.head(model, dtype), f"{model.path}: ") for name, model in models.items()}
     found: dict[tuple[str, str], list[float]] = {}
     for w in range(len(batches)):
         learn = np.asarray(held_out.learn[w][:-1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     checkpoint = Checkpoint(folder, config, safetensors.index(folder))
     arch.check_tensors(checkpoint)
     return checkpoint
+
+
+def labels(folders: Sequence[str | Path], taken: tuple[str, ...] = ()) -> list[str]:
+    """What to call each folder in a table: its own name, or the whole path where that is not unique."""
+    names = [Path(folder).name for folder in folders]
+    return [
+        name if names.count(name) == 1 and name not in taken else str(folder)
+        for folder, name in zip(folders, names, strict=True)
+    ]
 
 
 def compute_dtype() -> mx.Dtype:

@@ -12,9 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mis_mlx.model import load
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Checkpoint, MisError
 
 
 class Tap(nn.Module):
@@ -40,15 +41,14 @@ def blocks(checkpoint: Checkpoint, dtype: mx.Dtype) -> Iterator[tuple[int, nn.Mo
     args = load.model_args(checkpoint.config)
     for i in range(checkpoint.config["num_hidden_layers"]):
         made = load.block(checkpoint, i, args, dtype)
-        mx.eval(made.parameters())
-        yield i, made, args
+        yield i, into_memory(made, f"{checkpoint.path}: model.layers.{i}."), args
         del made
         mx.clear_cache()
 
 
 def embed(checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype) -> list[mx.array]:
     """Token ids [(B, T)] -> hidden states [(B, T, D)] at the input of the first block."""
-    table = load.embedding(checkpoint, dtype)
+    table = into_memory(load.embedding(checkpoint, dtype), f"{checkpoint.path}: model.embed_tokens.")
     hidden = [table(tokens) for tokens in batches]
     mx.eval(hidden)
     return hidden
@@ -79,7 +79,7 @@ def forward(
             mx.eval(out, *found)
             seen[-1].append(found)
             hidden[b] = out
-    norm = load.final_norm(checkpoint, dtype)
+    norm = into_memory(load.final_norm(checkpoint, dtype), f"{checkpoint.path}: model.norm.")
     hidden = [norm(h) for h in hidden]
     mx.eval(hidden)
     return hidden, seen
@@ -108,7 +108,16 @@ def resident_forward(model: nn.Module, batches: Sequence[mx.array]) -> list[mx.a
     return hidden
 
 
-def into_memory(module: nn.Module) -> nn.Module:
-    """Evaluate a lazily opened module and return it; from here on its bytes are in memory."""
-    mx.eval(module.parameters())
+def into_memory(module: nn.Module, where: str = "") -> nn.Module:
+    """Evaluate a lazily opened module and return it; from here on its bytes are in memory.
+
+    MisError names the first tensor that holds NaN or infinity, with `where` before its name: a model with
+    one such weight answers nothing but token 0, without a word.
+    """
+    named: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    bad = {name: (~mx.isfinite(a)).sum() for name, a in named.items() if mx.issubdtype(a.dtype, mx.floating)}
+    mx.eval(module.parameters(), bad)
+    for name, count in bad.items():
+        if count.item():
+            raise MisError(f"{where}{name} holds {count.item()} values that are not numbers: download the model again")
     return module

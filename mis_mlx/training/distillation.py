@@ -27,9 +27,10 @@ class Teacher:
 
     def __init__(self, checkpoint: Checkpoint, resident: bool):
         self._checkpoint, self._dtype = checkpoint, load.compute_dtype()
-        self._model = stream.into_memory(load.resident(checkpoint, self._dtype)) if resident else None
+        where = f"{checkpoint.path}: "
+        self._model = stream.into_memory(load.resident(checkpoint, self._dtype), where) if resident else None
         self._head = (
-            load.head_of(self._model) if self._model else stream.into_memory(load.head(checkpoint, self._dtype))
+            load.head_of(self._model) if self._model else stream.into_memory(load.head(checkpoint, self._dtype), where)
         )
 
     def hidden(self, batches: Sequence[mx.array]) -> list[mx.array]:

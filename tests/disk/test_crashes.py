@@ -70,9 +70,7 @@ except MisError as error:
 
 def test_a_file_that_does_not_fit_leaves_the_step_before(tmp_path: Path) -> None:
     """The kernel itself refuses in the middle of a file: one sentence, no half step, step 1 whole."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout == (
         f"The disk does not take files this large in {tmp_path}: the checkpoint was not saved; "
         "free some and start again with --resume; the last good step is 1\n"

@@ -63,9 +63,7 @@ def test_remove_tree_deletes_a_link_but_not_its_target(tmp_path: Path) -> None:
     assert not (tmp_path / "link").is_symlink() and (tmp_path / "target" / "file").exists()
 
 
-def test_fsync_falls_back_where_the_full_one_is_unknown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fsync_falls_back_where_the_full_one_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told it is on macOS, it asks for F_FULLFSYNC, which this kernel refuses, then calls fsync."""
     synced: list[int] = []
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -90,8 +88,7 @@ def test_require_space_names_both_numbers(tmp_path: Path) -> None:
     with pytest.raises(MisError) as caught:
         Short(GIB).require_space(tmp_path, GIB, "the model")
     assert str(caught.value) == (
-        f"Not enough disk space in {tmp_path}: the model needs 1.20 GiB, 1.00 GiB are free; "
-        "free some and start again"
+        f"Not enough disk space in {tmp_path}: the model needs 1.20 GiB, 1.00 GiB are free; free some and start again"
     )
     Short(2 * GIB).require_space(tmp_path, GIB, "the model")
 

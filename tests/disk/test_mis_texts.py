@@ -46,8 +46,7 @@ def test_a_seed_means_the_same_documents_for_ever() -> None:
     """Pinned under Python 3.11, 3.12 and 3.13."""
     first = documents(seed=0, count=1)[0]
     assert (
-        hashlib.sha256(first.encode()).hexdigest()
-        == "64c9c60a4ad72b11984e26a10692ade8372c855142aef15307250e134e9d1b13"
+        hashlib.sha256(first.encode()).hexdigest() == "64c9c60a4ad72b11984e26a10692ade8372c855142aef15307250e134e9d1b13"
     )
 
 

@@ -185,9 +185,7 @@ def test_windows_are_rows_back_to_back() -> None:
 @pytest.mark.parametrize("rows", [[], [([1, 2], [1, 1])]])
 def test_less_than_one_window_is_refused(rows: list[tuple[list[int], list[int]]]) -> None:
     """Both numbers and the remedy."""
-    with pytest.raises(
-        MisError, match=rf"has {2 * len(rows)} tokens and one window takes 3: bring more text"
-    ):
+    with pytest.raises(MisError, match=rf"has {2 * len(rows)} tokens and one window takes 3: bring more text"):
         text.windows(rows, 3)
 
 

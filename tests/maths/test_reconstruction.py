@@ -52,9 +52,7 @@ def test_the_ridge_is_the_documented_one() -> None:
     wide = w[:, None].astype(np.float64)
     gram = (a * wide).T @ (a * wide)
     extra = np.sqrt(0.3 * np.trace(gram) / F) * np.eye(F)
-    want, *_ = np.linalg.lstsq(
-        np.vstack([a * wide, extra]), np.vstack([r * wide, np.zeros((F, D))]), rcond=None
-    )
+    want, *_ = np.linalg.lstsq(np.vstack([a * wide, extra]), np.vstack([r * wide, np.zeros((F, D))]), rcond=None)
     np.testing.assert_allclose(fit(a, r, w).solve(0.3)[0], want.T, atol=1e-5)
 
 

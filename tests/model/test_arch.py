@@ -44,7 +44,9 @@ def test_params_of_smollm2_by_pencil() -> None:
     assert arch.params(SMOLLM2) == 134_515_008
     attention = 576 * 576 * 2 + 576 * 192 * 2  # q, o; k, v of 3 heads of 64
     block = attention + 3 * 576 * 1280 + 2 * 576
-    student = arch.student_config(SMOLLM2, replace(shape_of(SMOLLM2), layers=20, ffn=1280), tuple(range(20)), "bfloat16")
+    student = arch.student_config(
+        SMOLLM2, replace(shape_of(SMOLLM2), layers=20, ffn=1280), tuple(range(20)), "bfloat16"
+    )
     assert arch.params(student) == 20 * block + 49_152 * 576 + 576 == 90_266_688
 
 

@@ -118,7 +118,9 @@ def test_foreign_code_is_never_run(tmp_path: Path) -> None:
 def test_rope_parameters_only_gives_the_same_logits(tmp_path: Path, batches: list[mx.array]) -> None:
     """transformers 5 writes theta only into rope_parameters; theta 500,000 there equals it at the top level."""
     old = tiny.make(tmp_path / "old", rope_theta=500_000.0)
-    new = tiny.make(tmp_path / "new", rope_theta=None, rope_parameters={"rope_theta": 500_000.0, "rope_type": "default"})
+    new = tiny.make(
+        tmp_path / "new", rope_theta=None, rope_parameters={"rope_theta": 500_000.0, "rope_type": "default"}
+    )
     other = tiny.make(tmp_path / "other")  # theta 10,000
     a, b, c = (load.resident(load.open_checkpoint(f), mx.float32)(batches[0]) for f in (old, new, other))
     assert mx.array_equal(a, b)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from mis_mlx.disk.files import DISK
-from mis_mlx.model import arch, load, pack
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.model import arch, load, pack, slice
+from mis_mlx.model.config import shape_of
+from mis_mlx.types import Checkpoint, Keep, MisError
 from tests import tiny
 
 
@@ -53,6 +55,24 @@ def test_the_embedding_gets_eight_bits(llama: Checkpoint) -> None:
     plan = pack.layout(llama.config, 64)
     assert plan["model.embed_tokens"] == (8, 64)
     assert {bits for path, (bits, _) in plan.items() if path != "model.embed_tokens"} == {4}
+
+
+@pytest.mark.parametrize(
+    ("layers", "wide"), [((0, 1, 2), ()), ((0, 2), (0, 1)), ((1, 2), ()), ((0, 1), ()), ((0, 2, 3, 5), (0, 2, 3))]
+)
+def test_bridges_get_eight_bits(tmp_path: Path, layers: tuple[int, ...], wide: tuple[int, ...]) -> None:
+    """Blocks before a gap, and then the last one: their down_proj has 8 bits, and stock mlx-lm is told so."""
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=6))
+    shape = replace(shape_of(teacher.config), layers=len(layers))
+    slice.write_student(teacher, shape, Keep(layers, {}, ""), tmp_path / "s", "float32", DISK)
+    pack.write_quantized(load.open_checkpoint(tmp_path / "s"), tmp_path / "q4", 64, DISK)
+    settings = json.loads((tmp_path / "q4" / "config.json").read_text())["quantization"]
+    paths = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens"}
+    assert {path for path, own in settings.items() if isinstance(own, dict) and own["bits"] == 8} == paths
+    model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
+    assert [layer.mlp.down_proj.bits for layer in model.model.layers] == [
+        8 if i in wide else 4 for i in range(len(layers))
+    ]
 
 
 def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:

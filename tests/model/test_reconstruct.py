@@ -77,9 +77,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_the_error_falls_block_by_block(
-    tmp_path: Path, llama: Checkpoint, windows: list[mx.array], name: str
-) -> None:
+def test_the_error_falls_block_by_block(tmp_path: Path, llama: Checkpoint, windows: list[mx.array], name: str) -> None:
     """Measured apart, by marching teacher and mended student: each block ends nearer to the teacher's stream."""
     keep, sizes = CUTS[name]
     student = student_of(llama, keep, tmp_path / "s", **sizes)

@@ -46,7 +46,9 @@ def stock(checkpoint: Checkpoint, tokens: mx.array) -> mx.array:
     return model(tokens)
 
 
-def edited(teacher: Checkpoint, tokens: mx.array, edit: Callable[[dict[str, mx.array]], None], **config: Any) -> mx.array:
+def edited(
+    teacher: Checkpoint, tokens: mx.array, edit: Callable[[dict[str, mx.array]], None], **config: Any
+) -> mx.array:
     """Logits of the teacher after `edit(weights)` changed its weights in place; the reference of each cut."""
     model = load.resident(Checkpoint(teacher.path, {**teacher.config, **config}, teacher.tensors), mx.float32)
     weights = dict(tree_flatten(model.parameters()))
@@ -166,7 +168,9 @@ def test_types_are_cast_and_said(tmp_path: Path, llama: Checkpoint) -> None:
 def test_keep_survives_on_disk(tmp_path: Path, llama: Checkpoint) -> None:
     """keep.json gives back the Keep; a folder without one gives None; tokenizer files came along."""
     keep = Keep((0, 2), {(0, "ffn"): tuple(range(512)), (2, "ffn"): tuple(range(256, 768))}, "why", {"a": 1.5})
-    slice.write_student(llama, replace(shape_of(llama.config), layers=2, ffn=512), keep, tmp_path / "s", "float32", DISK)
+    slice.write_student(
+        llama, replace(shape_of(llama.config), layers=2, ffn=512), keep, tmp_path / "s", "float32", DISK
+    )
     assert slice.read_keep(tmp_path / "s") == keep
     assert slice.read_keep(llama.path) is None
     for name in ("tokenizer.json", "tokenizer_config.json"):

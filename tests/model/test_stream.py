@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mis_mlx.disk.files import DISK
 from mis_mlx.model import load, pack, stream
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
 
@@ -105,3 +106,22 @@ def test_through_is_one_block(llama: Checkpoint, batches: list[mx.array]) -> Non
     norm = load.final_norm(llama, mx.float32)
     whole, _ = stream.forward(llama, batches, mx.float32)
     assert all(mx.array_equal(norm(h), w) for h, w in zip(hidden, whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path, batches: list[mx.array], name: str, bad: float) -> None:
+    """One poked value anywhere stops the first pass, with the tensor's name and how many there are."""
+    folder = tiny.make(tmp_path / "m")
+    file = folder / "model.safetensors"
+    arrays = dict(mx.load(str(file)))
+    mx.eval(arrays)
+    values = np.array(arrays[name])
+    values.reshape(-1)[7] = bad
+    arrays[name] = mx.array(values)
+    file.unlink()
+    mx.save_safetensors(str(file), arrays)
+    with pytest.raises(MisError, match=f"{name} holds 1 values"):
+        stream.forward(load.open_checkpoint(folder), batches, mx.float32)

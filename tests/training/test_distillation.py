@@ -95,9 +95,7 @@ def test_micro_batches_do_not_change_the_student(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_loss_is_kl_per_token(
-    llama: Checkpoint, student: Checkpoint, data: Windows, temperature: float
-) -> None:
+def test_the_loss_is_kl_per_token(llama: Checkpoint, student: Checkpoint, data: Windows, temperature: float) -> None:
     """The first step's loss, from whole logits in float64: sum over learnt positions over their number."""
     _, steps = distil(llama, student, data, temperature=temperature)
     from mis_mlx.disk.text import order

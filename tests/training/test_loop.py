@@ -60,7 +60,11 @@ def test_micro_batches_do_not_change_a_step(sizes: list[int]) -> None:
     whole, parts = net(), net()
     one, many = run(whole, GoralW(), cut([12])), run(parts, GoralW(), cut(sizes))
     for a, b in zip(one, many, strict=True):
-        assert (a.loss, a.grad_norm, a.tokens) == (pytest.approx(b.loss, rel=1e-6), pytest.approx(b.grad_norm, rel=1e-5), 6)
+        assert (a.loss, a.grad_norm, a.tokens) == (
+            pytest.approx(b.loss, rel=1e-6),
+            pytest.approx(b.grad_norm, rel=1e-5),
+            6,
+        )
     for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(parts.parameters()), strict=True):
         assert mx.abs(a - b).max().item() < 1e-6, name
 

@@ -1,0 +1,55 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mis_mlx import evaluate
+from mis_mlx.model import load
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+from tests.conftest import Done
+
+
+def test_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
+    """A copy of the teacher has no KL and always agrees; a stranger does not; the table has both."""
+    copy = shutil.copytree(llama.path, tmp_path / "copy")
+    stranger = tiny.make(tmp_path / "stranger", seed=3)
+    flags = ("--data", text_folder, "--max-seq-length", 32, "--eval-windows", 3)
+    done = command("evaluate", "--teacher", llama.path, "--students", copy, stranger, *flags)
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    found = json.loads(last)["held-out"]
+    assert found["nll_copy"] == found["nll_teacher"]
+    assert abs(found["kl_copy"]) < 1e-5 and found["top1_copy"] == 1.0
+    assert found["kl_stranger"] > 0.01 and found["top1_stranger"] < 0.9
+    assert "| | teacher | copy | stranger |" in table
+    assert any("100.0% ± 0.0%" in line for line in table)
+
+
+def test_two_students_of_one_name_are_told_apart(tmp_path: Path, llama: Checkpoint, text_folder: Path) -> None:
+    """runs/a/model and runs/b/model: neither column overwrites the other, nor the teacher's."""
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        tiny.make(tmp_path / name / "model", seed=seed)
+    students = (str(tmp_path / "a" / "model"), str(tmp_path / "b" / "model"))
+    result = evaluate.run(
+        evaluate.Settings(str(llama.path), students, str(text_folder), eval_windows=2, max_seq_length=32)
+    )
+    losses = {key: value for key, value in result["held-out"].items() if key.startswith("nll_")}
+    assert len(set(losses.values())) == 3
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, llama: Checkpoint, text_folder: Path) -> None:
+    """Token losses of two tokenizers cannot be compared."""
+    other = shutil.copytree(llama.path, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    evaluate.same_vocabulary(llama, load.open_checkpoint(llama.path))
+    with pytest.raises(MisError, match="another tokenizer"):
+        evaluate.run(evaluate.Settings(str(llama.path), (str(other),), str(text_folder)))

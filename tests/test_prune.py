@@ -1,0 +1,135 @@
+"""The command `prune`: who stays, and what is written. What the weather does to it is in test_aais.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx import prune
+from mis_mlx.maths.importance import Statistics, Sums
+from mis_mlx.model import calibrate, load, slice
+from mis_mlx.model.config import shape_of
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+from tests.conftest import Done
+
+
+@pytest.fixture(scope="module")
+def small(llama: Checkpoint, text_folder: Path) -> prune.Settings:
+    """Flags of a prune of the tiny llama that takes a moment."""
+    return prune.Settings(
+        model=str(llama.path), data=str(text_folder), num_samples=4, max_seq_length=32, importance="activation",
+        dtype="float32",
+    )  # fmt: skip
+
+
+def test_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
+    """As a user runs it: GÓRAL takes a layer and a third of the FFN; stock mlx-lm opens the result."""
+    out = tmp_path / "pruned"
+    flags = ("--data", text_folder, "--num-samples", 4, "--max-seq-length", 32)
+    done = command("prune", "--model", llama.path, "--mlx-path", out, *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    student = load.open_checkpoint(out)
+    assert replace(shape_of(llama.config), layers=2, ffn=512) == shape_of(student.config)
+    assert result["params"] == sum(np.prod(t.shape) for t in student.tensors.values())
+    assert result["importance"].startswith("activation (no T_env")
+    model, _ = load.mlx_lm("utils").load(str(out))
+    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
+    again = command("prune", "--model", llama.path, "--mlx-path", out, *flags)
+    assert (again.returncode, again.stderr.splitlines()[-1]) == (
+        1,
+        f"mis_mlx: {out} exists already: choose another name or move it away",
+    )
+
+
+def test_keep_everything_is_the_identity(tmp_path: Path, llama: Checkpoint, small: prune.Settings) -> None:
+    """`--scenario none`: the same bytes of every tensor, through the whole command."""
+    prune.run(replace(small, scenario="none", mlx_path=str(tmp_path / "same")))
+    assert (tmp_path / "same" / "model.safetensors").read_bytes() == (llama.path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_every_kind_along_every_axis_it_can(
+    tmp_path: Path, models: Callable[[str], Checkpoint], small: prune.Settings, kind: str
+) -> None:
+    """Layers, FFN, heads and hidden (a qwen2: layers and FFN): stock mlx-lm opens the student."""
+    axes: dict[str, Any] = {"layers": 2, "ffn": 256}
+    if kind != "qwen2":
+        axes |= {"heads": 2, "hidden": 48}
+    prune.run(replace(small, model=str(models(kind).path), mlx_path=str(tmp_path / "s"), **axes))
+    student = load.open_checkpoint(tmp_path / "s")
+    assert shape_of(student.config) == replace(shape_of(models(kind).config), **axes)
+    model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
+    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
+    keep = slice.read_keep(tmp_path / "s")
+    assert keep is not None and len(keep.layers) == 2
+    assert {axis for _, axis in keep.kept} == axes.keys() - {"layers"}
+
+
+def test_a_shape_nobody_opens_is_refused_before_the_pass(tmp_path: Path, small: prune.Settings) -> None:
+    """One sentence, and no folder."""
+    with pytest.raises(MisError, match="--heads 3 does not divide"):
+        prune.run(replace(small, heads=3, mlx_path=str(tmp_path / "s")))
+    assert not list(tmp_path.iterdir())
+
+
+def pencil_statistics() -> Statistics:
+    """Three layers; block 1 changes the stream least; neurons and heads 0, 1, 2 ... matter less and less."""
+    made = Statistics(hidden=Sums.zeros(64), block={0: 0.5, 1: 0.1, 2: 0.3})
+    assert made.hidden is not None
+    made.hidden.add(np.arange(64)[::-1] + 1.0, 1.0)
+    for i in range(3):
+        made.ffn[i], made.heads[i] = Sums.zeros(768), Sums.zeros(4)
+        made.ffn[i].add(np.roll(np.arange(768)[::-1] + 1.0, i), 1.0)
+        made.heads[i].add(np.array([4.0, 3.0, 2.0, 1.0]), 1.0)
+    return made
+
+
+def test_who_stays_by_pencil() -> None:
+    """The least block goes; the best neurons of each kept layer stay; one head of each group; top channels."""
+    cut = prune.Cut(scenario="none", layers=2, ffn=256, heads=2, hidden=32, importance="activation")
+    shape, keep = prune.choose(tiny.CONFIG, pencil_statistics(), cut, 0)
+    assert keep.layers == (0, 2) and shape.layers == 2
+    assert keep.kept[0, "ffn"] == tuple(range(256)) and keep.kept[2, "ffn"] == tuple(range(2, 258))
+    assert keep.kept[0, "heads"] == (0, 2)
+    assert keep.kept[-1, "hidden"] == tuple(range(32))
+    assert (1, "ffn") not in keep.kept
+    assert keep.report["channels_kept"] == 512 and keep.report["channels_differing_from_plain"] == 0
+
+
+def test_random_is_by_seed() -> None:
+    """The same seed keeps the same, another one others; never the plain choice."""
+    cut = prune.Cut(scenario="none", ffn=256, importance="random")
+    kept = [prune.choose(tiny.CONFIG, pencil_statistics(), cut, seed)[1].kept for seed in (0, 0, 1)]
+    assert kept[0] == kept[1] != kept[2]
+    assert kept[0][0, "ffn"] != tuple(range(256)) and kept[0][0, "ffn"] != kept[0][1, "ffn"]
+
+
+def test_no_weather_no_aais() -> None:
+    """AAIS asked for, nothing measured: plain importance, and the report says so."""
+    cut = prune.Cut(scenario="none", ffn=256)
+    _, keep = prune.choose(tiny.CONFIG, pencil_statistics(), cut, 0)
+    assert keep.why == keep.report["importance"] == "activation (no T_env or altitude known)"
+
+
+def test_the_calibration_of_the_command_is_the_first_windows(
+    tmp_path: Path, llama: Checkpoint, small: prune.Settings
+) -> None:
+    """Who stays is who a calibration by hand on the same windows says."""
+    from mis_mlx.model import windows
+
+    prune.run(replace(small, mlx_path=str(tmp_path / "s")))
+    data = windows.prepare(small.data, llama.path, 32)
+    batches = [mx.array(w[None]) for w in data.train.tokens[:4]]
+    statistics, _ = calibrate.calibrate(llama, batches, mx.float32)
+    _, keep = prune.choose(dict(llama.config), statistics, small, 0)
+    saved = slice.read_keep(tmp_path / "s")
+    assert saved is not None and (saved.layers, saved.kept) == (keep.layers, keep.kept)
