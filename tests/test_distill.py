@@ -1,0 +1,352 @@
+"""The main job end to end on a tiny model, as a user runs it: results, refusals, kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.disk import checkpoint as protocol
+from mis_mlx.disk import runs
+from mis_mlx.model import arch, load, speak
+from mis_mlx.model.config import shape_of
+from mis_mlx.types import GIB, Checkpoint
+from tests import tiny
+from tests.conftest import Done
+
+ITERS, EVERY = 30, 7
+SMALL = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--eval-windows", 3)
+SMALL += ("--iters", ITERS, "--save-every", EVERY, "--bench-tokens", 0, "--learning-rate", "1e-2")
+KEYS = {"teacher", "student", "params_teacher", "params_student", "nll_teacher", "nll_pruned", "nll_student"}
+KEYS |= {"nll_quantized", "kl_student", "top1_student", "peak_bytes", "budget_bytes", "seconds", "tokens_per_s"}
+
+
+@pytest.fixture(scope="module")
+def flags(llama: Checkpoint, text_folder: Path) -> tuple[object, ...]:
+    """Flags of a run of seconds."""
+    return ("--teacher", llama.path, "--data", text_folder, *SMALL)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, flags: tuple[object, ...], command: Callable[..., Done]
+) -> tuple[Path, Done]:
+    """(run folder, process) of one undisturbed run, timing of models included."""
+    out = tmp_path_factory.mktemp("distill") / "run"
+    done = command("distill", *flags, "--out", out, "--bench-tokens", 3)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """The bytes of the distilled and of the 4-bit model."""
+    return {name: (run / name / "model.safetensors").read_bytes() for name in ("distilled", "model")}
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    return [(r["number"], r["loss"], r["grad_norm"]) for r in runs.metrics(run)]
+
+
+def last_line(done: Done) -> dict[str, Any]:
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sentence(done: Done) -> str:
+    """The one line that a refusal leaves on stderr, progress before it allowed."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("mis_mlx: ")
+    return line
+
+
+def test_the_last_line_is_the_result(finished: tuple[Path, Done], llama: Checkpoint) -> None:
+    """JSON with the promised keys; the same in result.json; losses in a sane order; numbers that fit each other."""
+    out, done = finished
+    result = last_line(done)
+    assert result.keys() >= KEYS
+    assert json.loads((out / "result.json").read_text()) == result
+    student = load.open_checkpoint(out / "distilled")
+    assert (result["params_teacher"], result["params_student"]) == (
+        arch.params(llama.config),
+        arch.params(student.config),
+    )
+    assert result["kl_student"] >= 0 and 0 <= result["top1_student"] <= 1
+    assert 0 < result["peak_bytes"] < result["budget_bytes"]
+    assert result["tokens"] == ITERS * 2 * 31 and result["tokens_per_s"] > 0
+    assert all(result[f"decode_tps_{name}"] > 0 for name in ("teacher", "pruned", "distilled", "4-bit"))
+    assert "| | teacher | pruned | distilled | 4-bit |" in done.stdout
+    assert (out / "table.md").read_text().splitlines()[0] == "| | teacher | pruned | distilled | 4-bit |"
+
+
+def test_what_a_run_leaves_on_disk(finished: tuple[Path, Done]) -> None:
+    """The house's files, every step logged once, the last two checkpoints, and no leftovers."""
+    out, _ = finished
+    assert {p.name for p in out.iterdir()} - {"thermal.jsonl"} == {
+        ".lock", "config.yaml", "origin.json", "metrics.jsonl", "steps", "pruned", "distilled", "model", "table.md",
+        "result.json",
+    }  # fmt: skip
+    assert [number for number, _, _ in losses(out)] == list(range(1, ITERS + 1))
+    assert sorted(p.name for p in (out / "steps").iterdir()) == ["step-00000028", "step-00000030"]
+
+
+def test_all_four_folders_open_and_speak(finished: tuple[Path, Done], llama: Checkpoint) -> None:
+    """Stock mlx_lm.load opens teacher, pruned, distilled and 4-bit, and each generates text."""
+    out, _ = finished
+    for folder in (llama.path, out / "pruned", out / "distilled", out / "model"):
+        model, tokenizer = load.mlx_lm("utils").load(str(folder))
+        assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
+        assert len(speak.token_times(model, speak.prompt_ids(tokenizer, "The for statement", 4), 5)) == 6
+    assert shape_of(load.open_checkpoint(out / "model").config) == shape_of(load.open_checkpoint(out / "pruned").config)
+    assert arch.is_quantized(load.open_checkpoint(out / "model").tensors)
+
+
+def test_training_brings_the_student_nearer(finished: tuple[Path, Done]) -> None:
+    """The training loss falls: the last five steps are under the first five."""
+    seen = [loss for _, loss, _ in losses(finished[0])]
+    assert np.mean(seen[-5:]) < np.mean(seen[:5])
+
+
+def test_its_config_gives_the_same_run_again(
+    tmp_path: Path, finished: tuple[Path, Done], command: Callable[..., Done]
+) -> None:
+    """`-c RUN/config.yaml` elsewhere: the same weights, bit for bit."""
+    out, _ = finished
+    done = command("distill", "-c", out / "config.yaml", "--bench-tokens", 0, "--out", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "again") == weights(out)
+    assert losses(tmp_path / "again") == losses(out)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]) -> None:
+    """The plan on stderr, the numbers on stdout, exit code 0; too small a budget makes it 3."""
+    done = command("distill", *flags, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = last_line(done)
+    assert 0 < result["peak_bytes"] < result["budget_bytes"] and result["params_student"] < result["params_teacher"]
+    assert "fits the budget" in done.stderr
+    assert command("distill", *flags, "--dry-run", "--budget", "1MiB", cwd=tmp_path).returncode == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_too_small_is_a_sentence(
+    tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]
+) -> None:
+    """Both numbers and a remedy, exit code 1, and nothing written."""
+    said = sentence(command("distill", *flags, "--budget", "1MiB", cwd=tmp_path))
+    assert "the budget is 1 MiB" in said and "--batch-size" in said
+    said = sentence(command("distill", *flags, "--budget", "900000GiB", cwd=tmp_path))
+    assert "is more than the" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_from_yaml_and_wrong_ones(
+    tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]
+) -> None:
+    """A YAML with learning_rate: 1e-3 is used; an unknown key names the nearest; a wrong flag exits with 2."""
+    (tmp_path / "good.yaml").write_text("learning_rate: 1e-3\niters: 3\nquantize: 0\n")
+    given = [f for pair in zip(flags[::2], flags[1::2], strict=True) for f in pair if pair[0] not in ("--iters",)]
+    given = given[: given.index("--learning-rate")]
+    out = tmp_path / "run"
+    done = command("distill", "-c", tmp_path / "good.yaml", *given, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert max(r["learning_rate"] for r in runs.metrics(out)) == pytest.approx(1e-3)
+    assert not (out / "distilled").exists() and not arch.is_quantized(load.open_checkpoint(out / "model").tensors)
+    assert last_line(done)["nll_quantized"] is None and last_line(done)["student"] == str(out / "model")
+
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1e-3\n")
+    said = sentence(command("distill", "-c", tmp_path / "bad.yaml"))
+    assert "did you mean learning_rate?" in said
+    done = command("distill", "--learning-rat", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_run_in_use_is_refused(finished: tuple[Path, Done], command: Callable[..., Done]) -> None:
+    """Two processes on one folder: the second names the first and stops, whether it resumes or starts anew."""
+    out, _ = finished
+    with protocol.lock(out):
+        said = sentence(command("distill", "--out", out, "--resume"))
+    assert f"is already in use by process {os.getpid()}" in said
+
+
+def copied(finished: tuple[Path, Done], tmp_path: Path) -> Path:
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def test_a_resume_must_be_the_same_run(
+    tmp_path: Path, finished: tuple[Path, Done], text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """A flag that differs is named with both values; other text and another teacher are refused."""
+    out = copied(finished, tmp_path)
+    said = sentence(command("distill", "--out", out, "--resume", "--learning-rate", "2e-3"))
+    assert "--learning-rate is 0.002, the run has 0.01" in said
+    said = sentence(command("distill", *SMALL, "--out", out))
+    assert "is not empty: add --resume" in said
+
+    config = (out / "config.yaml").read_text()
+    other = shutil.copytree(text_folder, tmp_path / "text")
+    rows = (other / "train.jsonl").read_text().splitlines()
+    (other / "train.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    (out / "config.yaml").write_text(config.replace(str(text_folder), str(other)))
+    assert "The data changed" in sentence(command("distill", "--out", out, "--resume"))
+
+    stranger = tiny.make(tmp_path / "stranger", rms_norm_eps=1e-6)
+    teacher = next(line.split(": ", 1)[1] for line in config.splitlines() if line.startswith("teacher:"))
+    (out / "config.yaml").write_text(config.replace(teacher, str(stranger)))
+    assert "The teacher changed" in sentence(command("distill", "--out", out, "--resume"))
+
+
+def test_other_weights_under_the_same_name_are_another_teacher(
+    tmp_path: Path, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """The same config and shapes with other numbers: a resume would mix two teachers, so it is refused."""
+    folder = tiny.make(tmp_path / "teacher", seed=0)
+    flags = ("--teacher", folder, "--data", text_folder, *SMALL, "--iters", 2, "--out", tmp_path / "run")
+    assert command("distill", *flags).returncode == 0
+    shutil.rmtree(folder)
+    tiny.make(folder, seed=1)
+    assert "The teacher changed" in sentence(command("distill", "--out", tmp_path / "run", "--resume"))
+
+
+def test_a_student_made_earlier(
+    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], command: Callable[..., Done]
+) -> None:
+    """`--student RUN/pruned` starts from that folder: the same repair, training and weights."""
+    out, _ = finished
+    done = command("distill", *flags, "--student", out / "pruned", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "pruned").exists()
+    assert weights(tmp_path / "run") == weights(out)
+
+
+class Child:
+    """`distill` as a process of its own that can be killed."""
+
+    def __init__(self, env: dict[str, str], *argv: object):
+        root = str(Path(__file__).parents[1])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mis_mlx.distill", *map(str, argv)],
+            env={**env, "PYTHONPATH": root}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Until the condition holds or the process has ended."""
+        while not condition() and self.process.poll() is None:
+            time.sleep(0.005)
+
+    def end(self) -> Done:
+        """Its exit code and what it said, once it has ended."""
+        out, err = self.process.communicate(timeout=120)
+        return subprocess.CompletedProcess([], self.process.returncode, out, err)
+
+
+def kill_and_resume(out: Path, flags: tuple[object, ...], env: dict[str, str], delays: list[float]) -> int:
+    """Start, SIGKILL after each delay counted from the run's birth, resume; then let it end. How many were hit."""
+    hit = 0
+    for delay in [*delays, None]:
+        born = (out / "config.yaml").exists()
+        child = Child(env, *(("--resume", "--out", out) if born else (*flags, "--out", out)))
+        if delay is None:
+            done = child.end()
+            assert done.returncode == 0, done.stderr
+            break
+        # A resumed run is "born" when it has read its checkpoint or its folder: about when its imports are done.
+        child.wait_for(lambda: (out / "config.yaml").exists())
+        time.sleep(delay + (0.6 if born else 0.0))
+        child.process.kill()
+        hit += child.end().returncode == -signal.SIGKILL
+    return hit
+
+
+def check_killed(out: Path, finished: Path) -> None:
+    """Nothing tells the run that was killed from the one that was not."""
+    assert weights(out) == weights(finished)
+    assert losses(out) == losses(finished)
+    assert not [p.name for p in out.rglob(".tmp-*")] and not [p.name for p in out.rglob(".trash-*")]
+
+
+def test_killed_and_resumed_is_the_undisturbed_run(
+    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str]
+) -> None:
+    """SIGKILL at five random moments, --resume until it ends: distilled/ and model/ are equal to the last bit."""
+    delays = sorted(random.Random(5).uniform(0.0, 1.0) for _ in range(5))
+    assert kill_and_resume(tmp_path / "run", flags, own_home, delays) > 0
+    check_killed(tmp_path / "run", finished[0])
+
+
+@pytest.mark.slow
+def test_thirty_kills(
+    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str]
+) -> None:
+    """The same with thirty moments in six runs."""
+    moments = random.Random(30)
+    for run in range(6):
+        out = tmp_path / str(run)
+        kill_and_resume(out, flags, own_home, [moments.uniform(0.0, 1.2) for _ in range(5)])
+        check_killed(out, finished[0])
+
+
+def test_sigterm_stops_after_the_step(
+    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str],
+    command: Callable[..., Done],
+) -> None:  # fmt: skip
+    """Exit code 1, a sentence with the step and how to go on, that step saved; the resumed run ends bit-equal."""
+    out = tmp_path / "run"
+    child = Child(own_home, *flags, "--out", out)
+    child.wait_for(lambda: (out / "metrics.jsonl").exists() and len(runs.metrics(out)) >= 3)
+    child.process.terminate()
+    said = sentence(child.end())
+    step = int(said.split("stopped at step ")[1].split()[0])
+    assert 3 <= step < ITERS and f"--out {out} --resume" in said
+    assert (out / "steps" / f"step-{step:08d}").is_dir() and not (out / "distilled").exists()
+    done = command("distill", "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"continuing from step {step}" in done.stderr
+    assert weights(out) == weights(finished[0]) and losses(out) == losses(finished[0])
+
+
+def test_a_damaged_checkpoint_costs_steps_not_the_run(
+    tmp_path: Path, finished: tuple[Path, Done], command: Callable[..., Done]
+) -> None:
+    """One bit of the last checkpoint flipped: said, the one before is used, and the end is the same."""
+    out = copied(finished, tmp_path)
+    for name in ("distilled", "model"):
+        shutil.rmtree(out / name)
+    (out / "result.json").unlink()
+    path = out / "steps" / "step-00000030" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    done = command("distill", "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "step 30 is damaged (model.safetensors), using 28" in done.stderr
+    assert weights(out) == weights(finished[0]) and losses(out) == losses(finished[0])
+
+
+def test_streaming_the_teacher_gives_the_same_student(
+    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], text_folder: Path,
+    command: Callable[..., Done],
+) -> None:  # fmt: skip
+    """A budget in which the teacher does not fit beside the student: streamed, under budget, and bit-equal."""
+    deep = tiny.make(tmp_path / "deep", num_hidden_layers=60)
+    common = ("--teacher", deep, "--data", text_folder, *SMALL, "--iters", 3, "--layers", 2)
+    resident = command("distill", *common, "--out", tmp_path / "resident")
+    assert resident.returncode == 0 and "stays in memory" in resident.stderr
+    streamed = command("distill", *common, "--out", tmp_path / "streamed", "--budget", "40MiB")
+    assert streamed.returncode == 0, streamed.stderr
+    assert "streamed from disk" in streamed.stderr
+    assert weights(tmp_path / "streamed") == weights(tmp_path / "resident")
+    assert last_line(streamed)["budget_bytes"] == 40 * 2**20 < load.open_checkpoint(deep).nbytes
+    assert last_line(resident)["budget_bytes"] <= 5 * GIB
