@@ -56,7 +56,7 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
             raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
         # YAML 1.1 reads 1e-5 (no dot) as text; every tool in this field expects a number.
-        if isinstance(value, str) and "float" in str(known[name].type):
+        if isinstance(value, str) and re.search(r"\bfloat\b", str(known[name].type)):
             try:
                 value = float(value)
             except ValueError:

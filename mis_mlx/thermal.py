@@ -47,7 +47,7 @@ class Watch:
     """Stop after so many seconds."""
     thermal_replay: Path | None = None
     """Show this recording instead, without waiting."""
-    ambient_c: float | None = None
+    temperature_c: float | None = None
     """What your own thermometer says, °C."""
     altitude_m: float | None = None
     """Metres above sea level, if not in ~/.config/mis_mlx.toml."""
@@ -83,7 +83,7 @@ class Doctor:
 
     thermal_replay: Path | None = None
     """Examine this recording instead."""
-    ambient_c: float | None = None
+    temperature_c: float | None = None
     """What your own thermometer says, °C."""
     altitude_m: float | None = None
     """Metres above sea level, if not in ~/.config/mis_mlx.toml."""
@@ -206,7 +206,7 @@ def sparkline(values: Sequence[float | None]) -> str:
 
 def _open(settings: Watch | Doctor) -> Monitor:
     return open_monitor(
-        replay=settings.thermal_replay, given_ambient_c=settings.ambient_c, altitude_m=settings.altitude_m
+        replay=settings.thermal_replay, given_ambient_c=settings.temperature_c, altitude_m=settings.altitude_m
     )
 
 

@@ -54,10 +54,10 @@ def test_doctor_on_a_recording(capsys):
 
 def test_doctor_tells_given_from_measured(capsys):
     """By hand is 'given'; from the recording's sensors it is 'measured', with σ and source."""
-    assert run(Doctor(thermal_replay=DATA / "m1-air-idle.jsonl", ambient_c=21.0))["t_env"] == "given"
+    assert run(Doctor(thermal_replay=DATA / "m1-air-idle.jsonl", temperature_c=21.0))["t_env"] == "given"
     assert run(Doctor(thermal_replay=DATA / "halny.jsonl"))["t_env"] == "measured"
     assert "AAIS has a measured T_env: 8.0 ± 2.5 °C (replay SMC TVA0)" in capsys.readouterr().out
-    assert run(Doctor(thermal_replay=DATA / "halny.jsonl", ambient_c=8.0))["t_env"] == "given"
+    assert run(Doctor(thermal_replay=DATA / "halny.jsonl", temperature_c=8.0))["t_env"] == "given"
 
 
 def test_doctor_on_this_machine(capsys):
