@@ -257,7 +257,7 @@ def run(settings: Settings) -> dict[str, Any]:
     cli.say(f"teacher: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
     if s.student:
-        small: Mapping[str, Any] = load.open_checkpoint(s.student).config
+        small: Mapping[str, Any] = compare.same_vocabulary(checkpoint, load.open_checkpoint(s.student)).config
     else:
         shape = prune.wanted_shape(checkpoint.config, s)
         small = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), s.dtype)

@@ -7,7 +7,6 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.model import compare, load, teacher, windows
-from mis_mlx.types import Checkpoint, MisError
 
 
 @dataclass(frozen=True)
@@ -28,23 +27,13 @@ class Settings:
     """YAML file with any of these flags"""
 
 
-def same_vocabulary(teacher_model: Checkpoint, other: Checkpoint) -> None:
-    """A student judged token by token must share its teacher's tokenizer: compared by the file's bytes."""
-    a, b = (m.path / "tokenizer.json" for m in (teacher_model, other))
-    if a.is_file() and b.is_file() and a.read_bytes() != b.read_bytes():
-        raise MisError(
-            f"{other.path} has another tokenizer than {teacher_model.path}: token losses of the two "
-            "cannot be compared; use a student made from this teacher"
-        )
-
-
 def run(settings: Settings) -> dict[str, Any]:
     """The command: one table a text."""
     found = teacher.find(settings.teacher)
     models = {"teacher": load.open_checkpoint(found.path)}
     for name, folder in zip(load.labels(settings.students, ("teacher",)), settings.students, strict=True):
         models[name] = load.open_checkpoint(folder)
-        same_vocabulary(models["teacher"], models[name])
+        compare.same_vocabulary(models["teacher"], models[name])
     data = windows.prepare(settings.data, found.path, settings.max_seq_length)
     result: dict[str, Any] = {"teacher": str(found.path), "students": list(settings.students)}
     for text_name, held_out in data.held_out.items():

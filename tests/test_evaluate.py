@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import evaluate
-from mis_mlx.model import load
+from mis_mlx.model import compare, load
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done
@@ -50,6 +50,6 @@ def test_another_tokenizer_is_refused(tmp_path: Path, llama: Checkpoint, text_fo
     other = shutil.copytree(llama.path, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
-    evaluate.same_vocabulary(llama, load.open_checkpoint(llama.path))
+    compare.same_vocabulary(llama, load.open_checkpoint(llama.path))
     with pytest.raises(MisError, match="another tokenizer"):
         evaluate.run(evaluate.Settings(str(llama.path), (str(other),), str(text_folder)))

@@ -16,7 +16,7 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.stats import interval
 from mis_mlx.model import load, stream
 from mis_mlx.model.config import shape_of
-from mis_mlx.types import Checkpoint, Row
+from mis_mlx.types import Checkpoint, MisError, Row
 
 METRICS = (
     ("nll", "held-out loss, nats/token", ".3f"),
@@ -76,3 +76,14 @@ def rows_of(found: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:
         if metric == "nll":
             rows.append(Row(name, "ppl", math.exp(mean), math.exp(low), math.exp(high), len(values)))
     return rows
+
+
+def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """A student judged token by token must share the tokenizer: `other`, if the files are equal byte for byte."""
+    a, b = (m.path / "tokenizer.json" for m in (teacher, other))
+    if a.is_file() and b.is_file() and a.read_bytes() != b.read_bytes():
+        raise MisError(
+            f"{other.path} has another tokenizer than {teacher.path}: token losses of the two "
+            "cannot be compared; use a student made from this teacher"
+        )
+    return other

@@ -1,0 +1,114 @@
+"""The real teacher, SmolLM2-135M-Instruct: minutes on two cores, so all of it is `slow`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mis_mlx import plan
+from mis_mlx.disk import runs
+from mis_mlx.model import arch, calibrate, load, speak, stream, teacher
+from mis_mlx.types import Checkpoint
+
+pytestmark = pytest.mark.slow
+
+# Written for this test, plain and without names.
+ENGLISH = (
+    "In the morning the old woman opened the window and looked at the garden. It had rained during the night, and "
+    "the air smelled of wet grass. She made a cup of tea, sat down at the kitchen table and began to read the "
+    "newspaper. There was not much news. The price of bread had gone up again, the bridge over the river was still "
+    "closed, and the weather for the next few days would be cold but dry. She finished her tea, put on her coat and "
+    "went out to buy some milk and a loaf of bread before the shop became too busy."
+)
+
+
+@pytest.fixture(scope="module")
+def real() -> Checkpoint:
+    """The teacher that is always there, from the cache, the hub or the package index."""
+    return load.open_checkpoint(teacher.find().path)
+
+
+def test_it_reads_english(real: Checkpoint) -> None:
+    """Perplexity under 25, in stock mlx-lm and streamed; rows of q and k in a wrong order give over 100."""
+    model, tokenizer = load.mlx_lm("utils").load(str(real.path))
+    model.set_dtype(mx.float32)
+    ids = mx.array([tokenizer.encode(ENGLISH)])
+    loss = nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
+    assert 3 < mx.exp(loss).item() < 25
+    head = load.head(real, mx.float32)
+    streamed = load.logits(head, stream.forward(real, [ids[:, :-1]], mx.float32)[0][0])
+    assert mx.array_equal(streamed, model(ids[:, :-1]))
+
+
+def test_params_are_the_published_ones(real: Checkpoint) -> None:
+    """134,515,008, from the config and from the files."""
+    counted = sum(int(np.prod(t.shape)) for t in real.tensors.values())
+    assert arch.params(real.config) == counted == 134_515_008
+
+
+def test_streamed_calibration_is_the_resident_one(real: Checkpoint) -> None:
+    """FFN and final hidden states, gathered inside the whole model: equal to the last bit."""
+    batches = [mx.random.randint(0, 49_152, (1, 64), key=mx.random.key(k)) for k in range(2)]
+    statistics, hidden = calibrate.calibrate(real, batches, mx.float32)
+    model = load.resident(real, mx.float32)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = stream.Tap(layer.mlp.down_proj)
+    sums = np.zeros((30, 1536))
+    for tokens, streamed in zip(batches, hidden, strict=True):
+        assert mx.array_equal(model.model(tokens), streamed)
+        for i, layer in enumerate(model.model.layers):
+            seen = mx.abs(layer.mlp.down_proj.take()).mean(axis=(0, 1))
+            sums[i] += np.array(seen, np.float64) ** 2
+    for i in range(30):
+        assert (statistics.ffn[i].plain == sums[i]).all()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """(folder, result) of `distill --iters 4` with everything else small."""
+    out = tmp_path_factory.mktemp("real") / "run"
+    flags = ["--iters", 4, "--num-samples", 8, "--reconstruct-samples", 8, "--eval-windows", 4, "--bench-tokens", 4]
+    argv = [sys.executable, "-m", "mis_mlx.distill", "--out", out, *flags, "--max-seq-length", 128]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(list(map(str, argv)), env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_all_four_folders_speak(run: tuple[Path, dict[str, Any]], real: Checkpoint) -> None:
+    """Stock mlx-lm opens teacher, pruned, distilled and 4-bit; each generates text of real tokens."""
+    out, _ = run
+    for folder in (real.path, out / "pruned", out / "distilled", out / "model"):
+        model, tokenizer = speak.open_model(folder)
+        said = speak.continuation(model, tokenizer, "The capital of France is", 8)
+        assert said.strip(), folder
+        if folder == real.path:
+            assert "Paris" in said
+
+
+def test_the_numbers_are_in_order(run: tuple[Path, dict[str, Any]]) -> None:
+    """GÓRAL's shape; the teacher is best, four steps and the repair beat bare pruning, 4 bits cost a little."""
+    out, result = run
+    assert (result["params_teacher"], result["params_student"]) == (134_515_008, 90_266_688)
+    assert result["nll_teacher"] < result["nll_student"] < result["nll_pruned"]
+    assert result["nll_student"] - 0.05 < result["nll_quantized"] < result["nll_student"] + 1.0
+    assert result["bytes_4-bit"] < 0.6 * result["bytes_distilled"]
+    assert all(np.isfinite(r["loss"]) for r in runs.metrics(out)) and len(runs.metrics(out)) == 4
+
+
+def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]], real: Checkpoint) -> None:
+    """MLX's peak in training is under the plan's for that phase, and not by more than a factor of three."""
+    out, _ = run
+    small = load.open_checkpoint(out / "distilled").config
+    planned = plan.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
+    peak = max(r["peak_bytes"] for r in runs.metrics(out))
+    assert planned / 3 < peak < planned
