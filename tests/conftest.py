@@ -8,15 +8,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from mis_mlx.disk import runs
 from mis_mlx.model import load
 from mis_mlx.types import Checkpoint
 from tests import tiny
 
 Done = subprocess.CompletedProcess[str]
+ITERS, EVERY = 30, 7
+SMALL = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--eval-windows", 3)
+SMALL += ("--iters", ITERS, "--save-every", EVERY, "--bench-tokens", 0, "--learning-rate", "1e-2")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -85,3 +90,44 @@ def command(own_home: dict[str, str]) -> Callable[..., Done]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def flags(llama: Checkpoint, text_folder: Path) -> tuple[object, ...]:
+    """Flags of a `distill` of seconds."""
+    return ("--teacher", llama.path, "--data", text_folder, *SMALL)
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, flags: tuple[object, ...], command: Callable[..., Done]
+) -> tuple[Path, Done]:
+    """(run folder, process) of one undisturbed `distill`, made once a session; do not write into it."""
+    out = tmp_path_factory.mktemp("distill") / "run"
+    done = command("distill", *flags, "--out", out, "--bench-tokens", 3)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """The bytes of the distilled and of the 4-bit model."""
+    return {name: (run / name / "model.safetensors").read_bytes() for name in ("distilled", "model")}
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of every step."""
+    return [(r["number"], r["loss"], r["grad_norm"]) for r in runs.metrics(run)]
+
+
+def last_line(done: Done) -> dict[str, Any]:
+    """The result of a command."""
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sentence(done: Done) -> str:
+    """The one line that a refusal leaves on stderr, progress before it allowed."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("mis_mlx: ")
+    return line

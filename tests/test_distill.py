@@ -1,15 +1,10 @@
-"""The main job end to end on a tiny model, as a user runs it: results, refusals, kills and resumes."""
+"""The main job end to end on a tiny model, as a user runs it: results and refusals."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,52 +19,10 @@ from mis_mlx.model import arch, load, speak
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import GIB, Checkpoint, MisError
 from tests import tiny
-from tests.conftest import Done
+from tests.conftest import ITERS, SMALL, Done, last_line, losses, sentence, weights
 
-ITERS, EVERY = 30, 7
-SMALL = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--eval-windows", 3)
-SMALL += ("--iters", ITERS, "--save-every", EVERY, "--bench-tokens", 0, "--learning-rate", "1e-2")
 KEYS = {"teacher", "student", "params_teacher", "params_student", "nll_teacher", "nll_pruned", "nll_student"}
 KEYS |= {"nll_quantized", "kl_student", "top1_student", "peak_bytes", "budget_bytes", "seconds", "tokens_per_s"}
-
-
-@pytest.fixture(scope="module")
-def flags(llama: Checkpoint, text_folder: Path) -> tuple[object, ...]:
-    """Flags of a run of seconds."""
-    return ("--teacher", llama.path, "--data", text_folder, *SMALL)
-
-
-@pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, flags: tuple[object, ...], command: Callable[..., Done]
-) -> tuple[Path, Done]:
-    """(run folder, process) of one undisturbed run, timing of models included."""
-    out = tmp_path_factory.mktemp("distill") / "run"
-    done = command("distill", *flags, "--out", out, "--bench-tokens", 3)
-    assert done.returncode == 0, done.stderr
-    return out, done
-
-
-def weights(run: Path) -> dict[str, bytes]:
-    """The bytes of the distilled and of the 4-bit model."""
-    return {name: (run / name / "model.safetensors").read_bytes() for name in ("distilled", "model")}
-
-
-def losses(run: Path) -> list[tuple[int, float, float]]:
-    return [(r["number"], r["loss"], r["grad_norm"]) for r in runs.metrics(run)]
-
-
-def last_line(done: Done) -> dict[str, Any]:
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def sentence(done: Done) -> str:
-    """The one line that a refusal leaves on stderr, progress before it allowed."""
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("mis_mlx: ")
-    return line
 
 
 def test_the_last_line_is_the_result(finished: tuple[Path, Done], llama: Checkpoint) -> None:
@@ -203,9 +156,7 @@ def test_a_resume_must_be_the_same_run(
 
 
 @pytest.mark.xfail(reason="the teacher's fingerprint does not look at its weights yet", strict=True)
-def test_other_weights_are_another_teacher(
-    tmp_path: Path, finished: tuple[Path, Done], llama: Checkpoint
-) -> None:
+def test_other_weights_are_another_teacher(tmp_path: Path, finished: tuple[Path, Done], llama: Checkpoint) -> None:
     """The same config and shapes with other numbers: a resume would mix two teachers, so it is refused."""
     out = shutil.copytree(finished[0], tmp_path / "run")
     other = tiny.make(tmp_path / "other", seed=1)
@@ -224,110 +175,6 @@ def test_a_student_made_earlier(
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run" / "pruned").exists()
     assert weights(tmp_path / "run") == weights(out)
-
-
-class Child:
-    """`distill` as a process of its own that can be killed."""
-
-    def __init__(self, env: dict[str, str], *argv: object):
-        root = str(Path(__file__).parents[1])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mis_mlx.distill", *map(str, argv)],
-            env={**env, "PYTHONPATH": root}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Until the condition holds or the process has ended."""
-        while not condition() and self.process.poll() is None:
-            time.sleep(0.005)
-
-    def end(self) -> Done:
-        """Its exit code and what it said, once it has ended."""
-        out, err = self.process.communicate(timeout=120)
-        return subprocess.CompletedProcess([], self.process.returncode, out, err)
-
-
-def kill_and_resume(out: Path, flags: tuple[object, ...], env: dict[str, str], delays: list[float]) -> int:
-    """Start, SIGKILL after each delay counted from the run's birth, resume; then let it end. How many were hit."""
-    hit = 0
-    for delay in [*delays, None]:
-        born = (out / "config.yaml").exists()
-        child = Child(env, *(("--resume", "--out", out) if born else (*flags, "--out", out)))
-        if delay is None:
-            done = child.end()
-            assert done.returncode == 0, done.stderr
-            break
-        # A resumed run is "born" when it has read its checkpoint or its folder: about when its imports are done.
-        child.wait_for(lambda: (out / "config.yaml").exists())
-        time.sleep(delay + (0.6 if born else 0.0))
-        child.process.kill()
-        hit += child.end().returncode == -signal.SIGKILL
-    return hit
-
-
-def check_killed(out: Path, finished: Path) -> None:
-    """Nothing tells the run that was killed from the one that was not."""
-    assert weights(out) == weights(finished)
-    assert losses(out) == losses(finished)
-    assert not [p.name for p in out.rglob(".tmp-*")] and not [p.name for p in out.rglob(".trash-*")]
-
-
-def test_killed_and_resumed_is_the_undisturbed_run(
-    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str]
-) -> None:
-    """SIGKILL at five random moments, --resume until it ends: distilled/ and model/ are equal to the last bit."""
-    delays = sorted(random.Random(5).uniform(0.0, 1.0) for _ in range(5))
-    assert kill_and_resume(tmp_path / "run", flags, own_home, delays) > 0
-    check_killed(tmp_path / "run", finished[0])
-
-
-@pytest.mark.slow
-def test_thirty_kills(
-    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str]
-) -> None:
-    """The same with thirty moments in six runs."""
-    moments = random.Random(30)
-    for run in range(6):
-        out = tmp_path / str(run)
-        kill_and_resume(out, flags, own_home, [moments.uniform(0.0, 1.2) for _ in range(5)])
-        check_killed(out, finished[0])
-
-
-def test_sigterm_stops_after_the_step(
-    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str],
-    command: Callable[..., Done],
-) -> None:  # fmt: skip
-    """Exit code 1, a sentence with the step and how to go on, that step saved; the resumed run ends bit-equal."""
-    out = tmp_path / "run"
-    child = Child(own_home, *flags, "--out", out)
-    child.wait_for(lambda: (out / "metrics.jsonl").exists() and len(runs.metrics(out)) >= 3)
-    child.process.terminate()
-    said = sentence(child.end())
-    step = int(said.split("stopped at step ")[1].split()[0])
-    assert 3 <= step < ITERS and f"--out {out} --resume" in said
-    assert (out / "steps" / f"step-{step:08d}").is_dir() and not (out / "distilled").exists()
-    done = command("distill", "--out", out, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert f"continuing from step {step}" in done.stderr
-    assert weights(out) == weights(finished[0]) and losses(out) == losses(finished[0])
-
-
-def test_a_damaged_checkpoint_costs_steps_not_the_run(
-    tmp_path: Path, finished: tuple[Path, Done], command: Callable[..., Done]
-) -> None:
-    """One bit of the last checkpoint flipped: said, the one before is used, and the end is the same."""
-    out = shutil.copytree(finished[0], tmp_path / "run")
-    for name in ("distilled", "model"):
-        shutil.rmtree(out / name)
-    (out / "result.json").unlink()
-    path = out / "steps" / "step-00000030" / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    path.write_bytes(data)
-    done = command("distill", "--out", out, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "step 30 is damaged (model.safetensors), using 28" in done.stderr
-    assert weights(out) == weights(finished[0]) and losses(out) == losses(finished[0])
 
 
 def test_streaming_the_teacher_gives_the_same_student(

@@ -1,0 +1,139 @@
+"""`distill` killed, stopped, damaged and resumed: the end is that of the undisturbed run, to the last bit."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.disk import runs
+from tests.conftest import ITERS, Done, losses, sentence, weights
+
+
+class Child:
+    """`distill` as a process of its own that can be killed."""
+
+    def __init__(self, env: dict[str, str], *argv: object):
+        root = str(Path(__file__).parents[1])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mis_mlx.distill", *map(str, argv)],
+            env={**env, "PYTHONPATH": root}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Until the condition holds or the process has ended."""
+        while not condition() and self.process.poll() is None:
+            time.sleep(0.005)
+
+    def end(self) -> Done:
+        """Its exit code and what it said, once it has ended."""
+        out, err = self.process.communicate(timeout=120)
+        return subprocess.CompletedProcess([], self.process.returncode, out, err)
+
+
+def progress(out: Path) -> float:
+    """How far a run is, 0 to 1, by what is on disk: half of it the training steps."""
+    names = ("config.yaml", "pruned", "steps", "distilled", "model", "result.json")
+    return (sum((out / name).exists() for name in names) + 6 * len(runs.metrics(out)) / ITERS) / 12
+
+
+def holds(out: Path, process: int) -> bool:
+    """Whether this process has the run's lock."""
+    lock = out / ".lock"
+    return lock.exists() and f"process {process} " in lock.read_text()
+
+
+def kill_and_resume(out: Path, flags: tuple[object, ...], env: dict[str, str], moments: random.Random) -> int:
+    """Five times: start or resume, SIGKILL it at a moment; then let it end. How often the kill came in time.
+
+    A moment is a share of the way and up to a tenth of a second, so that slow machines are hit where quick
+    ones are.
+    """
+    hit = 0
+    for share in sorted(moments.uniform(0.0, 0.8) for _ in range(5)):
+        child = start(out, flags, env)
+        number = child.process.pid
+        child.wait_for(lambda share=share, n=number: progress(out) >= share and (share < 0.08 or holds(out, n)))
+        time.sleep(moments.uniform(0.0, 0.1))
+        child.process.kill()
+        hit += child.end().returncode == -signal.SIGKILL
+    done = start(out, flags, env).end()
+    assert done.returncode == 0, done.stderr
+    return hit
+
+
+def start(out: Path, flags: tuple[object, ...], env: dict[str, str]) -> Child:
+    """A new run, or what there is of it resumed."""
+    born = (out / "config.yaml").exists()
+    return Child(env, *(("--resume",) if born else flags), "--out", out)
+
+
+def check_killed(out: Path, finished: Path) -> None:
+    """Nothing tells the run that was killed from the one that was not."""
+    assert weights(out) == weights(finished)
+    assert losses(out) == losses(finished)
+    assert not [p.name for p in out.rglob(".tmp-*")] and not [p.name for p in out.rglob(".trash-*")]
+
+
+def test_killed_and_resumed_is_the_undisturbed_run(
+    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str]
+) -> None:
+    """SIGKILL at five random moments, --resume until it ends: distilled/ and model/ are equal to the last bit."""
+    assert kill_and_resume(tmp_path / "run", flags, own_home, random.Random(5)) >= 3
+    check_killed(tmp_path / "run", finished[0])
+
+
+@pytest.mark.slow
+def test_thirty_kills(
+    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str]
+) -> None:
+    """The same with thirty moments in six runs."""
+    moments = random.Random(30)
+    for run in range(6):
+        out = tmp_path / str(run)
+        kill_and_resume(out, flags, own_home, moments)
+        check_killed(out, finished[0])
+
+
+def test_sigterm_stops_after_the_step(
+    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str],
+    command: Callable[..., Done],
+) -> None:  # fmt: skip
+    """Exit code 1, a sentence with the step and how to go on, that step saved; the resumed run ends bit-equal."""
+    out = tmp_path / "run"
+    child = Child(own_home, *flags, "--out", out)
+    child.wait_for(lambda: (out / "metrics.jsonl").exists() and len(runs.metrics(out)) >= 3)
+    child.process.terminate()
+    said = sentence(child.end())
+    step = int(said.split("stopped at step ")[1].split()[0])
+    assert 3 <= step < ITERS and f"--out {out} --resume" in said
+    assert (out / "steps" / f"step-{step:08d}").is_dir() and not (out / "distilled").exists()
+    done = command("distill", "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"continuing from step {step}" in done.stderr
+    assert weights(out) == weights(finished[0]) and losses(out) == losses(finished[0])
+
+
+def test_a_damaged_checkpoint_costs_steps_not_the_run(
+    tmp_path: Path, finished: tuple[Path, Done], command: Callable[..., Done]
+) -> None:
+    """One bit of the last checkpoint flipped: said, the one before is used, and the end is the same."""
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    for name in ("distilled", "model"):
+        shutil.rmtree(out / name)
+    (out / "result.json").unlink()
+    path = out / "steps" / "step-00000030" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    done = command("distill", "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "step 30 is damaged (model.safetensors), using 28" in done.stderr
+    assert weights(out) == weights(finished[0]) and losses(out) == losses(finished[0])
