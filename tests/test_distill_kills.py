@@ -79,6 +79,7 @@ def check_killed(out: Path, finished: Path) -> None:
     """Nothing tells the run that was killed from the one that was not."""
     assert weights(out) == weights(finished)
     assert losses(out) == losses(finished)
+    assert sorted(p.name for p in (out / "steps").iterdir()) == ["step-00000028", "step-00000030"]
     assert not [p.name for p in out.rglob(".tmp-*")] and not [p.name for p in out.rglob(".trash-*")]
 
 

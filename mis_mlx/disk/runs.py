@@ -78,7 +78,7 @@ def merged(
     """
     result = dict(given)
     for name, value in given.items():
-        if name in free or name not in stored:
+        if name not in stored or (name in free and value != defaults[name]):
             continue
         if value not in (stored[name], defaults[name]):
             flag = "--" + name.replace("_", "-")

@@ -87,6 +87,7 @@ def test_a_flag_left_out_asks_for_nothing() -> None:
     given = {**SETTINGS, "iters": 7, "budget": "2GiB"}
     assert runs.merged(SETTINGS, SETTINGS, stored, FREE)["iters"] == 7
     assert runs.merged(given, SETTINGS, stored, FREE)["budget"] == "2GiB"
+    assert runs.merged(SETTINGS, SETTINGS, stored, FREE)["budget"] == "1GiB"
     assert runs.merged(given, SETTINGS, stored, FREE)["iters"] == 7
 
 
