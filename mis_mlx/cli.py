@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -47,7 +48,7 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
         raise MisError(f"{path}: is not YAML ({' '.join(str(error).split())[:120]}): mend that line") from None
     if not isinstance(values, dict):
         raise MisError(f"{path}: holds a {type(values).__name__}, not `flag: value` lines: write one a line")
-    known = {f.name: f for f in fields(config_type)}
+    known, hints = {f.name: f for f in fields(config_type)}, get_type_hints(config_type)
     result = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -61,8 +62,33 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
                 value = float(value)
             except ValueError:
                 raise MisError(f"{path}: {key} is {value!r}, a number was expected") from None
-        result[name] = value
+        if not _fits(value, hints[name]):
+            raise MisError(f"{path}: {key} is {value!r}, the setting takes {_words(hints[name])}: mend that line")
+        result[name] = tuple(value) if isinstance(value, list) else value
     return result
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value is one that a field of this type admits."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, i) for i in inner)
+    if kind is Literal:
+        return any(type(value) is type(i) and value == i for i in inner)
+    if kind is tuple:
+        return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def _words(hint: Any) -> str:
+    """A type for people: 'goral, baca or none', 'a whole number'."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return " or ".join(map(str, inner))
+    if kind in (Union, UnionType):
+        return " or ".join(map(_words, inner))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "nothing"}
+    return names.get(hint, "a list")
 
 
 def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None = None) -> Any:

@@ -196,9 +196,9 @@ def _measure(run: Run, models: dict[str, Checkpoint]) -> tuple[list[Row], dict[s
     sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
     sizes += [Row(n, "bytes", m.nbytes / 1e6) for n, m in models.items()]
     if s.bench_tokens:
-        cli.say("measure: speed")
-        folders = [m.path for m in models.values()]
-        sizes += bench.measure(folders, list(models), 2 * s.bench_tokens, s.bench_tokens, 2)
+        fit = {n: m.path for n, m in models.items() if plan.timed_bytes(run.plan.budget_bytes, arch.params(m.config))}
+        cli.say(f"measure: speed of {', '.join(fit) or 'none: no model fits the budget whole'}")
+        sizes += bench.measure(list(fit.values()), list(fit), 2 * s.bench_tokens, s.bench_tokens, 2)
     return sizes, quality
 
 

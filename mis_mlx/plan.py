@@ -74,6 +74,20 @@ def _pass_bytes(config: Mapping[str, Any], tokens: int, item: int = 4) -> int:
     return 2 * max(block, s.vocab * s.hidden) * item + 2 * tokens * s.hidden * item
 
 
+def timed_bytes(budget_bytes: int, *params: int) -> list[int]:
+    """Memory of stock mlx-lm with each model whole (as stored, and as float32) that fits the budget; the others
+    are not timed."""
+    return [6 * p for p in params if 6 * p <= budget_bytes]
+
+
+def _measure_bytes(big: Mapping[str, Any], small: Mapping[str, Any], tokens: int) -> int:
+    """Streamed passes, then the heads of teacher, pruned, distilled and 4-bit, and one chunk of logits."""
+    b, s = shape_of(big), shape_of(small)
+    heads = 4 * b.vocab * (b.hidden + 3 * s.hidden)
+    hidden = 4 * tokens * (b.hidden + 3 * s.hidden)
+    return max(_pass_bytes(big, tokens), heads + 8 * 4 * chunk_rows(b.vocab) * b.vocab) + hidden
+
+
 def make(
     big: Mapping[str, Any],
     small: Mapping[str, Any],
@@ -104,7 +118,7 @@ def make(
             teacher_bytes + 2 * p_s,
             0,
             2 * (p_t + p_s + s.layers * s.ffn * (s.ffn + s.hidden)) * seen,
-            _pass_bytes(big, seen) + _pass_bytes(small, seen),
+            _pass_bytes(big, seen) + _pass_bytes(small, seen) + 4 * seen * (s.ffn + s.hidden) + 32 * s.ffn**2,
         ),
         Phase(
             "distil", iters, reads, saves * 12 * p_s, iters * step * (2 * p_t + 6 * p_s) * ELEMENTWISE, train + beside
@@ -116,7 +130,7 @@ def make(
             teacher_bytes + 6 * p_s,
             0,
             2 * (p_t + 3 * p_s) * held_out * length * 1.5,
-            4 * p_t + _pass_bytes(big, held_out * length),
+            max([_measure_bytes(big, small, held_out * length), *timed_bytes(budget_bytes, p_t, p_s)]),
         ),
     ]
     timed = tuple(Phase(**{**asdict(p), "seconds": p.flops / flops_per_s}) for p in phases)

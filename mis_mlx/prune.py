@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,16 +92,21 @@ def choose(config: dict[str, Any], statistics: Statistics, cut: Cut, seed: int) 
         return importance.aais(sums, altitude) if weather else importance.activation(sums)
 
     kept: dict[tuple[int, str], tuple[int, ...]] = {}
-    differ = total = 0
+    differ = 0
+
+    def choice(key: tuple[int, str], sums: importance.Sums, pick: Callable[[np.ndarray], tuple[int, ...]]) -> None:
+        nonlocal differ
+        kept[key] = pick(scores(sums))
+        differ += len(set(kept[key]) - set(pick(importance.activation(sums))))
+
     for i in layers:
         if shape.ffn < before.ffn:
-            kept[i, "ffn"] = importance.top(scores(statistics.ffn[i]), shape.ffn)
-            plain = set(importance.top(importance.activation(statistics.ffn[i]), shape.ffn))
-            differ, total = differ + len(set(kept[i, "ffn"]) - plain), total + shape.ffn
+            choice((i, "ffn"), statistics.ffn[i], partial(importance.top, keep=shape.ffn))
         if shape.heads < before.heads:
-            kept[i, "heads"] = importance.top_in_groups(scores(statistics.heads[i]), before.kv_heads, shape.heads)
+            pick = partial(importance.top_in_groups, groups=before.kv_heads, keep=shape.heads)
+            choice((i, "heads"), statistics.heads[i], pick)
     if shape.hidden < before.hidden and statistics.hidden is not None:
-        kept[-1, "hidden"] = importance.top(scores(statistics.hidden), shape.hidden)
+        choice((-1, "hidden"), statistics.hidden, partial(importance.top, keep=shape.hidden))
     used = cut.importance if cut.importance != "aais" or weather else "activation (no T_env or altitude known)"
     air = statistics.ambient_c
     report = {
@@ -108,7 +114,7 @@ def choose(config: dict[str, Any], statistics: Statistics, cut: Cut, seed: int) 
         "scenario": cut.scenario,
         "target": cut.target,
         "channels_differing_from_plain": differ,
-        "channels_kept": total,
+        "channels_kept": sum(map(len, kept.values())),
         "ambient_c": [min(air), max(air)] if air else None,
         "altitude_m": statistics.altitude_m,
         "block_importance": {str(i): round(v, 6) for i, v in statistics.block.items()},

@@ -87,7 +87,6 @@ def test_bad_yaml_is_a_sentence(tmp_path: Path, yaml: str, sentence: str) -> Non
     assert sentence in said and str(tmp_path / "settings.yaml") in said and "\n" not in said
 
 
-@pytest.mark.xfail(reason="read_yaml does not check types yet", strict=True)
 @pytest.mark.parametrize(
     ("yaml", "sentence"),
     [

@@ -102,7 +102,7 @@ def test_who_stays_by_pencil() -> None:
     assert keep.kept[0, "heads"] == (0, 2)
     assert keep.kept[-1, "hidden"] == tuple(range(32))
     assert (1, "ffn") not in keep.kept
-    assert keep.report["channels_kept"] == 512 and keep.report["channels_differing_from_plain"] == 0
+    assert keep.report["channels_kept"] == 2 * (256 + 2) + 32 and keep.report["channels_differing_from_plain"] == 0
 
 
 def test_random_is_by_seed() -> None:

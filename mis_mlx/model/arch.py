@@ -30,7 +30,7 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     tensors: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (s.hidden,)}
     for name, out in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
         tensors[f"self_attn.{name}.weight"] = (out, s.hidden)
-        if kind == "qwen2" or config.get("attention_bias"):
+        if kind == "qwen2" or (kind != "qwen3" and config.get("attention_bias")):  # mlx-lm's qwen3 has no biases
             tensors[f"self_attn.{name}.bias"] = (out,)
     if kind == "qwen3":
         tensors |= {"self_attn.q_norm.weight": (s.head_dim,), "self_attn.k_norm.weight": (s.head_dim,)}
