@@ -40,8 +40,8 @@ def main(folder: Path) -> None:
 
     def loss() -> float:
         total = 0.0
-        for tokens, hidden in zip(batches, stream.resident_forward(model, batches), strict=True):
-            z = hidden[0, :-1] @ load.head_weight(model).T
+        for tokens in batches:
+            z = model.model(tokens)[0, :-1] @ load.head_weight(model).T
             at = mx.take_along_axis(z, tokens[0, 1:, None], axis=-1)[:, 0]
             total += (mx.logsumexp(z, axis=-1) - at).mean().item()
         return total / len(batches)

@@ -182,7 +182,8 @@ def _distil(run: Run, pruned: Checkpoint) -> Checkpoint:
     supervise(train, run.folder, s.iters, s.save_every, save, run.weather, run.peak, run.files)
     config = {**pruned.config, "torch_dtype": s.dtype}
     extra = {"keep.json": slice.keep_json(keep)} if (keep := slice.read_keep(pruned.path)) else None
-    slice.write_model(config, dict(tree_flatten(student.parameters())), pruned.path, out, s.dtype, run.files, extra)
+    trained = dict(tree_flatten(student.parameters()))
+    slice.write_model(config, trained.__getitem__, pruned.path, out, s.dtype, run.files, extra)
     return load.open_checkpoint(out)
 
 

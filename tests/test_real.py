@@ -45,7 +45,7 @@ def test_it_reads_english(real: Checkpoint) -> None:
     loss = nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
     assert 3 < mx.exp(loss).item() < 25
     head = load.head(real, mx.float32)
-    streamed = load.logits(head, stream.forward(real, [ids[:, :-1]], mx.float32)[0][0])
+    streamed = load.logits(head, stream.Stream(real, mx.float32).forward([ids[:, :-1]])[0])
     assert mx.array_equal(streamed, model(ids[:, :-1]))
 
 

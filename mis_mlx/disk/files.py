@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,19 @@ class Files:
                 _write_all(fd, (("\n" if torn else "") + line + "\n").encode())
             finally:
                 os.close(fd)
+
+    def scratch(self, folder: Path) -> int:
+        """A descriptor of a new file in `folder` that has no name any more and goes with the process."""
+        path = folder / f".tmp-scratch-{os.getpid()}-{time.monotonic_ns()}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        os.unlink(path)
+        return fd
+
+    def put(self, fd: int, offset: int, data: memoryview) -> None:
+        """Write all of `data` at `offset` of a `scratch` file."""
+        while data:
+            written = os.pwrite(fd, data[:CHUNK], offset)
+            data, offset = data[written:], offset + written
 
     def fsync(self, path: Path) -> None:
         """Make the bytes of a file, or the entries of a folder, survive a power cut."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,13 +120,18 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
         by_file.setdefault(tensors[name].file, []).append(name)
     arrays: dict[str, mx.array] = {}
     for path, wanted in by_file.items():
-        now, _ = check(path)
-        if changed := [name for name in wanted if now.get(name) != tensors[name]]:
-            raise MisError(f"{path} changed since it was checked (tensor {changed[0]}); start again")
+        unchanged(path, tensors, wanted)
         content: Any = mx.load(str(path))
         arrays.update((name, content.pop(name)) for name in wanted)
         del content
     return arrays
+
+
+def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str]) -> None:
+    """Check a file again: MisError when one of the named tensors no longer lies where `tensors` says."""
+    now, _ = check(path)
+    if changed := [name for name in names if now.get(name) != tensors[name]]:
+        raise MisError(f"{path} changed since it was checked (tensor {changed[0]}); start again")
 
 
 class _File:
@@ -168,7 +173,8 @@ class Writer:
     """Streams a model's tensors into `folder`, one in memory at a time.
 
     `specs`: {name: (dtype, shape)} of every tensor, in the order in which `add` will get them. Up to
-    `shard_bytes` of tensors make one model.safetensors; more make shards and an index file. Use it inside
+    `shard_bytes` of tensors make one model.safetensors; more make shards and an index file (`shards`: the
+    same tensors, cut by the caller). Use it inside
     `checkpoint.commit_folder`, which makes the whole folder appear at once or not at all.
     """
 
@@ -179,10 +185,11 @@ class Writer:
         files: Files,
         metadata: Mapping[str, str] | None = None,
         shard_bytes: int = 5 * GIB,
+        shards: Sequence[Mapping[str, Spec]] | None = None,
     ):
         self._folder, self._files, self._specs = folder, files, specs
         self._metadata = {"format": "mlx"} if metadata is None else metadata
-        shards = _cut(specs, shard_bytes)
+        shards = shards or _cut(specs, shard_bytes)
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         self._shards = dict(zip(names, shards, strict=True)) if len(shards) > 1 else {"model.safetensors": specs}
         self._coming = iter(self._shards)

@@ -49,6 +49,11 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
+def block_of(name: str) -> int | None:
+    """The number of the block that the tensor `model.layers.N. ...` belongs to; None outside of blocks."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
+
+
 def tensors_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of an unquantized model of this config: Hugging Face name -> shape, in forward order."""
     s = shape_of(config)

@@ -6,7 +6,6 @@ Does not decide what is kept. One block is in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +13,7 @@ import numpy as np
 
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Statistics, Sums
-from mis_mlx.model import stream
+from mis_mlx.model import load, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, Reading
 
@@ -27,17 +26,15 @@ def _tap(block: nn.Module) -> None:
     block.mlp.gate_proj = stream.Tap(block.mlp.gate_proj)
 
 
-def _look(heads: int) -> Callable[..., list[mx.array]]:
-    def look(_i: int, _b: int, block: nn.Module, into: mx.array, out: mx.array) -> list[mx.array]:
-        return [
-            importance.channel_sample(block.mlp.down_proj.take()),
-            importance.head_sample(block.self_attn.o_proj.take(), heads),
-            importance.block_sample(into, out),
-            importance.channel_sample(block.self_attn.q_proj.take()),
-            importance.channel_sample(block.mlp.gate_proj.take()),
-        ]
-
-    return look
+def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> list[mx.array]:
+    """What one batch says of one block, lazy: FFN neurons, heads, the block itself, hidden channels twice."""
+    return [
+        importance.channel_sample(block.mlp.down_proj.take()),
+        importance.head_sample(block.self_attn.o_proj.take(), heads),
+        importance.block_sample(into, out),
+        importance.channel_sample(block.self_attn.q_proj.take()),
+        importance.channel_sample(block.mlp.gate_proj.take()),
+    ]
 
 
 def calibrate(
@@ -46,40 +43,42 @@ def calibrate(
     dtype: mx.Dtype,
     reading: Callable[[], Reading | None] = lambda: None,
     unit: str = "kelvin",
-) -> tuple[Statistics, list[mx.array]]:
+    hidden: stream.Hidden | None = None,
+) -> tuple[Statistics, stream.Hidden]:
     """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states [(B, T, D)].
 
     `reading()` is asked once per batch, as the batch enters the model: its T_b weighs that batch in AAIS,
-    in every layer. If any batch has no T_b, all weigh 1, and `measured` is False.
+    in every layer. If any batch has no T_b, all weigh 1, and `measured` is False. hidden: a place for the
+    hidden states other than memory.
     """
     s = shape_of(checkpoint.config)
     readings: list[Reading | None] = []
-    gather = _look(s.heads)
-
-    def look(i: int, b: int, *rest: Any) -> list[mx.array]:
-        if i == 0:
-            readings.append(reading())
-        return gather(i, b, *rest)
-
-    hidden, seen = stream.forward(checkpoint, batches, dtype, _tap, look)
-    weights = [importance.weight_of(r, unit) for r in readings]
-    measured = all(w is not None for w in weights)
-    known = [r for r in readings if r is not None]
-    out = Statistics(
-        hidden=Sums.zeros(s.hidden),
-        measured=measured,
-        ambient_c=[r.ambient_c for r in known if r.ambient_c is not None],
-        altitude_m=known[-1].altitude_m if known else None,
-    )
+    out = Statistics(hidden=Sums.zeros(s.hidden), measured=False)
     assert out.hidden is not None
-    for i, layer in enumerate(seen):
+    source = stream.Stream(checkpoint, dtype, direct=hidden is not None)
+    hidden = source.embed(batches, hidden)
+    for i, block in source.blocks():
+        _tap(block)
+        layer = []
+        for b, into in enumerate(hidden):
+            if i == 0:
+                readings.append(reading())
+            after = block(into, load.mask(source.args, block, into))
+            found = _look(block, s.heads, into, after)
+            stream.settle(after, found)
+            hidden[b] = after
+            layer.append([np.array(f) for f in found])
+        weights = [importance.weight_of(r, unit) for r in readings]
+        out.measured = None not in weights
         out.ffn[i], out.heads[i] = Sums.zeros(s.ffn), Sums.zeros(s.heads)
-        out.block[i] = float(np.mean([float(found[2]) for found in layer]))
-        for b, (ffn, heads, _, norm1, norm2) in enumerate(layer):
-            weight = weights[b]
-            w = weight if measured and weight is not None else 1.0
-            out.ffn[i].add(np.array(ffn), w)
-            out.heads[i].add(np.array(heads), w)
-            out.hidden.add(np.array(norm1), w)
-            out.hidden.add(np.array(norm2), w)
-    return out, hidden
+        out.block[i] = float(np.mean([distance for _, _, distance, _, _ in layer]))
+        for (ffn, heads, _, norm1, norm2), weight in zip(layer, weights, strict=True):
+            w = weight if out.measured and weight is not None else 1.0
+            out.ffn[i].add(ffn, w)
+            out.heads[i].add(heads, w)
+            out.hidden.add(norm1, w)
+            out.hidden.add(norm2, w)
+    known = [r for r in readings if r is not None]
+    out.ambient_c = [r.ambient_c for r in known if r.ambient_c is not None]
+    out.altitude_m = known[-1].altitude_m if known else None
+    return out, source.norm(hidden)

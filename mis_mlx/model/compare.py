@@ -42,8 +42,9 @@ def compare(models: Mapping[str, Checkpoint], held_out: Windows) -> dict[tuple[s
     batches = [mx.array(w[None]) for w in held_out.tokens]
     names = list(models)
     vocab = min(shape_of(m.config).vocab for m in models.values())
-    hidden = {name: stream.forward(model, batches, dtype)[0] for name, model in models.items()}
-    heads = {name: stream.into_memory(load.head(model, dtype), f"{model.path}: ") for name, model in models.items()}
+    sources = {name: stream.Stream(model, dtype) for name, model in models.items()}
+    hidden = {name: source.forward(batches) for name, source in sources.items()}
+    heads = {name: source.head() for name, source in sources.items()}
     found: dict[tuple[str, str], list[float]] = {}
     for w in range(len(batches)):
         learn = np.asarray(held_out.learn[w][:-1])

@@ -21,6 +21,8 @@ from mis_mlx.model import arch
 from mis_mlx.model.config import normalised, read_config, shape_of
 from mis_mlx.types import Checkpoint, MisError
 
+Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
+EMBEDDING = "model.embed_tokens."
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 NOT_OURS = (
     "{}: the weights are quantized in a format other than MLX's: use the unquantized model, "
@@ -93,24 +95,27 @@ def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
         nn.quantize(module, class_predicate=settings_of)
 
 
-def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
-    """Lazy arrays of every tensor whose name begins with `prefix`, the prefix cut off, floats cast to `dtype`."""
+def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype, raw: Raw | None = None) -> list[tuple[str, mx.array]]:
+    """Lazy arrays of every tensor whose name begins with `prefix`, the prefix cut off, floats cast to `dtype`.
+
+    raw: the tensors as stored, by full name, where they are in memory already.
+    """
     names = [n for n in checkpoint.tensors if n.startswith(prefix) and "rotary_emb" not in n]
     if shape_of(checkpoint.config).tied:
         names = [n for n in names if not n.startswith("lm_head.")]
+    raw = safetensors.lazy(checkpoint.tensors, names) if raw is None else raw
     if unpacks() and arch.is_quantized(checkpoint.tensors):
         names = [n for n in names if not n.endswith((".scales", ".biases"))]
-        return [(n.removeprefix(prefix), dense(checkpoint, n).astype(dtype)) for n in names]
-    arrays = safetensors.lazy(checkpoint.tensors, names)
-    return [(n.removeprefix(prefix), a if a.dtype == mx.uint32 else a.astype(dtype)) for n, a in arrays.items()]
+        return [(n.removeprefix(prefix), dense(checkpoint, n, raw).astype(dtype)) for n in names]
+    return [(n.removeprefix(prefix), raw[n] if raw[n].dtype == mx.uint32 else raw[n].astype(dtype)) for n in names]
 
 
-def dense(checkpoint: Checkpoint, name: str) -> mx.array:
-    """One weight as stored, or de-quantized to float32 when it is packed. Lazy."""
+def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array:
+    """One weight as stored, or de-quantized to float32 when it is packed. Lazy. `raw` as in `weights`."""
     stem = name.removesuffix(".weight")
     packed = [n for n in (name, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
-    arrays = safetensors.lazy(checkpoint.tensors, packed)
-    if f"{stem}.scales" not in arrays:
+    arrays = safetensors.lazy(checkpoint.tensors, packed) if raw is None else raw
+    if f"{stem}.scales" not in checkpoint.tensors:
         return arrays[name]
     settings = checkpoint.config.get("quantization") or {}
     if "bits" not in settings:
@@ -133,8 +138,8 @@ def model_args(config: Mapping[str, Any]) -> Any:
     return _model_module(config).ModelArgs.from_dict(normalised(config))
 
 
-def block(checkpoint: Checkpoint, i: int, args: Any, dtype: mx.Dtype) -> nn.Module:
-    """mlx-lm's transformer block `i` with its weights, lazy."""
+def block(checkpoint: Checkpoint, i: int, args: Any, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
+    """mlx-lm's transformer block `i` with its weights, lazy. `raw` as in `weights`."""
     module = _model_module(checkpoint.config)
     sliding = {}
     if getattr(args, "layer_types", None):
@@ -142,7 +147,7 @@ def block(checkpoint: Checkpoint, i: int, args: Any, dtype: mx.Dtype) -> nn.Modu
     made = module.TransformerBlock(args=args, **sliding)
     prefix = f"model.layers.{i}."
     _quantize(made, prefix, checkpoint)
-    made.load_weights(weights(checkpoint, prefix, dtype))
+    made.load_weights(weights(checkpoint, prefix, dtype, raw))
     made.eval()
     return made
 
@@ -153,13 +158,14 @@ def mask(args: Any, made: nn.Module, hidden: mx.array) -> Any:
     return mlx_lm("models.base").create_attention_mask(hidden, None, window_size=window)
 
 
-def embedding(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
-    """The embedding table (V, D), lazy. `.as_linear` makes it the head of a tied model."""
+def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
+    """The embedding table (V, D), lazy. `.as_linear` makes it the head of a tied model. `raw` as in `weights`,
+    or only some rows (n, D) of each of its tensors: then a table of those."""
     s = shape_of(checkpoint.config)
     made = nn.Module()
-    made.embed_tokens = nn.Embedding(s.vocab, s.hidden)
+    made.embed_tokens = nn.Embedding(len(raw[EMBEDDING + "weight"]) if raw else s.vocab, s.hidden)
     _quantize(made, "model.", checkpoint)
-    made.embed_tokens.load_weights(weights(checkpoint, "model.embed_tokens.", dtype))
+    made.embed_tokens.load_weights(weights(checkpoint, EMBEDDING, dtype, raw))
     return made.embed_tokens
 
 
@@ -171,16 +177,21 @@ def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     return made
 
 
-def head(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
-    """The vocabulary head as a module hidden (..., D) -> logits (..., V), lazy."""
+def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
+    """The vocabulary head as a module hidden (..., D) -> logits (..., V), lazy. `raw` as in `weights`."""
     s = shape_of(checkpoint.config)
     if s.tied:
-        return embedding(checkpoint, dtype)
+        return embedding(checkpoint, dtype, raw)
     made = nn.Module()
     made.lm_head = nn.Linear(s.hidden, s.vocab, bias=False)
     _quantize(made, "", checkpoint)
-    made.lm_head.load_weights(weights(checkpoint, "lm_head.", dtype))
+    made.lm_head.load_weights(weights(checkpoint, "lm_head.", dtype, raw))
     return made.lm_head
+
+
+def head_prefix(checkpoint: Checkpoint) -> str:
+    """What the names of the head's tensors begin with."""
+    return EMBEDDING if shape_of(checkpoint.config).tied else "lm_head."
 
 
 def logits(head_module: nn.Module, hidden: mx.array) -> mx.array:

@@ -34,22 +34,22 @@ def reconstruct(
     dtype = load.compute_dtype()
     channels = keep.kept.get((-1, "hidden"))
     columns = None if channels is None else mx.array(list(channels))
-    target = stream.embed(teacher, batches, dtype)
-    hidden = stream.embed(student, batches, dtype)
-    marching = stream.blocks(teacher, dtype)
-    last = teacher.config["num_hidden_layers"]
+    big, small = stream.Stream(teacher, dtype), stream.Stream(student, dtype)
+    target, hidden = big.embed(batches), small.embed(batches)
+    marching = big.blocks()
+    last = big.layers
     passed = 0  # teacher blocks that `target` has been through
     mended: dict[str, mx.array] = {}
     left: list[float] = []
-    for j, block, args in stream.blocks(student, dtype):
+    for j, block in small.blocks():
         entrance = keep.layers[j + 1] if j + 1 < len(keep.layers) else last
-        for _, teacher_block, teacher_args in marching:
-            target = stream.through(teacher_block, teacher_args, target)
+        for _, teacher_block in marching:
+            big.through(teacher_block, target)
             passed += 1
             if passed == entrance:
                 break
         wanted = target if columns is None else [mx.take(t, columns, axis=-1) for t in target]
-        fit, inputs, hidden = _fit(block, args, hidden, wanted)
+        fit, inputs, hidden = _fit(block, small.args, hidden, wanted)
         update, error = fit.solve(ridge)
         change = mx.array(update.astype(np.float32))
         name = f"model.layers.{j}.mlp.down_proj.weight"

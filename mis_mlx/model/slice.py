@@ -5,9 +5,10 @@ Does not choose what is kept. The result is an ordinary, uniform model folder pl
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ import mlx.core as mx
 
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk.files import Files
-from mis_mlx.disk.safetensors import Writer, spec_of
+from mis_mlx.disk.safetensors import Spec, Writer, spec_bytes
 from mis_mlx.model import arch, load
 from mis_mlx.model.config import Shape
 from mis_mlx.types import Checkpoint, Keep, Space
 
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # What makes a folder speak: everything but weights, their index, provenance and foreign code.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -81,53 +81,50 @@ def read_keep(folder: Path) -> Keep | None:
 def write_student(teacher: Checkpoint, shape: Shape, keep: Keep, out: Path, dtype: str, files: Files) -> None:
     """Commit the pruned model to the new folder `out`. Memory: the largest tensor, twice."""
     config = arch.student_config(teacher.config, shape, keep.layers, dtype)
-    tensors = arch.tensors_of(config)
     spaces = arch.spaces(teacher.config)
-    specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in tensors.items()}
 
-    def fill(folder: Path) -> None:
-        writer = Writer(folder, specs, files)
-        for name in tensors:
-            layer, source = -1, name
-            if name.startswith("model.layers."):
-                number, rest = name.removeprefix("model.layers.").split(".", 1)
-                layer = keep.layers[int(number)]
-                source = f"model.layers.{layer}.{rest}"
-            cut = _cut(source, layer, spaces, keep, load.dense(teacher, source))
-            writer.add(name, cut.astype(load.DTYPES[dtype]))
-            mx.clear_cache()
-        writer.close()
-        files.write(folder / "config.json", json.dumps(config, indent=2).encode())
-        files.write(folder / "keep.json", json.dumps(keep_json(keep)).encode())
-        copy_tokenizer(teacher.path, folder)
+    def take(name: str) -> mx.array:
+        layer, source = -1, name
+        if name.startswith("model.layers."):
+            number, rest = name.removeprefix("model.layers.").split(".", 1)
+            layer = keep.layers[int(number)]
+            source = f"model.layers.{layer}.{rest}"
+        return _cut(source, layer, spaces, keep, load.dense(teacher, source))
 
-    protocol.commit_folder(out, fill, files, arch.params(config) * SIZES[dtype])
+    write_model(config, take, teacher.path, out, dtype, files, {"keep.json": keep_json(keep)})
 
 
 def write_model(
     config: Mapping[str, Any],
-    arrays: Mapping[str, mx.array],
+    take: Callable[[str], mx.array],
     source: Path,
     out: Path,
     dtype: str,
     files: Files,
     extra: Mapping[str, Any] | None = None,
+    file_per_block: bool = False,
 ) -> None:
-    """Commit resident weights to the new folder `out`, cast to `dtype` ('' keeps each array's own type).
+    """Commit the model that `take(name)` gives tensor by tensor, cast to `dtype`, to the new folder `out`.
 
-    Tokenizer files come from `source`; `extra` files are written as JSON, by name.
+    Tokenizer files come from `source`; `extra` files are written as JSON, by name. file_per_block: so that
+    one block can be replaced later without touching the others.
     """
-    sizes = {n: a.nbytes if not dtype else a.size * SIZES[dtype] for n, a in arrays.items()}
+    specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in arch.tensors_of(config).items()}
 
     def fill(folder: Path) -> None:
-        specs = {n: (SAFETENSORS_NAMES[dtype], a.shape) if dtype else spec_of(a) for n, a in arrays.items()}
-        writer = Writer(folder, specs, files)
-        for name, array in arrays.items():
-            writer.add(name, array.astype(load.DTYPES[dtype]) if dtype else array)
+        writer = Writer(folder, specs, files, shards=_by_block(specs) if file_per_block else None)
+        for name in specs:
+            writer.add(name, take(name).astype(load.DTYPES[dtype]))
+            mx.clear_cache()
         writer.close()
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
             files.write(folder / name, json.dumps(value).encode())
         copy_tokenizer(source, folder)
 
-    protocol.commit_folder(out, fill, files, sum(sizes.values()))
+    protocol.commit_folder(out, fill, files, sum(map(spec_bytes, specs.values())))
+
+
+def _by_block(specs: Mapping[str, Spec]) -> list[dict[str, Spec]]:
+    """The tensors in their order, cut where a block begins or ends."""
+    return [dict(group) for _, group in itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))]

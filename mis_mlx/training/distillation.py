@@ -26,18 +26,12 @@ class Teacher:
     """Final hidden states of the teacher for any batch, and its vocabulary head."""
 
     def __init__(self, checkpoint: Checkpoint, resident: bool):
-        self._checkpoint, self._dtype = checkpoint, load.compute_dtype()
-        where = f"{checkpoint.path}: "
-        self._model = stream.into_memory(load.resident(checkpoint, self._dtype), where) if resident else None
-        self._head = (
-            load.head_of(self._model) if self._model else stream.into_memory(load.head(checkpoint, self._dtype), where)
-        )
+        self._source = stream.Stream(checkpoint, load.compute_dtype(), None if resident else 0)
+        self._head = self._source.head()
 
-    def hidden(self, batches: Sequence[mx.array]) -> list[mx.array]:
+    def hidden(self, batches: Sequence[mx.array]) -> stream.Hidden:
         """Token ids [(B, T)] -> [(B, T, D)]; a streamed teacher is read once for all of them."""
-        if self._model is not None:
-            return stream.resident_forward(self._model, batches)
-        return stream.forward(self._checkpoint, batches, self._dtype)[0]
+        return self._source.forward(batches)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (n, D) -> (n, V)."""

@@ -46,9 +46,10 @@ def test_streamed_statistics_are_resident_ones(
 def test_block_importance_by_hand(llama: Checkpoint, batches: list[mx.array]) -> None:
     """1 - cosine of what goes into and comes out of each block, mean over batches."""
     statistics, _ = calibrate.calibrate(llama, batches, mx.float32)
-    hidden = stream.embed(llama, batches, mx.float32)
-    for i, block, args in stream.blocks(llama, mx.float32):
-        out = stream.through(block, args, hidden)
+    source = stream.Stream(llama, mx.float32)
+    hidden = source.embed(batches)
+    for i, block in source.blocks():
+        out = source.through(block, list(hidden))
         cosines = []
         for a, b in zip(hidden, out, strict=True):
             x, y = np.array(a, np.float64), np.array(b, np.float64)

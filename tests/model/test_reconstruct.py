@@ -34,19 +34,20 @@ def mended_model(student: Checkpoint, mended: dict[str, mx.array]) -> Checkpoint
     """The student's folder with the new weights, beside the old one."""
     arrays = {n: load.dense(student, n) for n in student.tensors} | mended
     out = student.path.with_name("mended")
-    slice.write_model(student.config, arrays, student.path, out, "float32", DISK)
+    slice.write_model(student.config, arrays.__getitem__, student.path, out, "float32", DISK)
     return load.open_checkpoint(out)
 
 
 def stream_error(teacher: Checkpoint, student: Checkpoint, keep: Keep, windows: list[mx.array]) -> list[float]:
     """At the end of each student block: sum over tokens of |missing|^2 / mean square of the teacher's stream."""
     channels = mx.array(list(keep.kept.get((-1, "hidden"), range(64))))
-    at: dict[int, list[mx.array]] = {0: stream.embed(teacher, windows, mx.float32)}
-    for i, block, args in stream.blocks(teacher, mx.float32):
-        at[i + 1] = stream.through(block, args, at[i])
-    hidden, errors = stream.embed(student, windows, mx.float32), []
-    for j, block, args in stream.blocks(student, mx.float32):
-        hidden = stream.through(block, args, hidden)
+    big, small = stream.Stream(teacher, mx.float32), stream.Stream(student, mx.float32)
+    at = {0: list(big.embed(windows))}
+    for i, block in big.blocks():
+        at[i + 1] = list(big.through(block, list(at[i])))
+    hidden, errors = small.embed(windows), []
+    for j, block in small.blocks():
+        small.through(block, hidden)
         entrance = keep.layers[j + 1] if j + 1 < len(keep.layers) else 3
         total = 0.0
         for want, got in zip(at[entrance], hidden, strict=True):
@@ -95,13 +96,14 @@ def test_against_lstsq_in_float64(tmp_path: Path, llama: Checkpoint, windows: li
     keep, sizes = CUTS["ffn"]
     student = student_of(llama, keep, tmp_path / "s", **sizes)
     mended, _ = reconstruct.reconstruct(llama, student, keep, windows)
-    _, teacher_block, args = next(stream.blocks(llama, mx.float32))
-    wanted = stream.through(teacher_block, args, stream.embed(llama, windows, mx.float32))
-    _, block, args = next(stream.blocks(student, mx.float32))
+    big, small = stream.Stream(llama, mx.float32), stream.Stream(student, mx.float32)
+    _, teacher_block = next(big.blocks())
+    wanted = big.through(teacher_block, big.embed(windows))
+    _, block = next(small.blocks())
     block.mlp.down_proj = stream.Tap(block.mlp.down_proj)
     rows_a, rows_r = [], []
-    for into, want in zip(stream.embed(student, windows, mx.float32), wanted, strict=True):
-        (out,) = stream.through(block, args, [into])
+    for into, want in zip(small.embed(windows), wanted, strict=True):
+        (out,) = small.through(block, [into])
         goal = np.array(want, np.float64).reshape(-1, 64)
         weight = 1 / np.sqrt(np.square(goal).mean(-1, keepdims=True))
         rows_a.append(weight * np.array(block.mlp.down_proj.take(), np.float64).reshape(-1, 256))

@@ -199,7 +199,9 @@ def test_a_folder_in_the_way_is_kept(tmp_path: Path, llama: Checkpoint) -> None:
 def test_write_model_keeps_numbers(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
     """Resident weights to a folder and back: the same logits; `extra` becomes a JSON file beside them."""
     arrays = dict(tree_flatten(load.resident(llama, mx.float32).parameters()))
-    slice.write_model(llama.config, arrays, llama.path, tmp_path / "s", "", DISK, {"note.json": {"a": 1}})
+    slice.write_model(
+        llama.config, arrays.__getitem__, llama.path, tmp_path / "s", "float32", DISK, {"note.json": {"a": 1}}
+    )
     written = load.open_checkpoint(tmp_path / "s")
     assert mx.array_equal(stock(written, batches[0]), stock(llama, batches[0]))
     assert json.loads((tmp_path / "s" / "note.json").read_text()) == {"a": 1}

@@ -17,8 +17,8 @@ from tests import tiny
 
 def logits_of(checkpoint: Checkpoint, batches: list[mx.array]) -> list[mx.array]:
     """A streamed pass, then the head."""
-    head = load.head(checkpoint, mx.float32)
-    return [load.logits(head, h) for h in stream.forward(checkpoint, batches, mx.float32)[0]]
+    source = stream.Stream(checkpoint, mx.float32)
+    return [load.logits(source.head(), h) for h in source.forward(batches)]
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -26,8 +26,9 @@ def test_streamed_is_resident_bit_for_bit(
     models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
     """Hidden states equal the resident model's, and logits stock mlx_lm.load's, to the last bit."""
-    streamed, _ = stream.forward(models(kind), batches, mx.float32)
-    whole = stream.resident_forward(load.resident(models(kind), mx.float32), batches)
+    streamed = stream.Stream(models(kind), mx.float32).forward(batches)
+    model = load.resident(models(kind), mx.float32)
+    whole = [model.model(tokens) for tokens in batches]
     stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
     for a, b, logits, tokens in zip(streamed, whole, logits_of(models(kind), batches), batches, strict=True):
         assert mx.array_equal(a, b)
@@ -75,37 +76,21 @@ def test_memory_holds_one_block_not_the_model(tmp_path: Path) -> None:
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    stream.forward(checkpoint, tokens, mx.float32)
+    stream.Stream(checkpoint, mx.float32).forward(tokens)
     assert mx.get_peak_memory() - before < limit
 
 
 def test_taps_see_what_goes_in(llama: Checkpoint, batches: list[mx.array]) -> None:
     """A tap changes no number, and hands over the input of the layer it stands for, once."""
-    seen: list[tuple[int, int, tuple[int, ...]]] = []
-
-    def tap(block: object) -> None:
-        block.mlp.down_proj = stream.Tap(block.mlp.down_proj)  # type: ignore[attr-defined]
-
-    def look(i: int, b: int, block: object, into: mx.array, out: mx.array) -> list[mx.array]:
-        a = block.mlp.down_proj.take()  # type: ignore[attr-defined]
-        seen.append((i, b, a.shape))
-        return [a.sum()]
-
-    tapped, found = stream.forward(llama, batches, mx.float32, tap, look)
-    plain, nothing = stream.forward(llama, batches, mx.float32)
+    source = stream.Stream(llama, mx.float32)
+    tapped, plain, seen = source.embed(batches), source.forward(batches), []
+    for _, block in source.blocks():
+        block.mlp.down_proj = stream.Tap(block.mlp.down_proj)
+        source.through(block, tapped)
+        seen.append([block.mlp.down_proj.take().shape for _ in batches])
+    source.norm(tapped)
     assert all(mx.array_equal(a, b) for a, b in zip(tapped, plain, strict=True))
-    assert seen == [(i, b, (1, 24, 768)) for i in range(3) for b in range(2)]
-    assert [len(layer) for layer in found] == [2, 2, 2] and nothing == [[[], []]] * 3
-
-
-def test_through_is_one_block(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Block after block by hand ends where the whole pass ends."""
-    hidden = stream.embed(llama, batches, mx.float32)
-    for _, block, args in stream.blocks(llama, mx.float32):
-        hidden = stream.through(block, args, hidden)
-    norm = load.final_norm(llama, mx.float32)
-    whole, _ = stream.forward(llama, batches, mx.float32)
-    assert all(mx.array_equal(norm(h), w) for h, w in zip(hidden, whole, strict=True))
+    assert seen == [[(1, 24, 768)] * 2] * 3
 
 
 @pytest.mark.parametrize(
@@ -124,4 +109,6 @@ def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path, batches: list[mx
     file.unlink()
     mx.save_safetensors(str(file), arrays)
     with pytest.raises(MisError, match=f"{name} holds 1 values"):
-        stream.forward(load.open_checkpoint(folder), batches, mx.float32)
+        source = stream.Stream(load.open_checkpoint(folder), mx.float32)
+        source.forward(batches)
+        source.head()

@@ -1,0 +1,47 @@
+"""A student on disk while it is trained in parts: an ordinary float32 model folder, one file per block.
+
+Does not train. A block's file is replaced whole, by a rename, so the folder is a model at any moment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from mis_mlx.disk.files import Files, reported
+from mis_mlx.disk.safetensors import write_arrays
+from mis_mlx.model import load, slice
+from mis_mlx.types import Checkpoint
+
+
+def begin(source: Checkpoint, folder: Path, files: Files) -> Checkpoint:
+    """The folder opened, made of `source` first if it is not there. Memory: the largest tensor."""
+    if not folder.exists():
+        keep = slice.read_keep(source.path)
+        extra = {"keep.json": slice.keep_json(keep)} if keep else None
+        config = {**source.config, "torch_dtype": "float32"}
+        slice.write_model(config, partial(load.dense, source), source.path, folder, "float32", files, extra, True)
+    return load.open_checkpoint(folder)
+
+
+def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], files: Files) -> None:
+    """Put new float32 `weights` (names without `model.layers.N.`) in the place of block i's, durably."""
+    prefix = f"model.layers.{i}."
+    old = {name: t for name, t in parts.tensors.items() if name.startswith(prefix)}
+    path = next(iter(old.values())).file
+    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    new = {name: weights[name.removeprefix(prefix)] for name in sorted(old, key=lambda n: old[n].offset)}
+    with reported(path.parent, f"block {i} of the student", sum(t.nbytes for t in old.values())):
+        try:
+            if temp.exists():  # left behind by a process of the same number
+                files.remove_tree(temp)
+            write_arrays(temp, new, files)
+            files.rename(temp, path)
+            files.fsync(path.parent)
+        finally:
+            if temp.exists():
+                files.remove_tree(temp)
