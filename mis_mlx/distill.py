@@ -9,22 +9,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
-
 from mis_mlx import bench, cli, plan, prune, quantize
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs, text
 from mis_mlx.disk.files import Files
-from mis_mlx.machine import memory, rates, tea
-from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import arch, compare, load, reconstruct, slice, stream, teacher, windows
-from mis_mlx.training import distillation, loop, outcome
-from mis_mlx.training.recipe import Recipe
-from mis_mlx.training.supervise import supervise
+from mis_mlx.machine import memory
+from mis_mlx.model import arch, compare, load, slice, teacher, windows
+from mis_mlx.training import course, outcome, phases, planning
+from mis_mlx.training.course import Course
+from mis_mlx.training.recipe import Distillation
 from mis_mlx.training.weather import Weather
-from mis_mlx.types import Budget, Checkpoint, Row
+from mis_mlx.types import Budget, Checkpoint, MisError, Row
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset(
@@ -44,7 +39,7 @@ FREE = frozenset(
 
 
 @dataclass(frozen=True)
-class Settings(prune.Cut, Recipe):
+class Settings(prune.Cut, Distillation):
     """One run. Every default is what was measured to work; nothing needs to be given."""
 
     teacher: str | None = None
@@ -55,14 +50,8 @@ class Settings(prune.Cut, Recipe):
     """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in text"""
     budget: str | None = None
     """memory this may take, such as 5GiB; default: 5GiB or 75 % of what is there"""
-    temperature: float = 1.0
-    """T of eq. (2), which softens both distributions"""
-    halny: float | None = None
-    """spread of eps_halny in eq. (2); 0 switches it off; default: from measured T_env, 0 when unmeasured"""
     num_samples: int = 32
     """calibration windows for importance"""
-    reconstruct_samples: int = 64
-    """calibration windows for the closed-form repair before training; 0 leaves it out"""
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
     q_group_size: Literal[32, 64] = 64
@@ -85,119 +74,52 @@ class Settings(prune.Cut, Recipe):
     """YAML file with any of these flags"""
 
 
-@dataclass
-class Run:
-    """What the stages share."""
-
-    settings: Settings
-    folder: Path
-    teacher: Checkpoint
-    data: windows.Data
-    plan: plan.Plan
-    files: Files
-    peak: memory.Peak
-    weather: Weather
-
-
-def _pick(data: windows.Data, count: int, seed: int, use: int) -> list[mx.array]:
-    """`count` training windows (1, T) for one use; different uses get different ones."""
-    at = np.random.default_rng([seed, use, 1]).permutation(len(data.train.tokens))[:count]
-    return [mx.array(data.train.tokens[i][None]) for i in at]
-
-
-def _prune(run: Run) -> Checkpoint:
-    s, out = run.settings, run.folder / "pruned"
+def _prune(s: Settings, c: Course, data: windows.Data) -> Checkpoint:
+    out = c.folder / "pruned"
     if s.student is not None:
         return load.open_checkpoint(s.student)
     if not out.exists():
         cli.say("calibrate and prune")
         report = prune.prune(
-            run.teacher,
-            _pick(run.data, s.num_samples, s.seed, 1),
-            compare.chosen(next(iter(run.data.held_out.values())), s.eval_windows),
+            c.teacher,
+            c.pick(s.num_samples, 1),
+            compare.chosen(next(iter(data.held_out.values())), s.eval_windows),
             out,
             s,
             dtype=s.dtype,
             seed=s.seed,
-            reading=run.weather.reading,
-            files=run.files,
+            reading=c.weather.reading,
+            files=c.files,
+            held=c.plan.held_windows("prune"),
         )
         cli.say(prune.sentence(report))
     return load.open_checkpoint(out)
 
 
-def _start(run: Run, pruned: Checkpoint, student: Any, optimizer: GoralW) -> tuple[int, float]:
-    """(steps done, spread of eps_halny): the newest checkpoint, or the pruned weights after the repair."""
-    s, steps = run.settings, run.folder / "steps"
-    run.files.make_folder(steps)
-    if saved := protocol.newest(steps, run.files):
-        for note in [*saved.notes, f"continuing from step {saved.number}"]:
-            cli.say(note)
-        arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
-        loop.restore(student, optimizer, arrays, saved.state["optimizer"])
-        run.weather.breaks = tea.TeaBreaks(**saved.state["tea"])
-        return saved.number, saved.state["halny_sigma"]
-    keep = slice.read_keep(pruned.path)
-    if s.reconstruct_samples and keep:
-        cli.say("reconstruct: refit every down_proj to the teacher's stream")
-        batches = _pick(run.data, s.reconstruct_samples, s.seed, 2)
-        mended, _ = reconstruct.reconstruct(run.teacher, pruned, keep, batches)
-        student.load_weights(list(mended.items()), strict=False)
-    stream.into_memory(student, f"{pruned.path}: ")
-    sigma = run.weather.sigma() if s.halny is None else s.halny
-    _save(run, student, optimizer, 0, sigma)
-    return 0, sigma
-
-
-def _save(run: Run, student: Any, optimizer: GoralW, number: int, sigma: float) -> None:
-    """One checkpoint: weights, moments, and everything else a resumed run needs."""
-    arrays = {k: v for k, v in loop.arrays_of(student, optimizer).items() if v}
-    state = {
-        "arrays": list(arrays),
-        "optimizer": optimizer.memory(),
-        "halny_sigma": sigma,
-        "tea": run.weather.breaks.saved(),
-    }
-    protocol.save_step(run.folder / "steps", number, arrays, state, run.files)
-
-
-def _distil(run: Run, pruned: Checkpoint) -> Checkpoint:
+def _distil(s: Settings, c: Course, pruned: Checkpoint) -> Checkpoint:
     """Train to the end from wherever the run stands, then write the student's folder."""
-    s, out = run.settings, run.folder / ("distilled" if run.settings.quantize else "model")
-    if out.exists():
-        return load.open_checkpoint(out)
-    student = load.resident(pruned, mx.float32)
-    optimizer = GoralW(weight_decay=s.weight_decay)
-    start, sigma = _start(run, pruned, student, optimizer)
-    student.train()
-    source = distillation.Teacher(run.teacher, run.plan.teacher_resident)
-    wind = [sigma]
-    train = distillation.steps(student, source, run.data.train, s, optimizer, start, s.temperature, lambda: wind[0])
-
-    def save(number: int) -> None:
-        # The wind is fixed from one checkpoint to the next, so that a resumed run meets the same.
-        wind[0] = run.weather.sigma() if s.halny is None else s.halny
-        _save(run, student, optimizer, number, wind[0])
-
-    supervise(train, run.folder, s.iters, s.save_every, save, run.weather, run.peak, run.files)
-    config = {**pruned.config, "torch_dtype": s.dtype}
-    extra = {"keep.json": slice.keep_json(keep)} if (keep := slice.read_keep(pruned.path)) else None
-    trained = dict(tree_flatten(student.parameters()))
-    slice.write_model(config, trained.__getitem__, pruned.path, out, s.dtype, run.files, extra)
+    out = c.folder / ("distilled" if s.quantize else "model")
+    if not out.exists():
+        take = course.train(c, pruned)
+        config = {**pruned.config, "torch_dtype": s.dtype}
+        extra = {"keep.json": slice.keep_json(keep)} if (keep := slice.read_keep(pruned.path)) else None
+        slice.write_model(config, take, pruned.path, out, s.dtype, c.files, extra)
     return load.open_checkpoint(out)
 
 
-def _measure(run: Run, models: dict[str, Checkpoint]) -> tuple[list[Row], dict[str, list[Row]]]:
+def _measure(
+    s: Settings, c: Course, data: windows.Data, models: dict[str, Checkpoint]
+) -> tuple[list[Row], dict[str, list[Row]]]:
     """(rows of size and speed, rows of quality by held-out text)."""
-    s, quality = run.settings, {}
-    for at, (name, held_out) in enumerate(run.data.held_out.items()):
+    quality = {}
+    for at, (name, held_out) in enumerate(data.held_out.items()):
         cli.say(f"measure: {name}")
         count = s.eval_windows if at == 0 else max(1, s.eval_windows // 3)
         quality[name] = compare.rows_of(compare.compare(models, compare.chosen(held_out, count)))
     sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
     sizes += [Row(n, "bytes", m.nbytes / 1e6) for n, m in models.items()]
     if s.bench_tokens:
-        fit = {n: m.path for n, m in models.items() if plan.timed_bytes(run.plan.budget_bytes, arch.params(m.config))}
+        fit = {n: m.path for n, m in models.items() if phases.timed_bytes(m.config) <= c.plan.budget_bytes}
         cli.say(f"measure: speed of {', '.join(fit) or 'none: no model fits the budget whole'}")
         sizes += bench.measure(list(fit.values()), list(fit), 2 * s.bench_tokens, s.bench_tokens, 2)
     return sizes, quality
@@ -209,51 +131,63 @@ def _resumed(settings: Settings) -> tuple[Settings, Path]:
     return Settings(**values), folder
 
 
-def _plan(s: Settings, checkpoint: Checkpoint, small: Mapping[str, Any], budget: Budget) -> plan.Plan:
-    return plan.make(
-        checkpoint.config,
-        small,
-        teacher_bytes=checkpoint.nbytes,
-        iters=s.iters,
-        micro_batch=s.batch_size,
-        accumulate=s.grad_accumulation_steps,
-        length=s.max_seq_length,
-        calibration=max(s.num_samples, s.reconstruct_samples),
-        held_out=2 * s.eval_windows,
-        saves=s.iters // s.save_every + 2,
-        budget_bytes=budget.limit_bytes,
-        flops_per_s=rates.matmul_flops(),
+def _plan(
+    s: Settings, checkpoint: Checkpoint, small: Mapping[str, Any], budget: Budget, folder: Path | None
+) -> phases.Plan:
+    """The plan of a new run; or of one that has begun, which goes on in its own way whatever the budget is now."""
+    job = phases.Job(
+        planning.model_of(checkpoint),
+        planning.model_of(small),
+        s.iters,
+        s.batch_size,
+        s.grad_accumulation_steps,
+        s.max_seq_length,
+        s.num_samples,
+        s.reconstruct_samples,
+        s.local_samples,
+        s.local_iters,
+        s.eval_windows,
+        s.save_every,
+        s.targets,
+        ("resident", "sharded") if s.train == "auto" else (s.train,),
     )
+    rates = planning.machine_rates()
+    if folder:
+        return phases.one(job, budget.limit_bytes, rates, **runs.stored_plan(folder))
+    return phases.make(job, budget.limit_bytes, rates)
 
 
-def _all_stages(job: Run) -> dict[str, Any]:
-    began, s, folder = time.monotonic(), job.settings, job.folder
-    models = {"teacher": job.teacher, "pruned": _prune(job)}
-    models["distilled"] = _distil(job, models["pruned"])
+def _all_stages(s: Settings, c: Course, data: windows.Data) -> dict[str, Any]:
+    began, folder = time.monotonic(), c.folder
+    models = {"teacher": c.teacher, "pruned": _prune(s, c, data)}
+    models["distilled"] = _distil(s, c, models["pruned"])
     if s.quantize:
         if not (folder / "model").exists():
-            quantize.quantize(models["distilled"].path, folder / "model", s.q_group_size, job.files)
+            quantize.quantize(models["distilled"].path, folder / "model", s.q_group_size, c.files)
         models["4-bit"] = load.open_checkpoint(folder / "model")
-    sizes, quality = _measure(job, models)
+    sizes, quality = _measure(s, c, data, models)
     table = outcome.page(models, sizes, quality, s.max_seq_length)
     print(table)
-    job.files.replace_text(folder / "table.md", table + "\n")
+    c.files.replace_text(folder / "table.md", table + "\n")
     result = {
         **outcome.result(folder, models, sizes, quality),
-        "peak_bytes": job.peak.nbytes,
-        "budget_bytes": job.plan.budget_bytes,
-        **job.weather.account(),
+        "mode": c.plan.mode,
+        "peak_bytes": c.peak.nbytes,
+        "budget_bytes": c.plan.budget_bytes,
+        **c.weather.account(),
         "seconds": round(time.monotonic() - began, 1),
     }
-    job.files.replace_text(folder / runs.RESULT, json.dumps(result, indent=2))
+    c.files.replace_text(folder / runs.RESULT, json.dumps(result, indent=2))
     return result
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """The command: open, plan, prune, reconstruct, distil, quantize, measure."""
+    """The command: open, plan, prune, repair, distil, quantize, measure."""
     s, folder = _resumed(settings) if settings.resume else (settings, None)
     if s.preset == "paper":
         s = replace(s, iters=8000, learning_rate=1.5e-4)
+    if s.targets == "cached" and s.temperature != 1.0:
+        raise MisError(f"--targets cached are those of temperature 1, not {s.temperature:g}: use --targets live")
     found = teacher.find(s.teacher)
     cli.say(f"teacher: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
@@ -265,19 +199,21 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.quantize:
         quantize.check(small, s.q_group_size)
     budget = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
-    made = _plan(s, checkpoint, small, budget)
+    made = _plan(s, checkpoint, small, budget, folder)
     cli.say(plan.table(made))
     if s.dry_run:
         return {
             "teacher": str(found.path),
             "params_teacher": arch.params(checkpoint.config),
             "params_student": arch.params(small),
+            "mode": made.mode,
             "peak_bytes": made.peak_bytes,
             "budget_bytes": budget.limit_bytes,
             "seconds": round(made.seconds),
-            "check_failed": made.peak_bytes > budget.limit_bytes,
+            "check_failed": not made.fits,
         }
-    budget.need(made.peak_bytes, "this distillation", "lower --batch-size or --max-seq-length, or prune harder")
+    if not made.fits:
+        raise MisError(phases.remedy(made))
     data = windows.prepare(s.data, found.path, s.max_seq_length)
     for note in data.notes:
         cli.say(note)
@@ -286,14 +222,20 @@ def run(settings: Settings) -> dict[str, Any]:
     if folder is None:
         name = f"{found.path.name}-{s.scenario}"
         stored = {k: v for k, v in asdict(s).items() if k not in ("out", "resume", "dry_run", "config")}
-        folder = runs.create(s.out, name, stored, origin, files)
+        folder = runs.create(s.out, name, stored, origin, made.way, files)
     else:
         for note in runs.same_origin(folder, origin):
             cli.say(note)
     cli.say(f"run folder: {folder}")
-    with protocol.lock(folder), memory.limited(budget), Weather(s, folder / "thermal.jsonl", files) as weather:
+    with (
+        protocol.lock(folder),
+        memory.limited(budget, made.peak_bytes),
+        Weather(s, folder / "thermal.jsonl", files) as weather,
+    ):
         protocol.sweep(folder, files)
-        return _all_stages(Run(s, folder, checkpoint, data, made, files, memory.Peak(), weather))
+        recipe = made.recipe(s)
+        c = Course(recipe, folder, checkpoint, data.train, made, files, memory.Peak(), weather)
+        return _all_stages(s, c, data)
 
 
 if __name__ == "__main__":

@@ -1,91 +1,45 @@
-"""Plan: bytes, passes, hours and memory of a distillation, from the configs alone, before any work."""
+"""Plan: what fits, bytes, passes, hours and SSD wear of a distillation, from the configs alone, before any work."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.machine import memory, rates
-from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.model import arch, load, teacher
-from mis_mlx.model.config import shape_of
+from mis_mlx.machine import memory
+from mis_mlx.machine.rates import ELEMENTWISE, Rates
+from mis_mlx.model import arch, load
+from mis_mlx.model import teacher as teachers
+from mis_mlx.model.config import read_config
+from mis_mlx.training import phases, planning
+from mis_mlx.training.phases import Job, Plan
+from mis_mlx.training.planning import Model, training_bytes
 from mis_mlx.types import gib
 
-# A training step spends about this many times its matrix products' time, the rest being element-wise work
-# on one thread (measured: CPU, 512 tokens a step, 49,152 tokens in the vocabulary).
-ELEMENTWISE = 2.5
-CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
+__all__ = ["Plan", "make", "table", "timed_bytes", "training_bytes"]
 
-
-@dataclass(frozen=True)
-class Phase:
-    """One stage: model passes, bytes read and written, float operations, peak memory, seconds (an estimate)."""
-
-    name: str
-    passes: int
-    read_bytes: int
-    written_bytes: int
-    flops: float
-    peak_bytes: int
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All phases, whether the teacher can stay in memory beside the student, and the budget they must fit."""
-
-    phases: tuple[Phase, ...]
-    teacher_resident: bool
-    budget_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """The largest phase."""
-        return max(p.peak_bytes for p in self.phases)
-
-    @property
-    def seconds(self) -> float:
-        """Of all phases together."""
-        return sum(p.seconds for p in self.phases)
-
-
-def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
-    """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks."""
-    s = shape_of(config)
-    per_token = 8 * s.hidden + 4 * s.ffn + 2 * s.heads * s.head_dim + 2 * s.kv_heads * s.head_dim + 2 * s.heads * length
-    return 4 * s.layers * batch * length * per_token
-
-
-def training_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
-    """Weights, gradients, two moments (float32), activations, the head's gradient and the chunks of logits."""
-    s, rows = shape_of(config), chunk_rows(shape_of(config).vocab)
-    chunks = min(CHUNKS_AHEAD, math.ceil(batch * length / rows))
-    head = 2 * s.vocab * s.hidden * 4 + 5 * chunks * rows * s.vocab * 4
-    return 4 * 4 * arch.params(config) + activation_bytes(config, batch, length) + head
-
-
-def _pass_bytes(config: Mapping[str, Any], tokens: int, item: int = 4) -> int:
-    """Peak of a streamed pass: the largest unit twice (as stored and as computed) and two hidden streams."""
-    s = shape_of(config)
-    block = sum(math.prod(d) for d in arch.layer_tensors(config).values())
-    return 2 * max(block, s.vocab * s.hidden) * item + 2 * tokens * s.hidden * item
+LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
+MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models
+    "model_type": "llama",
+    "num_hidden_layers": 96,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "quantization": {"group_size": 64, "bits": 4},
+}
+PASSES = (1, 128, 512)  # tokens
+ACCEPTED = (4, 6)  # tokens of a guessed tree that one pass confirms
 
 
 def timed_bytes(budget_bytes: int, *params: int) -> list[int]:
     """Memory of stock mlx-lm with each model whole (as stored, and as float32) that fits the budget; the others
     are not timed."""
     return [6 * p for p in params if 6 * p <= budget_bytes]
-
-
-def _measure_bytes(big: Mapping[str, Any], small: Mapping[str, Any], tokens: int) -> int:
-    """Streamed passes, then the heads of teacher, pruned, distilled and 4-bit, and one chunk of logits."""
-    b, s = shape_of(big), shape_of(small)
-    heads = 4 * b.vocab * (b.hidden + 3 * s.hidden)
-    hidden = 4 * tokens * (b.hidden + 3 * s.hidden)
-    return max(_pass_bytes(big, tokens), heads + 8 * 4 * chunk_rows(b.vocab) * b.vocab) + hidden
 
 
 def make(
@@ -103,56 +57,96 @@ def make(
     budget_bytes: int,
     flops_per_s: float,
 ) -> Plan:
-    """The plan of `distill`: teacher config `big`, student config `small`, windows of `length` tokens."""
-    p_t, p_s, s = arch.params(big), arch.params(small), shape_of(small)
-    seen, step = calibration * length, micro_batch * accumulate * length
-    train = training_bytes(small, micro_batch, length)
-    resident = train + 4 * p_t <= budget_bytes
-    beside = 4 * p_t if resident else _pass_bytes(big, step)
-    reads = teacher_bytes if resident else teacher_bytes * iters
-    phases = [
-        Phase("prune", 1, teacher_bytes * 2, 2 * p_s, 2 * p_t * seen, _pass_bytes(big, seen)),
-        Phase(
-            "reconstruct",
-            2,
-            teacher_bytes + 2 * p_s,
-            0,
-            2 * (p_t + p_s + s.layers * s.ffn * (s.ffn + s.hidden)) * seen,
-            _pass_bytes(big, seen) + _pass_bytes(small, seen) + 4 * seen * (s.ffn + s.hidden) + 32 * s.ffn**2,
-        ),
-        Phase(
-            "distil", iters, reads, saves * 12 * p_s, iters * step * (2 * p_t + 6 * p_s) * ELEMENTWISE, train + beside
-        ),
-        Phase("quantize", 1, 2 * p_s, p_s * 5 // 8, 0, 3 * 4 * p_s),
-        Phase(
-            "measure",
-            4,
-            teacher_bytes + 6 * p_s,
-            0,
-            2 * (p_t + 3 * p_s) * held_out * length * 1.5,
-            max([_measure_bytes(big, small, held_out * length), *timed_bytes(budget_bytes, p_t, p_s)]),
-        ),
-    ]
-    timed = tuple(Phase(**{**asdict(p), "seconds": p.flops / flops_per_s}) for p in phases)
-    return Plan(timed, resident, budget_bytes)
+    """The plan of a `distill` that trains a resident student with the micro-batch it was given."""
+    job = Job(
+        planning.model_of(big), planning.model_of(small), iters, micro_batch, accumulate, length, calibration,
+        calibration, 0, 0, held_out, max(1, iters // max(1, saves - 2)), modes=("resident",), shrink=False,
+    )  # fmt: skip
+    assumed = Rates("", False, 1e9, 0.5e9, 10e9, flops_per_s, flops_per_s / ELEMENTWISE, "assumed")
+    return phases.make(job, budget_bytes, assumed)
+
+
+def _time(seconds: float) -> str:
+    for limit, size, unit in ((100, 1, "s"), (6000, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 3600:,.1f} h"
 
 
 def table(plan: Plan) -> str:
-    """Markdown for people."""
-    lines = ["| phase | passes | read | written | peak memory | time, estimated |", "|---|---:|---:|---:|---:|---:|"]
-    lines += [
-        f"| {p.name} | {p.passes} | {gib(p.read_bytes)} | {gib(p.written_bytes)} | {gib(p.peak_bytes)} | "
-        f"{p.seconds / 60:.1f} min |"
-        for p in plan.phases
+    """Markdown for people: every phase, one generated token, the decision."""
+    lines = [
+        "| phase | read | written | peak memory | operations | time | of an SSD's life |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    fits = "fits" if plan.peak_bytes <= plan.budget_bytes else "does NOT fit"
-    where = "stays in memory" if plan.teacher_resident else "is streamed from disk at every step"
+    one = phases.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
+    lines += [
+        f"| {p.name} | {gib(p.read_bytes)} | {gib(p.written_bytes)} | {gib(p.peak_bytes)} | {p.flops:.1e} | "
+        f"{_time(p.seconds(plan.rates))} | {p.written_bytes / LIFE_BYTES:.4%} |"
+        for p in (*plan.phases, one)
+    ]
+    return "\n".join([*lines, "", decision(plan)])
+
+
+def decision(plan: Plan) -> str:
+    """What was chosen and what it comes to; or that nothing fits, and what would."""
+    if not plan.fits:
+        return f"This does NOT fit: {phases.remedy(plan)}."
+    job, layers = plan.job, plan.job.student.shape.layers
+    how = f"{plan.mode} training, micro-batches of {plan.micro_batch} of {job.batch} windows"
+    if plan.mode == "sharded":
+        visit = phases.steps_per_shard(job, plan.shard_layers)
+        how += f", {plan.shard_layers} of {layers} student blocks trainable at a time for {visit} steps, after `local`"
+    where = f"is streamed from disk at every step, {plan.pinned} of its {job.teacher.shape.layers} blocks kept"
+    where = "stays in memory" if plan.teacher_resident else "has left its logits" if job.targets == "cached" else where
+    spooled = max(p.spooled_bytes for p in plan.phases)
+    hidden = f"up to {gib(spooled)} of hidden states on disk" if spooled else "hidden states in memory"
+    hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
+    written = sum(p.written_bytes for p in plan.phases)
+    return (
+        f"Peak {gib(plan.peak_bytes)} fits the budget of {gib(plan.budget_bytes)}: {how}; the teacher {where}; "
+        f"{hidden}. About {_time(plan.seconds)}{f' ({_time(hot)} once hot)' if plan.rates.hot < 1 else ''} in all, "
+        f"{gib(written)} written, {written / LIFE_BYTES:.2%} of an SSD's life of {LIFE_BYTES / 1e12:.0f} TB; "
+        f"up to {gib(plan.disk_bytes)} of files at a time."
+    )
+
+
+def paper(plan: Plan, tokens: int) -> str:
+    """What this machine makes of the paper's figures: by its teacher's own shape, and by its 137B and 70 GB."""
+    at, m = plan.rates, plan.job.teacher
+    labels = [*(f"a pass of {n:,} tokens" for n in PASSES), "N*: tokens at which arithmetic takes as long as reading"]
+    labels += [f"{tokens:,} tokens, cool and hot", "one generated token, plain"]
+    labels += [f"the same, {n} of a tree of N* guesses accepted" for n in ACCEPTED]
+    columns, verdicts = [], []
+    streamed = m.shape.layers * m.block_bytes + m.head_bytes
+    for params, nbytes in ((planning.forward_flops(m, 1, 0) / 2, streamed), (137e9, 70e9)):
+        reading, computing = nbytes / at.read_bytes_per_s, 2 * params / at.forward_flops_per_s  # s a pass, s a token
+        cells = [_time(max(reading, computing * n)) for n in PASSES]
+        epochs = [f"{max(reading, computing * tokens / hot) / 3600:.0f} h" for hot in (1.0, at.hot)]
+        cells += [f"{reading / computing:.0f}", " and ".join(epochs)]
+        cells += [f"{reading / n:.1f} s, {n / reading:.3f} tokens/s" for n in (1, *ACCEPTED)]
+        columns.append(cells)
+        word = "possible" if ACCEPTED[-1] / reading >= 0.3 else "not possible"
+        verdicts.append(f"{word}, {0.3 * reading:.1f} to {0.45 * reading:.1f} guesses a pass would have to be right")
+    shape, least = arch.params(m.config) / 1e9, phases.least_bytes(plan.job, at)
+    room = memory.room_bytes() if at.room_bytes is None else at.room_bytes
+    read = [hours * 3600 * at.forward_flops_per_s * at.hot / 2 / 137e9 / 1e6 for hours in (48, 72)]
+    lines = [
+        f"| | by its shape: {shape:.1f}B, {m.nbytes / 1e9:.1f} GB | by the paper: 137B, 70 GB |",
+        "|---|---:|---:|",
+    ]
+    lines += [f"| {' | '.join(row)} |" for row in zip(labels, *columns, strict=True)]
     return "\n".join(
         [
             *lines,
             "",
-            f"Peak {gib(plan.peak_bytes)} {fits} the budget of {gib(plan.budget_bytes)}; the "
-            f"teacher {where}; about {plan.seconds / 3600:.2f} h in all.",
+            f'- "137B teacher": not possible, its own shape gives {shape:.1f}B; the figure does not follow from it.',
+            f'- "70 GB in 4 bits": not possible, 137B take {137 * 0.5625:.1f} GB in groups of 64 with float16 scales; '
+            f"70 GB are {70 * 8 / 137:.2f} bits a parameter.",
+            f'- "0.3-0.45 tokens/s": with 137B {verdicts[1]}; with its shape {verdicts[0]} (4 to 6 are usual).',
+            f'- "48-72 h of distillation": possible for the teacher\'s part, {read[0]:.1f} to {read[1]:.1f} million '
+            f"tokens once; the student's is {'possible' if least <= room else 'not possible'}, it takes {gib(least)} "
+            f"of memory and the machine gives {gib(room)}.",
         ]
     )
 
@@ -162,49 +156,108 @@ class Settings:
     """What would it take? Reads configs, computes, starts nothing."""
 
     teacher: str | None = None
-    """folder or hub id; default: SmolLM2-135M-Instruct"""
+    """folder (config.json is enough) or hub id; mis-137b: the paper's; default: SmolLM2-135M-Instruct"""
+    student: str | None = None
+    """folder of a student pruned earlier; default: what --scenario gives"""
     scenario: Literal["goral", "baca", "halny", "juhas", "zbojnik"] = "goral"
     """a row of the paper's table 1"""
     budget: str | None = None
-    """memory this may take, such as 5GiB"""
+    """memory this may take, such as 600MiB"""
+    machine: Literal["here", "m1-air"] = "here"
+    """m1-air: an 8 GB fanless laptop, by published figures"""
+    measure: bool = False
+    """take this machine's rates first, in 20 s; later plans use them; without --teacher that is all"""
+    targets: Literal["live", "cached"] = "live"
+    """the teacher at every step, or its logits written down once"""
+    train: Literal["auto", "resident", "sharded"] = "auto"
+    """the student whole in memory, or some blocks at a time; default: what fits"""
     iters: int = 100
     batch_size: int = 2
+    grad_accumulation_steps: int = 1
     max_seq_length: int = 256
+    num_samples: int = 32
+    """calibration windows"""
+    reconstruct_samples: int = 64
+    """windows of the closed-form repair"""
+    local_samples: int = 64
+    """windows of blockwise training, where it is needed"""
+    local_iters: int = 50
+    """steps of each block there"""
+    eval_windows: int = 24
+    save_every: int = 20
+    epoch_tokens: int = 1_000_000
+    """of mis-137b's comparison with the paper"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
 
 
+def _open(name: str | None, gpu: bool) -> tuple[Model, str]:
+    """(sizes, path or name) of a folder with or without weights, a model of the hub, or the paper's teacher."""
+    if name == "mis-137b":
+        return planning.model_of(MIS_137B, gpu), name
+    folder = teachers.find(name).path
+    bare = not any(folder.glob("*.safetensors"))
+    return planning.model_of(read_config(folder) if bare else load.open_checkpoint(folder), gpu), str(folder)
+
+
+def _job(s: Settings, teacher: Model, gpu: bool) -> Job:
+    if s.student:
+        student, _ = _open(s.student, gpu)
+    else:
+        shape = arch.target_shape(teacher.config, arch.SCENARIOS[s.scenario])
+        small = arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16")
+        student = planning.model_of(small, gpu)
+    return Job(
+        teacher,
+        student,
+        s.iters,
+        s.batch_size,
+        s.grad_accumulation_steps,
+        s.max_seq_length,
+        s.num_samples,
+        s.reconstruct_samples,
+        s.local_samples,
+        s.local_iters,
+        s.eval_windows,
+        s.save_every,
+        s.targets,
+        ("resident", "sharded") if s.train == "auto" else (s.train,),
+    )
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """The command: print the plan."""
-    found = teacher.find(settings.teacher)
-    checkpoint = load.open_checkpoint(found.path)
-    shape = arch.target_shape(checkpoint.config, arch.SCENARIOS[settings.scenario])
-    small = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), "bfloat16")
+    at = planning.machine_rates(settings.machine, settings.measure)
+    print(f"{at}\n")
+    if settings.measure and settings.teacher is None:
+        return asdict(at)
+    teacher, name = _open(settings.teacher, at.gpu)
+    job = _job(settings, teacher, at.gpu)
     asked = None if settings.budget is None else cli.parse_bytes(settings.budget)
-    plan = make(
-        checkpoint.config,
-        small,
-        teacher_bytes=checkpoint.nbytes,
-        iters=settings.iters,
-        micro_batch=settings.batch_size,
-        accumulate=1,
-        length=settings.max_seq_length,
-        calibration=32,
-        held_out=32,
-        saves=4,
-        budget_bytes=memory.budget(asked).limit_bytes,
-        flops_per_s=rates.matmul_flops(),
-    )
-    print(f"{arch.params(checkpoint.config):,} -> {arch.params(small):,} parameters: {shape}\n")
-    print(table(plan))
+    budget = memory.budget(asked, at.room_bytes, at.budget_bytes)
+    plan = phases.make(job, budget.limit_bytes, at)
+    params = [arch.params(m.config) for m in (teacher, job.student)]
+    print(f"{params[0]:,} -> {params[1]:,} parameters: {job.student.shape}\n\n{table(plan)}")
+    if settings.teacher == "mis-137b":
+        print(f"\n{paper(plan, settings.epoch_tokens)}")
     return {
-        "teacher": str(found.path),
-        "params_teacher": arch.params(checkpoint.config),
-        "params_student": arch.params(small),
+        "teacher": name,
+        "params_teacher": params[0],
+        "params_student": params[1],
+        "mode": plan.mode,
+        "micro_batch": plan.micro_batch,
+        "shard_layers": plan.shard_layers,
+        "pinned": plan.pinned,
+        "spooled_bytes": max(p.spooled_bytes for p in plan.phases),
+        "read_bytes": plan.read_bytes,
+        "written_bytes": sum(p.written_bytes for p in plan.phases),
+        "disk_bytes": plan.disk_bytes,
         "peak_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
+        "least_budget_bytes": phases.least_bytes(job, at),
         "seconds": round(plan.seconds),
-        "check_failed": plan.peak_bytes > plan.budget_bytes,
+        "rates": at.source,
+        "check_failed": not plan.fits,
     }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.disk.files import Files
+from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Statistics
@@ -139,20 +140,24 @@ def prune(
     seed: int,
     reading: Callable[[], Reading | None],
     files: Files,
+    held: int | None = None,
 ) -> dict[str, Any]:
     """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line.
 
     Where AAIS keeps other channels than plain importance, the plain student is made too, for as long as it
-    takes to compare the two on `held_out`.
+    takes to compare the two on `held_out`. held: batches whose hidden states stay in memory (default: all).
     """
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
-    statistics, _ = calibrate.calibrate(checkpoint, batches, load.compute_dtype(), reading, cut.temperature_unit)
+    files.make_folder(out.absolute().parent)
+    hidden = None if held is None or held >= len(batches) else Spool(out.absolute().parent, held, files)
+    statistics, _ = calibrate.calibrate(
+        checkpoint, batches, load.compute_dtype(), reading, cut.temperature_unit, hidden
+    )
     shape, keep = choose(dict(checkpoint.config), statistics, cut, seed)
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "hidden")}
         as_plain = replace(cut, importance="activation", target="fixed", scenario="none", **sizes)
         _, plain = choose(dict(checkpoint.config), statistics, as_plain, seed)
-        files.make_folder(out.absolute().parent)
         with tempfile.TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.absolute().parent) as temp:
             both = {}
             for name, kept in (("aais", keep), ("plain", plain)):

@@ -48,8 +48,8 @@ def test_what_a_run_leaves_on_disk(finished: tuple[Path, Done]) -> None:
     """The house's files, every step logged once, the last two checkpoints, and no leftovers."""
     out, _ = finished
     assert {p.name for p in out.iterdir()} - {"thermal.jsonl"} == {
-        ".lock", "config.yaml", "origin.json", "metrics.jsonl", "steps", "pruned", "distilled", "model", "table.md",
-        "result.json",
+        ".lock", "config.yaml", "origin.json", "plan.json", "metrics.jsonl", "steps", "pruned", "distilled", "model",
+        "table.md", "result.json",
     }  # fmt: skip
     assert [number for number, _, _ in losses(out)] == list(range(1, ITERS + 1))
     assert sorted(p.name for p in (out / "steps").iterdir()) == ["step-00000028", "step-00000030"]
@@ -93,7 +93,7 @@ def test_a_budget_too_small_is_a_sentence(
 ) -> None:
     """Both numbers and a remedy, exit code 1, and nothing written."""
     said = sentence(command("distill", *flags, "--budget", "1MiB", cwd=tmp_path))
-    assert "the budget is 1 MiB" in said and "--batch-size" in said
+    assert "the budget is 1 MiB" in said and "give --budget" in said
     said = sentence(command("distill", *flags, "--budget", "900000GiB", cwd=tmp_path))
     assert "is more than the" in said
     assert not list(tmp_path.iterdir())

@@ -69,8 +69,8 @@ def test_training_stays_under_the_planned_peak(
     recipe = Recipe(iters=2, batch_size=batch, max_seq_length=length)
     mx.clear_cache()
     before = mx.get_active_memory()
-    model, source = load.resident(student, mx.float32), distillation.Teacher(teacher, resident)
-    steps = list(distillation.steps(model, source, data, recipe, GoralW(), 0, 1.0, lambda: 0.0))
+    model, source = load.resident(student, mx.float32), distillation.Teacher(teacher, None if resident else 0)
+    steps = list(distillation.steps(model, source, data, recipe, GoralW()))
     peak = max(s.peak_bytes for s in steps) - before
     budget = 10 * GIB if resident else 1
     planned = made(dict(teacher.config), dict(student.config), budget, micro_batch=batch, accumulate=1, length=length)

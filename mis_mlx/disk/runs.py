@@ -19,11 +19,19 @@ from mis_mlx.disk.files import Files
 from mis_mlx.types import Checkpoint, MisError
 
 CONFIG, ORIGIN, RESULT, METRICS = "config.yaml", "origin.json", "result.json", "metrics.jsonl"
+PLAN = "plan.json"  # how the run trains: decided once, when it begins
 SAMPLE_BYTES = 4096
 
 
-def create(out: str | None, name: str, settings: Mapping[str, Any], origin: Mapping[str, str], files: Files) -> Path:
-    """A new run folder (`out`, or the next free runs/NAME-001) with its settings and what it was made from.
+def create(
+    out: str | None,
+    name: str,
+    settings: Mapping[str, Any],
+    origin: Mapping[str, str],
+    plan: Mapping[str, Any],
+    files: Files,
+) -> Path:
+    """A new run folder (`out`, or the next free runs/NAME-001): settings, what it was made from, how it trains.
 
     config.yaml can be given to `-c` again. MisError when `out` holds a run already.
     """
@@ -36,7 +44,8 @@ def create(out: str | None, name: str, settings: Mapping[str, Any], origin: Mapp
         if folder.exists() and (not folder.is_dir() or any(not _unborn(p) for p in folder.iterdir())):
             raise MisError(f"{folder} is not empty: add --resume to continue the run in it, or choose another --out")
     files.make_folder(folder)
-    files.replace_text(folder / ORIGIN, json.dumps(dict(origin), indent=2))
+    for file, value in ((ORIGIN, origin), (PLAN, plan)):
+        files.replace_text(folder / file, json.dumps(dict(value), indent=2))
     # Last: a folder with config.yaml is a run that can be resumed.
     files.replace_text(folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     return folder
@@ -44,7 +53,7 @@ def create(out: str | None, name: str, settings: Mapping[str, Any], origin: Mapp
 
 def _unborn(path: Path) -> bool:
     """Whether a crash before a run's config.yaml was written can have left this in its folder."""
-    return path.name in (".lock", ORIGIN) or path.name.startswith(".tmp-")
+    return path.name in (".lock", ORIGIN, PLAN) or path.name.startswith(".tmp-")
 
 
 def find(out: str | None) -> Path:
@@ -67,6 +76,17 @@ def stored_settings(folder: Path) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict):
         raise MisError(f"{folder / CONFIG} is damaged: start a new run")
+    return values
+
+
+def stored_plan(folder: Path) -> dict[str, Any]:
+    """How the run trains."""
+    try:
+        values = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise MisError(f"{folder / PLAN} is missing or damaged: start a new run")
     return values
 
 

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import psutil
@@ -17,20 +18,29 @@ from mis_mlx.types import GIB, Budget, MisError, gib
 
 DEFAULT_BYTES = 5 * GIB
 SHARE = 0.75  # of what is there: macOS and the browser want to live too
+WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last buffers are wired too
 
 
 def room_bytes() -> int:
     """Most that a process should take: Metal's recommended working set, or the memory available now."""
-    if mx.default_device() == mx.gpu:
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    return int(psutil.virtual_memory().available)
+    return _recommended(mx) or int(psutil.virtual_memory().available)
 
 
-def budget(asked_bytes: int | None) -> Budget:
-    """The user's budget, or min(5 GiB, 75 % of the room). Refuses more than there is."""
-    room = room_bytes()
+def _recommended(device: Any) -> int | None:
+    """Metal's recommended working set in bytes; None where nothing is computed on Metal."""
+    if device.default_device() != device.gpu:
+        return None
+    return device.device_info().get("max_recommended_working_set_size")
+
+
+def budget(asked_bytes: int | None, room: int | None = None, default_bytes: int = DEFAULT_BYTES) -> Budget:
+    """The user's budget, or min(5 GiB, 75 % of the room). Refuses more than there is.
+
+    room: of another machine than this one, in bytes.
+    """
+    room = room_bytes() if room is None else room
     if asked_bytes is None:
-        return Budget(min(DEFAULT_BYTES, int(SHARE * room)))
+        return Budget(min(default_bytes, int(SHARE * room)))
     if asked_bytes > room:
         raise MisError(f"--budget {gib(asked_bytes)} is more than the {gib(room)} there are: ask for less")
     return Budget(asked_bytes)
@@ -59,13 +69,34 @@ class Peak:
         return max(self._mlx, mx.get_peak_memory(), resident_peak_bytes() - self._before)
 
 
+def cache_bytes(limit_bytes: int) -> int:
+    """Freed memory that MLX may keep within a budget: it counts as used."""
+    return min(128 * 2**20, limit_bytes // 16)
+
+
 @contextmanager
-def limited(limit: Budget) -> Iterator[None]:
-    """MLX throttles itself at the budget and keeps little freed memory; its own limits come back after."""
-    memory = mx.set_memory_limit(limit.limit_bytes)
-    cache = mx.set_cache_limit(min(128 * 2**20, limit.limit_bytes // 16))
+def limited(limit: Budget, need_bytes: int | None = None, device: Any = mx) -> Iterator[None]:
+    """MLX throttles itself at the budget and keeps little freed memory; its own limits come back after.
+
+    need_bytes: what the job is planned to take (default: the budget). On Metal that much is wired, so that
+    macOS does not page it out between two passes. device: `mlx.core`, or what a test puts in its place.
+    """
+    memory = device.set_memory_limit(limit.limit_bytes)
+    cache = device.set_cache_limit(cache_bytes(limit.limit_bytes))
+    wired = _wire(limit.limit_bytes if need_bytes is None else need_bytes, device)
     try:
         yield
     finally:
-        mx.set_memory_limit(memory)
-        mx.set_cache_limit(cache)
+        device.set_memory_limit(memory)
+        device.set_cache_limit(cache)
+        if wired is not None:
+            device.set_wired_limit(wired)
+
+
+def _wire(need_bytes: int, device: Any) -> int | None:
+    """Let Metal wire what is needed, never more than it recommends (that would be fatal). Returns the limit
+    that held before; None where there is none to set."""
+    most = _recommended(device)
+    if most is None or not hasattr(device, "set_wired_limit"):
+        return None
+    return device.set_wired_limit(min(most, need_bytes + WIRED_MARGIN_BYTES))

@@ -1,21 +1,212 @@
-"""How fast this machine multiplies matrices: a fraction of a second's measurement for time estimates.
+"""How fast this machine reads, writes, multiplies and copies: measured once, kept in a small file, or assumed.
 
-Does not know models.
+Does not know models, nor where the file should be.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import mmap
+import os
+import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
+
+from mis_mlx.machine.memory import DEFAULT_BYTES
+from mis_mlx.types import MisError, gib
+
+# On a CPU a training step takes this many times its matrix products, the rest being element-wise work on
+# one thread (measured: 512 tokens a step, 49,152 tokens in the vocabulary).
+ELEMENTWISE = 2.5
+GPU_TRAINING = 1.1 / 1.45  # training's rate as a share of a forward pass's, on an M1
+SAMPLE_BYTES = 512 * 2**20
+PIECE = 32 * 2**20
+PATIENCE_S = 7.0  # most for writing, and most for reading: a slow disk is measured on fewer bytes
+F_NOCACHE, F_FULLFSYNC = 48, 51  # macOS; Python's fcntl lacks the first, and both on Linux
 
 
-def matmul_flops(size: int = 1024, repeats: int = 4) -> float:
-    """Float operations per second of a float32 matrix product here and now, the best of `repeats`."""
-    a = mx.random.normal((size, size), key=mx.random.key(0))
-    best = float("inf")
-    for _ in range(repeats + 1):  # the first one also draws `a`
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()
+@dataclass(frozen=True)
+class Rates:
+    """One machine, in bytes and float operations per second, and where the numbers come from."""
+
+    device: str
+    gpu: bool
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    memory_bytes_per_s: float
+    forward_flops_per_s: float
+    training_flops_per_s: float
+    source: str
+    hot: float = 1.0  # what is left of the computing rates once the machine is hot
+    room_bytes: int | None = None  # most a process should take; None: ask machine.memory
+    budget_bytes: int = DEFAULT_BYTES  # what it takes when it is not told
+
+    def __str__(self) -> str:
+        disk = f"disk {self.read_bytes_per_s / 1e9:.2f} GB/s read, {self.write_bytes_per_s / 1e9:.2f} written"
+        work = f"{self.forward_flops_per_s / 1e9:,.0f} GFLOP/s forward, {self.training_flops_per_s / 1e9:,.0f} training"
+        return f"{self.device}: {disk}, memory {self.memory_bytes_per_s / 1e9:.0f} GB/s, {work} ({self.source})"
+
+
+M1_AIR = Rates(
+    "MacBook Air M1, 8 GB, fanless",
+    True,
+    read_bytes_per_s=2.5e9,
+    write_bytes_per_s=2.0e9,
+    memory_bytes_per_s=68e9,
+    forward_flops_per_s=1.45e12,
+    training_flops_per_s=1.1e12,
+    source="from published measurements, not measured here",
+    hot=0.75,
+    room_bytes=5_300_000_000,
+    budget_bytes=5 * 2**29,
+)
+
+
+def matmul_flops(seconds: float = 0.3) -> float:
+    """Float operations per second of a matrix product here and now: float32 on a CPU, float16 on Metal."""
+    gpu = mx.default_device() == mx.gpu
+    size = 4096 if gpu else 1024
+    a = mx.random.normal((size, size), key=mx.random.key(0)).astype(mx.float16 if gpu else mx.float32)
+    return 2 * size**3 / _quickest(lambda: (a @ a)[0, 0].item(), seconds)
+
+
+def copy_bytes(nbytes: int = 256 * 2**20) -> float:
+    """Bytes per second that memory moves, read and written, when a large array is copied over another."""
+    source = np.ones(nbytes // 4, np.float32)
+    target = np.zeros_like(source)
+    return 2 * source.nbytes / _quickest(lambda: np.copyto(target, source), 1.0)
+
+
+def _quickest(work: Callable[[], object], seconds: float) -> float:
+    """Shortest time of `work` among those begun within `seconds` of the end of a first one that warms up."""
+    work()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while (began := time.perf_counter()) < until:
+        work()
         best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    return best
+
+
+def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
+    """(read, written) bytes per second of a new file in `folder`, past the page cache; the file goes again.
+
+    Fewer bytes where the disk has little room or is slow. MisError when there is no room at all.
+    """
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    count = min(nbytes, free // 4) // PIECE if nbytes >= PIECE else 1
+    piece = min(nbytes, PIECE)
+    if count < 1 or free < 4 * piece:
+        raise MisError(f"{folder} has {gib(free)} free, a measurement wants {gib(4 * piece)}: free some")
+    path = folder / f".tmp-rates-{os.getpid()}"
+    try:
+        written, seconds = _write(path, os.urandom(piece), count)
+        return _read(path, piece, written // piece), written / seconds
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
+    """(bytes, seconds until they are on the disk)."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        began, written = time.perf_counter(), 0
+        for _ in range(count):
+            written += os.write(fd, piece)
+            if time.perf_counter() - began > PATIENCE_S:
+                break
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        return written, time.perf_counter() - began
+    finally:
+        os.close(fd)
+
+
+def _read(path: Path, piece: int, count: int) -> float:
+    """Bytes per second of two threads that read pieces side by side, as passes over a model do."""
+    fd = _open_direct(path)
+    try:
+        buffers = [mmap.mmap(-1, piece) for _ in range(2)]  # page-aligned, as direct reading wants it
+        for buffer in buffers:
+            buffer.write(bytes(piece))  # pages that exist: their first touch is no part of the disk's time
+        began = time.perf_counter()
+
+        def half(first: int) -> int:
+            done = 0
+            for at in range(first, count, 2):
+                if time.perf_counter() - began > PATIENCE_S:
+                    break
+                done += os.preadv(fd, [buffers[first]], at * piece)
+            return done
+
+        with ThreadPoolExecutor(2) as pool:
+            done = sum(pool.map(half, range(2)))
+        return done / (time.perf_counter() - began)
+    finally:
+        os.close(fd)
+
+
+def _open_direct(path: Path) -> int:
+    """A descriptor that reads past the page cache, where the file system can."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
+        os.preadv(fd, [mmap.mmap(-1, mmap.PAGESIZE)], 0)  # some refuse only here
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fd = os.open(path, flags)
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, F_NOCACHE, 1)
+    return fd
+
+
+def device_name() -> str:
+    """What MLX computes on."""
+    kind = "GPU" if mx.default_device() == mx.gpu else "CPU"
+    return f"{kind} {mx.device_info().get('device_name', 'of unknown name')}"
+
+
+def assumed() -> Rates:
+    """Matrix products measured in a moment; disk and memory are those of an ordinary machine, not measured."""
+    gpu = mx.default_device() == mx.gpu
+    return _rates(1e9, 0.5e9, 50e9 if gpu else 10e9, "disk and memory assumed: --measure measures them")
+
+
+def measure(folder: Path, nbytes: int | None = None) -> Rates:
+    """All rates, within 20 s, with a temporary file of `nbytes` (default 512 MiB) in the existing `folder`."""
+    read, written = disk_bytes(folder, SAMPLE_BYTES if nbytes is None else nbytes)
+    return _rates(read, written, copy_bytes(), f"measured {datetime.date.today().isoformat()}")
+
+
+def _rates(read: float, written: float, memory: float, source: str) -> Rates:
+    gpu, flops = mx.default_device() == mx.gpu, matmul_flops()
+    training = flops * GPU_TRAINING if gpu else flops / ELEMENTWISE
+    return Rates(device_name(), gpu, read, written, memory, flops, training, source)
+
+
+def to_json(rates: Rates) -> str:
+    """What `load` reads."""
+    return json.dumps(asdict(rates), indent=2) + "\n"
+
+
+def load(path: Path) -> Rates | None:
+    """The rates in `path`; None when there are none, or they are another device's, or of another version."""
+    try:
+        found = Rates(**json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if found.device == device_name() else None

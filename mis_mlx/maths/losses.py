@@ -44,6 +44,7 @@ def kl_sum(
     learn: mx.array,
     temperature: float = 1.0,
     rows: int | None = None,
+    frozen_head: bool = False,
 ) -> mx.array:
     """Sum over positions of KL(softmax(z_t / T) || softmax(z_s / T)) in nats, differentiable in student, head.
 
@@ -51,16 +52,17 @@ def kl_sum(
     learn: (n,), 0 leaves a position out. Equation (2) has no T^2 factor, so there is none here.
     The gradient, (p_s - p_t) / T per logit, is formed in the same pass as the loss and carried to the
     backward pass as (n, D) and (V, D) arrays, so logits are never recomputed and never kept.
+    frozen_head: the head is constant, and its (V, D) gradient is not formed.
     """
     rows = rows or chunk_rows(head.shape[0])
 
     @mx.custom_function
-    def forward(h: mx.array, w: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        loss, dw = mx.array(0.0), mx.zeros_like(w)
+    def forward(h: mx.array, w: mx.array = head) -> tuple[mx.array, ...]:
+        loss, dw = mx.array(0.0), [] if frozen_head else [mx.zeros_like(w)]
         dh: list[mx.array] = []
         for at in _chunks(h.shape[0], rows):
             # Each chunk waits for all of the one before: else the scheduler begins them all, and holds all logits.
-            waited: Any = mx.depends([h[at], teacher[at], loss], [dw, *dh[-1:]])
+            waited: Any = mx.depends([h[at], teacher[at], loss], [*dw, *dh[-1:]])
             part, target, loss = waited
             z_t = teacher_logits(target).astype(mx.float32) / temperature
             z_s = (part @ w.T).astype(mx.float32) / temperature
@@ -70,14 +72,14 @@ def kl_sum(
             loss = loss + (kl * learn[at]).sum()
             g = ((p_s - p_t) * (learn[at] / temperature)[:, None]).astype(w.dtype)
             dh.append(g @ w)
-            dw = mx.addmm(dw, g.T, part)
-        return loss, mx.concatenate(dh), dw
+            dw = [mx.addmm(d, g.T, part) for d in dw]
+        return loss, mx.concatenate(dh), *dw
 
     @forward.vjp
     def backward(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
-        return cotangents[0] * outputs[1], cotangents[0] * outputs[2]
+        return tuple(cotangents[0] * gradient for gradient in outputs[1:])
 
-    results: Any = forward(student, head)
+    results: Any = forward(student) if frozen_head else forward(student, head)
     return results[0]
 
 

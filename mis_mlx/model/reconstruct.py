@@ -9,7 +9,8 @@ linear map into down_proj; here the fit is per block, ridge-regularised and weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -26,55 +27,73 @@ RIDGE = 0.1
 def reconstruct(
     teacher: Checkpoint, student: Checkpoint, keep: Keep, batches: Sequence[mx.array], ridge: float = RIDGE
 ) -> tuple[dict[str, mx.array], list[float]]:
-    """({weight name: new down_proj (D, F) float32}, error left per block as a share) for token ids [(B, T)].
-
-    Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it; without
-    that the first token of a window, a hundred times longer than the rest, would be all that counts.
-    """
+    """({weight name: new down_proj (D, F) float32}, error left per block as a share) for token ids [(B, T)]."""
     dtype = load.compute_dtype()
-    channels = keep.kept.get((-1, "hidden"))
-    columns = None if channels is None else mx.array(list(channels))
+    columns = kept_columns(keep)
     big, small = stream.Stream(teacher, dtype), stream.Stream(student, dtype)
-    target, hidden = big.embed(batches), small.embed(batches)
-    marching = big.blocks()
-    last = big.layers
-    passed = 0  # teacher blocks that `target` has been through
+    target, own = big.embed(batches), small.embed(batches)
     mended: dict[str, mx.array] = {}
     left: list[float] = []
-    for j, block in small.blocks():
-        entrance = keep.layers[j + 1] if j + 1 < len(keep.layers) else last
-        for _, teacher_block in marching:
-            big.through(teacher_block, target)
-            passed += 1
-            if passed == entrance:
-                break
-        wanted = target if columns is None else [mx.take(t, columns, axis=-1) for t in target]
-        fit, inputs, hidden = _fit(block, small.args, hidden, wanted)
-        update, error = fit.solve(ridge)
-        change = mx.array(update.astype(np.float32))
-        name = f"model.layers.{j}.mlp.down_proj.weight"
-        mended[name] = block.mlp.down_proj.inner.weight.astype(mx.float32) + change
-        hidden = [h + (a @ change.T.astype(a.dtype)).astype(h.dtype) for h, a in zip(hidden, inputs, strict=True)]
-        stream.settle(hidden, mended[name])
+    for _, (j, block) in zip(groups(big, keep, target), small.blocks(), strict=True):
+        wide, error = refit(block, small.args, own, target, columns, ridge)
+        mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
+        small.through(block, own)
         left.append(error)
     return mended, left
 
 
-def _fit(
-    block: nn.Module, args: Any, hidden: Sequence[mx.array], wanted: Sequence[mx.array]
-) -> tuple[NormalEquations, list[mx.array], list[mx.array]]:
-    """Sums for one block; also what went into its down_proj and what came out of the block, per batch."""
-    block.mlp.down_proj = stream.Tap(block.mlp.down_proj)
-    outputs, fit = wanted[0].shape[-1], None
-    seen, out = [], []
-    for into, want in zip(hidden, wanted, strict=True):
-        out.append(block(into, load.mask(args, block, into)))
-        seen.append(block.mlp.down_proj.take())
-        stream.settle(out[-1], seen[-1])
-        fit = fit or NormalEquations(seen[-1].shape[-1], outputs)
-        goal = want.astype(mx.float32).reshape(-1, outputs)
-        missing = goal - out[-1].astype(mx.float32).reshape(-1, outputs)
+def groups(teacher: stream.Stream, keep: Keep, hidden: stream.Hidden) -> Iterator[int]:
+    """Take `hidden`, the teacher's embedding, through the blocks that each student block stands for, in place.
+
+    Yields j when it is at the entrance of the next kept layer (at last: behind the last block), where student
+    block j has to arrive. The first group begins with the first block, kept or not.
+    """
+    blocks, done = teacher.blocks(), 0
+    for j, end in enumerate([*keep.layers[1:], teacher.layers]):
+        for _, block in itertools.islice(blocks, end - done):
+            teacher.through(block, hidden)
+        done = end
+        yield j
+
+
+def kept_columns(keep: Keep) -> mx.array | None:
+    """Which channels of the teacher's stream the student has; None: all."""
+    channels = keep.kept.get((-1, "hidden"))
+    return None if channels is None else mx.array(list(channels))
+
+
+def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
+    """The teacher's hidden states (B, T, D) in the student's channels."""
+    return hidden if columns is None else mx.take(hidden, columns, axis=-1)
+
+
+def refit(
+    block: nn.Module,
+    args: Any,
+    hidden: Sequence[mx.array],
+    target: Sequence[mx.array],
+    columns: mx.array | None,
+    ridge: float,
+) -> tuple[mx.array, float]:
+    """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream behind its group.
+
+    (the new weight (D, F) float32, error left as a share). Tokens are weighted by 1 / rms of the teacher's
+    stream, because the next norm divides by it; without that the first token of a window, a hundred times
+    longer than the rest, would be all that counts.
+    """
+    down = block.mlp.down_proj
+    block.mlp.down_proj = tap = stream.Tap(down)
+    outputs, inputs = down.weight.shape
+    fit = NormalEquations(inputs, outputs)
+    for into, want in zip(hidden, target, strict=True):
+        out = block(into, load.mask(args, block, into))
+        goal = narrow(want, columns).astype(mx.float32).reshape(-1, outputs)
+        missing = goal - out.astype(mx.float32).reshape(-1, outputs)
         weight = 1.0 / mx.maximum(mx.sqrt(mx.square(goal).mean(axis=-1)), 1e-6)
-        fit.add(seen[-1].reshape(-1, seen[-1].shape[-1]), missing, weight)
-    assert fit is not None
-    return fit, seen, out
+        fit.add(tap.take().reshape(-1, inputs), missing, weight)
+    block.mlp.down_proj = down
+    update, error = fit.solve(ridge)
+    weight = down.weight.astype(mx.float32) + mx.array(update.astype(np.float32))
+    down.weight = weight.astype(down.weight.dtype)
+    stream.settle(weight, down.weight)
+    return weight, error

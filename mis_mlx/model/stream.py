@@ -140,9 +140,10 @@ class Stream:
                 yield i, made
                 if i < self.keeps:
                     self._kept[i] = made
-                elif not self._copies:
+                    continue
+                made.clear()  # the caller's loop variable still names the module: let go of its weights now
+                if not self._copies:
                     self._free.append(slot)
-                del made, slot
         finally:
             if coming:  # left in the middle: nobody may still be writing into a slot that is free
                 coming[1]()

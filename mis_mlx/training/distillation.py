@@ -7,27 +7,46 @@ way what crosses over is its final hidden states, and the vocabulary is met chun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mis_mlx.disk.text import Windows, order
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import load, stream
-from mis_mlx.training.loop import train
+from mis_mlx.training.loop import Loss, train
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Batch, Checkpoint, Step
 
-MicroBatch = tuple[mx.array, mx.array, mx.array]  # tokens (B, T), learn (B * T,), teacher hidden (B * T, D)
+MicroBatch = tuple[mx.array, ...]  # tokens (B, T), learn (B * T,), then the targets of these B * T positions
+
+
+class Source(Protocol):
+    """Where a step's targets come from: the teacher itself, or what it left on disk (training/targets)."""
+
+    def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray]) -> list[MicroBatch]:
+        """What a step's micro-batches are. windows: which ones of the data each of them holds, (B,)."""
+
+    def kl_sum(
+        self, hidden: mx.array, head: mx.array, learn: mx.array, *target: mx.array, frozen_head: bool = False
+    ) -> mx.array:
+        """Sum of KL(target || student) in nats, of final hidden states (n, D) and a head (V, D)."""
 
 
 class Teacher:
-    """Final hidden states of the teacher for any batch, and its vocabulary head."""
+    """Final hidden states of the teacher for any batch, and its vocabulary head.
 
-    def __init__(self, checkpoint: Checkpoint, resident: bool):
-        self._source = stream.Stream(checkpoint, load.compute_dtype(), None if resident else 0)
-        self._head = self._source.head()
+    room_bytes, direct: as of `stream.Stream`. temperature: T of eq. (2).
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, room_bytes: int | None = 0, direct: bool = False, temperature: float = 1.0
+    ):
+        self._source = stream.Stream(checkpoint, load.compute_dtype(), room_bytes, direct)
+        self._head, self._temperature = self._source.head(), temperature
 
     def hidden(self, batches: Sequence[mx.array]) -> stream.Hidden:
         """Token ids [(B, T)] -> [(B, T, D)]; a streamed teacher is read once for all of them."""
@@ -37,52 +56,60 @@ class Teacher:
         """hidden (n, D) -> (n, V)."""
         return load.logits(self._head, hidden)
 
-    def micro_batches(self, batches: Sequence[Batch]) -> list[MicroBatch]:
-        """What `loss` wants, for each micro-batch of one optimizer step."""
+    def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
+        """Tokens (B, T), learn (B * T,), and the teacher's hidden states (B * T, D)."""
         hidden = self.hidden([b.tokens for b in batches])
         return [
             (b.tokens, b.learn.reshape(-1), h.reshape(-1, h.shape[-1])) for b, h in zip(batches, hidden, strict=True)
         ]
 
+    def kl_sum(
+        self, hidden: mx.array, head: mx.array, learn: mx.array, *target: mx.array, frozen_head: bool = False
+    ) -> mx.array:
+        """`losses.kl_sum` against this teacher's logits."""
+        return losses.kl_sum(hidden, head, target[0], self.logits, learn, self._temperature, frozen_head=frozen_head)
 
-def loss_against(teacher: Teacher, temperature: float) -> Callable[..., tuple[mx.array, mx.array]]:
-    """`loss(student, tokens, learn, teacher_hidden)` -> (sum of forward KL in nats, tokens that count)."""
 
-    def loss(student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+def loss_of(source: Source) -> Loss:
+    """`loss(student, tokens, learn, *target)` -> (sum of KL in nats, tokens that count), of a resident student."""
+
+    def loss(student: nn.Module, tokens: mx.array, learn: mx.array, *target: mx.array) -> tuple[mx.array, mx.array]:
         hidden = student.model(tokens)
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        kl = losses.kl_sum(hidden, load.head_weight(student), target, teacher.logits, learn, temperature)
-        return kl, learn.sum()
+        return source.kl_sum(hidden, load.head_weight(student), learn, *target), learn.sum()
 
     return loss
 
 
-def steps(
-    student: nn.Module,
-    teacher: Teacher,
-    data: Windows,
-    recipe: Recipe,
-    optimizer: GoralW,
-    start: int,
-    temperature: float,
-    sigma: Callable[[], float],
-) -> Iterator[Step]:
-    """Optimizer steps `start` to `recipe.iters` of distillation, as `loop.train` yields them.
-
-    sigma(): spread of eps_halny, asked at every step.
-    """
+def cut(source: Source, data: Windows, recipe: Recipe) -> Callable[[int], list[MicroBatch]]:
+    """The micro-batches of any step: a pure function of its number."""
     each = recipe.batch_size * recipe.grad_accumulation_steps
 
     def micro_batches(step: int) -> list[MicroBatch]:
         at = order(len(data.tokens), each, step, recipe.seed)
         parts = [at[i : i + recipe.batch_size] for i in range(0, each, recipe.batch_size)]
-        return teacher.micro_batches([Batch(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts])
+        return source.micro_batches([Batch(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts], parts)
 
-    loss = loss_against(teacher, temperature)
+    return micro_batches
+
+
+def steps(
+    student: nn.Module,
+    source: Source,
+    data: Windows,
+    recipe: Recipe,
+    optimizer: GoralW,
+    start: int = 0,
+    sigma: Callable[[], float] = lambda: 0.0,
+) -> Iterator[Step]:
+    """Optimizer steps `start` to `recipe.iters` of distillation, as `loop.train` yields them.
+
+    sigma(): spread of eps_halny, asked at every step.
+    """
     return train(
         student,
-        micro_batches,
-        loss,
+        cut(source, data, recipe),
+        loss_of(source),
         optimizer,
         recipe.schedule,
         start,

@@ -27,13 +27,15 @@ def supervise(
     weather: Weather,
     peak: Peak,
     files: Files,
+    log: str = runs.METRICS,
+    label: str = "distil",
 ) -> None:
     """Run `steps` to their end. MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it."""
-    with cli.stop_asked() as asked, cli.progress("distil", iters) as show:
+    with cli.stop_asked() as asked, cli.progress(label, iters) as show:
         for step in steps:
             peak.note(step.peak_bytes)
             record = {**weather.now(), **{k: v for k, v in asdict(step).items() if k != "reading"}}
-            files.append(folder / runs.METRICS, json.dumps(record))
+            files.append(folder / log, json.dumps(record))
             show(step.number, cli.step_text(replace(step, reading=weather.last())))
             saved = False
             for decision in weather.after(step):

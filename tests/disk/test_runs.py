@@ -15,6 +15,7 @@ from mis_mlx.disk.files import DISK
 from mis_mlx.types import MisError
 
 SETTINGS: dict[str, Any] = {"iters": 100, "learning_rate": 3e-4, "scenario": "goral", "budget": None, "seed": 0}
+PLAN = {"mode": "resident", "micro": 2, "shard": 0}
 ORIGIN = {"teacher": "a" * 64, "data": "b" * 64, "mlx": "0.32.4"}
 FREE = frozenset({"budget"})
 
@@ -28,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_names_are_counted() -> None:
     """runs/NAME-001, then -002; what is in them comes back."""
-    first, second = (runs.create(None, "tiny-goral", SETTINGS, ORIGIN, DISK) for _ in range(2))
+    first, second = (runs.create(None, "tiny-goral", SETTINGS, ORIGIN, PLAN, DISK) for _ in range(2))
     assert [str(first), str(second)] == ["runs/tiny-goral-001", "runs/tiny-goral-002"]
     assert runs.stored_settings(first) == SETTINGS
     assert runs.same_origin(first, ORIGIN) == []
@@ -40,13 +41,13 @@ def test_a_folder_of_ones_own(here: Path) -> None:
     (here / "locked").mkdir()
     (here / "locked" / ".lock").touch()
     for name in ("new/deep", "empty", "locked"):
-        assert runs.create(name, "x", SETTINGS, ORIGIN, DISK) == Path(name)
+        assert runs.create(name, "x", SETTINGS, ORIGIN, PLAN, DISK) == Path(name)
     for name in ("empty", "new"):
         with pytest.raises(MisError, match="not empty: add --resume"):
-            runs.create(name, "x", SETTINGS, ORIGIN, DISK)
+            runs.create(name, "x", SETTINGS, ORIGIN, PLAN, DISK)
     (here / "file").write_text("x")
     with pytest.raises(MisError, match="not empty|is a file"):
-        runs.create("file", "x", SETTINGS, ORIGIN, DISK)
+        runs.create("file", "x", SETTINGS, ORIGIN, PLAN, DISK)
     assert (here / "file").read_text() == "x"
 
 
@@ -57,7 +58,7 @@ def test_a_run_killed_while_it_was_made_can_be_made_again(here: Path) -> None:
     (here / "half" / f".tmp-{runs.CONFIG}-123").write_text("it")
     with pytest.raises(MisError, match="start one there without --resume"):
         runs.find("half")
-    runs.create("half", "x", SETTINGS, ORIGIN, DISK)
+    runs.create("half", "x", SETTINGS, ORIGIN, PLAN, DISK)
     assert runs.find("half") == Path("half") and runs.same_origin(Path("half"), ORIGIN) == []
 
 
@@ -65,7 +66,7 @@ def test_find_takes_the_newest_unfinished(here: Path) -> None:
     """Finished ones are passed over; --out names one; nothing there is a sentence."""
     with pytest.raises(MisError, match="no unfinished run"):
         runs.find(None)
-    a, b, c = (runs.create(None, "r", SETTINGS, ORIGIN, DISK) for _ in range(3))
+    a, b, c = (runs.create(None, "r", SETTINGS, ORIGIN, PLAN, DISK) for _ in range(3))
     for age, folder in ((30, a), (20, b), (10, c)):
         os.utime(folder / runs.CONFIG, (1e9 - age, 1e9 - age))
     (c / runs.RESULT).write_text("{}")
@@ -94,23 +95,28 @@ def test_a_flag_left_out_asks_for_nothing() -> None:
 @pytest.mark.parametrize("what", ["teacher", "data"])
 def test_another_teacher_or_text_is_refused(what: str) -> None:
     """Named, with both hashes."""
-    folder = runs.create(None, "r", SETTINGS, ORIGIN, DISK)
+    folder = runs.create(None, "r", SETTINGS, ORIGIN, PLAN, DISK)
     with pytest.raises(MisError, match=rf"The {what} changed.*{ORIGIN[what][:12]} is now cccccccccccc"):
         runs.same_origin(folder, {**ORIGIN, what: "c" * 64})
 
 
 def test_another_version_is_said_not_refused() -> None:
     """It may change last bits, no more."""
-    folder = runs.create(None, "r", SETTINGS, ORIGIN, DISK)
+    folder = runs.create(None, "r", SETTINGS, ORIGIN, PLAN, DISK)
     (note,) = runs.same_origin(folder, {**ORIGIN, "mlx": "0.33.0"})
     assert "mlx was 0.32.4, is now 0.33.0" in note
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[1]", b"{", b"\xff", b"null"])
 def test_damage_is_a_sentence(content: bytes | None) -> None:
-    """config.yaml or origin.json gone, empty or garbled."""
-    folder = runs.create(None, "r", SETTINGS, ORIGIN, DISK)
-    for name, read in ((runs.CONFIG, runs.stored_settings), (runs.ORIGIN, lambda f: runs.same_origin(f, ORIGIN))):
+    """config.yaml, origin.json or plan.json gone, empty or garbled."""
+    folder = runs.create(None, "r", SETTINGS, ORIGIN, PLAN, DISK)
+    assert runs.stored_plan(folder) == PLAN
+    for name, read in (
+        (runs.CONFIG, runs.stored_settings),
+        (runs.ORIGIN, lambda f: runs.same_origin(f, ORIGIN)),
+        (runs.PLAN, runs.stored_plan),
+    ):
         (folder / name).unlink()
         if content is not None:
             (folder / name).write_bytes(content)
@@ -120,14 +126,14 @@ def test_damage_is_a_sentence(content: bytes | None) -> None:
 
 def test_config_yaml_is_for_people_and_for_c(here: Path) -> None:
     """Plain YAML in the order of the flags."""
-    folder = runs.create(None, "r", {**SETTINGS, "scenario": "góral"}, ORIGIN, DISK)
+    folder = runs.create(None, "r", {**SETTINGS, "scenario": "góral"}, ORIGIN, PLAN, DISK)
     text = (folder / runs.CONFIG).read_text(encoding="utf-8")
     assert list(yaml.safe_load(text)) == list(SETTINGS) and "góral" in text
 
 
 def test_metrics_forgive_a_torn_line_and_a_repeated_step() -> None:
     """A crash tore line 3; after the resume step 2 came again: the last one counts, in order."""
-    folder = runs.create(None, "r", SETTINGS, ORIGIN, DISK)
+    folder = runs.create(None, "r", SETTINGS, ORIGIN, PLAN, DISK)
     assert runs.metrics(folder) == []
     lines = [{"number": 1, "loss": 3.0}, {"number": 2, "loss": 2.5}]
     with (folder / runs.METRICS).open("ab") as file:

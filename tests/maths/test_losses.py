@@ -80,6 +80,43 @@ def test_the_gradient_scales_with_what_is_above() -> None:
     np.testing.assert_allclose(np.array(got), 3 * np.array(chunked(p, 1.0, None)[1][0]), rtol=1e-6)
 
 
+def test_a_frozen_head_changes_neither_value_nor_the_students_gradient() -> None:
+    """Bit for bit those with the head trained, and whatever multiplies the loss multiplies the gradient."""
+    p = problem()
+
+    def loss(student: mx.array, head: mx.array, frozen: bool) -> mx.array:
+        return 3.0 * losses.kl_sum(
+            student, head, p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"], 2.0, 4, frozen
+        )
+
+    (a, got), (b, want) = (mx.value_and_grad(loss)(p["student"], p["head"], frozen) for frozen in (True, False))
+    assert a.item() == b.item() and mx.array_equal(got, want) and mx.abs(got).max().item() > 0
+    nothing = mx.grad(loss, argnums=1)(p["student"], p["head"], True)
+    assert not mx.any(nothing).item()
+
+
+def test_a_frozen_head_has_no_gradient_in_memory() -> None:
+    """A head far larger than a chunk's logits: frozen, the peak stays under one more copy of it; trained, not."""
+    vocab, rows, n, over = 8192, 8, 16, []
+    wide = mx.random.normal((vocab, 512), key=mx.random.key(0))
+    student = mx.random.normal((n, 512), key=mx.random.key(1))
+    p = problem(n, vocab)
+    mx.eval(wide, student, p)
+    for frozen in (True, False):
+
+        def loss(student: mx.array, frozen: bool = frozen) -> mx.array:
+            return losses.kl_sum(
+                student, wide, p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"], 1.0, rows, frozen
+            )
+
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.value_and_grad(loss)(student))
+        over.append(mx.get_peak_memory() - before > wide.nbytes)
+    assert over == [False, True]
+
+
 def test_masked_positions_get_no_gradient() -> None:
     """learn = 0 leaves a position out of the loss and its gradient is exactly 0."""
     p = problem()

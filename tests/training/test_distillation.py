@@ -48,8 +48,8 @@ def distil(
     temperature: float = 1.0, sigma: float = 0.0,
 ) -> tuple[nn.Module, list[Step]]:  # fmt: skip
     model = load.resident(student, mx.float32)
-    source = distillation.Teacher(teacher, resident)
-    steps = distillation.steps(model, source, data, recipe, GoralW(), 0, temperature, lambda: sigma)
+    source = distillation.Teacher(teacher, None if resident else 0, temperature=temperature)
+    steps = distillation.steps(model, source, data, recipe, GoralW(), 0, lambda: sigma)
     return model, list(steps)
 
 
@@ -64,7 +64,7 @@ def test_a_streamed_teacher_says_what_a_resident_one_says(
     models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
     """Hidden states and logits, bit for bit, for every kind."""
-    resident, streamed = (distillation.Teacher(models(kind), r) for r in (True, False))
+    resident, streamed = (distillation.Teacher(models(kind), room) for room in (None, 0))
     for a, b in zip(resident.hidden(batches), streamed.hidden(batches), strict=True):
         assert mx.array_equal(a, b)
         assert mx.array_equal(resident.logits(a[0]), streamed.logits(b[0]))
@@ -140,7 +140,7 @@ def test_micro_batches_line_up(llama: Checkpoint) -> None:
     """Tokens, mask and the teacher's hidden states of a micro-batch belong to the same positions."""
     tokens = mx.random.randint(0, 512, (2, 8), key=mx.random.key(0))
     learn = mx.array([[1.0] * 7 + [0.0], [0.0] * 8])
-    teacher = distillation.Teacher(llama, True)
+    teacher = distillation.Teacher(llama, None)
     ((got, mask, hidden),) = teacher.micro_batches([Batch(tokens, learn)])
     assert mx.array_equal(got, tokens) and mask.tolist() == [1.0] * 7 + [0.0] * 9
     assert mx.array_equal(hidden, teacher.hidden([tokens])[0].reshape(16, 64))

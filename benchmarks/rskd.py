@@ -1,0 +1,177 @@
+"""Stored targets against the live teacher at equal steps: full KD, RS-KD, top 12 alone, top 12 with its tail.
+
+    scripts/mis benchmarks/rskd.py --student STUDENT        # about an hour on 2 quiet cores
+
+The default teacher and its GÓRAL student after the closed-form repair, made once (kept in STUDENT, a folder
+that is made when it is not there). A seed chooses the batches and the samples; all four ways see the same
+batches. Measured on the English held-out windows, in nats per token; `seconds` is training, `write_s` the
+teacher's pass before it. Writes benchmarks/results/<machine>/rskd.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mis_mlx import cli, distill, prune
+from mis_mlx.disk.files import DISK
+from mis_mlx.disk.text import Windows
+from mis_mlx.maths import losses
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.model import compare, load, reconstruct, slice, stream, teacher, windows
+from mis_mlx.training import distillation, targets
+from mis_mlx.training.recipe import Recipe
+from mis_mlx.types import Checkpoint
+
+ROOT = Path(__file__).resolve().parent
+# name in the table -> kind of store (None: the live teacher), tokens a position, whether the tail counts
+WAYS: dict[str, tuple[Any, int, bool]] = {
+    "full": (None, 0, True),
+    "rs-kd 50": ("sampled", 50, True),
+    "top 12": ("top", 12, False),
+    "top 12 + tail": ("top", 12, True),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared; the defaults are what the README shows."""
+
+    iters: int = 30
+    """optimizer steps of each way"""
+    seeds: int = 3
+    """runs of each way"""
+    student: str | None = None
+    """folder of the pruned and repaired student, made when it is not there; default: a temporary one"""
+    max_seq_length: int = 256
+    """tokens in a window"""
+    eval_windows: int = 24
+    """held-out windows"""
+
+
+def prepare(checkpoint: Checkpoint, data: windows.Data, held_out: Windows, out: Path) -> None:
+    """Prune and repair as `distill` does by default, and write the result in float32."""
+    s = distill.Settings()
+
+    def pick(count: int, use: int) -> list[mx.array]:
+        at = np.random.default_rng([s.seed, use, 1]).permutation(len(data.train.tokens))[:count]
+        return [mx.array(data.train.tokens[i][None]) for i in at]
+
+    with tempfile.TemporaryDirectory() as temp:
+        folder = Path(temp) / "pruned"
+        samples = pick(s.num_samples, 1)
+        prune.prune(
+            checkpoint, samples, held_out, folder, s, dtype=s.dtype, seed=s.seed, reading=lambda: None, files=DISK
+        )
+        pruned, keep = load.open_checkpoint(folder), slice.read_keep(folder)
+        assert keep is not None
+        mended, _ = reconstruct.reconstruct(checkpoint, pruned, keep, pick(s.reconstruct_samples, 2))
+        model = load.resident(pruned, mx.float32)
+        model.load_weights(list(mended.items()), strict=False)
+        config = {**pruned.config, "torch_dtype": "float32"}
+        weights = dict(tree_flatten(model.parameters()))
+        slice.write_model(config, weights.__getitem__, folder, out, "float32", DISK)
+
+
+class Judge:
+    """Held-out loss and KL to the teacher of any student in memory."""
+
+    def __init__(self, source: distillation.Teacher, held_out: Windows):
+        self.source, self.held_out = source, held_out
+        self.hidden = list(source.hidden([mx.array(w[None]) for w in held_out.tokens]))
+
+    def __call__(self, student: Any) -> tuple[float, float]:
+        """(nll, kl) in nats per token, means over windows."""
+        head, means = load.head_weight(student), []
+        rows = losses.chunk_rows(head.shape[0])
+        for tokens, learn, target in zip(self.held_out.tokens, self.held_out.learn, self.hidden, strict=True):
+            hidden, found = student.model(mx.array(tokens[None]))[0], []
+            for start in range(0, len(tokens) - 1, rows):
+                at = np.s_[start : min(start + rows, len(tokens) - 1)]
+                reference = losses.Reference(self.source.logits(target[0, at]), mx.array(tokens[1:][at]))
+                nll, kl, _ = reference.compare(hidden[at] @ head.T)
+                found.append(np.array([nll, kl]))
+            means.append((np.concatenate(found, axis=1) * learn[:-1]).sum(axis=1) / max(learn.sum(), 1.0))
+        nll, kl = np.mean(means, axis=0)
+        return float(nll), float(kl)
+
+
+def train(
+    way: str, student: Checkpoint, source: distillation.Teacher, checkpoint: Checkpoint, data: Windows, recipe: Recipe
+) -> tuple[Any, dict[str, Any]]:
+    """(the student trained one way, what it cost)."""
+    kind, count, tail = WAYS[way]
+    cost: dict[str, Any] = {"bytes_per_token": None, "write_s": None}
+    with tempfile.TemporaryDirectory() as temp:
+        target: distillation.Source = source
+        if kind is not None:
+            began, at = time.monotonic(), targets.visited(len(data.tokens), recipe)
+            picked = Windows(data.tokens[at], data.learn[at])
+            store = targets.write(
+                checkpoint, lambda: source, picked, Path(temp), DISK, kind=kind, count=count, seed=recipe.seed
+            )
+            cost = {"bytes_per_token": round(store.bytes_per_token, 1), "write_s": round(time.monotonic() - began, 1)}
+            target = targets.Cached(store, at, tail)
+        model = stream.into_memory(load.resident(student, mx.float32))
+        model.train()
+        steps = list(distillation.steps(model, target, data, recipe, GoralW()))
+    model.eval()
+    return model, {**cost, "seconds": round(sum(s.seconds for s in steps), 1)}
+
+
+def main(s: Settings) -> None:
+    """All seeds and ways; print one line each, write one JSON file."""
+    checkpoint = load.open_checkpoint(teacher.find().path)
+    data = windows.prepare(None, checkpoint.path, s.max_seq_length)
+    held_out = compare.chosen(data.held_out["English"], s.eval_windows)
+    rows = []
+    with tempfile.TemporaryDirectory() as temp:
+        folder = Path(s.student or Path(temp) / "student")
+        if not folder.exists():
+            prepare(checkpoint, data, held_out, folder)
+        student = load.open_checkpoint(folder)
+        source = distillation.Teacher(checkpoint, None)
+        judge = Judge(source, held_out)
+        nll, kl = judge(stream.into_memory(load.resident(student, mx.float32)))
+        start = {"nll": nll, "kl": kl}
+        print(json.dumps({"way": "before training", **start}), flush=True)
+        for seed in range(s.seeds):
+            recipe = Recipe(iters=s.iters, max_seq_length=s.max_seq_length, seed=seed)
+            for way in WAYS:
+                model, cost = train(way, student, source, checkpoint, data.train, recipe)
+                nll, kl = judge(model)
+                rows.append({"seed": seed, "way": way, "nll": nll, "kl": kl, **cost})
+                print(json.dumps(rows[-1]), flush=True)
+                del model
+                mx.clear_cache()
+    full = {r["seed"]: r["nll"] for r in rows if r["way"] == "full"}
+    gap = {
+        way: [round(r["nll"] - full[r["seed"]], 4) for r in rows if r["way"] == way] for way in WAYS if way != "full"
+    }
+    print(json.dumps({"nll_minus_full": gap}))
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in vars(replace(s, student=None)).items() if value]
+    result = {
+        "command": " ".join(["scripts/mis benchmarks/rskd.py", *flags]),
+        "system": f"{platform.system()} {platform.machine()}",
+        **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
+        "before_training": start,
+        "rows": rows,
+        "nll_minus_full": gap,
+    }
+    out = ROOT / "results" / f"{platform.system()}-{platform.machine()}".lower()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "rskd.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(cli.parse(Settings))

@@ -1,0 +1,161 @@
+"""Sparse targets: tokens sampled from a teacher (unbiased) or its top tokens, and the forward KL against them.
+
+Knows arrays only. Does not know where targets are kept or which model made them. As in maths/losses, the
+student's logits exist chunk by chunk and the gradient is formed in the pass that forms the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.maths.losses import chunk_rows, softmax_lse
+from mis_mlx.types import MisError
+
+TINY = 1e-37  # stands for 0 under a logarithm; a normal float32, and 1 / TINY is finite
+Formula = Callable[..., tuple[mx.array, mx.array]]  # z (n, V), *targets -> loss (n,), its gradient in z (n, V)
+
+
+def sample(logits: mx.array, count: int, seed: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`count` tokens for each position, drawn from softmax(logits) with replacement (arXiv 2503.16870).
+
+    logits: (n, V), of positions number `first` and up. Returns sizes (n,): how many distinct tokens each
+    position got; ids and counts (sum of sizes,): those of one position after the other, ids rising.
+    counts / count is an unbiased estimate of the softmax. The draws of a position depend on its number and
+    the seed alone, however positions are cut into calls: Philox is a function of a counter.
+    """
+    blocks = -(-count // 4)  # one step of Philox's counter makes four numbers
+    random = np.random.Generator(np.random.Philox(key=seed, counter=first * blocks))
+    drawn = []
+    uniform = np.sort(random.random((len(logits), 4 * blocks))[:, :count], axis=1)
+    for p, u in zip(_softmax(logits), uniform, strict=True):
+        cdf = np.cumsum(p, dtype=np.float64)  # in float32 it would drift over a whole vocabulary
+        # u < 1, but u * total may round up to the total, which no token's share exceeds.
+        u = np.minimum(u * cdf[-1], np.nextafter(cdf[-1], 0.0))
+        drawn.append(np.unique(np.searchsorted(cdf, u, side="right"), return_counts=True))
+    ids, counts = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    return np.array([len(i) for i, _ in drawn]), ids, counts
+
+
+def top(logits: mx.array, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k likeliest tokens of softmax(logits): ids (n, k) rising, probabilities (n, k), the tail's mass (n,).
+
+    logits: (n, V). The tail is what all other tokens have together: cut off, the target would be biased.
+    """
+    p = _softmax(logits)
+    ids = np.sort(np.argpartition(p, -k, axis=1)[:, -k:], axis=1)
+    kept = np.take_along_axis(p, ids, axis=1).astype(np.float64)
+    total = p.sum(axis=1, dtype=np.float64, keepdims=True)
+    tail = np.maximum(total[:, 0] - kept.sum(axis=1), 0.0) / total[:, 0]
+    return ids, (kept / total).astype(np.float32), tail.astype(np.float32)
+
+
+def _softmax(logits: mx.array) -> np.ndarray:
+    p = np.array(mx.softmax(logits.astype(mx.float32), axis=-1))
+    if not np.isfinite(p[:, 0]).all():  # softmax spreads one NaN over its row
+        raise MisError("the teacher's logits are not numbers: it overflows in this precision, use another teacher")
+    return p
+
+
+def sampled_kl_sum(
+    student: mx.array,
+    head: mx.array,
+    ids: mx.array,
+    weights: mx.array,
+    learn: mx.array,
+    rows: int | None = None,
+    frozen_head: bool = False,
+) -> mx.array:
+    """Sum over positions of KL(w || softmax(z_s)) in nats, differentiable in student and head.
+
+    student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  ids, weights: (n, m), the tokens
+    of the target w and their shares, which sum to 1; entries of weight 0 fill a row up. learn: (n,), 0 leaves
+    a position out. frozen_head: no gradient for the head.
+    For w = counts / N of `sample` the gradient, p_s - w per logit, is that of the full KL in expectation; the
+    value is larger by a constant, E KL(w || p_t), which no student can lower.
+    """
+
+    def formula(z: mx.array, ids: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
+        p, lse = softmax_lse(z)
+        kl = (w * (_log(w) - mx.take_along_axis(z, ids, axis=-1) + lse[:, None])).sum(axis=-1)
+        row = mx.arange(len(z))[:, None]
+        return kl, (p * w.sum(axis=-1, keepdims=True)).at[row, ids].add(-w)  # adds: a filled-up id may come twice
+
+    return _sum_by_chunks(formula, student, head, (ids, weights), learn, rows, frozen_head)
+
+
+def top_kl_sum(
+    student: mx.array,
+    head: mx.array,
+    ids: mx.array,
+    probs: mx.array,
+    tail: mx.array | None,
+    learn: mx.array,
+    rows: int | None = None,
+    frozen_head: bool = False,
+) -> mx.array:
+    """Sum over positions of the KL over k + 1 buckets, the k tokens and everything else, in nats.
+
+    ids, probs: (n, k) and tail: (n,) of `top`, probs + tail summing to 1; the rest as in `sampled_kl_sum`.
+    With r = tail / (the student's mass outside the k tokens) the gradient per logit is p_s - probs on the k
+    tokens and p_s * (1 - r) elsewhere: the student spreads the tail as it likes.
+    tail None: the k tokens alone, renormalised, as most stores have it. Biased: what is left out counts as 0.
+    """
+    if tail is None:
+        weights = probs / probs.sum(axis=-1, keepdims=True)
+        return sampled_kl_sum(student, head, ids, weights, learn, rows, frozen_head)
+
+    def formula(z: mx.array, ids: mx.array, q: mx.array, q_rest: mx.array) -> tuple[mx.array, mx.array]:
+        p, lse = softmax_lse(z)
+        rest = mx.put_along_axis(p, ids, mx.zeros_like(q), axis=-1)
+        p_rest = mx.maximum(rest.sum(axis=-1), TINY)  # summed: 1 - sum of the k would cancel to nothing
+        kl = (q * (_log(q) - mx.take_along_axis(z, ids, axis=-1) + lse[:, None])).sum(axis=-1)
+        kl = kl + q_rest * (_log(q_rest) - mx.log(p_rest))
+        outside = rest * (1.0 - q_rest / p_rest)[:, None]
+        return kl, mx.put_along_axis(outside, ids, mx.take_along_axis(p, ids, axis=-1) - q, axis=-1)
+
+    return _sum_by_chunks(formula, student, head, (ids, probs, tail), learn, rows, frozen_head)
+
+
+def _log(q: mx.array) -> mx.array:
+    """log q, finite at 0, so that 0 log 0 is 0."""
+    return mx.log(mx.maximum(q, TINY))
+
+
+def _sum_by_chunks(
+    formula: Formula,
+    student: mx.array,
+    head: mx.array,
+    targets: tuple[mx.array, ...],
+    learn: mx.array,
+    rows: int | None,
+    frozen_head: bool,
+) -> mx.array:
+    """Sum of `formula`'s losses, with its gradients carried to the backward pass as (n, D) and (V, D) arrays."""
+    rows = rows or chunk_rows(head.shape[0])
+
+    @mx.custom_function
+    def forward(h: mx.array, w: mx.array = head) -> tuple[mx.array, ...]:
+        loss, dw = mx.array(0.0), [] if frozen_head else [mx.zeros_like(w)]
+        dh: list[mx.array] = []
+        for start in range(0, h.shape[0], rows):
+            at = slice(start, start + rows)
+            # Each chunk waits for all of the one before, as in losses.kl_sum.
+            waited: Any = mx.depends([h[at], loss, *(t[at] for t in targets)], [*dw, *dh[-1:]])
+            part, loss, *target = waited
+            each, g = formula((part @ w.T).astype(mx.float32), *target)
+            loss = loss + (each * learn[at]).sum()
+            g = (g * learn[at][:, None]).astype(w.dtype)
+            dh.append(g @ w)
+            dw = [mx.addmm(d, g.T, part) for d in dw]
+        return loss, mx.concatenate(dh), *dw
+
+    @forward.vjp
+    def backward(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+        return tuple(cotangents[0] * gradient for gradient in outputs[1:])
+
+    results: Any = forward(student) if frozen_head else forward(student, head)
+    return results[0]

@@ -1,0 +1,199 @@
+"""A student's training from wherever it stands to its end: repaired or taught block by block, then distilled.
+
+Joins the ways of training for `distill`. Every stage is on disk before the next begins, and one that was
+killed goes on from its last checkpoint. Does not know how the student was pruned or what becomes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mis_mlx import cli
+from mis_mlx.disk import checkpoint as protocol
+from mis_mlx.disk import text
+from mis_mlx.disk.files import Files
+from mis_mlx.machine import memory, tea
+from mis_mlx.maths import losses
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.model import load, parts, reconstruct, slice, stream
+from mis_mlx.training import distillation, local, loop, sharded, targets
+from mis_mlx.training.phases import Plan, steps_per_shard
+from mis_mlx.training.recipe import Distillation
+from mis_mlx.training.supervise import supervise
+from mis_mlx.training.weather import Weather
+from mis_mlx.types import Checkpoint, MisError, Step
+
+LOCAL = "local.jsonl"
+
+
+@dataclass
+class Course:
+    """What the stages share. `recipe`: as asked for, its micro-batches as planned."""
+
+    recipe: Distillation
+    folder: Path
+    teacher: Checkpoint
+    data: text.Windows
+    plan: Plan
+    files: Files
+    peak: memory.Peak
+    weather: Weather
+
+    @property
+    def direct(self) -> bool:
+        """Whether the teacher is read past the page cache: where the budget does not hold it."""
+        return self.teacher.nbytes > self.plan.budget_bytes
+
+    def pick(self, count: int, use: int) -> list[mx.array]:
+        """`count` training windows (1, T) for one use; different uses get different ones."""
+        at = np.random.default_rng([self.recipe.seed, use, 1]).permutation(len(self.data.tokens))[:count]
+        return [mx.array(self.data.tokens[i][None]) for i in at]
+
+
+def train(c: Course, pruned: Checkpoint) -> Callable[[str], mx.array]:
+    """The trained weights, by name, once they are."""
+    begun = pruned
+    if c.plan.mode == "sharded" or c.recipe.local_iters:
+        begun = _local(c, pruned)
+    source = _source(c)
+    return _sharded(c, begun, source) if c.plan.mode == "sharded" else _resident(c, begun, source)
+
+
+def _source(c: Course) -> distillation.Source:
+    """The teacher, live; or what it left on disk, written now as far as it is missing."""
+    keeps = c.plan.pinned * c.plan.job.teacher.block_work + c.plan.job.teacher.head_work
+
+    def teacher(room_bytes: int | None) -> distillation.Teacher:
+        return distillation.Teacher(c.teacher, room_bytes, c.direct, c.recipe.temperature)
+
+    if c.recipe.targets == "live":
+        return teacher(None if c.plan.teacher_resident else keeps)
+    at = targets.visited(len(c.data.tokens), c.recipe)
+    data = text.Windows(c.data.tokens[at], c.data.learn[at])
+    cli.say(f"logit store: {len(at)} windows")
+    with cli.progress("targets", len(at)) as show:
+        store = targets.write(c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files,
+                              count=c.recipe.samples, seed=c.recipe.seed, show=show,
+                              windows_per_pass=c.plan.held_windows("logit store"))  # fmt: skip
+    for note in [
+        *store.notes,
+        f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets",
+    ]:
+        cli.say(note)
+    mx.clear_cache()
+    return targets.Cached(store, at)
+
+
+def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
+    """The student as a folder of parts, taught block by block as far as it is not yet."""
+    keep = slice.read_keep(pruned.path)
+    if keep is None:
+        raise MisError(f"{pruned.path} has no keep.json, which says what each block stands for: prune it with mis_mlx")
+    student = parts.begin(pruned, c.folder / "parts", c.files)
+    if (c.folder / "steps").exists():  # the next stage has begun
+        return student
+    r, iters = c.recipe, c.recipe.local_iters or 0
+    recipe = replace(r, iters=iters, learning_rate=r.local_learning_rate, batch_size=1,
+                     grad_accumulation_steps=r.batch_size * r.grad_accumulation_steps)  # fmt: skip
+    cli.say(f"local: {len(keep.layers)} blocks, {iters} steps each")
+    steps = local.train(
+        c.teacher, pruned, student, keep, c.pick(r.local_samples, 2), recipe, folder=c.folder,
+        held=c.plan.held_windows("local"), files=c.files, direct=c.direct,
+    )  # fmt: skip
+    total = len(keep.layers) * iters
+    supervise(steps, c.folder, total, total + 1, lambda number: None, c.weather, c.peak, c.files, LOCAL, "local")
+    return student
+
+
+def _resident(c: Course, begun: Checkpoint, source: distillation.Source) -> Callable[[str], mx.array]:
+    student = load.resident(begun, mx.float32)
+    optimizer = GoralW(weight_decay=c.recipe.weight_decay)
+
+    def restore(arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
+        loop.restore(student, optimizer, arrays, memory)
+
+    def begin() -> None:
+        keep = slice.read_keep(begun.path)
+        if c.recipe.reconstruct_samples and keep and not c.recipe.local_iters:
+            cli.say("reconstruct: refit every down_proj to the teacher's stream")
+            mended, _ = reconstruct.reconstruct(c.teacher, begun, keep, c.pick(c.recipe.reconstruct_samples, 2))
+            student.load_weights(list(mended.items()), strict=False)
+        stream.into_memory(student, f"{begun.path}: ")
+
+    run = _Run(c, lambda: loop.arrays_of(student, optimizer), optimizer.memory)
+    start = run.start(begin, restore)
+    student.train()
+    r = c.recipe
+    steps = distillation.steps(student, source, c.data, r, optimizer, start, lambda: run.sigma)
+    run.finish(steps, r.save_every)
+    return dict(tree_flatten(student.parameters())).__getitem__
+
+
+def _sharded(c: Course, begun: Checkpoint, source: distillation.Source) -> Callable[[str], mx.array]:
+    r, visit = c.recipe, steps_per_shard(c.plan.job, c.plan.shard_layers)
+    student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, 0, c.direct)
+    run = _Run(c, student.arrays, student.memory)
+    start = run.start(student.begin, student.restore)
+    steps = sharded.steps(
+        student,
+        distillation.cut(source, c.data, r),
+        partial(source.kl_sum, frozen_head=True),
+        r.schedule,
+        start,
+        lambda step: losses.halny_factor(run.sigma, r.seed, step),
+    )
+    run.finish(steps, min(r.save_every, max(1, visit // 2)))  # two checkpoints of every visit: see Sharded
+    return partial(load.dense, load.open_checkpoint(begun.path))
+
+
+@dataclass
+class _Run:
+    """Checkpoints of one training, whichever way it goes. sigma: spread of eps_halny until the next of them."""
+
+    course: Course
+    arrays: Callable[[], dict[str, dict[str, mx.array]]]
+    memory: Callable[[], dict[str, Any]]
+    sigma: float = 0.0
+
+    def start(self, begin: Callable[[], None], restore: Callable[..., None]) -> int:
+        """Steps done: of the newest checkpoint, put back by `restore`; or 0 after `begin`, and that saved."""
+        c, folder = self.course, self.course.folder / "steps"
+        if saved := protocol.newest(folder, c.files):
+            for note in [*saved.notes, f"continuing from step {saved.number}"]:
+                cli.say(note)
+            arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
+            restore(arrays, saved.state["optimizer"])
+            c.weather.breaks = tea.TeaBreaks(**saved.state["tea"])
+            self.sigma = saved.state["halny_sigma"]
+            return saved.number
+        begin()
+        c.files.make_folder(folder)
+        self.save(0)
+        return 0
+
+    def save(self, number: int) -> None:
+        """One checkpoint: weights, moments, and everything else a resumed run needs."""
+        c = self.course
+        # The wind is fixed from one checkpoint to the next, so that a resumed run meets the same.
+        self.sigma = c.weather.sigma() if c.recipe.halny is None else c.recipe.halny
+        arrays = {k: v for k, v in self.arrays().items() if v}
+        state = {
+            "arrays": list(arrays),
+            "optimizer": self.memory(),
+            "halny_sigma": self.sigma,
+            "tea": c.weather.breaks.saved(),
+        }
+        protocol.save_step(c.folder / "steps", number, arrays, state, c.files)
+
+    def finish(self, steps: Iterator[Step], save_every: int) -> None:
+        """Run the steps to their end."""
+        c = self.course
+        supervise(steps, c.folder, c.recipe.iters, save_every, self.save, c.weather, c.peak, c.files)

@@ -1,0 +1,330 @@
+"""The phases of a distillation in bytes, operations and memory, and which way of training fits a budget.
+
+Does not know flags, nor how the work is done. `resident`: the student fits with gradients and moments.
+`sharded`: it is streamed, some blocks of it trainable at a time, after `local`, one block at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from mis_mlx.machine.rates import Rates
+from mis_mlx.model import arch
+from mis_mlx.training import planning
+from mis_mlx.training.planning import STATE_BYTES, Model, Phase, forward_flops, room, streamed_pass
+from mis_mlx.training.recipe import Distillation
+from mis_mlx.types import gib
+
+SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
+LOCAL_ITERS = 16  # of a student that does not fit (measured: benchmarks/local.py)
+SAMPLES = 50  # tokens of a position in the logit store
+TEXTS = 2  # held-out texts that models are measured on
+
+Mode = Literal["resident", "sharded"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A distillation as asked for. `batch` windows of `length` tokens are a micro-batch; counts are of windows."""
+
+    teacher: Model
+    student: Model  # as pruned, before training
+    iters: int
+    batch: int
+    accumulate: int
+    length: int
+    calibration: int
+    repair: int  # 0: no closed-form fit, not in `local` either
+    local: int
+    local_iters: int | None  # steps of each block before the whole is trained; None: only for a sharded student
+    held_out: int
+    save_every: int
+    targets: Literal["live", "cached"] = "live"
+    modes: tuple[Mode, ...] = ("resident", "sharded")
+    shrink: bool = True  # whether the micro-batch may be cut
+
+    @property
+    def step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch * self.accumulate * self.length
+
+    def local_steps(self, mode: Mode) -> int:
+        """Steps of each block in `local` when the student is then trained this way."""
+        return LOCAL_ITERS * (mode == "sharded") if self.local_iters is None else self.local_iters
+
+    @property
+    def target_bytes(self) -> int:
+        """A position in the logit store, at the most: a size, and id and count of every sample."""
+        return 1 + SAMPLES * ((2 if self.teacher.shape.vocab <= 2**16 else 4) + 1)
+
+
+def _tensor(m: Model) -> int:
+    """Bytes to rewrite the largest tensor: as stored, cut and converted; or de-quantized and converted."""
+    per = 12 if m.packed else 2 * math.ceil(m.nbytes / arch.params(m.config)) + 2
+    return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
+
+
+def _refit(m: Model, tokens: int) -> tuple[int, float]:
+    """(bytes, operations) of a closed-form fit: normal equations in float64, their solution, a batch in float32."""
+    f, d = m.shape.ffn, m.shape.hidden
+    return 36 * f * (f + d), f * (2.0 * tokens * (f + d) + f * f)
+
+
+def prune(job: Job, limit: int) -> Phase:
+    """Calibrate, then copy what is kept, tensor by tensor."""
+    t, length = job.teacher, job.length
+    p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
+    p = replace(p, peak_bytes=max(p.peak_bytes, _tensor(t)), read_bytes=p.read_bytes + t.nbytes)
+    return replace(p, written_bytes=p.written_bytes + job.student.nbytes)
+
+
+def repair(job: Job) -> Phase:
+    """Both models side by side, every down_proj refitted (model/reconstruct); the new ones wait in memory."""
+    m, length, tokens = job.student, job.length, job.repair * job.length
+    small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
+    fit_bytes, fit_flops = _refit(m, tokens)
+    beside = small.peak_bytes + fit_bytes + 4 * m.shape.layers * m.shape.ffn * m.shape.hidden
+    big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
+    flops = big.flops + 2 * small.flops + m.shape.layers * fit_flops
+    return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)
+
+
+def store(job: Job, limit: int) -> Phase:
+    """The teacher's sampled logits for all training tokens: one pass for as many windows as memory takes."""
+    t, length, windows = job.teacher, job.length, job.iters * job.batch * job.accumulate
+    one = streamed_pass("logit store", t, length, length, length, spool=False)
+    more = room(limit, one.peak_bytes) // (length * t.shape.hidden * t.item)
+    passes = math.ceil(windows / (1 + more))
+    peak = one.peak_bytes + min(more, windows - 1) * length * t.shape.hidden * t.item
+    written = windows * length * job.target_bytes
+    return replace(
+        one,
+        read_bytes=passes * one.read_bytes,
+        written_bytes=written,
+        peak_bytes=peak,
+        flops=windows * one.flops,
+        held_tokens=(1 + more) * length,
+    )
+
+
+def local(job: Job, micro: int, limit: int, iters: int) -> Phase:
+    """Student blocks one by one, each taught what the teacher's do in its place (training/local)."""
+    t, m, length, batch = job.teacher, job.student, job.length, micro * job.length
+    layers, b, tokens = m.shape.layers, m.block_params, job.local * job.length
+    fit_bytes, fit_flops = _refit(m, tokens) if job.repair else (0, 0.0)
+    backward = max(planning.activation_bytes(m.config, micro, length) // layers, planning.update_bytes(m.config, True))
+    peak = t.slots_bytes + t.body_bytes(planning.workspace_bytes(t, batch, length))
+    peak += max(STATE_BYTES * b + backward, 4 * b + fit_bytes)
+    theirs, ours = t.shape.hidden * t.item, m.shape.hidden * (t.item + 4)  # of a token, in three streams
+    held = min(tokens, room(limit, peak) // (batch * (theirs + ours)) * batch)
+    moved = (tokens - held) * (theirs * (t.shape.layers + 1) + ours * layers)
+    read = t.shape.layers * t.block_bytes + m.nbytes + 2 * moved  # once to march on, once to learn from
+    written = 4 * (arch.params(m.config) + layers * b) + moved
+    flops = forward_flops(t, tokens, length, False) + layers * fit_flops
+    flops += forward_flops(m, 2 * tokens + 3 * iters * job.step, length, False)
+    spooled = (tokens - held) * (theirs + ours)
+    peak += held * (theirs + ours)
+    return Phase("local", read, written, peak, flops, True, spooled_bytes=spooled, held_tokens=held)
+
+
+def resident(job: Job, micro: int, limit: int) -> Phase:
+    """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
+    t, m, length = job.teacher, job.student, job.length
+    peak, keeps = planning.training_bytes(m.config, micro, length), 0
+    read, flops = job.iters * job.step * job.target_bytes, 3 * forward_flops(m, job.step, length)
+    if job.targets == "live":
+        # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
+        body = t.body_bytes(planning.workspace_bytes(t, micro * length, length))
+        peak += max(0, body - planning.activation_bytes(m.config, micro, length))
+        peak += t.slots_bytes + t.head_work + job.step * t.shape.hidden * t.item
+        keeps = planning.pins(t, room(limit, peak))
+        read = t.head_bytes + t.block_bytes * (keeps + job.iters * (t.shape.layers - keeps))
+        flops += forward_flops(t, job.step, length)
+    written = (job.iters // job.save_every + 2) * SAVED_BYTES * arch.params(m.config) + m.nbytes
+    peak += keeps * t.block_work
+    return Phase("distil", m.nbytes + read, written, peak, job.iters * flops, True, pinned=keeps)
+
+
+def sharded(job: Job, micro: int, shard: int) -> Phase:
+    """The student streamed from float32 files, `shard` blocks in memory and trained (training/sharded)."""
+    t, m, length = job.teacher, job.student, job.length
+    s, b, shards = m.shape, m.block_params, math.ceil(m.shape.layers / shard)
+    visits = math.ceil(job.iters / steps_per_shard(job, shard))
+    above = sum(s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)) / shards  # blocks, on average
+    back = s.layers * job.step * s.hidden * 4 + planning.activation_bytes(m.config, micro, length) // s.layers
+    back += 4 * m.head_params + planning.logit_bytes(s.vocab, micro * length) + 4 * b
+    peak = (2 * 4 + STATE_BYTES * shard) * b + max(back, planning.update_bytes(m.config, True))
+    read = 4.0 * b * (s.layers - shard + max(0.0, above - 1))  # the last block turns round in memory
+    forward = forward_flops(m, job.step, length, False) / s.layers  # of a block
+    flops = forward * (s.layers - 1 + 2 * above + 3 * shard) + 4.0 * job.step * m.head_params
+    if job.targets == "live":
+        signal = streamed_pass("", t, job.step, micro * length, length, head=False, spool=False)
+        peak, read = peak + signal.peak_bytes + t.head_work, read + signal.read_bytes
+        flops += forward_flops(t, job.step, length)
+    else:
+        read += job.step * job.target_bytes
+    saves = max(job.iters // job.save_every + 2, 2 * visits)  # a resume needs one of every visit
+    trained = 4 * b * min(s.layers, visits * shard)
+    read = job.iters * read + visits * 4 * m.head_params + trained
+    return Phase("distil", int(read), trained + SAVED_BYTES * b * shard * saves, peak, job.iters * flops, True)
+
+
+def steps_per_shard(job: Job, shard: int) -> int:
+    """Steps that a shard is trained before the next one comes: all have had their turn when the run ends."""
+    return math.ceil(job.iters / math.ceil(job.student.shape.layers / shard))
+
+
+def quantize(job: Job) -> Phase:
+    """4 bits in groups of 64, the embedding and the head 8 (model/pack), tensor by tensor."""
+    wide = job.student.head_params * (1 if job.student.shape.tied else 2)
+    written = arch.params(job.student.config) * 9 // 16 + wide // 2
+    return Phase("quantize", job.student.nbytes, written, _tensor(job.student) + 2 * job.student.head_params, 0.0)
+
+
+def measure(job: Job) -> Phase:
+    """Teacher, pruned, distilled and 4-bit student on the same windows, one after the other, heads all at once."""
+    t, m, tokens = job.teacher, job.student, job.held_out * job.length
+    body = max(x.body_bytes(planning.workspace_bytes(x, job.length, job.length)) for x in (t, m))
+    body = max(body, 2 * m.block_params * m.item)  # the 4-bit student's blocks
+    heads = t.head_work + 3 * m.head_work + 8 * 4 * planning.chunk_rows(m.shape.vocab) * m.shape.vocab
+    peak = t.slots_bytes + 2 * m.slots_bytes + 2 * m.block_params + max(body, heads)
+    peak += tokens * (t.shape.hidden * t.item + 3 * m.shape.hidden * m.item)
+    read = TEXTS * (t.nbytes + 2 * m.nbytes + quantize(job).written_bytes)
+    flops = TEXTS * (forward_flops(t, tokens, job.length) + 3 * forward_flops(m, tokens, job.length))
+    return Phase("measure", read, 0, peak, flops)
+
+
+def timed_bytes(config: Mapping[str, Any]) -> int:
+    """Memory of stock mlx-lm with the model whole: as stored, and as float32."""
+    return 6 * arch.params(config)
+
+
+def token(m: Model, length: int, limit: int) -> Phase:
+    """One token after `length` others, blocks kept from the token before as far as they fit."""
+    cache = 2 * m.shape.layers * length * m.shape.kv_heads * m.shape.head_dim * m.item
+    made = streamed_pass("one token", m, 1, 1, length, limit, spool=False, again=True, beside_bytes=cache)
+    return replace(made, touched_bytes=m.shape.layers * m.block_work + m.head_work + cache)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to do the job under a budget."""
+
+    job: Job
+    budget_bytes: int
+    rates: Rates
+    mode: Mode
+    micro_batch: int  # windows
+    shard_layers: int  # trainable at a time; 0: all
+    phases: tuple[Phase, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the largest phase."""
+        return max(p.peak_bytes for p in self.phases)
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """What a resumed run must not change, as arguments of `one`."""
+        return {"mode": self.mode, "micro": self.micro_batch, "shard": self.shard_layers}
+
+    def recipe(self, asked: Distillation) -> Distillation:
+        """The recipe that was asked for, with micro-batches and local steps as planned."""
+        cut = self.job.batch // self.micro_batch
+        return replace(
+            asked,
+            batch_size=self.micro_batch,
+            grad_accumulation_steps=asked.grad_accumulation_steps * cut,
+            local_iters=self.job.local_steps(self.mode),
+        )
+
+    def held_windows(self, name: str) -> int:
+        """How many windows of hidden states the phase of this name keeps in memory."""
+        return next(p.held_tokens for p in self.phases if p.name == name) // self.job.length
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase keeps to the budget."""
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Of all phases, the machine cool."""
+        return sum(p.seconds(self.rates) for p in self.phases)
+
+    @property
+    def read_bytes(self) -> int:
+        """By all phases."""
+        return sum(p.read_bytes for p in self.phases)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Files there may be at once, the teacher's not among them: models, two checkpoints, scratch."""
+        m = self.job.student
+        params, shard = arch.params(m.config), m.block_params * self.shard_layers
+        run = 2 * SAVED_BYTES * (shard or params) + (4 * params if shard else 0)
+        kept = sum(p.written_bytes for p in self.phases if p.name in ("quantize", "logit store"))
+        return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in self.phases)
+
+    @property
+    def pinned(self) -> int:
+        """Teacher blocks that stay in memory during training."""
+        return max(p.pinned for p in self.phases)
+
+    @property
+    def teacher_resident(self) -> bool:
+        """Whether all of them do."""
+        return self.pinned == self.job.teacher.shape.layers
+
+
+def ways(job: Job) -> Iterator[tuple[Mode, int, int]]:
+    """(mode, micro-batch, shard) of all that could be tried; a micro-batch divides the one asked for."""
+    for micro in (n for n in range(job.batch, 0, -1) if job.batch % n == 0 and (job.shrink or n == job.batch)):
+        for mode in job.modes:
+            for shard in (0,) if mode == "resident" else range(job.student.shape.layers, 0, -1):
+                yield mode, micro, shard
+
+
+def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) -> Plan:
+    """The plan of one way, whether it fits or not."""
+    phases = [prune(job, limit)]
+    if job.targets == "cached":
+        phases.append(store(job, limit))
+    if job.local_steps(mode) or mode == "sharded":  # which refits each block itself
+        phases.append(local(job, micro, limit, job.local_steps(mode)))
+    elif job.repair:
+        phases.append(repair(job))
+    phases.append(resident(job, micro, limit) if mode == "resident" else sharded(job, micro, shard))
+    return Plan(job, limit, rates, mode, micro, shard, (*phases, quantize(job), measure(job)))
+
+
+def make(job: Job, budget_bytes: int, rates: Rates) -> Plan:
+    """The best plan that fits: resident before sharded, then the largest micro-batch, then the one that reads
+    least; if none fits, the one that needs least memory."""
+    plans = [one(job, budget_bytes, rates, *way) for way in ways(job)]
+    fitting = [p for p in plans if p.fits]
+    if not fitting:
+        return min(plans, key=lambda p: p.peak_bytes)
+    return min(fitting, key=lambda p: (p.mode != "resident", -p.micro_batch, p.read_bytes))
+
+
+def least_bytes(job: Job, rates: Rates) -> int:
+    """The smallest budget in which some way of doing the job fits."""
+    return min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
+
+
+def remedy(plan: Plan) -> str:
+    """What would make it fit, in one sentence with both numbers; empty when it fits."""
+    if plan.fits:
+        return ""
+    job, worst = plan.job, max(plan.phases, key=lambda p: p.peak_bytes)
+    least = planning.flag(least_bytes(job, plan.rates))
+    text = f"{worst.name} needs {gib(worst.peak_bytes)}, the budget is {gib(plan.budget_bytes)}: give --budget {least}"
+    tries = [("--reconstruct-samples 0", replace(job, repair=0))] if job.repair else []
+    shorter = [n for n in (job.length >> k for k in range(1, 8)) if n >= 16]
+    tries += [(f"--max-seq-length {n} instead of {job.length}", replace(job, length=n)) for n in shorter]
+    fitting = [name for name, other in tries if make(other, plan.budget_bytes, plan.rates).fits]
+    return f"{text}, or {fitting[0]}" if fitting else f"{text}; smaller batches or shorter windows do not help"

@@ -1,0 +1,240 @@
+"""What a pass over a model takes: bytes read and written, peak memory, float operations; and whether that fits.
+
+Arithmetic on configs and sizes: reads no weights, starts nothing. Does not know what a distillation is made of
+(training/phases). Numbers that come from the engine name their origin, and tests hold the two together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mis_mlx.disk import hub
+from mis_mlx.disk.files import DISK, reported
+from mis_mlx.machine import rates
+from mis_mlx.machine.memory import cache_bytes
+from mis_mlx.machine.rates import Rates
+from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.model import arch, load
+from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.types import Budget, Checkpoint, MisError
+
+CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
+UPDATE_ARRAYS = 4  # two moments, their quotient, the weight: MLX makes up to 12 ahead, but not beyond its limit
+SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
+STATE_BYTES = 16  # of a trained parameter: weight, gradient and two moments, float32
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in bytes: as it lies on disk, and (`*_work`) as it computes."""
+
+    config: Mapping[str, Any]
+    shape: Shape
+    block_params: int
+    block_bytes: int  # on disk, of the largest block
+    head_bytes: int  # on disk
+    nbytes: int  # on disk, all of it
+    item: int  # bytes of a number in computation: 4 on a CPU, 2 on Metal
+    packed: bool
+    as_stored: bool  # computes from the bytes that were read, without a converted copy
+
+    @property
+    def block_work(self) -> int:
+        """Bytes of a block that stays in memory."""
+        return self.block_bytes if self.as_stored else self.block_params * self.item
+
+    @property
+    def head_params(self) -> int:
+        """Parameters of the vocabulary head, V x D."""
+        return self.shape.vocab * self.shape.hidden
+
+    @property
+    def head_work(self) -> int:
+        """Bytes of the vocabulary head in memory."""
+        return self.head_bytes if self.packed and self.as_stored else self.head_params * self.item
+
+    @property
+    def slots_bytes(self) -> int:
+        """The two buffers that blocks are read into in turn."""
+        return 2 * self.block_bytes
+
+    def body_bytes(self, workspace: int) -> int:
+        """Beside the slots while blocks are made and used: the workspace, and a converted copy if one is needed.
+
+        De-quantizing on a CPU holds a second copy for a moment, because MLX runs ahead (measured).
+        """
+        if self.as_stored:
+            return workspace
+        return self.block_work + max(workspace, self.block_work if self.packed else 0)
+
+
+def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None) -> Model:
+    """The sizes of a checkpoint; or of a config alone, stored as its dtype or its quantization says.
+
+    gpu: whether it is to compute on Metal; default: as this process does.
+    """
+    gpu = not load.unpacks() if gpu is None else gpu
+    config = source.config if isinstance(source, Checkpoint) else source
+    s, work = shape_of(config), "float16" if gpu else "float32"
+    block = sum(map(math.prod, arch.layer_tensors(config).values()))
+    if isinstance(source, Checkpoint):
+        blocks, floats = [0] * s.layers, set()
+        for name, t in source.tensors.items():
+            if name.startswith("model.layers."):
+                blocks[int(name.split(".")[2])] += t.nbytes
+                floats.add(KINDS.get(t.dtype, t.dtype))
+        head = sum(t.nbytes for n, t in source.tensors.items() if n.startswith(load.head_prefix(source)))
+        packed, nbytes, block_bytes = "U32" in floats, source.nbytes, max(blocks)
+    else:
+        settings, kind = config.get("quantization") or {}, config.get("torch_dtype") or config.get("dtype")
+        packed, floats = "bits" in settings, {kind if kind in SIZES else "bfloat16"}
+        per = settings["bits"] / 8 + 4 / settings["group_size"] if packed else SIZES[min(floats)]
+        head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, arch.params(config), block))
+    as_stored = gpu if packed else floats == {work}
+    return Model(config, s, block, block_bytes, head, nbytes, SIZES[work], packed, as_stored)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage. `pinned` blocks stay in memory between passes; `spooled_bytes` of hidden states lie on disk."""
+
+    name: str
+    read_bytes: int
+    written_bytes: int
+    peak_bytes: int
+    flops: float
+    training: bool = False
+    touched_bytes: int = 0  # weights fetched from memory; counts where there is little to do with each
+    pinned: int = 0
+    spooled_bytes: int = 0
+    held_tokens: int = 0  # whose hidden states stay in memory
+
+    def seconds(self, at: Rates, hot: bool = False) -> float:
+        """What takes longest: the disk, the arithmetic, or fetching weights from memory; they overlap."""
+        disk = self.read_bytes / at.read_bytes_per_s + self.written_bytes / at.write_bytes_per_s
+        flops_per_s = at.training_flops_per_s if self.training else at.forward_flops_per_s
+        work = self.flops / (flops_per_s * (at.hot if hot else 1.0))
+        return max(disk, work, self.touched_bytes / at.memory_bytes_per_s)
+
+
+def forward_flops(m: Model, tokens: int, length: int, head: bool = True) -> float:
+    """2 for each parameter a token meets (looking up an embedding is free), and causal attention."""
+    s = m.shape
+    block = m.block_params + s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
+    return 2.0 * tokens * (s.layers * block + (m.head_params if head else 0))
+
+
+def workspace_bytes(m: Model, tokens: int, length: int) -> int:
+    """The most that a block's forward pass over one micro-batch holds, float32."""
+    s = m.shape
+    return 4 * tokens * (8 * s.hidden + 3 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length)
+
+
+def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
+    """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks."""
+    s = shape_of(config)
+    per_token = 8 * s.hidden + 4 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + 2 * s.heads * length
+    return 4 * s.layers * batch * length * per_token
+
+
+def logit_bytes(vocab: int, tokens: int) -> int:
+    """The chunks of logits under way at once, five float32 arrays each (maths/losses)."""
+    rows = chunk_rows(vocab)
+    return 5 * min(CHUNKS_AHEAD, math.ceil(tokens / rows)) * rows * vocab * 4
+
+
+def update_bytes(config: Mapping[str, Any], blocks_only: bool = False) -> int:
+    """What the optimizer's update of the largest weight needs beside weights, gradients and moments."""
+    tensors = arch.layer_tensors(config) if blocks_only else arch.tensors_of(config)
+    return UPDATE_ARRAYS * 4 * max(map(math.prod, tensors.values()))
+
+
+def training_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
+    """A resident student: weights, gradients, moments, and then either activations, the head's gradient and
+    chunks of logits, or the update."""
+    s = shape_of(config)
+    head = 2 * s.vocab * s.hidden * 4 + logit_bytes(s.vocab, batch * length)
+    return STATE_BYTES * arch.params(config) + max(activation_bytes(config, batch, length) + head, update_bytes(config))
+
+
+def room(limit_bytes: int, taken_bytes: int) -> int:
+    """What a budget leaves for what is welcome but not needed, once MLX's cache has its share."""
+    return max(0, limit_bytes - cache_bytes(limit_bytes) - taken_bytes)
+
+
+def pins(m: Model, room_bytes: int) -> int:
+    """How many blocks, counted from the first, stay in memory for good in this much of it."""
+    return min(m.shape.layers, room_bytes // m.block_work)
+
+
+def streamed_pass(
+    name: str,
+    m: Model,
+    tokens: int,
+    micro_tokens: int,
+    length: int,
+    limit_bytes: int = 0,
+    *,
+    head: bool = True,
+    spool: bool = True,
+    again: bool = False,
+    beside_bytes: int = 0,
+) -> Phase:
+    """One pass from disk over `tokens`, block by block, all micro-batches in each: what `stream.Stream` does.
+
+    head: with logits at the end. spool: hidden states that find no room are written and read once a block.
+    again: one of many alike, so that what the budget leaves holds the head and then blocks 0, 1, 2 ... from
+    the pass before. beside_bytes: memory that others hold meanwhile.
+    """
+    s, head_work = m.shape, m.head_work if head else 0
+    body = m.body_bytes(workspace_bytes(m, micro_tokens, length))
+    logits = logit_bytes(s.vocab, micro_tokens) if head else 0
+    if head and m.packed and not m.as_stored:
+        logits = max(logits, head_work * 3 // 2)  # de-quantizing it, MLX runs ahead here too
+    fixed = beside_bytes + m.slots_bytes + SMALL_BYTES
+    peak, kept_head = fixed + max(body, head_work + logits), fixed + max(body, logits) + head_work
+    hidden, batch = tokens * s.hidden * m.item, micro_tokens * s.hidden * m.item
+    held = min(hidden, room(limit_bytes, peak) // batch * batch) if spool else hidden
+    moved = (hidden - held) * (s.layers + 1)
+    keeps, head_read, peak = 0, m.head_bytes if head else 0, peak + held
+    if again and kept_head + held + cache_bytes(limit_bytes) <= limit_bytes:
+        keeps, head_read = pins(m, room(limit_bytes, kept_head + held)), 0
+        peak = kept_head + held + keeps * m.block_work
+    read = (s.layers - keeps) * m.block_bytes + head_read + moved
+    flops = forward_flops(m, tokens, length, head)
+    return Phase(name, read, moved, peak, flops, False, 0, keeps, hidden - held, held // (s.hidden * m.item))
+
+
+def flag(nbytes: int) -> str:
+    """A size as --budget takes it, rounded up: '612MiB'."""
+    return f"{math.ceil(nbytes / 2**20)}MiB"
+
+
+def fit(budget: Budget, *phases: Phase, remedy: str = "") -> None:
+    """Refuse before work starts, when the largest phase does not fit: MisError with both numbers and a remedy."""
+    worst = max(phases, key=lambda p: p.peak_bytes)
+    default = f"give --budget {flag(worst.peak_bytes)} or more, or lower --max-seq-length or --batch-size"
+    budget.need(worst.peak_bytes, worst.name, remedy or default)
+
+
+def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = False) -> Rates:
+    """Documented rates of an M1 Air, or this machine's: measured now, measured earlier, or assumed.
+
+    What is measured is kept in the cache folder for every later plan.
+    """
+    if name == "m1-air":
+        if measure:
+            raise MisError("--measure measures this machine, --machine m1-air is another: leave one of them out")
+        return rates.M1_AIR
+    path = hub.cache_root() / "rates.json"
+    if not measure:
+        return rates.load(path) or rates.assumed()
+    with hub.locked(path.parent), reported(path.parent, "a measurement of the disk"):
+        found = rates.measure(path.parent)
+        DISK.replace_text(path, rates.to_json(found))
+    return found

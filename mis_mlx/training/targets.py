@@ -1,0 +1,115 @@
+"""Cached distillation: the teacher read once, its sparse targets on disk, then students trained without it.
+
+Does not know optimizers or flags. A window's targets depend on the teacher, the window and the seed alone:
+not on how many windows went through the teacher together, nor on where writing was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.disk import logits, runs, text
+from mis_mlx.disk.files import Files
+from mis_mlx.maths import losses, sparse
+from mis_mlx.model.config import shape_of
+from mis_mlx.training.distillation import MicroBatch, Teacher
+from mis_mlx.training.recipe import Recipe
+from mis_mlx.types import Batch, Checkpoint, MisError
+
+
+def visited(n_windows: int, recipe: Recipe) -> np.ndarray:
+    """The windows of the data that a run's steps train on, rising: those that need targets."""
+    each = recipe.batch_size * recipe.grad_accumulation_steps
+    steps = [text.order(n_windows, each, step, recipe.seed) for step in range(recipe.iters)]
+    return np.unique(np.concatenate(steps))
+
+
+def write(
+    checkpoint: Checkpoint,
+    teacher: Callable[[], Teacher],
+    data: text.Windows,
+    folder: Path,
+    files: Files,
+    *,
+    kind: Literal["sampled", "top"] = "sampled",
+    count: int = 50,
+    seed: int = 0,
+    windows_per_pass: int = 64,
+    show: Callable[[int, str], None] = lambda done, text: None,
+) -> logits.Targets:
+    """The finished store of `data`'s targets in `folder`: made, or what is missing of it. Hold the run's lock.
+
+    checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed through
+    once for every `windows_per_pass` windows. count: samples a position (kind sampled), or k (kind top).
+    show(windows done, text).
+    """
+    fingerprint = runs.origin(checkpoint, "")["teacher"]
+    vocab = shape_of(checkpoint.config).vocab
+    n, length = data.tokens.shape
+    spec = logits.Spec(kind, count, vocab, n, length, fingerprint, text.fingerprint(data), seed)
+    store = logits.create(folder, spec, files)
+    if not (missing := store.missing()):
+        return store
+    source = teacher()
+    for start in range(0, len(missing), windows_per_pass):
+        group = missing[start : start + windows_per_pass]
+        hidden = source.hidden([mx.array(data.tokens[w][None]) for w in group])
+        for at, w in enumerate(group):
+            store.put(w, _targets(source, hidden[at][0], spec, w * length))
+            show(n - len(missing) + start + at + 1, f"{store.bytes_per_token:.0f} bytes/token")
+    return store
+
+
+def _targets(teacher: Teacher, hidden: mx.array, spec: logits.Spec, first: int) -> dict[str, np.ndarray]:
+    """A window's arrays for the store, from its hidden states (T, D); `first`: the number of its first position."""
+    parts, rows = [], losses.chunk_rows(spec.vocab)
+    for start in range(0, len(hidden), rows):
+        z = teacher.logits(hidden[start : start + rows])
+        top = spec.kind == "top"
+        parts.append(sparse.top(z, spec.count) if top else sparse.sample(z, spec.count, spec.seed, first + start))
+    return {name: np.concatenate(arrays) for name, arrays in zip(spec.dtypes(), zip(*parts, strict=True), strict=True)}
+
+
+class Cached:
+    """A store in the place of a Teacher: `distillation.steps` trains against it, with no teacher in memory.
+
+    windows: which windows of the training data the store's are, rising (`visited`); default: all of them.
+    tail False: of a store of top tokens, those alone, renormalised; biased, for comparison.
+    """
+
+    def __init__(self, store: logits.Targets, windows: np.ndarray | None = None, tail: bool = True):
+        self._store, self._tail = store, tail
+        self._windows = np.arange(store.spec.windows) if windows is None else windows
+        if len(self._windows) != store.spec.windows:
+            raise ValueError(f"{len(self._windows)} windows for a store of {store.spec.windows}")
+
+    def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray]) -> list[MicroBatch]:
+        """Tokens, learn, ids and weights (B * T, m), and the tails (B * T,) where the store has them."""
+        made = []
+        for batch, wanted in zip(batches, windows, strict=True):
+            rows = np.searchsorted(self._windows, wanted)
+            if not np.array_equal(np.take(self._windows, rows, mode="clip"), wanted):
+                raise ValueError(f"windows {wanted} are not all in {self._store.folder}")
+            ids, weights, tail = self._store.windows(rows)
+            flat = [mx.array(a.reshape(batch.learn.size, -1)) for a in (ids, weights)]
+            if tail is not None:
+                flat.append(mx.array(tail.reshape(-1)))
+            made.append((batch.tokens, batch.learn.reshape(-1), *flat))
+        return made
+
+    def kl_sum(
+        self, hidden: mx.array, head: mx.array, learn: mx.array, *target: mx.array, frozen_head: bool = False
+    ) -> mx.array:
+        """Sum of the KL in nats of a student's hidden states (n, D) and head (V, D) against stored targets."""
+        if head.shape[0] != (vocab := self._store.spec.vocab):
+            raise MisError(f"the targets are for {vocab} tokens, the student has {head.shape[0]}: use its teacher")
+        ids, weights, *tail = target
+        if self._store.spec.kind == "sampled":
+            return sparse.sampled_kl_sum(hidden, head, ids, weights, learn, frozen_head=frozen_head)
+        outside = tail[0] if self._tail else None
+        return sparse.top_kl_sum(hidden, head, ids, weights, outside, learn, frozen_head=frozen_head)

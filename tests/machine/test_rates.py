@@ -1,0 +1,104 @@
+"""Rates: measured on a real file that goes away again, kept in JSON, believed for the same device only."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.machine import rates
+from mis_mlx.types import MisError
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("nbytes", [64 * MIB, MIB])
+def test_a_file_is_written_read_and_removed(tmp_path: Path, nbytes: int) -> None:
+    """Two plausible rates (a floppy to ten times the best SSD), nothing left behind."""
+    read, written = rates.disk_bytes(tmp_path, nbytes)
+    assert 1e5 < read < 1e11 and 1e5 < written < 1e11
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a file system in memory, which refuses O_DIRECT")
+def test_where_the_page_cache_cannot_be_passed() -> None:
+    """Direct reading is refused there: it is read the ordinary way."""
+    read, _ = rates.disk_bytes(Path("/dev/shm"), MIB)
+    assert read > 0 and not list(Path("/dev/shm").glob(".tmp-rates-*"))
+
+
+def test_what_was_read_is_what_was_written(tmp_path: Path) -> None:
+    """The whole file, in pieces: the reader's own count divided by its rate is a time that passed."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(4 * MIB))
+    assert rates._read(path, MIB, 4) > 0
+    fd = rates._open_direct(path)
+    try:
+        assert os.fstat(fd).st_size == 4 * MIB
+    finally:
+        os.close(fd)
+
+
+def test_a_failed_measurement_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk stops answering while it is read: the error passes on, the file is gone."""
+
+    def broken(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        rates.disk_bytes(tmp_path, MIB)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both numbers; nothing is written where hardly anything is free."""
+    real = os.statvfs(tmp_path)
+    full = os.statvfs_result([*real[:4], 10, *real[5:]])
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(MisError, match="free, a measurement wants 4.00|free, a measurement wants 128 MiB"):
+        rates.disk_bytes(tmp_path, 512 * MIB)
+
+
+def test_all_rates_and_their_file(tmp_path: Path) -> None:
+    """Measured once, they come back equal; training on a CPU is slower than products alone by a known factor."""
+    found = rates.measure(tmp_path, MIB)
+    assert found.source.startswith("measured 20") and not found.gpu and found.hot == 1.0
+    assert found.forward_flops_per_s == pytest.approx(rates.ELEMENTWISE * found.training_flops_per_s)
+    assert found.memory_bytes_per_s > 1e8
+    path = tmp_path / "rates.json"
+    assert rates.load(path) is None
+    path.write_text(rates.to_json(found))
+    assert rates.load(path) == found
+    assert str(found).endswith(f"({found.source})") and "GB/s read" in str(found)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"device": "CPU"}', "null"])
+def test_a_file_that_is_not_ours(tmp_path: Path, text: str) -> None:
+    """Anything but whole rates of this device counts as no rates."""
+    path = tmp_path / "rates.json"
+    path.write_text(text)
+    assert rates.load(path) is None
+    path.write_text(rates.to_json(replace(rates.M1_AIR)))
+    assert rates.load(path) is None
+
+
+def test_the_air() -> None:
+    """The built-in entry: what it stands for, and that nobody measured it here."""
+    air = rates.M1_AIR
+    assert (air.read_bytes_per_s, air.write_bytes_per_s, air.memory_bytes_per_s) == (2.5e9, 2.0e9, 68e9)
+    assert (air.forward_flops_per_s, air.training_flops_per_s, air.hot) == (1.45e12, 1.1e12, 0.75)
+    assert air.gpu and air.room_bytes == 5_300_000_000 and air.budget_bytes == 2.5 * 2**30
+    assert "not measured here" in str(air)
+
+
+def test_without_a_measurement_it_says_so() -> None:
+    """Products are measured even then; the rest is called assumed."""
+    found = rates.assumed()
+    assert "assumed" in found.source and found.device == rates.device_name() and "CPU" in found.device
+    assert found.forward_flops_per_s > 1e7 and json.loads(rates.to_json(found))["read_bytes_per_s"] == 1e9
+    assert mx.default_device() == mx.cpu
