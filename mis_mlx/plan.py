@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.machine import memory
-from mis_mlx.machine.rates import ELEMENTWISE, Rates
 from mis_mlx.model import arch, load
 from mis_mlx.model import teacher as teachers
 from mis_mlx.model.config import read_config
@@ -17,7 +15,7 @@ from mis_mlx.training.phases import Job, Plan
 from mis_mlx.training.planning import Model, training_bytes
 from mis_mlx.types import gib
 
-__all__ = ["Plan", "make", "table", "timed_bytes", "training_bytes"]
+__all__ = ["training_bytes"]
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models
@@ -36,36 +34,6 @@ PASSES = (1, 128, 512)  # tokens
 ACCEPTED = (4, 6)  # tokens of a guessed tree that one pass confirms
 
 
-def timed_bytes(budget_bytes: int, *params: int) -> list[int]:
-    """Memory of stock mlx-lm with each model whole (as stored, and as float32) that fits the budget; the others
-    are not timed."""
-    return [6 * p for p in params if 6 * p <= budget_bytes]
-
-
-def make(
-    big: Mapping[str, Any],
-    small: Mapping[str, Any],
-    *,
-    teacher_bytes: int,
-    iters: int,
-    micro_batch: int,
-    accumulate: int,
-    length: int,
-    calibration: int,
-    held_out: int,
-    saves: int,
-    budget_bytes: int,
-    flops_per_s: float,
-) -> Plan:
-    """The plan of a `distill` that trains a resident student with the micro-batch it was given."""
-    job = Job(
-        planning.model_of(big), planning.model_of(small), iters, micro_batch, accumulate, length, calibration,
-        calibration, 0, 0, held_out, max(1, iters // max(1, saves - 2)), modes=("resident",), shrink=False,
-    )  # fmt: skip
-    assumed = Rates("", False, 1e9, 0.5e9, 10e9, flops_per_s, flops_per_s / ELEMENTWISE, "assumed")
-    return phases.make(job, budget_bytes, assumed)
-
-
 def _time(seconds: float) -> str:
     for limit, size, unit in ((100, 1, "s"), (6000, 60, "min")):
         if seconds < limit:
@@ -79,13 +47,22 @@ def table(plan: Plan) -> str:
         "| phase | read | written | peak memory | operations | time | of an SSD's life |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    one = phases.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
+    one = planning.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
     lines += [
         f"| {p.name} | {gib(p.read_bytes)} | {gib(p.written_bytes)} | {gib(p.peak_bytes)} | {p.flops:.1e} | "
         f"{_time(p.seconds(plan.rates))} | {p.written_bytes / LIFE_BYTES:.4%} |"
         for p in (*plan.phases, one)
     ]
     return "\n".join([*lines, "", decision(plan)])
+
+
+def disk_bytes(plan: Plan) -> int:
+    """Files there may be at once, the teacher's not among them: models, two checkpoints, scratch."""
+    m = plan.job.student
+    params, shard = arch.params(m.config), m.block_params * plan.shard_layers
+    run = 2 * phases.SAVED_BYTES * (shard or params) + (4 * params if shard else 0)
+    kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))
+    return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
 
 
 def decision(plan: Plan) -> str:
@@ -107,7 +84,7 @@ def decision(plan: Plan) -> str:
         f"Peak {gib(plan.peak_bytes)} fits the budget of {gib(plan.budget_bytes)}: {how}; the teacher {where}; "
         f"{hidden}. About {_time(plan.seconds)}{f' ({_time(hot)} once hot)' if plan.rates.hot < 1 else ''} in all, "
         f"{gib(written)} written, {written / LIFE_BYTES:.2%} of an SSD's life of {LIFE_BYTES / 1e12:.0f} TB; "
-        f"up to {gib(plan.disk_bytes)} of files at a time."
+        f"up to {gib(disk_bytes(plan))} of files at a time."
     )
 
 
@@ -181,8 +158,8 @@ class Settings:
     """windows of the closed-form repair"""
     local_samples: int = 64
     """windows of blockwise training, where it is needed"""
-    local_iters: int = 50
-    """steps of each block there"""
+    local_iters: int | None = None
+    """steps of each block there; given: a student that fits is trained blockwise first, too"""
     eval_windows: int = 24
     save_every: int = 20
     epoch_tokens: int = 1_000_000
@@ -249,9 +226,9 @@ def run(settings: Settings) -> dict[str, Any]:
         "shard_layers": plan.shard_layers,
         "pinned": plan.pinned,
         "spooled_bytes": max(p.spooled_bytes for p in plan.phases),
-        "read_bytes": plan.read_bytes,
+        "read_bytes": sum(p.read_bytes for p in plan.phases),
         "written_bytes": sum(p.written_bytes for p in plan.phases),
-        "disk_bytes": plan.disk_bytes,
+        "disk_bytes": disk_bytes(plan),
         "peak_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
         "least_budget_bytes": phases.least_bytes(job, at),

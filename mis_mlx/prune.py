@@ -16,10 +16,12 @@ from mis_mlx import cli
 from mis_mlx.disk.files import Files
 from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
+from mis_mlx.machine import memory
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.model import arch, calibrate, compare, load, slice, teacher, windows
 from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.training import planning
 from mis_mlx.training.weather import Weather, WeatherFlags
 from mis_mlx.types import Checkpoint, Keep, MisError, Reading
 
@@ -64,6 +66,8 @@ class Settings(Cut):
     """tokens in a window"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """type of the weights written"""
+    budget: str | None = None
+    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     seed: int = 0
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
@@ -199,8 +203,14 @@ def run(settings: Settings) -> dict[str, Any]:
     found = teacher.find(settings.model)
     cli.say(f"model: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
-    data = windows.prepare(settings.data, found.path, settings.max_seq_length)
-    with Weather(settings, None, files) as weather:
+    limit = memory.budget(None if settings.budget is None else cli.parse_bytes(settings.budget))
+    length, tokens = settings.max_seq_length, settings.num_samples * settings.max_seq_length
+    planned = planning.streamed_pass(
+        "calibration", planning.model_of(checkpoint), tokens, length, length, limit.limit_bytes, head=False
+    )
+    planning.fit(limit, planned)
+    data = windows.prepare(settings.data, found.path, length)
+    with memory.limited(limit, planned.peak_bytes), Weather(settings, None, files) as weather:
         report = prune(
             checkpoint,
             [mx.array(w[None]) for w in data.train.tokens[: settings.num_samples]],
@@ -211,6 +221,7 @@ def run(settings: Settings) -> dict[str, Any]:
             seed=settings.seed,
             reading=weather.reading,
             files=files,
+            held=planned.held_tokens // length,
         )
         cli.say(sentence(report))
         return {"model": str(found.path), "mlx_path": settings.mlx_path, **report, **weather.account()}

@@ -53,3 +53,9 @@ def test_another_tokenizer_is_refused(tmp_path: Path, llama: Checkpoint, text_fo
     compare.same_vocabulary(llama, load.open_checkpoint(llama.path))
     with pytest.raises(MisError, match="another tokenizer"):
         evaluate.run(evaluate.Settings(str(llama.path), (str(other),), str(text_folder)))
+
+
+def test_a_budget_too_small_is_a_sentence(llama: Checkpoint, command: Callable[..., Done]) -> None:
+    """Refused before work starts, with both numbers and the budget that would do."""
+    done = command("evaluate", "--teacher", llama.path, "--students", llama.path, "--budget", "1MiB")
+    assert done.returncode == 1 and "the budget is 1 MiB: give --budget" in done.stderr

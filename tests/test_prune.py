@@ -133,3 +133,10 @@ def test_the_calibration_of_the_command_is_the_first_windows(
     _, keep = prune.choose(dict(llama.config), statistics, small, 0)
     saved = slice.read_keep(tmp_path / "s")
     assert saved is not None and (saved.layers, saved.kept) == (keep.layers, keep.kept)
+
+
+def test_a_budget_too_small_is_a_sentence(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
+    """Refused before work starts, with both numbers and the budget that would do."""
+    done = command("prune", "--model", llama.path, "--mlx-path", tmp_path / "out", "--budget", "1MiB")
+    assert done.returncode == 1 and "the budget is 1 MiB: give --budget" in done.stderr
+    assert not list(tmp_path.iterdir())

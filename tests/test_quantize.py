@@ -37,3 +37,10 @@ def test_refusals_write_nothing(tmp_path: Path, llama: Checkpoint) -> None:
     with pytest.raises(MisError, match="rows of 760 weights"):
         quantize.run(quantize.Settings(model=str(odd), mlx_path=str(second)))
     assert not second.exists()
+
+
+def test_a_budget_too_small_is_a_sentence(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
+    """Refused before work starts, with both numbers and the budget that would do."""
+    done = command("quantize", "--model", llama.path, "--mlx-path", tmp_path / "out", "--budget", "100KiB")
+    assert done.returncode == 1 and "the budget is 100 KiB: give --budget" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -36,35 +36,33 @@ def chosen(held_out: Windows, count: int) -> Windows:
 def compare(models: Mapping[str, Checkpoint], held_out: Windows) -> dict[tuple[str, str], np.ndarray]:
     """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed.
 
-    One block of one model in memory at a time, then all heads at once, window by window.
+    One block of one model in memory at a time, then the teacher's head and one student's, window by window.
     """
     dtype = load.compute_dtype()
     batches = [mx.array(w[None]) for w in held_out.tokens]
     names = list(models)
     vocab = min(shape_of(m.config).vocab for m in models.values())
-    sources = {name: stream.Stream(model, dtype) for name, model in models.items()}
-    hidden = {name: source.forward(batches) for name, source in sources.items()}
-    heads = {name: source.head() for name, source in sources.items()}
+    hidden = {name: stream.Stream(model, dtype).forward(batches) for name, model in models.items()}
+    teacher_head = stream.Stream(models[names[0]], dtype).head()
     found: dict[tuple[str, str], list[float]] = {}
-    for w in range(len(batches)):
-        learn = np.asarray(held_out.learn[w][:-1])
-        per_position: dict[tuple[str, str], list[np.ndarray]] = {}
-        for start in range(0, len(learn), losses.chunk_rows(vocab)):
-            at = slice(start, min(start + losses.chunk_rows(vocab), len(learn)))
-            targets = batches[w][0, 1:][at]
-
-            def logits(name: str, at: slice = at, w: int = w) -> mx.array:
-                return load.logits(heads[name], hidden[name][w][0, :-1][at])[:, :vocab]
-
-            reference = losses.Reference(logits(names[0]), targets)
-            for name in names:
-                nll, kl, top1 = reference.compare(logits(name)) if name != names[0] else (reference.nll(), None, None)
-                for metric, value in (("nll", nll), ("kl", kl), ("top1", top1)):
-                    if value is not None:
-                        per_position.setdefault((name, metric), []).append(np.array(value))
-        for key, parts in per_position.items():
-            values = np.concatenate(parts)
-            found.setdefault(key, []).append(float((values * learn).sum() / max(learn.sum(), 1.0)))
+    for name in names[1:] or names:
+        head = stream.Stream(models[name], dtype).head() if name != names[0] else teacher_head
+        for w, tokens in enumerate(batches):
+            learn = np.asarray(held_out.learn[w][:-1])
+            sums: dict[tuple[str, str], float] = {}
+            for start in range(0, len(learn), rows := losses.chunk_rows(vocab) // 2):
+                at = slice(start, min(start + rows, len(learn)))
+                logits = load.logits(teacher_head, hidden[names[0]][w][0, :-1][at])[:, :vocab]
+                reference = losses.Reference(logits, tokens[0, 1:][at])
+                nll, kl, top1 = reference.compare(load.logits(head, hidden[name][w][0, :-1][at])[:, :vocab])
+                values = {(name, "nll"): nll, (name, "kl"): kl, (name, "top1"): top1} if name != names[0] else {}
+                if name == (names[1:] or names)[0]:
+                    values[names[0], "nll"] = reference.nll()
+                for key, value in values.items():
+                    sums[key] = sums.get(key, 0.0) + float((np.array(value, np.float64) * learn[at]).sum())
+            for key, total in sums.items():
+                found.setdefault(key, []).append(total / max(float(learn.sum()), 1.0))
+        del head
     return {key: np.array(values) for key, values in found.items()}
 
 

@@ -7,7 +7,7 @@ Does not know flags, nor how the work is done. `resident`: the student fits with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -44,7 +44,6 @@ class Job:
     save_every: int
     targets: Literal["live", "cached"] = "live"
     modes: tuple[Mode, ...] = ("resident", "sharded")
-    shrink: bool = True  # whether the micro-batch may be cut
 
     @property
     def step(self) -> int:
@@ -61,7 +60,7 @@ class Job:
         return 1 + SAMPLES * ((2 if self.teacher.shape.vocab <= 2**16 else 4) + 1)
 
 
-def _tensor(m: Model) -> int:
+def tensor_bytes(m: Model) -> int:
     """Bytes to rewrite the largest tensor: as stored, cut and converted; or de-quantized and converted."""
     per = 12 if m.packed else 2 * math.ceil(m.nbytes / arch.params(m.config)) + 2
     return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
@@ -77,7 +76,7 @@ def prune(job: Job, limit: int) -> Phase:
     """Calibrate, then copy what is kept, tensor by tensor."""
     t, length = job.teacher, job.length
     p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
-    p = replace(p, peak_bytes=max(p.peak_bytes, _tensor(t)), read_bytes=p.read_bytes + t.nbytes)
+    p = replace(p, peak_bytes=max(p.peak_bytes, tensor_bytes(t)), read_bytes=p.read_bytes + t.nbytes)
     return replace(p, written_bytes=p.written_bytes + job.student.nbytes)
 
 
@@ -95,19 +94,12 @@ def repair(job: Job) -> Phase:
 def store(job: Job, limit: int) -> Phase:
     """The teacher's sampled logits for all training tokens: one pass for as many windows as memory takes."""
     t, length, windows = job.teacher, job.length, job.iters * job.batch * job.accumulate
-    one = streamed_pass("logit store", t, length, length, length, spool=False)
+    one = streamed_pass("", t, length, length, length, spool=False)
     more = room(limit, one.peak_bytes) // (length * t.shape.hidden * t.item)
-    passes = math.ceil(windows / (1 + more))
-    peak = one.peak_bytes + min(more, windows - 1) * length * t.shape.hidden * t.item
-    written = windows * length * job.target_bytes
-    return replace(
-        one,
-        read_bytes=passes * one.read_bytes,
-        written_bytes=written,
-        peak_bytes=peak,
-        flops=windows * one.flops,
-        held_tokens=(1 + more) * length,
-    )
+    at_once = 1 + min(more, windows - 1)
+    read, written = math.ceil(windows / at_once) * one.read_bytes, windows * length * job.target_bytes
+    peak = one.peak_bytes + (at_once - 1) * length * t.shape.hidden * t.item
+    return Phase("logit store", read, written, peak, windows * one.flops, held_tokens=at_once * length)
 
 
 def local(job: Job, micro: int, limit: int, iters: int) -> Phase:
@@ -181,32 +173,30 @@ def quantize(job: Job) -> Phase:
     """4 bits in groups of 64, the embedding and the head 8 (model/pack), tensor by tensor."""
     wide = job.student.head_params * (1 if job.student.shape.tied else 2)
     written = arch.params(job.student.config) * 9 // 16 + wide // 2
-    return Phase("quantize", job.student.nbytes, written, _tensor(job.student) + 2 * job.student.head_params, 0.0)
+    return Phase("quantize", job.student.nbytes, written, tensor_bytes(job.student) + 2 * job.student.head_params, 0.0)
+
+
+def compared(models: Sequence[Model], windows: int, length: int) -> Phase:
+    """A pass of each model over the same windows, then the first one's head beside each other's (model/compare)."""
+    first, tokens, vocab = models[0], windows * length, max(m.shape.vocab for m in models)
+    body = max(m.slots_bytes + m.body_bytes(planning.workspace_bytes(m, length, length)) for m in models)
+    heads = first.head_work + max([0, *(m.head_work for m in models[1:])])
+    peak = max(body, heads + 8 * 4 * planning.chunk_rows(vocab) // 2 * vocab)
+    peak += tokens * sum(m.shape.hidden * m.item for m in models)
+    flops = sum(forward_flops(m, tokens, length) for m in models)
+    return Phase("measure", sum(m.nbytes for m in models), 0, peak, flops)
 
 
 def measure(job: Job) -> Phase:
-    """Teacher, pruned, distilled and 4-bit student on the same windows, one after the other, heads all at once."""
-    t, m, tokens = job.teacher, job.student, job.held_out * job.length
-    body = max(x.body_bytes(planning.workspace_bytes(x, job.length, job.length)) for x in (t, m))
-    body = max(body, 2 * m.block_params * m.item)  # the 4-bit student's blocks
-    heads = t.head_work + 3 * m.head_work + 8 * 4 * planning.chunk_rows(m.shape.vocab) * m.shape.vocab
-    peak = t.slots_bytes + 2 * m.slots_bytes + 2 * m.block_params + max(body, heads)
-    peak += tokens * (t.shape.hidden * t.item + 3 * m.shape.hidden * m.item)
-    read = TEXTS * (t.nbytes + 2 * m.nbytes + quantize(job).written_bytes)
-    flops = TEXTS * (forward_flops(t, tokens, job.length) + 3 * forward_flops(m, tokens, job.length))
-    return Phase("measure", read, 0, peak, flops)
+    """Teacher, pruned, distilled and 4-bit student on every text."""
+    four = replace(job.student, nbytes=quantize(job).written_bytes, packed=True)
+    one = compared([job.teacher, job.student, job.student, four], job.held_out, job.length)
+    return replace(one, read_bytes=TEXTS * one.read_bytes, flops=TEXTS * one.flops)
 
 
 def timed_bytes(config: Mapping[str, Any]) -> int:
     """Memory of stock mlx-lm with the model whole: as stored, and as float32."""
     return 6 * arch.params(config)
-
-
-def token(m: Model, length: int, limit: int) -> Phase:
-    """One token after `length` others, blocks kept from the token before as far as they fit."""
-    cache = 2 * m.shape.layers * length * m.shape.kv_heads * m.shape.head_dim * m.item
-    made = streamed_pass("one token", m, 1, 1, length, limit, spool=False, again=True, beside_bytes=cache)
-    return replace(made, touched_bytes=m.shape.layers * m.block_work + m.head_work + cache)
 
 
 @dataclass(frozen=True)
@@ -233,13 +223,9 @@ class Plan:
 
     def recipe(self, asked: Distillation) -> Distillation:
         """The recipe that was asked for, with micro-batches and local steps as planned."""
-        cut = self.job.batch // self.micro_batch
-        return replace(
-            asked,
-            batch_size=self.micro_batch,
-            grad_accumulation_steps=asked.grad_accumulation_steps * cut,
-            local_iters=self.job.local_steps(self.mode),
-        )
+        steps = self.job.local_steps(self.mode)
+        parts = asked.grad_accumulation_steps * self.job.batch // self.micro_batch
+        return replace(asked, batch_size=self.micro_batch, grad_accumulation_steps=parts, local_iters=steps)
 
     def held_windows(self, name: str) -> int:
         """How many windows of hidden states the phase of this name keeps in memory."""
@@ -256,20 +242,6 @@ class Plan:
         return sum(p.seconds(self.rates) for p in self.phases)
 
     @property
-    def read_bytes(self) -> int:
-        """By all phases."""
-        return sum(p.read_bytes for p in self.phases)
-
-    @property
-    def disk_bytes(self) -> int:
-        """Files there may be at once, the teacher's not among them: models, two checkpoints, scratch."""
-        m = self.job.student
-        params, shard = arch.params(m.config), m.block_params * self.shard_layers
-        run = 2 * SAVED_BYTES * (shard or params) + (4 * params if shard else 0)
-        kept = sum(p.written_bytes for p in self.phases if p.name in ("quantize", "logit store"))
-        return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in self.phases)
-
-    @property
     def pinned(self) -> int:
         """Teacher blocks that stay in memory during training."""
         return max(p.pinned for p in self.phases)
@@ -282,7 +254,7 @@ class Plan:
 
 def ways(job: Job) -> Iterator[tuple[Mode, int, int]]:
     """(mode, micro-batch, shard) of all that could be tried; a micro-batch divides the one asked for."""
-    for micro in (n for n in range(job.batch, 0, -1) if job.batch % n == 0 and (job.shrink or n == job.batch)):
+    for micro in (n for n in range(job.batch, 0, -1) if job.batch % n == 0):
         for mode in job.modes:
             for shard in (0,) if mode == "resident" else range(job.student.shape.layers, 0, -1):
                 yield mode, micro, shard
@@ -308,7 +280,7 @@ def make(job: Job, budget_bytes: int, rates: Rates) -> Plan:
     fitting = [p for p in plans if p.fits]
     if not fitting:
         return min(plans, key=lambda p: p.peak_bytes)
-    return min(fitting, key=lambda p: (p.mode != "resident", -p.micro_batch, p.read_bytes))
+    return min(fitting, key=lambda p: (p.mode != "resident", -p.micro_batch, sum(f.read_bytes for f in p.phases)))
 
 
 def least_bytes(job: Job, rates: Rates) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mis_mlx.disk import hub
@@ -24,6 +24,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError
 CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
 UPDATE_ARRAYS = 4  # two moments, their quotient, the weight: MLX makes up to 12 ahead, but not beyond its limit
 SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
+SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
 STATE_BYTES = 16  # of a trained parameter: weight, gradient and two moments, float32
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -46,7 +47,7 @@ class Model:
     @property
     def block_work(self) -> int:
         """Bytes of a block that stays in memory."""
-        return self.block_bytes if self.as_stored else self.block_params * self.item
+        return self.block_bytes + SLOT_BYTES if self.as_stored else self.block_params * self.item
 
     @property
     def head_params(self) -> int:
@@ -61,7 +62,7 @@ class Model:
     @property
     def slots_bytes(self) -> int:
         """The two buffers that blocks are read into in turn."""
-        return 2 * self.block_bytes
+        return 2 * (self.block_bytes + SLOT_BYTES)
 
     def body_bytes(self, workspace: int) -> int:
         """Beside the slots while blocks are made and used: the workspace, and a converted copy if one is needed.
@@ -208,6 +209,13 @@ def streamed_pass(
     read = (s.layers - keeps) * m.block_bytes + head_read + moved
     flops = forward_flops(m, tokens, length, head)
     return Phase(name, read, moved, peak, flops, False, 0, keeps, hidden - held, held // (s.hidden * m.item))
+
+
+def token(m: Model, length: int, limit_bytes: int) -> Phase:
+    """One token generated after `length` others, blocks kept from the token before as far as they fit."""
+    cache = 2 * m.shape.layers * length * m.shape.kv_heads * m.shape.head_dim * m.item
+    made = streamed_pass("one token", m, 1, 1, length, limit_bytes, spool=False, again=True, beside_bytes=cache)
+    return replace(made, touched_bytes=m.shape.layers * m.block_work + m.head_work + cache)
 
 
 def flag(nbytes: int) -> str:

@@ -46,14 +46,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
 @pytest.fixture(scope="module")
 def smallest(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Three blocks of a few thousand bytes, for runs that are killed hundreds of times."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
     folder = tmp_path_factory.mktemp("smallest") / "s"
-    return load.open_checkpoint(tiny.make(folder, num_hidden_layers=3, head_dim=8, **sizes))
+    return load.open_checkpoint(tiny.make(folder, num_attention_heads=2, num_key_value_heads=1, **sizes))
 
 
 def micro_batches(step: int, count: int = 3, width: int = 64, windows: int = 2) -> list[tuple[mx.array, ...]]:
@@ -120,7 +115,7 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
 
 @pytest.mark.parametrize(
     ("kind", "each"),
-    [("llama", 1), ("llama", 2), ("llama", 3), ("llama", 4), ("untied", 1), ("untied", 2), ("qwen3", 1), ("qwen3", 2)],
+    [("llama", 1), ("llama", 2), ("llama", 3), ("llama", 4), ("untied", 2), ("qwen2", 2), ("qwen3", 1)],
 )
 def test_sharded_is_resident_bit_for_bit(
     tmp_path: Path, source: Callable[[str], Checkpoint], kind: str, each: int
@@ -143,10 +138,7 @@ def test_sharded_is_resident_bit_for_bit(
     assert mx.array_equal(end.model.embed_tokens.weight, load.embedding(source(kind), mx.float32).weight)
 
 
-@pytest.mark.parametrize("each", [1, 2])
-def test_room_spools_and_the_page_cache_change_no_bit(
-    tmp_path: Path, source: Callable[[str], Checkpoint], each: int
-) -> None:
+def test_room_spools_and_the_page_cache_change_no_bit(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
     """Blocks kept in memory (fewer bytes read), hidden states on disk, reads past the page cache: same files."""
     head, block = 512 * 64 * 4, sum(t.nbytes for n, t in source("llama").tensors.items() if ".layers.1." in n) + 4096
     hows: dict[str, dict[str, Any]] = {
@@ -162,9 +154,9 @@ def test_room_spools_and_the_page_cache_change_no_bit(
         return spools[-1]
 
     for name, how in {**hows, "spool": {}}.items():
-        student = opened(source("llama"), tmp_path / name, each, **how)
+        student = opened(source("llama"), tmp_path / name, 2, **how)
         kept: Any = spool if name == "spool" else list
-        for _ in sharded.steps(student, micro_batches, kl, schedule(2 * LAYERS), kept=kept):
+        for _ in sharded.steps(student, micro_batches, kl, schedule(5), kept=kept):
             read[name] = student._source.read_bytes  # since the visit began
         assert contents(tmp_path / name) == contents(tmp_path / "plain"), name
     assert read["room"] < read["plain"] == read["direct"] == read["spool"]
@@ -172,21 +164,21 @@ def test_room_spools_and_the_page_cache_change_no_bit(
 
 
 def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
-    """24 blocks of 641 KiB, one trainable: five steps, each of another shard, take under 8 MiB.
+    """24 blocks of 641 KiB, one trainable: two steps, each of another shard, take under 6 MiB.
 
     That is two slots and one block with its gradient and moments (3.8 MiB), a block's new gradient, 24 x 2
-    hidden states of 8 KiB, head and logits, and the update. Resident: 16 bytes a parameter, over five times
-    as much.
+    hidden states of 8 KiB, head and logits, or the update (4.3 MiB measured). Resident: 16 bytes a parameter,
+    ten times as much.
     """
-    limit, n = 8 * 2**20, 24
+    limit, n = 6 * 2**20, 24
     source = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=n))
     student = sharded.Sharded(parts.begin(source, tmp_path / "s", DISK), 1, 1, 0.01, DISK)
     micro = partial(micro_batches, count=2)
-    mx.eval([micro(step) for step in range(5)])
+    mx.eval([micro(step) for step in range(2)])
     mx.clear_cache()
     before = mx.get_active_memory()
     student.begin()
-    steps = list(sharded.steps(student, micro, kl, schedule(5)))
+    steps = list(sharded.steps(student, micro, kl, schedule(2)))
     assert max(s.peak_bytes for s in steps) - before < limit
 
     del student
@@ -199,7 +191,7 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
         return kl(model.model(tokens).reshape(-1, 64), load.head_weight(model), learn, target), learn.sum()
 
     (step,) = loop.train(shard, micro, loss, optimizer, schedule(1))
-    assert step.peak_bytes - before > 5 * limit
+    assert step.peak_bytes - before > 10 * limit
 
 
 class Counting(Files):
@@ -307,6 +299,16 @@ def saved_steps(root: Path) -> set[str]:
     return {p.name for p in (root / "steps").iterdir() if p.name.startswith("step-")}
 
 
+Whole = tuple[list[tuple[float, ...]], dict[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, smallest: Checkpoint) -> Whole:
+    """Steps and files of an undisturbed run of six steps, one block at a time."""
+    root = tmp_path_factory.mktemp("whole")
+    return facts(run(smallest, root, each=1, iters=6)), contents(root / "s")
+
+
 def die(source: Checkpoint, root: Path, last: int, where: Path, **how: Any) -> bool:
     """Whether the run was killed; what it left half-made gets the name of another process."""
     try:
@@ -318,18 +320,17 @@ def die(source: Checkpoint, root: Path, last: int, where: Path, **how: Any) -> b
         return True
 
 
-@pytest.mark.parametrize("each", [1, 2])
-def test_killed_at_every_operation_on_the_students_files(tmp_path: Path, smallest: Checkpoint, each: int) -> None:
-    """Between any two checkpoints the run dies at its first operation, resumed at its second, and so on."""
-    run(smallest, tmp_path / "whole", each=each)
+def test_killed_at_every_operation_on_the_students_files(tmp_path: Path, smallest: Checkpoint) -> None:
+    """Between two checkpoints the run dies at its first operation, resumed at its second, and so on."""
+    run(smallest, tmp_path / "whole", iters=3)
     root, kills, last = tmp_path / "killed", 0, 1
     where = root / "s"
     before: set[str] = set()
-    while die(smallest, root, last, where, each=each):
+    while die(smallest, root, last, where, iters=3):
         kills += 1
         now = saved_steps(root)
         last, before = (1 if now != before else last + 1), now
-    assert kills > 40 * each
+    assert kills > 40
     assert contents(where) == contents(tmp_path / "whole" / "s")
 
 
@@ -349,17 +350,14 @@ def test_killed_at_every_operation(tmp_path: Path, smallest: Checkpoint, each: i
     assert last > 200
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_killed_after_any_step(tmp_path: Path, smallest: Checkpoint, every: int) -> None:
-    """Whether the step was saved or not: the rest of the steps and the model are those of the undisturbed run."""
-    whole = run(smallest, tmp_path / "whole", each=1, every=every, iters=8)
-    for stop in (1, 2, 3, 6, 7):
-        root = tmp_path / str(stop)
-        with pytest.raises(Killed):
-            run(smallest, root, each=1, every=every, iters=8, stop=stop)
-        rest = run(smallest, root, each=1, every=every, iters=8)
-        assert facts(rest) == facts(whole[stop // every * every :])
-        assert contents(root / "s") == contents(tmp_path / "whole" / "s")
+@pytest.mark.parametrize("stop", [(1, 1), (2, 1), (3, 2), (4, 2)])
+def test_killed_after_a_step(tmp_path: Path, smallest: Checkpoint, whole: Whole, stop: tuple[int, int]) -> None:
+    """Saved or not, at the end of a visit or not: the rest of the run and the model are the undisturbed run's."""
+    number, every = stop
+    with pytest.raises(Killed):
+        run(smallest, tmp_path, each=1, every=every, iters=6, stop=number)
+    rest = run(smallest, tmp_path, each=1, every=every, iters=6)
+    assert (facts(rest), contents(tmp_path / "s")) == (whole[0][number // every * every :], whole[1])
 
 
 def damage(step: Path) -> None:
@@ -368,17 +366,16 @@ def damage(step: Path) -> None:
     (step / "model.safetensors").write_bytes(data)
 
 
-@pytest.mark.parametrize("stop", range(2, 8))
-def test_a_damaged_checkpoint_can_be_done_without(tmp_path: Path, smallest: Checkpoint, stop: int) -> None:
+@pytest.mark.parametrize("stop", [2, 3, 4, 5, 6])
+def test_a_damaged_checkpoint_can_be_done_without(
+    tmp_path: Path, smallest: Checkpoint, whole: Whole, stop: int
+) -> None:
     """Two a visit: the newest is damaged, the one before is perhaps of the visit before, and the end is the same."""
-    whole = run(smallest, tmp_path / "whole", each=1, every=1, iters=8)
-    root = tmp_path / "run"
     with pytest.raises(Killed):
-        run(smallest, root, each=1, every=1, iters=8, stop=stop)
-    damage(root / "steps" / f"step-{stop:08d}")
-    rest = run(smallest, root, each=1, every=1, iters=8)
-    assert facts(rest) == facts(whole[stop - 1 :])
-    assert contents(root / "s") == contents(tmp_path / "whole" / "s")
+        run(smallest, tmp_path, each=1, every=1, iters=6, stop=stop)
+    damage(tmp_path / "steps" / f"step-{stop:08d}")
+    rest = run(smallest, tmp_path, each=1, every=1, iters=6)
+    assert (facts(rest), contents(tmp_path / "s")) == (whole[0][stop - 1 :], whole[1])
 
 
 def test_what_cannot_be_exact_is_refused(tmp_path: Path, smallest: Checkpoint) -> None:

@@ -1,0 +1,194 @@
+"""Is streaming free, and does it stay within memory? Synthetic models of random weights, made on the spot.
+
+    scripts/mis benchmarks/streaming.py        # about 15 minutes on 2 cores, 8 GB of disk
+
+overlap: a float32 model of 2.6 GB, read past the page cache. Time of a streamed pass against reading alone
+(all blocks into the slots, nothing computed) and computing alone (the same two slots, nothing read), over
+the number of tokens in the pass; medians of interleaved rounds.
+budget: `mis_mlx.distill` on a 4-bit model of more than 4 GB under --budget 600MiB: calibration, the teacher's
+logits into the store, six blocks of `local`, two steps of `sharded`; the peak is that of the process, less
+what it held before it began. Writes benchmarks/results/<machine>/streaming.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from mis_mlx.disk.files import DISK
+from mis_mlx.disk.safetensors import Writer
+from mis_mlx.model import arch, load, stream
+from mis_mlx.types import Checkpoint
+
+ROOT = Path(__file__).resolve().parent
+DENSE = {"num_hidden_layers": 40, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 4096}
+PACKED = {"num_hidden_layers": 820, "hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 8192}
+TOKENS, ROUNDS, LENGTH = (16, 64, 128, 256, 512), 3, 64
+
+
+def synthetic(folder: Path, sizes: dict[str, int], bits: int = 0) -> Path:
+    """A llama of random weights, float32 or packed in groups of 64, written tensor by tensor, and a tokenizer."""
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "num_attention_heads": sizes["hidden_size"] // 64,
+        "num_key_value_heads": sizes["hidden_size"] // 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        **sizes,
+    }
+    if bits:
+        config["quantization"] = {"group_size": 64, "bits": bits, "mode": "affine"}
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in arch.tensors_of(config).items():
+        if bits and len(shape) == 2:
+            specs[name] = ("U32", (shape[0], shape[1] * bits // 32))
+            for part in ("scales", "biases"):
+                specs[f"{name.removesuffix('.weight')}.{part}"] = ("F16", (shape[0], shape[1] // 64))
+        else:
+            specs[name] = ("F16" if bits else "F32", shape)
+    folder.mkdir(parents=True)
+    writer, rng = Writer(folder, specs, DISK), np.random.default_rng(0)
+    for name, (kind, shape) in specs.items():
+        if kind == "U32":
+            writer.add(name, mx.array(rng.integers(0, 2**32, shape, dtype=np.uint32)))
+        elif len(shape) == 1:
+            writer.add(name, mx.ones(shape, mx.float16 if bits else mx.float32))
+        elif bits:  # 16 steps around zero, of the size of a real model's
+            step = 0.02 / 2**bits
+            writer.add(name, mx.full(shape, step if name.endswith("scales") else -step * 2**bits / 2, mx.float16))
+        else:
+            writer.add(name, mx.array(rng.standard_normal(shape, dtype=np.float32) * 0.02))
+    writer.close()
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=sizes["vocab_size"], special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(topics.values(), trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+class Still(stream.Stream):
+    """A stream whose slots are filled once: what it takes to compute, without a disk."""
+
+    filled = 0
+
+    def _begin(self, i: int) -> Any:
+        if self.filled < 2:
+            self.filled += 1
+            slot, wait = super()._begin(i)
+            wait()
+            return slot, lambda: None
+        return self._free.pop(), lambda: None
+
+
+@contextmanager
+def timed(into: list[float], checkpoint: Checkpoint) -> Iterator[None]:
+    """Seconds of the block, begun with none of the model in the page cache."""
+    for path in {t.file for t in checkpoint.tensors.values()}:
+        fd = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    began = time.perf_counter()
+    yield
+    into.append(time.perf_counter() - began)
+
+
+def overlap(checkpoint: Checkpoint) -> list[dict[str, float]]:
+    """One row per number of tokens in a pass."""
+    rows = []
+    for tokens in TOKENS:
+        length = min(tokens, 128)
+        batches = [
+            mx.random.randint(0, 4096, (1, length), key=mx.random.key(b)) for b in range(max(1, tokens // length))
+        ]
+        reading: list[float] = []
+        computing: list[float] = []
+        streaming: list[float] = []
+        for _ in range(ROUNDS):
+            for kind, into in ((stream.Stream, reading), (Still, computing), (stream.Stream, streaming)):
+                source = kind(checkpoint, mx.float32, direct=True)
+                hidden = source.embed(batches)
+                for _ in source.blocks(range(2)):  # both slots are there, and their pages
+                    pass
+                with timed(into, checkpoint):
+                    for _, block in source.blocks():
+                        if into is not reading:
+                            source.through(block, hidden)
+        read, compute, streamed = map(statistics.median, (reading, computing, streaming))
+        row = {"tokens": tokens, "read_s": read, "compute_s": compute, "streamed_s": streamed}
+        rows.append(
+            {**row, "ratio": streamed / max(read, compute), "serial_ratio": (read + compute) / max(read, compute)}
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def budget(folder: Path, out: Path, limit: str = "600MiB") -> dict[str, Any]:
+    """What one run under `limit` took, by its own account."""
+    flags = [
+        "--teacher",
+        folder,
+        "--out",
+        out,
+        "--budget",
+        "600MiB",
+        "--layers",
+        3,
+        "--ffn",
+        4096,
+        "--scenario",
+        "none",
+    ]
+    flags += ["--train", "sharded", "--targets", "cached", "--iters", 2, "--batch-size", 1, "--local-iters", 2]
+    flags += ["--local-samples", 4, "--num-samples", 4, "--max-seq-length", LENGTH, "--eval-windows", 3]
+    flags += ["--bench-tokens", 0, "--quantize", 0]
+    command = [sys.executable, "-m", "mis_mlx.distill", *map(str, flags)]
+    began = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    kept = ("params_teacher", "params_student", "mode", "peak_bytes", "budget_bytes", "bytes_teacher")
+    return {**{k: result[k] for k in kept}, "seconds": round(time.perf_counter() - began)}
+
+
+def main() -> None:
+    """Both parts, one JSON file."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as temp:
+        dense = load.open_checkpoint(synthetic(Path(temp) / "dense", DENSE))
+        rows = overlap(dense)
+        packed = load.open_checkpoint(synthetic(Path(temp) / "packed", PACKED, 4))
+        found = budget(packed.path, Path(temp) / "run")
+        print(json.dumps(found), flush=True)
+        sizes = {"dense_bytes": dense.nbytes, "packed_bytes": packed.nbytes}
+    where = {"system": f"{platform.system()} {platform.machine()}", "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
+    result = {"command": "scripts/mis benchmarks/streaming.py", **where, **sizes, "overlap": rows, "budget": found}
+    out = ROOT / "results" / f"{platform.system()}-{platform.machine()}".lower()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "streaming.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""`distill` by every way of training: what the budget decides, what is stored, and exact resume in each phase."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.disk import runs
+from mis_mlx.model import load
+from mis_mlx.training import course
+from mis_mlx.types import Checkpoint, MisError
+from tests.conftest import Done
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--local-samples", 4)
+FLAGS += ("--eval-windows", 3, "--bench-tokens", 0, "--iters", 6, "--save-every", 3, "--quantize", 0, "--seed", 3)
+WAYS: dict[str, tuple[object, ...]] = {
+    "cached": ("--targets", "cached"),
+    "local": ("--local-iters", 3),
+    "sharded": ("--train", "sharded", "--local-iters", 2, "--targets", "cached"),
+    "sharded, live": ("--train", "sharded", "--local-iters", 0),
+}
+
+
+def weights(run: Path) -> bytes:
+    """The bytes of the student."""
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+) -> Callable[[str], tuple[Path, Done]]:
+    """`whole(way)`: an undisturbed run of that way, made once."""
+    made: dict[str, tuple[Path, Done]] = {}
+
+    def get(way: str) -> tuple[Path, Done]:
+        if way not in made:
+            out = tmp_path_factory.mktemp("way") / "run"
+            flags = ("--teacher", llama.path, "--data", text_folder, *FLAGS, *WAYS[way])
+            done = command("distill", *flags, "--out", out)
+            assert done.returncode == 0, done.stderr
+            made[way] = out, done
+        return made[way]
+
+    return get
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_ends_in_a_better_student(whole: Callable[[str], tuple[Path, Done]], way: str) -> None:
+    """The result is an ordinary model that lost less than plain pruning did; the run's files say what was done."""
+    out, done = whole(way)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["nll_student"] < result["nll_pruned"]
+    assert result["mode"] == ("sharded" if "sharded" in way else "resident") == runs.stored_plan(out)["mode"]
+    assert [r["number"] for r in runs.metrics(out)] == list(range(1, 7))
+    assert (out / "targets").exists() == ("cached" in WAYS[way])
+    steps = {"local": 3, "sharded": 2}.get(way, 0) * load.open_checkpoint(out / "model").config["num_hidden_layers"]
+    logged = (out / course.LOCAL).read_text().splitlines() if steps else []
+    assert [json.loads(line)["number"] for line in logged] == list(range(1, steps + 1))
+    load.mlx_lm("utils").load(str(out / "model"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("word", ["targets", "local", "distil"])
+def test_killed_in_any_phase_and_resumed(
+    tmp_path: Path, whole: Callable[[str], tuple[Path, Done]], llama: Checkpoint, text_folder: Path, way: str,
+    word: str, command: Callable[..., Done],
+) -> None:  # fmt: skip
+    """SIGKILL as soon as a phase's files appear; --resume ends with the bits of the undisturbed run."""
+    sign = {"targets": "targets/part-*", "local": course.LOCAL, "distil": "metrics.jsonl"}[word]
+    out, run = whole(way)[0], tmp_path / "run"
+    if not list(out.glob(sign)):
+        pytest.skip(f"{way} has no phase {word}")
+    flags = ("--teacher", llama.path, "--data", text_folder, *FLAGS, *WAYS[way], "--out", run)
+    line = [sys.executable, "-m", "mis_mlx.distill", *map(str, flags)]
+    job = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(run.glob(sign)) and job.poll() is None:
+        time.sleep(0.002)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    done = command("distill", "--out", run, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert weights(run) == weights(out)
+
+
+def test_a_resumed_run_keeps_its_way(
+    tmp_path: Path, whole: Callable[[str], tuple[Path, Done]], command: Callable[..., Done]
+) -> None:
+    """Another --train is another run: refused by name."""
+    out, _ = whole("cached")
+    done = command("distill", "--out", out, "--resume", "--train", "sharded")
+    assert done.returncode == 1 and "--train is sharded, the run has auto" in done.stderr
+
+
+def test_cached_targets_have_one_temperature(llama: Checkpoint, command: Callable[..., Done]) -> None:
+    """Said before anything is begun."""
+    done = command("distill", "--teacher", llama.path, "--targets", "cached", "--temperature", 2)
+    assert done.returncode == 1 and "temperature 1, not 2" in done.stderr
+
+
+def test_a_student_without_its_history_has_no_local(
+    tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """keep.json says which teacher blocks a student block stands for; without it `local` cannot be."""
+    done = command("distill", "--teacher", llama.path, "--student", llama.path, "--data", text_folder, *FLAGS,
+                   "--local-iters", 1, "--out", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 1 and "has no keep.json" in done.stderr and MisError.__name__ not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_model_eight_times_the_budget(tmp_path: Path) -> None:
+    """4 bits, more than 8 x 96 MiB: calibrated, its logits stored, blocks taught, a shard trained; peak under it."""
+    program = runpy.run_path(str(ROOT / "benchmarks" / "streaming.py"))
+    sizes = {"num_hidden_layers": 900, "hidden_size": 512, "intermediate_size": 768, "vocab_size": 1024}
+    folder = program["synthetic"](tmp_path / "big", sizes, 4)
+    limit = 96 * 2**20
+    assert load.open_checkpoint(folder).nbytes > 8 * limit
+    found = program["budget"](folder, tmp_path / "run", "96MiB")
+    assert found["mode"] == "sharded" and found["peak_bytes"] < limit == found["budget_bytes"]
