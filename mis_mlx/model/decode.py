@@ -10,18 +10,20 @@ their last bits (matrix products add up in another order), so an exact tie of tw
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.model import load
+from mis_mlx.model import load, tree
 from mis_mlx.model.config import shape_of
 from mis_mlx.model.stream import Stream, settle
 from mis_mlx.model.tree import Node, Odds
 
+SIZE = 64  # rows of a pass with a draft (measured: benchmarks/speculative.py)
 ROWS = 512  # tokens of a long prompt that go through a resident block at a time
 
 
@@ -49,7 +51,7 @@ class _Keys:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> list[mx.array]:
         """Append; all keys and all values."""
         new = [keys, values]
-        self.held = [mx.concatenate(pair, axis=2) for pair in zip(self.held, new, strict=True)] if self.held else new
+        self.held = [mx.concatenate([a, b], axis=2) for a, b in zip(self.held, new, strict=True)] if self.held else new
         return self.held
 
     def keep(self, columns: mx.array) -> None:
@@ -132,7 +134,7 @@ def _greedy(context: Context, hidden: mx.array) -> list[int]:
     return [int(t) for logits in _chunks(context, hidden) for t in np.array(mx.argmax(logits, axis=-1))]
 
 
-def odds_(context: Context, hidden: mx.array, width: int, vocab: int) -> Odds:
+def _odds(context: Context, hidden: mx.array, width: int, vocab: int) -> Odds:
     """Log-probabilities (n, width) of the `width` most probable next tokens, and those tokens (n, width)."""
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for logits in _chunks(context, hidden):
@@ -141,3 +143,42 @@ def odds_(context: Context, hidden: mx.array, width: int, vocab: int) -> Odds:
         logp = mx.take_along_axis(logits, best, -1) - mx.logsumexp(logits, axis=-1, keepdims=True)
         found.append((np.array(logp), np.array(best)))
     return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
+
+
+def decode(
+    model: Stream,
+    ids: Sequence[int],
+    count: int,
+    ends: Container[int] = (),
+    draft: Stream | None = None,
+    size: int = SIZE,
+) -> Iterator[list[int]]:
+    """The model's own greedy continuation of token ids, up to `count` tokens or one of `ends`, pass by pass.
+
+    Each item is what one pass of the model settled: one token or, with a draft, the guesses that were right
+    and one more. draft: a resident student of the same tokens. size: rows of a pass, the tree's nodes and one.
+    """
+    text, left = list(ids), count
+    context, guesses = Context(model), Context(draft) if draft else None
+    while left > 0:
+        nodes: list[Node] = []
+        if guesses and left > 1 and size > 1:
+            vocab = min(context.vocab, guesses.vocab)
+            after = partial(_after, guesses, text, vocab)
+            nodes = tree.grow(after, size - 1, min(tree.DEPTH, left - 1), ends)
+        choice = _greedy(context, context.read(text, nodes))
+        branch, last = tree.accepted(nodes, choice)
+        context.keep(branch)
+        if guesses:
+            guesses.keep(branch)
+        new = [*(n.token for n in branch), last]
+        stop = next((i + 1 for i, t in enumerate(new) if t in ends), len(new))
+        yield new[:stop]
+        if stop < len(new) or new[-1] in ends:
+            return
+        text, left = text + new, left - len(new)
+
+
+def _after(guesses: Context, text: list[int], vocab: int, nodes: Sequence[Node]) -> Odds:
+    """The draft's odds for what follows the text, or each of the nodes."""
+    return _odds(guesses, guesses.read(text, nodes), tree.WIDTH, vocab)

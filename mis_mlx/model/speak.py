@@ -32,6 +32,13 @@ def open_model(folder: Path) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
+def encode(tokenizer: Any, prompt: str, plain: bool = False) -> list[int]:
+    """Token ids of a prompt, through the chat template where there is one and it is not to be plain."""
+    if plain or not tokenizer.has_chat_template:
+        return list(tokenizer.encode(prompt))
+    return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True))
+
+
 def prompt_ids(tokenizer: Any, text: str, count: int) -> mx.array:
     """The first `count` token ids of `text`, repeated if it is too short: (count,)."""
     ids = tokenizer.encode(text)

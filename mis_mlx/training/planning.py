@@ -136,6 +136,11 @@ def workspace_bytes(m: Model, tokens: int, length: int) -> int:
     return 4 * tokens * (8 * s.hidden + 3 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length)
 
 
+def keys_bytes(m: Model, tokens: int) -> int:
+    """Keys and values of `tokens` tokens, in all blocks."""
+    return 2 * m.shape.layers * tokens * m.shape.kv_heads * m.shape.head_dim * m.item
+
+
 def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks."""
     s = shape_of(config)
@@ -213,7 +218,7 @@ def streamed_pass(
 
 def token(m: Model, length: int, limit_bytes: int) -> Phase:
     """One token generated after `length` others, blocks kept from the token before as far as they fit."""
-    cache = 2 * m.shape.layers * length * m.shape.kv_heads * m.shape.head_dim * m.item
+    cache = keys_bytes(m, length)
     made = streamed_pass("one token", m, 1, 1, length, limit_bytes, spool=False, again=True, beside_bytes=cache)
     return replace(made, touched_bytes=m.shape.layers * m.block_work + m.head_work + cache)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mis_mlx.disk.files import DISK
 from mis_mlx.model import load, pack, stream
@@ -112,3 +113,61 @@ def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path, batches: list[mx
         source = stream.Stream(load.open_checkpoint(folder), mx.float32)
         source.forward(batches)
         source.head()
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_what_has_room_is_read_once(models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str) -> None:
+    """The head first, then blocks from the first on; the second pass reads only the rest, and gives the same bits."""
+    checkpoint = models(kind)
+    plain = stream.Stream(checkpoint, mx.float32)
+    want, embedded = plain.forward(batches), plain.read_bytes
+    embedded -= sum(t.nbytes for n, t in checkpoint.tensors.items() if ".layers." in n)
+    block = sum(t.nbytes for n, t in checkpoint.tensors.items() if ".layers.0." in n)
+    head = 512 * 64 * 4
+    for room, keeps in ((head - 1, 0), (head + block, 0), (head + 5 * block // 2, 2), (None, 3)):
+        source = stream.Stream(checkpoint, mx.float32, room)
+        assert source.keeps == keeps
+        passes = []
+        for _ in range(2):
+            before = source.read_bytes
+            got = source.forward(batches)
+            source.head()
+            passes.append(source.read_bytes - before)
+            assert all(mx.array_equal(a, b) for a, b in zip(want, got, strict=True))
+        kept_head = head if room is None or room >= head else 0
+        assert passes[0] == pytest.approx(embedded + 3 * block + head, abs=3 * 65536)  # gaps are read along
+        assert passes[0] - passes[1] == pytest.approx(keeps * block + kept_head, abs=keeps * 2 * 65536)
+
+
+def test_backwards_past_the_page_cache_and_in_parts(llama: Checkpoint, batches: list[mx.array]) -> None:
+    """Any order of blocks; direct reading and files of one block each give the same weights; a break is harmless."""
+    want = {i: [mx.array(np.array(w)) for _, w in tree_flatten(b.parameters())] for i, b in
+            stream.Stream(llama, mx.float32).blocks()}  # fmt: skip
+    source = stream.Stream(llama, mx.float32, direct=True)
+    for _ in source.blocks():
+        break
+    seen = []
+    for i, block in source.blocks([2, 0]):
+        seen.append(i)
+        assert all(mx.array_equal(a, b) for a, (_, b) in zip(want[i], tree_flatten(block.parameters()), strict=True))
+    assert seen == [2, 0]
+
+
+def test_a_file_that_changes_is_refused(tmp_path: Path, batches: list[mx.array]) -> None:
+    """Another model copied over the open one: one sentence, no mixture of the two."""
+    folder = tiny.make(tmp_path / "m")
+    source = stream.Stream(load.open_checkpoint(folder), mx.float32)
+    source.forward(batches)
+    tiny.make(tmp_path / "other", seed=1)
+    (folder / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(MisError, match="changed while it was in use"):
+        source.forward(batches)
+
+
+def test_the_block_before_is_let_go(llama: Checkpoint) -> None:
+    """The loop variable of whoever goes through the blocks does not keep the last one's weights."""
+    passing = stream.Stream(llama, mx.float32).blocks()
+    _, first = next(passing)
+    assert tree_flatten(first.parameters())
+    next(passing)
+    assert not tree_flatten(first.parameters())

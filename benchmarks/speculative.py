@@ -1,0 +1,106 @@
+"""How many tokens one pass of a streamed teacher settles when its distilled student guesses a tree of them.
+
+    scripts/mis benchmarks/speculative.py --draft RUN/distilled        # about 10 minutes on 2 cores
+
+The default teacher, streamed with nothing kept: every pass reads every weight. 20 prompts, up to 64 tokens
+each, through the chat template. Plain streamed decoding reads all weights for each token; `bytes` is the
+share of that. Every drafted text is compared with the plain one, token for token. Writes
+benchmarks/results/<machine>/speculative.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+from mis_mlx import cli
+from mis_mlx.model import decode, load, speak, teacher
+from mis_mlx.model.stream import Stream
+
+ROOT = Path(__file__).resolve().parent
+PROMPTS = (
+    "What is a shepherd?",
+    "Write a haiku about rain.",
+    "Explain to a child why the sky is blue.",
+    "List five things to pack for a mountain hike.",
+    "How do I boil an egg?",
+    "Write a Python function that returns the larger of two numbers.",
+    "Translate to French: Good morning, how are you?",
+    "Give me three tips for better sleep.",
+    "Who wrote Romeo and Juliet, and what is it about?",
+    "Summarize: The bridge was closed for repairs, so the buses took the long way round and everyone was late.",
+    "What is the difference between a crocodile and an alligator?",
+    "Write a short email asking for a day off.",
+    "If a train goes 60 km in one hour, how far does it go in three?",
+    "Name the planets of the solar system.",
+    "Tell me a story about a bear who likes cheese.",
+    "What does the if statement do in Python?",
+    "Co to jest oscypek?",
+    "Napisz krótki wiersz o górach.",
+    "Podaj przepis na kwaśnicę.",
+    "O której odjeżdża autobus do Nowego Targu?",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared."""
+
+    draft: str
+    """folder of the student"""
+    note: str = ""
+    """how the student was made, for the results file"""
+    sizes: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
+    """rows of a pass: the nodes of the tree, and one"""
+    prompts: int = len(PROMPTS)
+    max_tokens: int = 64
+    name: str = "speculative"
+    """of the results file"""
+
+
+def main(s: Settings) -> None:
+    """Plain decoding first, then every size; one line each, one JSON file."""
+    checkpoint, small = load.open_checkpoint(teacher.find().path), load.open_checkpoint(s.draft)
+    tokenizer = load.tokenizer(checkpoint.path)
+    asked = [speak.encode(tokenizer, p) for p in PROMPTS[: s.prompts]]
+    draft = Stream(small, mx.float32, None)
+    plain: list[list[int]] = []
+    rows = []
+    for size in (1, *s.sizes):
+        big = Stream(checkpoint, mx.float32)
+        began, each, same = time.perf_counter(), [], 0
+        for n, ids in enumerate(asked):
+            passes = list(decode.decode(big, ids, s.max_tokens, tokenizer.eos_token_ids, draft, size))
+            tokens = [t for new in passes for t in new]
+            if size == 1:
+                plain.append(tokens)
+            same += tokens == plain[n]
+            each.append(len(tokens) / len(passes))
+        count = sum(map(len, plain))
+        row = {
+            "rows": size,
+            "tokens_per_pass": round(sum(each) / len(each), 3),
+            "bytes_per_token": round(big.read_bytes / count),
+            "seconds_per_token": round((time.perf_counter() - began) / count, 3),
+            "same_text": same,
+            "each": [round(e, 2) for e in each],
+        }
+        row["bytes"] = round(row["bytes_per_token"] / rows[0]["bytes_per_token"], 3) if rows else 1.0
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    where = {"system": f"{platform.system()} {platform.machine()}", "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
+    command = f"scripts/mis benchmarks/speculative.py --draft RUN/distilled --max-tokens {s.max_tokens}"
+    result = {"command": command, "draft": s.note, **where, "prompts": len(asked), "rows": rows}
+    out = ROOT / "results" / f"{platform.system()}-{platform.machine()}".lower()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{s.name}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main(cli.parse(Settings))

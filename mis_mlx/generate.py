@@ -1,0 +1,99 @@
+"""Generate text with a model, also one bigger than memory; a small draft makes each pass of its weights count."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mis_mlx import cli
+from mis_mlx.machine import memory
+from mis_mlx.model import compare, decode, load, speak, teacher
+from mis_mlx.model.stream import Stream
+from mis_mlx.training import planning
+from mis_mlx.types import MisError, gib
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Greedy: the same text as plain decoding, whatever the budget and the draft."""
+
+    model: str | None = None
+    """folder or hub id; default: SmolLM2-135M-Instruct"""
+    draft_model: str | None = None
+    """folder of a small student of the model, whose guesses the model checks many at a time"""
+    prompt: str = "What is a shepherd?"
+    max_tokens: int = 100
+    num_draft_tokens: int = decode.SIZE - 1
+    """guesses in the tree of one pass"""
+    ignore_chat_template: bool = False
+    """give the prompt as it is"""
+    budget: str | None = None
+    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
+    dry_run: bool = False
+    """print bytes and memory, and stop"""
+    config: cli.ConfigFile = None
+    """YAML file with any of these flags"""
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: text to stdout as it is settled, its cost at the end."""
+    s = settings
+    if s.max_tokens < 1 or s.num_draft_tokens < 0:
+        raise MisError(
+            f"--max-tokens {s.max_tokens} --num-draft-tokens {s.num_draft_tokens}: give 1 or more, 0 or more"
+        )
+    checkpoint = load.open_checkpoint(teacher.find(s.model).path)
+    small = compare.same_vocabulary(checkpoint, load.open_checkpoint(s.draft_model)) if s.draft_model else None
+    tokenizer = load.tokenizer(checkpoint.path)
+    ids = speak.encode(tokenizer, s.prompt, s.ignore_chat_template)
+    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+    m, draft = planning.model_of(checkpoint), planning.model_of(small) if small else None
+    # The draft stays whole; both keep keys and values.
+    beside = planning.keys_bytes(m, len(ids) + s.max_tokens)
+    if draft:
+        beside += planning.keys_bytes(draft, len(ids) + s.max_tokens) + draft.head_work
+        beside += draft.shape.layers * draft.block_work + draft.slots_bytes
+    rows = max(min(len(ids), decode.ROWS), s.num_draft_tokens + 1)
+    plan = planning.streamed_pass(
+        "one pass", m, max(len(ids), rows), rows, len(ids) + s.max_tokens, spool=False, beside_bytes=beside
+    )
+    room = planning.room(limit.limit_bytes, plan.peak_bytes)
+    cli.say(f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(room)} are left to keep some of it")
+    if s.dry_run:
+        sizes = {"read_bytes_per_pass": plan.read_bytes, "peak_bytes": plan.peak_bytes}
+        return {**sizes, "budget_bytes": limit.limit_bytes, "check_failed": plan.peak_bytes > limit.limit_bytes}
+    planning.fit(limit, plan, remedy="give a larger --budget, fewer --max-tokens or --num-draft-tokens")
+    began, peak, tokens, passes = time.monotonic(), memory.Peak(), list[int](), 0
+    with memory.limited(limit), cli.progress("generate", s.max_tokens) as show:
+        big = Stream(checkpoint, load.compute_dtype(), room, checkpoint.nbytes > limit.limit_bytes)
+        guesser = Stream(small, load.compute_dtype(), None) if small else None
+        text = ""
+        for new in decode.decode(big, ids, s.max_tokens, tokenizer.eos_token_ids, guesser, s.num_draft_tokens + 1):
+            tokens += [t for t in new if t not in tokenizer.eos_token_ids]
+            passes += 1
+            whole = tokenizer.decode(tokens)
+            if not whole.endswith("\ufffd"):  # half of a letter waits for its other half
+                print(whole[len(text) :], end="", flush=True)
+                text = whole
+            show(
+                len(tokens),
+                f"{len(tokens) / passes:.1f} tokens/pass  {gib(big.read_bytes / max(1, len(tokens)))}/token",
+            )
+    seconds = time.monotonic() - began
+    print(tokenizer.decode(tokens)[len(text) :])
+    return {
+        "text": tokenizer.decode(tokens),
+        "tokens": len(tokens),
+        "passes": passes,
+        "tokens_per_pass": round(len(tokens) / max(passes, 1), 3),
+        "read_bytes": big.read_bytes,
+        "read_bytes_per_token": round(big.read_bytes / max(1, len(tokens))),
+        "peak_bytes": peak.nbytes,
+        "budget_bytes": limit.limit_bytes,
+        "seconds": round(seconds, 2),
+    }
+
+
+if __name__ == "__main__":
+    cli.main(Settings, run)
