@@ -117,8 +117,7 @@ def local(job: Job, micro: int, limit: int, iters: int) -> Phase:
     written = 4 * (arch.params(m.config) + layers * b) + moved
     flops = forward_flops(t, tokens, length, False) + layers * fit_flops
     flops += forward_flops(m, 2 * tokens + 3 * iters * job.step, length, False)
-    spooled = (tokens - held) * (theirs + ours)
-    peak += held * (theirs + ours)
+    peak, spooled = peak + held * (theirs + ours), (tokens - held) * (theirs + ours)
     return Phase("local", read, written, peak, flops, True, spooled_bytes=spooled, held_tokens=held)
 
 
@@ -145,11 +144,12 @@ def sharded(job: Job, micro: int, shard: int) -> Phase:
     t, m, length = job.teacher, job.student, job.length
     s, b, shards = m.shape, m.block_params, math.ceil(m.shape.layers / shard)
     visits = math.ceil(job.iters / steps_per_shard(job, shard))
-    above = sum(s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)) / shards  # blocks, on average
+    over = [s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)]  # blocks above each shard
+    above, again = (sum(n) / shards for n in (over, [max(0, n - 1) for n in over]))  # the last one turns in memory
     back = s.layers * job.step * s.hidden * 4 + planning.activation_bytes(m.config, micro, length) // s.layers
     back += 4 * m.head_params + planning.logit_bytes(s.vocab, micro * length) + 4 * b
     peak = (2 * 4 + STATE_BYTES * shard) * b + max(back, planning.update_bytes(m.config, True))
-    read = 4.0 * b * (s.layers - shard + max(0.0, above - 1))  # the last block turns round in memory
+    read = 4.0 * b * (s.layers - shard + again)
     forward = forward_flops(m, job.step, length, False) / s.layers  # of a block
     flops = forward * (s.layers - 1 + 2 * above + 3 * shard) + 4.0 * job.step * m.head_params
     if job.targets == "live":
@@ -262,9 +262,7 @@ def ways(job: Job) -> Iterator[tuple[Mode, int, int]]:
 
 def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) -> Plan:
     """The plan of one way, whether it fits or not."""
-    phases = [prune(job, limit)]
-    if job.targets == "cached":
-        phases.append(store(job, limit))
+    phases = [prune(job, limit), *([store(job, limit)] if job.targets == "cached" else [])]
     if job.local_steps(mode) or mode == "sharded":  # which refits each block itself
         phases.append(local(job, micro, limit, job.local_steps(mode)))
     elif job.repair:

@@ -87,13 +87,13 @@ def test_sharded_by_pencil() -> None:
         and phases.steps_per_shard(job, 3) == 5
         and phases.steps_per_shard(job, 1) == 3
     )
-    # Two blocks forth, and back from the lower shard (half of the steps) two, of which the last is there already:
-    # on average above = 1 and so no block is counted on the way back. Each visit reads head and shard once.
-    steps = 10 * (2 * 4 * b + 384 * 151)
+    # Two blocks forth; back to the lower shard (half of the steps) two, of which the last is there already.
+    # Each visit reads head and shard once.
+    steps = 10 * (int(2.5 * 4 * b) + 384 * 151)
     assert p.read_bytes == steps + 2 * 4 * 512 * 64 + 4 * 4 * b
-    assert p.written_bytes == 4 * 4 * b + 12 * 2 * b * 4 + 0 * SMALL.nbytes
-    one = phases.sharded(job, 4, 1)  # above: 3, 2, 1, 0 of them, 1.5 on average, half of a block on the way back
-    assert one.read_bytes == 10 * (int(3.5 * 4 * b) + 384 * 151) + 4 * 4 * 512 * 64 + 4 * 4 * b
+    assert p.written_bytes == 4 * 4 * b + 12 * 2 * b * 4
+    one = phases.sharded(job, 4, 1)  # three forth; 3, 2, 1 and 0 are above, so 2, 1, 0 and 0 are read back
+    assert one.read_bytes == 10 * (int(3.75 * 4 * b) + 384 * 151) + 4 * 4 * 512 * 64 + 4 * 4 * b
     assert p.peak_bytes - one.peak_bytes == 16 * b
     block = forward_flops(SMALL, 384, 32, False) / 4
     assert p.flops == 10 * (block * (4 - 1 + 2 * 1 + 3 * 2) + 4 * 384 * 512 * 64)
@@ -134,10 +134,8 @@ def test_more_budget_never_reads_more(targets: Any) -> None:
     job = replace(JOB, batch=1, accumulate=8, targets=targets, calibration=64, local=64)
     plans = [phases.make(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 40)]
     plans = [p for p in plans if p.fits]
-    for what in ("read_bytes", "written_bytes"):
-        totals = [sum(getattr(f, what) for f in p.phases) for p in plans]
-        assert what == "written_bytes" or totals == sorted(totals, reverse=True)
-        assert len(set(totals)) > 3
+    reads = [sum(f.read_bytes for f in p.phases) for p in plans]
+    assert reads == sorted(reads, reverse=True) and len(set(reads)) >= 5
     assert {p.mode for p in plans} == {"resident", "sharded"} and len({p.shard_layers for p in plans}) > 2
 
 
