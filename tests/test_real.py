@@ -14,9 +14,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mis_mlx import plan
 from mis_mlx.disk import runs
 from mis_mlx.model import arch, calibrate, load, speak, stream, teacher
+from mis_mlx.training import planning
 from mis_mlx.types import Checkpoint
 
 pytestmark = pytest.mark.slow
@@ -109,6 +109,6 @@ def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]], real: Checkpoi
     """MLX's peak in training is under the plan's for that phase, and not by more than a factor of three."""
     out, _ = run
     small = load.open_checkpoint(out / "distilled").config
-    planned = plan.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
+    planned = planning.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
     peak = max(r["peak_bytes"] for r in runs.metrics(out))
     assert planned / 3 < peak < planned

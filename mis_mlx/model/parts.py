@@ -23,7 +23,8 @@ def begin(source: Checkpoint, folder: Path, files: Files) -> Checkpoint:
     if not folder.exists():
         keep = slice.read_keep(source.path)
         extra = {"keep.json": slice.keep_json(keep)} if keep else None
-        config = {**source.config, "torch_dtype": "float32"}
+        config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
+        config["torch_dtype"] = "float32"
         slice.write_model(config, partial(load.dense, source), source.path, folder, "float32", files, extra, True)
     return load.open_checkpoint(folder)
 

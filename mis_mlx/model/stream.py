@@ -113,8 +113,12 @@ class Stream:
         """(whether the head stays, how many blocks stay)."""
         if room_bytes is None:
             return True, self.layers
-        s = shape_of(self.checkpoint.config)
-        room = room_bytes - s.vocab * s.hidden * self.dtype.size
+        head = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(load.head_prefix(self.checkpoint))}
+        s, packed = shape_of(self.checkpoint.config), any(t.dtype == "U32" for t in head.values())
+        stays_packed = packed and not load.unpacks()
+        room = room_bytes - (
+            sum(t.nbytes for t in head.values()) if stays_packed else s.vocab * s.hidden * self.dtype.size
+        )
         return (True, min(self.layers, room // self._block_bytes)) if room >= 0 else (False, 0)
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:

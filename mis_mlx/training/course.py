@@ -139,7 +139,8 @@ def _resident(c: Course, begun: Checkpoint, source: distillation.Source) -> Call
 
 def _sharded(c: Course, begun: Checkpoint, source: distillation.Source) -> Callable[[str], mx.array]:
     r, visit = c.recipe, steps_per_shard(c.plan.job, c.plan.shard_layers)
-    student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, 0, c.direct)
+    room = 4 * c.plan.job.student.head_params  # the head stays, the blocks stream past
+    student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, room, c.direct)
     run = _Run(c, student.arrays, student.memory)
     start = run.start(student.begin, student.restore)
     steps = sharded.steps(

@@ -97,10 +97,10 @@ def train(
     A trained block is on disk before the next one begins. A run that was killed goes on with the block it
     was at, from `pruned` again, once both models have marched up to it: it ends with the same bits.
     """
+    sweep(student.path, files)
     done, layers = finished(student), len(keep.layers)
     if done == layers:
         return
-    sweep(student.path, files)
     nbytes = scratch_bytes(teacher.config, pruned.config, sum(b.size for b in batches[held:]))
     files.require_space(folder, nbytes, "the spool of hidden states")
     spool = partial(Spool, folder, held, files)

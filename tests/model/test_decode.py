@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.disk.files import DISK
-from mis_mlx.model import decode, load, pack, tree
+from mis_mlx.model import decode, load, pack, speak, teacher, tree
 from mis_mlx.model.stream import Stream
 from mis_mlx.types import Checkpoint
 from tests import tiny
@@ -78,6 +78,34 @@ def test_sliding_windows_count_positions_not_columns(tmp_path: Path) -> None:
     assert flat(ours(checkpoint, IDS, draft=draft, size=32)) == want
     full = Checkpoint(checkpoint.path, {**checkpoint.config, "layer_types": None}, checkpoint.tensors)
     assert stock(full, IDS) != want
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 128},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaled_positions_turn_row_by_row(tmp_path: Path, rope: dict[str, object]) -> None:
+    """Every kind of rotary positions takes a position for each row: in a prompt, and in a tree."""
+    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "scaled", rope_scaling=rope))
+    draft = Stream(load.open_checkpoint(tiny.make(tmp_path / "s", seed=5)), mx.float32, None)
+    assert flat(ours(checkpoint, IDS, draft=draft, size=32)) == stock(checkpoint, IDS)
+
+
+@pytest.mark.slow
+def test_the_real_teacher_says_the_same() -> None:
+    """SmolLM2-135M streamed with nothing kept, plain and with itself as the draft: mlx-lm's tokens."""
+    checkpoint = load.open_checkpoint(teacher.find().path)
+    ids = speak.encode(load.tokenizer(checkpoint.path), "What is a shepherd?")
+    want = stock(checkpoint, ids)
+    assert flat(ours(checkpoint, ids)) == want
+    drafted = ours(checkpoint, ids, draft=Stream(checkpoint, mx.float32, None))
+    assert flat(drafted) == want and len(drafted) < COUNT / 2
 
 
 def test_four_bits_and_kept_blocks(tmp_path: Path, llama: Checkpoint) -> None:

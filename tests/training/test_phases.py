@@ -19,7 +19,7 @@ from mis_mlx.machine import memory
 from mis_mlx.machine.rates import M1_AIR
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import arch, load, parts
+from mis_mlx.model import arch, compare, load, pack, parts
 from mis_mlx.training import distillation, local, loop, phases, planning, sharded
 from mis_mlx.training.phases import Job
 from mis_mlx.training.planning import forward_flops, model_of
@@ -259,3 +259,19 @@ def test_local_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpo
         )  # fmt: skip
     peak, array = max(s.peak_bytes for s in steps) - before, 4 * 1536 * 1536
     assert planned / 2 < peak < planned + array, (peak / MIB, planned / MIB)
+
+
+def test_comparing_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint]) -> None:
+    """Teacher, student and its 4-bit form on three windows: blocks in turn, then two heads and chunks of logits."""
+    teacher, student = wide
+    pack.write_quantized(student, tmp_path / "4-bit", 64, DISK)
+    models = {"teacher": teacher, "student": student, "4-bit": load.open_checkpoint(tmp_path / "4-bit")}
+    tokens = np.random.default_rng(0).integers(0, 512, (3, 64)).astype(np.int32)
+    planned = phases.compared([model_of(m) for m in models.values()], 3, 64).peak_bytes
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with memory.limited(Budget(before + planned)):
+        compare.compare(models, Windows(tokens, np.ones((3, 64), np.float32)))
+    peak = mx.get_peak_memory() - before
+    assert planned / 2 < peak < planned + planning.SMALL_BYTES, (peak / MIB, planned / MIB)

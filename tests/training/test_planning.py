@@ -204,10 +204,10 @@ def test_the_papers_teacher() -> None:
     assert m.nbytes == int(0.5625 * 84_244_176_896) and m.as_stored
     assert 70e9 / M1_AIR.read_bytes_per_s == 28.0
     assert round(70e9 / M1_AIR.read_bytes_per_s * M1_AIR.forward_flops_per_s / (2 * 137e9)) == 148
-    p = planning.streamed_pass("pass", m, 1, 1, 1, GIB)
+    p = planning.streamed_pass("pass", m, 1, 1, 1, spool=False)
     assert p.seconds(M1_AIR) == pytest.approx((96 * block + 128256 * 8192) * 0.5625 / 2.5e9)
     many = planning.streamed_pass("pass", m, 4096, 512, 512, 4 * GIB)
-    assert many.seconds(M1_AIR) == many.flops / 1.45e12 == many.seconds(M1_AIR, hot=True) * 0.75
+    assert many.seconds(M1_AIR) == many.flops / 1.45e12 == pytest.approx(many.seconds(M1_AIR, hot=True) * 0.75)
 
 
 def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:

@@ -141,11 +141,8 @@ def test_sharded_is_resident_bit_for_bit(
 def test_room_spools_and_the_page_cache_change_no_bit(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
     """Blocks kept in memory (fewer bytes read), hidden states on disk, reads past the page cache: same files."""
     head, block = 512 * 64 * 4, sum(t.nbytes for n, t in source("llama").tensors.items() if ".layers.1." in n) + 4096
-    hows: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "room": {"room_bytes": head + 2 * block},
-        "direct": {"direct": True},
-    }
+    room = {"room_bytes": head + 2 * block}
+    hows: dict[str, dict[str, Any]] = {"plain": {}, "room": room, "direct": {"direct": True}, "spool": {}}
     spools: list[Spool] = []
     read = {}
 
@@ -153,10 +150,10 @@ def test_room_spools_and_the_page_cache_change_no_bit(tmp_path: Path, source: Ca
         spools.append(Spool(tmp_path, 2, DISK))
         return spools[-1]
 
-    for name, how in {**hows, "spool": {}}.items():
+    for name, how in hows.items():
         student = opened(source("llama"), tmp_path / name, 2, **how)
         kept: Any = spool if name == "spool" else list
-        for _ in sharded.steps(student, micro_batches, kl, schedule(5), kept=kept):
+        for _ in sharded.steps(student, micro_batches, kl, schedule(4), kept=kept):
             read[name] = student._source.read_bytes  # since the visit began
         assert contents(tmp_path / name) == contents(tmp_path / "plain"), name
     assert read["room"] < read["plain"] == read["direct"] == read["spool"]
@@ -167,8 +164,8 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     """24 blocks of 641 KiB, one trainable: two steps, each of another shard, take under 6 MiB.
 
     That is two slots and one block with its gradient and moments (3.8 MiB), a block's new gradient, 24 x 2
-    hidden states of 8 KiB, head and logits, or the update (4.3 MiB measured). Resident: 16 bytes a parameter,
-    ten times as much.
+    hidden states of 8 KiB, head and logits, or the update (4.3 MiB measured). Resident: over seven times
+    as much.
     """
     limit, n = 6 * 2**20, 24
     source = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=n))
@@ -191,7 +188,7 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
         return kl(model.model(tokens).reshape(-1, 64), load.head_weight(model), learn, target), learn.sum()
 
     (step,) = loop.train(shard, micro, loss, optimizer, schedule(1))
-    assert step.peak_bytes - before > 10 * limit
+    assert step.peak_bytes - before > 7 * limit
 
 
 class Counting(Files):
