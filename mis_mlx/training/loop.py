@@ -54,23 +54,41 @@ def train(
     the machine slept (the lid was closed) is discarded before it touches the weights, and done again.
     """
     gradient_of = partial(nn.value_and_grad(model, loss), model)
+
+    def gradients(step: int) -> tuple[float, float, Any]:
+        return _gradients(gradient_of, micro_batches(step))
+
     for step in range(start, schedule.iters):
-        note = ""
-        while True:
-            began, mark = clock.monotonic(), clock.asleep()
-            mx.reset_peak_memory()
-            value, tokens, gradients = _gradients(gradient_of, micro_batches(step))
-            if not (slept := clock.slept(mark)):
-                break
-            note = f"the machine slept {slept / 60:.0f} min; step done again. "
-        gradients = tree_map(partial(mx.multiply, factor(step) / tokens), gradients)
-        norm = float(global_norm(gradients))
-        rate = schedule.rate(step)
-        note += optimizer.update(model, gradients, value, norm, rate)
-        del gradients
-        mx.eval(model.parameters(), optimizer.adamw.state)
-        seconds = clock.monotonic() - began
-        yield Step(step + 1, value, norm, rate, int(tokens), seconds, mx.get_peak_memory(), note.strip())
+        yield one_step(model, gradients, optimizer, schedule, step, factor, clock)
+
+
+def one_step(
+    model: nn.Module,
+    gradients: Callable[[int], tuple[float, float, Any]],
+    optimizer: GoralW,
+    schedule: Schedule,
+    step: int,
+    factor: Callable[[int], float],
+    clock: Clock,
+) -> Step:
+    """Step `step` (from 0) of `train`. gradients(step): (loss per token, tokens, gradients of the *sum*), evaluated."""
+    note = ""
+    while True:
+        began, mark = clock.monotonic(), clock.asleep()
+        mx.reset_peak_memory()
+        value, tokens, summed = gradients(step)
+        if not (slept := clock.slept(mark)):
+            break
+        note = f"the machine slept {slept / 60:.0f} min; step done again. "
+    scaled = tree_map(partial(mx.multiply, factor(step) / tokens), summed)
+    del summed
+    norm = float(global_norm(scaled))
+    rate = schedule.rate(step)
+    note += optimizer.update(model, scaled, value, norm, rate)
+    del scaled
+    mx.eval(model.parameters(), optimizer.adamw.state)
+    seconds = clock.monotonic() - began
+    return Step(step + 1, value, norm, rate, int(tokens), seconds, mx.get_peak_memory(), note.strip())
 
 
 def _gradients(gradient_of: Callable[..., Any], parts: Sequence[tuple[Any, ...]]) -> tuple[float, float, Any]:

@@ -15,12 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.disk.checkpoint import sweep
 from mis_mlx.disk.files import Files
 from mis_mlx.machine.clock import Clock
-from mis_mlx.maths.optimizer import GoralW, global_norm
+from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import load, parts, stream
 from mis_mlx.training import loop
 from mis_mlx.types import Checkpoint, MisError, Step
@@ -191,21 +191,11 @@ def steps(
 
     kept(): where a step keeps hidden states for the way back, a new list or `disk.spool.Spool`.
     """
+
+    def gradients(step: int) -> tuple[float, float, Any]:
+        return student.gradients(micro_batches(step), loss, kept())
+
     for step in range(start, schedule.iters):
-        note = ""
-        while True:
-            began, mark = clock.monotonic(), clock.asleep()
-            mx.reset_peak_memory()
-            value, tokens, gradients = student.gradients(micro_batches(step), loss, kept())
-            if not (slept := clock.slept(mark)):
-                break
-            note = f"the machine slept {slept / 60:.0f} min; step done again. "
-        gradients = tree_map(partial(mx.multiply, factor(step) / tokens), gradients)
-        norm = float(global_norm(gradients))
-        rate = schedule.rate(step)
-        note += student.optimizer.update(student.shard, gradients, value, norm, rate)
-        del gradients
-        mx.eval(student.shard.parameters(), student.optimizer.adamw.state)
-        student.end_step(step + 1, step + 1 == schedule.iters)
-        seconds = clock.monotonic() - began
-        yield Step(step + 1, value, norm, rate, int(tokens), seconds, mx.get_peak_memory(), note.strip())
+        done = loop.one_step(student.shard, gradients, student.optimizer, schedule, step, factor, clock)
+        student.end_step(done.number, done.number == schedule.iters)
+        yield done
