@@ -149,20 +149,7 @@ def overlap(checkpoint: Checkpoint) -> list[dict[str, float]]:
 
 def budget(folder: Path, out: Path, limit: str = "600MiB") -> dict[str, Any]:
     """What one run under `limit` took, by its own account."""
-    flags = [
-        "--teacher",
-        folder,
-        "--out",
-        out,
-        "--budget",
-        "600MiB",
-        "--layers",
-        3,
-        "--ffn",
-        4096,
-        "--scenario",
-        "none",
-    ]
+    flags = ["--teacher", folder, "--out", out, "--budget", limit, "--scenario", "none", "--layers", 6]
     flags += ["--train", "sharded", "--targets", "cached", "--iters", 2, "--batch-size", 1, "--local-iters", 2]
     flags += ["--local-samples", 4, "--num-samples", 4, "--max-seq-length", LENGTH, "--eval-windows", 3]
     flags += ["--bench-tokens", 0, "--quantize", 0]

@@ -8,7 +8,7 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.machine import memory
 from mis_mlx.model import compare, load, teacher, windows
-from mis_mlx.training import phases, planning
+from mis_mlx.training import planning
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def run(settings: Settings) -> dict[str, Any]:
         models[name] = load.open_checkpoint(folder)
         compare.same_vocabulary(models["teacher"], models[name])
     limit = memory.budget(None if settings.budget is None else cli.parse_bytes(settings.budget))
-    planned = phases.compared(
+    planned = planning.compared(
         [planning.model_of(m) for m in models.values()], settings.eval_windows, settings.max_seq_length
     )
     planning.fit(limit, planned)

@@ -7,10 +7,12 @@ Does not know flags, nor how the work is done. `resident`: the student fits with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal
 
+from mis_mlx.machine.memory import process_bytes
 from mis_mlx.machine.rates import Rates
 from mis_mlx.model import arch
 from mis_mlx.training import planning
@@ -19,7 +21,7 @@ from mis_mlx.training.recipe import Distillation
 from mis_mlx.types import gib
 
 SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
-LOCAL_ITERS = 16  # of a student that does not fit (measured: benchmarks/local.py)
+LOCAL_ITERS = 16  # of a student that does not fit
 SAMPLES = 50  # tokens of a position in the logit store
 TEXTS = 2  # held-out texts that models are measured on
 
@@ -176,21 +178,10 @@ def quantize(job: Job) -> Phase:
     return Phase("quantize", job.student.nbytes, written, tensor_bytes(job.student) + 2 * job.student.head_params, 0.0)
 
 
-def compared(models: Sequence[Model], windows: int, length: int) -> Phase:
-    """A pass of each model over the same windows, then the first one's head beside each other's (model/compare)."""
-    first, tokens, vocab = models[0], windows * length, max(m.shape.vocab for m in models)
-    body = max(m.slots_bytes + m.body_bytes(planning.workspace_bytes(m, length, length)) for m in models)
-    heads = first.head_work + max([0, *(m.head_work for m in models[1:])])
-    peak = max(body, heads + 8 * 4 * planning.chunk_rows(vocab) // 2 * vocab)
-    peak += tokens * sum(m.shape.hidden * m.item for m in models)
-    flops = sum(forward_flops(m, tokens, length) for m in models)
-    return Phase("measure", sum(m.nbytes for m in models), 0, peak, flops)
-
-
 def measure(job: Job) -> Phase:
     """Teacher, pruned, distilled and 4-bit student on every text."""
     four = replace(job.student, nbytes=quantize(job).written_bytes, packed=True)
-    one = compared([job.teacher, job.student, job.student, four], job.held_out, job.length)
+    one = planning.compared([job.teacher, job.student, job.student, four], job.held_out, job.length)
     return replace(one, read_bytes=TEXTS * one.read_bytes, flops=TEXTS * one.flops)
 
 
@@ -268,7 +259,9 @@ def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) 
     elif job.repair:
         phases.append(repair(job))
     phases.append(resident(job, micro, limit) if mode == "resident" else sharded(job, micro, shard))
-    return Plan(job, limit, rates, mode, micro, shard, (*phases, quantize(job), measure(job)))
+    phases += [quantize(job), measure(job)]
+    whole = tuple(replace(p, peak_bytes=p.peak_bytes + process_bytes(limit)) for p in phases)
+    return Plan(job, limit, rates, mode, micro, shard, whole)
 
 
 def make(job: Job, budget_bytes: int, rates: Rates) -> Plan:
@@ -283,7 +276,8 @@ def make(job: Job, budget_bytes: int, rates: Rates) -> Plan:
 
 def least_bytes(job: Job, rates: Rates) -> int:
     """The smallest budget in which some way of doing the job fits."""
-    return min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
+    arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
+    return reduce(lambda least, _: arrays + process_bytes(least), range(20), arrays)  # its own share grows, but slower
 
 
 def remedy(plan: Plan) -> str:

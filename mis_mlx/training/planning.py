@@ -7,14 +7,14 @@ Arithmetic on configs and sizes: reads no weights, starts nothing. Does not know
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mis_mlx.disk import hub
 from mis_mlx.disk.files import DISK, reported
 from mis_mlx.machine import rates
-from mis_mlx.machine.memory import cache_bytes
+from mis_mlx.machine.memory import process_bytes
 from mis_mlx.machine.rates import Rates
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.model import arch, load
@@ -169,8 +169,8 @@ def training_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
 
 
 def room(limit_bytes: int, taken_bytes: int) -> int:
-    """What a budget leaves for what is welcome but not needed, once MLX's cache has its share."""
-    return max(0, limit_bytes - cache_bytes(limit_bytes) - taken_bytes)
+    """What a budget leaves for what is welcome but not needed, once the process has its own share."""
+    return max(0, limit_bytes - process_bytes(limit_bytes) - taken_bytes)
 
 
 def pins(m: Model, room_bytes: int) -> int:
@@ -208,7 +208,7 @@ def streamed_pass(
     held = min(hidden, room(limit_bytes, peak) // batch * batch) if spool else hidden
     moved = (hidden - held) * (s.layers + 1)
     keeps, head_read, peak = 0, m.head_bytes if head else 0, peak + held
-    if again and kept_head + held + cache_bytes(limit_bytes) <= limit_bytes:
+    if again and kept_head + held + process_bytes(limit_bytes) <= limit_bytes:
         keeps, head_read = pins(m, room(limit_bytes, kept_head + held)), 0
         peak = kept_head + held + keeps * m.block_work
     read = (s.layers - keeps) * m.block_bytes + head_read + moved
@@ -221,6 +221,17 @@ def token(m: Model, length: int, limit_bytes: int) -> Phase:
     cache = keys_bytes(m, length)
     made = streamed_pass("one token", m, 1, 1, length, limit_bytes, spool=False, again=True, beside_bytes=cache)
     return replace(made, touched_bytes=m.shape.layers * m.block_work + m.head_work + cache)
+
+
+def compared(models: Sequence[Model], windows: int, length: int) -> Phase:
+    """A pass of each model over the same windows, then the first one's head beside each other's (model/compare)."""
+    first, tokens, vocab = models[0], windows * length, max(m.shape.vocab for m in models)
+    body = max(m.slots_bytes + m.body_bytes(workspace_bytes(m, length, length)) for m in models)
+    heads = first.head_work + max([0, *(m.head_work for m in models[1:])])
+    peak = max(body, heads + 8 * 4 * chunk_rows(vocab) // 2 * vocab)
+    peak += tokens * sum(m.shape.hidden * m.item for m in models)
+    flops = sum(forward_flops(m, tokens, length) for m in models)
+    return Phase("measure", sum(m.nbytes for m in models), 0, peak, flops)
 
 
 def flag(nbytes: int) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from mis_mlx.disk.files import DISK
 from mis_mlx.machine import rates
+from mis_mlx.machine.memory import process_bytes
 from mis_mlx.machine.rates import M1_AIR, Rates
 from mis_mlx.model import arch, load, pack, stream
 from mis_mlx.plan import MIS_137B
@@ -110,7 +111,7 @@ def test_what_finds_no_room_is_spooled() -> None:
     """One byte less than room for both micro-batches: one goes to disk, written and read by every block."""
     m = planning.model_of(tiny.CONFIG, gpu=False)
     whole = planning.streamed_pass("pass", m, 128, 64, 32, GIB, head=False)
-    limit = next(n for n in range(whole.peak_bytes, 2 * whole.peak_bytes) if n - n // 16 >= whole.peak_bytes)
+    limit = next(n for n in range(whole.peak_bytes, 2 * whole.peak_bytes) if n - process_bytes(n) >= whole.peak_bytes)
     assert planning.streamed_pass("pass", m, 128, 64, 32, limit, head=False) == whole
     half = planning.streamed_pass("pass", m, 128, 64, 32, limit - 2, head=False)
     batch = 64 * 64 * 4
