@@ -74,9 +74,12 @@ class Reader:
     """
 
     def __init__(self, tensors: Mapping[str, TensorAt], direct: bool = False, threads: int = 2):
-        self._signatures = {path: _signature(os.stat(path)) for path in {t.file for t in tensors.values()}}
-        for path in self._signatures:
-            unchanged(path, tensors, [name for name, t in tensors.items() if t.file == path])
+        by_file: dict[Path, list[str]] = {}
+        for name, t in tensors.items():
+            by_file.setdefault(t.file, []).append(name)
+        for path, names in by_file.items():
+            unchanged(path, tensors, names)  # a sentence, too, when the file is gone
+        self._signatures = {path: _signature(os.stat(path)) for path in by_file}
         self._direct = direct
         self._pool = ThreadPoolExecutor(threads, "reader")
         self.nbytes = 0  # asked for so far

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mis_mlx.disk.files import Files, reported
-from mis_mlx.disk.safetensors import write_arrays
+from mis_mlx.disk.safetensors import spec_of, write_arrays
 from mis_mlx.model import load, slice
 from mis_mlx.types import Checkpoint
 
@@ -34,8 +34,12 @@ def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], fi
     prefix = f"model.layers.{i}."
     old = {name: t for name, t in parts.tensors.items() if name.startswith(prefix)}
     path = next(iter(old.values())).file
-    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     new = {name: weights[name.removeprefix(prefix)] for name in sorted(old, key=lambda n: old[n].offset)}
+    if {n for n, t in parts.tensors.items() if t.file == path} != set(old):
+        raise ValueError(f"{path} holds more than block {i}")
+    if any(spec_of(array) != ("F32", old[name].shape) for name, array in new.items()):
+        raise ValueError(f"{path}: the new block {i} has other shapes or is not float32")
+    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with reported(path.parent, f"block {i} of the student", sum(t.nbytes for t in old.values())):
         try:
             if temp.exists():  # left behind by a process of the same number

@@ -101,7 +101,7 @@ def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
     if (c.folder / "steps").exists():  # the next stage has begun
         return student
     r, iters = c.recipe, c.recipe.local_iters or 0
-    recipe = replace(r, iters=iters, learning_rate=r.local_learning_rate, batch_size=1,
+    recipe = replace(r, iters=iters, warmup=min(2, r.warmup), learning_rate=r.local_learning_rate, batch_size=1,
                      grad_accumulation_steps=r.batch_size * r.grad_accumulation_steps)  # fmt: skip
     cli.say(f"local: {len(keep.layers)} blocks, {iters} steps each")
     steps = local.train(
