@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -71,7 +72,7 @@ def main(s: Settings) -> None:
     asked = [speak.encode(tokenizer, p) for p in PROMPTS[: s.prompts]]
     draft = Stream(small, mx.float32, None)
     plain: list[list[int]] = []
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in (1, *s.sizes):
         big = Stream(checkpoint, mx.float32)
         began, each, same = time.perf_counter(), [], 0
@@ -94,9 +95,14 @@ def main(s: Settings) -> None:
         row["bytes"] = round(row["bytes_per_token"] / rows[0]["bytes_per_token"], 3) if rows else 1.0
         rows.append(row)
         print(json.dumps(row), flush=True)
+        write(s, len(asked), rows)
+
+
+def write(s: Settings, prompts: int, rows: list[dict[str, Any]]) -> None:
+    """The results so far: a run that is stopped leaves the sizes it has done."""
     where = {"system": f"{platform.system()} {platform.machine()}", "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
     command = f"scripts/mis benchmarks/speculative.py --draft RUN/distilled --max-tokens {s.max_tokens}"
-    result = {"command": command, "draft": s.note, **where, "prompts": len(asked), "rows": rows}
+    result = {"command": command, "draft": s.note, **where, "prompts": prompts, "rows": rows}
     out = ROOT / "results" / f"{platform.system()}-{platform.machine()}".lower()
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{s.name}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
