@@ -20,7 +20,7 @@ from mis_mlx.disk.safetensors import unchanged
 from mis_mlx.types import MisError, TensorAt
 
 PAGE = 4096  # what reading past the page cache wants offsets, lengths and addresses to be multiples of
-PIECE = 32 << 20  # bytes per read: fewer wake-ups of the reader, who shares the processor with whoever computes
+PIECE = 8 << 20  # bytes per read: big enough for the disk, small enough that two threads share a block
 GAP = 1 << 16  # bytes between two tensors of a block that are read along rather than skipped
 F_NOCACHE = 48  # macOS; Python's fcntl has no name for it
 
