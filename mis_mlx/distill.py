@@ -17,6 +17,7 @@ from mis_mlx.machine import memory
 from mis_mlx.model import arch, compare, load, slice, teacher, windows
 from mis_mlx.training import course, outcome, phases, planning
 from mis_mlx.training.course import Course
+from mis_mlx.training.job import job_of
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.training.weather import Weather
 from mis_mlx.types import Budget, Checkpoint, MisError, Row
@@ -135,22 +136,7 @@ def _plan(
     s: Settings, checkpoint: Checkpoint, small: Mapping[str, Any], budget: Budget, folder: Path | None
 ) -> phases.Plan:
     """The plan of a new run; or of one that has begun, which goes on in its own way whatever the budget is now."""
-    job = phases.Job(
-        planning.model_of(checkpoint),
-        planning.model_of(small),
-        s.iters,
-        s.batch_size,
-        s.grad_accumulation_steps,
-        s.max_seq_length,
-        s.num_samples,
-        s.reconstruct_samples,
-        s.local_samples,
-        s.local_iters,
-        s.eval_windows,
-        s.save_every,
-        s.targets,
-        ("resident", "sharded") if s.train == "auto" else (s.train,),
-    )
+    job = job_of(planning.model_of(checkpoint), planning.model_of(small), s)
     rates = planning.machine_rates()
     if folder:
         return phases.one(job, budget.limit_bytes, rates, **runs.stored_plan(folder))

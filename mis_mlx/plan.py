@@ -11,7 +11,8 @@ from mis_mlx.model import arch, load
 from mis_mlx.model import teacher as teachers
 from mis_mlx.model.config import read_config
 from mis_mlx.training import phases, planning
-from mis_mlx.training.phases import Job, Plan
+from mis_mlx.training.job import Job, job_of
+from mis_mlx.training.phases import Plan
 from mis_mlx.training.planning import Model
 from mis_mlx.types import gib
 
@@ -183,22 +184,7 @@ def _job(s: Settings, teacher: Model, gpu: bool) -> Job:
         shape = arch.target_shape(teacher.config, arch.SCENARIOS[s.scenario])
         small = arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16")
         student = planning.model_of(small, gpu)
-    return Job(
-        teacher,
-        student,
-        s.iters,
-        s.batch_size,
-        s.grad_accumulation_steps,
-        s.max_seq_length,
-        s.num_samples,
-        s.reconstruct_samples,
-        s.local_samples,
-        s.local_iters,
-        s.eval_windows,
-        s.save_every,
-        s.targets,
-        ("resident", "sharded") if s.train == "auto" else (s.train,),
-    )
+    return job_of(teacher, student, s)
 
 
 def run(settings: Settings) -> dict[str, Any]:

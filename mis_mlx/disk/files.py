@@ -123,21 +123,26 @@ class Files:
             self.mkdir(path)
             self.fsync(path.parent)
 
+    @contextlib.contextmanager
+    def replacing(self, path: Path) -> Iterator[Path]:
+        """Another name, under which the block writes a file and syncs it; at its end that takes `path`'s place."""
+        temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        try:
+            if temp.exists():  # left behind by a process of the same number
+                self.remove_tree(temp)
+            yield temp
+            self.rename(temp, path)
+            self.fsync(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.remove_tree(temp)
+            raise
+
     def replace_text(self, path: Path, text: str) -> None:
         """Put `text` (UTF-8) into a small file: after a crash it holds the old text or the new, no mix."""
-        temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        with reported(path.parent, path.name, len(text)):
-            try:
-                if temp.exists():  # left behind by a process of the same number
-                    self.remove_tree(temp)
-                self.write(temp, text.encode())
-                self.fsync(temp)
-                self.rename(temp, path)
-                self.fsync(path.parent)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self.remove_tree(temp)
-                raise
+        with reported(path.parent, path.name, len(text)), self.replacing(path) as temp:
+            self.write(temp, text.encode())
+            self.fsync(temp)
 
     def require_space(self, path: Path, nbytes: int, what: str, remedy: str = "free some and start again") -> None:
         """Refuse before anything is written when less than `nbytes` x 1.2 are free at `path`."""

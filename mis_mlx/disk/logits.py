@@ -8,7 +8,6 @@ whole or not at all, and a store that was stopped anywhere goes on and ends with
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -140,20 +139,13 @@ class Targets:
             for name, dtype in self.spec.dtypes().items()
         }
         path = _path(self.folder, number)
-        temp = path.with_name(f".tmp-{path.name}")
         left = sum(a.nbytes for a in arrays.values()) * (self._total - len(self.parts))
         what, done = "the rest of the targets", f"{len(self.parts)} of {self._total} parts are kept"
         remedy = f"free some and start again, {done}"
         with reported(self.folder, what, left, remedy):
             self._files.require_space(self.folder, left, what, remedy)
-            try:
+            with self._files.replacing(path) as temp:
                 nbytes, sha256 = write_arrays(temp, arrays, self._files)
-                self._files.rename(temp, path)
-                self._files.fsync(self.folder)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self._files.remove_tree(temp)
-                raise
         self.parts[number] = {"bytes": nbytes, "sha256": sha256}
         self.save()
 

@@ -53,15 +53,16 @@ def layout(tensors: Mapping[str, TensorAt]) -> Layout:
         if last and last.file == t.file and last.begin <= t.offset <= last.end + GAP:
             extents[-1] = last = Extent(t.file, last.begin, max(last.end, t.offset + t.nbytes), last.at)
         else:
-            free = last.at + _pages(last.end - last.begin) if last else 0
+            free = last.at + pages(last.end - last.begin) if last else 0
             last = Extent(t.file, t.offset // PAGE * PAGE, t.offset + t.nbytes, free)
             extents.append(last)
         at[name] = last.at + t.offset - last.begin
-    nbytes = extents[-1].at + _pages(extents[-1].end - extents[-1].begin) if extents else 0
+    nbytes = extents[-1].at + pages(extents[-1].end - extents[-1].begin) if extents else 0
     return Layout(tuple(extents), at, nbytes)
 
 
-def _pages(nbytes: int) -> int:
+def pages(nbytes: int) -> int:
+    """`nbytes`, up to a whole page."""
     return -(-nbytes // PAGE) * PAGE
 
 

@@ -81,12 +81,16 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
 def stored_plan(folder: Path) -> dict[str, Any]:
     """How the run trains."""
+    return _stored(folder / PLAN)
+
+
+def _stored(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         values = None
     if not isinstance(values, dict):
-        raise MisError(f"{folder / PLAN} is missing or damaged: start a new run")
+        raise MisError(f"{path} is missing or damaged: start a new run")
     return values
 
 
@@ -129,12 +133,7 @@ def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
 
 def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
     """Refuse another teacher or other data than the run began with; return what else changed, in words."""
-    try:
-        before = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = None
-    if not isinstance(before, dict):
-        raise MisError(f"{folder / ORIGIN} is missing or damaged: start a new run")
+    before = _stored(folder / ORIGIN)
     for name in ("teacher", "data"):
         if before.get(name) != origin[name]:
             raise MisError(

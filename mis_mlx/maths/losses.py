@@ -14,6 +14,7 @@ import numpy as np
 
 HALNY_CLIP = 0.15
 HALNY_REFERENCE_C = 15.0
+Formula = Callable[..., tuple[mx.array, mx.array]]  # z (n, V), *targets -> loss (n,), its gradient in z (n, V)
 Logits = Callable[[mx.array], mx.array]  # hidden (n, D) -> logits (n, V)
 
 
@@ -54,6 +55,28 @@ def kl_sum(
     backward pass as (n, D) and (V, D) arrays, so logits are never recomputed and never kept.
     frozen_head: the head is constant, and its (V, D) gradient is not formed.
     """
+
+    def formula(z: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+        z_t = teacher_logits(target).astype(mx.float32) / temperature
+        z_s = z / temperature
+        p_t, lse_t = softmax_lse(z_t)
+        p_s, lse_s = softmax_lse(z_s)
+        return (p_t * (z_t - z_s)).sum(axis=-1) - lse_t + lse_s, (p_s - p_t) / temperature
+
+    return sum_by_chunks(formula, student, head, (teacher,), learn, rows, frozen_head)
+
+
+def sum_by_chunks(
+    formula: Formula,
+    student: mx.array,
+    head: mx.array,
+    targets: tuple[mx.array, ...],
+    learn: mx.array,
+    rows: int | None,
+    frozen_head: bool,
+) -> mx.array:
+    """Sum of `formula`'s losses over chunks of positions; its gradients are carried to the backward pass as (n, D)
+    and (V, D) arrays, so logits are never recomputed and never kept."""
     rows = rows or chunk_rows(head.shape[0])
 
     @mx.custom_function
@@ -62,15 +85,11 @@ def kl_sum(
         dh: list[mx.array] = []
         for at in _chunks(h.shape[0], rows):
             # Each chunk waits for all of the one before: else the scheduler begins them all, and holds all logits.
-            waited: Any = mx.depends([h[at], teacher[at], loss], [*dw, *dh[-1:]])
-            part, target, loss = waited
-            z_t = teacher_logits(target).astype(mx.float32) / temperature
-            z_s = (part @ w.T).astype(mx.float32) / temperature
-            p_t, lse_t = softmax_lse(z_t)
-            p_s, lse_s = softmax_lse(z_s)
-            kl = (p_t * (z_t - z_s)).sum(axis=-1) - lse_t + lse_s
-            loss = loss + (kl * learn[at]).sum()
-            g = ((p_s - p_t) * (learn[at] / temperature)[:, None]).astype(w.dtype)
+            waited: Any = mx.depends([h[at], loss, *(t[at] for t in targets)], [*dw, *dh[-1:]])
+            part, loss, *target = waited
+            each, g = formula((part @ w.T).astype(mx.float32), *target)
+            loss = loss + (each * learn[at]).sum()
+            g = (g * learn[at][:, None]).astype(w.dtype)
             dh.append(g @ w)
             dw = [mx.addmm(d, g.T, part) for d in dw]
         return loss, mx.concatenate(dh), *dw

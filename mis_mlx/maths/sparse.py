@@ -6,17 +6,13 @@ student's logits exist chunk by chunk and the gradient is formed in the pass tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.maths.losses import chunk_rows, softmax_lse
+from mis_mlx.maths.losses import softmax_lse, sum_by_chunks
 from mis_mlx.types import MisError
 
 TINY = 1e-37  # stands for 0 under a logarithm; a normal float32, and 1 / TINY is finite
-Formula = Callable[..., tuple[mx.array, mx.array]]  # z (n, V), *targets -> loss (n,), its gradient in z (n, V)
 
 
 def sample(logits: mx.array, count: int, seed: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,7 +80,7 @@ def sampled_kl_sum(
         row = mx.arange(len(z))[:, None]
         return kl, (p * w.sum(axis=-1, keepdims=True)).at[row, ids].add(-w)  # adds: a filled-up id may come twice
 
-    return _sum_by_chunks(formula, student, head, (ids, weights), learn, rows, frozen_head)
+    return sum_by_chunks(formula, student, head, (ids, weights), learn, rows, frozen_head)
 
 
 def top_kl_sum(
@@ -117,45 +113,9 @@ def top_kl_sum(
         outside = rest * (1.0 - q_rest / p_rest)[:, None]
         return kl, mx.put_along_axis(outside, ids, mx.take_along_axis(p, ids, axis=-1) - q, axis=-1)
 
-    return _sum_by_chunks(formula, student, head, (ids, probs, tail), learn, rows, frozen_head)
+    return sum_by_chunks(formula, student, head, (ids, probs, tail), learn, rows, frozen_head)
 
 
 def _log(q: mx.array) -> mx.array:
     """log q, finite at 0, so that 0 log 0 is 0."""
     return mx.log(mx.maximum(q, TINY))
-
-
-def _sum_by_chunks(
-    formula: Formula,
-    student: mx.array,
-    head: mx.array,
-    targets: tuple[mx.array, ...],
-    learn: mx.array,
-    rows: int | None,
-    frozen_head: bool,
-) -> mx.array:
-    """Sum of `formula`'s losses, with its gradients carried to the backward pass as (n, D) and (V, D) arrays."""
-    rows = rows or chunk_rows(head.shape[0])
-
-    @mx.custom_function
-    def forward(h: mx.array, w: mx.array = head) -> tuple[mx.array, ...]:
-        loss, dw = mx.array(0.0), [] if frozen_head else [mx.zeros_like(w)]
-        dh: list[mx.array] = []
-        for start in range(0, h.shape[0], rows):
-            at = slice(start, start + rows)
-            # Each chunk waits for all of the one before, as in losses.kl_sum.
-            waited: Any = mx.depends([h[at], loss, *(t[at] for t in targets)], [*dw, *dh[-1:]])
-            part, loss, *target = waited
-            each, g = formula((part @ w.T).astype(mx.float32), *target)
-            loss = loss + (each * learn[at]).sum()
-            g = (g * learn[at][:, None]).astype(w.dtype)
-            dh.append(g @ w)
-            dw = [mx.addmm(d, g.T, part) for d in dw]
-        return loss, mx.concatenate(dh), *dw
-
-    @forward.vjp
-    def backward(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
-        return tuple(cotangents[0] * gradient for gradient in outputs[1:])
-
-    results: Any = forward(student) if frozen_head else forward(student, head)
-    return results[0]

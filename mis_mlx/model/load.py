@@ -6,7 +6,6 @@ open-file limit, so it is imported inside functions and kept from doing that.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import resource
 from collections.abc import Mapping, Sequence
@@ -107,18 +106,8 @@ def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype, raw: Raw | Non
     raw = safetensors.lazy(checkpoint.tensors, names) if raw is None else raw
     if unpacks() and arch.is_quantized(checkpoint.tensors):
         names = [n for n in names if not n.endswith((".scales", ".biases"))]
-        made = []
-        for k, n in enumerate(names):
-            with mx.stream(_unpackers()[k % 2]):
-                made.append((n.removeprefix(prefix), dense(checkpoint, n, raw).astype(dtype)))
-        return made
+        return [(n.removeprefix(prefix), dense(checkpoint, n, raw).astype(dtype)) for n in names]
     return [(n.removeprefix(prefix), raw[n] if raw[n].dtype == mx.uint32 else raw[n].astype(dtype)) for n in names]
-
-
-@functools.cache
-def _unpackers() -> tuple[mx.Stream, mx.Stream]:
-    """Two threads of MLX's: de-quantizing takes one each, and would leave the other core idle."""
-    return mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)
 
 
 def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array:
@@ -218,11 +207,6 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     made.load_weights(weights(checkpoint, "", dtype))
     made.eval()
     return made
-
-
-def head_of(model: nn.Module) -> nn.Module:
-    """The vocabulary head of a resident model, for `logits`."""
-    return model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
 
 
 def head_weight(model: nn.Module) -> mx.array:

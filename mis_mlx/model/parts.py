@@ -5,7 +5,6 @@ Does not train. A block's file is replaced whole, by a rename, so the folder is 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -39,14 +38,6 @@ def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], fi
         raise ValueError(f"{path} holds more than block {i}")
     if any(spec_of(array) != ("F32", old[name].shape) for name, array in new.items()):
         raise ValueError(f"{path}: the new block {i} has other shapes or is not float32")
-    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with reported(path.parent, f"block {i} of the student", sum(t.nbytes for t in old.values())):
-        try:
-            if temp.exists():  # left behind by a process of the same number
-                files.remove_tree(temp)
-            write_arrays(temp, new, files)
-            files.rename(temp, path)
-            files.fsync(path.parent)
-        finally:
-            if temp.exists():
-                files.remove_tree(temp)
+    nbytes = sum(t.nbytes for t in old.values())
+    with reported(path.parent, f"block {i} of the student", nbytes), files.replacing(path) as temp:
+        write_arrays(temp, new, files)

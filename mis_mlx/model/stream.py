@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx.disk.gate import DTYPES
-from mis_mlx.disk.reader import PAGE, Layout, Reader, layout
+from mis_mlx.disk.reader import PAGE, Layout, Reader, layout, pages
 from mis_mlx.model import arch, load
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt, gib
@@ -94,10 +94,16 @@ class Stream:
         kind = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
         stored = {t.dtype for tensors in self._tensors for t in tensors.values()}
         packed = "U32" in stored
+        stays_packed = packed and not load.unpacks()
         # Weights stored as they are computed with are used where they were read; others are converted.
-        self._copies = (packed and load.unpacks()) or any(kind.get(d, dtype) != dtype for d in stored - {"U32"})
+        self._copies = (packed and not stays_packed) or any(kind.get(d, dtype) != dtype for d in stored - {"U32"})
         dense = sum(map(math.prod, arch.layer_tensors(checkpoint.config).values())) * dtype.size
-        self._block_bytes = dense if self._copies and not (packed and not load.unpacks()) else self._slot_bytes + PAGE
+        self._block_bytes = dense if self._copies and not stays_packed else self._slot_bytes + PAGE
+        head = [t for n, t in checkpoint.tensors.items() if n.startswith(load.head_prefix(checkpoint))]
+        self._head_stored = sum(t.nbytes for t in head)
+        s = shape_of(checkpoint.config)
+        keeps_packed = not load.unpacks() and any(t.dtype == "U32" for t in head)
+        self._head_bytes = self._head_stored if keeps_packed else s.vocab * s.hidden * dtype.size
         self._kept: dict[int, nn.Module] = {}
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
@@ -113,12 +119,7 @@ class Stream:
         """(whether the head stays, how many blocks stay)."""
         if room_bytes is None:
             return True, self.layers
-        head = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(load.head_prefix(self.checkpoint))}
-        s, packed = shape_of(self.checkpoint.config), any(t.dtype == "U32" for t in head.values())
-        stays_packed = packed and not load.unpacks()
-        room = room_bytes - (
-            sum(t.nbytes for t in head.values()) if stays_packed else s.vocab * s.hidden * self.dtype.size
-        )
+        room = room_bytes - self._head_bytes
         return (True, min(self.layers, room // self._block_bytes)) if room >= 0 else (False, 0)
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
@@ -157,8 +158,7 @@ class Stream:
         slot = self._free.pop() if self._free else _Slot(self._slot_bytes)
         parts = []
         for e in self._layouts[i].extents:
-            length = -(-(e.end - e.begin) // PAGE) * PAGE
-            parts.append((e.file, e.begin, e.end, slot.view[e.at : e.at + length]))
+            parts.append((e.file, e.begin, e.end, slot.view[e.at : e.at + pages(e.end - e.begin)]))
         return slot, self._reader.begin(parts)
 
     def _make(self, i: int, slot: _Slot) -> nn.Module:
@@ -217,9 +217,9 @@ class Stream:
         """The vocabulary head, for `load.logits`; read anew each time unless there is room to keep it."""
         if self._head is not None:
             return self._head
-        prefix = load.head_prefix(self.checkpoint)
-        self._reader.nbytes += sum(t.nbytes for n, t in self.checkpoint.tensors.items() if n.startswith(prefix))
-        made = into_memory(load.head(self.checkpoint, self.dtype), f"{self.checkpoint.path}: {prefix}")
+        self._reader.nbytes += self._head_stored
+        where = f"{self.checkpoint.path}: {load.head_prefix(self.checkpoint)}"
+        made = into_memory(load.head(self.checkpoint, self.dtype), where)
         if self._keep_head:
             self._head = made
         return made

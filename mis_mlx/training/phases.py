@@ -10,56 +10,19 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, Literal
+from typing import Any
 
 from mis_mlx.machine.memory import process_bytes
 from mis_mlx.machine.rates import Rates
 from mis_mlx.model import arch
 from mis_mlx.training import planning
+from mis_mlx.training.job import Job, Mode
 from mis_mlx.training.planning import STATE_BYTES, Model, Phase, forward_flops, room, streamed_pass
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.types import gib
 
 SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
-LOCAL_ITERS = 16  # of a student that does not fit
-SAMPLES = 50  # tokens of a position in the logit store
 TEXTS = 2  # held-out texts that models are measured on
-
-Mode = Literal["resident", "sharded"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A distillation as asked for. `batch` windows of `length` tokens are a micro-batch; counts are of windows."""
-
-    teacher: Model
-    student: Model  # as pruned, before training
-    iters: int
-    batch: int
-    accumulate: int
-    length: int
-    calibration: int
-    repair: int  # 0: no closed-form fit, not in `local` either
-    local: int
-    local_iters: int | None  # steps of each block before the whole is trained; None: only for a sharded student
-    held_out: int
-    save_every: int
-    targets: Literal["live", "cached"] = "live"
-    modes: tuple[Mode, ...] = ("resident", "sharded")
-
-    @property
-    def step(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.batch * self.accumulate * self.length
-
-    def local_steps(self, mode: Mode) -> int:
-        """Steps of each block in `local` when the student is then trained this way."""
-        return LOCAL_ITERS * (mode == "sharded") if self.local_iters is None else self.local_iters
-
-    @property
-    def target_bytes(self) -> int:
-        """A position in the logit store, at the most: a size, and id and count of every sample."""
-        return 1 + SAMPLES * ((2 if self.teacher.shape.vocab <= 2**16 else 4) + 1)
 
 
 def tensor_bytes(m: Model) -> int:

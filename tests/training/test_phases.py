@@ -22,7 +22,7 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import arch, compare, load, pack, parts
 from mis_mlx.training import distillation, local, loop, phases, planning, sharded
-from mis_mlx.training.phases import Job
+from mis_mlx.training.job import Job
 from mis_mlx.training.planning import forward_flops, model_of
 from mis_mlx.training.recipe import Distillation, Recipe
 from mis_mlx.types import GIB, Budget, Checkpoint, Keep
