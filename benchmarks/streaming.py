@@ -2,7 +2,7 @@
 
     scripts/mis benchmarks/streaming.py        # about 15 minutes on 2 cores, 8 GB of disk
 
-overlap: a float32 model of 2.6 GB, read past the page cache. Time of a streamed pass against reading alone
+overlap: a float32 model of 2.4 GB, read past the page cache. Time of a streamed pass against reading alone
 (all blocks into the slots, nothing computed) and computing alone (the same two slots, nothing read), over
 the number of tokens in the pass; medians of interleaved rounds.
 budget: `mis_mlx.distill` on a 4-bit model of more than 4 GB under --budget 600MiB: calibration, the teacher's

@@ -22,7 +22,7 @@ from mis_mlx.model.config import normalised, read_config, shape_of
 from mis_mlx.types import Checkpoint, MisError
 
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
-EMBEDDING = "model.embed_tokens."
+EMBEDDING, NORM = "model.embed_tokens.", "model.norm."
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 NOT_OURS = (
     "{}: the weights are quantized in a format other than MLX's: use the unquantized model, "
@@ -169,11 +169,11 @@ def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -
     return made.embed_tokens
 
 
-def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
-    """The last RMSNorm, lazy."""
+def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
+    """The last RMSNorm, lazy. `raw` as in `weights`."""
     s = shape_of(checkpoint.config)
     made = nn.RMSNorm(s.hidden, eps=checkpoint.config["rms_norm_eps"])
-    made.load_weights(weights(checkpoint, "model.norm.", dtype))
+    made.load_weights(weights(checkpoint, NORM, dtype, raw))
     return made
 
 

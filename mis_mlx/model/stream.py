@@ -100,10 +100,9 @@ class Stream:
         dense = sum(map(math.prod, arch.layer_tensors(checkpoint.config).values())) * dtype.size
         self._block_bytes = dense if self._copies and not stays_packed else self._slot_bytes + PAGE
         head = [t for n, t in checkpoint.tensors.items() if n.startswith(load.head_prefix(checkpoint))]
-        self._head_stored = sum(t.nbytes for t in head)
         s = shape_of(checkpoint.config)
         keeps_packed = not load.unpacks() and any(t.dtype == "U32" for t in head)
-        self._head_bytes = self._head_stored if keeps_packed else s.vocab * s.hidden * dtype.size
+        self._head_bytes = sum(t.nbytes for t in head) if keeps_packed else s.vocab * s.hidden * dtype.size
         self._kept: dict[int, nn.Module] = {}
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
@@ -191,8 +190,13 @@ class Stream:
             hidden.append(out)
         return hidden
 
+    def _stored(self, prefix: str) -> dict[str, mx.array]:
+        """All tensors of this prefix as stored, in memory of their own."""
+        tensors = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(prefix)}
+        return {name: self._rows(t, np.arange(t.shape[0])) for name, t in tensors.items()}
+
     def _rows(self, t: TensorAt, ids: np.ndarray) -> mx.array:
-        """Rows `ids` (rising) of a stored matrix, in one new array."""
+        """Rows `ids` (rising) of a stored matrix, or elements of a vector, in one new array."""
         size = t.nbytes // t.shape[0]
         made: Any = mx.zeros((len(ids) * size,), mx.uint8)
         mx.eval(made)
@@ -206,8 +210,8 @@ class Stream:
     def norm(self, hidden: Hidden) -> Hidden:
         """Every batch after the last RMSNorm, in place."""
         if self._norm is None:
-            where = f"{self.checkpoint.path}: model.norm."
-            self._norm = into_memory(load.final_norm(self.checkpoint, self.dtype), where)
+            made = load.final_norm(self.checkpoint, self.dtype, self._stored(load.NORM))
+            self._norm = into_memory(made, f"{self.checkpoint.path}: {load.NORM}")
         for b, h in enumerate(hidden):
             hidden[b] = self._norm(h)
             mx.eval(hidden[b])
@@ -217,9 +221,9 @@ class Stream:
         """The vocabulary head, for `load.logits`; read anew each time unless there is room to keep it."""
         if self._head is not None:
             return self._head
-        self._reader.nbytes += self._head_stored
-        where = f"{self.checkpoint.path}: {load.head_prefix(self.checkpoint)}"
-        made = into_memory(load.head(self.checkpoint, self.dtype), where)
+        prefix = load.head_prefix(self.checkpoint)
+        made = load.head(self.checkpoint, self.dtype, self._stored(prefix))
+        into_memory(made, f"{self.checkpoint.path}: {prefix}")
         if self._keep_head:
             self._head = made
         return made

@@ -17,7 +17,7 @@ from mis_mlx.machine.rates import Rates
 from mis_mlx.model import arch
 from mis_mlx.training import planning
 from mis_mlx.training.job import Job, Mode
-from mis_mlx.training.planning import STATE_BYTES, Model, Phase, forward_flops, room, streamed_pass
+from mis_mlx.training.planning import STATE_BYTES, TENSOR_BYTES, Model, Phase, forward_flops, room, streamed_pass
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.types import gib
 
@@ -216,14 +216,17 @@ def ways(job: Job) -> Iterator[tuple[Mode, int, int]]:
 
 def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) -> Plan:
     """The plan of one way, whether it fits or not."""
-    phases = [prune(job, limit), *([store(job, limit)] if job.targets == "cached" else [])]
+    known = TENSOR_BYTES * job.teacher.tensors
+    left = max(0, limit - known)
+    own = known + process_bytes(left)
+    phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
     if job.local_steps(mode) or mode == "sharded":  # which refits each block itself
-        phases.append(local(job, micro, limit, job.local_steps(mode)))
+        phases.append(local(job, micro, left, job.local_steps(mode)))
     elif job.repair:
         phases.append(repair(job))
-    phases.append(resident(job, micro, limit) if mode == "resident" else sharded(job, micro, shard))
+    phases.append(resident(job, micro, left) if mode == "resident" else sharded(job, micro, shard))
     phases += [quantize(job), measure(job)]
-    whole = tuple(replace(p, peak_bytes=p.peak_bytes + process_bytes(limit)) for p in phases)
+    whole = tuple(replace(p, peak_bytes=p.peak_bytes + own) for p in phases)
     return Plan(job, limit, rates, mode, micro, shard, whole)
 
 
@@ -240,7 +243,10 @@ def make(job: Job, budget_bytes: int, rates: Rates) -> Plan:
 def least_bytes(job: Job, rates: Rates) -> int:
     """The smallest budget in which some way of doing the job fits."""
     arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
-    return reduce(lambda least, _: arrays + process_bytes(least), range(20), arrays)  # its own share grows, but slower
+    known = TENSOR_BYTES * job.teacher.tensors
+    return reduce(
+        lambda least, _: arrays + process_bytes(least - known), range(20), arrays
+    )  # its own share grows, but slower
 
 
 def remedy(plan: Plan) -> str:

@@ -25,6 +25,7 @@ CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first 
 UPDATE_ARRAYS = 4  # two moments, their quotient, the weight: MLX makes up to 12 ahead, but not beyond its limit
 SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
+TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
 STATE_BYTES = 16  # of a trained parameter: weight, gradient and two moments, float32
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -43,6 +44,7 @@ class Model:
     item: int  # bytes of a number in computation: 4 on a CPU, 2 on Metal
     packed: bool
     as_stored: bool  # computes from the bytes that were read, without a converted copy
+    tensors: int  # on disk
 
     @property
     def block_work(self) -> int:
@@ -86,18 +88,20 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None) ->
     if isinstance(source, Checkpoint):
         blocks, floats = [0] * s.layers, set()
         for name, t in source.tensors.items():
-            if name.startswith("model.layers."):
-                blocks[int(name.split(".")[2])] += t.nbytes
+            if (i := arch.block_of(name)) is not None:
+                blocks[i] += t.nbytes
                 floats.add(KINDS.get(t.dtype, t.dtype))
         head = sum(t.nbytes for n, t in source.tensors.items() if n.startswith(load.head_prefix(source)))
-        packed, nbytes, block_bytes = "U32" in floats, source.nbytes, max(blocks)
+        packed, nbytes, block_bytes, count = "U32" in floats, source.nbytes, max(blocks), len(source.tensors)
     else:
         settings, kind = config.get("quantization") or {}, config.get("torch_dtype") or config.get("dtype")
         packed, floats = "bits" in settings, {kind if kind in SIZES else "bfloat16"}
         per = settings["bits"] / 8 + 4 / settings["group_size"] if packed else SIZES[min(floats)]
+        shapes = arch.tensors_of(config).values()
+        count = sum(3 if packed and len(shape) == 2 else 1 for shape in shapes)  # with scales and biases
         head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, arch.params(config), block))
     as_stored = gpu if packed else floats == {work}
-    return Model(config, s, block, block_bytes, head, nbytes, SIZES[work], packed, as_stored)
+    return Model(config, s, block, block_bytes, head, nbytes, SIZES[work], packed, as_stored, count)
 
 
 @dataclass(frozen=True)
