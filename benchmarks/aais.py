@@ -20,10 +20,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx import prune
 from mis_mlx.disk.files import DISK
 from mis_mlx.maths import importance
 from mis_mlx.model import arch, calibrate, compare, load, slice, teacher, windows
+from mis_mlx.training import pruning
 from mis_mlx.training.weather import Weather, WeatherFlags
 
 ROOT = Path(__file__).resolve().parent
@@ -36,7 +36,7 @@ def main() -> None:
     checkpoint = load.open_checkpoint(teacher.find().path)
     data = windows.prepare(None, checkpoint.path, LENGTH)
     held_out = compare.chosen(data.held_out["English"], HELD_OUT)
-    cut = prune.Cut(scenario="goral")
+    cut = pruning.Cut(scenario="goral")
     rows = []
     sizes = {}
     for seed in SEEDS:
@@ -59,9 +59,9 @@ def main() -> None:
             for metres in (100.0, 832.0, 2500.0):
                 sizes[metres] = importance.conditions_size(sums, 1280, arch.FFN_MULTIPLE, metres)
         chosen = {
-            "plain": prune.choose(dict(checkpoint.config), kelvin, replace(cut, importance="activation"), seed),
-            "kelvin": prune.choose(dict(checkpoint.config), kelvin, cut, seed),
-            "celsius": prune.choose(dict(checkpoint.config), celsius, cut, seed),
+            "plain": pruning.choose(dict(checkpoint.config), kelvin, replace(cut, importance="activation"), seed),
+            "kelvin": pruning.choose(dict(checkpoint.config), kelvin, cut, seed),
+            "celsius": pruning.choose(dict(checkpoint.config), celsius, cut, seed),
         }
         with tempfile.TemporaryDirectory() as folder:
             models = {"teacher": checkpoint}

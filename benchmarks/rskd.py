@@ -23,13 +23,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mis_mlx import cli, distill, prune
+from mis_mlx import cli, distill
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import compare, load, reconstruct, slice, stream, teacher, windows
-from mis_mlx.training import distillation, targets
+from mis_mlx.training import distillation, pruning, targets
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Checkpoint
 
@@ -70,7 +70,7 @@ def prepare(checkpoint: Checkpoint, data: windows.Data, held_out: Windows, out: 
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp) / "pruned"
         samples = pick(s.num_samples, 1)
-        prune.prune(
+        pruning.prune(
             checkpoint, samples, held_out, folder, s, dtype=s.dtype, seed=s.seed, reading=lambda: None, files=DISK
         )
         pruned, keep = load.open_checkpoint(folder), slice.read_keep(folder)

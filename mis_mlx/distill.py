@@ -15,7 +15,7 @@ from mis_mlx.disk import runs, text
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory
 from mis_mlx.model import arch, compare, load, slice, teacher, windows
-from mis_mlx.training import course, outcome, phases, planning
+from mis_mlx.training import course, outcome, phases, planning, pruning
 from mis_mlx.training.course import Course
 from mis_mlx.training.job import job_of
 from mis_mlx.training.recipe import Distillation
@@ -40,7 +40,7 @@ FREE = frozenset(
 
 
 @dataclass(frozen=True)
-class Settings(prune.Cut, Distillation):
+class Settings(pruning.Cut, Distillation):
     """One run. Every default is what was measured to work; nothing needs to be given."""
 
     teacher: str | None = None
@@ -81,7 +81,7 @@ def _prune(s: Settings, c: Course, data: windows.Data) -> Checkpoint:
         return load.open_checkpoint(s.student)
     if not out.exists():
         cli.say("calibrate and prune")
-        report = prune.prune(
+        report = pruning.prune(
             c.teacher,
             c.pick(s.num_samples, 1),
             compare.chosen(next(iter(data.held_out.values())), s.eval_windows),
@@ -180,7 +180,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.student:
         small: Mapping[str, Any] = compare.same_vocabulary(checkpoint, load.open_checkpoint(s.student)).config
     else:
-        shape = prune.wanted_shape(checkpoint.config, s)
+        shape = pruning.wanted_shape(checkpoint.config, s)
         small = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), s.dtype)
     if s.quantize:
         quantize.check(small, s.q_group_size)

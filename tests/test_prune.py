@@ -16,6 +16,7 @@ from mis_mlx import prune
 from mis_mlx.maths.importance import Statistics, Sums
 from mis_mlx.model import calibrate, load, slice
 from mis_mlx.model.config import shape_of
+from mis_mlx.training import pruning
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done
@@ -95,8 +96,8 @@ def pencil_statistics() -> Statistics:
 
 def test_who_stays_by_pencil() -> None:
     """The least block goes; the best neurons of each kept layer stay; one head of each group; top channels."""
-    cut = prune.Cut(scenario="none", layers=2, ffn=256, heads=2, hidden=32, importance="activation")
-    shape, keep = prune.choose(tiny.CONFIG, pencil_statistics(), cut, 0)
+    cut = pruning.Cut(scenario="none", layers=2, ffn=256, heads=2, hidden=32, importance="activation")
+    shape, keep = pruning.choose(tiny.CONFIG, pencil_statistics(), cut, 0)
     assert keep.layers == (0, 2) and shape.layers == 2
     assert keep.kept[0, "ffn"] == tuple(range(256)) and keep.kept[2, "ffn"] == tuple(range(2, 258))
     assert keep.kept[0, "heads"] == (0, 2)
@@ -107,16 +108,16 @@ def test_who_stays_by_pencil() -> None:
 
 def test_random_is_by_seed() -> None:
     """The same seed keeps the same, another one others; never the plain choice."""
-    cut = prune.Cut(scenario="none", ffn=256, importance="random")
-    kept = [prune.choose(tiny.CONFIG, pencil_statistics(), cut, seed)[1].kept for seed in (0, 0, 1)]
+    cut = pruning.Cut(scenario="none", ffn=256, importance="random")
+    kept = [pruning.choose(tiny.CONFIG, pencil_statistics(), cut, seed)[1].kept for seed in (0, 0, 1)]
     assert kept[0] == kept[1] != kept[2]
     assert kept[0][0, "ffn"] != tuple(range(256)) and kept[0][0, "ffn"] != kept[0][1, "ffn"]
 
 
 def test_no_weather_no_aais() -> None:
     """AAIS asked for, nothing measured: plain importance, and the report says so."""
-    cut = prune.Cut(scenario="none", ffn=256)
-    _, keep = prune.choose(tiny.CONFIG, pencil_statistics(), cut, 0)
+    cut = pruning.Cut(scenario="none", ffn=256)
+    _, keep = pruning.choose(tiny.CONFIG, pencil_statistics(), cut, 0)
     assert keep.why == keep.report["importance"] == "activation (no T_env or altitude known)"
 
 
@@ -130,7 +131,7 @@ def test_the_calibration_of_the_command_is_the_first_windows(
     data = windows.prepare(small.data, llama.path, 32)
     batches = [mx.array(w[None]) for w in data.train.tokens[:4]]
     statistics, _ = calibrate.calibrate(llama, batches, mx.float32)
-    _, keep = prune.choose(dict(llama.config), statistics, small, 0)
+    _, keep = pruning.choose(dict(llama.config), statistics, small, 0)
     saved = slice.read_keep(tmp_path / "s")
     assert saved is not None and (saved.layers, saved.kept) == (keep.layers, keep.kept)
 
