@@ -9,6 +9,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,22 @@ def read_keep(folder: Path) -> Keep | None:
     return Keep(tuple(saved["layers"]), kept, saved["why"], saved["report"])
 
 
-def write_student(teacher: Checkpoint, shape: Shape, keep: Keep, out: Path, dtype: str, files: Files) -> None:
-    """Commit the pruned model to the new folder `out`. Memory: the largest tensor, twice."""
+def write_student(
+    teacher: Checkpoint,
+    shape: Shape,
+    keep: Keep,
+    out: Path,
+    dtype: str,
+    files: Files,
+    tensor: Callable[[str], mx.array] | None = None,
+) -> None:
+    """Commit the pruned model to the new folder `out`. Memory: the largest tensor, twice.
+
+    tensor(name): the teacher's tensor that is cut, where it is not the one on disk (rotated, merged).
+    """
     config = arch.student_config(teacher.config, shape, keep.layers, dtype)
     spaces = arch.spaces(teacher.config)
+    whole = tensor or partial(load.dense, teacher)
 
     def take(name: str) -> mx.array:
         layer, source = -1, name
@@ -89,7 +102,7 @@ def write_student(teacher: Checkpoint, shape: Shape, keep: Keep, out: Path, dtyp
             number, rest = name.removeprefix("model.layers.").split(".", 1)
             layer = keep.layers[int(number)]
             source = f"model.layers.{layer}.{rest}"
-        return _cut(source, layer, spaces, keep, load.dense(teacher, source))
+        return _cut(source, layer, spaces, keep, whole(source))
 
     write_model(config, take, teacher.path, out, dtype, files, {"keep.json": keep_json(keep)})
 
