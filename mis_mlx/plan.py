@@ -9,6 +9,7 @@ from mis_mlx import cli
 from mis_mlx.machine import memory
 from mis_mlx.model import arch, load
 from mis_mlx.model import teacher as teachers
+from mis_mlx.model.arch import MIS_137B
 from mis_mlx.model.config import read_config
 from mis_mlx.training import phases, planning
 from mis_mlx.training.job import Job, job_of
@@ -17,27 +18,8 @@ from mis_mlx.training.planning import Model
 from mis_mlx.types import gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
-MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models
-    "model_type": "llama",
-    "num_hidden_layers": 96,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "quantization": {"group_size": 64, "bits": 4},
-}
 PASSES = (1, 128, 512)  # tokens
 ACCEPTED = (4, 6)  # tokens of a guessed tree that one pass confirms
-
-
-def _time(seconds: float) -> str:
-    for limit, size, unit in ((100, 1, "s"), (6000, 60, "min")):
-        if seconds < limit:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 3600:,.1f} h"
 
 
 def table(plan: Plan) -> str:
@@ -49,7 +31,7 @@ def table(plan: Plan) -> str:
     one = planning.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
     lines += [
         f"| {p.name} | {gib(p.read_bytes)} | {gib(p.written_bytes)} | {gib(p.peak_bytes)} | {p.flops:.1e} | "
-        f"{_time(p.seconds(plan.rates))} | {p.written_bytes / LIFE_BYTES:.4%} |"
+        f"{planning.duration(p.seconds(plan.rates))} | {p.written_bytes / LIFE_BYTES:.4%} |"
         for p in (*plan.phases, one)
     ]
     return "\n".join([*lines, "", decision(plan)])
@@ -60,6 +42,9 @@ def disk_bytes(plan: Plan) -> int:
     m = plan.job.student
     params, shard = arch.params(m.config), m.block_params * plan.shard_layers
     run = 2 * phases.SAVED_BYTES * (shard or params) + (4 * params if shard else 0)
+    if plan.job.correction:  # its checkpoints are gone before the student's begin, its folder stays
+        teacher = plan.job.teacher
+        run = max(run, 2 * phases.SAVED_BYTES * arch.params(teacher.config)) + teacher.nbytes
     kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
 
@@ -78,10 +63,11 @@ def decision(plan: Plan) -> str:
     spooled = max(p.spooled_bytes for p in plan.phases)
     hidden = f"up to {gib(spooled)} of hidden states on disk" if spooled else "hidden states in memory"
     hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
+    warm = f" ({planning.duration(hot)} once hot)" if plan.rates.hot < 1 else ""
     written = sum(p.written_bytes for p in plan.phases)
     return (
         f"Peak {gib(plan.peak_bytes)} fits the budget of {gib(plan.budget_bytes)}: {how}; the teacher {where}; "
-        f"{hidden}. About {_time(plan.seconds)}{f' ({_time(hot)} once hot)' if plan.rates.hot < 1 else ''} in all, "
+        f"{hidden}. About {planning.duration(plan.seconds)}{warm} in all, "
         f"{gib(written)} written, {written / LIFE_BYTES:.2%} of an SSD's life of {LIFE_BYTES / 1e12:.0f} TB; "
         f"up to {gib(disk_bytes(plan))} of files at a time."
     )
@@ -97,7 +83,7 @@ def paper(plan: Plan, tokens: int) -> str:
     streamed = m.shape.layers * m.block_bytes + m.head_bytes
     for params, nbytes in ((planning.forward_flops(m, 1, 0) / 2, streamed), (137e9, 70e9)):
         reading, computing = nbytes / at.read_bytes_per_s, 2 * params / at.forward_flops_per_s  # s a pass, s a token
-        cells = [_time(max(reading, computing * n)) for n in PASSES]
+        cells = [planning.duration(max(reading, computing * n)) for n in PASSES]
         epochs = [f"{max(reading, computing * tokens / hot) / 3600:.0f} h" for hot in (1.0, at.hot)]
         cells += [f"{reading / computing:.0f}", " and ".join(epochs)]
         cells += [f"{reading / n:.1f} s, {n / reading:.3f} tokens/s" for n in (1, *ACCEPTED)]
@@ -160,6 +146,10 @@ class Settings:
     """windows of blockwise training, where it is needed"""
     local_iters: int | None = None
     """steps of each block there; given: a student that fits is trained blockwise first, too"""
+    intermediate: float = 0.0
+    """weight of the cosine of states inside"""
+    teacher_correction: int = 0
+    """steps of the teacher's own training"""
     eval_windows: int = 24
     save_every: int = 20
     epoch_tokens: int = 1_000_000

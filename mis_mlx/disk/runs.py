@@ -56,15 +56,15 @@ def _unborn(path: Path) -> bool:
     return path.name in (".lock", ORIGIN, PLAN) or path.name.startswith(".tmp-")
 
 
-def find(out: str | None) -> Path:
-    """The run to continue: `out`, or the newest unfinished one under runs/."""
+def find(out: str | None, under: Path = Path("runs")) -> Path:
+    """The run to continue: `out`, or the newest unfinished one right under `under`."""
     if out is not None:
         if not (Path(out) / CONFIG).is_file():
             raise MisError(f"{out} holds no run to continue: start one there without --resume")
         return Path(out)
-    unfinished = [p.parent for p in Path("runs").glob(f"*/{CONFIG}") if not (p.parent / RESULT).exists()]
+    unfinished = [p.parent for p in under.glob(f"*/{CONFIG}") if not (p.parent / RESULT).exists()]
     if not unfinished:
-        raise MisError("There is no unfinished run under runs/: start one without --resume, or name it with --out")
+        raise MisError(f"There is no unfinished run under {under}/: start one without --resume, or name it with --out")
     return max(unfinished, key=lambda p: (p / CONFIG).stat().st_mtime)
 
 
@@ -101,6 +101,11 @@ def merged(
 
     `free` settings do not change the weights and may differ. A flag left at its default asks for nothing.
     """
+    if strange := sorted(set(stored) - set(given)):
+        raise MisError(
+            f"The run's {CONFIG} has {strange[0]}, which this command does not know: resume it with the one that began "
+            "it, or start a new run"
+        )
     result = dict(given)
     for name, value in given.items():
         if name not in stored or (name in free and value != defaults[name]):
@@ -149,12 +154,18 @@ def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Records of metrics.jsonl by step number. A torn line is passed over; of a repeated step the last counts."""
-    path = folder / METRICS
-    records: dict[int, dict[str, Any]] = {}
+    found = {r["number"]: r for r in records(folder / METRICS) if "number" in r}
+    return [found[number] for number in sorted(found)]
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a log that `Files.append` wrote, line by line; a torn line is passed over."""
+    found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-            records[record["number"]] = record
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             continue
-    return [records[number] for number in sorted(records)]
+        if isinstance(record, dict):
+            found.append(record)
+    return found

@@ -33,16 +33,25 @@ def chosen(held_out: Windows, count: int) -> Windows:
     return Windows(held_out.tokens[at], held_out.learn[at])
 
 
-def compare(models: Mapping[str, Checkpoint], held_out: Windows) -> dict[tuple[str, str], np.ndarray]:
+def final_hidden(model: Checkpoint, held_out: Windows) -> stream.Hidden:
+    """The model's final hidden states [(1, T, D)] of every window. Streamed."""
+    return stream.Stream(model, load.compute_dtype()).forward([mx.array(w[None]) for w in held_out.tokens])
+
+
+def compare(
+    models: Mapping[str, Checkpoint], held_out: Windows, teacher_hidden: stream.Hidden | None = None
+) -> dict[tuple[str, str], np.ndarray]:
     """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed.
 
     One block of one model in memory at a time, then the teacher's head and one student's, window by window.
+    teacher_hidden: what `final_hidden` gave for the teacher, where many students come one after the other.
     """
     dtype = load.compute_dtype()
     batches = [mx.array(w[None]) for w in held_out.tokens]
     names = list(models)
     vocab = min(shape_of(m.config).vocab for m in models.values())
-    hidden = {name: stream.Stream(model, dtype).forward(batches) for name, model in models.items()}
+    known = {} if teacher_hidden is None else {names[0]: teacher_hidden}
+    hidden = known | {name: final_hidden(model, held_out) for name, model in models.items() if name not in known}
     teacher_head = stream.Stream(models[names[0]], dtype).head()
     found: dict[tuple[str, str], list[float]] = {}
     for name in names[1:] or names:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mis_mlx.model import load
+from mis_mlx.model.config import shape_of
 from mis_mlx.types import MisError
 
 METRICS = (
@@ -47,11 +48,20 @@ def prompt_ids(tokenizer: Any, text: str, count: int) -> mx.array:
     return mx.array((ids * (count // len(ids) + 1))[:count])
 
 
-def token_times(model: nn.Module, ids: mx.array, count: int) -> list[float]:
-    """Seconds on one clock: [start, first token, second token, ...]; greedy, never stops at the end token."""
+def token_times(model: nn.Module, ids: mx.array, count: int, cached: int = 0) -> list[float]:
+    """Seconds on one clock: [start, first token, second token, ...]; greedy, never stops at the end token.
+
+    cached: tokens that the KV cache holds before the prompt; zeros, which take as long as any others.
+    """
     generate_step = load.mlx_lm("generate").generate_step
+    cache = load.mlx_lm("models.cache").make_prompt_cache(model)
+    if cached:
+        s = shape_of(vars(model.args))
+        zeros = mx.zeros((1, s.kv_heads, cached, s.head_dim), load.compute_dtype())
+        for layer in cache:
+            layer.update_and_fetch(zeros, zeros)
     stamps = [time.perf_counter()]
-    for token, _ in generate_step(ids, model, max_tokens=count):
+    for token, _ in generate_step(ids, model, max_tokens=count, prompt_cache=cache):
         int(token)
         stamps.append(time.perf_counter())
     return stamps

@@ -243,6 +243,14 @@ def flag(nbytes: int) -> str:
     return f"{math.ceil(nbytes / 2**20)}MiB"
 
 
+def duration(seconds: float) -> str:
+    """For people: '12.3 s', '5.0 min', '2.1 h'."""
+    for limit, size, unit in ((100, 1, "s"), (6000, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 3600:,.1f} h"
+
+
 def fit(budget: Budget, *phases: Phase, remedy: str = "") -> None:
     """Refuse before work starts, when the largest phase does not fit: MisError with both numbers and a remedy."""
     worst = max(phases, key=lambda p: p.peak_bytes)

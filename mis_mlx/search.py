@@ -1,0 +1,281 @@
+"""Search for the shape to prune to, by size, memory or speed: many as pruned, the best after a short distillation."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mis_mlx import cli
+from mis_mlx.disk import checkpoint as protocol
+from mis_mlx.disk import runs, text
+from mis_mlx.disk.files import Files
+from mis_mlx.machine import memory
+from mis_mlx.machine.rates import Rates
+from mis_mlx.model import load, teacher, windows
+from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.training import candidates, contest, phases, planning, standings
+from mis_mlx.training.candidates import Aim, Decoding
+from mis_mlx.training.contest import Contest
+from mis_mlx.training.course import Course
+from mis_mlx.training.job import job_of
+from mis_mlx.training.planning import Phase
+from mis_mlx.training.recipe import Distillation
+from mis_mlx.training.weather import Weather, WeatherFlags
+from mis_mlx.types import Budget, Checkpoint, MisError, gib
+
+# Settings that may differ when a search is resumed: none of them changes what is measured.
+FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
+UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of one never finds the other
+
+
+@dataclass(frozen=True)
+class Settings(WeatherFlags, Distillation):
+    """One of --params, --memory, --decode says what the student may cost; default: --params 0.667x."""
+
+    params: str | None = None
+    """parameters: a share of the teacher's, such as 0.667x, or a number, such as 90M"""
+    memory: str | None = None
+    """memory in use, such as 3GiB: weights in 4 bits, and keys and values of --max-kv-size tokens"""
+    decode: str | None = None
+    """decoding speed, such as 1.5x the teacher's here with --max-kv-size tokens in its cache: estimated from two
+    timings of the teacher; finalists are timed"""
+    tolerance: float = 0.02
+    """share of the teacher: params may be this much off, memory and time a token down to twice this below"""
+    max_kv_size: int = 2048
+    """tokens of context in --memory and --decode"""
+    teacher: str | None = None
+    """folder or hub id of a llama, mistral, qwen2 or qwen3; default: SmolLM2-135M-Instruct"""
+    data: str | None = None
+    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in text"""
+    budget: str | None = None
+    """memory this may take, such as 5GiB; default: 5GiB or 75 % of what is there"""
+    evaluations: int = 24
+    """candidates measured as pruned: all there are, if no more, else those that evolution finds"""
+    finalists: int = 3
+    """the best of them, distilled for --iters steps"""
+    iters: int = 20
+    """optimizer steps of each finalist; Minitron's rankings were stable after about 300, 20 are a first look"""
+    num_samples: int = 32
+    """calibration windows, read once for all candidates"""
+    repair_samples: int = 0
+    """windows for the closed-form repair of every candidate before it is ranked; 0: ranked as pruned"""
+    rank_windows: int = 6
+    """held-out windows that rank candidates"""
+    eval_windows: int = 24
+    """other held-out windows, that judge finalists"""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """type of the candidates' weights"""
+    out: str | None = None
+    """run folder; default: the next free runs/search/NAME-00N"""
+    resume: bool = False
+    """continue the search in --out, or the newest unfinished one; nothing is measured twice"""
+    dry_run: bool = False
+    """say what it takes and stop"""
+    config: cli.ConfigFile = None
+    """YAML file with any of these flags"""
+
+
+def check(s: Settings) -> None:
+    """MisError where flags make no sense, or not together."""
+    s.check()
+    given = [f"--{name} {value}" for name in ("params", "memory", "decode") if (value := getattr(s, name))]
+    if len(given) > 1:
+        raise MisError(f"{' and '.join(given)} are two aims: give one")
+    if not 0 <= s.tolerance < 0.5:
+        raise MisError(f"--tolerance {s.tolerance:g} is a share of the teacher: give a number from 0 to 0.5")
+    least = dict.fromkeys(("max_kv_size", "evaluations", "finalists", "iters", "num_samples", "rank_windows"), 1)
+    for name, low in (least | {"repair_samples": 0, "eval_windows": 2}).items():
+        if (value := getattr(s, name)) < low:
+            raise MisError(f"--{name.replace('_', '-')} is {value}: give {low} or more")
+
+
+def decoding(s: Settings, checkpoint: Checkpoint, limit: Budget) -> Decoding:
+    """The teacher's speed, timed."""
+    need = phases.timed_bytes(checkpoint.config)
+    limit.need(need, "timing the teacher, whole in memory,", "give --params or --memory in place of --decode")
+    cli.say("timing the teacher, whole and with half of its blocks")
+    with memory.limited(limit, need):
+        return contest.timed(checkpoint.path, s.max_kv_size)
+
+
+def aim_of(s: Settings, config: Mapping[str, Any], timed: Decoding | None) -> Aim:
+    """What the student may cost. timed: the teacher's speed, for --decode."""
+    if s.decode and timed:
+        return candidates.decode_aim(config, s.decode, s.tolerance, s.max_kv_size, timed)
+    if s.memory:
+        limit = cli.parse_bytes(s.memory, "--memory")
+        return candidates.memory_aim(config, s.memory, limit, s.tolerance, s.max_kv_size)
+    return candidates.params_aim(config, s.params or "0.667x", s.tolerance)
+
+
+def _times(phase: Phase, count: int, name: str) -> Phase:
+    read, written, flops = (count * n for n in (phase.read_bytes, phase.written_bytes, phase.flops))
+    return replace(phase, name=name, read_bytes=int(read), written_bytes=int(written), flops=flops)
+
+
+def work_table(found: Sequence[Phase], at: Rates) -> str:
+    """Markdown: every phase, then all of them."""
+    lines = ["| phase | read | written | peak memory | time |", "|---|---:|---:|---:|---:|"]
+    for p in found:
+        sizes = " | ".join(map(gib, (p.read_bytes, p.written_bytes, p.peak_bytes)))
+        lines.append(f"| {p.name} | {sizes} | {planning.duration(p.seconds(at))} |")
+    read, written = (gib(sum(getattr(p, n) for p in found)) for n in ("read_bytes", "written_bytes"))
+    seconds, peak = sum(p.seconds(at) for p in found), gib(max(p.peak_bytes for p in found))
+    return "\n".join([*lines, f"| all | {read} | {written} | {peak} | {planning.duration(seconds)} |"])
+
+
+def rank(s: Settings, c: Contest, shapes: Sequence[Shape], first: Sequence[Shape]) -> list[Shape]:
+    """The shapes that were measured, the best first; those whose loss is no number are left out."""
+    count, done = min(s.evaluations, len(shapes)), 0
+    with cli.progress("rank", count) as show:
+
+        def score(shape: Shape) -> float:
+            nonlocal done
+            value, done = c.score(shape), done + 1
+            show(done, f"{candidates.label(shape)}  KL {value:.3f}")
+            return value
+
+        scores = candidates.evolve(shapes, first, score, s.seed, s.evaluations)
+    return sorted((x for x, value in scores.items() if math.isfinite(value)), key=lambda x: scores[x])
+
+
+def judge(s: Settings, c: Contest, course: Course, shape: Shape) -> dict[str, Any]:
+    """The record of one finalist, distilled now or read."""
+    cli.say(f"finalist {candidates.label(shape)}")
+    small = planning.model_of(candidates.config_of(c.teacher.config, shape))
+    job, plan = job_of(planning.model_of(c.teacher), small, s), course.plan
+    made = phases.make(job, plan.budget_bytes, plan.rates)
+    return c.final(shape, s, made, course, s.max_kv_size if s.decode else None)
+
+
+def report(
+    s: Settings, c: Contest, aim: Aim, measured: int, records: Mapping[Shape, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Print the tables and the sentence; write table.md and return what goes into the JSON line."""
+    config, shapes = c.teacher.config, list(records)
+    before, found = shape_of(config), standings.verdict([*records.values()])
+    names = [standings.words(x, before) for x in shapes]
+    lines = [standings.command_line(x, before, s.teacher, s.data) for x in shapes]
+    best = None if found.best is None else shapes[found.best]
+    status = standings.statuses(config, aim, records, best if found.clear else None)
+    said = standings.sentence(found, [*records.values()], names, lines)
+    teacher_s = aim.teacher if s.decode else None
+    head = f"{len(names)} finalists of {measured} shapes measured, {aim.flag}: {s.iters} steps of distillation, "
+    head += f"{len(c.judging.tokens)} windows of {s.max_seq_length} tokens held out, ± 95 %"
+    page = [head, standings.table([*records.values()], names, teacher_s), "The paper's table 1",
+            standings.paper(config, aim, status), said]  # fmt: skip
+    print("\n\n".join(page))
+    c.files.replace_text(c.folder / "table.md", "\n\n".join(page) + "\n")
+    return {
+        "candidates": runs.records(c.folder / contest.CANDIDATES),
+        "finalists": [standings.summary(r) for r in records.values()],
+        "scenarios": status,
+        "clear": found.clear,
+        "sentence": said,
+        "command": None if found.best is None else lines[found.best],
+    }
+
+
+def field_of(s: Settings, config: Mapping[str, Any], aim: Aim) -> tuple[list[Shape], list[Shape]]:
+    """(all shapes that meet the aim, those of them that table 1 names), and what is done with them said."""
+    first = [x for x, why in candidates.scenarios(config, aim).values() if x and not why]
+    shapes = list(dict.fromkeys([*candidates.field(config, aim), *first]))
+    how = f"evolution measures {s.evaluations} of them (seed {s.seed})"
+    if len(shapes) <= s.evaluations:
+        how = f"all are measured, no more than --evaluations {s.evaluations}"
+    cli.say(f"shapes that meet {aim.flag}, {aim.words(aim.low)} to {aim.words(aim.high)}: {len(shapes)}; {how}")
+    if stuck := candidates.stuck(config):
+        cli.say(f"this teacher cannot be cut along every axis: {stuck} stay as they are")
+    return shapes, first
+
+
+def _run(s: Settings, c: Contest, course: Course, aim: Aim, shapes: Sequence[Shape], first: Sequence[Shape]) -> dict:
+    ranked = rank(s, c, shapes, first)
+    if not ranked:
+        raise MisError(
+            f"none of {min(s.evaluations, len(shapes))} candidates has a loss that is a number: ask for less"
+        )
+    records = {shape: judge(s, c, course, shape) for shape in ranked[: s.finalists]}
+    return report(s, c, aim, len(runs.records(c.folder / contest.CANDIDATES)), records)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: aim, list, plan, calibrate once, rank, distil the best, judge."""
+    s, folder = settings, None
+    if s.resume:
+        folder = runs.find(s.out, UNDER)
+        s = Settings(**runs.merged(asdict(s), asdict(Settings()), runs.stored_settings(folder), FREE))
+    check(s)
+    began, files = time.monotonic(), Files()
+    found = teacher.find(s.teacher)
+    cli.say(f"teacher: {found.source}")
+    checkpoint = load.open_checkpoint(found.path)
+    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+    timed = None
+    if s.decode:
+        timed = Decoding(**runs.stored_plan(folder)) if folder else decoding(s, checkpoint, limit)
+    aim = aim_of(s, checkpoint.config, timed)
+    shapes, first = field_of(s, checkpoint.config, aim)
+    planned, made = contest.work(s, checkpoint, shapes, limit)
+    cli.say(f"{work_table(planned, made.rates)}\n{made.rates}")
+    peak = max(p.peak_bytes for p in planned)
+    result = {"teacher": str(found.path), "aim": aim.flag, "shapes": len(shapes),
+              "evaluated": min(s.evaluations, len(shapes)), "peak_bytes": peak,
+              "budget_bytes": limit.limit_bytes}  # fmt: skip
+    fits = made.fits and peak <= limit.limit_bytes
+    if s.dry_run:
+        moved = {f"{n}_bytes": sum(getattr(p, f"{n}_bytes") for p in planned) for n in ("read", "written")}
+        return {
+            **result,
+            **moved,
+            "seconds": round(sum(p.seconds(made.rates) for p in planned)),
+            "check_failed": not fits,
+        }
+    if not made.fits:
+        raise MisError(phases.remedy(made))
+    planning.fit(limit, *planned)
+    data = windows.prepare(s.data, found.path, s.max_seq_length)
+    for note in data.notes:
+        cli.say(note)
+    ranking, judging = contest.split(next(iter(data.held_out.values())), s.rank_windows, s.eval_windows)
+    folder = begin(s, folder, checkpoint, text.fingerprint(data.train), timed, files)
+    with (
+        protocol.lock(folder),
+        memory.limited(limit, peak),
+        Weather(s, folder / "thermal.jsonl", files) as weather,
+    ):
+        protocol.sweep(folder, files)
+        course = Course(s, folder, checkpoint, data.train, made, files, memory.Peak(), weather)
+        repair = course.pick(s.repair_samples, 2)
+        c = Contest(folder, checkpoint, course.pick(s.num_samples, 1), repair, ranking, judging, s.dtype, s.seed, files,
+                    made.held_windows("prune"))  # fmt: skip
+        result = {**result, **_run(s, c, course, aim, shapes, first), "run": str(folder),
+                  "peak_bytes": course.peak.nbytes, **weather.account(),
+                  "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+        files.replace_text(folder / runs.RESULT, json.dumps(result, indent=2))
+    return result
+
+
+def begin(
+    s: Settings, folder: Path | None, checkpoint: Checkpoint, data: str, timed: Decoding | None, files: Files
+) -> Path:
+    """The run's folder, made now or, if it is to be resumed, checked for the same teacher and text."""
+    origin = runs.origin(checkpoint, data)
+    if folder is None:
+        values = {k: v for k, v in asdict(s).items() if k not in ("out", "resume", "dry_run", "config")}
+        name = f"{UNDER.name}/{checkpoint.path.name}"
+        folder = runs.create(s.out, name, values, origin, asdict(timed) if timed else {}, files)
+    else:
+        for note in runs.same_origin(folder, origin):
+            cli.say(note)
+    cli.say(f"run folder: {folder}")
+    return folder
+
+
+if __name__ == "__main__":
+    cli.main(Settings, run)

@@ -1,0 +1,242 @@
+"""Candidates measured: each as pruned, the best after a short distillation, and what can be said of these.
+
+Every measurement is a line in a log before the next begins, so a search that was killed goes on from there.
+Does not know which shapes there are (training/candidates), nor flags.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.disk import checkpoint as protocol
+from mis_mlx.disk import runs
+from mis_mlx.disk.files import Files
+from mis_mlx.disk.spool import Spool
+from mis_mlx.disk.text import Windows
+from mis_mlx.machine import memory
+from mis_mlx.maths.importance import Statistics
+from mis_mlx.model import arch, calibrate, compare, load, reconstruct, slice, speak
+from mis_mlx.model.config import Shape
+from mis_mlx.training import candidates, course, phases, planning, pruning
+from mis_mlx.training.candidates import AXES, Decoding
+from mis_mlx.training.course import Course
+from mis_mlx.training.job import job_of
+from mis_mlx.training.phases import Plan
+from mis_mlx.training.planning import Phase
+from mis_mlx.types import Budget, Checkpoint, MisError
+
+CANDIDATES, FINALISTS = "candidates.jsonl", "finalists.jsonl"
+TOKENS = 16  # decoded for one timing
+NOT_OURS = ("prune", "quantize", "measure")  # phases of a distillation that a finalist does not go through
+
+
+def split(held_out: Windows, ranking: int, judging: int) -> tuple[Windows, Windows]:
+    """(windows that rank candidates, others that judge finalists): what was selected on does not judge."""
+    count = len(held_out.tokens)
+    if count < 4:
+        raise MisError(f"the held-out text has {count} windows, a search takes 4 or more: bring more text")
+    at = np.unique(np.linspace(0, count - 1, min(ranking, count // 2)).round().astype(int))
+    rest = np.setdiff1d(np.arange(count), at)
+    return Windows(held_out.tokens[at], held_out.learn[at]), compare.chosen(
+        Windows(held_out.tokens[rest], held_out.learn[rest]), judging
+    )
+
+
+@dataclass
+class Contest:
+    """What the measurements share. repair: windows of token ids (1, T) for the closed-form fit, or none.
+
+    held: samples whose hidden states stay in memory while calibrating.
+    """
+
+    folder: Path
+    teacher: Checkpoint
+    samples: Sequence[mx.array]
+    repair: Sequence[mx.array]
+    ranking: Windows
+    judging: Windows
+    dtype: str
+    seed: int
+    files: Files
+    held: int
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """One streamed calibration, for all candidates. Without the weather: shapes must not depend on the wind."""
+        hidden = None if self.held >= len(self.samples) else Spool(self.folder, self.held, self.files)
+        return calibrate.calibrate(self.teacher, self.samples, load.compute_dtype(), hidden=hidden)[0]
+
+    @cached_property
+    def _hidden(self) -> Any:
+        return compare.final_hidden(self.teacher, self.ranking)
+
+    def prune(self, shape: Shape, out: Path) -> Checkpoint:
+        """The teacher cut to `shape` by plain importance, as the new folder `out`."""
+        sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in AXES}
+        cut = pruning.Cut(scenario="none", importance="activation", **sizes)
+        made, keep = pruning.choose(dict(self.teacher.config), self.statistics, cut, self.seed)
+        slice.write_student(self.teacher, made, keep, out, self.dtype, self.files)
+        return load.open_checkpoint(out)
+
+    def score(self, shape: Shape) -> float:
+        """KL(teacher || candidate) in nats per token on the ranking windows; from the log where it stands there.
+
+        Infinite where it is no number. The candidate's folder is gone again.
+        """
+        log = self.folder / CANDIDATES
+        if (record := find(log, shape)) is None:
+            with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.folder) as temp:
+                student = self.prune(shape, Path(temp) / "pruned")
+                if self.repair:
+                    student = self._repaired(student, Path(temp) / "repaired")
+                both = {"teacher": self.teacher, "student": student}
+                found = compare.compare(both, self.ranking, self._hidden)
+            values = {metric: _finite(found["student", metric].mean()) for metric in ("nll", "kl")}
+            record = {**_sizes(shape), "params": arch.params(student.config), **values}
+            self.files.append(log, json.dumps(record))
+        return math.inf if record["kl"] is None else float(record["kl"])
+
+    def _repaired(self, pruned: Checkpoint, out: Path) -> Checkpoint:
+        keep = slice.read_keep(pruned.path)
+        assert keep is not None
+        mended, _ = reconstruct.reconstruct(self.teacher, pruned, keep, self.repair)
+
+        def take(name: str) -> mx.array:
+            return mended[name] if name in mended else load.dense(pruned, name)
+
+        slice.write_model(pruned.config, take, pruned.path, out, self.dtype, self.files)
+        return load.open_checkpoint(out)
+
+    def final(self, shape: Shape, recipe: Any, planned: Plan, c: Course, cached: int | None) -> dict[str, Any]:
+        """The record of a finalist: distilled for a few steps, judged before and after; from the log if there.
+
+        planned: how a training that begins now would go; one that has begun goes on in its own way. c: whose
+        data, files and weather are used. cached: tokens in the KV cache when it is timed; None: it is not.
+        """
+        log, name = self.folder / FINALISTS, candidates.label(shape)
+        sub = self.folder / "finalists" / name
+        if (record := find(log, shape)) is None:
+            self.files.make_folder(sub)
+            protocol.sweep(sub, self.files)
+            pruned = load.open_checkpoint(sub / "pruned") if (sub / "pruned").exists() else self.prune(
+                shape, sub / "pruned"
+            )  # fmt: skip
+            if not (sub / runs.PLAN).exists():
+                self.files.replace_text(sub / runs.PLAN, json.dumps(planned.way))
+            way = phases.one(planned.job, planned.budget_bytes, planned.rates, **runs.stored_plan(sub))
+            own = Course(way.recipe(recipe), sub, c.teacher, c.data, way, c.files, c.peak, c.weather)
+            trained = self._train(own, pruned)
+            record = {**_sizes(shape), "params": arch.params(pruned.config), **guarded(runs.metrics(sub), trained)}
+            models = {"teacher": self.teacher, "pruned": pruned, **({"distilled": trained} if trained else {})}
+            found = compare.compare(models, self.judging)
+            record |= {f"{m}_{model}": [_finite(v) for v in values] for (model, m), values in found.items()}
+            if cached is not None and trained:
+                record["decode_s"] = timed(trained.path, cached, halves=False).block_s
+            self.files.append(log, json.dumps(record))
+        if sub.exists():
+            self.files.remove_tree(sub)
+        return record
+
+    def _train(self, c: Course, pruned: Checkpoint) -> Checkpoint | None:
+        """The distilled student; None where three steps in a row were no numbers."""
+        out = c.folder / "distilled"
+        if out.exists():
+            return load.open_checkpoint(out)
+        try:
+            take = course.train(c, pruned)
+        except MisError as error:
+            if "loss or gradient that is not a number" in str(error):
+                return None
+            # What can be resumed is the search, not the finalist's own folder.
+            raise MisError(str(error).replace(str(c.folder), str(self.folder))) from None
+        slice.write_model({**pruned.config, "torch_dtype": self.dtype}, take, pruned.path, out, self.dtype, self.files)
+        return load.open_checkpoint(out)
+
+
+def _sizes(shape: Shape) -> dict[str, int]:
+    return {axis: getattr(shape, axis) for axis in AXES}
+
+
+def find(log: Path, shape: Shape) -> dict[str, Any] | None:
+    """The line of a shape; None where there is none yet."""
+    return next((r for r in runs.records(log) if all(r.get(a) == n for a, n in _sizes(shape).items())), None)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def guarded(steps: Sequence[Mapping[str, Any]], trained: object) -> dict[str, Any]:
+    """What the guard did in a training: steps skipped and clipped, and whether it had to stop it."""
+    notes = [str(r.get("note", "")) for r in steps]
+    skipped, clipped = (sum(word in note for note in notes) for word in ("skipped", "clipped"))
+    return {"steps": len(notes), "skipped": skipped, "clipped": clipped, "diverged": trained is None}
+
+
+def timed(folder: Path, cached: int, halves: bool = True) -> Decoding:
+    """Seconds of a token by the quickest of some, stock mlx-lm, `cached` tokens in the KV cache.
+
+    halves: a second timing with half of the blocks says what a block takes; else all counts as one block.
+    """
+    model, tokenizer = speak.open_model(folder)
+    ids, layers = speak.prompt_ids(tokenizer, "In the evening the wind came down from the pass.", 8), model.model.layers
+
+    def quickest(count: int) -> float:
+        model.model.layers = layers[:count]
+        try:
+            stamps = speak.token_times(model, ids, TOKENS, cached)
+        finally:
+            model.model.layers = layers
+        return min(b - a for a, b in pairwise(stamps[1:]))
+
+    total, half = len(layers), max(1, len(layers) // 2)
+    whole = min(quickest(total), quickest(total))
+    if not halves:
+        return Decoding(whole, 0.0)
+    if half == total:
+        return Decoding(whole / total, 0.0)
+    part = min(quickest(half), quickest(half))
+    block = min(max((whole - part) / (total - half), 0.0), whole / total)
+    return Decoding(block, whole - total * block)
+
+
+def work(asked: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget) -> tuple[list[Phase], Plan]:
+    """What a search takes, every student counted as the one that takes most; and that one's distillation."""
+    t, length, rates = planning.model_of(checkpoint), asked.max_seq_length, planning.machine_rates()
+    configs = [candidates.config_of(checkpoint.config, x) for x in shapes]
+    most = (max(configs, key=arch.params), max(configs, key=lambda c: c["num_hidden_layers"]))
+    plans = [phases.make(job_of(t, planning.model_of(c), asked), limit.limit_bytes, rates) for c in most]
+    made = max(plans, key=lambda p: p.peak_bytes)
+    m, count, finals = made.job.student, min(asked.evaluations, len(shapes)), min(asked.finalists, len(shapes))
+    known = planning.TENSOR_BYTES * t.tensors
+    own = known + memory.process_bytes(max(0, limit.limit_bytes - known))  # as in a plan, whose phases have it
+
+    def times(phase: Phase, n: int, name: str, written: int) -> Phase:
+        read, peak = n * phase.read_bytes, phase.peak_bytes + own
+        return replace(
+            phase, name=name, read_bytes=read, written_bytes=n * written, flops=n * phase.flops, peak_bytes=peak
+        )
+
+    by = {p.name: replace(p, peak_bytes=p.peak_bytes - own) for p in made.phases}
+    found = [times(by["prune"], 1, "calibrate", by["prune"].written_bytes - m.nbytes)]
+    one = planning.compared([t, m], asked.rank_windows, length)
+    one = replace(one, peak_bytes=max(one.peak_bytes, phases.tensor_bytes(t)))
+    found.append(times(one, count, f"rank {count} candidates", m.nbytes))
+    if asked.repair_samples:
+        mend = phases.repair(replace(made.job, repair=asked.repair_samples))
+        found.append(times(mend, count, "repair each of them", m.nbytes))
+    each = [p for name, p in by.items() if name not in NOT_OURS]
+    found += [times(p, finals, f"{p.name}, {finals} finalists", p.written_bytes) for p in each]
+    judged = planning.compared([t, m, m], asked.eval_windows, length)
+    return [*found, times(judged, finals, "judge them", 2 * m.nbytes)], made

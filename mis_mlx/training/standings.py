@@ -1,0 +1,177 @@
+"""What came out of a search: which finalist is best and how sure that is, in tables and in one sentence.
+
+Does not measure; it judges what the logs of a search (training/contest) hold.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.maths.stats import interval
+from mis_mlx.model import arch
+from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.training import candidates
+from mis_mlx.training.candidates import AXES, Aim
+from mis_mlx.types import Row
+
+OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
+FORMS = {"layers": "{} layers", "ffn": "FFN {}", "heads": "{} heads", "hidden": "hidden {}"}
+NAMES = {"goral": "GÓRAL", "baca": "BACA", "halny": "HALNY", "juhas": "JUHAS", "zbojnik": "ZBÓJNIK"}
+METRICS = (
+    ("params", "parameters, millions", ".1f"),
+    ("speed", "decode, times the teacher's", ".2f"),
+    ("nll_teacher", "held-out loss of the teacher", ".3f"),
+    ("nll_pruned", "held-out loss, as pruned", ".3f"),
+    ("nll_distilled", "held-out loss, distilled", ".3f"),
+    ("kl_pruned", "KL(teacher ‖ model), as pruned", ".3f"),
+    ("kl_distilled", "KL(teacher ‖ model), distilled", ".3f"),
+    ("meddled", "steps skipped or clipped", ".0f"),
+)
+
+
+def words(shape: Shape, before: Shape) -> str:
+    """What of the teacher's shape is cut: '20 layers, FFN 1280'."""
+    cut = [form.format(getattr(shape, a)) for a, form in FORMS.items() if getattr(shape, a) != getattr(before, a)]
+    return ", ".join(cut) or "the teacher's own"
+
+
+def command_line(shape: Shape, before: Shape, teacher: str | None, data: str | None) -> str:
+    """The `distill` that makes this student."""
+    parts = ["scripts/mis distill"]
+    parts += [f"--{n} {shlex.quote(v)}" for n, v in (("teacher", teacher), ("data", data)) if v]
+    parts += ["--scenario none"]
+    parts += [f"--{a} {getattr(shape, a)}" for a in AXES if getattr(shape, a) != getattr(before, a)]
+    packing = {64: [], 32: ["--q-group-size 32"], 0: ["--quantize 0"]}
+    return " ".join(parts + packing[candidates.group_of(shape)])
+
+
+def unstable(record: Mapping[str, Any]) -> str:
+    """Why a finalist's training was not stable, or nothing."""
+    if record["diverged"] or None in record["kl_distilled"] or None in record["nll_distilled"]:
+        return "its loss became no number"
+    meddled = record["skipped"] + record["clipped"]
+    if meddled > OFTEN * record["steps"]:
+        return f"the guard had to step in at {meddled} of {record['steps']} steps"
+    before, after = (float(np.mean(record[f"kl_{m}"])) for m in ("pruned", "distilled"))
+    return f"its KL rose from {before:.3f} to {after:.3f}" if after > before else ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """best: the stable finalist of least KL after distillation. gap: of the next one above it, (mean, low, high)
+    over the same windows. None where there is none."""
+
+    best: int | None
+    second: int | None
+    gap: tuple[float, float, float] | None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the best is better by more than the noise, or alone."""
+        return self.best is not None and (self.gap is None or self.gap[1] > 0)
+
+
+def verdict(records: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Which finalist, by its number in `records`, and how sure that is: the least sure of all comparisons counts."""
+    stable = [i for i, r in enumerate(records) if not unstable(r)]
+    if not stable:
+        return Verdict(None, None, None)
+    kl = {i: np.array(records[i]["kl_distilled"]) for i in stable}
+    best = min(stable, key=lambda i: kl[i].mean())
+    gaps = {i: interval(kl[i] - kl[best]) for i in stable if i != best}
+    if not gaps:
+        return Verdict(best, None, None)
+    second = min(gaps, key=lambda i: gaps[i][1])
+    return Verdict(best, second, gaps[second])
+
+
+def summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A finalist for a run's JSON: means in place of windows."""
+    lists = {k: v for k, v in record.items() if isinstance(v, list)}
+    means = {k: None if None in v else float(np.mean(v)) for k, v in lists.items()}
+    return {**record, **means, "unstable": unstable(record)}
+
+
+def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], teacher_s: float | None) -> str:
+    """Markdown: a column for each finalist, means with 95 % intervals. teacher_s: its seconds a token, if timed."""
+    rows = []
+    for record, name in zip(records, names, strict=True):
+        rows.append(Row(name, "params", record["params"] / 1e6))
+        rows.append(Row(name, "meddled", record["skipped"] + record["clipped"]))
+        if teacher_s and "decode_s" in record:
+            rows.append(Row(name, "speed", teacher_s / record["decode_s"]))
+        for metric, _, _ in METRICS:
+            if isinstance(values := record.get(metric), list) and None not in values:
+                rows.append(Row(name, metric, *interval(np.array(values)), len(values)))
+    return cli.table(rows, names, METRICS)
+
+
+def sentence(found: Verdict, records: Sequence[Mapping[str, Any]], names: Sequence[str], lines: Sequence[str]) -> str:
+    """The recommendation. names, lines: of the finalists, for people, and the commands that make them."""
+    if found.best is None:
+        why = "; ".join(f"{name}: {unstable(r)}" for name, r in zip(names, records, strict=True))
+        return f"No finalist was stable ({why}): lower --learning-rate, or ask for less of a cut."
+    name, line = names[found.best], lines[found.best]
+    if found.second is None or found.gap is None:
+        return f"{name} is the only stable finalist, so nothing was compared: {line}"
+    mean, low, high = found.gap
+    windows = len(records[found.best]["kl_distilled"])
+    gap = f"{mean:.3f} nats per token of KL, 95 % from {low:.3f} to {high:.3f} over {windows} windows"
+    if found.clear:
+        return f"{name} is best, by {gap}, after {records[found.best]['steps']} steps: {line}"
+    return (
+        f"Between {name} and {names[found.second]} the difference is smaller than the noise ({gap}): take either, the "
+        f"first is `{line}`, or search again with more --iters and --eval-windows."
+    )
+
+
+def statuses(
+    config: Mapping[str, Any], aim: Aim, records: Mapping[Shape, Mapping[str, Any]], best: Shape | None
+) -> dict[str, str]:
+    """{scenario of table 1: what was found}. records: of the finalists; best: the one that clearly is, if any."""
+    found = {}
+    for name, (shape, why) in candidates.scenarios(config, aim).items():
+        if why or shape is None:
+            found[name] = why
+        elif shape in records and (bad := unstable(records[shape])):
+            found[name] = f"unstable: {bad}"
+        else:
+            found[name] = "chosen" if shape == best else "measured, not chosen"
+    return found
+
+
+def paper(config: Mapping[str, Any], aim: Aim, status: Mapping[str, str]) -> str:
+    """Markdown: the paper's table 1 for this teacher, and computed for the paper's own; '–' where it says nothing."""
+    mine, theirs = arch.params(config), arch.params(arch.MIS_137B)
+    lines = [
+        "| | this teacher's student | parameters | the paper's, computed | the paper says | status |",
+        "|---|---|---:|---:|---:|---|",
+        f"| teacher | {shape_of(config)} | {_size(mine, mine)} | {_size(theirs, theirs)} | {_claimed('teacher')} | |",
+    ]
+    for name, (shape, _) in candidates.scenarios(config, aim).items():
+        cells = "– | –"
+        if shape:
+            cells = f"{words(shape, shape_of(config))} | {_size(_params(config, shape), mine)}"
+        large = arch.target_shape(arch.MIS_137B, arch.SCENARIOS[name])
+        large_cell = _size(_params(arch.MIS_137B, large), theirs)
+        lines.append(f"| {NAMES[name]} | {cells} | {large_cell} | {_claimed(name)} | {status[name]} |")
+    return "\n".join(lines)
+
+
+def _params(config: Mapping[str, Any], shape: Shape) -> int:
+    return arch.params(candidates.config_of(config, shape))
+
+
+def _size(params: int, teacher: int) -> str:
+    number = candidates.count(params)
+    return number if params == teacher else f"{number} ({params / teacher - 1:+.1%})"
+
+
+def _claimed(name: str) -> str:
+    return candidates.count(arch.CLAIMED[name]) if name in arch.CLAIMED else "–"
