@@ -107,13 +107,15 @@ class Keep:
     """What a pruning keeps, and why; saved beside the model as `keep.json`.
 
     `layers`: teacher layers kept, in order. `kept[(layer, space)]`: sorted indices kept in that teacher
-    layer; `kept[(-1, "hidden")]` for the residual stream, which all layers share.
+    layer; `kept[(-1, "hidden")]` for the residual stream, which all layers share. basis: where the stream was
+    rotated before the cut, the teacher's channels to the student's, an array (D, d); saved as `rotation.npy`.
     """
 
     layers: tuple[int, ...]
     kept: Mapping[tuple[int, str], tuple[int, ...]]
     why: str
     report: Mapping[str, Any] = field(default_factory=dict)
+    basis: Any = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

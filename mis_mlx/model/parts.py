@@ -20,10 +20,9 @@ from mis_mlx.types import Checkpoint
 def begin(source: Checkpoint, folder: Path, files: Files) -> Checkpoint:
     """The folder opened, made of `source` first if it is not there. Memory: the largest tensor."""
     if not folder.exists():
-        keep = slice.read_keep(source.path)
-        extra = {"keep.json": slice.keep_json(keep)} if keep else None
         config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
         config["torch_dtype"] = "float32"
+        extra = slice.keep_files(slice.read_keep(source.path))
         slice.write_model(config, partial(load.dense, source), source.path, folder, "float32", files, extra, True)
     return load.open_checkpoint(folder)
 
