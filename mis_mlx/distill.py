@@ -103,7 +103,7 @@ def _distil(s: Settings, c: Course, pruned: Checkpoint) -> Checkpoint:
     if not out.exists():
         take = course.train(c, pruned)
         config = {**pruned.config, "torch_dtype": s.dtype}
-        extra = {"keep.json": slice.keep_json(keep)} if (keep := slice.read_keep(pruned.path)) else None
+        extra = slice.keep_files(slice.read_keep(pruned.path))
         slice.write_model(config, take, pruned.path, out, s.dtype, c.files, extra)
     return load.open_checkpoint(out)
 
@@ -172,8 +172,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder = _resumed(settings) if settings.resume else (settings, None)
     if s.preset == "paper":
         s = replace(s, iters=8000, learning_rate=1.5e-4)
-    if s.targets == "cached" and s.temperature != 1.0:
-        raise MisError(f"--targets cached are those of temperature 1, not {s.temperature:g}: use --targets live")
+    s.check()
     found = teacher.find(s.teacher)
     cli.say(f"teacher: {found.source}")
     checkpoint = load.open_checkpoint(found.path)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mis_mlx.disk import runs
@@ -28,6 +29,8 @@ WAYS: dict[str, tuple[object, ...]] = {
     "local": ("--local-iters", 3),
     "sharded": ("--train", "sharded", "--local-iters", 2, "--targets", "cached"),
     "sharded, live": ("--train", "sharded", "--local-iters", 0),
+    "ablations": ("--cross-entropy", 0.3, "--intermediate", 1, "--repaired-lr", 0.5, "--teacher-correction", 5),
+    "sharded, mixed": ("--train", "sharded", "--local-iters", 0, "--cross-entropy", 0.3, "--repaired-lr", 0.5),
 }
 
 
@@ -70,13 +73,14 @@ def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("word", ["targets", "local", "distil"])
+@pytest.mark.parametrize("word", ["targets", "local", "teacher", "distil"])
 def test_killed_in_any_phase_and_resumed(
     tmp_path: Path, whole: Callable[[str], tuple[Path, Done]], llama: Checkpoint, text_folder: Path, way: str,
     word: str, command: Callable[..., Done],
 ) -> None:  # fmt: skip
     """SIGKILL as soon as a phase's files appear; --resume ends with the bits of the undisturbed run."""
-    sign = {"targets": "targets/part-*", "local": course.LOCAL, "distil": "metrics.jsonl"}[word]
+    signs = {"targets": "targets/part-*", "local": course.LOCAL, "teacher": "teacher.jsonl", "distil": "metrics.jsonl"}
+    sign = signs[word]
     out, run = whole(way)[0], tmp_path / "run"
     if not list(out.glob(sign)):
         pytest.skip(f"{way} has no phase {word}")
@@ -90,6 +94,34 @@ def test_killed_in_any_phase_and_resumed(
     done = command("distill", "--out", run, "--resume")
     assert done.returncode == 0, done.stderr
     assert weights(run) == weights(out)
+
+
+def test_a_corrected_teacher_teaches_and_is_no_yardstick(
+    whole: Callable[[str], tuple[Path, Done]], llama: Checkpoint
+) -> None:
+    """An ordinary folder of the teacher's type that learned the text; tables compare with the one that was given."""
+    out, done = whole("ablations")
+    result, other = (json.loads(d.stdout.splitlines()[-1]) for d in (done, whole("sharded, live")[1]))
+    assert result["nll_teacher"] == other["nll_teacher"] and result["nll_pruned"] == other["nll_pruned"]
+    assert "teacher correction: 5 steps" in done.stderr and not (out / course.TEACHER_STEPS).exists()
+    logged = [json.loads(line) for line in (out / "teacher.jsonl").read_text().splitlines()]
+    assert [r["number"] for r in logged] == [1, 2, 3, 4, 5] and logged[-1]["loss"] < logged[0]["loss"]
+    assert max(r["learning_rate"] for r in logged) == pytest.approx(2e-3)
+    corrected = load.open_checkpoint(out / course.TEACHER)
+    assert corrected.config == llama.config and corrected.nbytes == llama.nbytes
+    assert {t.dtype for t in corrected.tensors.values()} == {"F32"}
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert 0 < mx.abs(load.dense(corrected, name) - load.dense(llama, name)).max().item() < 5 * 2.1e-3
+    load.mlx_lm("utils").load(str(out / course.TEACHER))
+
+
+def test_states_inside_need_keep_json(
+    tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """Which teacher blocks a student block stands for is written there."""
+    done = command("distill", "--teacher", llama.path, "--student", llama.path, "--data", text_folder, *FLAGS,
+                   "--intermediate", 1, "--out", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 1 and "has no keep.json" in done.stderr.splitlines()[-1]
 
 
 def test_a_resumed_run_keeps_its_way(

@@ -7,12 +7,13 @@ Does not know models' insides, files or the training loop.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_reduce, tree_unflatten
 
 from mis_mlx.types import MisError
 
@@ -41,9 +42,18 @@ class GoralW:
 
     The guard looks before the update: a loss or norm that is not finite skips the step (three in a row stop
     the run); a norm above mean + 5 sigma of the last 50 is clipped to that bound.
+    factors: {how weights' names end: factor on their learning rate}; 1 leaves AdamW as it is.
     """
 
-    def __init__(self, *, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01, guard: bool = True):
+    def __init__(
+        self,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.01,
+        guard: bool = True,
+        factors: Mapping[str, float] | None = None,
+    ):
+        self.factors = {end: factor for end, factor in (factors or {}).items() if factor != 1.0}
         self.adamw = optim.AdamW(0.0, betas=list(betas), weight_decay=weight_decay, bias_correction=True)
         self.guard = guard
         self.norms: list[float] = []
@@ -76,8 +86,19 @@ class GoralW:
                 note = f"clipped {norm:.1f} to {bound:.1f}"
             self.norms = [*self.norms, min(norm, bound)][-WINDOW:]
         self.adamw.learning_rate = learning_rate
-        self.adamw.update(model, gradients)
+        moved = self.adamw.apply_gradients(gradients, model)
+        model.update(self._scaled(model, moved) if self.factors else moved)
         return note
+
+    def _scaled(self, model: nn.Module, moved: Any) -> Any:
+        """The new weights, those with a factor only so far: AdamW's step, decay and all, is linear in its rate."""
+        before = dict(tree_flatten(model.parameters()))
+
+        def scale(name: str, after: mx.array) -> mx.array:
+            factor = next((f for end, f in self.factors.items() if name.endswith(end)), None)
+            return after if factor is None else before[name] + factor * (after - before[name])
+
+        return tree_map_with_path(scale, moved)
 
     def arrays(self) -> dict[str, mx.array]:
         """Moments and step count by name, for a checkpoint."""

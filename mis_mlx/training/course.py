@@ -18,20 +18,21 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.disk import checkpoint as protocol
-from mis_mlx.disk import text
+from mis_mlx.disk import runs, text
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory, tea
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import load, parts, reconstruct, slice, stream
-from mis_mlx.training import distillation, local, loop, sharded, targets
+from mis_mlx.training import distillation, local, loop, planning, sharded, targets
 from mis_mlx.training.phases import Plan, steps_per_shard
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.training.supervise import supervise
 from mis_mlx.training.weather import Weather
-from mis_mlx.types import Checkpoint, MisError, Step
+from mis_mlx.types import Checkpoint, Keep, MisError, Step
 
 LOCAL = "local.jsonl"
+TEACHER, TEACHER_STEPS = "teacher", "teacher-steps"  # folders of the corrected teacher and of its checkpoints
 
 
 @dataclass
@@ -63,16 +64,53 @@ def train(c: Course, pruned: Checkpoint) -> Callable[[str], mx.array]:
     begun = pruned
     if c.plan.mode == "sharded" or c.recipe.local_iters:
         begun = _local(c, pruned)
-    source = _source(c)
+    source = _source(c, pruned)
     return _sharded(c, begun, source) if c.plan.mode == "sharded" else _resident(c, begun, source)
 
 
-def _source(c: Course) -> distillation.Source:
+def _corrected(c: Course) -> Checkpoint:
+    """The teacher after some steps of plain cross-entropy on the text that it is to teach (arXiv 2408.11796).
+
+    A folder beside the others, of the teacher's own type. Killed on the way, it goes on from its checkpoints.
+    """
+    out, saved = c.folder / TEACHER, c.folder / TEACHER_STEPS
+    if not out.exists():
+        cli.say(f"teacher correction: {c.recipe.teacher_correction} steps")
+        _correct(c, out)
+        mx.clear_cache()
+    if saved.exists():  # weights and moments, twice: nobody goes back there
+        c.files.remove_tree(saved)
+    return load.open_checkpoint(out)
+
+
+def _correct(c: Course, out: Path) -> None:
+    model, optimizer = load.resident(c.teacher, mx.float32), GoralW(weight_decay=c.recipe.weight_decay)
+    r = replace(c.recipe, iters=c.recipe.teacher_correction, learning_rate=c.recipe.learning_rate / 5)
+    run = _Run(replace(c, recipe=r), partial(loop.arrays_of, model, optimizer), optimizer.memory, steps=TEACHER_STEPS)
+    begin = partial(stream.into_memory, model, f"{c.teacher.path}: ")
+    start = run.start(begin, partial(loop.restore, model, optimizer))
+    model.train()
+    steps = distillation.steps(model, distillation.Text(), c.data, r, optimizer, start)
+    run.finish(steps, r.save_every, f"{TEACHER}.jsonl", TEACHER)
+    dtype = planning.KINDS[c.teacher.tensors[f"{load.EMBEDDING}weight"].dtype]
+    take = dict(tree_flatten(model.parameters())).__getitem__
+    slice.write_model(c.teacher.config, take, c.teacher.path, out, dtype, c.files)
+
+
+def _source(c: Course, pruned: Checkpoint) -> distillation.Source:
     """The teacher, live; or what it left on disk, written now as far as it is missing."""
+    middle = None
+    if c.recipe.intermediate:
+        middle = distillation.Middle.of(_keep(pruned), c.plan.job.teacher.shape.layers, c.recipe.intermediate)
+    if c.recipe.teacher_correction:
+        c = replace(c, teacher=_corrected(c))
     keeps = c.plan.pinned * c.plan.job.teacher.block_work + c.plan.job.teacher.head_work
 
     def teacher(room_bytes: int | None) -> distillation.Teacher:
-        return distillation.Teacher(c.teacher, room_bytes, c.direct, c.recipe.temperature)
+        r = c.recipe
+        return distillation.Teacher(
+            c.teacher, room_bytes, c.direct, r.temperature, r.cross_entropy, r.divergence, middle
+        )
 
     if c.recipe.targets == "live":
         return teacher(None if c.plan.teacher_resident else keeps)
@@ -92,11 +130,15 @@ def _source(c: Course) -> distillation.Source:
     return targets.Cached(store, at)
 
 
+def _keep(pruned: Checkpoint) -> Keep:
+    if keep := slice.read_keep(pruned.path):
+        return keep
+    raise MisError(f"{pruned.path} has no keep.json, which says what each block stands for: prune it with mis_mlx")
+
+
 def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
     """The student as a folder of parts, taught block by block as far as it is not yet."""
-    keep = slice.read_keep(pruned.path)
-    if keep is None:
-        raise MisError(f"{pruned.path} has no keep.json, which says what each block stands for: prune it with mis_mlx")
+    keep = _keep(pruned)
     student = parts.begin(pruned, c.folder / "parts", c.files)
     if (c.folder / "steps").exists():  # the next stage has begun
         return student
@@ -115,7 +157,7 @@ def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
 
 def _resident(c: Course, begun: Checkpoint, source: distillation.Source) -> Callable[[str], mx.array]:
     student = load.resident(begun, mx.float32)
-    optimizer = GoralW(weight_decay=c.recipe.weight_decay)
+    optimizer = GoralW(weight_decay=c.recipe.weight_decay, factors=c.recipe.factors)
 
     def restore(arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
         loop.restore(student, optimizer, arrays, memory)
@@ -140,7 +182,7 @@ def _resident(c: Course, begun: Checkpoint, source: distillation.Source) -> Call
 def _sharded(c: Course, begun: Checkpoint, source: distillation.Source) -> Callable[[str], mx.array]:
     r, visit = c.recipe, steps_per_shard(c.plan.job, c.plan.shard_layers)
     room = 4 * c.plan.job.student.head_params  # the head stays, the blocks stream past
-    student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, room, c.direct)
+    student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, room, c.direct, r.factors)
     run = _Run(c, student.arrays, student.memory)
     start = run.start(student.begin, student.restore)
     steps = sharded.steps(
@@ -163,10 +205,11 @@ class _Run:
     arrays: Callable[[], dict[str, dict[str, mx.array]]]
     memory: Callable[[], dict[str, Any]]
     sigma: float = 0.0
+    steps: str = "steps"  # the folder of its checkpoints
 
-    def start(self, begin: Callable[[], None], restore: Callable[..., None]) -> int:
+    def start(self, begin: Callable[[], object], restore: Callable[..., None]) -> int:
         """Steps done: of the newest checkpoint, put back by `restore`; or 0 after `begin`, and that saved."""
-        c, folder = self.course, self.course.folder / "steps"
+        c, folder = self.course, self.course.folder / self.steps
         if saved := protocol.newest(folder, c.files):
             for note in [*saved.notes, f"continuing from step {saved.number}"]:
                 cli.say(note)
@@ -192,9 +235,9 @@ class _Run:
             "halny_sigma": self.sigma,
             "tea": c.weather.breaks.saved(),
         }
-        protocol.save_step(c.folder / "steps", number, arrays, state, c.files)
+        protocol.save_step(c.folder / self.steps, number, arrays, state, c.files)
 
-    def finish(self, steps: Iterator[Step], save_every: int) -> None:
+    def finish(self, steps: Iterator[Step], save_every: int, log: str = runs.METRICS, label: str = "distil") -> None:
         """Run the steps to their end."""
         c = self.course
-        supervise(steps, c.folder, c.recipe.iters, save_every, self.save, c.weather, c.peak, c.files)
+        supervise(steps, c.folder, c.recipe.iters, save_every, self.save, c.weather, c.peak, c.files, log, label)

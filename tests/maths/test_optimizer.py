@@ -131,6 +131,37 @@ def test_restore_continues_bit_equal() -> None:
     assert after.memory() == optimizer.memory()
 
 
+def test_a_factor_is_a_rate_of_its_own() -> None:
+    """The named weight moves as under AdamW at half the rate, decay and all (1e-6); the others to the last bit as
+    they would; factor 0 holds it still; factor 1 and a name that is not there change nothing."""
+    end = "layers.2.weight"
+    after = {}
+    for name, rate, factors in (
+        ("plain", 1e-2, None), ("half", 1e-2, {end: 0.5}), ("slow", 5e-3, None), ("still", 1e-2, {end: 0.0}),
+        ("one", 1e-2, {end: 1.0}), ("nobody", 1e-2, {"down_proj.weight": 0.5}),
+    ):  # fmt: skip
+        model, optimizer = net(), GoralW(weight_decay=0.1, factors=factors)
+        for step in range(5):
+            g = gradients(net(), step)  # of no weight: Adam's moments are the same in all
+            optimizer.update(model, g, 1.0, 1.0, rate)
+            mx.eval(model.parameters(), optimizer.adamw.state)
+        after[name] = dict(tree_flatten(model.parameters()))
+    assert mx.allclose(after["half"][end], after["slow"][end], rtol=0, atol=1e-6)
+    assert not mx.allclose(after["half"][end], after["plain"][end], rtol=0, atol=1e-3)
+    assert mx.array_equal(after["still"][end], dict(tree_flatten(net().parameters()))[end])
+    for name in ("half", "still", "one", "nobody"):
+        others = [n for n in after["plain"] if n != end or name in ("one", "nobody")]
+        assert all(mx.array_equal(after[name][n], after["plain"][n]) for n in others), name
+
+
+def test_a_factor_by_pencil() -> None:
+    """w = 2, rate 0.5, decay 0.1: Adam's first step takes 0.5 and decay 0.1; with factor 0.5 half of both: 1.7."""
+    model = nn.Linear(1, 1, bias=False)
+    model.weight = mx.array([[2.0]])
+    GoralW(weight_decay=0.1, factors={"weight": 0.5}).update(model, {"weight": mx.array([[4.0]])}, 1.0, 4.0, 0.5)
+    assert model.weight.item() == pytest.approx(1.7, abs=1e-6)
+
+
 def test_cosine_by_pencil() -> None:
     """Warm-up 2: half, full; then down a cosine over 8 steps: halfway 0.55, at the end a tenth of the peak."""
     rates = [cosine(step, 11, 1.0, 2) for step in range(11)]
