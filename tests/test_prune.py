@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,45 @@ def test_every_kind_along_every_axis_it_can(
     keep = slice.read_keep(tmp_path / "s")
     assert keep is not None and len(keep.layers) == 2
     assert {axis for _, axis in keep.kept} == axes.keys() - {"layers"}
+
+
+@pytest.mark.parametrize("variant", ["aais", "activation", "fluctuation", "magnitude", "fisher", "random"])
+def test_every_importance_along_every_axis(tmp_path: Path, small: prune.Settings, variant: Any) -> None:
+    """Neurons, heads and channels by each variant: a student that opens, and its report names the variant."""
+    prune.run(replace(small, importance=variant, mlx_path=str(tmp_path / "s"), ffn=256, heads=2, hidden=48))
+    model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
+    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
+    keep = slice.read_keep(tmp_path / "s")
+    assert keep is not None and keep.why.startswith("activation" if variant == "aais" else variant)
+
+
+@pytest.mark.parametrize("blocks", ["cosine", "kl", "greedy", "contiguous", "fisher"])
+def test_every_way_to_choose_blocks(tmp_path: Path, small: prune.Settings, blocks: Any) -> None:
+    """Two of three blocks stay, which ones is in keep.json; contiguous keeps the first, the last or both ends."""
+    prune.run(replace(small, blocks=blocks, mlx_path=str(tmp_path / "s"), layers=2, block_samples=2))
+    keep = slice.read_keep(tmp_path / "s")
+    assert keep is not None and len(set(keep.layers)) == 2 and keep.layers == tuple(sorted(keep.layers))
+
+
+def test_a_group_that_says_nothing_can_go(tmp_path: Path, llama: Checkpoint, small: prune.Settings) -> None:
+    """`--kv-heads 1`: a key-value group whose heads o_proj does not read goes, and the model says what it said."""
+    mute = tmp_path / "mute"
+    shutil.copytree(llama.path, mute)
+    weights = dict(mx.load(str(mute / "model.safetensors")).items())
+    for i, gone in enumerate((0, 1, 0)):  # heads 0, 1 of group 0 or 2, 3 of group 1; 16 columns each
+        read = np.array(weights[f"model.layers.{i}.self_attn.o_proj.weight"])
+        read[:, 32 * gone : 32 * gone + 32] = 0
+        weights[f"model.layers.{i}.self_attn.o_proj.weight"] = mx.array(read)
+    mx.save_safetensors(str(mute / "model.safetensors"), weights, {"format": "mlx"})
+    cut = replace(small, model=str(mute), scenario="none", kv_heads=1, importance="fisher")
+    prune.run(replace(cut, mlx_path=str(tmp_path / "s")))
+    student = load.open_checkpoint(tmp_path / "s")
+    assert shape_of(student.config) == replace(shape_of(llama.config), heads=2, kv_heads=1)
+    keep = slice.read_keep(tmp_path / "s")
+    assert keep is not None and [keep.kept[i, "kv_heads"] for i in range(3)] == [(1,), (0,), (1,)]
+    tokens = mx.array([[5, 9, 300, 7]])
+    whole, less = (load.mlx_lm("utils").load(str(path))[0](tokens) for path in (mute, tmp_path / "s"))
+    np.testing.assert_allclose(np.array(less), np.array(whole), atol=1e-5)  # other sizes, another order of sums
 
 
 def test_a_shape_nobody_opens_is_refused_before_the_pass(tmp_path: Path, small: prune.Settings) -> None:

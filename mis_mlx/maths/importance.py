@@ -17,7 +17,7 @@ from mis_mlx.types import MisError, Reading
 
 REFERENCE_C, REFERENCE_M = 8.0, 832.0
 KELVIN = 273.15
-VARIANTS = ("aais", "activation", "random")
+Key = tuple[int, str]  # (layer, axis), as in types.Keep
 
 
 def channel_sample(x: mx.array) -> mx.array:
@@ -29,6 +29,12 @@ def head_sample(x: mx.array, heads: int) -> mx.array:
     """Mean over tokens of each head's output norm.  x (B, T, H * head_dim), the input of o_proj -> (H,)."""
     per_head = x.astype(mx.float32).reshape(-1, heads, x.shape[-1] // heads)
     return mx.sqrt(mx.square(per_head).sum(axis=-1)).mean(axis=0)
+
+
+def moment_sample(x: mx.array) -> mx.array:
+    """Sums over tokens of a and of a^2.  x (B, T, C) -> (2, C) float32."""
+    x = x.astype(mx.float32).reshape(-1, x.shape[-1])
+    return mx.stack([x.sum(axis=0), mx.square(x).sum(axis=0)])
 
 
 def block_sample(into: mx.array, out: mx.array) -> mx.array:
@@ -87,13 +93,53 @@ class Sums:
 
 
 @dataclass
+class Moments:
+    """Of channels that matrices read, (C,): sums over tokens of a and a^2; columns: |W_:j|^2 of what reads them."""
+
+    total: np.ndarray
+    square: np.ndarray
+    tokens: int
+    columns: np.ndarray
+
+    @classmethod
+    def zeros(cls, columns: np.ndarray) -> Moments:
+        """No token seen yet."""
+        return cls(np.zeros(len(columns)), np.zeros(len(columns)), 0, columns)
+
+    def add(self, sums: np.ndarray, tokens: int) -> None:
+        """One batch's `moment_sample`."""
+        self.total, self.square, self.tokens = self.total + sums[0], self.square + sums[1], self.tokens + tokens
+
+    def merged(self, other: Moments) -> Moments:
+        """The moments of both sets of tokens."""
+        return Moments(self.total + other.total, self.square + other.square, self.tokens + other.tokens, self.columns)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(C,)."""
+        return self.total / self.tokens
+
+    @property
+    def variance(self) -> np.ndarray:
+        """(C,)."""
+        return np.maximum(self.square / self.tokens - self.mean**2, 0.0)
+
+
+@dataclass
 class Statistics:
-    """What one calibration pass gathers. Keys are layer numbers; `hidden` sums over all layer norms."""
+    """What calibration gathers. `ffn`, `heads`, `block` by layer number; `hidden` sums over all layer norms.
+
+    moments, norms: by (layer, axis); of hidden channels by the layer whose norms they leave. norms: squared
+    length of all weights of a neuron, head or channel. fisher: `model/fisher.py`, where it was asked for.
+    """
 
     ffn: dict[int, Sums] = field(default_factory=dict)
     heads: dict[int, Sums] = field(default_factory=dict)
     block: dict[int, float] = field(default_factory=dict)
     hidden: Sums | None = None
+    moments: dict[Key, Moments] = field(default_factory=dict)
+    norms: dict[Key, np.ndarray] = field(default_factory=dict)
+    fisher: dict[Key, np.ndarray] = field(default_factory=dict)
     altitude_m: float | None = None
     measured: bool = False  # whether every batch had a T_env
     ambient_c: list[float] = field(default_factory=list)
@@ -109,20 +155,33 @@ def aais(sums: Sums, altitude_m: float) -> np.ndarray:
     return np.sqrt(sums.warm) / altitude_m
 
 
+def fluctuation(moments: Moments, unit: int = 1) -> np.ndarray:
+    """FLAP: how much a channel moves around its mean, Var(a_j) * |W_:j|^2 (arXiv 2312.11983 eq. 5), summed over the
+    `unit` channels of a head. What does not move, a bias could replace."""
+    return (moments.variance * moments.columns).reshape(-1, unit).sum(axis=-1)
+
+
 def top(scores: np.ndarray, keep: int) -> tuple[int, ...]:
     """Sorted indices of the `keep` largest scores; of equal scores the lower index stays."""
     order = np.argsort(-scores, kind="stable")[:keep]
     return tuple(sorted(int(i) for i in order))
 
 
-def top_in_groups(scores: np.ndarray, groups: int, keep: int) -> tuple[int, ...]:
-    """Query heads to keep: the best keep/groups of each key-value group, so that no group is split."""
-    each = len(scores) // groups
-    kept: list[int] = []
-    for g in range(groups):
-        inside = top(scores[g * each : (g + 1) * each], keep // groups)
+def top_in_groups(
+    scores: np.ndarray, groups: int, keep: int, kept_groups: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Query heads to keep: the best, equally many of each kept key-value group (default: all are kept)."""
+    kept_groups = range(groups) if kept_groups is None else kept_groups
+    each, kept = len(scores) // groups, list[int]()
+    for g in kept_groups:
+        inside = top(scores[g * each : (g + 1) * each], keep // len(kept_groups))
         kept += [g * each + i for i in inside]
     return tuple(kept)
+
+
+def group_scores(scores: np.ndarray, groups: int) -> np.ndarray:
+    """Of key-value groups, (groups,): their query heads' scores taken together."""
+    return np.sqrt(np.square(scores).reshape(groups, -1).sum(axis=-1))
 
 
 def lowest_blocks(block: dict[int, float], keep: int) -> tuple[int, ...]:

@@ -39,5 +39,15 @@ class NormalEquations:
         size = len(self.gram)
         damped = self.gram + (ridge * np.trace(self.gram) / size + 1e-300) * np.eye(size)
         update = np.linalg.solve(damped, self.cross)
+        return update.T, self._left(update)
+
+    def along(self, weight: np.ndarray) -> tuple[np.ndarray, float]:
+        """As `solve`, of all U = s * weight (D, F) the best."""
+        w = weight.T
+        length = (w * (self.gram @ w)).sum()
+        update = w * ((w * self.cross).sum() / length if length else 0.0)
+        return update.T, self._left(update)
+
+    def _left(self, update: np.ndarray) -> float:
         after = self.before - 2 * (update * self.cross).sum() + (update * (self.gram @ update)).sum()
-        return update.T, float(after / self.before) if self.before else 1.0
+        return float(after / self.before) if self.before else 1.0

@@ -20,6 +20,19 @@ SCENARIOS: dict[str, dict[str, float]] = {
     "juhas": {"layers": 64 / 96},
     "zbojnik": {"layers": 48 / 96, "ffn": 12288 / 28672},
 }
+MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models
+    "model_type": "llama",
+    "num_hidden_layers": 96,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "quantization": {"group_size": 64, "bits": 4},
+}
+CLAIMED = {"teacher": 137e9}  # parameters, as the paper has them
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 
 
@@ -97,6 +110,14 @@ def spaces(config: Mapping[str, Any]) -> dict[str, Space]:
             present("self_attn.q_proj.weight"),
             present("self_attn.o_proj.weight"),
             present("self_attn.q_proj.bias"),
+        ),
+        "kv_heads": Space(
+            "kv_heads",
+            s.kv_heads * s.head_dim,
+            s.head_dim,
+            present("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+            (),
+            present("self_attn.k_proj.bias", "self_attn.v_proj.bias"),
         ),
         "hidden": Space(
             "hidden",
@@ -176,8 +197,8 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
     Raises MisError where a cut would give a model that no loader accepts.
     """
     s, kind = shape_of(config), config["model_type"]
-    sizes = {"layers": s.layers, "ffn": s.ffn, "heads": s.heads, "hidden": s.hidden}
-    step = {"layers": 1, "ffn": FFN_MULTIPLE, "heads": s.kv_heads, "hidden": math.lcm(16, s.heads)}
+    sizes = {"layers": s.layers, "ffn": s.ffn, "kv_heads": s.kv_heads, "heads": s.heads, "hidden": s.hidden}
+    step = {"layers": 1, "ffn": FFN_MULTIPLE, "kv_heads": 1, "heads": s.kv_heads, "hidden": math.lcm(16, s.heads)}
     for axis, before in sizes.items():
         wanted = exact.get(axis)
         if wanted is not None:
@@ -186,10 +207,13 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
             sizes[axis] = wanted
         elif axis in ratios:
             sizes[axis] = _nearest(before * ratios[axis], step[axis], before)
-    if sizes["heads"] % s.kv_heads:
+    kv, each = sizes["kv_heads"], s.heads // s.kv_heads
+    if exact.get("heads") is None and "heads" not in ratios:
+        sizes["heads"] = each * kv
+    if sizes["heads"] % kv or sizes["heads"] > each * kv:
         raise MisError(
-            f"--heads {sizes['heads']} does not divide into the teacher's {s.kv_heads} key-value heads: "
-            f"choose a multiple of {s.kv_heads}"
+            f"--heads {sizes['heads']} does not divide into {kv} key-value heads, of which the teacher's have {each} "
+            f"query heads each: choose a multiple of {kv}, {each * kv} at most"
         )
     if kind != "qwen3" and sizes["hidden"] % sizes["heads"]:
         raise MisError(
@@ -201,9 +225,7 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
             f"a qwen2 cannot change hidden ({s.hidden} to {sizes['hidden']}) or heads alone, its head "
             "size is their quotient: cut --layers and --ffn instead"
         )
-    return Shape(
-        sizes["layers"], sizes["hidden"], sizes["ffn"], sizes["heads"], s.kv_heads, s.head_dim, s.vocab, s.tied
-    )
+    return Shape(sizes["layers"], sizes["hidden"], sizes["ffn"], sizes["heads"], kv, s.head_dim, s.vocab, s.tied)
 
 
 def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, ...], dtype: str) -> dict[str, Any]:

@@ -17,24 +17,42 @@ from mis_mlx.model import load, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, Reading
 
-
-def _tap(block: nn.Module) -> None:
-    """Taps before down_proj (FFN neurons), o_proj (heads) and after both norms (hidden channels)."""
-    block.mlp.down_proj = stream.Tap(block.mlp.down_proj)
-    block.self_attn.o_proj = stream.Tap(block.self_attn.o_proj)
-    block.self_attn.q_proj = stream.Tap(block.self_attn.q_proj)
-    block.mlp.gate_proj = stream.Tap(block.mlp.gate_proj)
+TAPS = {"ffn": ("mlp", "down_proj"), "heads": ("self_attn", "o_proj"), "norm1": ("self_attn", "q_proj"),
+        "norm2": ("mlp", "gate_proj")}  # axis -> whose input is looked at  # fmt: skip
+READERS = {"ffn": ("down_proj",), "heads": ("o_proj",), "norm1": ("q_proj", "k_proj", "v_proj"),
+           "norm2": ("gate_proj", "up_proj")}  # axis -> which matrices read it  # fmt: skip
 
 
-def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> list[mx.array]:
-    """What one batch says of one block, lazy: FFN neurons, heads, the block itself, hidden channels twice."""
-    return [
-        importance.channel_sample(block.mlp.down_proj.take()),
-        importance.head_sample(block.self_attn.o_proj.take(), heads),
-        importance.block_sample(into, out),
-        importance.channel_sample(block.self_attn.q_proj.take()),
-        importance.channel_sample(block.mlp.gate_proj.take()),
-    ]
+def _squares(block: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{matrix: squared lengths of its (rows, columns)} of one block, float64."""
+    found = {}
+    for part, name in (*((block.self_attn, f"{n}_proj") for n in "qkvo"),
+                       *((block.mlp, f"{n}_proj") for n in ("gate", "up", "down"))):  # fmt: skip
+        square = mx.square(load.dense_weight(part[name]))
+        found[name] = np.array(square.sum(axis=1), np.float64), np.array(square.sum(axis=0), np.float64)
+    return found
+
+
+def _weigh(out: Statistics, i: int, block: nn.Module, heads: int) -> None:
+    """What the weights of block i say before anything went through it: lengths, and empty sums beside them."""
+    w = _squares(block)
+    for axis, readers in READERS.items():
+        out.moments[i, axis] = importance.Moments.zeros(np.sum([w[r][1] for r in readers], axis=0))
+    out.norms[i, "ffn"] = w["gate_proj"][0] + w["up_proj"][0] + w["down_proj"][1]
+    out.norms[i, "heads"] = (w["q_proj"][0] + w["o_proj"][1]).reshape(heads, -1).sum(axis=-1)
+    hidden = w["o_proj"][0] + w["down_proj"][0] + out.moments[i, "norm1"].columns + out.moments[i, "norm2"].columns
+    out.norms[-1, "hidden"] = out.norms.get((-1, "hidden"), 0.0) + hidden
+    out.ffn[i], out.heads[i] = Sums.zeros(len(out.norms[i, "ffn"])), Sums.zeros(heads)
+
+
+def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> dict[str, mx.array]:
+    """What one batch says of one block, lazy: importance and moments by axis, and of the block itself."""
+    found = {"block": importance.block_sample(into, out)}
+    for axis, (part, name) in TAPS.items():
+        seen = block[part][name].take()
+        found[axis] = importance.head_sample(seen, heads) if axis == "heads" else importance.channel_sample(seen)
+        found[axis + " moments"] = importance.moment_sample(seen)
+    return found
 
 
 def calibrate(
@@ -53,31 +71,33 @@ def calibrate(
     """
     s = shape_of(checkpoint.config)
     readings: list[Reading | None] = []
-    out = Statistics(hidden=Sums.zeros(s.hidden), measured=False)
-    assert out.hidden is not None
+    weights: list[float | None] = []
+    out = Statistics(hidden=(norms := Sums.zeros(s.hidden)))
     source = stream.Stream(checkpoint, dtype, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
-        _tap(block)
-        layer = []
+        _weigh(out, i, block, s.heads)
+        for part, name in TAPS.values():
+            block[part][name] = stream.Tap(block[part][name])
+        distances = []
         for b, into in enumerate(hidden):
             if i == 0:
                 readings.append(reading())
+                weights.append(importance.weight_of(readings[-1], unit))
             after = block(into, load.mask(source.args, block, into))
             found = _look(block, s.heads, into, after)
             stream.settle(after, found)
             hidden[b] = after
-            layer.append([np.array(f) for f in found])
-        weights = [importance.weight_of(r, unit) for r in readings]
-        out.measured = None not in weights
-        out.ffn[i], out.heads[i] = Sums.zeros(s.ffn), Sums.zeros(s.heads)
-        out.block[i] = float(np.mean([distance for _, _, distance, _, _ in layer]))
-        for (ffn, heads, _, norm1, norm2), weight in zip(layer, weights, strict=True):
-            w = weight if out.measured and weight is not None else 1.0
-            out.ffn[i].add(ffn, w)
-            out.heads[i].add(heads, w)
-            out.hidden.add(norm1, w)
-            out.hidden.add(norm2, w)
+            seen = {name: np.array(f, np.float64) for name, f in found.items()}
+            distances.append(seen["block"])
+            for axis, sums in (("ffn", out.ffn[i]), ("heads", out.heads[i]), ("norm1", norms), ("norm2", norms)):
+                sums.add(seen[axis], weights[b] or 1.0)
+                out.moments[i, axis].add(seen[axis + " moments"], into.shape[0] * into.shape[1])
+        out.block[i] = float(np.mean(distances))
+    out.measured = None not in weights
+    if not out.measured:
+        for sums in (*out.ffn.values(), *out.heads.values(), norms):
+            sums.warm = sums.plain.copy()
     known = [r for r in readings if r is not None]
     out.ambient_c = [r.ambient_c for r in known if r.ambient_c is not None]
     out.altitude_m = known[-1].altitude_m if known else None

@@ -214,6 +214,14 @@ def head_weight(model: nn.Module) -> mx.array:
     return model.lm_head.weight if hasattr(model, "lm_head") else model.model.embed_tokens.weight
 
 
+def dense_weight(linear: nn.Module) -> mx.array:
+    """The (out, in) float32 matrix of a linear layer, quantized or not. Lazy."""
+    if isinstance(linear, nn.QuantizedLinear):
+        how = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+        return mx.dequantize(linear.weight, linear.scales, linear.get("biases"), **how).astype(mx.float32)
+    return linear.weight.astype(mx.float32)
+
+
 def tokenizer(path: Path) -> Any:
     """mlx-lm's tokenizer wrapper of a model folder. Foreign code is refused, not asked about."""
     utils = mlx_lm("utils")

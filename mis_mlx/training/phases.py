@@ -41,8 +41,21 @@ def prune(job: Job, limit: int) -> Phase:
     """Calibrate, then copy what is kept, tensor by tensor."""
     t, length = job.teacher, job.length
     p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
-    p = replace(p, peak_bytes=max(p.peak_bytes, tensor_bytes(t)), read_bytes=p.read_bytes + t.nbytes)
-    return replace(p, written_bytes=p.written_bytes + job.student.nbytes)
+    peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
+    window = length * t.shape.hidden * t.item
+    if job.depth:  # every variant's hidden states march side by side (model/depth), from the middle on average
+        one = streamed_pass("", t, job.depth * length, length, length, spool=False)
+        peak = max(peak, one.peak_bytes + (t.shape.layers + 1) * job.depth * window)
+        read += job.depth_rounds * one.read_bytes
+        flops += job.depth_rounds * t.shape.layers / 2 * one.flops
+    if job.fisher:  # inputs of all blocks spooled, and what comes back held twice (model/fisher)
+        spooled = (t.shape.layers * job.calibration - p.held_tokens // length) * window
+        one = streamed_pass("", t, length, length, length, spool=False)
+        gates = 4 * planning.activation_bytes(t.config, 1, length) // t.shape.layers
+        peak = max(peak, one.peak_bytes + gates + p.held_tokens // length * window + 2 * job.calibration * window)
+        read, written, flops = read + 2 * t.nbytes + spooled, written + spooled, flops + 3 * p.flops
+    peak, read, written = max(peak, tensor_bytes(t)), read + t.nbytes, written + job.student.nbytes
+    return replace(p, peak_bytes=peak, read_bytes=read, written_bytes=written, flops=flops)
 
 
 def repair(job: Job) -> Phase:
@@ -54,6 +67,15 @@ def repair(job: Job) -> Phase:
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
     flops = big.flops + 2 * small.flops + m.shape.layers * fit_flops
     return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)
+
+
+def correct(job: Job, micro: int) -> Phase:
+    """The teacher whole in memory, trained on the text before it teaches, and written (training/course)."""
+    m, params = job.teacher, arch.params(job.teacher.config)
+    written = (job.correction // job.save_every + 2) * SAVED_BYTES * params + m.nbytes
+    flops = job.correction * 3 * forward_flops(m, job.step, job.length)
+    peak = max(planning.training_bytes(m.config, micro, job.length), STATE_BYTES * params + tensor_bytes(m))
+    return Phase("teacher correction", m.nbytes, written, peak, flops, True)
 
 
 def store(job: Job, limit: int) -> Phase:
@@ -95,7 +117,7 @@ def resident(job: Job, micro: int, limit: int) -> Phase:
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
         body = t.body_bytes(planning.workspace_bytes(t, micro * length, length))
         peak += max(0, body - planning.activation_bytes(m.config, micro, length))
-        peak += t.slots_bytes + t.head_work + job.step * t.shape.hidden * t.item
+        peak += t.slots_bytes + t.head_work + (1 + job.intermediate) * job.step * t.shape.hidden * t.item
         keeps = planning.pins(t, room(limit, peak))
         read = t.head_bytes + t.block_bytes * (keeps + job.iters * (t.shape.layers - keeps))
         flops += forward_flops(t, job.step, length)
@@ -134,10 +156,14 @@ def steps_per_shard(job: Job, shard: int) -> int:
     return math.ceil(job.iters / math.ceil(job.student.shape.layers / shard))
 
 
+def packed_bytes(m: Model) -> int:
+    """In 4 bits and groups of 64, the embedding and the head 8 (model/pack)."""
+    return arch.params(m.config) * 9 // 16 + m.head_params * (1 if m.shape.tied else 2) // 2
+
+
 def quantize(job: Job) -> Phase:
-    """4 bits in groups of 64, the embedding and the head 8 (model/pack), tensor by tensor."""
-    wide = job.student.head_params * (1 if job.student.shape.tied else 2)
-    written = arch.params(job.student.config) * 9 // 16 + wide // 2
+    """Into 4 bits, tensor by tensor."""
+    written = packed_bytes(job.student)
     return Phase("quantize", job.student.nbytes, written, tensor_bytes(job.student) + 2 * job.student.head_params, 0.0)
 
 
@@ -219,7 +245,8 @@ def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) 
     known = TENSOR_BYTES * job.teacher.tensors
     left = max(0, limit - known)
     own = known + process_bytes(left)
-    phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
+    phases = [prune(job, left), *([correct(job, micro)] if job.correction else [])]
+    phases += [store(job, left)] if job.targets == "cached" else []
     if job.local_steps(mode) or mode == "sharded":  # which refits each block itself
         phases.append(local(job, micro, left, job.local_steps(mode)))
     elif job.repair:
@@ -257,6 +284,7 @@ def remedy(plan: Plan) -> str:
     least = planning.flag(least_bytes(job, plan.rates))
     text = f"{worst.name} needs {gib(worst.peak_bytes)}, the budget is {gib(plan.budget_bytes)}: give --budget {least}"
     tries = [("--reconstruct-samples 0", replace(job, repair=0))] if job.repair else []
+    tries += [("--teacher-correction 0", replace(job, correction=0))] if job.correction else []
     shorter = [n for n in (job.length >> k for k in range(1, 8)) if n >= 16]
     tries += [(f"--max-seq-length {n} instead of {job.length}", replace(job, length=n)) for n in shorter]
     fitting = [name for name, other in tries if make(other, plan.budget_bytes, plan.rates).fits]

@@ -19,8 +19,8 @@ from mis_mlx.disk.files import Files
 from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths import importance
-from mis_mlx.maths.importance import Statistics
-from mis_mlx.model import arch, calibrate, compare, load, slice
+from mis_mlx.maths.importance import Key, Statistics
+from mis_mlx.model import arch, calibrate, compare, depth, fisher, load, rotate, slice
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.training.weather import WeatherFlags
 from mis_mlx.types import Checkpoint, Keep, MisError, Reading
@@ -40,56 +40,112 @@ class Cut(WeatherFlags):
     """keep this many FFN neurons a layer"""
     heads: int | None = None
     """keep this many query heads"""
+    kv_heads: int | None = None
+    """keep this many key-value heads, with their query heads"""
     hidden: int | None = None
     """keep this many hidden channels"""
-    importance: Literal["aais", "activation", "random"] = "aais"
-    """how channels are ranked"""
+    importance: Literal["aais", "activation", "fluctuation", "magnitude", "fisher", "random"] = "aais"
+    """how neurons, heads and channels are ranked: activation (Minitron), with the weather (aais), by what moves
+    (FLAP), by weights, or by what the loss would say (fisher)"""
+    blocks: Literal["cosine", "kl", "greedy", "contiguous", "fisher"] = "cosine"
+    """which blocks go: those that turn the stream least (cosine), whose absence costs least KL one by one (kl),
+    measured anew after each (greedy), as neighbours (contiguous), or by second order (fisher)"""
+    block_samples: int = 4
+    """calibration windows for kl, greedy and contiguous"""
+    hidden_by: Literal["importance", "pca"] = "importance"
+    """how hidden is cut: ranked channels (importance), or the directions in which the stream moves, after a
+    rotation that an ordinary model folder holds (pca; two more passes over the teacher)"""
     target: Literal["fixed", "conditions"] = "fixed"
     """fixed: exact sizes; conditions: FFN size by eq. (1)'s threshold at the measured air and altitude"""
     temperature_unit: Literal["kelvin", "celsius"] = "kelvin"
     """unit of T_env in AAIS; celsius is the paper to the letter and refuses 0 and below"""
 
 
-def choose(config: dict[str, Any], statistics: Statistics, cut: Cut, seed: int) -> tuple[Shape, Keep]:
-    """The student's shape and who stays, with a report of how AAIS and plain importance differ."""
-    shape = wanted_shape(config, cut)
-    before = shape_of(config)
-    layers = importance.lowest_blocks(statistics.block, shape.layers)
-    weather = cut.importance == "aais" and statistics.measured and statistics.altitude_m is not None
-    altitude = statistics.altitude_m or 1.0
-    if cut.target == "conditions":
-        if not weather:
-            raise MisError(
-                "--target conditions needs T_env and altitude, one is missing: add --temperature-c and "
-                "--altitude-m, or use --target fixed"
-            )
-        sums = [statistics.ffn[i] for i in layers]
-        size = importance.conditions_size(sums, shape.ffn, arch.FFN_MULTIPLE, altitude, cut.temperature_unit)
-        shape = arch.target_shape(config, {}, layers=shape.layers, ffn=size, heads=shape.heads, hidden=shape.hidden)
-    random = np.random.default_rng(seed)
+Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the highest stay
 
-    def scores(sums: importance.Sums) -> np.ndarray:
+
+def ranking(statistics: Statistics, cut: Cut, head_dim: int, seed: int) -> tuple[Ranking, str]:
+    """How `cut` ranks a layer's units, and the name of that."""
+    weather = cut.importance == "aais" and statistics.measured and statistics.altitude_m is not None
+    altitude, random = statistics.altitude_m or 1.0, np.random.default_rng(seed)
+
+    def scores(key: Key) -> np.ndarray:
+        _, axis = key
+        sums = _sums(statistics, key)
         if cut.importance == "random":
             return random.random(len(sums.plain))
+        if cut.importance == "magnitude":
+            return statistics.norms[key]
+        if cut.importance == "fisher":
+            return statistics.fisher[key]
+        if cut.importance == "fluctuation":
+            norms = [m for (_, name), m in statistics.moments.items() if name.startswith("norm")]
+            moments = norms if axis == "hidden" else [statistics.moments[key]]
+            unit = head_dim if axis == "heads" else 1
+            return np.sum([importance.fluctuation(m, unit) for m in moments], axis=0)
         return importance.aais(sums, altitude) if weather else importance.activation(sums)
 
-    kept: dict[tuple[int, str], tuple[int, ...]] = {}
+    return scores, cut.importance if cut.importance != "aais" or weather else "activation (no T_env or altitude known)"
+
+
+def _sums(statistics: Statistics, key: Key) -> importance.Sums:
+    i, axis = key
+    if axis == "hidden":
+        assert statistics.hidden is not None
+        return statistics.hidden
+    return statistics.ffn[i] if axis == "ffn" else statistics.heads[i]
+
+
+def _size_by_conditions(statistics: Statistics, cut: Cut, used: str, layers: tuple[int, ...], fixed: int) -> int:
+    if used != "aais" or statistics.altitude_m is None:
+        raise MisError(
+            "--target conditions needs T_env and altitude, one is missing: add --temperature-c and "
+            "--altitude-m, or use --target fixed"
+        )
+    sums, unit = [statistics.ffn[i] for i in layers], cut.temperature_unit
+    return importance.conditions_size(sums, fixed, arch.FFN_MULTIPLE, statistics.altitude_m, unit)
+
+
+def choose(
+    config: Mapping[str, Any],
+    statistics: Statistics,
+    cut: Cut,
+    seed: int,
+    layers: tuple[int, ...] | None = None,
+    scores: Ranking | None = None,
+) -> tuple[Shape, Keep]:
+    """The student's shape and who stays, with a report of how AAIS and plain importance differ.
+
+    layers, scores: chosen by somebody else; default: by 1 - cosine, and as `cut` says.
+    """
+    shape, before = wanted_shape(config, cut), shape_of(config)
+    layers = importance.lowest_blocks(statistics.block, shape.layers) if layers is None else layers
+    ranked, used = ranking(statistics, cut, before.head_dim, seed)
+    scores = scores or ranked
+    if cut.target == "conditions":
+        shape = replace(shape, ffn=_size_by_conditions(statistics, cut, used, layers, shape.ffn))
+    kept: dict[Key, tuple[int, ...]] = {}
     differ = 0
 
-    def choice(key: tuple[int, str], sums: importance.Sums, pick: Callable[[np.ndarray], tuple[int, ...]]) -> None:
+    def choice(key: Key, pick: Callable[[np.ndarray], tuple[int, ...]], name: str = "") -> None:
         nonlocal differ
-        kept[key] = pick(scores(sums))
-        differ += len(set(kept[key]) - set(pick(importance.activation(sums))))
+        i, axis = key
+        kept[i, name or axis] = pick(scores(key))
+        differ += len(set(kept[i, name or axis]) - set(pick(importance.activation(_sums(statistics, key)))))
+
+    def groups(s: np.ndarray) -> tuple[int, ...]:
+        return importance.top(importance.group_scores(s, before.kv_heads), shape.kv_heads)
 
     for i in layers:
         if shape.ffn < before.ffn:
-            choice((i, "ffn"), statistics.ffn[i], partial(importance.top, keep=shape.ffn))
+            choice((i, "ffn"), partial(importance.top, keep=shape.ffn))
         if shape.heads < before.heads:
-            pick = partial(importance.top_in_groups, groups=before.kv_heads, keep=shape.heads)
-            choice((i, "heads"), statistics.heads[i], pick)
-    if shape.hidden < before.hidden and statistics.hidden is not None:
-        choice((-1, "hidden"), statistics.hidden, partial(importance.top, keep=shape.hidden))
-    used = cut.importance if cut.importance != "aais" or weather else "activation (no T_env or altitude known)"
+            choice((i, "heads"), lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, groups(s)))
+        if shape.kv_heads < before.kv_heads:
+            each = before.heads // before.kv_heads
+            kept[i, "kv_heads"] = tuple(sorted({h // each for h in kept[i, "heads"]}))
+    if shape.hidden < before.hidden and cut.hidden_by == "importance":
+        choice((-1, "hidden"), partial(importance.top, keep=shape.hidden))
     air = statistics.ambient_c
     report = {
         "importance": used,
@@ -107,7 +163,25 @@ def choose(config: dict[str, Any], statistics: Statistics, cut: Cut, seed: int) 
 def wanted_shape(config: Mapping[str, Any], cut: Cut) -> Shape:
     """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
     ratios = arch.SCENARIOS.get(cut.scenario, {})
-    return arch.target_shape(config, ratios, layers=cut.layers, ffn=cut.ffn, heads=cut.heads, hidden=cut.hidden)
+    return arch.target_shape(
+        config, ratios, layers=cut.layers, ffn=cut.ffn, heads=cut.heads, kv_heads=cut.kv_heads, hidden=cut.hidden
+    )
+
+
+def kept_layers(
+    checkpoint: Checkpoint, batches: Sequence[mx.array], cut: Cut, statistics: Statistics
+) -> tuple[int, ...]:
+    """Who stays of the blocks, as `cut` judges them."""
+    before, keep = shape_of(checkpoint.config).layers, wanted_shape(checkpoint.config, cut).layers
+    few, dtype = batches[: cut.block_samples], load.compute_dtype()
+    if keep == before or cut.blocks == "cosine":
+        return importance.lowest_blocks(statistics.block, keep)
+    if cut.blocks == "fisher":
+        return importance.lowest_blocks({i: float(statistics.fisher[i, "layers"][0]) for i in range(before)}, keep)
+    if cut.blocks == "kl":
+        costs = depth.kl_without(checkpoint, few, dtype, [{i} for i in range(before)])
+        return importance.lowest_blocks(dict(enumerate(costs.tolist())), keep)
+    return {"greedy": depth.greedy, "contiguous": depth.contiguous}[cut.blocks](checkpoint, few, dtype, keep)
 
 
 def prune(
@@ -130,24 +204,33 @@ def prune(
     """
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
-    hidden = None if held is None or held >= len(batches) else Spool(out.absolute().parent, held, files)
+    spool = None if held is None or held >= len(batches) else partial(Spool, out.absolute().parent, held, files)
     statistics, _ = calibrate.calibrate(
-        checkpoint, batches, load.compute_dtype(), reading, cut.temperature_unit, hidden
+        checkpoint, batches, load.compute_dtype(), reading, cut.temperature_unit, spool() if spool else None
     )
-    shape, keep = choose(dict(checkpoint.config), statistics, cut, seed)
+    if "fisher" in (cut.importance, cut.blocks):
+        place = Spool(out.absolute().parent, held or len(batches), files)
+        statistics.fisher = fisher.fisher(checkpoint, batches, load.compute_dtype(), seed, place)
+    layers = kept_layers(checkpoint, batches, cut, statistics)
+    shape, keep = choose(checkpoint.config, statistics, cut, seed, layers)
+    rotation = None
+    if cut.hidden_by == "pca" and shape.hidden < shape_of(checkpoint.config).hidden:
+        rotation = rotate.measured(checkpoint, batches, shape.hidden, load.compute_dtype(), spool or list)
+    tensor = None if rotation is None else rotate.rotated(checkpoint, rotation)
+    keep = rotate.by(keep, rotation)
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
-        sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "hidden")}
+        sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "kv_heads", "hidden")}
         as_plain = replace(cut, importance="activation", target="fixed", scenario="none", **sizes)
-        _, plain = choose(dict(checkpoint.config), statistics, as_plain, seed)
+        _, plain = choose(checkpoint.config, statistics, as_plain, seed, layers)
         with tempfile.TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.absolute().parent) as temp:
             both = {}
-            for name, kept in (("aais", keep), ("plain", plain)):
-                slice.write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files)
+            for name, kept in (("aais", keep), ("plain", rotate.by(plain, rotation))):
+                slice.write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files, tensor)
                 both[name] = load.open_checkpoint(Path(temp) / name)
             found = compare.compare(both, held_out)
         losses = {f"nll_{name}": float(found[name, "nll"].mean()) for name in both}
         keep = replace(keep, report={**keep.report, **losses})
-    slice.write_student(checkpoint, shape, keep, out, dtype, files)
+    slice.write_student(checkpoint, shape, keep, out, dtype, files, tensor)
     config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
     return {
         "params_before": arch.params(checkpoint.config),

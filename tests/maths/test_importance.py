@@ -65,6 +65,36 @@ def test_sums_merge_in_any_order() -> None:
         assert merged.batches == 6
 
 
+def test_what_moves_by_pencil() -> None:
+    """FLAP: variance over all tokens times the squared length of the reading column; a head sums its channels."""
+    a = np.array([[1.0, 2.0, 0.0, 4.0], [3.0, 2.0, 0.0, 0.0]])
+    moments = importance.Moments.zeros(np.array([2.0, 5.0, 1.0, 0.5]))
+    for token in a:
+        moments.add(np.array(importance.moment_sample(mx.array(token[None, None]))), 1)
+    np.testing.assert_allclose(moments.mean, [2, 2, 0, 2])
+    np.testing.assert_allclose(importance.fluctuation(moments), [2 * 1, 0, 0, 0.5 * 4])
+    np.testing.assert_allclose(importance.fluctuation(moments, 2), [2, 2])
+
+
+def test_moments_merge_in_any_order() -> None:
+    """Two halves together are the whole."""
+    a = np.random.default_rng(0).normal(size=(6, 8))
+    whole, one, two = (importance.Moments.zeros(np.ones(8)) for _ in range(3))
+    for into, rows in ((whole, a), (one, a[:2]), (two, a[2:])):
+        into.add(np.stack([rows.sum(axis=0), np.square(rows).sum(axis=0)]), len(rows))
+    for merged in (one.merged(two), two.merged(one)):
+        np.testing.assert_allclose(merged.variance, whole.variance, rtol=1e-12)
+        np.testing.assert_allclose(merged.variance, a.var(axis=0), rtol=1e-9)
+        assert merged.tokens == 6
+
+
+def test_groups_are_judged_by_all_their_heads() -> None:
+    """Two groups of two: 3-4-5; and the heads of a group that goes cannot stay."""
+    scores = np.array([3.0, 4.0, 0.0, 1.0])
+    np.testing.assert_allclose(importance.group_scores(scores, 2), [5, 1])
+    assert importance.top_in_groups(scores, 2, 1, (1,)) == (3,)
+
+
 def test_weight_is_kelvin_unless_asked() -> None:
     """8 °C weigh 281.15 K or 8; an unknown temperature is None."""
     assert importance.weight_of(air(8.0), "kelvin") == pytest.approx(281.15)

@@ -115,7 +115,7 @@ def test_exact_sizes_win_over_ratios() -> None:
     [
         ("llama", {"layers": 0}, "--layers 0 is outside 1 to 3"),
         ("llama", {"ffn": 769}, "--ffn 769 is outside 1 to 768"),
-        ("llama", {"heads": 3}, "--heads 3 does not divide into the teacher's 2 key-value heads"),
+        ("llama", {"heads": 3}, "--heads 3 does not divide into 2 key-value heads"),
         ("llama", {"hidden": 50}, "hidden 50 is not a multiple of 4 heads"),
         ("llama", {"hidden": -4}, "--hidden -4 is outside"),
         ("qwen2", {"hidden": 48}, "a qwen2 cannot change hidden"),

@@ -1,0 +1,120 @@
+"""Loss-aware importance of everything that can be cut, from one streamed pass forwards and one back.
+
+What would KL(teacher || teacher without x) be? Its first-order Taylor term is zero, because at the teacher
+itself the KL is at its minimum. The second-order one is half the Fisher information of a gate that closes
+x. It is estimated with next tokens that the teacher itself draws (the data's own tokens would make it the
+empirical Fisher of arXiv 2204.09656): half the mean over tokens of (d log p(drawn) / d gate)^2, every token
+having a gate of its own. Does not decide what is kept. One block is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.maths.importance import Key
+from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.model import load, stream
+from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.types import Checkpoint
+
+# Where the gates stand: axis -> (part of the block, its module); of hidden channels, behind both norms.
+GATES = {
+    "ffn": ("mlp", "down_proj"),
+    "heads": ("self_attn", "o_proj"),
+    "norm1": ("", "input_layernorm"),
+    "norm2": ("", "post_attention_layernorm"),
+}
+
+
+class _Gated(nn.Module):
+    """`inner` with what goes in (or, `behind`, comes out) multiplied by a gate (B, T, units) from outside."""
+
+    def __init__(self, inner: nn.Module, behind: bool):
+        super().__init__()
+        self.inner, self._behind, self.open = inner, behind, list[mx.array]()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._through(self.inner(x)) if self._behind else self.inner(self._through(x))
+
+    def _through(self, x: mx.array) -> mx.array:
+        gate = self.open[0]
+        return (x.reshape(*gate.shape, -1) * gate[..., None]).reshape(x.shape)
+
+
+def fisher(
+    checkpoint: Checkpoint,
+    batches: Sequence[mx.array],
+    dtype: mx.Dtype,
+    seed: int = 0,
+    kept: stream.Hidden | None = None,
+) -> dict[Key, np.ndarray]:
+    """{(layer, axis): (units,)} in nats per token, for the axes ffn, heads and layers (one number) of every layer,
+    and (-1, "hidden"), summed over all norms. Token ids [(B, T)].
+
+    kept: a place for the inputs of all blocks, L * len(batches) arrays (B, T, D); default: memory.
+    """
+    shape, kept = shape_of(checkpoint.config), [] if kept is None else kept
+    source, n = stream.Stream(checkpoint, dtype), len(batches)
+    source.embed(batches, kept)
+    for _, block in source.blocks(range(shape.layers - 1)):
+        kept.extend(source.through(block, kept[-n:]))
+    back: list[mx.array] = []
+    found: dict[Key, np.ndarray] = {}
+    for i, block in source.blocks(range(shape.layers - 1, -1, -1)):
+        if not back:
+            last = source.through(block, kept[-n:])
+            back = [_drawn(checkpoint, source, h, mx.random.key(seed * n + b)) for b, h in enumerate(last)]
+        gated = {axis: _Gated((block[part] if part else block)[name], not part) for axis, (part, name) in GATES.items()}
+        for axis, (part, name) in GATES.items():
+            (block[part] if part else block)[name] = gated[axis]
+        for b in range(n):
+            back[b], squares = _back(source, block, gated, shape, kept[i * n + b], back[b])
+            for axis, square in squares.items():
+                key = (-1, "hidden") if axis.startswith("norm") else (i, axis)
+                found[key] = found.get(key, 0.0) + np.array(square, np.float64) / (2 * n)
+    return found
+
+
+def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array) -> mx.array:
+    """d log p(drawn token) / d hidden (B, T, D), of the last block's output; one draw a position."""
+    norm = load.final_norm(checkpoint, source.dtype)
+    head, parts = source.head(), []
+    flat = hidden.reshape(-1, hidden.shape[-1])
+
+    def logits(x: mx.array) -> mx.array:
+        return load.logits(head, norm(x)).astype(mx.float32)
+
+    for start in range(0, len(flat), rows := chunk_rows(shape_of(checkpoint.config).vocab)):
+        z = logits(flat[start : start + rows])
+        key, now = mx.random.split(key)
+        p, drawn = mx.softmax(z, axis=-1), mx.random.categorical(z, key=now)
+        there = (mx.arange(z.shape[-1]) == drawn[:, None]).astype(mx.float32) - p
+        parts.append(mx.vjp(logits, [flat[start : start + rows]], [there])[1][0])
+        stream.settle(parts[-1])
+    return mx.concatenate(parts).reshape(hidden.shape)
+
+
+def _back(
+    source: stream.Stream, block: nn.Module, gated: dict[str, _Gated], shape: Shape, x: mx.array, above: mx.array
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """(cotangent at the block's input x (B, T, D), {axis: mean over tokens of the gates' squared gradients})."""
+    mask = load.mask(source.args, block, x)
+    units = {"ffn": shape.ffn, "heads": shape.heads, "norm1": shape.hidden, "norm2": shape.hidden, "layers": 1}
+
+    def run(x: mx.array, *gates: mx.array) -> mx.array:
+        for one, gate in zip(gated.values(), gates[:-1], strict=True):
+            one.open = [gate]
+        return x + gates[-1] * (block(x, mask) - x)
+
+    ones = [mx.ones((*x.shape[:2], units[axis]), x.dtype) for axis in (*gated, "layers")]
+    _, (below, *slopes) = mx.vjp(run, [x, *ones], [above])
+    squares = {
+        axis: mx.square(g.astype(mx.float32)).mean(axis=(0, 1))
+        for axis, g in zip((*gated, "layers"), slopes, strict=True)
+    }
+    stream.settle(below, squares)
+    return below, squares
