@@ -161,6 +161,46 @@ def test_no_weather_no_aais() -> None:
     assert keep.why == keep.report["importance"] == "activation (no T_env or altitude known)"
 
 
+@pytest.mark.parametrize(
+    ("changes", "scenario"),
+    [
+        ({"num_hidden_layers": 2}, "goral"),
+        ({"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}, "baca"),
+        ({"intermediate_size": 64}, "goral"),
+        ({"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 12}, "zbojnik"),
+    ],
+)
+def test_odd_teachers_give_whole_students(
+    tmp_path: Path, small: prune.Settings, changes: dict[str, Any], scenario: Any
+) -> None:
+    """Two layers, one head, an FFN of 64, a hidden size that no kernel likes: what can be cut is, and it opens."""
+    odd = tiny.make(tmp_path / "odd", **changes)
+    prune.run(replace(small, model=str(odd), scenario=scenario, mlx_path=str(tmp_path / "s")))
+    model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
+    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
+    assert shape_of(load.open_checkpoint(tmp_path / "s").config) != shape_of(load.open_checkpoint(odd).config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "said"),
+    [
+        ({"intermediate_size": 64}, {"scenario": "halny"}, "--scenario halny would cut nothing of 3 layers.*FFN 64"),
+        ({"num_hidden_layers": 1}, {"scenario": "juhas"}, "--scenario juhas would cut nothing of 1 layers"),
+        ({"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}, {"heads": 2}, "--heads 2 is outside 1"),
+        ({}, {"heads": 1}, "--heads 1 does not divide into 2 key-value heads"),
+        ({}, {"hidden": 17}, "hidden 17 is not a multiple of 4 heads"),
+    ],
+)
+def test_what_cannot_be_cut_is_a_sentence(
+    tmp_path: Path, small: prune.Settings, changes: dict[str, Any], flags: dict[str, Any], said: str
+) -> None:
+    """Both numbers and what to do; no folder is left."""
+    odd = tiny.make(tmp_path / "odd", **changes)
+    with pytest.raises(MisError, match=said):
+        prune.run(replace(small, model=str(odd), mlx_path=str(tmp_path / "s"), **{"scenario": "none", **flags}))
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_calibration_of_the_command_is_the_first_windows(
     tmp_path: Path, llama: Checkpoint, small: prune.Settings
 ) -> None:

@@ -5,6 +5,7 @@ Does not know flags' parsing, nor what becomes of the student.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -162,10 +163,14 @@ def choose(
 
 def wanted_shape(config: Mapping[str, Any], cut: Cut) -> Shape:
     """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
-    ratios = arch.SCENARIOS.get(cut.scenario, {})
-    return arch.target_shape(
-        config, ratios, layers=cut.layers, ffn=cut.ffn, heads=cut.heads, kv_heads=cut.kv_heads, hidden=cut.hidden
-    )
+    exact = {axis: getattr(cut, axis) for axis in ("layers", "ffn", "heads", "kv_heads", "hidden")}
+    shape, before = arch.target_shape(config, arch.SCENARIOS.get(cut.scenario, {}), **exact), shape_of(config)
+    if cut.scenario != "none" and shape == before:
+        raise MisError(
+            f"--scenario {cut.scenario} would cut nothing of {before}, FFN goes in steps of {arch.FFN_MULTIPLE}, hidden in "
+            f"steps of {math.lcm(16, before.heads)}: give --layers, --ffn or --hidden, or another scenario"
+        )
+    return shape
 
 
 def kept_layers(

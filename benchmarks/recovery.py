@@ -1,0 +1,299 @@
+"""Pruning recipes at equal tokens: the baseline is Minitron as ModelOpt codes it; which part of ours does what.
+
+    scripts/mis benchmarks/recovery.py                       # everything: a night on 2 cores
+    scripts/mis benchmarks/recovery.py --only main --seeds 0 # one group, one seed; finished rows are not run again
+
+SmolLM2-135M-Instruct to -33 % parameters. A row is one student: pruned, perhaps repaired, distilled with
+forward KL, judged on the same held-out windows before and after. A seed chooses calibration windows and the
+order of batches; all arms of a seed see the same ones. Every row is written when it is done, so a run that
+was stopped goes on with the next. Writes benchmarks/results/<machine>/recovery/<arm>-<seed>.json;
+scripts/render.py makes the tables of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from laboratory import Laboratory, stored, write
+
+from mis_mlx import cli
+from mis_mlx.disk.files import DISK
+from mis_mlx.maths.importance import Statistics
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.model import arch, calibrate, fisher, load, parts, reconstruct, slice, stream
+from mis_mlx.training import distillation, local, pruning
+from mis_mlx.training.recipe import Distillation
+from mis_mlx.types import Checkpoint, Keep
+
+Tensor = Callable[[str], mx.array]
+
+PLAIN = pruning.Cut(importance="activation")  # GÓRAL, neurons by activation, blocks by 1 - cosine
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make the student.
+
+    short: a third of the steps, half of the windows for the repair; compared with arms that are short too.
+    """
+
+    group: str
+    cut: pruning.Cut = PLAIN
+    repair: reconstruct.Repair | None = None
+    how: dict[str, Any] = field(default_factory=dict)  # of reconstruct
+    recipe: dict[str, Any] = field(default_factory=dict)  # of Distillation
+    graft: str = ""  # what else becomes of the cut tensors: see GRAFTS
+    scores: str = ""  # another aggregation than importance offers: see AGGREGATIONS
+    start: str = "teacher"  # or random
+    local: int = 0  # steps of every block by itself first, taken from the steps of the whole
+    short: bool = False
+
+
+def cut(**changes: Any) -> pruning.Cut:
+    """GÓRAL by activation, but for `changes`."""
+    return replace(PLAIN, **changes)
+
+
+def short(group: str, **changes: Any) -> Arm:
+    """A short arm."""
+    return Arm(group, **changes, short=True)
+
+
+WHOLE = {"scenario": "none"}
+ARMS: dict[str, Arm] = {
+    # Three seeds, full length.
+    "minitron": Arm("main"),
+    "ours": Arm("main", repair="ffn"),
+    # The other end: a student that knows nothing; and one warmed up block by block.
+    "random-init": Arm("control", start="random"),
+    "local-warm": Arm("control", repair="ffn", local=16),
+    # Shapes of -31 to -35 %, repaired.
+    "20x1280": short("shape", repair="ffn"),
+    "24x1024": short("shape", repair="ffn", cut=cut(layers=24, ffn=1024)),
+    "28x768": short("shape", repair="ffn", cut=cut(layers=28, ffn=768)),
+    "18x1536": short("shape", repair="ffn", cut=cut(layers=18, ffn=1536)),
+    "30x1280x432": short("shape", repair="ffn", cut=cut(layers=30, ffn=1280, hidden=432, hidden_by="pca")),
+    # Which blocks go, repaired.
+    "blocks-kl": short("blocks", repair="ffn", cut=cut(blocks="kl")),
+    "blocks-greedy": short("blocks", repair="ffn", cut=cut(blocks="greedy", block_samples=1)),
+    "blocks-contiguous": short("blocks", repair="ffn", cut=cut(blocks="contiguous")),
+    "blocks-fisher": short("blocks", repair="ffn", cut=cut(blocks="fisher")),
+    # What makes up for the cut.
+    "repair-none": short("repair"),
+    "repair-both": short("repair", repair="both"),
+    "repair-scale": short("repair", repair="scale"),
+    "repair-alone": short("repair", repair="ffn", how={"sequential": False}),
+    "repair-slower": short("repair", repair="ffn", recipe={"repaired_lr": 0.3}),
+    "merge": short("repair", graft="merge"),
+    "mean-shift": short("repair", graft="mean-shift"),
+    # Which neurons go, of 30 layers halved to 768, nothing else cut.
+    "ffn-activation": short("neurons", cut=cut(**WHOLE, ffn=768)),
+    "ffn-l2-l2": short("neurons", cut=cut(**WHOLE, ffn=768), scores="l2-l2"),
+    "ffn-fluctuation": short("neurons", cut=cut(**WHOLE, ffn=768, importance="fluctuation")),
+    "ffn-magnitude": short("neurons", cut=cut(**WHOLE, ffn=768, importance="magnitude")),
+    "ffn-fisher": short("neurons", cut=cut(**WHOLE, ffn=768, importance="fisher")),
+    "ffn-random": short("neurons", cut=cut(**WHOLE, ffn=768, importance="random")),
+    # Which heads, nine to six; which kv group, three to two; which hidden channels.
+    "heads-activation": short("heads", cut=cut(**WHOLE, heads=6)),
+    "heads-fisher": short("heads", cut=cut(**WHOLE, heads=6, importance="fisher")),
+    "heads-random": short("heads", cut=cut(**WHOLE, heads=6, importance="random")),
+    "kv-activation": short("heads", cut=cut(**WHOLE, kv_heads=2)),
+    "hidden-ranked": short("hidden", cut=cut(**WHOLE, hidden=432)),
+    "hidden-pca": short("hidden", cut=cut(**WHOLE, hidden=432, hidden_by="pca")),
+    # What is learned from.
+    "loss-ce": short("loss", recipe={"cross_entropy": 0.5}),
+    "loss-t2": short("loss", recipe={"temperature": 2.0}),
+    "loss-reverse": short("loss", recipe={"divergence": "reverse"}),
+    "loss-intermediate": short("loss", recipe={"intermediate": 1.0}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run; the defaults are what the README shows."""
+
+    only: tuple[str, ...] = ()
+    """groups or arms; default: all"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """runs of each arm"""
+    iters: int = 60
+    """optimizer steps of two windows; a third of them for short arms"""
+    max_seq_length: int = 256
+    """tokens in a window"""
+    eval_windows: int = 16
+    """held-out English windows; a third as many Polish ones"""
+
+
+class Bench(Laboratory):
+    """The laboratory, with the statistics of each seed's calibration windows."""
+
+    @cache  # noqa: B019 one object, as long as the program
+    def statistics(self, seed: int) -> Statistics:
+        """Of 32 windows, the fisher ones of 8."""
+        found, _ = calibrate.calibrate(self.checkpoint, self.pick(32, seed, 1), load.compute_dtype())
+        return found
+
+    def pruned(self, arm: Arm, seed: int, out: Path) -> Checkpoint:
+        """The student's folder before repair."""
+        batches, found = self.pick(32, seed, 1), self.statistics(seed)
+        if arm.cut.hidden_by == "pca":
+            pruning.prune(self.checkpoint, batches, self.held_out["English"], out, arm.cut, dtype="bfloat16",
+                          seed=seed, reading=lambda: None, files=DISK)  # fmt: skip
+            return load.open_checkpoint(out)
+        if "fisher" in (arm.cut.importance, arm.cut.blocks) and not found.fisher:
+            found.fisher = fisher.fisher(self.checkpoint, batches[:8], load.compute_dtype(), seed)
+        layers = pruning.kept_layers(self.checkpoint, batches, arm.cut, found)
+        scores = AGGREGATIONS[arm.scores](found) if arm.scores else None
+        shape, keep = pruning.choose(self.checkpoint.config, found, arm.cut, seed, layers, scores)
+        whole, tensor = GRAFTS[arm.graft](self.checkpoint, keep, found) if arm.graft else (self.checkpoint, None)
+        slice.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor)
+        return load.open_checkpoint(out)
+
+    def begun(self, arm: Arm, seed: int, recipe: Distillation, temp: Path) -> tuple[Any, Checkpoint, dict[str, Any]]:
+        """(the student in memory before it is distilled, its folder, what it was worth on the way)."""
+        student = self.pruned(arm, seed, temp / "pruned")
+        keep, found = slice.read_keep(student.path), dict[str, Any]()
+        assert keep is not None
+        if arm.local:
+            found["pruned"] = self.judge(stream.into_memory(load.resident(student, mx.float32)))
+            taught = parts.begin(student, temp / "parts", DISK)
+            r = replace(recipe, iters=arm.local, warmup=2, learning_rate=recipe.local_learning_rate, batch_size=1,
+                        grad_accumulation_steps=recipe.batch_size)  # fmt: skip
+            windows = self.pick(recipe.local_samples, seed, 2)
+            for _ in local.train(self.checkpoint, student, taught, keep, windows, r, folder=temp, held=len(windows),
+                                 files=DISK):  # fmt: skip
+                pass
+            return stream.into_memory(load.resident(taught, mx.float32)), student, found
+        model = stream.into_memory(load.resident(student, mx.float32))
+        if arm.repair:
+            found["pruned"] = self.judge(model)
+            windows = self.pick(recipe.reconstruct_samples, seed, 2)
+            mended, _ = reconstruct.reconstruct(self.checkpoint, student, keep, windows, repair=arm.repair, **arm.how)
+            model.load_weights(list(mended.items()), strict=False)
+            stream.into_memory(model)
+        if arm.start == "random":
+            forget(model, seed)
+        return model, student, found
+
+    def row(self, arm: Arm, seed: int, recipe: Distillation) -> dict[str, Any]:
+        """Make one student and judge it."""
+        began = time.monotonic()
+        with TemporaryDirectory() as temp:
+            model, student, found = self.begun(arm, seed, recipe, Path(temp))
+            keep = slice.read_keep(student.path)
+        assert keep is not None
+        found["start"] = self.judge(model)
+        middle = distillation.Middle.of(keep, 30, recipe.intermediate) if recipe.intermediate else None
+        source = distillation.Teacher(
+            self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy, recipe.divergence, middle
+        )
+        model.train()
+        optimizer = GoralW(weight_decay=recipe.weight_decay, factors=recipe.factors)
+        steps = list(distillation.steps(model, source, self.data.train, recipe, optimizer))
+        model.eval()
+        return {
+            "group": arm.group,
+            "seed": seed,
+            "params": arch.params(student.config),
+            "layers": list(keep.layers),
+            "iters": len(steps),
+            "tokens": sum(s.tokens for s in steps),
+            "pruned": found.get("pruned", found["start"]),
+            "start": found["start"],
+            "end": self.judge(model),
+            "train_loss": [round(s.loss, 4) for s in steps],
+            "notes": [f"{s.number}: {s.note}" for s in steps if s.note],
+            "seconds": round(time.monotonic() - began),
+        }
+
+
+def forget(model: Any, seed: int) -> None:
+    """Random weights of the same shape: N(0, 0.02) as llamas begin, norms 1."""
+    from mlx.utils import tree_flatten
+
+    fresh = []
+    for at, (name, w) in enumerate(tree_flatten(model.parameters())):
+        noise = mx.random.normal(w.shape, key=mx.random.key(1000 * seed + at)) * 0.02
+        fresh.append((name, mx.ones_like(w) if "norm" in name else noise))
+    model.load_weights(fresh)
+    stream.into_memory(model)
+
+
+def by_square(found: Statistics) -> pruning.Ranking:
+    """L2 over tokens and over batches: the root of the sum of squares, where Minitron takes the mean over tokens."""
+    return lambda key: np.sqrt(found.moments[key].square)
+
+
+def merged(teacher: Checkpoint, keep: Keep, found: Statistics) -> tuple[Checkpoint, Tensor]:
+    """What the dropped blocks behind a kept one differ from it by is added to it (LaCo, arXiv 2402.11187 eq. 1)."""
+    ends = dict(zip(keep.layers, [*keep.layers[1:], len(found.block)], strict=True))
+
+    def tensor(name: str) -> mx.array:
+        weight = load.dense(teacher, name)
+        if (layer := arch.block_of(name)) is None:
+            return weight
+        own = weight.astype(mx.float32)
+        others = [load.dense(teacher, name.replace(f".{layer}.", f".{j}.", 1)) for j in range(layer + 1, ends[layer])]
+        return own + sum((o.astype(mx.float32) - own for o in others), mx.zeros_like(own))
+
+    return teacher, tensor
+
+
+def shifted(teacher: Checkpoint, keep: Keep, found: Statistics) -> tuple[Checkpoint, Tensor]:
+    """The mean of what the cut neurons wrote stays as a bias of down_proj (FLAP, arXiv 2312.11983 eq. 7)."""
+
+    def tensor(name: str) -> mx.array:
+        if not name.endswith(".bias"):
+            return load.dense(teacher, name)
+        layer, weight = arch.block_of(name), load.dense(teacher, name.replace(".bias", ".weight"))
+        if "down_proj" not in name or layer is None:
+            return mx.zeros((weight.shape[0],))
+        gone = found.moments[layer, "ffn"].mean.copy()
+        gone[list(keep.kept[layer, "ffn"])] = 0
+        return weight.astype(mx.float32) @ mx.array(gone.astype(np.float32))
+
+    return replace(teacher, config={**teacher.config, "mlp_bias": True}), tensor
+
+
+AGGREGATIONS = {"l2-l2": by_square}
+GRAFTS = {"merge": merged, "mean-shift": shifted}
+
+
+def main(s: Settings) -> None:
+    """Every arm that was asked for and is not there yet."""
+    names = [n for n, a in ARMS.items() if not s.only or n in s.only or a.group in s.only]
+    todo = [(n, seed) for seed in s.seeds for n in names if not stored(f"recovery/{n}-{seed}")]
+    cli.say(f"{len(todo)} rows to make")
+    if not todo:
+        return
+    bench = Bench(s.max_seq_length, s.eval_windows)
+    if not stored("recovery/teacher"):
+        write("recovery/teacher", "scripts/mis benchmarks/recovery.py", {"nll": bench.teacher_nll()})
+    for name, seed in todo:
+        arm = ARMS[name]
+        iters = s.iters // 3 if arm.short else s.iters
+        recipe = Distillation(
+            iters=iters - arm.local,
+            seed=seed,
+            max_seq_length=s.max_seq_length,
+            reconstruct_samples=32 if arm.short else 64,
+            **arm.recipe,
+        )
+        found = bench.row(arm, seed, recipe)
+        command = f"scripts/mis benchmarks/recovery.py --only {name} --seeds {seed} --iters {s.iters}"
+        write(f"recovery/{name}-{seed}", command, {"arm": name, **found})
+        losses = " -> ".join(f"{found[when]['nll']:.3f}" for when in ("pruned", "start", "end"))
+        cli.say(f"{name}, seed {seed}: {losses} nats, {found['seconds']} s")
+        mx.clear_cache()
+
+
+if __name__ == "__main__":
+    main(cli.parse(Settings))
