@@ -68,10 +68,12 @@ def short(group: str, **changes: Any) -> Arm:
 
 
 WHOLE = {"scenario": "none"}
+WIDE = {"layers": 28, "ffn": 768}
 ARMS: dict[str, Arm] = {
-    # Three seeds, full length.
+    # Three seeds, full length: the baseline in the paper's shape and in ours; ours.
     "minitron": Arm("main"),
-    "ours": Arm("main", repair="ffn"),
+    "minitron-wide": Arm("main", cut=cut(**WIDE)),
+    "ours": Arm("main", cut=cut(**WIDE), repair="ffn"),
     # The other end: a student that knows nothing; and one warmed up block by block.
     "random-init": Arm("control", start="random"),
     "local-warm": Arm("control", repair="ffn", local=16),
@@ -128,6 +130,8 @@ class Settings:
     """optimizer steps of two windows; a third of them for short arms"""
     max_seq_length: int = 256
     """tokens in a window"""
+    table: bool = False
+    """print what there is, and make nothing"""
     eval_windows: int = 16
     """held-out English windows; a third as many Polish ones"""
 
@@ -267,8 +271,41 @@ AGGREGATIONS = {"l2-l2": by_square}
 GRAFTS = {"merge": merged, "mean-shift": shifted}
 
 
+def table() -> str:
+    """Markdown of all rows there are: means over seeds, and what is closed of the gap that the baseline leaves."""
+    nll = stored("recovery/teacher")["nll"]
+    head = "group,student,seeds,M parameters,tokens,pruned,before distilling,after,KL after,Polish after"
+    heads = [*head.split(","), "closed of the baseline's remaining gap"]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    for name, arm in ARMS.items():
+        rows = {seed: row for seed in range(10) if (row := stored(f"recovery/{name}-{seed}"))}
+        if not rows:
+            continue
+        base = "repair-none" if arm.short else "minitron"
+        against = {seed: b["end"]["nll"] for seed in rows if (b := stored(f"recovery/{base}-{seed}"))}
+        closed = [(n - rows[seed]["end"]["nll"]) / (n - nll["English"]) for seed, n in against.items()]
+        values = [
+            f"{np.mean([row[when][metric] for row in rows.values()]):.3f}"
+            for when, metric in (
+                ("pruned", "nll"),
+                ("start", "nll"),
+                ("end", "nll"),
+                ("end", "kl"),
+                ("end", "nll_polish"),
+            )
+        ]
+        row = next(iter(rows.values()))
+        share = " ".join(f"{c:+.1%}" for c in closed) if closed and name != base else "–"
+        sizes = f"{len(rows)} | {row['params'] / 1e6:.1f} | {row['tokens']}"
+        lines.append(f"| {arm.group} | {name} | {sizes} | {' | '.join(values)} | {share} |")
+    return "\n".join(lines)
+
+
 def main(s: Settings) -> None:
     """Every arm that was asked for and is not there yet."""
+    if s.table:
+        print(table())
+        return
     names = [n for n, a in ARMS.items() if not s.only or n in s.only or a.group in s.only]
     todo = [(n, seed) for seed in s.seeds for n in names if not stored(f"recovery/{n}-{seed}")]
     cli.say(f"{len(todo)} rows to make")

@@ -40,6 +40,7 @@ class Job:
     depth: int = 0  # windows on which every block is left out once
     depth_rounds: int = 1  # how often, with fewer blocks each time
     fisher: bool = False  # a pass back through the teacher for importance
+    rotation: bool = False  # the hidden size is cut along principal directions
 
     @property
     def step(self) -> int:
@@ -82,4 +83,5 @@ def job_of(teacher: Model, student: Model, asked: Any) -> Job:
         asked.block_samples if gone and blocks in ("kl", "greedy", "contiguous") else 0,
         gone if blocks == "greedy" else 1,
         "fisher" in (blocks, getattr(asked, "importance", "")),
+        getattr(asked, "hidden_by", "") == "pca" and student.shape.hidden < teacher.shape.hidden,
     )

@@ -54,7 +54,13 @@ def prune(job: Job, limit: int) -> Phase:
         gates = 4 * planning.activation_bytes(t.config, 1, length) // t.shape.layers
         peak = max(peak, one.peak_bytes + gates + p.held_tokens // length * window + 2 * job.calibration * window)
         read, written, flops = read + 2 * t.nbytes + spooled, written + spooled, flops + 3 * p.flops
-    peak, read, written = max(peak, tensor_bytes(t)), read + t.nbytes, written + job.student.nbytes
+    copied = tensor_bytes(t)
+    if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
+        square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
+        peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide
+        turn = 4.0 * square * (t.shape.layers + 1) * job.calibration * length
+        read, written, flops = read + 2 * p.read_bytes, written + 2 * p.written_bytes, flops + 2 * p.flops + turn
+    peak, read, written = max(peak, copied), read + t.nbytes, written + job.student.nbytes
     return replace(p, peak_bytes=peak, read_bytes=read, written_bytes=written, flops=flops)
 
 

@@ -167,8 +167,8 @@ def wanted_shape(config: Mapping[str, Any], cut: Cut) -> Shape:
     shape, before = arch.target_shape(config, arch.SCENARIOS.get(cut.scenario, {}), **exact), shape_of(config)
     if cut.scenario != "none" and shape == before:
         raise MisError(
-            f"--scenario {cut.scenario} would cut nothing of {before}, FFN goes in steps of {arch.FFN_MULTIPLE}, hidden in "
-            f"steps of {math.lcm(16, before.heads)}: give --layers, --ffn or --hidden, or another scenario"
+            f"--scenario {cut.scenario} would cut nothing of {before}, FFN goes in steps of {arch.FFN_MULTIPLE}, "
+            f"hidden in steps of {math.lcm(16, before.heads)}: give --layers, --ffn or --hidden, or another scenario"
         )
     return shape
 

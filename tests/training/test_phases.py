@@ -15,14 +15,15 @@ import pytest
 from mis_mlx.cli import parse_bytes
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.text import Windows
+from mis_mlx.distill import Settings as Distilled
 from mis_mlx.machine import memory
 from mis_mlx.machine.memory import process_bytes
 from mis_mlx.machine.rates import M1_AIR
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import arch, compare, load, pack, parts
-from mis_mlx.training import distillation, local, loop, phases, planning, sharded
-from mis_mlx.training.job import Job
+from mis_mlx.training import distillation, local, loop, phases, planning, pruning, sharded
+from mis_mlx.training.job import Job, job_of
 from mis_mlx.training.planning import forward_flops, model_of
 from mis_mlx.training.recipe import Distillation, Recipe
 from mis_mlx.types import GIB, Budget, Checkpoint, Keep
@@ -262,6 +263,28 @@ def test_local_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpo
         )  # fmt: skip
     peak, array = max(s.peak_bytes for s in steps) - before, 4 * 1536 * 1536
     assert planned / 2 < peak < planned + array, (peak / MIB, planned / MIB)
+
+
+@pytest.mark.parametrize("how", [{}, {"blocks": "kl"}, {"importance": "fisher"}, {"hidden": 192, "hidden_by": "pca"}])
+def test_pruning_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint], how: dict[str, Any]) -> None:
+    """Calibration, a march of all variants, a way back, or a rotation: MLX's peak; numpy's part is not in its count."""
+    teacher, _ = wide
+    cut = pruning.Cut(scenario="none", layers=4, ffn=768, **{"importance": "activation", **how})
+    shape = pruning.wanted_shape(teacher.config, cut)
+    small = model_of(arch.student_config(teacher.config, shape, tuple(range(4)), "float32"))
+    asked = replace(Distilled(), **{**how, "num_samples": 6, "max_seq_length": 64})
+    planned = phases.prune(job_of(model_of(teacher), small, asked), GIB)
+    batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
+    held_out = Windows(np.zeros((1, 8), np.int32), np.ones((1, 8), np.float32))
+    mx.eval(batches)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with memory.limited(Budget(before + planned.peak_bytes)):
+        pruning.prune(teacher, batches, held_out, tmp_path / "s", cut, dtype="float32", seed=0, reading=lambda: None,
+                      files=DISK)  # fmt: skip
+    peak = mx.get_peak_memory() - before
+    assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak / MIB, planned.peak_bytes / MIB)
 
 
 def test_comparing_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint]) -> None:
