@@ -85,32 +85,48 @@ def turned(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return basis @ turn
 
 
+@dataclass(frozen=True)
+class Directions:
+    """What calibration saw of the residual stream, for a cut to any size. float64.
+
+    moments (D, D): sums of x x^T over all norms' inputs. basis (D, D): its eigenvectors as columns, by falling
+    eigenvalue. shares: {name of a norm's weight: the share (D,) of the stream's square along each of them}.
+    """
+
+    moments: np.ndarray
+    basis: np.ndarray
+    shares: Mapping[str, np.ndarray]
+
+    def kept(self, teacher: Checkpoint, size: int) -> Rotation:
+        """The leading `size` of them; for a tied head `turned` for the last norm's gain."""
+        basis = self.basis[:, :size]
+        if shape_of(teacher.config).tied:
+            basis = turned(basis, np.array(load.dense(teacher, FINAL).astype(mx.float32), np.float64))
+            basis = basis[:, np.argsort(-np.einsum("ij,ij->j", basis, self.moments @ basis), kind="stable")]
+        return Rotation(basis, {name: float(share[:size].sum()) for name, share in self.shares.items()})
+
+
 def measured(
     teacher: Checkpoint,
     batches: Sequence[mx.array],
-    size: int,
     dtype: mx.Dtype,
     hidden: Callable[[], stream.Hidden] = list,
-) -> Rotation:
-    """The `size` principal directions of what enters all norms over token ids [(B, T)], all norms alike.
+) -> Directions:
+    """The principal directions of what enters all norms over token ids [(B, T)], all norms alike.
 
     Two streamed passes: the second sees how much of each norm's input they hold, which one pass could only
-    say with D x D sums for every norm. Products of one batch are float32, sums over batches float64. For a
-    tied head they are `turned` for the last norm's gain. hidden: makes a place for the hidden states of a pass.
+    say with D x D sums for every norm. Products of one batch are float32, sums over batches float64. hidden:
+    makes a place for the hidden states of a pass.
     """
     moments = np.zeros((shape_of(teacher.config).hidden,) * 2)
     for _, x in _entering(teacher, batches, dtype, hidden()):
         moments += np.array(x.T @ x)
-    basis = principal(moments, size)
-    if shape_of(teacher.config).tied:
-        basis = turned(basis, np.array(load.dense(teacher, FINAL).astype(mx.float32), np.float64))
-        basis = basis[:, np.argsort(-np.einsum("ij,ij->j", basis, moments @ basis), kind="stable")]
-    narrow = mx.array(basis.astype(np.float32))
+    basis = principal(moments, len(moments))
+    turn = mx.array(basis.astype(np.float32))
     held: dict[str, np.ndarray] = {}
     for name, x in _entering(teacher, batches, dtype, hidden()):
-        inside = np.array(mx.square(x @ narrow).sum(), np.float64)
-        held[name] = held.get(name, 0.0) + np.array([inside, x.size])
-    return Rotation(basis, {name: float(inside / whole) for name, (inside, whole) in held.items()})
+        held[name] = held.get(name, 0.0) + np.array(mx.square(x @ turn).sum(axis=0), np.float64)
+    return Directions(moments, basis, {name: square / square.sum() for name, square in held.items()})
 
 
 def by(keep: Keep, rotation: Rotation | None) -> Keep:

@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.machine import memory
 from mis_mlx.maths.importance import Statistics
-from mis_mlx.model import arch, calibrate, compare, load, reconstruct, slice, speak
+from mis_mlx.model import arch, calibrate, compare, load, reconstruct, rotate, slice, speak
 from mis_mlx.model.config import Shape
 from mis_mlx.training import candidates, course, phases, planning, pruning
 from mis_mlx.training.candidates import AXES, Decoding
@@ -70,12 +70,20 @@ class Contest:
     seed: int
     files: Files
     held: int
+    _measured: rotate.Directions | None = None
 
     @cached_property
     def statistics(self) -> Statistics:
         """One streamed calibration, for all candidates. Without the weather: shapes must not depend on the wind."""
         hidden = None if self.held >= len(self.samples) else Spool(self.folder, self.held, self.files)
         return calibrate.calibrate(self.teacher, self.samples, load.compute_dtype(), hidden=hidden)[0]
+
+    def _directions(self) -> rotate.Directions:
+        """Of the stream, measured when the first candidate is narrower than the teacher."""
+        if self._measured is None:
+            place = list if self.held >= len(self.samples) else partial(Spool, self.folder, self.held, self.files)
+            self._measured = rotate.measured(self.teacher, self.samples, load.compute_dtype(), place)
+        return self._measured
 
     @cached_property
     def _hidden(self) -> Any:
@@ -85,8 +93,8 @@ class Contest:
         """The teacher cut to `shape` by plain importance, as the new folder `out`."""
         sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in AXES}
         cut = pruning.Cut(scenario="none", importance="activation", **sizes)
-        made, keep = pruning.choose(dict(self.teacher.config), self.statistics, cut, self.seed)
-        slice.write_student(self.teacher, made, keep, out, self.dtype, self.files)
+        made, keep = pruning.choose(self.teacher.config, self.statistics, cut, self.seed)
+        pruning.write(self.teacher, made, keep, self._directions, out, self.dtype, self.files)
         return load.open_checkpoint(out)
 
     def score(self, shape: Shape) -> float:

@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,6 +189,26 @@ def kept_layers(
     return {"greedy": depth.greedy, "contiguous": depth.contiguous}[cut.blocks](checkpoint, few, dtype, keep)
 
 
+def write(
+    teacher: Checkpoint,
+    shape: Shape,
+    keep: Keep,
+    directions: Callable[[], rotate.Directions],
+    out: Path,
+    dtype: str,
+    files: Files,
+) -> Keep:
+    """Commit the pruned model to the new folder `out`. directions(): asked for where hidden is cut, but `keep` does
+    not say by which channels; returned is `keep` with the rotation that they gave."""
+    if shape.hidden == shape_of(teacher.config).hidden or (-1, "hidden") in keep.kept:
+        slice.write_student(teacher, shape, keep, out, dtype, files)
+        return keep
+    rotation = directions().kept(teacher, shape.hidden)
+    keep = rotate.by(keep, rotation)
+    slice.write_student(teacher, shape, keep, out, dtype, files, rotate.rotated(teacher, rotation))
+    return keep
+
+
 def prune(
     checkpoint: Checkpoint,
     batches: Sequence[mx.array],
@@ -218,24 +238,20 @@ def prune(
         statistics.fisher = fisher.fisher(checkpoint, batches, load.compute_dtype(), seed, place)
     layers = kept_layers(checkpoint, batches, cut, statistics)
     shape, keep = choose(checkpoint.config, statistics, cut, seed, layers)
-    rotation = None
-    if cut.hidden_by == "pca" and shape.hidden < shape_of(checkpoint.config).hidden:
-        rotation = rotate.measured(checkpoint, batches, shape.hidden, load.compute_dtype(), spool or list)
-    tensor = None if rotation is None else rotate.rotated(checkpoint, rotation)
-    keep = rotate.by(keep, rotation)
+    directions = cache(lambda: rotate.measured(checkpoint, batches, load.compute_dtype(), spool or list))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "kv_heads", "hidden")}
         as_plain = replace(cut, importance="activation", target="fixed", scenario="none", **sizes)
         _, plain = choose(checkpoint.config, statistics, as_plain, seed, layers)
         with tempfile.TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.absolute().parent) as temp:
             both = {}
-            for name, kept in (("aais", keep), ("plain", rotate.by(plain, rotation))):
-                slice.write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files, tensor)
+            for name, kept in (("aais", keep), ("plain", plain)):
+                write(checkpoint, shape, kept, directions, Path(temp) / name, dtype, files)
                 both[name] = load.open_checkpoint(Path(temp) / name)
             found = compare.compare(both, held_out)
         losses = {f"nll_{name}": float(found[name, "nll"].mean()) for name in both}
         keep = replace(keep, report={**keep.report, **losses})
-    slice.write_student(checkpoint, shape, keep, out, dtype, files, tensor)
+    keep = write(checkpoint, shape, keep, directions, out, dtype, files)
     config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
     return {
         "params_before": arch.params(checkpoint.config),
