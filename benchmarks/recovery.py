@@ -35,7 +35,9 @@ from mis_mlx.types import Checkpoint, Keep
 
 Tensor = Callable[[str], mx.array]
 
-PLAIN = pruning.Cut(importance="activation")  # GÓRAL, neurons by activation, blocks by 1 - cosine
+PLAIN = pruning.Cut(
+    scenario="goral", importance="activation", hidden_by="importance"
+)  # GÓRAL, neurons by activation, blocks by 1 - cosine
 
 
 @dataclass(frozen=True)

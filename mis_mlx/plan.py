@@ -122,8 +122,8 @@ class Settings:
     """folder (config.json is enough) or hub id; mis-137b: the paper's; default: SmolLM2-135M-Instruct"""
     student: str | None = None
     """folder of a student pruned earlier; default: what --scenario gives"""
-    scenario: Literal["goral", "baca", "halny", "juhas", "zbojnik"] = "goral"
-    """a row of the paper's table 1"""
+    scenario: Literal["gazda", "goral", "baca", "halny", "juhas", "zbojnik"] | None = None
+    """sizes as in `prune`; default: gazda, of mis-137b goral, the paper's own student"""
     budget: str | None = None
     """memory this may take, such as 600MiB"""
     machine: Literal["here", "m1-air"] = "here"
@@ -171,7 +171,8 @@ def _job(s: Settings, teacher: Model, gpu: bool) -> Job:
     if s.student:
         student, _ = _open(s.student, gpu)
     else:
-        shape = arch.target_shape(teacher.config, arch.SCENARIOS[s.scenario])
+        name = s.scenario or ("goral" if s.teacher == "mis-137b" else "gazda")
+        shape = arch.target_shape(teacher.config, arch.SCENARIOS[name])
         small = arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16")
         student = planning.model_of(small, gpu)
     return job_of(teacher, student, s)

@@ -167,7 +167,7 @@ def report(
     teacher_s = aim.teacher if s.decode else None
     head = f"{len(names)} finalists of {measured} shapes measured, {aim.flag}: {s.iters} steps of distillation, "
     head += f"{len(c.judging.tokens)} windows of {s.max_seq_length} tokens held out, ± 95 %"
-    page = [head, standings.table([*records.values()], names, teacher_s), "The paper's table 1",
+    page = [head, standings.table([*records.values()], names, teacher_s), "The paper's table 1, and GAZDA, which is ours",
             standings.paper(config, aim, status), said]  # fmt: skip
     print("\n\n".join(page))
     c.files.replace_text(c.folder / "table.md", "\n\n".join(page) + "\n")
@@ -182,7 +182,7 @@ def report(
 
 
 def field_of(s: Settings, config: Mapping[str, Any], aim: Aim) -> tuple[list[Shape], list[Shape]]:
-    """(all shapes that meet the aim, those of them that table 1 names), and what is done with them said."""
+    """(all shapes that meet the aim, those of them that have a name), and what is done with them said."""
     first = [x for x, why in candidates.scenarios(config, aim).values() if x and not why]
     shapes = list(dict.fromkeys([*candidates.field(config, aim), *first]))
     how = f"evolution measures {s.evaluations} of them (seed {s.seed})"

@@ -21,7 +21,18 @@ from tests import tiny
 Done = subprocess.CompletedProcess[str]
 ITERS, EVERY = 30, 7
 SMALL = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--eval-windows", 3)
-SMALL += ("--iters", ITERS, "--save-every", EVERY, "--bench-tokens", 0, "--learning-rate", "1e-2")
+SMALL += (
+    "--scenario",
+    "goral",
+    "--iters",
+    ITERS,
+    "--save-every",
+    EVERY,
+    "--bench-tokens",
+    0,
+    "--learning-rate",
+    "1e-2",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -74,7 +74,7 @@ def test_the_decision_in_words(
     deep = {**tiny.CONFIG, "num_hidden_layers": 40}
     (tmp_path / "config.json").write_text(json.dumps(deep))
     settings = plan.Settings(
-        teacher=str(tmp_path), machine="m1-air", max_seq_length=32, **{"budget": "1GiB", **changes}
+        teacher=str(tmp_path), scenario="goral", machine="m1-air", max_seq_length=32, **{"budget": "1GiB", **changes}
     )
     result, text = plan.run(settings), capsys.readouterr().out
     assert not result["check_failed"] and result["mode"] == mode and named in text, text

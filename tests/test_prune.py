@@ -35,7 +35,7 @@ def small(llama: Checkpoint, text_folder: Path) -> prune.Settings:
 def test_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
     """As a user runs it: GÓRAL takes a layer and a third of the FFN; stock mlx-lm opens the result."""
     out = tmp_path / "pruned"
-    flags = ("--data", text_folder, "--num-samples", 4, "--max-seq-length", 32)
+    flags = ("--data", text_folder, "--num-samples", 4, "--max-seq-length", 32, "--scenario", "goral")
     done = command("prune", "--model", llama.path, "--mlx-path", out, *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

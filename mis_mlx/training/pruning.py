@@ -26,15 +26,16 @@ from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.training.weather import WeatherFlags
 from mis_mlx.types import Checkpoint, Keep, MisError, Reading
 
-Scenario = Literal["goral", "baca", "halny", "juhas", "zbojnik", "none"]
+Scenario = Literal["gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
 
 
 @dataclass(frozen=True)
 class Cut(WeatherFlags):
     """What to prune and how to judge: shared by `prune` and `distill`."""
 
-    scenario: Scenario = "goral"
-    """table 1 of the paper, as ratios: goral (layers, FFN), baca (hidden), halny (FFN), juhas (layers), zbojnik"""
+    scenario: Scenario = "gazda"
+    """sizes as ratios: gazda (half of the FFN, few layers: measured best), or table 1 of the paper: goral (layers,
+    FFN), baca (hidden), halny (FFN), juhas (layers), zbojnik (layers, FFN)"""
     layers: int | None = None
     """keep this many layers"""
     ffn: int | None = None

@@ -22,7 +22,7 @@ from mis_mlx.types import Row
 
 OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
 FORMS = {"layers": "{} layers", "ffn": "FFN {}", "heads": "{} heads", "hidden": "hidden {}"}
-NAMES = {"goral": "GÓRAL", "baca": "BACA", "halny": "HALNY", "juhas": "JUHAS", "zbojnik": "ZBÓJNIK"}
+NAMES = {"gazda": "GAZDA", "goral": "GÓRAL", "baca": "BACA", "halny": "HALNY", "juhas": "JUHAS", "zbojnik": "ZBÓJNIK"}
 METRICS = (
     ("params", "parameters, millions", ".1f"),
     ("speed", "decode, times the teacher's", ".2f"),
