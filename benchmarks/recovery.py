@@ -85,6 +85,12 @@ ARMS: dict[str, Arm] = {
     "28x768": short("shape", repair="ffn", cut=cut(layers=28, ffn=768)),
     "18x1536": short("shape", repair="ffn", cut=cut(layers=18, ffn=1536)),
     "30x1280x432": short("shape", repair="ffn", cut=cut(layers=30, ffn=1280, hidden=432, hidden_by="pca")),
+    # The learning rate, of a repaired student and of one that is not.
+    "wide-1e-4": short("rate", repair="ffn", cut=cut(**WIDE), recipe={"learning_rate": 1e-4}),
+    "wide-5e-5": short("rate", repair="ffn", cut=cut(**WIDE), recipe={"learning_rate": 5e-5}),
+    "wide-embedding-0": short("rate", repair="ffn", cut=cut(**WIDE), recipe={"embedding_lr": 0.0}),
+    "goral-embedding-0": short("rate", recipe={"embedding_lr": 0.0}),
+    "goral-1e-4": short("rate", recipe={"learning_rate": 1e-4}),
     # Which blocks go, repaired.
     "blocks-kl": short("blocks", repair="ffn", cut=cut(blocks="kl")),
     "blocks-greedy": short("blocks", repair="ffn", cut=cut(blocks="greedy", block_samples=1)),

@@ -76,15 +76,19 @@ class Distillation(Recipe):
     """steps of plain training of the teacher on the text first, at a fifth of the learning rate"""
     repaired_lr: float = 1.0
     """factor on the learning rate of every down_proj, which the closed-form repair has set"""
+    embedding_lr: float = 1.0
+    """factor on the learning rate of the embedding and the head; 0 leaves them as they are"""
 
     @property
     def factors(self) -> dict[str, float]:
         """On the learning rate, by how weights' names end."""
-        return {"mlp.down_proj.weight": self.repaired_lr}
+        ends = {"embed_tokens.weight": self.embedding_lr, "lm_head.weight": self.embedding_lr}
+        return {"mlp.down_proj.weight": self.repaired_lr, **ends}
 
     def check(self) -> None:
         """MisError where values make no sense or flags do not go together."""
-        most = {"cross_entropy": 1.0, "intermediate": math.inf, "teacher_correction": math.inf, "repaired_lr": math.inf}
+        most = {"cross_entropy": 1.0, "intermediate": math.inf, "teacher_correction": math.inf}
+        most |= {"repaired_lr": math.inf, "embedding_lr": math.inf}
         for name, limit in most.items():
             if not 0.0 <= (value := getattr(self, name)) <= limit:
                 raise MisError(f"--{name.replace('_', '-')} is {value:g}: give a number from 0 to {limit:g}")

@@ -160,6 +160,19 @@ def test_off_is_off(llama: Checkpoint, students: dict[str, Checkpoint], data: Wi
     assert all(a[-1] != b[-1] for i, a in enumerate(runs) for b in runs[:i])
 
 
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_an_embedding_held_fast(models: Callable[[str], Checkpoint], data: Windows, kind: str) -> None:
+    """`embedding_lr` 0: embedding and head keep their bits, every other matrix moves; 1 is no factor at all."""
+    student = load.resident(models(kind), mx.float32)
+    before = dict(tree_flatten(student.parameters()))
+    optimizer = GoralW(factors=replace(RECIPE, embedding_lr=0.0).factors)
+    list(distillation.steps(student, Teacher(models("qwen3"), None), data, RECIPE, optimizer))
+    for name, after in tree_flatten(student.parameters()):
+        fast = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        assert mx.array_equal(after, before[name]).item() == fast, name
+    assert GoralW(factors=RECIPE.factors).factors == {}
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_stopping_and_going_on_is_bit_equal(
