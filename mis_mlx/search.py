@@ -167,7 +167,7 @@ def report(
     teacher_s = aim.teacher if s.decode else None
     head = f"{len(names)} finalists of {measured} shapes measured, {aim.flag}: {s.iters} steps of distillation, "
     head += f"{len(c.judging.tokens)} windows of {s.max_seq_length} tokens held out, ± 95 %"
-    page = [head, standings.table([*records.values()], names, teacher_s), "The paper's table 1, and GAZDA, which is ours",
+    page = [head, standings.table([*records.values()], names, teacher_s), "The paper's table 1, and our GAZDA",
             standings.paper(config, aim, status), said]  # fmt: skip
     print("\n\n".join(page))
     c.files.replace_text(c.folder / "table.md", "\n\n".join(page) + "\n")

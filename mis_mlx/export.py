@@ -1,0 +1,157 @@
+"""Export a model: a GGUF for llama.cpp, LM Studio and Ollama, or an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import mlx.core as mx
+import tyro
+
+from mis_mlx import cli
+from mis_mlx.disk import checkpoint as protocol
+from mis_mlx.disk import gguf_vocab, gguf_write
+from mis_mlx.disk.files import Files
+from mis_mlx.machine import memory
+from mis_mlx.model import arch, card, ggml, load, slice, teacher
+from mis_mlx.model.config import shape_of
+from mis_mlx.training import phases, planning
+from mis_mlx.types import Checkpoint, MisError, gib
+
+OutType = Annotated[
+    Literal["f16", "bf16", "q8_0", "q4_0", "q4_1"] | None, tyro.conf.arg(aliases=["--outtype"])
+]  # llama.cpp's spelling too
+HF_DTYPES = {"f16": "float16", "bf16": "bfloat16"}
+TOKEN_BYTES = 2048  # Python's memory for a token and its merge, measured on SmolLM2's 49 thousand
+PAPERS_BYTES = 64 * 1024  # README.md and Modelfile, generously
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The result is a new folder; nothing that exists is touched."""
+
+    model: str | None = None
+    """folder or hub id, dense or packed by MLX; default: SmolLM2-135M-Instruct"""
+    format: Literal["gguf", "hf"] = "gguf"
+    """gguf: one file, a Modelfile and a README.md; hf: config, safetensors, tokenizer and a README.md"""
+    out_type: OutType = None
+    """type of the matrices; default: gguf q4_1 for a 4-bit model, which holds it exactly, else f16; hf bf16"""
+    out: Annotated[str, tyro.conf.arg(aliases=["--mlx-path"])] = "exported"
+    """folder to write"""
+    base_model: str | None = None
+    """hub id of the model it was made from, for the card; default: what its run says"""
+    budget: str | None = None
+    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
+    dry_run: bool = False
+    """say bytes and types and stop"""
+    config: cli.ConfigFile = None
+    """YAML file with any of these flags"""
+
+
+def need_bytes(checkpoint: Checkpoint, form: str) -> int:
+    """Peak of an export: hf de-quantizes a whole tensor; gguf holds one as stored, slabs of its rows, the tokens."""
+    if form == "hf":
+        return phases.tensor_bytes(planning.model_of(checkpoint))
+    largest = max(t.nbytes for t in checkpoint.tensors.values())
+    return 5 * largest // 4 + 6 * ggml.SLAB_BYTES + TOKEN_BYTES * shape_of(checkpoint.config).vocab
+
+
+def _facts(parts: list[ggml.Part], checkpoint: Checkpoint, inexact: int) -> list[str]:
+    """What became of the matrices, for people: which were re-wrapped, which rounded."""
+    packed = [p for p in parts if p.source and ggml.packing(checkpoint, p.source)]
+    again = Counter(p.kind for p in packed if not p.exact)
+    facts = [f"types of the tensors: {', '.join(f'{n} {k}' for k, n in Counter(p.kind for p in parts).items())}"]
+    if exact := sum(p.exact for p in parts):
+        off = f", but {inexact} scales or biases are not exact in float16" if inexact else ", no number rounded again"
+        facts.append(f"{exact} matrices re-wrapped from MLX's 4 bits{off}")
+    if again:
+        facts.append(
+            f"{again.total()} packed matrices de-quantized and rounded again to "
+            f"{', '.join(f'{kind} ({n})' for kind, n in again.items())}"
+        )
+    return facts
+
+
+def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[str, Any]:
+    """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md."""
+    import gguf
+
+    name, config = card.name_of(checkpoint.path), checkpoint.config
+    parts = ggml.parts(checkpoint, wanted)
+    specs = {p.name: (p.kind, p.shape) for p in parts}
+    writer = gguf.GGUFWriter(None, ggml.ARCH[config["model_type"]])
+    ggml.describe(writer, config, name, wanted)
+    notes = gguf_vocab.add(writer, checkpoint.path, shape_of(config).vocab)
+    facts = {key: value.value for key, value in writer.kv_data[0].items()}
+    head, file = gguf_write.head(writer, specs), f"{name}-{wanted.upper()}.gguf"
+    nbytes, tally = len(head) + gguf_write.padded_bytes(specs), Counter[str]()
+    result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
+    if s.dry_run:
+        return {**result, "notes": [*_facts(parts, checkpoint, 0)[:1], *notes]}
+    stop = facts.get("tokenizer.ggml.eos_token_id")
+    stop = None if stop is None else facts["tokenizer.ggml.tokens"][stop]
+    said = list(notes)
+
+    def fill(folder: Path) -> None:
+        rows = (ggml.rows(checkpoint, part, tally) for part in parts)
+        gguf_write.write(folder / file, head, specs, rows, files)
+        said[:0] = _facts(parts, checkpoint, tally["inexact"])
+        text = card.modelfile(file, facts.get("tokenizer.chat_template", ""), stop)
+        files.write(folder / "Modelfile", text.encode())
+        base = s.base_model or card.base_of(checkpoint.path)
+        files.write(folder / "README.md", card.readme(checkpoint, base, "gguf", file, said).encode())
+
+    protocol.commit_folder(Path(s.out), fill, files, nbytes + PAPERS_BYTES, "the GGUF")
+    return {**result, "inexact_scales": tally["inexact"], "notes": said}
+
+
+def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[str, Any]:
+    """Commit an ordinary folder: every weight dense in one type."""
+    if wanted not in HF_DTYPES:
+        raise MisError(f"--out-type {wanted} is a type of GGUF: take --format gguf, or bf16 or f16")
+    gguf_vocab.present(checkpoint.path)
+    shape, dtype = shape_of(checkpoint.config), HF_DTYPES[wanted]
+    config = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), dtype)
+    config.pop("dtype", None)  # transformers 5 would believe it before torch_dtype
+    nbytes = 2 * arch.params(checkpoint.config)
+    packed = sum(ggml.packing(checkpoint, name) is not None for name in arch.tensors_of(checkpoint.config))
+    facts = [f"weights in {dtype}"]
+    facts += [f"{packed} packed matrices de-quantized, then rounded to {dtype}"] if packed else []
+
+    def take(name: str) -> mx.array:
+        weight = load.dense(checkpoint, name).astype(load.DTYPES[dtype])
+        if not mx.isfinite(weight).all().item():
+            raise MisError(f"{name} holds NaN, infinity or more than {dtype} can: try the other --out-type")
+        return weight
+
+    if not s.dry_run:
+        base = s.base_model or card.base_of(checkpoint.path)
+        papers = {"README.md": card.readme(checkpoint, base, "hf", "", facts).encode()}
+        slice.write_model(config, take, checkpoint.path, Path(s.out), dtype, files, papers)
+    return {"nbytes": nbytes, "tensors": len(arch.tensors_of(checkpoint.config)), "notes": facts}
+
+
+def run(settings: Settings, files: Files | None = None) -> dict[str, Any]:
+    """The command."""
+    s = settings
+    if s.model and s.model.endswith(".gguf"):
+        raise MisError(f"{s.model} is a GGUF already: give the model folder that it was made from")
+    found = teacher.find(s.model)
+    checkpoint = load.open_checkpoint(found.path)
+    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+    need = need_bytes(checkpoint, s.format)
+    limit.need(need, "the largest tensor on its way", f"give --budget {planning.flag(need)} or more")
+    wanted = s.out_type or (ggml.out_type(checkpoint) if s.format == "gguf" else "bf16")
+    with memory.limited(limit, need):
+        made = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted, files or Files())
+    for note in made["notes"]:
+        cli.say(note)
+    cli.say(f"{s.out}: {gib(made['nbytes'])}{', nothing written (dry run)' if s.dry_run else ''}")
+    where = {"model": str(found.path), "format": s.format, "out_type": wanted, "out": s.out}
+    return {**where, **made, "peak_bytes": need}
+
+
+if __name__ == "__main__":
+    cli.main(Settings, run)

@@ -1,0 +1,184 @@
+"""model/ggml.py: re-wrapped blocks are bit-equal, rows stand as llama.cpp wants them, what has no place is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, dequantize
+
+from mis_mlx.disk.files import DISK
+from mis_mlx.disk.safetensors import Writer, spec_of
+from mis_mlx.model import ggml, load
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+from tests.disk.test_gguf import llama_cpp_permute
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def packed(
+    folder: Path, group: int, dtype: mx.Dtype = mx.float16, tweak: Callable[[Any], Any] = lambda x: x
+) -> Checkpoint:
+    """The tiny llama with every matrix in MLX's 4 bits, scales and biases (through `tweak`) in `dtype`."""
+    source = load.open_checkpoint(tiny.make(folder / "dense", intermediate_size=256, hidden_size=128, head_dim=32))
+    arrays: dict[str, mx.array] = {}
+    for name in source.tensors:
+        weight = load.dense(source, name)
+        if weight.ndim == 1:
+            arrays[name] = weight
+            continue
+        values, scales, biases = mx.quantize(weight, group_size=group, bits=4)
+        stem = name.removesuffix(".weight")
+        arrays |= {name: values, f"{stem}.scales": tweak(scales).astype(dtype), f"{stem}.biases": biases.astype(dtype)}
+    out = folder / "packed"
+    out.mkdir()
+    writer = Writer(out, {name: spec_of(a) for name, a in arrays.items()}, DISK)
+    for name, array in arrays.items():
+        writer.add(name, array)
+    writer.close()
+    text = (folder / "dense" / "config.json").read_text()
+    (out / "config.json").write_text(text[:-1] + f', "quantization": {{"group_size": {group}, "bits": 4}}}}')
+    return load.open_checkpoint(out)
+
+
+def content(checkpoint: Checkpoint, name: str, wanted: str) -> tuple[ggml.Part, np.ndarray, Counter[str]]:
+    """(the part made of tensor `name`, its values in float32 as gguf-py decodes them, the tally)."""
+    part = next(p for p in ggml.parts(checkpoint, wanted) if p.source == name)
+    tally = Counter[str]()
+    data = np.concatenate(list(ggml.rows(checkpoint, part, tally)))
+    return part, dequantize(data, GGMLQuantizationType[part.kind]).reshape(part.shape), tally
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight", Q])
+def test_q4_1_is_mlxs_four_bits_to_the_last_bit(tmp_path: Path, group: int, name: str) -> None:
+    """gguf-py decodes to mx.dequantize's float32 numbers, all of them, at every group size; q's rows permuted."""
+    checkpoint = packed(tmp_path, group)
+    part, values, tally = content(checkpoint, name, "q4_1")
+    want = np.array(load.dense(checkpoint, name))
+    if name == Q:
+        want = llama_cpp_permute(want, 4)
+    np.testing.assert_array_equal(values, want)
+    assert part.kind == "Q4_1" and part.exact and tally["inexact"] == 0
+
+
+def test_bfloat16_scales_that_float16_cannot_hold_are_counted(tmp_path: Path) -> None:
+    """bfloat16 fits float16 unless it is below 2**-14: there bits fall off, and every such scale is counted."""
+    checkpoint = packed(
+        tmp_path, 64, mx.bfloat16, tweak=lambda s: mx.where(mx.arange(s.shape[1]) == 0, s * 2.0**-14, s)
+    )
+    name = "model.layers.0.mlp.down_proj.weight"
+    _, values, tally = content(checkpoint, name, "q4_1")
+    arrays = load.safetensors.lazy(checkpoint.tensors, [name.replace("weight", p) for p in ("scales", "biases")])
+    floats = [np.array(a.astype(mx.float32)) for a in arrays.values()]
+    lost = sum(int((a.astype(np.float16).astype(np.float32) != a).sum()) for a in floats)
+    assert tally["inexact"] == lost and 32 <= lost <= 128
+    np.testing.assert_allclose(values, np.array(load.dense(checkpoint, name)), rtol=2e-3, atol=2e-6)
+    clean = packed(tmp_path / "clean", 64, mx.bfloat16)
+    assert content(clean, name, "q4_1")[2]["inexact"] == 0
+
+
+def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven rows at a time or all at once: the same bytes, permuted or not, packed or dense."""
+    checkpoint, dense = packed(tmp_path, 64), load.open_checkpoint(tmp_path / "dense")
+    whole = [content(c, Q, wanted)[1] for c, wanted in ((checkpoint, "q4_1"), (dense, "q8_0"))]
+    monkeypatch.setattr(ggml, "SLAB_BYTES", 7 * 4 * 128)
+    part = next(p for p in ggml.parts(checkpoint, "q4_1") if p.source == Q)
+    assert len(list(ggml.rows(checkpoint, part, Counter()))) == 19
+    for before, (c, wanted) in zip(whole, ((checkpoint, "q4_1"), (dense, "q8_0")), strict=True):
+        np.testing.assert_array_equal(content(c, Q, wanted)[1], before)
+
+
+def test_row_order_is_llama_cpps_permute() -> None:
+    """By hand for one head of 4; word for word for 3 heads of 16."""
+    assert ggml.row_order(4, 1).tolist() == [0, 2, 1, 3]
+    rows = np.arange(48.0)[:, None]
+    np.testing.assert_array_equal(rows[ggml.row_order(48, 3)], llama_cpp_permute(rows, 3))
+
+
+def test_types_of_each_kind(tmp_path: Path, models: Callable[[str], Checkpoint]) -> None:
+    """Vectors float32; four-bit files keep embedding and head in 8 bits, unless MLX had them in 4 already."""
+    kinds = {p.name: p.kind for p in ggml.parts(models("untied"), "q4_0")}
+    assert (kinds["token_embd.weight"], kinds["output.weight"], kinds["blk.0.ffn_up.weight"]) == (
+        "Q8_0",
+        "Q8_0",
+        "Q4_0",
+    )
+    assert kinds["output_norm.weight"] == kinds["blk.2.attn_norm.weight"] == "F32"
+    tied = [p.name for p in ggml.parts(models("llama"), "f16")]
+    assert "output.weight" not in tied and len(tied) == len(set(tied)) == 3 * 9 + 2
+    theirs = {p.source: p.name for p in ggml.parts(models("qwen3"), "f16")}
+    assert theirs["model.layers.1.self_attn.q_norm.weight"] == "blk.1.attn_q_norm.weight"
+    assert all(p.heads == 0 for p in ggml.parts(models("qwen2"), "f16"))
+    four = packed(tmp_path, 64)
+    assert {p.kind for p in ggml.parts(four, "q4_1") if len(p.shape) == 2} == {"Q4_1"} and ggml.out_type(four) == "q4_1"
+    again = {p.name: p.kind for p in ggml.parts(four, "q4_0")}
+    assert (again["token_embd.weight"], again["blk.0.ffn_up.weight"]) == ("Q8_0", "Q4_0")
+
+
+def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -> None:
+    """rope_freqs divides each frequency by what mlx-lm's own Llama3RoPE divides it by; 1 first, the factor last."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 512
+    llama = models("llama")
+    changed = Checkpoint(llama.path, {**llama.config, "rope_scaling": scaling, "head_dim": 64}, llama.tensors)
+    part = ggml.Part(ggml.FREQS, "", (32,), "F32")
+    found = np.concatenate(list(ggml.rows(changed, part, Counter()))).view(np.float32)
+    rope = load.mlx_lm("models.rope_utils").initialize_rope(64, 10000.0, False, scaling, 4096)
+    plain = 10000.0 ** (np.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(found, np.array(rope._freqs) / plain, rtol=1e-5)  # theirs is computed in float32
+    assert found[0] == 1 and found[-1] == 8 and np.any((found > 1.01) & (found < 7.99))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "why"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "type dynamic have no place in a llama"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn without original_max_position"),
+        ("qwen2", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3 have no place in a qwen2 GGUF"),
+        ("llama", {"layer_types": ["sliding_attention"] * 3}, "has no sliding windows"),
+    ],
+)  # fmt: skip
+def test_positions_without_a_place_are_a_sentence(
+    models: Callable[[str], Checkpoint], kind: str, changes: dict[str, Any], why: str
+) -> None:
+    """llama.cpp would read them as plain ones, and the model would lose its thread without an error."""
+    c = models(kind)
+    with pytest.raises(MisError, match=why):
+        ggml.parts(Checkpoint(c.path, {**c.config, **changes}, c.tensors), "f16")
+
+
+def test_a_yarn_setting_without_a_key_is_a_sentence(llama: Checkpoint) -> None:
+    """attention_factor means something else to llama.cpp."""
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256, "attention_factor": 1.3}
+    with pytest.raises(MisError, match="yarn with attention_factor"):
+        ggml.parts(Checkpoint(llama.path, {**llama.config, "rope_scaling": yarn}, llama.tensors), "f16")
+
+
+def test_rows_without_whole_blocks_are_a_sentence(tmp_path: Path) -> None:
+    """48 is no multiple of 32: refused for every block type, fine in float16."""
+    odd = load.open_checkpoint(tiny.make(tmp_path / "odd", intermediate_size=48))
+    for wanted in ("q8_0", "q4_0", "q4_1"):
+        with pytest.raises(MisError, match="down_proj.weight has rows of 48 weights, .* use --out-type f16"):
+            ggml.parts(odd, wanted)
+    assert ggml.parts(odd, "f16")
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "why"), [(float("nan"), "q8_0", "NaN"), (1e5, "f16", "float16 ends at 65504")]
+)
+def test_numbers_that_cannot_be_written(tmp_path: Path, value: float, wanted: str, why: str) -> None:
+    """NaN anywhere; more than float16 holds where float16 is asked for."""
+    source = load.open_checkpoint(tiny.make(tmp_path / "m"))
+    weight = mx.array(load.dense(source, Q))
+    weight[3, 5] = value
+    slab = {Q: weight}
+    part = next(p for p in ggml.parts(source, wanted) if p.source == Q)
+    with pytest.raises(MisError, match=f"{Q} h.*{why}"):
+        ggml._converted(source, part, slab, Counter())

@@ -1,0 +1,353 @@
+"""The command `export`: what gguf-py reads back is the model, and a second program in numpy runs it the same."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGUFReader, dequantize
+
+from mis_mlx import export, quantize
+from mis_mlx.disk.files import Files
+from mis_mlx.model import arch, load
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+from tests.conftest import Done, last_line
+from tests.disk.test_gguf import llama_cpp_permute
+
+KINDS = sorted(tiny.KINDS)
+IDS = [5, 300, 17, 17, 400, 9, 250, 19, 0, 77]
+# What llama.cpp's loader reads of these models (llama_model_base::load_hparams, llama_vocab::impl::load), by hand.
+NEEDED = """general.architecture general.type general.name general.size_label general.file_type
+general.quantization_version A.context_length A.embedding_length A.block_count A.feed_forward_length A.vocab_size
+A.attention.head_count A.attention.head_count_kv A.attention.key_length A.attention.value_length
+A.attention.layer_norm_rms_epsilon A.rope.dimension_count A.rope.freq_base tokenizer.ggml.model tokenizer.ggml.pre
+tokenizer.ggml.tokens tokenizer.ggml.token_type tokenizer.ggml.merges tokenizer.ggml.bos_token_id
+tokenizer.ggml.eos_token_id tokenizer.ggml.add_bos_token"""
+
+
+def exported(model: Path, out: Path, files: Files | None = None, **settings: Any) -> tuple[dict[str, Any], GGUFReader]:
+    """(result, reader) of an export to GGUF."""
+    done = export.run(export.Settings(model=str(model), out=str(out), **settings), files)
+    return done, GGUFReader(out / done["file"])
+
+
+def tensors(reader: GGUFReader) -> dict[str, np.ndarray]:
+    """{GGUF name: float32 values (out, in)}."""
+    return {
+        t.name: dequantize(t.data, t.tensor_type).astype(np.float32).reshape([*reversed(t.shape.tolist())])
+        for t in reader.tensors
+    }
+
+
+def facts(reader: GGUFReader) -> dict[str, Any]:
+    """{key: value}, the architecture in a key as A."""
+    found = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    prefix = f"{found['general.architecture']}."
+    return {f"A.{k.removeprefix(prefix)}" if k.startswith(prefix) else k: v for k, v in found.items()}
+
+
+def rotate(x: np.ndarray, theta: float, neighbours: bool) -> np.ndarray:
+    """RoPE of x (heads, T, d) as ggml does it: pairs (2i, 2i + 1) for llama, (i, i + d/2) for qwen."""
+    d = x.shape[-1]
+    angle = np.arange(x.shape[1])[:, None] * theta ** (-np.arange(0, d, 2) / d)
+    a, b = (x[..., 0::2], x[..., 1::2]) if neighbours else (x[..., : d // 2], x[..., d // 2 :])
+    turned = [a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)]
+    return np.stack(turned, -1).reshape(x.shape) if neighbours else np.concatenate(turned, -1)
+
+
+def forward(reader: GGUFReader, ids: list[int]) -> np.ndarray:
+    """Logits (T, V) in float64, from the file alone: what llama.cpp's graphs of llama, qwen2 and qwen3 compute."""
+    w, f = {k: v.astype(np.float64) for k, v in tensors(reader).items()}, facts(reader)
+    heads, kv, d = (f[f"A.attention.{key}"] for key in ("head_count", "head_count_kv", "key_length"))
+    neighbours, theta = f["general.architecture"] == "llama", f["A.rope.freq_base"]
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        eps = f["A.attention.layer_norm_rms_epsilon"]
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w[name]
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    h = w["token_embd.weight"][ids]
+    future = np.triu(np.full((len(ids), len(ids)), -np.inf), 1)
+    for i in range(f["A.block_count"]):
+        b, x = f"blk.{i}.", norm(h, f"blk.{i}.attn_norm.weight")
+        q, k, v = (
+            linear(x, f"{b}attn_{n}").reshape(len(ids), count, d).swapaxes(0, 1)
+            for n, count in (("q", heads), ("k", kv), ("v", kv))
+        )
+        if f"{b}attn_q_norm.weight" in w:
+            q, k = norm(q, f"{b}attn_q_norm.weight"), norm(k, f"{b}attn_k_norm.weight")
+        q, k = rotate(q, theta, neighbours), rotate(k, theta, neighbours)
+        k, v = (np.repeat(a, heads // kv, 0) for a in (k, v))
+        scores = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(d) + future)
+        mixed = (scores / scores.sum(-1, keepdims=True)) @ v
+        h = h + linear(mixed.swapaxes(0, 1).reshape(len(ids), -1), f"{b}attn_output")
+        x = norm(h, f"{b}ffn_norm.weight")
+        gate = linear(x, f"{b}ffn_gate")
+        h = h + linear(gate / (1 + np.exp(-gate)) * linear(x, f"{b}ffn_up"), f"{b}ffn_down")
+    head = w["output.weight"] if "output.weight" in w else w["token_embd.weight"]
+    return norm(h, "output_norm.weight") @ head.T
+
+
+def mlx_logits(folder: Path, ids: list[int]) -> np.ndarray:
+    """Logits (T, V) of mlx-lm's own model in float32."""
+    return np.array(load.resident(load.open_checkpoint(folder), mx.float32)(mx.array(ids)[None])[0])
+
+
+@pytest.fixture
+def four(tmp_path: Path, llama: Checkpoint) -> Path:
+    """The tiny llama as `quantize` leaves it: 4 bits at group 64, embedding in 8."""
+    quantize.run(quantize.Settings(model=str(llama.path), mlx_path=str(tmp_path / "four")))
+    return tmp_path / "four"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "biased"])
+def test_another_program_runs_the_file_as_mlx_runs_the_folder(tmp_path: Path, kind: str) -> None:
+    """Rows of q and k, names, biases, norms, tying and every number of the header are right, or these differ."""
+    changes = {**tiny.KINDS, "biased": {"attention_bias": True, "mlp_bias": True}}[kind]
+    model = tiny.make(tmp_path / kind, dtype="F16", **changes)
+    _, reader = exported(model, tmp_path / "out", out_type="f16")
+    # the weights are the same numbers, so what is left is float32 against float64, on logits of about 1
+    np.testing.assert_allclose(forward(reader, IDS), mlx_logits(model, IDS), atol=2e-5)
+
+
+def test_the_weights_rounded_to_float16_change_little(tmp_path: Path, llama: Checkpoint) -> None:
+    """A float32 model: 2**-11 of every weight, hundreds of them in each sum."""
+    _, reader = exported(llama.path, tmp_path / "out", out_type="f16")
+    np.testing.assert_allclose(forward(reader, IDS), mlx_logits(llama.path, IDS), atol=3e-3)
+
+
+def test_the_witness_sees_a_wrong_order_of_rows(
+    tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the permutation the same comparison fails, by far."""
+    monkeypatch.setattr(export.ggml, "row_order", lambda count, heads: np.arange(count))
+    _, reader = exported(llama.path, tmp_path / "out", out_type="f16")
+    assert np.abs(forward(reader, IDS) - mlx_logits(llama.path, IDS)).max() > 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_in_float16(tmp_path: Path, kind: str, models: Callable[[str], Checkpoint]) -> None:
+    """Each tensor under its own name: the nearest float16 of a matrix, vectors untouched; no more, no less."""
+    _, reader = exported(models(kind).path, tmp_path / "out", out_type="f16")
+    found, c = tensors(reader), models(kind)
+    config, is_llama = c.config, kind in ("llama", "untied", "mistral")
+    for part in export.ggml.parts(c, "f16"):
+        want = np.array(load.dense(c, part.source))
+        if is_llama and part.source.split(".")[-2] in ("q_proj", "k_proj"):
+            which = "num_attention_heads" if "q_proj" in part.source else "num_key_value_heads"
+            want = llama_cpp_permute(want, config[which])
+        want = want if want.ndim == 1 else want.astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(found.pop(part.name), want, err_msg=part.source)
+    assert found == {} and len(reader.tensors) == len(arch.tensors_of(config))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metadata_is_complete_and_right(tmp_path: Path, kind: str, models: Callable[[str], Checkpoint]) -> None:
+    """Every key that the loader reads, with the model's own numbers."""
+    _, reader = exported(models(kind).path, tmp_path / "out", out_type="q8_0")
+    f = facts(reader)
+    assert set(f) == set(NEEDED.split())
+    sizes = ("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size")
+    assert [f[f"A.{key}"] for key in sizes] == [512, 64, 3, 768, 512]
+    heads = ("head_count", "head_count_kv", "key_length", "value_length")
+    assert [f[f"A.attention.{key}"] for key in heads] == [4, 2, 16, 16] and f["A.rope.dimension_count"] == 16
+    assert f["A.rope.freq_base"] == 10000.0 and f["A.attention.layer_norm_rms_epsilon"] == np.float32(1e-5)
+    assert f["general.architecture"] == {"qwen2": "qwen2", "qwen3": "qwen3"}.get(kind, "llama")
+    assert f["general.file_type"] == 7 and f["general.name"] == kind  # 7: MOSTLY_Q8_0
+    assert len(f["tokenizer.ggml.tokens"]) == 512 and f["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_stretched_positions(tmp_path: Path) -> None:
+    """linear and yarn have keys; llama3 has a tensor; whoever forgets them talks nonsense beyond the old context."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0}
+    for name, scaling in (("linear", {"type": "linear", "factor": 2.0}), ("yarn", yarn)):
+        model = tiny.make(tmp_path / name, rope_scaling=scaling)
+        f = facts(exported(model, tmp_path / f"{name}-out")[1])
+        assert f["A.rope.scaling.type"] == name and f["A.rope.scaling.factor"] == scaling["factor"]
+    assert f["A.rope.scaling.original_context_length"] == 128 and f["A.rope.scaling.yarn_beta_fast"] == 16.0
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 128
+    model = tiny.make(tmp_path / "llama3", rope_scaling=llama3)
+    found = tensors(exported(model, tmp_path / "llama3-out")[1])
+    assert found["rope_freqs.weight"].shape == (8,) and found["rope_freqs.weight"][-1] == 8.0
+
+
+@pytest.mark.parametrize(("wanted", "step"), [("q8_0", 1 / 127), ("q4_0", 1 / 8), ("q4_1", 1 / 15), ("bf16", 2**-7)])
+def test_a_dense_model_in_each_type(tmp_path: Path, llama: Checkpoint, wanted: str, step: float) -> None:
+    """Within one step of the block: its largest number (or its span) over the levels, and the type as asked."""
+    _, reader = exported(llama.path, tmp_path / "out", out_type=wanted)
+    name = "blk.1.ffn_gate.weight"
+    assert next(t for t in reader.tensors if t.name == name).tensor_type.name == wanted.upper()
+    want = np.array(load.dense(llama, "model.layers.1.mlp.gate_proj.weight")).reshape(-1, 32)
+    size = np.ptp(want, axis=1) if wanted == "q4_1" else np.abs(want).max(axis=1)
+    error = np.abs(tensors(reader)[name].reshape(-1, 32) - want).max(axis=1)
+    # q4_0's eighth level on the far side does not exist: a whole step there; half of one, and float16's 2**-10, else
+    assert np.all(error <= size * step * (1.0 if wanted == "q4_0" else 0.5) + size * 2**-10) and error.max() > 0
+
+
+def test_four_bits_are_rewrapped_not_rounded(tmp_path: Path, four: Path) -> None:
+    """All 21 4-bit matrices are bit-equal to mx.dequantize; the 8-bit embedding is rounded to Q8_0, and it says so."""
+    done, reader = exported(four, tmp_path / "out")
+    c, found = load.open_checkpoint(four), tensors(reader)
+    assert done["out_type"] == "q4_1" and done["rewrapped"] == 21 and done["inexact_scales"] == 0
+    for part in export.ggml.parts(c, "q4_1"):
+        want = np.array(load.dense(c, part.source))
+        want = llama_cpp_permute(want, part.heads) if part.heads else want
+        if part.source == "model.embed_tokens.weight":
+            step = np.abs(want.reshape(-1, 32)).max(axis=1, keepdims=True) / 127
+            error = np.abs(found[part.name] - want).reshape(-1, 32)
+            # half a step, and float16's rounding of the step itself, 127 * 2**-11
+            assert part.kind == "Q8_0" and np.all(error <= (0.5 + 127 * 2**-11) * step) and error.max() > 0
+        else:
+            np.testing.assert_array_equal(found[part.name], want, err_msg=part.source)
+    assert any("21 matrices re-wrapped" in n and "no number rounded again" in n for n in done["notes"])
+    assert any("1 packed matrices de-quantized and rounded again to Q8_0 (1)" in n for n in done["notes"])
+    # what is left is the embedding's rounding, 1/254 of a block's largest number
+    np.testing.assert_allclose(forward(reader, IDS), mlx_logits(four, IDS), atol=0.02)
+
+
+def test_end_to_end(tmp_path: Path, four: Path, command: Callable[..., Done]) -> None:
+    """As a user runs it: three files, JSON last, the size as a dry run foretold, which writes nothing."""
+    flags = ("--model", four, "--outtype", "q4_1", "--mlx-path", tmp_path / "out")
+    dry = command("export", *flags, "--dry-run")
+    assert dry.returncode == 0 and not (tmp_path / "out").exists()
+    done = command("export", *flags)
+    assert done.returncode == 0, done.stderr
+    result = last_line(done)
+    assert sorted(os.listdir(tmp_path / "out")) == ["Modelfile", "README.md", "four-Q4_1.gguf"]
+    file = tmp_path / "out" / result["file"]
+    assert result["nbytes"] == last_line(dry)["nbytes"] == file.stat().st_size
+    assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./four-Q4_1.gguf\n")
+    assert "21 matrices re-wrapped" in (tmp_path / "out" / "README.md").read_text() and result["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize(("wanted", "ulp"), [("bf16", 2**-8), ("f16", 2**-11)])
+def test_a_hugging_face_folder(tmp_path: Path, four: Path, wanted: str, ulp: float) -> None:
+    """Dense weights rounded once, a config without quantization, tokenizer and card; opens like any other."""
+    done = export.run(export.Settings(model=str(four), format="hf", out_type=wanted, out=str(tmp_path / "hf")))  # type: ignore[arg-type]
+    before, after = load.open_checkpoint(four), load.open_checkpoint(tmp_path / "hf")
+    assert not arch.is_quantized(after.tensors) and "quantization" not in after.config
+    assert after.config["torch_dtype"] == export.HF_DTYPES[wanted] and done["nbytes"] == after.nbytes
+    for name in arch.tensors_of(before.config):
+        want, got = (np.array(load.dense(c, name).astype(mx.float32)) for c in (before, after))
+        np.testing.assert_allclose(got, want, rtol=ulp, atol=2**-25, err_msg=name)
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    assert "de-quantized" in (tmp_path / "hf" / "README.md").read_text() and "de-quantized" in done["notes"][1]
+
+
+def test_transformers_opens_the_folder(tmp_path: Path, llama: Checkpoint) -> None:
+    """transformers' own model, where torch is installed, gives MLX's logits."""
+    torch = pytest.importorskip("torch", reason="transformers runs a model only with torch, which is not installed")
+    from transformers import AutoModelForCausalLM
+
+    export.run(export.Settings(model=str(llama.path), format="hf", out=str(tmp_path / "hf")))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([IDS])).logits[0].numpy()
+    np.testing.assert_allclose(logits, mlx_logits(tmp_path / "hf", IDS), atol=1e-3)
+
+
+class Broken(Files):
+    """A disk that refuses: little room, or the n-th `extend`, or the last rename."""
+
+    def __init__(self, free: int | None = None, extends: int | None = None, renames: bool = True):
+        self.free, self.left, self.renames = free, extends, renames
+
+    def free_bytes(self, path: Path) -> int:
+        """What is said to be free."""
+        return super().free_bytes(path) if self.free is None else self.free
+
+    def extend(self, path: Path, data: bytes | memoryview) -> None:
+        """Refuse when the disk is full."""
+        if self.left == 0:
+            raise OSError(errno.ENOSPC, "full")
+        self.left = None if self.left is None else self.left - 1
+        super().extend(path, data)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Refuse when renames do not work."""
+        if not self.renames:
+            raise OSError(errno.EIO, "broken")
+        super().rename(source, target)
+
+
+@pytest.mark.parametrize("form", ["gguf", "hf"])
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        (Broken(free=1000), "needs .*iB, 1000 bytes are free"),
+        (Broken(extends=5), "Not enough disk space"),
+        (Broken(renames=False), "The disk stopped answering"),
+    ],
+)
+def test_a_disk_that_refuses_leaves_nothing(
+    tmp_path: Path, llama: Checkpoint, form: Any, files: Broken, why: str
+) -> None:
+    """One sentence, and not a byte of a half-made export."""
+    with pytest.raises(MisError, match=why):
+        export.run(export.Settings(model=str(llama.path), format=form, out=str(tmp_path / "out")), files)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, sys
+from mis_mlx import export
+from mis_mlx.disk.files import Files
+class Killed(Files):
+    def rename(self, source, target):
+        os._exit(9)
+export.run(export.Settings(model=sys.argv[1], out=sys.argv[2]), Killed())
+"""
+
+
+def test_a_kill_before_the_rename_leaves_no_model(tmp_path: Path, llama: Checkpoint) -> None:
+    """The folder is not there; the next export makes it whole."""
+    out = tmp_path / "out"
+    run = subprocess.run([sys.executable, "-c", KILLED, llama.path, out], cwd=Path(__file__).parents[1], check=False)
+    assert run.returncode == 9 and not out.exists()
+    done, reader = exported(llama.path, out)
+    assert len(reader.tensors) == done["tensors"] and (out / "Modelfile").is_file()
+
+
+def test_refusals_write_nothing(tmp_path: Path, llama: Checkpoint) -> None:
+    """A GGUF, a folder that exists, a folder without a tokenizer, NaN, a type of the other format."""
+    out = tmp_path / "out"
+
+    def refused(why: str, model: Path = llama.path, **settings: Any) -> None:
+        with pytest.raises(MisError, match=why):
+            export.run(export.Settings(model=str(model), out=str(settings.pop("where", out)), **settings))
+        assert not out.exists()
+
+    refused("is a GGUF already", tmp_path / "x.gguf")
+    refused("q8_0 is a type of GGUF", format="hf", out_type="q8_0")
+    refused("give --budget", budget="1MiB")
+    (tmp_path / "there").mkdir()
+    for form in ("gguf", "hf"):
+        refused("exists already", where=tmp_path / "there", format=form)
+    assert list((tmp_path / "there").iterdir()) == []
+    mute = tiny.make(tmp_path / "mute")
+    (mute / "tokenizer.json").unlink()
+    broken = tiny.make(tmp_path / "broken", rms_norm_eps=1e-5)
+    data = bytearray((broken / "model.safetensors").read_bytes())
+    data[-4:] = np.float32("nan").tobytes()
+    (broken / "model.safetensors").write_bytes(data)
+    for form in ("gguf", "hf"):
+        refused("neither tokenizer.json nor tokenizer.model", mute, format=form)
+        refused("model.norm.weight holds NaN", broken, format=form)
+    lost = tiny.make(tmp_path / "lost")
+    config = json.loads((lost / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (lost / "config.json").write_text(json.dumps(config))
+    refused("no max_position_embeddings", lost)
