@@ -11,14 +11,13 @@ benchmarks/results/<machine>/aais.json.
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from laboratory import write
 
 from mis_mlx.disk.files import DISK
 from mis_mlx.maths import importance
@@ -26,8 +25,7 @@ from mis_mlx.model import arch, calibrate, compare, load, slice, teacher, window
 from mis_mlx.training import pruning
 from mis_mlx.training.weather import Weather, WeatherFlags
 
-ROOT = Path(__file__).resolve().parent
-REPLAY = ROOT.parent / "tests" / "data" / "halny.jsonl"
+REPLAY = Path(__file__).resolve().parents[1] / "tests" / "data" / "halny.jsonl"
 SEEDS, WINDOWS, HELD_OUT, LENGTH = (0, 1, 2), 32, 16, 256
 
 
@@ -84,11 +82,7 @@ def main() -> None:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-    where = {"system": f"{platform.system()} {platform.machine()}", "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
-    result = {"command": "scripts/mis benchmarks/aais.py", **where, "rows": rows, "ffn_size_at_altitude_m": sizes}
-    out = ROOT / "results" / f"{platform.system()}-{platform.machine()}".lower()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "aais.json").write_text(json.dumps(result, indent=2) + "\n")
+    write("aais", "scripts/mis benchmarks/aais.py", {"rows": rows, "ffn_size_at_altitude_m": sizes})
     print(json.dumps({"ffn_size_at_altitude_m": sizes}))
 
 

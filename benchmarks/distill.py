@@ -10,20 +10,15 @@ machine and the versions. The run folder goes to a temporary place and is delete
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import sys
 import tempfile
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
-import psutil
+import laboratory
 
 from mis_mlx import cli, distill
 
-ROOT = Path(__file__).resolve().parent
 PRIVATE = ("teacher", "student", "run")  # paths of the machine
 
 
@@ -33,19 +28,10 @@ def main(label: str, flags: list[str]) -> None:
         settings = replace(cli.parse(distill.Settings, flags), out=str(Path(temp) / "run"))
         result = distill.run(settings)
         table = (Path(temp) / "run" / "table.md").read_text(encoding="utf-8")
-    machine = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
-    }
     command = " ".join(["scripts/mis benchmarks/distill.py", label, *flags])
     kept = {name: value for name, value in result.items() if name not in PRIVATE}
-    out = ROOT / "results" / f"{platform.system()}-{platform.machine()}".lower()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"distill-{label}.json").write_text(json.dumps({"command": command, **machine, **kept}, indent=2) + "\n")
-    (out / f"distill-{label}.md").write_text(table, encoding="utf-8")
+    laboratory.write(f"distill-{label}", command, kept)
+    (laboratory.RESULTS / f"distill-{label}.md").write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":

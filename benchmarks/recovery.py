@@ -72,17 +72,19 @@ def short(group: str, **changes: Any) -> Arm:
 WHOLE = {"scenario": "none"}
 WIDE = {"layers": 28, "ffn": 768}
 ARMS: dict[str, Arm] = {
-    # Three seeds, full length: the baseline in the paper's shape and in ours; ours.
+    # Full length: the baseline in the paper's shape (3e-4) and in ours; ours, which starts nearer and steps shorter.
     "minitron": Arm("main"),
+    "minitron-1e-4": Arm("main", recipe={"learning_rate": 1e-4}),
     "minitron-wide": Arm("main", cut=cut(**WIDE)),
-    "ours": Arm("main", cut=cut(**WIDE), repair="ffn"),
+    "goral-repaired": Arm("main", repair="ffn", recipe={"learning_rate": 1e-4}),
+    "ours": Arm("main", cut=cut(**WIDE), repair="ffn", recipe={"learning_rate": 1e-4}),
     # The other end: a student that knows nothing; and one warmed up block by block.
     "random-init": Arm("control", start="random"),
     "local-warm": Arm("control", repair="ffn", local=16),
     # Shapes of -31 to -35 %, repaired.
     "20x1280": short("shape", repair="ffn"),
     "24x1024": short("shape", repair="ffn", cut=cut(layers=24, ffn=1024)),
-    "28x768": short("shape", repair="ffn", cut=cut(layers=28, ffn=768)),
+    "28x768": short("shape", repair="ffn", cut=cut(layers=28, ffn=768)),  # at 3e-4
     "18x1536": short("shape", repair="ffn", cut=cut(layers=18, ffn=1536)),
     "30x1280x432": short("shape", repair="ffn", cut=cut(layers=30, ffn=1280, hidden=432, hidden_by="pca")),
     # The learning rate, of a repaired student and of one that is not.
@@ -117,7 +119,9 @@ ARMS: dict[str, Arm] = {
     "heads-random": short("heads", cut=cut(**WHOLE, heads=6, importance="random")),
     "kv-activation": short("heads", cut=cut(**WHOLE, kv_heads=2)),
     "hidden-ranked": short("hidden", cut=cut(**WHOLE, hidden=432)),
-    "hidden-pca": short("hidden", cut=cut(**WHOLE, hidden=432, hidden_by="pca")),
+    "hidden-pca": short(
+        "hidden", cut=cut(**WHOLE, hidden=432, hidden_by="pca"), recipe={"learning_rate": 1e-4}
+    ),  # the other one starts so far off that it needs its 3e-4
     # What is learned from.
     "loss-ce": short("loss", recipe={"cross_entropy": 0.5}),
     "loss-t2": short("loss", recipe={"temperature": 2.0}),

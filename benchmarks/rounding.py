@@ -9,18 +9,15 @@ token over 12 held-out windows. Writes benchmarks/results/<machine>/rounding.jso
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
+from laboratory import write
 from mlx.utils import tree_flatten
 
 from mis_mlx.model import compare, load, pack, stream, windows
-
-ROOT = Path(__file__).resolve().parent
 
 
 def rounded(weight: mx.array, bits: int, group: int) -> mx.array:
@@ -68,11 +65,7 @@ def main(folder: Path) -> None:
             model.load_weights(list(cut.items()))
             rows.append({"group_size": group, "in 4 bits": name, "nats": round(loss() - start, 4)})
             print(json.dumps(rows[-1]), flush=True)
-    where = {"system": f"{platform.system()} {platform.machine()}", "mlx": version("mlx")}
-    result = {"command": f"scripts/mis benchmarks/rounding.py {folder.name}", **where, "nll": start, "rows": rows}
-    out = ROOT / "results" / f"{platform.system()}-{platform.machine()}".lower()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rounding.json").write_text(json.dumps(result, indent=2) + "\n")
+    write("rounding", f"scripts/mis benchmarks/rounding.py {folder.name}", {"nll": start, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,29 +11,26 @@ teacher's pass before it. Writes benchmarks/results/<machine>/rskd.json.
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from laboratory import Judge, write
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli, distill
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.text import Windows
-from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import compare, load, reconstruct, slice, stream, teacher, windows
 from mis_mlx.training import distillation, pruning, targets
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Checkpoint
 
-ROOT = Path(__file__).resolve().parent
 # name in the table -> kind of store (None: the live teacher), tokens a position, whether the tail counts
 WAYS: dict[str, tuple[Any, int, bool]] = {
     "full": (None, 0, True),
@@ -83,29 +80,6 @@ def prepare(checkpoint: Checkpoint, data: windows.Data, held_out: Windows, out: 
         slice.write_model(config, weights.__getitem__, folder, out, "float32", DISK)
 
 
-class Judge:
-    """Held-out loss and KL to the teacher of any student in memory."""
-
-    def __init__(self, source: distillation.Teacher, held_out: Windows):
-        self.source, self.held_out = source, held_out
-        self.hidden = list(source.hidden([mx.array(w[None]) for w in held_out.tokens]))
-
-    def __call__(self, student: Any) -> tuple[float, float]:
-        """(nll, kl) in nats per token, means over windows."""
-        head, means = load.head_weight(student), []
-        rows = losses.chunk_rows(head.shape[0])
-        for tokens, learn, target in zip(self.held_out.tokens, self.held_out.learn, self.hidden, strict=True):
-            hidden, found = student.model(mx.array(tokens[None]))[0], []
-            for start in range(0, len(tokens) - 1, rows):
-                at = np.s_[start : min(start + rows, len(tokens) - 1)]
-                reference = losses.Reference(self.source.logits(target[0, at]), mx.array(tokens[1:][at]))
-                nll, kl, _ = reference.compare(hidden[at] @ head.T)
-                found.append(np.array([nll, kl]))
-            means.append((np.concatenate(found, axis=1) * learn[:-1]).sum(axis=1) / max(learn.sum(), 1.0))
-        nll, kl = np.mean(means, axis=0)
-        return float(nll), float(kl)
-
-
 def train(
     way: str, student: Checkpoint, source: distillation.Teacher, checkpoint: Checkpoint, data: Windows, recipe: Recipe
 ) -> tuple[Any, dict[str, Any]]:
@@ -142,15 +116,13 @@ def main(s: Settings) -> None:
         student = load.open_checkpoint(folder)
         source = distillation.Teacher(checkpoint, None)
         judge = Judge(source, held_out)
-        nll, kl = judge(stream.into_memory(load.resident(student, mx.float32)))
-        start = {"nll": nll, "kl": kl}
+        start = judge(stream.into_memory(load.resident(student, mx.float32)))
         print(json.dumps({"way": "before training", **start}), flush=True)
         for seed in range(s.seeds):
             recipe = Recipe(iters=s.iters, max_seq_length=s.max_seq_length, seed=seed)
             for way in WAYS:
                 model, cost = train(way, student, source, checkpoint, data.train, recipe)
-                nll, kl = judge(model)
-                rows.append({"seed": seed, "way": way, "nll": nll, "kl": kl, **cost})
+                rows.append({"seed": seed, "way": way, **judge(model), **cost})
                 print(json.dumps(rows[-1]), flush=True)
                 del model
                 mx.clear_cache()
@@ -160,17 +132,8 @@ def main(s: Settings) -> None:
     }
     print(json.dumps({"nll_minus_full": gap}))
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in vars(replace(s, student=None)).items() if value]
-    result = {
-        "command": " ".join(["scripts/mis benchmarks/rskd.py", *flags]),
-        "system": f"{platform.system()} {platform.machine()}",
-        **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
-        "before_training": start,
-        "rows": rows,
-        "nll_minus_full": gap,
-    }
-    out = ROOT / "results" / f"{platform.system()}-{platform.machine()}".lower()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rskd.json").write_text(json.dumps(result, indent=2) + "\n")
+    command = " ".join(["scripts/mis benchmarks/rskd.py", *flags])
+    write("rskd", command, {"before_training": start, "rows": rows, "nll_minus_full": gap})
 
 
 if __name__ == "__main__":

@@ -11,20 +11,17 @@ benchmarks/results/<machine>/speculative.json.
 from __future__ import annotations
 
 import json
-import platform
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import laboratory
 import mlx.core as mx
 
 from mis_mlx import cli
 from mis_mlx.model import decode, load, speak, teacher
 from mis_mlx.model.stream import Stream
 
-ROOT = Path(__file__).resolve().parent
 PROMPTS = (
     "What is a shepherd?",
     "Write a haiku about rain.",
@@ -101,13 +98,9 @@ def main(s: Settings) -> None:
 
 def write(s: Settings, prompts: int, rows: list[dict[str, Any]]) -> None:
     """The results so far: a run that is stopped leaves the sizes it has done."""
-    where = {"system": f"{platform.system()} {platform.machine()}", "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
     flags = f"--max-tokens {s.max_tokens} --prompts {s.prompts} --name {s.name} --sizes {' '.join(map(str, s.sizes))}"
     command = f"scripts/mis benchmarks/speculative.py --draft RUN/distilled {flags}"
-    result = {"command": command, "draft": s.note, **where, "prompts": prompts, "rows": rows}
-    out = ROOT / "results" / f"{platform.system()}-{platform.machine()}".lower()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{s.name}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    laboratory.write(s.name, command, {"draft": s.note, "prompts": prompts, "rows": rows})
 
 
 if __name__ == "__main__":

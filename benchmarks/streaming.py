@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -36,7 +34,6 @@ from mis_mlx.disk.safetensors import Writer
 from mis_mlx.model import arch, load, stream
 from mis_mlx.types import Checkpoint
 
-ROOT = Path(__file__).resolve().parent
 DENSE = {"num_hidden_layers": 40, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 4096}
 PACKED = {"num_hidden_layers": 820, "hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 8192}
 TOKENS, ROUNDS, LENGTH = (16, 64, 128, 256, 512), 3, 64
@@ -163,6 +160,8 @@ def budget(folder: Path, out: Path, limit: str = "600MiB") -> dict[str, Any]:
 
 def main() -> None:
     """Both parts, one JSON file."""
+    from laboratory import write  # here, because a test runs this file without its folder on the path
+
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as temp:
         dense = load.open_checkpoint(synthetic(Path(temp) / "dense", DENSE))
         rows = overlap(dense)
@@ -170,11 +169,7 @@ def main() -> None:
         found = budget(packed.path, Path(temp) / "run")
         print(json.dumps(found), flush=True)
         sizes = {"dense_bytes": dense.nbytes, "packed_bytes": packed.nbytes}
-    where = {"system": f"{platform.system()} {platform.machine()}", "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
-    result = {"command": "scripts/mis benchmarks/streaming.py", **where, **sizes, "overlap": rows, "budget": found}
-    out = ROOT / "results" / f"{platform.system()}-{platform.machine()}".lower()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "streaming.json").write_text(json.dumps(result, indent=2) + "\n")
+    write("streaming", "scripts/mis benchmarks/streaming.py", {**sizes, "overlap": rows, "budget": found})
 
 
 if __name__ == "__main__":
