@@ -329,13 +329,9 @@ def main(s: Settings) -> None:
     for name, seed in todo:
         arm = ARMS[name]
         iters = s.iters // 3 if arm.short else s.iters
-        recipe = Distillation(
-            iters=iters - arm.local,
-            seed=seed,
-            max_seq_length=s.max_seq_length,
-            reconstruct_samples=32 if arm.short else 64,
-            **arm.recipe,
-        )
+        sizes = {"max_seq_length": s.max_seq_length, "reconstruct_samples": 32 if arm.short else 64}
+        rate = {"learning_rate": 3e-4, **arm.recipe}
+        recipe = Distillation(iters=iters - arm.local, seed=seed, **sizes, **rate)
         found = bench.row(arm, seed, recipe)
         command = f"scripts/mis benchmarks/recovery.py --only {name} --seeds {seed} --iters {s.iters}"
         write(f"recovery/{name}-{seed}", command, {"arm": name, **found})

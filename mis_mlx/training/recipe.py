@@ -46,6 +46,8 @@ class Recipe:
 class Distillation(Recipe):
     """What a student learns from, and by which way."""
 
+    learning_rate: float = 1e-4
+    """peak; falls to a tenth along a cosine; 3e-4 suits a student that was not repaired (--reconstruct-samples 0)"""
     temperature: float = 1.0
     """T of eq. (2), which softens both distributions"""
     halny: float | None = None
