@@ -77,6 +77,7 @@ ARMS: dict[str, Arm] = {
     "minitron-1e-4": Arm("main", recipe={"learning_rate": 1e-4}),
     "minitron-wide": Arm("main", cut=cut(**WIDE)),
     "goral-repaired": Arm("main", repair="ffn", recipe={"learning_rate": 1e-4}),
+    "ours-3e-4": Arm("main", cut=cut(**WIDE), repair="ffn"),
     "ours": Arm("main", cut=cut(**WIDE), repair="ffn", recipe={"learning_rate": 1e-4}),
     # The other end: a student that knows nothing; and one warmed up block by block.
     "random-init": Arm("control", start="random"),
@@ -287,15 +288,19 @@ def table() -> str:
     """Markdown of all rows there are: means over seeds, and what is closed of the gap that the baseline leaves."""
     nll = stored("recovery/teacher")["nll"]
     head = "group,student,seeds,M parameters,tokens,pruned,before distilling,after,KL after,Polish after"
-    heads = [*head.split(","), "closed of the baseline's remaining gap"]
+    heads = [*head.split(","), "closed of the baseline's remaining gap, English then Polish, by seed"]
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for name, arm in ARMS.items():
         rows = {seed: row for seed in range(10) if (row := stored(f"recovery/{name}-{seed}"))}
         if not rows:
             continue
-        base = "repair-none" if arm.short else "minitron"
-        against = {seed: b["end"]["nll"] for seed in rows if (b := stored(f"recovery/{base}-{seed}"))}
-        closed = [(n - rows[seed]["end"]["nll"]) / (n - nll["English"]) for seed, n in against.items()]
+        base = {seed: row["end"] for seed in rows if (row := stored(f"recovery/minitron-{seed}"))}
+        against = {} if arm.short or name == "minitron" else base
+        closed = [
+            f"{(b[m] - rows[seed]['end'][m]) / (b[m] - nll[text]):+.0%}"
+            for m, text in (("nll", "English"), ("nll_polish", "Polish"))
+            for seed, b in against.items()
+        ]
         values = [
             f"{np.mean([row[when][metric] for row in rows.values()]):.3f}"
             for when, metric in (
@@ -307,9 +312,8 @@ def table() -> str:
             )
         ]
         row = next(iter(rows.values()))
-        share = " ".join(f"{c:+.1%}" for c in closed) if closed and name != base else "–"
         sizes = f"{len(rows)} | {row['params'] / 1e6:.1f} | {row['tokens']}"
-        lines.append(f"| {arm.group} | {name} | {sizes} | {' | '.join(values)} | {share} |")
+        lines.append(f"| {arm.group} | {name} | {sizes} | {' | '.join(values)} | {' '.join(closed) or '–'} |")
     return "\n".join(lines)
 
 
@@ -334,6 +338,7 @@ def main(s: Settings) -> None:
         recipe = Distillation(iters=iters - arm.local, seed=seed, **sizes, **rate)
         found = bench.row(arm, seed, recipe)
         command = f"scripts/mis benchmarks/recovery.py --only {name} --seeds {seed} --iters {s.iters}"
+        command += f" --eval-windows {s.eval_windows}"
         write(f"recovery/{name}-{seed}", command, {"arm": name, **found})
         losses = " -> ".join(f"{found[when]['nll']:.3f}" for when in ("pruned", "start", "end"))
         cli.say(f"{name}, seed {seed}: {losses} nats, {found['seconds']} s")
