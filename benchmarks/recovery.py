@@ -79,9 +79,12 @@ ARMS: dict[str, Arm] = {
     "goral-repaired": Arm("main", repair="ffn", recipe={"learning_rate": 1e-4}),
     "ours-3e-4": Arm("main", cut=cut(**WIDE), repair="ffn"),
     "ours": Arm("main", cut=cut(**WIDE), repair="ffn", recipe={"learning_rate": 1e-4}),
-    # The other end: a student that knows nothing; and one warmed up block by block.
+    # The other end: a student that knows nothing.
     "random-init": Arm("control", start="random"),
-    "local-warm": Arm("control", repair="ffn", local=16),
+    # Eight of the twenty steps block by block, with the same repair: against wide-1e-4.
+    "wide-local": short(
+        "warm", cut=cut(**WIDE), local=8, recipe={"learning_rate": 1e-4, "local_samples": 32}
+    ),
     # Shapes of -31 to -35 %, repaired.
     "20x1280": short("shape", repair="ffn"),
     "24x1024": short("shape", repair="ffn", cut=cut(layers=24, ffn=1024)),

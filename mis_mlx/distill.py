@@ -57,6 +57,8 @@ class Settings(pruning.Cut, Distillation):
     """bits of the result; 0 keeps it unquantized"""
     q_group_size: Literal[32, 64] = 64
     """weights that share one scale"""
+    q_method: Literal["round", "gptq"] = "gptq"
+    """every weight to its nearest value (round), or so that outputs on num_samples windows change least (gptq)"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """type of unquantized weights on disk"""
     eval_windows: int = 24
@@ -149,7 +151,8 @@ def _all_stages(s: Settings, c: Course, data: windows.Data) -> dict[str, Any]:
     models["distilled"] = _distil(s, c, models["pruned"])
     if s.quantize:
         if not (folder / "model").exists():
-            quantize.quantize(models["distilled"].path, folder / "model", s.q_group_size, c.files)
+            batches, held = c.pick(s.num_samples * (s.q_method == "gptq"), 1), c.plan.held_windows("quantize")
+            quantize.quantize(models["distilled"].path, folder / "model", s.q_group_size, c.files, batches, held)
         models["4-bit"] = load.open_checkpoint(folder / "model")
     sizes, quality = _measure(s, c, data, models)
     table = outcome.page(models, sizes, quality, s.max_seq_length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,32 @@ def test_a_budget_too_small_is_a_sentence(llama: Checkpoint, command: Callable[.
     """Refused before work starts, with both numbers and the budget that would do."""
     done = command("evaluate", "--teacher", llama.path, "--students", llama.path, "--budget", "1MiB")
     assert done.returncode == 1 and "the budget is 1 MiB: give --budget" in done.stderr
+
+
+def test_kld_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
+    """llama.cpp's report on a copy and a stranger: exact zeros, errors beside what has them, a hash of the text."""
+    copy = shutil.copytree(llama.path, tmp_path / "copy")
+    stranger = tiny.make(tmp_path / "stranger", seed=3)
+    flags = ("--data", text_folder, "--max-seq-length", 64, "--eval-windows", 5, "--kld")
+    done = command("evaluate", "--teacher", llama.path, "--students", copy, stranger, *flags)
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    found = json.loads(last)["held-out"]
+    assert found["tokens"] == 5 * 31 and len(found["sha256_tokens"]) == 64
+    assert found["mean_kld_copy"] == found["mean_kld_se_copy"] == found["max_kld_copy"] == 0
+    assert found["same_top_p_copy"] == 100 and found["ppl_ratio_copy"] == 1
+    assert found["mean_kld_stranger"] > found["mean_kld_se_stranger"] > 0 and found["rms_dp_stranger"] > 0
+    assert found["ppl_base_copy"] == found["ppl_base_stranger"] == found["ppl_copy"] != found["ppl_stranger"]
+    assert "| | copy | stranger |" in table and f"sha256 of the tokens: {found['sha256_tokens']}" in table
+    assert any(line.startswith("| Mean KLD, nats | 0.000000 ± 0.000000 |") for line in table)
+
+
+def test_kld_refusals(llama: Checkpoint, text_folder: Path) -> None:
+    """Nothing to compare with; too few tokens for statistics; windows of 512 tokens when nothing is said."""
+    with pytest.raises(MisError, match="name the other with --students"):
+        evaluate.run(evaluate.Settings(str(llama.path), kld=True))
+    few = evaluate.Settings(str(llama.path), (str(llama.path),), str(text_folder), 2, 32, kld=True)
+    with pytest.raises(MisError, match="30 tokens lie in the second halves of 2 windows"):
+        evaluate.run(few)
+    found = evaluate.run(replace(few, eval_windows=1, max_seq_length=None))
+    assert found["held-out"]["tokens"] == 255

@@ -1,14 +1,14 @@
 """Write a model's weights in MLX's affine 4-bit format, one tensor at a time. Every matrix, or an error.
 
 mlx-lm leaves a matrix unquantized without a word when its input size does not divide by the group; here
-that is a sentence with the remedy. Does not recover what rounding costs.
+that is a sentence with the remedy. Does not recover what rounding costs: others may bring rounded matrices.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ import mlx.core as mx
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk.files import Files
 from mis_mlx.disk.safetensors import Writer, spec_bytes
+from mis_mlx.maths import rounding
 from mis_mlx.model import arch, load, slice
 from mis_mlx.types import Checkpoint, MisError
 
 BITS = 4
 WIDE_BITS = 8  # where 4 bits cost most: the embedding, which makes the logits too when it is tied, and `bridges`
+Layout = Mapping[str, tuple[int, int]]  # {module path: (bits, group size)}
+Rounded = Callable[[Layout], Iterator[Mapping[str, rounding.Packed]]]  # block by block, {module path: its matrix}
 
 
 def bridges(checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -57,8 +60,13 @@ def layout(config: Mapping[str, Any], group_size: int, wide: tuple[int, ...] = (
     return plan
 
 
-def write_quantized(checkpoint: Checkpoint, out: Path, group_size: int, files: Files) -> dict[str, Any]:
-    """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads."""
+def write_quantized(
+    checkpoint: Checkpoint, out: Path, group_size: int, files: Files, rounded: Rounded | None = None
+) -> dict[str, Any]:
+    """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
+
+    rounded: the matrices of the blocks, where somebody rounds them (model/gptq); default: to the nearest values.
+    """
     if arch.is_quantized(checkpoint.tensors):
         raise MisError(f"{checkpoint.path} is quantized already: start from the unquantized model")
     plan = layout(checkpoint.config, group_size, bridges(checkpoint))
@@ -77,18 +85,17 @@ def write_quantized(checkpoint: Checkpoint, out: Path, group_size: int, files: F
 
     def fill(folder: Path) -> None:
         writer = Writer(folder, specs, files)
+        coming, block = rounded(plan) if rounded else None, dict[str, rounding.Packed]()
         for name in arch.tensors_of(checkpoint.config):
             path = name.removesuffix(".weight")
-            weight = load.dense(checkpoint, name)
             if path not in plan:
-                writer.add(name, weight)
+                writer.add(name, _finite(checkpoint, name))
                 continue
-            bits, group = plan[path]
-            # Scales are fitted in float32 and stored in float16: bfloat16 scales would cost 3 bits of them.
-            packed, scales, biases = mx.quantize(weight.astype(mx.float32), group_size=group, bits=bits)
-            writer.add(name, packed)
-            writer.add(f"{path}.scales", scales.astype(mx.float16))
-            writer.add(f"{path}.biases", biases.astype(mx.float16))
+            while coming and arch.block_of(name) is not None and path not in block:
+                block = dict(next(coming))
+            parts = block.pop(path, None) or rounding.nearest(_finite(checkpoint, name), plan[path][1], plan[path][0])
+            for part, array in zip((name, f"{path}.scales", f"{path}.biases"), parts, strict=True):
+                writer.add(part, array)
             mx.clear_cache()
         writer.close()
         files.write(folder / "config.json", json.dumps(config, indent=2).encode())
@@ -98,3 +105,10 @@ def write_quantized(checkpoint: Checkpoint, out: Path, group_size: int, files: F
     protocol.commit_folder(out, fill, files, nbytes)
     count = sum(math.prod(s) for s in arch.tensors_of(checkpoint.config).values())
     return {"bits_per_weight": 8 * nbytes / count, "nbytes": nbytes, "group_size": group_size}
+
+
+def _finite(checkpoint: Checkpoint, name: str) -> mx.array:
+    weight = load.dense(checkpoint, name)
+    if bad := (~mx.isfinite(weight)).sum().item():
+        raise MisError(f"{checkpoint.path}: {name} holds {bad} values that are not numbers: download the model again")
+    return weight

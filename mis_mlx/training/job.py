@@ -41,6 +41,7 @@ class Job:
     depth_rounds: int = 1  # how often, with fewer blocks each time
     fisher: bool = False  # a pass back through the teacher for importance
     rotation: bool = False  # the hidden size is cut along principal directions
+    compensate: int = 0  # windows on which rounding errors are made up for
 
     @property
     def step(self) -> int:
@@ -84,4 +85,5 @@ def job_of(teacher: Model, student: Model, asked: Any) -> Job:
         gone if blocks == "greedy" else 1,
         "fisher" in (blocks, getattr(asked, "importance", "")),
         getattr(asked, "hidden_by", "") == "pca" and student.shape.hidden < teacher.shape.hidden,
+        asked.num_samples if getattr(asked, "q_method", "") == "gptq" and asked.quantize else 0,
     )

@@ -167,15 +167,15 @@ def packed_bytes(m: Model) -> int:
     return arch.params(m.config) * 9 // 16 + m.head_params * (1 if m.shape.tied else 2) // 2
 
 
-def quantize(job: Job) -> Phase:
-    """Into 4 bits, tensor by tensor."""
-    written = packed_bytes(job.student)
-    return Phase("quantize", job.student.nbytes, written, tensor_bytes(job.student) + 2 * job.student.head_params, 0.0)
+def quantize(m: Model, windows: int, length: int, limit: int) -> Phase:
+    """Into 4 bits, tensor by tensor; with a pass over `windows` that makes up for rounding errors, if there are any."""
+    plain = Phase("quantize", m.nbytes, packed_bytes(m), tensor_bytes(m) + 2 * m.head_params, 0.0)
+    return planning.compensated(plain, m, windows * length, length, limit) if windows else plain
 
 
 def measure(job: Job) -> Phase:
     """Teacher, pruned, distilled and 4-bit student on every text."""
-    four = replace(job.student, nbytes=quantize(job).written_bytes, packed=True)
+    four = replace(job.student, nbytes=packed_bytes(job.student), packed=True)
     one = planning.compared([job.teacher, job.student, job.student, four], job.held_out, job.length)
     return replace(one, read_bytes=TEXTS * one.read_bytes, flops=TEXTS * one.flops)
 
@@ -258,7 +258,7 @@ def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) 
     elif job.repair:
         phases.append(repair(job))
     phases.append(resident(job, micro, left) if mode == "resident" else sharded(job, micro, shard))
-    phases += [quantize(job), measure(job)]
+    phases += [quantize(job.student, job.compensate, job.length, left), measure(job)]
     whole = tuple(replace(p, peak_bytes=p.peak_bytes + own) for p in phases)
     return Plan(job, limit, rates, mode, micro, shard, whole)
 
@@ -290,6 +290,7 @@ def remedy(plan: Plan) -> str:
     least = planning.flag(least_bytes(job, plan.rates))
     text = f"{worst.name} needs {gib(worst.peak_bytes)}, the budget is {gib(plan.budget_bytes)}: give --budget {least}"
     tries = [("--reconstruct-samples 0", replace(job, repair=0))] if job.repair else []
+    tries += [("--q-method round", replace(job, compensate=0))] if job.compensate else []
     tries += [("--teacher-correction 0", replace(job, correction=0))] if job.correction else []
     shorter = [n for n in (job.length >> k for k in range(1, 8)) if n >= 16]
     tries += [(f"--max-seq-length {n} instead of {job.length}", replace(job, length=n)) for n in shorter]

@@ -1,0 +1,69 @@
+"""Round a matrix to MLX's affine format: each weight to its nearest value, or so that its output changes least.
+
+Knows a matrix, and the gram matrix of what goes into it. Does not know models or files.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+# As stored: integers (out, in * bits / 32) uint32, scales and biases (out, in / group) float16.
+Packed = tuple[mx.array, mx.array, mx.array]
+DAMPING = 0.01  # of the gram matrix's mean diagonal, added to it: the paper's
+
+
+def nearest(weight: mx.array, group: int, bits: int) -> Packed:
+    """Every weight of a matrix (out, in) to the nearest value that its group has, by MLX's own rule. Lazy."""
+    # Scales are fitted in float32 and stored in float16: bfloat16 scales would cost 3 bits of them.
+    packed, scales, biases = mx.quantize(weight.astype(mx.float32), group_size=group, bits=bits)
+    return packed, scales.astype(mx.float16), biases.astype(mx.float16)
+
+
+def values(packed: Packed, group: int, bits: int) -> mx.array:
+    """The matrix (out, in) float32 that a packed one stands for. Lazy."""
+    scales, biases = (a.astype(mx.float32) for a in packed[1:])
+    return mx.dequantize(packed[0], scales, biases, group_size=group, bits=bits)
+
+
+def compensated(weight: np.ndarray, gram: np.ndarray, group: int, bits: int) -> Packed:
+    """A matrix W (out, in) rounded column by column, each error made up for by the columns still to come.
+
+    gram: G (in, in) float64, the sum of a a^T over inputs a; what is made small is the output's squared error,
+    trace((W - Q) G (W - Q)^T). GPTQ (arXiv 2210.17323, algorithm 1), with columns in their own order, so that the
+    groups are MLX's: scale and bias of a group are what MLX gives to its weights as compensated until then. Where
+    inputs do not correlate, the result is `nearest`'s, bit for bit.
+    """
+    u = inverse_factor(gram)
+    w = np.array(weight.T, np.float64, order="C")  # (in, out): a column of the matrix lies in one piece
+    chosen = np.empty(w.shape, np.uint32)
+    grids = []
+    for start in range(0, len(w), group):
+        end = start + group
+        grids.append(mx.quantize(mx.array(w[start:end].T.astype(np.float32)), group_size=group, bits=bits)[1:])
+        scale, bias = (np.array(a)[:, 0] for a in grids[-1])  # integers are found with these
+        kept, shift = (a.astype(np.float16).astype(np.float64) for a in (scale, bias))  # and mean this, as stored
+        error = np.empty((group, w.shape[1]))
+        for j in range(start, end):
+            q = np.clip(np.rint((w[j].astype(np.float32) - bias) / scale), 0, 2**bits - 1)
+            chosen[j] = q
+            error[j - start] = (w[j] - (kept * q + shift)) / u[j, j]
+            w[j + 1 : end] -= u[j, j + 1 : end, None] * error[j - start]
+        w[end:] -= u[start:end, end:].T @ error
+    scales, biases = (mx.concatenate(list(part), axis=1).astype(mx.float16) for part in zip(*grids, strict=True))
+    return _packed(chosen, bits), scales, biases
+
+
+def inverse_factor(gram: np.ndarray) -> np.ndarray:
+    """The upper triangular U (in, in), float64, of U^T U = (G + damping)^-1."""
+    turned = gram[::-1, ::-1].copy()  # the lower factor of this, turned back, is the upper one of G
+    turned.flat[:: len(gram) + 1] += DAMPING * np.trace(gram) / len(gram) or 1.0
+    turned = np.linalg.cholesky(turned)
+    return np.linalg.inv(turned[::-1, ::-1])
+
+
+def _packed(chosen: np.ndarray, bits: int) -> mx.array:
+    """Integers (in, out) as MLX packs them: (out, in * bits / 32) uint32, the first in the lowest bits."""
+    per = 32 // bits
+    places = chosen.T.reshape(chosen.shape[1], -1, per) << (bits * np.arange(per, dtype=np.uint32))
+    return mx.array(np.bitwise_or.reduce(places, axis=-1))
