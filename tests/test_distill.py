@@ -197,6 +197,6 @@ def test_a_teacher_bigger_than_the_budget(tmp_path: Path, text_folder: Path) -> 
     assert load.open_checkpoint(deep).nbytes > 20 * 2**20
     settings = distill.Settings(
         teacher=str(deep), data=str(text_folder), max_seq_length=32, num_samples=4, reconstruct_samples=4, layers=2,
-        eval_windows=3, bench_tokens=0, budget="20MiB", dry_run=True,
+        eval_windows=3, bench_tokens=0, budget="20MiB", q_method="round", dry_run=True,
     )  # fmt: skip
     assert not distill.run(settings)["check_failed"]
