@@ -136,7 +136,9 @@ def pencil_statistics() -> Statistics:
 
 def test_who_stays_by_pencil() -> None:
     """The least block goes; the best neurons of each kept layer stay; one head of each group; top channels."""
-    cut = pruning.Cut(scenario="none", layers=2, ffn=256, heads=2, hidden=32, importance="activation")
+    cut = pruning.Cut(
+        scenario="none", layers=2, ffn=256, heads=2, hidden=32, hidden_by="importance", importance="activation"
+    )
     shape, keep = pruning.choose(tiny.CONFIG, pencil_statistics(), cut, 0)
     assert keep.layers == (0, 2) and shape.layers == 2
     assert keep.kept[0, "ffn"] == tuple(range(256)) and keep.kept[2, "ffn"] == tuple(range(2, 258))

@@ -84,6 +84,6 @@ def job_of(teacher: Model, student: Model, asked: Any) -> Job:
         asked.block_samples if gone and blocks in ("kl", "greedy", "contiguous") else 0,
         gone if blocks == "greedy" else 1,
         "fisher" in (blocks, getattr(asked, "importance", "")),
-        getattr(asked, "hidden_by", "") == "pca" and student.shape.hidden < teacher.shape.hidden,
+        getattr(asked, "hidden_by", "pca") == "pca" and student.shape.hidden < teacher.shape.hidden,
         asked.num_samples if getattr(asked, "q_method", "") == "gptq" and asked.quantize else 0,
     )

@@ -54,7 +54,7 @@ class Cut(WeatherFlags):
     measured anew after each (greedy), as neighbours (contiguous), or by second order (fisher)"""
     block_samples: int = 4
     """calibration windows for kl, greedy and contiguous"""
-    hidden_by: Literal["importance", "pca"] = "importance"
+    hidden_by: Literal["importance", "pca"] = "pca"
     """how hidden is cut: ranked channels (importance), or the directions in which the stream moves, after a
     rotation that an ordinary model folder holds (pca; two more passes over the teacher)"""
     target: Literal["fixed", "conditions"] = "fixed"
