@@ -129,10 +129,8 @@ def measured(
     return Directions(moments, basis, {name: square / square.sum() for name, square in held.items()})
 
 
-def by(keep: Keep, rotation: Rotation | None) -> Keep:
-    """`keep` with the hidden size cut by `rotation`: its d coordinates, in order, and the way there. None: as it is."""
-    if rotation is None:
-        return keep
+def by(keep: Keep, rotation: Rotation) -> Keep:
+    """`keep` with the hidden size cut by `rotation`: its d coordinates, in order, and the way there."""
     basis, shares = rotation.basis.astype(np.float32), list(rotation.energy.values())
     report = {**keep.report, "hidden_by": "pca", "hidden_energy": round(float(np.mean(shares)), 4)}
     return replace(keep, kept={**keep.kept, (-1, "hidden"): tuple(range(basis.shape[1]))}, report=report, basis=basis)

@@ -70,7 +70,6 @@ class Contest:
     seed: int
     files: Files
     held: int
-    _measured: rotate.Directions | None = None
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -78,12 +77,11 @@ class Contest:
         hidden = None if self.held >= len(self.samples) else Spool(self.folder, self.held, self.files)
         return calibrate.calibrate(self.teacher, self.samples, load.compute_dtype(), hidden=hidden)[0]
 
+    @cached_property
     def _directions(self) -> rotate.Directions:
         """Of the stream, measured when the first candidate is narrower than the teacher."""
-        if self._measured is None:
-            place = list if self.held >= len(self.samples) else partial(Spool, self.folder, self.held, self.files)
-            self._measured = rotate.measured(self.teacher, self.samples, load.compute_dtype(), place)
-        return self._measured
+        place = list if self.held >= len(self.samples) else partial(Spool, self.folder, self.held, self.files)
+        return rotate.measured(self.teacher, self.samples, load.compute_dtype(), place)
 
     @cached_property
     def _hidden(self) -> Any:
@@ -94,7 +92,7 @@ class Contest:
         sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in AXES}
         cut = pruning.Cut(scenario="none", importance="activation", **sizes)
         made, keep = pruning.choose(self.teacher.config, self.statistics, cut, self.seed)
-        pruning.write(self.teacher, made, keep, self._directions, out, self.dtype, self.files)
+        pruning.write(self.teacher, made, keep, lambda: self._directions, out, self.dtype, self.files)
         return load.open_checkpoint(out)
 
     def score(self, shape: Shape) -> float:
