@@ -53,7 +53,6 @@ class Arm:
     how: dict[str, Any] = field(default_factory=dict)  # of reconstruct
     recipe: dict[str, Any] = field(default_factory=dict)  # of Distillation
     graft: str = ""  # what else becomes of the cut tensors: see GRAFTS
-    scores: str = ""  # another aggregation than importance offers: see AGGREGATIONS
     start: str = "teacher"  # or random
     local: int = 0  # steps of every block by itself first, taken from the steps of the whole
     short: bool = False
@@ -79,6 +78,7 @@ ARMS: dict[str, Arm] = {
     "goral-repaired": Arm("main", repair="ffn", recipe={"learning_rate": 1e-4}),
     "ours-3e-4": Arm("main", cut=cut(**WIDE), repair="ffn"),
     "ours": Arm("main", cut=cut(**WIDE), repair="ffn", recipe={"learning_rate": 1e-4}),
+    "ours-l2": Arm("main", cut=cut(**WIDE, importance="rms"), repair="ffn", recipe={"learning_rate": 1e-4}),
     # The other end: a student that knows nothing.
     "random-init": Arm("control", start="random"),
     # Eight of the twenty steps block by block, with the same repair: against wide-1e-4.
@@ -97,13 +97,14 @@ ARMS: dict[str, Arm] = {
     "wide-embedding-0": short("rate", repair="ffn", cut=cut(**WIDE), recipe={"embedding_lr": 0.0}),
     "goral-embedding-0": short("rate", recipe={"embedding_lr": 0.0}),
     "goral-1e-4": short("rate", recipe={"learning_rate": 1e-4}),
-    # Which blocks go, repaired.
+    # Which blocks go, repaired: against repair-ffn.
     "blocks-kl": short("blocks", repair="ffn", cut=cut(blocks="kl")),
     "blocks-greedy": short("blocks", repair="ffn", cut=cut(blocks="greedy", block_samples=1)),
     "blocks-contiguous": short("blocks", repair="ffn", cut=cut(blocks="contiguous")),
     "blocks-fisher": short("blocks", repair="ffn", cut=cut(blocks="fisher")),
     # What makes up for the cut.
     "repair-none": short("repair"),
+    "repair-ffn": short("repair", repair="ffn"),
     "repair-both": short("repair", repair="both"),
     "repair-scale": short("repair", repair="scale"),
     "repair-alone": short("repair", repair="ffn", how={"sequential": False}),
@@ -112,7 +113,7 @@ ARMS: dict[str, Arm] = {
     "mean-shift": short("repair", graft="mean-shift"),
     # Which neurons go, of 30 layers halved to 768, nothing else cut.
     "ffn-activation": short("neurons", cut=cut(**WHOLE, ffn=768)),
-    "ffn-l2-l2": short("neurons", cut=cut(**WHOLE, ffn=768), scores="l2-l2"),
+    "ffn-l2-l2": short("neurons", cut=cut(**WHOLE, ffn=768, importance="rms")),
     "ffn-fluctuation": short("neurons", cut=cut(**WHOLE, ffn=768, importance="fluctuation")),
     "ffn-magnitude": short("neurons", cut=cut(**WHOLE, ffn=768, importance="magnitude")),
     "ffn-fisher": short("neurons", cut=cut(**WHOLE, ffn=768, importance="fisher")),
@@ -171,8 +172,7 @@ class Bench(Laboratory):
         if "fisher" in (arm.cut.importance, arm.cut.blocks) and not found.fisher:
             found.fisher = fisher.fisher(self.checkpoint, batches[:8], load.compute_dtype(), seed)
         layers = pruning.kept_layers(self.checkpoint, batches, arm.cut, found)
-        scores = AGGREGATIONS[arm.scores](found) if arm.scores else None
-        shape, keep = pruning.choose(self.checkpoint.config, found, arm.cut, seed, layers, scores)
+        shape, keep = pruning.choose(self.checkpoint.config, found, arm.cut, seed, layers)
         whole, tensor = GRAFTS[arm.graft](self.checkpoint, keep, found) if arm.graft else (self.checkpoint, None)
         slice.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor)
         return load.open_checkpoint(out)
@@ -247,11 +247,6 @@ def forget(model: Any, seed: int) -> None:
     stream.into_memory(model)
 
 
-def by_square(found: Statistics) -> pruning.Ranking:
-    """L2 over tokens and over batches: the root of the sum of squares, where Minitron takes the mean over tokens."""
-    return lambda key: np.sqrt(found.moments[key].square)
-
-
 def merged(teacher: Checkpoint, keep: Keep, found: Statistics) -> tuple[Checkpoint, Tensor]:
     """What the dropped blocks behind a kept one differ from it by is added to it (LaCo, arXiv 2402.11187 eq. 1)."""
     ends = dict(zip(keep.layers, [*keep.layers[1:], len(found.block)], strict=True))
@@ -283,7 +278,6 @@ def shifted(teacher: Checkpoint, keep: Keep, found: Statistics) -> tuple[Checkpo
     return replace(teacher, config={**teacher.config, "mlp_bias": True}), tensor
 
 
-AGGREGATIONS = {"l2-l2": by_square}
 GRAFTS = {"merge": merged, "mean-shift": shifted}
 
 

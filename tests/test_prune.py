@@ -42,7 +42,7 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, comman
     student = load.open_checkpoint(out)
     assert replace(shape_of(llama.config), layers=2, ffn=512) == shape_of(student.config)
     assert result["params"] == sum(np.prod(t.shape) for t in student.tensors.values())
-    assert result["importance"].startswith("activation (no T_env")
+    assert result["importance"] == "rms (no T_env or altitude known)"
     model, _ = load.mlx_lm("utils").load(str(out))
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
     again = command("prune", "--model", llama.path, "--mlx-path", out, *flags)
@@ -76,14 +76,14 @@ def test_every_kind_along_every_axis_it_can(
     assert {axis for _, axis in keep.kept} == axes.keys() - {"layers"}
 
 
-@pytest.mark.parametrize("variant", ["aais", "activation", "fluctuation", "magnitude", "fisher", "random"])
+@pytest.mark.parametrize("variant", ["aais", "rms", "activation", "fluctuation", "magnitude", "fisher", "random"])
 def test_every_importance_along_every_axis(tmp_path: Path, small: prune.Settings, variant: Any) -> None:
     """Neurons, heads and channels by each variant: a student that opens, and its report names the variant."""
     prune.run(replace(small, importance=variant, mlx_path=str(tmp_path / "s"), ffn=256, heads=2, hidden=48))
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
     keep = slice.read_keep(tmp_path / "s")
-    assert keep is not None and keep.why.startswith("activation" if variant == "aais" else variant)
+    assert keep is not None and keep.why.startswith("rms" if variant == "aais" else variant)
 
 
 @pytest.mark.parametrize("blocks", ["cosine", "kl", "greedy", "contiguous", "fisher"])
@@ -124,13 +124,17 @@ def test_a_shape_nobody_opens_is_refused_before_the_pass(tmp_path: Path, small: 
 
 def pencil_statistics() -> Statistics:
     """Three layers; block 1 changes the stream least; neurons and heads 0, 1, 2 ... matter less and less."""
+
+    def both(mean: np.ndarray) -> np.ndarray:
+        return np.stack([mean, mean**2])
+
     made = Statistics(hidden=Sums.zeros(64), block={0: 0.5, 1: 0.1, 2: 0.3})
     assert made.hidden is not None
-    made.hidden.add(np.arange(64)[::-1] + 1.0, 1.0)
+    made.hidden.add(*both(np.arange(64)[::-1] + 1.0), 1.0)
     for i in range(3):
         made.ffn[i], made.heads[i] = Sums.zeros(768), Sums.zeros(4)
-        made.ffn[i].add(np.roll(np.arange(768)[::-1] + 1.0, i), 1.0)
-        made.heads[i].add(np.array([4.0, 3.0, 2.0, 1.0]), 1.0)
+        made.ffn[i].add(*both(np.roll(np.arange(768)[::-1] + 1.0, i)), 1.0)
+        made.heads[i].add(*both(np.array([4.0, 3.0, 2.0, 1.0])), 1.0)
     return made
 
 
@@ -160,7 +164,7 @@ def test_no_weather_no_aais() -> None:
     """AAIS asked for, nothing measured: plain importance, and the report says so."""
     cut = pruning.Cut(scenario="none", ffn=256)
     _, keep = pruning.choose(tiny.CONFIG, pencil_statistics(), cut, 0)
-    assert keep.why == keep.report["importance"] == "activation (no T_env or altitude known)"
+    assert keep.why == keep.report["importance"] == "rms (no T_env or altitude known)"
 
 
 @pytest.mark.parametrize(

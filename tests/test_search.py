@@ -121,7 +121,7 @@ def test_the_score_is_that_of_a_pruning_by_hand(
     at = np.random.default_rng([0, 1, 1]).permutation(len(data.train.tokens))[:4]
     statistics, _ = calibrate.calibrate(llama, [mx.array(data.train.tokens[i][None]) for i in at], mx.float32)
     record = runs.records(done[0] / contest.CANDIDATES)[-1]
-    cut = pruning.Cut(scenario="none", importance="activation", **{a: record[a] for a in candidates.AXES})
+    cut = pruning.Cut(scenario="none", importance="rms", **{a: record[a] for a in candidates.AXES})
     shape, keep = pruning.choose(dict(llama.config), statistics, cut, 0)
     slice.write_student(llama, shape, keep, tmp_path / "s", "bfloat16", DISK)
     held_out = compare.chosen(data.held_out["held-out"], 3)
@@ -214,7 +214,7 @@ def test_the_repair_comes_before_the_rank(tmp_path: Path, small: search.Settings
     data = windows.prepare(s.data, teacher.path, 32)
     picks = [np.random.default_rng([0, use, 1]).permutation(len(data.train.tokens))[:n] for use, n in ((1, 4), (2, 6))]
     samples, repair = ([mx.array(data.train.tokens[i][None]) for i in at] for at in picks)
-    cut = pruning.Cut(scenario="none", importance="activation", **{a: repaired[0][a] for a in candidates.AXES})
+    cut = pruning.Cut(scenario="none", importance="rms", **{a: repaired[0][a] for a in candidates.AXES})
     statistics = calibrate.calibrate(teacher, samples, mx.float32)[0]
     shape, keep = pruning.choose(dict(teacher.config), statistics, cut, 0)
     slice.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)

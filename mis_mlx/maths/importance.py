@@ -1,7 +1,8 @@
 """Importance of FFN neurons, query heads, hidden channels and blocks; AAIS; who is kept.
 
 Knows activations as arrays, not where they come from. Statistics are sums over calibration samples, so
-they merge in any order. AAIS is eq. (1) of the paper: I_j = |a_j| * T_env / h_npm.
+they merge in any order. AAIS is eq. (1) of the paper: I_j = |a_j| * T_env / h_npm, with |a_j| the root mean square
+over tokens, which picks better than Minitron's mean (benchmarks/recovery.py, neurons).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Key = tuple[int, str]  # (layer, axis), as in types.Keep
 
 
 def channel_sample(x: mx.array) -> mx.array:
-    """s_j of one batch: mean over sequence and tokens of |a_j|.  x (B, T, F) -> (F,) float32."""
+    """Mean over the tokens of one batch of |a_j|.  x (B, T, F) -> (F,) float32."""
     return mx.abs(x.astype(mx.float32)).mean(axis=(0, 1))
 
 
@@ -55,7 +56,7 @@ def weight_of(reading: Reading | None, unit: str) -> float | None:
     if reading.altitude_m is not None and reading.altitude_m <= 0:
         raise MisError(
             f"the altitude is {reading.altitude_m:g} m and divides eq. (1), so it must be above 0: "
-            "use --importance activation here, or give --altitude-m"
+            "use --importance rms here, or give --altitude-m"
         )
     if unit == "kelvin":
         return reading.ambient_c + KELVIN
@@ -69,27 +70,32 @@ def weight_of(reading: Reading | None, unit: str) -> float | None:
 
 @dataclass
 class Sums:
-    """Sums over calibration batches of one layer's channels: s^2, (s * T_b)^2 and the batch count."""
+    """Sums over calibration batches of one layer's channels, and how many there were.
 
-    plain: np.ndarray
+    mean: squares of means over tokens of |a|. square: means of a^2. warm: those times T_b^2.
+    """
+
+    mean: np.ndarray
+    square: np.ndarray
     warm: np.ndarray
     batches: int = 0
 
     @classmethod
     def zeros(cls, size: int) -> Sums:
         """No batch seen yet."""
-        return cls(np.zeros(size), np.zeros(size))
+        return cls(np.zeros(size), np.zeros(size), np.zeros(size))
 
-    def add(self, sample: np.ndarray, weight: float) -> None:
-        """One batch's s_j, measured at T_env = weight."""
-        square = np.asarray(sample, dtype=np.float64) ** 2
-        self.plain += square
+    def add(self, mean: np.ndarray, square: np.ndarray, weight: float) -> None:
+        """One batch's means over tokens of |a| and of a^2, both (units,), measured at T_env = weight."""
+        self.mean += np.asarray(mean, np.float64) ** 2
+        self.square += square
         self.warm += square * weight**2
         self.batches += 1
 
     def merged(self, other: Sums) -> Sums:
         """The statistics of both sets of batches."""
-        return Sums(self.plain + other.plain, self.warm + other.warm, self.batches + other.batches)
+        mean, square, warm = self.mean + other.mean, self.square + other.square, self.warm + other.warm
+        return Sums(mean, square, warm, self.batches + other.batches)
 
 
 @dataclass
@@ -147,11 +153,16 @@ class Statistics:
 
 def activation(sums: Sums) -> np.ndarray:
     """Minitron's importance: mean over tokens, L2 over batches (arXiv 2407.14679 table 13).  (F,)."""
-    return np.sqrt(sums.plain)
+    return np.sqrt(sums.mean)
+
+
+def rms(sums: Sums) -> np.ndarray:
+    """L2 over tokens and over batches: of each neuron what the squared error of leaving it out goes by.  (F,)."""
+    return np.sqrt(sums.square)
 
 
 def aais(sums: Sums, altitude_m: float) -> np.ndarray:
-    """I_j = sqrt( sum_b (s_bj * T_b / h)^2 ).  With constant T and h a positive multiple of `activation`."""
+    """I_j = sqrt( sum_b (rms_bj * T_b / h)^2 ).  With constant T and h a positive multiple of `rms`."""
     return np.sqrt(sums.warm) / altitude_m
 
 
@@ -197,9 +208,9 @@ def conditions_size(sums: Sequence[Sums], size: int, multiple: int, altitude_m: 
     divides by a larger h, so fewer pass: higher altitude prunes harder, as the paper says.
     """
     reference_t = REFERENCE_C + (KELVIN if unit == "kelvin" else 0.0)
-    reference = np.concatenate([activation(s) for s in sums]) * reference_t / REFERENCE_M
+    reference = np.concatenate([rms(s) for s in sums]) * reference_t / REFERENCE_M
     measured = np.concatenate([aais(s, altitude_m) for s in sums])
     threshold = np.sort(reference)[::-1][size * len(sums) - 1]
     passing = int((measured >= threshold).sum()) / len(sums)
-    most = len(sums[0].plain)
+    most = len(sums[0].square)
     return int(min(max(round(passing / multiple), 1), math.floor(most / multiple)) * multiple)

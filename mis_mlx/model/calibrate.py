@@ -91,13 +91,15 @@ def calibrate(
             seen = {name: np.array(f, np.float64) for name, f in found.items()}
             distances.append(seen["block"])
             for axis, sums in (("ffn", out.ffn[i]), ("heads", out.heads[i]), ("norm1", norms), ("norm2", norms)):
-                sums.add(seen[axis], weights[b] or 1.0)
-                out.moments[i, axis].add(seen[axis + " moments"], into.shape[0] * into.shape[1])
+                moments, tokens = seen[axis + " moments"], into.shape[0] * into.shape[1]
+                square = moments[1].reshape(len(seen[axis]), -1).sum(axis=-1) / tokens  # of a head: its channels'
+                sums.add(seen[axis], square, weights[b] or 1.0)
+                out.moments[i, axis].add(moments, tokens)
         out.block[i] = float(np.mean(distances))
     out.measured = None not in weights
     if not out.measured:
         for sums in (*out.ffn.values(), *out.heads.values(), norms):
-            sums.warm = sums.plain.copy()
+            sums.warm = sums.square.copy()
     known = [r for r in readings if r is not None]
     out.ambient_c = [r.ambient_c for r in known if r.ambient_c is not None]
     out.altitude_m = known[-1].altitude_m if known else None

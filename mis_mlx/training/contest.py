@@ -90,7 +90,7 @@ class Contest:
     def prune(self, shape: Shape, out: Path) -> Checkpoint:
         """The teacher cut to `shape` by plain importance, as the new folder `out`."""
         sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in AXES}
-        cut = pruning.Cut(scenario="none", importance="activation", **sizes)
+        cut = pruning.Cut(scenario="none", importance="rms", **sizes)
         made, keep = pruning.choose(self.teacher.config, self.statistics, cut, self.seed)
         pruning.write(self.teacher, made, keep, lambda: self._directions, out, self.dtype, self.files)
         return load.open_checkpoint(out)
@@ -237,7 +237,7 @@ def work(asked: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Bud
     by = {p.name: replace(p, peak_bytes=p.peak_bytes - own) for p in made.phases}
     found = [times(by["prune"], 1, "calibrate", by["prune"].written_bytes - m.nbytes)]
     one = planning.compared([t, m], asked.rank_windows, length)
-    one = replace(one, peak_bytes=max(one.peak_bytes, phases.tensor_bytes(t)))
+    one = replace(one, peak_bytes=max(one.peak_bytes, planning.tensor_bytes(t)))
     found.append(times(one, count, f"rank {count} candidates", m.nbytes))
     if asked.repair_samples:
         mend = phases.repair(replace(made.job, repair=asked.repair_samples))

@@ -26,6 +26,8 @@ from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.training.weather import WeatherFlags
 from mis_mlx.types import Checkpoint, Keep, MisError, Reading
 
+BULKY = ("block_importance", "differing", "profile")  # in a report, for pictures: not for a line of JSON
+PROFILE_RUNS = 64  # values that a profile has at the most
 Scenario = Literal["gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
 
 
@@ -46,9 +48,10 @@ class Cut(WeatherFlags):
     """keep this many key-value heads, with their query heads"""
     hidden: int | None = None
     """keep this many hidden channels"""
-    importance: Literal["aais", "activation", "fluctuation", "magnitude", "fisher", "random"] = "aais"
-    """how neurons, heads and channels are ranked: activation (Minitron), with the weather (aais), by what moves
-    (FLAP), by weights, or by what the loss would say (fisher)"""
+    importance: Literal["aais", "rms", "activation", "fluctuation", "magnitude", "fisher", "random"] = "aais"
+    """how neurons, heads and channels are ranked: by root mean square of activations (rms), that with the weather
+    (aais), their mean (activation: Minitron), what moves (fluctuation: FLAP), weights, or what the loss would say
+    (fisher)"""
     blocks: Literal["cosine", "kl", "greedy", "contiguous", "fisher"] = "cosine"
     """which blocks go: those that turn the stream least (cosine), whose absence costs least KL one by one (kl),
     measured anew after each (greedy), as neighbours (contiguous), or by second order (fisher)"""
@@ -75,7 +78,7 @@ def ranking(statistics: Statistics, cut: Cut, head_dim: int, seed: int) -> tuple
         _, axis = key
         sums = _sums(statistics, key)
         if cut.importance == "random":
-            return random.random(len(sums.plain))
+            return random.random(len(sums.square))
         if cut.importance == "magnitude":
             return statistics.norms[key]
         if cut.importance == "fisher":
@@ -85,9 +88,11 @@ def ranking(statistics: Statistics, cut: Cut, head_dim: int, seed: int) -> tuple
             moments = norms if axis == "hidden" else [statistics.moments[key]]
             unit = head_dim if axis == "heads" else 1
             return np.sum([importance.fluctuation(m, unit) for m in moments], axis=0)
-        return importance.aais(sums, altitude) if weather else importance.activation(sums)
+        if cut.importance == "activation":
+            return importance.activation(sums)
+        return importance.aais(sums, altitude) if weather else importance.rms(sums)
 
-    return scores, cut.importance if cut.importance != "aais" or weather else "activation (no T_env or altitude known)"
+    return scores, cut.importance if cut.importance != "aais" or weather else "rms (no T_env or altitude known)"
 
 
 def _sums(statistics: Statistics, key: Key) -> importance.Sums:
@@ -114,26 +119,23 @@ def choose(
     cut: Cut,
     seed: int,
     layers: tuple[int, ...] | None = None,
-    scores: Ranking | None = None,
 ) -> tuple[Shape, Keep]:
     """The student's shape and who stays, with a report of how AAIS and plain importance differ.
 
-    layers, scores: chosen by somebody else; default: by 1 - cosine, and as `cut` says.
+    layers: chosen by somebody else; default: by 1 - cosine.
     """
     shape, before = wanted_shape(config, cut), shape_of(config)
     layers = importance.lowest_blocks(statistics.block, shape.layers) if layers is None else layers
-    ranked, used = ranking(statistics, cut, before.head_dim, seed)
-    scores = scores or ranked
+    scores, used = ranking(statistics, cut, before.head_dim, seed)
     if cut.target == "conditions":
         shape = replace(shape, ffn=_size_by_conditions(statistics, cut, used, layers, shape.ffn))
     kept: dict[Key, tuple[int, ...]] = {}
-    differ = 0
+    differ: dict[Key, int] = {}
 
     def choice(key: Key, pick: Callable[[np.ndarray], tuple[int, ...]], name: str = "") -> None:
-        nonlocal differ
         i, axis = key
         kept[i, name or axis] = pick(scores(key))
-        differ += len(set(kept[i, name or axis]) - set(pick(importance.activation(_sums(statistics, key)))))
+        differ[key] = len(set(kept[i, name or axis]) - set(pick(importance.rms(_sums(statistics, key)))))
 
     def groups(s: np.ndarray) -> tuple[int, ...]:
         return importance.top(importance.group_scores(s, before.kv_heads), shape.kv_heads)
@@ -153,13 +155,31 @@ def choose(
         "importance": used,
         "scenario": cut.scenario,
         "target": cut.target,
-        "channels_differing_from_plain": differ,
+        "channels_differing_from_plain": sum(differ.values()),
+        "differing": {f"{i}/{axis}": n for (i, axis), n in differ.items() if n},
         "channels_kept": sum(map(len, kept.values())),
         "ambient_c": [min(air), max(air)] if air else None,
         "altitude_m": statistics.altitude_m,
         "block_importance": {str(i): round(v, 6) for i, v in statistics.block.items()},
     }
     return shape, Keep(layers, kept, used, report)
+
+
+def profile(statistics: Statistics, keep: Keep, scores: Ranking) -> dict[str, Any]:
+    """For pictures, {"layer/axis": {"values": importance, "units": how many, "kept": the share of it that stays}}.
+
+    Of all of the teacher's layers. Of heads one by one; of neurons the means of 64 runs, the most important first.
+    """
+    found = {}
+    for axis, layers in (("ffn", statistics.ffn), ("heads", statistics.heads)):
+        for i in sorted(layers):
+            all_of = np.abs(scores((i, axis)))
+            ranked = np.sort(all_of)[::-1] if axis == "ffn" else all_of
+            values = [float(f"{part.mean():.4g}") for part in np.array_split(ranked, min(PROFILE_RUNS, len(ranked)))]
+            stays = all_of[list(keep.kept.get((i, axis), range(len(all_of))))].sum() * (i in keep.layers)
+            share = round(float(stays / max(all_of.sum(), 1e-30)), 4)
+            found[f"{i}/{axis}"] = {"values": values, "units": len(all_of), "kept": share}
+    return found
 
 
 def wanted_shape(config: Mapping[str, Any], cut: Cut) -> Shape:
@@ -239,10 +259,13 @@ def prune(
         statistics.fisher = fisher.fisher(checkpoint, batches, load.compute_dtype(), seed, place)
     layers = kept_layers(checkpoint, batches, cut, statistics)
     shape, keep = choose(checkpoint.config, statistics, cut, seed, layers)
+    shown = replace(cut, importance="rms") if cut.importance == "random" else cut
+    scores, _ = ranking(statistics, shown, shape.head_dim, seed)
+    keep = replace(keep, report={**keep.report, "profile": profile(statistics, keep, scores)})
     directions = cache(lambda: rotate.measured(checkpoint, batches, load.compute_dtype(), spool or list))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "kv_heads", "hidden")}
-        as_plain = replace(cut, importance="activation", target="fixed", scenario="none", **sizes)
+        as_plain = replace(cut, importance="rms", target="fixed", scenario="none", **sizes)
         _, plain = choose(checkpoint.config, statistics, as_plain, seed, layers)
         with tempfile.TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.absolute().parent) as temp:
             both = {}
@@ -258,5 +281,5 @@ def prune(
         "params_before": arch.params(checkpoint.config),
         "params": arch.params(config),
         "shape": str(shape),
-        **{k: v for k, v in keep.report.items() if k != "block_importance"},
+        **{k: v for k, v in keep.report.items() if k not in BULKY},
     }

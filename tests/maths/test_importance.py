@@ -12,10 +12,10 @@ from mis_mlx.types import MisError, Reading
 
 
 def sums_of(samples: np.ndarray, weights: list[float]) -> Sums:
-    """Statistics of samples (batches, channels), one weight a batch."""
+    """Statistics of samples (batches, channels) of one token each, one weight a batch."""
     out = Sums.zeros(samples.shape[1])
     for sample, weight in zip(samples, weights, strict=True):
-        out.add(sample, weight)
+        out.add(sample, sample**2, weight)
     return out
 
 
@@ -36,7 +36,7 @@ def test_constant_weather_is_plain_importance() -> None:
     """With one T and h AAIS is a positive multiple of plain importance, so the kept set is the same."""
     samples = np.random.default_rng(0).random((6, 200))
     sums = sums_of(samples, [281.15] * 6)
-    plain, weather = importance.activation(sums), importance.aais(sums, 832.0)
+    plain, weather = importance.rms(sums), importance.aais(sums, 832.0)
     np.testing.assert_allclose(weather, plain * 281.15 / 832.0, rtol=1e-12)
     for keep in (1, 50, 199):
         assert importance.top(weather, keep) == importance.top(plain, keep)
@@ -49,9 +49,18 @@ def test_a_warm_batch_changes_who_is_kept() -> None:
     channel 0 has 22 / h, channel 1 has sqrt(15^2 + 45^2) / h = 47.4 / h and is kept instead.
     """
     sums = sums_of(np.array([[2.2, 1.5], [0.0, 1.5]]), [10.0, 30.0])
-    assert importance.top(importance.activation(sums), 1) == (0,)
+    assert importance.top(importance.rms(sums), 1) == importance.top(importance.activation(sums), 1) == (0,)
     assert importance.top(importance.aais(sums, 832.0), 1) == (1,)
     assert importance.aais(sums, 2.0).tolist() == pytest.approx([11.0, np.sqrt(2250) / 2])
+
+
+def test_a_neuron_that_seldom_fires_loud() -> None:
+    """3 at one token of ten against 0.5 at all: by means (0.3, 0.5) it goes, by squares (0.9, 0.25) it stays."""
+    x = mx.zeros((1, 10, 2)).at[0, 0, 0].add(3.0).at[..., 1].add(0.5)
+    sums = Sums.zeros(2)
+    sums.add(np.array(importance.channel_sample(x)), np.array(importance.moment_sample(x))[1] / 10, 1.0)
+    assert importance.activation(sums).tolist() == pytest.approx([0.3, 0.5])
+    assert importance.rms(sums).tolist() == pytest.approx([0.9**0.5, 0.5])
 
 
 def test_sums_merge_in_any_order() -> None:
@@ -60,7 +69,8 @@ def test_sums_merge_in_any_order() -> None:
     whole = sums_of(samples, weights)
     a, b, c = (sums_of(samples[i : i + 2], weights[i : i + 2]) for i in (0, 2, 4))
     for merged in (a.merged(b).merged(c), c.merged(a.merged(b))):
-        np.testing.assert_allclose(merged.plain, whole.plain, rtol=1e-14)
+        np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-14)
+        np.testing.assert_allclose(merged.square, whole.square, rtol=1e-14)
         np.testing.assert_allclose(merged.warm, whole.warm, rtol=1e-14)
         assert merged.batches == 6
 

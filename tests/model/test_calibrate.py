@@ -26,20 +26,24 @@ def test_streamed_statistics_are_resident_ones(
         for part, name in ((layer.mlp, "down_proj"), (layer.mlp, "gate_proj"), (layer.self_attn, "o_proj")):
             setattr(part, name, stream.Tap(getattr(part, name)))
         layer.self_attn.q_proj = stream.Tap(layer.self_attn.q_proj)
-    ffn, heads = np.zeros((3, 768)), np.zeros((3, 4))
+    ffn, heads, squares, loud = np.zeros((3, 768)), np.zeros((3, 4)), np.zeros((3, 768)), np.zeros((3, 4))
     for tokens, streamed in zip(batches, hidden, strict=True):
         assert mx.array_equal(model.model(tokens), streamed)
         for i, layer in enumerate(model.model.layers):
-            ffn[i] += np.array(importance.channel_sample(layer.mlp.down_proj.take()), np.float64) ** 2
-            heads[i] += np.array(importance.head_sample(layer.self_attn.o_proj.take(), 4), np.float64) ** 2
+            ffn[i] += np.array(importance.channel_sample(seen := layer.mlp.down_proj.take()), np.float64) ** 2
+            squares[i] += np.array(importance.moment_sample(seen)[1], np.float64) / tokens.size
+            norm = mx.sqrt(mx.square(attended := layer.self_attn.o_proj.take()).reshape(-1, 4, 16).sum(axis=-1))
+            loud[i] += np.array(mx.square(norm).mean(axis=0), np.float64)
+            heads[i] += np.array(importance.head_sample(attended, 4), np.float64) ** 2
             for tap in (layer.self_attn.q_proj, layer.mlp.gate_proj):
                 norms += np.array(importance.channel_sample(tap.take()), np.float64) ** 2
     for i in range(3):
-        assert (statistics.ffn[i].plain == ffn[i]).all()
-        assert (statistics.heads[i].plain == heads[i]).all()
+        assert (statistics.ffn[i].mean == ffn[i]).all() and (statistics.ffn[i].square == squares[i]).all()
+        assert (statistics.heads[i].mean == heads[i]).all()
+        np.testing.assert_allclose(statistics.heads[i].square, loud[i], rtol=1e-5)
         assert statistics.ffn[i].batches == 2
     assert statistics.hidden is not None
-    np.testing.assert_allclose(statistics.hidden.plain, norms, rtol=1e-12)  # added up in another order
+    np.testing.assert_allclose(statistics.hidden.mean, norms, rtol=1e-12)  # added up in another order
     assert statistics.hidden.batches == 2 * 2 * 3
 
 
@@ -75,15 +79,15 @@ def test_each_batch_is_weighed_by_its_own_air(llama: Checkpoint, batches: list[m
             (both.ffn[i], first.ffn[i], second.ffn[i]),
             (both.heads[i], first.heads[i], second.heads[i]),
         ):
-            np.testing.assert_allclose(got.warm, a.plain * 283.15**2 + b.plain * 303.15**2, rtol=1e-12)
-            np.testing.assert_allclose(got.plain, a.plain + b.plain, rtol=1e-12)
+            np.testing.assert_allclose(got.warm, a.square * 283.15**2 + b.square * 303.15**2, rtol=1e-12)
+            np.testing.assert_allclose(got.mean, a.mean + b.mean, rtol=1e-12)
 
 
 def test_a_gap_in_the_weather_means_plain_importance(llama: Checkpoint, batches: list[mx.array]) -> None:
     """One batch without T_env: all weigh 1 and `measured` is False, so nobody is favoured by a broken sensor."""
     statistics, _ = calibrate.calibrate(llama, batches, mx.float32, readings(10.0, None))
     assert not statistics.measured and statistics.ambient_c == [10.0]
-    assert (statistics.ffn[0].warm == statistics.ffn[0].plain).all()
+    assert (statistics.ffn[0].warm == statistics.ffn[0].square).all()
 
 
 def test_frost_in_celsius_stops_the_pass(llama: Checkpoint, batches: list[mx.array]) -> None:
