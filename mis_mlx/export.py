@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,15 +15,19 @@ from mis_mlx import cli
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import gguf_vocab, gguf_write
 from mis_mlx.disk.files import Files
-from mis_mlx.machine import memory
+from mis_mlx.machine import llama_cpp, memory
 from mis_mlx.model import arch, card, ggml, load, slice, teacher
 from mis_mlx.model.config import shape_of
-from mis_mlx.training import phases, planning
+from mis_mlx.training import planning
 from mis_mlx.types import Checkpoint, MisError, gib
 
 OutType = Annotated[
-    Literal["f16", "bf16", "q8_0", "q4_0", "q4_1"] | None, tyro.conf.arg(aliases=["--outtype"])
+    Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "mxfp4", "nvfp4"] | None,
+    tyro.conf.arg(aliases=["--outtype"]),
 ]  # llama.cpp's spelling too
+K_QUANTS = ("q4_k_m",)  # which llama.cpp makes
+STAGED = "float16.gguf"  # what it makes them of
+THEIR_BYTES = 128 * 2**20  # of a process with llama.cpp in it, beside a model's tensors
 HF_DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 TOKEN_BYTES = 2048  # Python's memory for a token and its merge, measured on SmolLM2's 49 thousand
 PAPERS_BYTES = 64 * 1024  # README.md and Modelfile, generously
@@ -37,7 +42,8 @@ class Settings:
     format: Literal["gguf", "hf"] = "gguf"
     """gguf: one file, a Modelfile and a README.md; hf: config, safetensors, tokenizer and a README.md"""
     out_type: OutType = None
-    """type of the matrices; default: gguf q4_1 for a 4-bit model, which holds it exactly, else f16; hf bf16"""
+    """type of the matrices; default: gguf q4_1 for a 4-bit model, which holds it exactly, else f16; hf bf16.
+    q4_k_m is llama.cpp's own, and needs llama-quantize or llama-cpp-python"""
     out: Annotated[str, tyro.conf.arg(aliases=["--mlx-path"])] = "exported"
     """folder to write"""
     base_model: str | None = None
@@ -50,22 +56,27 @@ class Settings:
     """YAML file with any of these flags"""
 
 
-def need_bytes(checkpoint: Checkpoint, form: str) -> int:
-    """Peak of an export: hf de-quantizes a whole tensor; gguf holds one as stored, slabs of its rows, the tokens."""
+def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
+    """Peak of an export: hf de-quantizes a whole tensor; gguf holds one as stored, slabs of its rows, the tokens;
+    for a K-quant llama.cpp has a tensor in float16, in float32 and rounded, in a process of its own."""
     if form == "hf":
-        return phases.tensor_bytes(planning.model_of(checkpoint))
+        return planning.tensor_bytes(planning.model_of(checkpoint))
     largest = max(t.nbytes for t in checkpoint.tensors.values())
-    return 5 * largest // 4 + 6 * ggml.SLAB_BYTES + TOKEN_BYTES * shape_of(checkpoint.config).vocab
+    tokens = TOKEN_BYTES * shape_of(checkpoint.config).vocab
+    theirs = 10 * max(map(math.prod, arch.tensors_of(checkpoint.config).values())) + THEIR_BYTES
+    return max(5 * largest // 4 + 6 * ggml.SLAB_BYTES, theirs if wanted in K_QUANTS else 0) + tokens
 
 
-def _facts(parts: list[ggml.Part], checkpoint: Checkpoint, inexact: int) -> list[str]:
+def _facts(parts: list[ggml.Part], checkpoint: Checkpoint, wanted: str, inexact: int = 0) -> list[str]:
     """What became of the matrices, for people: which were re-wrapped, which rounded."""
     packed = [p for p in parts if p.source and ggml.packing(checkpoint, p.source)]
     again = Counter(p.kind for p in packed if not p.exact)
     facts = [f"types of the tensors: {', '.join(f'{n} {k}' for k, n in Counter(p.kind for p in parts).items())}"]
+    if short := sum(p.kind in ("Q5_0", "Q8_0") for p in parts if wanted in K_QUANTS):
+        facts.append(f"{short} matrices have rows that K-quants' 256 does not divide: llama.cpp takes Q5_0 or Q8_0")
     if exact := sum(p.exact for p in parts):
         off = f", but {inexact} scales or biases are not exact in float16" if inexact else ", no number rounded again"
-        facts.append(f"{exact} matrices re-wrapped from MLX's 4 bits{off}")
+        facts.append(f"{exact} matrices re-wrapped as MLX packed them{off}")
     if again:
         facts.append(
             f"{again.total()} packed matrices de-quantized and rounded again to "
@@ -75,35 +86,46 @@ def _facts(parts: list[ggml.Part], checkpoint: Checkpoint, inexact: int) -> list
 
 
 def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[str, Any]:
-    """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md."""
+    """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md. A K-quant: llama.cpp makes it of a float16 file there."""
     import gguf
 
     name, config = card.name_of(checkpoint.path), checkpoint.config
-    parts = ggml.parts(checkpoint, wanted)
-    specs = {p.name: (p.kind, p.shape) for p in parts}
+    parts = staged = ggml.parts(checkpoint, wanted)
+    if wanted in K_QUANTS:
+        llama_cpp.quantizer()  # its absence is said before the work
+        staged = ggml.parts(checkpoint, "f16")
+    specs, due = ({p.name: (p.kind, p.shape) for p in of} for of in (staged, parts))
     writer = gguf.GGUFWriter(None, ggml.ARCH[config["model_type"]])
     ggml.describe(writer, config, name, wanted)
     notes = gguf_vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}
     head, file = gguf_write.head(writer, specs), f"{name}-{wanted.upper()}.gguf"
-    nbytes, tally = len(head) + gguf_write.padded_bytes(specs), Counter[str]()
+    nbytes, tally = len(head) + gguf_write.padded_bytes(due), Counter[str]()
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
     if s.dry_run:
-        return {**result, "notes": [*_facts(parts, checkpoint, 0)[:1], *notes]}
+        return {**result, "notes": [*_facts(parts, checkpoint, wanted)[:1], *notes]}
     stop = facts.get("tokenizer.ggml.eos_token_id")
     stop = None if stop is None else facts["tokenizer.ggml.tokens"][stop]
     said = list(notes)
 
     def fill(folder: Path) -> None:
-        rows = (ggml.rows(checkpoint, part, tally) for part in parts)
-        gguf_write.write(folder / file, head, specs, rows, files)
-        said[:0] = _facts(parts, checkpoint, tally["inexact"])
+        rows = (ggml.rows(checkpoint, part, tally) for part in staged)
+        gguf_write.write(folder / (STAGED if wanted in K_QUANTS else file), head, specs, rows, files)
+        final = parts
+        if wanted in K_QUANTS:
+            llama_cpp.quantize(folder / STAGED, folder / file, wanted.upper())
+            files.remove_tree(folder / STAGED)
+            kinds = gguf_write.kinds(folder / file)  # what it chose, whatever its version
+            final = [replace(p, kind=kinds[p.name]) for p in parts]
+        said[:0] = _facts(final, checkpoint, wanted, tally["inexact"])
         text = card.modelfile(file, facts.get("tokenizer.chat_template", ""), stop)
         files.write(folder / "Modelfile", text.encode())
         base = s.base_model or card.base_of(checkpoint.path)
         files.write(folder / "README.md", card.readme(checkpoint, base, "gguf", file, said).encode())
 
-    protocol.commit_folder(Path(s.out), fill, files, nbytes + PAPERS_BYTES, "the GGUF")
+    room = nbytes + PAPERS_BYTES + (gguf_write.padded_bytes(specs) if wanted in K_QUANTS else 0)
+    protocol.commit_folder(Path(s.out), fill, files, room, "the GGUF")
+    result["nbytes"] = (Path(s.out) / file).stat().st_size
     return {**result, "inexact_scales": tally["inexact"], "notes": said}
 
 
@@ -114,7 +136,6 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[
     gguf_vocab.present(checkpoint.path)
     shape, dtype = shape_of(checkpoint.config), HF_DTYPES[wanted]
     config = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), dtype)
-    config.pop("dtype", None)  # transformers 5 would believe it before torch_dtype
     nbytes = 2 * arch.params(checkpoint.config)
     packed = sum(ggml.packing(checkpoint, name) is not None for name in arch.tensors_of(checkpoint.config))
     facts = [f"weights in {dtype}"]
@@ -141,9 +162,9 @@ def run(settings: Settings, files: Files | None = None) -> dict[str, Any]:
     found = teacher.find(s.model)
     checkpoint = load.open_checkpoint(found.path)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
-    need = need_bytes(checkpoint, s.format)
-    limit.need(need, "the largest tensor on its way", f"give --budget {planning.flag(need)} or more")
     wanted = s.out_type or (ggml.out_type(checkpoint) if s.format == "gguf" else "bf16")
+    need = need_bytes(checkpoint, s.format, wanted)
+    limit.need(need, "the largest tensor on its way", f"give --budget {planning.flag(need)} or more")
     with memory.limited(limit, need):
         made = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted, files or Files())
     for note in made["notes"]:

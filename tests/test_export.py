@@ -247,18 +247,6 @@ def test_a_hugging_face_folder(tmp_path: Path, four: Path, wanted: str, ulp: flo
     assert "de-quantized" in (tmp_path / "hf" / "README.md").read_text() and "de-quantized" in done["notes"][1]
 
 
-def test_transformers_opens_the_folder(tmp_path: Path, llama: Checkpoint) -> None:
-    """transformers' own model, where torch is installed, gives MLX's logits."""
-    torch = pytest.importorskip("torch", reason="transformers runs a model only with torch, which is not installed")
-    from transformers import AutoModelForCausalLM
-
-    export.run(export.Settings(model=str(llama.path), format="hf", out=str(tmp_path / "hf")))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(torch.tensor([IDS])).logits[0].numpy()
-    np.testing.assert_allclose(logits, mlx_logits(tmp_path / "hf", IDS), atol=1e-3)
-
-
 class Broken(Files):
     """A disk that refuses: little room, or the n-th `extend`, or the last rename."""
 
@@ -351,3 +339,39 @@ def test_refusals_write_nothing(tmp_path: Path, llama: Checkpoint) -> None:
     del config["max_position_embeddings"]
     (lost / "config.json").write_text(json.dumps(config))
     refused("no max_position_embeddings", lost)
+
+
+def test_k_quants_without_llama_cpp(tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before any work, also by a dry run: what to install."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    for dry in (True, False):
+        with pytest.raises(MisError, match="`brew install llama.cpp`, or `pip install llama-cpp-python`, or another"):
+            exported(llama.path, tmp_path / "out", out_type="q4_k_m", dry_run=dry)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (
+            "head -c 999 $1 >$2; echo 'failed to quantize: no room' >&2; exit 1",
+            "exit code 1: failed to quantize: no room",
+        ),
+        ("head -c 999 $1 >$2; kill -9 $$", "exit code -9: without a word"),
+        ("exit 0", "exit code 0: without a word"),
+    ],
+)
+def test_a_llama_cpp_that_fails(
+    tmp_path: Path, llama: Checkpoint, script: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last words in one sentence; neither the float16 file nor its half-made one is left."""
+    program, place = tmp_path / "bin" / "llama-quantize", tmp_path / "place"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    place.mkdir()
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    with pytest.raises(MisError, match=f"llama.cpp could not make llama-Q4_K_M.gguf \\({why}\\): look at"):
+        exported(llama.path, place / "out", out_type="q4_k_m")
+    assert not list(place.iterdir())

@@ -43,6 +43,15 @@ PRE = {
     "d5f1dd6f980fec569fb218a81a7658ac45fc56b38c5a0adeb1c232fbe04ef5ec": "seed-coder",
     "a1e163ecab2e718a4c829d1148b6e86824ec36163bb71941c3dca9cd5ac25756": "mellum",
 }
+# A vocabulary of one's own has another hash, but is cut by the same rules: (steps of tokenizer.json, ignore_merges).
+ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+RULES: dict[tuple[tuple[str, ...], bool], str] = {
+    (("ByteLevel with its regex",), False): "gpt-2",
+    (("Digits one by one", "ByteLevel with its regex"), False): "smollm",
+    ((ENDINGS + r"\p{N}" + REST, "ByteLevel"), False): "qwen2",
+    ((ENDINGS + r"\p{N}{1,3}" + REST, "ByteLevel"), True): "llama-bpe",
+}
 
 
 def present(folder: Path) -> None:
@@ -99,11 +108,12 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
     if kind == "BPE" and not model.get("byte_fallback"):
         digest = hashlib.sha256(str(_ids(folder, PROBE)).encode()).hexdigest()
         unknown = (
-            f"the pre-tokenizer is none that is known here by llama.cpp's hash ({digest[:12]}): 'default' is "
-            "written, llama.cpp may cut numbers and punctuation differently"
+            f"the pre-tokenizer is none that is known here by llama.cpp's hash ({digest[:12]}) or by its rules: "
+            "'default' is written, llama.cpp may cut numbers and punctuation differently"
         )
         found = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
-        return "gpt2", PRE.get(digest, "default"), found, [] if digest in PRE else [unknown]
+        pre = PRE.get(digest) or RULES.get((_steps(spec), bool(model.get("ignore_merges"))))
+        return "gpt2", pre or "default", found, [] if pre else [unknown]
     if (folder / "tokenizer.model").is_file():
         return "llama", "default", _sentencepiece(folder / "tokenizer.model"), []
     if kind == "Unigram":
@@ -116,6 +126,24 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
         found = {i: (text, ranks.get(text, 0.0), _spm_type(text)) for text, i in model["vocab"].items()}
         return "llama", "default", found, []
     raise MisError(f"{folder}: a tokenizer of type {kind} has no place in a GGUF of these models: use --format hf")
+
+
+def _steps(spec: dict[str, Any]) -> tuple[str, ...]:
+    """What a tokenizer.json does to a text before its merges, in the words of `RULES`."""
+    first = spec.get("pre_tokenizer") or {}
+    words = []
+    for step in first.get("pretokenizers") or [first]:
+        word = str(step.get("type"))
+        if word == "Split" and (step.get("behavior"), step.get("invert")) == ("Isolated", False):
+            word = str((step.get("pattern") or {}).get("Regex"))
+        elif word == "Digits" and step.get("individual_digits"):
+            word = "Digits one by one"
+        elif word == "ByteLevel" and not step.get("add_prefix_space"):
+            word += " with its regex" if step.get("use_regex", True) else ""
+        else:
+            word += " otherwise"
+        words.append(word)
+    return tuple(words)
 
 
 def _json(path: Path) -> dict[str, Any]:

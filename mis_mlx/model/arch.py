@@ -236,7 +236,7 @@ def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, .
     Both spellings of rope, explicit head_dim and tying; quantization keys dropped.
     """
     c = normalised(config)
-    for key in ("quantization", "quantization_config"):
+    for key in ("quantization", "quantization_config", "dtype"):  # transformers 5 would believe dtype, not torch_dtype
         c.pop(key, None)
     if c.get("layer_types"):
         c["layer_types"] = [c["layer_types"][i] for i in layers]

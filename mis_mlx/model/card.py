@@ -5,6 +5,7 @@ Reads what a run left beside its models; measures nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,10 @@ def base_of(folder: Path) -> str | None:
         return folder.name.replace("--", "/", 1) if "--" in folder.name else teacher.DEFAULT
     if run is None:
         return None
-    named = runs.stored_settings(run).get("teacher")
+    stored = runs.stored_settings(run)
+    named = stored["model"] if "model" in stored else stored.get("teacher")  # an aligned model's begins at a model
+    if named is not None and Path(named).is_dir():
+        return base_of(Path(named))
     return teacher.DEFAULT if named is None else named if teacher.REPO_ID.fullmatch(named) else None
 
 
@@ -79,6 +83,12 @@ def _recipe(folder: Path, run: Path | None) -> list[str]:
     keeps = [slice.read_keep(f) for f in (folder, *((run / stage for stage in STAGES) if run else ()))]
     keep = next((k for k in keeps if k is not None), None)
     lines = []
+    if (folder / runs.DATA).is_file():
+        data = json.loads((folder / runs.DATA).read_text("utf-8"))
+        removed = ", ".join(f"{count} {kind}" for kind, count in data["pii_removed"].items())
+        gone = f"; personal data replaced: {removed}" if removed else ""
+        learned = f"aligned on {data['train_rows']} rows of {data['source']}"
+        lines.append(f"{learned}; licence or consent: {data['licence']}{gone}")
     if keep is not None:
         lines.append(f"pruned ({keep.why}); teacher's blocks kept: {', '.join(map(str, keep.layers))}")
     if run is not None:

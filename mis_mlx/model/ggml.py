@@ -1,7 +1,8 @@
 """A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for.
 
-Writes no file and knows no tokenizer. MLX's affine 4-bit groups become Q4_1 blocks without rounding again: both
-are scale · q + bias; where a group is 64 or 128 weights, its blocks of 32 repeat the scale and the bias.
+Writes no file and knows no tokenizer. What MLX packed goes without rounding again where llama.cpp has the same
+format: affine groups of up to 4 bits are Q4_1 blocks and those of 5 bits Q5_1, both scale · q + bias (a group of 64 or
+128 weights repeats them in its blocks of 32); mxfp4 and nvfp4 are MXFP4 and NVFP4.
 """
 
 from __future__ import annotations
@@ -16,13 +17,22 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.disk import safetensors
+from mis_mlx.maths import rounding
 from mis_mlx.model import arch, load
 from mis_mlx.model.config import normalised, shape_of
 from mis_mlx.types import Checkpoint, MisError
 
 ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-BLOCK = 32  # weights of a Q4_0, Q4_1 or Q8_0 block
+BLOCK = 32  # weights of a Q4_1 or Q5_1 block
+REWRAPPED = {  # (MLX's mode, bits): ggml's type of the same numbers
+    **{("affine", bits): "Q4_1" for bits in (2, 3, 4)},
+    ("affine", 5): "Q5_1",
+    ("mxfp4", 4): "MXFP4",
+    ("nvfp4", 4): "NVFP4",
+}
+EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of these is re-wrapped where that is exact
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
+FILE_TYPES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}  # the others are MOSTLY_ and their name
 F16_MAX = 65504.0
 FREQS = "rope_freqs.weight"
 YARN = {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
@@ -32,7 +42,7 @@ YARN = {"type", "rope_type", "rope_theta", "factor", "original_max_position_embe
 class Part:
     """One tensor of the GGUF: its name there and here, shape (out, in), ggml's type.
 
-    heads: of q and k, whose rows llama.cpp wants interleaved; 0 leaves the order. exact: MLX's 4 bits re-wrapped.
+    heads: of q and k, whose rows llama.cpp wants interleaved; 0 leaves the order. exact: MLX's packing re-wrapped.
     """
 
     name: str
@@ -57,17 +67,22 @@ def packing(checkpoint: Checkpoint, name: str) -> tuple[int, int, str] | None:
 
 
 def out_type(checkpoint: Checkpoint) -> str:
-    """The type that suits a model: q4_1 for MLX's 4 bits, which it holds exactly; q8_0 for other packed ones; f16."""
+    """The type that suits a model: one that holds what MLX packed exactly; q8_0 where none does; f16 if not packed."""
     if not arch.is_quantized(checkpoint.tensors):
         return "f16"
-    return "q4_1" if (checkpoint.config.get("quantization") or {}).get("bits") == 4 else "q8_0"
+    packings = [packing(checkpoint, name) for name in arch.tensors_of(checkpoint.config)]
+    exact = Counter(
+        mode if mode != "affine" else "q4_1" for bits, _, mode in filter(None, packings) if (mode, bits) in REWRAPPED
+    )
+    return exact.most_common(1)[0][0] if exact else "q8_0"
 
 
 def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
-    """Every tensor of the GGUF in order. `wanted`: "f16", "bf16", "q8_0", "q4_0" or "q4_1".
+    """Every tensor of the GGUF in order. `wanted`: an --out-type such as "q4_1".
 
-    Vectors are float32. In a 4-bit file the embedding, the head and what MLX has in 8 bits get Q8_0.
-    MisError where rows do not divide by a block.
+    Vectors are float32. Of a packed model q4_1, mxfp4 and nvfp4 keep exactly all matrices that some type of llama.cpp
+    holds; the others get Q8_0. q4_k_m: the types that llama.cpp is going to choose. MisError where rows do not divide
+    by a block, or nothing is packed in the mode that was asked for.
     """
     import gguf
 
@@ -77,31 +92,54 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if ARCH[config["model_type"]] == "llama" else {}
     made = []
     for name, shape in arch.tensors_of(config).items():
-        kind, exact = _kind(checkpoint, name, wanted) if len(shape) == 2 else ("F32", False)
-        if kind.startswith("Q") and shape[1] % BLOCK:
+        kind, exact = _kind(checkpoint, name, wanted, shape[1]) if len(shape) == 2 else ("F32", False)
+        block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
+        if shape[-1] % block:
             raise MisError(
-                f"{name} has rows of {shape[1]} weights, which {kind}'s block of {BLOCK} does not divide: "
+                f"{name} has rows of {shape[1]} weights, which {kind}'s block of {block} does not divide: "
                 "use --out-type f16"
             )
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is None:
             raise MisError(f"llama.cpp's {ARCH[config['model_type']]} has no place for {name}: use --format hf")
         made.append(Part(theirs, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
+    if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in made):
+        raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
     if _rope(config)[0] == "llama3":
         made.append(Part(FREQS, "", (s.head_dim // 2,), "F32"))
     return made
 
 
-def _kind(checkpoint: Checkpoint, name: str, wanted: str) -> tuple[str, bool]:
-    """(ggml's type of a matrix, whether MLX's 4 bits go into it as they are)."""
-    packed = packing(checkpoint, name)
-    if not wanted.startswith("q4"):
+def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple[str, bool]:
+    """(ggml's type of a matrix, whether MLX's packing goes into it as it is)."""
+    packed, common = packing(checkpoint, name), checkpoint.config.get("quantization") or {}
+    if wanted == "q4_k_m":
+        return _k_mixture(checkpoint.config, name, columns), False
+    if wanted in ("f32", "f16", "bf16", "q8_0"):
         return wanted.upper(), False
-    if packed and packed[0] == 4 and packed[2] == "affine" and wanted == "q4_1":
-        return "Q4_1", True
-    common = (checkpoint.config.get("quantization") or {}).get("bits")
-    wide = name in (load.EMBEDDING + "weight", "lm_head.weight") or (packed is not None and packed[0] == 8 != common)
+    if wanted in EXACT_TYPES and arch.is_quantized(checkpoint.tensors):
+        bits, group, mode = packed or (0, 0, "")
+        whole = group % BLOCK == 0 if mode == "affine" else columns % (64 if mode == "nvfp4" else BLOCK) == 0
+        exact = REWRAPPED.get((mode, bits)) if whole else None
+        return exact or "Q8_0", exact is not None
+    wide = name in (load.EMBEDDING + "weight", "lm_head.weight") or (packed and 4 < packed[0] != common["bits"])
     return "Q8_0" if wide else wanted.upper(), False
+
+
+def _k_mixture(config: Mapping[str, Any], name: str, columns: int) -> str:
+    """The type that llama.cpp chooses for a matrix of a Q4_K_M file (llama_tensor_get_type, llama-cpp-python 0.3.36).
+
+    More bits for the head, for v_proj and down_proj of the first and last eighth of the blocks and every third between;
+    where a row is not of whole blocks of 256, types with blocks of 32, which take 1 to 2 bits more.
+    """
+    s, i = shape_of(config), arch.block_of(name)
+    eighth = s.layers // 8
+    more = i is not None and (i < eighth or i >= 7 * s.layers // 8 or (i - eighth) % 3 == 2)
+    wide = (more and name.split(".")[-2] in ("v_proj", "down_proj")) or name == "lm_head.weight"
+    wide = wide or (s.tied and name == load.EMBEDDING + "weight")
+    if columns % 256:
+        return "F16" if columns % BLOCK else "Q8_0" if wide else "Q5_0"
+    return "Q6_K" if wide else "Q4_K"
 
 
 def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np.ndarray]:
@@ -151,21 +189,32 @@ def _converted(checkpoint: Checkpoint, part: Part, slab: load.Raw, _: Counter[st
 
 
 def _rewrapped(checkpoint: Checkpoint, part: Part, slab: load.Raw, tally: Counter[str]) -> np.ndarray:
-    """MLX's packed rows as Q4_1 blocks: float16 scale and bias, then 16 bytes, weight j low and j + 16 high."""
+    """MLX's packed rows as ggml's blocks: scale, bias, then the integers, half a block of them in low nibbles."""
     stem = part.source.removesuffix(".weight")
     packed = packing(checkpoint, part.source)
     assert packed is not None
+    bits, group, mode = packed
+    q = np.array(rounding.integers(slab[part.source], BLOCK, bits))  # whatever the group is
+    if mode == "nvfp4":  # scales of four groups of 16 stand together
+        scales = np.array(slab[f"{stem}.scales"]).reshape(len(q), -1, 4)
+        return np.concatenate([scales, _halves(q, 16).reshape(*scales.shape[:2], 32)], axis=-1).reshape(len(q), -1)
+    if mode == "mxfp4":
+        scales = np.array(slab[f"{stem}.scales"])[..., None]
+        return np.concatenate([scales, _halves(q, BLOCK)], axis=-1).reshape(len(q), -1)
     both = [np.array(slab[f"{stem}.{which}"].astype(mx.float32)) for which in ("scales", "biases")]
     with np.errstate(over="ignore"):  # an overflow is infinity, and that is refused
         halves = [values.astype(np.float16) for values in both]
     _finite(part, *halves)
     tally["inexact"] += sum(int((h != v).sum()) for h, v in zip(halves, both, strict=True))
-    head = np.stack([np.repeat(h, packed[1] // BLOCK, axis=1) for h in halves], axis=-1)
-    words = np.array(slab[part.source])  # uint32; in a byte of it MLX has weight 2j low and 2j + 1 high
-    blocks = words.view(np.uint8).reshape(*head.shape[:2], BLOCK // 2, 1)
-    q = ((blocks >> np.array([0, 4], np.uint8)) & 15).reshape(*head.shape[:2], BLOCK)
-    quants = q[..., : BLOCK // 2] | (q[..., BLOCK // 2 :] << 4)
-    return np.concatenate([head.view(np.uint8), quants], axis=-1).reshape(len(words), -1)
+    head = np.stack([np.repeat(h, group // BLOCK, axis=1) for h in halves], axis=-1).view(np.uint8)
+    fifth = np.packbits(q >> 4, axis=1, bitorder="little").reshape(*head.shape[:2], -1)[..., : 4 * (bits == 5)]
+    return np.concatenate([head, fifth, _halves(q & 15, BLOCK)], axis=-1).reshape(len(q), -1)
+
+
+def _halves(q: np.ndarray, block: int) -> np.ndarray:
+    """4-bit integers (rows, in) as bytes (rows, in / block, block / 2): weight j low, j + block / 2 high."""
+    q = q.reshape(len(q), -1, block)
+    return q[..., : block // 2] | (q[..., block // 2 :] << 4)
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -203,7 +252,7 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
     writer.add_type("model")
     writer.add_name(name)
     writer.add_size_label(gguf.size_label(arch.params(config), 0, 0, 0))
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{wanted.upper()}"])
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(wanted, f"MOSTLY_{wanted.upper()}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(c["max_position_embeddings"])
     writer.add_embedding_length(s.hidden)

@@ -121,7 +121,11 @@ def test_a_setting_overrules_what_the_file_does(bpe: Path) -> None:
 
 
 def test_pre_tokenizer_by_llama_cpps_hash(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A known hash gives its name and no note; an unknown one a note with the hash, and 'default'."""
+    """A known hash gives its name and no note, then the rules do; else a note with the hash, and 'default'."""
+    f, notes = facts(bpe, 512)
+    assert f["pre"] == "gpt-2" and notes == []
+    spec = json.loads((bpe / "tokenizer.json").read_text())
+    edit(bpe / "tokenizer.json", pre_tokenizer={**spec["pre_tokenizer"], "add_prefix_space": True})
     f, notes = facts(bpe, 512)
     ids = Tokenizer.from_file(str(bpe / "tokenizer.json")).encode(gguf_vocab.PROBE).ids
     digest = hashlib.sha256(str(ids).encode()).hexdigest()

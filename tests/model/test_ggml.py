@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -23,9 +25,18 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 
 
 def packed(
-    folder: Path, group: int, dtype: mx.Dtype = mx.float16, tweak: Callable[[Any], Any] = lambda x: x
+    folder: Path,
+    group: int,
+    dtype: mx.Dtype = mx.float16,
+    tweak: Callable[[Any], Any] = lambda x: x,
+    bits: int = 4,
+    mode: str = "affine",
+    mixed: Mapping[str, int] = MappingProxyType({}),
 ) -> Checkpoint:
-    """The tiny llama with every matrix in MLX's 4 bits, scales and biases (through `tweak`) in `dtype`."""
+    """The tiny llama with every matrix packed, affine scales and biases (scales through `tweak`) in `dtype`.
+
+    mixed: other bits of single modules, by their path.
+    """
     source = load.open_checkpoint(tiny.make(folder / "dense", intermediate_size=256, hidden_size=128, head_dim=32))
     arrays: dict[str, mx.array] = {}
     for name in source.tensors:
@@ -33,17 +44,20 @@ def packed(
         if weight.ndim == 1:
             arrays[name] = weight
             continue
-        values, scales, biases = mx.quantize(weight, group_size=group, bits=4)
         stem = name.removesuffix(".weight")
-        arrays |= {name: values, f"{stem}.scales": tweak(scales).astype(dtype), f"{stem}.biases": biases.astype(dtype)}
+        arrays[name], scales, *biases = mx.quantize(weight, group, mixed.get(stem, bits), mode)
+        arrays[f"{stem}.scales"] = tweak(scales).astype(dtype) if biases else scales
+        arrays |= {f"{stem}.biases": b.astype(dtype) for b in biases}
     out = folder / "packed"
     out.mkdir()
     writer = Writer(out, {name: spec_of(a) for name, a in arrays.items()}, DISK)
     for name, array in arrays.items():
         writer.add(name, array)
     writer.close()
-    text = (folder / "dense" / "config.json").read_text()
-    (out / "config.json").write_text(text[:-1] + f', "quantization": {{"group_size": {group}, "bits": 4}}}}')
+    settings: dict[str, Any] = {"group_size": group, "bits": bits, "mode": mode}
+    settings |= {path: {**settings, "bits": own} for path, own in mixed.items()}
+    (out / "config.json").write_text(json.dumps({**source.config, "quantization": settings}))
+    tiny.write_tokenizer(out)
     return load.open_checkpoint(out)
 
 
@@ -53,6 +67,54 @@ def content(checkpoint: Checkpoint, name: str, wanted: str) -> tuple[ggml.Part, 
     tally = Counter[str]()
     data = np.concatenate(list(ggml.rows(checkpoint, part, tally)))
     return part, dequantize(data, GGMLQuantizationType[part.kind]).reshape(part.shape), tally
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group", "kind"),
+    [
+        ("affine", 2, 64, "Q4_1"),
+        ("affine", 3, 128, "Q4_1"),
+        ("affine", 5, 64, "Q5_1"),
+        ("affine", 5, 32, "Q5_1"),
+        ("mxfp4", 4, 32, "MXFP4"),
+        ("nvfp4", 4, 16, "NVFP4"),
+    ],
+)
+def test_every_packing_that_llama_cpp_has_is_exact(tmp_path: Path, mode: str, bits: int, group: int, kind: str) -> None:
+    """The same numbers, whatever the bits; the file's type is said accordingly, a dense model cannot be made so."""
+    checkpoint = packed(tmp_path, group, bits=bits, mode=mode)
+    wanted = ggml.out_type(checkpoint)
+    assert wanted == ("q4_1" if mode == "affine" else mode)
+    for name in ("model.layers.0.mlp.down_proj.weight", Q):
+        part, values, tally = content(checkpoint, name, wanted)
+        want = np.array(load.dense(checkpoint, name))
+        want = llama_cpp_permute(want, 4) if name == Q else want
+        np.testing.assert_array_equal(values, want)
+        assert np.ptp(values) > 0.1 and (part.kind, part.exact, tally["inexact"]) == (kind, True, 0)
+    if mode != "affine":
+        with pytest.raises(MisError, match=f"--out-type {mode} re-wraps what MLX packed so, here nothing is"):
+            ggml.parts(load.open_checkpoint(tmp_path / "dense"), mode)
+
+
+def test_mixed_bits_are_exact_where_they_can_be(tmp_path: Path) -> None:
+    """3, 4 and 5 bits as they are; 6 and 8 to Q8_0, within half a step of it; q4_0 keeps the wide ones wide."""
+    paths = {3: "model.layers.0.mlp.up_proj", 5: "model.layers.1.mlp.up_proj", 6: "model.layers.1.mlp.down_proj"}
+    paths[8] = "model.layers.2.mlp.up_proj"
+    checkpoint = packed(tmp_path, 64, mixed={path: n for n, path in paths.items()})
+    assert ggml.out_type(checkpoint) == "q4_1"
+    for bits, kind in ((3, "Q4_1"), (5, "Q5_1"), (6, "Q8_0"), (8, "Q8_0")):
+        name = f"{paths[bits]}.weight"
+        part, values, _ = content(checkpoint, name, "q4_1")
+        want = np.array(load.dense(checkpoint, name))
+        step = np.abs(want.reshape(-1, 32)).max(axis=1, keepdims=True) / 127
+        error = np.abs(values - want).reshape(-1, 32)
+        assert (part.kind, part.exact) == (kind, bits < 6) and np.all(error <= (0.5 + 127 * 2**-11) * step)
+        assert (error.max() == 0) == part.exact
+    kinds = Counter(p.kind for p in ggml.parts(checkpoint, "q4_1"))
+    assert kinds == {"Q4_1": 22 - 3, "Q5_1": 1, "Q8_0": 2, "F32": 7}
+    assert {p.source for p in ggml.parts(checkpoint, "q4_0") if p.kind == "Q8_0"} == {
+        load.EMBEDDING + "weight", *(f"{paths[n]}.weight" for n in (5, 6, 8))
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])

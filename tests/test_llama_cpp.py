@@ -1,0 +1,281 @@
+"""llama.cpp itself, where llama-cpp-python is installed, opens what `export` writes and computes what MLX computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mis_mlx import export, quantize
+from mis_mlx.disk import gguf_vocab, mis_texts
+from mis_mlx.model import ggml, load, teacher
+from mis_mlx.types import Checkpoint
+from tests import tiny
+from tests.conftest import Done, last_line
+from tests.model.test_ggml import packed
+from tests.test_export import IDS, forward
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not here: pip install -e '.[llama]', 18 minutes")
+
+KINDS: dict[str, dict[str, Any]] = {
+    **tiny.KINDS,
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}  # fmt: skip
+ODD = "a  b   c\td|line\r\nline\r\n\r\n|\n\n\n x|1234567890 3.14159 1e-5 ١٢٣ ²³ ½|I've I'VE we'll WE'LL don't 'tis"
+ODD += "|zażółć gęślą jaźń\nŁÓDŹ|Łódź–Kraków — „cudzysłów” …|😀🏔️👨‍👩‍👧 🦙 🇵🇱|日本語のテキスト 中文 한국어|مرحبا بالعالم"
+ODD += "|naïve e\u0301 é|\u200b\u00a0\u2003x|https://a.b/c?d=e&f=%20#g|if x<=3 and y!=4: z**=2|====>>>----___***"
+ODD += "|\x01\x7f|camelCase SCREAMING_CASE|100% £5 €7 zł|ﬁ Ⅷ|кириллица Ελληνικά|'''```|\u3000全角| 's 'S 'LL't"
+PROMPTS = ("The with statement", "Baca wstał o świcie i", "def area(width, height):\n    return", "1, 2, 3, 4,")
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Any]]:
+    """`opened(file)`: llama.cpp with the file, keys and values in float32; closed after the test."""
+    made: list[Any] = []
+
+    def open_(file: Path, **how: Any) -> Any:
+        kv = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        made.append(llama_cpp.Llama(str(file), n_ctx=256, logits_all=True, verbose=False, n_threads=2, **kv, **how))
+        return made[-1]
+
+    yield open_
+    for model in made:
+        model.close()
+
+
+def exported(model: Path, out: Path, wanted: str | None) -> Path:
+    """The GGUF of an export."""
+    done = export.run(export.Settings(model=str(model), out=str(out), out_type=wanted))  # type: ignore[arg-type]
+    return out / done["file"]
+
+
+def theirs(model: Any, ids: list[int]) -> np.ndarray:
+    """llama.cpp's logits (T, V)."""
+    model.reset()
+    model.eval(ids)
+    return np.array(model.scores[: len(ids)])
+
+
+def continuation(logits: Callable[[list[int]], np.ndarray], ids: list[int], count: int) -> list[int]:
+    """`count` tokens, always the most probable one."""
+    found = list(ids)
+    for _ in range(count):
+        found.append(int(logits(found)[-1].argmax()))
+    return found[len(ids) :]
+
+
+def ours(folder: Path, dtype: mx.Dtype) -> Callable[[list[int]], np.ndarray]:
+    """MLX's logits (T, V) in float32, of weights rounded to `dtype`."""
+    checkpoint = load.open_checkpoint(folder)
+    model = load.resident(checkpoint, mx.float32)
+    model.load_weights([(k, w.astype(dtype).astype(mx.float32)) for k, w in load.weights(checkpoint, "", mx.float32)])
+    return lambda ids: np.array(model(mx.array(ids)[None])[0])
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_it_computes_what_mlx_computes(tmp_path: Path, kind: str, opened: Callable[..., Any]) -> None:
+    """Every architecture, biases, every kind of stretched positions: nothing left but the order of float32's sums."""
+    model = tiny.make(tmp_path / "m", **KINDS[kind])
+    ids = np.random.default_rng(0).integers(1, 512, 200).tolist()
+    want = ours(model, mx.float32)(ids)
+    np.testing.assert_allclose(theirs(opened(exported(model, tmp_path / "out", "f32")), ids), want, atol=2e-5)
+    assert np.ptp(want) > 1
+
+
+@pytest.mark.parametrize(("wanted", "dtype"), [("f16", mx.float16), ("bf16", mx.bfloat16)])
+def test_halves_and_their_continuation(
+    tmp_path: Path, llama: Checkpoint, wanted: str, dtype: mx.Dtype, opened: Callable[..., Any]
+) -> None:
+    """The same text, and logits within what llama.cpp loses by rounding what goes into such a matrix to its type."""
+    model, mine = opened(exported(llama.path, tmp_path / "out", wanted)), ours(llama.path, dtype)
+    assert np.abs(theirs(model, IDS) - mine(IDS)).max() < 0.02
+    assert continuation(lambda ids: theirs(model, ids), IDS, 24) == continuation(mine, IDS, 24)
+
+
+MIXED = {"model.layers.0.mlp.up_proj": 3, "model.layers.1.mlp.up_proj": 5, "model.layers.1.mlp.down_proj": 6}
+PACKED: dict[str, dict[str, Any]] = {
+    "mixed": {"group": 64, "mixed": {**MIXED, "model.embed_tokens": 8}},
+    "q4_1": {"group": 128},
+    "mxfp4": {"group": 32, "mode": "mxfp4"},
+    "nvfp4": {"group": 16, "mode": "nvfp4"},
+}
+
+
+@pytest.mark.parametrize("how", sorted(PACKED))
+def test_packed_models_re_wrapped(tmp_path: Path, how: str, opened: Callable[..., Any]) -> None:
+    """Q4_1, Q5_1, MXFP4, NVFP4 and Q8_0 blocks: what numpy computes of the file, up to its 8-bit activations."""
+    checkpoint = packed(tmp_path, **PACKED[how])
+    file = exported(checkpoint.path, tmp_path / "out", None)
+    want = forward(GGUFReader(file), IDS)
+    assert np.corrcoef(theirs(opened(file), IDS).ravel(), want.ravel())[0, 1] > 0.999
+    np.testing.assert_allclose(want, ours(checkpoint.path, mx.float32)(IDS), atol=0.03)  # Q8_0's rounding, if any
+
+
+K_SHAPES: dict[str, dict[str, Any]] = {
+    "whole": {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 17},
+    "untied": {
+        "hidden_size": 256, "head_dim": 64, "intermediate_size": 256, "num_hidden_layers": 9, "vocab_size": 768,
+        "tie_word_embeddings": False,
+    },
+    "short": {"hidden_size": 96, "head_dim": 32, "intermediate_size": 768, "num_hidden_layers": 8},
+    "odd": {"hidden_size": 80, "head_dim": 20, "intermediate_size": 512},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", sorted(K_SHAPES))
+def test_q4_k_m(tmp_path: Path, shape: str, opened: Callable[..., Any], command: Callable[..., Done]) -> None:
+    """As a user runs it: types and size as the dry run foretold, no float16 file left, the model still itself."""
+    model = tiny.make(tmp_path / shape, **K_SHAPES[shape])
+    flags = ("--model", model, "--out", tmp_path / "out", "--out-type", "q4_k_m")
+    foretold = last_line(command("export", *flags, "--dry-run"))
+    assert not (tmp_path / "out").exists()
+    done = command("export", *flags)
+    assert done.returncode == 0, done.stderr
+    result = last_line(done)
+    files = {p.name: p.stat().st_size for p in (tmp_path / "out").iterdir()}
+    assert sorted(files) == ["Modelfile", "README.md", f"{shape}-Q4_K_M.gguf"]
+    assert files[result["file"]] == result["nbytes"] == foretold["nbytes"]
+    reader = GGUFReader(tmp_path / "out" / result["file"])
+    due = {p.name: p.kind for p in ggml.parts(load.open_checkpoint(model), "q4_k_m")}
+    assert {t.name: t.tensor_type.name for t in reader.tensors} == due
+    assert foretold["notes"][0] in result["notes"] and reader.fields["general.file_type"].contents() == 15
+    found = theirs(opened(tmp_path / "out" / result["file"]), IDS)
+    assert np.corrcoef(found.ravel(), forward(reader, IDS).ravel())[0, 1] > 0.999
+    assert np.corrcoef(found.ravel(), ours(model, mx.float32)(IDS).ravel())[0, 1] > 0.9
+
+
+def cut_alike(model: Any, folder: Path, texts: list[str]) -> None:
+    """llama.cpp gives the ids that mlx-lm's tokenizer gives, special tokens and begin of text included."""
+    tokenizer = load.tokenizer(folder)
+    wrong = {t: (a, b) for t in texts if (a := tokenizer.encode(t)) != (b := model.tokenize(t.encode(), special=True))}
+    assert not wrong, next(iter(wrong.items()))
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Two hundred texts and more: Python's manual, its code, Polish, and what tokenizers stumble over."""
+    from pydoc_data.topics import topics
+
+    code = Path(gguf_vocab.__file__).read_text(encoding="utf-8")
+    found = [topics[name][i : i + 300] for name in sorted(topics)[:40] for i in (0, 700)]
+    found += [d[i : i + 200] for d in mis_texts.documents(0, 40) for i in (0, 200)]
+    found = [t for t in [*found, *(code[i : i + 200] for i in range(0, 6000, 200)), *ODD.split("|")] if t]
+    assert len(set(found)) > 200
+    return found
+
+
+def split(pattern: str) -> Any:
+    """Qwen's and Llama 3's way: one regular expression, then bytes without one."""
+    cut = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+CUTS = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "qwen2": split(gguf_vocab.ENDINGS + r"\p{N}" + gguf_vocab.REST),
+    "llama-bpe": split(gguf_vocab.ENDINGS + r"\p{N}{1,3}" + gguf_vocab.REST),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CUTS))
+def test_a_vocabulary_of_ones_own_is_cut_alike(
+    tmp_path: Path, name: str, texts: list[str], opened: Callable[..., Any]
+) -> None:
+    """Pre-tokenizers known by their rules; a file that says another one is caught here."""
+    model = tiny.make(tmp_path / "m", vocab_size=2048)
+    tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = CUTS[name], decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(model / "tokenizer.json"))
+    file = exported(model, tmp_path / "out", "f16")
+    assert GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == name
+    cut_alike(opened(file), model, [*texts, "x<|endoftext|>y"])
+
+
+def test_sentencepiece_is_cut_alike(tmp_path: Path, texts: list[str], opened: Callable[..., Any]) -> None:
+    """A tokenizer.model as Llama 2 and Mistral have one: pieces by score, unknown letters as bytes."""
+    model = tiny.make(tmp_path / "m", vocab_size=1024)
+    (model / "tokenizer.json").unlink()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(line for t in texts for line in t.splitlines() if line.strip()), vocab_size=1024,
+        model_prefix=str(model / "tokenizer"), model_type="bpe", byte_fallback=True, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=0.99,
+    )  # fmt: skip
+    pieces = SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    file = opened(exported(model, tmp_path / "out", "f16"))
+    assert all(file.tokenize(t.encode(), add_bos=False) == pieces.encode(t) for t in texts)
+
+
+def prompts_through(model: Any, folder: Path) -> tuple[list[list[int]], np.ndarray]:
+    """(ids of PROMPTS, llama.cpp's logits of all of them)."""
+    ids = [load.tokenizer(folder).encode(prompt) for prompt in PROMPTS]
+    return ids, np.concatenate([theirs(model, i) for i in ids])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wanted", "most", "rms"), [("f32", 0.002, 0.0002), ("f16", 0.1, 0.02)])
+def test_the_real_teacher(
+    tmp_path: Path, wanted: str, most: float, rms: float, texts: list[str], opened: Callable[..., Any]
+) -> None:
+    """SmolLM2-135M-Instruct: tokens of 200 texts, the text that follows, and logits of up to 37.
+
+    float32 leaves the order of sums. A float16 file has the same numbers, but llama.cpp rounds to float16 what they
+    are multiplied with: 0.03 to 0.05 for the worst of all logits, as when MLX is made to do so.
+    """
+    folder = teacher.find().path
+    model, mine = opened(exported(folder, tmp_path / "out", wanted)), ours(folder, mx.float16)
+    prompts, found = prompts_through(model, folder)
+    off = found - np.concatenate([mine(ids) for ids in prompts])
+    assert np.abs(off).max() < most and np.sqrt((off**2).mean()) < rms
+    for ids in prompts:
+        assert continuation(lambda i: theirs(model, i), ids, 24) == continuation(mine, ids, 24)
+    chat = load.tokenizer(folder).apply_chat_template([{"role": "user", "content": "Hej!"}], tokenize=False)
+    cut_alike(model, folder, [*texts, chat])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wanted", "most"), [("q8_0", 0.02), ("q4_1", 0.8), ("q4_k_m", 0.2)])
+def test_the_real_teacher_rounded(tmp_path: Path, wanted: str, most: float, opened: Callable[..., Any]) -> None:
+    """Mean KL of the prompts' tokens to the unrounded model, as small as this one's size allows: llama.cpp's own Q4_K_M
+    costs 0.11 nats here. q4_1 is our 4-bit model: to that one 0.006, of 8-bit activations and embedding."""
+    folder = source = teacher.find().path
+    if wanted == "q4_1":
+        source = tmp_path / "four"
+        quantize.run(quantize.Settings(model=str(folder), mlx_path=str(source), q_method="round"))
+    model = opened(exported(source, tmp_path / "out", wanted))
+    prompts, found = prompts_through(model, folder)
+
+    def kl(base: Path) -> float:
+        mine = ours(base, mx.float32)
+        p, q = (mx.array(x) for x in (np.concatenate([mine(ids) for ids in prompts]), found))
+        p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (p, q))
+        return (mx.exp(p) * (p - q)).sum(axis=-1).mean().item()
+
+    assert 0 < kl(folder) < most
+    assert wanted != "q4_1" or kl(source) < 0.02
+    assert (
+        wanted == "q4_1"
+        or "Paris" in model("The capital of France is", max_tokens=8, temperature=0)["choices"][0]["text"]
+    )

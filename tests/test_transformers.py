@@ -1,0 +1,80 @@
+"""transformers on torch, where that is, opens what `export --format hf` and `prune` write, with MLX's logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx import export, prune
+from mis_mlx.model import load, teacher
+from tests import tiny
+
+torch = pytest.importorskip("torch", reason="transformers runs models on torch: pip install -e '.[transformers]'")
+
+TEXT = "Baca pasł owce: the with statement, 1234567 + 89 = café?"
+BIASED = {"attention_bias": True, "mlp_bias": True}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
+KINDS: dict[str, dict[str, Any]] = {**tiny.KINDS, "biased": BIASED, "long": {"rope_scaling": LLAMA3}}
+WINDOW = {"num_samples": 4, "max_seq_length": 32}
+
+
+def made(folder: Path, **changes: Any) -> str:
+    """A tiny float32 model whose config.json has its type in transformers 5's spelling too."""
+    config = tiny.make(folder, **changes) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}))
+    return str(folder)
+
+
+def same_logits(folder: Path, ids: list[int], dtype: torch.dtype) -> None:
+    """transformers' own model in float32 gives MLX's float32 logits to 1e-3, and its config says the weights' type."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    assert AutoConfig.from_pretrained(folder).dtype == dtype
+    model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(told.values()), told  # no weight missing, left over or of another shape
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0].numpy()
+    ours = np.array(load.resident(load.open_checkpoint(folder), mx.float32)(mx.array(ids)[None])[0])
+    assert np.ptp(ours) > 0.5
+    np.testing.assert_allclose(theirs, ours, atol=1e-3)
+
+
+def same_tokens(folder: Path) -> list[int]:
+    """The ids of TEXT, which transformers' tokenizer and the one that mlx-lm opens cut alike."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+    assert ids == load.tokenizer(folder).encode(TEXT) and len(ids) > 10
+    return ids
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_the_bfloat16_folder_of_export(tmp_path: Path, kind: str) -> None:
+    """Every architecture, with biases, with stretched positions; the folder's own type is float32."""
+    export.run(export.Settings(model=made(tmp_path / "m", **KINDS[kind]), format="hf", out=str(tmp_path / "hf")))
+    same_logits(tmp_path / "hf", same_tokens(tmp_path / "hf"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "axes", [{"scenario": "goral"}, {"scenario": "none", "hidden": 48}, {"heads": 2, "kv_heads": 1}]
+)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_folder_of_prune(tmp_path: Path, kind: str, axes: dict[str, Any], text_folder: Path) -> None:
+    """Fewer blocks and neurons; a hidden size that its heads do not divide; fewer heads."""
+    model, out = made(tmp_path / "m", **tiny.KINDS[kind]), str(tmp_path / "pruned")
+    prune.run(prune.Settings(model=model, data=str(text_folder), mlx_path=out, **WINDOW, **axes))
+    same_logits(tmp_path / "pruned", same_tokens(tmp_path / "pruned"), torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_the_real_teacher_pruned(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct, and what GAZDA leaves of it."""
+    prune.run(prune.Settings(mlx_path=str(tmp_path / "pruned"), **WINDOW))  # type: ignore[arg-type]
+    for folder in (teacher.find().path, tmp_path / "pruned"):
+        same_logits(folder, same_tokens(folder), torch.bfloat16)
