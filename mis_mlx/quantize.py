@@ -1,11 +1,13 @@
-"""Quantize a model to 4 bits so that every linear is really quantized and stock mlx-lm opens the result."""
+"""Quantize a model so that every linear is really quantized and stock mlx-lm opens the result."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,31 +15,35 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.disk.files import Files
 from mis_mlx.disk.spool import Spool
+from mis_mlx.disk.text import Windows
 from mis_mlx.machine import memory
 from mis_mlx.maths.rounding import Packed
-from mis_mlx.model import gptq, load, pack, teacher, windows
-from mis_mlx.training import phases, planning
-from mis_mlx.types import MisError
+from mis_mlx.model import compare, formats, gptq, grid, load, pack, slice, teacher, windows
+from mis_mlx.training import distillation, dwq, packing, phases, planning
+from mis_mlx.training.job import Job
+from mis_mlx.training.planning import Phase
+from mis_mlx.training.recipe import Distillation, Rounding
+from mis_mlx.types import Budget, Checkpoint, MisError
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Quantize only; `distill` does this as its last stage."""
+class Settings(Rounding):
+    """Quantize only; `distill` does this as its last stages."""
 
     model: str | None = None
     """folder or hub id of an unquantized model; default: SmolLM2-135M-Instruct"""
+    teacher: str | None = None
+    """folder or hub id that scales learn from in --q-iters steps; default: the model as it was"""
     mlx_path: str = "quantized"
     """folder to write"""
-    q_group_size: Literal[32, 64] = 64
-    """weights that share one scale"""
-    method: Literal["round", "gptq"] = "round"
-    """every weight to its nearest value (round), or so that each matrix's output on text changes least (gptq)"""
     data: str | None = None
-    """text for gptq: a folder with train.jsonl, or a hub data set; default: built in"""
+    """text to look at: a folder with train.jsonl, or a hub data set; default: built in"""
     num_samples: int = 32
-    """windows of text for gptq"""
+    """windows of text for gptq and target_bpw"""
     max_seq_length: int = 256
     """tokens in a window"""
+    batch_size: int = 2
+    """windows in a step of q_iters"""
     budget: str | None = None
     """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     seed: int = 0
@@ -46,52 +52,107 @@ class Settings:
     """YAML file with any of these flags"""
 
 
-def check(config: Mapping[str, Any], group_size: int) -> None:
-    """Refuse, before hours of work, a shape that cannot be quantized whole."""
-    pack.layout(config, group_size)
+def check(config: Mapping[str, Any], how: Rounding) -> None:
+    """Refuse, before hours of work, a shape that cannot be quantized whole and a target out of reach."""
+    pack.layout(config, how.q_group_size, mode=how.q_mode)
+    formats.check(how.affine.target_bpw, how.q_group_size)
 
 
 def quantize(
-    folder: Path, out: Path, group_size: int, files: Files, batches: Sequence[mx.array] = (), held: int = 0
-) -> Mapping[str, Any]:
-    """Write the 4-bit model `out` from the dense model `folder`. Returns bits per weight and the groups used.
+    folder: Path,
+    out: Path,
+    how: Rounding,
+    files: Files,
+    batches: Sequence[mx.array] = (),
+    held: int = 0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
 
-    batches: token ids [(B, T)] for GPTQ, the hidden states of the first `held` in memory, others in a file beside
-    `out`; none: plain rounding.
+    batches: token ids [(B, T)] to look at, the hidden states of the first `held` in memory, others in a file beside
+    `out`.
     """
-    checkpoint = load.open_checkpoint(folder)
-    spool = Spool(out.absolute().parent, held, files) if held < len(batches) else None
+    checkpoint, how = load.open_checkpoint(folder), how.affine
+    pack.check_dense(checkpoint)
+    layers = checkpoint.config["num_hidden_layers"]
+
+    def hidden(passes: int) -> Spool | None:
+        count = held * passes
+        return Spool(out.absolute().parent, count, files) if held < len(batches) else None
+
+    wide = pack.bridges(checkpoint) if how.q_mode == "affine" else ()
+    plan: pack.Layout = pack.layout(checkpoint.config, how.q_group_size, wide, how.q_mode)
+    extra = {}
+    if how.target_bpw is not None:
+        cli.say("sensitivity: what every matrix costs in fewer bits")
+        plan, found = formats.mixed(checkpoint, batches, how.q_group_size, how.target_bpw, seed, hidden(layers))
+        extra[pack.SENSITIVITY] = json.dumps(found).encode()
 
     def blocks(plan: pack.Layout) -> Iterator[Mapping[str, Packed]]:
-        with cli.progress("quantize: block", checkpoint.config["num_hidden_layers"]) as update:
-            for i, block in enumerate(gptq.rounded_blocks(checkpoint, batches, plan, spool)):
+        with cli.progress("quantize: block", layers) as update:
+            for i, block in enumerate(gptq.rounded_blocks(checkpoint, batches, plan, hidden(1))):
                 update(i + 1, "")
                 yield block
 
-    return pack.write_quantized(checkpoint, out, group_size, files, blocks if batches else None)
+    return pack.write_quantized(checkpoint, out, plan, files, blocks if how.q_method == "gptq" else None, extra)
+
+
+def _planned(s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget) -> list[Phase]:
+    """Rounding, and the steps after it; MisError when one of them does not fit."""
+    m, steps = planning.model_of(checkpoint), s.steps(False)
+    found = [packing.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]
+    remedy = f"give --budget {planning.flag(found[0].peak_bytes)} or more"
+    planning.fit(limit, *found, remedy=remedy + (", or --q-method round without --target-bpw" if count else ""))
+    if steps:
+        job = Job(planning.model_of(other), m, steps, s.batch_size, 1, s.max_seq_length, count, 0, 0, 0, 0,
+                  steps, rounding=s)  # fmt: skip
+        found.append(phases.tune(job, s.batch_size, limit.limit_bytes, steps))
+        remedy = f"give --budget {planning.flag(found[1].peak_bytes)} or more, or --q-iters 0"
+        planning.fit(limit, found[1], remedy=remedy)
+    return found
+
+
+def _tuned(s: Settings, rounded: Path, other: Checkpoint, data: Windows, pinned: int, out: Path, files: Files) -> None:
+    """Write `out`: `rounded`, whose scales have learned from the model `other`."""
+    checkpoint, m = load.open_checkpoint(rounded), planning.model_of(other)
+    keeps = None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
+    r = dwq.recipe_of(Distillation(batch_size=s.batch_size, seed=s.seed), s.steps(False), s.q_learning_rate)
+    grid.write(checkpoint, dwq.learned(checkpoint, distillation.Teacher(other, keeps), data, r), out, files)
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command."""
     s, found = settings, teacher.find(settings.model)
-    if s.method == "gptq" and s.num_samples < 1:
-        raise MisError(f"--method gptq looks at text, --num-samples is {s.num_samples}: give 1 or more")
-    count = s.num_samples if s.method == "gptq" else 0
+    if s.looks and s.num_samples < 1:
+        asked = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"
+        raise MisError(f"{asked} looks at text, --num-samples is {s.num_samples}: give 1 or more")
+    count = s.num_samples if s.looks else 0
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     checkpoint = load.open_checkpoint(found.path)
-    planned = phases.quantize(planning.model_of(checkpoint), count, s.max_seq_length, limit.limit_bytes)
-    remedy = f"give --budget {planning.flag(planned.peak_bytes)} or more" + (", or --method round" if count else "")
-    planning.fit(limit, planned, remedy=remedy)
-    batches: list[mx.array] = []
-    if count:
-        tokens = windows.prepare(s.data, found.path, s.max_seq_length).train.tokens
-        chosen = np.random.default_rng(s.seed).permutation(len(tokens))[:count]
-        batches = [mx.array(tokens[i][None]) for i in chosen]
-    with memory.limited(limit, planned.peak_bytes):
-        held = planned.held_tokens // s.max_seq_length
-        done = quantize(found.path, Path(s.mlx_path), s.q_group_size, Files(), batches, held)
-    cli.say(f"{s.mlx_path}: {done['bits_per_weight']:.2f} bits per weight")
-    return {"model": str(found.path), "mlx_path": s.mlx_path, "method": s.method, **done}
+    pack.check_dense(checkpoint)
+    slice.need_tokenizer(found.path)
+    check(checkpoint.config, s)
+    other = load.open_checkpoint(teacher.find(s.teacher).path) if s.teacher else checkpoint
+    compare.same_vocabulary(other, checkpoint)
+    planned = _planned(s, checkpoint, other, count, limit)
+    out, files, batches = Path(s.mlx_path), Files(), list[mx.array]()
+    if out.exists():
+        raise MisError(f"{out} exists already: choose another name or move it away")
+    if s.looks or s.steps(False):
+        data = windows.prepare(s.data, found.path, s.max_seq_length).train
+        chosen = np.random.default_rng(s.seed).permutation(len(data.tokens))[:count]
+        batches = [mx.array(data.tokens[i][None]) for i in chosen]
+    with memory.limited(limit, max(p.peak_bytes for p in planned)):
+        held = planned[0].held_tokens // s.max_seq_length
+        if not s.steps(False):
+            done = quantize(found.path, out, s, files, batches, held)
+        else:
+            files.make_folder(out.absolute().parent)
+            with TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.absolute().parent) as folder:
+                done = quantize(found.path, rounded := Path(folder) / "rounded", s, files, batches, held)
+                _tuned(s, rounded, other, data, planned[1].pinned, out, files)
+    cli.say(f"{out}: {done['bits_per_weight']:.2f} bits per weight, {done['bits_per_block_weight']:.2f} in blocks")
+    return {"model": str(found.path), "mlx_path": s.mlx_path, "method": s.q_method, **done}
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mis_mlx.disk import runs
-from mis_mlx.model import load
-from mis_mlx.training import course
+from mis_mlx.disk import runs, safetensors
+from mis_mlx.model import load, pack
+from mis_mlx.training import course, dwq
 from mis_mlx.types import Checkpoint, MisError
 from tests.conftest import Done
 
@@ -30,6 +30,7 @@ WAYS: dict[str, tuple[object, ...]] = {
     "sharded": ("--train", "sharded", "--local-iters", 2, "--targets", "cached"),
     "sharded, live": ("--train", "sharded", "--local-iters", 0),
     "ablations": ("--cross-entropy", 0.3, "--intermediate", 1, "--repaired-lr", 0.5, "--teacher-correction", 5),
+    "tuned": ("--quantize", 4, "--q-iters", 5, "--q-learning-rate", "1e-4"),
     "sharded, mixed": ("--train", "sharded", "--local-iters", 0, "--cross-entropy", 0.3, "--repaired-lr", 0.5),
 }
 
@@ -73,13 +74,14 @@ def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("word", ["targets", "local", "teacher", "distil"])
+@pytest.mark.parametrize("word", ["targets", "local", "teacher", "distil", "tune"])
 def test_killed_in_any_phase_and_resumed(
     tmp_path: Path, whole: Callable[[str], tuple[Path, Done]], llama: Checkpoint, text_folder: Path, way: str,
     word: str, command: Callable[..., Done],
 ) -> None:  # fmt: skip
     """SIGKILL as soon as a phase's files appear; --resume ends with the bits of the undisturbed run."""
     signs = {"targets": "targets/part-*", "local": course.LOCAL, "teacher": "teacher.jsonl", "distil": "metrics.jsonl"}
+    signs["tune"] = dwq.LOG
     sign = signs[word]
     out, run = whole(way)[0], tmp_path / "run"
     if not list(out.glob(sign)):
@@ -113,6 +115,20 @@ def test_a_corrected_teacher_teaches_and_is_no_yardstick(
     name = "model.layers.0.mlp.down_proj.weight"
     assert 0 < mx.abs(load.dense(corrected, name) - load.dense(llama, name)).max().item() < 5 * 2.1e-3
     load.mlx_lm("utils").load(str(out / course.TEACHER))
+
+
+def test_scales_learn_what_rounding_cost(whole: Callable[[str], tuple[Path, Done]]) -> None:
+    """Between `rounded` and `model` only scales, biases and norms differ, and the loss against the teacher falls."""
+    out, done = whole("tuned")
+    rounded, model = load.open_checkpoint(out / "rounded"), load.open_checkpoint(out / "model")
+    assert rounded.config == model.config and (out / "model" / pack.SENSITIVITY).is_file()
+    logged = [json.loads(line) for line in (out / dwq.LOG).read_text().splitlines()]
+    assert [r["number"] for r in logged] == [1, 2, 3, 4, 5] and logged[-1]["loss"] < logged[0]["loss"]
+    before, after = (safetensors.lazy(c.tensors, list(c.tensors)) for c in (rounded, model))
+    differ = {name for name in before if not (before[name] == after[name]).all()}
+    assert all(name.endswith(("scales", "biases")) or "norm" in name for name in differ)
+    assert {n for n in before if n.endswith("scales") and "layers" in n} <= differ
+    assert "model.embed_tokens.scales" not in differ and "tune" in done.stderr
 
 
 def test_states_inside_need_keep_json(

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mis_mlx import quantize
 from mis_mlx.disk.files import DISK
+from mis_mlx.disk.text import Windows
 from mis_mlx.machine import memory
 from mis_mlx.model import load, pack, speak
-from mis_mlx.training import phases, planning
+from mis_mlx.training import distillation, dwq, packing, phases, planning
+from mis_mlx.training.job import Job
+from mis_mlx.training.recipe import Distillation, Rounding
 from mis_mlx.types import GIB, Budget, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, sentence
@@ -51,18 +55,21 @@ def test_a_budget_too_small_is_a_sentence(tmp_path: Path, llama: Checkpoint, com
     assert not list(tmp_path.iterdir())
 
 
-GPTQ = ("--method", "gptq", "--num-samples", 4, "--max-seq-length", 32)
+FOUR = Rounding(target_bpw=None)
+NEAREST = Rounding(target_bpw=None, q_method="round")
+PLAIN = ("--q-method", "round", "--target-bpw", "None")
+GPTQ = ("--target-bpw", "None", "--num-samples", 4, "--max-seq-length", 32)
 
 
 def test_gptq_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
     """Other weights in as many bytes; the same again from the same seed, others from other windows; it speaks."""
     weights = []
-    for name, flags in (("plain", ()), ("a", GPTQ), ("b", GPTQ), ("c", (*GPTQ, "--seed", 1))):
+    for name, flags in (("plain", PLAIN), ("a", GPTQ), ("b", GPTQ), ("c", (*GPTQ, "--seed", 1))):
         where = ("--model", llama.path, "--mlx-path", tmp_path / name, "--data", text_folder)
         done = command("quantize", *where, *flags)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.splitlines()[-1])
-        assert result["method"] == ("gptq" if flags else "round")
+        assert result["method"] == ("round" if name == "plain" else "gptq")
         assert result["nbytes"] == load.open_checkpoint(tmp_path / name).nbytes
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     plain, a, b, c = weights
@@ -75,7 +82,7 @@ def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(tmp_path: Path, lla
     """Hidden states of one window in memory, of three in a file without a name."""
     batches = [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(4)]
     for name, held in (("all", 4), ("one", 1)):
-        quantize.quantize(llama.path, tmp_path / name, 64, DISK, batches, held)
+        quantize.quantize(llama.path, tmp_path / name, FOUR, DISK, batches, held)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
     assert files[0] == files[1] and len(list(tmp_path.iterdir())) == 2
 
@@ -88,9 +95,9 @@ def test_gptq_refusals_write_nothing(
     out = ("--mlx-path", tmp_path / "out")
     assert "give 1 or more" in sentence(command("quantize", "--model", llama.path, *out, *flags, "--num-samples", 0))
     few = ("--budget", "10MiB")
-    assert command("quantize", "--model", llama.path, "--mlx-path", tmp_path / "plain", *few).returncode == 0
+    assert command("quantize", "--model", llama.path, "--mlx-path", tmp_path / "plain", *PLAIN, *few).returncode == 0
     said = sentence(command("quantize", "--model", llama.path, *out, *flags, *few))
-    assert "quantize needs" in said and "the budget is 10 MiB: give --budget" in said and "or --method round" in said
+    assert "quantize needs" in said and "the budget is 10 MiB: give --budget" in said and "or --q-method round" in said
     said = sentence(command("quantize", "--model", tmp_path / "plain", *out, *flags))
     assert "quantized already" in said
     assert [p.name for p in tmp_path.iterdir()] == ["plain"]
@@ -103,7 +110,7 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, dtype: str, ffn: int, vocab: 
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": ffn, "vocab_size": vocab}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=dtype, **sizes))
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
-    planned = phases.quantize(planning.model_of(checkpoint), 6, 64, GIB)
+    planned = packing.quantize(planning.model_of(checkpoint), FOUR, 6, 64, GIB)
     assert planned.held_tokens == 6 * 64 and planned.spooled_bytes == 0
     mx.eval(batches)
     mx.clear_cache()
@@ -112,7 +119,7 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, dtype: str, ffn: int, vocab: 
     tracemalloc.start()
     with memory.limited(Budget(before + planned.peak_bytes)):
         mx.set_cache_limit(0)
-        quantize.quantize(checkpoint.path, tmp_path / "q4", 64, DISK, batches, 6)
+        quantize.quantize(checkpoint.path, tmp_path / "q4", FOUR, DISK, batches, 6)
     peak = mx.get_peak_memory() - before + tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak / 2**20, planned.peak_bytes / 2**20)
@@ -122,22 +129,106 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, dtype: str, ffn: int, vocab: 
 def test_the_plan_of_gptq_by_pencil() -> None:
     """Two D x D, one Q x Q and one F x F sum in float64, five of the largest, 28 bytes a weight of gate and up."""
     m = planning.model_of(tiny.CONFIG, gpu=False)
-    plain, planned = phases.quantize(m, 0, 32, GIB), phases.quantize(m, 4, 32, GIB)
+    plain = packing.quantize(m, NEAREST, 0, 32, GIB)
+    planned = packing.quantize(m, FOUR, 4, 32, GIB)
     without = planning.streamed_pass("", m, 128, 32, 32, GIB, head=False)
     arrays = 8 * (3 * 64**2 + 768**2) + 40 * 768**2 + 28 * 64 * 2 * 768
     assert planned.peak_bytes == without.peak_bytes + arrays and planned.flops > 2 * without.flops
     assert plain.peak_bytes < planned.peak_bytes and (plain.flops, plain.held_tokens) == (0, 0)
     assert (planned.read_bytes, planned.written_bytes) == (plain.read_bytes, plain.written_bytes)
-    poor = phases.quantize(m, 4, 32, 0)  # every hidden state spooled: written by each block, read twice
+    poor = packing.quantize(m, FOUR, 4, 32, 0)  # every hidden state spooled: written by each block, read twice
     assert poor.written_bytes - plain.written_bytes == 4 * 128 * 64 * 4
     assert poor.read_bytes - plain.read_bytes == 2 * 4 * 128 * 64 * 4
 
 
+def test_mixed_bits_and_steps_end_to_end(
+    tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """Under the target, sensitivities beside it; steps change scales only, and a teacher may be another model."""
+    flags = ("--model", llama.path, "--data", text_folder, *GPTQ, "--target-bpw", 4.6)
+    steps = ("--q-iters", 3, "--q-learning-rate", "1e-3")
+    for name, more in (("plain", ()), ("own", steps), ("taught", (*steps, "--teacher", llama.path))):
+        done = command("quantize", *flags, *more, "--mlx-path", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert 4.4 < result["bits_per_block_weight"] <= 4.6
+    plain, own = (load.open_checkpoint(tmp_path / name) for name in ("plain", "own"))
+    path = "model.layers.0.mlp.up_proj"
+    assert (
+        plain.config == own.config
+        and (load.dense(own, "model.norm.weight") != load.dense(plain, "model.norm.weight")).any()
+    )
+    assert not (load.dense(own, f"{path}.weight") == load.dense(plain, f"{path}.weight")).all()
+    assert (tmp_path / "own" / "model.safetensors").read_bytes() == (
+        tmp_path / "taught" / "model.safetensors"
+    ).read_bytes()
+    nats = json.loads((tmp_path / "own" / pack.SENSITIVITY).read_text())["nats"]
+    assert set(nats) == {n for n in pack.formats(own) if ".layers." in n} and set(nats[path]) == {
+        "3",
+        "4",
+        "5",
+        "6",
+        "8",
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["own", "plain", "taught"]
+    speak.open_model(tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--target-bpw", 3.2), "--target-bpw 3.2 is below 3.5"),
+        (("--q-group-size", 128), "rows of 64 weights, which 128 does not divide: use --q-group-size 64"),
+        (("--q-method", "round", "--target-bpw", "None", "--q-iters", 3, "--budget", "10MiB"), "tune needs"),
+    ],
+)
+def test_flags_that_cannot_be(
+    tmp_path: Path,
+    llama: Checkpoint,
+    text_folder: Path,
+    command: Callable[..., Done],
+    flags: tuple[object, ...],
+    words: str,
+) -> None:
+    """One sentence each, and nothing written."""
+    where = ("--model", llama.path, "--data", text_folder, "--mlx-path", tmp_path / "out", *GPTQ)
+    said = sentence(command("quantize", *where, *flags))
+    assert words in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
+    """MLX's peak of either, under what the plan says, and not by more than a factor of four."""
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 2048}
+    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype="F32", **sizes))
+    m, how = planning.model_of(checkpoint), Rounding(q_method="round", target_bpw=4.6, q_iters=2)
+    batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
+    job = Job(m, m, 2, 1, 1, 64, 6, 0, 0, 0, 0, 2, rounding=how)
+    planned = packing.quantize(m, how, 6, 64, GIB), phases.tune(job, 1, GIB, 2)
+    text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))
+
+    def tune() -> None:
+        source = distillation.Teacher(checkpoint, None)
+        dwq.learned(load.open_checkpoint(tmp_path / "q4"), source, text, Distillation(iters=2, batch_size=1))
+
+    for phase, work in zip(
+        planned, (lambda: quantize.quantize(checkpoint.path, tmp_path / "q4", how, DISK, batches, 6), tune), strict=True
+    ):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        with memory.limited(Budget(before + phase.peak_bytes)):
+            mx.set_cache_limit(0)
+            work()
+        peak = mx.get_peak_memory() - before
+        assert phase.peak_bytes / 4 < peak < phase.peak_bytes, (phase.name, peak / 2**20, phase.peak_bytes / 2**20)
+
+
 def test_distill_takes_the_method(tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]) -> None:
-    """`distill --q-method gptq`: its last stage is this one, on its own calibration windows, and is planned so."""
-    done = command("distill", *flags, "--out", tmp_path / "run", "--iters", 2, "--q-method", "gptq")
+    """Its last stage is this one, on its own calibration windows."""
+    done = command("distill", *flags, "--out", tmp_path / "run", "--iters", 2, "--target-bpw", "None", "--q-iters", 0)
     assert done.returncode == 0, done.stderr
-    quantize.quantize(tmp_path / "run" / "distilled", tmp_path / "plain", 64, DISK)
+    quantize.quantize(tmp_path / "run" / "distilled", tmp_path / "plain", NEAREST, DISK)
     made, plain = load.open_checkpoint(tmp_path / "run" / "model"), load.open_checkpoint(tmp_path / "plain")
     assert made.config == plain.config
     name = "model.layers.0.mlp.up_proj.weight"

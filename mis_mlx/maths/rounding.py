@@ -1,29 +1,42 @@
-"""Round a matrix to MLX's affine format: each weight to its nearest value, or so that its output changes least.
+"""Round a matrix to one of MLX's formats: each weight to its nearest value, or so that its output changes least.
 
 Knows a matrix, and the gram matrix of what goes into it. Does not know models or files.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import mlx.core as mx
 import numpy as np
 
-# As stored: integers (out, in * bits / 32) uint32, scales and biases (out, in / group) float16.
-Packed = tuple[mx.array, mx.array, mx.array]
+Mode = Literal["affine", "mxfp4", "nvfp4"]
+# As stored: integers (out, in * bits / 32) uint32, scales and biases (out, in / group) float16; without biases and
+# with 8-bit scales in the other modes.
+Packed = tuple[mx.array, ...]
 DAMPING = 0.01  # of the gram matrix's mean diagonal, added to it: the paper's
 
 
-def nearest(weight: mx.array, group: int, bits: int) -> Packed:
+def nearest(weight: mx.array, group: int, bits: int, mode: Mode = "affine") -> Packed:
     """Every weight of a matrix (out, in) to the nearest value that its group has, by MLX's own rule. Lazy."""
-    # Scales are fitted in float32 and stored in float16: bfloat16 scales would cost 3 bits of them.
-    packed, scales, biases = mx.quantize(weight.astype(mx.float32), group_size=group, bits=bits)
-    return packed, scales.astype(mx.float16), biases.astype(mx.float16)
+    packed, *scales = mx.quantize(weight.astype(mx.float32), group_size=group, bits=bits, mode=mode)
+    # Affine scales are fitted in float32 and stored in float16: bfloat16 scales would cost 3 bits of them.
+    return packed, *(s.astype(mx.float16) if mode == "affine" else s for s in scales)
 
 
-def values(packed: Packed, group: int, bits: int) -> mx.array:
+def values(packed: Packed, group: int, bits: int, mode: Mode = "affine") -> mx.array:
     """The matrix (out, in) float32 that a packed one stands for. Lazy."""
-    scales, biases = (a.astype(mx.float32) for a in packed[1:])
-    return mx.dequantize(packed[0], scales, biases, group_size=group, bits=bits)
+    scales, biases = packed[1], packed[2] if len(packed) > 2 else None
+    if mode == "affine":
+        scales, biases = scales.astype(mx.float32), None if biases is None else biases.astype(mx.float32)
+    return mx.dequantize(packed[0], scales, biases, group, bits, mode).astype(mx.float32)
+
+
+def integers(packed: mx.array, group: int, bits: int) -> mx.array:
+    """What is packed in (out, in * bits / 32) uint32, for a scale of 1 and a bias of 0: (out, in) uint8. Lazy."""
+    each = packed.shape[1] * 32 // bits // group
+    ones = mx.ones((len(packed), each))
+    return mx.dequantize(packed, ones, mx.zeros_like(ones), group_size=group, bits=bits).astype(mx.uint8)
 
 
 def compensated(weight: np.ndarray, gram: np.ndarray, group: int, bits: int) -> Packed:
@@ -63,7 +76,6 @@ def inverse_factor(gram: np.ndarray) -> np.ndarray:
 
 
 def _packed(chosen: np.ndarray, bits: int) -> mx.array:
-    """Integers (in, out) as MLX packs them: (out, in * bits / 32) uint32, the first in the lowest bits."""
-    per = 32 // bits
-    places = chosen.T.reshape(chosen.shape[1], -1, per) << (bits * np.arange(per, dtype=np.uint32))
-    return mx.array(np.bitwise_or.reduce(places, axis=-1))
+    """Integers (in, out) as MLX packs them: (out, in * bits / 32) uint32, one stream of bits, the lowest first."""
+    each = chosen.T.astype(np.uint8)[..., None] >> np.arange(bits, dtype=np.uint8) & 1
+    return mx.array(np.packbits(each.reshape(len(each), -1), axis=1, bitorder="little").view(np.uint32))

@@ -9,7 +9,8 @@ having a gate of its own. Does not decide what is kept. One block is in memory a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +22,7 @@ from mis_mlx.model import load, stream
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.types import Checkpoint
 
+Visit = Callable[[int, nn.Module], Callable[[mx.array, mx.array], mx.array]]
 # Where the gates stand: axis -> (part of the block, its module); of hidden channels, behind both norms.
 GATES = {
     "ffn": ("mlp", "down_proj"),
@@ -57,26 +59,53 @@ def fisher(
 
     kept: a place for the inputs of all blocks, L * len(batches) arrays (B, T, D); default: memory.
     """
-    shape, kept = shape_of(checkpoint.config), [] if kept is None else kept
-    source, n = stream.Stream(checkpoint, dtype), len(batches)
-    source.embed(batches, kept)
-    for _, block in source.blocks(range(shape.layers - 1)):
-        kept.extend(source.through(block, kept[-n:]))
-    back: list[mx.array] = []
-    found: dict[Key, np.ndarray] = {}
-    for i, block in source.blocks(range(shape.layers - 1, -1, -1)):
-        if not back:
-            last = source.through(block, kept[-n:])
-            back = [_drawn(checkpoint, source, h, mx.random.key(seed * n + b)) for b, h in enumerate(last)]
+    shape, found = shape_of(checkpoint.config), dict[Key, np.ndarray]()
+    args = load.model_args(checkpoint.config)
+
+    def visit(i: int, block: nn.Module) -> Callable[[mx.array, mx.array], mx.array]:
         gated = {axis: _Gated((block[part] if part else block)[name], not part) for axis, (part, name) in GATES.items()}
         for axis, (part, name) in GATES.items():
             (block[part] if part else block)[name] = gated[axis]
-        for b in range(n):
-            back[b], squares = _back(source, block, gated, shape, kept[i * n + b], back[b])
+
+        def through(x: mx.array, above: mx.array) -> mx.array:
+            below, squares = _back(args, block, gated, shape, x, above)
             for axis, square in squares.items():
                 key = (-1, "hidden") if axis.startswith("norm") else (i, axis)
-                found[key] = found.get(key, 0.0) + np.array(square, np.float64) / (2 * n)
+                found[key] = found.get(key, 0.0) + np.array(square, np.float64) / (2 * len(batches))
+            return below
+
+        return through
+
+    backwards(checkpoint, batches, dtype, visit, seed, kept)
     return found
+
+
+def backwards(
+    checkpoint: Checkpoint,
+    batches: Sequence[mx.array],
+    dtype: mx.Dtype,
+    visit: Visit,
+    seed: int = 0,
+    kept: stream.Hidden | None = None,
+) -> None:
+    """One pass forwards, then from the last block to the first: `visit(i, block)` gives what takes every batch back.
+
+    That is a function of the block's input x (B, T, D) and d log p(drawn tokens) / d output (B, T, D), which gives
+    d log p / d x. kept: as in `fisher`.
+    """
+    kept = [] if kept is None else kept
+    source, n = stream.Stream(checkpoint, dtype), len(batches)
+    source.embed(batches, kept)
+    for _, block in source.blocks(range(source.layers - 1)):
+        kept.extend(source.through(block, kept[-n:]))
+    back: list[mx.array] = []
+    for i, block in source.blocks(range(source.layers - 1, -1, -1)):
+        if not back:
+            last = source.through(block, kept[-n:])
+            back = [_drawn(checkpoint, source, h, mx.random.key(seed * n + b)) for b, h in enumerate(last)]
+        through = visit(i, block)
+        for b in range(n):
+            back[b] = through(kept[i * n + b], back[b])
 
 
 def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array) -> mx.array:
@@ -99,10 +128,10 @@ def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key:
 
 
 def _back(
-    source: stream.Stream, block: nn.Module, gated: dict[str, _Gated], shape: Shape, x: mx.array, above: mx.array
+    args: Any, block: nn.Module, gated: dict[str, _Gated], shape: Shape, x: mx.array, above: mx.array
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """(cotangent at the block's input x (B, T, D), {axis: mean over tokens of the gates' squared gradients})."""
-    mask = load.mask(source.args, block, x)
+    mask = load.mask(args, block, x)
     units = {"ffn": shape.ffn, "heads": shape.heads, "norm1": shape.hidden, "norm2": shape.hidden, "layers": 1}
 
     def run(x: mx.array, *gates: mx.array) -> mx.array:

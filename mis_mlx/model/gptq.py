@@ -6,7 +6,7 @@ sees (maths/rounding); those are gathered once a block, with its own weights as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ import numpy as np
 from mis_mlx.maths import rounding
 from mis_mlx.model import load, stream
 from mis_mlx.model.calibrate import READERS, TAPS
+from mis_mlx.model.pack import Layout
 from mis_mlx.types import Checkpoint, MisError
 
 ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest values
@@ -24,32 +25,36 @@ ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest
 def rounded_blocks(
     checkpoint: Checkpoint,
     batches: Sequence[mx.array],
-    plan: Mapping[str, tuple[int, int]],
+    plan: Layout,
     hidden: stream.Hidden | None = None,
 ) -> Iterator[dict[str, rounding.Packed]]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
-    plan: {module path: (bits, group size)}. hidden: a place for the hidden states other than memory.
+    plan: affine formats only. hidden: a place for the hidden states other than memory.
     """
     source = stream.Stream(checkpoint, load.compute_dtype(), direct=hidden is not None)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
         prefix = f"model.layers.{i}."
         paths = {axis: [f"{prefix}{part}.{name}" for name in READERS[axis]] for axis, (part, _) in TAPS.items()}
-        tapped = [axis for axis in TAPS if plan[paths[axis][0]][0] < ENOUGH_BITS]
+        tapped = [axis for axis in TAPS if any(plan[path].bits < ENOUGH_BITS for path in paths[axis])]
         grams = _grams(block, source.args, hidden, tapped, f"{checkpoint.path}: {prefix}")
         done: dict[str, rounding.Packed] = {}
         for axis, (part, _) in TAPS.items():
-            linears = [block[part][name] for name in READERS[axis]]
-            bits, group = plan[paths[axis][0]]
-            if (gram := grams.pop(axis, None)) is None:
-                made = [rounding.nearest(load.dense_weight(linear), group, bits) for linear in linears]
-            else:
-                made = _together([load.dense_weight(linear) for linear in linears], gram, group, bits)
-            for path, linear, packed in zip(paths[axis], linears, made, strict=True):
-                linear.weight = rounding.values(packed, group, bits).astype(linear.weight.dtype)
-                stream.settle(packed, linear.weight)
-                done[path] = packed
+            linears = {path: block[part][name] for path, name in zip(paths[axis], READERS[axis], strict=True)}
+            gram = grams.pop(axis, None)
+            for kind in {plan[path]: None for path in linears}:  # all of one format in one go
+                same = [path for path in linears if plan[path] == kind]
+                whole = [load.dense_weight(linears[path]) for path in same]
+                if gram is None or kind.bits >= ENOUGH_BITS:
+                    made = [rounding.nearest(w, kind.group, kind.bits) for w in whole]
+                else:
+                    made = _together(whole, gram, kind.group, kind.bits)
+                for path, packed in zip(same, made, strict=True):
+                    linear = linears[path]
+                    linear.weight = rounding.values(packed, kind.group, kind.bits).astype(linear.weight.dtype)
+                    stream.settle(packed, linear.weight)
+                    done[path] = packed
         yield done
         if i + 1 < source.layers:
             source.through(block, hidden)

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.disk import safetensors
+from mis_mlx.maths import rounding
 from mis_mlx.model import arch
 from mis_mlx.model.config import normalised, read_config, shape_of
 from mis_mlx.types import Checkpoint, MisError
@@ -122,15 +123,7 @@ def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array
         raise MisError(NOT_OURS.format(checkpoint.path))
     own = settings.get(stem)
     own = own if isinstance(own, dict) else settings
-    biases = arrays.get(f"{stem}.biases")
-    return mx.dequantize(
-        arrays[name],
-        arrays[f"{stem}.scales"].astype(mx.float32),
-        None if biases is None else biases.astype(mx.float32),
-        group_size=own["group_size"],
-        bits=own["bits"],
-        mode=own.get("mode", "affine"),
-    )
+    return rounding.values(tuple(arrays[n] for n in packed), own["group_size"], own["bits"], own.get("mode", "affine"))
 
 
 def model_args(config: Mapping[str, Any]) -> Any:
@@ -210,13 +203,14 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
 
 
 def head_weight(model: nn.Module) -> mx.array:
-    """The (V, D) matrix that makes logits in a resident, unquantized model."""
-    return model.lm_head.weight if hasattr(model, "lm_head") else model.model.embed_tokens.weight
+    """The (V, D) matrix that makes logits in a resident model; de-quantized, in float32, where it is packed."""
+    layer = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
+    return dense_weight(layer) if "scales" in layer else layer.weight
 
 
 def dense_weight(linear: nn.Module) -> mx.array:
-    """The (out, in) float32 matrix of a linear layer, quantized or not. Lazy."""
-    if isinstance(linear, nn.QuantizedLinear):
+    """The (out, in) float32 matrix of a linear layer or embedding, quantized or not. Lazy."""
+    if isinstance(linear, nn.QuantizedLinear | nn.QuantizedEmbedding):
         how = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
         return mx.dequantize(linear.weight, linear.scales, linear.get("biases"), **how).astype(mx.float32)
     return linear.weight.astype(mx.float32)

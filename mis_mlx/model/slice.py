@@ -41,6 +41,12 @@ TOKENIZER_FILES = (
 )
 
 
+def need_tokenizer(folder: Path) -> None:
+    """MisError when the folder has no tokenizer that could go along."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise MisError(f"{folder} has no tokenizer: copy the tokenizer files of the model it was made from")
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """The tokenizer, chat template and generation settings of `source`, into `folder`."""
     for name in TOKENIZER_FILES:

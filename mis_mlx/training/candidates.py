@@ -19,7 +19,7 @@ import numpy as np
 
 from mis_mlx.model import arch
 from mis_mlx.model.config import Shape, shape_of
-from mis_mlx.training import phases, planning
+from mis_mlx.training import packing, planning
 from mis_mlx.types import MisError, gib
 
 AXES = ("layers", "ffn", "heads", "hidden")
@@ -94,7 +94,7 @@ def count(n: float) -> str:
 def memory_bytes(config: Mapping[str, Any], cached: int) -> int:
     """Of a model in use: its weights in 4 bits, and keys and values of `cached` tokens in 2 bytes each."""
     m = planning.model_of(config, gpu=True)
-    return phases.packed_bytes(m) + planning.keys_bytes(m, cached)
+    return packing.packed_bytes(m) + planning.keys_bytes(m, cached)
 
 
 def memory_aim(config: Mapping[str, Any], text: str, limit: int, tolerance: float, cached: int) -> Aim:

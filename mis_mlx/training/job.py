@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mis_mlx.training.planning import Model
+from mis_mlx.training.recipe import Rounding
 from mis_mlx.types import MisError
 
 LOCAL_ITERS = 16  # of a student that does not fit
+PLAIN = Rounding(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 SAMPLES = 50  # tokens of a position in the logit store
 
 Mode = Literal["resident", "sharded"]
@@ -41,7 +43,7 @@ class Job:
     depth_rounds: int = 1  # how often, with fewer blocks each time
     fisher: bool = False  # a pass back through the teacher for importance
     rotation: bool = False  # the hidden size is cut along principal directions
-    compensate: int = 0  # windows on which rounding errors are made up for
+    rounding: Rounding = PLAIN  # of the trained student
 
     @property
     def step(self) -> int:
@@ -85,5 +87,5 @@ def job_of(teacher: Model, student: Model, asked: Any) -> Job:
         gone if blocks == "greedy" else 1,
         "fisher" in (blocks, getattr(asked, "importance", "")),
         getattr(asked, "hidden_by", "pca") == "pca" and student.shape.hidden < teacher.shape.hidden,
-        asked.num_samples if getattr(asked, "q_method", "") == "gptq" and asked.quantize else 0,
+        asked if getattr(asked, "quantize", 0) else PLAIN,
     )

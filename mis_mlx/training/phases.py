@@ -15,26 +15,14 @@ from typing import Any
 from mis_mlx.machine.memory import process_bytes
 from mis_mlx.machine.rates import Rates
 from mis_mlx.model import arch
-from mis_mlx.training import planning
+from mis_mlx.training import packing, planning
 from mis_mlx.training.job import Job, Mode
-from mis_mlx.training.planning import STATE_BYTES, TENSOR_BYTES, Model, Phase, forward_flops, room, streamed_pass
+from mis_mlx.training.planning import STATE_BYTES, TENSOR_BYTES, Phase, forward_flops, room, streamed_pass
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.types import gib
 
 SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
 TEXTS = 2  # held-out texts that models are measured on
-
-
-def tensor_bytes(m: Model) -> int:
-    """Bytes to rewrite the largest tensor: as stored, cut and converted; or de-quantized and converted."""
-    per = 12 if m.packed else 2 * math.ceil(m.nbytes / arch.params(m.config)) + 2
-    return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
-
-
-def _refit(m: Model, tokens: int) -> tuple[int, float]:
-    """(bytes, operations) of a closed-form fit: normal equations in float64, their solution, a batch in float32."""
-    f, d = m.shape.ffn, m.shape.hidden
-    return 36 * f * (f + d), f * (2.0 * tokens * (f + d) + f * f)
 
 
 def prune(job: Job, limit: int) -> Phase:
@@ -54,7 +42,7 @@ def prune(job: Job, limit: int) -> Phase:
         gates = 4 * planning.activation_bytes(t.config, 1, length) // t.shape.layers
         peak = max(peak, one.peak_bytes + gates + p.held_tokens // length * window + 2 * job.calibration * window)
         read, written, flops = read + 2 * t.nbytes + spooled, written + spooled, flops + 3 * p.flops
-    copied = tensor_bytes(t)
+    copied = planning.tensor_bytes(t)
     if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
         square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
         peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide
@@ -68,7 +56,7 @@ def repair(job: Job) -> Phase:
     """Both models side by side, every down_proj refitted (model/reconstruct); the new ones wait in memory."""
     m, length, tokens = job.student, job.length, job.repair * job.length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
-    fit_bytes, fit_flops = _refit(m, tokens)
+    fit_bytes, fit_flops = planning.refit(m, tokens)
     beside = small.peak_bytes + fit_bytes + 4 * m.shape.layers * m.shape.ffn * m.shape.hidden
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
     flops = big.flops + 2 * small.flops + m.shape.layers * fit_flops
@@ -80,7 +68,7 @@ def correct(job: Job, micro: int) -> Phase:
     m, params = job.teacher, arch.params(job.teacher.config)
     written = (job.correction // job.save_every + 2) * SAVED_BYTES * params + m.nbytes
     flops = job.correction * 3 * forward_flops(m, job.step, job.length)
-    peak = max(planning.training_bytes(m.config, micro, job.length), STATE_BYTES * params + tensor_bytes(m))
+    peak = max(planning.training_bytes(m.config, micro, job.length), STATE_BYTES * params + planning.tensor_bytes(m))
     return Phase("teacher correction", m.nbytes, written, peak, flops, True)
 
 
@@ -99,7 +87,7 @@ def local(job: Job, micro: int, limit: int, iters: int) -> Phase:
     """Student blocks one by one, each taught what the teacher's do in its place (training/local)."""
     t, m, length, batch = job.teacher, job.student, job.length, micro * job.length
     layers, b, tokens = m.shape.layers, m.block_params, job.local * job.length
-    fit_bytes, fit_flops = _refit(m, tokens) if job.repair else (0, 0.0)
+    fit_bytes, fit_flops = planning.refit(m, tokens) if job.repair else (0, 0.0)
     backward = max(planning.activation_bytes(m.config, micro, length) // layers, planning.update_bytes(m.config, True))
     peak = t.slots_bytes + t.body_bytes(planning.workspace_bytes(t, batch, length))
     peak += max(STATE_BYTES * b + backward, 4 * b + fit_bytes)
@@ -116,20 +104,37 @@ def local(job: Job, micro: int, limit: int, iters: int) -> Phase:
 
 def resident(job: Job, micro: int, limit: int) -> Phase:
     """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
-    t, m, length = job.teacher, job.student, job.length
-    peak, keeps = planning.training_bytes(m.config, micro, length), 0
-    read, flops = job.iters * job.step * job.target_bytes, 3 * forward_flops(m, job.step, length)
+    m = job.student
+    plain = Phase("distil", m.nbytes, m.nbytes, planning.training_bytes(m.config, micro, job.length), 0.0, True)
+    return _taught(job, plain, micro, limit, job.iters, arch.params(m.config))
+
+
+def tune(job: Job, micro: int, limit: int, iters: int) -> Phase:
+    """The packed student whole in memory, its scales learning (model/grid): integers, dense values, a gradient."""
+    m, s = job.student, job.student.shape
+    trained, nbytes = 2 * s.layers * m.block_params // job.rounding.q_group_size, packing.packed_bytes(m, job.rounding)
+    head = m.head_params * 4 * (1 if s.tied else 2) + planning.logit_bytes(s.vocab, micro * job.length)
+    work = planning.activation_bytes(m.config, micro, job.length)
+    peak = (1 + 3 * 4) * s.layers * m.block_params + STATE_BYTES * trained + head + work
+    plain = Phase("tune", nbytes, nbytes, peak, 0.0, True)
+    return _taught(job, plain, micro, limit, iters, trained)
+
+
+def _taught(job: Job, plain: Phase, micro: int, limit: int, iters: int, trained: int) -> Phase:
+    """`plain`, a student whole in memory, with its steps, the checkpoints of `trained` parameters, and its teacher."""
+    t, m, length, peak = job.teacher, job.student, job.length, plain.peak_bytes
+    keeps, read, flops = 0, iters * job.step * job.target_bytes, 3 * forward_flops(m, job.step, length)
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
         body = t.body_bytes(planning.workspace_bytes(t, micro * length, length))
         peak += max(0, body - planning.activation_bytes(m.config, micro, length))
         peak += t.slots_bytes + t.head_work + (1 + job.intermediate) * job.step * t.shape.hidden * t.item
         keeps = planning.pins(t, room(limit, peak))
-        read = t.head_bytes + t.block_bytes * (keeps + job.iters * (t.shape.layers - keeps))
+        read = t.head_bytes + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))
         flops += forward_flops(t, job.step, length)
-    written = (job.iters // job.save_every + 2) * SAVED_BYTES * arch.params(m.config) + m.nbytes
-    peak += keeps * t.block_work
-    return Phase("distil", m.nbytes + read, written, peak, job.iters * flops, True, pinned=keeps)
+    written = plain.written_bytes + (iters // job.save_every + 2) * SAVED_BYTES * trained
+    peak, read = peak + keeps * t.block_work, plain.read_bytes + read
+    return replace(plain, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=iters * flops, pinned=keeps)
 
 
 def sharded(job: Job, micro: int, shard: int) -> Phase:
@@ -162,20 +167,9 @@ def steps_per_shard(job: Job, shard: int) -> int:
     return math.ceil(job.iters / math.ceil(job.student.shape.layers / shard))
 
 
-def packed_bytes(m: Model) -> int:
-    """In 4 bits and groups of 64, the embedding and the head 8 (model/pack)."""
-    return arch.params(m.config) * 9 // 16 + m.head_params * (1 if m.shape.tied else 2) // 2
-
-
-def quantize(m: Model, windows: int, length: int, limit: int) -> Phase:
-    """Into 4 bits, tensor by tensor; with a pass over `windows` that makes up for rounding errors, if there are any."""
-    plain = Phase("quantize", m.nbytes, packed_bytes(m), tensor_bytes(m) + 2 * m.head_params, 0.0)
-    return planning.compensated(plain, m, windows * length, length, limit) if windows else plain
-
-
 def measure(job: Job) -> Phase:
     """Teacher, pruned, distilled and 4-bit student on every text."""
-    four = replace(job.student, nbytes=packed_bytes(job.student), packed=True)
+    four = replace(job.student, nbytes=packing.packed_bytes(job.student, job.rounding), packed=True)
     one = planning.compared([job.teacher, job.student, job.student, four], job.held_out, job.length)
     return replace(one, read_bytes=TEXTS * one.read_bytes, flops=TEXTS * one.flops)
 
@@ -230,7 +224,7 @@ class Plan:
     @property
     def pinned(self) -> int:
         """Teacher blocks that stay in memory during training."""
-        return max(p.pinned for p in self.phases)
+        return next(p.pinned for p in self.phases if p.name == "distil")
 
     @property
     def teacher_resident(self) -> bool:
@@ -258,7 +252,10 @@ def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) 
     elif job.repair:
         phases.append(repair(job))
     phases.append(resident(job, micro, left) if mode == "resident" else sharded(job, micro, shard))
-    phases += [quantize(job.student, job.compensate, job.length, left), measure(job)]
+    phases.append(packing.quantize(job.student, job.rounding, job.calibration, job.length, left))
+    if steps := job.rounding.steps(mode == "resident"):
+        phases.append(tune(job, micro, left, steps))
+    phases.append(measure(job))
     whole = tuple(replace(p, peak_bytes=p.peak_bytes + own) for p in phases)
     return Plan(job, limit, rates, mode, micro, shard, whole)
 
@@ -290,7 +287,7 @@ def remedy(plan: Plan) -> str:
     least = planning.flag(least_bytes(job, plan.rates))
     text = f"{worst.name} needs {gib(worst.peak_bytes)}, the budget is {gib(plan.budget_bytes)}: give --budget {least}"
     tries = [("--reconstruct-samples 0", replace(job, repair=0))] if job.repair else []
-    tries += [("--q-method round", replace(job, compensate=0))] if job.compensate else []
+    tries += packing.cheaper(job)
     tries += [("--teacher-correction 0", replace(job, correction=0))] if job.correction else []
     shorter = [n for n in (job.length >> k for k in range(1, 8)) if n >= 16]
     tries += [(f"--max-seq-length {n} instead of {job.length}", replace(job, length=n)) for n in shorter]

@@ -127,6 +127,12 @@ class Phase:
         return max(disk, work, self.touched_bytes / at.memory_bytes_per_s)
 
 
+def tensor_bytes(m: Model) -> int:
+    """Bytes to rewrite the largest tensor: as stored, cut and converted; or de-quantized and converted."""
+    per = 12 if m.packed else 2 * math.ceil(m.nbytes / arch.params(m.config)) + 2
+    return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
+
+
 def forward_flops(m: Model, tokens: int, length: int, head: bool = True) -> float:
     """2 for each parameter a token meets (looking up an embedding is free), and causal attention."""
     s = m.shape
@@ -238,36 +244,15 @@ def compared(models: Sequence[Model], windows: int, length: int) -> Phase:
     return Phase("measure", sum(m.nbytes for m in models), 0, peak, flops)
 
 
-def compensated(plain: Phase, m: Model, tokens: int, length: int, limit_bytes: int) -> Phase:
-    """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (model/gptq).
-
-    In numpy: a block's gram matrices, five of the largest to take its factor, and 28 bytes for each weight of the
-    largest set of matrices with the same inputs.
-    """
-    s = m.shape
-    queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    sides = [(s.hidden, queries + 2 * keys), (queries, s.hidden), (s.hidden, 2 * s.ffn), (s.ffn, s.hidden)]  # in, out
-    grams = 8 * (2 * s.hidden**2 + queries**2 + s.ffn**2)
-    beside = grams + 40 * max(sides)[0] ** 2 + 28 * max(n * out for n, out in sides)
-    p = streamed_pass("", m, tokens, length, length, limit_bytes, head=False, beside_bytes=beside)
-    held = p.held_tokens * s.hidden * m.item + m.slots_bytes
-    each = tokens * grams / 4 + sum(n * n * (3 * n + out) for n, out in sides)
-    read, written = plain.read_bytes + 2 * p.written_bytes, plain.written_bytes + p.written_bytes
-    peak, flops = max(p.peak_bytes, plain.peak_bytes + held), 2 * p.flops + s.layers * each
-    return replace(p, name=plain.name, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=flops)
+def refit(m: Model, tokens: int) -> tuple[int, float]:
+    """(bytes, operations) of a closed-form fit: normal equations in float64, their solution, a batch in float32."""
+    f, d = m.shape.ffn, m.shape.hidden
+    return 36 * f * (f + d), f * (2.0 * tokens * (f + d) + f * f)
 
 
 def flag(nbytes: int) -> str:
     """A size as --budget takes it, rounded up: '612MiB'."""
     return f"{math.ceil(nbytes / 2**20)}MiB"
-
-
-def duration(seconds: float) -> str:
-    """For people: '12.3 s', '5.0 min', '2.1 h'."""
-    for limit, size, unit in ((100, 1, "s"), (6000, 60, "min")):
-        if seconds < limit:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 3600:,.1f} h"
 
 
 def fit(budget: Budget, *phases: Phase, remedy: str = "") -> None:

@@ -6,7 +6,7 @@ Does not know what is trained.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mis_mlx.training.loop import Schedule
@@ -104,3 +104,44 @@ class Distillation(Recipe):
             raise MisError("--intermediate needs the whole student, --train sharded has parts: use --train resident")
         if self.repaired_lr != 1.0 and not self.reconstruct_samples:
             raise MisError("--repaired-lr is for what the repair set, --reconstruct-samples 0 leaves it out: drop one")
+
+
+TUNE_ITERS = 20
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a model is quantized: mlx-lm's names, where it has them."""
+
+    q_group_size: Literal[32, 64, 128] = 64
+    """weights that share one scale"""
+    q_mode: Literal["affine", "mxfp4", "nvfp4"] = "affine"
+    """format of the blocks' weights; the embedding is 8-bit affine in all of them. What follows is for affine only"""
+    target_bpw: float | None = 4.6
+    """bits per weight of the blocks, scales included: 3 to 8 bits for each matrix, by what they cost on text. None: 4
+    bits each, and 8 for down_proj where blocks are missing"""
+    q_method: Literal["round", "gptq"] = "gptq"
+    """every weight to its nearest value (round), or so that outputs on num_samples windows change least (gptq)"""
+    q_iters: int | None = None
+    """steps of distillation of scales, biases and norms after rounding; integers stay. Default: 20 in `distill` where
+    the student is trained whole, else 0"""
+    q_learning_rate: float = 2e-5
+    """peak, of those steps; falls to a tenth along a cosine"""
+
+    @property
+    def affine(self) -> Rounding:
+        """What of these flags counts: formats that are not affine are rounded to, nothing else."""
+        if self.q_mode == "affine":
+            return self
+        return replace(self, target_bpw=None, q_method="round", q_iters=0)
+
+    @property
+    def looks(self) -> bool:
+        """Whether rounding looks at text."""
+        how = self.affine
+        return how.q_method == "gptq" or how.target_bpw is not None
+
+    def steps(self, whole: bool) -> int:
+        """Steps after rounding, of a student that is in memory whole or not."""
+        asked = self.affine.q_iters
+        return TUNE_ITERS * whole if asked is None else asked

@@ -53,8 +53,8 @@ def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint
 def test_the_embedding_gets_eight_bits(llama: Checkpoint) -> None:
     """It makes the logits too; config.json says so per module in the way mlx-lm reads."""
     plan = pack.layout(llama.config, 64)
-    assert plan["model.embed_tokens"] == (8, 64)
-    assert {bits for path, (bits, _) in plan.items() if path != "model.embed_tokens"} == {4}
+    assert plan["model.embed_tokens"] == pack.Format(8, 64)
+    assert {kind.bits for path, kind in plan.items() if path != "model.embed_tokens"} == {4}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,258 @@
+"""What 4 bits cost: ours beside mlx_lm's convert, gptq, awq and dwq and llama.cpp's Q4_K_M, in one run.
+
+    scripts/mis benchmarks/quality_4bit.py --model RUN/distilled --name student   # about an hour on 2 cores
+    scripts/mis benchmarks/quality_4bit.py                                        # the default teacher
+
+A row is one model in fewer bits: KL(model || model in fewer bits) and the held-out loss that it adds, over all tokens
+of the same windows (± one standard error over tokens). All MLX rows have an embedding of 8 bits, groups of 64, and
+learn from the same windows: 32 for whoever calibrates, 2 a step for whoever trains. mlx_lm's programs run as they are,
+on our text. Rows are written when they are done, so a run that was stopped goes on. Writes
+benchmarks/results/<machine>/quality_4bit/<name>-<row>.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from gguf import GGUFReader, dequantize
+from laboratory import stored, write
+
+from mis_mlx import cli, export, quantize
+from mis_mlx.disk.files import DISK
+from mis_mlx.disk.gguf import hf_name, unpermute
+from mis_mlx.model import arch, compare, grid, kld, load, pack, slice, teacher, windows
+from mis_mlx.training import distillation, dwq
+from mis_mlx.training.recipe import Distillation, Rounding
+from mis_mlx.types import Checkpoint
+
+EMBEDDING = {"bits": 8, "group_size": 64}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared; the defaults are what the README shows."""
+
+    model: str | None = None
+    """folder of an unquantized model; default: the default teacher"""
+    teacher: str | None = None
+    """what scales may learn from beside the model itself; default: the default teacher, where --model is another"""
+    name: str = "teacher"
+    """what to call the model in the results"""
+    only: tuple[str, ...] = ()
+    """rows; default: all"""
+    num_samples: int = 32
+    """windows of calibration"""
+    max_seq_length: int = 256
+    """tokens in a window"""
+    q_iters: int = 20
+    """steps of two windows, ours and dwq's"""
+    eval_windows: int = 16
+    """held-out English windows; a third as many Polish ones"""
+    table: bool = False
+    """print what there is, and make nothing"""
+
+
+class Bench:
+    """One dense model, its text, and ways to fewer bits; each writes a folder."""
+
+    def __init__(self, s: Settings):
+        self.s, self.path = s, teacher.find(s.model).path
+        self.dense = load.open_checkpoint(self.path)
+        data = windows.prepare(None, self.path, s.max_seq_length)
+        self.train = data.train
+        chosen = np.random.default_rng([0, 1, 1]).permutation(len(data.train.tokens))
+        self.batches = [mx.array(data.train.tokens[i][None]) for i in chosen[: s.num_samples]]
+        self.held_out = {
+            name: compare.chosen(text, max(1, s.eval_windows // (1 if at == 0 else 3)))
+            for at, (name, text) in enumerate(data.held_out.items())
+        }
+        self.mine = {name: compare.final_hidden(self.dense, text) for name, text in self.held_out.items()}
+
+    def judge(self, other: Checkpoint) -> dict[str, Any]:
+        """Mean KLD and added loss with standard errors, agreement; by text."""
+        found: dict[str, Any] = {}
+        for name, text in self.held_out.items():
+            theirs = compare.final_hidden(other, text)
+            at = kld.positions((self.dense, self.mine[name]), (other, theirs), text)
+            f, added = kld.figures(*at), at[1] - at[0]
+            found[name] = {key: f[key] for key in ("mean_kld", "p999_kld", "same_top_p", "ppl_ratio")}
+            found[name]["added_nats"] = float(added.mean()), float(added.std(ddof=1) / len(added) ** 0.5)
+        return found
+
+    def ours(self, out: Path, how: Rounding, taught: str | None = None) -> None:
+        """`quantize`, then steps against the model itself or the folder `taught`."""
+        rounded = out.parent / "rounded" if how.q_iters else out
+        quantize.quantize(self.path, rounded, how, DISK, self.batches, len(self.batches))
+        if how.q_iters:
+            source = distillation.Teacher(load.open_checkpoint(taught) if taught else self.dense, None)
+            r = dwq.recipe_of(Distillation(), how.q_iters, how.q_learning_rate)
+            checkpoint = load.open_checkpoint(rounded)
+            grid.write(checkpoint, dwq.learned(checkpoint, source, self.train, r), out, DISK)
+
+    def opened(self) -> tuple[Any, Any, dict[str, Any]]:
+        """As mlx_lm opens it, in float32: (model, tokenizer, config)."""
+        model, tokenizer, config = load.mlx_lm("utils").load(str(self.path), return_config=True)
+        model.set_dtype(mx.float32)
+        return model, tokenizer, config
+
+    def save(self, out: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> None:
+        """As mlx_lm does."""
+        load.mlx_lm("utils").save(out, str(self.path), model, tokenizer, config)
+
+    def convert(self, out: Path) -> None:
+        """mlx_lm.convert -q, but for the embedding."""
+
+        def predicate(path: str, _: Any) -> Any:
+            return EMBEDDING if "embed" in path or "lm_head" in path else True
+
+        convert = load.mlx_lm("convert").convert
+        convert(
+            str(self.path),
+            str(out),
+            quantize=True,
+            q_group_size=64,
+            q_bits=4,
+            dtype="float16",
+            quant_predicate=predicate,
+        )
+
+    def gptq(self, out: Path) -> None:
+        """mlx_lm.gptq's function."""
+        model, tokenizer, config = self.opened()
+        data = mx.concatenate(self.batches)
+        model, how = load.mlx_lm("quant.gptq").gptq_quantize(model, data, 4, 64, 8, 64)
+        self.save(out, model, tokenizer, {**config, "quantization": how})
+
+    def awq(self, out: Path) -> None:
+        """mlx_lm.awq's function, on a quarter of the windows: its search passes over them 40 times a block."""
+        program = load.mlx_lm("quant.awq")
+        model, tokenizer, config = self.opened()
+        data = mx.concatenate(self.batches[: len(self.batches) // 4])
+        how = program.AWQ_MODEL_CONFIGS[config["model_type"]]
+        program.awq_quantize(model, data, how, 64, 4, 64, 8, n_grid=10)
+        program.update_config(model, config)
+        self.save(out, model, tokenizer, config)
+
+    def dwq(self, out: Path) -> None:
+        """mlx_lm.dwq's function at its own learning rate, in float32, from its rounded model; as many steps as ours."""
+        program, utils = load.mlx_lm("quant.dwq"), load.mlx_lm("utils")
+        model, tokenizer, config = self.opened()
+        small, config = utils.quantize_model(
+            copy.deepcopy(model), config, 64, 4,
+            quant_predicate=lambda path, _: EMBEDDING if "embed" in path or "lm_head" in path else True,
+        )  # fmt: skip
+        rows = [(self.train.tokens[i].tolist(), 0) for i in range(2 * self.s.q_iters + 4)]
+        adam = load.mlx_lm("quant.dwq").optimizers.Adam(learning_rate=1e-6, bias_correction=True)
+        program.dwq_quantize(small, lambda batch, i, split: model(batch), adam, rows[4:], rows[:4], 2,
+                             self.s.max_seq_length, 0, mx.float32)  # fmt: skip
+        self.save(out, small, tokenizer, config)
+
+    def q4_k_m(self, out: Path) -> None:
+        """llama.cpp's own program by way of `export`; read back by gguf-py into a dense folder."""
+        made = export.run(export.Settings(model=str(self.path), out=str(out.parent / "gguf"), out_type="q4_k_m"))
+        reader, config = GGUFReader(Path(made["out"]) / made["file"]), self.dense.config
+        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+        found = {}
+        for t in reader.tensors:
+            if (name := hf_name(t.name)) in self.dense.tensors:
+                shape = self.dense.tensors[name].shape
+                found[name] = dequantize(t.data, t.tensor_type).astype(np.float32).reshape(shape)
+                for part, count in heads.items():
+                    found[name] = unpermute(found[name], count) if part in name else found[name]
+        slice.write_model(config, lambda n: mx.array(found[n]), self.path, out, "float32", DISK)
+        bits = {hf_name(t.name): (8 * t.n_bytes, t.n_elements) for t in reader.tensors}
+        blocks = [v for n, v in bits.items() if ".layers." in n and "norm" not in n]
+        self.sizes = sum(b for b, _ in blocks) / sum(n for _, n in blocks), sum(int(t.n_bytes) for t in reader.tensors)
+
+
+FOUR = Rounding(target_bpw=None, q_iters=0)
+MIXED = replace(FOUR, target_bpw=4.5)
+ROWS: dict[str, Callable[[Bench, Path], None]] = {
+    "mlx_lm convert": Bench.convert,
+    "mlx_lm gptq": Bench.gptq,
+    "mlx_lm awq": Bench.awq,
+    "mlx_lm dwq": Bench.dwq,
+    "Q4_K_M": Bench.q4_k_m,
+    "ours, rounded": lambda b, out: b.ours(out, replace(FOUR, q_method="round")),
+    "ours, mxfp4": lambda b, out: b.ours(out, replace(FOUR, q_mode="mxfp4")),
+    "ours, nvfp4": lambda b, out: b.ours(out, replace(FOUR, q_mode="nvfp4")),
+    "ours, gptq": lambda b, out: b.ours(out, FOUR),
+    "ours, mixed": lambda b, out: b.ours(out, replace(MIXED, q_method="round")),
+    "ours, mixed gptq": lambda b, out: b.ours(out, MIXED),
+    "ours, gptq tuned": lambda b, out: b.ours(out, replace(FOUR, q_iters=b.s.q_iters)),
+    "ours, mixed gptq tuned": lambda b, out: b.ours(out, replace(MIXED, q_iters=b.s.q_iters)),
+    "ours, 4.6 bits": lambda b, out: b.ours(out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters)),
+    "ours, 4.6 bits, from the teacher": lambda b, out: b.ours(
+        out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters), str(teacher.find(b.s.teacher).path)
+    ),
+}  # fmt: skip
+
+
+def row(bench: Bench, make: Callable[[Bench, Path], None]) -> dict[str, Any]:
+    """One model made, measured and thrown away."""
+    began = time.monotonic()
+    with TemporaryDirectory() as temp:
+        make(bench, out := Path(temp) / "model")
+        made = load.open_checkpoint(out)
+        seconds = time.monotonic() - began
+        if arch.is_quantized(made.tensors):
+            bits, nbytes = pack.block_bits(made.config, pack.formats(made)), made.nbytes
+        else:
+            bits, nbytes = bench.sizes
+        return {"bits_per_block_weight": bits, "nbytes": nbytes, "seconds": round(seconds), **bench.judge(made)}
+
+
+def table(name: str) -> str:
+    """Markdown of all rows there are."""
+    lines = [
+        f"| {name} | bits per block weight | MB | mean KLD, English | added nats | mean KLD, Polish | added nats |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for label in ROWS:
+        if r := stored(f"quality_4bit/{name}-{label.replace(', ', '-').replace(' ', '-')}"):
+            texts = [r[text] for text in ("English", "Polish")]
+            values = [f"{t[key][0]:.3f} ± {t[key][1]:.3f}" for t in texts for key in ("mean_kld", "added_nats")]
+            lines.append(
+                f"| {label} | {r['bits_per_block_weight']:.2f} | {r['nbytes'] / 1e6:.1f} | {' | '.join(values)} |"
+            )
+    return "\n".join(lines)
+
+
+def main(s: Settings) -> None:
+    """Every row that was asked for and is not there yet."""
+    if s.table:
+        print(table(s.name))
+        return
+    files = {label: f"quality_4bit/{s.name}-{label.replace(', ', '-').replace(' ', '-')}" for label in ROWS}
+    todo = [label for label in ROWS if (not s.only or label in s.only) and not stored(files[label])]
+    if s.name == "teacher":  # which is its own
+        todo = [label for label in todo if "from the teacher" not in label]
+    cli.say(f"{len(todo)} rows to make")
+    bench = Bench(s) if todo else None
+    for label in todo:
+        assert bench
+        command = f"scripts/mis benchmarks/quality_4bit.py --name {s.name} --q-iters {s.q_iters}"
+        try:
+            found = row(bench, ROWS[label])
+        except Exception as error:  # somebody else's program that does not run here is a finding too
+            if not label.startswith(("mlx_lm", "Q4")):
+                raise
+            cli.say(f"{label}: {type(error).__name__}: {error}")
+            continue
+        write(files[label], command, {"row": label, **found})
+        english = found["English"]
+        cli.say(f"{label}: {found['bits_per_block_weight']:.2f} bits, KLD {english['mean_kld'][0]:.4f}, "
+                f"{english['added_nats'][0]:+.4f} nats, {found['seconds']} s")  # fmt: skip
+        mx.clear_cache()
+
+
+if __name__ == "__main__":
+    main(cli.parse(Settings))

@@ -1,0 +1,59 @@
+"""Bits under a limit on their mean."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mis_mlx.maths.allocation import allocate
+
+BITS = (3, 4, 5, 6, 8)
+
+
+def random_costs(seed: int, count: int = 5) -> tuple[dict[str, dict[int, float]], dict[str, int]]:
+    """Costs that fall about fourfold a bit, with noise that makes some of them no hull at all."""
+    rng = np.random.default_rng(seed)
+    costs = {
+        f"m{k}": {b: float(rng.lognormal(0, 2) * 4.0 ** (3 - b) * rng.lognormal(0, 0.5)) for b in BITS}
+        for k in range(count)
+    }
+    return costs, {name: int(rng.integers(1, 4)) for name in costs}
+
+
+def spent(chosen: dict[str, int], sizes: dict[str, int]) -> float:
+    """Mean bits."""
+    return sum(chosen[n] * sizes[n] for n in sizes) / sum(sizes.values())
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("limit", [3.5, 4.0, 4.5, 6.0])
+def test_keeps_to_the_limit_and_is_near_the_best(seed: int, limit: float) -> None:
+    """Of all 3,125 choices: never over, and no worse than the best with one matrix's largest step less to spend."""
+    costs, sizes = random_costs(seed)
+    chosen = allocate(costs, sizes, limit)
+    assert spent(chosen, sizes) <= limit + 1e-12
+
+    def cost(choice: dict[str, int]) -> float:
+        return sum(costs[n][b] for n, b in choice.items())
+
+    slack = 5 * max(sizes.values()) / sum(sizes.values())
+    every = [dict(zip(costs, bits, strict=True)) for bits in itertools.product(BITS, repeat=len(costs))]
+    within = min(cost(c) for c in every if spent(c, sizes) <= max(3.0, limit - slack))
+    assert cost(chosen) <= within + 1e-12
+
+
+def test_by_pencil() -> None:
+    """One bit to spend on two equal matrices goes where it saves more; a matrix twice as large needs two."""
+    costs = {"a": {3: 1.0, 4: 0.5}, "b": {3: 1.0, 4: 0.4}}
+    assert allocate(costs, {"a": 1, "b": 1}, 3.5) == {"a": 3, "b": 4}
+    assert allocate(costs, {"a": 1, "b": 2}, 3.4) == {"a": 4, "b": 3}
+    assert allocate(costs, {"a": 1, "b": 1}, 4.0) == {"a": 4, "b": 4}
+    assert allocate(costs, {"a": 1, "b": 1}, 2.9) == {}
+
+
+def test_a_step_that_only_costs_is_not_taken() -> None:
+    """More bits that measure worse, by luck, are passed over; a later better one is not."""
+    assert allocate({"a": {3: 1.0, 4: 2.0, 5: 3.0}}, {"a": 1}, 8.0) == {"a": 3}
+    assert allocate({"a": {3: 1.0, 4: 2.0, 5: 0.1}}, {"a": 1}, 8.0) == {"a": 5}
