@@ -5,7 +5,8 @@
     scripts/mis benchmarks/distill.py reconstruction-only --iters 1 --learning-rate 1e-12
 
 Writes benchmarks/results/<machine>/distill-<label>.json and .md: the run's result and table, with the
-machine and the versions. The run folder goes to a temporary place and is deleted.
+machine and the versions; of `default` also its report, .html, which needs matplotlib. The run folder goes to a
+temporary place and is deleted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import laboratory
 
-from mis_mlx import cli, distill
+from mis_mlx import cli, distill, report
+from mis_mlx.page import figures
 
 PRIVATE = ("teacher", "student", "run")  # paths of the machine
 
@@ -25,9 +27,13 @@ PRIVATE = ("teacher", "student", "run")  # paths of the machine
 def main(label: str, flags: list[str]) -> None:
     """Run once, store what came out."""
     with tempfile.TemporaryDirectory() as temp:
-        settings = replace(cli.parse(distill.Settings, flags), out=str(Path(temp) / "run"))
-        result = distill.run(settings)
-        table = (Path(temp) / "run" / "table.md").read_text(encoding="utf-8")
+        if label == "default":
+            figures.need()  # now, not after all the work
+        folder = Path(temp) / f"distill-{label}"
+        result = distill.run(replace(cli.parse(distill.Settings, flags), out=str(folder)))
+        table = (folder / "table.md").read_text(encoding="utf-8")
+        if label == "default":
+            report.run(report.Settings((str(folder),), str(laboratory.RESULTS / f"distill-{label}.html")))
     command = " ".join(["scripts/mis benchmarks/distill.py", label, *flags])
     kept = {name: value for name, value in result.items() if name not in PRIVATE}
     laboratory.write(f"distill-{label}", command, kept)

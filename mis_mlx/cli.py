@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import math
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ import tyro
 from mis_mlx.types import GIB, MisError, Row, Step, gib
 
 ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
+BARS = "▁▂▃▄▅▆▇█"
+SPARK_STEPS = 24  # whose losses the bar shows
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": GIB}
 
 
@@ -160,9 +163,27 @@ def progress(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
         yield update
 
 
-def step_text(step: Step) -> str:
-    """What the bar shows beside a step: loss, speed, memory, temperature, and what the guard did."""
-    parts = [f"loss {step.loss:.3f}", f"{step.tokens / max(step.seconds, 1e-9):.0f} tok/s", gib(step.peak_bytes)]
+def sparkline(values: Iterable[float | None], least_span: float = 0.0) -> str:
+    """One block a value, from the lowest to the highest; a gap where nothing was measured.
+
+    least_span: what the whole height stands for at least, so that noise stays flat.
+    """
+    seen = [math.nan if value is None else value for value in values]
+    known = [value for value in seen if math.isfinite(value)]
+    if not known:
+        return ""
+    low, span, top = min(known), max(max(known) - min(known), least_span) or 1.0, len(BARS) - 1
+    return "".join(BARS[round((v - low) / span * top)] if math.isfinite(v) else " " for v in seen)
+
+
+def step_text(
+    step: Step, losses: Iterable[float] = (), budget_bytes: int | None = None, planned_tps: float | None = None
+) -> str:
+    """What the bar shows beside a step: loss and its course, speed and memory beside what was planned and allowed,
+    temperature, and what the guard did."""
+    speed = f"{step.tokens / max(step.seconds, 1e-9):.0f}" + (f" of {planned_tps:.0f}" if planned_tps else "")
+    used = gib(step.peak_bytes) + (f" of {gib(budget_bytes)}" if budget_bytes else "")
+    parts = [f"loss {step.loss:.3f} {sparkline(losses)}".rstrip(), f"{speed} tok/s", used]
     if step.reading and step.reading.die_c is not None:
         parts.append(f"{step.reading.die_c:.0f} °C")
     return "  ".join([*parts, step.note] if step.note else parts)

@@ -14,14 +14,15 @@ from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs, text
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory
-from mis_mlx.model import arch, compare, load, slice, teacher, windows
-from mis_mlx.training import course, outcome, phases, planning, pruning
+from mis_mlx.model import arch, compare, load, reporting, slice, speak, teacher, windows
+from mis_mlx.training import course, dwq, outcome, phases, planning, pruning
 from mis_mlx.training.course import Course
 from mis_mlx.training.job import job_of
-from mis_mlx.training.recipe import Distillation
+from mis_mlx.training.recipe import Distillation, Rounding
 from mis_mlx.training.weather import Weather
 from mis_mlx.types import Budget, Checkpoint, MisError, Row
 
+NOT_STORED = ("out", "resume", "dry_run", "config")  # of a run, they say where and when, not what
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset(
     {
@@ -32,6 +33,9 @@ FREE = frozenset(
         "budget",
         "eval_windows",
         "bench_tokens",
+        "sample_tokens",
+        "report_to",
+        "project_name",
         "save_every",
         "governor",
         "thermal_replay",
@@ -40,7 +44,7 @@ FREE = frozenset(
 
 
 @dataclass(frozen=True)
-class Settings(pruning.Cut, Distillation):
+class Settings(pruning.Cut, Rounding, Distillation):
     """One run. Every default is what was measured to work; nothing needs to be given."""
 
     teacher: str | None = None
@@ -55,16 +59,18 @@ class Settings(pruning.Cut, Distillation):
     """calibration windows for importance"""
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
-    q_group_size: Literal[32, 64] = 64
-    """weights that share one scale"""
-    q_method: Literal["round", "gptq"] = "gptq"
-    """every weight to its nearest value (round), or so that outputs on num_samples windows change least (gptq)"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """type of unquantized weights on disk"""
     eval_windows: int = 24
     """held-out windows measured; a third as many of the second text"""
     bench_tokens: int = 16
     """tokens timed per model; 0 leaves timing out"""
+    sample_tokens: int = 48
+    """tokens that each model writes after the same words, for `report`; 0 leaves that out"""
+    report_to: str | None = None
+    """tensorboard, wandb or swanlab, which must be installed: told of every step"""
+    project_name: str | None = None
+    """for report_to; default: the run folder's name"""
     preset: Literal["default", "paper"] = "default"
     """paper: 8,000 steps, peak 1.5e-4"""
     out: str | None = None
@@ -76,6 +82,11 @@ class Settings(pruning.Cut, Distillation):
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
 
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What a run keeps of them."""
+        return {name: value for name, value in asdict(self).items() if name not in NOT_STORED}
+
 
 def _prune(s: Settings, c: Course, data: windows.Data) -> Checkpoint:
     out = c.folder / "pruned"
@@ -83,18 +94,19 @@ def _prune(s: Settings, c: Course, data: windows.Data) -> Checkpoint:
         return load.open_checkpoint(s.student)
     if not out.exists():
         cli.say("calibrate and prune")
-        report = pruning.prune(
-            c.teacher,
-            c.pick(s.num_samples, 1),
-            compare.chosen(next(iter(data.held_out.values())), s.eval_windows),
-            out,
-            s,
-            dtype=s.dtype,
-            seed=s.seed,
-            reading=c.weather.reading,
-            files=c.files,
-            held=c.plan.held_windows("prune"),
-        )
+        with c.phase("prune"):
+            report = pruning.prune(
+                c.teacher,
+                c.pick(s.num_samples, 1),
+                compare.chosen(next(iter(data.held_out.values())), s.eval_windows),
+                out,
+                s,
+                dtype=s.dtype,
+                seed=s.seed,
+                reading=c.weather.reading,
+                files=c.files,
+                held=c.plan.held_windows("prune"),
+            )
         cli.say(prune.sentence(report))
     return load.open_checkpoint(out)
 
@@ -110,6 +122,21 @@ def _distil(s: Settings, c: Course, pruned: Checkpoint) -> Checkpoint:
     return load.open_checkpoint(out)
 
 
+def _quantize(s: Settings, c: Course, pruned: Checkpoint, dense: Path) -> None:
+    """Round the student, then let its scales learn; what is there is not made again."""
+    out = c.folder / "model"
+    steps = s.steps(c.plan.mode == "resident")
+    rounded = c.folder / "rounded" if steps else out
+    if not rounded.exists() and not out.exists():
+        batches, held = c.pick(s.num_samples * s.looks, 1), c.plan.held_windows("quantize")
+        with c.phase("quantize"):
+            quantize.quantize(dense, rounded, s, c.files, batches, held, s.seed)
+    if not out.exists():
+        cli.say(f"tune: {steps} steps of scales, biases and norms")
+        r = dwq.recipe_of(c.recipe, steps, s.q_learning_rate)
+        dwq.tune(c, course.source_of(c, pruned), rounded, out, r)
+
+
 def _measure(
     s: Settings, c: Course, data: windows.Data, models: dict[str, Checkpoint]
 ) -> tuple[list[Row], dict[str, list[Row]]]:
@@ -121,10 +148,13 @@ def _measure(
         quality[name] = compare.rows_of(compare.compare(models, compare.chosen(held_out, count)))
     sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
     sizes += [Row(n, "bytes", m.nbytes / 1e6) for n, m in models.items()]
+    fit = {n: m.path for n, m in models.items() if phases.timed_bytes(m.config) <= c.plan.budget_bytes}
     if s.bench_tokens:
-        fit = {n: m.path for n, m in models.items() if phases.timed_bytes(m.config) <= c.plan.budget_bytes}
         cli.say(f"measure: speed of {', '.join(fit) or 'none: no model fits the budget whole'}")
         sizes += bench.measure(list(fit.values()), list(fit), 2 * s.bench_tokens, s.bench_tokens, 2)
+    if s.sample_tokens:
+        said = [json.dumps(sample, ensure_ascii=False) for sample in speak.samples(fit, s.sample_tokens)]
+        c.files.replace_text(c.folder / runs.SAMPLES, "\n".join([*said, ""]))
     return sizes, quality
 
 
@@ -150,11 +180,10 @@ def _all_stages(s: Settings, c: Course, data: windows.Data) -> dict[str, Any]:
     models = {"teacher": c.teacher, "pruned": _prune(s, c, data)}
     models["distilled"] = _distil(s, c, models["pruned"])
     if s.quantize:
-        if not (folder / "model").exists():
-            batches, held = c.pick(s.num_samples * (s.q_method == "gptq"), 1), c.plan.held_windows("quantize")
-            quantize.quantize(models["distilled"].path, folder / "model", s.q_group_size, c.files, batches, held)
+        _quantize(s, c, models["pruned"], models["distilled"].path)
         models["4-bit"] = load.open_checkpoint(folder / "model")
-    sizes, quality = _measure(s, c, data, models)
+    with c.phase("measure"):
+        sizes, quality = _measure(s, c, data, models)
     table = outcome.page(models, sizes, quality, s.max_seq_length)
     print(table)
     c.files.replace_text(folder / "table.md", table + "\n")
@@ -176,6 +205,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.preset == "paper":
         s = replace(s, iters=8000, learning_rate=1.5e-4)
     s.check()
+    reporting.check(s.report_to)
     found = teacher.find(s.teacher)
     cli.say(f"teacher: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
@@ -185,7 +215,7 @@ def run(settings: Settings) -> dict[str, Any]:
         shape = pruning.wanted_shape(checkpoint.config, s)
         small = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), s.dtype)
     if s.quantize:
-        quantize.check(small, s.q_group_size)
+        quantize.check(small, s)
     budget = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     made = _plan(s, checkpoint, small, budget, folder)
     cli.say(plan.table(made))
@@ -209,8 +239,7 @@ def run(settings: Settings) -> dict[str, Any]:
     origin = runs.origin(checkpoint, text.fingerprint(data.train))
     if folder is None:
         name = f"{found.path.name}-{s.scenario}"
-        stored = {k: v for k, v in asdict(s).items() if k not in ("out", "resume", "dry_run", "config")}
-        folder = runs.create(s.out, name, stored, origin, made.way, files)
+        folder = runs.create(s.out, name, s.stored, origin, made.way, files)
     else:
         for note in runs.same_origin(folder, origin):
             cli.say(note)
@@ -222,7 +251,10 @@ def run(settings: Settings) -> dict[str, Any]:
     ):
         protocol.sweep(folder, files)
         recipe = made.recipe(s)
-        c = Course(recipe, folder, checkpoint, data.train, made, files, memory.Peak(), weather)
+        flags = {name: value for name, value in s.stored.items() if value != getattr(Settings(), name)}
+        files.append(folder / runs.PHASES, json.dumps({**weather.now(), **outcome.begun(made, flags)}))
+        report = reporting.reporter(s.report_to, s.project_name or folder.name, folder, asdict(s))
+        c = Course(recipe, folder, checkpoint, data.train, made, files, memory.Peak(), weather, report)
         return _all_stages(s, c, data)
 
 

@@ -15,7 +15,7 @@ from mis_mlx.training import phases, planning
 from mis_mlx.training.job import Job, job_of
 from mis_mlx.training.phases import Plan
 from mis_mlx.training.planning import Model
-from mis_mlx.types import gib
+from mis_mlx.types import duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 PASSES = (1, 128, 512)  # tokens
@@ -31,7 +31,7 @@ def table(plan: Plan) -> str:
     one = planning.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
     lines += [
         f"| {p.name} | {gib(p.read_bytes)} | {gib(p.written_bytes)} | {gib(p.peak_bytes)} | {p.flops:.1e} | "
-        f"{planning.duration(p.seconds(plan.rates))} | {p.written_bytes / LIFE_BYTES:.4%} |"
+        f"{duration(p.seconds(plan.rates))} | {p.written_bytes / LIFE_BYTES:.4%} |"
         for p in (*plan.phases, one)
     ]
     return "\n".join([*lines, "", decision(plan)])
@@ -63,11 +63,11 @@ def decision(plan: Plan) -> str:
     spooled = max(p.spooled_bytes for p in plan.phases)
     hidden = f"up to {gib(spooled)} of hidden states on disk" if spooled else "hidden states in memory"
     hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
-    warm = f" ({planning.duration(hot)} once hot)" if plan.rates.hot < 1 else ""
+    warm = f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else ""
     written = sum(p.written_bytes for p in plan.phases)
     return (
         f"Peak {gib(plan.peak_bytes)} fits the budget of {gib(plan.budget_bytes)}: {how}; the teacher {where}; "
-        f"{hidden}. About {planning.duration(plan.seconds)}{warm} in all, "
+        f"{hidden}. About {duration(plan.seconds)}{warm} in all, "
         f"{gib(written)} written, {written / LIFE_BYTES:.2%} of an SSD's life of {LIFE_BYTES / 1e12:.0f} TB; "
         f"up to {gib(disk_bytes(plan))} of files at a time."
     )
@@ -83,7 +83,7 @@ def paper(plan: Plan, tokens: int) -> str:
     streamed = m.shape.layers * m.block_bytes + m.head_bytes
     for params, nbytes in ((planning.forward_flops(m, 1, 0) / 2, streamed), (137e9, 70e9)):
         reading, computing = nbytes / at.read_bytes_per_s, 2 * params / at.forward_flops_per_s  # s a pass, s a token
-        cells = [planning.duration(max(reading, computing * n)) for n in PASSES]
+        cells = [duration(max(reading, computing * n)) for n in PASSES]
         epochs = [f"{max(reading, computing * tokens / hot) / 3600:.0f} h" for hot in (1.0, at.hot)]
         cells += [f"{reading / computing:.0f}", " and ".join(epochs)]
         cells += [f"{reading / n:.1f} s, {n / reading:.3f} tokens/s" for n in (1, *ACCEPTED)]

@@ -26,7 +26,7 @@ from mis_mlx.training.job import job_of
 from mis_mlx.training.planning import Phase
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.training.weather import Weather, WeatherFlags
-from mis_mlx.types import Budget, Checkpoint, MisError, gib
+from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
 
 # Settings that may differ when a search is resumed: none of them changes what is measured.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
@@ -123,10 +123,10 @@ def work_table(found: Sequence[Phase], at: Rates) -> str:
     lines = ["| phase | read | written | peak memory | time |", "|---|---:|---:|---:|---:|"]
     for p in found:
         sizes = " | ".join(map(gib, (p.read_bytes, p.written_bytes, p.peak_bytes)))
-        lines.append(f"| {p.name} | {sizes} | {planning.duration(p.seconds(at))} |")
+        lines.append(f"| {p.name} | {sizes} | {duration(p.seconds(at))} |")
     read, written = (gib(sum(getattr(p, n) for p in found)) for n in ("read_bytes", "written_bytes"))
     seconds, peak = sum(p.seconds(at) for p in found), gib(max(p.peak_bytes for p in found))
-    return "\n".join([*lines, f"| all | {read} | {written} | {peak} | {planning.duration(seconds)} |"])
+    return "\n".join([*lines, f"| all | {read} | {written} | {peak} | {duration(seconds)} |"])
 
 
 def rank(s: Settings, c: Contest, shapes: Sequence[Shape], first: Sequence[Shape]) -> list[Shape]:

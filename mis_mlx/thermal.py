@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ SHOWN = {
     "plugged": ("plugged in", ""),
     "altitude_m": ("height", "m above sea level"),
 }
-BARS = "▁▂▃▄▅▆▇█"
 SPARK_LOOKS = 60
 
 
@@ -194,16 +192,6 @@ def doctor(settings: Doctor) -> dict[str, Any]:
     }
 
 
-def sparkline(values: Sequence[float | None]) -> str:
-    """One block a value, from the lowest to the highest; a gap where nothing was measured."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    low, span = min(known), max(max(known) - min(known), 1.0)  # at least 1 °C high: noise stays flat
-    top = len(BARS) - 1
-    return "".join(" " if v is None else BARS[round((v - low) / span * top)] for v in values)
-
-
 def _open(settings: Watch | Doctor) -> Monitor:
     return open_monitor(
         replay=settings.thermal_replay, given_ambient_c=settings.temperature_c, altitude_m=settings.altitude_m
@@ -229,7 +217,7 @@ def _table(reading: Reading, monitor: Monitor) -> Any:
         if getattr(reading, name) is None:
             table.add_row(label, "–", monitor.reasons.get(name, ""), "")
             continue
-        line = sparkline([getattr(p, name) for p in past]) if name.endswith(("_c", "_w")) else ""
+        line = cli.sparkline([getattr(p, name) for p in past], 1.0) if name.endswith(("_c", "_w")) else ""
         table.add_row(label, _text(name, reading), reading.sources[name], line)
     return table
 

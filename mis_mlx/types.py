@@ -31,6 +31,14 @@ def gib(nbytes: float) -> str:
     return f"{nbytes:.0f} bytes"
 
 
+def duration(seconds: float) -> str:
+    """For people: '12.3 s', '5.0 min', '2.1 h'."""
+    for limit, size, unit in ((100, 1, "s"), (6000, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 3600:,.1f} h"
+
+
 @dataclass(frozen=True)
 class TensorAt:
     """Where one tensor lies on disk. `offset` counts from the start of the file, in bytes."""
@@ -128,7 +136,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, as the loop yields it. `loss` in nats per token, before eq. (2)'s factor."""
+    """One optimizer step, as the loop yields it. `loss` in nats per token, before eq. (2)'s factor.
+
+    Alignment's losses are per what they count (tokens, pairs, answers); `more` holds further means of theirs.
+    """
 
     number: int
     loss: float
@@ -139,6 +150,7 @@ class Step:
     peak_bytes: int
     note: str = ""
     reading: Reading | None = None
+    more: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

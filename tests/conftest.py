@@ -30,6 +30,8 @@ SMALL += (
     EVERY,
     "--bench-tokens",
     0,
+    "--sample-tokens",
+    0,
     "--learning-rate",
     "1e-2",
 )
@@ -115,7 +117,7 @@ def finished(
 ) -> tuple[Path, Done]:
     """(run folder, process) of one undisturbed `distill`, made once a session; do not write into it."""
     out = tmp_path_factory.mktemp("distill") / "run"
-    done = command("distill", *flags, "--out", out, "--bench-tokens", 3)
+    done = command("distill", *flags, "--out", out, "--bench-tokens", 3, "--sample-tokens", 5)
     assert done.returncode == 0, done.stderr
     return out, done
 

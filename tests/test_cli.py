@@ -198,3 +198,17 @@ def test_progress_is_quiet_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
             show(number, cli.step_text(Step(number, 2.5, 1.0, 1e-3, 500, 2.0, 3 * 2**20, "clipped 9.0 to 4.0")))
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", "distil 3/3 loss 2.500  250 tok/s  3 MiB  clipped 9.0 to 4.0\n")
+
+
+def test_a_step_beside_what_was_planned() -> None:
+    """The course of the loss, speed and memory beside what was planned and allowed."""
+    step = Step(3, 2.5, 1.0, 1e-3, 500, 2.0, 3 * 2**20)
+    assert cli.step_text(step, [4.0, 3.0, 2.5], 6 * 2**20, 300.0) == "loss 2.500 █▃▁  250 of 300 tok/s  3 MiB of 6 MiB"
+
+
+def test_sparkline() -> None:
+    """Lowest and highest block at the ends, a gap where nothing was measured, noise below the least span stays flat."""
+    assert cli.sparkline([40.0, None, 50.0, float("nan")]) == "▁ █ "
+    assert cli.sparkline([40.0, 40.1], 1.0) == "▁▂"
+    assert cli.sparkline([2.0, 2.0]) == "▁▁"
+    assert cli.sparkline([None]) == ""

@@ -12,7 +12,7 @@ import pytest
 
 from mis_mlx.machine.clock import VirtualClock
 from mis_mlx.machine.replay import Replay as Recording
-from mis_mlx.thermal import Doctor, Record, Replay, Watch, run, sparkline
+from mis_mlx.thermal import Doctor, Record, Replay, Watch, run
 from mis_mlx.types import MisError
 
 DATA = Path(__file__).parent / "data"
@@ -101,10 +101,3 @@ def test_watch_a_recording(capsys):
     assert "replay SMC TVA0" in shown.err
     assert result["looks"] == 108
     json.dumps(result, allow_nan=False)
-
-
-def test_sparkline():
-    """Lowest and highest block at the ends, a gap where nothing was measured, noise below 1 °C stays flat."""
-    assert sparkline([40.0, None, 50.0]) == "▁ █"
-    assert sparkline([40.0, 40.1]) == "▁▂"
-    assert sparkline([None]) == ""

@@ -20,6 +20,9 @@ from mis_mlx.types import Checkpoint, MisError
 
 CONFIG, ORIGIN, RESULT, METRICS = "config.yaml", "origin.json", "result.json", "metrics.jsonl"
 PLAN = "plan.json"  # how the run trains: decided once, when it begins
+PHASES = "phases.jsonl"  # what each start planned, then what each phase took
+SAMPLES = "samples.jsonl"  # what each model writes after the same words
+DATA = "data.json"  # of an alignment, beside the run and its model: source and licence of what was learned
 SAMPLE_BYTES = 4096
 
 
@@ -164,7 +167,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             found.append(record)

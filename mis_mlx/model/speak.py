@@ -6,6 +6,7 @@ Does not format results. Models run in the type this device is quick in (float32
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from mis_mlx.model import load
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import MisError
 
+PROMPTS = {
+    "English": "The for statement is used to",
+    "Polish": "Baca wyszedł rano z owcami na halę i",
+}
 METRICS = (
     ("ttft_ms", "time to first token, ms", ".0f"),
     ("decode_tps", "decode, tokens/s", ".1f"),
@@ -76,3 +81,14 @@ def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> s
             break
         out.append(int(token))
     return tokenizer.decode(out)
+
+
+def samples(folders: Mapping[str, Path], count: int) -> Iterator[dict[str, str]]:
+    """What each model writes after the same words: {model, language, prompt, text}. One model in memory at a time."""
+    for name, folder in folders.items():
+        model, tokenizer = open_model(folder)
+        for language, prompt in PROMPTS.items():
+            text = continuation(model, tokenizer, prompt, count)
+            yield {"model": name, "language": language, "prompt": prompt, "text": text}
+        del model
+        mx.clear_cache()

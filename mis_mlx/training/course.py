@@ -6,7 +6,9 @@ killed goes on from its last checkpoint. Does not know how the student was prune
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,7 @@ class Course:
     files: Files
     peak: memory.Peak
     weather: Weather
+    report: Callable[[Step], None] | None = None  # somebody who is told of every step of the distillation
 
     @property
     def direct(self) -> bool:
@@ -58,13 +61,25 @@ class Course:
         at = np.random.default_rng([self.recipe.seed, use, 1]).permutation(len(self.data.tokens))[:count]
         return [mx.array(self.data.tokens[i][None]) for i in at]
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Write down what the phase that the plan knows by this name takes; also when it is stopped on the way."""
+        began = loop.CLOCK.monotonic()
+        self.peak.note(mx.get_peak_memory())
+        mx.reset_peak_memory()
+        try:
+            yield
+        finally:
+            took = {"seconds": round(loop.CLOCK.monotonic() - began, 3), "peak_bytes": mx.get_peak_memory()}
+            self.files.append(self.folder / runs.PHASES, json.dumps({**self.weather.now(), "phase": name, **took}))
+
 
 def train(c: Course, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
     begun = pruned
     if c.plan.mode == "sharded" or c.recipe.local_iters:
         begun = _local(c, pruned)
-    source = _source(c, pruned)
+    source = source_of(c, pruned)
     return _sharded(c, begun, source) if c.plan.mode == "sharded" else _resident(c, begun, source)
 
 
@@ -76,7 +91,8 @@ def _corrected(c: Course) -> Checkpoint:
     out, saved = c.folder / TEACHER, c.folder / TEACHER_STEPS
     if not out.exists():
         cli.say(f"teacher correction: {c.recipe.teacher_correction} steps")
-        _correct(c, out)
+        with c.phase("teacher correction"):
+            _correct(c, out)
         mx.clear_cache()
     if saved.exists():  # weights and moments, twice: nobody goes back there
         c.files.remove_tree(saved)
@@ -86,7 +102,7 @@ def _corrected(c: Course) -> Checkpoint:
 def _correct(c: Course, out: Path) -> None:
     model, optimizer = load.resident(c.teacher, mx.float32), GoralW(weight_decay=c.recipe.weight_decay)
     r = replace(c.recipe, iters=c.recipe.teacher_correction, learning_rate=c.recipe.learning_rate / 5)
-    run = _Run(replace(c, recipe=r), partial(loop.arrays_of, model, optimizer), optimizer.memory, steps=TEACHER_STEPS)
+    run = Run(replace(c, recipe=r), partial(loop.arrays_of, model, optimizer), optimizer.memory, steps=TEACHER_STEPS)
     begin = partial(stream.into_memory, model, f"{c.teacher.path}: ")
     start = run.start(begin, partial(loop.restore, model, optimizer))
     model.train()
@@ -97,7 +113,7 @@ def _correct(c: Course, out: Path) -> None:
     slice.write_model(c.teacher.config, take, c.teacher.path, out, dtype, c.files)
 
 
-def _source(c: Course, pruned: Checkpoint) -> distillation.Source:
+def source_of(c: Course, pruned: Checkpoint) -> distillation.Source:
     """The teacher, live; or what it left on disk, written now as far as it is missing."""
     middle = None
     if c.recipe.intermediate:
@@ -117,7 +133,7 @@ def _source(c: Course, pruned: Checkpoint) -> distillation.Source:
     at = targets.visited(len(c.data.tokens), c.recipe)
     data = text.Windows(c.data.tokens[at], c.data.learn[at])
     cli.say(f"logit store: {len(at)} windows")
-    with cli.progress("targets", len(at)) as show:
+    with c.phase("logit store"), cli.progress("targets", len(at)) as show:
         store = targets.write(c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files,
                               count=c.recipe.samples, seed=c.recipe.seed, show=show,
                               windows_per_pass=c.plan.held_windows("logit store"))  # fmt: skip
@@ -151,7 +167,8 @@ def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
         held=c.plan.held_windows("local"), files=c.files, direct=c.direct,
     )  # fmt: skip
     total = len(keep.layers) * iters
-    supervise(steps, c.folder, total, total + 1, lambda number: None, c.weather, c.peak, c.files, LOCAL, "local")
+    with c.phase("local"):
+        supervise(steps, c.folder, total, total + 1, lambda number: None, c.weather, c.peak, c.files, LOCAL, "local")
     return student
 
 
@@ -166,16 +183,18 @@ def _resident(c: Course, begun: Checkpoint, source: distillation.Source) -> Call
         keep = slice.read_keep(begun.path)
         if c.recipe.reconstruct_samples and keep and not c.recipe.local_iters:
             cli.say("reconstruct: refit every down_proj to the teacher's stream")
-            mended, _ = reconstruct.reconstruct(c.teacher, begun, keep, c.pick(c.recipe.reconstruct_samples, 2))
+            with c.phase("repair"):
+                mended, _ = reconstruct.reconstruct(c.teacher, begun, keep, c.pick(c.recipe.reconstruct_samples, 2))
             student.load_weights(list(mended.items()), strict=False)
         stream.into_memory(student, f"{begun.path}: ")
 
-    run = _Run(c, lambda: loop.arrays_of(student, optimizer), optimizer.memory)
+    run = Run(c, lambda: loop.arrays_of(student, optimizer), optimizer.memory)
     start = run.start(begin, restore)
     student.train()
     r = c.recipe
     steps = distillation.steps(student, source, c.data, r, optimizer, start, lambda: run.sigma)
-    run.finish(steps, r.save_every)
+    with c.phase("distil"):
+        run.finish(steps, r.save_every)
     return dict(tree_flatten(student.parameters())).__getitem__
 
 
@@ -183,7 +202,7 @@ def _sharded(c: Course, begun: Checkpoint, source: distillation.Source) -> Calla
     r, visit = c.recipe, steps_per_shard(c.plan.job, c.plan.shard_layers)
     room = 4 * c.plan.job.student.head_params  # the head stays, the blocks stream past
     student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, room, c.direct, r.factors)
-    run = _Run(c, student.arrays, student.memory)
+    run = Run(c, student.arrays, student.memory)
     start = run.start(student.begin, student.restore)
     steps = sharded.steps(
         student,
@@ -193,12 +212,13 @@ def _sharded(c: Course, begun: Checkpoint, source: distillation.Source) -> Calla
         start,
         lambda step: losses.halny_factor(run.sigma, r.seed, step),
     )
-    run.finish(steps, min(r.save_every, max(1, visit // 2)))  # two checkpoints of every visit: see Sharded
+    with c.phase("distil"):
+        run.finish(steps, min(r.save_every, max(1, visit // 2)))  # two checkpoints of every visit: see Sharded
     return partial(load.dense, load.open_checkpoint(begun.path))
 
 
 @dataclass
-class _Run:
+class Run:
     """Checkpoints of one training, whichever way it goes. sigma: spread of eps_halny until the next of them."""
 
     course: Course
@@ -240,4 +260,8 @@ class _Run:
     def finish(self, steps: Iterator[Step], save_every: int, log: str = runs.METRICS, label: str = "distil") -> None:
         """Run the steps to their end."""
         c = self.course
-        supervise(steps, c.folder, c.recipe.iters, save_every, self.save, c.weather, c.peak, c.files, log, label)
+        mine = log == runs.METRICS  # the student's own steps, which the plan timed
+        planned = next(p.seconds(c.plan.rates) for p in c.plan.phases if p.name == "distil")
+        tps = c.plan.job.step * c.plan.job.iters / max(planned, 1e-9) if mine else None
+        supervise(steps, c.folder, c.recipe.iters, save_every, self.save, c.weather, c.peak, c.files, log, label,
+                  c.plan.budget_bytes, tps, c.report if mine else None)  # fmt: skip

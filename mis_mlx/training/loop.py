@@ -20,7 +20,9 @@ from mis_mlx.maths.optimizer import GoralW, cosine, global_norm
 from mis_mlx.types import Step
 
 CLOCK = Clock()
-Loss = Callable[..., tuple[mx.array, mx.array]]  # (model, *micro-batch) -> (sum in nats, token count)
+# (model, *micro-batch) -> (sum in nats, token count); and, if a loss wants, further sums {name: scalar}, whose means
+# come with the step. "tokens" among these is no mean: how many tokens went through, where the count is of other things.
+Loss = Callable[..., tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def train(
     """
     gradient_of = partial(nn.value_and_grad(model, loss), model)
 
-    def gradients(step: int) -> tuple[float, float, Any]:
+    def gradients(step: int) -> tuple[Any, ...]:
         return _gradients(gradient_of, micro_batches(step))
 
     for step in range(start, schedule.iters):
@@ -64,19 +66,20 @@ def train(
 
 def one_step(
     model: nn.Module,
-    gradients: Callable[[int], tuple[float, float, Any]],
+    gradients: Callable[[int], tuple[Any, ...]],
     optimizer: GoralW,
     schedule: Schedule,
     step: int,
     factor: Callable[[int], float],
     clock: Clock,
 ) -> Step:
-    """Step `step` (from 0) of `train`. gradients(step): (loss per token, tokens, gradients of the *sum*), evaluated."""
+    """Step `step` (from 0) of `train`. gradients(step): (loss per token, tokens, gradients of the *sum*), evaluated;
+    and perhaps {name: further mean}."""
     note = ""
     while True:
         began, mark = clock.monotonic(), clock.asleep()
         mx.reset_peak_memory()
-        value, tokens, summed = gradients(step)
+        value, tokens, summed, *means = gradients(step)
         if not (slept := clock.slept(mark)):
             break
         note = f"the machine slept {slept / 60:.0f} min; step done again. "
@@ -88,25 +91,32 @@ def one_step(
     del scaled
     mx.eval(model.parameters(), optimizer.adamw.state)
     seconds = clock.monotonic() - began
-    return Step(step + 1, value, norm, rate, int(tokens), seconds, mx.get_peak_memory(), note.strip())
+    more = dict(means[0]) if means else {}
+    seen = int(more.pop("tokens", tokens))
+    return Step(step + 1, value, norm, rate, seen, seconds, mx.get_peak_memory(), note.strip(), more=more)
 
 
-def _gradients(gradient_of: Callable[..., Any], parts: Sequence[tuple[Any, ...]]) -> tuple[float, float, Any]:
-    """(loss per token in nats, tokens, gradients of the *sum* over tokens) of one step, evaluated."""
-    total, count, gradients = mx.array(0.0), mx.array(0.0), None
+def _gradients(
+    gradient_of: Callable[..., Any], parts: Sequence[tuple[Any, ...]]
+) -> tuple[float, float, Any, dict[str, float]]:
+    """(loss per token in nats, tokens, gradients of the *sum* over tokens, further means) of one step, evaluated."""
+    total, count, gradients, sums = mx.array(0.0), mx.array(0.0), None, dict[str, mx.array]()
     for arguments in parts:
-        (part, n), grads = gradient_of(*arguments)
+        (part, n, *more), grads = gradient_of(*arguments)
         gradients = grads if gradients is None else tree_map(mx.add, gradients, grads)
         total, count = total + part, count + n
-        mx.eval(total, count, gradients)
+        for name, value in (more[0] if more else {}).items():
+            sums[name] = sums.get(name, mx.array(0.0)) + value
+        mx.eval(total, count, gradients, sums)
         del grads
     tokens = max(float(count), 1.0)
-    return float(total) / tokens, tokens, gradients
+    means = {name: float(s) / (1.0 if name == "tokens" else tokens) for name, s in sums.items()}
+    return float(total) / tokens, tokens, gradients, means
 
 
 def arrays_of(model: nn.Module, optimizer: GoralW) -> dict[str, dict[str, mx.array]]:
     """Everything a resumed run needs that is an array, by checkpoint file."""
-    return {"model": dict(tree_flatten(model.parameters())), "optimizer": optimizer.arrays()}
+    return {"model": dict(tree_flatten(model.trainable_parameters())), "optimizer": optimizer.arrays()}
 
 
 def restore(

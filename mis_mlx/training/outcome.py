@@ -6,12 +6,15 @@ Does not measure; it arranges what was measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.disk import runs
 from mis_mlx.model import arch, compare, load, slice, speak
+from mis_mlx.training import pruning
+from mis_mlx.training.phases import Plan
 from mis_mlx.types import Checkpoint, Row
 
 
@@ -24,7 +27,7 @@ def result(
     tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
     gap = main["pruned", "nll"] - main["teacher", "nll"]
     keep = slice.read_keep(models["pruned"].path)
-    report = {k: v for k, v in keep.report.items() if k != "block_importance"} if keep else {}
+    report = {k: v for k, v in keep.report.items() if k not in pruning.BULKY} if keep else {}
     return {
         "teacher": str(models["teacher"].path),
         "student": str(folder / "model"),
@@ -42,6 +45,22 @@ def result(
         "tokens": tokens,
         "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
         **report,
+    }
+
+
+def begun(plan: Plan, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run promises at its start: bytes and seconds of every phase, this machine's rates, and what was asked."""
+    planned = [
+        {"phase": p.name, "seconds": round(p.seconds(plan.rates), 3), "peak_bytes": p.peak_bytes} for p in plan.phases
+    ]
+    return {
+        "flags": dict(flags),
+        "planned": planned,
+        "mode": plan.mode,
+        "budget_bytes": plan.budget_bytes,
+        "step_tokens": plan.job.step,
+        "iters": plan.job.iters,
+        "rates": asdict(plan.rates),
     }
 
 

@@ -6,6 +6,7 @@ Does not know what is trained or what a checkpoint holds; `save(number)` does.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,14 +30,26 @@ def supervise(
     files: Files,
     log: str = runs.METRICS,
     label: str = "distil",
+    budget_bytes: int | None = None,
+    planned_tps: float | None = None,
+    report: Callable[[Step], None] | None = None,
 ) -> None:
-    """Run `steps` to their end. MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it."""
+    """Run `steps` to their end. MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it.
+
+    budget_bytes, planned_tps: shown beside the memory and the speed there are. report: told of every step.
+    """
+    losses = deque[float](maxlen=cli.SPARK_STEPS)
     with cli.stop_asked() as asked, cli.progress(label, iters) as show:
         for step in steps:
             peak.note(step.peak_bytes)
-            record = {**weather.now(), **{k: v for k, v in asdict(step).items() if k != "reading"}}
+            record = {**weather.now(), **{k: v for k, v in asdict(step).items() if k not in ("reading", "more")}}
+            record |= step.more
             files.append(folder / log, json.dumps(record))
-            show(step.number, cli.step_text(replace(step, reading=weather.last())))
+            losses.append(step.loss)
+            seen = replace(step, reading=weather.last())
+            show(step.number, cli.step_text(seen, losses, budget_bytes, planned_tps))
+            if report:
+                report(step)
             saved = False
             for decision in weather.after(step):
                 if decision.action != "run":

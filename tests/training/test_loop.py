@@ -69,6 +69,22 @@ def test_micro_batches_do_not_change_a_step(sizes: list[int]) -> None:
         assert mx.abs(a - b).max().item() < 1e-6, name
 
 
+def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
+    """A loss that tells more: means over what it counts, whatever the cut; "tokens" is what the step then names."""
+
+    def telling(model: nn.Module, x: mx.array, y: mx.array, learn: mx.array) -> tuple[Any, ...]:
+        total, count = squares(model, x, y, learn)
+        return total, count, {"target": (y * learn).sum(), "tokens": mx.array(float(len(y)))}
+
+    schedule = loop.Schedule(2, 1e-2, 2)
+    whole, parts = (list(loop.train(net(), cut(sizes), telling, GoralW(), schedule)) for sizes in ([12], [5, 1, 6]))
+    for number, (a, b) in enumerate(zip(whole, parts, strict=True)):
+        _, y, learn = rows(number)
+        assert a.tokens == b.tokens == 12 and set(a.more) == set(b.more) == {"target"}
+        assert a.more["target"] == pytest.approx(b.more["target"], rel=1e-6)
+        assert a.more["target"] == pytest.approx((y * learn).sum().item() / 6, rel=1e-6)
+
+
 def test_a_step_by_pencil() -> None:
     """y = w x with w = 2, x = 1 and 3, targets 0, the second masked: loss 4, gradient 4, norm 4, 1 token."""
     model = nn.Linear(1, 1, bias=False)

@@ -1,0 +1,105 @@
+"""Report: one self-contained HTML page of a run, or of several side by side; --watch renders it while a run goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from mis_mlx import cli
+from mis_mlx.disk import runs, story
+from mis_mlx.disk.files import Files
+from mis_mlx.disk.story import Story
+from mis_mlx.page import choices, figures, html, sections
+from mis_mlx.types import MisError
+
+SECTIONS: tuple[Callable[[Story, str], str], ...] = (
+    sections.summary,
+    sections.recovery,
+    sections.course,
+    sections.cost,
+    choices.pruning,
+    choices.bits,
+    sections.samples,
+    sections.origins,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Reads a run folder, writes RUN/report.html: open it in any browser, or mail it."""
+
+    run: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """run folders; default: the newest one under runs/"""
+    out: str | None = None
+    """file to write; default: report.html in the first run folder"""
+    watch: bool = False
+    """write it anew while the run goes on, and let the browser open it anew; until the run ends, or Ctrl-C"""
+    every_s: int = 20
+    """seconds between two looks"""
+    config: cli.ConfigFile = None
+    """YAML file with any of these flags"""
+
+
+def render(stories: Sequence[Story], every_s: int | None = None) -> str:
+    """The page. every_s: how often a browser is to open it anew."""
+    several = len(stories) > 1
+    names = choices.labels(stories)
+    parts = [f"<h1>{html.escape(' and '.join(names))}</h1>"]
+    if several:
+        parts.append(_made(choices.comparison.__name__, partial(choices.comparison, stories)))
+    for number, (name, one) in enumerate(zip(names, stories, strict=True)):
+        parts.append(f"<h1>{html.escape(name)}</h1>" if several else "")
+        made = [_made(make.__name__, partial(make, one, f"r{number}-")) for make in SECTIONS]
+        lines = "".join(f"<li>{html.escape(text)}</li>" for text in one.missing)
+        parts += [*made, html.section("What is missing", f"<ul>{lines}</ul>" if lines else "")]
+    return html.page(f"{', '.join(names)}: mis_mlx", "\n".join(filter(None, parts)), every_s)
+
+
+def _made(name: str, make: Callable[[], str]) -> str:
+    """A part of the page, or a sentence where a file holds what this version does not write."""
+    try:
+        return make()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        text = f"The part “{name}” is missing: a file is of another version ({type(error).__name__}: {error})."
+        return f'<p class="note">{html.escape(text)}</p>'
+
+
+def _folders(asked: Sequence[str]) -> list[Path]:
+    if asked:
+        return [Path(a) for a in asked]
+    found = [p.parent for p in Path("runs").glob(f"*/{runs.CONFIG}")]
+    if not found:
+        raise MisError("There is no run under runs/: name a run folder, or make one with distill")
+    return [max(found, key=lambda p: (p / runs.CONFIG).stat().st_mtime)]
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: read, draw, write; again and again when watching."""
+    s, files = settings, Files()
+    figures.need()
+    if s.every_s < 1:
+        raise MisError(f"--every-s {s.every_s} is no time between two looks: give 1 or more")
+    folders = _folders(s.run)
+    out = Path(s.out) if s.out else folders[0] / "report.html"
+    while True:
+        stories = [story.read(folder) for folder in folders]
+        going = s.watch and not all(one.ended for one in stories)
+        files.make_folder(out.absolute().parent)
+        page = render(stories, s.every_s if going else None)
+        files.replace_text(out, page)
+        if not going:
+            break
+        cli.say(f"{out}: {', '.join(f'{o.steps.lines} steps of {o.name}' for o in stories)}; Ctrl-C ends the watch")
+        time.sleep(s.every_s)
+    missing = [f"{one.name}: {text}" for one in stories for text in one.missing]
+    return {"report": str(out), "bytes": len(page.encode()), "runs": len(stories), "missing": missing}
+
+
+if __name__ == "__main__":
+    cli.main(Settings, run)
