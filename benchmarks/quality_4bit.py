@@ -190,6 +190,7 @@ ROWS: dict[str, Callable[[Bench, Path], None]] = {
     "ours, gptq tuned": lambda b, out: b.ours(out, replace(FOUR, q_iters=b.s.q_iters)),
     "ours, mixed gptq tuned": lambda b, out: b.ours(out, replace(MIXED, q_iters=b.s.q_iters)),
     "ours, 4.6 bits": lambda b, out: b.ours(out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters)),
+    "ours, as large as Q4_K_M": lambda b, out: b.ours(out, replace(MIXED, target_bpw=5.55, q_iters=b.s.q_iters)),
     "ours, 4.6 bits, from the teacher": lambda b, out: b.ours(
         out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters), str(teacher.find(b.s.teacher).path)
     ),

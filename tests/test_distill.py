@@ -49,6 +49,7 @@ def test_what_a_run_leaves_on_disk(finished: tuple[Path, Done]) -> None:
     out, _ = finished
     assert {p.name for p in out.iterdir()} - {"thermal.jsonl"} == {
         ".lock", "config.yaml", "origin.json", "plan.json", "metrics.jsonl", "steps", "pruned", "distilled", "model",
+        "rounded", "tune.jsonl", "tune-steps",
         "table.md", "result.json", "phases.jsonl", "samples.jsonl",
     }  # fmt: skip
     assert [number for number, _, _ in losses(out)] == list(range(1, ITERS + 1))

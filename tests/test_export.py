@@ -108,7 +108,9 @@ def mlx_logits(folder: Path, ids: list[int]) -> np.ndarray:
 @pytest.fixture
 def four(tmp_path: Path, llama: Checkpoint) -> Path:
     """The tiny llama as `quantize` leaves it: 4 bits at group 64, embedding in 8."""
-    quantize.run(quantize.Settings(model=str(llama.path), mlx_path=str(tmp_path / "four")))
+    quantize.run(
+        quantize.Settings(model=str(llama.path), mlx_path=str(tmp_path / "four"), target_bpw=None, q_method="round")
+    )
     return tmp_path / "four"
 
 

@@ -97,7 +97,7 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
     """The plan's phases and what each took, texts of four models in two languages, a profile of every layer."""
     told = story.read(finished[0])
     planned = [p["phase"] for p in told.begun["planned"]]
-    assert [p["phase"] for p in told.phases] == planned == ["prune", "repair", "distil", "quantize", "measure"]
+    assert [p["phase"] for p in told.phases] == planned == ["prune", "repair", "distil", "quantize", "tune", "measure"]
     assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in told.phases)
     assert {(s["model"], s["language"]) for s in told.samples} == {
         (m, language) for m in ("teacher", "pruned", "distilled", "4-bit") for language in ("English", "Polish")

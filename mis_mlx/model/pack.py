@@ -112,7 +112,7 @@ def write_quantized(
     if isinstance(plan, int):
         plan = layout(checkpoint.config, plan, bridges(checkpoint))
     inner = [kind for path, kind in plan.items() if arch.block_of(path) is not None]
-    common = max(set(inner), key=inner.count)
+    common = max(set(inner), key=lambda kind: (inner.count(kind), kind))
     settings: dict[str, Any] = common.settings
     settings |= {path: kind.settings for path, kind in plan.items() if kind != common}
     config = {**checkpoint.config, "quantization": settings, "quantization_config": settings}

@@ -125,7 +125,7 @@ class Rounding:
     q_iters: int | None = None
     """steps of distillation of scales, biases and norms after rounding; integers stay. Default: 20 in `distill` where
     the student is trained whole, else 0"""
-    q_learning_rate: float = 2e-5
+    q_learning_rate: float = 4e-6
     """peak, of those steps; falls to a tenth along a cosine"""
 
     @property
