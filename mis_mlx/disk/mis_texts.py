@@ -27,48 +27,48 @@ def documents(seed: int, count: int) -> list[str]:
 
 
 def _recipe(rng: random.Random) -> str:
-    dish, ingredients, steps = _pick(rng, words.DISHES)
-    pairs = _between(rng, 1, 4)
-    start, long = _between(rng, 8 * 60, 18 * 60, 5), _between(rng, 20, 55, 5)
-    total = long + _between(rng, 45, 90, 5)
+    dish, ingredients, steps = pick(rng, words.DISHES)
+    pairs = between(rng, 1, 4)
+    start, long = between(rng, 8 * 60, 18 * 60, 5), between(rng, 20, 55, 5)
+    total = long + between(rng, 45, 90, 5)
     times = {
         "d": Count(long),
-        "d2": Count(_between(rng, 10, 30)),
-        "s": Count(_between(rng, 2, 4)),
-        "s2": Count(_between(rng, 2, 5)),
+        "d2": Count(between(rng, 10, 30)),
+        "s": Count(between(rng, 2, 4)),
+        "s2": Count(between(rng, 2, 5)),
     }
     amounts = [f"- {Count(amount * pairs):{noun}}{rest}" for noun, amount, rest in ingredients]
-    tips = _some(rng, words.TIPS, 2)
+    tips = some(rng, words.TIPS, 2)
     return "\n".join(
         [
             f"Przepis: {dish}, {Count(2 * pairs):porcja}",
-            _say(rng, _pick(rng, words.SCENES)),
+            _say(rng, pick(rng, words.SCENES)),
             "Składniki:",
             *amounts,
             *(f"{number}. {_say(rng, step, **times)}" for number, step in enumerate(steps, 1)),
             f"Zaczynamy o {Time(start)}, całość zajmuje {Count(total):minuta}, na stole o {Time(start + total)}.",
             *(_say(rng, tip) for tip in tips),
-            _say(rng, _pick(rng, words.CLOSINGS)),
+            _say(rng, pick(rng, words.CLOSINGS)),
         ]
     )
 
 
 def _timetable(rng: random.Random) -> str:
-    place, to_place, stops = _pick(rng, words.ROUTES)
-    first, every = _between(rng, 5 * 60, 7 * 60), _between(rng, 35, 95)
-    legs = [_between(rng, 6, 17) for _ in range(len(stops) + 1)]
-    departures = [first + every * i for i in range(_between(rng, 5, 9))]
+    place, to_place, stops = pick(rng, words.ROUTES)
+    first, every = between(rng, 5 * 60, 7 * 60), between(rng, 35, 95)
+    legs = [between(rng, 6, 17) for _ in range(len(stops) + 1)]
+    departures = [first + every * i for i in range(between(rng, 5, 9))]
     passing, at = [], first
     for stop, leg in zip([*stops, place], legs, strict=True):
         at += leg
         passing.append(f"{stop} {Time(at)}")
-    fare, adults, children = _between(rng, 500, 1800, 20), _between(rng, 2, 4), _between(rng, 2, 6)
+    fare, adults, children = between(rng, 500, 1800, 20), between(rng, 2, 4), between(rng, 2, 6)
     total = Money(adults * fare + children * fare // 2)
-    notes = _some(rng, words.BUS_NOTES, 3)
+    notes = some(rng, words.BUS_NOTES, 3)
     return "\n".join(
         [
-            f"Rozkład jazdy, linia {_between(rng, 2, 59)}: Nowy Targ – {place}",
-            _say(rng, _pick(rng, words.SCENES)),
+            f"Rozkład jazdy, linia {between(rng, 2, 59)}: Nowy Targ – {place}",
+            _say(rng, pick(rng, words.SCENES)),
             f"Odjazdy z Nowego Targu do {to_place}: {', '.join(f'{Time(at)}' for at in departures)}.",
             f"Autobus kursuje co {Count(every):minuta}, jazda trwa {Count(sum(legs)):minuta}.",
             f"Pierwszy kurs: Nowy Targ {Time(first)}, {', '.join(passing)}.",
@@ -83,46 +83,46 @@ def _timetable(rng: random.Random) -> str:
 
 
 def _price_list(rng: random.Random) -> str:
-    goods = _some(rng, shop.GOODS, 8)
-    prices = [_between(rng, low, high, 10) for _, _, low, high in goods]
-    bought = [_between(rng, 2, 6) for _ in range(3)]
+    goods = some(rng, shop.GOODS, 8)
+    prices = [between(rng, low, high, 10) for _, _, low, high in goods]
+    bought = [between(rng, 2, 6) for _ in range(3)]
     total = sum(count * price for count, price in zip(bought, prices, strict=False))
     paid = -(-total // 5000) * 5000
-    person, _, ending = _pick(rng, words.PEOPLE)
+    person, _, ending = pick(rng, words.PEOPLE)
     basket = [f"{Count(n):{noun}}{rest}" for n, (noun, rest, _, _) in zip(bought, goods, strict=False)]
     working = " + ".join(f"{n} · {Money(price)}" for n, price in zip(bought, prices, strict=False))
-    listed = _some(rng, list(zip(goods, prices, strict=True)), len(goods))
+    listed = some(rng, list(zip(goods, prices, strict=True)), len(goods))
     change = f"i dostał{ending} {Money(paid - total)} reszty" if paid > total else "co do grosza"
     return "\n".join(
         [
-            f"Sklep „U Zośki”: cennik ważny {_pick(rng, words.DAYS)}",
-            _say(rng, _pick(rng, words.SCENES)),
+            f"Sklep „U Zośki”: cennik ważny {pick(rng, words.DAYS)}",
+            _say(rng, pick(rng, words.SCENES)),
             *(f"- {noun}{rest}: {Money(price)}" for (noun, rest, _, _), price in listed),
             f"Przykład: {person} bierze {basket[0]}, {basket[1]} oraz {basket[2]}.",
             f"Rachunek: {working} = {Money(total)}.",
             f"{_capital(person)} zapłacił{ending} {Money(paid)} {change}.",
-            *(_say(rng, note) for note in _some(rng, shop.SHOP_NOTES, 3)),
-            _say(rng, _pick(rng, words.CLOSINGS)),
+            *(_say(rng, note) for note in some(rng, shop.SHOP_NOTES, 3)),
+            _say(rng, pick(rng, words.CLOSINGS)),
         ]
     )
 
 
 def _regulation(rng: random.Random) -> str:
-    rules = _some(rng, shop.RULES, _between(rng, 8, 10))
+    rules = some(rng, shop.RULES, between(rng, 8, 10))
     return "\n".join(
         [
-            f"Regulamin {_pick(rng, shop.RULED)}",
-            _say(rng, _pick(rng, words.SCENES)),
+            f"Regulamin {pick(rng, shop.RULED)}",
+            _say(rng, pick(rng, words.SCENES)),
             *(f"§ {number}. {_say(rng, rule)}" for number, rule in enumerate(rules, 1)),
-            _say(rng, _pick(rng, shop.SIGNATURES)),
+            _say(rng, pick(rng, shop.SIGNATURES)),
         ]
     )
 
 
 def _stories(rng: random.Random) -> str:
-    lines = ["Zadania z hali", _say(rng, _pick(rng, words.SCENES))]
-    for number, story in enumerate(_some(rng, STORIES, 3), 1):
-        drawn = {name: kind(_between(rng, low, high, step)) for name, (kind, low, high, step) in story.draw.items()}
+    lines = ["Zadania z hali", _say(rng, pick(rng, words.SCENES))]
+    for number, story in enumerate(some(rng, STORIES, 3), 1):
+        drawn = {name: kind(between(rng, low, high, step)) for name, (kind, low, high, step) in story.draw.items()}
         values: dict[str, Any] = {name: Count(formula(**drawn)) for name, formula in story.derived.items()}
         values |= {**drawn, **_person(rng), "wynik": story.kind(story.result(**drawn))}
         lines += [
@@ -130,27 +130,27 @@ def _stories(rng: random.Random) -> str:
             f"Rachunek: {story.working.format_map(values)}.",
             f"Odpowiedź: {story.answer.format_map(values)}",
         ]
-    return "\n".join([*lines, _say(rng, _pick(rng, words.CLOSINGS))])
+    return "\n".join([*lines, _say(rng, pick(rng, words.CLOSINGS))])
 
 
 def _say(rng: random.Random, sentence: str, **known: int) -> str:
     """The sentence with its placeholders filled: `known` ones as given, all others drawn afresh."""
-    day = _pick(rng, words.DAYS)
+    day = pick(rng, words.DAYS)
     drawn = {
-        "n": Count(_between(rng, 2, 9)),
-        "m": Count(_between(rng, 11, 48)),
-        "w": Count(_between(rng, 45, 130)),
-        "t": Count(_between(rng, 2, 24)),
-        "cena": Money(_between(rng, 600, 6000, 50)),
-        "drobne": Money(_between(rng, 110, 390, 10)),
-        "rano": Time(_between(rng, 4 * 60, 8 * 60, 5)),
-        "wieczór": Time(_between(rng, 20 * 60, 23 * 60, 5)),
+        "n": Count(between(rng, 2, 9)),
+        "m": Count(between(rng, 11, 48)),
+        "w": Count(between(rng, 45, 130)),
+        "t": Count(between(rng, 2, 24)),
+        "cena": Money(between(rng, 600, 6000, 50)),
+        "drobne": Money(between(rng, 110, 390, 10)),
+        "rano": Time(between(rng, 4 * 60, 8 * 60, 5)),
+        "wieczór": Time(between(rng, 20 * 60, 23 * 60, 5)),
     }
     return sentence.format_map({**drawn, **_person(rng), "dzień": day, "Dzień": _capital(day), **known})
 
 
 def _person(rng: random.Random) -> dict[str, str]:
-    nominative, dative, ending = _pick(rng, words.PEOPLE)
+    nominative, dative, ending = pick(rng, words.PEOPLE)
     return {"kto": nominative, "Kto": _capital(nominative), "komu": dative, "a": ending}
 
 
@@ -158,16 +158,17 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _between(rng: random.Random, low: int, high: int, step: int = 1) -> int:
+def between(rng: random.Random, low: int, high: int, step: int = 1) -> int:
     """One of low, low + step, ... up to and including high."""
     return low + step * int(rng.random() * ((high - low) // step + 1))
 
 
-def _pick(rng: random.Random, items: Sequence[T]) -> T:
+def pick(rng: random.Random, items: Sequence[T]) -> T:
+    """One of the items."""
     return items[int(rng.random() * len(items))]
 
 
-def _some(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
+def some(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
     """`count` different items in drawn order."""
     left = list(items)
     return [left.pop(int(rng.random() * len(left))) for _ in range(count)]

@@ -47,17 +47,17 @@ def read(path: Path) -> Reading:
     if not path.is_file():
         raise MisError(f"{path} is not a regular file: put one JSON object per line into it")
     try:
-        return collect(path.name, "line", _parsed(path))
+        return collect(path.name, "line", parsed(path))
     except OSError as error:
         raise MisError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
 
 
-def collect(name: str, unit: str, parsed: Iterable[tuple[int, object, str | None]]) -> Reading:
+def collect(name: str, unit: str, found: Iterable[tuple[int, object, str | None]]) -> Reading:
     """Judge (number, value, fault of the reader) one by one; `unit` is what `number` counts ("line")."""
     rows: list[Row] = []
     faults: list[str] = []
     dropped = 0
-    for number, value, unread in parsed:
+    for number, value, unread in found:
         reason = unread or fault(value)
         if reason is None:
             rows.append(_bare(value))
@@ -73,16 +73,17 @@ def fault(row: object) -> str | None:
     if not isinstance(row, dict):
         return f"{_kind(row)}, not an object"
     if "prompt" in row and "completion" in row:
-        return _text_fault("prompt", row["prompt"]) or _text_fault("completion", row["completion"])
+        return text_fault("prompt", row["prompt"]) or text_fault("completion", row["completion"])
     if "messages" in row:
-        return "tools are not supported" if row.get("tools") else _messages_fault(row["messages"])
+        return "tools are not supported" if row.get("tools") else messages_fault(row["messages"])
     if "text" in row:
-        return _text_fault("text", row["text"])
+        return text_fault("text", row["text"])
     keys = ", ".join(ascii(key)[:40] for key in list(row)[:4]) or "none"
     return f"has neither 'text' nor 'prompt' and 'completion' nor 'messages' (its keys: {keys})"
 
 
-def _messages_fault(messages: object) -> str | None:
+def messages_fault(messages: object) -> str | None:
+    """Why this is no conversation, or None when it is one."""
     if not isinstance(messages, list) or not messages:
         return f"'messages' is {_kind(messages)}, not a list with at least one message"
     for number, message in enumerate(messages, 1):
@@ -91,12 +92,13 @@ def _messages_fault(messages: object) -> str | None:
         if message.get("tool_calls"):
             return f"message {number} calls tools, which is not supported"
         for key in ("role", "content"):
-            if reason := _text_fault(key, message.get(key)):
+            if reason := text_fault(key, message.get(key)):
                 return f"message {number}: {reason}"
     return None
 
 
-def _text_fault(key: str, value: object) -> str | None:
+def text_fault(key: str, value: object) -> str | None:
+    """Why `value` is no text to train on, or None when it is; `key` names it in the sentence."""
     if not isinstance(value, str):
         return f"'{key}' is {_kind(value)}, not text"
     if not value.strip():
@@ -125,7 +127,7 @@ def _bare(row: Any) -> Row:
     return {"text": row["text"]}
 
 
-def _parsed(path: Path) -> Iterator[tuple[int, object, str | None]]:
+def parsed(path: Path) -> Iterator[tuple[int, object, str | None]]:
     """(line number, JSON value, None) or (line number, None, why the line is not JSON)."""
     for number, line in _lines(path):
         if line is None:

@@ -20,10 +20,12 @@ from mis_mlx.types import MisError
 __all__ = [
     "Texts",
     "Windows",
+    "conversation",
     "fingerprint",
     "load",
     "order",
     "overlap",
+    "plain",
     "tokenize",
     "windows",
     "without_overlap",
@@ -58,7 +60,7 @@ def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> 
             tokenized.append((ids, [1] * len(ids)))
             continue
         try:
-            tokenized.append(_chat(row, tokenizer, mask_prompt))
+            tokenized.append(conversation(row, tokenizer, mask_prompt))
         except Exception as error:  # a template is a program that came with the model: it can raise anything
             raise MisError(
                 f"the tokenizer's chat template refuses row {number} ({error}): mend the row, "
@@ -80,10 +82,22 @@ def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False))
 
 
-def _chat(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
-    """(ids, learn) of a prompt/completion or messages row.
+def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
+    """(ids, learn) of a prompt/completion row for a model without a chat template: one after the other, and the end.
 
-    Learn starts where the ids part from those of the conversation before the last answer, and ends where they
+    They are encoded apart, so that where the prompt ends never lies inside a token.
+    """
+    prompt = [*_start(tokenizer), *_encode(tokenizer, row["prompt"], split=True)]
+    answer = [*_encode(tokenizer, row["completion"], split=True), tokenizer.eos_token_id]
+    return [*prompt, *answer], [int(not mask_prompt)] * len(prompt) + [1] * len(answer)
+
+
+def conversation(
+    row: Row, tokenizer: Any, mask_prompt: bool, every_answer: bool = False
+) -> tuple[list[int], list[int]]:
+    """(ids, learn) of a prompt/completion or messages row. every_answer: not the last one alone is learned.
+
+    Learn starts where the ids part from those of the conversation before an answer, and ends where they
     part from those of the conversation up to it: the templates of some models rewrite earlier turns.
     """
     messages = row.get("messages") or [
@@ -94,12 +108,12 @@ def _chat(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[
     if not mask_prompt:
         return ids, [1] * len(ids)
     answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        return ids, [0] * len(ids)
-    last = answers[-1]
-    begin = _shared(ids, _render(messages[:last], tokenizer, add_generation_prompt=True)) if last else 0
-    end = len(ids) if last == len(messages) - 1 else _shared(ids, _render(messages[: last + 1], tokenizer))
-    return ids, [int(begin <= at < end) for at in range(len(ids))]
+    learn = [0] * len(ids)
+    for last in answers if every_answer else answers[-1:]:
+        begin = _shared(ids, _render(messages[:last], tokenizer, add_generation_prompt=True)) if last else 0
+        end = len(ids) if last == len(messages) - 1 else _shared(ids, _render(messages[: last + 1], tokenizer))
+        learn[begin:end] = [1] * max(0, end - begin)
+    return ids, learn
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

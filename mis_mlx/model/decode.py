@@ -27,7 +27,7 @@ SIZE = 64  # rows of a pass with a draft (measured: benchmarks/speculative.py)
 ROWS = 512  # tokens of a long prompt that go through a resident block at a time
 
 
-class _Rows(nn.Module):
+class Positioned(nn.Module):
     """Stands where a block's `rope` stood and turns every row of (1, H, n, d) by its own position."""
 
     def __init__(self, inner: nn.Module, positions: np.ndarray):
@@ -43,7 +43,7 @@ class _Rows(nn.Module):
 class _Keys:
     """Keys and values (1, K, S, d) of one block, in the shape that mlx-lm's attention expects of a cache."""
 
-    offset = 0  # positions come from `_Rows`
+    offset = 0  # positions come from `Positioned`
 
     def __init__(self) -> None:
         self.held: list[mx.array] = []
@@ -102,7 +102,7 @@ class Context:
             mask, rope, done = near if getattr(block, "use_sliding", False) else sees, block.self_attn.rope, []
             try:
                 for a in range(0, len(positions), ROWS):
-                    block.self_attn.rope = _Rows(rope, positions[a : a + ROWS])
+                    block.self_attn.rope = Positioned(rope, positions[a : a + ROWS])
                     part = hidden[:, a : a + ROWS]
                     seen = mx.array(mask[a : a + ROWS, : before + a + part.shape[1]])
                     done.append(block(part, seen, cache))

@@ -1,0 +1,186 @@
+"""Reinforcement from checked answers (GRPO, Dr. GRPO, DAPO): of a group of answers the better ones become likelier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.disk import examples, tasks
+from mis_mlx.disk.rows import Row
+from mis_mlx.machine import memory
+from mis_mlx.maths.policy import LossType
+from mis_mlx.model import load, stream
+from mis_mlx.training import alignment, alignment_plan, grpo, planning, scoring
+from mis_mlx.training.alignment_plan import Alignment
+from mis_mlx.training.planning import Phase
+from mis_mlx.types import Checkpoint, MisError
+
+CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
+SAMPLED_TOGETHER = 32  # answers; decoding reads all weights once a token, for one answer or for many
+
+
+@dataclass(frozen=True)
+class Settings(Alignment):
+    """One run. Rows: {"prompt", "answer"}."""
+
+    learning_rate: float = 1e-6
+    """peak; falls to a tenth along a cosine"""
+    iters: int = 60
+    """steps, each of which samples and learns"""
+    grad_accumulation_steps: int = 4
+    """prompts in a step, each with a group of answers"""
+    batch_size: int = 8
+    """answers of one prompt in a micro-batch"""
+    group_size: int = 8
+    """answers to a prompt, which are compared with each other"""
+    max_completion_length: int = 128
+    """most tokens of an answer"""
+    temperature: float = 1.0
+    """of the sampling"""
+    loss_type: LossType = "dapo"
+    """dapo: mean over all tokens of a step; grpo: over answers; dr_grpo: constant divisor, advantages not scaled"""
+    epsilon: float = 0.2
+    """how far below 1 a token's ratio may fall and still count"""
+    epsilon_high: float = 0.28
+    """how far above 1 (DAPO's clip-higher)"""
+    beta: float = 0.0
+    """weight of KL to the model as it was; above 0 that model is streamed once a step"""
+    num_iterations: int = 1
+    """updates of the weights in a step, all on the same answers; with 1 every ratio is 1 and nothing is clipped"""
+    reward_functions: str | None = None
+    """names with commas; default: correct,format, or all functions of the file"""
+    reward_weights: str | None = None
+    """a number for each of them, with commas; default: 1"""
+    reward_functions_file: str | None = None
+    """Python file of functions f(prompts, completions, answer) -> list of numbers or None"""
+    reward_timeout: float = scoring.SECONDS
+    """seconds that a function of the file may take for the answers of a step"""
+    tasks: str = "sums,two-digit-sums,bus,recipe,logic"
+    """generated tasks, where no data is given"""
+
+    def check(self) -> None:
+        """MisError where values make no sense."""
+        if self.group_size < 2:
+            raise MisError(f"--group-size is {self.group_size}: answers are compared with each other, give 2 or more")
+        least = {"max_completion_length": 1, "num_iterations": 1}
+        for name in (n for n, low in least.items() if getattr(self, n) < low):
+            raise MisError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {least[name]} or more")
+        for name in ("temperature", "epsilon", "epsilon_high", "reward_timeout"):
+            if not getattr(self, name) > 0:
+                raise MisError(f"--{name.replace('_', '-')} is {getattr(self, name):g}: give more than 0")
+        if not self.beta >= 0 or self.epsilon >= 1:
+            raise MisError(f"--beta {self.beta:g} --epsilon {self.epsilon:g}: give 0 or more, and less than 1")
+        if self.max_completion_length >= self.max_seq_length:
+            raise MisError(
+                f"--max-completion-length {self.max_completion_length} leaves no room for a prompt in "
+                f"--max-seq-length {self.max_seq_length}: lower the one or raise the other"
+            )
+
+    @property
+    def at_once(self) -> int:
+        """Answers generated together: a group, or more where groups are small."""
+        return max(self.group_size, SAMPLED_TOGETHER // self.group_size * self.group_size)
+
+    @property
+    def objective(self) -> grpo.Objective:
+        """The loss asked for."""
+        return grpo.Objective(
+            self.loss_type, self.epsilon, self.epsilon_high, self.beta, self.max_completion_length, self.temperature
+        )
+
+
+@dataclass(frozen=True)
+class _Questions:
+    rows: list[Row]
+    prompts: list[list[int]]  # token ids
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.prompts))
+
+
+def _generated(s: Settings) -> tuple[list[Row], list[Row], str]:
+    kinds = [name.strip() for name in s.tasks.split(",")]
+    train: list[Row] = [*tasks.rows("train", 0, examples.TRAIN_TASKS, kinds)]
+    return train, [*tasks.rows("test", 0, s.eval_rows, kinds)], f"generated tasks ({', '.join(kinds)})"
+
+
+def _questions(
+    s: Settings, checkpoint: Checkpoint, functions: Sequence[scoring.Function]
+) -> tuple[_Questions, _Questions, dict[str, Any]]:
+    """(questions to train on, held-out ones, what is known of the data); every row is checked."""
+    found = examples.load(s.data, ("answer",), partial(_generated, s), s.data_licence, s.scrub_pii)
+    tokenizer, made, encoded = load.tokenizer(checkpoint.path), [], []
+    for split in (found.train, found.valid):
+        examples.refuse(scoring.unanswerable(functions, split.rows, split.where))
+        room = s.max_seq_length - s.max_completion_length + 1
+        sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
+        prompts = [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences]
+        made.append(_Questions(list(split.rows), prompts))
+        encoded += sequences
+    for note in found.notes:
+        cli.say(note)
+    valid = _Questions(made[1].rows[: s.eval_rows], made[1].prompts[: s.eval_rows])
+    return made[0], valid, found.card(examples.fingerprint(encoded))
+
+
+def _phases(s: Settings, checkpoint: Checkpoint, longest: int, budget: int) -> tuple[Phase, Phase, int]:
+    """(sampling, training, bytes that the reference may keep between steps), where `longest` is of the prompts."""
+    m, most = planning.model_of(checkpoint), s.max_completion_length
+    answers, length = s.grad_accumulation_steps * s.group_size, longest + most
+    branched = replace(s, grad_accumulation_steps=s.grad_accumulation_steps * -(-s.group_size // s.batch_size))
+    learn = alignment_plan.training(branched, checkpoint, 1, longest + s.batch_size * most, "learn")
+    state = learn.peak_bytes - planning.activation_bytes(m.config, 1, longest + s.batch_size * most)
+    # Twice: the cache grows, and gets rid of finished answers, by being copied.
+    cache = planning.keys_bytes(m, 2 * s.at_once * (longest + CACHE_STEP * -(-most // CACHE_STEP)))
+    work = planning.workspace_bytes(m, max(longest, s.at_once), length) + 8 * s.at_once * m.shape.vocab * 4
+    measured = (s.iters // s.save_every + 2) * s.eval_rows  # held-out answers
+    tokens = s.iters * (s.grad_accumulation_steps * longest + answers * most) + measured * length
+    batches = s.iters * -(-answers // s.at_once) + -(-measured // s.at_once)
+    touched = batches * most * (m.shape.layers * m.block_work + m.head_work)
+    flops = planning.forward_flops(m, tokens, length)
+    play = Phase("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
+    if not s.beta:
+        return play, learn, 0
+    beside = 3 * alignment_plan.weight_bytes(s, checkpoint)  # moments too
+    one = planning.streamed_pass("", m, answers * length, answers * length, length, spool=False, beside_bytes=beside)
+    body = max(one.peak_bytes, play.peak_bytes + m.slots_bytes, learn.peak_bytes + m.slots_bytes)
+    kept = min(planning.room(budget, body), m.head_work + m.shape.layers * m.block_work)
+    read = one.read_bytes * (1 + (s.iters - 1) * (1 - kept / (m.head_work + m.shape.layers * m.block_work)))
+    peak = max(one.peak_bytes, play.peak_bytes + m.slots_bytes) + kept
+    play = replace(play, read_bytes=int(read), flops=flops + s.iters * one.flops, peak_bytes=peak)
+    return play, replace(learn, peak_bytes=learn.peak_bytes + m.slots_bytes + kept), kept
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: open, read and check the data and the reward functions, plan, sample and learn, write the best."""
+    s, folder = alignment_plan.resumed(settings)
+    s.check()
+    checkpoint = alignment_plan.opened(s)
+    functions = scoring.functions(s.reward_functions, s.reward_weights, s.reward_functions_file, s.reward_timeout)
+    train, valid, card = _questions(s, checkpoint, functions)
+    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget)).limit_bytes
+    play, learn, kept = _phases(s, checkpoint, max(train.longest, valid.longest), limit)
+    made = alignment_plan.plan(s, play, learn)
+    made.tell()
+    if s.dry_run:
+        return {"model": str(checkpoint.path), "questions": len(train.rows), **made.result()}
+    with alignment.running(s, folder, checkpoint, made, card, "grpo") as r:
+        reference = stream.Stream(checkpoint, load.compute_dtype(), kept, checkpoint.nbytes > limit) if s.beta else None
+        sampler = grpo.Sampler(
+            r.model, train.rows, train.prompts, load.tokenizer(checkpoint.path), functions, s.objective,
+            s.group_size, s.grad_accumulation_steps, s.batch_size, s.at_once, s.seed,
+            s.num_iterations, s.lora is not None, reference, grpo.logger(r.folder / grpo.SAMPLES, r.files),
+        )  # fmt: skip
+        loss = partial(s.objective.loss, frozen_head=s.lora is not None)
+        held_out = partial(grpo.measure, sampler, valid.rows, valid.prompts)
+        return r.train(sampler, loss, held_out, "grpo", partial(grpo.train, updates=s.num_iterations))
+
+
+if __name__ == "__main__":
+    cli.main(Settings, run)

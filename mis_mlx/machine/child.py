@@ -1,0 +1,89 @@
+"""Ask one function one question in a process of its own, with a limit on its time and memory.
+
+For functions that read text of unknown origin, or that a user brought: what hangs, crashes or eats memory there
+ends there. Does not know what is asked. Question and answer are JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+class NoAnswer(Exception):
+    """Why there is none, in a few words."""
+
+
+def ask(source: str, function: str, arguments: Mapping[str, Any], seconds: float, memory_bytes: int = 0) -> Any:
+    """What `function` of `source` (a module's dotted name, or a path to a .py file) returns for these arguments.
+
+    Arguments that its signature does not name are left out. memory_bytes: of its address space; 0: no limit of ours.
+    NoAnswer when it raises, ends its process, answers what JSON has no word for, or takes longer than `seconds`.
+    """
+    path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH", "")]))
+    question = json.dumps({"source": source, "function": function, "arguments": arguments, "bytes": memory_bytes})
+    # A session of its own: Ctrl-C is for us, not for an answer under way; and what it starts ends with it.
+    with subprocess.Popen(
+        [sys.executable, "-m", "mis_mlx.machine.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(question.encode(), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise NoAnswer(f"no answer in {seconds:g} s") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+    try:
+        answer = json.loads(said)
+    except ValueError:
+        raise NoAnswer(f"its process ended with {process.returncode}") from None
+    if "error" in answer:
+        raise NoAnswer(str(answer["error"]))
+    return answer["value"]
+
+
+def _serve() -> None:
+    """The child's side: the question on stdin, the answer on what was stdout; what is printed there goes to stderr."""
+    question = json.loads(sys.stdin.buffer.read())
+    with os.fdopen(os.dup(1), "wb") as out, contextlib.redirect_stdout(sys.stderr):
+        os.dup2(2, 1)
+        if most := question["bytes"]:
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        try:
+            answer = {"value": _call(**{k: question[k] for k in ("source", "function", "arguments")})}
+            text = json.dumps(answer, allow_nan=False)
+        except BaseException as error:
+            text = json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+        out.write(text.encode())
+
+
+def _call(source: str, function: str, arguments: Mapping[str, Any]) -> Any:
+    if source.endswith(".py"):
+        spec = importlib.util.spec_from_file_location("rewards_of_the_user", source)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(source)
+    called = getattr(module, function)
+    parameters = inspect.signature(called).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+    return called(**arguments)
+
+
+if __name__ == "__main__":
+    _serve()

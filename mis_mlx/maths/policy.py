@@ -1,0 +1,83 @@
+"""Group-relative policy optimization: advantages of a group of answers, and the clipped loss of their tokens.
+
+Knows numbers only, no model and no text. Formulas: GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783), DAPO
+(arXiv 2503.14476); numbers agree with TRL 1.16. A loss is a sum and a count, as everywhere here, so micro-batches of
+any size add up to the same step.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+LossType = Literal["grpo", "dr_grpo", "dapo"]
+TINY_STD = 1e-4  # TRL's
+
+
+def advantages(rewards: np.ndarray, scaled: bool) -> np.ndarray:
+    """How much better each answer is than the rest of its group: (N, G) float32, of rewards (N, G).
+
+    reward - mean, over the standard deviation (with Bessel's correction, + 1e-4) where `scaled`; Dr. GRPO leaves that
+    out. NaN is an answer that could not be scored: advantage 0, and nothing to the mean or the deviation.
+    """
+    known = ~np.isnan(rewards)
+    count = known.sum(axis=1, keepdims=True)
+    mean = np.where(known, rewards, 0.0).sum(axis=1, keepdims=True) / np.maximum(count, 1)
+    apart = np.where(known, rewards - mean, 0.0)
+    if scaled:
+        variance = np.square(apart).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1)
+        apart = apart / (np.sqrt(variance) + TINY_STD)
+    return np.where(teaches(rewards)[:, None], apart, 0.0).astype(np.float32)
+
+
+def teaches(rewards: np.ndarray) -> np.ndarray:
+    """(N,) bool: whether the scored answers of a group differ. The others have no advantage, exactly: equal rewards
+    leave rounding errors, and dividing by a deviation of 1e-4 makes something of these."""
+    known = ~np.isnan(rewards)
+    high, low = np.where(known, rewards, -np.inf).max(axis=1), np.where(known, rewards, np.inf).min(axis=1)
+    return high > low
+
+
+def token_losses(
+    new: mx.array,
+    old: mx.array,
+    advantage: mx.array,
+    epsilon: float,
+    epsilon_high: float,
+    reference: mx.array | None = None,
+    beta: float = 0.0,
+) -> mx.array:
+    """-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta k3 of every token, (B, T); rho = pi_new / pi_old.
+
+    new, old, reference: (B, T) log-probabilities, all at the sampling temperature; only `new` has a gradient.
+    advantage: (B,). DAPO's clip-higher is an epsilon_high above epsilon. k3 = e^d - d - 1, d = log pi_ref - log pi_new:
+    DeepSeekMath's, which TRL by default multiplies by rho.
+    """
+    ratio, each = mx.exp(new - mx.stop_gradient(old)), advantage[:, None]
+    losses = -mx.minimum(ratio * each, mx.clip(ratio, 1 - epsilon, 1 + epsilon_high) * each)
+    if beta and reference is not None:
+        apart = mx.stop_gradient(reference) - new
+        losses = losses + beta * (mx.exp(apart) - apart - 1)
+    return losses
+
+
+def clipped(new: mx.array, old: mx.array, advantage: mx.array, epsilon: float, epsilon_high: float) -> mx.array:
+    """(B, T): 1 where the bound holds a token's gradient back, else 0."""
+    ratio, each = mx.exp(new - old), advantage[:, None]
+    return (((ratio > 1 + epsilon_high) & (each > 0)) | ((ratio < 1 - epsilon) & (each < 0))).astype(mx.float32)
+
+
+def loss_sum(losses: mx.array, mask: mx.array, kind: LossType, max_tokens: int) -> tuple[mx.array, mx.array]:
+    """(sum, count) of token losses (B, T) where mask (B, T) is 1; the step's loss is the sums over the counts.
+
+    grpo: a mean over answers of means over tokens. dr_grpo: over answers times `max_tokens`, a constant, so that long
+    wrong answers are not favoured. dapo: over all tokens of the step.
+    """
+    masked = mx.where(mask > 0, losses, 0.0)  # not a product: what was not sampled may be infinite
+    if kind == "grpo":
+        each = masked.sum(axis=-1) / mx.maximum(mask.sum(axis=-1), 1.0)
+        return each.sum(), mx.array(float(len(losses)))
+    count = mx.array(float(len(losses) * max_tokens)) if kind == "dr_grpo" else mask.sum()
+    return masked.sum(), count

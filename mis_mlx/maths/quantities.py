@@ -1,0 +1,268 @@
+"""Read a value out of a short text: an exact number with its unit, a time of day, or names. Polish and English.
+
+Knows no question and no model. Anything that is not one value and nothing else is no value: "5 or 7", "not 5",
+"about 5", digits of other alphabets, invisible characters, a comma that could be read in two ways. Numbers are
+fractions.Fraction, their digits are counted before they are converted, and nothing is ever evaluated.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from itertools import pairwise
+from typing import Literal
+
+Language = Literal["pl", "en"]
+
+TEXT_LIMIT, DIGIT_LIMIT = 160, 30  # characters of a value; digits of a number
+
+# kind: factor to the kind's smallest unit, then its names
+_UNITS = {
+    "mass": "1 mg miligram miligramy miligramów milligram milligrams; 1000 g gram gramy gramów grams gramme "
+    "grammes; 10000 dag dkg deka dekagram dekagramy dekagramów decagram decagrams; 1000000 kg kilo kilogram kilogramy "
+    "kilogramów kilograms kilos; 1000000000 t tona tony ton tonne tonnes",
+    "volume": "1 ml mililitr mililitry mililitrów milliliter milliliters millilitre millilitres; 10 cl centylitr "
+    "centylitry centylitrów; 100 dl decylitr decylitry decylitrów; 1000 l litr litry litrów litra liter liters litre "
+    "litres",
+    "length": "1 mm milimetr milimetry milimetrów; 10 cm centymetr centymetry centymetrów centimetres centimeters; "
+    "1000 m metr metry metrów metra metre metres meter meters; 1000000 km kilometr kilometry kilometrów kilometres "
+    "kilometers",
+    "duration": "1 s sek sekunda sekundy sekund sec second seconds; 60 min min. minuta minuty minut minutę minute "
+    "minutes mins; 3600 h godz godz. godzina godziny godzin godzinę hour hours hr hrs; 86400 d dzień dni doba doby dób "
+    "day days",
+    "złoty": "1 gr grosz grosze groszy; 100 zł pln złoty złote złotych złotego",
+    "euro": "1 cent cents ct; 100 € eur euro euros",
+    "dollar": "100 $ usd dollar dollars",
+    "percent": "1 % procent procenty proc proc. percent",
+    "tablespoon": "1 łyżka łyżki łyżek tbsp tablespoon tablespoons",
+    "teaspoon": "1 łyżeczka łyżeczki łyżeczek tsp teaspoon teaspoons",
+    "glass": "1 szklanka szklanki szklanek cup cups",
+    "portion": "1 porcja porcje porcji portion portions serving servings",
+    "egg": "1 jajko jajka jajek egg eggs",
+    "person": "1 osoba osoby osób person persons people",
+    "ticket": "1 bilet bilety biletów ticket tickets",
+}
+_VULGAR = {
+    "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5",
+    "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
+}  # fmt: skip
+_SPACES = "\u00a0\u2009\u202f"  # no-break, thin and narrow no-break spaces, as typeset numbers have them
+_NUMBER = re.compile(
+    r"(?P<sign>[-+−–]|minus )? ?"
+    r"(?:(?P<whole>[0-9]+) (?:i |and )?(?P<top>[0-9]{1,2}) ?/ ?(?P<bottom>[0-9]{1,3})(?![0-9.,])"
+    r"|(?P<over>[0-9]+) ?/ ?(?P<under>[0-9]+)(?![0-9.,])"
+    r"|(?P<plain>[0-9]{1,3}(?: [0-9]{3})+(?:[.,][0-9]+)?(?![0-9])|[0-9]+(?:[.,][0-9]+)*))"
+)
+_TIME = re.compile(r"(?:o |at |godz\.? ?|godzina |o godzinie )?([0-9]{1,2})[:.]([0-9]{2})(?: ?([ap])\.?m\.?)?", re.I)
+_LATEX = re.compile(r"([0-9]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """`amount` in the smallest unit of its kind ("mass": mg); `given`: as written, before its unit. kind "": none."""
+
+    amount: Fraction
+    kind: str = ""
+    given: Fraction | None = None  # None: of more than one part, "1 kg 20 dag"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Minutes after midnight."""
+
+    minutes: int
+
+
+@dataclass(frozen=True)
+class Names:
+    """Words in their order, in lower case."""
+
+    words: tuple[str, ...]
+
+
+Value = Quantity | Clock | Names
+
+
+@cache
+def _units() -> dict[str, tuple[str, int]]:
+    """{name of a unit: (kind, factor)}."""
+    found = {}
+    for kind, groups in _UNITS.items():
+        for group in groups.split(";"):
+            factor, *names = group.split()
+            found.update(dict.fromkeys(names, (kind, int(factor))))
+    return found
+
+
+def clean(text: str) -> str | None:
+    """One line without markup and doubled spaces; None where it is too long or holds characters one cannot see."""
+    if len(text) > TEXT_LIMIT:
+        return None
+    text = unicodedata.normalize("NFC", text)
+    for space in _SPACES:
+        text = text.replace(space, " ")
+    if any(unicodedata.category(c) in ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp") and c != "\t" for c in text):
+        return None
+    for wrapped in (r"\text{", r"\mathrm{", r"\textbf{"):
+        while (at := text.find(wrapped)) >= 0 and (end := text.find("}", at)) >= 0:
+            text = f"{text[:at]} {text[at + len(wrapped) : end]}{text[end + 1 :]}"
+    text = _LATEX.sub(lambda m: f"{m[1]} {m[2]}/{m[3]}", text)
+    for mark in ("**", "__", "`", r"\(", r"\)", r"\,", r"\ ", "~"):
+        text = text.replace(mark, " " if mark in (r"\,", r"\ ", "~") else "")
+    text = text.replace(r"\%", "%")
+    if len(text) > 1 and text.count("$") == 2:
+        text = text.replace("$", "")
+    return re.sub(r"\s+", " ", text).strip().strip("*_").strip()
+
+
+def number(text: str, language: Language | None) -> Fraction | None:
+    """An exact number that is all of `text`: "−3/4", "2 1/2", "1 250,5" (pl), "1,250.5" (en); None if it is none.
+
+    language decides what one comma or point before three digits is: in Polish a comma is decimal and "1.250" is
+    refused, since both readings occur; in English a comma groups. None: refused wherever the two would differ.
+    """
+    match = _NUMBER.fullmatch(text)
+    return None if match is None else _fraction(match, language)
+
+
+def _fraction(m: re.Match[str], language: Language | None) -> Fraction | None:
+    if sum(c.isdigit() for c in m[0]) > DIGIT_LIMIT:
+        return None
+    sign = -1 if (m["sign"] or "+").strip() in ("-", "−", "–", "minus") else 1
+    if m["plain"]:
+        plain = _decimal(m["plain"], language)
+        return None if plain is None else sign * Fraction(plain)
+    top, bottom = (m["top"], m["bottom"]) if m["whole"] else (m["over"], m["under"])
+    if int(bottom) == 0 or (m["whole"] and int(top) >= int(bottom)):  # "1 250/500" could be 1250/500
+        return None
+    return sign * (int(m["whole"] or 0) + Fraction(int(top), int(bottom)))
+
+
+def _decimal(text: str, language: Language | None) -> str | None:
+    """Digits with at most one point, or None where separators make no number or more than one."""
+    grouped = " " in text
+    text = text.replace(" ", "")
+    marks = [c for c in text if c in ".,"]
+    if not marks:
+        return text
+    parts = re.split(r"[.,]", text)
+    groups = not grouped and 1 <= len(parts[0]) <= 3 and parts[0][0] != "0" and all(len(p) == 3 for p in parts[1:-1])
+    if len(marks) == 1:
+        decimal = f"{parts[0]}.{parts[1]}"
+        if len(parts[1]) != 3 or not groups:
+            return decimal
+        own = {"pl": ",", "en": "."}.get(language or "")
+        if marks[0] == own:
+            return decimal
+        return "".join(parts) if (language, marks[0]) == ("en", ",") else None
+    if not groups or len(set(marks[:-1])) != 1:
+        return None
+    if marks[-1] == marks[0]:
+        return "".join(parts) if len(parts[-1]) == 3 else None
+    return "".join(parts[:-1]) + "." + parts[-1]
+
+
+def quantity(text: str, language: Language | None) -> Quantity | None:
+    """A number with or without a unit ("0,45 kg", "$5", "1 h 20 min"); all of `text`, or None."""
+    text = re.sub(r"^(?:[a-zA-Z] ?)?= ?", "", text)
+    if text[:1] in ("$", "€") and len(text) > 1:
+        text = f"{text[1:].strip()} {text[0]}"
+    parts = list(_parts(text, language))
+    if not parts or any(p is None for p in parts):
+        return None
+    known = [p for p in parts if p is not None]
+    if len(known) == 1:
+        return known[0][1]
+    kinds, factors = {q.kind for _, q in known}, [f for f, _ in known]
+    falling = all(a > b for a, b in pairwise(factors))
+    whole = all(q.amount >= 0 and (q.given or Fraction(0)).denominator == 1 for _, q in known[:-1])
+    if len(kinds) != 1 or "" in kinds or not falling or not whole or known[-1][1].amount < 0:
+        return None
+    return Quantity(sum((q.amount for _, q in known), Fraction(0)), known[0][1].kind)
+
+
+def _parts(text: str, language: Language | None) -> Iterator[tuple[int, Quantity] | None]:
+    """(factor, quantity) of every number with its unit, from left to right; None where something else stands."""
+    at = 0
+    while at < len(text):
+        if not (match := _NUMBER.match(text, at)) or (amount := _fraction(match, language)) is None:
+            yield None
+            return
+        rest = re.compile(r" ?([^0-9\s,;()/+−–-]*)(?:,? (?:i |and )?|$)").match(text, match.end())
+        if rest is None or (rest[1] and rest[1].lower() not in _units()):
+            yield None
+            return
+        kind, factor = _units()[rest[1].lower()] if rest[1] else ("", 1)
+        yield factor, Quantity(amount * factor, kind, amount)
+        at = rest.end()
+
+
+def clock(text: str) -> Clock | None:
+    """A time of day that is all of `text`: "14:35", "godz. 14.35", "2:35 pm"."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        return None
+    hours, minutes, half = int(match[1]), int(match[2]), (match[3] or "").lower()
+    if minutes > 59 or hours > (12 if half else 23) or (half and hours == 0):
+        return None
+    if half:
+        hours = hours % 12 + 12 * (half == "p")
+    return Clock(60 * hours + minutes)
+
+
+def names(text: str) -> Names | None:
+    """Words that are all of `text`, apart from what stands between items of a list: "Ala, Ola i Ewa"."""
+    text = re.sub(r" ?(?:,|;|>|→|->) ?(?:(?:i|and) )?| (?:i|and|oraz) ", ",", text)
+    words = text.split(",")
+    if not all(re.fullmatch(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", w) for w in words):
+        return None
+    return Names(tuple(w.lower() for w in words))
+
+
+def gold(text: str, language: Language | None) -> Value | None:
+    """The value of a right answer as a data set writes it; None when it is none of the three kinds."""
+    line = clean(text)
+    if not line:
+        return None
+    line = _plain(line)
+    if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line):
+        return clock(line)
+    return quantity(line, language) or names(line)
+
+
+def like(text: str, right: Value, language: Language | None) -> Value | None:
+    """The value of an answer, read as the kind of thing that the right one is."""
+    line = clean(text)
+    if not line:
+        return None
+    line = _plain(line)
+    if isinstance(right, Clock):
+        return clock(line)
+    return quantity(line, language) if isinstance(right, Quantity) else names(line)
+
+
+def _plain(line: str) -> str:
+    """Without a closing full stop, and with ½ as a fraction."""
+    line = line[:-1].rstrip() if line.endswith(".") and not line.endswith("..") else line
+    for sign, fraction in _VULGAR.items():
+        line = line.replace(sign, f" {fraction}")
+    return line.strip()
+
+
+def same(answer: Value, right: Value) -> bool:
+    """Whether an answer is the right one: exactly, with units converted.
+
+    An answer without a unit counts in the unit in which the right one is written; a percentage answers a
+    question for a number; any other unit where none belongs is wrong.
+    """
+    if not (isinstance(answer, Quantity) and isinstance(right, Quantity)):
+        return answer == right
+    if answer.kind == right.kind:
+        return answer.amount == right.amount
+    if not answer.kind:
+        return right.given is not None and answer.amount == right.given
+    return not right.kind and answer.kind == "percent" and answer.amount / 100 == right.amount

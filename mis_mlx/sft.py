@@ -1,0 +1,104 @@
+"""Supervised fine-tuning: a model learns the answers of conversations, whole or with LoRA, perhaps beside a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+from mis_mlx import cli
+from mis_mlx.disk import examples
+from mis_mlx.model import compare, load, teacher
+from mis_mlx.training import alignment, alignment_plan, distillation, planning
+from mis_mlx.training.alignment_plan import Alignment
+from mis_mlx.training.planning import Phase
+from mis_mlx.training.supervised import Lesson
+from mis_mlx.types import Checkpoint, MisError
+
+SHAPES = ("messages", "completion")
+
+
+@dataclass(frozen=True)
+class Settings(Alignment):
+    """One run. Rows: {"messages": [...]} or {"prompt", "completion"}."""
+
+    learning_rate: float = 1e-4
+    """peak; falls to a tenth along a cosine; 2e-5 suits a model of billions"""
+    mask_prompt: bool = True
+    """learn answers only: the completion, or every turn of the assistant; otherwise all tokens"""
+    packing: bool = True
+    """several rows in a window, none of which sees another; off beside a teacher, which reads row by row"""
+    teacher: str | None = None
+    """folder or hub id of a model with the same tokenizer to learn from beside the text"""
+    distill_weight: float = 0.5
+    """share of the loss that is KL to the teacher, if there is one; the rest is cross-entropy"""
+
+
+def _lessons(s: Settings, checkpoint: Checkpoint) -> tuple[Lesson, Lesson, dict[str, Any]]:
+    """(windows to train on, held-out ones, what is known of the data); every row is checked."""
+    found = examples.load(s.data, SHAPES, examples.generated, s.data_licence, s.scrub_pii)
+    tokenizer = load.tokenizer(checkpoint.path)
+    train, cut = examples.encode(found.train, tokenizer, s.max_seq_length, mask_prompt=s.mask_prompt)
+    valid, _ = examples.encode(found.valid, tokenizer, s.max_seq_length, mask_prompt=s.mask_prompt)
+    for note in [*found.notes, *([f"{cut} rows are cut at {s.max_seq_length} tokens"] if cut else [])]:
+        cli.say(note)
+    room = s.max_seq_length if s.packing and not s.teacher else 0
+    train_, valid_ = (Lesson([row[0] for row in rows], room) for rows in (train, valid[: s.eval_rows]))
+    cli.say(f"{len(train)} rows in {len(train_.windows)} windows of at most {max(train_.lengths)} tokens")
+    return train_, valid_, found.card(examples.fingerprint(chain(train, valid)))
+
+
+def _teacher(s: Settings, checkpoint: Checkpoint) -> Checkpoint | None:
+    """The teacher asked for, if any."""
+    if s.teacher is None:
+        return None
+    if not 0.0 < s.distill_weight <= 1.0:
+        raise MisError(f"--distill-weight is {s.distill_weight:g}: give a number above 0, up to 1")
+    return compare.same_vocabulary(checkpoint, load.open_checkpoint(teacher.find(s.teacher).path))
+
+
+def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> Phase:
+    """The training, with as much of its teacher in memory as the budget leaves."""
+    alone = alignment_plan.training(s, checkpoint, s.batch_size, length, "sft")
+    if beside is None:
+        return alone
+    t, tokens = planning.model_of(beside), s.batch_size * s.grad_accumulation_steps * length
+    peak = alone.peak_bytes + t.slots_bytes + t.head_work + tokens * t.shape.hidden * t.item
+    keeps = planning.pins(t, planning.room(alignment_plan.budget(s).limit_bytes, peak))
+    flops = alone.flops + s.iters * planning.forward_flops(t, tokens, length)
+    read = alone.read_bytes + t.block_bytes * (keeps + s.iters * (t.shape.layers - keeps))
+    return replace(alone, peak_bytes=peak + keeps * t.block_work, flops=flops, read_bytes=read, pinned=keeps)
+
+
+def _source(s: Settings, beside: Checkpoint | None, pinned: int) -> distillation.Source:
+    """What the steps learn from: the text, or a teacher `pinned` blocks of which stay in memory."""
+    if beside is None:
+        return distillation.Text()
+    t = planning.model_of(beside)
+    direct = beside.nbytes > alignment_plan.budget(s).limit_bytes
+    room = pinned * t.block_work + t.head_work
+    return distillation.Teacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: open, read and check the data, plan, train, write the best student."""
+    s, folder = alignment_plan.resumed(settings)
+    checkpoint = alignment_plan.opened(s)
+    beside = _teacher(s, checkpoint)
+    train, valid, card = _lessons(s, checkpoint)
+    length = max(train.lengths)
+    parts = alignment_plan.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))
+    phase = _phase(parts, checkpoint, beside, length)
+    made = alignment_plan.plan(parts, phase)
+    made.tell()
+    if s.dry_run:
+        return {"model": str(checkpoint.path), "windows": len(train.windows), **made.result()}
+    with alignment.running(s, folder, checkpoint, made, card, "sft") as r:
+        source = _source(s, beside, phase.pinned)
+        each = train.micro_batches(source, parts.batch_size, parts.grad_accumulation_steps, s.seed)
+        loss = train.loss_of(source, frozen_head=s.lora is not None)
+        return r.train(each, loss, lambda: valid.measure(r.model, parts.batch_size), "sft")
+
+
+if __name__ == "__main__":
+    cli.main(Settings, run)

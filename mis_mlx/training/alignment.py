@@ -1,0 +1,192 @@
+"""What the alignment commands share: a student opened, whole or with LoRA; its run, checkpoints, best one, result.
+
+Does not know what is learned or from what: `Run.train` takes micro-batches and a loss as `loop.train` does. A run
+that was killed and resumed ends bit-equal to one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx import cli
+from mis_mlx.disk import checkpoint as protocol
+from mis_mlx.disk import runs
+from mis_mlx.disk.files import Files
+from mis_mlx.machine import memory, tea
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.model import load, lora, slice, stream
+from mis_mlx.model.card import name_of
+from mis_mlx.training import loop
+from mis_mlx.training.alignment_plan import Alignment, Plan
+from mis_mlx.training.loop import Loss
+from mis_mlx.training.supervise import supervise
+from mis_mlx.training.weather import Weather
+from mis_mlx.types import Checkpoint, MisError, Step
+
+STEPS, BEST, MODEL, ADAPTERS = "steps", "best", "model", "adapters"
+HELD_OUT = "held_out.jsonl"
+NOT_STORED = ("out", "resume", "dry_run", "config")  # in a run's config.yaml
+
+
+@dataclass
+class Run:
+    """A student in memory and the folder of its run, locked. Made by `running`."""
+
+    settings: Alignment
+    folder: Path
+    checkpoint: Checkpoint
+    model: nn.Module
+    optimizer: GoralW
+    plan: Plan
+    weather: Weather
+    files: Files
+    card: Mapping[str, Any]  # of the data: what it is, its licence
+    peak: memory.Peak = field(default_factory=memory.Peak)
+    best: tuple[int, float] | None = None  # (step, held-out loss)
+    began_s: float = field(default_factory=time.monotonic)
+
+    def train(
+        self,
+        micro_batches: Callable[[int], Any],
+        loss: Loss,
+        held_out: Callable[[], Mapping[str, float]],
+        label: str,
+        train: Callable[..., Iterator[Step]] = loop.train,
+    ) -> dict[str, Any]:
+        """Train from wherever the run stands to its end, write the best student, return the run's result.
+
+        micro_batches, loss: as of `loop.train`; pure functions of the step and of the model. held_out(): what is
+        measured of `model` at every checkpoint, "loss" among it, by which the lowest is kept.
+        train: called as `loop.train`, yields the steps; what `micro_batches` gives is between these two.
+        """
+        s = self.settings
+        start = self._start(held_out)
+        self.model.train()
+        steps = train(self.model, micro_batches, loss, self.optimizer, s.schedule, start)
+        save = partial(self._save, held_out)
+        supervise(steps, self.folder, s.iters, s.save_every, save, self.weather, self.peak, self.files, label=label,
+                  budget_bytes=self.plan.budget.limit_bytes)  # fmt: skip
+        return self._finish()
+
+    def _start(self, held_out: Callable[[], Mapping[str, float]]) -> int:
+        """Steps done: of the newest checkpoint, put back; or 0, and that measured and saved."""
+        saved = protocol.newest(self.folder / STEPS, self.files)
+        if saved is None:
+            for name in (STEPS, BEST):
+                self.files.make_folder(self.folder / name)
+            self._save(held_out, 0)
+            return 0
+        for note in [*saved.notes, f"continuing from step {saved.number}"]:
+            cli.say(note)
+        arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
+        loop.restore(self.model, self.optimizer, {"optimizer": {}, **arrays}, saved.state["optimizer"])
+        self.weather.breaks = tea.TeaBreaks(**saved.state["tea"])
+        self.best = (saved.state["best"][0], saved.state["best"][1])
+        return saved.number
+
+    def _save(self, held_out: Callable[[], Mapping[str, float]], number: int) -> None:
+        """One checkpoint. Measured only where every run of these settings is: a stop does not change the best."""
+        s, arrays = self.settings, loop.arrays_of(self.model, self.optimizer)
+        if number % s.save_every == 0 or number == s.iters:
+            self.model.eval()
+            found = {name: float(value) for name, value in held_out().items()}
+            self.model.train()
+            self.files.append(self.folder / HELD_OUT, json.dumps({"number": number, **found}))
+            cli.say(f"step {number}, held out: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            if not math.isfinite(found["loss"]):
+                raise MisError(f"the held-out loss at step {number} is {found['loss']}: lower --learning-rate")
+            if self.best is None or found["loss"] < self.best[1]:
+                self.best = (number, found["loss"])
+                # 3 of them: as many checkpoints may be damaged or undone as the steps can lose. A run that was set
+                # back comes here again with the same bits.
+                if not (self.folder / BEST / f"step-{number:08d}").exists():
+                    protocol.save_step(
+                        self.folder / BEST, number, {"model": arrays["model"]}, found, self.files, keep=3
+                    )
+        saved = {key: named for key, named in arrays.items() if named}
+        state = {
+            "arrays": list(saved),
+            "optimizer": self.optimizer.memory(),
+            "best": self.best,
+            "tea": self.weather.breaks.saved(),
+        }
+        protocol.save_step(self.folder / STEPS, number, saved, state, self.files)
+
+    def _finish(self) -> dict[str, Any]:
+        """The best student as an ordinary folder, or its adapters; and the run's JSON."""
+        s, c = self.settings, self.checkpoint
+        best = protocol.newest(self.folder / BEST, self.files)
+        if best is None or self.best is None:
+            raise MisError(f"{self.folder / BEST} holds no whole checkpoint: start a new run")
+        arrays = protocol.load_arrays(best, "model")
+        if s.lora and not (self.folder / ADAPTERS).exists():
+            lora.write(arrays, s.lora, self.folder / ADAPTERS, self.files)
+        out = self.folder / (MODEL if s.fuse or not s.lora else ADAPTERS)
+        if out.name == MODEL and not out.exists():
+            take = lora.fused(c, arrays, s.lora) if s.lora else arrays.__getitem__
+            config = {k: v for k, v in c.config.items() if not k.startswith("quantization")} | {"torch_dtype": s.dtype}
+            extra = slice.keep_files(slice.read_keep(c.path)) | {runs.DATA: dict(self.card)}
+            slice.write_model(config, take, c.path, out, s.dtype, self.files, extra)
+        steps, measured = runs.metrics(self.folder), runs.records(self.folder / HELD_OUT)
+        by_step = {r["number"]: r for r in measured}
+        tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
+        result = {
+            "model": str(c.path),
+            "student": str(out),
+            "run": str(self.folder),
+            "params_trained": sum(math.prod(a.shape) for a in arrays.values()),
+            "best_step": best.number,
+            "held_out_start": by_step.get(0),
+            "held_out_best": by_step.get(best.number),
+            "tokens": tokens,
+            "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+            "peak_bytes": self.peak.nbytes,
+            "budget_bytes": self.plan.budget.limit_bytes,
+            **self.weather.account(),
+            "seconds": round(time.monotonic() - self.began_s, 1),
+        }
+        self.files.replace_text(self.folder / runs.RESULT, json.dumps(result, indent=2))
+        return result
+
+
+@contextmanager
+def running(
+    s: Alignment, folder: Path | None, checkpoint: Checkpoint, made: Plan, card: Mapping[str, Any], name: str
+) -> Iterator[Run]:
+    """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint"."""
+    made.check()
+    files, origin = Files(), runs.origin(checkpoint, card["fingerprint"])
+    if folder is None:
+        stored = {k: v for k, v in asdict(s).items() if k not in NOT_STORED}
+        way = {"mode": "resident", "micro": made.micro_batch}
+        folder = runs.create(s.out, f"{name_of(checkpoint.path)}-{name}", stored, origin, way, files)
+    else:
+        for note in runs.same_origin(folder, origin):
+            cli.say(note)
+    cli.say(f"run folder: {folder}")
+    with (
+        protocol.lock(folder),
+        memory.limited(made.budget, made.peak_bytes),
+        Weather(s, folder / "thermal.jsonl", files) as weather,
+    ):
+        protocol.sweep(folder, files)
+        if not (folder / runs.DATA).exists():
+            files.replace_text(folder / runs.DATA, json.dumps(dict(card), indent=2, ensure_ascii=False))
+        model = load.resident(checkpoint, load.compute_dtype() if s.lora else mx.float32)
+        stream.into_memory(model, f"{checkpoint.path}: ")
+        if s.lora:
+            lora.insert(model, s.lora, s.seed)
+            mx.eval(model.parameters())
+        optimizer = GoralW(weight_decay=s.weight_decay)
+        yield Run(s, folder, checkpoint, model, optimizer, made, weather, files, card)

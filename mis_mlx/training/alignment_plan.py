@@ -1,0 +1,196 @@
+"""The flags that sft, dpo and grpo share, and what a run with these takes: bytes, hours, memory.
+
+Reads configs and sizes, starts nothing. Does not know what is learned (the commands do) nor how (training/alignment).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mis_mlx import cli
+from mis_mlx.disk import runs
+from mis_mlx.machine import memory
+from mis_mlx.machine.rates import Rates
+from mis_mlx.model import arch, load, lora, teacher
+from mis_mlx.training import planning
+from mis_mlx.training.phases import SAVED_BYTES
+from mis_mlx.training.planning import Phase
+from mis_mlx.training.recipe import Recipe
+from mis_mlx.training.weather import WeatherFlags
+from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
+
+# Settings that may differ when a run is resumed: none of them changes a weight. `save_every` does: by it the best
+# checkpoint is looked for.
+FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "governor", "thermal_replay"})
+S = TypeVar("S", bound="Alignment")
+
+
+@dataclass(frozen=True)
+class Alignment(WeatherFlags, Recipe):
+    """The flags that sft, dpo and grpo share."""
+
+    batch_size: int = 4
+    """rows, pairs or answers in a micro-batch; cut into smaller ones, which change nothing, where memory is short"""
+    max_seq_length: int = 512
+    """most tokens of a row; what does not fit is cut off its end, and counted"""
+    save_every: int = 20
+    """steps between checkpoints, at each of which the held-out rows are measured"""
+    model: str | None = None
+    """folder or hub id of the model to align; default: SmolLM2-135M-Instruct"""
+    data: str | None = None
+    """folder with train.jsonl and perhaps valid.jsonl; default: generated tasks"""
+    data_licence: str | None = None
+    """licence of the data, or the consent it was given with; default: what a LICENSE file beside it says"""
+    scrub_pii: bool = False
+    """replace e-mail addresses, telephone numbers, PESEL and NIP in the data before training, and count them"""
+    eval_rows: int = 64
+    """held-out rows measured at every checkpoint; the best checkpoint becomes the result"""
+    fine_tune_type: Literal["full", "lora"] = "full"
+    """all weights, or mlx-lm's low-rank adapters beside frozen ones"""
+    num_layers: int = -1
+    """blocks that get adapters, counted from the last; -1: all"""
+    rank: int = 8
+    """of the adapters"""
+    scale: float = 20.0
+    """factor on the adapters"""
+    fuse: bool = True
+    """add the adapters to the weights in the end; otherwise they are left beside the model, for --adapter-path"""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """type of the result's weights on disk"""
+    budget: str | None = None
+    """memory this may take, such as 5GiB; default: 5GiB or 75 % of what is there"""
+    out: str | None = None
+    """run folder; default: the next free runs/NAME-00N"""
+    resume: bool = False
+    """continue the run in --out, or the newest unfinished one"""
+    dry_run: bool = False
+    """say bytes, hours and memory, and stop"""
+    config: cli.ConfigFile = None
+    """YAML file with any of these flags"""
+
+    @property
+    def lora(self) -> lora.Lora | None:
+        """The adapters asked for, if any."""
+        wanted = lora.Lora(self.num_layers, self.rank, self.scale)
+        return wanted if self.fine_tune_type == "lora" else None
+
+
+def resumed(settings: S) -> tuple[S, Path | None]:
+    """The settings to run with, and the folder of the run that they continue; MisError where they differ from its."""
+    if not settings.resume:
+        return settings, None
+    folder = runs.find(settings.out)
+    kind = type(settings)
+    return kind(**runs.merged(asdict(settings), asdict(kind()), runs.stored_settings(folder), FREE)), folder
+
+
+def opened(s: Alignment) -> Checkpoint:
+    """The model to align, through the gate. MisError where it cannot be trained as asked for."""
+    found = teacher.find(s.model)
+    cli.say(f"model: {found.source}")
+    checkpoint = load.open_checkpoint(found.path)
+    layers = int(checkpoint.config["num_hidden_layers"])
+    if s.lora:
+        s.lora.check(layers)
+    elif arch.is_quantized(checkpoint.tensors):
+        raise MisError(f"{found.path} is quantized and cannot be trained whole: use --fine-tune-type lora")
+    for name in ("iters", "batch_size", "grad_accumulation_steps", "save_every", "eval_rows"):
+        if getattr(s, name) < 1:
+            raise MisError(f"--{name.replace('_', '-')} is {getattr(s, name)}: give 1 or more")
+    if s.max_seq_length > (most := int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)):
+        raise MisError(f"--max-seq-length is {s.max_seq_length}, the model's window {most}: give {most} or less")
+    return checkpoint
+
+
+def weight_bytes(s: Alignment, checkpoint: Checkpoint) -> int:
+    """The model in memory, before anything is done with it: float32 where it is trained, else as it computes."""
+    m, params = planning.model_of(checkpoint), arch.params(checkpoint.config)
+    return 4 * params if s.lora is None else m.nbytes if m.packed and m.as_stored else params * m.item
+
+
+def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> Phase:
+    """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
+    m, params = planning.model_of(checkpoint), arch.params(checkpoint.config)
+    tokens = s.grad_accumulation_steps * rows * length
+    trained = s.lora.params(m.config) if s.lora else params
+    if s.lora:
+        beside = planning.activation_bytes(m.config, rows, length) + planning.logit_bytes(m.shape.vocab, rows * length)
+        peak = weight_bytes(s, checkpoint) + planning.STATE_BYTES * trained + beside
+    else:
+        peak = planning.training_bytes(m.config, rows, length)
+    written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + planning.SIZES[s.dtype] * params
+    flops = s.iters * 3 * planning.forward_flops(m, tokens, length)
+    return Phase(name, m.nbytes, written, peak, flops, True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The phases of a run under a budget, on a machine of these rates."""
+
+    phases: Sequence[Phase]
+    budget: Budget
+    rates: Rates
+    micro_batch: int  # rows, pairs or answers
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the largest phase, with the process's own share."""
+        return max(p.peak_bytes for p in self.phases) + memory.process_bytes(self.budget.limit_bytes)
+
+    def check(self) -> None:
+        """MisError with both numbers where it does not fit."""
+        worst = max(self.phases, key=lambda p: p.peak_bytes)
+        remedy = (
+            f"give --budget {planning.flag(self.peak_bytes)} or more, lower --batch-size or --max-seq-length, "
+            "or use --fine-tune-type lora; alignment trains whole models in memory"
+        )
+        self.budget.need(self.peak_bytes, worst.name, remedy)
+
+    def tell(self) -> None:
+        """A line for each phase, on stderr."""
+        for p in self.phases:
+            moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
+            cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(self.rates))}")
+        fits = "fits" if self.peak_bytes <= self.budget.limit_bytes else "does not fit"
+        cli.say(f"peak {gib(self.peak_bytes)} {fits} the budget of {gib(self.budget.limit_bytes)}")
+
+    def result(self) -> dict[str, Any]:
+        """The result of a --dry-run."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "budget_bytes": self.budget.limit_bytes,
+            "read_bytes": sum(p.read_bytes for p in self.phases),
+            "written_bytes": sum(p.written_bytes for p in self.phases),
+            "seconds": round(sum(p.seconds(self.rates) for p in self.phases)),
+            "check_failed": self.peak_bytes > self.budget.limit_bytes,
+        }
+
+
+def budget(s: Alignment) -> Budget:
+    """The memory that may be taken."""
+    return memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+
+
+def plan(s: Alignment, *phases: Phase) -> Plan:
+    """The plan of these phases under the budget asked for. s: with micro-batches as they will be."""
+    return Plan(phases, budget(s), planning.machine_rates(), s.batch_size)
+
+
+def cut(s: S, folder: Path | None, phase: Callable[[S], Phase]) -> S:
+    """`s` with its steps in the largest micro-batches with which `phase(s)` fits; of a run in `folder`, in its own.
+
+    A micro-batch divides the one asked for, and a step stays what it was.
+    """
+    sizes = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
+    if folder:
+        sizes = [int(runs.stored_plan(folder).get("micro", s.batch_size))]
+    limit, made = budget(s).limit_bytes, s
+    for size in sizes:
+        parts = s.grad_accumulation_steps * s.batch_size // size
+        made = replace(s, batch_size=size, grad_accumulation_steps=parts)
+        if phase(made).peak_bytes + memory.process_bytes(limit) <= limit:
+            break
+    return made

@@ -1,0 +1,255 @@
+"""Rows to align with: shapes, sentences with line numbers, splits, licence, personal data, tokens."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mis_mlx.disk import examples, pii
+from mis_mlx.disk.examples import Split
+from mis_mlx.disk.rows import Row
+from mis_mlx.model import load
+from mis_mlx.types import Checkpoint, MisError
+
+SHAPES = ("messages", "completion")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+GOOD: dict[str, Row] = {
+    "messages": {"messages": [{"role": "user", "content": "Ile?"}, {"role": "assistant", "content": "Dwa."}]},
+    "completion": {"prompt": "Ile?", "completion": "Dwa."},
+    "pair": {"prompt": "Ile?", "chosen": "Dwa.", "rejected": "Trzy."},
+    "answer": {"prompt": "Ile?", "answer": "2"},
+}
+BAD: list[tuple[str, object, str]] = [
+    ("completion", {"prompt": "Ile?"}, "has no 'prompt' and 'completion'"),
+    ("completion", ["Ile?"], "not an object"),
+    ("completion", {"prompt": "Ile?", "completion": 2}, "'completion' is a number, not text"),
+    ("completion", {"prompt": " ", "completion": "Dwa."}, "'prompt' is empty"),
+    ("messages", {"messages": 5}, "not a list"),
+    ("messages", {"messages": [{"role": "user", "content": "Ile?"}]}, "no message is the assistant's"),
+    ("messages", {**GOOD["messages"], "tools": [1]}, "tools are not supported"),
+    ("pair", {"prompt": "Ile?", "chosen": "Dwa."}, "its keys: 'prompt', 'chosen'"),
+    ("pair", {"prompt": "Ile?", "chosen": "Dwa.", "rejected": "Dwa."}, "chosen and rejected are the same"),
+    ("answer", {"prompt": "Ile?", "answer": None}, "'answer' is null, not text"),
+]
+
+
+def nothing() -> tuple[Sequence[Row], Sequence[Row], str]:
+    """Stands for the built-in rows where they are not to be used."""
+    raise AssertionError("the built-in rows were asked for")
+
+
+def write(folder: Path, **files: list[object]) -> Path:
+    """`train=[...]` becomes train.jsonl; text lines go in as they are."""
+    for name, lines in files.items():
+        text = "".join(f"{line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama: Checkpoint) -> Any:
+    """A byte-level tokenizer without a chat template."""
+    return load.tokenizer(llama.path)
+
+
+@pytest.mark.parametrize("shape", examples.SHAPES)
+def test_good_rows_are_taken(shape: str, tmp_path: Path) -> None:
+    """Every shape, and its rows come back as they were."""
+    found = examples.load(str(write(tmp_path, train=[GOOD[shape]], valid=[GOOD[shape]])), [shape], nothing)
+    assert found.train.rows == found.valid.rows == (GOOD[shape],)
+    assert found.train.where == ("train.jsonl line 1",)
+
+
+@pytest.mark.parametrize(("shape", "row", "why"), BAD)
+def test_bad_rows_are_named(shape: str, row: object, why: str, tmp_path: Path) -> None:
+    """The line and what is wrong there."""
+    folder = write(tmp_path, train=[GOOD[shape], row], valid=[GOOD[shape]])
+    with pytest.raises(MisError) as refused:
+        examples.load(str(folder), [shape], nothing)
+    assert "1 rows cannot be used: train.jsonl line 2: " in str(refused.value) and why in str(refused.value)
+
+
+def test_all_problems_come_in_one_sentence(tmp_path: Path) -> None:
+    """Of both files, of every kind, ten of them in words and the others counted."""
+    bad: list[object] = ["{not json", {"prompt": "a"}, '{"prompt": "\\ud800", "completion": "b"}']
+    folder = write(tmp_path, train=[GOOD["completion"], *bad, *[{"x": i} for i in range(9)]], valid=["[]"])
+    with pytest.raises(MisError) as refused:
+        examples.load(str(folder), SHAPES, nothing)
+    said = str(refused.value)
+    assert said.startswith("13 rows cannot be used: train.jsonl line 2: not valid JSON")
+    assert "line 3: has neither 'messages' nor 'prompt' and 'completion'" in said and "half a surrogate" in said
+    assert said.count("line ") == 10 and "; and 3 more: mend or remove them" in said
+
+
+def test_other_refusals_are_sentences(tmp_path: Path) -> None:
+    """No folder, no rows, nothing that could be held out."""
+    with pytest.raises(MisError, match="has no train.jsonl"):
+        examples.load(str(tmp_path / "none"), SHAPES, nothing)
+    with pytest.raises(MisError, match="train.jsonl: it has no rows"):
+        examples.load(str(write(tmp_path, train=[])), SHAPES, nothing)
+    with pytest.raises(MisError, match="3 rows with 1 prompts: nothing can be held out"):
+        examples.load(str(write(tmp_path, train=[GOOD["completion"]] * 3)), SHAPES, nothing)
+
+
+def test_equal_prompts_stay_on_one_side(tmp_path: Path) -> None:
+    """Without valid.jsonl a part is held out, the same every time, and no prompt is on both sides."""
+    lines: list[object] = [{"prompt": f"Ile to {i % 40}?", "completion": f"{i}"} for i in range(120)]
+    folder = str(write(tmp_path, train=lines))
+    one, other = (examples.load(folder, SHAPES, nothing) for _ in range(2))
+    assert one == other and len(one.train.rows) + len(one.valid.rows) == 120 and 1 <= len(one.valid.rows) < 40
+    assert not {r["prompt"] for r in one.train.rows} & {r["prompt"] for r in one.valid.rows}
+    assert one.valid.where[0].startswith("train.jsonl line ")
+
+
+def test_the_licence_is_a_file_a_flag_or_missed(tmp_path: Path) -> None:
+    """The flag wins; a file beside the data is read; neither is said."""
+    folder = str(write(tmp_path, train=[GOOD["completion"]], valid=[GOOD["completion"]]))
+    bare = examples.load(folder, SHAPES, nothing)
+    assert bare.licence == "not stated" and any("--data-licence" in note for note in bare.notes)
+    (tmp_path / "license.txt").write_text("CC BY 4.0,\nby the shepherds of Ochotnica")
+    assert examples.load(folder, SHAPES, nothing).licence == "CC BY 4.0, by the shepherds of Ochotnica"
+    assert examples.load(folder, SHAPES, nothing, "asked them all").licence == "asked them all"
+
+
+def test_the_built_in_rows_are_good_and_disjoint() -> None:
+    """Every shape but messages; the chosen answer is the worked one."""
+    for shape in ("completion", "pair", "answer"):
+        found = examples.load(None, [shape], examples.generated)
+        assert len(found.train.rows) >= 200 and len(found.valid.rows) >= 50 and found.licence != "not stated"
+        assert not {r["prompt"] for r in found.train.rows} & {r["prompt"] for r in found.valid.rows}
+        assert all(r["chosen"] == r["completion"] != r["rejected"] for r in found.train.rows)
+
+
+def test_a_number_as_an_answer_becomes_text(tmp_path: Path) -> None:
+    """{"answer": 2} is what many write."""
+    folder = write(tmp_path, train=[{"prompt": "Ile?", "answer": 2}], valid=[{"prompt": "Ile?", "answer": 2.5}])
+    found = examples.load(str(folder), ["answer"], nothing)
+    assert found.train.rows[0]["answer"] == "2" and found.valid.rows[0]["answer"] == "2.5"
+
+
+@pytest.mark.parametrize(
+    ("number", "valid"),
+    [
+        ("44051401359", True),
+        ("02070803628", True),
+        ("44051401358", False),
+        ("44131401350", False),
+        ("00000000000", False),
+    ],
+)
+def test_pesel(number: str, valid: bool) -> None:
+    """Checksum and day of birth; the third has a wrong last digit, the fourth a month 13 with a right one."""
+    assert pii.is_pesel(number) is valid
+
+
+@pytest.mark.parametrize(
+    ("number", "valid"), [("1234563218", True), ("123-456-32-18", True), ("1234563219", False), ("0000000000", False)]
+)
+def test_nip(number: str, valid: bool) -> None:
+    """Checksum modulo 11; ten zeros have a right one and are none."""
+    assert pii.is_nip(number) is valid
+
+
+PERSONAL = [
+    ("pisz do jan.kowalski+owce@baca.com.pl.", "pisz do [e-mail].", {"e-mail": 1}),
+    ("PESEL 44051401359, nie 44051401358", "PESEL [PESEL], nie 44051401358", {"PESEL": 1}),
+    ("NIP: PL1234563218 i 123-456-32-18, ale 123-456-32-19", "NIP: [NIP] i [NIP], ale 123-456-32-19", {"NIP": 2}),
+    ("tel. +48 601 202 303 albo 601-202-303", "tel. [telephone] albo [telephone]", {"telephone": 2}),
+    ("(18) 207 12 34 w Nowym Targu", "[telephone] w Nowym Targu", {"telephone": 1}),
+    ("call +44 20 7946 0958", "call [telephone]", {"telephone": 1}),
+    ("12 345 owiec, 100 200 zł, 7:05, 2026-11-25, 601 + 202 = 803", None, {}),
+]
+
+
+@pytest.mark.parametrize(("text", "wanted", "counts"), PERSONAL)
+def test_personal_data_is_replaced_and_counted(text: str, wanted: str | None, counts: dict[str, int]) -> None:
+    """E-mail, telephone, PESEL, NIP; other numbers stay."""
+    removed: Counter[str] = Counter()
+    assert pii.scrub(text, removed) == (text if wanted is None else wanted) and removed == counts
+
+
+def test_scrubbing_reaches_every_text_of_a_row(tmp_path: Path) -> None:
+    """Prompts, answers and the turns of a conversation; only when asked for."""
+    row = {"messages": [{"role": role, "content": "a@b.pl"} for role in ("user", "assistant")]}
+    folder = str(write(tmp_path, train=[row, {"prompt": "a@b.pl?", "completion": "a@b.pl"}], valid=[row]))
+    plain, clean = (examples.load(folder, SHAPES, nothing, scrub=asked) for asked in (False, True))
+    assert plain.removed == {} and clean.removed == {"e-mail": 6}
+    assert "@" in json.dumps(plain.train.rows) and "@" not in json.dumps([clean.train.rows, clean.valid.rows])
+    assert clean.card("x")["pii_removed"] == {"e-mail": 6} and "replaced 6 e-mail" in clean.notes
+
+
+def split(*rows: Row) -> Split:
+    """Rows in a file of their own."""
+    return Split(rows, tuple(f"x.jsonl line {i}" for i in range(1, len(rows) + 1)))
+
+
+def learned(sequence: examples.Sequenced, tokenizer: Any) -> str:
+    """The text that is to be predicted."""
+    ids, marks = sequence
+    return tokenizer.decode([int(i) for i, mark in zip(ids, marks, strict=True) if mark])
+
+
+def test_only_the_answer_is_learned_without_a_template(tokenizer: Any) -> None:
+    """The prompt's tokens, a completion's, the end; all of them without the mask."""
+    rows = split({"prompt": "if x:", "completion": " return y"})
+    ((one,),), cut = examples.encode(rows, tokenizer, 64)
+    assert cut == 0 and learned(one, tokenizer) == " return y<|endoftext|>"
+    ((one,),), _ = examples.encode(rows, tokenizer, 64, mask_prompt=False)
+    assert learned(one, tokenizer).endswith("if x: return y<|endoftext|>") and one[1].all()
+
+
+def test_all_turns_of_the_assistant_are_learned(llama: Checkpoint) -> None:
+    """By the chat template: nothing of what others said, and no header."""
+    tokenizer = load.tokenizer(llama.path)
+    tokenizer.chat_template = TEMPLATE
+    said = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    ((one,),), _ = examples.encode(split(row), tokenizer, 128)
+    assert learned(one, tokenizer) == "two<|endoftext|>four<|endoftext|>"
+
+
+def test_pairs_share_their_prompt(tokenizer: Any) -> None:
+    """Two sequences a row, alike up to the answers."""
+    row = {"prompt": "if x:", "chosen": " a", "rejected": " b"}
+    ((chosen, rejected),), _ = examples.encode(split(row), tokenizer, 64, ("chosen", "rejected"))
+    prompt = int(np.argmax(chosen[1]))
+    assert np.array_equal(chosen[0][:prompt], rejected[0][:prompt]) and prompt == int(np.argmax(rejected[1]))
+    assert (learned(chosen, tokenizer), learned(rejected, tokenizer)) == (" a<|endoftext|>", " b<|endoftext|>")
+
+
+def test_a_prompt_that_fills_the_window_is_a_sentence(tokenizer: Any) -> None:
+    """With its line, its tokens and the window; an answer that is cut is counted and taken."""
+    rows = split(GOOD["completion"], {"prompt": "for " * 40, "completion": "x"})
+    with pytest.raises(MisError) as refused:
+        examples.encode(rows, tokenizer, 16)
+    assert "x.jsonl line 2: the prompt takes" in str(refused.value) and "--max-seq-length is 16" in str(refused.value)
+    (_, (long,)), cut = examples.encode(
+        split(GOOD["completion"], {"prompt": "if", "completion": "y " * 60}), tokenizer, 32
+    )
+    assert cut == 1 and len(long[0]) == len(long[1]) == 32
+
+
+def test_a_template_that_refuses_is_a_sentence(llama: Checkpoint) -> None:
+    """A program that came with the model may raise anything."""
+    tokenizer = load.tokenizer(llama.path)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(MisError, match="x.jsonl line 1: the chat template refuses it"):
+        examples.encode(split(GOOD["completion"]), tokenizer, 64)
+
+
+def test_the_fingerprint_sees_every_token_and_mark(tokenizer: Any) -> None:
+    """The same twice, another for another token, mark or order."""
+    made, _ = examples.encode(split(GOOD["completion"], {"prompt": "a", "completion": "b"}), tokenizer, 64)
+    seen = {examples.fingerprint(made), examples.fingerprint(made[::-1])}
+    (ids, marks), rest = made[0][0], made[1:]
+    seen |= {examples.fingerprint([[(ids + 1, marks)], *rest]), examples.fingerprint([[(ids, 1 - marks)], *rest])}
+    assert examples.fingerprint([list(row) for row in made]) in seen and len(seen) == 4

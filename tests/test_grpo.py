@@ -1,0 +1,288 @@
+"""The command `grpo`: it learns what is rewarded, skips what teaches nothing, resumes bit for bit, says no in time."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx import cli, grpo
+from mis_mlx.disk import runs
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.model import branches, load, speak, stream
+from mis_mlx.training import alignment, loop
+from mis_mlx.training import grpo as training
+from mis_mlx.types import Checkpoint, MisError
+from tests.conftest import Done, last_line, losses, sentence
+
+# A reward that a model of random weights gets now and then: the share of letters that are small vowels.
+VOWELS = """
+def vowels(prompts, completions, answer):
+    return [sum(c in "aeiouy" for c in text) / max(1, len(text)) for text in completions]
+"""
+QUESTIONS = [
+    "what is",
+    "how many",
+    "where is the with statement",
+    "name one",
+    "who was",
+    "when will it be",
+    "why",
+    "how",
+]
+
+
+@pytest.fixture(scope="module", name="folder")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("questions")
+    rows = [json.dumps({"prompt": q, "answer": str(n)}) for n, q in enumerate(QUESTIONS)]
+    (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "valid.jsonl").write_text("\n".join(rows[:3]) + "\n")
+    (folder / "vowels.py").write_text(VOWELS)
+    return folder
+
+
+@pytest.fixture(scope="module", name="small")
+def _small(folder: Path, llama: Checkpoint) -> tuple[object, ...]:
+    """Flags of a run of seconds."""
+    return (
+        "--model", llama.path, "--data", folder, "--iters", 8, "--save-every", 4, "--grad-accumulation-steps", 2,
+        "--group-size", 8, "--batch-size", 4, "--max-completion-length", 10, "--max-seq-length", 48,
+        "--dtype", "float32", "--learning-rate", "4e-2", "--warmup", 1, "--reward-functions-file", folder / "vowels.py",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", name="finished")
+def _finished(
+    tmp_path_factory: pytest.TempPathFactory, small: tuple[object, ...], command: Callable[..., Done]
+) -> tuple[Path, Done]:
+    out = tmp_path_factory.mktemp("grpo") / "run"
+    done = command("grpo", *small, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def settings_of(flags: Sequence[object], out: Path, **changes: Any) -> grpo.Settings:
+    """The settings that these flags stand for."""
+    made: grpo.Settings = cli.parse(grpo.Settings, [*map(str, flags), "--out", str(out)])
+    return replace(made, **changes)
+
+
+def test_end_to_end(finished: tuple[Path, Done]) -> None:
+    """The reward rises; samples and metrics are in the run folder; the result is a folder that mlx-lm opens."""
+    out, done = finished
+    result = last_line(done)
+    assert result["held_out_best"]["reward"] > result["held_out_start"]["reward"] + 0.2
+    metrics = runs.metrics(out)
+    assert np.mean([m["reward"] for m in metrics[-3:]]) > np.mean([m["reward"] for m in metrics[:3]]) + 0.1
+    assert all(m["groups"] == 2 and 0 <= m["kept"] <= 2 and 0 < m["answer_tokens"] <= 10 for m in metrics)
+    samples = runs.records(out / training.SAMPLES)
+    assert len(samples) == 16 and {s["number"] for s in samples} == set(range(1, 9))
+    for m in metrics:
+        mine = [a["reward"] for s in samples if s["number"] == m["number"] for a in s["answers"]]
+        assert len(mine) == 16 and np.mean(mine) == pytest.approx(m["reward"])
+    first = samples[0]["answers"][0]
+    assert first["vowels"] == first["reward"] and samples[0]["prompt"] in QUESTIONS
+    assert "reward" in done.stderr and "kept" in done.stderr  # the table
+    model, tokenizer = speak.open_model(out / "model")
+    assert isinstance(speak.continuation(model, tokenizer, "how many", 4), str)
+
+
+def test_a_killed_run_ends_with_the_same_bits(
+    finished: tuple[Path, Done], small: tuple[object, ...], tmp_path: Path, own_home: dict[str, str]
+) -> None:
+    """SIGKILL after a checkpoint, --resume: the same samples are drawn again, weights and losses are equal."""
+    argv = [sys.executable, "-m", "mis_mlx.grpo", *map(str, small), "--out", str(tmp_path / "run")]
+    env = {**own_home, "PYTHONPATH": str(Path(__file__).parents[1])}
+    child = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while child.poll() is None and not (tmp_path / "run/steps/step-00000004").exists():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (tmp_path / "run/result.json").exists()
+    again = subprocess.run([*argv, "--resume"], env=env, capture_output=True, text=True)
+    assert again.returncode == 0 and "continuing from step" in again.stderr, again.stderr
+    out = finished[0]
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
+    assert losses(tmp_path / "run") == losses(out)
+    by_text = [{json.dumps(s) for s in runs.records(f / training.SAMPLES)} for f in (out, tmp_path / "run")]
+    assert by_text[0] == by_text[1]
+
+
+def test_equal_rewards_leave_the_model_as_it_was(small: tuple[object, ...], tmp_path: Path, llama: Checkpoint) -> None:
+    """Nobody is ever right: every group is skipped and counted, no weight moves, not by weight decay either."""
+    out = tmp_path / "run"
+    result = grpo.run(settings_of(small, out, reward_functions="correct", reward_functions_file=None, iters=2))
+    assert [(m["kept"], m["groups"], m["loss"]) for m in runs.metrics(out)] == [(0, 2, 0.0)] * 2
+    assert all("no update" in m["note"] for m in runs.metrics(out))
+    last = mx.load(str(out / "steps/step-00000002/model.safetensors"))
+    model = load.resident(llama, mx.float32)
+    flat: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
+    assert all(mx.array_equal(last[name], weight) for name, weight in flat)
+    assert result["tokens"] == 0
+
+
+def test_lora_and_several_updates(small: tuple[object, ...], tmp_path: Path) -> None:
+    """Adapters alone learn; with three updates on the same answers ratios leave 1 and some tokens are clipped."""
+    result = grpo.run(
+        settings_of(
+            small, tmp_path / "run", fine_tune_type="lora", rank=4, num_iterations=3, learning_rate=3e-2, iters=3,
+            epsilon=0.02, epsilon_high=0.03,
+        )
+    )  # fmt: skip
+    metrics = runs.metrics(tmp_path / "run")
+    assert max(m["clipped"] for m in metrics) > 0.01
+    assert result["params_trained"] < 100_000 and (tmp_path / "run" / "model").is_dir()
+
+
+def sampler(checkpoint: Checkpoint, folder: Path, **changes: Any) -> training.Sampler:
+    """One that rewards vowels."""
+    model = load.resident(checkpoint, mx.float32)
+    mx.eval(model.parameters())
+    functions = training.scoring.functions(None, None, str(folder / "vowels.py"))
+    objective = training.Objective("dapo", 0.2, 0.28, 0.1, 8, 0.8)
+    tokenizer = load.tokenizer(checkpoint.path)
+    prompts = [speak.encode(tokenizer, q) for q in QUESTIONS]
+    rows = [{"prompt": q, "answer": "1"} for q in QUESTIONS]
+    made = training.Sampler(model, rows, prompts, tokenizer, functions, objective, 4, 3, 4, 8, seed=1)
+    return replace(made, **changes)
+
+
+def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -> None:
+    """Streamed beside an untouched model it gives the model's own log-probabilities: KL 0, and no gradient of it."""
+    made = sampler(llama, folder, reference=stream.Stream(llama, mx.float32), updates=2)
+    rollout = made(0)
+    assert rollout.parts and rollout.facts["kept"] == len(rollout.parts)
+    for b, _, old, reference in rollout.parts:
+        assert (mx.abs(old - reference) * b.mask).max() < 1e-4
+    plain = [(b, advantage, old, None) for b, advantage, old, _ in rollout.parts]
+    found = [
+        next(loop.train(made.model, lambda _, p=parts: p, made.objective.loss, GoralW(), loop.Schedule(1, 0.0, 0)))
+        for parts in (rollout.parts, plain)
+    ]
+    assert found[0].loss == pytest.approx(found[1].loss, abs=1e-6)
+    assert found[0].grad_norm == pytest.approx(found[1].grad_norm, rel=1e-3)
+
+
+def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
+    """Micro-batches hold the sampled tokens, log-probabilities at the sampling temperature, advantages of sum 0."""
+    lines = list[str]()
+    made = sampler(llama, folder, log=lines.append, micro_batch=3, updates=2)
+    rollout, again = made(4), made(4)
+    texts = [[a["text"] for a in json.loads(line)["answers"]] for line in lines]
+    assert texts[:3] == texts[3:] and len(rollout.parts) == 2 * rollout.facts["kept"]
+    for (b, advantage, old, _), (_, second, _, _) in zip(rollout.parts, again.parts, strict=True):
+        assert mx.array_equal(advantage, second)
+        for row in range(len(b.targets)):
+            answer = b.targets[row, : int(b.mask[row].sum())].tolist()
+            assert any(made.text(answer) in group for group in texts)
+            prompt = b.tokens[0, : int((b.branch == 0).sum())].tolist()
+            z = made.model(mx.array([[*prompt, *answer]]))[0, len(prompt) - 1 : -1] / 0.8
+            expected = mx.take_along_axis(z, mx.array(answer)[:, None], axis=-1)[:, 0] - mx.logsumexp(z, axis=-1)
+            assert mx.allclose(old[row, : len(answer)], expected, rtol=1e-4, atol=1e-4)
+    pairs = [rollout.parts[i : i + 2] for i in range(0, len(rollout.parts), 2)]
+    assert all(abs(sum(float(p[1].sum()) for p in pair)) < 1e-4 for pair in pairs)
+
+
+def test_nothing_scored_is_a_sentence(llama: Checkpoint, folder: Path, tmp_path: Path) -> None:
+    """A function that fails on everything stops the run with its reason; on some groups, these are skipped."""
+    path = tmp_path / "broken.py"
+    path.write_text("def f(prompts, completions, answer):\n    raise RuntimeError('no ruler')\n")
+    made = sampler(llama, folder, functions=training.scoring.functions(None, None, str(path)))
+    with pytest.raises(MisError, match=r"none of 12 answers could be scored \(f: RuntimeError: no ruler\)"):
+        made(0)
+    path.write_text(VOWELS.replace("return", "if any(p == 'why' or 'with' in p for p in prompts): 1 / 0\n    return"))
+    made = sampler(llama, folder, functions=training.scoring.functions(None, None, str(path)), prompts_per_step=8)
+    facts = made(0).facts
+    assert facts["unscored"] == 8 and facts["kept"] <= 6
+
+
+def test_dry_run_writes_nothing(small: tuple[object, ...], tmp_path: Path) -> None:
+    """Bytes, seconds, memory; a budget too small is a refusal with both numbers."""
+    out = tmp_path / "run"
+    result = grpo.run(settings_of(small, out, dry_run=True))
+    assert result["peak_bytes"] > 0 and result["seconds"] >= 0 and not result["check_failed"]
+    with_reference = grpo.run(settings_of(small, out, dry_run=True, beta=0.1))
+    assert with_reference["peak_bytes"] > result["peak_bytes"]
+    with pytest.raises(MisError, match="the budget is 1 MiB"):
+        grpo.run(settings_of(small, out, budget="1MiB"))
+    assert not out.exists()
+
+
+def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
+    """MLX's peak in a run with KL stays under what was planned."""
+    planned = grpo.run(settings_of(small, tmp_path / "run", dry_run=True, beta=0.1))["peak_bytes"]
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    grpo.run(settings_of(small, tmp_path / "run", beta=0.1, iters=2))
+    assert max(m["peak_bytes"] for m in runs.metrics(tmp_path / "run")) - before < planned
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"group_size": 1}, "--group-size is 1"),
+        ({"num_iterations": 0}, "--num-iterations is 0"),
+        ({"temperature": 0.0}, "--temperature is 0"),
+        ({"beta": -1.0}, "--beta -1"),
+        ({"max_completion_length": 48}, "leaves no room for a prompt"),
+        ({"max_completion_length": 47}, "the prompt takes"),
+        ({"reward_functions": "nice"}, "names nice, which is not there"),
+        ({"data": None, "tasks": "chess"}, "no tasks called chess"),
+    ],
+)
+def test_refusals(small: tuple[object, ...], tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    """One sentence, before a run folder is made."""
+    with pytest.raises(MisError, match=said):
+        grpo.run(settings_of(small, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_checked_by_line(tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done]) -> None:
+    """A row without an answer is named; numbers are taken as answers."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "answer": 5}\n{"prompt": "b"}\n')
+    said = sentence(command("grpo", *small, "--data", tmp_path, "--out", tmp_path / "run"))
+    assert "train.jsonl line 2: has no 'prompt' and 'answer'" in said
+
+
+def test_answers_that_nothing_could_match_are_named_in_time(tmp_path: Path, small: tuple[object, ...]) -> None:
+    """Where our verifier is asked for, a row whose own answer it cannot read is refused; the user's may read it."""
+    rows = [{"prompt": "a", "answer": "5"}, {"prompt": "b", "answer": "see figure 3", "language": "de"}]
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = settings_of(small, tmp_path / "run", data=str(tmp_path), dry_run=True)
+    assert grpo.run(settings)["questions"] == 2
+    with pytest.raises(MisError, match="train.jsonl line 2: the answer 'see figure 3' is no number, time or names"):
+        grpo.run(replace(settings, reward_functions="vowels,correct"))
+
+
+def test_the_held_out_measure_is_greedy(llama: Checkpoint, folder: Path) -> None:
+    """Two measurements agree; the loss is minus the reward."""
+    made = sampler(llama, folder)
+    found = [training.measure(made, made.rows, made.prompts) for _ in range(2)]
+    assert found[0] == found[1] and found[0]["loss"] == -found[0]["reward"]
+
+
+def test_one_answer_of_one_token(llama: Checkpoint) -> None:
+    """The shortest there is: its loss on policy is minus the advantage."""
+    model = load.resident(llama, mx.float32)
+    b = branches.join([5], [[7]])
+    total, count, _ = training.Objective("dapo", 0.2, 0.2, 0.0, 1, 1.0).loss(model, b, mx.array([2.0]))
+    assert float(total) == pytest.approx(-2.0) and float(count) == 1.0
+
+
+def test_names_of_the_run(finished: tuple[Path, Done]) -> None:
+    """What a run leaves: as every alignment."""
+    names = {p.name for p in finished[0].iterdir()}
+    assert {"config.yaml", "metrics.jsonl", training.SAMPLES, "steps", "best", "model", alignment.HELD_OUT} <= names

@@ -1,0 +1,187 @@
+"""The policy losses: values a reader can check by hand, and TRL's own numbers on a stored fixture."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mis_mlx.maths import policy
+from mis_mlx.model import branches, load
+from mis_mlx.training.grpo import Objective
+from mis_mlx.types import Checkpoint
+from tests import trl_model
+
+FIXTURE = Path(__file__).parent / "fixtures" / "trl_grpo.npz"
+CASES = ("grpo", "grpo_kl", "dapo", "dapo_clip_higher", "dr_grpo", "dapo_temperature", "grpo_accumulated",
+         "dapo_accumulated")  # fmt: skip
+
+
+def stored() -> dict[str, np.ndarray]:
+    """Everything in the fixture, by name."""
+    with np.load(FIXTURE) as found:
+        return dict(found)
+
+
+def rewards(*groups: list[float]) -> np.ndarray:
+    """(N, G)."""
+    return np.array(groups, np.float64)
+
+
+def total(
+    objective: Objective, model: nn.Module, parts: list[tuple[Any, ...]]
+) -> tuple[float, dict[str, np.ndarray], float]:
+    """(loss, gradients, share of clipped tokens) of a step of these micro-batches."""
+    sums, counts, clipped, gradients = 0.0, 0.0, 0.0, None
+    for part in parts:
+        (value, count, more), found = nn.value_and_grad(model, objective.loss)(model, *part)
+        gradients = found if gradients is None else tree_map(mx.add, gradients, found)
+        sums, counts, clipped = sums + float(value), counts + float(count), clipped + float(more["clipped"])
+    arrays: list[tuple[str, Any]] = tree_flatten(gradients)
+    return sums / counts, {name: np.array(a) / counts for name, a in arrays}, clipped / counts
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trl_agrees(case: str, tmp_path: Path) -> None:
+    """Loss to 1e-5, gradients to 5e-5, with an old policy that is another model, through all that training uses."""
+    found = stored()
+    about = json.loads(str(found["about"]))
+    given, prompt = about["cases"][case], about["prompt"]
+    high = given.get("epsilon_high", 0.2)
+    objective = Objective(
+        given["loss_type"], 0.2, high, given.get("beta", 0.0), about["max_tokens"], given.get("temperature", 1.0)
+    )
+    advantage = policy.advantages(found["rewards"].astype(np.float64), scaled=given["loss_type"] != "dr_grpo")
+    assert np.abs(advantage - found[f"{case}/advantages"]).max() < 1e-5
+    model = trl_model.model(found, "policy", tmp_path)
+    parts = []
+    for row, (tokens, mask) in enumerate(zip(found["tokens"].tolist(), found["mask"], strict=True)):
+        length = int(mask.sum())
+        b = branches.join(tokens[:prompt], [tokens[prompt : prompt + length]])
+        ref = mx.array(found[f"{case}/ref"][row : row + 1, :length]) if objective.beta else None
+        old = mx.array(found[f"{case}/old"][row : row + 1, :length])
+        parts.append((b, mx.array(advantage.reshape(-1)[row : row + 1]), old, ref))
+    loss, gradients, clipped = total(objective, model, parts)
+    assert loss == pytest.approx(float(found[f"{case}/loss"]), rel=1e-5)
+    named = {name.removeprefix(f"{case}/grad/"): a for name, a in found.items() if name.startswith(f"{case}/grad/")}
+    assert named.keys() == gradients.keys()
+    assert max(np.abs(gradients[n] - a).max() / np.abs(a).max() for n, a in named.items()) < 5e-5
+    assert clipped > 0.0
+
+
+def test_advantages_by_pencil() -> None:
+    """Two right of four: mean 1/2, deviation sqrt(1/3) with Bessel's correction; unscaled they are +1/2 and -1/2."""
+    made = policy.advantages(rewards([1, 0, 0, 1]), scaled=True)
+    assert made == pytest.approx(np.array([[1, -1, -1, 1]]) * 0.5 / (math.sqrt(1 / 3) + 1e-4))
+    assert policy.advantages(rewards([1, 0, 0, 1]), scaled=False).tolist() == [[0.5, -0.5, -0.5, 0.5]]
+    shifted = policy.advantages(rewards([8, 7, 7, 8]), scaled=True)
+    assert shifted == pytest.approx(made)
+
+
+def test_equal_rewards_teach_nothing_and_are_numbers() -> None:
+    """All right, all wrong, equal but for rounding in their mean, one scored: exactly 0; unscored ones are left out."""
+    nan = math.nan
+    table = rewards([1, 1, 1], [0, 0, 0], [0.1, 0.1, 0.1], [1, nan, nan], [nan, nan, nan], [1, 0, nan])
+    assert policy.teaches(table).tolist() == [False] * 5 + [True]
+    made = policy.advantages(table, scaled=False)
+    assert not made[:5].any() and made[5].tolist() == [0.5, -0.5, 0.0]
+    assert np.isfinite(policy.advantages(table, scaled=True)).all()
+
+
+def test_a_token_by_pencil() -> None:
+    """rho 1.5 and 0.5 against bounds 0.8 and 1.28: better answers are held above, worse ones below."""
+    new, old = mx.log(mx.array([[1.5, 0.5]])), mx.zeros((1, 2))
+
+    def losses(advantage: float) -> list[float]:
+        return policy.token_losses(new, old, mx.array([advantage]), 0.2, 0.28).tolist()[0]  # type: ignore[no-any-return]
+
+    assert losses(1.0) == pytest.approx([-1.28, -0.5])
+    assert losses(-1.0) == pytest.approx([1.5, 0.8])
+    assert policy.clipped(new, old, mx.array([1.0]), 0.2, 0.28).tolist() == [[1.0, 0.0]]
+    assert policy.clipped(new, old, mx.array([-1.0]), 0.2, 0.28).tolist() == [[0.0, 1.0]]
+
+
+def test_kl_is_k3_and_never_negative() -> None:
+    """e^d - d - 1 by hand at d = ln 2; 0 where the model is the reference; unasked, nobody looks at the reference."""
+    same, zero = mx.zeros((1, 1)), mx.zeros((1,))
+    ref = mx.full((1, 1), math.log(2))
+    assert policy.token_losses(same, same, zero, 0.2, 0.2, ref, 0.5).item() == pytest.approx(
+        0.5 * (2 - math.log(2) - 1)
+    )
+    assert policy.token_losses(same, same, zero, 0.2, 0.2, same, 0.5).item() == 0.0
+    broken = mx.full((1, 1), math.nan)
+    assert policy.token_losses(same, same, zero, 0.2, 0.2, broken, 0.0).item() == 0.0
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("grpo", (4 / 2 + 9 / 3) / 2), ("dapo", 13 / 5), ("dr_grpo", 13 / 20)])
+def test_the_three_divisors_by_pencil(kind: policy.LossType, expected: float) -> None:
+    """Answers of 2 and 3 tokens, losses 2 and 3 each, at most 10 tokens; what is masked may be infinite."""
+    losses = mx.array([[2.0, 2.0, math.inf], [3.0, 3.0, 3.0]])
+    total, count = policy.loss_sum(losses, mx.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]), kind, 10)
+    assert float(total) / float(count) == pytest.approx(expected)
+
+
+PROMPT, ANSWERS = [5, 6, 7, 8], [[11, 12, 13, 0], [21, 22], [31, 32, 33, 34, 35], [41]]
+
+
+@pytest.fixture(name="model")
+def _model(llama: Checkpoint) -> nn.Module:
+    made = load.resident(llama, mx.float32)
+    mx.eval(made.parameters())
+    return made
+
+
+def parts_of(cuts: list[slice], model: nn.Module) -> list[tuple[Any, ...]]:
+    """Micro-batches of ANSWERS with an old policy that differs."""
+    advantage, parts = np.array([1.0, -0.5, 0.7, -1.2], np.float32), []
+    for cut in cuts:
+        b = branches.join(PROMPT, ANSWERS[cut])
+        noise = 0.3 * mx.random.normal((4, 5), key=mx.random.key(4))[cut, : b.targets.shape[1]]
+        old = Objective("grpo", 0.2, 0.28, 0.0, 8, 1.0).logps(model, b, True) + noise
+        parts.append((b, mx.array(advantage[cut]), old, old - 2 * noise))
+    return parts
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
+def test_micro_batches_equal_one_batch(kind: policy.LossType, model: nn.Module) -> None:
+    """Four answers at once, two and two, one by one: padding, the shared prompt and the cut change nothing."""
+    objective = Objective(kind, 0.2, 0.28, 0.04, 8, 0.9)
+    loss, gradients, _ = total(objective, model, parts_of([slice(0, 4)], model))
+    for size in (2, 1):
+        again, others, _ = total(objective, model, parts_of([slice(i, i + size) for i in range(0, 4, size)], model))
+        assert again == pytest.approx(loss, rel=1e-5)
+        for name, gradient in gradients.items():
+            assert np.abs(gradient - others[name]).max() <= 5e-5 * np.abs(gradient).max(), name
+
+
+def test_masked_tokens_get_no_gradient() -> None:
+    """The derivative in the log-probability of every padded token is exactly 0, of every sampled one it is not."""
+    mask = mx.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+
+    def loss(new: mx.array) -> mx.array:
+        losses = policy.token_losses(new, mx.zeros_like(new), mx.array([1.0, -1.0]), 0.2, 0.2)
+        return policy.loss_sum(losses, mask, "dapo", 3)[0]
+
+    found = mx.grad(loss)(mx.zeros((2, 3)))
+    assert np.array_equal(np.array(found) == 0, np.array(mask) == 0)
+
+
+def test_on_policy_the_gradient_is_reinforce(model: nn.Module) -> None:
+    """Where the old policy is the model itself, as with one update a step: minus advantage times grad log pi."""
+    b = branches.join(PROMPT, ANSWERS)
+    advantage, objective = mx.array([1.0, -0.5, 0.7, -1.2]), Objective("dapo", 0.2, 0.28, 0.0, 8, 1.0)
+    _, found = nn.value_and_grad(model, objective.loss)(model, b, advantage)
+
+    def plain(m: nn.Module) -> mx.array:
+        return -(objective.logps(m, b, False) * b.mask * advantage[:, None]).sum()
+
+    _, expected = nn.value_and_grad(model, plain)(model)
+    for (name, a), (_, e) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
+        assert mx.allclose(a, e, rtol=1e-5, atol=1e-7), name

@@ -1,0 +1,201 @@
+"""Losses on pairs and log-probabilities of answers: by hand, against TRL's stored numbers, and what must not matter."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mis_mlx.maths import preference
+from mis_mlx.maths.likelihood import sequence_logps, token_logps
+from mis_mlx.training import preferring
+from mis_mlx.training.preferring import Objective, Pair
+from tests import trl_model
+
+LOSS, GRADIENT = 1e-5, 5e-5  # float32 on a CPU, two frameworks: measured 1e-6 and 5e-6
+CASES = {
+    "sigmoid": Objective("sigmoid", 0.3, 0.0),
+    "hinge": Objective("hinge", 0.3, 0.0),
+    "ipo": Objective("ipo", 0.3, 0.0),
+    "dpop": Objective("dpop", 0.3, 50.0),
+    "dpop_mild": Objective("dpop", 0.1, 5.0),
+    "dpop_zero": Objective("dpop", 0.3, 0.0),
+}
+KINDS: tuple[preference.LossType, ...] = ("dpop", "sigmoid", "ipo", "hinge")
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, np.ndarray]:
+    """TRL's numbers."""
+    return trl_model.stored()
+
+
+@pytest.fixture(scope="module")
+def policy(found: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    """TRL's policy in MLX."""
+    return trl_model.model(found, "policy", tmp_path_factory.mktemp("trl"))
+
+
+@pytest.fixture(scope="module")
+def pairs(found: dict[str, np.ndarray]) -> list[Pair]:
+    """The rows that TRL was given, padding cut off: (ids, marks) of the chosen and of the rejected answer."""
+    rows = []
+    for ids, mask in zip(found["dpo/ids"], found["dpo/mask"], strict=True):
+        length = int(np.flatnonzero(mask)[-1]) + 1
+        rows.append((ids[:length].astype(np.int32), mask[:length].astype(np.float32)))
+    half = len(rows) // 2
+    return list(zip(rows[:half], rows[half:], strict=True))
+
+
+def batch(pairs: list[Pair], reference: np.ndarray) -> tuple[mx.array, ...]:
+    """A micro-batch, as training makes it. reference: (2 B,)."""
+    return (*preferring.rectangle(pairs), mx.array(reference))
+
+
+def gradients(policy: nn.Module, objective: Objective, *arguments: mx.array) -> tuple[float, float, Any]:
+    """(sum, count, gradients of the sum)."""
+    (total, count, _), made = nn.value_and_grad(policy, partial(objective.loss))(policy, *arguments)
+    return float(total), float(count), made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_are_trls(
+    case: str, found: dict[str, np.ndarray], policy: nn.Module, pairs: list[Pair]
+) -> None:
+    """DPO, IPO and hinge as TRL's DPOTrainer computes them; DPO-P as its formula does in torch."""
+    total, count, made = gradients(policy, CASES[case], *batch(pairs, found["dpo/reference"]))
+    assert total / count == pytest.approx(float(found[f"{case}/loss"]), rel=LOSS)
+    assert trl_model.worst(made, found, case, count) < GRADIENT
+
+
+def test_the_reference_by_a_streamed_pass_is_torchs(
+    found: dict[str, np.ndarray], pairs: list[Pair], tmp_path: Path
+) -> None:
+    """In one pass and in one for every pair, which must not matter."""
+    checkpoint, half = trl_model.checkpoint(found, "reference", tmp_path / "reference"), len(pairs)
+    for held in (10**6, 1):
+        values = preferring.reference(checkpoint, pairs, 1, mx.float32, held)
+        np.testing.assert_allclose(values[:, 0], found["dpo/reference"][:half], rtol=1e-5)
+        np.testing.assert_allclose(values[:, 1], found["dpo/reference"][half:], rtol=1e-5)
+
+
+def test_by_hand() -> None:
+    """r_w = 1, r_l = -2, beta 0.5: margin 3; and with r_w = -1 the penalty of dpop stands inside beta and sigma."""
+    one, two = mx.array([1.0]), mx.array([-2.0])
+    sigma = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    loss = partial(preference.pair_losses, beta=0.5)
+    assert loss(one, two, kind="sigmoid").item() == pytest.approx(-math.log(sigma(1.5)))
+    assert loss(one, two, kind="dpop", dpop_lambda=50.0).item() == pytest.approx(-math.log(sigma(1.5)))
+    assert loss(-one, two, kind="dpop", dpop_lambda=3.0).item() == pytest.approx(-math.log(sigma(0.5 * (1 - 3))))
+    assert loss(one, two, kind="hinge").item() == 0.0
+    assert loss(-one, two, kind="hinge").item() == pytest.approx(0.5)
+    ipo = loss(one, two, kind="ipo", chosen_tokens=mx.array([2.0]), rejected_tokens=mx.array([4.0]))
+    assert ipo.item() == pytest.approx((0.5 + 0.5 - 1.0) ** 2)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_at_the_reference_the_loss_is_ln_2(beta: float) -> None:
+    """Policy = reference: nothing is preferred yet; the gradient of dpop there is DPO's, its penalty's is 0."""
+    zero = mx.zeros((3,))
+    for kind in ("sigmoid", "dpop"):
+        losses = preference.pair_losses(zero, zero, beta, kind)
+        assert np.allclose(np.array(losses), math.log(2), atol=1e-7)
+        chosen = mx.grad(lambda r, kind=kind: preference.pair_losses(r, zero, beta, kind).sum())(zero)
+        assert np.allclose(np.array(chosen), -beta / 2)
+
+
+def test_dpop_without_its_penalty_is_dpo() -> None:
+    """Lambda 0; and any lambda, where no chosen answer became less likely."""
+    key = mx.random.key(0)
+    r_w, r_l = mx.random.normal((2, 50), key=key)
+    dpo = preference.pair_losses(r_w, r_l, 0.3, "sigmoid")
+    assert mx.array_equal(preference.pair_losses(r_w, r_l, 0.3, "dpop", 0.0), dpo)
+    up = mx.abs(r_w)
+    assert mx.array_equal(
+        preference.pair_losses(up, r_l, 0.3, "dpop", 50.0), preference.pair_losses(up, r_l, 0.3, "sigmoid")
+    )
+    assert (preference.pair_losses(-up, r_l, 0.3, "dpop", 5.0) > preference.pair_losses(-up, r_l, 0.3, "sigmoid")).all()
+
+
+def test_swapping_the_answers_mirrors_the_margin() -> None:
+    """-log sigma(x) and -log sigma(-x) differ by x."""
+    r_w, r_l = mx.random.normal((2, 50), key=mx.random.key(1))
+    one, other = (preference.pair_losses(a, b, 0.3, "sigmoid") for a, b in ((r_w, r_l), (r_l, r_w)))
+    assert np.allclose(np.array(other - one), 0.3 * np.array(r_w - r_l), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(
+    kind: preference.LossType, found: dict[str, np.ndarray], policy: nn.Module, pairs: list[Pair]
+) -> None:
+    """16 more columns of any token: the same loss and gradients, to rounding."""
+    objective = Objective(kind, 0.3, 50.0)
+    tokens, learn, reference = batch(pairs, found["dpo/reference"])
+    wider = mx.pad(tokens, ((0, 0), (0, 16)), constant_values=7), mx.pad(learn, ((0, 0), (0, 16))), reference
+    plain, padded = (gradients(policy, objective, *arguments) for arguments in ((tokens, learn, reference), wider))
+    assert padded[0] == pytest.approx(plain[0], rel=1e-6)
+    assert close(plain[2], padded[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_are_one_batch(
+    kind: preference.LossType, found: dict[str, np.ndarray], policy: nn.Module, pairs: list[Pair]
+) -> None:
+    """Sums over one pair and over three, added: what all four give together, to rounding."""
+    objective, by_side = Objective(kind, 0.3, 50.0), found["dpo/reference"].reshape(2, -1)
+    whole = gradients(policy, objective, *batch(pairs, by_side.reshape(-1)))
+    parts = [
+        gradients(policy, objective, *batch(pairs[at], by_side[:, at].reshape(-1))) for at in (slice(0, 1), slice(1, 4))
+    ]
+    assert sum(p[0] for p in parts) == pytest.approx(whole[0], rel=1e-6)
+    assert sum(p[1] for p in parts) == whole[1] == 4
+    assert close(whole[2], tree_map(mx.add, parts[0][2], parts[1][2]))
+
+
+def test_tokens_that_do_not_count_get_no_gradient() -> None:
+    """Hidden states of prompts and padding: exactly zero, others not."""
+    hidden = mx.random.normal((2, 6, 8), key=mx.random.key(2))
+    head, targets = mx.random.normal((32, 8), key=mx.random.key(3)), mx.arange(12)
+    learn = mx.array([[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0]], mx.float32)
+
+    def loss(h: mx.array) -> mx.array:
+        sums, _ = sequence_logps(token_logps(h.reshape(-1, 8), head, targets).reshape(2, 6), learn)
+        return preference.pair_losses(sums[:1], sums[1:], 0.3, "dpop").sum()
+
+    silent = np.abs(np.array(mx.grad(loss)(hidden))).max(-1) == 0
+    assert np.array_equal(silent, np.array(learn) == 0)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 5, 64])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_in_chunks_are_those_of_the_whole(rows: int | None, temperature: float) -> None:
+    """Values and gradients of hidden states and head, each position with its own cotangent, against log_softmax."""
+    hidden, head = (mx.random.normal(s, key=mx.random.key(k)) for k, s in ((4, (23, 16)), (5, (50, 16))))
+    targets, weights = mx.arange(23) * 2, mx.random.normal((23,), key=mx.random.key(6))
+
+    def plain(h: mx.array, w: mx.array) -> mx.array:
+        z = (h @ w.T) / temperature
+        return ((mx.take_along_axis(z, targets[:, None], -1)[:, 0] - mx.logsumexp(z, -1)) * weights).sum()
+
+    def chunked(h: mx.array, w: mx.array) -> mx.array:
+        return (token_logps(h, w, targets, temperature, rows=rows) * weights).sum()
+
+    wanted, got = (mx.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (plain, chunked))
+    assert got[0].item() == pytest.approx(wanted[0].item(), rel=1e-5)
+    for one, other in zip(wanted[1], got[1], strict=True):
+        assert mx.allclose(one, other, rtol=1e-4, atol=1e-5)
+    frozen = mx.grad(lambda h: (token_logps(h, head, targets, temperature, True, rows) * weights).sum())(hidden)
+    assert mx.allclose(frozen, wanted[1][0], rtol=1e-4, atol=1e-5)
+
+
+def close(one: Any, other: Any) -> bool:
+    """Gradients alike to rounding, tensor by tensor."""
+    pairs = zip(tree_flatten(one), tree_flatten(other), strict=True)
+    return all(float(mx.abs(a - b).max()) <= 1e-5 * float(mx.abs(a).max()) for (_, a), (_, b) in pairs)

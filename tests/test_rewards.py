@@ -1,0 +1,213 @@
+"""Verifiable rewards: 273 cases labelled by hand, the parts they are made of, and the process they run in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mis_mlx.machine import child
+from mis_mlx.maths import quantities, rewards
+from mis_mlx.training import scoring
+from mis_mlx.types import MisError
+
+CASES = [json.loads(line) for line in (Path(__file__).parent / "fixtures" / "rewards.jsonl").read_text().splitlines()]
+RECALL = 0.93  # of right answers; the others are known, and left out for the sake of no false positive
+
+
+def completion(case: dict[str, Any]) -> str:
+    """The text; `fill` stands for what would make the file large."""
+    text = case["completion"]
+    return text.replace("{fill}", case["fill"][0] * case["fill"][1]) if "fill" in case else text  # type: ignore[no-any-return]
+
+
+def test_no_wrong_answer_is_rewarded() -> None:
+    """Not one of the 147 that a reader calls wrong; of the 126 right ones at least 93 % are seen."""
+    scored = [(c, rewards.accuracy(completion(c), c["answer"], c["language"])) for c in CASES]
+    assert len(CASES) >= 200 and {c["language"] for c in CASES} == {"pl", "en", None}
+    assert sum(not c["right"] for c in CASES) >= 100
+    assert [c["about"] for c, score in scored if score != 0.0 and not c["right"]] == []
+    right = [score for c, score in scored if c["right"]]
+    assert None not in right and sum(right) / len(right) >= RECALL
+
+
+def test_no_case_takes_long() -> None:
+    """The longest texts are refused before they are read; no pattern backtracks for seconds."""
+    began = time.process_time()
+    for case in CASES:
+        rewards.well_formed(completion(case), case["answer"], case["language"])
+    assert time.process_time() - began < 20  # of processor time; it is about 0.05
+
+
+def test_the_format_counts_only_with_an_answer_that_reads() -> None:
+    """Marked and of the right kind, if also wrong: yes. Unmarked, of another kind, two: no. Never as much as right."""
+    for text, expected in (("Answer: 7", 1), ("Answer: 5", 1), ("7", 0), ("Answer: seven", 0), ("Answer: 5 or 7", 0)):
+        assert rewards.well_formed(text, "5", "en") == expected
+    assert rewards.well_formed("Odpowiedź: 6:15", "450 g", "pl") == 0
+    assert rewards.formatted(["q"], ["Answer: 7"], ["5"]) == [rewards.FORMAT_REWARD]
+    assert 0 < rewards.FORMAT_REWARD <= 0.2
+
+
+def test_an_answer_key_that_is_no_value_scores_nobody() -> None:
+    """None, not 0: the data are at fault, not the answers."""
+    assert rewards.accuracy("Answer: see figure 3", "see figure 3") is None
+    assert rewards.correct(["q"] * 2, ["Answer: 5", "5"], ["5", "1,250"], ["en", None]) == [1.0, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "value"),
+    [
+        ("1 250,5", "pl", Fraction(2501, 2)),
+        ("1,250", "pl", Fraction(5, 4)),
+        ("1,250", "en", Fraction(1250)),
+        ("1,250", None, None),
+        ("1.250", "pl", None),
+        ("2 1/2", None, Fraction(5, 2)),
+        ("−3/4", None, Fraction(-3, 4)),
+        ("1/0", None, None),
+        ("9" * 31, None, None),
+        ("٣", None, None),
+        ("1_000", None, None),
+        ("0x10", None, None),
+        ("1e3", None, None),
+        ("inf", None, None),
+    ],
+)
+def test_numbers(text: str, language: quantities.Language | None, value: Fraction | None) -> None:
+    """Exact, by the language's own comma, or none."""
+    assert quantities.number(text, language) == value
+
+
+def test_units_by_pencil() -> None:
+    """3 zł 5 gr are 305 gr, 1 h 1 s are 3601 s, 2 kg 5 dag are 2.05 kg; kinds do not mix, parts fall."""
+    for text, amount, kind in (
+        ("3 zł 5 gr", 305, "złoty"),
+        ("1 h 1 s", 3601, "duration"),
+        ("2 kg 5 dag", 2050000, "mass"),
+    ):
+        found = quantities.quantity(text, "pl")
+        assert found is not None and (found.amount, found.kind) == (amount, kind)
+    for text in ("1 kg 5 ml", "5 dag 2 kg", "1,5 kg 5 dag", "2 kg -5 dag", "5 g 5", "5 5 g", "g", ""):
+        assert quantities.quantity(text, "pl") is None, text
+
+
+def functions(tmp_path: Path, source: str, **given: Any) -> tuple[scoring.Function, ...]:
+    """The functions of a user's file with this source."""
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    return scoring.functions(given.pop("names", None), given.pop("weights", None), str(path), **given)
+
+
+ROWS = [{"prompt": "p", "answer": "5", "language": "en", "task": "sums"}, {"prompt": "q", "answer": "7"}]
+GROUPS = [["Answer: 5", "Answer: 6"], ["Answer: 7", "7", ""]]
+
+
+def test_ours_are_scored_in_a_child() -> None:
+    """Right and in form 1.1, right 1, in form 0.1; the prompt's language is passed on."""
+    found = scoring.score(scoring.functions(None, None, None), ROWS, GROUPS)
+    assert [s.totals for s in found] == [(1.1, 0.1), (1.1, 1.0, 0.0)]
+    weighted = scoring.functions("format,correct", "10,1", None)
+    assert scoring.score(weighted, ROWS[:1], GROUPS[:1])[0].totals == (2.0, 1.0)
+
+
+def test_the_users_functions(tmp_path: Path) -> None:
+    """Called with lists; further columns by name; what they print is not their answer; None is no score."""
+    source = (
+        "def long(prompts, completions, answer):\n"
+        "    print('hello')\n"
+        "    return [len(c) for c in completions]\n"
+        "def mine(completions, answer, task):\n"
+        "    return [None if t is None else 1 for t in task]\n"
+        "def _hidden():\n    pass\n"
+    )
+    found = scoring.score(functions(tmp_path, source, weights="1,0.5"), ROWS, GROUPS)
+    assert [s.totals for s in found] == [(9.5, 9.5), (9.0, 1.0, 0.0)]
+    assert found[1].parts == {"long": (9.0, 1.0, 0.0), "mine": (None, None, None)}
+    both = functions(tmp_path, source, names="long,correct")
+    assert [f.name for f in both] == ["long", "correct"]
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("while True: pass", "no answer in 1 s"),
+        ("import os; os._exit(0)", "its process ended with 0"),
+        ("raise ValueError('oh')", "ValueError: oh"),
+        ("return [float('nan')] * len(completions)", "ValueError"),
+        (
+            "import sys; sys.setrecursionlimit(10**9); f = lambda: f(); f()",
+            "its process ended|RecursionError|no answer",
+        ),
+    ],
+)
+def test_what_breaks_a_function_is_no_reward(tmp_path: Path, body: str, why: str) -> None:
+    """Only the group with the text that broke it goes unscored, and the note says why."""
+    source = f"def f(prompts, completions, answer):\n    if '6' in completions[1]:\n        {body}\n"
+    source += "    return [1.0] * len(completions)\n"
+    found = scoring.score(functions(tmp_path, source, seconds=1.0), ROWS, GROUPS)
+    assert [s.totals for s in found] == [(None, None), (1.0, 1.0, 1.0)]
+    assert found[1].notes == ()
+    (note,) = found[0].notes
+    assert any(part in note for part in why.split("|")), note
+
+
+def test_memory_is_limited(tmp_path: Path) -> None:
+    """In an address space of 1 GiB, as our functions have it, 4 GiB are an error and not the machine's memory."""
+    path = tmp_path / "hungry.py"
+    path.write_text("def f(size):\n    return len(bytearray(size))\n")
+    assert child.ask(str(path), "f", {"size": 2**20}, 10.0, scoring.MEMORY_BYTES) == 2**20
+    with pytest.raises(child.NoAnswer, match="MemoryError"):
+        child.ask(str(path), "f", {"size": 2**32}, 10.0, scoring.MEMORY_BYTES)
+
+
+def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
+    """A process that it left behind, which holds its pipes open, neither keeps us waiting nor lives on."""
+    path, mark = tmp_path / "fork.py", tmp_path / "pid"
+    path.write_text(
+        "import pathlib, subprocess, time\n"
+        "def f(wait):\n"
+        f"    pathlib.Path({str(mark)!r}).write_text(str(subprocess.Popen(['sleep', '600']).pid))\n"
+        "    time.sleep(wait)\n"
+        "    return 1\n"
+    )
+    with pytest.raises(child.NoAnswer, match="no answer in 2 s"):
+        child.ask(str(path), "f", {"wait": 600}, 2.0)
+    with contextlib.suppress(psutil.NoSuchProcess):  # killed it dies in its own time, and nobody may have reaped it yet
+        left = psutil.Process(int(mark.read_text()))
+        for _ in range(200):
+            if left.status() == psutil.STATUS_ZOMBIE:
+                return
+            time.sleep(0.05)
+        pytest.fail(f"it lives on: {left.status()}")
+
+
+def test_refusals(tmp_path: Path) -> None:
+    """Unknown names, weights that do not fit, files that are none, lists of the wrong length."""
+    with pytest.raises(MisError, match="names nice, which is not there: known are correct, format"):
+        scoring.functions("nice", None, None)
+    with pytest.raises(MisError, match="has 1 numbers for 2 functions"):
+        scoring.functions(None, "1", None)
+    with pytest.raises(MisError, match="are not numbers"):
+        scoring.functions(None, "a,b", None)
+    with pytest.raises(MisError, match="does not read as Python"):
+        functions(tmp_path, "def f(:\n")
+    with pytest.raises(MisError, match="has 0 functions"):
+        functions(tmp_path, "x = 1\n")
+    with pytest.raises(MisError, match="does not read as Python"):
+        scoring.functions(None, None, str(tmp_path / "none.py"))
+    short = functions(tmp_path, "def f(prompts, completions, answer):\n    return [1]\n")
+    with pytest.raises(MisError, match="the reward function f returned .1.: it owes a list of 5 numbers"):
+        scoring.score(short, ROWS, GROUPS)
+
+
+def test_the_users_file_is_not_run_here(tmp_path: Path) -> None:
+    """Its names are read from its text; it runs in the child alone."""
+    mark = tmp_path / "mark"
+    found = functions(tmp_path, f"open({str(mark)!r}, 'w')\ndef f(prompts, completions, answer): return [0]\n")
+    assert [f.name for f in found] == ["f"] and not mark.exists()

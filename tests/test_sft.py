@@ -1,0 +1,432 @@
+"""The command `sft`: parity with TRL, windows that rows share, LoRA, exact resume, what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mis_mlx import cli, quantize, sft
+from mis_mlx.disk import runs
+from mis_mlx.disk.examples import Sequenced
+from mis_mlx.disk.files import DISK
+from mis_mlx.machine import memory
+from mis_mlx.model import card as model_card
+from mis_mlx.model import load, lora, sharing, slice, speak
+from mis_mlx.training import alignment, alignment_plan, batches, distillation, planning
+from mis_mlx.training.supervised import Lesson
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny, trl_model
+from tests.conftest import Done, last_line, losses
+
+SMALL = ("--iters", 6, "--save-every", 2, "--batch-size", 2, "--max-seq-length", 96, "--eval-rows", 8)
+SMALL += ("--learning-rate", "3e-3", "--dtype", "float32")
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with prompts, answers chosen and rejected, and a licence."""
+    folder = tmp_path_factory.mktemp("answers")
+    for split, numbers in (("train", range(24)), ("valid", range(40, 50))):
+        rows = [
+            {
+                "prompt": f"how many is {n} and {n % 5}?",
+                "completion": f"that is {n + n % 5}",
+                "chosen": f"that is {n + n % 5}",
+                "rejected": f"no idea, {n}",
+            }
+            for n in numbers
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "LICENSE").write_text("CC0")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(llama: Checkpoint, answers: Path) -> tuple[object, ...]:
+    """Flags of a run of seconds."""
+    return ("--model", llama.path, "--data", answers, *SMALL)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, small: tuple[object, ...], command: Callable[..., Done]
+) -> tuple[Path, Done]:
+    """(run folder, process) of one undisturbed run; do not write into it."""
+    out = tmp_path_factory.mktemp("sft") / "run"
+    done = command("sft", *small, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def rows_of(found: dict[str, np.ndarray]) -> list[Sequenced]:
+    """The rows that TRL was given, padding cut off."""
+    rows = []
+    for ids, labels in zip(found["sft/ids"], found["sft/labels"], strict=True):
+        length = int(np.flatnonzero(labels != -100)[-1]) + 1
+        rows.append((ids[:length].astype(np.int32), (labels[:length] != -100).astype(np.float32)))
+    return rows
+
+
+def step(lesson: Lesson, model: nn.Module, batch_size: int, parts: int) -> tuple[float, float, Any]:
+    """(sum, count, gradients of the sum) of the first step, micro-batches added as the loop adds them."""
+    source = distillation.Text()
+    loss = lesson.loss_of(source, frozen_head=False)
+    total, count, gradients = 0.0, 0.0, None
+    for arguments in lesson.micro_batches(source, batch_size, parts, 0)(0):
+        (part, n, _), made = nn.value_and_grad(model, loss)(model, *arguments)
+        total, count = total + float(part), count + float(n)
+        gradients = made if gradients is None else tree_map(mx.add, gradients, made)
+    return total, count, gradients
+
+
+@pytest.mark.parametrize("case", ["sft", "sft_parts"])
+@pytest.mark.parametrize(("room", "batch_size", "parts"), [(0, 4, 1), (0, 1, 4), (64, 1, 1), (32, 1, 2), (24, 3, 1)])
+def test_loss_and_gradients_are_trls(case: str, room: int, batch_size: int, parts: int, tmp_path: Path) -> None:
+    """TRL's SFTTrainer on completions, its token mean over a step; ours padded, packed, in one part or several."""
+    found = trl_model.stored()
+    model, lesson = trl_model.model(found, "policy", tmp_path), Lesson(rows_of(found), room)
+    assert len(lesson.windows) == batch_size * parts  # so that a step is all of TRL's rows, once
+    total, count, gradients = step(lesson, model, batch_size, parts)
+    assert total / count == pytest.approx(float(found[f"{case}/loss"]), rel=1e-5)
+    assert trl_model.worst(gradients, found, case, count) < 5e-5
+    assert lesson.measure(model, 3)["loss"] == pytest.approx(float(found[f"{case}/loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_rows_in_one_window_do_not_see_each_other(kind: str, models: Callable[[str], Checkpoint]) -> None:
+    """Hidden states of packed rows are those of each row alone; another neighbour changes nothing at all."""
+    model, rng = load.resident(models(kind), mx.float32), np.random.default_rng(0)
+    rows = [(rng.integers(1, 500, n).astype(np.int32), np.ones(n, np.float32)) for n in (9, 14, 5)]
+    tokens, _, own = batches.rectangle([rows])
+    packed, begin = sharing.forward(model, tokens, own), 0
+    for ids, _ in rows:
+        alone = model.model(mx.array(ids[None]))[0]
+        assert mx.allclose(packed[0, begin : begin + len(ids)], alone, rtol=1e-4, atol=1e-5)
+        begin += len(ids)
+    other = mx.concatenate([(tokens[:, :9] + 7) % 500, tokens[:, 9:]], axis=1)
+    assert mx.array_equal(sharing.forward(model, other, own)[:, 9:28], packed[:, 9:28])
+    assert not mx.allclose(model.model(tokens)[0, 9:14], packed[0, 9:14], atol=1e-3)  # without the mask they would
+
+
+def test_a_sliding_window_holds_inside_a_row(tmp_path: Path) -> None:
+    """Blocks that see 4 tokens back see no more of their own row in a shared window."""
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    folder = tiny.make(tmp_path / "near", layer_types=layers, sliding_window=4)
+    model = load.resident(load.open_checkpoint(folder), mx.float32)
+    rows = [(np.arange(start, start + 12, dtype=np.int32), np.ones(12, np.float32)) for start in (5, 90)]
+    tokens, _, own = batches.rectangle([rows])
+    packed = sharing.forward(model, tokens, own)
+    for at, (ids, _) in enumerate(rows):
+        assert mx.allclose(packed[0, 12 * at : 12 * at + 12], model.model(mx.array(ids[None]))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_best_fit_places_every_row_once() -> None:
+    """No window overflows, none of the rows is lost, and few windows are taken."""
+    lengths = np.random.default_rng(1).integers(1, 60, 200).tolist()
+    windows = batches.packed(lengths, 60)
+    assert sorted(i for window in windows for i in window) == list(range(200))
+    filled = [sum(lengths[i] for i in window) for window in windows]
+    assert max(filled) <= 60 and len(windows) <= sum(lengths) / 60 * 1.05 + 1
+
+
+def test_a_step_draws_the_same_rows_however_it_is_cut() -> None:
+    """One batch of 8 or four of 2: the same indices, those of like length together."""
+    lengths = np.random.default_rng(2).integers(1, 60, 30).tolist()
+    for number in range(5):
+        whole, parts = (np.concatenate(batches.drawn(lengths, b, p, number, 7)) for b, p in ((8, 1), (2, 4)))
+        assert np.array_equal(whole, parts) and sorted(lengths[i] for i in whole) == [lengths[i] for i in whole]
+
+
+def test_masked_tokens_get_no_gradient_and_padding_none(llama: Checkpoint) -> None:
+    """What is fed at a learned position counts; the embedding of a token that only pads is left alone."""
+    model = load.resident(llama, mx.float32)
+    ids = np.array([3, 4, 5, 6, 7], np.int32)
+    rows = [(ids, np.array([0, 0, 0, 1, 1], np.float32)), (ids[:3], np.array([0, 0, 1], np.float32))]
+    lesson = Lesson(rows)
+    (arguments,) = lesson.micro_batches(distillation.Text(), 2, 1, 0)(0)
+    _, own, learn = arguments[:3]
+    assert learn.reshape(own.shape).sum(axis=1).tolist() == [1, 2] and own.shape == (2, 8)  # the shorter row first
+
+    def of_hidden(hidden: mx.array) -> mx.array:
+        return distillation.Text().kl_sum(hidden, load.head_weight(model), learn, *arguments[3:], frozen_head=True)
+
+    hidden = lesson.hidden(model, *arguments[:2])
+    silent = np.abs(np.array(mx.grad(of_hidden)(hidden))).max(-1) == 0
+    assert np.array_equal(silent, np.array(learn) == 0)
+
+
+def test_end_to_end(finished: tuple[Path, Done], llama: Checkpoint, answers: Path) -> None:
+    """It learns; the result is an ordinary folder with the data's licence in it, and the best checkpoint's weights."""
+    out, done = finished
+    result = last_line(done)
+    assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"] - 0.5
+    assert [r["number"] for r in runs.records(out / alignment.HELD_OUT)] == [0, 2, 4, 6]
+    assert result["best_step"] == min(runs.records(out / alignment.HELD_OUT), key=lambda r: r["loss"])["number"]
+    model, tokenizer = speak.open_model(out / "model")
+    assert isinstance(speak.continuation(model, tokenizer, "how many", 4), str)
+    card = json.loads((out / "model" / "data.json").read_text())
+    assert card["licence"] == "CC0" and card["source"] == answers.name and card["train_rows"] == 24
+    page = model_card.readme(load.open_checkpoint(out / "model"), None, "hf", "", ())
+    assert f"aligned on 24 rows of {answers.name}; licence or consent: CC0" in page
+    assert model_card.base_of(out / "model") is None  # begun at a folder of no known origin, not at the default teacher
+    best = mx.load(str(out / "best" / f"step-{result['best_step']:08d}" / "model.safetensors"))
+    stored = mx.load(str(out / "model" / "model.safetensors"))
+    assert set(best) == set(stored) and all(mx.array_equal(best[n], stored[n]) for n in best)
+    assert result["tokens"] == sum(r["tokens"] for r in runs.metrics(out)) > 0
+    assert (out / "config.yaml").is_file() and (out / "result.json").is_file()
+
+
+def test_a_killed_run_ends_with_the_same_bits(
+    finished: tuple[Path, Done], small: tuple[object, ...], tmp_path: Path, own_home: dict[str, str]
+) -> None:
+    """SIGKILL after a checkpoint, --resume: weights, losses, held-out losses and best step of the run that went on."""
+    out, done = finished
+    argv = [sys.executable, "-m", "mis_mlx.sft", *map(str, small), "--out", str(tmp_path / "run")]
+    env = {**own_home, "PYTHONPATH": str(Path(__file__).parents[1])}
+    child = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while child.poll() is None and not (tmp_path / "run/steps/step-00000002").exists():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (tmp_path / "run/result.json").exists()
+    again = subprocess.run([*argv, "--resume"], env=env, capture_output=True, text=True)
+    assert again.returncode == 0 and "continuing from step" in again.stderr, again.stderr
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
+    assert losses(tmp_path / "run") == losses(out)
+    held = [{r["number"]: r for r in runs.records(f / alignment.HELD_OUT)} for f in (out, tmp_path / "run")]
+    assert held[0] == held[1] and last_line(again)["best_step"] == last_line(done)["best_step"]
+
+
+def test_a_stopped_run_ends_with_the_same_bits(
+    finished: tuple[Path, Done], tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM between checkpoints saves one more, which is not measured: the best is looked for where it always is."""
+    settings, drawn = settings_of(small, tmp_path / "run"), batches.drawn
+
+    def stopping(lengths: Sequence[int], batch_size: int, parts: int, step: int, seed: int) -> list[np.ndarray]:
+        if step == 2 and not settings.resume:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return drawn(lengths, batch_size, parts, step, seed)
+
+    monkeypatch.setattr(batches, "drawn", stopping)
+    with pytest.raises(MisError, match="stopped at step 3 of 6, all of it saved"):
+        sft.run(settings)
+    settings = replace(settings, resume=True)
+    result = sft.run(settings)
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
+        finished[0] / "model/model.safetensors"
+    ).read_bytes()
+    assert [r["number"] for r in runs.records(tmp_path / "run" / alignment.HELD_OUT)] == [0, 2, 4, 6]
+    assert result["best_step"] == last_line(finished[1])["best_step"]
+
+
+def test_a_damaged_checkpoint_costs_steps_not_the_run(finished: tuple[Path, Done], small: Any, tmp_path: Path) -> None:
+    """One bit of the last one flipped: the one before is used, the best is found again, the end is the same."""
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(out / "model")
+    path = out / "steps" / "step-00000006" / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    result = sft.run(settings_of(small, out, resume=True))
+    assert (out / "model/model.safetensors").read_bytes() == (finished[0] / "model/model.safetensors").read_bytes()
+    assert losses(out) == losses(finished[0]) and result["best_step"] == last_line(finished[1])["best_step"]
+    assert (out / "metrics.jsonl").read_text().count("\n") == 6 + 2
+
+
+def settings_of(flags: Sequence[object], out: Path, **changes: Any) -> sft.Settings:
+    """The settings that these flags stand for."""
+    made: sft.Settings = cli.parse(sft.Settings, [*map(str, flags), "--out", str(out)])
+    return replace(made, **changes)
+
+
+def test_the_best_checkpoint_is_kept_when_training_goes_wrong(small: Any, tmp_path: Path) -> None:
+    """A rate that ruins the model: the result is the best there was, not the last."""
+    result = sft.run(settings_of(small, tmp_path / "run", learning_rate=0.5))
+    held = {r["number"]: r["loss"] for r in runs.records(tmp_path / "run" / alignment.HELD_OUT)}
+    assert held[6] > held[result["best_step"]] == min(held.values())
+    assert result["held_out_best"]["loss"] == min(held.values())
+
+
+def test_lora_trains_little_and_fuses_to_what_mlx_lm_makes(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
+    """Frozen weights stay; the folder equals mlx-lm's own fuse of the adapters, which mlx-lm loads by their folder."""
+    flags = {"fine_tune_type": "lora", "rank": 4, "num_layers": 2, "learning_rate": 1e-2}
+    result = sft.run(settings_of(small, tmp_path / "run", **flags))
+    wanted = lora.Lora(2, 4, 20.0)
+    assert result["params_trained"] == wanted.params(llama.config) < 512_448 / 10
+    assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"] - 0.3
+    model, _ = load.mlx_lm("utils").load(str(llama.path), adapter_path=str(tmp_path / "run/adapters"))
+    fused = load.mlx_lm("tuner.utils").tree_unflatten(
+        [(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]
+    )
+    model.update_modules(fused)
+    theirs, ours = dict(tree_flatten(model.parameters())), mx.load(str(tmp_path / "run/model/model.safetensors"))
+    before = mx.load(str(llama.path / "model.safetensors"))
+    assert set(theirs) == set(ours) and all(mx.allclose(theirs[n], ours[n], atol=1e-6) for n in ours)
+    changed = {name for name in ours if not mx.array_equal(ours[name], before[name])}
+    assert changed and all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in changed)
+
+
+def test_adapters_can_be_left_beside_the_model(small: Any, tmp_path: Path) -> None:
+    """--no-fuse: adapters, and no model folder."""
+    result = sft.run(settings_of(small, tmp_path / "run", fine_tune_type="lora", fuse=False, iters=2))
+    assert result["student"] == str(tmp_path / "run/adapters") and not (tmp_path / "run/model").exists()
+    names = {p.name for p in (tmp_path / "run/adapters").iterdir()}
+    assert names == {"adapters.safetensors", "adapter_config.json"}
+
+
+def test_lora_on_a_packed_model_fuses_into_a_dense_one(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
+    """A 4-bit model can be trained with adapters, and with nothing else."""
+    quantize.run(quantize.Settings(model=str(llama.path), mlx_path=str(tmp_path / "q4")))
+    flags = {"model": str(tmp_path / "q4"), "iters": 2}
+    with pytest.raises(MisError, match="quantized and cannot be trained whole: use --fine-tune-type lora"):
+        sft.run(settings_of(small, tmp_path / "no", **flags))
+    result = sft.run(settings_of(small, tmp_path / "run", fine_tune_type="lora", **flags))
+    made = load.open_checkpoint(tmp_path / "run/model")
+    assert "quantization" not in made.config and made.nbytes == llama.nbytes
+    assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_weights_in_memory_take_adapters(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Metal, where 4-bit matrices stay packed: a head that is de-quantized, gradients for adapters alone."""
+    folder = tiny.make(tmp_path / "model", tie_word_embeddings=tied, num_hidden_layers=1)
+    quantize.run(quantize.Settings(model=str(folder), mlx_path=str(tmp_path / "q4")))
+    monkeypatch.setattr(load, "unpacks", lambda: False)
+    checkpoint = load.open_checkpoint(tmp_path / "q4")
+    model = load.resident(checkpoint, mx.float32)
+    assert load.head_weight(model).shape == (512, 64) and load.head_weight(model).dtype == mx.float32
+    lora.insert(model, lora.Lora(-1, 4, 2.0), 0)
+    rows = [(np.arange(3, 9, dtype=np.int32), np.ones(6, np.float32))]
+    lesson, source = Lesson(rows), distillation.Text()
+    (arguments,) = lesson.micro_batches(source, 1, 1, 0)(0)
+    _, gradients = nn.value_and_grad(model, lesson.loss_of(source, True))(model, *arguments)
+    flat = dict(tree_flatten(gradients))
+    assert flat and all(name.endswith(("lora_a", "lora_b")) for name in flat)
+    assert any(float(mx.abs(g).max()) > 0 for name, g in flat.items() if name.endswith("lora_b"))
+
+
+def test_a_teacher_has_its_part(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
+    """--distill-weight 1 and the model itself as the teacher: nothing to learn; 0.5: half of the cross-entropy."""
+    alone = sft.run(settings_of(small, tmp_path / "alone", packing=False, iters=2))
+    teacher = {"teacher": str(llama.path), "iters": 2}
+    result = sft.run(settings_of(small, tmp_path / "itself", distill_weight=1.0, learning_rate=1e-6, **teacher))
+    assert result["held_out_best"]["loss"] == pytest.approx(result["held_out_start"]["loss"], rel=1e-4)
+    assert runs.metrics(tmp_path / "itself")[0]["loss"] == pytest.approx(0.0, abs=1e-5)
+    sft.run(settings_of(small, tmp_path / "half", **teacher))
+    first, plain = (runs.metrics(tmp_path / name)[0]["loss"] for name in ("half", "alone"))
+    assert first == pytest.approx(plain / 2, rel=1e-4) and alone["best_step"] >= 0
+
+
+def test_without_data_it_learns_the_generated_tasks(llama: Checkpoint, tmp_path: Path) -> None:
+    """No --data: tasks with answers; the first window is full of them."""
+    flags = ("--model", llama.path, "--iters", 1, "--max-seq-length", 384, "--batch-size", 1, "--eval-rows", 4)
+    result = sft.run(settings_of(flags, tmp_path / "run"))
+    card = json.loads((tmp_path / "run/data.json").read_text())
+    assert result["best_step"] == 1 and card["source"] == "generated tasks"
+
+
+def test_a_dry_run_writes_nothing_and_says_what_it_takes(
+    small: Any, tmp_path: Path, command: Callable[..., Done]
+) -> None:
+    """Bytes, seconds, whether it fits; exit 3 where it does not."""
+    result = sft.run(settings_of(small, tmp_path / "run", dry_run=True))
+    assert result["peak_bytes"] > 0 and result["seconds"] >= 0 and not result["check_failed"]
+    done = command("sft", *small, "--out", tmp_path / "run", "--dry-run", "--budget", "1MiB")
+    assert done.returncode == 3 and last_line(done)["check_failed"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_too_small_is_a_sentence(small: Any, tmp_path: Path) -> None:
+    """Refused before anything is written, with both numbers and the way out."""
+    with pytest.raises(
+        MisError, match="sft needs .* the budget is 8 MiB: give --budget .*, or use --fine-tune-type lora"
+    ):
+        sft.run(settings_of(small, tmp_path / "run", budget="8MiB"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: Path) -> None:
+    """A budget for half a batch: the same step to rounding, in two parts; resumed under a big budget, still in two."""
+    wide = settings_of(small, tmp_path / "wide", packing=False, iters=2)
+    checkpoint = alignment_plan.opened(wide)
+
+    def phase(s: sft.Settings) -> planning.Phase:
+        return sft._phase(s, checkpoint, None, 32)
+
+    peaks = [phase(replace(wide, batch_size=n)).peak_bytes for n in (1, 2)]
+    limit = next(n for n in range(2**23, 2**26, 2**12) if peaks[0] + memory.process_bytes(n) <= n)
+    assert peaks[1] + memory.process_bytes(limit) > limit
+    tight = replace(wide, out=str(tmp_path / "tight"), budget=f"{limit}")
+    cut = alignment_plan.cut(tight, None, phase)
+    assert (cut.batch_size, cut.grad_accumulation_steps) == (1, 2) and alignment_plan.cut(wide, None, phase) == wide
+    sft.run(wide)
+    sft.run(tight)
+    one, other = (runs.metrics(tmp_path / name) for name in ("wide", "tight"))
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], rel=1e-5)
+    assert runs.stored_plan(tmp_path / "tight")["micro"] == 1
+    again = replace(tight, budget=None, resume=True)
+    assert alignment_plan.cut(again, tmp_path / "tight", phase).batch_size == 1
+
+
+def test_the_plan_holds(finished: tuple[Path, Done], small: Any) -> None:
+    """MLX never held more than was planned, over all steps."""
+    s = settings_of(small, Path("unused"))
+    checkpoint = load.open_checkpoint(str(s.model))
+    planned = alignment_plan.training(s, checkpoint, s.batch_size, 96).peak_bytes
+    held = max(r["peak_bytes"] for r in runs.metrics(finished[0]))
+    assert held <= planned < 3 * held
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"iters": 0}, "--iters is 0: give 1 or more"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"max_seq_length": 10_000}, "the model's window 512"),
+        ({"fine_tune_type": "lora", "num_layers": 9}, "--num-layers is 9, the model has 3"),
+        ({"fine_tune_type": "lora", "rank": 0}, "--rank is 0"),
+        ({"teacher": "tiny", "distill_weight": 0.0}, "--distill-weight is 0"),
+        ({"learning_rate": 1e9, "iters": 4}, "not a number|held-out loss at step"),
+    ],
+)
+def test_refusals_are_sentences(
+    changes: dict[str, Any], why: str, small: Any, tmp_path: Path, llama: Checkpoint
+) -> None:
+    """What makes no sense, and a run that diverges."""
+    if "teacher" in changes:
+        changes = {**changes, "teacher": str(llama.path)}
+    with pytest.raises(MisError, match=why):
+        sft.run(settings_of(small, tmp_path / "run", **changes))
+
+
+def test_a_resume_with_other_settings_is_refused(finished: tuple[Path, Done], small: Any) -> None:
+    """--save-every counts here: the best checkpoint is looked for by it."""
+    settings = settings_of(small, finished[0], resume=True, save_every=3)
+    with pytest.raises(MisError, match="--save-every is 3, the run has 2"):
+        sft.run(settings)
+
+
+def test_writing_adapters_is_all_or_nothing(tmp_path: Path) -> None:
+    """A folder that exists already is not touched."""
+    write = partial(lora.write, {"a.lora_a": mx.ones((2, 2))}, lora.Lora(-1, 2, 1.0), tmp_path / "adapters", DISK)
+    write()
+    with pytest.raises(MisError, match="exists already"):
+        write()
+    assert slice.KEEP not in {p.name for p in (tmp_path / "adapters").iterdir()}
