@@ -22,7 +22,6 @@ from mis_mlx.training.recipe import Distillation, Rounding
 from mis_mlx.training.weather import Weather
 from mis_mlx.types import Budget, Checkpoint, MisError, Row
 
-NOT_STORED = ("out", "resume", "dry_run", "config")  # of a run, they say where and when, not what
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset(
     {
@@ -85,7 +84,7 @@ class Settings(pruning.Cut, Rounding, Distillation):
     @property
     def stored(self) -> dict[str, Any]:
         """What a run keeps of them."""
-        return {name: value for name, value in asdict(self).items() if name not in NOT_STORED}
+        return {name: value for name, value in asdict(self).items() if name not in runs.NOT_STORED}
 
 
 def _prune(s: Settings, c: Course, data: windows.Data) -> Checkpoint:

@@ -20,6 +20,7 @@ from mis_mlx.types import Checkpoint, MisError
 
 CONFIG, ORIGIN, RESULT, METRICS = "config.yaml", "origin.json", "result.json", "metrics.jsonl"
 PLAN = "plan.json"  # how the run trains: decided once, when it begins
+NOT_STORED = ("out", "resume", "dry_run", "config")  # settings that say where and when, not what
 PHASES = "phases.jsonl"  # what each start planned, then what each phase took
 SAMPLES = "samples.jsonl"  # what each model writes after the same words
 DATA = "data.json"  # of an alignment, beside the run and its model: source and licence of what was learned

@@ -36,7 +36,6 @@ from mis_mlx.types import Checkpoint, MisError, Step
 
 STEPS, BEST, MODEL, ADAPTERS = "steps", "best", "model", "adapters"
 HELD_OUT = "held_out.jsonl"
-NOT_STORED = ("out", "resume", "dry_run", "config")  # in a run's config.yaml
 
 
 @dataclass
@@ -168,7 +167,7 @@ def running(
     made.check()
     files, origin = Files(), runs.origin(checkpoint, card["fingerprint"])
     if folder is None:
-        stored = {k: v for k, v in asdict(s).items() if k not in NOT_STORED}
+        stored = {k: v for k, v in asdict(s).items() if k not in runs.NOT_STORED}
         way = {"mode": "resident", "micro": made.micro_batch}
         folder = runs.create(s.out, f"{name_of(checkpoint.path)}-{name}", stored, origin, way, files)
     else:

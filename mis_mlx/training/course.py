@@ -130,7 +130,8 @@ def source_of(c: Course, pruned: Checkpoint) -> distillation.Source:
 
     if c.recipe.targets == "live":
         return teacher(None if c.plan.teacher_resident else keeps)
-    at = targets.visited(len(c.data.tokens), c.recipe)
+    steps = max(c.recipe.iters, c.plan.job.rounding.steps(c.plan.mode == "resident"))  # who learns longest
+    at = targets.visited(len(c.data.tokens), replace(c.recipe, iters=steps))
     data = text.Windows(c.data.tokens[at], c.data.learn[at])
     cli.say(f"logit store: {len(at)} windows")
     with c.phase("logit store"), cli.progress("targets", len(at)) as show:

@@ -74,7 +74,8 @@ def correct(job: Job, micro: int) -> Phase:
 
 def store(job: Job, limit: int) -> Phase:
     """The teacher's sampled logits for all training tokens: one pass for as many windows as memory takes."""
-    t, length, windows = job.teacher, job.length, job.iters * job.batch * job.accumulate
+    t, length, steps = job.teacher, job.length, max(job.iters, job.rounding.steps(True))
+    windows = steps * job.batch * job.accumulate
     one = streamed_pass("", t, length, length, length, spool=False)
     more = room(limit, one.peak_bytes) // (length * t.shape.hidden * t.item)
     at_once = 1 + min(more, windows - 1)
