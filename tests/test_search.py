@@ -258,6 +258,18 @@ def test_decode_is_timed_twice_estimated_and_then_measured(
     assert again["candidates"] == result["candidates"] and again["shapes"] == result["shapes"]
 
 
+def test_a_busy_machine_does_not_make_blocks_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the blocks seem to take longer than all: each block counts as its share of the whole, never as 0 s."""
+    deep = tiny.make(tmp_path / "deep", num_hidden_layers=4)
+    clock = {4: 1.0, 2: 2.0}  # blocks left in the model -> seconds of a token
+    monkeypatch.setattr(
+        contest.speak, "token_times", lambda model, *_: [i * clock[len(model.model.layers)] for i in range(5)]
+    )
+    assert contest.timed(deep, 0) == Decoding(0.25, 0.0)
+    clock[2] = 0.6
+    assert contest.timed(deep, 0) == Decoding(pytest.approx(0.2), pytest.approx(0.2))
+
+
 def test_memory_is_weights_in_4_bits_and_the_cache(tmp_path: Path, llama: Checkpoint) -> None:
     """Weights: what `quantize` writes, give or take norms and rounding. Cache: 2 bytes of each key and value."""
     written = pack.write_quantized(llama, tmp_path / "q4", 64, DISK)["nbytes"]
