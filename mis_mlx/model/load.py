@@ -41,12 +41,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def labels(folders: Sequence[str | Path], taken: tuple[str, ...] = ()) -> list[str]:
-    """What to call each folder in a table: its own name, or the whole path where that is not unique."""
-    names = [Path(folder).name for folder in folders]
-    return [
-        name if names.count(name) == 1 and name not in taken else str(folder)
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    """What to call each folder in a table: the end of its path, as long as it takes to be like no other."""
+
+    def name(path: Path) -> str:
+        others = [*map(Path, taken), *(Path(f) for f in folders if Path(f) != path)]
+        for count in range(1, len(path.parts) + 1):
+            if all(path.parts[-count:] != other.parts[-count:] for other in others):
+                return str(Path(*path.parts[-count:]))
+        return str(path)
+
+    return [name(Path(folder)) for folder in folders]
 
 
 def compute_dtype() -> mx.Dtype:

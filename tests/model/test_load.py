@@ -90,3 +90,12 @@ def test_a_missing_shard_is_refused_at_the_door(tmp_path: Path, llama: Checkpoin
     shutil.copyfile(llama.path / "config.json", folder / "config.json")
     with pytest.raises(MisError, match=r"no model\.safetensors"):
         load.open_checkpoint(folder)
+
+
+def test_labels_are_the_shortest_ends_of_paths_that_differ() -> None:
+    """`distilled/model` and `grpo/model`, not two long paths; a name that is taken gets its parent too."""
+    assert load.labels(["runs/a/pruned", "runs/a/distilled/model", "runs/a/grpo/model"]) == [
+        "pruned", "distilled/model", "grpo/model",
+    ]  # fmt: skip
+    assert load.labels(["x/teacher"], ("teacher",)) == ["x/teacher"]
+    assert load.labels(["x/m", "x/m"]) == ["m", "m"]

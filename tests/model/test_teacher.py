@@ -56,7 +56,7 @@ def test_the_default_is_taken_from_the_cache(cache: Path) -> None:
         (temp / "config.json").write_text("{}")
 
     hub.install(folder, fill, 2, {"source": "a wheel"})
-    assert teacher.find() == teacher.Found(folder, f"cache {folder} (a wheel)")
+    assert teacher.find() == teacher.find(teacher.DEFAULT) == teacher.Found(folder, f"cache {folder} (a wheel)")
     (folder / "source.json").unlink()
     assert teacher.find().source == f"cache {folder} (put there by hand)"
 
