@@ -70,6 +70,7 @@ def short(group: str, **changes: Any) -> Arm:
 
 WHOLE = {"scenario": "none"}
 WIDE = {"layers": 28, "ffn": 768}
+DEFAULT: dict[str, Any] = {"cut": cut(**WIDE, importance="rms"), "recipe": {"learning_rate": 1e-4}}
 ARMS: dict[str, Arm] = {
     # Full length: the baseline in the paper's shape (3e-4) and in ours; ours, which starts nearer and steps shorter.
     "minitron": Arm("main"),
@@ -108,6 +109,10 @@ ARMS: dict[str, Arm] = {
     "repair-both": short("repair", repair="both"),
     "repair-scale": short("repair", repair="scale"),
     "repair-alone": short("repair", repair="ffn", how={"sequential": False}),
+    # The same in the default's shape and ranking.
+    "wide-repair-ffn": short("wide-repair", repair="ffn", **DEFAULT),
+    "wide-repair-both": short("wide-repair", repair="both", **DEFAULT),
+    "wide-repair-alone": short("wide-repair", repair="ffn", how={"sequential": False}, **DEFAULT),
     "repair-slower": short("repair", repair="ffn", recipe={"repaired_lr": 0.3}),
     "merge": short("repair", graft="merge"),
     "mean-shift": short("repair", graft="mean-shift"),
