@@ -37,7 +37,7 @@ class Settings:
     """which tasks, in English"""
     warm_iters: int = 6
     """steps of SFT on worked answers; the model is kept under build/ for the other seeds"""
-    iters: int = 24
+    iters: int = 16
     """steps of GRPO"""
     prompts: int = 8
     """in a step, each with `group_size` answers"""

@@ -13,7 +13,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.disk import examples
 from mis_mlx.maths.preference import LossType
-from mis_mlx.model import load
+from mis_mlx.model import load, ranks
 from mis_mlx.training import alignment, alignment_plan, planning, preferring
 from mis_mlx.training.alignment_plan import Alignment
 from mis_mlx.training.planning import Phase
@@ -99,14 +99,18 @@ def run(settings: Settings) -> dict[str, Any]:
         def ask() -> np.ndarray:
             return preferring.reference(checkpoint, compared, parts.batch_size, dtype, asked.held_tokens)
 
-        found = preferring.stored_reference(r.folder, card["fingerprint"], r.files, ask)
+        found = np.zeros((len(compared), 2), np.float32)
+        if ranks.first():
+            found = preferring.stored_reference(r.folder, card["fingerprint"], r.files, ask)
+        found = ranks.sent(found.reshape(-1).view(np.uint8)).view(np.float32).reshape(found.shape)
         theirs, held = np.full((len(train), 2), np.nan, np.float32), found[len(seen) :]
         theirs[seen] = found[: len(seen)]
         each = preferring.micro_batches(train, theirs, *drawing)
         loss = partial(objective.loss, frozen_head=s.lora is not None)
         held_out = partial(preferring.measure, r.model, objective, valid, held, parts.batch_size)
-        return r.train(each, loss, held_out, "dpo")
+        judge = preferring.OF_MEANS if s.loss_type == "dpop" else "loss"
+        return r.train(each, loss, held_out, "dpo", judge=judge)
 
 
 if __name__ == "__main__":
-    cli.main(Settings, run)
+    cli.main(Settings, run, several=True)

@@ -117,6 +117,17 @@ def test_a_damaged_reference_is_made_again(small: Any, tmp_path: Path) -> None:
     assert again["held_out_best"] == result["held_out_best"]
 
 
+def test_dpop_is_judged_by_the_mean_pair(finished: tuple[Path, Done]) -> None:
+    """The kept checkpoint has the lowest loss of means, which at the reference is ln 2 and follows margin and gain."""
+    records = runs.records(finished[0] / alignment.HELD_OUT)
+    best = min(records, key=lambda r: r[preferring.OF_MEANS])
+    assert last_line(finished[1])["best_step"] == best["number"] > 0
+    assert records[0][preferring.OF_MEANS] == pytest.approx(math.log(2), abs=1e-4)
+    for r in records:
+        x = 0.1 * (r["margin"] - 5.0 * max(0.0, -r["chosen_gain"]))
+        assert r[preferring.OF_MEANS] == pytest.approx(math.log1p(math.exp(-x)), abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])
 def test_every_loss_type_learns(kind: Any, small: Any, tmp_path: Path) -> None:
     """The margin on held-out pairs grows, with LoRA too."""

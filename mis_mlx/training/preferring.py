@@ -21,12 +21,13 @@ from mis_mlx.disk.examples import Sequenced
 from mis_mlx.disk.files import Files
 from mis_mlx.maths import preference
 from mis_mlx.maths.likelihood import sequence_logps, token_logps
-from mis_mlx.model import load, stream
+from mis_mlx.model import load, ranks, stream
 from mis_mlx.training import batches
 from mis_mlx.training.distillation import labels
 from mis_mlx.types import Checkpoint
 
 REFERENCE = "reference"
+OF_MEANS = "loss_of_means"  # dpop of the mean pair
 Pair = Sequence[Sequenced]  # (chosen, rejected), prompts included
 
 
@@ -130,7 +131,7 @@ def micro_batches(
     lengths = [longest(pair) for pair in pairs]
 
     def made(step: int) -> list[tuple[mx.array, ...]]:
-        at = batches.drawn(lengths, batch_size, parts, step, seed)
+        at = batches.drawn(lengths, batch_size, parts, step, seed, ranks.share)
         return [(*rectangle([pairs[i] for i in part]), mx.array(logps[part].T.reshape(-1))) for part in at]
 
     return made
@@ -140,7 +141,12 @@ def measure(
     student: nn.Module, objective: Objective, pairs: Sequence[Pair], logps: np.ndarray, batch_size: int
 ) -> dict[str, float]:
     """Means over pairs of the loss and all that `Objective.loss` tells beside it, and by how much the chosen answers
-    became likelier than under the reference ("chosen_gain", nats an answer)."""
+    became likelier than under the reference ("chosen_gain", nats an answer).
+
+    With dpop also `OF_MEANS`, which checkpoints are judged by: it falls where the margin grows and the chosen answers
+    do not become less likely on the whole. The mean of the losses rises as soon as a single chosen answer does, for
+    lambda weighs that several times, and on held-out pairs one always does.
+    """
     by_length, sums = sorted(range(len(pairs)), key=lambda i: longest(pairs[i])), dict[str, float]()
     loss: Callable[..., Any] = partial(objective.loss, student, frozen_head=True)
     for start in range(0, len(pairs), batch_size):
@@ -150,4 +156,8 @@ def measure(
             sums[name] = sums.get(name, 0.0) + float(value)
     sums.pop("tokens")
     means = {name: value / len(pairs) for name, value in sums.items()}
-    return {**means, "chosen_gain": means["chosen"] - float(logps[:, 0].mean())}
+    means["chosen_gain"] = gain = means["chosen"] - float(logps[:, 0].mean())
+    if objective.kind == "dpop":
+        mean = mx.array(gain), mx.array(gain - means["margin"])
+        means[OF_MEANS] = float(preference.pair_losses(*mean, objective.beta, "dpop", objective.dpop_lambda))
+    return means
