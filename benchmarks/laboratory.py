@@ -5,10 +5,13 @@ Does not know what is compared.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
-from importlib.metadata import version
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +19,60 @@ import mlx.core as mx
 import numpy as np
 import psutil
 
+from mis_mlx import cli
 from mis_mlx.disk.text import Windows
+from mis_mlx.machine import about
 from mis_mlx.maths import losses
 from mis_mlx.model import compare, load, teacher, windows
 from mis_mlx.training import distillation
+from mis_mlx.types import MisError
 
-RESULTS = Path(__file__).resolve().parent / "results" / f"{platform.system()}-{platform.machine()}".lower()
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / f"{platform.system()}-{platform.machine()}".lower()
 METRICS = ("nll", "kl", "top1")
 
 
+def start(settings: type, main: Callable[[Any], None]) -> None:
+    """A program's way in: flags, one sentence for what a user can mend, and for Ctrl-C."""
+    try:
+        main(cli.parse(settings))
+    except MisError as error:
+        sys.exit(f"mis_mlx: {error}")
+    except KeyboardInterrupt:
+        cli.say("stopped by hand; what was finished is kept, the same command goes on from there")
+        sys.exit(130)
+
+
 def machine() -> dict[str, Any]:
-    """What a number was measured on."""
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
-    }
+    """What a number was measured on, and by which version of this program."""
+    return {**about.about(), "git": version()}
+
+
+def version() -> str | None:
+    """The commit of this program, and whether it was changed since; None where there is no git or no repository."""
+    said = []
+    for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", "mis_mlx", "benchmarks/*.py")):
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        said.append(done.stdout.strip())
+    return said[0] + (", changed" if said[1] else "")
+
+
+def weights_sha256(folder: Path) -> str:
+    """Twelve digits that a model's weights, and only they, give: of all its safetensors files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def packed(folder: Path, out: Path) -> Path:
+    """`out`: the model as `mlx_lm.convert -q` packs it, 4 bits, groups of 64."""
+    load.mlx_lm("convert").convert(str(folder), str(out), quantize=True, q_group_size=64, q_bits=4, dtype="float16")
+    return out
 
 
 def write(name: str, command: str, found: dict[str, Any]) -> None:
@@ -45,10 +84,64 @@ def write(name: str, command: str, found: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def picture(name: str, draw: Callable[[Any], None]) -> None:
+    """Put benchmarks/results/<machine>/<name>.svg and .png in place; `draw` gets matplotlib's axes."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        cli.say(f"no picture of {name}: pip install matplotlib, then the same command again, which measures nothing")
+        return
+
+    settings: Any = {"svg.hashsalt": "mis", "font.size": 11, "axes.grid": True, "grid.color": "#dddddd"}
+    settings |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(7.5, 5.4))
+        draw(figure.subplots())
+        for kind in ("svg", "png"):
+            metadata: Any = {"Date": None} if kind == "svg" else {"Software": None}
+            figure.savefig(RESULTS / f"{name}.{kind}", dpi=120, metadata=metadata)
+
+
+def logarithmic(axes: Any, across: str, up: str) -> None:
+    """Both axes logarithmic with plain numbers on them (powers of 2 across), the legend under the picture."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(lambda *_: "")
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
+
+
 def stored(name: str) -> dict[str, Any]:
     """What `write` put there; {} when there is nothing."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def resumed(name: str, given: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """What `write` put there before under these `keys`, if it was given the same; else {}."""
+    found = stored(name)
+    return {key: found[key] for key in keys if key in found} if found.get("given") == given else {}
+
+
+def busy(when: str) -> list[str]:
+    """[why times taken now measure more than the program], or []."""
+    load_average, cores = psutil.getloadavg()[0], os.cpu_count() or 1
+    return [f"{when}: load average {load_average:.1f}, more than there are cores"] if load_average > cores else []
+
+
+def goal(value: float, form: str, aim: str, holds: bool) -> dict[str, Any]:
+    """What was to be shown: what came out, also as people read it, and whether that is enough."""
+    return {"value": value, "shown": form.format(value), "aim": aim, "holds": holds}
+
+
+def say_goals(verdict: dict[str, dict[str, Any]]) -> None:
+    """A line each."""
+    for what, one in verdict.items():
+        cli.say(f"{what}: {one['shown']}, aim {one['aim']}: {'holds' if one['holds'] else 'DOES NOT HOLD'}")
 
 
 class Judge:

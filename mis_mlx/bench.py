@@ -1,91 +1,270 @@
-"""Time one or more models on this machine: time to first token, decode tokens per second, bytes."""
+"""Time one or more models on this machine: first token, decode, memory, energy, beside what the hardware allows."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import mlx.core as mx
+import psutil
+import tyro
 
 from mis_mlx import cli
-from mis_mlx.machine import governor
-from mis_mlx.model import load, speak, teacher
+from mis_mlx.disk.files import DISK
+from mis_mlx.machine import governor, memory, power
+from mis_mlx.machine.about import about
+from mis_mlx.machine.roof import Roof
+from mis_mlx.maths.stats import summary
+from mis_mlx.model import arch, compare, load, teacher, timing
+from mis_mlx.model.timing import Request, Subject, Trial
+from mis_mlx.training import roofline, speeds, trials
 from mis_mlx.training.weather import Weather, WeatherFlags
-from mis_mlx.types import MisError, Row
+from mis_mlx.types import Checkpoint, MisError, Reading, Row
 
-PROMPT = (
-    "In the evening the wind came down from the pass and the shepherds put the fire out. The youngest of them "
-    "asked the old one how far it was to the next hut, and whether there would be milk. The old one looked at "
-    "the sky, counted on his fingers and said that it depended on the bear."
-)
+IDLE_S = 5.0  # of rest, whose power is taken off
 
 
 @dataclass(frozen=True)
 class Settings(WeatherFlags):
-    """The same prompt and length for every model; medians over trials."""
+    """The same texts and lengths for every model, in turn (A B A B), so that drift hits all alike."""
 
-    model: tuple[str, ...] = ()
-    """model folders; default: SmolLM2-135M-Instruct"""
-    p: int = 64
-    """tokens in the prompt"""
-    g: int = 32
-    """tokens generated"""
-    n: int = 3
-    """trials, after one warm-up that does not count"""
+    model: Annotated[
+        tuple[str | tuple[str, ...], ...], tyro.conf.arg(metavar="MODEL [MODEL ...]"), tyro.conf.UseAppendAction
+    ] = ()
+    """folders or hub ids, `--model A B` or `--model A --model B`; default: SmolLM2-135M-Instruct"""
+    draft_model: str | None = None
+    """folder of a small student of the first model: one more column, the two together"""
+    num_draft_tokens: int = 2
+    """guesses of the draft that one pass checks"""
+    prompt_tokens: Annotated[int, tyro.conf.arg(aliases=["-p"])] = 512
+    """tokens in the prompt; every trial has a text of its own"""
+    generation_tokens: Annotated[int, tyro.conf.arg(aliases=["-g"])] = 128
+    """tokens generated, 2 or more"""
+    num_trials: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 5
+    """trials, after a warm-up (the whole prompt, 4 tokens) that does not count"""
+    depth: Annotated[int, tyro.conf.arg(aliases=["-d"])] = 0
+    """tokens in the cache before the prompt"""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 1
+    """prompts side by side"""
     delay: float = 0.0
-    """seconds of rest before each trial"""
+    """seconds of rest before each trial; 30 or more for a laptop without a fan"""
+    seed: int = 0
+    """chooses the texts"""
+    measure: bool = False
+    """measure this machine's memory and arithmetic again (5 s); default: as they were measured first"""
+    budget: str | None = None
+    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
+    out: str | None = None
+    """a JSON file for the result and every trial; it has the finished ones from the first round on"""
     config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
+    """YAML file with any of these flags; its models come before those given by hand"""
+
+    @property
+    def models(self) -> list[str | None]:
+        """Every model asked for; None: the default."""
+        return [m for one in self.model for m in ([one] if isinstance(one, str) else one)] or [None]
+
+    @property
+    def request(self) -> Request:
+        """What is timed. MisError when it cannot be."""
+        if (
+            min(self.prompt_tokens, self.num_trials, self.batch_size, self.num_draft_tokens) < 1
+            or self.generation_tokens < 2
+            or min(self.depth, self.delay) < 0
+        ):
+            given = f"-p {self.prompt_tokens} -g {self.generation_tokens} -n {self.num_trials} -d {self.depth}"
+            given += f" -b {self.batch_size} --num-draft-tokens {self.num_draft_tokens} --delay {self.delay:g}"
+            raise MisError(
+                f"{given} cannot be timed: give 2 or more to -g, 0 or more to -d and --delay, else 1 or more"
+            )
+        if self.batch_size > 1 and (self.depth or self.draft_model):
+            raise MisError(f"-b {self.batch_size} goes with neither -d nor --draft-model: leave one of them out")
+        return Request(self.prompt_tokens, self.generation_tokens, self.batch_size, self.depth)
 
 
 def measure(
-    folders: Sequence[Path], names: Sequence[str], prompt_tokens: int, tokens: int, trials: int, delay: float = 0.0
+    folders: Sequence[Path], names: Sequence[str], prompt_tokens: int, tokens: int, count: int, limit_bytes: int = 0
 ) -> list[Row]:
-    """Rows for each model: medians over trials, one model after the other, one in memory at a time.
-
-    TTFT runs from a tokenized prompt to the first sampled token; decode is (tokens - 1) / (last - first), so
-    fewer than two tokens are not timed: `tokens` is at least 2.
-    """
-    tokens = max(tokens, 2)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for folder, name in zip(folders, names, strict=True):
-        model, tokenizer = speak.open_model(folder)
-        ids = speak.prompt_ids(tokenizer, PROMPT, prompt_tokens)
-        for trial in range(trials + 1):
-            time.sleep(delay)
-            stamps = speak.token_times(model, ids, tokens if trial else min(tokens, 4))
-            if trial:
-                times[name].append((stamps[1] - stamps[0], (len(stamps) - 2) / (stamps[-1] - stamps[1])))
-        del model
-        mx.clear_cache()
+    """Rows `ttft_ms` and `decode_tps` for each model: medians over `count` trials; in turn if all fit in
+    `limit_bytes`, else model after model."""
+    r, found = Request(prompt_tokens, max(tokens, 2)), dict[str, list[Trial]]()
+    openers = {n: (lambda f=f, n=n: timing.opened(f, n)) for f, n in zip(folders, names, strict=True)}
+    together = sum(trials.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
+    for subject, done in trials.rounds(openers, together, count, r):
+        found.setdefault(subject.name, []).append(done)
     rows = []
-    for name in names:
-        first, rate = (sorted(t[i] for t in times[name])[trials // 2] for i in (0, 1))
-        rows += [Row(name, "ttft_ms", first * 1000, n=trials), Row(name, "decode_tps", rate, n=trials)]
+    for name, every in found.items():
+        rows.append(Row(name, "ttft_ms", summary([1000 * t.stamps_s[0] for t in every])["median"], n=count))
+        rows.append(Row(name, "decode_tps", summary([1 / t.tpot_s for t in every])["median"], n=count))
     return rows
 
 
+class Bench:
+    """One run: the models by name, `model + draft` among them, and the trials that are finished."""
+
+    def __init__(self, s: Settings):
+        self.s, self.r = s, s.request
+        if s.out and not Path(s.out).absolute().parent.is_dir():
+            raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
+        folders = [teacher.find(m).path for m in s.models]
+        if len(set(folders)) < len(folders):
+            raise MisError(f"{len(folders)} models given, {len(set(folders))} different ones: give each once")
+        self.models = dict(zip(load.labels(folders), map(load.open_checkpoint, folders), strict=True))
+        self.first, self.small = next(iter(self.models)), None
+        self.pair = f"{self.first} + draft"
+        if s.draft_model:
+            self.small = compare.same_vocabulary(self.models[self.first], load.open_checkpoint(s.draft_model))
+        limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+        needs = {name: trials.need_bytes(m, self.r) for name, m in self.models.items()}
+        if self.small:
+            needs[self.first] += trials.need_bytes(self.small, self.r)
+            self.models[self.pair] = self.models[self.first]
+        for name, nbytes in needs.items():
+            limit.need(nbytes, f"timing {name}", "give a larger --budget, a smaller -p or -b, or a model of fewer bits")
+        self.together = sum(needs.values()) <= limit.limit_bytes
+        if not self.together and len(self.models) > 1:
+            cli.say("the models do not fit in memory together: one after the other, so drift does not hit all alike")
+        self.done: dict[str, list[Trial]] = {}
+        self.loaded: dict[str, dict[str, float]] = {}
+        self.stopped = False
+
+    def openers(self) -> dict[str, Callable[[], Subject]]:
+        """What loads each model. Model and draft share the model where both are in memory."""
+        kept: dict[str, Subject] = {}
+
+        def single(name: str, m: Checkpoint) -> Subject:
+            subject = kept.get(name) or timing.opened(m.path, name)
+            if self.together:
+                kept[name] = subject
+            return subject
+
+        def pair(small: Checkpoint) -> Subject:
+            one, draft = single(self.first, self.models[self.first]), timing.opened(small.path, "draft")
+            load_s = one.load_s + draft.load_s
+            return replace(one, name=self.pair, load_s=load_s, draft=draft.model, guesses=self.s.num_draft_tokens)
+
+        found: dict[str, Callable[[], Subject]] = {n: partial(single, n, m) for n, m in self.models.items()}
+        if self.small:
+            found[self.pair] = partial(pair, self.small)
+        return found
+
+    def go(self, meter: power.EnergyMeter | None) -> None:
+        """All trials. Ctrl-C ends them; those that are finished stay."""
+        total = self.s.num_trials * len(self.models)
+        every = trials.rounds(
+            self.openers(), self.together, self.s.num_trials, self.r, self.s.seed, self.s.delay, meter, peaks=True
+        )
+        try:
+            with cli.progress("trials", total) as show:
+                for at, (subject, done) in enumerate(every, 1):
+                    self.done.setdefault(subject.name, []).append(done)
+                    self.loaded[subject.name] = {"load_s": subject.load_s, "read_bytes": subject.read_bytes}
+                    self.write()
+                    show(at, f"{subject.name}: {self.r.batch / done.tpot_s:.1f} tokens/s")
+        except KeyboardInterrupt:
+            if not self.done:
+                raise
+            self.stopped = True
+            cli.say(f"stopped by hand: {sum(map(len, self.done.values()))} of {total} trials are kept")
+
+    def write(self, result: dict[str, Any] | None = None) -> None:
+        """The trials so far in the file --out, if one is wanted, and at last the result."""
+        if self.s.out:
+            kept = ("stamps_s", "cached_s", "accepted", "peak_bytes")
+            every = {n: [{k: getattr(t, k) for k in kept} for t in done] for n, done in self.done.items()}
+            DISK.replace_text(Path(self.s.out), json.dumps({**(result or {}), "trials": every}) + "\n")
+
+    def fixed(self) -> dict[str, Any]:
+        """What the same command with the same seed gives again: sizes, texts, tokens."""
+        asked = ("prompt_tokens", "generation_tokens", "num_trials", "batch_size", "depth", "seed")
+        models = {
+            name: {
+                "params": arch.params(m.config),
+                "weight_bytes": m.nbytes,
+                "format": roofline.kind(m, str(load.compute_dtype()).removeprefix("mlx.core.")),
+                **({} if name == self.pair else {"m1_best_tps_computed": roofline.m1_tokens_per_s(m, self.r)}),
+                "trials": len(self.done.get(name, ())),
+                "prompts_sha256": _sha256([t.asked for t in self.done.get(name, ())]),
+                "tokens_sha256": _sha256([t.tokens for t in self.done.get(name, ())]),
+            }
+            for name, m in self.models.items()
+        }
+        return {**{name: getattr(self.s, name) for name in asked}, "warm_up_tokens": trials.WARM_UP, "models": models}
+
+    def measured(self, at: Roof, idle: power.Energy | None) -> dict[str, dict[str, Any]]:
+        """{model: {metric: summary}} of what was timed, and beside it the roof: `*_best_*`, `reached`, `moved_mb`."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, done in self.done.items():
+            m, read = self.models[name], int(self.loaded[name]["read_bytes"])
+            values: dict[str, Any] = trials.figures(done, self.r, idle)
+            found[name] = {"load_s": self.loaded[name]["load_s"], **values}
+            if name != self.pair:  # what a pass of both together could do depends on the guesses
+                found[name] |= roofline.beside(m, read, self.r, at, values["decode_tps"]["median"])
+        return found
+
+
+def _sha256(found: Any) -> str:
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _idle(meter: power.EnergyMeter, reading: Reading) -> power.Energy | None:
+    """What this machine takes at rest; None, at once, where nothing measures energy."""
+    if meter.source is None and reading.power_w is None:
+        return None
+    meter.begin()
+    time.sleep(IDLE_S)
+    return meter.end()
+
+
+def _conditions(reading: Reading) -> dict[str, Any]:
+    """What a time depends on beside the model; `unfit`: why times taken now are not the model's own."""
+    kept = ("die_c", "battery_c", "pressure_level", "battery_percent", "plugged", "power_w")
+    saving, load_average = power.low_power_mode(), psutil.getloadavg()[0]
+    seen = {**{name: getattr(reading, name) for name in kept}, "low_power_mode": saving, "load_average": load_average}
+    unfit = governor.unfit_for_timing(reading) or ("Low Power Mode is on" if saving else None)
+    if not unfit and load_average > (os.cpu_count() or 1):
+        unfit = f"load average {load_average:.1f}, more than there are cores"
+    return {**seen, "unfit": unfit}
+
+
 def run(settings: Settings) -> dict[str, Any]:
-    """The command. A machine that is hot at the start or the end is said to be, in the JSON too."""
-    if min(settings.p, settings.g, settings.n) < 1 or settings.delay < 0:
-        given = f"--p {settings.p} --g {settings.g} --n {settings.n} --delay {settings.delay:g}"
-        raise MisError(f"{given} cannot be timed: give 1 or more of each, and a delay of 0 or more")
-    folders = [Path(m) for m in settings.model] or [teacher.find().path]
-    names = load.labels(folders)
+    """The command. A machine that is hot at the start or the end, or slows down, is said to be, in the JSON too."""
+    bench = Bench(settings)
     with Weather(settings) as weather:
-        hot = [governor.unfit_for_timing(weather.reading())]
-        rows = measure(folders, names, settings.p, settings.g, settings.n, settings.delay)
-        hot.append(governor.unfit_for_timing(weather.reading()))
-    rows += [Row(n, "bytes", load.open_checkpoint(f).nbytes / 1e6) for f, n in zip(folders, names, strict=True)]
-    print(cli.table(rows, names, speak.METRICS))
-    flags = [f"{when}: {why}" for when, why in zip(("before", "after"), hot, strict=True) if why]
-    for flag in flags:
-        cli.say(f"these times measure the heat too ({flag}): let it cool, or use --delay")
-    values = {f"{r.metric}_{r.model}": r.value for r in rows}
-    return {"p": settings.p, "g": settings.g, "n": settings.n, **values, "hot": flags}
+        at = roofline.here(settings.measure)
+        first = weather.reading()
+        conditions = {"before": _conditions(first)}
+        with closing(power.EnergyMeter(weather.monitor)) as meter:
+            idle = _idle(meter, first)
+            bench.go(meter if idle else None)
+        conditions["after"] = _conditions(weather.reading())
+    hot = [f"{when}: {seen['unfit']}" for when, seen in conditions.items() if seen["unfit"]]
+    hot += [why for name, done in bench.done.items() if (why := trials.slowed(name, done))]
+    measured = bench.measured(at, idle)
+    fixed = bench.fixed()
+    said = speeds.sentences(fixed["models"], measured, bench.r)
+    print(cli.table(speeds.rows(fixed["models"], measured), list(measured), speeds.METRICS))
+    print("\n" + "\n".join(said))
+    for flag in hot:
+        cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
+    source = (meter.source or "the whole machine's power") if idle else None
+    result = {
+        **fixed,
+        "machine": about(),
+        "hot": hot,
+        "stopped": bench.stopped,
+        "measured": {"models": measured, "roof": asdict(at), "conditions": conditions, "energy_source": source},
+        "sentences": said,
+    }
+    bench.write(result)
+    return result
 
 
 if __name__ == "__main__":

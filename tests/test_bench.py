@@ -1,54 +1,306 @@
-"""The command `bench`: what is counted, not how fast this machine is."""
+"""The command `bench`: what is counted and kept, not how fast this machine is."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mis_mlx import bench
-from mis_mlx.model import speak
+from mis_mlx.machine.power import Energy
+from mis_mlx.machine.roof import Roof
+from mis_mlx.model import timing
+from mis_mlx.model.timing import Request, Trial
+from mis_mlx.training import roofline, trials
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
+from tests.conftest import Done, last_line, sentence
+
+QUICK = ("-p", 4, "-g", 4, "-n", 1)
 
 
-def test_rates_by_pencil(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stamps 0, 0.5, 0.6, 0.7 s: first token after 500 ms, then 2 tokens in 0.2 s; the median of three trials."""
-    stamps = iter([[0.0, 9.0, 9.9], [0, 0.5, 0.6, 0.7], [1, 1.1, 1.5, 1.9], [2, 4.0, 4.05, 4.1]])
-    monkeypatch.setattr(speak, "token_times", lambda *_: next(stamps))
-    first, rate = bench.measure([llama.path], ["m"], 4, 3, 3)
-    assert (first.metric, first.value, first.n) == ("ttft_ms", pytest.approx(500.0), 3)
-    assert (rate.metric, rate.value) == ("decode_tps", pytest.approx(10.0))  # of 10, 2.5 and 20
+@pytest.fixture(autouse=True)
+def measured_roof(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache folder of the test's own, with a roof in it: measuring takes 5 s, and tests/machine does."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("mis_mlx.machine.roof.measure", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+    yield
+
+
+def settings(*models: Path, **flags: Any) -> bench.Settings:
+    """A bench of moments."""
+    given = {"prompt_tokens": 4, "generation_tokens": 4, "num_trials": 1, **flags}
+    return bench.Settings(model=tuple(map(str, models)), **given)
+
+
+def stamped(*stamps_s: float, cached_s: float | None = None, **more: Any) -> Trial:
+    """A trial whose tokens were there at these times."""
+    return Trial(((1, 2),), (3,) * len(stamps_s), stamps_s, cached_s, **more)
+
+
+def test_rates_by_pencil() -> None:
+    """Tokens at 0.5, 0.6, 0.7 s: 500 ms to the first, 100 ms each after it, 10 a second (the first does not count);
+    a prompt of 20 tokens is read at 40 a second."""
+    found = trials.figures([stamped(0.5, 0.6, 0.7, cached_s=0.1)], Request(20, 3))
+    assert found["ttft_ms"]["mean"] == pytest.approx(500)
+    assert found["ttft_cached_ms"]["mean"] == pytest.approx(100)
+    assert found["tpot_ms"]["mean"] == pytest.approx(100)
+    assert found["decode_tps"] == pytest.approx({"mean": 10, "sd": 0, "median": 10, "n": 1})
+    assert found["prefill_tps"]["mean"] == pytest.approx(40)
+    assert found["itl_ms"]["n"] == 2
+
+
+def test_mean_and_deviation_over_trials_and_95_of_many_only() -> None:
+    """Rates 10 and 20 a second: 15 ± 7.07. 2 trials have no p95; 21 gaps do, and so have 20 trials."""
+    two = [stamped(*(1 + 0.1 * k for k in range(12))), stamped(*(1 + 0.05 * k for k in range(11)))]
+    found = trials.figures(two, Request(1, 12))
+    assert found["decode_tps"]["mean"] == pytest.approx(15)
+    assert found["decode_tps"]["sd"] == pytest.approx(7.0711, abs=1e-4)
+    assert "p95" not in found["ttft_ms"]
+    assert found["itl_ms"]["p95"] == pytest.approx(100)
+    assert "p95" in trials.figures([stamped(1.0, 2.0)] * 20, Request(1, 2))["ttft_ms"]
+
+
+def test_a_batch_counts_all_sequences() -> None:
+    """Four sequences step ten times a second: 40 tokens/s, and 4 x 2 prompt tokens in half a second."""
+    found = trials.figures([stamped(0.5, 0.6, 0.7)], Request(2, 3, batch=4))
+    assert found["decode_tps"]["mean"] == pytest.approx(40)
+    assert found["prefill_tps"]["mean"] == pytest.approx(16)
+
+
+def test_energy_is_what_work_took_beyond_rest() -> None:
+    """30 J in 2 s at 5 W of rest are 20 J of work: 10 J for each of the two tokens after the first."""
+    idle = Energy(4.0, 20.0, None)
+    found = trials.figures([stamped(0.5, 1.5, 2.5, energy=Energy(2.0, 30.0, 99.0))], Request(1, 3), idle)
+    assert found["joules"]["mean"] == pytest.approx(10)
+    assert "joules" not in trials.figures([stamped(0.5, 1.5, energy=Energy(2.0, None, 9.0))], Request(1, 2), idle)
+
+
+def test_who_slows_down_is_named() -> None:
+    """From 10 to 8 tokens/s is said, from 10 to 9.5 is not."""
+    slow = trials.slowed("m", [stamped(1.0, 1.1), stamped(1.0, 1.125)])
+    assert slow is not None and "10.0 to 8.0" in slow
+    assert trials.slowed("m", [stamped(1.0, 1.1), stamped(1.0, 1.105)]) is None
+
+
+def test_the_roof_by_pencil(llama: Checkpoint) -> None:
+    """1 MB of weights and the keys of 10 tokens (3 blocks x 2 x 32 numbers x 4 bytes) a token, at 1 GB/s."""
+    r, at = Request(8, 4), Roof("d", "", 1e9, 1e15, "given")
+    token = roofline.decoding(llama, 1_000_000, r)
+    assert token.nbytes == 1_000_000 + 10 * 3 * 2 * 32 * 4
+    found = roofline.beside(llama, 1_000_000, r, at, 500.0)
+    assert found["bound"] == "memory bandwidth"
+    assert found["decode_best_tps"] == pytest.approx(1e9 / token.nbytes)
+    assert found["reached"] == pytest.approx(500 * token.nbytes / 1e9)
+    slow = Roof(
+        "d", "", 1e15, 1e6, "given"
+    )  # where arithmetic is the limit: 2 operations a parameter of blocks and head
+    assert roofline.beside(llama, 1_000_000, r, slow, 1.0)["bound"] == "arithmetic"
+    params = sum(t.nbytes for t in llama.tensors.values()) // 4
+    assert roofline.decoding(llama, 0, r).flops == pytest.approx(2 * params, rel=0.02)
+
+
+def test_an_m1_at_best_is_computed_from_the_bytes_it_would_read(llama: Checkpoint) -> None:
+    """Floats in float16: two bytes a parameter, and the keys of 10 tokens, over 68 GB/s."""
+    params = sum(t.nbytes for t in llama.tensors.values()) // 4
+    assert roofline.m1_tokens_per_s(llama, Request(8, 4)) == pytest.approx(68e9 / (2 * params + 10 * 3 * 2 * 32 * 2))
+
+
+def test_formats_are_not_mixed_into_a_speed_up() -> None:
+    """Size alone explains a ratio between models of one format only."""
+    facts = {"name": "a", "kind": "float32", "best": 10.0, "tps": 8.0, "bound": "memory bandwidth"}
+    assert "2.00x as fast as a (float32); it decodes 1.50x" in roofline.against(
+        facts, {**facts, "name": "b", "best": 20.0, "tps": 12.0}
+    )
+    assert "differ in format" in roofline.against(facts, {**facts, "kind": "4-bit"})
+    assert "bounds it." in roofline.bound(facts)
+    assert "kernels" in roofline.bound({**facts, "tps": 1.0})
+    assert "--measure does it again" in roofline.bound({**facts, "tps": 10.1})
 
 
 def test_a_table_of_two_models(llama: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real trials: positive times, the bytes of the weights, one column a model."""
+    """Real trials: positive times, the bytes of the weights, one column a model; peak memory holds the weights of
+    one model, not of both."""
     small = tiny.make(tmp_path / "small", num_hidden_layers=1)
-    result = bench.run(bench.Settings(model=(str(llama.path), str(small)), p=4, g=4, n=1))
-    assert result["bytes_llama"] == pytest.approx(llama.nbytes / 1e6)
-    assert 0 < result["bytes_small"] < result["bytes_llama"]
-    assert all(result[f"{metric}_{name}"] > 0 for metric in ("ttft_ms", "decode_tps") for name in ("llama", "small"))
-    assert "| | llama | small |" in capsys.readouterr().out
+    result = bench.run(settings(llama.path, small))
+    assert result["models"]["llama"]["weight_bytes"] == llama.nbytes
+    for name in ("llama", "small"):
+        m, nbytes = result["measured"]["models"][name], result["models"][name]["weight_bytes"]
+        assert min(m[k]["mean"] for k in ("ttft_ms", "ttft_cached_ms", "tpot_ms", "decode_tps", "prefill_tps")) > 0
+        assert nbytes < 1e6 * m["peak_mb"]["mean"] < nbytes + 1e6
+    out = capsys.readouterr().out
+    assert "| | llama | small |" in out and "computed" in out
+    assert "should decode" in out
 
 
-def test_one_token_has_no_rate(llama: Checkpoint) -> None:
-    """There is no second one to time the first against: two are taken."""
-    assert all(row.value > 0 for row in bench.measure([llama.path], ["m"], 4, 1, 1))
+def test_the_same_seed_gives_the_same_json_apart_from_timings(llama: Checkpoint) -> None:
+    """Texts and tokens are the same ones; another seed has other texts."""
+    own = ("measured", "hot", "sentences")
+    one, same, other = (
+        {k: v for k, v in bench.run(settings(llama.path, num_trials=2, seed=seed)).items() if k not in own}
+        for seed in (3, 3, 4)
+    )
+    assert one == same
+    assert one["models"]["llama"]["prompts_sha256"] != other["models"]["llama"]["prompts_sha256"]
 
 
-@pytest.mark.parametrize("flags", [{"p": 0}, {"g": 0}, {"n": 0}, {"delay": -1.0}])
+def test_depth_and_batch_and_a_draft(llama: Checkpoint) -> None:
+    """Tokens in the cache change what is generated, a batch has its own prompts; the model as its own draft guesses
+    right (all of it, if the last pass's guesses count as asked), and the pair is a column."""
+    plain = bench.run(settings(llama.path, generation_tokens=7, draft_model=str(llama.path)))
+    pair = "llama + draft"
+    assert plain["measured"]["models"][pair]["accepted"]["mean"] == 1.0
+    assert plain["models"][pair]["tokens_sha256"] == plain["models"]["llama"]["tokens_sha256"]
+    deep = bench.run(settings(llama.path, generation_tokens=7, depth=5))
+    assert deep["models"]["llama"]["prompts_sha256"] == plain["models"]["llama"]["prompts_sha256"]
+    assert deep["models"]["llama"]["tokens_sha256"] != plain["models"]["llama"]["tokens_sha256"]
+    wide = bench.run(settings(llama.path, batch_size=3))
+    assert wide["measured"]["models"]["llama"]["decode_tps"]["mean"] > 0
+    assert "ttft_cached_ms" not in wide["measured"]["models"]["llama"]
+
+
+def test_a_batch_generates_what_each_prompt_gives_alone(llama: Checkpoint) -> None:
+    """The same tokens, step by step, as `generate_step` on each of the prompts."""
+    subject = timing.opened(llama.path, "m")
+    together = timing.trial(subject, Request(5, 4, batch=2), (0, 1))
+    rows = [together.tokens[i::2] for i in range(2)]
+    for ids, row in zip(together.asked, rows, strict=True):
+        steps = timing._steps(subject, [list(ids)], 4, timing.speak.filled_cache(subject.model, 0))
+        assert tuple(t for new, _ in steps for t in new) == row
+
+
+def test_guesses_are_counted_by_the_pass() -> None:
+    """Two of two right, own; one of two right, own; then one token is left, and guessed right."""
+    passes = [True, True, False, True, False, True]
+    assert timing._accepted(passes, 6, 2) == (4, 5)
+    assert timing._accepted([False, False], 9, 2) == (0, 4)
+
+
+def test_measure_interleaves_what_fits_and_not_what_does_not(
+    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A B A B within the limit, A A B B beyond it; the warm-up of each before."""
+    order: list[str] = []
+
+    def noted(subject: Any, *_: Any) -> Trial:
+        order.append(subject.name)
+        return stamped(1.0, 2.0)
+
+    monkeypatch.setattr(timing, "trial", noted)
+    for limit, wanted in ((10**9, "abababab"), (0, "aaaabbbb")):
+        order.clear()
+        rows = bench.measure([llama.path] * 2, ["a", "b"], 4, 2, 3, limit)
+        assert "".join(order) == wanted
+        assert [(r.model, r.metric, r.value) for r in rows[:2]] == [("a", "ttft_ms", 1000.0), ("a", "decode_tps", 1.0)]
+
+
+@pytest.mark.parametrize(
+    "flags", [{"prompt_tokens": 0}, {"generation_tokens": 1}, {"num_trials": 0}, {"delay": -1.0}, {"depth": -1}]
+)
 def test_nothing_to_time_is_a_sentence(llama: Checkpoint, flags: dict[str, Any]) -> None:
-    """All four numbers are said."""
+    """All numbers are said."""
     with pytest.raises(MisError, match="cannot be timed"):
-        bench.run(bench.Settings(model=(str(llama.path),), **flags))
+        bench.run(settings(llama.path, **flags))
 
 
-def test_two_models_of_one_name(tmp_path: Path) -> None:
-    """a/model and b/model get a column each."""
-    folders = []
-    for name, layers in (("a", 1), ("b", 2)):
-        (tmp_path / name).mkdir()
-        folders.append(str(tiny.make(tmp_path / name / "model", num_hidden_layers=layers)))
-    result = bench.run(bench.Settings(model=tuple(folders), p=2, g=2, n=1))
-    assert result[f"bytes_{folders[0]}"] < result[f"bytes_{folders[1]}"]
+def test_what_does_not_go_together_is_a_sentence(llama: Checkpoint) -> None:
+    """A batch with depth or draft; a model twice; a result with nowhere to go."""
+    with pytest.raises(MisError, match="neither -d nor --draft-model"):
+        bench.run(settings(llama.path, batch_size=2, depth=1))
+    with pytest.raises(MisError, match="give each once"):
+        bench.run(settings(llama.path, llama.path))
+    for out in ("/no/such/folder/x.json", str(llama.path / "config.json" / "x.json")):
+        with pytest.raises(MisError, match="is no folder"):
+            bench.run(settings(llama.path, out=out))
+
+
+def test_a_model_that_does_not_fit_is_plans_sentence(llama: Checkpoint, command: Callable[..., Done]) -> None:
+    """Both numbers and a remedy, before anything is loaded."""
+    said = sentence(command("bench", "--model", llama.path, *QUICK, "--budget", "1MiB"))
+    assert "timing llama needs" in said
+    assert "the budget is 1 MiB: give a larger --budget" in said
+
+
+def test_flags_of_mlx_lm_and_a_model_given_twice(
+    llama: Checkpoint, tmp_path: Path, command: Callable[..., Done]
+) -> None:
+    """-p -g -n, --model again for the second; the last line is JSON, --out has every trial. a/model and b/model get
+    a column each. The roof is measured really."""
+    folders = [tiny.make(tmp_path / name / "model", num_hidden_layers=n) for n, name in ((1, "a"), (2, "b"))]
+    flags = [part for folder in folders for part in ("--model", folder)]
+    done = command("bench", *flags, *QUICK, "--out", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    result = last_line(done)
+    assert [name.endswith(end) for name, end in zip(result["models"], ("a/model", "b/model"), strict=True)] == [
+        True
+    ] * 2
+    assert result["measured"]["roof"]["memory_bytes_per_s"] > 1e8
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert {k: v for k, v in kept.items() if k != "trials"} == result
+    assert all(len(t["stamps_s"]) == 4 for of in kept["trials"].values() for t in of)
+
+
+def test_models_in_one_flag_in_several_and_in_a_file(tmp_path: Path) -> None:
+    """`--model A B`, `--model A --model B` and a YAML list mean the same; none is the default."""
+    file = tmp_path / "bench.yaml"
+    file.write_text("model: [A, B]\nnum-trials: 3\n")
+    for flags in (
+        ["--model", "A", "B"],
+        ["--model", "A", "--model", "B"],
+        ["-c", str(file)],
+        ["--model=A", "--model=B"],
+    ):
+        assert bench.cli.parse(bench.Settings, [*flags, "-p", "9"]).models == ["A", "B"]
+    assert bench.cli.parse(bench.Settings, ["-c", str(file), "--model", "C"]).models == ["A", "B", "C"]
+    assert bench.cli.parse(bench.Settings, []).models == [None]
+
+
+def test_what_comes_between_two_tokens_is_clocked() -> None:
+    """Every step has a time, its tokens and whose they are; the meter begins at the first one."""
+    began: list[int] = []
+    meter: Any = SimpleNamespace(begin=lambda: began.append(len(began)))
+    stamps, tokens, guessed = timing.clocked(iter([([1, 2], False), ([3, 4], True)]), meter)
+    assert 0 <= stamps[0] <= stamps[1] and began == [0]
+    assert (tokens, guessed) == ([1, 2, 3, 4], [False, True])
+
+
+def test_a_format_says_all_its_bits() -> None:
+    """One number for all matrices, or the span; floats are named by what they are computed in."""
+
+    def kind(**quantization: Any) -> str:
+        config = {"quantization": quantization} if quantization else {}
+        return roofline.kind(Checkpoint(Path(), config, {}), "float32")
+
+    assert kind() == "float32"
+    assert kind(bits=4, group_size=64, **{"model.layers.0.mlp.up_proj": {"bits": 4}}) == "4-bit"
+    assert kind(bits=4, a={"bits": 3}, b={"bits": 8}, c=False) == "3- to 8-bit"
+
+
+def test_ctrl_c_keeps_the_finished_trials(llama: Checkpoint, tmp_path: Path, own_home: dict[str, str]) -> None:
+    """SIGINT to the real process after its first trials: a table, exit 0, JSON that says it was stopped."""
+    out = tmp_path / "out.json"
+    flags = ("--model", llama.path, "-p", 4, "-g", 4, "-n", 10_000, "--out", out)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mis_mlx.bench", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**own_home, "PYTHONPATH": str(Path(__file__).parents[1])}, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+    )  # fmt: skip
+    while process.poll() is None and not (out.exists() and len(json.loads(out.read_text())["trials"]["llama"]) > 2):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    said, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    result = json.loads(said.splitlines()[-1])
+    assert result["stopped"] and "stopped by hand" in err
+    assert 2 < result["models"]["llama"]["trials"] < 10_000
+    assert len(json.loads(out.read_text())["trials"]["llama"]) == result["models"]["llama"]["trials"]
+    assert result["measured"]["models"]["llama"]["decode_tps"]["n"] == result["models"]["llama"]["trials"]

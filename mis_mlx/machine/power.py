@@ -7,16 +7,22 @@ display in it. Knows nothing of tokens.
 from __future__ import annotations
 
 import importlib
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
+from mis_mlx.machine import macmon, rapl
 from mis_mlx.machine.clock import Clock
 from mis_mlx.types import Reading
 
 WINDOW = "mis_mlx"
-PARTS = ("cpu_total_mj", "gpu_mj", "dram_mj", "gpu_sram_mj", "ane_mj")
+PARTS = ("cpu_total_mj", "gpu_mj", "dram_mj", "gpu_sram_mj", "ane_mj", "package_mj")
+ZEUS = "zeus-apple-silicon, the chip's firmware"
 
 
 class Readings(Protocol):
@@ -36,19 +42,30 @@ class Energy:
     chip_j: float | None
     machine_j: float | None
 
+    def beyond(self, idle: Energy) -> float | None:
+        """Joules more than the same machine took while idle, for as long: the chip's, else the whole machine's.
+        None where neither was measured both times."""
+        for mine, others in ((self.chip_j, idle.chip_j), (self.machine_j, idle.machine_j)):
+            if mine is not None and others is not None:
+                return mine - others / idle.seconds * self.seconds
+        return None
+
 
 class EnergyMeter:
     """Measures from `begin` to `end`. A stretch must be 0.1 s or longer to mean anything.
 
-    `open_counters` gives the chip's counters: the optional package zeus-apple-silicon, where it is installed.
+    `open_counters` gives the chip's counters: by default those of the optional package zeus-apple-silicon, where
+    it is installed, or what macmon says, or RAPL's, where they can be read. `source` names them, None where there
+    are none.
     """
 
     def __init__(self, monitor: Readings, open_counters: Callable[[], Any] | None = None):
         self._monitor = monitor
         try:
-            self._counters = (open_counters or _zeus)()
-        except (ImportError, RuntimeError):
+            self._counters = (open_counters or _counters)()
+        except (ImportError, RuntimeError, OSError, ValueError):
             self._counters = None
+        self.source = None if self._counters is None else str(getattr(self._counters, "source", ZEUS))
         self._since_s = 0.0
 
     def begin(self) -> None:
@@ -67,6 +84,11 @@ class EnergyMeter:
         chip_j = sum(parts) / 1000 if parts else None
         return Energy(seconds, chip_j, machine_joules(history, self._since_s, until_s))
 
+    def close(self) -> None:
+        """End what the counters started."""
+        if hasattr(self._counters, "close"):
+            self._counters.close()
+
 
 def machine_joules(history: Sequence[Reading], since_s: float, until_s: float) -> float | None:
     """Power over time by trapezoids, stretched to the whole of `since_s` to `until_s`; `None` when fewer
@@ -78,5 +100,23 @@ def machine_joules(history: Sequence[Reading], since_s: float, until_s: float) -
     return joules * (until_s - since_s) / (inside[-1][0] - inside[0][0])
 
 
-def _zeus() -> Any:
-    return importlib.import_module("zeus_apple_silicon").AppleEnergyMonitor()
+def _counters() -> Any:
+    for counters in (lambda: importlib.import_module("zeus_apple_silicon").AppleEnergyMonitor(), macmon.Macmon):
+        try:
+            return counters()
+        except (ImportError, RuntimeError, OSError):
+            continue
+    return rapl.Rapl()
+
+
+def low_power_mode(pmset: str = "pmset", root: Path = rapl.SYS) -> bool | None:
+    """Whether the machine saves power at the cost of speed: Low Power Mode on a Mac, the firmware's profile on
+    Linux; None where neither says."""
+    if (tool := shutil.which(pmset)) is not None:
+        said = subprocess.run([tool, "-g"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        found = re.search(r"^\s*lowpowermode\s+(\d)", said.stdout, re.MULTILINE)
+        return None if found is None else found[1] == "1"
+    try:
+        return (root / "firmware/acpi/platform_profile").read_text("ascii").strip() in ("low-power", "quiet")
+    except OSError:
+        return None

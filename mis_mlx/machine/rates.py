@@ -77,17 +77,17 @@ def matmul_flops(seconds: float = 0.3) -> float:
     gpu = mx.default_device() == mx.gpu
     size = 4096 if gpu else 1024
     a = mx.random.normal((size, size), key=mx.random.key(0)).astype(mx.float16 if gpu else mx.float32)
-    return 2 * size**3 / _quickest(lambda: (a @ a)[0, 0].item(), seconds)
+    return 2 * size**3 / quickest(lambda: (a @ a)[0, 0].item(), seconds)
 
 
 def copy_bytes(nbytes: int = 256 * 2**20) -> float:
     """Bytes per second that memory moves, read and written, when a large array is copied over another."""
     source = np.ones(nbytes // 4, np.float32)
     target = np.zeros_like(source)
-    return 2 * source.nbytes / _quickest(lambda: np.copyto(target, source), 1.0)
+    return 2 * source.nbytes / quickest(lambda: np.copyto(target, source), 1.0)
 
 
-def _quickest(work: Callable[[], object], seconds: float) -> float:
+def quickest(work: Callable[[], object], seconds: float) -> float:
     """Shortest time of `work` among those begun within `seconds` of the end of a first one that warms up."""
     work()
     best, until = float("inf"), time.perf_counter() + seconds

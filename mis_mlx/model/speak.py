@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mis_mlx.model import load
+from mis_mlx.model import load, trial
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import MisError
 
@@ -32,7 +32,9 @@ METRICS = (
 def open_model(folder: Path) -> tuple[nn.Module, Any]:
     """(model, tokenizer) by stock `mlx_lm.load` of a folder that passed our gate; floats in the quick type."""
     load.open_checkpoint(folder)
-    model, tokenizer = load.mlx_lm("utils").load(str(folder), tokenizer_config={"trust_remote_code": False})
+    trial.tried(folder)
+    trust: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": False}, "trust_remote_code": False}
+    model, tokenizer = load.mlx_lm("utils").load(str(folder), **trust)
     dtype = load.compute_dtype()
     model.update(tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))
     return model, tokenizer
@@ -53,18 +55,23 @@ def prompt_ids(tokenizer: Any, text: str, count: int) -> mx.array:
     return mx.array((ids * (count // len(ids) + 1))[:count])
 
 
-def token_times(model: nn.Module, ids: mx.array, count: int, cached: int = 0) -> list[float]:
-    """Seconds on one clock: [start, first token, second token, ...]; greedy, never stops at the end token.
-
-    cached: tokens that the KV cache holds before the prompt; zeros, which take as long as any others.
-    """
-    generate_step = load.mlx_lm("generate").generate_step
+def filled_cache(model: nn.Module, cached: int) -> list[Any]:
+    """mlx-lm's KV cache of a model with `cached` tokens in it: zeros, which take as long as any others."""
     cache = load.mlx_lm("models.cache").make_prompt_cache(model)
     if cached:
         s = shape_of(vars(model.args))
         zeros = mx.zeros((1, s.kv_heads, cached, s.head_dim), load.compute_dtype())
         for layer in cache:
             layer.update_and_fetch(zeros, zeros)
+    return cache
+
+
+def token_times(model: nn.Module, ids: mx.array, count: int, cached: int = 0) -> list[float]:
+    """Seconds on one clock: [start, first token, second token, ...]; greedy, never stops at the end token.
+
+    cached: tokens that the KV cache holds before the prompt; zeros, which take as long as any others.
+    """
+    generate_step, cache = load.mlx_lm("generate").generate_step, filled_cache(model, cached)
     stamps = [time.perf_counter()]
     for token, _ in generate_step(ids, model, max_tokens=count, prompt_cache=cache):
         int(token)

@@ -1,0 +1,359 @@
+"""Teacher against student, format against format; our figures beside mlx-lm's own in the same run; where a token goes.
+
+    scripts/mis benchmarks/throughput.py --student RUN/distilled --four-bit RUN/model    # 20 minutes on a quiet core
+    scripts/mis benchmarks/throughput.py --student RUN/distilled --parts dense           # one of the four parts
+
+Four parts. `dense`: teacher and student in turn as they are computed (float32 on a CPU), with the student as the
+teacher's draft. `4-bit`: both as `mlx_lm.convert -q` packs them, so that one format is never compared with another, and
+beside them the student as our `quantize` left it. `agreement`, on the student: bench's trial, mlx-lm's stream_generate
+and a bare generate_step loop that takes two times only, in turn; then `mlx_lm.benchmark` itself between trials of ours.
+mlx-lm counts the first token without its time: `corrected` takes it out, (g - 1) / g. `profile`: one token, evaluated
+after every part, so that the parts together are a little more than a token; says where the student is not as much
+quicker as it is smaller.
+
+A part that is there, of the same weights and sizes, is not measured again (delete the file for that). Writes
+benchmarks/results/<machine>/throughput.json after each part, with what was to be shown and whether it holds, and a
+picture of decode speed against the bytes of a token, under this machine's roof and an M1's, the latter computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import laboratory
+import mlx.core as mx
+import numpy as np
+import psutil
+from mlx.utils import tree_flatten
+
+from mis_mlx import bench, cli
+from mis_mlx.machine.roof import M1
+from mis_mlx.maths.stats import interval
+from mis_mlx.model import load, speak, teacher, timing
+from mis_mlx.model.stream import settle
+from mis_mlx.model.timing import Request, Subject
+from mis_mlx.types import MisError
+
+PARTS = ("dense", "4-bit", "agreement", "profile")
+SPEED_UP, APART, OVERHEAD = 1.45, 0.02, 0.01  # what is to be shown
+COLORS = ("#1f77b4", "#d62728", "#17becf", "#ff7f0e", "#2ca02c")
+READY = 200_000  # steps without a model, to time what bench does between two tokens
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared, and how long."""
+
+    student: str
+    """folder of the student before it was packed"""
+    four_bit: str | None = None
+    """folder of the same student as `quantize` packed it: one more column of the 4-bit ones"""
+    teacher: str | None = None
+    """default: the default teacher"""
+    note: str = ""
+    """what the student is, for the results file"""
+    parts: tuple[Literal["dense", "4-bit", "agreement", "profile"], ...] = PARTS
+    """what to measure, where it has not been"""
+    prompt_tokens: int = 512
+    generation_tokens: int = 128
+    num_trials: int = 5
+    four_bit_trials: int = 3
+    """of the packed ones, whose prompts take half a minute on a CPU"""
+    delay: float = 0.0
+    """seconds of rest before each trial; 30 or more for a laptop without a fan"""
+    rounds: int = 12
+    """of bench, mlx-lm and the bare loop in turn: a multiple of 6 has every order equally often"""
+    blocks: int = 3
+    """of `mlx_lm.benchmark -n 3` and three trials of ours"""
+    agreement_tokens: int = 128
+    """that each of these generates after 32"""
+    name: str = "throughput"
+    """of the results file"""
+
+
+def timed(folders: dict[str, Path], s: Settings, **more: Any) -> dict[str, Any]:
+    """`bench` of these models by these names: its JSON."""
+    with tempfile.TemporaryDirectory() as temp:
+        for name, folder in folders.items():
+            (Path(temp) / name).symlink_to(folder.resolve(), target_is_directory=True)
+        models = tuple(str(Path(temp) / name) for name in folders)
+        sizes = {k: getattr(s, k) for k in ("prompt_tokens", "generation_tokens", "num_trials", "delay")}
+        found = bench.run(bench.Settings(model=models, measure=True, **{**sizes, **more}))
+    if found["stopped"]:
+        raise KeyboardInterrupt
+    return {k: v for k, v in found.items() if k != "machine"}
+
+
+def dense(big: Path, s: Settings) -> dict[str, Any]:
+    """Both as they are, and the two together."""
+    return timed({"teacher": big, "student": Path(s.student)}, s, draft_model=s.student)
+
+
+def four_bit(big: Path, s: Settings) -> dict[str, Any]:
+    """Both packed by mlx-lm; and as ours packed the student, if that is there."""
+    with tempfile.TemporaryDirectory() as temp:
+        folders = packed_pair(big, Path(s.student), Path(temp))
+        if s.four_bit:
+            folders["student by quantize"] = Path(s.four_bit)
+        return timed(folders, s, num_trials=s.four_bit_trials)
+
+
+def packed_pair(big: Path, small: Path, temp: Path) -> dict[str, Path]:
+    """Teacher and student in 4 bits, in `temp`."""
+    return {name: laboratory.packed(f, temp / f"4-bit {name}") for name, f in (("teacher", big), ("student", small))}
+
+
+def agreement(_: Path, s: Settings) -> dict[str, Any]:
+    """Tokens per second of the same model by several clocks in turn, the order changing from round to round."""
+    subject, count = timing.opened(Path(s.student), "student"), s.agreement_tokens
+    subject.tokenizer._eos_token_ids = {}  # as mlx_lm.benchmark does
+    generate, r = load.mlx_lm("generate"), Request(32, count)
+    ids = mx.array(timing.prompts(subject.tokenizer, r, (0, 1))[0])
+
+    def ours() -> float:
+        return 1 / timing.trial(subject, r, (0, 1)).tpot_s
+
+    def theirs() -> float:
+        *_, last = generate.stream_generate(subject.model, subject.tokenizer, ids, max_tokens=count)
+        return last.generation_tps
+
+    def bare() -> float:
+        first = None
+        for _ in generate.generate_step(ids, subject.model, max_tokens=count):
+            first = first or time.perf_counter()
+            last = time.perf_counter()
+        return (count - 1) / (last - first)
+
+    ways = {"bench": ours, "mlx_lm": theirs, "bare": bare}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    orders = itertools.cycle(itertools.permutations(ways))
+    for number, order in zip(range(s.rounds + 1), orders, strict=False):
+        for name in order:
+            rate = ways[name]()
+            settle(subject.model(ids[:1][None]))  # the token that mlx-lm began too many is done
+            if number:  # the first round warms up
+                found[name].append(rate)
+        last = ", ".join(f"{name} {rates[-1]:.2f}" for name, rates in found.items() if rates) or "warm-up"
+        cli.say(f"agreement {number}/{s.rounds}: {last}")
+    corrected = np.array(found["mlx_lm"]) * (count - 1) / count
+    ours_tps, bare_tps = np.array(found["bench"]), np.array(found["bare"])
+    began = time.perf_counter()
+    timing.clocked(([7], False) for _ in range(READY))
+    own_s = (time.perf_counter() - began) / READY
+    return {
+        "generation_tokens": count,
+        "bench_tps": statistics.median(found["bench"]),
+        "mlx_lm_tps": statistics.median(found["mlx_lm"]),
+        "mlx_lm_corrected_tps": float(np.median(corrected)),
+        "bare_tps": statistics.median(found["bare"]),
+        "bench_over_mlx_lm": paired(ours_tps / corrected),
+        "overhead": paired(bare_tps / ours_tps - 1),
+        "own_us_per_token": 1e6 * own_s,
+        "own_share": own_s * statistics.median(found["bare"]),
+        "all_tps": found,
+        **beside_the_program(ours, s),
+    }
+
+
+def paired(ratios: np.ndarray) -> dict[str, float]:
+    """What rounds say about two clocks: the median of their ratios, and the mean's 95 % interval."""
+    mean, low, high = interval(ratios)
+    return {"median": float(np.median(ratios)), "mean": mean, "low": low, "high": high, "n": len(ratios)}
+
+
+def beside_the_program(ours: Callable[[], float], s: Settings) -> dict[str, Any]:
+    """`mlx_lm.benchmark`, its own averages as it prints them, on the same weights, between trials of ours."""
+    count, theirs, own = s.agreement_tokens, list[float](), list[float]()
+    with tempfile.TemporaryDirectory() as temp:
+        out = str(Path(temp) / "student")
+        kind = str(load.compute_dtype()).removeprefix("mlx.core.")
+        load.mlx_lm("convert").convert(s.student, out, dtype=kind)  # what bench computes in: bfloat16 is slow here
+        for number in range(1, s.blocks + 1):
+            said, argv = io.StringIO(), sys.argv
+            sys.argv = ["mlx_lm.benchmark", "--model", out, "-p", "32", "-g", str(count), "-n", "3"]
+            try:
+                with contextlib.redirect_stdout(said):
+                    load.mlx_lm("benchmark").main()
+            finally:
+                sys.argv = argv
+            averages = re.search(r"Averages:.*generation_tps=([\d.]+)", said.getvalue())
+            if averages is None:
+                raise MisError(f"mlx_lm.benchmark printed no averages, but {said.getvalue()[-200:]!r}: report it")
+            theirs.append(float(averages[1]))
+            own.append(statistics.mean(ours() for _ in range(3)))
+            cli.say(f"mlx_lm.benchmark {number}/{s.blocks}: {theirs[-1]:.2f} tokens/s, ours {own[-1]:.2f}")
+    corrected = np.array(theirs) * (count - 1) / count
+    return {
+        "mlx_lm_benchmark_tps": statistics.median(theirs),
+        "bench_over_mlx_lm_benchmark": paired(np.array(own) / corrected),
+        "all_mlx_lm_benchmark_tps": {"mlx_lm.benchmark": theirs, "bench": own},
+    }
+
+
+def profile(big: Path, s: Settings) -> dict[str, Any]:
+    """{format: {model: {part: milliseconds and megabytes}}} of all four."""
+    with tempfile.TemporaryDirectory() as temp:
+        kinds = {"dense": {"teacher": big, "student": Path(s.student)}}
+        kinds["4-bit"] = packed_pair(big, Path(s.student), Path(temp))
+        return {
+            kind: {name: one_token(folder, name, s.prompt_tokens) for name, folder in folders.items()}
+            for kind, folders in kinds.items()
+        }
+
+
+def one_token(folder: Path, name: str, depth: int, rounds: int = 24) -> dict[str, dict[str, float]]:
+    """{part: {"ms": median over `rounds`, "mb": of its weights and cache}}, `depth` tokens in the cache."""
+    s = timing.opened(folder, name)
+    kept, inner = speak.filled_cache(s.model, depth), s.model.model
+    times: dict[str, list[float]] = {}
+    taken: dict[str, float] = {}
+
+    def part(label: str, work: Callable[[], mx.array]) -> mx.array:
+        began = time.perf_counter()
+        settle(done := work())
+        taken[label] = taken.get(label, 0.0) + 1000 * (time.perf_counter() - began)
+        return done
+
+    for _ in range(rounds):
+        taken.clear()
+        h = part("embedding", lambda: inner.embed_tokens(mx.array([[7]])))
+        for block, cache in zip(inner.layers, kept, strict=True):
+            n, f = block.input_layernorm, block.self_attn
+            h = part("attention", lambda h=h, n=n, f=f, c=cache: h + f(n(h), None, c))
+            n, f = block.post_attention_layernorm, block.mlp
+            h = part("FFN", lambda h=h, n=n, f=f: h + f(n(h)))
+            cache.trim(1)
+        h = part("last norm", lambda h=h: inner.norm(h))
+        logits = part("vocabulary head", lambda h=h: head(s, h))
+        part("choice", lambda y=logits: mx.argmax(y - mx.logsumexp(y, axis=-1, keepdims=True), axis=-1))
+        for label, value in taken.items():
+            times.setdefault(label, []).append(value)
+    found = {label: {"ms": statistics.median(values)} for label, values in times.items()}
+    keys = sum(a.nbytes // a.shape[2] * (depth + 1) for c in kept for a in c.state[:2])  # the array has room for more
+    for label, nbytes in (
+        ("attention", keys + sum(_nbytes(b.self_attn) for b in inner.layers)),
+        ("FFN", sum(_nbytes(b.mlp) for b in inner.layers)),
+        ("vocabulary head", _nbytes(getattr(s.model, "lm_head", inner.embed_tokens))),
+    ):
+        found[label]["mb"] = nbytes / 1e6
+    return found
+
+
+def _nbytes(module: Any) -> int:
+    return sum(a.nbytes for _, a in tree_flatten(module.parameters()))
+
+
+def head(s: Subject, hidden: mx.array) -> mx.array:
+    """Logits of hidden states, tied or not."""
+    return s.model.lm_head(hidden) if hasattr(s.model, "lm_head") else s.model.model.embed_tokens.as_linear(hidden)
+
+
+def verdict(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{what was to be shown: a `laboratory.goal`} of the parts that are there."""
+    said, goal = dict[str, dict[str, Any]](), laboratory.goal
+    for kind in ("dense", "4-bit"):
+        if kind in found:
+            rate = {n: m["decode_tps"]["median"] for n, m in found[kind]["measured"]["models"].items()}
+            ratio = rate["student"] / rate["teacher"]
+            label = f"decode of the student over the teacher's, both {found[kind]['models']['student']['format']}"
+            said[label] = goal(ratio, "{:.2f}x", f"{SPEED_UP}x or more", ratio >= SPEED_UP)
+    if "agreement" in found:
+        a = found["agreement"]
+        for label, key in (("stream_generate", "bench_over_mlx_lm"), ("benchmark", "bench_over_mlx_lm_benchmark")):
+            apart = a[key]["median"] - 1
+            label = f"decode by bench beside mlx_lm.{label}, its first token taken out"
+            said[label] = goal(apart, "{:+.2%}", f"within {APART:.0%}", abs(apart) <= APART)
+        for label, share, form in (
+            ("decode slower in bench than in a bare loop", a["overhead"]["median"], "{:+.2%}"),
+            ("what bench does between two tokens, of a token", a["own_share"], "{:.4%}"),
+        ):
+            said[label] = goal(share, form, f"{OVERHEAD:.0%} or less", share <= OVERHEAD)
+    return said
+
+
+def reasons(found: dict[str, Any]) -> list[str]:
+    """Where a token goes, part by part: how much smaller the student's part is, and how much quicker."""
+    said = []
+    for kind in ("dense", "4-bit") if "profile" in found else ():
+        big, small = (found["profile"][kind][name] for name in ("teacher", "student"))
+        parts = [
+            f"{part} {big[part]['ms']:.2f} to {small[part]['ms']:.2f} ms"
+            f" ({big[part]['ms'] / small[part]['ms']:.2f}x for {big[part]['mb'] / small[part]['mb']:.2f}x the bytes)"
+            for part in ("attention", "FFN", "vocabulary head")
+        ]
+        rest = [sum(v["ms"] for v in m.values() if "mb" not in v) for m in (big, small)]
+        whole = [sum(v["ms"] for v in m.values()) for m in (big, small)]
+        said.append(
+            f"{kind}, teacher to student: {', '.join(parts)}, the rest {rest[0]:.2f} to {rest[1]:.2f} ms; "
+            f"together {whole[0]:.2f} to {whole[1]:.2f} ms, {whole[0] / whole[1]:.2f}x"
+        )
+    return said
+
+
+def draw(found: dict[str, Any], axes: Any) -> None:
+    """Decode speed against the bytes a token moves, both logarithmic: a bandwidth is a straight line."""
+    points = [
+        (m["moved_mb"], m["decode_tps"], f"{name}, {found[kind]['models'][name]['format']}")
+        for kind in ("dense", "4-bit")
+        for name, m in found[kind]["measured"]["models"].items()
+        if "moved_mb" in m
+    ]
+    here, m1 = found["dense"]["measured"]["roof"]["memory_bytes_per_s"], M1.memory_bytes_per_s
+    ends = [min(p[0] for p in points) / 1.5, max(p[0] for p in points) * 1.5]
+    for label, rate, style in (
+        (f"memory here, measured: {here / 1e9:.0f} GB/s", here, "-"),
+        (f"an M1's, computed, not run: {m1 / 1e9:.0f} GB/s", m1, "--"),
+    ):
+        axes.plot(ends, [rate / 1e6 / mb for mb in ends], style, color="#555555", label=label)
+    for (mb, tps, label), color in zip(points, COLORS, strict=False):
+        text = f"{label}: {tps['mean']:.1f} tokens/s"
+        axes.errorbar([mb], [tps["mean"]], [tps["sd"]], fmt="o", color=color, label=text)
+    laboratory.logarithmic(axes, "MB read from memory for one token", "decode, tokens/s")
+    axes.set_title("Decode speed under the roof")
+
+
+def main(s: Settings) -> None:
+    """The parts that are asked for and not there yet; stored after each."""
+    big = teacher.find(s.teacher).path
+    sizes = ("prompt_tokens", "generation_tokens", "num_trials", "four_bit_trials", "rounds", "blocks")
+    sizes += ("agreement_tokens",)
+    given: dict[str, Any] = {k: getattr(s, k) for k in sizes} | {"chip": laboratory.machine()["chip"]}
+    folders = {"teacher": big, "student": s.student, "student by quantize": s.four_bit}
+    checked = {n: load.open_checkpoint(f).path for n, f in folders.items() if f}  # all, before hours of work
+    given["weights_sha256"] = {n: laboratory.weights_sha256(f) for n, f in checked.items()}
+    command = "scripts/mis benchmarks/throughput.py --student RUN/distilled" + (
+        " --four-bit RUN/model" * bool(s.four_bit)
+    )
+    command += "".join(f" --{k.replace('_', '-')} {getattr(s, k)}" for k in sizes)
+    found = laboratory.resumed(s.name, given, PARTS)
+    make = {"dense": dense, "4-bit": four_bit, "agreement": agreement, "profile": profile}
+    for part in s.parts:
+        if part in found:
+            cli.say(f"{part}: is there, measured at {found[part]['git']}; not measured again")
+            continue
+        cli.say(f"{part}: begins, load average {psutil.getloadavg()[0]:.1f}")
+        before = laboratory.busy("before")
+        made = {"git": laboratory.version(), **make[part](big, s)}
+        found[part] = {"hot": before + laboratory.busy("after"), **made}  # bench looks for itself
+        shown = {"verdict": verdict(found), "reasons": reasons(found)}
+        laboratory.write(s.name, command, {"student": s.note, "given": given, **found, **shown})
+    laboratory.say_goals(verdict(found))
+    for line in reasons(found):
+        cli.say(line)
+    if {"dense", "4-bit"} <= found.keys():
+        laboratory.picture(s.name, lambda axes: draw(found, axes))
+
+
+if __name__ == "__main__":
+    laboratory.start(Settings, main)

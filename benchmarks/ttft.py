@@ -1,0 +1,138 @@
+"""Time to the first token against the length of the prompt, teacher beside student, cold and with the prompt cached.
+
+    scripts/mis benchmarks/ttft.py --student RUN/distilled        # about 20 minutes on a quiet core, 4096 alone 11
+    scripts/mis benchmarks/ttft.py --student RUN/distilled --four-bit --lengths 32 128 512 --num-trials 3
+
+Cold: a text of its own in every trial, nothing in the cache. Cached: the same prompt again, all of it but the last
+token in the cache. Models take turns; both as they are computed (float32 on a CPU, float16 on Metal), or both in 4 bits
+as `mlx_lm.convert -q` packs them. Best: operations over the matrix rate measured here, or weights over bandwidth,
+whichever is longer. Warm-up: a prompt of that length, of 512 tokens at most. A length that is there, of the same
+weights, is not measured again, however many trials it had (delete the file for that): long ones can have fewer. Writes
+benchmarks/results/<machine>/ttft.json (ttft-4bit.json) after every length, with whether the student is the quicker one
+at each, and a picture.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import laboratory
+import psutil
+
+from mis_mlx import cli
+from mis_mlx.machine.roof import Roof
+from mis_mlx.model import load, teacher, timing
+from mis_mlx.model.timing import Request, Subject, Trial
+from mis_mlx.training import roofline, trials
+from mis_mlx.types import Checkpoint
+
+WARM_UP = 512
+COLORS = {"teacher": "#1f77b4", "student": "#d62728"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared, and how long."""
+
+    student: str
+    """folder of the student before it was packed"""
+    teacher: str | None = None
+    """default: the default teacher"""
+    four_bit: bool = False
+    """pack both to 4 bits first"""
+    note: str = ""
+    """what the student is, for the results file"""
+    lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    """tokens of the prompts"""
+    num_trials: int = 5
+    delay: float = 0.0
+    """seconds of rest before each trial; 30 or more for a laptop without a fan"""
+    name: str = "ttft"
+    """of the results file; -4bit behind it with --four-bit"""
+
+
+def row(
+    length: int, subjects: dict[str, Subject], models: dict[str, Checkpoint], at: Roof, s: Settings
+) -> dict[str, Any]:
+    """One length: {model: cold_ms, cached_ms (what trials say), best_ms}, ratios of the medians, and in how many
+    rounds the student was the quicker one."""
+    r = Request(length, 2)
+    every: dict[str, list[Trial]] = {name: [] for name in subjects}
+    openers = {name: partial(subjects.__getitem__, name) for name in subjects}
+    warm_up = Request(min(length, WARM_UP), 2)
+    for subject, done in trials.rounds(openers, True, s.num_trials, r, delay=s.delay, warm_up=warm_up):
+        every[subject.name].append(done)
+    found: dict[str, Any] = {"prompt_tokens": length}
+    for name, subject in subjects.items():
+        figures = trials.figures(every[name], r)
+        work = roofline.first_token(models[name], subject.read_bytes, r)
+        best = 1000 * at.seconds(work.nbytes, work.flops)
+        found[name] = {"cold_ms": figures["ttft_ms"], "cached_ms": figures["ttft_cached_ms"], "best_ms": best}
+    kinds = ("cold_ms", "cached_ms")
+    found["speed_up"] = {k: found["teacher"][k]["median"] / found["student"][k]["median"] for k in kinds}
+    pairs = zip(every["teacher"], every["student"], strict=True)
+    found["student_first"] = sum(small.stamps_s[0] < big.stamps_s[0] for big, small in pairs)
+    return found
+
+
+def main(s: Settings) -> None:
+    """Length after length; both models stay in memory."""
+    folders = {"teacher": teacher.find(s.teacher).path, "student": load.open_checkpoint(s.student).path}
+    name = s.name + "-4bit" * s.four_bit
+    given: dict[str, Any] = {"chip": laboratory.machine()["chip"]}
+    given["weights_sha256"] = {n: laboratory.weights_sha256(f) for n, f in folders.items()}
+    kind = "4-bit" if s.four_bit else str(load.compute_dtype()).removeprefix("mlx.core.")
+    before = laboratory.resumed(name, given, ("rows", "roof"))
+    rows = {r["prompt_tokens"]: r for r in before.get("rows", [])}
+    command = f"scripts/mis benchmarks/ttft.py --student RUN/distilled{' --four-bit' * s.four_bit}"
+    command += " --lengths "
+    todo = [n for n in s.lengths if n not in rows]
+    cli.say(f"{len(todo)} lengths to time, load average {psutil.getloadavg()[0]:.1f}; {len(rows)} are there")
+    with ExitStack() as stack:
+        if s.four_bit and todo:
+            temp = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folders = {n: laboratory.packed(f, temp / n) for n, f in folders.items()}
+        subjects = {n: timing.opened(f, n) for n, f in folders.items()} if todo else {}
+        models = {n: load.open_checkpoint(f) for n, f in folders.items()}
+        at = Roof(**before["roof"]) if "roof" in before else roofline.here(again=True)
+        for length in todo:
+            before = laboratory.busy("before")
+            made = row(length, subjects, models, at, s)
+            rows[length] = {**made, "git": laboratory.version(), "hot": before + laboratory.busy("after")}
+            found = {"student": s.note, "given": given, "roof": asdict(at), "verdict": verdict(rows)}
+            found["format"] = kind
+            found["rows"] = [rows[n] for n in sorted(rows)]
+            laboratory.write(name, command + " ".join(map(str, sorted(rows))), found)
+            cli.say(f"{length}: " + ", ".join(f"{n} {rows[length][n]['cold_ms']['median']:.0f} ms" for n in subjects))
+    laboratory.say_goals(verdict(rows))
+    laboratory.picture(name, lambda axes: draw([rows[n] for n in sorted(rows)], kind, axes))
+
+
+def verdict(rows: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Whether the student's first token comes earlier at every length, cold: its least lead, and where."""
+    leads = {n: r["speed_up"]["cold_ms"] for n, r in rows.items()}
+    at = min(leads, key=lambda n: leads[n])
+    label = f"the student's first token is earlier at every length, cold; least so at {at} tokens"
+    return {label: laboratory.goal(leads[at], "{:.2f}x", "more than 1x", leads[at] > 1)}
+
+
+def draw(rows: list[dict[str, Any]], kind: str, axes: Any) -> None:
+    """TTFT against length, both logarithmic, with what this machine could do at best."""
+    lengths = [row["prompt_tokens"] for row in rows]
+    for name, color in COLORS.items():
+        for key, label, style in (("cold_ms", "cold", "o-"), ("cached_ms", "prompt in the cache", "s--")):
+            means, spread = ([row[name][key][k] for row in rows] for k in ("mean", "sd"))
+            axes.errorbar(lengths, means, spread, fmt=style, color=color, label=f"{name}, {label}", markersize=4)
+        best = [row[name]["best_ms"] for row in rows]
+        axes.plot(lengths, best, ":", color=color, label=f"{name}, cold, at best here")
+    laboratory.logarithmic(axes, "tokens in the prompt", "time to first token, ms")
+    axes.set_title(f"Time to first token, {kind}, on {'a CPU' if load.unpacks() else 'Metal'}")
+
+
+if __name__ == "__main__":
+    laboratory.start(Settings, main)

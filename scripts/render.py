@@ -1,0 +1,205 @@
+"""Write the tables of README.md and benchmarks/README.md from the files under benchmarks/results.
+
+    scripts/mis scripts/render.py             # after a measurement
+    scripts/mis scripts/render.py --check     # exit 1, with the lines, where a table is not what the files say
+
+A table stands between `<!-- table: MACHINE/NAME -->` and `<!-- end -->`, such as linux-x86_64/throughput; everything
+else is left alone. Does not measure, and knows no number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mis_mlx import cli
+from mis_mlx.training import speeds
+from mis_mlx.types import MisError, Row
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "benchmarks/README.md")
+BLOCK = re.compile(r"^<!-- table: (\S+) -->\n(.*?)(?:^<!-- end -->|(?=^<!-- table: )|\Z)", re.MULTILINE | re.DOTALL)
+END = "<!-- end -->"
+SHOWN = ("weights_mb", "load_s", "ttft_ms", "ttft_best_ms", "ttft_cached_ms", "prefill_tps", "tpot_ms", "decode_tps")
+SHOWN += ("moved_mb", "decode_best_tps", "reached", "m1_best_tps", "accepted", "peak_mb", "joules")
+
+Found = Mapping[str, Any]  # a results file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which tables, and whether to write them."""
+
+    check: bool = False
+    """write nothing; exit 1 when a table is not what the files say"""
+    root: str = str(ROOT)
+    """the folder that has README.md and benchmarks/"""
+
+
+def where(found: Found, sizes: str) -> str:
+    """What the numbers were measured on, and by which command."""
+    threads = f", OPENBLAS_NUM_THREADS={found['blas_threads']}" if found.get("blas_threads") else ""
+    on = f"{found['chip']} ({found['computes_on']}, {found['cores_used']} of {found['cores']} cores{threads}), "
+    on += f"{found['memory_gib']} GiB, {found['release']}, Python {found['python']}, mlx {found['mlx']}, "
+    on += f"mlx-lm {found['mlx-lm']}, commit {found['git']}"
+    return f"`{found['command']}` on {on}; {sizes}."
+
+
+def goals(verdict: Mapping[str, Found]) -> list[str]:
+    """What was to be shown, and whether it is."""
+    return [
+        f"- {what}: {one['shown']} (aim: {one['aim']}{'' if one['holds'] else ', **not reached**'})"
+        for what, one in verdict.items()
+    ]
+
+
+def throughput(found: Found) -> str:
+    """Both formats side by side, as `bench` arranges them; what was to be shown; where a token goes."""
+    names, rows, bounds = list[str](), list[Row](), list[str]()
+    for part in ("dense", "4-bit"):
+        if part in found:
+            fixed, measured = found[part]["models"], found[part]["measured"]["models"]
+            label = {n: f"{n}, {fixed[n]['format']}" for n in measured}
+            names += label.values()
+            rows += [Row(label[r.model], r.metric, r.value, r.low, r.high, r.n) for r in speeds.rows(fixed, measured)]
+            bounds += [f"- {line}" for line in found[part]["sentences"] if "By size alone" in line]
+    given = found["given"]
+    sizes = f"prompts of {given['prompt_tokens']} tokens, {given['generation_tokens']} generated, "
+    sizes += f"{given['num_trials']} trials ({given['four_bit_trials']} in 4 bits) in turn, ± one standard deviation"
+    lines = [cli.table(rows, names, [m for m in speeds.METRICS if m[0] in SHOWN]), "", where(found, sizes), ""]
+    if found["student"]:
+        lines += [f"The student: {found['student']}.", ""]
+    lines += goals(found["verdict"]) + bounds
+    lines += [f"- One token by part, {line}" for line in found["reasons"]]
+    parts = ("dense", "4-bit", "agreement", "profile")
+    return "\n".join(lines + restless({part: found[part] for part in parts if part in found}))
+
+
+def restless(parts: Mapping[str, Found]) -> list[str]:
+    """What was measured on a busy or hot machine, and why that is known."""
+    hot = [f"- {part}: {why}" for part, found in parts.items() for why in found["hot"]]
+    return ["", "Not measured at rest:", "", *hot] if hot else []
+
+
+def ttft(found: Found) -> str:
+    """A line a length: cold and cached, and by how much the student is quicker."""
+    lines = [
+        f"| tokens in the prompt | trials | teacher, {found['format']}, ms | student, ms | quicker by "
+        "| student at best here, ms | prompt cached: teacher, ms | student, ms |",
+        "|---:|" + "---:|" * 7,
+    ]
+    for row in found["rows"]:
+        cells = [f"{v['mean']:.0f} ± {v['sd']:.0f}" for n in ("teacher", "student") for v in (row[n]["cold_ms"],)]
+        cells += [f"{row['speed_up']['cold_ms']:.2f}x", f"{row['student']['best_ms']:.0f}"]
+        cells += [f"{row[n]['cached_ms']['median']:.0f}" for n in ("teacher", "student")]
+        lines.append(f"| {row['prompt_tokens']} | {row['student']['cold_ms']['n']} | {' | '.join(cells)} |")
+    sizes = "teacher and student in turn, ± one standard deviation, ratios of medians"
+    hot = restless({f"{row['prompt_tokens']} tokens": row for row in found["rows"]})
+    return "\n".join([*lines, "", where(found, sizes), "", *goals(found["verdict"]), *hot])
+
+
+def speed(whole: Found, first: Found) -> str:
+    """The short one: teacher, student and their ratio, of decoding and of first tokens."""
+    lines = ["| | teacher | student | |", "|---|---:|---:|---:|"]
+
+    def line(label: str, big: float, small: float, quicker: float, digits: int = 1) -> None:
+        lines.append(f"| {label} | {big:,.{digits}f} | {small:,.{digits}f} | {quicker:.2f}x |")
+
+    for part in ("dense", "4-bit"):
+        models, timed = whole[part]["models"], whole[part]["measured"]["models"]
+        big, small = (timed[n]["decode_tps"]["median"] for n in ("teacher", "student"))
+        line(f"decode, both {models['student']['format']}, tokens/s", big, small, small / big)
+    big, small = (whole["4-bit"]["models"][n]["m1_best_tps_computed"] for n in ("teacher", "student"))
+    line("– 4-bit on an M1 at best, computed from its 68 GB/s, tokens/s", big, small, small / big, 0)
+    for row in (first["rows"][0], first["rows"][-1]):
+        big, small = (row[n]["cold_ms"]["median"] for n in ("teacher", "student"))
+        line(f"first token after {row['prompt_tokens']:,}, {first['format']}, ms", big, small, big / small, 0)
+    given, a = whole["given"], whole["agreement"]
+    threads = f", OPENBLAS_NUM_THREADS={whole['blas_threads']}" if whole.get("blas_threads") else ""
+    on = f"{whole['chip']} ({whole['computes_on']}{threads}), mlx {whole['mlx']}, mlx-lm {whole['mlx-lm']}"
+    apart = abs(a["bench_over_mlx_lm_benchmark"]["median"] - 1)
+    lines += [
+        "",
+        f"Medians on {on}; decoding after {given['prompt_tokens']} tokens. `bench` and `mlx_lm.benchmark`, the first "
+        f"token that it counts taken out, are {apart:.1%} apart.",
+    ]
+    return "\n".join(lines)
+
+
+def default_run(markdown: str) -> str:
+    """The table that `distill` wrote itself."""
+    return markdown.strip()
+
+
+# Table: what arranges it, the files it is made of.
+TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
+    "throughput": (throughput, ("throughput.json",)),
+    "ttft": (ttft, ("ttft.json",)),
+    "ttft-4bit": (ttft, ("ttft-4bit.json",)),
+    "speed": (speed, ("throughput.json", "ttft.json")),
+    "distill-default": (default_run, ("distill-default.md",)),
+}
+PROGRAMS = {"distill-default": "distill.py default", "ttft-4bit": "ttft.py --four-bit"}
+
+
+def table(root: Path, name: str) -> str:
+    """What belongs between the marks: `name` is MACHINE/TABLE."""
+    machine, _, kind = name.rpartition("/")
+    if kind not in TABLES or not machine:
+        raise MisError(f"there is no table {name!r}: write MACHINE/NAME with a NAME of {', '.join(TABLES)}")
+    arrange, names = TABLES[kind]
+    paths = [root / "benchmarks" / "results" / machine / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            return f"*Not measured yet: `scripts/mis benchmarks/{PROGRAMS.get(path.stem, f'{path.stem}.py')}`.*"
+    texts = [path.read_text("utf-8") for path in paths]
+    try:
+        return arrange(*(json.loads(t) if p.suffix == ".json" else t for p, t in zip(paths, texts, strict=True)))
+    except KeyError as error:
+        raise MisError(f"{kind} of {paths[0].parent} has no {error}: measure it again, whole") from None
+
+
+def rendered(root: Path, text: str, page: str) -> str:
+    """The page with its tables made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        if not match[0].endswith(END):
+            raise MisError(f"{page}: the table {match[1]} has no {END} after it: add that line")
+        return f"<!-- table: {match[1]} -->\n{table(root, match[1])}\n{END}"
+
+    return BLOCK.sub(block, text)
+
+
+def main(s: Settings) -> int:
+    """0 when every table is what the files say, at last; 1 with --check when one was not."""
+    root, drifted = Path(s.root), 0
+    for page in PAGES:
+        if not (root / page).is_file():
+            continue
+        before = (root / page).read_text("utf-8")
+        after = rendered(root, before, page)
+        if after == before:
+            continue
+        drifted += 1
+        if s.check:
+            lines = (text.splitlines(keepends=True) for text in (before, after))
+            sys.stderr.writelines(difflib.unified_diff(*lines, f"{page}, as it is", f"{page}, as the files say", n=0))
+        else:
+            (root / page).write_text(after, "utf-8")
+            cli.say(f"{page}: written")
+    if s.check and drifted:
+        cli.say("tables are not what benchmarks/results says: run `scripts/mis scripts/render.py`")
+    return 1 if s.check and drifted else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(cli.parse(Settings)))
+    except MisError as error:
+        sys.exit(f"mis_mlx: {error}")

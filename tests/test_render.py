@@ -1,0 +1,290 @@
+"""The benchmarks of speed on tiny models, and the README's tables made of what they leave."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mis_mlx.machine.roof import Roof
+from mis_mlx.types import MisError
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("dense", "4-bit", "agreement", "profile")
+QUICK: dict[str, Any] = {"prompt_tokens": 6, "generation_tokens": 4, "num_trials": 1, "rounds": 1, "blocks": 1}
+QUICK |= {"four_bit_trials": 1}
+PAGE = """# A page
+
+before
+<!-- table: here/throughput -->
+<!-- end -->
+between
+<!-- table: here/speed -->
+<!-- end -->
+<!-- table: here/ttft -->
+| an old | table |
+<!-- end -->
+<!-- table: elsewhere/ttft-4bit -->
+<!-- end -->
+after
+"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """The programs, two models, and a results folder (`root`/benchmarks/results/here); the roof is given."""
+    root = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIS_MLX_CACHE", str(root / "cache"))
+        patch.setattr("mis_mlx.machine.roof.measure", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+        patch.syspath_prepend(ROOT / "benchmarks")
+        patch.syspath_prepend(ROOT / "scripts")
+        import laboratory
+        import render
+        import throughput
+        import ttft
+
+        patch.setattr(laboratory, "RESULTS", root / "benchmarks" / "results" / "here")
+        patch.setattr(throughput, "READY", 100)
+        big = tiny.make(root / "big")
+        small = tiny.make(root / "small", num_hidden_layers=2)
+        yield SimpleNamespace(
+            root=root, results=laboratory.RESULTS, big=str(big), small=str(small),
+            laboratory=laboratory, render=render, throughput=throughput, ttft=ttft,
+        )  # fmt: skip
+    for name in ("laboratory", "render", "throughput", "ttft"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def measured(lab: SimpleNamespace) -> dict[str, dict[str, Any]]:
+    """Both results files: throughput's parts in two calls, the lengths of ttft too, as after a kill."""
+    s = lab.throughput.Settings(student=lab.small, teacher=lab.big, four_bit=lab.small, agreement_tokens=4, **QUICK)
+    for parts in (("dense",), PARTS):
+        lab.throughput.main(replace(s, parts=parts))
+    for lengths in ((8,), (16, 8)):
+        lab.ttft.main(lab.ttft.Settings(student=lab.small, teacher=lab.big, lengths=lengths, num_trials=2))
+    return {name: json.loads((lab.results / f"{name}.json").read_text()) for name in ("throughput", "ttft")}
+
+
+def test_all_parts_are_measured_and_stored(lab: SimpleNamespace, measured: dict[str, dict[str, Any]]) -> None:
+    """Every part, its commit, the machine, the weights; the two of one format beside each other; pictures."""
+    found = measured["throughput"]
+    assert set(PARTS) <= found.keys() and {"chip", "memory_gib", "release", "mlx", "git"} <= found.keys()
+    assert found["command"].startswith("scripts/mis benchmarks/throughput.py --student RUN/distilled")
+    assert lab.root.name not in json.dumps(found)
+    assert list(found["dense"]["measured"]["models"]) == ["teacher", "student", "teacher + draft"]
+    formats = {name: m["format"] for name, m in found["4-bit"]["models"].items()}
+    assert formats == {"teacher": "4-bit", "student": "4-bit", "student by quantize": "float32"}
+    assert len(found["verdict"]) == 6 and len(found["reasons"]) == 2
+    assert len(set(found["given"]["weights_sha256"].values())) == 2
+    assert "Time to first token, float32, on a CPU" in (lab.results / "ttft.svg").read_text()
+    for name in ("throughput", "ttft"):
+        assert all((lab.results / f"{name}.{kind}").stat().st_size > 10_000 for kind in ("svg", "png"))
+
+
+def test_what_is_there_is_not_measured_again(
+    lab: SimpleNamespace, measured: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command changes nothing; other sizes, or another student, measure anew."""
+    calls: list[str] = []
+    monkeypatch.setattr(lab.throughput, "dense", lambda *_: calls.append("dense") or measured["throughput"]["dense"])
+    s = lab.throughput.Settings(student=lab.small, teacher=lab.big, four_bit=lab.small, agreement_tokens=4, **QUICK)
+    before = (lab.results / "throughput.json").read_bytes()
+    lab.throughput.main(s)
+    assert (lab.results / "throughput.json").read_bytes() == before and calls == []
+    for other in ({"prompt_tokens": 5}, {"student": lab.big}):
+        lab.throughput.main(replace(s, name="other", parts=("dense",), **other))
+    assert calls == ["dense"] * 2
+
+
+def test_what_was_finished_stays_after_ctrl_c(
+    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped in its second part, the first is there; the exit says so. A folder that is none is a sentence, first."""
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lab.throughput, "four_bit", stopped)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+    argv = ["x", "--student", lab.small, "--teacher", lab.big, "--name", "stopped", *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match="130"):
+        lab.laboratory.start(lab.throughput.Settings, lab.throughput.main)
+    assert "the same command goes on" in capsys.readouterr().err
+    kept = json.loads((lab.results / "stopped.json").read_text())
+    assert "dense" in kept and "4-bit" not in kept
+    monkeypatch.setattr(sys, "argv", [*argv, "--four-bit", str(lab.root / "nowhere"), "--name", "nowhere"])
+    with pytest.raises(SystemExit, match="nowhere"):
+        lab.laboratory.start(lab.throughput.Settings, lab.throughput.main)
+    assert not (lab.results / "nowhere.json").exists()
+
+
+def test_clocks_agree_on_what_they_count(measured: dict[str, dict[str, Any]]) -> None:
+    """mlx-lm's count of 4 tokens over 3 gaps, corrected by 3/4; ratios are round by round."""
+    a = measured["throughput"]["agreement"]
+    assert a["mlx_lm_corrected_tps"] == pytest.approx(a["mlx_lm_tps"] * 3 / 4)
+    all_tps = {name: np.array(rates) for name, rates in a["all_tps"].items()}
+    assert a["bench_over_mlx_lm"]["median"] == pytest.approx(np.median(all_tps["bench"] / all_tps["mlx_lm"] * 4 / 3))
+    assert a["overhead"]["n"] == 1 and a["own_us_per_token"] > 0
+    program = a["all_mlx_lm_benchmark_tps"]
+    assert a["bench_over_mlx_lm_benchmark"]["median"] == pytest.approx(
+        program["bench"][0] / program["mlx_lm.benchmark"][0] * 4 / 3
+    )
+
+
+def test_the_profile_weighs_the_parts(measured: dict[str, dict[str, Any]]) -> None:
+    """FFN bytes of three blocks and of two; keys and values of 6 tokens and one more count as attention's."""
+    for name, blocks in (("teacher", 3), ("student", 2)):
+        parts = measured["throughput"]["profile"]["dense"][name]
+        assert parts["FFN"]["mb"] == pytest.approx(blocks * 3 * 64 * 768 * 4 / 1e6)
+        cache = 7 * 2 * 32 * 4
+        attention = (64 * 64 * 2 + 2 * 64 * 32) * 4
+        assert parts["attention"]["mb"] == pytest.approx(blocks * (attention + cache) / 1e6)
+        assert all(part["ms"] > 0 for part in parts.values())
+
+
+def rate(tps: float) -> dict[str, Any]:
+    """One format's `bench`, as far as the verdict looks."""
+    models = {"teacher": 10.0, "student": tps}
+    return {
+        "measured": {"models": {n: {"decode_tps": {"median": v}} for n, v in models.items()}},
+        "models": {"student": {"format": "float32"}},
+    }
+
+
+def test_the_verdict_by_pencil(lab: SimpleNamespace) -> None:
+    """1.45x holds, 1.44x does not; 2 % apart and 1 % of overhead hold, more does not, each by itself."""
+
+    def holds(tps: float, **agreement: Any) -> list[bool]:
+        found: dict[str, Any] = {"dense": rate(tps)}
+        if agreement:
+            found["agreement"] = {
+                "bench_over_mlx_lm": {"median": agreement["ratio"]},
+                "bench_over_mlx_lm_benchmark": {"median": 1.0},
+                "overhead": {"median": agreement["overhead"]},
+                "own_share": 0.0,
+            }
+        return [one["holds"] for one in lab.throughput.verdict(found).values()]
+
+    assert (holds(14.5), holds(14.4)) == ([True], [False])
+    assert holds(14.5, ratio=0.981, overhead=0.01) == [True] * 5
+    assert holds(14.5, ratio=0.979, overhead=0.011) == [True, False, True, False, True]
+    rows = {n: {"speed_up": {"cold_ms": lead}} for n, lead in ((32, 1.5), (64, 0.9))}
+    (said,) = lab.ttft.verdict(rows).items()
+    assert "at 64 tokens" in said[0] and not said[1]["holds"] and said[1]["shown"] == "0.90x"
+
+
+def test_lengths_come_in_order_with_both_models(measured: dict[str, dict[str, Any]]) -> None:
+    """8 was there and 16 came; ratios are teacher over student."""
+    rows = measured["ttft"]["rows"]
+    assert [row["prompt_tokens"] for row in rows] == [8, 16]
+    for row in rows:
+        ratio = row["teacher"]["cold_ms"]["median"] / row["student"]["cold_ms"]["median"]
+        assert row["speed_up"]["cold_ms"] == pytest.approx(ratio)
+        assert row["student"]["best_ms"] < row["teacher"]["best_ms"]
+        assert 0 <= row["student_first"] <= 2
+
+
+def page(lab: SimpleNamespace, tmp_path: Path, text: str = PAGE) -> Path:
+    """A folder with the results and a README.md of that text."""
+    shutil.copytree(lab.root / "benchmarks", tmp_path / "benchmarks")
+    (tmp_path / "README.md").write_text(text)
+    return tmp_path
+
+
+def test_tables_are_written_and_drift_is_seen(
+    lab: SimpleNamespace, measured: dict[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--check fails before, not after, and again when one digit is changed by hand, which it shows; text stays."""
+    root = page(lab, tmp_path)
+    check = lab.render.Settings(check=True, root=str(root))
+    assert lab.render.main(check) == 1
+    assert (root / "README.md").read_text() == PAGE
+    assert lab.render.main(lab.render.Settings(root=str(root))) == 0
+    text = (root / "README.md").read_text()
+    assert text.startswith("# A page\n\nbefore\n<!-- table: here/throughput -->\n| |") and text.endswith("\nafter\n")
+    assert "an old" not in text and "Not measured yet: `scripts/mis benchmarks/ttft.py --four-bit`" in text
+    mean = measured["throughput"]["dense"]["measured"]["models"]["student"]["decode_tps"]["mean"]
+    assert f"| {mean:.2f} |" in text and "computed" in text and "| 16 |" in text
+    assert lab.render.main(check) == 0
+    capsys.readouterr()
+    (root / "README.md").write_text(text.replace(f"| {mean:.2f} |", f"| {mean + 1:.2f} |"))
+    assert lab.render.main(check) == 1
+    assert f"| {mean + 1:.2f} |" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- table: here/other -->\n<!-- end -->\n", "no table 'here/other'"),
+        ("<!-- table: throughput -->\n<!-- end -->\n", "MACHINE/NAME"),
+        ("<!-- table: here/ttft -->\n| x |\n\n## More\n", "has no <!-- end -->"),
+        ("<!-- table: here/ttft -->\n<!-- table: here/throughput -->\n<!-- end -->\n", "here/ttft has no"),
+    ],
+)
+def test_a_broken_mark_is_a_sentence(lab: SimpleNamespace, tmp_path: Path, text: str, said: str) -> None:
+    """Which page, which table, what to do; nothing is written."""
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(MisError, match=said):
+        lab.render.main(lab.render.Settings(root=str(tmp_path)))
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_file_of_another_shape_is_a_sentence(
+    lab: SimpleNamespace, measured: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """A results file of an older program."""
+    root = page(lab, tmp_path)
+    (root / "benchmarks/results/here/ttft.json").write_text('{"command": "x"}')
+    with pytest.raises(MisError, match="measure it again"):
+        lab.render.main(lab.render.Settings(root=str(root)))
+
+
+def test_the_pages_of_this_repository_are_what_the_files_say() -> None:
+    """What CI runs."""
+    line = [sys.executable, str(ROOT / "scripts" / "render.py"), "--check"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_matplotlib_nothing_measured_is_lost(
+    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sentence instead of a picture."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    lab.laboratory.picture("none", lambda axes: None)
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert not (lab.results / "none.svg").exists()
+
+
+def test_the_commit_is_named_where_there_is_one(
+    lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository with a changed file, and a folder that is none."""
+    monkeypatch.setattr(lab.laboratory, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert lab.laboratory.version() is None
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], cwd=tmp_path, check=True)
+
+    (tmp_path / "mis_mlx").mkdir()
+    (tmp_path / "mis_mlx" / "a.py").write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    assert len(lab.laboratory.version()) == 12
+    (tmp_path / "mis_mlx" / "a.py").write_text("2\n")
+    assert lab.laboratory.version().endswith(", changed")
