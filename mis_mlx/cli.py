@@ -9,12 +9,13 @@ import difflib
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -27,6 +28,7 @@ from mis_mlx.types import GIB, MisError, Row, Step, gib
 ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_STEPS = 24  # whose losses the bar shows
+RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set by mlx.launch and mpirun, of several processes together
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": GIB}
 
 
@@ -110,31 +112,48 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     return tyro.cli(config_type, args=args, prog=prog, config=options, default=default)
 
 
-def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
-    """Parse, run, print the result as the last stdout line. Exit codes: 0 done, 1 MisError, 2 usage, 3 check."""
+def rank() -> int | None:
+    """Which of several processes that work together this one is, from 0; None where it works alone."""
+    hosts = os.environ.get("MLX_HOSTFILE")  # of the ring; `mlx.launch -n 1` leaves it empty
+    with suppress(OSError, ValueError):
+        if hosts and len(json.loads(Path(hosts).read_text(encoding="utf-8").strip() or "[]")) < 2:
+            return None
+    return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), None)
+
+
+def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool = False) -> None:
+    """Parse, run, print the result as the last stdout line. Exit codes: 0 done, 1 MisError, 2 usage, 3 check.
+
+    several: whether this command can be one process of several; of these only the first one speaks.
+    """
     prog = "python -m " + (sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else "mis_mlx")
     try:
-        result = run(parse(config_type, prog=prog))
+        settings = parse(config_type, prog=prog)
+        if rank() is not None and not several:
+            raise MisError(f"{prog} is for one machine alone: start it without mlx.launch")
+        result = run(settings)
     except MisError as error:
         sys.stdout.flush()
-        print(f"mis_mlx: {error}", file=sys.stderr)
+        print(f"mis_mlx: {f'machine {rank()}: ' if rank() else ''}{error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("mis_mlx: stopped by hand; what was finished is kept", file=sys.stderr)
         sys.exit(130)
-    print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    if not rank():
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     sys.exit(3 if result.get("check_failed") else 0)
 
 
 def say(text: str) -> None:
     """One line of progress for people, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if not rank():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """`update(done, text)`: a bar with time left on a terminal, at most one line every 10 s elsewhere."""
-    if not sys.stderr.isatty():
+    if rank() or not sys.stderr.isatty():
         shown = [time.monotonic()]
 
         def plain(done: int, text: str = "") -> None:

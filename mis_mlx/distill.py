@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import mlx.core as mx
+
 from mis_mlx import bench, cli, plan, prune, quantize
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs, text
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory
-from mis_mlx.model import arch, compare, load, reporting, slice, speak, teacher, windows
-from mis_mlx.training import course, dwq, outcome, phases, planning, pruning
+from mis_mlx.model import arch, compare, load, ranks, relay, reporting, slice, speak, teacher, windows
+from mis_mlx.training import course, dwq, hosts, outcome, phases, planning, pruning
 from mis_mlx.training.course import Course
 from mis_mlx.training.job import job_of
 from mis_mlx.training.recipe import Distillation, Rounding
@@ -38,6 +40,7 @@ FREE = frozenset(
         "save_every",
         "governor",
         "thermal_replay",
+        "spread",
     }
 )
 
@@ -72,6 +75,9 @@ class Settings(pruning.Cut, Rounding, Distillation):
     """for report_to; default: the run folder's name"""
     preset: Literal["default", "paper"] = "default"
     """paper: 8,000 steps, peak 1.5e-4"""
+    spread: Literal["whole", "layers"] = "whole"
+    """whole: each of several machines passes its own windows through all of the teacher; layers: all windows through
+    its own blocks"""
     out: str | None = None
     """run folder; default: the next free runs/NAME-00N"""
     resume: bool = False
@@ -91,7 +97,7 @@ def _prune(s: Settings, c: Course, data: windows.Data) -> Checkpoint:
     out = c.folder / "pruned"
     if s.student is not None:
         return load.open_checkpoint(s.student)
-    if not out.exists():
+    if not ranks.told(out.exists):
         cli.say("calibrate and prune")
         with c.phase("prune"):
             report = pruning.prune(
@@ -105,20 +111,24 @@ def _prune(s: Settings, c: Course, data: windows.Data) -> Checkpoint:
                 reading=c.weather.reading,
                 files=c.files,
                 held=c.plan.held_windows("prune"),
+                shares=c.shares,
             )
-        cli.say(prune.sentence(report))
+        if ranks.first():
+            cli.say(prune.sentence(report))
+    ranks.sent_folder(out, c.files)
     return load.open_checkpoint(out)
 
 
-def _distil(s: Settings, c: Course, pruned: Checkpoint) -> Checkpoint:
+def _distil(s: Settings, c: Course, pruned: Checkpoint) -> Path:
     """Train to the end from wherever the run stands, then write the student's folder."""
     out = c.folder / ("distilled" if s.quantize else "model")
-    if not out.exists():
+    if not ranks.told(out.exists):
         take = course.train(c, pruned)
         config = {**pruned.config, "torch_dtype": s.dtype}
         extra = slice.keep_files(slice.read_keep(pruned.path))
-        slice.write_model(config, take, pruned.path, out, s.dtype, c.files, extra)
-    return load.open_checkpoint(out)
+        if ranks.first():
+            slice.write_model(config, take, pruned.path, out, s.dtype, c.files, extra)
+    return out
 
 
 def _quantize(s: Settings, c: Course, pruned: Checkpoint, dense: Path) -> None:
@@ -126,11 +136,12 @@ def _quantize(s: Settings, c: Course, pruned: Checkpoint, dense: Path) -> None:
     out = c.folder / "model"
     steps = s.steps(c.plan.mode == "resident")
     rounded = c.folder / "rounded" if steps else out
-    if not rounded.exists() and not out.exists():
+    if ranks.first() and not rounded.exists() and not out.exists():
         batches, held = c.pick(s.num_samples * s.looks, 1), c.plan.held_windows("quantize")
         with c.phase("quantize"):
             quantize.quantize(dense, rounded, s, c.files, batches, held, s.seed)
-    if not out.exists():
+    if not ranks.told(out.exists):
+        ranks.sent_folder(rounded, c.files)
         cli.say(f"tune: {steps} steps of scales, biases and norms")
         r = dwq.recipe_of(c.recipe, steps, s.q_learning_rate)
         dwq.tune(c, course.source_of(c, pruned), rounded, out, r)
@@ -139,18 +150,25 @@ def _quantize(s: Settings, c: Course, pruned: Checkpoint, dense: Path) -> None:
 def _measure(
     s: Settings, c: Course, data: windows.Data, models: dict[str, Checkpoint]
 ) -> tuple[list[Row], dict[str, list[Row]]]:
-    """(rows of size and speed, rows of quality by held-out text)."""
+    """(rows of size and speed, rows of quality by held-out text); of machines that share the teacher's blocks all help
+    with its part, and the first one has the rows."""
     quality = {}
+    source = relay.Relay(c.teacher, load.compute_dtype(), 0, c.direct, c.shares) if c.shares else None
     for at, (name, held_out) in enumerate(data.held_out.items()):
         cli.say(f"measure: {name}")
-        count = s.eval_windows if at == 0 else max(1, s.eval_windows // 3)
-        quality[name] = compare.rows_of(compare.compare(models, compare.chosen(held_out, count)))
+        chosen = compare.chosen(held_out, s.eval_windows if at == 0 else max(1, s.eval_windows // 3))
+        asked = [mx.array(w[None]) for w in chosen.tokens] if ranks.first() else []
+        states = source.forward(asked) if source else None
+        if ranks.first():
+            quality[name] = compare.rows_of(compare.compare(models, chosen, states))
+    if not ranks.first():
+        return [], {}
     sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
     sizes += [Row(n, "bytes", m.nbytes / 1e6) for n, m in models.items()]
     fit = {n: m.path for n, m in models.items() if phases.timed_bytes(m.config) <= c.plan.budget_bytes}
     if s.bench_tokens:
         cli.say(f"measure: speed of {', '.join(fit) or 'none: no model fits the budget whole'}")
-        sizes += bench.measure(list(fit.values()), list(fit), 2 * s.bench_tokens, s.bench_tokens, 2)
+        sizes += bench.measure(list(fit.values()), list(fit), 2 * s.bench_tokens, s.bench_tokens, 2, c.plan.peak_bytes)
     if s.sample_tokens:
         said = [json.dumps(sample, ensure_ascii=False) for sample in speak.samples(fit, s.sample_tokens)]
         c.files.replace_text(c.folder / runs.SAMPLES, "\n".join([*said, ""]))
@@ -158,9 +176,12 @@ def _measure(
 
 
 def _resumed(settings: Settings) -> tuple[Settings, Path]:
-    folder = runs.find(settings.out)
-    values = runs.merged(asdict(settings), asdict(Settings()), runs.stored_settings(folder), FREE)
-    return Settings(**values), folder
+    def found() -> tuple[dict[str, Any], str]:
+        folder = runs.find(settings.out)
+        return runs.merged(asdict(settings), asdict(Settings()), runs.stored_settings(folder), FREE), str(folder)
+
+    values, folder = ranks.told(found)
+    return Settings(**values), Path(folder)
 
 
 def _plan(
@@ -168,21 +189,28 @@ def _plan(
 ) -> phases.Plan:
     """The plan of a new run; or of one that has begun, which goes on in its own way whatever the budget is now."""
     job = job_of(planning.model_of(checkpoint), planning.model_of(small), s)
-    rates = planning.machine_rates()
-    if folder:
-        return phases.one(job, budget.limit_bytes, rates, **runs.stored_plan(folder))
-    return phases.make(job, budget.limit_bytes, rates)
+    if folder and ranks.first():
+        made = phases.one(job, budget.limit_bytes, planning.machine_rates(), **runs.stored_plan(folder))
+    else:
+        made = phases.make(job, budget.limit_bytes, planning.machine_rates())
+    return hosts.agreed(made)
 
 
 def _all_stages(s: Settings, c: Course, data: windows.Data) -> dict[str, Any]:
     began, folder = time.monotonic(), c.folder
     models = {"teacher": c.teacher, "pruned": _prune(s, c, data)}
-    models["distilled"] = _distil(s, c, models["pruned"])
+    distilled = _distil(s, c, models["pruned"])
     if s.quantize:
-        _quantize(s, c, models["pruned"], models["distilled"].path)
-        models["4-bit"] = load.open_checkpoint(folder / "model")
-    with c.phase("measure"):
-        sizes, quality = _measure(s, c, data, models)
+        _quantize(s, c, models["pruned"], distilled)
+    if ranks.first():
+        models["distilled"] = load.open_checkpoint(distilled)
+        if s.quantize:
+            models["4-bit"] = load.open_checkpoint(folder / "model")
+    if ranks.first() or c.shares:
+        with c.phase("measure"):
+            sizes, quality = _measure(s, c, data, models)
+    if not ranks.first():  # what is left to do, the first one does
+        return {}
     table = outcome.page(models, sizes, quality, s.max_seq_length)
     print(table)
     c.files.replace_text(folder / "table.md", table + "\n")
@@ -231,19 +259,21 @@ def run(settings: Settings) -> dict[str, Any]:
         }
     if not made.fits:
         raise MisError(phases.remedy(made))
+    shares = hosts.shares(made) if s.spread == "layers" else ()
     data = windows.prepare(s.data, found.path, s.max_seq_length)
     for note in data.notes:
         cli.say(note)
     files = Files()
     origin = runs.origin(checkpoint, text.fingerprint(data.train))
-    if folder is None:
-        name = f"{found.path.name}-{s.scenario}"
-        folder = runs.create(s.out, name, s.stored, origin, made.way, files)
-    else:
+    ranks.same(origin)
+    if folder is None and ranks.first():
+        folder = runs.create(s.out, f"{found.path.name}-{s.scenario}", s.stored, origin, made.way, files)
+    elif folder and ranks.first():
         for note in runs.same_origin(folder, origin):
             cli.say(note)
     cli.say(f"run folder: {folder}")
     with (
+        ranks.workplace(folder) as folder,
         protocol.lock(folder),
         memory.limited(budget, made.peak_bytes),
         Weather(s, folder / "thermal.jsonl", files) as weather,
@@ -252,10 +282,11 @@ def run(settings: Settings) -> dict[str, Any]:
         recipe = made.recipe(s)
         flags = {name: value for name, value in s.stored.items() if value != getattr(Settings(), name)}
         files.append(folder / runs.PHASES, json.dumps({**weather.now(), **outcome.begun(made, flags)}))
-        report = reporting.reporter(s.report_to, s.project_name or folder.name, folder, asdict(s))
-        c = Course(recipe, folder, checkpoint, data.train, made, files, memory.Peak(), weather, report)
+        told, name = s.report_to if ranks.first() else None, s.project_name or folder.name
+        report = reporting.reporter(told, name, folder, asdict(s))
+        c = Course(recipe, folder, checkpoint, data.train, made, files, memory.Peak(), weather, report, shares)
         return _all_stages(s, c, data)
 
 
 if __name__ == "__main__":
-    cli.main(Settings, run)
+    cli.main(Settings, run, several=True)

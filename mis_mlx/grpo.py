@@ -14,7 +14,7 @@ from mis_mlx.disk import examples, tasks
 from mis_mlx.disk.rows import Row
 from mis_mlx.machine import memory
 from mis_mlx.maths.policy import LossType
-from mis_mlx.model import load, stream
+from mis_mlx.model import load, ranks, stream
 from mis_mlx.training import alignment, alignment_plan, grpo, planning, scoring
 from mis_mlx.training.alignment_plan import Alignment
 from mis_mlx.training.planning import Phase
@@ -168,6 +168,11 @@ def run(settings: Settings) -> dict[str, Any]:
     play, learn, kept = _phases(s, checkpoint, max(train.longest, valid.longest), limit)
     made = alignment_plan.plan(s, play, learn)
     made.tell()
+    if (n := ranks.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
+        raise MisError(
+            f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}: "
+            f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
+        )
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train.rows), **made.result()}
     with alignment.running(s, folder, checkpoint, made, card, "grpo") as r:
@@ -183,4 +188,4 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.main(Settings, run)
+    cli.main(Settings, run, several=True)

@@ -11,7 +11,7 @@ from mis_mlx.model import arch, load
 from mis_mlx.model import teacher as teachers
 from mis_mlx.model.arch import MIS_137B
 from mis_mlx.model.config import read_config
-from mis_mlx.training import phases, planning
+from mis_mlx.training import hosts, phases, planning
 from mis_mlx.training.job import Job, job_of
 from mis_mlx.training.phases import Plan
 from mis_mlx.training.planning import Model
@@ -152,6 +152,8 @@ class Settings:
     """steps of the teacher's own training"""
     eval_windows: int = 24
     save_every: int = 20
+    hosts: str | None = None
+    """budgets of several machines, such as 5GiB,12GiB: whose blocks are whose, and what the cable carries"""
     epoch_tokens: int = 1_000_000
     """of mis-137b's comparison with the paper"""
     config: cli.ConfigFile = None
@@ -178,6 +180,20 @@ def _job(s: Settings, teacher: Model, gpu: bool) -> Job:
     return job_of(teacher, student, s)
 
 
+def _several(budgets: str | None, plan: Plan) -> dict[str, Any]:
+    """The same on several machines, printed; for the JSON line their parts."""
+    if budgets is None:
+        return {}
+    job, sizes = plan.job, [cli.parse_bytes(each, "--hosts") for each in budgets.split(",")]
+    made = hosts.split(job.teacher, sizes, job.step, plan.micro_batch * job.length, job.length, plan.rates)
+    print(f"\n{hosts.table(plan, made)}")
+    return {
+        "hosts": [asdict(host) for host in made],
+        "relayed_bytes": hosts.relayed_bytes(job.teacher, len(made), job.step),
+        "gradient_bytes": hosts.gradient_bytes(job, len(made)),
+    }
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """The command: print the plan."""
     at = planning.machine_rates(settings.machine, settings.measure)
@@ -191,6 +207,7 @@ def run(settings: Settings) -> dict[str, Any]:
     plan = phases.make(job, budget.limit_bytes, at)
     params = [arch.params(m.config) for m in (teacher, job.student)]
     print(f"{params[0]:,} -> {params[1]:,} parameters: {job.student.shape}\n\n{table(plan)}")
+    several = _several(settings.hosts, plan)
     if settings.teacher == "mis-137b":
         print(f"\n{paper(plan, settings.epoch_tokens)}")
     return {
@@ -209,6 +226,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "budget_bytes": plan.budget_bytes,
         "least_budget_bytes": phases.least_bytes(job, at),
         "seconds": round(plan.seconds),
+        **several,
         "rates": at.source,
         "check_failed": not plan.fits,
     }

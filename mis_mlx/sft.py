@@ -101,4 +101,4 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.main(Settings, run)
+    cli.main(Settings, run, several=True)

@@ -97,7 +97,7 @@ class Targets:
     ):
         self.folder, self.spec, self.parts, self.notes = folder, spec, parts, notes
         self._files = files
-        self._total = -(-spec.windows // spec.part_windows)
+        self.total = -(-spec.windows // spec.part_windows)
         self._coming: list[Arrays] = []  # windows of the part being filled
         self._kept: dict[int, dict[str, np.ndarray]] = {}  # parts read lately, the last one last
 
@@ -109,7 +109,7 @@ class Targets:
 
     def missing(self) -> list[int]:
         """Windows of the parts that are not there, rising: what `put` wants, in the order it wants them."""
-        return [w for number in range(self._total) if number not in self.parts for w in self._within(number)]
+        return [w for number in range(self.total) if number not in self.parts for w in self._within(number)]
 
     def put(self, window: int, arrays: Arrays) -> None:
         """Take the targets of one window, by the names of `Spec.dtypes`; with its last window a part is committed.
@@ -126,6 +126,16 @@ class Targets:
             coming, self._coming = self._coming, []
             self._commit(number, coming)
 
+    def adopt(self, number: int) -> None:
+        """Count a part whose file was made elsewhere, and lies here now, as finished."""
+        data = _path(self.folder, number).read_bytes()
+        self.parts[number] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        self.save()
+
+    def path(self, number: int) -> Path:
+        """Where a part lies, or will."""
+        return _path(self.folder, number)
+
     def _within(self, number: int) -> range:
         """Windows of a part."""
         start = number * self.spec.part_windows
@@ -139,8 +149,8 @@ class Targets:
             for name, dtype in self.spec.dtypes().items()
         }
         path = _path(self.folder, number)
-        left = sum(a.nbytes for a in arrays.values()) * (self._total - len(self.parts))
-        what, done = "the rest of the targets", f"{len(self.parts)} of {self._total} parts are kept"
+        left = sum(a.nbytes for a in arrays.values()) * (self.total - len(self.parts))
+        what, done = "the rest of the targets", f"{len(self.parts)} of {self.total} parts are kept"
         remedy = f"free some and start again, {done}"
         with reported(self.folder, what, left, remedy):
             self._files.require_space(self.folder, left, what, remedy)
@@ -190,7 +200,7 @@ class Targets:
         if number not in self._kept:
             path = _path(self.folder, number)
             if number not in self.parts:
-                raise MisError(f"{path} is not written yet ({len(self.parts)} of {self._total} are): write the rest")
+                raise MisError(f"{path} is not written yet ({len(self.parts)} of {self.total} are): write the rest")
             if (data := _sound(path, self.parts[number])) is None:
                 raise MisError(f"{path} is damaged: write the targets again, the other parts are kept")
             tensors, _ = check(path)

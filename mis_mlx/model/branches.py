@@ -47,15 +47,23 @@ def join(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Branches:
 
 def forward(model: nn.Module, tokens: mx.array, branch: mx.array, positions: np.ndarray) -> mx.array:
     """Final hidden states (S, D) of a resident model; arguments as in `Branches`."""
-    inner, order, at = model.model, mx.arange(tokens.shape[1]), mx.array(positions)
+    inner, order = model.model, mx.arange(tokens.shape[1])
     sees = (order[:, None] >= order[None]) & ((branch[None] == 0) | (branch[:, None] == branch[None]))
     hidden = inner.embed_tokens(tokens)
     for block in inner.layers:
-        near = at[:, None] < at[None] + model.args.sliding_window if getattr(block, "use_sliding", False) else None
-        rope = block.self_attn.rope
-        block.self_attn.rope = Positioned(rope, positions)
-        try:
-            hidden = block(hidden, sees if near is None else sees & near)
-        finally:
-            block.self_attn.rope = rope
+        hidden = through(block, hidden, sees, positions, getattr(model.args, "sliding_window", None))
     return inner.norm(hidden)[0]
+
+
+def through(
+    block: nn.Module, hidden: mx.array, sees: mx.array, positions: np.ndarray, window: int | None = None
+) -> mx.array:
+    """hidden (1, S, D) through one block: row i looks at the rows of sees (S, S), where it stands at positions (S,)."""
+    at, rope = mx.array(positions), block.self_attn.rope
+    slides = window if getattr(block, "use_sliding", False) else None
+    near = sees if slides is None else sees & (at[:, None] < at[None] + slides)
+    block.self_attn.rope = Positioned(rope, positions)
+    try:
+        return block(hidden, near)
+    finally:
+        block.self_attn.rope = rope

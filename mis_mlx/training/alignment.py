@@ -22,15 +22,15 @@ import mlx.nn as nn
 from mis_mlx import cli
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs
-from mis_mlx.disk.files import Files
+from mis_mlx.disk.files import Files, reported
 from mis_mlx.machine import memory, tea
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, lora, slice, stream
+from mis_mlx.model import load, lora, ranks, slice, stream
 from mis_mlx.model.card import name_of
 from mis_mlx.training import loop
 from mis_mlx.training.alignment_plan import Alignment, Plan
 from mis_mlx.training.loop import Loss
-from mis_mlx.training.supervise import supervise
+from mis_mlx.training.supervise import set_back, supervise
 from mis_mlx.training.weather import Weather
 from mis_mlx.types import Checkpoint, MisError, Step
 
@@ -52,7 +52,8 @@ class Run:
     files: Files
     card: Mapping[str, Any]  # of the data: what it is, its licence
     peak: memory.Peak = field(default_factory=memory.Peak)
-    best: tuple[int, float] | None = None  # (step, held-out loss)
+    judge: str = "loss"  # which of the held-out figures
+    best: tuple[int, float] | None = None  # (step, its held-out `judge`)
     began_s: float = field(default_factory=time.monotonic)
 
     def train(
@@ -62,40 +63,61 @@ class Run:
         held_out: Callable[[], Mapping[str, float]],
         label: str,
         train: Callable[..., Iterator[Step]] = loop.train,
+        judge: str = "loss",
     ) -> dict[str, Any]:
         """Train from wherever the run stands to its end, write the best student, return the run's result.
 
         micro_batches, loss: as of `loop.train`; pure functions of the step and of the model. held_out(): what is
-        measured of `model` at every checkpoint, "loss" among it, by which the lowest is kept.
+        measured of `model` at every checkpoint; the one with the lowest `judge` is kept.
         train: called as `loop.train`, yields the steps; what `micro_batches` gives is between these two.
         """
-        s = self.settings
+        s, self.judge = self.settings, judge
         start = self._start(held_out)
         self.model.train()
-        steps = train(self.model, micro_batches, loss, self.optimizer, s.schedule, start)
+        steps = partial(train, self.model, micro_batches, loss, self.optimizer, s.schedule)
         save = partial(self._save, held_out)
-        supervise(steps, self.folder, s.iters, s.save_every, save, self.weather, self.peak, self.files, label=label,
-                  budget_bytes=self.plan.budget.limit_bytes)  # fmt: skip
+
+        def go(coming: Iterator[Step]) -> None:
+            supervise(coming, self.folder, s.iters, s.save_every, save, self.weather, self.peak, self.files,
+                      label=label, budget_bytes=self.plan.budget.limit_bytes)  # fmt: skip
+
+        set_back(go, steps, start, self._back, self.optimizer)
         return self._finish()
 
     def _start(self, held_out: Callable[[], Mapping[str, float]]) -> int:
         """Steps done: of the newest checkpoint, put back; or 0, and that measured and saved."""
-        saved = protocol.newest(self.folder / STEPS, self.files)
-        if saved is None:
-            for name in (STEPS, BEST):
+        if (number := self._back()) is not None:
+            return number
+        for name in (STEPS, BEST):
+            with reported(self.folder, "the folder of checkpoints"):
                 self.files.make_folder(self.folder / name)
-            self._save(held_out, 0)
-            return 0
-        for note in [*saved.notes, f"continuing from step {saved.number}"]:
-            cli.say(note)
-        arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
-        loop.restore(self.model, self.optimizer, {"optimizer": {}, **arrays}, saved.state["optimizer"])
-        self.weather.breaks = tea.TeaBreaks(**saved.state["tea"])
-        self.best = (saved.state["best"][0], saved.state["best"][1])
-        return saved.number
+        self._alike()
+        self._save(held_out, 0)
+        return 0
+
+    def _back(self) -> int | None:
+        """Put the newest checkpoint back: its number; None when there is none."""
+        saved = protocol.newest(self.folder / STEPS, self.files)
+        if saved:
+            for note in [*saved.notes, f"continuing from step {saved.number}"]:
+                cli.say(note)
+            arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
+            loop.restore(self.model, self.optimizer, {"optimizer": {}, **arrays}, saved.state["optimizer"])
+            self.weather.breaks = tea.TeaBreaks(**saved.state["tea"])
+            self.best = (saved.state["best"][0], saved.state["best"][1])
+        number = ranks.told(lambda: saved.number if saved else None)
+        if number is not None:
+            self._alike()
+        return number
+
+    def _alike(self) -> None:
+        mine = self.model, self.optimizer
+        loop.alike(partial(loop.arrays_of, *mine), self.optimizer.memory, partial(loop.restore, *mine))
 
     def _save(self, held_out: Callable[[], Mapping[str, float]], number: int) -> None:
         """One checkpoint. Measured only where every run of these settings is: a stop does not change the best."""
+        if not ranks.first():
+            return
         s, arrays = self.settings, loop.arrays_of(self.model, self.optimizer)
         if number % s.save_every == 0 or number == s.iters:
             self.model.eval()
@@ -103,10 +125,10 @@ class Run:
             self.model.train()
             self.files.append(self.folder / HELD_OUT, json.dumps({"number": number, **found}))
             cli.say(f"step {number}, held out: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-            if not math.isfinite(found["loss"]):
-                raise MisError(f"the held-out loss at step {number} is {found['loss']}: lower --learning-rate")
-            if self.best is None or found["loss"] < self.best[1]:
-                self.best = (number, found["loss"])
+            if not math.isfinite(value := found[self.judge]):
+                raise MisError(f"the held-out loss at step {number} is {value}: lower --learning-rate")
+            if self.best is None or value < self.best[1]:
+                self.best = (number, value)
                 # 3 of them: as many checkpoints may be damaged or undone as the steps can lose. A run that was set
                 # back comes here again with the same bits.
                 if not (self.folder / BEST / f"step-{number:08d}").exists():
@@ -124,6 +146,8 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         """The best student as an ordinary folder, or its adapters; and the run's JSON."""
+        if not ranks.first():
+            return {}
         s, c = self.settings, self.checkpoint
         best = protocol.newest(self.folder / BEST, self.files)
         if best is None or self.best is None:
@@ -166,15 +190,17 @@ def running(
     """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint"."""
     made.check()
     files, origin = Files(), runs.origin(checkpoint, card["fingerprint"])
-    if folder is None:
+    ranks.same(origin)
+    if folder is None and ranks.first():
         stored = {k: v for k, v in asdict(s).items() if k not in runs.NOT_STORED}
         way = {"mode": "resident", "micro": made.micro_batch}
         folder = runs.create(s.out, f"{name_of(checkpoint.path)}-{name}", stored, origin, way, files)
-    else:
+    elif folder and ranks.first():
         for note in runs.same_origin(folder, origin):
             cli.say(note)
     cli.say(f"run folder: {folder}")
     with (
+        ranks.workplace(folder) as folder,
         protocol.lock(folder),
         memory.limited(made.budget, made.peak_bytes),
         Weather(s, folder / "thermal.jsonl", files) as weather,

@@ -14,7 +14,7 @@ from mis_mlx import cli
 from mis_mlx.disk import runs
 from mis_mlx.machine import memory
 from mis_mlx.machine.rates import Rates
-from mis_mlx.model import arch, load, lora, teacher
+from mis_mlx.model import arch, load, lora, ranks, teacher
 from mis_mlx.training import planning
 from mis_mlx.training.phases import SAVED_BYTES
 from mis_mlx.training.planning import Phase
@@ -82,9 +82,14 @@ def resumed(settings: S) -> tuple[S, Path | None]:
     """The settings to run with, and the folder of the run that they continue; MisError where they differ from its."""
     if not settings.resume:
         return settings, None
-    folder = runs.find(settings.out)
     kind = type(settings)
-    return kind(**runs.merged(asdict(settings), asdict(kind()), runs.stored_settings(folder), FREE)), folder
+
+    def found() -> tuple[dict[str, Any], str]:
+        folder = runs.find(settings.out)
+        return runs.merged(asdict(settings), asdict(kind()), runs.stored_settings(folder), FREE), str(folder)
+
+    values, folder = ranks.told(found)
+    return kind(**values), Path(folder)
 
 
 def opened(s: Alignment) -> Checkpoint:
@@ -184,13 +189,16 @@ def cut(s: S, folder: Path | None, phase: Callable[[S], Phase]) -> S:
 
     A micro-batch divides the one asked for, and a step stays what it was.
     """
-    sizes = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
-    if folder:
-        sizes = [int(runs.stored_plan(folder).get("micro", s.batch_size))]
-    limit, made = budget(s).limit_bytes, s
-    for size in sizes:
-        parts = s.grad_accumulation_steps * s.batch_size // size
-        made = replace(s, batch_size=size, grad_accumulation_steps=parts)
-        if phase(made).peak_bytes + memory.process_bytes(limit) <= limit:
-            break
-    return made
+    limit = budget(s).limit_bytes
+
+    def made(size: int) -> S:
+        return replace(s, batch_size=size, grad_accumulation_steps=s.grad_accumulation_steps * s.batch_size // size)
+
+    def fitting() -> int:
+        if folder:
+            return int(runs.stored_plan(folder).get("micro", s.batch_size))
+        sizes = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
+        own = memory.process_bytes(limit)
+        return next((n for n in sizes if phase(made(n)).peak_bytes + own <= limit), 1)
+
+    return made(ranks.told(fitting))

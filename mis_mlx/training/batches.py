@@ -6,7 +6,8 @@ Does not know what the tokens mean. Padding is never learned and never seen by a
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -49,11 +50,19 @@ def rectangle(windows: Sequence[Sequence[Sequenced]]) -> tuple[mx.array, mx.arra
     return mx.array(tokens), mx.array(learn), mx.array(rows)
 
 
-def drawn(lengths: Sequence[int], batch_size: int, parts: int, step: int, seed: int) -> list[np.ndarray]:
+def drawn(
+    lengths: Sequence[int],
+    batch_size: int,
+    parts: int,
+    step: int,
+    seed: int,
+    share: Callable[[Any], Any] = lambda at: at,
+) -> list[np.ndarray]:
     """The indices of a step's `parts` micro-batches: a pure function of its arguments.
 
-    Those of like length come together, which saves padding and changes nothing: a step is one sum.
+    Those of like length come together, which saves padding and changes nothing: a step is one sum. share: of all
+    indices those that are wanted here.
     """
     at = order(len(lengths), batch_size * parts, step, seed)
-    at = at[np.argsort([lengths[i] for i in at], kind="stable")]
+    at = share(at[np.argsort([lengths[i] for i in at], kind="stable")])
     return [at[i : i + batch_size] for i in range(0, len(at), batch_size)]

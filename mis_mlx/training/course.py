@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,15 @@ from mlx.utils import tree_flatten
 from mis_mlx import cli
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs, text
-from mis_mlx.disk.files import Files
+from mis_mlx.disk.files import Files, reported
 from mis_mlx.machine import memory, tea
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, parts, reconstruct, slice, stream
+from mis_mlx.model import load, parts, ranks, reconstruct, slice, stream
 from mis_mlx.training import distillation, local, loop, planning, sharded, targets
 from mis_mlx.training.phases import Plan, steps_per_shard
 from mis_mlx.training.recipe import Distillation
-from mis_mlx.training.supervise import supervise
+from mis_mlx.training.supervise import set_back, supervise
 from mis_mlx.training.weather import Weather
 from mis_mlx.types import Checkpoint, Keep, MisError, Step
 
@@ -50,6 +50,7 @@ class Course:
     peak: memory.Peak
     weather: Weather
     report: Callable[[Step], None] | None = None  # somebody who is told of every step of the distillation
+    shares: tuple[int, ...] = ()  # how many of the teacher's blocks each machine has; (): each has it whole
 
     @property
     def direct(self) -> bool:
@@ -89,13 +90,15 @@ def _corrected(c: Course) -> Checkpoint:
     A folder beside the others, of the teacher's own type. Killed on the way, it goes on from its checkpoints.
     """
     out, saved = c.folder / TEACHER, c.folder / TEACHER_STEPS
-    if not out.exists():
+    if not ranks.told(out.exists):
         cli.say(f"teacher correction: {c.recipe.teacher_correction} steps")
         with c.phase("teacher correction"):
             _correct(c, out)
         mx.clear_cache()
+    ranks.sent_folder(out, c.files)
     if saved.exists():  # weights and moments, twice: nobody goes back there
-        c.files.remove_tree(saved)
+        with suppress(OSError):
+            c.files.remove_tree(saved)
     return load.open_checkpoint(out)
 
 
@@ -106,11 +109,12 @@ def _correct(c: Course, out: Path) -> None:
     begin = partial(stream.into_memory, model, f"{c.teacher.path}: ")
     start = run.start(begin, partial(loop.restore, model, optimizer))
     model.train()
-    steps = distillation.steps(model, distillation.Text(), c.data, r, optimizer, start)
-    run.finish(steps, r.save_every, f"{TEACHER}.jsonl", TEACHER)
+    steps = partial(distillation.steps, model, distillation.Text(), c.data, r, optimizer)
+    run.finish(steps, start, r.save_every, optimizer, f"{TEACHER}.jsonl", TEACHER)
     dtype = planning.KINDS[c.teacher.tensors[f"{load.EMBEDDING}weight"].dtype]
     take = dict(tree_flatten(model.parameters())).__getitem__
-    slice.write_model(c.teacher.config, take, c.teacher.path, out, dtype, c.files)
+    if ranks.first():
+        slice.write_model(c.teacher.config, take, c.teacher.path, out, dtype, c.files)
 
 
 def source_of(c: Course, pruned: Checkpoint) -> distillation.Source:
@@ -125,7 +129,7 @@ def source_of(c: Course, pruned: Checkpoint) -> distillation.Source:
     def teacher(room_bytes: int | None) -> distillation.Teacher:
         r = c.recipe
         return distillation.Teacher(
-            c.teacher, room_bytes, c.direct, r.temperature, r.cross_entropy, r.divergence, middle
+            c.teacher, room_bytes, c.direct, r.temperature, r.cross_entropy, r.divergence, middle, c.shares
         )
 
     if c.recipe.targets == "live":
@@ -137,7 +141,8 @@ def source_of(c: Course, pruned: Checkpoint) -> distillation.Source:
     with c.phase("logit store"), cli.progress("targets", len(at)) as show:
         store = targets.write(c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files,
                               count=c.recipe.samples, seed=c.recipe.seed, show=show,
-                              windows_per_pass=c.plan.held_windows("logit store"))  # fmt: skip
+                              windows_per_pass=max(1, c.plan.held_windows("logit store") // max(1, len(c.shares))),
+                              together=bool(c.shares))  # fmt: skip
     for note in [
         *store.notes,
         f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets",
@@ -193,9 +198,9 @@ def _resident(c: Course, begun: Checkpoint, source: distillation.Source) -> Call
     start = run.start(begin, restore)
     student.train()
     r = c.recipe
-    steps = distillation.steps(student, source, c.data, r, optimizer, start, lambda: run.sigma)
+    steps = partial(distillation.steps, student, source, c.data, r, optimizer, sigma=lambda: run.sigma)
     with c.phase("distil"):
-        run.finish(steps, r.save_every)
+        run.finish(steps, start, r.save_every, optimizer)
     return dict(tree_flatten(student.parameters())).__getitem__
 
 
@@ -205,16 +210,16 @@ def _sharded(c: Course, begun: Checkpoint, source: distillation.Source) -> Calla
     student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, room, c.direct, r.factors)
     run = Run(c, student.arrays, student.memory)
     start = run.start(student.begin, student.restore)
-    steps = sharded.steps(
+    steps = partial(
+        sharded.steps,
         student,
         distillation.cut(source, c.data, r),
         partial(source.kl_sum, frozen_head=True),
         r.schedule,
-        start,
-        lambda step: losses.halny_factor(run.sigma, r.seed, step),
+        factor=lambda step: losses.halny_factor(run.sigma, r.seed, step),
     )
     with c.phase("distil"):
-        run.finish(steps, min(r.save_every, max(1, visit // 2)))  # two checkpoints of every visit: see Sharded
+        run.finish(steps, start, min(r.save_every, max(1, visit // 2)))  # two checkpoints of every visit: see Sharded
     return partial(load.dense, load.open_checkpoint(begun.path))
 
 
@@ -227,28 +232,46 @@ class Run:
     memory: Callable[[], dict[str, Any]]
     sigma: float = 0.0
     steps: str = "steps"  # the folder of its checkpoints
+    restore: Callable[..., None] | None = None
 
     def start(self, begin: Callable[[], object], restore: Callable[..., None]) -> int:
         """Steps done: of the newest checkpoint, put back by `restore`; or 0 after `begin`, and that saved."""
+        self.restore = restore
+        if (number := self.back()) is not None:
+            return number
+        if ranks.first():
+            begin()
+            with reported(self.course.folder, "the folder of checkpoints"):
+                self.course.files.make_folder(self.course.folder / self.steps)
+        loop.alike(self.arrays, self.memory, restore)
+        self.save(0)
+        return 0
+
+    def back(self) -> int | None:
+        """Put the newest checkpoint back: its number; None when there is none."""
         c, folder = self.course, self.course.folder / self.steps
-        if saved := protocol.newest(folder, c.files):
+        saved = protocol.newest(folder, c.files)
+        if saved:
             for note in [*saved.notes, f"continuing from step {saved.number}"]:
                 cli.say(note)
             arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
-            restore(arrays, saved.state["optimizer"])
+            assert self.restore
+            self.restore(arrays, saved.state["optimizer"])
             c.weather.breaks = tea.TeaBreaks(**saved.state["tea"])
             self.sigma = saved.state["halny_sigma"]
-            return saved.number
-        begin()
-        c.files.make_folder(folder)
-        self.save(0)
-        return 0
+        number = ranks.told(lambda: saved.number if saved else None)
+        if number is not None:
+            loop.alike(self.arrays, self.memory, self.restore)
+            self.sigma = ranks.told(lambda: self.sigma)
+        return number
 
     def save(self, number: int) -> None:
         """One checkpoint: weights, moments, and everything else a resumed run needs."""
         c = self.course
         # The wind is fixed from one checkpoint to the next, so that a resumed run meets the same.
-        self.sigma = c.weather.sigma() if c.recipe.halny is None else c.recipe.halny
+        self.sigma = ranks.told(lambda: c.weather.sigma() if c.recipe.halny is None else c.recipe.halny)
+        if not ranks.first():
+            return
         arrays = {k: v for k, v in self.arrays().items() if v}
         state = {
             "arrays": list(arrays),
@@ -258,11 +281,18 @@ class Run:
         }
         protocol.save_step(c.folder / self.steps, number, arrays, state, c.files)
 
-    def finish(self, steps: Iterator[Step], save_every: int, log: str = runs.METRICS, label: str = "distil") -> None:
-        """Run the steps to their end."""
+    def finish(
+        self, steps: Callable[[int], Iterator[Step]], start: int, save_every: int, optimizer: GoralW | None = None,
+        log: str = runs.METRICS, label: str = "distil",
+    ) -> None:  # fmt: skip
+        """Run steps(start) to their end. optimizer: that of a run which may be set back once (see `set_back`)."""
         c = self.course
         mine = log == runs.METRICS  # the student's own steps, which the plan timed
         planned = next(p.seconds(c.plan.rates) for p in c.plan.phases if p.name == "distil")
         tps = c.plan.job.step * c.plan.job.iters / max(planned, 1e-9) if mine else None
-        supervise(steps, c.folder, c.recipe.iters, save_every, self.save, c.weather, c.peak, c.files, log, label,
-                  c.plan.budget_bytes, tps, c.report if mine else None)  # fmt: skip
+
+        def go(coming: Iterator[Step]) -> None:
+            supervise(coming, c.folder, c.recipe.iters, save_every, self.save, c.weather, c.peak, c.files, log, label,
+                      c.plan.budget_bytes, tps, c.report if mine else None)  # fmt: skip
+
+        set_back(go, steps, start, self.back, optimizer)

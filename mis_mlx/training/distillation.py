@@ -17,7 +17,8 @@ import numpy as np
 from mis_mlx.disk.text import Windows, order
 from mis_mlx.maths import losses, sparse
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, reconstruct, stream
+from mis_mlx.model import load, ranks, reconstruct, stream
+from mis_mlx.model.relay import Relay
 from mis_mlx.training.loop import Loss, train
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Batch, Checkpoint, Keep, Step
@@ -82,8 +83,10 @@ class Teacher:
         cross_entropy: float = 0.0,
         divergence: Literal["forward", "reverse"] = "forward",
         middle: Middle | None = None,
+        shares: Sequence[int] = (),
     ):
-        self._source = stream.Stream(checkpoint, load.compute_dtype(), room_bytes, direct)
+        where = checkpoint, load.compute_dtype(), room_bytes, direct
+        self._source = Relay(*where, shares) if shares else stream.Stream(*where)
         self._head, self._temperature = self._source.head(), temperature
         self._cross_entropy, self._reverse, self.middle = cross_entropy, divergence == "reverse", middle
 
@@ -169,12 +172,12 @@ def loss_of(source: Source) -> Loss:
 
 
 def cut(source: Source, data: Windows, recipe: Recipe) -> Callable[[int], list[MicroBatch]]:
-    """The micro-batches of any step: a pure function of its number."""
+    """The micro-batches of any step, this machine's of several: a pure function of its number."""
     each = recipe.batch_size * recipe.grad_accumulation_steps
 
     def micro_batches(step: int) -> list[MicroBatch]:
-        at = order(len(data.tokens), each, step, recipe.seed)
-        parts = [at[i : i + recipe.batch_size] for i in range(0, each, recipe.batch_size)]
+        at = ranks.share(order(len(data.tokens), each, step, recipe.seed))
+        parts = [at[i : i + recipe.batch_size] for i in range(0, len(at), recipe.batch_size)]
         return source.micro_batches([Batch(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts], parts)
 
     return micro_batches

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mis_mlx import cli
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import grid, load
+from mis_mlx.model import grid, load, ranks
 from mis_mlx.training import distillation, loop
 from mis_mlx.training.course import Course, Run
 from mis_mlx.training.recipe import Distillation
@@ -50,7 +50,8 @@ def tune(c: Course, source: distillation.Source, rounded: Path, out: Path, r: Di
     run = Run(replace(c, recipe=r), partial(loop.arrays_of, model, optimizer), optimizer.memory, steps=STEPS)
     start = run.start(lambda: None, partial(loop.restore, model, optimizer))
     model.train()
-    steps = distillation.steps(model, source, c.data, r, optimizer, start)
+    steps = partial(distillation.steps, model, source, c.data, r, optimizer)
     with c.phase("tune"):
-        run.finish(steps, r.save_every, LOG, "tune")
-    grid.write(checkpoint, model, out, c.files)
+        run.finish(steps, start, r.save_every, optimizer, LOG, "tune")
+    if ranks.first():
+        grid.write(checkpoint, model, out, c.files)

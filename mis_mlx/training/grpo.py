@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from mis_mlx.disk.text import order
 from mis_mlx.maths import policy
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import branches, load, sample, stream
+from mis_mlx.model import branches, load, ranks, sample, stream
 from mis_mlx.training import loop, scoring
 from mis_mlx.training.scoring import Function, Scores
 from mis_mlx.types import MisError, Step
 
 SAMPLES = "samples.jsonl"
+COUNTS = ("unscored", "kept", "groups")  # of facts
 TABLE = (("reward", ".3f"), ("answer_tokens", ".1f"), ("kept", ".0f"), ("groups", ".0f"), ("clipped", ".3f"))
 
 
@@ -80,7 +82,7 @@ class Rollout:
 
 @dataclass
 class Sampler:
-    """Makes a step's rollout. prompts: token ids of each row of `rows`, in one order.
+    """Makes a step's rollout, this machine's part of it. prompts: token ids of each row of `rows`, in one order.
 
     prompts_per_step groups of `group` answers, `at_once` answers generated together, micro_batch answers in a
     micro-batch. reference: where KL is asked for, the model as it was. updates: of the weights in a step.
@@ -104,10 +106,9 @@ class Sampler:
 
     def __call__(self, step: int) -> Rollout:
         """Step `step`, counted from 0. MisError when no answer of it could be scored."""
-        at = order(len(self.rows), self.prompts_per_step, step, self.seed)
-        draw = sample.sampler(
-            self.objective.temperature, int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
-        )
+        at = ranks.share(order(len(self.rows), self.prompts_per_step, step, self.seed))
+        own = [self.seed, step, *ranks.share(range(ranks.size()))] if ranks.size() > 1 else [self.seed, step]
+        draw = sample.sampler(self.objective.temperature, int(np.random.SeedSequence(own).generate_state(1)[0]))
         answers = sample.groups(
             self.model, [self.prompts[i] for i in at], self.group, self.objective.max_tokens,
             self.tokenizer.eos_token_ids, draw, self.at_once,
@@ -122,11 +123,14 @@ class Sampler:
                 f"({notes[0] if notes else 'every function returned None'}): mend the reward functions or the answers"
             )
         kept = policy.teaches(rewards)
-        for i, group, score, keeps in zip(at, texts, scores, kept, strict=True):
-            self.log(_record(step, self.rows[i], group, score, bool(keeps)))
+        judged = zip(at, texts, scores, kept, strict=True)
+        lines = [_record(step, self.rows[i], group, score, bool(keeps)) for i, group, score, keeps in judged]
+        for line in chain.from_iterable(ranks.gather(lines)):
+            self.log(line)
         advantage = policy.advantages(rewards, scaled=self.objective.kind != "dr_grpo")
         chosen = [(at[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
-        return Rollout(self._parts(chosen), _facts(rewards, scores, answers, kept, self.objective.max_tokens))
+        facts = ranks.gather(_facts(rewards, scores, answers, kept, self.objective.max_tokens))
+        return Rollout(self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts))
 
     def text(self, answer: Sequence[int]) -> str:
         """An answer as the reward functions read it, without its stop token."""
@@ -193,6 +197,18 @@ def _facts(
     }
 
 
+def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Those of all machines: counts added, means weighed by groups."""
+    found = {}
+    for name in dict.fromkeys(name for each in facts for name in each):
+        told = [(each[name], each["groups"]) for each in facts if name in each]
+        if name in COUNTS:
+            found[name] = sum(value for value, _ in told)
+        else:
+            found[name] = sum(value * n for value, n in told) / sum(n for _, n in told)
+    return found
+
+
 def train(
     model: nn.Module,
     rollouts: Callable[[int], Rollout],
@@ -213,7 +229,7 @@ def train(
         rollout = rollouts(step)
         peak = mx.get_peak_memory()
         done = Step(step + 1, 0.0, 0.0, schedule.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
-        for _ in range(updates if rollout.parts else 0):
+        for _ in range(updates if ranks.anywhere(rollout.parts) else 0):
             done = next(loop.train(model, rollout.again, loss, optimizer, schedule, step))
         facts = {**done.more, **rollout.facts}
         seconds, peak = loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)

@@ -1,7 +1,8 @@
 """The training loop: micro-batches in, one `Step` out per optimizer step. Works for any masked loss.
 
 Does not know what the loss means, where batches come from, or what is done with a `Step`; it yields and
-calls nobody. Cutting a step into micro-batches cannot change it: losses are summed, and divided once.
+calls nobody. Cutting a step into micro-batches cannot change it, nor can sharing these out to machines (model/ranks):
+losses are summed, and divided once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mis_mlx.machine.clock import Clock
 from mis_mlx.maths.optimizer import GoralW, cosine, global_norm
+from mis_mlx.model import ranks
 from mis_mlx.types import Step
 
 CLOCK = Clock()
@@ -58,7 +60,7 @@ def train(
     gradient_of = partial(nn.value_and_grad(model, loss), model)
 
     def gradients(step: int) -> tuple[Any, ...]:
-        return _gradients(gradient_of, micro_batches(step))
+        return _gradients(model, gradient_of, micro_batches(step))
 
     for step in range(start, schedule.iters):
         yield one_step(model, gradients, optimizer, schedule, step, factor, clock)
@@ -80,24 +82,25 @@ def one_step(
         began, mark = clock.monotonic(), clock.asleep()
         mx.reset_peak_memory()
         value, tokens, summed, *means = gradients(step)
-        if not (slept := clock.slept(mark)):
+        if not (slept := max(ranks.gather(clock.slept(mark)))):
             break
         note = f"the machine slept {slept / 60:.0f} min; step done again. "
     scaled = tree_map(partial(mx.multiply, factor(step) / tokens), summed)
     del summed
-    norm = float(global_norm(scaled))
+    norm = ranks.told(partial(float, global_norm(scaled)))  # whoever is led by it is led alike
     rate = schedule.rate(step)
-    note += optimizer.update(model, scaled, value, norm, rate)
+    note += optimizer.update(model, scaled, value, norm, rate, step + 1)
     del scaled
     mx.eval(model.parameters(), optimizer.adamw.state)
     seconds = clock.monotonic() - began
     more = dict(means[0]) if means else {}
     seen = int(more.pop("tokens", tokens))
-    return Step(step + 1, value, norm, rate, seen, seconds, mx.get_peak_memory(), note.strip(), more=more)
+    rate, peak = rate * optimizer.calm, mx.get_peak_memory()
+    return Step(step + 1, value, norm, rate, seen, seconds, peak, note.strip(), more=more)
 
 
 def _gradients(
-    gradient_of: Callable[..., Any], parts: Sequence[tuple[Any, ...]]
+    model: nn.Module, gradient_of: Callable[..., Any], parts: Sequence[tuple[Any, ...]]
 ) -> tuple[float, float, Any, dict[str, float]]:
     """(loss per token in nats, tokens, gradients of the *sum* over tokens, further means) of one step, evaluated."""
     total, count, gradients, sums = mx.array(0.0), mx.array(0.0), None, dict[str, mx.array]()
@@ -109,14 +112,41 @@ def _gradients(
             sums[name] = sums.get(name, mx.array(0.0)) + value
         mx.eval(total, count, gradients, sums)
         del grads
-    tokens = max(float(count), 1.0)
-    means = {name: float(s) / (1.0 if name == "tokens" else tokens) for name, s in sums.items()}
-    return float(total) / tokens, tokens, gradients, means
+    if gradients is None:  # a machine without a part in this step
+        gradients = tree_map(mx.zeros_like, model.trainable_parameters())
+    said = {name: float(value) for name, value in {"loss, summed": total, "tokens that count": count, **sums}.items()}
+    whole = said if ranks.size() == 1 else _added(ranks.gather(said))
+    tokens = max(whole.pop("tokens that count"), 1.0)
+    loss = whole.pop("loss, summed") / tokens
+    means = {name: value / (1.0 if name == "tokens" else tokens) for name, value in whole.items()}
+    if ranks.size() > 1:
+        named = dict(tree_flatten(gradients))
+        del gradients
+        ranks.add_up(named)
+        gradients = tree_unflatten(list(named.items()))
+    return loss, tokens, gradients, means
+
+
+def _added(sums: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for each in sums for name in each)
+    return {name: sum(each.get(name, 0.0) for each in sums) for name in names}
 
 
 def arrays_of(model: nn.Module, optimizer: GoralW) -> dict[str, dict[str, mx.array]]:
     """Everything a resumed run needs that is an array, by checkpoint file."""
     return {"model": dict(tree_flatten(model.trainable_parameters())), "optimizer": optimizer.arrays()}
+
+
+def alike(
+    arrays: Callable[[], dict[str, dict[str, mx.array]]],
+    memory: Callable[[], dict[str, Any]],
+    restore: Callable[..., None] | None,
+) -> None:
+    """Every machine gets the weights, moments and memory of the first one, by `restore`."""
+    if ranks.size() > 1:
+        sent, remembered = ranks.sent_arrays(arrays), ranks.told(memory)
+        if restore and not ranks.first():
+            restore({"optimizer": {}, **sent}, remembered)
 
 
 def restore(

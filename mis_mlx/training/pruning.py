@@ -6,6 +6,7 @@ Does not know flags' parsing, nor what becomes of the student.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,9 @@ from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.model import arch, calibrate, compare, depth, fisher, load, rotate, slice
+from mis_mlx.model import arch, calibrate, compare, depth, fisher, load, ranks, rotate, slice
 from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.model.relay import Relay
 from mis_mlx.training.weather import WeatherFlags
 from mis_mlx.types import Checkpoint, Keep, MisError, Reading
 
@@ -242,18 +244,22 @@ def prune(
     reading: Callable[[], Reading | None],
     files: Files,
     held: int | None = None,
+    shares: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line.
 
     Where AAIS keeps other channels than plain importance, the plain student is made too, for as long as it
-    takes to compare the two on `held_out`. held: batches whose hidden states stay in memory (default: all).
+    takes to compare the two on `held_out`. Of several machines the first one chooses and writes; shares: they have so
+    many blocks of the model each (model/relay). held: batches whose hidden states stay in memory (default: all).
     """
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
     spool = None if held is None or held >= len(batches) else partial(Spool, out.absolute().parent, held, files)
-    statistics, _ = calibrate.calibrate(
-        checkpoint, batches, load.compute_dtype(), reading, cut.temperature_unit, spool() if spool else None
-    )
+    mine, place, kind = ranks.share(batches), spool() if spool else None, load.compute_dtype()
+    relay = Relay(checkpoint, kind, 0, bool(spool), shares) if shares else None
+    statistics, _ = calibrate.calibrate(checkpoint, mine, kind, reading, cut.temperature_unit, place, relay)
+    if not ranks.first():  # who has brought its part; the student is the first one's to make
+        return {}
     if "fisher" in (cut.importance, cut.blocks):
         place = Spool(out.absolute().parent, held or len(batches), files)
         statistics.fisher = fisher.fisher(checkpoint, batches, load.compute_dtype(), seed, place)
@@ -267,7 +273,8 @@ def prune(
         sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "kv_heads", "hidden")}
         as_plain = replace(cut, importance="rms", target="fixed", scenario="none", **sizes)
         _, plain = choose(checkpoint.config, statistics, as_plain, seed, layers)
-        with tempfile.TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.absolute().parent) as temp:
+        mark = f"-{os.getpid()}"  # so that it is swept where we are killed
+        with tempfile.TemporaryDirectory(mark, f".tmp-{out.name}-", out.absolute().parent) as temp:
             both = {}
             for name, kept in (("aais", keep), ("plain", plain)):
                 write(checkpoint, shape, kept, directions, Path(temp) / name, dtype, files)

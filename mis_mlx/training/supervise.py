@@ -9,14 +9,44 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from mis_mlx import cli
 from mis_mlx.disk import runs
 from mis_mlx.disk.files import Files
 from mis_mlx.machine.memory import Peak
+from mis_mlx.maths.optimizer import Diverged, GoralW
+from mis_mlx.model import ranks
 from mis_mlx.training.weather import Weather
 from mis_mlx.types import MisError, Step
+
+
+def set_back(
+    go: Callable[[Iterator[Step]], None],
+    steps: Callable[[int], Iterator[Step]],
+    start: int,
+    back: Callable[[], int | None],
+    optimizer: GoralW | None,
+) -> None:
+    """`go` through steps(start); three bad batches in a row go `back` to the last checkpoint, once.
+
+    On the second way these batches are left out and the learning rate is half of what it was; what is bad then
+    raises `Diverged`, as it does without an optimizer. A run killed before the second way has a checkpoint
+    takes both ways again, with the same bits.
+    """
+    try:
+        go(steps(start))
+    except Diverged as error:
+        number = None if optimizer is None or optimizer.calm < 1 else back()
+        if number is None or optimizer is None:
+            raise
+        optimizer.pass_over(error.batches)
+        cli.say(
+            f"batches {', '.join(map(str, error.batches))} gave no numbers: back to step {number}, and on without "
+            "them, at half the learning rate"
+        )
+        go(steps(number))
 
 
 def supervise(
@@ -34,35 +64,58 @@ def supervise(
     planned_tps: float | None = None,
     report: Callable[[Step], None] | None = None,
 ) -> None:
-    """Run `steps` to their end. MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it.
+    """Run `steps` to their end. MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it, here or on
+    any machine beside this one, or when such a machine is gone.
 
     budget_bytes, planned_tps: shown beside the memory and the speed there are. report: told of every step.
     """
     losses = deque[float](maxlen=cli.SPARK_STEPS)
+    unsaved = 0  # the number of a step that no checkpoint holds
     with cli.stop_asked() as asked, cli.progress(label, iters) as show:
-        for step in steps:
-            peak.note(step.peak_bytes)
-            record = {**weather.now(), **{k: v for k, v in asdict(step).items() if k not in ("reading", "more")}}
-            record |= step.more
-            files.append(folder / log, json.dumps(record))
-            losses.append(step.loss)
-            seen = replace(step, reading=weather.last())
-            show(step.number, cli.step_text(seen, losses, budget_bytes, planned_tps))
-            if report:
-                report(step)
-            saved = False
-            for decision in weather.after(step):
-                if decision.action != "run":
-                    show(step.number, f"tea break: {decision.reason}")
-                if decision.action == "stop":
-                    cli.say(f"the governor stops the run: {decision.reason}")
-                    asked.append(0)
-                if decision.checkpoint and not saved:
+        try:
+            for step in steps:
+                peak.note(step.peak_bytes)
+                record = {**weather.now(), **{k: v for k, v in asdict(step).items() if k not in ("reading", "more")}}
+                record |= step.more
+                files.append(folder / log, json.dumps(record))
+                losses.append(step.loss)
+                seen = replace(step, reading=weather.last())
+                show(step.number, cli.step_text(seen, losses, budget_bytes, planned_tps))
+                if report:
+                    report(step)
+                unsaved, due = step.number, step.number % save_every == 0 or step.number == iters
+                for _ in _breaks(weather, step, show, asked):
+                    due = True
+                    if unsaved and ranks.size() == 1:  # several save together, after the break
+                        save(step.number)
+                        unsaved = 0
+                if unsaved and ranks.anywhere(due or asked):
                     save(step.number)
-                    saved = True
-            if not saved and (step.number % save_every == 0 or step.number == iters or asked):
-                save(step.number)
-            if asked and step.number < iters:
-                raise MisError(
-                    f"stopped at step {step.number} of {iters}, all of it saved: go on with --out {folder} --resume"
-                )
+                    unsaved = 0
+                if ranks.anywhere(asked) and step.number < iters:
+                    raise MisError(
+                        f"stopped at step {step.number} of {iters}, all of it saved: go on with --out {folder} --resume"
+                    )
+        except ranks.Lost as lost:
+            raise _left_alone(lost, partial(save, unsaved) if unsaved else None, folder) from None
+
+
+def _breaks(weather: Weather, step: Step, show: Callable[[int, str], None], asked: list[int]) -> Iterator[None]:
+    """Take the tea breaks that come after a step; yields where the governor wants a checkpoint."""
+    for decision in weather.after(step):
+        if decision.action != "run":
+            show(step.number, f"tea break: {decision.reason}")
+        if decision.action == "stop":
+            cli.say(f"the governor stops the run: {decision.reason}")
+            asked.append(0)
+        if decision.checkpoint:
+            yield
+
+
+def _left_alone(lost: ranks.Lost, save: Callable[[], None] | None, folder: Path) -> MisError:
+    """What to say where a machine is gone, once the machine that writes has saved the last step that all did."""
+    if not ranks.first():
+        return lost
+    if save:
+        save()
+    return MisError(f"{lost}; all steps that were done are saved, go on with --out {folder} --resume")

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mis_mlx.disk.examples import Sequenced
 from mis_mlx.maths.likelihood import token_logps
-from mis_mlx.model import load, sharing
+from mis_mlx.model import load, ranks, sharing
 from mis_mlx.training import batches
 from mis_mlx.training.distillation import MicroBatch, Source, labels
 from mis_mlx.training.loop import Loss
@@ -36,7 +36,7 @@ class Lesson:
         """Those of any step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
 
         def made(step: int) -> list[MicroBatch]:
-            at = batches.drawn(self.lengths, batch_size, parts, step, seed)
+            at = batches.drawn(self.lengths, batch_size, parts, step, seed, ranks.share)
             cut = [batches.rectangle([self.windows[i] for i in part]) for part in at]
             signal = source.micro_batches([Batch(tokens, learn) for tokens, learn, _ in cut], at)
             return [(tokens, rows, *rest) for (_, _, rows), (tokens, *rest) in zip(cut, signal, strict=True)]

@@ -16,6 +16,7 @@ import numpy as np
 from mis_mlx.disk import logits, runs, text
 from mis_mlx.disk.files import Files
 from mis_mlx.maths import losses, sparse
+from mis_mlx.model import ranks
 from mis_mlx.model.config import shape_of
 from mis_mlx.training.distillation import MicroBatch, Middle, Teacher
 from mis_mlx.training.recipe import Recipe
@@ -41,28 +42,59 @@ def write(
     seed: int = 0,
     windows_per_pass: int = 64,
     show: Callable[[int, str], None] = lambda done, text: None,
+    together: bool = False,
 ) -> logits.Targets:
     """The finished store of `data`'s targets in `folder`: made, or what is missing of it. Hold the run's lock.
 
     checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed through
     once for every `windows_per_pass` windows. count: samples a position (kind sampled), or k (kind top).
-    show(windows done, text).
+    show(windows done, text). Several machines share the missing parts out, and all have the whole store in the end.
+    together: they share the teacher too (model/relay), so all make as many passes as the one that makes most.
     """
     fingerprint = runs.origin(checkpoint, "")["teacher"]
     vocab = shape_of(checkpoint.config).vocab
     n, length = data.tokens.shape
     spec = logits.Spec(kind, count, vocab, n, length, fingerprint, text.fingerprint(data), seed)
     store = logits.create(folder, spec, files)
-    if not (missing := store.missing()):
-        return store
-    source = teacher()
-    for start in range(0, len(missing), windows_per_pass):
+    parts = ranks.told(lambda: sorted({w // spec.part_windows for w in store.missing()}))
+    mine = set(ranks.share(parts))
+    missing = [w for w in store.missing() if w // spec.part_windows in mine]
+    passes = -(-len(missing) // windows_per_pass)
+    if together:
+        passes = max(ranks.gather(passes))
+    if passes:
+        _fill(store, missing, teacher(), data, windows_per_pass, passes, show)
+    _exchange(store, files)
+    return store
+
+
+def _fill(
+    store: logits.Targets,
+    missing: Sequence[int],
+    source: Teacher,
+    data: text.Windows,
+    windows_per_pass: int,
+    passes: int,
+    show: Callable[[int, str], None],
+) -> None:
+    spec, n, length = store.spec, *data.tokens.shape
+    for start in range(0, passes * windows_per_pass, windows_per_pass):
         group = missing[start : start + windows_per_pass]
         hidden = source.hidden([mx.array(data.tokens[w][None]) for w in group])
         for at, w in enumerate(group):
             store.put(w, _targets(source, hidden[at][0], spec, w * length))
             show(n - len(missing) + start + at + 1, f"{store.bytes_per_token:.0f} bytes/token")
-    return store
+
+
+def _exchange(store: logits.Targets, files: Files) -> None:
+    """Every part that some machine has, to those that lack it."""
+    held = [set(numbers) for numbers in ranks.gather(sorted(store.parts))]
+    for number in range(store.total):
+        if having := [rank for rank, numbers in enumerate(held) if number in numbers]:
+            if len(having) < len(held):
+                ranks.sent_file(store.path(number), files, having[0])
+            if number not in store.parts:
+                store.adopt(number)
 
 
 def _targets(teacher: Teacher, hidden: mx.array, spec: logits.Spec, first: int) -> dict[str, np.ndarray]:

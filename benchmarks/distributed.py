@@ -1,0 +1,190 @@
+"""What a second machine costs and what it would give: bytes over the link, a step's time, and the model of two Airs.
+
+    scripts/mis benchmarks/distributed.py --student RUN/pruned    # some minutes on 2 cores, 5 GB of memory
+
+Each part in processes of their own, over MLX's ring on loopback. `steps`: distillation of the student from the default
+teacher, live, the same global batch on one and on two; bytes are what the operating system counts of the ring's
+connections (Linux), beside what the arithmetic says, 4 · 2 (n - 1) / n a parameter. Two processes share one machine's
+cores and its memory's bandwidth here, so that no speed-up can be seen and none is claimed. `layers`: a pass of the
+teacher, whole on one, half of its blocks on each of two. `computed`: the same distillation on MacBook Air M1s, by the
+planner's published rates and assumed links (mis_mlx/training/hosts.py); nothing of it is measured.
+
+Writes benchmarks/results/<machine>/distributed.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import laboratory
+import mlx.core as mx
+
+from mis_mlx import cli, distill
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.model import load, ranks, relay, stream, teacher, windows
+from mis_mlx.training import distillation, hosts, phases, planning
+from mis_mlx.training.job import job_of
+from mis_mlx.training.recipe import Distillation
+
+ACKED = 120  # where struct tcp_info of Linux has the bytes that were sent and have arrived; those received follow
+AIR_BYTES = 5 * 2**29  # what a run may take of an 8 GB Air
+ACCUMULATE = (1, 4, 16)  # micro-batches in a step of the computed table
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run."""
+
+    student: str
+    """folder of a pruned student"""
+    steps: int = 3
+    """timed, after a first one"""
+    windows: int = 2
+    """in a step, all machines together"""
+    length: int = 256
+    """tokens of a window"""
+    processes: tuple[int, ...] = (1, 2)
+    work: str | None = None
+    """what one of the processes does; set by the program itself"""
+
+
+def sent_bytes() -> int | None:
+    """That this process has sent over its TCP connections and that have arrived; None where that is not told."""
+    if sys.platform != "linux":
+        return None
+    total = 0
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
+            end.getpeername()
+            total += struct.unpack_from("Q", end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), ACKED)[0]
+    return total
+
+
+def steps(s: Settings) -> dict[str, Any]:
+    """One process's part of the distillation: seconds and bytes of every step but the first."""
+    big, small = load.open_checkpoint(teacher.find(None).path), load.open_checkpoint(Path(s.student))
+    data = windows.prepare(None, big.path, s.length).train
+    r = Distillation(iters=s.steps + 1, batch_size=1, grad_accumulation_steps=s.windows, max_seq_length=s.length)
+    student, source = load.resident(small, mx.float32), distillation.Teacher(big, None)
+    stream.into_memory(student)
+    seconds, sent, losses = [], [], []
+    began, before = time.perf_counter(), sent_bytes()
+    for step in distillation.steps(student, source, data, r, GoralW()):
+        ranks.gather(0)  # nobody measures what another is still sending
+        now, after = time.perf_counter(), sent_bytes()
+        if step.number > 1:
+            seconds.append(now - began)
+            sent.append(None if after is None or before is None else after - before)
+        losses.append(step.loss)
+        began, before = time.perf_counter(), sent_bytes()
+    return {"seconds": seconds, "sent_bytes": sent, "losses": losses}
+
+
+def layers(s: Settings) -> dict[str, Any]:
+    """One process's part of a pass of the teacher, which stays in memory, over the windows of a step."""
+    big = load.open_checkpoint(teacher.find(None).path)
+    data, n = windows.prepare(None, big.path, s.length).train, ranks.size()
+    counts = relay.shared(int(big.config["num_hidden_layers"]), [999] * n, 1.0)
+    where = big, load.compute_dtype(), None, False
+    source = relay.Relay(*where, counts) if n > 1 else stream.Stream(*where)
+    mine = ranks.share([mx.array(w[None]) for w in data.tokens[: s.windows]])
+    source.forward(mine)
+    seconds, sent = [], []
+    for _ in range(s.steps):
+        ranks.gather(0)
+        began, before = time.perf_counter(), sent_bytes()
+        source.forward(mine)
+        ranks.gather(0)
+        after = sent_bytes()
+        seconds.append(time.perf_counter() - began)
+        sent.append(None if after is None or before is None else after - before)
+    return {"seconds": seconds, "sent_bytes": sent, "blocks": counts}
+
+
+WORK = {"steps": steps, "layers": layers}
+
+
+def together(s: Settings, n: int, work: str) -> dict[str, Any]:
+    """`work` in n processes: what the first one has, and the most bytes that any has sent."""
+    ends = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    names = [[f"127.0.0.1:{end.getsockname()[1]}"] for end in ends]
+    for end in ends:
+        end.close()
+    flags = [
+        f"--{name}={value}" for name, value in asdict(s).items() if name in ("student", "steps", "windows", "length")
+    ]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(json.dumps(names))
+        file.flush()
+        env = {**os.environ, "MLX_HOSTFILE": file.name}
+        made = [
+            subprocess.Popen([sys.executable, __file__, *flags, f"--work={work}"], env={**env, "MLX_RANK": str(rank)},
+                             stdout=subprocess.PIPE, text=True)
+            for rank in range(n)
+        ]  # fmt: skip
+        said = [process.communicate()[0] for process in made]
+    if any(process.returncode for process in made):
+        raise SystemExit(f"{work} in {n} processes did not end well")
+    found = [json.loads(text.splitlines()[-1]) for text in said]
+    sent = [max(each) for each in zip(*(f["sent_bytes"] for f in found), strict=True) if None not in each]
+    first = found[0] | {"sent_bytes": statistics.median(sent) if sent else None}
+    return first | {"median_s": statistics.median(first["seconds"])}
+
+
+def computed(s: Settings) -> list[dict[str, Any]]:
+    """Steps of two Airs: by the planner, of micro-batches of one window, for more and more of them in a step."""
+    at = planning.machine_rates("m1-air")
+    big, small = (
+        planning.model_of(load.open_checkpoint(p), at.gpu) for p in (teacher.find(None).path, Path(s.student))
+    )
+    rows = []
+    for count in ACCUMULATE:
+        asked = distill.Settings(batch_size=1, grad_accumulation_steps=2 * count, max_seq_length=s.length)
+        plan = phases.make(job_of(big, small, asked), AIR_BYTES, at)
+        one = hosts.step_seconds(plan, 1, 1.0)
+        row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step, "one_s": one}
+        row["link_bytes"] = hosts.gradient_bytes(plan.job, 2)
+        for link, rate in hosts.LINKS.items():
+            row[f"two_{link.lower()}_s"] = two = hosts.step_seconds(plan, 2, rate)
+            row[f"faster_{link.lower()}"] = one / two
+        rows.append(row)
+    return rows
+
+
+def main(s: Settings) -> None:
+    """All parts; or `work`, of one process, whose JSON is its last line."""
+    if s.work:
+        print(json.dumps(WORK[s.work](s)))
+        return
+    found: dict[str, Any] = {"given": {k: v for k, v in asdict(s).items() if k not in ("student", "work")}}
+    small = load.open_checkpoint(Path(s.student))
+    model = planning.model_of(small)
+    found["student_sha256"] = laboratory.weights_sha256(small.path)
+    noise = laboratory.busy("at the start")
+    for work in WORK:
+        found[work] = {str(n): together(s, n, work) for n in s.processes}
+        for n, row in found[work].items():
+            cli.say(f"{work}, {n}: {row['median_s']:.2f} s, {row['sent_bytes']} bytes sent by one")
+    job = job_of(model, model, distill.Settings())
+    found["gradient_bytes"] = {str(n): hosts.gradient_bytes(job, n) for n in s.processes}
+    found["computed: two MacBook Air M1"] = computed(s)
+    found["links, assumed, bytes/s"] = hosts.LINKS
+    found["noise"] = noise + laboratory.busy("at the end")
+    sizes = "".join(f" --{name} {value}" for name, value in found["given"].items() if name != "processes")
+    laboratory.write("distributed", f"scripts/mis benchmarks/distributed.py --student RUN/pruned{sizes}", found)
+
+
+if __name__ == "__main__":
+    main(cli.parse(Settings))

@@ -1,0 +1,148 @@
+"""Several machines on one distillation, in bytes and seconds: whose blocks are whose, and what the cable carries.
+
+All of it is computed, for machines that differ in memory and not in speed. Does not know how they find each other
+(model/ranks) nor how blocks are passed through (model/relay).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mis_mlx import cli
+from mis_mlx.machine.rates import Rates
+from mis_mlx.model import arch, ranks, relay
+from mis_mlx.training import phases, planning
+from mis_mlx.training.job import Job
+from mis_mlx.training.phases import Plan
+from mis_mlx.training.planning import Model
+from mis_mlx.types import MisError, duration, gib
+
+# Bytes a second each way, TCP, both assumed: a quarter of Thunderbolt 3's 40 Gbit/s, and 1 Gbit/s less its headers.
+LINKS = {"Thunderbolt": 1.25e9, "Ethernet": 0.117e9}
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine's part of the teacher: blocks `first` to `first + blocks`, of which `kept` stay in memory."""
+
+    budget_bytes: int
+    first: int
+    blocks: int
+    kept: int
+    read_bytes: int  # from its disk, at every pass after the first
+    peak_bytes: int
+
+
+def agreed(made: Plan) -> Plan:
+    """The way of the first machine's plan, for each with its own budget; MisError where the student is not whole."""
+    if ranks.size() == 1:
+        return made
+    job = made.job
+    made = phases.one(job, made.budget_bytes, made.rates, **ranks.told(lambda: made.way))
+    if made.mode == "sharded" or (steps := job.local_steps(made.mode)):
+        how = "one part of it at a time" if made.mode == "sharded" else f"{steps} steps of each block first"
+        raise MisError(
+            f"{ranks.size()} machines train a student that each has whole in memory, and within "
+            f"{gib(made.budget_bytes)} this one is to be trained with {how}: "
+            "give more --budget, leave out --train and --local-iters, or use one machine"
+        )
+    return made
+
+
+def shares(made: Plan) -> tuple[int, ...]:
+    """How many of the teacher's blocks each machine has; () where there is one machine."""
+    if ranks.size() == 1:
+        return ()
+    job = made.job
+    if job.intermediate:
+        raise MisError("--intermediate looks into the middle of a teacher, which --spread layers takes apart: use one")
+    cost = ranks.told(lambda: reading(job.teacher, job.step, job.length, made.rates))
+    counts = relay.shared(job.teacher.shape.layers, ranks.gather(made.pinned), cost)
+    cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
+    return tuple(counts)
+
+
+def reading(m: Model, tokens: int, length: int, at: Rates) -> float:
+    """What reading a block takes, where passing `tokens` through it takes 1."""
+    work = planning.forward_flops(m, tokens, length, False) / m.shape.layers / at.forward_flops_per_s
+    return m.block_bytes / at.read_bytes_per_s / work
+
+
+def split(m: Model, budgets: Sequence[int], tokens: int, micro_tokens: int, length: int, at: Rates) -> list[Host]:
+    """Who gets which blocks for passes of `tokens`. MisError where a machine has no room for one block."""
+    one = planning.streamed_pass("", m, tokens, micro_tokens, length, spool=False)
+    needed = one.peak_bytes + m.head_work
+    for number, budget in enumerate(budgets):
+        if planning.room(budget, needed) <= 0:
+            raise MisError(
+                f"machine {number} has {gib(budget)}, and to pass {tokens} tokens through one block at a time takes "
+                f"{gib(needed)} beside the process: give it more, leave it out, or lower --max-seq-length"
+            )
+    keeps = [planning.pins(m, planning.room(budget, needed)) for budget in budgets]
+    counts, made = relay.shared(m.shape.layers, keeps, reading(m, tokens, length, at)), list[Host]()
+    for budget, count, keep in zip(budgets, counts, keeps, strict=True):
+        kept, first = min(keep, count), sum(host.blocks for host in made)
+        peak = needed + kept * m.block_work
+        made.append(Host(budget, first, count, kept, (count - kept) * m.block_bytes, peak))
+    return made
+
+
+def pass_seconds(m: Model, hosts: Sequence[Host], tokens: int, micro_tokens: int, length: int, at: Rates) -> float:
+    """One pass. Machines that read work one after the other; where all blocks are in memory, on a micro-batch each."""
+    work = planning.forward_flops(m, tokens, length, False) / m.shape.layers / at.forward_flops_per_s
+    each = [max(host.blocks * work, host.read_bytes / at.read_bytes_per_s) for host in hosts]
+    if any(host.read_bytes for host in hosts):
+        return sum(each)
+    parts = -(-tokens // micro_tokens)
+    return (sum(each) + (parts - 1) * max(each)) / parts
+
+
+def relayed_bytes(m: Model, machines: int, tokens: int) -> int:
+    """Over a link, one way, for one pass: hidden states to the next machine, and the last ones to all."""
+    return 0 if machines == 1 else int(tokens * m.shape.hidden * m.item * (1 + 2 * (machines - 1) / machines))
+
+
+def gradient_bytes(job: Job, machines: int) -> int:
+    """Over a link, one way, in one step: float32 gradients, added in a ring."""
+    return int(4 * arch.params(job.student.config) * 2 * (machines - 1) / machines)
+
+
+def step_seconds(plan: Plan, machines: int, link: float) -> float:
+    """A step of `distil`, its windows shared out, and what it sends over the link, which it waits for."""
+    phase = next(p for p in plan.phases if p.name == "distil")
+    steps = max(plan.job.iters, 1)
+    work = phase.flops / plan.rates.training_flops_per_s / machines
+    return max(work, phase.read_bytes / plan.rates.read_bytes_per_s) / steps + gradient_bytes(plan.job, machines) / link
+
+
+def table(plan: Plan, hosts: Sequence[Host]) -> str:
+    """Markdown for people: the machines, one pass of the teacher, one step of the student."""
+    job, m, n, micro = plan.job, plan.job.teacher, len(hosts), plan.micro_batch * plan.job.length
+    part = max(job.length, job.step // n)  # of one machine's own windows
+
+    def alone(host: Host, tokens: int) -> float:
+        own = split(m, [host.budget_bytes], tokens, min(micro, tokens), job.length, plan.rates)
+        return pass_seconds(m, own, tokens, min(micro, tokens), job.length, plan.rates)
+
+    lines = ["| machine | budget | teacher blocks | of these in memory | read at every pass | peak memory |",
+             "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for number, h in enumerate(hosts):
+        blocks = f"{h.first} to {h.first + h.blocks - 1}" if h.blocks else "none"
+        lines.append(f"| {number} | {gib(h.budget_bytes)} | {blocks} | {h.kept} | {gib(h.read_bytes)} | "
+                     f"{gib(h.peak_bytes)} |")  # fmt: skip
+    wire = relayed_bytes(m, n, job.step)
+    relayed = pass_seconds(m, hosts, job.step, micro, job.length, plan.rates)
+    one, shared = alone(hosts[0], job.step), max(alone(host, part) for host in hosts)
+    lines += ["", "This is the teacher alone, as for its logit store; beside a student in training fewer blocks stay."]
+    lines += ["", f"| computed, {n} machines | machine 0 alone | {' | '.join(LINKS)} |",
+              f"|---|---:|{'---:|' * len(LINKS)}"]  # fmt: skip
+    for name, sent, first, each in (
+        ("a pass of a step's windows, --spread layers", wire, one, [relayed + wire / link for link in LINKS.values()]),
+        ("a pass of a step's windows, --spread whole", 0, one, [shared for _ in LINKS]),
+        ("a step of the student", gradient_bytes(job, n), step_seconds(plan, 1, 1.0),
+         [step_seconds(plan, n, link) for link in LINKS.values()]),
+    ):  # fmt: skip
+        cells = " | ".join(duration(s) for s in each)
+        lines.append(f"| {name}, {gib(sent)} over a cable | {duration(first)} | {cells} |")
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""Several processes on this machine that work together as several machines do, over the ring back end on loopback.
+
+`started` begins them as `mlx.launch` does, by its two environment variables, so that a test knows their process ids.
+As a program it is one of them: what `work` writes must not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mis_mlx.disk.files import DISK
+from mis_mlx.disk.text import Windows
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.model import calibrate, load, ranks, relay, stream
+from mis_mlx.training import distillation, loop, supervised, targets
+from mis_mlx.training.recipe import Recipe
+from mis_mlx.types import Checkpoint, Reading
+
+ROOT = Path(__file__).parents[1]
+Processes = list["subprocess.Popen[str]"]
+RECIPE = Recipe(iters=10, batch_size=3, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-3, warmup=1)
+
+
+def ports(count: int) -> list[int]:
+    """Free ones, as far as anybody can say."""
+    ends = [socket.socket() for _ in range(count)]
+    for end in ends:
+        end.bind(("127.0.0.1", 0))
+    found = [end.getsockname()[1] for end in ends]
+    for end in ends:
+        end.close()
+    return found
+
+
+@contextmanager
+def started(n: int, argv: Sequence[object], env: Mapping[str, str], cwd: Sequence[Path] = ()) -> Iterator[Processes]:
+    """`python argv` n times, each a machine of n, perhaps in a folder of its own. Who is left at the end is killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        hosts = Path(folder) / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(n)]))
+        each = {**env, "PYTHONPATH": str(ROOT)}
+        if n > 1:
+            each["MLX_HOSTFILE"] = str(hosts)
+        made = [
+            subprocess.Popen(
+                [sys.executable, *map(str, argv)], cwd=cwd[rank] if cwd else None,
+                env={**each, "MLX_RANK": str(rank)} if n > 1 else each,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(n)
+        ]  # fmt: skip
+        try:
+            yield made
+        finally:
+            for process in made:
+                process.kill()
+                process.communicate()
+
+
+def ended(processes: Processes, seconds: float = 300) -> list[subprocess.CompletedProcess[str]]:
+    """All of them, once they are."""
+    said = [process.communicate(timeout=seconds) for process in processes]
+    return [subprocess.CompletedProcess(p.args, p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
+
+
+def uneven(n: int, length: int = 16) -> Windows:
+    """Windows of which some tokens count; of every seventh window none does."""
+    rng = np.random.default_rng(2)
+    learn = (rng.random((n, length)) < 0.7).astype(np.float32)
+    learn[:, -1], learn[::7] = 0, 0
+    return Windows(rng.integers(0, 512, (n, length)).astype(np.int32), learn)
+
+
+def lesson() -> supervised.Lesson:
+    """Rows of 3 to 40 tokens, one a window."""
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(3, 41, 30)
+    rows = [(rng.integers(0, 512, n).astype(np.int32), (np.arange(n) >= n // 2).astype(np.float32)) for n in lengths]
+    return supervised.Lesson(rows)
+
+
+def distilled(teacher: Checkpoint, student: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.ndarray]:
+    """Ten steps from the live teacher."""
+    model, optimizer = load.resident(student, mx.float32), GoralW()
+    source = distillation.Teacher(teacher, shares=shares)
+    return _learned(model, list(distillation.steps(model, source, uneven(24), RECIPE, optimizer)))
+
+
+def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
+    """Ten steps on rows of uneven lengths, 5 a step: of 3 machines one has fewer."""
+    model, optimizer, rows, text = load.resident(student, mx.float32), GoralW(), lesson(), distillation.Text()
+    batches = rows.micro_batches(text, 5, 1, 0)
+    return _learned(model, list(loop.train(model, batches, rows.loss_of(text, False), optimizer, RECIPE.schedule)))
+
+
+def _learned(model: object, steps: Sequence[object]) -> dict[str, np.ndarray]:
+    found = {name: np.array(array) for name, array in tree_flatten(model.parameters())}  # type: ignore[attr-defined]
+    for name in ("loss", "grad_norm", "tokens"):
+        found[f"steps {name}"] = np.array([getattr(step, name) for step in steps])
+    return found
+
+
+def passed(teacher: Checkpoint, shares: Sequence[int], room_bytes: int | None) -> dict[str, np.ndarray]:
+    """Final hidden states of this machine's part of five windows of different lengths, in two passes; by window."""
+    batches = [mx.random.randint(0, 512, (1, 8 + 5 * k), key=mx.random.key(k)) for k in range(5)]
+    where = teacher, mx.float32, room_bytes, False
+    source = relay.Relay(*where, shares) if shares else stream.Stream(*where)
+    source.forward(ranks.share(batches[:1]))
+    hidden = source.forward(ranks.share(batches))
+    return {str(k): np.array(h) for k, h in zip(ranks.share(range(5)), hidden, strict=True)}
+
+
+def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.ndarray]:
+    """Statistics of five windows of different lengths, each in air of its own."""
+    whole = [mx.random.randint(0, 512, (1, 8 + 5 * k), key=mx.random.key(k)) for k in range(5)]
+    readings = [Reading(float(k), ambient_c=10.0 + 3 * k, altitude_m=832.0) for k in range(5)]
+    n = ranks.size()
+    air = iter([r for rank in range(n) for r in readings[rank::n]] if shares else ranks.share(readings))
+    own = relay.Relay(teacher, mx.float32, 0, False, shares) if shares else None
+    s, _ = calibrate.calibrate(teacher, ranks.share(whole), mx.float32, lambda: next(air), relay=own)
+    found = {f"{axis} {i} {key}": np.asarray(getattr(sums, key), np.float64)
+             for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", {-1: s.hidden}))
+             for i, sums in of.items() for key in ("mean", "square", "warm", "batches")}  # fmt: skip
+    found |= {f"moments {at} {key}": np.asarray(getattr(m, key), np.float64)
+              for at, m in s.moments.items() for key in ("total", "square", "tokens", "columns")}  # fmt: skip
+    found |= {f"norms {at}": lengths for at, lengths in s.norms.items()}
+    return found | {
+        "block": np.array([s.block[i] for i in sorted(s.block)]),
+        "measured": np.array(s.measured),
+        "ambient": np.array(sorted(set(s.ambient_c))),
+    }
+
+
+def work(teacher: Path, student: Path, out: Path) -> None:
+    """Everything above, into files of `out`; the logit store of every machine into a folder of its own."""
+    big, small = load.open_checkpoint(teacher), load.open_checkpoint(student)
+    made = {"distilled": distilled(big, small), "tuned": tuned(small), "calibrated": calibrated(big)}
+    shares = {1: (), 2: (1, 2), 3: (2, 1, 0)}[ranks.size()]
+    made["read"], made["kept"] = passed(big, shares, 0), passed(big, shares, None)
+    made["calibrated in layers"], made["distilled in layers"] = calibrated(big, shares), distilled(big, small, shares)
+    rank = ranks.share(range(ranks.size()))[0]
+    store = targets.write(big, lambda: distillation.Teacher(big), uneven(80), out / f"targets-{rank}", DISK, count=20,
+                          windows_per_pass=7)  # fmt: skip
+    other = targets.write(big, lambda: distillation.Teacher(big, 0, shares=shares), uneven(80), out / f"layers-{rank}",
+                          DISK, count=20, windows_per_pass=9, together=bool(shares))  # fmt: skip
+    assert store.missing() == other.missing() == []
+    for name, arrays in made.items():
+        np.savez(out / f"{name}-{rank}.npz", **arrays)
+
+
+if __name__ == "__main__":
+    mx.set_default_device(mx.cpu)
+    work(*map(Path, sys.argv[1:4]))
+    os._exit(0)  # not a second of anybody's shutdown

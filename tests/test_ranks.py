@@ -1,0 +1,254 @@
+"""`distill` and its like on several machines, as a user starts them: one run, one voice, and a way on when one dies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mis_mlx.disk import runs
+from mis_mlx.training import grpo
+from mis_mlx.types import Checkpoint
+from tests import tiny
+from tests.conftest import Done, last_line, losses
+from tests.machines import ROOT, Processes, ended, ports, started
+from tests.test_grpo import _folder, _small  # noqa: F401  fixtures
+from tests.test_sft import answers  # noqa: F401  a fixture
+
+DENSE = ("--quantize", 0, "--eval-windows", 1)
+GONE = "a machine beside this one is gone"
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence that a machine ends with; what MLX says of its sockets is not ours."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("mis_mlx: ")]
+    return line
+
+
+def wait_for(steps: int, out: Path, processes: Processes) -> None:
+    """Until so many steps of the run in `out` are done."""
+    while not (out / runs.METRICS).exists() or len(runs.metrics(out)) < steps:
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
+        time.sleep(0.02)
+
+
+def launched(env: dict[str, str], n: int, command: str, *flags: object) -> subprocess.CompletedProcess[str]:
+    """`mlx.launch -n N python -m mis_mlx.COMMAND FLAGS` to its end, which is 0 whatever became of the commands."""
+    launch = Path(sys.executable).parent / "mlx.launch"
+    argv = [launch, "-n", n, "-p", ports(1)[0], sys.executable, "-m", f"mis_mlx.{command}", *flags]
+    pipe = subprocess.PIPE  # stdin among them: of what has ended, such as /dev/null, mlx.launch reads without rest
+    process = subprocess.Popen(
+        [*map(str, argv)], env={**env, "PYTHONPATH": str(ROOT)}, stdin=pipe, stdout=pipe, stderr=pipe,
+        text=True,
+    )  # fmt: skip
+    try:
+        process.wait(300)
+        assert process.stdout and process.stderr
+        return subprocess.CompletedProcess(argv, process.returncode, process.stdout.read(), process.stderr.read())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_mlx_launch_gives_the_run_of_one_machine(
+    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str]
+) -> None:
+    """Two machines, calibration to table: the same files, the pruned student bit for bit, every loss to 1e-4 (measured:
+    5e-6), one JSON line; and the second machine leaves nothing behind."""
+    out, scratch = tmp_path / "run", tmp_path / "scratch"
+    scratch.mkdir()
+    done = launched({**own_home, "TMPDIR": str(scratch)}, 2, "distill", *flags, "--out", out)
+    result, alone = last_line(done), last_line(finished[1])
+    assert sum(line.startswith("{") for line in done.stdout.splitlines()) == 1
+    assert done.stderr.count("run folder:") == 1
+    assert result["tokens"] == alone["tokens"]
+    assert result["nll_quantized"] == pytest.approx(alone["nll_quantized"], rel=1e-3)
+    of = "pruned/model.safetensors"
+    assert (out / of).read_bytes() == (finished[0] / of).read_bytes()
+    np.testing.assert_allclose(losses(out), losses(finished[0]), rtol=1e-4)
+    names = {str(p.relative_to(out)) for p in out.rglob("*")} - {"thermal.jsonl", runs.SAMPLES}
+    assert names == {str(p.relative_to(finished[0])) for p in finished[0].rglob("*")} - {"thermal.jsonl", runs.SAMPLES}
+    assert not [p for p in scratch.iterdir() if p.name.startswith("mis_mlx-")]
+
+
+def test_one_machine_dies_and_any_number_goes_on(
+    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str]
+) -> None:
+    """The second of two is killed: the first saves the last step and ends within a minute with a sentence; 1, 2 and 3
+    machines go on from that step, and their losses are those of a run that nobody killed."""
+    out = tmp_path / "run"
+    with started(2, ["-m", "mis_mlx.distill", *flags, *DENSE, "--out", out], own_home) as made:
+        wait_for(9, out, made)
+        made[1].send_signal(signal.SIGKILL)
+        first = ended(made, seconds=60)[0]
+    step = len(runs.metrics(out))
+    assert GONE in said(first) and f"--out {out} --resume" in said(first)
+    assert 9 <= step < 30 and (out / "steps" / f"step-{step:08d}").is_dir()
+    for n in (1, 2, 3):
+        copy = shutil.copytree(out, tmp_path / str(n))
+        with started(n, ["-m", "mis_mlx.distill", "--out", copy, "--resume"], own_home) as made:
+            done = ended(made)
+        assert [d.returncode for d in done] == [0] * n, done[0].stderr
+        assert f"continuing from step {step}" in done[0].stderr
+        assert not any(d.stderr or d.stdout for d in done[1:])
+        np.testing.assert_allclose(losses(copy), losses(finished[0]), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_one_that_writes_dies(
+    tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str], command: Callable[..., Done]
+) -> None:
+    """The first of three is killed: the others end with a sentence, leave nothing, and the last checkpoint goes on."""
+    out, scratch = tmp_path / "run", tmp_path / "scratch"
+    scratch.mkdir()
+    env = {**own_home, "TMPDIR": str(scratch)}
+    with started(3, ["-m", "mis_mlx.distill", *flags, *DENSE, "--out", out], env) as made:
+        wait_for(9, out, made)
+        made[0].send_signal(signal.SIGKILL)
+        for number, done in enumerate(ended(made, seconds=60)[1:], 1):
+            assert said(done).startswith(f"mis_mlx: machine {number}: {GONE}")
+    assert not [p for p in scratch.iterdir() if p.name.startswith("mis_mlx-")]
+    done = command("distill", "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "continuing from step" in done.stderr
+    assert [number for number, _, _ in losses(out)] == list(range(1, 31))
+
+
+def test_what_several_machines_cannot_do(tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str]) -> None:
+    """Refused by every one of them, before work: a command for one machine; a student that is not whole; another
+    teacher on another machine."""
+    with started(2, ["-m", "mis_mlx.plan"], own_home) as made:
+        for done in ended(made):
+            assert "is for one machine alone" in said(done)
+    with started(2, ["-m", "mis_mlx.distill", *flags, "--train", "sharded"], own_home, [tmp_path] * 2) as made:
+        for done in ended(made):
+            assert "train a student that each has whole in memory" in said(done)
+    homes = [tmp_path / "a", tmp_path / "b"]
+    for seed, home in enumerate(homes):
+        tiny.make(home / "model", seed=seed)
+    with started(2, ["-m", "mis_mlx.distill", *flags, "--teacher", "model"], own_home, homes) as made:
+        for done in ended(made):
+            assert "machine 1 has another teacher than machine 0" in said(done)
+    assert not [*tmp_path.rglob("runs")]
+
+
+def test_one_machine_of_one_is_alone(own_home: dict[str, str]) -> None:
+    """`mlx.launch -n 1` is as good as none."""
+    assert last_line(launched(own_home, 1, "plan", "--teacher", "mis-137b"))["teacher"] == "mis-137b"
+
+
+# Both say that they are there; then the second waits for a first that is busy, or both talk.
+WAITING = """
+import sys, time
+from mis_mlx.model import ranks
+ranks.gather(0)
+print("up", flush=True)
+began = time.monotonic()
+try:
+    while True:
+        time.sleep(40 if ranks.first() and sys.argv[1] == "busy" else 0.1)
+        ranks.gather(0)
+except ranks.Lost:
+    print(time.monotonic() - began)
+"""
+CABLE = """
+import os, subprocess, sys
+from tests.machines import ended, started
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+with started(2, ["-c", *sys.argv[1:]], os.environ) as made:
+    for process in made:
+        assert process.stdout.readline() == "up\\n"
+    subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+    print(*(done.stdout.strip() for done in ended(made, 90)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["busy", "talks"])
+def test_a_pulled_cable_is_noticed_within_a_minute(first: str, own_home: dict[str, str]) -> None:
+    """In a network of their own whose only link goes down, so that nobody says goodbye: measured, 30 s."""
+    if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode or not shutil.which(
+        "ip"
+    ):
+        pytest.skip("needs Linux, ip, and leave to make a network")
+    argv = ["unshare", "-rn", sys.executable, "-c", CABLE, WAITING, first]
+    done = subprocess.run(argv, env={**own_home, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    seconds = [float(word) for word in done.stdout.split()]
+    assert len(seconds) == 2 and max(seconds[first == "busy" :]) < 60
+
+
+SOON = ("--iters", 6, "--save-every", 2, "--max-seq-length", 96, "--dtype", "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("sft", ("--learning-rate", "1e-3", "--grad-accumulation-steps", 2)),
+        ("sft", ("--learning-rate", "1e-3", "--fine-tune-type", "lora", "--batch-size", 3)),
+        ("dpo", ("--learning-rate", "1e-4", "--batch-size", 2)),
+    ],
+)
+def test_alignment_is_that_of_one_machine(
+    tmp_path: Path, name: str, more: tuple[object, ...], llama: Checkpoint, answers: Path,  # noqa: F811
+    own_home: dict[str, str],
+) -> None:  # fmt: skip
+    """Losses, gradient norms and what is held out, to 1e-4; two machines train, the first one measures and writes."""
+    results = []
+    for n in (1, 2):
+        flags = ("--model", llama.path, "--data", answers, *SOON, *more, "--out", tmp_path / str(n))
+        with started(n, ["-m", f"mis_mlx.{name}", *flags], own_home) as made:
+            done = ended(made)
+        assert [d.returncode for d in done] == [0] * n, [d.stderr for d in done]
+        results.append(last_line(done[0]))
+    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=1e-4, atol=1e-6)
+    assert results[0]["tokens"] == results[1]["tokens"] and results[0]["best_step"] == results[1]["best_step"]
+    assert results[1]["held_out_best"]["loss"] == pytest.approx(results[0]["held_out_best"]["loss"], rel=1e-4)
+    assert (tmp_path / "2").joinpath(*Path(results[1]["student"]).parts[-1:]).is_dir()
+
+
+@pytest.mark.slow
+def test_machines_share_the_questions_of_grpo(
+    tmp_path: Path, small: tuple[object, ...], own_home: dict[str, str]
+) -> None:  # fmt: skip
+    """Each samples its own questions, by a seed of its own; the log holds all of them, and it goes on after a kill."""
+    out = tmp_path / "run"
+    with started(2, ["-m", "mis_mlx.grpo", *small, "--out", out], own_home) as made:
+        wait_for(3, out, made)
+        made[1].send_signal(signal.SIGKILL)
+        assert GONE in said(ended(made, seconds=60)[0])
+    with started(2, ["-m", "mis_mlx.grpo", "--out", out, "--resume"], own_home) as made:
+        done = ended(made)
+    assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
+    assert [number for number, _, _ in losses(out)] == list(range(1, 9))
+    said_lines = [json.loads(line) for line in (out / grpo.SAMPLES).read_text().splitlines()]
+    by_step = {
+        step: [r["prompt"] for r in said_lines if r["number"] == step] for step in {r["number"] for r in said_lines}
+    }
+    assert all(len(set(prompts)) == 2 for prompts in by_step.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--targets", "cached", "--teacher-correction", 4)])
+def test_a_teacher_in_layers_gives_the_run_of_one_machine(
+    tmp_path: Path, more: tuple[object, ...], flags: tuple[object, ...], own_home: dict[str, str]
+) -> None:
+    """--spread layers: every machine has some of the teacher's blocks; losses to 1e-4, live and from a logit store, of
+    a teacher that was corrected first."""
+    for n in (1, 2, 3):
+        argv = ["-m", "mis_mlx.distill", *flags, *DENSE, *more, "--spread", "layers", "--out", tmp_path / str(n)]
+        with started(n, argv, own_home) as made:
+            done = ended(made)
+        assert [d.returncode for d in done] == [0] * n, [d.stderr for d in done]
+        assert ("teacher blocks by machine" in done[0].stderr) == (n > 1)
+        np.testing.assert_allclose(losses(tmp_path / str(n)), losses(tmp_path / "1"), rtol=1e-4)
