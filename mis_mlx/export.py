@@ -16,7 +16,7 @@ from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import gguf_vocab, gguf_write
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import llama_cpp, memory
-from mis_mlx.model import arch, card, ggml, load, slice, teacher
+from mis_mlx.model import arch, card, ggml, load, slice, teacher, trial
 from mis_mlx.model.config import shape_of
 from mis_mlx.training import planning
 from mis_mlx.types import Checkpoint, MisError, gib
@@ -161,6 +161,7 @@ def run(settings: Settings, files: Files | None = None) -> dict[str, Any]:
         raise MisError(f"{s.model} is a GGUF already: give the model folder that it was made from")
     found = teacher.find(s.model)
     checkpoint = load.open_checkpoint(found.path)
+    trial.tried(found.path)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     wanted = s.out_type or (ggml.out_type(checkpoint) if s.format == "gguf" else "bf16")
     need = need_bytes(checkpoint, s.format, wanted)

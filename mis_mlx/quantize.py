@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -147,10 +148,15 @@ def run(settings: Settings) -> dict[str, Any]:
         if not s.steps(False):
             done = quantize(found.path, out, s, files, batches, held)
         else:
-            files.make_folder(out.absolute().parent)
-            with TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.absolute().parent) as folder:
-                done = quantize(found.path, rounded := Path(folder) / "rounded", s, files, batches, held)
+            rounded = out.absolute().with_name(f".tmp-{out.name}-rounded-{os.getpid()}")  # swept where we are killed
+            with suppress(OSError):  # left behind by a process of the same number
+                files.remove_tree(rounded)
+            try:
+                done = quantize(found.path, rounded, s, files, batches, held)
                 _tuned(s, rounded, other, data, planned[1].pinned, out, files)
+            finally:
+                with suppress(OSError):
+                    files.remove_tree(rounded)
     cli.say(f"{out}: {done['bits_per_weight']:.2f} bits per weight, {done['bits_per_block_weight']:.2f} in blocks")
     return {"model": str(found.path), "mlx_path": s.mlx_path, "method": s.q_method, **done}
 

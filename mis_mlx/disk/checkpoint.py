@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -58,12 +59,12 @@ def commit_folder(
     """
     if final.exists() or final.is_symlink():
         raise MisError(f"{final} exists already: choose another name or move it away")
-    tmp = final.with_name(f".tmp-{final.name}-{os.getpid()}")
+    stem = final.name.removeprefix(".tmp-")  # of a folder that is itself a step on the way to another
+    tmp = final.with_name(f".tmp-{stem}-{os.getpid()}")
     with reported(final.parent, what, nbytes, remedy):
         files.make_folder(final.parent)
         files.require_space(final.parent, nbytes, what, remedy)
-        if tmp.exists():  # left behind by a process of the same number
-            files.remove_tree(tmp)
+        _sweep_for(stem, tmp, files)
         try:
             files.mkdir(tmp)
             fill(tmp)
@@ -184,6 +185,27 @@ def lock(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _sweep_for(name: str, tmp: Path, files: Files) -> None:
+    """Delete what processes that are gone left of their `commit_folder` of `name`; also of our own number, `tmp`."""
+    for left in tmp.parent.glob(f".tmp-{glob.escape(name)}-*"):
+        number = left.name.rpartition("-")[2]
+        if left == tmp:
+            files.remove_tree(left)
+        elif number.isdigit() and not _lives(int(number)):
+            with contextlib.suppress(OSError):  # it may be another user's, and is only in the way of the disk
+                files.remove_tree(left)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's, or no process's number
+        return True
+    return True
 
 
 def _numbers(steps_dir: Path) -> list[int]:

@@ -52,19 +52,15 @@ class Files:
         """Add `data` to the end of a file that `write` made."""
         _put(path, os.O_APPEND, data)
 
-    def append(self, path: Path, line: str) -> None:
-        """Add one line to a log such as metrics.jsonl, making the log if need be; MisError when it cannot.
-
-        A line that a crash tore stays a line of its own: it never swallows the next one.
-        """
-        with reported(path.parent, f"the log {path.name}"):
-            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                size = os.fstat(fd).st_size
-                torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-                _write_all(fd, (("\n" if torn else "") + line + "\n").encode())
-            finally:
-                os.close(fd)
+    def add_line(self, path: Path, line: str) -> None:
+        """Add one line to the end of a file, making the file if need be; one that a crash tore stays apart from it."""
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            size = os.fstat(fd).st_size
+            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+            _write_all(fd, (("\n" if torn else "") + line + "\n").encode())
+        finally:
+            os.close(fd)
 
     def scratch(self, folder: Path) -> int:
         """A descriptor of a new file in `folder` that has no name any more and goes with the process."""
@@ -115,6 +111,11 @@ class Files:
         return disk.f_bavail * disk.f_frsize
 
     # What follows is made of the operations above, so a test that breaks one of those breaks these too.
+
+    def append(self, path: Path, line: str) -> None:
+        """Add one line to a log such as metrics.jsonl, making the log if need be; MisError when it cannot."""
+        with reported(path.parent, f"the log {path.name}"):
+            self.add_line(path, line)
 
     def make_folder(self, path: Path) -> None:
         """Make `path` and its missing parents, each of them durable; nothing to do when it is there."""

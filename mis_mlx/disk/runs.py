@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mis_mlx import __version__
-from mis_mlx.disk.files import Files
+from mis_mlx.disk.files import Files, reported
 from mis_mlx.types import Checkpoint, MisError
 
 CONFIG, ORIGIN, RESULT, METRICS = "config.yaml", "origin.json", "result.json", "metrics.jsonl"
@@ -47,7 +47,8 @@ def create(
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(not _unborn(p) for p in folder.iterdir())):
             raise MisError(f"{folder} is not empty: add --resume to continue the run in it, or choose another --out")
-    files.make_folder(folder)
+    with reported(folder.parent, "the run folder"):
+        files.make_folder(folder)
     for file, value in ((ORIGIN, origin), (PLAN, plan)):
         files.replace_text(folder / file, json.dumps(dict(value), indent=2))
     # Last: a folder with config.yaml is a run that can be resumed.

@@ -46,7 +46,7 @@ def index(folder: Path) -> dict[str, TensorAt]:
         raise MisError(f"{folder} holds {', '.join(stray)} which no index lists: move it out, mlx-lm would load it")
     tensors: dict[str, TensorAt] = {}
     for name in files:
-        _inside(folder, name)
+        inside(folder, name)
         found, _ = check(folder / name)
         if twice := tensors.keys() & found.keys():
             other = tensors[min(twice)].file.name
@@ -80,8 +80,8 @@ def _bare(name: str) -> bool:
     return name.endswith(".safetensors") and not set(name) & set("/\\\0")
 
 
-def _inside(folder: Path, name: str) -> None:
-    """Refuse a missing shard, and a link that leads out of the folder to other than a Hugging Face cache."""
+def inside(folder: Path, name: str) -> None:
+    """Refuse a missing file, and a link that leads out of the folder to other than a Hugging Face cache."""
     real = (folder / name).resolve()
     if not real.exists():
         raise MisError(f"{folder / name} is missing: download the model again")

@@ -61,6 +61,8 @@ def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> 
             continue
         try:
             tokenized.append(conversation(row, tokenizer, mask_prompt))
+        except MisError:
+            raise
         except Exception as error:  # a template is a program that came with the model: it can raise anything
             raise MisError(
                 f"the tokenizer's chat template refuses row {number} ({error}): mend the row, "
@@ -76,7 +78,20 @@ def _start(tokenizer: Any) -> list[int]:
 
 
 def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
-    """Ids of `text`, nothing added. With `split`, a special token spelled in it is cut up like other text."""
+    """Ids of `text`, nothing added. With `split`, a special token spelled in it is cut up like other text.
+
+    MisError when the tokenizer's own regular expressions go astray on it.
+    """
+    try:
+        return _ids(tokenizer, text, split)
+    except BaseException as error:  # Rust's panic is no Exception, so that nobody mistakes it for one of Python's
+        if type(error).__name__ != "PanicException":
+            raise
+        why = " ".join(str(error).split())[:120]
+        raise MisError(f"the tokenizer breaks down on {text[:40]!r} ({why}): drop it, or use another model") from None
+
+
+def _ids(tokenizer: Any, text: str, split: bool) -> list[int]:
     if not hasattr(tokenizer, "split_special_tokens"):  # not transformers' kind: it has no such switch
         return list(tokenizer.encode(text, add_special_tokens=False))
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False))

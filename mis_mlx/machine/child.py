@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import resource
 import signal
@@ -33,7 +34,8 @@ def ask(source: str, function: str, arguments: Mapping[str, Any], seconds: float
     NoAnswer when it raises, ends its process, answers what JSON has no word for, or takes longer than `seconds`.
     """
     path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH", "")]))
-    question = json.dumps({"source": source, "function": function, "arguments": arguments, "bytes": memory_bytes})
+    question = json.dumps({"source": source, "function": function, "arguments": arguments, "bytes": memory_bytes,
+                           "seconds": math.ceil(seconds)})  # fmt: skip
     # A session of its own: Ctrl-C is for us, not for an answer under way; and what it starts ends with it.
     with subprocess.Popen(
         [sys.executable, "-m", "mis_mlx.machine.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -50,8 +52,8 @@ def ask(source: str, function: str, arguments: Mapping[str, Any], seconds: float
         answer = json.loads(said)
     except ValueError:
         raise NoAnswer(f"its process ended with {process.returncode}") from None
-    if "error" in answer:
-        raise NoAnswer(str(answer["error"]))
+    if not isinstance(answer, dict) or "value" not in answer:  # an exit code of 0 alone is no answer
+        raise NoAnswer(str(answer["error"]) if isinstance(answer, dict) and "error" in answer else "its answer is none")
     return answer["value"]
 
 
@@ -60,14 +62,21 @@ def _serve() -> None:
     question = json.loads(sys.stdin.buffer.read())
     with os.fdopen(os.dup(1), "wb") as out, contextlib.redirect_stdout(sys.stderr):
         os.dup2(2, 1)
-        if most := question["bytes"]:
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        _limit(resource.RLIMIT_CPU, (question["seconds"] + 1) * (os.cpu_count() or 1))  # should nobody end it
+        _limit(resource.RLIMIT_CORE, 0)
+        if question["bytes"]:
+            _limit(resource.RLIMIT_AS, question["bytes"])
         try:
             answer = {"value": _call(**{k: question[k] for k in ("source", "function", "arguments")})}
             text = json.dumps(answer, allow_nan=False)
         except BaseException as error:
             text = json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
         out.write(text.encode())
+
+
+def _limit(what: int, most: int) -> None:
+    with contextlib.suppress(ValueError, OSError):  # macOS does not let everybody
+        resource.setrlimit(what, (most, most))
 
 
 def _call(source: str, function: str, arguments: Mapping[str, Any]) -> Any:

@@ -65,6 +65,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MisError(f"{where}: holds {name}, which is not a number: put a number there")
 
     try:
+        if not where.is_file():  # reading a named pipe would wait for ever
+            raise OSError
         if where.stat().st_size > 10_000_000:
             raise MisError(f"{where}: is {where.stat().st_size} bytes long, plausible is under 10,000,000")
         config = json.loads(where.read_text("utf-8"), object_pairs_hook=pairs, parse_constant=constant)

@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from mis_mlx.disk import safetensors
 from mis_mlx.maths import rounding
-from mis_mlx.model import arch
+from mis_mlx.model import arch, trial
 from mis_mlx.model.config import normalised, read_config, shape_of
 from mis_mlx.types import Checkpoint, MisError
 
@@ -222,6 +222,7 @@ def dense_weight(linear: nn.Module) -> mx.array:
 
 def tokenizer(path: Path) -> Any:
     """mlx-lm's tokenizer wrapper of a model folder. Foreign code is refused, not asked about."""
+    trial.tried(path)
     utils = mlx_lm("utils")
     try:
         return utils.load_tokenizer(path, {"trust_remote_code": False})

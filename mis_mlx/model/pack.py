@@ -139,7 +139,7 @@ def write_quantized(
         files.write(folder / "config.json", json.dumps(config, indent=2).encode())
         for name, content in (extra or {}).items():
             files.write(folder / name, content)
-        slice.copy_tokenizer(checkpoint.path, folder)
+        slice.copy_tokenizer(checkpoint.path, folder, files)
 
     nbytes = sum(map(spec_bytes, specs.values()))
     protocol.commit_folder(out, fill, files, nbytes)
@@ -176,7 +176,7 @@ def rewrite(checkpoint: Checkpoint, out: Path, changed: Mapping[str, mx.array], 
         files.write(folder / "config.json", json.dumps(dict(checkpoint.config), indent=2).encode())
         if (costs := checkpoint.path / SENSITIVITY).is_file():
             files.write(folder / SENSITIVITY, costs.read_bytes())
-        slice.copy_tokenizer(checkpoint.path, folder)
+        slice.copy_tokenizer(checkpoint.path, folder, files)
 
     protocol.commit_folder(out, fill, files, sum(map(spec_bytes, specs.values())))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,25 +19,12 @@ import numpy as np
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk.files import Files
 from mis_mlx.disk.safetensors import Spec, Writer, spec_bytes
-from mis_mlx.model import arch, load
+from mis_mlx.model import arch, load, trial
 from mis_mlx.model.config import Shape
 from mis_mlx.types import Checkpoint, Keep, MisError, Space
 
 KEEP, ROTATION = "keep.json", "rotation.npy"
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# What makes a folder speak: everything but weights, their index, provenance and foreign code.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 def need_tokenizer(folder: Path) -> None:
@@ -47,11 +33,13 @@ def need_tokenizer(folder: Path) -> None:
         raise MisError(f"{folder} has no tokenizer: copy the tokenizer files of the model it was made from")
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer, chat template and generation settings of `source`, into `folder`."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+def copy_tokenizer(source: Path, folder: Path, files: Files) -> None:
+    """The tokenizer, chat template and generation settings of `source`, into `folder`.
+
+    A link that leads out of `source` is refused: what it points to might be published with the model.
+    """
+    for path in list(trial.present(source)):  # all are judged before one is copied
+        files.write(folder / path.name, path.read_bytes())
 
 
 def _expand(indices: tuple[int, ...], unit: int) -> mx.array:
@@ -165,7 +153,7 @@ def write_model(
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
             files.write(folder / name, value if isinstance(value, bytes) else json.dumps(value).encode())
-        copy_tokenizer(source, folder)
+        copy_tokenizer(source, folder, files)
 
     protocol.commit_folder(out, fill, files, sum(map(spec_bytes, specs.values())))
 

@@ -10,6 +10,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -21,7 +22,7 @@ import numpy as np
 
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs
-from mis_mlx.disk.files import Files
+from mis_mlx.disk.files import Files, reported
 from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.machine import memory
@@ -134,7 +135,8 @@ class Contest:
         log, name = self.folder / FINALISTS, candidates.label(shape)
         sub = self.folder / "finalists" / name
         if (record := find(log, shape)) is None:
-            self.files.make_folder(sub)
+            with reported(self.folder, "the folder of a finalist"):
+                self.files.make_folder(sub)
             protocol.sweep(sub, self.files)
             pruned = load.open_checkpoint(sub / "pruned") if (sub / "pruned").exists() else self.prune(
                 shape, sub / "pruned"
@@ -152,7 +154,8 @@ class Contest:
                 record["decode_s"] = timed(trained.path, cached, halves=False).block_s
             self.files.append(log, json.dumps(record))
         if sub.exists():
-            self.files.remove_tree(sub)
+            with suppress(OSError):
+                self.files.remove_tree(sub)
         return record
 
     def _train(self, c: Course, pruned: Checkpoint) -> Checkpoint | None:

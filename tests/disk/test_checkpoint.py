@@ -292,3 +292,31 @@ def test_the_lock_is_given_back(tmp_path: Path) -> None:
         raise ZeroDivisionError
     with lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("name", [".tmp-m-{}", ".tmp-m-rounded-{}-{}", ".tmp-m-x7_a-{}"])
+def test_what_a_dead_process_left_is_swept(name: str, tmp_path: Path) -> None:
+    """Of the same folder, whatever it was for; not what a process that lives is making, nor of another folder."""
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    ).stdout
+    left, living = (tmp_path / name.replace("{}", str(number)) for number in (int(dead), os.getppid()))
+    other = tmp_path / f".tmp-other-{int(dead)}"
+    for path in (left, living, other):
+        path.mkdir()
+        (path / "half").write_bytes(b"x")
+    commit_folder(tmp_path / "m", lambda tmp: DISK.write(tmp / "whole", b"y"), DISK, 1)
+    assert not left.exists() and living.exists() and other.exists()
+    assert [p.name for p in (tmp_path / "m").iterdir()] == ["whole"]
+
+
+def test_a_step_on_the_way_leaves_what_can_be_swept(tmp_path: Path) -> None:
+    """The half-made folder of a `.tmp-` folder has a name that belongs to the one they are both made for."""
+    seen = list[str]()
+
+    def fill(tmp: Path) -> None:
+        seen.append(tmp.name)
+        DISK.write(tmp / "x", b"y")
+
+    commit_folder(tmp_path / ".tmp-m-rounded-77", fill, DISK, 1)
+    assert seen == [f".tmp-m-rounded-77-{os.getpid()}"]

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from mis_mlx.disk.checkpoint import load_arrays, newest, save_step
-from mis_mlx.disk.files import Files
+from mis_mlx.disk.files import DISK
+from tests.faults.power import Drive, recorded
 
 TRAINER = """
 import itertools, pathlib, sys
@@ -80,117 +80,6 @@ def test_a_file_that_does_not_fit_leaves_the_step_before(tmp_path: Path) -> None
     assert saved is not None and load_arrays(saved, "model")["w"].tolist() == [1.0] * 1000
 
 
-# A pessimistic model of a power cut, for any file system: bytes that were not fsynced may be absent, partly
-# there or zeros; a folder entry (made, renamed, removed) that was not fsynced may have happened or not.
-
-Operation = tuple[str, Path, Any]
-
-
-class Recorder(Files):
-    """The real disk, writing down what is done to it; `forgets` files or folders when told to fsync them."""
-
-    def __init__(self, forgets: str = ""):
-        self.trace: list[Operation] = []
-        self.forgets = forgets
-
-    def mkdir(self, path: Path) -> None:
-        self.trace.append(("mkdir", path, None))
-        super().mkdir(path)
-
-    def write(self, path: Path, data: Any) -> None:
-        self.trace.append(("write", path, bytes(data)))
-        super().write(path, data)
-
-    def extend(self, path: Path, data: Any) -> None:
-        self.trace.append(("extend", path, bytes(data)))
-        super().extend(path, data)
-
-    def fsync(self, path: Path) -> None:
-        kind = "folder" if path.is_dir() else "file"
-        if kind != self.forgets:
-            self.trace.append((f"fsync {kind}", path, None))
-
-    def rename(self, source: Path, target: Path) -> None:
-        self.trace.append(("rename", source, target))
-        super().rename(source, target)
-
-    def remove_tree(self, path: Path) -> None:
-        self.trace.append(("remove", path, None))
-        super().remove_tree(path)
-
-
-class Drive:
-    """What is known of a drive: what each file holds, how much of it is durable, and which names exist."""
-
-    def __init__(self) -> None:
-        self.content: list[bytes | None] = []  # None: a folder
-        self.durable_bytes: dict[int, int] = {}
-        self.seen: dict[Path, int] = {}  # names as the running system sees them
-        self.durable: dict[Path, int] = {}  # names that a power cut leaves
-        self.pending: list[Operation] = []  # what was done to names and is not durable yet
-
-    def do(self, operation: Operation) -> None:
-        kind, path, extra = operation
-        if kind in ("mkdir", "write"):
-            self.content.append(extra)
-            self._name(("add", path, len(self.content) - 1))
-        elif kind == "extend":
-            self.content[self.seen[path]] = (self.content[self.seen[path]] or b"") + extra
-        elif kind == "fsync file":
-            self.durable_bytes[self.seen[path]] = len(self.content[self.seen[path]] or b"")
-        elif kind == "fsync folder":
-            here = [p for p in self.pending if path in (p[1].parent, p[0] == "rename" and p[2].parent)]
-            for change in here:
-                apply(self.durable, change)
-                self.pending.remove(change)
-        else:
-            self._name(operation)
-
-    def _name(self, change: Operation) -> None:
-        apply(self.seen, change)
-        self.pending.append(change)
-
-    def after_cut(self, rng: random.Random, root: Path, out: Path) -> None:
-        """Make below `out` one of the states in which the cut may have left what was below `root`."""
-        names = dict(self.durable)
-        journalled = rng.random() < 0.5  # names change in order, up to some point; else any of them
-        point = rng.randrange(len(self.pending) + 1)
-        for i, change in enumerate(self.pending):
-            if i < point if journalled else rng.random() < 0.5:
-                apply(names, change)
-        for path in sorted(names, key=lambda p: len(p.parts)):
-            target, data = out / path.relative_to(root), self.content[names[path]]
-            if not target.parent.is_dir():
-                continue
-            if data is None:
-                target.mkdir()
-            else:
-                target.write_bytes(self._bytes_left(names[path], data, rng))
-
-    def _bytes_left(self, file: int, data: bytes, rng: random.Random) -> bytes:
-        safe = self.durable_bytes.get(file, 0)
-        kept = rng.randrange(safe, len(data) + 1)
-        fate = rng.choice(["absent", "partial", "zeros", "all"])
-        return {
-            "absent": data[:safe],
-            "partial": data[:kept],
-            "zeros": data[:kept] + bytes(len(data) - kept),
-            "all": data,
-        }[fate]
-
-
-def apply(names: dict[Path, int], change: Operation) -> None:
-    """Add, rename or remove a name with all that is below it."""
-    kind, path, extra = change
-    if kind == "add":
-        names[path] = extra
-        return
-    for old in [p for p in names if p == path or path in p.parents]:
-        file = names.pop(old)
-        if kind == "rename":
-            names[extra / old.relative_to(path)] = file
-
-
 def lost_in_power_cuts(tmp_path: Path, cuts: int, forgets: str = "") -> int:
     """Save five steps, cut the power `cuts` times; how often an acknowledged step did not come back.
 
@@ -198,23 +87,23 @@ def lost_in_power_cuts(tmp_path: Path, cuts: int, forgets: str = "") -> int:
     """
     root = tmp_path / "root"
     root.mkdir()
-    files = Recorder(forgets)
     saved_bytes: dict[int, dict[str, bytes]] = {}
     acknowledged_at: list[int] = []
-    for n in range(1, 6):
-        arrays = {
-            "model": {"w": mx.full((700,), n), "v": mx.full((9,), n)},
-            "optimizer": {"m": mx.full((500,), n)},
-        }
-        path = save_step(root, n, arrays, {"step": n}, files)
-        acknowledged_at.append(len(files.trace))
-        saved_bytes[n] = {p.name: p.read_bytes() for p in path.iterdir()}
+    with recorded(forgets) as trace:
+        for n in range(1, 6):
+            arrays = {
+                "model": {"w": mx.full((700,), n), "v": mx.full((9,), n)},
+                "optimizer": {"m": mx.full((500,), n)},
+            }
+            path = save_step(root, n, arrays, {"step": n}, DISK)
+            acknowledged_at.append(len(trace))
+            saved_bytes[n] = {p.name: p.read_bytes() for p in path.iterdir()}
     rng = random.Random(0)
     lost = 0
     for number in range(cuts):
-        moment = rng.randrange(len(files.trace) + 1)
+        moment = rng.randrange(len(trace) + 1)
         drive = Drive()
-        for operation in itertools.islice(files.trace, moment):
+        for operation in itertools.islice(trace, moment):
             drive.do(operation)
         out = tmp_path / f"cut-{number}"
         out.mkdir()

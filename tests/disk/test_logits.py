@@ -20,7 +20,7 @@ from mis_mlx.disk.files import DISK, Files
 from mis_mlx.disk.logits import Spec, Targets
 from mis_mlx.types import GIB, MisError
 from tests.disk.test_checkpoint import Breaking, flip, names
-from tests.disk.test_crashes import Drive, Recorder
+from tests.faults.power import Drive, recorded
 
 SAMPLED = Spec("sampled", 6, 512, 10, 5, "t" * 64, "d" * 64, 0, part_windows=3)
 TOP = replace(SAMPLED, kind="top", count=4)
@@ -237,17 +237,18 @@ def test_no_power_cut_costs_a_finished_part(tmp_path: Path) -> None:
     """At 150 moments: parts whose `put` had returned are there and verified, and the store ends bit-equal."""
     root = tmp_path / "root"
     root.mkdir()
-    files, finished = Recorder(), []
-    store = logits.create(root / "t", SAMPLED, files)
-    for window in store.missing():
-        store.put(window, made(SAMPLED, window))
-        if len(store.parts) > len(finished):
-            finished.append(len(files.trace))
+    finished: list[int] = []
+    with recorded() as trace:
+        store = logits.create(root / "t", SAMPLED, DISK)
+        for window in store.missing():
+            store.put(window, made(SAMPLED, window))
+            if len(store.parts) > len(finished):
+                finished.append(len(trace))
     wanted, rng = bytes_of(root / "t"), random.Random(0)
     for number in range(150):
-        moment = rng.randrange(len(files.trace) + 1)
+        moment = rng.randrange(len(trace) + 1)
         drive = Drive()
-        for operation in itertools.islice(files.trace, moment):
+        for operation in itertools.islice(trace, moment):
             drive.do(operation)
         out = tmp_path / str(number)
         out.mkdir()

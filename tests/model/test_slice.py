@@ -183,7 +183,7 @@ def test_foreign_code_and_weights_are_not_copied(tmp_path: Path) -> None:
     (tmp_path / "to").mkdir()
     for name in ("tokenizer.json", "evil.py", "pytorch_model.bin", "source.json", "chat_template.jinja"):
         (tmp_path / "from" / name).write_text("x")
-    slice.copy_tokenizer(tmp_path / "from", tmp_path / "to")
+    slice.copy_tokenizer(tmp_path / "from", tmp_path / "to", DISK)
     assert sorted(p.name for p in (tmp_path / "to").iterdir()) == ["chat_template.jinja", "tokenizer.json"]
 
 

@@ -1,0 +1,231 @@
+"""Real jobs on a model of 2 layers, of a fraction of a second: what faults are made under, and what must come out.
+
+A job begins in an empty folder, or goes on with what lies there, as a user would. `outcome` is every byte that must
+be the same at the end, whatever happened on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx import distill, export, prune, quantize, sft
+from mis_mlx.disk import checkpoint as protocol
+from mis_mlx.disk import logits, runs
+from mis_mlx.disk.files import Files
+from mis_mlx.disk.spool import Spool
+from tests import tiny
+
+Outcome = dict[str, str]
+LOSSES = "losses"  # in an outcome: of a power cut they may miss some, whose lines were not synced
+WINDOWS, LENGTH = 6, 8  # of the logit store
+
+
+@dataclass(frozen=True)
+class Job:
+    """`run(place)`: begin or go on. `outcome(place)`: name -> sha256."""
+
+    name: str
+    run: Callable[[Path], None]
+    outcome: Callable[[Path], Outcome]
+    made: tuple[Path, Path] = (Path(), Path())  # model and text, from which `jobs` makes it again in another process
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def contents(folder: Path) -> Outcome:
+    """{path inside: sha256} of all files."""
+    return {str(p.relative_to(folder)): sha256(p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def made(root: Path) -> tuple[Path, Path]:
+    """(model, text) for the jobs, made below `root`."""
+    from pydoc_data.topics import topics
+
+    text, names = root / "text", sorted(topics)
+    text.mkdir(parents=True)
+    for split, chosen in (("train", names[:6]), ("valid", names[30:31]), ("test", names[40:42])):
+        rows = [json.dumps({"text": topics[name][:1500]}) for name in chosen]
+        (text / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    (root / "lessons").mkdir()
+    for split, chosen in (("train", names[:8]), ("valid", names[30:32])):
+        taught = [json.dumps({"prompt": f"What is {name}?", "completion": topics[name][:80]}) for name in chosen]
+        (root / "lessons" / f"{split}.jsonl").write_text("\n".join(taught) + "\n")
+    return tiny.make(root / "model", num_hidden_layers=2, intermediate_size=512), text
+
+
+def _folder(command: Callable[[Path], object]) -> tuple[Callable[[Path], None], Callable[[Path], Outcome]]:
+    """run and outcome of a command that makes the one folder `out`."""
+
+    def run(place: Path) -> None:
+        if not (place / "out").exists():
+            command(place / "out")
+
+    return run, lambda place: contents(place / "out")
+
+
+def jobs(model: Path, text: Path) -> dict[str, Job]:
+    """All of them, by name."""
+    few: dict[str, Any] = {"data": str(text), "num_samples": 2, "max_seq_length": 32}
+
+    def pruned(out: Path) -> None:
+        prune.run(prune.Settings(model=str(model), mlx_path=str(out), ffn=256, **few))
+
+    def quantized(out: Path) -> None:
+        rough: dict[str, Any] = {"q_method": "round", "target_bpw": None}
+        quantize.run(quantize.Settings(model=str(model), mlx_path=str(out), **rough))
+
+    def tuned(out: Path) -> None:
+        learning: dict[str, Any] = {"q_method": "round", "target_bpw": None, "teacher": str(model), "q_iters": 1}
+        quantize.run(quantize.Settings(model=str(model), mlx_path=str(out), **few, **learning))
+
+    def exported(out: Path) -> None:
+        export.run(export.Settings(model=str(model), out=str(out)))
+
+    asked: dict[str, Any] = {
+        "teacher": str(model), **few, "reconstruct_samples": 2, "eval_windows": 1, "bench_tokens": 0,
+        "sample_tokens": 0, "ffn": 256, "iters": 2, "save_every": 1, "warmup": 1, "q_iters": 1, "learning_rate": 1e-2,
+    }  # fmt: skip
+    taught: dict[str, Any] = {"model": str(model), "data": str(text.parent / "lessons"), "max_seq_length": 128}
+    taught |= {"iters": 3, "save_every": 1}
+
+    makers: dict[str, Callable[[Path], None]] = {
+        "prune": pruned, "quantize": quantized, "quantize, tuned": tuned, "export": exported,
+    }  # fmt: skip
+    found = [Job(name, *_folder(maker)) for name, maker in makers.items()]
+    found += [
+        Job("distill", _running(distill, asked), _distilled),
+        Job("distill, targets on disk", _running(distill, {**asked, "targets": "cached", "samples": 4}), _distilled),
+        Job("distill, block by block", _running(distill, {**asked, "local_iters": 2, "local_samples": 2}), _distilled),
+        Job("sft", _running(sft, taught), _distilled),
+        Job("logit store", _store, lambda place: contents(place / "targets")),
+        Job("spool", _spool, lambda place: contents(place)),
+    ]
+    return {job.name: replace(job, made=(model, text)) for job in found}
+
+
+def _running(command: Any, asked: dict[str, Any]) -> Callable[[Path], None]:
+    """A command with a run folder, begun or gone on with."""
+
+    def run(place: Path) -> None:
+        out = place / "run"
+        if (out / runs.RESULT).exists():
+            return
+        begun = {"resume": True} if (out / runs.CONFIG).exists() else asked
+        with contextlib.redirect_stdout(io.StringIO()):
+            command.run(command.Settings(out=str(out), **begun))
+
+    return run
+
+
+def _distilled(place: Path) -> Outcome:
+    """The models that a run wrote, and every loss on the way."""
+    out = place / "run"
+    losses = [(r["number"], r["loss"], r["grad_norm"]) for r in runs.metrics(out)]
+    whole = {f"{name}/{file}": value for name in ("pruned", "distilled", "model") for file, value in
+             contents(out / name).items() if file != "README.md"}  # fmt: skip
+    return {**whole, LOSSES: sha256(json.dumps(losses).encode())}
+
+
+def _store(place: Path) -> None:
+    """A logit store of three parts."""
+    spec = logits.Spec("sampled", 4, 64, WINDOWS, LENGTH, "teacher", "data", 0, part_windows=2)
+    store = logits.create(place / "targets", spec, Files())
+    for window in store.missing():
+        at = np.arange(LENGTH)
+        sizes = 1 + (window + at) % 3
+        ids = np.concatenate([np.arange(n) for n in sizes])
+        store.put(window, {"sizes": sizes, "ids": ids, "counts": np.ones_like(ids)})
+
+
+def _spool(place: Path) -> None:
+    """Hidden states through a file and back. It is scratch: what must come out is right bytes, and nothing left."""
+    spool = Spool(place, 1, Files())
+    given = [mx.full((4, 8), float(i)) for i in range(4)]
+    spool.extend(given)
+    for i in range(4):
+        spool[i] = spool[i] + 1.0
+    assert all(mx.array_equal(spool[i], given[i] + 1.0).item() for i in range(4))
+
+
+@dataclass(frozen=True)
+class Said:
+    """The program said that this is safe: a folder or file, its number if it is a step, its contents, and when."""
+
+    path: Path
+    step: int | None
+    files: Outcome
+    at: int = 0
+
+
+@contextmanager
+def acknowledged(say: Callable[[Said], None], now: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """`say` what is safe as soon as the commit protocol, or the logit store, says it."""
+    save_step, commit_folder, commit_part = protocol.save_step, protocol.commit_folder, logits.Targets._commit
+
+    def saving(steps_dir: Path, number: int, *arguments: Any, **more: Any) -> Path:
+        path = save_step(steps_dir, number, *arguments, **more)
+        say(Said(path, number, contents(path), now()))
+        return path
+
+    def committing(final: Path, *arguments: Any, **more: Any) -> None:
+        commit_folder(final, *arguments, **more)
+        passing = final.name == "parts" or final.name.startswith(".tmp-")  # replaced, or deleted, on purpose
+        if not (passing or protocol.STEP.fullmatch(final.name)):
+            say(Said(final, None, contents(final), now()))
+
+    def keeping(store: logits.Targets, number: int, *arguments: Any) -> None:
+        commit_part(store, number, *arguments)
+        path = store.path(number)
+        say(Said(path, None, {path.name: sha256(path.read_bytes())}, now()))
+
+    def set_all(*operations: Any) -> None:
+        protocol.save_step, protocol.commit_folder, logits.Targets._commit = operations
+
+    set_all(saving, committing, keeping)
+    try:
+        yield
+    finally:
+        set_all(save_step, commit_folder, commit_part)
+
+
+def lost(said: Iterable[Said], then: Path, now: Path) -> list[str]:
+    """What was acknowledged below `then` and is not, or not with its bytes, below `now`: there, or the same place."""
+    bad, newest = [], dict[Path, Said]()
+    for each in said:
+        here = now / each.path.relative_to(then)
+        if each.step is not None:
+            newest[here.parent] = each
+        elif each.files != (contents(here) if here.is_dir() else _file(here)):
+            bad.append(here.name)
+    for steps_dir, each in newest.items():
+        saved = protocol.newest(steps_dir)
+        if saved is None or saved.number < (each.step or 0) or saved.notes:
+            bad.append(f"{steps_dir.name} {each.step}, there is {saved.number if saved else 'none'}")
+        elif saved.number == each.step and contents(saved.path) != each.files:
+            bad.append(f"{steps_dir.name} {each.step}, other bytes")
+    return bad
+
+
+def _file(path: Path) -> Outcome:
+    return {path.name: sha256(path.read_bytes())} if path.is_file() else {}
+
+
+def clean(place: Path) -> Path:
+    """`place`, empty."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    return place

@@ -1,0 +1,11 @@
+"""What a process imports before it runs a job: a server that has imported this is forked in no time.
+
+Nothing is computed here: threads do not survive a fork, and MLX computes in threads.
+"""
+
+from mis_mlx.model import load
+from tests.faults import verdicts
+
+__all__ = ["verdicts"]
+
+load.mlx_lm("utils")

@@ -1,0 +1,157 @@
+"""Real disks that are full, too small, gone or read-only: a sentence with numbers, and later the same end.
+
+A small file system in memory needs root; a limit on the size of files (RLIMIT_FSIZE) needs nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.disk import checkpoint as protocol
+from mis_mlx.disk import runs
+from mis_mlx.types import MisError
+from tests.faults import jobs
+from tests.faults.conftest import Note
+from tests.faults.verdicts import Bench
+
+Benches = Callable[[str], Bench]
+
+
+def mount(*words: object) -> None:
+    subprocess.run(["mount", *map(str, words)], check=True, capture_output=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """`small_disk(kib)`: a folder on a disk of that size; called again, the disk is as large as it says then."""
+    place = tmp_path / "disk"
+
+    def sized(kib: int) -> Path:
+        options = f"size={kib}k"
+        if place.exists():
+            mount("-o", f"remount,{options}", place)
+        else:
+            place.mkdir()
+            mount("-t", "tmpfs", "-o", options, "tmpfs", place)
+        return place
+
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("a small disk takes Linux and root")
+    try:
+        sized(100)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine does not let root mount ({error})")
+    yield sized
+    mount("-o", "remount,rw", place)
+    subprocess.run(["umount", place], check=True)
+
+
+def refused(job: jobs.Job, place: Path) -> str:
+    """What the job says."""
+    with pytest.raises(MisError) as caught:
+        job.run(place)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["prune", "quantize", "export", "distill", "sft", "logit store"])
+def test_a_full_disk_is_waited_out(
+    name: str, bench: Benches, all_jobs: dict[str, jobs.Job], small_disk: Callable[[int], Path], note: Note
+) -> None:
+    """On ever larger disks, each full at another moment: a sentence each time; on one large enough, the same bytes."""
+    whole, job = bench(name).whole, all_jobs[name]
+    place, said = small_disk(8) / "place", list[str]()
+    place.mkdir()
+    for kib in (8, 16, 64, 300, 700, 1300, 2100, 3300, 64_000):
+        small_disk(kib)
+        steps = protocol.newest(place / "run" / "steps")
+        try:
+            job.run(place)
+            break
+        except MisError as error:
+            assert "\n" not in str(error)
+            assert "Not enough disk space" in str(error) and " free; " in str(error), error
+            said.append(str(error))
+        after = protocol.newest(place / "run" / "steps")
+        assert steps is None or (after is not None and after.number >= steps.number)
+    assert said and job.outcome(place) == whole
+    ends = {"said so": len(said), "the same end": 1}
+    note("A5 a real full disk, ever larger", name, ends, 0, said[-1].replace(str(place), "..."))
+
+
+@contextlib.contextmanager
+def files_up_to(nbytes: int) -> Iterator[None]:
+    """No file of this process may grow beyond that; the kernel says so in the middle of a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["prune", "quantize", "export", "distill", "sft"])
+def test_a_write_that_stops_halfway(
+    name: str, bench: Benches, all_jobs: dict[str, jobs.Job], tmp_path: Path, note: Note
+) -> None:
+    """The kernel refuses in the middle of a file of weights: a sentence, no half file, and then the same bytes."""
+    whole, job, place = bench(name).whole, all_jobs[name], tmp_path / "place"
+    place.mkdir()
+    with files_up_to(60_000):
+        said = refused(job, place)
+    assert "The disk does not take files this large" in said
+    assert not [p for p in place.rglob("*.safetensors") if ".tmp-" not in str(p)]
+    job.run(place)
+    assert job.outcome(place) == whole
+    note("A5 a write that stops halfway (RLIMIT_FSIZE)", name, {"said so": 1, "the same end": 1}, 0,
+         said.replace(str(tmp_path), "..."))  # fmt: skip
+
+
+def test_too_small_at_the_start(all_jobs: dict[str, jobs.Job], small_disk: Callable[[int], Path], note: Note) -> None:
+    """Both numbers before anything is written."""
+    place = small_disk(80)
+    said = refused(all_jobs["quantize"], place)
+    assert "Not enough disk space" in said and "needs" in said and "free" in said
+    assert not list(place.iterdir())
+    note("A6 full at the start", "quantize", {"said so": 1}, 0, said.replace(str(place), "..."))
+
+
+@pytest.mark.parametrize("name", ["prune", "export", "distill", "sft", "logit store"])
+def test_a_disk_that_is_read_only(
+    name: str, all_jobs: dict[str, jobs.Job], small_disk: Callable[[int], Path], note: Note
+) -> None:
+    """Said, in one line."""
+    place = small_disk(64_000)
+    mount("-o", "remount,ro", place)
+    said = refused(all_jobs[name], place)
+    assert "The disk is read-only" in said
+    note("A7 a read-only disk", name, {"said so": 1}, 0, said.replace(str(place), "..."))
+
+
+@pytest.mark.parametrize("name", ["distill", "sft"])
+def test_a_disk_pulled_out(name: str, bench: Benches, all_jobs: dict[str, jobs.Job], note: Note) -> None:
+    """After the second checkpoint the run folder is gone, as with a cable; put back, the run ends as it would have."""
+    b, job = bench(name), all_jobs[name]
+    place, away = jobs.clean(b.place), b.room / "away"
+
+    def pull(said: jobs.Said) -> None:
+        if said.step == 1 and said.path.parent.name == "steps":
+            place.rename(away)
+
+    with jobs.acknowledged(pull), pytest.raises(MisError) as caught:
+        job.run(place)
+    assert "vanished" in str(caught.value) and "\n" not in str(caught.value)
+    jobs.clean(place).rmdir()
+    away.rename(place)
+    job.run(place)
+    assert job.outcome(place) == b.whole and len(runs.metrics(place / "run")) >= 2
+    note("A7 a disk that is pulled out", name, {"said so": 1, "the same end": 1}, 0,
+         str(caught.value).replace(str(place), "..."))  # fmt: skip

@@ -1,0 +1,202 @@
+"""Batches whose loss is not a number: skipped, then left out after going back, then the run stops, and says which.
+
+The fault is made where it would come from: the teacher's answer to these batches is NaN. Whole runs, real checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx import distill, sft
+from mis_mlx.disk import checkpoint as protocol
+from mis_mlx.disk import runs
+from mis_mlx.maths.optimizer import Diverged, GoralW
+from mis_mlx.model import load
+from mis_mlx.training import distillation
+from mis_mlx.training.supervise import set_back
+from mis_mlx.training.supervised import Lesson
+from mis_mlx.types import MisError
+from tests.faults import jobs
+from tests.faults.conftest import Note
+
+ITERS, EVERY = 12, 4
+
+
+@pytest.fixture
+def settings(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> Callable[[str], distill.Settings]:
+    """`settings(name)`: of a run of twelve steps, saved at every fourth, with plain distillation and no 4-bit model."""
+    model, text = all_jobs["distill"].made
+    brief: dict[str, Any] = {"teacher": str(model), "data": str(text), "num_samples": 2, "max_seq_length": 32}
+    brief |= {"reconstruct_samples": 0, "eval_windows": 1, "bench_tokens": 0, "sample_tokens": 0, "ffn": 256}
+    brief |= {"iters": ITERS, "save_every": EVERY, "warmup": 1, "quantize": 0, "learning_rate": 1e-2}
+    return lambda name: distill.Settings(out=str(tmp_path / name), **brief)
+
+
+@pytest.fixture
+def bad(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Numbers of batches, from 1, to which the teacher's answer is NaN. Fill it."""
+    numbers, cut = set[int](), distillation.cut
+
+    def poisoned(*arguments: Any) -> Callable[[int], Any]:
+        each = cut(*arguments)
+
+        def micro_batches(step: int) -> list[Any]:
+            parts = each(step)
+            bad = step + 1 in numbers
+            return [(*p[:2], p[2] * math.nan, *p[3:]) for p in parts] if bad else parts
+
+        return micro_batches
+
+    monkeypatch.setattr(distillation, "cut", poisoned)
+    return numbers
+
+
+def notes(out: str) -> dict[int, str]:
+    """{step: what the dog did} where it did something."""
+    return {r["number"]: r["note"] for r in runs.metrics(Path(out)) if r["note"]}
+
+
+def all_numbers(folder: Path) -> bool:
+    """Whether every weight of a model is one."""
+    checkpoint = load.open_checkpoint(folder)
+    return all(mx.isfinite(load.dense(checkpoint, name)).all().item() for name in checkpoint.tensors)
+
+
+def test_one_bad_batch_is_skipped(settings: Callable[[str], distill.Settings], bad: set[int], note: Note) -> None:
+    """The steps before it are those of a run that never met it; it is noted; the model at the end has numbers only."""
+    s, clean = settings("bad"), settings("clean")
+    distill.run(clean)
+    bad.add(6)
+    distill.run(s)
+    assert notes(str(s.out)) == {6: "skipped: not a number"}
+    losses = [[r["loss"] for r in runs.metrics(Path(str(x.out)))] for x in (s, clean)]
+    assert losses[0][:5] == losses[1][:5] and len(losses[0]) == ITERS
+    assert all_numbers(Path(str(s.out)) / "model")
+    note("B1 one batch that gives no number", "distill", {"skipped": 1}, 0, "step 6: skipped: not a number")
+
+
+def test_three_in_a_row_go_back_and_on_without_them(
+    settings: Callable[[str], distill.Settings], bad: set[int], capsys: pytest.CaptureFixture[str], note: Note
+) -> None:
+    """Back to the checkpoint at step 4, on without batches 6 to 8 at half the rate; the resumed twin has its bytes."""
+    s = settings("bad")
+    bad |= {6, 7, 8}
+    distill.run(s)
+    said = capsys.readouterr().err
+    assert "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the learning rate" in said
+    assert notes(str(s.out)) == dict.fromkeys((6, 7, 8), "skipped: not a number before")
+    rates = {r["number"]: r["learning_rate"] for r in runs.metrics(Path(str(s.out)))}
+    assert rates[5] == pytest.approx(s.schedule.rate(4) / 2) and rates[4] == pytest.approx(s.schedule.rate(3))
+    assert all_numbers(Path(str(s.out)) / "model")
+    note("B2 three in a row", "distill", {"back to step 4": 1, "the end": 1}, 0,
+         "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the learning rate")  # fmt: skip
+
+
+def test_what_is_left_out_stays_left_out_after_a_kill(
+    settings: Callable[[str], distill.Settings], bad: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the way back, at step 8 and before any, and resumed: the same bytes as in one go."""
+    whole, s = settings("whole"), settings("cut")
+    bad |= {6, 7, 8}
+    distill.run(whole)
+    for number in (8, 4):
+        save = protocol.save_step
+        seen = list[int]()
+
+        def stop(folder: Path, n: int, *a: Any, number: int = number, save: Any = save, seen: Any = seen) -> Path:
+            path = save(folder, n, *a)
+            seen.append(n)
+            if n == number:
+                raise KeyboardInterrupt
+            return path
+
+        monkeypatch.setattr(protocol, "save_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            distill.run(s)
+        monkeypatch.setattr(protocol, "save_step", save)
+        distill.run(distill.Settings(out=s.out, resume=True))
+        assert jobs.contents(Path(str(s.out)) / "model") == jobs.contents(Path(str(whole.out)) / "model")
+        shutil.rmtree(str(s.out))
+
+
+def test_again_three_in_a_row_stop_the_run(
+    settings: Callable[[str], distill.Settings], bad: set[int], note: Note
+) -> None:
+    """The second time it stops, says which batches, and the last good step is there with numbers only."""
+    s = settings("bad")
+    bad |= {2, 3, 4, 10, 11, 12}
+    with pytest.raises(MisError, match="3 steps in a row, of batches 10, 11 and 12") as caught:
+        distill.run(s)
+    assert isinstance(caught.value, Diverged) and caught.value.batches == (10, 11, 12)
+    saved = protocol.newest(Path(str(s.out)) / "steps")
+    assert saved and saved.number == 8 and saved.state["optimizer"]["passed"] == [2, 3, 4]
+    assert all(mx.isfinite(a).all().item() for a in protocol.load_arrays(saved, "model").values())
+    with pytest.raises(Diverged, match="10, 11 and 12"):
+        distill.run(distill.Settings(out=s.out, resume=True))
+    note("B2 three in a row, twice", "distill", {"said so": 1}, 0, str(caught.value))
+
+
+def test_a_tuning_run_goes_back_too(
+    all_jobs: dict[str, jobs.Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: Note
+) -> None:
+    """`sft` with batches 4 to 6 of no number: back to its checkpoint at step 3, and the best model has numbers only."""
+    model, text = all_jobs["sft"].made
+    each, loss_of = Lesson.micro_batches, Lesson.loss_of
+
+    def poisoned(*arguments: Any) -> Callable[[int], list[Any]]:
+        made = each(*arguments)
+        return lambda step: [(*p, mx.array(math.nan if step + 1 in (4, 5, 6) else 1.0)) for p in made(step)]
+
+    def bitter(*arguments: Any, **more: Any) -> Callable[..., Any]:
+        loss = loss_of(*arguments, **more)
+
+        def with_poison(student: Any, *parts: mx.array) -> Any:
+            total, *rest = loss(student, *parts[:-1])
+            return (total * parts[-1], *rest)
+
+        return with_poison
+
+    monkeypatch.setattr(Lesson, "micro_batches", poisoned)
+    monkeypatch.setattr(Lesson, "loss_of", bitter)
+    out = tmp_path / "sft"
+    lessons = str(text.parent / "lessons")
+    sft.run(
+        sft.Settings(model=str(model), data=lessons, max_seq_length=128, iters=9, save_every=3, warmup=1, out=str(out))
+    )
+    assert notes(str(out)) == dict.fromkeys((4, 5, 6), "skipped: not a number before")
+    assert all_numbers(out / "model") and len(runs.metrics(out)) == 9
+    note("B2 three in a row", "sft", {"back to step 3": 1, "the end": 1}, 0,
+         "batches 4, 5, 6 gave no numbers: back to step 3, and on without them, at half the learning rate")  # fmt: skip
+
+
+def walk(log: list[Any], gives: Sequence[Any]) -> tuple[Callable[..., None], Callable[[int], Any]]:
+    """go and steps for `set_back`: `gives` says of each way whether it raises."""
+    ways = iter(gives)
+
+    def go(steps: Any) -> None:
+        log.append(("go", steps))
+        if (error := next(ways)) is not None:
+            raise error
+
+    return go, lambda start: start
+
+
+def test_set_back_by_pencil() -> None:
+    """Once back, never twice; not without an optimizer, a checkpoint, or when it has been back before."""
+    log: list[Any] = []
+    optimizer = GoralW()
+    set_back(*walk(log, [Diverged([3, 4, 5], math.nan), None]), 0, lambda: 2, optimizer)
+    assert log == [("go", 0), ("go", 2)] and (optimizer.passed, optimizer.calm) == ([3, 4, 5], 0.5)
+    with pytest.raises(Diverged):  # it has been back before
+        set_back(*walk([], [Diverged([7, 8, 9], math.nan)]), 2, lambda: 2, optimizer)
+    with pytest.raises(Diverged):  # there is nothing to go back to
+        set_back(*walk([], [Diverged([1, 2, 3], math.nan)]), 0, lambda: None, GoralW())
+    with pytest.raises(Diverged):
+        set_back(*walk([], [Diverged([1, 2, 3], math.nan)]), 0, lambda: 0, None)

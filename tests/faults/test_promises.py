@@ -1,0 +1,61 @@
+"""What SECURITY.md and the fault catalogue promise: the tests they name exist, and the matrix says that none failed."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from tests.faults.catalogue import CATALOGUE, ROOT, exists, named
+
+IDS = [*(f"A{n}" for n in range(1, 14)), *(f"B{n}" for n in range(1, 5)), *(f"C{n}" for n in range(1, 18)),
+       *(f"D{n}" for n in range(1, 9)), *(f"E{n}" for n in range(1, 5))]  # fmt: skip
+RESULTS = ROOT / "benchmarks" / "results" / "linux-x86_64"
+SECURITY = (ROOT / "SECURITY.md").read_text("utf-8")
+
+
+def test_every_fault_has_a_test_that_exists() -> None:
+    """From A1 to E4, none left out."""
+    assert list(CATALOGUE) == IDS
+    for key, (what, tests) in CATALOGUE.items():
+        assert what and tests, key
+        assert not [t for t in tests if not exists(t)], key
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    """Five threats, each with a promise, tests and what is not promised."""
+    rows = [line.strip("|").split("|") for line in SECURITY.splitlines() if line.startswith("| **")]
+    assert len(rows) == 5
+    for threat, promised, shown, missing in rows:
+        assert promised.strip() and missing.strip() and named(shown), threat
+    assert not [t for t in named(SECURITY) if not exists(t)]
+
+
+def test_a_test_that_does_not_exist_is_found_out() -> None:
+    """A test of the test: another file, another name."""
+    assert exists("tests/faults/test_promises.py::test_every_fault_has_a_test_that_exists")
+    assert not exists("tests/faults/test_promises.py::test_everything_is_fine")
+    assert not exists("tests/faults/test_nothing.py::test_every_fault_has_a_test_that_exists")
+    assert named("so `tests/a/test_b.py::test_c` and tests/x.py") == ["tests/a/test_b.py::test_c"]
+
+
+def test_the_matrix_is_whole_and_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing lost or wrong in it, as many cases as was promised, and the Markdown is what the rows give."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import faults
+
+    found = json.loads((RESULTS / "fault_matrix.json").read_text("utf-8"))
+    rows = found["rows"]
+    assert not [r for r in rows if r["bad"]]
+    cases = {"killed": 0, "power cut": 0, "refused": 0, "read": 0}
+    for row in rows:
+        if "at every operation" not in row["fault"]:
+            for end in cases.keys() & row["ends"].keys():
+                cases[end] += row["ends"][end]
+    assert cases["killed"] >= 300 and cases["power cut"] >= 2000 and cases["refused"] + cases["read"] >= 20_000
+    every = {(r["fault"], r["command"]) for r in rows if "at every operation" in r["fault"]}
+    assert len(every) == 20  # ten jobs; the disk refuses, the process ends
+    assert (RESULTS / "fault_matrix.md").read_text("utf-8") == faults.rendered(found)
+    for name in ("faults", "laboratory"):
+        sys.modules.pop(name, None)

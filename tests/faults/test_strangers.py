@@ -1,0 +1,249 @@
+"""What a stranger wrote is read in a child: limits on its time and memory, and no answer is no success."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mis_mlx.disk import text
+from mis_mlx.disk.files import DISK
+from mis_mlx.machine import child
+from mis_mlx.model import load, slice, trial
+from mis_mlx.types import MisError
+from tests import tiny
+from tests.faults.test_folders import ESCAPE, settings
+
+PACKAGE = Path(__file__).parents[2] / "mis_mlx"
+SOURCE = """
+import os, signal, sys, time
+def quiet(): os._exit(0)
+def loud(): print("fine"); sys.stdout.flush(); os._exit(0)
+def forged(): print('{"value": 1}', flush=True); os._exit(0)
+def gone(): sys.exit(0)
+def crash(): os.kill(os.getpid(), signal.SIGSEGV)
+def sleep(): time.sleep(600)
+def greedy(): return len(bytearray(2**33))
+def helper():
+    if not os.fork(): time.sleep(600)
+    time.sleep(600)
+def nan(): return float("nan")
+def odd(): return {1, 2}
+def fine(): return 7
+"""
+ENDS = {
+    "quiet": "ended with 0",
+    "loud": "ended with 0",
+    "forged": "ended with 0",
+    "gone": "SystemExit",
+    "crash": "ended with -11",
+    "sleep": "no answer in 3 s",
+    "greedy": "MemoryError",
+    "helper": "no answer in 3 s",
+    "nan": "ValueError",
+    "odd": "TypeError",
+}
+
+
+@pytest.mark.parametrize("function", ENDS)
+def test_only_an_answer_is_an_answer(function: str, tmp_path: Path) -> None:
+    """Exit code 0 is none, nor is what it prints; a crash, a hang, no memory and a wrong type are named."""
+    (tmp_path / "f.py").write_text(SOURCE)
+    with pytest.raises(child.NoAnswer, match=ENDS[function]):
+        child.ask(str(tmp_path / "f.py"), function, {}, 3.0, 2**32)
+
+
+def test_an_answer_is(tmp_path: Path) -> None:
+    """The others fail for what they do, not because nothing works."""
+    (tmp_path / "f.py").write_text(SOURCE)
+    assert child.ask(str(tmp_path / "f.py"), "fine", {}, 60.0, 2**32) == 7
+
+
+def test_what_it_starts_ends_with_it(tmp_path: Path) -> None:
+    """A process that the child left behind is gone too when the time is over."""
+    pid = tmp_path / "pid"
+    (tmp_path / "f.py").write_text(
+        "import os, time\ndef f(path):\n    if not os.fork():\n        open(path, 'w').write(str(os.getpid()))\n"
+        "        time.sleep(600)\n    time.sleep(600)\n"
+    )
+    with pytest.raises(child.NoAnswer):
+        child.ask(str(tmp_path / "f.py"), "f", {"path": str(pid)}, 3.0)
+    number = int(pid.read_text())
+    for _ in range(100):
+        if not _runs(number):
+            return
+        time.sleep(0.05)
+    os.kill(number, signal.SIGKILL)
+    raise AssertionError("it still runs")
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+ESCAPES = [
+    ESCAPE,
+    "{{ lipsum.__globals__['os'].system('true') }}",
+    "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{{ '{0.__class__}'.format(1) | length // 0 }}",
+    "{{ messages.append(1) }}",
+    "{% include '/etc/passwd' %}",
+    "{{ ''|attr('__class__')|attr('__mro__') }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ range(10 ** 9) | list }}",
+    "{{ 'a' * 3000000 }}",
+]
+
+
+@pytest.mark.parametrize("template", ESCAPES)
+def test_a_template_stays_in_its_sandbox(template: str, tmp_path: Path) -> None:
+    """Ten ways out, or to fill the memory: what comes of them is a sentence, or harmless text."""
+    where = tmp_path / "m"
+    where.mkdir()
+    (where / "chat_template.jinja").write_text(template)
+    try:
+        done = trial.attempt(str(where))
+    except (OverflowError, ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
+        assert str(error)
+    except Exception as error:
+        assert type(error).__name__ in ("SecurityError", "UndefinedError"), error
+    else:
+        assert done["characters"] < trial.MOST_CHARACTERS
+
+
+PATTERN = "tokenizer.json"
+
+
+def patterned(folder: Path, regex: str) -> None:
+    """Let the tokenizer split by a regular expression of the stranger's."""
+    content = json.loads((folder / PATTERN).read_text())
+    split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    (folder / PATTERN).write_text(json.dumps(content))
+
+
+def test_a_regex_bomb_is_a_sentence(tmp_path: Path) -> None:
+    """`(a+)+$` on a run of letters: tokenizers panics or does not end; both in the child, and it is said."""
+    folder = tiny.make(tmp_path / "bomb")
+    patterned(folder, "(a+)+$")
+    with pytest.raises(MisError, match="the tokenizer does not open") as caught:
+        load.tokenizer(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_panic_on_other_words_is_a_sentence(tmp_path: Path) -> None:
+    """A pattern that only the user's own text sets off: Rust's panic, which is no Exception, becomes a MisError."""
+    folder = tiny.make(tmp_path / "bomb")
+    patterned(folder, "(q+)+$")
+    tokenizer = load.tokenizer(folder)
+    with pytest.raises(MisError, match="breaks down on 'qqqq"):
+        text.tokenize([{"text": "q" * 64 + "!"}], tokenizer)
+
+
+def test_a_tokenizer_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files in another folder are known; changed ones are tried again; a refusal is never kept."""
+    asked = list[str]()
+    ask: Callable[..., Any] = child.ask
+    monkeypatch.setattr(child, "ask", lambda *a: (asked.append(a[1]), ask(*a))[1])
+    folder = tiny.make(tmp_path / "one")
+    settings(folder, "tokenizer_config.json", mark=str(tmp_path))
+    trial.tried(folder)
+    trial.tried(shutil.copytree(folder, tmp_path / "two"))
+    assert len(asked) == 1
+    (folder / "chat_template.jinja").write_text(ESCAPE)
+    for count in (2, 3):
+        with pytest.raises(MisError, match="SecurityError"):
+            trial.tried(folder)
+        assert len(asked) == count
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "merges.txt"])
+def test_a_link_out_is_not_copied(name: str, tmp_path: Path) -> None:
+    """A tokenizer file that is a link to the user's own files would be published with the model."""
+    secret, folder, out = tmp_path / "secret", tiny.make(tmp_path / "m"), tmp_path / "out"
+    secret.write_text("token = hf_...")
+    out.mkdir()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(MisError, match="link out of the model folder"):
+        slice.copy_tokenizer(folder, out, DISK)
+    assert not list(out.iterdir())
+
+
+def test_a_tokenizer_file_of_gigabytes_is_refused(tmp_path: Path) -> None:
+    """By its size, before a byte of it is read."""
+    folder = tiny.make(tmp_path / "m")
+    os.truncate(folder / "tokenizer.json", trial.MOST_BYTES + 1)
+    with pytest.raises(MisError, match="are allowed"):
+        trial.tried(folder)
+
+
+# --- what the package's own source may say ---
+
+
+def calls(path: Path) -> list[ast.Call]:
+    """Every call in a file."""
+    return [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+
+
+def doors(path: Path) -> list[str]:
+    """Calls of functions that may run a model's own code, without trust_remote_code=False in the same function."""
+    found = []
+    names = ("load", "load_tokenizer", "load_model", "sharded_load", "from_pretrained", "MLXLM", "snapshot_download")
+    for call in calls(path):
+        called, whole = ast.unparse(call.func), ast.unparse(call)
+        foreign = called.endswith(tuple(f"utils').{n}" for n in names)) or called.startswith(
+            ("utils.", "transformers.")
+        )
+        foreign = foreign or called.split(".")[-1] in ("from_pretrained", "MLXLM", "sharded_load")
+        if foreign and "trust_remote_code" not in whole and "**trust" not in whole:
+            found.append(f"{path.name}:{call.lineno} {whole[:80]}")
+    return found
+
+
+def test_foreign_code_is_refused_explicitly_wherever_it_could_run() -> None:
+    """No True anywhere; False is said at each door, for a default may change; the doors without one are not used."""
+    for path in PACKAGE.rglob("*.py"):
+        source = path.read_text("utf-8")
+        assert "trust_remote_code=True" not in source and '"trust_remote_code": True' not in source, path
+        assert "mlx_lm.benchmark" not in source and "sharded_load" not in source, path
+        assert not doors(path), doors(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "load.mlx_lm('utils').load(p)",
+        "utils.load_tokenizer(p)",
+        "AutoTokenizer.from_pretrained(p)",
+        "x.sharded_load(p)",
+    ],
+)
+def test_the_look_at_doors_can_fail(line: str, tmp_path: Path) -> None:
+    """A test of the test."""
+    (tmp_path / "x.py").write_text(line)
+    assert doors(tmp_path / "x.py")
+
+
+def test_nothing_is_unpickled() -> None:
+    """No module reads what can run code while it is read."""
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        named = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+        assert not named & {"pickle", "marshal", "shelve", "dill", "joblib"}, path
+        for call in calls(path):
+            called = ast.unparse(call.func)
+            assert called not in ("eval", "exec", "torch.load", "yaml.load"), f"{path}:{call.lineno}"
+            if called in ("np.load", "numpy.load"):
+                assert "allow_pickle=True" not in ast.unparse(call), f"{path}:{call.lineno}"
