@@ -1,17 +1,29 @@
-"""Evaluate students against their teacher on held-out text: loss, KL, agreement, with intervals."""
+"""Evaluate students against their teacher: the recovery table on tasks, or held-out loss, KL and agreement."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mis_mlx import cli
+from mis_mlx.disk import contamination, questions
+from mis_mlx.disk.files import DISK
 from mis_mlx.disk.text import Windows, fingerprint
 from mis_mlx.machine import memory
-from mis_mlx.model import compare, kld, load, teacher, windows
-from mis_mlx.training import planning
-from mis_mlx.types import Checkpoint, MisError, Row
+from mis_mlx.model import compare, harness, kld, load, teacher, windows
+from mis_mlx.page import figures, html, recovery
+from mis_mlx.page.recovery import Outcome
+from mis_mlx.training import examining, planning, subjects
+from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, gib
+
+Models = Mapping[str, Checkpoint]
+LENGTH = 256  # tokens in a window
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,8 @@ class Settings:
     students: tuple[str, ...] = ()
     """model folders"""
     data: str | None = None
-    """a folder with train.jsonl and test.jsonl, or a hub data set; default: built in"""
+    """what the students were distilled on: a folder with train.jsonl and test.jsonl, or a hub data set; default: built
+    in"""
     eval_windows: int = 24
     """held-out windows"""
     max_seq_length: int | None = None
@@ -32,19 +45,28 @@ class Settings:
     """llama.cpp's quality report instead, with the teacher as reference, over the second half of every window"""
     budget: str | None = None
     """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
+    tasks: tuple[str, ...] = ()
+    """builtin, polish-offline, dialects, polish, english, any part of these, lm_eval/ID, or folders of JSONL; without
+    any: held-out text"""
+    num_questions: int = 100
+    """of each task"""
+    out: str | None = None
+    """folder for recovery.md, .json, .svg and .html; default: the table on stdout alone"""
+    dry_run: bool = False
+    """judge all rows, count questions, bytes and time, with --tasks; ask no model"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
 
 
-def _kld(models: Mapping[str, Checkpoint], held_out: Windows, title: str) -> dict[str, Any]:
+def _kld(models: Models, held_out: Windows, title: str) -> dict[str, Any]:
     """Print the report on all models but the first, the reference; the same for the JSON line."""
     held_out = kld.second_half(held_out)
     base, *names = models
     found = kld.against(models[base], {name: models[name] for name in names}, held_out)
     tokens, sha256 = int((held_out.learn > 0).sum()), fingerprint(held_out)
     rows, said = [], dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
-    for name, figures in found.items():
-        for metric, (value, error) in figures.items():
+    for name, figures_ in found.items():
+        for metric, (value, error) in figures_.items():
             low, high = (None, None) if error is None else (value - error, value + error)
             rows.append(Row(name, metric, value, low, high, tokens))
             said |= {f"{metric}_{name}": value} | ({} if error is None else {f"{metric}_se_{name}": error})
@@ -54,32 +76,141 @@ def _kld(models: Mapping[str, Checkpoint], held_out: Windows, title: str) -> dic
     return said
 
 
+def _held_out(s: Settings, models: Models, limit: Budget) -> tuple[str, dict[str, Any]]:
+    """(Markdown, the same for the JSON line): one table a text."""
+    length = s.max_seq_length or LENGTH
+    planned = planning.compared([planning.model_of(m) for m in models.values()], s.eval_windows, length)
+    planning.fit(limit, planned)
+    data, parts, said = windows.prepare(s.data, next(iter(models.values())).path, length), [], dict[str, Any]()
+    for name, held_out in data.held_out.items():
+        chosen = compare.chosen(held_out, s.eval_windows)
+        with memory.limited(limit, planned.peak_bytes):
+            rows = compare.rows_of(compare.compare(models, chosen))
+        title = f"{name}, {len(chosen.tokens)} windows of {length} tokens"
+        parts.append(f"{title}\n\n{cli.table(rows, list(models), compare.METRICS)}")
+        said[name] = {f"{r.metric}_{r.model}": r.value for r in rows}
+    return "\n\n".join(parts), said
+
+
+def _planned(
+    s: Settings, wanted: subjects.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget
+) -> dict[str, Any]:
+    """Peak and time of what is still to be asked, said aloud; lm-eval's tasks have no estimate of time.
+
+    MisError where something does not fit, or a question cannot be asked.
+    """
+    shapes = [planning.model_of(m) for m in models.values()]
+    for m, model in zip(shapes, models.values(), strict=True) if wanted.harness else ():
+        need = m.shape.layers * m.block_work + m.head_work + planning.workspace_bytes(m, 2048, 2048)
+        limit.need(need, f"lm-eval's tasks need {model.path} whole in memory, which", "give a larger --budget")
+    asked = [examining.plan(m, hashes[name], task, limit) for name, m in models.items() for task in wanted.tasks]
+    phases = [phase for phase in asked if phase]
+    known = f", {len(asked) - len(phases)} of {len(asked)} known from before" if len(phases) < len(asked) else ""
+    if wanted.text:
+        phases.append(planning.compared(shapes, s.eval_windows, s.max_seq_length or LENGTH))
+        planning.fit(limit, phases[-1])
+    rates = planning.machine_rates()
+    peak, seconds = max([0, *(p.peak_bytes for p in phases)]), sum(p.seconds(rates) for p in phases)
+    cli.say(f"peak {gib(peak)}, about {duration(seconds)}{known}")
+    return {"peak_bytes": peak, "seconds": seconds}
+
+
+def _outcomes(
+    wanted: subjects.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget, known: contamination.Known
+) -> list[Outcome]:
+    """Our tasks, model by model."""
+    marks = {name: [examining.marks(m, hashes[name], t, limit) for t in wanted.tasks] for name, m in models.items()}
+    found = []
+    for at, task in enumerate(wanted.tasks):
+        chance = np.array([q.chance for q in task.questions])
+        each = {name: marks[name][at] for name in models}
+        constant, overlap = questions.constant(task), known.overlap(task)
+        found.append(Outcome(task.name, task.about, each, chance, constant, overlap, task.sha256))
+    return found
+
+
+def _harness(s: Settings, ids: tuple[str, ...], models: Models) -> list[Outcome]:
+    """lm-eval's tasks, model by model."""
+    found = {name: examining.by_harness(model, ids, s.num_questions) for name, model in models.items()}
+    made = []
+    for task, first in next(iter(found.values())).items():
+        marks = {name: f[task].marks for name, f in found.items()}
+        made.append(Outcome(task, f"lm-eval {harness.version()}, {first.metric}", marks, first.chance))
+    return made
+
+
+def _examined(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
+    """The recovery table, printed and written."""
+    began = time.monotonic()
+    wanted = subjects.find(s.tasks, s.num_questions, s.data)
+    if wanted.harness:
+        harness.check(wanted.harness)
+    for task in wanted.tasks:
+        cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
+    hashes = {name: examining.sha256(m) for name, m in models.items()}
+    planned = _planned(s, wanted, models, hashes, limit)
+    if s.dry_run:
+        asked = {task.name: len(task.questions) for task in wanted.tasks}
+        return {"questions": asked, "lm_eval": list(wanted.harness), **planned}
+    if s.out:
+        figures.need()
+        DISK.make_folder(Path(s.out))
+    known = contamination.Known(contamination.training_words(s.data) if wanted.tasks else [])
+    found = _outcomes(wanted, models, hashes, limit, known)
+    found += _harness(s, wanted.harness, models) if wanted.harness else []
+    text, held_out = _held_out(s, models, limit) if wanted.text else ("", {})
+    page = recovery.markdown(found, text)
+    print(f"\n{page}\n")
+    said = {"tasks": [o.json() for o in found], "held_out": held_out}
+    if s.out:
+        _write(Path(s.out), found, page, {"sha256": hashes, **said})
+    recovered = {o.task: {name: o.recovered(name) for name in list(models)[1:]} for o in found}
+    cli.say(
+        f"{sum(len(o.chance) for o in found)} questions, {len(models)} models, {duration(time.monotonic() - began)}"
+    )
+    return {"recovered": recovered, "held_out": held_out} | ({"out": s.out} if s.out else {})
+
+
+def _write(out: Path, found: list[Outcome], page: str, said: dict[str, Any]) -> None:
+    picture = recovery.figure(found)
+    if picture:
+        DISK.replace_text(out / "recovery.svg", figures.standalone(picture, html.LIGHT))
+        page += "\n\n![Recovered](recovery.svg)"
+    DISK.replace_text(out / "recovery.md", page + "\n")
+    DISK.replace_text(out / "recovery.json", json.dumps(said, ensure_ascii=False, indent=1) + "\n")
+    body = "<h1>The recovery table</h1>" + html.markdown(page.partition("\n\n![")[0]) + html.figures(picture)
+    DISK.replace_text(out / "recovery.html", html.page("The recovery table", body))
+
+
 def run(settings: Settings) -> dict[str, Any]:
-    """The command: one table a text."""
-    length = settings.max_seq_length or (512 if settings.kld else 256)
-    if settings.kld and not settings.students:
+    """The command: the recovery table where tasks are named, else one table a text."""
+    s = settings
+    if s.kld and s.tasks:
+        raise MisError("--kld and --tasks are two reports: give one of them")
+    if s.kld and not s.students:
         raise MisError("--kld compares two models, there is only the teacher: name the other with --students")
-    found = teacher.find(settings.teacher)
+    if s.num_questions < 2:
+        raise MisError(f"--num-questions is {s.num_questions}: an interval needs 2 or more")
+    found = teacher.find(s.teacher)
     models = {"teacher": load.open_checkpoint(found.path)}
-    for name, folder in zip(load.labels(settings.students, ("teacher",)), settings.students, strict=True):
+    for name, folder in zip(load.labels(s.students, ("teacher",)), s.students, strict=True):
         models[name] = load.open_checkpoint(folder)
         compare.same_vocabulary(models["teacher"], models[name])
-    limit = memory.budget(None if settings.budget is None else cli.parse_bytes(settings.budget))
-    planned = planning.compared([planning.model_of(m) for m in models.values()], settings.eval_windows, length)
+    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+    result: dict[str, Any] = {"teacher": str(found.path), "students": list(s.students)}
+    if s.tasks:
+        return result | _examined(s, models, limit)
+    if not s.kld:
+        text, said = _held_out(s, models, limit)
+        print(f"\n{text}")
+        return result | said
+    length = s.max_seq_length or 512
+    planned = planning.compared([planning.model_of(m) for m in models.values()], s.eval_windows, length)
     planning.fit(limit, planned)
-    data = windows.prepare(settings.data, found.path, length)
-    result: dict[str, Any] = {"teacher": str(found.path), "students": list(settings.students)}
-    for text_name, held_out in data.held_out.items():
-        chosen = compare.chosen(held_out, settings.eval_windows)
-        title = f"{text_name}, {len(chosen.tokens)} windows of {length} tokens"
+    for name, held_out in windows.prepare(s.data, found.path, length).held_out.items():
+        chosen = compare.chosen(held_out, s.eval_windows)
         with memory.limited(limit, planned.peak_bytes):
-            if settings.kld:
-                result[text_name] = _kld(models, chosen, title)
-                continue
-            rows = compare.rows_of(compare.compare(models, chosen))
-        print(f"\n{title}\n")
-        print(cli.table(rows, list(models), compare.METRICS))
-        result[text_name] = {f"{r.metric}_{r.model}": r.value for r in rows}
+            result[name] = _kld(models, chosen, f"{name}, {len(chosen.tokens)} windows of {length} tokens")
     return result
 
 

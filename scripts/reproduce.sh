@@ -38,6 +38,6 @@ train grpo grpo --model "$out/dpo/model" --tasks sums --iters 4 --max-completion
 stage "$out/4bit" quantize --model "$out/grpo/model" --mlx-path "$out/4bit" --q-iters 4
 
 teacher=HuggingFaceTB/SmolLM2-135M-Instruct
-scripts/mis bench --model "$teacher" "$out/grpo/model" "$out/4bit"
+scripts/mis bench --model "$teacher" --model "$out/grpo/model" --model "$out/4bit"
 scripts/mis evaluate --teacher "$teacher" --students "$out/pruned" "$out/distilled/model" "$out/grpo/model" "$out/4bit" \
-    --tasks builtin --out "$out/evaluate"
+    --tasks builtin --num-questions 40 --out "$out/evaluate"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import evaluate
+from mis_mlx.machine import memory
 from mis_mlx.model import compare, load
+from mis_mlx.training import examining, subjects
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
-from tests.conftest import Done
+from tests.conftest import Done, last_line, sentence
 
 
 def test_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
@@ -89,3 +92,93 @@ def test_kld_refusals(llama: Checkpoint, text_folder: Path) -> None:
         evaluate.run(few)
     found = evaluate.run(replace(few, eval_windows=1, max_seq_length=None))
     assert found["held-out"]["tokens"] == 255
+
+
+QUESTIONS = 240
+
+
+@pytest.fixture(scope="module")
+def quiz(tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint) -> Path:
+    """A task that the tiny teacher knows by heart: what is right is what it finds likelier.
+
+    Every option is a word of one token, so models of other random weights can but guess.
+    """
+    folder, rng = tmp_path_factory.mktemp("quiz"), random.Random(0)
+    vocabulary = json.loads((llama.path / "tokenizer.json").read_text())["model"]["vocab"]
+    words = sorted(token[1:] for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha())
+    rows = []
+    for n in range(QUESTIONS):
+        options = rng.sample(words, 2)
+        rows.append({"question": f"{n}?", "options": options, "answer": options[0]})
+    path = folder / "by-heart.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIS_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        (task,) = subjects.find([str(folder)], QUESTIONS).tasks
+        knows = examining.marks(llama, "0" * 64, task, memory.budget(None))
+    for row, first in zip(rows, knows, strict=True):
+        row["answer"] = row["options"][0 if first else 1]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_recovery_table(
+    tmp_path: Path, llama: Checkpoint, quiz: Path, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """A copy recovers 100 % exactly, with KL 0; random weights recover 0 % within their interval; asked once only."""
+    shutil.copytree(llama.path, tmp_path / "copy")
+    tiny.make(tmp_path / "random", seed=7)
+    flags = ["--teacher", llama.path, "--students", tmp_path / "copy", tmp_path / "random"]
+    flags += ["--data", text_folder, "--max-seq-length", 32, "--eval-windows", 3, "--num-questions", QUESTIONS]
+    flags += ["--tasks", quiz, "text", "--out", tmp_path / "out"]
+    done = command("evaluate", *flags)
+    assert done.returncode == 0, done.stderr
+    recovered = last_line(done)["recovered"]["by-heart"]
+    assert recovered["copy"] == [1.0, 1.0, 1.0]
+    assert -0.4 < recovered["random"][1] < 0 < recovered["random"][2] < 0.4
+    assert last_line(done)["held_out"]["held-out"]["kl_copy"] == 0
+    page = (tmp_path / "out" / "recovery.md").read_text()
+    assert "| by-heart | 240 | 50.0% |" in page and "| 100% [100%, 100%] |" in page
+    assert page.partition("\n\n![")[0] in done.stdout
+    found = json.loads((tmp_path / "out" / "recovery.json").read_text())
+    assert found["sha256"]["teacher"] == found["sha256"]["copy"] != found["sha256"]["random"]
+    assert str(tmp_path) not in json.dumps(found)
+    assert "</svg>" in (tmp_path / "out" / "recovery.svg").read_text()
+    assert "<h1>The recovery table</h1>" in (tmp_path / "out" / "recovery.html").read_text()
+    again = command("evaluate", *flags)
+    assert "3 of 3 known from before" in again.stderr and "known" not in done.stderr
+    assert last_line(again)["recovered"] == last_line(done)["recovered"]
+
+
+def test_builtin_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
+    """All that needs no network, on the teacher alone: nine tasks and two texts; no file unasked."""
+    flags = ("--teacher", llama.path, "--tasks", "builtin", "--num-questions", 4, "--eval-windows", 1)
+    done = command("evaluate", *flags, "--max-seq-length", 64, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(last_line(done)["recovered"]) == 9 and set(last_line(done)["held_out"]) == {"English", "Polish"}
+    assert "| grammar-pl | 4 | 50.0% |" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_asks_nothing(llama: Checkpoint, command: Callable[..., Done]) -> None:
+    """Questions, bytes and time; the same rows are judged."""
+    flags = ("--teacher", llama.path, "--tasks", "logic", "maths-written", "--num-questions", 7, "--dry-run")
+    found = last_line(command("evaluate", *flags))
+    assert found["questions"] == {"logic": 7, "maths-written": 7} and found["peak_bytes"] > 0 and found["seconds"] > 0
+
+
+def test_refusals_of_tasks_are_sentences(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
+    """Before any model is asked: a bad row, an empty file, a typo, another tokenizer, lm-eval that is not here."""
+    common = ("evaluate", "--teacher", llama.path)
+    bad = {"question": "2 + 2?", "options": ["3", "5"], "answer": "4"}
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "quiz.jsonl").write_text(json.dumps(bad))
+    said = sentence(command(*common, "--tasks", tmp_path / "bad"))
+    assert "quiz.jsonl line 1: the answer '4' is none of its 2 options" in said
+    (tmp_path / "bad" / "quiz.jsonl").write_text("")
+    assert "quiz.jsonl is empty" in sentence(command(*common, "--tasks", tmp_path / "bad"))
+    assert "did you mean logic" in sentence(command(*common, "--tasks", "logik"))
+    other = tiny.make(tmp_path / "other")
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    assert "another tokenizer" in sentence(command(*common, "--students", other, "--tasks", "logic"))
+    assert "--kld and --tasks are two reports" in sentence(command(*common, "--kld", "--tasks", "logic"))
+    assert "an interval needs 2 or more" in sentence(command(*common, "--tasks", "logic", "--num-questions", 1))

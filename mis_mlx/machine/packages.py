@@ -1,4 +1,4 @@
-"""Download one wheel, known to the byte, with the pip of this Python.
+"""Download one wheel, known to the byte, with the pip of this Python; or packages of Debian, with its own apt.
 
 Does not know what is in it, and never installs or runs it.
 """
@@ -6,8 +6,10 @@ Does not know what is in it, and never installs or runs it.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mis_mlx.types import MisError
@@ -41,3 +43,24 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: 
             "the download was altered, try another package index"
         )
     return wheel
+
+
+def unpack_debian(names: Sequence[str], into: Path) -> list[str]:
+    """Unpack Debian packages into the folder `into`; the names of what was downloaded, with versions.
+
+    Without root, and nothing is installed. The version is whatever the distribution has today. MisError where there is
+    no apt, or it has none of these.
+    """
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise MisError(f"this system has no apt to bring {' and '.join(names)}")
+    done = subprocess.run(
+        ["apt-get", "download", "-qq", *names], cwd=into, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    found = sorted(into.glob("*.deb"))
+    if done.returncode or len(found) != len(names):
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise MisError(f"apt could not download {' and '.join(names)} ({lines[-1][:200]})")
+    for package in found:
+        subprocess.run(["dpkg-deb", "-x", package, into], check=True, capture_output=True, stdin=subprocess.DEVNULL)
+        package.unlink()
+    return [package.stem for package in found]

@@ -186,6 +186,42 @@ def bars(
         return _html(figure, key, title, description)
 
 
+def intervals(
+    key: str,
+    title: str,
+    description: str,
+    label: str,
+    rows: Mapping[str, Sequence[tuple[float, float, float] | None]],
+    names: Sequence[str],
+    limits: Mapping[str, float],
+) -> str:
+    """A point with its interval (value, low, high), as shares, for each row and name. limits: lines across."""
+    with _drawing():
+        figure, axes = _new(90 + (16 * len(names) + 12) * len(rows))
+        place = np.arange(len(rows))[::-1]
+        for i, (name, color) in enumerate(zip(names, _colors(), strict=False)):
+            known = [(y, row[i]) for y, row in zip(place, rows.values(), strict=True) if row[i] is not None]
+            y = np.array([at for at, _ in known]) + 0.35 - 0.7 * (i + 0.5) / len(names)
+            value, low, high = np.array([cell for _, cell in known], np.float64).T
+            axes.errorbar(value, y, xerr=[value - low, high - value], fmt="o", color=color, label=name, markersize=4)
+        for text, at in limits.items():
+            axes.axvline(at, color=MUTED, linestyle="--" if at else ":", label=text)
+        axes.set_yticks(place, list(rows))
+        axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes.set_xlabel(label)
+        figure.legend(loc="outside upper center", ncols=3, fontsize=10)
+        return _html(figure, key, title, description)
+
+
+def standalone(picture: str, variables: Mapping[str, str]) -> str:
+    """A picture as an SVG file of its own, with the page's light colours."""
+    svg = picture[picture.index("<svg") : picture.index("</svg>") + len("</svg>")]
+    for name, color in variables.items():
+        svg = svg.replace(f"var({name})", color)
+    head, rest = svg.split(">", 1)
+    return f'{head} font-family="sans-serif"><rect width="100%" height="100%" fill="{variables["--paper"]}"/>{rest}\n'
+
+
 def columns(
     key: str,
     title: str,

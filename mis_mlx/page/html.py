@@ -47,6 +47,7 @@ th:first-child,td:first-child{min-width:5rem;overflow-wrap:anywhere}}
 @media print{body{max-width:none;font-size:10pt}h2,h3{break-after:avoid}tr{break-inside:avoid}
 .figures{grid-template-columns:1fr 1fr}th button::after{content:""}.wide{overflow:visible}}
 """
+LIGHT = dict(re.findall(r"(--\w+):(#\w+)", STYLE.partition("@media")[0]))  # the colours of the page by day
 # Numbers sort as numbers, also with a unit or ± behind; a second press turns the order round.
 SCRIPT = """
 for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {

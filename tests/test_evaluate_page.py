@@ -1,0 +1,128 @@
+"""The recovery table: shares and intervals by hand, and sentences that say what the numbers can bear."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mis_mlx.maths.stats import interval, recovery
+from mis_mlx.page import figures, html
+from mis_mlx.page.recovery import Outcome, figure, findings, markdown
+
+N = 100
+
+
+def outcome(task: str = "sums", chance: float = 0.5, **right: int) -> Outcome:
+    """A task of 100 questions, the first `right` of which each model answers."""
+    marks = {name: (np.arange(N) < count).astype(float) for name, count in right.items()}
+    return Outcome(task, "made for a test", marks, np.full(N, chance), (0.5, "option 1"), (0, N), "0" * 64)
+
+
+def said(*outcomes: Outcome) -> str:
+    return "\n".join(findings(outcomes))
+
+
+def test_recovery_by_hand() -> None:
+    """(70 % - 50 %) / (90 % - 50 %) is a half; the teacher recovers all of itself, exactly and in every draw."""
+    o = outcome(teacher=90, student=70)
+    value, low, high = recovery(o.marks["student"], o.teacher, o.chance)
+    assert value == pytest.approx(0.5) and 0.2 < low < 0.5 < high < 0.8
+    assert o.recovered("teacher") == (1.0, 1.0, 1.0)
+
+
+def test_the_interval_is_paired() -> None:
+    """A student that loses two of the teacher's answers is judged by these two, not by the luck of the questions."""
+    o = outcome(teacher=80, student=78)
+    _, low, high = o.difference("student")
+    assert -0.06 < low < 0 and high <= 0
+    apart = interval(o.teacher)
+    assert high - low < (apart[2] - apart[1]) / 2
+    _, low, high = recovery(o.marks["student"], o.teacher, o.chance)
+    assert 0.8 < low < high <= 1
+
+
+def test_an_interval_covers_what_it_should() -> None:
+    """95 % of the intervals of students that know half of what the teacher knows hold a half: 200 experiments."""
+    rng, held = np.random.default_rng(5), 0
+    for _ in range(200):
+        know = rng.random((2, 200)) < np.array([[0.8], [0.4]])  # what teacher and student know; the rest is guessed
+        marks = np.where(know, 1, rng.random((2, 200)) < 0.5).astype(float)
+        _, low, high = recovery(marks[1], marks[0], np.full(200, 0.5))
+        held += low <= 0.5 <= high
+    assert 180 <= held <= 199  # 95 % of 200 is 190, with a standard deviation of 3
+
+
+def test_nothing_is_recovered_of_a_teacher_who_knows_nothing() -> None:
+    """A dash, and a sentence; nobody divides by noise."""
+    o = outcome(teacher=53, student=60)
+    assert o.recovered("student") is None and o.json()["models"]["student"]["recovery"] is None
+    assert "The teacher is not better than chance on sums: there is nothing to recover (–)." in said(o)
+    assert "| sums | – |" in markdown([o])
+
+
+def test_the_table_has_chance_and_the_constant() -> None:
+    """n, chance, U Zośki, then the models with ± half of the interval."""
+    page = markdown([outcome(teacher=90, student=70)])
+    assert "| | n | chance | U Zośki | teacher | student |" in page
+    row = next(line for line in page.splitlines() if line.startswith("| sums | 100 "))
+    assert re.fullmatch(r"\| sums \| 100 \| 50.0% \| 50.0% \| 90.0% ± [56].\d% \| 70.0% ± [89].\d% \|", row)
+    assert re.search(r"^\| sums \| 50% \[\d+%, \d+%\] \|$", page, re.M)
+    assert "- `sums`: made for a test." in page
+
+
+def test_the_teacher_alone_is_a_table_too() -> None:
+    """No student, no second table."""
+    assert "Recovered" not in markdown([outcome(teacher=90)]) and figure([outcome(teacher=90)]) == ""
+
+
+def test_differences_are_told_from_noise() -> None:
+    """A clear loss, one that may be none, and a gain that luck explains."""
+    lost = said(outcome(teacher=90, student=60), outcome("bus", teacher=80, student=80))
+    assert "student is worse than the teacher, by more than the noise, on sums." in lost
+    assert "Between student and the teacher no loss can be told from noise on bus." in lost
+    lucky = said(outcome(teacher=80, student=81))
+    assert "student has more than the teacher on sums (+1.0 points), within the noise: luck explains it." in lucky
+    clear = said(outcome(teacher=70, student=95))
+    assert "by more than the noise on sums; of 1 tasks one in 40 does so by luck" in clear
+
+
+def test_a_constant_as_good_as_the_teacher_is_named() -> None:
+    """Better than chance, and yet no better than who always says the same."""
+    o = outcome(chance=0.25, teacher=51, student=30)
+    assert "U Zośki, who always says the same, does as well as the teacher on sums (option 1)." in said(o)
+
+
+def test_no_spread_is_not_certainty() -> None:
+    """All wrong in 100 questions: 3 % cannot be excluded, whatever a bootstrap says."""
+    assert "(sums), ± 0 means no spread was seen; up to 3% the other way fits" in said(outcome(teacher=90, student=0))
+    assert "± 0 means" not in said(outcome(teacher=90, student=70))
+
+
+def test_contamination_is_counted() -> None:
+    """How many, of how many, in which task."""
+    o = outcome(teacher=90, student=70)
+    assert "none of 100 shares 13 words in a row" in said(o)
+    shared = Outcome(o.task, o.about, o.marks, o.chance, o.constant, (7, 90))
+    assert "7 of 90 in sums share 13 words in a row" in said(shared)
+    assert "Contamination" not in said(Outcome(o.task, o.about, o.marks, o.chance))
+
+
+def test_json_keeps_every_mark() -> None:
+    """So that other intervals can be made of it."""
+    found: dict[str, Any] = outcome(teacher=90, student=70).json()
+    assert found["n"] == N and found["chance"] == 0.5 and sum(found["models"]["student"]["marks"]) == 70
+    assert found["u_zoski"] == {"share": 0.5, "answer": "option 1"}
+    assert found["contamination"] == {"shared": 0, "looked_up": 100}
+
+
+def test_the_figure_is_a_file_of_its_own() -> None:
+    """Well-formed SVG without the page's variables, with every task that the teacher knows, and no other."""
+    known, unknown = outcome("sums", teacher=90, student=70, other=50), outcome("bus", teacher=50, student=50, other=60)
+    picture = figure([known, unknown])
+    svg = figures.standalone(picture, html.LIGHT)
+    assert ET.fromstring(svg).tag.endswith("svg") and "var(" not in svg
+    assert "sums" in svg and "bus" not in svg and "student" in svg and "other" in svg
