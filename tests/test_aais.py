@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def test_a_hot_machine_is_said_to_be_hot(model: Path, tmp_path: Path) -> None:
     hottest = max(records, key=lambda line: max(value for _, value in json.loads(line)["hid"]))
     replay = tmp_path / "hot.jsonl"
     replay.write_text("\n".join([header, hottest]) + "\n")
-    report = bench.run(bench.Settings(model=(str(model),), p=4, g=4, n=1, thermal_replay=str(replay)))
+    asked = bench.Settings(model=(str(model),), prompt_tokens=4, generation_tokens=4, num_trials=1)
+    report = bench.run(replace(asked, thermal_replay=str(replay)))
     assert report["hot"]
     assert "above 80" in report["hot"][0]

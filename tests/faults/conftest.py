@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from mis_mlx.training import planning
 from tests.faults import jobs, verdicts
 from tests.faults.catalogue import NOTES
 
@@ -32,11 +33,16 @@ def note() -> Note:
 
 
 @pytest.fixture(scope="session")
-def all_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, jobs.Job]]:
-    """Every job by its name, on a model and a text made once; all in one set of rates."""
-    made = jobs.made(tmp_path_factory.mktemp("made") / "made")
-    with verdicts.one_set_of_rates():
-        yield jobs.jobs(*made)
+def all_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Job]:
+    """Every job by its name, on a model and a text made once."""
+    return jobs.jobs(*jobs.made(tmp_path_factory.mktemp("made") / "made"))
+
+
+@pytest.fixture(autouse=True)
+def one_set_of_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured once for all tests here, and for no test elsewhere."""
+    found = verdicts.rates()
+    monkeypatch.setattr(planning, "machine_rates", lambda *_: found)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,7 @@ from tests.faults.power import cuts, recorded
 FATES: dict[str, int | str] = {"disk full": errno.ENOSPC, "I/O error": errno.EIO, "end of the process": KILLED}
 
 
-@contextlib.contextmanager
-def one_set_of_rates() -> Iterator[None]:
-    """How quick the machine is, is measured once: it says how long a run may take and changes nothing else."""
-    rates, before = planning.machine_rates(), planning.machine_rates
-    planning.machine_rates = lambda *_: rates
-    try:
-        yield
-    finally:
-        planning.machine_rates = before
+rates = cache(planning.machine_rates)  # how quick the machine is: how long a run may take, and nothing else
 
 
 Whole = tuple[Outcome, int, float]  # what a job that nothing happens to ends with, its file operations, its seconds
