@@ -102,7 +102,7 @@ def run(settings: Settings) -> dict[str, Any]:
         found = np.zeros((len(compared), 2), np.float32)
         if ranks.first():
             found = preferring.stored_reference(r.folder, card["fingerprint"], r.files, ask)
-        found = ranks.sent(found.reshape(-1).view(np.uint8)).view(np.float32).reshape(found.shape)
+        found = np.array(ranks.sent_array(mx.array(found)))
         theirs, held = np.full((len(train), 2), np.nan, np.float32), found[len(seen) :]
         theirs[seen] = found[: len(seen)]
         each = preferring.micro_batches(train, theirs, *drawing)

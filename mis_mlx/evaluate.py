@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,17 +76,21 @@ def _kld(models: Models, held_out: Windows, title: str) -> dict[str, Any]:
     return said
 
 
-def _held_out(s: Settings, models: Models, limit: Budget) -> tuple[str, dict[str, Any]]:
-    """(Markdown, the same for the JSON line): one table a text."""
-    length = s.max_seq_length or LENGTH
+def _texts(s: Settings, models: Models, limit: Budget, length: int) -> Iterator[tuple[str, str, Windows]]:
+    """(name, title, chosen windows) of every held-out text, once the comparison fits; used within the budget."""
     planned = planning.compared([planning.model_of(m) for m in models.values()], s.eval_windows, length)
     planning.fit(limit, planned)
-    data, parts, said = windows.prepare(s.data, next(iter(models.values())).path, length), [], dict[str, Any]()
-    for name, held_out in data.held_out.items():
+    for name, held_out in windows.prepare(s.data, next(iter(models.values())).path, length).held_out.items():
         chosen = compare.chosen(held_out, s.eval_windows)
         with memory.limited(limit, planned.peak_bytes):
-            rows = compare.rows_of(compare.compare(models, chosen))
-        title = f"{name}, {len(chosen.tokens)} windows of {length} tokens"
+            yield name, f"{name}, {len(chosen.tokens)} windows of {length} tokens", chosen
+
+
+def _held_out(s: Settings, models: Models, limit: Budget) -> tuple[str, dict[str, Any]]:
+    """(Markdown, the same for the JSON line): one table a text."""
+    parts, said = [], dict[str, Any]()
+    for name, title, chosen in _texts(s, models, limit, s.max_seq_length or LENGTH):
+        rows = compare.rows_of(compare.compare(models, chosen))
         parts.append(f"{title}\n\n{cli.table(rows, list(models), compare.METRICS)}")
         said[name] = {f"{r.metric}_{r.model}": r.value for r in rows}
     return "\n\n".join(parts), said
@@ -204,13 +208,8 @@ def run(settings: Settings) -> dict[str, Any]:
         text, said = _held_out(s, models, limit)
         print(f"\n{text}")
         return result | said
-    length = s.max_seq_length or 512
-    planned = planning.compared([planning.model_of(m) for m in models.values()], s.eval_windows, length)
-    planning.fit(limit, planned)
-    for name, held_out in windows.prepare(s.data, found.path, length).held_out.items():
-        chosen = compare.chosen(held_out, s.eval_windows)
-        with memory.limited(limit, planned.peak_bytes):
-            result[name] = _kld(models, chosen, f"{name}, {len(chosen.tokens)} windows of {length} tokens")
+    for name, title, chosen in _texts(s, models, limit, s.max_seq_length or 512):
+        result[name] = _kld(models, chosen, title)
     return result
 
 

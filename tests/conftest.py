@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -120,6 +122,17 @@ def finished(
     done = command("distill", *flags, "--out", out, "--bench-tokens", 3, "--sample-tokens", 5)
     assert done.returncode == 0, done.stderr
     return out, done
+
+
+@contextlib.contextmanager
+def files_up_to(nbytes: int) -> Iterator[None]:
+    """No file of this process may grow beyond that; the kernel says so in the middle of a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def weights(run: Path) -> dict[str, bytes]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from mis_mlx import export, quantize
 from mis_mlx.model import load
 from mis_mlx.types import MisError
 from tests import tiny
-from tests.conftest import Done, sentence
+from tests.conftest import Done, files_up_to, sentence
 
 
 def made(model: Path, out: Path, method: Any = "round") -> dict[str, Any]:
@@ -44,17 +42,6 @@ def packed(folder: Path) -> Path:
     """A tiny model in 4 bits."""
     made(tiny.make(folder / "dense"), folder / "four")
     return folder / "four"
-
-
-@contextlib.contextmanager
-def files_of_at_most(nbytes: int) -> Iterator[None]:
-    """The kernel refuses to make a file longer than that, in the middle of a write."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
@@ -111,7 +98,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, maker: str, nbytes: int) -> N
     """The real kernel stops it at once, in the header, in a tensor: a sentence, and every byte given back."""
     model, place = tiny.make(tmp_path / "model"), tmp_path / "place"
     place.mkdir()
-    with files_of_at_most(nbytes), pytest.raises(MisError, match=f"does not take files this large in {place}"):
+    with files_up_to(nbytes), pytest.raises(MisError, match=f"does not take files this large in {place}"):
         MAKERS[maker](model, place / "out")
     assert not list(place.iterdir())
     MAKERS[maker](model, place / "out")  # with room again, it is made

@@ -14,9 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
 
 from mis_mlx.model import load
 from mis_mlx.types import MisError
@@ -79,7 +77,7 @@ def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | N
         import lm_eval
 
         adapter = load.mlx_lm("evaluate").MLXLM(str(folder), use_chat_template=False, trust_remote_code=False)
-        adapter._model.update(tree_map(_quick, adapter._model.parameters()))
+        adapter._model.set_dtype(load.compute_dtype())
         manager = _manager(tasks_folder)
         try:
             found = lm_eval.simple_evaluate(
@@ -98,10 +96,6 @@ def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | N
 def run(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | None = None) -> dict[str, Marks]:
     """{task: marks} of `samples`."""
     return {name: _marks(name, found) for name, found in samples(folder, ids, count, tasks_folder).items()}
-
-
-def _quick(array: mx.array) -> mx.array:
-    return array.astype(load.compute_dtype()) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
 def _marks(name: str, found: Sequence[Sample]) -> Marks:

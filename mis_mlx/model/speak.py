@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
 from mis_mlx.model import load, trial
 from mis_mlx.model.config import shape_of
@@ -35,8 +34,7 @@ def open_model(folder: Path) -> tuple[nn.Module, Any]:
     trial.tried(folder)
     trust: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": False}, "trust_remote_code": False}
     model, tokenizer = load.mlx_lm("utils").load(str(folder), **trust)
-    dtype = load.compute_dtype()
-    model.update(tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))
+    model.set_dtype(load.compute_dtype())
     return model, tokenizer
 
 

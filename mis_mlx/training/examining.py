@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,12 @@ def by_harness(checkpoint: Checkpoint, ids: Sequence[str], count: int) -> dict[s
     return found
 
 
+@lru_cache(maxsize=1)
+def _tokenizer(folder: Path) -> Any:
+    """Opened once for all tasks: models come one after the other, in planning and in asking."""
+    return load.tokenizer(folder)
+
+
 def _mark(task: Task, number: int, row: dict[str, Any]) -> float:
     """As lm-eval: of options that are equally likely the first one counts as chosen."""
     if task.kind != "choice":
@@ -120,7 +127,7 @@ class _Choosing:
 
 
 def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> _Choosing:
-    tokenizer, m = load.tokenizer(checkpoint.path), planning.model_of(checkpoint)
+    tokenizer, m = _tokenizer(checkpoint.path), planning.model_of(checkpoint)
     encoded = []
     for n in left:
         try:
@@ -186,7 +193,7 @@ class _Writing:
 def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> _Writing:
     if task.kind == "translation" and find_spec("sacrebleu") is None:
         raise MisError("translations are compared with sacrebleu, which is not here: pip install 'mis-mlx[evaluate]'")
-    m, tokenizer = planning.model_of(checkpoint), load.tokenizer(checkpoint.path)
+    m, tokenizer = planning.model_of(checkpoint), _tokenizer(checkpoint.path)
     prompts = [speak.encode(tokenizer, task.questions[n].context) for n in left]
     longest, count = max(map(len, prompts)), len(left) * task.max_tokens
     flops = planning.forward_flops(m, sum(map(len, prompts)) + count, longest)
@@ -206,7 +213,7 @@ def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bud
 
 def _texts(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> Iterator[dict[str, Any]]:
     """What the model writes, greedily, and its mark; a few at a time."""
-    tokenizer, w = load.tokenizer(checkpoint.path), _writing(checkpoint, task, left, limit)
+    tokenizer, w = _tokenizer(checkpoint.path), _writing(checkpoint, task, left, limit)
     judge = _translated if task.kind == "translation" else _checked
     with memory.limited(limit, w.phase.peak_bytes):
         write = _writer(checkpoint, w, task.max_tokens, limit)

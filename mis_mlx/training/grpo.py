@@ -107,7 +107,7 @@ class Sampler:
     def __call__(self, step: int) -> Rollout:
         """Step `step`, counted from 0. MisError when no answer of it could be scored."""
         at = ranks.share(order(len(self.rows), self.prompts_per_step, step, self.seed))
-        own = [self.seed, step, *ranks.share(range(ranks.size()))] if ranks.size() > 1 else [self.seed, step]
+        own = [self.seed, step, *([ranks.number()] if ranks.size() > 1 else [])]
         draw = sample.sampler(self.objective.temperature, int(np.random.SeedSequence(own).generate_state(1)[0]))
         answers = sample.groups(
             self.model, [self.prompts[i] for i in at], self.group, self.objective.max_tokens,

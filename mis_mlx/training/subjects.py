@@ -13,7 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mis_mlx import cli
-from mis_mlx.disk import contamination, continuations, dialects, exams, grammar, hub, questions, sources, tasks
+from mis_mlx.disk import (
+    contamination,
+    continuations,
+    dialects,
+    examples,
+    exams,
+    grammar,
+    hub,
+    questions,
+    sources,
+    tasks,
+)
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.questions import Task
 from mis_mlx.machine.packages import download_wheel, unpack_debian
@@ -59,7 +70,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
         if task.kind == "checked":
             rows = [{"answer": q.answer, "language": q.language} for q in task.questions]
             where = [f"{task.name} question {n + 1}" for n in range(len(rows))]
-            questions.examples.refuse(scoring.unanswerable(scoring.functions("correct", None, None), rows, where))
+            examples.refuse(scoring.unanswerable(scoring.functions("correct", None, None), rows, where))
     called = [task.name for task in found]
     if twice := sorted({name for name in called if called.count(name) > 1}):
         raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")

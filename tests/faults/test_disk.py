@@ -5,9 +5,7 @@ A small file system in memory needs root; a limit on the size of files (RLIMIT_F
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ import pytest
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs
 from mis_mlx.types import MisError
+from tests.conftest import files_up_to
 from tests.faults import jobs
 from tests.faults.conftest import Note
 from tests.faults.verdicts import Bench
@@ -85,17 +84,6 @@ def test_a_full_disk_is_waited_out(
     assert said and job.outcome(place) == whole
     ends = {"said so": len(said), "the same end": 1}
     note("A5 a real full disk, ever larger", name, ends, 0, said[-1].replace(str(place), "..."))
-
-
-@contextlib.contextmanager
-def files_up_to(nbytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond that; the kernel says so in the middle of a write."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", ["prune", "quantize", "export", "distill", "sft"])
