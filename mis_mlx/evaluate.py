@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,10 +16,11 @@ from mis_mlx.disk import contamination, questions
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.text import Windows, fingerprint
 from mis_mlx.machine import memory
-from mis_mlx.model import compare, harness, kld, load, teacher, windows
+from mis_mlx.model import compare, harness, kld, load, ranks, teacher, windows
+from mis_mlx.model.stream import Stream
 from mis_mlx.page import figures, html, recovery
 from mis_mlx.page.recovery import Outcome
-from mis_mlx.training import examining, planning, subjects
+from mis_mlx.training import examining, hosts, planning, subjects
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, gib
 
 Models = Mapping[str, Checkpoint]
@@ -54,15 +55,24 @@ class Settings:
     """folder for recovery.md, .json, .svg and .html; default: the table on stdout alone"""
     dry_run: bool = False
     """judge all rows, count questions, bytes and time, with --tasks; ask no model"""
+    spread: Literal["whole", "layers"] = "whole"
+    """of several machines (mlx.launch): each passes its windows and questions through whole models, or through its own
+    blocks and sends them on to the next machine, which a model needs that no machine holds alone"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
 
 
-def _kld(models: Models, held_out: Windows, title: str) -> dict[str, Any]:
+def _print(text: str) -> None:
+    """On stdout; of several machines the first one speaks."""
+    if ranks.first():
+        print(text)
+
+
+def _kld(models: Models, held_out: Windows, title: str, opened: compare.Opened) -> dict[str, Any]:
     """Print the report on all models but the first, the reference; the same for the JSON line."""
     held_out = kld.second_half(held_out)
     base, *names = models
-    found = kld.against(models[base], {name: models[name] for name in names}, held_out)
+    found = kld.against(models[base], {name: models[name] for name in names}, held_out, opened)
     tokens, sha256 = int((held_out.learn > 0).sum()), fingerprint(held_out)
     rows, said = [], dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
     for name, figures_ in found.items():
@@ -70,27 +80,40 @@ def _kld(models: Models, held_out: Windows, title: str) -> dict[str, Any]:
             low, high = (None, None) if error is None else (value - error, value + error)
             rows.append(Row(name, metric, value, low, high, tokens))
             said |= {f"{metric}_{name}": value} | ({} if error is None else {f"{metric}_se_{name}": error})
-    print(f"\n{title}: the {tokens} tokens of their second halves, ± one standard error\n")
-    print(cli.table(rows, names, kld.METRICS))
-    print(f"\nsha256 of the tokens: {sha256}")
+    _print(f"\n{title}: the {tokens} tokens of their second halves, ± one standard error\n")
+    _print(cli.table(rows, names, kld.METRICS))
+    _print(f"\nsha256 of the tokens: {sha256}")
     return said
 
 
-def _texts(s: Settings, models: Models, limit: Budget, length: int) -> Iterator[tuple[str, str, Windows]]:
-    """(name, title, chosen windows) of every held-out text, once the comparison fits; used within the budget."""
+def _texts(
+    s: Settings, models: Models, limit: Budget, length: int
+) -> Iterator[tuple[str, str, Windows, compare.Opened]]:
+    """(name, title, chosen windows) of every held-out text, once the comparison fits; used within the budget.
+
+    And what opens a model for it.
+    """
     planned = planning.compared([planning.model_of(m) for m in models.values()], s.eval_windows, length)
     planning.fit(limit, planned)
+    # One pass is made of each model: blocks stay in memory only to take the next windows while others work.
+    room = planning.room(limit.limit_bytes, planned.peak_bytes) if s.spread == "layers" else 0
+    tokens = s.eval_windows * length
+
+    def opened(model: Checkpoint) -> Stream:
+        return hosts.opened(model, limit, room, tokens, length, s.spread == "layers")
+
     for name, held_out in windows.prepare(s.data, next(iter(models.values())).path, length).held_out.items():
         chosen = compare.chosen(held_out, s.eval_windows)
-        with memory.limited(limit, planned.peak_bytes):
-            yield name, f"{name}, {len(chosen.tokens)} windows of {length} tokens", chosen
+        ranks.same({name: fingerprint(chosen)})
+        with memory.limited(limit, planned.peak_bytes + room):
+            yield name, f"{name}, {len(chosen.tokens)} windows of {length} tokens", chosen, opened
 
 
 def _held_out(s: Settings, models: Models, limit: Budget) -> tuple[str, dict[str, Any]]:
     """(Markdown, the same for the JSON line): one table a text."""
     parts, said = [], dict[str, Any]()
-    for name, title, chosen in _texts(s, models, limit, s.max_seq_length or LENGTH):
-        rows = compare.rows_of(compare.compare(models, chosen))
+    for name, title, chosen, opened in _texts(s, models, limit, s.max_seq_length or LENGTH):
+        rows = compare.rows_of(compare.together(models, chosen, opened))
         parts.append(f"{title}\n\n{cli.table(rows, list(models), compare.METRICS)}")
         said[name] = {f"{r.metric}_{r.model}": r.value for r in rows}
     return "\n\n".join(parts), said
@@ -114,17 +137,18 @@ def _planned(
         phases.append(planning.compared(shapes, s.eval_windows, s.max_seq_length or LENGTH))
         planning.fit(limit, phases[-1])
     rates = planning.machine_rates()
-    peak, seconds = max([0, *(p.peak_bytes for p in phases)]), sum(p.seconds(rates) for p in phases)
+    peak, seconds = max([0, *(p.peak_bytes for p in phases)]), sum(p.seconds(rates) for p in phases) / ranks.size()
     cli.say(f"peak {gib(peak)}, about {duration(seconds)}{known}")
     return {"peak_bytes": peak, "seconds": seconds}
 
 
 def _outcomes(
-    wanted: subjects.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget, known: contamination.Known
+    s: Settings, wanted: subjects.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget
 ) -> list[Outcome]:
     """Our tasks, model by model."""
-    marks = {name: [examining.marks(m, hashes[name], t, limit) for t in wanted.tasks] for name, m in models.items()}
-    found = []
+    known = contamination.Known(contamination.training_words(s.data) if wanted.tasks else [])
+    how, found = (limit, s.spread == "layers"), []
+    marks = {name: [examining.marks(m, hashes[name], t, *how) for t in wanted.tasks] for name, m in models.items()}
     for at, task in enumerate(wanted.tasks):
         chance = np.array([q.chance for q in task.questions])
         each = {name: marks[name][at] for name in models}
@@ -151,22 +175,22 @@ def _examined(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
         harness.check(wanted.harness)
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
+    ranks.same({task.name: task.sha256 for task in wanted.tasks})
     hashes = {name: examining.sha256(m) for name, m in models.items()}
     planned = _planned(s, wanted, models, hashes, limit)
     if s.dry_run:
         asked = {task.name: len(task.questions) for task in wanted.tasks}
         return {"questions": asked, "lm_eval": list(wanted.harness), **planned}
-    if s.out:
+    if s.out and ranks.first():
         figures.need()
         DISK.make_folder(Path(s.out))
-    known = contamination.Known(contamination.training_words(s.data) if wanted.tasks else [])
-    found = _outcomes(wanted, models, hashes, limit, known)
+    found = _outcomes(s, wanted, models, hashes, limit)
     found += _harness(s, wanted.harness, models) if wanted.harness else []
     text, held_out = _held_out(s, models, limit) if wanted.text else ("", {})
     page = recovery.markdown(found, text)
-    print(f"\n{page}\n")
+    _print(f"\n{page}\n")
     said = {"tasks": [o.json() for o in found], "held_out": held_out}
-    if s.out:
+    if s.out and ranks.first():
         _write(Path(s.out), found, page, {"sha256": hashes, **said})
     recovered = {o.task: {name: o.recovered(name) for name in list(models)[1:]} for o in found}
     cli.say(
@@ -200,18 +224,20 @@ def run(settings: Settings) -> dict[str, Any]:
     for name, folder in zip(load.labels(s.students, ("teacher",)), s.students, strict=True):
         models[name] = load.open_checkpoint(folder)
         compare.same_vocabulary(models["teacher"], models[name])
+    if ranks.size() > 1:
+        ranks.same({name: examining.sha256(model) for name, model in models.items()})
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     result: dict[str, Any] = {"teacher": str(found.path), "students": list(s.students)}
     if s.tasks:
         return result | _examined(s, models, limit)
     if not s.kld:
         text, said = _held_out(s, models, limit)
-        print(f"\n{text}")
+        _print(f"\n{text}")
         return result | said
-    for name, title, chosen in _texts(s, models, limit, s.max_seq_length or 512):
-        result[name] = _kld(models, chosen, title)
+    for name, title, chosen, opened in _texts(s, models, limit, s.max_seq_length or 512):
+        result[name] = _kld(models, chosen, title, opened)
     return result
 
 
 if __name__ == "__main__":
-    cli.main(Settings, run)
+    cli.main(Settings, run, several=True)

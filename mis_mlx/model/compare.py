@@ -6,7 +6,7 @@ Does not print and does not know which student is which.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -14,10 +14,11 @@ import numpy as np
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths import losses
 from mis_mlx.maths.stats import interval
-from mis_mlx.model import load, stream
+from mis_mlx.model import load, ranks, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, MisError, Row
 
+Opened = Callable[[Checkpoint], stream.Stream]  # for one pass
 METRICS = (
     ("nll", "held-out loss, nats/token", ".3f"),
     ("ppl", "perplexity", ".2f"),
@@ -33,13 +34,33 @@ def chosen(held_out: Windows, count: int) -> Windows:
     return Windows(held_out.tokens[at], held_out.learn[at])
 
 
-def final_hidden(model: Checkpoint, held_out: Windows) -> stream.Hidden:
+def alone(model: Checkpoint) -> stream.Stream:
+    """A model that one machine passes all windows through, no block of it kept."""
+    return stream.Stream(model, load.compute_dtype())
+
+
+def final_hidden(model: Checkpoint, held_out: Windows, opened: Opened = alone) -> stream.Hidden:
     """The model's final hidden states [(1, T, D)] of every window. Streamed."""
-    return stream.Stream(model, load.compute_dtype()).forward([mx.array(w[None]) for w in held_out.tokens])
+    return opened(model).forward([mx.array(w[None]) for w in held_out.tokens])
+
+
+def own(held_out: Windows) -> Windows:
+    """This machine's windows of those that several share; perhaps none."""
+    return Windows(ranks.share(held_out.tokens), ranks.share(held_out.learn))
+
+
+def together(models: Mapping[str, Checkpoint], held_out: Windows, opened: Opened) -> dict[tuple[str, str], np.ndarray]:
+    """What `compare` gives, every machine having compared its own windows."""
+    found = compare(models, own(held_out), opened=opened)
+    keys = [(name, metric) for name, metric in ranks.told(lambda: list(found))]
+    return {key: np.array(ranks.joined(found.get(key, np.zeros(0)).tolist())) for key in keys}
 
 
 def compare(
-    models: Mapping[str, Checkpoint], held_out: Windows, teacher_hidden: stream.Hidden | None = None
+    models: Mapping[str, Checkpoint],
+    held_out: Windows,
+    teacher_hidden: stream.Hidden | None = None,
+    opened: Opened = alone,
 ) -> dict[tuple[str, str], np.ndarray]:
     """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed.
 
@@ -51,7 +72,7 @@ def compare(
     names = list(models)
     vocab = min(shape_of(m.config).vocab for m in models.values())
     known = {} if teacher_hidden is None else {names[0]: teacher_hidden}
-    hidden = known | {name: final_hidden(model, held_out) for name, model in models.items() if name not in known}
+    hidden = known | {name: final_hidden(m, held_out, opened) for name, m in models.items() if name not in known}
     teacher_head = stream.Stream(models[names[0]], dtype).head()
     found: dict[tuple[str, str], list[float]] = {}
     for name in names[1:] or names:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths import losses
-from mis_mlx.model import compare, load, stream
+from mis_mlx.model import compare, load, ranks, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, MisError
 
@@ -49,15 +49,20 @@ def second_half(held_out: Windows) -> Windows:
     return Windows(held_out.tokens, learn)
 
 
-def against(base: Checkpoint, others: Mapping[str, Checkpoint], held_out: Windows) -> dict[str, Figures]:
+def against(
+    base: Checkpoint, others: Mapping[str, Checkpoint], held_out: Windows, opened: compare.Opened = compare.alone
+) -> dict[str, Figures]:
     """{name: figures} of all models, over the predictions that count; `base` is the reference.
 
-    One block of one model in memory at a time, then both heads, and logits in chunks of positions.
+    One block of one model in memory at a time, then both heads, and logits in chunks of positions. Of several machines
+    each has its own windows.
     """
-    mine, found = compare.final_hidden(base, held_out), {}
+    held_out = compare.own(held_out)
+    mine, found = compare.final_hidden(base, held_out, opened), {}
     for name, other in others.items():
-        theirs = compare.final_hidden(other, held_out)
-        found[name] = figures(*positions((base, mine), (other, theirs), held_out))
+        theirs = compare.final_hidden(other, held_out, opened)
+        each = ranks.gather(positions((base, mine), (other, theirs), held_out).tolist())
+        found[name] = figures(*np.concatenate([np.array(part) for part in each], axis=1))
     return found
 
 
@@ -70,7 +75,7 @@ def positions(
     """
     heads = [stream.Stream(model, load.compute_dtype()).head() for model, _ in (base, other)]
     vocab = min(shape_of(model.config).vocab for model, _ in (base, other))
-    rows, found = losses.chunk_rows(vocab) // 2, []
+    rows, found = losses.chunk_rows(vocab) // 2, [np.zeros((4, 0))]
     for w, tokens in enumerate(held_out.tokens):
         counted = np.flatnonzero(held_out.learn[w])
         for start in range(0, len(counted), rows):

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.model import branches, load
+from mis_mlx.model import branches, load, ranks, relay
 from mis_mlx.model.config import shape_of
 from mis_mlx.model.stream import Stream, settle
 from mis_mlx.types import MisError
@@ -101,20 +101,27 @@ def _pack(encoded: Sequence[Encoded], which: Sequence[int]) -> Pack:
 
 
 def score(stream: Stream, encoded: Sequence[Encoded], rows: int = ROWS) -> list[list[float]]:
-    """Log-likelihood in nats of every option of every question. One pass of the weights, however many there are."""
+    """Log-likelihood in nats of every option of every question. One pass of the weights, however many there are.
+
+    Of several machines each has some of the sequences, and all get the same, which is what one alone would find.
+    """
     packed = list(packs(encoded, rows))
     window = getattr(stream.args, "sliding_window", None)
-    hidden = stream.embed([p.tokens for p in packed])
+    own, passing = ranks.share(packed), relay.passing(stream, packed)
+    hidden = stream.embed([p.tokens for p in own])
     for _, block in stream.blocks():
-        for b, p in enumerate(packed):
+        for b, p in enumerate(passing):
             hidden[b] = branches.through(block, hidden[b], p.sees, p.positions, window)
             settle(hidden[b])
     hidden = stream.norm(hidden)
     head, vocab = stream.head(), shape_of(stream.checkpoint.config).vocab
     found = [[0.0] * len(options) for _, options in encoded]
-    for b, p in enumerate(packed):
+    for b, p in enumerate(own):
         for (question, option), value in zip(p.owner, _logps(head, hidden[b][0], p, vocab), strict=True):
             found[question][option] += float(value)
+    for theirs in ranks.gather([(n, found[n]) for p in own for n in p.which]):
+        for n, values in theirs:
+            found[n] = values
     return found
 
 

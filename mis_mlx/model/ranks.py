@@ -122,6 +122,15 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:length].tobytes()) for row, length in zip(heard, lengths, strict=True)]
 
 
+def joined(mine: Sequence[Any]) -> list[Any]:
+    """The whole of which every machine has what `share` gave it; JSON holds the items."""
+    parts = gather(list(mine))
+    whole = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
 def anywhere(flag: object) -> bool:
     """Whether `flag` is true on any machine."""
     return any(gather(bool(flag)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,6 +38,12 @@ def shared(layers: int, keeps: Sequence[int], reading: float) -> list[int]:
     for _ in range(layers):
         counts[min(range(len(keeps)), key=more)] += 1
     return counts
+
+
+def passing(source: stream.Stream, items: Sequence[Any]) -> list[Any]:
+    """Of items that machines `ranks.share`, one a batch: those whose hidden states `source` has, in that order."""
+    n = ranks.size() if isinstance(source, Relay) else 1
+    return [item for rank in range(n) for item in items[rank::n]] if n > 1 else list(ranks.share(items))
 
 
 class Relay(stream.Stream):

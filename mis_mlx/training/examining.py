@@ -22,9 +22,9 @@ from mis_mlx.disk import hub
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.questions import Task
 from mis_mlx.machine import memory
-from mis_mlx.model import decode, harness, likelihoods, load, sample, speak
+from mis_mlx.model import decode, harness, likelihoods, load, ranks, sample, speak
 from mis_mlx.model.stream import Stream, into_memory
-from mis_mlx.training import planning, scoring
+from mis_mlx.training import hosts, planning, scoring
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 VERSION = 1  # of how marks come about: kept ones of another version are not used
@@ -58,9 +58,12 @@ def read(path: Path) -> Asked:
 
 
 def todo(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
-    """(where answers are kept, those that are there, numbers of the questions still to be asked)."""
+    """(where answers are kept, those that are there, numbers of the questions still to be asked).
+
+    Of several machines the first one keeps them.
+    """
     path = kept(model_sha256, task.sha256)
-    found = read(path)
+    found = {row["n"]: row for row in ranks.told(lambda: list(read(path).values()))}
     return path, found, [n for n in range(len(task.questions)) if n not in found]
 
 
@@ -72,23 +75,30 @@ def plan(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget) -
     return (_choosing if task.kind == "choice" else _writing)(checkpoint, task, left, limit).phase
 
 
-def marks(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget) -> np.ndarray:
-    """(n,) the mark of every question: 1 or 0 where an answer is right or wrong, else from 0 to 1."""
+def marks(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget, layers: bool = False) -> np.ndarray:
+    """(n,) the mark of every question: 1 or 0 where an answer is right or wrong, else from 0 to 1.
+
+    Several machines ask together; layers: with the model's blocks shared out among them, where options are chosen.
+    """
     path, found, left = todo(model_sha256, task)
-    DISK.make_folder(path.parent)
-    ask = _choices if task.kind == "choice" else _texts
+    if ranks.first():
+        DISK.make_folder(path.parent)
+    choices = task.kind == "choice"
+    ask = _choices(checkpoint, task, left, limit, layers) if choices else _texts(checkpoint, task, left, limit)
     with cli.progress(f"{checkpoint.path.name} {task.name}", len(task.questions)) as show:
-        for row in ask(checkpoint, task, left, limit) if left else ():
+        for row in ask if left else ():
             found[row["n"]] = row
-            DISK.append(path, json.dumps(row, ensure_ascii=False))
+            if ranks.first():
+                DISK.append(path, json.dumps(row, ensure_ascii=False))
             show(len(found), "")
     return np.array([_mark(task, n, found[n]) for n in range(len(task.questions))])
 
 
 def by_harness(checkpoint: Checkpoint, ids: Sequence[str], count: int) -> dict[str, harness.Marks]:
-    """{task: marks} of the first `count` questions of lm-eval's tasks; a group gives several."""
-    model, found = sha256(checkpoint), dict[str, harness.Marks]()
-    for name in ids:
+    """{task: marks} of the first `count` questions of lm-eval's tasks; a group gives several. One machine asks."""
+    model = sha256(checkpoint)
+
+    def asked(name: str) -> list[dict[str, Any]]:
         path = kept(model, hashlib.sha256(f"lm_eval {harness.version()} {name} {count}".encode()).hexdigest())
         if not path.is_file():
             made = harness.run(checkpoint.path, [name], count)
@@ -96,9 +106,10 @@ def by_harness(checkpoint: Checkpoint, ids: Sequence[str], count: int) -> dict[s
                     for t, m in made.items()]  # fmt: skip
             DISK.make_folder(path.parent)
             DISK.replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            found[row["task"]] = harness.Marks(np.array(row["marks"]), np.array(row["chance"]), row["metric"])
-    return found
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    rows = ranks.told(lambda: [row for name in ids for row in asked(name)])
+    return {r["task"]: harness.Marks(np.array(r["marks"]), np.array(r["chance"]), r["metric"]) for r in rows}
 
 
 @lru_cache(maxsize=1)
@@ -157,12 +168,15 @@ def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bu
     return _Choosing(encoded, part, replace(one, read_bytes=read, flops=flops), room)
 
 
-def _choices(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> Iterator[dict[str, Any]]:
+def _choices(
+    checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget, layers: bool
+) -> Iterator[dict[str, Any]]:
     """Log-likelihoods of the options, part by part; a part is one pass of the weights."""
     c = _choosing(checkpoint, task, left, limit)
+    part, rows = min(ranks.gather(c.part)), likelihoods.ROWS
     with memory.limited(limit, c.phase.peak_bytes):
-        stream = Stream(checkpoint, load.compute_dtype(), c.room_bytes, checkpoint.nbytes > limit.limit_bytes)
-        for at in _parts([likelihoods.length(e) for e in c.encoded], c.part):
+        stream = hosts.opened(checkpoint, limit, c.room_bytes, part, rows, layers)
+        for at in _parts([likelihoods.length(e) for e in c.encoded], part):
             for i, values in zip(at, likelihoods.score(stream, [c.encoded[i] for i in at]), strict=True):
                 yield {"n": left[i], "ll": values}
 
@@ -212,17 +226,19 @@ def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bud
 
 
 def _texts(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> Iterator[dict[str, Any]]:
-    """What the model writes, greedily, and its mark; a few at a time."""
+    """What the model writes, greedily, and its mark; a few at a time, of several machines by each."""
     tokenizer, w = _tokenizer(checkpoint.path), _writing(checkpoint, task, left, limit)
     judge = _translated if task.kind == "translation" else _checked
     with memory.limited(limit, w.phase.peak_bytes):
         write = _writer(checkpoint, w, task.max_tokens, limit)
-        for start in range(0, len(left), AT_ONCE):
-            at = left[start : start + AT_ONCE]
-            said = [[t for t in ids if t not in w.ends] for ids in write(w.prompts[start : start + AT_ONCE])]
+        for begin in range(0, len(left), AT_ONCE * ranks.size()):
+            few = slice(start := begin + AT_ONCE * ranks.number(), start + AT_ONCE)
+            said = [[t for t in ids if t not in w.ends] for ids in write(w.prompts[few])] if left[few] else []
             texts = [tokenizer.decode(ids) for ids in said]
-            for n, text, mark in zip(at, texts, judge(task, at, texts), strict=True):
-                yield {"n": n, "text": text, "mark": mark}
+            marks = judge(task, left[few], texts) if texts else []
+            mine = [{"n": n, "text": text, "mark": mark} for n, text, mark in zip(left[few], texts, marks, strict=True)]
+            for rows in ranks.gather(mine):
+                yield from rows
 
 
 def _writer(

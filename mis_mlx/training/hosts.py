@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from mis_mlx import cli
 from mis_mlx.machine.rates import Rates
-from mis_mlx.model import arch, ranks, relay
+from mis_mlx.model import arch, load, ranks, relay
+from mis_mlx.model.stream import Stream
 from mis_mlx.training import phases, planning
 from mis_mlx.training.job import Job
 from mis_mlx.training.phases import Plan
 from mis_mlx.training.planning import Model
-from mis_mlx.types import MisError, duration, gib
+from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
 
 # Bytes a second each way, TCP, both assumed: a quarter of Thunderbolt 3's 40 Gbit/s, and 1 Gbit/s less its headers.
 LINKS = {"Thunderbolt": 1.25e9, "Ethernet": 0.117e9}
@@ -61,6 +62,20 @@ def shares(made: Plan) -> tuple[int, ...]:
     counts = relay.shared(job.teacher.shape.layers, ranks.gather(made.pinned), cost)
     cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
     return tuple(counts)
+
+
+def opened(checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, length: int, layers: bool) -> Stream:
+    """A model for passes of `tokens` that all machines make: whole for each, or its blocks shared out (`layers`).
+
+    room_bytes: of this machine, for the head and for blocks that stay.
+    """
+    where = checkpoint, load.compute_dtype(), room_bytes, checkpoint.nbytes > limit.limit_bytes
+    if ranks.size() == 1 or not layers:
+        return Stream(*where)
+    m = planning.model_of(checkpoint)
+    keeps = ranks.gather(planning.pins(m, max(0, room_bytes - m.head_work)))
+    cost = ranks.told(lambda: reading(m, tokens, length, planning.machine_rates()))
+    return relay.Relay(*where, relay.shared(m.shape.layers, keeps, cost))
 
 
 def reading(m: Model, tokens: int, length: int, at: Rates) -> float:
