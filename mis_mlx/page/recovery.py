@@ -18,7 +18,8 @@ Three = tuple[float, float, float]  # value, low, high
 @dataclass(frozen=True)
 class Outcome:
     """One task. marks: {model: (n,)}, the teacher first. chance (n,). constant: U Zośki's (share, answer). overlap:
-    (questions that share words with the training text, questions looked up), None when that is not known."""
+    (questions that share words with the training text, questions looked up). uniform (n,): expected marks of a model to
+    which all tokens are equally likely. None: not known."""
 
     task: str
     about: str
@@ -27,6 +28,7 @@ class Outcome:
     constant: tuple[float, str] | None = None
     overlap: tuple[int, int] | None = None
     sha256: str = ""
+    uniform: np.ndarray | None = None
 
     @property
     def teacher(self) -> np.ndarray:
@@ -34,9 +36,15 @@ class Outcome:
         return next(iter(self.marks.values()))
 
     @property
-    def knows(self) -> bool:
-        """Whether the teacher is better than chance by more than the noise: else nothing can be recovered."""
+    def beats_chance(self) -> bool:
+        """Whether the teacher is better than chance by more than the noise."""
         return interval(self.teacher - self.chance)[1] > 0
+
+    @property
+    def knows(self) -> bool:
+        """Whether it is better, too, than counting tokens: else nothing can be recovered."""
+        counts = self.uniform is not None and interval(self.teacher - self.uniform)[1] <= 0
+        return self.beats_chance and not counts
 
     def recovered(self, model: str) -> Three | None:
         """Of what the teacher knows; None where it knows nothing."""
@@ -56,6 +64,7 @@ class Outcome:
         constant = dict(zip(("share", "answer"), self.constant, strict=True)) if self.constant else None
         overlap = dict(zip(("shared", "looked_up"), self.overlap, strict=True)) if self.overlap else None
         facts = {"chance": float(self.chance.mean()), "u_zoski": constant, "contamination": overlap}
+        facts["uniform"] = None if self.uniform is None else float(self.uniform.mean())
         return said | facts | {"models": models}
 
 
@@ -64,7 +73,7 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     names = list(outcomes[0].marks) if outcomes else []
     parts = []
     if outcomes:
-        head = ["n", "chance", "U Zośki", *names]
+        head = ["n", "chance", "U Zośki", "uniform", *names]
         parts.append("Share of right answers, ± 95 %\n\n" + _table(head, [_scores(o) for o in outcomes]))
         if names[1:]:
             title = "Recovered: (student − chance) / (teacher − chance), 95 % interval over the same questions"
@@ -87,7 +96,8 @@ def _scores(o: Outcome) -> list[str]:
         mean, low, high = interval(marks)
         cells.append(f"{mean:.1%} ± {(high - low) / 2:.1%}")
     constant = f"{o.constant[0]:.1%}" if o.constant else "–"
-    return [o.task, str(len(o.chance)), f"{o.chance.mean():.1%}", constant, *cells]
+    uniform = "–" if o.uniform is None else f"{o.uniform.mean():.1%}"
+    return [o.task, str(len(o.chance)), f"{o.chance.mean():.1%}", constant, uniform, *cells]
 
 
 def _recoveries(o: Outcome) -> list[str]:
@@ -102,8 +112,12 @@ def findings(outcomes: Sequence[Outcome]) -> list[str]:
     """What can be said, and what cannot, in sentences."""
     said = []
     knows = [o for o in outcomes if o.knows]
-    if ignorant := [o.task for o in outcomes if not o.knows]:
+    if ignorant := [o.task for o in outcomes if not o.beats_chance]:
         said.append(f"The teacher is not better than chance on {_and(ignorant)}: there is nothing to recover (–).")
+    if counting := [o.task for o in outcomes if o.beats_chance and not o.knows]:
+        said.append(f"On {_and(counting)} the teacher is not better than a model to which all tokens are equally "
+                    "likely (uniform), and which takes the option of the fewest: no evidence of knowledge, "
+                    "nothing to recover (–).")  # fmt: skip
     if beaten := [o for o in knows if o.constant and interval(o.teacher - o.constant[0])[1] <= 0]:
         answers = _and([f"{o.task} ({o.constant[1]})" for o in beaten if o.constant])
         said.append(f"U Zośki, who always says the same, does as well as the teacher on {answers}.")

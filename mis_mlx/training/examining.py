@@ -122,9 +122,27 @@ def _mark(task: Task, number: int, row: dict[str, Any]) -> float:
     """As lm-eval: of options that are equally likely the first one counts as chosen."""
     if task.kind != "choice":
         return float(row["mark"])
-    q = task.questions[number]
-    lengths = [len(option.lstrip()) for option in q.options] if task.per_character else [1] * len(q.options)
-    return float(np.argmax(np.array(row["ll"]) / lengths) == q.right)
+    return float(np.argmax(np.array(row["ll"]) / _lengths(task, number)) == task.questions[number].right)
+
+
+def _lengths(task: Task, number: int) -> list[int]:
+    """What log-likelihoods of the options are divided by."""
+    options = task.questions[number].options
+    return [len(option.lstrip()) for option in options] if task.per_character else [1] * len(options)
+
+
+def uniform(checkpoint: Checkpoint, task: Task) -> np.ndarray | None:
+    """(n,) expected marks of a model to which all tokens are equally likely: the option of the fewest tokens is its
+    answer, one of these where several are. Random weights do much the same. None where options are not chosen."""
+    if task.kind != "choice":
+        return None
+    found, tokenizer = np.zeros(len(task.questions)), _tokenizer(checkpoint.path)
+    for n, q in enumerate(task.questions):
+        tokens = list(map(len, likelihoods.encode(tokenizer, q.context, q.options)[1]))
+        rate = np.array(tokens) / _lengths(task, n)
+        chosen = np.isclose(rate, rate.min())
+        found[n] = chosen[q.right] / chosen.sum()
+    return found
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,20 @@ def test_options_of_unlike_length_are_compared_per_character(llama: Checkpoint) 
         assert found[n] == (int(np.argmax(per)) == q.right)
 
 
+def test_a_uniform_model_takes_the_option_of_fewest_tokens(llama: Checkpoint) -> None:
+    """By hand: two tokens against one, a tie of two; per character, one token of two letters against one of more."""
+    asked = [("the", ("if if", "if"), 1), ("the", ("if if", "if"), 0), ("the", ("if", "is", "if if"), 0)]
+    made = tuple(questions.Question(c, f" {o[r]}", tuple(f" {w}" for w in o), r) for c, o, r in asked)
+    found = examining.uniform(llama, questions.Task("t", "choice", made, ""))
+    assert found is not None and found.tolist() == [1.0, 0.0, 0.5]
+    vocabulary = json.loads((llama.path / "tokenizer.json").read_text())["model"]["vocab"]
+    word = max((token[1:] for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha()), key=len)
+    long = questions.Question("the", f" {word}", (" if", f" {word}"), 1)
+    by_letter = examining.uniform(llama, questions.Task("t", "choice", (long,), "", per_character=True))
+    assert by_letter is not None and by_letter.tolist() == [1.0]
+    assert examining.uniform(llama, questions.Task("t", "checked", (questions.Question("1?", "1"),), "")) is None
+
+
 def test_a_question_too_long_is_named_before_any_is_asked(llama: Checkpoint) -> None:
     """The model reads 512 tokens."""
     task = quiz(4)
