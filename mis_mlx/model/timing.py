@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten
 from mis_mlx.disk import sources
 from mis_mlx.machine.power import Energy, EnergyMeter
 from mis_mlx.model import load, speak
-from mis_mlx.model.stream import settle
+from mis_mlx.model.stream import into_memory, settle
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def opened(folder: Path, name: str) -> Subject:
     began = time.perf_counter()
     model, tokenizer = speak.open_model(folder)
     settle(model.parameters())
-    return Subject(name, model, tokenizer, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Subject(name, into_memory(model, f"{folder}: "), tokenizer, seconds)
 
 
 @cache
