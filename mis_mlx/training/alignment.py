@@ -81,7 +81,7 @@ class Run:
             supervise(coming, self.folder, s.iters, s.save_every, save, self.weather, self.peak, self.files,
                       label=label, budget_bytes=self.plan.budget.limit_bytes)  # fmt: skip
 
-        set_back(go, steps, start, self._back, self.optimizer)
+        set_back(go, steps, start, self._back, lambda: self.optimizer)
         return self._finish()
 
     def _start(self, held_out: Callable[[], Mapping[str, float]]) -> int:

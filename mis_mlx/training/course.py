@@ -110,7 +110,7 @@ def _correct(c: Course, out: Path) -> None:
     start = run.start(begin, partial(loop.restore, model, optimizer))
     model.train()
     steps = partial(distillation.steps, model, distillation.Text(), c.data, r, optimizer)
-    run.finish(steps, start, r.save_every, optimizer, f"{TEACHER}.jsonl", TEACHER)
+    run.finish(steps, start, r.save_every, lambda: optimizer, f"{TEACHER}.jsonl", TEACHER)
     dtype = planning.KINDS[c.teacher.tensors[f"{load.EMBEDDING}weight"].dtype]
     take = dict(tree_flatten(model.parameters())).__getitem__
     if ranks.first():
@@ -200,7 +200,7 @@ def _resident(c: Course, begun: Checkpoint, source: distillation.Source) -> Call
     r = c.recipe
     steps = partial(distillation.steps, student, source, c.data, r, optimizer, sigma=lambda: run.sigma)
     with c.phase("distil"):
-        run.finish(steps, start, r.save_every, optimizer)
+        run.finish(steps, start, r.save_every, lambda: optimizer)
     return dict(tree_flatten(student.parameters())).__getitem__
 
 
@@ -219,7 +219,8 @@ def _sharded(c: Course, begun: Checkpoint, source: distillation.Source) -> Calla
         factor=lambda step: losses.halny_factor(run.sigma, r.seed, step),
     )
     with c.phase("distil"):
-        run.finish(steps, start, min(r.save_every, max(1, visit // 2)))  # two checkpoints of every visit: see Sharded
+        every = min(r.save_every, max(1, visit // 2))  # two checkpoints of every visit: see Sharded
+        run.finish(steps, start, every, lambda: student.optimizer)
     return partial(load.dense, load.open_checkpoint(begun.path))
 
 
@@ -282,10 +283,10 @@ class Run:
         protocol.save_step(c.folder / self.steps, number, arrays, state, c.files)
 
     def finish(
-        self, steps: Callable[[int], Iterator[Step]], start: int, save_every: int, optimizer: GoralW | None = None,
+        self, steps: Callable[[int], Iterator[Step]], start: int, save_every: int, optimizer: Callable[[], GoralW],
         log: str = runs.METRICS, label: str = "distil",
     ) -> None:  # fmt: skip
-        """Run steps(start) to their end. optimizer: that of a run which may be set back once (see `set_back`)."""
+        """Run steps(start) to their end. optimizer: the one in use, for a run may be set back once (see `set_back`)."""
         c = self.course
         mine = log == runs.METRICS  # the student's own steps, which the plan timed
         planned = next(p.seconds(c.plan.rates) for p in c.plan.phases if p.name == "distil")

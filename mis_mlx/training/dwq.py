@@ -52,6 +52,6 @@ def tune(c: Course, source: distillation.Source, rounded: Path, out: Path, r: Di
     model.train()
     steps = partial(distillation.steps, model, source, c.data, r, optimizer)
     with c.phase("tune"):
-        run.finish(steps, start, r.save_every, optimizer, LOG, "tune")
+        run.finish(steps, start, r.save_every, lambda: optimizer, LOG, "tune")
     if ranks.first():
         grid.write(checkpoint, model, out, c.files)

@@ -107,9 +107,9 @@ class Sharded:
             for i, block in zip(self.blocks, self.shard.layers, strict=True):
                 parts.replace_block(self._student, i, dict(tree_flatten(block.parameters())), self._files)
         if over and not last:
-            bad = self.optimizer.bad  # bad batches in a row are so in whatever shard
+            before = self.optimizer  # bad batches are so in whatever shard
             self._enter(self.visit + 1)
-            self.optimizer.bad = bad
+            self.optimizer.bad, self.optimizer.passed, self.optimizer.calm = before.bad, before.passed, before.calm
 
     def gradients(
         self, batches: Sequence[MicroBatch], loss: Loss, kept: stream.Hidden

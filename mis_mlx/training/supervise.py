@@ -27,21 +27,20 @@ def set_back(
     steps: Callable[[int], Iterator[Step]],
     start: int,
     back: Callable[[], int | None],
-    optimizer: GoralW | None,
+    optimizer: Callable[[], GoralW],
 ) -> None:
     """`go` through steps(start); three bad batches in a row go `back` to the last checkpoint, once.
 
     On the second way these batches are left out and the learning rate is half of what it was; what is bad then
-    raises `Diverged`, as it does without an optimizer. A run killed before the second way has a checkpoint
-    takes both ways again, with the same bits.
+    raises `Diverged`. A run killed before the second way has a checkpoint takes both ways again, with the same bits.
     """
     try:
         go(steps(start))
     except Diverged as error:
-        number = None if optimizer is None or optimizer.calm < 1 else back()
-        if number is None or optimizer is None:
+        number = None if optimizer().calm < 1 else back()
+        if number is None:
             raise
-        optimizer.pass_over(error.batches)
+        optimizer().pass_over(error.batches)
         cli.say(
             f"batches {', '.join(map(str, error.batches))} gave no numbers: back to step {number}, and on without "
             "them, at half the learning rate"
