@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from mis_mlx.disk import sources
-from mis_mlx.disk.questions import Task
+from mis_mlx.disk.questions import Question, Task
 from mis_mlx.disk.rows import Row
 
 SPAN, LEAST = 13, 5
@@ -40,17 +40,18 @@ class Known:
         self._runs = {hash(run) for run in _runs(known)}
         self._whole = f" {' '.join(known)} "
 
+    def holds(self, q: Question) -> bool | None:
+        """Whether question and answer share a run with the training text; None where they are too short to be looked
+        up."""
+        asked = words(q.context + (q.options[q.right] if q.options else f" {q.answer}"))
+        if len(asked) >= SPAN:
+            return any(hash(run) in self._runs for run in _runs(asked))
+        return f" {' '.join(asked)} " in self._whole if len(asked) >= LEAST else None
+
     def overlap(self, task: Task) -> tuple[int, int]:
         """(questions that share a run with the training text, questions long enough to be looked up)."""
-        shared = checked = 0
-        for q in task.questions:
-            asked = words(q.context + (q.options[q.right] if q.options else f" {q.answer}"))
-            checked += len(asked) >= LEAST
-            if len(asked) >= SPAN:
-                shared += any(hash(run) in self._runs for run in _runs(asked))
-            elif len(asked) >= LEAST:
-                shared += f" {' '.join(asked)} " in self._whole
-        return shared, checked
+        found = [held for q in task.questions if (held := self.holds(q)) is not None]
+        return sum(found), len(found)
 
 
 def _runs(known: Sequence[str]) -> Iterable[tuple[str, ...]]:

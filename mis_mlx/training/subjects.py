@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mis_mlx import cli
@@ -118,13 +118,23 @@ def _generated(name: str, kinds: Sequence[str], count: int, written: bool) -> Ta
 
 
 def _continued(data: str | None) -> list[Task]:
-    """Of both built-in texts, or of the user's."""
+    """Of both built-in texts, or of the user's. Places that the training text has too are left out."""
     chosen = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": sources.MIS}
-    made = []
+    known, made = contamination.Known(contamination.training_words(data)), []
     for name, source in chosen.items():
         rows = continuations.rows([contamination.text_of(row) for row in sources.load(source).test])
-        about = "held-out text; the next 6 words of 30 against three endings from elsewhere"
-        made.append(questions.task(name, rows, about, per_character=True))
+        task = questions.task(name, rows, "", per_character=True)
+        new = tuple(q for q in task.questions if not known.holds(q))
+        if len(new) < 2:
+            raise MisError(
+                f"of {len(rows)} places in the held-out text {len(new)} share no 13 words with the training text, the "
+                f"task {CONTINUE} needs 2: give another test.jsonl, or leave the task out"
+            )
+        about = (
+            "held-out text; the next 6 words of 30 against three endings from elsewhere; places that share 13 words "
+        )
+        about += f"in a row with the training text left out, {len(rows) - len(new)} of {len(rows)}"
+        made.append(replace(task, questions=new, about=about))
     return made
 
 

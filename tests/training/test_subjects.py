@@ -51,15 +51,22 @@ def test_builtin_needs_no_network() -> None:
 
 
 def test_any_held_out_text_becomes_a_task(tmp_path: Path) -> None:
-    """Of --data's test split; where that is too short, a sentence says by how much."""
+    """Of --data's test split, without places that the training split has; where that is too short, a sentence says by
+    how much."""
     rows = [{"text": " ".join(f"w{k}" for k in range(n, n + 100))} for n in (0, 1000, 2000)]
-    for split in ("train", "valid", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for split, of in (("train", rows[1:2]), ("valid", rows), ("test", rows)):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, of)))
     (task,) = subjects.find(["continue"], 100, str(tmp_path)).tasks
-    assert task.name == "continue" and len(task.questions) == 9 and task.per_character
-    for q, start in zip(task.questions, (0, 30, 60, 1000, 1030, 1060, 2000, 2030, 2060), strict=True):
+    assert task.name == "continue" and len(task.questions) == 6 and task.per_character
+    assert task.about.endswith("left out, 3 of 9")
+    for q, start in zip(task.questions, (0, 30, 60, 2000, 2030, 2060), strict=True):
         assert q.context == " ".join(f"w{k}" for k in range(start, start + 24)) and len(set(q.options)) == 4
         assert q.options[q.right] == "".join(f" w{k}" for k in range(start + 24, start + 30))
+    again = {"text": " ".join(f"w{k}" for k in range(1000, 1150))}
+    (tmp_path / "train.jsonl").write_text(json.dumps(again))
+    (tmp_path / "test.jsonl").write_text(json.dumps(again))
+    with pytest.raises(MisError, match="of 5 places in the held-out text 0 share no 13 words"):
+        subjects.find(["continue"], 100, str(tmp_path))
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
     with pytest.raises(MisError, match="has 3 places of 30 words, the task continue needs 4: give a longer test.jsonl"):
         subjects.find(["continue"], 100, str(tmp_path))
