@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,11 +111,6 @@ def aim_of(s: Settings, config: Mapping[str, Any], timed: Decoding | None) -> Ai
         limit = cli.parse_bytes(s.memory, "--memory")
         return candidates.memory_aim(config, s.memory, limit, s.tolerance, s.max_kv_size)
     return candidates.params_aim(config, s.params or "0.667x", s.tolerance)
-
-
-def _times(phase: Phase, count: int, name: str) -> Phase:
-    read, written, flops = (count * n for n in (phase.read_bytes, phase.written_bytes, phase.flops))
-    return replace(phase, name=name, read_bytes=int(read), written_bytes=int(written), flops=flops)
 
 
 def work_table(found: Sequence[Phase], at: Rates) -> str:
