@@ -12,7 +12,6 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mis_mlx import bench, cli, plan, prune, quantize
-from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs, text
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory
@@ -21,7 +20,7 @@ from mis_mlx.training import course, dwq, hosts, outcome, phases, planning, prun
 from mis_mlx.training.course import Course
 from mis_mlx.training.job import job_of
 from mis_mlx.training.recipe import Distillation, Rounding
-from mis_mlx.training.weather import Weather
+from mis_mlx.training.supervise import entered
 from mis_mlx.types import Budget, Checkpoint, MisError, Row
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
@@ -265,26 +264,17 @@ def run(settings: Settings) -> dict[str, Any]:
         cli.say(note)
     files = Files()
     origin = runs.origin(checkpoint, text.fingerprint(data.train))
-    ranks.same(origin)
-    if folder is None and ranks.first():
-        folder = runs.create(s.out, f"{found.path.name}-{s.scenario}", s.stored, origin, made.way, files)
-    elif folder and ranks.first():
-        for note in runs.same_origin(folder, origin):
-            cli.say(note)
-    cli.say(f"run folder: {folder}")
-    with (
-        ranks.workplace(folder) as folder,
-        protocol.lock(folder),
-        memory.limited(budget, made.peak_bytes),
-        Weather(s, folder / "thermal.jsonl", files) as weather,
-    ):
-        protocol.sweep(folder, files)
+
+    def new() -> Path:
+        return runs.create(s.out, f"{found.path.name}-{s.scenario}", s.stored, origin, made.way, files)
+
+    with entered(folder, new, origin, budget, made.peak_bytes, s, files) as (place, weather):
         recipe = made.recipe(s)
         flags = {name: value for name, value in s.stored.items() if value != getattr(Settings(), name)}
-        files.append(folder / runs.PHASES, json.dumps({**weather.now(), **outcome.begun(made, flags)}))
-        told, name = s.report_to if ranks.first() else None, s.project_name or folder.name
-        report = reporting.reporter(told, name, folder, asdict(s))
-        c = Course(recipe, folder, checkpoint, data.train, made, files, memory.Peak(), weather, report, shares)
+        files.append(place / runs.PHASES, json.dumps({**weather.now(), **outcome.begun(made, flags)}))
+        told, name = s.report_to if ranks.first() else None, s.project_name or place.name
+        report = reporting.reporter(told, name, place, asdict(s))
+        c = Course(recipe, place, checkpoint, data.train, made, files, memory.Peak(), weather, report, shares)
         return _all_stages(s, c, data)
 
 

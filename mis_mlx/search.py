@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs, text
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory
@@ -25,7 +24,8 @@ from mis_mlx.training.course import Course
 from mis_mlx.training.job import job_of
 from mis_mlx.training.planning import Phase
 from mis_mlx.training.recipe import Distillation
-from mis_mlx.training.weather import Weather, WeatherFlags
+from mis_mlx.training.supervise import entered
+from mis_mlx.training.weather import WeatherFlags
 from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
 
 # Settings that may differ when a search is resumed: none of them changes what is measured.
@@ -238,38 +238,23 @@ def run(settings: Settings) -> dict[str, Any]:
     for note in data.notes:
         cli.say(note)
     ranking, judging = contest.split(next(iter(data.held_out.values())), s.rank_windows, s.eval_windows)
-    folder = begin(s, folder, checkpoint, text.fingerprint(data.train), timed, files)
-    with (
-        protocol.lock(folder),
-        memory.limited(limit, peak),
-        Weather(s, folder / "thermal.jsonl", files) as weather,
-    ):
-        protocol.sweep(folder, files)
-        course = Course(s, folder, checkpoint, data.train, made, files, memory.Peak(), weather)
-        repair = course.pick(s.repair_samples, 2)
-        c = Contest(folder, checkpoint, course.pick(s.num_samples, 1), repair, ranking, judging, s.dtype, s.seed, files,
-                    made.held_windows("prune"))  # fmt: skip
-        result = {**result, **_run(s, c, course, aim, shapes, first), "run": str(folder),
-                  "peak_bytes": course.peak.nbytes, **weather.account(),
-                  "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
-        files.replace_text(folder / runs.RESULT, json.dumps(result, indent=2))
-    return result
+    origin = runs.origin(checkpoint, text.fingerprint(data.train))
 
-
-def begin(
-    s: Settings, folder: Path | None, checkpoint: Checkpoint, data: str, timed: Decoding | None, files: Files
-) -> Path:
-    """The run's folder, made now or, if it is to be resumed, checked for the same teacher and text."""
-    origin = runs.origin(checkpoint, data)
-    if folder is None:
+    def new() -> Path:
         values = {k: v for k, v in asdict(s).items() if k not in ("out", "resume", "dry_run", "config")}
         name = f"{UNDER.name}/{checkpoint.path.name}"
-        folder = runs.create(s.out, name, values, origin, asdict(timed) if timed else {}, files)
-    else:
-        for note in runs.same_origin(folder, origin):
-            cli.say(note)
-    cli.say(f"run folder: {folder}")
-    return folder
+        return runs.create(s.out, name, values, origin, asdict(timed) if timed else {}, files)
+
+    with entered(folder, new, origin, limit, peak, s, files) as (place, weather):
+        course = Course(s, place, checkpoint, data.train, made, files, memory.Peak(), weather)
+        repair = course.pick(s.repair_samples, 2)
+        c = Contest(place, checkpoint, course.pick(s.num_samples, 1), repair, ranking, judging, s.dtype, s.seed, files,
+                    made.held_windows("prune"))  # fmt: skip
+        result = {**result, **_run(s, c, course, aim, shapes, first), "run": str(place),
+                  "peak_bytes": course.peak.nbytes, **weather.account(),
+                  "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+        files.replace_text(place / runs.RESULT, json.dumps(result, indent=2))
+    return result
 
 
 if __name__ == "__main__":

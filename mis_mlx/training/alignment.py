@@ -30,7 +30,7 @@ from mis_mlx.model.card import name_of
 from mis_mlx.training import loop
 from mis_mlx.training.alignment_plan import Alignment, Plan
 from mis_mlx.training.loop import Loss
-from mis_mlx.training.supervise import set_back, supervise
+from mis_mlx.training.supervise import entered, set_back, supervise
 from mis_mlx.training.weather import Weather
 from mis_mlx.types import Checkpoint, MisError, Step
 
@@ -190,28 +190,19 @@ def running(
     """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint"."""
     made.check()
     files, origin = Files(), runs.origin(checkpoint, card["fingerprint"])
-    ranks.same(origin)
-    if folder is None and ranks.first():
+
+    def new() -> Path:
         stored = {k: v for k, v in asdict(s).items() if k not in runs.NOT_STORED}
         way = {"mode": "resident", "micro": made.micro_batch}
-        folder = runs.create(s.out, f"{name_of(checkpoint.path)}-{name}", stored, origin, way, files)
-    elif folder and ranks.first():
-        for note in runs.same_origin(folder, origin):
-            cli.say(note)
-    cli.say(f"run folder: {folder}")
-    with (
-        ranks.workplace(folder) as folder,
-        protocol.lock(folder),
-        memory.limited(made.budget, made.peak_bytes),
-        Weather(s, folder / "thermal.jsonl", files) as weather,
-    ):
-        protocol.sweep(folder, files)
-        if not (folder / runs.DATA).exists():
-            files.replace_text(folder / runs.DATA, json.dumps(dict(card), indent=2, ensure_ascii=False))
+        return runs.create(s.out, f"{name_of(checkpoint.path)}-{name}", stored, origin, way, files)
+
+    with entered(folder, new, origin, made.budget, made.peak_bytes, s, files) as (place, weather):
+        if not (place / runs.DATA).exists():
+            files.replace_text(place / runs.DATA, json.dumps(dict(card), indent=2, ensure_ascii=False))
         model = load.resident(checkpoint, load.compute_dtype() if s.lora else mx.float32)
         stream.into_memory(model, f"{checkpoint.path}: ")
         if s.lora:
             lora.insert(model, s.lora, s.seed)
             mx.eval(model.parameters())
         optimizer = GoralW(weight_decay=s.weight_decay)
-        yield Run(s, folder, checkpoint, model, optimizer, made, weather, files, card)
+        yield Run(s, place, checkpoint, model, optimizer, made, weather, files, card)

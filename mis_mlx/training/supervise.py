@@ -1,4 +1,4 @@
-"""Watch over a training run: log every step, checkpoint, take tea breaks, stop when asked.
+"""Watch over a training run: its folder, then log every step, checkpoint, take tea breaks, stop when asked.
 
 Does not know what is trained or what a checkpoint holds; `save(number)` does.
 """
@@ -7,19 +7,54 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from mis_mlx import cli
+from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs
 from mis_mlx.disk.files import Files
+from mis_mlx.machine import memory
 from mis_mlx.machine.memory import Peak
 from mis_mlx.maths.optimizer import Diverged, GoralW
 from mis_mlx.model import ranks
-from mis_mlx.training.weather import Weather
-from mis_mlx.types import MisError, Step
+from mis_mlx.training.weather import Weather, WeatherFlags
+from mis_mlx.types import Budget, MisError, Step
+
+
+@contextmanager
+def entered(
+    folder: Path | None,
+    make: Callable[[], Path],
+    origin: Mapping[str, str],
+    limit: Budget,
+    peak_bytes: int,
+    flags: WeatherFlags,
+    files: Files,
+) -> Iterator[tuple[Path, Weather]]:
+    """(folder, weather) of a run: locked, swept, its memory limited, its air watched.
+
+    folder: of a run to go on with, which must have begun with `origin`; None: that of `make()`. Machines beside the
+    first one work in a folder that goes with them.
+    """
+    ranks.same(origin)
+    if folder is None and ranks.first():
+        folder = make()
+    elif folder and ranks.first():
+        for note in runs.same_origin(folder, origin):
+            cli.say(note)
+    cli.say(f"run folder: {folder}")
+    with (
+        ranks.workplace(folder) as place,
+        protocol.lock(place),
+        memory.limited(limit, peak_bytes),
+        Weather(flags, place / "thermal.jsonl", files) as weather,
+    ):
+        protocol.sweep(place, files)
+        yield place, weather
 
 
 def set_back(
