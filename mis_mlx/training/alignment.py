@@ -23,12 +23,13 @@ from mis_mlx import cli
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs
 from mis_mlx.disk.files import Files, reported
-from mis_mlx.machine import memory, tea
+from mis_mlx.machine import memory
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import load, lora, ranks, slice, stream
 from mis_mlx.model.card import name_of
 from mis_mlx.training import loop
 from mis_mlx.training.alignment_plan import Alignment, Plan
+from mis_mlx.training.checkpoints import Checkpoints
 from mis_mlx.training.loop import Loss
 from mis_mlx.training.supervise import entered, set_back, supervise
 from mis_mlx.training.weather import Weather
@@ -91,34 +92,29 @@ class Run:
         for name in (STEPS, BEST):
             with reported(self.folder, "the folder of checkpoints"):
                 self.files.make_folder(self.folder / name)
-        self._alike()
+        self._kept.share()
         self._save(held_out, 0)
         return 0
 
     def _back(self) -> int | None:
         """Put the newest checkpoint back: its number; None when there is none."""
-        saved = protocol.newest(self.folder / STEPS, self.files)
-        if saved:
-            for note in [*saved.notes, f"continuing from step {saved.number}"]:
-                cli.say(note)
-            arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
-            loop.restore(self.model, self.optimizer, {"optimizer": {}, **arrays}, saved.state["optimizer"])
-            self.weather.breaks = tea.TeaBreaks(**saved.state["tea"])
-            self.best = (saved.state["best"][0], saved.state["best"][1])
-        number = ranks.told(lambda: saved.number if saved else None)
-        if number is not None:
-            self._alike()
-        return number
+        found = self._kept.back()
+        if found is None:
+            return None
+        self.best = found[1]["best"][0], found[1]["best"][1]
+        return found[0]
 
-    def _alike(self) -> None:
+    @property
+    def _kept(self) -> Checkpoints:
         mine = self.model, self.optimizer
-        loop.alike(partial(loop.arrays_of, *mine), self.optimizer.memory, partial(loop.restore, *mine))
+        return Checkpoints(self.folder / STEPS, partial(loop.arrays_of, *mine), self.optimizer.memory,
+                           partial(loop.restore, *mine), self.weather, self.files)  # fmt: skip
 
     def _save(self, held_out: Callable[[], Mapping[str, float]], number: int) -> None:
         """One checkpoint. Measured only where every run of these settings is: a stop does not change the best."""
         if not ranks.first():
             return
-        s, arrays = self.settings, loop.arrays_of(self.model, self.optimizer)
+        s = self.settings
         if number % s.save_every == 0 or number == s.iters:
             self.model.eval()
             found = {name: float(value) for name, value in held_out().items()}
@@ -132,17 +128,9 @@ class Run:
                 # 3 of them: as many checkpoints may be damaged or undone as the steps can lose. A run that was set
                 # back comes here again with the same bits.
                 if not (self.folder / BEST / f"step-{number:08d}").exists():
-                    protocol.save_step(
-                        self.folder / BEST, number, {"model": arrays["model"]}, found, self.files, keep=3
-                    )
-        saved = {key: named for key, named in arrays.items() if named}
-        state = {
-            "arrays": list(saved),
-            "optimizer": self.optimizer.memory(),
-            "best": self.best,
-            "tea": self.weather.breaks.saved(),
-        }
-        protocol.save_step(self.folder / STEPS, number, saved, state, self.files)
+                    best = {"model": loop.arrays_of(self.model, self.optimizer)["model"]}
+                    protocol.save_step(self.folder / BEST, number, best, found, self.files, keep=3)
+        self._kept.save(number, {"best": self.best})
 
     def _finish(self) -> dict[str, Any]:
         """The best student as an ordinary folder, or its adapters; and the run's JSON."""

@@ -19,14 +19,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
-from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import runs, text
 from mis_mlx.disk.files import Files, reported
-from mis_mlx.machine import memory, tea
+from mis_mlx.machine import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import load, parts, ranks, reconstruct, slice, stream
 from mis_mlx.training import distillation, local, loop, planning, sharded, targets
+from mis_mlx.training.checkpoints import Checkpoints
 from mis_mlx.training.phases import Plan, steps_per_shard
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.training.supervise import set_back, supervise
@@ -231,56 +231,38 @@ class Run:
     course: Course
     arrays: Callable[[], dict[str, dict[str, mx.array]]]
     memory: Callable[[], dict[str, Any]]
-    sigma: float = 0.0
     steps: str = "steps"  # the folder of its checkpoints
-    restore: Callable[..., None] | None = None
+    sigma: float = 0.0
 
     def start(self, begin: Callable[[], object], restore: Callable[..., None]) -> int:
         """Steps done: of the newest checkpoint, put back by `restore`; or 0 after `begin`, and that saved."""
-        self.restore = restore
+        c, folder = self.course, self.course.folder / self.steps
+        self.kept = Checkpoints(folder, self.arrays, self.memory, restore, c.weather, c.files)
         if (number := self.back()) is not None:
             return number
         if ranks.first():
             begin()
-            with reported(self.course.folder, "the folder of checkpoints"):
-                self.course.files.make_folder(self.course.folder / self.steps)
-        loop.alike(self.arrays, self.memory, restore)
+            with reported(c.folder, "the folder of checkpoints"):
+                c.files.make_folder(folder)
+        self.kept.share()
         self.save(0)
         return 0
 
     def back(self) -> int | None:
         """Put the newest checkpoint back: its number; None when there is none."""
-        c, folder = self.course, self.course.folder / self.steps
-        saved = protocol.newest(folder, c.files)
-        if saved:
-            for note in [*saved.notes, f"continuing from step {saved.number}"]:
-                cli.say(note)
-            arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
-            assert self.restore
-            self.restore(arrays, saved.state["optimizer"])
-            c.weather.breaks = tea.TeaBreaks(**saved.state["tea"])
-            self.sigma = saved.state["halny_sigma"]
-        number = ranks.told(lambda: saved.number if saved else None)
-        if number is not None:
-            loop.alike(self.arrays, self.memory, self.restore)
-            self.sigma = ranks.told(lambda: self.sigma)
-        return number
+        found = self.kept.back()
+        if found is None:
+            return None
+        self.sigma = found[1]["halny_sigma"]
+        return found[0]
 
     def save(self, number: int) -> None:
         """One checkpoint: weights, moments, and everything else a resumed run needs."""
         c = self.course
         # The wind is fixed from one checkpoint to the next, so that a resumed run meets the same.
         self.sigma = ranks.told(lambda: c.weather.sigma() if c.recipe.halny is None else c.recipe.halny)
-        if not ranks.first():
-            return
-        arrays = {k: v for k, v in self.arrays().items() if v}
-        state = {
-            "arrays": list(arrays),
-            "optimizer": self.memory(),
-            "halny_sigma": self.sigma,
-            "tea": c.weather.breaks.saved(),
-        }
-        protocol.save_step(c.folder / self.steps, number, arrays, state, c.files)
+        if ranks.first():
+            self.kept.save(number, {"halny_sigma": self.sigma})
 
     def finish(
         self, steps: Callable[[int], Iterator[Step]], start: int, save_every: int, optimizer: Callable[[], GoralW],
