@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.disk import contamination, questions
+from mis_mlx.disk import questions
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.text import Windows, fingerprint
 from mis_mlx.machine import memory
@@ -146,13 +146,12 @@ def _outcomes(
     s: Settings, wanted: subjects.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget
 ) -> list[Outcome]:
     """Our tasks, model by model."""
-    known = contamination.Known(contamination.training_words(s.data) if wanted.tasks else [])
     how, found = (limit, s.spread == "layers"), []
     marks = {name: [examining.marks(m, hashes[name], t, *how) for t in wanted.tasks] for name, m in models.items()}
     for at, task in enumerate(wanted.tasks):
         chance = np.array([q.chance for q in task.questions])
         each = {name: marks[name][at] for name in models}
-        constant, overlap = questions.constant(task), known.overlap(task)
+        constant, overlap = questions.constant(task), wanted.known.overlap(task)
         uniform = examining.uniform(next(iter(models.values())), task)
         found.append(Outcome(task.name, task.about, each, chance, constant, overlap, task.sha256, uniform))
     return found
@@ -168,6 +167,13 @@ def _harness(s: Settings, ids: tuple[str, ...], models: Models) -> list[Outcome]
     return made
 
 
+def _hashes(models: Models) -> dict[str, str]:
+    """Of every model; MisError where another machine has another one."""
+    found = {name: examining.sha256(model) for name, model in models.items()}
+    ranks.same(found)
+    return found
+
+
 def _examined(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
     """The recovery table, printed and written."""
     began = time.monotonic()
@@ -177,7 +183,7 @@ def _examined(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
     ranks.same({task.name: task.sha256 for task in wanted.tasks})
-    hashes = {name: examining.sha256(m) for name, m in models.items()}
+    hashes = _hashes(models)
     planned = _planned(s, wanted, models, hashes, limit)
     if s.dry_run:
         asked = {task.name: len(task.questions) for task in wanted.tasks}
@@ -225,12 +231,12 @@ def run(settings: Settings) -> dict[str, Any]:
     for name, folder in zip(load.labels(s.students, ("teacher",)), s.students, strict=True):
         models[name] = load.open_checkpoint(folder)
         compare.same_vocabulary(models["teacher"], models[name])
-    if ranks.size() > 1:
-        ranks.same({name: examining.sha256(model) for name, model in models.items()})
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     result: dict[str, Any] = {"teacher": str(found.path), "students": list(s.students)}
     if s.tasks:
         return result | _examined(s, models, limit)
+    if ranks.size() > 1:
+        _hashes(models)
     if not s.kld:
         text, said = _held_out(s, models, limit)
         _print(f"\n{text}")

@@ -46,11 +46,12 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Subjects:
-    """Our tasks; ids of lm-eval's; and whether held-out text is measured."""
+    """Our tasks; ids of lm-eval's; whether held-out text is measured; and the training text that tasks may share."""
 
     tasks: tuple[Task, ...]
     harness: tuple[str, ...]
     text: bool
+    known: contamination.Known
 
 
 def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
@@ -59,13 +60,18 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
     data: whose held-out part `continue` is made of, as --data. All rows are judged here, before any model is asked.
     """
     found, harness, text = list[Task](), list[str](), False
-    for name in (part for preset in names for part in PRESETS.get(preset, (preset,))):
+    parts = [part for preset in names for part in PRESETS.get(preset, (preset,))]
+    ours = any(name != TEXT and not name.startswith(HARNESS) for name in parts)
+    known = contamination.Known(contamination.training_words(data) if ours else [])
+    for name in parts:
         if name == TEXT:
             text = True
         elif name.startswith(HARNESS):
             harness.append(name.removeprefix(HARNESS))
         else:
-            found += [task.chosen(count) for task in (_continued(data) if name == CONTINUE else _named(name, count))]
+            found += [
+                task.chosen(count) for task in (_continued(data, known) if name == CONTINUE else _named(name, count))
+            ]
     for task in found:
         if task.kind == "checked":
             rows = [{"answer": q.answer, "language": q.language} for q in task.questions]
@@ -74,7 +80,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
     called = [task.name for task in found]
     if twice := sorted({name for name in called if called.count(name) > 1}):
         raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")
-    return Subjects(tuple(found), tuple(harness), text)
+    return Subjects(tuple(found), tuple(harness), text, known)
 
 
 def _named(name: str, count: int) -> list[Task]:
@@ -117,10 +123,10 @@ def _generated(name: str, kinds: Sequence[str], count: int, written: bool) -> Ta
     return questions.task(name, made, f"generated, half English, half Polish; {how}", max_tokens=64)
 
 
-def _continued(data: str | None) -> list[Task]:
+def _continued(data: str | None, known: contamination.Known) -> list[Task]:
     """Of both built-in texts, or of the user's. Places that the training text has too are left out."""
     chosen = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": sources.MIS}
-    known, made = contamination.Known(contamination.training_words(data)), []
+    made = []
     for name, source in chosen.items():
         rows = continuations.rows([contamination.text_of(row) for row in sources.load(source).test])
         task = questions.task(name, rows, "", per_character=True)
