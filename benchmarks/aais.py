@@ -21,7 +21,7 @@ from laboratory import write
 
 from mis_mlx.disk.files import DISK
 from mis_mlx.maths import importance
-from mis_mlx.model import arch, calibrate, compare, load, slice, teacher, windows
+from mis_mlx.model import arch, calibrate, compare, load, policy, slice, teacher, windows
 from mis_mlx.training import pruning
 from mis_mlx.training.weather import Weather, WeatherFlags
 
@@ -47,10 +47,10 @@ def main() -> None:
             return log[-1]
 
         with Weather(WeatherFlags(thermal_replay=str(REPLAY))) as weather:
-            kelvin, _ = calibrate.calibrate(checkpoint, batches, load.compute_dtype(), reading)
+            kelvin, _ = calibrate.calibrate(checkpoint, batches, policy.compute_dtype(checkpoint), reading)
         replayed = iter(readings)
         celsius, _ = calibrate.calibrate(
-            checkpoint, batches, load.compute_dtype(), lambda r=replayed: next(r), "celsius"
+            checkpoint, batches, policy.compute_dtype(checkpoint), lambda r=replayed: next(r), "celsius"
         )
         if seed == SEEDS[0]:
             sums = [kelvin.ffn[i] for i in importance.lowest_blocks(kelvin.block, 20)]

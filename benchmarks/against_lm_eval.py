@@ -25,7 +25,7 @@ from laboratory import write
 
 from mis_mlx.disk import questions, tasks
 from mis_mlx.machine import memory
-from mis_mlx.model import harness, load, teacher
+from mis_mlx.model import harness, load, policy, teacher
 from mis_mlx.training import examining
 from mis_mlx.types import Checkpoint
 
@@ -100,7 +100,7 @@ def main(model: str | None) -> None:
         (folder / "generated.yaml").write_text(YAML.format(name="generated", file=file))
         task = questions.file(file)
         adapter = load.mlx_lm("evaluate").MLXLM(str(checkpoint.path), use_chat_template=False)
-        dtype = load.compute_dtype()
+        dtype = policy.usual_dtype()
         adapter._model.set_dtype(dtype)
         mx.eval(adapter._model.parameters())
         runs_ours, runs_theirs = [ours(checkpoint, task, folder / "1")], [theirs(adapter, "generated", folder)]

@@ -33,7 +33,7 @@ import mlx.core as mx
 
 from mis_mlx import cli, distill
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, ranks, relay, stream, teacher, windows
+from mis_mlx.model import load, policy, ranks, relay, stream, teacher, windows
 from mis_mlx.training import distillation, hosts, phases, planning
 from mis_mlx.training.job import job_of
 from mis_mlx.training.recipe import Distillation
@@ -97,7 +97,7 @@ def layers(s: Settings) -> dict[str, Any]:
     big = load.open_checkpoint(teacher.find(None).path)
     data, n = windows.prepare(None, big.path, s.length).train, ranks.size()
     counts = relay.shared(int(big.config["num_hidden_layers"]), [999] * n, 1.0)
-    where = big, load.compute_dtype(), None, False
+    where = big, policy.compute_dtype(big), None, False
     source = relay.Relay(*where, counts) if n > 1 else stream.Stream(*where)
     mine = ranks.share([mx.array(w[None]) for w in data.tokens[: s.windows]])
     source.forward(mine)

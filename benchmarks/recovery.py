@@ -28,7 +28,7 @@ from mis_mlx import cli
 from mis_mlx.disk.files import DISK
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import arch, calibrate, fisher, load, parts, reconstruct, slice, stream
+from mis_mlx.model import arch, calibrate, fisher, load, parts, policy, reconstruct, slice, stream
 from mis_mlx.training import distillation, local, pruning
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.types import Checkpoint, Keep
@@ -164,7 +164,7 @@ class Bench(Laboratory):
     @cache  # noqa: B019 one object, as long as the program
     def statistics(self, seed: int) -> Statistics:
         """Of 32 windows, the fisher ones of 8."""
-        found, _ = calibrate.calibrate(self.checkpoint, self.pick(32, seed, 1), load.compute_dtype())
+        found, _ = calibrate.calibrate(self.checkpoint, self.pick(32, seed, 1), policy.compute_dtype(self.checkpoint))
         return found
 
     def pruned(self, arm: Arm, seed: int, out: Path) -> Checkpoint:
@@ -175,7 +175,7 @@ class Bench(Laboratory):
                           seed=seed, reading=lambda: None, files=DISK)  # fmt: skip
             return load.open_checkpoint(out)
         if "fisher" in (arm.cut.importance, arm.cut.blocks) and not found.fisher:
-            found.fisher = fisher.fisher(self.checkpoint, batches[:8], load.compute_dtype(), seed)
+            found.fisher = fisher.fisher(self.checkpoint, batches[:8], policy.compute_dtype(self.checkpoint), seed)
         layers = pruning.kept_layers(self.checkpoint, batches, arm.cut, found)
         shape, keep = pruning.choose(self.checkpoint.config, found, arm.cut, seed, layers)
         whole, tensor = GRAFTS[arm.graft](self.checkpoint, keep, found) if arm.graft else (self.checkpoint, None)

@@ -40,7 +40,7 @@ from mlx.utils import tree_flatten
 from mis_mlx import bench, cli
 from mis_mlx.machine.roof import M1
 from mis_mlx.maths.stats import interval
-from mis_mlx.model import load, speak, teacher, timing
+from mis_mlx.model import load, policy, speak, teacher, timing
 from mis_mlx.model.stream import settle
 from mis_mlx.model.timing import Request, Subject
 from mis_mlx.types import MisError
@@ -177,7 +177,7 @@ def beside_the_program(ours: Callable[[], float], s: Settings) -> dict[str, Any]
     count, theirs, own = s.agreement_tokens, list[float](), list[float]()
     with tempfile.TemporaryDirectory() as temp:
         out = str(Path(temp) / "student")
-        kind = str(load.compute_dtype()).removeprefix("mlx.core.")
+        kind = str(policy.usual_dtype()).removeprefix("mlx.core.")
         load.mlx_lm("convert").convert(s.student, out, dtype=kind)  # what bench computes in: bfloat16 is slow here
         for number in range(1, s.blocks + 1):
             said, argv = io.StringIO(), sys.argv

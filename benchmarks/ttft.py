@@ -26,7 +26,7 @@ import psutil
 
 from mis_mlx import cli
 from mis_mlx.machine.roof import Roof
-from mis_mlx.model import load, teacher, timing
+from mis_mlx.model import load, policy, teacher, timing
 from mis_mlx.model.timing import Request, Subject, Trial
 from mis_mlx.training import roofline, trials
 from mis_mlx.types import Checkpoint
@@ -86,7 +86,7 @@ def main(s: Settings) -> None:
     name = s.name + "-4bit" * s.four_bit
     given: dict[str, Any] = {"chip": laboratory.machine()["chip"]}
     given["weights_sha256"] = {n: laboratory.weights_sha256(f) for n, f in folders.items()}
-    kind = "4-bit" if s.four_bit else str(load.compute_dtype()).removeprefix("mlx.core.")
+    kind = "4-bit" if s.four_bit else str(policy.usual_dtype()).removeprefix("mlx.core.")
     before = laboratory.resumed(name, given, ("rows", "roof"))
     rows = {r["prompt_tokens"]: r for r in before.get("rows", [])}
     command = f"scripts/mis benchmarks/ttft.py --student RUN/distilled{' --four-bit' * s.four_bit}"
@@ -131,7 +131,7 @@ def draw(rows: list[dict[str, Any]], kind: str, axes: Any) -> None:
         best = [row[name]["best_ms"] for row in rows]
         axes.plot(lengths, best, ":", color=color, label=f"{name}, cold, at best here")
     laboratory.logarithmic(axes, "tokens in the prompt", "time to first token, ms")
-    axes.set_title(f"Time to first token, {kind}, on {'a CPU' if load.unpacks() else 'Metal'}")
+    axes.set_title(f"Time to first token, {kind}, on {'a CPU' if not policy.keeps_packed() else 'Metal'}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from mis_mlx.machine import governor, memory, power
 from mis_mlx.machine.about import about
 from mis_mlx.machine.roof import Roof
 from mis_mlx.maths.stats import summary
-from mis_mlx.model import arch, compare, load, teacher, timing
+from mis_mlx.model import arch, compare, load, policy, teacher, timing
+from mis_mlx.model.policy import Computing
 from mis_mlx.model.timing import Request, Subject, Trial
 from mis_mlx.training import roofline, speeds, trials
 from mis_mlx.training.weather import Weather, WeatherFlags
@@ -32,7 +33,7 @@ IDLE_S = 5.0  # of rest, whose power is taken off
 
 
 @dataclass(frozen=True)
-class Settings(WeatherFlags):
+class Settings(Computing, WeatherFlags):
     """The same texts and lengths for every model, in turn (A B A B), so that drift hits all alike."""
 
     model: Annotated[
@@ -188,7 +189,7 @@ class Bench:
             name: {
                 "params": arch.params(m.config),
                 "weight_bytes": m.nbytes,
-                "format": roofline.kind(m, str(load.compute_dtype()).removeprefix("mlx.core.")),
+                "format": roofline.kind(m, str(policy.compute_dtype(m)).removeprefix("mlx.core.")),
                 **({} if name == self.pair else {"m1_best_tps_computed": roofline.m1_tokens_per_s(m, self.r)}),
                 "trials": len(self.done.get(name, ())),
                 "prompts_sha256": _sha256([t.asked for t in self.done.get(name, ())]),
@@ -236,6 +237,7 @@ def _conditions(reading: Reading) -> dict[str, Any]:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command. A machine that is hot at the start or the end, or slows down, is said to be, in the JSON too."""
+    policy.use(settings.compute_dtype)
     bench = Bench(settings)
     with Weather(settings) as weather:
         at = roofline.here(settings.measure)

@@ -15,7 +15,8 @@ from mis_mlx import bench, cli, plan, prune, quantize
 from mis_mlx.disk import runs, text
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory
-from mis_mlx.model import arch, compare, load, ranks, relay, reporting, slice, speak, teacher, windows
+from mis_mlx.model import arch, compare, load, policy, ranks, relay, reporting, slice, speak, teacher, windows
+from mis_mlx.model.policy import Computing
 from mis_mlx.training import course, dwq, hosts, outcome, phases, planning, pruning
 from mis_mlx.training.course import Course
 from mis_mlx.training.job import job_of
@@ -45,7 +46,7 @@ FREE = frozenset(
 
 
 @dataclass(frozen=True)
-class Settings(pruning.Cut, Rounding, Distillation):
+class Settings(Computing, pruning.Cut, Rounding, Distillation):
     """One run. Every default is what was measured to work; nothing needs to be given."""
 
     teacher: str | None = None
@@ -152,7 +153,7 @@ def _measure(
     """(rows of size and speed, rows of quality by held-out text); of machines that share the teacher's blocks all help
     with its part, and the first one has the rows."""
     quality = {}
-    source = relay.Relay(c.teacher, load.compute_dtype(), 0, c.direct, c.shares) if c.shares else None
+    source = relay.Relay(c.teacher, policy.compute_dtype(c.teacher), 0, c.direct, c.shares) if c.shares else None
     for at, (name, held_out) in enumerate(data.held_out.items()):
         cli.say(f"measure: {name}")
         chosen = compare.chosen(held_out, s.eval_windows if at == 0 else max(1, s.eval_windows // 3))
@@ -230,6 +231,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder = _resumed(settings) if settings.resume else (settings, None)
     if s.preset == "paper":
         s = replace(s, iters=8000, learning_rate=1.5e-4)
+    policy.use(s.compute_dtype)
     s.check()
     reporting.check(s.report_to)
     found = teacher.find(s.teacher)

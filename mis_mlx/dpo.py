@@ -13,7 +13,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.disk import examples
 from mis_mlx.maths.preference import LossType
-from mis_mlx.model import load, ranks
+from mis_mlx.model import load, policy, ranks
 from mis_mlx.training import alignment, alignment_plan, planning, preferring
 from mis_mlx.training.alignment_plan import Alignment
 from mis_mlx.training.planning import Phase
@@ -94,7 +94,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return {"model": str(checkpoint.path), "pairs": len(train), **made.result()}
     with alignment.running(s, folder, checkpoint, made, card, "dpo") as r:
-        dtype = load.compute_dtype() if s.lora else mx.float32
+        dtype = policy.compute_dtype(checkpoint) if s.lora else mx.float32
 
         def ask() -> np.ndarray:
             return preferring.reference(checkpoint, compared, parts.batch_size, dtype, asked.held_tokens)

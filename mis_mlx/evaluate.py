@@ -16,7 +16,8 @@ from mis_mlx.disk import questions
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.text import Windows, fingerprint
 from mis_mlx.machine import memory
-from mis_mlx.model import compare, harness, kld, load, ranks, teacher, windows
+from mis_mlx.model import compare, harness, kld, load, policy, ranks, teacher, windows
+from mis_mlx.model.policy import Computing
 from mis_mlx.model.stream import Stream
 from mis_mlx.page import figures, html, recovery
 from mis_mlx.page.recovery import Outcome
@@ -28,7 +29,7 @@ LENGTH = 256  # tokens in a window
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Computing):
     """Compare any number of models with one teacher that shares their tokenizer."""
 
     teacher: str | None = None
@@ -220,6 +221,7 @@ def _write(out: Path, found: list[Outcome], page: str, said: dict[str, Any]) -> 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: the recovery table where tasks are named, else one table a text."""
     s = settings
+    policy.use(s.compute_dtype)
     if s.kld and s.tasks:
         raise MisError("--kld and --tasks are two reports: give one of them")
     if s.kld and not s.students:

@@ -16,7 +16,7 @@ from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import gguf_vocab, gguf_write
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import llama_cpp, memory
-from mis_mlx.model import arch, card, ggml, load, slice, teacher, trial
+from mis_mlx.model import arch, card, ggml, load, policy, slice, teacher, trial
 from mis_mlx.model.config import shape_of
 from mis_mlx.training import planning
 from mis_mlx.types import Checkpoint, MisError, gib
@@ -142,7 +142,7 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[
     facts += [f"{packed} packed matrices de-quantized, then rounded to {dtype}"] if packed else []
 
     def take(name: str) -> mx.array:
-        weight = load.dense(checkpoint, name).astype(load.DTYPES[dtype])
+        weight = load.dense(checkpoint, name).astype(policy.DTYPES[dtype])
         if not mx.isfinite(weight).all().item():
             raise MisError(f"{name} holds NaN, infinity or more than {dtype} can: try the other --out-type")
         return weight

@@ -8,14 +8,15 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.machine import memory
-from mis_mlx.model import compare, decode, load, speak, teacher
+from mis_mlx.model import compare, decode, load, policy, speak, teacher
+from mis_mlx.model.policy import Computing
 from mis_mlx.model.stream import Stream
 from mis_mlx.training import planning
 from mis_mlx.types import MisError, gib
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Computing):
     """Greedy: the same text as plain decoding, whatever the budget and the draft."""
 
     model: str | None = None
@@ -39,6 +40,7 @@ class Settings:
 def run(settings: Settings) -> dict[str, Any]:
     """The command: text to stdout as it is settled, its cost at the end."""
     s = settings
+    policy.use(s.compute_dtype)
     if s.max_tokens < 1 or s.num_draft_tokens < 0:
         raise MisError(
             f"--max-tokens {s.max_tokens} --num-draft-tokens {s.num_draft_tokens}: give 1 or more, 0 or more"
@@ -66,8 +68,8 @@ def run(settings: Settings) -> dict[str, Any]:
     planning.fit(limit, plan, remedy="give a larger --budget, fewer --max-tokens or --num-draft-tokens")
     began, peak, tokens, passes = time.monotonic(), memory.Peak(), list[int](), 0
     with memory.limited(limit), cli.progress("generate", s.max_tokens) as show:
-        big = Stream(checkpoint, load.compute_dtype(), room, checkpoint.nbytes > limit.limit_bytes)
-        guesser = Stream(small, load.compute_dtype(), None) if small else None
+        big = Stream(checkpoint, policy.compute_dtype(checkpoint), room, checkpoint.nbytes > limit.limit_bytes)
+        guesser = Stream(small, policy.compute_dtype(small), None) if small else None
         text = ""
         for new in decode.decode(big, ids, s.max_tokens, tokenizer.eos_token_ids, guesser, s.num_draft_tokens + 1):
             tokens += [t for t in new if t not in tokenizer.eos_token_ids]

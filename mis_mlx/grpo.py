@@ -14,7 +14,7 @@ from mis_mlx.disk import examples, tasks
 from mis_mlx.disk.rows import Row
 from mis_mlx.machine import memory
 from mis_mlx.maths.policy import LossType
-from mis_mlx.model import load, ranks, stream
+from mis_mlx.model import load, policy, ranks, stream
 from mis_mlx.training import alignment, alignment_plan, grpo, planning, scoring
 from mis_mlx.training.alignment_plan import Alignment
 from mis_mlx.training.planning import Phase
@@ -176,7 +176,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train.rows), **made.result()}
     with alignment.running(s, folder, checkpoint, made, card, "grpo") as r:
-        reference = stream.Stream(checkpoint, load.compute_dtype(), kept, checkpoint.nbytes > limit) if s.beta else None
+        dtype = policy.compute_dtype(checkpoint)
+        reference = stream.Stream(checkpoint, dtype, kept, checkpoint.nbytes > limit) if s.beta else None
         sampler = grpo.Sampler(
             r.model, train.rows, train.prompts, load.tokenizer(checkpoint.path), functions, s.objective,
             s.group_size, s.grad_accumulation_steps, s.batch_size, s.at_once, s.seed,

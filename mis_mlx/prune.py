@@ -12,14 +12,15 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory
-from mis_mlx.model import compare, load, teacher, windows
+from mis_mlx.model import compare, load, policy, teacher, windows
+from mis_mlx.model.policy import Computing
 from mis_mlx.training import planning, pruning
 from mis_mlx.training.pruning import Cut
 from mis_mlx.training.weather import Weather
 
 
 @dataclass(frozen=True)
-class Settings(Cut):
+class Settings(Computing, Cut):
     """Prune only; `distill` does this and the rest."""
 
     model: str | None = None
@@ -60,6 +61,7 @@ def sentence(report: Mapping[str, Any]) -> str:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
+    policy.use(settings.compute_dtype)
     files = Files()
     found = teacher.find(settings.model)
     cli.say(f"model: {found.source}")

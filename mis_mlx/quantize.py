@@ -19,7 +19,8 @@ from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.machine import memory
 from mis_mlx.maths.rounding import Packed
-from mis_mlx.model import compare, formats, gptq, grid, load, pack, slice, teacher, windows
+from mis_mlx.model import compare, formats, gptq, grid, load, pack, policy, slice, teacher, windows
+from mis_mlx.model.policy import Computing
 from mis_mlx.training import distillation, dwq, packing, phases, planning
 from mis_mlx.training.job import Job
 from mis_mlx.training.planning import Phase
@@ -28,7 +29,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError
 
 
 @dataclass(frozen=True)
-class Settings(Rounding):
+class Settings(Computing, Rounding):
     """Quantize only; `distill` does this as its last stages."""
 
     model: str | None = None
@@ -123,6 +124,7 @@ def _tuned(s: Settings, rounded: Path, other: Checkpoint, data: Windows, pinned:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command."""
+    policy.use(settings.compute_dtype)
     s, found = settings, teacher.find(settings.model)
     if s.looks and s.num_samples < 1:
         asked = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"

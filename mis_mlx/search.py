@@ -15,8 +15,9 @@ from mis_mlx.disk import runs, text
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory
 from mis_mlx.machine.rates import Rates
-from mis_mlx.model import load, teacher, windows
+from mis_mlx.model import load, policy, teacher, windows
 from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.model.policy import Computing
 from mis_mlx.training import candidates, contest, phases, planning, standings
 from mis_mlx.training.candidates import Aim, Decoding
 from mis_mlx.training.contest import Contest
@@ -34,7 +35,7 @@ UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of
 
 
 @dataclass(frozen=True)
-class Settings(WeatherFlags, Distillation):
+class Settings(Computing, WeatherFlags, Distillation):
     """One of --params, --memory, --decode says what the student may cost; default: --params 0.667x."""
 
     params: str | None = None
@@ -205,6 +206,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.resume:
         folder = runs.find(s.out, UNDER)
         s = Settings(**runs.merged(asdict(s), asdict(Settings()), runs.stored_settings(folder), FREE))
+    policy.use(s.compute_dtype)
     check(s)
     began, files = time.monotonic(), Files()
     found = teacher.find(s.teacher)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx.disk import runs
-from mis_mlx.model import load
+from mis_mlx.model import load, policy
 from mis_mlx.types import Checkpoint
 from tests import tiny
 
@@ -46,6 +46,12 @@ def cpu() -> Iterator[None]:
     mx.set_default_device(mx.cpu)
     yield
     mx.set_default_device(before)
+
+
+@pytest.fixture
+def metal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, and those that it starts, compute by Metal's policy: float16, packed weights stay packed."""
+    monkeypatch.setenv(policy.POLICY, "metal")
 
 
 @pytest.fixture(scope="session")

@@ -50,8 +50,8 @@ def token_logps(
             p = mx.softmax(logits(h[at], w, [*dw, *dh[-1:]]), axis=-1)
             each = cotangent[at] / temperature
             g = (-p * each[:, None]).at[mx.arange(len(p)), targets[at]].add(each).astype(w.dtype)
-            dh.append(g @ w)
-            dw = [mx.addmm(d, g.T, h[at]) for d in dw]
+            dh.append((g @ w).astype(h.dtype))  # w may be wider: a packed head is de-quantized to float32
+            dw = [mx.addmm(d, g.T, h[at]).astype(w.dtype) for d in dw]
         return mx.concatenate(dh) if frozen_head else (mx.concatenate(dh), *dw)
 
     found: Any = forward(hidden) if frozen_head else forward(hidden, head)

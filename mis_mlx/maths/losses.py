@@ -130,7 +130,9 @@ def sum_by_chunks(
 
     @forward.vjp
     def backward(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
-        return tuple(cotangents[0] * gradient for gradient in outputs[1:])
+        # A float32 cotangent must not widen the gradient of a float16 primal: MLX refuses the mix.
+        given = primals if isinstance(primals, tuple | list) else (primals,)
+        return tuple((cotangents[0] * g).astype(p.dtype) for p, g in zip(given, outputs[1:], strict=True))
 
     results: Any = forward(student) if frozen_head else forward(student, head)
     return results[0]

@@ -121,7 +121,7 @@ def calibrate(
             after = block(into, load.mask(source.args, block, into))
             found = _look(block, s.heads, into, after)
             stream.settle(after, found)
-            hidden[b] = after
+            hidden[b] = source.finite(after) if b == 0 else after
             seen = {name: np.array(f, np.float64) for name, f in found.items()}
             distances.append(seen["block"])
             for axis, sums in (("ffn", out.ffn[i]), ("heads", out.heads[i]), ("norm1", norms), ("norm2", norms)):

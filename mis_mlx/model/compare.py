@@ -14,7 +14,7 @@ import numpy as np
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths import losses
 from mis_mlx.maths.stats import interval
-from mis_mlx.model import load, ranks, stream
+from mis_mlx.model import load, policy, ranks, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, MisError, Row
 
@@ -36,7 +36,7 @@ def chosen(held_out: Windows, count: int) -> Windows:
 
 def alone(model: Checkpoint) -> stream.Stream:
     """A model that one machine passes all windows through, no block of it kept."""
-    return stream.Stream(model, load.compute_dtype())
+    return stream.Stream(model, policy.compute_dtype(model))
 
 
 def final_hidden(model: Checkpoint, held_out: Windows, opened: Opened = alone) -> stream.Hidden:
@@ -67,16 +67,15 @@ def compare(
     One block of one model in memory at a time, then the teacher's head and one student's, window by window.
     teacher_hidden: what `final_hidden` gave for the teacher, where many students come one after the other.
     """
-    dtype = load.compute_dtype()
     batches = [mx.array(w[None]) for w in held_out.tokens]
     names = list(models)
     vocab = min(shape_of(m.config).vocab for m in models.values())
     known = {} if teacher_hidden is None else {names[0]: teacher_hidden}
     hidden = known | {name: final_hidden(m, held_out, opened) for name, m in models.items() if name not in known}
-    teacher_head = stream.Stream(models[names[0]], dtype).head()
+    teacher_head = alone(models[names[0]]).head()
     found: dict[tuple[str, str], list[float]] = {}
     for name in names[1:] or names:
-        head = stream.Stream(models[name], dtype).head() if name != names[0] else teacher_head
+        head = alone(models[name]).head() if name != names[0] else teacher_head
         for w, tokens in enumerate(batches):
             learn = np.asarray(held_out.learn[w][:-1])
             sums: dict[tuple[str, str], float] = {}

@@ -109,7 +109,7 @@ class Context:
                     settle(done[-1], cache.held)
             finally:
                 block.self_attn.rope = rope  # the block may stay in memory, and others use it
-            hidden = mx.concatenate(done, axis=1)
+            hidden = self.stream.finite(mx.concatenate(done, axis=1))
         return hidden
 
     def keep(self, branch: Sequence[Node]) -> None:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths import rounding
-from mis_mlx.model import load, stream
+from mis_mlx.model import load, policy, stream
 from mis_mlx.model.calibrate import READERS, TAPS
 from mis_mlx.model.pack import Layout
 from mis_mlx.types import Checkpoint, MisError
@@ -32,7 +32,7 @@ def rounded_blocks(
 
     plan: affine formats only. hidden: a place for the hidden states other than memory.
     """
-    source = stream.Stream(checkpoint, load.compute_dtype(), direct=hidden is not None)
+    source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=hidden is not None)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
         prefix = f"model.layers.{i}."

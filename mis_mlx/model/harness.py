@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mis_mlx.model import load
+from mis_mlx.model import load, policy
 from mis_mlx.types import MisError
 
 METRICS = ("acc", "exact_match", "f1", "chrf", "bleu")  # the first one that a task has is its mark
@@ -77,7 +77,7 @@ def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | N
         import lm_eval
 
         adapter = load.mlx_lm("evaluate").MLXLM(str(folder), use_chat_template=False, trust_remote_code=False)
-        adapter._model.set_dtype(load.compute_dtype())
+        adapter._model.set_dtype(policy.compute_dtype(load.open_checkpoint(folder)))
         manager = _manager(tasks_folder)
         try:
             found = lm_eval.simple_evaluate(

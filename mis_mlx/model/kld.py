@@ -73,7 +73,7 @@ def positions(
 
     Of either model: the checkpoint, and its final hidden states [(1, T, D)].
     """
-    heads = [stream.Stream(model, load.compute_dtype()).head() for model, _ in (base, other)]
+    heads = [compare.alone(model).head() for model, _ in (base, other)]
     vocab = min(shape_of(model.config).vocab for model, _ in (base, other))
     rows, found = losses.chunk_rows(vocab) // 2, [np.zeros((4, 0))]
     for w, tokens in enumerate(held_out.tokens):

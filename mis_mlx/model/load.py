@@ -18,13 +18,12 @@ import mlx.nn as nn
 
 from mis_mlx.disk import safetensors
 from mis_mlx.maths import rounding
-from mis_mlx.model import arch, trial
+from mis_mlx.model import arch, policy, trial
 from mis_mlx.model.config import normalised, read_config, shape_of
 from mis_mlx.types import Checkpoint, MisError
 
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
 EMBEDDING, NORM = "model.embed_tokens.", "model.norm."
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 NOT_OURS = (
     "{}: the weights are quantized in a format other than MLX's: use the unquantized model, "
     "or convert it with mlx_lm.convert"
@@ -51,17 +50,6 @@ def labels(folders: Sequence[str | Path], taken: tuple[str, ...] = ()) -> list[s
         return str(path)
 
     return [name(Path(folder)) for folder in folders]
-
-
-def compute_dtype() -> mx.Dtype:
-    """What this device is quick in: float32 on a CPU (half precision is emulated there), float16 on Metal."""
-    return mx.float16 if mx.default_device() == mx.gpu else mx.float32
-
-
-def unpacks() -> bool:
-    """Whether packed weights are de-quantized when read: on a CPU, whose 4-bit kernels are ~30x slower than
-    dense float32. The numbers are the same ones."""
-    return mx.default_device() != mx.gpu
 
 
 def mlx_lm(module: str) -> ModuleType:
@@ -94,7 +82,7 @@ def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
         common = {k: settings[k] for k in ("group_size", "bits", "mode") if k in settings}
         return own if isinstance(own, dict) else common
 
-    if arch.is_quantized(checkpoint.tensors) and not unpacks():
+    if arch.is_quantized(checkpoint.tensors) and policy.keeps_packed():
         if "bits" not in settings:
             raise MisError(NOT_OURS.format(checkpoint.path))
         nn.quantize(module, class_predicate=settings_of)
@@ -109,10 +97,12 @@ def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype, raw: Raw | Non
     if shape_of(checkpoint.config).tied:
         names = [n for n in names if not n.startswith("lm_head.")]
     raw = safetensors.lazy(checkpoint.tensors, names) if raw is None else raw
-    if unpacks() and arch.is_quantized(checkpoint.tensors):
+    if not policy.keeps_packed() and arch.is_quantized(checkpoint.tensors):
         names = [n for n in names if not n.endswith((".scales", ".biases"))]
         return [(n.removeprefix(prefix), dense(checkpoint, n, raw).astype(dtype)) for n in names]
-    return [(n.removeprefix(prefix), raw[n] if raw[n].dtype == mx.uint32 else raw[n].astype(dtype)) for n in names]
+    # Integers are packed weights, or the 8-bit scales of mxfp4 and nvfp4: these stay what they are.
+    floats = {n for n in names if mx.issubdtype(raw[n].dtype, mx.floating)}
+    return [(n.removeprefix(prefix), raw[n].astype(dtype) if n in floats else raw[n]) for n in names]
 
 
 def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array:

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.reconstruction import NormalEquations
-from mis_mlx.model import load, stream
+from mis_mlx.model import load, policy, stream
 from mis_mlx.types import Checkpoint, Keep
 
 RIDGE = 0.1
@@ -39,9 +39,8 @@ def reconstruct(
     repair: as of `refit`; "both" refits o_proj to the teacher's stream in the middle of its block first.
     sequential: each block sees the mended stream of the ones before it; else the teacher's, as if it were alone.
     """
-    dtype = load.compute_dtype()
     columns = kept_columns(keep)
-    big, small = stream.Stream(teacher, dtype), stream.Stream(student, dtype)
+    big, small = (stream.Stream(model, policy.compute_dtype(model)) for model in (teacher, student))
     target, own = big.embed(batches), small.embed(batches)
     middle: list[mx.array] | None = [] if repair == "both" else None
     marching = groups(big, keep, target, middle)

@@ -57,7 +57,7 @@ def _entering(
             out = block(into, load.mask(source.args, block, into))
             seen = [_even(block[name].take()) for name in names]
             stream.settle(out, seen)
-            hidden[b] = out
+            hidden[b] = source.finite(out) if b == 0 else out
             for name, tokens in zip(names, seen, strict=True):
                 yield f"model.layers.{i}.{name}.weight", tokens
     for h in hidden:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.maths import rounding
-from mis_mlx.model import fisher, load, stream
+from mis_mlx.model import fisher, load, policy, stream
 from mis_mlx.model.calibrate import READERS, TAPS
 from mis_mlx.types import Checkpoint
 
@@ -62,5 +62,5 @@ def costs(
 
         return through
 
-    fisher.backwards(checkpoint, batches, load.compute_dtype(), visit, seed, kept)
+    fisher.backwards(checkpoint, batches, policy.compute_dtype(checkpoint), visit, seed, kept)
     return found

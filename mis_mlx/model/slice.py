@@ -19,7 +19,7 @@ import numpy as np
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk.files import Files
 from mis_mlx.disk.safetensors import Spec, Writer, spec_bytes
-from mis_mlx.model import arch, load, trial
+from mis_mlx.model import arch, load, policy, trial
 from mis_mlx.model.config import Shape
 from mis_mlx.types import Checkpoint, Keep, MisError, Space
 
@@ -147,7 +147,7 @@ def write_model(
     def fill(folder: Path) -> None:
         writer = Writer(folder, specs, files, shards=_by_block(specs) if file_per_block else None)
         for name in specs:
-            writer.add(name, take(name).astype(load.DTYPES[dtype]))
+            writer.add(name, take(name).astype(policy.DTYPES[dtype]))
             mx.clear_cache()
         writer.close()
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())

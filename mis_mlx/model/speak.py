@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.model import load, trial
+from mis_mlx.model import load, policy, trial
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import MisError
 
@@ -30,11 +30,11 @@ METRICS = (
 
 def open_model(folder: Path) -> tuple[nn.Module, Any]:
     """(model, tokenizer) by stock `mlx_lm.load` of a folder that passed our gate; floats in the quick type."""
-    load.open_checkpoint(folder)
+    checkpoint = load.open_checkpoint(folder)
     trial.tried(folder)
     trust: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": False}, "trust_remote_code": False}
     model, tokenizer = load.mlx_lm("utils").load(str(folder), **trust)
-    model.set_dtype(load.compute_dtype())
+    model.set_dtype(policy.compute_dtype(checkpoint))
     return model, tokenizer
 
 
@@ -58,7 +58,7 @@ def filled_cache(model: nn.Module, cached: int) -> list[Any]:
     cache = load.mlx_lm("models.cache").make_prompt_cache(model)
     if cached:
         s = shape_of(vars(model.args))
-        zeros = mx.zeros((1, s.kv_heads, cached, s.head_dim), load.compute_dtype())
+        zeros = mx.zeros((1, s.kv_heads, cached, s.head_dim), model.model.norm.weight.dtype)
         for layer in cache:
             layer.update_and_fetch(zeros, zeros)
     return cache

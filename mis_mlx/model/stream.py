@@ -19,11 +19,24 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.disk.gate import DTYPES
 from mis_mlx.disk.reader import PAGE, Layout, Reader, layout, pages
-from mis_mlx.model import arch, load
+from mis_mlx.model import arch, load, policy
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt, gib
 
 Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a list, or a disk.spool.Spool
+
+
+class NotNumbers(MisError):
+    """A weight or a block's output holds NaN or infinity: nothing may be ranked, repaired or rounded by that.
+
+    what: where; dtype: the type it was computed in. float16 ends at 65,504, and another type may hold the values.
+    """
+
+    def __init__(self, what: str, dtype: mx.Dtype):
+        remedy = "download the model again"
+        if dtype == mx.float16:
+            remedy = f"give --compute-dtype bfloat16 (and --resume where a run has begun), or {remedy}"
+        super().__init__(f"{what}{' in float16' if dtype == mx.float16 else ''}: {remedy}")
 
 
 class Tap(nn.Module):
@@ -94,19 +107,21 @@ class Stream:
         kind = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
         stored = {t.dtype for tensors in self._tensors for t in tensors.values()}
         packed = "U32" in stored
-        stays_packed = packed and not load.unpacks()
-        # Weights stored as they are computed with are used where they were read; others are converted.
-        self._copies = (packed and not stays_packed) or any(kind.get(d, dtype) != dtype for d in stored - {"U32"})
+        stays_packed = packed and policy.keeps_packed()
+        # Weights stored as they are computed with are used where they were read; others are converted. Packed ones are
+        # never converted, so a packed block needs its slot as long as it lives, whatever type its norms have.
+        self._copies = not stays_packed and (packed or any(kind.get(d, dtype) != dtype for d in stored))
         dense = sum(map(math.prod, arch.layer_tensors(checkpoint.config).values())) * dtype.size
-        self._block_bytes = dense if self._copies and not stays_packed else self._slot_bytes + PAGE
+        self._block_bytes = dense if self._copies else self._slot_bytes + PAGE
         head = [t for n, t in checkpoint.tensors.items() if n.startswith(load.head_prefix(checkpoint))]
         s = shape_of(checkpoint.config)
-        keeps_packed = not load.unpacks() and any(t.dtype == "U32" for t in head)
+        keeps_packed = policy.keeps_packed() and any(t.dtype == "U32" for t in head)
         self._head_bytes = sum(t.nbytes for t in head) if keeps_packed else s.vocab * s.hidden * dtype.size
         self._kept: dict[int, nn.Module] = {}
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
         self._checked: set[int] = set()
+        self._at = 0  # block that was given out last
         self._keep_head, self.keeps = self._plan(room_bytes)
 
     @property
@@ -135,6 +150,7 @@ class Stream:
         coming = self._begin(todo.popleft()) if todo else None
         try:
             for i in order:
+                self._at = i
                 if i in self._kept:
                     yield i, self._kept[i]
                     continue
@@ -237,8 +253,18 @@ class Stream:
         for b, into in enumerate(hidden):
             out = block(into, load.mask(self.args, block, into))
             mx.eval(out)
-            hidden[b] = out
+            hidden[b] = self.finite(out) if b == 0 else out
         return hidden
+
+    def finite(self, out: mx.array) -> mx.array:
+        """`out`, which the block that was given out last has made of a pass's first batch.
+
+        MisError where it holds NaN or infinity: nothing may be ranked, repaired or rounded by such numbers.
+        """
+        if not mx.isfinite(out).all().item():
+            what = f"block {self._at} of {self.layers} gives values that are not numbers"
+            raise NotNumbers(f"{self.checkpoint.path}: {what}", self.dtype)
+        return out
 
     def forward(self, batches: Sequence[mx.array], hidden: Hidden | None = None) -> Hidden:
         """One pass: token ids [(B, T)] -> final hidden states [(B, T, D)], after the last norm.
@@ -266,5 +292,5 @@ def into_memory(module: nn.Module, where: str = "") -> nn.Module:
     named: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
     for name, array in named.items():
         if mx.issubdtype(array.dtype, mx.floating) and (bad := (~mx.isfinite(array)).sum().item()):
-            raise MisError(f"{where}{name} holds {bad} values that are not numbers: download the model again")
+            raise NotNumbers(f"{where}{name} holds {bad} values that are not numbers", array.dtype)
     return module

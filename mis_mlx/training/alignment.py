@@ -25,7 +25,7 @@ from mis_mlx.disk import runs
 from mis_mlx.disk.files import Files, reported
 from mis_mlx.machine import memory
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, lora, ranks, slice, stream
+from mis_mlx.model import load, lora, policy, ranks, slice, stream
 from mis_mlx.model.card import name_of
 from mis_mlx.training import loop
 from mis_mlx.training.alignment_plan import Alignment, Plan
@@ -187,7 +187,7 @@ def running(
     with entered(folder, new, origin, made.budget, made.peak_bytes, s, files) as (place, weather):
         if not (place / runs.DATA).exists():
             files.replace_text(place / runs.DATA, json.dumps(dict(card), indent=2, ensure_ascii=False))
-        model = load.resident(checkpoint, load.compute_dtype() if s.lora else mx.float32)
+        model = load.resident(checkpoint, policy.compute_dtype(checkpoint) if s.lora else mx.float32)
         stream.into_memory(model, f"{checkpoint.path}: ")
         if s.lora:
             lora.insert(model, s.lora, s.seed)

@@ -14,7 +14,8 @@ from mis_mlx import cli
 from mis_mlx.disk import runs
 from mis_mlx.machine import memory
 from mis_mlx.machine.rates import Rates
-from mis_mlx.model import arch, load, lora, ranks, teacher
+from mis_mlx.model import arch, load, lora, policy, ranks, teacher
+from mis_mlx.model.policy import Computing
 from mis_mlx.training import planning
 from mis_mlx.training.phases import SAVED_BYTES
 from mis_mlx.training.planning import Phase
@@ -29,7 +30,7 @@ S = TypeVar("S", bound="Alignment")
 
 
 @dataclass(frozen=True)
-class Alignment(WeatherFlags, Recipe):
+class Alignment(Computing, WeatherFlags, Recipe):
     """The flags that sft, dpo and grpo share."""
 
     batch_size: int = 4
@@ -94,6 +95,7 @@ def resumed(settings: S) -> tuple[S, Path | None]:
 
 def opened(s: Alignment) -> Checkpoint:
     """The model to align, through the gate. MisError where it cannot be trained as asked for."""
+    policy.use(s.compute_dtype)
     found = teacher.find(s.model)
     cli.say(f"model: {found.source}")
     checkpoint = load.open_checkpoint(found.path)

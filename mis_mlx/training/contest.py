@@ -27,7 +27,7 @@ from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.machine import memory
 from mis_mlx.maths.importance import Statistics
-from mis_mlx.model import arch, calibrate, compare, load, reconstruct, rotate, slice, speak
+from mis_mlx.model import arch, calibrate, compare, load, policy, reconstruct, rotate, slice, speak
 from mis_mlx.model.config import Shape
 from mis_mlx.training import candidates, course, phases, planning, pruning
 from mis_mlx.training.candidates import AXES, Decoding
@@ -77,13 +77,13 @@ class Contest:
     def statistics(self) -> Statistics:
         """One streamed calibration, for all candidates. Without the weather: shapes must not depend on the wind."""
         hidden = None if self.held >= len(self.samples) else Spool(self.folder, self.held, self.files)
-        return calibrate.calibrate(self.teacher, self.samples, load.compute_dtype(), hidden=hidden)[0]
+        return calibrate.calibrate(self.teacher, self.samples, policy.compute_dtype(self.teacher), hidden=hidden)[0]
 
     @cached_property
     def _directions(self) -> rotate.Directions:
         """Of the stream, measured when the first candidate is narrower than the teacher."""
         place = list if self.held >= len(self.samples) else partial(Spool, self.folder, self.held, self.files)
-        return rotate.measured(self.teacher, self.samples, load.compute_dtype(), place)
+        return rotate.measured(self.teacher, self.samples, policy.compute_dtype(self.teacher), place)
 
     @cached_property
     def _hidden(self) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from mis_mlx.disk.text import Windows, order
 from mis_mlx.maths import losses, sparse
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, ranks, reconstruct, stream
+from mis_mlx.model import load, policy, ranks, reconstruct, stream
 from mis_mlx.model.relay import Relay
 from mis_mlx.training.loop import Loss, train
 from mis_mlx.training.recipe import Recipe
@@ -85,7 +85,7 @@ class Teacher:
         middle: Middle | None = None,
         shares: Sequence[int] = (),
     ):
-        where = checkpoint, load.compute_dtype(), room_bytes, direct
+        where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, direct
         self._source = Relay(*where, shares) if shares else stream.Stream(*where)
         self._head, self._temperature = self._source.head(), temperature
         self._cross_entropy, self._reverse, self.middle = cross_entropy, divergence == "reverse", middle

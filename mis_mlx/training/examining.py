@@ -22,12 +22,12 @@ from mis_mlx.disk import hub
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.questions import Task
 from mis_mlx.machine import memory
-from mis_mlx.model import decode, harness, likelihoods, load, ranks, sample, speak
+from mis_mlx.model import decode, harness, likelihoods, load, policy, ranks, sample, speak
 from mis_mlx.model.stream import Stream, into_memory
 from mis_mlx.training import hosts, planning, scoring
 from mis_mlx.types import Budget, Checkpoint, MisError
 
-VERSION = 1  # of how marks come about: kept ones of another version are not used
+VERSION = 2  # of how marks come about: kept ones of another version are not used
 PART = 4096  # tokens of questions between two looks at the disk, where the whole model stays in memory
 AT_ONCE = 16  # answers written together
 Asked = dict[int, dict[str, Any]]  # question number: {"ll": [...]} or {"text", "mark"}
@@ -38,7 +38,7 @@ def sha256(checkpoint: Checkpoint) -> str:
     files = {t.file for t in checkpoint.tensors.values()} | {checkpoint.path / "config.json"}
     files |= {p for p in checkpoint.path.glob("tokenizer*") if p.is_file()} | set(checkpoint.path.glob("*.jinja"))
     known = sorted((f.name, hub.sha256(f)) for f in files)
-    return hashlib.sha256(json.dumps([VERSION, str(load.compute_dtype()), known]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([VERSION, str(policy.compute_dtype(checkpoint)), known]).encode()).hexdigest()
 
 
 def kept(model_sha256: str, key: str) -> Path:
@@ -263,7 +263,7 @@ def _writer(
     checkpoint: Checkpoint, w: _Writing, count: int, limit: Budget
 ) -> Callable[[Sequence[list[int]]], list[list[int]]]:
     """Greedy continuations of prompts."""
-    dtype = load.compute_dtype()
+    dtype = policy.compute_dtype(checkpoint)
     if w.whole:
         model, draw = into_memory(load.resident(checkpoint, dtype), f"{checkpoint.path}: "), sample.sampler(0.0, 0)
         return lambda prompts: [g[0] for g in sample.groups(model, prompts, 1, count, w.ends, draw, AT_ONCE)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mis_mlx import cli
 from mis_mlx.machine.rates import Rates
-from mis_mlx.model import arch, load, ranks, relay
+from mis_mlx.model import arch, policy, ranks, relay
 from mis_mlx.model.stream import Stream
 from mis_mlx.training import phases, planning
 from mis_mlx.training.job import Job
@@ -69,7 +69,7 @@ def opened(checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, 
 
     room_bytes: of this machine, for the head and for blocks that stay.
     """
-    where = checkpoint, load.compute_dtype(), room_bytes, checkpoint.nbytes > limit.limit_bytes
+    where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, checkpoint.nbytes > limit.limit_bytes
     if ranks.size() == 1 or not layers:
         return Stream(*where)
     m = planning.model_of(checkpoint)

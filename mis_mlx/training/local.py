@@ -26,7 +26,7 @@ from mis_mlx.disk.checkpoint import sweep
 from mis_mlx.disk.files import Files
 from mis_mlx.disk.spool import Spool
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, parts, reconstruct, stream
+from mis_mlx.model import load, parts, policy, reconstruct, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.training import loop
 from mis_mlx.training.recipe import Recipe
@@ -44,7 +44,7 @@ def finished(student: Checkpoint) -> int:
 
 def scratch_bytes(teacher: Mapping[str, Any], student: Mapping[str, Any], tokens: int) -> int:
     """Disk that the hidden states of `tokens` tokens take when they are not held in memory, by the two configs."""
-    size = load.compute_dtype().size
+    size = policy.usual_dtype().size
     return tokens * (shape_of(teacher).hidden * size + shape_of(student).hidden * (size + mx.float32.size))
 
 
@@ -104,7 +104,7 @@ def train(
     nbytes = scratch_bytes(teacher.config, pruned.config, sum(b.size for b in batches[held:]))
     files.require_space(folder, nbytes, "the spool of hidden states")
     spool = partial(Spool, folder, held, files)
-    big = stream.Stream(teacher, load.compute_dtype(), direct=direct)
+    big = stream.Stream(teacher, policy.compute_dtype(teacher), direct=direct)
     small = stream.Stream(pruned, mx.float32)  # for what is no block: those have memory of their own here
     target, own = big.embed(batches, spool()), small.embed(batches, spool())
     columns = reconstruct.kept_columns(keep)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.disk import runs
-from mis_mlx.model import arch, compare, load, slice, speak
+from mis_mlx.model import arch, compare, policy, slice, speak
 from mis_mlx.training import pruning
 from mis_mlx.training.phases import Plan
 from mis_mlx.types import Checkpoint, Row
@@ -71,7 +71,7 @@ def page(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[st
     for name, rows in quality.items():
         head = f"{name}, {rows[0].n} windows of {length} tokens held out, ± 95 %"
         parts.append(head + "\n\n" + cli.table(rows, names, compare.METRICS))
-    if load.unpacks() and "4-bit" in models:
+    if not policy.keeps_packed() and "4-bit" in models:
         parts.append(
             "The 4-bit loss is computed from the de-quantized weights, which are the same numbers; speeds are those "
             "of stock mlx-lm with float32 activations, 4-bit kernels included."

@@ -17,7 +17,7 @@ from mis_mlx.machine import rates
 from mis_mlx.machine.memory import process_bytes
 from mis_mlx.machine.rates import Rates
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.model import arch, load
+from mis_mlx.model import arch, load, policy
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.types import Budget, Checkpoint, MisError
 
@@ -81,9 +81,12 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None) ->
 
     gpu: whether it is to compute on Metal; default: as this process does.
     """
-    gpu = not load.unpacks() if gpu is None else gpu
+    here, gpu = gpu is None, policy.keeps_packed() if gpu is None else gpu
     config = source.config if isinstance(source, Checkpoint) else source
     s, work = shape_of(config), "float16" if gpu else "float32"
+    if here:
+        dtype = policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype()
+        work = str(dtype).removeprefix("mlx.core.")
     block = sum(map(math.prod, arch.layer_tensors(config).values()))
     if isinstance(source, Checkpoint):
         blocks, floats = [0] * s.layers, set()

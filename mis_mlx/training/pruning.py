@@ -22,7 +22,7 @@ from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.model import arch, calibrate, compare, depth, fisher, load, ranks, rotate, slice
+from mis_mlx.model import arch, calibrate, compare, depth, fisher, load, policy, ranks, rotate, slice
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.model.relay import Relay
 from mis_mlx.training.weather import WeatherFlags
@@ -201,7 +201,7 @@ def kept_layers(
 ) -> tuple[int, ...]:
     """Who stays of the blocks, as `cut` judges them."""
     before, keep = shape_of(checkpoint.config).layers, wanted_shape(checkpoint.config, cut).layers
-    few, dtype = batches[: cut.block_samples], load.compute_dtype()
+    few, dtype = batches[: cut.block_samples], policy.compute_dtype(checkpoint)
     if keep == before or cut.blocks == "cosine":
         return importance.lowest_blocks(statistics.block, keep)
     if cut.blocks == "fisher":
@@ -255,20 +255,20 @@ def prune(
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
     spool = None if held is None or held >= len(batches) else partial(Spool, out.absolute().parent, held, files)
-    mine, place, kind = ranks.share(batches), spool() if spool else None, load.compute_dtype()
+    mine, place, kind = ranks.share(batches), spool() if spool else None, policy.compute_dtype(checkpoint)
     relay = Relay(checkpoint, kind, 0, bool(spool), shares) if shares else None
     statistics, _ = calibrate.calibrate(checkpoint, mine, kind, reading, cut.temperature_unit, place, relay)
     if not ranks.first():  # who has brought its part; the student is the first one's to make
         return {}
     if "fisher" in (cut.importance, cut.blocks):
         place = Spool(out.absolute().parent, held or len(batches), files)
-        statistics.fisher = fisher.fisher(checkpoint, batches, load.compute_dtype(), seed, place)
+        statistics.fisher = fisher.fisher(checkpoint, batches, policy.compute_dtype(checkpoint), seed, place)
     layers = kept_layers(checkpoint, batches, cut, statistics)
     shape, keep = choose(checkpoint.config, statistics, cut, seed, layers)
     shown = replace(cut, importance="rms") if cut.importance == "random" else cut
     scores, _ = ranking(statistics, shown, shape.head_dim, seed)
     keep = replace(keep, report={**keep.report, "profile": profile(statistics, keep, scores)})
-    directions = cache(lambda: rotate.measured(checkpoint, batches, load.compute_dtype(), spool or list))
+    directions = cache(lambda: rotate.measured(checkpoint, batches, policy.compute_dtype(checkpoint), spool or list))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "kv_heads", "hidden")}
         as_plain = replace(cut, importance="rms", target="fixed", scenario="none", **sizes)

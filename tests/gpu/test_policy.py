@@ -1,0 +1,186 @@
+"""Metal's policy, imposed here: float16 computes, packed weights stay packed. Each of these failed before it was tried.
+
+The faults were seen on Linux by imposing the two policies; on a Mac nobody has run these yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx import prune, quantize
+from mis_mlx.disk.files import DISK
+from mis_mlx.maths import sparse
+from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.model import float16_range, load, pack, policy, slice, stream
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+
+TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+TOKENS = mx.random.randint(0, 512, (1, 24), key=mx.random.key(1))
+
+
+def packed(tmp_path: Path, stored: str, mode: str = "affine", layers: int = 5) -> Checkpoint:
+    """A 4-bit folder of a tiny model whose norms are of type `stored`."""
+    made = tiny.make(tmp_path / "dense", num_hidden_layers=layers, dtype=stored, torch_dtype=TORCH[stored])
+    dense = load.open_checkpoint(made)
+    pack.write_quantized(dense, tmp_path / "packed", pack.layout(dense.config, 64, (), mode), DISK)  # type: ignore[arg-type]
+    return load.open_checkpoint(tmp_path / "packed")
+
+
+def final(source: stream.Stream) -> np.ndarray:
+    """Final hidden states (1, 24, D) of one pass, in memory of their own."""
+    return np.array(source.forward([TOKENS])[0].astype(mx.float32))
+
+
+@pytest.mark.parametrize("room", [0, None], ids=["streamed", "kept"])
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("stored", ["BF16", "F16", "F32"])
+def test_packed_passes_are_equal(stored: str, mode: str, room: int | None, tmp_path: Path, metal: None) -> None:
+    """First, second and third pass give the resident model's states, bit for bit."""
+    checkpoint = packed(tmp_path, stored, mode)
+    want = np.array(load.resident(checkpoint, mx.float16).model(TOKENS).astype(mx.float32))
+    source = stream.Stream(checkpoint, mx.float16, room)
+    for _ in range(3):
+        np.testing.assert_array_equal(final(source), want)
+    assert source.keeps == (0 if room == 0 else 5)
+
+
+@pytest.mark.parametrize("stored", ["BF16", "F16", "F32"])
+def test_dense_passes_are_equal(stored: str, tmp_path: Path, metal: None) -> None:
+    """The same for weights that are converted, or used where they were read."""
+    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=stored, torch_dtype=TORCH[stored]))
+    want = np.array(load.resident(checkpoint, mx.float16).model(TOKENS).astype(mx.float32))
+    for room in (0, None):
+        source = stream.Stream(checkpoint, mx.float16, room)
+        for _ in range(3):
+            np.testing.assert_array_equal(final(source), want)
+
+
+def test_packed_and_dense_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 4-bit folder has the same states packed in float16 as de-quantized in float32, to float16's precision."""
+    checkpoint = packed(tmp_path, "BF16")
+    dense = final(stream.Stream(checkpoint, mx.float32))
+    monkeypatch.setenv(policy.POLICY, "metal")
+    np.testing.assert_allclose(final(stream.Stream(checkpoint, mx.float16)), dense, atol=0.03)
+
+
+HIDDEN = mx.random.normal((6, 8), key=mx.random.key(0))
+HEAD = mx.random.normal((20, 8), key=mx.random.key(1))
+IDS = mx.arange(1, 7)
+LOSSES: dict[str, Callable[..., mx.array]] = {
+    "sampled_kl_sum": lambda h, w, frozen: sparse.sampled_kl_sum(
+        h, w, IDS[:, None], mx.ones((6, 1)), mx.ones(6), frozen_head=frozen
+    ),
+    "token_logps": lambda h, w, frozen: -token_logps(h, w, IDS, frozen_head=frozen).sum(),
+}
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("types", [("float16", "float16"), ("float16", "float32"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_of_half_precision(name: str, types: tuple[str, str], frozen: bool) -> None:
+    """Behind a cast, as behind a LoRA layer, gradients come, in the type of what they are for, near float32's."""
+    first, second = (policy.DTYPES[t] for t in types)
+
+    def loss(kinds: tuple[mx.Dtype, mx.Dtype]) -> Callable[[mx.array, mx.array], mx.array]:
+        return lambda h, w: LOSSES[name](h.astype(kinds[0]), w.astype(kinds[1]), frozen)
+
+    which = [0] if frozen else [0, 1]
+    _, want = mx.value_and_grad(loss((mx.float32, mx.float32)), which)(HIDDEN, HEAD)
+    _, found = mx.value_and_grad(loss((first, second)), which)(HIDDEN, HEAD)
+    for a, b in zip(want, found, strict=True):
+        np.testing.assert_allclose(np.array(b), np.array(a), atol=0.02 if first == mx.bfloat16 else 0.004)
+
+
+@pytest.fixture(params=["activations", "weights"])
+def overflowing(tmp_path: Path, request: pytest.FixtureRequest) -> Checkpoint:
+    """A tiny model whose residual stream passes 65,504 in its second block, by large weights; or whose weights do."""
+    made = load.open_checkpoint(tiny.make(tmp_path / "large"))
+    large = {"up_proj": 3e3, "down_proj": 3e3} if request.param == "activations" else {"down_proj": 1e6}
+
+    def take(name: str) -> mx.array:
+        return load.dense(made, name) * (large.get(name.split(".")[-2], 1.0) if ".1.mlp." in name else 1.0)
+
+    slice.write_model(made.config, take, made.path, tmp_path / "over", "float32", DISK)
+    return load.open_checkpoint(tmp_path / "over")
+
+
+def test_overflow_is_found_and_avoided(
+    overflowing: Checkpoint, llama: Checkpoint, metal: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That model computes in bfloat16, said in one line, once; another one in float16; a command's word goes first."""
+    assert policy.compute_dtype(llama) == mx.float16 and not capsys.readouterr().err
+    assert [policy.compute_dtype(overflowing) for _ in range(2)] == [mx.bfloat16] * 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(overflowing.path) in line and "65,504" in line and "bfloat16" in line
+    policy.use("float32")
+    try:
+        assert policy.compute_dtype(overflowing) == policy.compute_dtype(llama) == mx.float32
+    finally:
+        policy.use(None)
+
+
+@pytest.mark.parametrize("work", ["forward", "prune", "quantize"])
+def test_nothing_is_chosen_by_numbers_that_are_none(
+    work: str, overflowing: Checkpoint, text_folder: Path, tmp_path: Path, metal: None
+) -> None:
+    """Told to compute in float16 all the same, a pass, a ranking and a rounding end in a sentence with the remedy."""
+    flags: dict[str, Any] = {"model": str(overflowing.path), "data": str(text_folder), "compute_dtype": "float16"}
+    flags |= {"max_seq_length": 32, "num_samples": 4, "mlx_path": str(tmp_path / "out")}
+    with pytest.raises(
+        MisError, match=r"(block 1|layers\.1\.).* not numbers in float16: give --compute-dtype bfloat16"
+    ):
+        try:
+            if work == "forward":
+                stream.Stream(overflowing, mx.float16).forward([TOKENS])
+            elif work == "prune":
+                prune.run(prune.Settings(**flags))
+            else:
+                quantize.run(quantize.Settings(**flags))
+        finally:
+            policy.use(None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prune_goes_on_in_bfloat16(overflowing: Checkpoint, text_folder: Path, tmp_path: Path, metal: None) -> None:
+    """Who is kept of that model is nearly who float32 keeps, not who NaN leaves."""
+    kept = []
+    flags: dict[str, Any] = {"model": str(overflowing.path), "data": str(text_folder), "scenario": "none", "ffn": 384}
+    for dtype in (None, "float32"):
+        out = tmp_path / str(dtype)
+        policy.use(None)
+        prune.run(prune.Settings(**flags, max_seq_length=32, num_samples=4, mlx_path=str(out), compute_dtype=dtype))  # type: ignore[arg-type]
+        keep = slice.read_keep(out)
+        assert keep is not None
+        kept.append({(key, unit) for key, units in keep.kept.items() for unit in units})
+    policy.use(None)
+    assert len(kept[0]) == len(kept[1]) == 3 * 384
+    assert len(kept[0] & kept[1]) > 0.95 * len(kept[1])
+
+
+def test_policy_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment forces a policy on any device; another word is refused with one sentence."""
+    for word, packs, dtype in (("metal", True, mx.float16), ("cpu", False, mx.float32)):
+        monkeypatch.setenv(policy.POLICY, word)
+        assert policy.keeps_packed() == packs and policy.usual_dtype() == dtype
+    monkeypatch.setenv(policy.POLICY, "cuda")
+    with pytest.raises(MisError, match="MIS_MLX_POLICY is 'cuda': give metal or cpu"):
+        policy.name()
+
+
+def test_the_look_sees_the_real_range(tmp_path: Path) -> None:
+    """The largest value that the look finds is what float32 computes on the same tokens, to float16's precision."""
+    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m"))
+    source, seen = stream.Stream(checkpoint, mx.float32), 0.0
+    ids = np.unique([*range(float16_range.FREQUENT), *np.linspace(0, 511, float16_range.SPREAD).astype(int)])
+    (hidden,) = source.embed([mx.array(ids[None].astype(np.int32))])
+    for _, block in source.blocks():
+        hidden = block(hidden, load.mask(source.args, block, hidden))
+        seen = max(seen, float(np.abs(np.array(hidden)).max()))
+    assert float16_range._largest(checkpoint) == pytest.approx(seen, rel=2e-3)
