@@ -21,18 +21,24 @@ PARTS = ("weight", "scales", "biases")
 
 
 class Grid(nn.Module):
-    """A linear layer of values integer * scale + bias: integers (out, groups, group), the others (out, groups)."""
+    """A linear layer of values integer * scale + bias: integers (out, groups, group), the others (out, groups).
 
-    def __init__(self, packed: rounding.Packed, kind: pack.Format):
+    added: the layer's own bias (out,), which is no group's and learns too; None where it has none.
+    """
+
+    def __init__(self, packed: rounding.Packed, kind: pack.Format, added: mx.array | None = None):
         super().__init__()
         whole = rounding.integers(packed[0], kind.group, kind.bits)
         self._integers = whole.reshape(len(whole), -1, kind.group)  # underscore: not a parameter
         self.scales, self.biases = (a.astype(mx.float32) for a in packed[1:])
+        if added is not None:
+            self.bias = added
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., in) -> (..., out)."""
         weight = self._integers.astype(mx.float32) * self.scales[..., None] + self.biases[..., None]
-        return x @ weight.reshape(len(weight), -1).T
+        weight = weight.reshape(len(weight), -1).T
+        return mx.addmm(self.bias, x, weight) if "bias" in self else x @ weight
 
 
 def resident(checkpoint: Checkpoint) -> nn.Module:
@@ -46,8 +52,8 @@ def resident(checkpoint: Checkpoint) -> nn.Module:
         for step in owners:
             owner = owner[step]
         stored = safetensors.lazy(checkpoint.tensors, names := [f"{path}.{part}" for part in PARTS])
-        owner[name] = grid = Grid(tuple(stored[n] for n in names), kind)
-        stream.settle(grid._integers)
+        owner[name] = grid = Grid(tuple(stored[n] for n in names), kind, owner[name].get("bias"))
+        stream.settle(grid._integers, grid.scales, grid.biases)  # whatever stays lazy keeps its file open
     for fixed in (model.model.embed_tokens, *([model.lm_head] if hasattr(model, "lm_head") else [])):
         fixed.freeze()
     return stream.into_memory(model, f"{checkpoint.path}: ")

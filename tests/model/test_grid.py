@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -32,6 +35,37 @@ def test_computes_what_the_folder_says(packed: Checkpoint) -> None:
     trained = dict(tree_flatten(model.trainable_parameters()))
     assert {n.rsplit(".", 1)[1] for n in trained} == {"scales", "biases", "weight"}
     assert all("norm" in n for n in trained if n.endswith("weight")) and len(trained) == 3 * (2 * 7 + 2) + 1
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "biased"])
+def test_biases_stay_and_learn(models: Callable[[str], Checkpoint], tmp_path: Path, kind: str) -> None:
+    """With biases the logits are the dense model's too, every bias has its gradient, and what is learned is written."""
+    pack.write_quantized(models(kind), tmp_path / "q", 64, DISK)
+    packed = load.open_checkpoint(tmp_path / "q")
+    model, dense = grid.resident(packed), load.resident(packed, mx.float32)
+    assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
+    ours, theirs = (dict(tree_flatten(nn.value_and_grad(m, lambda m: mx.square(m(TOKENS)).mean())(m)[1]))
+                    for m in (model, dense))  # fmt: skip
+    names = [n for n in packed.tensors if n.endswith(".bias")]
+    assert len(names) == {"qwen2": 9, "biased": 21}[kind]
+    largest = max(mx.abs(theirs[n]).max().item() for n in names)
+    assert all(mx.allclose(ours[n], theirs[n], rtol=1e-3, atol=1e-5 * largest) for n in names)
+    linear = model.model.layers[1].self_attn.v_proj
+    linear.bias = linear.bias + 1
+    grid.write(packed, model, tmp_path / "other", DISK)
+    other, name = load.open_checkpoint(tmp_path / "other"), "model.layers.1.self_attn.v_proj.bias"
+    assert mx.array_equal(raw(other, name), raw(packed, name) + 1)
+
+
+def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
+    """21 matrices with room for 8 more files than are open: none keeps its own until the end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = sorted(set(range(1000)) - set(map(int, os.listdir("/dev/fd"))))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[8], hard))
+    try:
+        assert mx.isfinite(grid.resident(packed)(TOKENS)).all().item()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
