@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.disk import safetensors
-from mis_mlx.maths import rounding
+from mis_mlx.maths import lookup, rounding
 from mis_mlx.model import arch, policy, trial
 from mis_mlx.model.config import normalised, read_config, shape_of
 from mis_mlx.types import Checkpoint, MisError
@@ -186,10 +186,19 @@ def logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
     return head_module.as_linear(hidden) if hasattr(head_module, "as_linear") else head_module(hidden)
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding with a gradient that has the same bits at every run."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """ids (...) -> (..., D)."""
+        return lookup.rows(self.weight, ids)
+
+
 def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it against the budget."""
     args = model_args(checkpoint.config)
     made = _model_module(checkpoint.config).Model(args)
+    made.model.embed_tokens = Embedding(*made.model.embed_tokens.weight.shape)
     _quantize(made, "", checkpoint)
     made.load_weights(weights(checkpoint, "", dtype))
     made.eval()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mis_mlx.disk.files import DISK
@@ -25,6 +26,29 @@ def test_resident_is_stock_mlx_lm(models: Callable[[str], Checkpoint], batches: 
     ours = load.resident(models(kind), mx.float32)
     for tokens in batches:
         assert mx.array_equal(ours(tokens), stock(tokens))
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_the_embeddings_gradient_has_a_fixed_order(models: Callable[[str], Checkpoint], kind: str) -> None:
+    """maths/lookup's: 2**24 + 1 + 1 + 1 for a token that occurs four times goes by pairs, to 2**24 + 2. The whole
+    model's gradient is stock mlx_lm's (1e-5 of the largest), a tied head's share with it."""
+    ours = load.resident(models(kind), mx.float32)
+    stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
+    above = mx.array([2.0**24, 1.0, 1.0, 1.0])[:, None]
+    slope = mx.grad(lambda t: (_with(ours.model.embed_tokens, t)(mx.array([7] * 4)) * above).sum())
+    assert slope(ours.model.embed_tokens.weight)[7, 0].item() == 2.0**24 + 2
+    tokens = mx.array([[7, 9, 7, 7, 300, 9], [7, 0, 0, 1, 2, 511]])
+    for made in (ours, stock):
+        made.freeze()
+        made.model.embed_tokens.unfreeze()
+    mine, theirs = (nn.value_and_grad(m, lambda m: mx.square(m(tokens)).sum())(m)[1] for m in (ours, stock))
+    mine, theirs = (g["model"]["embed_tokens"]["weight"] for g in (mine, theirs))
+    assert mx.abs(mine - theirs).max().item() < 1e-5 * mx.abs(theirs).max().item()
+
+
+def _with(embedding: nn.Module, table: mx.array) -> nn.Module:
+    embedding.weight = table
+    return embedding
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

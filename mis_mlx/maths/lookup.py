@@ -1,0 +1,32 @@
+"""Rows of an embedding table whose gradient is summed in a fixed order: the same bits at every run, on a GPU too.
+
+MLX's own gradient of a lookup adds rows up with atomic operations on a GPU, in whatever order they come.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+
+@mx.custom_function
+def rows(table: mx.array, ids: mx.array) -> mx.array:
+    """table (V, D), ids (...) -> (..., D)."""
+    return table[ids]
+
+
+@rows.vjp
+def _rows_vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    """Sorted by id, every row takes in those behind it that have its id: of 1, 2, 4 ... rows after each turn. Then the
+    first of each id holds the sum, and the others go on as zeros, which may be added to it in any order."""
+    table, ids = primals
+    flat, n = ids.reshape(-1).astype(mx.int64), ids.size
+    order = mx.argsort(flat * n + mx.arange(n, dtype=mx.int64))  # keys without ties: equal ids stay in their order
+    flat, sums = flat[order], cotangent.reshape(n, -1).astype(mx.float32)[order]
+    reach = 1
+    while reach < n:
+        same = (flat[reach:] == flat[:-reach])[:, None]
+        sums = mx.concatenate([sums[:-reach] + mx.where(same, sums[reach:], 0.0), sums[-reach:]])
+        reach *= 2
+    first = mx.concatenate([mx.array([True]), flat[1:] != flat[:-1]])
+    found = mx.where(first[:, None], sums, 0.0).astype(table.dtype)
+    return mx.zeros_like(table).at[flat].add(found), mx.zeros_like(ids)
