@@ -95,8 +95,6 @@ ARMS: dict[str, Arm] = {
     # The learning rate, of a repaired student and of one that is not.
     "wide-1e-4": short("rate", repair="ffn", cut=cut(**WIDE), recipe={"learning_rate": 1e-4}),
     "wide-5e-5": short("rate", repair="ffn", cut=cut(**WIDE), recipe={"learning_rate": 5e-5}),
-    "wide-embedding-0": short("rate", repair="ffn", cut=cut(**WIDE), recipe={"embedding_lr": 0.0}),
-    "goral-embedding-0": short("rate", recipe={"embedding_lr": 0.0}),
     "goral-1e-4": short("rate", recipe={"learning_rate": 1e-4}),
     # Which blocks go, repaired: against repair-ffn.
     "blocks-kl": short("blocks", repair="ffn", cut=cut(blocks="kl")),
@@ -113,7 +111,6 @@ ARMS: dict[str, Arm] = {
     "wide-repair-ffn": short("wide-repair", repair="ffn", **DEFAULT),
     "wide-repair-both": short("wide-repair", repair="both", **DEFAULT),
     "wide-repair-alone": short("wide-repair", repair="ffn", how={"sequential": False}, **DEFAULT),
-    "repair-slower": short("repair", repair="ffn", recipe={"repaired_lr": 0.3}),
     "merge": short("repair", graft="merge"),
     "mean-shift": short("repair", graft="mean-shift"),
     # Which neurons go, of 30 layers halved to 768, nothing else cut.
@@ -221,7 +218,7 @@ class Bench(Laboratory):
             self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy, recipe.divergence, middle
         )
         model.train()
-        optimizer = GoralW(weight_decay=recipe.weight_decay, factors=recipe.factors)
+        optimizer = GoralW(weight_decay=recipe.weight_decay)
         steps = list(distillation.steps(model, source, self.data.train, recipe, optimizer))
         model.eval()
         return {

@@ -29,10 +29,10 @@ WAYS: dict[str, tuple[object, ...]] = {
     "local": ("--local-iters", 3),
     "sharded": ("--train", "sharded", "--local-iters", 2, "--targets", "cached"),
     "sharded, live": ("--train", "sharded", "--local-iters", 0),
-    "ablations": ("--cross-entropy", 0.3, "--intermediate", 1, "--repaired-lr", 0.5, "--teacher-correction", 5),
+    "ablations": ("--cross-entropy", 0.3, "--intermediate", 1, "--teacher-correction", 5),
     "tuned": ("--quantize", 4, "--q-iters", 5, "--q-learning-rate", "1e-4"),
     "cached, tuned longer": ("--targets", "cached", "--quantize", 4, "--q-iters", 9),
-    "sharded, mixed": ("--train", "sharded", "--local-iters", 0, "--cross-entropy", 0.3, "--repaired-lr", 0.5),
+    "sharded, mixed": ("--train", "sharded", "--local-iters", 0, "--cross-entropy", 0.3),
 }
 
 

@@ -180,7 +180,7 @@ def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
 
 def _resident(c: Course, begun: Checkpoint, source: distillation.Source) -> Callable[[str], mx.array]:
     student = load.resident(begun, mx.float32)
-    optimizer = GoralW(weight_decay=c.recipe.weight_decay, factors=c.recipe.factors)
+    optimizer = GoralW(weight_decay=c.recipe.weight_decay)
 
     def restore(arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
         loop.restore(student, optimizer, arrays, memory)
@@ -207,7 +207,7 @@ def _resident(c: Course, begun: Checkpoint, source: distillation.Source) -> Call
 def _sharded(c: Course, begun: Checkpoint, source: distillation.Source) -> Callable[[str], mx.array]:
     r, visit = c.recipe, steps_per_shard(c.plan.job, c.plan.shard_layers)
     room = 4 * c.plan.job.student.head_params  # the head stays, the blocks stream past
-    student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, room, c.direct, r.factors)
+    student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, room, c.direct)
     run = Run(c, student.arrays, student.memory)
     start = run.start(student.begin, student.restore)
     steps = partial(

@@ -22,7 +22,7 @@ from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
-UPDATE_ARRAYS = 4  # two moments, their quotient, the weight: MLX makes up to 12 ahead, but not beyond its limit
+UPDATE_ARRAYS = 2  # a clipped gradient; what else an update makes is written over what it was made of (measured)
 SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
 TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)

@@ -76,21 +76,10 @@ class Distillation(Recipe):
     teacher's in its place; 1 is Minitron's, for deep cuts of depth"""
     teacher_correction: int = 0
     """steps of plain training of the teacher on the text first, at a fifth of the learning rate"""
-    repaired_lr: float = 1.0
-    """factor on the learning rate of every down_proj, which the closed-form repair has set"""
-    embedding_lr: float = 1.0
-    """factor on the learning rate of the embedding and the head; 0 leaves them as they are"""
-
-    @property
-    def factors(self) -> dict[str, float]:
-        """On the learning rate, by how weights' names end."""
-        ends = {"embed_tokens.weight": self.embedding_lr, "lm_head.weight": self.embedding_lr}
-        return {"mlp.down_proj.weight": self.repaired_lr, **ends}
 
     def check(self) -> None:
         """MisError where values make no sense or flags do not go together."""
         most = {"cross_entropy": 1.0, "intermediate": math.inf, "teacher_correction": math.inf}
-        most |= {"repaired_lr": math.inf, "embedding_lr": math.inf}
         for name, limit in most.items():
             if not 0.0 <= (value := getattr(self, name)) <= limit:
                 raise MisError(f"--{name.replace('_', '-')} is {value:g}: give a number from 0 to {limit:g}")
@@ -102,8 +91,6 @@ class Distillation(Recipe):
             raise MisError(f"--{name} needs the teacher itself, --targets cached its samples only: use --targets live")
         if self.intermediate and self.train == "sharded":
             raise MisError("--intermediate needs the whole student, --train sharded has parts: use --train resident")
-        if self.repaired_lr != 1.0 and not self.reconstruct_samples:
-            raise MisError("--repaired-lr is for what the repair set, --reconstruct-samples 0 leaves it out: drop one")
 
 
 TUNE_ITERS = 20

@@ -9,7 +9,7 @@ not know the loss, where batches come from, or when checkpoints are saved.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ class Sharded:
     """A student on disk, one shard of it in memory and trainable. `begin` or `restore` comes first.
 
     A visit is the `steps_per_shard` steps that one shard is trained, with an optimizer of its own; visit v is
-    that of shard v modulo their number. room_bytes and direct are those of `stream.Stream`, factors GoralW's.
+    that of shard v modulo their number. room_bytes and direct are those of `stream.Stream`.
 
     What makes a resume exact: a checkpoint holds the shard of its visit, and every other block is on disk as
     it was then, as long as no later visit has written its blocks. A visit writes its number, then its blocks,
@@ -51,9 +51,8 @@ class Sharded:
         files: Files,
         room_bytes: int = 0,
         direct: bool = False,
-        factors: Mapping[str, float] | None = None,
     ):
-        self._student, self._files, self._factors = student, files, factors
+        self._student, self._files = student, files
         self._shard_layers, self._steps_per_shard, self._weight_decay = shard_layers, steps_per_shard, weight_decay
         self._stream = partial(stream.Stream, student, mx.float32, room_bytes, direct)
         norm = load.final_norm(student, mx.float32)
@@ -94,7 +93,7 @@ class Sharded:
         layers, size = self._source.layers, self._shard_layers
         first = visit % -(-layers // size) * size
         self.visit, self.blocks = visit, range(first, min(first + size, layers))
-        self.optimizer = GoralW(weight_decay=self._weight_decay, factors=self._factors)
+        self.optimizer = GoralW(weight_decay=self._weight_decay)
         self.shard = nn.Module()  # the last shard's memory goes before the next one's is taken
         self.shard.layers = [load.block(self._student, i, self._source.args, mx.float32) for i in self.blocks]
         stream.into_memory(self.shard, f"{self._student.path}, from block {first} on: ")

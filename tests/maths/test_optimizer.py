@@ -1,4 +1,4 @@
-"""GóralW: AdamW to the last bit with the dog asleep; what the dog does when it wakes."""
+"""GóralW: AdamW with the dog asleep; what the dog does when it wakes."""
 
 from __future__ import annotations
 
@@ -46,17 +46,42 @@ def walk(optimizer: GoralW, model: nn.Module, steps: range, scale: float = 1.0) 
     return said
 
 
-def test_asleep_it_is_adamw_to_the_last_bit() -> None:
-    """Guard off, 5 steps with a changing rate: weights and moments equal mlx.optimizers.AdamW's exactly."""
+@pytest.mark.parametrize("kind", [mx.float32, mx.float16])
+def test_asleep_it_is_adamw(kind: mx.Dtype) -> None:
+    """Guard off, 5 steps with a changing rate: weights and moments equal mlx.optimizers.AdamW's to 1e-6 in float32, to
+    four roundings in float16; the step count exactly."""
     ours, theirs = net(), net()
+    for model in (ours, theirs):
+        model.set_dtype(kind)
     goral = GoralW(betas=(0.9, 0.95), weight_decay=0.1, guard=False)
     adamw = optim.AdamW(1e-2, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
-    walk(goral, ours, range(5), 50.0)
     for step in range(5):
-        adamw.learning_rate = cosine(step, 40, 1e-2, 3)
-        adamw.update(theirs, gradients(theirs, step, 50.0))
-    assert flat(ours.parameters()) == flat(theirs.parameters())
-    assert flat(goral.adamw.state) == flat(adamw.state)
+        g = tree_map(lambda a: a.astype(kind), gradients(net(), step, 50.0))
+        adamw.learning_rate = rate = cosine(step, 40, 1e-2, 3)
+        goral.update(ours, g, 1.0, 50.0, rate)
+        adamw.update(theirs, g)
+        mx.eval(ours.parameters(), goral.adamw.state, theirs.parameters(), adamw.state)
+    close = {"rtol": 1e-6, "atol": 1e-8} if kind == mx.float32 else {"rtol": 4e-3, "atol": 1e-5}
+    for mine, other in ((ours.parameters(), theirs.parameters()), (goral.adamw.state, adamw.state)):
+        want = dict(tree_flatten(other))
+        assert {n: a.dtype for n, a in tree_flatten(mine)} == {n: a.dtype for n, a in want.items()}
+        assert all(mx.allclose(a, want[n], **close) for n, a in tree_flatten(mine))
+    assert goral.adamw.step.item() == 5
+
+
+def test_a_new_rate_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps after the first trace nothing: Python's part of the update is not entered again."""
+    model, optimizer, entered = net(), GoralW(), []
+    square = mx.square
+    monkeypatch.setattr(mx, "square", lambda a: entered.append(a.shape) or square(a))
+    seen = []
+    for step in range(3):
+        g = tree_map(lambda p, k=step: 0.1 * k + p * 0 + 1, model.trainable_parameters())
+        entered.clear()
+        optimizer.update(model, g, 1.0, 1.0, 10.0 ** -(2 + step))
+        mx.eval(model.parameters(), optimizer.adamw.state)
+        seen.append(len(entered))
+    assert seen[1:] == [0, 0]
 
 
 def test_awake_on_a_calm_day_it_is_adamw_too() -> None:
@@ -129,37 +154,6 @@ def test_restore_continues_bit_equal() -> None:
     assert flat(second.parameters()) == flat(whole.parameters())
     assert flat(after.adamw.state) == flat(optimizer.adamw.state)
     assert after.memory() == optimizer.memory()
-
-
-def test_a_factor_is_a_rate_of_its_own() -> None:
-    """The named weight moves as under AdamW at half the rate, decay and all (1e-6); the others to the last bit as
-    they would; factor 0 holds it still; factor 1 and a name that is not there change nothing."""
-    end = "layers.2.weight"
-    after = {}
-    for name, rate, factors in (
-        ("plain", 1e-2, None), ("half", 1e-2, {end: 0.5}), ("slow", 5e-3, None), ("still", 1e-2, {end: 0.0}),
-        ("one", 1e-2, {end: 1.0}), ("nobody", 1e-2, {"down_proj.weight": 0.5}),
-    ):  # fmt: skip
-        model, optimizer = net(), GoralW(weight_decay=0.1, factors=factors)
-        for step in range(5):
-            g = gradients(net(), step)  # of no weight: Adam's moments are the same in all
-            optimizer.update(model, g, 1.0, 1.0, rate)
-            mx.eval(model.parameters(), optimizer.adamw.state)
-        after[name] = dict(tree_flatten(model.parameters()))
-    assert mx.allclose(after["half"][end], after["slow"][end], rtol=0, atol=1e-6)
-    assert not mx.allclose(after["half"][end], after["plain"][end], rtol=0, atol=1e-3)
-    assert mx.array_equal(after["still"][end], dict(tree_flatten(net().parameters()))[end])
-    for name in ("half", "still", "one", "nobody"):
-        others = [n for n in after["plain"] if n != end or name in ("one", "nobody")]
-        assert all(mx.array_equal(after[name][n], after["plain"][n]) for n in others), name
-
-
-def test_a_factor_by_pencil() -> None:
-    """w = 2, rate 0.5, decay 0.1: Adam's first step takes 0.5 and decay 0.1; with factor 0.5 half of both: 1.7."""
-    model = nn.Linear(1, 1, bias=False)
-    model.weight = mx.array([[2.0]])
-    GoralW(weight_decay=0.1, factors={"weight": 0.5}).update(model, {"weight": mx.array([[4.0]])}, 1.0, 4.0, 0.5)
-    assert model.weight.item() == pytest.approx(1.7, abs=1e-6)
 
 
 def test_cosine_by_pencil() -> None:

@@ -1,4 +1,4 @@
-"""What distillation may do beside plain KL: cross-entropy, states inside, a corrected teacher, slower down_proj."""
+"""What distillation may do beside plain KL: cross-entropy, states inside, a corrected teacher."""
 
 from __future__ import annotations
 
@@ -58,11 +58,10 @@ def data() -> Windows:
     return Windows(rng.integers(0, 512, (12, 16)).astype(np.int32), learn)
 
 
-def distil(source: distillation.Source, student: Checkpoint, data: Windows, factor: float = 1.0) -> list[Any]:
+def distil(source: distillation.Source, student: Checkpoint, data: Windows) -> list[Any]:
     """Losses, norms, and all weights after RECIPE."""
     model = load.resident(student, mx.float32)
-    optimizer = GoralW(factors=replace(RECIPE, repaired_lr=factor).factors)
-    steps = list(distillation.steps(model, source, data, RECIPE, optimizer))
+    steps = list(distillation.steps(model, source, data, RECIPE, GoralW()))
     return facts(steps) + [p.tolist() for _, p in tree_flatten(model.parameters())]
 
 
@@ -149,45 +148,30 @@ def test_the_gradient_is_that_of_the_formula(
 
 
 def test_off_is_off(llama: Checkpoint, students: dict[str, Checkpoint], data: Windows) -> None:
-    """Nothing asked for: a micro-batch is what it was, and a weight of 0 on the states inside, tap and all, or a
-    factor of 1, gives the run without, bit for bit. Each option by itself gives another run."""
+    """Nothing asked for: a micro-batch is what it was, and a weight of 0 on the states inside, tap and all,
+    gives the run without, bit for bit. Each option by itself gives another run."""
     assert len(Teacher(llama).micro_batches([distillation.Batch(mx.array(data.tokens), mx.array(data.learn))])[0]) == 3
     plain = distil(Teacher(llama, None), students["narrow"], data)
     assert distil(Teacher(llama, None, middle=Middle.of(NARROW, 3, 0.0)), students["narrow"], data) == plain
-    assert distil(Teacher(llama, 0), students["narrow"], data, 1.0) == plain
+    assert distil(Teacher(llama, 0), students["narrow"], data) == plain
     runs = [distil(Teacher(llama, None, **o), students["narrow"], data) for o in OPTIONS.values()]
-    runs += [plain, distil(Teacher(llama, None), students["narrow"], data, 0.5)]
+    runs.append(plain)
     assert all(a[-1] != b[-1] for i, a in enumerate(runs) for b in runs[:i])
 
 
-@pytest.mark.parametrize("kind", ["llama", "untied"])
-def test_an_embedding_held_fast(models: Callable[[str], Checkpoint], data: Windows, kind: str) -> None:
-    """`embedding_lr` 0: embedding and head keep their bits, every other matrix moves; 1 is no factor at all."""
-    student = load.resident(models(kind), mx.float32)
-    before = dict(tree_flatten(student.parameters()))
-    optimizer = GoralW(factors=replace(RECIPE, embedding_lr=0.0).factors)
-    list(distillation.steps(student, Teacher(models("qwen3"), None), data, RECIPE, optimizer))
-    for name, after in tree_flatten(student.parameters()):
-        fast = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        assert mx.array_equal(after, before[name]).item() == fast, name
-    assert GoralW(factors=RECIPE.factors).factors == {}
-
-
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_stopping_and_going_on_is_bit_equal(
-    llama: Checkpoint, students: dict[str, Checkpoint], data: Windows, option: str, factor: float
+    llama: Checkpoint, students: dict[str, Checkpoint], data: Windows, option: str
 ) -> None:
     """Two steps, everything through a checkpoint's arrays, two steps: the run that never stopped."""
-    whole = distil(Teacher(llama, None, **OPTIONS[option]), students["narrow"], data, factor)
-    factors = replace(RECIPE, repaired_lr=factor).factors
-    first, before = load.resident(students["narrow"], mx.float32), GoralW(factors=factors)
+    whole = distil(Teacher(llama, None, **OPTIONS[option]), students["narrow"], data)
+    first, before = load.resident(students["narrow"], mx.float32), GoralW()
     source, steps = Teacher(llama, 0, **OPTIONS[option]), list[Step]()
     for step in distillation.steps(first, source, data, RECIPE, before):
         steps.append(step)
         if step.number == 2:
             break
-    second, after = load.resident(students["narrow"], mx.float32), GoralW(factors=factors)
+    second, after = load.resident(students["narrow"], mx.float32), GoralW()
     loop.restore(second, after, loop.arrays_of(first, before), before.memory())
     steps += distillation.steps(second, source, data, RECIPE, after, 2)
     assert facts(steps) + [p.tolist() for _, p in tree_flatten(second.parameters())] == whole
@@ -227,21 +211,17 @@ def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -
         ({"cross_entropy": float("nan")}, "--cross-entropy is nan"),
         ({"intermediate": -1.0}, "--intermediate is -1: give a number from 0 to inf"),
         ({"teacher_correction": -2}, "--teacher-correction is -2"),
-        ({"repaired_lr": -0.5}, "--repaired-lr is -0.5"),
         ({"targets": "cached", "cross_entropy": 0.1}, "--cross-entropy needs the teacher itself, --targets cached"),
         ({"targets": "cached", "divergence": "reverse"}, "--divergence needs the teacher itself, --targets cached"),
         ({"targets": "cached", "intermediate": 1.0}, "--intermediate needs the teacher itself, --targets cached"),
         ({"train": "sharded", "intermediate": 1.0}, "--intermediate needs the whole student, --train sharded"),
-        ({"repaired_lr": 0.3, "reconstruct_samples": 0}, "--repaired-lr is for what the repair set, --recon"),
     ],
 )
 def test_what_does_not_go_together_is_a_sentence(asked: dict[str, Any], said: str) -> None:
     """The flag, what it clashes with, and what to do; the defaults and each flag by itself pass."""
     Distillation().check()
-    Distillation(
-        cross_entropy=1.0, intermediate=2.0, repaired_lr=0.0, teacher_correction=5, divergence="reverse"
-    ).check()
-    Distillation(targets="cached", teacher_correction=5, repaired_lr=0.3).check()
+    Distillation(cross_entropy=1.0, intermediate=2.0, teacher_correction=5, divergence="reverse").check()
+    Distillation(targets="cached", teacher_correction=5).check()
     with pytest.raises(MisError) as caught:
         Distillation(**asked).check()
     assert str(caught.value).startswith(said)
