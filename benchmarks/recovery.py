@@ -132,8 +132,6 @@ ARMS: dict[str, Arm] = {
     # What is learned from.
     "loss-ce": short("loss", recipe={"cross_entropy": 0.5}),
     "loss-t2": short("loss", recipe={"temperature": 2.0}),
-    "loss-reverse": short("loss", recipe={"divergence": "reverse"}),
-    "loss-intermediate": short("loss", recipe={"intermediate": 1.0}),
 }  # fmt: skip
 
 
@@ -213,10 +211,7 @@ class Bench(Laboratory):
             keep = slice.read_keep(student.path)
         assert keep is not None
         found["start"] = self.judge(model)
-        middle = distillation.Middle.of(keep, 30, recipe.intermediate) if recipe.intermediate else None
-        source = distillation.Teacher(
-            self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy, recipe.divergence, middle
-        )
+        source = distillation.Teacher(self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy)
         model.train()
         optimizer = GoralW(weight_decay=recipe.weight_decay)
         steps = list(distillation.steps(model, source, self.data.train, recipe, optimizer))

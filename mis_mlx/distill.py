@@ -144,7 +144,7 @@ def _quantize(s: Settings, c: Course, pruned: Checkpoint, dense: Path) -> None:
         ranks.sent_folder(rounded, c.files)
         cli.say(f"tune: {steps} steps of scales, biases and norms")
         r = dwq.recipe_of(c.recipe, steps, s.q_learning_rate)
-        dwq.tune(c, course.source_of(c, pruned), rounded, out, r)
+        dwq.tune(c, course.source_of(c), rounded, out, r)
 
 
 def _measure(

@@ -42,9 +42,6 @@ def disk_bytes(plan: Plan) -> int:
     m = plan.job.student
     params, shard = arch.params(m.config), m.block_params * plan.shard_layers
     run = 2 * phases.SAVED_BYTES * (shard or params) + (4 * params if shard else 0)
-    if plan.job.correction:  # its checkpoints are gone before the student's begin, its folder stays
-        teacher = plan.job.teacher
-        run = max(run, 2 * phases.SAVED_BYTES * arch.params(teacher.config)) + teacher.nbytes
     kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
 
@@ -146,10 +143,6 @@ class Settings:
     """windows of blockwise training, where it is needed"""
     local_iters: int | None = None
     """steps of each block there; given: a student that fits is trained blockwise first, too"""
-    intermediate: float = 0.0
-    """weight of the cosine of states inside"""
-    teacher_correction: int = 0
-    """steps of the teacher's own training"""
     eval_windows: int = 24
     save_every: int = 20
     hosts: str | None = None

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from mis_mlx.disk import runs, safetensors
@@ -29,7 +28,7 @@ WAYS: dict[str, tuple[object, ...]] = {
     "local": ("--local-iters", 3),
     "sharded": ("--train", "sharded", "--local-iters", 2, "--targets", "cached"),
     "sharded, live": ("--train", "sharded", "--local-iters", 0),
-    "ablations": ("--cross-entropy", 0.3, "--intermediate", 1, "--teacher-correction", 5),
+    "ablations": ("--cross-entropy", 0.3),
     "tuned": ("--quantize", 4, "--q-iters", 5, "--q-learning-rate", "1e-4"),
     "cached, tuned longer": ("--targets", "cached", "--quantize", 4, "--q-iters", 9),
     "sharded, mixed": ("--train", "sharded", "--local-iters", 0, "--cross-entropy", 0.3),
@@ -75,13 +74,13 @@ def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("word", ["targets", "local", "teacher", "distil", "tune"])
+@pytest.mark.parametrize("word", ["targets", "local", "distil", "tune"])
 def test_killed_in_any_phase_and_resumed(
     tmp_path: Path, whole: Callable[[str], tuple[Path, Done]], llama: Checkpoint, text_folder: Path, way: str,
     word: str, command: Callable[..., Done],
 ) -> None:  # fmt: skip
     """SIGKILL as soon as a phase's files appear; --resume ends with the bits of the undisturbed run."""
-    signs = {"targets": "targets/part-*", "local": course.LOCAL, "teacher": "teacher.jsonl", "distil": "metrics.jsonl"}
+    signs = {"targets": "targets/part-*", "local": course.LOCAL, "distil": "metrics.jsonl"}
     signs["tune"] = dwq.LOG
     sign = signs[word]
     out, run = whole(way)[0], tmp_path / "run"
@@ -99,25 +98,6 @@ def test_killed_in_any_phase_and_resumed(
     assert weights(run) == weights(out)
 
 
-def test_a_corrected_teacher_teaches_and_is_no_yardstick(
-    whole: Callable[[str], tuple[Path, Done]], llama: Checkpoint
-) -> None:
-    """An ordinary folder of the teacher's type that learned the text; tables compare with the one that was given."""
-    out, done = whole("ablations")
-    result, other = (json.loads(d.stdout.splitlines()[-1]) for d in (done, whole("sharded, live")[1]))
-    assert result["nll_teacher"] == other["nll_teacher"] and result["nll_pruned"] == other["nll_pruned"]
-    assert "teacher correction: 5 steps" in done.stderr and not (out / course.TEACHER_STEPS).exists()
-    logged = [json.loads(line) for line in (out / "teacher.jsonl").read_text().splitlines()]
-    assert [r["number"] for r in logged] == [1, 2, 3, 4, 5] and logged[-1]["loss"] < logged[0]["loss"]
-    assert max(r["learning_rate"] for r in logged) == pytest.approx(2e-3)
-    corrected = load.open_checkpoint(out / course.TEACHER)
-    assert corrected.config == llama.config and corrected.nbytes == llama.nbytes
-    assert {t.dtype for t in corrected.tensors.values()} == {"F32"}
-    name = "model.layers.0.mlp.down_proj.weight"
-    assert 0 < mx.abs(load.dense(corrected, name) - load.dense(llama, name)).max().item() < 5 * 2.1e-3
-    load.mlx_lm("utils").load(str(out / course.TEACHER))
-
-
 def test_scales_learn_what_rounding_cost(whole: Callable[[str], tuple[Path, Done]]) -> None:
     """Between `rounded` and `model` only scales, biases and norms differ, and the loss against the teacher falls."""
     out, done = whole("tuned")
@@ -132,12 +112,12 @@ def test_scales_learn_what_rounding_cost(whole: Callable[[str], tuple[Path, Done
     assert "model.embed_tokens.scales" not in differ and "tune" in done.stderr
 
 
-def test_states_inside_need_keep_json(
+def test_teaching_by_block_needs_keep_json(
     tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
 ) -> None:
     """Which teacher blocks a student block stands for is written there."""
     done = command("distill", "--teacher", llama.path, "--student", llama.path, "--data", text_folder, *FLAGS,
-                   "--intermediate", 1, "--out", tmp_path / "run")  # fmt: skip
+                   "--local-iters", 1, "--out", tmp_path / "run")  # fmt: skip
     assert done.returncode == 1 and "has no keep.json" in done.stderr.splitlines()[-1]
 
 

@@ -48,7 +48,6 @@ def kl_sum(
     frozen_head: bool = False,
     labels: mx.array | None = None,
     cross_entropy: float = 0.0,
-    reverse: bool = False,
 ) -> mx.array:
     """Sum over positions of KL(softmax(z_t / T) || softmax(z_s / T)) in nats, differentiable in student, head.
 
@@ -58,7 +57,6 @@ def kl_sum(
     backward pass as (n, D) and (V, D) arrays, so logits are never recomputed and never kept.
     frozen_head: the head is constant, and its (V, D) gradient is not formed.
     labels: (n,), the text's own next tokens: the loss is (1 - c) KL + c CE, c = `cross_entropy`, CE at T = 1.
-    reverse: KL(student || teacher) in the place of KL(teacher || student).
     """
 
     def formula(z: mx.array, target: mx.array, *label: mx.array) -> tuple[mx.array, mx.array]:
@@ -66,11 +64,7 @@ def kl_sum(
         z_s = z / temperature
         p_t, lse_t = softmax_lse(z_t)
         p_s, lse_s = softmax_lse(z_s)
-        if reverse:
-            each = (p_s * (z_s - z_t)).sum(axis=-1) - lse_s + lse_t
-            g = p_s * (z_s - z_t - (lse_s - lse_t + each)[:, None]) / temperature
-        else:
-            each, g = (p_t * (z_t - z_s)).sum(axis=-1) - lse_t + lse_s, (p_s - p_t) / temperature
+        each, g = (p_t * (z_t - z_s)).sum(axis=-1) - lse_t + lse_s, (p_s - p_t) / temperature
         if not label:
             return each, g
         p, lse = (p_s, lse_s) if temperature == 1.0 else softmax_lse(z)
@@ -81,23 +75,6 @@ def kl_sum(
         return sum_by_chunks(formula, student, head, (teacher,), learn, rows, frozen_head)
     rows = rows or chunk_rows(head.shape[0]) * 3 // 4  # up to a third more (n, V) tensors at a time (measured)
     return sum_by_chunks(formula, student, head, (teacher, labels), learn, rows, frozen_head)
-
-
-def cosine_sum(student: mx.array, teacher: mx.array, learn: mx.array) -> mx.array:
-    """Sum over positions of 1 - cosine between hidden states (n, D), differentiable in student. learn: (n,)."""
-    a, b = student.astype(mx.float32), teacher.astype(mx.float32)
-    lengths = mx.sqrt(mx.square(a).sum(axis=-1)) * mx.sqrt(mx.square(b).sum(axis=-1))
-    return ((1.0 - (a * b).sum(axis=-1) / mx.maximum(lengths, 1e-12)) * learn).sum()
-
-
-def balanced(loss: mx.array, other: mx.array, share: float) -> mx.array:
-    """`loss` with the gradient of loss + share * alpha * other, alpha = loss / other held constant.
-
-    alpha makes the two weigh the same (arXiv 2407.14679, section 3). The value stays that of `loss`, so that
-    losses of runs with and without `other` can be compared; by its formula it would be (1 + share) times that.
-    """
-    alpha = mx.stop_gradient(share * loss / mx.maximum(other, 1e-6))  # a student without any error has neither
-    return loss + alpha * (other - mx.stop_gradient(other))
 
 
 def sum_by_chunks(

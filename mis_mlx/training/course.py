@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,16 +25,15 @@ from mis_mlx.machine import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import load, parts, ranks, reconstruct, slice, stream
-from mis_mlx.training import distillation, local, loop, planning, sharded, targets
+from mis_mlx.training import distillation, local, loop, sharded, targets
 from mis_mlx.training.checkpoints import Checkpoints
 from mis_mlx.training.phases import Plan, steps_per_shard
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.training.supervise import set_back, supervise
 from mis_mlx.training.weather import Weather
-from mis_mlx.types import Checkpoint, Keep, MisError, Step
+from mis_mlx.types import Checkpoint, MisError, Step
 
 LOCAL = "local.jsonl"
-TEACHER, TEACHER_STEPS = "teacher", "teacher-steps"  # folders of the corrected teacher and of its checkpoints
 
 
 @dataclass
@@ -80,57 +79,17 @@ def train(c: Course, pruned: Checkpoint) -> Callable[[str], mx.array]:
     begun = pruned
     if c.plan.mode == "sharded" or c.recipe.local_iters:
         begun = _local(c, pruned)
-    source = source_of(c, pruned)
+    source = source_of(c)
     return _sharded(c, begun, source) if c.plan.mode == "sharded" else _resident(c, begun, source)
 
 
-def _corrected(c: Course) -> Checkpoint:
-    """The teacher after some steps of plain cross-entropy on the text that it is to teach (arXiv 2408.11796).
-
-    A folder beside the others, of the teacher's own type. Killed on the way, it goes on from its checkpoints.
-    """
-    out, saved = c.folder / TEACHER, c.folder / TEACHER_STEPS
-    if not ranks.told(out.exists):
-        cli.say(f"teacher correction: {c.recipe.teacher_correction} steps")
-        with c.phase("teacher correction"):
-            _correct(c, out)
-        mx.clear_cache()
-    ranks.sent_folder(out, c.files)
-    if saved.exists():  # weights and moments, twice: nobody goes back there
-        with suppress(OSError):
-            c.files.remove_tree(saved)
-    return load.open_checkpoint(out)
-
-
-def _correct(c: Course, out: Path) -> None:
-    model, optimizer = load.resident(c.teacher, mx.float32), GoralW(weight_decay=c.recipe.weight_decay)
-    r = replace(c.recipe, iters=c.recipe.teacher_correction, learning_rate=c.recipe.learning_rate / 5)
-    run = Run(replace(c, recipe=r), partial(loop.arrays_of, model, optimizer), optimizer.memory, steps=TEACHER_STEPS)
-    begin = partial(stream.into_memory, model, f"{c.teacher.path}: ")
-    start = run.start(begin, partial(loop.restore, model, optimizer))
-    model.train()
-    steps = partial(distillation.steps, model, distillation.Text(), c.data, r, optimizer)
-    run.finish(steps, start, r.save_every, lambda: optimizer, f"{TEACHER}.jsonl", TEACHER)
-    dtype = planning.KINDS[c.teacher.tensors[f"{load.EMBEDDING}weight"].dtype]
-    take = dict(tree_flatten(model.parameters())).__getitem__
-    if ranks.first():
-        slice.write_model(c.teacher.config, take, c.teacher.path, out, dtype, c.files)
-
-
-def source_of(c: Course, pruned: Checkpoint) -> distillation.Source:
+def source_of(c: Course) -> distillation.Source:
     """The teacher, live; or what it left on disk, written now as far as it is missing."""
-    middle = None
-    if c.recipe.intermediate:
-        middle = distillation.Middle.of(_keep(pruned), c.plan.job.teacher.shape.layers, c.recipe.intermediate)
-    if c.recipe.teacher_correction:
-        c = replace(c, teacher=_corrected(c))
     keeps = c.plan.pinned * c.plan.job.teacher.block_work + c.plan.job.teacher.head_work
 
     def teacher(room_bytes: int | None) -> distillation.Teacher:
         r = c.recipe
-        return distillation.Teacher(
-            c.teacher, room_bytes, c.direct, r.temperature, r.cross_entropy, r.divergence, middle, c.shares
-        )
+        return distillation.Teacher(c.teacher, room_bytes, c.direct, r.temperature, r.cross_entropy, c.shares)
 
     if c.recipe.targets == "live":
         return teacher(None if c.plan.teacher_resident else keeps)
@@ -152,15 +111,11 @@ def source_of(c: Course, pruned: Checkpoint) -> distillation.Source:
     return targets.Cached(store, at)
 
 
-def _keep(pruned: Checkpoint) -> Keep:
-    if keep := slice.read_keep(pruned.path):
-        return keep
-    raise MisError(f"{pruned.path} has no keep.json, which says what each block stands for: prune it with mis_mlx")
-
-
 def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
     """The student as a folder of parts, taught block by block as far as it is not yet."""
-    keep = _keep(pruned)
+    keep = slice.read_keep(pruned.path)
+    if keep is None:
+        raise MisError(f"{pruned.path} has no keep.json, which says what each block stands for: prune it with mis_mlx")
     student = parts.begin(pruned, c.folder / "parts", c.files)
     if (c.folder / "steps").exists():  # the next stage has begun
         return student

@@ -56,8 +56,6 @@ def shares(made: Plan) -> tuple[int, ...]:
     if ranks.size() == 1:
         return ()
     job = made.job
-    if job.intermediate:
-        raise MisError("--intermediate looks into the middle of a teacher, which --spread layers takes apart: use one")
     cost = ranks.told(lambda: reading(job.teacher, job.step, job.length, made.rates))
     counts = relay.shared(job.teacher.shape.layers, ranks.gather(made.pinned), cost)
     cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from mis_mlx.training.planning import Model
 from mis_mlx.training.recipe import Rounding
-from mis_mlx.types import MisError
 
 LOCAL_ITERS = 16  # of a student that does not fit
 PLAIN = Rounding(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
@@ -37,8 +36,6 @@ class Job:
     save_every: int
     targets: Literal["live", "cached"] = "live"
     modes: tuple[Mode, ...] = ("resident", "sharded")
-    intermediate: bool = False
-    correction: int = 0  # steps of the teacher's own training
     depth: int = 0  # windows on which every block is left out once
     depth_rounds: int = 1  # how often, with fewer blocks each time
     fisher: bool = False  # a pass back through the teacher for importance
@@ -62,9 +59,6 @@ class Job:
 
 def job_of(teacher: Model, student: Model, asked: Any) -> Job:
     """The job that a command's settings ask for; they have the names of `distill`'s."""
-    if asked.teacher_correction and teacher.packed:
-        raise MisError("--teacher-correction trains the teacher, and this one is quantized: use the unquantized model")
-    modes: tuple[Mode, ...] = ("resident",) if asked.intermediate else ("resident", "sharded")
     blocks, gone = getattr(asked, "blocks", "cosine"), teacher.shape.layers - student.shape.layers
     return Job(
         teacher,
@@ -80,9 +74,7 @@ def job_of(teacher: Model, student: Model, asked: Any) -> Job:
         asked.eval_windows,
         asked.save_every,
         asked.targets,
-        modes if asked.train == "auto" else (asked.train,),
-        bool(asked.intermediate),
-        asked.teacher_correction,
+        ("resident", "sharded") if asked.train == "auto" else (asked.train,),
         asked.block_samples if gone and blocks in ("kl", "greedy", "contiguous") else 0,
         gone if blocks == "greedy" else 1,
         "fisher" in (blocks, getattr(asked, "importance", "")),

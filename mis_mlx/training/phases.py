@@ -63,15 +63,6 @@ def repair(job: Job) -> Phase:
     return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)
 
 
-def correct(job: Job, micro: int) -> Phase:
-    """The teacher whole in memory, trained on the text before it teaches, and written (training/course)."""
-    m, params = job.teacher, arch.params(job.teacher.config)
-    written = (job.correction // job.save_every + 2) * SAVED_BYTES * params + m.nbytes
-    flops = job.correction * 3 * forward_flops(m, job.step, job.length)
-    peak = max(planning.training_bytes(m.config, micro, job.length), STATE_BYTES * params + planning.tensor_bytes(m))
-    return Phase("teacher correction", m.nbytes, written, peak, flops, True)
-
-
 def store(job: Job, limit: int) -> Phase:
     """The teacher's sampled logits for all training tokens: one pass for as many windows as memory takes."""
     t, length, steps = job.teacher, job.length, max(job.iters, job.rounding.steps(True))
@@ -129,7 +120,7 @@ def _taught(job: Job, plain: Phase, micro: int, limit: int, iters: int, trained:
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
         body = t.body_bytes(planning.workspace_bytes(t, micro * length, length))
         peak += max(0, body - planning.activation_bytes(m.config, micro, length))
-        peak += t.slots_bytes + t.head_work + (1 + job.intermediate) * job.step * t.shape.hidden * t.item
+        peak += t.slots_bytes + t.head_work + job.step * t.shape.hidden * t.item
         keeps = planning.pins(t, room(limit, peak))
         read = t.head_bytes + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))
         flops += forward_flops(t, job.step, length)
@@ -246,8 +237,7 @@ def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) 
     known = TENSOR_BYTES * job.teacher.tensors
     left = max(0, limit - known)
     own = known + process_bytes(left)
-    phases = [prune(job, left), *([correct(job, micro)] if job.correction else [])]
-    phases += [store(job, left)] if job.targets == "cached" else []
+    phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
     if job.local_steps(mode) or mode == "sharded":  # which refits each block itself
         phases.append(local(job, micro, left, job.local_steps(mode)))
     elif job.repair:
@@ -289,7 +279,6 @@ def remedy(plan: Plan) -> str:
     text = f"{worst.name} needs {gib(worst.peak_bytes)}, the budget is {gib(plan.budget_bytes)}: give --budget {least}"
     tries = [("--reconstruct-samples 0", replace(job, repair=0))] if job.repair else []
     tries += packing.cheaper(job)
-    tries += [("--teacher-correction 0", replace(job, correction=0))] if job.correction else []
     shorter = [n for n in (job.length >> k for k in range(1, 8)) if n >= 16]
     tries += [(f"--max-seq-length {n} instead of {job.length}", replace(job, length=n)) for n in shorter]
     fitting = [name for name, other in tries if make(other, plan.budget_bytes, plan.rates).fits]

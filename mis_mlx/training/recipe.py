@@ -5,7 +5,6 @@ Does not know what is trained.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -69,28 +68,19 @@ class Distillation(Recipe):
     """peak, of every block"""
     cross_entropy: float = 0.0
     """share of the loss that is plain cross-entropy on the text; the rest is KL to the teacher"""
-    divergence: Literal["forward", "reverse"] = "forward"
-    """KL(teacher || student), or KL(student || teacher)"""
-    intermediate: float = 0.0
-    """weight, beside the loss on logits, of the cosine between the states behind the last block but two and the
-    teacher's in its place; 1 is Minitron's, for deep cuts of depth"""
-    teacher_correction: int = 0
-    """steps of plain training of the teacher on the text first, at a fifth of the learning rate"""
 
     def check(self) -> None:
         """MisError where values make no sense or flags do not go together."""
-        most = {"cross_entropy": 1.0, "intermediate": math.inf, "teacher_correction": math.inf}
+        most = {"cross_entropy": 1.0}
         for name, limit in most.items():
             if not 0.0 <= (value := getattr(self, name)) <= limit:
                 raise MisError(f"--{name.replace('_', '-')} is {value:g}: give a number from 0 to {limit:g}")
         if self.targets == "cached" and self.temperature != 1.0:
             raise MisError(f"--targets cached are those of temperature 1, not {self.temperature:g}: use --targets live")
-        live = {"cross-entropy": self.cross_entropy, "divergence": self.divergence == "reverse"}
-        live["intermediate"] = self.intermediate
-        for name in (name for name, asked in live.items() if asked and self.targets == "cached"):
-            raise MisError(f"--{name} needs the teacher itself, --targets cached its samples only: use --targets live")
-        if self.intermediate and self.train == "sharded":
-            raise MisError("--intermediate needs the whole student, --train sharded has parts: use --train resident")
+        if self.targets == "cached" and self.cross_entropy:
+            raise MisError(
+                "--cross-entropy needs the teacher itself, --targets cached its samples only: use --targets live"
+            )
 
 
 TUNE_ITERS = 20

@@ -18,7 +18,7 @@ from mis_mlx.disk.files import Files
 from mis_mlx.maths import losses, sparse
 from mis_mlx.model import ranks
 from mis_mlx.model.config import shape_of
-from mis_mlx.training.distillation import MicroBatch, Middle, Teacher
+from mis_mlx.training.distillation import MicroBatch, Teacher
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Batch, Checkpoint, MisError
 
@@ -113,8 +113,6 @@ class Cached:
     windows: which windows of the training data the store's are, rising (`visited`); default: all of them.
     tail False: of a store of top tokens, those alone, renormalised; biased, for comparison.
     """
-
-    middle: Middle | None = None
 
     def __init__(self, store: logits.Targets, windows: np.ndarray | None = None, tail: bool = True):
         self._store, self._tail = store, tail

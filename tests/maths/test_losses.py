@@ -84,24 +84,21 @@ def test_the_gradient_scales_with_what_is_above() -> None:
 
 @pytest.mark.parametrize("rows", [4, None])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize(("c", "reverse"), [(0.25, False), (1.0, False), (0.0, True), (0.5, True)])
-def test_cross_entropy_and_reverse_are_the_plain_formula(
-    c: float, reverse: bool, temperature: float, rows: int | None
-) -> None:
-    """(1 - c) KL + c CE, either way round: value and both gradients equal autodiff of whole logits to 1e-5."""
+@pytest.mark.parametrize("c", [0.25, 0.5, 1.0])
+def test_cross_entropy_is_the_plain_formula(c: float, temperature: float, rows: int | None) -> None:
+    """(1 - c) KL + c CE: value and both gradients equal autodiff of whole logits to 1e-5."""
     p, labels = problem(), mx.random.randint(0, V, (N,), key=mx.random.key(3))
     z_t = p["teacher"] @ p["teacher_head"].T / temperature
-    options = {"labels": labels if c else None, "cross_entropy": c, "reverse": reverse}
 
     def got(student: mx.array, head: mx.array) -> mx.array:
         return losses.kl_sum(
-            student, head, p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"], temperature, rows, **options
-        )
+            student, head, p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"], temperature, rows,
+            labels=labels, cross_entropy=c,
+        )  # fmt: skip
 
     def wanted(student: mx.array, head: mx.array) -> mx.array:
         z = student @ head.T
-        logs = [a - mx.logsumexp(a, axis=-1, keepdims=True) for a in (z_t, z / temperature)]
-        a, b = logs[::-1] if reverse else logs
+        a, b = (a - mx.logsumexp(a, axis=-1, keepdims=True) for a in (z_t, z / temperature))
         ce = mx.logsumexp(z, axis=-1) - mx.take_along_axis(z, labels[:, None], axis=-1)[:, 0]
         return (((1 - c) * (mx.exp(a) * (a - b)).sum(axis=-1) + c * ce) * p["learn"]).sum()
 
@@ -112,9 +109,9 @@ def test_cross_entropy_and_reverse_are_the_plain_formula(
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5, atol=1e-5)
 
 
-def test_cross_entropy_and_reverse_by_pencil() -> None:
-    """Two tokens, teacher 3 : 1, student 1 : 1, the text says the first: KL 0.75 ln 1.5 + 0.25 ln 0.5, CE ln 2; the
-    other way round 0.5 ln 2/3 + 0.5 ln 2. A share of 0 is plain KL, value and gradient, bit for bit."""
+def test_cross_entropy_by_pencil() -> None:
+    """Two tokens, teacher 3 : 1, student 1 : 1, the text says the first: KL 0.75 ln 1.5 + 0.25 ln 0.5, CE ln 2. A
+    share of 0 is plain KL, value and gradient, bit for bit."""
     one, head = mx.array([[1.0]]), mx.array([[0.0], [0.0]])
     label, two_logits = mx.array([0]), mx.array([[np.log(3.0)], [0.0]])
 
@@ -124,7 +121,6 @@ def test_cross_entropy_and_reverse_by_pencil() -> None:
     forward = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
     mixed = kl(one, labels=label, cross_entropy=0.25).item()
     assert mixed == pytest.approx(0.75 * forward + 0.25 * np.log(2), abs=1e-6)
-    assert kl(one, reverse=True).item() == pytest.approx(0.5 * np.log(2 / 3) + 0.5 * np.log(2), abs=1e-6)
     p, labels = problem(), mx.random.randint(0, V, (N,), key=mx.random.key(3))
 
     def sums(student: mx.array, head: mx.array, label: mx.array | None) -> mx.array:
@@ -134,26 +130,6 @@ def test_cross_entropy_and_reverse_by_pencil() -> None:
 
     (a, off), (b, plain) = (mx.value_and_grad(sums, (0, 1))(p["student"], p["head"], at) for at in (labels, None))
     assert a.item() == b.item() and all(mx.array_equal(x, y) for x, y in zip(off, plain, strict=True))
-
-
-def test_cosine_by_pencil() -> None:
-    """45 degrees: 1 - 1/sqrt 2; the same direction at another length: 0; opposite: 2; what is not learnt: nothing."""
-    student = mx.array([[1.0, 0.0], [2.0, 2.0], [0.0, 1.0], [1.0, 0.0]])
-    teacher = mx.array([[3.0, 3.0], [0.5, 0.5], [0.0, -9.0], [0.0, 1.0]])
-    got = [losses.cosine_sum(student[i : i + 1], teacher[i : i + 1], mx.ones(1)).item() for i in range(4)]
-    assert got == pytest.approx([1 - 0.5**0.5, 0.0, 2.0, 1.0], abs=1e-6)
-    assert losses.cosine_sum(student, teacher, mx.array([1.0, 1, 1, 0])).item() == pytest.approx(3 - 0.5**0.5, abs=1e-6)
-
-
-def test_balanced_by_pencil() -> None:
-    """loss x^2 and other 3 x at x = 2, share 0.5: value 4; alpha 4 / 6 is constant: slope 4 + 0.5 * 4 / 6 * 3 = 5.
-
-    No loss and no distance, as of a student that is its teacher: no gradient, and a number.
-    """
-    value, slope = mx.value_and_grad(lambda x: losses.balanced(x * x, 3 * x, 0.5))(mx.array(2.0))
-    assert value.item() == 4.0 and slope.item() == pytest.approx(5.0)
-    value, slope = mx.value_and_grad(lambda x: losses.balanced(x * x, 3 * x, 0.5))(mx.array(0.0))
-    assert (value.item(), slope.item()) == (0.0, 0.0)
 
 
 def test_a_frozen_head_changes_neither_value_nor_the_students_gradient() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mis_mlx.machine.rates import M1_AIR
-from mis_mlx.model import arch, ranks, relay
+from mis_mlx.model import arch, relay
 from mis_mlx.training import hosts, phases, planning
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
@@ -80,15 +80,6 @@ def test_a_step_by_hand() -> None:
     assert one == pytest.approx(max(distil.flops / M1_AIR.training_flops_per_s / plan.job.iters, reading))
     sent = hosts.gradient_bytes(plan.job, 2) / 1e6
     assert two == pytest.approx(max(one / 2, reading) + sent) and math.isfinite(two)
-
-
-def test_a_teacher_in_layers_has_no_middle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """--intermediate wants states that another machine has; refused before anything is shared out."""
-    plan = phases.make(replace(JOB, intermediate=True, modes=("resident",)), 2**31, M1_AIR)
-    assert hosts.shares(plan) == ()
-    monkeypatch.setattr(ranks, "size", lambda: 2)
-    with pytest.raises(MisError, match="--intermediate .* --spread layers"):
-        hosts.shares(plan)
 
 
 def test_the_command(command: Callable[..., Done], llama: Checkpoint) -> None:
