@@ -1,9 +1,9 @@
-"""Stored targets against the live teacher at equal steps: full KD, RS-KD, top 12 alone, top 12 with its tail.
+"""Stored targets against the live teacher at equal steps: full KD and RS-KD.
 
     scripts/mis benchmarks/rskd.py --student STUDENT        # about an hour on 2 quiet cores
 
 The default teacher and its GÓRAL student after the closed-form repair, made once (kept in STUDENT, a folder
-that is made when it is not there). A seed chooses the batches and the samples; all four ways see the same
+that is made when it is not there). A seed chooses the batches and the samples; both ways see the same
 batches. Measured on the English held-out windows, in nats per token; `seconds` is training, `write_s` the
 teacher's pass before it. Writes benchmarks/results/<machine>/rskd.json.
 """
@@ -31,13 +31,7 @@ from mis_mlx.training import distillation, pruning, targets
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Checkpoint
 
-# name in the table -> kind of store (None: the live teacher), tokens a position, whether the tail counts
-WAYS: dict[str, tuple[Any, int, bool]] = {
-    "full": (None, 0, True),
-    "rs-kd 50": ("sampled", 50, True),
-    "top 12": ("top", 12, False),
-    "top 12 + tail": ("top", 12, True),
-}
+WAYS = {"full": 0, "rs-kd 50": 50}  # name in the table -> samples a position (0: the live teacher)
 
 
 @dataclass(frozen=True)
@@ -84,18 +78,16 @@ def train(
     way: str, student: Checkpoint, source: distillation.Teacher, checkpoint: Checkpoint, data: Windows, recipe: Recipe
 ) -> tuple[Any, dict[str, Any]]:
     """(the student trained one way, what it cost)."""
-    kind, count, tail = WAYS[way]
+    count = WAYS[way]
     cost: dict[str, Any] = {"bytes_per_token": None, "write_s": None}
     with tempfile.TemporaryDirectory() as temp:
         target: distillation.Source = source
-        if kind is not None:
+        if count:
             began, at = time.monotonic(), targets.visited(len(data.tokens), recipe)
             picked = Windows(data.tokens[at], data.learn[at])
-            store = targets.write(
-                checkpoint, lambda: source, picked, Path(temp), DISK, kind=kind, count=count, seed=recipe.seed
-            )
+            store = targets.write(checkpoint, lambda: source, picked, Path(temp), DISK, count=count, seed=recipe.seed)
             cost = {"bytes_per_token": round(store.bytes_per_token, 1), "write_s": round(time.monotonic() - began, 1)}
-            target = targets.Cached(store, at, tail)
+            target = targets.Cached(store, at)
         model = stream.into_memory(load.resident(student, mx.float32))
         model.train()
         steps = list(distillation.steps(model, target, data, recipe, GoralW()))

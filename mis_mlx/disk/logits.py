@@ -25,7 +25,7 @@ from mis_mlx.types import MisError
 
 MANIFEST = "targets.json"
 KEPT_PARTS = 4  # parts that a reader holds in memory
-NUMPY = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F16": np.float16}
+NUMPY = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -34,8 +34,8 @@ Arrays = Mapping[str, np.ndarray]
 class Spec:
     """What a store holds. Equal specs, equal bytes."""
 
-    kind: Literal["sampled", "top"]
-    count: int  # samples, or top tokens, of a position
+    kind: Literal["sampled"]  # stands in targets.json
+    count: int  # samples of a position
     vocab: int
     windows: int
     length: int  # positions in a window
@@ -47,12 +47,9 @@ class Spec:
     def dtypes(self) -> dict[str, type]:
         """The arrays of a part in the order of maths.sparse, and how narrow they are.
 
-        sampled: sizes, distinct tokens of each position; ids and counts of all positions laid end to end.
-        top: ids and probs (positions, k), tail (positions,).
+        sizes, distinct tokens of each position; ids and counts of all positions laid end to end.
         """
         ids = np.uint16 if self.vocab <= 2**16 else np.uint32
-        if self.kind == "top":
-            return {"ids": ids, "probs": np.float16, "tail": np.float16}
         small = np.uint8 if self.count < 2**8 else np.uint16
         return {"sizes": small, "ids": ids, "counts": small}
 
@@ -62,9 +59,8 @@ def create(folder: Path, spec: Spec, files: Files) -> Targets:
 
     Damaged parts count as missing, and `notes` says so. MisError when `folder` holds other targets.
     """
-    if spec.count < 1 or spec.count >= 2**16 or (spec.kind == "top" and spec.count > spec.vocab):
-        most = min(spec.vocab, 2**16 - 1) if spec.kind == "top" else 2**16 - 1
-        raise MisError(f"{spec.count} {spec.kind} tokens a position: take 1 to {most}")
+    if not 1 <= spec.count < 2**16:
+        raise MisError(f"{spec.count} sampled tokens a position: take 1 to {2**16 - 1}")
     with reported(folder, "the targets"):
         files.make_folder(folder)
     sweep(folder, files)
@@ -165,32 +161,24 @@ class Targets:
         text = json.dumps({**asdict(self.spec), "parts": listed}, indent=1)
         self._files.replace_text(self.folder / MANIFEST, text + "\n")
 
-    def windows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Targets of n windows: ids (n, T, m) int32, weights (n, T, m) float32, and tails (n, T) of kind top.
+    def windows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Targets of n windows: ids (n, T, m) int32, weights (n, T, m) float32.
 
-        sampled: weights are counts / N; m is the most that a position of these windows has, and entries of
-        weight 0 fill the others up. top: m = k, and weights + tail sum to 1. MisError when a part is missing
-        or damaged. Memory: the last few parts.
+        Weights are counts / N; m is the most that a position of these windows has, and entries of weight 0 fill
+        the others up. MisError when a part is missing or damaged. Memory: the last few parts.
         """
         found = [self._window(int(i)) for i in indices]
-        if self.spec.kind == "top":
-            ids, weights, tail = (np.stack([w[name] for w in found]) for name in ("ids", "probs", "tail"))
-            weights, tail = weights.astype(np.float32), tail.astype(np.float32)
-            whole = weights.sum(axis=-1) + tail  # 1, but for the rounding to float16
-            return ids.astype(np.int32), weights / whole[..., None], tail / whole
         sizes = np.stack([w["sizes"] for w in found])
         filled = np.arange(sizes.max()) < sizes[..., None]
         ids, weights = np.zeros(filled.shape, np.int32), np.zeros(filled.shape, np.float32)
         ids[filled] = np.concatenate([w["ids"] for w in found])
         weights[filled] = np.concatenate([w["counts"] for w in found]) / np.float32(self.spec.count)
-        return ids, weights, None
+        return ids, weights
 
     def _window(self, index: int) -> Arrays:
         number, at = divmod(index, self.spec.part_windows)
         part, length = self._part(number), self.spec.length
         rows = slice(at * length, (at + 1) * length)
-        if self.spec.kind == "top":
-            return {name: array[rows] for name, array in part.items()}
         begin = int(part["sizes"][: rows.start].sum(dtype=np.int64))
         entries = slice(begin, begin + int(part["sizes"][rows].sum(dtype=np.int64)))
         return {"sizes": part["sizes"][rows], "ids": part["ids"][entries], "counts": part["counts"][entries]}

@@ -1,4 +1,4 @@
-"""Sparse targets: tokens sampled from a teacher (unbiased) or its top tokens, and the forward KL against them.
+"""Sparse targets: tokens sampled from a teacher (unbiased), and the forward KL against them.
 
 Knows arrays only. Does not know where targets are kept or which model made them. As in maths/losses, the
 student's logits exist chunk by chunk and the gradient is formed in the pass that forms the loss.
@@ -12,7 +12,7 @@ import numpy as np
 from mis_mlx.maths.losses import softmax_lse, sum_by_chunks
 from mis_mlx.types import MisError
 
-TINY = 1e-37  # stands for 0 under a logarithm; a normal float32, and 1 / TINY is finite
+TINY = 1e-37  # stands for 0 under a logarithm; a normal float32
 
 
 def sample(logits: mx.array, count: int, seed: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -34,19 +34,6 @@ def sample(logits: mx.array, count: int, seed: int, first: int) -> tuple[np.ndar
         drawn.append(np.unique(np.searchsorted(cdf, u, side="right"), return_counts=True))
     ids, counts = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     return np.array([len(i) for i, _ in drawn]), ids, counts
-
-
-def top(logits: mx.array, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k likeliest tokens of softmax(logits): ids (n, k) rising, probabilities (n, k), the tail's mass (n,).
-
-    logits: (n, V). The tail is what all other tokens have together: cut off, the target would be biased.
-    """
-    p = _softmax(logits)
-    ids = np.sort(np.argpartition(p, -k, axis=1)[:, -k:], axis=1)
-    kept = np.take_along_axis(p, ids, axis=1).astype(np.float64)
-    total = p.sum(axis=1, dtype=np.float64, keepdims=True)
-    tail = np.maximum(total[:, 0] - kept.sum(axis=1), 0.0) / total[:, 0]
-    return ids, (kept / total).astype(np.float32), tail.astype(np.float32)
 
 
 def _softmax(logits: mx.array) -> np.ndarray:
@@ -81,39 +68,6 @@ def sampled_kl_sum(
         return kl, (p * w.sum(axis=-1, keepdims=True)).at[row, ids].add(-w)  # adds: a filled-up id may come twice
 
     return sum_by_chunks(formula, student, head, (ids, weights), learn, rows, frozen_head)
-
-
-def top_kl_sum(
-    student: mx.array,
-    head: mx.array,
-    ids: mx.array,
-    probs: mx.array,
-    tail: mx.array | None,
-    learn: mx.array,
-    rows: int | None = None,
-    frozen_head: bool = False,
-) -> mx.array:
-    """Sum over positions of the KL over k + 1 buckets, the k tokens and everything else, in nats.
-
-    ids, probs: (n, k) and tail: (n,) of `top`, probs + tail summing to 1; the rest as in `sampled_kl_sum`.
-    With r = tail / (the student's mass outside the k tokens) the gradient per logit is p_s - probs on the k
-    tokens and p_s * (1 - r) elsewhere: the student spreads the tail as it likes.
-    tail None: the k tokens alone, renormalised, as most stores have it. Biased: what is left out counts as 0.
-    """
-    if tail is None:
-        weights = probs / probs.sum(axis=-1, keepdims=True)
-        return sampled_kl_sum(student, head, ids, weights, learn, rows, frozen_head)
-
-    def formula(z: mx.array, ids: mx.array, q: mx.array, q_rest: mx.array) -> tuple[mx.array, mx.array]:
-        p, lse = softmax_lse(z)
-        rest = mx.put_along_axis(p, ids, mx.zeros_like(q), axis=-1)
-        p_rest = mx.maximum(rest.sum(axis=-1), TINY)  # summed: 1 - sum of the k would cancel to nothing
-        kl = (q * (_log(q) - mx.take_along_axis(z, ids, axis=-1) + lse[:, None])).sum(axis=-1)
-        kl = kl + q_rest * (_log(q_rest) - mx.log(p_rest))
-        outside = rest * (1.0 - q_rest / p_rest)[:, None]
-        return kl, mx.put_along_axis(outside, ids, mx.take_along_axis(p, ids, axis=-1) - q, axis=-1)
-
-    return sum_by_chunks(formula, student, head, (ids, probs, tail), learn, rows, frozen_head)
 
 
 def _log(q: mx.array) -> mx.array:

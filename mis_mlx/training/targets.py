@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +36,6 @@ def write(
     folder: Path,
     files: Files,
     *,
-    kind: Literal["sampled", "top"] = "sampled",
     count: int = 50,
     seed: int = 0,
     windows_per_pass: int = 64,
@@ -47,14 +45,14 @@ def write(
     """The finished store of `data`'s targets in `folder`: made, or what is missing of it. Hold the run's lock.
 
     checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed through
-    once for every `windows_per_pass` windows. count: samples a position (kind sampled), or k (kind top).
+    once for every `windows_per_pass` windows. count: samples a position.
     show(windows done, text). Several machines share the missing parts out, and all have the whole store in the end.
     together: they share the teacher too (model/relay), so all make as many passes as the one that makes most.
     """
     fingerprint = runs.origin(checkpoint, "")["teacher"]
     vocab = shape_of(checkpoint.config).vocab
     n, length = data.tokens.shape
-    spec = logits.Spec(kind, count, vocab, n, length, fingerprint, text.fingerprint(data), seed)
+    spec = logits.Spec("sampled", count, vocab, n, length, fingerprint, text.fingerprint(data), seed)
     store = logits.create(folder, spec, files)
     parts = ranks.told(lambda: sorted({w // spec.part_windows for w in store.missing()}))
     mine = set(ranks.share(parts))
@@ -102,8 +100,7 @@ def _targets(teacher: Teacher, hidden: mx.array, spec: logits.Spec, first: int) 
     parts, rows = [], losses.chunk_rows(spec.vocab)
     for start in range(0, len(hidden), rows):
         z = teacher.logits(hidden[start : start + rows])
-        top = spec.kind == "top"
-        parts.append(sparse.top(z, spec.count) if top else sparse.sample(z, spec.count, spec.seed, first + start))
+        parts.append(sparse.sample(z, spec.count, spec.seed, first + start))
     return {name: np.concatenate(arrays) for name, arrays in zip(spec.dtypes(), zip(*parts, strict=True), strict=True)}
 
 
@@ -111,26 +108,22 @@ class Cached:
     """A store in the place of a Teacher: `distillation.steps` trains against it, with no teacher in memory.
 
     windows: which windows of the training data the store's are, rising (`visited`); default: all of them.
-    tail False: of a store of top tokens, those alone, renormalised; biased, for comparison.
     """
 
-    def __init__(self, store: logits.Targets, windows: np.ndarray | None = None, tail: bool = True):
-        self._store, self._tail = store, tail
+    def __init__(self, store: logits.Targets, windows: np.ndarray | None = None):
+        self._store = store
         self._windows = np.arange(store.spec.windows) if windows is None else windows
         if len(self._windows) != store.spec.windows:
             raise ValueError(f"{len(self._windows)} windows for a store of {store.spec.windows}")
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray]) -> list[MicroBatch]:
-        """Tokens, learn, ids and weights (B * T, m), and the tails (B * T,) where the store has them."""
+        """Tokens, learn, ids and weights (B * T, m)."""
         made = []
         for batch, wanted in zip(batches, windows, strict=True):
             rows = np.searchsorted(self._windows, wanted)
             if not np.array_equal(np.take(self._windows, rows, mode="clip"), wanted):
                 raise ValueError(f"windows {wanted} are not all in {self._store.folder}")
-            ids, weights, tail = self._store.windows(rows)
-            flat = [mx.array(a.reshape(batch.learn.size, -1)) for a in (ids, weights)]
-            if tail is not None:
-                flat.append(mx.array(tail.reshape(-1)))
+            flat = [mx.array(a.reshape(batch.learn.size, -1)) for a in self._store.windows(rows)]
             made.append((batch.tokens, batch.learn.reshape(-1), *flat))
         return made
 
@@ -140,8 +133,5 @@ class Cached:
         """Sum of the KL in nats of a student's hidden states (n, D) and head (V, D) against stored targets."""
         if head.shape[0] != (vocab := self._store.spec.vocab):
             raise MisError(f"the targets are for {vocab} tokens, the student has {head.shape[0]}: use its teacher")
-        ids, weights, *tail = target
-        if self._store.spec.kind == "sampled":
-            return sparse.sampled_kl_sum(hidden, head, ids, weights, learn, frozen_head=frozen_head)
-        outside = tail[0] if self._tail else None
-        return sparse.top_kl_sum(hidden, head, ids, weights, outside, learn, frozen_head=frozen_head)
+        ids, weights = target
+        return sparse.sampled_kl_sum(hidden, head, ids, weights, learn, frozen_head=frozen_head)

@@ -23,7 +23,6 @@ from tests.disk.test_checkpoint import Breaking, flip, names
 from tests.faults.power import Drive, recorded
 
 SAMPLED = Spec("sampled", 6, 512, 10, 5, "t" * 64, "d" * 64, 0, part_windows=3)
-TOP = replace(SAMPLED, kind="top", count=4)
 FILES = ["part-00000.safetensors", "part-00001.safetensors", "part-00002.safetensors", "part-00003.safetensors"]
 FILES += ["targets.json"]
 
@@ -31,10 +30,6 @@ FILES += ["targets.json"]
 def made(spec: Spec, window: int) -> dict[str, np.ndarray]:
     """Targets of one window, a function of its number."""
     random = np.random.default_rng([window, spec.seed])
-    if spec.kind == "top":
-        probs = random.dirichlet(np.ones(spec.count + 1), spec.length)
-        ids = np.sort(random.permuted(np.tile(np.arange(spec.vocab), (spec.length, 1)), axis=1)[:, : spec.count])
-        return {"ids": ids, "probs": probs[:, 1:], "tail": probs[:, 0]}
     drawn = random.integers(0, spec.vocab, (spec.length, spec.count)) // 7
     parts = [np.unique(row, return_counts=True) for row in drawn]
     ids, counts = (np.concatenate(p) for p in zip(*parts, strict=True))
@@ -56,8 +51,8 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_sampled_targets_come_back(tmp_path: Path) -> None:
     """Ids and counts / N of every position, in any order of windows, twice the same one; filled up with weight 0."""
     fill(tmp_path / "t")
-    ids, weights, tail = logits.opened(tmp_path / "t").windows([9, 0, 4, 0])
-    assert tail is None and ids.shape == weights.shape == (4, 5, weights.shape[2])
+    ids, weights = logits.opened(tmp_path / "t").windows([9, 0, 4, 0])
+    assert ids.shape == weights.shape == (4, 5, weights.shape[2])
     assert (ids.dtype, weights.dtype) == (np.int32, np.float32)
     for row, window in enumerate([9, 0, 4, 0]):
         want = made(SAMPLED, window)
@@ -66,19 +61,6 @@ def test_sampled_targets_come_back(tmp_path: Path) -> None:
         assert np.array_equal(ids[row][full], want["ids"])
         np.testing.assert_allclose(weights[row][full], want["counts"] / 6, rtol=1e-7)
     np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-6)
-
-
-def test_top_targets_come_back(tmp_path: Path) -> None:
-    """Ids exactly, probabilities and tail to float16 (2^-11), together exactly one again (float32 rounding)."""
-    fill(tmp_path / "t", TOP)
-    ids, probs, tail = logits.opened(tmp_path / "t").windows([3, 8])
-    assert tail is not None and (ids.dtype, probs.dtype, tail.dtype) == (np.int32, np.float32, np.float32)
-    for row, window in enumerate([3, 8]):
-        want = made(TOP, window)
-        assert np.array_equal(ids[row], want["ids"])
-        np.testing.assert_allclose(probs[row], want["probs"], rtol=2**-10)
-        np.testing.assert_allclose(tail[row], want["tail"], rtol=2**-10)
-    np.testing.assert_allclose(probs.sum(axis=-1) + tail, 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("vocab", "count"), [(512, 6), (2**16, 255), (2**16 + 1, 255), (150_000, 300)])
@@ -90,7 +72,7 @@ def test_types_are_as_narrow_as_they_can_be(tmp_path: Path, vocab: int, count: i
     spec = Spec("sampled", count, vocab, 1, 4000, "t", "d", 0)
     store = logits.create(tmp_path, spec, DISK)
     store.put(0, {"sizes": np.ones(4000), "ids": np.full(4000, vocab - 1), "counts": np.full(4000, count)})
-    ids, weights, _ = store.windows([0])
+    ids, weights = store.windows([0])
     assert (ids == vocab - 1).all() and (weights == 1).all()
     small, wide = (1 if count < 256 else 2), (2 if vocab <= 2**16 else 4)
     assert store.bytes_per_token == pytest.approx(2 * small + wide, abs=0.1)  # the header is 300 bytes
@@ -127,11 +109,11 @@ def test_other_targets_are_refused_and_untouched(tmp_path: Path, name: str) -> N
     assert bytes_of(tmp_path / "t") == before
 
 
-@pytest.mark.parametrize(("kind", "count"), [("sampled", 0), ("sampled", 2**16), ("top", 513)])
-def test_impossible_counts_are_refused(tmp_path: Path, kind: str, count: int) -> None:
-    """Nothing, more than a count can hold, more than the vocabulary: refused before the folder is made."""
+@pytest.mark.parametrize("count", [0, 2**16])
+def test_impossible_counts_are_refused(tmp_path: Path, count: int) -> None:
+    """Nothing, and more than a count can hold: refused before the folder is made."""
     with pytest.raises(MisError, match="take 1 to"):
-        logits.create(tmp_path / "t", replace(SAMPLED, kind=kind, count=count), DISK)
+        logits.create(tmp_path / "t", replace(SAMPLED, count=count), DISK)
     assert names(tmp_path) == []
 
 
@@ -208,15 +190,14 @@ class Dead(Breaking):
 
 
 @pytest.mark.parametrize("disk", [Breaking, Dead])
-@pytest.mark.parametrize("spec", [SAMPLED, TOP], ids=["sampled", "top"])
-def test_stopped_at_any_operation_it_ends_with_the_same_bytes(tmp_path: Path, spec: Spec, disk: type[Breaking]) -> None:
+def test_stopped_at_any_operation_it_ends_with_the_same_bytes(tmp_path: Path, disk: type[Breaking]) -> None:
     """Operation 1, 2, 3 ... fails (half written): what was finished stays, the second try ends bit-equal."""
-    fill(tmp_path / "whole", spec)
+    fill(tmp_path / "whole")
     wanted, stopped = bytes_of(tmp_path / "whole"), 0
     for at in itertools.count(1):
         folder, files = tmp_path / str(at), disk(at, errno.ENOSPC)
         try:
-            fill(folder, spec, files)
+            fill(folder, files=files)
         except MisError as error:
             stopped += 1
             assert "Not enough disk space" in str(error)
@@ -225,7 +206,7 @@ def test_stopped_at_any_operation_it_ends_with_the_same_bytes(tmp_path: Path, sp
             assert all(
                 kept[f"part-{int(n):05d}.safetensors"] == wanted[f"part-{int(n):05d}.safetensors"] for n in listed
             )
-        fill(folder, spec)
+        fill(folder)
         assert bytes_of(folder) == wanted
         if files.done < at:
             break

@@ -79,173 +79,103 @@ def test_a_large_vocabulary_does_not_drift() -> None:
     assert np.abs(share - np.arange(1, 150_001) / 150_000).max() < 2.6e-3
 
 
-def test_top_by_pencil() -> None:
-    """Shares 1/2, 1/8, 1/4, 1/8: the two likeliest are tokens 0 and 2, and a quarter is left."""
-    ids, probs, tail = sparse.top(mx.log(mx.array([[4.0, 1.0, 2.0, 1.0]])), 2)
-    assert ids.tolist() == [[0, 2]]
-    np.testing.assert_allclose(probs, [[0.5, 0.25]], rtol=1e-6)
-    np.testing.assert_allclose(tail, [0.25], rtol=1e-6)
-
-
-def test_top_against_sorting() -> None:
-    """Ids, probabilities and tail equal a float64 sort to float32 rounding; all tokens leave no tail."""
-    z = np.random.default_rng(1).normal(0, 3, (9, 200)).astype(np.float32)
-    p = softmax(z)
-    ids, probs, tail = sparse.top(mx.array(z), 12)
-    assert np.array_equal(ids, np.sort(np.argsort(-p, axis=1)[:, :12], axis=1))
-    np.testing.assert_allclose(probs, np.take_along_axis(p, ids, 1), rtol=1e-5)
-    np.testing.assert_allclose(tail, 1 - np.sort(p, axis=1)[:, -12:].sum(1), rtol=1e-4, atol=1e-7)
-    assert sparse.top(mx.array(z), 200)[2].max() < 1e-6
-
-
-@pytest.mark.parametrize("draw", [lambda z: sparse.sample(z, 3, 0, 0), lambda z: sparse.top(z, 3)])
-def test_logits_that_are_no_numbers_are_refused(draw: Callable[[mx.array], object]) -> None:
+def test_logits_that_are_no_numbers_are_refused() -> None:
     """One NaN anywhere, and nothing is drawn from it."""
     with pytest.raises(MisError, match="not numbers"):
-        draw(mx.zeros((2, 9)).at[1, 5].add(float("nan")))
+        sparse.sample(mx.zeros((2, 9)).at[1, 5].add(float("nan")), 3, 0, 0)
 
 
-def targets(p: dict[str, mx.array], kind: str) -> tuple[mx.array, mx.array, mx.array | None]:
-    """ids, weights and tail of the problem's teacher."""
-    z = p["teacher"] @ p["teacher_head"].T
-    if kind == "sampled":
-        return *padded(*sparse.sample(z, 20, 0, 0), 20), None
-    ids, probs, tail = sparse.top(z, 6)
-    return mx.array(ids.astype(np.int32)), mx.array(probs), mx.array(tail) if kind == "tail" else None
+def targets(p: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+    """ids and weights of the problem's teacher."""
+    return padded(*sparse.sample(p["teacher"] @ p["teacher_head"].T, 20, 0, 0), 20)
 
 
-def ours(p: dict[str, mx.array], kind: str, rows: int | None) -> Gradients:
-    """Value and gradients of the losses under test."""
-    ids, weights, tail = targets(p, kind)
+def ours(p: dict[str, mx.array], rows: int | None) -> Gradients:
+    """Value and gradients of the loss under test."""
+    ids, weights = targets(p)
 
     def loss(student: mx.array, head: mx.array) -> mx.array:
-        if kind == "sampled":
-            return sparse.sampled_kl_sum(student, head, ids, weights, p["learn"], rows)
-        return sparse.top_kl_sum(student, head, ids, weights, tail, p["learn"], rows)
+        return sparse.sampled_kl_sum(student, head, ids, weights, p["learn"], rows)
 
     return mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
 
 
-def naive(p: dict[str, mx.array], kind: str) -> Gradients:
-    """The formulas as they are written, on whole dense targets, differentiated by MLX."""
-    ids, weights, tail = targets(p, kind)
-    if kind == "renormalised":
-        weights = weights / weights.sum(-1, keepdims=True)
-    one_hot = (ids[..., None] == mx.arange(V)).astype(mx.float32)  # (n, m, V)
-    w = (one_hot * weights[..., None]).sum(axis=1)
-    inside = mx.minimum(one_hot.sum(axis=1), 1.0)
+def naive(p: dict[str, mx.array]) -> Gradients:
+    """The formula as it is written, on whole dense targets, differentiated by MLX."""
+    ids, weights = targets(p)
+    w = ((ids[..., None] == mx.arange(V)).astype(mx.float32) * weights[..., None]).sum(axis=1)
 
     def loss(student: mx.array, head: mx.array) -> mx.array:
         log_s = mx.log(mx.softmax(student @ head.T, axis=-1))
-        kl = (w * (mx.log(mx.maximum(w, 1e-30)) - log_s)).sum(axis=-1)
-        if tail is not None:
-            outside = (mx.exp(log_s) * (1 - inside)).sum(axis=-1)
-            kl = kl + tail * (mx.log(tail) - mx.log(outside))
-        return (kl * p["learn"]).sum()
+        return ((w * (mx.log(mx.maximum(w, 1e-30)) - log_s)).sum(axis=-1) * p["learn"]).sum()
 
     return mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
 
 
-def exact(p: dict[str, mx.array], kind: str) -> float:
+def exact(p: dict[str, mx.array]) -> float:
     """The value in float64, position by position."""
-    ids, weights, tail = (None if a is None else np.array(a, np.float64) for a in targets(p, kind))
-    assert ids is not None and weights is not None
+    ids, weights = (np.array(a, np.float64) for a in targets(p))
     q = softmax(np.array(p["student"], np.float64) @ np.array(p["head"], np.float64).T)
     total = 0.0
     for i, learn in enumerate(p["learn"].tolist()):
         w, share = weights[i][weights[i] > 0], q[i][ids[i].astype(int)][weights[i] > 0]
-        w = w / w.sum() if tail is None else w
-        kl = (w * np.log(w / share)).sum()
-        if tail is not None:
-            kl += tail[i] * np.log(tail[i] / (1 - share.sum()))
-        total += learn * kl
+        total += learn * (w * np.log(w / share)).sum()
     return total
 
 
-@pytest.mark.parametrize("kind", ["sampled", "tail", "renormalised"])
 @pytest.mark.parametrize("rows", [1, 4, None])
-def test_the_losses_are_the_plain_formulas(kind: str, rows: int | None) -> None:
+def test_the_loss_is_the_plain_formula(rows: int | None) -> None:
     """Value and both gradients equal autodiff (1e-5) and float64, however the positions are cut."""
     p = problem()
-    value, gradients = ours(p, kind, rows)
-    wanted, wanted_gradients = naive(p, kind)
-    assert value.item() == pytest.approx(exact(p, kind), rel=1e-5)
+    value, gradients = ours(p, rows)
+    wanted, wanted_gradients = naive(p)
+    assert value.item() == pytest.approx(exact(p), rel=1e-5)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
     for got, want in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5, atol=1e-5)
     assert (np.array(gradients[0])[np.array(p["learn"]) == 0] == 0).all()
 
 
-def test_losses_by_pencil() -> None:
-    """Student 1/2, 1/4, 1/4. Target 1/2, 1/2, -: KL = ln 2 / 2. Top token 1/4 and a tail of 3/4: ...
-
-    KL = 1/4 ln (1/4 / 1/2) + 3/4 ln (3/4 / 1/2) = ln(1.5^.75 / 2^.25); the one token alone, renormalised: ln 2.
-    """
+def test_the_loss_by_pencil() -> None:
+    """Student 1/2, 1/4, 1/4. Target 1/2, 1/2, -: KL = ln 2 / 2."""
     student, head = mx.array([[1.0]]), mx.log(mx.array([[2.0], [1.0], [1.0]]))
     learn, two = mx.ones(1), mx.array([[0, 1, 0]])
     kl = sparse.sampled_kl_sum(student, head, two, mx.array([[0.5, 0.5, 0.0]]), learn)
     assert kl.item() == pytest.approx(np.log(2) / 2, abs=1e-6)
-    one, quarter = mx.array([[0]]), mx.array([[0.25]])
-    kl = sparse.top_kl_sum(student, head, one, quarter, mx.array([0.75]), learn)
-    assert kl.item() == pytest.approx(0.75 * np.log(1.5) - 0.25 * np.log(2), abs=1e-6)
-    kl = sparse.top_kl_sum(student, head, one, quarter, None, learn)
-    assert kl.item() == pytest.approx(np.log(2), abs=1e-6)
 
 
-def test_all_tokens_kept_is_the_full_kl() -> None:
-    """k = V: the tail is empty, and loss and gradients are those of losses.kl_sum (float32 rounding)."""
-    p = problem()
-    z = p["teacher"] @ p["teacher_head"].T
-    ids, probs, tail = (mx.array(a) for a in sparse.top(z, V))
-
-    def full(student: mx.array, head: mx.array) -> mx.array:
-        return losses.kl_sum(student, head, p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"])
-
-    def kept(student: mx.array, head: mx.array) -> mx.array:
-        return sparse.top_kl_sum(student, head, ids.astype(mx.int32), probs, tail, p["learn"])
-
-    a, b = (mx.value_and_grad(f, argnums=(0, 1))(p["student"], p["head"]) for f in (full, kept))
-    assert a[0].item() == pytest.approx(b[0].item(), rel=1e-5)
-    for x, y in zip(a[1], b[1], strict=True):
-        np.testing.assert_allclose(np.array(x), np.array(y), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["sampled", "tail", "renormalised"])
-def test_a_certain_student_has_a_finite_loss_and_gradient(kind: str) -> None:
+def test_a_certain_student_has_a_finite_loss_and_gradient() -> None:
     """Student logits 1,000 apart, so that shares underflow to 0: no NaN, no infinity; the sign is right."""
     p = problem()
     p["student"] = p["student"] * 1000
-    value, (gradient, head) = ours(p, kind, None)
+    value, (gradient, head) = ours(p, None)
     assert np.isfinite(value.item()) and value.item() > 0
     assert mx.isfinite(gradient).all().item() and mx.isfinite(head).all().item()
 
 
-@pytest.mark.parametrize("kind", ["sampled", "tail", "renormalised"])
-def test_a_frozen_head_changes_nothing_else(kind: str) -> None:
+def test_a_frozen_head_changes_nothing_else() -> None:
     """Loss and gradient in the student are the same to the last bit; the head gets none."""
     p = problem()
-    ids, weights, tail = targets(p, kind)
+    ids, weights = targets(p)
 
     def loss(student: mx.array, head: mx.array) -> mx.array:
-        if kind == "sampled":
-            return sparse.sampled_kl_sum(student, head, ids, weights, p["learn"], 4, frozen_head=True)
-        return sparse.top_kl_sum(student, head, ids, weights, tail, p["learn"], 4, frozen_head=True)
+        return sparse.sampled_kl_sum(student, head, ids, weights, p["learn"], 4, frozen_head=True)
 
     value, (student, head) = mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
-    wanted, (gradient, _) = ours(p, kind, 4)
+    wanted, (gradient, _) = ours(p, 4)
     assert value.item() == wanted.item() and mx.array_equal(student, gradient) and not head.any().item()
 
 
 def test_the_gradient_scales_with_what_is_above() -> None:
     """Whatever multiplies the loss multiplies the gradient."""
     p = problem()
-    ids, weights, _ = targets(p, "sampled")
+    ids, weights = targets(p)
     got = mx.grad(lambda h: 3.0 * sparse.sampled_kl_sum(h, p["head"], ids, weights, p["learn"]))(p["student"])
-    np.testing.assert_allclose(np.array(got), 3 * np.array(ours(p, "sampled", None)[1][0]), rtol=1e-6)
+    np.testing.assert_allclose(np.array(got), 3 * np.array(ours(p, None)[1][0]), rtol=1e-6)
 
 
-def test_sampled_gradients_are_unbiased_and_top_k_is_not() -> None:
-    """The mean gradient of 400 stores of 10 samples approaches that of the full KL; top 6's never does.
+def test_sampled_gradients_are_unbiased() -> None:
+    """The mean gradient of 400 stores of 10 samples approaches that of the full KL; that of the likeliest 6 never does.
 
     A sampled gradient in a hidden state is W^T (p_s - counts / N): mean that of the full KL, covariance
     W^T (diag p - p p^T) W / N. So each of 104 components, over its standard error, is N(0, 1): the largest
@@ -265,13 +195,14 @@ def test_sampled_gradients_are_unbiased_and_top_k_is_not() -> None:
         ids, weights = padded(*sparse.sample(z, count, seed, 0), count)
         return lambda h: sparse.sampled_kl_sum(h, p["head"], ids, weights, p["learn"])
 
-    ids, probs, _ = targets(p, "renormalised")
+    ids = mx.argpartition(z, -6, axis=-1)[:, -6:]
+    probs = mx.softmax(mx.take_along_axis(z, ids, axis=-1), axis=-1)
     wanted = gradient(full)
     mean = np.mean([gradient(sampled(seed)) for seed in range(stores)], axis=0)
     share, w = softmax(np.array(z)), np.array(p["head"], np.float64)
     variance = (share @ w**2 - (share @ w) ** 2) / (count * stores)
     assert np.abs((mean - wanted) / np.sqrt(variance)).max() < 5
-    biased = gradient(lambda h: sparse.top_kl_sum(h, p["head"], ids, probs, None, p["learn"]))
+    biased = gradient(lambda h: sparse.sampled_kl_sum(h, p["head"], ids, probs, p["learn"]))
     assert np.abs((biased - wanted) / np.sqrt(variance)).max() > 10
 
 
@@ -286,8 +217,7 @@ def test_one_sample_is_cross_entropy_in_expectation() -> None:
     assert abs(mean + (p * np.log(q)).sum()) < 5 * spread / np.sqrt(n)
 
 
-@pytest.mark.parametrize("kind", ["sampled", "tail"])
-def test_memory_is_bounded_by_the_chunk(kind: str) -> None:
+def test_memory_is_bounded_by_the_chunk() -> None:
     """Eight times the positions at the same chunk size: logits of all of them at once would alone be over.
 
     Bound as for losses.kl_sum: 24 tensors of a chunk's logits, both heads, 8 copies of what is per position.
@@ -296,13 +226,11 @@ def test_memory_is_bounded_by_the_chunk(kind: str) -> None:
     for n in (128, 1024):
         student, head = mx.random.normal((n, d)), mx.random.normal((vocab, d))
         ids = mx.tile(mx.arange(m), (n, 1))
-        weights, tail, learn = mx.full((n, m), 0.5 / m), mx.full((n,), 0.5), mx.ones(n)
-        mx.eval(student, head, ids, weights, tail, learn)
+        weights, learn = mx.full((n, m), 1.0 / m), mx.ones(n)
+        mx.eval(student, head, ids, weights, learn)
 
-        def loss(h: mx.array, w: mx.array, ids=ids, weights=weights, tail=tail, learn=learn) -> mx.array:  # type: ignore[no-untyped-def]
-            if kind == "sampled":
-                return sparse.sampled_kl_sum(h, w, ids, weights, learn, rows)
-            return sparse.top_kl_sum(h, w, ids, weights, tail, learn, rows)
+        def loss(h: mx.array, w: mx.array, ids=ids, weights=weights, learn=learn) -> mx.array:  # type: ignore[no-untyped-def]
+            return sparse.sampled_kl_sum(h, w, ids, weights, learn, rows)
 
         mx.clear_cache()
         mx.reset_peak_memory()
