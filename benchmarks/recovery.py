@@ -49,8 +49,7 @@ class Arm:
 
     group: str
     cut: pruning.Cut = PLAIN
-    repair: reconstruct.Repair | None = None
-    how: dict[str, Any] = field(default_factory=dict)  # of reconstruct
+    repair: bool = False
     recipe: dict[str, Any] = field(default_factory=dict)  # of Distillation
     graft: str = ""  # what else becomes of the cut tensors: see GRAFTS
     start: str = "teacher"  # or random
@@ -76,10 +75,10 @@ ARMS: dict[str, Arm] = {
     "minitron": Arm("main"),
     "minitron-1e-4": Arm("main", recipe={"learning_rate": 1e-4}),
     "minitron-wide": Arm("main", cut=cut(**WIDE)),
-    "goral-repaired": Arm("main", repair="ffn", recipe={"learning_rate": 1e-4}),
-    "ours-3e-4": Arm("main", cut=cut(**WIDE), repair="ffn"),
-    "ours": Arm("main", cut=cut(**WIDE), repair="ffn", recipe={"learning_rate": 1e-4}),
-    "ours-l2": Arm("main", cut=cut(**WIDE, importance="rms"), repair="ffn", recipe={"learning_rate": 1e-4}),
+    "goral-repaired": Arm("main", repair=True, recipe={"learning_rate": 1e-4}),
+    "ours-3e-4": Arm("main", cut=cut(**WIDE), repair=True),
+    "ours": Arm("main", cut=cut(**WIDE), repair=True, recipe={"learning_rate": 1e-4}),
+    "ours-l2": Arm("main", cut=cut(**WIDE, importance="rms"), repair=True, recipe={"learning_rate": 1e-4}),
     # The other end: a student that knows nothing.
     "random-init": Arm("control", start="random"),
     # Eight of the twenty steps block by block, with the same repair: against wide-1e-4.
@@ -87,30 +86,25 @@ ARMS: dict[str, Arm] = {
         "warm", cut=cut(**WIDE), local=8, recipe={"learning_rate": 1e-4, "local_samples": 32}
     ),
     # Shapes of -31 to -35 %, repaired.
-    "20x1280": short("shape", repair="ffn"),
-    "24x1024": short("shape", repair="ffn", cut=cut(layers=24, ffn=1024)),
-    "28x768": short("shape", repair="ffn", cut=cut(layers=28, ffn=768)),  # at 3e-4
-    "18x1536": short("shape", repair="ffn", cut=cut(layers=18, ffn=1536)),
-    "30x1280x432": short("shape", repair="ffn", cut=cut(layers=30, ffn=1280, hidden=432, hidden_by="pca")),
+    "20x1280": short("shape", repair=True),
+    "24x1024": short("shape", repair=True, cut=cut(layers=24, ffn=1024)),
+    "28x768": short("shape", repair=True, cut=cut(layers=28, ffn=768)),  # at 3e-4
+    "18x1536": short("shape", repair=True, cut=cut(layers=18, ffn=1536)),
+    "30x1280x432": short("shape", repair=True, cut=cut(layers=30, ffn=1280, hidden=432, hidden_by="pca")),
     # The learning rate, of a repaired student and of one that is not.
-    "wide-1e-4": short("rate", repair="ffn", cut=cut(**WIDE), recipe={"learning_rate": 1e-4}),
-    "wide-5e-5": short("rate", repair="ffn", cut=cut(**WIDE), recipe={"learning_rate": 5e-5}),
+    "wide-1e-4": short("rate", repair=True, cut=cut(**WIDE), recipe={"learning_rate": 1e-4}),
+    "wide-5e-5": short("rate", repair=True, cut=cut(**WIDE), recipe={"learning_rate": 5e-5}),
     "goral-1e-4": short("rate", recipe={"learning_rate": 1e-4}),
     # Which blocks go, repaired: against repair-ffn.
-    "blocks-kl": short("blocks", repair="ffn", cut=cut(blocks="kl")),
-    "blocks-greedy": short("blocks", repair="ffn", cut=cut(blocks="greedy", block_samples=1)),
-    "blocks-contiguous": short("blocks", repair="ffn", cut=cut(blocks="contiguous")),
-    "blocks-fisher": short("blocks", repair="ffn", cut=cut(blocks="fisher")),
+    "blocks-kl": short("blocks", repair=True, cut=cut(blocks="kl")),
+    "blocks-greedy": short("blocks", repair=True, cut=cut(blocks="greedy", block_samples=1)),
+    "blocks-contiguous": short("blocks", repair=True, cut=cut(blocks="contiguous")),
+    "blocks-fisher": short("blocks", repair=True, cut=cut(blocks="fisher")),
     # What makes up for the cut.
     "repair-none": short("repair"),
-    "repair-ffn": short("repair", repair="ffn"),
-    "repair-both": short("repair", repair="both"),
-    "repair-scale": short("repair", repair="scale"),
-    "repair-alone": short("repair", repair="ffn", how={"sequential": False}),
+    "repair-ffn": short("repair", repair=True),
     # The same in the default's shape and ranking.
-    "wide-repair-ffn": short("wide-repair", repair="ffn", **DEFAULT),
-    "wide-repair-both": short("wide-repair", repair="both", **DEFAULT),
-    "wide-repair-alone": short("wide-repair", repair="ffn", how={"sequential": False}, **DEFAULT),
+    "wide-repair-ffn": short("wide-repair", repair=True, **DEFAULT),
     "merge": short("repair", graft="merge"),
     "mean-shift": short("repair", graft="mean-shift"),
     # Which neurons go, of 30 layers halved to 768, nothing else cut.
@@ -196,7 +190,7 @@ class Bench(Laboratory):
         if arm.repair:
             found["pruned"] = self.judge(model)
             windows = self.pick(recipe.reconstruct_samples, seed, 2)
-            mended, _ = reconstruct.reconstruct(self.checkpoint, student, keep, windows, repair=arm.repair, **arm.how)
+            mended, _ = reconstruct.reconstruct(self.checkpoint, student, keep, windows)
             model.load_weights(list(mended.items()), strict=False)
             stream.into_memory(model)
         if arm.start == "random":

@@ -41,13 +41,6 @@ class NormalEquations:
         update = np.linalg.solve(damped, self.cross)
         return update.T, self._left(update)
 
-    def along(self, weight: np.ndarray) -> tuple[np.ndarray, float]:
-        """As `solve`, of all U = s * weight (D, F) the best."""
-        w = weight.T
-        length = (w * (self.gram @ w)).sum()
-        update = w * ((w * self.cross).sum() / length if length else 0.0)
-        return update.T, self._left(update)
-
     def _left(self, update: np.ndarray) -> float:
         after = self.before - 2 * (update * self.cross).sum() + (update * (self.gram @ update)).sum()
         return float(after / self.before) if self.before else 1.0

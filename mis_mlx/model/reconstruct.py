@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +22,6 @@ from mis_mlx.model import load, policy, stream
 from mis_mlx.types import Checkpoint, Keep
 
 RIDGE = 0.1
-Repair = Literal["ffn", "both", "scale"]
 
 
 def reconstruct(
@@ -31,59 +30,37 @@ def reconstruct(
     keep: Keep,
     batches: Sequence[mx.array],
     ridge: float = RIDGE,
-    repair: Repair = "ffn",
-    sequential: bool = True,
 ) -> tuple[dict[str, mx.array], list[float]]:
     """({weight name: new matrix (out, in) float32}, error left per block as a share) for token ids [(B, T)].
 
-    repair: as of `refit`; "both" refits o_proj to the teacher's stream in the middle of its block first.
-    sequential: each block sees the mended stream of the ones before it; else the teacher's, as if it were alone.
+    Each block sees the mended stream of the ones before it.
     """
     columns = kept_columns(keep)
     big, small = (stream.Stream(model, policy.compute_dtype(model)) for model in (teacher, student))
     target, own = big.embed(batches), small.embed(batches)
-    middle: list[mx.array] | None = [] if repair == "both" else None
-    marching = groups(big, keep, target, middle)
+    marching = groups(big, keep, target)
     mended: dict[str, mx.array] = {}
     left: list[float] = []
     for j, block in small.blocks():
-        into = own if sequential else [narrow(h, columns) for h in target]
         next(marching)
-        stream.settle(into)
-        if middle:
-            wide, _ = refit(block, small.args, into, middle, columns, ridge, "attention")
-            mended[f"model.layers.{j}.self_attn.o_proj.weight"] = wide
-        wide, error = refit(block, small.args, into, target, columns, ridge, "scale" if repair == "scale" else "ffn")
+        stream.settle(own)
+        wide, error = refit(block, small.args, own, target, columns, ridge)
         mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
-        if sequential:
-            small.through(block, own)
+        small.through(block, own)
         left.append(error)
     return mended, left
 
 
-def groups(
-    teacher: stream.Stream, keep: Keep, hidden: stream.Hidden, middle: list[mx.array] | None = None
-) -> Iterator[int]:
+def groups(teacher: stream.Stream, keep: Keep, hidden: stream.Hidden) -> Iterator[int]:
     """Take `hidden`, the teacher's embedding, through the blocks that each student block stands for, in place.
 
     Yields j when it is at the entrance of the next kept layer (at last: behind the last block), where student
-    block j has to arrive. The first group begins with the first block, kept or not. middle: gets the stream
-    (B, T, D) between attention and FFN of the group's kept block, batch by batch.
+    block j has to arrive. The first group begins with the first block, kept or not.
     """
     blocks, done = teacher.blocks(), 0
     for j, end in enumerate([*keep.layers[1:], teacher.layers]):
-        for i, block in itertools.islice(blocks, end - done):
-            if middle is None or i != keep.layers[j]:
-                teacher.through(block, hidden)
-                continue
-            norm = block.post_attention_layernorm
-            block.post_attention_layernorm = tap = stream.Tap(norm)
-            middle.clear()
-            for b in range(len(hidden)):
-                hidden[b : b + 1] = teacher.through(block, [hidden[b]])
-                middle.append(tap.take())
-            stream.settle(middle)
-            block.post_attention_layernorm = norm
+        for _, block in itertools.islice(blocks, end - done):
+            teacher.through(block, hidden)
         done = end
         yield j
 
@@ -112,31 +89,26 @@ def refit(
     target: Sequence[mx.array],
     columns: mx.array | None,
     ridge: float,
-    what: Literal["ffn", "attention", "scale"] = "ffn",
 ) -> tuple[mx.array, float]:
     """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream behind its group.
 
-    (the new matrix (D, F) float32, error left as a share). attention: the o_proj that best takes it to the
-    teacher's stream between attention and FFN. scale: down_proj times the best number, and nothing else.
+    (the new matrix (D, F) float32, error left as a share).
     Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it; without that
     the first token of a window, a hundred times longer than the rest, would be all that counts.
     """
-    part, name = ("self_attn", "o_proj") if what == "attention" else ("mlp", "down_proj")
-    linear, norm = block[part][name], block.post_attention_layernorm
-    block[part][name] = tap = stream.Tap(linear)
-    block.post_attention_layernorm = middle = stream.Tap(norm)
+    linear = block.mlp.down_proj
+    block.mlp.down_proj = tap = stream.Tap(linear)
     outputs, inputs = linear.weight.shape
     fit = NormalEquations(inputs, outputs)
     for into, want in zip(hidden, target, strict=True):
-        out, between = block(into, load.mask(args, block, into)), middle.take()
-        out = between if what == "attention" else out
+        out = block(into, load.mask(args, block, into))
         goal = narrow(want, columns).astype(mx.float32).reshape(-1, outputs)
         missing = goal - out.astype(mx.float32).reshape(-1, outputs)
         weight = 1.0 / mx.maximum(mx.sqrt(mx.square(goal).mean(axis=-1)), 1e-6)
         fit.add(tap.take().reshape(-1, inputs), missing, weight)
-    block[part][name], block.post_attention_layernorm = linear, norm
+    block.mlp.down_proj = linear
     before = np.array(linear.weight.astype(mx.float32), np.float64)
-    update, error = fit.along(before) if what == "scale" else fit.solve(ridge)
+    update, error = fit.solve(ridge)
     weight = mx.array((before + update).astype(np.float32))
     linear.weight = weight.astype(linear.weight.dtype)
     stream.settle(weight, linear.weight)
