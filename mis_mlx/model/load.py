@@ -191,7 +191,8 @@ class Embedding(nn.Embedding):
 
     def __call__(self, ids: mx.array) -> mx.array:
         """ids (...) -> (..., D)."""
-        return lookup.rows(self.weight, ids)
+        found: Any = lookup.rows(self.weight, ids)
+        return found
 
 
 def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
