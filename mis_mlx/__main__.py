@@ -1,12 +1,17 @@
-"""`python -m mis_mlx`: the list of commands, one line each.
+"""`python -m mis_mlx`: the list of commands, one line each; with a command and flags, that command.
 
-Imports none of them: their docstrings are read as text, so the list is there at once.
+Imports none of them: their docstrings are read as text, so the list is there at once. The console commands
+`mis_mlx` and `mis_mlx.distill` begin here too, so that Ctrl-C while a command is imported is one sentence.
 """
 
 from __future__ import annotations
 
 import ast
+import runpy
+import sys
 from pathlib import Path
+
+from mis_mlx import __version__
 
 NOT_COMMANDS = ("__init__", "__main__", "types", "cli")
 
@@ -22,13 +27,36 @@ def summary(source: str) -> str:
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 
-def main() -> None:
+def show() -> None:
     """Print the commands."""
     listed = commands()
     width = max([10, *(len(name) for name in listed)])
     print("Makes a language model smaller on the laptop it will run on. Usage: scripts/mis COMMAND [flags]\n")
     for name, line in listed.items():
         print(f"  {name:<{width}} {line}")
+
+
+def main() -> None:
+    """Run the command that we are called by (`mis_mlx.distill`) or with (`mis_mlx distill`), else list them all."""
+    try:
+        from mis_mlx import cli
+
+        known, name = commands(), Path(sys.argv[0]).name.removeprefix("mis_mlx.")
+        if name not in known:
+            name = sys.argv.pop(1) if set(sys.argv[1:2]) & set(known) else ""
+        with cli.reader():
+            if name:
+                runpy.run_module(f"mis_mlx.{name}", run_name="__main__", alter_sys=True)
+            elif "--version" in sys.argv:
+                print(f"mis_mlx {__version__}")
+            elif set(sys.argv[1:]) - {"-h", "--help"}:
+                print(f"mis_mlx: there is no command {sys.argv[1]}: `mis_mlx` lists them", file=sys.stderr)
+                sys.exit(2)
+            else:
+                show()
+    except KeyboardInterrupt:
+        print("mis_mlx: stopped by hand before anything was begun: start it again", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

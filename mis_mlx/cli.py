@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -23,11 +24,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
+from mis_mlx import __version__
 from mis_mlx.types import GIB, MisError, Row, Step, gib
 
 ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_STEPS = 24  # whose losses the bar shows
+BLAS = Path(__file__).parent / "machine" / "blas.py"  # a program of its own
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set by mlx.launch and mpirun, of several processes together
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": GIB}
 
@@ -121,14 +125,46 @@ def rank() -> int | None:
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), None)
 
 
+def preload() -> None:
+    """On Linux, start a command that computes again, once, under machine/blas.py: MLX's own products are slow there."""
+    done = "MIS_MLX_BLAS" in os.environ or ("blas" in os.environ.get("LD_PRELOAD", "") and BLAS_THREADS in os.environ)
+    ours = Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent == Path(__file__).parent
+    if sys.platform == "linux" and "mlx.core" in sys.modules and ours and not done:
+        os.execv(sys.executable, [sys.executable, "-I", str(BLAS), sys.executable, *sys.orig_argv[1:]])
+
+
+@contextmanager
+def reader() -> Iterator[None]:
+    """Where the reader of our output leaves (`| head`), end as if by SIGPIPE: without a traceback, exit code 141."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        for stream in (1, 2):
+            poll.register(stream, 0)
+        if not (gone := poll.poll(0)):
+            raise  # it was another pipe
+        for stream, _ in gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        sys.exit(141)
+
+
+@reader()
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool = False) -> None:
     """Parse, run, print the result as the last stdout line. Exit codes: 0 done, 1 MisError, 2 usage, 3 check.
 
     several: whether this command can be one process of several; of these only the first one speaks.
     """
     prog = "python -m " + (sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else "mis_mlx")
+    if "--version" in sys.argv[1:]:
+        print(f"mis_mlx {__version__}")
+        sys.exit(0)
     try:
         settings = parse(config_type, prog=prog)
+        preload()
         if rank() is not None and not several:
             raise MisError(f"{prog} is for one machine alone: start it without mlx.launch")
         result = run(settings)
@@ -137,7 +173,7 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
         print(f"mis_mlx: {f'machine {rank()}: ' if rank() else ''}{error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("mis_mlx: stopped by hand; what was finished is kept", file=sys.stderr)
+        print("mis_mlx: stopped by hand; what was finished is kept: --resume, if there, goes on", file=sys.stderr)
         sys.exit(130)
     if not rank():
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))

@@ -25,24 +25,10 @@ from mis_mlx.training.supervise import entered
 from mis_mlx.types import Budget, Checkpoint, MisError, Row
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
-FREE = frozenset(
-    {
-        "out",
-        "resume",
-        "dry_run",
-        "config",
-        "budget",
-        "eval_windows",
-        "bench_tokens",
-        "sample_tokens",
-        "report_to",
-        "project_name",
-        "save_every",
-        "governor",
-        "thermal_replay",
-        "spread",
-    }
-)
+FREE = frozenset({
+    "out", "resume", "dry_run", "config", "budget", "eval_windows", "bench_tokens", "sample_tokens",
+    "report_to", "project_name", "save_every", "governor", "thermal_replay", "spread",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,11 @@ PYTHON = """#!/bin/sh
 echo "python $*" >>"$LOG"
 case "$*" in
 *"-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-*"-m pip"*) [ -z "${PIP_FAILS:-}" ] || { echo "no network" >&2; exit 1; } ;;
+*"-m pip"*)
+    if [ -n "${PIP_TAKES_LONG:-}" ]; then mkdir "$PIP_TAKES_LONG"; exec sleep 60; fi
+    [ -z "${PIP_FAILS:-}" ] || { echo "no network" >&2; exit 1; } ;;
 *"import ensurepip"*) [ -z "${TOO_OLD:-}" ] || exit 1 ;;
-*"-m mis_mlx."*) echo "ran in $PWD with LD_PRELOAD=${LD_PRELOAD:-}" ;;
+*"-m mis_mlx "*) echo "ran in $PWD with LD_PRELOAD=${LD_PRELOAD:-}" ;;
 esac
 """
 
@@ -43,7 +47,8 @@ class Machine:
             found = shutil.which(tool)
             assert found, f"{tool} is missing here"
             (self.bin / tool).symlink_to(found)
-        (self.bin / "cp").symlink_to(shutil.which("cp") or "")  # for the stand-in Python only
+        for tool in ("cp", "sleep"):  # for the stand-in Python only
+            (self.bin / tool).symlink_to(shutil.which(tool) or "")
         self.tool("uname", 'case "$1" in -s) echo Linux ;; -m) echo x86_64 ;; esac')
         self.log = folder / "log"
         self.venv = self.checkout / ".venv"
@@ -110,7 +115,7 @@ def test_installs_once_and_runs_where_it_was_called(machine: Machine) -> None:
     first, second = machine.mis("distill", "--iters", "4 5"), machine.mis("distill")
     assert first.returncode == second.returncode == 0, first.stderr
     assert f"ran in {machine.cwd} with" in first.stdout and machine.installs() == 1
-    assert "-m mis_mlx.distill --iters 4 5" in machine.log.read_text()
+    assert "-P -m mis_mlx distill --iters 4 5" in machine.log.read_text()
     assert "installing" in first.stderr and "installing" not in second.stderr
 
 
@@ -198,9 +203,40 @@ def test_help_lists_commands_without_installing(machine: Machine) -> None:
     assert not machine.venv.exists() and machine.installs() == 0
 
 
-def test_openblas_is_preloaded_or_asked_for(machine: Machine) -> None:
-    """Either it is found and preloaded once, or one line says how to get it; what is set already stays."""
-    run = machine.mis("distill")
-    assert ("libopenblas" in run.stdout) != ("apt-get install libopenblas0-pthread" in run.stderr)
+def test_tests_and_programs_run_with_fast_products(machine: Machine) -> None:
+    """They start under machine/blas.py, with their arguments; what is preloaded reaches a command as it was."""
+    (machine.checkout / "program.py").touch()
+    machine.mis("program.py", "--rounds", "2")
+    machine.mis("test", "-x")
+    log, blas = machine.log.read_text(), machine.checkout / "mis_mlx" / "machine" / "blas.py"
+    python = f"python -I {blas} {machine.venv}/bin/python"
+    assert f"{python} {machine.checkout}/program.py --rounds 2\n" in log and f"{python} -m pytest -x\n" in log
+    assert (ROOT / blas.relative_to(machine.checkout)).is_file()
     given = machine.mis("distill", LD_PRELOAD="/nowhere/libopenblas.so.0").stdout
     assert "with LD_PRELOAD=/nowhere/libopenblas.so.0\n" in given
+
+
+@pytest.mark.parametrize("update", [False, True], ids=["first", "update"])
+def test_ctrl_c_in_the_installation(machine: Machine, tmp_path: Path, update: bool) -> None:
+    """A real signal to the script and to pip: one sentence, exit code 130, and the next start begins anew."""
+    if update:
+        machine.mis("distill")
+        with (machine.checkout / "pyproject.toml").open("a") as file:
+            file.write("# changed\n")
+    begun = tmp_path / "pip has begun"
+    with subprocess.Popen(
+        [str(machine.checkout / "scripts" / "mis"), "distill"],
+        env={"PATH": str(machine.bin), "LOG": str(machine.log), "PIP_TAKES_LONG": str(begun)}, cwd=machine.cwd,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        while not begun.exists():
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[1:] == [
+        "mis: stopped by hand in the installation: start the same command again, it begins anew"
+    ]
+    (machine.venv / "half").touch()
+    assert machine.mis("distill").returncode == 0 and not (machine.venv / "half").exists()

@@ -27,21 +27,11 @@ MAX_NAME = 512
 
 # safetensors name -> (name in mlx.core, bytes per element). MLX reads the two 8-bit floats as raw bytes.
 DTYPES = {
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "BOOL": ("bool_", 1),
-    "U8": ("uint8", 1),
-    "U16": ("uint16", 2),
-    "U32": ("uint32", 4),
-    "U64": ("uint64", 8),
-    "I8": ("int8", 1),
-    "I16": ("int16", 2),
-    "I32": ("int32", 4),
-    "I64": ("int64", 8),
-    "F8_E4M3": ("uint8", 1),
+    "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "BOOL": ("bool_", 1),
+    "U8": ("uint8", 1), "U16": ("uint16", 2), "U32": ("uint32", 4), "U64": ("uint64", 8), "I8": ("int8", 1),
+    "I16": ("int16", 2), "I32": ("int32", 4), "I64": ("int64", 8), "F8_E4M3": ("uint8", 1),
     "F8_E8M0": ("uint8", 1),
-}
+}  # fmt: skip
 
 
 class Refused(Exception):

@@ -18,18 +18,9 @@ from mis_mlx.disk.sources import Texts, load
 from mis_mlx.types import MisError
 
 __all__ = [
-    "Texts",
-    "Windows",
-    "conversation",
-    "fingerprint",
-    "load",
-    "order",
-    "overlap",
-    "plain",
-    "tokenize",
-    "windows",
-    "without_overlap",
-]
+    "Texts", "Windows", "conversation", "fingerprint", "load", "order", "overlap", "plain", "tokenize",
+    "windows", "without_overlap",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""Become another command, with fast matrix products: `python blas.py COMMAND [ARGUMENTS]`. Changes nothing off Linux.
+
+MLX's CPU build brings the reference BLAS, 20 to 50 times slower than OpenBLAS, and takes one that is preloaded instead.
+The index has OpenBLAS in scipy-openblas32, with kernels for every processor, but all its names begin with `scipy_`:
+`renamed` takes that off, in a copy of its own. Runs as a file, before mlx is imported; imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+MARK = "MIS_MLX_BLAS"  # "off": everything stays as it is. Otherwise set by us, so that this is done once
+THREADS = "OPENBLAS_NUM_THREADS"
+PREFIX = b"scipy_"
+OTHERWISE = (OSError, ValueError, LookupError, ArithmeticError, AttributeError, struct.error)
+SLOW = (
+    f"no OpenBLAS, so matrix products take 20 to 50 times as long: {sys.executable} -m pip install --force-reinstall "
+    "scipy-openblas32, and XDG_CACHE_HOME must be a folder that can be written, without a blank in its name"
+)
+
+
+def renamed(library: bytes) -> bytes:
+    """A 64-bit ELF library whose exported names have lost PREFIX. One of OTHERWISE where it is built otherwise.
+
+    A name is an offset into a table of texts: it moves on by the prefix's length. The table that finds names by
+    their hash must be made anew; the older, plainer kind (System V ABI, "Hash Table") fits where the GNU one was.
+    """
+    data = bytearray(library)
+    start, (size, count) = struct.unpack_from("<Q", data, 40)[0], struct.unpack_from("<HH", data, 58)
+    sections = [struct.unpack_from("<IIQQQQI", data, start + size * i) for i in range(count)]
+    kinds = {section[1]: section for section in sections}
+    symbols, table, dynamic = (kinds[kind] for kind in (11, 0x6FFFFFF6, 6))  # SHT_DYNSYM, SHT_GNU_HASH, SHT_DYNAMIC
+    texts, total = sections[symbols[6]][4], symbols[5] // 24
+    heads, nexts = [0] * (table[5] // 4 - 2 - total), [0] * total
+    for number in range(1, total):
+        entry = symbols[4] + 24 * number
+        text = struct.unpack_from("<I", data, entry)[0]
+        if data.startswith(PREFIX, texts + text):
+            struct.pack_into("<I", data, entry, text := text + len(PREFIX))
+        value = 0
+        for letter in data[texts + text : data.index(0, texts + text)]:
+            value = (value << 4) + letter
+            value = (value ^ (value & 0xF0000000) >> 24) & 0x0FFFFFFF
+        bucket = value % len(heads)
+        nexts[number], heads[bucket] = heads[bucket], number
+    struct.pack_into(f"<{2 + len(heads) + total}I", data, table[4], len(heads), total, *heads, *nexts)
+    struct.pack_into("<Q", data, data.index(struct.pack("<Q", 0x6FFFFEF5), dynamic[4]), 4)  # DT_GNU_HASH, DT_HASH
+    return bytes(data)
+
+
+def prepared() -> Path | None:
+    """The renamed OpenBLAS, made if it is not there yet, in the environment, else in the user's cache; None: neither.
+    LD_PRELOAD has no way to write a blank or a colon, so no path with one will do."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mis_mlx")
+    for place in [Path(sys.prefix, "lib"), cache] if sys.prefix != sys.base_prefix else [cache]:
+        with suppress(*OTHERWISE, StopIteration):
+            known = (Path(folder, "scipy_openblas32/lib/libscipy_openblas.so") for folder in sys.path)
+            source = next(path for path in known if path.is_file())
+            size, at = source.stat().st_size, source.stat().st_mtime_ns
+            made = place / f"libopenblas-mis-{size:x}-{at:x}.so"
+            if set(" \t\n:") & set(str(made)):
+                continue
+            if not (made.is_file() and made.stat().st_size == size):
+                place.mkdir(parents=True, exist_ok=True)
+                half = made.with_suffix(f".{os.getpid()}")
+                try:
+                    half.write_bytes(renamed(source.read_bytes()))
+                    _ = ctypes.CDLL(str(half)).cblas_sgemm  # it loads, and the name is there
+                    half.replace(made)
+                finally:
+                    half.unlink(missing_ok=True)
+            return made
+    return None
+
+
+def threads() -> tuple[int, str]:
+    """Threads for OpenBLAS and the reason: the cores we may use, less those that others keep busy, shared with the
+    processes of our own MLX ring on this machine. One too many is ten times slower than one too few.
+    Of the last minute's load and what runs at the moment the lower counts: a minute ago we may have been installing."""
+    mine, ring, running = float(len(os.sched_getaffinity(0))), 1, 0
+    with suppress(OSError, ValueError):  # no control group, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
+        mine = max(1.0, min(mine, int(quota) / int(period)))
+    with suppress(OSError):
+        ring = max(1, Path(os.environ.get("MLX_HOSTFILE", "")).read_text("utf-8").count('"127.0.0.1'))
+    for _ in range(5):
+        time.sleep(0.02)
+        running += int(Path("/proc/loadavg").read_text("ascii").split()[3].partition("/")[0]) - 1
+    load = min(os.getloadavg()[0], running / 5)
+    return most(mine, load * mine / (os.cpu_count() or 1), ring), f"{mine:g} cores, load {load:.1f}"
+
+
+def most(mine: float, load: float, processes: int) -> int:
+    """Threads for each of `processes` that share `mine` cores, of which `load` are taken."""
+    return max(1, int(max(mine - load, 1.0) / processes + 0.5))
+
+
+def main() -> None:
+    """Become the command of our arguments. What is preloaded or set already stays."""
+    lines = []
+    try:
+        if sys.platform == "linux" and MARK not in os.environ:
+            os.environ[MARK] = "on"
+            if not hasattr(ctypes.CDLL(None), "cblas_sgemm"):
+                if library := prepared():
+                    os.environ["LD_PRELOAD"] = f"{library}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
+                else:
+                    lines.append(SLOW)
+            if THREADS not in os.environ:
+                count, reason = threads()
+                os.environ[THREADS] = str(count)
+                lines.append(f"{THREADS}={count} ({reason})")
+            if os.environ.get("MLX_RANK", "0") in ("", "0"):
+                sys.stderr.write("".join(f"mis_mlx: {line}\n" for line in lines))
+    except KeyboardInterrupt:
+        sys.stderr.write("mis_mlx: stopped by hand before anything was begun: start it again\n")
+        os._exit(130)
+    os.execvp(sys.argv[1], sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

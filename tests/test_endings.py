@@ -1,0 +1,105 @@
+"""How a command ends when somebody leaves: real pipes whose reader is gone, real signals in the first second."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mis_mlx import __version__
+from mis_mlx.__main__ import commands
+from mis_mlx.types import Checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+# Sends Ctrl-C to its own process at the moment when a module of this name is imported.
+CTRL_C = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def unread(*argv: object, stream: str = "stdout") -> tuple[int, str]:
+    """Exit code and the other stream of `python ARGV` whose output nobody reads any more."""
+    ends, beginning = os.pipe()
+    os.close(ends)
+    kept = "stderr" if stream == "stdout" else "stdout"
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=ROOT, text=True, **{stream: beginning, kept: subprocess.PIPE}
+    )
+    os.close(beginning)
+    return done.returncode, getattr(done, kept)
+
+
+@pytest.mark.parametrize("line", ["mis_mlx", "mis_mlx --version", "mis_mlx plan --help", "mis_mlx.distill --help"])
+def test_help_into_a_closed_pipe(line: str) -> None:
+    """`--help | head`: ended as by SIGPIPE, and not a word of it."""
+    assert unread("-m", *line.split()) == (141, "")
+
+
+def test_results_and_progress_into_a_closed_pipe(llama: Checkpoint) -> None:
+    """A command that has computed: neither stream, once closed, leaves a traceback on the other."""
+    code, said = unread("-m", "mis_mlx.plan", "--teacher", llama.path)
+    assert code == 141 and "Traceback" not in said and "BrokenPipe" not in said
+    code, said = unread("-m", "mis_mlx.generate", "--model", llama.path, "--max-tokens", "3", stream="stderr")
+    assert code in (0, 141) and "Traceback" not in said
+
+
+def test_another_closed_pipe_is_not_hidden() -> None:
+    """A BrokenPipeError while our own readers are there is a bug like any other, with its traceback."""
+    code = "from mis_mlx import cli\nwith cli.reader():\n    raise BrokenPipeError('theirs')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "BrokenPipeError: theirs" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["tyro", "mlx", "mis_mlx.distill", "numpy"])
+def test_ctrl_c_in_the_first_second(tmp_path: Path, module: str) -> None:
+    """While a command is imported: one sentence, exit code 130, nothing made."""
+    (tmp_path / "sitecustomize.py").write_text(CTRL_C)
+    done = subprocess.run(
+        [sys.executable, "-m", "mis_mlx", "distill", "--out", str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "AT": module}, capture_output=True, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert done.stderr == "mis_mlx: stopped by hand before anything was begun: start it again\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_later_says_how_to_go_on(tmp_path: Path, llama: Checkpoint) -> None:
+    """Once it runs: what is kept, and the flag."""
+    (tmp_path / "sitecustomize.py").write_text(CTRL_C)
+    done = subprocess.run(
+        [sys.executable, "-m", "mis_mlx.generate", "--model", str(llama.path)],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "AT": "mlx_lm", "MIS_MLX_BLAS": "off"},
+        capture_output=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.stderr.endswith("mis_mlx: stopped by hand; what was finished is kept: --resume, if there, goes on\n")
+
+
+@pytest.mark.parametrize("command", ["", *sorted(commands())])
+def test_version(command: str) -> None:
+    """Of every command, by both ways."""
+    for way in ([f"mis_mlx.{command}".rstrip(".")], ["mis_mlx", *([command] if command else [])]):
+        done = subprocess.run([sys.executable, "-m", *way, "--version"], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"mis_mlx {__version__}\n", "")
+
+
+def test_mis_mlx_runs_commands_and_refuses_others(llama: Checkpoint) -> None:
+    """`mis_mlx plan` is `mis_mlx.plan`; a word that is no command is a sentence and exit code 2."""
+    line = [sys.executable, "-m", "mis_mlx", "plan", "--teacher", str(llama.path)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])
+    done = subprocess.run([sys.executable, "-m", "mis_mlx", "destill"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "mis_mlx: there is no command destill: `mis_mlx` lists them\n"
