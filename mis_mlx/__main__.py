@@ -45,10 +45,10 @@ def main() -> None:
         if name not in known:
             name = sys.argv.pop(1) if set(sys.argv[1:2]) & set(known) else ""
         with cli.reader():
-            if name:
-                runpy.run_module(f"mis_mlx.{name}", run_name="__main__", alter_sys=True)
-            elif "--version" in sys.argv:
+            if "--version" in sys.argv:
                 print(f"mis_mlx {__version__}")
+            elif name:
+                runpy.run_module(f"mis_mlx.{name}", run_name="__main__", alter_sys=True)
             elif set(sys.argv[1:]) - {"-h", "--help"}:
                 print(f"mis_mlx: there is no command {sys.argv[1]}: `mis_mlx` lists them", file=sys.stderr)
                 sys.exit(2)
