@@ -28,12 +28,13 @@ sys.meta_path.insert(0, Finder())
 
 
 def unread(*argv: object, stream: str = "stdout") -> tuple[int, str]:
-    """Exit code and the other stream of `python ARGV` whose output nobody reads any more."""
+    """Exit code and the other stream of `python ARGV` whose output nobody reads any more, in a bare environment."""
+    env = {name: value for name, value in os.environ.items() if name not in ("MIS_MLX_BLAS", "OPENBLAS_NUM_THREADS")}
     ends, beginning = os.pipe()
     os.close(ends)
     kept = "stderr" if stream == "stdout" else "stdout"
     done = subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=ROOT, text=True, **{stream: beginning, kept: subprocess.PIPE}
+        [sys.executable, *map(str, argv)], cwd=ROOT, env=env, text=True, **{stream: beginning, kept: subprocess.PIPE}
     )
     os.close(beginning)
     return done.returncode, getattr(done, kept)

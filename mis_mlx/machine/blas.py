@@ -116,8 +116,9 @@ def main() -> None:
                 count, reason = threads()
                 os.environ[THREADS] = str(count)
                 lines.append(f"{THREADS}={count} ({reason})")
-            if os.environ.get("MLX_RANK", "0") in ("", "0"):
-                sys.stderr.write("".join(f"mis_mlx: {line}\n" for line in lines))
+            heard = os.environ.get("MLX_RANK", "0") in ("", "0")
+            with suppress(BrokenPipeError):
+                sys.stderr.write("".join(f"mis_mlx: {line}\n" for line in lines if heard))
     except KeyboardInterrupt:
         sys.stderr.write("mis_mlx: stopped by hand before anything was begun: start it again\n")
         os._exit(130)
