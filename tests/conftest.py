@@ -18,7 +18,7 @@ import pytest
 from mis_mlx.disk import runs
 from mis_mlx.model import load, policy
 from mis_mlx.types import Checkpoint
-from tests import tiny
+from tests import forks, tiny
 
 Done = subprocess.CompletedProcess[str]
 ITERS, EVERY = 30, 7
@@ -52,6 +52,13 @@ def cpu() -> Iterator[None]:
 def metal(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process, and those that it starts, compute by Metal's policy: float16, packed weights stay packed."""
     monkeypatch.setenv(policy.POLICY, "metal")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_server_is_left() -> Iterator[None]:
+    """What processes were forked from ends with the tests."""
+    yield
+    forks.close()
 
 
 @pytest.fixture(scope="session")
@@ -95,20 +102,16 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment whose home and model cache are empty and offline: the user's are never touched."""
     home = tmp_path_factory.mktemp("home")
-    own = {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **own, "MIS_MLX_CACHE": str(home / "cache")}
+    own = {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "MIS_MLX_CACHE": str(home / "cache")}
+    return {"OPENBLAS_NUM_THREADS": "1", **os.environ, **own}
 
 
 @pytest.fixture(scope="session")
 def command(own_home: dict[str, str]) -> Callable[..., Done]:
-    """`command("distill", "--iters", 3)` runs `python -m mis_mlx.distill --iters 3` to its end."""
+    """`command("distill", "--iters", 3)` runs `python -m mis_mlx.distill --iters 3` to its end, in a fork."""
 
     def run(name: str, *flags: object, cwd: Path | None = None) -> Done:
-        argv = [sys.executable, "-m", f"mis_mlx.{name}", *map(str, flags)]
-        root = str(Path(__file__).parents[1])
-        return subprocess.run(
-            argv, env={**own_home, "PYTHONPATH": root}, cwd=cwd, capture_output=True, text=True, check=False
-        )
+        return forks.run(["-m", f"mis_mlx.{name}", *flags], own_home, cwd)
 
     return run
 
@@ -121,11 +124,16 @@ def flags(llama: Checkpoint, text_folder: Path) -> tuple[object, ...]:
 
 @pytest.fixture(scope="session")
 def finished(
-    tmp_path_factory: pytest.TempPathFactory, flags: tuple[object, ...], command: Callable[..., Done]
+    tmp_path_factory: pytest.TempPathFactory, flags: tuple[object, ...], own_home: dict[str, str]
 ) -> tuple[Path, Done]:
-    """(run folder, process) of one undisturbed `distill`, made once a session; do not write into it."""
+    """(run folder, process) of one undisturbed `distill`, made once a session; do not write into it.
+
+    A process from its start, not a fork: so strings hash otherwise than in those it is compared with.
+    """
     out = tmp_path_factory.mktemp("distill") / "run"
-    done = command("distill", *flags, "--out", out, "--bench-tokens", 3, "--sample-tokens", 5)
+    line = [sys.executable, "-m", "mis_mlx.distill", *flags, "--out", out, "--bench-tokens", 3, "--sample-tokens", 5]
+    env = {**own_home, "PYTHONPATH": str(forks.ROOT)}
+    done = subprocess.run([*map(str, line)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out, done
 

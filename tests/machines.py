@@ -27,9 +27,10 @@ from mis_mlx.model import calibrate, load, ranks, relay, stream
 from mis_mlx.training import distillation, loop, supervised, targets
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Checkpoint, Reading
+from tests import forks
 
 ROOT = Path(__file__).parents[1]
-Processes = list["subprocess.Popen[str]"]
+Processes = list["forks.Fork | subprocess.Popen[str]"]
 RECIPE = Recipe(iters=10, batch_size=3, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-3, warmup=1)
 
 
@@ -50,14 +51,11 @@ def started(n: int, argv: Sequence[object], env: Mapping[str, str], cwd: Sequenc
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(n)]))
-        each = {**env, "PYTHONPATH": str(ROOT)}
-        if n > 1:
-            each["MLX_HOSTFILE"] = str(hosts)
+        several = {"MLX_HOSTFILE": str(hosts)} if n > 1 else {}
         made = [
-            subprocess.Popen(
-                [sys.executable, *map(str, argv)], cwd=cwd[rank] if cwd else None,
-                env={**each, "MLX_RANK": str(rank)} if n > 1 else each,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            forks.start(
+                argv, {**env, **several, "MLX_RANK": str(rank)} if n > 1 else env, cwd[rank] if cwd else None,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )
             for rank in range(n)
         ]  # fmt: skip

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from mis_mlx.model import timing
 from mis_mlx.model.timing import Request, Trial
 from mis_mlx.training import roofline, trials
 from mis_mlx.types import Checkpoint, MisError
-from tests import tiny
+from tests import forks, tiny
 from tests.conftest import Done, last_line, sentence
 
 QUICK = ("-p", 4, "-g", 4, "-n", 1)
@@ -289,11 +288,8 @@ def test_ctrl_c_keeps_the_finished_trials(llama: Checkpoint, tmp_path: Path, own
     """SIGINT to the real process after its first trials: a table, exit 0, JSON that says it was stopped."""
     out = tmp_path / "out.json"
     flags = ("--model", llama.path, "-p", 4, "-g", 4, "-n", 10_000, "--out", out)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mis_mlx.bench", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**own_home, "PYTHONPATH": str(Path(__file__).parents[1])}, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
-    )  # fmt: skip
+    pipe = subprocess.PIPE
+    process = forks.start(["-m", "mis_mlx.bench", *flags], own_home, stdout=pipe, stderr=pipe)
     while process.poll() is None and not (out.exists() and len(json.loads(out.read_text())["trials"]["llama"]) > 2):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.disk import runs
+from tests import forks
 from tests.conftest import ITERS, Done, losses, sentence, weights
 
 
@@ -21,11 +21,8 @@ class Child:
     """`distill` as a process of its own that can be killed."""
 
     def __init__(self, env: dict[str, str], *argv: object):
-        root = str(Path(__file__).parents[1])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mis_mlx.distill", *map(str, argv)],
-            env={**env, "PYTHONPATH": root}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        pipe, line = subprocess.PIPE, ["-m", "mis_mlx.distill", *argv]
+        self.process = forks.start(line, env, stdout=pipe, stderr=pipe)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Until the condition holds or the process has ended."""

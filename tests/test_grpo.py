@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from mis_mlx.model import branches, load, speak, stream
 from mis_mlx.training import alignment, loop
 from mis_mlx.training import grpo as training
 from mis_mlx.types import Checkpoint, MisError
+from tests import forks
 from tests.conftest import Done, last_line, losses, sentence
 
 # A reward that a model of random weights gets now and then: the share of letters that are small vowels.
@@ -103,15 +103,14 @@ def test_a_killed_run_ends_with_the_same_bits(
     finished: tuple[Path, Done], small: tuple[object, ...], tmp_path: Path, own_home: dict[str, str]
 ) -> None:
     """SIGKILL after a checkpoint, --resume: the same samples are drawn again, weights and losses are equal."""
-    argv = [sys.executable, "-m", "mis_mlx.grpo", *map(str, small), "--out", str(tmp_path / "run")]
-    env = {**own_home, "PYTHONPATH": str(Path(__file__).parents[1])}
-    child = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    argv = ["-m", "mis_mlx.grpo", *small, "--out", tmp_path / "run"]
+    child = forks.start(argv, own_home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while child.poll() is None and not (tmp_path / "run/steps/step-00000004").exists():
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (tmp_path / "run/result.json").exists()
-    again = subprocess.run([*argv, "--resume"], env=env, capture_output=True, text=True)
+    again = forks.run([*argv, "--resume"], own_home)
     assert again.returncode == 0 and "continuing from step" in again.stderr, again.stderr
     out = finished[0]
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()

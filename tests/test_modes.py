@@ -6,7 +6,6 @@ import json
 import runpy
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from mis_mlx.disk import runs, safetensors
 from mis_mlx.model import load, pack
 from mis_mlx.training import course, dwq
 from mis_mlx.types import Checkpoint, MisError
+from tests import forks
 from tests.conftest import Done
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, 
 @pytest.mark.parametrize("word", ["targets", "local", "distil", "tune"])
 def test_killed_in_any_phase_and_resumed(
     tmp_path: Path, whole: Callable[[str], tuple[Path, Done]], llama: Checkpoint, text_folder: Path, way: str,
-    word: str, command: Callable[..., Done],
+    word: str, command: Callable[..., Done], own_home: dict[str, str],
 ) -> None:  # fmt: skip
     """SIGKILL as soon as a phase's files appear; --resume ends with the bits of the undisturbed run."""
     signs = {"targets": "targets/part-*", "local": course.LOCAL, "distil": "metrics.jsonl"}
@@ -87,8 +87,8 @@ def test_killed_in_any_phase_and_resumed(
     if not list(out.glob(sign)):
         pytest.skip(f"{way} has no phase {word}")
     flags = ("--teacher", llama.path, "--data", text_folder, *FLAGS, *WAYS[way], "--out", run)
-    line = [sys.executable, "-m", "mis_mlx.distill", *map(str, flags)]
-    job = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    line, nowhere = ["-m", "mis_mlx.distill", *flags], subprocess.DEVNULL
+    job = forks.start(line, own_home, stdout=nowhere, stderr=nowhere)
     while not list(run.glob(sign)) and job.poll() is None:
         time.sleep(0.002)
     job.send_signal(signal.SIGKILL)

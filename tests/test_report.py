@@ -19,7 +19,7 @@ from mis_mlx import report
 from mis_mlx.disk import runs, story
 from mis_mlx.page import figures
 from mis_mlx.types import Checkpoint, MisError
-from tests import browser
+from tests import browser, forks
 from tests.conftest import SMALL, Done, last_line, sentence
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'matplotlib>=3.9'")
@@ -252,13 +252,11 @@ def test_several_runs_side_by_side(copy: Path, warm: Path, tmp_path: Path) -> No
     assert len(ids) == len(set(ids)) and "<h1>run (1)</h1>" in page
 
 
-def test_watch_ends_with_the_run(copy: Path, command: Callable[..., Done]) -> None:
+def test_watch_ends_with_the_run(copy: Path, own_home: dict[str, str]) -> None:
     """While the run goes on the page asks the browser to come again; with the result it is written once more."""
     done = (copy / runs.RESULT).rename(copy / "later")
-    line = [sys.executable, "-m", "mis_mlx.report", str(copy), "--watch", "--every-s", "1"]
-    with subprocess.Popen(
-        line, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as child:
+    line = ["-m", "mis_mlx.report", copy, "--watch", "--every-s", 1]
+    with forks.start(line, own_home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
         page = copy / "report.html"
         while not page.exists() and child.poll() is None:
             time.sleep(0.05)

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.training import candidates, contest, pruning, standings
 from mis_mlx.training.candidates import Decoding
 from mis_mlx.types import Checkpoint, MisError
-from tests import tiny
+from tests import forks, tiny
 from tests.conftest import Done, last_line, sentence
 
 SMALL: dict[str, Any] = dict(
@@ -131,10 +130,7 @@ def test_the_score_is_that_of_a_pruning_by_hand(
 
 def kill_at(out: Path, flags: list[object], env: dict[str, str], reached: Callable[[], bool]) -> None:
     """Start or resume a search and SIGKILL it once `reached`."""
-    line = [sys.executable, "-m", "mis_mlx.search", *map(str, flags), "--out", str(out)]
-    process = subprocess.Popen(
-        line, env={**env, "PYTHONPATH": str(Path(__file__).parents[1])}, stderr=subprocess.DEVNULL
-    )
+    process = forks.start(["-m", "mis_mlx.search", *flags, "--out", out], env, stderr=subprocess.DEVNULL)
     while not reached() and process.poll() is None:
         time.sleep(0.002)
     process.kill()

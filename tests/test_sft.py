@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,7 +30,7 @@ from mis_mlx.model import load, lora, sharing, slice, speak
 from mis_mlx.training import alignment, alignment_plan, batches, distillation, planning
 from mis_mlx.training.supervised import Lesson
 from mis_mlx.types import Checkpoint, MisError
-from tests import tiny, trl_model
+from tests import forks, tiny, trl_model
 from tests.conftest import Done, last_line, losses
 
 SMALL = ("--iters", 6, "--save-every", 2, "--batch-size", 2, "--max-seq-length", 96, "--eval-rows", 8)
@@ -197,15 +196,14 @@ def test_a_killed_run_ends_with_the_same_bits(
 ) -> None:
     """SIGKILL after a checkpoint, --resume: weights, losses, held-out losses and best step of the run that went on."""
     out, done = finished
-    argv = [sys.executable, "-m", "mis_mlx.sft", *map(str, small), "--out", str(tmp_path / "run")]
-    env = {**own_home, "PYTHONPATH": str(Path(__file__).parents[1])}
-    child = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    argv = ["-m", "mis_mlx.sft", *small, "--out", tmp_path / "run"]
+    child = forks.start(argv, own_home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while child.poll() is None and not (tmp_path / "run/steps/step-00000002").exists():
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (tmp_path / "run/result.json").exists()
-    again = subprocess.run([*argv, "--resume"], env=env, capture_output=True, text=True)
+    again = forks.run([*argv, "--resume"], own_home)
     assert again.returncode == 0 and "continuing from step" in again.stderr, again.stderr
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
     assert losses(tmp_path / "run") == losses(out)

@@ -15,6 +15,7 @@ import pytest
 
 from mis_mlx.disk.checkpoint import load_arrays, newest, save_step
 from mis_mlx.disk.files import DISK
+from tests import forks
 from tests.faults.power import Drive, recorded
 
 TRAINER = """
@@ -33,12 +34,14 @@ with lock(run):
 
 
 @pytest.mark.parametrize("kills", [10, pytest.param(150, marks=pytest.mark.slow)])
-def test_a_killed_run_continues_from_its_last_acknowledged_step(tmp_path: Path, kills: int) -> None:
+def test_a_killed_run_continues_from_its_last_acknowledged_step(
+    tmp_path: Path, kills: int, own_home: dict[str, str]
+) -> None:
     """SIGKILL at random moments: what comes back is whole and never older than the last step printed."""
     rng = random.Random(1)
     last = 0
     for _ in range(kills):
-        child = subprocess.Popen([sys.executable, "-c", TRAINER, tmp_path], stdout=subprocess.PIPE, text=True)
+        child = forks.start(["-c", TRAINER, tmp_path], own_home, stdout=subprocess.PIPE)
         assert child.stdout is not None
         child.stdout.readline()  # it has begun
         time.sleep(rng.random() * 0.1)

@@ -7,7 +7,6 @@ import itertools
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from mis_mlx.model import load
 from mis_mlx.training import distillation, loop, targets
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Batch, Checkpoint, MisError, Step
-from tests import tiny
+from tests import forks, tiny
 from tests.disk.test_checkpoint import Breaking, flip
 
 MANY = 2**16 - 1
@@ -195,12 +194,13 @@ targets.write(llama, lambda: teacher, some(), pathlib.Path(sys.argv[2]), DISK, c
 """
 
 
-def test_killed_while_writing_it_ends_with_the_same_bytes(tmp_path: Path, llama: Checkpoint, whole: Path) -> None:
+def test_killed_while_writing_it_ends_with_the_same_bytes(
+    tmp_path: Path, llama: Checkpoint, whole: Path, own_home: dict[str, str]
+) -> None:
     """SIGKILL after 20 windows, then after 15 more: what is left is gone on with, and nothing tells the two apart."""
-    command = [sys.executable, "-c", WRITER, str(llama.path), str(tmp_path / "t")]
-    root, killed = Path(__file__).parents[2], 0
+    killed = 0
     for windows in (20, 15):
-        child = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+        child = forks.start(["-c", WRITER, llama.path, tmp_path / "t"], own_home, stdout=subprocess.PIPE)
         assert child.stdout is not None
         for _ in itertools.islice(child.stdout, windows):
             pass
