@@ -151,6 +151,18 @@ def test_new_dependencies_and_the_test_extra_are_installed(machine: Machine) -> 
     assert "check out[test]" in machine.log.read_text() and "-m pytest -x" in machine.log.read_text()
 
 
+def test_all_tests_or_a_few(machine: Machine) -> None:
+    """Several processes run them, the named ones a single one; `--all`: the slow ones too."""
+    for flags, expected in (
+        ([], "-n logical --maxprocesses 4 --dist loadfile"),
+        (["--all"], "-m  -n logical --maxprocesses 4 --dist loadfile"),
+        (["--all", "tests/test_x.py", "-k", "y"], "-m  tests/test_x.py -k y"),
+        (["-n", "0"], "-n 0"),
+    ):
+        machine.mis("test", *flags)
+        assert machine.log.read_text().splitlines()[-1] == f"python -m pytest {expected}"
+
+
 def test_a_failed_update_leaves_the_old_installation(machine: Machine) -> None:
     """pip's own words and one sentence; with the old pyproject.toml back, everything still runs."""
     machine.mis("distill")

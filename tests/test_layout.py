@@ -10,6 +10,7 @@ import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ class Module:
     name: str
     source: str
 
-    @property
+    @cached_property
     def tree(self) -> ast.Module:
         """The file's syntax tree."""
         return ast.parse(self.source)
@@ -47,6 +48,7 @@ class Module:
         return floor(self.zone) == COMMAND_FLOOR
 
 
+@cache
 def modules() -> list[Module]:
     """Every file of the package."""
     paths = sorted(PACKAGE.rglob("*.py"))
@@ -67,8 +69,13 @@ def imports(module: Module, nodes: Iterable[ast.AST] | None = None) -> Iterator[
         elif isinstance(node, ast.ImportFrom):
             start = parents[: -node.level] if node.level else []
             yield from (".".join([*start, *filter(None, [node.module]), a.name]) for a in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and _called(node).endswith(("import_module", "__import__")):
             yield ast.unparse(node.args[0]).removeprefix("f").strip("'\"")
+
+
+def _called(call: ast.Call) -> str:
+    """The last word of what is called: `import_module` of `importlib.import_module(...)`."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
 
 
 def ours(module: Module) -> Iterator[str]:
