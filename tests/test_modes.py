@@ -33,6 +33,9 @@ WAYS: dict[str, tuple[object, ...]] = {
     "cached, tuned longer": ("--targets", "cached", "--quantize", 4, "--q-iters", 9),
     "sharded, mixed": ("--train", "sharded", "--local-iters", 0, "--cross-entropy", 0.3),
 }
+# Every phase once, and training by each way of streaming; the others of the matrix are slow.
+KILLS = {("targets", "cached"), ("local", "sharded"), ("tune", "cached, tuned longer")}
+KILLS |= {("distil", "sharded, mixed"), ("distil", "ablations")}
 
 
 def weights(run: Path) -> bytes:
@@ -73,8 +76,14 @@ def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, 
     load.mlx_lm("utils").load(str(out / "model"))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("word", ["targets", "local", "distil", "tune"])
+@pytest.mark.parametrize(
+    ("word", "way"),
+    [
+        pytest.param(word, way, marks=[] if (word, way) in KILLS else pytest.mark.slow)
+        for word in ("targets", "local", "distil", "tune")
+        for way in WAYS
+    ],
+)
 def test_killed_in_any_phase_and_resumed(
     tmp_path: Path, whole: Callable[[str], tuple[Path, Done]], llama: Checkpoint, text_folder: Path, way: str,
     word: str, command: Callable[..., Done], own_home: dict[str, str],
