@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import resource
 import select
 import signal
 import sys
@@ -33,6 +34,9 @@ SPARK_STEPS = 24  # whose losses the bar shows
 BLAS = Path(__file__).parent / "machine" / "blas.py"  # a program of its own
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set by mlx.launch and mpirun, of several processes together
+OPEN_FILES = 4096  # macOS allows 256 at first, which a model in many files is beyond
+DEVICE = re.compile(r"\[METAL\]|\[metal::|\[malloc|kIOGPU")  # how errors of MLX begin that are the device's
+MEMORY_GONE = re.compile(r"\[malloc|\[metal::malloc\]|Insufficient Memory|OutOfMemory")
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": GIB}
 
 
@@ -125,6 +129,40 @@ def rank() -> int | None:
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), None)
 
 
+def prepare() -> None:
+    """For this process: more open files, as far as the system lets us; and the device of MIS_MLX_DEVICE."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS has a limit of its own on this limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if device := os.environ.get("MIS_MLX_DEVICE"):
+        import mlx.core as mx
+
+        try:
+            mx.set_default_device({"cpu": mx.cpu, "gpu": mx.gpu}[device])
+        except (KeyError, ValueError):
+            raise MisError(f"MIS_MLX_DEVICE is {device!r}, which is not here: set it to cpu, gpu or nothing") from None
+
+
+def device_trouble(error: RuntimeError, config_type: Any = None) -> str:
+    """What MLX's error about the GPU or its memory means, and the way out of it with the flags of `config_type`; empty
+    where the error is about something else."""
+    text = " ".join(str(error).split())
+    if not DEVICE.search(text):
+        return ""
+    flags = [f.name for f in fields(config_type)] if is_dataclass(config_type) else []
+    gone = MEMORY_GONE.search(text)
+    smaller = " and ".join(f"--{name.replace('_', '-')}" for name in ("max_seq_length", "batch_size") if name in flags)
+    less = f"lower {smaller}" if smaller else "use a smaller model"
+    remedy = f"close other programs or {less}"
+    if not gone:
+        remedy = f"set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, as scripts/mis does, or {less}"
+    again = "; --resume goes on from the last checkpoint" if "resume" in flags else ""
+    what = "no memory is left" if gone else "macOS ended a computation on the GPU"
+    return f"{what} ({text[:160]}): {remedy}{again}"
+
+
 def preload() -> None:
     """On Linux, start a command that computes again, once, under machine/blas.py: MLX's own products are slow there."""
     done = "MIS_MLX_BLAS" in os.environ or ("blas" in os.environ.get("LD_PRELOAD", "") and BLAS_THREADS in os.environ)
@@ -165,12 +203,16 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
     try:
         settings = parse(config_type, prog=prog)
         preload()
+        prepare()
         if rank() is not None and not several:
             raise MisError(f"{prog} is for one machine alone: start it without mlx.launch")
         result = run(settings)
-    except MisError as error:
+    except (MisError, RuntimeError) as error:
+        said = str(error) if isinstance(error, MisError) else device_trouble(error, config_type)
+        if not said:
+            raise
         sys.stdout.flush()
-        print(f"mis_mlx: {f'machine {rank()}: ' if rank() else ''}{error}", file=sys.stderr)
+        print(f"mis_mlx: {f'machine {rank()}: ' if rank() else ''}{said}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("mis_mlx: stopped by hand; what was finished is kept: --resume, if there, goes on", file=sys.stderr)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mis_mlx import cli, distill, evaluate, quantize
@@ -212,3 +217,112 @@ def test_sparkline() -> None:
     assert cli.sparkline([40.0, 40.1], 1.0) == "▁▂"
     assert cli.sparkline([2.0, 2.0]) == "▁▁"
     assert cli.sparkline([None]) == ""
+
+
+LIMITS = """
+import os, resource, sys
+from dataclasses import dataclass
+from mis_mlx import cli
+@dataclass(frozen=True)
+class Settings:
+    iters: int = 1
+hard, count = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+def run(settings):
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(count)]
+    return {"limits": resource.getrlimit(resource.RLIMIT_NOFILE), "held": len(held)}
+sys.argv = sys.argv[:1]
+cli.main(Settings, run)
+"""
+
+
+@pytest.mark.parametrize(("hard", "soft"), [(1024, 1024), (4096, 4096), (8192, 4096), (256, 256)])
+def test_a_command_may_open_more_files(hard: int, soft: int) -> None:
+    """macOS begins with 256: up to 4,096, as far as the hard limit lets us, which stays."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
+        pytest.skip("the hard limit here is lower")
+    done = run_here(LIMITS, hard, soft - 50)
+    assert json.loads(done.stdout) == {"limits": [soft, hard], "held": soft - 50}, done.stderr
+
+
+def run_here(code: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """What a Python of its own says to `code`."""
+    line = [sys.executable, "-c", code, *map(str, args)]
+    root = str(Path(__file__).parents[1])
+    return subprocess.run(line, env={**os.environ, "PYTHONPATH": root, **env}, capture_output=True, text=True)
+
+
+DEVICE = """
+from dataclasses import dataclass
+import mlx.core as mx
+from mis_mlx import cli
+@dataclass(frozen=True)
+class Settings:
+    iters: int = 1
+mx.set_default_device(mx.Device(mx.cpu, 0))
+cli.main(Settings, lambda s: {"cpu": mx.default_device() == mx.cpu})
+"""
+
+
+def test_the_device_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MIS_MLX_DEVICE=cpu computes there; a device that is not here, or unknown, is a sentence."""
+    assert json.loads(run_here(DEVICE, MIS_MLX_DEVICE="cpu").stdout) == {"cpu": True}
+    for device in ("tpu", *(() if mx.is_available(mx.gpu) else ("gpu",))):
+        done = run_here(DEVICE, MIS_MLX_DEVICE=device)
+        assert done.returncode == 1 and f"mis_mlx: MIS_MLX_DEVICE is '{device}'" in done.stderr
+    chosen = list[object]()
+    monkeypatch.setattr(mx, "set_default_device", chosen.append)
+    for device in ("gpu", "cpu"):
+        monkeypatch.setenv("MIS_MLX_DEVICE", device)
+        cli.prepare()
+    assert chosen == [mx.gpu, mx.cpu]
+
+
+@dataclass(frozen=True)
+class Short:
+    """Settings of a command without --resume."""
+
+    max_seq_length: int = 8
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "remedy"),
+    [
+        ("[METAL] Command buffer execution failed: Impacting Interactivity "
+         "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
+         "macOS ended a computation on the GPU", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"),
+        ("[METAL] Command buffer execution failed: Caused GPU Timeout Error "
+         "(00000002:kIOGPUCommandBufferCallbackErrorTimeout)",
+         "macOS ended a computation on the GPU", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"),
+        ("[METAL] Command buffer execution failed: Insufficient Memory "
+         "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)", "no memory is left", "close other programs"),
+        ("[metal::malloc] Attempting to allocate 48736917632 bytes which is greater than the maximum allowed "
+         "buffer size of 30150672384 bytes.", "no memory is left", "close other programs"),
+        ("[malloc] Unable to allocate 17179869184 bytes.", "no memory is left", "close other programs"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_device_is_a_sentence(
+    error: str, what: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As MLX 0.32 words them: what happened, MLX's own words, what to do; --resume only where there is one."""
+
+    def run(settings: Any) -> dict[str, Any]:
+        raise RuntimeError(error)
+
+    assert ended(run, monkeypatch) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"mis_mlx: {what} ({error[:60]}") and said.count("\n") == 1
+    assert remedy in said and "lower --max-seq-length and --batch-size; --resume goes on" in said
+    short = cli.device_trouble(RuntimeError(error), Short)
+    assert short.endswith("lower --max-seq-length") and "--resume" not in short
+
+
+def test_other_runtime_errors_are_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They keep their traceback."""
+    monkeypatch.setattr("sys.argv", ["command"])
+
+    def run(settings: Any) -> dict[str, Any]:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    with pytest.raises(RuntimeError, match="changed size"):
+        cli.main(Settings, run)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,8 @@ from mis_mlx.training.recipe import Distillation, Rounding
 from mis_mlx.types import GIB, Budget, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, sentence
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
@@ -235,3 +239,29 @@ def test_distill_takes_the_method(tmp_path: Path, flags: tuple[object, ...], com
     assert not (load.dense(made, name) == load.dense(plain, name)).all()
     assert "q_method: gptq" in (tmp_path / "run" / "config.yaml").read_text()
     speak.open_model(tmp_path / "run" / "model")
+
+
+def test_forty_blocks_with_256_open_files(tmp_path: Path, text_folder: Path, own_home: dict[str, str]) -> None:
+    """macOS allows no more at first: a deep model is rounded and tuned within it, and so are all files closed again."""
+    tiny.make(tmp_path / "deep", num_hidden_layers=40, intermediate_size=64)
+    line = [sys.executable, "-m", "mis_mlx.quantize", "--model", tmp_path / "deep", "--mlx-path", tmp_path / "q"]
+    line += [
+        "--data",
+        text_folder,
+        "--q-method",
+        "round",
+        "--target-bpw",
+        None,
+        "--q-iters",
+        1,
+        "--max-seq-length",
+        16,
+        "--batch-size",
+        1,
+    ]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 256; exec "$@"', "sh", *map(str, line)],
+        env={**own_home, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-500:]
+    assert load.open_checkpoint(tmp_path / "q").config["quantization"]["bits"] == 4

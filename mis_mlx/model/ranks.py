@@ -80,6 +80,8 @@ def _settled(made: Any) -> Any:
     try:
         stream.settle(made)
     except RuntimeError as error:
+        if size() == 1 or cli.device_trouble(error):  # this machine's own
+            raise
         _world().size = 1
         raise Lost(f"a machine beside this one is gone ({error}): resume on as many as there are") from None
     return made
