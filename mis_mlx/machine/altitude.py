@@ -49,7 +49,7 @@ def by_location(clock: Clock) -> tuple[float | None, str]:
     is not positive and the altitude it reports means nothing (Apple's documentation of CLLocation).
     """
     try:
-        location = importlib.import_module("CoreLocation")
+        location, run_loop = importlib.import_module("CoreLocation"), importlib.import_module("Foundation")
     except ImportError:
         return None, ""
     manager = location.CLLocationManager.alloc().init()
@@ -60,7 +60,9 @@ def by_location(clock: Clock) -> tuple[float | None, str]:
             fix = manager.location()
             if fix is not None:
                 return (float(fix.altitude()), "CoreLocation") if fix.verticalAccuracy() > 0 else (None, "")
-            clock.sleep(1.0)
+            # A fix is delivered by the run loop, which a program without windows has to turn itself.
+            run_loop.NSRunLoop.currentRunLoop().runUntilDate_(run_loop.NSDate.dateWithTimeIntervalSinceNow_(1.0))
+            clock.sleep(0.1)
     finally:
         manager.stopUpdatingLocation()
     return None, ""

@@ -8,17 +8,7 @@ from __future__ import annotations
 import plistlib
 import subprocess
 from collections.abc import Callable, Mapping
-from ctypes import (
-    POINTER,
-    byref,
-    c_char_p,
-    c_int,
-    c_size_t,
-    c_uint32,
-    c_uint64,
-    c_void_p,
-    create_string_buffer,
-)
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p, create_string_buffer
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar

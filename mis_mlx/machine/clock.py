@@ -31,7 +31,7 @@ class Clock:
     def uptime(self) -> float:
         """Seconds since boot, sleep included."""
         if sys.platform == "darwin":
-            return time.clock_gettime(time.CLOCK_MONOTONIC)  # Apple's spelling of a clock that counts sleep
+            return time.clock_gettime(time.CLOCK_MONOTONIC_RAW)  # counts sleep on a Mac, and NTP does not slew it
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def asleep(self) -> float:

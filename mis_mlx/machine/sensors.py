@@ -60,12 +60,14 @@ class Live:
         self._clock = clock
         self._root = sys_root
         self.apple: Apple | None = None
+        self.virtual = False  # a Mac that is a virtual machine has no thermometers at all
         self._refused: dict[str, str] = {}
         try:
             self.apple = Apple(apple_library)
             names = ("hw.model", "machdep.cpu.brand_string", "kern.osversion")
             model, chip, build = (self.apple.system(name) for name in names)
             self.header = Header(model, chip, build)
+            self.virtual = (model or "").startswith("VirtualMac") or self.apple.system("kern.hv_vmm_present") == "\x01"
         except OSError as error:
             self.header = Header()
             if sys.platform == "darwin":
@@ -133,8 +135,9 @@ class Monitor:
 
     @property
     def apple(self) -> bool:
-        """Whether this is a live Mac: there a run without a die temperature is not safe."""
-        return not self.replayed and (sys.platform == "darwin" or getattr(self.source, "apple", None) is not None)
+        """Whether this is a live Mac, and no virtual one: there a run without a die temperature is not safe."""
+        mac = sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
+        return mac and not self.replayed and not getattr(self.source, "virtual", False)
 
     @property
     def ended(self) -> bool:

@@ -19,6 +19,8 @@ class FakeApple:
         self._library = ctypes.CDLL(str(path))
         self._library.fake_hid.argtypes = [ctypes.c_char_p, ctypes.c_double, ctypes.c_int]
         self._library.fake_level.argtypes = [ctypes.c_uint64]
+        self._library.fake_footprint.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+        self._library.fake_model.argtypes = [ctypes.c_char_p, ctypes.c_int]
         self._library.fake_reset()
 
     def hid(self, name: str, value: float, *, event: bool = True) -> None:
@@ -33,6 +35,14 @@ class FakeApple:
 
     def level(self, level: int) -> None:
         self._library.fake_level(level)
+
+    def footprint(self, now: int, most: int) -> None:
+        """Bytes of any process that is asked about; 0: there is no answer."""
+        self._library.fake_footprint(now, most)
+
+    def model(self, name: str, virtual: bool) -> None:
+        """What hw.model and kern.hv_vmm_present say."""
+        self._library.fake_model(name.encode(), int(virtual))
 
     def require_prime(self) -> None:
         self._library.fake_require_prime()

@@ -34,12 +34,14 @@ typedef struct {
 static struct { char name[64]; double value; int has_event; } services[128];
 static struct { uint32_t key, type, size; uint8_t bytes[32]; } keys[256];
 static int service_count, key_count, require_prime, primed, live, matched, connections, tokens;
-static uint64_t level;
+static uint64_t level, footprint, most_footprint;
+static char model[64];
+static int in_vm;
 
 uint32_t mach_task_self_ = TASK;
 char kCFTypeDictionaryKeyCallBacks[48], kCFTypeDictionaryValueCallBacks[40];
 
-void fake_reset(void) { service_count = key_count = require_prime = primed = 0; level = 0; }
+void fake_reset(void) { service_count = key_count = require_prime = primed = 0; level = 0; footprint = most_footprint = 0; in_vm = 0; strcpy(model, "MacBookAir10,1"); }
 void fake_hid(const char *name, double value, int has_event) {
     strncpy(services[service_count].name, name, 63);
     services[service_count].value = value;
@@ -52,6 +54,8 @@ void fake_smc(uint32_t key, uint32_t type, uint32_t size, const uint8_t *bytes) 
     memcpy(keys[key_count++].bytes, bytes, size);
 }
 void fake_level(uint64_t l) { level = l; }
+void fake_footprint(uint64_t now, uint64_t most) { footprint = now; most_footprint = most; }
+void fake_model(const char *name, int virtual) { strncpy(model, name, 63); in_vm = virtual; }
 void fake_require_prime(void) { require_prime = 1; }
 int fake_live(void) { return live; }
 int fake_open(void) { return connections + tokens; }
@@ -182,11 +186,36 @@ uint32_t notify_get_state(int token, uint64_t *state) {
 }
 uint32_t notify_cancel(int token) { tokens--; return 0; }
 int sysctlbyname(const char *name, void *old, size_t *size, void *new, size_t new_size) {
-    const char *value = !strcmp(name, "hw.model") ? "MacBookAir10,1"
+    if (!strcmp(name, "kern.hv_vmm_present")) {
+        if (*size < sizeof(int)) return -1;
+        memcpy(old, &in_vm, sizeof(int)); /* a number, not a text */
+        *size = sizeof(int);
+        return 0;
+    }
+    const char *value = !strcmp(name, "hw.model") ? model
                         : !strcmp(name, "kern.osversion") ? "24D60"
                         : !strcmp(name, "machdep.cpu.brand_string") ? "Apple M1" : 0;
     if (!value || *size < strlen(value) + 1) return -1;
     strcpy(old, value);
     *size = strlen(value) + 1;
+    return 0;
+}
+
+/* libproc, as <sys/resource.h> of macOS has it */
+typedef struct {
+    uint8_t uuid[16];
+    uint64_t user_time, system_time, pkg_idle_wkups, interrupt_wkups, pageins, wired_size, resident_size, phys_footprint,
+        proc_start_abstime, proc_exit_abstime, child_user_time, child_system_time, child_pkg_idle_wkups,
+        child_interrupt_wkups, child_pageins, child_elapsed_abstime, diskio_bytesread, diskio_byteswritten, qos_default,
+        qos_maintenance, qos_background, qos_utility, qos_legacy, qos_user_initiated, qos_user_interactive,
+        billed_system_time, serviced_system_time, logical_writes, lifetime_max_phys_footprint, instructions, cycles,
+        billed_energy, serviced_energy, interval_max_phys_footprint, runnable_time;
+} Usage;
+_Static_assert(sizeof(Usage) == 296, "rusage_info_v4");
+int proc_pid_rusage(int pid, int flavor, void *buffer) {
+    if (flavor != 4 || pid <= 0 || !footprint) return -1;
+    memset(buffer, 0x11, sizeof(Usage));
+    ((Usage *)buffer)->phys_footprint = footprint;
+    ((Usage *)buffer)->lifetime_max_phys_footprint = most_footprint;
     return 0;
 }

@@ -14,7 +14,7 @@ from mis_mlx.machine.replay import Header
 
 
 class Manager:
-    """What CLLocationManager does: a fix after some time, or none."""
+    """What CLLocationManager does: a fix after some turns of the run loop, or none."""
 
     def __init__(self, altitude: float, accuracy: float, after: int):
         self.waits, self.running = after, False
@@ -36,8 +36,14 @@ class Manager:
 
     def location(self) -> SimpleNamespace | None:
         assert self.running
-        self.waits -= 1
-        return self.fix if self.waits < 0 else None
+        return self.fix if self.waits <= 0 else None
+
+    def currentRunLoop(self) -> Manager:
+        return self
+
+    def runUntilDate_(self, seconds: float) -> None:
+        assert 0 < seconds <= 1
+        self.waits -= self.running
 
 
 @pytest.mark.parametrize(
@@ -53,6 +59,8 @@ def test_a_height_counts_only_with_a_vertical_accuracy(
 ) -> None:
     """Asked for in the configuration file; the location service is stopped again in every case."""
     monkeypatch.setitem(sys.modules, "CoreLocation", SimpleNamespace(CLLocationManager=manager))
+    date = SimpleNamespace(dateWithTimeIntervalSinceNow_=lambda seconds: seconds)
+    monkeypatch.setitem(sys.modules, "Foundation", SimpleNamespace(NSRunLoop=manager, NSDate=date))
     config = tmp_path / "mis_mlx.toml"
     config.write_text('altitude_m = "location"\n')
     assert find_altitude(None, Header(), config, VirtualClock()) == found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from mis_mlx.machine.clock import Clock, VirtualClock
 
 
@@ -42,3 +44,12 @@ def test_the_real_clock_agrees_with_itself():
     assert clock.monotonic() >= before + 0.002
     assert clock.slept(mark) == 0
     assert mark >= -0.5
+
+
+def test_a_mac_is_asked_for_clocks_that_nobody_slews(monkeypatch):
+    """Apple's CLOCK_MONOTONIC is corrected by NTP; the raw one less the raw time awake is sleep and nothing else."""
+    shown = {time.CLOCK_MONOTONIC_RAW: 5000.0, 8: 1400.0}  # 8 is CLOCK_UPTIME_RAW there
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(time, "CLOCK_UPTIME_RAW", 8, raising=False)
+    monkeypatch.setattr(time, "clock_gettime", shown.__getitem__)
+    assert (Clock().uptime(), Clock().asleep()) == (5000.0, 3600.0)

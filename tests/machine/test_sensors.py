@@ -14,6 +14,7 @@ from mis_mlx.machine import apple as apple_module
 from mis_mlx.machine import sensors
 from mis_mlx.machine.altitude import find_altitude
 from mis_mlx.machine.clock import VirtualClock
+from mis_mlx.machine.governor import governor_for
 from mis_mlx.machine.raw import Raw
 from mis_mlx.machine.replay import Header, Recorder
 from mis_mlx.machine.sensors import open_monitor
@@ -202,3 +203,26 @@ def test_two_monitors_at_once(fake_apple, monkeypatch):
             assert two.reading().die_c == one.reading().die_c == 66.0
         assert one.look().die_c == 66.0
     assert fake_apple.open() == 0
+
+
+@pytest.mark.parametrize(("model", "in_vm"), [("VirtualMac2,1", False), ("MacBookAir10,1", True)])
+def test_a_virtual_mac_is_blind_not_unsafe(fake_apple, monkeypatch, model, in_vm):
+    """It has no thermometers, by its name or the hypervisor's: a run there is governed blindly, not refused."""
+    monkeypatch.setattr(apple_module, "read_ioreg", dict)
+    fake_apple.model(model, in_vm)
+    monitor = open_monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
+    reading = monitor.look()
+    monitor.source.close()
+    assert reading.die_c is None and not monitor.apple
+    assert governor_for("steady", reading, monitor.reasons, apple=monitor.apple).blind
+
+
+def test_a_mac_without_thermometers_is_unsafe(fake_apple, monkeypatch):
+    """The same silence on a real one is a fault, which is said."""
+    monkeypatch.setattr(apple_module, "read_ioreg", dict)
+    monitor = open_monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
+    reading = monitor.look()
+    monitor.source.close()
+    assert monitor.apple
+    with pytest.raises(MisError, match="cannot protect this Mac"):
+        governor_for("steady", reading, monitor.reasons, apple=monitor.apple)
