@@ -230,9 +230,8 @@ with started(2, ["-c", *sys.argv[1:]], os.environ) as made:
 @pytest.mark.parametrize("first", ["busy", "talks"])
 def test_a_pulled_cable_is_noticed_within_a_minute(first: str, own_home: dict[str, str]) -> None:
     """In a network of their own whose only link goes down, so that nobody says goodbye: measured, 30 s."""
-    if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode or not shutil.which(
-        "ip"
-    ):
+    tools = shutil.which("unshare") and shutil.which("ip")
+    if not tools or subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs Linux, ip, and leave to make a network")
     argv = ["unshare", "-rn", sys.executable, "-c", CABLE, WAITING, first]
     done = subprocess.run(argv, env={**own_home, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)

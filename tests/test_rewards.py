@@ -158,12 +158,43 @@ def test_what_breaks_a_function_is_no_reward(tmp_path: Path, body: str, why: str
 
 
 def test_memory_is_limited(tmp_path: Path) -> None:
-    """In an address space of 1 GiB, as our functions have it, 4 GiB are an error and not the machine's memory."""
+    """With 1 GiB, as our functions have it, 4 GiB are an error and not the machine's memory: the kernel's on Linux,
+    the watchdog's on macOS."""
     path = tmp_path / "hungry.py"
     path.write_text("def f(size):\n    return len(bytearray(size))\n")
     assert child.ask(str(path), "f", {"size": 2**20}, 10.0, scoring.MEMORY_BYTES) == 2**20
     with pytest.raises(child.NoAnswer, match="MemoryError"):
         child.ask(str(path), "f", {"size": 2**32}, 10.0, scoring.MEMORY_BYTES)
+
+
+HUNGRY = """
+import subprocess, sys, time
+EAT = "import time; held = []\\nwhile True: held.append(bytearray(b'x') * 2**24); time.sleep(0.02)"
+def itself():
+    exec(EAT, {})
+def another():
+    subprocess.run([sys.executable, "-c", EAT])
+def modest():
+    held = bytearray(b"x") * 2**25
+    time.sleep(0.5)
+    return len(held)
+"""
+
+
+@pytest.mark.parametrize("function", ["itself", "another"])
+def test_a_watchdog_limits_memory_where_the_kernel_does_not(tmp_path: Path, function: str) -> None:
+    """16 MiB more every 20 ms, its own or of a process that it started: ended beyond 200 MiB, with both numbers."""
+    (tmp_path / "f.py").write_text(HUNGRY)
+    with pytest.raises(child.NoAnswer, match=r"MemoryError: it holds .*, 200 MiB are allowed"):
+        child.ask(str(tmp_path / "f.py"), function, {}, 60.0, 200 * 2**20, watched=True)
+
+
+def test_the_watchdog_lets_others_work(tmp_path: Path) -> None:
+    """Below the limit the answer comes; and time is limited as ever."""
+    (tmp_path / "f.py").write_text(HUNGRY)
+    assert child.ask(str(tmp_path / "f.py"), "modest", {}, 60.0, 200 * 2**20, watched=True) == 2**25
+    with pytest.raises(child.NoAnswer, match="no answer in 1 s"):
+        child.ask(str(tmp_path / "f.py"), "itself", {}, 1.0, 2**40, watched=True)
 
 
 def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:

@@ -16,10 +16,16 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from mis_mlx.types import gib
+
+LOOK_S = 0.05  # between two looks at the memory of a child that the kernel does not limit
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -27,24 +33,26 @@ class NoAnswer(Exception):
     """Why there is none, in a few words."""
 
 
-def ask(source: str, function: str, arguments: Mapping[str, Any], seconds: float, memory_bytes: int = 0) -> Any:
+def ask(
+    source: str, function: str, arguments: Mapping[str, Any], seconds: float, memory_bytes: int = 0,
+    watched: bool = sys.platform == "darwin",
+) -> Any:  # fmt: skip
     """What `function` of `source` (a module's dotted name, or a path to a .py file) returns for these arguments.
 
-    Arguments that its signature does not name are left out. memory_bytes: of its address space; 0: no limit of ours.
-    NoAnswer when it raises, ends its process, answers what JSON has no word for, or takes longer than `seconds`.
+    Arguments that its signature does not name are left out. memory_bytes: of its address space, limited by the
+    kernel; or where it is `watched` by us, as macOS has no such limit, of what it and its children hold; 0: no limit.
+    NoAnswer when it raises, ends its process, answers what JSON has no word for, or takes more than it may.
     """
     path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH", "")]))
-    question = json.dumps({"source": source, "function": function, "arguments": arguments, "bytes": memory_bytes,
-                           "seconds": math.ceil(seconds)})  # fmt: skip
+    question = json.dumps({"source": source, "function": function, "arguments": arguments,
+                           "bytes": 0 if watched else memory_bytes, "seconds": math.ceil(seconds)})  # fmt: skip
     # A session of its own: Ctrl-C is for us, not for an answer under way; and what it starts ends with it.
     with subprocess.Popen(
         [sys.executable, "-m", "mis_mlx.machine.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
     ) as process:  # fmt: skip
         try:
-            said, _ = process.communicate(question.encode(), timeout=seconds)
-        except subprocess.TimeoutExpired:
-            raise NoAnswer(f"no answer in {seconds:g} s") from None
+            said = _waited(process, question.encode(), seconds, memory_bytes if watched else 0)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -55,6 +63,31 @@ def ask(source: str, function: str, arguments: Mapping[str, Any], seconds: float
     if not isinstance(answer, dict) or "value" not in answer:  # an exit code of 0 alone is no answer
         raise NoAnswer(str(answer["error"]) if isinstance(answer, dict) and "error" in answer else "its answer is none")
     return answer["value"]
+
+
+def _waited(process: subprocess.Popen[bytes], question: bytes, seconds: float, most_bytes: int) -> bytes:
+    """What it writes. NoAnswer when that takes longer, or it holds more than `most_bytes` (0: no limit)."""
+    asked: bytes | None = question
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        try:
+            return process.communicate(asked, timeout=min(LOOK_S, left) if most_bytes else left)[0]
+        except subprocess.TimeoutExpired:
+            asked = None  # it has the question, and communicate takes it once
+        if most_bytes and (held := _held(process.pid)) > most_bytes:
+            raise NoAnswer(f"MemoryError: it holds {gib(held)}, {gib(most_bytes)} are allowed")
+    raise NoAnswer(f"no answer in {seconds:g} s")
+
+
+def _held(number: int) -> int:
+    """Bytes in memory of a process and all that it started."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        first = psutil.Process(number)
+        for each in (first, *first.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                total += each.memory_info().rss
+    return total
 
 
 def _serve() -> None:

@@ -6,6 +6,7 @@ cut out or numbers replaced, in any file of the folder. One in eight is left as 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -180,7 +181,8 @@ def unguarded(folder: Path) -> str:
 
 def serve(model: Path, room: Path, first: int, count: int, gate: bool = True) -> None:
     """A process's side: folders `first` ... of the endless list, one line each as it is done."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    with contextlib.suppress(ValueError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     whole = files_of(model)
     for number in range(first, first + count):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mis_mlx.disk import text
@@ -77,6 +78,7 @@ def test_what_it_starts_ends_with_it(tmp_path: Path) -> None:
     with pytest.raises(child.NoAnswer):
         child.ask(str(tmp_path / "f.py"), "f", {"path": str(pid)}, 6.0)
     number = int(pid.read_text())
+    assert _runs(os.getpid())  # the look itself works here
     for _ in range(100):
         if not _runs(number):
             return
@@ -87,8 +89,8 @@ def test_what_it_starts_ends_with_it(tmp_path: Path) -> None:
 
 def _runs(process: int) -> bool:
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 

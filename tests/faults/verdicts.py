@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -135,7 +136,8 @@ class Bench:
         """
         self.place.mkdir(parents=True, exist_ok=True)
         before = self._differs(self.place)
-        context = multiprocessing.get_context("forkserver")  # it has imported everything and computed nothing
+        # A fork server has imported everything and computed nothing; Metal does not survive a fork even so.
+        context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
         context.set_forkserver_preload(["tests.faults.preloaded"])
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
