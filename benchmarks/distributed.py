@@ -32,6 +32,7 @@ import laboratory
 import mlx.core as mx
 
 from mis_mlx import cli, distill
+from mis_mlx.machine import memory, rates
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import load, policy, ranks, relay, stream, teacher, windows
 from mis_mlx.training import distillation, hosts, phases, planning
@@ -39,7 +40,7 @@ from mis_mlx.training.job import job_of
 from mis_mlx.training.recipe import Distillation
 
 ACKED = 120  # where struct tcp_info of Linux has the bytes that were sent and have arrived; those received follow
-AIR_BYTES = 5 * 2**29  # what a run may take of an 8 GB Air
+AIR_BYTES = memory.budget(None, rates.M1_AIR.room_bytes).limit_bytes  # what a run takes of an 8 GB Air
 ACCUMULATE = (1, 4, 16)  # micro-batches in a step of the computed table
 
 

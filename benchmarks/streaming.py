@@ -13,7 +13,6 @@ what it held before it began. Writes benchmarks/results/<machine>/streaming.json
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.safetensors import Writer
+from mis_mlx.machine import rates
 from mis_mlx.model import arch, load, stream
 from mis_mlx.types import Checkpoint
 
@@ -105,10 +105,7 @@ class Still(stream.Stream):
 def timed(into: list[float], checkpoint: Checkpoint) -> Iterator[None]:
     """Seconds of the block, begun with none of the model in the page cache."""
     for path in {t.file for t in checkpoint.tensors.values()}:
-        fd = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+        rates.forget(path)
     began = time.perf_counter()
     yield
     into.append(time.perf_counter() - began)

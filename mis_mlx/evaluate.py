@@ -106,7 +106,7 @@ def _texts(
     for name, held_out in windows.prepare(s.data, next(iter(models.values())).path, length).held_out.items():
         chosen = compare.chosen(held_out, s.eval_windows)
         ranks.same({name: fingerprint(chosen)})
-        with memory.limited(limit, planned.peak_bytes + room):
+        with memory.limited(limit):
             yield name, f"{name}, {len(chosen.tokens)} windows of {length} tokens", chosen, opened
 
 

@@ -166,7 +166,7 @@ def run(settings: Settings, files: Files | None = None) -> dict[str, Any]:
     wanted = s.out_type or (ggml.out_type(checkpoint) if s.format == "gguf" else "bf16")
     need = need_bytes(checkpoint, s.format, wanted)
     limit.need(need, "the largest tensor on its way", f"give --budget {planning.flag(need)} or more")
-    with memory.limited(limit, need):
+    with memory.limited(limit):
         made = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted, files or Files())
     for note in made["notes"]:
         cli.say(note)

@@ -73,7 +73,7 @@ def run(settings: Settings) -> dict[str, Any]:
     )
     planning.fit(limit, planned)
     data = windows.prepare(settings.data, found.path, length)
-    with memory.limited(limit, planned.peak_bytes), Weather(settings, None, files) as weather:
+    with memory.limited(limit), Weather(settings, None, files) as weather:
         report = pruning.prune(
             checkpoint,
             [mx.array(w[None]) for w in data.train.tokens[: settings.num_samples]],

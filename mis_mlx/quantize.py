@@ -145,7 +145,7 @@ def run(settings: Settings) -> dict[str, Any]:
         data = windows.prepare(s.data, found.path, s.max_seq_length).train
         chosen = np.random.default_rng(s.seed).permutation(len(data.tokens))[:count]
         batches = [mx.array(data.tokens[i][None]) for i in chosen]
-    with memory.limited(limit, max(p.peak_bytes for p in planned)):
+    with memory.limited(limit):
         held = planned[0].held_tokens // s.max_seq_length
         if not s.steps(False):
             done = quantize(found.path, out, s, files, batches, held)

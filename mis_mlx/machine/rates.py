@@ -6,6 +6,7 @@ Does not know models, nor where the file should be.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import errno
 import fcntl
@@ -18,12 +19,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.machine.memory import DEFAULT_BYTES
-from mis_mlx.types import MisError, gib
+from mis_mlx.machine.memory import recommended_bytes
+from mis_mlx.types import GIB, MisError, gib
 
 # On a CPU a training step takes this many times its matrix products, the rest being element-wise work on
 # one thread (measured: 512 tokens a step, 49,152 tokens in the vocabulary).
@@ -33,6 +35,7 @@ SAMPLE_BYTES = 512 * 2**20
 PIECE = 32 * 2**20
 PATIENCE_S = 7.0  # most for writing, and most for reading: a slow disk is measured on fewer bytes
 F_NOCACHE, F_FULLFSYNC = 48, 51  # macOS; Python's fcntl lacks the first, and both on Linux
+MS_INVALIDATE = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,6 @@ class Rates:
     source: str
     hot: float = 1.0  # what is left of the computing rates once the machine is hot
     room_bytes: int | None = None  # most a process should take; None: ask machine.memory
-    budget_bytes: int = DEFAULT_BYTES  # what it takes when it is not told
 
     def __str__(self) -> str:
         disk = f"disk {self.read_bytes_per_s / 1e9:.2f} GB/s read, {self.write_bytes_per_s / 1e9:.2f} written"
@@ -67,8 +69,7 @@ M1_AIR = Rates(
     training_flops_per_s=1.1e12,
     source="from published measurements, not measured here",
     hot=0.75,
-    room_bytes=5_300_000_000,
-    budget_bytes=5 * 2**29,
+    room_bytes=recommended_bytes(8 * GIB),
 )
 
 
@@ -110,6 +111,7 @@ def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
     path = folder / f".tmp-rates-{os.getpid()}"
     try:
         written, seconds = _write(path, os.urandom(piece), count)
+        forget(path)
         return _read(path, piece, written // piece), written / seconds
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -120,6 +122,8 @@ def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
     """(bytes, seconds until they are on the disk)."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, F_NOCACHE, 1)  # pages that are cached once are read from the cache, whoever asks
         began, written = time.perf_counter(), 0
         for _ in range(count):
             written += os.write(fd, piece)
@@ -129,10 +133,28 @@ def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
             fcntl.fcntl(fd, F_FULLFSYNC)
         else:
             os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         return written, time.perf_counter() - began
     finally:
         os.close(fd)
+
+
+def forget(path: Path) -> None:
+    """Take what is on the disk of a file out of the page cache, as far as the system does that."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if sys.platform == "darwin":
+            _invalidate(fd)
+        else:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _invalidate(fd: int) -> int:
+    """The same by msync(2), as macOS has no posix_fadvise; 0 when it was done."""
+    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as pages:
+        at = np.frombuffer(pages, np.uint8).ctypes.data
+        return ctypes.CDLL(None).msync(ctypes.c_void_p(at), ctypes.c_size_t(len(pages)), MS_INVALIDATE)
 
 
 def _read(path: Path, piece: int, count: int) -> float:
@@ -198,15 +220,15 @@ def _rates(read: float, written: float, memory: float, source: str) -> Rates:
     return Rates(device_name(), gpu, read, written, memory, flops, training, source)
 
 
-def to_json(rates: Rates) -> str:
+def to_json(rates: Any) -> str:
     """What `load` reads."""
     return json.dumps(asdict(rates), indent=2) + "\n"
 
 
-def load(path: Path) -> Rates | None:
-    """The rates in `path`; None when there are none, or they are another device's, or of another version."""
+def load(path: Path, kind: type[Any] = Rates) -> Any:
+    """The rates of this kind in `path`; None when there are none, or they are another device's or version's."""
     try:
-        found = Rates(**json.loads(path.read_text("utf-8")))
+        found = kind(**json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     return found if found.device == device_name() else None

@@ -7,9 +7,8 @@ reading here is the quickest of a few kinds, by other code than MLX's where a CP
 from __future__ import annotations
 
 import datetime
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -72,15 +71,7 @@ def threads() -> str:
     return f"{cores()} cores, OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'not set')}"
 
 
-def to_json(roof: Roof) -> str:
-    """What `load` reads."""
-    return json.dumps(asdict(roof), indent=2) + "\n"
-
-
 def load(path: Path) -> Roof | None:
     """The figures in `path`; None when there are none, or they are another device's or another number of threads'."""
-    try:
-        found = Roof(**json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return found if (found.device, found.threads) == (rates.device_name(), threads()) else None
+    found = rates.load(path, Roof)
+    return found if found and found.threads == threads() else None

@@ -130,7 +130,7 @@ def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name:
         peak = planning.training_bytes(m.config, rows, length)
     written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + planning.SIZES[s.dtype] * params
     flops = s.iters * 3 * planning.forward_flops(m, tokens, length)
-    return Phase(name, m.nbytes, written, peak, flops, True)
+    return Phase(name, m.nbytes, written, peak, flops, True, updated=s.iters * trained)
 
 
 @dataclass(frozen=True)

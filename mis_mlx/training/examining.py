@@ -192,7 +192,7 @@ def _choices(
     """Log-likelihoods of the options, part by part; a part is one pass of the weights."""
     c = _choosing(checkpoint, task, left, limit)
     part, rows = min(ranks.gather(c.part)), likelihoods.ROWS
-    with memory.limited(limit, c.phase.peak_bytes):
+    with memory.limited(limit):
         stream = hosts.opened(checkpoint, limit, c.room_bytes, part, rows, layers)
         for at in _parts([likelihoods.length(e) for e in c.encoded], part):
             for i, values in zip(at, likelihoods.score(stream, [c.encoded[i] for i in at]), strict=True):
@@ -247,7 +247,7 @@ def _texts(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budge
     """What the model writes, greedily, and its mark; a few at a time, of several machines by each."""
     tokenizer, w = _tokenizer(checkpoint.path), _writing(checkpoint, task, left, limit)
     judge = _translated if task.kind == "translation" else _checked
-    with memory.limited(limit, w.phase.peak_bytes):
+    with memory.limited(limit):
         write = _writer(checkpoint, w, task.max_tokens, limit)
         for begin in range(0, len(left), AT_ONCE * ranks.size()):
             few = slice(start := begin + AT_ONCE * ranks.number(), start + AT_ONCE)

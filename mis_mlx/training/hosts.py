@@ -87,12 +87,12 @@ def split(m: Model, budgets: Sequence[int], tokens: int, micro_tokens: int, leng
     one = planning.streamed_pass("", m, tokens, micro_tokens, length, spool=False)
     needed = one.peak_bytes + m.head_work
     for number, budget in enumerate(budgets):
-        if planning.room(budget, needed) <= 0:
+        if planning.room(budget, needed, m.gpu) <= 0:
             raise MisError(
                 f"machine {number} has {gib(budget)}, and to pass {tokens} tokens through one block at a time takes "
                 f"{gib(needed)} beside the process: give it more, leave it out, or lower --max-seq-length"
             )
-    keeps = [planning.pins(m, planning.room(budget, needed)) for budget in budgets]
+    keeps = [planning.pins(m, planning.room(budget, needed, m.gpu)) for budget in budgets]
     counts, made = relay.shared(m.shape.layers, keeps, reading(m, tokens, length, at)), list[Host]()
     for budget, count, keep in zip(budgets, counts, keeps, strict=True):
         kept, first = min(keep, count), sum(host.blocks for host in made)
@@ -125,7 +125,7 @@ def step_seconds(plan: Plan, machines: int, link: float) -> float:
     """A step of `distil`, its windows shared out, and what it sends over the link, which it waits for."""
     phase = next(p for p in plan.phases if p.name == "distil")
     steps = max(plan.job.iters, 1)
-    work = phase.flops / plan.rates.training_flops_per_s / machines
+    work = phase.flops / plan.rates.training_flops_per_s / machines + phase.update_seconds(plan.rates)
     return max(work, phase.read_bytes / plan.rates.read_bytes_per_s) / steps + gradient_bytes(plan.job, machines) / link
 
 

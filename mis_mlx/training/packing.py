@@ -64,7 +64,7 @@ def _sensed(then: Phase, m: Model, windows: int, length: int, limit: int) -> Pha
     back = 4 * planning.activation_bytes(m.config, 1, length) // m.shape.layers
     widest = 3 * 4 * max(m.shape.ffn, m.shape.heads * m.shape.head_dim) * m.shape.hidden
     peak = one.peak_bytes + back + (2 * 4 + 4) * m.block_params + widest + 2 * windows * window
-    held = min(windows, planning.room(limit, peak) // (window * m.shape.layers))
+    held = min(windows, planning.room(limit, peak, m.gpu) // (window * m.shape.layers))
     spooled = (windows - held) * window * m.shape.layers
     flops = 3 * planning.forward_flops(m, windows * length, length)
     return replace(

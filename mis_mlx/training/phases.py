@@ -68,7 +68,7 @@ def store(job: Job, limit: int) -> Phase:
     t, length, steps = job.teacher, job.length, max(job.iters, job.rounding.steps(True))
     windows = steps * job.batch * job.accumulate
     one = streamed_pass("", t, length, length, length, spool=False)
-    more = room(limit, one.peak_bytes) // (length * t.shape.hidden * t.item)
+    more = room(limit, one.peak_bytes, t.gpu) // (length * t.shape.hidden * t.item)
     at_once = 1 + min(more, windows - 1)
     read, written = math.ceil(windows / at_once) * one.read_bytes, windows * length * job.target_bytes
     peak = one.peak_bytes + (at_once - 1) * length * t.shape.hidden * t.item
@@ -84,14 +84,15 @@ def local(job: Job, micro: int, limit: int, iters: int) -> Phase:
     peak = t.slots_bytes + t.body_bytes(planning.workspace_bytes(t, batch, length))
     peak += max(STATE_BYTES * b + backward, 4 * b + fit_bytes)
     theirs, ours = t.shape.hidden * t.item, m.shape.hidden * (t.item + 4)  # of a token, in three streams
-    held = min(tokens, room(limit, peak) // (batch * (theirs + ours)) * batch)
+    held = min(tokens, room(limit, peak, t.gpu) // (batch * (theirs + ours)) * batch)
     moved = (tokens - held) * (theirs * (t.shape.layers + 1) + ours * layers)
     read = t.shape.layers * t.block_bytes + m.nbytes + 2 * moved  # once to march on, once to learn from
     written = 4 * (arch.params(m.config) + layers * b) + moved
     flops = forward_flops(t, tokens, length, False) + layers * fit_flops
     flops += forward_flops(m, 2 * tokens + 3 * iters * job.step, length, False)
     peak, spooled = peak + held * (theirs + ours), (tokens - held) * (theirs + ours)
-    return Phase("local", read, written, peak, flops, True, spooled_bytes=spooled, held_tokens=held)
+    updated = layers * iters * b
+    return Phase("local", read, written, peak, flops, True, spooled_bytes=spooled, held_tokens=held, updated=updated)
 
 
 def resident(job: Job, micro: int, limit: int) -> Phase:
@@ -121,12 +122,13 @@ def _taught(job: Job, plain: Phase, micro: int, limit: int, iters: int, trained:
         body = t.body_bytes(planning.workspace_bytes(t, micro * length, length))
         peak += max(0, body - planning.activation_bytes(m.config, micro, length))
         peak += t.slots_bytes + t.head_work + job.step * t.shape.hidden * t.item
-        keeps = planning.pins(t, room(limit, peak))
+        keeps = planning.pins(t, room(limit, peak, t.gpu))
         read = t.head_bytes + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))
         flops += forward_flops(t, job.step, length)
     written = plain.written_bytes + (iters // job.save_every + 2) * SAVED_BYTES * trained
     peak, read = peak + keeps * t.block_work, plain.read_bytes + read
-    return replace(plain, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=iters * flops, pinned=keeps)
+    return replace(plain, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=iters * flops, pinned=keeps,
+                   updated=iters * trained)  # fmt: skip
 
 
 def sharded(job: Job, micro: int, shard: int) -> Phase:
@@ -151,7 +153,8 @@ def sharded(job: Job, micro: int, shard: int) -> Phase:
     saves = max(job.iters // job.save_every + 2, 2 * visits)  # a resume needs one of every visit
     trained = 4 * b * min(s.layers, visits * shard)
     read = job.iters * read + visits * 4 * m.head_params + trained
-    return Phase("distil", int(read), trained + SAVED_BYTES * b * shard * saves, peak, job.iters * flops, True)
+    written, updated = trained + SAVED_BYTES * b * shard * saves, job.iters * b * shard
+    return Phase("distil", int(read), written, peak, job.iters * flops, True, updated=updated)
 
 
 def steps_per_shard(job: Job, shard: int) -> int:
@@ -236,7 +239,7 @@ def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) 
     """The plan of one way, whether it fits or not."""
     known = TENSOR_BYTES * job.teacher.tensors
     left = max(0, limit - known)
-    own = known + process_bytes(left)
+    own = known + process_bytes(left, job.teacher.gpu)
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
     if job.local_steps(mode) or mode == "sharded":  # which refits each block itself
         phases.append(local(job, micro, left, job.local_steps(mode)))
@@ -266,7 +269,7 @@ def least_bytes(job: Job, rates: Rates) -> int:
     arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
     known = TENSOR_BYTES * job.teacher.tensors
     return reduce(
-        lambda least, _: arrays + process_bytes(least - known), range(20), arrays
+        lambda least, _: arrays + process_bytes(least - known, job.teacher.gpu), range(20), arrays
     )  # its own share grows, but slower
 
 

@@ -27,6 +27,7 @@ SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
 TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
 STATE_BYTES = 16  # of a trained parameter: weight, gradient and two moments, float32
+UPDATE_TRAFFIC = 28  # bytes of a parameter that one update moves: these four read, three written, in one kernel
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -45,6 +46,7 @@ class Model:
     packed: bool
     as_stored: bool  # computes from the bytes that were read, without a converted copy
     tensors: int  # on disk
+    gpu: bool = False  # computes on Metal
 
     @property
     def block_work(self) -> int:
@@ -104,7 +106,7 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None) ->
         count = sum(3 if packed and len(shape) == 2 else 1 for shape in shapes)  # with scales and biases
         head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, arch.params(config), block))
     as_stored = gpu if packed else floats == {work}
-    return Model(config, s, block, block_bytes, head, nbytes, SIZES[work], packed, as_stored, count)
+    return Model(config, s, block, block_bytes, head, nbytes, SIZES[work], packed, as_stored, count, gpu)
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,19 @@ class Phase:
     pinned: int = 0
     spooled_bytes: int = 0
     held_tokens: int = 0  # whose hidden states stay in memory
+    updated: int = 0  # parameters that the optimizer changes, in all steps together
 
     def seconds(self, at: Rates, hot: bool = False) -> float:
-        """What takes longest: the disk, the arithmetic, or fetching weights from memory; they overlap."""
+        """What takes longest: the disk, the arithmetic, or fetching weights from memory; they overlap. The
+        optimizer's updates come on top of the arithmetic, which ends before one begins."""
         disk = self.read_bytes / at.read_bytes_per_s + self.written_bytes / at.write_bytes_per_s
         flops_per_s = at.training_flops_per_s if self.training else at.forward_flops_per_s
-        work = self.flops / (flops_per_s * (at.hot if hot else 1.0))
+        work = self.flops / (flops_per_s * (at.hot if hot else 1.0)) + self.update_seconds(at)
         return max(disk, work, self.touched_bytes / at.memory_bytes_per_s)
+
+    def update_seconds(self, at: Rates) -> float:
+        """Of all the optimizer's updates; a CPU's training rate has them in it (rates.ELEMENTWISE)."""
+        return UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s if at.gpu else 0.0
 
 
 def tensor_bytes(m: Model) -> int:
@@ -181,9 +189,10 @@ def training_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     return STATE_BYTES * arch.params(config) + max(activation_bytes(config, batch, length) + head, update_bytes(config))
 
 
-def room(limit_bytes: int, taken_bytes: int) -> int:
-    """What a budget leaves for what is welcome but not needed, once the process has its own share."""
-    return max(0, limit_bytes - process_bytes(limit_bytes) - taken_bytes)
+def room(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
+    """What a budget leaves for what is welcome but not needed, once the process has its own share. gpu: as of
+    `memory.process_bytes`."""
+    return max(0, limit_bytes - process_bytes(limit_bytes, gpu) - taken_bytes)
 
 
 def pins(m: Model, room_bytes: int) -> int:
@@ -218,11 +227,11 @@ def streamed_pass(
     fixed = beside_bytes + m.slots_bytes + SMALL_BYTES
     peak, kept_head = fixed + max(body, head_work + logits), fixed + max(body, logits) + head_work
     hidden, batch = tokens * s.hidden * m.item, micro_tokens * s.hidden * m.item
-    held = min(hidden, room(limit_bytes, peak) // batch * batch) if spool else hidden
+    held = min(hidden, room(limit_bytes, peak, m.gpu) // batch * batch) if spool else hidden
     moved = (hidden - held) * (s.layers + 1)
     keeps, head_read, peak = 0, m.head_bytes if head else 0, peak + held
-    if again and kept_head + held + process_bytes(limit_bytes) <= limit_bytes:
-        keeps, head_read = pins(m, room(limit_bytes, kept_head + held)), 0
+    if again and kept_head + held + process_bytes(limit_bytes, m.gpu) <= limit_bytes:
+        keeps, head_read = pins(m, room(limit_bytes, kept_head + held, m.gpu)), 0
         peak = kept_head + held + keeps * m.block_work
     read = (s.layers - keeps) * m.block_bytes + head_read + moved
     flops = forward_flops(m, tokens, length, head)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mis_mlx.disk import hub
 from mis_mlx.disk.files import DISK
-from mis_mlx.machine import roof
+from mis_mlx.machine import rates, roof
 from mis_mlx.machine.roof import M1, Roof
 from mis_mlx.model.timing import Request
 from mis_mlx.training import planning
@@ -36,7 +36,7 @@ def here(again: bool = False) -> Roof:
     if found is None:
         found = roof.measure()
         with hub.locked(path.parent):
-            DISK.replace_text(path, roof.to_json(found))
+            DISK.replace_text(path, rates.to_json(found))
     return found
 
 

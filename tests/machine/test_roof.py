@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.machine import about, roof
+from mis_mlx.machine import about, rates, roof
 from mis_mlx.machine.roof import Roof
 
 AT = Roof("d", "t", 10e9, 100e9, "given")
@@ -27,10 +27,10 @@ def test_measured_here_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found.memory_bytes_per_s > 1e8 and found.flops_per_s > 1e8
     path = tmp_path / "roof.json"
     assert roof.load(path) is None
-    path.write_text(roof.to_json(found))
+    path.write_text(rates.to_json(found))
     assert roof.load(path) == found
     for field in ("device", "threads"):
-        path.write_text(json.dumps({**json.loads(roof.to_json(found)), field: "another"}))
+        path.write_text(json.dumps({**json.loads(rates.to_json(found)), field: "another"}))
         assert roof.load(path) is None
     path.write_text("{")
     assert roof.load(path) is None

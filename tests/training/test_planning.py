@@ -128,6 +128,25 @@ def test_time_is_the_slowest_of_three() -> None:
     assert p.seconds(PLAIN, hot=True) == 6 and replace(p, touched_bytes=9000).seconds(PLAIN) == 9
 
 
+def test_updates_come_on_top_of_the_arithmetic() -> None:
+    """28 bytes of each parameter through 1000 bytes/s of memory, on Metal, cool or hot; a CPU's rate has them in it."""
+    p, metal = planning.Phase("p", 0, 0, 0, 30.0, True, updated=1000), replace(PLAIN, gpu=True)
+    assert p.seconds(metal) == 6 + 28 and p.seconds(metal, hot=True) == 12 + 28
+    assert p.seconds(PLAIN) == 6
+
+
+def test_a_budget_on_metal_has_no_cache_in_it() -> None:
+    """150 MiB for the process, whatever computes here; on a CPU 24 and MLX's cache."""
+    assert planning.room(GIB, 100 * MIB, True) == GIB - 250 * MIB
+    assert planning.room(GIB, 100 * MIB, False) == GIB - (24 + 64 + 100) * MIB
+    assert planning.room(GIB, 0) == planning.room(GIB, 0, False)
+    for gpu in (False, True):  # what finds room is decided by the model's device
+        m = planning.model_of({**tiny.CONFIG, "num_hidden_layers": 4000}, gpu)
+        one = planning.token(m, 16, GIB)
+        least = one.peak_bytes - one.pinned * m.block_work
+        assert 0 < one.pinned == planning.room(GIB, least, gpu) // m.block_work < 4000
+
+
 def test_training_by_pencil() -> None:
     """16 bytes a parameter; beside them activations, the head's gradient and logits, or the update if that is more."""
     params, head = arch_params(), 2 * 512 * 64 * 4 + 5 * 256 * 512 * 4
