@@ -22,6 +22,7 @@ from mis_mlx.training.course import Course
 from mis_mlx.training.job import job_of
 from mis_mlx.training.recipe import Distillation, Rounding
 from mis_mlx.training.supervise import entered
+from mis_mlx.training.weather import battery
 from mis_mlx.types import Budget, Checkpoint, MisError, Row
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
@@ -233,6 +234,8 @@ def run(settings: Settings) -> dict[str, Any]:
     budget = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     made = _plan(s, checkpoint, small, budget, folder)
     cli.say(plan.table(made))
+    if s.dry_run and (said := battery(s)):  # a run says it when it begins
+        cli.say(said)
     if s.dry_run:
         return {
             "teacher": str(found.path),
@@ -256,7 +259,8 @@ def run(settings: Settings) -> dict[str, Any]:
     def new() -> Path:
         return runs.create(s.out, f"{found.path.name}-{s.scenario}", s.stored, origin, made.way, files)
 
-    with entered(folder, new, origin, budget, made.peak_bytes, s, files) as (place, weather):
+    wired = made.peak_bytes if made.mode == "resident" else 0
+    with entered(folder, new, origin, budget, wired, s, files) as (place, weather):
         recipe = made.recipe(s)
         flags = {name: value for name, value in s.stored.items() if value != getattr(Settings(), name)}
         files.append(place / runs.PHASES, json.dumps({**weather.now(), **outcome.begun(made, flags)}))

@@ -15,6 +15,7 @@ from mis_mlx.training import hosts, phases, planning
 from mis_mlx.training.job import Job, job_of
 from mis_mlx.training.phases import Plan
 from mis_mlx.training.planning import Model
+from mis_mlx.training.weather import WeatherFlags, battery
 from mis_mlx.types import duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
@@ -196,10 +197,12 @@ def run(settings: Settings) -> dict[str, Any]:
     teacher, name = _open(settings.teacher, at.gpu)
     job = _job(settings, teacher, at.gpu)
     asked = None if settings.budget is None else cli.parse_bytes(settings.budget)
-    budget = memory.budget(asked, at.room_bytes, at.budget_bytes)
+    budget = memory.budget(asked, at.room_bytes)
     plan = phases.make(job, budget.limit_bytes, at)
     params = [arch.params(m.config) for m in (teacher, job.student)]
     print(f"{params[0]:,} -> {params[1]:,} parameters: {job.student.shape}\n\n{table(plan)}")
+    if settings.machine == "here" and (said := battery(WeatherFlags())):
+        print(f"\nThis machine is {said}.")
     several = _several(settings.hosts, plan)
     if settings.teacher == "mis-137b":
         print(f"\n{paper(plan, settings.epoch_tokens)}")

@@ -100,7 +100,7 @@ def decoding(s: Settings, checkpoint: Checkpoint, limit: Budget) -> Decoding:
     need = phases.timed_bytes(checkpoint.config)
     limit.need(need, "timing the teacher, whole in memory,", "give --params or --memory in place of --decode")
     cli.say("timing the teacher, whole and with half of its blocks")
-    with memory.limited(limit, need):
+    with memory.limited(limit):
         return contest.timed(checkpoint.path, s.max_kv_size)
 
 
@@ -247,7 +247,8 @@ def run(settings: Settings) -> dict[str, Any]:
         name = f"{UNDER.name}/{checkpoint.path.name}"
         return runs.create(s.out, name, values, origin, asdict(timed) if timed else {}, files)
 
-    with entered(folder, new, origin, limit, peak, s, files) as (place, weather):
+    wired = made.peak_bytes if made.mode == "resident" else 0
+    with entered(folder, new, origin, limit, wired, s, files) as (place, weather):
         course = Course(s, place, checkpoint, data.train, made, files, memory.Peak(), weather)
         repair = course.pick(s.repair_samples, 2)
         c = Contest(place, checkpoint, course.pick(s.num_samples, 1), repair, ranking, judging, s.dtype, s.seed, files,

@@ -21,6 +21,8 @@ from mis_mlx.types import Checkpoint
 from tests import forks, tiny
 
 Done = subprocess.CompletedProcess[str]
+# For this process and all that it starts: a laptop on battery would wait for its plug, and bits are stated for a CPU.
+os.environ["MIS_MLX_GOVERNOR"], os.environ["MIS_MLX_DEVICE"] = "observe", "cpu"
 ITERS, EVERY = 30, 7
 SMALL = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--eval-windows", 3)
 SMALL += (

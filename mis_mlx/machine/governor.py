@@ -32,6 +32,7 @@ SLOW_RATIO, SLOW_HOLD_S, SLOW_ABOVE_C = 1.12, 60.0, 90.0
 LOWER_K, LOWER_EVERY_S, LOWEST_SET_C = 2.0, 300.0, 75.0
 LONGEST_NAP_S = 5.0  # naps of 2 s keep the die within 4 K, of 10 s within 14 K
 PAUSE_LOOK_S = 1.0
+LAP = f"--governor cool, which runs on battery down to {BATTERY_LOW_PERCENT:.0f} %"
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Governor:
     def _power_trouble(self, reading: Reading, enough_percent: float) -> tuple[str, str] | None:
         """`(cause, reason)`. Mode `cool` is for the lap: it runs on battery until that is low."""
         if reading.plugged is False and self.mode != "cool":
-            return "unplugged", "on battery: plug in to go on, or choose the mode cool"
+            return "unplugged", f"on battery: plug in to go on, or stop and --resume with {LAP}"
         percent = reading.battery_percent
         if percent is not None and percent < enough_percent:
             return "battery low", f"battery {percent:.0f} %, go on at {BATTERY_ENOUGH_PERCENT:.0f}: charge it"
@@ -204,6 +205,15 @@ def governor_for(mode: Mode, first: Reading, reasons: Mapping[str, str], *, appl
             "protect this Mac: see `python -m mis_mlx.thermal doctor`, or choose mode observe and stay by it"
         )
     return Governor(mode, blind=blind)
+
+
+def on_battery(mode: Mode, percent: float | None) -> str:
+    """What becomes of a run on a machine that is not plugged in, in a sentence. percent: of its battery."""
+    does = {
+        "observe": "does nothing about it: the run ends when the battery does",
+        "cool": f"pauses the run below {BATTERY_LOW_PERCENT:.0f} % until there are {BATTERY_ENOUGH_PERCENT:.0f}",
+    }.get(mode, f"pauses the run after its first step until it is plugged in; plug it in, or use {LAP}")
+    return f"on battery{'' if percent is None else f', {percent:.0f} %'}: --governor {mode} {does}"
 
 
 def unfit_for_timing(reading: Reading) -> str | None:

@@ -21,7 +21,7 @@ from mis_mlx.machine import memory
 from mis_mlx.machine.memory import Peak
 from mis_mlx.maths.optimizer import Diverged, GoralW
 from mis_mlx.model import ranks
-from mis_mlx.training.weather import Weather, WeatherFlags
+from mis_mlx.training.weather import Weather, WeatherFlags, battery
 from mis_mlx.types import Budget, MisError, Step
 
 
@@ -31,14 +31,14 @@ def entered(
     make: Callable[[], Path],
     origin: Mapping[str, str],
     limit: Budget,
-    peak_bytes: int,
+    wired_bytes: int,
     flags: WeatherFlags,
     files: Files,
 ) -> Iterator[tuple[Path, Weather]]:
     """(folder, weather) of a run: locked, swept, its memory limited, its air watched.
 
     folder: of a run to go on with, which must have begun with `origin`; None: that of `make()`. Machines beside the
-    first one work in a folder that goes with them.
+    first one work in a folder that goes with them. wired_bytes: as of `memory.limited`.
     """
     ranks.same(origin)
     if folder is None and ranks.first():
@@ -50,10 +50,12 @@ def entered(
     with (
         ranks.workplace(folder) as place,
         protocol.lock(place),
-        memory.limited(limit, peak_bytes),
+        memory.limited(limit, wired_bytes),
         Weather(flags, place / "thermal.jsonl", files) as weather,
     ):
         protocol.sweep(place, files)
+        if said := battery(flags):
+            cli.say(said)
         yield place, weather
 
 

@@ -6,20 +6,29 @@ Joins machine/'s pieces for commands. Does not know what is calibrated or traine
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mis_mlx import cli
 from mis_mlx.disk.files import DISK, Files
 from mis_mlx.machine import ambient, governor, sensors, tea
 from mis_mlx.maths.losses import halny_sigma
-from mis_mlx.types import Reading, Step
+from mis_mlx.types import MisError, Reading, Step
 
 HOUR_S = 3600.0
 VIRTUAL_STEP_S = 1.0  # in a replay every step takes this long, so that a replay gives the same run everywhere
+
+
+def default_mode() -> governor.Mode:
+    """MIS_MLX_GOVERNOR, or steady: tests train with observe, so that they do not wait for a plug."""
+    for mode in get_args(governor.Mode):
+        if mode == os.environ.get("MIS_MLX_GOVERNOR", "steady"):
+            return mode
+    raise MisError(f"MIS_MLX_GOVERNOR is not one of {', '.join(get_args(governor.Mode))}: set it to one, or not at all")
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,15 @@ class WeatherFlags:
     """metres above sea level; default: altitude_m in ~/.config/mis_mlx.toml"""
     thermal_replay: str | None = None
     """a recording of `thermal record` to use in place of this machine's thermometers"""
-    governor: governor.Mode = "steady"
-    """observe: only watch; throughput, steady, cool: pause for tea at 97, 92, 85 °C set points"""
+    governor: governor.Mode = field(default_factory=default_mode)
+    """observe: only watch; throughput, steady, cool: pause for tea at 97, 92, 85 °C set points; on battery only
+    observe and cool go on; default: MIS_MLX_GOVERNOR, or steady"""
+
+
+def battery(flags: WeatherFlags) -> str:
+    """What the governor makes of a battery that this machine runs on now; empty when it does not."""
+    percent, plugged = sensors.battery_charge()
+    return "" if flags.thermal_replay or plugged is not False else governor.on_battery(flags.governor, percent)
 
 
 class Weather:
@@ -85,7 +101,11 @@ class Weather:
             if self._governor.blind:
                 cli.say(f"governor: {self._mode}, but blind: {self.monitor.reasons.get('die_c', 'no die temperature')}")
         seconds = VIRTUAL_STEP_S if self.monitor.replayed else step.seconds
+        pauses = self.breaks.count
         for decision in tea.after_step(self.monitor, self._governor, self.breaks, seconds):
+            if self.breaks.count > pauses:
+                pauses = self.breaks.count
+                cli.say(f"tea break after step {step.number}: {decision.reason}")
             if not self._governor.blind:
                 self._write(step.number, decision)
             yield decision

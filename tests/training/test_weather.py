@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
+import psutil
 import pytest
 from mlx.utils import tree_flatten
 
+from mis_mlx.disk.files import DISK
 from mis_mlx.machine.clock import VirtualClock
+from mis_mlx.machine.governor import Mode
 from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.training.loop import Schedule, train
+from mis_mlx.training.supervise import entered
 from mis_mlx.training.weather import Weather, WeatherFlags
-from mis_mlx.types import Step
+from mis_mlx.types import GIB, Budget, MisError, Reading, Step
 
 HALNY = Path(__file__).parent.parent / "data" / "halny.jsonl"
 
@@ -50,7 +56,7 @@ def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
 def test_tea_breaks_are_counted_logged_and_end_with_the_recording(tmp_path: Path) -> None:
     """Hot spells pause the run in virtual time; both logs share a clock; after its end the replay is quiet."""
     log = tmp_path / "thermal.jsonl"
-    with Weather(WeatherFlags(thermal_replay=str(HALNY)), log) as weather:
+    with Weather(WeatherFlags(thermal_replay=str(HALNY), governor="steady"), log) as weather:
         actions = [[d.action for d in weather.after(step(n))] for n in range(1, 200)]
         assert weather.breaks.count == 6
         assert weather.breaks.seconds > 60
@@ -103,3 +109,75 @@ def test_a_step_during_which_the_machine_slept_is_done_again() -> None:
     assert [s.note for s in steps] == ["", "the machine slept 30 min; step done again.", ""]
     for name, value in calm.items():
         assert mx.array_equal(value, woken[name])
+
+
+@pytest.mark.parametrize(
+    ("mode", "what"),
+    [
+        ("steady", "pauses the run after its first step until it is plugged in; plug it in, or use --governor cool"),
+        ("throughput", "pauses the run after its first step until it is plugged in"),
+        ("cool", "pauses the run below 20 % until there are 30"),
+        ("observe", "the run ends when the battery does"),
+    ],
+)
+def test_a_run_on_battery_says_so_first(
+    mode: Mode, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before its first step, with the mode's own doing; not when it is plugged in, has no battery, or replays."""
+    flags = WeatherFlags(governor=mode)
+
+    def said(flags: WeatherFlags) -> str:
+        with entered(None, lambda: tmp_path, {}, Budget(GIB), 0, flags, DISK):
+            return capsys.readouterr().err
+
+    for battery in (None, SimpleNamespace(percent=55.0, power_plugged=True)):
+        monkeypatch.setattr(psutil, "sensors_battery", lambda battery=battery: battery, raising=False)
+        assert "on battery" not in said(flags)
+    monkeypatch.setattr(
+        psutil, "sensors_battery", lambda: SimpleNamespace(percent=55.0, power_plugged=False), raising=False
+    )
+    text = said(flags)
+    assert f"on battery, 55 %: --governor {mode} " in text and what in text
+    assert "on battery" not in said(replace(flags, thermal_replay=str(HALNY)))
+
+
+class Unplugged:
+    """A thermometer of a laptop that is plugged in after some looks."""
+
+    def __init__(self, looks: int):
+        self.clock, self.looks = VirtualClock(), looks
+
+    def reading(self) -> Reading:
+        """One look."""
+        self.looks -= 1
+        return Reading(self.clock.monotonic(), die_c=50.0, battery_percent=60.0, plugged=self.looks < 0)
+
+
+def test_a_pause_is_said_when_it_begins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line a pause, with the flag that ends it, not one a look; none of a mode that does not pause."""
+    for mode, lines in (("steady", 1), ("observe", 0), ("cool", 0)):
+        monkeypatch.setenv("MIS_MLX_GOVERNOR", mode)
+        weather = Weather(WeatherFlags())
+        air = Unplugged(40)
+        monkeypatch.setattr(weather, "monitor", SimpleNamespace(**vars(air), reading=air.reading, replayed=False,
+                            ended=False, reasons={}, apple=True, history=lambda *_: []))  # fmt: skip
+        actions = [d.action for d in weather.after(step(7))]
+        said = capsys.readouterr().err.splitlines()
+        assert actions[-1] == "run" and len(said) == lines
+        assert (actions.count("pause") > 10) == (mode == "steady")
+        assert all(
+            line.startswith("tea break after step 7: on battery: plug in") and "--governor cool" in line
+            for line in said
+        )
+
+
+def test_the_governor_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MIS_MLX_GOVERNOR is the default, the flag wins, steady is the default's default; no mode is a sentence."""
+    assert WeatherFlags().governor == "observe"  # tests/conftest.py
+    monkeypatch.setenv("MIS_MLX_GOVERNOR", "cool")
+    assert (WeatherFlags().governor, WeatherFlags(governor="steady").governor) == ("cool", "steady")
+    monkeypatch.delenv("MIS_MLX_GOVERNOR")
+    assert WeatherFlags().governor == "steady"
+    monkeypatch.setenv("MIS_MLX_GOVERNOR", "hot")
+    with pytest.raises(MisError, match="MIS_MLX_GOVERNOR is not one of observe, throughput, steady, cool"):
+        WeatherFlags()
