@@ -27,7 +27,7 @@ from mis_mlx.model.policy import Computing
 from mis_mlx.model.timing import Request, Subject, Trial
 from mis_mlx.training import roofline, speeds, trials
 from mis_mlx.training.weather import Weather, WeatherFlags
-from mis_mlx.types import Checkpoint, MisError, Reading, Row
+from mis_mlx.types import MOST, Checkpoint, Count, MisError, Reading, Row, Seconds, Seed, Within
 
 IDLE_S = 5.0  # of rest, whose power is taken off
 
@@ -42,21 +42,21 @@ class Settings(Computing, WeatherFlags):
     """folders or hub ids, `--model A B` or `--model A --model B`; default: SmolLM2-135M-Instruct"""
     draft_model: str | None = None
     """folder of a small student of the first model: one more column, the two together"""
-    num_draft_tokens: int = 2
+    num_draft_tokens: Count = 2
     """guesses of the draft that one pass checks"""
-    prompt_tokens: Annotated[int, tyro.conf.arg(aliases=["-p"])] = 512
+    prompt_tokens: Annotated[int, Within(1, 2**20), tyro.conf.arg(aliases=["-p"])] = 512
     """tokens in the prompt; every trial has a text of its own"""
-    generation_tokens: Annotated[int, tyro.conf.arg(aliases=["-g"])] = 128
+    generation_tokens: Annotated[int, Within(2, 2**20), tyro.conf.arg(aliases=["-g"])] = 128
     """tokens generated, 2 or more"""
-    num_trials: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 5
+    num_trials: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-n"])] = 5
     """trials, after a warm-up (the whole prompt, 4 tokens) that does not count"""
-    depth: Annotated[int, tyro.conf.arg(aliases=["-d"])] = 0
+    depth: Annotated[int, Within(0, 2**20), tyro.conf.arg(aliases=["-d"])] = 0
     """tokens in the cache before the prompt"""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 1
+    batch_size: Annotated[int, Within(1, 10**4), tyro.conf.arg(aliases=["-b"])] = 1
     """prompts side by side"""
-    delay: float = 0.0
+    delay: Seconds = 0.0
     """seconds of rest before each trial; 30 or more for a laptop without a fan"""
-    seed: int = 0
+    seed: Seed = 0
     """chooses the texts"""
     measure: bool = False
     """measure this machine's memory and arithmetic again (5 s); default: as they were measured first"""
@@ -75,16 +75,7 @@ class Settings(Computing, WeatherFlags):
     @property
     def request(self) -> Request:
         """What is timed. MisError when it cannot be."""
-        if (
-            min(self.prompt_tokens, self.num_trials, self.batch_size, self.num_draft_tokens) < 1
-            or self.generation_tokens < 2
-            or min(self.depth, self.delay) < 0
-        ):
-            given = f"-p {self.prompt_tokens} -g {self.generation_tokens} -n {self.num_trials} -d {self.depth}"
-            given += f" -b {self.batch_size} --num-draft-tokens {self.num_draft_tokens} --delay {self.delay:g}"
-            raise MisError(
-                f"{given} cannot be timed: give 2 or more to -g, 0 or more to -d and --delay, else 1 or more"
-            )
+        cli.check_ranges(self)
         if self.batch_size > 1 and (self.depth or self.draft_model):
             raise MisError(f"-b {self.batch_size} goes with neither -d nor --draft-model: leave one of them out")
         return Request(self.prompt_tokens, self.generation_tokens, self.batch_size, self.depth)

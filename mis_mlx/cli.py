@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from mis_mlx import __version__
-from mis_mlx.types import GIB, MisError, Row, Step, gib
+from mis_mlx.types import GIB, MisError, Row, Step, Within, gib
 
 ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
 BARS = "▁▂▃▄▅▆▇█"
@@ -70,7 +70,7 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
             raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
         # YAML 1.1 reads 1e-5 (no dot) as text; every tool in this field expects a number.
-        if isinstance(value, str) and re.search(r"\bfloat\b", str(known[name].type)):
+        if isinstance(value, str) and float in (hints[name], *get_args(hints[name])):
             try:
                 value = float(value)
             except ValueError:
@@ -117,7 +117,19 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
         ):
             default = config_type(**given)
     options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-    return tyro.cli(config_type, args=args, prog=prog, config=options, default=default)
+    settings = tyro.cli(config_type, args=args, prog=prog, config=options, default=default)
+    check_ranges(settings)
+    return settings
+
+
+def check_ranges(settings: Any) -> None:
+    """MisError where a number lies outside of what its field's annotation says (`types.Within`)."""
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        for part in (hint, *get_args(hint)):
+            for limits in getattr(part, "__metadata__", ()):
+                if isinstance(limits, Within) and isinstance(value, int | float) and not limits.holds(value):
+                    raise MisError(f"--{name.replace('_', '-')} is {value:g}: {limits.remedy(value)}")
 
 
 def rank() -> int | None:

@@ -23,7 +23,7 @@ from mis_mlx.training.job import job_of
 from mis_mlx.training.recipe import Distillation, Rounding
 from mis_mlx.training.supervise import entered
 from mis_mlx.training.weather import battery
-from mis_mlx.types import Budget, Checkpoint, MisError, Row
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, Row, Whole
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset({
@@ -44,17 +44,17 @@ class Settings(Computing, pruning.Cut, Rounding, Distillation):
     """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in text"""
     budget: str | None = None
     """memory this may take, such as 5GiB; default: 5GiB or 75 % of what is there"""
-    num_samples: int = 32
+    num_samples: Count = 32
     """calibration windows for importance"""
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """type of unquantized weights on disk"""
-    eval_windows: int = 24
+    eval_windows: Count = 24
     """held-out windows measured; a third as many of the second text"""
-    bench_tokens: int = 16
+    bench_tokens: Whole = 16
     """tokens timed per model; 0 leaves timing out"""
-    sample_tokens: int = 48
+    sample_tokens: Whole = 48
     """tokens that each model writes after the same words, for `report`; 0 leaves that out"""
     report_to: str | None = None
     """tensorboard, wandb or swanlab, which must be installed: told of every step"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,7 @@ from mis_mlx.training import alignment, alignment_plan, planning, preferring
 from mis_mlx.training.alignment_plan import Alignment
 from mis_mlx.training.planning import Phase
 from mis_mlx.training.preferring import Objective, Pair
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Checkpoint, Positive, Rate, Within
 
 ANSWERS = ("chosen", "rejected")
 
@@ -27,21 +27,20 @@ ANSWERS = ("chosen", "rejected")
 class Settings(Alignment):
     """One run. Rows: {"prompt", "chosen", "rejected"}."""
 
-    learning_rate: float = 5e-6
+    learning_rate: Rate = 5e-6
     """peak; falls to a tenth along a cosine; 1e-6 suits a model of billions"""
     loss_type: LossType = "dpop"
     """dpop: DPO that does not let the chosen answer become less likely; sigmoid: plain DPO; ipo; hinge"""
-    beta: float = 0.1
+    beta: Positive = 0.1
     """how far the model may go from the one it was"""
-    dpop_lambda: float = 5.0
+    dpop_lambda: Annotated[float, Within(0.0, 1e4)] = 5.0
     """weight of the penalty in dpop, inside beta; 0 is plain DPO; at 50, the paper's, the default model learns the
     chosen answers and prefers nothing (measured)"""
 
     @property
     def objective(self) -> Objective:
         """The loss asked for."""
-        if not self.beta > 0.0 or not self.dpop_lambda >= 0.0:
-            raise MisError(f"--beta {self.beta:g} --dpop-lambda {self.dpop_lambda:g}: give above 0, and 0 or more")
+        cli.check_ranges(self)
         return Objective(self.loss_type, self.beta, self.dpop_lambda)
 
 

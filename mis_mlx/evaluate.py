@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from mis_mlx.model.stream import Stream
 from mis_mlx.page import figures, html, recovery
 from mis_mlx.page.recovery import Outcome
 from mis_mlx.training import examining, hosts, planning, subjects
-from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, gib
+from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Tokens, Within, duration, gib
 
 Models = Mapping[str, Checkpoint]
 LENGTH = 256  # tokens in a window
@@ -39,9 +39,9 @@ class Settings(Computing):
     data: str | None = None
     """what the students were distilled on: a folder with train.jsonl and test.jsonl, or a hub data set; default: built
     in"""
-    eval_windows: int = 24
+    eval_windows: Count = 24
     """held-out windows"""
-    max_seq_length: int | None = None
+    max_seq_length: Tokens | None = None
     """tokens in a window; default: 256, with --kld 512"""
     kld: bool = False
     """llama.cpp's quality report instead, with the teacher as reference, over the second half of every window"""
@@ -50,7 +50,7 @@ class Settings(Computing):
     tasks: tuple[str, ...] = ()
     """builtin, polish-offline, dialects, polish, english, any part of these, lm_eval/ID, or folders of JSONL; without
     any: held-out text"""
-    num_questions: int = 100
+    num_questions: Annotated[int, Within(2, MOST)] = 100
     """of each task"""
     out: str | None = None
     """folder for recovery.md, .json, .svg and .html; default: the table on stdout alone"""
@@ -221,13 +221,12 @@ def _write(out: Path, found: list[Outcome], page: str, said: dict[str, Any]) -> 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: the recovery table where tasks are named, else one table a text."""
     s = settings
+    cli.check_ranges(s)
     policy.use(s.compute_dtype)
     if s.kld and s.tasks:
         raise MisError("--kld and --tasks are two reports: give one of them")
     if s.kld and not s.students:
         raise MisError("--kld compares two models, there is only the teacher: name the other with --students")
-    if s.num_questions < 2:
-        raise MisError(f"--num-questions is {s.num_questions}: an interval needs 2 or more")
     found = teacher.find(s.teacher)
     models = {"teacher": load.open_checkpoint(found.path)}
     for name, folder in zip(load.labels(s.students, ("teacher",)), s.students, strict=True):

@@ -12,7 +12,7 @@ from mis_mlx.model import compare, decode, load, policy, speak, teacher
 from mis_mlx.model.policy import Computing
 from mis_mlx.model.stream import Stream
 from mis_mlx.training import planning
-from mis_mlx.types import MisError, gib
+from mis_mlx.types import Count, Whole, gib
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Settings(Computing):
     draft_model: str | None = None
     """folder of a small student of the model, whose guesses the model checks many at a time"""
     prompt: str = "What is a shepherd?"
-    max_tokens: int = 100
-    num_draft_tokens: int = decode.SIZE - 1
+    max_tokens: Count = 100
+    num_draft_tokens: Whole = decode.SIZE - 1
     """guesses in the tree of one pass"""
     ignore_chat_template: bool = False
     """give the prompt as it is"""
@@ -41,10 +41,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: text to stdout as it is settled, its cost at the end."""
     s = settings
     policy.use(s.compute_dtype)
-    if s.max_tokens < 1 or s.num_draft_tokens < 0:
-        raise MisError(
-            f"--max-tokens {s.max_tokens} --num-draft-tokens {s.num_draft_tokens}: give 1 or more, 0 or more"
-        )
+    cli.check_ranges(s)
     checkpoint = load.open_checkpoint(teacher.find(s.model).path)
     small = compare.same_vocabulary(checkpoint, load.open_checkpoint(s.draft_model)) if s.draft_model else None
     tokenizer = load.tokenizer(checkpoint.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from mis_mlx.model import load, policy, ranks, stream
 from mis_mlx.training import alignment, alignment_plan, grpo, planning, scoring
 from mis_mlx.training.alignment_plan import Alignment
 from mis_mlx.training.planning import Phase
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import MOST, Checkpoint, Count, MisError, Positive, Rate, Within
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
 SAMPLED_TOGETHER = 32  # answers; decoding reads all weights once a token, for one answer or for many
@@ -28,29 +28,29 @@ SAMPLED_TOGETHER = 32  # answers; decoding reads all weights once a token, for o
 class Settings(Alignment):
     """One run. Rows: {"prompt", "answer"}."""
 
-    learning_rate: float = 1e-6
+    learning_rate: Rate = 1e-6
     """peak; falls to a tenth along a cosine"""
-    iters: int = 60
+    iters: Count = 60
     """steps, each of which samples and learns"""
-    grad_accumulation_steps: int = 4
+    grad_accumulation_steps: Count = 4
     """prompts in a step, each with a group of answers"""
-    batch_size: int = 8
+    batch_size: Count = 8
     """answers of one prompt in a micro-batch"""
-    group_size: int = 8
+    group_size: Annotated[int, Within(2, MOST)] = 8
     """answers to a prompt, which are compared with each other"""
-    max_completion_length: int = 128
+    max_completion_length: Count = 128
     """most tokens of an answer"""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """of the sampling"""
     loss_type: LossType = "dapo"
     """dapo: mean over all tokens of a step; grpo: over answers; dr_grpo: constant divisor, advantages not scaled"""
-    epsilon: float = 0.2
+    epsilon: Annotated[float, Within(0.0, 0.999, above=True)] = 0.2
     """how far below 1 a token's ratio may fall and still count"""
-    epsilon_high: float = 0.28
+    epsilon_high: Positive = 0.28
     """how far above 1 (DAPO's clip-higher)"""
-    beta: float = 0.0
+    beta: Annotated[float, Within(0.0, 1e3)] = 0.0
     """weight of KL to the model as it was; above 0 that model is streamed once a step"""
-    num_iterations: int = 1
+    num_iterations: Count = 1
     """updates of the weights in a step, all on the same answers; with 1 every ratio is 1 and nothing is clipped"""
     reward_functions: str | None = None
     """names with commas; default: correct,format, or all functions of the file"""
@@ -58,23 +58,14 @@ class Settings(Alignment):
     """a number for each of them, with commas; default: 1"""
     reward_functions_file: str | None = None
     """Python file of functions f(prompts, completions, answer) -> list of numbers or None"""
-    reward_timeout: float = scoring.SECONDS
+    reward_timeout: Positive = scoring.SECONDS
     """seconds that a function of the file may take for the answers of a step"""
     tasks: str = "sums,two-digit-sums,bus,recipe,logic"
     """generated tasks, where no data is given"""
 
     def check(self) -> None:
         """MisError where values make no sense."""
-        if self.group_size < 2:
-            raise MisError(f"--group-size is {self.group_size}: answers are compared with each other, give 2 or more")
-        least = {"max_completion_length": 1, "num_iterations": 1}
-        for name in (n for n, low in least.items() if getattr(self, n) < low):
-            raise MisError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {least[name]} or more")
-        for name in ("temperature", "epsilon", "epsilon_high", "reward_timeout"):
-            if not getattr(self, name) > 0:
-                raise MisError(f"--{name.replace('_', '-')} is {getattr(self, name):g}: give more than 0")
-        if not self.beta >= 0 or self.epsilon >= 1:
-            raise MisError(f"--beta {self.beta:g} --epsilon {self.epsilon:g}: give 0 or more, and less than 1")
+        cli.check_ranges(self)
         if self.max_completion_length >= self.max_seq_length:
             raise MisError(
                 f"--max-completion-length {self.max_completion_length} leaves no room for a prompt in "

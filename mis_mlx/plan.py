@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.machine import memory
@@ -16,7 +16,7 @@ from mis_mlx.training.job import Job, job_of
 from mis_mlx.training.phases import Plan
 from mis_mlx.training.planning import Model
 from mis_mlx.training.weather import WeatherFlags, battery
-from mis_mlx.types import duration, gib
+from mis_mlx.types import Count, Tokens, Whole, Within, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 PASSES = (1, 128, 512)  # tokens
@@ -132,23 +132,23 @@ class Settings:
     """the teacher at every step, or its logits written down once"""
     train: Literal["auto", "resident", "sharded"] = "auto"
     """the student whole in memory, or some blocks at a time; default: what fits"""
-    iters: int = 100
-    batch_size: int = 2
-    grad_accumulation_steps: int = 1
-    max_seq_length: int = 256
-    num_samples: int = 32
+    iters: Count = 100
+    batch_size: Count = 2
+    grad_accumulation_steps: Count = 1
+    max_seq_length: Tokens = 256
+    num_samples: Count = 32
     """calibration windows"""
-    reconstruct_samples: int = 64
+    reconstruct_samples: Whole = 64
     """windows of the closed-form repair"""
-    local_samples: int = 64
+    local_samples: Count = 64
     """windows of blockwise training, where it is needed"""
-    local_iters: int | None = None
+    local_iters: Whole | None = None
     """steps of each block there; given: a student that fits is trained blockwise first, too"""
-    eval_windows: int = 24
-    save_every: int = 20
+    eval_windows: Count = 24
+    save_every: Count = 20
     hosts: str | None = None
     """budgets of several machines, such as 5GiB,12GiB: whose blocks are whose, and what the cable carries"""
-    epoch_tokens: int = 1_000_000
+    epoch_tokens: Annotated[int, Within(1, 10**12)] = 1_000_000
     """of mis-137b's comparison with the paper"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""

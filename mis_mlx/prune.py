@@ -17,6 +17,7 @@ from mis_mlx.model.policy import Computing
 from mis_mlx.training import planning, pruning
 from mis_mlx.training.pruning import Cut
 from mis_mlx.training.weather import Weather
+from mis_mlx.types import Count, Seed, Tokens
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class Settings(Computing, Cut):
     """folder to write"""
     data: str | None = None
     """calibration text: a folder with train.jsonl, or a hub data set; default: built in"""
-    num_samples: int = 32
+    num_samples: Count = 32
     """calibration windows"""
-    max_seq_length: int = 256
+    max_seq_length: Tokens = 256
     """tokens in a window"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """type of the weights written"""
     budget: str | None = None
     """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
-    seed: int = 0
+    seed: Seed = 0
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
 
@@ -61,6 +62,7 @@ def sentence(report: Mapping[str, Any]) -> str:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
+    cli.check_ranges(settings)
     policy.use(settings.compute_dtype)
     files = Files()
     found = teacher.find(settings.model)

@@ -25,7 +25,7 @@ from mis_mlx.training import distillation, dwq, packing, phases, planning
 from mis_mlx.training.job import Job
 from mis_mlx.training.planning import Phase
 from mis_mlx.training.recipe import Distillation, Rounding
-from mis_mlx.types import Budget, Checkpoint, MisError
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Settings(Computing, Rounding):
     """folder to write"""
     data: str | None = None
     """text to look at: a folder with train.jsonl, or a hub data set; default: built in"""
-    num_samples: int = 32
+    num_samples: Whole = 32
     """windows of text for gptq and target_bpw"""
-    max_seq_length: int = 256
+    max_seq_length: Tokens = 256
     """tokens in a window"""
-    batch_size: int = 2
+    batch_size: Count = 2
     """windows in a step of q_iters"""
     budget: str | None = None
     """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
-    seed: int = 0
+    seed: Seed = 0
     """which windows"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
@@ -67,7 +67,7 @@ def quantize(
     files: Files,
     batches: Sequence[mx.array] = (),
     held: int = 0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> dict[str, Any]:
     """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
 
@@ -124,6 +124,7 @@ def _tuned(s: Settings, rounded: Path, other: Checkpoint, data: Windows, pinned:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command."""
+    cli.check_ranges(settings)
     policy.use(settings.compute_dtype)
     s, found = settings, teacher.find(settings.model)
     if s.looks and s.num_samples < 1:

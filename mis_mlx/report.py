@@ -16,7 +16,7 @@ from mis_mlx.disk import runs, story
 from mis_mlx.disk.files import Files
 from mis_mlx.disk.story import Story
 from mis_mlx.page import choices, figures, html, sections
-from mis_mlx.types import MisError
+from mis_mlx.types import Count, MisError
 
 SECTIONS: tuple[Callable[[Story, str], str], ...] = (
     sections.summary,
@@ -40,7 +40,7 @@ class Settings:
     """file to write; default: report.html in the first run folder"""
     watch: bool = False
     """write it anew while the run goes on, and let the browser open it anew; until the run ends, or Ctrl-C"""
-    every_s: int = 20
+    every_s: Count = 20
     """seconds between two looks"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
@@ -83,8 +83,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: read, draw, write; again and again when watching."""
     s, files = settings, Files()
     figures.need()
-    if s.every_s < 1:
-        raise MisError(f"--every-s {s.every_s} is no time between two looks: give 1 or more")
+    cli.check_ranges(s)
     folders = _folders(s.run)
     out = Path(s.out) if s.out else folders[0] / "report.html"
     while True:

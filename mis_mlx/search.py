@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.disk import runs, text
@@ -27,7 +27,7 @@ from mis_mlx.training.planning import Phase
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.training.supervise import entered
 from mis_mlx.training.weather import WeatherFlags
-from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
+from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Whole, Within, duration, gib
 
 # Settings that may differ when a search is resumed: none of them changes what is measured.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
@@ -45,9 +45,9 @@ class Settings(Computing, WeatherFlags, Distillation):
     decode: str | None = None
     """decoding speed, such as 1.5x the teacher's here with --max-kv-size tokens in its cache: estimated from two
     timings of the teacher; finalists are timed"""
-    tolerance: float = 0.02
+    tolerance: Annotated[float, Within(0.0, 0.49)] = 0.02
     """share of the teacher: params may be this much off, memory and time a token down to twice this below"""
-    max_kv_size: int = 2048
+    max_kv_size: Count = 2048
     """tokens of context in --memory and --decode"""
     teacher: str | None = None
     """folder or hub id of a llama, mistral, qwen2 or qwen3; default: SmolLM2-135M-Instruct"""
@@ -55,19 +55,19 @@ class Settings(Computing, WeatherFlags, Distillation):
     """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in text"""
     budget: str | None = None
     """memory this may take, such as 5GiB; default: 5GiB or 75 % of what is there"""
-    evaluations: int = 24
+    evaluations: Count = 24
     """candidates measured as pruned: all there are, if no more, else those that evolution finds"""
-    finalists: int = 3
+    finalists: Count = 3
     """the best of them, distilled for --iters steps"""
-    iters: int = 20
+    iters: Count = 20
     """optimizer steps of each finalist; Minitron's rankings were stable after about 300, 20 are a first look"""
-    num_samples: int = 32
+    num_samples: Count = 32
     """calibration windows, read once for all candidates"""
-    repair_samples: int = 0
+    repair_samples: Whole = 0
     """windows for the closed-form repair of every candidate before it is ranked; 0: ranked as pruned"""
-    rank_windows: int = 6
+    rank_windows: Count = 6
     """held-out windows that rank candidates"""
-    eval_windows: int = 24
+    eval_windows: Annotated[int, Within(2, MOST)] = 24
     """other held-out windows, that judge finalists"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """type of the candidates' weights"""
@@ -87,12 +87,6 @@ def check(s: Settings) -> None:
     given = [f"--{name} {value}" for name in ("params", "memory", "decode") if (value := getattr(s, name))]
     if len(given) > 1:
         raise MisError(f"{' and '.join(given)} are two aims: give one")
-    if not 0 <= s.tolerance < 0.5:
-        raise MisError(f"--tolerance {s.tolerance:g} is a share of the teacher: give a number from 0 to 0.5")
-    least = dict.fromkeys(("max_kv_size", "evaluations", "finalists", "iters", "num_samples", "rank_windows"), 1)
-    for name, low in (least | {"repair_samples": 0, "eval_windows": 2}).items():
-        if (value := getattr(s, name)) < low:
-            raise MisError(f"--{name.replace('_', '-')} is {value}: give {low} or more")
 
 
 def decoding(s: Settings, checkpoint: Checkpoint, limit: Budget) -> Decoding:

@@ -13,7 +13,7 @@ from mis_mlx.training import alignment, alignment_plan, distillation, planning
 from mis_mlx.training.alignment_plan import Alignment
 from mis_mlx.training.planning import Phase
 from mis_mlx.training.supervised import Lesson
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Checkpoint, Rate
 
 SHAPES = ("messages", "completion")
 
@@ -22,7 +22,7 @@ SHAPES = ("messages", "completion")
 class Settings(Alignment):
     """One run. Rows: {"messages": [...]} or {"prompt", "completion"}."""
 
-    learning_rate: float = 1e-4
+    learning_rate: Rate = 1e-4
     """peak; falls to a tenth along a cosine; 2e-5 suits a model of billions"""
     mask_prompt: bool = True
     """learn answers only: the completion, or every turn of the assistant; otherwise all tokens"""
@@ -30,7 +30,7 @@ class Settings(Alignment):
     """several rows in a window, none of which sees another; off beside a teacher, which reads row by row"""
     teacher: str | None = None
     """folder or hub id of a model with the same tokenizer to learn from beside the text"""
-    distill_weight: float = 0.5
+    distill_weight: Rate = 0.5
     """share of the loss that is KL to the teacher, if there is one; the rest is cross-entropy"""
 
 
@@ -52,8 +52,6 @@ def _teacher(s: Settings, checkpoint: Checkpoint) -> Checkpoint | None:
     """The teacher asked for, if any."""
     if s.teacher is None:
         return None
-    if not 0.0 < s.distill_weight <= 1.0:
-        raise MisError(f"--distill-weight is {s.distill_weight:g}: give a number above 0, up to 1")
     return compare.same_vocabulary(checkpoint, load.open_checkpoint(teacher.find(s.teacher).path))
 
 

@@ -22,7 +22,7 @@ from mis_mlx.machine.replay import Header, Recorder
 from mis_mlx.machine.sensors import Live, Monitor, open_monitor
 from mis_mlx.machine.tea import TeaBreaks, after_step
 from mis_mlx.machine.thermometers import gauge_celsius
-from mis_mlx.types import MisError, Reading
+from mis_mlx.types import Celsius, Metres, Positive, Reading, Seconds
 
 SHOWN = {
     "die_c": ("die", "°C"),
@@ -41,13 +41,13 @@ SPARK_LOOKS = 60
 class Watch:
     """Live table of all temperatures; stop it with Ctrl-C."""
 
-    seconds: float | None = None
+    seconds: Seconds | None = None
     """Stop after so many seconds."""
     thermal_replay: Path | None = None
     """Show this recording instead, without waiting."""
-    temperature_c: float | None = None
+    temperature_c: Celsius | None = None
     """What your own thermometer says, °C."""
-    altitude_m: float | None = None
+    altitude_m: Metres | None = None
     """Metres above sea level, if not in ~/.config/mis_mlx.toml."""
 
 
@@ -56,11 +56,11 @@ class Record:
     """Write raw readings to FILE (JSON lines) until Ctrl-C; any command takes it as --thermal-replay FILE."""
 
     file: tyro.conf.Positional[Path]
-    seconds: float | None = None
+    seconds: Seconds | None = None
     """Stop after so many seconds."""
-    every_s: float = 1.0
+    every_s: Positive = 1.0
     """Seconds between looks."""
-    altitude_m: float | None = None
+    altitude_m: Metres | None = None
     """Metres above sea level, if not in ~/.config/mis_mlx.toml; goes into the recording."""
 
 
@@ -71,7 +71,7 @@ class Replay:
     file: tyro.conf.Positional[Path]
     mode: Mode = "steady"
     """The governor's mode."""
-    step_s: float = 1.0
+    step_s: Positive = 1.0
     """Seconds a step of the imagined training takes."""
 
 
@@ -81,14 +81,15 @@ class Doctor:
 
     thermal_replay: Path | None = None
     """Examine this recording instead."""
-    temperature_c: float | None = None
+    temperature_c: Celsius | None = None
     """What your own thermometer says, °C."""
-    altitude_m: float | None = None
+    altitude_m: Metres | None = None
     """Metres above sea level, if not in ~/.config/mis_mlx.toml."""
 
 
 def run(settings: Watch | Record | Replay | Doctor) -> dict[str, Any]:
     """What the chosen command found, as JSON allows it."""
+    cli.check_ranges(settings)
     if isinstance(settings, Watch):
         return watch(settings)
     if isinstance(settings, Record):
@@ -125,8 +126,6 @@ def watch(settings: Watch) -> dict[str, Any]:
 
 def record(settings: Record) -> dict[str, Any]:
     """Write a recording; every line is whole whenever it ends."""
-    if settings.every_s <= 0:
-        raise MisError(f"--every-s {settings.every_s} is not above 0: give the seconds between two looks")
     clock = Clock()
     source = Live(clock)
     altitude_m, _ = find_altitude(settings.altitude_m, Header())
@@ -147,8 +146,6 @@ def record(settings: Record) -> dict[str, Any]:
 
 def replay_decisions(settings: Replay) -> dict[str, Any]:
     """Feed a recording to the governor in virtual time; returns its tea breaks."""
-    if not 0 < settings.step_s < float("inf"):
-        raise MisError(f"--step-s {settings.step_s} is not above 0: give the seconds of a step")
     breaks, steps, action = TeaBreaks(), 0, ""
     with open_monitor(replay=settings.file) as monitor:
         governor = governor_for(settings.mode, monitor.reading(), monitor.reasons, apple=False)

@@ -14,13 +14,48 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 GIB = 2**30
 
 
 class MisError(Exception):
     """Something the user can mend: one sentence that says what (both numbers), where, what to do."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """Stands in the annotation of a flag: the numbers that it takes. above: `least` itself is too little."""
+
+    least: float
+    most: float
+    above: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether the flag takes it; NaN never."""
+        return (value > self.least if self.above else value >= self.least) and value <= self.most
+
+    def remedy(self, value: float) -> str:
+        """What to give in place of `value`. A bound that only huge numbers pass is named to these alone."""
+        low, high = (f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (self.least, self.most))
+        if self.most >= MOST and not value > self.most:
+            return f"give more than {low}" if self.above else f"give {low} or more"
+        return f"give a number {'above' if self.above else 'from'} {low}{', up' if self.above else ''} to {high}"
+
+
+MOST = 10**7
+Count = Annotated[int, Within(1, MOST)]
+Whole = Annotated[int, Within(0, MOST)]
+Tokens = Annotated[int, Within(2, 2**20)]  # in a window: one predicts the next
+Samples = Annotated[int, Within(1, 2**16 - 1)]
+Seed = Annotated[int, Within(0, 2**32 - 1)]
+Bits = Annotated[float, Within(3.0, 9.0)]  # of a weight, scales included
+Rate = Annotated[float, Within(0.0, 1.0, above=True)]
+Share = Annotated[float, Within(0.0, 1.0)]
+Positive = Annotated[float, Within(0.0, 1e7, above=True)]
+Seconds = Annotated[float, Within(0.0, 1e7)]
+Celsius = Annotated[float, Within(-90.0, 60.0)]
+Metres = Annotated[float, Within(-500.0, 9000.0)]
 
 
 def gib(nbytes: float) -> str:

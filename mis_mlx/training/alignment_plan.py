@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from mis_mlx import cli
 from mis_mlx.disk import runs
@@ -21,7 +21,7 @@ from mis_mlx.training.phases import SAVED_BYTES
 from mis_mlx.training.planning import Phase
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.training.weather import WeatherFlags
-from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Tokens, Within, duration, gib
 
 # Settings that may differ when a run is resumed: none of them changes a weight. `save_every` does: by it the best
 # checkpoint is looked for.
@@ -33,11 +33,11 @@ S = TypeVar("S", bound="Alignment")
 class Alignment(Computing, WeatherFlags, Recipe):
     """The flags that sft, dpo and grpo share."""
 
-    batch_size: int = 4
+    batch_size: Count = 4
     """rows, pairs or answers in a micro-batch; cut into smaller ones, which change nothing, where memory is short"""
-    max_seq_length: int = 512
+    max_seq_length: Tokens = 512
     """most tokens of a row; what does not fit is cut off its end, and counted"""
-    save_every: int = 20
+    save_every: Count = 20
     """steps between checkpoints, at each of which the held-out rows are measured"""
     model: str | None = None
     """folder or hub id of the model to align; default: SmolLM2-135M-Instruct"""
@@ -47,15 +47,15 @@ class Alignment(Computing, WeatherFlags, Recipe):
     """licence of the data, or the consent it was given with; default: what a LICENSE file beside it says"""
     scrub_pii: bool = False
     """replace e-mail addresses, telephone numbers, PESEL and NIP in the data before training, and count them"""
-    eval_rows: int = 64
+    eval_rows: Count = 64
     """held-out rows measured at every checkpoint; the best checkpoint becomes the result"""
     fine_tune_type: Literal["full", "lora"] = "full"
     """all weights, or mlx-lm's low-rank adapters beside frozen ones"""
-    num_layers: int = -1
+    num_layers: Annotated[int, Within(-1, 10**4)] = -1
     """blocks that get adapters, counted from the last; -1: all"""
-    rank: int = 8
+    rank: Count = 8
     """of the adapters"""
-    scale: float = 20.0
+    scale: Positive = 20.0
     """factor on the adapters"""
     fuse: bool = True
     """add the adapters to the weights in the end; otherwise they are left beside the model, for --adapter-path"""
@@ -95,6 +95,7 @@ def resumed(settings: S) -> tuple[S, Path | None]:
 
 def opened(s: Alignment) -> Checkpoint:
     """The model to align, through the gate. MisError where it cannot be trained as asked for."""
+    cli.check_ranges(s)
     policy.use(s.compute_dtype)
     found = teacher.find(s.model)
     cli.say(f"model: {found.source}")
@@ -104,9 +105,6 @@ def opened(s: Alignment) -> Checkpoint:
         s.lora.check(layers)
     elif arch.is_quantized(checkpoint.tensors):
         raise MisError(f"{found.path} is quantized and cannot be trained whole: use --fine-tune-type lora")
-    for name in ("iters", "batch_size", "grad_accumulation_steps", "save_every", "eval_rows"):
-        if getattr(s, name) < 1:
-            raise MisError(f"--{name.replace('_', '-')} is {getattr(s, name)}: give 1 or more")
     if s.max_seq_length > (most := int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)):
         raise MisError(f"--max-seq-length is {s.max_seq_length}, the model's window {most}: give {most} or less")
     return checkpoint

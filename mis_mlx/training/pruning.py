@@ -26,7 +26,7 @@ from mis_mlx.model import arch, calibrate, compare, depth, fisher, load, policy,
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.model.relay import Relay
 from mis_mlx.training.weather import WeatherFlags
-from mis_mlx.types import Checkpoint, Keep, MisError, Reading
+from mis_mlx.types import Checkpoint, Count, Keep, MisError, Reading
 
 BULKY = ("block_importance", "differing", "profile")  # in a report, for pictures: not for a line of JSON
 PROFILE_RUNS = 64  # values that a profile has at the most
@@ -40,15 +40,15 @@ class Cut(WeatherFlags):
     scenario: Scenario = "gazda"
     """sizes as ratios: gazda (half of the FFN, few layers: measured best), or table 1 of the paper: goral (layers,
     FFN), baca (hidden), halny (FFN), juhas (layers), zbojnik (layers, FFN)"""
-    layers: int | None = None
+    layers: Count | None = None
     """keep this many layers"""
-    ffn: int | None = None
+    ffn: Count | None = None
     """keep this many FFN neurons a layer"""
-    heads: int | None = None
+    heads: Count | None = None
     """keep this many query heads"""
-    kv_heads: int | None = None
+    kv_heads: Count | None = None
     """keep this many key-value heads, with their query heads"""
-    hidden: int | None = None
+    hidden: Count | None = None
     """keep this many hidden channels"""
     importance: Literal["aais", "rms", "activation", "fluctuation", "magnitude", "fisher", "random"] = "aais"
     """how neurons, heads and channels are ranked: by root mean square of activations (rms), that with the weather

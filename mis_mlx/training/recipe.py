@@ -8,31 +8,32 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mis_mlx import cli
 from mis_mlx.training.loop import Schedule
-from mis_mlx.types import MisError
+from mis_mlx.types import Bits, Count, MisError, Positive, Rate, Samples, Seed, Share, Tokens, Whole
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Steps, batches, learning rate: mlx-lm's names."""
 
-    iters: int = 60
+    iters: Count = 60
     """optimizer steps"""
-    batch_size: int = 2
+    batch_size: Count = 2
     """windows in a micro-batch"""
-    grad_accumulation_steps: int = 1
+    grad_accumulation_steps: Count = 1
     """micro-batches in a step"""
-    max_seq_length: int = 256
+    max_seq_length: Tokens = 256
     """tokens in a window"""
-    learning_rate: float = 3e-4
+    learning_rate: Rate = 3e-4
     """peak; falls to a tenth along a cosine"""
-    warmup: int = 5
+    warmup: Whole = 5
     """steps until the peak"""
-    weight_decay: float = 0.01
+    weight_decay: Share = 0.01
     """AdamW's"""
-    save_every: int = 20
+    save_every: Count = 20
     """steps between checkpoints"""
-    seed: int = 0
+    seed: Seed = 0
     """of batch order, calibration windows and eps_halny"""
 
     @property
@@ -45,36 +46,33 @@ class Recipe:
 class Distillation(Recipe):
     """What a student learns from, and by which way."""
 
-    learning_rate: float = 1e-4
+    learning_rate: Rate = 1e-4
     """peak; falls to a tenth along a cosine; 3e-4 suits a student that was not repaired (--reconstruct-samples 0)"""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """T of eq. (2), which softens both distributions"""
-    halny: float | None = None
+    halny: Share | None = None
     """spread of eps_halny in eq. (2); 0 switches it off; default: from measured T_env, 0 when unmeasured"""
     train: Literal["auto", "resident", "sharded"] = "auto"
     """the student whole in memory, or some blocks of it at a time; default: what fits the budget"""
     targets: Literal["live", "cached"] = "live"
     """the teacher at every step; or its sampled logits, written down once, and no teacher in memory"""
-    samples: int = 50
+    samples: Samples = 50
     """of the vocabulary, for each token, in cached targets"""
-    reconstruct_samples: int = 64
+    reconstruct_samples: Whole = 64
     """windows for the closed-form repair before training; 0 leaves it out"""
-    local_iters: int | None = None
+    local_iters: Whole | None = None
     """steps for each block to learn what the teacher does in its place, before the whole is trained; default: 0,
     or 16 where the student does not fit"""
-    local_samples: int = 64
+    local_samples: Count = 64
     """windows for that"""
-    local_learning_rate: float = 3e-4
+    local_learning_rate: Rate = 3e-4
     """peak, of every block"""
-    cross_entropy: float = 0.0
+    cross_entropy: Share = 0.0
     """share of the loss that is plain cross-entropy on the text; the rest is KL to the teacher"""
 
     def check(self) -> None:
         """MisError where values make no sense or flags do not go together."""
-        most = {"cross_entropy": 1.0}
-        for name, limit in most.items():
-            if not 0.0 <= (value := getattr(self, name)) <= limit:
-                raise MisError(f"--{name.replace('_', '-')} is {value:g}: give a number from 0 to {limit:g}")
+        cli.check_ranges(self)
         if self.targets == "cached" and self.temperature != 1.0:
             raise MisError(f"--targets cached are those of temperature 1, not {self.temperature:g}: use --targets live")
         if self.targets == "cached" and self.cross_entropy:
@@ -94,15 +92,15 @@ class Rounding:
     """weights that share one scale"""
     q_mode: Literal["affine", "mxfp4", "nvfp4"] = "affine"
     """format of the blocks' weights; the embedding is 8-bit affine in all of them. What follows is for affine only"""
-    target_bpw: float | None = 4.6
+    target_bpw: Bits | None = 4.6
     """bits per weight of the blocks, scales included: 3 to 8 bits for each matrix, by what they cost on text. None: 4
     bits each, and 8 for down_proj where blocks are missing"""
     q_method: Literal["round", "gptq"] = "gptq"
     """every weight to its nearest value (round), or so that outputs on num_samples windows change least (gptq)"""
-    q_iters: int | None = None
+    q_iters: Whole | None = None
     """steps of distillation of scales, biases and norms after rounding; integers stay. Default: 20 in `distill` where
     the student is trained whole, else 0"""
-    q_learning_rate: float = 4e-6
+    q_learning_rate: Rate = 4e-6
     """peak, of those steps; falls to a tenth along a cosine"""
 
     @property

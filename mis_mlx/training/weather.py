@@ -17,7 +17,7 @@ from mis_mlx import cli
 from mis_mlx.disk.files import DISK, Files
 from mis_mlx.machine import ambient, governor, sensors, tea
 from mis_mlx.maths.losses import halny_sigma
-from mis_mlx.types import MisError, Reading, Step
+from mis_mlx.types import Celsius, Metres, MisError, Reading, Step
 
 HOUR_S = 3600.0
 VIRTUAL_STEP_S = 1.0  # in a replay every step takes this long, so that a replay gives the same run everywhere
@@ -35,9 +35,9 @@ def default_mode() -> governor.Mode:
 class WeatherFlags:
     """Air, altitude, and how hot the machine may get."""
 
-    temperature_c: float | None = None
+    temperature_c: Celsius | None = None
     """air temperature by hand, °C; default: measured, if this machine can"""
-    altitude_m: float | None = None
+    altitude_m: Metres | None = None
     """metres above sea level; default: altitude_m in ~/.config/mis_mlx.toml"""
     thermal_replay: str | None = None
     """a recording of `thermal record` to use in place of this machine's thermometers"""
