@@ -118,7 +118,7 @@ def main() -> None:
                 lines.append(f"{THREADS}={count} ({reason})")
             heard = os.environ.get("MLX_RANK", "0") in ("", "0")
             with suppress(BrokenPipeError):
-                sys.stderr.write("".join(f"mis_mlx: {line}\n" for line in lines if heard))
+                sys.stderr.write("".join(f"mis: {line}\n" for line in lines if heard))
     except KeyboardInterrupt:
         sys.stderr.write("mis_mlx: stopped by hand before anything was begun: start it again\n")
         os._exit(130)

@@ -139,7 +139,7 @@ def test_program_becomes_the_command(bare: Bare) -> None:
     done, (note,) = bare.run("-I", PROGRAM, sys.executable, *line)
     assert done.stdout == "['a b', '--x=*', '']\n" and note["argv"] == list(line)
     assert note["fast"] and note["mark"] == "on" and int(note["threads"]) >= 1
-    assert done.stderr.startswith(f"mis_mlx: OPENBLAS_NUM_THREADS={note['threads']} (") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"mis: OPENBLAS_NUM_THREADS={note['threads']} (") and done.stderr.count("\n") == 1
 
 
 def test_what_is_set_already_stays(bare: Bare, library: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_without_a_library_the_first_line_says_so(bare: Bare) -> None:
     done, (note,) = bare.run("-I", "-S", PROGRAM, sys.executable, "-c", "print(5)")  # -S: an environment without it
     assert done.stdout == "5\n" and not note["fast"]
     first = done.stderr.splitlines()[0]
-    assert first.startswith("mis_mlx: no OpenBLAS, so matrix products take 20 to 50 times as long: ")
+    assert first.startswith("mis: no OpenBLAS, so matrix products take 20 to 50 times as long: ")
     assert f"{sys.executable} -m pip install" in first
 
 
