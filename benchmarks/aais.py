@@ -57,9 +57,9 @@ def main() -> None:
             for metres in (100.0, 832.0, 2500.0):
                 sizes[metres] = importance.conditions_size(sums, 1280, arch.FFN_MULTIPLE, metres)
         chosen = {
-            "plain": pruning.choose(dict(checkpoint.config), kelvin, replace(cut, importance="rms"), seed),
-            "kelvin": pruning.choose(dict(checkpoint.config), kelvin, cut, seed),
-            "celsius": pruning.choose(dict(checkpoint.config), celsius, cut, seed),
+            "plain": pruning.choose(dict(checkpoint.config), kelvin, replace(cut, importance="rms")),
+            "kelvin": pruning.choose(dict(checkpoint.config), kelvin, cut),
+            "celsius": pruning.choose(dict(checkpoint.config), celsius, cut),
         }
         with tempfile.TemporaryDirectory() as folder:
             models = {"teacher": checkpoint}

@@ -22,18 +22,21 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from ablations import block_removal, fisher_importance, rankings
 from laboratory import Laboratory, stored, write
 
 from mis_mlx import cli
 from mis_mlx.disk.files import DISK
-from mis_mlx.maths.importance import Statistics
+from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import arch, calibrate, fisher, load, parts, policy, reconstruct, slice, stream
+from mis_mlx.model import arch, calibrate, load, parts, policy, reconstruct, slice, stream
+from mis_mlx.model.config import shape_of
 from mis_mlx.training import distillation, local, pruning
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.types import Checkpoint, Keep
 
 Tensor = Callable[[str], mx.array]
+Measured = dict[Key, rankings.Moments]
 
 PLAIN = pruning.Cut(
     scenario="goral", importance="activation", hidden_by="importance"
@@ -49,6 +52,8 @@ class Arm:
 
     group: str
     cut: pruning.Cut = PLAIN
+    ranked: str = ""  # how neurons and heads are, where not as `cut` says: fluctuation, magnitude, fisher, random
+    blocks: str = ""  # how blocks are chosen, where not by 1 - cosine: see ablations/block_removal
     repair: bool = False
     recipe: dict[str, Any] = field(default_factory=dict)  # of Distillation
     graft: str = ""  # what else becomes of the cut tensors: see GRAFTS
@@ -96,10 +101,10 @@ ARMS: dict[str, Arm] = {
     "wide-5e-5": short("rate", repair=True, cut=cut(**WIDE), recipe={"learning_rate": 5e-5}),
     "goral-1e-4": short("rate", recipe={"learning_rate": 1e-4}),
     # Which blocks go, repaired: against repair-ffn.
-    "blocks-kl": short("blocks", repair=True, cut=cut(blocks="kl")),
-    "blocks-greedy": short("blocks", repair=True, cut=cut(blocks="greedy", block_samples=1)),
-    "blocks-contiguous": short("blocks", repair=True, cut=cut(blocks="contiguous")),
-    "blocks-fisher": short("blocks", repair=True, cut=cut(blocks="fisher")),
+    "blocks-kl": short("blocks", repair=True, blocks="kl"),
+    "blocks-greedy": short("blocks", repair=True, blocks="greedy"),
+    "blocks-contiguous": short("blocks", repair=True, blocks="contiguous"),
+    "blocks-fisher": short("blocks", repair=True, blocks="fisher"),
     # What makes up for the cut.
     "repair-none": short("repair"),
     "repair-ffn": short("repair", repair=True),
@@ -110,14 +115,14 @@ ARMS: dict[str, Arm] = {
     # Which neurons go, of 30 layers halved to 768, nothing else cut.
     "ffn-activation": short("neurons", cut=cut(**WHOLE, ffn=768)),
     "ffn-l2-l2": short("neurons", cut=cut(**WHOLE, ffn=768, importance="rms")),
-    "ffn-fluctuation": short("neurons", cut=cut(**WHOLE, ffn=768, importance="fluctuation")),
-    "ffn-magnitude": short("neurons", cut=cut(**WHOLE, ffn=768, importance="magnitude")),
-    "ffn-fisher": short("neurons", cut=cut(**WHOLE, ffn=768, importance="fisher")),
-    "ffn-random": short("neurons", cut=cut(**WHOLE, ffn=768, importance="random")),
+    "ffn-fluctuation": short("neurons", cut=cut(**WHOLE, ffn=768), ranked="fluctuation"),
+    "ffn-magnitude": short("neurons", cut=cut(**WHOLE, ffn=768), ranked="magnitude"),
+    "ffn-fisher": short("neurons", cut=cut(**WHOLE, ffn=768), ranked="fisher"),
+    "ffn-random": short("neurons", cut=cut(**WHOLE, ffn=768), ranked="random"),
     # Which heads, nine to six; which kv group, three to two; which hidden channels.
     "heads-activation": short("heads", cut=cut(**WHOLE, heads=6)),
-    "heads-fisher": short("heads", cut=cut(**WHOLE, heads=6, importance="fisher")),
-    "heads-random": short("heads", cut=cut(**WHOLE, heads=6, importance="random")),
+    "heads-fisher": short("heads", cut=cut(**WHOLE, heads=6), ranked="fisher"),
+    "heads-random": short("heads", cut=cut(**WHOLE, heads=6), ranked="random"),
     "kv-activation": short("heads", cut=cut(**WHOLE, kv_heads=2)),
     "hidden-ranked": short("hidden", cut=cut(**WHOLE, hidden=432)),
     "hidden-pca": short(
@@ -152,22 +157,49 @@ class Bench(Laboratory):
 
     @cache  # noqa: B019 one object, as long as the program
     def statistics(self, seed: int) -> Statistics:
-        """Of 32 windows, the fisher ones of 8."""
-        found, _ = calibrate.calibrate(self.checkpoint, self.pick(32, seed, 1), policy.compute_dtype(self.checkpoint))
+        """Of 32 windows."""
+        found, _ = calibrate.calibrate(self.checkpoint, self.pick(32, seed, 1), policy.usual_dtype())
+        return found
+
+    @cache  # noqa: B019
+    def measured(self, seed: int) -> tuple[Measured, dict[Key, np.ndarray]]:
+        """Moments and lengths of weights, of the same windows."""
+        return rankings.measured(self.checkpoint, self.pick(32, seed, 1), policy.usual_dtype())
+
+    @cache  # noqa: B019
+    def fisher(self, seed: int) -> dict[Key, np.ndarray]:
+        """Of the first 8 of them."""
+        return fisher_importance.fisher(self.checkpoint, self.pick(32, seed, 1)[:8], policy.usual_dtype(), seed)
+
+    def ranked(self, arm: Arm, seed: int) -> Statistics:
+        """Statistics by which the arm's choices are the highest ones."""
+        found = self.statistics(seed)
+        scores: dict[str, Callable[[], rankings.Scores]] = {
+            "fluctuation": lambda: rankings.moving(self.measured(seed)[0], shape_of(self.checkpoint.config).head_dim),
+            "magnitude": lambda: self.measured(seed)[1].__getitem__,
+            "fisher": lambda: self.fisher(seed).__getitem__,
+            "random": lambda: rankings.random(found, seed),
+        }
+        if arm.ranked:
+            found = rankings.by(found, scores[arm.ranked]())
+        if arm.blocks:
+            few = self.pick(32, seed, 1)[: 1 if arm.blocks == "greedy" else 4]
+            fisher = self.fisher(seed) if arm.blocks == "fisher" else {}
+            count = pruning.wanted_shape(self.checkpoint.config, arm.cut).layers
+            kept = block_removal.kept(arm.blocks, self.checkpoint, few, policy.usual_dtype(), count, fisher)
+            found = rankings.keeping(found, kept)
         return found
 
     def pruned(self, arm: Arm, seed: int, out: Path) -> Checkpoint:
         """The student's folder before repair."""
-        batches, found = self.pick(32, seed, 1), self.statistics(seed)
         if arm.cut.hidden_by == "pca":
-            pruning.prune(self.checkpoint, batches, self.held_out["English"], out, arm.cut, dtype="bfloat16",
-                          seed=seed, reading=lambda: None, files=DISK)  # fmt: skip
+            pruning.prune(self.checkpoint, self.pick(32, seed, 1), self.held_out["English"], out, arm.cut,
+                          dtype="bfloat16", reading=lambda: None, files=DISK)  # fmt: skip
             return load.open_checkpoint(out)
-        if "fisher" in (arm.cut.importance, arm.cut.blocks) and not found.fisher:
-            found.fisher = fisher.fisher(self.checkpoint, batches[:8], policy.compute_dtype(self.checkpoint), seed)
-        layers = pruning.kept_layers(self.checkpoint, batches, arm.cut, found)
-        shape, keep = pruning.choose(self.checkpoint.config, found, arm.cut, seed, layers)
-        whole, tensor = GRAFTS[arm.graft](self.checkpoint, keep, found) if arm.graft else (self.checkpoint, None)
+        shape, keep = pruning.choose(self.checkpoint.config, self.ranked(arm, seed), arm.cut)
+        whole, tensor = self.checkpoint, None
+        if arm.graft:
+            whole, tensor = GRAFTS[arm.graft](whole, keep, self.measured(seed)[0])
         slice.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor)
         return load.open_checkpoint(out)
 
@@ -238,9 +270,9 @@ def forget(model: Any, seed: int) -> None:
     stream.into_memory(model)
 
 
-def merged(teacher: Checkpoint, keep: Keep, found: Statistics) -> tuple[Checkpoint, Tensor]:
+def merged(teacher: Checkpoint, keep: Keep, moments: Measured) -> tuple[Checkpoint, Tensor]:
     """What the dropped blocks behind a kept one differ from it by is added to it (LaCo, arXiv 2402.11187 eq. 1)."""
-    ends = dict(zip(keep.layers, [*keep.layers[1:], len(found.block)], strict=True))
+    ends = dict(zip(keep.layers, [*keep.layers[1:], shape_of(teacher.config).layers], strict=True))
 
     def tensor(name: str) -> mx.array:
         weight = load.dense(teacher, name)
@@ -253,7 +285,7 @@ def merged(teacher: Checkpoint, keep: Keep, found: Statistics) -> tuple[Checkpoi
     return teacher, tensor
 
 
-def shifted(teacher: Checkpoint, keep: Keep, found: Statistics) -> tuple[Checkpoint, Tensor]:
+def shifted(teacher: Checkpoint, keep: Keep, moments: Measured) -> tuple[Checkpoint, Tensor]:
     """The mean of what the cut neurons wrote stays as a bias of down_proj (FLAP, arXiv 2312.11983 eq. 7)."""
 
     def tensor(name: str) -> mx.array:
@@ -262,7 +294,7 @@ def shifted(teacher: Checkpoint, keep: Keep, found: Statistics) -> tuple[Checkpo
         layer, weight = arch.block_of(name), load.dense(teacher, name.replace(".bias", ".weight"))
         if "down_proj" not in name or layer is None:
             return mx.zeros((weight.shape[0],))
-        gone = found.moments[layer, "ffn"].mean.copy()
+        gone = moments[layer, "ffn"].mean.copy()
         gone[list(keep.kept[layer, "ffn"])] = 0
         return weight.astype(mx.float32) @ mx.array(gone.astype(np.float32))
 

@@ -61,9 +61,7 @@ def prepare(checkpoint: Checkpoint, data: windows.Data, held_out: Windows, out: 
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp) / "pruned"
         samples = pick(s.num_samples, 1)
-        pruning.prune(
-            checkpoint, samples, held_out, folder, s, dtype=s.dtype, seed=s.seed, reading=lambda: None, files=DISK
-        )
+        pruning.prune(checkpoint, samples, held_out, folder, s, dtype=s.dtype, reading=lambda: None, files=DISK)
         pruned, keep = load.open_checkpoint(folder), slice.read_keep(folder)
         assert keep is not None
         mended, _ = reconstruct.reconstruct(checkpoint, pruned, keep, pick(s.reconstruct_samples, 2))

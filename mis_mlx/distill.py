@@ -94,7 +94,6 @@ def _prune(s: Settings, c: Course, data: windows.Data) -> Checkpoint:
                 out,
                 s,
                 dtype=s.dtype,
-                seed=s.seed,
                 reading=c.weather.reading,
                 files=c.files,
                 held=c.plan.held_windows("prune"),

@@ -83,7 +83,6 @@ def run(settings: Settings) -> dict[str, Any]:
             Path(settings.mlx_path),
             settings,
             dtype=settings.dtype,
-            seed=settings.seed,
             reading=weather.reading,
             files=files,
             held=planned.held_tokens // length,

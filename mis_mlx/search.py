@@ -245,7 +245,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with entered(folder, new, origin, limit, wired, s, files) as (place, weather):
         course = Course(s, place, checkpoint, data.train, made, files, memory.Peak(), weather)
         repair = course.pick(s.repair_samples, 2)
-        c = Contest(place, checkpoint, course.pick(s.num_samples, 1), repair, ranking, judging, s.dtype, s.seed, files,
+        c = Contest(place, checkpoint, course.pick(s.num_samples, 1), repair, ranking, judging, s.dtype, files,
                     made.held_windows("prune"))  # fmt: skip
         result = {**result, **_run(s, c, course, aim, shapes, first), "run": str(place),
                   "peak_bytes": course.peak.nbytes, **weather.account(),

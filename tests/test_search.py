@@ -121,7 +121,7 @@ def test_the_score_is_that_of_a_pruning_by_hand(
     statistics, _ = calibrate.calibrate(llama, [mx.array(data.train.tokens[i][None]) for i in at], mx.float32)
     record = runs.records(done[0] / contest.CANDIDATES)[-1]
     cut = pruning.Cut(scenario="none", importance="rms", **{a: record[a] for a in candidates.AXES})
-    shape, keep = pruning.choose(dict(llama.config), statistics, cut, 0)
+    shape, keep = pruning.choose(dict(llama.config), statistics, cut)
     slice.write_student(llama, shape, keep, tmp_path / "s", "bfloat16", DISK)
     held_out = compare.chosen(data.held_out["held-out"], 3)
     found = compare.compare({"teacher": llama, "student": load.open_checkpoint(tmp_path / "s")}, held_out)
@@ -212,7 +212,7 @@ def test_the_repair_comes_before_the_rank(tmp_path: Path, small: search.Settings
     samples, repair = ([mx.array(data.train.tokens[i][None]) for i in at] for at in picks)
     cut = pruning.Cut(scenario="none", importance="rms", **{a: repaired[0][a] for a in candidates.AXES})
     statistics = calibrate.calibrate(teacher, samples, mx.float32)[0]
-    shape, keep = pruning.choose(dict(teacher.config), statistics, cut, 0)
+    shape, keep = pruning.choose(dict(teacher.config), statistics, cut)
     slice.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)
     pruned = load.open_checkpoint(tmp_path / "s")
     mended, _ = reconstruct.reconstruct(teacher, pruned, keep, repair)

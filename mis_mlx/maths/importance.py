@@ -136,7 +136,7 @@ class Statistics:
     """What calibration gathers. `ffn`, `heads`, `block` by layer number; `hidden` sums over all layer norms.
 
     moments, norms: by (layer, axis); of hidden channels by the layer whose norms they leave. norms: squared
-    length of all weights of a neuron, head or channel. fisher: `model/fisher.py`, where it was asked for.
+    length of all weights of a neuron, head or channel.
     """
 
     ffn: dict[int, Sums] = field(default_factory=dict)
@@ -145,7 +145,6 @@ class Statistics:
     hidden: Sums | None = None
     moments: dict[Key, Moments] = field(default_factory=dict)
     norms: dict[Key, np.ndarray] = field(default_factory=dict)
-    fisher: dict[Key, np.ndarray] = field(default_factory=dict)
     altitude_m: float | None = None
     measured: bool = False  # whether every batch had a T_env
     ambient_c: list[float] = field(default_factory=list)

@@ -28,7 +28,7 @@ def mixed(
 ) -> tuple[pack.Layout, dict[str, Any]]:
     """(a format for every matrix, at most `target_bpw` bits per weight of the blocks; what was found, for a JSON).
 
-    Token ids [(B, T)]. The embedding and the head stay in 8 bits. kept: as in `fisher.fisher`.
+    Token ids [(B, T)]. The embedding and the head stay in 8 bits. kept: as in `backward_pass.backwards`.
     """
     check(target_bpw, group)
     plan = pack.layout(checkpoint.config, group)

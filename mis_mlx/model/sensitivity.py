@@ -2,8 +2,8 @@
 
 At the model itself the KL is at its minimum, so its first-order term is zero; the second-order one is half the Fisher
 information along the rounding error: half the mean over windows of <d log p(drawn tokens) / dW, error>^2, next
-tokens drawn by the model (model/fisher). Costs of several matrices add up as far as the second order reaches. Does not
-decide who gets which bits (maths/allocation). One block is in memory at a time.
+tokens drawn by the model (model/backward_pass). Costs of several matrices add up as far as the second order reaches.
+Does not decide who gets which bits (maths/allocation). One block is in memory at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.maths import rounding
-from mis_mlx.model import fisher, load, policy, stream
+from mis_mlx.model import backward_pass, load, policy, stream
 from mis_mlx.model.calibrate import READERS, TAPS
 from mis_mlx.types import Checkpoint
 
@@ -32,7 +32,7 @@ def costs(
 ) -> dict[str, dict[int, float]]:
     """{module path: {bits: nats per token}} of every matrix of the blocks, in affine groups. Token ids [(B, T)].
 
-    kept: as in `fisher.fisher`.
+    kept: as in `backward_pass.backwards`.
     """
     args, found = load.model_args(checkpoint.config), dict[str, dict[int, float]]()
     tokens = sum(b.size for b in batches)
@@ -62,5 +62,5 @@ def costs(
 
         return through
 
-    fisher.backwards(checkpoint, batches, policy.compute_dtype(checkpoint), visit, seed, kept)
+    backward_pass.backwards(checkpoint, batches, policy.compute_dtype(checkpoint), visit, seed, kept)
     return found

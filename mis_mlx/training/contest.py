@@ -69,7 +69,6 @@ class Contest:
     ranking: Windows
     judging: Windows
     dtype: str
-    seed: int
     files: Files
     held: int
 
@@ -93,7 +92,7 @@ class Contest:
         """The teacher cut to `shape` by plain importance, as the new folder `out`."""
         sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in AXES}
         cut = pruning.Cut(scenario="none", importance="rms", **sizes)
-        made, keep = pruning.choose(self.teacher.config, self.statistics, cut, self.seed)
+        made, keep = pruning.choose(self.teacher.config, self.statistics, cut)
         pruning.write(self.teacher, made, keep, lambda: self._directions, out, self.dtype, self.files)
         return load.open_checkpoint(out)
 

@@ -36,9 +36,6 @@ class Job:
     save_every: int
     targets: Literal["live", "cached"] = "live"
     modes: tuple[Mode, ...] = ("resident", "sharded")
-    depth: int = 0  # windows on which every block is left out once
-    depth_rounds: int = 1  # how often, with fewer blocks each time
-    fisher: bool = False  # a pass back through the teacher for importance
     rotation: bool = False  # the hidden size is cut along principal directions
     rounding: Rounding = PLAIN  # of the trained student
 
@@ -59,7 +56,6 @@ class Job:
 
 def job_of(teacher: Model, student: Model, asked: Any) -> Job:
     """The job that a command's settings ask for; they have the names of `distill`'s."""
-    blocks, gone = getattr(asked, "blocks", "cosine"), teacher.shape.layers - student.shape.layers
     return Job(
         teacher,
         student,
@@ -75,9 +71,6 @@ def job_of(teacher: Model, student: Model, asked: Any) -> Job:
         asked.save_every,
         asked.targets,
         ("resident", "sharded") if asked.train == "auto" else (asked.train,),
-        asked.block_samples if gone and blocks in ("kl", "greedy", "contiguous") else 0,
-        gone if blocks == "greedy" else 1,
-        "fisher" in (blocks, getattr(asked, "importance", "")),
         getattr(asked, "hidden_by", "pca") == "pca" and student.shape.hidden < teacher.shape.hidden,
         asked if getattr(asked, "quantize", 0) else PLAIN,
     )

@@ -30,18 +30,6 @@ def prune(job: Job, limit: int) -> Phase:
     t, length = job.teacher, job.length
     p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
     peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
-    window = length * t.shape.hidden * t.item
-    if job.depth:  # every variant's hidden states march side by side (model/depth), from the middle on average
-        one = streamed_pass("", t, job.depth * length, length, length, spool=False)
-        peak = max(peak, one.peak_bytes + (t.shape.layers + 1) * job.depth * window)
-        read += job.depth_rounds * one.read_bytes
-        flops += job.depth_rounds * t.shape.layers / 2 * one.flops
-    if job.fisher:  # inputs of all blocks spooled, and what comes back held twice (model/fisher)
-        spooled = (t.shape.layers * job.calibration - p.held_tokens // length) * window
-        one = streamed_pass("", t, length, length, length, spool=False)
-        gates = 4 * planning.activation_bytes(t.config, 1, length) // t.shape.layers
-        peak = max(peak, one.peak_bytes + gates + p.held_tokens // length * window + 2 * job.calibration * window)
-        read, written, flops = read + 2 * t.nbytes + spooled, written + spooled, flops + 3 * p.flops
     copied = planning.tensor_bytes(t)
     if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
         square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden

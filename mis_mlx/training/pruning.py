@@ -22,7 +22,7 @@ from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.model import arch, calibrate, compare, depth, fisher, load, policy, ranks, rotate, slice
+from mis_mlx.model import arch, calibrate, compare, load, policy, ranks, rotate, slice
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.model.relay import Relay
 from mis_mlx.training.weather import WeatherFlags
@@ -50,15 +50,9 @@ class Cut(WeatherFlags):
     """keep this many key-value heads, with their query heads"""
     hidden: Count | None = None
     """keep this many hidden channels"""
-    importance: Literal["aais", "rms", "activation", "fluctuation", "magnitude", "fisher", "random"] = "aais"
+    importance: Literal["aais", "rms", "activation"] = "aais"
     """how neurons, heads and channels are ranked: by root mean square of activations (rms), that with the weather
-    (aais), their mean (activation: Minitron), what moves (fluctuation: FLAP), weights, or what the loss would say
-    (fisher)"""
-    blocks: Literal["cosine", "kl", "greedy", "contiguous", "fisher"] = "cosine"
-    """which blocks go: those that turn the stream least (cosine), whose absence costs least KL one by one (kl),
-    measured anew after each (greedy), as neighbours (contiguous), or by second order (fisher)"""
-    block_samples: int = 4
-    """calibration windows for kl, greedy and contiguous"""
+    (aais), or their mean (activation: Minitron)"""
     hidden_by: Literal["importance", "pca"] = "pca"
     """how hidden is cut: ranked channels (importance), or the directions in which the stream moves, after a
     rotation that an ordinary model folder holds (pca; two more passes over the teacher)"""
@@ -71,25 +65,13 @@ class Cut(WeatherFlags):
 Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the highest stay
 
 
-def ranking(statistics: Statistics, cut: Cut, head_dim: int, seed: int) -> tuple[Ranking, str]:
+def ranking(statistics: Statistics, cut: Cut) -> tuple[Ranking, str]:
     """How `cut` ranks a layer's units, and the name of that."""
     weather = cut.importance == "aais" and statistics.measured and statistics.altitude_m is not None
-    altitude, random = statistics.altitude_m or 1.0, np.random.default_rng(seed)
+    altitude = statistics.altitude_m or 1.0
 
     def scores(key: Key) -> np.ndarray:
-        _, axis = key
         sums = _sums(statistics, key)
-        if cut.importance == "random":
-            return random.random(len(sums.square))
-        if cut.importance == "magnitude":
-            return statistics.norms[key]
-        if cut.importance == "fisher":
-            return statistics.fisher[key]
-        if cut.importance == "fluctuation":
-            norms = [m for (_, name), m in statistics.moments.items() if name.startswith("norm")]
-            moments = norms if axis == "hidden" else [statistics.moments[key]]
-            unit = head_dim if axis == "heads" else 1
-            return np.sum([importance.fluctuation(m, unit) for m in moments], axis=0)
         if cut.importance == "activation":
             return importance.activation(sums)
         return importance.aais(sums, altitude) if weather else importance.rms(sums)
@@ -115,20 +97,11 @@ def _size_by_conditions(statistics: Statistics, cut: Cut, used: str, layers: tup
     return importance.conditions_size(sums, fixed, arch.FFN_MULTIPLE, statistics.altitude_m, unit)
 
 
-def choose(
-    config: Mapping[str, Any],
-    statistics: Statistics,
-    cut: Cut,
-    seed: int,
-    layers: tuple[int, ...] | None = None,
-) -> tuple[Shape, Keep]:
-    """The student's shape and who stays, with a report of how AAIS and plain importance differ.
-
-    layers: chosen by somebody else; default: by 1 - cosine.
-    """
+def choose(config: Mapping[str, Any], statistics: Statistics, cut: Cut) -> tuple[Shape, Keep]:
+    """The student's shape and who stays, with a report of how AAIS and plain importance differ."""
     shape, before = wanted_shape(config, cut), shape_of(config)
-    layers = importance.lowest_blocks(statistics.block, shape.layers) if layers is None else layers
-    scores, used = ranking(statistics, cut, before.head_dim, seed)
+    layers = importance.lowest_blocks(statistics.block, shape.layers)
+    scores, used = ranking(statistics, cut)
     if cut.target == "conditions":
         shape = replace(shape, ffn=_size_by_conditions(statistics, cut, used, layers, shape.ffn))
     kept: dict[Key, tuple[int, ...]] = {}
@@ -196,22 +169,6 @@ def wanted_shape(config: Mapping[str, Any], cut: Cut) -> Shape:
     return shape
 
 
-def kept_layers(
-    checkpoint: Checkpoint, batches: Sequence[mx.array], cut: Cut, statistics: Statistics
-) -> tuple[int, ...]:
-    """Who stays of the blocks, as `cut` judges them."""
-    before, keep = shape_of(checkpoint.config).layers, wanted_shape(checkpoint.config, cut).layers
-    few, dtype = batches[: cut.block_samples], policy.compute_dtype(checkpoint)
-    if keep == before or cut.blocks == "cosine":
-        return importance.lowest_blocks(statistics.block, keep)
-    if cut.blocks == "fisher":
-        return importance.lowest_blocks({i: float(statistics.fisher[i, "layers"][0]) for i in range(before)}, keep)
-    if cut.blocks == "kl":
-        costs = depth.kl_without(checkpoint, few, dtype, [{i} for i in range(before)])
-        return importance.lowest_blocks(dict(enumerate(costs.tolist())), keep)
-    return {"greedy": depth.greedy, "contiguous": depth.contiguous}[cut.blocks](checkpoint, few, dtype, keep)
-
-
 def write(
     teacher: Checkpoint,
     shape: Shape,
@@ -240,7 +197,6 @@ def prune(
     cut: Cut,
     *,
     dtype: str,
-    seed: int,
     reading: Callable[[], Reading | None],
     files: Files,
     held: int | None = None,
@@ -260,19 +216,14 @@ def prune(
     statistics, _ = calibrate.calibrate(checkpoint, mine, kind, reading, cut.temperature_unit, place, relay)
     if not ranks.first():  # who has brought its part; the student is the first one's to make
         return {}
-    if "fisher" in (cut.importance, cut.blocks):
-        place = Spool(out.absolute().parent, held or len(batches), files)
-        statistics.fisher = fisher.fisher(checkpoint, batches, policy.compute_dtype(checkpoint), seed, place)
-    layers = kept_layers(checkpoint, batches, cut, statistics)
-    shape, keep = choose(checkpoint.config, statistics, cut, seed, layers)
-    shown = replace(cut, importance="rms") if cut.importance == "random" else cut
-    scores, _ = ranking(statistics, shown, shape.head_dim, seed)
+    shape, keep = choose(checkpoint.config, statistics, cut)
+    scores, _ = ranking(statistics, cut)
     keep = replace(keep, report={**keep.report, "profile": profile(statistics, keep, scores)})
     directions = cache(lambda: rotate.measured(checkpoint, batches, policy.compute_dtype(checkpoint), spool or list))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "kv_heads", "hidden")}
         as_plain = replace(cut, importance="rms", target="fixed", scenario="none", **sizes)
-        _, plain = choose(checkpoint.config, statistics, as_plain, seed, layers)
+        _, plain = choose(checkpoint.config, statistics, as_plain)
         mark = f"-{os.getpid()}"  # so that it is swept where we are killed
         with tempfile.TemporaryDirectory(mark, f".tmp-{out.name}-", out.absolute().parent) as temp:
             both = {}

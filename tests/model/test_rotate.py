@@ -220,7 +220,7 @@ def test_on_a_low_rank_stream_the_rotation_loses_nothing_and_ranked_channels_do(
         held_out = Windows(np.array(windows[1]), np.ones((1, 64), np.float32))
         pruning.prune(
             teacher, windows, held_out, tmp_path / how, replace(cut, hidden_by=how),
-            dtype="float32", seed=0, reading=lambda: None, files=DISK,
+            dtype="float32", reading=lambda: None, files=DISK,
         )  # fmt: skip
         after = stock(load.open_checkpoint(tmp_path / how), windows[0])
         off[how] = np.linalg.norm(after - before) / np.linalg.norm(before)
@@ -257,7 +257,7 @@ def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
         air = iter([-20.0, 45.0, -20.0, 45.0])
         made[name] = pruning.prune(
             llama, windows, Windows(np.array(windows[1]), np.ones((1, 64), np.float32)), tmp_path / name,
-            pruning.Cut(scenario="none", ffn=256, hidden=48, hidden_by="pca"), dtype="float32", seed=0, files=DISK,
+            pruning.Cut(scenario="none", ffn=256, hidden=48, hidden_by="pca"), dtype="float32", files=DISK,
             reading=lambda air=air: Reading(0.0, ambient_c=next(air), altitude_m=832.0), held=held,
         )  # fmt: skip
     for file in ("model.safetensors", "rotation.npy"):

@@ -265,9 +265,9 @@ def test_local_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpo
     assert planned / 2 < peak < planned + array, (peak / MIB, planned / MIB)
 
 
-@pytest.mark.parametrize("how", [{}, {"blocks": "kl"}, {"importance": "fisher"}, {"hidden": 192, "hidden_by": "pca"}])
+@pytest.mark.parametrize("how", [{}, {"hidden": 192, "hidden_by": "pca"}])
 def test_pruning_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint], how: dict[str, Any]) -> None:
-    """Calibration, a march of all variants, a way back, or a rotation: MLX's peak; numpy's part is not in its count."""
+    """Calibration, or a rotation: MLX's peak; numpy's part is not in its count."""
     teacher, _ = wide
     cut = pruning.Cut(scenario="none", layers=4, ffn=768, **{"importance": "activation", **how})
     shape = pruning.wanted_shape(teacher.config, cut)
@@ -281,7 +281,7 @@ def test_pruning_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Ch
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     with memory.limited(Budget(before + planned.peak_bytes)):
-        pruning.prune(teacher, batches, held_out, tmp_path / "s", cut, dtype="float32", seed=0, reading=lambda: None,
+        pruning.prune(teacher, batches, held_out, tmp_path / "s", cut, dtype="float32", reading=lambda: None,
                       files=DISK)  # fmt: skip
     peak = mx.get_peak_memory() - before
     assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak / MIB, planned.peak_bytes / MIB)

@@ -6,12 +6,13 @@ it, so all of them see each block while it is in memory. Does not write anything
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from mis_mlx.maths import losses
+from mis_mlx.maths.importance import Key, lowest_blocks
 from mis_mlx.model import load, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint
@@ -48,6 +49,21 @@ def kl_without(
                 _, kl, _ = reference.compare(load.logits(head, hidden[b].reshape(flat.shape)[at]))
                 found[v] += float(kl.sum())
     return found / sum(h.shape[0] * h.shape[1] for h in whole)
+
+
+def kept(
+    how: str, checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, keep: int,
+    fisher: Mapping[Key, np.ndarray],
+) -> tuple[int, ...]:  # fmt: skip
+    """Layers to keep. how: kl (those go whose absence costs least, one by one), greedy, contiguous, or fisher (by
+    second order, ablations/fisher_importance)."""
+    layers = range(int(checkpoint.config["num_hidden_layers"]))
+    if how == "fisher":
+        return lowest_blocks({i: float(fisher[i, "layers"][0]) for i in layers}, keep)
+    if how == "kl":
+        costs = kl_without(checkpoint, batches, dtype, [{i} for i in layers])
+        return lowest_blocks(dict(enumerate(costs.tolist())), keep)
+    return {"greedy": greedy, "contiguous": contiguous}[how](checkpoint, batches, dtype, keep)
 
 
 def greedy(checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, keep: int) -> tuple[int, ...]:

@@ -2,9 +2,8 @@
 
 What would KL(teacher || teacher without x) be? Its first-order Taylor term is zero, because at the teacher
 itself the KL is at its minimum. The second-order one is half the Fisher information of a gate that closes
-x. It is estimated with next tokens that the teacher itself draws (the data's own tokens would make it the
-empirical Fisher of arXiv 2204.09656): half the mean over tokens of (d log p(drawn) / d gate)^2, every token
-having a gate of its own. Does not decide what is kept. One block is in memory at a time.
+x. It is estimated with next tokens that the teacher itself draws (model/backward_pass): half the mean over tokens
+of (d log p(drawn) / d gate)^2, every token having a gate of its own. Does not decide what is kept.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.importance import Key
-from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.model import load, stream
+from mis_mlx.model.backward_pass import backwards
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.types import Checkpoint
 
-Visit = Callable[[int, nn.Module], Callable[[mx.array, mx.array], mx.array]]
 # Where the gates stand: axis -> (part of the block, its module); of hidden channels, behind both norms.
 GATES = {
     "ffn": ("mlp", "down_proj"),
@@ -78,53 +76,6 @@ def fisher(
 
     backwards(checkpoint, batches, dtype, visit, seed, kept)
     return found
-
-
-def backwards(
-    checkpoint: Checkpoint,
-    batches: Sequence[mx.array],
-    dtype: mx.Dtype,
-    visit: Visit,
-    seed: int = 0,
-    kept: stream.Hidden | None = None,
-) -> None:
-    """One pass forwards, then from the last block to the first: `visit(i, block)` gives what takes every batch back.
-
-    That is a function of the block's input x (B, T, D) and d log p(drawn tokens) / d output (B, T, D), which gives
-    d log p / d x. kept: as in `fisher`.
-    """
-    kept = [] if kept is None else kept
-    source, n = stream.Stream(checkpoint, dtype), len(batches)
-    source.embed(batches, kept)
-    for _, block in source.blocks(range(source.layers - 1)):
-        kept.extend(source.through(block, kept[-n:]))
-    back: list[mx.array] = []
-    for i, block in source.blocks(range(source.layers - 1, -1, -1)):
-        if not back:
-            last = source.through(block, kept[-n:])
-            back = [_drawn(checkpoint, source, h, mx.random.key(seed * n + b)) for b, h in enumerate(last)]
-        through = visit(i, block)
-        for b in range(n):
-            back[b] = through(kept[i * n + b], back[b])
-
-
-def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array) -> mx.array:
-    """d log p(drawn token) / d hidden (B, T, D), of the last block's output; one draw a position."""
-    norm = load.final_norm(checkpoint, source.dtype)
-    head, parts = source.head(), []
-    flat = hidden.reshape(-1, hidden.shape[-1])
-
-    def logits(x: mx.array) -> mx.array:
-        return load.logits(head, norm(x)).astype(mx.float32)
-
-    for start in range(0, len(flat), rows := chunk_rows(shape_of(checkpoint.config).vocab)):
-        z = logits(flat[start : start + rows])
-        key, now = mx.random.split(key)
-        p, drawn = mx.softmax(z, axis=-1), mx.random.categorical(z, key=now)
-        there = (mx.arange(z.shape[-1]) == drawn[:, None]).astype(mx.float32) - p
-        parts.append(mx.vjp(logits, [flat[start : start + rows]], [there])[1][0])
-        stream.settle(parts[-1])
-    return mx.concatenate(parts).reshape(hidden.shape)
 
 
 def _back(

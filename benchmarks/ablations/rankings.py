@@ -1,0 +1,135 @@
+"""Rankings of neurons, heads and channels that lost to the root mean square of activations.
+
+`by` puts scores of any kind in the place of mean activations, so that training/pruning ranks by them. What moves
+(FLAP) and how long weights are comes from a streamed pass of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.maths.importance import Key, Statistics, Sums
+from mis_mlx.model import load, stream
+from mis_mlx.model.calibrate import READERS, TAPS
+from mis_mlx.model.config import shape_of
+from mis_mlx.types import Checkpoint
+
+Scores = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,), none below 0; the highest stay
+
+
+@dataclass
+class Moments:
+    """Of channels that matrices read, (C,): sums over tokens of a and a^2; columns: |W_:j|^2 of what reads them."""
+
+    columns: np.ndarray
+    total: np.ndarray
+    square: np.ndarray
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, columns: np.ndarray) -> Moments:
+        """No token seen yet."""
+        return cls(columns, np.zeros(len(columns)), np.zeros(len(columns)))
+
+    def add(self, x: mx.array) -> None:
+        """One batch x (B, T, C)."""
+        x = x.astype(mx.float32).reshape(-1, x.shape[-1])
+        self.total = self.total + np.array(x.sum(axis=0), np.float64)
+        self.square = self.square + np.array(mx.square(x).sum(axis=0), np.float64)
+        self.tokens += len(x)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(C,)."""
+        return self.total / self.tokens
+
+    @property
+    def variance(self) -> np.ndarray:
+        """(C,)."""
+        return np.maximum(self.square / self.tokens - self.mean**2, 0.0)
+
+
+def fluctuation(moments: Moments, unit: int = 1) -> np.ndarray:
+    """FLAP: how much a channel moves around its mean, Var(a_j) * |W_:j|^2 (arXiv 2312.11983 eq. 5), summed over the
+    `unit` channels of a head. What does not move, a bias could replace."""
+    return (moments.variance * moments.columns).reshape(-1, unit).sum(axis=-1)
+
+
+def _squares(block: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{matrix: squared lengths of its (rows, columns)} of one block, float64."""
+    found = {}
+    for axis, names in READERS.items():
+        for name in names:
+            square = mx.square(load.dense_weight(block[TAPS[axis][0]][name]))
+            found[name] = np.array(square.sum(axis=1), np.float64), np.array(square.sum(axis=0), np.float64)
+    return found
+
+
+def measured(
+    checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype
+) -> tuple[dict[Key, Moments], dict[Key, np.ndarray]]:
+    """(moments by (layer, axis), of hidden channels by the layer whose norms they leave; squared lengths of all weights
+    of a neuron, head or hidden channel) over token ids [(B, T)]."""
+    heads, moments, lengths = shape_of(checkpoint.config).heads, dict[Key, Moments](), dict[Key, np.ndarray]()
+    source = stream.Stream(checkpoint, dtype)
+    hidden = source.embed(batches)
+    for i, block in source.blocks():
+        w = _squares(block)
+        for axis, readers in READERS.items():
+            moments[i, axis] = Moments.zeros(np.sum([w[r][1] for r in readers], axis=0))
+        lengths[i, "ffn"] = w["gate_proj"][0] + w["up_proj"][0] + w["down_proj"][1]
+        lengths[i, "heads"] = (w["q_proj"][0] + w["o_proj"][1]).reshape(heads, -1).sum(axis=-1)
+        own = w["o_proj"][0] + w["down_proj"][0] + moments[i, "norm1"].columns + moments[i, "norm2"].columns
+        lengths[-1, "hidden"] = lengths.get((-1, "hidden"), 0.0) + own
+        for part, name in TAPS.values():
+            block[part][name] = stream.Tap(block[part][name])
+        for b, into in enumerate(hidden):
+            hidden[b] = block(into, load.mask(source.args, block, into))
+            for axis, (part, name) in TAPS.items():
+                moments[i, axis].add(block[part][name].take())
+            stream.settle(hidden[b])
+    return moments, lengths
+
+
+def moving(moments: dict[Key, Moments], head_dim: int) -> Scores:
+    """By `fluctuation`; of hidden channels that behind all norms together."""
+
+    def scores(key: Key) -> np.ndarray:
+        at = [k for k in moments if k[1].startswith("norm")] if key[1] == "hidden" else [key]
+        return np.sum([fluctuation(moments[k], head_dim if key[1] == "heads" else 1) for k in at], axis=0)
+
+    return scores
+
+
+def random(statistics: Statistics, seed: int) -> Scores:
+    """Drawn layer by layer, each axis by itself."""
+    draws = {axis: np.random.default_rng(seed) for axis in ("ffn", "heads", "hidden")}
+    return lambda key: draws[key[1]].random(len(_sums(statistics, key).square))
+
+
+def _sums(statistics: Statistics, key: Key) -> Sums:
+    if key[1] == "hidden":
+        assert statistics.hidden is not None
+        return statistics.hidden
+    return {"ffn": statistics.ffn, "heads": statistics.heads}[key[1]][key[0]]
+
+
+def by(statistics: Statistics, scores: Scores) -> Statistics:
+    """Statistics whose `importance.activation` are these scores."""
+
+    def put(key: Key) -> Sums:
+        return replace(_sums(statistics, key), mean=scores(key) ** 2)
+
+    ffn, heads = ({i: put((i, axis)) for i in sorted(statistics.ffn)} for axis in ("ffn", "heads"))
+    return replace(statistics, ffn=ffn, heads=heads, hidden=put((-1, "hidden")))
+
+
+def keeping(statistics: Statistics, layers: Iterable[int]) -> Statistics:
+    """Statistics by which these blocks are the ones that stay."""
+    kept = set(layers)
+    return replace(statistics, block={i: float(i in kept) for i in statistics.block})
