@@ -131,9 +131,6 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
     found = {f"{axis} {i} {key}": np.asarray(getattr(sums, key), np.float64)
              for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", {-1: s.hidden}))
              for i, sums in of.items() for key in ("mean", "square", "warm", "batches")}  # fmt: skip
-    found |= {f"moments {at} {key}": np.asarray(getattr(m, key), np.float64)
-              for at, m in s.moments.items() for key in ("total", "square", "tokens", "columns")}  # fmt: skip
-    found |= {f"norms {at}": lengths for at, lengths in s.norms.items()}
     return found | {
         "block": np.array([s.block[i] for i in sorted(s.block)]),
         "measured": np.array(s.measured),

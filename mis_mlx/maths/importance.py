@@ -1,7 +1,7 @@
 """Importance of FFN neurons, query heads, hidden channels and blocks; AAIS; who is kept.
 
 Knows activations as arrays, not where they come from. Statistics are sums over calibration samples, so
-they merge in any order. AAIS is eq. (1) of the paper: I_j = |a_j| * T_env / h_npm, with |a_j| the root mean square
+they add up in any order. AAIS is eq. (1) of the paper: I_j = |a_j| * T_env / h_npm, with |a_j| the root mean square
 over tokens, which picks better than Minitron's mean (benchmarks/recovery.py, neurons).
 """
 
@@ -32,10 +32,9 @@ def head_sample(x: mx.array, heads: int) -> mx.array:
     return mx.sqrt(mx.square(per_head).sum(axis=-1)).mean(axis=0)
 
 
-def moment_sample(x: mx.array) -> mx.array:
-    """Sums over tokens of a and of a^2.  x (B, T, C) -> (2, C) float32."""
-    x = x.astype(mx.float32).reshape(-1, x.shape[-1])
-    return mx.stack([x.sum(axis=0), mx.square(x).sum(axis=0)])
+def square_sample(x: mx.array) -> mx.array:
+    """Sum over tokens of a^2.  x (B, T, C) -> (C,) float32."""
+    return mx.square(x.astype(mx.float32).reshape(-1, x.shape[-1])).sum(axis=0)
 
 
 def block_sample(into: mx.array, out: mx.array) -> mx.array:
@@ -92,59 +91,15 @@ class Sums:
         self.warm += square * weight**2
         self.batches += 1
 
-    def merged(self, other: Sums) -> Sums:
-        """The statistics of both sets of batches."""
-        mean, square, warm = self.mean + other.mean, self.square + other.square, self.warm + other.warm
-        return Sums(mean, square, warm, self.batches + other.batches)
-
-
-@dataclass
-class Moments:
-    """Of channels that matrices read, (C,): sums over tokens of a and a^2; columns: |W_:j|^2 of what reads them."""
-
-    total: np.ndarray
-    square: np.ndarray
-    tokens: int
-    columns: np.ndarray
-
-    @classmethod
-    def zeros(cls, columns: np.ndarray) -> Moments:
-        """No token seen yet."""
-        return cls(np.zeros(len(columns)), np.zeros(len(columns)), 0, columns)
-
-    def add(self, sums: np.ndarray, tokens: int) -> None:
-        """One batch's `moment_sample`."""
-        self.total, self.square, self.tokens = self.total + sums[0], self.square + sums[1], self.tokens + tokens
-
-    def merged(self, other: Moments) -> Moments:
-        """The moments of both sets of tokens."""
-        return Moments(self.total + other.total, self.square + other.square, self.tokens + other.tokens, self.columns)
-
-    @property
-    def mean(self) -> np.ndarray:
-        """(C,)."""
-        return self.total / self.tokens
-
-    @property
-    def variance(self) -> np.ndarray:
-        """(C,)."""
-        return np.maximum(self.square / self.tokens - self.mean**2, 0.0)
-
 
 @dataclass
 class Statistics:
-    """What calibration gathers. `ffn`, `heads`, `block` by layer number; `hidden` sums over all layer norms.
-
-    moments, norms: by (layer, axis); of hidden channels by the layer whose norms they leave. norms: squared
-    length of all weights of a neuron, head or channel.
-    """
+    """What calibration gathers. `ffn`, `heads`, `block` by layer number; `hidden` sums over all layer norms."""
 
     ffn: dict[int, Sums] = field(default_factory=dict)
     heads: dict[int, Sums] = field(default_factory=dict)
     block: dict[int, float] = field(default_factory=dict)
     hidden: Sums | None = None
-    moments: dict[Key, Moments] = field(default_factory=dict)
-    norms: dict[Key, np.ndarray] = field(default_factory=dict)
     altitude_m: float | None = None
     measured: bool = False  # whether every batch had a T_env
     ambient_c: list[float] = field(default_factory=list)
@@ -163,12 +118,6 @@ def rms(sums: Sums) -> np.ndarray:
 def aais(sums: Sums, altitude_m: float) -> np.ndarray:
     """I_j = sqrt( sum_b (rms_bj * T_b / h)^2 ).  With constant T and h a positive multiple of `rms`."""
     return np.sqrt(sums.warm) / altitude_m
-
-
-def fluctuation(moments: Moments, unit: int = 1) -> np.ndarray:
-    """FLAP: how much a channel moves around its mean, Var(a_j) * |W_:j|^2 (arXiv 2312.11983 eq. 5), summed over the
-    `unit` channels of a head. What does not move, a bias could replace."""
-    return (moments.variance * moments.columns).reshape(-1, unit).sum(axis=-1)
 
 
 def top(scores: np.ndarray, keep: int) -> tuple[int, ...]:

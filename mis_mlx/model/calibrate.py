@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,35 +25,13 @@ READERS = {"ffn": ("down_proj",), "heads": ("o_proj",), "norm1": ("q_proj", "k_p
            "norm2": ("gate_proj", "up_proj")}  # axis -> which matrices read it  # fmt: skip
 
 
-def _squares(block: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{matrix: squared lengths of its (rows, columns)} of one block, float64."""
-    found = {}
-    for part, name in (*((block.self_attn, f"{n}_proj") for n in "qkvo"),
-                       *((block.mlp, f"{n}_proj") for n in ("gate", "up", "down"))):  # fmt: skip
-        square = mx.square(load.dense_weight(part[name]))
-        found[name] = np.array(square.sum(axis=1), np.float64), np.array(square.sum(axis=0), np.float64)
-    return found
-
-
-def _weigh(out: Statistics, i: int, block: nn.Module, heads: int) -> None:
-    """What the weights of block i say before anything went through it: lengths, and empty sums beside them."""
-    w = _squares(block)
-    for axis, readers in READERS.items():
-        out.moments[i, axis] = importance.Moments.zeros(np.sum([w[r][1] for r in readers], axis=0))
-    out.norms[i, "ffn"] = w["gate_proj"][0] + w["up_proj"][0] + w["down_proj"][1]
-    out.norms[i, "heads"] = (w["q_proj"][0] + w["o_proj"][1]).reshape(heads, -1).sum(axis=-1)
-    hidden = w["o_proj"][0] + w["down_proj"][0] + out.moments[i, "norm1"].columns + out.moments[i, "norm2"].columns
-    out.norms[-1, "hidden"] = out.norms.get((-1, "hidden"), 0.0) + hidden
-    out.ffn[i], out.heads[i] = Sums.zeros(len(out.norms[i, "ffn"])), Sums.zeros(heads)
-
-
 def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> dict[str, mx.array]:
-    """What one batch says of one block, lazy: importance and moments by axis, and of the block itself."""
+    """What one batch says of one block, lazy: importance and squares by axis, and of the block itself."""
     found = {"block": importance.block_sample(into, out)}
     for axis, (part, name) in TAPS.items():
         seen = block[part][name].take()
         found[axis] = importance.head_sample(seen, heads) if axis == "heads" else importance.channel_sample(seen)
-        found[axis + " moments"] = importance.moment_sample(seen)
+        found[axis + " squares"] = importance.square_sample(seen)
     return found
 
 
@@ -62,26 +39,15 @@ def _blank(out: Statistics, s: Shape, layers: Sequence[int]) -> None:
     """Nothing seen of `layers`, which another machine looks at."""
     for i in layers:
         out.ffn[i], out.heads[i], out.block[i] = Sums.zeros(s.ffn), Sums.zeros(s.heads), 0.0
-        for axis, size in (("ffn", s.ffn), ("heads", s.heads * s.head_dim), ("norm1", s.hidden), ("norm2", s.hidden)):
-            out.moments[i, axis] = importance.Moments.zeros(np.zeros(size))
-        out.norms[i, "ffn"], out.norms[i, "heads"] = np.zeros(s.ffn), np.zeros(s.heads)
-        out.norms.setdefault((-1, "hidden"), np.zeros(s.hidden))
 
 
-def _merge(out: Statistics, batches: int, weights: bool) -> None:
-    """Sums of this machine's batches become those of all machines', and blocks' sums means. weights: so do what the
-    weights say, of which each machine saw some."""
+def _merge(out: Statistics, batches: int) -> None:
+    """Sums of this machine's batches become those of all machines', and blocks' sums means."""
     sums = [of[i] for of in (out.ffn, out.heads) for i in sorted(of)] + ([out.hidden] if out.hidden else [])
-    fields: list[tuple[Any, str]] = [(s, name) for s in sums for name in ("mean", "square", "warm", "batches")]
-    moments = [out.moments[key] for key in sorted(out.moments)]
-    fields += [(m, name) for m in moments for name in ("total", "square", "tokens")]
-    fields += [(m, "columns") for m in moments if weights]
+    fields = [(s, name) for s in sums for name in ("mean", "square", "warm", "batches")]
     found = ranks.totals([np.asarray(getattr(owner, name)) for owner, name in fields])
     for (owner, name), value in zip(fields, found, strict=True):
-        setattr(owner, name, int(value) if name in ("batches", "tokens") else value)
-    if weights:
-        keys = sorted(out.norms)
-        out.norms = dict(zip(keys, ranks.totals([out.norms[key] for key in keys]), strict=True))
+        setattr(owner, name, int(value) if name == "batches" else value)
     distances, count = ranks.totals([np.array([out.block[i] for i in sorted(out.block)]), np.array(batches)])
     out.block = {i: float(d / count) for i, d in enumerate(distances)}
 
@@ -110,7 +76,7 @@ def calibrate(
     hidden = source.embed(batches, hidden)
     _blank(out, s, [i for i in range(s.layers) if relay and i not in relay.mine])
     for i, block in source.blocks():
-        _weigh(out, i, block, s.heads)
+        out.ffn[i], out.heads[i] = Sums.zeros(s.ffn), Sums.zeros(s.heads)
         for part, name in TAPS.values():
             block[part][name] = stream.Tap(block[part][name])
         distances = []
@@ -125,12 +91,11 @@ def calibrate(
             seen = {name: np.array(f, np.float64) for name, f in found.items()}
             distances.append(seen["block"])
             for axis, sums in (("ffn", out.ffn[i]), ("heads", out.heads[i]), ("norm1", norms), ("norm2", norms)):
-                moments, tokens = seen[axis + " moments"], into.shape[0] * into.shape[1]
-                square = moments[1].reshape(len(seen[axis]), -1).sum(axis=-1) / tokens  # of a head: its channels'
+                squares, tokens = seen[axis + " squares"], into.shape[0] * into.shape[1]
+                square = squares.reshape(len(seen[axis]), -1).sum(axis=-1) / tokens  # of a head: its channels'
                 sums.add(seen[axis], square, weights[b] or 1.0)
-                out.moments[i, axis].add(moments, tokens)
         out.block[i] = float(np.sum(distances))
-    _merge(out, len(batches), relay is not None)
+    _merge(out, len(batches))
     out.measured = not ranks.anywhere(None in weights)
     if not out.measured:
         for sums in (*out.ffn.values(), *out.heads.values(), norms):

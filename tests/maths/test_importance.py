@@ -58,44 +58,9 @@ def test_a_neuron_that_seldom_fires_loud() -> None:
     """3 at one token of ten against 0.5 at all: by means (0.3, 0.5) it goes, by squares (0.9, 0.25) it stays."""
     x = mx.zeros((1, 10, 2)).at[0, 0, 0].add(3.0).at[..., 1].add(0.5)
     sums = Sums.zeros(2)
-    sums.add(np.array(importance.channel_sample(x)), np.array(importance.moment_sample(x))[1] / 10, 1.0)
+    sums.add(np.array(importance.channel_sample(x)), np.array(importance.square_sample(x)) / 10, 1.0)
     assert importance.activation(sums).tolist() == pytest.approx([0.3, 0.5])
     assert importance.rms(sums).tolist() == pytest.approx([0.9**0.5, 0.5])
-
-
-def test_sums_merge_in_any_order() -> None:
-    """Statistics of three parts, merged in two orders, equal those of one pass."""
-    samples, weights = np.random.default_rng(1).random((6, 5)), [280.0, 281, 282, 283, 284, 285]
-    whole = sums_of(samples, weights)
-    a, b, c = (sums_of(samples[i : i + 2], weights[i : i + 2]) for i in (0, 2, 4))
-    for merged in (a.merged(b).merged(c), c.merged(a.merged(b))):
-        np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-14)
-        np.testing.assert_allclose(merged.square, whole.square, rtol=1e-14)
-        np.testing.assert_allclose(merged.warm, whole.warm, rtol=1e-14)
-        assert merged.batches == 6
-
-
-def test_what_moves_by_pencil() -> None:
-    """FLAP: variance over all tokens times the squared length of the reading column; a head sums its channels."""
-    a = np.array([[1.0, 2.0, 0.0, 4.0], [3.0, 2.0, 0.0, 0.0]])
-    moments = importance.Moments.zeros(np.array([2.0, 5.0, 1.0, 0.5]))
-    for token in a:
-        moments.add(np.array(importance.moment_sample(mx.array(token[None, None]))), 1)
-    np.testing.assert_allclose(moments.mean, [2, 2, 0, 2])
-    np.testing.assert_allclose(importance.fluctuation(moments), [2 * 1, 0, 0, 0.5 * 4])
-    np.testing.assert_allclose(importance.fluctuation(moments, 2), [2, 2])
-
-
-def test_moments_merge_in_any_order() -> None:
-    """Two halves together are the whole."""
-    a = np.random.default_rng(0).normal(size=(6, 8))
-    whole, one, two = (importance.Moments.zeros(np.ones(8)) for _ in range(3))
-    for into, rows in ((whole, a), (one, a[:2]), (two, a[2:])):
-        into.add(np.stack([rows.sum(axis=0), np.square(rows).sum(axis=0)]), len(rows))
-    for merged in (one.merged(two), two.merged(one)):
-        np.testing.assert_allclose(merged.variance, whole.variance, rtol=1e-12)
-        np.testing.assert_allclose(merged.variance, a.var(axis=0), rtol=1e-9)
-        assert merged.tokens == 6
 
 
 def test_groups_are_judged_by_all_their_heads() -> None:
