@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
+import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
@@ -167,7 +168,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train.rows), **made.result()}
     with alignment.running(s, folder, checkpoint, made, card, "grpo") as r:
-        dtype = policy.compute_dtype(checkpoint)
+        dtype = policy.compute_dtype(checkpoint) if s.lora else mx.float32  # the type that the model is trained in
         reference = stream.Stream(checkpoint, dtype, kept, checkpoint.nbytes > limit) if s.beta else None
         sampler = grpo.Sampler(
             r.model, train.rows, train.prompts, load.tokenizer(checkpoint.path), functions, s.objective,
