@@ -5,10 +5,12 @@ Arithmetic on sizes. Does not know how it is done, nor the training that may fol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from mis_mlx.model import arch
+from mis_mlx.model import arch, sensitivity
+from mis_mlx.model.formats import BITS
 from mis_mlx.training import planning
 from mis_mlx.training.job import Job
 from mis_mlx.training.planning import Model, Phase, streamed_pass
@@ -57,22 +59,28 @@ def _compensated(plain: Phase, m: Model, tokens: int, length: int, limit_bytes: 
 def _sensed(then: Phase, m: Model, windows: int, length: int, limit: int) -> Phase:
     """`then`, after a pass forwards and one back (model/sensitivity), the inputs of all blocks spooled if need be.
 
-    Beside the block: it once more in float32, its gradient, in all formats together (26 bits), errors of a matrix.
+    Beside the block: it once more in float32, in all formats together (26 bits and scales), what its matrices see of
+    some windows, and a slab of gradients and errors. Traffic and operations are those of sensitivity's docstring.
     """
     window = length * m.shape.hidden * m.item
     one = streamed_pass("", m, length, length, length, spool=False)
     back = 4 * planning.activation_bytes(m.config, 1, length) // m.shape.layers
-    widest = 3 * 4 * max(m.shape.ffn, m.shape.heads * m.shape.head_dim) * m.shape.hidden
-    peak = one.peak_bytes + back + (2 * 4 + 4) * m.block_params + widest + 2 * windows * window
+    s, formats = m.shape, len(BITS)
+    seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)
+    batch = min(windows, max(1, max(sensitivity.HELD_BYTES, 4 * m.block_params) // seen))
+    slab = (2 * batch + 4) * 4 * min(sensitivity.SLAB, s.ffn * s.hidden)
+    peak = one.peak_bytes + back + (4 + 4) * m.block_params + batch * seen + slab + 2 * windows * window
+    touched = windows * (12 + 4 * formats) + math.ceil(windows / batch) * 20 * formats
     held = min(windows, planning.room(limit, peak, m.gpu) // (window * m.shape.layers))
     spooled = (windows - held) * window * m.shape.layers
-    flops = 3 * planning.forward_flops(m, windows * length, length)
+    flops = 4 * planning.forward_flops(m, windows * length, length)
     return replace(
         then,
         read_bytes=then.read_bytes + 2 * m.nbytes + spooled,
         written_bytes=then.written_bytes + spooled,
         peak_bytes=max(then.peak_bytes, peak + held * window * m.shape.layers),
         flops=then.flops + flops,
+        touched_bytes=then.touched_bytes + touched * s.layers * m.block_params,
         held_tokens=min(then.held_tokens or windows * length, held * length),
     )
 

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.spool import Spool
 from mis_mlx.maths import rounding
-from mis_mlx.model import arch, formats, load, pack, sensitivity
+from mis_mlx.model import arch, fisher, formats, load, pack, sensitivity
 from mis_mlx.types import Checkpoint, MisError
 
 
@@ -41,6 +41,49 @@ def kl(checkpoint: Checkpoint, name: str, error: mx.array, batches: list[mx.arra
         p, q = (nn.log_softmax(m(tokens).astype(mx.float32), axis=-1) for m in (model, other))
         total += (mx.exp(p) * (p - q)).sum().item()
     return total / sum(t.size for t in batches)
+
+
+@pytest.mark.parametrize("held_bytes", [1, sensitivity.HELD_BYTES])
+@pytest.mark.parametrize("kind", ["qwen2", "biased"])
+def test_it_is_the_gradient_of_weights_along_the_errors(
+    models, batches: list[mx.array], kind: str, held_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the mean of <d log p / dW, Q(W) - W>^2 with the whole gradient of every matrix, one window after the other
+    (1e-4, float32), however many windows are held at once and wherever slabs end."""
+    checkpoint, wanted = models(kind), dict[str, dict[int, float]]()
+    args, tokens = load.model_args(checkpoint.config), sum(b.size for b in batches)
+    monkeypatch.setattr(sensitivity, "HELD_BYTES", held_bytes)
+    monkeypatch.setattr(sensitivity, "SLAB", 1000 if held_bytes == 1 else sensitivity.SLAB)
+
+    def visit(i: int, block: nn.Module):
+        paths = [f"{part}.{name}" for part, name, _ in sensitivity.MATRICES]
+        linears = [block[path.split(".")[0]][path.split(".")[1]] for path in paths]
+
+        def through(x: mx.array, above: mx.array) -> mx.array:
+            def run(x: mx.array, *weights: mx.array) -> mx.array:
+                for linear, weight in zip(linears, weights, strict=True):
+                    linear.weight = weight
+                return block(x, load.mask(args, block, x))
+
+            stored = [linear.weight for linear in linears]
+            _, (below, *slopes) = mx.vjp(run, [x, *stored], [above])
+            mx.eval(below, slopes)
+            for path, linear, weight, slope in zip(paths, linears, stored, slopes, strict=True):
+                linear.weight = weight
+                cost = wanted.setdefault(f"model.layers.{i}.{path}", {})
+                for bits in (3, 5):
+                    error = rounding.values(rounding.nearest(weight, 64, bits), 64, bits) - weight
+                    along = np.sum(np.array(slope, np.float64) * np.array(error, np.float64))
+                    cost[bits] = cost.get(bits, 0.0) + along**2 / (2 * tokens)
+            return below
+
+        return through
+
+    fisher.backwards(checkpoint, batches, mx.float32, visit, 3)
+    found = sensitivity.costs(checkpoint, batches, 64, (3, 5), 3)
+    assert found.keys() == wanted.keys()
+    for path, cost in found.items():
+        assert cost == pytest.approx(wanted[path], rel=1e-4), path
 
 
 def test_many_draws_give_the_kl_itself(models, batches: list[mx.array]) -> None:
