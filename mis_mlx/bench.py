@@ -25,6 +25,7 @@ from mis_mlx.maths.stats import summary
 from mis_mlx.model import arch, compare, load, policy, teacher, timing
 from mis_mlx.model.policy import Computing
 from mis_mlx.model.timing import Request, Subject, Trial
+from mis_mlx.page import text
 from mis_mlx.training import roofline, speeds, trials
 from mis_mlx.training.weather import Weather, WeatherFlags
 from mis_mlx.types import MOST, Checkpoint, Count, MisError, Reading, Row, Seconds, Seed, Within
@@ -243,7 +244,7 @@ def run(settings: Settings) -> dict[str, Any]:
     measured = bench.measured(at, idle)
     fixed = bench.fixed()
     said = speeds.sentences(fixed["models"], measured, bench.r)
-    print(cli.table(speeds.rows(fixed["models"], measured), list(measured), speeds.METRICS))
+    print(text.table(speeds.rows(fixed["models"], measured), list(measured), speeds.METRICS))
     print("\n" + "\n".join(said))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")

@@ -19,7 +19,7 @@ from mis_mlx.machine import memory
 from mis_mlx.model import compare, harness, kld, load, policy, ranks, teacher, windows
 from mis_mlx.model.policy import Computing
 from mis_mlx.model.stream import Stream
-from mis_mlx.page import figures, html, recovery
+from mis_mlx.page import figures, html, recovery, text
 from mis_mlx.page.recovery import Outcome
 from mis_mlx.training import examining, hosts, planning, subjects
 from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Tokens, Within, duration, gib
@@ -82,7 +82,7 @@ def _kld(models: Models, held_out: Windows, title: str, opened: compare.Opened) 
             rows.append(Row(name, metric, value, low, high, tokens))
             said |= {f"{metric}_{name}": value} | ({} if error is None else {f"{metric}_se_{name}": error})
     _print(f"\n{title}: the {tokens} tokens of their second halves, ± one standard error\n")
-    _print(cli.table(rows, names, kld.METRICS))
+    _print(text.table(rows, names, kld.METRICS))
     _print(f"\nsha256 of the tokens: {sha256}")
     return said
 
@@ -115,7 +115,7 @@ def _held_out(s: Settings, models: Models, limit: Budget) -> tuple[str, dict[str
     parts, said = [], dict[str, Any]()
     for name, title, chosen, opened in _texts(s, models, limit, s.max_seq_length or LENGTH):
         rows = compare.rows_of(compare.together(models, chosen, opened))
-        parts.append(f"{title}\n\n{cli.table(rows, list(models), compare.METRICS)}")
+        parts.append(f"{title}\n\n{text.table(rows, list(models), compare.METRICS)}")
         said[name] = {f"{r.metric}_{r.model}": r.value for r in rows}
     return "\n\n".join(parts), said
 

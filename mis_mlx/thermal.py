@@ -22,6 +22,7 @@ from mis_mlx.machine.replay import Header, Recorder
 from mis_mlx.machine.sensors import Live, Monitor, open_monitor
 from mis_mlx.machine.tea import TeaBreaks, after_step
 from mis_mlx.machine.thermometers import gauge_celsius
+from mis_mlx.page import text
 from mis_mlx.types import Celsius, Metres, Positive, Reading, Seconds
 
 SHOWN = {
@@ -214,7 +215,7 @@ def _table(reading: Reading, monitor: Monitor) -> Any:
         if getattr(reading, name) is None:
             table.add_row(label, "–", monitor.reasons.get(name, ""), "")
             continue
-        line = cli.sparkline([getattr(p, name) for p in past], 1.0) if name.endswith(("_c", "_w")) else ""
+        line = text.sparkline([getattr(p, name) for p in past], 1.0) if name.endswith(("_c", "_w")) else ""
         table.add_row(label, _text(name, reading), reading.sources[name], line)
     return table
 

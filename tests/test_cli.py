@@ -17,6 +17,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import cli, distill, evaluate, quantize
+from mis_mlx.page import text
 from mis_mlx.types import GIB, MisError, Row, Step
 
 Settings = distill.Settings
@@ -191,7 +192,7 @@ def test_stop_is_asked_once_and_forced_twice() -> None:
 def test_table_by_pencil() -> None:
     """One line a metric, one column a model; half the interval after ±; a metric nobody has is left out."""
     rows = [Row("a", "nll", 2.5, 2.4, 2.6, 9), Row("b", "nll", 3.0), Row("b", "kl", 0.25)]
-    assert cli.table(rows, ["a", "b"], (("nll", "loss", ".2f"), ("kl", "KL", ".1f"), ("x", "X", ".0f"))) == (
+    assert text.table(rows, ["a", "b"], (("nll", "loss", ".2f"), ("kl", "KL", ".1f"), ("x", "X", ".0f"))) == (
         "| | a | b |\n|---|---:|---:|\n| loss | 2.50 ± 0.10 | 3.00 |\n| KL | – | 0.2 |"
     )
 
@@ -200,7 +201,7 @@ def test_progress_is_quiet_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     """Not a terminal: only the last line, on stderr; what a step says."""
     with cli.progress("distil", 3) as show:
         for number in (1, 2, 3):
-            show(number, cli.step_text(Step(number, 2.5, 1.0, 1e-3, 500, 2.0, 3 * 2**20, "clipped 9.0 to 4.0")))
+            show(number, text.step_text(Step(number, 2.5, 1.0, 1e-3, 500, 2.0, 3 * 2**20, "clipped 9.0 to 4.0")))
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", "distil 3/3 loss 2.500  250 tok/s  3 MiB  clipped 9.0 to 4.0\n")
 
@@ -208,15 +209,15 @@ def test_progress_is_quiet_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_step_beside_what_was_planned() -> None:
     """The course of the loss, speed and memory beside what was planned and allowed."""
     step = Step(3, 2.5, 1.0, 1e-3, 500, 2.0, 3 * 2**20)
-    assert cli.step_text(step, [4.0, 3.0, 2.5], 6 * 2**20, 300.0) == "loss 2.500 █▃▁  250 of 300 tok/s  3 MiB of 6 MiB"
+    assert text.step_text(step, [4.0, 3.0, 2.5], 6 * 2**20, 300.0) == "loss 2.500 █▃▁  250 of 300 tok/s  3 MiB of 6 MiB"
 
 
 def test_sparkline() -> None:
     """Lowest and highest block at the ends, a gap where nothing was measured, noise below the least span stays flat."""
-    assert cli.sparkline([40.0, None, 50.0, float("nan")]) == "▁ █ "
-    assert cli.sparkline([40.0, 40.1], 1.0) == "▁▂"
-    assert cli.sparkline([2.0, 2.0]) == "▁▁"
-    assert cli.sparkline([None]) == ""
+    assert text.sparkline([40.0, None, 50.0, float("nan")]) == "▁ █ "
+    assert text.sparkline([40.0, 40.1], 1.0) == "▁▂"
+    assert text.sparkline([2.0, 2.0]) == "▁▁"
+    assert text.sparkline([None]) == ""
 
 
 LIMITS = """

@@ -2,8 +2,8 @@
 
 At the model itself the KL is at its minimum, so its first-order term is zero; the second-order one is half the Fisher
 information along the rounding error: half the mean over windows of <d log p(drawn tokens) / dW, error>^2, next
-tokens drawn by the model (model/backward_pass). Costs of several matrices add up as far as the second order reaches. Does not
-decide who gets which bits (maths/allocation). One block is in memory at a time.
+tokens drawn by the model (model/backward_pass). Costs of several matrices add up as far as the second order reaches.
+Does not decide who gets which bits (maths/allocation). One block is in memory at a time.
 
 For N weights, F formats and windows of T tokens a batch of windows moves 20 N F bytes for the errors; each window takes
 8 N T operations (forwards twice, back to the inputs, gradients) and moves (12 + 4 F) N bytes. Gradients and errors are

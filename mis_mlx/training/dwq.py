@@ -15,6 +15,7 @@ from mis_mlx import cli
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import grid, load, ranks
+from mis_mlx.page import text
 from mis_mlx.training import distillation, loop
 from mis_mlx.training.course import Course, Run
 from mis_mlx.training.recipe import Distillation
@@ -39,7 +40,7 @@ def learned(rounded: Checkpoint, source: distillation.Source, data: Windows, rec
     model.train()
     with cli.progress("tune", recipe.iters) as show:
         for step in distillation.steps(model, source, data, recipe, _adam()):
-            show(step.number, cli.step_text(step))
+            show(step.number, text.step_text(step))
     return model
 
 

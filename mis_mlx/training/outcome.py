@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mis_mlx import cli
 from mis_mlx.disk import runs
 from mis_mlx.model import arch, compare, policy, slice, speak
+from mis_mlx.page import text
 from mis_mlx.training import pruning
 from mis_mlx.training.phases import Plan
 from mis_mlx.types import Checkpoint, Row
@@ -67,10 +67,10 @@ def begun(plan: Plan, flags: Mapping[str, Any]) -> dict[str, Any]:
 def page(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]], length: int) -> str:
     """Markdown: sizes and speeds, then one table a text; `length` is the tokens of a held-out window."""
     names = list(models)
-    parts = [cli.table(sizes, names, (("params", "parameters, millions", ".1f"), *speak.METRICS))]
+    parts = [text.table(sizes, names, (("params", "parameters, millions", ".1f"), *speak.METRICS))]
     for name, rows in quality.items():
         head = f"{name}, {rows[0].n} windows of {length} tokens held out, ± 95 %"
-        parts.append(head + "\n\n" + cli.table(rows, names, compare.METRICS))
+        parts.append(head + "\n\n" + text.table(rows, names, compare.METRICS))
     if not policy.keeps_packed() and "4-bit" in models:
         parts.append(
             "The 4-bit loss is computed from the de-quantized weights, which are the same numbers; speeds are those "

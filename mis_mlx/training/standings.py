@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from mis_mlx import cli
 from mis_mlx.maths.stats import interval
 from mis_mlx.model import arch
 from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.page import text
 from mis_mlx.training import candidates
 from mis_mlx.training.candidates import AXES, Aim
 from mis_mlx.types import Row
@@ -109,7 +109,7 @@ def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], teacher_s:
         for metric, _, _ in METRICS:
             if isinstance(values := record.get(metric), list) and None not in values:
                 rows.append(Row(name, metric, *interval(np.array(values)), len(values)))
-    return cli.table(rows, names, METRICS)
+    return text.table(rows, names, METRICS)
 
 
 def sentence(found: Verdict, records: Sequence[Mapping[str, Any]], names: Sequence[str], lines: Sequence[str]) -> str:

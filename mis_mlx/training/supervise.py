@@ -21,6 +21,7 @@ from mis_mlx.machine import memory
 from mis_mlx.machine.memory import Peak
 from mis_mlx.maths.optimizer import Diverged, GoralW
 from mis_mlx.model import ranks
+from mis_mlx.page import text
 from mis_mlx.training.weather import Weather, WeatherFlags, battery
 from mis_mlx.types import Budget, MisError, Step
 
@@ -105,7 +106,7 @@ def supervise(
 
     budget_bytes, planned_tps: shown beside the memory and the speed there are. report: told of every step.
     """
-    losses = deque[float](maxlen=cli.SPARK_STEPS)
+    losses = deque[float](maxlen=text.SPARK_STEPS)
     unsaved = 0  # the number of a step that no checkpoint holds
     with cli.stop_asked() as asked, cli.progress(label, iters) as show:
         try:
@@ -116,7 +117,7 @@ def supervise(
                 files.append(folder / log, json.dumps(record))
                 losses.append(step.loss)
                 seen = replace(step, reading=weather.last())
-                show(step.number, cli.step_text(seen, losses, budget_bytes, planned_tps))
+                show(step.number, text.step_text(seen, losses, budget_bytes, planned_tps))
                 if report:
                     report(step)
                 unsaved, due = step.number, step.number % save_every == 0 or step.number == iters

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from benchmarks.ablations import fisher_importance as fisher
 from mis_mlx.disk.files import DISK
 from mis_mlx.model import (
     arch,
-    fisher,
     ggml,
     gptq,
     grid,

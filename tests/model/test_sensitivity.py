@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.spool import Spool
 from mis_mlx.maths import rounding
-from mis_mlx.model import arch, fisher, formats, load, pack, sensitivity
+from mis_mlx.model import arch, backward_pass, formats, load, pack, sensitivity
 from mis_mlx.types import Checkpoint, MisError
 
 
@@ -79,7 +79,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
 
         return through
 
-    fisher.backwards(checkpoint, batches, mx.float32, visit, 3)
+    backward_pass.backwards(checkpoint, batches, mx.float32, visit, 3)
     found = sensitivity.costs(checkpoint, batches, 64, (3, 5), 3)
     assert found.keys() == wanted.keys()
     for path, cost in found.items():

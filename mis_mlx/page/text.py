@@ -1,0 +1,57 @@
+"""Results as plain text, for a terminal: Markdown tables, sparklines, the line of a training step.
+
+Does not print.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from mis_mlx.types import Row, Step, gib
+
+BARS = "▁▂▃▄▅▆▇█"
+SPARK_STEPS = 24  # whose losses the bar shows
+
+
+def sparkline(values: Iterable[float | None], least_span: float = 0.0) -> str:
+    """One block a value, from the lowest to the highest; a gap where nothing was measured.
+
+    least_span: what the whole height stands for at least, so that noise stays flat.
+    """
+    seen = [math.nan if value is None else value for value in values]
+    known = [value for value in seen if math.isfinite(value)]
+    if not known:
+        return ""
+    low, span, top = min(known), max(max(known) - min(known), least_span) or 1.0, len(BARS) - 1
+    return "".join(BARS[round((v - low) / span * top)] if math.isfinite(v) else " " for v in seen)
+
+
+def step_text(
+    step: Step, losses: Iterable[float] = (), budget_bytes: int | None = None, planned_tps: float | None = None
+) -> str:
+    """What the bar shows beside a step: loss and its course, speed and memory beside what was planned and allowed,
+    temperature, and what the guard did."""
+    speed = f"{step.tokens / max(step.seconds, 1e-9):.0f}" + (f" of {planned_tps:.0f}" if planned_tps else "")
+    used = gib(step.peak_bytes) + (f" of {gib(budget_bytes)}" if budget_bytes else "")
+    parts = [f"loss {step.loss:.3f} {sparkline(losses)}".rstrip(), f"{speed} tok/s", used]
+    if step.reading and step.reading.die_c is not None:
+        parts.append(f"{step.reading.die_c:.0f} °C")
+    return "  ".join([*parts, step.note] if step.note else parts)
+
+
+def table(rows: Sequence[Row], models: Sequence[str], metrics: Sequence[tuple[str, str, str]]) -> str:
+    """Markdown: one line a metric, one column a model. `metrics`: (name in rows, label, number format)."""
+    cells = {(r.model, r.metric): r for r in rows}
+    lines = ["| | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
+    for name, label, form in metrics:
+        line = []
+        for model in models:
+            row = cells.get((model, name))
+            text = "–" if row is None else format(row.value, form)
+            if row is not None and row.low is not None and row.high is not None:
+                text += f" ± {format((row.high - row.low) / 2, form)}"
+            line.append(text)
+        if any(text != "–" for text in line):
+            lines.append(f"| {label} | " + " | ".join(line) + " |")
+    return "\n".join(lines)
