@@ -192,5 +192,4 @@ class Laboratory:
 
     def pick(self, count: int, seed: int, use: int) -> list[mx.array]:
         """`count` training windows (1, T) for one use; as training/course picks them."""
-        at = np.random.default_rng([seed, use, 1]).permutation(len(self.data.train.tokens))[:count]
-        return [mx.array(self.data.train.tokens[i][None]) for i in at]
+        return windows.calibration(self.data.train, count, seed, use)

@@ -68,8 +68,7 @@ class Bench:
         self.dense = load.open_checkpoint(self.path)
         data = windows.prepare(None, self.path, s.max_seq_length)
         self.train = data.train
-        chosen = np.random.default_rng([0, 1, 1]).permutation(len(data.train.tokens))
-        self.batches = [mx.array(data.train.tokens[i][None]) for i in chosen[: s.num_samples]]
+        self.batches = windows.calibration(data.train, s.num_samples, 0)
         self.held_out = {
             name: compare.chosen(text, max(1, s.eval_windows // (1 if at == 0 else 3)))
             for at, (name, text) in enumerate(data.held_out.items())

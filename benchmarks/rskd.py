@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from laboratory import Judge, write
 from mlx.utils import tree_flatten
 
@@ -55,8 +54,7 @@ def prepare(checkpoint: Checkpoint, data: windows.Data, held_out: Windows, out: 
     s = distill.Settings()
 
     def pick(count: int, use: int) -> list[mx.array]:
-        at = np.random.default_rng([s.seed, use, 1]).permutation(len(data.train.tokens))[:count]
-        return [mx.array(data.train.tokens[i][None]) for i in at]
+        return windows.calibration(data.train, count, s.seed, use)
 
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp) / "pruned"

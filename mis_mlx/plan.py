@@ -15,8 +15,9 @@ from mis_mlx.training import hosts, phases, planning
 from mis_mlx.training.job import Job, job_of
 from mis_mlx.training.phases import Plan
 from mis_mlx.training.planning import Model
+from mis_mlx.training.recipe import Distillation, Rounding
 from mis_mlx.training.weather import WeatherFlags, battery
-from mis_mlx.types import Count, Tokens, Whole, Within, duration, gib
+from mis_mlx.types import Count, Within, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 PASSES = (1, 128, 512)  # tokens
@@ -113,8 +114,8 @@ def paper(plan: Plan, tokens: int) -> str:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What would it take? Reads configs, computes, starts nothing."""
+class Settings(Rounding, Distillation):
+    """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
 
     teacher: str | None = None
     """folder (config.json is enough) or hub id; mis-137b: the paper's; default: SmolLM2-135M-Instruct"""
@@ -128,24 +129,12 @@ class Settings:
     """m1-air: an 8 GB fanless laptop, by published figures"""
     measure: bool = False
     """take this machine's rates first, in 20 s; later plans use them; without --teacher that is all"""
-    targets: Literal["live", "cached"] = "live"
-    """the teacher at every step, or its logits written down once"""
-    train: Literal["auto", "resident", "sharded"] = "auto"
-    """the student whole in memory, or some blocks at a time; default: what fits"""
-    iters: Count = 100
-    batch_size: Count = 2
-    grad_accumulation_steps: Count = 1
-    max_seq_length: Tokens = 256
     num_samples: Count = 32
     """calibration windows"""
-    reconstruct_samples: Whole = 64
-    """windows of the closed-form repair"""
-    local_samples: Count = 64
-    """windows of blockwise training, where it is needed"""
-    local_iters: Whole | None = None
-    """steps of each block there; given: a student that fits is trained blockwise first, too"""
     eval_windows: Count = 24
-    save_every: Count = 20
+    """held-out windows measured"""
+    quantize: Literal[4, 0] = 4
+    """bits of the result; 0 keeps it unquantized"""
     hosts: str | None = None
     """budgets of several machines, such as 5GiB,12GiB: whose blocks are whose, and what the cable carries"""
     epoch_tokens: Annotated[int, Within(1, 10**12)] = 1_000_000

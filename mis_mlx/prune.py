@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import mlx.core as mx
-
 from mis_mlx import cli
 from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory
@@ -78,7 +76,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with memory.limited(limit), Weather(settings, None, files) as weather:
         report = pruning.prune(
             checkpoint,
-            [mx.array(w[None]) for w in data.train.tokens[: settings.num_samples]],
+            windows.calibration(data.train, settings.num_samples, settings.seed),
             compare.chosen(next(iter(data.held_out.values())), 24),
             Path(settings.mlx_path),
             settings,

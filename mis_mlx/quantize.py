@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.disk.files import Files
@@ -49,7 +48,7 @@ class Settings(Computing, Rounding):
     budget: str | None = None
     """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     seed: Seed = 0
-    """which windows"""
+    """which windows, and which tokens the model draws after them"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
 
@@ -67,7 +66,7 @@ def quantize(
     files: Files,
     batches: Sequence[mx.array] = (),
     held: int = 0,
-    seed: Seed = 0,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
 
@@ -144,18 +143,17 @@ def run(settings: Settings) -> dict[str, Any]:
         raise MisError(f"{out} exists already: choose another name or move it away")
     if s.looks or s.steps(False):
         data = windows.prepare(s.data, found.path, s.max_seq_length).train
-        chosen = np.random.default_rng(s.seed).permutation(len(data.tokens))[:count]
-        batches = [mx.array(data.tokens[i][None]) for i in chosen]
+        batches = windows.calibration(data, count, s.seed)
     with memory.limited(limit):
         held = planned[0].held_tokens // s.max_seq_length
         if not s.steps(False):
-            done = quantize(found.path, out, s, files, batches, held)
+            done = quantize(found.path, out, s, files, batches, held, s.seed)
         else:
             rounded = out.absolute().with_name(f".tmp-{out.name}-rounded-{os.getpid()}")  # swept where we are killed
             with suppress(OSError):  # left behind by a process of the same number
                 files.remove_tree(rounded)
             try:
-                done = quantize(found.path, rounded, s, files, batches, held)
+                done = quantize(found.path, rounded, s, files, batches, held, s.seed)
                 _tuned(s, rounded, other, data, planned[1].pinned, out, files)
             finally:
                 with suppress(OSError):

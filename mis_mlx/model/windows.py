@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from mis_mlx.disk import text
@@ -23,6 +24,12 @@ class Data:
     train: text.Windows
     held_out: dict[str, text.Windows]
     notes: tuple[str, ...]
+
+
+def calibration(data: text.Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
+    """Up to `count` windows (1, T) of the training text, the same ones in every command; another `use` gets others."""
+    at = np.random.default_rng([seed, use, 1]).permutation(len(data.tokens))[:count]
+    return [mx.array(data.tokens[i][None]) for i in at]
 
 
 def _joined(a: text.Windows, b: text.Windows) -> text.Windows:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
@@ -24,7 +23,7 @@ from mis_mlx.disk.files import Files, reported
 from mis_mlx.machine import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, parts, ranks, reconstruct, slice, stream
+from mis_mlx.model import load, parts, ranks, reconstruct, slice, stream, windows
 from mis_mlx.training import distillation, local, loop, sharded, targets
 from mis_mlx.training.checkpoints import Checkpoints
 from mis_mlx.training.phases import Plan, steps_per_shard
@@ -58,8 +57,7 @@ class Course:
 
     def pick(self, count: int, use: int) -> list[mx.array]:
         """`count` training windows (1, T) for one use; different uses get different ones."""
-        at = np.random.default_rng([self.recipe.seed, use, 1]).permutation(len(self.data.tokens))[:count]
-        return [mx.array(self.data.tokens[i][None]) for i in at]
+        return windows.calibration(self.data, count, self.recipe.seed, use)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
