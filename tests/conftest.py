@@ -113,7 +113,8 @@ def command(own_home: dict[str, str]) -> Callable[..., Done]:
     """`command("distill", "--iters", 3)` runs `python -m mis_mlx.distill --iters 3` to its end, in a fork."""
 
     def run(name: str, *flags: object, cwd: Path | None = None) -> Done:
-        return forks.run(["-m", f"mis_mlx.{name}", *flags], own_home, cwd)
+        env = {**own_home, policy.POLICY: os.environ.get(policy.POLICY, "")}
+        return forks.run(["-m", f"mis_mlx.{name}", *flags], env, cwd)
 
     return run
 

@@ -22,7 +22,7 @@ DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bf
 _used: list[str] = []  # the type that a command was told to compute in, if it was
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)  # so that a command's own fields come first where they are given in order
 class Computing:
     """The flag of every command that computes with a model; its `run` gives it to `use`."""
 

@@ -1,0 +1,354 @@
+"""Every command end to end on a tiny model under Metal's policy: its numbers are near those of float32.
+
+The model's weights are random, so that losses near each other say the same arithmetic was done. Bounds are for
+float16 (11 bits) against float32, on losses of some 6.3 nats; each was seen to hold with a factor of three to spare.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx import bench, distill, dpo, evaluate, export, generate, grpo, plan, prune, quantize, report, search, sft
+from mis_mlx.disk import runs
+from mis_mlx.machine.roof import Roof
+from mis_mlx.model import load, policy, slice
+from tests import tiny
+from tests.conftest import Done, last_line
+from tests.test_sft import answers  # noqa: F401  a fixture
+
+PROMPT = "The for statement is used to"
+SEEN: dict[str, Any] = dict(max_seq_length=32, num_samples=2)
+RUN: dict[str, Any] = dict(
+    **SEEN, reconstruct_samples=2, eval_windows=2, scenario="goral", iters=3, save_every=2, bench_tokens=0,
+    sample_tokens=0, q_iters=2, governor="observe", learning_rate=1e-4,
+)  # fmt: skip
+ALIGNED: dict[str, Any] = dict(
+    iters=2, save_every=1, eval_rows=4, governor="observe", max_seq_length=96, batch_size=2, learning_rate=1e-4
+)
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metal's policy, a cache of the test's own, a roof of the machine that takes no time to measure."""
+    monkeypatch.setenv(policy.POLICY, "metal")
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mis_mlx.machine.roof.measure", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+    assert policy.keeps_packed() and policy.usual_dtype() == mx.float16
+
+
+@pytest.fixture
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]:
+    """`in_float32(work)`: what a command says under the other policy."""
+
+    def run(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        with monkeypatch.context() as there:
+            there.setenv(policy.POLICY, "cpu")
+            return work()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Callable[[str], Path]:
+    """`teachers(kind)`: the tiny llama stored in bfloat16, or of that in 4 bits with scales in bfloat16."""
+    root = tmp_path_factory.mktemp("teachers")
+
+    def made(kind: str) -> Path:
+        if kind == "bfloat16" and not (root / kind).exists():
+            tiny.make(root / kind, dtype="BF16", torch_dtype="bfloat16")
+        elif not (root / kind).exists():
+            how: dict[str, Any] = dict(q_iters=0, q_method="round", target_bpw=None)
+            if kind != "affine":
+                how |= {"q_mode": kind}
+            quantize.run(quantize.Settings(model=str(made("bfloat16")), mlx_path=str(root / kind), **how))
+        return root / kind
+
+    return made
+
+
+def opens(folder: Path) -> None:
+    """Stock mlx-lm opens the folder, and its logits are finite, not all alike."""
+    model, tokenizer = load.mlx_lm("utils").load(str(folder))
+    logits = np.array(model(mx.array([tokenizer.encode(PROMPT)])).astype(mx.float32))
+    assert np.isfinite(logits).all() and logits.std() > 0.01
+
+
+def steps(folder: Path) -> np.ndarray:
+    """The losses of a run's steps."""
+    found = np.array([row["loss"] for row in runs.metrics(folder)])
+    assert len(found) and np.isfinite(found).all()
+    return found
+
+
+@dataclass(frozen=True)
+class Way:
+    """One `distill`: its teacher's kind, its flags, how far its losses may be from float32's, relatively."""
+
+    teacher: str
+    flags: dict[str, Any]
+    near: float = 2e-3
+    quantized: float = 0.01  # nats that the 4-bit model may be off
+
+
+WAYS = {
+    "dense": Way("bfloat16", {}),
+    "4-bit teacher": Way("affine", {}),
+    "mxfp4 teacher": Way("mxfp4", {"quantize": 0}),
+    "to mxfp4": Way("bfloat16", {"q_mode": "mxfp4", "q_iters": None}),
+    "cached": Way("bfloat16", {"targets": "cached", "quantize": 0}, near=0.02),  # other tokens are sampled here, there
+    "sharded": Way("bfloat16", {"train": "sharded", "quantize": 0}),
+    "local": Way("affine", {"local_iters": 2, "local_samples": 2, "quantize": 0}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_distill(
+    way: Way, teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Callable[..., Any]
+) -> None:
+    """All stages; every step's loss and every model's held-out loss are float32's; stock mlx-lm opens the result."""
+
+    def run(out: str) -> dict[str, Any]:
+        flags = {**RUN, "q_method": "round", "target_bpw": None, **way.flags, "out": str(tmp_path / out)}
+        return distill.run(distill.Settings(teacher=str(teachers(way.teacher)), data=str(text_folder), **flags))
+
+    want, found = in_float32(lambda: run("cpu")), run("metal")
+    np.testing.assert_allclose(steps(tmp_path / "metal"), steps(tmp_path / "cpu"), rtol=way.near)
+    for key in ("nll_teacher", "nll_pruned", "nll_student", "kl_student"):
+        assert found[key] == pytest.approx(want[key], abs=2e-3)
+    if "nll_quantized" in want:
+        assert found["nll_quantized"] == pytest.approx(want["nll_quantized"], abs=way.quantized)
+    opens(Path(found["student"]))
+
+
+def kept(out: Path) -> set[tuple[str, int]]:
+    """Every unit that a pruned model kept."""
+    keep = slice.read_keep(out)
+    assert keep is not None
+    return {(key, unit) for key, units in keep.kept.items() for unit in units}
+
+
+@pytest.mark.parametrize("cut", [{"scenario": "goral"}, {"scenario": "none", "hidden": 48}], ids=["goral", "pca"])
+def test_prune(
+    cut: dict[str, Any], teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Any
+) -> None:
+    """Blocks and neurons kept are float32's but for a few; a hidden size cut along principal directions is as good."""
+    flags: dict[str, Any] = {**SEEN, "model": str(teachers("bfloat16")), "data": str(text_folder), **cut}
+    in_float32(lambda: prune.run(prune.Settings(**flags, mlx_path=str(tmp_path / "cpu"))))
+    prune.run(prune.Settings(**flags, mlx_path=str(tmp_path / "metal")))
+    opens(tmp_path / "metal")
+    if cut["scenario"] == "goral":
+        one, other = kept(tmp_path / "cpu"), kept(tmp_path / "metal")
+        assert len(one & other) > 0.97 * len(one)
+        return
+    students = (str(tmp_path / "cpu"), str(tmp_path / "metal"))
+    read = evaluate.Settings(flags["model"], students, flags["data"], eval_windows=2, max_seq_length=32)
+    said = evaluate.run(read)["held-out"]
+    assert said["nll_metal"] == pytest.approx(said["nll_cpu"], abs=0.01)
+
+
+def test_search(teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Any) -> None:
+    """The same shapes are visited, and measured to the same KL."""
+    few: dict[str, Any] = dict(
+        params="0.667x", tolerance=0.15, max_seq_length=32, num_samples=2, reconstruct_samples=0, rank_windows=2,
+        eval_windows=2, iters=2, finalists=1, learning_rate=1e-4, evaluations=3, governor="observe",
+    )  # fmt: skip
+
+    def run(out: str) -> dict[str, Any]:
+        flags = {**few, "out": str(tmp_path / out), "data": str(text_folder)}
+        return search.run(search.Settings(teacher=str(teachers("bfloat16")), **flags))
+
+    want, found = in_float32(lambda: run("cpu")), run("metal")
+    kls = [{c["params"]: c["kl"] for c in result["candidates"]} for result in (want, found)]
+    assert kls[0].keys() == kls[1].keys() and kls[1] == pytest.approx(kls[0], abs=2e-3)
+
+
+HOWS: dict[str, dict[str, Any]] = {
+    "gptq and tune": {"q_iters": 2, "target_bpw": None},
+    "4.6 bits": {},
+    "mxfp4": {"q_mode": "mxfp4"},
+    "nvfp4": {"q_mode": "nvfp4", "q_group_size": 32},
+}
+
+
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+def test_quantize(
+    how: dict[str, Any], teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Any
+) -> None:
+    """The 4-bit model made here is as near its original as the one that float32 makes."""
+
+    def run(out: str) -> dict[str, Any]:
+        flags = {**SEEN, "data": str(text_folder), "mlx_path": str(tmp_path / out), "max_seq_length": 32, **how}
+        return quantize.run(quantize.Settings(model=str(teachers("bfloat16")), **flags))
+
+    want, found = in_float32(lambda: run("cpu")), run("metal")
+    assert found["bits_per_weight"] == pytest.approx(want["bits_per_weight"], abs=0.05)
+    students = (str(tmp_path / "cpu"), str(tmp_path / "metal"))
+    read = evaluate.Settings(str(teachers("bfloat16")), students, str(text_folder), eval_windows=2, max_seq_length=32)
+    said = evaluate.run(read)["held-out"]
+    assert 0 < said["kl_metal"] < 1.1 * said["kl_cpu"] + 1e-4
+    opens(tmp_path / "metal")
+
+
+ALIGN: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "sft lora 4-bit": (sft, "affine", {"fine_tune_type": "lora"}),
+    "sft lora": (sft, "bfloat16", {"fine_tune_type": "lora"}),
+    "sft lora mxfp4": (sft, "mxfp4", {"fine_tune_type": "lora"}),
+    "sft whole": (sft, "bfloat16", {}),
+    "sft whole, 4-bit teacher": (sft, "bfloat16", {"teacher": "affine", "distill_weight": 0.5}),
+    "dpo lora 4-bit": (dpo, "affine", {"fine_tune_type": "lora"}),
+    "dpo whole": (dpo, "bfloat16", {}),
+}
+
+
+@pytest.mark.parametrize(("module", "kind", "more"), ALIGN.values(), ids=ALIGN)
+def test_alignment(
+    module: Any,
+    kind: str,
+    more: dict[str, Any],
+    teachers: Callable[[str], Path],
+    answers: Path,  # noqa: F811
+    tmp_path: Path,
+    in_float32: Any,
+) -> None:
+    """The losses of every step and of the held-out rows are float32's; stock mlx-lm opens the result."""
+    flags = {**more, **({"teacher": str(teachers("affine"))} if "teacher" in more else {})}
+
+    def run(out: str) -> dict[str, Any]:
+        where = {"model": str(teachers(kind)), "data": str(answers), "out": str(tmp_path / out)}
+        found: dict[str, Any] = module.run(module.Settings(**ALIGNED, **where, **flags))
+        return found
+
+    want, found = in_float32(lambda: run("cpu")), run("metal")
+    np.testing.assert_allclose(steps(tmp_path / "metal"), steps(tmp_path / "cpu"), rtol=5e-3)
+    assert found["held_out_best"]["loss"] == pytest.approx(want["held_out_best"]["loss"], rel=5e-3)
+    opens(Path(found["student"]))
+
+
+@pytest.mark.parametrize(("kind", "tune"), [("affine", "lora"), ("bfloat16", "lora"), ("bfloat16", "full")])
+def test_grpo(kind: str, tune: Any, teachers: Callable[[str], Path], tmp_path: Path) -> None:
+    """Sampling, rewards, and a reference that reads the model again: at the first step it is the model itself."""
+    (tmp_path / "vowels.py").write_text(
+        "def vowels(prompts, completions, answer):\n"
+        "    return [sum(c in 'aeiouy' for c in text) / max(1, len(text)) for text in completions]\n"
+    )
+    (tmp_path / "data").mkdir()
+    rows = [json.dumps({"prompt": q, "answer": "1"}) for q in ("what is", "how many", "where is", "why", "who was")]
+    for split in ("train", "valid"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    flags = {**ALIGNED, "batch_size": 4, "group_size": 4, "grad_accumulation_steps": 1, "max_completion_length": 6}
+    flags |= {"beta": 0.05, "fine_tune_type": tune, "reward_functions_file": str(tmp_path / "vowels.py")}
+    flags |= {"model": str(teachers(kind)), "data": str(tmp_path / "data"), "out": str(tmp_path / "run")}
+    result = grpo.run(grpo.Settings(**flags))
+    rows = runs.metrics(tmp_path / "run")
+    assert all(math.isfinite(r["loss"]) and 0 < r["reward"] < 1 for r in rows)
+    assert abs(rows[0]["kl"]) < 1e-3  # k3 between float16 and float32, or between float16 and itself
+    opens(Path(result["student"]))
+
+
+def test_export(teachers: Callable[[str], Path], tmp_path: Path, in_float32: Any) -> None:
+    """A GGUF and a dense folder of the 4-bit model: the very bytes that the other policy writes."""
+    for form in ("gguf", "hf"):
+        files = []
+        for word, run in (("cpu", in_float32), ("metal", lambda work: work())):
+            out = tmp_path / f"{form}-{word}" / "made"
+            out.parent.mkdir()
+            run(lambda: export.run(export.Settings(model=str(teachers("affine")), out=str(out), format=form)))  # noqa: B023
+            (name,) = [p for p in sorted(out.iterdir()) if p.suffix in (".gguf", ".safetensors")]
+            files.append(name.read_bytes())
+        assert files[0] == files[1]
+    opens(tmp_path / "hf-metal" / "made")
+
+
+def stock(folder: Path, prompt: str, count: int) -> str:
+    """What `mlx_lm.generate` writes in float16 with packed weights: greedy, `count` tokens."""
+    model, tokenizer = load.mlx_lm("utils").load(str(folder))
+    model.set_dtype(mx.float16)
+    text: str = load.mlx_lm("generate").generate(model, tokenizer, prompt, max_tokens=count)
+    return text
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "affine", "mxfp4", "nvfp4"])
+def test_generate(kind: str, teachers: Callable[[str], Path]) -> None:
+    """The tokens of mlx_lm.generate in float16: resident, streamed under a small budget, and with a draft."""
+    folder = teachers(kind)
+    for prompt in (PROMPT, "if x"):
+        flags: dict[str, Any] = dict(model=str(folder), prompt=prompt, max_tokens=24, ignore_chat_template=True)
+        want = stock(folder, prompt, 24)
+        whole = generate.run(generate.Settings(**flags))
+        poor = generate.run(generate.Settings(**flags, budget="3MiB"))
+        guessed = generate.run(generate.Settings(**flags, draft_model=str(folder)))
+        assert whole["text"] == poor["text"] == guessed["text"] == want != ""
+        assert poor["read_bytes"] > 2 * whole["read_bytes"] and guessed["passes"] < whole["passes"] == whole["tokens"]
+
+
+def test_evaluate(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
+    """Held-out losses of a dense, a 4-bit and an mxfp4 model, and --kld's, are float32's."""
+    students = (str(teachers("affine")), str(teachers("mxfp4")))
+
+    def run(windows: int, **more: Any) -> dict[str, float]:
+        flags = {"eval_windows": windows, "max_seq_length": 32, **more}
+        said = evaluate.run(evaluate.Settings(str(teachers("bfloat16")), students, str(text_folder), **flags))
+        return said["held-out"]
+
+    want, found = in_float32(lambda: run(3)), run(3)
+    names = [key for key in want if key.startswith(("nll", "kl"))]
+    assert len(names) >= 5
+    assert {n: found[n] for n in names} == pytest.approx({n: want[n] for n in names}, abs=2e-3)
+    want, found = in_float32(lambda: run(10, kld=True)), run(10, kld=True)
+    print(want, found)
+
+
+def test_evaluate_tasks(teachers: Callable[[str], Path], in_float32: Any) -> None:
+    """Marks of built-in tasks: the second half of the questions, asked from kept blocks, as in float32; kept once."""
+    flags: dict[str, Any] = dict(tasks=("builtin",), num_questions=4, eval_windows=1)
+    models = (str(teachers("bfloat16")), (str(teachers("affine")),))
+    want = in_float32(lambda: evaluate.run(evaluate.Settings(*models, **flags)))
+    found = evaluate.run(evaluate.Settings(*models, **flags))
+    print(want, found)
+    assert want["recovered"].keys() == found["recovered"].keys()
+
+
+def test_bench(teachers: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Both models answer; what is timed computes in float16, and says so."""
+    models = (str(teachers("bfloat16")), str(teachers("affine")))
+    said = bench.run(
+        bench.Settings(model=models, prompt_tokens=4, generation_tokens=3, num_trials=1, governor="observe")
+    )
+    assert len(said["measured"]["models"]) == 2
+    print(said["models"])
+
+
+def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
+    """A packed teacher and a float16 one take less memory in the plan than de-quantized in float32."""
+    for kind in ("bfloat16", "affine"):
+        flags: dict[str, Any] = dict(teacher=str(teachers(kind)), scenario="goral")
+        want = in_float32(lambda: plan.run(plan.Settings(**flags)))  # noqa: B023
+        assert 0 < plan.run(plan.Settings(**flags))["peak_bytes"] < want["peak_bytes"]
+
+
+def test_as_processes(
+    teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, command: Callable[..., Done]
+) -> None:
+    """The environment's word reaches child processes: a run and its report, and a generation, are Metal's."""
+    assert os.environ[policy.POLICY] == "metal"
+    flags = [f for k, v in RUN.items() for f in (f"--{k.replace('_', '-')}", v)]
+    where = ("--teacher", teachers("affine"), "--data", text_folder, "--out", tmp_path / "run", "--quantize", 0)
+    done = command("distill", *where, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "de-quantized" not in (tmp_path / "run" / "table.md").read_text()
+    opens(Path(last_line(done)["student"]))
+    page = report.run(report.Settings((str(tmp_path / "run"),)))
+    assert page["bytes"] > 10_000 and "PLACEHOLDER" not in page
+    said = command("generate", "--model", teachers("affine"), "--prompt", PROMPT, "--max-tokens", 12)
+    assert said.returncode == 0, said.stderr
+    assert last_line(said)["text"] == stock(teachers("affine"), PROMPT, 12)
