@@ -63,6 +63,17 @@ def no_server_is_left() -> Iterator[None]:
     forks.close()
 
 
+@pytest.fixture
+def cpu_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test claims is about float32 and de-quantized weights, whatever policy the tests run under."""
+    monkeypatch.setenv(policy.POLICY, "cpu")
+
+
+def near(float32: float, half: float) -> float:
+    """How near is near, by the type that the tests run in."""
+    return float32 if policy.usual_dtype() == mx.float32 else half
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
     """`models(kind)`: the tiny float32 model of a kind in tiny.KINDS, made once a session."""

@@ -187,8 +187,60 @@ def names(module: Module) -> list[str]:
     return sorted(vague & set(re.split(r"[._]", module.name)))
 
 
+def _functions(module: Module) -> list[ast.AST]:
+    """Every function, and all that stands outside of them as one more."""
+    inside = [n for n in ast.walk(module.tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    outside = ast.Module([n for n in module.tree.body if n not in inside], [])
+    return [*inside, outside]
+
+
+def doubles(module: Module) -> list[str]:
+    """Metal has no float64: who makes one for MLX puts what is done with it on the CPU's stream, in that function."""
+    written = [ast.unparse(f) for f in _functions(module)]
+    named = [name for name in imports(module) if name == "mlx.core.float64"]
+    return named + [t.splitlines()[0] for t in written if "mx.float64" in t and "stream=mx.cpu" not in t]
+
+
+def decompositions(module: Module) -> list[str]:
+    """mx.linalg's decompositions have no Metal version: numpy, or the CPU's stream."""
+    found = [n for n in ast.walk(module.tree) if isinstance(n, ast.Call) and "mx.linalg." in ast.unparse(n.func)]
+    named = [name for name in imports(module) if name.startswith("mlx.core.linalg")]
+    return named + [c for c in map(ast.unparse, found) if "stream=mx.cpu" not in c]
+
+
+def casts(module: Module) -> list[str]:
+    """What was read from disk (`raw`, `arrays`, mx.load, safetensors.lazy) may be integers: packed weights, or the
+    scales of mxfp4. It is cast only in a function that asks mx.issubdtype."""
+    read, bad = r"(raw|arrays)(\[|\.(items|values|get)\()|(mx\.load|safetensors\.lazy)\(", []
+    for function in _functions(module):
+        drawn = {"a name that no variable has"}  # in a loop over what was read
+        for node in ast.walk(function):
+            if isinstance(node, ast.For | ast.comprehension) and re.match(read, ast.unparse(node.iter)):
+                drawn |= {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "astype":
+                of = ast.unparse(node.func.value)
+                if (re.match(read, of) or of in drawn) and "mx.issubdtype(" not in ast.unparse(function):
+                    bad.append(ast.unparse(node))
+    return bad
+
+
+def systems(module: Module) -> list[str]:
+    """/proc, which device computes, and limits on the process: only machine/. model/policy.py asks for the device, and
+    model/load.py keeps mlx_lm from changing a limit."""
+    if module.zone == "machine":
+        return []
+    nodes = list(ast.walk(module.tree))
+    texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    used = [*(n.attr for n in nodes if isinstance(n, ast.Attribute)), *(i.split(".")[-1] for i in imports(module))]
+    allowed = {"model.policy": "default_device", "model.load": "setrlimit"}.get(module.name)
+    bad = [name for name in used if name in ("default_device", "setrlimit") and name != allowed]
+    return bad + [text for text in texts if re.search(r"/proc\b", text)]
+
+
 RULES: list[Callable[[Module], list[str]]] = [
     floors, conductor, slow_imports, machine_door, speaking, evaluating, only_names, sizes, docstrings, names,
+    doubles, decompositions, casts, systems,
 ]  # fmt: skip
 
 # Rule, a module's name, a source that breaks the rule there.
@@ -228,6 +280,22 @@ BROKEN = [
     (docstrings, "disk.x", '"""X."""\nclass C:\n    """C."""\n    def f(self):\n        pass'),
     (names, "disk.utils", ""),
     (names, "model.text_helpers", ""),
+    (doubles, "maths.x", "def f(x):\n    return mx.array(x, mx.float64).sum()"),
+    (doubles, "maths.x", "def f(x):\n    return x.astype(mx.float64)\ndef g(x):\n    return mx.sum(x, stream=mx.cpu)"),
+    (doubles, "maths.x", "from mlx.core import float64"),
+    (doubles, "maths.x", "KIND = mx.float64"),
+    (decompositions, "maths.x", "def f(x):\n    return mx.linalg.eigh(x)"),
+    (decompositions, "maths.x", "from mlx.core.linalg import svd"),
+    (casts, "model.load", "def f(raw, n, dtype):\n    return raw[n].astype(dtype)"),
+    (casts, "model.x", "def f(raw, dtype):\n    return {n: a.astype(dtype) for n, a in raw.items()}"),
+    (casts, "model.x", "def f(arrays):\n    for a in arrays.values():\n        yield a.astype(mx.float32)"),
+    (casts, "model.x", "def f(p, n, dtype):\n    return mx.load(p)[n].astype(dtype)"),
+    (systems, "disk.x", "def f():\n    return open('/proc/self/status')"),
+    (systems, "disk.x", "def f(pid):\n    return open(f'/proc/{pid}/io')"),
+    (systems, "training.x", "def f():\n    return mx.default_device() == mx.gpu"),
+    (systems, "model.load", "from mlx.core import default_device"),
+    (systems, "model.policy", "import resource\ndef f():\n    resource.setrlimit(1, (2, 2))"),
+    (systems, "disk.x", "from resource import setrlimit"),
 ]  # fmt: skip
 
 GOOD = '''"""Nothing to complain about."""
@@ -237,9 +305,11 @@ from mis_mlx import __version__
 from mis_mlx.types import MisError
 if TYPE_CHECKING:
     from mis_mlx.types import Step
-def f():
-    """Give one."""
-    return 1
+def f(raw, name, dtype):
+    """Cast floats, add up doubles, decompose on the CPU."""
+    doubles = mx.array([1.0], mx.float64)
+    mx.linalg.eigh(doubles, stream=mx.cpu)
+    return raw[name].astype(dtype) if mx.issubdtype(raw[name].dtype, mx.floating) else raw[name]
 '''
 
 

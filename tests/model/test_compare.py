@@ -31,6 +31,7 @@ def log_p(checkpoint: Checkpoint, tokens: np.ndarray) -> np.ndarray:
     return z - z.max(-1, keepdims=True) - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True))
 
 
+@pytest.mark.usefixtures("cpu_policy")
 def test_against_float64(tmp_path: Path, llama: Checkpoint, held_out: Windows) -> None:
     """Per window, masked positions left out: nll, KL(teacher || student), same top token (1e-5)."""
     other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))

@@ -45,6 +45,7 @@ def test_every_kind_opens_in_stock_mlx_lm(
     assert mx.isfinite(model(batches[0])).all()
 
 
+@pytest.mark.usefixtures("cpu_policy")
 def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
     tmp_path: Path, llama: Checkpoint, batches: list[mx.array]
 ) -> None:
@@ -110,6 +111,7 @@ def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
     assert ours < 0.8 * plain
 
 
+@pytest.mark.usefixtures("cpu_policy")
 def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) -> None:
     """down_proj of the blocks that stand for removed ones is what plain rounding makes of it."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=4))

@@ -68,6 +68,7 @@ def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.usefixtures("cpu_policy")
 def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
     """d loss / d scale is the sum over the group of integer times d loss / d weight; of a bias without the integer."""
     model, dense = grid.resident(packed), load.resident(packed, mx.float32)

@@ -56,6 +56,7 @@ def test_by_pencil() -> None:
     assert found["ppl_ratio"] == pytest.approx((1, sqrt(2 * log2**2 / 3 / 4)))  # log ratios ln 2, 0, 0, -ln 2
 
 
+@pytest.mark.usefixtures("cpu_policy")
 def test_against_float64(tmp_path: Path, llama: Checkpoint, held_out: Windows) -> None:
     """All figures from whole logits of the resident models in numpy, llama.cpp's formulas with their covariance."""
     other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))

@@ -13,6 +13,7 @@ from mis_mlx.disk.files import DISK
 from mis_mlx.model import load, reconstruct, slice, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, Keep
+from tests.conftest import near
 
 ALL = (0, 1, 2)
 SOME = tuple(range(0, 768, 3))
@@ -58,14 +59,14 @@ def stream_error(teacher: Checkpoint, student: Checkpoint, keep: Keep, windows: 
 
 
 def test_an_unpruned_student_stays_as_it_is(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
-    """Nothing is missing, so nothing changes (1e-4 of the weights' own size)."""
+    """Nothing is missing, so nothing changes (1e-4 of the weights' own size; in float16, its own step)."""
     keep = Keep(ALL, {}, "")
     student = student_of(llama, keep, tmp_path / "s")
     mended, _ = reconstruct.reconstruct(llama, student, keep, windows)
     assert sorted(mended) == [f"model.layers.{i}.mlp.down_proj.weight" for i in ALL]
     for name, weight in mended.items():
         before = load.dense(student, name)
-        assert mx.abs(weight - before).max().item() <= 1e-4 * mx.abs(before).max().item()
+        assert mx.abs(weight - before).max().item() <= near(1e-4, 5e-4) * mx.abs(before).max().item()
 
 
 CUTS = {
@@ -91,6 +92,7 @@ def test_the_error_falls_block_by_block(tmp_path: Path, llama: Checkpoint, windo
     assert left[0] == pytest.approx(after[0] / before[0], rel=1e-3)
 
 
+@pytest.mark.usefixtures("cpu_policy")
 def test_against_lstsq_in_float64(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
     """Block 0's new down_proj is numpy's weighted ridge solution from activations taken out by hand."""
     keep, sizes = CUTS["ffn"]

@@ -21,7 +21,7 @@ from mis_mlx.model.config import shape_of
 from mis_mlx.training import pruning
 from mis_mlx.types import Checkpoint, Keep, MisError, Reading
 from tests import tiny
-from tests.conftest import Done, last_line
+from tests.conftest import Done, last_line, near
 
 ALL = (0, 1, 2)
 NORMS = [f"model.layers.{i}.{n}_layernorm.weight" for i in ALL for n in ("input", "post_attention")]
@@ -212,7 +212,7 @@ def low_rank(folder: Path, rank: int) -> Checkpoint:
 def test_on_a_low_rank_stream_the_rotation_loses_nothing_and_ranked_channels_do(
     tmp_path: Path, windows: list[mx.array]
 ) -> None:
-    """Rank 32 of 64, cut to 32: PCA is exact to 1e-4 of the logits, any choice by importance is far off."""
+    """Rank 32 of 64, cut to 32: PCA is exact to 1e-4 of the logits (float16: 1e-2), a choice by importance far off."""
     teacher, cut = low_rank(tmp_path, 32), pruning.Cut(scenario="none", hidden=32, importance="activation")
     before = stock(teacher, windows[0])
     off = {}
@@ -224,7 +224,7 @@ def test_on_a_low_rank_stream_the_rotation_loses_nothing_and_ranked_channels_do(
         )  # fmt: skip
         after = stock(load.open_checkpoint(tmp_path / how), windows[0])
         off[how] = np.linalg.norm(after - before) / np.linalg.norm(before)
-    assert off["pca"] < 1e-4 and off["importance"] > 0.3
+    assert off["pca"] < near(1e-4, 1e-2) and off["importance"] > 0.3
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied", "mistral", "qwen3"])

@@ -15,7 +15,7 @@ from mis_mlx.disk.files import DISK
 from mis_mlx.machine import rates
 from mis_mlx.machine.memory import process_bytes
 from mis_mlx.machine.rates import M1_AIR, Rates
-from mis_mlx.model import arch, load, pack, stream
+from mis_mlx.model import arch, load, pack, policy, stream
 from mis_mlx.plan import MIS_137B
 from mis_mlx.training import planning
 from mis_mlx.types import GIB, Budget, Checkpoint, MisError
@@ -157,19 +157,32 @@ def test_training_by_pencil() -> None:
     assert planning.training_bytes(wide, 1, 2) == 16 * arch.params(wide) + 2 * 4 * 64 * 30_000
 
 
+@pytest.mark.parametrize("word", ["cpu", "metal"])
 @pytest.mark.parametrize("kind", ["F32", "BF16", "4-bit"])
 @pytest.mark.parametrize(("windows", "length"), [(1, 16), (6, 64), (2, 256)])
 def test_a_real_pass_stays_under_the_plan(
-    stored: Callable[[str], Checkpoint], kind: str, windows: int, length: int
+    stored: Callable[[str], Checkpoint],
+    kind: str,
+    windows: int,
+    length: int,
+    word: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """MLX's peak is under the plan's and not by more than half; bytes read agree but for the embedding's rows."""
+    """MLX's peak is under the plan's and not by more than half; bytes read agree but for the embedding's rows.
+
+    Under Metal's policy (float16, packed) the plan may be 2.5 times the peak: its workspace is float32's, as some of
+    Metal's kernels have it, while here half of it is float16.
+    """
     checkpoint = stored(kind)
+    monkeypatch.setenv(policy.POLICY, word)
+    m, dtype = planning.model_of(checkpoint), policy.compute_dtype(checkpoint)
+    assert dtype == {"cpu": mx.float32, "metal": mx.float16}[word]
     batches = [mx.random.randint(0, 512, (1, length), key=mx.random.key(k)) for k in range(windows)]
     mx.eval(batches)
     cache = mx.set_cache_limit(0)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    source = stream.Stream(checkpoint, mx.float32)
+    source = stream.Stream(checkpoint, dtype)
     hidden = source.embed(batches)
     embedded = source.read_bytes
     for _, block in source.blocks():
@@ -177,9 +190,34 @@ def test_a_real_pass_stays_under_the_plan(
     source.norm(hidden)
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
-    p = planning.streamed_pass("pass", planning.model_of(checkpoint), windows * length, length, length, GIB, head=False)
+    p = planning.streamed_pass("pass", m, windows * length, length, length, GIB, head=False)
     assert source.read_bytes - embedded == pytest.approx(p.read_bytes, rel=0.01)  # extents: whole pages at the ends
-    assert p.peak_bytes - planning.SMALL_BYTES < 1.5 * peak and peak < p.peak_bytes, (peak, p.peak_bytes)
+    most = 1.5 if word == "cpu" else 2.5
+    assert p.peak_bytes - planning.SMALL_BYTES < most * peak and peak < p.peak_bytes, (peak, p.peak_bytes)
+
+
+@pytest.mark.parametrize("kept", [2, 6])
+@pytest.mark.parametrize("kind", ["BF16", "4-bit"])
+@pytest.mark.parametrize("word", ["cpu", "metal"])
+def test_blocks_that_stay_are_within_the_plan(
+    stored: Callable[[str], Checkpoint], word: str, kind: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first and a second pass that keep the head and so many blocks: packed ones with the buffers they lie in."""
+    monkeypatch.setenv(policy.POLICY, word)
+    checkpoint = stored(kind)
+    m, dtype, batches = planning.model_of(checkpoint), policy.compute_dtype(checkpoint), [mx.array([[*range(64)]])]
+    mx.eval(batches)
+    cache = mx.set_cache_limit(0)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    source = stream.Stream(checkpoint, dtype, m.head_work + kept * m.block_work)
+    assert source.keeps == kept
+    for _ in range(2):
+        mx.eval(load.logits(source.head(), source.forward(batches)[0]))
+    peak = mx.get_peak_memory() - before
+    mx.set_cache_limit(cache)
+    once = planning.streamed_pass("pass", m, 64, 64, 64, spool=False)
+    assert peak < once.peak_bytes + kept * m.block_work < 3 * peak, (peak, once.peak_bytes, m.block_work)
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16"])
