@@ -55,7 +55,8 @@ def compensated(weight: np.ndarray, gram: np.ndarray, group: int, bits: int) -> 
         end = start + group
         grids.append(mx.quantize(mx.array(w[start:end].T.astype(np.float32)), group_size=group, bits=bits)[1:])
         scale, bias = (np.array(a)[:, 0] for a in grids[-1])  # integers are found with these
-        kept, shift = (a.astype(np.float16).astype(np.float64) for a in (scale, bias))  # and mean this, as stored
+        with np.errstate(over="ignore"):  # who writes them down looks for infinity
+            kept, shift = (a.astype(np.float16).astype(np.float64) for a in (scale, bias))  # and mean this, as stored
         error = np.empty((group, w.shape[1]))
         for j in range(start, end):
             q = np.clip(np.rint((w[j].astype(np.float32) - bias) / scale), 0, 2**bits - 1)

@@ -23,7 +23,7 @@ from mis_mlx.disk import runs
 from mis_mlx.machine.roof import Roof
 from mis_mlx.model import load, policy, slice
 from mis_mlx.training import examining
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line
 from tests.gpu.test_policy import overflowing  # noqa: F401  a fixture
@@ -133,6 +133,7 @@ def test_distill(
     opens(Path(found["student"]))
 
 
+@pytest.mark.parametrize("overflowing", ["activations"], indirect=True)
 @pytest.mark.parametrize("command", ["distill", "quantize"])
 def test_a_model_beyond_float16(
     command: str,
@@ -142,7 +143,7 @@ def test_a_model_beyond_float16(
     in_float32: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A teacher whose residual stream, or whose weights, pass 65,504: bfloat16 goes all the way, near float32."""
+    """A teacher whose residual stream passes 65,504: bfloat16 goes all the way, near float32."""
     data = str(text_folder)
 
     def run(out: str) -> dict[str, Any]:
@@ -166,6 +167,24 @@ def test_a_model_beyond_float16(
     assert len(names) >= 2
     print({n: (want[n], found[n]) for n in names})
     assert {n: found[n] for n in names} == pytest.approx({n: want[n] for n in names}, abs=0.03)
+
+
+@pytest.mark.parametrize("overflowing", ["weights"], indirect=True)
+@pytest.mark.parametrize(("method", "word"), [("round", "cpu"), ("round", "metal"), ("gptq", "metal")])
+def test_weights_beyond_the_scales(
+    method: Any,
+    word: str,
+    overflowing: Checkpoint,  # noqa: F811
+    text_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights that the float16 scales of a 4-bit model cannot hold: one sentence, no folder with infinity in it."""
+    monkeypatch.setenv(policy.POLICY, word)
+    flags: dict[str, Any] = dict(**SEEN, q_method=method, target_bpw=None, q_iters=0, data=str(text_folder))
+    with pytest.raises(MisError, match=r"layers\.1\.mlp\.down_proj\.weight: weights pass 65,504, where float16 scales"):
+        quantize.run(quantize.Settings(model=str(overflowing.path), mlx_path=str(tmp_path / "out"), **flags))
+    assert not (tmp_path / "out").exists()
 
 
 def kept(out: Path) -> set[tuple[str, int]]:

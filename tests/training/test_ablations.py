@@ -63,6 +63,7 @@ def facts(steps: list[Step]) -> list[Any]:
     return [(s.loss, s.grad_norm, s.tokens) for s in steps]
 
 
+@pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("name", ["narrow", "deep"])
 @pytest.mark.parametrize("c", [0.0, 0.3, 1.0])
 def test_the_gradient_is_that_of_the_formula(
