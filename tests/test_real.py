@@ -14,8 +14,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mis_mlx import generate
 from mis_mlx.disk import runs
-from mis_mlx.model import arch, calibrate, load, speak, stream, teacher
+from mis_mlx.model import arch, calibrate, load, policy, speak, stream, teacher
 from mis_mlx.training import planning
 from mis_mlx.types import Checkpoint
 
@@ -112,3 +113,20 @@ def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]], real: Checkpoi
     planned = planning.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
     peak = max(r["peak_bytes"] for r in runs.metrics(out))
     assert planned / 3 < peak < planned
+
+
+PROMPTS = ("What is a shepherd?", "The capital of Poland is", "Once upon a time", "def fibonacci(n):")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_four_bits_on_metal_say_what_mlx_lm_says(run: tuple[Path, dict[str, Any]], prompt: str, metal: None) -> None:
+    """The 4-bit model under Metal's policy: the 32 greedy tokens that mlx_lm finds in float16 with packed weights."""
+    folder = run[0] / "model"
+    model, tokenizer = load.mlx_lm("utils").load(str(folder))
+    model.set_dtype(mx.float16)
+    said = load.mlx_lm("generate").stream_generate(model, tokenizer, prompt, max_tokens=32)
+    want = [r.token for r in said if r.token not in tokenizer.eos_token_ids]
+    flags: dict[str, Any] = {"prompt": prompt, "max_tokens": 32, "ignore_chat_template": True}
+    found = generate.run(generate.Settings(model=str(folder), compute_dtype="float16", **flags))
+    policy.use(None)
+    assert found["text"] == tokenizer.decode(want) != ""

@@ -21,6 +21,7 @@ from mis_mlx.training import distillation
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Batch, Checkpoint, Step
 from tests import tiny
+from tests.conftest import near
 
 
 @pytest.fixture(scope="module")
@@ -149,4 +150,4 @@ def test_micro_batches_line_up(llama: Checkpoint) -> None:
 def test_one_directory_is_enough(tmp_path: Path, llama: Checkpoint, data: Windows) -> None:
     """A student that is its own teacher has no loss and stays where it is, but for weight decay."""
     _, steps = distil(llama, llama, data, replace(RECIPE, iters=1))
-    assert abs(steps[0].loss) < 1e-5 and steps[0].grad_norm < 1e-4
+    assert abs(steps[0].loss) < near(1e-5, 1e-4) and steps[0].grad_norm < near(1e-4, 1e-2)
