@@ -6,7 +6,6 @@ Does not know what the temperatures are used for, except that AAIS wants the air
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,16 @@ from typing import Any
 import tyro
 
 from mis_mlx import cli
+from mis_mlx.machine import findings
 from mis_mlx.machine.altitude import find_altitude
-from mis_mlx.machine.ambient import t_env_kind
 from mis_mlx.machine.clock import Clock
 from mis_mlx.machine.governor import Decision, Mode, governor_for
 from mis_mlx.machine.replay import Header, Recorder
 from mis_mlx.machine.sensors import Live, Monitor, open_monitor
 from mis_mlx.machine.tea import TeaBreaks, after_step
-from mis_mlx.machine.thermometers import gauge_celsius
 from mis_mlx.page import text
 from mis_mlx.types import Celsius, Metres, Positive, Reading, Seconds
 
-SHOWN = {
-    "die_c": ("die", "°C"),
-    "battery_c": ("battery", "°C"),
-    "ambient_c": ("air outside", "°C"),
-    "pressure_level": ("thermal pressure", ""),
-    "power_w": ("power", "W"),
-    "battery_percent": ("charge", "%"),
-    "plugged": ("plugged in", ""),
-    "altitude_m": ("height", "m above sea level"),
-}
 SPARK_LOOKS = 60
 
 
@@ -97,7 +85,10 @@ def run(settings: Watch | Record | Replay | Doctor) -> dict[str, Any]:
         return record(settings)
     if isinstance(settings, Replay):
         return replay_decisions(settings)
-    return doctor(settings)
+    with _open(settings) as monitor:
+        lines, found = findings.examined(monitor)
+    print("\n".join(lines))
+    return found
 
 
 def watch(settings: Watch) -> dict[str, Any]:
@@ -169,41 +160,10 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
     }
 
 
-def doctor(settings: Doctor) -> dict[str, Any]:
-    """Print the findings, one a line; returns them."""
-    with _open(settings) as monitor:
-        began = time.perf_counter()
-        reading = monitor.look()
-        look_s = time.perf_counter() - began
-        lines = [*_machine_lines(monitor, look_s), *_value_lines(reading, monitor), *_aais_lines(reading)]
-        header = monitor.source.header
-        reasons = dict(monitor.reasons)
-    print("\n".join(lines))
-    return {
-        "model": header.model,
-        "chip": header.chip,
-        "build": header.build,
-        "look_ms": round(1000 * look_s, 1),
-        "t_env": t_env_kind(reading),
-        "reading": asdict(reading),
-        "reasons": reasons,
-    }
-
-
 def _open(settings: Watch | Doctor) -> Monitor:
     return open_monitor(
         replay=settings.thermal_replay, given_ambient_c=settings.temperature_c, altitude_m=settings.altitude_m
     )
-
-
-def _text(name: str, reading: Reading) -> str:
-    value = getattr(reading, name)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    shown = f"{value:.1f}" if isinstance(value, float) else str(value)
-    if name == "ambient_c":
-        shown += f" ± {reading.ambient_sigma_c:.1f}"
-    return f"{shown} {SHOWN[name][1]}".strip()
 
 
 def _table(reading: Reading, monitor: Monitor) -> Any:
@@ -211,56 +171,18 @@ def _table(reading: Reading, monitor: Monitor) -> Any:
 
     table = Table("", "now", "from", f"last {SPARK_LOOKS} looks")
     past = monitor.history()[-SPARK_LOOKS:]
-    for name, (label, _) in SHOWN.items():
+    for name, (label, _) in findings.SHOWN.items():
         if getattr(reading, name) is None:
             table.add_row(label, "–", monitor.reasons.get(name, ""), "")
             continue
         line = text.sparkline([getattr(p, name) for p in past], 1.0) if name.endswith(("_c", "_w")) else ""
-        table.add_row(label, _text(name, reading), reading.sources[name], line)
+        table.add_row(label, findings.text(name, reading), reading.sources[name], line)
     return table
 
 
 def _decision_line(decision: Decision, reading: Reading) -> str:
     seen = {"time_s": reading.time_s, "die_c": reading.die_c, "ambient_c": reading.ambient_c}
     return json.dumps({**seen, **asdict(decision)}, ensure_ascii=False, allow_nan=False)
-
-
-def _machine_lines(monitor: Monitor, look_s: float) -> list[str]:
-    header, values = monitor.source.header, monitor.values
-    what = "recording from" if monitor.replayed else "this machine:"
-    lines = [f"{what} {header.model or 'unknown model'}, {header.chip or 'unknown chip'}, {header.build or '?'}"]
-    if isinstance(monitor.source, Live):
-        lines.append(f"one look takes {1000 * look_s:.0f} ms; a look a second needs no root")
-        apple = monitor.source.apple
-        for name, mechanism in (("IOHID", "hid"), ("SMC", "smc"), ("thermal pressure", "pressure")):
-            if apple is not None and getattr(apple, mechanism) is None:
-                lines.append(f"missing: {name}")
-    gauge = monitor.raw.ioreg.get("Temperature")
-    if gauge is not None and values.battery_c is not None:
-        apart = abs(gauge_celsius(gauge, values.battery_c) - values.battery_c)
-        agrees = "agrees" if apart < 3.0 else "does NOT agree"
-        lines.append(f"battery gauge of ioreg {agrees} with the sensor ({apart:.1f} °C apart)")
-    return lines
-
-
-def _value_lines(reading: Reading, monitor: Monitor) -> list[str]:
-    lines = []
-    for name, (label, _) in SHOWN.items():
-        if getattr(reading, name) is None:
-            lines.append(f"missing: {label}: {monitor.reasons.get(name, 'not measured')}")
-        else:
-            lines.append(f"{label}: {_text(name, reading)} from {reading.sources[name]}")
-    return lines
-
-
-def _aais_lines(reading: Reading) -> list[str]:
-    kind = t_env_kind(reading)
-    if kind == "none":
-        text = "AAIS has no T_env: it is plain importance here; give --temperature-c or let the machine rest 90 min"
-    else:
-        text = f"AAIS has a {kind} T_env: {_text('ambient_c', reading)} ({reading.sources['ambient_c']})"
-    height = "" if reading.altitude_m is not None else "; it has no altitude: give --altitude-m"
-    return [text + height]
 
 
 if __name__ == "__main__":
