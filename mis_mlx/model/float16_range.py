@@ -31,22 +31,22 @@ def overflows(model: Checkpoint) -> bool:
     """
     key = (model.path, model.nbytes)
     if key not in _found:
-        largest = _largest(model)
-        if _found.setdefault(key, largest > MOST):
-            cli.say(f"{model.path}: activations reach {largest:,.0f}, float16 ends at 65,504: computing in bfloat16")
+        reach = largest(model)
+        if _found.setdefault(key, reach > MOST):
+            cli.say(f"{model.path}: activations reach {reach:,.0f}, float16 ends at 65,504: computing in bfloat16")
     return _found[key]
 
 
-def _largest(model: Checkpoint) -> float:
+def largest(model: Checkpoint) -> float:
     """The largest absolute value of the residual stream in float16; infinity where it went beyond."""
     vocab = shape_of(model.config).vocab
     ids = np.unique([*range(min(FREQUENT, vocab)), *np.linspace(0, vocab - 1, SPREAD).astype(int)])
-    source, largest = stream.Stream(model, mx.float16), 0.0
+    source, reach = stream.Stream(model, mx.float16), 0.0
     (hidden,) = source.embed([mx.array(ids[None].astype(np.int32))])
     with suppress(stream.NotNumbers):
         for _, block in source.blocks():
             (hidden,) = source.through(block, [hidden])
             found: Any = mx.abs(hidden).max()
-            largest = max(largest, found.item())
-        return largest
+            reach = max(reach, found.item())
+        return reach
     return math.inf

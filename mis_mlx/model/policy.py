@@ -31,9 +31,11 @@ class Computing:
     activations float16 does not hold"""
 
 
-def use(compute_dtype: str | None) -> None:
-    """From now on all models compute in this type; None: in what their device is quick in."""
+def use(compute_dtype: str | None) -> str | None:
+    """From now on all models compute in this type; None: in what their device is quick in. Returns what held before."""
+    before = _used[0] if _used else None
     _used[:] = [compute_dtype] if compute_dtype else []
+    return before
 
 
 def name() -> Literal["metal", "cpu"]:

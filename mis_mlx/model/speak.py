@@ -5,8 +5,9 @@ Does not format results. Models run in the type this device is quick in (float32
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,14 @@ def token_times(model: nn.Module, ids: mx.array, count: int, cached: int = 0) ->
 
 def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> str:
     """Greedy text after `prompt`, at most `count` tokens, stopping at the end token."""
+    tokens = greedy(model, tokenizer.encode(prompt), count)
+    return tokenizer.decode(list(itertools.takewhile(lambda token: token not in tokenizer.eos_token_ids, tokens)))
+
+
+def greedy(model: nn.Module, ids: Sequence[int], count: int) -> Iterator[int]:
+    """The `count` tokens that mlx_lm's own loop puts after `ids`."""
     generate_step = load.mlx_lm("generate").generate_step
-    out = []
-    for token, _ in generate_step(mx.array(tokenizer.encode(prompt)), model, max_tokens=count):
-        if int(token) in tokenizer.eos_token_ids:
-            break
-        out.append(int(token))
-    return tokenizer.decode(out)
+    return (int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=count))
 
 
 def samples(folders: Mapping[str, Path], count: int) -> Iterator[dict[str, str]]:

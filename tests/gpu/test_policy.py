@@ -183,4 +183,4 @@ def test_the_look_sees_the_real_range(tmp_path: Path) -> None:
     for _, block in source.blocks():
         hidden = block(hidden, load.mask(source.args, block, hidden))
         seen = max(seen, float(np.abs(np.array(hidden)).max()))
-    assert float16_range._largest(checkpoint) == pytest.approx(seen, rel=2e-3)
+    assert float16_range.largest(checkpoint) == pytest.approx(seen, rel=2e-3)

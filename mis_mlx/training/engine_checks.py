@@ -1,0 +1,233 @@
+"""The engine on this device, on a model made on the spot: passes, decoding, training, statistics, memory, rates.
+
+A witness is the same work done another way (bit for bit), the CPU in float32, mlx_lm, or the plan. As in
+model/kernel_checks a check gives (what was found, the most that is right); infinity where there is no bound.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mis_mlx.disk import hub
+from mis_mlx.disk.files import DISK
+from mis_mlx.disk.safetensors import Writer
+from mis_mlx.machine import rates
+from mis_mlx.maths import losses
+from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.model import arch, decode, fisher, load, lora, pack, policy, sensitivity, speak, stream, teacher
+from mis_mlx.model.calibrate import calibrate
+from mis_mlx.model.float16_range import MOST, largest
+from mis_mlx.model.kernel_checks import Found, drawn, off, on_cpu, wide
+from mis_mlx.training import planning
+from mis_mlx.training.loop import Schedule, train
+from mis_mlx.types import Checkpoint
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
+    "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5,
+    "vocab_size": 512, "max_position_embeddings": 512, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "bfloat16",
+}  # fmt: skip
+MODES = {"4-bit": "affine", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
+TOKENS = mx.array(np.random.default_rng(0).integers(0, 64, (2, 48)))  # most of them several times
+SAMPLE_BYTES = 128 * 2**20  # of the disk's rates
+Models = dict[str, Checkpoint]
+PUBLISHED = rates.M1_AIR
+
+
+def make(folder: Path) -> Models:
+    """{"bf16", "4-bit", "mxfp4", "nvfp4": the same tiny model}, random, its norms in bfloat16, in the empty `folder`."""
+    (dense := folder / "bf16").mkdir()
+    shapes = arch.tensors_of(CONFIG)
+    writer = Writer(dense, {name: ("BF16", shape) for name, shape in shapes.items()}, DISK)
+    for seed, (name, shape) in enumerate(shapes.items()):
+        noise = drawn(seed, *shape)
+        writer.add(name, (1 + 0.1 * noise if "norm" in name else 0.05 * noise).astype(mx.bfloat16))
+    writer.close()
+    (dense / "config.json").write_text(json.dumps(CONFIG))
+    models = {"bf16": load.open_checkpoint(dense)}
+    for kind, mode in MODES.items():
+        plan = pack.layout(CONFIG, 64, (), mode)  # type: ignore[arg-type]
+        pack.write_quantized(models["bf16"], folder / kind, plan, DISK)
+        models[kind] = load.open_checkpoint(folder / kind)
+    return models
+
+
+def passes(kind: str, models: Models) -> Found:
+    """Final states of two streamed passes, and of two that keep the blocks, beside the resident model's: equal bits."""
+    checkpoint = models[kind]
+    dtype = policy.compute_dtype(checkpoint)
+    want = wide(load.resident(checkpoint, dtype).model(TOKENS))
+    sources = [stream.Stream(checkpoint, dtype, room) for room in (0, None)]
+    return off([wide(s.forward([TOKENS])[0]) for s in sources for _ in range(2)], [want] * 4), 0.0
+
+
+def states(kind: str, models: Models) -> Found:
+    """Final states as this device computes them beside the CPU's in float32."""
+    found = wide(_forward(models[kind]))
+    with on_cpu():
+        want = wide(_forward(models[kind]))
+    return off(found, want), _bound(models[kind], 2e-4)
+
+
+def _forward(checkpoint: Checkpoint) -> mx.array:
+    return stream.Stream(checkpoint, policy.compute_dtype(checkpoint)).forward([TOKENS])[0]
+
+
+def _bound(checkpoint: Checkpoint, float32: float) -> float:
+    """What float32 is held to, or what half precision leaves of that after some blocks."""
+    return {mx.float32: float32, mx.float16: 0.02, mx.bfloat16: 0.15}[policy.compute_dtype(checkpoint)]
+
+
+def greedy(models: Models) -> Found:
+    """How far below the best mlx_lm's logits see our first token that is not mlx_lm's; 0: 16 tokens are the same."""
+    checkpoint, prompt, count = models["4-bit"], TOKENS[0, :12].tolist(), 16
+    dtype = policy.compute_dtype(checkpoint)
+    ours = [t for new in decode.decode(stream.Stream(checkpoint, dtype, None), prompt, count) for t in new]
+    model = load.resident(checkpoint, dtype)
+    theirs = list(speak.greedy(model, prompt, count))
+    same = next((i for i in range(count) if ours[i] != theirs[i]), count)
+    logits = wide(model(mx.array([prompt + theirs[:same]]))[0, -1])
+    return float(logits.max() - logits[ours[same]]) if same < count else 0.0, _bound(checkpoint, 1e-4)
+
+
+def _kl(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    """The loss of a distillation from a teacher of random states: (sum, count)."""
+    hidden = model.model(tokens).reshape(-1, 256)
+    target, head = drawn(7, len(hidden), 256), drawn(8, 512, 256) / 16
+    ones = mx.ones(len(hidden))
+    return losses.kl_sum(hidden, load.head_weight(model), target, lambda x: x @ head.T, ones), ones.sum()
+
+
+def _cross_entropy(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    """The loss of answers: (sum, count)."""
+    hidden, ids = model.model(tokens[:, :-1]), tokens[:, 1:].reshape(-1)
+    logps = token_logps(hidden.reshape(-1, 256), load.head_weight(model), ids, frozen_head=True)
+    return -logps.sum(), mx.array(float(ids.size))
+
+
+def _trained(model: nn.Module, loss: Callable[..., Any]) -> tuple[float, dict[str, np.ndarray]]:
+    """(how far the loss falls in two steps, the weights after them)."""
+    steps = list(train(model, lambda step: [(TOKENS,)], loss, GoralW(), Schedule(3, 1e-3, 0)))
+    return steps[0].loss - steps[-1].loss, {n: wide(w) for n, w in tree_flatten(model.trainable_parameters())}
+
+
+def _whole(models: Models) -> tuple[float, dict[str, np.ndarray]]:
+    return _trained(load.resident(models["bf16"], mx.float32), _kl)
+
+
+def repeated(models: Models) -> Found:
+    """How many tensors differ after the same training steps, done twice; tokens occur several times in a batch."""
+    (_, one), (_, two) = _whole(models), _whole(models)
+    return float(sum(not np.array_equal(one[name], two[name]) for name in one)), 0.0
+
+
+def whole_steps(models: Models) -> Found:
+    """The fall of the loss in two steps of all weights in float32, beside the CPU's."""
+    found, _ = _whole(models)
+    with on_cpu():
+        want, _ = _whole(models)
+    return abs(found / want - 1), 1e-3
+
+
+def lora_steps(models: Models) -> Found:
+    """The same of adapters on the 4-bit model, which computes as this device likes it."""
+
+    def fall() -> float:
+        model = load.resident(models["4-bit"], policy.compute_dtype(models["4-bit"]))
+        lora.insert(model, lora.Lora(-1, 4, 10.0), 0)
+        return _trained(model, _cross_entropy)[0]
+
+    found = fall()
+    with on_cpu():
+        want = fall()
+    return abs(found / want - 1), 2.5 * _bound(models["4-bit"], 4e-4)
+
+
+def statistics(models: Models) -> Found:
+    """Calibration's sums over neurons and heads, and its block distances, beside the CPU's."""
+
+    def sums() -> list[np.ndarray]:
+        found, _ = calibrate(models["bf16"], [TOKENS], policy.compute_dtype(models["bf16"]))
+        by_layer = [f[i].square for f in (found.ffn, found.heads) for i in range(5)]
+        return [*by_layer, np.array([found.block[i] for i in range(5)])]
+
+    found = sums()
+    with on_cpu():
+        want = sums()
+    return off(found, want), _bound(models["bf16"], 2e-4)
+
+
+def _slopes(models: Models) -> list[float]:
+    found = fisher.fisher(models["bf16"], [TOKENS], policy.compute_dtype(models["bf16"]))
+    return [float(x) for key in sorted(found) if key[1] == "heads" for x in found[key]]
+
+
+def _costs(models: Models) -> list[float]:
+    found = sensitivity.costs(models["bf16"], [TOKENS], 64, (3, 4))
+    return [found[path][bits] for path in sorted(found) for bits in (3, 4)]
+
+
+def second_order(what: Callable[[Models], list[float]], models: Models) -> Found:
+    """1 - correlation with the CPU's. A token that is drawn otherwise, by a last bit, moves all of them a little."""
+    found = what(models)
+    with on_cpu():
+        want = what(models)
+    return 1 - float(np.corrcoef(found, want)[0, 1]), 0.02
+
+
+def peak(models: Models) -> Found:
+    """MLX's peak of a streamed pass with logits, as a share of the plan's."""
+    checkpoint, tokens = models["4-bit"], mx.tile(TOKENS[:1], (1, 5))
+    dtype, planned = policy.compute_dtype(checkpoint), planning.model_of(checkpoint)
+    phase = planning.streamed_pass("pass", planned, tokens.size, tokens.size, tokens.size, spool=False)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    source = stream.Stream(checkpoint, dtype)
+    mx.eval(load.logits(source.head(), source.forward([tokens])[0]))
+    return (mx.get_peak_memory() - before) / phase.peak_bytes, 1.0
+
+
+def teacher_range(models: Models) -> Found:
+    """The default teacher's largest activation in float16; above the bound all commands compute it in bfloat16."""
+    return largest(load.open_checkpoint(hub.cache_root() / teacher.DEFAULT.split("/")[1])), MOST
+
+
+CHECKS: dict[str, Callable[[Models], Found]] = {
+    **{f"streamed = resident = again, {kind}": partial(passes, kind) for kind in ("bf16", *MODES)},
+    **{f"states, {kind}": partial(states, kind) for kind in ("bf16", *MODES)},
+    "generate, 4-bit, beside mlx_lm": greedy,
+    "training steps": whole_steps,
+    "training steps again, tensors unlike": repeated,
+    "LoRA steps, 4-bit": lora_steps,
+    "calibration": statistics,
+    "Fisher, 1 − correlation": partial(second_order, _slopes),
+    "costs of bits, 1 − correlation": partial(second_order, _costs),
+    "peak of a streamed pass / plan": peak,
+}
+
+
+def checks() -> dict[str, Callable[[Models], Found]]:
+    """All there are here: also the default teacher's range, where it is in the cache."""
+    cached = (hub.cache_root() / teacher.DEFAULT.split("/")[1] / "config.json").is_file()
+    return CHECKS | ({"float16 range of the default teacher": teacher_range} if cached else {})
+
+
+def speeds(folder: Path) -> Iterator[tuple[str, float, float]]:
+    """(what, this machine's rate, the published one of an M1 Air), in billions a second."""
+    read, written = rates.disk_bytes(folder, SAMPLE_BYTES)
+    yield "matrix product, GFLOP/s", rates.matmul_flops() / 1e9, PUBLISHED.forward_flops_per_s / 1e9
+    yield "memory, GB/s", rates.copy_bytes() / 1e9, PUBLISHED.memory_bytes_per_s / 1e9
+    yield "disk read, GB/s", read / 1e9, PUBLISHED.read_bytes_per_s / 1e9
+    yield "disk written, GB/s", written / 1e9, PUBLISHED.write_bytes_per_s / 1e9
