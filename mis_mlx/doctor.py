@@ -1,0 +1,158 @@
+"""Examine this machine and MLX on it: some forty small checks, each with a witness and a bound; a report to paste.
+
+Takes a minute or two, needs no network and no model. Exit code 3 when a check fails.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import psutil
+
+from mis_mlx import cli
+from mis_mlx.disk.files import DISK, reported
+from mis_mlx.machine import findings, memory, rates
+from mis_mlx.machine.about import about
+from mis_mlx.machine.sensors import open_monitor
+from mis_mlx.model import kernel_checks, policy
+from mis_mlx.training import engine_checks
+from mis_mlx.types import MisError, duration, gib
+
+SAMPLE_BYTES = 128 * 2**20  # of the disk's rates
+
+
+@dataclass(frozen=True)
+class Settings(policy.Computing):
+    """Examine this machine and MLX on it; the report on stdout is made to be pasted into an issue."""
+
+    out: Path | None = None
+    """write the report, Markdown, to this new file too"""
+
+
+class Row(NamedTuple):
+    """One check: what was found, the most that is right, and why there is no number if there is none."""
+
+    name: str
+    passed: bool
+    number: float | None = None
+    bound: float | None = None
+    error: str = ""
+
+    def __str__(self) -> str:
+        found = self.error or ("not a number" if self.number is None else f"{self.number:,.3g}")
+        bound = "" if self.bound is None else f"{self.bound:,.3g}"
+        return f"| {'✓' if self.passed else '✗'} | {self.name} | {found} | {bound} |"
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Examine, print the report, and say what failed."""
+    if settings.out and settings.out.exists():
+        raise MisError(f"{settings.out} is there already and is never overwritten: give --out another name")
+    policy.use(settings.compute_dtype)
+    began, peak = time.monotonic(), memory.Peak()
+    with tempfile.TemporaryDirectory() as name, memory.limited(memory.budget(None), memory.WIRED_MARGIN_BYTES):
+        head = [*_machine(Path(name)), *_listed(_sensors, "sensors: {}")]
+        rows = list(_examined(Path(name)))
+        speeds = _listed(lambda: _speeds(Path(name)), "| {} | | |")
+    took, packed = duration(time.monotonic() - began), "stay packed" if policy.keeps_packed() else "are de-quantized"
+    failed = [row.name for row in rows if not row.passed]
+    lines = [f"### mis_mlx doctor: {len(rows) - len(failed)} of {len(rows)} checks passed\n", *(f"- {h}" for h in head)]
+    lines += [f"- took {took}, and at most {gib(peak.nbytes)} beyond what the process began with"]
+    lines += [f"- computed on {mx.default_device()} by the policy {policy.name()}, in {policy.usual_dtype()}; "]
+    lines[-1] += f"packed weights {packed}\n"
+    lines += ["| | check | found | at most |\n|---|---|---:|---:|", *map(str, rows), ""]
+    lines += ["| rate | here | MacBook Air M1, published |\n|---|---:|---:|", *speeds]
+    report = "\n".join(map(_public, lines)) + "\n"
+    print(report)
+    if settings.out:
+        with reported(settings.out, "the report"):
+            DISK.replace_text(settings.out, report)
+    found = {"checks": len(rows), "failed": failed, "check_failed": bool(failed), "policy": policy.name()}
+    return found | {"device": str(mx.default_device()), "rows": [row._asdict() for row in rows]}
+
+
+def _examined(folder: Path) -> Iterator[Row]:
+    """Every check's row; what raises is one that failed, and the others go on."""
+    models = _guarded(lambda: engine_checks.make(folder))
+    engine = {} if isinstance(models, str) else engine_checks.checks()
+    if isinstance(models, str):
+        yield Row("a model made on the spot", False, error=models)
+    todo = kernel_checks.CHECKS | {name: partial(check, models) for name, check in engine.items()}
+    for count, (name, check) in enumerate(todo.items(), 1):
+        cli.say(f"{count} of {len(todo)}: {name}")  # before: where the process dies, this was it
+        found = _guarded(check)
+        if isinstance(found, str):
+            yield Row(name, False, error=found)
+        else:
+            number, bound = map(float, found)
+            yield Row(name, number <= bound, number if math.isfinite(number) else None, bound)
+
+
+def _guarded(work: Callable[[], Any]) -> Any:
+    """What `work` gives, or the first line of its error, fit for a table."""
+    try:
+        return work()
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), "")
+        return _public(f"{type(error).__name__}: {line}"[:200].replace("|", "¦"))
+
+
+def _listed(work: Callable[[], list[str]], otherwise: str) -> list[str]:
+    """The lines that `work` gives, or one with its error."""
+    found = _guarded(work)
+    return [otherwise.format(found)] if isinstance(found, str) else found
+
+
+def _machine(folder: Path) -> list[str]:
+    """This machine, a line for what belongs together."""
+    a, room, disk = about(), psutil.virtual_memory(), shutil.disk_usage(folder)
+    recommended = float(mx.device_info().get("max_recommended_working_set_size", 0))
+    said = f"Metal recommends {gib(recommended)}" if recommended else "without Metal"
+    budget = gib(memory.budget(None).limit_bytes)
+    return [
+        f"{a['chip']}, {a['cores']} cores, {a['system']}, {a['release']}",
+        ", ".join(f"{name} {a[name]}" for name in ("mis-mlx", "mlx", "mlx-lm", "numpy", "python")),
+        f"memory {gib(room.total)}, {said}, free {gib(room.available)}, default budget {budget}",
+        f"disk {gib(disk.total)}, free {gib(disk.free)}",
+    ]
+
+
+def _sensors() -> list[str]:
+    """What `thermal doctor` says."""
+    with open_monitor() as monitor:
+        return findings.examined(monitor)[0]
+
+
+def _speeds(folder: Path) -> list[str]:
+    """This machine's rates beside an M1 Air's, in billions a second."""
+    air, (read, written) = rates.M1_AIR, rates.disk_bytes(folder, SAMPLE_BYTES)
+    found = [
+        ("matrix product, GFLOP/s", rates.matmul_flops(), air.forward_flops_per_s),
+        ("memory, GB/s", rates.copy_bytes(), air.memory_bytes_per_s),
+        ("disk read, GB/s", read, air.read_bytes_per_s),
+        ("disk written, GB/s", written, air.write_bytes_per_s),
+    ]
+    return [f"| {name} | {here / 1e9:,.3g} | {there / 1e9:,.3g} |" for name, here, there in found]
+
+
+def _public(line: str) -> str:
+    """The line without folders and names of this machine and its user."""
+    line = re.sub(r"(?<![\w.])[~.]?(?:/[^\s/:'\"|]+)+/([^\s/:'\"|]*)", r"…/\1", line.replace(str(Path.home()), "~"))
+    for name in {Path.home().name, os.uname().nodename, os.uname().nodename.partition(".")[0]} - {"", "root"}:
+        line = re.sub(rf"\b{re.escape(name)}\b", "…", line)
+    return line
+
+
+if __name__ == "__main__":
+    cli.main(Settings, run)
