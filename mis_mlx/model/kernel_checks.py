@@ -18,7 +18,7 @@ from mis_mlx.maths import losses, rounding
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.maths.reconstruction import NormalEquations
-from mis_mlx.model import policy
+from mis_mlx.model import load, policy
 from mis_mlx.model.pack import Format
 
 Found = tuple[float, float]
@@ -119,12 +119,12 @@ def packed_products(dtype: mx.Dtype) -> Found:
     """Products with all packed formats, of many rows and of one; the worst."""
     x, found, want = drawn(0, 24, 256, dtype=dtype), list[mx.array](), list[np.ndarray]()
     for kind in FORMATS.values():
-        matrix, *scales = kind.nearest(drawn(1, 128, 256))
-        scales = [s.astype(dtype) if kind.mode == "affine" else s for s in scales]
-        dense = wide(rounding.values((matrix, *scales), kind.group, kind.bits, kind.mode))
-        for rows in (x, x[:1]):
-            found.append(mx.quantized_matmul(rows, matrix, *scales, transpose=True, **kind.settings))
-            want.append(wide(rows) @ dense.T)
+        layer = nn.Linear(256, 128, bias=False)
+        layer.weight = drawn(1, 128, 256, dtype=dtype)
+        layer = layer.to_quantized(kind.group, kind.bits, kind.mode)
+        found += [layer(x), layer(x[:1])]
+        dense = wide(load.dense_weight(layer))
+        want += [wide(x) @ dense.T, wide(x[:1]) @ dense.T]
     return off(found, want), ROUNDING[dtype]
 
 
@@ -161,11 +161,13 @@ def logps(dtype: mx.Dtype) -> Found:
 def gptq() -> Found:
     """Share of GPTQ's integers that another device gives; a scale's last bit may turn one, and that its neighbours."""
     weight, inputs = np.array(drawn(0, 64, 256)), wide(drawn(1, 512, 256) @ drawn(2, 256, 256))
-    made = [np.array(rounding.compensated(weight, inputs.T @ inputs, 64, 4)[0])]
+
+    def codes() -> np.ndarray:
+        return wide(rounding.integers(rounding.compensated(weight, inputs.T @ inputs, 64, 4)[0], 64, 4))
+
+    found = codes()
     with on_cpu():
-        made.append(np.array(rounding.compensated(weight, inputs.T @ inputs, 64, 4)[0]))
-        codes = [wide(rounding.integers(mx.array(m), 64, 4)) for m in made]
-    return float((codes[0] != codes[1]).mean()), 0.002
+        return float((found != codes()).mean()), 0.002
 
 
 def closed_form() -> Found:
@@ -182,9 +184,9 @@ def closed_form() -> Found:
 
 def update() -> Found:
     """Three steps of GóralW beside AdamW written out."""
-    model, optimizer = nn.Linear(64, 64, bias=False), GoralW()
-    model.weight = drawn(0, 64, 64)
-    w, m, v, rate = wide(model.weight), 0.0, 0.0, 0.01
+    model, optimizer, rate = nn.Linear(64, 64, bias=False), GoralW(), 0.01
+    w = wide(model.weight)
+    m, v = np.zeros_like(w), np.zeros_like(w)
     for step in (1, 2, 3):
         g = drawn(step, 64, 64)
         optimizer.update(model, {"weight": g}, 1.0, 1.0, rate)

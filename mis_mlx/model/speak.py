@@ -87,7 +87,7 @@ def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> s
 def greedy(model: nn.Module, ids: Sequence[int], count: int) -> Iterator[int]:
     """The `count` tokens that mlx_lm's own loop puts after `ids`."""
     generate_step = load.mlx_lm("generate").generate_step
-    return (int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=count))
+    return (int(token) for token, _ in generate_step(mx.array(list(ids)), model, max_tokens=count))
 
 
 def samples(folders: Mapping[str, Path], count: int) -> Iterator[dict[str, str]]:

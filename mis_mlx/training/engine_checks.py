@@ -90,7 +90,7 @@ def states(kind: str, models: Models) -> np.ndarray:
 
 def greedy(models: Models) -> Found:
     """How far below the best mlx_lm's logits see our first token that is not mlx_lm's; 0: 12 tokens are the same."""
-    checkpoint, prompt, count = models["4-bit"], TOKENS[0, :8].tolist(), 12
+    checkpoint, prompt, count = models["4-bit"], [*map(int, np.array(TOKENS[0, :8]))], 12
     dtype = policy.compute_dtype(checkpoint)
     ours = [t for new in decode.decode(stream.Stream(checkpoint, dtype, None), prompt, count) for t in new]
     model = load.resident(checkpoint, dtype)
@@ -100,29 +100,23 @@ def greedy(models: Models) -> Found:
     return float(logits.max() - logits[ours[same]]) if same < count else 0.0, _bound(1e-4, 0.02)
 
 
-def _kl(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
-    """The loss of a distillation from a teacher of random states: (sum, count)."""
-    hidden = model.model(tokens).reshape(-1, 128)
-    target, head = drawn(7, len(hidden), 128), drawn(8, 256, 128) / 12
-    ones = mx.ones(len(hidden))
-    return losses.kl_sum(hidden, load.head_weight(model), target, lambda x: x @ head.T, ones), ones.sum()
+def _loss(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    """KL from a teacher of random states, and the log-probabilities of the next tokens: (sum, count)."""
+    hidden, head = model.model(tokens)[0], load.head_weight(model)
+    target, theirs, ones = drawn(7, len(hidden), 128), drawn(8, 256, 128) / 12, mx.ones(len(hidden))
+    kl = losses.kl_sum(hidden, head, target, lambda x: x @ theirs.T, ones)
+    return kl - token_logps(hidden[:-1], head, tokens[0, 1:]).sum(), ones.sum()
 
 
-def _cross_entropy(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
-    """The loss of answers: (sum, count)."""
-    hidden, ids = model.model(tokens[:, :-1]), tokens[:, 1:].reshape(-1)
-    logps = token_logps(hidden.reshape(-1, 128), load.head_weight(model), ids, frozen_head=True)
-    return -logps.sum(), mx.array(float(ids.size))
-
-
-def _trained(model: nn.Module, loss: Callable[..., Any]) -> tuple[float, dict[str, np.ndarray]]:
-    """(how far the loss falls in two steps, the weights after them)."""
-    steps = list(train(model, lambda step: [(TOKENS,)], loss, GoralW(), Schedule(3, 1e-3, 0)))
-    return steps[0].loss - steps[-1].loss, {n: wide(w) for n, w in tree_flatten(model.trainable_parameters())}
+def _trained(model: nn.Module) -> tuple[float, dict[str, np.ndarray]]:
+    """(how far the loss falls in two steps, the weights after three)."""
+    steps = list(train(model, lambda step: [(TOKENS,)], _loss, GoralW(), Schedule(3, 1e-3, 0)))
+    weights: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    return steps[0].loss - steps[-1].loss, {name: wide(weight) for name, weight in weights.items()}
 
 
 def _whole(models: Models) -> tuple[float, dict[str, np.ndarray]]:
-    return _trained(load.resident(models["bf16"], mx.float32), _kl)
+    return _trained(load.resident(models["bf16"], mx.float32))
 
 
 def repeated(models: Models) -> Found:
@@ -135,7 +129,7 @@ def lora_fall(models: Models) -> float:
     """The fall of the loss by two steps of adapters on the 4-bit model."""
     model = load.resident(models["4-bit"], policy.compute_dtype(models["4-bit"]))
     lora.insert(model, lora.Lora(-1, 4, 10.0), 0)
-    return _trained(model, _cross_entropy)[0]
+    return _trained(model)[0]
 
 
 def statistics(models: Models) -> list[np.ndarray]:
@@ -158,24 +152,18 @@ def costs(models: Models) -> np.ndarray:
 
 def peak(models: Models) -> Found:
     """MLX's peak of a streamed pass with logits, as a share of the plan's."""
-    checkpoint, tokens = models["4-bit"], mx.tile(TOKENS[:1], (1, 5))
-    dtype, planned = policy.compute_dtype(checkpoint), planning.model_of(checkpoint)
-    phase = planning.streamed_pass("pass", planned, tokens.size, tokens.size, tokens.size, spool=False)
+    tokens, sizes = mx.tile(TOKENS, (1, 5)), (5 * TOKENS.size,) * 3
+    phase = planning.streamed_pass("pass", planning.model_of(models["4-bit"]), *sizes, spool=False)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    source = stream.Stream(checkpoint, dtype)
+    source = stream.Stream(models["4-bit"], policy.compute_dtype(models["4-bit"]))
     mx.eval(load.logits(source.head(), source.forward([tokens])[0]))
     return (mx.get_peak_memory() - before) / phase.peak_bytes, 1.0
 
 
-def teacher_range(models: Models) -> Found:
-    """The default teacher's largest activation in float16; above the bound all commands compute it in bfloat16."""
-    return largest(load.open_checkpoint(hub.cache_root() / teacher.DEFAULT.split("/")[1])), MOST
-
-
 # (what, its bound in float32, in half precision); a token that a last bit lets draw otherwise moves the last two.
-BESIDE_CPU = {
+BESIDE_CPU: dict[str, tuple[Callable[[Models], Any], float, float]] = {
     **{f"states, {kind}": (partial(states, kind), 2e-4, 0.02) for kind in ("bf16", *MODES)},
     "training, fall of the loss": (lambda models: _whole(models)[0], 1e-3, 1e-3),  # float32 on all devices
     "LoRA on 4-bit, fall of the loss": (lora_fall, 1e-3, 0.05),
@@ -190,7 +178,9 @@ CHECKS: dict[str, Callable[[Models], Found]] = {
 
 
 def checks() -> dict[str, Callable[[Models], Found]]:
-    """All there are here: also the default teacher's range, where it is in the cache and float16 computes."""
-    cached = (hub.cache_root() / teacher.DEFAULT.split("/")[1] / "config.json").is_file()
-    asked = cached and policy.usual_dtype() == mx.float16
-    return CHECKS | ({"float16 range of the default teacher": teacher_range} if asked else {})
+    """All there are here; where float16 computes, also the range of the default teacher, if it is in the cache: its
+    largest activation, above whose bound all commands compute it in bfloat16."""
+    folder = hub.cache_root() / teacher.DEFAULT.split("/")[1]
+    if policy.usual_dtype() != mx.float16 or not (folder / "config.json").is_file():
+        return CHECKS
+    return CHECKS | {"float16 range, default teacher": lambda models: (largest(load.open_checkpoint(folder)), MOST)}
