@@ -62,9 +62,9 @@ def run(settings: Settings) -> dict[str, Any]:
     policy.use(settings.compute_dtype)
     began, peak = time.monotonic(), memory.Peak()
     with tempfile.TemporaryDirectory() as name, memory.limited(memory.budget(None), memory.WIRED_MARGIN_BYTES):
-        head = [*_machine(Path(name)), *_listed(_sensors, "sensors: {}")]
+        head = [*_machine(Path(name)), *_guarded(_sensors, lambda error: [f"sensors: {error}"])]
         rows = list(_examined(Path(name)))
-        speeds = _listed(lambda: _speeds(Path(name)), "| {} | | |")
+        speeds = _guarded(lambda: _speeds(Path(name)), lambda error: [f"| {error} | | |"])
     took, packed = duration(time.monotonic() - began), "stay packed" if policy.keeps_packed() else "are de-quantized"
     failed = [row.name for row in rows if not row.passed]
     lines = [f"### mis_mlx doctor: {len(rows) - len(failed)} of {len(rows)} checks passed\n", *(f"- {h}" for h in head)]
@@ -84,34 +84,31 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def _examined(folder: Path) -> Iterator[Row]:
     """Every check's row; what raises is one that failed, and the others go on."""
-    models = _guarded(lambda: engine_checks.make(folder))
-    engine = {} if isinstance(models, str) else engine_checks.checks()
+    models = _guarded(lambda: engine_checks.make(folder), lambda error: error)
+    todo: dict[str, Callable[[], Any]] = dict(kernel_checks.CHECKS)
     if isinstance(models, str):
         yield Row("a model made on the spot", False, error=models)
-    todo = kernel_checks.CHECKS | {name: partial(check, models) for name, check in engine.items()}
+    else:
+        todo |= {name: partial(check, models) for name, check in engine_checks.checks().items()}
     for count, (name, check) in enumerate(todo.items(), 1):
         cli.say(f"{count} of {len(todo)}: {name}")  # before: where the process dies, this was it
-        found = _guarded(check)
-        if isinstance(found, str):
-            yield Row(name, False, error=found)
-        else:
-            number, bound = map(float, found)
-            yield Row(name, number <= bound, number if math.isfinite(number) else None, bound)
+        yield _guarded(
+            lambda n=name, c=check: _row(n, *map(float, c())), lambda error, n=name: Row(n, False, error=error)
+        )
 
 
-def _guarded(work: Callable[[], Any]) -> Any:
-    """What `work` gives, or the first line of its error, fit for a table."""
+def _row(name: str, number: float, bound: float) -> Row:
+    """NaN never passes, and JSON has no word for it."""
+    return Row(name, number <= bound, number if math.isfinite(number) else None, bound)
+
+
+def _guarded(work: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
+    """What `work` gives, or what `otherwise` makes of the first line of its error, fit for a table."""
     try:
         return work()
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
-        return _public(f"{type(error).__name__}: {line}"[:200].replace("|", "¦"))
-
-
-def _listed(work: Callable[[], list[str]], otherwise: str) -> list[str]:
-    """The lines that `work` gives, or one with its error."""
-    found = _guarded(work)
-    return [otherwise.format(found)] if isinstance(found, str) else found
+        return otherwise(_public(f"{type(error).__name__}: {line}"[:200].replace("|", "¦")))
 
 
 def _machine(folder: Path) -> list[str]:

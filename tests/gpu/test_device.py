@@ -1,0 +1,78 @@
+"""The doctor's checks and the engine on a real GPU; the same functions on the CPU, so that these tests are known to work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx import doctor
+from mis_mlx.machine import memory
+from mis_mlx.model import kernel_checks, policy, stream
+from mis_mlx.training import engine_checks
+from mis_mlx.types import Budget
+
+DEVICES = [pytest.param("gpu", marks=pytest.mark.gpu), "cpu"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Everything in the test computes there, by the device's own policy."""
+    before = mx.default_device()
+    mx.set_default_device(getattr(mx, request.param))
+    yield request.param
+    mx.set_default_device(before)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> engine_checks.Models:
+    """The doctor's tiny model in four formats."""
+    return engine_checks.make(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("name", kernel_checks.CHECKS)
+def test_kernels(name: str, device: str) -> None:
+    """Each kernel is as near to its witness as its bound says."""
+    found, bound = kernel_checks.CHECKS[name]()
+    assert found <= bound
+
+
+@pytest.mark.parametrize("name", engine_checks.CHECKS)
+def test_engine(name: str, device: str, made: engine_checks.Models) -> None:
+    """So is the engine: streamed, kept and resident passes, decoding as mlx_lm does, equal steps, the planned peak."""
+    found, bound = engine_checks.CHECKS[name](made)
+    assert found <= bound
+
+
+def test_the_policy_is_the_device_s(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU float16 and packed weights, on a CPU float32."""
+    monkeypatch.delenv(policy.POLICY, raising=False)
+    assert (policy.name() == "metal") == policy.keeps_packed() == (device == "gpu")
+    assert policy.usual_dtype() == (mx.float16 if device == "gpu" else mx.float32)
+
+
+def test_the_budget_holds(device: str, made: engine_checks.Models) -> None:
+    """A streamed pass under a limit stays under it, by MLX's own count, and gives numbers."""
+    limit = 64 * 2**20
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    with memory.limited(Budget(limit)):
+        checkpoint = made["4-bit"]
+        hidden = stream.Stream(checkpoint, policy.compute_dtype(checkpoint)).forward([engine_checks.TOKENS])
+        assert np.isfinite(kernel_checks.wide(hidden[0])).all()
+    assert mx.get_peak_memory() < limit
+
+
+@pytest.mark.gpu
+def test_doctor(tmp_path: Path) -> None:
+    """The whole command passes on the GPU."""
+    before = mx.default_device()
+    mx.set_default_device(mx.gpu)
+    try:
+        found = doctor.run(doctor.Settings(out=tmp_path / "report.md"))
+    finally:
+        mx.set_default_device(before)
+    assert found["failed"] == [] and "gpu" in found["device"]

@@ -1,0 +1,204 @@
+"""`doctor`: it passes here by both policies, each group of its checks can fail, its report names nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx import doctor
+from mis_mlx.maths import importance, losses, rounding
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.reconstruction import NormalEquations
+from mis_mlx.model import decode, kernel_checks, load, policy, stream
+from mis_mlx.training import engine_checks, planning
+from mis_mlx.types import MisError
+from tests.conftest import Done, last_line
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("word", ["cpu", "metal"])
+def test_it_passes_here(word: str, own_home: dict[str, str], tmp_path: Path) -> None:
+    """As a user runs it: exit code 0, every check with a number within its bound, the report in the file too."""
+    home = tmp_path / "zofia-gasienica"
+    home.mkdir()
+    env = {**own_home, "HOME": str(home), "TMPDIR": str(home), "PYTHONPATH": str(ROOT), policy.POLICY: word}
+    line = [sys.executable, "-m", "mis_mlx.doctor", "--out", str(home / "report.md")]
+    done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, report = last_line(done), (home / "report.md").read_text()
+    assert found["failed"] == [] and found["checks"] == len(found["rows"]) > 30 and found["policy"] == word
+    assert all(row["number"] <= row["bound"] for row in found["rows"])
+    assert report.strip() == done.stdout[: done.stdout.rindex("\n{")].strip()
+    assert f"policy {word}" in report and report.count("| ✓ |") == found["checks"]
+    for private in ("gasienica", str(ROOT), os.uname().nodename, "/tmp", "/home"):
+        assert private not in done.stdout
+
+
+def test_a_report_is_not_overwritten(tmp_path: Path) -> None:
+    """A file that is there is kept, before anything is examined."""
+    (tmp_path / "mine.md").write_text("precious")
+    with pytest.raises(MisError, match="never overwritten"):
+        doctor.run(doctor.Settings(out=tmp_path / "mine.md"))
+
+
+def test_public_lines() -> None:
+    """Folders, the user's and the host's names go; file names, units and shares stay."""
+    said = f"{Path.home()}/a b /Users/ola/models/x.safetensors: on {os.uname().nodename}, 3 GB/s of 2/3"
+    line = doctor._public(said)
+    assert "…/x.safetensors: on …, 3 GB/s of 2/3" in line
+    assert str(Path.home()) not in line and "ola" not in line
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> engine_checks.Models:
+    """The doctor's tiny model in four formats."""
+    return engine_checks.make(tmp_path_factory.mktemp("models"))
+
+
+def wrong(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with 5 % added to what it gives, except to the witness on the CPU."""
+
+    def give(*args: Any, **kwargs: Any) -> Any:
+        right = work(*args, **kwargs)
+        return right if policy._used == ["float32"] else right * 1.05
+
+    return give
+
+
+def break_update(self: GoralW, model: Any, gradients: Any, *rest: Any) -> str:
+    """An optimizer that forgets the moments."""
+    model.update({"weight": model.weight - 0.01 * gradients["weight"]})
+    return ""
+
+
+FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "RMSNorm, float32": (mx.fast, "rms_norm", wrong),
+    "RoPE, float32": (mx.fast, "rope", wrong),
+    "attention, float16": (mx.fast, "scaled_dot_product_attention", wrong),
+    "packed products, float16": (mx, "quantized_matmul", wrong),
+    "packing and values of 3-bit": (mx, "dequantize", wrong),
+    "packing and values of nvfp4": (mx, "dequantize", wrong),
+    "chunked KL, gradients, float32": (losses, "softmax_lse", lambda f: lambda z: (f(z)[0], f(z)[1] * 1.05)),
+    "log-probabilities, float16": (mx, "softmax", wrong),
+    "repair, closed form": (NormalEquations, "solve", lambda f: lambda self, ridge: f(self, 2 * ridge)),
+    "optimizer, 3 steps": (GoralW, "update", lambda _: break_update),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_kernel_checks_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passes with the right kernel does not with a wrong one."""
+    owner, attribute, fault = FAULTS[name]
+    found, bound = kernel_checks.CHECKS[name]()
+    assert found <= bound
+    monkeypatch.setattr(owner, attribute, fault(getattr(owner, attribute)))
+    found, bound = kernel_checks.CHECKS[name]()
+    assert not found <= bound
+
+
+def test_gptq_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales that another device fits otherwise give other integers."""
+    whole = rounding.compensated
+    bent = lambda w, *rest: whole(w if policy._used else w * np.linspace(0.9, 1.1, w.shape[1]), *rest)  # noqa: E731
+    monkeypatch.setattr(rounding, "compensated", bent)
+    found, bound = kernel_checks.CHECKS["GPTQ, integers unlike the CPU's"]()
+    assert found > bound
+
+
+ENGINE_FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "states, bf16, beside the CPU": (mx.fast, "rms_norm", wrong),
+    "states, mxfp4, beside the CPU": (load, "mask", lambda f: lambda *a: f(*a) if policy._used else None),
+    "training, fall of the loss, beside the CPU": (
+        losses,
+        "softmax_lse",
+        lambda f: lambda z: (wrong(f)(z)[0], f(z)[1]),
+    ),
+    "LoRA on 4-bit, fall of the loss, beside the CPU": (mx.fast, "rms_norm", wrong),
+    "calibration, beside the CPU": (importance, "moment_sample", wrong),
+    "Fisher, beside the CPU": (mx, "square", lambda f: lambda x: f(x) * (1.0 if policy._used else 2.0)),
+    "costs of bits, beside the CPU": (rounding, "values", lambda f: lambda *a: f(*a) * (1.0 if policy._used else 1.2)),
+    "generate, 4-bit, beside mlx_lm": (decode.Positioned, "__call__", lambda f: lambda self, x, offset=0: x),
+    "peak of a streamed pass / plan": (planning, "workspace_bytes", lambda f: lambda *a: -(2**20)),
+}
+
+
+@pytest.mark.parametrize("name", ENGINE_FAULTS)
+def test_engine_checks_can_fail(name: str, made: engine_checks.Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passes does not when a device computes it otherwise than the witness, or takes more than the plan."""
+    owner, attribute, fault = ENGINE_FAULTS[name]
+    found, bound = engine_checks.CHECKS[name](made)
+    assert found <= bound
+    broken = fault(getattr(owner, attribute))
+    if name.startswith("LoRA"):  # as large an error as half precision must not hide
+        broken = lambda x, w, eps, right=mx.fast.rms_norm: right(x, w, eps) * (1.0 if policy._used else 1.5)  # noqa: E731
+    monkeypatch.setattr(owner, attribute, broken)
+    found, bound = engine_checks.CHECKS[name](made)
+    assert not found <= bound
+
+
+def test_repeated_steps_check_can_fail(made: engine_checks.Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One last bit in one gradient of one step, as atomic sums leave it, is found."""
+    calls, right = list[int](), GoralW.update
+
+    def update(self: GoralW, model: Any, gradients: Any, *rest: Any) -> str:
+        calls.append(1)
+        if len(calls) == 2:
+            gradients["model"]["norm"]["weight"] = gradients["model"]["norm"]["weight"] * (1 + 2e-7)
+        return right(self, model, gradients, *rest)
+
+    monkeypatch.setattr(GoralW, "update", update)
+    found, bound = engine_checks.CHECKS["training again, tensors unlike"](made)
+    assert found > bound
+
+
+def test_aliased_blocks_are_found(
+    metal: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kept packed blocks whose buffer is used again (as once was on Metal): ✗ in the report, check_failed, and the
+    others go on; so they do where one raises."""
+    begin = stream.Stream.__init__
+
+    def faulty(self: stream.Stream, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self._copies = True
+
+    def raising(models: engine_checks.Models) -> kernel_checks.Found:
+        raise RuntimeError(f"no room in {tmp_path}/deep/file.bin\nand more")
+
+    aliased = "streamed = resident = again, 4-bit"
+    checks = {name: engine_checks.CHECKS[name] for name in (aliased, "states, bf16, beside the CPU")}
+    monkeypatch.setattr(stream.Stream, "__init__", faulty)
+    monkeypatch.setattr(engine_checks, "CHECKS", {"raises": raising, "no number": lambda _: (np.nan, 1.0), **checks})
+    monkeypatch.setattr(kernel_checks, "CHECKS", {})
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
+    found = doctor.run(doctor.Settings())
+    report = capsys.readouterr().out
+    assert found["failed"] == ["raises", "no number", aliased] and found["check_failed"]
+    assert "| ✗ | raises | RuntimeError: no room in …/file.bin |" in report and "and more" not in report
+    assert "| ✗ | no number | not a number | 1 |" in report and f"| ✗ | {aliased} |" in report
+    assert "| ✓ | states, bf16" in report and str(tmp_path) not in report
+    json.dumps(found, allow_nan=False)
+
+
+def test_exit_code(tmp_path: Path, own_home: dict[str, str]) -> None:
+    """A check that fails ends the process with 3, after the report and its JSON."""
+    code = (
+        "import mlx.core as mx\nfrom mis_mlx import cli, doctor\nfrom mis_mlx.model import kernel_checks\n"
+        "from mis_mlx.training import engine_checks\nright = mx.fast.rms_norm\n"
+        "mx.fast.rms_norm = lambda x, w, eps: right(x, w, eps) * 1.01\n"
+        "engine_checks.CHECKS = {}\ncli.main(doctor.Settings, doctor.run)\n"
+    )
+    env = {**own_home, "PYTHONPATH": str(ROOT)}
+    done: Done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert last_line(done)["failed"] == ["RMSNorm, float32", "RMSNorm, float16"]
