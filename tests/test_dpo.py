@@ -21,7 +21,7 @@ from mis_mlx.disk import runs
 from mis_mlx.model import load, speak
 from mis_mlx.training import alignment, preferring
 from mis_mlx.types import Checkpoint, MisError
-from tests.conftest import Done, last_line, losses
+from tests.conftest import Done, last_line, losses, mostly_slow
 from tests.test_sft import answers  # noqa: F401  a fixture
 
 SMALL = ("--iters", 6, "--save-every", 2, "--batch-size", 2, "--max-seq-length", 96, "--eval-rows", 8)
@@ -128,7 +128,7 @@ def test_dpop_is_judged_by_the_mean_pair(finished: tuple[Path, Done]) -> None:
         assert r[preferring.OF_MEANS] == pytest.approx(math.log1p(math.exp(-x)), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize("kind", mostly_slow(["sigmoid", "ipo", "hinge"], "sigmoid"))
 def test_every_loss_type_learns(kind: Any, small: Any, tmp_path: Path) -> None:
     """The margin on held-out pairs grows, with LoRA too."""
     result = dpo.run(settings_of(small, tmp_path / "run", loss_type=kind, fine_tune_type="lora", learning_rate=3e-3))

@@ -17,7 +17,7 @@ from mis_mlx.model import load, pack
 from mis_mlx.training import course, dwq
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks
-from tests.conftest import Done
+from tests.conftest import Done, mostly_slow
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--local-samples", 4)
@@ -34,8 +34,8 @@ WAYS: dict[str, tuple[object, ...]] = {
     "sharded, mixed": ("--train", "sharded", "--local-iters", 0, "--cross-entropy", 0.3),
 }
 # Every phase once, and training by each way of streaming; the others of the matrix are slow.
-KILLS = {("targets", "cached"), ("local", "sharded"), ("tune", "cached, tuned longer")}
-KILLS |= {("distil", "sharded, mixed"), ("distil", "ablations")}
+KILLS = {("targets", "cached"), ("local", "sharded"), ("tune", "tuned")}
+KILLS |= {("distil", "sharded, live"), ("distil", "ablations")}
 
 
 def weights(run: Path) -> bytes:
@@ -62,7 +62,7 @@ def whole(
     return get
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", mostly_slow(WAYS, *(set(WAYS) - {"cached, tuned longer", "sharded, mixed"})))
 def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, Done]], way: str) -> None:
     """Stock mlx-lm opens the result, and the run's files say what was done. (That losses fall: tests/training.)"""
     out, done = whole(way)

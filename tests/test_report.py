@@ -20,7 +20,7 @@ from mis_mlx.disk import runs, story
 from mis_mlx.page import figures
 from mis_mlx.types import Checkpoint, MisError
 from tests import browser, forks
-from tests.conftest import SMALL, Done, last_line, sentence
+from tests.conftest import SMALL, Done, last_line, mostly_slow, sentence
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'matplotlib>=3.9'")
 DATA = Path(__file__).parent / "data"
@@ -174,9 +174,10 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
 
 
 FILES = ("config.yaml", "origin.json", "result.json", "table.md", "metrics.jsonl", "phases.jsonl", "samples.jsonl")
+ALL_FILES = (*FILES, "pruned/keep.json", "model/config.json")
 
 
-@pytest.mark.parametrize("name", [*FILES, "pruned/keep.json", "model/config.json"])
+@pytest.mark.parametrize("name", mostly_slow(ALL_FILES, "config.yaml", "result.json", runs.METRICS, "pruned/keep.json"))
 def test_a_missing_file_is_a_sentence(name: str, copy: Path) -> None:
     """The page is made of the others, and says which one is missing."""
     (copy / name).unlink()
@@ -193,7 +194,7 @@ FOREIGN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*FILES, "pruned/keep.json", "model/config.json"])
+@pytest.mark.parametrize("name", mostly_slow(ALL_FILES, "origin.json", "result.json", runs.METRICS, "pruned/keep.json"))
 def test_another_version_gives_a_partial_page(name: str, copy: Path) -> None:
     """Our names with values of other kinds: a page all the same, with the parts that the other files give."""
     (copy / name).write_text(json.dumps(FOREIGN))

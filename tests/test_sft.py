@@ -191,6 +191,7 @@ def test_end_to_end(finished: tuple[Path, Done], llama: Checkpoint, answers: Pat
     assert (out / "config.yaml").is_file() and (out / "result.json").is_file()
 
 
+@pytest.mark.slow  # the quick runs: below, stopped, and tests/faults, killed at file operations
 def test_a_killed_run_ends_with_the_same_bits(
     finished: tuple[Path, Done], small: tuple[object, ...], tmp_path: Path, own_home: dict[str, str]
 ) -> None:

@@ -10,13 +10,16 @@ import random
 
 import pytest
 
+from tests.conftest import mostly_slow
 from tests.faults.conftest import Note
 from tests.faults.test_operations import LONG, SHORT, Benches
 
 KILLS = 300  # in all, of the slow run
 
 
-@pytest.mark.parametrize("name", ["prune", "quantize", "export", "distill", "logit store"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["prune", "quantize", "export", "distill", "logit store"], "export", "distill")
+)
 def test_killed_and_gone_on_with(name: str, bench: Benches) -> None:
     """Four kills that came in time, and then the end."""
     b = bench(name)

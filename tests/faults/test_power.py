@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.conftest import mostly_slow
 from tests.faults.conftest import Note
 from tests.faults.test_operations import LONG, SHORT, Benches
 
@@ -29,7 +30,9 @@ def test_two_thousand_power_cuts(name: str, bench: Benches, note: Note) -> None:
 
 
 @pytest.mark.parametrize("forgets", ["file", "folder"])
-@pytest.mark.parametrize("name", ["prune", "quantize", "export", "distill", "logit store"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["prune", "quantize", "export", "distill", "logit store"], "export", "distill")
+)
 def test_without_a_sync_the_power_cut_is_found_out(name: str, forgets: str, bench: Benches) -> None:
     """A test of the test: take the fsync of files out, or that of folders, and what was safe is lost in some cuts."""
     b = bench(name)

@@ -50,7 +50,7 @@ def test_plain_decoding_is_mlx_lms(models: Callable[[str], Checkpoint], kind: st
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("size", [2, 12, 64])
+@pytest.mark.parametrize("size", [2, pytest.param(12, marks=pytest.mark.slow), 64])
 def test_any_draft_gives_the_same_tokens(
     tmp_path: Path, models: Callable[[str], Checkpoint], kind: str, size: int
 ) -> None:
