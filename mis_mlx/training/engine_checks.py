@@ -23,7 +23,7 @@ from mis_mlx.disk.safetensors import Writer
 from mis_mlx.maths import losses
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import arch, decode, fisher, load, lora, pack, policy, sensitivity, speak, stream, teacher
+from mis_mlx.model import arch, decode, load, lora, pack, policy, sensitivity, speak, stream, teacher
 from mis_mlx.model.calibrate import calibrate
 from mis_mlx.model.float16_range import MOST, largest
 from mis_mlx.model.kernel_checks import Found, drawn, off, on_cpu, wide
@@ -138,12 +138,6 @@ def statistics(models: Models) -> list[np.ndarray]:
     return [*(of[i].square for of in (found.ffn, found.heads) for i in of), np.array([*found.block.values()])]
 
 
-def slopes(models: Models) -> list[np.ndarray]:
-    """Fisher information of all gates."""
-    found = fisher.fisher(models["bf16"], [TOKENS], policy.compute_dtype(models["bf16"]))
-    return [found[key] for key in sorted(found)]
-
-
 def costs(models: Models) -> np.ndarray:
     """What 3 and 4 bits cost in every matrix."""
     found = sensitivity.costs(models["bf16"], [TOKENS], 64, (3, 4))
@@ -167,7 +161,7 @@ BESIDE_CPU: dict[str, tuple[Callable[[Models], Any], float, float]] = {
     **{f"states, {kind}": (partial(states, kind), 2e-4, 0.02) for kind in ("bf16", *MODES)},
     "training, fall of the loss": (lambda models: _whole(models)[0], 1e-3, 1e-3),  # float32 on all devices
     "LoRA on 4-bit, fall of the loss": (lora_fall, 1e-3, 0.05),
-    "calibration": (statistics, 2e-4, 0.02), "Fisher": (slopes, 0.3, 0.3), "costs of bits": (costs, 0.3, 0.3),
+    "calibration": (statistics, 2e-4, 0.02), "costs of bits": (costs, 0.3, 0.3),
 }  # fmt: skip
 CHECKS: dict[str, Callable[[Models], Found]] = {
     **{f"streamed = resident = again, {kind}": partial(passes, kind) for kind in ("bf16", *MODES)},
