@@ -92,16 +92,11 @@ def _examined(folder: Path) -> Iterator[Row]:
         todo |= {name: partial(check, models) for name, check in engine_checks.checks().items()}
     for count, (name, check) in enumerate(todo.items(), 1):
         cli.say(f"{count} of {len(todo)}: {name}")  # before: where the process dies, this was it
-        yield _guarded(partial(_row, name, check), partial(_failed, name))
-
-
-def _failed(name: str, error: str) -> Row:
-    return Row(name, False, error=error)
+        yield _guarded(partial(_row, name, check), partial(Row, name, False, None, None))
 
 
 def _row(name: str, check: Callable[[], Any]) -> Row:
-    """NaN never passes, and JSON has no word for it."""
-    number, bound = map(float, check())
+    number, bound = map(float, check())  # NaN never passes, and JSON has no word for it
     return Row(name, number <= bound, number if math.isfinite(number) else None, bound)
 
 

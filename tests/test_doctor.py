@@ -19,7 +19,7 @@ from mis_mlx.maths import importance, losses, rounding
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.model import decode, kernel_checks, load, policy, stream
-from mis_mlx.training import engine_checks, planning
+from mis_mlx.training import engine_checks
 from mis_mlx.types import MisError
 from tests.conftest import Done, last_line
 
@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "packing and values of 3-bit": (mx, "dequantize", wrong),
     "packing and values of nvfp4": (mx, "dequantize", wrong),
     "chunked KL, gradients, float32": (losses, "softmax_lse", lambda f: lambda z: (f(z)[0], f(z)[1] * 1.05)),
-    "log-probabilities, float16": (mx, "softmax", wrong),
+    "log-probabilities, float32": (mx, "softmax", wrong),
     "repair, closed form": (NormalEquations, "solve", lambda f: lambda self, ridge: f(self, 2 * ridge)),
     "optimizer, 3 steps": (GoralW, "update", lambda _: break_update),
 }
@@ -115,20 +115,31 @@ def test_gptq_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found > bound
 
 
+def bent_softmax(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Probabilities that sum to 1.05, except to the witness."""
+    return lambda z: (wrong(lambda z: work(z)[0])(z), work(z)[1])
+
+
+def greedy_for_memory(work: Callable[..., Any]) -> Callable[..., Any]:
+    """A pass that takes 16 MiB which nobody planned."""
+
+    def embed(self: stream.Stream, *rest: Any) -> Any:
+        mx.eval(mx.zeros((2**24,), mx.uint8))
+        return work(self, *rest)
+
+    return embed
+
+
 ENGINE_FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "states, bf16, beside the CPU": (mx.fast, "rms_norm", wrong),
     "states, mxfp4, beside the CPU": (load, "mask", lambda f: lambda *a: f(*a) if policy._used else None),
-    "training, fall of the loss, beside the CPU": (
-        losses,
-        "softmax_lse",
-        lambda f: lambda z: (wrong(f)(z)[0], f(z)[1]),
-    ),
+    "training, fall of the loss, beside the CPU": (losses, "softmax_lse", bent_softmax),
     "LoRA on 4-bit, fall of the loss, beside the CPU": (mx.fast, "rms_norm", wrong),
     "calibration, beside the CPU": (importance, "moment_sample", wrong),
     "Fisher, beside the CPU": (mx, "square", lambda f: lambda x: f(x) * (1.0 if policy._used else 2.0)),
     "costs of bits, beside the CPU": (rounding, "values", lambda f: lambda *a: f(*a) * (1.0 if policy._used else 1.2)),
     "generate, 4-bit, beside mlx_lm": (decode.Positioned, "__call__", lambda f: lambda self, x, offset=0: x),
-    "peak of a streamed pass / plan": (planning, "workspace_bytes", lambda f: lambda *a: -(2**20)),
+    "peak of a streamed pass / plan": (stream.Stream, "embed", greedy_for_memory),
 }
 
 

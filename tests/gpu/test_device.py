@@ -1,4 +1,4 @@
-"""The doctor's checks and the engine on a real GPU; the same functions on the CPU, to know that these tests work."""
+"""The doctor's checks and the engine on a GPU; the same functions on the CPU, so that these tests are known to work."""
 
 from __future__ import annotations
 
