@@ -133,10 +133,9 @@ def greedy_for_memory(work: Callable[..., Any]) -> Callable[..., Any]:
 ENGINE_FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "states, bf16, beside the CPU": (mx.fast, "rms_norm", wrong),
     "states, mxfp4, beside the CPU": (load, "mask", lambda f: lambda *a: f(*a) if policy._used else None),
-    "training, fall of the loss, beside the CPU": (losses, "softmax_lse", bent_softmax),
-    "LoRA on 4-bit, fall of the loss, beside the CPU": (mx.fast, "rms_norm", wrong),
+    "training steps, beside the CPU": (losses, "softmax_lse", bent_softmax),
+    "LoRA steps, 4-bit, beside the CPU": (mx.fast, "rms_norm", wrong),
     "calibration, beside the CPU": (importance, "moment_sample", wrong),
-    "Fisher, beside the CPU": (mx, "square", lambda f: lambda x: f(x) * (1.0 if policy._used else 2.0)),
     "costs of bits, beside the CPU": (rounding, "values", lambda f: lambda *a: f(*a) * (1.0 if policy._used else 1.2)),
     "generate, 4-bit, beside mlx_lm": (decode.Positioned, "__call__", lambda f: lambda self, x, offset=0: x),
     "peak of a streamed pass / plan": (stream.Stream, "embed", greedy_for_memory),

@@ -108,15 +108,19 @@ def _loss(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
     return kl - token_logps(hidden[:-1], head, tokens[0, 1:]).sum(), ones.sum()
 
 
-def _trained(model: nn.Module) -> tuple[float, dict[str, np.ndarray]]:
-    """(how far the loss falls in two steps, weights and moments after three: these hold a gradient's last bits)."""
+def _trained(model: nn.Module) -> tuple[list[float], dict[str, np.ndarray]]:
+    """([loss, gradient's norm, fall of the loss in two steps], weights and moments after three).
+
+    AdamW does not see how long a gradient is, so the norm stands for that; moments keep its last bits.
+    """
     optimizer = GoralW()
     steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, Schedule(3, 1e-3, 0)))
     after = dict(tree_flatten(model.trainable_parameters())) | optimizer.arrays()
-    return steps[0].loss - steps[-1].loss, {name: wide(array) for name, array in after.items()}
+    first, fall = steps[0], steps[0].loss - steps[-1].loss
+    return [first.loss, first.grad_norm, fall], {name: wide(array) for name, array in after.items()}
 
 
-def _whole(models: Models) -> tuple[float, dict[str, np.ndarray]]:
+def _whole(models: Models) -> tuple[list[float], dict[str, np.ndarray]]:
     return _trained(load.resident(models["bf16"], mx.float32))
 
 
@@ -126,8 +130,8 @@ def repeated(models: Models) -> Found:
     return float(sum(not np.array_equal(one[name], two[name]) for name in one)), 0.0
 
 
-def lora_fall(models: Models) -> float:
-    """The fall of the loss by two steps of adapters on the 4-bit model."""
+def lora_steps(models: Models) -> list[float]:
+    """The same of adapters on the 4-bit model."""
     model = load.resident(models["4-bit"], policy.compute_dtype(models["4-bit"]))
     lora.insert(model, lora.Lora(-1, 4, 10.0), 0)
     return _trained(model)[0]
@@ -160,8 +164,8 @@ def peak(models: Models) -> Found:
 # (what, its bound in float32, in half precision); a token that a last bit lets draw otherwise moves the last two.
 BESIDE_CPU: dict[str, tuple[Callable[[Models], Any], float, float]] = {
     **{f"states, {kind}": (partial(states, kind), 2e-4, 0.02) for kind in ("bf16", *MODES)},
-    "training, fall of the loss": (lambda models: _whole(models)[0], 1e-3, 1e-3),  # float32 on all devices
-    "LoRA on 4-bit, fall of the loss": (lora_fall, 1e-3, 0.05),
+    "training steps": (lambda models: _whole(models)[0], 1e-3, 1e-3),  # float32 on all devices
+    "LoRA steps, 4-bit": (lora_steps, 1e-3, 0.05),
     "calibration": (statistics, 2e-4, 0.02), "costs of bits": (costs, 0.3, 0.3),
 }  # fmt: skip
 CHECKS: dict[str, Callable[[Models], Found]] = {
