@@ -33,6 +33,7 @@ from mis_mlx.types import Checkpoint, MisError
 from tests import forks, tiny, trl_model
 from tests.conftest import Done, last_line, losses
 
+PLAIN: dict[str, Any] = {"target_bpw": None, "q_method": "round", "q_iters": 0}
 SMALL = ("--iters", 6, "--save-every", 2, "--batch-size", 2, "--max-seq-length", 96, "--eval-rows", 8)
 SMALL += ("--learning-rate", "3e-3", "--dtype", "float32")
 
@@ -292,7 +293,7 @@ def test_adapters_can_be_left_beside_the_model(small: Any, tmp_path: Path) -> No
 
 def test_lora_on_a_packed_model_fuses_into_a_dense_one(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
     """A 4-bit model can be trained with adapters, and with nothing else."""
-    quantize.run(quantize.Settings(model=str(llama.path), mlx_path=str(tmp_path / "q4")))
+    quantize.run(quantize.Settings(model=str(llama.path), mlx_path=str(tmp_path / "q4"), **PLAIN))
     flags = {"model": str(tmp_path / "q4"), "iters": 2}
     with pytest.raises(MisError, match="quantized and cannot be trained whole: use --fine-tune-type lora"):
         sft.run(settings_of(small, tmp_path / "no", **flags))
@@ -306,7 +307,7 @@ def test_lora_on_a_packed_model_fuses_into_a_dense_one(small: Any, tmp_path: Pat
 def test_packed_weights_in_memory_take_adapters(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Metal, where 4-bit matrices stay packed: a head that is de-quantized, gradients for adapters alone."""
     folder = tiny.make(tmp_path / "model", tie_word_embeddings=tied, num_hidden_layers=1)
-    quantize.run(quantize.Settings(model=str(folder), mlx_path=str(tmp_path / "q4")))
+    quantize.run(quantize.Settings(model=str(folder), mlx_path=str(tmp_path / "q4"), **PLAIN))
     monkeypatch.setenv("MIS_MLX_POLICY", "metal")
     checkpoint = load.open_checkpoint(tmp_path / "q4")
     model = load.resident(checkpoint, mx.float32)

@@ -24,6 +24,7 @@ from mis_mlx.training import local
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Checkpoint, Keep, MisError, Step
 from tests import tiny
+from tests.conftest import mostly_slow
 from tests.model.test_reconstruct import CUTS, mended_model, stream_error, student_of
 from tests.model.test_slice import raw
 
@@ -107,7 +108,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize("cut", ["ffn", "layers", "hidden", "heads", "first layer"])
-@pytest.mark.parametrize("own_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("own_share", mostly_slow([0.0, 0.5, 1.0], 0.5))
 def test_every_step_is_the_one_by_hand(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array], cut: str, own_share: float
 ) -> None:
