@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.disk.files import DISK
-from mis_mlx.model import load, pack, speak
+from mis_mlx.model import load, pack, policy, speak
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
@@ -53,11 +53,11 @@ def test_a_mute_tokenizer_is_a_sentence() -> None:
 
 
 def test_floats_run_in_the_quick_type(tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint) -> None:
-    """A bfloat16 folder and a 4-bit one run in float32 on a CPU; packed weights stay packed."""
-    root = tmp_path_factory.mktemp("speak")
+    """A bfloat16 folder and a 4-bit one run in float32 on a CPU, float16 on Metal; packed weights stay packed."""
+    root, quick = tmp_path_factory.mktemp("speak"), policy.usual_dtype()
     model, _ = speak.open_model(tiny.make(root / "bf16", dtype="BF16"))
-    assert {p.dtype for _, p in tree_flatten(model.parameters())} == {mx.float32}
+    assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick}
     pack.write_quantized(llama, root / "q4", 64, DISK)
     model, tokenizer = speak.open_model(root / "q4")
-    assert {p.dtype for _, p in tree_flatten(model.parameters())} == {mx.float32, mx.uint32}
+    assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick, mx.uint32}
     assert isinstance(speak.continuation(model, tokenizer, "The if statement", 4), str)

@@ -48,6 +48,7 @@ def test_sliding_layers_see_their_window(tmp_path: Path, batches: list[mx.array]
         assert not mx.array_equal(ours, other)
 
 
+@pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("kind", ["llama", "untied", "qwen3"])
 def test_a_quantized_folder_streams(
     tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
