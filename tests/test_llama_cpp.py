@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx import export, quantize
-from mis_mlx.disk import gguf_vocab, mis_texts
+from mis_mlx.disk import gguf_vocab, sources
 from mis_mlx.model import ggml, load, teacher
 from mis_mlx.types import Checkpoint
 from tests import tiny
@@ -173,7 +173,7 @@ def texts() -> list[str]:
 
     code = Path(gguf_vocab.__file__).read_text(encoding="utf-8")
     found = [topics[name][i : i + 300] for name in sorted(topics)[:40] for i in (0, 700)]
-    found += [d[i : i + 200] for d in mis_texts.documents(0, 40) for i in (0, 200)]
+    found += [row["text"][i : i + 200] for row in sources.load("mis").train[:40] for i in (0, 200)]
     found = [t for t in [*found, *(code[i : i + 200] for i in range(0, 6000, 200)), *ODD.split("|")] if t]
     assert len(set(found)) > 200
     return found

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 
 from mis_mlx.disk import questions
-from mis_mlx.disk.mis_texts import some
+from mis_mlx.disk.draws import some
 from mis_mlx.types import MisError
 
 CONTEXT, ENDING, OTHERS = 24, 6, 3  # words, words, wrong endings

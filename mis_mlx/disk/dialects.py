@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from mis_mlx.disk import examples, questions, rows
-from mis_mlx.disk.mis_texts import some
+from mis_mlx.disk.draws import some
 from mis_mlx.disk.questions import Task
 from mis_mlx.types import MisError
 

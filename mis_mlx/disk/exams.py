@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mis_mlx.disk import questions
-from mis_mlx.disk.mis_texts import some
+from mis_mlx.disk.draws import some
 from mis_mlx.disk.questions import Task
 
 NAME, VERSION, NBYTES = "evals", "3.0.1.post1", 46_322_659

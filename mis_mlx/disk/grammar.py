@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from mis_mlx.disk.mis_texts import between, pick, some
+from mis_mlx.disk.draws import between, pick, some
 from mis_mlx.disk.polish import Count
 from mis_mlx.disk.tasks import NAMES, TRIES, Language
 from mis_mlx.types import MisError

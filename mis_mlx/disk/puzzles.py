@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Literal
 
-from mis_mlx.disk.mis_texts import some
+from mis_mlx.disk.draws import some
 
 
 @dataclass(frozen=True)

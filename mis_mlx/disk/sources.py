@@ -2,7 +2,7 @@
 
 Knows no tokenizer. Every row is judged (`rows`) before any is used; the notes say what was dropped.
 Two texts are built in, so that everything runs offline: the English prose of Python's own manual
-(`pydoc_data`, in every CPython) and the Polish Miś texts of `mis_texts`.
+(`pydoc_data`, in every CPython) and the Polish Miś texts, which benchmarks/polish_text made.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mis_mlx.disk import mis_texts
 from mis_mlx.disk.rows import Reading, Row, collect, read
 from mis_mlx.types import MisError
 
 MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
-MIS_DOCUMENTS = {"train": (0, 400), "valid": (1, 25), "test": (2, 75)}  # split: (seed, documents)
+MIS_FOLDER = Path(__file__).parent / MIS
 SPLITS = ("train", "valid", "test")
 
 
@@ -81,11 +80,8 @@ def _without_repeats(topics: Mapping[str, str]) -> list[str]:
 
 
 def _mis() -> Texts:
-    splits = {
-        name: [{"text": text} for text in mis_texts.documents(seed, number)]
-        for name, (seed, number) in MIS_DOCUMENTS.items()
-    }
-    count = ", ".join(f"{MIS_DOCUMENTS[name][1]} {name}" for name in SPLITS)
+    splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
+    count = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
     shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
     return _texts(splits, [f"built-in Polish text: the Miś dataset, {count} documents; {shared}"])
 

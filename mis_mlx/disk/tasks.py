@@ -2,7 +2,7 @@
 
 A problem belongs to training or to evaluation by a hash of what it is made of, numbers and clues without names and
 language: no seed can bring the same one into both. Knows no tokenizer and no reward; the last line of a worked
-answer is what maths/rewards reads. Only `random.Random(str).random()` is drawn from (see mis_texts).
+answer is what maths/rewards reads. Only `random.Random(str).random()` is drawn from (see draws).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mis_mlx.disk import puzzles
-from mis_mlx.disk.mis_texts import between, pick, some
+from mis_mlx.disk.draws import between, pick, some
 from mis_mlx.disk.polish import Count, Time
 from mis_mlx.types import MisError
 

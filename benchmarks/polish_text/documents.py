@@ -1,23 +1,32 @@
-"""The Miś dataset: a seeded generator of Polish texts, all of our own making.
+"""The Miś dataset, which ships as mis_mlx/disk/mis: a seeded generator of Polish texts, all of our own making.
 
 Five kinds take turns: recipes, bus timetables, price lists, regulations and sums told as stories. Their
 arithmetic is right: amounts, times and totals are computed, and a line "Rachunek: ..." shows the working.
-Knows no tokenizer and no split. Only `random.Random(str).random()` is drawn from, whose sequence Python
-guarantees, so a seed means the same documents under every version.
+Knows no tokenizer. Only `mis_mlx.disk.draws` draws, so a seed means the same documents under every version of Python.
 """
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
-from mis_mlx.disk import mis_texts_shop as shop
-from mis_mlx.disk import mis_texts_words as words
-from mis_mlx.disk.mis_texts_stories import STORIES
+from mis_mlx.disk.draws import between, pick, some
+from mis_mlx.disk.files import DISK
 from mis_mlx.disk.polish import Count, Money, Time
 
-T = TypeVar("T")
+from . import shop, words
+from .stories import STORIES
+
+SPLITS = {"train": (0, 400), "valid": (1, 25), "test": (2, 75)}  # split: (seed, documents)
+
+
+def write(folder: Path) -> None:
+    """The folder that ships: train.jsonl, valid.jsonl, test.jsonl, a line {"text"} a document."""
+    for name, (seed, count) in SPLITS.items():
+        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents(seed, count)]
+        DISK.replace_text(folder / f"{name}.jsonl", "".join(lines))
 
 
 def documents(seed: int, count: int) -> list[str]:
@@ -156,19 +165,3 @@ def _person(rng: random.Random) -> dict[str, str]:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def between(rng: random.Random, low: int, high: int, step: int = 1) -> int:
-    """One of low, low + step, ... up to and including high."""
-    return low + step * int(rng.random() * ((high - low) // step + 1))
-
-
-def pick(rng: random.Random, items: Sequence[T]) -> T:
-    """One of the items."""
-    return items[int(rng.random() * len(items))]
-
-
-def some(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
-    """`count` different items in drawn order."""
-    left = list(items)
-    return [left.pop(int(rng.random() * len(left))) for _ in range(count)]

@@ -1,6 +1,6 @@
 """Stories of the Miś dataset: fifteen sums told as stories, each with its working and its answer.
 
-Knows no chance: `mis_texts` draws the values within the ranges given here, which keep every result whole and
+Knows no chance: `documents` draws the values within the ranges given here, which keep every result whole and
 positive. In a working, "·" is times and ":" is divided by, as in Polish schools.
 """
 

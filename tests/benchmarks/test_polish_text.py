@@ -6,11 +6,13 @@ import hashlib
 import re
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from mis_mlx.disk.mis_texts import documents
-from mis_mlx.disk.mis_texts_stories import STORIES
+from benchmarks.polish_text.documents import SPLITS, documents, write
+from benchmarks.polish_text.stories import STORIES
+from mis_mlx.disk import sources
 from mis_mlx.disk.polish import FORMS, Count
 
 NUMBER = r"\d+(?:,\d\d)?"
@@ -48,6 +50,18 @@ def test_a_seed_means_the_same_documents_for_ever() -> None:
     assert (
         hashlib.sha256(first.encode()).hexdigest() == "64c9c60a4ad72b11984e26a10692ade8372c855142aef15307250e134e9d1b13"
     )
+
+
+def test_the_files_that_ship_are_what_it_writes(tmp_path: Path) -> None:
+    """To the byte, and read back they are its documents; nothing else lies in the folder."""
+    write(tmp_path)
+    names = {f"{name}.jsonl" for name in SPLITS}
+    assert {path.name for path in sources.MIS_FOLDER.iterdir()} == {path.name for path in tmp_path.iterdir()} == names
+    for name in names:
+        assert (sources.MIS_FOLDER / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    texts = sources.load(sources.MIS)
+    for name, (seed, count) in SPLITS.items():
+        assert [row["text"] for row in getattr(texts, name)] == documents(seed, count)
 
 
 def test_a_document_depends_on_its_place_alone() -> None:

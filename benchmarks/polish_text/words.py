@@ -1,7 +1,7 @@
 """Words of the Miś dataset: tables of our own Polish sentences.
 
-Knows no chance: `mis_texts` draws the values and puts the documents together. {n:owca} is a number with its
-noun ("5 owiec"), {n:!owca} the noun alone (`polish`); the placeholders are those of `mis_texts._say`.
+Knows no chance: `documents` draws the values and puts the documents together. {n:owca} is a number with its
+noun ("5 owiec"), {n:!owca} the noun alone (`polish`); the placeholders are those of `documents._say`.
 Place names are real, prices and timetables are made up.
 """
 
