@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
+from mis_mlx.page import text as words
 from mis_mlx.training import speeds
 from mis_mlx.types import MisError, Row
 
@@ -72,7 +73,7 @@ def throughput(found: Found) -> str:
     given = found["given"]
     sizes = f"prompts of {given['prompt_tokens']} tokens, {given['generation_tokens']} generated, "
     sizes += f"{given['num_trials']} trials ({given['four_bit_trials']} in 4 bits) in turn, ± one standard deviation"
-    lines = [cli.table(rows, names, [m for m in speeds.METRICS if m[0] in SHOWN]), "", where(found, sizes), ""]
+    lines = [words.table(rows, names, [m for m in speeds.METRICS if m[0] in SHOWN]), "", where(found, sizes), ""]
     if found["student"]:
         lines += [f"The student: {found['student']}.", ""]
     lines += goals(found["verdict"]) + bounds

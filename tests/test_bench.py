@@ -203,11 +203,18 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
 
 
 @pytest.mark.parametrize(
-    "flags", [{"prompt_tokens": 0}, {"generation_tokens": 1}, {"num_trials": 0}, {"delay": -1.0}, {"depth": -1}]
+    ("flags", "said"),
+    [
+        ({"prompt_tokens": 0}, "--prompt-tokens is 0: give 1 or more"),
+        ({"generation_tokens": 1}, "--generation-tokens is 1: give 2 or more"),
+        ({"num_trials": 0}, "--num-trials is 0: give 1 or more"),
+        ({"delay": -1.0}, "--delay is -1: give 0 or more"),
+        ({"depth": -1}, "--depth is -1: give 0 or more"),
+    ],
 )
-def test_nothing_to_time_is_a_sentence(llama: Checkpoint, flags: dict[str, Any]) -> None:
-    """All numbers are said."""
-    with pytest.raises(MisError, match="cannot be timed"):
+def test_nothing_to_time_is_a_sentence(llama: Checkpoint, flags: dict[str, Any], said: str) -> None:
+    """The flag, its number and what it takes."""
+    with pytest.raises(MisError, match=said):
         bench.run(settings(llama.path, **flags))
 
 

@@ -153,7 +153,8 @@ def test_few_tokens_in_memory_take_more_passes(small: Any, tmp_path: Path, llama
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"), [({"beta": 0.0}, "--beta 0 "), ({"dpop_lambda": -1.0}, "--dpop-lambda -1: give above 0")]
+    ("changes", "why"),
+    [({"beta": 0.0}, "--beta is 0: give more than 0"), ({"dpop_lambda": -1.0}, "--dpop-lambda is -1: give ")],
 )
 def test_refusals_are_sentences(changes: dict[str, Any], why: str, small: Any, tmp_path: Path) -> None:
     """Numbers that make no loss."""

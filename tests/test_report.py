@@ -229,7 +229,7 @@ def test_what_is_no_run_is_a_sentence(tmp_path: Path, command: Callable[..., Don
     """An empty folder, no runs at all, no time between looks, no matplotlib."""
     assert "holds nothing of a run" in sentence(command("report", tmp_path))
     assert "There is no run under runs/" in sentence(command("report", cwd=tmp_path))
-    with pytest.raises(MisError, match="no time between two looks"):
+    with pytest.raises(MisError, match="--every-s is 0: give 1 or more"):
         report.run(report.Settings((str(tmp_path),), every_s=0))
 
 

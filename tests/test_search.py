@@ -386,7 +386,7 @@ def test_a_mutation_stays_in_the_field_and_goes_along_an_axis() -> None:
         (dict(decode="quick"), "--decode 'quick' is not understood"),
         (dict(decode="1000x"), "the smallest shape this teacher can be cut to has"),
         (dict(params="0.667x", memory="1MiB"), "--params 0.667x and --memory 1MiB are two aims: give one"),
-        (dict(tolerance=-0.1), "--tolerance -0.1 is a share of the teacher"),
+        (dict(tolerance=-0.1), "--tolerance is -0.1: give a number from 0 to 0.49"),
         (dict(finalists=0), "--finalists is 0: give 1 or more"),
         (dict(eval_windows=1), "--eval-windows is 1: give 2 or more"),
         (dict(params="0.667x", tolerance=0.15, budget="10MB"), "the budget is 10 MiB: give --budget"),
