@@ -10,10 +10,13 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx.types import MisError
+
 Mode = Literal["affine", "mxfp4", "nvfp4"]
 # As stored: integers (out, in * bits / 32) uint32, scales and biases (out, in / group) float16; without biases and
 # with 8-bit scales in the other modes.
 Packed = tuple[mx.array, ...]
+BEYOND = "a matrix has weights beyond 65,504, where float16 scales end: leave the model unquantized"
 DAMPING = 0.01  # of the gram matrix's mean diagonal, added to it: the paper's
 
 
@@ -47,6 +50,8 @@ def compensated(weight: np.ndarray, gram: np.ndarray, group: int, bits: int) -> 
     groups are MLX's: scale and bias of a group are what MLX gives to its weights as compensated until then. Where
     inputs do not correlate, the result is `nearest`'s, bit for bit.
     """
+    if np.abs(weight).max() > 65504:
+        raise MisError(BEYOND)
     u = inverse_factor(gram)
     w = np.array(weight.T, np.float64, order="C")  # (in, out): a column of the matrix lies in one piece
     chosen = np.empty(w.shape, np.uint32)
@@ -55,8 +60,7 @@ def compensated(weight: np.ndarray, gram: np.ndarray, group: int, bits: int) -> 
         end = start + group
         grids.append(mx.quantize(mx.array(w[start:end].T.astype(np.float32)), group_size=group, bits=bits)[1:])
         scale, bias = (np.array(a)[:, 0] for a in grids[-1])  # integers are found with these
-        with np.errstate(over="ignore"):  # who writes them down looks for infinity
-            kept, shift = (a.astype(np.float16).astype(np.float64) for a in (scale, bias))  # and mean this, as stored
+        kept, shift = (a.astype(np.float16).astype(np.float64) for a in (scale, bias))  # and mean this, as stored
         error = np.empty((group, w.shape[1]))
         for j in range(start, end):
             q = np.clip(np.rint((w[j].astype(np.float32) - bias) / scale), 0, 2**bits - 1)

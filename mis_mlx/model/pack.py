@@ -134,7 +134,7 @@ def write_quantized(
             parts = block.pop(path, None) or plan[path].nearest(_finite(checkpoint, name))
             for part, array in zip((name, f"{path}.scales", f"{path}.biases"), parts, strict=False):
                 if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-                    raise MisError(f"{name}: weights pass 65,504, where float16 scales end: leave it unquantized")
+                    raise MisError(f"{checkpoint.path}: {name}: {rounding.BEYOND}")
                 writer.add(part, array)
             mx.clear_cache()
         writer.close()
