@@ -25,7 +25,7 @@ from mis_mlx.maths.stats import summary
 from mis_mlx.model import arch, compare, load, policy, teacher, timing
 from mis_mlx.model.policy import Computing
 from mis_mlx.model.timing import Request, Subject, Trial
-from mis_mlx.page import text
+from mis_mlx.page import progress, text
 from mis_mlx.training import roofline, speeds, trials
 from mis_mlx.training.weather import Weather, WeatherFlags
 from mis_mlx.types import MOST, Checkpoint, Count, MisError, Reading, Row, Seconds, Seed, Within
@@ -155,7 +155,7 @@ class Bench:
             self.openers(), self.together, self.s.num_trials, self.r, self.s.seed, self.s.delay, meter, peaks=True
         )
         try:
-            with cli.progress("trials", total) as show:
+            with progress.bar("trials", total) as show:
                 for at, (subject, done) in enumerate(every, 1):
                     self.done.setdefault(subject.name, []).append(done)
                     self.loaded[subject.name] = {"load_s": subject.load_s, "read_bytes": subject.read_bytes}

@@ -14,19 +14,19 @@ import resource
 import select
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
 from mis_mlx import __version__
 from mis_mlx.types import GIB, MisError, Within
 
+T = TypeVar("T")
 ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
 BLAS = Path(__file__).parent / "machine" / "blas.py"  # a program of its own
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
@@ -34,6 +34,9 @@ RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set by mlx.launch and mpirun, of
 OPEN_FILES = 4096  # macOS allows 256 at first, which a model in many files is beyond
 DEVICE = re.compile(r"\[METAL\]|\[metal::|\[malloc|kIOGPU")  # how errors of MLX begin that are the device's
 MEMORY_GONE = re.compile(r"\[malloc|\[metal::malloc\]|Insufficient Memory|OutOfMemory")
+BARS = list[Callable[[str, int], AbstractContextManager[Callable[[int], None]]]]()  # (label, total), on display now
+# Flags that --help names first, in this order: what a command works on, and what it may take.
+FIRST = ("model", "models", "teacher", "students", "data", "budget", "out", "mlx_path")
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": GIB}
 
 
@@ -107,6 +110,10 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     default: Any = tyro.MISSING_NONPROP
     if is_dataclass(config_type) and isinstance(config_type, type):
         args = [part for a in args for part in (a.split("=", 1) if a.startswith(("--config=", "-c=")) else [a])]
+        known = config_type.__dataclass_fields__  # --help, like config.yaml, has them in this order
+        config_type.__dataclass_fields__ = {
+            name: known[name] for name in dict.fromkeys([*FIRST, *known]) if name in known
+        }
         file = next((b for a, b in itertools.pairwise(args) if a in ("-c", "--config")), None)
         given = read_yaml(file, config_type) if file else {}
         if all(
@@ -237,36 +244,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """`update(done, text)`: a bar with time left on a terminal, at most one line every 10 s elsewhere."""
-    if rank() or not sys.stderr.isatty():
-        shown = [time.monotonic()]
-
-        def plain(done: int, text: str = "") -> None:
-            if done >= total or time.monotonic() - shown[0] >= 10:
-                shown[0] = time.monotonic()
-                say(f"{label} {done}/{total} {text}".rstrip())
-
-        yield plain
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total, text="")
-
-        def update(done: int, text: str = "") -> None:
-            bar.update(task, completed=done, text=text)
-
-        yield update
+def counted(label: str, items: Iterable[T], total: int) -> Iterator[T]:
+    """The items, one after the other; how many are done is on display, where there is one (page/progress)."""
+    with BARS[-1](label, total) if BARS else nullcontext(lambda done: None) as show:
+        for done, item in enumerate(items):
+            show(done)
+            yield item
 
 
 @contextmanager

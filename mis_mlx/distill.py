@@ -17,6 +17,7 @@ from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory
 from mis_mlx.model import arch, compare, load, policy, ranks, relay, reporting, slice, speak, teacher, windows
 from mis_mlx.model.policy import Computing
+from mis_mlx.page import progress
 from mis_mlx.training import course, dwq, hosts, outcome, phases, planning, pruning
 from mis_mlx.training.course import Course
 from mis_mlx.training.job import job_of
@@ -182,7 +183,8 @@ def _plan(
     return hosts.agreed(made)
 
 
-def _all_stages(s: Settings, c: Course, data: windows.Data) -> dict[str, Any]:
+def _all_stages(s: Settings, c: Course, data: windows.Data) -> tuple[str, dict[str, Any]]:
+    """(the table, the result); nothing on machines beside the first one."""
     began, folder = time.monotonic(), c.folder
     models = {"teacher": c.teacher, "pruned": _prune(s, c, data)}
     distilled = _distil(s, c, models["pruned"])
@@ -196,9 +198,8 @@ def _all_stages(s: Settings, c: Course, data: windows.Data) -> dict[str, Any]:
         with c.phase("measure"):
             sizes, quality = _measure(s, c, data, models)
     if not ranks.first():  # what is left to do, the first one does
-        return {}
+        return "", {}
     table = outcome.page(models, sizes, quality, s.max_seq_length)
-    print(table)
     c.files.replace_text(folder / "table.md", table + "\n")
     result = {
         **outcome.result(folder, models, sizes, quality),
@@ -209,7 +210,7 @@ def _all_stages(s: Settings, c: Course, data: windows.Data) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
     }
     c.files.replace_text(folder / runs.RESULT, json.dumps(result, indent=2))
-    return result
+    return table, result
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -233,6 +234,8 @@ def run(settings: Settings) -> dict[str, Any]:
     budget = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     made = _plan(s, checkpoint, small, budget, folder)
     cli.say(plan.table(made))
+    if not s.dry_run and made.fits and folder is None:
+        cli.say(progress.promise(made.seconds))
     if s.dry_run and (said := battery(s)):  # a run says it when it begins
         cli.say(said)
     if s.dry_run:
@@ -248,15 +251,26 @@ def run(settings: Settings) -> dict[str, Any]:
         }
     if not made.fits:
         raise MisError(phases.remedy(made))
+    with progress.run("distill", made.planned):
+        table, result = _begin(s, folder, found.path, checkpoint, made, budget)
+    if table:
+        print(table)
+    return result
+
+
+def _begin(
+    s: Settings, folder: Path | None, teacher: Path, checkpoint: Checkpoint, made: phases.Plan, budget: Budget
+) -> tuple[str, dict[str, Any]]:
+    """Read the data, enter the run folder, go through all stages."""
     shares = hosts.shares(made) if s.spread == "layers" else ()
-    data = windows.prepare(s.data, found.path, s.max_seq_length)
+    data = windows.prepare(s.data, teacher, s.max_seq_length)
     for note in data.notes:
         cli.say(note)
     files = Files()
     origin = runs.origin(checkpoint, text.fingerprint(data.train))
 
     def new() -> Path:
-        return runs.create(s.out, f"{found.path.name}-{s.scenario}", s.stored, origin, made.way, files)
+        return runs.create(s.out, f"{teacher.name}-{s.scenario}", s.stored, origin, made.way, files)
 
     wired = made.peak_bytes if made.mode == "resident" else 0
     with entered(folder, new, origin, budget, wired, s, files) as (place, weather):

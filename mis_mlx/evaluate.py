@@ -19,7 +19,7 @@ from mis_mlx.machine import memory
 from mis_mlx.model import compare, harness, kld, load, policy, ranks, teacher, windows
 from mis_mlx.model.policy import Computing
 from mis_mlx.model.stream import Stream
-from mis_mlx.page import figures, html, recovery, text
+from mis_mlx.page import figures, html, progress, recovery, text
 from mis_mlx.page.recovery import Outcome
 from mis_mlx.training import examining, hosts, planning, subjects
 from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Tokens, Within, duration, gib
@@ -233,18 +233,21 @@ def run(settings: Settings) -> dict[str, Any]:
         models[name] = load.open_checkpoint(folder)
         compare.same_vocabulary(models["teacher"], models[name])
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
-    result: dict[str, Any] = {"teacher": str(found.path), "students": list(s.students)}
+    with progress.run("evaluate"):
+        return {"teacher": str(found.path), "students": list(s.students), **_compared(s, models, limit)}
+
+
+def _compared(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
     if s.tasks:
-        return result | _examined(s, models, limit)
+        return _examined(s, models, limit)
     if ranks.size() > 1:
         _hashes(models)
     if not s.kld:
         text, said = _held_out(s, models, limit)
         _print(f"\n{text}")
-        return result | said
-    for name, title, chosen, opened in _texts(s, models, limit, s.max_seq_length or 512):
-        result[name] = _kld(models, chosen, title, opened)
-    return result
+        return said
+    texts = _texts(s, models, limit, s.max_seq_length or 512)
+    return {name: _kld(models, chosen, title, opened) for name, title, chosen, opened in texts}
 
 
 if __name__ == "__main__":

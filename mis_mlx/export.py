@@ -18,6 +18,7 @@ from mis_mlx.disk.files import Files
 from mis_mlx.machine import llama_cpp, memory
 from mis_mlx.model import arch, card, ggml, load, policy, slice, teacher, trial
 from mis_mlx.model.config import shape_of
+from mis_mlx.page import progress
 from mis_mlx.training import planning
 from mis_mlx.types import Checkpoint, MisError, gib
 
@@ -109,7 +110,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dic
     said = list(notes)
 
     def fill(folder: Path) -> None:
-        rows = (ggml.rows(checkpoint, part, tally) for part in staged)
+        rows = (ggml.rows(checkpoint, part, tally) for part in cli.counted("tensor", staged, len(staged)))
         gguf_write.write(folder / (STAGED if wanted in K_QUANTS else file), head, specs, rows, files)
         final = parts
         if wanted in K_QUANTS:
@@ -166,7 +167,7 @@ def run(settings: Settings, files: Files | None = None) -> dict[str, Any]:
     wanted = s.out_type or (ggml.out_type(checkpoint) if s.format == "gguf" else "bf16")
     need = need_bytes(checkpoint, s.format, wanted)
     limit.need(need, "the largest tensor on its way", f"give --budget {planning.flag(need)} or more")
-    with memory.limited(limit):
+    with progress.run("export"), memory.limited(limit):
         made = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted, files or Files())
     for note in made["notes"]:
         cli.say(note)

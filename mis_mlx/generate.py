@@ -11,6 +11,7 @@ from mis_mlx.machine import memory
 from mis_mlx.model import compare, decode, load, policy, speak, teacher
 from mis_mlx.model.policy import Computing
 from mis_mlx.model.stream import Stream
+from mis_mlx.page import progress
 from mis_mlx.training import planning
 from mis_mlx.types import Count, Whole, gib
 
@@ -64,7 +65,7 @@ def run(settings: Settings) -> dict[str, Any]:
         return {**sizes, "budget_bytes": limit.limit_bytes, "check_failed": plan.peak_bytes > limit.limit_bytes}
     planning.fit(limit, plan, remedy="give a larger --budget, fewer --max-tokens or --num-draft-tokens")
     began, peak, tokens, passes = time.monotonic(), memory.Peak(), list[int](), 0
-    with memory.limited(limit), cli.progress("generate", s.max_tokens) as show:
+    with memory.limited(limit), progress.bar("generate", s.max_tokens) as show:
         big = Stream(checkpoint, policy.compute_dtype(checkpoint), room, checkpoint.nbytes > limit.limit_bytes)
         guesser = Stream(small, policy.compute_dtype(small), None) if small else None
         text = ""

@@ -12,6 +12,7 @@ from mis_mlx.disk.files import Files
 from mis_mlx.machine import memory
 from mis_mlx.model import compare, load, policy, teacher, windows
 from mis_mlx.model.policy import Computing
+from mis_mlx.page import progress
 from mis_mlx.training import planning, pruning
 from mis_mlx.training.pruning import Cut
 from mis_mlx.training.weather import Weather
@@ -73,7 +74,7 @@ def run(settings: Settings) -> dict[str, Any]:
     )
     planning.fit(limit, planned)
     data = windows.prepare(settings.data, found.path, length)
-    with memory.limited(limit), Weather(settings, None, files) as weather:
+    with progress.run("prune"), memory.limited(limit), Weather(settings, None, files) as weather:
         report = pruning.prune(
             checkpoint,
             windows.calibration(data.train, settings.num_samples, settings.seed),

@@ -20,6 +20,7 @@ from mis_mlx.machine import memory
 from mis_mlx.maths.rounding import Packed
 from mis_mlx.model import compare, formats, gptq, grid, load, pack, policy, slice, teacher, windows
 from mis_mlx.model.policy import Computing
+from mis_mlx.page import progress
 from mis_mlx.training import distillation, dwq, packing, phases, planning
 from mis_mlx.training.job import Job
 from mis_mlx.training.planning import Phase
@@ -90,10 +91,7 @@ def quantize(
         extra[pack.SENSITIVITY] = json.dumps(found).encode()
 
     def blocks(plan: pack.Layout) -> Iterator[Mapping[str, Packed]]:
-        with cli.progress("quantize: block", layers) as update:
-            for i, block in enumerate(gptq.rounded_blocks(checkpoint, batches, plan, hidden(1))):
-                update(i + 1, "")
-                yield block
+        return gptq.rounded_blocks(checkpoint, batches, plan, hidden(1))
 
     return pack.write_quantized(checkpoint, out, plan, files, blocks if how.q_method == "gptq" else None, extra)
 
@@ -144,7 +142,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.looks or s.steps(False):
         data = windows.prepare(s.data, found.path, s.max_seq_length).train
         batches = windows.calibration(data, count, s.seed)
-    with memory.limited(limit):
+    with progress.run("quantize"), memory.limited(limit):
         held = planned[0].held_tokens // s.max_seq_length
         if not s.steps(False):
             done = quantize(found.path, out, s, files, batches, held, s.seed)

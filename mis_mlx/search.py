@@ -18,6 +18,7 @@ from mis_mlx.machine.rates import Rates
 from mis_mlx.model import load, policy, teacher, windows
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.model.policy import Computing
+from mis_mlx.page import progress
 from mis_mlx.training import candidates, contest, phases, planning, standings
 from mis_mlx.training.candidates import Aim, Decoding
 from mis_mlx.training.contest import Contest
@@ -122,7 +123,7 @@ def work_table(found: Sequence[Phase], at: Rates) -> str:
 def rank(s: Settings, c: Contest, shapes: Sequence[Shape], first: Sequence[Shape]) -> list[Shape]:
     """The shapes that were measured, the best first; those whose loss is no number are left out."""
     count, done = min(s.evaluations, len(shapes)), 0
-    with cli.progress("rank", count) as show:
+    with progress.bar("rank", count) as show:
 
         def score(shape: Shape) -> float:
             nonlocal done
@@ -185,12 +186,15 @@ def field_of(s: Settings, config: Mapping[str, Any], aim: Aim) -> tuple[list[Sha
 
 
 def _run(s: Settings, c: Contest, course: Course, aim: Aim, shapes: Sequence[Shape], first: Sequence[Shape]) -> dict:
-    ranked = rank(s, c, shapes, first)
+    with progress.phase("rank"):
+        ranked = rank(s, c, shapes, first)
     if not ranked:
         raise MisError(
             f"none of {min(s.evaluations, len(shapes))} candidates has a loss that is a number: ask for less"
         )
-    records = {shape: judge(s, c, course, shape) for shape in ranked[: s.finalists]}
+    best = ranked[: s.finalists]
+    with progress.phase("finalists"):
+        records = {shape: judge(s, c, course, shape) for shape in cli.counted("finalist", best, len(best))}
     return report(s, c, aim, len(runs.records(c.folder / contest.CANDIDATES)), records)
 
 
@@ -214,22 +218,19 @@ def run(settings: Settings) -> dict[str, Any]:
     shapes, first = field_of(s, checkpoint.config, aim)
     planned, made = contest.work(s, checkpoint, shapes, limit)
     cli.say(f"{work_table(planned, made.rates)}\n{made.rates}")
-    peak = max(p.peak_bytes for p in planned)
+    peak, seconds = max(p.peak_bytes for p in planned), contest.seconds(planned, made.rates)
     result = {"teacher": str(found.path), "aim": aim.flag, "shapes": len(shapes),
               "evaluated": min(s.evaluations, len(shapes)), "peak_bytes": peak,
               "budget_bytes": limit.limit_bytes}  # fmt: skip
     fits = made.fits and peak <= limit.limit_bytes
     if s.dry_run:
         moved = {f"{n}_bytes": sum(getattr(p, f"{n}_bytes") for p in planned) for n in ("read", "written")}
-        return {
-            **result,
-            **moved,
-            "seconds": round(sum(p.seconds(made.rates) for p in planned)),
-            "check_failed": not fits,
-        }
+        return {**result, **moved, "seconds": round(sum(seconds.values())), "check_failed": not fits}
     if not made.fits:
         raise MisError(phases.remedy(made))
     planning.fit(limit, *planned)
+    if folder is None:
+        cli.say(progress.promise(sum(seconds.values())))
     data = windows.prepare(s.data, found.path, s.max_seq_length)
     for note in data.notes:
         cli.say(note)
@@ -242,7 +243,8 @@ def run(settings: Settings) -> dict[str, Any]:
         return runs.create(s.out, name, values, origin, asdict(timed) if timed else {}, files)
 
     wired = made.peak_bytes if made.mode == "resident" else 0
-    with entered(folder, new, origin, limit, wired, s, files) as (place, weather):
+    run_ = entered(folder, new, origin, limit, wired, s, files)
+    with progress.run("search", seconds), run_ as (place, weather):
         course = Course(s, place, checkpoint, data.train, made, files, memory.Peak(), weather)
         repair = course.pick(s.repair_samples, 2)
         c = Contest(place, checkpoint, course.pick(s.num_samples, 1), repair, ranking, judging, s.dtype, files,

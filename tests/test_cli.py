@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import cli, distill, evaluate, quantize
-from mis_mlx.page import text
+from mis_mlx.page import progress, text
 from mis_mlx.types import GIB, MisError, Row, Step
 
 Settings = distill.Settings
@@ -147,6 +148,22 @@ def test_help_names_every_flag(kind: Any, capsys: pytest.CaptureFixture[str]) ->
     assert all("--" + f.name.replace("_", "-") in shown for f in fields(kind))
 
 
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [
+        (Settings, ["teacher", "data", "budget", "out"]),
+        (quantize.Settings, ["model", "teacher", "data", "budget", "mlx_path"]),
+        (evaluate.Settings, ["teacher", "students", "data", "budget", "out"]),
+    ],
+)
+def test_help_begins_with_what_matters(kind: Any, first: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The model, the text and the memory come before the batch size."""
+    with pytest.raises(SystemExit):
+        cli.parse(kind, ["--help"])
+    shown = re.findall(r"(?m)^\W*(--[a-z][a-z0-9-]*)", capsys.readouterr().out)
+    assert shown[: len(first)] == ["--" + name.replace("_", "-") for name in first]
+
+
 def ended(run: Callable[[Any], dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit code of `main` with no flags."""
     monkeypatch.setattr("sys.argv", ["command"])
@@ -199,7 +216,7 @@ def test_table_by_pencil() -> None:
 
 def test_progress_is_quiet_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     """Not a terminal: only the last line, on stderr; what a step says."""
-    with cli.progress("distil", 3) as show:
+    with progress.bar("distil", 3) as show:
         for number in (1, 2, 3):
             show(number, text.step_text(Step(number, 2.5, 1.0, 1e-3, 500, 2.0, 3 * 2**20, "clipped 9.0 to 4.0")))
     shown = capsys.readouterr()

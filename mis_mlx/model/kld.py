@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx import cli
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths import losses
 from mis_mlx.model import compare, load, ranks, stream
@@ -59,7 +60,7 @@ def against(
     """
     held_out = compare.own(held_out)
     mine, found = compare.final_hidden(base, held_out, opened), {}
-    for name, other in others.items():
+    for name, other in cli.counted("model", others.items(), len(others)):
         theirs = compare.final_hidden(other, held_out, opened)
         each = ranks.gather(positions((base, mine), (other, theirs), held_out).tolist())
         found[name] = figures(*np.concatenate([np.array(part) for part in each], axis=1))
@@ -76,7 +77,7 @@ def positions(
     heads = [compare.alone(model).head() for model, _ in (base, other)]
     vocab = min(shape_of(model.config).vocab for model, _ in (base, other))
     rows, found = losses.chunk_rows(vocab) // 2, [np.zeros((4, 0))]
-    for w, tokens in enumerate(held_out.tokens):
+    for w, tokens in cli.counted("window", enumerate(held_out.tokens), len(held_out.tokens)):
         counted = np.flatnonzero(held_out.learn[w])
         for start in range(0, len(counted), rows):
             at = mx.array(counted[start : start + rows])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mis_mlx import cli
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import safetensors
 from mis_mlx.disk.files import Files
@@ -124,7 +125,8 @@ def write_quantized(
     def fill(folder: Path) -> None:
         writer = Writer(folder, specs, files)
         coming, block = rounded(plan) if rounded else None, dict[str, rounding.Packed]()
-        for name in arch.tensors_of(checkpoint.config):
+        names = arch.tensors_of(checkpoint.config)
+        for name in cli.counted("tensor", names, len(names)):
             path = name.removesuffix(".weight")
             if path not in plan:
                 writer.add(name, _finite(checkpoint, name))

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx import cli
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk.files import Files
 from mis_mlx.disk.safetensors import Spec, Writer, spec_bytes
@@ -146,7 +147,7 @@ def write_model(
 
     def fill(folder: Path) -> None:
         writer = Writer(folder, specs, files, shards=_by_block(specs) if file_per_block else None)
-        for name in specs:
+        for name in cli.counted("tensor", specs, len(specs)):
             writer.add(name, take(name).astype(policy.DTYPES[dtype]))
             mx.clear_cache()
         writer.close()

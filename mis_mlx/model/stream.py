@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mis_mlx import cli
 from mis_mlx.disk.gate import DTYPES
 from mis_mlx.disk.reader import PAGE, Layout, Reader, layout, pages
 from mis_mlx.model import arch, load, policy
@@ -149,7 +150,7 @@ class Stream:
         todo = deque(i for i in order if i not in self._kept)
         coming = self._begin(todo.popleft()) if todo else None
         try:
-            for i in order:
+            for i in cli.counted("block", order, len(order)):
                 self._at = i
                 if i in self._kept:
                     yield i, self._kept[i]

@@ -27,6 +27,7 @@ from mis_mlx.machine import memory
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import load, lora, policy, ranks, slice, stream
 from mis_mlx.model.card import name_of
+from mis_mlx.page import progress
 from mis_mlx.training import loop
 from mis_mlx.training.alignment_plan import Alignment, Plan
 from mis_mlx.training.checkpoints import Checkpoints
@@ -177,6 +178,8 @@ def running(
 ) -> Iterator[Run]:
     """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint"."""
     made.check()
+    if folder is None:
+        cli.say(progress.promise(made.seconds))
     files, origin = Files(), runs.origin(checkpoint, card["fingerprint"])
 
     def new() -> Path:
@@ -184,7 +187,10 @@ def running(
         way = {"mode": "resident", "micro": made.micro_batch}
         return runs.create(s.out, f"{name_of(checkpoint.path)}-{name}", stored, origin, way, files)
 
-    with entered(folder, new, origin, made.budget, made.peak_bytes, s, files) as (place, weather):
+    with (
+        progress.run(name, {name: made.seconds}),
+        entered(folder, new, origin, made.budget, made.peak_bytes, s, files) as (place, weather),
+    ):
         if not (place / runs.DATA).exists():
             files.replace_text(place / runs.DATA, json.dumps(dict(card), indent=2, ensure_ascii=False))
         model = load.resident(checkpoint, policy.compute_dtype(checkpoint) if s.lora else mx.float32)

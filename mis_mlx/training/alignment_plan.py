@@ -145,6 +145,11 @@ class Plan:
         """Of the largest phase, with the process's own share."""
         return max(p.peak_bytes for p in self.phases) + memory.process_bytes(self.budget.limit_bytes)
 
+    @property
+    def seconds(self) -> float:
+        """Of all phases."""
+        return sum(p.seconds(self.rates) for p in self.phases)
+
     def check(self) -> None:
         """MisError with both numbers where it does not fit."""
         worst = max(self.phases, key=lambda p: p.peak_bytes)
@@ -169,7 +174,7 @@ class Plan:
             "budget_bytes": self.budget.limit_bytes,
             "read_bytes": sum(p.read_bytes for p in self.phases),
             "written_bytes": sum(p.written_bytes for p in self.phases),
-            "seconds": round(sum(p.seconds(self.rates) for p in self.phases)),
+            "seconds": round(self.seconds),
             "check_failed": self.peak_bytes > self.budget.limit_bytes,
         }
 

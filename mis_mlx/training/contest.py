@@ -26,6 +26,7 @@ from mis_mlx.disk.files import Files, reported
 from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.machine import memory
+from mis_mlx.machine.rates import Rates
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.model import arch, calibrate, compare, load, policy, reconstruct, rotate, slice, speak
 from mis_mlx.model.config import Shape
@@ -249,3 +250,10 @@ def work(asked: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Bud
     found += [times(p, finals, f"{p.name}, {finals} finalists", p.written_bytes) for p in each]
     judged = planning.compared([t, m, m], asked.eval_windows, length)
     return [*found, times(judged, finals, "judge them", 2 * m.nbytes)], made
+
+
+def seconds(found: Sequence[Phase], at: Rates) -> dict[str, float]:
+    """Of `work`, by what a search does: rank, then train and judge finalists."""
+    count = next(n for n, phase in enumerate(found) if "finalists" in phase.name)
+    parts = {"rank": found[:count], "finalists": found[count:]}
+    return {name: sum(p.seconds(at) for p in part) for name, part in parts.items()}

@@ -24,6 +24,7 @@ from mis_mlx.machine import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import load, parts, ranks, reconstruct, slice, stream, windows
+from mis_mlx.page import progress
 from mis_mlx.training import distillation, local, loop, sharded, targets
 from mis_mlx.training.checkpoints import Checkpoints
 from mis_mlx.training.phases import Plan, steps_per_shard
@@ -66,7 +67,8 @@ class Course:
         self.peak.note(mx.get_peak_memory())
         mx.reset_peak_memory()
         try:
-            yield
+            with progress.phase(name):
+                yield
         finally:
             took = {"seconds": round(loop.CLOCK.monotonic() - began, 3), "peak_bytes": mx.get_peak_memory()}
             self.files.append(self.folder / runs.PHASES, json.dumps({**self.weather.now(), "phase": name, **took}))
@@ -95,7 +97,7 @@ def source_of(c: Course) -> distillation.Source:
     at = targets.visited(len(c.data.tokens), replace(c.recipe, iters=steps))
     data = text.Windows(c.data.tokens[at], c.data.learn[at])
     cli.say(f"logit store: {len(at)} windows")
-    with c.phase("logit store"), cli.progress("targets", len(at)) as show:
+    with c.phase("logit store"), progress.bar("targets", len(at)) as show:
         store = targets.write(c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files,
                               count=c.recipe.samples, seed=c.recipe.seed, show=show,
                               windows_per_pass=max(1, c.plan.held_windows("logit store") // max(1, len(c.shares))),

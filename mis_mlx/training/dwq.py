@@ -11,11 +11,10 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from mis_mlx import cli
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import grid, load, ranks
-from mis_mlx.page import text
+from mis_mlx.page import progress, text
 from mis_mlx.training import distillation, loop
 from mis_mlx.training.course import Course, Run
 from mis_mlx.training.recipe import Distillation
@@ -38,7 +37,7 @@ def learned(rounded: Checkpoint, source: distillation.Source, data: Windows, rec
     """The packed model in memory after its steps, in one go."""
     model = grid.resident(rounded)
     model.train()
-    with cli.progress("tune", recipe.iters) as show:
+    with progress.bar("tune", recipe.iters) as show:
         for step in distillation.steps(model, source, data, recipe, _adam()):
             show(step.number, text.step_text(step))
     return model

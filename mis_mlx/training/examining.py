@@ -24,6 +24,7 @@ from mis_mlx.disk.questions import Task
 from mis_mlx.machine import memory
 from mis_mlx.model import decode, harness, likelihoods, load, policy, ranks, sample, speak
 from mis_mlx.model.stream import Stream, into_memory
+from mis_mlx.page import progress
 from mis_mlx.training import hosts, planning, scoring
 from mis_mlx.types import Budget, Checkpoint, MisError
 
@@ -37,7 +38,7 @@ def sha256(checkpoint: Checkpoint) -> str:
     """Of config, tokenizer and weights, the type they compute in, and `VERSION`, in hex."""
     files = {t.file for t in checkpoint.tensors.values()} | {checkpoint.path / "config.json"}
     files |= {p for p in checkpoint.path.glob("tokenizer*") if p.is_file()} | set(checkpoint.path.glob("*.jinja"))
-    known = sorted((f.name, hub.sha256(f)) for f in files)
+    known = sorted((f.name, hub.sha256(f)) for f in cli.counted("hash: file", files, len(files)))
     return hashlib.sha256(json.dumps([VERSION, str(policy.compute_dtype(checkpoint)), known]).encode()).hexdigest()
 
 
@@ -85,7 +86,7 @@ def marks(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget, 
         DISK.make_folder(path.parent)
     choices = task.kind == "choice"
     ask = _choices(checkpoint, task, left, limit, layers) if choices else _texts(checkpoint, task, left, limit)
-    with cli.progress(f"{checkpoint.path.name} {task.name}", len(task.questions)) as show:
+    with progress.bar(f"{checkpoint.path.name} {task.name}", len(task.questions)) as show:
         for row in ask if left else ():
             found[row["n"]] = row
             if ranks.first():

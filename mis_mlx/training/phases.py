@@ -202,7 +202,12 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Of all phases, the machine cool."""
-        return sum(p.seconds(self.rates) for p in self.phases)
+        return sum(self.planned.values())
+
+    @property
+    def planned(self) -> dict[str, float]:
+        """Seconds by phase, in their order."""
+        return {p.name: p.seconds(self.rates) for p in self.phases}
 
     @property
     def pinned(self) -> int:

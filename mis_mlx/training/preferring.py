@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx import cli
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk.examples import Sequenced
 from mis_mlx.disk.files import Files
@@ -149,7 +150,8 @@ def measure(
     """
     by_length, sums = sorted(range(len(pairs)), key=lambda i: longest(pairs[i])), dict[str, float]()
     loss: Callable[..., Any] = partial(objective.loss, student, frozen_head=True)
-    for start in range(0, len(pairs), batch_size):
+    starts = range(0, len(pairs), batch_size)
+    for start in cli.counted("held out: batch", starts, len(starts)):
         at = by_length[start : start + batch_size]
         total, _, more = loss(*rectangle([pairs[i] for i in at]), mx.array(logps[at].T.reshape(-1)))
         for name, value in {"loss": total, **more}.items():

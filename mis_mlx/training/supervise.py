@@ -21,7 +21,7 @@ from mis_mlx.machine import memory
 from mis_mlx.machine.memory import Peak
 from mis_mlx.maths.optimizer import Diverged, GoralW
 from mis_mlx.model import ranks
-from mis_mlx.page import text
+from mis_mlx.page import progress, text
 from mis_mlx.training.weather import Weather, WeatherFlags, battery
 from mis_mlx.types import Budget, MisError, Step
 
@@ -108,7 +108,7 @@ def supervise(
     """
     losses = deque[float](maxlen=text.SPARK_STEPS)
     unsaved = 0  # the number of a step that no checkpoint holds
-    with cli.stop_asked() as asked, cli.progress(label, iters) as show:
+    with cli.stop_asked() as asked, progress.bar(label, iters) as show:
         try:
             for step in steps:
                 peak.note(step.peak_bytes)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mis_mlx import cli
 from mis_mlx.disk.examples import Sequenced
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.model import load, ranks, sharing
@@ -65,7 +66,8 @@ class Lesson:
         """{"loss": cross-entropy of what is to be learned, in nats per token} over all windows."""
         total, count = 0.0, 0.0
         by_length = sorted(range(len(self.windows)), key=lambda i: self.lengths[i])
-        for start in range(0, len(by_length), batch_size):
+        starts = range(0, len(by_length), batch_size)
+        for start in cli.counted("held out: batch", starts, len(starts)):
             tokens, learn, rows = batches.rectangle([self.windows[i] for i in by_length[start : start + batch_size]])
             hidden = self.hidden(student, tokens, rows)
             logps = token_logps(hidden, load.head_weight(student), labels(tokens))

@@ -1,0 +1,152 @@
+"""Something moves in every phase: lines in a log, a bar on a terminal, and time left that learns from what was."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mis_mlx import cli
+from mis_mlx.disk import runs
+from mis_mlx.page import progress
+from mis_mlx.page.progress import Display
+from tests import forks
+from tests.conftest import Done
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_time_left_by_pencil() -> None:
+    """A loop that is all of its phase by its rate; later phases as planned, times measured over planned."""
+    clock = Clock()
+    display = Display({"prune": 10.0, "distil": 100.0, "measure": 50.0}, clock)
+    with display.level("distill"):
+        with display.level("prune"), display.level("block", 4) as show:
+            show(0)
+            clock.now_s += 2
+            show(1)
+            assert display.left() == (8.0, 158.0)  # the plan says 10 - 2, the rate 6: the plan; then 100 + 50
+            clock.now_s += 10
+            show(2)
+            assert display.left() == (12.0, 162.0)  # overdue by the plan: the rate, 12 s for 2 of 4
+        display.took["prune"] = 20.0
+        with display.level("distil"), display.level("distil", 60, whole=True) as show:
+            assert display.left() == (200.0, 300.0)  # all twice as long as planned
+            clock.now_s += 3
+            show(11)  # the first step here: ten were done before
+            assert display.left() == (3.0 * 49, 3.0 * 49 + 100.0)
+            assert display.line().startswith("distil 11/60  2.5 min left (run: 4.1 min)  0.3/s  ")
+
+
+def test_what_is_named() -> None:
+    """A loop inside of one that speaks is named once that one is still; one of the same name as its phase is it."""
+    clock = Clock()
+    display = Display({"distil": 100.0}, clock)
+    with display.level("run"), display.level("distil"), display.level("distil", 60, whole=True) as show:
+        show(1, "loss 2.5")
+        with display.level("block", 30) as inner:
+            inner(3)
+            assert display.line().startswith("distil 1/60  ") and display.line().endswith("  loss 2.5")
+            assert "block" not in display.line()
+            clock.now_s += progress.STILL_S
+            assert display.line().startswith("distil 1/60, block 3/30  ")
+
+
+def test_loops_that_end_in_another_order() -> None:
+    """Two models march side by side: the first to end is not the last that began."""
+    display = Display()
+    with display.level("run"):
+        outer, inner = (display.level(name, 3) for name in ("student", "teacher"))
+        outer.__enter__()
+        inner.__enter__()
+        outer.__exit__(None, None, None)
+        inner.__exit__(None, None, None)
+        assert [level.label for level in display.levels] == ["run"]
+
+
+def test_a_log_hears_of_a_phase_in_which_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line comes by itself after every interval; loops in model/ are on it, and nothing is left behind."""
+    said, twice = list[str](), threading.Event()
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) == 2:
+            twice.set()
+
+    monkeypatch.setattr(cli, "say", say)
+    monkeypatch.setattr(progress, "EVERY_S", 0.05)
+    assert progress.EVERY_S < 10 and list(cli.counted("block", [7, 8], 2)) == [7, 8] and not said
+    with progress.run("prune"):
+        for _ in cli.counted("block", range(1), 1):
+            assert twice.wait(60)
+    assert all(line.startswith("prune, block 0/1  ") for line in said)
+    assert not progress.SHOWN and not cli.BARS
+    assert all("beat" not in thread.name for thread in threading.enumerate())
+
+
+def test_at_most_every_ten_seconds() -> None:
+    """What a log is told, between two lines."""
+    assert 10 <= progress.EVERY_S <= 15
+
+
+def test_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long, and the time of day; with the weekday where that is another day."""
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(time, "localtime", time.gmtime)
+    assert progress.promise(894.0) == "about 14.9 min, done at 00:14"
+    assert progress.promise(90000.0) == "about 25.0 h, done at Friday 01:00"
+
+
+def test_every_phase_of_a_run_is_told(finished: tuple[Path, Done]) -> None:
+    """In a log: when it will be done, right after the plan; then each phase with what it took, beside the plan."""
+    out, done = finished
+    lines = done.stderr.splitlines()
+    plan = next(n for n, line in enumerate(lines) if line.startswith("Peak "))
+    assert lines[plan + 1].startswith("about ") and ", done at " in lines[plan + 1]
+    names = [r["phase"] for r in runs.records(out / runs.PHASES) if "phase" in r]
+    assert names == ["prune", "repair", "distil", "quantize", "tune", "measure"]
+    for name in names:
+        (line,) = [x for x in lines if x.startswith(name) and " planned" in x]
+        assert ("; the run: about " in line) == (name != "measure")
+    assert json.loads(done.stdout.splitlines()[-1])["run"] == str(out)
+
+
+def test_a_terminal_has_a_bar(tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str]) -> None:
+    """Every phase on one line that is drawn over and over, and what goes to stdout is in the file that it is."""
+    line = [sys.executable, "-m", "mis_mlx.distill", *flags, "--out", tmp_path / "run"]
+    ours, theirs = pty.openpty()
+    with (tmp_path / "stdout").open("wb") as out:
+        process = subprocess.Popen([*map(str, line)], stderr=theirs, stdout=out,
+                                   env={**own_home, "PYTHONPATH": str(forks.ROOT), "TERM": "xterm"})  # fmt: skip
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        seen += part
+    assert process.wait() == 0, seen.decode()
+    os.close(ours)
+    drawn = seen.decode()
+    for name in ("prune, ", "repair, block", "distil 1", "quantize, ", "tune 1", "measure, "):
+        assert any(name in one and "left (run: " in one for one in drawn.split("\x1b[2K")), name
+    assert "━" in drawn
+    assert json.loads((tmp_path / "stdout").read_text().splitlines()[-1])["run"] == str(tmp_path / "run")
