@@ -1,7 +1,7 @@
 """Every command end to end on a tiny model under Metal's policy: its numbers are near those of float32.
 
 The model's weights are random, so that losses near each other say the same arithmetic was done. Bounds are for
-float16 (11 bits) against float32, on losses of some 6.3 nats; each was seen to hold with a factor of three to spare.
+float16 (11 bits) against float32, on losses of some 6.3 nats: three to ten times what was seen, more where Adam's first steps are taken.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class Way:
 
 WAYS = {
     "dense": Way("bfloat16", {}),
-    "4-bit teacher": Way("affine", {}),
-    "mxfp4 teacher": Way("mxfp4", {"quantize": 0}),
+    "4-bit teacher": Way("affine", {}, near=0.01),  # packed kernels round after each product
+    "mxfp4 teacher": Way("mxfp4", {"quantize": 0}, near=0.01),
     "to mxfp4": Way("bfloat16", {"q_mode": "mxfp4", "q_iters": None}),
     "cached": Way("bfloat16", {"targets": "cached", "quantize": 0}, near=0.02),  # other tokens are sampled here, there
     "sharded": Way("bfloat16", {"train": "sharded", "quantize": 0}),
@@ -291,7 +291,7 @@ def test_alignment(
     assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
     # Adam's first step is the sign of each gradient, which rounding turns round where there is next to none.
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
-    assert found["held_out_best"]["loss"] == pytest.approx(want["held_out_best"]["loss"], rel=0.02)
+    assert found["held_out_best"]["loss"] == pytest.approx(want["held_out_best"]["loss"], rel=0.05)
     opens(Path(found["student"]))
 
 
