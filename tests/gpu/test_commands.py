@@ -1,7 +1,8 @@
 """Every command end to end on a tiny model under Metal's policy: its numbers are near those of float32.
 
 The model's weights are random, so that losses near each other say the same arithmetic was done. Bounds are for
-float16 (11 bits) against float32, on losses of some 6.3 nats: three to ten times what was seen, more where Adam's first steps are taken.
+float16 (11 bits) against float32, on losses of some 6.3 nats: three to ten times what was seen, more where Adam's
+first steps are taken.
 """
 
 from __future__ import annotations
