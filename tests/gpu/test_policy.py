@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mis_mlx import prune, quantize
 from mis_mlx.disk.files import DISK
 from mis_mlx.maths import sparse
 from mis_mlx.maths.likelihood import token_logps
-from mis_mlx.model import float16_range, load, pack, policy, slice, stream
+from mis_mlx.model import float16_range, load, lora, pack, policy, slice, stream
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
@@ -96,6 +98,34 @@ def test_gradients_of_half_precision(name: str, types: tuple[str, str], frozen: 
     _, found = mx.value_and_grad(loss((first, second)), which)(HIDDEN, HEAD)
     for a, b in zip(want, found, strict=True):
         np.testing.assert_allclose(np.array(b), np.array(a), atol=0.02 if first == mx.bfloat16 else 0.004)
+
+
+def adapter_gradients(checkpoint: Checkpoint, dtype: mx.Dtype) -> dict[str, np.ndarray]:
+    """Of a pair's preference loss in every adapter of a 4-bit model, the adapters set alike in both types."""
+    model = load.resident(checkpoint, dtype)
+    lora.insert(model, lora.Lora(-1, 8, 20.0), 0)
+    flat: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    drawn = {n: mx.random.normal(flat[n].shape, key=mx.random.key(i)) for i, n in enumerate(sorted(flat))}
+    model.load_weights([(n, (0.02 * a).astype(flat[n].dtype)) for n, a in drawn.items()], strict=False)
+    pairs = mx.random.randint(0, 512, (4, 24), key=mx.random.key(1))
+
+    def loss(model: nn.Module) -> mx.array:
+        hidden, head = model.model(pairs)[:, :-1].reshape(-1, 64), load.head_weight(model)
+        chances = token_logps(hidden, head, pairs[:, 1:].reshape(-1), frozen_head=True).reshape(4, -1).sum(-1)
+        return -mx.log(mx.sigmoid(0.1 * (chances[:2] - chances[2:]))).mean()
+
+    _, gradients = nn.value_and_grad(model, loss)(model)
+    return {n: np.array(g.astype(mx.float32)) for n, g in tree_flatten(gradients)}
+
+
+def test_gradients_of_adapters_do_not_underflow(tmp_path: Path, metal: None) -> None:
+    """float16's are float32's to 3 % in every adapter of every block (1.1 % seen), and none of them is zero."""
+    checkpoint = packed(tmp_path, "BF16", layers=3)
+    want, found = (adapter_gradients(checkpoint, dtype) for dtype in (mx.float32, mx.float16))
+    assert len(want) == 3 * 7 * 2
+    for name, right in want.items():
+        assert np.linalg.norm(found[name] - right) < 0.03 * np.linalg.norm(right), name
+        assert (found[name] != 0).all(), name
 
 
 @pytest.fixture(params=["activations", "weights"])
