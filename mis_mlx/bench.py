@@ -17,7 +17,7 @@ import psutil
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.disk.files import DISK
+from mis_mlx.disk.files import DISK, need_place
 from mis_mlx.machine import governor, memory, power
 from mis_mlx.machine.about import about
 from mis_mlx.machine.roof import Roof
@@ -106,6 +106,8 @@ class Bench:
         self.s, self.r = s, s.request
         if s.out and not Path(s.out).absolute().parent.is_dir():
             raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
+        if s.out:
+            need_place("--out", s.out, "file")
         folders = [teacher.find(m).path for m in s.models]
         if len(set(folders)) < len(folders):
             raise MisError(f"{len(folders)} models given, {len(set(folders))} different ones: give each once")

@@ -37,6 +37,7 @@ MEMORY_GONE = re.compile(r"\[malloc|\[metal::malloc\]|Insufficient Memory|OutOfM
 BARS = list[Callable[[str, int], AbstractContextManager[Callable[[int], None]]]]()  # (label, total), on display now
 # Flags that --help names first, in this order: what a command works on, and what it may take.
 FIRST = ("model", "models", "teacher", "students", "data", "budget", "out", "mlx_path")
+MOST_BYTES = 2**50
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": GIB}
 
 
@@ -45,7 +46,9 @@ def parse_bytes(text: str, flag: str = "--budget") -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in UNITS:
         raise MisError(f"{flag} {text!r} is not a size: write a number and a unit, such as 5GiB or 600MiB")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    if not 1 <= (nbytes := float(match[1]) * UNITS[match[2].lower()]) <= MOST_BYTES:
+        raise MisError(f"{flag} is {text!r}: give a size from 1 byte to {MOST_BYTES // GIB}GiB")
+    return int(nbytes)
 
 
 def read_yaml(path: str, config_type: type) -> dict[str, Any]:
@@ -127,13 +130,19 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
 
 
 def check_ranges(settings: Any) -> None:
-    """MisError where a number lies outside of what its field's annotation says (`types.Within`)."""
+    """MisError where a number lies outside of what its field's annotation says (`types.Within`), or a text is empty."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
+        if _empty(value):
+            raise MisError(f"--{name.replace('_', '-')} is empty: give a word, or leave it out")
         for part in (hint, *get_args(hint)):
             for limits in getattr(part, "__metadata__", ()):
                 if isinstance(limits, Within) and isinstance(value, int | float) and not limits.holds(value):
                     raise MisError(f"--{name.replace('_', '-')} is {value:g}: {limits.remedy(value)}")
+
+
+def _empty(value: Any) -> bool:
+    return value == "" or (isinstance(value, tuple) and any(map(_empty, value)))
 
 
 def rank() -> int | None:

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mis_mlx import bench, cli, plan, prune, quantize
 from mis_mlx.disk import runs, text
-from mis_mlx.disk.files import Files
+from mis_mlx.disk.files import Files, need_place
 from mis_mlx.machine import memory
 from mis_mlx.model import arch, compare, load, policy, ranks, relay, reporting, slice, speak, teacher, windows
 from mis_mlx.model.policy import Computing
@@ -220,6 +220,8 @@ def run(settings: Settings) -> dict[str, Any]:
         s = replace(s, iters=8000, learning_rate=1.5e-4)
     policy.use(s.compute_dtype)
     s.check()
+    if ranks.first():
+        need_place("--out", s.out or "runs")
     reporting.check(s.report_to)
     found = teacher.find(s.teacher)
     cli.say(f"teacher: {found.source}")

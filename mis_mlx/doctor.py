@@ -21,13 +21,13 @@ import mlx.core as mx
 import psutil
 
 from mis_mlx import cli
-from mis_mlx.disk.files import DISK, reported
+from mis_mlx.disk.files import DISK, need_place, reported
 from mis_mlx.machine import findings, memory, rates
 from mis_mlx.machine.about import about
 from mis_mlx.machine.sensors import open_monitor
 from mis_mlx.model import kernel_checks, policy
 from mis_mlx.training import engine_checks
-from mis_mlx.types import MisError, duration, gib
+from mis_mlx.types import duration, gib
 
 SAMPLE_BYTES = 128 * 2**20  # of the disk's rates
 
@@ -57,8 +57,8 @@ class Row(NamedTuple):
 
 def run(settings: Settings) -> dict[str, Any]:
     """Examine, print the report, and say what failed."""
-    if settings.out and settings.out.exists():
-        raise MisError(f"{settings.out} is there already and is never overwritten: give --out another name")
+    if settings.out:
+        need_place("--out", settings.out, "new")
     policy.use(settings.compute_dtype)
     began, peak = time.monotonic(), memory.Peak()
     with tempfile.TemporaryDirectory() as name, memory.limited(memory.budget(None), memory.WIRED_MARGIN_BYTES):
@@ -77,6 +77,7 @@ def run(settings: Settings) -> dict[str, Any]:
     print(report)
     if settings.out:
         with reported(settings.out, "the report"):
+            DISK.make_folder(settings.out.absolute().parent)
             DISK.replace_text(settings.out, report)
     found = {"checks": len(rows), "failed": failed, "check_failed": bool(failed), "policy": policy.name()}
     return found | {"device": str(mx.default_device()), "rows": [row._asdict() for row in rows]}

@@ -13,7 +13,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.disk import questions
-from mis_mlx.disk.files import DISK
+from mis_mlx.disk.files import DISK, need_place
 from mis_mlx.disk.text import Windows, fingerprint
 from mis_mlx.machine import memory
 from mis_mlx.model import compare, harness, kld, load, policy, ranks, teacher, windows
@@ -223,6 +223,8 @@ def run(settings: Settings) -> dict[str, Any]:
     s = settings
     cli.check_ranges(s)
     policy.use(s.compute_dtype)
+    if s.out and ranks.first():
+        need_place("--out", s.out)
     if s.kld and s.tasks:
         raise MisError("--kld and --tasks are two reports: give one of them")
     if s.kld and not s.students:

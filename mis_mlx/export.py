@@ -14,7 +14,7 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import gguf_vocab, gguf_write
-from mis_mlx.disk.files import Files
+from mis_mlx.disk.files import Files, need_place
 from mis_mlx.machine import llama_cpp, memory
 from mis_mlx.model import arch, card, ggml, load, policy, slice, teacher, trial
 from mis_mlx.model.config import shape_of
@@ -158,6 +158,8 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[
 def run(settings: Settings, files: Files | None = None) -> dict[str, Any]:
     """The command."""
     s = settings
+    cli.check_ranges(s)
+    need_place("--out", s.out, "new")
     if s.model and s.model.endswith(".gguf"):
         raise MisError(f"{s.model} is a GGUF already: give the model folder that it was made from")
     found = teacher.find(s.model)

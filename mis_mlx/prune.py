@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.disk.files import Files
+from mis_mlx.disk.files import Files, need_place
 from mis_mlx.machine import memory
 from mis_mlx.model import compare, load, policy, teacher, windows
 from mis_mlx.model.policy import Computing
@@ -63,6 +63,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
     cli.check_ranges(settings)
     policy.use(settings.compute_dtype)
+    need_place("--mlx-path", settings.mlx_path, "new")
     files = Files()
     found = teacher.find(settings.model)
     cli.say(f"model: {found.source}")

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx import cli
-from mis_mlx.disk.files import Files
+from mis_mlx.disk.files import Files, need_place
 from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.machine import memory
@@ -123,6 +123,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command."""
     cli.check_ranges(settings)
     policy.use(settings.compute_dtype)
+    need_place("--mlx-path", settings.mlx_path, "new")
     s, found = settings, teacher.find(settings.model)
     if s.looks and s.num_samples < 1:
         asked = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"
@@ -137,11 +138,10 @@ def run(settings: Settings) -> dict[str, Any]:
     compare.same_vocabulary(other, checkpoint)
     planned = _planned(s, checkpoint, other, count, limit)
     out, files, batches = Path(s.mlx_path), Files(), list[mx.array]()
-    if out.exists():
-        raise MisError(f"{out} exists already: choose another name or move it away")
     if s.looks or s.steps(False):
         data = windows.prepare(s.data, found.path, s.max_seq_length).train
         batches = windows.calibration(data, count, s.seed)
+    files.make_folder(out.absolute().parent)
     with progress.run("quantize"), memory.limited(limit):
         held = planned[0].held_tokens // s.max_seq_length
         if not s.steps(False):

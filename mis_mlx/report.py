@@ -13,7 +13,7 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.disk import runs, story
-from mis_mlx.disk.files import Files
+from mis_mlx.disk.files import Files, need_place
 from mis_mlx.disk.story import Story
 from mis_mlx.page import choices, figures, html, sections
 from mis_mlx.types import Count, MisError
@@ -86,6 +86,7 @@ def run(settings: Settings) -> dict[str, Any]:
     cli.check_ranges(s)
     folders = _folders(s.run)
     out = Path(s.out) if s.out else folders[0] / "report.html"
+    need_place("--out", out, "file")
     while True:
         stories = [story.read(folder) for folder in folders]
         going = s.watch and not all(one.ended for one in stories)

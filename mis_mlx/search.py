@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.disk import runs, text
-from mis_mlx.disk.files import Files
+from mis_mlx.disk.files import Files, need_place
 from mis_mlx.machine import memory
 from mis_mlx.machine.rates import Rates
 from mis_mlx.model import load, policy, teacher, windows
@@ -206,6 +206,7 @@ def run(settings: Settings) -> dict[str, Any]:
         s = Settings(**runs.merged(asdict(s), asdict(Settings()), runs.stored_settings(folder), FREE))
     policy.use(s.compute_dtype)
     check(s)
+    need_place("--out", s.out or UNDER)
     began, files = time.monotonic(), Files()
     found = teacher.find(s.teacher)
     cli.say(f"teacher: {found.source}")

@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from mis_mlx import cli
+from mis_mlx.disk.files import need_place
 from mis_mlx.machine import findings
 from mis_mlx.machine.altitude import find_altitude
 from mis_mlx.machine.clock import Clock
@@ -118,6 +119,7 @@ def watch(settings: Watch) -> dict[str, Any]:
 
 def record(settings: Record) -> dict[str, Any]:
     """Write a recording; every line is whole whenever it ends."""
+    need_place("FILE", settings.file, "new")
     clock = Clock()
     source = Live(clock)
     altitude_m, _ = find_altitude(settings.altitude_m, Header())

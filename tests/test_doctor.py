@@ -47,7 +47,7 @@ def test_it_passes_here(word: str, own_home: dict[str, str], tmp_path: Path) -> 
 def test_a_report_is_not_overwritten(tmp_path: Path) -> None:
     """A file that is there is kept, before anything is examined."""
     (tmp_path / "mine.md").write_text("precious")
-    with pytest.raises(MisError, match="never overwritten"):
+    with pytest.raises(MisError, match="mine.md exists already: choose another name"):
         doctor.run(doctor.Settings(out=tmp_path / "mine.md"))
 
 

@@ -84,7 +84,7 @@ def test_record_refuses_before_it_starts(tmp_path):
     """A file that exists is kept; a pace of 0 is a sentence."""
     path = tmp_path / "mine.jsonl"
     path.write_text("precious")
-    with pytest.raises(MisError, match="never overwritten"):
+    with pytest.raises(MisError, match="mine.jsonl exists already: choose another name"):
         run(Record(path, seconds=0.1))
     assert path.read_text() == "precious"
     with pytest.raises(MisError, match="--every-s"):

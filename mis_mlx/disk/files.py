@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from mis_mlx.types import MisError, gib
 
@@ -153,6 +154,26 @@ class Files:
 
 
 DISK = Files()
+
+
+def need_place(flag: str, path: str | Path, kind: Literal["folder", "new", "file"] = "folder") -> None:
+    """MisError, before any work, where what a flag names cannot be written: a folder, which may be there; something
+    new; a file, in whose place another may be put."""
+    place = Path(path).absolute()
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(place)
+            if kind == "new":
+                raise MisError(f"{path} exists already: choose another name or move it away")
+            if kind == "file" and place.is_dir():
+                raise MisError(f"{flag} {path} is a folder: name a file")
+        place = place.parent if kind == "file" else place
+        while not os.path.lexists(place):
+            place = place.parent
+        os.close(DISK.scratch(place))
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise MisError(f"{flag} {path} cannot be written ({why}): give another place") from None
 
 
 @contextlib.contextmanager

@@ -48,8 +48,13 @@ def mixed(
 
 
 def check(target_bpw: float | None, group: int) -> None:
-    """MisError when no allocation of BITS can have so few bits per weight."""
-    least = pack.Format(min(BITS), group).bits_per_weight
+    """MisError when no allocation of BITS can have so few bits per weight, or needs so many."""
+    least, most = (pack.Format(bits, group).bits_per_weight for bits in (min(BITS), max(BITS)))
+    if target_bpw is not None and target_bpw > most:
+        raise MisError(
+            f"--target-bpw {target_bpw:g} is above {most:g}, which {max(BITS)} bits in groups of {group} take: "
+            f"give {most:g} or less"
+        )
     if target_bpw is not None and not target_bpw >= least:
         raise MisError(
             f"--target-bpw {target_bpw:g} is below {least:g}, which {min(BITS)} bits in groups of {group} take: "

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from mis_mlx import cli
 from mis_mlx.disk import runs
+from mis_mlx.disk.files import need_place
 from mis_mlx.machine import memory
 from mis_mlx.machine.rates import Rates
 from mis_mlx.model import arch, load, lora, policy, ranks, teacher
@@ -96,6 +97,8 @@ def resumed(settings: S) -> tuple[S, Path | None]:
 def opened(s: Alignment) -> Checkpoint:
     """The model to align, through the gate. MisError where it cannot be trained as asked for."""
     cli.check_ranges(s)
+    if ranks.first():
+        need_place("--out", s.out or "runs")
     policy.use(s.compute_dtype)
     found = teacher.find(s.model)
     cli.say(f"model: {found.source}")

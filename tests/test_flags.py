@@ -1,0 +1,309 @@
+"""Every flag of every command, with what it does not take and with the ends of what it does: a sentence or a result."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from mis_mlx import __main__, cli, quantize, thermal
+from mis_mlx.model import formats, policy
+from mis_mlx.types import Checkpoint, MisError, Within
+
+WORDS = ("nan", "inf", "-inf", "-1", "0", "1e30", str(10**12), "")
+THERMAL = (thermal.Watch, thermal.Record, thermal.Replay, thermal.Doctor)
+
+
+def kinds() -> Iterator[Any]:
+    """The settings of every command, and those of thermal's four."""
+    for name in __main__.commands():
+        module = importlib.import_module(f"mis_mlx.{name}")
+        yield from (getattr(module, "Settings", None),) if hasattr(module, "Settings") else THERMAL
+
+
+KINDS = list(kinds())
+
+
+def parts(hint: Any) -> Iterator[Any]:
+    """An annotation and all that it is made of, the words of a Literal left out."""
+    yield hint
+    if get_origin(hint) is not Literal:
+        for inner in get_args(hint):
+            yield from parts(inner)
+
+
+def limits(kind: Any) -> dict[str, tuple[type, list[Within]]]:
+    """{field: (int or float, the ranges in its annotation)} of every field that holds a number."""
+    found = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        every = list(parts(hint))
+        if number := next((p for p in every if p in (int, float)), None):
+            found[name] = number, [m for p in every for m in getattr(p, "__metadata__", ()) if isinstance(m, Within)]
+    return found
+
+
+def name_of(kind: Any) -> str:
+    """`distill.Settings`, for the list of tests."""
+    return f"{kind.__module__.removeprefix('mis_mlx.')}.{kind.__name__}"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_every_number_has_one_range(kind: Any) -> None:
+    """Which its default lies in."""
+    bare = [name for name, (_, ranges) in limits(kind).items() if len(ranges) != 1]
+    assert not bare, f"give these a types.Within: {bare}"
+    for field in fields(kind):
+        if field.name in limits(kind) and field.default not in (None, MISSING):
+            assert limits(kind)[field.name][1][0].holds(field.default), field.name
+
+
+def needed(kind: Any) -> list[str]:
+    """Words for the positional arguments without which a command does not begin."""
+    return ["some.jsonl"] if any(f.name == "file" for f in fields(kind)) else []
+
+
+def ended(kind: Any, args: list[str]) -> str | Any:
+    """The sentence of a refusal, "usage", or the settings."""
+    try:
+        return cli.parse(kind, args)
+    except MisError as error:
+        return str(error)
+    except SystemExit as error:
+        assert error.code == 2, (args, error.code)
+        return "usage"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_no_number_gets_by_its_range(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sentence, a usage error, or a value within the range: all flags as settings, one of each type by hand."""
+    base = cli.parse(kind, needed(kind))
+    by_hand = {number: name for name, (number, _) in limits(kind).items()}
+    for name, (number, (within,)) in limits(kind).items():
+        flag = f"--{name.replace('_', '-')}"
+        for word in WORDS:
+            whole = word and float(word).is_integer()
+            value = number(float(word)) if whole else float(word or "nan")
+            try:
+                cli.check_ranges(replace(base, **{name: value}))
+                assert within.holds(value), (name, word)
+            except MisError as error:
+                assert str(error).startswith(f"{flag} is ") and "\n" not in str(error) and not within.holds(value)
+            if by_hand[number] != name:
+                continue
+            seen = ended(kind, [*needed(kind), f"{flag}={word}"])
+            if isinstance(seen, str):
+                assert seen == "usage" or (seen.startswith(f"{flag} is ") and "\n" not in seen), (word, seen)
+                assert not (whole and number is float and within.holds(value)), (name, word, seen)
+            else:
+                assert within.holds(getattr(seen, name)), (name, word)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_no_word_is_empty(kind: Any, tmp_path: Path) -> None:
+    """All flags as settings; the last one by hand and by YAML too."""
+    base, words = cli.parse(kind, needed(kind)), {}
+    for field in fields(kind):
+        hints = list(parts(get_type_hints(kind, include_extras=True)[field.name]))
+        if str in hints:
+            words[field.name] = ("",) if tuple in map(get_origin, hints) else ""
+    for name, value in words.items():
+        said = f"--{name.replace('_', '-')} is empty: give a word, or leave it out"
+        with pytest.raises(MisError, match=said):
+            cli.check_ranges(replace(base, **{name: value}))
+    for name in [n for n in words if n != "config" and words[n] == ""][-1:]:
+        said = f"--{name.replace('_', '-')} is empty: give a word, or leave it out"
+        assert ended(kind, [said.split()[0], ""]) == said
+        (tmp_path / "s.yaml").write_text(f"{name}: ''\n")
+        assert ended(kind, ["-c", str(tmp_path / "s.yaml")]) == said
+
+
+@pytest.mark.parametrize(
+    "size", ["-3GiB", "nan", "inf", "5e999GiB", "1e308GiB", "0", "0.0", "0.1", "", "9" * 400, "-0"]
+)
+@pytest.mark.parametrize("flag", ["--budget", "--memory", "--hosts"])
+def test_sizes_that_are_none(size: str, flag: str) -> None:
+    """Negative, no number, nothing, more than any machine has: one sentence that names the flag."""
+    with pytest.raises(MisError, match=f"^{flag} .*[^\n]*$"):
+        cli.parse_bytes(size, flag)
+
+
+def places(kind: str, folder: Path) -> dict[str, Any]:
+    """{what: place} where nothing can be made, or is kept; what is there already is for commands that want new."""
+    (folder / "file").write_text("precious")
+    (folder / "there").mkdir()
+    (folder / "there" / "mine").write_text("precious")
+    found = {"a file in the way": folder / "file" / "x" / "y", "no folder takes it": Path("/proc/mis/x"),
+             "a name too long": folder / ("x" * 300)}  # fmt: skip
+    if kind == "new":
+        found |= {"there": folder / "there", "a file": folder / "file"}
+    elif kind == "file":
+        found |= {"a folder": folder / "there"}
+    else:
+        found |= {"a file": folder / "file"}
+    return found
+
+
+DRY = {"dry_run": True}
+OUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # command: (its flag, what it names, flags without which it works)
+    "distill": ("out", "folder", DRY),
+    "search": ("out", "folder", DRY),
+    "sft": ("out", "folder", DRY),
+    "dpo": ("out", "folder", DRY),
+    "grpo": ("out", "folder", DRY),
+    "evaluate": ("out", "folder", {**DRY, "tasks": ("sums",)}),
+    "export": ("out", "new", DRY),
+    "prune": ("mlx_path", "new", {}),
+    "quantize": ("mlx_path", "new", {}),
+    "bench": ("out", "file", {}),
+    "report": ("out", "file", {}),
+    "doctor": ("out", "new", {}),
+    "thermal": ("file", "new", {}),
+}
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_a_place_that_takes_nothing_is_refused_first(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence before anything is read, looked for or measured; nothing is written."""
+    flag, kind, flags = OUTS[name]
+    module: Any = importlib.import_module(f"mis_mlx.{name}")
+    made = thermal.Record if name == "thermal" else module.Settings
+
+    def worked(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("it began to work")
+
+    for place in ("mis_mlx.model.teacher.find", "mis_mlx.model.load.open_checkpoint", "mis_mlx.disk.story.read",
+                  "mis_mlx.model.kernel_checks.CHECKS", "mis_mlx.thermal.Live"):  # fmt: skip
+        monkeypatch.setattr(place, worked)
+    if name == "report":
+        flags = {"run": (str(tmp_path),)}
+    for what, place in places(kind, tmp_path).items():
+        before = sorted(tmp_path.rglob("*"))
+        given = place if name in ("doctor", "thermal") else str(place)
+        with pytest.raises(MisError) as error:
+            module.run(made(**{**flags, flag: given}))
+        assert "\n" not in str(error.value) and place.name in str(error.value), what
+        assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "precious"
+        policy.use(None)
+
+
+def test_a_parent_that_is_missing_is_made(tmp_path: Path, llama: Checkpoint, text_folder: Path) -> None:
+    """`quantize` spools beside its result, in a folder that is not there yet."""
+    flags: dict[str, Any] = {"model": str(llama.path), "data": str(text_folder), "q_iters": 0, "target_bpw": None}
+    out = tmp_path / "new" / "deep" / "four"
+    settings = quantize.Settings(mlx_path=str(out), num_samples=8, max_seq_length=512, budget="1MiB", **flags)
+    with pytest.raises(MisError, match="give --budget .* or more") as least:
+        quantize.run(settings)
+    quantize.run(replace(settings, budget=str(least.value).partition("--budget ")[2].partition(" ")[0]))
+    assert [p.name for p in out.parent.iterdir()] == ["four"]
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_the_exact_ends_of_target_bpw(group: int) -> None:
+    """3 and 8 bits with a scale and a bias of 16 bits a group: these are taken, what lies beyond is told them."""
+    least, most = 3 + 32 / group, 8 + 32 / group
+    formats.check(least, group)
+    formats.check(most, group)
+    with pytest.raises(MisError, match=f"is below {least:g}, which 3 bits in groups of {group} take: give {least:g}"):
+        formats.check(least - 0.001, group)
+    with pytest.raises(MisError, match=f"is above {most:g}, which 8 bits in groups of {group} take: give {most:g}"):
+        formats.check(most + 0.001, group)
+
+
+@pytest.mark.parametrize("bits", [3.2, 8.9])
+def test_bits_out_of_reach_are_refused_before_work(bits: float, llama: Checkpoint, tmp_path: Path) -> None:
+    """Within the flag's range, not within what groups of 64 allow."""
+    with pytest.raises(MisError, match="--target-bpw .* in groups of 64 take"):
+        quantize.run(quantize.Settings(model=str(llama.path), target_bpw=bits, mlx_path=str(tmp_path / "out")))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """{command: a folder of rows for it}."""
+    found = {}
+    for name, row in (
+        ("sft", {"prompt": "2 and 3 are", "completion": "5"}),
+        ("dpo", {"prompt": "2 and 3 are", "chosen": "5", "rejected": "6"}),
+        ("grpo", {"prompt": "2 and 3 are", "answer": "5"}),
+    ):
+        folder = tmp_path_factory.mktemp(name)
+        for split in ("train", "valid"):
+            lines = [json.dumps({**row, "prompt": f"{n} {split}: {row['prompt']}"}) for n in range(5)]
+            (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        found[name] = str(folder)
+    return found
+
+
+DRY_RUNS = ("distill", "search", "sft", "dpo", "grpo", "evaluate", "export", "plan", "generate")
+
+
+def ends(kind: Any, names: set[str]) -> Iterator[dict[str, Any]]:
+    """Each of these numbers alone at either end of its range, then all numbers together."""
+    together: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for name, (number, (within,)) in limits(kind).items():
+        low = math.nextafter(within.least, math.inf) if within.above else within.least
+        for every, value in zip(together, (low, within.most), strict=True):
+            every[name] = number(value)
+            if name in names:
+                yield {name: number(value)}
+    yield from together
+
+
+def asked_before(name: str) -> set[str]:
+    """Flags that a command above this one in DRY_RUNS has from the same class, with the same range."""
+    kind = importlib.import_module(f"mis_mlx.{name}").Settings
+    above = [importlib.import_module(f"mis_mlx.{n}").Settings for n in DRY_RUNS[: DRY_RUNS.index(name)]]
+
+    def owner(of: Any, flag: str) -> Any:
+        return next(c for c in of.__mro__ if flag in inspect.get_annotations(c))
+
+    shared = {(owner(other, flag), flag) for other in above for flag in limits(other)}
+    return {flag for flag in limits(kind) if (owner(kind, flag), flag) in shared}
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", DRY_RUNS)
+def test_the_ends_of_every_range_can_be_planned(
+    name: str,
+    every: bool,
+    llama: Checkpoint,
+    text_folder: Path,
+    rows: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A dry run gives a result that JSON holds, or one sentence. every: flags again that another command had."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    module: Any = importlib.import_module(f"mis_mlx.{name}")
+    at = "teacher" if name in ("distill", "search", "evaluate", "plan") else "model"
+    more: dict[str, Any] = (
+        {"data": rows.get(name, str(text_folder))} if name not in ("export", "plan", "generate") else {}
+    )
+    more |= {} if name == "plan" else {"dry_run": True}
+    more |= {"search": {"tolerance": 0.15}, "evaluate": {"tasks": ("sums", "plural", "text")}}.get(name, {})
+    if name == "grpo":
+        more |= {"max_completion_length": 32, "max_seq_length": 128}
+    base = module.Settings(**{at: str(llama.path), **more})
+    failed = []
+    names = set(limits(module.Settings)) - (set() if every else asked_before(name))
+    for flags in ends(module.Settings, names):
+        try:
+            json.dumps(module.run(replace(base, **flags)), allow_nan=False)
+        except MisError as error:
+            if "\n" in str(error):
+                failed.append(f"{flags}: {error}")
+        except Exception as error:
+            failed.append(f"{flags}: {type(error).__name__}: {error}")
+        finally:
+            policy.use(None)
+    assert not failed, "\n".join(failed)
