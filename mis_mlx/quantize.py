@@ -76,6 +76,7 @@ def quantize(
     """
     checkpoint, how = load.open_checkpoint(folder), how.affine
     pack.check_dense(checkpoint)
+    files.make_folder(out.absolute().parent)
     layers = checkpoint.config["num_hidden_layers"]
 
     def hidden(passes: int) -> Spool | None:
@@ -141,7 +142,6 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.looks or s.steps(False):
         data = windows.prepare(s.data, found.path, s.max_seq_length).train
         batches = windows.calibration(data, count, s.seed)
-    files.make_folder(out.absolute().parent)
     with progress.run("quantize"), memory.limited(limit):
         held = planned[0].held_tokens // s.max_seq_length
         if not s.steps(False):

@@ -11,10 +11,13 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import mlx.core as mx
 import pytest
 
 from mis_mlx import __main__, cli, quantize, thermal
+from mis_mlx.disk.files import DISK
 from mis_mlx.model import formats, policy
+from mis_mlx.training.recipe import Rounding
 from mis_mlx.types import Checkpoint, MisError, Within
 
 WORDS = ("nan", "inf", "-inf", "-1", "0", "1e30", str(10**12), "")
@@ -195,14 +198,10 @@ def test_a_place_that_takes_nothing_is_refused_first(
         policy.use(None)
 
 
-def test_a_parent_that_is_missing_is_made(tmp_path: Path, llama: Checkpoint, text_folder: Path) -> None:
+def test_a_parent_that_is_missing_is_made(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
     """`quantize` spools beside its result, in a folder that is not there yet."""
-    flags: dict[str, Any] = {"model": str(llama.path), "data": str(text_folder), "q_iters": 0, "target_bpw": None}
     out = tmp_path / "new" / "deep" / "four"
-    settings = quantize.Settings(mlx_path=str(out), num_samples=8, max_seq_length=512, budget="1MiB", **flags)
-    with pytest.raises(MisError, match="give --budget .* or more") as least:
-        quantize.run(settings)
-    quantize.run(replace(settings, budget=str(least.value).partition("--budget ")[2].partition(" ")[0]))
+    quantize.quantize(llama.path, out, Rounding(target_bpw=None), DISK, batches, 0)
     assert [p.name for p in out.parent.iterdir()] == ["four"]
 
 
