@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import select
 import signal
 import sys
@@ -31,7 +30,6 @@ ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")
 BLAS = Path(__file__).parent / "machine" / "blas.py"  # a program of its own
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set by mlx.launch and mpirun, of several processes together
-OPEN_FILES = 4096  # macOS allows 256 at first, which a model in many files is beyond
 DEVICE = re.compile(r"\[METAL\]|\[metal::|\[malloc|kIOGPU")  # how errors of MLX begin that are the device's
 MEMORY_GONE = re.compile(r"\[malloc|\[metal::malloc\]|Insufficient Memory|OutOfMemory")
 BARS = list[Callable[[str, int], AbstractContextManager[Callable[[int], None]]]]()  # (label, total), on display now
@@ -155,12 +153,7 @@ def rank() -> int | None:
 
 
 def prepare() -> None:
-    """For this process: more open files, as far as the system lets us; and the device of MIS_MLX_DEVICE."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # macOS has a limit of its own on this limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    """This process computes on the device of MIS_MLX_DEVICE, if that is set."""
     if device := os.environ.get("MIS_MLX_DEVICE"):
         import mlx.core as mx
 

@@ -69,7 +69,7 @@ def run(settings: Settings) -> dict[str, Any]:
     failed = [row.name for row in rows if not row.passed]
     lines = [f"### mis_mlx doctor: {len(rows) - len(failed)} of {len(rows)} checks passed\n", *(f"- {h}" for h in head)]
     lines += [f"- took {took}, and at most {gib(peak.nbytes)} beyond what the process began with"]
-    lines += [f"- computed on {mx.default_device()} by the policy {policy.name()}, in {policy.usual_dtype()}; "]
+    lines += [f"- computed on the {about()['computes_on']} by the policy {policy.name()}, in {policy.usual_dtype()}; "]
     lines[-1] += f"packed weights {packed}\n"
     lines += ["| | check | found | at most |\n|---|---|---:|---:|", *map(str, rows), ""]
     lines += ["| rate | here | MacBook Air M1, published |\n|---|---:|---:|", *speeds]
@@ -80,7 +80,7 @@ def run(settings: Settings) -> dict[str, Any]:
             DISK.make_folder(settings.out.absolute().parent)
             DISK.replace_text(settings.out, report)
     found = {"checks": len(rows), "failed": failed, "check_failed": bool(failed), "policy": policy.name()}
-    return found | {"device": str(mx.default_device()), "rows": [row._asdict() for row in rows]}
+    return found | {"device": about()["computes_on"], "rows": [row._asdict() for row in rows]}
 
 
 def _examined(folder: Path) -> Iterator[Row]:

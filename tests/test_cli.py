@@ -241,13 +241,15 @@ LIMITS = """
 import os, resource, sys
 from dataclasses import dataclass
 from mis_mlx import cli
+from mis_mlx.machine import memory
 @dataclass(frozen=True)
 class Settings:
     iters: int = 1
 hard, count = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
 def run(settings):
-    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(count)]
+    with memory.limited(memory.budget(None)):
+        held = [os.open(os.devnull, os.O_RDONLY) for _ in range(count)]
     return {"limits": resource.getrlimit(resource.RLIMIT_NOFILE), "held": len(held)}
 sys.argv = sys.argv[:1]
 cli.main(Settings, run)

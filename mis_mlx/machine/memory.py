@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import c_int, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ SHARE = 0.75  # of what is there: macOS and the browser want to live too
 METAL_PAGE = 16 * 2**10
 GROWN_BYTES, GROWN_METAL_BYTES = 24 * 2**20, 150 * 2**20  # by Python and libraries; Metal's runtime: until measured
 RUSAGE_V4, FOOTPRINT, MOST_FOOTPRINT = 4, 2 + 7, 2 + 28  # of proc_pid_rusage: its 64-bit words, a UUID first
+OPEN_FILES = 4096  # macOS allows 256 at first, which a model in many files is beyond
 WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last buffers are wired too
 
 
@@ -125,6 +126,7 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
     wired_bytes: what a job is planned to take that trains a model whole in memory: on Metal that much is wired, so
     that macOS does not page it out between two passes. device: `mlx.core`, or what a test puts in its place.
     """
+    _open_more_files()
     gpu = device.default_device() == device.gpu
     memory = device.set_memory_limit(limit.limit_bytes - _grown(limit.limit_bytes, gpu))
     cache = device.set_cache_limit(cache_bytes(limit.limit_bytes, gpu))
@@ -136,6 +138,15 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
         device.set_cache_limit(cache)
         if wired is not None:
             device.set_wired_limit(wired)
+
+
+def _open_more_files() -> None:
+    """From now on up to OPEN_FILES at once, as far as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS has a limit of its own on this limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _wire(need_bytes: int, device: Any) -> int | None:

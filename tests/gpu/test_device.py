@@ -75,4 +75,4 @@ def test_doctor(tmp_path: Path) -> None:
         found = doctor.run(doctor.Settings(out=tmp_path / "report.md"))
     finally:
         mx.set_default_device(before)
-    assert found["failed"] == [] and "gpu" in found["device"]
+    assert found["failed"] == [] and found["device"] == "GPU"
