@@ -14,9 +14,10 @@ from typing import Any
 
 from mis_mlx.disk.draws import between, pick, some
 from mis_mlx.disk.files import DISK
-from mis_mlx.disk.polish import Count, Money, Time
+from mis_mlx.disk.polish import Count, Time
 
 from . import shop, words
+from .money import Money
 from .stories import STORIES
 
 SPLITS = {"train": (0, 400), "valid": (1, 25), "test": (2, 75)}  # split: (seed, documents)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from mis_mlx.disk.polish import Count, Money
+from mis_mlx.disk.polish import Count
+
+from .money import Money
 
 Range = tuple[type[int], int, int, int]  # Count or Money, lowest, highest, step
 

@@ -7,7 +7,6 @@ brings no tokenizer of its own.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -161,18 +160,15 @@ def _folder(data: str) -> Path:
 def _read(path: Path, shapes: Sequence[str], problems: list[str]) -> tuple[list[Row], list[str]]:
     """(rows, where they stand) of one file; what is wrong goes to `problems`."""
     found, where = list[Row](), list[str]()
-    try:
-        for number, value, unread in rows.parsed(path):
-            at = f"{path.name} line {number}"
-            if isinstance(value, dict) and type(value.get("answer")) in (int, float):
-                value["answer"] = str(value["answer"])
-            if why := unread or fault(value, shapes):
-                problems.append(f"{at}: {why}")
-            elif isinstance(value, dict):
-                found.append(value)
-                where.append(at)
-    except OSError as error:
-        raise MisError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
+    for number, value, unread in rows.parsed(path):
+        at = f"{path.name} line {number}"
+        if isinstance(value, dict) and type(value.get("answer")) in (int, float):
+            value["answer"] = str(value["answer"])
+        if why := unread or fault(value, shapes):
+            problems.append(f"{at}: {why}")
+        elif isinstance(value, dict):
+            found.append(value)
+            where.append(at)
     if not found and not problems:
         problems.append(f"{path.name}: it has no rows")
     return found, where
@@ -186,14 +182,12 @@ def _licence(folder: Path) -> str:
 
 def _prompt(row: Row) -> str:
     """What was asked: equal prompts stay on one side of a split."""
-    asked = row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return rows.key(row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"])
 
 
 def _split_off(found: list[Row], where: list[str]) -> tuple[dict[str, list[Row]], dict[str, list[str]]]:
     keys = [_prompt(row) for row in found]
-    held = {key for key in keys if int(key[:8], 16) % 10 == 0} or {min(keys)}
-    if held.issuperset(keys):
+    if not (held := rows.held_out(keys)):
         raise MisError(
             f"{len(found)} rows with {len(set(keys))} prompts: nothing can be held out: put valid.jsonl beside them"
         )

@@ -1,4 +1,4 @@
-"""Polish numbers: a count with its noun in the right form, złoty and grosze, the time of day.
+"""Polish numbers: a count with its noun in the right form, the time of day.
 
 Knows no sentence and no chance. Cases: the forms are those after a number in the nominative or accusative; a
 feminine noun after 1 in the accusative ("1 owcę") is not among them, so such sentences start at 2.
@@ -35,16 +35,6 @@ class Count(int):
         is_few = self % 10 in (2, 3, 4) and self % 100 not in (12, 13, 14)
         form = one if self == 1 else few if is_few else many
         return form if word.startswith("!") else f"{int(self)} {form}"
-
-
-class Money(int):
-    """An amount in grosze: "12,50 zł", or "12 złotych i 50 groszy" under the format `słownie`."""
-
-    def __format__(self, style: str) -> str:
-        whole, rest = divmod(int(self), 100)
-        if style == "słownie":
-            return f"{Count(whole):złoty}" + (f" i {Count(rest):grosz}" if rest else "")
-        return f"{whole},{rest:02d} zł" if rest else f"{whole} zł"
 
 
 class Time(int):

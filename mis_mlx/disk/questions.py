@@ -101,14 +101,11 @@ def folder(path: Path) -> list[Task]:
 def file(path: Path) -> Task:
     """One file's rows as a task."""
     found, problems = list[dict](), list[str]()
-    try:
-        for number, value, unread in rows.parsed(path):
-            if why := unread or fault(value):
-                problems.append(f"{path.name} line {number}: {why}")
-            elif isinstance(value, dict):
-                found.append(value)
-    except OSError as error:
-        raise MisError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
+    for number, value, unread in rows.parsed(path):
+        if why := unread or fault(value):
+            problems.append(f"{path.name} line {number}: {why}")
+        elif isinstance(value, dict):
+            found.append(value)
     if not found and not problems:
         raise MisError(f"{path} is empty: put questions there, one JSON object per line, or remove it")
     kinds = sorted({shape_of(row) or "" for row in found})

@@ -7,8 +7,9 @@ A row is {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,7 @@ def read(path: Path) -> Reading:
     """
     if not path.is_file():
         raise MisError(f"{path} is not a regular file: put one JSON object per line into it")
-    try:
-        return collect(path.name, "line", parsed(path))
-    except OSError as error:
-        raise MisError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
+    return collect(path.name, "line", parsed(path))
 
 
 def collect(name: str, unit: str, found: Iterable[tuple[int, object, str | None]]) -> Reading:
@@ -128,7 +126,7 @@ def _bare(row: Any) -> Row:
 
 
 def parsed(path: Path) -> Iterator[tuple[int, object, str | None]]:
-    """(line number, JSON value, None) or (line number, None, why the line is not JSON)."""
+    """(line number, JSON value, None) or (line number, None, why it is not JSON). MisError when the disk fails."""
     for number, line in _lines(path):
         if line is None:
             yield number, None, f"longer than {LINE_LIMIT_BYTES} bytes"
@@ -149,13 +147,27 @@ def parsed(path: Path) -> Iterator[tuple[int, object, str | None]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """(number from 1, bytes of the line), None where it is over the limit, which is never held whole."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(LINE_LIMIT_BYTES + 1):
-            number += 1
-            if len(line) > LINE_LIMIT_BYTES and not line.endswith(b"\n"):
-                while (rest := file.readline(2**16)) and not rest.endswith(b"\n"):
-                    pass
-                yield number, None
-            else:
-                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(LINE_LIMIT_BYTES + 1):
+                number += 1
+                if len(line) > LINE_LIMIT_BYTES and not line.endswith(b"\n"):
+                    while (rest := file.readline(2**16)) and not rest.endswith(b"\n"):
+                        pass
+                    yield number, None
+                else:
+                    yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except OSError as error:
+        raise MisError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
+
+
+def key(value: object) -> str:
+    """sha256 of a row, or of a part of one, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def held_out(keys: Collection[str]) -> set[str]:
+    """About a tenth of the keys, by their hash, so equal rows stay on one side; empty where nothing would be left."""
+    held = {key for key in keys if int(key[:8], 16) % 10 == 0} or {min(keys)}
+    return set() if held.issuperset(keys) else held

@@ -8,14 +8,13 @@ Two texts are built in, so that everything runs offline: the English prose of Py
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mis_mlx.disk.rows import Reading, Row, collect, read
+from mis_mlx.disk.rows import Reading, Row, collect, held_out, key, read
 from mis_mlx.types import MisError
 
 MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
@@ -142,26 +141,20 @@ def _texts(splits: Mapping[str, Sequence[Row]], notes: Sequence[str], dropped: i
 
 
 def _split_off(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """(the rest, about 10 % of the rows): by hash of content, so equal rows stay on one side."""
-    keys = [_key(row) for row in rows]
-    held = {key for key in keys if int(key[:8], 16) % 10 == 0} or {min(keys)}
-    if held.issuperset(keys):  # a single row, or copies of it: nothing can be held out
-        held = set()
+    """(the rest, about 10 % of the rows): by content; nothing of a single row, or copies of it."""
+    keys = [key(row) for row in rows]
+    held = held_out(keys)
     pairs = list(zip(rows, keys, strict=True))
-    return [row for row, key in pairs if key not in held], [row for row, key in pairs if key in held]
+    return [row for row, k in pairs if k not in held], [row for row, k in pairs if k in held]
 
 
 def _repeats(rows: Mapping[str, Sequence[Row]]) -> list[str]:
     """Sentences on rows that come more than once in train, or in train and in what is held out."""
-    train = [_key(row) for row in rows["train"]]
+    train = [key(row) for row in rows["train"]]
     notes = []
     if again := len(train) - len(set(train)):
         notes.append(f"{again} rows of train are copies of an earlier one")
     for name in ("valid", "test"):
-        if shared := sum(_key(row) in set(train) for row in rows[name]):
+        if shared := sum(key(row) in set(train) for row in rows[name]):
             notes.append(f"{shared} rows of {name} are also in train")
     return notes
-
-
-def _key(row: Row) -> str:
-    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()

@@ -10,6 +10,7 @@ import numpy as np
 
 from mis_mlx.maths.stats import interval, recovery
 from mis_mlx.page import figures
+from mis_mlx.page.text import markdown_table
 
 RULE_OF_THREE = 3.0  # nothing seen in n tries: at 95 % it is in fewer than 3 of n
 Three = tuple[float, float, float]  # value, low, high
@@ -74,20 +75,15 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     parts = []
     if outcomes:
         head = ["n", "chance", "U Zośki", "uniform", *names]
-        parts.append("Share of right answers, ± 95 %\n\n" + _table(head, [_scores(o) for o in outcomes]))
+        parts.append("Share of right answers, ± 95 %\n\n" + markdown_table(head, [_scores(o) for o in outcomes]))
         if names[1:]:
             title = "Recovered: (student − chance) / (teacher − chance), 95 % interval over the same questions"
-            parts.append(f"{title}\n\n" + _table(names[1:], [_recoveries(o) for o in outcomes]))
+            parts.append(f"{title}\n\n" + markdown_table(names[1:], [_recoveries(o) for o in outcomes]))
     parts += [tables] if tables else []
     if outcomes:
         parts.append("\n".join(f"- {line}" for line in findings(outcomes)))
         parts.append("\n".join(f"- `{o.task}`: {o.about}." for o in outcomes))
     return "\n\n".join(parts)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def _scores(o: Outcome) -> list[str]:

@@ -40,10 +40,16 @@ def step_text(
     return "  ".join([*parts, step.note] if step.note else parts)
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column, which has no name, holds words, the others numbers."""
+    lines = ["| | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
 def table(rows: Sequence[Row], models: Sequence[str], metrics: Sequence[tuple[str, str, str]]) -> str:
     """Markdown: one line a metric, one column a model. `metrics`: (name in rows, label, number format)."""
     cells = {(r.model, r.metric): r for r in rows}
-    lines = ["| | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
+    lines = []
     for name, label, form in metrics:
         line = []
         for model in models:
@@ -53,5 +59,5 @@ def table(rows: Sequence[Row], models: Sequence[str], metrics: Sequence[tuple[st
                 text += f" ± {format((row.high - row.low) / 2, form)}"
             line.append(text)
         if any(text != "–" for text in line):
-            lines.append(f"| {label} | " + " | ".join(line) + " |")
-    return "\n".join(lines)
+            lines.append([label, *line])
+    return markdown_table(models, lines)

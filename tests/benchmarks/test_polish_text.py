@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.polish_text.documents import SPLITS, documents, write
+from benchmarks.polish_text.money import Money
 from benchmarks.polish_text.stories import STORIES
 from mis_mlx.disk import sources
 from mis_mlx.disk.polish import FORMS, Count
@@ -42,6 +43,13 @@ def _hits(pattern: str, texts: list[str], at_least: int) -> list[re.Match[str]]:
     found = [match for text in texts for match in re.finditer(pattern, text)]
     assert len(found) >= at_least
     return found
+
+
+def test_money_has_a_decimal_comma_and_words() -> None:
+    """Whole złoty without decimals, the rest with two; both parts inflect in words."""
+    assert [f"{Money(n)}" for n in (1250, 400, 5, 10030)] == ["12,50 zł", "4 zł", "0,05 zł", "100,30 zł"]
+    words = [f"{Money(n):słownie}" for n in (100, 1222, 505, 1401)]
+    assert words == ["1 złoty", "12 złotych i 22 grosze", "5 złotych i 5 groszy", "14 złotych i 1 grosz"]
 
 
 def test_a_seed_means_the_same_documents_for_ever() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mis_mlx.disk.polish import FORMS, Count, Money, Time
+from mis_mlx.disk.polish import FORMS, Count, Time
 
 
 @pytest.mark.parametrize(
@@ -31,13 +31,6 @@ def test_a_count_brings_its_noun(number: int, words: str) -> None:
     assert f"{Count(number):jajko}" == words
     assert f"{Count(number):!jajko}" == words.split()[1]
     assert f"{Count(number)}" == str(number)
-
-
-def test_money_has_a_decimal_comma_and_words() -> None:
-    """Whole złoty without decimals, the rest with two; both parts inflect in words."""
-    assert [f"{Money(n)}" for n in (1250, 400, 5, 10030)] == ["12,50 zł", "4 zł", "0,05 zł", "100,30 zł"]
-    words = [f"{Money(n):słownie}" for n in (100, 1222, 505, 1401)]
-    assert words == ["1 złoty", "12 złotych i 22 grosze", "5 złotych i 5 groszy", "14 złotych i 1 grosz"]
 
 
 def test_times_of_day() -> None:
