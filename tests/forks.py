@@ -54,7 +54,7 @@ class Server:
         self.door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from tests import forks; forks.serve()", str(theirs.fileno())],
-            env=dict(env), cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+            env={"OPENBLAS_NUM_THREADS": "1", **env}, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
         )  # fmt: skip
         theirs.close()
 
@@ -206,6 +206,7 @@ def serve() -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    sys.orig_argv = [sys.executable, *request["argv"]]  # what a command that starts itself anew goes by
     what, *sys.argv = request["argv"]
     if what == "-c":
         code, sys.argv[0], sys.path[0] = sys.argv[0], "-c", ""

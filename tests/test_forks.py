@@ -13,7 +13,11 @@ import pytest
 from tests import forks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are started")
-TOLD = "import os, sys; print(sys.argv[1:], os.getcwd(), os.environ['WORD'], os.getpid()); sys.exit(5)"
+TOLD = """
+import os, sys
+print(sys.argv[1:], sys.orig_argv[3:], os.getcwd(), os.environ["WORD"], os.getpid())
+sys.exit(5)
+"""
 
 
 def test_argv_folder_environment_and_exit_code(own_home: dict[str, str], tmp_path: Path) -> None:
@@ -24,7 +28,7 @@ def test_argv_folder_environment_and_exit_code(own_home: dict[str, str], tmp_pat
             ["-c", TOLD, 1, "x y"], {**own_home, "WORD": word}, tmp_path / word, stdout=subprocess.PIPE
         )
         said, nothing = process.communicate(timeout=60)
-        assert said == f"['1', 'x y'] {tmp_path / word} {word} {process.pid}\n" and nothing is None
+        assert said == f"['1', 'x y'] ['1', 'x y'] {tmp_path / word} {word} {process.pid}\n" and nothing is None
         assert process.returncode == process.wait() == 5 and process.pid != os.getpid()
 
 
