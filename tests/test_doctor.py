@@ -135,7 +135,7 @@ ENGINE_FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "states, mxfp4, beside the CPU": (load, "mask", lambda f: lambda *a: f(*a) if policy._used else None),
     "training steps, beside the CPU": (losses, "softmax_lse", bent_softmax),
     "LoRA steps, 4-bit, beside the CPU": (mx.fast, "rms_norm", wrong),
-    "calibration, beside the CPU": (importance, "moment_sample", wrong),
+    "calibration, beside the CPU": (importance, "square_sample", wrong),
     "costs of bits, beside the CPU": (rounding, "values", lambda f: lambda *a: f(*a) * (1.0 if policy._used else 1.2)),
     "generate, 4-bit, beside mlx_lm": (decode.Positioned, "__call__", lambda f: lambda self, x, offset=0: x),
     "peak of a streamed pass / plan": (stream.Stream, "embed", greedy_for_memory),
@@ -157,13 +157,13 @@ def test_engine_checks_can_fail(name: str, made: engine_checks.Models, monkeypat
 
 
 def test_repeated_steps_check_can_fail(made: engine_checks.Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One last bit in one gradient of one step, as atomic sums leave it, is found."""
+    """Last bits in one gradient of one step, as atomic sums leave them, are found."""
     calls, right = list[int](), GoralW.update
 
     def update(self: GoralW, model: Any, gradients: Any, *rest: Any) -> str:
         calls.append(1)
         if len(calls) == 2:
-            gradients["model"]["norm"]["weight"] = gradients["model"]["norm"]["weight"] * (1 + 2e-7)
+            gradients["model"]["embed_tokens"]["weight"] = gradients["model"]["embed_tokens"]["weight"] * (1 + 2e-7)
         return right(self, model, gradients, *rest)
 
     monkeypatch.setattr(GoralW, "update", update)

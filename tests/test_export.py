@@ -144,7 +144,7 @@ def test_every_tensor_in_float16(tmp_path: Path, kind: str, models: Callable[[st
     """Each tensor under its own name: the nearest float16 of a matrix, vectors untouched; no more, no less."""
     _, reader = exported(models(kind).path, tmp_path / "out", out_type="f16")
     found, c = tensors(reader), models(kind)
-    config, is_llama = c.config, kind in ("llama", "untied", "mistral")
+    config, is_llama = c.config, c.config["model_type"] in ("llama", "mistral")
     for part in export.ggml.parts(c, "f16"):
         want = np.array(load.dense(c, part.source))
         if is_llama and part.source.split(".")[-2] in ("q_proj", "k_proj"):

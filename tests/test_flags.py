@@ -201,7 +201,7 @@ def test_a_place_that_takes_nothing_is_refused_first(
 def test_a_parent_that_is_missing_is_made(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
     """`quantize` spools beside its result, in a folder that is not there yet."""
     out = tmp_path / "new" / "deep" / "four"
-    quantize.quantize(llama.path, out, Rounding(target_bpw=None), DISK, batches, 0)
+    quantize.quantize(llama.path, out, Rounding(), DISK, batches, 0)
     assert [p.name for p in out.parent.iterdir()] == ["four"]
 
 
@@ -289,10 +289,12 @@ def test_the_ends_of_every_range_can_be_planned(
         {"data": rows.get(name, str(text_folder))} if name not in ("export", "plan", "generate") else {}
     )
     more |= {} if name == "plan" else {"dry_run": True}
-    more |= {"search": {"tolerance": 0.15}, "evaluate": {"tasks": ("sums", "plural", "text")}}.get(name, {})
+    more |= {"search": {"tolerance": 0.15}, "evaluate": {"tasks": ("builtin",)}}.get(name, {})
     if name == "grpo":
         more |= {"max_completion_length": 32, "max_seq_length": 128}
     base = module.Settings(**{at: str(llama.path), **more})
+    assert module.run(base)["peak_bytes"] > 0  # so that what follows is not refused for something else
+    policy.use(None)
     failed = []
     names = set(limits(module.Settings)) - (set() if every else asked_before(name))
     for flags in ends(module.Settings, names):

@@ -191,7 +191,7 @@ def test_what_cannot_be_cut_is_a_sentence(
     assert not (tmp_path / "s").exists()
 
 
-def test_the_calibration_of_the_command_is_the_first_windows(
+def test_the_calibration_of_the_command_is_the_windows_of_its_seed(
     tmp_path: Path, llama: Checkpoint, small: prune.Settings
 ) -> None:
     """Who stays is who a calibration by hand on the same windows says."""
@@ -199,7 +199,7 @@ def test_the_calibration_of_the_command_is_the_first_windows(
 
     prune.run(replace(small, mlx_path=str(tmp_path / "s")))
     data = windows.prepare(small.data, llama.path, 32)
-    batches = [mx.array(w[None]) for w in data.train.tokens[:4]]
+    batches = windows.calibration(data.train, 4, small.seed)
     statistics, _ = calibrate.calibrate(llama, batches, mx.float32)
     _, keep = pruning.choose(dict(llama.config), statistics, small)
     saved = slice.read_keep(tmp_path / "s")

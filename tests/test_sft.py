@@ -418,10 +418,7 @@ def test_refusals_are_sentences(
 
 def test_a_run_that_diverges_is_a_sentence(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
     """A model whose loss float32 holds, and whose gradients it does not: stopped after three steps."""
-    loud, norm = shutil.copytree(llama.path, tmp_path / "loud"), llama.tensors["model.norm.weight"]
-    with (loud / "model.safetensors").open("r+b") as file:
-        file.seek(norm.offset)
-        file.write(np.full(norm.shape, 1e33, np.float32).tobytes())
+    loud = tiny.loud(llama, tmp_path / "loud")
     with pytest.raises(MisError, match="3 steps in a row, .* not a number .* changed no weight"):
         sft.run(settings_of(small, tmp_path / "run", model=str(loud)))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.safetensors import Writer
 from mis_mlx.model import arch
+from mis_mlx.types import Checkpoint
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,6 +65,16 @@ def write_tokenizer(folder: Path) -> None:
         "bos_token": "<|endoftext|>",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def loud(model: Checkpoint, folder: Path) -> Path:
+    """A copy of a float32 model whose losses float32 holds, and whose gradients it does not."""
+    shutil.copytree(model.path, folder)
+    norm = model.tensors["model.norm.weight"]
+    with (folder / norm.file.name).open("r+b") as file:
+        file.seek(norm.offset)
+        file.write(np.full(norm.shape, 1e33, np.float32).tobytes())
+    return folder
 
 
 def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Path:
