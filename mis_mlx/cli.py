@@ -131,7 +131,7 @@ def check_ranges(settings: Any) -> None:
     """MisError where a number lies outside of what its field's annotation says (`types.Within`), or a text is empty."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
-        if _empty(value):
+        if _empty(value) and value != getattr(type(settings), name, None):
             raise MisError(f"--{name.replace('_', '-')} is empty: give a word, or leave it out")
         for part in (hint, *get_args(hint)):
             for limits in getattr(part, "__metadata__", ()):

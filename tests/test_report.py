@@ -70,7 +70,8 @@ def warm(
     out = tmp_path_factory.mktemp("warm") / "run"
     cut = ("--scenario", "none", "--layers", 2, "--ffn", 512, "--heads", 2, "--q-group-size", 32, "--iters", 40)
     flags = ("--teacher", llama.path, "--data", text_folder, *SMALL, *cut, "--num-samples", 24)
-    done = command("distill", *flags, "--thermal-replay", DATA / "halny.jsonl", "--altitude-m", 832, "--out", out)
+    air = ("--thermal-replay", DATA / "halny.jsonl", "--altitude-m", 832, "--governor", "steady")
+    done = command("distill", *flags, *air, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
