@@ -22,7 +22,7 @@ from mis_mlx import search
 from mis_mlx.disk import runs
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.text import Windows
-from mis_mlx.model import arch, calibrate, compare, load, pack, reconstruct, slice, windows
+from mis_mlx.model import arch, calibrate, compare, load, pack, policy, reconstruct, slice, windows
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.training import candidates, contest, pruning, standings
 from mis_mlx.training.candidates import Decoding
@@ -118,7 +118,7 @@ def test_the_score_is_that_of_a_pruning_by_hand(
     window: the KL of the log, to the last bit."""
     data = windows.prepare(small.data, llama.path, 32)
     at = np.random.default_rng([0, 1, 1]).permutation(len(data.train.tokens))[:4]
-    statistics, _ = calibrate.calibrate(llama, [mx.array(data.train.tokens[i][None]) for i in at], mx.float32)
+    statistics, _ = calibrate.calibrate(llama, [mx.array(data.train.tokens[i][None]) for i in at], policy.usual_dtype())
     record = runs.records(done[0] / contest.CANDIDATES)[-1]
     cut = pruning.Cut(scenario="none", importance="rms", **{a: record[a] for a in candidates.AXES})
     shape, keep = pruning.choose(dict(llama.config), statistics, cut)
@@ -211,7 +211,7 @@ def test_the_repair_comes_before_the_rank(tmp_path: Path, small: search.Settings
     picks = [np.random.default_rng([0, use, 1]).permutation(len(data.train.tokens))[:n] for use, n in ((1, 4), (2, 6))]
     samples, repair = ([mx.array(data.train.tokens[i][None]) for i in at] for at in picks)
     cut = pruning.Cut(scenario="none", importance="rms", **{a: repaired[0][a] for a in candidates.AXES})
-    statistics = calibrate.calibrate(teacher, samples, mx.float32)[0]
+    statistics = calibrate.calibrate(teacher, samples, policy.usual_dtype())[0]
     shape, keep = pruning.choose(dict(teacher.config), statistics, cut)
     slice.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)
     pruned = load.open_checkpoint(tmp_path / "s")

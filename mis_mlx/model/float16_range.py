@@ -42,11 +42,11 @@ def largest(model: Checkpoint) -> float:
     vocab = shape_of(model.config).vocab
     ids = np.unique([*range(min(FREQUENT, vocab)), *np.linspace(0, vocab - 1, SPREAD).astype(int)])
     source, reach = stream.Stream(model, mx.float16), 0.0
-    (hidden,) = source.embed([mx.array(ids[None].astype(np.int32))])
     with suppress(stream.NotNumbers):
+        hidden = source.embed([mx.array(ids[None].astype(np.int32))])
         for _, block in source.blocks():
-            (hidden,) = source.through(block, [hidden])
-            found: Any = mx.abs(hidden).max()
+            found: Any = mx.abs(source.through(block, hidden)[0]).max()
             reach = max(reach, found.item())
+        source.finite(source.norm(hidden)[0])
         return reach
     return math.inf

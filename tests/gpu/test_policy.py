@@ -156,6 +156,11 @@ def test_overflow_is_found_and_avoided(
         policy.use(None)
 
 
+def test_weights_outside_of_blocks_count(llama: Checkpoint, tmp_path: Path, metal: None) -> None:
+    """A last norm that float16 cannot hold is found before the first pass, too."""
+    assert policy.compute_dtype(load.open_checkpoint(tiny.loud(llama, tmp_path / "loud"))) == mx.bfloat16
+
+
 @pytest.mark.parametrize("work", ["forward", "prune", "quantize"])
 def test_nothing_is_chosen_by_numbers_that_are_none(
     work: str, overflowing: Checkpoint, text_folder: Path, tmp_path: Path, metal: None
