@@ -107,7 +107,7 @@ class Way:
 
 WAYS = {
     "dense": Way("bfloat16", {}),
-    # MLX's CPU kernels for packed weights add float16 products up in float16, Metal's in float32: a product of 768 terms
+    # MLX's CPU kernels for packed weights add float16 up in float16, Metal's in float32: a product of 768 terms
     # is 0.38 % (affine) and 0.11 % (mxfp4) off here, where dense float16 is 0.036 % off. The losses are some 0.06 nats.
     "4-bit teacher": Way("affine", {}, near=0.05, held_out=0.01),
     "mxfp4 teacher": Way("mxfp4", {"quantize": 0}, near=0.02, held_out=0.01),
