@@ -45,13 +45,13 @@ class Settings(Computing, WeatherFlags):
     """folder of a small student of the first model: one more column, the two together"""
     num_draft_tokens: Count = 2
     """guesses of the draft that one pass checks"""
-    prompt_tokens: Annotated[int, Within(1, 2**20), tyro.conf.arg(aliases=["-p"])] = 512
+    prompt_tokens: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-p"])] = 512
     """tokens in the prompt; every trial has a text of its own"""
-    generation_tokens: Annotated[int, Within(2, 2**20), tyro.conf.arg(aliases=["-g"])] = 128
+    generation_tokens: Annotated[int, Within(2, MOST), tyro.conf.arg(aliases=["-g"])] = 128
     """tokens generated, 2 or more"""
     num_trials: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-n"])] = 5
     """trials, after a warm-up (the whole prompt, 4 tokens) that does not count"""
-    depth: Annotated[int, Within(0, 2**20), tyro.conf.arg(aliases=["-d"])] = 0
+    depth: Annotated[int, Within(0, MOST), tyro.conf.arg(aliases=["-d"])] = 0
     """tokens in the cache before the prompt"""
     batch_size: Annotated[int, Within(1, 10**4), tyro.conf.arg(aliases=["-b"])] = 1
     """prompts side by side"""

@@ -91,6 +91,7 @@ def test_who_slows_down_is_named() -> None:
     assert trials.slowed("m", [stamped(1.0, 1.1), stamped(1.0, 1.105)]) is None
 
 
+@pytest.mark.usefixtures("cpu_policy")  # bytes of float32
 def test_the_roof_by_pencil(llama: Checkpoint) -> None:
     """1 MB of weights and the keys of 10 tokens (3 blocks x 2 x 32 numbers x 4 bytes) a token, at 1 GB/s."""
     r, at = Request(8, 4), Roof("d", "", 1e9, 1e15, "given")
@@ -126,6 +127,7 @@ def test_formats_are_not_mixed_into_a_speed_up() -> None:
     assert "--measure does it again" in roofline.bound({**facts, "tps": 10.1})
 
 
+@pytest.mark.usefixtures("cpu_policy")  # bytes of float32
 def test_a_table_of_two_models(llama: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real trials: positive times, the bytes of the weights, one column a model; peak memory holds the weights of
     one model, not of both."""
