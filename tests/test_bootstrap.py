@@ -160,7 +160,7 @@ def test_all_tests_or_a_few(machine: Machine) -> None:
         (["-n", "0"], "-n 0"),
     ):
         machine.mis("test", *flags)
-        assert machine.log.read_text().splitlines()[-1] == f"python -m pytest {expected}"
+        assert machine.log.read_text().splitlines()[-1].endswith(f"/bin/python -m pytest {expected}")
 
 
 def test_a_failed_update_leaves_the_old_installation(machine: Machine) -> None:
@@ -222,7 +222,10 @@ def test_tests_and_programs_run_with_fast_products(machine: Machine) -> None:
     machine.mis("test", "-x")
     log, blas = machine.log.read_text(), machine.checkout / "mis_mlx" / "machine" / "blas.py"
     python = f"python -I {blas} {machine.venv}/bin/python"
-    assert f"{python} {machine.checkout}/program.py --rounds 2\n" in log and f"{python} -m pytest -x\n" in log
+    assert (
+        f"{python} {machine.checkout}/program.py --rounds 2\n" in log
+        and f"{python} -m pytest -x -n logical --maxprocesses 4 --dist loadfile\n" in log
+    )
     assert (ROOT / blas.relative_to(machine.checkout)).is_file()
     given = machine.mis("distill", LD_PRELOAD="/nowhere/libopenblas.so.0").stdout
     assert "with LD_PRELOAD=/nowhere/libopenblas.so.0\n" in given

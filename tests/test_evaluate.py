@@ -181,4 +181,6 @@ def test_refusals_of_tasks_are_sentences(tmp_path: Path, llama: Checkpoint, comm
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     assert "another tokenizer" in sentence(command(*common, "--students", other, "--tasks", "logic"))
     assert "--kld and --tasks are two reports" in sentence(command(*common, "--kld", "--tasks", "logic"))
-    assert "an interval needs 2 or more" in sentence(command(*common, "--tasks", "logic", "--num-questions", 1))
+    assert "--num-questions is 1: give 2 or more" in sentence(
+        command(*common, "--tasks", "logic", "--num-questions", 1)
+    )

@@ -43,7 +43,7 @@ def test_refusals_are_sentences(tmp_path: Path, llama: Checkpoint, command: Call
     done = command("generate", "--model", llama.path, "--budget", "1MiB")
     assert done.returncode == 1 and "the budget is 1 MiB" in done.stderr
     done = command("generate", "--model", llama.path, "--max-tokens", 0)
-    assert done.returncode == 1 and "--max-tokens 0" in done.stderr
+    assert done.returncode == 1 and "--max-tokens is 0: give 1 or more" in done.stderr
     other = tiny.make(tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     done = command("generate", "--model", llama.path, "--draft-model", other)

@@ -234,7 +234,7 @@ def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
         ({"group_size": 1}, "--group-size is 1"),
         ({"num_iterations": 0}, "--num-iterations is 0"),
         ({"temperature": 0.0}, "--temperature is 0"),
-        ({"beta": -1.0}, "--beta is -1: give 0 or more"),
+        ({"beta": -1.0}, "--beta is -1: give a number from 0 to 1000"),
         ({"max_completion_length": 48}, "leaves no room for a prompt"),
         ({"max_completion_length": 47}, "the prompt takes"),
         ({"reward_functions": "nice"}, "names nice, which is not there"),

@@ -172,7 +172,8 @@ def need_place(flag: str, path: str | Path, kind: Literal["folder", "new", "file
             place = place.parent
         os.close(DISK.scratch(place))
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None)
+        why = BROKEN.get(number or 0) or getattr(error, "strerror", None) or error
         raise MisError(f"{flag} {path} cannot be written ({why}): give another place") from None
 
 

@@ -120,6 +120,8 @@ WITHOUT = {
     "disk/gguf.py": "the same, its conversion",
     "disk/dialects.py": "the same",
     "disk/exams.py": "the same",
+    "machine/blas.py": "a library under other names, whole or absent; it runs before anything of ours is imported",
+    "training/engine_checks.py": "a model made on the spot, in a temporary folder of its own",
     "machine/packages.py": "the same, a wheel of a wrong hash is deleted",
     "machine/rates.py": "a file of zeros that measures how quick the disk is",
     "machine/replay.py": "a recording of thermometers, which the command `thermal` makes",

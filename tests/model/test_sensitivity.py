@@ -137,11 +137,13 @@ def test_mixed_formats_keep_to_the_target_and_open_in_mlx_lm(
 
 
 def test_targets_out_of_reach(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Fewer bits than there are is one sentence; more than 8 is 8."""
+    """Fewer bits than there are, or more, is one sentence."""
     with pytest.raises(MisError, match="--target-bpw 3.2 is below 3.5, which 3 bits in groups of 64 take: give 3.5"):
         formats.check(3.2, 64)
     formats.check(None, 64)
-    plan, _ = formats.mixed(llama, batches[:1], 64, 9.0)
+    with pytest.raises(MisError, match="--target-bpw 9 is above 8.5, which 8 bits in groups of 64 take: give 8.5"):
+        formats.check(9.0, 64)
+    plan, _ = formats.mixed(llama, batches[:1], 64, 8.5)
     assert {kind.bits for kind in plan.values()} <= {3, 4, 5, 6, 8}
 
 
