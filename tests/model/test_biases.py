@@ -76,6 +76,7 @@ def same(a: mx.array, b: mx.array, atol: float = 1e-5) -> bool:
     return mx.allclose(a.astype(mx.float32), b, rtol=1e-4, atol=atol).item()
 
 
+@pytest.mark.usefixtures("cpu_policy")  # beside mlx-lm in float32
 def test_gptq(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     """The folder's logits are those of the plain model with the matrices that were chosen; so is the stream that the
     last block was fitted to; biases keep their bytes."""
@@ -139,6 +140,7 @@ def test_sharded(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     assert all(same(ours[n], theirs[n], 1e-4) for n in ours)
 
 
+@pytest.mark.usefixtures("cpu_policy")  # beside mlx-lm in float32
 def test_reconstruct_and_local(model: Checkpoint, tmp_path: Path) -> None:
     """A student from which nothing was cut: nothing to mend, and nothing to learn in the first step of any block."""
     keep, student = Keep((0, 1, 2), {}, ""), tmp_path / "student"

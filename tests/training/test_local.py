@@ -28,6 +28,8 @@ from tests.conftest import mostly_slow
 from tests.model.test_reconstruct import CUTS, mended_model, stream_error, student_of
 from tests.model.test_slice import raw
 
+pytestmark = pytest.mark.usefixtures("cpu_policy")  # steps and sizes by hand are those of float32
+
 RECIPE = Recipe(iters=3, grad_accumulation_steps=2, learning_rate=1e-3, warmup=1)
 HEADS = {(i, "heads"): (1, 2) for i in range(3)}
 ALL_CUTS = CUTS | {"heads": (Keep((0, 1, 2), HEADS, ""), {"heads": 2})}
