@@ -17,8 +17,6 @@ from mis_mlx.types import Checkpoint, MisError
 
 POLICY = "MIS_MLX_POLICY"  # in the environment, so child processes inherit it
 DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
-
 _used: list[str] = []  # the type that a command was told to compute in, if it was
 
 
