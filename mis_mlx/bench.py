@@ -90,7 +90,8 @@ def measure(
     r, found = Request(prompt_tokens, max(tokens, 2)), dict[str, list[Trial]]()
     openers = {n: (lambda f=f, n=n: timing.opened(f, n)) for f, n in zip(folders, names, strict=True)}
     together = sum(trials.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
-    for subject, done in trials.rounds(openers, together, count, r):
+    timed = cli.counted("trial", trials.rounds(openers, together, count, r), count * len(folders))
+    for subject, done in timed:
         found.setdefault(subject.name, []).append(done)
     rows = []
     for name, every in found.items():

@@ -29,7 +29,7 @@ from mis_mlx.types import Budget, Checkpoint, Count, MisError, Row, Whole
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset({
     "out", "resume", "dry_run", "config", "budget", "eval_windows", "bench_tokens", "sample_tokens",
-    "report_to", "project_name", "save_every", "governor", "thermal_replay", "spread",
+    "report_to", "project_name", "save_every", "governor", "thermal_replay", "spread", "keep_steps",
 })  # fmt: skip
 
 
@@ -68,6 +68,8 @@ class Settings(Computing, pruning.Cut, Rounding, Distillation):
     its own blocks"""
     out: str | None = None
     """run folder; default: the next free runs/NAME-00N"""
+    keep_steps: bool = False
+    """keep what --resume would need once the run is done: checkpoints, the rounded student, stored targets"""
     resume: bool = False
     """continue the run in --out, or the newest unfinished one"""
     dry_run: bool = False
@@ -157,7 +159,8 @@ def _measure(
         cli.say(f"measure: speed of {', '.join(fit) or 'none: no model fits the budget whole'}")
         sizes += bench.measure(list(fit.values()), list(fit), 2 * s.bench_tokens, s.bench_tokens, 2, c.plan.peak_bytes)
     if s.sample_tokens:
-        said = [json.dumps(sample, ensure_ascii=False) for sample in speak.samples(fit, s.sample_tokens)]
+        samples = cli.counted("sample", speak.samples(fit, s.sample_tokens), len(speak.PROMPTS) * len(fit))
+        said = [json.dumps(sample, ensure_ascii=False) for sample in samples]
         c.files.replace_text(c.folder / runs.SAMPLES, "\n".join([*said, ""]))
     return sizes, quality
 
@@ -210,6 +213,9 @@ def _all_stages(s: Settings, c: Course, data: windows.Data) -> tuple[str, dict[s
         "seconds": round(time.monotonic() - began, 1),
     }
     c.files.replace_text(folder / runs.RESULT, json.dumps(result, indent=2))
+    for name in () if s.keep_steps else course.LEFT:
+        if (folder / name).exists():
+            c.files.remove_tree(folder / name)
     return table, result
 
 

@@ -136,8 +136,9 @@ def speaking(module: Module) -> list[str]:
 
 
 def evaluating(module: Module) -> list[str]:
-    """mx.eval: only model/stream.py, training/, machine/clock.py and commands."""
-    if module.is_command or module.zone == "training" or module.name in ("model.stream", "machine.clock"):
+    """mx.eval: only model/stream.py, training/, machine/clock.py, machine/lanes.py and commands."""
+    here = ("model.stream", "machine.clock", "machine.lanes")
+    if module.is_command or module.zone == "training" or module.name in here:
         return []
     named = [name for name in imports(module) if name in ("mlx.core.eval", "mlx.core.async_eval")]
     return named + [call for call in calls(module) if re.fullmatch(r"(mx|mlx\.core)\.(async_)?eval", call)]

@@ -17,7 +17,7 @@ import numpy as np
 
 from mis_mlx.maths.importance import Key
 from mis_mlx.model import load, stream
-from mis_mlx.model.backward_pass import backwards
+from mis_mlx.model.backward_pass import Some, backwards
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.types import Checkpoint
 
@@ -60,19 +60,19 @@ def fisher(
     shape, found = shape_of(checkpoint.config), dict[Key, np.ndarray]()
     args = load.model_args(checkpoint.config)
 
-    def visit(i: int, block: nn.Module) -> Callable[[mx.array, mx.array], mx.array]:
+    def visit(i: int, block: nn.Module) -> Callable[[Some, Some], Some]:
         gated = {axis: _Gated((block[part] if part else block)[name], not part) for axis, (part, name) in GATES.items()}
         for axis, (part, name) in GATES.items():
             (block[part] if part else block)[name] = gated[axis]
 
-        def through(x: mx.array, above: mx.array) -> mx.array:
+        def each(x: mx.array, above: mx.array) -> mx.array:
             below, squares = _back(args, block, gated, shape, x, above)
             for axis, square in squares.items():
                 key = (-1, "hidden") if axis.startswith("norm") else (i, axis)
                 found[key] = found.get(key, 0.0) + np.array(square, np.float64) / (2 * len(batches))
             return below
 
-        return through
+        return lambda x, above: [each(*of) for of in zip(x, above, strict=True)]
 
     backwards(checkpoint, batches, dtype, visit, seed, kept)
     return found

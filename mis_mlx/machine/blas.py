@@ -116,6 +116,7 @@ def main() -> None:
                 count, reason = threads()
                 os.environ[THREADS] = str(count)
                 lines.append(f"{THREADS}={count} ({reason})")
+            os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")  # so that MLX takes from two lanes in turn (lanes.py)
             heard = os.environ.get("MLX_RANK", "0") in ("", "0")
             with suppress(BrokenPipeError):
                 sys.stderr.write("".join(f"mis: {line}\n" for line in lines if heard))

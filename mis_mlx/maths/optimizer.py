@@ -8,13 +8,14 @@ Does not know models' insides, files or the training loop.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.types import MisError
 
@@ -45,35 +46,66 @@ def cosine(step: int, iters: int, peak: float, warmup: int, floor: float = 0.1) 
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def global_norm(gradients: Any) -> mx.array:
+Lane = Callable[[int], AbstractContextManager[Any]]  # where MLX computes the i-th of several things
+
+
+def nowhere(i: int) -> AbstractContextManager[Any]:
+    """One lane, and that where everything is computed."""
+    return nullcontext()
+
+
+def _lightest(loads: list[int], size: int) -> int:
+    """The lane of the next thing, of this size."""
+    loads[i := loads.index(min(loads))] += size
+    return i
+
+
+def global_norm(gradients: Any, lane: Lane = nowhere) -> mx.array:
     """Euclidean norm over all gradients, a scalar. Sums each tensor's last axis first: float32 sums drift."""
-    squares = tree_map(lambda g: mx.square(g.astype(mx.float32)).sum(axis=-1).sum(), gradients)
-    return mx.sqrt(tree_reduce(lambda a, b: a + b, squares, mx.array(0.0)))
+    squares, loads = list[mx.array](), [0, 0]
+    named: dict[str, mx.array] = tree_flatten(gradients, destination={})  # type: ignore[assignment]
+    for g in named.values():
+        with lane(_lightest(loads, g.size)):
+            squares.append(mx.square(g.astype(mx.float32)).sum(axis=-1).sum())
+    return mx.sqrt(sum(squares, mx.array(0.0)))
 
 
 # Three kernels for each weight: MLX writes what a kernel makes over what only it has read, if it makes one array.
-_first = mx.compile(lambda m, g, b1: b1 * m + (1 - b1) * g)
-_second = mx.compile(lambda v, g, b2: b2 * v + (1 - b2) * mx.square(g))
+_first = mx.compile(lambda m, g, scale, b1: b1 * m + (1 - b1) * (g * scale))
+_second = mx.compile(lambda v, g, scale, b2: b2 * v + (1 - b2) * mx.square(g * scale))
 _weight = mx.compile(lambda p, m, v, rate, root, kept, eps: p * kept - rate * m / (mx.sqrt(v) * root + eps))
 
 
 class _Fused(optim.AdamW):
     """mlx.optimizers.AdamW, bias correction included, in 3 kernels for each weight in place of 14: 40 bytes of memory
-    traffic for each parameter in place of 128. Rates are arrays, so that a new one compiles nothing anew."""
+    traffic for each parameter in place of 128. Rates are arrays, so that a new one compiles nothing anew.
+
+    scale: what every gradient is multiplied by, in these kernels. lane: where MLX computes the i-th of several weights.
+    """
+
+    scale = 1.0
+    lane: Lane
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """The new weights, lazy; what all of them share is made once."""
         after, (b1, b2) = self.step + 1, self.betas
         rate = self.learning_rate
-        self._shared = rate / (1 - b1**after), mx.rsqrt(1 - b2**after), 1 - rate * self.weight_decay
+        self._shared = (
+            mx.array(self.scale),
+            rate / (1 - b1**after),
+            mx.rsqrt(1 - b2**after),
+            1 - rate * self.weight_decay,
+        )
+        self._loads = [0, 0]
         return super().apply_gradients(gradients, parameters)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         """The new weight; the moments in `state` with it."""
-        rate, root, kept = (a.astype(gradient.dtype) for a in self._shared)
-        state["m"] = _first(state["m"], gradient, self.betas[0])
-        state["v"] = _second(state["v"], gradient, self.betas[1])
-        return _weight(parameter, state["m"], state["v"], rate, root, kept, self.eps)
+        with self.lane(_lightest(self._loads, parameter.size)):
+            scale, rate, root, kept = (a.astype(gradient.dtype) for a in self._shared)
+            state["m"] = _first(state["m"], gradient, scale, self.betas[0])
+            state["v"] = _second(state["v"], gradient, scale, self.betas[1])
+            return _weight(parameter, state["m"], state["v"], rate, root, kept, self.eps)
 
 
 class GoralW:
@@ -85,6 +117,7 @@ class GoralW:
 
     def __init__(self, *, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01, guard: bool = True):
         self.adamw = _Fused(0.0, betas=list(betas), weight_decay=weight_decay, bias_correction=True)
+        self.adamw.lane = nowhere
         self.guard = guard
         self.norms: list[float] = []
         self.bad: list[int] = []  # batches, in a row
@@ -104,9 +137,13 @@ class GoralW:
         self.bad, self.passed, self.calm = [], [*self.passed, *batches], self.calm / 2
 
     def update(
-        self, model: nn.Module, gradients: Any, loss: float, norm: float, learning_rate: float, batch: int = 0
-    ) -> str:
-        """One step on `model`'s trainable parameters, lazily. Returns what the dog did ('' = it slept)."""
+        self, model: nn.Module, gradients: Any, loss: float, norm: float, learning_rate: float, batch: int = 0,
+        scale: float = 1.0,
+    ) -> str:  # fmt: skip
+        """One step on `model`'s trainable parameters, lazily. Returns what the dog did ('' = it slept).
+
+        scale: of the gradients; `norm` is theirs once they are scaled.
+        """
         note = ""
         if batch in self.passed:
             return "skipped: not a number before"
@@ -119,10 +156,10 @@ class GoralW:
             self.bad = []
             bound = self.bound()
             if norm > bound:
-                gradients = tree_map(lambda g: g * (bound / norm), gradients)
+                scale *= bound / norm
                 note = f"clipped {norm:.1f} to {bound:.1f}"
             self.norms = [*self.norms, min(norm, bound)][-WINDOW:]
-        self.adamw.learning_rate = learning_rate * self.calm
+        self.adamw.learning_rate, self.adamw.scale = learning_rate * self.calm, scale
         self.adamw.update(model, gradients)
         return note
 

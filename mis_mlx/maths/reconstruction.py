@@ -20,19 +20,22 @@ class NormalEquations:
         self.gram = np.zeros((inputs, inputs))
         self.cross = np.zeros((inputs, outputs))
         self.before = 0.0  # sum of w^2 |r|^2
-        self.rows = 0
 
-    def add(self, a: mx.array, r: mx.array, weight: mx.array) -> None:
-        """Tokens a (n, F), what is missing r (n, D), and each token's weight (n,).
+    @staticmethod
+    def products(a: mx.array, r: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """What `add` takes, lazy, of tokens a (n, F), what is missing r (n, D), and each token's weight (n,).
 
         Products of one batch are float32 (on a CPU 5x quicker), sums over batches float64.
         """
         a = a.astype(mx.float32) * weight[:, None]
         r = r.astype(mx.float32) * weight[:, None]
-        self.gram += np.array(a.T @ a)
-        self.cross += np.array(a.T @ r)
-        self.before += float(np.square(np.array(r), dtype=np.float64).sum())
-        self.rows += len(a)
+        return a.T @ a, a.T @ r, r
+
+    def add(self, gram: mx.array, cross: mx.array, missing: mx.array) -> None:
+        """One batch's `products`."""
+        self.gram += np.array(gram)
+        self.cross += np.array(cross)
+        self.before += float(np.square(np.array(missing), dtype=np.float64).sum())
 
     def solve(self, ridge: float) -> tuple[np.ndarray, float]:
         """(U (D, F), share of the weighted squared error that remains with it)."""

@@ -10,13 +10,16 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from mis_mlx.machine import lanes
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.model import load, stream
+from mis_mlx.model import host_losses, load, policy, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint
 
-Visit = Callable[[int, nn.Module], Callable[[mx.array, mx.array], mx.array]]
+Some = Sequence[mx.array]  # of as many batches as there are lanes
+Visit = Callable[[int, nn.Module], Callable[[Some, Some], Some]]
 
 
 def backwards(
@@ -27,11 +30,11 @@ def backwards(
     seed: int = 0,
     kept: stream.Hidden | None = None,
 ) -> None:
-    """One pass forwards, then from the last block to the first: `visit(i, block)` gives what takes every batch back.
+    """One pass forwards, then from the last block to the first: `visit(i, block)` gives what takes batches back.
 
-    That is a function of the block's input x (B, T, D) and d log p(drawn tokens) / d output (B, T, D), which gives
-    d log p / d x. Token ids [(B, T)]. kept: a place for the inputs of all blocks, L * len(batches) arrays (B, T, D);
-    default: memory.
+    That is a function of the block's inputs x [(B, T, D)] and d log p(drawn tokens) / d output [(B, T, D)] of some
+    batches, which gives d log p / d x [(B, T, D)]. Token ids [(B, T)]. kept: a place for the inputs of all blocks,
+    L * len(batches) arrays (B, T, D); default: memory.
     """
     kept = [] if kept is None else kept
     source, n = stream.Stream(checkpoint, dtype), len(batches)
@@ -44,8 +47,9 @@ def backwards(
             last = source.through(block, kept[-n:])
             back = [_drawn(checkpoint, source, h, mx.random.key(seed * n + b)) for b, h in enumerate(last)]
         through = visit(i, block)
-        for b in range(n):
-            back[b] = through(kept[i * n + b], back[b])
+        for b in range(0, n, width := lanes.count()):
+            some = range(b, min(b + width, n))
+            back[some.start : some.stop] = through([kept[i * n + k] for k in some], back[some.start : some.stop])
 
 
 def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array) -> mx.array:
@@ -60,8 +64,20 @@ def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key:
     for start in range(0, len(flat), rows := chunk_rows(shape_of(checkpoint.config).vocab)):
         z = logits(flat[start : start + rows])
         key, now = mx.random.split(key)
-        p, drawn = mx.softmax(z, axis=-1), mx.random.categorical(z, key=now)
-        there = (mx.arange(z.shape[-1]) == drawn[:, None]).astype(mx.float32) - p
+        drawn = mx.random.categorical(z, key=now)
+        there = _pulls(z, drawn)
         parts.append(mx.vjp(logits, [flat[start : start + rows]], [there])[1][0])
         stream.settle(parts[-1])
     return mx.concatenate(parts).reshape(hidden.shape)
+
+
+def _pulls(z: mx.array, drawn: mx.array) -> mx.array:
+    """d log softmax(z)[drawn] / d z (n, V), for z (n, V) and drawn (n,). On a CPU z is made over into it."""
+    if policy.name() != "cpu":
+        return (mx.arange(z.shape[-1]) == drawn[:, None]).astype(mx.float32) - mx.softmax(z, axis=-1)
+    stream.settle(z, drawn)
+    at, p = np.array(drawn), host_losses.view(z)
+    host_losses.by_rows(host_losses.softmax, p)
+    np.negative(p, out=p)
+    p[np.arange(len(p)), at] += 1.0
+    return z

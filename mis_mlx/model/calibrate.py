@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.machine import lanes
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Statistics, Sums
 from mis_mlx.model import load, ranks, stream
@@ -80,18 +81,20 @@ def calibrate(
         for part, name in TAPS.values():
             block[part][name] = stream.Tap(block[part][name])
         distances = []
-        for b, into in enumerate(hidden):
-            if b == len(readings):  # in the first block
+
+        def enter(into: mx.array, block: nn.Module = block) -> tuple[mx.array, dict[str, mx.array]]:
+            if len(readings) < len(batches):  # in the first block
                 readings.append(reading())
                 weights.append(importance.weight_of(readings[-1], unit))
             after = block(into, load.mask(source.args, block, into))
-            found = _look(block, s.heads, into, after)
-            stream.settle(after, found)
+            return after, _look(block, s.heads, into, after)
+
+        for b, (after, found) in enumerate(lanes.each(enter, hidden)):
             hidden[b] = source.finite(after) if b == 0 else after
             seen = {name: np.array(f, np.float64) for name, f in found.items()}
             distances.append(seen["block"])
             for axis, sums in (("ffn", out.ffn[i]), ("heads", out.heads[i]), ("norm1", norms), ("norm2", norms)):
-                squares, tokens = seen[axis + " squares"], into.shape[0] * into.shape[1]
+                squares, tokens = seen[axis + " squares"], after.shape[0] * after.shape[1]
                 square = squares.reshape(len(seen[axis]), -1).sum(axis=-1) / tokens  # of a head: its channels'
                 sums.add(seen[axis], square, weights[b] or 1.0)
         out.block[i] = float(np.sum(distances))

@@ -14,7 +14,7 @@ import numpy as np
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths import losses
 from mis_mlx.maths.stats import interval
-from mis_mlx.model import load, policy, ranks, stream
+from mis_mlx.model import host_losses, load, policy, ranks, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, MisError, Row
 
@@ -81,18 +81,27 @@ def compare(
             sums: dict[tuple[str, str], float] = {}
             for start in range(0, len(learn), rows := losses.chunk_rows(vocab) // 2):
                 at = slice(start, min(start + rows, len(learn)))
-                logits = load.logits(teacher_head, hidden[names[0]][w][0, :-1][at])[:, :vocab]
-                reference = losses.Reference(logits, tokens[0, 1:][at])
-                nll, kl, top1 = reference.compare(load.logits(head, hidden[name][w][0, :-1][at])[:, :vocab])
-                values = {(name, "nll"): nll, (name, "kl"): kl, (name, "top1"): top1} if name != names[0] else {}
-                if name == (names[1:] or names)[0]:
-                    values[names[0], "nll"] = reference.nll()
-                for key, value in values.items():
-                    sums[key] = sums.get(key, 0.0) + float((np.array(value, np.float64) * learn[at]).sum())
+                z_t, z = (
+                    load.logits(h, hidden[n][w][0, :-1][at])[:, :vocab].astype(mx.float32)
+                    for h, n in ((teacher_head, names[0]), (head, name))
+                )
+                found_here = _at_positions(z_t, z, tokens[0, 1:][at]).astype(np.float64).T @ learn[at]
+                of = (names[0] if name == (names[1:] or names)[0] else "", *[name if name != names[0] else ""] * 3)
+                for owner, metric, value in zip(of, ("nll", "nll", "kl", "top1"), found_here, strict=True):
+                    if owner:
+                        sums[owner, metric] = sums.get((owner, metric), 0.0) + float(value)
             for key, total in sums.items():
                 found.setdefault(key, []).append(total / max(float(learn.sum()), 1.0))
         del head
     return {key: np.array(values) for key, values in found.items()}
+
+
+def _at_positions(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
+    """(n, 4) of logits (n, V) and the next tokens (n,): both nll, KL (nats), whether the top token is the same."""
+    if policy.name() == "cpu":
+        return host_losses.compared(teacher, student, targets)
+    reference = losses.Reference(teacher, targets)
+    return np.array(mx.stack([reference.nll(), *reference.compare(student)], axis=1))
 
 
 def rows_of(found: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:

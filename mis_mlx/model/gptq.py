@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.machine import lanes
 from mis_mlx.maths import rounding
 from mis_mlx.model import load, policy, stream
 from mis_mlx.model.calibrate import READERS, TAPS
@@ -73,11 +74,13 @@ def _grams(
         part, name = TAPS[axis]
         block[part][name] = taps[axis] = stream.Tap(block[part][name])
     sums = {axis: np.zeros((tap.inner.weight.shape[1],) * 2) for axis, tap in taps.items()}
-    for into in hidden:
+
+    def work(into: mx.array) -> dict[str, mx.array]:
         block(into, load.mask(args, block, into))
         seen = {axis: tap.take().astype(mx.float32) for axis, tap in taps.items()}
-        products = {axis: (flat := a.reshape(-1, a.shape[-1])).T @ flat for axis, a in seen.items()}
-        stream.settle(products)
+        return {axis: (flat := a.reshape(-1, a.shape[-1])).T @ flat for axis, a in seen.items()}
+
+    for products in lanes.each(work, hidden):
         for axis, product in products.items():
             if not mx.isfinite(product).all().item():
                 raise MisError(f"{where}{'.'.join(TAPS[axis])} meets values that are not finite: use plain rounding")

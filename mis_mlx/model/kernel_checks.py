@@ -175,7 +175,7 @@ def closed_form() -> Found:
     a, r, weight = drawn(0, 400, 96), drawn(1, 400, 32), mx.abs(drawn(2, 400)) + 0.5
     fit = NormalEquations(96, 32)
     for at in (slice(0, 150), slice(150, 400)):
-        fit.add(a[at], r[at], weight[at])
+        fit.add(*fit.products(a[at], r[at], weight[at]))
     wa, wr = wide(a) * wide(weight)[:, None], wide(r) * wide(weight)[:, None]
     gram = wa.T @ wa
     want = np.linalg.solve(gram + 0.1 * np.trace(gram) / 96 * np.eye(96), wa.T @ wr)

@@ -206,6 +206,11 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     return made
 
 
+def head_name(model: nn.Module) -> str:
+    """The parameter of a resident model that makes logits."""
+    return "lm_head.weight" if hasattr(model, "lm_head") else "model.embed_tokens.weight"
+
+
 def head_weight(model: nn.Module) -> mx.array:
     """The (V, D) matrix that makes logits in a resident model; de-quantized, in float32, where it is packed."""
     layer = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.machine import lanes
 from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.model import load, policy, stream
 from mis_mlx.types import Checkpoint, Keep
@@ -100,12 +101,16 @@ def refit(
     block.mlp.down_proj = tap = stream.Tap(linear)
     outputs, inputs = linear.weight.shape
     fit = NormalEquations(inputs, outputs)
-    for into, want in zip(hidden, target, strict=True):
+
+    def products(into: mx.array, want: mx.array) -> tuple[mx.array, ...]:
         out = block(into, load.mask(args, block, into))
         goal = narrow(want, columns).astype(mx.float32).reshape(-1, outputs)
         missing = goal - out.astype(mx.float32).reshape(-1, outputs)
         weight = 1.0 / mx.maximum(mx.sqrt(mx.square(goal).mean(axis=-1)), 1e-6)
-        fit.add(tap.take().reshape(-1, inputs), missing, weight)
+        return fit.products(tap.take().reshape(-1, inputs), missing, weight)
+
+    for found in lanes.each(products, hidden, target):
+        fit.add(*found)
     block.mlp.down_proj = linear
     before = np.array(linear.weight.astype(mx.float32), np.float64)
     update, error = fit.solve(ridge)

@@ -20,13 +20,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.machine import lanes
 from mis_mlx.maths import rounding
 from mis_mlx.model import backward_pass, load, policy, stream
+from mis_mlx.model.backward_pass import Some
 from mis_mlx.model.calibrate import READERS, TAPS
 from mis_mlx.types import Checkpoint
 
 MATRICES = [(TAPS[axis][0], name, axis) for axis, names in READERS.items() for name in names]  # part, name, its inputs
-HELD_BYTES = 32 * 2**20  # or a block's in float32, if more: of inputs and cotangents of its matrices; a window at least
+HELD_BYTES = (
+    128 * 2**20
+)  # or a block's in float32, if more: of inputs and cotangents of its matrices; a window at least
 SLAB = 2**18  # weights whose gradients and errors exist at once
 
 
@@ -52,25 +56,31 @@ def costs(
     args, found = load.model_args(checkpoint.config), dict[str, dict[int, float]]()
     tokens = sum(b.size for b in batches)
 
-    def visit(i: int, block: nn.Module) -> Callable[[mx.array, mx.array], mx.array]:
+    def visit(i: int, block: nn.Module) -> Callable[[Some, Some], Some]:
         dense = [load.dense_weight(block[part][name]) for part, name, _ in MATRICES]
-        packed = [[rounding.nearest(w, group, b) for b in bits] for w in dense]
-        stream.settle(packed)
+        every = ((w, b) for w in dense for b in bits)
+        made = list(lanes.each(lambda of: rounding.nearest(of[0], group, of[1]), every))
+        packed = [made[k : k + len(bits)] for k in range(0, len(made), len(bits))]
         seen, sums, done = list[_Seen](), [mx.zeros((len(bits),)) for _ in MATRICES], 0
         held = max(HELD_BYTES, sum(w.nbytes for w in dense))
 
-        def through(x: mx.array, above: mx.array) -> mx.array:
+        def take_in() -> None:
+            for k, (_, _, axis) in enumerate(MATRICES):
+                pairs = [(w.inputs[axis], w.above[k]) for w in seen]
+                sums[k] = sums[k] + mx.square(_along(dense[k], packed[k], pairs, group, bits)).sum(axis=0)
+            stream.settle(sums)
+            seen.clear()
+
+        def through(x: Some, above: Some) -> Some:
             nonlocal done
-            below, window = _back(args, block, x, above)
-            seen.append(window)
-            done += 1
+            below = list[mx.array]()
+            for under, window in lanes.each(lambda *of: _back(args, block, *of), x, above):
+                below.append(under)
+                seen.append(window)
+            done += len(below)
             each = sum(a.nbytes for a in (*window.inputs.values(), *window.above))
-            if done == len(batches) or (len(seen) + 1) * each > held:
-                for k, (_, _, axis) in enumerate(MATRICES):
-                    pairs = [(w.inputs[axis], w.above[k]) for w in seen]
-                    sums[k] = sums[k] + mx.square(_along(dense[k], packed[k], pairs, group, bits)).sum(axis=0)
-                    stream.settle(sums[k])
-                seen.clear()
+            if done == len(batches) or (len(seen) + len(below)) * each > held:
+                take_in()
             if done == len(batches):
                 for (part, name, _), total in zip(MATRICES, np.array(mx.stack(sums), np.float64), strict=True):
                     nats = (total / (2 * tokens)).tolist()
@@ -96,7 +106,7 @@ class _Shifted(nn.Module):
 
 
 def _back(args: object, block: nn.Module, x: mx.array, above: mx.array) -> tuple[mx.array, _Seen]:
-    """(cotangent at the block's input x (B, T, D), what its matrices saw), evaluated; no weight gets a gradient."""
+    """(cotangent at the block's input x (B, T, D), what its matrices saw), lazy; no weight gets a gradient."""
     linears = [block[part][name] for part, name, _ in MATRICES]
     mask = load.mask(args, block, x)
 
@@ -112,7 +122,6 @@ def _back(args: object, block: nn.Module, x: mx.array, above: mx.array) -> tuple
         block[part][name] = linear
     inputs = {axis: _flat(a) for axis, a in zip(TAPS, outs[1:], strict=True)}
     window = _Seen(inputs, [_flat(c) for c in cotangents])
-    stream.settle(below, *window)
     return below, window
 
 
@@ -133,12 +142,14 @@ def _along(
     The gradient is made before the product with the errors: <above, error a> token by token is F products as large as
     the one that makes it, and as a difference, Q a - W a, loses the digits that Q and W share.
     """
-    total, step = mx.zeros((len(pairs), len(bits))), max(1, SLAB // dense.shape[1])
-    for at in range(0, len(dense), step):
-        rows = slice(at, at + step)
+
+    def of_slab(rows: slice) -> mx.array:
         slopes = mx.stack([(above[:, rows].T @ into).reshape(-1) for into, above in pairs])
-        for k, (b, parts) in enumerate(zip(bits, packed, strict=True)):
-            error = rounding.values(tuple(p[rows] for p in parts), group, b) - dense[rows]
-            total[:, k] += slopes @ error.reshape(-1)
-        stream.settle(total)
-    return total
+        values = (
+            rounding.values(tuple(p[rows] for p in parts), group, b) for b, parts in zip(bits, packed, strict=True)
+        )
+        return mx.stack([slopes @ (value - dense[rows]).reshape(-1) for value in values], axis=1)
+
+    step = max(1, SLAB // lanes.count() // dense.shape[1])
+    slabs = [slice(at, at + step) for at in range(0, len(dense), step)]
+    return sum(lanes.each(of_slab, slabs), mx.zeros((len(pairs), len(bits))))

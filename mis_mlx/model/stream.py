@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from mis_mlx import cli
 from mis_mlx.disk.gate import DTYPES
 from mis_mlx.disk.reader import PAGE, Layout, Reader, layout, pages
+from mis_mlx.machine import lanes
 from mis_mlx.model import arch, load, policy
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt, gib
@@ -251,9 +252,7 @@ class Stream:
 
     def through(self, block: nn.Module, hidden: Hidden) -> Hidden:
         """Every batch's hidden states (B, T, D) through one block, in place, evaluated batch by batch."""
-        for b, into in enumerate(hidden):
-            out = block(into, load.mask(self.args, block, into))
-            mx.eval(out)
+        for b, out in enumerate(lanes.each(lambda into: block(into, load.mask(self.args, block, into)), hidden)):
             hidden[b] = self.finite(out) if b == 0 else out
         return hidden
 

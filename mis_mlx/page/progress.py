@@ -87,7 +87,8 @@ class Display:
             return rest, None
         if rest is None or loop is None or not loop.whole:
             rest = max(self.ratio * self.planned[phase.label] - (now - phase.began_s), rest or 0.0)
-        return rest, rest + self.later_s(phase.label)
+        later = self.later_s(phase.label)
+        return (rest, rest + later) if rest > 0 else (None, later or None)  # what takes longer than planned: unknown
 
     def line(self) -> str:
         """What is done, how far that is, how long yet; then what the loop says, or its rate and memory."""

@@ -34,6 +34,7 @@ from mis_mlx.training.weather import Weather
 from mis_mlx.types import Checkpoint, MisError, Step
 
 LOCAL = "local.jsonl"
+LEFT = ("steps", "tune-steps", "rounded", "parts", "targets")  # folders that nobody needs once the run is done
 
 
 @dataclass

@@ -7,16 +7,19 @@ way what crosses over is its final hidden states, and the vocabulary is met chun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.disk.text import Windows, order
+from mis_mlx.machine import lanes
 from mis_mlx.maths import losses, sparse
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, policy, ranks, stream
+from mis_mlx.model import host_losses, load, policy, ranks, stream
 from mis_mlx.model.relay import Relay
 from mis_mlx.training.loop import Loss, train
 from mis_mlx.training.recipe import Recipe
@@ -68,10 +71,22 @@ class Teacher:
         """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); labels (B * T,) where cross-entropy
         is asked for."""
         made = []
-        for batch, hidden in zip(batches, self.hidden([b.tokens for b in batches]), strict=True):
+        rows = iter(self.hidden([b.tokens[i : i + 1] for b in batches for i in range(len(b.tokens))]))
+        for batch in batches:
+            hidden = mx.concatenate([next(rows) for _ in batch.tokens])
             label = [labels(batch.tokens)] if self._cross_entropy else []
             made.append((batch.tokens, batch.learn.reshape(-1), hidden.reshape(-1, hidden.shape[-1]), *label))
         return made
+
+    def gradient_of(self, student: nn.Module) -> Callable[..., Any] | None:
+        """As `loop.train` takes it."""
+        return partial(_on_host, self, student) if policy.name() == "cpu" and not self._cross_entropy else None
+
+    def kl_gradients(
+        self, hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array, frozen_head: bool
+    ) -> tuple[float, mx.array, mx.array | None]:
+        """`host_losses.kl_gradients` against this teacher's logits."""
+        return host_losses.kl_gradients(hidden, head, target, self.logits, learn, self._temperature, frozen_head)
 
     def kl_sum(
         self, hidden: mx.array, head: mx.array, learn: mx.array, *target: mx.array, frozen_head: bool = False
@@ -101,6 +116,39 @@ class Text:
 def labels(tokens: mx.array) -> mx.array:
     """The token after each of tokens (B, T), (B * T,); the last column's are nothing, `learn` is 0 there."""
     return mx.roll(tokens, -1, 1).reshape(-1)
+
+
+def _on_host(
+    source: Teacher, student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array
+) -> tuple[tuple[mx.array, mx.array], Any]:
+    """What `nn.value_and_grad` gives of `loss_of(source)`, evaluated; the vocabulary by numpy, windows side by side.
+
+    The way back is laid out before the way forth is gone, so that only what it needs is kept: from a cotangent of
+    zeros, whose memory numpy then fills.
+    """
+    trained = dict(tree_flatten(student.trainable_parameters()))
+    cotangent = mx.zeros((tokens.size, student.args.hidden_size))
+    hidden: list[mx.array] = []
+
+    def forth(*arrays: mx.array) -> mx.array:
+        student.update(tree_unflatten(list(zip(trained, arrays, strict=True))))
+        hidden.append(lanes.rows(student.model, tokens).reshape(cotangent.shape))
+        return hidden[0]
+
+    with lanes.together():
+        _, slopes = mx.vjp(forth, list(trained.values()), [cotangent])
+        student.update(tree_unflatten(list(trained.items())))
+        mx.eval(hidden, cotangent)
+    name = load.head_name(student)
+    loss, below, of_head = source.kl_gradients(hidden[0], load.head_weight(student), learn, target, name not in trained)
+    host_losses.view(cotangent)[:] = host_losses.view(below)
+    found = dict(zip(trained, slopes, strict=True))
+    del slopes
+    if of_head is not None:
+        found[name] = found[name] + of_head
+    with lanes.together():
+        mx.eval(found)
+    return (mx.array(loss), learn.sum()), tree_unflatten(list(found.items()))
 
 
 def loss_of(source: Source) -> Loss:
@@ -147,4 +195,5 @@ def steps(
         recipe.schedule,
         start,
         lambda step: losses.halny_factor(sigma(), recipe.seed, step),
+        gradient_of=source.gradient_of(student) if isinstance(source, Teacher) else None,
     )

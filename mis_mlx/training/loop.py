@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mis_mlx.machine import lanes
 from mis_mlx.machine.clock import Clock
 from mis_mlx.maths.optimizer import GoralW, cosine, global_norm
 from mis_mlx.model import ranks
@@ -50,14 +51,16 @@ def train(
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
     clock: Clock = CLOCK,
+    gradient_of: Callable[..., Any] | None = None,
 ) -> Iterator[Step]:
     """Run steps `start` to `schedule.iters`, yielding each as it is done (`Step.number` counts from 1).
 
     micro_batches(step): what makes up a step, as argument tuples for `loss`. factor(step): eq. (2)'s
     (1 + eps_halny); it scales the gradient, while the loss reported is the plain one. A step during which
     the machine slept (the lid was closed) is discarded before it touches the weights, and done again.
+    gradient_of: what `nn.value_and_grad` gives for a micro-batch, where somebody has a quicker way there.
     """
-    gradient_of = partial(nn.value_and_grad(model, loss), model)
+    gradient_of = gradient_of or partial(nn.value_and_grad(model, loss), model)
 
     def gradients(step: int) -> tuple[Any, ...]:
         return _gradients(model, gradient_of, micro_batches(step))
@@ -85,12 +88,11 @@ def one_step(
         if not (slept := max(ranks.gather(clock.slept(mark)))):
             break
         note = f"the machine slept {slept / 60:.0f} min; step done again. "
-    scaled = tree_map(partial(mx.multiply, factor(step) / tokens), summed)
+    scale = factor(step) / tokens
+    norm = scale * ranks.told(partial(float, global_norm(summed, lanes.lane)))  # whoever is led by it is led alike
+    rate, optimizer.adamw.lane = schedule.rate(step), lanes.lane
+    note += optimizer.update(model, summed, value, norm, rate, step + 1, scale)
     del summed
-    norm = ranks.told(partial(float, global_norm(scaled)))  # whoever is led by it is led alike
-    rate = schedule.rate(step)
-    note += optimizer.update(model, scaled, value, norm, rate, step + 1)
-    del scaled
     mx.eval(model.parameters(), optimizer.adamw.state)
     seconds = clock.monotonic() - began
     more = dict(means[0]) if means else {}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mis_mlx.disk import hub
 from mis_mlx.disk.files import DISK, reported
-from mis_mlx.machine import rates
+from mis_mlx.machine import lanes, rates
 from mis_mlx.machine.memory import process_bytes
 from mis_mlx.machine.rates import Rates
 from mis_mlx.maths.losses import chunk_rows
@@ -152,9 +152,14 @@ def forward_flops(m: Model, tokens: int, length: int, head: bool = True) -> floa
 
 
 def workspace_bytes(m: Model, tokens: int, length: int) -> int:
-    """The most that a block's forward pass over one micro-batch holds, float32."""
+    """The most that a block's forward pass over one micro-batch holds, float32; of as many as go side by side here."""
     s = m.shape
-    return 4 * tokens * (8 * s.hidden + 3 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length)
+    return (
+        4
+        * (1 if m.gpu else lanes.count())
+        * tokens
+        * (8 * s.hidden + 3 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length)
+    )
 
 
 def keys_bytes(m: Model, tokens: int) -> int:

@@ -22,7 +22,7 @@ def fit(a: np.ndarray, r: np.ndarray, w: np.ndarray, parts: int = 3) -> NormalEq
     """The sums of all tokens, added in parts."""
     made = NormalEquations(F, D)
     for at in np.array_split(np.arange(N), parts):
-        made.add(mx.array(a[at]), mx.array(r[at]), mx.array(w[at]))
+        made.add(*made.products(mx.array(a[at]), mx.array(r[at]), mx.array(w[at])))
     return made
 
 

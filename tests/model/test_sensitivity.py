@@ -59,7 +59,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
         paths = [f"{part}.{name}" for part, name, _ in sensitivity.MATRICES]
         linears = [block[path.split(".")[0]][path.split(".")[1]] for path in paths]
 
-        def through(x: mx.array, above: mx.array) -> mx.array:
+        def each(x: mx.array, above: mx.array) -> mx.array:
             def run(x: mx.array, *weights: mx.array) -> mx.array:
                 for linear, weight in zip(linears, weights, strict=True):
                     linear.weight = weight
@@ -77,7 +77,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
                     cost[bits] = cost.get(bits, 0.0) + along**2 / (2 * tokens)
             return below
 
-        return through
+        return lambda x, above: [each(*of) for of in zip(x, above, strict=True)]
 
     backward_pass.backwards(checkpoint, batches, mx.float32, visit, 3)
     found = sensitivity.costs(checkpoint, batches, 64, (3, 5), 3)

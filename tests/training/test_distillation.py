@@ -14,9 +14,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.disk.text import Windows
+from mis_mlx.machine import lanes
 from mis_mlx.maths.losses import halny_factor
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load
+from mis_mlx.model import load, policy
 from mis_mlx.training import distillation
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Batch, Checkpoint, Step
@@ -76,6 +77,22 @@ def test_streaming_does_not_change_the_student(llama: Checkpoint, student: Check
     a, steps_a = distil(llama, student, data)
     b, steps_b = distil(llama, student, data, resident=False)
     assert [s.loss for s in steps_a] == [s.loss for s in steps_b] and furthest(a, b) == 0.0
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("batch_size", [4, 3, 1])
+def test_lanes_do_not_change_the_student(
+    llama: Checkpoint, student: Checkpoint, data: Windows, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    """Windows side by side and the vocabulary by numpy, beside MLX's own gradient of the whole batch: one step."""
+    recipe = replace(RECIPE, iters=1, batch_size=batch_size)
+    monkeypatch.setattr(distillation.Teacher, "gradient_of", lambda *_: None)
+    _, (one,) = distil(llama, student, data, recipe)
+    monkeypatch.undo()
+    monkeypatch.setenv(policy.POLICY, "cpu")
+    monkeypatch.setattr(lanes, "count", lambda: 2)
+    _, (two,) = distil(llama, student, data, recipe)
+    assert two.loss == pytest.approx(one.loss, rel=1e-5) and two.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(2, 2), (1, 4)])

@@ -1,0 +1,85 @@
+"""Windows that do not know of each other, side by side: on a CPU of two cores each has a core.
+
+MLX's CPU back end computes everything but matrix products in one thread a stream, so that one of two cores waits most
+of the time; here two windows go through two streams, each product in one thread. A GPU has one lane, and so has a CPU
+of one core, or of many, whose products need them all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from itertools import islice
+from threading import get_ident
+from typing import Any
+
+import mlx.core as mx
+
+MANY = 4  # cores from which on there is one lane: not measured on so many
+
+
+@cache
+def _blas() -> tuple[Any, int]:
+    """(the BLAS that products run on, the threads that it was begun with); (None, 1) where it is no OpenBLAS."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "openblas_set_num_threads"):
+        return None, 1
+    return library, library.openblas_get_num_threads()
+
+
+def count() -> int:
+    """How many windows go side by side."""
+    return 2 if mx.default_device() == mx.cpu and 2 <= _blas()[1] < MANY else 1
+
+
+@cache
+def _streams(thread: int) -> tuple[mx.Stream, ...]:
+    """Of a thread, for MLX's streams belong to the one that made them."""
+    return mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)
+
+
+def lane(i: int) -> AbstractContextManager[Any]:
+    """Where the i-th of things side by side is made."""
+    n = count()
+    return mx.stream(_streams(get_ident())[i % n] if n > 1 else mx.default_stream(mx.default_device()))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What was made in lanes is evaluated in here, each matrix product in one thread."""
+    library, threads = _blas()
+    if count() == 1:
+        yield
+        return
+    library.openblas_set_num_threads(1)
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(threads)
+
+
+def rows(work: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """work(x) of x (B, ...), whose rows do not know of each other; lazy."""
+    n = min(count(), len(x))
+    if n == 1:
+        return work(x)
+    made, size = [], -(-len(x) // n)
+    for i in range(n):
+        with lane(i):
+            made.append(work(x[i * size : (i + 1) * size]))
+    return mx.concatenate(made)
+
+
+def each(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
+    """`work` of every item, or of the items of several lists, in order and evaluated: as many at a time as lanes."""
+    coming = zip(*items, strict=True)
+    while some := list(islice(coming, count())):
+        made = []
+        with together():
+            for i, arguments in enumerate(some):
+                with lane(i):
+                    made.append(work(*arguments))
+            mx.eval(made)
+        yield from made
