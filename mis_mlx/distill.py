@@ -55,7 +55,7 @@ class Settings(Computing, pruning.Cut, Rounding, Distillation):
     """held-out windows measured; a third as many of the second text"""
     bench_tokens: Whole = 16
     """tokens timed per model; 0 leaves timing out"""
-    sample_tokens: Whole = 48
+    sample_tokens: Whole = 32
     """tokens that each model writes after the same words, for `report`; 0 leaves that out"""
     report_to: str | None = None
     """tensorboard, wandb or swanlab, which must be installed: told of every step"""

@@ -28,6 +28,7 @@ from mis_mlx.disk.text import Windows
 from mis_mlx.machine import memory
 from mis_mlx.machine.rates import Rates
 from mis_mlx.maths.importance import Statistics
+from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.model import arch, calibrate, compare, load, policy, reconstruct, rotate, slice, speak
 from mis_mlx.model.config import Shape
 from mis_mlx.training import candidates, course, phases, planning, pruning
@@ -165,9 +166,9 @@ class Contest:
             return load.open_checkpoint(out)
         try:
             take = course.train(c, pruned)
+        except Diverged:
+            return None
         except MisError as error:
-            if "loss or gradient that is not a number" in str(error):
-                return None
             # What can be resumed is the search, not the finalist's own folder.
             raise MisError(str(error).replace(str(c.folder), str(self.folder))) from None
         slice.write_model({**pruned.config, "torch_dtype": self.dtype}, take, pruned.path, out, self.dtype, self.files)
