@@ -13,7 +13,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.disk import examples
 from mis_mlx.maths.preference import LossType
-from mis_mlx.model import load, policy, ranks
+from mis_mlx.model import load, ranks
 from mis_mlx.training import alignment, alignment_plan, planning, preferring
 from mis_mlx.training.alignment_plan import Alignment
 from mis_mlx.training.planning import Phase
@@ -57,7 +57,7 @@ def _pairs(s: Settings, checkpoint: Checkpoint) -> tuple[list[Pair], list[Pair],
 
 def _reference(s: Settings, checkpoint: Checkpoint, pairs: list[Pair], limit: int) -> Phase:
     """What the reference takes beside the model that waits to be trained; in as few passes as memory allows."""
-    m, length = planning.model_of(checkpoint), max(map(preferring.longest, pairs))
+    m, length = alignment_plan.sizes(s, checkpoint), max(map(preferring.longest, pairs))
     micro, tokens = 2 * s.batch_size * length, sum(2 * preferring.longest(pair) for pair in pairs)
     beside = alignment_plan.weight_bytes(s, checkpoint)
     one = planning.streamed_pass("reference", m, micro, micro, length, spool=False, beside_bytes=beside)
@@ -93,7 +93,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return {"model": str(checkpoint.path), "pairs": len(train), **made.result()}
     with alignment.running(s, folder, checkpoint, made, card, "dpo") as r:
-        dtype = policy.compute_dtype(checkpoint) if s.lora else mx.float32
+        dtype = alignment_plan.dtype_of(s, checkpoint)
 
         def ask() -> np.ndarray:
             return preferring.reference(checkpoint, compared, parts.batch_size, dtype, asked.held_tokens)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
-import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
@@ -15,7 +14,7 @@ from mis_mlx.disk import examples, tasks
 from mis_mlx.disk.rows import Row
 from mis_mlx.machine import memory
 from mis_mlx.maths.policy import LossType
-from mis_mlx.model import load, policy, ranks, stream
+from mis_mlx.model import load, ranks, stream
 from mis_mlx.training import alignment, alignment_plan, grpo, planning, scoring
 from mis_mlx.training.alignment_plan import Alignment
 from mis_mlx.training.planning import Phase
@@ -123,7 +122,7 @@ def _questions(
 
 def _phases(s: Settings, checkpoint: Checkpoint, longest: int, budget: int) -> tuple[Phase, Phase, int]:
     """(sampling, training, bytes that the reference may keep between steps), where `longest` is of the prompts."""
-    m, most = planning.model_of(checkpoint), s.max_completion_length
+    m, most = alignment_plan.sizes(s, checkpoint), s.max_completion_length
     answers, length = s.grad_accumulation_steps * s.group_size, longest + most
     branched = replace(s, grad_accumulation_steps=s.grad_accumulation_steps * -(-s.group_size // s.batch_size))
     learn = alignment_plan.training(branched, checkpoint, 1, longest + s.batch_size * most, "learn")
@@ -168,7 +167,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train.rows), **made.result()}
     with alignment.running(s, folder, checkpoint, made, card, "grpo") as r:
-        dtype = policy.compute_dtype(checkpoint) if s.lora else mx.float32  # the type that the model is trained in
+        dtype = alignment_plan.dtype_of(s, checkpoint)
         reference = stream.Stream(checkpoint, dtype, kept, checkpoint.nbytes > limit) if s.beta else None
         sampler = grpo.Sampler(
             r.model, train.rows, train.prompts, load.tokenizer(checkpoint.path), functions, s.objective,

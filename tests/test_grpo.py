@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import cli, grpo
+from mis_mlx import cli, dpo, grpo
 from mis_mlx.disk import runs
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import branches, load, speak, stream
-from mis_mlx.training import alignment, loop
+from mis_mlx.model import branches, load, policy, speak, stream
+from mis_mlx.training import alignment, alignment_plan, loop
 from mis_mlx.training import grpo as training
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks
@@ -285,3 +285,15 @@ def test_names_of_the_run(finished: tuple[Path, Done]) -> None:
     """What a run leaves: as every alignment."""
     names = {p.name for p in finished[0].iterdir()}
     assert {"config.yaml", "metrics.jsonl", training.SAMPLES, "steps", "best", "model", alignment.HELD_OUT} <= names
+
+
+@pytest.mark.parametrize(("kind", "item"), [("full", 4), ("lora", 2)])
+def test_the_reference_is_planned_in_the_type_of_training(
+    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch, kind: Any, item: int
+) -> None:
+    """Where models compute in float16, one that is trained whole, and the reference beside it, are float32 all the
+    same: in DPO's plan and in GRPO's."""
+    monkeypatch.setenv(policy.POLICY, "metal")
+    for settings in (dpo.Settings(fine_tune_type=kind), grpo.Settings(fine_tune_type=kind)):
+        assert alignment_plan.sizes(settings, llama).item == item
+        assert alignment_plan.dtype_of(settings, llama).size == item

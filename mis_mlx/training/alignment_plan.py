@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import mlx.core as mx
+
 from mis_mlx import cli
 from mis_mlx.disk import runs
 from mis_mlx.disk.files import need_place
@@ -113,15 +115,25 @@ def opened(s: Alignment) -> Checkpoint:
     return checkpoint
 
 
+def dtype_of(s: Alignment, checkpoint: Checkpoint) -> mx.Dtype:
+    """What the model, and the reference beside it, compute in: float32 where the model is trained whole."""
+    return policy.compute_dtype(checkpoint) if s.lora else mx.float32
+
+
+def sizes(s: Alignment, checkpoint: Checkpoint) -> planning.Model:
+    """The model in bytes, as it computes here."""
+    return planning.model_of(checkpoint, dtype=dtype_of(s, checkpoint))
+
+
 def weight_bytes(s: Alignment, checkpoint: Checkpoint) -> int:
-    """The model in memory, before anything is done with it: float32 where it is trained, else as it computes."""
-    m, params = planning.model_of(checkpoint), arch.params(checkpoint.config)
-    return 4 * params if s.lora is None else m.nbytes if m.packed and m.as_stored else params * m.item
+    """The model in memory, before anything is done with it."""
+    m = sizes(s, checkpoint)
+    return m.nbytes if m.packed and m.as_stored else arch.params(checkpoint.config) * m.item
 
 
 def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> Phase:
     """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
-    m, params = planning.model_of(checkpoint), arch.params(checkpoint.config)
+    m, params = sizes(s, checkpoint), arch.params(checkpoint.config)
     tokens = s.grad_accumulation_steps * rows * length
     trained = s.lora.params(m.config) if s.lora else params
     if s.lora:

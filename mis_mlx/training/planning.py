@@ -78,16 +78,17 @@ class Model:
         return self.block_work + max(workspace, self.block_work if self.packed else 0)
 
 
-def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None) -> Model:
+def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dtype: Any = None) -> Model:
     """The sizes of a checkpoint; or of a config alone, stored as its dtype or its quantization says.
 
-    gpu: whether it is to compute on Metal; default: as this process does.
+    gpu: whether it is to compute on Metal; default: as this process does. dtype: what it is to compute in here.
     """
     here, gpu = gpu is None, policy.keeps_packed() if gpu is None else gpu
     config = source.config if isinstance(source, Checkpoint) else source
     s, work = shape_of(config), "float16" if gpu else "float32"
     if here:
-        dtype = policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype()
+        if dtype is None:
+            dtype = policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype()
         work = str(dtype).removeprefix("mlx.core.")
     block = sum(map(math.prod, arch.layer_tensors(config).values()))
     if isinstance(source, Checkpoint):
