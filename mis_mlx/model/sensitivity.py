@@ -28,9 +28,7 @@ from mis_mlx.model.calibrate import READERS, TAPS
 from mis_mlx.types import Checkpoint
 
 MATRICES = [(TAPS[axis][0], name, axis) for axis, names in READERS.items() for name in names]  # part, name, its inputs
-HELD_BYTES = (
-    128 * 2**20
-)  # or a block's in float32, if more: of inputs and cotangents of its matrices; a window at least
+HELD_BYTES = 128 * 2**20  # of what matrices see of windows; a block in float32, if more; a window at least
 SLAB = 2**18  # weights whose gradients and errors exist at once
 
 
