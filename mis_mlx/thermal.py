@@ -15,7 +15,7 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.disk.files import need_place
 from mis_mlx.machine import findings
-from mis_mlx.machine.altitude import find_altitude
+from mis_mlx.machine.ambient import find_altitude
 from mis_mlx.machine.clock import Clock
 from mis_mlx.machine.governor import Decision, Mode, governor_for
 from mis_mlx.machine.replay import Header, Recorder

@@ -1,19 +1,22 @@
-"""Temperature of the air around the machine, from what its own sensors and its user say, with an uncertainty.
+"""The air around the machine: its temperature with an uncertainty, from sensors and the user, and its altitude.
 
 No laptop has a room thermometer, so this is an estimate: several poor witnesses, weighed by how poor they
-are. Knows nothing of where values come from. No witness at all is no estimate, never a silent 20 °C.
+are. Does not read sensors. No witness at all is no estimate, never a silent 20 °C.
 The priors are for a fanless M1 Air; sources and measurements in the numbers' comments.
 """
 
 from __future__ import annotations
 
 import math
+import tomllib
 from collections import deque
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import mean
 
+from mis_mlx.machine.replay import Header
 from mis_mlx.machine.thermometers import Values
-from mis_mlx.types import Reading
+from mis_mlx.types import MisError, Reading
 
 GIVEN_SIGMA_C = 0.7
 SOAK_SIGMA_C = 0.8
@@ -202,3 +205,32 @@ class BatteryNode:
             rr - r_row * r_row / total,
         )
         return self._air_c, math.sqrt(self._covariance[0])
+
+
+def find_altitude(given_m: float | None, header: Header, config: Path | None = None) -> tuple[float | None, str]:
+    """`(metres above sea level, source)`: by hand, else where the recording was made, else `altitude_m` in
+    `config` (~/.config/mis_mlx.toml), else `(None, "")`. Raises MisError for an impossible height.
+
+    A Mac has no barometer and no GPS, so the height is never measured.
+    """
+    config = config or Path.home() / ".config" / "mis_mlx.toml"
+    if given_m is not None:
+        return _height(given_m, "--altitude-m"), "given"
+    if header.altitude_m is not None:
+        return _height(header.altitude_m, "the recording's altitude_m"), "replay header"
+    try:
+        settings = tomllib.loads(config.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError) as error:
+        raise MisError(f"{config} cannot be read ({error}): mend it or delete it") from None
+    if "altitude_m" not in settings:
+        return None, ""
+    return _height(settings["altitude_m"], f"altitude_m in {config}"), f"given in {config.name}"
+
+
+def _height(metres: object, where: str) -> float:
+    number = isinstance(metres, int | float) and not isinstance(metres, bool) and math.isfinite(metres)
+    if not number or not -430 <= float(metres) <= 9000:  # type: ignore[arg-type]
+        raise MisError(f"{where} is {metres!r}, not between −430 and 9000 m above sea level: mend it")
+    return float(metres)  # type: ignore[arg-type]

@@ -17,8 +17,7 @@ from typing import Protocol
 import psutil
 
 from mis_mlx.machine import linux
-from mis_mlx.machine.altitude import find_altitude
-from mis_mlx.machine.ambient import Ambient, Estimate
+from mis_mlx.machine.ambient import Ambient, Estimate, find_altitude
 from mis_mlx.machine.apple import Apple, AppleLook
 from mis_mlx.machine.clock import Clock, VirtualClock
 from mis_mlx.machine.raw import Raw

@@ -12,7 +12,7 @@ import pytest
 
 from mis_mlx.machine import apple as apple_module
 from mis_mlx.machine import sensors
-from mis_mlx.machine.altitude import find_altitude
+from mis_mlx.machine.ambient import find_altitude
 from mis_mlx.machine.clock import VirtualClock
 from mis_mlx.machine.governor import governor_for
 from mis_mlx.machine.raw import Raw
@@ -74,7 +74,7 @@ def test_altitude_in_order(tmp_path):
     assert find_altitude(None, here, config) == (1987.0, "replay header")
     assert find_altitude(None, Header(), config) == (832.0, "given in mis_mlx.toml")
     assert find_altitude(None, Header(), NOWHERE) == (None, "")
-    for text in ("altitude_m = 'high'", "altitude_m = 99999", "altitude_m = nan", "altitude_m = true", "= 3"):
+    for text in ("altitude_m = 'location'", "altitude_m = 99999", "altitude_m = nan", "altitude_m = true", "= 3"):
         config.write_text(text)
         with pytest.raises(MisError, match=r"mis_mlx\.toml"):
             find_altitude(None, Header(), config)
