@@ -147,25 +147,21 @@ def judge(s: Settings, c: Contest, course: Course, shape: Shape) -> dict[str, An
 def report(
     s: Settings, c: Contest, aim: Aim, measured: int, records: Mapping[Shape, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Print the tables and the sentence; write table.md and return what goes into the JSON line."""
-    config, shapes = c.teacher.config, list(records)
-    before, found = shape_of(config), standings.verdict([*records.values()])
+    """Print the table and the sentence; write table.md and return what goes into the JSON line."""
+    shapes, before = list(records), shape_of(c.teacher.config)
+    found = standings.verdict([*records.values()])
     names = [standings.words(x, before) for x in shapes]
     lines = [standings.command_line(x, before, s.teacher, s.data) for x in shapes]
-    best = None if found.best is None else shapes[found.best]
-    status = standings.statuses(config, aim, records, best if found.clear else None)
     said = standings.sentence(found, [*records.values()], names, lines)
     teacher_s = aim.teacher if s.decode else None
     head = f"{len(names)} finalists of {measured} shapes measured, {aim.flag}: {s.iters} steps of distillation, "
     head += f"{len(c.judging.tokens)} windows of {s.max_seq_length} tokens held out, ± 95 %"
-    page = [head, standings.table([*records.values()], names, teacher_s), "The paper's table 1, and our GAZDA",
-            standings.paper(config, aim, status), said]  # fmt: skip
-    print("\n\n".join(page))
-    c.files.replace_text(c.folder / "table.md", "\n\n".join(page) + "\n")
+    page = "\n\n".join([head, standings.table([*records.values()], names, teacher_s), said])
+    print(page)
+    c.files.replace_text(c.folder / "table.md", page + "\n")
     return {
         "candidates": runs.records(c.folder / contest.CANDIDATES),
         "finalists": [standings.summary(r) for r in records.values()],
-        "scenarios": status,
         "clear": found.clear,
         "sentence": said,
         "command": None if found.best is None else lines[found.best],
@@ -174,7 +170,7 @@ def report(
 
 def field_of(s: Settings, config: Mapping[str, Any], aim: Aim) -> tuple[list[Shape], list[Shape]]:
     """(all shapes that meet the aim, those of them that have a name), and what is done with them said."""
-    first = [x for x, why in candidates.scenarios(config, aim).values() if x and not why]
+    first = candidates.scenarios(config, aim)
     shapes = list(dict.fromkeys([*candidates.field(config, aim), *first]))
     how = f"evolution measures {s.evaluations} of them (seed {s.seed})"
     if len(shapes) <= s.evaluations:

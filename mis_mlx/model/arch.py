@@ -34,7 +34,6 @@ MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and voca
     "tie_word_embeddings": False,
     "quantization": {"group_size": 64, "bits": 4},
 }
-CLAIMED = {"teacher": 137e9}  # parameters, as the paper has them
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 
 

@@ -56,10 +56,9 @@ class Aim:
     cost: Callable[[Shape], float]
     words: Callable[[float], str]
 
-    def misses(self, shape: Shape) -> str:
-        """'too big', 'too small', or nothing."""
-        cost = self.cost(shape)
-        return "too big" if cost > self.high else "too small" if cost < self.low else ""
+    def meets(self, shape: Shape) -> bool:
+        """Whether the shape costs neither too much nor too little."""
+        return self.low <= self.cost(shape) <= self.high
 
 
 def _number(flag: str, text: str, units: Mapping[str, float], example: str) -> tuple[float, str]:
@@ -171,10 +170,10 @@ def stuck(config: Mapping[str, Any]) -> str:
     return ", ".join(fixed)
 
 
-def gate(config: Mapping[str, Any], **sizes: int) -> Shape | None:
-    """The shape of these sizes; None where no loader accepts it."""
+def gate(config: Mapping[str, Any], ratios: Mapping[str, float] | None = None, **sizes: int) -> Shape | None:
+    """The shape of these ratios (arch.SCENARIOS) or sizes; None where no loader accepts it."""
     try:
-        return arch.target_shape(config, {}, **sizes)
+        return arch.target_shape(config, ratios or {}, **sizes)
     except MisError:
         return None
 
@@ -211,18 +210,13 @@ def field(config: Mapping[str, Any], aim: Aim) -> list[Shape]:
     )
 
 
-def scenarios(config: Mapping[str, Any], aim: Aim) -> dict[str, tuple[Shape | None, str]]:
-    """{name: (shape for this teacher, why it is not searched)} of the paper's table 1."""
-    before, found = shape_of(config), dict[str, tuple[Shape | None, str]]()
-    for name, ratios in arch.SCENARIOS.items():
-        try:
-            shape = arch.target_shape(config, ratios)
-        except MisError:
-            found[name] = None, "cannot be cut so"
-            continue
-        why = "nothing to cut" if shape == before else aim.misses(shape)
-        packs = group_of(shape) or not group_of(before)
-        found[name] = shape, why or ("" if packs else "has no 4-bit form")
+def scenarios(config: Mapping[str, Any], aim: Aim) -> list[Shape]:
+    """Shapes of the named scenarios that meet the aim and have a 4-bit form, if the teacher has one."""
+    before, found = shape_of(config), list[Shape]()
+    for ratios in arch.SCENARIOS.values():
+        shape = gate(config, ratios)
+        if shape and shape != before and aim.meets(shape) and (group_of(shape) or not group_of(before)):
+            found.append(shape)
     return found
 
 

@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.maths.stats import interval
-from mis_mlx.model import arch
-from mis_mlx.model.config import Shape, shape_of
+from mis_mlx.model.config import Shape
 from mis_mlx.page import text
 from mis_mlx.training import candidates
-from mis_mlx.training.candidates import AXES, Aim
+from mis_mlx.training.candidates import AXES
 from mis_mlx.types import Row
 
 OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
 FORMS = {"layers": "{} layers", "ffn": "FFN {}", "heads": "{} heads", "hidden": "hidden {}"}
-NAMES = {"gazda": "GAZDA", "goral": "GÓRAL", "baca": "BACA", "halny": "HALNY", "juhas": "JUHAS", "zbojnik": "ZBÓJNIK"}
 METRICS = (
     ("params", "parameters, millions", ".1f"),
     ("speed", "decode, times the teacher's", ".2f"),
@@ -129,49 +127,3 @@ def sentence(found: Verdict, records: Sequence[Mapping[str, Any]], names: Sequen
         f"Between {name} and {names[found.second]} the difference is smaller than the noise ({gap}): take either, the "
         f"first is `{line}`, or search again with more --iters and --eval-windows."
     )
-
-
-def statuses(
-    config: Mapping[str, Any], aim: Aim, records: Mapping[Shape, Mapping[str, Any]], best: Shape | None
-) -> dict[str, str]:
-    """{scenario of table 1: what was found}. records: of the finalists; best: the one that clearly is, if any."""
-    found = {}
-    for name, (shape, why) in candidates.scenarios(config, aim).items():
-        if why or shape is None:
-            found[name] = why
-        elif shape in records and (bad := unstable(records[shape])):
-            found[name] = f"unstable: {bad}"
-        else:
-            found[name] = "chosen" if shape == best else "measured, not chosen"
-    return found
-
-
-def paper(config: Mapping[str, Any], aim: Aim, status: Mapping[str, str]) -> str:
-    """Markdown: the paper's table 1 for this teacher, and computed for the paper's own; '–' where it says nothing."""
-    mine, theirs = arch.params(config), arch.params(arch.MIS_137B)
-    lines = [
-        "| | this teacher's student | parameters | the paper's, computed | the paper says | status |",
-        "|---|---|---:|---:|---:|---|",
-        f"| teacher | {shape_of(config)} | {_size(mine, mine)} | {_size(theirs, theirs)} | {_claimed('teacher')} | |",
-    ]
-    for name, (shape, _) in candidates.scenarios(config, aim).items():
-        cells = "– | –"
-        if shape:
-            cells = f"{words(shape, shape_of(config))} | {_size(_params(config, shape), mine)}"
-        large = arch.target_shape(arch.MIS_137B, arch.SCENARIOS[name])
-        large_cell = _size(_params(arch.MIS_137B, large), theirs)
-        lines.append(f"| {NAMES[name]} | {cells} | {large_cell} | {_claimed(name)} | {status[name]} |")
-    return "\n".join(lines)
-
-
-def _params(config: Mapping[str, Any], shape: Shape) -> int:
-    return arch.params(candidates.config_of(config, shape))
-
-
-def _size(params: int, teacher: int) -> str:
-    number = candidates.count(params)
-    return number if params == teacher else f"{number} ({params / teacher - 1:+.1%})"
-
-
-def _claimed(name: str) -> str:
-    return candidates.count(arch.CLAIMED[name]) if name in arch.CLAIMED else "–"
