@@ -38,7 +38,7 @@ import psutil
 from mlx.utils import tree_flatten
 
 from mis_mlx import bench, cli
-from mis_mlx.machine.roof import M1
+from mis_mlx.machine.rates import M1_AIR
 from mis_mlx.maths.stats import interval
 from mis_mlx.model import load, policy, speak, teacher, timing
 from mis_mlx.model.stream import settle
@@ -309,7 +309,7 @@ def draw(found: dict[str, Any], axes: Any) -> None:
         for name, m in found[kind]["measured"]["models"].items()
         if "moved_mb" in m
     ]
-    here, m1 = found["dense"]["measured"]["roof"]["memory_bytes_per_s"], M1.memory_bytes_per_s
+    here, m1 = found["dense"]["measured"]["roof"]["memory_bytes_per_s"], M1_AIR.memory_bytes_per_s
     ends = [min(p[0] for p in points) / 1.5, max(p[0] for p in points) * 1.5]
     for label, rate, style in (
         (f"memory here, measured: {here / 1e9:.0f} GB/s", here, "-"),

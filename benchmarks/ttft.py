@@ -25,7 +25,7 @@ import laboratory
 import psutil
 
 from mis_mlx import cli
-from mis_mlx.machine.roof import Roof
+from mis_mlx.machine.rates import Roof
 from mis_mlx.model import load, policy, teacher, timing
 from mis_mlx.model.timing import Request, Subject, Trial
 from mis_mlx.training import roofline, trials

@@ -20,7 +20,7 @@ from mis_mlx import cli
 from mis_mlx.disk.files import DISK, need_place
 from mis_mlx.machine import governor, memory, power
 from mis_mlx.machine.about import about
-from mis_mlx.machine.roof import Roof
+from mis_mlx.machine.rates import Roof
 from mis_mlx.maths.stats import summary
 from mis_mlx.model import arch, compare, load, policy, teacher, timing
 from mis_mlx.model.policy import Computing

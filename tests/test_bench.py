@@ -16,7 +16,7 @@ import pytest
 
 from mis_mlx import bench
 from mis_mlx.machine.power import Energy
-from mis_mlx.machine.roof import Roof
+from mis_mlx.machine.rates import Roof
 from mis_mlx.model import timing
 from mis_mlx.model.timing import Request, Trial
 from mis_mlx.training import roofline, trials
@@ -31,7 +31,7 @@ QUICK = ("-p", 4, "-g", 4, "-n", 1)
 def measured_roof(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache folder of the test's own, with a roof in it: measuring takes 5 s, and tests/machine does."""
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("mis_mlx.machine.roof.measure", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+    monkeypatch.setattr("mis_mlx.machine.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
     yield
 
 

@@ -1,6 +1,7 @@
-"""How fast this machine reads, writes, multiplies and copies: measured once, kept in a small file, or assumed.
+"""How fast this machine reads, writes, multiplies and moves memory: measured once, kept in a small file, or assumed.
 
-Does not know models, nor where the file should be.
+Does not know models, nor where the file should be. What a program reaches of it is that program's affair: memory's
+rate is the quickest of a few kinds, by other code than MLX's where a CPU has better.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx.machine.about import cores
 from mis_mlx.machine.memory import recommended_bytes
 from mis_mlx.types import GIB, MisError, gib
 
@@ -32,6 +34,7 @@ from mis_mlx.types import GIB, MisError, gib
 ELEMENTWISE = 3.6
 GPU_TRAINING = 1.1 / 1.45  # training's rate as a share of a forward pass's, on an M1
 SAMPLE_BYTES = 512 * 2**20
+MEMORY_SAMPLE_BYTES = 256 * 2**20
 PIECE = 32 * 2**20
 PATIENCE_S = 7.0  # most for writing, and most for reading: a slow disk is measured on fewer bytes
 F_NOCACHE, F_FULLFSYNC = 48, 51  # macOS; Python's fcntl lacks the first, and both on Linux
@@ -59,6 +62,26 @@ class Rates:
         return f"{self.device}: {disk}, memory {self.memory_bytes_per_s / 1e9:.0f} GB/s, {work} ({self.source})"
 
 
+@dataclass(frozen=True)
+class Roof:
+    """The most this machine could do: bytes and float operations per second (float32 on a CPU, float16 on Metal)."""
+
+    device: str
+    threads: str  # what the CPU's arithmetic may use: another number makes it another machine
+    memory_bytes_per_s: float
+    flops_per_s: float
+    source: str
+
+    def seconds(self, nbytes: float, flops: float) -> float:
+        """The least that moving `nbytes` and doing `flops` takes: they overlap (Williams et al. 2009)."""
+        return max(nbytes / self.memory_bytes_per_s, flops / self.flops_per_s)
+
+    def bound(self, nbytes: float, flops: float) -> str:
+        """Which of the two takes longer."""
+        memory = nbytes / self.memory_bytes_per_s >= flops / self.flops_per_s
+        return "memory bandwidth" if memory else "arithmetic"
+
+
 M1_AIR = Rates(
     "MacBook Air M1, 8 GB, fanless",
     True,
@@ -81,11 +104,16 @@ def matmul_flops(seconds: float = 0.3) -> float:
     return 2 * size**3 / quickest(lambda: (a @ a)[0, 0].item(), seconds)
 
 
-def copy_bytes(nbytes: int = 256 * 2**20) -> float:
-    """Bytes per second that memory moves, read and written, when a large array is copied over another."""
-    source = np.ones(nbytes // 4, np.float32)
-    target = np.zeros_like(source)
-    return 2 * source.nbytes / quickest(lambda: np.copyto(target, source), 1.0)
+def memory_bytes() -> float:
+    """Bytes per second that memory moves: of a copy, or of one pass that reads (a scalar product on a CPU, a maximum
+    on Metal), whichever is quicker."""
+    nbytes = MEMORY_SAMPLE_BYTES
+    one, other = (np.ones(nbytes // 8, np.float32) for _ in range(2))
+    copying = nbytes / quickest(lambda: np.copyto(other, one), 1.0)
+    if mx.default_device() == mx.gpu:
+        halves = mx.zeros((nbytes // 2,), mx.float16)
+        return max(copying, nbytes / quickest(lambda: mx.max(halves).item(), 1.0))
+    return max(copying, nbytes / quickest(lambda: np.dot(one, other), 1.0))
 
 
 def quickest(work: Callable[[], object], seconds: float) -> float:
@@ -211,7 +239,21 @@ def assumed() -> Rates:
 def measure(folder: Path, nbytes: int | None = None) -> Rates:
     """All rates, within 20 s, with a temporary file of `nbytes` (default 512 MiB) in the existing `folder`."""
     read, written = disk_bytes(folder, SAMPLE_BYTES if nbytes is None else nbytes)
-    return _rates(read, written, copy_bytes(), f"measured {datetime.date.today().isoformat()}")
+    return _rates(read, written, memory_bytes(), _today())
+
+
+def measure_roof() -> Roof:
+    """Memory and arithmetic here and now, in about 5 s."""
+    return Roof(device_name(), threads(), memory_bytes(), matmul_flops(1.5), _today())
+
+
+def threads() -> str:
+    """How much of the CPU this process may use."""
+    return f"{cores()} cores, OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'not set')}"
+
+
+def _today() -> str:
+    return f"measured {datetime.date.today().isoformat()}"
 
 
 def _rates(read: float, written: float, memory: float, source: str) -> Rates:
@@ -220,7 +262,7 @@ def _rates(read: float, written: float, memory: float, source: str) -> Rates:
     return Rates(device_name(), gpu, read, written, memory, forward, training, source)
 
 
-def to_json(rates: Any) -> str:
+def to_json(rates: Rates | Roof) -> str:
     """What `load` reads."""
     return json.dumps(asdict(rates), indent=2) + "\n"
 

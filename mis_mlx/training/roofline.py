@@ -12,8 +12,8 @@ from typing import Any
 
 from mis_mlx.disk import hub
 from mis_mlx.disk.files import DISK
-from mis_mlx.machine import rates, roof
-from mis_mlx.machine.roof import M1, Roof
+from mis_mlx.machine import rates
+from mis_mlx.machine.rates import Roof
 from mis_mlx.model.timing import Request
 from mis_mlx.training import planning
 from mis_mlx.types import Checkpoint
@@ -30,11 +30,11 @@ class Work:
 
 
 def here(again: bool = False) -> Roof:
-    """This machine's roof: as measured earlier, or now, in 5 s, and kept for later."""
+    """This machine's roof: as measured earlier with as many threads, or now, in 5 s, and kept for later."""
     path = hub.cache_root() / "roof.json"
-    found = None if again else roof.load(path)
-    if found is None:
-        found = roof.measure()
+    found: Roof | None = None if again else rates.load(path, Roof)
+    if found is None or found.threads != rates.threads():
+        found = rates.measure_roof()
         with hub.locked(path.parent):
             DISK.replace_text(path, rates.to_json(found))
     return found
@@ -64,7 +64,7 @@ def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
         if tied or not name.startswith("model.embed_tokens.")
     )
     m, seen = planning.model_of(checkpoint, gpu=True), r.depth + r.prompt + r.answer // 2
-    return M1.memory_bytes_per_s / (nbytes + planning.keys_bytes(m, seen))
+    return rates.M1_AIR.memory_bytes_per_s / (nbytes + planning.keys_bytes(m, seen))
 
 
 def beside(checkpoint: Checkpoint, weight_bytes: int, r: Request, at: Roof, tokens_per_s: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import pytest
 
 from mis_mlx import bench, distill, dpo, evaluate, export, generate, grpo, plan, prune, quantize, report, search, sft
 from mis_mlx.disk import runs
-from mis_mlx.machine.roof import Roof
+from mis_mlx.machine.rates import Roof
 from mis_mlx.model import load, policy, slice
 from mis_mlx.training import examining, planning
 from mis_mlx.types import Checkpoint, MisError
@@ -46,7 +46,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metal's policy, a cache of the test's own, a roof of the machine that takes no time to measure."""
     monkeypatch.setenv(policy.POLICY, "metal")
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mis_mlx.machine.roof.measure", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+    monkeypatch.setattr("mis_mlx.machine.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
     assert policy.keeps_packed() and policy.usual_dtype() == mx.float16
 
 

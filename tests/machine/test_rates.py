@@ -1,4 +1,4 @@
-"""Rates: measured on a real file that goes away again, kept in JSON, believed for the same device only."""
+"""Rates and the roof: measured really, kept in JSON, believed for the same device only; what bounds, by pencil."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mis_mlx.disk import hub
 from mis_mlx.machine import rates
+from mis_mlx.machine.rates import Roof
+from mis_mlx.training import roofline
 from mis_mlx.types import MisError
 
 MIB = 2**20
@@ -129,3 +132,26 @@ def test_a_file_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rates, "_invalidate", lambda fd: done.append(invalidate(fd)))
     rates.forget(path)
     assert done == [0] and path.read_bytes() == bytes(MIB)
+
+
+def test_the_longer_of_two() -> None:
+    """1 GB at 10 GB/s takes 0.1 s, 20 GFLOP at 100 take 0.2 s; they overlap."""
+    at = Roof("d", "t", 10e9, 100e9, "given")
+    assert at.seconds(1e9, 20e9) == pytest.approx(0.2)
+    assert at.seconds(1e9, 5e9) == pytest.approx(0.1)
+    assert (at.bound(1e9, 20e9), at.bound(1e9, 5e9)) == ("arithmetic", "memory bandwidth")
+
+
+def test_the_roof_is_measured_here_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positive rates; the file gives the same back, and nothing on another device, of other threads, or broken."""
+    monkeypatch.setattr(rates, "MEMORY_SAMPLE_BYTES", MIB)
+    monkeypatch.setattr(hub, "cache_root", lambda: tmp_path)
+    found, path = roofline.here(), tmp_path / "roof.json"
+    assert found.memory_bytes_per_s > 1e8 and found.flops_per_s > 1e8
+    monkeypatch.setattr(rates, "measure_roof", lambda: replace(found, source="measured again"))
+    kept = path.read_text()
+    assert roofline.here() == found and roofline.here(again=True).source == "measured again"
+    for text in ("{", *(json.dumps({**json.loads(kept), field: "another"}) for field in ("device", "threads"))):
+        path.write_text(text)
+        assert roofline.here().source == "measured again"
+        assert json.loads(path.read_text())["source"] == "measured again"
