@@ -24,6 +24,7 @@ from typing import Any
 from laboratory import RESULTS, ROOT, stored, write
 
 sys.path.insert(0, str(ROOT))  # the catalogue lies with the tests
+from mis_mlx.page.text import markdown_table
 from tests.faults.catalogue import CATALOGUE, NOTES
 
 NAME, COMMAND = "fault_matrix", "scripts/mis benchmarks/faults.py"
@@ -55,17 +56,20 @@ def rendered(found: Mapping[str, Any]) -> str:
     lines = [
         "# The fault matrix", "", f"`{found['command']}`: {where}. The real commands on a model of 2 layers.", "",
         "*Lost or wrong*: something that was said to be safe was not there with its bytes, or the job that went on",
-        "afterwards ended with other bytes than one that nothing happened to.", "",
-        "## Many times", "", "| fault | command | cases: how they ended | lost or wrong |", "|---|---|---|---:|",
-        *(f"| {r['fault']} | {r['command']} | {counted(r['ends'])} | {r['bad']} |" for r in many),
-        "", "## What the user reads", "", "| fault | commands | the sentence |", "|---|---|---|",
+        "afterwards ended with other bytes than one that nothing happened to.",
     ]  # fmt: skip
+    counts = [[r["fault"], r["command"], counted(r["ends"]), str(r["bad"])] for r in many]
+    lines += ["", "## Many times", ""]
+    lines += [markdown_table(["fault", "command", "cases: how they ended", "lost or wrong"], counts, words=3)]
+    sentences = []
     for fault in dict.fromkeys(r["fault"] for r in said):
         mine = [r for r in said if r["fault"] == fault]
-        lines.append(f"| {fault} | {', '.join(r['command'] for r in mine)} | {mine[0]['said'].replace('|', '/')} |")
-    lines += ["", "## Every fault, and the tests that make it", "", "| | fault | tests |", "|---|---|---|"]
-    for key, (what, tests) in CATALOGUE.items():
-        lines.append(f"| {key} | {what} | {'<br>'.join(f'`{test}`' for test in tests)} |")
+        sentences.append([fault, ", ".join(r["command"] for r in mine), mine[0]["said"].replace("|", "/")])
+    lines += ["", "## What the user reads", ""]
+    lines += [markdown_table(["fault", "commands", "the sentence"], sentences, words=3)]
+    every = [[key, what, "<br>".join(f"`{test}`" for test in tests)] for key, (what, tests) in CATALOGUE.items()]
+    lines += ["", "## Every fault, and the tests that make it", ""]
+    lines += [markdown_table(["", "fault", "tests"], every, words=3)]
     return "\n".join(lines) + "\n"
 
 

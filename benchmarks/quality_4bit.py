@@ -29,6 +29,7 @@ from mis_mlx import cli, export, quantize
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.gguf import hf_name, unpermute
 from mis_mlx.model import arch, compare, grid, kld, load, pack, slice, teacher, windows
+from mis_mlx.page.text import markdown_table
 from mis_mlx.training import distillation, dwq
 from mis_mlx.training.recipe import Distillation, Rounding
 from mis_mlx.types import Checkpoint
@@ -212,18 +213,15 @@ def row(bench: Bench, make: Callable[[Bench, Path], None]) -> dict[str, Any]:
 
 def table(name: str) -> str:
     """Markdown of all rows there are."""
-    lines = [
-        f"| {name} | bits per block weight | MB | mean KLD, English | added nats | mean KLD, Polish | added nats |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    head = [name, "bits per block weight", "MB"]
+    head += ["mean KLD, English", "added nats", "mean KLD, Polish", "added nats"]
+    rows = []
     for label in ROWS:
         if r := stored(f"quality_4bit/{name}-{label.replace(', ', '-').replace(' ', '-')}"):
             texts = [r[text] for text in ("English", "Polish")]
             values = [f"{t[key][0]:.3f} ± {t[key][1]:.3f}" for t in texts for key in ("mean_kld", "added_nats")]
-            lines.append(
-                f"| {label} | {r['bits_per_block_weight']:.2f} | {r['nbytes'] / 1e6:.1f} | {' | '.join(values)} |"
-            )
-    return "\n".join(lines)
+            rows.append([label, f"{r['bits_per_block_weight']:.2f}", f"{r['nbytes'] / 1e6:.1f}", *values])
+    return markdown_table(head, rows)
 
 
 def main(s: Settings) -> None:

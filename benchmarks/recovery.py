@@ -31,6 +31,7 @@ from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import arch, calibrate, load, parts, policy, reconstruct, slice, stream
 from mis_mlx.model.config import shape_of
+from mis_mlx.page.text import markdown_table
 from mis_mlx.training import distillation, local, pruning
 from mis_mlx.training.recipe import Distillation
 from mis_mlx.types import Checkpoint, Keep
@@ -309,7 +310,7 @@ def table() -> str:
     nll = stored("recovery/teacher")["nll"]
     head = "group,student,seeds,M parameters,tokens,pruned,before distilling,after,KL after,Polish after"
     heads = [*head.split(","), "closed of the baseline's remaining gap, English then Polish, by seed"]
-    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    lines = []
     for name, arm in ARMS.items():
         rows = {seed: row for seed in range(10) if (row := stored(f"recovery/{name}-{seed}"))}
         if not rows:
@@ -332,9 +333,9 @@ def table() -> str:
             )
         ]
         row = next(iter(rows.values()))
-        sizes = f"{len(rows)} | {row['params'] / 1e6:.1f} | {row['tokens']}"
-        lines.append(f"| {arm.group} | {name} | {sizes} | {' | '.join(values)} | {' '.join(closed) or '–'} |")
-    return "\n".join(lines)
+        sizes = [str(len(rows)), f"{row['params'] / 1e6:.1f}", str(row["tokens"])]
+        lines.append([arm.group, name, *sizes, *values, " ".join(closed) or "–"])
+    return markdown_table(heads, lines, words=2)
 
 
 def main(s: Settings) -> None:

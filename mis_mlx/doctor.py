@@ -26,6 +26,7 @@ from mis_mlx.machine import findings, memory, rates
 from mis_mlx.machine.about import about
 from mis_mlx.machine.sensors import open_monitor
 from mis_mlx.model import kernel_checks, policy
+from mis_mlx.page.text import markdown_table
 from mis_mlx.training import engine_checks
 from mis_mlx.types import duration, gib
 
@@ -49,10 +50,11 @@ class Row(NamedTuple):
     bound: float | None = None
     error: str = ""
 
-    def __str__(self) -> str:
+    def cells(self) -> list[str]:
+        """The line of the report's table."""
         found = self.error or ("not a number" if self.number is None else f"{self.number:,.3g}")
         bound = "" if self.bound is None else f"{self.bound:,.3g}"
-        return f"| {'✓' if self.passed else '✗'} | {self.name} | {found} | {bound} |"
+        return ["✓" if self.passed else "✗", self.name, found, bound]
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -64,16 +66,16 @@ def run(settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, memory.limited(memory.budget(None), memory.WIRED_MARGIN_BYTES):
         head = [*_machine(Path(name)), *_guarded(_sensors, lambda error: [f"sensors: {error}"])]
         rows = list(_examined(Path(name)))
-        speeds = _guarded(lambda: _speeds(Path(name)), lambda error: [f"| {error} | | |"])
+        speeds = _guarded(lambda: _speeds(Path(name)), lambda error: [[error, "", ""]])
     took, packed = duration(time.monotonic() - began), "stay packed" if policy.keeps_packed() else "are de-quantized"
     failed = [row.name for row in rows if not row.passed]
     lines = [f"### mis_mlx doctor: {len(rows) - len(failed)} of {len(rows)} checks passed\n", *(f"- {h}" for h in head)]
     lines += [f"- took {took}, and at most {gib(peak.nbytes)} beyond what the process began with"]
     lines += [f"- computed on the {about()['computes_on']} by the policy {policy.name()}, in {policy.usual_dtype()}; "]
     lines[-1] += f"packed weights {packed}\n"
-    lines += ["| | check | found | at most |\n|---|---|---:|---:|", *map(str, rows), ""]
-    lines += ["| rate | here | MacBook Air M1, published |\n|---|---:|---:|", *speeds]
-    report = "\n".join(map(_public, lines)) + "\n"
+    lines += [markdown_table(["", "check", "found", "at most"], [row.cells() for row in rows], words=2), ""]
+    lines += [markdown_table(["rate", "here", "MacBook Air M1, published"], speeds)]
+    report = _public("\n".join(lines)) + "\n"
     print(report)
     if settings.out:
         with reported(settings.out, "the report"):
@@ -130,21 +132,21 @@ def _sensors() -> list[str]:
         return findings.examined(monitor)[0]
 
 
-def _speeds(folder: Path) -> list[str]:
+def _speeds(folder: Path) -> list[list[str]]:
     """This machine's rates beside an M1 Air's, in billions a second."""
     here = rates.matmul_flops(), rates.memory_bytes(), *rates.disk_bytes(folder, SAMPLE_BYTES)
     air = rates.M1_AIR
     there = air.forward_flops_per_s, air.memory_bytes_per_s, air.read_bytes_per_s, air.write_bytes_per_s
     names = "matrix product, GFLOP/s", "memory, GB/s", "disk read, GB/s", "disk written, GB/s"
-    return [f"| {n} | {a / 1e9:,.3g} | {b / 1e9:,.3g} |" for n, a, b in zip(names, here, there, strict=True)]
+    return [[n, f"{a / 1e9:,.3g}", f"{b / 1e9:,.3g}"] for n, a, b in zip(names, here, there, strict=True)]
 
 
-def _public(line: str) -> str:
-    """The line without folders and names of this machine and its user."""
-    line = re.sub(r"(?<![\w.])[~.]?(?:/[^\s/:'\"|]+)+/([^\s/:'\"|]*)", r"…/\1", line.replace(str(Path.home()), "~"))
+def _public(text: str) -> str:
+    """The text without folders and names of this machine and its user."""
+    text = re.sub(r"(?<![\w.])[~.]?(?:/[^\s/:'\"|]+)+/([^\s/:'\"|]*)", r"…/\1", text.replace(str(Path.home()), "~"))
     for name in {Path.home().name, os.uname().nodename, os.uname().nodename.partition(".")[0]} - {"", "root"}:
-        line = re.sub(rf"\b{re.escape(name)}\b", "…", line)
-    return line
+        text = re.sub(rf"\b{re.escape(name)}\b", "…", text)
+    return text
 
 
 if __name__ == "__main__":

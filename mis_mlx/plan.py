@@ -11,6 +11,7 @@ from mis_mlx.model import arch, load
 from mis_mlx.model import teacher as teachers
 from mis_mlx.model.arch import MIS_137B
 from mis_mlx.model.config import read_config
+from mis_mlx.page.text import markdown_table
 from mis_mlx.training import hosts, phases, planning
 from mis_mlx.training.job import Job, job_of
 from mis_mlx.training.phases import Plan
@@ -26,17 +27,14 @@ ACCEPTED = (4, 6)  # tokens of a guessed tree that one pass confirms
 
 def table(plan: Plan) -> str:
     """Markdown for people: every phase, one generated token, the decision."""
-    lines = [
-        "| phase | read | written | peak memory | operations | time | of an SSD's life |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
     one = planning.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
-    lines += [
-        f"| {p.name} | {gib(p.read_bytes)} | {gib(p.written_bytes)} | {gib(p.peak_bytes)} | {p.flops:.1e} | "
-        f"{duration(p.seconds(plan.rates))} | {p.written_bytes / LIFE_BYTES:.4%} |"
+    head = ["phase", "read", "written", "peak memory", "operations", "time", "of an SSD's life"]
+    rows = [
+        [p.name, *map(gib, (p.read_bytes, p.written_bytes, p.peak_bytes)), f"{p.flops:.1e}",
+         duration(p.seconds(plan.rates)), f"{p.written_bytes / LIFE_BYTES:.4%}"]
         for p in (*plan.phases, one)
-    ]
-    return "\n".join([*lines, "", decision(plan)])
+    ]  # fmt: skip
+    return f"{markdown_table(head, rows)}\n\n{decision(plan)}"
 
 
 def disk_bytes(plan: Plan) -> int:
@@ -93,14 +91,10 @@ def paper(plan: Plan, tokens: int) -> str:
     shape, least = arch.params(m.config) / 1e9, phases.least_bytes(plan.job, at)
     room = memory.room_bytes() if at.room_bytes is None else at.room_bytes
     read = [hours * 3600 * at.forward_flops_per_s * at.hot / 2 / 137e9 / 1e6 for hours in (48, 72)]
-    lines = [
-        f"| | by its shape: {shape:.1f}B, {m.nbytes / 1e9:.1f} GB | by the paper: 137B, 70 GB |",
-        "|---|---:|---:|",
-    ]
-    lines += [f"| {' | '.join(row)} |" for row in zip(labels, *columns, strict=True)]
+    head = ["", f"by its shape: {shape:.1f}B, {m.nbytes / 1e9:.1f} GB", "by the paper: 137B, 70 GB"]
     return "\n".join(
         [
-            *lines,
+            markdown_table(head, zip(labels, *columns, strict=True)),
             "",
             f'- "137B teacher": not possible, its own shape gives {shape:.1f}B; the figure does not follow from it.',
             f'- "70 GB in 4 bits": not possible, 137B take {137 * 0.5625:.1f} GB in groups of 64 with float16 scales; '

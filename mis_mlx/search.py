@@ -19,6 +19,7 @@ from mis_mlx.model import load, policy, teacher, windows
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.model.policy import Computing
 from mis_mlx.page import progress
+from mis_mlx.page.text import markdown_table
 from mis_mlx.training import candidates, contest, phases, planning, standings
 from mis_mlx.training.candidates import Aim, Decoding
 from mis_mlx.training.contest import Contest
@@ -111,13 +112,11 @@ def aim_of(s: Settings, config: Mapping[str, Any], timed: Decoding | None) -> Ai
 
 def work_table(found: Sequence[Phase], at: Rates) -> str:
     """Markdown: every phase, then all of them."""
-    lines = ["| phase | read | written | peak memory | time |", "|---|---:|---:|---:|---:|"]
-    for p in found:
-        sizes = " | ".join(map(gib, (p.read_bytes, p.written_bytes, p.peak_bytes)))
-        lines.append(f"| {p.name} | {sizes} | {duration(p.seconds(at))} |")
-    read, written = (gib(sum(getattr(p, n) for p in found)) for n in ("read_bytes", "written_bytes"))
-    seconds, peak = sum(p.seconds(at) for p in found), gib(max(p.peak_bytes for p in found))
-    return "\n".join([*lines, f"| all | {read} | {written} | {peak} | {duration(seconds)} |"])
+    parts = [(p.name, p.read_bytes, p.written_bytes, p.peak_bytes, p.seconds(at)) for p in found]
+    _, read, written, peak, seconds = zip(*parts, strict=True)
+    rows = [*parts, ("all", sum(read), sum(written), max(peak), sum(seconds))]
+    lines = [[name, *map(gib, sizes), duration(time_s)] for name, *sizes, time_s in rows]
+    return markdown_table(["phase", "read", "written", "peak memory", "time"], lines)
 
 
 def rank(s: Settings, c: Contest, shapes: Sequence[Shape], first: Sequence[Shape]) -> list[Shape]:

@@ -166,7 +166,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def records(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a log that `Files.append` wrote, line by line; a torn line is passed over."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):  # a text in a record may hold what splitlines takes for an end
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

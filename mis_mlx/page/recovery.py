@@ -74,11 +74,11 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     names = list(outcomes[0].marks) if outcomes else []
     parts = []
     if outcomes:
-        head = ["n", "chance", "U Zośki", "uniform", *names]
+        head = ["", "n", "chance", "U Zośki", "uniform", *names]
         parts.append("Share of right answers, ± 95 %\n\n" + markdown_table(head, [_scores(o) for o in outcomes]))
         if names[1:]:
             title = "Recovered: (student − chance) / (teacher − chance), 95 % interval over the same questions"
-            parts.append(f"{title}\n\n" + markdown_table(names[1:], [_recoveries(o) for o in outcomes]))
+            parts.append(f"{title}\n\n" + markdown_table(["", *names[1:]], [_recoveries(o) for o in outcomes]))
     parts += [tables] if tables else []
     if outcomes:
         parts.append("\n".join(f"- {line}" for line in findings(outcomes)))

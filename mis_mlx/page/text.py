@@ -40,10 +40,11 @@ def step_text(
     return "  ".join([*parts, step.note] if step.note else parts)
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column, which has no name, holds words, the others numbers."""
-    lines = ["| | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """A Markdown table. words: how many columns hold words, which stand left; the others hold numbers."""
+    lines = ["|" + "".join(f" {cell}".rstrip() + " |" for cell in row) for row in (head, *rows)]
+    lines.insert(1, "|" + "---|" * words + "---:|" * (len(head) - words))
+    return "\n".join(lines)
 
 
 def table(rows: Sequence[Row], models: Sequence[str], metrics: Sequence[tuple[str, str, str]]) -> str:
@@ -60,4 +61,4 @@ def table(rows: Sequence[Row], models: Sequence[str], metrics: Sequence[tuple[st
             line.append(text)
         if any(text != "–" for text in line):
             lines.append([label, *line])
-    return markdown_table(models, lines)
+    return markdown_table(["", *models], lines)

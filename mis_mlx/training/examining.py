@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.disk import hub
+from mis_mlx.disk import hub, runs
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.questions import Task
 from mis_mlx.machine import memory
@@ -49,13 +48,7 @@ def kept(model_sha256: str, key: str) -> Path:
 
 def read(path: Path) -> Asked:
     """What is kept there; a line that a crash tore is not."""
-    found: Asked = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").split("\n"):  # a text may hold what splitlines takes for an end
-            with suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                found[int(row["n"])] = row
-    return found
+    return {row["n"]: row for row in runs.records(path) if isinstance(row.get("n"), int)}
 
 
 def todo(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
@@ -107,7 +100,7 @@ def by_harness(checkpoint: Checkpoint, ids: Sequence[str], count: int) -> dict[s
                     for t, m in made.items()]  # fmt: skip
             DISK.make_folder(path.parent)
             DISK.replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return runs.records(path)
 
     rows = ranks.told(lambda: [row for name in ids for row in asked(name)])
     return {r["task"]: harness.Marks(np.array(r["marks"]), np.array(r["chance"]), r["metric"]) for r in rows}

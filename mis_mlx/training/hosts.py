@@ -13,6 +13,7 @@ from mis_mlx import cli
 from mis_mlx.machine.rates import Rates
 from mis_mlx.model import arch, policy, ranks, relay
 from mis_mlx.model.stream import Stream
+from mis_mlx.page.text import markdown_table
 from mis_mlx.training import phases, planning
 from mis_mlx.training.job import Job
 from mis_mlx.training.phases import Plan
@@ -138,24 +139,27 @@ def table(plan: Plan, hosts: Sequence[Host]) -> str:
         own = split(m, [host.budget_bytes], tokens, min(micro, tokens), job.length, plan.rates)
         return pass_seconds(m, own, tokens, min(micro, tokens), job.length, plan.rates)
 
-    lines = ["| machine | budget | teacher blocks | of these in memory | read at every pass | peak memory |",
-             "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    machines = []
     for number, h in enumerate(hosts):
         blocks = f"{h.first} to {h.first + h.blocks - 1}" if h.blocks else "none"
-        lines.append(f"| {number} | {gib(h.budget_bytes)} | {blocks} | {h.kept} | {gib(h.read_bytes)} | "
-                     f"{gib(h.peak_bytes)} |")  # fmt: skip
+        sizes = [gib(h.budget_bytes), blocks, str(h.kept), gib(h.read_bytes), gib(h.peak_bytes)]
+        machines.append([str(number), *sizes])
     wire = relayed_bytes(m, n, job.step)
     relayed = pass_seconds(m, hosts, job.step, micro, job.length, plan.rates)
     one, shared = alone(hosts[0], job.step), max(alone(host, part) for host in hosts)
-    lines += ["", "This is the teacher alone, as for its logit store; beside a student in training fewer blocks stay."]
-    lines += ["", f"| computed, {n} machines | machine 0 alone | {' | '.join(LINKS)} |",
-              f"|---|---:|{'---:|' * len(LINKS)}"]  # fmt: skip
+    times = []
     for name, sent, first, each in (
         ("a pass of a step's windows, --spread layers", wire, one, [relayed + wire / link for link in LINKS.values()]),
         ("a pass of a step's windows, --spread whole", 0, one, [shared for _ in LINKS]),
         ("a step of the student", gradient_bytes(job, n), step_seconds(plan, 1, 1.0),
          [step_seconds(plan, n, link) for link in LINKS.values()]),
     ):  # fmt: skip
-        cells = " | ".join(duration(s) for s in each)
-        lines.append(f"| {name}, {gib(sent)} over a cable | {duration(first)} | {cells} |")
-    return "\n".join(lines)
+        times.append([f"{name}, {gib(sent)} over a cable", *map(duration, (first, *each))])
+    head = ["machine", "budget", "teacher blocks", "of these in memory", "read at every pass", "peak memory"]
+    return "\n\n".join(
+        [
+            markdown_table(head, machines),
+            "This is the teacher alone, as for its logit store; beside a student in training fewer blocks stay.",
+            markdown_table([f"computed, {n} machines", "machine 0 alone", *LINKS], times),
+        ]
+    )
