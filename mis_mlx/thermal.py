@@ -17,10 +17,9 @@ from mis_mlx.disk.files import need_place
 from mis_mlx.machine import findings
 from mis_mlx.machine.ambient import find_altitude
 from mis_mlx.machine.clock import Clock
-from mis_mlx.machine.governor import Decision, Mode, governor_for
+from mis_mlx.machine.governor import Decision, Mode, TeaBreaks, after_step, governor_for
 from mis_mlx.machine.replay import Header, Recorder
 from mis_mlx.machine.sensors import Live, Monitor, open_monitor
-from mis_mlx.machine.tea import TeaBreaks, after_step
 from mis_mlx.page import text
 from mis_mlx.types import Celsius, Metres, Positive, Reading, Seconds
 

@@ -25,8 +25,8 @@ from mis_mlx.disk import runs
 from mis_mlx.disk.examples import Sequenced
 from mis_mlx.disk.files import DISK
 from mis_mlx.machine import memory
+from mis_mlx.model import branches, load, lora, slice, speak
 from mis_mlx.model import card as model_card
-from mis_mlx.model import load, lora, sharing, slice, speak
 from mis_mlx.training import alignment, alignment_plan, batches, distillation, planning
 from mis_mlx.training.supervised import Lesson
 from mis_mlx.types import Checkpoint, MisError
@@ -114,13 +114,13 @@ def test_rows_in_one_window_do_not_see_each_other(kind: str, models: Callable[[s
     model, rng = load.resident(models(kind), mx.float32), np.random.default_rng(0)
     rows = [(rng.integers(1, 500, n).astype(np.int32), np.ones(n, np.float32)) for n in (9, 14, 5)]
     tokens, _, own = batches.rectangle([rows])
-    packed, begin = sharing.forward(model, tokens, own), 0
+    packed, begin = branches.forward_rows(model, tokens, own), 0
     for ids, _ in rows:
         alone = model.model(mx.array(ids[None]))[0]
         assert mx.allclose(packed[0, begin : begin + len(ids)], alone, rtol=1e-4, atol=1e-5)
         begin += len(ids)
     other = mx.concatenate([(tokens[:, :9] + 7) % 500, tokens[:, 9:]], axis=1)
-    assert mx.array_equal(sharing.forward(model, other, own)[:, 9:28], packed[:, 9:28])
+    assert mx.array_equal(branches.forward_rows(model, other, own)[:, 9:28], packed[:, 9:28])
     assert not mx.allclose(model.model(tokens)[0, 9:14], packed[0, 9:14], atol=1e-3)  # without the mask they would
 
 
@@ -131,7 +131,7 @@ def test_a_sliding_window_holds_inside_a_row(tmp_path: Path) -> None:
     model = load.resident(load.open_checkpoint(folder), mx.float32)
     rows = [(np.arange(start, start + 12, dtype=np.int32), np.ones(12, np.float32)) for start in (5, 90)]
     tokens, _, own = batches.rectangle([rows])
-    packed = sharing.forward(model, tokens, own)
+    packed = branches.forward_rows(model, tokens, own)
     for at, (ids, _) in enumerate(rows):
         assert mx.allclose(packed[0, 12 * at : 12 * at + 12], model.model(mx.array(ids[None]))[0], rtol=1e-4, atol=1e-5)
 

@@ -9,7 +9,7 @@ from itertools import permutations
 
 import pytest
 
-from mis_mlx.disk import puzzles, tasks
+from mis_mlx.disk import tasks
 from mis_mlx.maths import rewards
 from mis_mlx.types import MisError
 
@@ -103,10 +103,10 @@ def test_puzzles_have_the_one_solution_that_their_words_say() -> None:
 def test_no_clue_is_idle() -> None:
     """Without any one of the clues more orders fit; with all of them, the hidden one alone."""
     for seed in range(200):
-        order, clues = puzzles.make(random.Random(str(seed)), 3 + seed % 2)
-        assert puzzles.solutions(len(order), clues) == [order]
+        order, clues = tasks.puzzle(random.Random(str(seed)), 3 + seed % 2)
+        assert tasks.solutions(len(order), clues) == [order]
         for clue in clues:
-            assert len(puzzles.solutions(len(order), [c for c in clues if c != clue])) > 1
+            assert len(tasks.solutions(len(order), [c for c in clues if c != clue])) > 1
 
 
 def test_refusals() -> None:

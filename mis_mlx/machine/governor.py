@@ -2,16 +2,17 @@
 
 Pure: `(reading, now) -> decision`, no clock, no thread, no sleep. Sensor loss counts as hot, never as
 cool. An M1 Air lives at 95 to 105 °C under load, so 95 °C is no reason to stop. Does not know what the
-work is, and never acts by itself: the loop obeys (see tea.py).
+work is, and never acts by itself: `after_step` waits as it says, and `TeaBreaks` counts what that took.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from mis_mlx.machine.duty import DieFilter, Duty, Held, StepTimes
+from mis_mlx.machine.sensors import Monitor
 from mis_mlx.types import MisError, Reading
 
 Mode = Literal["observe", "throughput", "steady", "cool"]
@@ -225,3 +226,51 @@ def unfit_for_timing(reading: Reading) -> str | None:
     if reading.battery_c is not None and reading.battery_c >= BATTERY_WARM_C:
         return f"battery {reading.battery_c:.1f} °C, {BATTERY_WARM_C:.0f} or more"
     return None
+
+
+@dataclass
+class TeaBreaks:
+    """The account of a run; `TeaBreaks(**saved)` goes on with the one of the run that was interrupted."""
+
+    count: int = 0
+    seconds: float = 0.0  # in pauses
+    napped_s: float = 0.0  # between steps, for the duty
+    reasons: dict[str, int] = field(default_factory=dict)  # cause -> pauses
+
+    def as_json(self) -> dict[str, Any]:
+        """`tea_breaks`, `throttled_s` (all seconds held back) and `tea_reasons`, for a run's JSON."""
+        held_s = round(self.seconds + self.napped_s, 1)
+        return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
+
+    def saved(self) -> dict[str, Any]:
+        """What `TeaBreaks(**saved)` wants."""
+        return asdict(self)
+
+
+def after_step(monitor: Monitor, governor: Governor, breaks: TeaBreaks, step_s: float) -> Iterator[Decision]:
+    """Ask the governor after a step of `step_s` seconds and wait as it says.
+
+    Gives each decision before its wait is served, about one a second in a pause, so that the caller can
+    log it, write the checkpoint it asks for, or end the run by leaving the `for`. The last one given is
+    "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more than a few
+    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step
+    (parts of one size, as their times are compared).
+    """
+    clock = monitor.clock
+    decision = governor.decide(monitor.reading(), clock.monotonic(), step_s)
+    if decision.action == "pause":
+        breaks.count += 1
+        breaks.reasons[decision.cause] = breaks.reasons.get(decision.cause, 0) + 1
+    asked = False
+    while decision.action == "pause":
+        yield replace(decision, checkpoint=decision.checkpoint and not asked)  # one checkpoint a pause
+        asked = asked or decision.checkpoint
+        since_s = clock.monotonic()
+        clock.sleep(decision.sleep_s)
+        reading = monitor.reading()
+        breaks.seconds += clock.monotonic() - since_s
+        decision = governor.decide(reading, clock.monotonic())
+    yield decision
+    if decision.sleep_s:
+        clock.sleep(decision.sleep_s)
+        breaks.napped_s += decision.sleep_s

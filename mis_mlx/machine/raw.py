@@ -20,31 +20,23 @@ class Raw:
     mono_s: float
     wall_s: float
     hid: Rows = ()  # (name, °C) as Apple's HID gives them; names repeat
-    smc: Mapping[str, str] = field(default_factory=dict)  # key -> "type:bytes in hex"
     linux: Rows = ()  # ("psutil coretemp Package id 0", °C)
-    pressure: int | None = None
+    smc: Mapping[str, str] = field(default_factory=dict)  # key -> "type:bytes in hex"
     ioreg: Mapping[str, int] = field(default_factory=dict)  # AppleSmartBattery, as it came
+    missing: Mapping[str, str] = field(default_factory=dict)  # provider -> why it gave nothing
+    pressure: int | None = None
     battery_percent: float | None = None
     plugged: bool | None = None
     rested: bool = False  # just booted, or woken from 90 min of sleep: everything has the air's temperature
-    missing: Mapping[str, str] = field(default_factory=dict)  # provider -> why it gave nothing
 
 
 def to_json(raw: Raw) -> dict[str, Any]:
     """`raw` as strict JSON allows it: what is empty is left out, a NaN or infinity becomes null."""
-    out: dict[str, Any] = {"mono_s": raw.mono_s, "wall_s": raw.wall_s}
+    empty = vars(Raw(math.nan, math.nan))
+    out = {name: value for name, value in vars(raw).items() if value != empty[name]}
     for name in ("hid", "linux"):
-        rows: Rows = getattr(raw, name)
-        if rows:
-            out[name] = [[label, value if math.isfinite(value) else None] for label, value in rows]
-    for name in ("smc", "ioreg", "missing"):
-        if getattr(raw, name):
-            out[name] = dict(getattr(raw, name))
-    for name in ("pressure", "battery_percent", "plugged"):
-        if getattr(raw, name) is not None:
-            out[name] = getattr(raw, name)
-    if raw.rested:
-        out["rested"] = True
+        if name in out:
+            out[name] = [[label, value if math.isfinite(value) else None] for label, value in out[name]]
     return out
 
 

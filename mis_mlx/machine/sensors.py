@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 import psutil
 
@@ -30,24 +29,6 @@ HISTORY_S = 3600.0
 LONG_SLEEP_S = 5400.0  # after which everything in the case has the air's temperature
 JUST_BOOTED_S = 600.0
 VIRTUAL_SIGMA_C, VIRTUAL_SIGMA_LATER_C = 2.5, 4.0  # of TVA0: M1 and M2, later chips
-
-
-class Source(Protocol):
-    """Where looks come from: the machine or a recording."""
-
-    @property
-    def header(self) -> Header:
-        """Which machine it is."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether there is nothing new to come."""
-
-    def look(self) -> Raw:
-        """One look."""
-
-    def close(self) -> None:
-        """Give back what it holds."""
 
 
 class Live:
@@ -113,7 +94,7 @@ class Monitor:
     Sample in the parent process only: Apple's libraries do not survive a fork.
     """
 
-    def __init__(self, source: Source, ambient: Ambient, altitude: tuple[float | None, str], clock: Clock):
+    def __init__(self, source: Live | Replay, ambient: Ambient, altitude: tuple[float | None, str], clock: Clock):
         self.source = source
         self.clock = clock
         self.reasons: Mapping[str, str] = {}  # field of Reading -> why it is None
@@ -241,7 +222,7 @@ def open_monitor(
     """
     if given_ambient_c is not None and not -60 <= given_ambient_c <= 60:
         raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
-    source: Source
+    source: Live | Replay
     if replay is not None:
         clock = clock if isinstance(clock, VirtualClock) else VirtualClock()
         source = Replay(replay, clock)

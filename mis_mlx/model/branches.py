@@ -1,4 +1,4 @@
-"""A prompt and several answers to it as one sequence: hidden states as if each answer stood alone behind the prompt.
+"""Several texts in one sequence: hidden states as if each answer stood alone behind its prompt, or each row alone.
 
 The prompt is computed once for all of its answers, forwards and backwards, and nothing is padded. Does not know what
 the answers are for.
@@ -67,3 +67,21 @@ def through(
         return block(hidden, near)
     finally:
         block.self_attn.rope = rope
+
+
+def forward_rows(model: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:
+    """Final hidden states (B, T, D) of a resident model, several rows in a window, none of which sees another.
+
+    rows (B, T): which row each token of `tokens` is of.
+
+    mlx-lm's Model takes no mask, its blocks do. Positions count on from row to row: rotary positions act through
+    their differences alone, so every row gets what it would get at the beginning of a window of its own.
+    """
+    inner, at = model.model, mx.arange(tokens.shape[1])
+    mask = (rows[:, :, None] == rows[:, None, :]) & (at[:, None] >= at[None])
+    mask = mask[:, None]  # for all heads
+    hidden = inner.embed_tokens(tokens)
+    for block in inner.layers:
+        near = at[:, None] < at[None] + model.args.sliding_window if getattr(block, "use_sliding", False) else None
+        hidden = block(hidden, mask if near is None else mask & near)
+    return inner.norm(hidden)

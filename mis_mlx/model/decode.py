@@ -1,8 +1,8 @@
 """Greedy decoding of a streamed model, with keys and values kept: one pass of the weights settles a token or more.
 
 A small resident draft proposes a tree of continuations, one pass of the model reads all of it, and the longest
-branch that the model itself would have chosen is kept (arXiv 2305.09781). Does not know how the tree is drawn,
-text, nor where the memory comes from.
+branch that the model itself would have chosen is kept (arXiv 2305.09781). Does not know text, nor where the memory
+comes from.
 
 The tokens are those of plain greedy decoding. Logits of a pass over n tokens and of n passes over one differ in
 their last bits (matrix products add up in another order), so an exact tie of two tokens may fall the other way.
@@ -10,7 +10,8 @@ their last bits (matrix products add up in another order), so an exact tie of tw
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -18,13 +19,64 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.model import load, tree
+from mis_mlx.model import load
 from mis_mlx.model.config import shape_of
 from mis_mlx.model.stream import Stream, settle
-from mis_mlx.model.tree import Node, Odds
 
 SIZE = 64  # rows of a pass with a draft (measured: benchmarks/speculative.py)
 ROWS = 512  # tokens of a long prompt that go through a resident block at a time
+DEPTH = 16  # tokens from the text to the furthest guess
+WIDTH = 16  # likely next tokens looked at, and nodes that the draft looks behind at once
+Odds = tuple[np.ndarray, np.ndarray]  # log-probabilities (n, WIDTH) of tokens (n, WIDTH)
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A proposed token after `up` (None: after the text). `score`: log of the branch's probability."""
+
+    token: int
+    up: Node | None
+    depth: int
+    score: float
+
+    def branch(self) -> list[Node]:
+        """From the first proposed token to this one."""
+        return [*(self.up.branch() if self.up else ()), self]
+
+
+def grow(after: Callable[[Sequence[Node]], Odds], size: int, depth: int, ends: Container[int] = ()) -> list[Node]:
+    """The `size` most probable nodes of all that reach `depth` at most, parents before children.
+
+    after(nodes): the odds behind each of them; of no nodes: behind the text, one row. It is asked level by
+    level, for nodes whose parents it was asked for before. A branch's probability falls with every token, so
+    a node's parent is always among the most probable too (the draft tree of EAGLE-2, arXiv 2406.16858).
+    """
+    best = _children(None, *(a[0] for a in after([])))
+    asked: set[Node] = set()
+    while True:
+        best = sorted(best, key=lambda n: -n.score)[:size]
+        fresh = [n for n in best if n not in asked and n.depth < depth and n.token not in ends][:WIDTH]
+        if not fresh:
+            return sorted(best, key=lambda n: n.depth)
+        asked.update(fresh)
+        for node, logp, tokens in zip(fresh, *after(fresh), strict=True):
+            best += _children(node, logp, tokens)
+
+
+def _children(up: Node | None, logp: Iterable[float], tokens: Iterable[int]) -> list[Node]:
+    base, depth = (up.score, up.depth + 1) if up else (0.0, 1)
+    return [Node(int(t), up, depth, base + float(p)) for p, t in zip(logp, tokens, strict=True)]
+
+
+def accepted(nodes: Sequence[Node], choice: Sequence[int]) -> tuple[list[Node], int]:
+    """(the branch that the model chose, its next token after that). choice: after the text, then after each node."""
+    row: dict[Node | None, int] = {None: 0} | {n: r for r, n in enumerate(nodes, 1)}
+    below = {(n.up, n.token): n for n in nodes}
+    at: Node | None = None
+    branch: list[Node] = []
+    while (found := below.get((at, choice[row[at]]))) is not None:
+        branch.append(at := found)
+    return branch, choice[row[at]]
 
 
 class Positioned(nn.Module):
@@ -165,9 +217,9 @@ def decode(
         if guesses and left > 1 and size > 1:
             vocab = min(context.vocab, guesses.vocab)
             after = partial(_after, guesses, text, vocab)
-            nodes = tree.grow(after, size - 1, min(tree.DEPTH, left - 1), ends)
+            nodes = grow(after, size - 1, min(DEPTH, left - 1), ends)
         choice = _greedy(context, context.read(text, nodes))
-        branch, last = tree.accepted(nodes, choice)
+        branch, last = accepted(nodes, choice)
         context.keep(branch)
         if guesses:
             guesses.keep(branch)
@@ -181,4 +233,4 @@ def decode(
 
 def _after(guesses: Context, text: list[int], vocab: int, nodes: Sequence[Node]) -> Odds:
     """The draft's odds for what follows the text, or each of the nodes."""
-    return _odds(guesses, guesses.read(text, nodes), tree.WIDTH, vocab)
+    return _odds(guesses, guesses.read(text, nodes), WIDTH, vocab)

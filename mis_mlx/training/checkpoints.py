@@ -15,7 +15,7 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk.files import Files
-from mis_mlx.machine import tea
+from mis_mlx.machine.governor import TeaBreaks
 from mis_mlx.model import ranks
 from mis_mlx.training import loop
 from mis_mlx.training.weather import Weather
@@ -43,7 +43,7 @@ class Checkpoints:
                 cli.say(note)
             arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
             self.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
-            self.weather.breaks = tea.TeaBreaks(**saved.state["tea"])
+            self.weather.breaks = TeaBreaks(**saved.state["tea"])
         found: Any = ranks.told(lambda: [saved.number, saved.state] if saved else None)
         if found is None:
             return None

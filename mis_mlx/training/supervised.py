@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mis_mlx import cli
 from mis_mlx.disk.examples import Sequenced
 from mis_mlx.maths.likelihood import token_logps
-from mis_mlx.model import load, ranks, sharing
+from mis_mlx.model import branches, load, ranks
 from mis_mlx.training import batches
 from mis_mlx.training.distillation import MicroBatch, Source, labels
 from mis_mlx.training.loop import Loss
@@ -59,7 +59,7 @@ class Lesson:
 
     def hidden(self, student: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:
         """Final hidden states (B * T, D). A row alone in its window needs no mask: padding comes after it."""
-        hidden = sharing.forward(student, tokens, rows) if self.shared else student.model(tokens)
+        hidden = branches.forward_rows(student, tokens, rows) if self.shared else student.model(tokens)
         return hidden.reshape(-1, hidden.shape[-1])
 
     def measure(self, student: nn.Module, batch_size: int) -> dict[str, float]:

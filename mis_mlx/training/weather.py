@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from mis_mlx import cli
 from mis_mlx.disk.files import DISK, Files
-from mis_mlx.machine import ambient, governor, sensors, tea
+from mis_mlx.machine import ambient, governor, sensors
 from mis_mlx.maths.losses import halny_sigma
 from mis_mlx.types import Celsius, Metres, MisError, Reading, Step
 
@@ -60,7 +60,7 @@ class Weather:
         self.monitor = sensors.open_monitor(
             replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m
         )
-        self.breaks = tea.TeaBreaks()
+        self.breaks = governor.TeaBreaks()
         self._mode, self._log, self._files = flags.governor, log, files
         self._governor: governor.Governor | None = None
 
@@ -102,7 +102,7 @@ class Weather:
                 cli.say(f"governor: {self._mode}, but blind: {self.monitor.reasons.get('die_c', 'no die temperature')}")
         seconds = VIRTUAL_STEP_S if self.monitor.replayed else step.seconds
         pauses = self.breaks.count
-        for decision in tea.after_step(self.monitor, self._governor, self.breaks, seconds):
+        for decision in governor.after_step(self.monitor, self._governor, self.breaks, seconds):
             if self.breaks.count > pauses:
                 pauses = self.breaks.count
                 cli.say(f"tea break after step {step.number}: {decision.reason}")

@@ -12,9 +12,8 @@ from typing import get_args
 import pytest
 
 from mis_mlx.machine.duty import DieFilter, Duty, Held, StepTimes
-from mis_mlx.machine.governor import Decision, Governor, Mode, governor_for, unfit_for_timing
+from mis_mlx.machine.governor import Decision, Governor, Mode, TeaBreaks, after_step, governor_for, unfit_for_timing
 from mis_mlx.machine.sensors import open_monitor
-from mis_mlx.machine.tea import TeaBreaks, after_step
 from mis_mlx.types import MisError, Reading
 from tests.machine.plant import Plant, PlantMonitor
 

@@ -11,11 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mis_mlx.machine import macmon
+from mis_mlx.machine import power
 from mis_mlx.machine.clock import VirtualClock
-from mis_mlx.machine.macmon import Macmon
-from mis_mlx.machine.power import Energy, EnergyMeter, low_power_mode, machine_joules
-from mis_mlx.machine.rapl import Rapl
+from mis_mlx.machine.power import Energy, EnergyMeter, Macmon, Rapl, low_power_mode, machine_joules
 from mis_mlx.types import Reading
 
 
@@ -114,7 +112,7 @@ def stand_in(folder: Path, *lines: str) -> str:
 
 def test_macmon_is_mean_power_times_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of 3 and 5 W on time, words that are no sample left out: 4 W for the whole stretch; then it is ended."""
-    monkeypatch.setattr(macmon, "PERIOD_MS", 0)
+    monkeypatch.setattr(power, "PERIOD_MS", 0)
     samples = ['{"cpu_power": 1, "gpu_power": 2, "sys_power": 9}', "warning", '{"cpu_power": 5.0}']
     with closing(EnergyMeter(Bench([None]), lambda: Macmon(stand_in(tmp_path, *samples)))) as meter:
         assert meter.source == "macmon, the chip's power sampled"
@@ -134,7 +132,7 @@ def test_without_macmon_the_next_source_is_asked(tmp_path: Path, monkeypatch: py
     """Neither zeus nor macmon: RAPL, or nothing."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "zeus_apple_silicon", None)
-    monkeypatch.setattr("mis_mlx.machine.rapl.Rapl", lambda: SimpleNamespace(source="rapl's"))
+    monkeypatch.setattr("mis_mlx.machine.power.Rapl", lambda: SimpleNamespace(source="rapl's"))
     assert EnergyMeter(Bench([None])).source == "rapl's"
     stand_in(tmp_path)
     with closing(EnergyMeter(Bench([None]))) as meter:

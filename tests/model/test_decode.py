@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.disk.files import DISK
-from mis_mlx.model import decode, load, pack, speak, teacher, tree
+from mis_mlx.model import decode, load, pack, speak, teacher
 from mis_mlx.model.stream import Stream
 from mis_mlx.types import Checkpoint
 from tests import tiny
@@ -134,20 +134,20 @@ def test_a_tree_by_pencil() -> None:
     """Odds of 0.6 and 0.4 everywhere: the four best of a binary tree are 0.6, 0.4, 0.36 and 0.24 (the first of two)."""
     asked: list[int] = []
 
-    def after(nodes: list[tree.Node]) -> tree.Odds:  # type: ignore[type-arg]
+    def after(nodes: list[decode.Node]) -> decode.Odds:  # type: ignore[type-arg]
         rows = max(1, len(nodes))
         asked.append(len(nodes))
         return np.log(np.full((rows, 2), [0.6, 0.4])), np.full((rows, 2), [1, 2])
 
-    nodes = tree.grow(after, 4, 3)  # type: ignore[arg-type]
+    nodes = decode.grow(after, 4, 3)  # type: ignore[arg-type]
     assert sorted(round(float(np.exp(n.score)), 2) for n in nodes) == [0.24, 0.36, 0.4, 0.6]
     assert [n.depth for n in nodes] == sorted(n.depth for n in nodes)
     assert all(n.up is None or n.up in nodes for n in nodes) and asked[0] == 0
-    assert max(n.depth for n in tree.grow(after, 50, 2)) == 2  # type: ignore[arg-type]
-    assert all(n.up is None or n.up.token != 1 for n in tree.grow(after, 20, 4, {1}))  # type: ignore[arg-type]
+    assert max(n.depth for n in decode.grow(after, 50, 2)) == 2  # type: ignore[arg-type]
+    assert all(n.up is None or n.up.token != 1 for n in decode.grow(after, 20, 4, {1}))  # type: ignore[arg-type]
     first = next(n for n in nodes if n.depth == 1 and n.token == 1)
     below = next(n for n in nodes if n.up is first)
     choice = dict.fromkeys(range(len(nodes) + 1), 9)
     choice[0], choice[1 + nodes.index(first)] = 1, below.token
-    branch, last = tree.accepted(nodes, list(choice.values()))
+    branch, last = decode.accepted(nodes, list(choice.values()))
     assert branch == [first, below] and last == 9
