@@ -11,7 +11,7 @@ Units are in the names: `_bytes`, `_s` (seconds), `_c` (degrees Celsius), `_m` (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -198,6 +198,3 @@ class Row:
     low: float | None = None
     high: float | None = None
     n: int | None = None
-
-
-Rows = Sequence[Row]

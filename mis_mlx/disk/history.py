@@ -7,12 +7,14 @@ the numbers mean; a line that is torn, or of another version, is counted and pas
 from __future__ import annotations
 
 import bisect
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mis_mlx.disk import runs
 
 RUNS = 600  # of neighbouring values that a series keeps at the least, once it has had so many
 LINE_BYTES = 1 << 16  # what is longer is no record of ours
@@ -130,7 +132,7 @@ class History:
 
 
 def read(path: Path, names: Sequence[str], ratios: Mapping[str, tuple[str, str]] | None = None) -> History:
-    """The numbers of these names in a log of JSON lines; an empty history when there is no such file.
+    """The numbers of these names in a log of JSON lines; an empty history when it cannot be read.
 
     ratios: further series, one name over another, line by line. Counts and sums are of all lines. A step that a
     resumed run did twice is in it twice: it took its time twice.
@@ -138,7 +140,12 @@ def read(path: Path, names: Sequence[str], ratios: Mapping[str, tuple[str, str]]
     ratios = ratios or {}
     series = {name: Series() for name in (*names, *ratios)}
     history = History(series, dict.fromkeys(names, 0.0))
-    for record in _records(path, history):
+    readable = path.is_file() and os.access(path, os.R_OK)
+    for record in runs.parsed(path, LINE_BYTES) if readable else ():
+        history.lines += 1
+        if record is None:
+            history.torn += 1
+            continue
         now = history.tick(_number(record.get("wall_s")), _number(record.get("seconds")) or 0.0)
         seen = {name: value for name in names if (value := _number(record.get(name))) is not None}
         for name, value in seen.items():
@@ -149,24 +156,6 @@ def read(path: Path, names: Sequence[str], ratios: Mapping[str, tuple[str, str]]
                 series[name].add(now, seen[over] / seen[under])
         history.note(now, record)
     return history
-
-
-def _records(path: Path, history: History) -> Iterator[Mapping[str, Any]]:
-    try:
-        file = path.open("rb")
-    except OSError:
-        return
-    with file:
-        while line := file.readline(LINE_BYTES):
-            history.lines += 1
-            try:
-                record = json.loads(line) if line.endswith(b"\n") else None
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict):
-                yield record
-            else:
-                history.torn += 1
 
 
 def _number(value: Any) -> float | None:

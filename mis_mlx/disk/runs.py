@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +166,15 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def records(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a log that `Files.append` wrote, line by line; a torn line is passed over."""
-    found = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.split("\n"):  # a text in a record may hold what splitlines takes for an end
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+    return [record for record in parsed(path) if record is not None]
+
+
+def parsed(path: Path, most_bytes: int = -1) -> Iterator[dict[str, Any] | None]:
+    """Of each line of a log its JSON object, None where it is torn, none, or longer than `most_bytes`."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        while line := file.readline(most_bytes):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            yield record if isinstance(record, dict) else None

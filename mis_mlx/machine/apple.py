@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from mis_mlx.machine.frameworks import Frameworks, foreign, load
 from mis_mlx.machine.iohid import Hid
-from mis_mlx.machine.raw import Rows
+from mis_mlx.machine.replay import Rows
 from mis_mlx.machine.smc import Smc
 
 # TCMb and TCMz, the firmware's own die average and hottest spot, exist from M1 on; per-core keys "park".

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from mis_mlx.machine.raw import Rows
+from mis_mlx.machine.replay import Rows
 
 SYS = Path("/sys")
 

@@ -19,8 +19,7 @@ from mis_mlx.machine import linux
 from mis_mlx.machine.ambient import Ambient, Estimate, find_altitude
 from mis_mlx.machine.apple import Apple, AppleLook
 from mis_mlx.machine.clock import Clock, VirtualClock
-from mis_mlx.machine.raw import Raw
-from mis_mlx.machine.replay import Header, Replay
+from mis_mlx.machine.replay import Header, Raw, Replay
 from mis_mlx.machine.thermometers import Frozen, Values, judge
 from mis_mlx.types import MisError, Reading
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import mean, median
 
-from mis_mlx.machine.raw import Raw
+from mis_mlx.machine.replay import Raw
 from mis_mlx.machine.smc import decode
 
 DIE = re.compile(r"([pe]ACC|SOC|GPU) MTR Temp Sensor\d+|PMGR SOC Die Temp Sensor\d+|PMU\d* tdie\d+")

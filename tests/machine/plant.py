@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mis_mlx.machine.clock import VirtualClock
-from mis_mlx.machine.raw import Raw
-from mis_mlx.machine.replay import Header, Recorder
+from mis_mlx.machine.replay import Header, Raw, Recorder
 from mis_mlx.types import Reading
 
 TICK_S = 0.1

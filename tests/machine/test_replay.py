@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.machine.clock import VirtualClock
-from mis_mlx.machine.raw import Raw, from_json, to_json
-from mis_mlx.machine.replay import SCHEMA, Header, Recorder, Replay
+from mis_mlx.machine.replay import SCHEMA, Header, Raw, Recorder, Replay, from_json, to_json
 from mis_mlx.types import MisError
 from tests.machine.plant import write_halny
 

@@ -15,8 +15,7 @@ from mis_mlx.machine import sensors
 from mis_mlx.machine.ambient import find_altitude
 from mis_mlx.machine.clock import VirtualClock
 from mis_mlx.machine.governor import governor_for
-from mis_mlx.machine.raw import Raw
-from mis_mlx.machine.replay import Header, Recorder
+from mis_mlx.machine.replay import Header, Raw, Recorder
 from mis_mlx.machine.sensors import open_monitor
 from mis_mlx.types import MisError
 from tests.machine.plant import smc_float

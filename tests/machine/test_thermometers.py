@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.machine.clock import VirtualClock
-from mis_mlx.machine.raw import Raw
-from mis_mlx.machine.replay import Replay
+from mis_mlx.machine.replay import Raw, Replay
 from mis_mlx.machine.thermometers import Frozen, charging_watts, gauge_celsius, judge
 from tests.machine.plant import smc_float
 
