@@ -61,13 +61,7 @@ def check(config: Mapping[str, Any], how: Rounding) -> None:
 
 
 def quantize(
-    folder: Path,
-    out: Path,
-    how: Rounding,
-    files: Files,
-    batches: Sequence[mx.array] = (),
-    held: int = 0,
-    seed: int = 0,
+    folder: Path, out: Path, how: Rounding, files: Files, batches: Sequence[mx.array] = (), held: int = 0, seed: int = 0
 ) -> dict[str, Any]:
     """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
 

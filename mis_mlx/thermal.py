@@ -152,13 +152,7 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
                     print(_decision_line(decision, monitor.history(0.0)[-1]))
                 action = decision.action
         seconds = monitor.clock.monotonic()
-    return {
-        "file": str(settings.file),
-        "seconds": round(seconds, 1),
-        "steps": steps,
-        "end": action,
-        **breaks.as_json(),
-    }
+    return {"file": str(settings.file), "seconds": round(seconds, 1), "steps": steps, "end": action, **breaks.as_json()}
 
 
 def _open(settings: Watch | Doctor) -> Monitor:

@@ -23,11 +23,7 @@ from mis_mlx.types import MisError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOP = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -74,10 +70,7 @@ def _write_weights(tensors: list[Any], config: Mapping[str, Any], folder: Path, 
 
     # GGUF states shapes innermost first; reversed they are (out, in), as in the Hugging Face layout.
     specs = {hf_name(t.name): (dtype, tuple(int(n) for n in reversed(t.shape))) for t in tensors}
-    heads = {
-        "q_proj": int(config["num_attention_heads"]),
-        "k_proj": int(config["num_key_value_heads"]),
-    }
+    heads = {"q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])}
     writer = Writer(folder, specs, DISK)
     for tensor in tensors:
         name = hf_name(tensor.name)

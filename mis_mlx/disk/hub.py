@@ -126,10 +126,7 @@ def snapshot(repo_id: str) -> Snapshot:
         try:
             path = Path(
                 snapshot_download(
-                    repo_id,
-                    local_files_only=refusal is not None,
-                    allow_patterns=WANTED,
-                    ignore_patterns=UNWANTED,
+                    repo_id, local_files_only=refusal is not None, allow_patterns=WANTED, ignore_patterns=UNWANTED
                 )
             )
         except Exception as error:
@@ -153,11 +150,7 @@ def _unreachable(repo_id: str, error: Exception) -> MisError:
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
     """Keep the hub client's bars, retries and warnings off the user's screen; its errors still come."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
     level = logger.level

@@ -132,11 +132,7 @@ def _phases(path: Path, missing: list[str]) -> tuple[Mapping[str, Any], list[dic
 
 
 def _history(
-    path: Path,
-    names: Sequence[str],
-    missing: list[str],
-    what: str,
-    ratios: Mapping[str, tuple[str, str]] | None = None,
+    path: Path, names: Sequence[str], missing: list[str], what: str, ratios: Mapping[str, tuple[str, str]] | None = None
 ) -> history.History:
     found = history.read(path, names, ratios)
     if not found.lines:

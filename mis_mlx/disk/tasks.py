@@ -22,10 +22,7 @@ Split = Literal["train", "test"]
 Language = Literal["pl", "en"]
 TEST_SHARE = 5  # one problem in so many is for evaluation
 TRIES = 500  # drawings of one row before the generator is taken to be exhausted
-END = {
-    "en": 'End with a line of this form: "Answer: {}".',
-    "pl": "Zakończ wierszem tej postaci: „Odpowiedź: {}”.",
-}
+END = {"en": 'End with a line of this form: "Answer: {}".', "pl": "Zakończ wierszem tej postaci: „Odpowiedź: {}”."}
 FORM = {
     "number": {"en": "number", "pl": "liczba"},
     "time": {"en": "hour:minutes", "pl": "godzina:minuty"},

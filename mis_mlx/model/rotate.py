@@ -107,10 +107,7 @@ class Directions:
 
 
 def measured(
-    teacher: Checkpoint,
-    batches: Sequence[mx.array],
-    dtype: mx.Dtype,
-    hidden: Callable[[], stream.Hidden] = list,
+    teacher: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, hidden: Callable[[], stream.Hidden] = list
 ) -> Directions:
     """The principal directions of what enters all norms over token ids [(B, T)], all norms alike.
 

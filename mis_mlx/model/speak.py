@@ -18,10 +18,7 @@ from mis_mlx.model import load, policy, trial
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import MisError
 
-PROMPTS = {
-    "English": "The for statement is used to",
-    "Polish": "Baca wyszedł rano z owcami na halę i",
-}
+PROMPTS = {"English": "The for statement is used to", "Polish": "Baca wyszedł rano z owcami na halę i"}
 METRICS = (
     ("ttft_ms", "time to first token, ms", ".0f"),
     ("decode_tps", "decode, tokens/s", ".1f"),

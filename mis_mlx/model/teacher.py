@@ -78,12 +78,7 @@ def _cached(folder: Path) -> Found | None:
 
 def _from_hub(snapshot: hub.Snapshot, folder: Path) -> Found:
     source = f"Hugging Face hub {snapshot.repo_id} at {snapshot.revision[:12]}"
-    origin = {
-        "source": source,
-        "revision": snapshot.revision,
-        "sha256": hub.hashes(snapshot),
-        "quantized_origin": None,
-    }
+    origin = {"source": source, "revision": snapshot.revision, "sha256": hub.hashes(snapshot), "quantized_origin": None}
     hub.install(folder, partial(hub.adopt, snapshot), hub.adopted_bytes(snapshot, folder.parent), origin)
     return Found(folder, source)
 
