@@ -131,7 +131,7 @@ def draw(rows: list[dict[str, Any]], kind: str, axes: Any) -> None:
         best = [row[name]["best_ms"] for row in rows]
         axes.plot(lengths, best, ":", color=color, label=f"{name}, cold, at best here")
     laboratory.logarithmic(axes, "tokens in the prompt", "time to first token, ms")
-    axes.set_title(f"Time to first token, {kind}, on {'a CPU' if not policy.keeps_packed() else 'Metal'}")
+    axes.set_title(f"Time to first token, {kind}, on a {laboratory.machine()['computes_on']}")
 
 
 if __name__ == "__main__":

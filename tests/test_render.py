@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.machine.rates import Roof
+from mis_mlx.model import policy
 from mis_mlx.types import MisError
 from tests import tiny
 
@@ -85,10 +86,11 @@ def test_all_parts_are_measured_and_stored(lab: SimpleNamespace, measured: dict[
     assert lab.root.name not in json.dumps(found)
     assert list(found["dense"]["measured"]["models"]) == ["teacher", "student", "teacher + draft"]
     formats = {name: m["format"] for name, m in found["4-bit"]["models"].items()}
-    assert formats == {"teacher": "4-bit", "student": "4-bit", "student by quantize": "float32"}
+    kind = str(policy.usual_dtype()).removeprefix("mlx.core.")
+    assert formats == {"teacher": "4-bit", "student": "4-bit", "student by quantize": kind}
     assert len(found["verdict"]) == 6 and len(found["reasons"]) == 2
     assert len(set(found["given"]["weights_sha256"].values())) == 2
-    assert "Time to first token, float32, on a CPU" in (lab.results / "ttft.svg").read_text()
+    assert f"Time to first token, {kind}, on a CPU" in (lab.results / "ttft.svg").read_text()
     for name in ("throughput", "ttft"):
         assert all((lab.results / f"{name}.{kind}").stat().st_size > 10_000 for kind in ("svg", "png"))
 
@@ -146,11 +148,12 @@ def test_clocks_agree_on_what_they_count(measured: dict[str, dict[str, Any]]) ->
 
 def test_the_profile_weighs_the_parts(measured: dict[str, dict[str, Any]]) -> None:
     """FFN bytes of three blocks and of two; keys and values of 6 tokens and one more count as attention's."""
+    width = policy.usual_dtype().size
     for name, blocks in (("teacher", 3), ("student", 2)):
         parts = measured["throughput"]["profile"]["dense"][name]
-        assert parts["FFN"]["mb"] == pytest.approx(blocks * 3 * 64 * 768 * 4 / 1e6)
-        cache = 7 * 2 * 32 * 4
-        attention = (64 * 64 * 2 + 2 * 64 * 32) * 4
+        assert parts["FFN"]["mb"] == pytest.approx(blocks * 3 * 64 * 768 * width / 1e6)
+        cache = 7 * 2 * 32 * width
+        attention = (64 * 64 * 2 + 2 * 64 * 32) * width
         assert parts["attention"]["mb"] == pytest.approx(blocks * (attention + cache) / 1e6)
         assert all(part["ms"] > 0 for part in parts.values())
 
