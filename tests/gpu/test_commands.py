@@ -245,7 +245,8 @@ HOWS: dict[str, dict[str, Any]] = {
 def test_quantize(
     how: dict[str, Any], teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Any
 ) -> None:
-    """The 4-bit model made here is as near its original as the one that float32 makes."""
+    """The 4-bit model made here is as near its original as the one that float32 makes. Over four seeds the ratio is
+    0.98 to 1.05 on 8 windows, but 0.95 to 1.12 on 2."""
 
     def run(out: str) -> dict[str, Any]:
         flags = {**SEEN, "data": str(text_folder), "mlx_path": str(tmp_path / out), "max_seq_length": 32, **how}
@@ -254,7 +255,7 @@ def test_quantize(
     want, found = in_float32(lambda: run("cpu")), run("metal")
     assert found["bits_per_weight"] == pytest.approx(want["bits_per_weight"], abs=0.05)
     students = (str(tmp_path / "cpu"), str(tmp_path / "metal"))
-    read = evaluate.Settings(str(teachers("bfloat16")), students, str(text_folder), eval_windows=2, max_seq_length=32)
+    read = evaluate.Settings(str(teachers("bfloat16")), students, str(text_folder), eval_windows=8, max_seq_length=32)
     said = evaluate.run(read)["held-out"]
     assert 0 < said["kl_metal"] < 1.1 * said["kl_cpu"] + 1e-4
     opens(tmp_path / "metal")
