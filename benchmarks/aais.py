@@ -32,7 +32,7 @@ SEEDS, WINDOWS, HELD_OUT, LENGTH = (0, 1, 2), 32, 16, 256
 def main() -> None:
     """Run all seeds, print one table, write one JSON file."""
     checkpoint = load.open_checkpoint(teacher.find().path)
-    data = windows.prepare(None, checkpoint.path, LENGTH)
+    data = windows.prepare(None, load.tokenizer(checkpoint.path), LENGTH)
     held_out = compare.chosen(data.held_out["English"], HELD_OUT)
     cut = pruning.Cut(scenario="goral")
     rows = []

@@ -76,7 +76,7 @@ def sent_bytes() -> int | None:
 def steps(s: Settings) -> dict[str, Any]:
     """One process's part of the distillation: seconds and bytes of every step but the first."""
     big, small = load.open_checkpoint(teacher.find(None).path), load.open_checkpoint(Path(s.student))
-    data = windows.prepare(None, big.path, s.length).train
+    data = windows.prepare(None, load.tokenizer(big.path), s.length).train
     r = Distillation(iters=s.steps + 1, batch_size=1, grad_accumulation_steps=s.windows, max_seq_length=s.length)
     student, source = load.resident(small, mx.float32), distillation.Teacher(big, None)
     stream.into_memory(student)
@@ -96,7 +96,7 @@ def steps(s: Settings) -> dict[str, Any]:
 def layers(s: Settings) -> dict[str, Any]:
     """One process's part of a pass of the teacher, which stays in memory, over the windows of a step."""
     big = load.open_checkpoint(teacher.find(None).path)
-    data, n = windows.prepare(None, big.path, s.length).train, ranks.size()
+    data, n = windows.prepare(None, load.tokenizer(big.path), s.length).train, ranks.size()
     counts = relay.shared(int(big.config["num_hidden_layers"]), [999] * n, 1.0)
     where = big, policy.compute_dtype(big), None, False
     source = relay.Relay(*where, counts) if n > 1 else stream.Stream(*where)

@@ -170,7 +170,7 @@ class Laboratory:
 
     def __init__(self, length: int, eval_windows: int, teacher_folder: str | None = None):
         self.checkpoint = load.open_checkpoint(teacher.find(teacher_folder).path)
-        self.data = windows.prepare(None, self.checkpoint.path, length)
+        self.data = windows.prepare(None, load.tokenizer(self.checkpoint.path), length)
         self.source = distillation.Teacher(self.checkpoint, None)
         self.held_out = {
             name: compare.chosen(text, max(1, eval_windows // (1 if at == 0 else 3)))

@@ -28,7 +28,7 @@ from laboratory import stored, write
 from mis_mlx import cli, export, quantize
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.gguf import hf_name, unpermute
-from mis_mlx.model import arch, compare, grid, kld, load, pack, slice, teacher, windows
+from mis_mlx.model import arch, compare, grid, kld, load, model_writer, pack, teacher, windows
 from mis_mlx.page.text import markdown_table
 from mis_mlx.training import distillation, dwq
 from mis_mlx.training.recipe import Distillation, Rounding
@@ -67,7 +67,7 @@ class Bench:
     def __init__(self, s: Settings):
         self.s, self.path = s, teacher.find(s.model).path
         self.dense = load.open_checkpoint(self.path)
-        data = windows.prepare(None, self.path, s.max_seq_length)
+        data = windows.prepare(None, load.tokenizer(self.path), s.max_seq_length)
         self.train = data.train
         self.batches = windows.calibration(data.train, s.num_samples, 0)
         self.held_out = {
@@ -167,7 +167,7 @@ class Bench:
                 found[name] = dequantize(t.data, t.tensor_type).astype(np.float32).reshape(shape)
                 for part, count in heads.items():
                     found[name] = unpermute(found[name], count) if part in name else found[name]
-        slice.write_model(config, lambda n: mx.array(found[n]), self.path, out, "float32", DISK)
+        model_writer.write_model(config, lambda n: mx.array(found[n]), self.path, out, "float32", DISK)
         bits = {hf_name(t.name): (8 * t.n_bytes, t.n_elements) for t in reader.tensors}
         blocks = [v for n, v in bits.items() if ".layers." in n and "norm" not in n]
         self.sizes = sum(b for b, _ in blocks) / sum(n for _, n in blocks), sum(int(t.n_bytes) for t in reader.tensors)

@@ -29,7 +29,7 @@ from mis_mlx import cli
 from mis_mlx.disk.files import DISK
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import arch, calibrate, load, parts, policy, reconstruct, slice, stream
+from mis_mlx.model import arch, calibrate, load, model_writer, parts, policy, reconstruct, slice, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.page.text import markdown_table
 from mis_mlx.training import distillation, local, pruning
@@ -207,7 +207,7 @@ class Bench(Laboratory):
     def begun(self, arm: Arm, seed: int, recipe: Distillation, temp: Path) -> tuple[Any, Checkpoint, dict[str, Any]]:
         """(the student in memory before it is distilled, its folder, what it was worth on the way)."""
         student = self.pruned(arm, seed, temp / "pruned")
-        keep, found = slice.read_keep(student.path), dict[str, Any]()
+        keep, found = model_writer.read_keep(student.path), dict[str, Any]()
         assert keep is not None
         if arm.local:
             found["pruned"] = self.judge(stream.into_memory(load.resident(student, mx.float32)))
@@ -235,7 +235,7 @@ class Bench(Laboratory):
         began = time.monotonic()
         with TemporaryDirectory() as temp:
             model, student, found = self.begun(arm, seed, recipe, Path(temp))
-            keep = slice.read_keep(student.path)
+            keep = model_writer.read_keep(student.path)
         assert keep is not None
         found["start"] = self.judge(model)
         source = distillation.Teacher(self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy)

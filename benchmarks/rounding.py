@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
     student = load.open_checkpoint(folder)
     model = stream.into_memory(load.resident(student, mx.float32))
     dense = dict(tree_flatten(model.parameters()))
-    held_out = compare.chosen(windows.prepare(None, folder, 256).held_out["English"], 12)
+    held_out = compare.chosen(windows.prepare(None, load.tokenizer(folder), 256).held_out["English"], 12)
     batches = [mx.array(w[None]) for w in held_out.tokens]
 
     def loss() -> float:

@@ -25,7 +25,7 @@ from mis_mlx import cli, distill
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.text import Windows
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import compare, load, reconstruct, slice, stream, teacher, windows
+from mis_mlx.model import compare, load, model_writer, reconstruct, stream, teacher, windows
 from mis_mlx.training import distillation, pruning, targets
 from mis_mlx.training.recipe import Recipe
 from mis_mlx.types import Checkpoint
@@ -60,14 +60,14 @@ def prepare(checkpoint: Checkpoint, data: windows.Data, held_out: Windows, out: 
         folder = Path(temp) / "pruned"
         samples = pick(s.num_samples, 1)
         pruning.prune(checkpoint, samples, held_out, folder, s, dtype=s.dtype, reading=lambda: None, files=DISK)
-        pruned, keep = load.open_checkpoint(folder), slice.read_keep(folder)
+        pruned, keep = load.open_checkpoint(folder), model_writer.read_keep(folder)
         assert keep is not None
         mended, _ = reconstruct.reconstruct(checkpoint, pruned, keep, pick(s.reconstruct_samples, 2))
         model = load.resident(pruned, mx.float32)
         model.load_weights(list(mended.items()), strict=False)
         config = {**pruned.config, "torch_dtype": "float32"}
         weights = dict(tree_flatten(model.parameters()))
-        slice.write_model(config, weights.__getitem__, folder, out, "float32", DISK)
+        model_writer.write_model(config, weights.__getitem__, folder, out, "float32", DISK)
 
 
 def train(
@@ -94,7 +94,7 @@ def train(
 def main(s: Settings) -> None:
     """All seeds and ways; print one line each, write one JSON file."""
     checkpoint = load.open_checkpoint(teacher.find().path)
-    data = windows.prepare(None, checkpoint.path, s.max_seq_length)
+    data = windows.prepare(None, load.tokenizer(checkpoint.path), s.max_seq_length)
     held_out = compare.chosen(data.held_out["English"], s.eval_windows)
     rows = []
     with tempfile.TemporaryDirectory() as temp:

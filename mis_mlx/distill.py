@@ -15,7 +15,7 @@ from mis_mlx import bench, cli, plan, prune, quantize
 from mis_mlx.disk import runs, text
 from mis_mlx.disk.files import Files, need_place
 from mis_mlx.machine import memory
-from mis_mlx.model import arch, compare, load, policy, ranks, relay, reporting, slice, speak, teacher, windows
+from mis_mlx.model import arch, compare, load, model_writer, policy, ranks, relay, reporting, speak, teacher, windows
 from mis_mlx.model.policy import Computing
 from mis_mlx.page import progress
 from mis_mlx.training import course, dwq, hosts, outcome, phases, planning, pruning
@@ -114,9 +114,9 @@ def _distil(s: Settings, c: Course, pruned: Checkpoint) -> Path:
     if not ranks.told(out.exists):
         take = course.train(c, pruned)
         config = {**pruned.config, "torch_dtype": s.dtype}
-        extra = slice.keep_files(slice.read_keep(pruned.path))
+        extra = model_writer.keep_files(model_writer.read_keep(pruned.path))
         if ranks.first():
-            slice.write_model(config, take, pruned.path, out, s.dtype, c.files, extra)
+            model_writer.write_model(config, take, pruned.path, out, s.dtype, c.files, extra)
     return out
 
 
@@ -271,7 +271,7 @@ def _begin(
 ) -> tuple[str, dict[str, Any]]:
     """Read the data, enter the run folder, go through all stages."""
     shares = hosts.shares(made) if s.spread == "layers" else ()
-    data = windows.prepare(s.data, teacher, s.max_seq_length)
+    data = windows.prepare(s.data, load.tokenizer(teacher), s.max_seq_length)
     for note in data.notes:
         cli.say(note)
     files = Files()

@@ -103,7 +103,8 @@ def _texts(
     def opened(model: Checkpoint) -> Stream:
         return hosts.opened(model, limit, room, tokens, length, s.spread == "layers")
 
-    for name, held_out in windows.prepare(s.data, next(iter(models.values())).path, length).held_out.items():
+    tokenizer = load.tokenizer(next(iter(models.values())).path)
+    for name, held_out in windows.prepare(s.data, tokenizer, length).held_out.items():
         chosen = compare.chosen(held_out, s.eval_windows)
         ranks.same({name: fingerprint(chosen)})
         with memory.limited(limit):

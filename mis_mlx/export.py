@@ -16,7 +16,7 @@ from mis_mlx.disk import checkpoint as protocol
 from mis_mlx.disk import gguf_vocab, gguf_write
 from mis_mlx.disk.files import Files, need_place
 from mis_mlx.machine import llama_cpp, memory
-from mis_mlx.model import arch, card, ggml, load, policy, slice, teacher, trial
+from mis_mlx.model import arch, card, ggml, load, model_writer, policy, teacher, trial
 from mis_mlx.model.config import shape_of
 from mis_mlx.page import progress
 from mis_mlx.training import planning
@@ -151,7 +151,7 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[
     if not s.dry_run:
         base = s.base_model or card.base_of(checkpoint.path)
         papers = {"README.md": card.readme(checkpoint, base, "hf", "", facts).encode()}
-        slice.write_model(config, take, checkpoint.path, Path(s.out), dtype, files, papers)
+        model_writer.write_model(config, take, checkpoint.path, Path(s.out), dtype, files, papers)
     return {"nbytes": nbytes, "tensors": len(arch.tensors_of(checkpoint.config)), "notes": facts}
 
 

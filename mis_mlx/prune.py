@@ -74,7 +74,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "calibration", planning.model_of(checkpoint), tokens, length, length, limit.limit_bytes, head=False
     )
     planning.fit(limit, planned)
-    data = windows.prepare(settings.data, found.path, length)
+    data = windows.prepare(settings.data, load.tokenizer(found.path), length)
     with progress.run("prune"), memory.limited(limit), Weather(settings, None, files) as weather:
         report = pruning.prune(
             checkpoint,

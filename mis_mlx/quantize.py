@@ -18,7 +18,7 @@ from mis_mlx.disk.spool import Spool
 from mis_mlx.disk.text import Windows
 from mis_mlx.machine import memory
 from mis_mlx.maths.rounding import Packed
-from mis_mlx.model import compare, formats, gptq, grid, load, pack, policy, slice, teacher, windows
+from mis_mlx.model import compare, formats, gptq, grid, load, model_writer, pack, policy, teacher, windows
 from mis_mlx.model.policy import Computing
 from mis_mlx.page import progress
 from mis_mlx.training import distillation, dwq, packing, phases, planning
@@ -127,14 +127,14 @@ def run(settings: Settings) -> dict[str, Any]:
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     checkpoint = load.open_checkpoint(found.path)
     pack.check_dense(checkpoint)
-    slice.need_tokenizer(found.path)
+    model_writer.need_tokenizer(found.path)
     check(checkpoint.config, s)
     other = load.open_checkpoint(teacher.find(s.teacher).path) if s.teacher else checkpoint
     compare.same_vocabulary(other, checkpoint)
     planned = _planned(s, checkpoint, other, count, limit)
     out, files, batches = Path(s.mlx_path), Files(), list[mx.array]()
     if s.looks or s.steps(False):
-        data = windows.prepare(s.data, found.path, s.max_seq_length).train
+        data = windows.prepare(s.data, load.tokenizer(found.path), s.max_seq_length).train
         batches = windows.calibration(data, count, s.seed)
     with progress.run("quantize"), memory.limited(limit):
         held = planned[0].held_tokens // s.max_seq_length

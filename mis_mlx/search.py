@@ -227,7 +227,7 @@ def run(settings: Settings) -> dict[str, Any]:
     planning.fit(limit, *planned)
     if folder is None:
         cli.say(progress.promise(sum(seconds.values())))
-    data = windows.prepare(s.data, found.path, s.max_seq_length)
+    data = windows.prepare(s.data, load.tokenizer(found.path), s.max_seq_length)
     for note in data.notes:
         cli.say(note)
     ranking, judging = contest.split(next(iter(data.held_out.values())), s.rank_windows, s.eval_windows)

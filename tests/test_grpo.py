@@ -22,6 +22,7 @@ from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import branches, load, policy, speak, stream
 from mis_mlx.training import alignment, alignment_plan, loop
 from mis_mlx.training import grpo as training
+from mis_mlx.training.recipe import Schedule
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks
 from tests.conftest import Done, last_line, losses, sentence
@@ -167,7 +168,7 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
         assert (mx.abs(old - reference) * b.mask).max() < 1e-4
     plain = [(b, advantage, old, None) for b, advantage, old, _ in rollout.parts]
     found = [
-        next(loop.train(made.model, lambda _, p=parts: p, made.objective.loss, GoralW(), loop.Schedule(1, 0.0, 0)))
+        next(loop.train(made.model, lambda _, p=parts: p, made.objective.loss, GoralW(), Schedule(1, 0.0, 0)))
         for parts in (rollout.parts, plain)
     ]
     assert found[0].loss == pytest.approx(found[1].loss, abs=1e-6)

@@ -15,7 +15,7 @@ import pytest
 
 from mis_mlx import prune
 from mis_mlx.maths.importance import Statistics, Sums
-from mis_mlx.model import calibrate, load, slice
+from mis_mlx.model import calibrate, load, model_writer
 from mis_mlx.model.config import shape_of
 from mis_mlx.training import pruning
 from mis_mlx.types import Checkpoint, MisError
@@ -71,7 +71,7 @@ def test_every_kind_along_every_axis_it_can(
     assert shape_of(student.config) == replace(shape_of(models(kind).config), **axes)
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
-    keep = slice.read_keep(tmp_path / "s")
+    keep = model_writer.read_keep(tmp_path / "s")
     assert keep is not None and len(keep.layers) == 2
     assert {axis for _, axis in keep.kept} == axes.keys() - {"layers"}
 
@@ -82,7 +82,7 @@ def test_every_importance_along_every_axis(tmp_path: Path, small: prune.Settings
     prune.run(replace(small, importance=variant, mlx_path=str(tmp_path / "s"), ffn=256, heads=2, hidden=48))
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
-    keep = slice.read_keep(tmp_path / "s")
+    keep = model_writer.read_keep(tmp_path / "s")
     assert keep is not None and keep.why.startswith("rms" if variant == "aais" else variant)
 
 
@@ -100,7 +100,7 @@ def test_a_group_that_says_nothing_can_go(tmp_path: Path, llama: Checkpoint, sma
     prune.run(replace(cut, mlx_path=str(tmp_path / "s")))
     student = load.open_checkpoint(tmp_path / "s")
     assert shape_of(student.config) == replace(shape_of(llama.config), heads=2, kv_heads=1)
-    keep = slice.read_keep(tmp_path / "s")
+    keep = model_writer.read_keep(tmp_path / "s")
     assert keep is not None and [keep.kept[i, "kv_heads"] for i in range(3)] == [(1,), (0,), (1,)]
     tokens = mx.array([[5, 9, 300, 7]])
     whole, less = (load.mlx_lm("utils").load(str(path))[0](tokens) for path in (mute, tmp_path / "s"))
@@ -198,11 +198,11 @@ def test_the_calibration_of_the_command_is_the_windows_of_its_seed(
     from mis_mlx.model import windows
 
     prune.run(replace(small, mlx_path=str(tmp_path / "s")))
-    data = windows.prepare(small.data, llama.path, 32)
+    data = windows.prepare(small.data, load.tokenizer(llama.path), 32)
     batches = windows.calibration(data.train, 4, small.seed)
     statistics, _ = calibrate.calibrate(llama, batches, mx.float32)
     _, keep = pruning.choose(dict(llama.config), statistics, small)
-    saved = slice.read_keep(tmp_path / "s")
+    saved = model_writer.read_keep(tmp_path / "s")
     assert saved is not None and (saved.layers, saved.kept) == (keep.layers, keep.kept)
 
 

@@ -22,7 +22,7 @@ from mis_mlx import search
 from mis_mlx.disk import runs
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.text import Windows
-from mis_mlx.model import arch, calibrate, compare, load, pack, policy, reconstruct, slice, windows
+from mis_mlx.model import arch, calibrate, compare, load, model_writer, pack, policy, reconstruct, slice, windows
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.training import candidates, contest, pruning, standings
 from mis_mlx.training.candidates import Decoding
@@ -116,7 +116,7 @@ def test_the_score_is_that_of_a_pruning_by_hand(
 ) -> None:
     """Calibrated on the run's windows, pruned by plain importance, compared on every twenty-fifth or so held-out
     window: the KL of the log, to the last bit."""
-    data = windows.prepare(small.data, llama.path, 32)
+    data = windows.prepare(small.data, load.tokenizer(llama.path), 32)
     at = np.random.default_rng([0, 1, 1]).permutation(len(data.train.tokens))[:4]
     statistics, _ = calibrate.calibrate(llama, [mx.array(data.train.tokens[i][None]) for i in at], policy.usual_dtype())
     record = runs.records(done[0] / contest.CANDIDATES)[-1]
@@ -207,7 +207,7 @@ def test_the_repair_comes_before_the_rank(tmp_path: Path, small: search.Settings
     assert [[r[a] for a in candidates.AXES] for r in repaired] == [[r[a] for a in candidates.AXES] for r in plain]
     assert all(a["kl"] != b["kl"] for a, b in zip(repaired, plain, strict=True))
     teacher = load.open_checkpoint(str(s.teacher))
-    data = windows.prepare(s.data, teacher.path, 32)
+    data = windows.prepare(s.data, load.tokenizer(teacher.path), 32)
     picks = [np.random.default_rng([0, use, 1]).permutation(len(data.train.tokens))[:n] for use, n in ((1, 4), (2, 6))]
     samples, repair = ([mx.array(data.train.tokens[i][None]) for i in at] for at in picks)
     cut = pruning.Cut(scenario="none", importance="rms", **{a: repaired[0][a] for a in candidates.AXES})
@@ -216,7 +216,7 @@ def test_the_repair_comes_before_the_rank(tmp_path: Path, small: search.Settings
     slice.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)
     pruned = load.open_checkpoint(tmp_path / "s")
     mended, _ = reconstruct.reconstruct(teacher, pruned, keep, repair)
-    slice.write_model(pruned.config, lambda n: mended.get(n, load.dense(pruned, n)), pruned.path, tmp_path / "m",
+    model_writer.write_model(pruned.config, lambda n: mended.get(n, load.dense(pruned, n)), pruned.path, tmp_path / "m",
                       "bfloat16", DISK)  # fmt: skip
     both = {"teacher": teacher, "student": load.open_checkpoint(tmp_path / "m")}
     held_out = compare.chosen(data.held_out["held-out"], 3)

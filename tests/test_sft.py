@@ -25,7 +25,7 @@ from mis_mlx.disk import runs
 from mis_mlx.disk.examples import Sequenced
 from mis_mlx.disk.files import DISK
 from mis_mlx.machine import memory
-from mis_mlx.model import branches, load, lora, slice, speak
+from mis_mlx.model import branches, load, lora, model_writer, speak
 from mis_mlx.model import card as model_card
 from mis_mlx.training import alignment, alignment_plan, batches, distillation, planning
 from mis_mlx.training.supervised import Lesson
@@ -436,4 +436,4 @@ def test_writing_adapters_is_all_or_nothing(tmp_path: Path) -> None:
     write()
     with pytest.raises(MisError, match="exists already"):
         write()
-    assert slice.KEEP not in {p.name for p in (tmp_path / "adapters").iterdir()}
+    assert model_writer.KEEP not in {p.name for p in (tmp_path / "adapters").iterdir()}

@@ -12,7 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx.disk.files import DISK
-from mis_mlx.model import load, slice
+from mis_mlx.model import load, model_writer
 from mis_mlx.types import Checkpoint
 
 FIXTURE = Path(__file__).parent / "fixtures" / "trl_preference.npz"
@@ -28,7 +28,7 @@ def checkpoint(found: dict[str, np.ndarray], role: str, folder: Path) -> Checkpo
     """The policy's or the reference's weights as a model folder."""
     config, prefix = json.loads(str(found["config"])), f"{role}/"
     take = {name.removeprefix(prefix): mx.array(a) for name, a in found.items() if name.startswith(prefix)}
-    slice.write_model(config, take.__getitem__, folder.parent, folder, "float32", DISK)
+    model_writer.write_model(config, take.__getitem__, folder.parent, folder, "float32", DISK)
     return load.open_checkpoint(folder)
 
 

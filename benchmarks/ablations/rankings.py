@@ -15,7 +15,7 @@ import numpy as np
 
 from mis_mlx.maths.importance import Key, Statistics, Sums
 from mis_mlx.model import load, stream
-from mis_mlx.model.calibrate import READERS, TAPS
+from mis_mlx.model.arch import READERS, TAPS
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint
 

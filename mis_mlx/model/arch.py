@@ -35,6 +35,10 @@ MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and voca
     "quantization": {"group_size": 64, "bits": 4},
 }
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
+TAPS = {"ffn": ("mlp", "down_proj"), "heads": ("self_attn", "o_proj"), "norm1": ("self_attn", "q_proj"),
+        "norm2": ("mlp", "gate_proj")}  # axis -> whose input is looked at  # fmt: skip
+READERS = {"ffn": ("down_proj",), "heads": ("o_proj",), "norm1": ("q_proj", "k_proj", "v_proj"),
+           "norm2": ("gate_proj", "up_proj")}  # axis -> which matrices read it  # fmt: skip
 
 
 def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

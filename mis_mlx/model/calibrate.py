@@ -16,14 +16,10 @@ from mis_mlx.machine import lanes
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Statistics, Sums
 from mis_mlx.model import load, ranks, stream
+from mis_mlx.model.arch import TAPS
 from mis_mlx.model.config import Shape, shape_of
 from mis_mlx.model.relay import Relay
 from mis_mlx.types import Checkpoint, Reading
-
-TAPS = {"ffn": ("mlp", "down_proj"), "heads": ("self_attn", "o_proj"), "norm1": ("self_attn", "q_proj"),
-        "norm2": ("mlp", "gate_proj")}  # axis -> whose input is looked at  # fmt: skip
-READERS = {"ffn": ("down_proj",), "heads": ("o_proj",), "norm1": ("q_proj", "k_proj", "v_proj"),
-           "norm2": ("gate_proj", "up_proj")}  # axis -> which matrices read it  # fmt: skip
 
 
 def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> dict[str, mx.array]:

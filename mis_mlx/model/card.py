@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mis_mlx.disk import hub, runs
-from mis_mlx.model import arch, slice, teacher
+from mis_mlx.model import arch, model_writer, teacher
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint
 
@@ -80,7 +80,7 @@ def readme(checkpoint: Checkpoint, base: str | None, form: str, file: str, facts
 
 def _recipe(folder: Path, run: Path | None) -> list[str]:
     """One line for the pruning, one for the settings of the run; none where nothing is known."""
-    keeps = [slice.read_keep(f) for f in (folder, *((run / stage for stage in STAGES) if run else ()))]
+    keeps = [model_writer.read_keep(f) for f in (folder, *((run / stage for stage in STAGES) if run else ()))]
     keep = next((k for k in keeps if k is not None), None)
     lines = []
     if (folder / runs.DATA).is_file():

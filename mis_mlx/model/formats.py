@@ -12,10 +12,9 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx.maths.allocation import allocate
+from mis_mlx.maths.rounding import BITS
 from mis_mlx.model import arch, pack, sensitivity, stream
 from mis_mlx.types import Checkpoint, MisError
-
-BITS = (3, 4, 5, 6, 8)  # 2 are never worth it at these sizes; 7 MLX does not have
 
 
 def mixed(

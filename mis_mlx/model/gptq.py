@@ -16,7 +16,7 @@ import numpy as np
 from mis_mlx.machine import lanes
 from mis_mlx.maths import rounding
 from mis_mlx.model import load, policy, stream
-from mis_mlx.model.calibrate import READERS, TAPS
+from mis_mlx.model.arch import READERS, TAPS
 from mis_mlx.model.pack import Layout
 from mis_mlx.types import Checkpoint, MisError
 

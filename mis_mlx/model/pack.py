@@ -22,7 +22,7 @@ from mis_mlx.disk import safetensors
 from mis_mlx.disk.files import Files
 from mis_mlx.disk.safetensors import Writer, spec_bytes
 from mis_mlx.maths import rounding
-from mis_mlx.model import arch, load, slice
+from mis_mlx.model import arch, load, model_writer
 from mis_mlx.types import Checkpoint, MisError
 
 SENSITIVITY = "sensitivity.json"  # beside a mixed model: what every matrix would cost in every number of bits
@@ -70,7 +70,7 @@ def bridges(checkpoint: Checkpoint) -> tuple[int, ...]:
     Their down_proj carries what reconstruction put there, and its outliers: on the default student the
     four of them cost 0.14 of the 0.28 nats of rounding, at 2 % of the bytes (benchmarks/rounding.py).
     """
-    keep = slice.read_keep(checkpoint.path)
+    keep = model_writer.read_keep(checkpoint.path)
     if keep is None:
         return ()
     jumps = [j for j, (a, b) in enumerate(pairwise(keep.layers)) if b != a + 1]
@@ -143,7 +143,7 @@ def write_quantized(
         files.write(folder / "config.json", json.dumps(config, indent=2).encode())
         for name, content in (extra or {}).items():
             files.write(folder / name, content)
-        slice.copy_tokenizer(checkpoint.path, folder, files)
+        model_writer.copy_tokenizer(checkpoint.path, folder, files)
 
     nbytes = sum(map(spec_bytes, specs.values()))
     protocol.commit_folder(out, fill, files, nbytes)
@@ -180,7 +180,7 @@ def rewrite(checkpoint: Checkpoint, out: Path, changed: Mapping[str, mx.array], 
         files.write(folder / "config.json", json.dumps(dict(checkpoint.config), indent=2).encode())
         if (costs := checkpoint.path / SENSITIVITY).is_file():
             files.write(folder / SENSITIVITY, costs.read_bytes())
-        slice.copy_tokenizer(checkpoint.path, folder, files)
+        model_writer.copy_tokenizer(checkpoint.path, folder, files)
 
     protocol.commit_folder(out, fill, files, sum(map(spec_bytes, specs.values())))
 

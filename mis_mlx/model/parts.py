@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mis_mlx.disk.files import Files, reported
 from mis_mlx.disk.safetensors import spec_of, write_arrays
-from mis_mlx.model import load, slice
+from mis_mlx.model import load, model_writer
 from mis_mlx.types import Checkpoint
 
 
@@ -22,8 +22,9 @@ def begin(source: Checkpoint, folder: Path, files: Files) -> Checkpoint:
     if not folder.exists():
         config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
         config["torch_dtype"] = "float32"
-        extra = slice.keep_files(slice.read_keep(source.path))
-        slice.write_model(config, partial(load.dense, source), source.path, folder, "float32", files, extra, True)
+        extra = model_writer.keep_files(model_writer.read_keep(source.path))
+        take = partial(load.dense, source)
+        model_writer.write_model(config, take, source.path, folder, "float32", files, extra, True)
     return load.open_checkpoint(folder)
 
 

@@ -23,13 +23,11 @@ import numpy as np
 from mis_mlx.machine import lanes
 from mis_mlx.maths import rounding
 from mis_mlx.model import backward_pass, load, policy, stream
+from mis_mlx.model.arch import READERS, TAPS
 from mis_mlx.model.backward_pass import Some
-from mis_mlx.model.calibrate import READERS, TAPS
 from mis_mlx.types import Checkpoint
 
 MATRICES = [(TAPS[axis][0], name, axis) for axis, names in READERS.items() for name in names]  # part, name, its inputs
-HELD_BYTES = 128 * 2**20  # of what matrices see of windows; a block in float32, if more; a window at least
-SLAB = 2**18  # weights whose gradients and errors exist at once
 
 
 class _Seen(NamedTuple):
@@ -60,7 +58,7 @@ def costs(
         made = list(lanes.each(lambda of: rounding.nearest(of[0], group, of[1]), every))
         packed = [made[k : k + len(bits)] for k in range(0, len(made), len(bits))]
         seen, sums, done = list[_Seen](), [mx.zeros((len(bits),)) for _ in MATRICES], 0
-        held = max(HELD_BYTES, sum(w.nbytes for w in dense))
+        held = max(rounding.HELD_BYTES, sum(w.nbytes for w in dense))
 
         def take_in() -> None:
             for k, (_, _, axis) in enumerate(MATRICES):
@@ -148,6 +146,6 @@ def _along(
         )
         return mx.stack([slopes @ (value - dense[rows]).reshape(-1) for value in values], axis=1)
 
-    step = max(1, SLAB // lanes.count() // dense.shape[1])
+    step = max(1, rounding.SLAB // lanes.count() // dense.shape[1])
     slabs = [slice(at, at + step) for at in range(0, len(dense), step)]
     return sum(lanes.each(of_slab, slabs), mx.zeros((len(pairs), len(bits))))

@@ -6,13 +6,12 @@ Does not know what is done with the windows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mis_mlx.disk import text
-from mis_mlx.model import load
 
 MIS_SHARE = 1 / 8  # of the built-in training windows: Polish enough to matter, English enough to measure
 
@@ -36,13 +35,12 @@ def _joined(a: text.Windows, b: text.Windows) -> text.Windows:
     return text.Windows(np.concatenate([a.tokens, b.tokens]), np.concatenate([a.learn, b.learn]))
 
 
-def prepare(data: str | None, tokenizer_folder: Path, length: int) -> Data:
+def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     """Read, tokenize, pack into windows of `length` tokens. Held-out windows that overlap training are removed.
 
     data None: Python's manual (English) with one part in eight of Polish Miś texts; both are held out, the
     English first. The Polish splits share sentence templates by design, so there overlap is not removed.
     """
-    tokenizer = load.tokenizer(tokenizer_folder)
 
     def windows(rows: tuple[dict, ...]) -> text.Windows:
         return text.windows(text.tokenize(rows, tokenizer), length)

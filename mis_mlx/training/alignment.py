@@ -25,7 +25,7 @@ from mis_mlx.disk import runs
 from mis_mlx.disk.files import Files, reported
 from mis_mlx.machine import memory
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, lora, policy, ranks, slice, stream
+from mis_mlx.model import load, lora, model_writer, policy, ranks, stream
 from mis_mlx.model.card import name_of
 from mis_mlx.page import progress
 from mis_mlx.training import loop
@@ -148,8 +148,8 @@ class Run:
         if out.name == MODEL and not out.exists():
             take = lora.fused(c, arrays, s.lora) if s.lora else arrays.__getitem__
             config = {k: v for k, v in c.config.items() if not k.startswith("quantization")} | {"torch_dtype": s.dtype}
-            extra = slice.keep_files(slice.read_keep(c.path)) | {runs.DATA: dict(self.card)}
-            slice.write_model(config, take, c.path, out, s.dtype, self.files, extra)
+            extra = model_writer.keep_files(model_writer.read_keep(c.path)) | {runs.DATA: dict(self.card)}
+            model_writer.write_model(config, take, c.path, out, s.dtype, self.files, extra)
         steps, measured = runs.metrics(self.folder), runs.records(self.folder / HELD_OUT)
         by_step = {r["number"]: r for r in measured}
         tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))

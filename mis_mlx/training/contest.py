@@ -29,7 +29,7 @@ from mis_mlx.machine import memory
 from mis_mlx.machine.rates import Rates
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.maths.optimizer import Diverged
-from mis_mlx.model import arch, calibrate, compare, load, policy, reconstruct, rotate, slice, speak
+from mis_mlx.model import arch, calibrate, compare, load, model_writer, policy, reconstruct, rotate, speak
 from mis_mlx.model.config import Shape
 from mis_mlx.training import candidates, course, phases, planning, pruning
 from mis_mlx.training.candidates import AXES, Decoding
@@ -117,14 +117,14 @@ class Contest:
         return math.inf if record["kl"] is None else float(record["kl"])
 
     def _repaired(self, pruned: Checkpoint, out: Path) -> Checkpoint:
-        keep = slice.read_keep(pruned.path)
+        keep = model_writer.read_keep(pruned.path)
         assert keep is not None
         mended, _ = reconstruct.reconstruct(self.teacher, pruned, keep, self.repair)
 
         def take(name: str) -> mx.array:
             return mended[name] if name in mended else load.dense(pruned, name)
 
-        slice.write_model(pruned.config, take, pruned.path, out, self.dtype, self.files)
+        model_writer.write_model(pruned.config, take, pruned.path, out, self.dtype, self.files)
         return load.open_checkpoint(out)
 
     def final(self, shape: Shape, recipe: Any, planned: Plan, c: Course, cached: int | None) -> dict[str, Any]:
@@ -171,7 +171,8 @@ class Contest:
         except MisError as error:
             # What can be resumed is the search, not the finalist's own folder.
             raise MisError(str(error).replace(str(c.folder), str(self.folder))) from None
-        slice.write_model({**pruned.config, "torch_dtype": self.dtype}, take, pruned.path, out, self.dtype, self.files)
+        config = {**pruned.config, "torch_dtype": self.dtype}
+        model_writer.write_model(config, take, pruned.path, out, self.dtype, self.files)
         return load.open_checkpoint(out)
 
 

@@ -23,7 +23,7 @@ from mis_mlx.disk.files import Files, reported
 from mis_mlx.machine import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, parts, ranks, reconstruct, slice, stream, windows
+from mis_mlx.model import load, model_writer, parts, ranks, reconstruct, stream, windows
 from mis_mlx.page import progress
 from mis_mlx.training import distillation, local, loop, sharded, targets
 from mis_mlx.training.checkpoints import Checkpoints
@@ -114,7 +114,7 @@ def source_of(c: Course) -> distillation.Source:
 
 def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
     """The student as a folder of parts, taught block by block as far as it is not yet."""
-    keep = slice.read_keep(pruned.path)
+    keep = model_writer.read_keep(pruned.path)
     if keep is None:
         raise MisError(f"{pruned.path} has no keep.json, which says what each block stands for: prune it with mis_mlx")
     student = parts.begin(pruned, c.folder / "parts", c.files)
@@ -142,7 +142,7 @@ def _resident(c: Course, begun: Checkpoint, source: distillation.Source) -> Call
         loop.restore(student, optimizer, arrays, memory)
 
     def begin() -> None:
-        keep = slice.read_keep(begun.path)
+        keep = model_writer.read_keep(begun.path)
         if c.recipe.reconstruct_samples and keep and not c.recipe.local_iters:
             cli.say("reconstruct: refit every down_proj to the teacher's stream")
             with c.phase("repair"):

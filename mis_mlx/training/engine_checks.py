@@ -28,7 +28,8 @@ from mis_mlx.model.calibrate import calibrate
 from mis_mlx.model.float16_range import MOST, largest
 from mis_mlx.model.kernel_checks import Found, drawn, off, on_cpu, wide
 from mis_mlx.training import planning
-from mis_mlx.training.loop import Schedule, train
+from mis_mlx.training.loop import train
+from mis_mlx.training.recipe import Schedule
 from mis_mlx.types import Checkpoint
 
 CONFIG = {

@@ -24,6 +24,7 @@ from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import branches, load, ranks, sample, stream
 from mis_mlx.training import loop, scoring
+from mis_mlx.training.recipe import Schedule
 from mis_mlx.training.scoring import Function, Scores
 from mis_mlx.types import MisError, Step
 
@@ -214,7 +215,7 @@ def train(
     rollouts: Callable[[int], Rollout],
     loss: loop.Loss,
     optimizer: GoralW,
-    schedule: loop.Schedule,
+    schedule: Schedule,
     start: int = 0,
     updates: int = 1,
 ) -> Iterator[Step]:

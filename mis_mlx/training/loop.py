@@ -8,7 +8,6 @@ losses are summed, and divided once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,28 +17,15 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mis_mlx.machine import lanes
 from mis_mlx.machine.clock import Clock
-from mis_mlx.maths.optimizer import GoralW, cosine, global_norm
+from mis_mlx.maths.optimizer import GoralW, global_norm
 from mis_mlx.model import ranks
+from mis_mlx.training.recipe import Schedule
 from mis_mlx.types import Step
 
 CLOCK = Clock()
 # (model, *micro-batch) -> (sum in nats, token count); and, if a loss wants, further sums {name: scalar}, whose means
 # come with the step. "tokens" among these is no mean: how many tokens went through, where the count is of other things.
 Loss = Callable[..., tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps, and the learning rate of each: linear warm-up, then cosine to `floor` of the peak."""
-
-    iters: int
-    peak: float
-    warmup: int
-    floor: float = 0.1
-
-    def rate(self, step: int) -> float:
-        """Learning rate of 0-based `step`."""
-        return cosine(step, self.iters, self.peak, self.warmup, self.floor)
 
 
 def train(

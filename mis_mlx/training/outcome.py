@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx.disk import runs
-from mis_mlx.model import arch, compare, policy, slice, speak
+from mis_mlx.model import arch, compare, model_writer, policy, speak
 from mis_mlx.page import text
 from mis_mlx.training import pruning
 from mis_mlx.training.phases import Plan
@@ -26,7 +26,7 @@ def result(
     steps = runs.metrics(folder)
     tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
     gap = main["pruned", "nll"] - main["teacher", "nll"]
-    keep = slice.read_keep(models["pruned"].path)
+    keep = model_writer.read_keep(models["pruned"].path)
     report = {k: v for k, v in keep.report.items() if k not in pruning.BULKY} if keep else {}
     return {
         "teacher": str(models["teacher"].path),

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from mis_mlx.model import arch, sensitivity
-from mis_mlx.model.formats import BITS
+from mis_mlx.maths.rounding import BITS, HELD_BYTES, SLAB
+from mis_mlx.model import arch
 from mis_mlx.training import planning
 from mis_mlx.training.job import Job
 from mis_mlx.training.planning import Model, Phase, streamed_pass
@@ -67,8 +67,8 @@ def _sensed(then: Phase, m: Model, windows: int, length: int, limit: int) -> Pha
     back = 4 * planning.activation_bytes(m.config, 1, length) // m.shape.layers
     s, formats = m.shape, len(BITS)
     seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)
-    batch = min(windows, max(1, max(sensitivity.HELD_BYTES, 4 * m.block_params) // seen))
-    slab = (2 * batch + 4) * 4 * min(sensitivity.SLAB, s.ffn * s.hidden)
+    batch = min(windows, max(1, max(HELD_BYTES, 4 * m.block_params) // seen))
+    slab = (2 * batch + 4) * 4 * min(SLAB, s.ffn * s.hidden)
     peak = one.peak_bytes + back + (4 + 4) * m.block_params + batch * seen + slab + 2 * windows * window
     touched = windows * (12 + 4 * formats) + math.ceil(windows / batch) * 20 * formats
     held = min(windows, planning.room(limit, peak, m.gpu) // (window * m.shape.layers))

@@ -9,8 +9,22 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mis_mlx import cli
-from mis_mlx.training.loop import Schedule
+from mis_mlx.maths.optimizer import cosine
 from mis_mlx.types import Bits, Count, MisError, Positive, Rate, Samples, Seed, Share, Tokens, Whole
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps, and the learning rate of each: linear warm-up, then cosine to `floor` of the peak."""
+
+    iters: int
+    peak: float
+    warmup: int
+    floor: float = 0.1
+
+    def rate(self, step: int) -> float:
+        """Learning rate of 0-based `step`."""
+        return cosine(step, self.iters, self.peak, self.warmup, self.floor)
 
 
 @dataclass(frozen=True)

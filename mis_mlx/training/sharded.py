@@ -23,6 +23,7 @@ from mis_mlx.machine.clock import Clock
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import load, parts, stream
 from mis_mlx.training import loop
+from mis_mlx.training.recipe import Schedule
 from mis_mlx.types import Checkpoint, MisError, Step
 
 VISIT = "visit.json"  # in the student's folder: the last visit that wrote, or began to write, its blocks
@@ -180,7 +181,7 @@ def steps(
     student: Sharded,
     micro_batches: Callable[[int], Sequence[MicroBatch]],
     loss: Loss,
-    schedule: loop.Schedule,
+    schedule: Schedule,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
     kept: Callable[[], stream.Hidden] = list,

@@ -18,7 +18,7 @@ import pytest
 from mis_mlx.disk import text
 from mis_mlx.disk.files import DISK
 from mis_mlx.machine import child
-from mis_mlx.model import load, slice, trial
+from mis_mlx.model import load, model_writer, trial
 from mis_mlx.types import MisError
 from tests import tiny
 from tests.faults.test_folders import ESCAPE, settings
@@ -179,7 +179,7 @@ def test_a_link_out_is_not_copied(name: str, tmp_path: Path) -> None:
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
     with pytest.raises(MisError, match="link out of the model folder"):
-        slice.copy_tokenizer(folder, out, DISK)
+        model_writer.copy_tokenizer(folder, out, DISK)
     assert not list(out.iterdir())
 
 

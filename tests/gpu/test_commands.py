@@ -22,7 +22,7 @@ import pytest
 from mis_mlx import bench, distill, dpo, evaluate, export, generate, grpo, plan, prune, quantize, report, search, sft
 from mis_mlx.disk import runs
 from mis_mlx.machine.rates import Roof
-from mis_mlx.model import load, policy, slice
+from mis_mlx.model import load, model_writer, policy
 from mis_mlx.training import examining, planning
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
@@ -193,7 +193,7 @@ def test_weights_beyond_the_scales(
 
 def kept(out: Path) -> set[tuple[str, int]]:
     """Every unit that a pruned model kept."""
-    keep = slice.read_keep(out)
+    keep = model_writer.read_keep(out)
     assert keep is not None
     return {(key, unit) for key, units in keep.kept.items() for unit in units}
 

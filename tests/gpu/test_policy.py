@@ -19,7 +19,7 @@ from mis_mlx import prune, quantize
 from mis_mlx.disk.files import DISK
 from mis_mlx.maths import sparse
 from mis_mlx.maths.likelihood import token_logps
-from mis_mlx.model import float16_range, load, lora, pack, policy, slice, stream
+from mis_mlx.model import float16_range, load, lora, model_writer, pack, policy, stream
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
@@ -137,7 +137,7 @@ def overflowing(tmp_path: Path, request: pytest.FixtureRequest) -> Checkpoint:
     def take(name: str) -> mx.array:
         return load.dense(made, name) * (large.get(name.split(".")[-2], 1.0) if ".1.mlp." in name else 1.0)
 
-    slice.write_model(made.config, take, made.path, tmp_path / "over", "float32", DISK)
+    model_writer.write_model(made.config, take, made.path, tmp_path / "over", "float32", DISK)
     return load.open_checkpoint(tmp_path / "over")
 
 
@@ -191,7 +191,7 @@ def test_prune_goes_on_in_bfloat16(overflowing: Checkpoint, text_folder: Path, t
         out = tmp_path / str(dtype)
         policy.use(None)
         prune.run(prune.Settings(**flags, max_seq_length=32, num_samples=4, mlx_path=str(out), compute_dtype=dtype))  # type: ignore[arg-type]
-        keep = slice.read_keep(out)
+        keep = model_writer.read_keep(out)
         assert keep is not None
         kept.append({(key, unit) for key, units in keep.kept.items() for unit in units})
     policy.use(None)

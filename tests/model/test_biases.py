@@ -21,6 +21,7 @@ from mis_mlx.model import (
     grid,
     load,
     lora,
+    model_writer,
     pack,
     parts,
     reconstruct,
@@ -50,7 +51,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     def take(name: str) -> mx.array:
         return load.dense(checkpoint, name) * (10 if name in names else 1)
 
-    slice.write_model(checkpoint.config, take, folder, wide, "float32", DISK)
+    model_writer.write_model(checkpoint.config, take, folder, wide, "float32", DISK)
     return load.open_checkpoint(wide)
 
 
@@ -165,7 +166,7 @@ def test_lora(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     assert len(moved) == 2 * 21
     ours.load_weights(moved, strict=False)
     take = lora.fused(model, dict(moved), how)
-    slice.write_model(model.config, take, model.path, tmp_path / "fused", "float32", DISK)
+    model_writer.write_model(model.config, take, model.path, tmp_path / "fused", "float32", DISK)
     fused, _ = load.mlx_lm("utils").load(str(tmp_path / "fused"))
     assert same(fused(TOKENS), ours(TOKENS), 1e-4) and not same(fused(TOKENS), plain(TOKENS), 1e-2)
 
@@ -192,12 +193,12 @@ def test_rotation(model: Checkpoint, tmp_path: Path) -> None:
         return head if name == "lm_head.weight" else load.dense(model, name)
 
     config = {**model.config, "tie_word_embeddings": False}
-    slice.write_model(config, take, model.path, tmp_path / "untied", "float32", DISK)
+    model_writer.write_model(config, take, model.path, tmp_path / "untied", "float32", DISK)
     untied = load.open_checkpoint(tmp_path / "untied")
     basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))
     rotation = rotate.Rotation(basis, {n: 1.0 for n in untied.tensors if "norm" in n})
     turned = rotate.rotated(untied, rotation)
-    slice.write_model(config, turned, model.path, tmp_path / "turned", "float32", DISK)
+    model_writer.write_model(config, turned, model.path, tmp_path / "turned", "float32", DISK)
     one, other = (load.mlx_lm("utils").load(str(tmp_path / n))[0] for n in ("untied", "turned"))
     assert same(one(TOKENS), other(TOKENS), 1e-4)
 

@@ -7,13 +7,14 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from mis_mlx.disk.files import DISK, Files
-from mis_mlx.model import load, pack, parts, slice
+from mis_mlx.model import load, model_writer, pack, parts
 from mis_mlx.types import Checkpoint, Keep, MisError
 from tests import tiny
 from tests.disk.test_checkpoint import Breaking
@@ -54,13 +55,14 @@ def test_half_precision_becomes_float32_and_the_cut_stays_known(tmp_path: Path, 
     keep = Keep((0, 2), {}, "by hand", {"a": 1})
     student = student_of(llama, keep, tmp_path / "f32")
     config = {**student.config, "torch_dtype": "bfloat16"}
-    extra = {"keep.json": slice.keep_json(keep)}
-    slice.write_model(config, lambda n: load.dense(student, n), student.path, tmp_path / "b", "bfloat16", DISK, extra)
+    extra = {"keep.json": model_writer.keep_json(keep)}
+    take, out = partial(load.dense, student), tmp_path / "b"
+    model_writer.write_model(config, take, student.path, out, "bfloat16", DISK, extra)
     half = load.open_checkpoint(tmp_path / "b")
     made = parts.begin(half, tmp_path / "s", DISK)
     assert {t.dtype for t in made.tensors.values()} == {"F32"}
     assert all(mx.array_equal(load.dense(made, n), load.dense(half, n).astype(mx.float32)) for n in half.tensors)
-    assert slice.read_keep(made.path) == keep
+    assert model_writer.read_keep(made.path) == keep
     assert json.loads((made.path / "config.json").read_text())["torch_dtype"] == "float32"
 
 

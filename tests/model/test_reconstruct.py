@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.disk.files import DISK
-from mis_mlx.model import load, reconstruct, slice, stream
+from mis_mlx.model import load, model_writer, reconstruct, slice, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, Keep
 from tests.conftest import near
@@ -35,7 +35,7 @@ def mended_model(student: Checkpoint, mended: dict[str, mx.array]) -> Checkpoint
     """The student's folder with the new weights, beside the old one."""
     arrays = {n: load.dense(student, n) for n in student.tensors} | mended
     out = student.path.with_name("mended")
-    slice.write_model(student.config, arrays.__getitem__, student.path, out, "float32", DISK)
+    model_writer.write_model(student.config, arrays.__getitem__, student.path, out, "float32", DISK)
     return load.open_checkpoint(out)
 
 

@@ -16,7 +16,7 @@ from mis_mlx import prune
 from mis_mlx.disk.files import DISK
 from mis_mlx.disk.safetensors import write_arrays
 from mis_mlx.disk.text import Windows
-from mis_mlx.model import arch, compare, load, reconstruct, rotate, slice, stream
+from mis_mlx.model import arch, compare, load, model_writer, reconstruct, rotate, slice, stream
 from mis_mlx.model.config import shape_of
 from mis_mlx.training import pruning
 from mis_mlx.types import Checkpoint, Keep, MisError, Reading
@@ -174,7 +174,7 @@ def test_turned_for_a_tied_head_the_cut_costs_less(tmp_path: Path, windows: list
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t"))
     arrays = {name: load.dense(teacher, name) for name in teacher.tensors}
     arrays[rotate.FINAL] = 1 + 0.5 * mx.random.normal((64,), key=mx.random.key(9))
-    slice.write_model(teacher.config, arrays.__getitem__, teacher.path, tmp_path / "g", "float32", DISK)
+    model_writer.write_model(teacher.config, arrays.__getitem__, teacher.path, tmp_path / "g", "float32", DISK)
     teacher = load.open_checkpoint(tmp_path / "g")
     found = rotate.measured(teacher, windows, mx.float32).kept(teacher, 60)
     plain = replace(found, basis=found.basis @ orthogonal(60))  # the same subspace, turned anyhow
@@ -205,7 +205,7 @@ def low_rank(folder: Path, rank: int) -> Checkpoint:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             arrays[name] = onto @ a
     arrays["model.embed_tokens.weight"] = arrays["model.embed_tokens.weight"] @ onto
-    slice.write_model(plain.config, arrays.__getitem__, plain.path, folder / "low", "float32", DISK)
+    model_writer.write_model(plain.config, arrays.__getitem__, plain.path, folder / "low", "float32", DISK)
     return load.open_checkpoint(folder / "low")
 
 
@@ -242,7 +242,7 @@ def test_the_command_writes_an_ordinary_folder(
     assert shape_of(student.config) == replace(shape_of(models(kind).config), layers=2, ffn=256, heads=2, hidden=48)
     assert student.tensors.keys() == arch.tensors_of(student.config).keys()
     assert np.isfinite(stock(student, mx.array([[1, 2, 3]]))).all()
-    keep = slice.read_keep(tmp_path / "s")
+    keep = model_writer.read_keep(tmp_path / "s")
     assert keep is not None and keep.kept[-1, "hidden"] == tuple(range(48)) and keep.report["hidden_by"] == "pca"
     assert 0.75 < keep.report["hidden_energy"] < 1
     np.testing.assert_allclose(keep.basis.T @ keep.basis, np.eye(48), atol=1e-6)
@@ -301,11 +301,11 @@ def test_repair_brings_every_block_nearer_to_the_rotated_stream(
     teacher = models(kind)
     rotation = rotate.measured(teacher, windows, mx.float32).kept(teacher, 32)
     student = student_of(teacher, rotation, tmp_path / "s", "bfloat16")
-    keep = slice.read_keep(student.path)
+    keep = model_writer.read_keep(student.path)
     assert keep is not None
     mended, _ = reconstruct.reconstruct(teacher, student, keep, windows)
     arrays = {name: load.dense(student, name) for name in student.tensors} | mended
-    slice.write_model(student.config, arrays.__getitem__, student.path, tmp_path / "mended", "float32", DISK)
+    model_writer.write_model(student.config, arrays.__getitem__, student.path, tmp_path / "mended", "float32", DISK)
 
     def errors(model: Checkpoint) -> list[float]:
         big, small = stream.Stream(teacher, mx.float32), stream.Stream(model, mx.float32)
@@ -331,13 +331,13 @@ def test_a_rotation_that_does_not_fit_is_a_sentence(tmp_path: Path, llama: Check
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(MisError, match="rotation.npy is not this model's rotation .*prune the teacher again"):
-            slice.read_keep(student.path)
+            model_writer.read_keep(student.path)
         path.touch()
     np.save(path, np.zeros((64, 47), np.float32))
     with pytest.raises(MisError, match=r"it holds float32 \[64, 47\], the model has 48 channels"):
-        slice.read_keep(student.path)
+        model_writer.read_keep(student.path)
     path.write_bytes(whole_file)
-    keep = slice.read_keep(student.path)
+    keep = model_writer.read_keep(student.path)
     assert keep is not None and keep.basis.shape == (64, 48)
     write_arrays(tmp_path / "x.safetensors", {"x": mx.zeros((1,))}, DISK)  # the gate looks at *.safetensors only
     assert load.open_checkpoint(student.path).tensors.keys() == arch.tensors_of(student.config).keys()

@@ -44,7 +44,7 @@ def kl(checkpoint: Checkpoint, name: str, error: mx.array, batches: list[mx.arra
 
 
 @pytest.mark.usefixtures("cpu_policy")  # 1e-4 is float32's; squares of sums that cancel are some % off in float16
-@pytest.mark.parametrize("held_bytes", [1, sensitivity.HELD_BYTES])
+@pytest.mark.parametrize("held_bytes", [1, rounding.HELD_BYTES])
 @pytest.mark.parametrize("kind", ["qwen2", "biased"])
 def test_it_is_the_gradient_of_weights_along_the_errors(
     models, batches: list[mx.array], kind: str, held_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -53,8 +53,8 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
     (1e-4, float32), however many windows are held at once and wherever slabs end."""
     checkpoint, wanted = models(kind), dict[str, dict[int, float]]()
     args, tokens = load.model_args(checkpoint.config), sum(b.size for b in batches)
-    monkeypatch.setattr(sensitivity, "HELD_BYTES", held_bytes)
-    monkeypatch.setattr(sensitivity, "SLAB", 1000 if held_bytes == 1 else sensitivity.SLAB)
+    monkeypatch.setattr(rounding, "HELD_BYTES", held_bytes)
+    monkeypatch.setattr(rounding, "SLAB", 1000 if held_bytes == 1 else rounding.SLAB)
 
     def visit(i: int, block: nn.Module):
         paths = [f"{part}.{name}" for part, name, _ in sensitivity.MATRICES]

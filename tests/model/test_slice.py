@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.disk.files import DISK
-from mis_mlx.model import load, slice
+from mis_mlx.model import load, model_writer, slice
 from mis_mlx.model.config import shape_of
 from mis_mlx.types import Checkpoint, Keep, MisError
 from tests import tiny
@@ -171,8 +171,8 @@ def test_keep_survives_on_disk(tmp_path: Path, llama: Checkpoint) -> None:
     slice.write_student(
         llama, replace(shape_of(llama.config), layers=2, ffn=512), keep, tmp_path / "s", "float32", DISK
     )
-    assert slice.read_keep(tmp_path / "s") == keep
-    assert slice.read_keep(llama.path) is None
+    assert model_writer.read_keep(tmp_path / "s") == keep
+    assert model_writer.read_keep(llama.path) is None
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "s" / name).read_bytes() == (llama.path / name).read_bytes()
 
@@ -183,7 +183,7 @@ def test_foreign_code_and_weights_are_not_copied(tmp_path: Path) -> None:
     (tmp_path / "to").mkdir()
     for name in ("tokenizer.json", "evil.py", "pytorch_model.bin", "source.json", "chat_template.jinja"):
         (tmp_path / "from" / name).write_text("x")
-    slice.copy_tokenizer(tmp_path / "from", tmp_path / "to", DISK)
+    model_writer.copy_tokenizer(tmp_path / "from", tmp_path / "to", DISK)
     assert sorted(p.name for p in (tmp_path / "to").iterdir()) == ["chat_template.jinja", "tokenizer.json"]
 
 
@@ -199,7 +199,7 @@ def test_a_folder_in_the_way_is_kept(tmp_path: Path, llama: Checkpoint) -> None:
 def test_write_model_keeps_numbers(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
     """Resident weights to a folder and back: the same logits; `extra` becomes a JSON file beside them."""
     arrays = dict(tree_flatten(load.resident(llama, mx.float32).parameters()))
-    slice.write_model(
+    model_writer.write_model(
         llama.config, arrays.__getitem__, llama.path, tmp_path / "s", "float32", DISK, {"note.json": {"a": 1}}
     )
     written = load.open_checkpoint(tmp_path / "s")

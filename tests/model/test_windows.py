@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from mis_mlx.disk import text
-from mis_mlx.model import windows
+from mis_mlx.model import load, windows
 from mis_mlx.types import Checkpoint, MisError
 
 
 def test_a_folder_of_the_users(llama: Checkpoint, text_folder: Path) -> None:
     """Windows of the length asked for, int32, held out apart, and the notes say how many."""
-    data = windows.prepare(str(text_folder), llama.path, 32)
+    data = windows.prepare(str(text_folder), load.tokenizer(llama.path), 32)
     assert list(data.held_out) == ["held-out"]
     held_out = data.held_out["held-out"]
     assert data.train.tokens.shape[1] == held_out.tokens.shape[1] == 32
@@ -26,7 +26,7 @@ def test_a_folder_of_the_users(llama: Checkpoint, text_folder: Path) -> None:
 
 def test_the_same_text_gives_the_same_windows(llama: Checkpoint, text_folder: Path) -> None:
     """Deterministic: a resumed run meets the same fingerprint."""
-    a, b = (windows.prepare(str(text_folder), llama.path, 32) for _ in range(2))
+    a, b = (windows.prepare(str(text_folder), load.tokenizer(llama.path), 32) for _ in range(2))
     assert text.fingerprint(a.train) == text.fingerprint(b.train)
     assert (a.train.learn == b.train.learn).all()
 
@@ -37,15 +37,15 @@ def test_held_out_text_that_is_also_trained_on_is_removed(tmp_path: Path, llama:
     (tmp_path / "train.jsonl").write_text("\n".join(train))
     fresh = (text_folder / "test.jsonl").read_text().splitlines()
     (tmp_path / "test.jsonl").write_text("\n".join([*fresh, json.dumps({"text": json.loads(train[3])["text"][100:]})]))
-    data = windows.prepare(str(tmp_path), llama.path, 32)
+    data = windows.prepare(str(tmp_path), load.tokenizer(llama.path), 32)
     assert len(text.overlap(data.train, data.held_out["held-out"])) == 0
-    alone = windows.prepare(str(text_folder), llama.path, 32)
+    alone = windows.prepare(str(text_folder), load.tokenizer(llama.path), 32)
     assert abs(len(data.held_out["held-out"].tokens) - len(alone.held_out["held-out"].tokens)) <= 1
 
 
 def test_built_in_text_is_english_with_an_eighth_of_polish(llama: Checkpoint) -> None:
     """No --data: both languages held out, English first; one training window in eight is Polish."""
-    data = windows.prepare(None, llama.path, 256)
+    data = windows.prepare(None, load.tokenizer(llama.path), 256)
     assert list(data.held_out) == ["English", "Polish"]
     assert all(len(w.tokens) >= 3 for w in data.held_out.values())
     (note,) = (n for n in data.notes if "are Polish" in n)
@@ -57,4 +57,4 @@ def test_too_little_text_is_a_sentence(tmp_path: Path, llama: Checkpoint) -> Non
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.jsonl").write_text('{"text": "a few words of ' + split + '"}\n')
     with pytest.raises(MisError, match="one window takes 256.*--max-seq-length"):
-        windows.prepare(str(tmp_path), llama.path, 256)
+        windows.prepare(str(tmp_path), load.tokenizer(llama.path), 256)

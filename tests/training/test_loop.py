@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.training import loop
-from mis_mlx.training.recipe import Recipe
+from mis_mlx.training.recipe import Recipe, Schedule
 from mis_mlx.types import Step
 
 
@@ -51,7 +51,7 @@ def weights(model: nn.Module) -> dict[str, Any]:
 
 
 def run(model: nn.Module, optimizer: GoralW, micro_batches: Any, start: int = 0, **more: Any) -> list[Step]:
-    return list(loop.train(model, micro_batches, squares, optimizer, loop.Schedule(6, 1e-2, 2), start, **more))
+    return list(loop.train(model, micro_batches, squares, optimizer, Schedule(6, 1e-2, 2), start, **more))
 
 
 @pytest.mark.parametrize("sizes", [[6, 6], [1, 11], [5, 1, 6], [1] * 12])
@@ -76,7 +76,7 @@ def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
         total, count = squares(model, x, y, learn)
         return total, count, {"target": (y * learn).sum(), "tokens": mx.array(float(len(y)))}
 
-    schedule = loop.Schedule(2, 1e-2, 2)
+    schedule = Schedule(2, 1e-2, 2)
     whole, parts = (list(loop.train(net(), cut(sizes), telling, GoralW(), schedule)) for sizes in ([12], [5, 1, 6]))
     for number, (a, b) in enumerate(zip(whole, parts, strict=True)):
         _, y, learn = rows(number)
@@ -90,7 +90,7 @@ def test_a_step_by_pencil() -> None:
     model = nn.Linear(1, 1, bias=False)
     model.weight = mx.array([[2.0]])
     batch = (mx.array([[1.0], [3.0]]), mx.array([0.0, 0.0]), mx.array([1.0, 0.0]))
-    schedule = loop.Schedule(1, 0.5, 1)
+    schedule = Schedule(1, 0.5, 1)
     (step,) = loop.train(model, lambda _: [batch], squares, GoralW(weight_decay=0.0), schedule)
     assert (step.number, step.loss, step.grad_norm, step.learning_rate, step.tokens) == (1, 4.0, 4.0, 0.5, 1)
     assert model.weight.item() == pytest.approx(1.5, abs=1e-6)  # Adam's first step is the learning rate
@@ -100,7 +100,7 @@ def test_all_masked_is_not_a_division_by_zero() -> None:
     """No token counts: loss 0, gradient 0, and only weight decay moves the weights."""
     model = net()
     x, y, learn = rows(0)
-    schedule = loop.Schedule(1, 1e-2, 1)
+    schedule = Schedule(1, 1e-2, 1)
     (step,) = loop.train(model, lambda _: [(x, y, 0 * learn)], squares, GoralW(weight_decay=0.0), schedule)
     assert (step.loss, step.grad_norm) == (0.0, 0.0)
     assert weights(model) == weights(net())
@@ -125,7 +125,7 @@ def test_stopping_and_going_on_is_bit_equal(stop: int) -> None:
     whole, optimizer = net(), GoralW()
     steps = run(whole, optimizer, cut([6, 6]))
     first, before = net(), GoralW()
-    for step in loop.train(first, cut([6, 6]), squares, before, loop.Schedule(6, 1e-2, 2)):
+    for step in loop.train(first, cut([6, 6]), squares, before, Schedule(6, 1e-2, 2)):
         if step.number == stop:
             break
     second, after = net(), GoralW()
@@ -145,7 +145,7 @@ def test_a_batch_of_nan_is_skipped_and_noted() -> None:
         x, y, learn = rows(step)
         return [(x * math.nan if step == 2 else x, y, learn)]
 
-    for step in loop.train(model, micro_batches, squares, GoralW(), loop.Schedule(4, 1e-2, 1)):
+    for step in loop.train(model, micro_batches, squares, GoralW(), Schedule(4, 1e-2, 1)):
         seen.append((step.note, weights(model)))
     assert [note for note, _ in seen] == ["", "", "skipped: not a number", ""]
     assert seen[1][1] == seen[2][1] != seen[3][1]
@@ -153,7 +153,7 @@ def test_a_batch_of_nan_is_skipped_and_noted() -> None:
 
 def test_the_loss_falls() -> None:
     """Forty steps on one batch: the loss at the end is under a third of that at the start."""
-    steps = list(loop.train(net(), lambda _: [rows(0)], squares, GoralW(), loop.Schedule(40, 5e-2, 2)))
+    steps = list(loop.train(net(), lambda _: [rows(0)], squares, GoralW(), Schedule(40, 5e-2, 2)))
     assert steps[-1].loss < steps[0].loss / 3
     assert all(s.peak_bytes > 0 and s.seconds > 0 for s in steps)
 

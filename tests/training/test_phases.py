@@ -22,10 +22,10 @@ from mis_mlx.machine.rates import M1_AIR
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import arch, compare, load, pack, parts
-from mis_mlx.training import distillation, local, loop, phases, planning, pruning, sharded
+from mis_mlx.training import distillation, local, phases, planning, pruning, sharded
 from mis_mlx.training.job import Job, job_of
 from mis_mlx.training.planning import forward_flops, model_of
-from mis_mlx.training.recipe import Distillation, Recipe
+from mis_mlx.training.recipe import Distillation, Recipe, Schedule
 from mis_mlx.types import GIB, Budget, Checkpoint, Keep
 from tests import tiny
 
@@ -234,7 +234,7 @@ def test_sharded_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Check
             return [(t, mx.ones(32), mx.random.normal((32, 256), key=k)) for t, k in zip(tokens, keys, strict=True)]
 
         loss = partial(_against_itself, head=load.head(wide[0], mx.float32))
-        steps = list(sharded.steps(made, micro_batches, loss, loop.Schedule(6, 1e-3, 1)))
+        steps = list(sharded.steps(made, micro_batches, loss, Schedule(6, 1e-3, 1)))
         del made
     peak, array = max(s.peak_bytes for s in steps) - before, 4 * 256 * 1536
     assert planned / 2 < peak < planned + array, (peak / MIB, planned / MIB)

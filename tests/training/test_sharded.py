@@ -22,6 +22,7 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.model import load, parts, stream
 from mis_mlx.training import loop, sharded
+from mis_mlx.training.recipe import Schedule
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny
 
@@ -68,8 +69,8 @@ def kl(hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array) -> m
     return losses.kl_sum(hidden, head, target, lambda h: h @ teacher_head.T, learn, 1.0, None, True)
 
 
-def schedule(iters: int) -> loop.Schedule:
-    return loop.Schedule(iters, 1e-2, 2)
+def schedule(iters: int) -> Schedule:
+    return Schedule(iters, 1e-2, 2)
 
 
 def resident(student: Checkpoint, each: int, iters: int) -> tuple[nn.Module, list[Step], list[Arrays]]:
@@ -463,6 +464,6 @@ def test_the_loss_falls(tmp_path: Path, source: Callable[[str], Checkpoint]) -> 
     student = sharded.Sharded(parts.begin(source("untied"), tmp_path / "s", DISK), 1, 4, 0.01, DISK)
     student.begin()
     batch = [(tokens, mx.ones(32), target.reshape(32, 64))]
-    steps = list(sharded.steps(student, lambda _: batch, loss, loop.Schedule(32, 1e-2, 2)))
+    steps = list(sharded.steps(student, lambda _: batch, loss, Schedule(32, 1e-2, 2)))
     assert steps[-1].loss < steps[0].loss / 3
     assert all(math.isfinite(s.loss) and s.seconds > 0 for s in steps)

@@ -18,7 +18,8 @@ from mis_mlx.machine.clock import VirtualClock
 from mis_mlx.machine.governor import Mode
 from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.training.loop import Schedule, train
+from mis_mlx.training.loop import train
+from mis_mlx.training.recipe import Schedule
 from mis_mlx.training.supervise import entered
 from mis_mlx.training.weather import Weather, WeatherFlags
 from mis_mlx.types import GIB, Budget, MisError, Reading, Step
