@@ -19,11 +19,13 @@ import mlx.core as mx
 import numpy as np
 from laboratory import write
 
-from mis_mlx.disk.files import DISK
+from mis_mlx.data import preparation
+from mis_mlx.evaluation import comparison
+from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags
 from mis_mlx.maths import importance
-from mis_mlx.model import arch, calibrate, compare, load, policy, slice, teacher, windows
-from mis_mlx.training import pruning
-from mis_mlx.training.weather import Weather, WeatherFlags
+from mis_mlx.models import arch, load, policy, resolve
+from mis_mlx.pruning import calibrate, select, slice_weights
+from mis_mlx.storage.files import DISK
 
 REPLAY = Path(__file__).resolve().parents[1] / "tests" / "data" / "halny.jsonl"
 SEEDS, WINDOWS, HELD_OUT, LENGTH = (0, 1, 2), 32, 16, 256
@@ -31,10 +33,10 @@ SEEDS, WINDOWS, HELD_OUT, LENGTH = (0, 1, 2), 32, 16, 256
 
 def main() -> None:
     """Run all seeds, print one table, write one JSON file."""
-    checkpoint = load.open_checkpoint(teacher.find().path)
-    data = windows.prepare(None, load.tokenizer(checkpoint.path), LENGTH)
-    held_out = compare.chosen(data.held_out["English"], HELD_OUT)
-    cut = pruning.Cut(scenario="goral")
+    checkpoint = load.open_checkpoint(resolve.find().path)
+    data = preparation.prepare(None, load.tokenizer(checkpoint.path), LENGTH)
+    held_out = comparison.chosen(data.held_out["English"], HELD_OUT)
+    cut = select.Cut(scenario="goral")
     rows = []
     sizes = {}
     for seed in SEEDS:
@@ -57,16 +59,16 @@ def main() -> None:
             for metres in (100.0, 832.0, 2500.0):
                 sizes[metres] = importance.conditions_size(sums, 1280, arch.FFN_MULTIPLE, metres)
         chosen = {
-            "plain": pruning.choose(dict(checkpoint.config), kelvin, replace(cut, importance="rms")),
-            "kelvin": pruning.choose(dict(checkpoint.config), kelvin, cut),
-            "celsius": pruning.choose(dict(checkpoint.config), celsius, cut),
+            "plain": select.choose(dict(checkpoint.config), kelvin, replace(cut, importance="rms")),
+            "kelvin": select.choose(dict(checkpoint.config), kelvin, cut),
+            "celsius": select.choose(dict(checkpoint.config), celsius, cut),
         }
         with tempfile.TemporaryDirectory() as folder:
             models = {"teacher": checkpoint}
             for name, (shape, keep) in chosen.items():
-                slice.write_student(checkpoint, shape, keep, Path(folder) / name, "bfloat16", DISK)
+                slice_weights.write_student(checkpoint, shape, keep, Path(folder) / name, "bfloat16", DISK)
                 models[name] = load.open_checkpoint(Path(folder) / name)
-            found = compare.compare(models, held_out)
+            found = comparison.compare(models, held_out)
         for name, (_, keep) in chosen.items():
             differ = keep.report["channels_differing_from_plain"]
             gap = (found[name, "nll"] - found["plain", "nll"]).mean()

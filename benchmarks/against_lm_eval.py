@@ -23,10 +23,10 @@ import mlx.core as mx
 import numpy as np
 from laboratory import write
 
-from mis_mlx.disk import questions, tasks
-from mis_mlx.machine import memory
-from mis_mlx.model import harness, load, policy, teacher
-from mis_mlx.training import examining
+from mis_mlx.data import generated_tasks
+from mis_mlx.evaluation import answering, lm_eval_tasks, questions
+from mis_mlx.hardware import memory
+from mis_mlx.models import load, policy, resolve
 from mis_mlx.types import Checkpoint
 
 COUNT = 240
@@ -45,8 +45,8 @@ metric_list: [{{metric: acc}}]
 def question_rows(count: int) -> list[dict[str, Any]]:
     """Choice rows: the right answer and a likely slip, in turns."""
     made = []
-    for number, row in enumerate(tasks.rows("test", 0, count)):
-        wrong = row["rejected"].rpartition(f"{tasks.MARK[row['language']]}: ")[2]  # type: ignore[index]
+    for number, row in enumerate(generated_tasks.rows("test", 0, count)):
+        wrong = row["rejected"].rpartition(f"{generated_tasks.MARK[row['language']]}: ")[2]  # type: ignore[index]
         options = [row["answer"], wrong] if number // 2 % 2 else [wrong, row["answer"]]
         made.append({"question": row["prompt"], "options": options, "answer": row["answer"]})
         made[-1]["language"] = row["language"]
@@ -57,9 +57,9 @@ def ours(checkpoint: Checkpoint, task: questions.Task, cache: Path) -> tuple[flo
     """(seconds, seconds of processor, log-likelihoods): nothing is known at the start."""
     os.environ["MIS_MLX_CACHE"] = str(cache)
     wall, used = time.monotonic(), time.process_time()
-    examining.marks(checkpoint, "0" * 64, task, memory.budget(None))
+    answering.marks(checkpoint, "0" * 64, task, memory.budget(None))
     wall, used = time.monotonic() - wall, time.process_time() - used
-    kept = examining.read(examining.kept("0" * 64, task.sha256))
+    kept = answering.read(answering.kept("0" * 64, task.sha256))
     return wall, used, [kept[n]["ll"] for n in range(len(task.questions))]
 
 
@@ -89,8 +89,8 @@ def theirs(adapter: Any, name: str, folder: Path) -> tuple[float, float, list[li
 
 def main(model: str | None) -> None:
     """Compare, print and store."""
-    harness.need()
-    checkpoint = load.open_checkpoint(teacher.find(model).path)
+    lm_eval_tasks.need()
+    checkpoint = load.open_checkpoint(resolve.find(model).path)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -112,7 +112,7 @@ def main(model: str | None) -> None:
         "model": checkpoint.path.name,
         "dtype": str(dtype),
         "questions": len(right),
-        "lm_eval": harness.version(),
+        "lm_eval": lm_eval_tasks.version(),
         "accuracy": float((mine.argmax(1) == right).mean()),
         "accuracy_lm_eval": runs_theirs[0][3],
         "choices_that_differ": int((mine.argmax(1) != witness.argmax(1)).sum()),

@@ -3,8 +3,8 @@
     scripts/mis benchmarks/alignment.py sft     # about 5 minutes on one core
     scripts/mis benchmarks/alignment.py dpo     # about 8: DPO-Positive, then plain DPO, both from the student of `sft`
 
-Data: the generated tasks, held-out ones of other problems (disk/tasks). Runs are left under runs/alignment/. Writes
-benchmarks/results/<machine>/alignment-sft.json and alignment-dpo.json.
+Data: the generated tasks, held-out ones of other problems (data/generated_tasks). Runs are left under runs/alignment/.
+Writes benchmarks/results/<machine>/alignment-sft.json and alignment-dpo.json.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from laboratory import write
 
 from mis_mlx import dpo, sft
-from mis_mlx.disk import runs
-from mis_mlx.training.alignment import HELD_OUT
+from mis_mlx.alignment.alignment_run import HELD_OUT
+from mis_mlx.storage import run_folder
 
 RUNS = Path("runs/alignment")
 SFT = sft.Settings(iters=14, batch_size=2, max_seq_length=512, save_every=7, eval_rows=32, warmup=3)
@@ -33,9 +33,9 @@ def told(command: Any, settings: Any, name: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     result = command.run(replace(settings, out=str(out)))
     keys = ("best_step", "params_trained", "tokens", "tokens_per_s", "peak_bytes", "seconds")
-    held_out = [{k: round(v, 4) for k, v in r.items()} for r in runs.records(out / HELD_OUT)]
+    held_out = [{k: round(v, 4) for k, v in r.items()} for r in run_folder.records(out / HELD_OUT)]
     asked = {key: getattr(settings, key) for key in TOLD}
-    losses = [round(r["loss"], 4) for r in runs.metrics(out)]
+    losses = [round(r["loss"], 4) for r in run_folder.metrics(out)]
     return {"settings": asked, "held_out": held_out, "losses": losses, **{k: result[k] for k in keys}}
 
 

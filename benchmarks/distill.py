@@ -19,7 +19,7 @@ from pathlib import Path
 import laboratory
 
 from mis_mlx import cli, distill, report
-from mis_mlx.page import figures
+from mis_mlx.reporting import figures
 
 PRIVATE = ("teacher", "student", "run")  # paths of the machine
 

@@ -7,7 +7,7 @@ teacher, live, the same global batch on one and on two; bytes are what the opera
 connections (Linux), beside what the arithmetic says, 4 · 2 (n - 1) / n a parameter. Two processes share one machine's
 cores and its memory's bandwidth here, so that no speed-up can be seen and none is claimed. `layers`: a pass of the
 teacher, whole on one, half of its blocks on each of two. `computed`: the same distillation on MacBook Air M1s, by the
-planner's published rates and assumed links (mis_mlx/training/hosts.py); nothing of it is measured.
+planner's published rates and assumed links (mis_mlx/planner/machines.py); nothing of it is measured.
 
 Writes benchmarks/results/<machine>/distributed.json.
 """
@@ -32,12 +32,14 @@ import laboratory
 import mlx.core as mx
 
 from mis_mlx import cli, distill
-from mis_mlx.machine import memory, rates
+from mis_mlx.data import preparation
+from mis_mlx.distillation import live_teacher
+from mis_mlx.hardware import memory, rates
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import load, policy, ranks, relay, stream, teacher, windows
-from mis_mlx.training import distillation, hosts, phases, planning
-from mis_mlx.training.job import job_of
-from mis_mlx.training.recipe import Distillation
+from mis_mlx.models import distributed, load, pipeline_parallel, policy, resolve, stream
+from mis_mlx.planner import estimates, machines, phases
+from mis_mlx.planner.job import job_of
+from mis_mlx.planner.recipe import Distillation
 
 ACKED = 120  # where struct tcp_info of Linux has the bytes that were sent and have arrived; those received follow
 AIR_BYTES = memory.budget(None, rates.M1_AIR.room_bytes).limit_bytes  # what a run takes of an 8 GB Air
@@ -75,15 +77,15 @@ def sent_bytes() -> int | None:
 
 def steps(s: Settings) -> dict[str, Any]:
     """One process's part of the distillation: seconds and bytes of every step but the first."""
-    big, small = load.open_checkpoint(teacher.find(None).path), load.open_checkpoint(Path(s.student))
-    data = windows.prepare(None, load.tokenizer(big.path), s.length).train
+    big, small = load.open_checkpoint(resolve.find(None).path), load.open_checkpoint(Path(s.student))
+    data = preparation.prepare(None, load.tokenizer(big.path), s.length).train
     r = Distillation(iters=s.steps + 1, batch_size=1, grad_accumulation_steps=s.windows, max_seq_length=s.length)
-    student, source = load.resident(small, mx.float32), distillation.Teacher(big, None)
+    student, source = load.resident(small, mx.float32), live_teacher.Teacher(big, None)
     stream.into_memory(student)
     seconds, sent, losses = [], [], []
     began, before = time.perf_counter(), sent_bytes()
-    for step in distillation.steps(student, source, data, r, GoralW()):
-        ranks.gather(0)  # nobody measures what another is still sending
+    for step in live_teacher.steps(student, source, data, r, GoralW()):
+        distributed.gather(0)  # nobody measures what another is still sending
         now, after = time.perf_counter(), sent_bytes()
         if step.number > 1:
             seconds.append(now - began)
@@ -95,19 +97,19 @@ def steps(s: Settings) -> dict[str, Any]:
 
 def layers(s: Settings) -> dict[str, Any]:
     """One process's part of a pass of the teacher, which stays in memory, over the windows of a step."""
-    big = load.open_checkpoint(teacher.find(None).path)
-    data, n = windows.prepare(None, load.tokenizer(big.path), s.length).train, ranks.size()
-    counts = relay.shared(int(big.config["num_hidden_layers"]), [999] * n, 1.0)
+    big = load.open_checkpoint(resolve.find(None).path)
+    data, n = preparation.prepare(None, load.tokenizer(big.path), s.length).train, distributed.size()
+    counts = pipeline_parallel.shared(int(big.config["num_hidden_layers"]), [999] * n, 1.0)
     where = big, policy.compute_dtype(big), None, False
-    source = relay.Relay(*where, counts) if n > 1 else stream.Stream(*where)
-    mine = ranks.share([mx.array(w[None]) for w in data.tokens[: s.windows]])
+    source = pipeline_parallel.Relay(*where, counts) if n > 1 else stream.Stream(*where)
+    mine = distributed.share([mx.array(w[None]) for w in data.tokens[: s.windows]])
     source.forward(mine)
     seconds, sent = [], []
     for _ in range(s.steps):
-        ranks.gather(0)
+        distributed.gather(0)
         began, before = time.perf_counter(), sent_bytes()
         source.forward(mine)
-        ranks.gather(0)
+        distributed.gather(0)
         after = sent_bytes()
         seconds.append(time.perf_counter() - began)
         sent.append(None if after is None or before is None else after - before)
@@ -146,19 +148,19 @@ def together(s: Settings, n: int, work: str) -> dict[str, Any]:
 
 def computed(s: Settings) -> list[dict[str, Any]]:
     """Steps of two Airs: by the planner, of micro-batches of one window, for more and more of them in a step."""
-    at = planning.machine_rates("m1-air")
+    at = estimates.machine_rates("m1-air")
     big, small = (
-        planning.model_of(load.open_checkpoint(p), at.gpu) for p in (teacher.find(None).path, Path(s.student))
+        estimates.model_of(load.open_checkpoint(p), at.gpu) for p in (resolve.find(None).path, Path(s.student))
     )
     rows = []
     for count in ACCUMULATE:
         asked = distill.Settings(batch_size=1, grad_accumulation_steps=2 * count, max_seq_length=s.length)
         plan = phases.make(job_of(big, small, asked), AIR_BYTES, at)
-        one = hosts.step_seconds(plan, 1, 1.0)
+        one = machines.step_seconds(plan, 1, 1.0)
         row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step, "one_s": one}
-        row["link_bytes"] = hosts.gradient_bytes(plan.job, 2)
-        for link, rate in hosts.LINKS.items():
-            row[f"two_{link.lower()}_s"] = two = hosts.step_seconds(plan, 2, rate)
+        row["link_bytes"] = machines.gradient_bytes(plan.job, 2)
+        for link, rate in machines.LINKS.items():
+            row[f"two_{link.lower()}_s"] = two = machines.step_seconds(plan, 2, rate)
             row[f"faster_{link.lower()}"] = one / two
         rows.append(row)
     return rows
@@ -171,7 +173,7 @@ def main(s: Settings) -> None:
         return
     found: dict[str, Any] = {"given": {k: v for k, v in asdict(s).items() if k not in ("student", "work")}}
     small = load.open_checkpoint(Path(s.student))
-    model = planning.model_of(small)
+    model = estimates.model_of(small)
     found["student_sha256"] = laboratory.weights_sha256(small.path)
     noise = laboratory.busy("at the start")
     for work in WORK:
@@ -179,9 +181,9 @@ def main(s: Settings) -> None:
         for n, row in found[work].items():
             cli.say(f"{work}, {n}: {row['median_s']:.2f} s, {row['sent_bytes']} bytes sent by one")
     job = job_of(model, model, distill.Settings())
-    found["gradient_bytes"] = {str(n): hosts.gradient_bytes(job, n) for n in s.processes}
+    found["gradient_bytes"] = {str(n): machines.gradient_bytes(job, n) for n in s.processes}
     found["computed: two MacBook Air M1"] = computed(s)
-    found["links, assumed, bytes/s"] = hosts.LINKS
+    found["links, assumed, bytes/s"] = machines.LINKS
     found["noise"] = noise + laboratory.busy("at the end")
     sizes = "".join(f" --{name} {value}" for name, value in found["given"].items() if name != "processes")
     laboratory.write("distributed", f"scripts/mis benchmarks/distributed.py --student RUN/pruned{sizes}", found)

@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from mis_mlx.model import load, policy, teacher
+from mis_mlx.models import load, policy, resolve
 
 TOPICS = (
     "a lighthouse", "photosynthesis", "the moon", "bread", "a bicycle", "volcanoes", "honey bees", "the Roman Empire",
@@ -33,7 +33,7 @@ TOKENS, BATCH = 80, 24
 
 def main(folder: Path) -> None:
     """Answer all questions in batches, and split them 10 to 1 to 1."""
-    path = teacher.find().path
+    path = resolve.find().path
     model, tokenizer, *_ = load.mlx_lm("utils").load(str(path))
     model.set_dtype(policy.usual_dtype())
     asked = [ask.format(topic) for topic, ask in itertools.product(TOPICS, ASKS)]

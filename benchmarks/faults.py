@@ -24,7 +24,7 @@ from typing import Any
 from laboratory import RESULTS, ROOT, stored, write
 
 sys.path.insert(0, str(ROOT))  # the catalogue lies with the tests
-from mis_mlx.page.text import markdown_table
+from mis_mlx.reporting.text import markdown_table
 from tests.faults.catalogue import CATALOGUE, NOTES
 
 NAME, COMMAND = "fault_matrix", "scripts/mis benchmarks/faults.py"

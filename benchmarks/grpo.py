@@ -19,10 +19,11 @@ import mlx.core as mx
 from laboratory import RESULTS, stored, write
 
 from mis_mlx import cli, grpo, sft
-from mis_mlx.disk import examples, runs, tasks
-from mis_mlx.model import load, stream
-from mis_mlx.training import grpo as training
-from mis_mlx.training import scoring
+from mis_mlx.alignment import grpo_rollout as training
+from mis_mlx.data import examples, generated_tasks
+from mis_mlx.evaluation import reward_runner
+from mis_mlx.models import load, stream
+from mis_mlx.storage import run_folder
 
 SHOWN = ("reward", "reward_correct", "reward_format", "answer_tokens", "truncated")
 
@@ -58,8 +59,8 @@ class Settings:
 def rows(s: Settings) -> dict[str, list[dict[str, str]]]:
     """To train on, to choose by, to measure on; no problem is in two of them. SFT learns the last line alone."""
     held, train = (
-        tasks.rows("test", 0, s.eval_rows + 32, [s.kind], ["en"]),
-        tasks.rows("train", 0, 300, [s.kind], ["en"]),
+        generated_tasks.rows("test", 0, s.eval_rows + 32, [s.kind], ["en"]),
+        generated_tasks.rows("train", 0, 300, [s.kind], ["en"]),
     )
     for row in (*held, *train):
         row["completion"] = row["completion"].splitlines()[-1]
@@ -74,7 +75,7 @@ def measured(s: Settings, folder: Path, questions: Sequence[dict[str, str]]) -> 
     encoded, _ = examples.encode(split, tokenizer, 512, ("answer",))
     prompts = [[int(t) for t in ids[: int(learn.argmax())]] for ((ids, learn),) in encoded]
     objective = training.Objective("dapo", 0.2, 0.28, 0.0, s.max_completion_length, 1.0)
-    functions = scoring.functions(None, None, None)
+    functions = reward_runner.functions(None, None, None)
     sampler = training.Sampler(model, questions, prompts, tokenizer, functions, objective, 0, 0, 0, 32, seed=7)
     found = {}
     for name, samples in (("greedy", 0), ("sampled", s.eval_samples)):
@@ -119,9 +120,10 @@ def one(s: Settings) -> None:
         after = measured(s, out / "model", sets["measured"])
         print(json.dumps({"after": after}), flush=True)
         keys = ("number", "reward", "reward_correct", "answer_tokens", "kept", "seconds")
-        steps = [{k: round(m[k], 4) for k in keys} for m in runs.metrics(out)]
+        steps = [{k: round(m[k], 4) for k in keys} for m in run_folder.metrics(out)]
         chosen = [
-            {k: r[k] for k in ("number", "reward", "reward_correct")} for r in runs.records(out / "held_out.jsonl")
+            {k: r[k] for k in ("number", "reward", "reward_correct")}
+            for r in run_folder.records(out / "held_out.jsonl")
         ]
     found = {
         "settings": {k: v for k, v in asdict(s).items() if k != "plot"},

@@ -20,11 +20,13 @@ import numpy as np
 import psutil
 
 from mis_mlx import cli
-from mis_mlx.disk.text import Windows
-from mis_mlx.machine import about
+from mis_mlx.data import preparation
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import live_teacher
+from mis_mlx.evaluation import comparison
+from mis_mlx.hardware import machine_info
 from mis_mlx.maths import losses
-from mis_mlx.model import compare, load, teacher, windows
-from mis_mlx.training import distillation
+from mis_mlx.models import load, resolve
 from mis_mlx.types import MisError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +47,7 @@ def start(settings: type, main: Callable[[Any], None]) -> None:
 
 def machine() -> dict[str, Any]:
     """What a number was measured on, and by which version of this program."""
-    return {**about.about(), "git": version()}
+    return {**machine_info.about(), "git": version()}
 
 
 def version() -> str | None:
@@ -147,7 +149,7 @@ def say_goals(verdict: dict[str, dict[str, Any]]) -> None:
 class Judge:
     """Held-out loss, KL to the teacher and agreement of any student in memory, on one text."""
 
-    def __init__(self, source: distillation.Teacher, held_out: Windows):
+    def __init__(self, source: live_teacher.Teacher, held_out: Windows):
         self.source, self.held_out = source, held_out
         self.hidden = list(source.hidden([mx.array(w[None]) for w in held_out.tokens]))
 
@@ -169,11 +171,11 @@ class Laboratory:
     """The default teacher whole in memory, its text, and a judge for each held-out text."""
 
     def __init__(self, length: int, eval_windows: int, teacher_folder: str | None = None):
-        self.checkpoint = load.open_checkpoint(teacher.find(teacher_folder).path)
-        self.data = windows.prepare(None, load.tokenizer(self.checkpoint.path), length)
-        self.source = distillation.Teacher(self.checkpoint, None)
+        self.checkpoint = load.open_checkpoint(resolve.find(teacher_folder).path)
+        self.data = preparation.prepare(None, load.tokenizer(self.checkpoint.path), length)
+        self.source = live_teacher.Teacher(self.checkpoint, None)
         self.held_out = {
-            name: compare.chosen(text, max(1, eval_windows // (1 if at == 0 else 3)))
+            name: comparison.chosen(text, max(1, eval_windows // (1 if at == 0 else 3)))
             for at, (name, text) in enumerate(self.data.held_out.items())
         }
         self.judges = {name: Judge(self.source, text) for name, text in self.held_out.items()}
@@ -191,5 +193,5 @@ class Laboratory:
         return {name: round(judge(model)["nll"], 5) for name, judge in self.judges.items()}
 
     def pick(self, count: int, seed: int, use: int) -> list[mx.array]:
-        """`count` training windows (1, T) for one use; as training/course picks them."""
-        return windows.calibration(self.data.train, count, seed, use)
+        """`count` training windows (1, T) for one use; as distillation/pipeline picks them."""
+        return preparation.calibration(self.data.train, count, seed, use)

@@ -1,4 +1,4 @@
-"""Write the built-in Polish text anew: the rows of `--data mis`, which ship in mis_mlx/disk/mis.
+"""Write the built-in Polish text anew: the rows of `--data mis`, which ship in mis_mlx/data/polish/mis.
 
     scripts/mis benchmarks/mis_texts.py
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from polish_text import documents
 
-from mis_mlx.disk import sources
+from mis_mlx.data import sources
 
 if __name__ == "__main__":
     documents.write(sources.MIS_FOLDER)

@@ -26,12 +26,15 @@ from gguf import GGUFReader, dequantize
 from laboratory import stored, write
 
 from mis_mlx import cli, export, quantize
-from mis_mlx.disk.files import DISK
-from mis_mlx.disk.gguf import hf_name, unpermute
-from mis_mlx.model import arch, compare, grid, kld, load, model_writer, pack, teacher, windows
-from mis_mlx.page.text import markdown_table
-from mis_mlx.training import distillation, dwq
-from mis_mlx.training.recipe import Distillation, Rounding
+from mis_mlx.data import preparation
+from mis_mlx.distillation import live_teacher, scale_tuning
+from mis_mlx.evaluation import comparison, kld
+from mis_mlx.models import arch, load, model_writer, resolve
+from mis_mlx.planner.recipe import Distillation, Rounding
+from mis_mlx.quantization import grid, packed_format
+from mis_mlx.reporting.text import markdown_table
+from mis_mlx.storage.files import DISK
+from mis_mlx.storage.gguf_reader import hf_name, unpermute
 from mis_mlx.types import Checkpoint
 
 EMBEDDING = {"bits": 8, "group_size": 64}
@@ -65,22 +68,22 @@ class Bench:
     """One dense model, its text, and ways to fewer bits; each writes a folder."""
 
     def __init__(self, s: Settings):
-        self.s, self.path = s, teacher.find(s.model).path
+        self.s, self.path = s, resolve.find(s.model).path
         self.dense = load.open_checkpoint(self.path)
-        data = windows.prepare(None, load.tokenizer(self.path), s.max_seq_length)
+        data = preparation.prepare(None, load.tokenizer(self.path), s.max_seq_length)
         self.train = data.train
-        self.batches = windows.calibration(data.train, s.num_samples, 0)
+        self.batches = preparation.calibration(data.train, s.num_samples, 0)
         self.held_out = {
-            name: compare.chosen(text, max(1, s.eval_windows // (1 if at == 0 else 3)))
+            name: comparison.chosen(text, max(1, s.eval_windows // (1 if at == 0 else 3)))
             for at, (name, text) in enumerate(data.held_out.items())
         }
-        self.mine = {name: compare.final_hidden(self.dense, text) for name, text in self.held_out.items()}
+        self.mine = {name: comparison.final_hidden(self.dense, text) for name, text in self.held_out.items()}
 
     def judge(self, other: Checkpoint) -> dict[str, Any]:
         """Mean KLD and added loss with standard errors, agreement; by text."""
         found: dict[str, Any] = {}
         for name, text in self.held_out.items():
-            theirs = compare.final_hidden(other, text)
+            theirs = comparison.final_hidden(other, text)
             at = kld.positions((self.dense, self.mine[name]), (other, theirs), text)
             f, added = kld.figures(*at), at[1] - at[0]
             found[name] = {key: f[key] for key in ("mean_kld", "p999_kld", "same_top_p", "ppl_ratio")}
@@ -92,10 +95,10 @@ class Bench:
         rounded = out.parent / "rounded" if how.q_iters else out
         quantize.quantize(self.path, rounded, how, DISK, self.batches, len(self.batches))
         if how.q_iters:
-            source = distillation.Teacher(load.open_checkpoint(taught) if taught else self.dense, None)
-            r = dwq.recipe_of(Distillation(), how.q_iters, how.q_learning_rate)
+            source = live_teacher.Teacher(load.open_checkpoint(taught) if taught else self.dense, None)
+            r = scale_tuning.recipe_of(Distillation(), how.q_iters, how.q_learning_rate)
             checkpoint = load.open_checkpoint(rounded)
-            grid.write(checkpoint, dwq.learned(checkpoint, source, self.train, r), out, DISK)
+            grid.write(checkpoint, scale_tuning.learned(checkpoint, source, self.train, r), out, DISK)
 
     def opened(self) -> tuple[Any, Any, dict[str, Any]]:
         """As mlx_lm opens it, in float32: (model, tokenizer, config)."""
@@ -192,7 +195,7 @@ ROWS: dict[str, Callable[[Bench, Path], None]] = {
     "ours, 4.6 bits": lambda b, out: b.ours(out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters)),
     "ours, as large as Q4_K_M": lambda b, out: b.ours(out, replace(MIXED, target_bpw=5.55, q_iters=b.s.q_iters)),
     "ours, 4.6 bits, from the teacher": lambda b, out: b.ours(
-        out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters), str(teacher.find(b.s.teacher).path)
+        out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters), str(resolve.find(b.s.teacher).path)
     ),
 }  # fmt: skip
 
@@ -205,7 +208,7 @@ def row(bench: Bench, make: Callable[[Bench, Path], None]) -> dict[str, Any]:
         made = load.open_checkpoint(out)
         seconds = time.monotonic() - began
         if arch.is_quantized(made.tensors):
-            bits, nbytes = pack.block_bits(made.config, pack.formats(made)), made.nbytes
+            bits, nbytes = packed_format.block_bits(made.config, packed_format.formats(made)), made.nbytes
         else:
             bits, nbytes = bench.sizes
         return {"bits_per_block_weight": bits, "nbytes": nbytes, "seconds": round(seconds), **bench.judge(made)}

@@ -26,20 +26,21 @@ from ablations import block_removal, fisher_importance, rankings
 from laboratory import Laboratory, stored, write
 
 from mis_mlx import cli
-from mis_mlx.disk.files import DISK
+from mis_mlx.distillation import blockwise, live_teacher
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import arch, calibrate, load, model_writer, parts, policy, reconstruct, slice, stream
-from mis_mlx.model.config import shape_of
-from mis_mlx.page.text import markdown_table
-from mis_mlx.training import distillation, local, pruning
-from mis_mlx.training.recipe import Distillation
+from mis_mlx.models import arch, block_files, load, model_writer, policy, stream
+from mis_mlx.models.config import shape_of
+from mis_mlx.planner.recipe import Distillation
+from mis_mlx.pruning import calibrate, reconstruct, select, slice_weights
+from mis_mlx.reporting.text import markdown_table
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Keep
 
 Tensor = Callable[[str], mx.array]
 Measured = dict[Key, rankings.Moments]
 
-PLAIN = pruning.Cut(
+PLAIN = select.Cut(
     scenario="goral", importance="activation", hidden_by="importance"
 )  # GÓRAL, neurons by activation, blocks by 1 - cosine
 
@@ -52,7 +53,7 @@ class Arm:
     """
 
     group: str
-    cut: pruning.Cut = PLAIN
+    cut: select.Cut = PLAIN
     ranked: str = ""  # how neurons and heads are, where not as `cut` says: fluctuation, magnitude, fisher, random
     blocks: str = ""  # how blocks are chosen, where not by 1 - cosine: see ablations/block_removal
     repair: bool = False
@@ -63,7 +64,7 @@ class Arm:
     short: bool = False
 
 
-def cut(**changes: Any) -> pruning.Cut:
+def cut(**changes: Any) -> select.Cut:
     """GÓRAL by activation, but for `changes`."""
     return replace(PLAIN, **changes)
 
@@ -186,7 +187,7 @@ class Bench(Laboratory):
         if arm.blocks:
             few = self.pick(32, seed, 1)[: 1 if arm.blocks == "greedy" else 4]
             fisher = self.fisher(seed) if arm.blocks == "fisher" else {}
-            count = pruning.wanted_shape(self.checkpoint.config, arm.cut).layers
+            count = select.wanted_shape(self.checkpoint.config, arm.cut).layers
             kept = block_removal.kept(arm.blocks, self.checkpoint, few, policy.usual_dtype(), count, fisher)
             found = rankings.keeping(found, kept)
         return found
@@ -194,14 +195,14 @@ class Bench(Laboratory):
     def pruned(self, arm: Arm, seed: int, out: Path) -> Checkpoint:
         """The student's folder before repair."""
         if arm.cut.hidden_by == "pca":
-            pruning.prune(self.checkpoint, self.pick(32, seed, 1), self.held_out["English"], out, arm.cut,
+            select.prune(self.checkpoint, self.pick(32, seed, 1), self.held_out["English"], out, arm.cut,
                           dtype="bfloat16", reading=lambda: None, files=DISK)  # fmt: skip
             return load.open_checkpoint(out)
-        shape, keep = pruning.choose(self.checkpoint.config, self.ranked(arm, seed), arm.cut)
+        shape, keep = select.choose(self.checkpoint.config, self.ranked(arm, seed), arm.cut)
         whole, tensor = self.checkpoint, None
         if arm.graft:
             whole, tensor = GRAFTS[arm.graft](whole, keep, self.measured(seed)[0])
-        slice.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor)
+        slice_weights.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor)
         return load.open_checkpoint(out)
 
     def begun(self, arm: Arm, seed: int, recipe: Distillation, temp: Path) -> tuple[Any, Checkpoint, dict[str, Any]]:
@@ -211,11 +212,11 @@ class Bench(Laboratory):
         assert keep is not None
         if arm.local:
             found["pruned"] = self.judge(stream.into_memory(load.resident(student, mx.float32)))
-            taught = parts.begin(student, temp / "parts", DISK)
+            taught = block_files.begin(student, temp / "parts", DISK)
             r = replace(recipe, iters=arm.local, warmup=2, learning_rate=recipe.local_learning_rate, batch_size=1,
                         grad_accumulation_steps=recipe.batch_size)  # fmt: skip
             windows = self.pick(recipe.local_samples, seed, 2)
-            for _ in local.train(self.checkpoint, student, taught, keep, windows, r, folder=temp, held=len(windows),
+            for _ in blockwise.train(self.checkpoint, student, taught, keep, windows, r, folder=temp, held=len(windows),
                                  files=DISK):  # fmt: skip
                 pass
             return stream.into_memory(load.resident(taught, mx.float32)), student, found
@@ -238,10 +239,10 @@ class Bench(Laboratory):
             keep = model_writer.read_keep(student.path)
         assert keep is not None
         found["start"] = self.judge(model)
-        source = distillation.Teacher(self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy)
+        source = live_teacher.Teacher(self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy)
         model.train()
         optimizer = GoralW(weight_decay=recipe.weight_decay)
-        steps = list(distillation.steps(model, source, self.data.train, recipe, optimizer))
+        steps = list(live_teacher.steps(model, source, self.data.train, recipe, optimizer))
         model.eval()
         return {
             "group": arm.group,

@@ -17,7 +17,10 @@ import mlx.core as mx
 from laboratory import write
 from mlx.utils import tree_flatten
 
-from mis_mlx.model import compare, load, pack, stream, windows
+from mis_mlx.data import preparation
+from mis_mlx.evaluation import comparison
+from mis_mlx.models import load, stream
+from mis_mlx.quantization import packed_format
 
 
 def rounded(weight: mx.array, bits: int, group: int) -> mx.array:
@@ -32,7 +35,7 @@ def main(folder: Path) -> None:
     student = load.open_checkpoint(folder)
     model = stream.into_memory(load.resident(student, mx.float32))
     dense = dict(tree_flatten(model.parameters()))
-    held_out = compare.chosen(windows.prepare(None, load.tokenizer(folder), 256).held_out["English"], 12)
+    held_out = comparison.chosen(preparation.prepare(None, load.tokenizer(folder), 256).held_out["English"], 12)
     batches = [mx.array(w[None]) for w in held_out.tokens]
 
     def loss() -> float:
@@ -43,7 +46,7 @@ def main(folder: Path) -> None:
             total += (mx.logsumexp(z, axis=-1) - at).mean().item()
         return total / len(batches)
 
-    bridges = [f".layers.{i}.mlp.down_proj" for i in pack.bridges(student)]
+    bridges = [f".layers.{i}.mlp.down_proj" for i in packed_format.bridges(student)]
 
     def bridge(name: str) -> bool:
         return any(b in name for b in bridges)

@@ -22,12 +22,15 @@ from laboratory import Judge, write
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli, distill
-from mis_mlx.disk.files import DISK
-from mis_mlx.disk.text import Windows
+from mis_mlx.data import preparation
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import cached_targets, live_teacher
+from mis_mlx.evaluation import comparison
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import compare, load, model_writer, reconstruct, stream, teacher, windows
-from mis_mlx.training import distillation, pruning, targets
-from mis_mlx.training.recipe import Recipe
+from mis_mlx.models import load, model_writer, resolve, stream
+from mis_mlx.planner.recipe import Recipe
+from mis_mlx.pruning import reconstruct, select
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
 WAYS = {"full": 0, "rs-kd 50": 50}  # name in the table -> samples a position (0: the live teacher)
@@ -49,17 +52,17 @@ class Settings:
     """held-out windows"""
 
 
-def prepare(checkpoint: Checkpoint, data: windows.Data, held_out: Windows, out: Path) -> None:
+def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, out: Path) -> None:
     """Prune and repair as `distill` does by default, and write the result in float32."""
     s = distill.Settings()
 
     def pick(count: int, use: int) -> list[mx.array]:
-        return windows.calibration(data.train, count, s.seed, use)
+        return preparation.calibration(data.train, count, s.seed, use)
 
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp) / "pruned"
         samples = pick(s.num_samples, 1)
-        pruning.prune(checkpoint, samples, held_out, folder, s, dtype=s.dtype, reading=lambda: None, files=DISK)
+        select.prune(checkpoint, samples, held_out, folder, s, dtype=s.dtype, reading=lambda: None, files=DISK)
         pruned, keep = load.open_checkpoint(folder), model_writer.read_keep(folder)
         assert keep is not None
         mended, _ = reconstruct.reconstruct(checkpoint, pruned, keep, pick(s.reconstruct_samples, 2))
@@ -71,38 +74,40 @@ def prepare(checkpoint: Checkpoint, data: windows.Data, held_out: Windows, out: 
 
 
 def train(
-    way: str, student: Checkpoint, source: distillation.Teacher, checkpoint: Checkpoint, data: Windows, recipe: Recipe
+    way: str, student: Checkpoint, source: live_teacher.Teacher, checkpoint: Checkpoint, data: Windows, recipe: Recipe
 ) -> tuple[Any, dict[str, Any]]:
     """(the student trained one way, what it cost)."""
     count = WAYS[way]
     cost: dict[str, Any] = {"bytes_per_token": None, "write_s": None}
     with tempfile.TemporaryDirectory() as temp:
-        target: distillation.Source = source
+        target: live_teacher.Source = source
         if count:
-            began, at = time.monotonic(), targets.visited(len(data.tokens), recipe)
+            began, at = time.monotonic(), cached_targets.visited(len(data.tokens), recipe)
             picked = Windows(data.tokens[at], data.learn[at])
-            store = targets.write(checkpoint, lambda: source, picked, Path(temp), DISK, count=count, seed=recipe.seed)
+            store = cached_targets.write(
+                checkpoint, lambda: source, picked, Path(temp), DISK, count=count, seed=recipe.seed
+            )
             cost = {"bytes_per_token": round(store.bytes_per_token, 1), "write_s": round(time.monotonic() - began, 1)}
-            target = targets.Cached(store, at)
+            target = cached_targets.Cached(store, at)
         model = stream.into_memory(load.resident(student, mx.float32))
         model.train()
-        steps = list(distillation.steps(model, target, data, recipe, GoralW()))
+        steps = list(live_teacher.steps(model, target, data, recipe, GoralW()))
     model.eval()
     return model, {**cost, "seconds": round(sum(s.seconds for s in steps), 1)}
 
 
 def main(s: Settings) -> None:
     """All seeds and ways; print one line each, write one JSON file."""
-    checkpoint = load.open_checkpoint(teacher.find().path)
-    data = windows.prepare(None, load.tokenizer(checkpoint.path), s.max_seq_length)
-    held_out = compare.chosen(data.held_out["English"], s.eval_windows)
+    checkpoint = load.open_checkpoint(resolve.find().path)
+    data = preparation.prepare(None, load.tokenizer(checkpoint.path), s.max_seq_length)
+    held_out = comparison.chosen(data.held_out["English"], s.eval_windows)
     rows = []
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(s.student or Path(temp) / "student")
         if not folder.exists():
             prepare(checkpoint, data, held_out, folder)
         student = load.open_checkpoint(folder)
-        source = distillation.Teacher(checkpoint, None)
+        source = live_teacher.Teacher(checkpoint, None)
         judge = Judge(source, held_out)
         start = judge(stream.into_memory(load.resident(student, mx.float32)))
         print(json.dumps({"way": "before training", **start}), flush=True)

@@ -19,8 +19,8 @@ import laboratory
 import mlx.core as mx
 
 from mis_mlx import cli
-from mis_mlx.model import decode, load, speak, teacher
-from mis_mlx.model.stream import Stream
+from mis_mlx.models import load, mlx_generate, resolve, streamed_decode
+from mis_mlx.models.stream import Stream
 
 PROMPTS = (
     "What is a shepherd?",
@@ -64,9 +64,9 @@ class Settings:
 
 def main(s: Settings) -> None:
     """Plain decoding first, then every size; one line each, one JSON file."""
-    checkpoint, small = load.open_checkpoint(teacher.find().path), load.open_checkpoint(s.draft)
+    checkpoint, small = load.open_checkpoint(resolve.find().path), load.open_checkpoint(s.draft)
     tokenizer = load.tokenizer(checkpoint.path)
-    asked = [speak.encode(tokenizer, p) for p in PROMPTS[: s.prompts]]
+    asked = [mlx_generate.encode(tokenizer, p) for p in PROMPTS[: s.prompts]]
     draft = Stream(small, mx.float32, None)
     plain: list[list[int]] = []
     rows: list[dict[str, Any]] = []
@@ -74,7 +74,7 @@ def main(s: Settings) -> None:
         big = Stream(checkpoint, mx.float32)
         began, each, same, made = time.perf_counter(), [], 0, 0
         for n, ids in enumerate(asked):
-            passes = list(decode.decode(big, ids, s.max_tokens, tokenizer.eos_token_ids, draft, size))
+            passes = list(streamed_decode.decode(big, ids, s.max_tokens, tokenizer.eos_token_ids, draft, size))
             tokens = [t for new in passes for t in new]
             if size == 1:
                 plain.append(tokens)

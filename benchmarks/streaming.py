@@ -28,10 +28,10 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from mis_mlx.disk.files import DISK
-from mis_mlx.disk.safetensors import Writer
-from mis_mlx.machine import rates
-from mis_mlx.model import arch, load, stream
+from mis_mlx.hardware import rates
+from mis_mlx.models import arch, load, stream
+from mis_mlx.storage.files import DISK
+from mis_mlx.storage.safetensors import Writer
 from mis_mlx.types import Checkpoint
 
 DENSE = {"num_hidden_layers": 40, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 4096}

@@ -38,11 +38,12 @@ import psutil
 from mlx.utils import tree_flatten
 
 from mis_mlx import bench, cli
-from mis_mlx.machine.rates import M1_AIR
+from mis_mlx.evaluation.speed import timing
+from mis_mlx.evaluation.speed.timing import Request, Subject
+from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.maths.stats import interval
-from mis_mlx.model import load, policy, speak, teacher, timing
-from mis_mlx.model.stream import settle
-from mis_mlx.model.timing import Request, Subject
+from mis_mlx.models import load, mlx_generate, policy, resolve
+from mis_mlx.models.stream import settle
 from mis_mlx.types import MisError
 
 PARTS = ("dense", "4-bit", "agreement", "profile")
@@ -215,7 +216,7 @@ def profile(big: Path, s: Settings) -> dict[str, Any]:
 def one_token(folder: Path, name: str, depth: int, rounds: int = 24) -> dict[str, dict[str, float]]:
     """{part: {"ms": median over `rounds`, "mb": of its weights and cache}}, `depth` tokens in the cache."""
     s = timing.opened(folder, name)
-    kept, inner = speak.filled_cache(s.model, depth), s.model.model
+    kept, inner = mlx_generate.filled_cache(s.model, depth), s.model.model
     times: dict[str, list[float]] = {}
     taken: dict[str, float] = {}
 
@@ -325,7 +326,7 @@ def draw(found: dict[str, Any], axes: Any) -> None:
 
 def main(s: Settings) -> None:
     """The parts that are asked for and not there yet; stored after each."""
-    big = teacher.find(s.teacher).path
+    big = resolve.find(s.teacher).path
     sizes = ("prompt_tokens", "generation_tokens", "num_trials", "four_bit_trials", "rounds", "blocks")
     sizes += ("agreement_tokens",)
     given: dict[str, Any] = {k: getattr(s, k) for k in sizes} | {"chip": laboratory.machine()["chip"]}

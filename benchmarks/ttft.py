@@ -25,10 +25,10 @@ import laboratory
 import psutil
 
 from mis_mlx import cli
-from mis_mlx.machine.rates import Roof
-from mis_mlx.model import load, policy, teacher, timing
-from mis_mlx.model.timing import Request, Subject, Trial
-from mis_mlx.training import roofline, trials
+from mis_mlx.evaluation.speed import roofline, rounds, timing
+from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
+from mis_mlx.hardware.rates import Roof
+from mis_mlx.models import load, policy, resolve
 from mis_mlx.types import Checkpoint
 
 WARM_UP = 512
@@ -65,11 +65,11 @@ def row(
     every: dict[str, list[Trial]] = {name: [] for name in subjects}
     openers = {name: partial(subjects.__getitem__, name) for name in subjects}
     warm_up = Request(min(length, WARM_UP), 2)
-    for subject, done in trials.rounds(openers, True, s.num_trials, r, delay=s.delay, warm_up=warm_up):
+    for subject, done in rounds.rounds(openers, True, s.num_trials, r, delay=s.delay, warm_up=warm_up):
         every[subject.name].append(done)
     found: dict[str, Any] = {"prompt_tokens": length}
     for name, subject in subjects.items():
-        figures = trials.figures(every[name], r)
+        figures = rounds.figures(every[name], r)
         work = roofline.first_token(models[name], subject.read_bytes, r)
         best = 1000 * at.seconds(work.nbytes, work.flops)
         found[name] = {"cold_ms": figures["ttft_ms"], "cached_ms": figures["ttft_cached_ms"], "best_ms": best}
@@ -82,7 +82,7 @@ def row(
 
 def main(s: Settings) -> None:
     """Length after length; both models stay in memory."""
-    folders = {"teacher": teacher.find(s.teacher).path, "student": load.open_checkpoint(s.student).path}
+    folders = {"teacher": resolve.find(s.teacher).path, "student": load.open_checkpoint(s.student).path}
     name = s.name + "-4bit" * s.four_bit
     given: dict[str, Any] = {"chip": laboratory.machine()["chip"]}
     given["weights_sha256"] = {n: laboratory.weights_sha256(f) for n, f in folders.items()}

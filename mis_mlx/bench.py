@@ -17,17 +17,19 @@ import psutil
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.disk.files import DISK, need_place
-from mis_mlx.machine import governor, memory, power
-from mis_mlx.machine.about import about
-from mis_mlx.machine.rates import Roof
+from mis_mlx.evaluation import comparison
+from mis_mlx.evaluation.speed import roofline, rounds, speed_table, timing
+from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.machine_info import about
+from mis_mlx.hardware.rates import Roof
+from mis_mlx.hardware.thermal import energy, governor
+from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags
 from mis_mlx.maths.stats import summary
-from mis_mlx.model import arch, compare, load, policy, teacher, timing
-from mis_mlx.model.policy import Computing
-from mis_mlx.model.timing import Request, Subject, Trial
-from mis_mlx.page import progress, text
-from mis_mlx.training import roofline, speeds, trials
-from mis_mlx.training.weather import Weather, WeatherFlags
+from mis_mlx.models import arch, load, policy, resolve
+from mis_mlx.models.policy import Computing
+from mis_mlx.reporting import progress, text
+from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import MOST, Checkpoint, Count, MisError, Reading, Row, Seconds, Seed, Within
 
 IDLE_S = 5.0  # of rest, whose power is taken off
@@ -89,8 +91,8 @@ def measure(
     `limit_bytes`, else model after model."""
     r, found = Request(prompt_tokens, max(tokens, 2)), dict[str, list[Trial]]()
     openers = {n: (lambda f=f, n=n: timing.opened(f, n)) for f, n in zip(folders, names, strict=True)}
-    together = sum(trials.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
-    timed = cli.counted("trial", trials.rounds(openers, together, count, r), count * len(folders))
+    together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
+    timed = cli.counted("trial", rounds.rounds(openers, together, count, r), count * len(folders))
     for subject, done in timed:
         found.setdefault(subject.name, []).append(done)
     rows = []
@@ -109,18 +111,18 @@ class Bench:
             raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
         if s.out:
             need_place("--out", s.out, "file")
-        folders = [teacher.find(m).path for m in s.models]
+        folders = [resolve.find(m).path for m in s.models]
         if len(set(folders)) < len(folders):
             raise MisError(f"{len(folders)} models given, {len(set(folders))} different ones: give each once")
         self.models = dict(zip(load.labels(folders), map(load.open_checkpoint, folders), strict=True))
         self.first, self.small = next(iter(self.models)), None
         self.pair = f"{self.first} + draft"
         if s.draft_model:
-            self.small = compare.same_vocabulary(self.models[self.first], load.open_checkpoint(s.draft_model))
+            self.small = comparison.same_vocabulary(self.models[self.first], load.open_checkpoint(s.draft_model))
         limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
-        needs = {name: trials.need_bytes(m, self.r) for name, m in self.models.items()}
+        needs = {name: rounds.need_bytes(m, self.r) for name, m in self.models.items()}
         if self.small:
-            needs[self.first] += trials.need_bytes(self.small, self.r)
+            needs[self.first] += rounds.need_bytes(self.small, self.r)
             self.models[self.pair] = self.models[self.first]
         for name, nbytes in needs.items():
             limit.need(nbytes, f"timing {name}", "give a larger --budget, a smaller -p or -b, or a model of fewer bits")
@@ -151,10 +153,10 @@ class Bench:
             found[self.pair] = partial(pair, self.small)
         return found
 
-    def go(self, meter: power.EnergyMeter | None) -> None:
+    def go(self, meter: energy.EnergyMeter | None) -> None:
         """All trials. Ctrl-C ends them; those that are finished stay."""
         total = self.s.num_trials * len(self.models)
-        every = trials.rounds(
+        every = rounds.rounds(
             self.openers(), self.together, self.s.num_trials, self.r, self.s.seed, self.s.delay, meter, peaks=True
         )
         try:
@@ -192,14 +194,14 @@ class Bench:
             }
             for name, m in self.models.items()
         }
-        return {**{name: getattr(self.s, name) for name in asked}, "warm_up_tokens": trials.WARM_UP, "models": models}
+        return {**{name: getattr(self.s, name) for name in asked}, "warm_up_tokens": rounds.WARM_UP, "models": models}
 
-    def measured(self, at: Roof, idle: power.Energy | None) -> dict[str, dict[str, Any]]:
+    def measured(self, at: Roof, idle: energy.Energy | None) -> dict[str, dict[str, Any]]:
         """{model: {metric: summary}} of what was timed, and beside it the roof: `*_best_*`, `reached`, `moved_mb`."""
         found: dict[str, dict[str, Any]] = {}
         for name, done in self.done.items():
             m, read = self.models[name], int(self.loaded[name]["read_bytes"])
-            values: dict[str, Any] = trials.figures(done, self.r, idle)
+            values: dict[str, Any] = rounds.figures(done, self.r, idle)
             found[name] = {"load_s": self.loaded[name]["load_s"], **values}
             if name != self.pair:  # what a pass of both together could do depends on the guesses
                 found[name] |= roofline.beside(m, read, self.r, at, values["decode_tps"]["median"])
@@ -210,7 +212,7 @@ def _sha256(found: Any) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def _idle(meter: power.EnergyMeter, reading: Reading) -> power.Energy | None:
+def _idle(meter: energy.EnergyMeter, reading: Reading) -> energy.Energy | None:
     """What this machine takes at rest; None, at once, where nothing measures energy."""
     if meter.source is None and reading.power_w is None:
         return None
@@ -222,7 +224,7 @@ def _idle(meter: power.EnergyMeter, reading: Reading) -> power.Energy | None:
 def _conditions(reading: Reading) -> dict[str, Any]:
     """What a time depends on beside the model; `unfit`: why times taken now are not the model's own."""
     kept = ("die_c", "battery_c", "pressure_level", "battery_percent", "plugged", "power_w")
-    saving, load_average = power.low_power_mode(), psutil.getloadavg()[0]
+    saving, load_average = energy.low_power_mode(), psutil.getloadavg()[0]
     seen = {**{name: getattr(reading, name) for name in kept}, "low_power_mode": saving, "load_average": load_average}
     unfit = governor.unfit_for_timing(reading) or ("Low Power Mode is on" if saving else None)
     if not unfit and load_average > (os.cpu_count() or 1):
@@ -238,16 +240,16 @@ def run(settings: Settings) -> dict[str, Any]:
         at = roofline.here(settings.measure)
         first = weather.reading()
         conditions = {"before": _conditions(first)}
-        with closing(power.EnergyMeter(weather.monitor)) as meter:
+        with closing(energy.EnergyMeter(weather.monitor)) as meter:
             idle = _idle(meter, first)
             bench.go(meter if idle else None)
         conditions["after"] = _conditions(weather.reading())
     hot = [f"{when}: {seen['unfit']}" for when, seen in conditions.items() if seen["unfit"]]
-    hot += [why for name, done in bench.done.items() if (why := trials.slowed(name, done))]
+    hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
     measured = bench.measured(at, idle)
     fixed = bench.fixed()
-    said = speeds.sentences(fixed["models"], measured, bench.r)
-    print(text.table(speeds.rows(fixed["models"], measured), list(measured), speeds.METRICS))
+    said = speed_table.sentences(fixed["models"], measured, bench.r)
+    print(text.table(speed_table.rows(fixed["models"], measured), list(measured), speed_table.METRICS))
     print("\n" + "\n".join(said))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")

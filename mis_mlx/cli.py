@@ -182,7 +182,7 @@ def device_trouble(error: RuntimeError, config_type: Any = None) -> str:
 
 
 def preload() -> None:
-    """On Linux, start a command that computes again, once, under machine/blas.py: MLX's own products are slow there."""
+    """On Linux, start a command that computes again, once, under hardware/blas.py: MLX's own products are slow."""
     done = "MIS_MLX_BLAS" in os.environ or ("blas" in os.environ.get("LD_PRELOAD", "") and BLAS_THREADS in os.environ)
     ours = Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent == Path(__file__).parent
     if sys.platform == "linux" and "mlx.core" in sys.modules and ours and not done:
@@ -247,7 +247,7 @@ def say(text: str) -> None:
 
 
 def counted(label: str, items: Iterable[T], total: int) -> Iterator[T]:
-    """The items, one after the other; how many are done is on display, where there is one (page/progress)."""
+    """The items, one after the other; how many are done is on display, where there is one (reporting/progress)."""
     with BARS[-1](label, total) if BARS else nullcontext(lambda done: None) as show:
         for done, item in enumerate(items):
             show(done)

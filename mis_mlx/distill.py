@@ -12,18 +12,22 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mis_mlx import bench, cli, plan, prune, quantize
-from mis_mlx.disk import runs, text
-from mis_mlx.disk.files import Files, need_place
-from mis_mlx.machine import memory
-from mis_mlx.model import arch, compare, load, model_writer, policy, ranks, relay, reporting, speak, teacher, windows
-from mis_mlx.model.policy import Computing
-from mis_mlx.page import progress
-from mis_mlx.training import course, dwq, hosts, outcome, phases, planning, pruning
-from mis_mlx.training.course import Course
-from mis_mlx.training.job import job_of
-from mis_mlx.training.recipe import Distillation, Rounding
-from mis_mlx.training.supervise import entered
-from mis_mlx.training.weather import battery
+from mis_mlx.data import preparation, token_windows
+from mis_mlx.distillation import pipeline, scale_tuning, summary, trackers
+from mis_mlx.distillation.pipeline import Course
+from mis_mlx.distillation.run_loop import entered
+from mis_mlx.evaluation import comparison
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.thermal.run_monitor import battery
+from mis_mlx.models import arch, distributed, load, mlx_generate, model_writer, pipeline_parallel, policy, resolve
+from mis_mlx.models.policy import Computing
+from mis_mlx.planner import estimates, machines, phases
+from mis_mlx.planner.job import job_of
+from mis_mlx.planner.recipe import Distillation, Rounding
+from mis_mlx.pruning import select
+from mis_mlx.reporting import progress
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import Files, need_place
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Row, Whole
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
@@ -34,7 +38,7 @@ FREE = frozenset({
 
 
 @dataclass(frozen=True)
-class Settings(Computing, pruning.Cut, Rounding, Distillation):
+class Settings(Computing, select.Cut, Rounding, Distillation):
     """One run. Every default is what was measured to work; nothing needs to be given."""
 
     teacher: str | None = None
@@ -80,20 +84,20 @@ class Settings(Computing, pruning.Cut, Rounding, Distillation):
     @property
     def stored(self) -> dict[str, Any]:
         """What a run keeps of them."""
-        return {name: value for name, value in asdict(self).items() if name not in runs.NOT_STORED}
+        return {name: value for name, value in asdict(self).items() if name not in run_folder.NOT_STORED}
 
 
-def _prune(s: Settings, c: Course, data: windows.Data) -> Checkpoint:
+def _prune(s: Settings, c: Course, data: preparation.Data) -> Checkpoint:
     out = c.folder / "pruned"
     if s.student is not None:
         return load.open_checkpoint(s.student)
-    if not ranks.told(out.exists):
+    if not distributed.told(out.exists):
         cli.say("calibrate and prune")
         with c.phase("prune"):
-            report = pruning.prune(
+            report = select.prune(
                 c.teacher,
                 c.pick(s.num_samples, 1),
-                compare.chosen(next(iter(data.held_out.values())), s.eval_windows),
+                comparison.chosen(next(iter(data.held_out.values())), s.eval_windows),
                 out,
                 s,
                 dtype=s.dtype,
@@ -102,20 +106,20 @@ def _prune(s: Settings, c: Course, data: windows.Data) -> Checkpoint:
                 held=c.plan.held_windows("prune"),
                 shares=c.shares,
             )
-        if ranks.first():
+        if distributed.first():
             cli.say(prune.sentence(report))
-    ranks.sent_folder(out, c.files)
+    distributed.sent_folder(out, c.files)
     return load.open_checkpoint(out)
 
 
 def _distil(s: Settings, c: Course, pruned: Checkpoint) -> Path:
     """Train to the end from wherever the run stands, then write the student's folder."""
     out = c.folder / ("distilled" if s.quantize else "model")
-    if not ranks.told(out.exists):
-        take = course.train(c, pruned)
+    if not distributed.told(out.exists):
+        take = pipeline.train(c, pruned)
         config = {**pruned.config, "torch_dtype": s.dtype}
         extra = model_writer.keep_files(model_writer.read_keep(pruned.path))
-        if ranks.first():
+        if distributed.first():
             model_writer.write_model(config, take, pruned.path, out, s.dtype, c.files, extra)
     return out
 
@@ -125,32 +129,33 @@ def _quantize(s: Settings, c: Course, pruned: Checkpoint, dense: Path) -> None:
     out = c.folder / "model"
     steps = s.steps(c.plan.mode == "resident")
     rounded = c.folder / "rounded" if steps else out
-    if ranks.first() and not rounded.exists() and not out.exists():
+    if distributed.first() and not rounded.exists() and not out.exists():
         batches, held = c.pick(s.num_samples * s.looks, 1), c.plan.held_windows("quantize")
         with c.phase("quantize"):
             quantize.quantize(dense, rounded, s, c.files, batches, held, s.seed)
-    if not ranks.told(out.exists):
-        ranks.sent_folder(rounded, c.files)
+    if not distributed.told(out.exists):
+        distributed.sent_folder(rounded, c.files)
         cli.say(f"tune: {steps} steps of scales, biases and norms")
-        r = dwq.recipe_of(c.recipe, steps, s.q_learning_rate)
-        dwq.tune(c, course.source_of(c), rounded, out, r)
+        r = scale_tuning.recipe_of(c.recipe, steps, s.q_learning_rate)
+        scale_tuning.tune(c, pipeline.source_of(c), rounded, out, r)
 
 
 def _measure(
-    s: Settings, c: Course, data: windows.Data, models: dict[str, Checkpoint]
+    s: Settings, c: Course, data: preparation.Data, models: dict[str, Checkpoint]
 ) -> tuple[list[Row], dict[str, list[Row]]]:
     """(rows of size and speed, rows of quality by held-out text); of machines that share the teacher's blocks all help
     with its part, and the first one has the rows."""
     quality = {}
-    source = relay.Relay(c.teacher, policy.compute_dtype(c.teacher), 0, c.direct, c.shares) if c.shares else None
+    whole = c.teacher, policy.compute_dtype(c.teacher), 0, c.direct
+    source = pipeline_parallel.Relay(*whole, c.shares) if c.shares else None
     for at, (name, held_out) in enumerate(data.held_out.items()):
         cli.say(f"measure: {name}")
-        chosen = compare.chosen(held_out, s.eval_windows if at == 0 else max(1, s.eval_windows // 3))
-        asked = [mx.array(w[None]) for w in chosen.tokens] if ranks.first() else []
+        chosen = comparison.chosen(held_out, s.eval_windows if at == 0 else max(1, s.eval_windows // 3))
+        asked = [mx.array(w[None]) for w in chosen.tokens] if distributed.first() else []
         states = source.forward(asked) if source else None
-        if ranks.first():
-            quality[name] = compare.rows_of(compare.compare(models, chosen, states))
-    if not ranks.first():
+        if distributed.first():
+            quality[name] = comparison.rows_of(comparison.compare(models, chosen, states))
+    if not distributed.first():
         return [], {}
     sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
     sizes += [Row(n, "bytes", m.nbytes / 1e6) for n, m in models.items()]
@@ -159,18 +164,18 @@ def _measure(
         cli.say(f"measure: speed of {', '.join(fit) or 'none: no model fits the budget whole'}")
         sizes += bench.measure(list(fit.values()), list(fit), 2 * s.bench_tokens, s.bench_tokens, 2, c.plan.peak_bytes)
     if s.sample_tokens:
-        samples = cli.counted("sample", speak.samples(fit, s.sample_tokens), len(speak.PROMPTS) * len(fit))
-        said = [json.dumps(sample, ensure_ascii=False) for sample in samples]
-        c.files.replace_text(c.folder / runs.SAMPLES, "\n".join([*said, ""]))
+        said = [json.dumps(sample, ensure_ascii=False) for sample in mlx_generate.samples(fit, s.sample_tokens)]
+        c.files.replace_text(c.folder / run_folder.SAMPLES, "\n".join([*said, ""]))
     return sizes, quality
 
 
 def _resumed(settings: Settings) -> tuple[Settings, Path]:
     def found() -> tuple[dict[str, Any], str]:
-        folder = runs.find(settings.out)
-        return runs.merged(asdict(settings), asdict(Settings()), runs.stored_settings(folder), FREE), str(folder)
+        folder = run_folder.find(settings.out)
+        stored = run_folder.stored_settings(folder)
+        return run_folder.merged(asdict(settings), asdict(Settings()), stored, FREE), str(folder)
 
-    values, folder = ranks.told(found)
+    values, folder = distributed.told(found)
     return Settings(**values), Path(folder)
 
 
@@ -178,42 +183,42 @@ def _plan(
     s: Settings, checkpoint: Checkpoint, small: Mapping[str, Any], budget: Budget, folder: Path | None
 ) -> phases.Plan:
     """The plan of a new run; or of one that has begun, which goes on in its own way whatever the budget is now."""
-    job = job_of(planning.model_of(checkpoint), planning.model_of(small), s)
-    if folder and ranks.first():
-        made = phases.one(job, budget.limit_bytes, planning.machine_rates(), **runs.stored_plan(folder))
+    job = job_of(estimates.model_of(checkpoint), estimates.model_of(small), s)
+    if folder and distributed.first():
+        made = phases.one(job, budget.limit_bytes, estimates.machine_rates(), **run_folder.stored_plan(folder))
     else:
-        made = phases.make(job, budget.limit_bytes, planning.machine_rates())
-    return hosts.agreed(made)
+        made = phases.make(job, budget.limit_bytes, estimates.machine_rates())
+    return machines.agreed(made)
 
 
-def _all_stages(s: Settings, c: Course, data: windows.Data) -> tuple[str, dict[str, Any]]:
+def _all_stages(s: Settings, c: Course, data: preparation.Data) -> tuple[str, dict[str, Any]]:
     """(the table, the result); nothing on machines beside the first one."""
     began, folder = time.monotonic(), c.folder
     models = {"teacher": c.teacher, "pruned": _prune(s, c, data)}
     distilled = _distil(s, c, models["pruned"])
     if s.quantize:
         _quantize(s, c, models["pruned"], distilled)
-    if ranks.first():
+    if distributed.first():
         models["distilled"] = load.open_checkpoint(distilled)
         if s.quantize:
             models["4-bit"] = load.open_checkpoint(folder / "model")
-    if ranks.first() or c.shares:
+    if distributed.first() or c.shares:
         with c.phase("measure"):
             sizes, quality = _measure(s, c, data, models)
-    if not ranks.first():  # what is left to do, the first one does
+    if not distributed.first():  # what is left to do, the first one does
         return "", {}
-    table = outcome.page(models, sizes, quality, s.max_seq_length)
+    table = summary.page(models, sizes, quality, s.max_seq_length)
     c.files.replace_text(folder / "table.md", table + "\n")
     result = {
-        **outcome.result(folder, models, sizes, quality),
+        **summary.result(folder, models, sizes, quality),
         "mode": c.plan.mode,
         "peak_bytes": c.peak.nbytes,
         "budget_bytes": c.plan.budget_bytes,
         **c.weather.account(),
         "seconds": round(time.monotonic() - began, 1),
     }
-    c.files.replace_text(folder / runs.RESULT, json.dumps(result, indent=2))
-    for name in () if s.keep_steps else course.LEFT:
+    c.files.replace_text(folder / run_folder.RESULT, json.dumps(result, indent=2))
+    for name in () if s.keep_steps else pipeline.LEFT:
         if (folder / name).exists():
             c.files.remove_tree(folder / name)
     return table, result
@@ -226,16 +231,16 @@ def run(settings: Settings) -> dict[str, Any]:
         s = replace(s, iters=8000, learning_rate=1.5e-4)
     policy.use(s.compute_dtype)
     s.check()
-    if ranks.first():
+    if distributed.first():
         need_place("--out", s.out or "runs")
-    reporting.check(s.report_to)
-    found = teacher.find(s.teacher)
+    trackers.check(s.report_to)
+    found = resolve.find(s.teacher)
     cli.say(f"teacher: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
     if s.student:
-        small: Mapping[str, Any] = compare.same_vocabulary(checkpoint, load.open_checkpoint(s.student)).config
+        small: Mapping[str, Any] = comparison.same_vocabulary(checkpoint, load.open_checkpoint(s.student)).config
     else:
-        shape = pruning.wanted_shape(checkpoint.config, s)
+        shape = select.wanted_shape(checkpoint.config, s)
         small = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), s.dtype)
     if s.quantize:
         quantize.check(small, s)
@@ -270,23 +275,23 @@ def _begin(
     s: Settings, folder: Path | None, teacher: Path, checkpoint: Checkpoint, made: phases.Plan, budget: Budget
 ) -> tuple[str, dict[str, Any]]:
     """Read the data, enter the run folder, go through all stages."""
-    shares = hosts.shares(made) if s.spread == "layers" else ()
-    data = windows.prepare(s.data, load.tokenizer(teacher), s.max_seq_length)
+    shares = machines.shares(made) if s.spread == "layers" else ()
+    data = preparation.prepare(s.data, load.tokenizer(teacher), s.max_seq_length)
     for note in data.notes:
         cli.say(note)
     files = Files()
-    origin = runs.origin(checkpoint, text.fingerprint(data.train))
+    origin = run_folder.origin(checkpoint, token_windows.fingerprint(data.train))
 
     def new() -> Path:
-        return runs.create(s.out, f"{teacher.name}-{s.scenario}", s.stored, origin, made.way, files)
+        return run_folder.create(s.out, f"{teacher.name}-{s.scenario}", s.stored, origin, made.way, files)
 
     wired = made.peak_bytes if made.mode == "resident" else 0
     with entered(folder, new, origin, budget, wired, s, files) as (place, weather):
         recipe = made.recipe(s)
         flags = {name: value for name, value in s.stored.items() if value != getattr(Settings(), name)}
-        files.append(place / runs.PHASES, json.dumps({**weather.now(), **outcome.begun(made, flags)}))
-        told, name = s.report_to if ranks.first() else None, s.project_name or place.name
-        report = reporting.reporter(told, name, place, asdict(s))
+        files.append(place / run_folder.PHASES, json.dumps({**weather.now(), **summary.begun(made, flags)}))
+        told, name = s.report_to if distributed.first() else None, s.project_name or place.name
+        report = trackers.reporter(told, name, place, asdict(s))
         c = Course(recipe, place, checkpoint, data.train, made, files, memory.Peak(), weather, report, shares)
         return _all_stages(s, c, data)
 

@@ -21,13 +21,14 @@ import mlx.core as mx
 import psutil
 
 from mis_mlx import cli
-from mis_mlx.disk.files import DISK, need_place, reported
-from mis_mlx.machine import findings, memory, rates
-from mis_mlx.machine.about import about
-from mis_mlx.machine.sensors import open_monitor
-from mis_mlx.model import kernel_checks, policy
-from mis_mlx.page.text import markdown_table
-from mis_mlx.training import engine_checks
+from mis_mlx.checks import engine, kernels
+from mis_mlx.hardware import memory, rates
+from mis_mlx.hardware.machine_info import about
+from mis_mlx.hardware.thermal import findings
+from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
+from mis_mlx.models import policy
+from mis_mlx.reporting.text import markdown_table
+from mis_mlx.storage.files import DISK, need_place, reported
 from mis_mlx.types import duration, gib
 
 SAMPLE_BYTES = 128 * 2**20  # of the disk's rates
@@ -87,12 +88,12 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def _examined(folder: Path) -> Iterator[Row]:
     """Every check's row; what raises is one that failed, and the others go on."""
-    models = _guarded(lambda: engine_checks.make(folder), lambda error: error)
-    todo: dict[str, Callable[[], Any]] = dict(kernel_checks.CHECKS)
+    models = _guarded(lambda: engine.make(folder), lambda error: error)
+    todo: dict[str, Callable[[], Any]] = dict(kernels.CHECKS)
     if isinstance(models, str):
         yield Row("a model made on the spot", False, error=models)
     else:
-        todo |= {name: partial(check, models) for name, check in engine_checks.checks().items()}
+        todo |= {name: partial(check, models) for name, check in engine.checks().items()}
     for count, (name, check) in enumerate(todo.items(), 1):
         cli.say(f"{count} of {len(todo)}: {name}")  # before: where the process dies, this was it
         yield _guarded(partial(_row, name, check), partial(Row, name, False, None, None))

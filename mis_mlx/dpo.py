@@ -11,13 +11,14 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.disk import examples
+from mis_mlx.alignment import alignment_plan, alignment_run, preference_pairs
+from mis_mlx.alignment.alignment_plan import Alignment
+from mis_mlx.alignment.preference_pairs import Objective, Pair
+from mis_mlx.data import examples
 from mis_mlx.maths.preference import LossType
-from mis_mlx.model import load, ranks
-from mis_mlx.training import alignment, alignment_plan, planning, preferring
-from mis_mlx.training.alignment_plan import Alignment
-from mis_mlx.training.planning import Phase
-from mis_mlx.training.preferring import Objective, Pair
+from mis_mlx.models import distributed, load
+from mis_mlx.planner import estimates
+from mis_mlx.planner.estimates import Phase
 from mis_mlx.types import Checkpoint, Positive, Rate, Within
 
 ANSWERS = ("chosen", "rejected")
@@ -57,18 +58,18 @@ def _pairs(s: Settings, checkpoint: Checkpoint) -> tuple[list[Pair], list[Pair],
 
 def _reference(s: Settings, checkpoint: Checkpoint, pairs: list[Pair], limit: int) -> Phase:
     """What the reference takes beside the model that waits to be trained; in as few passes as memory allows."""
-    m, length = alignment_plan.sizes(s, checkpoint), max(map(preferring.longest, pairs))
-    micro, tokens = 2 * s.batch_size * length, sum(2 * preferring.longest(pair) for pair in pairs)
+    m, length = alignment_plan.sizes(s, checkpoint), max(map(preference_pairs.longest, pairs))
+    micro, tokens = 2 * s.batch_size * length, sum(2 * preference_pairs.longest(pair) for pair in pairs)
     beside = alignment_plan.weight_bytes(s, checkpoint)
-    one = planning.streamed_pass("reference", m, micro, micro, length, spool=False, beside_bytes=beside)
+    one = estimates.streamed_pass("reference", m, micro, micro, length, spool=False, beside_bytes=beside)
     each = m.shape.hidden * m.item
-    held = min(max(micro, tokens), micro + planning.room(limit, one.peak_bytes) // each)
+    held = min(max(micro, tokens), micro + estimates.room(limit, one.peak_bytes) // each)
     passes = math.ceil(tokens / held)
     return replace(
         one,
         read_bytes=passes * one.read_bytes,
         peak_bytes=one.peak_bytes + (held - micro) * each,
-        flops=planning.forward_flops(m, tokens, length),
+        flops=estimates.forward_flops(m, tokens, length),
         held_tokens=held,
     )
 
@@ -80,34 +81,34 @@ def run(settings: Settings) -> dict[str, Any]:
     train, valid, card = _pairs(s, checkpoint)
 
     def training(parts: Settings) -> Phase:
-        length = max(map(preferring.longest, [*train, *valid]))
+        length = max(map(preference_pairs.longest, [*train, *valid]))
         return alignment_plan.training(parts, checkpoint, 2 * parts.batch_size, length, "dpo")
 
     parts = alignment_plan.cut(s, folder, training)
     drawing = (parts.batch_size, parts.grad_accumulation_steps, s.seed)
-    seen = preferring.visited(train, s.iters, *drawing)
+    seen = preference_pairs.visited(train, s.iters, *drawing)
     compared = [*(train[i] for i in seen), *valid]
     asked = _reference(parts, checkpoint, compared, alignment_plan.budget(s).limit_bytes)
     made = alignment_plan.plan(parts, asked, training(parts))
     made.tell()
     if s.dry_run:
         return {"model": str(checkpoint.path), "pairs": len(train), **made.result()}
-    with alignment.running(s, folder, checkpoint, made, card, "dpo") as r:
+    with alignment_run.running(s, folder, checkpoint, made, card, "dpo") as r:
         dtype = alignment_plan.dtype_of(s, checkpoint)
 
         def ask() -> np.ndarray:
-            return preferring.reference(checkpoint, compared, parts.batch_size, dtype, asked.held_tokens)
+            return preference_pairs.reference(checkpoint, compared, parts.batch_size, dtype, asked.held_tokens)
 
         found = np.zeros((len(compared), 2), np.float32)
-        if ranks.first():
-            found = preferring.stored_reference(r.folder, card["fingerprint"], r.files, ask)
-        found = np.array(ranks.sent_array(mx.array(found)))
+        if distributed.first():
+            found = preference_pairs.stored_reference(r.folder, card["fingerprint"], r.files, ask)
+        found = np.array(distributed.sent_array(mx.array(found)))
         theirs, held = np.full((len(train), 2), np.nan, np.float32), found[len(seen) :]
         theirs[seen] = found[: len(seen)]
-        each = preferring.micro_batches(train, theirs, *drawing)
+        each = preference_pairs.micro_batches(train, theirs, *drawing)
         loss = partial(objective.loss, frozen_head=s.lora is not None)
-        held_out = partial(preferring.measure, r.model, objective, valid, held, parts.batch_size)
-        judge = preferring.OF_MEANS if s.loss_type == "dpop" else "loss"
+        held_out = partial(preference_pairs.measure, r.model, objective, valid, held, parts.batch_size)
+        judge = preference_pairs.OF_MEANS if s.loss_type == "dpop" else "loss"
         return r.train(each, loss, held_out, "dpo", judge=judge)
 
 

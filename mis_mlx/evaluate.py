@@ -12,16 +12,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.disk import questions
-from mis_mlx.disk.files import DISK, need_place
-from mis_mlx.disk.text import Windows, fingerprint
-from mis_mlx.machine import memory
-from mis_mlx.model import compare, harness, kld, load, policy, ranks, teacher, windows
-from mis_mlx.model.policy import Computing
-from mis_mlx.model.stream import Stream
-from mis_mlx.page import figures, html, progress, recovery, text
-from mis_mlx.page.recovery import Outcome
-from mis_mlx.training import examining, hosts, planning, subjects
+from mis_mlx.data import preparation
+from mis_mlx.data.token_windows import Windows, fingerprint
+from mis_mlx.evaluation import answering, comparison, kld, lm_eval_tasks, questions, recovery_table, task_registry
+from mis_mlx.evaluation.recovery_table import Outcome
+from mis_mlx.hardware import memory
+from mis_mlx.models import distributed, load, policy, resolve
+from mis_mlx.models.policy import Computing
+from mis_mlx.models.stream import Stream
+from mis_mlx.planner import estimates, machines
+from mis_mlx.reporting import figures, html, progress, text
+from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Tokens, Within, duration, gib
 
 Models = Mapping[str, Checkpoint]
@@ -65,11 +66,11 @@ class Settings(Computing):
 
 def _print(text: str) -> None:
     """On stdout; of several machines the first one speaks."""
-    if ranks.first():
+    if distributed.first():
         print(text)
 
 
-def _kld(models: Models, held_out: Windows, title: str, opened: compare.Opened) -> dict[str, Any]:
+def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opened) -> dict[str, Any]:
     """Print the report on all models but the first, the reference; the same for the JSON line."""
     held_out = kld.second_half(held_out)
     base, *names = models
@@ -89,24 +90,24 @@ def _kld(models: Models, held_out: Windows, title: str, opened: compare.Opened) 
 
 def _texts(
     s: Settings, models: Models, limit: Budget, length: int
-) -> Iterator[tuple[str, str, Windows, compare.Opened]]:
+) -> Iterator[tuple[str, str, Windows, comparison.Opened]]:
     """(name, title, chosen windows) of every held-out text, once the comparison fits; used within the budget.
 
     And what opens a model for it.
     """
-    planned = planning.compared([planning.model_of(m) for m in models.values()], s.eval_windows, length)
-    planning.fit(limit, planned)
+    planned = estimates.compared([estimates.model_of(m) for m in models.values()], s.eval_windows, length)
+    estimates.fit(limit, planned)
     # One pass is made of each model: blocks stay in memory only to take the next windows while others work.
-    room = planning.room(limit.limit_bytes, planned.peak_bytes) if s.spread == "layers" else 0
+    room = estimates.room(limit.limit_bytes, planned.peak_bytes) if s.spread == "layers" else 0
     tokens = s.eval_windows * length
 
     def opened(model: Checkpoint) -> Stream:
-        return hosts.opened(model, limit, room, tokens, length, s.spread == "layers")
+        return machines.opened(model, limit, room, tokens, length, s.spread == "layers")
 
     tokenizer = load.tokenizer(next(iter(models.values())).path)
-    for name, held_out in windows.prepare(s.data, tokenizer, length).held_out.items():
-        chosen = compare.chosen(held_out, s.eval_windows)
-        ranks.same({name: fingerprint(chosen)})
+    for name, held_out in preparation.prepare(s.data, tokenizer, length).held_out.items():
+        chosen = comparison.chosen(held_out, s.eval_windows)
+        distributed.same({name: fingerprint(chosen)})
         with memory.limited(limit):
             yield name, f"{name}, {len(chosen.tokens)} windows of {length} tokens", chosen, opened
 
@@ -115,91 +116,94 @@ def _held_out(s: Settings, models: Models, limit: Budget) -> tuple[str, dict[str
     """(Markdown, the same for the JSON line): one table a text."""
     parts, said = [], dict[str, Any]()
     for name, title, chosen, opened in _texts(s, models, limit, s.max_seq_length or LENGTH):
-        rows = compare.rows_of(compare.together(models, chosen, opened))
-        parts.append(f"{title}\n\n{text.table(rows, list(models), compare.METRICS)}")
+        rows = comparison.rows_of(comparison.together(models, chosen, opened))
+        parts.append(f"{title}\n\n{text.table(rows, list(models), comparison.METRICS)}")
         said[name] = {f"{r.metric}_{r.model}": r.value for r in rows}
     return "\n\n".join(parts), said
 
 
 def _planned(
-    s: Settings, wanted: subjects.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget
+    s: Settings, wanted: task_registry.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget
 ) -> dict[str, Any]:
     """Peak and time of what is still to be asked, said aloud; lm-eval's tasks have no estimate of time.
 
     MisError where something does not fit, or a question cannot be asked.
     """
-    shapes = [planning.model_of(m) for m in models.values()]
+    shapes = [estimates.model_of(m) for m in models.values()]
     for m, model in zip(shapes, models.values(), strict=True) if wanted.harness else ():
-        need = m.shape.layers * m.block_work + m.head_work + planning.workspace_bytes(m, 2048, 2048)
+        need = m.shape.layers * m.block_work + m.head_work + estimates.workspace_bytes(m, 2048, 2048)
         limit.need(need, f"lm-eval's tasks need {model.path} whole in memory, which", "give a larger --budget")
-    asked = [examining.plan(m, hashes[name], task, limit) for name, m in models.items() for task in wanted.tasks]
+    asked = [answering.plan(m, hashes[name], task, limit) for name, m in models.items() for task in wanted.tasks]
     phases = [phase for phase in asked if phase]
     known = f", {len(asked) - len(phases)} of {len(asked)} known from before" if len(phases) < len(asked) else ""
     if wanted.text:
-        phases.append(planning.compared(shapes, s.eval_windows, s.max_seq_length or LENGTH))
-        planning.fit(limit, phases[-1])
-    rates = planning.machine_rates()
-    peak, seconds = max([0, *(p.peak_bytes for p in phases)]), sum(p.seconds(rates) for p in phases) / ranks.size()
+        phases.append(estimates.compared(shapes, s.eval_windows, s.max_seq_length or LENGTH))
+        estimates.fit(limit, phases[-1])
+    rates = estimates.machine_rates()
+    peak, seconds = (
+        max([0, *(p.peak_bytes for p in phases)]),
+        sum(p.seconds(rates) for p in phases) / distributed.size(),
+    )
     cli.say(f"peak {gib(peak)}, about {duration(seconds)}{known}")
     return {"peak_bytes": peak, "seconds": seconds}
 
 
 def _outcomes(
-    s: Settings, wanted: subjects.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget
+    s: Settings, wanted: task_registry.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget
 ) -> list[Outcome]:
     """Our tasks, model by model."""
     how, found = (limit, s.spread == "layers"), []
-    marks = {name: [examining.marks(m, hashes[name], t, *how) for t in wanted.tasks] for name, m in models.items()}
+    marks = {name: [answering.marks(m, hashes[name], t, *how) for t in wanted.tasks] for name, m in models.items()}
     for at, task in enumerate(wanted.tasks):
         chance = np.array([q.chance for q in task.questions])
         each = {name: marks[name][at] for name in models}
         constant, overlap = questions.constant(task), wanted.known.overlap(task)
-        uniform = examining.uniform(next(iter(models.values())), task)
+        uniform = answering.uniform(next(iter(models.values())), task)
         found.append(Outcome(task.name, task.about, each, chance, constant, overlap, task.sha256, uniform))
     return found
 
 
 def _harness(s: Settings, ids: tuple[str, ...], models: Models) -> list[Outcome]:
     """lm-eval's tasks, model by model."""
-    found = {name: examining.by_harness(model, ids, s.num_questions) for name, model in models.items()}
+    found = {name: answering.by_harness(model, ids, s.num_questions) for name, model in models.items()}
     made = []
     for task, first in next(iter(found.values())).items():
         marks = {name: f[task].marks for name, f in found.items()}
-        made.append(Outcome(task, f"lm-eval {harness.version()}, {first.metric}", marks, first.chance))
+        made.append(Outcome(task, f"lm-eval {lm_eval_tasks.version()}, {first.metric}", marks, first.chance))
     return made
 
 
 def _hashes(models: Models) -> dict[str, str]:
     """Of every model; MisError where another machine has another one."""
-    found = {name: examining.sha256(model) for name, model in models.items()}
-    ranks.same(found)
+    found = {name: answering.sha256(model) for name, model in models.items()}
+    distributed.same(found)
     return found
 
 
 def _examined(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
     """The recovery table, printed and written."""
     began = time.monotonic()
-    wanted = subjects.find(s.tasks, s.num_questions, s.data)
+    wanted = task_registry.find(s.tasks, s.num_questions, s.data)
     if wanted.harness:
-        harness.check(wanted.harness)
+        lm_eval_tasks.check(wanted.harness)
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
-    ranks.same({task.name: task.sha256 for task in wanted.tasks})
+    distributed.same({task.name: task.sha256 for task in wanted.tasks})
     hashes = _hashes(models)
     planned = _planned(s, wanted, models, hashes, limit)
     if s.dry_run:
         asked = {task.name: len(task.questions) for task in wanted.tasks}
         return {"questions": asked, "lm_eval": list(wanted.harness), **planned}
-    if s.out and ranks.first():
+    if s.out and distributed.first():
         figures.need()
         DISK.make_folder(Path(s.out))
     found = _outcomes(s, wanted, models, hashes, limit)
     found += _harness(s, wanted.harness, models) if wanted.harness else []
     text, held_out = _held_out(s, models, limit) if wanted.text else ("", {})
-    page = recovery.markdown(found, text)
+    page = recovery_table.markdown(found, text)
     _print(f"\n{page}\n")
     said = {"tasks": [o.json() for o in found], "held_out": held_out}
-    if s.out and ranks.first():
+    if s.out and distributed.first():
         _write(Path(s.out), found, page, {"sha256": hashes, **said})
     recovered = {o.task: {name: o.recovered(name) for name in list(models)[1:]} for o in found}
     cli.say(
@@ -209,7 +213,7 @@ def _examined(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
 
 
 def _write(out: Path, found: list[Outcome], page: str, said: dict[str, Any]) -> None:
-    picture = recovery.figure(found)
+    picture = recovery_table.figure(found)
     if picture:
         DISK.replace_text(out / "recovery.svg", figures.standalone(picture, html.LIGHT))
         page += "\n\n![Recovered](recovery.svg)"
@@ -224,17 +228,17 @@ def run(settings: Settings) -> dict[str, Any]:
     s = settings
     cli.check_ranges(s)
     policy.use(s.compute_dtype)
-    if s.out and ranks.first():
+    if s.out and distributed.first():
         need_place("--out", s.out)
     if s.kld and s.tasks:
         raise MisError("--kld and --tasks are two reports: give one of them")
     if s.kld and not s.students:
         raise MisError("--kld compares two models, there is only the teacher: name the other with --students")
-    found = teacher.find(s.teacher)
+    found = resolve.find(s.teacher)
     models = {"teacher": load.open_checkpoint(found.path)}
     for name, folder in zip(load.labels(s.students, ("teacher",)), s.students, strict=True):
         models[name] = load.open_checkpoint(folder)
-        compare.same_vocabulary(models["teacher"], models[name])
+        comparison.same_vocabulary(models["teacher"], models[name])
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     with progress.run("evaluate"):
         return {"teacher": str(found.path), "students": list(s.students), **_compared(s, models, limit)}
@@ -243,7 +247,7 @@ def run(settings: Settings) -> dict[str, Any]:
 def _compared(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
     if s.tasks:
         return _examined(s, models, limit)
-    if ranks.size() > 1:
+    if distributed.size() > 1:
         _hashes(models)
     if not s.kld:
         text, said = _held_out(s, models, limit)

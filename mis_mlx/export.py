@@ -12,14 +12,14 @@ import mlx.core as mx
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.disk import checkpoint as protocol
-from mis_mlx.disk import gguf_vocab, gguf_write
-from mis_mlx.disk.files import Files, need_place
-from mis_mlx.machine import llama_cpp, memory
-from mis_mlx.model import arch, card, ggml, load, model_writer, policy, teacher, trial
-from mis_mlx.model.config import shape_of
-from mis_mlx.page import progress
-from mis_mlx.training import planning
+from mis_mlx.gguf_export import gguf_writer, model_card, tensors, vocab
+from mis_mlx.hardware import llama_cpp, memory
+from mis_mlx.models import arch, load, model_writer, policy, resolve, tokenizer_check
+from mis_mlx.models.config import shape_of
+from mis_mlx.planner import estimates
+from mis_mlx.reporting import progress
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage.files import Files, need_place
 from mis_mlx.types import Checkpoint, MisError, gib
 
 OutType = Annotated[
@@ -61,16 +61,16 @@ def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
     """Peak of an export: hf de-quantizes a whole tensor; gguf holds one as stored, slabs of its rows, the tokens;
     for a K-quant llama.cpp has a tensor in float16, in float32 and rounded, in a process of its own."""
     if form == "hf":
-        return planning.tensor_bytes(planning.model_of(checkpoint))
+        return estimates.tensor_bytes(estimates.model_of(checkpoint))
     largest = max(t.nbytes for t in checkpoint.tensors.values())
     tokens = TOKEN_BYTES * shape_of(checkpoint.config).vocab
     theirs = 10 * max(map(math.prod, arch.tensors_of(checkpoint.config).values())) + THEIR_BYTES
-    return max(5 * largest // 4 + 6 * ggml.SLAB_BYTES, theirs if wanted in K_QUANTS else 0) + tokens
+    return max(5 * largest // 4 + 6 * tensors.SLAB_BYTES, theirs if wanted in K_QUANTS else 0) + tokens
 
 
-def _facts(parts: list[ggml.Part], checkpoint: Checkpoint, wanted: str, inexact: int = 0) -> list[str]:
+def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, wanted: str, inexact: int = 0) -> list[str]:
     """What became of the matrices, for people: which were re-wrapped, which rounded."""
-    packed = [p for p in parts if p.source and ggml.packing(checkpoint, p.source)]
+    packed = [p for p in parts if p.source and tensors.packing(checkpoint, p.source)]
     again = Counter(p.kind for p in packed if not p.exact)
     facts = [f"types of the tensors: {', '.join(f'{n} {k}' for k, n in Counter(p.kind for p in parts).items())}"]
     if short := sum(p.kind in ("Q5_0", "Q8_0") for p in parts if wanted in K_QUANTS):
@@ -90,18 +90,18 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dic
     """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md. A K-quant: llama.cpp makes it of a float16 file there."""
     import gguf
 
-    name, config = card.name_of(checkpoint.path), checkpoint.config
-    parts = staged = ggml.parts(checkpoint, wanted)
+    name, config = model_card.name_of(checkpoint.path), checkpoint.config
+    parts = staged = tensors.parts(checkpoint, wanted)
     if wanted in K_QUANTS:
         llama_cpp.quantizer()  # its absence is said before the work
-        staged = ggml.parts(checkpoint, "f16")
+        staged = tensors.parts(checkpoint, "f16")
     specs, due = ({p.name: (p.kind, p.shape) for p in of} for of in (staged, parts))
-    writer = gguf.GGUFWriter(None, ggml.ARCH[config["model_type"]])
-    ggml.describe(writer, config, name, wanted)
-    notes = gguf_vocab.add(writer, checkpoint.path, shape_of(config).vocab)
+    writer = gguf.GGUFWriter(None, tensors.ARCH[config["model_type"]])
+    tensors.describe(writer, config, name, wanted)
+    notes = vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}
-    head, file = gguf_write.head(writer, specs), f"{name}-{wanted.upper()}.gguf"
-    nbytes, tally = len(head) + gguf_write.padded_bytes(due), Counter[str]()
+    head, file = gguf_writer.head(writer, specs), f"{name}-{wanted.upper()}.gguf"
+    nbytes, tally = len(head) + gguf_writer.padded_bytes(due), Counter[str]()
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
     if s.dry_run:
         return {**result, "notes": [*_facts(parts, checkpoint, wanted)[:1], *notes]}
@@ -110,21 +110,21 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dic
     said = list(notes)
 
     def fill(folder: Path) -> None:
-        rows = (ggml.rows(checkpoint, part, tally) for part in cli.counted("tensor", staged, len(staged)))
-        gguf_write.write(folder / (STAGED if wanted in K_QUANTS else file), head, specs, rows, files)
+        rows = (tensors.rows(checkpoint, part, tally) for part in cli.counted("tensor", staged, len(staged)))
+        gguf_writer.write(folder / (STAGED if wanted in K_QUANTS else file), head, specs, rows, files)
         final = parts
         if wanted in K_QUANTS:
             llama_cpp.quantize(folder / STAGED, folder / file, wanted.upper())
             files.remove_tree(folder / STAGED)
-            kinds = gguf_write.kinds(folder / file)  # what it chose, whatever its version
+            kinds = gguf_writer.kinds(folder / file)  # what it chose, whatever its version
             final = [replace(p, kind=kinds[p.name]) for p in parts]
         said[:0] = _facts(final, checkpoint, wanted, tally["inexact"])
-        text = card.modelfile(file, facts.get("tokenizer.chat_template", ""), stop)
+        text = model_card.modelfile(file, facts.get("tokenizer.chat_template", ""), stop)
         files.write(folder / "Modelfile", text.encode())
-        base = s.base_model or card.base_of(checkpoint.path)
-        files.write(folder / "README.md", card.readme(checkpoint, base, "gguf", file, said).encode())
+        base = s.base_model or model_card.base_of(checkpoint.path)
+        files.write(folder / "README.md", model_card.readme(checkpoint, base, "gguf", file, said).encode())
 
-    room = nbytes + PAPERS_BYTES + (gguf_write.padded_bytes(specs) if wanted in K_QUANTS else 0)
+    room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(specs) if wanted in K_QUANTS else 0)
     protocol.commit_folder(Path(s.out), fill, files, room, "the GGUF")
     result["nbytes"] = (Path(s.out) / file).stat().st_size
     return {**result, "inexact_scales": tally["inexact"], "notes": said}
@@ -134,11 +134,11 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[
     """Commit an ordinary folder: every weight dense in one type."""
     if wanted not in HF_DTYPES:
         raise MisError(f"--out-type {wanted} is a type of GGUF: take --format gguf, or bf16 or f16")
-    gguf_vocab.present(checkpoint.path)
+    vocab.present(checkpoint.path)
     shape, dtype = shape_of(checkpoint.config), HF_DTYPES[wanted]
     config = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), dtype)
     nbytes = 2 * arch.params(checkpoint.config)
-    packed = sum(ggml.packing(checkpoint, name) is not None for name in arch.tensors_of(checkpoint.config))
+    packed = sum(tensors.packing(checkpoint, name) is not None for name in arch.tensors_of(checkpoint.config))
     facts = [f"weights in {dtype}"]
     facts += [f"{packed} packed matrices de-quantized, then rounded to {dtype}"] if packed else []
 
@@ -149,8 +149,8 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[
         return weight
 
     if not s.dry_run:
-        base = s.base_model or card.base_of(checkpoint.path)
-        papers = {"README.md": card.readme(checkpoint, base, "hf", "", facts).encode()}
+        base = s.base_model or model_card.base_of(checkpoint.path)
+        papers = {"README.md": model_card.readme(checkpoint, base, "hf", "", facts).encode()}
         model_writer.write_model(config, take, checkpoint.path, Path(s.out), dtype, files, papers)
     return {"nbytes": nbytes, "tensors": len(arch.tensors_of(checkpoint.config)), "notes": facts}
 
@@ -162,13 +162,13 @@ def run(settings: Settings, files: Files | None = None) -> dict[str, Any]:
     need_place("--out", s.out, "new")
     if s.model and s.model.endswith(".gguf"):
         raise MisError(f"{s.model} is a GGUF already: give the model folder that it was made from")
-    found = teacher.find(s.model)
+    found = resolve.find(s.model)
     checkpoint = load.open_checkpoint(found.path)
-    trial.tried(found.path)
+    tokenizer_check.tried(found.path)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
-    wanted = s.out_type or (ggml.out_type(checkpoint) if s.format == "gguf" else "bf16")
+    wanted = s.out_type or (tensors.out_type(checkpoint) if s.format == "gguf" else "bf16")
     need = need_bytes(checkpoint, s.format, wanted)
-    limit.need(need, "the largest tensor on its way", f"give --budget {planning.flag(need)} or more")
+    limit.need(need, "the largest tensor on its way", f"give --budget {estimates.flag(need)} or more")
     with progress.run("export"), memory.limited(limit):
         made = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted, files or Files())
     for note in made["notes"]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.machine import memory
-from mis_mlx.model import compare, decode, load, policy, speak, teacher
-from mis_mlx.model.policy import Computing
-from mis_mlx.model.stream import Stream
-from mis_mlx.page import progress
-from mis_mlx.training import planning
+from mis_mlx.evaluation import comparison
+from mis_mlx.hardware import memory
+from mis_mlx.models import load, mlx_generate, policy, resolve, streamed_decode
+from mis_mlx.models.policy import Computing
+from mis_mlx.models.stream import Stream
+from mis_mlx.planner import estimates
+from mis_mlx.reporting import progress
 from mis_mlx.types import Count, Whole, gib
 
 
@@ -26,7 +27,7 @@ class Settings(Computing):
     """folder of a small student of the model, whose guesses the model checks many at a time"""
     prompt: str = "What is a shepherd?"
     max_tokens: Count = 100
-    num_draft_tokens: Whole = decode.SIZE - 1
+    num_draft_tokens: Whole = streamed_decode.SIZE - 1
     """guesses in the tree of one pass"""
     ignore_chat_template: bool = False
     """give the prompt as it is"""
@@ -43,33 +44,35 @@ def run(settings: Settings) -> dict[str, Any]:
     s = settings
     policy.use(s.compute_dtype)
     cli.check_ranges(s)
-    checkpoint = load.open_checkpoint(teacher.find(s.model).path)
-    small = compare.same_vocabulary(checkpoint, load.open_checkpoint(s.draft_model)) if s.draft_model else None
+    checkpoint = load.open_checkpoint(resolve.find(s.model).path)
+    small = comparison.same_vocabulary(checkpoint, load.open_checkpoint(s.draft_model)) if s.draft_model else None
     tokenizer = load.tokenizer(checkpoint.path)
-    ids = speak.encode(tokenizer, s.prompt, s.ignore_chat_template)
+    ids = mlx_generate.encode(tokenizer, s.prompt, s.ignore_chat_template)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
-    m, draft = planning.model_of(checkpoint), planning.model_of(small) if small else None
+    m, draft = estimates.model_of(checkpoint), estimates.model_of(small) if small else None
     # The draft stays whole; both keep keys and values.
-    beside = planning.keys_bytes(m, len(ids) + s.max_tokens)
+    beside = estimates.keys_bytes(m, len(ids) + s.max_tokens)
     if draft:
-        beside += planning.keys_bytes(draft, len(ids) + s.max_tokens) + draft.head_work
+        beside += estimates.keys_bytes(draft, len(ids) + s.max_tokens) + draft.head_work
         beside += draft.shape.layers * draft.block_work + draft.slots_bytes
-    rows = max(min(len(ids), decode.ROWS), s.num_draft_tokens + 1)
-    plan = planning.streamed_pass(
+    rows = max(min(len(ids), streamed_decode.ROWS), s.num_draft_tokens + 1)
+    plan = estimates.streamed_pass(
         "one pass", m, max(len(ids), rows), rows, len(ids) + s.max_tokens, spool=False, beside_bytes=beside
     )
-    room = planning.room(limit.limit_bytes, plan.peak_bytes)
+    room = estimates.room(limit.limit_bytes, plan.peak_bytes)
     cli.say(f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(room)} are left to keep some of it")
     if s.dry_run:
         sizes = {"read_bytes_per_pass": plan.read_bytes, "peak_bytes": plan.peak_bytes}
         return {**sizes, "budget_bytes": limit.limit_bytes, "check_failed": plan.peak_bytes > limit.limit_bytes}
-    planning.fit(limit, plan, remedy="give a larger --budget, fewer --max-tokens or --num-draft-tokens")
+    estimates.fit(limit, plan, remedy="give a larger --budget, fewer --max-tokens or --num-draft-tokens")
     began, peak, tokens, passes = time.monotonic(), memory.Peak(), list[int](), 0
     with memory.limited(limit), progress.bar("generate", s.max_tokens) as show:
         big = Stream(checkpoint, policy.compute_dtype(checkpoint), room, checkpoint.nbytes > limit.limit_bytes)
         guesser = Stream(small, policy.compute_dtype(small), None) if small else None
         text = ""
-        for new in decode.decode(big, ids, s.max_tokens, tokenizer.eos_token_ids, guesser, s.num_draft_tokens + 1):
+        for new in streamed_decode.decode(
+            big, ids, s.max_tokens, tokenizer.eos_token_ids, guesser, s.num_draft_tokens + 1
+        ):
             tokens += [t for t in new if t not in tokenizer.eos_token_ids]
             passes += 1
             whole = tokenizer.decode(tokens)

@@ -10,14 +10,16 @@ from typing import Annotated, Any
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.disk import examples, tasks
-from mis_mlx.disk.rows import Row
-from mis_mlx.machine import memory
+from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
+from mis_mlx.alignment.alignment_plan import Alignment
+from mis_mlx.data import examples, generated_tasks
+from mis_mlx.data.rows import Row
+from mis_mlx.evaluation import reward_runner
+from mis_mlx.hardware import memory
 from mis_mlx.maths.policy import LossType
-from mis_mlx.model import load, ranks, stream
-from mis_mlx.training import alignment, alignment_plan, grpo, planning, scoring
-from mis_mlx.training.alignment_plan import Alignment
-from mis_mlx.training.planning import Phase
+from mis_mlx.models import distributed, load, stream
+from mis_mlx.planner import estimates
+from mis_mlx.planner.estimates import Phase
 from mis_mlx.types import MOST, Checkpoint, Count, MisError, Positive, Rate, Within
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
@@ -58,7 +60,7 @@ class Settings(Alignment):
     """a number for each of them, with commas; default: 1"""
     reward_functions_file: str | None = None
     """Python file of functions f(prompts, completions, answer) -> list of numbers or None"""
-    reward_timeout: Positive = scoring.SECONDS
+    reward_timeout: Positive = reward_runner.SECONDS
     """seconds that a function of the file may take for the answers of a step"""
     tasks: str = "sums,two-digit-sums,bus,recipe,logic"
     """generated tasks, where no data is given"""
@@ -78,9 +80,9 @@ class Settings(Alignment):
         return max(self.group_size, SAMPLED_TOGETHER // self.group_size * self.group_size)
 
     @property
-    def objective(self) -> grpo.Objective:
+    def objective(self) -> grpo_rollout.Objective:
         """The loss asked for."""
-        return grpo.Objective(
+        return grpo_rollout.Objective(
             self.loss_type, self.epsilon, self.epsilon_high, self.beta, self.max_completion_length, self.temperature
         )
 
@@ -97,18 +99,18 @@ class _Questions:
 
 def _generated(s: Settings) -> tuple[list[Row], list[Row], str]:
     kinds = [name.strip() for name in s.tasks.split(",")]
-    train: list[Row] = [*tasks.rows("train", 0, examples.TRAIN_TASKS, kinds)]
-    return train, [*tasks.rows("test", 0, s.eval_rows, kinds)], f"generated tasks ({', '.join(kinds)})"
+    train: list[Row] = [*generated_tasks.rows("train", 0, examples.TRAIN_TASKS, kinds)]
+    return train, [*generated_tasks.rows("test", 0, s.eval_rows, kinds)], f"generated tasks ({', '.join(kinds)})"
 
 
 def _questions(
-    s: Settings, checkpoint: Checkpoint, functions: Sequence[scoring.Function]
+    s: Settings, checkpoint: Checkpoint, functions: Sequence[reward_runner.Function]
 ) -> tuple[_Questions, _Questions, dict[str, Any]]:
     """(questions to train on, held-out ones, what is known of the data); every row is checked."""
     found = examples.load(s.data, ("answer",), partial(_generated, s), s.data_licence, s.scrub_pii)
     tokenizer, made, encoded = load.tokenizer(checkpoint.path), [], []
     for split in (found.train, found.valid):
-        examples.refuse(scoring.unanswerable(functions, split.rows, split.where))
+        examples.refuse(reward_runner.unanswerable(functions, split.rows, split.where))
         room = s.max_seq_length - s.max_completion_length + 1
         sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
         prompts = [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences]
@@ -126,22 +128,22 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int, budget: int) -> t
     answers, length = s.grad_accumulation_steps * s.group_size, longest + most
     branched = replace(s, grad_accumulation_steps=s.grad_accumulation_steps * -(-s.group_size // s.batch_size))
     learn = alignment_plan.training(branched, checkpoint, 1, longest + s.batch_size * most, "learn")
-    state = learn.peak_bytes - planning.activation_bytes(m.config, 1, longest + s.batch_size * most)
+    state = learn.peak_bytes - estimates.activation_bytes(m.config, 1, longest + s.batch_size * most)
     # Twice: the cache grows, and gets rid of finished answers, by being copied.
-    cache = planning.keys_bytes(m, 2 * s.at_once * (longest + CACHE_STEP * -(-most // CACHE_STEP)))
-    work = planning.workspace_bytes(m, max(longest, s.at_once), length) + 8 * s.at_once * m.shape.vocab * 4
+    cache = estimates.keys_bytes(m, 2 * s.at_once * (longest + CACHE_STEP * -(-most // CACHE_STEP)))
+    work = estimates.workspace_bytes(m, max(longest, s.at_once), length) + 8 * s.at_once * m.shape.vocab * 4
     measured = (s.iters // s.save_every + 2) * s.eval_rows  # held-out answers
     tokens = s.iters * (s.grad_accumulation_steps * longest + answers * most) + measured * length
     batches = s.iters * -(-answers // s.at_once) + -(-measured // s.at_once)
     touched = batches * most * (m.shape.layers * m.block_work + m.head_work)
-    flops = planning.forward_flops(m, tokens, length)
+    flops = estimates.forward_flops(m, tokens, length)
     play = Phase("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
     if not s.beta:
         return play, learn, 0
     beside = 3 * alignment_plan.weight_bytes(s, checkpoint)  # moments too
-    one = planning.streamed_pass("", m, answers * length, answers * length, length, spool=False, beside_bytes=beside)
+    one = estimates.streamed_pass("", m, answers * length, answers * length, length, spool=False, beside_bytes=beside)
     body = max(one.peak_bytes, play.peak_bytes + m.slots_bytes, learn.peak_bytes + m.slots_bytes)
-    kept = min(planning.room(budget, body), m.head_work + m.shape.layers * m.block_work)
+    kept = min(estimates.room(budget, body), m.head_work + m.shape.layers * m.block_work)
     read = one.read_bytes * (1 + (s.iters - 1) * (1 - kept / (m.head_work + m.shape.layers * m.block_work)))
     peak = max(one.peak_bytes, play.peak_bytes + m.slots_bytes) + kept
     play = replace(play, read_bytes=int(read), flops=flops + s.iters * one.flops, peak_bytes=peak)
@@ -153,30 +155,31 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder = alignment_plan.resumed(settings)
     s.check()
     checkpoint = alignment_plan.opened(s)
-    functions = scoring.functions(s.reward_functions, s.reward_weights, s.reward_functions_file, s.reward_timeout)
+    functions = reward_runner.functions(s.reward_functions, s.reward_weights, s.reward_functions_file, s.reward_timeout)
     train, valid, card = _questions(s, checkpoint, functions)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget)).limit_bytes
     play, learn, kept = _phases(s, checkpoint, max(train.longest, valid.longest), limit)
     made = alignment_plan.plan(s, play, learn)
     made.tell()
-    if (n := ranks.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
+    if (n := distributed.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
         raise MisError(
             f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}: "
             f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
         )
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train.rows), **made.result()}
-    with alignment.running(s, folder, checkpoint, made, card, "grpo") as r:
+    with alignment_run.running(s, folder, checkpoint, made, card, "grpo") as r:
         dtype = alignment_plan.dtype_of(s, checkpoint)
         reference = stream.Stream(checkpoint, dtype, kept, checkpoint.nbytes > limit) if s.beta else None
-        sampler = grpo.Sampler(
+        logger = grpo_rollout.logger(r.folder / grpo_rollout.SAMPLES, r.files)
+        sampler = grpo_rollout.Sampler(
             r.model, train.rows, train.prompts, load.tokenizer(checkpoint.path), functions, s.objective,
             s.group_size, s.grad_accumulation_steps, s.batch_size, s.at_once, s.seed,
-            s.num_iterations, s.lora is not None, reference, grpo.logger(r.folder / grpo.SAMPLES, r.files),
+            s.num_iterations, s.lora is not None, reference, logger,
         )  # fmt: skip
         loss = partial(s.objective.loss, frozen_head=s.lora is not None)
-        held_out = partial(grpo.measure, sampler, valid.rows, valid.prompts)
-        return r.train(sampler, loss, held_out, "grpo", partial(grpo.train, updates=s.num_iterations))
+        held_out = partial(grpo_rollout.measure, sampler, valid.rows, valid.prompts)
+        return r.train(sampler, loss, held_out, "grpo", partial(grpo_rollout.train, updates=s.num_iterations))
 
 
 if __name__ == "__main__":

@@ -6,18 +6,18 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.machine import memory
-from mis_mlx.model import arch, load
-from mis_mlx.model import teacher as teachers
-from mis_mlx.model.arch import MIS_137B
-from mis_mlx.model.config import read_config
-from mis_mlx.page.text import markdown_table
-from mis_mlx.training import hosts, phases, planning
-from mis_mlx.training.job import Job, job_of
-from mis_mlx.training.phases import Plan
-from mis_mlx.training.planning import Model
-from mis_mlx.training.recipe import Distillation, Rounding
-from mis_mlx.training.weather import WeatherFlags, battery
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.thermal.run_monitor import WeatherFlags, battery
+from mis_mlx.models import arch, load
+from mis_mlx.models import resolve as teachers
+from mis_mlx.models.arch import MIS_137B
+from mis_mlx.models.config import read_config
+from mis_mlx.planner import estimates, machines, phases
+from mis_mlx.planner.estimates import Model
+from mis_mlx.planner.job import Job, job_of
+from mis_mlx.planner.phases import Plan
+from mis_mlx.planner.recipe import Distillation, Rounding
+from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Count, Within, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
@@ -27,7 +27,7 @@ ACCEPTED = (4, 6)  # tokens of a guessed tree that one pass confirms
 
 def table(plan: Plan) -> str:
     """Markdown for people: every phase, one generated token, the decision."""
-    one = planning.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
+    one = estimates.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
     head = ["phase", "read", "written", "peak memory", "operations", "time", "of an SSD's life"]
     rows = [
         [p.name, *map(gib, (p.read_bytes, p.written_bytes, p.peak_bytes)), f"{p.flops:.1e}",
@@ -78,7 +78,7 @@ def paper(plan: Plan, tokens: int) -> str:
     labels += [f"the same, {n} of a tree of N* guesses accepted" for n in ACCEPTED]
     columns, verdicts = [], []
     streamed = m.shape.layers * m.block_bytes + m.head_bytes
-    for params, nbytes in ((planning.forward_flops(m, 1, 0) / 2, streamed), (137e9, 70e9)):
+    for params, nbytes in ((estimates.forward_flops(m, 1, 0) / 2, streamed), (137e9, 70e9)):
         reading, computing = nbytes / at.read_bytes_per_s, 2 * params / at.forward_flops_per_s  # s a pass, s a token
         cells = [duration(max(reading, computing * n)) for n in PASSES]
         epochs = [f"{max(reading, computing * tokens / hot) / 3600:.0f} h" for hot in (1.0, at.hot)]
@@ -140,10 +140,10 @@ class Settings(Rounding, Distillation):
 def _open(name: str | None, gpu: bool) -> tuple[Model, str]:
     """(sizes, path or name) of a folder with or without weights, a model of the hub, or the paper's teacher."""
     if name == "mis-137b":
-        return planning.model_of(MIS_137B, gpu), name
+        return estimates.model_of(MIS_137B, gpu), name
     folder = teachers.find(name).path
     bare = not any(folder.glob("*.safetensors"))
-    return planning.model_of(read_config(folder) if bare else load.open_checkpoint(folder), gpu), str(folder)
+    return estimates.model_of(read_config(folder) if bare else load.open_checkpoint(folder), gpu), str(folder)
 
 
 def _job(s: Settings, teacher: Model, gpu: bool) -> Job:
@@ -153,7 +153,7 @@ def _job(s: Settings, teacher: Model, gpu: bool) -> Job:
         name = s.scenario or ("goral" if s.teacher == "mis-137b" else "gazda")
         shape = arch.target_shape(teacher.config, arch.SCENARIOS[name])
         small = arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16")
-        student = planning.model_of(small, gpu)
+        student = estimates.model_of(small, gpu)
     return job_of(teacher, student, s)
 
 
@@ -162,18 +162,18 @@ def _several(budgets: str | None, plan: Plan) -> dict[str, Any]:
     if budgets is None:
         return {}
     job, sizes = plan.job, [cli.parse_bytes(each, "--hosts") for each in budgets.split(",")]
-    made = hosts.split(job.teacher, sizes, job.step, plan.micro_batch * job.length, job.length, plan.rates)
-    print(f"\n{hosts.table(plan, made)}")
+    made = machines.split(job.teacher, sizes, job.step, plan.micro_batch * job.length, job.length, plan.rates)
+    print(f"\n{machines.table(plan, made)}")
     return {
         "hosts": [asdict(host) for host in made],
-        "relayed_bytes": hosts.relayed_bytes(job.teacher, len(made), job.step),
-        "gradient_bytes": hosts.gradient_bytes(job, len(made)),
+        "relayed_bytes": machines.relayed_bytes(job.teacher, len(made), job.step),
+        "gradient_bytes": machines.gradient_bytes(job, len(made)),
     }
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: print the plan."""
-    at = planning.machine_rates(settings.machine, settings.measure)
+    at = estimates.machine_rates(settings.machine, settings.measure)
     print(f"{at}\n")
     if settings.measure and settings.teacher is None:
         return asdict(at)

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.disk.files import Files, need_place
-from mis_mlx.machine import memory
-from mis_mlx.model import compare, load, policy, teacher, windows
-from mis_mlx.model.policy import Computing
-from mis_mlx.page import progress
-from mis_mlx.training import planning, pruning
-from mis_mlx.training.pruning import Cut
-from mis_mlx.training.weather import Weather
+from mis_mlx.data import preparation
+from mis_mlx.evaluation import comparison
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.thermal.run_monitor import Weather
+from mis_mlx.models import load, policy, resolve
+from mis_mlx.models.policy import Computing
+from mis_mlx.planner import estimates
+from mis_mlx.pruning import select
+from mis_mlx.pruning.select import Cut
+from mis_mlx.reporting import progress
+from mis_mlx.storage.files import Files, need_place
 from mis_mlx.types import Count, Seed, Tokens
 
 
@@ -65,21 +68,21 @@ def run(settings: Settings) -> dict[str, Any]:
     policy.use(settings.compute_dtype)
     need_place("--mlx-path", settings.mlx_path, "new")
     files = Files()
-    found = teacher.find(settings.model)
+    found = resolve.find(settings.model)
     cli.say(f"model: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
     limit = memory.budget(None if settings.budget is None else cli.parse_bytes(settings.budget))
     length, tokens = settings.max_seq_length, settings.num_samples * settings.max_seq_length
-    planned = planning.streamed_pass(
-        "calibration", planning.model_of(checkpoint), tokens, length, length, limit.limit_bytes, head=False
+    planned = estimates.streamed_pass(
+        "calibration", estimates.model_of(checkpoint), tokens, length, length, limit.limit_bytes, head=False
     )
-    planning.fit(limit, planned)
-    data = windows.prepare(settings.data, load.tokenizer(found.path), length)
+    estimates.fit(limit, planned)
+    data = preparation.prepare(settings.data, load.tokenizer(found.path), length)
     with progress.run("prune"), memory.limited(limit), Weather(settings, None, files) as weather:
-        report = pruning.prune(
+        report = select.prune(
             checkpoint,
-            windows.calibration(data.train, settings.num_samples, settings.seed),
-            compare.chosen(next(iter(data.held_out.values())), 24),
+            preparation.calibration(data.train, settings.num_samples, settings.seed),
+            comparison.chosen(next(iter(data.held_out.values())), 24),
             Path(settings.mlx_path),
             settings,
             dtype=settings.dtype,

@@ -13,18 +13,22 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx import cli
-from mis_mlx.disk.files import Files, need_place
-from mis_mlx.disk.spool import Spool
-from mis_mlx.disk.text import Windows
-from mis_mlx.machine import memory
+from mis_mlx.data import preparation
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import live_teacher, scale_tuning
+from mis_mlx.evaluation import comparison
+from mis_mlx.hardware import memory
 from mis_mlx.maths.rounding import Packed
-from mis_mlx.model import compare, formats, gptq, grid, load, model_writer, pack, policy, teacher, windows
-from mis_mlx.model.policy import Computing
-from mis_mlx.page import progress
-from mis_mlx.training import distillation, dwq, packing, phases, planning
-from mis_mlx.training.job import Job
-from mis_mlx.training.planning import Phase
-from mis_mlx.training.recipe import Distillation, Rounding
+from mis_mlx.models import load, model_writer, policy, resolve
+from mis_mlx.models.policy import Computing
+from mis_mlx.planner import estimates, phases, quantized_size
+from mis_mlx.planner.estimates import Phase
+from mis_mlx.planner.job import Job
+from mis_mlx.planner.recipe import Distillation, Rounding
+from mis_mlx.quantization import bit_allocation, gptq, grid, packed_format
+from mis_mlx.reporting import progress
+from mis_mlx.storage.files import Files, need_place
+from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole
 
 
@@ -56,8 +60,8 @@ class Settings(Computing, Rounding):
 
 def check(config: Mapping[str, Any], how: Rounding) -> None:
     """Refuse, before hours of work, a shape that cannot be quantized whole and a target out of reach."""
-    pack.layout(config, how.q_group_size, mode=how.q_mode)
-    formats.check(how.affine.target_bpw, how.q_group_size)
+    packed_format.layout(config, how.q_group_size, mode=how.q_mode)
+    bit_allocation.check(how.affine.target_bpw, how.q_group_size)
 
 
 def quantize(
@@ -69,7 +73,7 @@ def quantize(
     `out`.
     """
     checkpoint, how = load.open_checkpoint(folder), how.affine
-    pack.check_dense(checkpoint)
+    packed_format.check_dense(checkpoint)
     files.make_folder(out.absolute().parent)
     layers = checkpoint.config["num_hidden_layers"]
 
@@ -77,41 +81,43 @@ def quantize(
         count = held * passes
         return Spool(out.absolute().parent, count, files) if held < len(batches) else None
 
-    wide = pack.bridges(checkpoint) if how.q_mode == "affine" else ()
-    plan: pack.Layout = pack.layout(checkpoint.config, how.q_group_size, wide, how.q_mode)
+    wide = packed_format.bridges(checkpoint) if how.q_mode == "affine" else ()
+    plan: packed_format.Layout = packed_format.layout(checkpoint.config, how.q_group_size, wide, how.q_mode)
     extra = {}
     if how.target_bpw is not None:
         cli.say("sensitivity: what every matrix costs in fewer bits")
-        plan, found = formats.mixed(checkpoint, batches, how.q_group_size, how.target_bpw, seed, hidden(layers))
-        extra[pack.SENSITIVITY] = json.dumps(found).encode()
+        plan, found = bit_allocation.mixed(checkpoint, batches, how.q_group_size, how.target_bpw, seed, hidden(layers))
+        extra[packed_format.SENSITIVITY] = json.dumps(found).encode()
 
-    def blocks(plan: pack.Layout) -> Iterator[Mapping[str, Packed]]:
+    def blocks(plan: packed_format.Layout) -> Iterator[Mapping[str, Packed]]:
         return gptq.rounded_blocks(checkpoint, batches, plan, hidden(1))
 
-    return pack.write_quantized(checkpoint, out, plan, files, blocks if how.q_method == "gptq" else None, extra)
+    return packed_format.write_quantized(
+        checkpoint, out, plan, files, blocks if how.q_method == "gptq" else None, extra
+    )
 
 
 def _planned(s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget) -> list[Phase]:
     """Rounding, and the steps after it; MisError when one of them does not fit."""
-    m, steps = planning.model_of(checkpoint), s.steps(False)
-    found = [packing.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]
-    remedy = f"give --budget {planning.flag(found[0].peak_bytes)} or more"
-    planning.fit(limit, *found, remedy=remedy + (", or --q-method round without --target-bpw" if count else ""))
+    m, steps = estimates.model_of(checkpoint), s.steps(False)
+    found = [quantized_size.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]
+    remedy = f"give --budget {estimates.flag(found[0].peak_bytes)} or more"
+    estimates.fit(limit, *found, remedy=remedy + (", or --q-method round without --target-bpw" if count else ""))
     if steps:
-        job = Job(planning.model_of(other), m, steps, s.batch_size, 1, s.max_seq_length, count, 0, 0, 0, 0,
+        job = Job(estimates.model_of(other), m, steps, s.batch_size, 1, s.max_seq_length, count, 0, 0, 0, 0,
                   steps, rounding=s)  # fmt: skip
         found.append(phases.tune(job, s.batch_size, limit.limit_bytes, steps))
-        remedy = f"give --budget {planning.flag(found[1].peak_bytes)} or more, or --q-iters 0"
-        planning.fit(limit, found[1], remedy=remedy)
+        remedy = f"give --budget {estimates.flag(found[1].peak_bytes)} or more, or --q-iters 0"
+        estimates.fit(limit, found[1], remedy=remedy)
     return found
 
 
 def _tuned(s: Settings, rounded: Path, other: Checkpoint, data: Windows, pinned: int, out: Path, files: Files) -> None:
     """Write `out`: `rounded`, whose scales have learned from the model `other`."""
-    checkpoint, m = load.open_checkpoint(rounded), planning.model_of(other)
+    checkpoint, m = load.open_checkpoint(rounded), estimates.model_of(other)
     keeps = None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
-    r = dwq.recipe_of(Distillation(batch_size=s.batch_size, seed=s.seed), s.steps(False), s.q_learning_rate)
-    grid.write(checkpoint, dwq.learned(checkpoint, distillation.Teacher(other, keeps), data, r), out, files)
+    r = scale_tuning.recipe_of(Distillation(batch_size=s.batch_size, seed=s.seed), s.steps(False), s.q_learning_rate)
+    grid.write(checkpoint, scale_tuning.learned(checkpoint, live_teacher.Teacher(other, keeps), data, r), out, files)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -119,23 +125,23 @@ def run(settings: Settings) -> dict[str, Any]:
     cli.check_ranges(settings)
     policy.use(settings.compute_dtype)
     need_place("--mlx-path", settings.mlx_path, "new")
-    s, found = settings, teacher.find(settings.model)
+    s, found = settings, resolve.find(settings.model)
     if s.looks and s.num_samples < 1:
         asked = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"
         raise MisError(f"{asked} looks at text, --num-samples is {s.num_samples}: give 1 or more")
     count = s.num_samples if s.looks else 0
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     checkpoint = load.open_checkpoint(found.path)
-    pack.check_dense(checkpoint)
+    packed_format.check_dense(checkpoint)
     model_writer.need_tokenizer(found.path)
     check(checkpoint.config, s)
-    other = load.open_checkpoint(teacher.find(s.teacher).path) if s.teacher else checkpoint
-    compare.same_vocabulary(other, checkpoint)
+    other = load.open_checkpoint(resolve.find(s.teacher).path) if s.teacher else checkpoint
+    comparison.same_vocabulary(other, checkpoint)
     planned = _planned(s, checkpoint, other, count, limit)
     out, files, batches = Path(s.mlx_path), Files(), list[mx.array]()
     if s.looks or s.steps(False):
-        data = windows.prepare(s.data, load.tokenizer(found.path), s.max_seq_length).train
-        batches = windows.calibration(data, count, s.seed)
+        data = preparation.prepare(s.data, load.tokenizer(found.path), s.max_seq_length).train
+        batches = preparation.calibration(data, count, s.seed)
     with progress.run("quantize"), memory.limited(limit):
         held = planned[0].held_tokens // s.max_seq_length
         if not s.steps(False):

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.disk import runs, story
-from mis_mlx.disk.files import Files, need_place
-from mis_mlx.disk.story import Story
-from mis_mlx.page import choices, figures, html, sections
+from mis_mlx.reporting import choices, figures, html, run_reader, sections
+from mis_mlx.reporting.run_reader import Story
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import Files, need_place
 from mis_mlx.types import Count, MisError
 
 SECTIONS: tuple[Callable[[Story, str], str], ...] = (
@@ -73,10 +73,10 @@ def _made(name: str, make: Callable[[], str]) -> str:
 def _folders(asked: Sequence[str]) -> list[Path]:
     if asked:
         return [Path(a) for a in asked]
-    found = [p.parent for p in Path("runs").glob(f"*/{runs.CONFIG}")]
+    found = [p.parent for p in Path("runs").glob(f"*/{run_folder.CONFIG}")]
     if not found:
         raise MisError("There is no run under runs/: name a run folder, or make one with distill")
-    return [max(found, key=lambda p: (p / runs.CONFIG).stat().st_mtime)]
+    return [max(found, key=lambda p: (p / run_folder.CONFIG).stat().st_mtime)]
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def run(settings: Settings) -> dict[str, Any]:
     out = Path(s.out) if s.out else folders[0] / "report.html"
     need_place("--out", out, "file")
     while True:
-        stories = [story.read(folder) for folder in folders]
+        stories = [run_reader.read(folder) for folder in folders]
         going = s.watch and not all(one.ended for one in stories)
         files.make_folder(out.absolute().parent)
         page = render(stories, s.every_s if going else None)

@@ -11,24 +11,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.disk import runs, text
-from mis_mlx.disk.files import Files, need_place
-from mis_mlx.machine import memory
-from mis_mlx.machine.rates import Rates
-from mis_mlx.model import load, policy, teacher, windows
-from mis_mlx.model.config import Shape, shape_of
-from mis_mlx.model.policy import Computing
-from mis_mlx.page import progress
-from mis_mlx.page.text import markdown_table
-from mis_mlx.training import candidates, contest, phases, planning, standings
-from mis_mlx.training.candidates import Aim, Decoding
-from mis_mlx.training.contest import Contest
-from mis_mlx.training.course import Course
-from mis_mlx.training.job import job_of
-from mis_mlx.training.planning import Phase
-from mis_mlx.training.recipe import Distillation
-from mis_mlx.training.supervise import entered
-from mis_mlx.training.weather import WeatherFlags
+from mis_mlx.data import preparation, token_windows
+from mis_mlx.distillation import candidate_trials, search_report
+from mis_mlx.distillation.candidate_trials import Contest
+from mis_mlx.distillation.pipeline import Course
+from mis_mlx.distillation.run_loop import entered
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.rates import Rates
+from mis_mlx.hardware.thermal.run_monitor import WeatherFlags
+from mis_mlx.models import load, policy, resolve
+from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.policy import Computing
+from mis_mlx.planner import estimates, phases
+from mis_mlx.planner.estimates import Phase
+from mis_mlx.planner.job import job_of
+from mis_mlx.planner.recipe import Distillation
+from mis_mlx.pruning import shape_search
+from mis_mlx.pruning.shape_search import Aim, Decoding
+from mis_mlx.reporting import progress
+from mis_mlx.reporting.text import markdown_table
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import Files, need_place
 from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Whole, Within, duration, gib
 
 # Settings that may differ when a search is resumed: none of them changes what is measured.
@@ -97,17 +100,17 @@ def decoding(s: Settings, checkpoint: Checkpoint, limit: Budget) -> Decoding:
     limit.need(need, "timing the teacher, whole in memory,", "give --params or --memory in place of --decode")
     cli.say("timing the teacher, whole and with half of its blocks")
     with memory.limited(limit):
-        return contest.timed(checkpoint.path, s.max_kv_size)
+        return candidate_trials.timed(checkpoint.path, s.max_kv_size)
 
 
 def aim_of(s: Settings, config: Mapping[str, Any], timed: Decoding | None) -> Aim:
     """What the student may cost. timed: the teacher's speed, for --decode."""
     if s.decode and timed:
-        return candidates.decode_aim(config, s.decode, s.tolerance, s.max_kv_size, timed)
+        return shape_search.decode_aim(config, s.decode, s.tolerance, s.max_kv_size, timed)
     if s.memory:
         limit = cli.parse_bytes(s.memory, "--memory")
-        return candidates.memory_aim(config, s.memory, limit, s.tolerance, s.max_kv_size)
-    return candidates.params_aim(config, s.params or "0.667x", s.tolerance)
+        return shape_search.memory_aim(config, s.memory, limit, s.tolerance, s.max_kv_size)
+    return shape_search.params_aim(config, s.params or "0.667x", s.tolerance)
 
 
 def work_table(found: Sequence[Phase], at: Rates) -> str:
@@ -127,18 +130,18 @@ def rank(s: Settings, c: Contest, shapes: Sequence[Shape], first: Sequence[Shape
         def score(shape: Shape) -> float:
             nonlocal done
             value, done = c.score(shape), done + 1
-            show(done, f"{candidates.label(shape)}  KL {value:.3f}")
+            show(done, f"{shape_search.label(shape)}  KL {value:.3f}")
             return value
 
-        scores = candidates.evolve(shapes, first, score, s.seed, s.evaluations)
+        scores = shape_search.evolve(shapes, first, score, s.seed, s.evaluations)
     return sorted((x for x, value in scores.items() if math.isfinite(value)), key=lambda x: scores[x])
 
 
 def judge(s: Settings, c: Contest, course: Course, shape: Shape) -> dict[str, Any]:
     """The record of one finalist, distilled now or read."""
-    cli.say(f"finalist {candidates.label(shape)}")
-    small = planning.model_of(candidates.config_of(c.teacher.config, shape))
-    job, plan = job_of(planning.model_of(c.teacher), small, s), course.plan
+    cli.say(f"finalist {shape_search.label(shape)}")
+    small = estimates.model_of(shape_search.config_of(c.teacher.config, shape))
+    job, plan = job_of(estimates.model_of(c.teacher), small, s), course.plan
     made = phases.make(job, plan.budget_bytes, plan.rates)
     return c.final(shape, s, made, course, s.max_kv_size if s.decode else None)
 
@@ -148,19 +151,19 @@ def report(
 ) -> dict[str, Any]:
     """Print the table and the sentence; write table.md and return what goes into the JSON line."""
     shapes, before = list(records), shape_of(c.teacher.config)
-    found = standings.verdict([*records.values()])
-    names = [standings.words(x, before) for x in shapes]
-    lines = [standings.command_line(x, before, s.teacher, s.data) for x in shapes]
-    said = standings.sentence(found, [*records.values()], names, lines)
+    found = search_report.verdict([*records.values()])
+    names = [search_report.words(x, before) for x in shapes]
+    lines = [search_report.command_line(x, before, s.teacher, s.data) for x in shapes]
+    said = search_report.sentence(found, [*records.values()], names, lines)
     teacher_s = aim.teacher if s.decode else None
     head = f"{len(names)} finalists of {measured} shapes measured, {aim.flag}: {s.iters} steps of distillation, "
     head += f"{len(c.judging.tokens)} windows of {s.max_seq_length} tokens held out, ± 95 %"
-    page = "\n\n".join([head, standings.table([*records.values()], names, teacher_s), said])
+    page = "\n\n".join([head, search_report.table([*records.values()], names, teacher_s), said])
     print(page)
     c.files.replace_text(c.folder / "table.md", page + "\n")
     return {
-        "candidates": runs.records(c.folder / contest.CANDIDATES),
-        "finalists": [standings.summary(r) for r in records.values()],
+        "candidates": run_folder.records(c.folder / candidate_trials.CANDIDATES),
+        "finalists": [search_report.summary(r) for r in records.values()],
         "clear": found.clear,
         "sentence": said,
         "command": None if found.best is None else lines[found.best],
@@ -169,13 +172,13 @@ def report(
 
 def field_of(s: Settings, config: Mapping[str, Any], aim: Aim) -> tuple[list[Shape], list[Shape]]:
     """(all shapes that meet the aim, those of them that have a name), and what is done with them said."""
-    first = candidates.scenarios(config, aim)
-    shapes = list(dict.fromkeys([*candidates.field(config, aim), *first]))
+    first = shape_search.scenarios(config, aim)
+    shapes = list(dict.fromkeys([*shape_search.field(config, aim), *first]))
     how = f"evolution measures {s.evaluations} of them (seed {s.seed})"
     if len(shapes) <= s.evaluations:
         how = f"all are measured, no more than --evaluations {s.evaluations}"
     cli.say(f"shapes that meet {aim.flag}, {aim.words(aim.low)} to {aim.words(aim.high)}: {len(shapes)}; {how}")
-    if stuck := candidates.stuck(config):
+    if stuck := shape_search.stuck(config):
         cli.say(f"this teacher cannot be cut along every axis: {stuck} stay as they are")
     return shapes, first
 
@@ -190,31 +193,31 @@ def _run(s: Settings, c: Contest, course: Course, aim: Aim, shapes: Sequence[Sha
     best = ranked[: s.finalists]
     with progress.phase("finalists"):
         records = {shape: judge(s, c, course, shape) for shape in cli.counted("finalist", best, len(best))}
-    return report(s, c, aim, len(runs.records(c.folder / contest.CANDIDATES)), records)
+    return report(s, c, aim, len(run_folder.records(c.folder / candidate_trials.CANDIDATES)), records)
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: aim, list, plan, calibrate once, rank, distil the best, judge."""
     s, folder = settings, None
     if s.resume:
-        folder = runs.find(s.out, UNDER)
-        s = Settings(**runs.merged(asdict(s), asdict(Settings()), runs.stored_settings(folder), FREE))
+        folder = run_folder.find(s.out, UNDER)
+        s = Settings(**run_folder.merged(asdict(s), asdict(Settings()), run_folder.stored_settings(folder), FREE))
     policy.use(s.compute_dtype)
     check(s)
     need_place("--out", s.out or UNDER)
     began, files = time.monotonic(), Files()
-    found = teacher.find(s.teacher)
+    found = resolve.find(s.teacher)
     cli.say(f"teacher: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     timed = None
     if s.decode:
-        timed = Decoding(**runs.stored_plan(folder)) if folder else decoding(s, checkpoint, limit)
+        timed = Decoding(**run_folder.stored_plan(folder)) if folder else decoding(s, checkpoint, limit)
     aim = aim_of(s, checkpoint.config, timed)
     shapes, first = field_of(s, checkpoint.config, aim)
-    planned, made = contest.work(s, checkpoint, shapes, limit)
+    planned, made = candidate_trials.work(s, checkpoint, shapes, limit)
     cli.say(f"{work_table(planned, made.rates)}\n{made.rates}")
-    peak, seconds = max(p.peak_bytes for p in planned), contest.seconds(planned, made.rates)
+    peak, seconds = max(p.peak_bytes for p in planned), candidate_trials.seconds(planned, made.rates)
     result = {"teacher": str(found.path), "aim": aim.flag, "shapes": len(shapes),
               "evaluated": min(s.evaluations, len(shapes)), "peak_bytes": peak,
               "budget_bytes": limit.limit_bytes}  # fmt: skip
@@ -224,19 +227,19 @@ def run(settings: Settings) -> dict[str, Any]:
         return {**result, **moved, "seconds": round(sum(seconds.values())), "check_failed": not fits}
     if not made.fits:
         raise MisError(phases.remedy(made))
-    planning.fit(limit, *planned)
+    estimates.fit(limit, *planned)
     if folder is None:
         cli.say(progress.promise(sum(seconds.values())))
-    data = windows.prepare(s.data, load.tokenizer(found.path), s.max_seq_length)
+    data = preparation.prepare(s.data, load.tokenizer(found.path), s.max_seq_length)
     for note in data.notes:
         cli.say(note)
-    ranking, judging = contest.split(next(iter(data.held_out.values())), s.rank_windows, s.eval_windows)
-    origin = runs.origin(checkpoint, text.fingerprint(data.train))
+    ranking, judging = candidate_trials.split(next(iter(data.held_out.values())), s.rank_windows, s.eval_windows)
+    origin = run_folder.origin(checkpoint, token_windows.fingerprint(data.train))
 
     def new() -> Path:
         values = {k: v for k, v in asdict(s).items() if k not in ("out", "resume", "dry_run", "config")}
         name = f"{UNDER.name}/{checkpoint.path.name}"
-        return runs.create(s.out, name, values, origin, asdict(timed) if timed else {}, files)
+        return run_folder.create(s.out, name, values, origin, asdict(timed) if timed else {}, files)
 
     wired = made.peak_bytes if made.mode == "resident" else 0
     run_ = entered(folder, new, origin, limit, wired, s, files)
@@ -248,7 +251,7 @@ def run(settings: Settings) -> dict[str, Any]:
         result = {**result, **_run(s, c, course, aim, shapes, first), "run": str(place),
                   "peak_bytes": course.peak.nbytes, **weather.account(),
                   "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
-        files.replace_text(place / runs.RESULT, json.dumps(result, indent=2))
+        files.replace_text(place / run_folder.RESULT, json.dumps(result, indent=2))
     return result
 
 

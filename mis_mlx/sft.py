@@ -7,12 +7,15 @@ from itertools import chain
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.disk import examples
-from mis_mlx.model import compare, load, teacher
-from mis_mlx.training import alignment, alignment_plan, distillation, planning
-from mis_mlx.training.alignment_plan import Alignment
-from mis_mlx.training.planning import Phase
-from mis_mlx.training.supervised import Lesson
+from mis_mlx.alignment import alignment_plan, alignment_run
+from mis_mlx.alignment.alignment_plan import Alignment
+from mis_mlx.alignment.sft_loss import Lesson
+from mis_mlx.data import examples
+from mis_mlx.distillation import live_teacher
+from mis_mlx.evaluation import comparison
+from mis_mlx.models import load, resolve
+from mis_mlx.planner import estimates
+from mis_mlx.planner.estimates import Phase
 from mis_mlx.types import Checkpoint, Rate
 
 SHAPES = ("messages", "completion")
@@ -52,7 +55,7 @@ def _teacher(s: Settings, checkpoint: Checkpoint) -> Checkpoint | None:
     """The teacher asked for, if any."""
     if s.teacher is None:
         return None
-    return compare.same_vocabulary(checkpoint, load.open_checkpoint(teacher.find(s.teacher).path))
+    return comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.find(s.teacher).path))
 
 
 def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> Phase:
@@ -60,22 +63,22 @@ def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, lengt
     alone = alignment_plan.training(s, checkpoint, s.batch_size, length, "sft")
     if beside is None:
         return alone
-    t, tokens = planning.model_of(beside), s.batch_size * s.grad_accumulation_steps * length
+    t, tokens = estimates.model_of(beside), s.batch_size * s.grad_accumulation_steps * length
     peak = alone.peak_bytes + t.slots_bytes + t.head_work + tokens * t.shape.hidden * t.item
-    keeps = planning.pins(t, planning.room(alignment_plan.budget(s).limit_bytes, peak))
-    flops = alone.flops + s.iters * planning.forward_flops(t, tokens, length)
+    keeps = estimates.pins(t, estimates.room(alignment_plan.budget(s).limit_bytes, peak))
+    flops = alone.flops + s.iters * estimates.forward_flops(t, tokens, length)
     read = alone.read_bytes + t.block_bytes * (keeps + s.iters * (t.shape.layers - keeps))
     return replace(alone, peak_bytes=peak + keeps * t.block_work, flops=flops, read_bytes=read, pinned=keeps)
 
 
-def _source(s: Settings, beside: Checkpoint | None, pinned: int) -> distillation.Source:
+def _source(s: Settings, beside: Checkpoint | None, pinned: int) -> live_teacher.Source:
     """What the steps learn from: the text, or a teacher `pinned` blocks of which stay in memory."""
     if beside is None:
-        return distillation.Text()
-    t = planning.model_of(beside)
+        return live_teacher.Text()
+    t = estimates.model_of(beside)
     direct = beside.nbytes > alignment_plan.budget(s).limit_bytes
     room = pinned * t.block_work + t.head_work
-    return distillation.Teacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
+    return live_teacher.Teacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -91,7 +94,7 @@ def run(settings: Settings) -> dict[str, Any]:
     made.tell()
     if s.dry_run:
         return {"model": str(checkpoint.path), "windows": len(train.windows), **made.result()}
-    with alignment.running(s, folder, checkpoint, made, card, "sft") as r:
+    with alignment_run.running(s, folder, checkpoint, made, card, "sft") as r:
         source = _source(s, beside, phase.pinned)
         each = train.micro_batches(source, parts.batch_size, parts.grad_accumulation_steps, s.seed)
         loss = train.loss_of(source, frozen_head=s.lora is not None)

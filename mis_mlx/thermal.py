@@ -13,14 +13,14 @@ from typing import Any
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.disk.files import need_place
-from mis_mlx.machine import findings
-from mis_mlx.machine.ambient import find_altitude
-from mis_mlx.machine.clock import Clock
-from mis_mlx.machine.governor import Decision, Mode, TeaBreaks, after_step, governor_for
-from mis_mlx.machine.replay import Header, Recorder
-from mis_mlx.machine.sensors import Live, Monitor, open_monitor
-from mis_mlx.page import text
+from mis_mlx.hardware.clock import Clock
+from mis_mlx.hardware.thermal import findings
+from mis_mlx.hardware.thermal.ambient import find_altitude
+from mis_mlx.hardware.thermal.governor import Decision, Mode, TeaBreaks, after_step, governor_for
+from mis_mlx.hardware.thermal.recording import Header, Recorder
+from mis_mlx.hardware.thermal.thermal_monitor import Live, Monitor, open_monitor
+from mis_mlx.reporting import text
+from mis_mlx.storage.files import need_place
 from mis_mlx.types import Celsius, Metres, Positive, Reading, Seconds
 
 SPARK_LOOKS = 60

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.page import text as words
-from mis_mlx.training import speeds
+from mis_mlx.evaluation.speed import speed_table
+from mis_mlx.reporting import text as words
 from mis_mlx.types import MisError, Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,12 +68,14 @@ def throughput(found: Found) -> str:
             fixed, measured = found[part]["models"], found[part]["measured"]["models"]
             label = {n: f"{n}, {fixed[n]['format']}" for n in measured}
             names += label.values()
-            rows += [Row(label[r.model], r.metric, r.value, r.low, r.high, r.n) for r in speeds.rows(fixed, measured)]
+            rows += [
+                Row(label[r.model], r.metric, r.value, r.low, r.high, r.n) for r in speed_table.rows(fixed, measured)
+            ]
             bounds += [f"- {line}" for line in found[part]["sentences"] if "By size alone" in line]
     given = found["given"]
     sizes = f"prompts of {given['prompt_tokens']} tokens, {given['generation_tokens']} generated, "
     sizes += f"{given['num_trials']} trials ({given['four_bit_trials']} in 4 bits) in turn, ± one standard deviation"
-    lines = [words.table(rows, names, [m for m in speeds.METRICS if m[0] in SHOWN]), "", where(found, sizes), ""]
+    lines = [words.table(rows, names, [m for m in speed_table.METRICS if m[0] in SHOWN]), "", where(found, sizes), ""]
     if found["student"]:
         lines += [f"The student: {found['student']}.", ""]
     lines += goals(found["verdict"]) + bounds

@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx.disk import runs
-from mis_mlx.model import load, policy
+from mis_mlx.models import load, policy
+from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 from tests import forks, tiny
 
@@ -175,7 +175,7 @@ def weights(run: Path) -> dict[str, bytes]:
 
 def losses(run: Path) -> list[tuple[int, float, float]]:
     """(step, loss, gradient norm) of every step."""
-    return [(r["number"], r["loss"], r["grad_norm"]) for r in runs.metrics(run)]
+    return [(r["number"], r["loss"], r["grad_norm"]) for r in run_folder.metrics(run)]
 
 
 def last_line(done: Done) -> dict[str, Any]:

@@ -20,12 +20,14 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mis_mlx.disk.files import DISK
-from mis_mlx.disk.text import Windows
+from mis_mlx.alignment import sft_loss
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import cached_targets, live_teacher, train_loop
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import calibrate, load, ranks, relay, stream
-from mis_mlx.training import distillation, loop, supervised, targets
-from mis_mlx.training.recipe import Recipe
+from mis_mlx.models import distributed, load, pipeline_parallel, stream
+from mis_mlx.planner.recipe import Recipe
+from mis_mlx.pruning import calibrate
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Reading
 from tests import forks
 
@@ -81,26 +83,28 @@ def uneven(n: int, length: int = 16) -> Windows:
     return Windows(rng.integers(0, 512, (n, length)).astype(np.int32), learn)
 
 
-def lesson() -> supervised.Lesson:
+def lesson() -> sft_loss.Lesson:
     """Rows of 3 to 40 tokens, one a window."""
     rng = np.random.default_rng(3)
     lengths = rng.integers(3, 41, 30)
     rows = [(rng.integers(0, 512, n).astype(np.int32), (np.arange(n) >= n // 2).astype(np.float32)) for n in lengths]
-    return supervised.Lesson(rows)
+    return sft_loss.Lesson(rows)
 
 
 def distilled(teacher: Checkpoint, student: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.ndarray]:
     """Ten steps from the live teacher."""
     model, optimizer = load.resident(student, mx.float32), GoralW()
-    source = distillation.Teacher(teacher, shares=shares)
-    return _learned(model, list(distillation.steps(model, source, uneven(24), RECIPE, optimizer)))
+    source = live_teacher.Teacher(teacher, shares=shares)
+    return _learned(model, list(live_teacher.steps(model, source, uneven(24), RECIPE, optimizer)))
 
 
 def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     """Ten steps on rows of uneven lengths, 5 a step: of 3 machines one has fewer."""
-    model, optimizer, rows, text = load.resident(student, mx.float32), GoralW(), lesson(), distillation.Text()
+    model, optimizer, rows, text = load.resident(student, mx.float32), GoralW(), lesson(), live_teacher.Text()
     batches = rows.micro_batches(text, 5, 1, 0)
-    return _learned(model, list(loop.train(model, batches, rows.loss_of(text, False), optimizer, RECIPE.schedule)))
+    return _learned(
+        model, list(train_loop.train(model, batches, rows.loss_of(text, False), optimizer, RECIPE.schedule))
+    )
 
 
 def _learned(model: object, steps: Sequence[object]) -> dict[str, np.ndarray]:
@@ -114,20 +118,20 @@ def passed(teacher: Checkpoint, shares: Sequence[int], room_bytes: int | None) -
     """Final hidden states of this machine's part of five windows of different lengths, in two passes; by window."""
     batches = [mx.random.randint(0, 512, (1, 8 + 5 * k), key=mx.random.key(k)) for k in range(5)]
     where = teacher, mx.float32, room_bytes, False
-    source = relay.Relay(*where, shares) if shares else stream.Stream(*where)
-    source.forward(ranks.share(batches[:1]))
-    hidden = source.forward(ranks.share(batches))
-    return {str(k): np.array(h) for k, h in zip(ranks.share(range(5)), hidden, strict=True)}
+    source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
+    source.forward(distributed.share(batches[:1]))
+    hidden = source.forward(distributed.share(batches))
+    return {str(k): np.array(h) for k, h in zip(distributed.share(range(5)), hidden, strict=True)}
 
 
 def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.ndarray]:
     """Statistics of five windows of different lengths, each in air of its own."""
     whole = [mx.random.randint(0, 512, (1, 8 + 5 * k), key=mx.random.key(k)) for k in range(5)]
     readings = [Reading(float(k), ambient_c=10.0 + 3 * k, altitude_m=832.0) for k in range(5)]
-    n = ranks.size()
-    air = iter([r for rank in range(n) for r in readings[rank::n]] if shares else ranks.share(readings))
-    own = relay.Relay(teacher, mx.float32, 0, False, shares) if shares else None
-    s, _ = calibrate.calibrate(teacher, ranks.share(whole), mx.float32, lambda: next(air), relay=own)
+    n = distributed.size()
+    air = iter([r for rank in range(n) for r in readings[rank::n]] if shares else distributed.share(readings))
+    own = pipeline_parallel.Relay(teacher, mx.float32, 0, False, shares) if shares else None
+    s, _ = calibrate.calibrate(teacher, distributed.share(whole), mx.float32, lambda: next(air), relay=own)
     found = {f"{axis} {i} {key}": np.asarray(getattr(sums, key), np.float64)
              for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", {-1: s.hidden}))
              for i, sums in of.items() for key in ("mean", "square", "warm", "batches")}  # fmt: skip
@@ -142,14 +146,14 @@ def work(teacher: Path, student: Path, out: Path) -> None:
     """Everything above, into files of `out`; the logit store of every machine into a folder of its own."""
     big, small = load.open_checkpoint(teacher), load.open_checkpoint(student)
     made = {"distilled": distilled(big, small), "tuned": tuned(small), "calibrated": calibrated(big)}
-    shares = {1: (), 2: (1, 2), 3: (2, 1, 0)}[ranks.size()]
+    shares = {1: (), 2: (1, 2), 3: (2, 1, 0)}[distributed.size()]
     made["read"], made["kept"] = passed(big, shares, 0), passed(big, shares, None)
     made["calibrated in layers"], made["distilled in layers"] = calibrated(big, shares), distilled(big, small, shares)
-    rank = ranks.share(range(ranks.size()))[0]
-    store = targets.write(big, lambda: distillation.Teacher(big), uneven(80), out / f"targets-{rank}", DISK, count=20,
-                          windows_per_pass=7)  # fmt: skip
-    other = targets.write(big, lambda: distillation.Teacher(big, 0, shares=shares), uneven(80), out / f"layers-{rank}",
-                          DISK, count=20, windows_per_pass=9, together=bool(shares))  # fmt: skip
+    rank = distributed.share(range(distributed.size()))[0]
+    Teacher, write = live_teacher.Teacher, cached_targets.write
+    store = write(big, lambda: Teacher(big), uneven(80), out / f"targets-{rank}", DISK, count=20, windows_per_pass=7)
+    other = write(big, lambda: Teacher(big, 0, shares=shares), uneven(80), out / f"layers-{rank}", DISK, count=20,
+                  windows_per_pass=9, together=bool(shares))  # fmt: skip
     assert store.missing() == other.missing() == []
     for name, arrays in made.items():
         np.savez(out / f"{name}-{rank}.npz", **arrays)

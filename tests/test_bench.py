@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 
 from mis_mlx import bench
-from mis_mlx.machine.power import Energy
-from mis_mlx.machine.rates import Roof
-from mis_mlx.model import timing
-from mis_mlx.model.timing import Request, Trial
-from mis_mlx.training import roofline, trials
+from mis_mlx.evaluation.speed import roofline, rounds, timing
+from mis_mlx.evaluation.speed.timing import Request, Trial
+from mis_mlx.hardware.rates import Roof
+from mis_mlx.hardware.thermal.energy import Energy
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks, tiny
 from tests.conftest import Done, last_line, sentence
@@ -31,7 +30,7 @@ QUICK = ("-p", 4, "-g", 4, "-n", 1)
 def measured_roof(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache folder of the test's own, with a roof in it: measuring takes 5 s, and tests/machine does."""
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("mis_mlx.machine.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+    monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
     yield
 
 
@@ -49,7 +48,7 @@ def stamped(*stamps_s: float, cached_s: float | None = None, **more: Any) -> Tri
 def test_rates_by_pencil() -> None:
     """Tokens at 0.5, 0.6, 0.7 s: 500 ms to the first, 100 ms each after it, 10 a second (the first does not count);
     a prompt of 20 tokens is read at 40 a second."""
-    found = trials.figures([stamped(0.5, 0.6, 0.7, cached_s=0.1)], Request(20, 3))
+    found = rounds.figures([stamped(0.5, 0.6, 0.7, cached_s=0.1)], Request(20, 3))
     assert found["ttft_ms"]["mean"] == pytest.approx(500)
     assert found["ttft_cached_ms"]["mean"] == pytest.approx(100)
     assert found["tpot_ms"]["mean"] == pytest.approx(100)
@@ -61,17 +60,17 @@ def test_rates_by_pencil() -> None:
 def test_mean_and_deviation_over_trials_and_95_of_many_only() -> None:
     """Rates 10 and 20 a second: 15 ± 7.07. 2 trials have no p95; 21 gaps do, and so have 20 trials."""
     two = [stamped(*(1 + 0.1 * k for k in range(12))), stamped(*(1 + 0.05 * k for k in range(11)))]
-    found = trials.figures(two, Request(1, 12))
+    found = rounds.figures(two, Request(1, 12))
     assert found["decode_tps"]["mean"] == pytest.approx(15)
     assert found["decode_tps"]["sd"] == pytest.approx(7.0711, abs=1e-4)
     assert "p95" not in found["ttft_ms"]
     assert found["itl_ms"]["p95"] == pytest.approx(100)
-    assert "p95" in trials.figures([stamped(1.0, 2.0)] * 20, Request(1, 2))["ttft_ms"]
+    assert "p95" in rounds.figures([stamped(1.0, 2.0)] * 20, Request(1, 2))["ttft_ms"]
 
 
 def test_a_batch_counts_all_sequences() -> None:
     """Four sequences step ten times a second: 40 tokens/s, and 4 x 2 prompt tokens in half a second."""
-    found = trials.figures([stamped(0.5, 0.6, 0.7)], Request(2, 3, batch=4))
+    found = rounds.figures([stamped(0.5, 0.6, 0.7)], Request(2, 3, batch=4))
     assert found["decode_tps"]["mean"] == pytest.approx(40)
     assert found["prefill_tps"]["mean"] == pytest.approx(16)
 
@@ -79,16 +78,16 @@ def test_a_batch_counts_all_sequences() -> None:
 def test_energy_is_what_work_took_beyond_rest() -> None:
     """30 J in 2 s at 5 W of rest are 20 J of work: 10 J for each of the two tokens after the first."""
     idle = Energy(4.0, 20.0, None)
-    found = trials.figures([stamped(0.5, 1.5, 2.5, energy=Energy(2.0, 30.0, 99.0))], Request(1, 3), idle)
+    found = rounds.figures([stamped(0.5, 1.5, 2.5, energy=Energy(2.0, 30.0, 99.0))], Request(1, 3), idle)
     assert found["joules"]["mean"] == pytest.approx(10)
-    assert "joules" not in trials.figures([stamped(0.5, 1.5, energy=Energy(2.0, None, 9.0))], Request(1, 2), idle)
+    assert "joules" not in rounds.figures([stamped(0.5, 1.5, energy=Energy(2.0, None, 9.0))], Request(1, 2), idle)
 
 
 def test_who_slows_down_is_named() -> None:
     """From 10 to 8 tokens/s is said, from 10 to 9.5 is not."""
-    slow = trials.slowed("m", [stamped(1.0, 1.1), stamped(1.0, 1.125)])
+    slow = rounds.slowed("m", [stamped(1.0, 1.1), stamped(1.0, 1.125)])
     assert slow is not None and "10.0 to 8.0" in slow
-    assert trials.slowed("m", [stamped(1.0, 1.1), stamped(1.0, 1.105)]) is None
+    assert rounds.slowed("m", [stamped(1.0, 1.1), stamped(1.0, 1.105)]) is None
 
 
 @pytest.mark.usefixtures("cpu_policy")  # bytes of float32

@@ -216,7 +216,7 @@ def test_help_lists_commands_without_installing(machine: Machine) -> None:
 
 
 def test_tests_and_programs_run_with_fast_products(machine: Machine) -> None:
-    """They start under machine/blas.py, with their arguments; what is preloaded reaches a command as it was."""
+    """They start under hardware/blas.py, with their arguments; what is preloaded reaches a command as it was."""
     (machine.checkout / "program.py").touch()
     machine.mis("program.py", "--rounds", "2")
     machine.mis("test", "-x")

@@ -18,7 +18,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import cli, distill, evaluate, quantize
-from mis_mlx.page import progress, text
+from mis_mlx.reporting import progress, text
 from mis_mlx.types import GIB, MisError, Row, Step
 
 Settings = distill.Settings

@@ -13,10 +13,10 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import distill
-from mis_mlx.disk import checkpoint as protocol
-from mis_mlx.disk import runs
-from mis_mlx.model import arch, load, speak
-from mis_mlx.model.config import shape_of
+from mis_mlx.models import arch, load, mlx_generate
+from mis_mlx.models.config import shape_of
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import run_folder
 from mis_mlx.types import GIB, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import ITERS, SMALL, Done, last_line, losses, near, sentence, weights
@@ -60,7 +60,7 @@ def test_all_four_folders_open_and_speak(finished: tuple[Path, Done], llama: Che
     for folder in (llama.path, out / "pruned", out / "distilled", out / "model"):
         model, tokenizer = load.mlx_lm("utils").load(str(folder))
         assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
-        assert len(speak.token_times(model, speak.prompt_ids(tokenizer, "The for statement", 4), 5)) == 6
+        assert len(mlx_generate.token_times(model, mlx_generate.prompt_ids(tokenizer, "The for statement", 4), 5)) == 6
     assert shape_of(load.open_checkpoint(out / "model").config) == shape_of(load.open_checkpoint(out / "pruned").config)
     assert arch.is_quantized(load.open_checkpoint(out / "model").tensors)
 
@@ -108,7 +108,7 @@ def test_flags_from_yaml_and_wrong_ones(
     out = tmp_path / "run"
     done = command("distill", "-c", tmp_path / "good.yaml", *given, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert max(r["learning_rate"] for r in runs.metrics(out)) == pytest.approx(1e-3)
+    assert max(r["learning_rate"] for r in run_folder.metrics(out)) == pytest.approx(1e-3)
     assert not (out / "distilled").exists() and not arch.is_quantized(load.open_checkpoint(out / "model").tensors)
     assert last_line(done)["nll_quantized"] is None and last_line(done)["student"] == str(out / "model")
 

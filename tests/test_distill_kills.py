@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.disk import runs
+from mis_mlx.storage import run_folder
 from tests import forks
 from tests.conftest import ITERS, Done, losses, sentence, weights
 
@@ -38,7 +38,7 @@ class Child:
 def progress(out: Path) -> float:
     """How far a run is, 0 to 1, by what is on disk: half of it the training steps."""
     names = ("config.yaml", "pruned", "steps", "distilled", "model", "result.json")
-    return (sum((out / name).exists() for name in names) + 6 * len(runs.metrics(out)) / ITERS) / 12
+    return (sum((out / name).exists() for name in names) + 6 * len(run_folder.metrics(out)) / ITERS) / 12
 
 
 def holds(out: Path, process: int) -> bool:
@@ -107,7 +107,7 @@ def test_sigterm_stops_after_the_step(
     """Exit code 1, a sentence with the step and how to go on, that step saved; the resumed run ends bit-equal."""
     out = tmp_path / "run"
     child = Child(own_home, *flags, "--out", out)
-    child.wait_for(lambda: (out / "metrics.jsonl").exists() and len(runs.metrics(out)) >= 3)
+    child.wait_for(lambda: (out / "metrics.jsonl").exists() and len(run_folder.metrics(out)) >= 3)
     child.process.terminate()
     said = sentence(child.end())
     step = int(said.split("stopped at step ")[1].split()[0])

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from mis_mlx import doctor
+from mis_mlx.checks import engine, kernels
 from mis_mlx.maths import importance, losses, rounding
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.maths.reconstruction import NormalEquations
-from mis_mlx.model import decode, kernel_checks, load, policy, stream
-from mis_mlx.training import engine_checks
+from mis_mlx.models import load, policy, stream, streamed_decode
 from mis_mlx.types import MisError
 from tests.conftest import Done, last_line
 
@@ -60,9 +60,9 @@ def test_public_lines() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> engine_checks.Models:
+def made(tmp_path_factory: pytest.TempPathFactory) -> engine.Models:
     """The doctor's tiny model in four formats."""
-    return engine_checks.make(tmp_path_factory.mktemp("models"))
+    return engine.make(tmp_path_factory.mktemp("models"))
 
 
 def wrong(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,10 +99,10 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 def test_kernel_checks_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What passes with the right kernel does not with a wrong one."""
     owner, attribute, fault = FAULTS[name]
-    found, bound = kernel_checks.CHECKS[name]()
+    found, bound = kernels.CHECKS[name]()
     assert found <= bound
     monkeypatch.setattr(owner, attribute, fault(getattr(owner, attribute)))
-    found, bound = kernel_checks.CHECKS[name]()
+    found, bound = kernels.CHECKS[name]()
     assert not found <= bound
 
 
@@ -111,7 +111,7 @@ def test_gptq_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rounding.compensated
     bent = lambda w, *rest: whole(w if policy._used else w * np.linspace(0.9, 1.1, w.shape[1]), *rest)  # noqa: E731
     monkeypatch.setattr(rounding, "compensated", bent)
-    found, bound = kernel_checks.CHECKS["GPTQ, integers unlike the CPU's"]()
+    found, bound = kernels.CHECKS["GPTQ, integers unlike the CPU's"]()
     assert found > bound
 
 
@@ -137,26 +137,26 @@ ENGINE_FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "LoRA steps, 4-bit, beside the CPU": (mx.fast, "rms_norm", wrong),
     "calibration, beside the CPU": (importance, "square_sample", wrong),
     "costs of bits, beside the CPU": (rounding, "values", lambda f: lambda *a: f(*a) * (1.0 if policy._used else 1.2)),
-    "generate, 4-bit, beside mlx_lm": (decode.Positioned, "__call__", lambda f: lambda self, x, offset=0: x),
+    "generate, 4-bit, beside mlx_lm": (streamed_decode.Positioned, "__call__", lambda f: lambda self, x, offset=0: x),
     "peak of a streamed pass / plan": (stream.Stream, "embed", greedy_for_memory),
 }
 
 
 @pytest.mark.parametrize("name", ENGINE_FAULTS)
-def test_engine_checks_can_fail(name: str, made: engine_checks.Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_checks_can_fail(name: str, made: engine.Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """What passes does not when a device computes it otherwise than the witness, or takes more than the plan."""
     owner, attribute, fault = ENGINE_FAULTS[name]
-    found, bound = engine_checks.CHECKS[name](made)
+    found, bound = engine.CHECKS[name](made)
     assert found <= bound
     broken = fault(getattr(owner, attribute))
     if name.startswith("LoRA"):  # as large an error as half precision must not hide
         broken = lambda x, w, eps, right=mx.fast.rms_norm: right(x, w, eps) * (1.0 if policy._used else 1.5)  # noqa: E731
     monkeypatch.setattr(owner, attribute, broken)
-    found, bound = engine_checks.CHECKS[name](made)
+    found, bound = engine.CHECKS[name](made)
     assert not found <= bound
 
 
-def test_repeated_steps_check_can_fail(made: engine_checks.Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_steps_check_can_fail(made: engine.Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Last bits in one gradient of one step, as atomic sums leave them, are found."""
     calls, right = list[int](), GoralW.update
 
@@ -167,7 +167,7 @@ def test_repeated_steps_check_can_fail(made: engine_checks.Models, monkeypatch: 
         return right(self, model, gradients, *rest)
 
     monkeypatch.setattr(GoralW, "update", update)
-    found, bound = engine_checks.CHECKS["training again, tensors unlike"](made)
+    found, bound = engine.CHECKS["training again, tensors unlike"](made)
     assert found > bound
 
 
@@ -182,14 +182,14 @@ def test_aliased_blocks_are_found(
         begin(self, *args, **kwargs)
         self._copies = True
 
-    def raising(models: engine_checks.Models) -> kernel_checks.Found:
+    def raising(models: engine.Models) -> kernels.Found:
         raise RuntimeError(f"no room in {tmp_path}/deep/file.bin\nand more")
 
     aliased = "streamed = resident = again, 4-bit"
-    checks = {name: engine_checks.CHECKS[name] for name in (aliased, "states, bf16, beside the CPU")}
+    checks = {name: engine.CHECKS[name] for name in (aliased, "states, bf16, beside the CPU")}
     monkeypatch.setattr(stream.Stream, "__init__", faulty)
-    monkeypatch.setattr(engine_checks, "CHECKS", {"raises": raising, "no number": lambda _: (np.nan, 1.0), **checks})
-    monkeypatch.setattr(kernel_checks, "CHECKS", {})
+    monkeypatch.setattr(engine, "CHECKS", {"raises": raising, "no number": lambda _: (np.nan, 1.0), **checks})
+    monkeypatch.setattr(kernels, "CHECKS", {})
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     found = doctor.run(doctor.Settings())
     report = capsys.readouterr().out

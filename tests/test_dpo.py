@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from mis_mlx import cli, dpo
-from mis_mlx.disk import checkpoint as protocol
-from mis_mlx.disk import runs
-from mis_mlx.model import load, speak
-from mis_mlx.training import alignment, preferring
+from mis_mlx.alignment import alignment_run, preference_pairs
+from mis_mlx.models import load, mlx_generate
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests.conftest import Done, last_line, losses, mostly_slow
 from tests.test_sft import answers  # noqa: F401  a fixture
@@ -58,16 +58,16 @@ def test_end_to_end(finished: tuple[Path, Done]) -> None:
     # dpop's penalty sees every rounding error of r_w below 0, five times
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-3) and start["margin"] == pytest.approx(0.0, abs=1e-4)
     assert best["loss"] < start["loss"] - 0.01 and best["margin"] > 0.1 and best["chosen_gain"] > 0.0
-    first = runs.metrics(out)[0]
+    first = run_folder.metrics(out)[0]
     assert {"margin", "accuracy", "chosen", "rejected", "loss", "tokens"} <= set(first) and first["tokens"] > 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
-    model, tokenizer = speak.open_model(out / "model")
-    assert isinstance(speak.continuation(model, tokenizer, "how many", 4), str)
+    model, tokenizer = mlx_generate.open_model(out / "model")
+    assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
 
 
 def test_the_reference_is_two_floats_a_pair_with_a_hash(finished: tuple[Path, Done]) -> None:
     """Pairs that the run trains on and held-out ones; a changed byte is seen."""
-    saved = protocol.newest(finished[0] / preferring.REFERENCE)
+    saved = protocol.newest(finished[0] / preference_pairs.REFERENCE)
     assert saved is not None
     values = protocol.load_arrays(saved, "logps")["chosen_rejected"]
     assert values.shape == (12 + 8, 2) and values.dtype == mx.float32 and (values < 0).all()
@@ -78,22 +78,22 @@ def test_a_stopped_run_ends_with_the_same_bits_and_asks_the_reference_once(
     finished: tuple[Path, Done], small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM in the third step, --resume: weights and losses of the undisturbed run, the reference from disk."""
-    settings, rectangle, asked = settings_of(small, tmp_path / "run"), preferring.rectangle, []
+    settings, rectangle, asked = settings_of(small, tmp_path / "run"), preference_pairs.rectangle, []
 
-    def counting(checkpoint: Checkpoint, pairs: Sequence[preferring.Pair], *rest: Any) -> np.ndarray:
+    def counting(checkpoint: Checkpoint, pairs: Sequence[preference_pairs.Pair], *rest: Any) -> np.ndarray:
         asked.append(len(pairs))
         return reference(checkpoint, pairs, *rest)
 
-    def stopping(pairs: Sequence[preferring.Pair]) -> tuple[mx.array, mx.array]:
+    def stopping(pairs: Sequence[preference_pairs.Pair]) -> tuple[mx.array, mx.array]:
         done = [(tmp_path / f"run/steps/step-0000000{n}").exists() for n in (2, 3)]
         if done == [True, False] and not stopped:
             stopped.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
         return rectangle(pairs)
 
-    reference, stopped = preferring.reference, list[bool]()
-    monkeypatch.setattr(preferring, "reference", counting)
-    monkeypatch.setattr(preferring, "rectangle", stopping)
+    reference, stopped = preference_pairs.reference, list[bool]()
+    monkeypatch.setattr(preference_pairs, "reference", counting)
+    monkeypatch.setattr(preference_pairs, "rectangle", stopping)
     with pytest.raises(MisError, match="stopped at step 3 of 6"):
         dpo.run(settings)
     dpo.run(replace(settings, resume=True))
@@ -106,7 +106,7 @@ def test_a_damaged_reference_is_made_again(small: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = dpo.run(settings_of(small, folder, iters=2))
     weights = (folder / "model/model.safetensors").read_bytes()
-    path = next((folder / preferring.REFERENCE).iterdir()) / "logps.safetensors"
+    path = next((folder / preference_pairs.REFERENCE).iterdir()) / "logps.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -119,13 +119,13 @@ def test_a_damaged_reference_is_made_again(small: Any, tmp_path: Path) -> None:
 
 def test_dpop_is_judged_by_the_mean_pair(finished: tuple[Path, Done]) -> None:
     """The kept checkpoint has the lowest loss of means, which at the reference is ln 2 and follows margin and gain."""
-    records = runs.records(finished[0] / alignment.HELD_OUT)
-    best = min(records, key=lambda r: r[preferring.OF_MEANS])
+    records = run_folder.records(finished[0] / alignment_run.HELD_OUT)
+    best = min(records, key=lambda r: r[preference_pairs.OF_MEANS])
     assert last_line(finished[1])["best_step"] == best["number"] > 0
-    assert records[0][preferring.OF_MEANS] == pytest.approx(math.log(2), abs=1e-4)
+    assert records[0][preference_pairs.OF_MEANS] == pytest.approx(math.log(2), abs=1e-4)
     for r in records:
         x = 0.1 * (r["margin"] - 5.0 * max(0.0, -r["chosen_gain"]))
-        assert r[preferring.OF_MEANS] == pytest.approx(math.log1p(math.exp(-x)), abs=1e-5)
+        assert r[preference_pairs.OF_MEANS] == pytest.approx(math.log1p(math.exp(-x)), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", mostly_slow(["sigmoid", "ipo", "hinge"], "sigmoid"))
@@ -176,5 +176,5 @@ def test_without_data_it_learns_the_generated_tasks(llama: Checkpoint, tmp_path:
     flags = ("--model", llama.path, "--iters", 1, "--max-seq-length", 384, "--batch-size", 1, "--eval-rows", 4)
     result = dpo.run(settings_of(flags, tmp_path / "run", learning_rate=1e-3))
     assert json.loads((tmp_path / "run/data.json").read_text())["source"] == "generated tasks"
-    assert result["student"] == str(tmp_path / "run" / alignment.MODEL)
+    assert result["student"] == str(tmp_path / "run" / alignment_run.MODEL)
     assert load.open_checkpoint(tmp_path / "run/model").nbytes == llama.nbytes // 2  # bfloat16

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import evaluate
-from mis_mlx.machine import memory
-from mis_mlx.model import compare, load
-from mis_mlx.training import examining, subjects
+from mis_mlx.evaluation import answering, comparison, task_registry
+from mis_mlx.hardware import memory
+from mis_mlx.models import load
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line, sentence
@@ -54,7 +54,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path, llama: Checkpoint, text_fo
     other = shutil.copytree(llama.path, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
-    compare.same_vocabulary(llama, load.open_checkpoint(llama.path))
+    comparison.same_vocabulary(llama, load.open_checkpoint(llama.path))
     with pytest.raises(MisError, match="another tokenizer"):
         evaluate.run(evaluate.Settings(str(llama.path), (str(other),), str(text_folder)))
 
@@ -114,8 +114,8 @@ def quiz(tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIS_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        (task,) = subjects.find([str(folder)], QUESTIONS).tasks
-        knows = examining.marks(llama, "0" * 64, task, memory.budget(None))
+        (task,) = task_registry.find([str(folder)], QUESTIONS).tasks
+        knows = answering.marks(llama, "0" * 64, task, memory.budget(None))
     for row, first in zip(rows, knows, strict=True):
         row["answer"] = row["options"][0 if first else 1]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mis_mlx.disk import questions, tasks
-from mis_mlx.machine import memory
-from mis_mlx.model import harness
-from mis_mlx.training import examining, subjects
+from mis_mlx.data import generated_tasks
+from mis_mlx.evaluation import answering, lm_eval_tasks, questions, task_registry
+from mis_mlx.hardware import memory
 from mis_mlx.types import Checkpoint, MisError
 from tests.conftest import Done, sentence
 
 WHY = "the extra `evaluate` is not installed: pip install 'mis-mlx[evaluate]'"
-here = pytest.mark.skipif(harness.find_spec("lm_eval") is None, reason=WHY)
+here = pytest.mark.skipif(lm_eval_tasks.find_spec("lm_eval") is None, reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own
 
 COUNT = 240
@@ -40,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     made: list[dict[str, Any]] = []
-    for number, row in enumerate(tasks.rows("test", 0, COUNT, languages=("en",))):
+    for number, row in enumerate(generated_tasks.rows("test", 0, COUNT, languages=("en",))):
         options = [row["answer"], row["rejected"].rpartition(": ")[2], "nobody knows"][: 2 + number % 2]
         made.append({"question": row["prompt"], "options": sorted(options), "answer": row["answer"]})
     (tmp_path / "task").mkdir()
@@ -53,17 +52,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @here
 def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
     """Every option of every question to 1e-4 nats; both accuracies question by question."""
-    witness = sorted(harness.samples(llama.path, ["generated"], COUNT, folder)["generated"], key=lambda s: s["doc_id"])
+    witness = sorted(
+        lm_eval_tasks.samples(llama.path, ["generated"], COUNT, folder)["generated"], key=lambda s: s["doc_id"]
+    )
     task, limit = questions.file(folder / "generated.jsonl"), memory.budget(None)
-    marks = examining.marks(llama, "0" * 64, task, limit)
-    kept = examining.read(examining.kept("0" * 64, task.sha256))
+    marks = answering.marks(llama, "0" * 64, task, limit)
+    kept = answering.read(answering.kept("0" * 64, task.sha256))
     assert len(witness) == len(task.questions) == COUNT
     for n, sample in enumerate(witness):
         theirs = [float(ll) for ll, _ in sample["filtered_resps"]]
         np.testing.assert_allclose(kept[n]["ll"], theirs, atol=1e-4)
     assert marks.tolist() == [s["acc"] for s in witness]
     per_character = questions.task("t", _rows(folder), "", per_character=True)
-    assert examining.marks(llama, "0" * 64, per_character, limit).tolist() == [s["acc_norm"] for s in witness]
+    assert answering.marks(llama, "0" * 64, per_character, limit).tolist() == [s["acc_norm"] for s in witness]
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -73,9 +74,9 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 @here
 def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoint) -> None:
     """What `evaluate` takes from lm-eval is what we count ourselves."""
-    found = harness.run(llama.path, ["generated"], 30, folder)["generated"]
+    found = lm_eval_tasks.run(llama.path, ["generated"], 30, folder)["generated"]
     task = questions.file(folder / "generated.jsonl")
-    ours = examining.marks(llama, "0" * 64, task, memory.budget(None))[:30]
+    ours = answering.marks(llama, "0" * 64, task, memory.budget(None))[:30]
     assert found.metric == "acc" and found.marks.tolist() == ours.tolist()
     assert found.chance.tolist() == [q.chance for q in task.questions[:30]]
 
@@ -87,10 +88,10 @@ def test_translations_are_marked_one_by_one(folder: Path, llama: Checkpoint) -> 
     text += "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
     text += "generation_kwargs: {until: ['zzz'], max_gen_toks: 4}\nmetric_list: [{metric: chrf}]\n"
     (folder / "said.yaml").write_text(text)
-    found = harness.run(llama.path, ["said"], 5, folder)["said"]
+    found = lm_eval_tasks.run(llama.path, ["said"], 5, folder)["said"]
     assert found.metric == "chrf" and len(found.marks) == 5 and found.chance.tolist() == [0] * 5
     assert all(0 <= mark < 0.9 for mark in found.marks)
-    assert harness._translated(("Good morning", "Good morning")) == 1
+    assert lm_eval_tasks._translated(("Good morning", "Good morning")) == 1
 
 
 @here
@@ -103,10 +104,10 @@ def test_a_model_that_does_not_fit_is_a_sentence(llama: Checkpoint, command: Cal
 @here
 def test_presets_name_tasks_that_lm_eval_has() -> None:
     """And a typo brings the nearest of its own."""
-    ids = subjects.find(["polish", "english"], 10).harness
-    harness.check(ids)
+    ids = task_registry.find(["polish", "english"], 10).harness
+    lm_eval_tasks.check(ids)
     with pytest.raises(MisError, match="lm-eval has no task belebele_pol_Latm: did you mean belebele_pol_Latn"):
-        harness.check(["belebele_pol_Latm"])
+        lm_eval_tasks.check(["belebele_pol_Latm"])
 
 
 @here
@@ -116,7 +117,7 @@ def test_without_the_hub_its_tasks_are_a_sentence(llama: Checkpoint, command: Ca
     assert "lm-eval could not run belebele_pol_Latn" in said and "check the network" in said
 
 
-@pytest.mark.skipif(harness.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+@pytest.mark.skipif(lm_eval_tasks.find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_without_lm_eval_the_extra_is_named(llama: Checkpoint, command: Callable[..., Done]) -> None:
     """One sentence, with the command that brings it."""
     said = sentence(command("evaluate", "--teacher", llama.path, "--tasks", "english"))

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mis_mlx.evaluation.recovery_table import Outcome, figure, findings, markdown
 from mis_mlx.maths.stats import interval, recovery
-from mis_mlx.page import figures, html
-from mis_mlx.page.recovery import Outcome, figure, findings, markdown
+from mis_mlx.reporting import figures, html
 
 N = 100
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mis_mlx.disk import examples, pii
-from mis_mlx.disk.examples import Split
-from mis_mlx.disk.rows import Row
-from mis_mlx.model import load
+from mis_mlx.data import examples, pii
+from mis_mlx.data.examples import Split
+from mis_mlx.data.rows import Row
+from mis_mlx.models import load
 from mis_mlx.types import Checkpoint, MisError
 
 SHAPES = ("messages", "completion")

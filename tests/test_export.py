@@ -17,12 +17,12 @@ import pytest
 from gguf import GGUFReader, dequantize
 
 from mis_mlx import export, quantize
-from mis_mlx.disk.files import Files
-from mis_mlx.model import arch, load
+from mis_mlx.models import arch, load
+from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line
-from tests.disk.test_gguf import llama_cpp_permute
+from tests.storage.test_gguf_reader import llama_cpp_permute
 
 KINDS = sorted(tiny.KINDS)
 IDS = [5, 300, 17, 17, 400, 9, 250, 19, 0, 77]
@@ -294,7 +294,7 @@ def test_a_disk_that_refuses_leaves_nothing(
 KILLED = """
 import os, sys
 from mis_mlx import export
-from mis_mlx.disk.files import Files
+from mis_mlx.storage.files import Files
 class Killed(Files):
     def rename(self, source, target):
         os._exit(9)

@@ -15,9 +15,10 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import __main__, cli, quantize, thermal
-from mis_mlx.disk.files import DISK
-from mis_mlx.model import formats, policy
-from mis_mlx.training.recipe import Rounding
+from mis_mlx.models import policy
+from mis_mlx.planner.recipe import Rounding
+from mis_mlx.quantization import bit_allocation
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Within
 
 WORDS = ("nan", "inf", "-inf", "-1", "0", "1e30", str(10**12), "")
@@ -183,8 +184,9 @@ def test_a_place_that_takes_nothing_is_refused_first(
     def worked(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("it began to work")
 
-    for place in ("mis_mlx.model.teacher.find", "mis_mlx.model.load.open_checkpoint", "mis_mlx.disk.story.read",
-                  "mis_mlx.model.kernel_checks.CHECKS", "mis_mlx.thermal.Live"):  # fmt: skip
+    for place in ("mis_mlx.models.resolve.find", "mis_mlx.models.load.open_checkpoint",
+                  "mis_mlx.reporting.run_reader.read", "mis_mlx.checks.kernels.CHECKS",
+                  "mis_mlx.thermal.Live"):  # fmt: skip
         monkeypatch.setattr(place, worked)
     if name == "report":
         flags = {"run": (str(tmp_path),)}
@@ -209,12 +211,12 @@ def test_a_parent_that_is_missing_is_made(tmp_path: Path, llama: Checkpoint, bat
 def test_the_exact_ends_of_target_bpw(group: int) -> None:
     """3 and 8 bits with a scale and a bias of 16 bits a group: these are taken, what lies beyond is told them."""
     least, most = 3 + 32 / group, 8 + 32 / group
-    formats.check(least, group)
-    formats.check(most, group)
+    bit_allocation.check(least, group)
+    bit_allocation.check(most, group)
     with pytest.raises(MisError, match=f"is below {least:g}, which 3 bits in groups of {group} take: give {least:g}"):
-        formats.check(least - 0.001, group)
+        bit_allocation.check(least - 0.001, group)
     with pytest.raises(MisError, match=f"is above {most:g}, which 8 bits in groups of {group} take: give {most:g}"):
-        formats.check(most + 0.001, group)
+        bit_allocation.check(most + 0.001, group)
 
 
 @pytest.mark.parametrize("bits", [3.2, 8.9])

@@ -17,12 +17,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli, dpo, grpo
-from mis_mlx.disk import runs
+from mis_mlx.alignment import alignment_plan, alignment_run
+from mis_mlx.alignment import grpo_rollout as training
+from mis_mlx.distillation import train_loop
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.model import branches, load, policy, speak, stream
-from mis_mlx.training import alignment, alignment_plan, loop
-from mis_mlx.training import grpo as training
-from mis_mlx.training.recipe import Schedule
+from mis_mlx.models import attention_masks, load, mlx_generate, policy, stream
+from mis_mlx.planner.recipe import Schedule
+from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks
 from tests.conftest import Done, last_line, losses, sentence
@@ -85,10 +86,10 @@ def test_end_to_end(finished: tuple[Path, Done]) -> None:
     out, done = finished
     result = last_line(done)
     assert result["held_out_best"]["reward"] > result["held_out_start"]["reward"] + 0.2
-    metrics = runs.metrics(out)
+    metrics = run_folder.metrics(out)
     assert np.mean([m["reward"] for m in metrics[-3:]]) > np.mean([m["reward"] for m in metrics[:3]]) + 0.1
     assert all(m["groups"] == 2 and 0 <= m["kept"] <= 2 and 0 < m["answer_tokens"] <= 10 for m in metrics)
-    samples = runs.records(out / training.SAMPLES)
+    samples = run_folder.records(out / training.SAMPLES)
     assert len(samples) == 16 and {s["number"] for s in samples} == set(range(1, 9))
     for m in metrics:
         mine = [a["reward"] for s in samples if s["number"] == m["number"] for a in s["answers"]]
@@ -96,8 +97,8 @@ def test_end_to_end(finished: tuple[Path, Done]) -> None:
     first = samples[0]["answers"][0]
     assert first["vowels"] == first["reward"] and samples[0]["prompt"] in QUESTIONS
     assert "reward" in done.stderr and "kept" in done.stderr  # the table
-    model, tokenizer = speak.open_model(out / "model")
-    assert isinstance(speak.continuation(model, tokenizer, "how many", 4), str)
+    model, tokenizer = mlx_generate.open_model(out / "model")
+    assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
 
 
 def test_a_killed_run_ends_with_the_same_bits(
@@ -116,7 +117,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     out = finished[0]
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
     assert losses(tmp_path / "run") == losses(out)
-    by_text = [{json.dumps(s) for s in runs.records(f / training.SAMPLES)} for f in (out, tmp_path / "run")]
+    by_text = [{json.dumps(s) for s in run_folder.records(f / training.SAMPLES)} for f in (out, tmp_path / "run")]
     assert by_text[0] == by_text[1]
 
 
@@ -124,8 +125,8 @@ def test_equal_rewards_leave_the_model_as_it_was(small: tuple[object, ...], tmp_
     """Nobody is ever right: every group is skipped and counted, no weight moves, not by weight decay either."""
     out = tmp_path / "run"
     result = grpo.run(settings_of(small, out, reward_functions="correct", reward_functions_file=None, iters=2))
-    assert [(m["kept"], m["groups"], m["loss"]) for m in runs.metrics(out)] == [(0, 2, 0.0)] * 2
-    assert all("no update" in m["note"] for m in runs.metrics(out))
+    assert [(m["kept"], m["groups"], m["loss"]) for m in run_folder.metrics(out)] == [(0, 2, 0.0)] * 2
+    assert all("no update" in m["note"] for m in run_folder.metrics(out))
     last = mx.load(str(out / "steps/step-00000002/model.safetensors"))
     model = load.resident(llama, mx.float32)
     flat: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
@@ -141,7 +142,7 @@ def test_lora_and_several_updates(small: tuple[object, ...], tmp_path: Path) -> 
             epsilon=0.02, epsilon_high=0.03,
         )
     )  # fmt: skip
-    metrics = runs.metrics(tmp_path / "run")
+    metrics = run_folder.metrics(tmp_path / "run")
     assert max(m["clipped"] for m in metrics) > 0.01
     assert result["params_trained"] < 100_000 and (tmp_path / "run" / "model").is_dir()
 
@@ -153,7 +154,7 @@ def sampler(checkpoint: Checkpoint, folder: Path, **changes: Any) -> training.Sa
     functions = training.scoring.functions(None, None, str(folder / "vowels.py"))
     objective = training.Objective("dapo", 0.2, 0.28, 0.1, 8, 0.8)
     tokenizer = load.tokenizer(checkpoint.path)
-    prompts = [speak.encode(tokenizer, q) for q in QUESTIONS]
+    prompts = [mlx_generate.encode(tokenizer, q) for q in QUESTIONS]
     rows = [{"prompt": q, "answer": "1"} for q in QUESTIONS]
     made = training.Sampler(model, rows, prompts, tokenizer, functions, objective, 4, 3, 4, 8, seed=1)
     return replace(made, **changes)
@@ -168,7 +169,7 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
         assert (mx.abs(old - reference) * b.mask).max() < 1e-4
     plain = [(b, advantage, old, None) for b, advantage, old, _ in rollout.parts]
     found = [
-        next(loop.train(made.model, lambda _, p=parts: p, made.objective.loss, GoralW(), Schedule(1, 0.0, 0)))
+        next(train_loop.train(made.model, lambda _, p=parts: p, made.objective.loss, GoralW(), Schedule(1, 0.0, 0)))
         for parts in (rollout.parts, plain)
     ]
     assert found[0].loss == pytest.approx(found[1].loss, abs=1e-6)
@@ -226,7 +227,7 @@ def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     grpo.run(settings_of(small, tmp_path / "run", beta=0.1, iters=2))
-    assert max(m["peak_bytes"] for m in runs.metrics(tmp_path / "run")) - before < planned
+    assert max(m["peak_bytes"] for m in run_folder.metrics(tmp_path / "run")) - before < planned
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,7 @@ def test_the_held_out_measure_is_greedy(llama: Checkpoint, folder: Path) -> None
 def test_one_answer_of_one_token(llama: Checkpoint) -> None:
     """The shortest there is: its loss on policy is minus the advantage."""
     model = load.resident(llama, mx.float32)
-    b = branches.join([5], [[7]])
+    b = attention_masks.join([5], [[7]])
     total, count, _ = training.Objective("dapo", 0.2, 0.2, 0.0, 1, 1.0).loss(model, b, mx.array([2.0]))
     assert float(total) == pytest.approx(-2.0) and float(count) == 1.0
 
@@ -285,7 +286,7 @@ def test_one_answer_of_one_token(llama: Checkpoint) -> None:
 def test_names_of_the_run(finished: tuple[Path, Done]) -> None:
     """What a run leaves: as every alignment."""
     names = {p.name for p in finished[0].iterdir()}
-    assert {"config.yaml", "metrics.jsonl", training.SAMPLES, "steps", "best", "model", alignment.HELD_OUT} <= names
+    assert {"config.yaml", "metrics.jsonl", training.SAMPLES, "steps", "best", "model", alignment_run.HELD_OUT} <= names
 
 
 @pytest.mark.parametrize(("kind", "item"), [("full", 4), ("lora", 2)])

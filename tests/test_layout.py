@@ -19,15 +19,19 @@ from mis_mlx.__main__ import commands
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mis_mlx"
-FLOORS = {"types": 0, "cli": 1, "machine": 1, "disk": 1, "maths": 1, "page": 2, "model": 2, "training": 3}
-COMMAND_FLOOR = 4
+# From the ground up; a module imports its own folder and what stands before it.
+ORDER = (
+    "types", "cli", "maths", "storage", "data", "hardware", "models", "reporting", "planner", "gguf_export",
+    "evaluation", "pruning", "quantization", "distillation", "alignment", "checks",
+)  # fmt: skip
+COMMAND_FLOOR = len(ORDER)
 FILE_LINES, FUNCTION_LINES = 300, 60
 PACKAGE_LINES = 17_000
 
 
 @dataclass(frozen=True)
 class Module:
-    """One file: `name` is dotted without the package, such as "disk.files" or "prune"."""
+    """One file: `name` is dotted without the package, such as "storage.files" or "prune"."""
 
     name: str
     source: str
@@ -56,8 +60,10 @@ def modules() -> list[Module]:
 
 
 def floor(zone: str) -> int:
-    """0 types ... 4 commands; the package itself (`mis_mlx`, `mis_mlx.__version__`) is 0."""
-    return FLOORS.get(zone, 0 if zone in ("", "__init__", "__version__") else COMMAND_FLOOR)
+    """Where in ORDER; commands are above all. The package itself (`mis_mlx`, `mis_mlx.__version__`) is 0."""
+    if zone in ORDER:
+        return ORDER.index(zone)
+    return 0 if zone in ("", "__init__", "__version__") else COMMAND_FLOOR
 
 
 def imports(module: Module, nodes: Iterable[ast.AST] | None = None) -> Iterator[str]:
@@ -85,7 +91,7 @@ def ours(module: Module) -> Iterator[str]:
 
 
 def floors(module: Module) -> list[str]:
-    """A module imports lower floors or its own folder; folders of one floor do not know each other."""
+    """A module imports its own folder and lower ones."""
     mine = floor(module.zone)
     return [
         f"imports {zone}"
@@ -110,14 +116,14 @@ def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def slow_imports(module: Module) -> list[str]:
-    """mlx_lm and transformers: under model/, inside functions."""
-    nodes = outside_functions(module.tree) if module.zone == "model" else None
+    """mlx_lm and transformers: under models/, inside functions."""
+    nodes = outside_functions(module.tree) if module.zone == "models" else None
     return [name for name in imports(module, nodes) if name.split(".")[0] in ("mlx_lm", "transformers")]
 
 
 def machine_door(module: Module) -> list[str]:
-    """ctypes, subprocess and platform: only machine/."""
-    if module.zone == "machine":
+    """ctypes, subprocess and platform: only hardware/."""
+    if module.zone == "hardware":
         return []
     return [name for name in imports(module) if name.split(".")[0] in ("ctypes", "subprocess", "platform")]
 
@@ -136,9 +142,10 @@ def speaking(module: Module) -> list[str]:
 
 
 def evaluating(module: Module) -> list[str]:
-    """mx.eval: only model/stream.py, training/, machine/clock.py, machine/lanes.py and commands."""
-    here = ("model.stream", "machine.clock", "machine.lanes")
-    if module.is_command or module.zone == "training" or module.name in here:
+    """mx.eval: only models/stream.py, what trains or times, hardware/clock.py, hardware/lanes.py and commands."""
+    here = ("models.stream", "hardware.clock", "hardware.lanes")
+    trains = module.zone in ("distillation", "alignment", "checks") or module.name.startswith("evaluation.speed")
+    if module.is_command or trains or module.name in here:
         return []
     named = [name for name in imports(module) if name in ("mlx.core.eval", "mlx.core.async_eval")]
     return named + [call for call in calls(module) if re.fullmatch(r"(mx|mlx\.core)\.(async_)?eval", call)]
@@ -227,14 +234,14 @@ def casts(module: Module) -> list[str]:
 
 
 def systems(module: Module) -> list[str]:
-    """/proc, which device computes, and limits on the process: only machine/. model/policy.py asks for the device, and
-    model/load.py keeps mlx_lm from changing a limit."""
-    if module.zone == "machine":
+    """/proc, which device computes, and limits on the process: only hardware/. models/policy.py asks for the device,
+    and models/load.py keeps mlx_lm from changing a limit."""
+    if module.zone == "hardware":
         return []
     nodes = list(ast.walk(module.tree))
     texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     used = [*(n.attr for n in nodes if isinstance(n, ast.Attribute)), *(i.split(".")[-1] for i in imports(module))]
-    allowed = {"model.policy": "default_device", "model.load": "setrlimit"}.get(module.name)
+    allowed = {"models.policy": "default_device", "models.load": "setrlimit"}.get(module.name)
     bad = [name for name in used if name in ("default_device", "setrlimit") and name != allowed]
     return bad + [text for text in texts if re.search(r"/proc\b", text)]
 
@@ -246,57 +253,57 @@ RULES: list[Callable[[Module], list[str]]] = [
 
 # Rule, a module's name, a source that breaks the rule there.
 BROKEN = [
-    (floors, "disk.x", "import mis_mlx.machine.clock"),
-    (floors, "disk.x", "from mis_mlx import maths"),
-    (floors, "maths.x", "from mis_mlx.disk import files"),
-    (floors, "machine.x", "from ..disk import files"),
-    (floors, "machine.x", "from .. import disk"),
-    (floors, "model.x", "from mis_mlx.training.loop import train"),
-    (floors, "training.x", "def f():\n    from mis_mlx import prune"),
-    (floors, "cli", "import mis_mlx.disk"),
+    (floors, "storage.x", "import mis_mlx.hardware.clock"),
+    (floors, "storage.x", "from mis_mlx import data"),
+    (floors, "maths.x", "from mis_mlx.storage import files"),
+    (floors, "data.x", "from ..hardware import clock"),
+    (floors, "data.polish.x", "from ... import models"),
+    (floors, "models.x", "from mis_mlx.distillation.train_loop import train"),
+    (floors, "distillation.x", "def f():\n    from mis_mlx import prune"),
+    (floors, "cli", "import mis_mlx.storage"),
     (floors, "types", "from mis_mlx.cli import main"),
-    (floors, "disk.x", "import importlib\nimportlib.import_module('mis_mlx.model.load')"),
+    (floors, "storage.x", "import importlib\nimportlib.import_module('mis_mlx.models.load')"),
     (conductor, "prune", "from mis_mlx import quantize"),
     (conductor, "prune", "from .distill import run"),
-    (slow_imports, "disk.x", "def f():\n    import transformers"),
+    (slow_imports, "storage.x", "def f():\n    import transformers"),
     (slow_imports, "prune", "from mlx_lm import load"),
-    (slow_imports, "model.x", "import mlx_lm.utils"),
-    (slow_imports, "model.x", "class C:\n    import mlx_lm\n    def f(self):\n        import mlx_lm"),
-    (slow_imports, "training.x", "def f(n):\n    return importlib.import_module(f'mlx_lm.{n}')"),
-    (machine_door, "disk.x", "import subprocess"),
+    (slow_imports, "models.x", "import mlx_lm.utils"),
+    (slow_imports, "models.x", "class C:\n    import mlx_lm\n    def f(self):\n        import mlx_lm"),
+    (slow_imports, "distillation.x", "def f(n):\n    return importlib.import_module(f'mlx_lm.{n}')"),
+    (machine_door, "storage.x", "import subprocess"),
     (machine_door, "prune", "def f():\n    from ctypes import CDLL"),
-    (speaking, "disk.x", "def f():\n    print(1)"),
-    (speaking, "model.x", "import sys\ndef f():\n    sys.exit(1)"),
-    (speaking, "training.x", "from argparse import ArgumentParser"),
+    (speaking, "storage.x", "def f():\n    print(1)"),
+    (speaking, "models.x", "import sys\ndef f():\n    sys.exit(1)"),
+    (speaking, "distillation.x", "from argparse import ArgumentParser"),
     (speaking, "maths.x", "import tyro"),
     (evaluating, "maths.x", "import mlx.core as mx\ndef f(x):\n    mx.eval(x)"),
-    (evaluating, "model.load", "from mlx.core import eval"),
-    (only_names, "disk.x", "import os\nos.umask(0)"),
-    (only_names, "disk.x", "for i in range(3):\n    pass"),
-    (only_names, "disk.x", "if True:\n    x = 1"),
-    (sizes, "disk.x", "x = 1\n" * 301),
-    (sizes, "disk.x", "def f():\n" + "    x = 1\n" * 60),
-    (docstrings, "disk.x", "x = 1"),
-    (docstrings, "disk.x", '"""X."""\ndef f():\n    pass'),
-    (docstrings, "disk.x", '"""X."""\nclass C:\n    """C."""\n    def f(self):\n        pass'),
-    (names, "disk.utils", ""),
-    (names, "model.text_helpers", ""),
+    (evaluating, "models.load", "from mlx.core import eval"),
+    (only_names, "storage.x", "import os\nos.umask(0)"),
+    (only_names, "storage.x", "for i in range(3):\n    pass"),
+    (only_names, "storage.x", "if True:\n    x = 1"),
+    (sizes, "storage.x", "x = 1\n" * 301),
+    (sizes, "storage.x", "def f():\n" + "    x = 1\n" * 60),
+    (docstrings, "storage.x", "x = 1"),
+    (docstrings, "storage.x", '"""X."""\ndef f():\n    pass'),
+    (docstrings, "storage.x", '"""X."""\nclass C:\n    """C."""\n    def f(self):\n        pass'),
+    (names, "storage.utils", ""),
+    (names, "models.text_helpers", ""),
     (doubles, "maths.x", "def f(x):\n    return mx.array(x, mx.float64).sum()"),
     (doubles, "maths.x", "def f(x):\n    return x.astype(mx.float64)\ndef g(x):\n    return mx.sum(x, stream=mx.cpu)"),
     (doubles, "maths.x", "from mlx.core import float64"),
     (doubles, "maths.x", "KIND = mx.float64"),
     (decompositions, "maths.x", "def f(x):\n    return mx.linalg.eigh(x)"),
     (decompositions, "maths.x", "from mlx.core.linalg import svd"),
-    (casts, "model.load", "def f(raw, n, dtype):\n    return raw[n].astype(dtype)"),
-    (casts, "model.x", "def f(raw, dtype):\n    return {n: a.astype(dtype) for n, a in raw.items()}"),
-    (casts, "model.x", "def f(arrays):\n    for a in arrays.values():\n        yield a.astype(mx.float32)"),
-    (casts, "model.x", "def f(p, n, dtype):\n    return mx.load(p)[n].astype(dtype)"),
-    (systems, "disk.x", "def f():\n    return open('/proc/self/status')"),
-    (systems, "disk.x", "def f(pid):\n    return open(f'/proc/{pid}/io')"),
-    (systems, "training.x", "def f():\n    return mx.default_device() == mx.gpu"),
-    (systems, "model.load", "from mlx.core import default_device"),
-    (systems, "model.policy", "import resource\ndef f():\n    resource.setrlimit(1, (2, 2))"),
-    (systems, "disk.x", "from resource import setrlimit"),
+    (casts, "models.load", "def f(raw, n, dtype):\n    return raw[n].astype(dtype)"),
+    (casts, "models.x", "def f(raw, dtype):\n    return {n: a.astype(dtype) for n, a in raw.items()}"),
+    (casts, "models.x", "def f(arrays):\n    for a in arrays.values():\n        yield a.astype(mx.float32)"),
+    (casts, "models.x", "def f(p, n, dtype):\n    return mx.load(p)[n].astype(dtype)"),
+    (systems, "storage.x", "def f():\n    return open('/proc/self/status')"),
+    (systems, "storage.x", "def f(pid):\n    return open(f'/proc/{pid}/io')"),
+    (systems, "distillation.x", "def f():\n    return mx.default_device() == mx.gpu"),
+    (systems, "models.load", "from mlx.core import default_device"),
+    (systems, "models.policy", "import resource\ndef f():\n    resource.setrlimit(1, (2, 2))"),
+    (systems, "storage.x", "from resource import setrlimit"),
 ]  # fmt: skip
 
 GOOD = '''"""Nothing to complain about."""
@@ -329,11 +336,11 @@ def test_the_rule_can_fail(rule: Callable[[Module], list[str]], name: str, sourc
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_rule_can_pass(rule: Callable[[Module], list[str]]) -> None:
-    """A clean module is let through on every floor; distill may conduct and model/ may open mlx_lm."""
-    for name in ("disk.x", "maths.x", "model.x", "training.x", "prune"):
+    """A clean module is let through on every floor; distill may conduct and models/ may open mlx_lm."""
+    for name in ("storage.x", "maths.x", "models.x", "distillation.x", "prune"):
         assert rule(Module(name, GOOD)) == []
     assert rule(Module("distill", GOOD + "from mis_mlx import prune\n")) == []
-    assert rule(Module("model.y", GOOD + "def g():\n    '''G.'''\n    import mlx_lm\n")) == []
+    assert rule(Module("models.y", GOOD + "def g():\n    '''G.'''\n    import mlx_lm\n")) == []
 
 
 def test_the_package_stays_small() -> None:

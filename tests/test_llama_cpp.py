@@ -14,12 +14,13 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx import export, quantize
-from mis_mlx.disk import gguf_vocab, sources
-from mis_mlx.model import ggml, load, teacher
+from mis_mlx.data import sources
+from mis_mlx.gguf_export import tensors, vocab
+from mis_mlx.models import load, resolve
 from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.conftest import Done, last_line
-from tests.model.test_ggml import packed
+from tests.gguf_export.test_tensors import packed
 from tests.test_export import IDS, forward
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not here: pip install -e '.[llama]', 18 minutes")
@@ -151,7 +152,7 @@ def test_q4_k_m(tmp_path: Path, shape: str, opened: Callable[..., Any], command:
     assert sorted(files) == ["Modelfile", "README.md", f"{shape}-Q4_K_M.gguf"]
     assert files[result["file"]] == result["nbytes"] == foretold["nbytes"]
     reader = GGUFReader(tmp_path / "out" / result["file"])
-    due = {p.name: p.kind for p in ggml.parts(load.open_checkpoint(model), "q4_k_m")}
+    due = {p.name: p.kind for p in tensors.parts(load.open_checkpoint(model), "q4_k_m")}
     assert {t.name: t.tensor_type.name for t in reader.tensors} == due
     assert foretold["notes"][0] in result["notes"] and reader.fields["general.file_type"].contents() == 15
     found = theirs(opened(tmp_path / "out" / result["file"]), IDS)
@@ -171,7 +172,7 @@ def texts() -> list[str]:
     """Two hundred texts and more: Python's manual, its code, Polish, and what tokenizers stumble over."""
     from pydoc_data.topics import topics
 
-    code = Path(gguf_vocab.__file__).read_text(encoding="utf-8")
+    code = Path(vocab.__file__).read_text(encoding="utf-8")
     found = [topics[name][i : i + 300] for name in sorted(topics)[:40] for i in (0, 700)]
     found += [row["text"][i : i + 200] for row in sources.load("mis").train[:40] for i in (0, 200)]
     found = [t for t in [*found, *(code[i : i + 200] for i in range(0, 6000, 200)), *ODD.split("|")] if t]
@@ -190,8 +191,8 @@ CUTS = {
     "smollm": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
-    "qwen2": split(gguf_vocab.ENDINGS + r"\p{N}" + gguf_vocab.REST),
-    "llama-bpe": split(gguf_vocab.ENDINGS + r"\p{N}{1,3}" + gguf_vocab.REST),
+    "qwen2": split(vocab.ENDINGS + r"\p{N}" + vocab.REST),
+    "llama-bpe": split(vocab.ENDINGS + r"\p{N}{1,3}" + vocab.REST),
 }
 
 
@@ -244,7 +245,7 @@ def test_the_real_teacher(
     float32 leaves the order of sums. A float16 file has the same numbers, but llama.cpp rounds to float16 what they
     are multiplied with: 0.03 to 0.05 for the worst of all logits, as when MLX is made to do so.
     """
-    folder = teacher.find().path
+    folder = resolve.find().path
     model, mine = opened(exported(folder, tmp_path / "out", wanted)), ours(folder, mx.float16)
     prompts, found = prompts_through(model, folder)
     off = found - np.concatenate([mine(ids) for ids in prompts])
@@ -260,7 +261,7 @@ def test_the_real_teacher(
 def test_the_real_teacher_rounded(tmp_path: Path, wanted: str, most: float, opened: Callable[..., Any]) -> None:
     """Mean KL of the prompts' tokens to the unrounded model, as small as this one's size allows: llama.cpp's own Q4_K_M
     costs 0.11 nats here. q4_1 is our 4-bit model: to that one 0.006, of 8-bit activations and embedding."""
-    folder = source = teacher.find().path
+    folder = source = resolve.find().path
     if wanted == "q4_1":
         source = tmp_path / "four"
         quantize.run(quantize.Settings(model=str(folder), mlx_path=str(source), target_bpw=None, q_method="round"))

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.disk import runs, safetensors
-from mis_mlx.model import load, pack
-from mis_mlx.training import course, dwq
+from mis_mlx.distillation import pipeline, scale_tuning
+from mis_mlx.models import load
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage import run_folder, safetensors
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks
 from tests.conftest import Done, mostly_slow
@@ -67,11 +68,11 @@ def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, 
     """Stock mlx-lm opens the result, and the run's files say what was done. (That losses fall: tests/training.)"""
     out, done = whole(way)
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["mode"] == ("sharded" if "sharded" in way else "resident") == runs.stored_plan(out)["mode"]
-    assert [r["number"] for r in runs.metrics(out)] == list(range(1, 7))
+    assert result["mode"] == ("sharded" if "sharded" in way else "resident") == run_folder.stored_plan(out)["mode"]
+    assert [r["number"] for r in run_folder.metrics(out)] == list(range(1, 7))
     assert (out / "targets").exists() == ("cached" in WAYS[way])
     steps = {"local": 3, "sharded": 2}.get(way, 0) * load.open_checkpoint(out / "model").config["num_hidden_layers"]
-    logged = (out / course.LOCAL).read_text().splitlines() if steps else []
+    logged = (out / pipeline.LOCAL).read_text().splitlines() if steps else []
     assert [json.loads(line)["number"] for line in logged] == list(range(1, steps + 1))
     load.mlx_lm("utils").load(str(out / "model"))
 
@@ -89,8 +90,8 @@ def test_killed_in_any_phase_and_resumed(
     word: str, command: Callable[..., Done], own_home: dict[str, str],
 ) -> None:  # fmt: skip
     """SIGKILL as soon as a phase's files appear; --resume ends with the bits of the undisturbed run."""
-    signs = {"targets": "targets/part-*", "local": course.LOCAL, "distil": "metrics.jsonl"}
-    signs["tune"] = dwq.LOG
+    signs = {"targets": "targets/part-*", "local": pipeline.LOCAL, "distil": "metrics.jsonl"}
+    signs["tune"] = scale_tuning.LOG
     sign = signs[word]
     out, run = whole(way)[0], tmp_path / "run"
     if not list(out.glob(sign)):
@@ -111,8 +112,8 @@ def test_scales_learn_what_rounding_cost(whole: Callable[[str], tuple[Path, Done
     """Between `rounded` and `model` only scales, biases and norms differ, and the loss against the teacher falls."""
     out, done = whole("tuned")
     rounded, model = load.open_checkpoint(out / "rounded"), load.open_checkpoint(out / "model")
-    assert rounded.config == model.config and (out / "model" / pack.SENSITIVITY).is_file()
-    logged = [json.loads(line) for line in (out / dwq.LOG).read_text().splitlines()]
+    assert rounded.config == model.config and (out / "model" / packed_format.SENSITIVITY).is_file()
+    logged = [json.loads(line) for line in (out / scale_tuning.LOG).read_text().splitlines()]
     assert [r["number"] for r in logged] == [1, 2, 3, 4, 5] and logged[-1]["loss"] < logged[0]["loss"]
     before, after = (safetensors.lazy(c.tensors, list(c.tensors)) for c in (rounded, model))
     differ = {name for name in before if not (before[name] == after[name]).all()}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mis_mlx import plan
-from mis_mlx.machine import rates
-from mis_mlx.model import arch
+from mis_mlx.hardware import rates
+from mis_mlx.models import arch
 from mis_mlx.types import GIB, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line, sentence

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mis_mlx.alignment.grpo_rollout import Objective
 from mis_mlx.maths import policy
-from mis_mlx.model import branches, load
-from mis_mlx.training.grpo import Objective
+from mis_mlx.models import attention_masks, load
 from mis_mlx.types import Checkpoint
 from tests import trl_model
 
@@ -64,7 +64,7 @@ def test_trl_agrees(case: str, tmp_path: Path) -> None:
     parts = []
     for row, (tokens, mask) in enumerate(zip(found["tokens"].tolist(), found["mask"], strict=True)):
         length = int(mask.sum())
-        b = branches.join(tokens[:prompt], [tokens[prompt : prompt + length]])
+        b = attention_masks.join(tokens[:prompt], [tokens[prompt : prompt + length]])
         ref = mx.array(found[f"{case}/ref"][row : row + 1, :length]) if objective.beta else None
         old = mx.array(found[f"{case}/old"][row : row + 1, :length])
         parts.append((b, mx.array(advantage.reshape(-1)[row : row + 1]), old, ref))
@@ -142,7 +142,7 @@ def parts_of(cuts: list[slice], model: nn.Module) -> list[tuple[Any, ...]]:
     """Micro-batches of ANSWERS with an old policy that differs."""
     advantage, parts = np.array([1.0, -0.5, 0.7, -1.2], np.float32), []
     for cut in cuts:
-        b = branches.join(PROMPT, ANSWERS[cut])
+        b = attention_masks.join(PROMPT, ANSWERS[cut])
         noise = 0.3 * mx.random.normal((4, 5), key=mx.random.key(4))[cut, : b.targets.shape[1]]
         old = Objective("grpo", 0.2, 0.28, 0.0, 8, 1.0).logps(model, b, True) + noise
         parts.append((b, mx.array(advantage[cut]), old, old - 2 * noise))
@@ -175,7 +175,7 @@ def test_masked_tokens_get_no_gradient() -> None:
 
 def test_on_policy_the_gradient_is_reinforce(model: nn.Module) -> None:
     """Where the old policy is the model itself, as with one update a step: minus advantage times grad log pi."""
-    b = branches.join(PROMPT, ANSWERS)
+    b = attention_masks.join(PROMPT, ANSWERS)
     advantage, objective = mx.array([1.0, -0.5, 0.7, -1.2]), Objective("dapo", 0.2, 0.28, 0.0, 8, 1.0)
     _, found = nn.value_and_grad(model, objective.loss)(model, b, advantage)
 

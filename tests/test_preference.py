@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mis_mlx.alignment import preference_pairs
+from mis_mlx.alignment.preference_pairs import Objective, Pair
 from mis_mlx.maths import preference
 from mis_mlx.maths.likelihood import sequence_logps, token_logps
-from mis_mlx.training import preferring
-from mis_mlx.training.preferring import Objective, Pair
 from tests import trl_model
 
 LOSS, GRADIENT = 1e-5, 5e-5  # float32 on a CPU, two frameworks: measured 1e-6 and 5e-6
@@ -56,7 +56,7 @@ def pairs(found: dict[str, np.ndarray]) -> list[Pair]:
 
 def batch(pairs: list[Pair], reference: np.ndarray) -> tuple[mx.array, ...]:
     """A micro-batch, as training makes it. reference: (2 B,)."""
-    return (*preferring.rectangle(pairs), mx.array(reference))
+    return (*preference_pairs.rectangle(pairs), mx.array(reference))
 
 
 def gradients(policy: nn.Module, objective: Objective, *arguments: mx.array) -> tuple[float, float, Any]:
@@ -81,7 +81,7 @@ def test_the_reference_by_a_streamed_pass_is_torchs(
     """In one pass and in one for every pair, which must not matter."""
     checkpoint, half = trl_model.checkpoint(found, "reference", tmp_path / "reference"), len(pairs)
     for held in (10**6, 1):
-        values = preferring.reference(checkpoint, pairs, 1, mx.float32, held)
+        values = preference_pairs.reference(checkpoint, pairs, 1, mx.float32, held)
         np.testing.assert_allclose(values[:, 0], found["dpo/reference"][:half], rtol=1e-5)
         np.testing.assert_allclose(values[:, 1], found["dpo/reference"][half:], rtol=1e-5)
 

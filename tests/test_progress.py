@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import cli
-from mis_mlx.disk import runs
-from mis_mlx.page import progress
-from mis_mlx.page.progress import Display
+from mis_mlx.reporting import progress
+from mis_mlx.reporting.progress import Display
+from mis_mlx.storage import run_folder
 from tests import forks
 from tests.conftest import Done
 
@@ -118,7 +118,7 @@ def test_every_phase_of_a_run_is_told(finished: tuple[Path, Done]) -> None:
     lines = done.stderr.splitlines()
     plan = next(n for n, line in enumerate(lines) if line.startswith("Peak "))
     assert lines[plan + 1].startswith("about ") and ", done at " in lines[plan + 1]
-    names = [r["phase"] for r in runs.records(out / runs.PHASES) if "phase" in r]
+    names = [r["phase"] for r in run_folder.records(out / run_folder.PHASES) if "phase" in r]
     assert names == ["prune", "repair", "distil", "quantize", "tune", "measure"]
     for name in names:
         (line,) = [x for x in lines if x.startswith(name) and " planned" in x]

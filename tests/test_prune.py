@@ -15,9 +15,9 @@ import pytest
 
 from mis_mlx import prune
 from mis_mlx.maths.importance import Statistics, Sums
-from mis_mlx.model import calibrate, load, model_writer
-from mis_mlx.model.config import shape_of
-from mis_mlx.training import pruning
+from mis_mlx.models import load, model_writer
+from mis_mlx.models.config import shape_of
+from mis_mlx.pruning import calibrate, select
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done
@@ -132,10 +132,10 @@ def pencil_statistics() -> Statistics:
 
 def test_who_stays_by_pencil() -> None:
     """The least block goes; the best neurons of each kept layer stay; one head of each group; top channels."""
-    cut = pruning.Cut(
+    cut = select.Cut(
         scenario="none", layers=2, ffn=256, heads=2, hidden=32, hidden_by="importance", importance="activation"
     )
-    shape, keep = pruning.choose(tiny.CONFIG, pencil_statistics(), cut)
+    shape, keep = select.choose(tiny.CONFIG, pencil_statistics(), cut)
     assert keep.layers == (0, 2) and shape.layers == 2
     assert keep.kept[0, "ffn"] == tuple(range(256)) and keep.kept[2, "ffn"] == tuple(range(2, 258))
     assert keep.kept[0, "heads"] == (0, 2)
@@ -146,8 +146,8 @@ def test_who_stays_by_pencil() -> None:
 
 def test_no_weather_no_aais() -> None:
     """AAIS asked for, nothing measured: plain importance, and the report says so."""
-    cut = pruning.Cut(scenario="none", ffn=256)
-    _, keep = pruning.choose(tiny.CONFIG, pencil_statistics(), cut)
+    cut = select.Cut(scenario="none", ffn=256)
+    _, keep = select.choose(tiny.CONFIG, pencil_statistics(), cut)
     assert keep.why == keep.report["importance"] == "rms (no T_env or altitude known)"
 
 
@@ -195,13 +195,13 @@ def test_the_calibration_of_the_command_is_the_windows_of_its_seed(
     tmp_path: Path, llama: Checkpoint, small: prune.Settings
 ) -> None:
     """Who stays is who a calibration by hand on the same windows says."""
-    from mis_mlx.model import windows
+    from mis_mlx.data import preparation
 
     prune.run(replace(small, mlx_path=str(tmp_path / "s")))
-    data = windows.prepare(small.data, load.tokenizer(llama.path), 32)
-    batches = windows.calibration(data.train, 4, small.seed)
+    data = preparation.prepare(small.data, load.tokenizer(llama.path), 32)
+    batches = preparation.calibration(data.train, 4, small.seed)
     statistics, _ = calibrate.calibrate(llama, batches, mx.float32)
-    _, keep = pruning.choose(dict(llama.config), statistics, small)
+    _, keep = select.choose(dict(llama.config), statistics, small)
     saved = model_writer.read_keep(tmp_path / "s")
     assert saved is not None and (saved.layers, saved.kept) == (keep.layers, keep.kept)
 

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 
 from mis_mlx import quantize
-from mis_mlx.disk.files import DISK
-from mis_mlx.disk.text import Windows
-from mis_mlx.machine import memory
-from mis_mlx.model import load, pack, speak
-from mis_mlx.training import distillation, dwq, packing, phases, planning
-from mis_mlx.training.job import Job
-from mis_mlx.training.recipe import Distillation, Rounding
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import live_teacher, scale_tuning
+from mis_mlx.hardware import memory
+from mis_mlx.models import load, mlx_generate
+from mis_mlx.planner import estimates, phases, quantized_size
+from mis_mlx.planner.job import Job
+from mis_mlx.planner.recipe import Distillation, Rounding
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, sentence
@@ -36,8 +38,8 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Do
     packed = load.open_checkpoint(tmp_path / "q4")
     assert result["nbytes"] == packed.nbytes < llama.nbytes / 4
     assert result["group_size"] == 32 and 4 < result["bits_per_weight"] < 7
-    model, tokenizer = speak.open_model(tmp_path / "q4")
-    assert isinstance(speak.continuation(model, tokenizer, "The with statement", 4), str)
+    model, tokenizer = mlx_generate.open_model(tmp_path / "q4")
+    assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)
 
 
 def test_refusals_write_nothing(tmp_path: Path, llama: Checkpoint) -> None:
@@ -79,8 +81,8 @@ def test_gptq_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, c
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     plain, a, b, c = weights
     assert a == b and len({plain, a, c}) == 3 and len(plain) == len(a)
-    model, tokenizer = speak.open_model(tmp_path / "a")
-    assert isinstance(speak.continuation(model, tokenizer, "The with statement", 4), str)
+    model, tokenizer = mlx_generate.open_model(tmp_path / "a")
+    assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)
 
 
 def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(tmp_path: Path, llama: Checkpoint) -> None:
@@ -115,7 +117,7 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, dtype: str, ffn: int, vocab: 
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": ffn, "vocab_size": vocab}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=dtype, **sizes))
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
-    planned = packing.quantize(planning.model_of(checkpoint), FOUR, 6, 64, GIB)
+    planned = quantized_size.quantize(estimates.model_of(checkpoint), FOUR, 6, 64, GIB)
     assert planned.held_tokens == 6 * 64 and planned.spooled_bytes == 0
     mx.eval(batches)
     mx.clear_cache()
@@ -128,20 +130,20 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, dtype: str, ffn: int, vocab: 
     peak = mx.get_peak_memory() - before + tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak / 2**20, planned.peak_bytes / 2**20)
-    assert pack.layout(checkpoint.config, 64)
+    assert packed_format.layout(checkpoint.config, 64)
 
 
 def test_the_plan_of_gptq_by_pencil() -> None:
     """Two D x D, one Q x Q and one F x F sum in float64, five of the largest, 28 bytes a weight of gate and up."""
-    m = planning.model_of(tiny.CONFIG, gpu=False)
-    plain = packing.quantize(m, NEAREST, 0, 32, GIB)
-    planned = packing.quantize(m, FOUR, 4, 32, GIB)
-    without = planning.streamed_pass("", m, 128, 32, 32, GIB, head=False)
+    m = estimates.model_of(tiny.CONFIG, gpu=False)
+    plain = quantized_size.quantize(m, NEAREST, 0, 32, GIB)
+    planned = quantized_size.quantize(m, FOUR, 4, 32, GIB)
+    without = estimates.streamed_pass("", m, 128, 32, 32, GIB, head=False)
     arrays = 8 * (3 * 64**2 + 768**2) + 40 * 768**2 + 28 * 64 * 2 * 768
     assert planned.peak_bytes == without.peak_bytes + arrays and planned.flops > 2 * without.flops
     assert plain.peak_bytes < planned.peak_bytes and (plain.flops, plain.held_tokens) == (0, 0)
     assert (planned.read_bytes, planned.written_bytes) == (plain.read_bytes, plain.written_bytes)
-    poor = packing.quantize(m, FOUR, 4, 32, 0)  # every hidden state spooled: written by each block, read twice
+    poor = quantized_size.quantize(m, FOUR, 4, 32, 0)  # every hidden state spooled: written by each block, read twice
     assert poor.written_bytes - plain.written_bytes == 4 * 128 * 64 * 4
     assert poor.read_bytes - plain.read_bytes == 2 * 4 * 128 * 64 * 4
 
@@ -167,8 +169,8 @@ def test_mixed_bits_and_steps_end_to_end(
     assert (tmp_path / "own" / "model.safetensors").read_bytes() == (
         tmp_path / "taught" / "model.safetensors"
     ).read_bytes()
-    nats = json.loads((tmp_path / "own" / pack.SENSITIVITY).read_text())["nats"]
-    assert set(nats) == {n for n in pack.formats(own) if ".layers." in n} and set(nats[path]) == {
+    nats = json.loads((tmp_path / "own" / packed_format.SENSITIVITY).read_text())["nats"]
+    assert set(nats) == {n for n in packed_format.formats(own) if ".layers." in n} and set(nats[path]) == {
         "3",
         "4",
         "5",
@@ -176,7 +178,7 @@ def test_mixed_bits_and_steps_end_to_end(
         "8",
     }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["own", "plain", "taught"]
-    speak.open_model(tmp_path / "own")
+    mlx_generate.open_model(tmp_path / "own")
 
 
 @pytest.mark.parametrize(
@@ -206,15 +208,15 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     """MLX's peak of either, under what the plan says, and not by more than a factor of four."""
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 2048}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype="F32", **sizes))
-    m, how = planning.model_of(checkpoint), Rounding(q_method="round", target_bpw=4.6, q_iters=2)
+    m, how = estimates.model_of(checkpoint), Rounding(q_method="round", target_bpw=4.6, q_iters=2)
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     job = Job(m, m, 2, 1, 1, 64, 6, 0, 0, 0, 0, 2, rounding=how)
-    planned = packing.quantize(m, how, 6, 64, GIB), phases.tune(job, 1, GIB, 2)
+    planned = quantized_size.quantize(m, how, 6, 64, GIB), phases.tune(job, 1, GIB, 2)
     text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))
 
     def tune() -> None:
-        source = distillation.Teacher(checkpoint, None)
-        dwq.learned(load.open_checkpoint(tmp_path / "q4"), source, text, Distillation(iters=2, batch_size=1))
+        source = live_teacher.Teacher(checkpoint, None)
+        scale_tuning.learned(load.open_checkpoint(tmp_path / "q4"), source, text, Distillation(iters=2, batch_size=1))
 
     for phase, work in zip(
         planned, (lambda: quantize.quantize(checkpoint.path, tmp_path / "q4", how, DISK, batches, 6), tune), strict=True
@@ -239,7 +241,7 @@ def test_distill_takes_the_method(tmp_path: Path, flags: tuple[object, ...], com
     name = "model.layers.0.mlp.up_proj.weight"
     assert not (load.dense(made, name) == load.dense(plain, name)).all()
     assert "q_method: gptq" in (tmp_path / "run" / "config.yaml").read_text()
-    speak.open_model(tmp_path / "run" / "model")
+    mlx_generate.open_model(tmp_path / "run" / "model")
 
 
 def test_forty_blocks_with_256_open_files(tmp_path: Path, text_folder: Path, own_home: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import export, quantize
-from mis_mlx.model import load
+from mis_mlx.models import load
 from mis_mlx.types import MisError
 from tests import tiny
 from tests.conftest import Done, files_up_to, sentence

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mis_mlx.disk import runs
-from mis_mlx.training import grpo
+from mis_mlx.alignment import grpo_rollout
+from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.conftest import Done, last_line, losses
@@ -37,7 +37,7 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
 
 def wait_for(steps: int, out: Path, processes: Processes) -> None:
     """Until so many steps of the run in `out` are done."""
-    while not (out / runs.METRICS).exists() or len(runs.metrics(out)) < steps:
+    while not (out / run_folder.METRICS).exists() or len(run_folder.metrics(out)) < steps:
         assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
         time.sleep(0.02)
 
@@ -76,8 +76,11 @@ def test_mlx_launch_gives_the_run_of_one_machine(
     of = "pruned/model.safetensors"
     assert (out / of).read_bytes() == (finished[0] / of).read_bytes()
     np.testing.assert_allclose(losses(out), losses(finished[0]), rtol=1e-4)
-    names = {str(p.relative_to(out)) for p in out.rglob("*")} - {"thermal.jsonl", runs.SAMPLES}
-    assert names == {str(p.relative_to(finished[0])) for p in finished[0].rglob("*")} - {"thermal.jsonl", runs.SAMPLES}
+    names = {str(p.relative_to(out)) for p in out.rglob("*")} - {"thermal.jsonl", run_folder.SAMPLES}
+    assert names == {str(p.relative_to(finished[0])) for p in finished[0].rglob("*")} - {
+        "thermal.jsonl",
+        run_folder.SAMPLES,
+    }
     assert not [p for p in scratch.iterdir() if p.name.startswith("mis_mlx-")]
 
 
@@ -91,7 +94,7 @@ def test_one_machine_dies_and_any_number_goes_on(
         wait_for(9, out, made)
         made[1].send_signal(signal.SIGKILL)
         first = ended(made, seconds=60)[0]
-    step = len(runs.metrics(out))
+    step = len(run_folder.metrics(out))
     assert GONE in said(first) and f"--out {out} --resume" in said(first)
     assert 9 <= step < 30 and (out / "steps" / f"step-{step:08d}").is_dir()
     for n in (1, 2, 3):
@@ -283,7 +286,7 @@ def test_machines_share_the_questions_of_grpo(
         done = ended(made)
     assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
     assert [number for number, _, _ in losses(out)] == list(range(1, 9))
-    said_lines = [json.loads(line) for line in (out / grpo.SAMPLES).read_text().splitlines()]
+    said_lines = [json.loads(line) for line in (out / grpo_rollout.SAMPLES).read_text().splitlines()]
     by_step = {
         step: [r["prompt"] for r in said_lines if r["number"] == step] for step in {r["number"] for r in said_lines}
     }

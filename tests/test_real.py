@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from mis_mlx import generate
-from mis_mlx.disk import runs
-from mis_mlx.model import arch, calibrate, load, policy, speak, stream, teacher
-from mis_mlx.training import planning
+from mis_mlx.models import arch, load, mlx_generate, policy, resolve, stream
+from mis_mlx.planner import estimates
+from mis_mlx.pruning import calibrate
+from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 
 pytestmark = pytest.mark.slow
@@ -35,7 +36,7 @@ ENGLISH = (
 @pytest.fixture(scope="module")
 def real() -> Checkpoint:
     """The teacher that is always there, from the cache, the hub or the package index."""
-    return load.open_checkpoint(teacher.find().path)
+    return load.open_checkpoint(resolve.find().path)
 
 
 def test_it_reads_english(real: Checkpoint) -> None:
@@ -89,8 +90,8 @@ def test_all_four_folders_speak(run: tuple[Path, dict[str, Any]], real: Checkpoi
     """Stock mlx-lm opens teacher, pruned, distilled and 4-bit; each generates text of real tokens."""
     out, _ = run
     for folder in (real.path, out / "pruned", out / "distilled", out / "model"):
-        model, tokenizer = speak.open_model(folder)
-        said = speak.continuation(model, tokenizer, "The capital of France is", 8)
+        model, tokenizer = mlx_generate.open_model(folder)
+        said = mlx_generate.continuation(model, tokenizer, "The capital of France is", 8)
         assert said.strip(), folder
         if folder == real.path:
             assert "Paris" in said
@@ -103,15 +104,15 @@ def test_the_numbers_are_in_order(run: tuple[Path, dict[str, Any]]) -> None:
     assert result["nll_teacher"] < result["nll_student"] < result["nll_pruned"]
     assert result["nll_student"] - 0.05 < result["nll_quantized"] < result["nll_student"] + 1.0
     assert result["bytes_4-bit"] < 0.6 * result["bytes_distilled"]
-    assert all(np.isfinite(r["loss"]) for r in runs.metrics(out)) and len(runs.metrics(out)) == 4
+    assert all(np.isfinite(r["loss"]) for r in run_folder.metrics(out)) and len(run_folder.metrics(out)) == 4
 
 
 def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]], real: Checkpoint) -> None:
     """MLX's peak in training is under the plan's for that phase, and not by more than a factor of three."""
     out, _ = run
     small = load.open_checkpoint(out / "distilled").config
-    planned = planning.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
-    peak = max(r["peak_bytes"] for r in runs.metrics(out))
+    planned = estimates.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
+    peak = max(r["peak_bytes"] for r in run_folder.metrics(out))
     assert planned / 3 < peak < planned
 
 

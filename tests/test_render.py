@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mis_mlx.machine.rates import Roof
-from mis_mlx.model import policy
+from mis_mlx.hardware.rates import Roof
+from mis_mlx.models import policy
 from mis_mlx.types import MisError
 from tests import tiny
 
@@ -47,7 +47,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     root = tmp_path_factory.mktemp("lab")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIS_MLX_CACHE", str(root / "cache"))
-        patch.setattr("mis_mlx.machine.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+        patch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
         patch.syspath_prepend(ROOT / "benchmarks")
         patch.syspath_prepend(ROOT / "scripts")
         import laboratory

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from mis_mlx import report
-from mis_mlx.disk import runs, story
-from mis_mlx.page import figures
+from mis_mlx.reporting import figures, run_reader
+from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import browser, forks
 from tests.conftest import SMALL, Done, last_line, mostly_slow, sentence
@@ -91,12 +91,12 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
     assert not [a for _, a in tags.found if str(a.get("src") or a.get("href") or "#")[:5] not in ("#", "data:")
                 and not str(a.get("href")).startswith("#")]  # fmt: skip
     assert re.search("python -m mis_mlx.distill .*--teacher", page)
-    assert json.loads((copy / runs.ORIGIN).read_text())["data"] in page
+    assert json.loads((copy / run_folder.ORIGIN).read_text())["data"] in page
 
 
 def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Checkpoint) -> None:
     """The plan's phases and what each took, texts of four models in two languages, a profile of every layer."""
-    told = story.read(finished[0])
+    told = run_reader.read(finished[0])
     planned = [p["phase"] for p in told.begun["planned"]]
     assert [p["phase"] for p in told.phases] == planned == ["prune", "repair", "distil", "quantize", "tune", "measure"]
     assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in told.phases)
@@ -120,7 +120,7 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
 def test_weather_and_aais(warm: Path, tmp_path: Path) -> None:
     """Temperatures and tea breaks in the picture's words; how many channels AAIS keeps that the plain one does not."""
     page, _ = made(warm, out=str(tmp_path / "page.html"))
-    account = json.loads((warm / runs.RESULT).read_text())
+    account = json.loads((warm / run_folder.RESULT).read_text())
     assert account["tea_breaks"] > 0 and account["channels_differing_from_plain"] > 0
     assert f"Tea breaks: {account['tea_breaks']} (hot), shaded." in page and "Die from" in page and "Air from" in page
     differ = f"{account['channels_differing_from_plain']} of {account['channels_kept']} kept channels are others"
@@ -151,17 +151,17 @@ HOSTILE = "</td></svg><script>alert(1)</script><img src=x onerror=alert(2)><styl
 def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> None:
     """Whatever a file or a folder's name says is shown as text: no element, attribute or script of theirs."""
     before = Tags(made(copy)[0]).found
-    said = runs.records(copy / runs.SAMPLES)
+    said = run_folder.records(copy / run_folder.SAMPLES)
     lines = [json.dumps({name: str(value) + HOSTILE for name, value in sample.items()}) for sample in said]
-    (copy / runs.SAMPLES).write_text("\n".join(lines) + "\n")
+    (copy / run_folder.SAMPLES).write_text("\n".join(lines) + "\n")
     (copy / "table.md").write_text(f"| | {HOSTILE} |\n|---|---:|\n| {HOSTILE} | 1 |\n\n{HOSTILE}\n")
-    (copy / runs.CONFIG).write_text(json.dumps({HOSTILE: HOSTILE, "scenario": HOSTILE, "iters": HOSTILE}))
-    (copy / runs.ORIGIN).write_text(json.dumps({HOSTILE: HOSTILE}))
-    first, *rest = (copy / runs.PHASES).read_text().splitlines()
+    (copy / run_folder.CONFIG).write_text(json.dumps({HOSTILE: HOSTILE, "scenario": HOSTILE, "iters": HOSTILE}))
+    (copy / run_folder.ORIGIN).write_text(json.dumps({HOSTILE: HOSTILE}))
+    first, *rest = (copy / run_folder.PHASES).read_text().splitlines()
     begun = json.loads(first)
     begun["flags"], begun["rates"]["device"], begun["rates"]["source"] = {HOSTILE: HOSTILE}, HOSTILE, HOSTILE
     begun["planned"].append({"phase": HOSTILE, "seconds": 1.0, "peak_bytes": 1})
-    (copy / runs.PHASES).write_text("\n".join([json.dumps(begun), *rest, ""]))
+    (copy / run_folder.PHASES).write_text("\n".join([json.dumps(begun), *rest, ""]))
     (copy / "thermal.jsonl").write_text(
         json.dumps({"wall_s": begun["wall_s"], "action": "pause", "cause": HOSTILE}) + "\n"
     )
@@ -175,10 +175,12 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
 
 
 FILES = ("config.yaml", "origin.json", "result.json", "table.md", "metrics.jsonl", "phases.jsonl", "samples.jsonl")
-ALL_FILES = (*FILES, "pruned/keep.json", "model/config.json")
+ALL_FILES = (*FILES, "pruned/keep.json", "models/config.json")
 
 
-@pytest.mark.parametrize("name", mostly_slow(ALL_FILES, "config.yaml", "result.json", runs.METRICS, "pruned/keep.json"))
+@pytest.mark.parametrize(
+    "name", mostly_slow(ALL_FILES, "config.yaml", "result.json", run_folder.METRICS, "pruned/keep.json")
+)
 def test_a_missing_file_is_a_sentence(name: str, copy: Path) -> None:
     """The page is made of the others, and says which one is missing."""
     (copy / name).unlink()
@@ -195,7 +197,9 @@ FOREIGN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", mostly_slow(ALL_FILES, "origin.json", "result.json", runs.METRICS, "pruned/keep.json"))
+@pytest.mark.parametrize(
+    "name", mostly_slow(ALL_FILES, "origin.json", "result.json", run_folder.METRICS, "pruned/keep.json")
+)
 def test_another_version_gives_a_partial_page(name: str, copy: Path) -> None:
     """Our names with values of other kinds: a page all the same, with the parts that the other files give."""
     (copy / name).write_text(json.dumps(FOREIGN))
@@ -206,12 +210,12 @@ def test_another_version_gives_a_partial_page(name: str, copy: Path) -> None:
 @pytest.mark.parametrize("text", ["[1, 2, 3]", "\x00\xff{", "", "[" * 100_000])
 def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
     """All files but one hold what ours never do: the one that is whole is shown, the others are named."""
-    damaged = [name for name in (*FILES, "pruned/keep.json", "model/config.json") if name != runs.METRICS]
+    damaged = [name for name in (*FILES, "pruned/keep.json", "models/config.json") if name != run_folder.METRICS]
     for name in damaged:
         (copy / name).write_text(text)
     page, result = made(copy)
     assert "steps logged" in page and "another version" not in page
-    for name in ("config.yaml", "origin.json", "result.json", "pruned/keep.json", "model/config.json"):
+    for name in ("config.yaml", "origin.json", "result.json", "pruned/keep.json", "models/config.json"):
         assert any(f"{name} is damaged" in said for said in result["missing"])
 
 
@@ -219,8 +223,8 @@ def test_a_run_that_goes_on(copy: Path) -> None:
     """No result yet, the last line cut off: where it stands, and what was passed over."""
     for name in ("result.json", "table.md", "samples.jsonl"):
         (copy / name).unlink()
-    lines = (copy / runs.METRICS).read_text().splitlines()
-    (copy / runs.METRICS).write_text("\n".join(lines[:20]) + "\n" + lines[20][:30])
+    lines = (copy / run_folder.METRICS).read_text().splitlines()
+    (copy / run_folder.METRICS).write_text("\n".join(lines[:20]) + "\n" + lines[20][:30])
     page, result = made(copy)
     assert "is being made" in page and "step 20 of 30" in page
     assert any("1 of 21 lines that are no records" in text for text in result["missing"])
@@ -245,7 +249,7 @@ def test_several_runs_side_by_side(copy: Path, warm: Path, tmp_path: Path) -> No
     """One picture of all losses, each number with its difference to the first run's, the settings that differ."""
     page, result = made(copy, warm, out=str(tmp_path / "both.html"))
     assert result["runs"] == 2 and "<h2>Side by side</h2>" in page
-    first, second = (json.loads((f / runs.RESULT).read_text())["nll_student"] for f in (copy, warm))
+    first, second = (json.loads((f / run_folder.RESULT).read_text())["nll_student"] for f in (copy, warm))
     assert f"<td>nll_student</td><td>{first:,.4g}</td><td>{second:,.4g} ({second - first:+,.3g})</td>" in page
     assert (
         "<td>scenario</td><td>goral</td><td>none</td>" in page and "<td>batch_size</td><td>2</td><td>2</td>" not in page
@@ -256,14 +260,14 @@ def test_several_runs_side_by_side(copy: Path, warm: Path, tmp_path: Path) -> No
 
 def test_watch_ends_with_the_run(copy: Path, own_home: dict[str, str]) -> None:
     """While the run goes on the page asks the browser to come again; with the result it is written once more."""
-    done = (copy / runs.RESULT).rename(copy / "later")
+    done = (copy / run_folder.RESULT).rename(copy / "later")
     line = ["-m", "mis_mlx.report", copy, "--watch", "--every-s", 1]
     with forks.start(line, own_home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
         page = copy / "report.html"
         while not page.exists() and child.poll() is None:
             time.sleep(0.05)
         assert 'http-equiv="refresh" content="1"' in page.read_text()
-        done.rename(copy / runs.RESULT)
+        done.rename(copy / run_folder.RESULT)
         out, _ = child.communicate(timeout=60)
     assert child.returncode == 0 and json.loads(out.splitlines()[-1])["runs"] == 1
     assert "refresh" not in page.read_text() and "of the gap is closed" in page.read_text()
@@ -283,14 +287,14 @@ def test_a_million_steps_in_bounded_memory(count: int, copy: Path) -> None:
     """A log of very many lines: a page that is no larger, a peak hardly higher than for ten, every extreme kept."""
     step = {"wall_s": 0.0, "number": 0, "loss": 1.0, "tokens": 512, "seconds": 2.0, "peak_bytes": 2**30}
     lines = [json.dumps({**step, "wall_s": 2.0 * i, "number": i, "loss": 2 + (i % 7) / 10}) for i in range(1, 11)]
-    (copy / runs.METRICS).write_text("\n".join(lines) + "\n")
+    (copy / run_folder.METRICS).write_text("\n".join(lines) + "\n")
     code = "import sys\nfrom mis_mlx import report\nprint(report.run(report.Settings((sys.argv[1],))))"
     few = peak_of_child(code, copy)
     spikes = {1: 7.0, 44_444: 0.125, count - 2: 9.5}
     form = '{{"wall_s": {}, "number": {}, "loss": {}, "tokens": 512, "seconds": 2.0, "peak_bytes": 1073741824}}\n'
-    with (copy / runs.METRICS).open("w") as file:
+    with (copy / run_folder.METRICS).open("w") as file:
         file.writelines(form.format(2.0 * i, i, spikes.get(i, 2 + (i % 7) / 10)) for i in range(1, count + 1))
-    many, size = peak_of_child(code, copy), (copy / runs.METRICS).stat().st_size
+    many, size = peak_of_child(code, copy), (copy / run_folder.METRICS).stat().st_size
     assert size > 80 * count and many - few < 16 * 2**20
     page = (copy / "report.html").read_text()
     assert f"between 0.125 and 9.500, {count:,} steps logged" in page and len(page) < 2**20

@@ -12,9 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from mis_mlx.machine import child
-from mis_mlx.maths import quantities, rewards
-from mis_mlx.training import scoring
+from mis_mlx.evaluation import answer_parsing, reward_runner, rewards
+from mis_mlx.hardware import child_process
 from mis_mlx.types import MisError
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "fixtures" / "rewards.jsonl").read_text().splitlines()]
@@ -79,9 +78,9 @@ def test_an_answer_key_that_is_no_value_scores_nobody() -> None:
         ("inf", None, None),
     ],
 )
-def test_numbers(text: str, language: quantities.Language | None, value: Fraction | None) -> None:
+def test_numbers(text: str, language: answer_parsing.Language | None, value: Fraction | None) -> None:
     """Exact, by the language's own comma, or none."""
-    assert quantities.number(text, language) == value
+    assert answer_parsing.number(text, language) == value
 
 
 def test_units_by_pencil() -> None:
@@ -91,17 +90,17 @@ def test_units_by_pencil() -> None:
         ("1 h 1 s", 3601, "duration"),
         ("2 kg 5 dag", 2050000, "mass"),
     ):
-        found = quantities.quantity(text, "pl")
+        found = answer_parsing.quantity(text, "pl")
         assert found is not None and (found.amount, found.kind) == (amount, kind)
     for text in ("1 kg 5 ml", "5 dag 2 kg", "1,5 kg 5 dag", "2 kg -5 dag", "5 g 5", "5 5 g", "g", ""):
-        assert quantities.quantity(text, "pl") is None, text
+        assert answer_parsing.quantity(text, "pl") is None, text
 
 
-def functions(tmp_path: Path, source: str, **given: Any) -> tuple[scoring.Function, ...]:
+def functions(tmp_path: Path, source: str, **given: Any) -> tuple[reward_runner.Function, ...]:
     """The functions of a user's file with this source."""
     path = tmp_path / "mine.py"
     path.write_text(source)
-    return scoring.functions(given.pop("names", None), given.pop("weights", None), str(path), **given)
+    return reward_runner.functions(given.pop("names", None), given.pop("weights", None), str(path), **given)
 
 
 ROWS = [{"prompt": "p", "answer": "5", "language": "en", "task": "sums"}, {"prompt": "q", "answer": "7"}]
@@ -110,10 +109,10 @@ GROUPS = [["Answer: 5", "Answer: 6"], ["Answer: 7", "7", ""]]
 
 def test_ours_are_scored_in_a_child() -> None:
     """Right and in form 1.1, right 1, in form 0.1; the prompt's language is passed on."""
-    found = scoring.score(scoring.functions(None, None, None), ROWS, GROUPS)
+    found = reward_runner.score(reward_runner.functions(None, None, None), ROWS, GROUPS)
     assert [s.totals for s in found] == [(1.1, 0.1), (1.1, 1.0, 0.0)]
-    weighted = scoring.functions("format,correct", "10,1", None)
-    assert scoring.score(weighted, ROWS[:1], GROUPS[:1])[0].totals == (2.0, 1.0)
+    weighted = reward_runner.functions("format,correct", "10,1", None)
+    assert reward_runner.score(weighted, ROWS[:1], GROUPS[:1])[0].totals == (2.0, 1.0)
 
 
 def test_the_users_functions(tmp_path: Path) -> None:
@@ -126,7 +125,7 @@ def test_the_users_functions(tmp_path: Path) -> None:
         "    return [None if t is None else 1 for t in task]\n"
         "def _hidden():\n    pass\n"
     )
-    found = scoring.score(functions(tmp_path, source, weights="1,0.5"), ROWS, GROUPS)
+    found = reward_runner.score(functions(tmp_path, source, weights="1,0.5"), ROWS, GROUPS)
     assert [s.totals for s in found] == [(9.5, 9.5), (9.0, 1.0, 0.0)]
     assert found[1].parts == {"long": (9.0, 1.0, 0.0), "mine": (None, None, None)}
     both = functions(tmp_path, source, names="long,correct")
@@ -150,7 +149,7 @@ def test_what_breaks_a_function_is_no_reward(tmp_path: Path, body: str, why: str
     """Only the group with the text that broke it goes unscored, and the note says why."""
     source = f"def f(prompts, completions, answer):\n    if '6' in completions[1]:\n        {body}\n"
     source += "    return [1.0] * len(completions)\n"
-    found = scoring.score(functions(tmp_path, source, seconds=1.0), ROWS, GROUPS)
+    found = reward_runner.score(functions(tmp_path, source, seconds=1.0), ROWS, GROUPS)
     assert [s.totals for s in found] == [(None, None), (1.0, 1.0, 1.0)]
     assert found[1].notes == ()
     (note,) = found[0].notes
@@ -162,9 +161,9 @@ def test_memory_is_limited(tmp_path: Path) -> None:
     the watchdog's on macOS."""
     path = tmp_path / "hungry.py"
     path.write_text("def f(size):\n    return len(bytearray(size))\n")
-    assert child.ask(str(path), "f", {"size": 2**20}, 10.0, scoring.MEMORY_BYTES) == 2**20
-    with pytest.raises(child.NoAnswer, match="MemoryError"):
-        child.ask(str(path), "f", {"size": 2**32}, 10.0, scoring.MEMORY_BYTES)
+    assert child_process.ask(str(path), "f", {"size": 2**20}, 10.0, reward_runner.MEMORY_BYTES) == 2**20
+    with pytest.raises(child_process.NoAnswer, match="MemoryError"):
+        child_process.ask(str(path), "f", {"size": 2**32}, 10.0, reward_runner.MEMORY_BYTES)
 
 
 HUNGRY = """
@@ -185,16 +184,16 @@ def modest():
 def test_a_watchdog_limits_memory_where_the_kernel_does_not(tmp_path: Path, function: str) -> None:
     """16 MiB more every 20 ms, its own or of a process that it started: ended beyond 200 MiB, with both numbers."""
     (tmp_path / "f.py").write_text(HUNGRY)
-    with pytest.raises(child.NoAnswer, match=r"MemoryError: it holds .*, 200 MiB are allowed"):
-        child.ask(str(tmp_path / "f.py"), function, {}, 60.0, 200 * 2**20, watched=True)
+    with pytest.raises(child_process.NoAnswer, match=r"MemoryError: it holds .*, 200 MiB are allowed"):
+        child_process.ask(str(tmp_path / "f.py"), function, {}, 60.0, 200 * 2**20, watched=True)
 
 
 def test_the_watchdog_lets_others_work(tmp_path: Path) -> None:
     """Below the limit the answer comes; and time is limited as ever."""
     (tmp_path / "f.py").write_text(HUNGRY)
-    assert child.ask(str(tmp_path / "f.py"), "modest", {}, 60.0, 200 * 2**20, watched=True) == 2**25
-    with pytest.raises(child.NoAnswer, match="no answer in 1 s"):
-        child.ask(str(tmp_path / "f.py"), "itself", {}, 1.0, 2**40, watched=True)
+    assert child_process.ask(str(tmp_path / "f.py"), "modest", {}, 60.0, 200 * 2**20, watched=True) == 2**25
+    with pytest.raises(child_process.NoAnswer, match="no answer in 1 s"):
+        child_process.ask(str(tmp_path / "f.py"), "itself", {}, 1.0, 2**40, watched=True)
 
 
 def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
@@ -207,8 +206,8 @@ def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
         "    time.sleep(wait)\n"
         "    return 1\n"
     )
-    with pytest.raises(child.NoAnswer, match="no answer in 2 s"):
-        child.ask(str(path), "f", {"wait": 600}, 2.0)
+    with pytest.raises(child_process.NoAnswer, match="no answer in 2 s"):
+        child_process.ask(str(path), "f", {"wait": 600}, 2.0)
     with contextlib.suppress(psutil.NoSuchProcess):  # killed it dies in its own time, and nobody may have reaped it yet
         left = psutil.Process(int(mark.read_text()))
         for _ in range(200):
@@ -221,20 +220,20 @@ def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     """Unknown names, weights that do not fit, files that are none, lists of the wrong length."""
     with pytest.raises(MisError, match="names nice, which is not there: known are correct, format"):
-        scoring.functions("nice", None, None)
+        reward_runner.functions("nice", None, None)
     with pytest.raises(MisError, match="has 1 numbers for 2 functions"):
-        scoring.functions(None, "1", None)
+        reward_runner.functions(None, "1", None)
     with pytest.raises(MisError, match="are not numbers"):
-        scoring.functions(None, "a,b", None)
+        reward_runner.functions(None, "a,b", None)
     with pytest.raises(MisError, match="does not read as Python"):
         functions(tmp_path, "def f(:\n")
     with pytest.raises(MisError, match="has 0 functions"):
         functions(tmp_path, "x = 1\n")
     with pytest.raises(MisError, match="does not read as Python"):
-        scoring.functions(None, None, str(tmp_path / "none.py"))
+        reward_runner.functions(None, None, str(tmp_path / "none.py"))
     short = functions(tmp_path, "def f(prompts, completions, answer):\n    return [1]\n")
     with pytest.raises(MisError, match="the reward function f returned .1.: it owes a list of 5 numbers"):
-        scoring.score(short, ROWS, GROUPS)
+        reward_runner.score(short, ROWS, GROUPS)
 
 
 def test_the_users_file_is_not_run_here(tmp_path: Path) -> None:

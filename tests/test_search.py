@@ -19,13 +19,17 @@ import numpy as np
 import pytest
 
 from mis_mlx import search
-from mis_mlx.disk import runs
-from mis_mlx.disk.files import DISK
-from mis_mlx.disk.text import Windows
-from mis_mlx.model import arch, calibrate, compare, load, model_writer, pack, policy, reconstruct, slice, windows
-from mis_mlx.model.config import Shape, shape_of
-from mis_mlx.training import candidates, contest, pruning, standings
-from mis_mlx.training.candidates import Decoding
+from mis_mlx.data import preparation
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import candidate_trials, search_report
+from mis_mlx.evaluation import comparison
+from mis_mlx.models import arch, load, model_writer, policy
+from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.pruning import calibrate, reconstruct, select, shape_search, slice_weights
+from mis_mlx.pruning.shape_search import Decoding
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks, tiny
 from tests.conftest import Done, last_line, sentence
@@ -36,7 +40,7 @@ SMALL: dict[str, Any] = dict(
 )  # fmt: skip
 SMOLLM2 = {**tiny.CONFIG, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "head_dim": 64}
 SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
-LOGS = (contest.CANDIDATES, contest.FINALISTS, "table.md")
+LOGS = (candidate_trials.CANDIDATES, candidate_trials.FINALISTS, "table.md")
 
 
 def as_flags(settings: dict[str, Any]) -> list[object]:
@@ -70,8 +74,8 @@ def test_end_to_end(done: tuple[Path, Done], llama: Checkpoint) -> None:
     assert len(params) == result["shapes"] == result["evaluated"] == 4
     assert all(abs(n / total - 0.667) <= 0.15 for n in params)
     best = sorted(result["candidates"], key=lambda c: c["kl"])[:2]
-    assert [[f[a] for a in candidates.AXES] for f in result["finalists"]] == [
-        [c[a] for a in candidates.AXES] for c in best
+    assert [[f[a] for a in shape_search.AXES] for f in result["finalists"]] == [
+        [c[a] for a in shape_search.AXES] for c in best
     ]
     assert {p.name for p in out.iterdir()} - {"thermal.jsonl", ".lock"} == {
         "config.yaml", "origin.json", "plan.json", "result.json", "finalists", *LOGS,
@@ -84,9 +88,9 @@ def test_end_to_end(done: tuple[Path, Done], llama: Checkpoint) -> None:
 def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Checkpoint) -> None:
     """Columns are the finalists; each mean is of the windows in the log; distilled is after, pruned before."""
     out, run = done
-    records = runs.records(out / contest.FINALISTS)
+    records = run_folder.records(out / candidate_trials.FINALISTS)
     lines = {cells[1].strip(): cells[2:-1] for line in run.stdout.splitlines() if len(cells := line.split("|")) > 3}
-    for metric, label, form in standings.METRICS:
+    for metric, label, form in search_report.METRICS:
         if isinstance(records[0].get(metric), list):
             assert [c.split("±")[0].strip() for c in lines[label]] == [
                 format(np.mean(r[metric]), form) for r in records
@@ -94,9 +98,9 @@ def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Check
             assert all("±" in cell for cell in lines[label]) and all(len(r[metric]) == 6 for r in records)
     assert all(np.mean(r["kl_distilled"]) < np.mean(r["kl_pruned"]) for r in records)
     before = shape_of(llama.config)
-    sizes = [replace(before, **{a: r[a] for a in candidates.AXES}) for r in records]
+    sizes = [replace(before, **{a: r[a] for a in shape_search.AXES}) for r in records]
     header = next(line for line in run.stdout.splitlines() if line.startswith("| | "))
-    assert header == f"| | {' | '.join(standings.words(s, before) for s in sizes)} |"
+    assert header == f"| | {' | '.join(search_report.words(s, before) for s in sizes)} |"
 
 
 def test_the_line_it_recommends_is_one_that_distill_takes(
@@ -116,15 +120,15 @@ def test_the_score_is_that_of_a_pruning_by_hand(
 ) -> None:
     """Calibrated on the run's windows, pruned by plain importance, compared on every twenty-fifth or so held-out
     window: the KL of the log, to the last bit."""
-    data = windows.prepare(small.data, load.tokenizer(llama.path), 32)
+    data = preparation.prepare(small.data, load.tokenizer(llama.path), 32)
     at = np.random.default_rng([0, 1, 1]).permutation(len(data.train.tokens))[:4]
     statistics, _ = calibrate.calibrate(llama, [mx.array(data.train.tokens[i][None]) for i in at], policy.usual_dtype())
-    record = runs.records(done[0] / contest.CANDIDATES)[-1]
-    cut = pruning.Cut(scenario="none", importance="rms", **{a: record[a] for a in candidates.AXES})
-    shape, keep = pruning.choose(dict(llama.config), statistics, cut)
-    slice.write_student(llama, shape, keep, tmp_path / "s", "bfloat16", DISK)
-    held_out = compare.chosen(data.held_out["held-out"], 3)
-    found = compare.compare({"teacher": llama, "student": load.open_checkpoint(tmp_path / "s")}, held_out)
+    record = run_folder.records(done[0] / candidate_trials.CANDIDATES)[-1]
+    cut = select.Cut(scenario="none", importance="rms", **{a: record[a] for a in shape_search.AXES})
+    shape, keep = select.choose(dict(llama.config), statistics, cut)
+    slice_weights.write_student(llama, shape, keep, tmp_path / "s", "bfloat16", DISK)
+    held_out = comparison.chosen(data.held_out["held-out"], 3)
+    found = comparison.compare({"teacher": llama, "student": load.open_checkpoint(tmp_path / "s")}, held_out)
     assert found["student", "kl"].mean() == record["kl"] and found["student", "nll"].mean() == record["nll"]
 
 
@@ -144,7 +148,7 @@ def test_killed_and_resumed_is_the_undisturbed_search(
     """SIGKILL among the candidates and in the first finalist's training: logs and tables are equal byte for byte."""
     out = tmp_path / "run"
     flags = ["--teacher", llama.path, "--data", text_folder, *as_flags(SMALL)]
-    kill_at(out, flags, own_home, lambda: len(runs.records(out / contest.CANDIDATES)) >= 2)
+    kill_at(out, flags, own_home, lambda: len(run_folder.records(out / candidate_trials.CANDIDATES)) >= 2)
     kill_at(out, ["--resume"], own_home, lambda: any(out.glob("finalists/*/metrics.jsonl")))
     resumed = command("search", "--resume", "--out", out)
     assert resumed.returncode == 0, resumed.stderr
@@ -160,14 +164,14 @@ def test_nothing_is_measured_twice(
     """Resumed from its logs alone, with no way to prune, it says the same; a torn line is measured again."""
     out = tmp_path / "run"
     shutil.copytree(done[0], out)
-    lines = (out / contest.FINALISTS).read_text().splitlines(keepends=True)
-    monkeypatch.setattr(contest.Contest, "prune", lambda *_: pytest.fail("measured again"))
+    lines = (out / candidate_trials.FINALISTS).read_text().splitlines(keepends=True)
+    monkeypatch.setattr(candidate_trials.Contest, "prune", lambda *_: pytest.fail("measured again"))
     search.run(search.Settings(resume=True, out=str(out)))
     assert capsys.readouterr().out.strip() == (done[0] / "table.md").read_text().strip()
     monkeypatch.undo()
-    (out / contest.FINALISTS).write_text(lines[0] + lines[1][:40])
+    (out / candidate_trials.FINALISTS).write_text(lines[0] + lines[1][:40])
     search.run(search.Settings(resume=True, out=str(out)))
-    assert (out / contest.FINALISTS).read_text() == lines[0] + lines[1][:40] + "\n" + lines[1]
+    assert (out / candidate_trials.FINALISTS).read_text() == lines[0] + lines[1][:40] + "\n" + lines[1]
     assert (out / "table.md").read_bytes() == (done[0] / "table.md").read_bytes()
 
 
@@ -189,12 +193,12 @@ def test_a_stop_in_a_training_names_the_search(
     """What `course.train` says of the finalist's own folder is said of the run's, which --resume takes."""
     out = tmp_path / "run"
     shutil.copytree(done[0], out)
-    (out / contest.FINALISTS).unlink()
+    (out / candidate_trials.FINALISTS).unlink()
 
     def stopped(c: Any, _: Checkpoint) -> None:
         raise MisError(f"stopped at step 2 of 8, all of it saved: go on with --out {c.folder} --resume")
 
-    monkeypatch.setattr(contest.course, "train", stopped)
+    monkeypatch.setattr(candidate_trials.course, "train", stopped)
     with pytest.raises(MisError, match=f"go on with --out {out} --resume$"):
         search.run(search.Settings(resume=True, out=str(out)))
 
@@ -203,24 +207,26 @@ def test_the_repair_comes_before_the_rank(tmp_path: Path, small: search.Settings
     """--repair-samples: another score for the same shapes; by hand, the same to the last bit."""
     s = replace(small, repair_samples=6, finalists=1, iters=1, out=str(tmp_path / "run"))
     search.run(s)
-    repaired, plain = (runs.records(folder / contest.CANDIDATES) for folder in (tmp_path / "run", done[0]))
-    assert [[r[a] for a in candidates.AXES] for r in repaired] == [[r[a] for a in candidates.AXES] for r in plain]
+    repaired, plain = (
+        run_folder.records(folder / candidate_trials.CANDIDATES) for folder in (tmp_path / "run", done[0])
+    )
+    assert [[r[a] for a in shape_search.AXES] for r in repaired] == [[r[a] for a in shape_search.AXES] for r in plain]
     assert all(a["kl"] != b["kl"] for a, b in zip(repaired, plain, strict=True))
     teacher = load.open_checkpoint(str(s.teacher))
-    data = windows.prepare(s.data, load.tokenizer(teacher.path), 32)
+    data = preparation.prepare(s.data, load.tokenizer(teacher.path), 32)
     picks = [np.random.default_rng([0, use, 1]).permutation(len(data.train.tokens))[:n] for use, n in ((1, 4), (2, 6))]
     samples, repair = ([mx.array(data.train.tokens[i][None]) for i in at] for at in picks)
-    cut = pruning.Cut(scenario="none", importance="rms", **{a: repaired[0][a] for a in candidates.AXES})
+    cut = select.Cut(scenario="none", importance="rms", **{a: repaired[0][a] for a in shape_search.AXES})
     statistics = calibrate.calibrate(teacher, samples, policy.usual_dtype())[0]
-    shape, keep = pruning.choose(dict(teacher.config), statistics, cut)
-    slice.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)
+    shape, keep = select.choose(dict(teacher.config), statistics, cut)
+    slice_weights.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)
     pruned = load.open_checkpoint(tmp_path / "s")
     mended, _ = reconstruct.reconstruct(teacher, pruned, keep, repair)
     model_writer.write_model(pruned.config, lambda n: mended.get(n, load.dense(pruned, n)), pruned.path, tmp_path / "m",
                       "bfloat16", DISK)  # fmt: skip
     both = {"teacher": teacher, "student": load.open_checkpoint(tmp_path / "m")}
-    held_out = compare.chosen(data.held_out["held-out"], 3)
-    assert compare.compare(both, held_out)["student", "kl"].mean() == repaired[0]["kl"]
+    held_out = comparison.chosen(data.held_out["held-out"], 3)
+    assert comparison.compare(both, held_out)["student", "kl"].mean() == repaired[0]["kl"]
 
 
 def test_a_training_that_diverges_is_unstable_and_not_the_end(
@@ -242,11 +248,11 @@ def test_decode_is_timed_twice_estimated_and_then_measured(
     s = search.Settings(teacher=str(deep.path), data=str(text_folder), **{**SMALL, "params": None})
     s = replace(s, decode="1.3x", max_kv_size=64, evaluations=2, iters=2, out=str(tmp_path / "run"))
     result = search.run(s)
-    timed = Decoding(**runs.stored_plan(tmp_path / "run"))
-    aim = candidates.decode_aim(deep.config, "1.3x", s.tolerance, 64, timed)
+    timed = Decoding(**run_folder.stored_plan(tmp_path / "run"))
+    aim = shape_search.decode_aim(deep.config, "1.3x", s.tolerance, 64, timed)
     assert timed.block_s > 0 <= timed.rest_s
     before = shape_of(deep.config)
-    shapes = [replace(before, **{a: r[a] for a in candidates.AXES}) for r in result["candidates"]]
+    shapes = [replace(before, **{a: r[a] for a in shape_search.AXES}) for r in result["candidates"]]
     assert len(shapes) == 2 and all(map(aim.meets, shapes))
     assert "decode, times the teacher's" in capsys.readouterr().out
     assert all(f["decode_s"] > 0 for f in result["finalists"])
@@ -259,22 +265,22 @@ def test_a_busy_machine_does_not_make_blocks_free(tmp_path: Path, monkeypatch: p
     deep = tiny.make(tmp_path / "deep", num_hidden_layers=4)
     clock = {4: 1.0, 2: 2.0}  # blocks left in the model -> seconds of a token
     monkeypatch.setattr(
-        contest.speak, "token_times", lambda model, *_: [i * clock[len(model.model.layers)] for i in range(5)]
+        candidate_trials.speak, "token_times", lambda model, *_: [i * clock[len(model.model.layers)] for i in range(5)]
     )
-    assert contest.timed(deep, 0) == Decoding(0.25, 0.0)
+    assert candidate_trials.timed(deep, 0) == Decoding(0.25, 0.0)
     clock[2] = 0.6
-    assert contest.timed(deep, 0) == Decoding(pytest.approx(0.2), pytest.approx(0.2))
+    assert candidate_trials.timed(deep, 0) == Decoding(pytest.approx(0.2), pytest.approx(0.2))
 
 
 def test_memory_is_weights_in_4_bits_and_the_cache(tmp_path: Path, llama: Checkpoint) -> None:
     """Weights: what `quantize` writes, give or take norms and rounding. Cache: 2 bytes of each key and value."""
-    written = pack.write_quantized(llama, tmp_path / "q4", 64, DISK)["nbytes"]
-    without, cached = (candidates.memory_bytes(llama.config, n) for n in (0, 1000))
+    written = packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)["nbytes"]
+    without, cached = (shape_search.memory_bytes(llama.config, n) for n in (0, 1000))
     assert without == pytest.approx(written, rel=0.03)
     assert cached - without == 1000 * 3 * 2 * (2 * 16) * 2
-    aim = candidates.memory_aim(llama.config, "400KB", 400_000, 0.1, 1000)
-    found = candidates.field(llama.config, aim)
-    sizes = [candidates.memory_bytes(candidates.config_of(llama.config, s), 1000) for s in found]
+    aim = shape_search.memory_aim(llama.config, "400KB", 400_000, 0.1, 1000)
+    found = shape_search.field(llama.config, aim)
+    sizes = [shape_search.memory_bytes(shape_search.config_of(llama.config, s), 1000) for s in found]
     assert found and all(400_000 - 0.2 * cached <= n <= 400_000 for n in sizes)
 
 
@@ -295,52 +301,52 @@ def test_decoding_by_pencil() -> None:
     """Half of the layers of a teacher that spends all of its time in blocks: twice as quick. A narrower stream
     shortens what is not a block; keys and values weigh as much as weights."""
     timed, before = Decoding(0.001, 0.0), shape_of(SMOLLM2)
-    aim = candidates.decode_aim(SMOLLM2, "2x", 0.02, 0, timed)
+    aim = shape_search.decode_aim(SMOLLM2, "2x", 0.02, 0, timed)
     assert aim.teacher == pytest.approx(0.030) and aim.high == pytest.approx(0.015)
     assert aim.cost(replace(before, layers=15)) == pytest.approx(0.015)
-    rest = candidates.decode_aim(SMOLLM2, "2x", 0.02, 0, Decoding(0.0, 0.006))
+    rest = shape_search.decode_aim(SMOLLM2, "2x", 0.02, 0, Decoding(0.0, 0.006))
     assert rest.cost(replace(before, hidden=288)) == pytest.approx(0.003)
     block, cache = 3_540_096, 2 * 4096 * 3 * 64
     narrow = replace(before, ffn=512)
-    long = candidates.decode_aim(SMOLLM2, "1.2x", 0.02, 4096, timed)
+    long = shape_search.decode_aim(SMOLLM2, "1.2x", 0.02, 4096, timed)
     assert long.cost(narrow) / long.teacher == pytest.approx((block - 3 * 1024 * 576 + cache) / (block + cache))
 
 
-BAND = candidates.params_aim(SMOLLM2, "0.667x", 0.04)
+BAND = shape_search.params_aim(SMOLLM2, "0.667x", 0.04)
 
 
 def hill(shape: Shape, weights: Sequence[float] = (1.0, 0.7, 1.5, 4.0)) -> float:
     """A score that punishes what is cut, each axis in its own measure, as a real one does."""
-    lost = [1 - getattr(shape, a) / getattr(shape_of(SMOLLM2), a) for a in candidates.AXES]
+    lost = [1 - getattr(shape, a) / getattr(shape_of(SMOLLM2), a) for a in shape_search.AXES]
     return float(np.dot(weights, np.square(lost)))
 
 
 def test_the_field_is_what_trying_everything_finds() -> None:
     """All layers x FFN x heads x hidden through the gate, one by one, against the aim: the same shapes."""
-    values, before = candidates.axis_values(SMOLLM2), shape_of(SMOLLM2)
+    values, before = shape_search.axis_values(SMOLLM2), shape_of(SMOLLM2)
     tried = set()
     for layers in values["layers"]:
         for ffn in values["ffn"]:
             for heads in values["heads"]:
                 for hidden in values["hidden"]:
-                    shape = candidates.gate(SMOLLM2, layers=layers, ffn=ffn, heads=heads, hidden=hidden)
+                    shape = shape_search.gate(SMOLLM2, layers=layers, ffn=ffn, heads=heads, hidden=hidden)
                     if shape and shape != before and BAND.meets(shape):
                         tried.add(shape)
-    found = candidates.field(SMOLLM2, BAND)
+    found = shape_search.field(SMOLLM2, BAND)
     assert len(found) == len(set(found)) and set(found) == tried
-    assert replace(before, layers=20, ffn=1280) in tried and all(candidates.group_of(s) for s in tried)
+    assert replace(before, layers=20, ffn=1280) in tried and all(shape_search.group_of(s) for s in tried)
 
 
 def test_evolution_finds_what_enumeration_finds() -> None:
     """58 shapes, 24 measured, four hills, 25 seeds each: the best of all in 3 of 4 runs; chance has it in 24 of 58."""
-    field = candidates.field(SMOLLM2, BAND)
+    field = shape_search.field(SMOLLM2, BAND)
     hits = chance = 0
     for weights in ((1.0, 0.7, 1.5, 4.0), (2.0, 0.5, 0.2, 1.0), (0.5, 1.0, 1.0, 3.0), (1.0, 1.0, 0.3, 0.8)):
         score = partial(hill, weights=weights)
-        whole = candidates.evolve(field, [], score, 0, len(field))
+        whole = shape_search.evolve(field, [], score, 0, len(field))
         assert list(whole) == field and len(field) == 58
         for seed in range(25):
-            found = candidates.evolve(field, [], score, seed, 24)
+            found = shape_search.evolve(field, [], score, seed, 24)
             assert len(found) == 24 and all(found[s] == whole[s] for s in found)
             drawn = [whole[field[i]] for i in np.random.default_rng(seed).permutation(58)[:24]]
             hits += min(found.values()) == min(whole.values())
@@ -350,21 +356,21 @@ def test_evolution_finds_what_enumeration_finds() -> None:
 
 def test_the_seed_decides_and_table_1_comes_first() -> None:
     """The same seed visits the same shapes in the same order, another one others; what is named is measured."""
-    field = candidates.field(SMOLLM2, BAND)
-    paths = [list(candidates.evolve(field, [], hill, seed, 12)) for seed in (5, 5, 6)]
+    field = shape_search.field(SMOLLM2, BAND)
+    paths = [list(shape_search.evolve(field, [], hill, seed, 12)) for seed in (5, 5, 6)]
     assert paths[0] == paths[1] != paths[2]
-    assert list(candidates.evolve(field, field[7:9], hill, 5, 12))[:2] == field[7:9]
+    assert list(shape_search.evolve(field, field[7:9], hill, 5, 12))[:2] == field[7:9]
 
 
 def test_a_mutation_stays_in_the_field_and_goes_along_an_axis() -> None:
     """One or two places along some axis, never the parent, only what is unseen; the last unseen one is found too."""
-    field, rng = candidates.field(SMOLLM2, BAND), np.random.default_rng(0)
+    field, rng = shape_search.field(SMOLLM2, BAND), np.random.default_rng(0)
     parent = field[20]
     rest = [s for s in field if s != parent]
     for _ in range(100):
-        child = candidates.mutate(parent, field, rest, rng)
-        assert child in rest and any(getattr(child, a) != getattr(parent, a) for a in candidates.AXES)
-    assert candidates.mutate(parent, field, [field[0]], rng) == field[0]
+        child = shape_search.mutate(parent, field, rest, rng)
+        assert child in rest and any(getattr(child, a) != getattr(parent, a) for a in shape_search.AXES)
+    assert shape_search.mutate(parent, field, [field[0]], rng) == field[0]
 
 
 @pytest.mark.parametrize(
@@ -424,9 +430,9 @@ def test_a_teacher_that_cannot_be_cut_everywhere(
 def test_every_kind_has_shapes_that_loaders_take(kind: str) -> None:
     """Every shape of the field passes arch's gate; a qwen2 keeps heads and hidden."""
     config = {**tiny.CONFIG, **tiny.KINDS[kind]}
-    found = candidates.field(config, candidates.params_aim(config, "0.7x", 0.15))
+    found = shape_search.field(config, shape_search.params_aim(config, "0.7x", 0.15))
     assert found and all(
-        arch.target_shape(config, {}, **{a: getattr(s, a) for a in candidates.AXES}) == s for s in found
+        arch.target_shape(config, {}, **{a: getattr(s, a) for a in shape_search.AXES}) == s for s in found
     )
     if kind == "qwen2":
         assert {(s.heads, s.hidden) for s in found} == {(4, 64)}
@@ -442,23 +448,23 @@ def finalist(kl: list[float | None], **changes: Any) -> dict[str, Any]:
 def test_the_verdict_by_pencil() -> None:
     """Paired: windows that differ by 1 nat hide no steady gap of 0.1; a gap with both signs is noise."""
     clear = [finalist([0.2, 0.4, 0.1, 0.6]), finalist([0.3, 0.5, 0.2, 0.7])]
-    found = standings.verdict(clear)
+    found = search_report.verdict(clear)
     assert (found.best, found.second, found.clear) == (0, 1, True)
     assert found.gap is not None and found.gap[0] == pytest.approx(0.1) == found.gap[1]
-    said = standings.sentence(found, clear, ["A", "B"], ["line a", "line b"])
+    said = search_report.sentence(found, clear, ["A", "B"], ["line a", "line b"])
     assert said.startswith("A is best, by 0.100 nats") and said.endswith(": line a")
     noisy = [finalist([0.5, 0.1, 0.5, 0.1]), finalist([0.1, 0.5, 0.15, 0.5])]
-    found = standings.verdict(noisy)
+    found = search_report.verdict(noisy)
     assert (found.best, found.clear) == (0, False)
-    said = standings.sentence(found, noisy, ["A", "B"], ["line a", "line b"])
+    said = search_report.sentence(found, noisy, ["A", "B"], ["line a", "line b"])
     assert "Between A and B the difference is smaller than the noise" in said and "line a" in said
-    assert standings.verdict([clear[0]]).clear and standings.verdict([]).best is None
+    assert search_report.verdict([clear[0]]).clear and search_report.verdict([]).best is None
 
 
 def test_the_least_sure_comparison_counts() -> None:
     """Third place may be hard to tell from the first where second place is not."""
     records = [finalist([0.2, 0.2, 0.2, 0.2]), finalist([0.3, 0.3, 0.3, 0.3]), finalist([0.0, 0.9, 0.1, 0.8])]
-    found = standings.verdict(records)
+    found = search_report.verdict(records)
     assert (found.best, found.second, found.clear) == (0, 2, False)
 
 
@@ -475,29 +481,29 @@ def test_the_least_sure_comparison_counts() -> None:
 )
 def test_unstable_by_pencil(record: dict[str, Any], why: str) -> None:
     """Not finite, the guard too often (more than a tenth of the steps), or worse than before."""
-    assert standings.unstable(record) == why
+    assert search_report.unstable(record) == why
 
 
 def test_scenarios_that_meet_the_aim() -> None:
     """Of SmolLM2 at 0.667x: GAZDA and GÓRAL are within; others are too big or too small. GÓRAL of the paper's 96 layers
     has 47.2B parameters, 44.0 % less."""
     gazda, goral = (arch.target_shape(SMOLLM2, arch.SCENARIOS[name]) for name in ("gazda", "goral"))
-    aim = candidates.params_aim(SMOLLM2, "0.667x", 0.02)
-    assert candidates.scenarios(SMOLLM2, aim) == [gazda, goral]
+    aim = shape_search.params_aim(SMOLLM2, "0.667x", 0.02)
+    assert shape_search.scenarios(SMOLLM2, aim) == [gazda, goral]
     assert [aim.cost(shape) / 134_515_008 - 1 for shape in (gazda, goral)] == pytest.approx([-0.329] * 2, abs=5e-4)
     large = arch.target_shape(arch.MIS_137B, arch.SCENARIOS["goral"])
-    params = arch.params(candidates.config_of(arch.MIS_137B, large))
-    assert f"{candidates.count(params)} {params / arch.params(arch.MIS_137B) - 1:+.1%}" == "47.20B -44.0%"
+    params = arch.params(shape_search.config_of(arch.MIS_137B, large))
+    assert f"{shape_search.count(params)} {params / arch.params(arch.MIS_137B) - 1:+.1%}" == "47.20B -44.0%"
 
 
 def test_windows_that_rank_do_not_judge() -> None:
     """Two disjoint choices of the held-out windows; too few is a sentence."""
     tokens = np.arange(40, dtype=np.int32).reshape(20, 2)
-    ranking, judging = contest.split(Windows(tokens, np.ones((20, 2), np.float32)), 6, 24)
+    ranking, judging = candidate_trials.split(Windows(tokens, np.ones((20, 2), np.float32)), 6, 24)
     ids = [{int(row[0]) for row in part.tokens} for part in (ranking, judging)]
     assert len(ids[0]) == 6 and len(ids[1]) == 14 and not ids[0] & ids[1]
     with pytest.raises(MisError, match="has 3 windows, a search takes 4"):
-        contest.split(Windows(tokens[:3], np.ones((3, 2), np.float32)), 6, 24)
+        candidate_trials.split(Windows(tokens[:3], np.ones((3, 2), np.float32)), 6, 24)
 
 
 def test_guard_notes_are_counted() -> None:
@@ -508,7 +514,7 @@ def test_guard_notes_are_counted() -> None:
         "clipped 9.0 to 3.0",
         "the machine slept 3 min; step done again. clipped 4.0 to 2.0",
     ]
-    found = contest.guarded([{"note": note} for note in notes], object())
+    found = candidate_trials.guarded([{"note": note} for note in notes], object())
     assert found == {"steps": 4, "skipped": 1, "clipped": 2, "diverged": False}
 
 

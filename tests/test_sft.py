@@ -21,14 +21,16 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx import cli, quantize, sft
-from mis_mlx.disk import runs
-from mis_mlx.disk.examples import Sequenced
-from mis_mlx.disk.files import DISK
-from mis_mlx.machine import memory
-from mis_mlx.model import branches, load, lora, model_writer, speak
-from mis_mlx.model import card as model_card
-from mis_mlx.training import alignment, alignment_plan, batches, distillation, planning
-from mis_mlx.training.supervised import Lesson
+from mis_mlx.alignment import alignment_plan, alignment_run, lora, sequence_packing
+from mis_mlx.alignment.sft_loss import Lesson
+from mis_mlx.data.examples import Sequenced
+from mis_mlx.distillation import live_teacher
+from mis_mlx.gguf_export import model_card as model_card
+from mis_mlx.hardware import memory
+from mis_mlx.models import attention_masks, load, mlx_generate, model_writer
+from mis_mlx.planner import estimates
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks, tiny, trl_model
 from tests.conftest import Done, last_line, losses
@@ -85,7 +87,7 @@ def rows_of(found: dict[str, np.ndarray]) -> list[Sequenced]:
 
 def step(lesson: Lesson, model: nn.Module, batch_size: int, parts: int) -> tuple[float, float, Any]:
     """(sum, count, gradients of the sum) of the first step, micro-batches added as the loop adds them."""
-    source = distillation.Text()
+    source = live_teacher.Text()
     loss = lesson.loss_of(source, frozen_head=False)
     total, count, gradients = 0.0, 0.0, None
     for arguments in lesson.micro_batches(source, batch_size, parts, 0)(0):
@@ -113,14 +115,14 @@ def test_rows_in_one_window_do_not_see_each_other(kind: str, models: Callable[[s
     """Hidden states of packed rows are those of each row alone; another neighbour changes nothing at all."""
     model, rng = load.resident(models(kind), mx.float32), np.random.default_rng(0)
     rows = [(rng.integers(1, 500, n).astype(np.int32), np.ones(n, np.float32)) for n in (9, 14, 5)]
-    tokens, _, own = batches.rectangle([rows])
-    packed, begin = branches.forward_rows(model, tokens, own), 0
+    tokens, _, own = sequence_packing.rectangle([rows])
+    packed, begin = attention_masks.forward_rows(model, tokens, own), 0
     for ids, _ in rows:
         alone = model.model(mx.array(ids[None]))[0]
         assert mx.allclose(packed[0, begin : begin + len(ids)], alone, rtol=1e-4, atol=1e-5)
         begin += len(ids)
     other = mx.concatenate([(tokens[:, :9] + 7) % 500, tokens[:, 9:]], axis=1)
-    assert mx.array_equal(branches.forward_rows(model, other, own)[:, 9:28], packed[:, 9:28])
+    assert mx.array_equal(attention_masks.forward_rows(model, other, own)[:, 9:28], packed[:, 9:28])
     assert not mx.allclose(model.model(tokens)[0, 9:14], packed[0, 9:14], atol=1e-3)  # without the mask they would
 
 
@@ -130,8 +132,8 @@ def test_a_sliding_window_holds_inside_a_row(tmp_path: Path) -> None:
     folder = tiny.make(tmp_path / "near", layer_types=layers, sliding_window=4)
     model = load.resident(load.open_checkpoint(folder), mx.float32)
     rows = [(np.arange(start, start + 12, dtype=np.int32), np.ones(12, np.float32)) for start in (5, 90)]
-    tokens, _, own = batches.rectangle([rows])
-    packed = branches.forward_rows(model, tokens, own)
+    tokens, _, own = sequence_packing.rectangle([rows])
+    packed = attention_masks.forward_rows(model, tokens, own)
     for at, (ids, _) in enumerate(rows):
         assert mx.allclose(packed[0, 12 * at : 12 * at + 12], model.model(mx.array(ids[None]))[0], rtol=1e-4, atol=1e-5)
 
@@ -139,7 +141,7 @@ def test_a_sliding_window_holds_inside_a_row(tmp_path: Path) -> None:
 def test_best_fit_places_every_row_once() -> None:
     """No window overflows, none of the rows is lost, and few windows are taken."""
     lengths = np.random.default_rng(1).integers(1, 60, 200).tolist()
-    windows = batches.packed(lengths, 60)
+    windows = sequence_packing.packed(lengths, 60)
     assert sorted(i for window in windows for i in window) == list(range(200))
     filled = [sum(lengths[i] for i in window) for window in windows]
     assert max(filled) <= 60 and len(windows) <= sum(lengths) / 60 * 1.05 + 1
@@ -149,7 +151,7 @@ def test_a_step_draws_the_same_rows_however_it_is_cut() -> None:
     """One batch of 8 or four of 2: the same indices, those of like length together."""
     lengths = np.random.default_rng(2).integers(1, 60, 30).tolist()
     for number in range(5):
-        whole, parts = (np.concatenate(batches.drawn(lengths, b, p, number, 7)) for b, p in ((8, 1), (2, 4)))
+        whole, parts = (np.concatenate(sequence_packing.drawn(lengths, b, p, number, 7)) for b, p in ((8, 1), (2, 4)))
         assert np.array_equal(whole, parts) and sorted(lengths[i] for i in whole) == [lengths[i] for i in whole]
 
 
@@ -159,12 +161,12 @@ def test_masked_tokens_get_no_gradient_and_padding_none(llama: Checkpoint) -> No
     ids = np.array([3, 4, 5, 6, 7], np.int32)
     rows = [(ids, np.array([0, 0, 0, 1, 1], np.float32)), (ids[:3], np.array([0, 0, 1], np.float32))]
     lesson = Lesson(rows)
-    (arguments,) = lesson.micro_batches(distillation.Text(), 2, 1, 0)(0)
+    (arguments,) = lesson.micro_batches(live_teacher.Text(), 2, 1, 0)(0)
     _, own, learn = arguments[:3]
     assert learn.reshape(own.shape).sum(axis=1).tolist() == [1, 2] and own.shape == (2, 8)  # the shorter row first
 
     def of_hidden(hidden: mx.array) -> mx.array:
-        return distillation.Text().kl_sum(hidden, load.head_weight(model), learn, *arguments[3:], frozen_head=True)
+        return live_teacher.Text().kl_sum(hidden, load.head_weight(model), learn, *arguments[3:], frozen_head=True)
 
     hidden = lesson.hidden(model, *arguments[:2])
     silent = np.abs(np.array(mx.grad(of_hidden)(hidden))).max(-1) == 0
@@ -176,10 +178,12 @@ def test_end_to_end(finished: tuple[Path, Done], llama: Checkpoint, answers: Pat
     out, done = finished
     result = last_line(done)
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"] - 0.5
-    assert [r["number"] for r in runs.records(out / alignment.HELD_OUT)] == [0, 2, 4, 6]
-    assert result["best_step"] == min(runs.records(out / alignment.HELD_OUT), key=lambda r: r["loss"])["number"]
-    model, tokenizer = speak.open_model(out / "model")
-    assert isinstance(speak.continuation(model, tokenizer, "how many", 4), str)
+    assert [r["number"] for r in run_folder.records(out / alignment_run.HELD_OUT)] == [0, 2, 4, 6]
+    assert (
+        result["best_step"] == min(run_folder.records(out / alignment_run.HELD_OUT), key=lambda r: r["loss"])["number"]
+    )
+    model, tokenizer = mlx_generate.open_model(out / "model")
+    assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
     card = json.loads((out / "model" / "data.json").read_text())
     assert card["licence"] == "CC0" and card["source"] == answers.name and card["train_rows"] == 24
     page = model_card.readme(load.open_checkpoint(out / "model"), None, "hf", "", ())
@@ -188,7 +192,7 @@ def test_end_to_end(finished: tuple[Path, Done], llama: Checkpoint, answers: Pat
     best = mx.load(str(out / "best" / f"step-{result['best_step']:08d}" / "model.safetensors"))
     stored = mx.load(str(out / "model" / "model.safetensors"))
     assert set(best) == set(stored) and all(mx.array_equal(best[n], stored[n]) for n in best)
-    assert result["tokens"] == sum(r["tokens"] for r in runs.metrics(out)) > 0
+    assert result["tokens"] == sum(r["tokens"] for r in run_folder.metrics(out)) > 0
     assert (out / "config.yaml").is_file() and (out / "result.json").is_file()
 
 
@@ -209,7 +213,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert again.returncode == 0 and "continuing from step" in again.stderr, again.stderr
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
     assert losses(tmp_path / "run") == losses(out)
-    held = [{r["number"]: r for r in runs.records(f / alignment.HELD_OUT)} for f in (out, tmp_path / "run")]
+    held = [{r["number"]: r for r in run_folder.records(f / alignment_run.HELD_OUT)} for f in (out, tmp_path / "run")]
     assert held[0] == held[1] and last_line(again)["best_step"] == last_line(done)["best_step"]
 
 
@@ -217,14 +221,14 @@ def test_a_stopped_run_ends_with_the_same_bits(
     finished: tuple[Path, Done], tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM between checkpoints saves one more, which is not measured: the best is looked for where it always is."""
-    settings, drawn = settings_of(small, tmp_path / "run"), batches.drawn
+    settings, drawn = settings_of(small, tmp_path / "run"), sequence_packing.drawn
 
     def stopping(lengths: Sequence[int], batch_size: int, parts: int, step: int, *more: Any) -> list[np.ndarray]:
         if step == 2 and not settings.resume:
             os.kill(os.getpid(), signal.SIGTERM)
         return drawn(lengths, batch_size, parts, step, *more)
 
-    monkeypatch.setattr(batches, "drawn", stopping)
+    monkeypatch.setattr(sequence_packing, "drawn", stopping)
     with pytest.raises(MisError, match="stopped at step 3 of 6, all of it saved"):
         sft.run(settings)
     settings = replace(settings, resume=True)
@@ -232,7 +236,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
         finished[0] / "model/model.safetensors"
     ).read_bytes()
-    assert [r["number"] for r in runs.records(tmp_path / "run" / alignment.HELD_OUT)] == [0, 2, 4, 6]
+    assert [r["number"] for r in run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)] == [0, 2, 4, 6]
     assert result["best_step"] == last_line(finished[1])["best_step"]
 
 
@@ -259,7 +263,7 @@ def settings_of(flags: Sequence[object], out: Path, **changes: Any) -> sft.Setti
 def test_the_best_checkpoint_is_kept_when_training_goes_wrong(small: Any, tmp_path: Path) -> None:
     """A rate that ruins the model: the result is the best there was, not the last."""
     result = sft.run(settings_of(small, tmp_path / "run", learning_rate=0.5))
-    held = {r["number"]: r["loss"] for r in runs.records(tmp_path / "run" / alignment.HELD_OUT)}
+    held = {r["number"]: r["loss"] for r in run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)}
     assert held[6] > held[result["best_step"]] == min(held.values())
     assert result["held_out_best"]["loss"] == min(held.values())
 
@@ -314,7 +318,7 @@ def test_packed_weights_in_memory_take_adapters(tied: bool, tmp_path: Path, monk
     assert load.head_weight(model).shape == (512, 64) and load.head_weight(model).dtype == mx.float32
     lora.insert(model, lora.Lora(-1, 4, 2.0), 0)
     rows = [(np.arange(3, 9, dtype=np.int32), np.ones(6, np.float32))]
-    lesson, source = Lesson(rows), distillation.Text()
+    lesson, source = Lesson(rows), live_teacher.Text()
     (arguments,) = lesson.micro_batches(source, 1, 1, 0)(0)
     _, gradients = nn.value_and_grad(model, lesson.loss_of(source, True))(model, *arguments)
     flat = dict(tree_flatten(gradients))
@@ -328,9 +332,9 @@ def test_a_teacher_has_its_part(small: Any, tmp_path: Path, llama: Checkpoint) -
     teacher = {"teacher": str(llama.path), "iters": 2}
     result = sft.run(settings_of(small, tmp_path / "itself", distill_weight=1.0, learning_rate=1e-6, **teacher))
     assert result["held_out_best"]["loss"] == pytest.approx(result["held_out_start"]["loss"], rel=1e-4)
-    assert runs.metrics(tmp_path / "itself")[0]["loss"] == pytest.approx(0.0, abs=1e-5)
+    assert run_folder.metrics(tmp_path / "itself")[0]["loss"] == pytest.approx(0.0, abs=1e-5)
     sft.run(settings_of(small, tmp_path / "half", **teacher))
-    first, plain = (runs.metrics(tmp_path / name)[0]["loss"] for name in ("half", "alone"))
+    first, plain = (run_folder.metrics(tmp_path / name)[0]["loss"] for name in ("half", "alone"))
     assert first == pytest.approx(plain / 2, rel=1e-4) and alone["best_step"] >= 0
 
 
@@ -367,7 +371,7 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     wide = settings_of(small, tmp_path / "wide", packing=False, iters=2)
     checkpoint = alignment_plan.opened(wide)
 
-    def phase(s: sft.Settings) -> planning.Phase:
+    def phase(s: sft.Settings) -> estimates.Phase:
         return sft._phase(s, checkpoint, None, 32)
 
     peaks = [phase(replace(wide, batch_size=n)).peak_bytes for n in (1, 2)]
@@ -378,9 +382,9 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     assert (cut.batch_size, cut.grad_accumulation_steps) == (1, 2) and alignment_plan.cut(wide, None, phase) == wide
     sft.run(wide)
     sft.run(tight)
-    one, other = (runs.metrics(tmp_path / name) for name in ("wide", "tight"))
+    one, other = (run_folder.metrics(tmp_path / name) for name in ("wide", "tight"))
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], rel=1e-5)
-    assert runs.stored_plan(tmp_path / "tight")["micro"] == 1
+    assert run_folder.stored_plan(tmp_path / "tight")["micro"] == 1
     again = replace(tight, budget=None, resume=True)
     assert alignment_plan.cut(again, tmp_path / "tight", phase).batch_size == 1
 
@@ -390,7 +394,7 @@ def test_the_plan_holds(finished: tuple[Path, Done], small: Any) -> None:
     s = settings_of(small, Path("unused"))
     checkpoint = load.open_checkpoint(str(s.model))
     planned = alignment_plan.training(s, checkpoint, s.batch_size, 96).peak_bytes
-    held = max(r["peak_bytes"] for r in runs.metrics(finished[0]))
+    held = max(r["peak_bytes"] for r in run_folder.metrics(finished[0]))
     assert held <= planned < 3 * held
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.machine.clock import VirtualClock
-from mis_mlx.machine.replay import Replay as Recording
+from mis_mlx.hardware.clock import VirtualClock
+from mis_mlx.hardware.thermal.recording import Replay as Recording
 from mis_mlx.thermal import Doctor, Record, Replay, Watch, run
 from mis_mlx.types import MisError
 

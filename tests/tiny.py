@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mis_mlx.disk.files import DISK
-from mis_mlx.disk.safetensors import Writer
-from mis_mlx.model import arch
+from mis_mlx.models import arch
+from mis_mlx.storage.files import DISK
+from mis_mlx.storage.safetensors import Writer
 from mis_mlx.types import Checkpoint
 
 CONFIG: dict[str, Any] = {

@@ -11,8 +11,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mis_mlx.disk.files import DISK
-from mis_mlx.model import load, model_writer
+from mis_mlx.models import load, model_writer
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
 FIXTURE = Path(__file__).parent / "fixtures" / "trl_preference.npz"

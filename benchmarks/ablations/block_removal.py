@@ -13,8 +13,8 @@ import numpy as np
 
 from mis_mlx.maths import losses
 from mis_mlx.maths.importance import Key, lowest_blocks
-from mis_mlx.model import load, stream
-from mis_mlx.model.config import shape_of
+from mis_mlx.models import load, stream
+from mis_mlx.models.config import shape_of
 from mis_mlx.types import Checkpoint
 
 

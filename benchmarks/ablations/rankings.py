@@ -1,6 +1,6 @@
 """Rankings of neurons, heads and channels that lost to the root mean square of activations.
 
-`by` puts scores of any kind in the place of mean activations, so that training/pruning ranks by them. What moves
+`by` puts scores of any kind in the place of mean activations, so that pruning/select ranks by them. What moves
 (FLAP) and how long weights are comes from a streamed pass of their own.
 """
 
@@ -14,9 +14,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.importance import Key, Statistics, Sums
-from mis_mlx.model import load, stream
-from mis_mlx.model.arch import READERS, TAPS
-from mis_mlx.model.config import shape_of
+from mis_mlx.models import load, stream
+from mis_mlx.models.arch import READERS, TAPS
+from mis_mlx.models.config import shape_of
 from mis_mlx.types import Checkpoint
 
 Scores = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,), none below 0; the highest stay

@@ -1,8 +1,9 @@
-"""The Miś dataset, which ships as mis_mlx/disk/mis: a seeded generator of Polish texts, all of our own making.
+"""The Miś dataset, which ships as mis_mlx/data/polish/mis: a seeded generator of Polish texts, all of our own making.
 
 Five kinds take turns: recipes, bus timetables, price lists, regulations and sums told as stories. Their
 arithmetic is right: amounts, times and totals are computed, and a line "Rachunek: ..." shows the working.
-Knows no tokenizer. Only `mis_mlx.disk.draws` draws, so a seed means the same documents under every version of Python.
+Knows no tokenizer. Only `mis_mlx.data.random_draws` draws, so a seed means the same documents under every version of
+Python.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.disk.draws import between, pick, some
-from mis_mlx.disk.files import DISK
-from mis_mlx.disk.polish import Count, Time
+from mis_mlx.data.polish.inflection import Count, Time
+from mis_mlx.data.random_draws import between, pick, some
+from mis_mlx.storage.files import DISK
 
 from . import shop, words
 from .money import Money

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mis_mlx.disk.polish import Count
+from mis_mlx.data.polish.inflection import Count
 
 
 class Money(int):

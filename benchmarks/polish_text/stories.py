@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from mis_mlx.disk.polish import Count
+from mis_mlx.data.polish.inflection import Count
 
 from .money import Money
 

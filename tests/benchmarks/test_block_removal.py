@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.ablations import block_removal
 from mis_mlx.maths import losses
-from mis_mlx.model import load
+from mis_mlx.models import load
 from mis_mlx.types import Checkpoint
 
 

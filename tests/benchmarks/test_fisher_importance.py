@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.ablations import fisher_importance
 from mis_mlx.maths import losses
-from mis_mlx.model import load, stream
+from mis_mlx.models import load, stream
 from mis_mlx.types import Checkpoint
 
 

@@ -13,8 +13,8 @@ import pytest
 from benchmarks.polish_text.documents import SPLITS, documents, write
 from benchmarks.polish_text.money import Money
 from benchmarks.polish_text.stories import STORIES
-from mis_mlx.disk import sources
-from mis_mlx.disk.polish import FORMS, Count
+from mis_mlx.data import sources
+from mis_mlx.data.polish.inflection import FORMS, Count
 
 NUMBER = r"\d+(?:,\d\d)?"
 

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.ablations import rankings
-from mis_mlx.model import calibrate, load
-from mis_mlx.training import pruning
+from mis_mlx.models import load
+from mis_mlx.pruning import calibrate, select
 from mis_mlx.types import Checkpoint
 
 
@@ -44,10 +44,10 @@ def test_moments_and_lengths_are_those_of_the_resident_model(llama: Checkpoint, 
 def test_pruning_goes_by_the_scores_it_is_given(llama: Checkpoint, batches: list[mx.array]) -> None:
     """Neurons, heads and blocks that stay are those of the highest scores; random ones are by seed."""
     found, _ = calibrate.calibrate(llama, batches, mx.float32)
-    cut = pruning.Cut(scenario="none", layers=2, ffn=256, importance="activation")
+    cut = select.Cut(scenario="none", layers=2, ffn=256, importance="activation")
     rising = rankings.keeping(rankings.by(found, lambda key: np.arange(4.0 if key[1] == "heads" else 768.0)), (0, 1))
-    _, keep = pruning.choose(dict(llama.config), rising, cut)
+    _, keep = select.choose(dict(llama.config), rising, cut)
     assert keep.layers == (0, 1) and keep.kept[1, "ffn"] == tuple(range(512, 768))
-    kept = [pruning.choose(dict(llama.config), rankings.by(found, rankings.random(found, seed)), cut)[1].kept
+    kept = [select.choose(dict(llama.config), rankings.by(found, rankings.random(found, seed)), cut)[1].kept
             for seed in (0, 0, 1)]  # fmt: skip
     assert kept[0] == kept[1] != kept[2] and kept[0][keep.layers[0], "ffn"] != keep.kept[0, "ffn"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mis_mlx.disk.files import Files
+from mis_mlx.storage.files import Files
 
 OPERATIONS = ("mkdir", "write", "extend", "add_line", "scratch", "put", "fsync", "rename", "remove_tree")
 KILLED = "killed"

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 NOTES = "MIS_MLX_FAULTS"  # the file in which `benchmarks/faults.py` wants the tests' notes
 FOLDERS = ("tests/faults/test_folders.py::test_a_bad_folder_is_one_sentence",)
 SPEECH = ("tests/faults/test_folders.py::test_a_stranger_s_tokenizer_is_tried_in_a_child",)
-ROWS = ("tests/disk/test_rows.py::test_a_bad_line_is_skipped_and_named",)
+ROWS = ("tests/data/test_rows.py::test_a_bad_line_is_skipped_and_named",)
 
 CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
     "A1": ("SIGKILL at any time", (
@@ -27,8 +27,8 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
         "tests/test_distill_kills.py::test_a_damaged_checkpoint_costs_steps_not_the_run",
     )),
     "A4": ("the lid is closed", (
-        "tests/machine/test_clock.py::test_a_closed_lid_is_seen",
-        "tests/training/test_weather.py::test_a_step_during_which_the_machine_slept_is_done_again",
+        "tests/hardware/test_clock.py::test_a_closed_lid_is_seen",
+        "tests/hardware/thermal/test_run_monitor.py::test_a_step_during_which_the_machine_slept_is_done_again",
     )),
     "A5": ("a disk that fills up", (
         "tests/faults/test_disk.py::test_a_full_disk_is_waited_out",
@@ -43,15 +43,16 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
     )),
     "A8": ("two runs in one folder", (
         "tests/test_distill.py::test_a_run_in_use_is_refused",
-        "tests/disk/test_checkpoint.py::test_a_second_process_is_told_who_holds_the_run",
+        "tests/storage/test_checkpoint.py::test_a_second_process_is_told_who_holds_the_run",
     )),
     "A9": ("not enough memory", ("tests/test_distill.py::test_a_budget_too_small_is_a_sentence",)),
     "A10": ("a child that ends without an answer", (
         "tests/faults/test_strangers.py::test_only_an_answer_is_an_answer",
     )),
-    "A11": ("clocks that jump", ("tests/disk/test_checkpoint.py::test_order_is_by_number_never_by_time",)),
+    "A11": ("clocks that jump", ("tests/storage/test_checkpoint.py::test_order_is_by_number_never_by_time",)),
     "A12": ("other settings on resume", ("tests/test_distill.py::test_a_resume_must_be_the_same_run",)),
-    "A13": ("other versions on resume", ("tests/disk/test_runs.py::test_another_version_is_said_not_refused",)),
+    "A13": ("other versions on resume",
+            ("tests/storage/test_run_folder.py::test_another_version_is_said_not_refused",)),
     "B1": ("a batch that gives no number", ("tests/faults/test_numbers.py::test_one_bad_batch_is_skipped",)),
     "B2": ("such batches in a row", (
         "tests/faults/test_numbers.py::test_three_in_a_row_go_back_and_on_without_them",
@@ -60,7 +61,7 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
     )),
     "B3": ("a row without an answer to learn", (
         "tests/test_examples.py::test_a_prompt_that_fills_the_window_is_a_sentence",
-        "tests/training/test_loop.py::test_all_masked_is_not_a_division_by_zero",
+        "tests/distillation/test_train_loop.py::test_all_masked_is_not_a_division_by_zero",
     )),
     "B4": ("a spike of the gradient", (
         "tests/maths/test_optimizer.py::test_a_spike_is_clipped_to_mean_plus_five_sigma",
@@ -76,14 +77,14 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
         "tests/faults/test_folders.py::test_weights_that_are_not_numbers_are_named",
     )),
     "C7": ("a flipped bit in a file with a known hash", (
-        "tests/model/test_teacher.py::test_an_altered_wheel_is_deleted",
+        "tests/models/test_resolve.py::test_an_altered_wheel_is_deleted",
     )),
     "C8": ("paths and links that lead out", (
         *FOLDERS, "tests/faults/test_strangers.py::test_a_link_out_is_not_copied",
-        "tests/disk/test_safetensors.py::test_links_into_a_hugging_face_cache_pass",
+        "tests/storage/test_safetensors.py::test_links_into_a_hugging_face_cache_pass",
     )),
     "C9": ("stray and missing shards", FOLDERS),
-    "C10": ("an absurd config", (*FOLDERS, "tests/model/test_config.py::test_a_bad_config_is_one_sentence")),
+    "C10": ("an absurd config", (*FOLDERS, "tests/models/test_config.py::test_a_bad_config_is_one_sentence")),
     "C11": ("the model's own program code", (
         *FOLDERS, *SPEECH, "tests/faults/test_folders.py::test_no_mark_is_left_by_foreign_code",
         "tests/faults/test_strangers.py::test_foreign_code_is_refused_explicitly_wherever_it_could_run",
@@ -97,31 +98,31 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
     )),
     "C14": ("what is no regular file", FOLDERS),
     "C15": ("a file that changes while it is read", (
-        "tests/disk/test_safetensors.py::test_lazy_notices_that_a_file_changed_since_the_index",
+        "tests/storage/test_safetensors.py::test_lazy_notices_that_a_file_changed_since_the_index",
     )),
     "C16": ("somebody else's GGUF", FOLDERS),
     "C17": ("a pickle", (*FOLDERS, "tests/faults/test_strangers.py::test_nothing_is_unpickled")),
     "D1": ("a broken line", ROWS),
-    "D2": ("no usable row", ("tests/disk/test_sources.py::test_a_file_without_a_usable_row_stops",)),
-    "D3": ("a row of 50 MB", ("tests/disk/test_rows.py::test_a_row_of_50_mb_is_dropped_without_being_held",)),
+    "D2": ("no usable row", ("tests/data/test_sources.py::test_a_file_without_a_usable_row_stops",)),
+    "D3": ("a row of 50 MB", ("tests/data/test_rows.py::test_a_row_of_50_mb_is_dropped_without_being_held",)),
     "D4": ("another schema in row k", (*ROWS, "tests/test_examples.py::test_bad_rows_are_named")),
     "D5": ("special tokens spelled in a text", (
-        "tests/disk/test_text.py::test_special_tokens_spelled_in_a_text_stay_text",
-        "tests/disk/test_text.py::test_special_tokens_spelled_in_a_chat_stay_text",
+        "tests/data/test_token_windows.py::test_special_tokens_spelled_in_a_text_stay_text",
+        "tests/data/test_token_windows.py::test_special_tokens_spelled_in_a_chat_stay_text",
     )),
     "D6": ("byte order marks, CRLF, NUL, bad UTF-8", (
-        *ROWS, "tests/disk/test_rows.py::test_harmless_oddities_are_accepted",
+        *ROWS, "tests/data/test_rows.py::test_harmless_oddities_are_accepted",
     )),
     "D7": ("data edited between two starts", ("tests/test_distill.py::test_a_resume_must_be_the_same_run",)),
     "D8": ("test rows in the training text", (
-        "tests/disk/test_sources.py::test_copies_and_test_rows_in_train_are_counted",
+        "tests/data/test_sources.py::test_copies_and_test_rows_in_train_are_counted",
     )),
     "E1": ("a server that anybody can talk to: there is none", (
         "tests/faults/test_network.py::test_only_downloads_can_talk",
         "tests/faults/test_network.py::test_a_run_talks_to_nobody",
     )),
     "E2": ("an output folder that is somebody's", (
-        "tests/disk/test_checkpoint.py::test_a_folder_that_exists_is_refused_and_untouched",
+        "tests/storage/test_checkpoint.py::test_a_folder_that_exists_is_refused_and_untouched",
     )),
     "E3": ("secrets in what a run leaves", ("tests/faults/test_network.py::test_a_run_talks_to_nobody",)),
     "E4": ("an export that is not the model", (

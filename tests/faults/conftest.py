@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.training import planning
+from mis_mlx.planner import estimates
 from tests.faults import jobs, verdicts
 from tests.faults.catalogue import NOTES
 
@@ -42,7 +42,7 @@ def all_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Job]:
 def one_set_of_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured once for all tests here, and for no test elsewhere."""
     found = verdicts.rates()
-    monkeypatch.setattr(planning, "machine_rates", lambda *_: found)
+    monkeypatch.setattr(estimates, "machine_rates", lambda *_: found)
 
 
 @pytest.fixture(scope="session")

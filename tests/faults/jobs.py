@@ -21,10 +21,10 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import distill, export, prune, quantize, sft
-from mis_mlx.disk import checkpoint as protocol
-from mis_mlx.disk import logits, runs
-from mis_mlx.disk.files import Files
-from mis_mlx.disk.spool import Spool
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import logit_store, run_folder
+from mis_mlx.storage.files import Files
+from mis_mlx.storage.hidden_spool import Spool
 from tests import tiny
 
 Outcome = dict[str, str]
@@ -122,9 +122,9 @@ def _running(command: Any, asked: dict[str, Any]) -> Callable[[Path], None]:
 
     def run(place: Path) -> None:
         out = place / "run"
-        if (out / runs.RESULT).exists():
+        if (out / run_folder.RESULT).exists():
             return
-        begun = {"resume": True} if (out / runs.CONFIG).exists() else asked
+        begun = {"resume": True} if (out / run_folder.CONFIG).exists() else asked
         with contextlib.redirect_stdout(io.StringIO()):
             command.run(command.Settings(out=str(out), **begun))
 
@@ -134,7 +134,7 @@ def _running(command: Any, asked: dict[str, Any]) -> Callable[[Path], None]:
 def _distilled(place: Path) -> Outcome:
     """The models that a run wrote, and every loss on the way."""
     out = place / "run"
-    losses = [(r["number"], r["loss"], r["grad_norm"]) for r in runs.metrics(out)]
+    losses = [(r["number"], r["loss"], r["grad_norm"]) for r in run_folder.metrics(out)]
     whole = {f"{name}/{file}": value for name in ("pruned", "distilled", "model") for file, value in
              contents(out / name).items() if file != "README.md"}  # fmt: skip
     return {**whole, LOSSES: sha256(json.dumps(losses).encode())}
@@ -142,8 +142,8 @@ def _distilled(place: Path) -> Outcome:
 
 def _store(place: Path) -> None:
     """A logit store of three parts."""
-    spec = logits.Spec("sampled", 4, 64, WINDOWS, LENGTH, "teacher", "data", 0, part_windows=2)
-    store = logits.create(place / "targets", spec, Files())
+    spec = logit_store.Spec("sampled", 4, 64, WINDOWS, LENGTH, "teacher", "data", 0, part_windows=2)
+    store = logit_store.create(place / "targets", spec, Files())
     for window in store.missing():
         at = np.arange(LENGTH)
         sizes = 1 + (window + at) % 3
@@ -174,7 +174,7 @@ class Said:
 @contextmanager
 def acknowledged(say: Callable[[Said], None], now: Callable[[], int] = lambda: 0) -> Iterator[None]:
     """`say` what is safe as soon as the commit protocol, or the logit store, says it."""
-    save_step, commit_folder, commit_part = protocol.save_step, protocol.commit_folder, logits.Targets._commit
+    save_step, commit_folder, commit_part = protocol.save_step, protocol.commit_folder, logit_store.Targets._commit
 
     def saving(steps_dir: Path, number: int, *arguments: Any, **more: Any) -> Path:
         path = save_step(steps_dir, number, *arguments, **more)
@@ -187,13 +187,13 @@ def acknowledged(say: Callable[[Said], None], now: Callable[[], int] = lambda: 0
         if not (passing or protocol.STEP.fullmatch(final.name)):
             say(Said(final, None, contents(final), now()))
 
-    def keeping(store: logits.Targets, number: int, *arguments: Any) -> None:
+    def keeping(store: logit_store.Targets, number: int, *arguments: Any) -> None:
         commit_part(store, number, *arguments)
         path = store.path(number)
         say(Said(path, None, {path.name: sha256(path.read_bytes())}, now()))
 
     def set_all(*operations: Any) -> None:
-        protocol.save_step, protocol.commit_folder, logits.Targets._commit = operations
+        protocol.save_step, protocol.commit_folder, logit_store.Targets._commit = operations
 
     set_all(saving, committing, keeping)
     try:

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.disk.gate import DTYPES
+from mis_mlx.storage.header_check import DTYPES
 
 WRAP = 2**64
 DIMS = [-1, -2, -4, -8, 0, 1, 2, 3, 4, 8, 16, 2**15, 2**16, 2**20, 2**30, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**33]
@@ -136,8 +136,8 @@ def opened(folder: Path) -> str:
     import numpy as np
     import safetensors
 
-    from mis_mlx.disk.safetensors import lazy
-    from mis_mlx.model import load
+    from mis_mlx.models import load
+    from mis_mlx.storage.safetensors import lazy
     from mis_mlx.types import MisError
 
     try:

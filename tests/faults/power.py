@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.disk.files import Files
+from mis_mlx.storage.files import Files
 from tests.faults.broken import changed
 
 Operation = tuple[str, Path, Any]

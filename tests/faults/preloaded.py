@@ -3,7 +3,7 @@
 Nothing is computed here: threads do not survive a fork, and MLX computes in threads.
 """
 
-from mis_mlx.model import load
+from mis_mlx.models import load
 from tests.faults import verdicts
 
 __all__ = ["verdicts"]

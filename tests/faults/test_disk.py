@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.disk import checkpoint as protocol
-from mis_mlx.disk import runs
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
 from tests.conftest import files_up_to
 from tests.faults import jobs
@@ -140,6 +140,6 @@ def test_a_disk_pulled_out(name: str, bench: Benches, all_jobs: dict[str, jobs.J
     jobs.clean(place).rmdir()
     away.rename(place)
     job.run(place)
-    assert job.outcome(place) == b.whole and len(runs.metrics(place / "run")) >= 2
+    assert job.outcome(place) == b.whole and len(run_folder.metrics(place / "run")) >= 2
     note("A7 a disk that is pulled out", name, {"said so": 1, "the same end": 1}, 0,
          str(caught.value).replace(str(place), "..."))  # fmt: skip

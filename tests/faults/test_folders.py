@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mis_mlx import bench, distill, dpo, evaluate, export, generate, grpo, plan, prune, quantize, search, sft
-from mis_mlx.model import trial
+from mis_mlx.models import tokenizer_check
 from mis_mlx.types import MisError
 from tests import tiny
 from tests.faults import jobs, liars
@@ -225,7 +225,7 @@ def test_a_stranger_s_tokenizer_is_tried_in_a_child(
     for number, (fault, what) in enumerate(SPEECH.items()):
         if "endless" in fault and command != "generate":
             continue  # the same door for all, and four seconds each
-        monkeypatch.setattr(trial, "SECONDS", 4.0 if "endless" in fault else 60.0)
+        monkeypatch.setattr(tokenizer_check, "SECONDS", 4.0 if "endless" in fault else 60.0)
         note(fault, command, {"said so": 1}, 0, refused(fault, what, command, made, tmp_path / str(number)))
 
 

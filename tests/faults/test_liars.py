@@ -9,10 +9,10 @@ import mlx.core as mx
 import pytest
 from safetensors import SafetensorError
 
-from mis_mlx.disk import safetensors
-from mis_mlx.disk.files import DISK
-from mis_mlx.disk.gate import check
-from mis_mlx.model import arch
+from mis_mlx.models import arch
+from mis_mlx.storage import safetensors
+from mis_mlx.storage.files import DISK
+from mis_mlx.storage.header_check import check
 from tests import tiny
 from tests.faults import liars
 from tests.faults.conftest import Note

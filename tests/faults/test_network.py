@@ -21,10 +21,10 @@ TALKATIVE = {"socket", "http", "urllib", "requests", "httpx", "socketserver", "s
              "xmlrpc", "telnetlib", "websockets", "aiohttp", "huggingface_hub", "datasets"}  # fmt: skip
 # Who may, and what for.
 MAY = {
-    "disk/hub.py": "a model from the Hugging Face hub",
-    "disk/sources.py": "a data set from the hub",
-    "disk/questions.py": "a data set from the hub",
-    "machine/sockets.py": "asks of connections that mlx.launch made whether the other end lives; opens none",
+    "storage/hub.py": "a model from the Hugging Face hub",
+    "data/sources.py": "a data set from the hub",
+    "evaluation/questions.py": "a data set from the hub",
+    "hardware/sockets.py": "asks of connections that mlx.launch made whether the other end lives; opens none",
 }
 WATCH = """
 import os, sys

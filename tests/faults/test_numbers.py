@@ -16,13 +16,14 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import distill, sft
-from mis_mlx.disk import checkpoint as protocol
-from mis_mlx.disk import runs
+from mis_mlx.alignment.sft_loss import Lesson
+from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation.run_loop import set_back
 from mis_mlx.maths.optimizer import Diverged, GoralW
-from mis_mlx.model import load
-from mis_mlx.training import distillation, phases
-from mis_mlx.training.supervise import set_back
-from mis_mlx.training.supervised import Lesson
+from mis_mlx.models import load
+from mis_mlx.planner import phases
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
 from tests.faults import jobs
 from tests.faults.conftest import Note
@@ -43,7 +44,7 @@ def settings(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> Callable[[str], d
 @pytest.fixture
 def bad(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Numbers of batches, from 1, to which the teacher's answer is NaN. Fill it."""
-    numbers, cut = set[int](), distillation.cut
+    numbers, cut = set[int](), live_teacher.cut
 
     def poisoned(*arguments: Any) -> Callable[[int], Any]:
         each = cut(*arguments)
@@ -55,13 +56,13 @@ def bad(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
         return micro_batches
 
-    monkeypatch.setattr(distillation, "cut", poisoned)
+    monkeypatch.setattr(live_teacher, "cut", poisoned)
     return numbers
 
 
 def notes(out: str) -> dict[int, str]:
     """{step: what the dog did} where it did something."""
-    return {r["number"]: r["note"] for r in runs.metrics(Path(out)) if r["note"]}
+    return {r["number"]: r["note"] for r in run_folder.metrics(Path(out)) if r["note"]}
 
 
 def all_numbers(folder: Path) -> bool:
@@ -77,7 +78,7 @@ def test_one_bad_batch_is_skipped(settings: Callable[[str], distill.Settings], b
     bad.add(6)
     distill.run(s)
     assert notes(str(s.out)) == {6: "skipped: not a number"}
-    losses = [[r["loss"] for r in runs.metrics(Path(str(x.out)))] for x in (s, clean)]
+    losses = [[r["loss"] for r in run_folder.metrics(Path(str(x.out)))] for x in (s, clean)]
     assert losses[0][:5] == losses[1][:5] and len(losses[0]) == ITERS
     assert all_numbers(Path(str(s.out)) / "model")
     note("B1 one batch that gives no number", "distill", {"skipped": 1}, 0, "step 6: skipped: not a number")
@@ -93,7 +94,7 @@ def test_three_in_a_row_go_back_and_on_without_them(
     said = capsys.readouterr().err
     assert "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the learning rate" in said
     assert notes(str(s.out)) == dict.fromkeys((6, 7, 8), "skipped: not a number before")
-    rates = {r["number"]: r["learning_rate"] for r in runs.metrics(Path(str(s.out)))}
+    rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
     assert rates[5] == pytest.approx(s.schedule.rate(4) / 2) and rates[4] == pytest.approx(s.schedule.rate(3))
     assert all_numbers(Path(str(s.out)) / "model")
     note("B2 three in a row", "distill", {"back to step 4": 1, "the end": 1}, 0,
@@ -116,7 +117,7 @@ def test_a_sharded_run_goes_back_too(
     assert sentence in capsys.readouterr().err
     noted = notes(str(s.out))
     assert set(noted) == bad and noted[first + 2] == "skipped: not a number before"
-    rates = {r["number"]: r["learning_rate"] for r in runs.metrics(Path(str(s.out)))}
+    rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
     assert rates[ITERS] == pytest.approx(s.schedule.rate(ITERS - 1) / 2)
     assert all_numbers(Path(str(s.out)) / "model")
     _stopped_at(9, cut)
@@ -213,7 +214,7 @@ def test_a_tuning_run_goes_back_too(
         sft.Settings(model=str(model), data=lessons, max_seq_length=128, iters=9, save_every=3, warmup=1, out=str(out))
     )
     assert notes(str(out)) == dict.fromkeys((4, 5, 6), "skipped: not a number before")
-    assert all_numbers(out / "model") and len(runs.metrics(out)) == 9
+    assert all_numbers(out / "model") and len(run_folder.metrics(out)) == 9
     note("B2 three in a row", "sft", {"back to step 3": 1, "the end": 1}, 0,
          "batches 4, 5, 6 gave no numbers: back to step 3, and on without them, at half the learning rate")  # fmt: skip
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from mis_mlx.disk import checkpoint as protocol
-from mis_mlx.disk.files import Files
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage.files import Files
 from tests.faults.conftest import Note
 from tests.faults.verdicts import FATES, Bench
 
@@ -114,17 +114,17 @@ CHANGES = {"write_text", "write_bytes", "unlink", "mkdir", "makedirs", "rename",
            "save_gguf"}  # fmt: skip
 # Who changes a disk without `Files`, and why a run loses nothing by it.
 WITHOUT = {
-    "disk/files.py": "it is that class",
-    "disk/checkpoint.py": "the text in the lock file, which is for people",
-    "disk/hub.py": "a download, whole or absent: half of it lies in a folder of another name",
-    "disk/gguf.py": "the same, its conversion",
-    "disk/dialects.py": "the same",
-    "disk/exams.py": "the same",
-    "machine/blas.py": "a library under other names, whole or absent; it runs before anything of ours is imported",
-    "training/engine_checks.py": "a model made on the spot, in a temporary folder of its own",
-    "machine/packages.py": "the same, a wheel of a wrong hash is deleted",
-    "machine/rates.py": "a file of zeros that measures how quick the disk is",
-    "machine/replay.py": "a recording of thermometers, which the command `thermal` makes",
+    "storage/files.py": "it is that class",
+    "storage/checkpoint.py": "the text in the lock file, which is for people",
+    "storage/hub.py": "a download, whole or absent: half of it lies in a folder of another name",
+    "storage/gguf_reader.py": "the same, its conversion",
+    "evaluation/sets/dialects.py": "the same",
+    "evaluation/sets/polish_exams.py": "the same",
+    "hardware/blas.py": "a library under other names, whole or absent; it runs before anything of ours is imported",
+    "checks/engine.py": "a model made on the spot, in a temporary folder of its own",
+    "hardware/wheels.py": "the same, a wheel of a wrong hash is deleted",
+    "hardware/rates.py": "a file of zeros that measures how quick the disk is",
+    "hardware/thermal/recording.py": "a recording of thermometers, which the command `thermal` makes",
 }
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from mis_mlx.disk import text
-from mis_mlx.disk.files import DISK
-from mis_mlx.machine import child
-from mis_mlx.model import load, model_writer, trial
+from mis_mlx.data import token_windows
+from mis_mlx.hardware import child_process
+from mis_mlx.models import load, model_writer, tokenizer_check
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 from tests import tiny
 from tests.faults.test_folders import ESCAPE, settings
@@ -58,14 +58,14 @@ ENDS = {
 def test_only_an_answer_is_an_answer(function: str, tmp_path: Path) -> None:
     """Exit code 0 is none, nor is what it prints; a crash, a hang, no memory and a wrong type are named."""
     (tmp_path / "f.py").write_text(SOURCE)
-    with pytest.raises(child.NoAnswer, match=ENDS[function]):
-        child.ask(str(tmp_path / "f.py"), function, {}, 3.0 if "no answer" in ENDS[function] else 60.0, 2**32)
+    with pytest.raises(child_process.NoAnswer, match=ENDS[function]):
+        child_process.ask(str(tmp_path / "f.py"), function, {}, 3.0 if "no answer" in ENDS[function] else 60.0, 2**32)
 
 
 def test_an_answer_is(tmp_path: Path) -> None:
     """The others fail for what they do, not because nothing works."""
     (tmp_path / "f.py").write_text(SOURCE)
-    assert child.ask(str(tmp_path / "f.py"), "fine", {}, 60.0, 2**32) == 7
+    assert child_process.ask(str(tmp_path / "f.py"), "fine", {}, 60.0, 2**32) == 7
 
 
 def test_what_it_starts_ends_with_it(tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_what_it_starts_ends_with_it(tmp_path: Path) -> None:
         "import os, time\ndef f(path):\n    if not os.fork():\n        open(path, 'w').write(str(os.getpid()))\n"
         "        time.sleep(600)\n    time.sleep(600)\n"
     )
-    with pytest.raises(child.NoAnswer):
-        child.ask(str(tmp_path / "f.py"), "f", {"path": str(pid)}, 6.0)
+    with pytest.raises(child_process.NoAnswer):
+        child_process.ask(str(tmp_path / "f.py"), "f", {"path": str(pid)}, 6.0)
     number = int(pid.read_text())
     assert _runs(os.getpid())  # the look itself works here
     for _ in range(100):
@@ -115,13 +115,13 @@ def test_a_template_stays_in_its_sandbox(template: str, tmp_path: Path) -> None:
     where.mkdir()
     (where / "chat_template.jinja").write_text(template)
     try:
-        done = trial.attempt(str(where))
+        done = tokenizer_check.attempt(str(where))
     except (OverflowError, ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
         assert str(error)
     except Exception as error:
         assert type(error).__name__ in ("SecurityError", "UndefinedError"), error
     else:
-        assert done["characters"] < trial.MOST_CHARACTERS
+        assert done["characters"] < tokenizer_check.MOST_CHARACTERS
 
 
 PATTERN = "tokenizer.json"
@@ -150,23 +150,23 @@ def test_a_panic_on_other_words_is_a_sentence(tmp_path: Path) -> None:
     patterned(folder, "(q+)+$")
     tokenizer = load.tokenizer(folder)
     with pytest.raises(MisError, match="breaks down on 'qqqq"):
-        text.tokenize([{"text": "q" * 64 + "!"}], tokenizer)
+        token_windows.tokenize([{"text": "q" * 64 + "!"}], tokenizer)
 
 
 def test_a_tokenizer_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same files in another folder are known; changed ones are tried again; a refusal is never kept."""
     asked = list[str]()
-    ask: Callable[..., Any] = child.ask
-    monkeypatch.setattr(child, "ask", lambda *a: (asked.append(a[1]), ask(*a))[1])
+    ask: Callable[..., Any] = child_process.ask
+    monkeypatch.setattr(child_process, "ask", lambda *a: (asked.append(a[1]), ask(*a))[1])
     folder = tiny.make(tmp_path / "one")
     settings(folder, "tokenizer_config.json", mark=str(tmp_path))
-    trial.tried(folder)
-    trial.tried(shutil.copytree(folder, tmp_path / "two"))
+    tokenizer_check.tried(folder)
+    tokenizer_check.tried(shutil.copytree(folder, tmp_path / "two"))
     assert len(asked) == 1
     (folder / "chat_template.jinja").write_text(ESCAPE)
     for count in (2, 3):
         with pytest.raises(MisError, match="SecurityError"):
-            trial.tried(folder)
+            tokenizer_check.tried(folder)
         assert len(asked) == count
 
 
@@ -186,9 +186,9 @@ def test_a_link_out_is_not_copied(name: str, tmp_path: Path) -> None:
 def test_a_tokenizer_file_of_gigabytes_is_refused(tmp_path: Path) -> None:
     """By its size, before a byte of it is read."""
     folder = tiny.make(tmp_path / "m")
-    os.truncate(folder / "tokenizer.json", trial.MOST_BYTES + 1)
+    os.truncate(folder / "tokenizer.json", tokenizer_check.MOST_BYTES + 1)
     with pytest.raises(MisError, match="are allowed"):
-        trial.tried(folder)
+        tokenizer_check.tried(folder)
 
 
 # --- what the package's own source may say ---

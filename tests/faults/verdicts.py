@@ -20,10 +20,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx.disk import checkpoint as protocol
-from mis_mlx.disk import runs
-from mis_mlx.disk.files import Files
-from mis_mlx.training import planning
+from mis_mlx.planner import estimates
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import Files
 from mis_mlx.types import MisError
 from tests.faults.broken import KILLED, Killed, breaking, changed, half
 from tests.faults.jobs import LOSSES, Job, Outcome, Said, acknowledged, clean, contents, jobs, lost, sha256
@@ -32,7 +32,7 @@ from tests.faults.power import cuts, recorded
 FATES: dict[str, int | str] = {"disk full": errno.ENOSPC, "I/O error": errno.EIO, "end of the process": KILLED}
 
 
-rates = cache(planning.machine_rates)  # how quick the machine is: how long a run may take, and nothing else
+rates = cache(estimates.machine_rates)  # how quick the machine is: how long a run may take, and nothing else
 
 
 Whole = tuple[Outcome, int, float]  # what a job that nothing happens to ends with, its file operations, its seconds
@@ -141,7 +141,7 @@ class Bench:
         context.set_forkserver_preload(["tests.faults.preloaded"])
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_serve, args=(self.job.name, *self.job.made, self.place, planning.machine_rates(), theirs)
+            target=_serve, args=(self.job.name, *self.job.made, self.place, estimates.machine_rates(), theirs)
         )
         process.start()
         theirs.close()
@@ -216,7 +216,7 @@ class Bench:
             for name, value in contents(here).items()
             if not (name.endswith((".jsonl", ".lock")) or "/.tmp-" in f"/{name}" or "/.trash-" in f"/{name}")
         }
-        losses = [] if but else [(r["number"], r["loss"]) for r in runs.metrics(here / "run")]
+        losses = [] if but else [(r["number"], r["loss"]) for r in run_folder.metrics(here / "run")]
         return sha256(repr((sorted(files.items()), losses, bool(but))).encode())
 
 
@@ -225,7 +225,7 @@ def _serve(name: str, model: Path, text: Path, place: Path, rates: Any, out: Con
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
     mx.set_default_device(mx.cpu)
-    planning.machine_rates = lambda *_: rates
+    estimates.machine_rates = lambda *_: rates
     job = jobs(model, text)[name]
     out.send("ready")
     with acknowledged(out.send):

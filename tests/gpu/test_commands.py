@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 
 from mis_mlx import bench, distill, dpo, evaluate, export, generate, grpo, plan, prune, quantize, report, search, sft
-from mis_mlx.disk import runs
-from mis_mlx.machine.rates import Roof
-from mis_mlx.model import load, model_writer, policy
-from mis_mlx.training import examining, planning
+from mis_mlx.evaluation import answering
+from mis_mlx.hardware.rates import Roof
+from mis_mlx.models import load, model_writer, policy
+from mis_mlx.planner import estimates
+from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line
@@ -46,7 +47,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metal's policy, a cache of the test's own, a roof of the machine that takes no time to measure."""
     monkeypatch.setenv(policy.POLICY, "metal")
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mis_mlx.machine.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+    monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
     assert policy.keeps_packed() and policy.usual_dtype() == mx.float16
 
 
@@ -89,7 +90,7 @@ def opens(folder: Path) -> None:
 
 def steps(folder: Path) -> np.ndarray:
     """The losses of a run's steps."""
-    found = np.array([row["loss"] for row in runs.metrics(folder)])
+    found = np.array([row["loss"] for row in run_folder.metrics(folder)])
     assert len(found) and np.isfinite(found).all()
     return found
 
@@ -314,7 +315,7 @@ def test_grpo(kind: str, tune: Any, teachers: Callable[[str], Path], tmp_path: P
     flags |= {"beta": 20.0, "fine_tune_type": tune, "reward_functions_file": str(tmp_path / "vowels.py")}
     flags |= {"model": str(teachers(kind)), "data": str(tmp_path / "data"), "out": str(tmp_path / "run")}
     result = grpo.run(grpo.Settings(**flags))
-    rows = runs.metrics(tmp_path / "run")
+    rows = run_folder.metrics(tmp_path / "run")
     assert all(math.isfinite(r["loss"]) and 0 < r["reward"] < 1 for r in rows)
     assert all(abs(r["loss"]) < 1 for r in rows), rows  # 20 times k3: other weights, and it would be more than 2
     opens(Path(result["student"]))
@@ -384,14 +385,14 @@ def test_evaluate_tasks(
 ) -> None:
     """Likelihoods of answers, asked in many passes over blocks that stay in memory, are float32's; each is kept under
     the type that it was computed in, and read again from there."""
-    monkeypatch.setattr(examining, "PART", 64)
+    monkeypatch.setattr(answering, "PART", 64)
     folder = teachers("affine")
     chosen = evaluate.Settings(teacher=str(folder), tasks=("bus", "maths-written"), num_questions=4)
     said = [in_float32(lambda: evaluate.run(chosen)), evaluate.run(chosen), evaluate.run(chosen)]
     assert said[1]["recovered"].keys() == said[0]["recovered"].keys() and said[1] == said[2]
     kept = sorted((tmp_path / "cache" / "evaluations").glob("*/*.jsonl"))
     assert len(kept) == 4 and len({path.parent for path in kept}) == 2
-    logs = [np.concatenate([row["ll"] for row in examining.read(p).values() if "ll" in row] or [[0.0]]) for p in kept]
+    logs = [np.concatenate([row["ll"] for row in answering.read(p).values() if "ll" in row] or [[0.0]]) for p in kept]
     by_type = sorted((log for log in logs if len(log) > 1), key=lambda log: str(log))
     assert len(by_type) == 2 and len(by_type[0]) >= 8
     np.testing.assert_allclose(by_type[0], by_type[1], rtol=5e-3)
@@ -422,7 +423,7 @@ def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: An
     are what counts; never more."""
     for kind in ("bfloat16", "affine"):
         folder = load.open_checkpoint(teachers(kind))
-        sizes = [in_float32(lambda: planning.model_of(folder)), planning.model_of(folder)]  # noqa: B023
+        sizes = [in_float32(lambda: estimates.model_of(folder)), estimates.model_of(folder)]  # noqa: B023
         assert 0 < sizes[1].block_work < 0.6 * sizes[0].block_work
         flags: dict[str, Any] = dict(teacher=str(teachers(kind)), scenario="goral")
         want = in_float32(lambda: plan.run(plan.Settings(**flags)))  # noqa: B023

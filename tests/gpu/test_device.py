@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mis_mlx import doctor
-from mis_mlx.machine import memory
-from mis_mlx.model import kernel_checks, policy, stream
-from mis_mlx.training import engine_checks
+from mis_mlx.checks import engine, kernels
+from mis_mlx.hardware import memory
+from mis_mlx.models import policy, stream
 from mis_mlx.types import Budget
 
 DEVICES = [pytest.param("gpu", marks=pytest.mark.gpu), "cpu"]
@@ -28,22 +28,22 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> engine_checks.Models:
+def made(tmp_path_factory: pytest.TempPathFactory) -> engine.Models:
     """The doctor's tiny model in four formats."""
-    return engine_checks.make(tmp_path_factory.mktemp("models"))
+    return engine.make(tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("name", kernel_checks.CHECKS)
+@pytest.mark.parametrize("name", kernels.CHECKS)
 def test_kernels(name: str, device: str) -> None:
     """Each kernel is as near to its witness as its bound says."""
-    found, bound = kernel_checks.CHECKS[name]()
+    found, bound = kernels.CHECKS[name]()
     assert found <= bound
 
 
-@pytest.mark.parametrize("name", engine_checks.CHECKS)
-def test_engine(name: str, device: str, made: engine_checks.Models) -> None:
+@pytest.mark.parametrize("name", engine.CHECKS)
+def test_engine(name: str, device: str, made: engine.Models) -> None:
     """So is the engine: streamed, kept and resident passes, decoding as mlx_lm does, equal steps, the planned peak."""
-    found, bound = engine_checks.CHECKS[name](made)
+    found, bound = engine.CHECKS[name](made)
     assert found <= bound
 
 
@@ -54,15 +54,15 @@ def test_the_policy_is_the_device_s(device: str, monkeypatch: pytest.MonkeyPatch
     assert policy.usual_dtype() == (mx.float16 if device == "gpu" else mx.float32)
 
 
-def test_the_budget_holds(device: str, made: engine_checks.Models) -> None:
+def test_the_budget_holds(device: str, made: engine.Models) -> None:
     """A streamed pass under a limit stays under it, by MLX's own count, and gives numbers."""
     limit = 64 * 2**20
     mx.clear_cache()
     mx.reset_peak_memory()
     with memory.limited(Budget(limit)):
         checkpoint = made["4-bit"]
-        hidden = stream.Stream(checkpoint, policy.compute_dtype(checkpoint)).forward([engine_checks.TOKENS])
-        assert np.isfinite(kernel_checks.wide(hidden[0])).all()
+        hidden = stream.Stream(checkpoint, policy.compute_dtype(checkpoint)).forward([engine.TOKENS])
+        assert np.isfinite(kernels.wide(hidden[0])).all()
     assert mx.get_peak_memory() < limit
 
 

@@ -16,10 +16,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import prune, quantize
-from mis_mlx.disk.files import DISK
+from mis_mlx.alignment import lora
 from mis_mlx.maths import sparse
 from mis_mlx.maths.likelihood import token_logps
-from mis_mlx.model import float16_range, load, lora, model_writer, pack, policy, stream
+from mis_mlx.models import float16_range, load, model_writer, policy, stream
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
@@ -31,7 +33,7 @@ def packed(tmp_path: Path, stored: str, mode: str = "affine", layers: int = 5) -
     """A 4-bit folder of a tiny model whose norms are of type `stored`."""
     made = tiny.make(tmp_path / "dense", num_hidden_layers=layers, dtype=stored, torch_dtype=TORCH[stored])
     dense = load.open_checkpoint(made)
-    pack.write_quantized(dense, tmp_path / "packed", pack.layout(dense.config, 64, (), mode), DISK)  # type: ignore[arg-type]
+    packed_format.write_quantized(dense, tmp_path / "packed", packed_format.layout(dense.config, 64, (), mode), DISK)  # type: ignore[arg-type]
     return load.open_checkpoint(tmp_path / "packed")
 
 

@@ -1,0 +1,228 @@
+"""The flags that sft, dpo and grpo share, and what a run with these takes: bytes, hours, memory.
+
+Reads configs and sizes, starts nothing. Does not know what is learned (the commands do) nor how (alignment_run).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import mlx.core as mx
+
+from mis_mlx import cli
+from mis_mlx.alignment import lora
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.rates import Rates
+from mis_mlx.hardware.thermal.run_monitor import WeatherFlags
+from mis_mlx.models import arch, distributed, load, policy, resolve
+from mis_mlx.models.policy import Computing
+from mis_mlx.planner import estimates
+from mis_mlx.planner.estimates import Phase
+from mis_mlx.planner.phases import SAVED_BYTES
+from mis_mlx.planner.recipe import Recipe
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import need_place
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Tokens, Within, duration, gib
+
+# Settings that may differ when a run is resumed: none of them changes a weight. `save_every` does: by it the best
+# checkpoint is looked for.
+FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "governor", "thermal_replay"})
+S = TypeVar("S", bound="Alignment")
+
+
+@dataclass(frozen=True)
+class Alignment(Computing, WeatherFlags, Recipe):
+    """The flags that sft, dpo and grpo share."""
+
+    batch_size: Count = 4
+    """rows, pairs or answers in a micro-batch; cut into smaller ones, which change nothing, where memory is short"""
+    max_seq_length: Tokens = 512
+    """most tokens of a row; what does not fit is cut off its end, and counted"""
+    save_every: Count = 20
+    """steps between checkpoints, at each of which the held-out rows are measured"""
+    model: str | None = None
+    """folder or hub id of the model to align; default: SmolLM2-135M-Instruct"""
+    data: str | None = None
+    """folder with train.jsonl and perhaps valid.jsonl; default: generated tasks"""
+    data_licence: str | None = None
+    """licence of the data, or the consent it was given with; default: what a LICENSE file beside it says"""
+    scrub_pii: bool = False
+    """replace e-mail addresses, telephone numbers, PESEL and NIP in the data before training, and count them"""
+    eval_rows: Count = 64
+    """held-out rows measured at every checkpoint; the best checkpoint becomes the result"""
+    fine_tune_type: Literal["full", "lora"] = "full"
+    """all weights, or mlx-lm's low-rank adapters beside frozen ones"""
+    num_layers: Annotated[int, Within(-1, 10**4)] = -1
+    """blocks that get adapters, counted from the last; -1: all"""
+    rank: Count = 8
+    """of the adapters"""
+    scale: Positive = 20.0
+    """factor on the adapters"""
+    fuse: bool = True
+    """add the adapters to the weights in the end; otherwise they are left beside the model, for --adapter-path"""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """type of the result's weights on disk"""
+    budget: str | None = None
+    """memory this may take, such as 5GiB; default: 5GiB or 75 % of what is there"""
+    out: str | None = None
+    """run folder; default: the next free runs/NAME-00N"""
+    resume: bool = False
+    """continue the run in --out, or the newest unfinished one"""
+    dry_run: bool = False
+    """say bytes, hours and memory, and stop"""
+    config: cli.ConfigFile = None
+    """YAML file with any of these flags"""
+
+    @property
+    def lora(self) -> lora.Lora | None:
+        """The adapters asked for, if any."""
+        wanted = lora.Lora(self.num_layers, self.rank, self.scale)
+        return wanted if self.fine_tune_type == "lora" else None
+
+
+def resumed(settings: S) -> tuple[S, Path | None]:
+    """The settings to run with, and the folder of the run that they continue; MisError where they differ from its."""
+    if not settings.resume:
+        return settings, None
+    kind = type(settings)
+
+    def found() -> tuple[dict[str, Any], str]:
+        folder = run_folder.find(settings.out)
+        stored = run_folder.stored_settings(folder)
+        return run_folder.merged(asdict(settings), asdict(kind()), stored, FREE), str(folder)
+
+    values, folder = distributed.told(found)
+    return kind(**values), Path(folder)
+
+
+def opened(s: Alignment) -> Checkpoint:
+    """The model to align, through the gate. MisError where it cannot be trained as asked for."""
+    cli.check_ranges(s)
+    if distributed.first():
+        need_place("--out", s.out or "runs")
+    policy.use(s.compute_dtype)
+    found = resolve.find(s.model)
+    cli.say(f"model: {found.source}")
+    checkpoint = load.open_checkpoint(found.path)
+    layers = int(checkpoint.config["num_hidden_layers"])
+    if s.lora:
+        s.lora.check(layers)
+    elif arch.is_quantized(checkpoint.tensors):
+        raise MisError(f"{found.path} is quantized and cannot be trained whole: use --fine-tune-type lora")
+    if s.max_seq_length > (most := int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)):
+        raise MisError(f"--max-seq-length is {s.max_seq_length}, the model's window {most}: give {most} or less")
+    return checkpoint
+
+
+def dtype_of(s: Alignment, checkpoint: Checkpoint) -> mx.Dtype:
+    """What the model, and the reference beside it, compute in: float32 where the model is trained whole."""
+    return policy.compute_dtype(checkpoint) if s.lora else mx.float32
+
+
+def sizes(s: Alignment, checkpoint: Checkpoint) -> estimates.Model:
+    """The model in bytes, as it computes here."""
+    return estimates.model_of(checkpoint, dtype=dtype_of(s, checkpoint))
+
+
+def weight_bytes(s: Alignment, checkpoint: Checkpoint) -> int:
+    """The model in memory, before anything is done with it."""
+    m = sizes(s, checkpoint)
+    return m.nbytes if m.packed and m.as_stored else arch.params(checkpoint.config) * m.item
+
+
+def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> Phase:
+    """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
+    m, params = sizes(s, checkpoint), arch.params(checkpoint.config)
+    tokens = s.grad_accumulation_steps * rows * length
+    trained = s.lora.params(m.config) if s.lora else params
+    if s.lora:
+        beside = estimates.activation_bytes(m.config, rows, length) + estimates.logit_bytes(
+            m.shape.vocab, rows * length
+        )
+        peak = weight_bytes(s, checkpoint) + estimates.STATE_BYTES * trained + beside
+    else:
+        peak = estimates.training_bytes(m.config, rows, length)
+    written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + estimates.SIZES[s.dtype] * params
+    flops = s.iters * 3 * estimates.forward_flops(m, tokens, length)
+    return Phase(name, m.nbytes, written, peak, flops, True, updated=s.iters * trained)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The phases of a run under a budget, on a machine of these rates."""
+
+    phases: Sequence[Phase]
+    budget: Budget
+    rates: Rates
+    micro_batch: int  # rows, pairs or answers
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the largest phase, with the process's own share."""
+        return max(p.peak_bytes for p in self.phases) + memory.process_bytes(self.budget.limit_bytes)
+
+    @property
+    def seconds(self) -> float:
+        """Of all phases."""
+        return sum(p.seconds(self.rates) for p in self.phases)
+
+    def check(self) -> None:
+        """MisError with both numbers where it does not fit."""
+        worst = max(self.phases, key=lambda p: p.peak_bytes)
+        remedy = (
+            f"give --budget {estimates.flag(self.peak_bytes)} or more, lower --batch-size or --max-seq-length, "
+            "or use --fine-tune-type lora; alignment trains whole models in memory"
+        )
+        self.budget.need(self.peak_bytes, worst.name, remedy)
+
+    def tell(self) -> None:
+        """A line for each phase, on stderr."""
+        for p in self.phases:
+            moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
+            cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(self.rates))}")
+        fits = "fits" if self.peak_bytes <= self.budget.limit_bytes else "does not fit"
+        cli.say(f"peak {gib(self.peak_bytes)} {fits} the budget of {gib(self.budget.limit_bytes)}")
+
+    def result(self) -> dict[str, Any]:
+        """The result of a --dry-run."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "budget_bytes": self.budget.limit_bytes,
+            "read_bytes": sum(p.read_bytes for p in self.phases),
+            "written_bytes": sum(p.written_bytes for p in self.phases),
+            "seconds": round(self.seconds),
+            "check_failed": self.peak_bytes > self.budget.limit_bytes,
+        }
+
+
+def budget(s: Alignment) -> Budget:
+    """The memory that may be taken."""
+    return memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+
+
+def plan(s: Alignment, *phases: Phase) -> Plan:
+    """The plan of these phases under the budget asked for. s: with micro-batches as they will be."""
+    return Plan(phases, budget(s), estimates.machine_rates(), s.batch_size)
+
+
+def cut(s: S, folder: Path | None, phase: Callable[[S], Phase]) -> S:
+    """`s` with its steps in the largest micro-batches with which `phase(s)` fits; of a run in `folder`, in its own.
+
+    A micro-batch divides the one asked for, and a step stays what it was.
+    """
+    limit = budget(s).limit_bytes
+
+    def made(size: int) -> S:
+        return replace(s, batch_size=size, grad_accumulation_steps=s.grad_accumulation_steps * s.batch_size // size)
+
+    def fitting() -> int:
+        if folder:
+            return int(run_folder.stored_plan(folder).get("micro", s.batch_size))
+        sizes = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
+        own = memory.process_bytes(limit)
+        return next((n for n in sizes if phase(made(n)).peak_bytes + own <= limit), 1)
+
+    return made(distributed.told(fitting))

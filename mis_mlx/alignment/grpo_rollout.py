@@ -1,0 +1,265 @@
+"""Group-relative policy optimization: answers sampled and scored, groups that teach something, their loss and steps.
+
+Does not know flags nor run folders. A step's answers depend on the weights, the data, the seed and the step alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.data.token_windows import order
+from mis_mlx.distillation import train_loop
+from mis_mlx.evaluation import reward_runner
+from mis_mlx.evaluation.reward_runner import Function, Scores
+from mis_mlx.maths import policy
+from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.models import attention_masks, batch_sampling, distributed, load, stream
+from mis_mlx.planner.recipe import Schedule
+from mis_mlx.storage.files import Files
+from mis_mlx.types import MisError, Step
+
+SAMPLES = "samples.jsonl"
+COUNTS = ("unscored", "kept", "groups")  # of facts
+TABLE = (("reward", ".3f"), ("answer_tokens", ".1f"), ("kept", ".0f"), ("groups", ".0f"), ("clipped", ".3f"))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of `maths/policy` and its numbers. max_tokens: the most of an answer; temperature: of the sampling."""
+
+    kind: policy.LossType
+    epsilon: float
+    epsilon_high: float
+    beta: float
+    max_tokens: int
+    temperature: float
+
+    def logps(self, model: nn.Module, b: attention_masks.Branches, frozen_head: bool) -> mx.array:
+        """(B, T) log-probabilities of the answers' tokens at the sampling temperature."""
+        hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)[b.at.reshape(-1)]
+        head, targets = load.head_weight(model), b.targets.reshape(-1)
+        return token_logps(hidden, head, targets, self.temperature, frozen_head).reshape(b.targets.shape)
+
+    def loss(
+        self,
+        model: nn.Module,
+        b: attention_masks.Branches,
+        advantage: mx.array,
+        old: mx.array | None = None,
+        reference: mx.array | None = None,
+        frozen_head: bool = False,
+    ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        """(sum, count, further sums) over the answers of one micro-batch; old None: the model as it is now."""
+        new = self.logps(model, b, frozen_head)
+        before = mx.stop_gradient(new) if old is None else old
+        losses = policy.token_losses(new, before, advantage, self.epsilon, self.epsilon_high, reference, self.beta)
+        total, count = policy.loss_sum(losses, b.mask, self.kind, self.max_tokens)
+        held = policy.clipped(new, before, advantage, self.epsilon, self.epsilon_high)
+        clipped, _ = policy.loss_sum(held, b.mask, self.kind, self.max_tokens)
+        return total, count, {"clipped": clipped, "tokens": mx.array(float(b.tokens.size))}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The micro-batches of a step, arguments of `Objective.loss`, and what became of its groups."""
+
+    parts: Sequence[tuple[Any, ...]]
+    facts: Mapping[str, float]
+
+    def again(self, step: int) -> Sequence[tuple[Any, ...]]:
+        """The same answers for every update of a step."""
+        return self.parts
+
+
+@dataclass
+class Sampler:
+    """Makes a step's rollout, this machine's part of it. prompts: token ids of each row of `rows`, in one order.
+
+    prompts_per_step groups of `group` answers, `at_once` answers generated together, micro_batch answers in a
+    micro-batch. reference: where KL is asked for, the model as it was. updates: of the weights in a step.
+    """
+
+    model: nn.Module
+    rows: Sequence[Mapping[str, Any]]
+    prompts: Sequence[Sequence[int]]
+    tokenizer: Any
+    functions: Sequence[Function]
+    objective: Objective
+    group: int
+    prompts_per_step: int
+    micro_batch: int
+    at_once: int
+    seed: int
+    updates: int = 1
+    frozen_head: bool = False
+    reference: stream.Stream | None = None
+    log: Callable[[str], None] = field(default=lambda line: None)
+
+    def __call__(self, step: int) -> Rollout:
+        """Step `step`, counted from 0. MisError when no answer of it could be scored."""
+        at = distributed.share(order(len(self.rows), self.prompts_per_step, step, self.seed))
+        own = [self.seed, step, *([distributed.number()] if distributed.size() > 1 else [])]
+        draw = batch_sampling.sampler(self.objective.temperature, int(np.random.SeedSequence(own).generate_state(1)[0]))
+        answers = batch_sampling.groups(
+            self.model, [self.prompts[i] for i in at], self.group, self.objective.max_tokens,
+            self.tokenizer.eos_token_ids, draw, self.at_once,
+        )  # fmt: skip
+        texts = [[self.text(answer) for answer in group] for group in answers]
+        scores = reward_runner.score(self.functions, [self.rows[i] for i in at], texts)
+        rewards = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
+        notes = [note for s in scores for note in s.notes]
+        if np.isnan(rewards).all():
+            raise MisError(
+                f"step {step + 1}: none of {rewards.size} answers could be scored "
+                f"({notes[0] if notes else 'every function returned None'}): mend the reward functions or the answers"
+            )
+        kept = policy.teaches(rewards)
+        judged = zip(at, texts, scores, kept, strict=True)
+        lines = [_record(step, self.rows[i], group, score, bool(keeps)) for i, group, score, keeps in judged]
+        for line in chain.from_iterable(distributed.gather(lines)):
+            self.log(line)
+        advantage = policy.advantages(rewards, scaled=self.objective.kind != "dr_grpo")
+        chosen = [(at[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
+        facts = distributed.gather(_facts(rewards, scores, answers, kept, self.objective.max_tokens))
+        return Rollout(self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts))
+
+    def text(self, answer: Sequence[int]) -> str:
+        """An answer as the reward functions read it, without its stop token."""
+        stop = self.tokenizer.eos_token_ids
+        return str(self.tokenizer.decode([t for t in answer if t not in stop]))
+
+    def _parts(self, chosen: Sequence[tuple[int, list[list[int]], np.ndarray]]) -> list[tuple[Any, ...]]:
+        parts = list[tuple[Any, ...]]()
+        references = self._references([(i, group) for i, group, _ in chosen])
+        for (i, group, advantage), reference in zip(chosen, references, strict=True):
+            for cut in (slice(a, a + self.micro_batch) for a in range(0, len(group), self.micro_batch)):
+                b = attention_masks.join(self.prompts[i], group[cut])
+                old = self.objective.logps(self.model, b, True) if self.updates > 1 else None
+                ref = None if reference is None else reference[cut, : b.targets.shape[1]]
+                mx.eval([a for a in (old, ref) if a is not None])
+                parts.append((b, mx.array(advantage[cut]), old, ref))
+        return parts
+
+    def _references(self, chosen: Sequence[tuple[int, list[list[int]]]]) -> list[mx.array | None]:
+        """(G, T) log-probabilities of each group under the reference, in one pass over its weights."""
+        if self.reference is None or not chosen:
+            return [None] * len(chosen)
+        longest, batches = [max(map(len, group)) for _, group in chosen], []
+        for (i, group), most in zip(chosen, longest, strict=True):
+            batches.append(mx.array([[*self.prompts[i], *a, *[0] * (most - len(a))] for a in group]))
+        head, found = load.dense_weight(self.reference.head()).astype(self.reference.dtype), list[mx.array | None]()
+        for tokens, hidden, most in zip(batches, self.reference.forward(batches), longest, strict=True):
+            states = hidden[:, -most - 1 : -1]
+            targets = tokens[:, -most:].reshape(-1)
+            flat = token_logps(
+                states.reshape(-1, states.shape[-1]), head, targets, self.objective.temperature, frozen_head=True
+            )
+            found.append(flat.reshape(len(tokens), most))
+        return found
+
+
+def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: Scores, kept: bool) -> str:
+    answers = [
+        {"text": text, "reward": total, **{name: values[n] for name, values in score.parts.items()}}
+        for n, (text, total) in enumerate(zip(texts, score.totals, strict=True))
+    ]
+    about = {key: row[key] for key in ("prompt", "answer", "task", "language") if key in row}
+    notes = {"notes": list(score.notes)} if score.notes else {}
+    return json.dumps({"number": step + 1, **about, "kept": kept, **notes, "answers": answers}, ensure_ascii=False)
+
+
+def _facts(
+    rewards: np.ndarray, scores: Sequence[Scores], answers: Sequence[list[list[int]]], kept: np.ndarray, most: int
+) -> dict[str, float]:
+    """What a step's metrics hold beside its loss. Means are over answers that were scored."""
+    lengths = np.array([len(answer) for group in answers for answer in group])
+    parts = {}
+    for name in scores[0].parts:
+        values = [v for s in scores for v in s.parts[name] if v is not None]
+        parts[f"reward_{name}"] = float(np.mean(values)) if values else float("nan")
+    return {
+        "reward": float(np.nanmean(rewards)),
+        **{name: value for name, value in parts.items() if np.isfinite(value)},
+        "unscored": int(np.isnan(rewards).sum()),
+        "answer_tokens": float(lengths.mean()),
+        "truncated": float((lengths >= most).mean()),
+        "kept": int(kept.sum()),
+        "groups": len(kept),
+    }
+
+
+def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Those of all machines: counts added, means weighed by groups."""
+    found = {}
+    for name in dict.fromkeys(name for each in facts for name in each):
+        told = [(each[name], each["groups"]) for each in facts if name in each]
+        if name in COUNTS:
+            found[name] = sum(value for value, _ in told)
+        else:
+            found[name] = sum(value * n for value, n in told) / sum(n for _, n in told)
+    return found
+
+
+def train(
+    model: nn.Module,
+    rollouts: Callable[[int], Rollout],
+    loss: train_loop.Loss,
+    optimizer: GoralW,
+    schedule: Schedule,
+    start: int = 0,
+    updates: int = 1,
+) -> Iterator[Step]:
+    """Steps as `loop.train` gives them; each samples, then takes `updates` updates on what it sampled.
+
+    A step of which every group has equal rewards leaves weights and moments as they are. One line of the table a step.
+    """
+    cli.say("  step  " + "  ".join(f"{name:>13}" for name, _ in TABLE))
+    for step in range(start, schedule.iters):
+        began = train_loop.CLOCK.monotonic()
+        mx.reset_peak_memory()
+        rollout = rollouts(step)
+        peak = mx.get_peak_memory()
+        done = Step(step + 1, 0.0, 0.0, schedule.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
+        for _ in range(updates if distributed.anywhere(rollout.parts) else 0):
+            done = next(train_loop.train(model, rollout.again, loss, optimizer, schedule, step))
+        facts = {**done.more, **rollout.facts}
+        seconds, peak = train_loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)
+        cells = "  ".join(f"{facts[n]:>13{form}}" if n in facts else " " * 13 for n, form in TABLE)
+        cli.say(f"{step + 1:>6}  {cells}")
+        yield replace(done, seconds=seconds, peak_bytes=peak, more=facts)
+
+
+def measure(
+    sampler: Sampler, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Sequence[int]], samples: int = 0
+) -> dict[str, float]:
+    """Means over answers to held-out rows, greedy ones or `samples` drawn for each; "loss" is minus the reward, so that
+    the lowest is the best."""
+    o = sampler.objective
+    draw = batch_sampling.sampler(o.temperature if samples else 0.0, sampler.seed)
+    answers = batch_sampling.groups(
+        sampler.model, prompts, samples or 1, o.max_tokens, sampler.tokenizer.eos_token_ids, draw, sampler.at_once
+    )
+    scores = reward_runner.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
+    rewards = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
+    if np.isnan(rewards).all():
+        raise MisError(
+            f"none of {len(rows)} held-out answers could be scored: mend the reward functions or the answers"
+        )
+    facts = _facts(rewards, scores, answers, policy.teaches(rewards), o.max_tokens)
+    return {"loss": 0.0 - facts["reward"], **{k: v for k, v in facts.items() if k not in ("kept", "groups")}}
+
+
+def logger(path: Path, files: Files) -> Callable[[str], None]:
+    """Writes a line to the log at `path`."""
+    return lambda line: files.append(path, line)

@@ -1,0 +1,83 @@
+"""LoRA through mlx-lm's own adapters: put into a model, written in mlx-lm's format, fused into weights on disk.
+
+Does not train.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx.models import arch, load
+from mis_mlx.models.config import shape_of
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage.files import Files
+from mis_mlx.storage.safetensors import write_arrays
+from mis_mlx.types import Checkpoint, MisError
+
+FILE, CONFIG = "adapters.safetensors", "adapter_config.json"  # mlx-lm's names
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank updates of every matrix in the last `num_layers` blocks (-1: in all): W + scale * (A B)^T."""
+
+    num_layers: int
+    rank: int
+    scale: float
+
+    def check(self, layers: int) -> None:
+        """MisError where a model of so many layers cannot have these."""
+        if not (self.num_layers == -1 or 1 <= self.num_layers <= layers):
+            raise MisError(
+                f"--num-layers is {self.num_layers}, the model has {layers}: give 1 to {layers}, or -1 for all"
+            )
+        if self.rank < 1:
+            raise MisError(f"--rank is {self.rank}: give 1 or more")
+
+    def params(self, config: Mapping[str, Any]) -> int:
+        """How many numbers are trained."""
+        layers = shape_of(config).layers if self.num_layers == -1 else self.num_layers
+        return layers * sum(self.rank * sum(s) for s in arch.layer_tensors(config).values() if len(s) == 2)
+
+
+def insert(model: nn.Module, lora: Lora, seed: int) -> None:
+    """Freeze the model and put adapters into it; A is drawn from `seed`, B is 0, so nothing changes yet."""
+    model.freeze()
+    mx.random.seed(seed)
+    settings = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0}
+    load.mlx_lm("tuner.utils").linear_to_lora_layers(model, lora.num_layers, settings)
+
+
+def write(adapters: Mapping[str, mx.array], lora: Lora, out: Path, files: Files) -> None:
+    """Commit the new folder `out`, which mlx_lm takes as --adapter-path."""
+    parts = asdict(lora)
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": parts.pop("num_layers"),
+        "lora_parameters": {**parts, "dropout": 0.0},
+    }
+
+    def fill(folder: Path) -> None:
+        write_arrays(folder / FILE, adapters, files)
+        files.write(folder / CONFIG, json.dumps(config, indent=2).encode())
+
+    protocol.commit_folder(out, fill, files, sum(a.nbytes for a in adapters.values()), "the adapters")
+
+
+def fused(checkpoint: Checkpoint, adapters: Mapping[str, mx.array], lora: Lora) -> Callable[[str], mx.array]:
+    """take(name): the checkpoint's tensor with its adapter added, in float32; memory: one tensor at a time."""
+
+    def take(name: str) -> mx.array:
+        weight, stem = load.dense(checkpoint, name), name.removesuffix(".weight")
+        if (a := adapters.get(f"{stem}.lora_a")) is None:
+            return weight
+        return weight.astype(mx.float32) + (lora.scale * adapters[f"{stem}.lora_b"].T) @ a.T
+
+    return take

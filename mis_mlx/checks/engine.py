@@ -1,0 +1,188 @@
+"""The engine on this device, on a model made on the spot: passes, decoding, training, statistics, memory, rates.
+
+A witness is the same work done another way (bit for bit), the CPU in float32, mlx_lm, or the plan. As in
+checks/kernels a check gives (what was found, the most that is right); infinity where there is no bound.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mis_mlx.alignment import lora
+from mis_mlx.checks.kernels import Found, drawn, off, on_cpu, wide
+from mis_mlx.distillation.train_loop import train
+from mis_mlx.maths import losses
+from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.models import arch, load, mlx_generate, policy, resolve, stream, streamed_decode
+from mis_mlx.models.float16_range import MOST, largest
+from mis_mlx.planner import estimates
+from mis_mlx.planner.recipe import Schedule
+from mis_mlx.pruning.calibrate import calibrate
+from mis_mlx.quantization import packed_format, sensitivity
+from mis_mlx.storage import hub
+from mis_mlx.storage.files import DISK
+from mis_mlx.storage.safetensors import Writer
+from mis_mlx.types import Checkpoint
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256,
+    "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "rms_norm_eps": 1e-5,
+    "vocab_size": 256, "max_position_embeddings": 512, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "bfloat16",
+}  # fmt: skip
+MODES = {"4-bit": "affine", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
+TOKENS = mx.array(np.random.default_rng(0).integers(0, 16, (1, 16)))  # most of them several times
+Models = dict[str, Checkpoint]
+
+
+def make(folder: Path) -> Models:
+    """{"bf16", "4-bit", "mxfp4", "nvfp4": the same tiny model}, random, norms in bfloat16, in the empty `folder`."""
+    (dense := folder / "bf16").mkdir()
+    shapes = arch.tensors_of(CONFIG)
+    writer = Writer(dense, {name: ("BF16", shape) for name, shape in shapes.items()}, DISK)
+    for seed, (name, shape) in enumerate(shapes.items()):
+        noise = drawn(seed, *shape)
+        writer.add(name, (1 + 0.1 * noise if "norm" in name else 0.08 * noise).astype(mx.bfloat16))
+    writer.close()
+    (dense / "config.json").write_text(json.dumps(CONFIG))
+    models = {"bf16": load.open_checkpoint(dense)}
+    for kind, mode in MODES.items():
+        plan = packed_format.layout(CONFIG, 64, (), mode)  # type: ignore[arg-type]
+        packed_format.write_quantized(models["bf16"], folder / kind, plan, DISK)
+        models[kind] = load.open_checkpoint(folder / kind)
+    return models
+
+
+def passes(kind: str, models: Models) -> Found:
+    """Final states of a streamed pass, and of two that keep the blocks, beside the resident model's: equal bits."""
+    checkpoint = models[kind]
+    dtype = policy.compute_dtype(checkpoint)
+    want = wide(load.resident(checkpoint, dtype).model(TOKENS))
+    streamed, kept = (stream.Stream(checkpoint, dtype, room) for room in (0, None))
+    return off([wide(s.forward([TOKENS])[0]) for s in (streamed, kept, kept)], [want] * 3), 0.0
+
+
+def beside_cpu(work: Callable[[Models], Any], float32: float, half: float, models: Models) -> Found:
+    """What `work` gives as this device computes, beside the CPU's in float32. Bounds: of float32, of float16."""
+    found = work(models)
+    with on_cpu():
+        want = work(models)
+    return off(found, want), _bound(float32, half)
+
+
+def _bound(float32: float, half: float) -> float:
+    """Of what this device computes in; bfloat16 has three bits less than float16."""
+    return {mx.float32: float32, mx.float16: half, mx.bfloat16: 8 * half}[policy.usual_dtype()]
+
+
+def states(kind: str, models: Models) -> np.ndarray:
+    """Final states of a streamed pass."""
+    source = stream.Stream(models[kind], policy.compute_dtype(models[kind]))
+    return wide(source.forward([TOKENS])[0])
+
+
+def greedy(models: Models) -> Found:
+    """How far below the best mlx_lm's logits see our first token that is not mlx_lm's; 0: 12 tokens are the same."""
+    checkpoint, prompt, count = models["4-bit"], [*map(int, np.array(TOKENS[0, :8]))], 12
+    dtype = policy.compute_dtype(checkpoint)
+    ours = [t for new in streamed_decode.decode(stream.Stream(checkpoint, dtype, None), prompt, count) for t in new]
+    model = load.resident(checkpoint, dtype)
+    theirs = list(mlx_generate.greedy(model, prompt, count))
+    same = next((i for i in range(count) if ours[i] != theirs[i]), count)
+    logits = wide(model(mx.array([prompt + theirs[:same]]))[0, -1])
+    return float(logits.max() - logits[ours[same]]) if same < count else 0.0, _bound(1e-4, 0.02)
+
+
+def _loss(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    """KL from a teacher of random states, and the log-probabilities of the next tokens: (sum, count)."""
+    hidden, head = model.model(tokens)[0], load.head_weight(model)
+    target, theirs, ones = drawn(7, len(hidden), 128), drawn(8, 256, 128) / 12, mx.ones(len(hidden))
+    kl = losses.kl_sum(hidden, head, target, lambda x: x @ theirs.T, ones)
+    return kl - token_logps(hidden[:-1], head, tokens[0, 1:]).sum(), ones.sum()
+
+
+def _trained(model: nn.Module) -> tuple[list[float], dict[str, np.ndarray]]:
+    """([loss, gradient's norm, fall of the loss in two steps], weights and moments after three).
+
+    AdamW does not see how long a gradient is, so the norm stands for that; moments keep its last bits.
+    """
+    optimizer = GoralW()
+    steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, Schedule(3, 1e-3, 0)))
+    after = dict(tree_flatten(model.trainable_parameters())) | optimizer.arrays()
+    first, fall = steps[0], steps[0].loss - steps[-1].loss
+    return [first.loss, first.grad_norm, fall], {name: wide(array) for name, array in after.items()}
+
+
+def _whole(models: Models) -> tuple[list[float], dict[str, np.ndarray]]:
+    return _trained(load.resident(models["bf16"], mx.float32))
+
+
+def repeated(models: Models) -> Found:
+    """How many tensors differ after the same training steps, done twice; tokens occur several times in a batch."""
+    (_, one), (_, two) = _whole(models), _whole(models)
+    return float(sum(not np.array_equal(one[name], two[name]) for name in one)), 0.0
+
+
+def lora_steps(models: Models) -> list[float]:
+    """The same of adapters on the 4-bit model."""
+    model = load.resident(models["4-bit"], policy.compute_dtype(models["4-bit"]))
+    lora.insert(model, lora.Lora(-1, 4, 10.0), 0)
+    return _trained(model)[0]
+
+
+def statistics(models: Models) -> list[np.ndarray]:
+    """Calibration's sums over neurons and heads, and its block distances."""
+    found, _ = calibrate(models["bf16"], [TOKENS], policy.compute_dtype(models["bf16"]))
+    return [*(of[i].square for of in (found.ffn, found.heads) for i in of), np.array([*found.block.values()])]
+
+
+def costs(models: Models) -> np.ndarray:
+    """What 3 and 4 bits cost in every matrix."""
+    found = sensitivity.costs(models["bf16"], [TOKENS], 64, (3, 4))
+    return np.array([found[path][bits] for path in sorted(found) for bits in (3, 4)])
+
+
+def peak(models: Models) -> Found:
+    """MLX's peak of a streamed pass with logits, as a share of the plan's."""
+    tokens, sizes = mx.tile(TOKENS, (1, 5)), (5 * TOKENS.size,) * 3
+    phase = estimates.streamed_pass("pass", estimates.model_of(models["4-bit"]), *sizes, spool=False)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    source = stream.Stream(models["4-bit"], policy.compute_dtype(models["4-bit"]))
+    mx.eval(load.logits(source.head(), source.forward([tokens])[0]))
+    return (mx.get_peak_memory() - before) / phase.peak_bytes, 1.0
+
+
+# (what, its bound in float32, in half precision); a token that a last bit lets draw otherwise moves the last two.
+BESIDE_CPU: dict[str, tuple[Callable[[Models], Any], float, float]] = {
+    **{f"states, {kind}": (partial(states, kind), 2e-4, 0.02) for kind in ("bf16", *MODES)},
+    "training steps": (lambda models: _whole(models)[0], 1e-3, 1e-3),  # float32 on all devices
+    "LoRA steps, 4-bit": (lora_steps, 1e-3, 0.05),
+    "calibration": (statistics, 2e-4, 0.02), "costs of bits": (costs, 0.3, 0.3),
+}  # fmt: skip
+CHECKS: dict[str, Callable[[Models], Found]] = {
+    **{f"streamed = resident = again, {kind}": partial(passes, kind) for kind in ("bf16", *MODES)},
+    **{f"{name}, beside the CPU": partial(beside_cpu, *how) for name, how in BESIDE_CPU.items()},
+    "generate, 4-bit, beside mlx_lm": greedy, "training again, tensors unlike": repeated,
+    "peak of a streamed pass / plan": peak,
+}  # fmt: skip
+
+
+def checks() -> dict[str, Callable[[Models], Found]]:
+    """All there are here; where float16 computes, also the range of the default teacher, if it is in the cache: its
+    largest activation, above whose bound all commands compute it in bfloat16."""
+    folder = hub.cache_root() / resolve.DEFAULT.split("/")[1]
+    if policy.usual_dtype() != mx.float16 or not (folder / "config.json").is_file():
+        return CHECKS
+    return CHECKS | {"float16 range, default teacher": lambda models: (largest(load.open_checkpoint(folder)), MOST)}

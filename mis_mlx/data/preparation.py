@@ -1,0 +1,63 @@
+"""Token windows of a data source for one tokenizer: train, and held-out sets that share nothing with it.
+
+Does not know what is done with the windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.data import token_windows
+
+MIS_SHARE = 1 / 8  # of the built-in training windows: Polish enough to matter, English enough to measure
+
+
+@dataclass(frozen=True)
+class Data:
+    """Windows to train on, held-out windows by name (the first is the main one), and what was done, in words."""
+
+    train: token_windows.Windows
+    held_out: dict[str, token_windows.Windows]
+    notes: tuple[str, ...]
+
+
+def calibration(data: token_windows.Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
+    """Up to `count` windows (1, T) of the training text, the same ones in every command; another `use` gets others."""
+    at = np.random.default_rng([seed, use, 1]).permutation(len(data.tokens))[:count]
+    return [mx.array(data.tokens[i][None]) for i in at]
+
+
+def _joined(a: token_windows.Windows, b: token_windows.Windows) -> token_windows.Windows:
+    return token_windows.Windows(np.concatenate([a.tokens, b.tokens]), np.concatenate([a.learn, b.learn]))
+
+
+def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
+    """Read, tokenize, pack into windows of `length` tokens. Held-out windows that overlap training are removed.
+
+    data None: Python's manual (English) with one part in eight of Polish Miś texts; both are held out, the
+    English first. The Polish splits share sentence templates by design, so there overlap is not removed.
+    """
+
+    def windows(rows: tuple[dict, ...]) -> token_windows.Windows:
+        return token_windows.windows(token_windows.tokenize(rows, tokenizer), length)
+
+    texts = token_windows.load(data)
+    train, test = windows(texts.train), windows(texts.test)
+    test, removed = token_windows.without_overlap(test, train)
+    notes = [
+        *texts.notes,
+        f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out; "
+        f"{removed} more held-out windows shared 32 tokens in a row with training and were removed",
+    ]
+    if data is not None:
+        return Data(train, {"held-out": test}, tuple(notes))
+    polish = token_windows.load("mis")
+    extra = windows(polish.train)
+    count = min(len(extra.tokens), round(len(train.tokens) * MIS_SHARE / (1 - MIS_SHARE)))
+    train = _joined(train, token_windows.Windows(extra.tokens[:count], extra.learn[:count]))
+    notes += [*polish.notes, f"{count} of the training windows are Polish"]
+    return Data(train, {"English": test, "Polish": windows(polish.test)}, tuple(notes))

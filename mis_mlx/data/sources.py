@@ -1,0 +1,160 @@
+"""Where text comes from: two built-in texts, folders in mlx-lm's format, the hub; in three splits.
+
+Knows no tokenizer. Every row is judged (`rows`) before any is used; the notes say what was dropped.
+Two texts are built in, so that everything runs offline: the English prose of Python's own manual
+(`pydoc_data`, in every CPython) and the Polish Miś texts, which benchmarks/polish_text made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mis_mlx.data.rows import Reading, Row, collect, held_out, key, read
+from mis_mlx.types import MisError
+
+MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
+MIS_FOLDER = Path(__file__).parent / MIS
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rows per split, how many rows were dropped as unusable, and sentences on where all this came from."""
+
+    train: tuple[Row, ...]
+    valid: tuple[Row, ...]
+    test: tuple[Row, ...]
+    notes: tuple[str, ...]
+    dropped: int = 0
+
+
+def load(data: str | None = None) -> Texts:
+    """The rows of `data`: None = the English text built in, "mis" = the Polish one, a folder, or a hub id."""
+    if data is None:
+        return _manual()
+    if data == MIS:
+        return _mis()
+    folder = Path(data).expanduser()
+    if folder.is_dir():
+        return _from_folder(folder)
+    if folder.exists():
+        raise MisError(f"{folder} is a file: --data takes the folder that holds train.jsonl")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data):
+        raise MisError(f"there is no folder {folder}: --data takes a folder with train.jsonl, or a hub id")
+    return _from_hub(data)
+
+
+def _manual() -> Texts:
+    """One document per help topic of Python's manual; the split depends on the topic's name alone."""
+    from pydoc_data.topics import topics
+
+    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    for name in _without_repeats(topics):
+        bucket = int(hashlib.sha256(f"GÓRAL-{name}".encode()).hexdigest()[:8], 16) % 100
+        splits["train" if bucket < 80 else "valid" if bucket < 85 else "test"].append({"text": topics[name]})
+    version = ".".join(map(str, sys.version_info[:3]))
+    count = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
+    note = f"built-in English text: the manual of Python {version}, {count} documents"
+    return _texts(splits, [note])
+
+
+def _without_repeats(topics: Mapping[str, str]) -> list[str]:
+    """Sorted names of the topics that are not mostly a part of a longer one ("with" is inside "compound").
+
+    The manual repeats a quarter of itself; unnoticed, train and test would share it.
+    """
+    kept, seen = [], set[str]()
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        paragraphs = [" ".join(p.split()) for p in topics[name].split("\n\n") if len(p.strip()) > 40]
+        repeated = sum(len(p) for p in paragraphs if p in seen)
+        if 2 * repeated <= sum(map(len, paragraphs)):
+            kept.append(name)
+        seen.update(paragraphs)
+    return sorted(kept)
+
+
+def _mis() -> Texts:
+    splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
+    count = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
+    shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
+    return _texts(splits, [f"built-in Polish text: the Miś dataset, {count} documents; {shared}"])
+
+
+def _from_folder(folder: Path) -> Texts:
+    """mlx-lm's folder: train.jsonl and perhaps valid.jsonl, test.jsonl. All lines are judged first."""
+    if not (folder / "train.jsonl").exists():
+        raise MisError(f"{folder} has no train.jsonl: put one there, one JSON object per line")
+    paths = {name: folder / f"{name}.jsonl" for name in SPLITS}
+    return _splits({name: read(path) for name, path in paths.items() if path.exists()}, str(folder))
+
+
+def _from_hub(name: str) -> Texts:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MisError(
+            f"'{name}' is no folder here, and reading it from the hub needs the datasets package: "
+            f"pip install 'mis-mlx[data]'"
+        ) from error
+    try:
+        found = datasets.load_dataset(name)
+    except Exception as error:  # the package raises dozens of kinds, all of them "could not get it"
+        raise MisError(f"the hub did not give the dataset '{name}' ({error}): check its name") from error
+    readings = {}
+    for split, spellings in {"train": ["train"], "valid": ["valid", "validation"], "test": ["test"]}.items():
+        for spelling in [s for s in spellings if s in found][:1]:
+            parsed = ((i, dict(row), None) for i, row in enumerate(found[spelling], 1))
+            readings[split] = collect(f"{name}[{spelling}]", "row", parsed)
+    if "train" not in readings:
+        raise MisError(f"the dataset '{name}' has no split called train (it has {', '.join(found)}): choose another")
+    return _splits(readings, name)
+
+
+def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
+    """Texts out of one to three readings, the missing splits filled in and everything doubtful said."""
+    for reading in readings.values():
+        if not reading.rows:
+            first = f" ({reading.faults[0]})" if reading.faults else ""
+            bad = f"{reading.dropped} bad ones{first}"
+            raise MisError(f"{source}: {reading.name} has 0 usable rows and {bad}: mend that file")
+    notes = [note for reading in readings.values() for note in reading.notes()]
+    rows = {name: list(reading.rows) for name, reading in readings.items()}
+    if "valid" not in rows:
+        rows["train"], rows["valid"] = _split_off(rows["train"])
+        notes.append(f"no valid split: {len(rows['valid'])} rows of train are held out for it, by hash")
+    if "test" not in rows:
+        rows["test"] = rows["valid"]
+        notes.append(f"no test split: the {len(rows['valid'])} rows of valid serve as test too")
+    notes += _repeats(rows)
+    dropped = sum(reading.dropped for reading in readings.values())
+    return _texts(rows, notes, dropped)
+
+
+def _texts(splits: Mapping[str, Sequence[Row]], notes: Sequence[str], dropped: int = 0) -> Texts:
+    train, valid, test = (tuple(splits[name]) for name in SPLITS)
+    return Texts(train, valid, test, tuple(notes), dropped)
+
+
+def _split_off(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """(the rest, about 10 % of the rows): by content; nothing of a single row, or copies of it."""
+    keys = [key(row) for row in rows]
+    held = held_out(keys)
+    pairs = list(zip(rows, keys, strict=True))
+    return [row for row, k in pairs if k not in held], [row for row, k in pairs if k in held]
+
+
+def _repeats(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Sentences on rows that come more than once in train, or in train and in what is held out."""
+    train = [key(row) for row in rows["train"]]
+    notes = []
+    if again := len(train) - len(set(train)):
+        notes.append(f"{again} rows of train are copies of an earlier one")
+    for name in ("valid", "test"):
+        if shared := sum(key(row) in set(train) for row in rows[name]):
+            notes.append(f"{shared} rows of {name} are also in train")
+    return notes

@@ -1,0 +1,247 @@
+"""Text for training and measuring: documents, token windows, batch order.
+
+Knows no model and brings no tokenizer of its own: `tokenize` takes one as transformers or mlx-lm make it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mis_mlx.data.rows import Row
+from mis_mlx.data.sources import Texts, load
+from mis_mlx.types import MisError
+
+__all__ = [
+    "Texts", "Windows", "conversation", "fingerprint", "load", "order", "overlap", "plain", "tokenize",
+    "windows", "without_overlap",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids (N, T) int32, and learn (N, T) float32: 1 where the prediction made there counts.
+
+    The prediction made at position t is of token t + 1, so the last column of `learn` is always 0.
+    """
+
+    tokens: np.ndarray
+    learn: np.ndarray
+
+
+def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> list[tuple[list[int], list[int]]]:
+    """Per row (ids, learn): learn is 1 where a token is to be predicted, 0 for prompts under `mask_prompt`.
+
+    A text row gets the tokenizer's own start token, if it has that habit, and the end token; the others are
+    rendered with its chat template. These are the ids mlx-lm trains on, with one difference: text that spells
+    a special token ("</s>") stays text, in every kind of row.
+    """
+    if tokenizer.eos_token_id is None:
+        raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
+    start = _start(tokenizer)
+    tokenized = []
+    for number, row in enumerate(rows, 1):
+        if "text" in row:
+            ids = [*start, *_encode(tokenizer, row["text"], split=True), tokenizer.eos_token_id]
+            tokenized.append((ids, [1] * len(ids)))
+            continue
+        try:
+            tokenized.append(conversation(row, tokenizer, mask_prompt))
+        except MisError:
+            raise
+        except Exception as error:  # a template is a program that came with the model: it can raise anything
+            raise MisError(
+                f"the tokenizer's chat template refuses row {number} ({error}): mend the row, "
+                f"or use a model with a chat template, or rows of plain text"
+            ) from error
+    return tokenized
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """[start token] for tokenizers that put one before every text (Gemma needs it), else []."""
+    habit = list(tokenizer.encode(""))
+    return habit[:1] if habit and habit[0] == getattr(tokenizer, "bos_token_id", None) else []
+
+
+def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
+    """Ids of `text`, nothing added. With `split`, a special token spelled in it is cut up like other text.
+
+    MisError when the tokenizer's own regular expressions go astray on it.
+    """
+    try:
+        return _ids(tokenizer, text, split)
+    except BaseException as error:  # Rust's panic is no Exception, so that nobody mistakes it for one of Python's
+        if type(error).__name__ != "PanicException":
+            raise
+        why = " ".join(str(error).split())[:120]
+        raise MisError(f"the tokenizer breaks down on {text[:40]!r} ({why}): drop it, or use another model") from None
+
+
+def _ids(tokenizer: Any, text: str, split: bool) -> list[int]:
+    if not hasattr(tokenizer, "split_special_tokens"):  # not transformers' kind: it has no such switch
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False))
+
+
+def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
+    """(ids, learn) of a prompt/completion row for a model without a chat template: one after the other, and the end.
+
+    They are encoded apart, so that where the prompt ends never lies inside a token.
+    """
+    prompt = [*_start(tokenizer), *_encode(tokenizer, row["prompt"], split=True)]
+    answer = [*_encode(tokenizer, row["completion"], split=True), tokenizer.eos_token_id]
+    return [*prompt, *answer], [int(not mask_prompt)] * len(prompt) + [1] * len(answer)
+
+
+def conversation(
+    row: Row, tokenizer: Any, mask_prompt: bool, every_answer: bool = False
+) -> tuple[list[int], list[int]]:
+    """(ids, learn) of a prompt/completion or messages row. every_answer: not the last one alone is learned.
+
+    Learn starts where the ids part from those of the conversation before an answer, and ends where they
+    part from those of the conversation up to it: the templates of some models rewrite earlier turns.
+    """
+    messages = row.get("messages") or [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row["completion"]},
+    ]
+    ids = _render(messages, tokenizer)
+    if not mask_prompt:
+        return ids, [1] * len(ids)
+    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    learn = [0] * len(ids)
+    for last in answers if every_answer else answers[-1:]:
+        begin = _shared(ids, _render(messages[:last], tokenizer, add_generation_prompt=True)) if last else 0
+        end = len(ids) if last == len(messages) - 1 else _shared(ids, _render(messages[: last + 1], tokenizer))
+        learn[begin:end] = [1] * max(0, end - begin)
+    return ids, learn
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    length = min(len(one), len(other))
+    return next((at for at in range(length) if one[at] != other[at]), length)
+
+
+def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool = False) -> list[int]:
+    """Ids of the rendered conversation, where only the template's own special tokens are special.
+
+    A special token spelled in a message passes through the template as one private character and is cut up
+    afterwards. A conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does.
+    """
+    content = "".join(message["content"] for message in messages)
+    spelled = sorted((t for t in _special_tokens(tokenizer) if t in content), key=lambda t: (-len(t), t))
+    unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in content)
+    stand_ins = dict(zip(spelled, unused, strict=False))
+    safe = []
+    for message in messages:
+        text = message["content"]
+        for token, stand_in in stand_ins.items():
+            text = text.replace(token, stand_in)
+        safe.append({**message, "content": text})
+    rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
+    if not spelled:
+        return _encode(tokenizer, rendered, split=False)
+    meant = {stand_in: token for token, stand_in in stand_ins.items()}
+    pieces = re.split(f"([{''.join(meant)}])", rendered)
+    return [
+        token
+        for piece in pieces
+        if piece
+        for token in _encode(tokenizer, meant.get(piece, piece), split=piece in meant)
+    ]
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {t.content for t in added if t.special} | set(getattr(tokenizer, "all_special_tokens", ()))
+
+
+def windows(tokenized: Iterable[tuple[Sequence[int], Sequence[int]]], length: int) -> Windows:
+    """(N, `length`) windows of all rows laid back to back; the last, partial window is dropped.
+
+    `tokenized`: (ids, learn) per row, learn marking the tokens to be predicted, as `tokenize` gives them.
+    """
+    rows = list(tokenized)
+    ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows] or [np.zeros(0, np.int32)])
+    marks = np.concatenate([np.asarray(learn, np.float32) for _, learn in rows] or [np.zeros(0, np.float32)])
+    count = len(ids) // length
+    if count == 0:
+        raise MisError(
+            f"the text has {len(ids)} tokens and one window takes {length}: bring more text or lower --max-seq-length"
+        )
+    tokens = ids[: count * length].reshape(count, length)
+    learn = np.zeros((count, length), np.float32)
+    learn[:, :-1] = marks[: count * length].reshape(count, length)[:, 1:]
+    return Windows(tokens, learn)
+
+
+def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Indices (batch_size,) of the windows of optimizer step `step`, counted from 0.
+
+    A pure function of its arguments: a resumed run goes on exactly where it was. Each epoch is a fresh
+    permutation; a rest too small for a batch is left out of its epoch. A batch bigger than the data goes
+    round the permutation more than once.
+    """
+    if n_windows < 1 or batch_size < 1:
+        raise MisError(f"{n_windows} windows in batches of {batch_size}: both must be at least 1")
+    epoch, within = divmod(step, max(1, n_windows // batch_size))
+    permutation = np.random.default_rng([seed, epoch]).permutation(n_windows)
+    return np.resize(permutation[within * batch_size :], batch_size)
+
+
+def overlap(train: Windows, held_out: Windows, span: int = 32) -> np.ndarray:
+    """Sorted indices of the held-out windows that share any run of `span` tokens with the training text.
+
+    Training windows follow one another in the text, so runs across their borders count. A held-out window
+    shorter than `span` is looked up whole. Exact: equal hashes are compared token by token.
+    """
+    span = min(span, held_out.tokens.shape[1])
+    stream = train.tokens.reshape(-1)
+    known = _span_hashes(stream, span)
+    by_hash = np.argsort(known, kind="stable")
+    known = known[by_hash]
+    found = []
+    for index, window in enumerate(held_out.tokens):
+        hashes = _span_hashes(window, span)
+        first, last = (np.searchsorted(known, hashes, side) for side in ("left", "right"))
+        if any(
+            np.array_equal(stream[begin : begin + span], window[at : at + span])
+            for at in np.flatnonzero(first < last)
+            for begin in by_hash[first[at] : last[at]]
+        ):
+            found.append(index)
+    return np.array(found, np.int64)
+
+
+def _span_hashes(tokens: np.ndarray, span: int) -> np.ndarray:
+    """64-bit polynomial hash of every run of `span` tokens, (len(tokens) - span + 1,) uint64."""
+    count = max(0, len(tokens) - span + 1)
+    hashes = np.zeros(count, np.uint64)
+    for offset in range(span):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens[offset : offset + count].astype(np.uint64)
+    return hashes
+
+
+def without_overlap(held_out: Windows, train: Windows, span: int = 32) -> tuple[Windows, int]:
+    """(held-out windows that share no run of `span` tokens with the training text, how many were removed)."""
+    shared = overlap(train, held_out, span)
+    count = len(held_out.tokens)
+    if len(shared) == count:
+        raise MisError(
+            f"all {count} held-out windows share {span} tokens in a row with the training text: bring other test text"
+        )
+    keep = np.setdiff1d(np.arange(count), shared)
+    return Windows(held_out.tokens[keep], held_out.learn[keep]), len(shared)
+
+
+def fingerprint(windows: Windows) -> str:
+    """sha256 of the windows' shape and tokens, in hex: the same on every machine."""
+    digest = hashlib.sha256(repr(windows.tokens.shape).encode())
+    digest.update(np.ascontiguousarray(windows.tokens, dtype="<i4").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""Local distillation: one student block at a time learns to do what the teacher does in its place.
+
+Teacher and student march side by side, one block of each in memory, and nothing with a vocabulary: for
+models of which neither fits. Student block j learns to map the teacher's stream at the entrance of its
+group of blocks to the one at the exit (Puzzle's blockwise local distillation, arXiv 2411.19146). Some
+batches enter from the student's own stream instead, so that it learns to make up for the blocks before it.
+Does not know flags, checkpoints of a whole run, or where the windows come from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mis_mlx.data import token_windows
+from mis_mlx.distillation import train_loop
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.models import block_files, load, policy, stream
+from mis_mlx.models.config import shape_of
+from mis_mlx.planner.recipe import Recipe
+from mis_mlx.pruning import reconstruct
+from mis_mlx.storage.checkpoint import sweep
+from mis_mlx.storage.files import Files
+from mis_mlx.storage.hidden_spool import Spool
+from mis_mlx.types import Checkpoint, Keep, Step
+
+OWN_SHARE = 0.5
+RECORD = "trained.json"  # in the student's folder: how many blocks are trained
+
+
+def finished(student: Checkpoint) -> int:
+    """How many blocks of a parts folder are trained: the first ones."""
+    path = student.path / RECORD
+    return int(json.loads(path.read_text(encoding="utf-8"))["blocks"]) if path.is_file() else 0
+
+
+def scratch_bytes(teacher: Mapping[str, Any], student: Mapping[str, Any], tokens: int) -> int:
+    """Disk that the hidden states of `tokens` tokens take when they are not held in memory, by the two configs."""
+    size = policy.usual_dtype().size
+    return tokens * (shape_of(teacher).hidden * size + shape_of(student).hidden * (size + mx.float32.size))
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Hidden states of all batches around one student block: three lists of (B, T, D)."""
+
+    given: stream.Hidden  # the teacher's at the entrance of the group, in the student's channels
+    own: stream.Hidden  # the student's there
+    target: stream.Hidden  # the teacher's at the exit, all channels
+    columns: mx.array | None
+
+    def micro_batches(self, recipe: Recipe, own_share: float, step: int) -> list[tuple[mx.array, mx.array]]:
+        """(what goes in, what should come out), float32, for `step` counted over all blocks."""
+        at = token_windows.order(len(self.target), recipe.grad_accumulation_steps, step, recipe.seed)
+        mine = np.random.default_rng([recipe.seed, step, 2]).random(len(at)) < own_share
+        return [
+            (
+                (self.own if m else self.given)[b].astype(mx.float32),
+                reconstruct.narrow(self.target[b], self.columns).astype(mx.float32),
+            )
+            for b, m in zip(at.tolist(), mine, strict=True)
+        ]
+
+
+def train(
+    teacher: Checkpoint,
+    pruned: Checkpoint,
+    student: Checkpoint,
+    keep: Keep,
+    batches: Sequence[mx.array],
+    recipe: Recipe,
+    *,
+    folder: Path,
+    held: int,
+    files: Files,
+    own_share: float = OWN_SHARE,
+    ridge: float = reconstruct.RIDGE,
+    direct: bool = False,
+) -> Iterator[Step]:
+    """Train the blocks of `student`, the folder that parts.begin made of `pruned`, that are not trained yet.
+
+    batches: token ids, all of one shape (B, T). A block gets `recipe.iters` steps, each of
+    `recipe.grad_accumulation_steps` batches, of which a seeded `own_share` enter from the student's own
+    stream; before that its down_proj is refitted in closed form (ridge 0: it is not). Hidden states: the
+    first `held` batches of each stream stay in memory, the rest in `folder`. direct: read the teacher past
+    the page cache. Yields each step; numbers count on from block to block, `loss` is the mean over tokens of
+    |out - target|^2 / |target|^2.
+
+    A trained block is on disk before the next one begins. A run that was killed goes on with the block it
+    was at, from `pruned` again, once both models have marched up to it: it ends with the same bits.
+    """
+    sweep(student.path, files)
+    done, layers = finished(student), len(keep.layers)
+    if done == layers:
+        return
+    nbytes = scratch_bytes(teacher.config, pruned.config, sum(b.size for b in batches[held:]))
+    files.require_space(folder, nbytes, "the spool of hidden states")
+    spool = partial(Spool, folder, held, files)
+    big = stream.Stream(teacher, policy.compute_dtype(teacher), direct=direct)
+    small = stream.Stream(pruned, mx.float32)  # for what is no block: those have memory of their own here
+    target, own = big.embed(batches, spool()), small.embed(batches, spool())
+    columns = reconstruct.kept_columns(keep)
+    marching = reconstruct.groups(big, keep, target)
+    for j in range(layers):
+        streams = _Streams(spool(), own, target, columns)
+        for h in target if own_share < 1 and j >= done else ():
+            streams.given.append(entrance := reconstruct.narrow(h, columns))
+            mx.eval(entrance)
+        next(marching)
+        block = stream.into_memory(load.block(pruned if j >= done else student, j, small.args, mx.float32))
+        if j >= done:
+            note = f"block {j + 1} of {layers}"
+            if ridge:
+                _, left = reconstruct.refit(block, small.args, own, target, columns, ridge)
+                note += f": closed form left {left:.0%} of the error"
+            yield from _steps(block, small.args, streams, recipe, own_share, j * recipe.iters, note)
+            block_files.replace_block(student, j, dict(tree_flatten(block.parameters())), files)
+            files.replace_text(student.path / RECORD, json.dumps({"blocks": j + 1}))
+        if j + 1 < layers:
+            small.through(block, own)
+        del block, streams
+
+
+def _steps(
+    block: nn.Module, args: Any, streams: _Streams, recipe: Recipe, own_share: float, first: int, note: str
+) -> Iterator[Step]:
+    """The optimizer steps of one block, with moments of their own; `first`: steps of the blocks before it."""
+    before = mx.get_peak_memory()  # of the march up to here, which the loop would forget
+
+    def loss(block: nn.Module, into: mx.array, want: mx.array) -> tuple[mx.array, mx.array]:
+        # Relative to the token's own length: the first token of a window is a hundred times longer than the rest.
+        missing = mx.square(block(into, load.mask(args, block, into)) - want).sum(axis=-1)
+        share = missing / mx.maximum(mx.square(want).sum(axis=-1), 1e-12)
+        return share.sum(), mx.array(float(share.size))
+
+    optimizer = GoralW(weight_decay=recipe.weight_decay)
+    cut = partial(streams.micro_batches, recipe, own_share)
+    for step in train_loop.train(block, lambda n: cut(first + n), loss, optimizer, recipe.schedule):
+        notes = "; ".join(filter(None, (note, step.note)))
+        yield replace(step, number=first + step.number, peak_bytes=max(before, step.peak_bytes), note=notes)

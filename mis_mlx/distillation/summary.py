@@ -1,0 +1,80 @@
+"""What came out of a run: one dictionary for machines, one page of tables for people.
+
+Does not measure; it arranges what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mis_mlx.evaluation import comparison
+from mis_mlx.models import arch, mlx_generate, model_writer, policy
+from mis_mlx.planner.phases import Plan
+from mis_mlx.pruning import select
+from mis_mlx.reporting import text
+from mis_mlx.storage import run_folder
+from mis_mlx.types import Checkpoint, Row
+
+
+def result(
+    folder: Path, models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]]
+) -> dict[str, Any]:
+    """The run's JSON. `models`: teacher, pruned, distilled and perhaps 4-bit; the first text of `quality` counts."""
+    main = {(r.model, r.metric): r.value for r in next(iter(quality.values()))}
+    steps = run_folder.metrics(folder)
+    tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
+    gap = main["pruned", "nll"] - main["teacher", "nll"]
+    keep = model_writer.read_keep(models["pruned"].path)
+    report = {k: v for k, v in keep.report.items() if k not in select.BULKY} if keep else {}
+    return {
+        "teacher": str(models["teacher"].path),
+        "student": str(folder / "model"),
+        "run": str(folder),
+        "params_teacher": arch.params(models["teacher"].config),
+        "params_student": arch.params(models["distilled"].config),
+        "nll_teacher": main["teacher", "nll"],
+        "nll_pruned": main["pruned", "nll"],
+        "nll_student": main["distilled", "nll"],
+        "nll_quantized": main.get(("4-bit", "nll")),
+        "gap_closed": (main["pruned", "nll"] - main["distilled", "nll"]) / gap if gap else None,
+        "kl_student": main["distilled", "kl"],
+        "top1_student": main["distilled", "top1"],
+        **{f"{r.metric}_{r.model}": round(r.value, 3) for r in sizes if r.metric != "params"},
+        "tokens": tokens,
+        "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+        **report,
+    }
+
+
+def begun(plan: Plan, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run promises at its start: bytes and seconds of every phase, this machine's rates, and what was asked."""
+    planned = [
+        {"phase": p.name, "seconds": round(p.seconds(plan.rates), 3), "peak_bytes": p.peak_bytes} for p in plan.phases
+    ]
+    return {
+        "flags": dict(flags),
+        "planned": planned,
+        "mode": plan.mode,
+        "budget_bytes": plan.budget_bytes,
+        "step_tokens": plan.job.step,
+        "iters": plan.job.iters,
+        "rates": asdict(plan.rates),
+    }
+
+
+def page(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]], length: int) -> str:
+    """Markdown: sizes and speeds, then one table a text; `length` is the tokens of a held-out window."""
+    names = list(models)
+    parts = [text.table(sizes, names, (("params", "parameters, millions", ".1f"), *mlx_generate.METRICS))]
+    for name, rows in quality.items():
+        head = f"{name}, {rows[0].n} windows of {length} tokens held out, ± 95 %"
+        parts.append(head + "\n\n" + text.table(rows, names, comparison.METRICS))
+    if not policy.keeps_packed() and "4-bit" in models:
+        parts.append(
+            "The 4-bit loss is computed from the de-quantized weights, which are the same numbers; speeds are those "
+            "of stock mlx-lm with float32 activations, 4-bit kernels included."
+        )
+    return "\n\n".join(parts)

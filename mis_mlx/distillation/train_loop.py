@@ -1,0 +1,148 @@
+"""The training loop: micro-batches in, one `Step` out per optimizer step. Works for any masked loss.
+
+Does not know what the loss means, where batches come from, or what is done with a `Step`; it yields and
+calls nobody. Cutting a step into micro-batches cannot change it, nor can sharing these out to machines
+(models/distributed): losses are summed, and divided once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mis_mlx.hardware import lanes
+from mis_mlx.hardware.clock import Clock
+from mis_mlx.maths.optimizer import GoralW, global_norm
+from mis_mlx.models import distributed
+from mis_mlx.planner.recipe import Schedule
+from mis_mlx.types import Step
+
+CLOCK = Clock()
+# (model, *micro-batch) -> (sum in nats, token count); and, if a loss wants, further sums {name: scalar}, whose means
+# come with the step. "tokens" among these is no mean: how many tokens went through, where the count is of other things.
+Loss = Callable[..., tuple[Any, ...]]
+
+
+def train(
+    model: nn.Module,
+    micro_batches: Callable[[int], Sequence[tuple[Any, ...]]],
+    loss: Loss,
+    optimizer: GoralW,
+    schedule: Schedule,
+    start: int = 0,
+    factor: Callable[[int], float] = lambda step: 1.0,
+    clock: Clock = CLOCK,
+    gradient_of: Callable[..., Any] | None = None,
+) -> Iterator[Step]:
+    """Run steps `start` to `schedule.iters`, yielding each as it is done (`Step.number` counts from 1).
+
+    micro_batches(step): what makes up a step, as argument tuples for `loss`. factor(step): eq. (2)'s
+    (1 + eps_halny); it scales the gradient, while the loss reported is the plain one. A step during which
+    the machine slept (the lid was closed) is discarded before it touches the weights, and done again.
+    gradient_of: what `nn.value_and_grad` gives for a micro-batch, where somebody has a quicker way there.
+    """
+    gradient_of = gradient_of or partial(nn.value_and_grad(model, loss), model)
+
+    def gradients(step: int) -> tuple[Any, ...]:
+        return _gradients(model, gradient_of, micro_batches(step))
+
+    for step in range(start, schedule.iters):
+        yield one_step(model, gradients, optimizer, schedule, step, factor, clock)
+
+
+def one_step(
+    model: nn.Module,
+    gradients: Callable[[int], tuple[Any, ...]],
+    optimizer: GoralW,
+    schedule: Schedule,
+    step: int,
+    factor: Callable[[int], float],
+    clock: Clock,
+) -> Step:
+    """Step `step` (from 0) of `train`. gradients(step): (loss per token, tokens, gradients of the *sum*), evaluated;
+    and perhaps {name: further mean}."""
+    note = ""
+    while True:
+        began, mark = clock.monotonic(), clock.asleep()
+        mx.reset_peak_memory()
+        value, tokens, summed, *means = gradients(step)
+        if not (slept := max(distributed.gather(clock.slept(mark)))):
+            break
+        note = f"the machine slept {slept / 60:.0f} min; step done again. "
+    scale = factor(step) / tokens
+    norm = scale * distributed.told(
+        partial(float, global_norm(summed, lanes.lane))
+    )  # whoever is led by it is led alike
+    rate, optimizer.adamw.lane = schedule.rate(step), lanes.lane
+    note += optimizer.update(model, summed, value, norm, rate, step + 1, scale)
+    del summed
+    mx.eval(model.parameters(), optimizer.adamw.state)
+    seconds = clock.monotonic() - began
+    more = dict(means[0]) if means else {}
+    seen = int(more.pop("tokens", tokens))
+    rate, peak = rate * optimizer.calm, mx.get_peak_memory()
+    return Step(step + 1, value, norm, rate, seen, seconds, peak, note.strip(), more=more)
+
+
+def _gradients(
+    model: nn.Module, gradient_of: Callable[..., Any], parts: Sequence[tuple[Any, ...]]
+) -> tuple[float, float, Any, dict[str, float]]:
+    """(loss per token in nats, tokens, gradients of the *sum* over tokens, further means) of one step, evaluated."""
+    total, count, gradients, sums = mx.array(0.0), mx.array(0.0), None, dict[str, mx.array]()
+    for arguments in parts:
+        (part, n, *more), grads = gradient_of(*arguments)
+        gradients = grads if gradients is None else tree_map(mx.add, gradients, grads)
+        total, count = total + part, count + n
+        for name, value in (more[0] if more else {}).items():
+            sums[name] = sums.get(name, mx.array(0.0)) + value
+        mx.eval(total, count, gradients, sums)
+        del grads
+    if gradients is None:  # a machine without a part in this step
+        gradients = tree_map(mx.zeros_like, model.trainable_parameters())
+    said = {name: float(value) for name, value in {"loss, summed": total, "tokens that count": count, **sums}.items()}
+    whole = said if distributed.size() == 1 else _added(distributed.gather(said))
+    tokens = max(whole.pop("tokens that count"), 1.0)
+    loss = whole.pop("loss, summed") / tokens
+    means = {name: value / (1.0 if name == "tokens" else tokens) for name, value in whole.items()}
+    if distributed.size() > 1:
+        named = dict(tree_flatten(gradients))
+        del gradients
+        distributed.add_up(named)
+        gradients = tree_unflatten(list(named.items()))
+    return loss, tokens, gradients, means
+
+
+def _added(sums: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for each in sums for name in each)
+    return {name: sum(each.get(name, 0.0) for each in sums) for name in names}
+
+
+def arrays_of(model: nn.Module, optimizer: GoralW) -> dict[str, dict[str, mx.array]]:
+    """Everything a resumed run needs that is an array, by checkpoint file."""
+    return {"model": dict(tree_flatten(model.trainable_parameters())), "optimizer": optimizer.arrays()}
+
+
+def alike(
+    arrays: Callable[[], dict[str, dict[str, mx.array]]],
+    memory: Callable[[], dict[str, Any]],
+    restore: Callable[..., None] | None,
+) -> None:
+    """Every machine gets the weights, moments and memory of the first one, by `restore`."""
+    if distributed.size() > 1:
+        sent, remembered = distributed.sent_arrays(arrays), distributed.told(memory)
+        if restore and not distributed.first():
+            restore({"optimizer": {}, **sent}, remembered)
+
+
+def restore(
+    model: nn.Module, optimizer: GoralW, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]
+) -> None:
+    """Put a checkpoint's arrays back, evaluated: a file may go once this returns."""
+    model.update(tree_unflatten(list(arrays["model"].items())))
+    optimizer.restore(arrays["optimizer"], memory)
+    mx.eval(model.parameters(), optimizer.adamw.state)

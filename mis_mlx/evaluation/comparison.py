@@ -1,0 +1,126 @@
+"""Students against their teacher on held-out windows: loss, KL, agreement, per window. Streamed.
+
+Does not print and does not know which student is which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.maths import losses
+from mis_mlx.maths.stats import interval
+from mis_mlx.models import distributed, host_losses, load, policy, stream
+from mis_mlx.models.config import shape_of
+from mis_mlx.types import Checkpoint, MisError, Row
+
+Opened = Callable[[Checkpoint], stream.Stream]  # for one pass
+METRICS = (
+    ("nll", "held-out loss, nats/token", ".3f"),
+    ("ppl", "perplexity", ".2f"),
+    ("kl", "KL(teacher ‖ model), nats/token", ".3f"),
+    ("top1", "same top token as teacher", ".1%"),
+)
+
+
+def chosen(held_out: Windows, count: int) -> Windows:
+    """`count` windows spread evenly over the held-out text, or all when there are fewer."""
+    n = len(held_out.tokens)
+    at = np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int))
+    return Windows(held_out.tokens[at], held_out.learn[at])
+
+
+def alone(model: Checkpoint) -> stream.Stream:
+    """A model that one machine passes all windows through, no block of it kept."""
+    return stream.Stream(model, policy.compute_dtype(model))
+
+
+def final_hidden(model: Checkpoint, held_out: Windows, opened: Opened = alone) -> stream.Hidden:
+    """The model's final hidden states [(1, T, D)] of every window. Streamed."""
+    return opened(model).forward([mx.array(w[None]) for w in held_out.tokens])
+
+
+def own(held_out: Windows) -> Windows:
+    """This machine's windows of those that several share; perhaps none."""
+    return Windows(distributed.share(held_out.tokens), distributed.share(held_out.learn))
+
+
+def together(models: Mapping[str, Checkpoint], held_out: Windows, opened: Opened) -> dict[tuple[str, str], np.ndarray]:
+    """What `compare` gives, every machine having compared its own windows."""
+    found = compare(models, own(held_out), opened=opened)
+    keys = [(name, metric) for name, metric in distributed.told(lambda: list(found))]
+    return {key: np.array(distributed.joined(found.get(key, np.zeros(0)).tolist())) for key in keys}
+
+
+def compare(
+    models: Mapping[str, Checkpoint],
+    held_out: Windows,
+    teacher_hidden: stream.Hidden | None = None,
+    opened: Opened = alone,
+) -> dict[tuple[str, str], np.ndarray]:
+    """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed.
+
+    One block of one model in memory at a time, then the teacher's head and one student's, window by window.
+    teacher_hidden: what `final_hidden` gave for the teacher, where many students come one after the other.
+    """
+    batches = [mx.array(w[None]) for w in held_out.tokens]
+    names = list(models)
+    vocab = min(shape_of(m.config).vocab for m in models.values())
+    known = {} if teacher_hidden is None else {names[0]: teacher_hidden}
+    hidden = known | {name: final_hidden(m, held_out, opened) for name, m in models.items() if name not in known}
+    teacher_head = alone(models[names[0]]).head()
+    found: dict[tuple[str, str], list[float]] = {}
+    for name in names[1:] or names:
+        head = alone(models[name]).head() if name != names[0] else teacher_head
+        for w, tokens in enumerate(batches):
+            learn = np.asarray(held_out.learn[w][:-1])
+            sums: dict[tuple[str, str], float] = {}
+            for start in range(0, len(learn), rows := losses.chunk_rows(vocab) // 2):
+                at = slice(start, min(start + rows, len(learn)))
+                z_t, z = (
+                    load.logits(h, hidden[n][w][0, :-1][at])[:, :vocab].astype(mx.float32)
+                    for h, n in ((teacher_head, names[0]), (head, name))
+                )
+                found_here = _at_positions(z_t, z, tokens[0, 1:][at]).astype(np.float64).T @ learn[at]
+                of = (names[0] if name == (names[1:] or names)[0] else "", *[name if name != names[0] else ""] * 3)
+                for owner, metric, value in zip(of, ("nll", "nll", "kl", "top1"), found_here, strict=True):
+                    if owner:
+                        sums[owner, metric] = sums.get((owner, metric), 0.0) + float(value)
+            for key, total in sums.items():
+                found.setdefault(key, []).append(total / max(float(learn.sum()), 1.0))
+        del head
+    return {key: np.array(values) for key, values in found.items()}
+
+
+def _at_positions(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
+    """(n, 4) of logits (n, V) and the next tokens (n,): both nll, KL (nats), whether the top token is the same."""
+    if policy.name() == "cpu":
+        return host_losses.compared(teacher, student, targets)
+    reference = losses.Reference(teacher, targets)
+    return np.array(mx.stack([reference.nll(), *reference.compare(student)], axis=1))
+
+
+def rows_of(found: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:
+    """One row per model and metric, with its 95 % interval over windows; perplexity from the loss."""
+    rows = []
+    for (name, metric), values in found.items():
+        mean, low, high = interval(values)
+        rows.append(Row(name, metric, mean, low, high, len(values)))
+        if metric == "nll":
+            rows.append(Row(name, "ppl", math.exp(mean), math.exp(low), math.exp(high), len(values)))
+    return rows
+
+
+def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """A student judged token by token must share the tokenizer: `other`, if the files are equal byte for byte."""
+    a, b = (m.path / "tokenizer.json" for m in (teacher, other))
+    if a.is_file() and b.is_file() and a.read_bytes() != b.read_bytes():
+        raise MisError(
+            f"{other.path} has another tokenizer than {teacher.path}: token losses of the two "
+            "cannot be compared; use a student made from this teacher"
+        )
+    return other

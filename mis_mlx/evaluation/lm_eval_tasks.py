@@ -1,0 +1,136 @@
+"""lm-eval's own tasks through mlx-lm's adapter (mlx_lm.evaluate): the mark of every question, and its chance.
+
+Needs the extra `evaluate`, data sets from the hub, and the whole model in memory. Does not know other models.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mis_mlx.models import load, policy
+from mis_mlx.types import MisError
+
+METRICS = ("acc", "exact_match", "f1", "chrf", "bleu")  # the first one that a task has is its mark
+SEED = 0
+Sample = Mapping[str, Any]  # lm-eval's record of one question: "doc_id", "filtered_resps", and its metrics by name
+
+
+@dataclass(frozen=True)
+class Marks:
+    """marks (n,) of one task, from 0 to 1; chance (n,); the metric's name."""
+
+    marks: np.ndarray
+    chance: np.ndarray
+    metric: str
+
+
+def need() -> None:
+    """MisError where lm-eval is not installed."""
+    if find_spec("lm_eval") is None:
+        raise MisError("lm-eval's tasks need lm-eval, which is not here: pip install 'mis-mlx[evaluate]'")
+
+
+def check(ids: Sequence[str]) -> None:
+    """MisError for ids that lm-eval does not have, with the nearest ones."""
+    need()
+    import difflib
+
+    with _hushed():
+        known = _manager(None).all_tasks
+    for name in ids:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.5) or known[:3]
+            raise MisError(f"lm-eval has no task {name}: did you mean {' or '.join(near)}?")
+
+
+@cache
+def _manager(tasks_folder: Path | None) -> Any:
+    """lm-eval's list of tasks, whose 14,000 files take 10 s to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if tasks_folder is None else str(tasks_folder))
+
+
+def version() -> str:
+    """Of lm-eval."""
+    import lm_eval
+
+    return lm_eval.__version__
+
+
+def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | None = None) -> dict[str, list[Sample]]:
+    """{task: lm-eval's own records} of the first `count` questions of each; a group gives its tasks. Greedy.
+
+    tasks_folder: of tasks beside lm-eval's own, described in its YAML. MisError where a data set does not come.
+    """
+    need()
+    with _hushed():
+        import lm_eval
+
+        adapter = load.mlx_lm("evaluate").MLXLM(str(folder), use_chat_template=False, trust_remote_code=False)
+        adapter._model.set_dtype(policy.compute_dtype(load.open_checkpoint(folder)))
+        manager = _manager(tasks_folder)
+        try:
+            found = lm_eval.simple_evaluate(
+                model=adapter, tasks=list(ids), limit=count, log_samples=True, bootstrap_iters=0, task_manager=manager,
+                random_seed=SEED, numpy_random_seed=SEED, torch_random_seed=SEED, fewshot_random_seed=SEED,
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError) as error:  # as hub, datasets and requests say that nothing comes
+            reason = " ".join(str(error).split())[:160]
+            raise MisError(
+                f"lm-eval could not run {', '.join(ids)} ({type(error).__name__}: {reason}): its data come from the "
+                "Hugging Face hub, so check the network, or take --tasks polish-offline"
+            ) from None
+    return found["samples"]
+
+
+def run(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | None = None) -> dict[str, Marks]:
+    """{task: marks} of `samples`."""
+    return {name: _marks(name, found) for name, found in samples(folder, ids, count, tasks_folder).items()}
+
+
+def _marks(name: str, found: Sequence[Sample]) -> Marks:
+    """Of one task: its records in the order of its questions, of one filter where answers pass through several."""
+    first = found[0].get("filter")
+    ordered = sorted((s for s in found if s.get("filter") == first), key=lambda s: s["doc_id"])
+    metric = next((m for m in METRICS if m in ordered[0]), None)
+    if metric is None:
+        raise MisError(
+            f"{name} is scored by none of {', '.join(METRICS)}: its marks cannot be compared question by question"
+        )
+    choice = ordered[0].get("resps") and metric == "acc"
+    chance = [1 / len(s["resps"]) if choice and len(s["resps"]) > 1 else 0.0 for s in ordered]
+    read = _mark if metric not in ("chrf", "bleu") else _translated
+    return Marks(np.array([read(s[metric]) for s in ordered]), np.array(chance), metric)
+
+
+def _mark(value: Any) -> float:
+    return float(np.mean(value))
+
+
+def _translated(pair: Any) -> float:
+    """lm-eval keeps (reference, translation), to be scored together; here each is scored alone."""
+    import sacrebleu
+
+    reference, said = pair
+    return sacrebleu.sentence_chrf(str(said), [str(reference)]).score / 100
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """lm-eval's and datasets' log off the user's screen; their errors still come."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,137 @@
+"""How likely each option is after its question: log-likelihoods, as lm-eval defines them. Streamed.
+
+A question is computed once for all of its options, which do not see each other; several questions share a sequence of
+tokens, and nothing is padded. Does not know which option is right, nor where results go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.models import attention_masks, distributed, load, pipeline_parallel
+from mis_mlx.models.config import shape_of
+from mis_mlx.models.stream import Stream, settle
+from mis_mlx.types import MisError
+
+ROWS = 256  # tokens of a sequence; more of them make the attention dearer, fewer the matrix products
+Encoded = tuple[list[int], list[list[int]]]  # token ids of the context (at least one), and of every option
+
+
+def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
+    """As lm-eval does: an option is what context + option has more than the context alone.
+
+    White space at the end of a context goes to its options. An empty context is the start token, or the end token where
+    there is none. MisError where an option adds no token.
+    """
+    bare = context.rstrip()
+    options = [context[len(bare) :] + option for option in options]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    before = list(tokenizer.encode(bare)) or [start]
+    if not bare:
+        wholes = [[*before, *tokenizer.encode(option, add_special_tokens=False)] for option in options]
+    else:
+        wholes = [list(tokenizer.encode(bare + option)) for option in options]
+    found = [whole[len(before) :] for whole in wholes]
+    if not all(found):
+        lost = options[found.index([])]
+        raise MisError(f"the option {lost[:40]!r} adds no token to {bare[-40:]!r}: write it so that it begins a word")
+    return before, found
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Questions in one sequence. which: their numbers. tokens (1, S), positions (S,), sees (S, S): who looks at whom.
+    Of the P predicted tokens: row (P,) of S that predicts it, token (P,), owner (P, 2): question, option."""
+
+    which: tuple[int, ...]
+    tokens: mx.array
+    positions: np.ndarray
+    sees: mx.array
+    row: np.ndarray
+    token: np.ndarray
+    owner: np.ndarray
+
+
+def length(e: Encoded) -> int:
+    """Tokens that a question takes in a sequence."""
+    return len(e[0]) + sum(len(option) - 1 for option in e[1])
+
+
+def packs(encoded: Sequence[Encoded], rows: int = ROWS) -> Iterator[Pack]:
+    """All questions, those of like length together, in sequences of up to `rows` tokens; a longer one is alone."""
+    held, taken = list[int](), 0
+    for number in sorted(range(len(encoded)), key=lambda n: -length(encoded[n])):
+        if held and taken + length(encoded[number]) > rows:
+            yield _pack(encoded, held)
+            held, taken = [], 0
+        held.append(number)
+        taken += length(encoded[number])
+    if held:
+        yield _pack(encoded, held)
+
+
+def _pack(encoded: Sequence[Encoded], which: Sequence[int]) -> Pack:
+    tokens, positions, text, branch = list[int](), list[int](), list[int](), list[int]()
+    row, token, owner = list[int](), list[int](), list[tuple[int, int]]()
+    for number in which:
+        context, options = encoded[number]
+        first = len(tokens)
+        last = first + len(context) - 1
+        tokens += context
+        positions += range(len(context))
+        branch += [0] * len(context)
+        for o, option in enumerate(options):
+            row += [last, *range(len(tokens), len(tokens) + len(option) - 1)]
+            token += option
+            owner += [(number, o)] * len(option)
+            tokens += option[:-1]
+            positions += range(len(context), len(context) + len(option) - 1)
+            branch += [o + 1] * (len(option) - 1)
+        text += [number] * (len(tokens) - first)
+    order, t, b = np.arange(len(tokens)), np.array(text), np.array(branch)
+    sees = (order[:, None] >= order) & (t[:, None] == t) & ((b == 0) | (b[:, None] == b))
+    arrays = np.array(row), np.array(token), np.array(owner)
+    return Pack(tuple(which), mx.array([tokens]), np.array(positions, np.int32), mx.array(sees), *arrays)
+
+
+def score(stream: Stream, encoded: Sequence[Encoded], rows: int = ROWS) -> list[list[float]]:
+    """Log-likelihood in nats of every option of every question. One pass of the weights, however many there are.
+
+    Of several machines each has some of the sequences, and all get the same, which is what one alone would find.
+    """
+    packed = list(packs(encoded, rows))
+    window = getattr(stream.args, "sliding_window", None)
+    own, passing = distributed.share(packed), pipeline_parallel.passing(stream, packed)
+    hidden = stream.embed([p.tokens for p in own])
+    for _, block in stream.blocks():
+        for b, p in enumerate(passing):
+            hidden[b] = attention_masks.through(block, hidden[b], p.sees, p.positions, window)
+            settle(hidden[b])
+    hidden = stream.norm(hidden)
+    head, vocab = stream.head(), shape_of(stream.checkpoint.config).vocab
+    found = [[0.0] * len(options) for _, options in encoded]
+    for b, p in enumerate(own):
+        for (question, option), value in zip(p.owner, _logps(head, hidden[b][0], p, vocab), strict=True):
+            found[question][option] += float(value)
+    for theirs in distributed.gather([(n, found[n]) for p in own for n in p.which]):
+        for n, values in theirs:
+            found[n] = values
+    return found
+
+
+def _logps(head: Any, hidden: mx.array, p: Pack, vocab: int) -> np.ndarray:
+    """(P,) log-probabilities; no row of logits is made twice, and few are there at once."""
+    used, at = np.unique(p.row, return_inverse=True)
+    found, step = np.zeros(len(at)), chunk_rows(vocab)
+    for start in range(0, len(used), step):
+        z = load.logits(head, hidden[mx.array(used[start : start + step])]).astype(mx.float32)
+        mine = np.flatnonzero((at >= start) & (at < start + step))
+        row = mx.array(at[mine] - start)
+        found[mine] = np.array(z[row, mx.array(p.token[mine])] - mx.logsumexp(z, axis=-1)[row])
+    return found

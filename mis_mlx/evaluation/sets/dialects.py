@@ -1,0 +1,153 @@
+"""Seven Polish dialects and regional languages beside Polish: pairs of sentences, as questions about which is which.
+
+A slot is a folder with pairs.jsonl, rows {"polish", "dialect"}: the same said in both, attested, not made up. Only the
+Silesian one can be filled from here, with Firefox's own translations (MPL-2.0); six wait for text that somebody brings.
+Knows no model and downloads nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import zipfile
+from pathlib import Path
+
+from mis_mlx.data import examples, rows
+from mis_mlx.data.random_draws import some
+from mis_mlx.evaluation import questions
+from mis_mlx.evaluation.questions import Task
+from mis_mlx.types import MisError
+
+# Slot: what it is called after "po" (adverb-like), and as a language (locative), in Polish.
+SLOTS = {
+    "silesian": ("po śląsku", "śląskim"),
+    "kashubian": ("po kaszubsku", "kaszubskim"),
+    "podhale": ("po góralsku", "podhalańskim"),
+    "masurian": ("po mazursku", "mazurskim"),
+    "greater-polish": ("po wielkopolsku", "wielkopolskim"),
+    "lesser-polish": ("po małopolsku", "małopolskim"),
+    "mazovian": ("po mazowiecku", "mazowieckim"),
+}
+PAIRS = "pairs.jsonl"
+ROW = 'one {"polish": ..., "dialect": ...} a line'
+PACKS = ("langpack-pl", "langpack-szl")  # how the names of Firefox's language packs begin
+PACKAGES = ("firefox-esr-l10n-pl", "firefox-esr-l10n-szl")  # of Debian, which hold one each
+LEAST_WORDS = 4
+_TERM = re.compile(r"(-?[\w-]+)\s*=\s*(.*)")
+_ATTRIBUTE = re.compile(r"\s+\.([\w-]+)\s*=\s*(.*)")
+
+
+def read(slot: str, folder: Path) -> list[tuple[str, str]]:
+    """(Polish, dialect) pairs of a slot. MisError says what to bring where it is empty, and which rows are none."""
+    path = folder / PAIRS
+    if not path.is_file():
+        raise MisError(f"the slot {slot} is empty: put attested pairs into {path}, {ROW}")
+    found, problems = list[tuple[str, str]](), list[str]()
+    for number, row, unread in rows.parsed(path):
+        if why := unread or _fault(row):
+            problems.append(f"{path.name} line {number}: {why}")
+        elif isinstance(row, dict):
+            found.append((row["polish"], row["dialect"]))
+    examples.refuse(problems)
+    if not found:
+        raise MisError(f"{path} is empty: put attested pairs there, {ROW}")
+    return found
+
+
+def _fault(row: object) -> str | None:
+    if not isinstance(row, dict):
+        return "not an object"
+    if missing := [key for key in ("polish", "dialect") if key not in row]:
+        return f"has no '{missing[0]}'"
+    if why := next((why for key in ("polish", "dialect") if (why := rows.text_fault(key, row[key]))), None):
+        return why
+    return "both sentences are the same" if row["polish"].strip() == row["dialect"].strip() else None
+
+
+def tasks(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[Task]:
+    """Two tasks: whether a text is Polish or dialect, half of each; and which of two texts is in the dialect."""
+    adverb, language = SLOTS[slot]
+    labels, texts = [], []
+    for number, (polish, dialect) in enumerate(pairs):
+        rng = random.Random(f"{slot}-{number}")
+        is_dialect = number % 2 == 0
+        label = {True: language, False: "polskim"}[is_dialect]
+        said = f"Tekst: {dialect if is_dialect else polish}\nTo jest tekst w języku {questions.BLANK}"
+        labels.append({"text": said, "options": ["polskim", language], "answer": label})
+        both = some(rng, (polish, dialect), 2)
+        texts.append({"text": f"To samo {adverb}: {questions.BLANK}", "options": both, "answer": dialect})
+    about = f"{len(pairs)} pairs, {origin}"
+    return [
+        questions.task(f"{slot}-label", labels, f"{about}; Polish or {slot}: which one is a text in"),
+        questions.task(f"{slot}-text", texts, f"{about}; the {slot} one of two sentences", per_character=True),
+    ]
+
+
+def from_firefox(folder: Path) -> list[tuple[str, str]]:
+    """(Polish, Silesian) sentences that Firefox's two language packs in a folder have under one name.
+
+    Left out: what has fewer than four words, is the same in both, or has no letter that English lacks, for much was
+    never translated; what has cases to choose from.
+    """
+    found = []
+    for start in PACKS:
+        packs = sorted(folder.rglob(f"{start}*.xpi"))
+        if not packs:
+            raise MisError(f"{folder} has no {start}*.xpi: put Firefox's language packs for pl and szl there")
+        found.append(_messages(packs[0]))
+    polish, silesian = found
+    pairs = dict[str, str]()
+    for key, raw in silesian.items():
+        one, other = _plain(polish.get(key, "")), _plain(raw)
+        translated = any(c.isalpha() and not c.isascii() for c in other)
+        if one and len(other.split()) >= LEAST_WORDS and one != other and translated:
+            pairs.setdefault(other, one)
+    return [(one, other) for other, one in pairs.items()]
+
+
+def write(pairs: list[tuple[str, str]], folder: Path) -> None:
+    """pairs.jsonl of a slot."""
+    text = "".join(json.dumps({"polish": p, "dialect": d}, ensure_ascii=False) + "\n" for p, d in pairs)
+    (folder / PAIRS).write_text(text, encoding="utf-8")
+
+
+def _messages(pack: Path) -> dict[tuple[str, str], str]:
+    """{(file, key): message} of all Fluent and properties files of a language pack."""
+    found: dict[tuple[str, str], str] = {}
+    with zipfile.ZipFile(pack) as archive:
+        for name in archive.namelist():
+            place = re.sub(r"\b(pl|szl)/", "", name)
+            if name.endswith(".properties"):
+                for line in archive.read(name).decode().splitlines():
+                    key, equals, value = line.partition("=")
+                    if equals and not line.startswith("#"):
+                        found[place, key.strip()] = value.strip()
+            elif name.endswith(".ftl"):
+                found |= {(place, key): text for key, text in _fluent(archive.read(name).decode()).items()}
+    return found
+
+
+def _fluent(text: str) -> dict[str, str]:
+    """{term or term.attribute: message} of a Fluent file; lines that go on are joined."""
+    found, term, key = dict[str, str](), "", ""
+    for line in text.splitlines():
+        if match := _TERM.match(line):
+            term = key = match[1]
+            found[key] = match[2]
+        elif term and (match := _ATTRIBUTE.match(line)):
+            key = f"{term}.{match[1]}"
+            found[key] = match[2]
+        elif key and line.startswith(" "):
+            found[key] += f" {line.strip()}"
+        else:
+            term = key = ""
+    return found
+
+
+def _plain(message: str) -> str:
+    """A message without marks and places to fill; empty where it has cases to choose from."""
+    if "->" in message or "*[" in message:
+        return ""
+    message = re.sub(r"\{\s*-brand[^}]*\}", "Firefox", re.sub(r"<[^>]+>", "", message))
+    return " ".join(re.sub(r"\{+[^}]*\}+|%\d?\$?S", "X", message).split())

@@ -1,0 +1,89 @@
+"""Polish questions out of the wheel of OpenAI's `evals`, known to the byte: exams, words, proverbs, sums in words.
+
+Knows no model and downloads nothing. What is odd about them is said in ABOUT and shown under the table.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from mis_mlx.data.random_draws import some
+from mis_mlx.evaluation import questions
+from mis_mlx.evaluation.questions import Task
+
+NAME, VERSION, NBYTES = "evals", "3.0.1.post1", 46_322_659
+SHA256 = "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78"
+MEMBER = "evals/registry/data/{}/samples.jsonl"
+OTHERS = 3  # wrong options, drawn from the answers to other questions
+ABOUT = {
+    "polish-exams": "four-choice vocational exams; a few damaged by scanning or with a wrong key, so nobody reaches "
+    "100 %; the wheel states no licence of its own for them: not to be passed on unchecked",
+    "polish-lexicon": "a word or a made-up one beside it, in no sentence; few",
+    "polish-proverbs": "a proverb's last word, three wrong ones from other proverbs; 33, which separates models "
+    "only where they are far apart",
+    "polish-sums": "sums in words, three wrong results from other sums",
+}
+Asked = list[tuple[str, str]]  # (question, right answer)
+
+
+def unpack(wheel: Path, into: Path) -> None:
+    """Write the four sets as JSONL files of questions into a folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name, (member, convert) in SETS.items():
+            found = [json.loads(line) for line in archive.read(MEMBER.format(member)).decode().splitlines()]
+            asked = [(row["input"][-1]["content"].strip(), row["ideal"].strip()) for row in found]
+            rows = [row for row in convert(asked) if questions.fault(row) is None]
+            text = "".join(json.dumps({**row, "language": "pl"}, ensure_ascii=False) + "\n" for row in rows)
+            (into / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def task(name: str, folder: Path) -> Task:
+    """One of the four sets that `unpack` wrote."""
+    found = questions.file(folder / f"{name}.jsonl")
+    about = f"{NAME} {VERSION}: {ABOUT[name]}"
+    return Task(name, found.kind, found.questions, about, per_character=name in ("polish-exams", "polish-lexicon"))
+
+
+def _exams(asked: Asked) -> Iterable[dict]:
+    for text, key in asked:
+        match = re.fullmatch(r"(.*)\nA\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\nAnswer:", text, re.DOTALL)
+        letter = re.fullmatch(r"\[([A-D])\]", key)
+        if match and letter:
+            options = [option.strip() for option in match.groups()[1:]]
+            yield {"question": match[1].strip(), "options": options, "answer": options["ABCD".index(letter[1])]}
+
+
+def _lexicon(asked: Asked) -> Iterable[dict]:
+    """The made-up word comes right before the word it was made from."""
+    for (one, key), (other, other_key) in zip(asked[::2], asked[1::2], strict=True):
+        if {key, other_key} == {"Y", "N"}:
+            yield {"question": "", "options": sorted([one, other]), "answer": one if key == "Y" else other}
+
+
+def _among_others(asked: Asked, question: str) -> Iterable[dict]:
+    for number, (text, answer) in enumerate(asked):
+        rng = random.Random(f"others-{number}")
+        wrong = some(rng, sorted({a for _, a in asked if a != answer}), OTHERS)
+        options = some(rng, [answer, *wrong], OTHERS + 1)
+        yield {"text": question.format(text), "options": options, "answer": answer}
+
+
+def _proverbs(asked: Asked) -> Iterable[dict]:
+    return _among_others(asked, f"{{}} {questions.BLANK}")
+
+
+def _sums(asked: Asked) -> Iterable[dict]:
+    return _among_others(asked, f"{{}} to {questions.BLANK}")
+
+
+SETS: dict[str, tuple[str, Callable[[Asked], Iterable[dict]]]] = {
+    "polish-exams": ("polish-exams-qa", _exams),
+    "polish-lexicon": ("polish-lexicon", _lexicon),
+    "polish-proverbs": ("polish-proverbs", _proverbs),
+    "polish-sums": ("math_polish", _sums),
+}

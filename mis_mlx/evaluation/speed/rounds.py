@@ -1,0 +1,83 @@
+"""Models timed in turn: which fit in memory together, round after round, and what the trials come to.
+
+Does not know flags, tables or roofs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+
+from mis_mlx.evaluation.speed import timing
+from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
+from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter
+from mis_mlx.maths.stats import summary
+from mis_mlx.planner import estimates, phases
+from mis_mlx.types import Checkpoint
+
+WARM_UP = 4  # tokens after the whole prompt, timed by nobody
+PREFILL = 2048  # mlx-lm's prefill_step_size
+SLOWED = 0.9  # the last trial's speed over the first's, below which something throttles
+
+Openers = Mapping[str, Callable[[], Subject]]
+
+
+def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
+    """One model whole in stock mlx-lm, its cache, and a piece of the prompt under way."""
+    m, seen = estimates.model_of(checkpoint), r.depth + r.prompt + r.answer
+    own = phases.timed_bytes(checkpoint.config) + r.batch * estimates.keys_bytes(m, seen)
+    return own + estimates.workspace_bytes(m, r.batch * min(r.prompt, PREFILL), r.depth + r.prompt)
+
+
+def rounds(
+    openers: Openers,
+    together: bool,
+    count: int,
+    r: Request,
+    seed: int = 0,
+    delay: float = 0.0,
+    meter: EnergyMeter | None = None,
+    peaks: bool = False,
+    warm_up: Request | None = None,
+) -> Iterator[tuple[Subject, Trial]]:
+    """Every trial as it ends, without the warm-up: each round takes all models in turn, A B A B; or, where they do
+    not fit in memory together, model after model. openers: what loads each. warm_up: by default the whole prompt."""
+    first = warm_up or replace(r, answer=min(r.answer, WARM_UP))
+    for group in [list(openers)] if together else [[name] for name in openers]:
+        subjects = [openers[name]() for name in group]
+        for s in subjects:
+            timing.trial(s, first, (seed, 0))
+        for number in range(1, count + 1):
+            for s in subjects:
+                time.sleep(delay)
+                yield s, timing.trial(s, r, (seed, number), meter, peaks)
+        del s, subjects  # the next one's memory
+        mx.clear_cache()
+
+
+def figures(trials: Sequence[Trial], r: Request, idle: Energy | None = None) -> dict[str, dict[str, float]]:
+    """{metric: what the trials of one model say}; `itl_ms` is over all gaps between tokens, `joules` per token."""
+    joules = [t.energy.beyond(idle) if t.energy and idle else None for t in trials]
+    every: dict[str, list[float]] = {
+        "ttft_ms": [1000 * t.stamps_s[0] for t in trials],
+        "ttft_cached_ms": [1000 * t.cached_s for t in trials if t.cached_s is not None],
+        "prefill_tps": [r.batch * r.prompt / t.stamps_s[0] for t in trials],
+        "tpot_ms": [1000 * t.tpot_s for t in trials],
+        "itl_ms": [1000 * gap for t in trials for gap in t.gaps_s],
+        "decode_tps": [r.batch / t.tpot_s for t in trials],
+        "accepted": [t.accepted[0] / t.accepted[1] for t in trials if t.accepted and t.accepted[1]],
+        "peak_mb": [t.peak_bytes / 1e6 for t in trials if t.peak_bytes],
+        "joules": [j / (r.batch * (r.answer - 1)) for j in joules if j is not None],
+    }
+    return {name: summary(values) for name, values in every.items() if values}
+
+
+def slowed(name: str, trials: Sequence[Trial]) -> str | None:
+    """Whether the last trial was a good deal slower than the first: heat, or other work on this machine."""
+    first, last = (1 / t.tpot_s for t in (trials[0], trials[-1]))
+    if last >= SLOWED * first:
+        return None
+    return f"{name} fell from {first:.1f} to {last:.1f} tokens/s between its first and last trial"

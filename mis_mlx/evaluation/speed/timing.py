@@ -1,0 +1,201 @@
+"""Time one request to a model in memory: first token, every later one, the prompt again from its cache.
+
+Stock mlx-lm generates, greedy, past the end token. Does not know what is compared, nor how figures are summed up.
+
+Definitions (those of vLLM and AIPerf; none has the tokenizer or the text in it):
+    TTFT      from the token ids to the first new token, in the process's hands
+    ITL       the time between two tokens;  TPOT  (last - first) / (tokens - 1), one number a request
+    decode    sequences x (tokens - 1) / (last - first); mlx-lm's own generation_tps counts the first token too
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mis_mlx.data import sources
+from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter
+from mis_mlx.models import load, mlx_generate
+from mis_mlx.models.stream import into_memory, settle
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is timed: tokens of prompt and answer (2 or more), sequences side by side, tokens in the cache before."""
+
+    prompt: int
+    answer: int
+    batch: int = 1
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in memory. draft: a second one whose guesses it checks, `guesses` at a time."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    load_s: float
+    draft: nn.Module | None = None
+    guesses: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory."""
+        return _nbytes(self.model)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the weights that a token has to fetch: all but an embedding that is not the head too."""
+        return self.nbytes - (_nbytes(self.model.model.embed_tokens) if hasattr(self.model, "lm_head") else 0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One request. stamps_s: when each token (of every sequence of the batch) was there, from the start on.
+    cached_s: TTFT of the same prompt, all of it but its last token in the cache. accepted: (guesses that were right,
+    guesses). energy: from the first token to the last. peak_bytes: its own model's weights, cache and workspace."""
+
+    asked: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...]
+    stamps_s: tuple[float, ...]
+    cached_s: float | None = None
+    accepted: tuple[int, int] | None = None
+    energy: Energy | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """ITL: times between tokens."""
+        return [b - a for a, b in pairwise(self.stamps_s)]
+
+    @property
+    def tpot_s(self) -> float:
+        """Time per output token after the first."""
+        return (self.stamps_s[-1] - self.stamps_s[0]) / (len(self.stamps_s) - 1)
+
+
+def _nbytes(module: nn.Module) -> int:
+    arrays: Any = tree_flatten(module.parameters())
+    return sum(a.nbytes for _, a in arrays)
+
+
+def opened(folder: Path, name: str) -> Subject:
+    """A model whole in memory, with the time that took: from files that the system may have in its page cache."""
+    began = time.perf_counter()
+    model, tokenizer = mlx_generate.open_model(folder)
+    settle(model.parameters())
+    seconds = time.perf_counter() - began
+    return Subject(name, into_memory(model, f"{folder}: "), tokenizer, seconds)
+
+
+@cache
+def _manual() -> tuple[str, ...]:
+    return tuple(str(row["text"]) for row in sources.load(None).train)
+
+
+def prompts(tokenizer: Any, r: Request, seed: Sequence[int]) -> list[list[int]]:
+    """Token ids of `r.batch` pieces of Python's manual, each of `r.prompt`, from topics that `seed` chooses."""
+    rows, rng, found = _manual(), np.random.default_rng(list(seed)), []
+    for _ in range(r.batch):
+        start, text = int(rng.integers(len(rows))), ""
+        while len(text) < 5 * r.prompt and len(text) < sum(map(len, rows)):  # a token has 3 to 5 letters
+            text, start = f"{text}\n\n{rows[start % len(rows)]}", start + 1
+        found.append([int(i) for i in np.array(mlx_generate.prompt_ids(tokenizer, text, r.prompt))])
+    return found
+
+
+def trial(s: Subject, r: Request, seed: Sequence[int], meter: EnergyMeter | None = None, peaks: bool = False) -> Trial:
+    """One request with prompts that `seed` chooses. peaks: MLX's highest memory is counted anew for it."""
+    asked = prompts(s.tokenizer, r, seed)
+    own = [] if r.batch > 1 else mlx_generate.filled_cache(s.model, r.depth)
+    kept = own + (mlx_generate.filled_cache(s.draft, r.depth) if s.draft else [])
+    settle([c.state for c in kept if r.depth])
+    before = mx.get_active_memory()
+    if peaks:
+        mx.reset_peak_memory()
+    stamps, tokens, guessed = clocked(_steps(s, asked, r.answer, kept), meter)
+    energy = meter.end() if meter else None
+    settle([c.state for c in kept])  # mlx-lm has begun a token too many: it is not to run into the next trial
+    peak = mx.get_peak_memory() - before + s.nbytes if peaks else None
+    cached = None if s.draft else _again(s.model, asked[0], own, r.depth + r.prompt - 1)
+    accepted = _accepted(guessed, r.answer, s.guesses) if s.draft else None
+    mx.clear_cache()
+    return Trial(tuple(map(tuple, asked)), tuple(tokens), tuple(stamps), cached, accepted, energy, peak)
+
+
+def clocked(
+    steps: Iterable[tuple[list[int], bool]], meter: EnergyMeter | None = None
+) -> tuple[list[float], list[int], list[bool]]:
+    """(seconds from now to each step, its tokens, whether the draft had guessed it). The meter begins at the first
+    token. What is done here between two tokens is all that measuring adds to them: benchmarks/throughput.py times it.
+    """
+    stamps, tokens, guessed = list[float](), list[int](), list[bool]()
+    began = time.perf_counter()
+    for new, by_draft in steps:
+        stamps.append(time.perf_counter() - began)
+        tokens += new
+        guessed.append(by_draft)
+        if meter and len(stamps) == 1:
+            meter.begin()
+    return stamps, tokens, guessed
+
+
+def _steps(s: Subject, asked: list[list[int]], count: int, kept: list[Any]) -> Iterator[tuple[list[int], bool]]:
+    """(a new token of each sequence, whether the draft had guessed it), as they come."""
+    generate = load.mlx_lm("generate")
+    if len(asked) > 1:
+        n = len(asked)
+        batch = generate.BatchGenerator(s.model, max_tokens=count, prefill_batch_size=n, completion_batch_size=n)
+        try:
+            batch.insert(asked)
+            for _ in range(count):
+                yield [response.token for response in batch.next_generated()], False
+        finally:
+            batch.close()
+    elif s.draft:
+        yield from (
+            ([int(token)], by_draft)
+            for token, _, by_draft in generate.speculative_generate_step(
+                mx.array(asked[0]), s.model, s.draft, num_draft_tokens=s.guesses, max_tokens=count, prompt_cache=kept
+            )
+        )
+    else:
+        steps = generate.generate_step(mx.array(asked[0]), s.model, max_tokens=count, prompt_cache=kept)
+        yield from (([int(token)], False) for token, _ in steps)
+
+
+def _again(model: nn.Module, ids: list[int], kept: list[Any], known: int) -> float | None:
+    """Seconds to the first token of the same prompt when the cache has all of it but the last token, `known`
+    tokens; None where a cache forgets only from its other end."""
+    caches = load.mlx_lm("models.cache")
+    if not kept or not caches.can_trim_prompt_cache(kept):
+        return None
+    caches.trim_prompt_cache(kept, kept[0].offset - known)
+    steps = load.mlx_lm("generate").generate_step(mx.array(ids[-1:]), model, max_tokens=1, prompt_cache=kept)
+    began = time.perf_counter()
+    next(steps)
+    taken = time.perf_counter() - began
+    steps.close()
+    settle([c.state for c in kept])
+    return taken
+
+
+def _accepted(guessed: Sequence[bool], count: int, most: int) -> tuple[int, int]:
+    """(guesses that were right, guesses): a pass ends with the model's own token, and proposes `most` at most."""
+    proposed, start = 0, 0
+    for at, by_draft in enumerate(guessed):
+        if not by_draft or at == len(guessed) - 1:
+            proposed, start = proposed + min(count - start, most), at + 1
+    return sum(guessed), proposed

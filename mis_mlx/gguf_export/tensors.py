@@ -1,0 +1,280 @@
+"""A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for.
+
+Writes no file and knows no tokenizer. What MLX packed goes without rounding again where llama.cpp has the same
+format: affine groups of up to 4 bits are Q4_1 blocks and those of 5 bits Q5_1, both scale · q + bias (a group of 64 or
+128 weights repeats them in its blocks of 32); mxfp4 and nvfp4 are MXFP4 and NVFP4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.maths import rounding
+from mis_mlx.models import arch, load
+from mis_mlx.models.config import normalised, shape_of
+from mis_mlx.storage import safetensors
+from mis_mlx.types import Checkpoint, MisError
+
+ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+BLOCK = 32  # weights of a Q4_1 or Q5_1 block
+REWRAPPED = {  # (MLX's mode, bits): ggml's type of the same numbers
+    **{("affine", bits): "Q4_1" for bits in (2, 3, 4)},
+    ("affine", 5): "Q5_1",
+    ("mxfp4", 4): "MXFP4",
+    ("nvfp4", 4): "NVFP4",
+}
+EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of these is re-wrapped where that is exact
+SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
+FILE_TYPES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}  # the others are MOSTLY_ and their name
+F16_MAX = 65504.0
+FREQS = "rope_freqs.weight"
+YARN = {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the GGUF: its name there and here, shape (out, in), ggml's type.
+
+    heads: of q and k, whose rows llama.cpp wants interleaved; 0 leaves the order. exact: MLX's packing re-wrapped.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    kind: str
+    heads: int = 0
+    exact: bool = False
+
+
+def packing(checkpoint: Checkpoint, name: str) -> tuple[int, int, str] | None:
+    """(bits, group size, mode) of a packed matrix; None for one that is not packed."""
+    stem = name.removesuffix(".weight")
+    if f"{stem}.scales" not in checkpoint.tensors:
+        return None
+    settings = checkpoint.config.get("quantization") or {}
+    own = settings.get(stem)
+    own = own if isinstance(own, dict) else settings
+    if "bits" not in own:
+        raise MisError(load.NOT_OURS.format(checkpoint.path))
+    return own["bits"], own["group_size"], own.get("mode", "affine")
+
+
+def out_type(checkpoint: Checkpoint) -> str:
+    """The type that suits a model: one that holds what MLX packed exactly; q8_0 where none does; f16 if not packed."""
+    if not arch.is_quantized(checkpoint.tensors):
+        return "f16"
+    packings = [packing(checkpoint, name) for name in arch.tensors_of(checkpoint.config)]
+    exact = Counter(
+        mode if mode != "affine" else "q4_1" for bits, _, mode in filter(None, packings) if (mode, bits) in REWRAPPED
+    )
+    return exact.most_common(1)[0][0] if exact else "q8_0"
+
+
+def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
+    """Every tensor of the GGUF in order. `wanted`: an --out-type such as "q4_1".
+
+    Vectors are float32. Of a packed model q4_1, mxfp4 and nvfp4 keep exactly all matrices that some type of llama.cpp
+    holds; the others get Q8_0. q4_k_m: the types that llama.cpp is going to choose. MisError where rows do not divide
+    by a block, or nothing is packed in the mode that was asked for.
+    """
+    import gguf
+
+    config, s = checkpoint.config, shape_of(checkpoint.config)
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[ARCH[config["model_type"]]], s.layers)
+    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if ARCH[config["model_type"]] == "llama" else {}
+    made = []
+    for name, shape in arch.tensors_of(config).items():
+        kind, exact = _kind(checkpoint, name, wanted, shape[1]) if len(shape) == 2 else ("F32", False)
+        block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
+        if shape[-1] % block:
+            raise MisError(
+                f"{name} has rows of {shape[1]} weights, which {kind}'s block of {block} does not divide: "
+                "use --out-type f16"
+            )
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if theirs is None:
+            raise MisError(f"llama.cpp's {ARCH[config['model_type']]} has no place for {name}: use --format hf")
+        made.append(Part(theirs, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
+    if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in made):
+        raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
+    if _rope(config)[0] == "llama3":
+        made.append(Part(FREQS, "", (s.head_dim // 2,), "F32"))
+    return made
+
+
+def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple[str, bool]:
+    """(ggml's type of a matrix, whether MLX's packing goes into it as it is)."""
+    packed, common = packing(checkpoint, name), checkpoint.config.get("quantization") or {}
+    if wanted == "q4_k_m":
+        return _k_mixture(checkpoint.config, name, columns), False
+    if wanted in ("f32", "f16", "bf16", "q8_0"):
+        return wanted.upper(), False
+    if wanted in EXACT_TYPES and arch.is_quantized(checkpoint.tensors):
+        bits, group, mode = packed or (0, 0, "")
+        whole = group % BLOCK == 0 if mode == "affine" else columns % (64 if mode == "nvfp4" else BLOCK) == 0
+        exact = REWRAPPED.get((mode, bits)) if whole else None
+        return exact or "Q8_0", exact is not None
+    wide = name in (load.EMBEDDING + "weight", "lm_head.weight") or (packed and 4 < packed[0] != common["bits"])
+    return "Q8_0" if wide else wanted.upper(), False
+
+
+def _k_mixture(config: Mapping[str, Any], name: str, columns: int) -> str:
+    """The type that llama.cpp chooses for a matrix of a Q4_K_M file (llama_tensor_get_type, llama-cpp-python 0.3.36).
+
+    More bits for the head, for v_proj and down_proj of the first and last eighth of the blocks and every third between;
+    where a row is not of whole blocks of 256, types with blocks of 32, which take 1 to 2 bits more.
+    """
+    s, i = shape_of(config), arch.block_of(name)
+    eighth = s.layers // 8
+    more = i is not None and (i < eighth or i >= 7 * s.layers // 8 or (i - eighth) % 3 == 2)
+    wide = (more and name.split(".")[-2] in ("v_proj", "down_proj")) or name == "lm_head.weight"
+    wide = wide or (s.tied and name == load.EMBEDDING + "weight")
+    if columns % 256:
+        return "F16" if columns % BLOCK else "Q8_0" if wide else "Q5_0"
+    return "Q6_K" if wide else "Q4_K"
+
+
+def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np.ndarray]:
+    """The bytes of one tensor, uint8 (rows, bytes of a row), slab by slab. Memory: the tensor as stored, and a slab.
+
+    tally: "inexact" counts scales and biases that float16 does not hold exactly. MisError at NaN or infinity.
+    """
+    if part.name == FREQS:
+        yield _freqs(checkpoint.config).view(np.uint8)
+        return
+    stem = part.source.removesuffix(".weight")
+    stored = [n for n in (part.source, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
+    raw = safetensors.lazy(checkpoint.tensors, stored)
+    count, order = part.shape[0], row_order(part.shape[0], part.heads) if part.heads else None
+    step = max(1, SLAB_BYTES // (4 * math.prod(part.shape[1:])))
+    for at in range(0, count, step):
+        index = slice(at, at + step) if order is None else mx.array(order[at : at + step])
+        slab = {name: array[index] for name, array in raw.items()}
+        convert = _rewrapped if part.exact else _converted
+        yield np.ascontiguousarray(convert(checkpoint, part, slab, tally)).view(np.uint8)
+    del raw
+    mx.clear_cache()
+
+
+def row_order(count: int, heads: int) -> np.ndarray:
+    """Which Hugging Face row of q or k stands in each of llama.cpp's rows: the halves of every head interleaved.
+
+    llama.cpp's llama turns neighbours (0,1), (2,3) ... by RoPE, Hugging Face i and i + d/2 (`LlamaModel.permute`
+    of its converter). Qwen's graph turns halves there too. Left out, the model runs and talks nonsense.
+    """
+    return np.arange(count).reshape(heads, 2, count // heads // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _finite(part: Part, *arrays: np.ndarray) -> None:
+    if not all(np.isfinite(a).all() for a in arrays):
+        raise MisError(f"{part.source} holds NaN or infinity: this model is broken, export the one it was made from")
+
+
+def _converted(checkpoint: Checkpoint, part: Part, slab: load.Raw, _: Counter[str]) -> np.ndarray:
+    from gguf import GGMLQuantizationType, quantize
+
+    values = np.array(load.dense(checkpoint, part.source, slab).astype(mx.float32))
+    _finite(part, values)
+    if part.kind == "F16" and values.size and np.abs(values).max() > F16_MAX:
+        raise MisError(f"{part.source} has {np.abs(values).max():.4g}, float16 ends at {F16_MAX:.0f}: use bf16")
+    return quantize(values, GGMLQuantizationType[part.kind])
+
+
+def _rewrapped(checkpoint: Checkpoint, part: Part, slab: load.Raw, tally: Counter[str]) -> np.ndarray:
+    """MLX's packed rows as ggml's blocks: scale, bias, then the integers, half a block of them in low nibbles."""
+    stem = part.source.removesuffix(".weight")
+    packed = packing(checkpoint, part.source)
+    assert packed is not None
+    bits, group, mode = packed
+    q = np.array(rounding.integers(slab[part.source], BLOCK, bits))  # whatever the group is
+    if mode == "nvfp4":  # scales of four groups of 16 stand together
+        scales = np.array(slab[f"{stem}.scales"]).reshape(len(q), -1, 4)
+        return np.concatenate([scales, _halves(q, 16).reshape(*scales.shape[:2], 32)], axis=-1).reshape(len(q), -1)
+    if mode == "mxfp4":
+        scales = np.array(slab[f"{stem}.scales"])[..., None]
+        return np.concatenate([scales, _halves(q, BLOCK)], axis=-1).reshape(len(q), -1)
+    both = [np.array(slab[f"{stem}.{which}"].astype(mx.float32)) for which in ("scales", "biases")]
+    with np.errstate(over="ignore"):  # an overflow is infinity, and that is refused
+        halves = [values.astype(np.float16) for values in both]
+    _finite(part, *halves)
+    tally["inexact"] += sum(int((h != v).sum()) for h, v in zip(halves, both, strict=True))
+    head = np.stack([np.repeat(h, group // BLOCK, axis=1) for h in halves], axis=-1).view(np.uint8)
+    fifth = np.packbits(q >> 4, axis=1, bitorder="little").reshape(*head.shape[:2], -1)[..., : 4 * (bits == 5)]
+    return np.concatenate([head, fifth, _halves(q & 15, BLOCK)], axis=-1).reshape(len(q), -1)
+
+
+def _halves(q: np.ndarray, block: int) -> np.ndarray:
+    """4-bit integers (rows, in) as bytes (rows, in / block, block / 2): weight j low, j + block / 2 high."""
+    q = q.reshape(len(q), -1, block)
+    return q[..., : block // 2] | (q[..., block // 2 :] << 4)
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """(kind of rotary positions, its settings). MisError for one that llama.cpp cannot be told of."""
+    kind = config["model_type"]
+    scaling = normalised(config).get("rope_scaling") or {}
+    rope = scaling.get("rope_type") or scaling.get("type") or "default"
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        raise MisError(f"llama.cpp's {ARCH[kind]} has no sliding windows, some layers here do: use --format hf")
+    odd = sorted(set(scaling) - YARN) if rope == "yarn" else []
+    lost = rope == "yarn" and not scaling.get("original_max_position_embeddings")
+    if rope == "dynamic" or odd or lost or (rope == "llama3" and ARCH[kind] != "llama"):
+        detail = f" with {odd[0]}" if odd else " without original_max_position_embeddings" if lost else ""
+        raise MisError(f"rotary positions of type {rope}{detail} have no place in a {ARCH[kind]} GGUF: use --format hf")
+    return rope, scaling
+
+
+def _freqs(config: Mapping[str, Any]) -> np.ndarray:
+    """What llama.cpp divides each frequency by for Llama 3's long contexts, float32 (head_dim / 2,)."""
+    _, r = _rope(config)
+    d, context = shape_of(config).head_dim, r["original_max_position_embeddings"]
+    turns = context * normalised(config)["rope_theta"] ** (-np.arange(0, d, 2) / d) / (2 * np.pi)
+    low, high = r["low_freq_factor"], r["high_freq_factor"]
+    smooth = np.clip((turns - low) / (high - low), 0, 1)  # 1 where a wave turns often within the old context
+    return (1 / ((1 - smooth) / r["factor"] + smooth)).astype(np.float32)
+
+
+def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> None:
+    """Put every key that llama.cpp's loader reads of these models, tokenizer aside, into the `GGUFWriter`."""
+    import gguf
+
+    s, c = shape_of(config), normalised(config)
+    if type(c.get("max_position_embeddings")) is not int:
+        raise MisError("config.json has no max_position_embeddings, which llama.cpp needs: add it")
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_size_label(gguf.size_label(arch.params(config), 0, 0, 0))
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(wanted, f"MOSTLY_{wanted.upper()}")])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(c["max_position_embeddings"])
+    writer.add_embedding_length(s.hidden)
+    writer.add_block_count(s.layers)
+    writer.add_feed_forward_length(s.ffn)
+    writer.add_vocab_size(s.vocab)
+    writer.add_head_count(s.heads)
+    writer.add_head_count_kv(s.kv_heads)
+    writer.add_key_length(s.head_dim)
+    writer.add_value_length(s.head_dim)
+    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
+    writer.add_rope_dimension_count(s.head_dim)
+    writer.add_rope_freq_base(c["rope_theta"])
+    rope, scaling = _rope(config)
+    if rope in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope))
+        writer.add_rope_scaling_factor(scaling["factor"])
+    if rope == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        for key, add in (
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if key in scaling:
+                add(scaling[key])

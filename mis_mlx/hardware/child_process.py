@@ -1,0 +1,131 @@
+"""Ask one function one question in a process of its own, with a limit on its time and memory.
+
+For functions that read text of unknown origin, or that a user brought: what hangs, crashes or eats memory there
+ends there. Does not know what is asked. Question and answer are JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mis_mlx.types import gib
+
+LOOK_S = 0.05  # between two looks at the memory of a child that the kernel does not limit
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+class NoAnswer(Exception):
+    """Why there is none, in a few words."""
+
+
+def ask(
+    source: str, function: str, arguments: Mapping[str, Any], seconds: float, memory_bytes: int = 0,
+    watched: bool = sys.platform == "darwin",
+) -> Any:  # fmt: skip
+    """What `function` of `source` (a module's dotted name, or a path to a .py file) returns for these arguments.
+
+    Arguments that its signature does not name are left out. memory_bytes: of its address space, limited by the
+    kernel; or where it is `watched` by us, as macOS has no such limit, of what it and its children hold; 0: no limit.
+    NoAnswer when it raises, ends its process, answers what JSON has no word for, or takes more than it may.
+    """
+    path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH", "")]))
+    question = json.dumps({"source": source, "function": function, "arguments": arguments,
+                           "bytes": 0 if watched else memory_bytes, "seconds": math.ceil(seconds)})  # fmt: skip
+    # A session of its own: Ctrl-C is for us, not for an answer under way; and what it starts ends with it.
+    with subprocess.Popen(
+        [sys.executable, "-m", "mis_mlx.hardware.child_process"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said = _waited(process, question.encode(), seconds, memory_bytes if watched else 0)
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+    try:
+        answer = json.loads(said)
+    except ValueError:
+        raise NoAnswer(f"its process ended with {process.returncode}") from None
+    if not isinstance(answer, dict) or "value" not in answer:  # an exit code of 0 alone is no answer
+        raise NoAnswer(str(answer["error"]) if isinstance(answer, dict) and "error" in answer else "its answer is none")
+    return answer["value"]
+
+
+def _waited(process: subprocess.Popen[bytes], question: bytes, seconds: float, most_bytes: int) -> bytes:
+    """What it writes. NoAnswer when that takes longer, or it holds more than `most_bytes` (0: no limit)."""
+    asked: bytes | None = question
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        try:
+            return process.communicate(asked, timeout=min(LOOK_S, left) if most_bytes else left)[0]
+        except subprocess.TimeoutExpired:
+            asked = None  # it has the question, and communicate takes it once
+        if most_bytes and (held := _held(process.pid)) > most_bytes:
+            raise NoAnswer(f"MemoryError: it holds {gib(held)}, {gib(most_bytes)} are allowed")
+    raise NoAnswer(f"no answer in {seconds:g} s")
+
+
+def _held(number: int) -> int:
+    """Bytes in memory of a process and all that it started."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        first = psutil.Process(number)
+        for each in (first, *first.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                total += each.memory_info().rss
+    return total
+
+
+def _serve() -> None:
+    """The child's side: the question on stdin, the answer on what was stdout; what is printed there goes to stderr."""
+    question = json.loads(sys.stdin.buffer.read())
+    with os.fdopen(os.dup(1), "wb") as out, contextlib.redirect_stdout(sys.stderr):
+        os.dup2(2, 1)
+        _limit(resource.RLIMIT_CPU, (question["seconds"] + 1) * (os.cpu_count() or 1))  # should nobody end it
+        _limit(resource.RLIMIT_CORE, 0)
+        if question["bytes"]:
+            _limit(resource.RLIMIT_AS, question["bytes"])
+        try:
+            answer = {"value": _call(**{k: question[k] for k in ("source", "function", "arguments")})}
+            text = json.dumps(answer, allow_nan=False)
+        except BaseException as error:
+            text = json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+        out.write(text.encode())
+
+
+def _limit(what: int, most: int) -> None:
+    with contextlib.suppress(ValueError, OSError):  # macOS does not let everybody
+        resource.setrlimit(what, (most, most))
+
+
+def _call(source: str, function: str, arguments: Mapping[str, Any]) -> Any:
+    if source.endswith(".py"):
+        spec = importlib.util.spec_from_file_location("rewards_of_the_user", source)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(source)
+    called = getattr(module, function)
+    parameters = inspect.signature(called).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+    return called(**arguments)
+
+
+if __name__ == "__main__":
+    _serve()

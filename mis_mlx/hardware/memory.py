@@ -1,0 +1,161 @@
+"""Memory of this machine and this process: what is there, what a sensible budget is, the highest so far.
+
+Does not know models. MLX is told the budget here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from ctypes import c_int, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import psutil
+
+from mis_mlx.hardware.thermal import apple_frameworks
+from mis_mlx.types import GIB, Budget, MisError, gib
+
+DEFAULT_BYTES = 5 * GIB
+SHARE = 0.75  # of what is there: macOS and the browser want to live too
+METAL_PAGE = 16 * 2**10
+GROWN_BYTES, GROWN_METAL_BYTES = 24 * 2**20, 150 * 2**20  # by Python and libraries; Metal's runtime: until measured
+RUSAGE_V4, FOOTPRINT, MOST_FOOTPRINT = 4, 2 + 7, 2 + 28  # of proc_pid_rusage: its 64-bit words, a UUID first
+OPEN_FILES = 4096  # macOS allows 256 at first, which a model in many files is beyond
+WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last buffers are wired too
+
+
+def room_bytes() -> int:
+    """Most that a process should take: Metal's recommended working set, or the memory available now."""
+    return _recommended(mx) or int(psutil.virtual_memory().available)
+
+
+def recommended_bytes(total_bytes: int) -> int:
+    """Metal's recommended working set on a Mac of 8 or 16 GB: two thirds of its memory, in whole pages."""
+    return -(-2 * total_bytes // (3 * METAL_PAGE)) * METAL_PAGE
+
+
+def left_bytes(seen: Any = None) -> int:
+    """Memory that others do not use now. seen: of another machine, as psutil.virtual_memory() gives it."""
+    seen = psutil.virtual_memory() if seen is None else seen
+    return int(seen.total - max(0, seen.used - psutil.Process().memory_info().rss))
+
+
+def _recommended(device: Any) -> int | None:
+    """Metal's recommended working set in bytes; None where nothing is computed on Metal."""
+    if device.default_device() != device.gpu:
+        return None
+    return device.device_info().get("max_recommended_working_set_size")
+
+
+def budget(asked_bytes: int | None, room: int | None = None, left: int | None = None) -> Budget:
+    """The user's budget, or the least of 5 GiB, 75 % of the room and what others leave. Refuses more than there is.
+
+    room, left: of another machine than this one, in bytes; without `left` nothing else runs there.
+    """
+    if room is None:
+        room, left = room_bytes(), left_bytes()
+    if asked_bytes is None:
+        return Budget(min(DEFAULT_BYTES, int(SHARE * room), room if left is None else left))
+    if asked_bytes > room:
+        raise MisError(f"--budget {gib(asked_bytes)} is more than the {gib(room)} there are: ask for less")
+    return Budget(asked_bytes)
+
+
+def held_bytes(library: Path | None = None) -> tuple[int, int]:
+    """(now, most so far) of this process: its physical footprint on a Mac, as Activity Monitor shows it, buffers of
+    the GPU among it, which the resident set has only in part; elsewhere the resident set. library: a test's fake."""
+    try:
+        ask = apple_frameworks.foreign(
+            apple_frameworks.load(library).system, "proc_pid_rusage", c_int, c_int, c_int, c_void_p
+        )
+        answer = (c_uint64 * (2 + 35))()
+        if ask(os.getpid(), RUSAGE_V4, answer):
+            raise OSError("proc_pid_rusage does not answer")
+        return int(answer[FOOTPRINT]), int(answer[MOST_FOOTPRINT])
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
+        return psutil.Process().memory_info().rss, peak if sys.platform == "darwin" else peak * 1024
+
+
+class Peak:
+    """The most memory the work took: the larger of MLX's own count and the growth of what the process held."""
+
+    def __init__(self, library: Path | None = None) -> None:
+        self._library = library
+        self._before = held_bytes(library)[0]
+        self._mlx = 0
+
+    def note(self, mlx_peak_bytes: int) -> None:
+        """Remember a peak that MLX counted before it was reset."""
+        self._mlx = max(self._mlx, mlx_peak_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes above what the process held when this was made."""
+        return max(self._mlx, mx.get_peak_memory(), held_bytes(self._library)[1] - self._before)
+
+
+def cache_bytes(limit_bytes: int, gpu: bool) -> int:
+    """Freed memory that MLX may keep within a budget. On Metal it is dear to get memory anew."""
+    return min(GIB, limit_bytes // 4) if gpu else min(128 * 2**20, limit_bytes // 16)
+
+
+def process_bytes(limit_bytes: int, gpu: bool | None = None) -> int:
+    """What a process takes of a budget beside its arrays: what Python and libraries grow by, and MLX's cache, which
+    on Metal is emptied before arrays and cache pass MLX's limit. gpu: as this process computes, if not said.
+
+    The growth was measured on a CPU at 13 to 20 MiB, whatever the model; budgets of under 144 MiB are met in
+    tests only, where a sixth of them does.
+    """
+    gpu = mx.default_device() == mx.gpu if gpu is None else gpu
+    return _grown(limit_bytes, gpu) + (0 if gpu else cache_bytes(limit_bytes, gpu))
+
+
+def _grown(limit_bytes: int, gpu: bool) -> int:
+    return min(GROWN_METAL_BYTES if gpu else GROWN_BYTES, limit_bytes // 6)
+
+
+@contextmanager
+def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[None]:
+    """MLX throttles itself at the budget, less what the process grows by, and keeps little freed memory; its own
+    limits come back after.
+
+    wired_bytes: what a job is planned to take that trains a model whole in memory: on Metal that much is wired, so
+    that macOS does not page it out between two passes. device: `mlx.core`, or what a test puts in its place.
+    """
+    _open_more_files()
+    gpu = device.default_device() == device.gpu
+    memory = device.set_memory_limit(limit.limit_bytes - _grown(limit.limit_bytes, gpu))
+    cache = device.set_cache_limit(cache_bytes(limit.limit_bytes, gpu))
+    wired = _wire(wired_bytes, device)
+    try:
+        yield
+    finally:
+        device.set_memory_limit(memory)
+        device.set_cache_limit(cache)
+        if wired is not None:
+            device.set_wired_limit(wired)
+
+
+def _open_more_files() -> None:
+    """From now on up to OPEN_FILES at once, as far as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS has a limit of its own on this limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _wire(need_bytes: int, device: Any) -> int | None:
+    """Let Metal wire what is needed, never more than it recommends (that would be fatal). Returns the limit
+    that held before; None where there is none to set, and with MIS_MLX_WIRE=0 (kernel panics: mlx issue 3186)."""
+    most = _recommended(device)
+    off = not need_bytes or os.environ.get("MIS_MLX_WIRE") == "0"
+    if off or most is None or not hasattr(device, "set_wired_limit"):
+        return None
+    return device.set_wired_limit(min(most, need_bytes + WIRED_MARGIN_BYTES))

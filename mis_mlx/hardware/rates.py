@@ -1,0 +1,276 @@
+"""How fast this machine reads, writes, multiplies and moves memory: measured once, kept in a small file, or assumed.
+
+Does not know models, nor where the file should be. What a program reaches of it is that program's affair: memory's
+rate is the quickest of a few kinds, by other code than MLX's where a CPU has better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import errno
+import fcntl
+import json
+import mmap
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.hardware.machine_info import cores
+from mis_mlx.hardware.memory import recommended_bytes
+from mis_mlx.types import GIB, MisError, gib
+
+# On a CPU a pass over a model takes this many times its matrix products, forwards or in training, the rest being
+# element-wise work (measured on every phase of the default run, on one core and on two: 3.2 to 3.9).
+ELEMENTWISE = 3.6
+GPU_TRAINING = 1.1 / 1.45  # training's rate as a share of a forward pass's, on an M1
+SAMPLE_BYTES = 512 * 2**20
+MEMORY_SAMPLE_BYTES = 256 * 2**20
+PIECE = 32 * 2**20
+PATIENCE_S = 7.0  # most for writing, and most for reading: a slow disk is measured on fewer bytes
+F_NOCACHE, F_FULLFSYNC = 48, 51  # macOS; Python's fcntl lacks the first, and both on Linux
+MS_INVALIDATE = 2
+
+
+@dataclass(frozen=True)
+class Rates:
+    """One machine, in bytes and float operations per second, and where the numbers come from."""
+
+    device: str
+    gpu: bool
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    memory_bytes_per_s: float
+    forward_flops_per_s: float
+    training_flops_per_s: float
+    source: str
+    hot: float = 1.0  # what is left of the computing rates once the machine is hot
+    room_bytes: int | None = None  # most a process should take; None: ask machine.memory
+
+    def __str__(self) -> str:
+        disk = f"disk {self.read_bytes_per_s / 1e9:.2f} GB/s read, {self.write_bytes_per_s / 1e9:.2f} written"
+        work = f"{self.forward_flops_per_s / 1e9:,.0f} GFLOP/s forward, {self.training_flops_per_s / 1e9:,.0f} training"
+        return f"{self.device}: {disk}, memory {self.memory_bytes_per_s / 1e9:.0f} GB/s, {work} ({self.source})"
+
+
+@dataclass(frozen=True)
+class Roof:
+    """The most this machine could do: bytes and float operations per second (float32 on a CPU, float16 on Metal)."""
+
+    device: str
+    threads: str  # what the CPU's arithmetic may use: another number makes it another machine
+    memory_bytes_per_s: float
+    flops_per_s: float
+    source: str
+
+    def seconds(self, nbytes: float, flops: float) -> float:
+        """The least that moving `nbytes` and doing `flops` takes: they overlap (Williams et al. 2009)."""
+        return max(nbytes / self.memory_bytes_per_s, flops / self.flops_per_s)
+
+    def bound(self, nbytes: float, flops: float) -> str:
+        """Which of the two takes longer."""
+        memory = nbytes / self.memory_bytes_per_s >= flops / self.flops_per_s
+        return "memory bandwidth" if memory else "arithmetic"
+
+
+M1_AIR = Rates(
+    "MacBook Air M1, 8 GB, fanless",
+    True,
+    read_bytes_per_s=2.5e9,
+    write_bytes_per_s=2.0e9,
+    memory_bytes_per_s=68e9,
+    forward_flops_per_s=1.45e12,
+    training_flops_per_s=1.1e12,
+    source="from published measurements, not measured here",
+    hot=0.75,
+    room_bytes=recommended_bytes(8 * GIB),
+)
+
+
+def matmul_flops(seconds: float = 0.3) -> float:
+    """Float operations per second of a matrix product here and now: float32 on a CPU, float16 on Metal."""
+    gpu = mx.default_device() == mx.gpu
+    size = 4096 if gpu else 1024
+    a = mx.random.normal((size, size), key=mx.random.key(0)).astype(mx.float16 if gpu else mx.float32)
+    return 2 * size**3 / quickest(lambda: (a @ a)[0, 0].item(), seconds)
+
+
+def memory_bytes() -> float:
+    """Bytes per second that memory moves: of a copy, or of one pass that reads (a scalar product on a CPU, a maximum
+    on Metal), whichever is quicker."""
+    nbytes = MEMORY_SAMPLE_BYTES
+    one, other = (np.ones(nbytes // 8, np.float32) for _ in range(2))
+    copying = nbytes / quickest(lambda: np.copyto(other, one), 1.0)
+    if mx.default_device() == mx.gpu:
+        halves = mx.zeros((nbytes // 2,), mx.float16)
+        return max(copying, nbytes / quickest(lambda: mx.max(halves).item(), 1.0))
+    return max(copying, nbytes / quickest(lambda: np.dot(one, other), 1.0))
+
+
+def quickest(work: Callable[[], object], seconds: float) -> float:
+    """Shortest time of `work` among those begun within `seconds` of the end of a first one that warms up."""
+    work()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while (began := time.perf_counter()) < until:
+        work()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
+    """(read, written) bytes per second of a new file in `folder`, past the page cache; the file goes again.
+
+    Fewer bytes where the disk has little room or is slow. MisError when there is no room at all.
+    """
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    count = min(nbytes, free // 4) // PIECE if nbytes >= PIECE else 1
+    piece = min(nbytes, PIECE)
+    if count < 1 or free < 4 * piece:
+        raise MisError(f"{folder} has {gib(free)} free, a measurement wants {gib(4 * piece)}: free some")
+    path = folder / f".tmp-rates-{os.getpid()}"
+    try:
+        written, seconds = _write(path, os.urandom(piece), count)
+        forget(path)
+        return _read(path, piece, written // piece), written / seconds
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
+    """(bytes, seconds until they are on the disk)."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, F_NOCACHE, 1)  # pages that are cached once are read from the cache, whoever asks
+        began, written = time.perf_counter(), 0
+        for _ in range(count):
+            written += os.write(fd, piece)
+            if time.perf_counter() - began > PATIENCE_S:
+                break
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+        return written, time.perf_counter() - began
+    finally:
+        os.close(fd)
+
+
+def forget(path: Path) -> None:
+    """Take what is on the disk of a file out of the page cache, as far as the system does that."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if sys.platform == "darwin":
+            _invalidate(fd)
+        else:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _invalidate(fd: int) -> int:
+    """The same by msync(2), as macOS has no posix_fadvise; 0 when it was done."""
+    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as pages:
+        at = np.frombuffer(pages, np.uint8).ctypes.data
+        return ctypes.CDLL(None).msync(ctypes.c_void_p(at), ctypes.c_size_t(len(pages)), MS_INVALIDATE)
+
+
+def _read(path: Path, piece: int, count: int) -> float:
+    """Bytes per second of two threads that read pieces side by side, as passes over a model do."""
+    fd = _open_direct(path)
+    try:
+        buffers = [mmap.mmap(-1, piece) for _ in range(2)]  # page-aligned, as direct reading wants it
+        for buffer in buffers:
+            buffer.write(bytes(piece))  # pages that exist: their first touch is no part of the disk's time
+        began = time.perf_counter()
+
+        def half(first: int) -> int:
+            done = 0
+            for at in range(first, count, 2):
+                if time.perf_counter() - began > PATIENCE_S:
+                    break
+                done += os.preadv(fd, [buffers[first]], at * piece)
+            return done
+
+        with ThreadPoolExecutor(2) as pool:
+            done = sum(pool.map(half, range(2)))
+        return done / (time.perf_counter() - began)
+    finally:
+        os.close(fd)
+
+
+def _open_direct(path: Path) -> int:
+    """A descriptor that reads past the page cache, where the file system can."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
+        os.preadv(fd, [mmap.mmap(-1, mmap.PAGESIZE)], 0)  # some refuse only here
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fd = os.open(path, flags)
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, F_NOCACHE, 1)
+    return fd
+
+
+def device_name() -> str:
+    """What MLX computes on."""
+    kind = "GPU" if mx.default_device() == mx.gpu else "CPU"
+    return f"{kind} {mx.device_info().get('device_name', 'of unknown name')}"
+
+
+def assumed() -> Rates:
+    """Matrix products measured in a moment; disk and memory are those of an ordinary machine, not measured."""
+    gpu = mx.default_device() == mx.gpu
+    return _rates(1e9, 0.5e9, 50e9 if gpu else 10e9, "disk and memory assumed: --measure measures them")
+
+
+def measure(folder: Path, nbytes: int | None = None) -> Rates:
+    """All rates, within 20 s, with a temporary file of `nbytes` (default 512 MiB) in the existing `folder`."""
+    read, written = disk_bytes(folder, SAMPLE_BYTES if nbytes is None else nbytes)
+    return _rates(read, written, memory_bytes(), _today())
+
+
+def measure_roof() -> Roof:
+    """Memory and arithmetic here and now, in about 5 s."""
+    return Roof(device_name(), threads(), memory_bytes(), matmul_flops(1.5), _today())
+
+
+def threads() -> str:
+    """How much of the CPU this process may use."""
+    return f"{cores()} cores, OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'not set')}"
+
+
+def _today() -> str:
+    return f"measured {datetime.date.today().isoformat()}"
+
+
+def _rates(read: float, written: float, memory: float, source: str) -> Rates:
+    gpu, flops = mx.default_device() == mx.gpu, matmul_flops()
+    forward, training = (flops, flops * GPU_TRAINING) if gpu else [flops / ELEMENTWISE] * 2
+    return Rates(device_name(), gpu, read, written, memory, forward, training, source)
+
+
+def to_json(rates: Rates | Roof) -> str:
+    """What `load` reads."""
+    return json.dumps(asdict(rates), indent=2) + "\n"
+
+
+def load(path: Path, kind: type[Any] = Rates) -> Any:
+    """The rates of this kind in `path`; None when there are none, or they are another device's or version's."""
+    try:
+        found = kind(**json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if found.device == device_name() else None

@@ -1,0 +1,236 @@
+"""The air around the machine: its temperature with an uncertainty, from sensors and the user, and its altitude.
+
+No laptop has a room thermometer, so this is an estimate: several poor witnesses, weighed by how poor they
+are. Does not read sensors. No witness at all is no estimate, never a silent 20 °C.
+The priors are for a fanless M1 Air; sources and measurements in the numbers' comments.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+from mis_mlx.hardware.thermal.recording import Header
+from mis_mlx.hardware.thermal.sensor_rules import Values
+from mis_mlx.types import MisError, Reading
+
+GIVEN_SIGMA_C = 0.7
+SOAK_SIGMA_C = 0.8
+SOAK_SPREAD_C = 1.5  # after a long rest all sensors agree within this: all have the air's temperature
+DRIFT_C2_PER_S = 1.0 / 3600  # how fast a past value loses worth: variance grows by 1 °C² an hour
+VIRTUAL_OFFSET_C = 1.0  # TVA0 reads that much low on M1 (20 dumps of laptops)
+PALM_OFFSET_C, PALM_SIGMA_C = -0.7, 3.2  # Ts1P − TVA0 = 1.7 ± 2.0 °C when calm
+CALM_C = 6.0  # TPMP − battery below this: the machine is calm
+INSIDE_FLOOR_C = 1.5  # sensors in one case err together, so their number does not make them surer
+OUTLIER_SIGMAS = 3.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Ambient temperature ± one standard deviation, and the witness or witnesses it is from."""
+
+    celsius: float
+    sigma_c: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A value that was good at `at_s`. `virtual_c`: what TVA0 said then."""
+
+    estimate: Estimate
+    at_s: float
+    virtual_c: float | None
+
+    def aged(self, now_s: float, virtual_c: float | None) -> Estimate:
+        """The value now: less sure with time, and by as much as TVA0 has moved since, so that a value
+        from before the halny came cannot outvote the sensors that feel it."""
+        moved = virtual_c - self.virtual_c if virtual_c is not None and self.virtual_c is not None else 0.0
+        variance = self.estimate.sigma_c**2 + DRIFT_C2_PER_S * (now_s - self.at_s) + moved**2
+        return replace(self.estimate, sigma_c=math.sqrt(variance))
+
+
+class Ambient:
+    """The estimate over time. `given_c`: what the user's thermometer says at the first look;
+    `virtual_sigma_c`: how far TVA0 may be off, 2.5 °C on M1 and M2, 4 on later chips."""
+
+    def __init__(self, given_c: float | None = None, virtual_sigma_c: float = 2.5):
+        self._given_c = given_c
+        self._virtual_sigma_c = virtual_sigma_c
+        self._node = BatteryNode()
+        self._anchors: dict[str, Anchor] = {}
+
+    def update(self, values: Values, now_s: float, rested: bool) -> Estimate | None:
+        """Take one look into account; the estimate now, `None` when there is no witness.
+
+        `rested`: the machine has just booted or woken from a long sleep.
+        """
+        virtual = values.virtual_ambient_c
+        if self._given_c is not None and "given" not in self._anchors:
+            self._drop_anchor(Estimate(self._given_c, GIVEN_SIGMA_C, "given"), now_s, virtual)
+        soaked = cold_soak(values) if rested else None
+        for anchor in (soaked, self._node.update(values, now_s)):
+            if anchor is not None:
+                self._drop_anchor(anchor, now_s, virtual)
+        witnesses = [anchor.aged(now_s, virtual) for anchor in self._anchors.values()]
+        if virtual is not None:
+            witnesses.append(Estimate(virtual + VIRTUAL_OFFSET_C, self._virtual_sigma_c, "SMC TVA0"))
+        if values.palm_c is not None and _calm(values):
+            witnesses.append(Estimate(values.palm_c + PALM_OFFSET_C, PALM_SIGMA_C, values.sources["palm_c"]))
+        return fuse(witnesses)
+
+    def _drop_anchor(self, estimate: Estimate, now_s: float, virtual_c: float | None) -> None:
+        self._anchors[estimate.source] = Anchor(estimate, now_s, virtual_c)
+
+
+def fuse(witnesses: list[Estimate]) -> Estimate | None:
+    """Mean weighed by inverse variance. From the surest on, a witness more than 3 σ away is not heard."""
+    heard: list[Estimate] = []
+    celsius = variance = 0.0
+    for witness in sorted(witnesses, key=lambda w: w.sigma_c):
+        away = abs(witness.celsius - celsius)
+        if heard and away > OUTLIER_SIGMAS * math.sqrt(witness.sigma_c**2 + variance):
+            continue
+        heard.append(witness)
+        weights = [w.sigma_c**-2 for w in heard]
+        variance = 1 / sum(weights)
+        celsius = variance * sum(weight * w.celsius for weight, w in zip(weights, heard, strict=True))
+    if len(heard) <= 1:
+        return heard[0] if heard else None
+    outside = any(w.source in ("given", "cold soak") for w in heard)
+    floor = GIVEN_SIGMA_C if outside else INSIDE_FLOOR_C
+    return Estimate(celsius, max(math.sqrt(variance), floor), " + ".join(w.source for w in heard))
+
+
+def t_env_kind(reading: Reading) -> str:
+    """What AAIS may call its T_env: "measured", "given" as soon as the user's value is part of it, "none"."""
+    source = reading.sources.get("ambient_c")
+    return "none" if source is None else "given" if "given" in source.split(" + ") else "measured"
+
+
+def cold_soak(values: Values) -> Estimate | None:
+    """The best free method: after a long rest all parts have the air's temperature, if they agree."""
+    parts = [values.battery_c, values.nand_c, values.palm_c, values.virtual_ambient_c, values.soc_c]
+    known = [part for part in parts if part is not None]
+    if len(known) < 3 or max(known) - min(known) > SOAK_SPREAD_C:
+        return None
+    return Estimate(min(known) - 0.3, SOAK_SIGMA_C, "cold soak")
+
+
+def _calm(values: Values) -> bool:
+    if values.regulator_c is None or values.battery_c is None:
+        return False
+    return values.regulator_c - values.battery_c < CALM_C
+
+
+class BatteryNode:
+    """Air temperature from the battery, a slow lump that the machine's power heats:
+
+        tau dT/dt = −(T − T_air) + r P     so     T + tau dT/dt = T_air + r P
+
+    One straight line is fitted to 10 minutes of battery temperature; a Kalman filter of two states, T_air
+    and r, takes the left side as its measurement. tau and r are first-principle priors of an M1 Air
+    (0.95 kJ/K × 1.5 K/W), wrong by a third on a given one, hence the floors under σ.
+    """
+
+    WINDOW_S = 600.0
+    TAU_S = 1500.0
+    START_SIGMA_C, START_R, START_SIGMA_R = 6.0, 0.7, 0.35  # °C, K/W, K/W
+    R_DRIFT = 0.02 / 3600  # K/W a second
+    NOISE_C = 0.15
+    TAU_ERROR = 0.15
+    MODEL_ERROR_C = 0.3
+    LOAD_FLOOR_C, IDLE_FLOOR_C, IDLE_W = 2.0, 1.5, 6.0
+    CHARGING_W, STEEPEST_C = 5.0, 0.5  # windows with more charging, or a steeper battery, are not used
+
+    def __init__(self) -> None:
+        self._window: deque[tuple[float, float, float]] = deque()  # seconds, °C, W
+        self._air_c: float | None = None
+        self._r = self.START_R
+        self._covariance = (self.START_SIGMA_C**2, 0.0, self.START_SIGMA_R**2)  # (air, air·r, r)
+
+    def update(self, values: Values, now_s: float) -> Estimate | None:
+        """A new estimate at the end of each usable window of 10 minutes, else `None`."""
+        if values.battery_c is None or values.power_w is None:
+            return None
+        if abs(values.charging_w or 0.0) > self.CHARGING_W and (values.charging_w or 0.0) > 0:
+            self._window.clear()
+            return None
+        self._window.append((now_s, values.battery_c, values.power_w))
+        while now_s - self._window[0][0] > self.WINDOW_S:
+            self._window.popleft()
+        if now_s - self._window[0][0] < 0.9 * self.WINDOW_S or len(self._window) < 10:
+            return None
+        window = list(self._window)
+        self._window.clear()
+        return self._measure(window)
+
+    def _measure(self, window: list[tuple[float, float, float]]) -> Estimate | None:
+        times, temperatures, powers = zip(*window, strict=True)
+        middle, battery_c, power_w = mean(times), mean(temperatures), mean(powers)
+        spread = sum((t - middle) ** 2 for t in times)
+        slope = sum((t - middle) * (c - battery_c) for t, c in zip(times, temperatures, strict=True)) / spread
+        if abs(slope) * self.WINDOW_S > self.STEEPEST_C:
+            return None
+        measured = battery_c + self.TAU_S * slope
+        variance = (
+            self.NOISE_C**2 / len(window)
+            + (self.TAU_S * self.NOISE_C) ** 2 / spread
+            + (self.TAU_ERROR * self.TAU_S * slope) ** 2
+            + self.MODEL_ERROR_C**2
+        )
+        air_c, sigma_c = self._correct(measured, variance, power_w)
+        floor = self.LOAD_FLOOR_C if power_w > self.IDLE_W else self.IDLE_FLOOR_C
+        return Estimate(air_c, max(sigma_c, floor), "battery model")
+
+    def _correct(self, measured: float, variance: float, power_w: float) -> tuple[float, float]:
+        """One Kalman step with measurement = air + power · r; `(air °C, its σ)`."""
+        aa, ar, rr = self._covariance
+        if self._air_c is None:
+            self._air_c = measured - self._r * power_w
+        aa += DRIFT_C2_PER_S * self.WINDOW_S
+        rr += self.R_DRIFT**2 * self.WINDOW_S
+        air_row, r_row = aa + ar * power_w, ar + rr * power_w
+        total = air_row + r_row * power_w + variance
+        surprise = measured - (self._air_c + self._r * power_w)
+        self._air_c += air_row / total * surprise
+        self._r += r_row / total * surprise
+        self._covariance = (
+            aa - air_row * air_row / total,
+            ar - air_row * r_row / total,
+            rr - r_row * r_row / total,
+        )
+        return self._air_c, math.sqrt(self._covariance[0])
+
+
+def find_altitude(given_m: float | None, header: Header, config: Path | None = None) -> tuple[float | None, str]:
+    """`(metres above sea level, source)`: by hand, else where the recording was made, else `altitude_m` in
+    `config` (~/.config/mis_mlx.toml), else `(None, "")`. Raises MisError for an impossible height.
+
+    A Mac has no barometer and no GPS, so the height is never measured.
+    """
+    config = config or Path.home() / ".config" / "mis_mlx.toml"
+    if given_m is not None:
+        return _height(given_m, "--altitude-m"), "given"
+    if header.altitude_m is not None:
+        return _height(header.altitude_m, "the recording's altitude_m"), "replay header"
+    try:
+        settings = tomllib.loads(config.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError) as error:
+        raise MisError(f"{config} cannot be read ({error}): mend it or delete it") from None
+    if "altitude_m" not in settings:
+        return None, ""
+    return _height(settings["altitude_m"], f"altitude_m in {config}"), f"given in {config.name}"
+
+
+def _height(metres: object, where: str) -> float:
+    number = isinstance(metres, int | float) and not isinstance(metres, bool) and math.isfinite(metres)
+    if not number or not -430 <= float(metres) <= 9000:  # type: ignore[arg-type]
+        raise MisError(f"{where} is {metres!r}, not between −430 and 9000 m above sea level: mend it")
+    return float(metres)  # type: ignore[arg-type]

@@ -1,0 +1,92 @@
+"""What a machine's thermometers say, in sentences: what it offers, what is missing, whether AAIS has a T_env.
+
+Does not print.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from mis_mlx.hardware.thermal.ambient import t_env_kind
+from mis_mlx.hardware.thermal.sensor_rules import gauge_celsius
+from mis_mlx.hardware.thermal.thermal_monitor import Live, Monitor
+from mis_mlx.types import Reading
+
+SHOWN = {
+    "die_c": ("die", "°C"),
+    "battery_c": ("battery", "°C"),
+    "ambient_c": ("air outside", "°C"),
+    "pressure_level": ("thermal pressure", ""),
+    "power_w": ("power", "W"),
+    "battery_percent": ("charge", "%"),
+    "plugged": ("plugged in", ""),
+    "altitude_m": ("height", "m above sea level"),
+}
+
+
+def examined(monitor: Monitor) -> tuple[list[str], dict[str, Any]]:
+    """(the findings, a sentence each; the same as JSON allows it) of one look."""
+    began = time.perf_counter()
+    reading = monitor.look()
+    look_s = time.perf_counter() - began
+    header = monitor.source.header
+    return [*_machine_lines(monitor, look_s), *_value_lines(reading, monitor), *_aais_lines(reading)], {
+        "model": header.model,
+        "chip": header.chip,
+        "build": header.build,
+        "look_ms": round(1000 * look_s, 1),
+        "t_env": t_env_kind(reading),
+        "reading": asdict(reading),
+        "reasons": dict(monitor.reasons),
+    }
+
+
+def text(name: str, reading: Reading) -> str:
+    """One value of SHOWN for people, with its unit."""
+    value = getattr(reading, name)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    shown = f"{value:.1f}" if isinstance(value, float) else str(value)
+    if name == "ambient_c":
+        shown += f" ± {reading.ambient_sigma_c:.1f}"
+    return f"{shown} {SHOWN[name][1]}".strip()
+
+
+def _machine_lines(monitor: Monitor, look_s: float) -> list[str]:
+    header, values = monitor.source.header, monitor.values
+    what = "recording from" if monitor.replayed else "this machine:"
+    lines = [f"{what} {header.model or 'unknown model'}, {header.chip or 'unknown chip'}, {header.build or '?'}"]
+    if isinstance(monitor.source, Live):
+        lines.append(f"one look takes {1000 * look_s:.0f} ms; a look a second needs no root")
+        apple = monitor.source.apple
+        for name, mechanism in (("IOHID", "hid"), ("SMC", "smc"), ("thermal pressure", "pressure")):
+            if apple is not None and getattr(apple, mechanism) is None:
+                lines.append(f"missing: {name}")
+    gauge = monitor.raw.ioreg.get("Temperature")
+    if gauge is not None and values.battery_c is not None:
+        apart = abs(gauge_celsius(gauge, values.battery_c) - values.battery_c)
+        agrees = "agrees" if apart < 3.0 else "does NOT agree"
+        lines.append(f"battery gauge of ioreg {agrees} with the sensor ({apart:.1f} °C apart)")
+    return lines
+
+
+def _value_lines(reading: Reading, monitor: Monitor) -> list[str]:
+    lines = []
+    for name, (label, _) in SHOWN.items():
+        if getattr(reading, name) is None:
+            lines.append(f"missing: {label}: {monitor.reasons.get(name, 'not measured')}")
+        else:
+            lines.append(f"{label}: {text(name, reading)} from {reading.sources[name]}")
+    return lines
+
+
+def _aais_lines(reading: Reading) -> list[str]:
+    kind = t_env_kind(reading)
+    if kind == "none":
+        said = "AAIS has no T_env: it is plain importance here; give --temperature-c or let the machine rest 90 min"
+    else:
+        said = f"AAIS has a {kind} T_env: {text('ambient_c', reading)} ({reading.sources['ambient_c']})"
+    height = "" if reading.altitude_m is not None else "; it has no altitude: give --altitude-m"
+    return [said + height]

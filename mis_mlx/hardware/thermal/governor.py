@@ -1,0 +1,273 @@
+"""The governor: looks at a reading and says run, pause or stop, and how much to nap after a step.
+
+Pure: `(reading, now) -> decision`, no clock, no thread, no sleep. Sensor loss counts as hot, never as
+cool. An M1 Air lives at 95 to 105 °C under load, so 95 °C is no reason to stop. Does not know what the
+work is, and never acts by itself: `after_step` waits as it says, and `TeaBreaks` counts what that took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held, StepTimes
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
+from mis_mlx.types import MisError, Reading
+
+Mode = Literal["observe", "throughput", "steady", "cool"]
+Action = Literal["run", "pause", "stop"]
+
+SET_POINT_C: dict[str, float] = {"observe": 92.0, "throughput": 97.0, "steady": 92.0, "cool": 85.0}
+PAUSE_C, PAUSE_HOLD_S = 101.0, 3.0
+RESUME_C, RESUME_HOLD_S, RESUME_SAMPLES = 90.0, 10.0, 3
+STOP_C, STOP_HOLD_S = 105.0, 30.0
+LONGEST_PAUSE_S = 900.0
+BATTERY_WARM_C, BATTERY_STOP_C = 40.0, 45.0
+BATTERY_LOW_PERCENT, BATTERY_ENOUGH_PERCENT = 20.0, 30.0
+STOP_PRESSURE = 3
+HEAVY_PRESSURE, HEAVY_DUTY = 2, 0.7  # level 2 is ordinary on an Air: slower, never a stop
+LOST_S, LOST_DUTY = 10.0, 0.6
+APART_S = 10.0  # least time between a pause and what follows it
+SLOW_RATIO, SLOW_HOLD_S, SLOW_ABOVE_C = 1.12, 60.0, 90.0
+LOWER_K, LOWER_EVERY_S, LOWEST_SET_C = 2.0, 300.0, 75.0
+LONGEST_NAP_S = 5.0  # naps of 2 s keep the die within 4 K, of 10 s within 14 K
+PAUSE_LOOK_S = 1.0
+LAP = f"--governor cool, which runs on battery down to {BATTERY_LOW_PERCENT:.0f} %"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the loop has to do after this optimizer step.
+
+    `run`: sleep `sleep_s`, go on. `pause`: write a checkpoint if `checkpoint`, sleep `sleep_s`, ask again.
+    `stop`: write a checkpoint and end. `cause` is one or two words to count by, `reason` a sentence.
+    """
+
+    action: Action
+    duty: float = 1.0
+    sleep_s: float = 0.0
+    cause: str = ""
+    reason: str = ""
+    checkpoint: bool = False
+
+
+class Governor:
+    """One controller for one run; `decide` after each optimizer step and about once a second in a pause.
+
+    `blind`: there has never been a die thermometer (a virtual machine), so only the battery is watched.
+    """
+
+    def __init__(self, mode: Mode = "steady", *, blind: bool = False):
+        if mode not in SET_POINT_C:
+            raise MisError(f"governor mode {mode!r} is not one of {', '.join(get_args(Mode))}: choose one")
+        self.mode = mode
+        self.blind = blind
+        self.set_c = SET_POINT_C[mode]
+        self._filter, self._duty, self._steps = DieFilter(), Duty(), StepTimes()
+        self._hot, self._cool, self._boiling, self._lost = Held(), Held(), Held(), Held()
+        self._battery_hot, self._slow = Held(), Held()
+        self._last_s: float | None = None
+        self._sample_s: float | None = None
+        self._valid_s: float | None = None
+        self._waiting: Decision | None = None  # the pause we are in
+        self._waiting_since_s = 0.0
+        self._turned_s = -APART_S
+        self._lowered_s: float | None = None
+        self._end: Decision | None = None
+
+    def decide(self, reading: Reading, now_s: float, step_s: float | None = None) -> Decision:
+        """The decision at `now_s` (the clock of `reading.time_s`). `step_s`: seconds the step just done
+        took, `None` in a pause. In mode `observe` always "run", with what another mode would have done."""
+        elapsed_s = max(now_s - self._last_s, 0.0) if self._last_s is not None else 0.0
+        self._last_s = now_s
+        self._take(reading, now_s, step_s)
+        decision = self._end or self._judge(reading, now_s, elapsed_s, step_s)
+        if decision.action == "stop":
+            self._end = decision
+        if self.mode == "observe":
+            reason = f"only observed: {decision.reason}" if decision.reason else ""
+            return replace(decision, action="run", duty=1.0, sleep_s=0.0, reason=reason, checkpoint=False)
+        return decision
+
+    def _take(self, reading: Reading, now_s: float, step_s: float | None) -> None:
+        """Feed filter and watches."""
+        fresh = reading.time_s != self._sample_s
+        self._sample_s = reading.time_s
+        seen = reading.die_c is not None and now_s - reading.time_s <= LOST_S
+        if seen and fresh and reading.die_c is not None:
+            self._filter.add(reading.time_s, reading.die_c)
+            self._valid_s = reading.time_s
+        self._valid_s = now_s if self._valid_s is None else self._valid_s
+        die_c = reading.die_c if seen and reading.die_c is not None else 0.0
+        self._lost.update(not self.blind and now_s - self._valid_s >= LOST_S, now_s)
+        self._hot.update(seen and self._filter.ahead_c >= PAUSE_C, now_s, fresh)
+        self._cool.update(seen and self._filter.ahead_c <= RESUME_C, now_s, fresh)
+        self._boiling.update(self._waiting is not None and die_c >= STOP_C, now_s, fresh)
+        self._battery_hot.update((reading.battery_c or 0.0) >= BATTERY_STOP_C, now_s, fresh)
+        if step_s is not None:
+            self._steps.add(step_s)
+            self._slow.update(self._steps.ratio() > SLOW_RATIO and die_c > SLOW_ABOVE_C, now_s)
+
+    def _judge(self, reading: Reading, now_s: float, elapsed_s: float, step_s: float | None) -> Decision:
+        stop = self._stop(reading, now_s)
+        if stop is not None:
+            return stop
+        may_turn = now_s - self._turned_s >= APART_S
+        if self._waiting is not None:
+            if not (may_turn and self._may_resume(reading)):
+                return self._waiting
+            self._waiting, self._turned_s = None, now_s
+        elif may_turn and (pause := self._pause(reading)) is not None:
+            self._waiting, self._waiting_since_s, self._turned_s = pause, now_s, now_s
+            return pause
+        return self._run(reading, now_s, elapsed_s, step_s)
+
+    def _stop(self, reading: Reading, now_s: float) -> Decision | None:
+        def stop(cause: str, reason: str) -> Decision:
+            return Decision("stop", self._duty.value, 0.0, cause, reason, checkpoint=True)
+
+        if (reading.pressure_level or 0) >= STOP_PRESSURE:
+            return stop("pressure", f"thermal pressure {reading.pressure_level}, stop at {STOP_PRESSURE}")
+        if self._battery_hot.lasted(0.0, samples=3):
+            return stop("battery hot", f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}")
+        if self._boiling.lasted(STOP_HOLD_S):
+            return stop("hot", f"die {reading.die_c:.1f} °C after {STOP_HOLD_S:.0f} s of pause")
+        waited_s = now_s - self._waiting_since_s
+        if self._waiting is not None and self._waiting.cause == "hot" and waited_s > LONGEST_PAUSE_S:
+            return stop("hot", f"not below {RESUME_C:.0f} °C after a pause of {waited_s:.0f} s")
+        return None
+
+    def _pause(self, reading: Reading) -> Decision | None:
+        """A pause for lack of power lasts until there is power: a checkpoint is on disk, nothing is lost."""
+        power = self._power_trouble(reading, BATTERY_LOW_PERCENT)
+        if power is not None:
+            return Decision("pause", self._duty.value, PAUSE_LOOK_S, *power, checkpoint=True)
+        if self._hot.lasted(PAUSE_HOLD_S, samples=2):
+            reason = f"die {reading.die_c:.1f} °C, pause at {PAUSE_C:.0f}, go on at {RESUME_C:.0f}"
+            return Decision("pause", self._duty.value, PAUSE_LOOK_S, "hot", reason)
+        return None
+
+    def _may_resume(self, reading: Reading) -> bool:
+        if self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is not None:
+            return False
+        cause = self._waiting.cause if self._waiting is not None else ""
+        return cause != "hot" or self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES)
+
+    def _power_trouble(self, reading: Reading, enough_percent: float) -> tuple[str, str] | None:
+        """`(cause, reason)`. Mode `cool` is for the lap: it runs on battery until that is low."""
+        if reading.plugged is False and self.mode != "cool":
+            return "unplugged", f"on battery: plug in to go on, or stop and --resume with {LAP}"
+        percent = reading.battery_percent
+        if percent is not None and percent < enough_percent:
+            return "battery low", f"battery {percent:.0f} %, go on at {BATTERY_ENOUGH_PERCENT:.0f}: charge it"
+        return None
+
+    def _run(self, reading: Reading, now_s: float, elapsed_s: float, step_s: float | None) -> Decision:
+        cause, reason = self._notice_throttling(now_s)
+        if self.blind:
+            duty, cause, reason = 1.0, "blind", "no die thermometer: only the battery is governed"
+        elif self._lost.samples:
+            duty = self._duty.hold(elapsed_s, LOST_DUTY)
+            cause, reason = "sensor lost", f"no die temperature for {LOST_S:.0f} s: duty {LOST_DUTY} at most"
+        else:
+            heavy = (reading.pressure_level or 0) >= HEAVY_PRESSURE
+            room_k = self.set_c - self._filter.ahead_c
+            duty = self._duty.update(room_k, elapsed_s, HEAVY_DUTY if heavy else 1.0)
+            if duty < 1.0 and not cause:
+                cause = "pressure" if heavy else "warm"
+                reason = f"duty {duty:.2f}: die {self._filter.ahead_c:.1f} °C, set {self.set_c:.0f}"
+        if not cause and (reading.battery_c or 0.0) >= BATTERY_WARM_C:
+            cause, reason = ("battery warm", f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}")
+        nap_s = min((step_s or 0.0) * (1 - duty) / duty, LONGEST_NAP_S)
+        return Decision("run", duty, nap_s, cause, reason)
+
+    def _notice_throttling(self, now_s: float) -> tuple[str, str]:
+        """Lower the set-point when steps have become slow for a minute while the die is hot."""
+        waits = self._lowered_s is not None and now_s - self._lowered_s < LOWER_EVERY_S
+        if waits or not self._slow.lasted(SLOW_HOLD_S) or self.set_c - LOWER_K < LOWEST_SET_C:
+            return "", ""
+        self._lowered_s = now_s
+        self.set_c -= LOWER_K
+        self._duty.shift(-LOWER_K)
+        return "throttled", f"steps take {self._steps.ratio():.2f} times as long: set {self.set_c:.0f} °C now"
+
+
+def governor_for(mode: Mode, first: Reading, reasons: Mapping[str, str], *, apple: bool) -> Governor:
+    """The governor of a run, from its first reading. On a Mac without a die temperature only `observe` is
+    allowed, as nobody would notice it cooking; elsewhere (a virtual machine) it is blind and says so."""
+    blind = first.die_c is None
+    if blind and apple and mode != "observe":
+        raise MisError(
+            f"no die temperature can be read ({reasons.get('die_c', 'no reason')}), so mode {mode} cannot "
+            "protect this Mac: see `python -m mis_mlx.thermal doctor`, or choose mode observe and stay by it"
+        )
+    return Governor(mode, blind=blind)
+
+
+def on_battery(mode: Mode, percent: float | None) -> str:
+    """What becomes of a run on a machine that is not plugged in, in a sentence. percent: of its battery."""
+    does = {
+        "observe": "does nothing about it: the run ends when the battery does",
+        "cool": f"pauses the run below {BATTERY_LOW_PERCENT:.0f} % until there are {BATTERY_ENOUGH_PERCENT:.0f}",
+    }.get(mode, f"pauses the run after its first step until it is plugged in; plug it in, or use {LAP}")
+    return f"on battery{'' if percent is None else f', {percent:.0f} %'}: --governor {mode} {does}"
+
+
+def unfit_for_timing(reading: Reading) -> str | None:
+    """Why a benchmark started now would measure the heat and not the program; `None` when it would not."""
+    if reading.die_c is not None and reading.die_c > 80:
+        return f"die {reading.die_c:.1f} °C, above 80"
+    if (reading.pressure_level or 0) >= 1:
+        return f"thermal pressure {reading.pressure_level}, not 0"
+    if reading.battery_c is not None and reading.battery_c >= BATTERY_WARM_C:
+        return f"battery {reading.battery_c:.1f} °C, {BATTERY_WARM_C:.0f} or more"
+    return None
+
+
+@dataclass
+class TeaBreaks:
+    """The account of a run; `TeaBreaks(**saved)` goes on with the one of the run that was interrupted."""
+
+    count: int = 0
+    seconds: float = 0.0  # in pauses
+    napped_s: float = 0.0  # between steps, for the duty
+    reasons: dict[str, int] = field(default_factory=dict)  # cause -> pauses
+
+    def as_json(self) -> dict[str, Any]:
+        """`tea_breaks`, `throttled_s` (all seconds held back) and `tea_reasons`, for a run's JSON."""
+        held_s = round(self.seconds + self.napped_s, 1)
+        return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
+
+    def saved(self) -> dict[str, Any]:
+        """What `TeaBreaks(**saved)` wants."""
+        return asdict(self)
+
+
+def after_step(monitor: Monitor, governor: Governor, breaks: TeaBreaks, step_s: float) -> Iterator[Decision]:
+    """Ask the governor after a step of `step_s` seconds and wait as it says.
+
+    Gives each decision before its wait is served, about one a second in a pause, so that the caller can
+    log it, write the checkpoint it asks for, or end the run by leaving the `for`. The last one given is
+    "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more than a few
+    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step
+    (parts of one size, as their times are compared).
+    """
+    clock = monitor.clock
+    decision = governor.decide(monitor.reading(), clock.monotonic(), step_s)
+    if decision.action == "pause":
+        breaks.count += 1
+        breaks.reasons[decision.cause] = breaks.reasons.get(decision.cause, 0) + 1
+    asked = False
+    while decision.action == "pause":
+        yield replace(decision, checkpoint=decision.checkpoint and not asked)  # one checkpoint a pause
+        asked = asked or decision.checkpoint
+        since_s = clock.monotonic()
+        clock.sleep(decision.sleep_s)
+        reading = monitor.reading()
+        breaks.seconds += clock.monotonic() - since_s
+        decision = governor.decide(reading, clock.monotonic())
+    yield decision
+    if decision.sleep_s:
+        clock.sleep(decision.sleep_s)
+        breaks.napped_s += decision.sleep_s

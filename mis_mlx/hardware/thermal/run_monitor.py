@@ -1,0 +1,132 @@
+"""The weather of one run: thermometers, governor, tea breaks, and what of it goes to disk.
+
+Joins machine/'s pieces for commands. Does not know what is calibrated or trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from mis_mlx import cli
+from mis_mlx.hardware.thermal import ambient, governor, thermal_monitor
+from mis_mlx.maths.losses import halny_sigma
+from mis_mlx.storage.files import DISK, Files
+from mis_mlx.types import Celsius, Metres, MisError, Reading, Step
+
+HOUR_S = 3600.0
+VIRTUAL_STEP_S = 1.0  # in a replay every step takes this long, so that a replay gives the same run everywhere
+
+
+def default_mode() -> governor.Mode:
+    """MIS_MLX_GOVERNOR, or steady: tests train with observe, so that they do not wait for a plug."""
+    for mode in get_args(governor.Mode):
+        if mode == os.environ.get("MIS_MLX_GOVERNOR", "steady"):
+            return mode
+    raise MisError(f"MIS_MLX_GOVERNOR is not one of {', '.join(get_args(governor.Mode))}: set it to one, or not at all")
+
+
+@dataclass(frozen=True)
+class WeatherFlags:
+    """Air, altitude, and how hot the machine may get."""
+
+    temperature_c: Celsius | None = None
+    """air temperature by hand, °C; default: measured, if this machine can"""
+    altitude_m: Metres | None = None
+    """metres above sea level; default: altitude_m in ~/.config/mis_mlx.toml"""
+    thermal_replay: str | None = None
+    """a recording of `thermal record` to use in place of this machine's thermometers"""
+    governor: governor.Mode = field(default_factory=default_mode)
+    """observe: only watch; throughput, steady, cool: pause for tea at 97, 92, 85 °C set points; on battery only
+    observe and cool go on; default: MIS_MLX_GOVERNOR, or steady"""
+
+
+def battery(flags: WeatherFlags) -> str:
+    """What the governor makes of a battery that this machine runs on now; empty when it does not."""
+    percent, plugged = thermal_monitor.battery_charge()
+    return "" if flags.thermal_replay or plugged is not False else governor.on_battery(flags.governor, percent)
+
+
+class Weather:
+    """Use in a `with` statement. `breaks` is the account of tea breaks; it survives in a checkpoint."""
+
+    def __init__(self, flags: WeatherFlags, log: Path | None = None, files: Files = DISK):
+        replay = None if flags.thermal_replay is None else Path(flags.thermal_replay)
+        self.monitor = thermal_monitor.open_monitor(
+            replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m
+        )
+        self.breaks = governor.TeaBreaks()
+        self._mode, self._log, self._files = flags.governor, log, files
+        self._governor: governor.Governor | None = None
+
+    def __enter__(self) -> Weather:
+        self.monitor.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.monitor.__exit__(*error)
+
+    def reading(self) -> Reading:
+        """The latest reading; of a recording the next one, and its last one again when it has ended."""
+        seen = self.monitor.history()
+        return seen[-1] if self.monitor.ended and seen else self.monitor.reading()
+
+    def last(self) -> Reading | None:
+        """The reading that was given last, without asking for a new one."""
+        seen = self.monitor.history(0.0)
+        return seen[-1] if seen else None
+
+    def now(self) -> dict[str, float]:
+        """The clock that metrics.jsonl and thermal.jsonl share."""
+        return {"time_s": round(self.monitor.clock.monotonic(), 3), "wall_s": round(self.monitor.clock.wall(), 3)}
+
+    def sigma(self) -> float:
+        """Spread of eps_halny from the last hour's measured T_env (design: 0.15 * std / 15 °C); 0 if unmeasured."""
+        air = [r.ambient_c for r in self.monitor.history(HOUR_S) if r.ambient_c is not None]
+        measured = air and ambient.t_env_kind(self.monitor.history()[-1]) == "measured"
+        return halny_sigma(statistics.pstdev(air) if measured else None)
+
+    def after(self, step: Step) -> Iterator[governor.Decision]:
+        """Ask the governor after a step, wait as it says, log each decision. The last one is run or stop."""
+        if self.monitor.replayed and self.monitor.ended:
+            return
+        if self._governor is None:
+            first = self.reading()
+            self._governor = governor.governor_for(self._mode, first, self.monitor.reasons, apple=self.monitor.apple)
+            if self._governor.blind:
+                cli.say(f"governor: {self._mode}, but blind: {self.monitor.reasons.get('die_c', 'no die temperature')}")
+        seconds = VIRTUAL_STEP_S if self.monitor.replayed else step.seconds
+        pauses = self.breaks.count
+        for decision in governor.after_step(self.monitor, self._governor, self.breaks, seconds):
+            if self.breaks.count > pauses:
+                pauses = self.breaks.count
+                cli.say(f"tea break after step {step.number}: {decision.reason}")
+            if not self._governor.blind:
+                self._write(step.number, decision)
+            yield decision
+
+    def _write(self, number: int, decision: governor.Decision) -> None:
+        if self._log is None:
+            return
+        reading = self.last()
+        values = {k: v for k, v in asdict(reading).items() if v is not None} if reading else {}
+        record = {**self.now(), "step": number, **values, **asdict(decision)}
+        self._files.append(self._log, json.dumps(record, ensure_ascii=False))
+
+    def account(self) -> dict[str, Any]:
+        """For a run's JSON: tea breaks, and where T_env and altitude came from."""
+        reading = self.last()
+        sources = dict(reading.sources) if reading else {}
+        return {
+            **self.breaks.as_json(),
+            "t_env_c": reading.ambient_c if reading else None,
+            "t_env_sigma_c": reading.ambient_sigma_c if reading else None,
+            "t_env_source": sources.get("ambient_c", "none: " + self.monitor.reasons.get("ambient_c", "not asked")),
+            "altitude_m": reading.altitude_m if reading else None,
+            "altitude_source": sources.get("altitude_m", "none"),
+        }

@@ -1,0 +1,249 @@
+"""The monitor: one thread looks at the thermometers once a second; anyone may ask for the last reading.
+
+Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C. Needs no
+root and asks nothing. Does not know what a reading is used for.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from mis_mlx.hardware.clock import Clock, VirtualClock
+from mis_mlx.hardware.thermal import linux
+from mis_mlx.hardware.thermal.ambient import Ambient, Estimate, find_altitude
+from mis_mlx.hardware.thermal.apple import Apple, AppleLook
+from mis_mlx.hardware.thermal.recording import Header, Raw, Replay
+from mis_mlx.hardware.thermal.sensor_rules import Frozen, Values, judge
+from mis_mlx.types import MisError, Reading
+
+PERIOD_S = 1.0
+HISTORY_S = 3600.0
+LONG_SLEEP_S = 5400.0  # after which everything in the case has the air's temperature
+JUST_BOOTED_S = 600.0
+VIRTUAL_SIGMA_C, VIRTUAL_SIGMA_LATER_C = 2.5, 4.0  # of TVA0: M1 and M2, later chips
+
+
+class Live:
+    """This machine's thermometers: Apple's where there are any, else Linux's; psutil for the battery."""
+
+    ended = False
+
+    def __init__(self, clock: Clock, apple_library: Path | None = None, sys_root: Path = linux.SYS):
+        self._clock = clock
+        self._root = sys_root
+        self.apple: Apple | None = None
+        self.virtual = False  # a Mac that is a virtual machine has no thermometers at all
+        self._refused: dict[str, str] = {}
+        try:
+            self.apple = Apple(apple_library)
+            names = ("hw.model", "machdep.cpu.brand_string", "kern.osversion")
+            model, chip, build = (self.apple.system(name) for name in names)
+            self.header = Header(model, chip, build)
+            self.virtual = (model or "").startswith("VirtualMac") or self.apple.system("kern.hv_vmm_present") == "\x01"
+        except OSError as error:
+            self.header = Header()
+            if sys.platform == "darwin":
+                self._refused["Apple"] = str(error)
+        self._asleep_s = clock.asleep()
+        self._rested = clock.uptime() < JUST_BOOTED_S
+
+    def look(self) -> Raw:
+        """Ask every provider once. One that fails is missing in this look only."""
+        rested = self._rested or self._clock.slept(self._asleep_s) >= LONG_SLEEP_S
+        self._rested, self._asleep_s = False, self._clock.asleep()
+        apple = self.apple.look() if self.apple else AppleLook()
+        missing = {**self._refused, **apple.missing}
+        rows: tuple[tuple[str, float], ...] = ()
+        if self.apple is None and sys.platform != "darwin":
+            rows = linux.read(self._root)
+            if not rows:
+                missing["Linux"] = "neither psutil nor hwmon nor thermal_zone shows a thermometer"
+        percent, plugged = battery_charge()
+        return Raw(
+            mono_s=self._clock.monotonic(),
+            wall_s=self._clock.wall(),
+            hid=apple.hid,
+            smc=apple.smc,
+            linux=rows,
+            pressure=apple.pressure,
+            ioreg=apple.ioreg,
+            battery_percent=percent,
+            plugged=plugged,
+            rested=rested,
+            missing=missing,
+        )
+
+    def close(self) -> None:
+        """Close what was opened."""
+        if self.apple is not None:
+            self.apple.close()
+
+
+class Monitor:
+    """Readings of one source. In a `with` statement a live one samples once a second in a daemon thread;
+    a replay has no thread: each `reading()` is the next record, and `clock` is virtual.
+
+    Sample in the parent process only: Apple's libraries do not survive a fork.
+    """
+
+    def __init__(self, source: Live | Replay, ambient: Ambient, altitude: tuple[float | None, str], clock: Clock):
+        self.source = source
+        self.clock = clock
+        self.reasons: Mapping[str, str] = {}  # field of Reading -> why it is None
+        self.raw = Raw(0.0, 0.0)  # the last look
+        self.values = Values()  # the same, judged
+        self._ambient, self._altitude = ambient, altitude
+        self._frozen = Frozen()
+        self._history: deque[Reading] = deque()
+        self._looking = threading.Lock()  # one look at a time
+        self._lock = threading.Lock()  # never held during a look, which may hang
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def replayed(self) -> bool:
+        """Whether this is a recording."""
+        return isinstance(self.source, Replay)
+
+    @property
+    def apple(self) -> bool:
+        """Whether this is a live Mac, and no virtual one: there a run without a die temperature is not safe."""
+        mac = sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
+        return mac and not self.replayed and not getattr(self.source, "virtual", False)
+
+    @property
+    def ended(self) -> bool:
+        """Whether a recording has given its last record; never for a live machine."""
+        return self.source.ended
+
+    def __enter__(self) -> Monitor:
+        if not self.replayed:
+            self.look()
+            self._thread = threading.Thread(target=self._sample, name="thermometers", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+        if self._thread is None or not self._thread.is_alive():
+            self.source.close()  # a thread that hangs in a system call still needs the source
+
+    def _sample(self) -> None:
+        while not self._done.wait(PERIOD_S):
+            self.look()
+
+    def reading(self) -> Reading:
+        """The latest reading; of a recording, the next one."""
+        if self._thread is None:
+            return self.look()
+        with self._lock:
+            return self._history[-1]
+
+    def history(self, seconds: float = HISTORY_S) -> list[Reading]:
+        """Readings of the last `seconds`, an hour at most, oldest first."""
+        with self._lock:
+            newest = self._history[-1].time_s if self._history else 0.0
+            return [reading for reading in self._history if reading.time_s >= newest - seconds]
+
+    def look(self) -> Reading:
+        """Look now: read, judge, estimate the air, remember."""
+        with self._looking:
+            return self._look()
+
+    def _look(self) -> Reading:
+        raw = self.source.look()
+        values = judge(raw)
+        estimate = self._ambient.update(values, raw.mono_s, raw.rested)
+        stuck = self._frozen.stuck(raw.mono_s, values.die_c, values.power_w)
+        reading, reasons = self._reading(raw, values, estimate, stuck)
+        with self._lock:
+            self.raw, self.values, self.reasons = raw, values, reasons
+            self._history.append(reading)
+            while self._history[0].time_s < reading.time_s - HISTORY_S:
+                self._history.popleft()
+        return reading
+
+    def _reading(
+        self, raw: Raw, values: Values, estimate: Estimate | None, stuck: bool
+    ) -> tuple[Reading, dict[str, str]]:
+        no_air = "no --temperature-c, no start after a long rest, no SMC TVA0, no calm palm or battery to tell it from"
+        found: dict[str, tuple[float | int | bool | None, str, str]] = {  # value, source, reason if None
+            name: (getattr(values, name), values.sources.get(name, ""), values.reasons.get(name, ""))
+            for name in ("die_c", "battery_c", "power_w")
+        }
+        if stuck:
+            found["die_c"] = (None, "", f"stuck at {values.die_c} °C for {Frozen.HOLD_S:.0f} s")
+        found["ambient_c"] = (estimate.celsius, estimate.source, "") if estimate else (None, "", no_air)
+        found["pressure_level"] = (raw.pressure, "notify(3)", raw.missing.get("pressure", "not a Mac"))
+        found["battery_percent"] = (raw.battery_percent, "psutil", "no battery")
+        found["plugged"] = (raw.plugged, "psutil", "no battery")
+        found["altitude_m"] = (*self._altitude, "no --altitude-m and none in the configuration file")
+        sources = {
+            name: _labelled(source, self.replayed and name != "altitude_m")
+            for name, (value, source, _) in found.items()
+            if value is not None
+        }
+        reading = Reading(
+            time_s=raw.mono_s,
+            ambient_sigma_c=estimate.sigma_c if estimate else None,
+            sources=sources,
+            **{name: value for name, (value, _, _) in found.items()},  # type: ignore[arg-type]
+        )
+        return reading, {name: reason for name, (value, _, reason) in found.items() if value is None}
+
+
+def open_monitor(
+    *,
+    replay: Path | None = None,
+    given_ambient_c: float | None = None,
+    altitude_m: float | None = None,
+    clock: Clock | None = None,
+    config: Path | None = None,
+    apple_library: Path | None = None,
+    sys_root: Path = linux.SYS,
+) -> Monitor:
+    """A monitor of this machine, or of the recording `replay`; use it in a `with` statement.
+
+    `given_ambient_c`: the user's own thermometer; `altitude_m`: else from the recording, else from
+    `config` (~/.config/mis_mlx.toml). `clock`: a `VirtualClock` for tests. `apple_library`, `sys_root`:
+    stand-ins for Apple's libraries and /sys. Raises MisError for impossible values and bad recordings.
+    """
+    if given_ambient_c is not None and not -60 <= given_ambient_c <= 60:
+        raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
+    source: Live | Replay
+    if replay is not None:
+        clock = clock if isinstance(clock, VirtualClock) else VirtualClock()
+        source = Replay(replay, clock)
+    else:
+        clock = clock or Clock()
+        source = Live(clock, apple_library, sys_root)
+    early = (source.header.chip or "").startswith(("Apple M1", "Apple M2"))
+    ambient = Ambient(given_ambient_c, VIRTUAL_SIGMA_C if early else VIRTUAL_SIGMA_LATER_C)
+    return Monitor(source, ambient, find_altitude(altitude_m, source.header, config), clock)
+
+
+def battery_charge() -> tuple[float | None, bool | None]:
+    """`(percent, plugged in)`; `None` where there is no battery or psutil cannot tell."""
+    ask = getattr(psutil, "sensors_battery", None)
+    try:
+        battery = ask() if ask else None
+    except (OSError, ValueError, psutil.Error):
+        battery = None
+    return (None, None) if battery is None else (float(battery.percent), battery.power_plugged)
+
+
+def _labelled(source: str, replayed: bool) -> str:
+    """ "replay " before every witness that is not the user."""
+    parts = source.split(" + ")
+    return " + ".join(f"replay {part}" if replayed and part != "given" else part for part in parts)

@@ -1,0 +1,256 @@
+"""Which axes of a llama-family model can shrink, and what tensors a config promises.
+
+Pure functions of the config. Does not read weights and does not import mlx_lm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mis_mlx.models.config import Shape, normalised, shape_of
+from mis_mlx.types import Checkpoint, MisError, Space, TensorAt
+
+# A ratio per axis, kept / before. gazda: what was measured best at GÓRAL's size on SmolLM2-135M, 28 of 30 layers and
+# half of the FFN (benchmarks/recovery.py). The others: table 1 of the paper, on its 96-layer 8192/28672 teacher.
+SCENARIOS: dict[str, dict[str, float]] = {
+    "gazda": {"layers": 28 / 30, "ffn": 1 / 2},
+    "goral": {"layers": 64 / 96, "ffn": 22528 / 28672},
+    "baca": {"hidden": 6144 / 8192},
+    "halny": {"ffn": 16384 / 28672},
+    "juhas": {"layers": 64 / 96},
+    "zbojnik": {"layers": 48 / 96, "ffn": 12288 / 28672},
+}
+MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models
+    "model_type": "llama",
+    "num_hidden_layers": 96,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "quantization": {"group_size": 64, "bits": 4},
+}
+FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
+TAPS = {"ffn": ("mlp", "down_proj"), "heads": ("self_attn", "o_proj"), "norm1": ("self_attn", "q_proj"),
+        "norm2": ("mlp", "gate_proj")}  # axis -> whose input is looked at  # fmt: skip
+READERS = {"ffn": ("down_proj",), "heads": ("o_proj",), "norm1": ("q_proj", "k_proj", "v_proj"),
+           "norm2": ("gate_proj", "up_proj")}  # axis -> which matrices read it  # fmt: skip
+
+
+def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names (without `model.layers.N.`) and shapes (out, in) of one block's tensors, in forward order."""
+    s, kind = shape_of(config), config["model_type"]
+    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    tensors: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (s.hidden,)}
+    for name, out in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+        tensors[f"self_attn.{name}.weight"] = (out, s.hidden)
+        if kind == "qwen2" or (kind != "qwen3" and config.get("attention_bias")):  # mlx-lm's qwen3 has no biases
+            tensors[f"self_attn.{name}.bias"] = (out,)
+    if kind == "qwen3":
+        tensors |= {"self_attn.q_norm.weight": (s.head_dim,), "self_attn.k_norm.weight": (s.head_dim,)}
+    tensors["self_attn.o_proj.weight"] = (s.hidden, q)
+    if kind in ("llama", "mistral") and config.get("attention_bias"):
+        tensors["self_attn.o_proj.bias"] = (s.hidden,)
+    tensors["post_attention_layernorm.weight"] = (s.hidden,)
+    for name, out, into in (
+        ("gate_proj", s.ffn, s.hidden),
+        ("up_proj", s.ffn, s.hidden),
+        ("down_proj", s.hidden, s.ffn),
+    ):
+        tensors[f"mlp.{name}.weight"] = (out, into)
+        if kind in ("llama", "mistral") and config.get("mlp_bias"):
+            tensors[f"mlp.{name}.bias"] = (out,)
+    return tensors
+
+
+def block_of(name: str) -> int | None:
+    """The number of the block that the tensor `model.layers.N. ...` belongs to; None outside of blocks."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
+
+
+def tensors_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an unquantized model of this config: Hugging Face name -> shape, in forward order."""
+    s = shape_of(config)
+    block = layer_tensors(config)
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
+    for i in range(s.layers):
+        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+    tensors["model.norm.weight"] = (s.hidden,)
+    if not s.tied:
+        tensors["lm_head.weight"] = (s.vocab, s.hidden)
+    return tensors
+
+
+def params(config: Mapping[str, Any]) -> int:
+    """Number of parameters, computed from the shape; a tied embedding counts once."""
+    s = shape_of(config)
+    block = sum(math.prod(shape) for shape in layer_tensors(config).values())
+    return s.layers * block + s.vocab * s.hidden * (1 if s.tied else 2) + s.hidden
+
+
+def spaces(config: Mapping[str, Any]) -> dict[str, Space]:
+    """The axes that can shrink, and which tensors write and read them ('{i}' is the layer number)."""
+    s, layer, names = shape_of(config), "model.layers.{i}.", layer_tensors(config)
+
+    def present(*candidates: str) -> tuple[str, ...]:
+        return tuple(layer + n for n in candidates if n in names)
+
+    return {
+        "ffn": Space(
+            "ffn",
+            s.ffn,
+            1,
+            present("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            present("mlp.down_proj.weight"),
+            present("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+        ),
+        "heads": Space(
+            "heads",
+            s.heads * s.head_dim,
+            s.head_dim,
+            present("self_attn.q_proj.weight"),
+            present("self_attn.o_proj.weight"),
+            present("self_attn.q_proj.bias"),
+        ),
+        "kv_heads": Space(
+            "kv_heads",
+            s.kv_heads * s.head_dim,
+            s.head_dim,
+            present("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+            (),
+            present("self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        ),
+        "hidden": Space(
+            "hidden",
+            s.hidden,
+            1,
+            present("self_attn.o_proj.weight", "mlp.down_proj.weight"),
+            (
+                "model.embed_tokens.weight",
+                "lm_head.weight",
+                *present(
+                    "self_attn.q_proj.weight",
+                    "self_attn.k_proj.weight",
+                    "self_attn.v_proj.weight",
+                    "mlp.gate_proj.weight",
+                    "mlp.up_proj.weight",
+                ),
+            ),
+            (
+                "model.norm.weight",
+                *present(
+                    "input_layernorm.weight",
+                    "post_attention_layernorm.weight",
+                    "self_attn.o_proj.bias",
+                    "mlp.down_proj.bias",
+                ),
+            ),
+        ),
+        "layers": Space("layers", s.layers, 1),
+    }
+
+
+def check_tensors(checkpoint: Checkpoint) -> None:
+    """Predict every tensor from the config and compare with the headers: names and shapes, quantized or not."""
+    found = checkpoint.tensors
+    expected = tensors_of(checkpoint.config)
+    for name, shape in expected.items():
+        at = found.get(name)
+        if at is None:
+            raise MisError(
+                f"{checkpoint.path}: config.json promises {name} {list(shape)}, no file holds it: "
+                "download the model again"
+            )
+        packed = at.dtype == "U32" and name.removesuffix(".weight") + ".scales" in found
+        if at.shape != shape and not (packed and len(shape) == 2 and at.shape[0] == shape[0]):
+            raise MisError(
+                f"{at.file}: {name} is {list(at.shape)}, config.json makes it {list(shape)}: "
+                "files and config belong to different models"
+            )
+    known = {n.removesuffix(".weight") for n in expected}
+    for name in found:
+        stem = name.rsplit(".", 1)[0]
+        packing = name.endswith((".scales", ".biases")) and stem in known
+        if name in expected or name == "lm_head.weight" or "rotary_emb" in name or packing:
+            continue
+        raise MisError(
+            f"{found[name].file}: holds {name}, which a {checkpoint.config['model_type']} of "
+            f"{shape_of(checkpoint.config)} has no place for: files and config differ"
+        )
+
+
+def is_quantized(tensors: Mapping[str, TensorAt]) -> bool:
+    """Whether any weight is packed (has scales beside it)."""
+    return any(name.endswith(".scales") for name in tensors)
+
+
+def _nearest(value: float, multiple: int, most: int) -> int:
+    """The multiple nearest to `value` in [multiple, most]; `most` itself where no multiple fits."""
+    if most < multiple:
+        return most
+    return min(max(round(value / multiple), 1), most // multiple) * multiple
+
+
+def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact: int | None) -> Shape:
+    """The student's shape: each axis by scenario ratio, or exactly as given; rounded so that kernels like it.
+
+    FFN to a multiple of 256 (or kept as it is when smaller), hidden to a multiple the heads divide.
+    Raises MisError where a cut would give a model that no loader accepts.
+    """
+    s, kind = shape_of(config), config["model_type"]
+    sizes = {"layers": s.layers, "ffn": s.ffn, "kv_heads": s.kv_heads, "heads": s.heads, "hidden": s.hidden}
+    step = {"layers": 1, "ffn": FFN_MULTIPLE, "kv_heads": 1, "heads": s.kv_heads, "hidden": math.lcm(16, s.heads)}
+    for axis, before in sizes.items():
+        wanted = exact.get(axis)
+        if wanted is not None:
+            if not 1 <= wanted <= before:
+                raise MisError(f"--{axis} {wanted} is outside 1 to {before}, which the teacher has: choose within")
+            sizes[axis] = wanted
+        elif axis in ratios:
+            sizes[axis] = _nearest(before * ratios[axis], step[axis], before)
+    kv, each = sizes["kv_heads"], s.heads // s.kv_heads
+    if exact.get("heads") is None and "heads" not in ratios:
+        sizes["heads"] = each * kv
+    if sizes["heads"] % kv or sizes["heads"] > each * kv:
+        raise MisError(
+            f"--heads {sizes['heads']} does not divide into {kv} key-value heads, of which the teacher's have {each} "
+            f"query heads each: choose a multiple of {kv}, {each * kv} at most"
+        )
+    if kind != "qwen3" and sizes["hidden"] % sizes["heads"]:
+        raise MisError(
+            f"hidden {sizes['hidden']} is not a multiple of {sizes['heads']} heads, which transformers "
+            f"demands of a {kind}: choose --hidden as a multiple of {sizes['heads']}"
+        )
+    if kind == "qwen2" and sizes["hidden"] // sizes["heads"] != s.head_dim:
+        raise MisError(
+            f"a qwen2 cannot change hidden ({s.hidden} to {sizes['hidden']}) or heads alone, its head "
+            "size is their quotient: cut --layers and --ffn instead"
+        )
+    return Shape(sizes["layers"], sizes["hidden"], sizes["ffn"], sizes["heads"], kv, s.head_dim, s.vocab, s.tied)
+
+
+def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, ...], dtype: str) -> dict[str, Any]:
+    """The teacher's config.json edited to `shape`: an ordinary, uniform model that every runtime opens.
+
+    Both spellings of rope, explicit head_dim and tying; quantization keys dropped.
+    """
+    c = normalised(config)
+    for key in ("quantization", "quantization_config", "dtype"):  # transformers 5 would believe dtype, not torch_dtype
+        c.pop(key, None)
+    if c.get("layer_types"):
+        c["layer_types"] = [c["layer_types"][i] for i in layers]
+    c |= {
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "torch_dtype": dtype,
+    }
+    c["rope_parameters"] = {"rope_type": "default", **(c.get("rope_scaling") or {}), "rope_theta": c["rope_theta"]}
+    return c

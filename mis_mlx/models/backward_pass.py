@@ -1,0 +1,83 @@
+"""One streamed pass forwards and one back, from the log-probability of next tokens that the model itself draws.
+
+The data's own tokens would make what is measured the empirical Fisher of arXiv 2204.09656. Does not know what is
+measured on the way. One block is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.hardware import lanes
+from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.models import host_losses, load, policy, stream
+from mis_mlx.models.config import shape_of
+from mis_mlx.types import Checkpoint
+
+Some = Sequence[mx.array]  # of as many batches as there are lanes
+Visit = Callable[[int, nn.Module], Callable[[Some, Some], Some]]
+
+
+def backwards(
+    checkpoint: Checkpoint,
+    batches: Sequence[mx.array],
+    dtype: mx.Dtype,
+    visit: Visit,
+    seed: int = 0,
+    kept: stream.Hidden | None = None,
+) -> None:
+    """One pass forwards, then from the last block to the first: `visit(i, block)` gives what takes batches back.
+
+    That is a function of the block's inputs x [(B, T, D)] and d log p(drawn tokens) / d output [(B, T, D)] of some
+    batches, which gives d log p / d x [(B, T, D)]. Token ids [(B, T)]. kept: a place for the inputs of all blocks,
+    L * len(batches) arrays (B, T, D); default: memory.
+    """
+    kept = [] if kept is None else kept
+    source, n = stream.Stream(checkpoint, dtype), len(batches)
+    source.embed(batches, kept)
+    for _, block in source.blocks(range(source.layers - 1)):
+        kept.extend(source.through(block, kept[-n:]))
+    back: list[mx.array] = []
+    for i, block in source.blocks(range(source.layers - 1, -1, -1)):
+        if not back:
+            last = source.through(block, kept[-n:])
+            back = [_drawn(checkpoint, source, h, mx.random.key(seed * n + b)) for b, h in enumerate(last)]
+        through = visit(i, block)
+        for b in range(0, n, width := lanes.count()):
+            some = range(b, min(b + width, n))
+            back[some.start : some.stop] = through([kept[i * n + k] for k in some], back[some.start : some.stop])
+
+
+def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array) -> mx.array:
+    """d log p(drawn token) / d hidden (B, T, D), of the last block's output; one draw a position."""
+    norm = load.final_norm(checkpoint, source.dtype)
+    head, parts = source.head(), []
+    flat = hidden.reshape(-1, hidden.shape[-1])
+
+    def logits(x: mx.array) -> mx.array:
+        return load.logits(head, norm(x)).astype(mx.float32)
+
+    for start in range(0, len(flat), rows := chunk_rows(shape_of(checkpoint.config).vocab)):
+        z = logits(flat[start : start + rows])
+        key, now = mx.random.split(key)
+        drawn = mx.random.categorical(z, key=now)
+        there = _pulls(z, drawn)
+        parts.append(mx.vjp(logits, [flat[start : start + rows]], [there])[1][0])
+        stream.settle(parts[-1])
+    return mx.concatenate(parts).reshape(hidden.shape)
+
+
+def _pulls(z: mx.array, drawn: mx.array) -> mx.array:
+    """d log softmax(z)[drawn] / d z (n, V), for z (n, V) and drawn (n,). On a CPU z is made over into it."""
+    if policy.name() != "cpu":
+        return (mx.arange(z.shape[-1]) == drawn[:, None]).astype(mx.float32) - mx.softmax(z, axis=-1)
+    stream.settle(z, drawn)
+    at, p = np.array(drawn), host_losses.view(z)
+    host_losses.by_rows(host_losses.softmax, p)
+    np.negative(p, out=p)
+    p[np.arange(len(p)), at] += 1.0
+    return z

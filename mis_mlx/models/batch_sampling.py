@@ -1,0 +1,80 @@
+"""Many completions at once through mlx-lm's batched generation: a prompt is read once, its keys serve all of them.
+
+Does not know what completions are for. What is drawn depends on the weights, the prompt and the seed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx.models import load
+from mis_mlx.models.stream import settle
+
+Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) -> tokens (B,)
+
+
+def sampler(temperature: float, seed: int) -> Sampler:
+    """Draws from softmax(logits / temperature) with random numbers of its own; greedy at temperature 0."""
+    state = [mx.random.key(seed)]
+
+    def draw(logps: mx.array) -> mx.array:
+        if temperature == 0:
+            return mx.argmax(logps, axis=-1)
+        key, state[0] = mx.random.split(state[0])
+        return mx.random.categorical(logps / temperature, key=key)
+
+    return draw
+
+
+def groups(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    max_tokens: int,
+    stop: Collection[int],
+    draw: Sampler,
+    at_once: int,
+) -> list[list[list[int]]]:
+    """`count` completions of each prompt as token ids; each ends with its stop token, or after `max_tokens`.
+
+    at_once: completions generated together; a prompt's come in one batch, so that it is read once.
+    """
+    found, each = list[list[list[int]]](), max(1, at_once // count)
+    for start in range(0, len(prompts), each):
+        part, caches = prompts[start : start + each], list[Any]()
+        for prompt in part:
+            cache = load.mlx_lm("models.cache").make_prompt_cache(model)
+            if len(prompt) > 1:
+                model(mx.array([*prompt[:-1]])[None], cache=cache)
+                settle([layer.state for layer in cache])
+            caches += [cache] * count  # read only: mlx-lm merges them into a new one
+        made = _generate(model, [list(p[-1:]) for p in part for _ in range(count)], caches, max_tokens, stop, draw)
+        found += [made[i : i + count] for i in range(0, len(made), count)]
+    return found
+
+
+def _generate(
+    model: nn.Module,
+    prompts: list[list[int]],
+    caches: Sequence[Any],
+    max_tokens: int,
+    stop: Collection[int],
+    draw: Sampler,
+) -> list[list[int]]:
+    generator = load.mlx_lm("generate").BatchGenerator(
+        model, max_tokens=max_tokens, stop_tokens=[[t] for t in sorted(stop)], sampler=draw,
+        completion_batch_size=len(prompts), prefill_batch_size=len(prompts),
+    )  # fmt: skip
+    try:
+        numbers = generator.insert(prompts, caches=caches)
+        found: dict[int, list[int]] = {number: [] for number in numbers}
+        while responses := generator.next_generated():
+            for response in responses:
+                found[response.uid].append(response.token)
+    finally:
+        generator.close()
+    return [found[number] for number in numbers]

@@ -1,0 +1,226 @@
+"""Several machines on one job, started by `mlx.launch`: which one this is, and what all of them do together.
+
+The transport is MLX's (`mx.distributed`: ring, JACCL, MPI). Every machine runs the same program; the first one writes
+the run, the others work in a folder that goes with them. Alone, all of this gives back what it was given and costs
+nothing. Does not know what is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.hardware import sockets
+from mis_mlx.models import stream
+from mis_mlx.storage.files import Files, reported
+from mis_mlx.types import MisError
+
+CHUNK_BYTES = 1 << 26  # of a file, sent in one go
+GROUP_BYTES = 1 << 25  # of gradients, added up in one go
+T = TypeVar("T")
+Arrays = Mapping[str, Mapping[str, mx.array]]  # by checkpoint file and name
+
+
+class Lost(MisError):
+    """A machine beside this one is gone. From here on this one counts as alone."""
+
+
+@dataclass
+class _World:
+    rank: int
+    size: int
+
+
+@cache
+def _world() -> _World:
+    if cli.rank() is None:
+        return _World(0, 1)
+    try:
+        group = mx.distributed.init(strict=True)
+    except (RuntimeError, ValueError) as error:
+        raise MisError(f"the machines do not reach each other ({error}): look at the hosts and cables") from None
+    sockets.notice_the_dead()
+    return _World(group.rank(), group.size())
+
+
+def size() -> int:
+    """How many machines work together."""
+    return _world().size
+
+
+def number() -> int:
+    """Which of them this is, from 0."""
+    return _world().rank
+
+
+def first() -> bool:
+    """Whether this is the machine that writes checkpoints, metrics and models, and speaks."""
+    return _world().rank == 0
+
+
+def share(items: Any) -> Any:
+    """This machine's part of a sequence, what a step or a pass is made of: every `size`-th item; perhaps none."""
+    return items[_world().rank :: size()]
+
+
+def _settled(made: Any) -> Any:
+    """`made`, which others have a part in, evaluated. Lost when one of them is gone."""
+    try:
+        stream.settle(made)
+    except RuntimeError as error:
+        if size() == 1 or cli.device_trouble(error):  # this machine's own
+            raise
+        _world().size = 1
+        raise Lost(f"a machine beside this one is gone ({error}): resume on as many as there are") from None
+    return made
+
+
+def add_up(named: dict[str, mx.array]) -> None:
+    """Arrays, all alike everywhere, become their sums over the machines, in place; the same bits on each.
+
+    A few at a time, so that nobody holds all of them twice who holds them here alone.
+    """
+    n, waiting = size(), list(named)
+    while waiting and n > 1:
+        names = [waiting.pop()]
+        while waiting and sum(named[name].nbytes for name in names) < GROUP_BYTES:
+            names.append(waiting.pop())
+        means = nn.average_gradients([named[name] for name in names])
+        named |= {name: mean * n for name, mean in zip(names, means, strict=True)}
+        _settled([named[name] for name in names])
+
+
+def totals(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Float64 arrays, of the same shapes everywhere, summed over the machines."""
+    if size() == 1 or not arrays:
+        return list(arrays)
+    flat = mx.array(np.concatenate([np.asarray(a, np.float64).reshape(-1) for a in arrays]), mx.float64)
+    whole = np.array(_settled(mx.distributed.all_sum(flat, stream=mx.cpu)))
+    ends = np.cumsum([np.size(a) for a in arrays])[:-1]
+    return [part.reshape(np.shape(a)) for part, a in zip(np.split(whole, ends), arrays, strict=True)]
+
+
+def gather(value: Any) -> list[Any]:
+    """A value that JSON holds, of every machine, in their order."""
+    if (n := size()) == 1:
+        return [value]
+    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = _settled(mx.distributed.all_gather(mx.array([len(said)]))).tolist()
+    padded = np.zeros(max(lengths), np.uint8)
+    padded[: len(said)] = said
+    heard = np.array(_settled(mx.distributed.all_gather(mx.array(padded)))).reshape(n, -1)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(heard, lengths, strict=True)]
+
+
+def joined(mine: Sequence[Any]) -> list[Any]:
+    """The whole of which every machine has what `share` gave it; JSON holds the items."""
+    parts = gather(list(mine))
+    whole = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
+def anywhere(flag: object) -> bool:
+    """Whether `flag` is true on any machine."""
+    return any(gather(bool(flag)))
+
+
+def told(make: Callable[[], T]) -> T:
+    """What `make()` gives on the first machine, to all; nobody else calls it. JSON holds it."""
+    return make() if size() == 1 else gather(make() if first() else None)[0]
+
+
+def sent(data: np.ndarray, root: int = 0) -> np.ndarray:
+    """The bytes (n,) uint8 that `root` has; n is the same everywhere, what others have does not count."""
+    if size() == 1:
+        return data
+    mine = mx.array(data) if _world().rank == root else mx.zeros(data.shape, mx.uint8)
+    return np.array(_settled(mx.distributed.all_sum(mine)))
+
+
+def sent_array(array: mx.array, root: int = 0) -> mx.array:
+    """The array that `root` has, bit for bit; its shape and dtype are the same everywhere."""
+    raw = sent(np.array(array.reshape(-1).view(mx.uint8)), root)
+    return array if number() == root else mx.array(raw).view(array.dtype).reshape(array.shape)
+
+
+def passed_on(array: mx.array) -> None:
+    """To the next machine, which says `received` now or later; this one waits until most of it has left."""
+    _settled(mx.distributed.send(array, number() + 1, stream=mx.cpu))
+
+
+def received(like: mx.array) -> mx.array:
+    """What the machine before this one `passed_on`; of the shape and dtype of `like`."""
+    return _settled(mx.distributed.recv(like.shape, like.dtype, number() - 1, stream=mx.cpu))
+
+
+def sent_arrays(arrays: Callable[[], Arrays]) -> dict[str, dict[str, mx.array]]:
+    """The arrays of the first machine, bit for bit; where there are several."""
+    mine = arrays() if first() else {}
+    listed = [(key, name, a.shape, str(a.dtype)) for key, named in mine.items() for name, a in named.items()]
+    found: dict[str, dict[str, mx.array]] = {}
+    for key, name, shape, kind in told(lambda: listed):
+        whole = mine[key][name] if first() else mx.zeros(shape, getattr(mx, kind.removeprefix("mlx.core.")))
+        found.setdefault(key, {})[name] = sent_array(whole)
+    return found
+
+
+def sent_file(path: Path, files: Files, root: int = 0) -> None:
+    """A file that `root` has, and others lack, to all."""
+    nbytes = gather(path.stat().st_size if path.exists() else 0)[root]
+    mine = _world().rank == root
+    counts = [min(CHUNK_BYTES, nbytes - at) for at in range(0, nbytes, CHUNK_BYTES)]
+    if mine:
+        for number, count in enumerate(counts):
+            sent(np.fromfile(path, np.uint8, count, offset=number * CHUNK_BYTES), root)
+        return
+    with reported(path.parent, path.name, nbytes), files.replacing(path) as temp:
+        files.write(temp, b"")
+        for count in counts:
+            files.extend(temp, sent(np.zeros(count, np.uint8), root).tobytes())
+        files.fsync(temp)
+
+
+def sent_folder(folder: Path, files: Files) -> None:
+    """A folder of the first machine, where there are several, made on all others."""
+    if size() == 1:
+        return
+    names = told(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
+    for name in names:
+        files.make_folder((folder / name).parent)
+        sent_file(folder / name, files)
+
+
+@contextmanager
+def workplace(folder: Path | None) -> Iterator[Path]:
+    """The run's folder, on the first machine; on others one of their own that goes when they are done."""
+    if folder and first():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix=f"mis_mlx-{os.getpid()}-") as made:
+        yield Path(made)
+
+
+def same(what: Mapping[str, Any]) -> None:
+    """MisError where machines have different things under one name."""
+    heard = gather(dict(what))
+    for number, other in enumerate(heard):
+        for name, value in heard[0].items():
+            if other[name] != value:
+                raise MisError(
+                    f"machine {number} has another {name} than machine 0 ({str(other[name])[:12]}, not "
+                    f"{str(value)[:12]}): give all of them the same"
+                )

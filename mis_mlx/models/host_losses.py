@@ -1,0 +1,110 @@
+"""The losses of a vocabulary by numpy, a few rows at a time: where MLX computes on a CPU.
+
+MLX's exp takes one number at a time there, seven times as long as numpy's; and a few rows stay in the processor's cache
+from the first operation to the last. maths/losses has the formulas, which a GPU computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.hardware import lanes
+from mis_mlx.maths.losses import Logits, chunk_rows
+from mis_mlx.models import stream
+
+ROWS = 8  # at a time: 1.5 MB of logits for a vocabulary of 49,152
+
+
+def view(array: mx.array) -> np.ndarray:
+    """The memory of an array, evaluated; numpy may write there."""
+    stream.settle(array)
+    whole: Any = array
+    return np.asarray(memoryview(whole))
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    """Rows z (n, V) become softmax(z), in place; their logsumexp (n,)."""
+    top = z.max(axis=1)
+    z -= top[:, None]
+    np.exp(z, out=z)
+    total = z.sum(axis=1)
+    z *= (1.0 / total)[:, None]
+    return np.asarray(top + np.log(total))
+
+
+def by_rows(work: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+    """`work` of these arrays (n, ...), a few rows at a time, in as many threads as there are lanes: (n, ...)."""
+
+    def of_piece(start: int) -> np.ndarray:
+        with np.errstate(all="ignore"):  # who gets NaN says so
+            return work(*(array[start : start + ROWS] for array in arrays))
+
+    with ThreadPoolExecutor(lanes.count()) as pool:
+        return np.concatenate(list(pool.map(of_piece, range(0, len(arrays[0]), ROWS))))
+
+
+def _kl(temperature: float, z: np.ndarray, target: np.ndarray, learn: np.ndarray) -> np.ndarray:
+    """KL(softmax(target / T) || softmax(z / T)) of rows (n, V), (n,) nats; z becomes its gradient times `learn`."""
+    if temperature != 1.0:
+        z *= 1.0 / temperature
+        target *= 1.0 / temperature
+    p = target.copy()
+    lse_t = softmax(p)
+    target -= z
+    lse_s = softmax(z)
+    each = np.einsum("ij,ij->i", p, target) - lse_t + lse_s
+    z -= p
+    z *= (learn / temperature)[:, None]
+    return np.asarray(each)
+
+
+def kl_gradients(
+    student: mx.array,
+    head: mx.array,
+    teacher: mx.array,
+    teacher_logits: Logits,
+    learn: mx.array,
+    temperature: float = 1.0,
+    frozen_head: bool = False,
+) -> tuple[float, mx.array, mx.array | None]:
+    """`losses.kl_sum` without labels: (the sum, its gradients in student (n, D) and in head (V, D)), evaluated.
+
+    Of a frozen head there is no gradient.
+    """
+    loss, dh, dw = 0.0, list[mx.array](), None if frozen_head else mx.zeros_like(head)
+    weights, kl = np.array(learn, np.float32), partial(_kl, temperature)
+    for start in range(0, len(student), rows := chunk_rows(head.shape[0])):
+        at = slice(start, start + rows)
+        z, target = ((student[at] @ head.T).astype(mx.float32), teacher_logits(teacher[at]).astype(mx.float32))
+        stream.settle(z, target)
+        each = by_rows(kl, view(z), view(target), weights[at])
+        loss += float(each.astype(np.float64) @ weights[at])
+        g = z.astype(head.dtype)  # what numpy made of it
+        dh.append(g @ head)
+        dw = None if dw is None else mx.addmm(dw, g.T, student[at])
+        stream.settle(dh[-1], dw)
+    return loss, mx.concatenate(dh), dw
+
+
+def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
+    """What `losses.Reference` says of logits (n, V) float32, which are made over: (n, 4), the teacher's nll, the
+    student's nll, KL(teacher || student), both in nats, and whether the top token is the same."""
+    stream.settle(teacher, student)
+    return by_rows(_compare, view(teacher), view(student), np.array(targets))
+
+
+def _compare(z_t: np.ndarray, z: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    at = np.arange(len(z)), targets
+    said_t, said, same = z_t[at], z[at], z_t.argmax(axis=1) == z.argmax(axis=1)
+    p = z_t.copy()
+    lse_t = softmax(p)
+    z_t -= z
+    lse = softmax(z)
+    kl = np.einsum("ij,ij->i", p, z_t) - lse_t + lse
+    return np.stack([lse_t - said_t, lse - said, kl, same], axis=1)

@@ -1,0 +1,236 @@
+"""Open a model folder and build mlx-lm's modules from it. The only door to mlx_lm.
+
+Does not know what is done with the model. `mlx_lm` takes seconds to import and lowers the process's
+open-file limit, so it is imported inside functions and kept from doing that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx.maths import lookup, rounding
+from mis_mlx.models import arch, policy, tokenizer_check
+from mis_mlx.models.config import normalised, read_config, shape_of
+from mis_mlx.storage import safetensors
+from mis_mlx.types import Checkpoint, MisError
+
+Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
+EMBEDDING, NORM = "model.embed_tokens.", "model.norm."
+NOT_OURS = (
+    "{}: the weights are quantized in a format other than MLX's: use the unquantized model, "
+    "or convert it with mlx_lm.convert"
+)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A folder that passed the gate: headers, config, and that they fit each other. Reads no weights."""
+    folder = Path(path)
+    config = read_config(folder)
+    checkpoint = Checkpoint(folder, config, safetensors.index(folder))
+    arch.check_tensors(checkpoint)
+    return checkpoint
+
+
+def labels(folders: Sequence[str | Path], taken: tuple[str, ...] = ()) -> list[str]:
+    """What to call each folder in a table: the end of its path, as long as it takes to be like no other."""
+
+    def name(path: Path) -> str:
+        others = [*map(Path, taken), *(Path(f) for f in folders if Path(f) != path)]
+        for count in range(1, len(path.parts) + 1):
+            if all(path.parts[-count:] != other.parts[-count:] for other in others):
+                return str(Path(*path.parts[-count:]))
+        return str(path)
+
+    return [name(Path(folder)) for folder in folders]
+
+
+def mlx_lm(module: str) -> ModuleType:
+    """`mlx_lm.<module>`, imported now, with the process's limits left as they were.
+
+    mlx_lm lowers the hard limit on open files, which cannot be raised again: so it must not get to do it.
+    """
+    setrlimit = resource.setrlimit
+    resource.setrlimit = lambda *_: None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(f"mlx_lm.{module}")
+    finally:
+        resource.setrlimit = setrlimit
+
+
+def _model_module(config: Mapping[str, Any]) -> ModuleType:
+    kind = config["model_type"]
+    return mlx_lm(f"models.{'llama' if kind == 'mistral' else kind}")
+
+
+def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
+    """Swap the linears and embeddings under `prefix` whose weights are packed on disk for quantized ones."""
+    settings = checkpoint.config.get("quantization") or {}
+
+    def settings_of(path: str, child: nn.Module) -> bool | dict[str, Any]:
+        full = prefix + path
+        if f"{full}.scales" not in checkpoint.tensors or not hasattr(child, "to_quantized"):
+            return False
+        own = settings.get(full)
+        common = {k: settings[k] for k in ("group_size", "bits", "mode") if k in settings}
+        return own if isinstance(own, dict) else common
+
+    if arch.is_quantized(checkpoint.tensors) and policy.keeps_packed():
+        if "bits" not in settings:
+            raise MisError(NOT_OURS.format(checkpoint.path))
+        nn.quantize(module, class_predicate=settings_of)
+
+
+def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype, raw: Raw | None = None) -> list[tuple[str, mx.array]]:
+    """Lazy arrays of every tensor whose name begins with `prefix`, the prefix cut off, floats cast to `dtype`.
+
+    raw: the tensors as stored, by full name, where they are in memory already.
+    """
+    names = [n for n in checkpoint.tensors if n.startswith(prefix) and "rotary_emb" not in n]
+    if shape_of(checkpoint.config).tied:
+        names = [n for n in names if not n.startswith("lm_head.")]
+    raw = safetensors.lazy(checkpoint.tensors, names) if raw is None else raw
+    if not policy.keeps_packed() and arch.is_quantized(checkpoint.tensors):
+        names = [n for n in names if not n.endswith((".scales", ".biases"))]
+        return [(n.removeprefix(prefix), dense(checkpoint, n, raw).astype(dtype)) for n in names]
+    # Integers are packed weights, or the 8-bit scales of mxfp4 and nvfp4: these stay what they are.
+    floats = {n for n in names if mx.issubdtype(raw[n].dtype, mx.floating)}
+    return [(n.removeprefix(prefix), raw[n].astype(dtype) if n in floats else raw[n]) for n in names]
+
+
+def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array:
+    """One weight as stored, or de-quantized to float32 when it is packed. Lazy. `raw` as in `weights`."""
+    stem = name.removesuffix(".weight")
+    packed = [n for n in (name, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
+    arrays = safetensors.lazy(checkpoint.tensors, packed) if raw is None else raw
+    if f"{stem}.scales" not in checkpoint.tensors:
+        return arrays[name]
+    settings = checkpoint.config.get("quantization") or {}
+    if "bits" not in settings:
+        raise MisError(NOT_OURS.format(checkpoint.path))
+    own = settings.get(stem)
+    own = own if isinstance(own, dict) else settings
+    return rounding.values(tuple(arrays[n] for n in packed), own["group_size"], own["bits"], own.get("mode", "affine"))
+
+
+def model_args(config: Mapping[str, Any]) -> Any:
+    """mlx-lm's ModelArgs of a config."""
+    return _model_module(config).ModelArgs.from_dict(normalised(config))
+
+
+def block(checkpoint: Checkpoint, i: int, args: Any, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
+    """mlx-lm's transformer block `i` with its weights, lazy. `raw` as in `weights`."""
+    module = _model_module(checkpoint.config)
+    sliding = {}
+    if getattr(args, "layer_types", None):
+        sliding["use_sliding"] = args.layer_types[i] == "sliding_attention"
+    made = module.TransformerBlock(args=args, **sliding)
+    prefix = f"model.layers.{i}."
+    _quantize(made, prefix, checkpoint)
+    made.load_weights(weights(checkpoint, prefix, dtype, raw))
+    made.eval()
+    return made
+
+
+def mask(args: Any, made: nn.Module, hidden: mx.array) -> Any:
+    """The attention mask mlx-lm itself would give this block for `hidden` (B, T, D)."""
+    window = args.sliding_window if getattr(made, "use_sliding", False) else None
+    return mlx_lm("models.base").create_attention_mask(hidden, None, window_size=window)
+
+
+def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
+    """The embedding table (V, D), lazy. `.as_linear` makes it the head of a tied model. `raw` as in `weights`,
+    or only some rows (n, D) of each of its tensors: then a table of those."""
+    s = shape_of(checkpoint.config)
+    made = nn.Module()
+    made.embed_tokens = nn.Embedding(len(raw[EMBEDDING + "weight"]) if raw else s.vocab, s.hidden)
+    _quantize(made, "model.", checkpoint)
+    made.embed_tokens.load_weights(weights(checkpoint, EMBEDDING, dtype, raw))
+    return made.embed_tokens
+
+
+def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
+    """The last RMSNorm, lazy. `raw` as in `weights`."""
+    s = shape_of(checkpoint.config)
+    made = nn.RMSNorm(s.hidden, eps=checkpoint.config["rms_norm_eps"])
+    made.load_weights(weights(checkpoint, NORM, dtype, raw))
+    return made
+
+
+def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
+    """The vocabulary head as a module hidden (..., D) -> logits (..., V), lazy. `raw` as in `weights`."""
+    s = shape_of(checkpoint.config)
+    if s.tied:
+        return embedding(checkpoint, dtype, raw)
+    made = nn.Module()
+    made.lm_head = nn.Linear(s.hidden, s.vocab, bias=False)
+    _quantize(made, "", checkpoint)
+    made.lm_head.load_weights(weights(checkpoint, "lm_head.", dtype, raw))
+    return made.lm_head
+
+
+def head_prefix(checkpoint: Checkpoint) -> str:
+    """What the names of the head's tensors begin with."""
+    return EMBEDDING if shape_of(checkpoint.config).tied else "lm_head."
+
+
+def logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
+    """hidden (..., D) -> logits (..., V) through a tied embedding or an untied head."""
+    return head_module.as_linear(hidden) if hasattr(head_module, "as_linear") else head_module(hidden)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding with a gradient that has the same bits at every run."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """ids (...) -> (..., D)."""
+        found: Any = lookup.rows(self.weight, ids)
+        return found
+
+
+def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
+    """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it against the budget."""
+    args = model_args(checkpoint.config)
+    made = _model_module(checkpoint.config).Model(args)
+    made.model.embed_tokens = Embedding(*made.model.embed_tokens.weight.shape)
+    _quantize(made, "", checkpoint)
+    made.load_weights(weights(checkpoint, "", dtype))
+    made.eval()
+    return made
+
+
+def head_name(model: nn.Module) -> str:
+    """The parameter of a resident model that makes logits."""
+    return "lm_head.weight" if hasattr(model, "lm_head") else "model.embed_tokens.weight"
+
+
+def head_weight(model: nn.Module) -> mx.array:
+    """The (V, D) matrix that makes logits in a resident model; de-quantized, in float32, where it is packed."""
+    layer = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
+    return dense_weight(layer) if "scales" in layer else layer.weight
+
+
+def dense_weight(linear: nn.Module) -> mx.array:
+    """The (out, in) float32 matrix of a linear layer or embedding, quantized or not. Lazy."""
+    if isinstance(linear, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        how = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+        return mx.dequantize(linear.weight, linear.scales, linear.get("biases"), **how).astype(mx.float32)
+    return linear.weight.astype(mx.float32)
+
+
+def tokenizer(path: Path) -> Any:
+    """mlx-lm's tokenizer wrapper of a model folder. Foreign code is refused, not asked about."""
+    tokenizer_check.tried(path)
+    utils = mlx_lm("utils")
+    try:
+        return utils.load_tokenizer(path, {"trust_remote_code": False})
+    except Exception as error:
+        text = " ".join(str(error).split())[:160]
+        raise MisError(f"{path}: the tokenizer does not open ({text}): copy the tokenizer files again") from None

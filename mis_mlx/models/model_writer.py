@@ -1,0 +1,116 @@
+"""Write a model's folder: weights tensor by tensor, its tokenizer, and what says how it was pruned (`keep.json`).
+
+Does not know where the tensors come from.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.models import arch, policy, tokenizer_check
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage.files import Files
+from mis_mlx.storage.safetensors import Spec, Writer, spec_bytes
+from mis_mlx.types import Keep, MisError
+
+KEEP, ROTATION = "keep.json", "rotation.npy"
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def need_tokenizer(folder: Path) -> None:
+    """MisError when the folder has no tokenizer that could go along."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise MisError(f"{folder} has no tokenizer: copy the tokenizer files of the model it was made from")
+
+
+def copy_tokenizer(source: Path, folder: Path, files: Files) -> None:
+    """The tokenizer, chat template and generation settings of `source`, into `folder`.
+
+    A link that leads out of `source` is refused: what it points to might be published with the model.
+    """
+    for path in list(tokenizer_check.present(source)):  # all are judged before one is copied
+        files.write(folder / path.name, path.read_bytes())
+
+
+def keep_json(keep: Keep) -> dict[str, Any]:
+    """`Keep` as plain JSON: {layers, kept: {"layer/space": indices}, why, report, rotated: beside it is a basis}."""
+    kept = {f"{layer}/{space}": list(indices) for (layer, space), indices in keep.kept.items()}
+    rotated = {"rotated": True} if keep.basis is not None else {}
+    return {"layers": list(keep.layers), "kept": kept, "why": keep.why, "report": dict(keep.report), **rotated}
+
+
+def keep_files(keep: Keep | None) -> dict[str, Any]:
+    """The files that hold a `Keep`, for `write_model`: keep.json, and rotation.npy where the stream was rotated."""
+    if keep is None:
+        return {}
+    files: dict[str, Any] = {KEEP: keep_json(keep)}
+    if keep.basis is not None:
+        np.save(saved := io.BytesIO(), np.asarray(keep.basis, np.float32), allow_pickle=False)
+        files[ROTATION] = saved.getvalue()
+    return files
+
+
+def read_keep(folder: Path) -> Keep | None:
+    """The `Keep` beside a pruned model, or None when there is none. Its basis stays on disk until it is used."""
+    path = folder / KEEP
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    kept = {(int(k.split("/")[0]), k.split("/")[1]): tuple(v) for k, v in saved["kept"].items()}
+    basis = _basis(folder / ROTATION, len(kept[-1, "hidden"])) if saved.get("rotated") else None
+    return Keep(tuple(saved["layers"]), kept, saved["why"], saved["report"], basis)
+
+
+def _basis(path: Path, channels: int) -> np.ndarray:
+    try:
+        basis = np.load(path, mmap_mode="r", allow_pickle=False)
+        if basis.ndim != 2 or basis.shape[1] != channels or basis.dtype != np.float32:
+            raise ValueError(f"it holds {basis.dtype} {list(basis.shape)}, the model has {channels} channels")
+    except (OSError, EOFError, ValueError) as error:
+        raise MisError(f"{path} is not this model's rotation ({str(error)[:120]}): prune the teacher again") from None
+    return basis
+
+
+def write_model(
+    config: Mapping[str, Any],
+    take: Callable[[str], mx.array],
+    source: Path,
+    out: Path,
+    dtype: str,
+    files: Files,
+    extra: Mapping[str, Any] | None = None,
+    file_per_block: bool = False,
+) -> None:
+    """Commit the model that `take(name)` gives tensor by tensor, cast to `dtype`, to the new folder `out`.
+
+    Tokenizer files come from `source`; `extra` files are written by name: bytes as they are, all
+    else as JSON. file_per_block: so that one block can be replaced later without touching the others.
+    """
+    specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in arch.tensors_of(config).items()}
+
+    def fill(folder: Path) -> None:
+        writer = Writer(folder, specs, files, shards=_by_block(specs) if file_per_block else None)
+        for name in cli.counted("tensor", specs, len(specs)):
+            writer.add(name, take(name).astype(policy.DTYPES[dtype]))
+            mx.clear_cache()
+        writer.close()
+        files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
+        for name, value in (extra or {}).items():
+            files.write(folder / name, value if isinstance(value, bytes) else json.dumps(value).encode())
+        copy_tokenizer(source, folder, files)
+
+    protocol.commit_folder(out, fill, files, sum(map(spec_bytes, specs.values())))
+
+
+def _by_block(specs: Mapping[str, Spec]) -> list[dict[str, Spec]]:
+    """The tensors in their order, cut where a block begins or ends."""
+    return [dict(group) for _, group in itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))]

@@ -1,0 +1,129 @@
+"""A model whose blocks several machines share: hidden states go from one machine to the next, weights stay.
+
+Every machine has the files, and reads the blocks that are its own: as many as there is room for stay in memory. Does
+not know why a pass is made. All machines make the same passes at the same time, each with its own batches or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.models import distributed, load, stream
+from mis_mlx.models.config import shape_of
+from mis_mlx.types import Checkpoint
+
+
+def shared(layers: int, keeps: Sequence[int], reading: float) -> list[int]:
+    """How many blocks each machine gets, in their order, so that a pass is as short as can be.
+
+    keeps: how many each has room for. Where that is enough for all of them nobody reads, all work at the same time on
+    batches of their own, and none gets more than it must. Otherwise they work one after the other, each as long as it
+    computes or as it reads: reading is what a block costs that is read anew, where computing costs 1.
+    """
+    counts = [0] * len(keeps)
+
+    def more(machine: int) -> tuple[float, int]:
+        n, kept = counts[machine], keeps[machine]
+        if sum(keeps) >= layers:
+            return float(n >= kept), n
+        after, before = (max(float(i), reading * max(0, i - kept)) for i in (n + 1, n))
+        return after - before, n
+
+    for _ in range(layers):
+        counts[min(range(len(keeps)), key=more)] += 1
+    return counts
+
+
+def passing(source: stream.Stream, items: Sequence[Any]) -> list[Any]:
+    """Of items that machines `ranks.share`, one a batch: those whose hidden states `source` has, in that order."""
+    n = distributed.size() if isinstance(source, Relay) else 1
+    return [item for rank in range(n) for item in items[rank::n]] if n > 1 else list(distributed.share(items))
+
+
+class Relay(stream.Stream):
+    """This machine's blocks of a model, used as a `Stream` is; `embed` takes the others' batches in, `norm` gives each
+    its own back. shares: how many blocks each machine has. room_bytes: for the head, then this machine's own blocks.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: mx.Dtype, room_bytes: int | None, direct: bool, shares: Sequence[int]
+    ):
+        end = list(accumulate(shares))[distributed.number()]
+        self.mine = range(end - shares[distributed.number()], end)
+        self._counts: list[int] = []  # batches of each machine, in the pass that is under way
+        self._hidden: stream.Hidden = []
+        super().__init__(checkpoint, dtype, room_bytes, direct)
+
+    def stays(self, i: int) -> bool:
+        """Whether block i is one of the first of this machine's own, for which there is room."""
+        return i - self.mine.start < self.keeps
+
+    def embed(self, batches: Sequence[mx.array], hidden: stream.Hidden | None = None) -> stream.Hidden:
+        """Hidden states of all machines' batches, those of one machine after those of another.
+
+        They are real where the first block is; elsewhere they have the right shape, until they come.
+        """
+        heard = distributed.gather([np.array(b).tolist() for b in batches])
+        self._counts, whole = [len(each) for each in heard], [np.array(b, np.int32) for each in heard for b in each]
+        hidden = [] if hidden is None else hidden
+        if distributed.first():
+            hidden = super().embed([mx.array(b) for b in whole], hidden)
+        dtype = getattr(
+            mx, distributed.told(lambda: str(hidden[0].dtype if whole else self.dtype).removeprefix("mlx.core."))
+        )
+        if not distributed.first():
+            for b in whole:
+                hidden.append(mx.zeros((*b.shape, shape_of(self.checkpoint.config).hidden), dtype))
+        self._hidden = hidden
+        return hidden
+
+    def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
+        """(i, block i) of this machine's own, once their input has come; what they leave goes to the next machine."""
+        if order is not None:
+            raise ValueError("a relay has one order")
+        for b in range(len(self._hidden)):
+            self._take(b)
+        yield from super().blocks(self.mine)
+        for b in range(len(self._hidden)):
+            self._give(b)
+
+    def _take(self, b: int) -> None:
+        if not distributed.first():
+            self._hidden[b] = distributed.received(self._hidden[b])
+
+    def _give(self, b: int) -> None:
+        if distributed.number() + 1 < distributed.size():
+            distributed.passed_on(self._hidden[b])
+
+    def forward(self, batches: Sequence[mx.array], hidden: stream.Hidden | None = None) -> stream.Hidden:
+        """One pass, as of a `Stream`. Where all of a machine's blocks are in memory it passes every batch on at once,
+        and the next machine works on it meanwhile."""
+        if self.keeps < len(self.mine):
+            return super().forward(batches, hidden)
+        kept = [block for _, block in super().blocks(self.mine)]
+        hidden = self.embed(batches, hidden)
+        for b in range(len(hidden)):
+            self._take(b)
+            for block in kept:
+                hidden[b] = block(hidden[b], load.mask(self.args, block, hidden[b]))
+                stream.settle(hidden[b])
+            self._give(b)
+        return self.norm(hidden)
+
+    def norm(self, hidden: stream.Hidden) -> stream.Hidden:
+        """This machine's own batches after the last RMSNorm."""
+        if distributed.number() == distributed.size() - 1:
+            super().norm(hidden)
+        begin, found = sum(self._counts[: distributed.number()]), list[mx.array]()
+        for b in range(len(hidden)):
+            whole = distributed.sent_array(hidden[b], distributed.size() - 1)
+            if begin <= b < begin + self._counts[distributed.number()]:
+                found.append(whole)
+        self._hidden = []
+        return found

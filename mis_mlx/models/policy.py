@@ -1,0 +1,69 @@
+"""The one switch between Metal and a CPU: what type computes, and whether packed weights stay packed.
+
+Metal is quick in float16 and has kernels for packed weights. A CPU emulates half precision and reads packed weights
+about 30 times slower than dense float32, so there everything becomes float32. Nothing else asks which device this is
+for that purpose. Does not know models' insides (models/float16_range does).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from mis_mlx.types import Checkpoint, MisError
+
+POLICY = "MIS_MLX_POLICY"  # in the environment, so child processes inherit it
+DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_used: list[str] = []  # the type that a command was told to compute in, if it was
+
+
+@dataclass(frozen=True, kw_only=True)  # so that a command's own fields come first where they are given in order
+class Computing:
+    """The flag of every command that computes with a model; its `run` gives it to `use`."""
+
+    compute_dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """type that models compute in; default: float32 on a CPU; float16 on Metal, or bfloat16 for a model whose
+    activations float16 does not hold"""
+
+
+def use(compute_dtype: str | None) -> str | None:
+    """From now on all models compute in this type; None: in what their device is quick in. Returns what held before."""
+    before = _used[0] if _used else None
+    _used[:] = [compute_dtype] if compute_dtype else []
+    return before
+
+
+def name() -> Literal["metal", "cpu"]:
+    """Which policy holds: the device's own, or what MIS_MLX_POLICY says, on any device."""
+    forced = os.environ.get(POLICY)
+    if forced not in (None, "", "metal", "cpu"):
+        raise MisError(f"{POLICY} is {forced!r}: give metal or cpu, or leave it out")
+    return "metal" if forced == "metal" or (not forced and mx.default_device() == mx.gpu) else "cpu"
+
+
+def keeps_packed() -> bool:
+    """Whether packed weights are computed with as they are. Otherwise they are de-quantized when read, to the same
+    numbers."""
+    return name() == "metal"
+
+
+def usual_dtype() -> mx.Dtype:
+    """What models compute in here, unless one of them cannot."""
+    if _used:
+        return DTYPES[_used[0]]
+    return mx.float16 if name() == "metal" else mx.float32
+
+
+def compute_dtype(model: Checkpoint) -> mx.Dtype:
+    """What this model computes in: the usual type, or bfloat16 where float16 does not hold its activations.
+
+    Finding that out takes one short pass over the model, once a process.
+    """
+    if _used or (usual := usual_dtype()) != mx.float16:
+        return usual_dtype()
+    from mis_mlx.models import float16_range  # which streams the model, as this policy says
+
+    return mx.bfloat16 if float16_range.overflows(model) else usual

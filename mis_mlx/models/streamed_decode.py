@@ -1,0 +1,236 @@
+"""Greedy decoding of a streamed model, with keys and values kept: one pass of the weights settles a token or more.
+
+A small resident draft proposes a tree of continuations, one pass of the model reads all of it, and the longest
+branch that the model itself would have chosen is kept (arXiv 2305.09781). Does not know text, nor where the memory
+comes from.
+
+The tokens are those of plain greedy decoding. Logits of a pass over n tokens and of n passes over one differ in
+their last bits (matrix products add up in another order), so an exact tie of two tokens may fall the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.models import load
+from mis_mlx.models.config import shape_of
+from mis_mlx.models.stream import Stream, settle
+
+SIZE = 64  # rows of a pass with a draft (measured: benchmarks/speculative.py)
+ROWS = 512  # tokens of a long prompt that go through a resident block at a time
+DEPTH = 16  # tokens from the text to the furthest guess
+WIDTH = 16  # likely next tokens looked at, and nodes that the draft looks behind at once
+Odds = tuple[np.ndarray, np.ndarray]  # log-probabilities (n, WIDTH) of tokens (n, WIDTH)
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A proposed token after `up` (None: after the text). `score`: log of the branch's probability."""
+
+    token: int
+    up: Node | None
+    depth: int
+    score: float
+
+    def branch(self) -> list[Node]:
+        """From the first proposed token to this one."""
+        return [*(self.up.branch() if self.up else ()), self]
+
+
+def grow(after: Callable[[Sequence[Node]], Odds], size: int, depth: int, ends: Container[int] = ()) -> list[Node]:
+    """The `size` most probable nodes of all that reach `depth` at most, parents before children.
+
+    after(nodes): the odds behind each of them; of no nodes: behind the text, one row. It is asked level by
+    level, for nodes whose parents it was asked for before. A branch's probability falls with every token, so
+    a node's parent is always among the most probable too (the draft tree of EAGLE-2, arXiv 2406.16858).
+    """
+    best = _children(None, *(a[0] for a in after([])))
+    asked: set[Node] = set()
+    while True:
+        best = sorted(best, key=lambda n: -n.score)[:size]
+        fresh = [n for n in best if n not in asked and n.depth < depth and n.token not in ends][:WIDTH]
+        if not fresh:
+            return sorted(best, key=lambda n: n.depth)
+        asked.update(fresh)
+        for node, logp, tokens in zip(fresh, *after(fresh), strict=True):
+            best += _children(node, logp, tokens)
+
+
+def _children(up: Node | None, logp: Iterable[float], tokens: Iterable[int]) -> list[Node]:
+    base, depth = (up.score, up.depth + 1) if up else (0.0, 1)
+    return [Node(int(t), up, depth, base + float(p)) for p, t in zip(logp, tokens, strict=True)]
+
+
+def accepted(nodes: Sequence[Node], choice: Sequence[int]) -> tuple[list[Node], int]:
+    """(the branch that the model chose, its next token after that). choice: after the text, then after each node."""
+    row: dict[Node | None, int] = {None: 0} | {n: r for r, n in enumerate(nodes, 1)}
+    below = {(n.up, n.token): n for n in nodes}
+    at: Node | None = None
+    branch: list[Node] = []
+    while (found := below.get((at, choice[row[at]]))) is not None:
+        branch.append(at := found)
+    return branch, choice[row[at]]
+
+
+class Positioned(nn.Module):
+    """Stands where a block's `rope` stood and turns every row of (1, H, n, d) by its own position."""
+
+    def __init__(self, inner: nn.Module, positions: np.ndarray):
+        super().__init__()
+        self.inner = inner
+        self._positions = mx.array(positions)
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        """(1, H, n, d) -> (1, H, n, d). offset: not used, it would be the same for all."""
+        return self.inner(x.transpose(2, 1, 0, 3), offset=self._positions).transpose(2, 1, 0, 3)
+
+
+class _Keys:
+    """Keys and values (1, K, S, d) of one block, in the shape that mlx-lm's attention expects of a cache."""
+
+    offset = 0  # positions come from `Positioned`
+
+    def __init__(self) -> None:
+        self.held: list[mx.array] = []
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """Append; all keys and all values."""
+        new = [keys, values]
+        self.held = [mx.concatenate([a, b], axis=2) for a, b in zip(self.held, new, strict=True)] if self.held else new
+        return self.held
+
+    def keep(self, columns: mx.array) -> None:
+        """Forget all but these columns."""
+        self.held = [a[:, :, columns] for a in self.held]
+        settle(self.held)
+
+
+class Context:
+    """What a model has read: the text so far and, after it, nodes of a tree. One column of the cache each."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+        self.vocab = shape_of(stream.checkpoint.config).vocab
+        self.length = 0  # columns of text
+        self._at: dict[Node, int] = {}  # columns of nodes
+        self._positions = np.zeros(0, np.int32)
+        self._keys = [_Keys() for _ in range(stream.layers)]
+
+    def read(self, text: Sequence[int], nodes: Sequence[Node] = ()) -> mx.array:
+        """One pass over what of `text` is not here yet, then `nodes`: each sees the text and its own branch.
+
+        The ancestors of a node are here or come before it. Returns final hidden states (rows, D): of the
+        last token of the text, if it was new, and of every node.
+        """
+        fresh, before = text[self.length :], len(self._positions)
+        assert not (fresh and self._at), "text is appended to text, not to a tree"
+        rows, columns = len(fresh) + len(nodes), before + len(fresh) + len(nodes)
+        self._at |= {node: before + len(fresh) + j for j, node in enumerate(nodes)}
+        positions = np.array([*range(self.length, len(text)), *(len(text) - 1 + n.depth for n in nodes)], np.int32)
+        sees = np.zeros((rows, columns), bool)
+        sees[: len(fresh), : len(text)] = np.tri(len(fresh), len(text), self.length, bool)
+        for row, node in enumerate(nodes, len(fresh)):
+            sees[row, : len(text)] = True
+            sees[row, [self._at[n] for n in node.branch()]] = True
+        self._positions = np.concatenate([self._positions, positions])
+        self.length = len(text)
+        tokens = np.minimum([*fresh, *(n.token for n in nodes)], self.vocab - 1)  # a draft may be padded to fewer
+        hidden = self._through(mx.array(tokens[None]), sees, positions)
+        return self.stream.norm([hidden[:, -len(nodes) - bool(fresh) :]])[0][0]
+
+    def _through(self, tokens: mx.array, sees: np.ndarray, positions: np.ndarray) -> mx.array:
+        """Token ids (1, n) -> hidden states (1, n, D) after the last block."""
+        hidden = self.stream.embed([tokens])[0]
+        before, window = len(self._positions) - len(positions), getattr(self.stream.args, "sliding_window", None)
+        near = sees & (self._positions > positions[:, None] - window) if window else sees
+        for (_, block), cache in zip(self.stream.blocks(), self._keys, strict=True):
+            mask, rope, done = near if getattr(block, "use_sliding", False) else sees, block.self_attn.rope, []
+            try:
+                for a in range(0, len(positions), ROWS):
+                    block.self_attn.rope = Positioned(rope, positions[a : a + ROWS])
+                    part = hidden[:, a : a + ROWS]
+                    seen = mx.array(mask[a : a + ROWS, : before + a + part.shape[1]])
+                    done.append(block(part, seen, cache))
+                    settle(done[-1], cache.held)
+            finally:
+                block.self_attn.rope = rope  # the block may stay in memory, and others use it
+            hidden = self.stream.finite(mx.concatenate(done, axis=1))
+        return hidden
+
+    def keep(self, branch: Sequence[Node]) -> None:
+        """The tree goes, except that what was read of this branch becomes text."""
+        kept = [self._at[node] for node in branch if node in self._at]
+        columns = np.array([*range(self.length), *kept], np.int32)
+        if len(columns) < len(self._positions):
+            for cache in self._keys:
+                cache.keep(mx.array(columns))
+        self._positions, self._at = self._positions[columns], {}
+        self.length = len(columns)
+
+
+def _chunks(context: Context, hidden: mx.array) -> Iterator[mx.array]:
+    """Logits (some, V) of hidden states (n, D), a few rows at a time."""
+    head, rows = context.stream.head(), chunk_rows(context.vocab)
+    return (load.logits(head, hidden[a : a + rows]) for a in range(0, len(hidden), rows))
+
+
+def _greedy(context: Context, hidden: mx.array) -> list[int]:
+    """The most probable next token after every row of (n, D)."""
+    return [int(t) for logits in _chunks(context, hidden) for t in np.array(mx.argmax(logits, axis=-1))]
+
+
+def _odds(context: Context, hidden: mx.array, width: int, vocab: int) -> Odds:
+    """Log-probabilities (n, width) of the `width` most probable next tokens, and those tokens (n, width)."""
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for logits in _chunks(context, hidden):
+        logits = logits[:, :vocab].astype(mx.float32)
+        best = mx.argpartition(logits, -width, axis=-1)[:, -width:]
+        logp = mx.take_along_axis(logits, best, -1) - mx.logsumexp(logits, axis=-1, keepdims=True)
+        found.append((np.array(logp), np.array(best)))
+    return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
+
+
+def decode(
+    model: Stream,
+    ids: Sequence[int],
+    count: int,
+    ends: Container[int] = (),
+    draft: Stream | None = None,
+    size: int = SIZE,
+) -> Iterator[list[int]]:
+    """The model's own greedy continuation of token ids, up to `count` tokens or one of `ends`, pass by pass.
+
+    Each item is what one pass of the model settled: one token or, with a draft, the guesses that were right
+    and one more. draft: a resident student of the same tokens. size: rows of a pass, the tree's nodes and one.
+    """
+    text, left = list(ids), count
+    context, guesses = Context(model), Context(draft) if draft else None
+    while left > 0:
+        nodes: list[Node] = []
+        if guesses and left > 1 and size > 1:
+            vocab = min(context.vocab, guesses.vocab)
+            after = partial(_after, guesses, text, vocab)
+            nodes = grow(after, size - 1, min(DEPTH, left - 1), ends)
+        choice = _greedy(context, context.read(text, nodes))
+        branch, last = accepted(nodes, choice)
+        context.keep(branch)
+        if guesses:
+            guesses.keep(branch)
+        new = [*(n.token for n in branch), last]
+        stop = next((i + 1 for i, t in enumerate(new) if t in ends), len(new))
+        yield new[:stop]
+        if stop < len(new) or new[-1] in ends:
+            return
+        text, left = text + new, left - len(new)
+
+
+def _after(guesses: Context, text: list[int], vocab: int, nodes: Sequence[Node]) -> Odds:
+    """The draft's odds for what follows the text, or each of the nodes."""
+    return _odds(guesses, guesses.read(text, nodes), WIDTH, vocab)

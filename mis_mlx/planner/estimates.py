@@ -1,0 +1,294 @@
+"""What a pass over a model takes: bytes read and written, peak memory, float operations; and whether that fits.
+
+Arithmetic on configs and sizes: reads no weights, starts nothing. Does not know what a distillation is made of
+(planner/phases). Numbers that come from the engine name their origin, and tests hold the two together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from mis_mlx.hardware import lanes, rates
+from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.rates import Rates
+from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.models import arch, load, policy
+from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.storage import hub
+from mis_mlx.storage.files import DISK, reported
+from mis_mlx.types import Budget, Checkpoint, MisError
+
+CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
+UPDATE_ARRAYS = 2  # a clipped gradient; what else an update makes is written over what it was made of (measured)
+SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
+SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
+TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
+STATE_BYTES = 16  # of a trained parameter: weight, gradient and two moments, float32
+UPDATE_TRAFFIC = 28  # bytes of a parameter that one update moves: these four read, three written, in one kernel
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in bytes: as it lies on disk, and (`*_work`) as it computes."""
+
+    config: Mapping[str, Any]
+    shape: Shape
+    block_params: int
+    block_bytes: int  # on disk, of the largest block
+    head_bytes: int  # on disk
+    nbytes: int  # on disk, all of it
+    item: int  # bytes of a number in computation: 4 on a CPU, 2 on Metal
+    packed: bool
+    as_stored: bool  # computes from the bytes that were read, without a converted copy
+    tensors: int  # on disk
+    gpu: bool = False  # computes on Metal
+
+    @property
+    def block_work(self) -> int:
+        """Bytes of a block that stays in memory."""
+        return self.block_bytes + SLOT_BYTES if self.as_stored else self.block_params * self.item
+
+    @property
+    def head_params(self) -> int:
+        """Parameters of the vocabulary head, V x D."""
+        return self.shape.vocab * self.shape.hidden
+
+    @property
+    def head_work(self) -> int:
+        """Bytes of the vocabulary head in memory."""
+        return self.head_bytes if self.packed and self.as_stored else self.head_params * self.item
+
+    @property
+    def slots_bytes(self) -> int:
+        """The two buffers that blocks are read into in turn."""
+        return 2 * (self.block_bytes + SLOT_BYTES)
+
+    def body_bytes(self, workspace: int) -> int:
+        """Beside the slots while blocks are made and used: the workspace, and a converted copy if one is needed.
+
+        De-quantizing on a CPU holds a second copy for a moment, because MLX runs ahead (measured).
+        """
+        if self.as_stored:
+            return workspace
+        return self.block_work + max(workspace, self.block_work if self.packed else 0)
+
+
+def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dtype: Any = None) -> Model:
+    """The sizes of a checkpoint; or of a config alone, stored as its dtype or its quantization says.
+
+    gpu: whether it is to compute on Metal; default: as this process does. dtype: what it is to compute in here.
+    """
+    here, gpu = gpu is None, policy.keeps_packed() if gpu is None else gpu
+    config = source.config if isinstance(source, Checkpoint) else source
+    s, work = shape_of(config), "float16" if gpu else "float32"
+    if here:
+        if dtype is None:
+            dtype = policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype()
+        work = str(dtype).removeprefix("mlx.core.")
+    block = sum(map(math.prod, arch.layer_tensors(config).values()))
+    if isinstance(source, Checkpoint):
+        blocks, floats = [0] * s.layers, set()
+        for name, t in source.tensors.items():
+            if (i := arch.block_of(name)) is not None:
+                blocks[i] += t.nbytes
+                floats.add(KINDS.get(t.dtype, t.dtype))
+        head = sum(t.nbytes for n, t in source.tensors.items() if n.startswith(load.head_prefix(source)))
+        packed, nbytes, block_bytes, count = "U32" in floats, source.nbytes, max(blocks), len(source.tensors)
+    else:
+        settings, kind = config.get("quantization") or {}, config.get("torch_dtype") or config.get("dtype")
+        packed, floats = "bits" in settings, {kind if kind in SIZES else "bfloat16"}
+        per = settings["bits"] / 8 + 4 / settings["group_size"] if packed else SIZES[min(floats)]
+        shapes = arch.tensors_of(config).values()
+        count = sum(3 if packed and len(shape) == 2 else 1 for shape in shapes)  # with scales and biases
+        head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, arch.params(config), block))
+    as_stored = gpu if packed else floats == {work}
+    return Model(config, s, block, block_bytes, head, nbytes, SIZES[work], packed, as_stored, count, gpu)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage. `pinned` blocks stay in memory between passes; `spooled_bytes` of hidden states lie on disk."""
+
+    name: str
+    read_bytes: int
+    written_bytes: int
+    peak_bytes: int
+    flops: float
+    training: bool = False
+    touched_bytes: int = 0  # weights fetched from memory; counts where there is little to do with each
+    pinned: int = 0
+    spooled_bytes: int = 0
+    held_tokens: int = 0  # whose hidden states stay in memory
+    updated: int = 0  # parameters that the optimizer changes, in all steps together
+
+    def seconds(self, at: Rates, hot: bool = False) -> float:
+        """What takes longest: the disk, the arithmetic, or fetching weights from memory; they overlap. The
+        optimizer's updates come on top of the arithmetic, which ends before one begins."""
+        disk = self.read_bytes / at.read_bytes_per_s + self.written_bytes / at.write_bytes_per_s
+        flops_per_s = at.training_flops_per_s if self.training else at.forward_flops_per_s
+        work = self.flops / (flops_per_s * (at.hot if hot else 1.0)) + self.update_seconds(at)
+        return max(disk, work, self.touched_bytes / at.memory_bytes_per_s)
+
+    def update_seconds(self, at: Rates) -> float:
+        """Of all the optimizer's updates; a CPU's training rate has them in it (rates.ELEMENTWISE)."""
+        return UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s if at.gpu else 0.0
+
+
+def tensor_bytes(m: Model) -> int:
+    """Bytes to rewrite the largest tensor: as stored, cut and converted; or de-quantized and converted."""
+    per = 12 if m.packed else 2 * math.ceil(m.nbytes / arch.params(m.config)) + 2
+    return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
+
+
+def forward_flops(m: Model, tokens: int, length: int, head: bool = True) -> float:
+    """2 for each parameter a token meets (looking up an embedding is free), and causal attention."""
+    s = m.shape
+    block = m.block_params + s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
+    return 2.0 * tokens * (s.layers * block + (m.head_params if head else 0))
+
+
+def workspace_bytes(m: Model, tokens: int, length: int) -> int:
+    """The most that a block's forward pass over one micro-batch holds, float32; of as many as go side by side here."""
+    s, together = m.shape, 1 if m.gpu else lanes.count()
+    per_token = 8 * s.hidden + 3 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
+    return 4 * together * tokens * per_token
+
+
+def keys_bytes(m: Model, tokens: int) -> int:
+    """Keys and values of `tokens` tokens, in all blocks."""
+    return 2 * m.shape.layers * tokens * m.shape.kv_heads * m.shape.head_dim * m.item
+
+
+def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
+    """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks."""
+    s = shape_of(config)
+    per_token = 8 * s.hidden + 4 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + 2 * s.heads * length
+    return 4 * s.layers * batch * length * per_token
+
+
+def logit_bytes(vocab: int, tokens: int) -> int:
+    """The chunks of logits under way at once, five float32 arrays each (maths/losses)."""
+    rows = chunk_rows(vocab)
+    return 5 * min(CHUNKS_AHEAD, math.ceil(tokens / rows)) * rows * vocab * 4
+
+
+def update_bytes(config: Mapping[str, Any], blocks_only: bool = False) -> int:
+    """What the optimizer's update of the largest weight needs beside weights, gradients and moments."""
+    tensors = arch.layer_tensors(config) if blocks_only else arch.tensors_of(config)
+    return UPDATE_ARRAYS * 4 * max(map(math.prod, tensors.values()))
+
+
+def training_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
+    """A resident student: weights, gradients, moments, and then either activations, the head's gradient and
+    chunks of logits, or the update."""
+    s = shape_of(config)
+    head = 2 * s.vocab * s.hidden * 4 + logit_bytes(s.vocab, batch * length)
+    return STATE_BYTES * arch.params(config) + max(activation_bytes(config, batch, length) + head, update_bytes(config))
+
+
+def room(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
+    """What a budget leaves for what is welcome but not needed, once the process has its own share. gpu: as of
+    `memory.process_bytes`."""
+    return max(0, limit_bytes - process_bytes(limit_bytes, gpu) - taken_bytes)
+
+
+def pins(m: Model, room_bytes: int) -> int:
+    """How many blocks, counted from the first, stay in memory for good in this much of it."""
+    return min(m.shape.layers, room_bytes // m.block_work)
+
+
+def streamed_pass(
+    name: str,
+    m: Model,
+    tokens: int,
+    micro_tokens: int,
+    length: int,
+    limit_bytes: int = 0,
+    *,
+    head: bool = True,
+    spool: bool = True,
+    again: bool = False,
+    beside_bytes: int = 0,
+) -> Phase:
+    """One pass from disk over `tokens`, block by block, all micro-batches in each: what `stream.Stream` does.
+
+    head: with logits at the end. spool: hidden states that find no room are written and read once a block.
+    again: one of many alike, so that what the budget leaves holds the head and then blocks 0, 1, 2 ... from
+    the pass before. beside_bytes: memory that others hold meanwhile.
+    """
+    s, head_work = m.shape, m.head_work if head else 0
+    body = m.body_bytes(workspace_bytes(m, micro_tokens, length))
+    logits = logit_bytes(s.vocab, micro_tokens) if head else 0
+    if head and m.packed and not m.as_stored:
+        logits = max(logits, head_work * 3 // 2)  # de-quantizing it, MLX runs ahead here too
+    fixed = beside_bytes + m.slots_bytes + SMALL_BYTES
+    peak, kept_head = fixed + max(body, head_work + logits), fixed + max(body, logits) + head_work
+    hidden, batch = tokens * s.hidden * m.item, micro_tokens * s.hidden * m.item
+    held = min(hidden, room(limit_bytes, peak, m.gpu) // batch * batch) if spool else hidden
+    moved = (hidden - held) * (s.layers + 1)
+    keeps, head_read, peak = 0, m.head_bytes if head else 0, peak + held
+    if again and kept_head + held + process_bytes(limit_bytes, m.gpu) <= limit_bytes:
+        keeps, head_read = pins(m, room(limit_bytes, kept_head + held, m.gpu)), 0
+        peak = kept_head + held + keeps * m.block_work
+    read = (s.layers - keeps) * m.block_bytes + head_read + moved
+    flops = forward_flops(m, tokens, length, head)
+    return Phase(name, read, moved, peak, flops, False, 0, keeps, hidden - held, held // (s.hidden * m.item))
+
+
+def token(m: Model, length: int, limit_bytes: int) -> Phase:
+    """One token generated after `length` others, blocks kept from the token before as far as they fit."""
+    cache = keys_bytes(m, length)
+    made = streamed_pass("one token", m, 1, 1, length, limit_bytes, spool=False, again=True, beside_bytes=cache)
+    return replace(made, touched_bytes=m.shape.layers * m.block_work + m.head_work + cache)
+
+
+def compared(models: Sequence[Model], windows: int, length: int) -> Phase:
+    """A pass of each model over the same windows, then the first one's head and each other's (as in comparison)."""
+    first, tokens, vocab = models[0], windows * length, max(m.shape.vocab for m in models)
+    body = max(m.slots_bytes + m.body_bytes(workspace_bytes(m, length, length)) for m in models)
+    heads = first.head_work + max([0, *(m.head_work for m in models[1:])])
+    peak = max(body, heads + 8 * 4 * chunk_rows(vocab) // 2 * vocab)
+    peak += tokens * sum(m.shape.hidden * m.item for m in models)
+    flops = sum(forward_flops(m, tokens, length) for m in models)
+    return Phase("measure", sum(m.nbytes for m in models), 0, peak, flops)
+
+
+def refit(m: Model, tokens: int) -> tuple[int, float]:
+    """(bytes, operations) of a closed-form fit: normal equations in float64, their solution, a batch in float32."""
+    f, d = m.shape.ffn, m.shape.hidden
+    return 36 * f * (f + d), f * (2.0 * tokens * (f + d) + f * f)
+
+
+def flag(nbytes: int) -> str:
+    """A size as --budget takes it, rounded up: '612MiB'."""
+    return f"{math.ceil(nbytes / 2**20)}MiB"
+
+
+def fit(budget: Budget, *phases: Phase, remedy: str = "") -> None:
+    """Refuse before work starts, when the largest phase does not fit: MisError with both numbers and a remedy."""
+    worst = max(phases, key=lambda p: p.peak_bytes)
+    default = f"give --budget {flag(worst.peak_bytes)} or more, or lower --max-seq-length or --batch-size"
+    budget.need(worst.peak_bytes, worst.name, remedy or default)
+
+
+def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = False) -> Rates:
+    """Documented rates of an M1 Air, or this machine's: measured now, measured earlier, or assumed.
+
+    What is measured is kept in the cache folder for every later plan.
+    """
+    if name == "m1-air":
+        if measure:
+            raise MisError("--measure measures this machine, --machine m1-air is another: leave one of them out")
+        return rates.M1_AIR
+    path = hub.cache_root() / "rates.json"
+    if not measure:
+        return rates.load(path) or rates.assumed()
+    with hub.locked(path.parent), reported(path.parent, "a measurement of the disk"):
+        found = rates.measure(path.parent)
+        DISK.replace_text(path, rates.to_json(found))
+    return found

@@ -1,0 +1,76 @@
+"""A distillation as it was asked for, in sizes and counts: what plans are made of.
+
+Does not know what it takes (planner/phases) nor what fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mis_mlx.planner.estimates import Model
+from mis_mlx.planner.recipe import Rounding
+
+LOCAL_ITERS = 16  # of a student that does not fit
+PLAIN = Rounding(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
+SAMPLES = 50  # tokens of a position in the logit store
+
+Mode = Literal["resident", "sharded"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A distillation as asked for. `batch` windows of `length` tokens are a micro-batch; counts are of windows."""
+
+    teacher: Model
+    student: Model  # as pruned, before training
+    iters: int
+    batch: int
+    accumulate: int
+    length: int
+    calibration: int
+    repair: int  # 0: no closed-form fit, not in `local` either
+    local: int
+    local_iters: int | None  # steps of each block before the whole is trained; None: only for a sharded student
+    held_out: int
+    save_every: int
+    targets: Literal["live", "cached"] = "live"
+    modes: tuple[Mode, ...] = ("resident", "sharded")
+    rotation: bool = False  # the hidden size is cut along principal directions
+    rounding: Rounding = PLAIN  # of the trained student
+
+    @property
+    def step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch * self.accumulate * self.length
+
+    def local_steps(self, mode: Mode) -> int:
+        """Steps of each block in `local` when the student is then trained this way."""
+        return LOCAL_ITERS * (mode == "sharded") if self.local_iters is None else self.local_iters
+
+    @property
+    def target_bytes(self) -> int:
+        """A position in the logit store, at the most: a size, and id and count of every sample."""
+        return 1 + SAMPLES * ((2 if self.teacher.shape.vocab <= 2**16 else 4) + 1)
+
+
+def job_of(teacher: Model, student: Model, asked: Any) -> Job:
+    """The job that a command's settings ask for; they have the names of `distill`'s."""
+    return Job(
+        teacher,
+        student,
+        asked.iters,
+        asked.batch_size,
+        asked.grad_accumulation_steps,
+        asked.max_seq_length,
+        asked.num_samples,
+        asked.reconstruct_samples,
+        asked.local_samples,
+        asked.local_iters,
+        asked.eval_windows,
+        asked.save_every,
+        asked.targets,
+        ("resident", "sharded") if asked.train == "auto" else (asked.train,),
+        getattr(asked, "hidden_by", "pca") == "pca" and student.shape.hidden < teacher.shape.hidden,
+        asked if getattr(asked, "quantize", 0) else PLAIN,
+    )

@@ -1,0 +1,284 @@
+"""The phases of a distillation in bytes, operations and memory, and which way of training fits a budget.
+
+Does not know flags, nor how the work is done. `resident`: the student fits with gradients and moments.
+`sharded`: it is streamed, some blocks of it trainable at a time, after `local`, one block at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.rates import Rates
+from mis_mlx.models import arch
+from mis_mlx.planner import estimates, quantized_size
+from mis_mlx.planner.estimates import STATE_BYTES, TENSOR_BYTES, Phase, forward_flops, room, streamed_pass
+from mis_mlx.planner.job import Job, Mode
+from mis_mlx.planner.recipe import Distillation
+from mis_mlx.types import gib
+
+SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
+TEXTS = 2  # held-out texts that models are measured on
+
+
+def prune(job: Job, limit: int) -> Phase:
+    """Calibrate, then copy what is kept, tensor by tensor."""
+    t, length = job.teacher, job.length
+    p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
+    peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
+    copied = estimates.tensor_bytes(t)
+    if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
+        square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
+        peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide
+        turn = 4.0 * square * (t.shape.layers + 1) * job.calibration * length
+        read, written, flops = read + 2 * p.read_bytes, written + 2 * p.written_bytes, flops + 2 * p.flops + turn
+    peak, read, written = max(peak, copied), read + t.nbytes, written + job.student.nbytes
+    return replace(p, peak_bytes=peak, read_bytes=read, written_bytes=written, flops=flops)
+
+
+def repair(job: Job) -> Phase:
+    """Both models side by side, every down_proj refitted (pruning/reconstruct); the new ones wait in memory."""
+    m, length, tokens = job.student, job.length, job.repair * job.length
+    small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
+    fit_bytes, fit_flops = estimates.refit(m, tokens)
+    beside = small.peak_bytes + fit_bytes + 4 * m.shape.layers * m.shape.ffn * m.shape.hidden
+    big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
+    flops = big.flops + 2 * small.flops + m.shape.layers * fit_flops
+    return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)
+
+
+def store(job: Job, limit: int) -> Phase:
+    """The teacher's sampled logits for all training tokens: one pass for as many windows as memory takes."""
+    t, length, steps = job.teacher, job.length, max(job.iters, job.rounding.steps(True))
+    windows = steps * job.batch * job.accumulate
+    one = streamed_pass("", t, length, length, length, spool=False)
+    more = room(limit, one.peak_bytes, t.gpu) // (length * t.shape.hidden * t.item)
+    at_once = 1 + min(more, windows - 1)
+    read, written = math.ceil(windows / at_once) * one.read_bytes, windows * length * job.target_bytes
+    peak = one.peak_bytes + (at_once - 1) * length * t.shape.hidden * t.item
+    return Phase("logit store", read, written, peak, windows * one.flops, held_tokens=at_once * length)
+
+
+def local(job: Job, micro: int, limit: int, iters: int) -> Phase:
+    """Student blocks one by one, each taught what the teacher's do in its place (distillation/blockwise)."""
+    t, m, length, batch = job.teacher, job.student, job.length, micro * job.length
+    layers, b, tokens = m.shape.layers, m.block_params, job.local * job.length
+    fit_bytes, fit_flops = estimates.refit(m, tokens) if job.repair else (0, 0.0)
+    backward = max(
+        estimates.activation_bytes(m.config, micro, length) // layers, estimates.update_bytes(m.config, True)
+    )
+    peak = t.slots_bytes + t.body_bytes(estimates.workspace_bytes(t, batch, length))
+    peak += max(STATE_BYTES * b + backward, 4 * b + fit_bytes)
+    theirs, ours = t.shape.hidden * t.item, m.shape.hidden * (t.item + 4)  # of a token, in three streams
+    held = min(tokens, room(limit, peak, t.gpu) // (batch * (theirs + ours)) * batch)
+    moved = (tokens - held) * (theirs * (t.shape.layers + 1) + ours * layers)
+    read = t.shape.layers * t.block_bytes + m.nbytes + 2 * moved  # once to march on, once to learn from
+    written = 4 * (arch.params(m.config) + layers * b) + moved
+    flops = forward_flops(t, tokens, length, False) + layers * fit_flops
+    flops += forward_flops(m, 2 * tokens + 3 * iters * job.step, length, False)
+    peak, spooled = peak + held * (theirs + ours), (tokens - held) * (theirs + ours)
+    updated = layers * iters * b
+    return Phase("local", read, written, peak, flops, True, spooled_bytes=spooled, held_tokens=held, updated=updated)
+
+
+def resident(job: Job, micro: int, limit: int) -> Phase:
+    """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
+    m = job.student
+    plain = Phase("distil", m.nbytes, m.nbytes, estimates.training_bytes(m.config, micro, job.length), 0.0, True)
+    return _taught(job, plain, micro, limit, job.iters, arch.params(m.config))
+
+
+def tune(job: Job, micro: int, limit: int, iters: int) -> Phase:
+    """The packed student whole in memory, its scales learning (quantization/grid): integers, values, a gradient."""
+    m, s = job.student, job.student.shape
+    trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
+    nbytes = quantized_size.packed_bytes(m, job.rounding)
+    head = m.head_params * 4 * (1 if s.tied else 2) + estimates.logit_bytes(s.vocab, micro * job.length)
+    work = estimates.activation_bytes(m.config, micro, job.length)
+    peak = (1 + 3 * 4) * s.layers * m.block_params + STATE_BYTES * trained + head + work
+    plain = Phase("tune", nbytes, nbytes, peak, 0.0, True)
+    return _taught(job, plain, micro, limit, iters, trained)
+
+
+def _taught(job: Job, plain: Phase, micro: int, limit: int, iters: int, trained: int) -> Phase:
+    """`plain`, a student whole in memory, with its steps, the checkpoints of `trained` parameters, and its teacher."""
+    t, m, length, peak = job.teacher, job.student, job.length, plain.peak_bytes
+    keeps, read, flops = 0, iters * job.step * job.target_bytes, 3 * forward_flops(m, job.step, length)
+    if job.targets == "live":
+        # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
+        body = t.body_bytes(estimates.workspace_bytes(t, micro * length, length))
+        peak += max(0, body - estimates.activation_bytes(m.config, micro, length))
+        peak += t.slots_bytes + t.head_work + job.step * t.shape.hidden * t.item
+        keeps = estimates.pins(t, room(limit, peak, t.gpu))
+        read = t.head_bytes + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))
+        flops += forward_flops(t, job.step, length)
+    written = plain.written_bytes + (iters // job.save_every + 2) * SAVED_BYTES * trained
+    peak, read = peak + keeps * t.block_work, plain.read_bytes + read
+    return replace(plain, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=iters * flops, pinned=keeps,
+                   updated=iters * trained)  # fmt: skip
+
+
+def sharded(job: Job, micro: int, shard: int) -> Phase:
+    """The student streamed from float32 files, `shard` blocks in memory and trained (distillation/sharded)."""
+    t, m, length = job.teacher, job.student, job.length
+    s, b, shards = m.shape, m.block_params, math.ceil(m.shape.layers / shard)
+    visits = math.ceil(job.iters / steps_per_shard(job, shard))
+    over = [s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)]  # blocks above each shard
+    above, again = (sum(n) / shards for n in (over, [max(0, n - 1) for n in over]))  # the last one turns in memory
+    back = s.layers * job.step * s.hidden * 4 + estimates.activation_bytes(m.config, micro, length) // s.layers
+    back += 4 * m.head_params + estimates.logit_bytes(s.vocab, micro * length) + 4 * b
+    peak = (2 * 4 + STATE_BYTES * shard) * b + max(back, estimates.update_bytes(m.config, True))
+    read = 4.0 * b * (s.layers - shard + again)
+    forward = forward_flops(m, job.step, length, False) / s.layers  # of a block
+    flops = forward * (s.layers - 1 + 2 * above + 3 * shard) + 4.0 * job.step * m.head_params
+    if job.targets == "live":
+        signal = streamed_pass("", t, job.step, micro * length, length, head=False, spool=False)
+        peak, read = peak + signal.peak_bytes + t.head_work, read + signal.read_bytes
+        flops += forward_flops(t, job.step, length)
+    else:
+        read += job.step * job.target_bytes
+    saves = max(job.iters // job.save_every + 2, 2 * visits)  # a resume needs one of every visit
+    trained = 4 * b * min(s.layers, visits * shard)
+    read = job.iters * read + visits * 4 * m.head_params + trained
+    written, updated = trained + SAVED_BYTES * b * shard * saves, job.iters * b * shard
+    return Phase("distil", int(read), written, peak, job.iters * flops, True, updated=updated)
+
+
+def steps_per_shard(job: Job, shard: int) -> int:
+    """Steps that a shard is trained before the next one comes: all have had their turn when the run ends."""
+    return math.ceil(job.iters / math.ceil(job.student.shape.layers / shard))
+
+
+def measure(job: Job) -> Phase:
+    """Teacher, pruned, distilled and 4-bit student on every text."""
+    four = replace(job.student, nbytes=quantized_size.packed_bytes(job.student, job.rounding), packed=True)
+    one = estimates.compared([job.teacher, job.student, job.student, four], job.held_out, job.length)
+    return replace(one, read_bytes=TEXTS * one.read_bytes, flops=TEXTS * one.flops)
+
+
+def timed_bytes(config: Mapping[str, Any]) -> int:
+    """Memory of stock mlx-lm with the model whole: as stored, and as float32."""
+    return 6 * arch.params(config)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to do the job under a budget."""
+
+    job: Job
+    budget_bytes: int
+    rates: Rates
+    mode: Mode
+    micro_batch: int  # windows
+    shard_layers: int  # trainable at a time; 0: all
+    phases: tuple[Phase, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the largest phase."""
+        return max(p.peak_bytes for p in self.phases)
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """What a resumed run must not change, as arguments of `one`."""
+        return {"mode": self.mode, "micro": self.micro_batch, "shard": self.shard_layers}
+
+    def recipe(self, asked: Distillation) -> Distillation:
+        """The recipe that was asked for, with micro-batches and local steps as planned."""
+        steps = self.job.local_steps(self.mode)
+        parts = asked.grad_accumulation_steps * self.job.batch // self.micro_batch
+        return replace(asked, batch_size=self.micro_batch, grad_accumulation_steps=parts, local_iters=steps)
+
+    def held_windows(self, name: str) -> int:
+        """How many windows of hidden states the phase of this name keeps in memory."""
+        return next(p.held_tokens for p in self.phases if p.name == name) // self.job.length
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase keeps to the budget."""
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Of all phases, the machine cool."""
+        return sum(self.planned.values())
+
+    @property
+    def planned(self) -> dict[str, float]:
+        """Seconds by phase, in their order."""
+        return {p.name: p.seconds(self.rates) for p in self.phases}
+
+    @property
+    def pinned(self) -> int:
+        """Teacher blocks that stay in memory during training."""
+        return next(p.pinned for p in self.phases if p.name == "distil")
+
+    @property
+    def teacher_resident(self) -> bool:
+        """Whether all of them do."""
+        return self.pinned == self.job.teacher.shape.layers
+
+
+def ways(job: Job) -> Iterator[tuple[Mode, int, int]]:
+    """(mode, micro-batch, shard) of all that could be tried; a micro-batch divides the one asked for."""
+    for micro in (n for n in range(job.batch, 0, -1) if job.batch % n == 0):
+        for mode in job.modes:
+            for shard in (0,) if mode == "resident" else range(job.student.shape.layers, 0, -1):
+                yield mode, micro, shard
+
+
+def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) -> Plan:
+    """The plan of one way, whether it fits or not."""
+    known = TENSOR_BYTES * job.teacher.tensors
+    left = max(0, limit - known)
+    own = known + process_bytes(left, job.teacher.gpu)
+    phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
+    if job.local_steps(mode) or mode == "sharded":  # which refits each block itself
+        phases.append(local(job, micro, left, job.local_steps(mode)))
+    elif job.repair:
+        phases.append(repair(job))
+    phases.append(resident(job, micro, left) if mode == "resident" else sharded(job, micro, shard))
+    phases.append(quantized_size.quantize(job.student, job.rounding, job.calibration, job.length, left))
+    if steps := job.rounding.steps(mode == "resident"):
+        phases.append(tune(job, micro, left, steps))
+    phases.append(measure(job))
+    whole = tuple(replace(p, peak_bytes=p.peak_bytes + own) for p in phases)
+    return Plan(job, limit, rates, mode, micro, shard, whole)
+
+
+def make(job: Job, budget_bytes: int, rates: Rates) -> Plan:
+    """The best plan that fits: resident before sharded, then the largest micro-batch, then the one that reads
+    least; if none fits, the one that needs least memory."""
+    plans = [one(job, budget_bytes, rates, *way) for way in ways(job)]
+    fitting = [p for p in plans if p.fits]
+    if not fitting:
+        return min(plans, key=lambda p: p.peak_bytes)
+    return min(fitting, key=lambda p: (p.mode != "resident", -p.micro_batch, sum(f.read_bytes for f in p.phases)))
+
+
+def least_bytes(job: Job, rates: Rates) -> int:
+    """The smallest budget in which some way of doing the job fits."""
+    arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
+    known = TENSOR_BYTES * job.teacher.tensors
+    return reduce(
+        lambda least, _: arrays + process_bytes(least - known, job.teacher.gpu), range(20), arrays
+    )  # its own share grows, but slower
+
+
+def remedy(plan: Plan) -> str:
+    """What would make it fit, in one sentence with both numbers; empty when it fits."""
+    if plan.fits:
+        return ""
+    job, worst = plan.job, max(plan.phases, key=lambda p: p.peak_bytes)
+    least = estimates.flag(least_bytes(job, plan.rates))
+    text = f"{worst.name} needs {gib(worst.peak_bytes)}, the budget is {gib(plan.budget_bytes)}: give --budget {least}"
+    tries = [("--reconstruct-samples 0", replace(job, repair=0))] if job.repair else []
+    tries += quantized_size.cheaper(job)
+    shorter = [n for n in (job.length >> k for k in range(1, 8)) if n >= 16]
+    tries += [(f"--max-seq-length {n} instead of {job.length}", replace(job, length=n)) for n in shorter]
+    fitting = [name for name, other in tries if make(other, plan.budget_bytes, plan.rates).fits]
+    return f"{text}, or {fitting[0]}" if fitting else f"{text}; smaller batches or shorter windows do not help"

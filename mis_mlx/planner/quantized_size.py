@@ -1,0 +1,95 @@
+"""What quantizing a model takes: bytes, memory, operations, and its size afterwards.
+
+Arithmetic on sizes. Does not know how it is done, nor the training that may follow it (planner/phases).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from mis_mlx.maths.rounding import BITS, HELD_BYTES, SLAB
+from mis_mlx.models import arch
+from mis_mlx.planner import estimates
+from mis_mlx.planner.estimates import Model, Phase, streamed_pass
+from mis_mlx.planner.job import Job
+from mis_mlx.planner.recipe import Rounding
+
+BIAS_BITS = 32  # scale and bias of a group
+
+
+def packed_bytes(m: Model, how: Rounding | None = None) -> int:
+    """Of a model in 4 bits, or in the mean bits asked for, and groups of 64; the embedding and the head in 8."""
+    how = (how or Rounding()).affine
+    blocks = how.target_bpw or 4 + BIAS_BITS / how.q_group_size
+    head = m.head_params * (1 if m.shape.tied else 2)
+    return int((blocks * (arch.params(m.config) - head) + (8 + BIAS_BITS / how.q_group_size) * head) / 8)
+
+
+def quantize(m: Model, how: Rounding, windows: int, length: int, limit: int) -> Phase:
+    """Tensor by tensor; passes over `windows` before it say what bits cost, one beside it makes up for errors."""
+    how = how.affine
+    plain = estimates.tensor_bytes(m) + 2 * m.head_params
+    made = Phase("quantize", m.nbytes, packed_bytes(m, how), plain, 0.0)
+    if how.q_method == "gptq":
+        made = _compensated(made, m, windows * length, length, limit)
+    return _sensed(made, m, windows, length, limit) if how.target_bpw is not None else made
+
+
+def _compensated(plain: Phase, m: Model, tokens: int, length: int, limit_bytes: int) -> Phase:
+    """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/gptq).
+
+    In numpy: a block's gram matrices, five of the largest to take its factor, and 28 bytes for each weight of the
+    largest set of matrices with the same inputs.
+    """
+    s = m.shape
+    queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    sides = [(s.hidden, queries + 2 * keys), (queries, s.hidden), (s.hidden, 2 * s.ffn), (s.ffn, s.hidden)]  # in, out
+    grams = 8 * (2 * s.hidden**2 + queries**2 + s.ffn**2)
+    beside = grams + 40 * max(sides)[0] ** 2 + 28 * max(n * out for n, out in sides)
+    p = streamed_pass("", m, tokens, length, length, limit_bytes, head=False, beside_bytes=beside)
+    held = p.held_tokens * s.hidden * m.item + m.slots_bytes
+    each = tokens * grams / 4 + sum(n * n * (3 * n + out) for n, out in sides)
+    read, written = plain.read_bytes + 2 * p.written_bytes, plain.written_bytes + p.written_bytes
+    peak, flops = max(p.peak_bytes, plain.peak_bytes + held), 2 * p.flops + s.layers * each
+    return replace(p, name=plain.name, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=flops)
+
+
+def _sensed(then: Phase, m: Model, windows: int, length: int, limit: int) -> Phase:
+    """`then`, after a pass forwards and one back (quantization/sensitivity), inputs of all blocks spooled if need be.
+
+    Beside the block: it once more in float32, in all formats together (26 bits and scales), what its matrices see of
+    some windows, and a slab of gradients and errors. Traffic and operations are those of sensitivity's docstring.
+    """
+    window = length * m.shape.hidden * m.item
+    one = streamed_pass("", m, length, length, length, spool=False)
+    back = 4 * estimates.activation_bytes(m.config, 1, length) // m.shape.layers
+    s, formats = m.shape, len(BITS)
+    seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)
+    batch = min(windows, max(1, max(HELD_BYTES, 4 * m.block_params) // seen))
+    slab = (2 * batch + 4) * 4 * min(SLAB, s.ffn * s.hidden)
+    peak = one.peak_bytes + back + (4 + 4) * m.block_params + batch * seen + slab + 2 * windows * window
+    touched = windows * (12 + 4 * formats) + math.ceil(windows / batch) * 20 * formats
+    held = min(windows, estimates.room(limit, peak, m.gpu) // (window * m.shape.layers))
+    spooled = (windows - held) * window * m.shape.layers
+    flops = 4 * estimates.forward_flops(m, windows * length, length)
+    return replace(
+        then,
+        read_bytes=then.read_bytes + 2 * m.nbytes + spooled,
+        written_bytes=then.written_bytes + spooled,
+        peak_bytes=max(then.peak_bytes, peak + held * window * m.shape.layers),
+        flops=then.flops + flops,
+        touched_bytes=then.touched_bytes + touched * s.layers * m.block_params,
+        held_tokens=min(then.held_tokens or windows * length, held * length),
+    )
+
+
+def cheaper(job: Job) -> Iterator[tuple[str, Job]]:
+    """(flags, the job with them) of what takes less memory."""
+    how = job.rounding
+    if how.looks:
+        flags = "--q-method round" + (" without --target-bpw" if how.target_bpw is not None else "")
+        yield flags, replace(job, rounding=replace(how, q_method="round", target_bpw=None))
+    if how.steps(True):
+        yield "--q-iters 0", replace(job, rounding=replace(how, q_iters=0))

@@ -1,0 +1,120 @@
+"""Mend a pruned student before training: refit each block's down_proj to the teacher's stream, in closed form.
+
+Teacher and student march side by side, one block of each in memory. Student block j (teacher layer k, next
+kept layer k') learns to deliver what the teacher has at the entrance of k': so the neurons cut from k and
+the blocks dropped between k and k' are made up for, as far as one matrix can. Sequential: each block sees
+the mended stream of the ones before it. Related: FLAP and ReplaceMe (arXiv 2505.02819), which fuse a
+linear map into down_proj; here the fit is per block, ridge-regularised and weighted per token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.hardware import lanes
+from mis_mlx.maths.reconstruction import NormalEquations
+from mis_mlx.models import load, policy, stream
+from mis_mlx.types import Checkpoint, Keep
+
+RIDGE = 0.1
+
+
+def reconstruct(
+    teacher: Checkpoint,
+    student: Checkpoint,
+    keep: Keep,
+    batches: Sequence[mx.array],
+    ridge: float = RIDGE,
+) -> tuple[dict[str, mx.array], list[float]]:
+    """({weight name: new matrix (out, in) float32}, error left per block as a share) for token ids [(B, T)].
+
+    Each block sees the mended stream of the ones before it.
+    """
+    columns = kept_columns(keep)
+    big, small = (stream.Stream(model, policy.compute_dtype(model)) for model in (teacher, student))
+    target, own = big.embed(batches), small.embed(batches)
+    marching = groups(big, keep, target)
+    mended: dict[str, mx.array] = {}
+    left: list[float] = []
+    for j, block in small.blocks():
+        next(marching)
+        stream.settle(own)
+        wide, error = refit(block, small.args, own, target, columns, ridge)
+        mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
+        small.through(block, own)
+        left.append(error)
+    return mended, left
+
+
+def groups(teacher: stream.Stream, keep: Keep, hidden: stream.Hidden) -> Iterator[int]:
+    """Take `hidden`, the teacher's embedding, through the blocks that each student block stands for, in place.
+
+    Yields j when it is at the entrance of the next kept layer (at last: behind the last block), where student
+    block j has to arrive. The first group begins with the first block, kept or not.
+    """
+    blocks, done = teacher.blocks(), 0
+    for j, end in enumerate([*keep.layers[1:], teacher.layers]):
+        for _, block in itertools.islice(blocks, end - done):
+            teacher.through(block, hidden)
+        done = end
+        yield j
+
+
+def kept_columns(keep: Keep) -> mx.array | None:
+    """Which channels (d,) of the teacher's stream the student has; a basis (D, d) of floats; or None: all."""
+    if keep.basis is not None:
+        return mx.array(np.asarray(keep.basis, np.float32))
+    channels = keep.kept.get((-1, "hidden"))
+    return None if channels is None else mx.array(list(channels))
+
+
+def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
+    """The teacher's hidden states (B, T, D) in the student's channels: picked, or turned into them in float32."""
+    if columns is None:
+        return hidden
+    if columns.ndim == 1:
+        return mx.take(hidden, columns, axis=-1)
+    return (hidden.astype(mx.float32) @ columns).astype(hidden.dtype)
+
+
+def refit(
+    block: nn.Module,
+    args: Any,
+    hidden: Sequence[mx.array],
+    target: Sequence[mx.array],
+    columns: mx.array | None,
+    ridge: float,
+) -> tuple[mx.array, float]:
+    """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream behind its group.
+
+    (the new matrix (D, F) float32, error left as a share).
+    Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it; without that
+    the first token of a window, a hundred times longer than the rest, would be all that counts.
+    """
+    linear = block.mlp.down_proj
+    block.mlp.down_proj = tap = stream.Tap(linear)
+    outputs, inputs = linear.weight.shape
+    fit = NormalEquations(inputs, outputs)
+
+    def products(into: mx.array, want: mx.array) -> tuple[mx.array, ...]:
+        out = block(into, load.mask(args, block, into))
+        goal = narrow(want, columns).astype(mx.float32).reshape(-1, outputs)
+        missing = goal - out.astype(mx.float32).reshape(-1, outputs)
+        weight = 1.0 / mx.maximum(mx.sqrt(mx.square(goal).mean(axis=-1)), 1e-6)
+        return fit.products(tap.take().reshape(-1, inputs), missing, weight)
+
+    for found in lanes.each(products, hidden, target):
+        fit.add(*found)
+    block.mlp.down_proj = linear
+    before = np.array(linear.weight.astype(mx.float32), np.float64)
+    update, error = fit.solve(ridge)
+    weight = mx.array((before + update).astype(np.float32))
+    linear.weight = weight.astype(linear.weight.dtype)
+    stream.settle(weight, linear.weight)
+    return weight, error

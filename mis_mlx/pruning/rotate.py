@@ -1,0 +1,164 @@
+"""Cut the hidden size by a rotation: keep the directions in which the residual stream moves, not ranked channels.
+
+The rotated model is an ordinary llama-family model: RMSNorm does not notice a rotation once its gain is folded
+into the matrices that read behind it (SliceGPT, arXiv 2401.15024, which needs extra matrices on the skip
+connections because each block has its own basis; here all share one, as the stream does). Does not choose how
+many directions stay, nor write the folder: `rotated` is what slice.write_student cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.models import load, stream
+from mis_mlx.models.config import shape_of
+from mis_mlx.types import Checkpoint, Keep
+
+FINAL, HEAD = f"{load.NORM}weight", "lm_head.weight"
+# What reads the stream behind which norm of its block, and what writes into the stream.
+READS = {
+    **{f"self_attn.{n}_proj.weight": "input_layernorm.weight" for n in "qkv"},
+    **{f"mlp.{n}_proj.weight": "post_attention_layernorm.weight" for n in ("gate", "up")},
+}
+WRITES = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.bias")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Directions of the residual stream that stay, and what calibration saw of them. float64.
+
+    basis (D, d): orthonormal columns, by falling share of the stream. energy: {name of a norm's weight: the
+    share of the stream's square that the d columns hold there}.
+    """
+
+    basis: np.ndarray
+    energy: Mapping[str, float]
+
+
+def _entering(
+    checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, hidden: stream.Hidden
+) -> Iterator[tuple[str, mx.array]]:
+    """(name of the norm's weight, float32 tokens (n, D) that enter it, each divided by its rms), norm by norm.
+
+    One streamed pass. Without the division the first token of a window, a hundred times longer than the
+    rest, would be all that is seen; the norms themselves divide by it.
+    """
+    source = stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list))
+    names = ("input_layernorm", "post_attention_layernorm")
+    hidden = source.embed(batches, hidden)
+    for i, block in source.blocks():
+        for name in names:
+            block[name] = stream.Tap(block[name])
+        for b, into in enumerate(hidden):
+            out = block(into, load.mask(source.args, block, into))
+            seen = [_even(block[name].take()) for name in names]
+            stream.settle(out, seen)
+            hidden[b] = source.finite(out) if b == 0 else out
+            for name, tokens in zip(names, seen, strict=True):
+                yield f"model.layers.{i}.{name}.weight", tokens
+    for h in hidden:
+        yield FINAL, _even(h)
+
+
+def _even(x: mx.array) -> mx.array:
+    """(B, T, D) -> (B T, D) float32, mean square 1 each; a token of zeros stays zeros."""
+    x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+    return x * mx.rsqrt(mx.maximum(mx.square(x).mean(axis=-1, keepdims=True), 1e-30))
+
+
+def principal(moments: np.ndarray, size: int) -> np.ndarray:
+    """The `size` leading eigenvectors (D, size) of symmetric `moments` (D, D), by falling eigenvalue."""
+    _, vectors = np.linalg.eigh(moments)
+    return np.ascontiguousarray(vectors[:, ::-1][:, :size])
+
+
+def turned(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """The same subspace (D, d) in the coordinates in which diag(`gain`), within it, is diagonal again.
+
+    Which subspace stays is the stream's affair; how it is turned in itself is free.
+    """
+    _, turn = np.linalg.eigh(basis.T @ (gain[:, None] * basis))
+    return basis @ turn
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What calibration saw of the residual stream, for a cut to any size. float64.
+
+    moments (D, D): sums of x x^T over all norms' inputs. basis (D, D): its eigenvectors as columns, by falling
+    eigenvalue. shares: {name of a norm's weight: the share (D,) of the stream's square along each of them}.
+    """
+
+    moments: np.ndarray
+    basis: np.ndarray
+    shares: Mapping[str, np.ndarray]
+
+    def kept(self, teacher: Checkpoint, size: int) -> Rotation:
+        """The leading `size` of them; for a tied head `turned` for the last norm's gain."""
+        basis = self.basis[:, :size]
+        if shape_of(teacher.config).tied:
+            basis = turned(basis, np.array(load.dense(teacher, FINAL).astype(mx.float32), np.float64))
+            basis = basis[:, np.argsort(-np.einsum("ij,ij->j", basis, self.moments @ basis), kind="stable")]
+        return Rotation(basis, {name: float(share[:size].sum()) for name, share in self.shares.items()})
+
+
+def measured(
+    teacher: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, hidden: Callable[[], stream.Hidden] = list
+) -> Directions:
+    """The principal directions of what enters all norms over token ids [(B, T)], all norms alike.
+
+    Two streamed passes: the second sees how much of each norm's input they hold, which one pass could only
+    say with D x D sums for every norm. Products of one batch are float32, sums over batches float64. hidden:
+    makes a place for the hidden states of a pass.
+    """
+    moments = np.zeros((shape_of(teacher.config).hidden,) * 2)
+    for _, x in _entering(teacher, batches, dtype, hidden()):
+        moments += np.array(x.T @ x)
+    basis = principal(moments, len(moments))
+    turn = mx.array(basis.astype(np.float32))
+    held: dict[str, np.ndarray] = {}
+    for name, x in _entering(teacher, batches, dtype, hidden()):
+        held[name] = held.get(name, 0.0) + np.array(mx.square(x @ turn).sum(axis=0), np.float64)
+    return Directions(moments, basis, {name: square / square.sum() for name, square in held.items()})
+
+
+def by(keep: Keep, rotation: Rotation) -> Keep:
+    """`keep` with the hidden size cut by `rotation`: its d coordinates, in order, and the way there."""
+    basis, shares = rotation.basis.astype(np.float32), list(rotation.energy.values())
+    report = {**keep.report, "hidden_by": "pca", "hidden_energy": round(float(np.mean(shares)), 4)}
+    return replace(keep, kept={**keep.kept, (-1, "hidden"): tuple(range(basis.shape[1]))}, report=report, basis=basis)
+
+
+def rotated(teacher: Checkpoint, rotation: Rotation) -> Callable[[str], mx.array]:
+    """name -> the teacher's tensor, float32, in the d coordinates of `rotation` instead of its D channels.
+
+    Norms get one gain for all coordinates, sqrt(D energy / d): the rms of a cut stream is another, over d
+    numbers instead of D. Gains go into what reads behind the norm; with d = D and an untied head the function
+    is the teacher's, to rounding. A tied head cannot take the last gain, for the embedding also writes the
+    stream. There the last norm keeps diag(Q^T diag(gain) Q), which is all of the gain that stays within the
+    subspace when the basis is `turned` for it; what it moves out of the subspace is lost with the cut.
+    """
+    inner, size = rotation.basis.shape
+    q = mx.array(rotation.basis.astype(np.float32))
+    tied = shape_of(teacher.config).tied
+
+    def whole(name: str) -> mx.array:
+        return load.dense(teacher, name).astype(mx.float32)
+
+    def tensor(name: str) -> mx.array:
+        block, rest = name.rsplit(".", 3)[0], ".".join(name.split(".")[3:])
+        if name in rotation.energy:
+            factor = (inner * rotation.energy[name] / size) ** 0.5
+            gain = whole(name) @ mx.square(q) if tied and name == FINAL else mx.ones((size,))
+            return factor * gain
+        if rest in READS or name == HEAD:
+            return (whole(name) * whole(f"{block}.{READS[rest]}" if rest in READS else FINAL)) @ q
+        if rest in WRITES:
+            return q.T @ whole(name)
+        return whole(name) @ q if name == f"{load.EMBEDDING}weight" else whole(name)
+
+    return tensor

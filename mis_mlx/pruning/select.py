@@ -1,0 +1,246 @@
+"""Which parts of a model a pruning keeps, and the pruned folder: calibrate, choose, write.
+
+Does not know flags' parsing, nor what becomes of the student.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.evaluation import comparison
+from mis_mlx.hardware.thermal.run_monitor import WeatherFlags
+from mis_mlx.maths import importance
+from mis_mlx.maths.importance import Key, Statistics
+from mis_mlx.models import arch, distributed, load, policy
+from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.pipeline_parallel import Relay
+from mis_mlx.pruning import calibrate, rotate, slice_weights
+from mis_mlx.storage.files import Files
+from mis_mlx.storage.hidden_spool import Spool
+from mis_mlx.types import Checkpoint, Count, Keep, MisError, Reading
+
+BULKY = ("block_importance", "differing", "profile")  # in a report, for pictures: not for a line of JSON
+PROFILE_RUNS = 64  # values that a profile has at the most
+Scenario = Literal["gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
+
+
+@dataclass(frozen=True)
+class Cut(WeatherFlags):
+    """What to prune and how to judge: shared by `prune` and `distill`."""
+
+    scenario: Scenario = "gazda"
+    """sizes as ratios: gazda (half of the FFN, few layers: measured best), or table 1 of the paper: goral (layers,
+    FFN), baca (hidden), halny (FFN), juhas (layers), zbojnik (layers, FFN)"""
+    layers: Count | None = None
+    """keep this many layers"""
+    ffn: Count | None = None
+    """keep this many FFN neurons a layer"""
+    heads: Count | None = None
+    """keep this many query heads"""
+    kv_heads: Count | None = None
+    """keep this many key-value heads, with their query heads"""
+    hidden: Count | None = None
+    """keep this many hidden channels"""
+    importance: Literal["aais", "rms", "activation"] = "aais"
+    """how neurons, heads and channels are ranked: by root mean square of activations (rms), that with the weather
+    (aais), or their mean (activation: Minitron)"""
+    hidden_by: Literal["importance", "pca"] = "pca"
+    """how hidden is cut: ranked channels (importance), or the directions in which the stream moves, after a
+    rotation that an ordinary model folder holds (pca; two more passes over the teacher)"""
+    target: Literal["fixed", "conditions"] = "fixed"
+    """fixed: exact sizes; conditions: FFN size by eq. (1)'s threshold at the measured air and altitude"""
+    temperature_unit: Literal["kelvin", "celsius"] = "kelvin"
+    """unit of T_env in AAIS; celsius is the paper to the letter and refuses 0 and below"""
+
+
+Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the highest stay
+
+
+def ranking(statistics: Statistics, cut: Cut) -> tuple[Ranking, str]:
+    """How `cut` ranks a layer's units, and the name of that."""
+    weather = cut.importance == "aais" and statistics.measured and statistics.altitude_m is not None
+    altitude = statistics.altitude_m or 1.0
+
+    def scores(key: Key) -> np.ndarray:
+        sums = _sums(statistics, key)
+        if cut.importance == "activation":
+            return importance.activation(sums)
+        return importance.aais(sums, altitude) if weather else importance.rms(sums)
+
+    return scores, cut.importance if cut.importance != "aais" or weather else "rms (no T_env or altitude known)"
+
+
+def _sums(statistics: Statistics, key: Key) -> importance.Sums:
+    i, axis = key
+    if axis == "hidden":
+        assert statistics.hidden is not None
+        return statistics.hidden
+    return statistics.ffn[i] if axis == "ffn" else statistics.heads[i]
+
+
+def _size_by_conditions(statistics: Statistics, cut: Cut, used: str, layers: tuple[int, ...], fixed: int) -> int:
+    if used != "aais" or statistics.altitude_m is None:
+        raise MisError(
+            "--target conditions needs T_env and altitude, one is missing: add --temperature-c and "
+            "--altitude-m, or use --target fixed"
+        )
+    sums, unit = [statistics.ffn[i] for i in layers], cut.temperature_unit
+    return importance.conditions_size(sums, fixed, arch.FFN_MULTIPLE, statistics.altitude_m, unit)
+
+
+def choose(config: Mapping[str, Any], statistics: Statistics, cut: Cut) -> tuple[Shape, Keep]:
+    """The student's shape and who stays, with a report of how AAIS and plain importance differ."""
+    shape, before = wanted_shape(config, cut), shape_of(config)
+    layers = importance.lowest_blocks(statistics.block, shape.layers)
+    scores, used = ranking(statistics, cut)
+    if cut.target == "conditions":
+        shape = replace(shape, ffn=_size_by_conditions(statistics, cut, used, layers, shape.ffn))
+    kept: dict[Key, tuple[int, ...]] = {}
+    differ: dict[Key, int] = {}
+
+    def choice(key: Key, pick: Callable[[np.ndarray], tuple[int, ...]], name: str = "") -> None:
+        i, axis = key
+        kept[i, name or axis] = pick(scores(key))
+        differ[key] = len(set(kept[i, name or axis]) - set(pick(importance.rms(_sums(statistics, key)))))
+
+    def groups(s: np.ndarray) -> tuple[int, ...]:
+        return importance.top(importance.group_scores(s, before.kv_heads), shape.kv_heads)
+
+    for i in layers:
+        if shape.ffn < before.ffn:
+            choice((i, "ffn"), partial(importance.top, keep=shape.ffn))
+        if shape.heads < before.heads:
+            choice((i, "heads"), lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, groups(s)))
+        if shape.kv_heads < before.kv_heads:
+            each = before.heads // before.kv_heads
+            kept[i, "kv_heads"] = tuple(sorted({h // each for h in kept[i, "heads"]}))
+    if shape.hidden < before.hidden and cut.hidden_by == "importance":
+        choice((-1, "hidden"), partial(importance.top, keep=shape.hidden))
+    air = statistics.ambient_c
+    report = {
+        "importance": used,
+        "scenario": cut.scenario,
+        "target": cut.target,
+        "channels_differing_from_plain": sum(differ.values()),
+        "differing": {f"{i}/{axis}": n for (i, axis), n in differ.items() if n},
+        "channels_kept": sum(map(len, kept.values())),
+        "ambient_c": [min(air), max(air)] if air else None,
+        "altitude_m": statistics.altitude_m,
+        "block_importance": {str(i): round(v, 6) for i, v in statistics.block.items()},
+    }
+    return shape, Keep(layers, kept, used, report)
+
+
+def profile(statistics: Statistics, keep: Keep, scores: Ranking) -> dict[str, Any]:
+    """For pictures, {"layer/axis": {"values": importance, "units": how many, "kept": the share of it that stays}}.
+
+    Of all of the teacher's layers. Of heads one by one; of neurons the means of 64 runs, the most important first.
+    """
+    found = {}
+    for axis, layers in (("ffn", statistics.ffn), ("heads", statistics.heads)):
+        for i in sorted(layers):
+            all_of = np.abs(scores((i, axis)))
+            ranked = np.sort(all_of)[::-1] if axis == "ffn" else all_of
+            values = [float(f"{part.mean():.4g}") for part in np.array_split(ranked, min(PROFILE_RUNS, len(ranked)))]
+            stays = all_of[list(keep.kept.get((i, axis), range(len(all_of))))].sum() * (i in keep.layers)
+            share = round(float(stays / max(all_of.sum(), 1e-30)), 4)
+            found[f"{i}/{axis}"] = {"values": values, "units": len(all_of), "kept": share}
+    return found
+
+
+def wanted_shape(config: Mapping[str, Any], cut: Cut) -> Shape:
+    """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
+    exact = {axis: getattr(cut, axis) for axis in ("layers", "ffn", "heads", "kv_heads", "hidden")}
+    shape, before = arch.target_shape(config, arch.SCENARIOS.get(cut.scenario, {}), **exact), shape_of(config)
+    if cut.scenario != "none" and shape == before:
+        raise MisError(
+            f"--scenario {cut.scenario} would cut nothing of {before}, FFN goes in steps of {arch.FFN_MULTIPLE}, "
+            f"hidden in steps of {math.lcm(16, before.heads)}: give --layers, --ffn or --hidden, or another scenario"
+        )
+    return shape
+
+
+def write(
+    teacher: Checkpoint,
+    shape: Shape,
+    keep: Keep,
+    directions: Callable[[], rotate.Directions],
+    out: Path,
+    dtype: str,
+    files: Files,
+) -> Keep:
+    """Commit the pruned model to the new folder `out`. directions(): asked for where hidden is cut, but `keep` does
+    not say by which channels; returned is `keep` with the rotation that they gave."""
+    if shape.hidden == shape_of(teacher.config).hidden or (-1, "hidden") in keep.kept:
+        slice_weights.write_student(teacher, shape, keep, out, dtype, files)
+        return keep
+    rotation = directions().kept(teacher, shape.hidden)
+    keep = rotate.by(keep, rotation)
+    slice_weights.write_student(teacher, shape, keep, out, dtype, files, rotate.rotated(teacher, rotation))
+    return keep
+
+
+def prune(
+    checkpoint: Checkpoint,
+    batches: Sequence[mx.array],
+    held_out: Windows,
+    out: Path,
+    cut: Cut,
+    *,
+    dtype: str,
+    reading: Callable[[], Reading | None],
+    files: Files,
+    held: int | None = None,
+    shares: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line.
+
+    Where AAIS keeps other channels than plain importance, the plain student is made too, for as long as it
+    takes to compare the two on `held_out`. Of several machines the first one chooses and writes; shares: they have so
+    many blocks of the model each (models/pipeline_parallel). held: batches whose hidden states stay in memory
+    (default: all).
+    """
+    wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
+    files.make_folder(out.absolute().parent)
+    spool = None if held is None or held >= len(batches) else partial(Spool, out.absolute().parent, held, files)
+    mine, place, kind = distributed.share(batches), spool() if spool else None, policy.compute_dtype(checkpoint)
+    relay = Relay(checkpoint, kind, 0, bool(spool), shares) if shares else None
+    statistics, _ = calibrate.calibrate(checkpoint, mine, kind, reading, cut.temperature_unit, place, relay)
+    if not distributed.first():  # who has brought its part; the student is the first one's to make
+        return {}
+    shape, keep = choose(checkpoint.config, statistics, cut)
+    scores, _ = ranking(statistics, cut)
+    keep = replace(keep, report={**keep.report, "profile": profile(statistics, keep, scores)})
+    directions = cache(lambda: rotate.measured(checkpoint, batches, policy.compute_dtype(checkpoint), spool or list))
+    if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
+        sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "kv_heads", "hidden")}
+        as_plain = replace(cut, importance="rms", target="fixed", scenario="none", **sizes)
+        _, plain = choose(checkpoint.config, statistics, as_plain)
+        mark = f"-{os.getpid()}"  # so that it is swept where we are killed
+        with tempfile.TemporaryDirectory(mark, f".tmp-{out.name}-", out.absolute().parent) as temp:
+            both = {}
+            for name, kept in (("aais", keep), ("plain", plain)):
+                write(checkpoint, shape, kept, directions, Path(temp) / name, dtype, files)
+                both[name] = load.open_checkpoint(Path(temp) / name)
+            found = comparison.compare(both, held_out)
+        losses = {f"nll_{name}": float(found[name, "nll"].mean()) for name in both}
+        keep = replace(keep, report={**keep.report, **losses})
+    keep = write(checkpoint, shape, keep, directions, out, dtype, files)
+    config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
+    return {
+        "params_before": arch.params(checkpoint.config),
+        "params": arch.params(config),
+        "shape": str(shape),
+        **{k: v for k, v in keep.report.items() if k not in BULKY},
+    }

@@ -1,0 +1,63 @@
+"""Write the student's folder: the kept rows and columns of the teacher's tensors, one tensor at a time.
+
+Does not choose what is kept. The result is an ordinary, uniform model folder plus `keep.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from mis_mlx.models import arch, load, model_writer
+from mis_mlx.models.config import Shape
+from mis_mlx.storage.files import Files
+from mis_mlx.types import Checkpoint, Keep, Space
+
+
+def _expand(indices: tuple[int, ...], unit: int) -> mx.array:
+    return mx.array([i * unit + u for i in indices for u in range(unit)], dtype=mx.int32)
+
+
+def _cut(name: str, teacher_layer: int, spaces: Mapping[str, Space], keep: Keep, weight: mx.array) -> mx.array:
+    """The kept part of one teacher tensor: rows where an axis is written, columns where it is read."""
+    for axis, space in spaces.items():
+        kept = keep.kept.get((teacher_layer if axis != "hidden" else -1, axis))
+        if kept is None or len(kept) * space.unit == space.size:
+            continue
+        pattern = name.replace(f".layers.{teacher_layer}.", ".layers.{i}.")
+        if pattern in space.writes or pattern in space.vectors:
+            weight = mx.take(weight, _expand(kept, space.unit), axis=0)
+        elif pattern in space.reads:
+            weight = mx.take(weight, _expand(kept, space.unit), axis=1)
+    return weight
+
+
+def write_student(
+    teacher: Checkpoint,
+    shape: Shape,
+    keep: Keep,
+    out: Path,
+    dtype: str,
+    files: Files,
+    tensor: Callable[[str], mx.array] | None = None,
+) -> None:
+    """Commit the pruned model to the new folder `out`. Memory: the largest tensor, twice.
+
+    tensor(name): the teacher's tensor that is cut, where it is not the one on disk (rotated, merged).
+    """
+    config = arch.student_config(teacher.config, shape, keep.layers, dtype)
+    spaces = arch.spaces(teacher.config)
+    whole = tensor or partial(load.dense, teacher)
+
+    def take(name: str) -> mx.array:
+        layer, source = -1, name
+        if name.startswith("model.layers."):
+            number, rest = name.removeprefix("model.layers.").split(".", 1)
+            layer = keep.layers[int(number)]
+            source = f"model.layers.{layer}.{rest}"
+        return _cut(source, layer, spaces, keep, whole(source))
+
+    model_writer.write_model(config, take, teacher.path, out, dtype, files, model_writer.keep_files(keep))

@@ -1,0 +1,98 @@
+"""Round a model's blocks one by one, each on what the rounded blocks before it deliver. Streamed.
+
+GPTQ (arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that calibration
+sees (maths/rounding); those are gathered once a block, with its own weights as they were. Does not write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.hardware import lanes
+from mis_mlx.maths import rounding
+from mis_mlx.models import load, policy, stream
+from mis_mlx.models.arch import READERS, TAPS
+from mis_mlx.quantization.packed_format import Layout
+from mis_mlx.types import Checkpoint, MisError
+
+ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest values
+
+
+def rounded_blocks(
+    checkpoint: Checkpoint,
+    batches: Sequence[mx.array],
+    plan: Layout,
+    hidden: stream.Hidden | None = None,
+) -> Iterator[dict[str, rounding.Packed]]:
+    """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
+
+    plan: affine formats only. hidden: a place for the hidden states other than memory.
+    """
+    source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=hidden is not None)
+    hidden = source.embed(batches, hidden)
+    for i, block in source.blocks():
+        prefix = f"model.layers.{i}."
+        paths = {axis: [f"{prefix}{part}.{name}" for name in READERS[axis]] for axis, (part, _) in TAPS.items()}
+        tapped = [axis for axis in TAPS if any(plan[path].bits < ENOUGH_BITS for path in paths[axis])]
+        grams = _grams(block, source.args, hidden, tapped, f"{checkpoint.path}: {prefix}")
+        done: dict[str, rounding.Packed] = {}
+        for axis, (part, _) in TAPS.items():
+            linears = {path: block[part][name] for path, name in zip(paths[axis], READERS[axis], strict=True)}
+            gram = grams.pop(axis, None)
+            for kind in {plan[path]: None for path in linears}:  # all of one format in one go
+                same = [path for path in linears if plan[path] == kind]
+                whole = [load.dense_weight(linears[path]) for path in same]
+                if gram is None or kind.bits >= ENOUGH_BITS:
+                    made = [rounding.nearest(w, kind.group, kind.bits) for w in whole]
+                else:
+                    made = _together(whole, gram, kind.group, kind.bits)
+                for path, packed in zip(same, made, strict=True):
+                    linear = linears[path]
+                    linear.weight = rounding.values(packed, kind.group, kind.bits).astype(linear.weight.dtype)
+                    stream.settle(packed, linear.weight)
+                    done[path] = packed
+        yield done
+        if i + 1 < source.layers:
+            source.through(block, hidden)
+
+
+def _grams(
+    block: nn.Module, args: Any, hidden: stream.Hidden, axes: Sequence[str], where: str = ""
+) -> dict[str, np.ndarray]:
+    """{axis: sum of a a^T (in, in) float64 over all tokens} of what goes into the matrices that read it.
+
+    Products of one batch are float32 (on a CPU 5x quicker), sums over batches float64. MisError when one of them
+    overflows, with `where` before the name.
+    """
+    taps = {}
+    for axis in axes:
+        part, name = TAPS[axis]
+        block[part][name] = taps[axis] = stream.Tap(block[part][name])
+    sums = {axis: np.zeros((tap.inner.weight.shape[1],) * 2) for axis, tap in taps.items()}
+
+    def work(into: mx.array) -> dict[str, mx.array]:
+        block(into, load.mask(args, block, into))
+        seen = {axis: tap.take().astype(mx.float32) for axis, tap in taps.items()}
+        return {axis: (flat := a.reshape(-1, a.shape[-1])).T @ flat for axis, a in seen.items()}
+
+    for products in lanes.each(work, hidden):
+        for axis, product in products.items():
+            if not mx.isfinite(product).all().item():
+                raise MisError(f"{where}{'.'.join(TAPS[axis])} meets values that are not finite: use plain rounding")
+            sums[axis] += np.array(product)
+    for axis, tap in taps.items():
+        part, name = TAPS[axis]
+        block[part][name] = tap.inner
+    return sums
+
+
+def _together(weights: Sequence[mx.array], gram: np.ndarray, group: int, bits: int) -> list[rounding.Packed]:
+    """Matrices [(out, in)] with the same inputs, rounded in one go: rows do not know of each other."""
+    parts = rounding.compensated(np.concatenate([np.array(w) for w in weights]), gram, group, bits)
+    ends = np.cumsum([len(w) for w in weights])[:-1].tolist()
+    return list(zip(*(mx.split(part, ends) for part in parts), strict=True))  # type: ignore[arg-type]

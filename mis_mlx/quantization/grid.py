@@ -1,0 +1,66 @@
+"""A packed model whose scales, biases and norms can learn while its integers stay. Whole in memory.
+
+Does not know what it learns from, nor optimizers. The embedding and the head stay as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mis_mlx.maths import rounding
+from mis_mlx.models import arch, load, stream
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage import safetensors
+from mis_mlx.storage.files import Files
+from mis_mlx.types import Checkpoint
+
+PARTS = ("weight", "scales", "biases")
+
+
+class Grid(nn.Module):
+    """A linear layer of values integer * scale + bias: integers (out, groups, group), the others (out, groups).
+
+    added: the layer's own bias (out,), which is no group's and learns too; None where it has none.
+    """
+
+    def __init__(self, packed: rounding.Packed, kind: packed_format.Format, added: mx.array | None = None):
+        super().__init__()
+        whole = rounding.integers(packed[0], kind.group, kind.bits)
+        self._integers = whole.reshape(len(whole), -1, kind.group)  # underscore: not a parameter
+        self.scales, self.biases = (a.astype(mx.float32) for a in packed[1:])
+        if added is not None:
+            self.bias = added
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (..., in) -> (..., out)."""
+        weight = self._integers.astype(mx.float32) * self.scales[..., None] + self.biases[..., None]
+        weight = weight.reshape(len(weight), -1).T
+        return mx.addmm(self.bias, x, weight) if "bias" in self else x @ weight
+
+
+def resident(checkpoint: Checkpoint) -> nn.Module:
+    """mlx-lm's Model of an affinely quantized folder, float32, a `Grid` for every matrix of the blocks; evaluated."""
+    model = load.resident(checkpoint, mx.float32)
+    for path, kind in packed_format.formats(checkpoint).items():
+        if (layer := arch.block_of(path)) is None:
+            continue
+        *owners, name = path.split(".")[3:]
+        owner = model.model.layers[layer]
+        for step in owners:
+            owner = owner[step]
+        stored = safetensors.lazy(checkpoint.tensors, names := [f"{path}.{part}" for part in PARTS])
+        owner[name] = grid = Grid(tuple(stored[n] for n in names), kind, owner[name].get("bias"))
+        stream.settle(grid._integers, grid.scales, grid.biases)  # whatever stays lazy keeps its file open
+    for fixed in (model.model.embed_tokens, *([model.lm_head] if hasattr(model, "lm_head") else [])):
+        fixed.freeze()
+    return stream.into_memory(model, f"{checkpoint.path}: ")
+
+
+def write(checkpoint: Checkpoint, model: nn.Module, out: Path, files: Files) -> None:
+    """Commit the folder `out`: `checkpoint` with what the model has learned, in the types that it stores."""
+    learned = dict(tree_flatten(model.trainable_parameters()))
+    packed_format.rewrite(checkpoint, out, learned, files)

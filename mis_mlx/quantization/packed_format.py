@@ -1,0 +1,205 @@
+"""Write a model's weights in MLX's quantized formats, one tensor at a time. Every matrix, or an error.
+
+mlx-lm leaves a matrix unquantized without a word when its input size does not divide by the group; here
+that is a sentence with the remedy. Does not recover what rounding costs: others may bring rounded matrices. Does
+not know which matrices deserve more bits (quantization/sensitivity).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mis_mlx import cli
+from mis_mlx.maths import rounding
+from mis_mlx.models import arch, load, model_writer
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import safetensors
+from mis_mlx.storage.files import Files
+from mis_mlx.storage.safetensors import Writer, spec_bytes
+from mis_mlx.types import Checkpoint, MisError
+
+SENSITIVITY = "sensitivity.json"  # beside a mixed model: what every matrix would cost in every number of bits
+BITS = 4
+WIDE_BITS = 8  # where 4 bits cost most: the embedding, which makes the logits too when it is tied, and `bridges`
+
+
+class Format(NamedTuple):
+    """How a matrix is packed; in mlx-lm's config under its path, where it is not the model's own."""
+
+    bits: int
+    group: int  # weights that share one scale
+    mode: rounding.Mode = "affine"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """mlx-lm's names."""
+        return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """With scales, and the biases that affine groups have."""
+        return self.bits + (32 if self.mode == "affine" else 8) / self.group
+
+    def nearest(self, weight: mx.array) -> rounding.Packed:
+        """A matrix (out, in) rounded to nearest values. Lazy."""
+        return rounding.nearest(weight, self.group, self.bits, self.mode)
+
+    def specs(self, path: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """{tensor's name: (type, shape)} of one packed matrix (rows, columns)."""
+        scales = ("scales", "biases") if self.mode == "affine" else ("scales",)
+        kind = "F16" if self.mode == "affine" else "U8"
+        found: dict[str, tuple[str, tuple[int, ...]]] = {f"{path}.weight": ("U32", (rows, columns * self.bits // 32))}
+        return found | {f"{path}.{part}": (kind, (rows, columns // self.group)) for part in scales}
+
+
+GROUPS = {"mxfp4": 32, "nvfp4": 16}  # of the formats that have but one
+Layout = Mapping[str, Format]  # by module path
+Rounded = Callable[[Layout], Iterator[Mapping[str, rounding.Packed]]]  # block by block, {module path: its matrix}
+
+
+def bridges(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Blocks of a depth-pruned student that stand in for removed ones, and its last block.
+
+    Their down_proj carries what reconstruction put there, and its outliers: on the default student the
+    four of them cost 0.14 of the 0.28 nats of rounding, at 2 % of the bytes (benchmarks/rounding.py).
+    """
+    keep = model_writer.read_keep(checkpoint.path)
+    if keep is None:
+        return ()
+    jumps = [j for j, (a, b) in enumerate(pairwise(keep.layers)) if b != a + 1]
+    return (*jumps, len(keep.layers) - 1) if jumps else ()
+
+
+def layout(
+    config: Mapping[str, Any], group_size: int, wide: tuple[int, ...] = (), mode: rounding.Mode = "affine"
+) -> dict[str, Format]:
+    """The format of every matrix: 4 bits, or 8 affine ones for the embedding, the head, and down_proj of blocks `wide`.
+
+    MisError when a matrix cannot be cut into groups.
+    """
+    eight = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens", "lm_head"}
+    shapes = {n.removesuffix(".weight"): d for n, d in arch.tensors_of(config).items() if len(d) == 2}
+    four = Format(BITS, GROUPS.get(mode, group_size), mode)
+    plan = {path: Format(WIDE_BITS, group_size) if path in eight else four for path in shapes}
+    for path, (_, columns) in shapes.items():
+        if columns % (group := max(plan[path].group, 32)):  # MLX packs no rows of less
+            fits = [g for g in (64, 32) if all(d[1] % g == 0 for d in shapes.values())]
+            remedy = f"use --q-group-size {fits[0]}" if fits else "prune that axis to a multiple of 32, or --quantize 0"
+            raise MisError(f"{path}.weight has rows of {columns} weights, which {group} does not divide: {remedy}")
+    return plan
+
+
+def write_quantized(
+    checkpoint: Checkpoint,
+    out: Path,
+    plan: Layout | int,
+    files: Files,
+    rounded: Rounded | None = None,
+    extra: Mapping[str, bytes] | None = None,
+) -> dict[str, Any]:
+    """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
+
+    plan: of every matrix; or a group size, for 4 bits and `bridges` in 8. rounded: the matrices of the blocks, where
+    somebody rounds them (quantization/gptq); default: to the nearest values. extra: more files for the folder, by name.
+    """
+    check_dense(checkpoint)
+    if isinstance(plan, int):
+        plan = layout(checkpoint.config, plan, bridges(checkpoint))
+    inner = [kind for path, kind in plan.items() if arch.block_of(path) is not None]
+    common = max(set(inner), key=lambda kind: (inner.count(kind), kind))
+    settings: dict[str, Any] = common.settings
+    settings |= {path: kind.settings for path, kind in plan.items() if kind != common}
+    config = {**checkpoint.config, "quantization": settings, "quantization_config": settings}
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in arch.tensors_of(checkpoint.config).items():
+        path = name.removesuffix(".weight")
+        specs |= plan[path].specs(path, *shape) if path in plan else {name: (checkpoint.tensors[name].dtype, shape)}
+
+    def fill(folder: Path) -> None:
+        writer = Writer(folder, specs, files)
+        coming, block = rounded(plan) if rounded else None, dict[str, rounding.Packed]()
+        names = arch.tensors_of(checkpoint.config)
+        for name in cli.counted("tensor", names, len(names)):
+            path = name.removesuffix(".weight")
+            if path not in plan:
+                writer.add(name, _finite(checkpoint, name))
+                continue
+            while coming and arch.block_of(name) is not None and path not in block:
+                block = dict(next(coming))
+            parts = block.pop(path, None) or plan[path].nearest(_finite(checkpoint, name))
+            for part, array in zip((name, f"{path}.scales", f"{path}.biases"), parts, strict=False):
+                if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+                    raise MisError(f"{checkpoint.path}: {name}: {rounding.BEYOND}")
+                writer.add(part, array)
+            mx.clear_cache()
+        writer.close()
+        files.write(folder / "config.json", json.dumps(config, indent=2).encode())
+        for name, content in (extra or {}).items():
+            files.write(folder / name, content)
+        model_writer.copy_tokenizer(checkpoint.path, folder, files)
+
+    nbytes = sum(map(spec_bytes, specs.values()))
+    protocol.commit_folder(out, fill, files, nbytes)
+    count = sum(math.prod(s) for s in arch.tensors_of(checkpoint.config).values())
+    return {
+        "bits_per_weight": 8 * nbytes / count,
+        "bits_per_block_weight": block_bits(checkpoint.config, plan),
+        "nbytes": nbytes,
+        "group_size": common.group,
+    }
+
+
+def formats(checkpoint: Checkpoint) -> dict[str, Format]:
+    """The format of every packed matrix of a quantized model, by module path."""
+    common, found = checkpoint.config["quantization"], {}
+    for name in checkpoint.tensors:
+        if name.endswith(".scales"):
+            own = common.get(path := name.removesuffix(".scales"))
+            own = own if isinstance(own, dict) else common
+            found[path] = Format(own["bits"], own["group_size"], own.get("mode", "affine"))
+    return found
+
+
+def rewrite(checkpoint: Checkpoint, out: Path, changed: Mapping[str, mx.array], files: Files) -> None:
+    """Commit the new folder `out`: the same model with some tensors changed, in the types that they are stored in."""
+    specs = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
+
+    def fill(folder: Path) -> None:
+        writer = Writer(folder, specs, files)
+        for name in specs:
+            stored = safetensors.lazy(checkpoint.tensors, [name])[name]
+            writer.add(name, changed[name].astype(stored.dtype) if name in changed else stored)
+        writer.close()
+        files.write(folder / "config.json", json.dumps(dict(checkpoint.config), indent=2).encode())
+        if (costs := checkpoint.path / SENSITIVITY).is_file():
+            files.write(folder / SENSITIVITY, costs.read_bytes())
+        model_writer.copy_tokenizer(checkpoint.path, folder, files)
+
+    protocol.commit_folder(out, fill, files, sum(map(spec_bytes, specs.values())))
+
+
+def check_dense(checkpoint: Checkpoint) -> None:
+    """MisError when the model is quantized already."""
+    if arch.is_quantized(checkpoint.tensors):
+        raise MisError(f"{checkpoint.path} is quantized already: start from the unquantized model")
+
+
+def block_bits(config: Mapping[str, Any], plan: Layout) -> float:
+    """Bits for a weight of the blocks' matrices, scales and biases included."""
+    shapes = arch.tensors_of(config)
+    sizes = {path: math.prod(shapes[f"{path}.weight"]) for path in plan if arch.block_of(path) is not None}
+    return sum(plan[path].bits_per_weight * n for path, n in sizes.items()) / sum(sizes.values())
+
+
+def _finite(checkpoint: Checkpoint, name: str) -> mx.array:
+    weight = load.dense(checkpoint, name)
+    if bad := (~mx.isfinite(weight)).sum().item():
+        raise MisError(f"{checkpoint.path}: {name} holds {bad} values that are not numbers: download the model again")
+    return weight

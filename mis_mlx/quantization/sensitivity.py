@@ -1,0 +1,151 @@
+"""What each matrix costs in fewer bits: KL(model || model with that one rounded), from one pass forwards and one back.
+
+At the model itself the KL is at its minimum, so its first-order term is zero; the second-order one is half the Fisher
+information along the rounding error: half the mean over windows of <d log p(drawn tokens) / dW, error>^2, next
+tokens drawn by the model (models/backward_pass). Costs of several matrices add up as far as the second order reaches.
+Does not decide who gets which bits (maths/allocation). One block is in memory at a time.
+
+For N weights, F formats and windows of T tokens a batch of windows moves 20 N F bytes for the errors; each window takes
+8 N T operations (forwards twice, back to the inputs, gradients) and moves (12 + 4 F) N bytes. Gradients and errors are
+there a slab of rows at a time. 32 windows of 256 tokens, a 7B model, 5 formats: 9 TB (with errors made anew for each
+window and matrix: 35), and one wait for the device a matrix and batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.hardware import lanes
+from mis_mlx.maths import rounding
+from mis_mlx.models import backward_pass, load, policy, stream
+from mis_mlx.models.arch import READERS, TAPS
+from mis_mlx.models.backward_pass import Some
+from mis_mlx.types import Checkpoint
+
+MATRICES = [(TAPS[axis][0], name, axis) for axis, names in READERS.items() for name in names]  # part, name, its inputs
+
+
+class _Seen(NamedTuple):
+    """One window in a block: what went into its matrices, {axis: (T, in)}, and d log p / d output, [(T, out)]."""
+
+    inputs: dict[str, mx.array]
+    above: list[mx.array]
+
+
+def costs(
+    checkpoint: Checkpoint,
+    batches: Sequence[mx.array],
+    group: int,
+    bits: Sequence[int],
+    seed: int = 0,
+    kept: stream.Hidden | None = None,
+) -> dict[str, dict[int, float]]:
+    """{module path: {bits: nats per token}} of every matrix of the blocks, in affine groups. Token ids [(B, T)].
+
+    kept: as in `backward_pass.backwards`.
+    """
+    args, found = load.model_args(checkpoint.config), dict[str, dict[int, float]]()
+    tokens = sum(b.size for b in batches)
+
+    def visit(i: int, block: nn.Module) -> Callable[[Some, Some], Some]:
+        dense = [load.dense_weight(block[part][name]) for part, name, _ in MATRICES]
+        every = ((w, b) for w in dense for b in bits)
+        made = list(lanes.each(lambda of: rounding.nearest(of[0], group, of[1]), every))
+        packed = [made[k : k + len(bits)] for k in range(0, len(made), len(bits))]
+        seen, sums, done = list[_Seen](), [mx.zeros((len(bits),)) for _ in MATRICES], 0
+        held = max(rounding.HELD_BYTES, sum(w.nbytes for w in dense))
+
+        def take_in() -> None:
+            for k, (_, _, axis) in enumerate(MATRICES):
+                pairs = [(w.inputs[axis], w.above[k]) for w in seen]
+                sums[k] = sums[k] + mx.square(_along(dense[k], packed[k], pairs, group, bits)).sum(axis=0)
+            stream.settle(sums)
+            seen.clear()
+
+        def through(x: Some, above: Some) -> Some:
+            nonlocal done
+            below = list[mx.array]()
+            for under, window in lanes.each(lambda *of: _back(args, block, *of), x, above):
+                below.append(under)
+                seen.append(window)
+            done += len(below)
+            each = sum(a.nbytes for a in (*window.inputs.values(), *window.above))
+            if done == len(batches) or (len(seen) + len(below)) * each > held:
+                take_in()
+            if done == len(batches):
+                for (part, name, _), total in zip(MATRICES, np.array(mx.stack(sums), np.float64), strict=True):
+                    nats = (total / (2 * tokens)).tolist()
+                    found[f"model.layers.{i}.{part}.{name}"] = dict(zip(bits, nats, strict=True))
+            return below
+
+        return through
+
+    backward_pass.backwards(checkpoint, batches, policy.compute_dtype(checkpoint), visit, seed, kept)
+    return found
+
+
+class _Shifted(nn.Module):
+    """`inner` with `shift` (B, T, out) added to what comes out: its gradient is the cotangent there."""
+
+    def __init__(self, inner: nn.Module, shift: mx.array):
+        super().__init__()
+        self.inner, self.shift = inner, shift
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.into = x
+        return self.inner(x) + self.shift
+
+
+def _back(args: object, block: nn.Module, x: mx.array, above: mx.array) -> tuple[mx.array, _Seen]:
+    """(cotangent at the block's input x (B, T, D), what its matrices saw), lazy; no weight gets a gradient."""
+    linears = [block[part][name] for part, name, _ in MATRICES]
+    mask = load.mask(args, block, x)
+
+    def run(x: mx.array, *shifts: mx.array) -> list[mx.array]:
+        for (part, name, _), linear, shift in zip(MATRICES, linears, shifts, strict=True):
+            block[part][name] = _Shifted(linear, shift)
+        out = block(x, mask)
+        return [out, *(mx.stop_gradient(block[part][name].into) for part, name in TAPS.values())]
+
+    shifts = [mx.zeros((*x.shape[:2], len(linear.weight)), x.dtype) for linear in linears]
+    outs, (below, *cotangents) = mx.vjp(run, [x, *shifts], [above])
+    for (part, name, _), linear in zip(MATRICES, linears, strict=True):
+        block[part][name] = linear
+    inputs = {axis: _flat(a) for axis, a in zip(TAPS, outs[1:], strict=True)}
+    window = _Seen(inputs, [_flat(c) for c in cotangents])
+    return below, window
+
+
+def _flat(x: mx.array) -> mx.array:
+    """(B, T, n) -> (B T, n) float32."""
+    return x.reshape(-1, x.shape[-1]).astype(mx.float32)
+
+
+def _along(
+    dense: mx.array,
+    packed: Sequence[rounding.Packed],
+    pairs: Sequence[tuple[mx.array, mx.array]],
+    group: int,
+    bits: Sequence[int],
+) -> mx.array:
+    """(windows, formats): <d log p / dW, error> of a matrix (out, in) in each format. pairs: (input, cotangent).
+
+    The gradient is made before the product with the errors: <above, error a> token by token is F products as large as
+    the one that makes it, and as a difference, Q a - W a, loses the digits that Q and W share.
+    """
+
+    def of_slab(rows: slice) -> mx.array:
+        slopes = mx.stack([(above[:, rows].T @ into).reshape(-1) for into, above in pairs])
+        values = (
+            rounding.values(tuple(p[rows] for p in parts), group, b) for b, parts in zip(bits, packed, strict=True)
+        )
+        return mx.stack([slopes @ (value - dense[rows]).reshape(-1) for value in values], axis=1)
+
+    step = max(1, rounding.SLAB // lanes.count() // dense.shape[1])
+    slabs = [slice(at, at + step) for at in range(0, len(dense), step)]
+    return sum(lanes.each(of_slab, slabs), mx.zeros((len(pairs), len(bits))))

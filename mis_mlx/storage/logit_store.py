@@ -1,0 +1,227 @@
+"""The logit store: a teacher's sparse targets on disk, written part by part, read window by window.
+
+Does not know how targets are made, nor what a loss does with them. A folder holds targets.json and
+part-00000.safetensors, part-00001 ... A part is written under another name, synced and renamed, then
+targets.json, which lists every finished part with its size and sha256, is replaced; so a part is there
+whole or not at all, and a store that was stopped anywhere goes on and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mis_mlx.storage.checkpoint import sweep
+from mis_mlx.storage.files import Files, reported
+from mis_mlx.storage.header_check import check
+from mis_mlx.storage.safetensors import write_arrays
+from mis_mlx.types import MisError
+
+MANIFEST = "targets.json"
+KEPT_PARTS = 4  # parts that a reader holds in memory
+NUMPY = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a store holds. Equal specs, equal bytes."""
+
+    kind: Literal["sampled"]  # stands in targets.json
+    count: int  # samples of a position
+    vocab: int
+    windows: int
+    length: int  # positions in a window
+    teacher: str  # fingerprint
+    data: str  # fingerprint
+    seed: int
+    part_windows: int = 32  # windows in a file: what a crash can cost, and what a reader reads at a time
+
+    def dtypes(self) -> dict[str, type]:
+        """The arrays of a part in the order of maths.sparse, and how narrow they are.
+
+        sizes, distinct tokens of each position; ids and counts of all positions laid end to end.
+        """
+        ids = np.uint16 if self.vocab <= 2**16 else np.uint32
+        small = np.uint8 if self.count < 2**8 else np.uint16
+        return {"sizes": small, "ids": ids, "counts": small}
+
+
+def create(folder: Path, spec: Spec, files: Files) -> Targets:
+    """Begin the store in `folder`, or go on with it; every finished part is verified. Hold the lock of the run.
+
+    Damaged parts count as missing, and `notes` says so. MisError when `folder` holds other targets.
+    """
+    if not 1 <= spec.count < 2**16:
+        raise MisError(f"{spec.count} sampled tokens a position: take 1 to {2**16 - 1}")
+    with reported(folder, "the targets"):
+        files.make_folder(folder)
+    sweep(folder, files)
+    if not (folder / MANIFEST).exists():
+        made = Targets(folder, spec, {}, files)
+        made.save()
+        return made
+    there, parts = _manifest(folder)
+    for name, wanted in asdict(spec).items():
+        if (found := getattr(there, name)) != wanted:
+            raise MisError(
+                f"{folder} holds targets of another {name.replace('_', ' ')} ({str(found)[:12]}, not "
+                f"{str(wanted)[:12]}): delete it, or choose another folder"
+            )
+    bad = [number for number, facts in sorted(parts.items()) if _sound(_path(folder, number), facts) is None]
+    notes = [f"{_path(folder, number).name} of the targets is damaged: it is made again" for number in bad]
+    return Targets(folder, spec, {n: facts for n, facts in parts.items() if n not in bad}, files, tuple(notes))
+
+
+def opened(folder: Path) -> Targets:
+    """A store to read, finished or not. Parts are verified when they are needed."""
+    return Targets(folder, *_manifest(folder), Files())
+
+
+class Targets:
+    """A store that is open: `spec`, and `parts`, the finished ones: {number: {bytes, sha256}}."""
+
+    def __init__(
+        self, folder: Path, spec: Spec, parts: dict[int, dict[str, Any]], files: Files, notes: tuple[str, ...] = ()
+    ):
+        self.folder, self.spec, self.parts, self.notes = folder, spec, parts, notes
+        self._files = files
+        self.total = -(-spec.windows // spec.part_windows)
+        self._coming: list[Arrays] = []  # windows of the part being filled
+        self._kept: dict[int, dict[str, np.ndarray]] = {}  # parts read lately, the last one last
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes on disk for each position of the finished parts; 0 when there are none."""
+        tokens = sum(len(self._within(number)) for number in self.parts) * self.spec.length
+        return sum(facts["bytes"] for facts in self.parts.values()) / max(tokens, 1)
+
+    def missing(self) -> list[int]:
+        """Windows of the parts that are not there, rising: what `put` wants, in the order it wants them."""
+        return [w for number in range(self.total) if number not in self.parts for w in self._within(number)]
+
+    def put(self, window: int, arrays: Arrays) -> None:
+        """Take the targets of one window, by the names of `Spec.dtypes`; with its last window a part is committed.
+
+        MisError when the disk refuses, or has no room for all parts still missing if they are as big as this
+        one: the parts committed so far stay. ValueError when another window is due.
+        """
+        number = window // self.spec.part_windows
+        within = self._within(number)
+        if number in self.parts or window != within[len(self._coming)]:
+            raise ValueError(f"window {window} came, part {number} has {len(self._coming)} of its {len(within)}")
+        self._coming.append(arrays)
+        if len(self._coming) == len(within):
+            coming, self._coming = self._coming, []
+            self._commit(number, coming)
+
+    def adopt(self, number: int) -> None:
+        """Count a part whose file was made elsewhere, and lies here now, as finished."""
+        data = _path(self.folder, number).read_bytes()
+        self.parts[number] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        self.save()
+
+    def path(self, number: int) -> Path:
+        """Where a part lies, or will."""
+        return _path(self.folder, number)
+
+    def _within(self, number: int) -> range:
+        """Windows of a part."""
+        start = number * self.spec.part_windows
+        return range(start, min(start + self.spec.part_windows, self.spec.windows))
+
+    def _commit(self, number: int, windows: list[Arrays]) -> None:
+        import mlx.core as mx
+
+        arrays = {
+            name: mx.array(np.concatenate([w[name] for w in windows]).astype(dtype))
+            for name, dtype in self.spec.dtypes().items()
+        }
+        path = _path(self.folder, number)
+        left = sum(a.nbytes for a in arrays.values()) * (self.total - len(self.parts))
+        what, done = "the rest of the targets", f"{len(self.parts)} of {self.total} parts are kept"
+        remedy = f"free some and start again, {done}"
+        with reported(self.folder, what, left, remedy):
+            self._files.require_space(self.folder, left, what, remedy)
+            with self._files.replacing(path) as temp:
+                nbytes, sha256 = write_arrays(temp, arrays, self._files)
+        self.parts[number] = {"bytes": nbytes, "sha256": sha256}
+        self.save()
+
+    def save(self) -> None:
+        """Put targets.json in place."""
+        listed = {str(number): facts for number, facts in sorted(self.parts.items())}
+        text = json.dumps({**asdict(self.spec), "parts": listed}, indent=1)
+        self._files.replace_text(self.folder / MANIFEST, text + "\n")
+
+    def windows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Targets of n windows: ids (n, T, m) int32, weights (n, T, m) float32.
+
+        Weights are counts / N; m is the most that a position of these windows has, and entries of weight 0 fill
+        the others up. MisError when a part is missing or damaged. Memory: the last few parts.
+        """
+        found = [self._window(int(i)) for i in indices]
+        sizes = np.stack([w["sizes"] for w in found])
+        filled = np.arange(sizes.max()) < sizes[..., None]
+        ids, weights = np.zeros(filled.shape, np.int32), np.zeros(filled.shape, np.float32)
+        ids[filled] = np.concatenate([w["ids"] for w in found])
+        weights[filled] = np.concatenate([w["counts"] for w in found]) / np.float32(self.spec.count)
+        return ids, weights
+
+    def _window(self, index: int) -> Arrays:
+        number, at = divmod(index, self.spec.part_windows)
+        part, length = self._part(number), self.spec.length
+        rows = slice(at * length, (at + 1) * length)
+        begin = int(part["sizes"][: rows.start].sum(dtype=np.int64))
+        entries = slice(begin, begin + int(part["sizes"][rows].sum(dtype=np.int64)))
+        return {"sizes": part["sizes"][rows], "ids": part["ids"][entries], "counts": part["counts"][entries]}
+
+    def _part(self, number: int) -> dict[str, np.ndarray]:
+        """All arrays of a part, read and verified unless it was among the last few."""
+        if number not in self._kept:
+            path = _path(self.folder, number)
+            if number not in self.parts:
+                raise MisError(f"{path} is not written yet ({len(self.parts)} of {self.total} are): write the rest")
+            if (data := _sound(path, self.parts[number])) is None:
+                raise MisError(f"{path} is damaged: write the targets again, the other parts are kept")
+            tensors, _ = check(path)
+            while len(self._kept) >= KEPT_PARTS:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[number] = {
+                name: np.frombuffer(data, NUMPY[t.dtype], int(np.prod(t.shape)), t.offset).reshape(t.shape)
+                for name, t in tensors.items()
+            }
+        self._kept[number] = self._kept.pop(number)
+        return self._kept[number]
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05d}.safetensors"
+
+
+def _sound(path: Path, facts: Mapping[str, Any]) -> bytes | None:
+    """The bytes of a part, or None when they are not those that were written."""
+    try:
+        data = path.read_bytes() if path.stat().st_size == facts["bytes"] else b""
+    except OSError:
+        return None
+    return data if hashlib.sha256(data).hexdigest() == facts["sha256"] else None
+
+
+def _manifest(folder: Path) -> tuple[Spec, dict[int, dict[str, Any]]]:
+    """What targets.json says."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        parts = {int(n): {key: facts[key] for key in ("bytes", "sha256")} for n, facts in content.pop("parts").items()}
+        return Spec(**content), parts
+    except FileNotFoundError:
+        raise MisError(f"{folder} holds no targets: write them first") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise MisError(f"{folder / MANIFEST} is damaged: delete {folder} and write the targets again") from None

@@ -1,0 +1,180 @@
+"""The run folder: its name, its config.yaml, what a resumed run must share with the one it continues.
+
+Knows settings as plain values. Does not know what a run does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mis_mlx import __version__
+from mis_mlx.storage.files import Files, reported
+from mis_mlx.types import Checkpoint, MisError
+
+CONFIG, ORIGIN, RESULT, METRICS = "config.yaml", "origin.json", "result.json", "metrics.jsonl"
+PLAN = "plan.json"  # how the run trains: decided once, when it begins
+NOT_STORED = ("out", "resume", "dry_run", "config")  # settings that say where and when, not what
+PHASES = "phases.jsonl"  # what each start planned, then what each phase took
+SAMPLES = "samples.jsonl"  # what each model writes after the same words
+DATA = "data.json"  # of an alignment, beside the run and its model: source and licence of what was learned
+SAMPLE_BYTES = 4096
+
+
+def create(
+    out: str | None,
+    name: str,
+    settings: Mapping[str, Any],
+    origin: Mapping[str, str],
+    plan: Mapping[str, Any],
+    files: Files,
+) -> Path:
+    """A new run folder (`out`, or the next free runs/NAME-001): settings, what it was made from, how it trains.
+
+    config.yaml can be given to `-c` again. MisError when `out` holds a run already.
+    """
+    if out is None:
+        number = 1
+        while (folder := Path("runs") / f"{name}-{number:03d}").exists():
+            number += 1
+    else:
+        folder = Path(out)
+        if folder.exists() and (not folder.is_dir() or any(not _unborn(p) for p in folder.iterdir())):
+            raise MisError(f"{folder} is not empty: add --resume to continue the run in it, or choose another --out")
+    with reported(folder.parent, "the run folder"):
+        files.make_folder(folder)
+    for file, value in ((ORIGIN, origin), (PLAN, plan)):
+        files.replace_text(folder / file, json.dumps(dict(value), indent=2))
+    # Last: a folder with config.yaml is a run that can be resumed.
+    files.replace_text(folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    return folder
+
+
+def _unborn(path: Path) -> bool:
+    """Whether a crash before a run's config.yaml was written can have left this in its folder."""
+    return path.name in (".lock", ORIGIN, PLAN) or path.name.startswith(".tmp-")
+
+
+def find(out: str | None, under: Path = Path("runs")) -> Path:
+    """The run to continue: `out`, or the newest unfinished one right under `under`."""
+    if out is not None:
+        if not (Path(out) / CONFIG).is_file():
+            raise MisError(f"{out} holds no run to continue: start one there without --resume")
+        return Path(out)
+    unfinished = [p.parent for p in under.glob(f"*/{CONFIG}") if not (p.parent / RESULT).exists()]
+    if not unfinished:
+        raise MisError(f"There is no unfinished run under {under}/: start one without --resume, or name it with --out")
+    return max(unfinished, key=lambda p: (p / CONFIG).stat().st_mtime)
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run's config.yaml."""
+    try:
+        values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict):
+        raise MisError(f"{folder / CONFIG} is damaged: start a new run")
+    return values
+
+
+def stored_plan(folder: Path) -> dict[str, Any]:
+    """How the run trains."""
+    return _stored(folder / PLAN)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise MisError(f"{path} is missing or damaged: start a new run")
+    return values
+
+
+def merged(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], stored: Mapping[str, Any], free: frozenset[str]
+) -> dict[str, Any]:
+    """Settings of a resumed run: the stored ones. A flag that asks for something else is refused by name.
+
+    `free` settings do not change the weights and may differ. A flag left at its default asks for nothing.
+    """
+    if strange := sorted(set(stored) - set(given)):
+        raise MisError(
+            f"The run's {CONFIG} has {strange[0]}, which this command does not know: resume it with the one that began "
+            "it, or start a new run"
+        )
+    result = dict(given)
+    for name, value in given.items():
+        if name not in stored or (name in free and value != defaults[name]):
+            continue
+        if value not in (stored[name], defaults[name]):
+            flag = "--" + name.replace("_", "-")
+            raise MisError(
+                f"The settings differ: {flag} is {value}, the run has {stored[name]}: leave the flag out "
+                "to continue, or start a new run"
+            )
+        result[name] = stored[name]
+    return result
+
+
+def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
+    """What a resumed run must share: the teacher's fingerprint, the data's, the versions.
+
+    The teacher's: its config, its table of tensors, and 4 KiB from the middle of every tensor. A whole hash
+    would read 70 GB where that is the teacher.
+    """
+    table = sorted((n, t.dtype, t.shape, t.nbytes) for n, t in teacher.tensors.items())
+    digest = hashlib.sha256(json.dumps([dict(teacher.config), table], sort_keys=True).encode())
+    for _, tensor in sorted(teacher.tensors.items()):
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset + max(0, tensor.nbytes // 2 - SAMPLE_BYTES // 2))
+            digest.update(file.read(min(SAMPLE_BYTES, tensor.nbytes)))
+    versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")}
+    return {"teacher": digest.hexdigest(), "data": data, "mis_mlx": __version__, **versions}
+
+
+def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
+    """Refuse another teacher or other data than the run began with; return what else changed, in words."""
+    before = _stored(folder / ORIGIN)
+    for name in ("teacher", "data"):
+        if before.get(name) != origin[name]:
+            raise MisError(
+                f"The {name} changed since {folder} began ({str(before.get(name))[:12]} is now "
+                f"{origin[name][:12]}): start a new run"
+            )
+    return [
+        f"{k} was {before[k]}, is now {v}: the end may differ in the last bits"
+        for k, v in origin.items()
+        if k in before and before[k] != v
+    ]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Records of metrics.jsonl by step number. A torn line is passed over; of a repeated step the last counts."""
+    found = {r["number"]: r for r in records(folder / METRICS) if "number" in r}
+    return [found[number] for number in sorted(found)]
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a log that `Files.append` wrote, line by line; a torn line is passed over."""
+    return [record for record in parsed(path) if record is not None]
+
+
+def parsed(path: Path, most_bytes: int = -1) -> Iterator[dict[str, Any] | None]:
+    """Of each line of a log its JSON object, None where it is torn, none, or longer than `most_bytes`."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        while line := file.readline(most_bytes):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            yield record if isinstance(record, dict) else None

@@ -1,0 +1,257 @@
+"""A model's safetensors files: the index of a folder, lazy reading, and writing with bounded memory.
+
+Knows nothing of models: not which tensors belong together, nor what a config promises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mis_mlx.storage.files import Files
+from mis_mlx.storage.header_check import DTYPES, MAX_HEADER_BYTES, Refused, check, no_constant, no_twins
+from mis_mlx.types import GIB, MisError, TensorAt
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".pkl")
+INDEX = "model.safetensors.index.json"
+
+Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
+
+
+def index(folder: Path) -> dict[str, TensorAt]:
+    """Every tensor of a model folder: model.safetensors, or the shards that the index file lists.
+
+    MisError when a file is missing, fails `check`, lies outside the folder (links into a Hugging Face cache
+    are fine), when index and shards disagree, or when an unlisted model*.safetensors lies about: mlx-lm
+    loads everything of that name, so it would overrule the listed ones.
+    """
+    if not folder.is_dir():
+        raise MisError(f"There is no model folder {folder}: check the path, or download the model first")
+    if (folder / INDEX).exists():
+        weight_map = _weight_map(folder / INDEX)
+        files = sorted(set(weight_map.values()))
+    elif (folder / "model.safetensors").is_symlink() or (folder / "model.safetensors").exists():
+        weight_map, files = None, ["model.safetensors"]
+    else:
+        raise MisError(_no_weights(folder))
+    if stray := sorted({p.name for p in folder.glob("model*.safetensors")} - set(files)):
+        raise MisError(f"{folder} holds {', '.join(stray)} which no index lists: move it out, mlx-lm would load it")
+    tensors: dict[str, TensorAt] = {}
+    for name in files:
+        inside(folder, name)
+        found, _ = check(folder / name)
+        if twice := tensors.keys() & found.keys():
+            other = tensors[min(twice)].file.name
+            raise MisError(f"{folder} has the tensor {min(twice)} in both {other} and {name}; download it again")
+        tensors.update(found)
+    if weight_map is not None:
+        where = {name: at.file.name for name, at in tensors.items()}
+        if wrong := {name for name, _ in where.items() ^ weight_map.items()}:
+            raise MisError(f"{folder}: {INDEX} and the shards disagree about {min(wrong)}; download it again")
+    return tensors
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The index file's {tensor name: file name}, every file name a bare one."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_HEADER_BYTES:
+            raise Refused("it is not a regular file of sane size")
+        content = json.loads(path.read_bytes(), object_pairs_hook=no_twins, parse_constant=no_constant)
+        found = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(found, dict) or not found:
+            raise Refused("it has no weight_map")
+        for name in found.values():
+            if not isinstance(name, str) or not _bare(name):
+                raise Refused(f"it points outside the model folder ({str(name)[:60]!r})")
+    except (Refused, OSError, ValueError, RecursionError) as error:
+        raise MisError(f"{path} is not a usable index: {str(error)[:120]}; download it again") from None
+    return found
+
+
+def _bare(name: str) -> bool:
+    return name.endswith(".safetensors") and not set(name) & set("/\\\0")
+
+
+def inside(folder: Path, name: str) -> None:
+    """Refuse a missing file, and a link that leads out of the folder to other than a Hugging Face cache."""
+    real = (folder / name).resolve()
+    if not real.exists():
+        raise MisError(f"{folder / name} is missing: download the model again")
+    cached = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if real.parent != folder.resolve() and not cached:
+        raise MisError(f"{folder / name} is a link out of the model folder, to {real}: put the file itself there")
+
+
+def _no_weights(folder: Path) -> str:
+    """The sentence for a folder without model.safetensors: what is there instead, and what to do."""
+    names = sorted(p.name for p in folder.iterdir())
+    if gguf := [n for n in names if n.endswith(".gguf")]:
+        return f"{folder} holds {gguf[0]}: GGUF is not read here, use the safetensors model it was made from"
+    if unsafe := [n for n in names if n.endswith(UNSAFE)]:
+        return f"{folder} holds {unsafe[0]}, an unsafe format that can run code: get the safetensors version"
+    if other := [n for n in names if n.endswith(".safetensors")]:
+        return f"{folder} holds {other[0]} but neither model.safetensors nor {INDEX}: add the missing one"
+    return f"{folder} holds no model.safetensors: check the path, or download the model first"
+
+
+def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.array]:
+    """The named tensors as arrays that MLX will read when they are evaluated.
+
+    Each file is checked again, then opened once, and only the wanted arrays are taken out of what mx.load
+    returns. The rest must go at once: an array, once evaluated, stays in memory as long as any dict that
+    holds it. Until evaluated, a file must not be written over (MLX would read the new bytes without a
+    word); replacing it by rename or deleting it is harmless. If an evaluation fails, drop every array:
+    a second evaluation returns garbage without an error.
+    """
+    import mlx.core as mx
+
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        if name not in tensors:
+            raise MisError(f"The model has no tensor {name}: it is incomplete or of another architecture")
+        by_file.setdefault(tensors[name].file, []).append(name)
+    arrays: dict[str, mx.array] = {}
+    for path, wanted in by_file.items():
+        unchanged(path, tensors, wanted)
+        content: Any = mx.load(str(path))
+        arrays.update((name, content.pop(name)) for name in wanted)
+        del content
+    return arrays
+
+
+def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str]) -> None:
+    """Check a file again: MisError when one of the named tensors no longer lies where `tensors` says."""
+    now, _ = check(path)
+    if changed := [name for name in names if now.get(name) != tensors[name]]:
+        raise MisError(f"{path} changed since it was checked (tensor {changed[0]}); start again")
+
+
+class _File:
+    """One safetensors file, written front to back; `nbytes` and `sha256` of the file are known at the end."""
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], files: Files, metadata: Mapping[str, str]):
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
+        for name, (dtype, shape) in specs.items():
+            begin, end = end, end + spec_bytes((dtype, shape))
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        head = struct.pack("<Q", len(text)) + text
+        self.path, self.files, self.due = path, files, list(specs.items())[::-1]  # next one last
+        self.nbytes, self.sha256 = len(head) + end, hashlib.sha256(head)
+        files.write(path, head)
+
+    def add(self, name: str, array: mx.array) -> None:
+        import mlx.core as mx
+
+        got, want = (name, spec_of(array)), self.due.pop() if self.due else None
+        if got != want:
+            raise ValueError(f"{self.path.name}: {got} came, {want} was due")
+        if array.size:
+            # Bytes along the last axis only: flattened, 2 GiB and more would not fit into one dimension.
+            whole: Any = mx.contiguous(array.reshape(1) if array.ndim == 0 else array).view(mx.uint8)
+            data = memoryview(whole).cast("B")  # evaluates; numpy has no bfloat16
+            self.sha256.update(data)
+            self.files.extend(self.path, data)
+
+    def close(self) -> None:
+        if self.due:
+            raise ValueError(f"{self.path.name}: closed while {self.due[-1][0]} was due")
+        self.files.fsync(self.path)  # shard by shard, so that unwritten pages do not pile up in memory
+
+
+class Writer:
+    """Streams a model's tensors into `folder`, one in memory at a time.
+
+    `specs`: {name: (dtype, shape)} of every tensor, in the order in which `add` will get them. Up to
+    `shard_bytes` of tensors make one model.safetensors; more make shards and an index file (`shards`: the
+    same tensors, cut by the caller). Use it inside
+    `checkpoint.commit_folder`, which makes the whole folder appear at once or not at all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        specs: Mapping[str, Spec],
+        files: Files,
+        metadata: Mapping[str, str] | None = None,
+        shard_bytes: int = 5 * GIB,
+        shards: Sequence[Mapping[str, Spec]] | None = None,
+    ):
+        self._folder, self._files, self._specs = folder, files, specs
+        self._metadata = {"format": "mlx"} if metadata is None else metadata
+        shards = shards or _cut(specs, shard_bytes)
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        self._shards = dict(zip(names, shards, strict=True)) if len(shards) > 1 else {"model.safetensors": specs}
+        self._coming = iter(self._shards)
+        self._file = self._open(next(self._coming))
+
+    def _open(self, name: str) -> _File:
+        return _File(self._folder / name, self._shards[name], self._files, self._metadata)
+
+    def add(self, name: str, array: mx.array) -> None:
+        """Write the next tensor of `specs`. ValueError when its name, dtype or shape is not the one due."""
+        if not self._file.due and (shard := next(self._coming, None)):
+            self._file.close()
+            self._file = self._open(shard)
+        self._file.add(name, array)
+
+    def close(self) -> None:
+        """Finish, with the index file if there are shards. ValueError when tensors are still due."""
+        if (missing := next(self._coming, None)) is not None:
+            raise ValueError(f"closed before {missing} was begun")
+        self._file.close()
+        if len(self._shards) > 1:
+            metadata = {"total_size": sum(map(spec_bytes, self._specs.values()))}
+            if not any(dtype == "U32" for dtype, _ in self._specs.values()):  # packed: elements are no parameters
+                metadata["total_parameters"] = sum(math.prod(shape) for _, shape in self._specs.values())
+            where = {name: shard for shard, specs in self._shards.items() for name in specs}
+            content = {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
+            self._files.write(self._folder / INDEX, json.dumps(content, indent=2).encode())
+            self._files.fsync(self._folder / INDEX)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> tuple[int, str]:
+    """Write one plain safetensors file and fsync it: (its size in bytes, its sha256 in hex)."""
+    file = _File(path, {name: spec_of(array) for name, array in arrays.items()}, files, {"format": "mlx"})
+    for name, array in arrays.items():
+        file.add(name, array)
+    file.close()
+    return file.nbytes, file.sha256.hexdigest()
+
+
+def spec_of(array: mx.array) -> Spec:
+    """The array's dtype as safetensors spells it, and its shape."""
+    import mlx.core as mx
+
+    for name, (attribute, _) in DTYPES.items():
+        if array.dtype == getattr(mx, attribute):
+            return name, tuple(array.shape)
+    raise ValueError(f"safetensors has no name for {array.dtype}")
+
+
+def spec_bytes(spec: Spec) -> int:
+    """Bytes of a tensor of this dtype and shape."""
+    return math.prod(spec[1]) * DTYPES[spec[0]][1]
+
+
+def _cut(specs: Mapping[str, Spec], shard_bytes: int) -> list[dict[str, Spec]]:
+    """Consecutive tensors, as many as fit `shard_bytes`; a bigger one is alone."""
+    shards: list[dict[str, Spec]] = [{}]
+    room = shard_bytes
+    for name, spec in specs.items():
+        if spec_bytes(spec) > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = spec
+        room -= spec_bytes(spec)
+    return shards

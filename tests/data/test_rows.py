@@ -1,0 +1,135 @@
+"""Bad training data: every fault is found up front, named by file, line and reason, and counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.data import rows
+from mis_mlx.types import MisError
+
+GOOD = b'{"text": "Dzie\xc5\x84 dobry"}\n'
+
+BAD_LINES = {
+    "bad json": (b'{"text": "a"', "not valid JSON (Expecting ',' delimiter, column 13)"),
+    "bad utf-8": (b'{"text": "a\xff"}', "not UTF-8 (byte 12)"),
+    "utf-16": ('{"text": "a"}'.encode("utf-16-le"), "not valid JSON"),
+    "raw nul": (b'{"text": "a\0"}', "not valid JSON (Invalid control character"),
+    "escaped nul": (b'{"text": "a\\u0000"}', "'text' holds a NUL character"),
+    "lone surrogate": (b'{"text": "a\\ud83d"}', r"'text' holds half a surrogate pair (\ud83d)"),
+    "null text": (b'{"text": null}', "'text' is null, not text"),
+    "number text": (b'{"text": 12}', "'text' is a number, not text"),
+    "boolean text": (b'{"text": true}', "'text' is true or false, not text"),
+    "empty text": (b'{"text": " \\n"}', "'text' is empty"),
+    "other schema": (b'{"title": "a"}', "has neither 'text' nor 'prompt' and 'completion' nor 'messages'"),
+    "no keys": (b"{}", "(its keys: none)"),
+    "list row": (b'["a"]', "a list, not an object"),
+    "text row": (b'"a"', "text, not an object"),
+    "number row": (b"7", "a number, not an object"),
+    "null completion": (b'{"prompt": "a", "completion": null}', "'completion' is null, not text"),
+    "no messages": (b'{"messages": []}', "'messages' is an empty list"),
+    "message a string": (b'{"messages": ["a"]}', "message 1 is text, not an object"),
+    "message without content": (b'{"messages": [{"role": "user"}]}', "message 1: 'content' is null"),
+    "tools": (
+        b'{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}',
+        "tools are not supported",
+    ),
+    "tool calls": (b'{"messages": [{"role": "assistant", "tool_calls": [{}]}]}', "message 1 calls tools"),
+    "too deep": (b"[" * 200_000, "not valid JSON (nested too deeply)"),
+    "huge number": (b'{"text": ' + b"9" * 5000 + b"}", "not valid JSON (a number with thousands of digits)"),
+}
+
+
+def _file(folder: Path, content: bytes) -> Path:
+    path = folder / "train.jsonl"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_skipped_and_named(tmp_path: Path, name: str) -> None:
+    """The two good rows around a bad one are kept, and the sentence says file, line and reason."""
+    line, reason = BAD_LINES[name]
+    reading = rows.read(_file(tmp_path, GOOD + line + b"\n" + GOOD))
+    assert reading.rows == ({"text": "Dzień dobry"},) * 2
+    assert reading.dropped == 1
+    (fault,) = reading.faults
+    assert fault.startswith("train.jsonl line 2: ") and fault.endswith("; skipped")
+    assert reason in fault
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + GOOD * 2,  # byte-order mark
+        (GOOD * 2).replace(b"\n", b"\r\n"),
+        GOOD + b"\n  \n" + GOOD,  # blank lines
+        GOOD + GOOD.rstrip(),  # no newline at the end
+    ],
+)
+def test_harmless_oddities_are_accepted(tmp_path: Path, content: bytes) -> None:
+    """BOM, CRLF, blank lines and a missing last newline change nothing and are no faults."""
+    reading = rows.read(_file(tmp_path, content))
+    assert reading.rows == ({"text": "Dzień dobry"},) * 2
+    assert reading.dropped == 0
+
+
+def test_only_the_first_faults_are_listed_and_all_are_counted(tmp_path: Path) -> None:
+    """Ten bad lines: three are listed, the note says how many more there are."""
+    reading = rows.read(_file(tmp_path, GOOD + b"[]\n" * 10))
+    assert reading.notes() == [
+        "train.jsonl: 1 rows kept, 10 dropped",
+        "train.jsonl line 2: an empty list, not an object; skipped",
+        "train.jsonl line 3: an empty list, not an object; skipped",
+        "train.jsonl line 4: an empty list, not an object; skipped",
+        "train.jsonl: 7 more bad rows",
+    ]
+
+
+def test_a_row_of_50_mb_is_dropped_without_being_held(tmp_path: Path) -> None:
+    """Reading past a 50 MB line keeps the rows around it, and peaks near the line limit, not near 50 MB."""
+    path = _file(tmp_path, GOOD + b'{"text": "' + b"a" * 50_000_000 + b'"}\n' + GOOD)
+    tracemalloc.start()
+    reading = rows.read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reading.faults == ("train.jsonl line 2: longer than 4194304 bytes; skipped",)
+    assert len(reading.rows) == 2
+    assert peak < 3 * rows.LINE_LIMIT_BYTES
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_the_line_limit_is_exact(tmp_path: Path, over: int) -> None:
+    """A line of exactly the limit (without its newline) is read; one byte more is not."""
+    frame = len(b'{"text": ""}')
+    line = b'{"text": "' + b"a" * (rows.LINE_LIMIT_BYTES - frame + over) + b'"}'
+    reading = rows.read(_file(tmp_path, line + b"\n" + GOOD))
+    assert (len(reading.rows), reading.dropped) == (2 - over, over)
+
+
+def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
+    """A folder and a pipe in the place of the file are refused at once (a pipe would block for ever)."""
+    (tmp_path / "valid.jsonl").mkdir()
+    os.mkfifo(tmp_path / "train.jsonl")
+    for name in ("train.jsonl", "valid.jsonl"):
+        with pytest.raises(MisError, match=rf"{name} is not a regular file"):
+            rows.read(tmp_path / name)
+
+
+def test_rows_lose_the_keys_nothing_reads(tmp_path: Path) -> None:
+    """Every kind keeps its own keys; prompt and completion win over text, as in mlx-lm."""
+    content = [
+        {"text": "a", "url": "b"},
+        {"prompt": "a", "completion": "b", "text": "c"},
+        {"messages": [{"role": "user", "content": "a", "name": "b"}], "id": 3},
+    ]
+    reading = rows.read(_file(tmp_path, "\n".join(map(json.dumps, content)).encode()))
+    assert reading.rows == (
+        {"text": "a"},
+        {"prompt": "a", "completion": "b"},
+        {"messages": [{"role": "user", "content": "a"}]},
+    )

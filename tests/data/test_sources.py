@@ -1,0 +1,223 @@
+"""Where text comes from: the built-in texts and their fixed splits, folders, the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mis_mlx.data import sources
+from mis_mlx.data.sources import load
+from mis_mlx.types import MisError
+
+
+def _write(folder: Path, **files: Sequence[str]) -> str:
+    for name, texts in files.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return str(folder)
+
+
+def _texts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [row["text"] for row in rows]
+
+
+def test_the_manual_is_split_by_name_for_ever() -> None:
+    """These topics stay where they are: a name that moved would turn old test scores into training scores."""
+    from pydoc_data.topics import topics
+
+    texts = load()
+    for name, split in {
+        "compound": texts.train,
+        "types": texts.train,
+        "typesmapping": texts.valid,
+        "raise": texts.valid,
+        "formatstrings": texts.test,
+        "typesseq": texts.test,
+    }.items():
+        assert topics[name] in _texts(split), name
+
+
+def test_the_manual_s_splits_are_disjoint_and_sized() -> None:
+    """No document twice; about 80 / 5 / 15 % of the characters; the note names the Python it comes from."""
+    texts = load()
+    splits = [_texts(texts.train), _texts(texts.valid), _texts(texts.test)]
+    assert len(set().union(*splits)) == sum(map(len, splits))
+    sizes = [sum(map(len, split)) for split in splits]
+    shares = [size / sum(sizes) for size in sizes]
+    assert shares[0] == pytest.approx(0.8, abs=0.05)
+    assert shares[1] == pytest.approx(0.05, abs=0.02)
+    assert shares[2] == pytest.approx(0.15, abs=0.05)
+    assert f"Python {sys.version_info.major}.{sys.version_info.minor}" in texts.notes[0]
+
+
+def test_the_manual_s_test_text_is_not_in_its_training_text() -> None:
+    """Chapters that contain other topics whole ("compound" holds "with") are used once: < 1 % is shared."""
+    texts = load()
+
+    def spans(rows: Sequence[dict[str, Any]]) -> set[str]:
+        flat = [" ".join(text.split()) for text in _texts(rows)]
+        return {text[at : at + 100] for text in flat for at in range(len(text) - 99)}
+
+    test = spans(texts.test)
+    assert len(test & spans(texts.train)) < 0.01 * len(test)
+
+
+def test_the_polish_text_has_disjoint_splits() -> None:
+    """`--data mis`: 400 / 25 / 75 documents, none of them twice."""
+    texts = load("mis")
+    splits = [_texts(texts.train), _texts(texts.valid), _texts(texts.test)]
+    assert list(map(len, splits)) == [400, 25, 75]
+    assert len(set().union(*splits)) == 500
+
+
+@pytest.mark.parametrize(
+    ("split", "digest"),
+    [
+        ("train", "c6bfafc6481d934e03b50007dc5deaa4cbb5695e11aaeaf1743a5ec9636fecb5"),
+        ("valid", "c7111822e5de7117aa3bfd228105b6293d05ca77e9e16bc4bb1365dbb7207955"),
+        ("test", "9478157880fd312b31181929714cc249df1a53da1e024ed01af7d6d79a0d53cb"),
+    ],
+)
+def test_the_polish_text_is_the_same_for_ever(split: str, digest: str) -> None:
+    """All rows in order, sha256 with NUL between them: one other letter and old losses could not be compared."""
+    rows = getattr(load("mis"), split)
+    assert all(row.keys() == {"text"} for row in rows)
+    assert hashlib.sha256("\0".join(_texts(rows)).encode()).hexdigest() == digest
+
+
+def test_a_folder_with_all_three_files(tmp_path: Path) -> None:
+    """Each file is its split, in order, and counts are noted."""
+    texts = load(_write(tmp_path, train=["a", "b"], valid=["c"], test=["d"]))
+    assert [_texts(texts.train), _texts(texts.valid), _texts(texts.test)] == [["a", "b"], ["c"], ["d"]]
+    assert texts.notes == tuple(
+        f"{n}.jsonl: {c} rows kept, 0 dropped" for n, c in [("train", 2), ("valid", 1), ("test", 1)]
+    )
+
+
+def test_without_test_the_valid_split_serves(tmp_path: Path) -> None:
+    """No test.jsonl: valid.jsonl is the held-out text, and a note says so."""
+    texts = load(_write(tmp_path, train=["a", "b"], valid=["c"]))
+    assert texts.test == texts.valid == ({"text": "c"},)
+    assert "no test split: the 1 rows of valid serve as test too" in texts.notes
+
+
+def test_with_train_alone_a_tenth_is_held_out(tmp_path: Path) -> None:
+    """Neither valid nor test: about 10 % by hash of content, the same whatever the order of the lines."""
+    names = [f"row {i}" for i in range(300)]
+    texts = load(_write(tmp_path, train=names))
+    assert sorted(_texts(texts.train) + _texts(texts.test)) == sorted(names)
+    assert 15 < len(texts.test) < 45
+    assert any("no valid split" in note for note in texts.notes)
+    turned = load(_write(tmp_path, train=names[::-1]))
+    assert set(_texts(turned.test)) == set(_texts(texts.test))
+
+
+def test_test_is_never_used_as_valid(tmp_path: Path) -> None:
+    """With test.jsonl but no valid.jsonl, valid comes out of train: choosing on the test text is cheating."""
+    texts = load(_write(tmp_path, train=[f"row {i}" for i in range(30)], test=["d"]))
+    assert _texts(texts.test) == ["d"]
+    assert texts.valid and set(_texts(texts.valid)) < {f"row {i}" for i in range(30)}
+    assert not set(_texts(texts.valid)) & set(_texts(texts.train))
+
+
+@pytest.mark.parametrize("rows", [["a", "b"], ["a", "a", "b", "b"]])
+def test_two_different_rows_are_enough_to_hold_one_out(tmp_path: Path, rows: list[str]) -> None:
+    """However few rows: one side gets all copies of one text, the other all copies of the other."""
+    texts = load(_write(tmp_path, train=rows))
+    assert texts.train and texts.test
+    assert not set(_texts(texts.train)) & set(_texts(texts.test))
+
+
+def test_a_single_row_stays_in_train(tmp_path: Path) -> None:
+    """One book in one row: nothing can be held out, and the note says 0 rows."""
+    texts = load(_write(tmp_path, train=["a"]))
+    assert (len(texts.train), len(texts.valid), len(texts.test)) == (1, 0, 0)
+    assert any("0 rows of train are held out" in note for note in texts.notes)
+
+
+def test_copies_and_test_rows_in_train_are_counted(tmp_path: Path) -> None:
+    """Duplicate rows, and held-out rows that are also in train, are said."""
+    texts = load(_write(tmp_path, train=["a", "a", "b", "a"], valid=["b", "c"], test=["a", "b", "d"]))
+    assert "2 rows of train are copies of an earlier one" in texts.notes
+    assert "1 rows of valid are also in train" in texts.notes
+    assert "2 rows of test are also in train" in texts.notes
+
+
+def test_dropped_rows_are_summed_over_the_files(tmp_path: Path) -> None:
+    """`dropped` counts the bad rows of every file."""
+    data = _write(tmp_path, train=["a", ""], valid=["b", "", ""])
+    assert load(data).dropped == 3
+
+
+@pytest.mark.parametrize("files", [{"train": []}, {"train": ["", " "]}, {"train": ["a"], "valid": [""]}])
+def test_a_file_without_a_usable_row_stops(tmp_path: Path, files: dict[str, list[str]]) -> None:
+    """Empty file or only bad rows: refused, with both numbers."""
+    with pytest.raises(MisError, match=r"jsonl has 0 usable rows and [012] bad ones.*: mend that file"):
+        load(_write(tmp_path, **files))
+
+
+def test_wrong_places_are_named(tmp_path: Path) -> None:
+    """No train.jsonl, a file in place of the folder, no such folder: each has its own sentence."""
+    with pytest.raises(MisError, match=r"has no train\.jsonl"):
+        load(str(tmp_path))
+    _write(tmp_path, train=["a"])
+    with pytest.raises(MisError, match="is a file: --data takes the folder"):
+        load(str(tmp_path / "train.jsonl"))
+    with pytest.raises(MisError, match="there is no folder"):
+        load(str(tmp_path / "absent"))
+
+
+def test_a_hub_id_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` is optional: its absence is one sentence with the remedy."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MisError, match=r"pip install 'mis-mlx\[data\]'"):
+        load("some-user/some-data")
+
+
+def _fake_hub(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
+    """Stands in for the hub, which tests do not reach."""
+
+    def load_dataset(name: str) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_hub_rows_are_judged_like_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits of a hub set, "validation" included, pass the same judgement, with row numbers."""
+    _fake_hub(monkeypatch, {"train": [{"text": "a"}, {"text": None}], "validation": [{"text": "b"}]})
+    texts = load("some-user/some-data")
+    assert (_texts(texts.train), _texts(texts.valid)) == (["a"], ["b"])
+    assert "some-user/some-data[train] row 2: 'text' is null, not text; skipped" in texts.notes
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        (OSError("offline"), r"did not give the dataset 'a/b' \(offline\)"),
+        ({"dev": []}, "no split called train"),
+    ],
+)
+def test_hub_failures_are_one_sentence(monkeypatch: pytest.MonkeyPatch, found: Any, sentence: str) -> None:
+    """Whatever the package raises, and a set without a train split, become a MisError."""
+    _fake_hub(monkeypatch, found)
+    with pytest.raises(MisError, match=sentence):
+        load("a/b")
+
+
+def test_mostly_repeated_topics_are_dropped() -> None:
+    """Pencil example: the topic that is a part of a longer one goes, one that shares a little stays."""
+    one, two, three = ("x" * 50, "y" * 50, "z" * 120)
+    topics = {"big": f"{one}\n\n{two}", "part": two, "own": f"{two}\n\n{three}"}
+    assert sources._without_repeats(topics) == ["big", "own"]

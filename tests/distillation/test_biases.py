@@ -1,0 +1,222 @@
+"""Every engine that rebuilds or replaces a linear layer, on models with biases, against mlx-lm's plain forward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from benchmarks.ablations import fisher_importance as fisher
+from mis_mlx.alignment import lora
+from mis_mlx.distillation import blockwise, sharded
+from mis_mlx.gguf_export import tensors
+from mis_mlx.models import arch, block_files, load, model_writer
+from mis_mlx.models.config import shape_of
+from mis_mlx.planner.recipe import Recipe
+from mis_mlx.pruning import reconstruct, rotate, slice_weights
+from mis_mlx.quantization import gptq, grid, packed_format, sensitivity
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, Keep
+from tests import tiny
+
+TOKENS = mx.random.randint(0, 512, (2, 16), key=mx.random.key(3))
+WINDOWS = [TOKENS, TOKENS + 0]
+
+
+@pytest.fixture(scope="module", params=["qwen2", "biased"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """q, k and v with biases (9), or every matrix of the blocks (21), about as large as what they are added to."""
+    folder = tmp_path_factory.mktemp("biased") / request.param
+    checkpoint = load.open_checkpoint(tiny.make(folder, **tiny.KINDS[request.param]))
+    names = [name for name in checkpoint.tensors if name.endswith(".bias")]
+    assert len(names) == {"qwen2": 9, "biased": 21}[request.param]
+    wide = folder.parent / "wide"
+
+    def take(name: str) -> mx.array:
+        return load.dense(checkpoint, name) * (10 if name in names else 1)
+
+    model_writer.write_model(checkpoint.config, take, folder, wide, "float32", DISK)
+    return load.open_checkpoint(wide)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Checkpoint) -> nn.Module:
+    """Stock mlx-lm's model; without its biases it answers something else."""
+    stock, _ = load.mlx_lm("utils").load(str(model.path))
+    without, _ = load.mlx_lm("utils").load(str(model.path))
+    without.load_weights([(n, p * 0) for n, p in tree_flatten(without.parameters()) if n.endswith(".bias")], False)
+    assert mx.abs(stock(TOKENS) - without(TOKENS)).max().item() > 0.1
+    return stock
+
+
+def entering(model: nn.Module, block: int) -> mx.array:
+    """The hidden states (B, T, D) of TOKENS at the entrance of a block."""
+    hidden = model.model.embed_tokens(TOKENS)
+    for each in model.model.layers[:block]:
+        hidden = each(hidden, "causal")
+    return hidden
+
+
+def same(a: mx.array, b: mx.array, atol: float = 1e-5) -> bool:
+    return mx.allclose(a.astype(mx.float32), b, rtol=1e-4, atol=atol).item()
+
+
+@pytest.mark.usefixtures("cpu_policy")  # beside mlx-lm in float32
+def test_gptq(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
+    """The folder's logits are those of the plain model with the matrices that were chosen; so is the stream that the
+    last block was fitted to; biases keep their bytes."""
+    hidden: list[mx.array] = []
+    rounded = partial(gptq.rounded_blocks, model, WINDOWS, hidden=hidden)
+    packed_format.write_quantized(model, tmp_path / "q", 64, DISK, rounded)
+    made = load.open_checkpoint(tmp_path / "q")
+    names = arch.tensors_of(model.config)
+    inside = [(n, load.dense(made, n)) for n in names if arch.block_of(n) is not None and len(names[n]) == 2]
+    other, _ = load.mlx_lm("utils").load(str(model.path))
+    other.load_weights(inside, strict=False)
+    assert same(hidden[0], entering(other, 2))
+    other.load_weights([(n, load.dense(made, n)) for n in names if arch.block_of(n) is None], strict=False)
+    assert same(load.resident(made, mx.float32)(TOKENS), other(TOKENS))
+    assert not same(other(TOKENS), plain(TOKENS), 1e-3)
+    assert all(mx.array_equal(load.dense(made, n), load.dense(model, n)) for n in names if n.endswith(".bias"))
+
+
+def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
+    """The block on the way back computes what the plain one does, and its cotangents are the plain gradients."""
+    above = mx.random.normal((2, 16, 64), key=mx.random.key(5))
+    x, block = entering(plain, 1), plain.model.layers[1]
+    down = block.mlp.down_proj
+    _, (below, slope) = mx.vjp(lambda x, s: _with(block, s)(x, "causal"), [x, down.weight], [above])
+    block.mlp.down_proj = down
+    args = load.model_args(model.config)
+    got, seen = sensitivity._back(args, load.block(model, 1, args, mx.float32), x, above)
+    assert same(got, below) and same(seen.above[0].T @ seen.inputs["ffn"], slope, 1e-4)
+    ours = load.block(model, 1, args, mx.float32)
+    gated = {a: fisher._Gated((ours[p] if p else ours)[n], not p) for a, (p, n) in fisher.GATES.items()}
+    for axis, (part, name) in fisher.GATES.items():
+        (ours[part] if part else ours)[name] = gated[axis]
+    got, _ = fisher._back(args, ours, gated, shape_of(model.config), x, above)
+    assert same(got, below, 1e-4)
+
+
+def _with(block: nn.Module, weight: mx.array) -> nn.Module:
+    block.mlp.down_proj.weight = weight
+    return block
+
+
+def test_sharded(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
+    """Loss and gradients of the middle block, biases too, are the plain model's."""
+    learn = mx.ones((32,))
+
+    def loss(hidden: mx.array, head: mx.array, learn: mx.array) -> mx.array:
+        return (mx.logsumexp(hidden @ head.T, axis=-1) * learn).sum()
+
+    student = sharded.Sharded(block_files.begin(model, tmp_path / "parts", DISK), 1, 9, 0.0, DISK)
+    student._enter(1)
+    value, _, made = student.gradients([(TOKENS, learn)], loss, [])
+
+    def whole(m: nn.Module) -> mx.array:
+        head = m.lm_head.weight if hasattr(m, "lm_head") else m.model.embed_tokens.weight
+        return loss(m.model(TOKENS).reshape(32, -1), mx.stop_gradient(head), learn)
+
+    wanted, gradients = nn.value_and_grad(plain, whole)(plain)
+    assert value == pytest.approx(wanted.item() / 32, rel=1e-5)
+    theirs, ours = (dict(tree_flatten(g["layers"][i])) for g, i in ((gradients["model"], 1), (made, 0)))
+    assert ours.keys() == theirs.keys() and any(n.endswith(".bias") for n in ours)
+    assert all(same(ours[n], theirs[n], 1e-4) for n in ours)
+
+
+@pytest.mark.usefixtures("cpu_policy")  # beside mlx-lm in float32
+def test_reconstruct_and_local(model: Checkpoint, tmp_path: Path) -> None:
+    """A student from which nothing was cut: nothing to mend, and nothing to learn in the first step of any block."""
+    keep, student = Keep((0, 1, 2), {}, ""), tmp_path / "student"
+    slice_weights.write_student(model, shape_of(model.config), keep, student, "float32", DISK)
+    pruned = load.open_checkpoint(student)
+    mended, left = reconstruct.reconstruct(model, pruned, keep, WINDOWS)
+    assert len(mended) == 3 and max(left) <= 1 + 1e-6
+    assert all(same(w, load.dense(model, n), 1e-4) for n, w in mended.items())
+    recipe = Recipe(iters=1, batch_size=1, max_seq_length=16, learning_rate=0.0, warmup=0)
+    copy = block_files.begin(pruned, tmp_path / "parts", DISK)
+    how = {"folder": tmp_path, "held": 9, "files": DISK, "ridge": 0.0}
+    steps = list(blockwise.train(model, pruned, copy, keep, WINDOWS, recipe, **how))  # type: ignore[arg-type]
+    assert len(steps) == 3 and max(s.loss for s in steps) < 1e-9
+
+
+def test_lora(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
+    """Adapters of zeros change nothing; fused ones give what they gave beside the weights."""
+    ours, how = load.resident(model, mx.float32), lora.Lora(-1, 4, 2.0)
+    lora.insert(ours, how, 0)
+    assert same(ours(TOKENS), plain(TOKENS))
+    moved = [(n, 0.1 * mx.random.normal(p.shape)) for n, p in tree_flatten(ours.trainable_parameters())]
+    assert len(moved) == 2 * 21
+    ours.load_weights(moved, strict=False)
+    take = lora.fused(model, dict(moved), how)
+    model_writer.write_model(model.config, take, model.path, tmp_path / "fused", "float32", DISK)
+    fused, _ = load.mlx_lm("utils").load(str(tmp_path / "fused"))
+    assert same(fused(TOKENS), ours(TOKENS), 1e-4) and not same(fused(TOKENS), plain(TOKENS), 1e-2)
+
+
+def test_slice(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
+    """Half the neurons and a group of heads less: the plain model with zeros in their place."""
+    neurons, size = tuple(range(0, 768, 3)), shape_of(model.config)
+    keep = Keep((0, 1, 2), {(i, "ffn"): neurons for i in range(3)}, "")
+    cut = arch.target_shape(model.config, {}, ffn=len(neurons))
+    assert cut.heads == size.heads
+    slice_weights.write_student(model, cut, keep, tmp_path / "cut", "float32", DISK)
+    gone = mx.array([n not in neurons for n in range(768)])
+    for block in (zeroed := load.resident(model, mx.float32)).model.layers:
+        block.mlp.down_proj.weight = mx.where(gone[None], 0, block.mlp.down_proj.weight)
+    made, _ = load.mlx_lm("utils").load(str(tmp_path / "cut"))
+    assert same(made(TOKENS), zeroed(TOKENS)) and not same(made(TOKENS), plain(TOKENS), 1e-3)
+
+
+def test_rotation(model: Checkpoint, tmp_path: Path) -> None:
+    """Rotated, not cut, with a head of its own: the same function."""
+    head = mx.random.normal((512, 64), key=mx.random.key(8)) * 0.05
+
+    def take(name: str) -> mx.array:
+        return head if name == "lm_head.weight" else load.dense(model, name)
+
+    config = {**model.config, "tie_word_embeddings": False}
+    model_writer.write_model(config, take, model.path, tmp_path / "untied", "float32", DISK)
+    untied = load.open_checkpoint(tmp_path / "untied")
+    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))
+    rotation = rotate.Rotation(basis, {n: 1.0 for n in untied.tensors if "norm" in n})
+    turned = rotate.rotated(untied, rotation)
+    model_writer.write_model(config, turned, model.path, tmp_path / "turned", "float32", DISK)
+    one, other = (load.mlx_lm("utils").load(str(tmp_path / n))[0] for n in ("untied", "turned"))
+    assert same(one(TOKENS), other(TOKENS), 1e-4)
+
+
+@pytest.mark.parametrize("wanted", ["f16", "q4_1"])
+def test_gguf(model: Checkpoint, tmp_path: Path, wanted: str) -> None:
+    """Every tensor once under a name of its own, biases in float32; those of q and k of a llama in llama.cpp's order,
+    packed model or not."""
+    source = model
+    if wanted == "q4_1":
+        packed_format.write_quantized(model, tmp_path / "q", 64, DISK)
+        source = load.open_checkpoint(tmp_path / "q")
+    found = tensors.parts(source, wanted)
+    assert [p.source for p in found] == list(arch.tensors_of(model.config))
+    assert max(Counter(p.name for p in found).values()) == 1
+    biases = [p for p in found if p.source.endswith(".bias")]
+    for part in biases:
+        assert part.kind == "F32" and part.name.endswith(".bias") and part.name.startswith("blk.")
+        written = np.concatenate(list(tensors.rows(source, part, Counter()))).view(np.float32).reshape(-1)
+        stored = np.array(load.dense(model, part.source))
+        heads = {"attn_q": 4, "attn_k": 2}.get(part.name.split(".")[2], 0)
+        if heads and model.config["model_type"] == "llama":
+            stored = stored.reshape(heads, 2, 8).swapaxes(1, 2).reshape(-1)
+        assert np.array_equal(written, stored), part.name
+
+
+def test_tune(model: Checkpoint, tmp_path: Path) -> None:
+    """Before its first step the packed model that learns answers what the packed model does."""
+    packed_format.write_quantized(model, tmp_path / "q", 64, DISK)
+    packed = load.open_checkpoint(tmp_path / "q")
+    assert same(grid.resident(packed)(TOKENS), load.resident(packed, mx.float32)(TOKENS))

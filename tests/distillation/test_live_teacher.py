@@ -1,0 +1,170 @@
+"""Teacher and student: resident or streamed, whole or in micro-batches, it is the same step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import live_teacher
+from mis_mlx.hardware import lanes
+from mis_mlx.maths.losses import halny_factor
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.models import load, policy
+from mis_mlx.planner.recipe import Recipe
+from mis_mlx.types import Batch, Checkpoint, Step
+from tests import tiny
+from tests.conftest import near
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A smaller random llama of the same tokens."""
+    folder = tmp_path_factory.mktemp("student") / "s"
+    return load.open_checkpoint(tiny.make(folder, seed=5, num_hidden_layers=1, intermediate_size=256))
+
+
+@pytest.fixture(scope="module")
+def data() -> Windows:
+    """Twenty windows of 16 tokens; some windows count in part only."""
+    rng = np.random.default_rng(2)
+    learn = (rng.random((20, 16)) < 0.7).astype(np.float32)
+    learn[:, -1] = 0
+    learn[3] = 0
+    return Windows(rng.integers(0, 512, (20, 16)).astype(np.int32), learn)
+
+
+RECIPE = Recipe(iters=3, batch_size=4, max_seq_length=16, learning_rate=1e-2, warmup=1)
+
+
+def distil(
+    teacher: Checkpoint, student: Checkpoint, data: Windows, recipe: Recipe = RECIPE, *, resident: bool = True,
+    temperature: float = 1.0, sigma: float = 0.0,
+) -> tuple[nn.Module, list[Step]]:  # fmt: skip
+    model = load.resident(student, mx.float32)
+    source = live_teacher.Teacher(teacher, None if resident else 0, temperature=temperature)
+    steps = live_teacher.steps(model, source, data, recipe, GoralW(), 0, lambda: sigma)
+    return model, list(steps)
+
+
+def furthest(a: nn.Module, b: nn.Module) -> float:
+    """Largest difference of any weight."""
+    pairs = zip(tree_flatten(a.parameters()), tree_flatten(b.parameters()), strict=True)
+    return max(mx.abs(x - y).max().item() for (_, x), (_, y) in pairs)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_streamed_teacher_says_what_a_resident_one_says(
+    models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
+) -> None:
+    """Hidden states and logits, bit for bit, for every kind."""
+    resident, streamed = (live_teacher.Teacher(models(kind), room) for room in (None, 0))
+    for a, b in zip(resident.hidden(batches), streamed.hidden(batches), strict=True):
+        assert mx.array_equal(a, b)
+        assert mx.array_equal(resident.logits(a[0]), streamed.logits(b[0]))
+
+
+def test_streaming_does_not_change_the_student(llama: Checkpoint, student: Checkpoint, data: Windows) -> None:
+    """Three steps with either teacher: the same losses and weights to the last bit."""
+    a, steps_a = distil(llama, student, data)
+    b, steps_b = distil(llama, student, data, resident=False)
+    assert [s.loss for s in steps_a] == [s.loss for s in steps_b] and furthest(a, b) == 0.0
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("batch_size", [4, 3, 1])
+def test_lanes_do_not_change_the_student(
+    llama: Checkpoint, student: Checkpoint, data: Windows, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    """Windows side by side and the vocabulary by numpy, beside MLX's own gradient of the whole batch: one step."""
+    recipe = replace(RECIPE, iters=1, batch_size=batch_size)
+    monkeypatch.setattr(live_teacher.Teacher, "gradient_of", lambda *_: None)
+    _, (one,) = distil(llama, student, data, recipe)
+    monkeypatch.undo()
+    monkeypatch.setenv(policy.POLICY, "cpu")
+    monkeypatch.setattr(lanes, "count", lambda: 2)
+    _, (two,) = distil(llama, student, data, recipe)
+    assert two.loss == pytest.approx(one.loss, rel=1e-5) and two.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(2, 2), (1, 4)])
+def test_micro_batches_do_not_change_the_student(
+    llama: Checkpoint, student: Checkpoint, data: Windows, batch_size: int, accumulate: int
+) -> None:
+    """Four windows a step, whole or cut: the same step to 1e-6, uneven and empty learn masks included."""
+    whole, one = distil(llama, student, data, replace(RECIPE, iters=1))
+    cut = replace(RECIPE, iters=1, batch_size=batch_size, grad_accumulation_steps=accumulate)
+    parts, many = distil(llama, student, data, cut)
+    assert one[0].loss == pytest.approx(many[0].loss, rel=1e-6) and one[0].tokens == many[0].tokens
+    assert one[0].grad_norm == pytest.approx(many[0].grad_norm, rel=1e-5)
+    # Adam's first step is rate * sign(gradient): gradients of rounding size may differ in sign, so bound by
+    # 1e-6 all but the weights whose gradient is nothing.
+    pairs = zip(tree_flatten(whole.parameters()), tree_flatten(parts.parameters()), strict=True)
+    far = [(mx.abs(x - y) > 1e-6).mean().item() for (_, x), (_, y) in pairs]
+    assert max(far) < 1e-2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_is_kl_per_token(llama: Checkpoint, student: Checkpoint, data: Windows, temperature: float) -> None:
+    """The first step's loss, from whole logits in float64: sum over learnt positions over their number."""
+    _, steps = distil(llama, student, data, temperature=temperature)
+    from mis_mlx.data.token_windows import order
+
+    at = order(20, 4, 0, 0)
+    total = 0.0
+    for w in at:
+        logs = []
+        for checkpoint in (llama, student):
+            z = np.array(load.resident(checkpoint, mx.float32)(mx.array(data.tokens[w][None]))[0], np.float64)
+            z /= temperature
+            logs.append(z - np.log(np.exp(z).sum(-1, keepdims=True)))
+        total += float(((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1) * data.learn[w]).sum())
+    assert steps[0].loss == pytest.approx(total / data.learn[at].sum(), rel=1e-5)
+    assert steps[0].tokens == data.learn[at].sum()
+
+
+def test_halny_zero_is_plain_and_wind_scales_the_gradient(
+    llama: Checkpoint, student: Checkpoint, data: Windows
+) -> None:
+    """sigma 0: exactly plain KL. sigma 0.1: the gradient of step k is (1 + eps_k) times the plain one."""
+    calm, plain = distil(llama, student, data)
+    again, _ = distil(llama, student, data, sigma=0.0)
+    assert furthest(calm, again) == 0.0
+    stormy, windy = distil(llama, student, data, sigma=0.1)
+    factor = halny_factor(0.1, 0, 0)
+    assert factor != 1.0
+    assert windy[0].loss == plain[0].loss
+    assert windy[0].grad_norm == pytest.approx(factor * plain[0].grad_norm, rel=1e-5)
+    assert furthest(calm, stormy) > 0
+
+
+def test_the_student_learns(llama: Checkpoint, student: Checkpoint, data: Windows) -> None:
+    """Thirty steps on four windows: the KL falls to under a third."""
+    few = Windows(data.tokens[:4], np.ones_like(data.learn[:4]))
+    _, steps = distil(llama, student, few, replace(RECIPE, iters=30, learning_rate=5e-3))
+    assert steps[-1].loss < steps[0].loss / 3
+    assert all(math.isfinite(s.loss) for s in steps)
+
+
+def test_micro_batches_line_up(llama: Checkpoint) -> None:
+    """Tokens, mask and the teacher's hidden states of a micro-batch belong to the same positions."""
+    tokens = mx.random.randint(0, 512, (2, 8), key=mx.random.key(0))
+    learn = mx.array([[1.0] * 7 + [0.0], [0.0] * 8])
+    teacher = live_teacher.Teacher(llama, None)
+    ((got, mask, hidden),) = teacher.micro_batches([Batch(tokens, learn)])
+    assert mx.array_equal(got, tokens) and mask.tolist() == [1.0] * 7 + [0.0] * 9
+    assert mx.array_equal(hidden, teacher.hidden([tokens])[0].reshape(16, 64))
+
+
+def test_one_directory_is_enough(tmp_path: Path, llama: Checkpoint, data: Windows) -> None:
+    """A student that is its own teacher has no loss and stays where it is, but for weight decay."""
+    _, steps = distil(llama, llama, data, replace(RECIPE, iters=1))
+    assert abs(steps[0].loss) < near(1e-5, 1e-4) and steps[0].grad_norm < near(1e-4, 1e-2)

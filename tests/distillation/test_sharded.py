@@ -1,0 +1,469 @@
+"""One shard trained at a time: the step of the resident model, in little memory, and exact whatever is killed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx.distillation import sharded, train_loop
+from mis_mlx.hardware.clock import VirtualClock
+from mis_mlx.maths import losses
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.models import block_files, load, stream
+from mis_mlx.planner.recipe import Schedule
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.hidden_spool import Spool
+from mis_mlx.types import Checkpoint, MisError, Step
+from tests import tiny
+
+LAYERS, VISIT = 4, 2
+Arrays = dict[str, dict[str, mx.array]]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """`source(kind)`: a random student of four small blocks, made once."""
+    root, made = tmp_path_factory.mktemp("students"), dict[str, Checkpoint]()
+
+    def get(kind: str) -> Checkpoint:
+        if kind not in made:
+            changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128, **tiny.KINDS[kind]}
+            made[kind] = load.open_checkpoint(tiny.make(root / kind, **changes))
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Three blocks of a few thousand bytes, for runs that are killed hundreds of times."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
+    folder = tmp_path_factory.mktemp("smallest") / "s"
+    return load.open_checkpoint(tiny.make(folder, num_attention_heads=2, num_key_value_heads=1, **sizes))
+
+
+def micro_batches(step: int, count: int = 3, width: int = 64, windows: int = 2) -> list[tuple[mx.array, ...]]:
+    """Tokens (2, 16), an uneven learn mask (of the second one empty), and a teacher's hidden states."""
+    made: list[tuple[mx.array, ...]] = []
+    for b in range(count):
+        keys = mx.random.split(mx.random.key(100 * step + b), 3)
+        learn = (mx.random.uniform(shape=(windows * 16,), key=keys[0]) < 0.7) * float(b != 1)
+        tokens = mx.random.randint(0, 512, (windows, 16), key=keys[1])
+        made.append((tokens, learn, mx.random.normal((windows * 16, width), key=keys[2])))
+    return made
+
+
+def kl(hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array) -> mx.array:
+    """Forward KL against a teacher with a fixed random head."""
+    teacher_head = 0.05 * mx.random.normal((512, target.shape[1]), key=mx.random.key(9))
+    return losses.kl_sum(hidden, head, target, lambda h: h @ teacher_head.T, learn, 1.0, None, True)
+
+
+def schedule(iters: int) -> Schedule:
+    return Schedule(iters, 1e-2, 2)
+
+
+def resident(student: Checkpoint, each: int, iters: int) -> tuple[nn.Module, list[Step], list[Arrays]]:
+    """The same training with everything in memory: the model, the steps, weights and moments after each."""
+    model = stream.into_memory(load.resident(student, mx.float32))
+    steps: list[Step] = []
+    arrays = []
+
+    def loss(_: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+        hidden = model.model(tokens)
+        return kl(hidden.reshape(-1, hidden.shape[-1]), load.head_weight(model), learn, target), learn.sum()
+
+    while len(steps) < iters:
+        first = len(steps) // VISIT % math.ceil(LAYERS / each) * each
+        shard, optimizer = nn.Module(), GoralW()
+        shard.layers = model.model.layers[first : first + each]
+        for step in train_loop.train(shard, micro_batches, loss, optimizer, schedule(iters), len(steps)):
+            steps.append(step)
+            arrays.append(train_loop.arrays_of(shard, optimizer))
+            if step.number % VISIT == 0:
+                break
+    return model, steps, arrays
+
+
+def opened(student: Checkpoint, folder: Path, each: int = 1, files: Files = DISK, **how: Any) -> sharded.Sharded:
+    """`student` in parts in `folder`, ready to train."""
+    made = sharded.Sharded(block_files.begin(student, folder, files), each, VISIT, 0.01, files, **how)
+    made.begin()
+    return made
+
+
+def facts(steps: list[Step]) -> list[tuple[float, ...]]:
+    return [(s.number, s.loss, s.grad_norm, s.learning_rate, s.tokens) for s in steps]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
+    return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("kind", "each"),
+    [("llama", 1), ("llama", 2), ("llama", 3), ("llama", 4), ("untied", 2), ("qwen2", 2), ("qwen3", 1)],
+)
+def test_sharded_is_resident_bit_for_bit(
+    tmp_path: Path, source: Callable[[str], Checkpoint], kind: str, each: int
+) -> None:
+    """A round over all shards, bottom, middle and top, and one visit more, three micro-batches a step.
+
+    Loss, gradient norm, weights and moments (the first are the gradient times 0.1) after every step, and the
+    model on disk at the end.
+    """
+    iters = VISIT * (math.ceil(LAYERS / each) + 1)
+    model, wanted, arrays = resident(source(kind), each, iters)
+    student, got = opened(source(kind), tmp_path / "s", each), []
+    for step in sharded.steps(student, micro_batches, kl, schedule(iters)):
+        got.append(step)
+        if step.number % VISIT:
+            assert all(same(student.arrays()[key], arrays[step.number - 1][key]) for key in ("model", "optimizer"))
+    assert facts(got) == facts(wanted)
+    end = load.resident(load.open_checkpoint(tmp_path / "s"), mx.float32)
+    assert same(*(dict(tree_flatten(m.parameters())) for m in (end, model)))
+    assert mx.array_equal(end.model.embed_tokens.weight, load.embedding(source(kind), mx.float32).weight)
+
+
+def test_room_spools_and_the_page_cache_change_no_bit(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
+    """Blocks kept in memory (fewer bytes read), hidden states on disk, reads past the page cache: same files."""
+    head, block = 512 * 64 * 4, sum(t.nbytes for n, t in source("llama").tensors.items() if ".layers.1." in n) + 4096
+    room = {"room_bytes": head + 2 * block}
+    hows: dict[str, dict[str, Any]] = {"plain": {}, "room": room, "direct": {"direct": True}, "spool": {}}
+    spools: list[Spool] = []
+    read = {}
+
+    def spool() -> Spool:
+        spools.append(Spool(tmp_path, 2, DISK))
+        return spools[-1]
+
+    for name, how in hows.items():
+        student = opened(source("llama"), tmp_path / name, 2, **how)
+        kept: Any = spool if name == "spool" else list
+        for _ in sharded.steps(student, micro_batches, kl, schedule(4), kept=kept):
+            read[name] = student._source.read_bytes  # since the visit began
+        assert contents(tmp_path / name) == contents(tmp_path / "plain"), name
+    assert read["room"] < read["plain"] == read["direct"] == read["spool"]
+    assert all(s.written_bytes > 0 for s in spools)
+
+
+def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
+    """24 blocks of 641 KiB, one trainable: two steps, each of another shard, take under 6 MiB.
+
+    That is two slots and one block with its gradient and moments (3.8 MiB), a block's new gradient, 24 x 2
+    hidden states of 8 KiB, head and logits, or the update (4.3 MiB measured). Resident: over seven times
+    as much.
+    """
+    limit, n = 6 * 2**20, 24
+    source = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=n))
+    student = sharded.Sharded(block_files.begin(source, tmp_path / "s", DISK), 1, 1, 0.01, DISK)
+    micro = partial(micro_batches, count=2)
+    mx.eval([micro(step) for step in range(2)])
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    student.begin()
+    steps = list(sharded.steps(student, micro, kl, schedule(2)))
+    assert max(s.peak_bytes for s in steps) - before < limit
+
+    del student
+    model, optimizer = stream.into_memory(load.resident(source, mx.float32)), GoralW()
+    shard = nn.Module()
+    shard.layers = model.model.layers
+    before = mx.get_active_memory() - source.nbytes
+
+    def loss(_: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+        return kl(model.model(tokens).reshape(-1, 64), load.head_weight(model), learn, target), learn.sum()
+
+    (step,) = train_loop.train(shard, micro, loss, optimizer, schedule(1))
+    assert step.peak_bytes - before > 7 * limit
+
+
+class Counting(Files):
+    """The real disk, counting the bytes written to every file."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        self.written += len(data)
+        super().write(path, data)
+
+    def extend(self, path: Path, data: bytes | memoryview) -> None:
+        self.written += len(data)
+        super().extend(path, data)
+
+
+def test_blocks_are_written_at_the_end_of_a_visit_only(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
+    """Two blocks a visit: their files, all of them and nothing else, at steps 2, 4 and at the last, 5."""
+    files, written = Counting(), []
+    student = opened(source("llama"), tmp_path / "s", 2, files)
+    before, files.written = contents(tmp_path / "s"), 0
+    for _ in sharded.steps(student, micro_batches, kl, schedule(5)):
+        now = contents(tmp_path / "s")
+        written.append((sorted(name for name in now if now[name] != before.get(name)), files.written))
+        before, files.written = now, 0
+    low, high = ([f"model-{i:05d}-of-00006.safetensors" for i in pair] for pair in ((2, 3), (4, 5)))
+    assert [changed for changed, _ in written] == [
+        [], [*low, "visit.json"], [], [*high, "visit.json"], [*low, "visit.json"],
+    ]  # fmt: skip
+    per_visit = sum((tmp_path / "s" / name).stat().st_size for name in low) + 1  # visit.json is one digit
+    assert [nbytes for _, nbytes in written] == [0, per_visit, 0, per_visit, per_visit]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no `except` and no clean-up gets past it."""
+
+
+class Dying(Files):
+    """The real disk until the `last`-th operation below `where`, which happens by half; then none happens."""
+
+    def __init__(self, last: int, where: Path):
+        self.left, self.where = last, where
+
+    def _do(self, name: str, path: Path, *arguments: Any) -> None:
+        if self.where in (path, *path.parents):
+            self.left -= 1
+        if self.left == 0 and name in ("write", "extend"):
+            getattr(super(), name)(path, arguments[0][: len(arguments[0]) // 2])
+        if self.left <= 0:
+            raise Killed
+        getattr(super(), name)(path, *arguments)
+
+    def mkdir(self, path: Path) -> None:
+        self._do("mkdir", path)
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        self._do("write", path, data)
+
+    def extend(self, path: Path, data: bytes | memoryview) -> None:
+        self._do("extend", path, data)
+
+    def fsync(self, path: Path) -> None:
+        self._do("fsync", path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._do("rename", source, target)
+
+    def remove_tree(self, path: Path) -> None:
+        self._do("remove_tree", path)
+
+
+def run(
+    source: Checkpoint, root: Path, files: Files = DISK, each: int = 2, every: int = VISIT, iters: int = 5,
+    stop: int | None = None,
+) -> list[Step]:  # fmt: skip
+    """What a command does: start or resume, train, save `every` steps; killed after step `stop` is saved, or not."""
+    steps_dir, done = root / "steps", []
+    files.make_folder(steps_dir)
+    student = sharded.Sharded(block_files.begin(source, root / "s", files), each, VISIT, 0.01, files)
+
+    def save(number: int) -> None:
+        arrays = {key: named for key, named in student.arrays().items() if named}
+        state = {"arrays": list(arrays), "shard": student.memory()}
+        protocol.save_step(steps_dir, number, arrays, state, files)
+
+    if saved := protocol.newest(steps_dir, files):
+        arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
+        student.restore(arrays, saved.state["shard"])
+        start = saved.number
+    else:
+        student.begin()
+        save(start := 0)
+    micro = partial(micro_batches, count=2, width=16, windows=1)
+    for step in sharded.steps(student, micro, kl, schedule(iters), start):
+        done.append(step)
+        if step.number % every == 0 or step.number == iters:
+            save(step.number)
+        if step.number == stop:
+            raise Killed
+    return done
+
+
+def saved_steps(root: Path) -> set[str]:
+    return {p.name for p in (root / "steps").iterdir() if p.name.startswith("step-")}
+
+
+Whole = tuple[list[tuple[float, ...]], dict[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, smallest: Checkpoint) -> Whole:
+    """Steps and files of an undisturbed run of six steps, one block at a time."""
+    root = tmp_path_factory.mktemp("whole")
+    return facts(run(smallest, root, each=1, iters=6)), contents(root / "s")
+
+
+def die(source: Checkpoint, root: Path, last: int, where: Path, **how: Any) -> bool:
+    """Whether the run was killed; what it left half-made gets the name of another process."""
+    try:
+        run(source, root, Dying(last, where), **how)
+        return False
+    except Killed:
+        for left in (*root.glob(".tmp-*"), *root.glob("*/.tmp-*")):
+            left.rename(left.with_name(left.name + "9"))
+        return True
+
+
+def test_killed_at_every_operation_on_the_students_files(tmp_path: Path, smallest: Checkpoint) -> None:
+    """Between two checkpoints the run dies at its first operation, resumed at its second, and so on."""
+    run(smallest, tmp_path / "whole", iters=3)
+    root, kills, last = tmp_path / "killed", 0, 1
+    where = root / "s"
+    before: set[str] = set()
+    while die(smallest, root, last, where, iters=3):
+        kills += 1
+        now = saved_steps(root)
+        last, before = (1 if now != before else last + 1), now
+    assert kills > 40
+    assert contents(where) == contents(tmp_path / "whole" / "s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("each", [1, 2])
+def test_killed_at_every_operation(tmp_path: Path, smallest: Checkpoint, each: int) -> None:
+    """One run for every operation there is, making the student and saving checkpoints included; each resumed."""
+    run(smallest, tmp_path / "whole", each=each)
+    for last in itertools.count(1):
+        root = tmp_path / str(last)
+        root.mkdir()
+        if not die(smallest, root, last, root, each=each):
+            break
+        protocol.sweep(root)
+        run(smallest, root, each=each)
+        assert contents(root / "s") == contents(tmp_path / "whole" / "s"), last
+    assert last > 200
+
+
+@pytest.mark.parametrize("stop", [(1, 1), (2, 1), (3, 2), (4, 2)])
+def test_killed_after_a_step(tmp_path: Path, smallest: Checkpoint, whole: Whole, stop: tuple[int, int]) -> None:
+    """Saved or not, at the end of a visit or not: the rest of the run and the model are the undisturbed run's."""
+    number, every = stop
+    with pytest.raises(Killed):
+        run(smallest, tmp_path, each=1, every=every, iters=6, stop=number)
+    rest = run(smallest, tmp_path, each=1, every=every, iters=6)
+    assert (facts(rest), contents(tmp_path / "s")) == (whole[0][number // every * every :], whole[1])
+
+
+def damage(step: Path) -> None:
+    data = bytearray((step / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (step / "model.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 5, 6])
+def test_a_damaged_checkpoint_can_be_done_without(
+    tmp_path: Path, smallest: Checkpoint, whole: Whole, stop: int
+) -> None:
+    """Two a visit: the newest is damaged, the one before is perhaps of the visit before, and the end is the same."""
+    with pytest.raises(Killed):
+        run(smallest, tmp_path, each=1, every=1, iters=6, stop=stop)
+    damage(tmp_path / "steps" / f"step-{stop:08d}")
+    rest = run(smallest, tmp_path, each=1, every=1, iters=6)
+    assert (facts(rest), contents(tmp_path / "s")) == (whole[0][stop - 1 :], whole[1])
+
+
+def test_what_cannot_be_exact_is_refused(tmp_path: Path, smallest: Checkpoint) -> None:
+    """Two visits written since the newest whole checkpoint, or no checkpoint at all: one sentence, both numbers."""
+    root = tmp_path / "run"
+    with pytest.raises(Killed):
+        run(smallest, root, each=1, every=100, iters=8, stop=5)  # visits 0 and 1 are written, 0 was saved
+    before = contents(root / "s")
+    with pytest.raises(MisError, match=r"run/s holds blocks of visit 1, but the newest whole checkpoint is of visit 0"):
+        run(smallest, root, each=1, every=100, iters=8)
+    damage(root / "steps" / "step-00000000")
+    with pytest.raises(MisError, match=r"holds blocks of visit 1, but no checkpoint is whole: start a new run"):
+        run(smallest, root, each=1, every=100, iters=8)
+    assert contents(root / "s") == before
+
+
+def test_a_resumed_run_keeps_its_shards(tmp_path: Path, smallest: Checkpoint) -> None:
+    """Shard and visit come from the checkpoint: a budget that changed meanwhile changes no bit."""
+    run(smallest, tmp_path / "whole", each=2)
+    with pytest.raises(Killed):
+        run(smallest, tmp_path / "run", each=2, stop=3)
+    run(smallest, tmp_path / "run", each=1)
+    assert contents(tmp_path / "run" / "s") == contents(tmp_path / "whole" / "s")
+
+
+def test_a_step_that_was_slept_through_is_done_again(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
+    """The lid closes during step 2: noted, and nothing else differs."""
+    clock, lid = VirtualClock(), [1]
+
+    def sleepy(step: int) -> list[tuple[mx.array, ...]]:
+        if step in lid:
+            lid.remove(step)
+            clock.suspend(600.0)
+        return micro_batches(step)
+
+    ends = []
+    for name, micro in (("awake", micro_batches), ("sleepy", sleepy)):
+        student = opened(source("llama"), tmp_path / name)
+        steps = list(sharded.steps(student, micro, kl, schedule(3), clock=clock))
+        ends.append((facts(steps), contents(tmp_path / name)))
+    assert ends[0] == ends[1]
+    assert [s.note for s in steps] == ["", "the machine slept 10 min; step done again.", ""]
+
+
+def test_three_bad_batches_stop_the_run_across_visits(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
+    """Visits of one step: the dog counts on, and no block holds anything that is not a number."""
+    student = sharded.Sharded(block_files.begin(source("llama"), tmp_path / "s", DISK), 1, 1, 0.01, DISK)
+    student.begin()
+
+    def poisoned(step: int) -> list[tuple[mx.array, ...]]:
+        return [(tokens, learn, target * math.nan) for tokens, learn, target in micro_batches(step)]
+
+    with pytest.raises(MisError, match="3 steps in a row"):
+        list(sharded.steps(student, poisoned, kl, schedule(9)))
+    end = load.open_checkpoint(tmp_path / "s")
+    assert same(*(dict(load.weights(c, "", mx.float32)) for c in (end, source("llama"))))
+
+
+def test_the_factor_scales_the_gradient_not_the_loss(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
+    """Eq. (2)'s (1 + eps), as in the resident loop."""
+    firsts = []
+    for name, factor in (("calm", 1.0), ("windy", 1.1)):
+        student = opened(source("llama"), tmp_path / name)
+        factors = partial(max, factor)  # of (factor, step 0)
+        firsts.append(next(sharded.steps(student, micro_batches, kl, schedule(9), factor=factors)))
+    assert firsts[0].loss == firsts[1].loss
+    assert firsts[1].grad_norm == pytest.approx(1.1 * firsts[0].grad_norm, rel=1e-5)
+
+
+def test_the_loss_falls(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
+    """Thirty-two steps on one batch, two rounds over single blocks: the KL falls to under a third.
+
+    The teacher is the student with other blocks, so that there is something that blocks can learn.
+    """
+    teacher = block_files.begin(source("untied"), tmp_path / "t", DISK)
+    for i in range(LAYERS):
+        other = load.block(source("qwen2"), i, load.model_args(source("qwen2").config), mx.float32)
+        named: dict[str, mx.array] = dict(tree_flatten(other.parameters()))
+        weights = {name: 3 * w for name, w in named.items() if not name.endswith(".bias")}
+        block_files.replace_block(teacher, i, weights, DISK)
+    tokens = mx.random.randint(0, 512, (2, 16), key=mx.random.key(3))
+    big = stream.Stream(load.open_checkpoint(tmp_path / "t"), mx.float32)
+    (target,) = big.forward([tokens])
+
+    def loss(hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array) -> mx.array:
+        return losses.kl_sum(hidden, head, target, partial(load.logits, big.head()), learn, frozen_head=True)
+
+    student = sharded.Sharded(block_files.begin(source("untied"), tmp_path / "s", DISK), 1, 4, 0.01, DISK)
+    student.begin()
+    batch = [(tokens, mx.ones(32), target.reshape(32, 64))]
+    steps = list(sharded.steps(student, lambda _: batch, loss, Schedule(32, 1e-2, 2)))
+    assert steps[-1].loss < steps[0].loss / 3
+    assert all(math.isfinite(s.loss) and s.seconds > 0 for s in steps)

@@ -1,0 +1,167 @@
+"""The loop: a step cut into micro-batches is the same step; stopping and going on changes nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx.distillation import train_loop
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.planner.recipe import Recipe, Schedule
+from mis_mlx.types import Step
+
+
+def net() -> nn.Module:
+    """Two linears with fixed weights."""
+    made = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    keys = mx.random.split(mx.random.key(0), 8)
+    shapes = [(n, p.shape) for n, p in tree_flatten(made.parameters())]
+    made.load_weights([(n, 0.5 * mx.random.normal(s, key=keys[i])) for i, (n, s) in enumerate(shapes)])
+    return made
+
+
+def squares(model: nn.Module, x: mx.array, y: mx.array, learn: mx.array) -> tuple[mx.array, mx.array]:
+    return (mx.square(model(x)[:, 0] - y) * learn).sum(), learn.sum()
+
+
+def rows(step: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Twelve rows of a step, with an uneven learn mask."""
+    k = mx.random.split(mx.random.key(step), 2)
+    learn = mx.array([1.0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0.0])
+    return mx.random.normal((12, 4), key=k[0]), mx.random.normal((12,), key=k[1]), learn
+
+
+def cut(sizes: list[int]) -> Any:
+    """micro_batches(step) that cuts the twelve rows into parts of `sizes`."""
+
+    def micro_batches(step: int) -> list[tuple[mx.array, ...]]:
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        return [tuple(a[end - n : end] for a in rows(step)) for n, end in zip(sizes, ends, strict=True)]
+
+    return micro_batches
+
+
+def weights(model: nn.Module) -> dict[str, Any]:
+    return {n: p.tolist() for n, p in tree_flatten(model.parameters())}
+
+
+def run(model: nn.Module, optimizer: GoralW, micro_batches: Any, start: int = 0, **more: Any) -> list[Step]:
+    return list(train_loop.train(model, micro_batches, squares, optimizer, Schedule(6, 1e-2, 2), start, **more))
+
+
+@pytest.mark.parametrize("sizes", [[6, 6], [1, 11], [5, 1, 6], [1] * 12])
+def test_micro_batches_do_not_change_a_step(sizes: list[int]) -> None:
+    """However 12 rows with an uneven mask are cut (parts without a counted row included): same step to 1e-6."""
+    whole, parts = net(), net()
+    one, many = run(whole, GoralW(), cut([12])), run(parts, GoralW(), cut(sizes))
+    for a, b in zip(one, many, strict=True):
+        assert (a.loss, a.grad_norm, a.tokens) == (
+            pytest.approx(b.loss, rel=1e-6),
+            pytest.approx(b.grad_norm, rel=1e-5),
+            6,
+        )
+    for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(parts.parameters()), strict=True):
+        assert mx.abs(a - b).max().item() < 1e-6, name
+
+
+def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
+    """A loss that tells more: means over what it counts, whatever the cut; "tokens" is what the step then names."""
+
+    def telling(model: nn.Module, x: mx.array, y: mx.array, learn: mx.array) -> tuple[Any, ...]:
+        total, count = squares(model, x, y, learn)
+        return total, count, {"target": (y * learn).sum(), "tokens": mx.array(float(len(y)))}
+
+    schedule = Schedule(2, 1e-2, 2)
+    whole, parts = (
+        list(train_loop.train(net(), cut(sizes), telling, GoralW(), schedule)) for sizes in ([12], [5, 1, 6])
+    )
+    for number, (a, b) in enumerate(zip(whole, parts, strict=True)):
+        _, y, learn = rows(number)
+        assert a.tokens == b.tokens == 12 and set(a.more) == set(b.more) == {"target"}
+        assert a.more["target"] == pytest.approx(b.more["target"], rel=1e-6)
+        assert a.more["target"] == pytest.approx((y * learn).sum().item() / 6, rel=1e-6)
+
+
+def test_a_step_by_pencil() -> None:
+    """y = w x with w = 2, x = 1 and 3, targets 0, the second masked: loss 4, gradient 4, norm 4, 1 token."""
+    model = nn.Linear(1, 1, bias=False)
+    model.weight = mx.array([[2.0]])
+    batch = (mx.array([[1.0], [3.0]]), mx.array([0.0, 0.0]), mx.array([1.0, 0.0]))
+    schedule = Schedule(1, 0.5, 1)
+    (step,) = train_loop.train(model, lambda _: [batch], squares, GoralW(weight_decay=0.0), schedule)
+    assert (step.number, step.loss, step.grad_norm, step.learning_rate, step.tokens) == (1, 4.0, 4.0, 0.5, 1)
+    assert model.weight.item() == pytest.approx(1.5, abs=1e-6)  # Adam's first step is the learning rate
+
+
+def test_all_masked_is_not_a_division_by_zero() -> None:
+    """No token counts: loss 0, gradient 0, and only weight decay moves the weights."""
+    model = net()
+    x, y, learn = rows(0)
+    schedule = Schedule(1, 1e-2, 1)
+    (step,) = train_loop.train(model, lambda _: [(x, y, 0 * learn)], squares, GoralW(weight_decay=0.0), schedule)
+    assert (step.loss, step.grad_norm) == (0.0, 0.0)
+    assert weights(model) == weights(net())
+
+
+def test_the_factor_scales_the_gradient_not_the_loss() -> None:
+    """Eq. (2)'s (1 + eps): the norm grows by it, the loss reported is the plain one."""
+    plain = run(net(), GoralW(), cut([12]))[0]
+    windy = run(net(), GoralW(), cut([12]), factor=lambda step: 1.1)[0]
+    assert windy.loss == plain.loss
+    assert windy.grad_norm == pytest.approx(1.1 * plain.grad_norm, rel=1e-5)
+    still = net()
+    other = net()
+    run(still, GoralW(), cut([12]))
+    run(other, GoralW(), cut([12]), factor=lambda step: 1.0)
+    assert weights(still) == weights(other)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_stopping_and_going_on_is_bit_equal(stop: int) -> None:
+    """Weights and moments through arrays_of and restore: the end is that of the run that never stopped."""
+    whole, optimizer = net(), GoralW()
+    steps = run(whole, optimizer, cut([6, 6]))
+    first, before = net(), GoralW()
+    for step in train_loop.train(first, cut([6, 6]), squares, before, Schedule(6, 1e-2, 2)):
+        if step.number == stop:
+            break
+    second, after = net(), GoralW()
+    train_loop.restore(second, after, train_loop.arrays_of(first, before), before.memory())
+    rest = run(second, after, cut([6, 6]), start=stop)
+    assert [s.number for s in rest] == list(range(stop + 1, 7))
+    assert [s.loss for s in rest] == [s.loss for s in steps[stop:]]
+    assert weights(second) == weights(whole)
+    assert {n: a.tolist() for n, a in after.arrays().items()} == {n: a.tolist() for n, a in optimizer.arrays().items()}
+
+
+def test_a_batch_of_nan_is_skipped_and_noted() -> None:
+    """One poisoned batch: noted, nothing moved, and the next step goes on from there."""
+    model, seen = net(), []
+
+    def micro_batches(step: int) -> list[tuple[mx.array, ...]]:
+        x, y, learn = rows(step)
+        return [(x * math.nan if step == 2 else x, y, learn)]
+
+    for step in train_loop.train(model, micro_batches, squares, GoralW(), Schedule(4, 1e-2, 1)):
+        seen.append((step.note, weights(model)))
+    assert [note for note, _ in seen] == ["", "", "skipped: not a number", ""]
+    assert seen[1][1] == seen[2][1] != seen[3][1]
+
+
+def test_the_loss_falls() -> None:
+    """Forty steps on one batch: the loss at the end is under a third of that at the start."""
+    steps = list(train_loop.train(net(), lambda _: [rows(0)], squares, GoralW(), Schedule(40, 5e-2, 2)))
+    assert steps[-1].loss < steps[0].loss / 3
+    assert all(s.peak_bytes > 0 and s.seconds > 0 for s in steps)
+
+
+def test_recipe_schedule() -> None:
+    """Peak and floor of the flags; a warm-up longer than the run is cut to it."""
+    schedule = Recipe(iters=3, learning_rate=1e-3, warmup=10).schedule
+    assert [schedule.rate(i) for i in range(3)] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert Recipe(iters=10, warmup=0).schedule.rate(9) == pytest.approx(3e-5)

@@ -1,0 +1,194 @@
+"""One model, one task: marks that are kept, go on after a stop, and do not depend on the budget."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mis_mlx.evaluation import answering, questions
+from mis_mlx.hardware import memory
+from mis_mlx.models import load, policy
+from mis_mlx.types import Budget, Checkpoint, MisError
+from tests import tiny
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def quiz(count: int, **more: Any) -> questions.Task:
+    """Sums with two to four options; some are longer than others."""
+    rng, rows = random.Random(0), []
+    for n in range(count):
+        options = rng.sample([str(k) for k in range(10, 1000, 7)], 2 + n % 3)
+        rows.append(
+            {"question": f"How much is {n} plus {'1 + ' * (n % 20)}1?", "options": options, "answer": options[n % 2]}
+        )
+    return questions.task("quiz", rows, "", **more)
+
+
+def likelihoods(checkpoint: Checkpoint, task: questions.Task) -> list[list[float]]:
+    """What is kept for it."""
+    found = answering.read(answering.kept(answering.sha256(checkpoint), task.sha256))
+    return [found[n]["ll"] for n in range(len(task.questions))]
+
+
+def test_answers_are_kept_and_used(llama: Checkpoint) -> None:
+    """A second look asks nothing; a mark is of the likeliest option, as it is kept."""
+    task, sha256, limit = quiz(30), answering.sha256(llama), memory.budget(None)
+    assert answering.plan(llama, sha256, task, limit) is not None
+    first = answering.marks(llama, sha256, task, limit)
+    kept = likelihoods(llama, task)
+    right = [float(np.argmax(ll) == q.right) for ll, q in zip(kept, task.questions, strict=True)]
+    assert first.tolist() == right and 0 < sum(right) < 30
+    assert answering.plan(llama, sha256, task, limit) is None
+    path = answering.kept(sha256, task.sha256)
+    before = path.read_bytes()
+    assert answering.marks(llama, sha256, task, limit).tolist() == right and path.read_bytes() == before
+    turned = {"n": 0, "ll": [float(k != 1 - task.questions[0].right) for k in range(len(task.questions[0].options))]}
+    path.write_text(path.read_text() + json.dumps(turned) + "\n")
+    assert answering.marks(llama, sha256, task, limit)[1:].tolist() == right[1:]
+
+
+def test_a_stopped_run_goes_on(llama: Checkpoint) -> None:
+    """Killed after ten answers, in the middle of a line: these ten are not asked again, and nothing is lost."""
+    task, sha256, limit = quiz(30), answering.sha256(llama), memory.budget(None)
+    whole = answering.marks(llama, sha256, task, limit)
+    path, exact = answering.kept(sha256, task.sha256), likelihoods(llama, task)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:10]) + lines[10][: len(lines[10]) // 2])
+    assert len(answering.todo(sha256, task)[2]) == 20
+    assert answering.marks(llama, sha256, task, limit).tolist() == whole.tolist()
+    asked_again = {json.loads(line)["n"] for line in path.read_text().splitlines()[11:]}
+    assert asked_again == set(range(30)) - {json.loads(line)["n"] for line in lines[:10]}
+    for one, other in zip(likelihoods(llama, task), exact, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
+    """Blocks are read again for every part where they do not fit; the numbers stay."""
+    task, sha256, little, much = quiz(40), answering.sha256(llama), Budget(8 * MIB), Budget(1000 * MIB)
+    poor, rich = (answering.plan(llama, sha256, task, limit) for limit in (little, much))
+    assert poor and rich and poor.peak_bytes <= 8 * MIB and poor.pinned == 0 < rich.pinned
+    assert poor.read_bytes > 5 * rich.read_bytes == 5 * llama.nbytes
+    marks = answering.marks(llama, sha256, task, little)
+    exact = likelihoods(llama, task)
+    answering.kept(sha256, task.sha256).unlink()
+    assert answering.marks(llama, sha256, task, much).tolist() == marks.tolist()
+    for one, other in zip(likelihoods(llama, task), exact, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    with pytest.raises(MisError, match="the budget is 1 MiB: give --budget .*MiB or more"):
+        answering.plan(llama, "0" * 64, task, Budget(MIB))
+
+
+def test_a_text_with_odd_line_ends_is_read_back(cache: Path) -> None:
+    """U+2028 ends a line for Python, not for JSON."""
+    row = {"n": 0, "text": "one\u2028two\x85three", "mark": 1.0}
+    path = cache / "kept.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    assert answering.read(path) == {0: row}
+
+
+def test_another_model_or_task_has_answers_of_its_own(tmp_path: Path, llama: Checkpoint) -> None:
+    """One weight, the tokenizer or a question changed: another place. A copy elsewhere: the same."""
+    one = load.open_checkpoint(tiny.make(tmp_path / "one"))
+    other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))
+    assert answering.sha256(one) == answering.sha256(llama) != answering.sha256(other)
+    (one.path / "tokenizer.json").write_text((one.path / "tokenizer.json").read_text() + " ")
+    assert answering.sha256(load.open_checkpoint(one.path)) != answering.sha256(llama)
+    assert quiz(30).sha256 != quiz(31).sha256
+
+
+def test_answers_come_from_this_version_and_type(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another version of the code kept, or another type computed, is asked again; the same one is found again."""
+    assert answering.VERSION == 2  # 1 kept marks of 4-bit models that later passes on Metal had got wrong
+    seen = []
+    for word, version in (("cpu", 2), ("metal", 2), ("cpu", 1), ("cpu", 2)):
+        monkeypatch.setenv(policy.POLICY, word)
+        monkeypatch.setattr(answering, "VERSION", version)
+        seen.append(answering.sha256(llama))
+    assert seen[0] == seen[3] and len({*seen}) == 3
+
+
+def test_options_of_unlike_length_are_compared_per_character(llama: Checkpoint) -> None:
+    """lm-eval's acc_norm: the space before an option is none of its characters."""
+    task = quiz(30, per_character=True)
+    found = answering.marks(llama, "0" * 64, task, memory.budget(None))
+    kept = answering.read(answering.kept("0" * 64, task.sha256))
+    for n, q in enumerate(task.questions):
+        per = [ll / len(option.strip()) for ll, option in zip(kept[n]["ll"], q.options, strict=True)]
+        assert found[n] == (int(np.argmax(per)) == q.right)
+
+
+def test_a_uniform_model_takes_the_option_of_fewest_tokens(llama: Checkpoint) -> None:
+    """By hand: two tokens against one, a tie of two; per character, one token of two letters against one of more."""
+    asked = [("the", ("if if", "if"), 1), ("the", ("if if", "if"), 0), ("the", ("if", "is", "if if"), 0)]
+    made = tuple(questions.Question(c, f" {o[r]}", tuple(f" {w}" for w in o), r) for c, o, r in asked)
+    found = answering.uniform(llama, questions.Task("t", "choice", made, ""))
+    assert found is not None and found.tolist() == [1.0, 0.0, 0.5]
+    vocabulary = json.loads((llama.path / "tokenizer.json").read_text())["model"]["vocab"]
+    word = max((token[1:] for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha()), key=len)
+    long = questions.Question("the", f" {word}", (" if", f" {word}"), 1)
+    by_letter = answering.uniform(llama, questions.Task("t", "choice", (long,), "", per_character=True))
+    assert by_letter is not None and by_letter.tolist() == [1.0]
+    assert answering.uniform(llama, questions.Task("t", "checked", (questions.Question("1?", "1"),), "")) is None
+
+
+def test_a_question_too_long_is_named_before_any_is_asked(llama: Checkpoint) -> None:
+    """The model reads 512 tokens."""
+    task = quiz(4)
+    long = replace(task.questions[2], context="if the loop is true " * 300)
+    task = replace(task, questions=(*task.questions[:2], long, task.questions[3]))
+    with pytest.raises(MisError, match=r"quiz question 3 takes \d+ tokens, .* reads 512: shorten or remove it"):
+        answering.plan(llama, "0" * 64, task, memory.budget(None))
+
+
+def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> None:
+    """Right, wrong and none, by the verifier that training uses; a model that babbles has 0."""
+    rows = [{"prompt": "How much is 2 + 2?", "answer": "4", "language": "en"}] * 3
+    task = questions.task("written", rows, "", max_tokens=8)
+    texts = ["2 + 2 = 4\nAnswer: 4", "Answer: 5", "who knows"]
+    assert answering._checked(task, range(3), texts) == [1.0, 0.0, 0.0]
+    marks = answering.marks(llama, "0" * 64, task, memory.budget(None))
+    assert marks.tolist() == [0, 0, 0]
+    kept = answering.read(answering.kept("0" * 64, task.sha256))
+    assert len({row["text"] for row in kept.values()}) == 1 and kept[0]["text"]
+
+
+def test_the_same_is_written_where_the_model_does_not_fit(llama: Checkpoint) -> None:
+    """Token by token from disk instead of many answers at once in memory."""
+    rows = [{"prompt": "if the loop is true " * 60 + name, "answer": "4"} for name in ("Ala", "Ola")]
+    task = questions.task("written", rows, "", max_tokens=6)
+    poor, rich = (answering.plan(llama, "0" * 64, task, Budget(mib * MIB)) for mib in (8, 1000))
+    assert poor and rich and poor.peak_bytes <= 8 * MIB < rich.peak_bytes
+    said = []
+    for mib in (8, 1000):
+        answering.marks(llama, "0" * 64, task, Budget(mib * MIB))
+        said.append(answering.read(answering.kept("0" * 64, task.sha256)))
+        answering.kept("0" * 64, task.sha256).unlink()
+    assert said[0] == said[1] and said[0][0]["text"]
+
+
+def test_translations_need_sacrebleu(llama: Checkpoint) -> None:
+    """Where it is missing the sentence comes before the model writes; where it is there chrF is from 0 to 1."""
+    row = {"source": "Dzień dobry", "target": "Good morning", "from": "Polish", "to": "English"}
+    task, limit = questions.task("t", [row] * 2, "", max_tokens=4), memory.budget(None)
+    if find_spec("sacrebleu") is None:
+        with pytest.raises(MisError, match=r"sacrebleu, which is not here: pip install 'mis-mlx\[evaluate\]'"):
+            answering.plan(llama, "0" * 64, task, limit)
+        return
+    assert answering._translated(task, range(2), ["Good morning", "zzz"]) == [1.0, 0.0]
+    assert all(0 <= mark < 0.5 for mark in answering.marks(llama, "0" * 64, task, limit))

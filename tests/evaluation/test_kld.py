@@ -1,0 +1,116 @@
+"""llama.cpp's quality figures: by pencil, against float64 on whole logits, and nothing at all against itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.evaluation import kld
+from mis_mlx.models import load
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+from tests.evaluation.test_comparison import log_p
+
+
+@pytest.fixture(scope="module")
+def held_out() -> Windows:
+    """Six windows of 40 tokens, their second halves counted but for some of window 1."""
+    learn = np.ones((6, 40), np.float32)
+    learn[:, -1] = 0
+    learn[1, 25:30] = 0
+    return kld.second_half(Windows(np.random.default_rng(0).integers(0, 512, (6, 40)).astype(np.int32), learn))
+
+
+def test_which_tokens_count(held_out: Windows) -> None:
+    """Predictions 20 to 38 of 40: llama.cpp's n_ctx - 1 - n_ctx / 2; 255 of 512."""
+    assert held_out.learn.sum(axis=1).tolist() == [19, 14, 19, 19, 19, 19]
+    assert np.flatnonzero(held_out.learn[0]).tolist() == list(range(20, 39))
+    whole = np.ones((1, 512), np.float32)
+    whole[:, -1] = 0
+    assert kld.second_half(Windows(np.zeros((1, 512), np.int32), whole)).learn.sum() == 255
+    with pytest.raises(MisError, match="19 tokens lie in the second halves of 1 windows, statistics need 100"):
+        kld.second_half(Windows(held_out.tokens[:1], held_out.learn[:1]))
+
+
+def test_by_pencil() -> None:
+    """Four tokens of probability 1/2, 1/4, 1/2, 1/4; the other model's: 1/4, 1/4, 1/2, 1/2."""
+    base, other = np.array([0.5, 0.25, 0.5, 0.25]), np.array([0.25, 0.25, 0.5, 0.5])
+    found = kld.figures(-np.log(base), -np.log(other), np.array([0.1, 0.2, 0.4, 0.9]), np.array([1, 1, 0, 1.0]))
+    assert found["mean_kld"] == pytest.approx((0.4, math.sqrt((0.09 + 0.04 + 0 + 0.25) / 3 / 4)))
+    assert found["max_kld"] == (0.9, None) and found["median_kld"] == (pytest.approx(0.3), None)
+    assert found["p99_kld"][0] == pytest.approx(0.4 + 0.97 * 0.5)  # place 0.99 * 3 of the sorted four
+    assert found["p999_kld"][0] == pytest.approx(0.4 + 0.997 * 0.5)
+    assert found["mean_dp"] == pytest.approx((0.0, math.sqrt(2 * 625 / 3 / 4)))  # -25, 0, 0, 25 %
+    square_se = math.sqrt(4 * 312.5**2 / 3 / 4)  # 625, 0, 0, 625 have mean 312.5
+    assert found["rms_dp"] == pytest.approx((math.sqrt(312.5), square_se / 2 / math.sqrt(312.5)))
+    assert found["same_top_p"] == pytest.approx((75, 100 * math.sqrt(0.75 * 0.25 / 3)))
+    log2, sqrt = math.log(2), math.sqrt
+    assert found["ppl_base"] == pytest.approx((sqrt(8), sqrt(8) * sqrt(4 * (log2 / 2) ** 2 / 3 / 4)))
+    assert found["ppl"] == pytest.approx(found["ppl_base"])
+    assert found["ppl_ratio"] == pytest.approx((1, sqrt(2 * log2**2 / 3 / 4)))  # log ratios ln 2, 0, 0, -ln 2
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_against_float64(tmp_path: Path, llama: Checkpoint, held_out: Windows) -> None:
+    """All figures from whole logits of the resident models in numpy, llama.cpp's formulas with their covariance."""
+    other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))
+    found = kld.against(llama, {"other": other}, held_out)["other"]
+    values = []
+    for tokens, learn in zip(held_out.tokens, held_out.learn, strict=True):
+        t, s = log_p(llama, tokens), log_p(other, tokens)
+        for at in np.flatnonzero(learn):
+            divergence, same = (np.exp(t[at]) * (t[at] - s[at])).sum(), t[at].argmax() == s[at].argmax()
+            values.append((-t[at, tokens[at + 1]], -s[at, tokens[at + 1]], divergence, same))
+    base, nll, kl, same = np.array(values, np.float64).T
+    n = len(kl)
+
+    def uncertainty(x: np.ndarray) -> float:
+        return math.sqrt((np.square(x).sum() / n - x.mean() ** 2) / (n - 1))
+
+    assert found["mean_kld"] == pytest.approx((kl.mean(), uncertainty(kl)), rel=1e-4)  # float32 logits
+    between = 0.999 * (n - 1) % 1
+    assert found["p999_kld"][0] == pytest.approx(np.sort(kl)[-2:] @ [1 - between, between], rel=1e-4)
+    assert found["median_kld"][0] == pytest.approx(np.median(kl), rel=1e-4)
+    dp = 100 * (np.exp(-nll) - np.exp(-base))
+    assert found["mean_dp"] == pytest.approx((dp.mean(), uncertainty(dp)), rel=1e-3, abs=1e-6)
+    assert found["rms_dp"][0] == pytest.approx(math.sqrt(np.square(dp).mean()), rel=1e-4)
+    assert found["same_top_p"][0] == pytest.approx(100 * same.mean())
+    covariance = ((nll * base).sum() / n - nll.mean() * base.mean()) / (n - 1)
+    ratio = math.exp(nll.mean() - base.mean())
+    ratio_se = ratio * math.sqrt(uncertainty(nll) ** 2 + uncertainty(base) ** 2 - 2 * covariance)
+    assert found["ppl_ratio"] == pytest.approx((ratio, ratio_se), rel=1e-4)
+    assert found["ppl"] == pytest.approx((math.exp(nll.mean()), math.exp(nll.mean()) * uncertainty(nll)), rel=1e-4)
+
+
+def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch, llama: Checkpoint, held_out: Windows) -> None:
+    """Never more rows of the vocabulary at a time than a chunk has; the figures do not depend on it (1e-5)."""
+    whole, seen = kld.against(llama, {"m": llama}, held_out)["m"], []
+    logits = load.logits
+
+    def watched(head: nn.Module, hidden: mx.array) -> mx.array:
+        seen.append(len(hidden))
+        return logits(head, hidden)
+
+    monkeypatch.setattr(kld.load, "logits", watched)
+    monkeypatch.setattr(kld.losses, "chunk_rows", lambda vocab: 16)
+    small = kld.against(llama, {"m": llama}, held_out)["m"]
+    assert max(seen) == 8 and sum(seen) == 2 * held_out.learn.sum()
+    assert small["ppl"][0] == pytest.approx(whole["ppl"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_the_teacher_against_itself(models: Callable[[str], Checkpoint], held_out: Windows, kind: str) -> None:
+    """No divergence, no difference, always the same token: exactly."""
+    teacher = models(kind)
+    found = kld.against(teacher, {"copy": teacher}, held_out)["copy"]
+    for name in ("mean_kld", "mean_dp", "rms_dp"):
+        assert found[name] == (0, 0)
+    assert found["max_kld"] == found["p99_kld"] == found["median_kld"] == (0, None)
+    assert found["same_top_p"] == (100, 0) and found["ppl_ratio"] == (1, 0) and found["ppl"] == found["ppl_base"]

@@ -1,0 +1,122 @@
+"""Rows become questions: four formats, every fault a sentence, chance and the best constant by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mis_mlx.evaluation import questions
+from mis_mlx.types import MisError
+
+CHOICE = {"question": "2 + 2?", "options": ["3", "4", "5"], "answer": "4"}
+CLOZE = {"text": "Baca pasie ___ na hali.", "options": ["owce", "rowery"], "answer": "owce", "language": "pl"}
+CHECKED = {"prompt": "How much is 2 + 2?", "answer": "4"}
+TRANSLATION = {"source": "Dzień dobry", "target": "Good morning", "from": "Polish", "to": "English"}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_the_four_formats_as_a_model_reads_them(tmp_path: Path) -> None:
+    """What stands before an option, and what is an option, to the last space."""
+    write(tmp_path / "a.jsonl", CHOICE, {**CHOICE, "language": "pl"}, {**CHOICE, "question": ""})
+    write(tmp_path / "b.jsonl", CLOZE)
+    write(tmp_path / "c.jsonl", CHECKED)
+    write(tmp_path / "d.jsonl", TRANSLATION)
+    choice, cloze, checked, translation = questions.folder(tmp_path)
+    assert [t.name for t in (choice, cloze, checked, translation)] == ["a", "b", "c", "d"]
+    assert [q.context for q in choice.questions] == ["2 + 2?\nAnswer:", "2 + 2?\nOdpowiedź:", ""]
+    assert choice.questions[0].options == (" 3", " 4", " 5") and choice.questions[2].options == ("3", "4", "5")
+    assert [q.right for q in choice.questions] == [1, 1, 1]
+    (q,) = cloze.questions
+    assert (q.context, q.options, q.right) == ("Baca pasie", (" owce na hali.", " rowery na hali."), 0)
+    (q,) = checked.questions
+    assert (checked.kind, q.context, q.answer) == ("checked", "How much is 2 + 2?", "4")
+    assert translation.kind == "translation" and translation.questions[0].context.endswith("\n\nDzień dobry")
+    assert "from Polish to English" in translation.questions[0].context
+    assert [t.questions[0].chance for t in (choice, cloze, checked, translation)] == [1 / 3, 1 / 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({**CHOICE, "answer": "6"}, "the answer '6' is none of its 3 options"),
+        ({**CHOICE, "answer": 4}, "'answer' is a number, not text"),
+        ({**CHOICE, "options": "345"}, "'options' is no list of two or more"),
+        ({**CHOICE, "options": ["4"]}, "'options' is no list of two or more"),
+        ({**CHOICE, "options": ["4", "4"]}, "two of its options are the same"),
+        ({**CHOICE, "options": ["4", " "]}, "'options' is empty"),
+        ({**CHOICE, "options": ["4", None]}, "'options' is null, not text"),
+        ({**CHOICE, "question": 7}, "'question' is a number, not text"),
+        ({**CHOICE, "language": "de"}, "'language' is 'de', known are en, pl"),
+        ({**CHOICE, "language": ["pl"]}, "'language' is .'pl'., known are en, pl"),
+        ({**CLOZE, "text": "no blank"}, "'text' has 0 blanks ___, a cloze has one"),
+        ({**CLOZE, "text": "___ and ___"}, "'text' has 2 blanks ___, a cloze has one"),
+        ({**CHECKED, "prompt": "\n"}, "'prompt' is empty"),
+        ({**TRANSLATION, "target": ""}, "'target' is empty"),
+        (
+            {"question": "2 + 2?", "answer": "4"},
+            "its keys are 'question', 'answer'; a row has question options answer;",
+        ),
+        ({}, "its keys are none"),
+        ([1], "not an object"),
+        ("{half", "not valid JSON"),
+    ],
+)
+def test_a_bad_row_is_a_sentence_with_its_line(tmp_path: Path, row: Any, why: str) -> None:
+    """Found before anything is asked, and named by file and line."""
+    path = write(tmp_path / "quiz.jsonl", CHOICE, row)
+    with pytest.raises(MisError, match=f"1 rows? cannot be used: quiz.jsonl line 2: {why}"):
+        questions.file(path)
+
+
+def test_files_that_are_no_task(tmp_path: Path) -> None:
+    """An empty file, a folder without any, two kinds in one file, a file that is a folder."""
+    with pytest.raises(MisError, match=r"holds no .jsonl file"):
+        questions.folder(tmp_path)
+    with pytest.raises(MisError, match=r"empty.jsonl is empty: put questions there"):
+        questions.file(write(tmp_path / "empty.jsonl", "", " "))
+    with pytest.raises(MisError, match="holds rows of choice and cloze, a task is of one kind"):
+        questions.file(write(tmp_path / "mixed.jsonl", CHOICE, CLOZE))
+    with pytest.raises(MisError, match="cannot be read"):
+        questions.file(tmp_path / "missing.jsonl")
+
+
+def test_all_faults_of_a_file_are_listed_at_once(tmp_path: Path) -> None:
+    """Nobody mends a file line by line; a very bad one does not fill the screen."""
+    with pytest.raises(MisError) as caught:
+        questions.file(write(tmp_path / "quiz.jsonl", *[[]] * 14))
+    said = str(caught.value)
+    assert said.startswith("14 rows cannot be used") and said.count("not an object") == 10 and "and 4 more" in said
+
+
+def test_the_best_constant_by_hand() -> None:
+    """U Zośki may name a place in the list or an answer, whichever is right more often."""
+    rows = [{**CHOICE, "options": ["4", "5"]}, CHOICE, {**CHOICE, "options": ["3", "5", "4"]}]
+    assert questions.constant(questions.task("t", rows, "")) == (1.0, "“4”")
+    rows = [{"question": "x", "options": [f"a{n}", f"b{n}"], "answer": f"{'ab'[n % 3 == 0]}{n}"} for n in range(6)]
+    assert questions.constant(questions.task("t", rows, "")) == (4 / 6, "option 1")
+    assert questions.constant(questions.task("t", [CHECKED, CHECKED, {**CHECKED, "answer": "5"}], ""))[0] == 2 / 3
+    assert questions.constant(questions.task("t", [TRANSLATION], "")) == (0.0, "nothing")
+
+
+def test_the_hash_is_of_what_decides_the_answers() -> None:
+    """Not of names and notes; of every word, option and language that a model or a judge sees."""
+    task = questions.task("t", [CHOICE, CHECKED], "about")
+    assert questions.task("u", [CHOICE, CHECKED], "else").sha256 == task.sha256
+    changes: list[dict[str, Any]] = [{"question": "2+2?"}, {"options": ["4", "3", "5"]}, {"language": "pl"}]
+    others = {questions.task("t", [{**CHOICE, **change}, CHECKED], "").sha256 for change in changes}
+    assert len(others | {task.sha256}) == 4
+
+
+def test_chosen_questions_are_spread_evenly() -> None:
+    """The first, the last, no one twice; all when there are fewer."""
+    task = questions.task("t", [{**CHECKED, "prompt": f"{n}"} for n in range(11)], "")
+    assert [q.context for q in task.chosen(3).questions] == ["0", "5", "10"]
+    assert task.chosen(99) == task

@@ -1,0 +1,182 @@
+"""Names become tasks: generated ones with verified answers, presets, folders, slots; typos bring the nearest names."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.evaluation import rewards, task_registry
+from mis_mlx.evaluation.sets import dialects, polish_exams
+from mis_mlx.types import MisError
+from tests.evaluation.sets.test_dialects import POLISH, SILESIAN, pack
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own, and no way to a package index."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no apt
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("kind", task_registry.KINDS)
+def test_generated_options_are_right_and_wrong(kind: str) -> None:
+    """By the verifier: the answer earns the reward, the other option does not; their order says nothing."""
+    (task,) = task_registry.find([kind], 60).tasks
+    assert len(task.questions) == 60 and len({q.context for q in task.questions}) == 60
+    assert Counter(q.language for q in task.questions) == {"en": 30, "pl": 30}
+    assert Counter(q.right for q in task.questions) == {0: 30, 1: 30}
+    for q in task.questions:
+        mark = {"en": "Answer", "pl": "Odpowiedź"}[q.language or ""]
+        assert q.context.endswith(f"?\n{mark}:")  # and not how to write it down
+        said = [rewards.accuracy(f"{mark}:{option}", q.answer, q.language) for option in q.options]
+        assert said[q.right] == 1 and said[1 - q.right] == 0, q
+
+
+def test_builtin_needs_no_network() -> None:
+    """Four kinds of problems, grammar and endings in two languages, one kind written out, and held-out text."""
+    found = task_registry.find(["builtin"], 10)
+    names = [task.name for task in found.tasks]
+    chosen = ["maths", "bus", "cooking", "logic", "grammar-en", "grammar-pl", "continue-en", "continue-pl"]
+    assert names == [*chosen, "maths-written"]
+    assert found.text and not found.harness and all(len(task.questions) == 10 for task in found.tasks)
+    assert found.tasks[-1].kind == "checked" and "Answer: number" in found.tasks[-1].questions[0].context
+
+
+def test_any_held_out_text_becomes_a_task(tmp_path: Path) -> None:
+    """Of --data's test split, without places that the training split has; where that is too short, a sentence says by
+    how much."""
+    rows = [{"text": " ".join(f"w{k}" for k in range(n, n + 100))} for n in (0, 1000, 2000)]
+    for split, of in (("train", rows[1:2]), ("valid", rows), ("test", rows)):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, of)))
+    (task,) = task_registry.find(["continue"], 100, str(tmp_path)).tasks
+    assert task.name == "continue" and len(task.questions) == 6 and task.per_character
+    assert task.about.endswith("left out, 3 of 9")
+    for q, start in zip(task.questions, (0, 30, 60, 2000, 2030, 2060), strict=True):
+        assert q.context == " ".join(f"w{k}" for k in range(start, start + 24)) and len(set(q.options)) == 4
+        assert q.options[q.right] == "".join(f" w{k}" for k in range(start + 24, start + 30))
+    again = {"text": " ".join(f"w{k}" for k in range(1000, 1150))}
+    (tmp_path / "train.jsonl").write_text(json.dumps(again))
+    (tmp_path / "test.jsonl").write_text(json.dumps(again))
+    with pytest.raises(MisError, match="of 5 places in the held-out text 0 share no 13 words"):
+        task_registry.find(["continue"], 100, str(tmp_path))
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(MisError, match="has 3 places of 30 words, the task continue needs 4: give a longer test.jsonl"):
+        task_registry.find(["continue"], 100, str(tmp_path))
+
+
+def test_presets_of_lm_eval_are_ids() -> None:
+    """Nothing of lm-eval is imported to know them."""
+    found = task_registry.find(["polish", "english", "lm_eval/arc_challenge"], 10)
+    assert "belebele_pol_Latn" in found.harness and found.harness[-1] == "arc_challenge" and not found.tasks
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("buildin", "did you mean builtin"),
+        ("maths-writen", "did you mean maths-written"),
+        ("polish-offlin", "did you mean polish-offline"),
+        ("kashubain", "did you mean kashubian"),
+        ("qqq", "known are builtin, polish-offline"),
+    ],
+)
+def test_a_typo_brings_the_nearest_names(name: str, nearest: str) -> None:
+    """No traceback, no download."""
+    with pytest.raises(MisError, match=f"--tasks names {name}, which is no task and no folder: {nearest}"):
+        task_registry.find([name], 10)
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    """A row of the table would be overwritten."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "quiz.jsonl").write_text(json.dumps({"prompt": "1 + 1?", "answer": "2"}) + "\n")
+    with pytest.raises(MisError, match="2 tasks are called quiz: rename one of the files"):
+        task_registry.find([str(tmp_path / "a"), str(tmp_path / "b")], 10)
+
+
+def test_an_answer_that_nobody_can_check_is_refused(tmp_path: Path) -> None:
+    """Every model would have 0."""
+    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "Why?", "answer": "because it is so"}]
+    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(MisError, match="quiz question 2: the answer 'because it is so' is no number, time or names"):
+        task_registry.find([str(tmp_path)], 10)
+
+
+def test_a_slot_is_filled_by_a_folder(tmp_path: Path, cache: Path) -> None:
+    """In the cache, or anywhere under the slot's name; the empty ones say what to bring."""
+    pairs = [(f"Idę do domu {n}", f"Jidã dodóm {n}") for n in range(6)]
+    with pytest.raises(MisError, match="the slot kashubian is empty: put attested pairs into"):
+        task_registry.find(["kashubian"], 10)
+    for folder in (cache / "dialects" / "kashubian", tmp_path / "mine" / "kashubian"):
+        folder.mkdir(parents=True)
+        dialects.write(pairs, folder)
+    kept, brought = (
+        task_registry.find(["kashubian"], 10),
+        task_registry.find([str(tmp_path / "mine" / "kashubian")], 10),
+    )
+    assert [task.name for task in kept.tasks] == ["kashubian-label", "kashubian-text"]
+    assert [task.sha256 for task in kept.tasks] == [task.sha256 for task in brought.tasks]
+    assert [task.name for task in task_registry.find(["dialects"], 10).tasks] == ["kashubian-label", "kashubian-text"]
+    (cache / "dialects" / "kashubian" / dialects.PAIRS).write_text('{"polish": "Idę"}\n')
+    with pytest.raises(MisError, match="pairs.jsonl line 1: has no 'dialect'"):
+        task_registry.find(["dialects"], 10)
+
+
+def test_silesian_comes_from_language_packs(cache: Path) -> None:
+    """Put there by hand where there is no apt; without them the sentence says which."""
+    with pytest.raises(MisError, match=r"no apt .*: put Firefox's language packs for pl and szl \(.xpi\) into"):
+        task_registry.find(["silesian"], 10)
+    pack(cache / "dialects" / "silesian", "pl", POLISH, "")
+    pack(cache / "dialects" / "silesian", "szl", SILESIAN, "")
+    label, text = task_registry.find(["silesian"], 10).tasks
+    assert len(label.questions) == len(text.questions) == 4 and "Firefox's language packs" in label.about
+
+
+def test_polish_offline_without_a_package_index_is_a_sentence(cache: Path) -> None:
+    """Which wheel, and what to check; nothing half-made is left."""
+    with pytest.raises(MisError, match=r"pip could not download evals 3.0.1.post1 .*: check the network"):
+        task_registry.find(["polish-offline"], 10)
+    assert not [path for path in cache.iterdir() if path.name != ".lock"]
+
+
+@pytest.mark.slow
+def test_polish_offline_out_of_the_real_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched by name, size and hash: 1,576 exams with four options, 142 words, 33 proverbs, 100 sums."""
+    monkeypatch.delenv("PIP_NO_INDEX")
+    try:
+        found = task_registry.find(["polish-offline"], 10_000)
+    except MisError as error:
+        pytest.skip(f"no package index: {error}")
+    assert {task.name: len(task.questions) for task in found.tasks} == {
+        "polish-exams": 1576,
+        "polish-lexicon": 142,
+        "polish-proverbs": 33,
+        "polish-sums": 100,
+    }
+    assert set(polish_exams.SETS) == {task.name for task in found.tasks}
+    keys = Counter(q.right for q in found.tasks[0].questions)
+    assert {len(q.options) for q in found.tasks[0].questions} == {4} and all(370 < keys[k] < 420 for k in range(4))
+    assert not any(re.search(r"[ \n]$", q.context) for task in found.tasks for q in task.questions)
+
+
+@pytest.mark.slow
+def test_silesian_out_of_the_real_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's Firefox in Polish and Silesian: some 1,900 pairs; the letters of Silesian are on its side."""
+    monkeypatch.setenv("PATH", os.defpath + ":/usr/sbin:/sbin")
+    try:
+        label, text = task_registry.find(["silesian"], 100_000).tasks
+    except MisError as error:
+        pytest.skip(f"no Debian: {error}")
+    assert len(label.questions) == len(text.questions) > 1500
+    dialect = [q.options[q.right] for q in text.questions]
+    polish = [q.options[1 - q.right] for q in text.questions]
+    shares = [sum(bool(re.search("[ōôŏ]", one)) for one in side) / len(side) for side in (dialect, polish)]
+    assert shares[0] > 0.7 and shares[1] < 0.01

@@ -1,0 +1,249 @@
+"""Re-wrapped blocks are bit-equal, rows stand as llama.cpp wants them, what has no place is refused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, dequantize
+
+from mis_mlx.gguf_export import tensors
+from mis_mlx.models import load
+from mis_mlx.storage.files import DISK
+from mis_mlx.storage.safetensors import Writer, spec_of
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+from tests.storage.test_gguf_reader import llama_cpp_permute
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def packed(
+    folder: Path,
+    group: int,
+    dtype: mx.Dtype = mx.float16,
+    tweak: Callable[[Any], Any] = lambda x: x,
+    bits: int = 4,
+    mode: str = "affine",
+    mixed: Mapping[str, int] = MappingProxyType({}),
+) -> Checkpoint:
+    """The tiny llama with every matrix packed, affine scales and biases (scales through `tweak`) in `dtype`.
+
+    mixed: other bits of single modules, by their path.
+    """
+    source = load.open_checkpoint(tiny.make(folder / "dense", intermediate_size=256, hidden_size=128, head_dim=32))
+    arrays: dict[str, mx.array] = {}
+    for name in source.tensors:
+        weight = load.dense(source, name)
+        if weight.ndim == 1:
+            arrays[name] = weight
+            continue
+        stem = name.removesuffix(".weight")
+        arrays[name], scales, *biases = mx.quantize(weight, group, mixed.get(stem, bits), mode)
+        arrays[f"{stem}.scales"] = tweak(scales).astype(dtype) if biases else scales
+        arrays |= {f"{stem}.biases": b.astype(dtype) for b in biases}
+    out = folder / "packed"
+    out.mkdir()
+    writer = Writer(out, {name: spec_of(a) for name, a in arrays.items()}, DISK)
+    for name, array in arrays.items():
+        writer.add(name, array)
+    writer.close()
+    settings: dict[str, Any] = {"group_size": group, "bits": bits, "mode": mode}
+    settings |= {path: {**settings, "bits": own} for path, own in mixed.items()}
+    (out / "config.json").write_text(json.dumps({**source.config, "quantization": settings}))
+    tiny.write_tokenizer(out)
+    return load.open_checkpoint(out)
+
+
+def content(checkpoint: Checkpoint, name: str, wanted: str) -> tuple[tensors.Part, np.ndarray, Counter[str]]:
+    """(the part made of tensor `name`, its values in float32 as gguf-py decodes them, the tally)."""
+    part = next(p for p in tensors.parts(checkpoint, wanted) if p.source == name)
+    tally = Counter[str]()
+    data = np.concatenate(list(tensors.rows(checkpoint, part, tally)))
+    return part, dequantize(data, GGMLQuantizationType[part.kind]).reshape(part.shape), tally
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group", "kind"),
+    [
+        ("affine", 2, 64, "Q4_1"),
+        ("affine", 3, 128, "Q4_1"),
+        ("affine", 5, 64, "Q5_1"),
+        ("affine", 5, 32, "Q5_1"),
+        ("mxfp4", 4, 32, "MXFP4"),
+        ("nvfp4", 4, 16, "NVFP4"),
+    ],
+)
+def test_every_packing_that_llama_cpp_has_is_exact(tmp_path: Path, mode: str, bits: int, group: int, kind: str) -> None:
+    """The same numbers, whatever the bits; the file's type is said accordingly, a dense model cannot be made so."""
+    checkpoint = packed(tmp_path, group, bits=bits, mode=mode)
+    wanted = tensors.out_type(checkpoint)
+    assert wanted == ("q4_1" if mode == "affine" else mode)
+    for name in ("model.layers.0.mlp.down_proj.weight", Q):
+        part, values, tally = content(checkpoint, name, wanted)
+        want = np.array(load.dense(checkpoint, name))
+        want = llama_cpp_permute(want, 4) if name == Q else want
+        np.testing.assert_array_equal(values, want)
+        assert np.ptp(values) > 0.1 and (part.kind, part.exact, tally["inexact"]) == (kind, True, 0)
+    if mode != "affine":
+        with pytest.raises(MisError, match=f"--out-type {mode} re-wraps what MLX packed so, here nothing is"):
+            tensors.parts(load.open_checkpoint(tmp_path / "dense"), mode)
+
+
+def test_mixed_bits_are_exact_where_they_can_be(tmp_path: Path) -> None:
+    """3, 4 and 5 bits as they are; 6 and 8 to Q8_0, within half a step of it; q4_0 keeps the wide ones wide."""
+    paths = {3: "model.layers.0.mlp.up_proj", 5: "model.layers.1.mlp.up_proj", 6: "model.layers.1.mlp.down_proj"}
+    paths[8] = "model.layers.2.mlp.up_proj"
+    checkpoint = packed(tmp_path, 64, mixed={path: n for n, path in paths.items()})
+    assert tensors.out_type(checkpoint) == "q4_1"
+    for bits, kind in ((3, "Q4_1"), (5, "Q5_1"), (6, "Q8_0"), (8, "Q8_0")):
+        name = f"{paths[bits]}.weight"
+        part, values, _ = content(checkpoint, name, "q4_1")
+        want = np.array(load.dense(checkpoint, name))
+        step = np.abs(want.reshape(-1, 32)).max(axis=1, keepdims=True) / 127
+        error = np.abs(values - want).reshape(-1, 32)
+        assert (part.kind, part.exact) == (kind, bits < 6) and np.all(error <= (0.5 + 127 * 2**-11) * step)
+        assert (error.max() == 0) == part.exact
+    kinds = Counter(p.kind for p in tensors.parts(checkpoint, "q4_1"))
+    assert kinds == {"Q4_1": 22 - 3, "Q5_1": 1, "Q8_0": 2, "F32": 7}
+    assert {p.source for p in tensors.parts(checkpoint, "q4_0") if p.kind == "Q8_0"} == {
+        load.EMBEDDING + "weight", *(f"{paths[n]}.weight" for n in (5, 6, 8))
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight", Q])
+def test_q4_1_is_mlxs_four_bits_to_the_last_bit(tmp_path: Path, group: int, name: str) -> None:
+    """gguf-py decodes to mx.dequantize's float32 numbers, all of them, at every group size; q's rows permuted."""
+    checkpoint = packed(tmp_path, group)
+    part, values, tally = content(checkpoint, name, "q4_1")
+    want = np.array(load.dense(checkpoint, name))
+    if name == Q:
+        want = llama_cpp_permute(want, 4)
+    np.testing.assert_array_equal(values, want)
+    assert part.kind == "Q4_1" and part.exact and tally["inexact"] == 0
+
+
+def test_bfloat16_scales_that_float16_cannot_hold_are_counted(tmp_path: Path) -> None:
+    """bfloat16 fits float16 unless it is below 2**-14: there bits fall off, and every such scale is counted."""
+    checkpoint = packed(
+        tmp_path, 64, mx.bfloat16, tweak=lambda s: mx.where(mx.arange(s.shape[1]) == 0, s * 2.0**-14, s)
+    )
+    name = "model.layers.0.mlp.down_proj.weight"
+    _, values, tally = content(checkpoint, name, "q4_1")
+    arrays = load.safetensors.lazy(checkpoint.tensors, [name.replace("weight", p) for p in ("scales", "biases")])
+    floats = [np.array(a.astype(mx.float32)) for a in arrays.values()]
+    lost = sum(int((a.astype(np.float16).astype(np.float32) != a).sum()) for a in floats)
+    assert tally["inexact"] == lost and 32 <= lost <= 128
+    np.testing.assert_allclose(values, np.array(load.dense(checkpoint, name)), rtol=2e-3, atol=2e-6)
+    clean = packed(tmp_path / "clean", 64, mx.bfloat16)
+    assert content(clean, name, "q4_1")[2]["inexact"] == 0
+
+
+def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven rows at a time or all at once: the same bytes, permuted or not, packed or dense."""
+    checkpoint, dense = packed(tmp_path, 64), load.open_checkpoint(tmp_path / "dense")
+    whole = [content(c, Q, wanted)[1] for c, wanted in ((checkpoint, "q4_1"), (dense, "q8_0"))]
+    monkeypatch.setattr(tensors, "SLAB_BYTES", 7 * 4 * 128)
+    part = next(p for p in tensors.parts(checkpoint, "q4_1") if p.source == Q)
+    assert len(list(tensors.rows(checkpoint, part, Counter()))) == 19
+    for before, (c, wanted) in zip(whole, ((checkpoint, "q4_1"), (dense, "q8_0")), strict=True):
+        np.testing.assert_array_equal(content(c, Q, wanted)[1], before)
+
+
+def test_row_order_is_llama_cpps_permute() -> None:
+    """By hand for one head of 4; word for word for 3 heads of 16."""
+    assert tensors.row_order(4, 1).tolist() == [0, 2, 1, 3]
+    rows = np.arange(48.0)[:, None]
+    np.testing.assert_array_equal(rows[tensors.row_order(48, 3)], llama_cpp_permute(rows, 3))
+
+
+def test_types_of_each_kind(tmp_path: Path, models: Callable[[str], Checkpoint]) -> None:
+    """Vectors float32; four-bit files keep embedding and head in 8 bits, unless MLX had them in 4 already."""
+    kinds = {p.name: p.kind for p in tensors.parts(models("untied"), "q4_0")}
+    assert (kinds["token_embd.weight"], kinds["output.weight"], kinds["blk.0.ffn_up.weight"]) == (
+        "Q8_0",
+        "Q8_0",
+        "Q4_0",
+    )
+    assert kinds["output_norm.weight"] == kinds["blk.2.attn_norm.weight"] == "F32"
+    tied = [p.name for p in tensors.parts(models("llama"), "f16")]
+    assert "output.weight" not in tied and len(tied) == len(set(tied)) == 3 * 9 + 2
+    theirs = {p.source: p.name for p in tensors.parts(models("qwen3"), "f16")}
+    assert theirs["model.layers.1.self_attn.q_norm.weight"] == "blk.1.attn_q_norm.weight"
+    assert all(p.heads == 0 for p in tensors.parts(models("qwen2"), "f16"))
+    four = packed(tmp_path, 64)
+    assert {p.kind for p in tensors.parts(four, "q4_1") if len(p.shape) == 2} == {"Q4_1"} and tensors.out_type(
+        four
+    ) == "q4_1"
+    again = {p.name: p.kind for p in tensors.parts(four, "q4_0")}
+    assert (again["token_embd.weight"], again["blk.0.ffn_up.weight"]) == ("Q8_0", "Q4_0")
+
+
+def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -> None:
+    """rope_freqs divides each frequency by what mlx-lm's own Llama3RoPE divides it by; 1 first, the factor last."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 512
+    llama = models("llama")
+    changed = Checkpoint(llama.path, {**llama.config, "rope_scaling": scaling, "head_dim": 64}, llama.tensors)
+    part = tensors.Part(tensors.FREQS, "", (32,), "F32")
+    found = np.concatenate(list(tensors.rows(changed, part, Counter()))).view(np.float32)
+    rope = load.mlx_lm("models.rope_utils").initialize_rope(64, 10000.0, False, scaling, 4096)
+    plain = 10000.0 ** (np.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(found, np.array(rope._freqs) / plain, rtol=1e-5)  # theirs is computed in float32
+    assert found[0] == 1 and found[-1] == 8 and np.any((found > 1.01) & (found < 7.99))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "why"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "type dynamic have no place in a llama"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn without original_max_position"),
+        ("qwen2", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3 have no place in a qwen2 GGUF"),
+        ("llama", {"layer_types": ["sliding_attention"] * 3}, "has no sliding windows"),
+    ],
+)  # fmt: skip
+def test_positions_without_a_place_are_a_sentence(
+    models: Callable[[str], Checkpoint], kind: str, changes: dict[str, Any], why: str
+) -> None:
+    """llama.cpp would read them as plain ones, and the model would lose its thread without an error."""
+    c = models(kind)
+    with pytest.raises(MisError, match=why):
+        tensors.parts(Checkpoint(c.path, {**c.config, **changes}, c.tensors), "f16")
+
+
+def test_a_yarn_setting_without_a_key_is_a_sentence(llama: Checkpoint) -> None:
+    """attention_factor means something else to llama.cpp."""
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256, "attention_factor": 1.3}
+    with pytest.raises(MisError, match="yarn with attention_factor"):
+        tensors.parts(Checkpoint(llama.path, {**llama.config, "rope_scaling": yarn}, llama.tensors), "f16")
+
+
+def test_rows_without_whole_blocks_are_a_sentence(tmp_path: Path) -> None:
+    """48 is no multiple of 32: refused for every block type, fine in float16."""
+    odd = load.open_checkpoint(tiny.make(tmp_path / "odd", intermediate_size=48))
+    for wanted in ("q8_0", "q4_0", "q4_1"):
+        with pytest.raises(MisError, match="down_proj.weight has rows of 48 weights, .* use --out-type f16"):
+            tensors.parts(odd, wanted)
+    assert tensors.parts(odd, "f16")
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "why"), [(float("nan"), "q8_0", "NaN"), (1e5, "f16", "float16 ends at 65504")]
+)
+def test_numbers_that_cannot_be_written(tmp_path: Path, value: float, wanted: str, why: str) -> None:
+    """NaN anywhere; more than float16 holds where float16 is asked for."""
+    source = load.open_checkpoint(tiny.make(tmp_path / "m"))
+    weight = mx.array(load.dense(source, Q))
+    weight[3, 5] = value
+    slab = {Q: weight}
+    part = next(p for p in tensors.parts(source, wanted) if p.source == Q)
+    with pytest.raises(MisError, match=f"{Q} h.*{why}"):
+        tensors._converted(source, part, slab, Counter())

@@ -1,0 +1,219 @@
+"""gguf_export/vocab.py: what it writes, read as llama.cpp reads it, cuts text as the original tokenizer does."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFWriter
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from mis_mlx.gguf_export import vocab
+from mis_mlx.types import MisError
+from tests import tiny
+
+TEXT = "The with statement is used to wrap the execution of a block: for x in y, if not z while 3 < 33."
+PROBE_SHA256 = "a36179c1e2b1cfcfbfad1dc779addad2ffc778201e4cf0d538bddeafa2c526da"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+def facts(folder: Path, size: int) -> tuple[dict[str, Any], list[str]]:
+    """({key without `tokenizer.`: value}, notes)."""
+    writer = GGUFWriter(None, "llama")
+    notes = vocab.add(writer, folder, size)
+    found = {k.removeprefix("tokenizer.").removeprefix("ggml."): v.value for k, v in writer.kv_data[0].items()}
+    return found, notes
+
+
+def greedy(text: str, f: dict[str, Any]) -> list[int]:
+    """llama.cpp's SentencePiece tokenizer (llm_tokenizer_spm): join the best-scored neighbours, leftmost first."""
+    ids = {token: i for i, token in enumerate(f["tokens"])}
+    parts = list("▁" + text.replace(" ", "▁"))
+    while True:
+        pairs = [(f["scores"][ids[a + b]], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ids]
+        if not pairs:
+            break
+        at = -max(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    out: list[int] = []
+    for part in parts:
+        out += [ids[part]] if part in ids else [ids[f"<0x{b:02X}>"] for b in part.encode()]
+    return out
+
+
+@pytest.fixture
+def bpe(tmp_path: Path) -> Path:
+    """A folder with the tiny byte-level BPE of 512 tokens."""
+    tiny.write_tokenizer(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def spm(tmp_path: Path) -> Path:
+    """A folder with only a SentencePiece BPE of 400 pieces with bytes, as Llama 2 and Mistral have."""
+    from pydoc_data.topics import topics
+
+    lines = [line for name in ("if", "for", "while") for line in topics[name].splitlines() if line.strip()]
+    prefix = str(tmp_path / "tokenizer")
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=prefix, vocab_size=400, model_type="bpe", byte_fallback=True,
+        minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    return tmp_path
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Put `changes` into a JSON file."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, **changes}))
+
+
+def test_bpe_cuts_text_as_the_original(bpe: Path) -> None:
+    """Pieces and merges alone make the same tokenizer again; Polish and emoji come back."""
+    f, _ = facts(bpe, 512)
+    merges = [tuple(m.split(" ")) for m in f["merges"]]
+    again = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(f["tokens"])}, merges=merges))
+    again.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    again.decoder = decoders.ByteLevel()
+    before = Tokenizer.from_file(str(bpe / "tokenizer.json"))
+    for text in (TEXT, "Zażółć gęślą jaźń 🦙, 832 m n.p.m."):
+        assert again.encode(text).ids == before.encode(text).ids and len(again.encode(text).ids) > 10
+        assert again.decode(again.encode(text).ids) == text
+    assert f["model"] == "gpt2" and len(f["merges"]) > 100 and "scores" not in f
+
+
+def test_types_and_special_ids(bpe: Path) -> None:
+    """Added tokens: special ones and those that look it are control, others user-defined; holes are unused."""
+    spec = json.loads((bpe / "tokenizer.json").read_text())
+    more = [{**spec["added_tokens"][0], "id": 512, "content": "<|x|>", "special": False}]
+    more += [{**spec["added_tokens"][0], "id": 513, "content": "mountain", "special": False}]
+    edit(bpe / "tokenizer.json", added_tokens=[*spec["added_tokens"], *more])
+    edit(bpe / "tokenizer_config.json", pad_token="<|x|>", chat_template="{{ messages }}")
+    f, _ = facts(bpe, 520)
+    assert [f["token_type"][i] for i in (0, 1, 512, 513, 514)] == [CONTROL, NORMAL, CONTROL, USER_DEFINED, UNUSED]
+    assert f["tokens"][512:516] == ["<|x|>", "mountain", "[PAD514]", "[PAD515]"] and len(f["tokens"]) == 520
+    assert (f["bos_token_id"], f["eos_token_id"], f["padding_token_id"]) == (0, 0, 512)
+    assert f["chat_template"] == "{{ messages }}"
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_add_bos_is_what_the_tokenizer_does(bpe: Path, adds: bool) -> None:
+    """Always written: llama.cpp's own guess differs between pre-tokenizers."""
+    if adds:
+        tokenizer = Tokenizer.from_file(str(bpe / "tokenizer.json"))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+        )
+        tokenizer.save(str(bpe / "tokenizer.json"))
+    assert facts(bpe, 512)[0]["add_bos_token"] is adds
+
+
+def test_a_setting_overrules_what_the_file_does(bpe: Path) -> None:
+    """add_bos_token in tokenizer_config.json, which transformers puts into force when it loads."""
+    edit(bpe / "tokenizer_config.json", add_bos_token=True)
+    assert facts(bpe, 512)[0]["add_bos_token"] is True
+
+
+def test_pre_tokenizer_by_llama_cpps_hash(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known hash gives its name and no note, then the rules do; else a note with the hash, and 'default'."""
+    f, notes = facts(bpe, 512)
+    assert f["pre"] == "gpt-2" and notes == []
+    spec = json.loads((bpe / "tokenizer.json").read_text())
+    edit(bpe / "tokenizer.json", pre_tokenizer={**spec["pre_tokenizer"], "add_prefix_space": True})
+    f, notes = facts(bpe, 512)
+    ids = Tokenizer.from_file(str(bpe / "tokenizer.json")).encode(vocab.PROBE).ids
+    digest = hashlib.sha256(str(ids).encode()).hexdigest()
+    assert f["pre"] == "default" and len(notes) == 1 and digest[:12] in notes[0]
+    monkeypatch.setitem(vocab.PRE, digest, "smollm")
+    f, notes = facts(bpe, 512)
+    assert f["pre"] == "smollm" and notes == []
+
+
+def test_the_probe_is_llama_cpps_to_the_letter() -> None:
+    """The sha256 of the text in ggml-org/llama.cpp's conversion/base.py; one other letter would know no tokenizer."""
+    digest = hashlib.sha256(vocab.PROBE.encode()).hexdigest()
+    assert digest == PROBE_SHA256
+    assert all(re.fullmatch("[0-9a-f]{64}", key) for key in vocab.PRE)
+
+
+def test_sentencepiece_cuts_text_as_the_original(spm: Path) -> None:
+    """Scores, types and pieces of tokenizer.model; letters it has never seen go to bytes."""
+    f, notes = facts(spm, 420)
+    model = SentencePieceProcessor(model_file=str(spm / "tokenizer.model"))
+    for text in (TEXT, "gęś 🦙 while"):
+        assert greedy(text, f) == model.encode(text)
+    assert f["model"] == "llama" and f["pre"] == "default" and notes == []
+    assert f["token_type"][:4] == [UNKNOWN, CONTROL, CONTROL, BYTE] and f["tokens"][3] == "<0x00>"
+    count = model.get_piece_size()
+    assert f["token_type"][count - 1 :] == [NORMAL] + [UNUSED] * (420 - count)
+    assert f["scores"][count:] == [-10000.0] * (420 - count)
+
+
+def test_sentencepiece_takes_added_tokens(spm: Path) -> None:
+    """From added_tokens.json and from tokenizer_config.json, which says what is special."""
+    edit(spm / "added_tokens.json", **{"▁hello▁there": 410})
+    decoder = {"1": {"content": "<s>", "special": True}, "411": {"content": "<|im_end|>", "special": True}}
+    edit(spm / "tokenizer_config.json", added_tokens_decoder=decoder, add_prefix_space=False, add_bos_token=True)
+    f, _ = facts(spm, 420)
+    assert (f["tokens"][410], f["token_type"][410]) == (" hello there", USER_DEFINED)
+    assert [f["token_type"][i] for i in (1, 411)] == [CONTROL, CONTROL] and f["scores"][411] == -1000.0
+    assert f["add_space_prefix"] is False and f["add_bos_token"] is True
+
+
+def test_merges_with_byte_fallback_become_scores(tmp_path: Path) -> None:
+    """Llama 2's tokenizer.json without its tokenizer.model: the order of merges is the order of scores."""
+    from pydoc_data.topics import topics
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>"], show_progress=False)
+    tokenizer.train_from_iterator([topics["if"], topics["for"]], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["model"]["vocab"] |= {f"<0x{b:02X}>": 300 + b for b in range(256)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    f, notes = facts(tmp_path, 556)
+    before = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("if the statement is", "ż for"):
+        assert greedy(text, f) == before.encode(text).ids
+    assert f["model"] == "llama" and f["token_type"][300] == BYTE and notes == []
+
+
+def test_unigram_keeps_its_scores_and_says_what_differs(tmp_path: Path) -> None:
+    """Pieces and scores by id, and a sentence."""
+    Tokenizer(models.Unigram([("<unk>", 0.0), ("▁a", -1.5), ("b", -2.5)], unk_id=0)).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    f, notes = facts(tmp_path, 3)
+    assert f["tokens"] == ["<unk>", "▁a", "b"] and f["scores"] == [0.0, -1.5, -2.5]
+    assert len(notes) == 1 and "greedily" in notes[0]
+
+
+def test_what_cannot_go_along_is_a_sentence(bpe: Path) -> None:
+    """None, a foreign kind, damaged JSON, and one that is longer than the embedding."""
+    with pytest.raises(MisError, match="token 511, the embedding 500 rows"):
+        facts(bpe, 500)
+    edit(bpe / "config.json", pad_token_id=-1)
+    with pytest.raises(MisError, match="settings are damaged .*pad: -1"):
+        facts(bpe, 512)
+    edit(bpe / "tokenizer.json", model={"type": "BPE"})
+    with pytest.raises(MisError, match="tokenizer.json does not open"):
+        facts(bpe, 512)
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(bpe / "tokenizer.json"))
+    with pytest.raises(MisError, match="of type WordLevel has no place"):
+        facts(bpe, 512)
+    (bpe / "tokenizer.json").write_text("{")
+    with pytest.raises(MisError, match="is not a JSON object"):
+        facts(bpe, 512)
+    (bpe / "tokenizer.json").unlink()
+    with pytest.raises(MisError, match="neither tokenizer.json nor tokenizer.model"):
+        facts(bpe, 512)
+    (bpe / "tokenizer.model").write_bytes(b"junk")
+    with pytest.raises(MisError, match="is not a SentencePiece model"):
+        facts(bpe, 512)

@@ -1,0 +1,62 @@
+"""Two lanes: the same results as one, products in one thread as long as both are computed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.hardware import lanes
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Two lanes, whatever BLAS there is; the numbers of threads that it is told."""
+    calls: list[int] = []
+    monkeypatch.setattr(lanes, "_blas", lambda: (SimpleNamespace(openblas_set_num_threads=calls.append), 2))
+    if lanes.count() != 2:
+        pytest.skip("a GPU has one lane")
+    return calls
+
+
+def test_each_gives_all_in_order_and_evaluated(told: list[int]) -> None:
+    """Five items through two lanes, three turns; the last one alone."""
+    items, seen = [mx.full((3,), float(i)) for i in range(5)], list[mx.Stream]()
+
+    def work(a: mx.array, b: int) -> tuple[mx.array, mx.array]:
+        seen.append(mx.default_stream(mx.cpu))
+        return a * 2, a + b
+
+    found = [(double.tolist(), more.tolist()) for double, more in lanes.each(work, items, range(5))]
+    assert found == [([2.0 * i] * 3, [2.0 * i] * 3) for i in range(5)]
+    assert told == [1, 2] * 3
+    assert seen[0] == seen[2] == seen[4] != seen[1] == seen[3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_rows_are_what_the_whole_is(told: list[int], count: int) -> None:
+    """However many rows there are, one lane's among them, with gradients that flow back to each."""
+    x, w = mx.random.normal((count, 4, 8), key=mx.random.key(1)), mx.random.normal((8, 8), key=mx.random.key(2))
+
+    def total(w: mx.array, x: mx.array, apart: bool) -> mx.array:
+        def work(x: mx.array) -> mx.array:
+            return mx.tanh(x @ w)
+
+        return mx.square(lanes.rows(work, x) if apart else work(x)).sum()
+
+    (a, slope_a), (b, slope_b) = (mx.value_and_grad(total, argnums=(0, 1))(w, x, apart) for apart in (True, False))
+    assert mx.allclose(a, b) and all(mx.allclose(p, q, atol=1e-5) for p, q in zip(slope_a, slope_b, strict=True))
+
+
+def test_uneven_lists_are_a_mistake() -> None:
+    """Nothing is left out without a word."""
+    with pytest.raises(ValueError, match="shorter|longer"):
+        list(lanes.each(lambda a, b: a, [mx.array(1)] * 3, [1] * 4))
+
+
+def test_a_cpu_of_many_cores_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products need them all; and so has one whose BLAS is no OpenBLAS."""
+    for threads, count in ((1, 1), (2, 2), (3, 2), (4, 1), (16, 1)):
+        monkeypatch.setattr(lanes, "_blas", lambda threads=threads: (None, threads))
+        assert lanes.count() == (count if mx.default_device() == mx.cpu else 1)

@@ -1,0 +1,151 @@
+"""The budget, and MLX told of it: every limit comes back, Metal is never wired beyond what it recommends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import psutil
+import pytest
+
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.rates import M1_AIR
+from mis_mlx.types import GIB, Budget, MisError
+from tests.hardware.conftest import FakeApple
+
+MIB = 2**20
+
+
+class Device:
+    """Stands for `mlx.core` on a machine of our making: remembers its limits, fails as Metal does."""
+
+    gpu, cpu = "gpu", "cpu"
+
+    def __init__(self, kind: str = "gpu", recommended: int | None = 5_300_000_000):
+        self.kind, self.recommended = kind, recommended
+        self.limits = {"memory": 1, "cache": 2, "wired": 3}
+
+    def default_device(self) -> str:
+        return self.kind
+
+    def device_info(self) -> dict[str, Any]:
+        return {} if self.recommended is None else {"max_recommended_working_set_size": self.recommended}
+
+    def _set(self, name: str, value: int) -> int:
+        before, self.limits[name] = self.limits[name], value
+        return before
+
+    def set_memory_limit(self, value: int) -> int:
+        return self._set("memory", value)
+
+    def set_cache_limit(self, value: int) -> int:
+        return self._set("cache", value)
+
+
+class Metal(Device):
+    """The same with a call that wires memory."""
+
+    def set_wired_limit(self, value: int) -> int:
+        assert self.recommended is not None and value <= self.recommended, "Metal ends the process here"
+        return self._set("wired", value)
+
+
+@pytest.mark.parametrize(("need", "wired"), [(0, 3), (GIB, GIB + 256 * MIB), (6 * GIB, 5_300_000_000)])
+def test_metal_wires_what_is_needed(need: int, wired: int) -> None:
+    """The need and 256 MiB, never more than recommended, nothing where there is no need; all limits come back."""
+    device = Metal()
+    with pytest.raises(KeyboardInterrupt), memory.limited(Budget(2 * GIB), need, device):
+        assert device.limits == {"memory": 2 * GIB - 150 * MIB, "cache": 512 * MIB, "wired": wired}
+        raise KeyboardInterrupt
+    assert device.limits == {"memory": 1, "cache": 2, "wired": 3}
+
+
+@pytest.mark.parametrize("device", [Metal("cpu"), Metal(recommended=None), Device()])
+def test_nothing_is_wired_elsewhere(device: Device) -> None:
+    """Not on a CPU, not where Metal recommends nothing, not by an MLX that cannot: the other limits are set."""
+    gpu = device.kind == "gpu"
+    memory_limit, cache = GIB - (150 if gpu else 24) * MIB, (256 if gpu else 64) * MIB
+    with memory.limited(Budget(GIB), GIB, device):
+        assert device.limits == {"memory": memory_limit, "cache": cache, "wired": 3}
+    assert device.limits["memory"] == 1
+
+
+def test_wiring_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MIS_MLX_WIRE=0, for machines that macOS panics on; the other limits hold."""
+    for said, wired in (("0", 3), ("1", GIB + 256 * MIB)):
+        monkeypatch.setenv("MIS_MLX_WIRE", said)
+        with memory.limited(Budget(8 * GIB), GIB, device := Metal()):
+            assert device.limits == {"memory": 8 * GIB - 150 * MIB, "cache": GIB, "wired": wired}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("limit", [64 * MIB, 600 * MIB, 4 * GIB, 64 * GIB])
+def test_the_process_and_its_arrays_are_the_budget(gpu: bool, limit: int) -> None:
+    """What the planner leaves for arrays, MLX may take, and the process's own growth fits beside it: with MLX's cache
+    on a CPU, which comes on top there; on Metal the cache lies within MLX's limit."""
+    device = Metal() if gpu else Device("cpu")
+    with memory.limited(Budget(limit), 0, device):
+        arrays = limit - memory.process_bytes(limit, gpu)
+        cached = 0 if gpu else device.limits["cache"]
+        assert arrays + cached == device.limits["memory"] < limit
+        assert device.limits["cache"] < limit // 3
+
+
+def test_the_real_one_here() -> None:
+    """MLX's own limits are those of before afterwards."""
+    before = mx.set_memory_limit(GIB)
+    try:
+        with memory.limited(Budget(2 * GIB)):
+            assert mx.set_memory_limit(2 * GIB) == 2 * GIB - 24 * MIB
+        assert mx.set_memory_limit(GIB) == GIB
+    finally:
+        mx.set_memory_limit(before)
+
+
+def test_budgets() -> None:
+    """What is asked for, or the default, or 75 % of a small room; more than there is is refused with both numbers."""
+    assert memory.budget(600 * MIB, GIB) == Budget(600 * MIB)
+    assert memory.budget(None, 100 * GIB) == Budget(5 * GIB)
+    assert memory.budget(None, 100 * GIB, 2 * GIB) == Budget(2 * GIB)
+    assert memory.budget(None, 4 * GIB) == Budget(3 * GIB)
+    with pytest.raises(MisError, match=r"8.00 GiB is more than the 4.00 GiB there are"):
+        memory.budget(8 * GIB, 4 * GIB)
+    assert 0 < memory.room_bytes() <= psutil.virtual_memory().total
+
+
+def test_metals_rule() -> None:
+    """Two thirds of the memory in whole pages: as a hosted runner of 7 GiB says it, and an Air of 8 (5461.34 MiB)."""
+    assert memory.recommended_bytes(7_516_192_768) == 5_010_800_640
+    assert memory.recommended_bytes(8 * GIB) == 5_726_633_984 == M1_AIR.room_bytes
+
+
+def test_what_others_use_is_left_to_them() -> None:
+    """8 GiB of which others have 3 leave the ordinary default, others' 6 leave 2; this process is none of them."""
+    own = psutil.Process().memory_info().rss
+    for used, default in ((3 * GIB, 4 * GIB), (6 * GIB, 2 * GIB)):
+        seen = SimpleNamespace(total=8 * GIB, used=used + own)
+        left = memory.left_bytes(seen)
+        assert left == pytest.approx(8 * GIB - used, abs=64 * MIB)  # the process may grow between two looks
+        found = memory.budget(None, M1_AIR.room_bytes, left).limit_bytes
+        assert found == pytest.approx(default, abs=64 * MIB)
+
+
+def test_the_air_in_a_plan_is_the_air_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default budget is one rule: for `plan --machine m1-air`, and on one on which nothing else is open."""
+    monkeypatch.setattr(memory, "room_bytes", lambda: memory.recommended_bytes(8 * GIB))
+    monkeypatch.setattr(memory, "left_bytes", lambda: 6 * GIB)
+    assert memory.budget(None) == memory.budget(None, M1_AIR.room_bytes) == Budget(int(0.75 * 5_726_633_984))
+
+
+def test_the_peak_is_the_footprint_on_a_mac(fake_apple: FakeApple, tmp_path: Path) -> None:
+    """rusage_info_v4's physical footprint, now and at most: the GPU's buffers, numpy and MLX's cache together."""
+    fake_apple.footprint(300 * MIB, 400 * MIB)
+    assert memory.held_bytes(fake_apple.path) == (300 * MIB, 400 * MIB)
+    peak = memory.Peak(fake_apple.path)
+    fake_apple.footprint(350 * MIB, 900 * GIB)
+    assert peak.nbytes == 900 * GIB - 300 * MIB
+    fake_apple.footprint(0, 0)  # it refuses: the resident set
+    now, most = memory.held_bytes(fake_apple.path)
+    assert MIB < now <= most + MIB

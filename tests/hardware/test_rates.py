@@ -1,0 +1,157 @@
+"""Rates and the roof: measured really, kept in JSON, believed for the same device only; what bounds, by pencil."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.evaluation.speed import roofline
+from mis_mlx.hardware import rates
+from mis_mlx.hardware.rates import Roof
+from mis_mlx.storage import hub
+from mis_mlx.types import MisError
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("nbytes", [64 * MIB, MIB])
+def test_a_file_is_written_read_and_removed(tmp_path: Path, nbytes: int) -> None:
+    """Two plausible rates (a floppy to ten times the best SSD), nothing left behind."""
+    read, written = rates.disk_bytes(tmp_path, nbytes)
+    assert 1e5 < read < 1e11 and 1e5 < written < 1e11
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a file system in memory, which refuses O_DIRECT")
+def test_where_the_page_cache_cannot_be_passed() -> None:
+    """Direct reading is refused there: it is read the ordinary way."""
+    read, _ = rates.disk_bytes(Path("/dev/shm"), MIB)
+    assert read > 0 and not list(Path("/dev/shm").glob(".tmp-rates-*"))
+
+
+def test_what_was_read_is_what_was_written(tmp_path: Path) -> None:
+    """The whole file, in pieces: the reader's own count divided by its rate is a time that passed."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(4 * MIB))
+    assert rates._read(path, MIB, 4) > 0
+    fd = rates._open_direct(path)
+    try:
+        assert os.fstat(fd).st_size == 4 * MIB
+    finally:
+        os.close(fd)
+
+
+def test_a_failed_measurement_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk stops answering while it is read: the error passes on, the file is gone."""
+
+    def broken(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        rates.disk_bytes(tmp_path, MIB)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both numbers; nothing is written where hardly anything is free."""
+    real = os.statvfs(tmp_path)
+    full = os.statvfs_result([*real[:4], 10, *real[5:]])
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(MisError, match="free, a measurement wants 4.00|free, a measurement wants 128 MiB"):
+        rates.disk_bytes(tmp_path, 512 * MIB)
+
+
+def test_all_rates_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured once, they come back equal; a model on a CPU is slower than products alone by a known factor."""
+    monkeypatch.setattr(rates, "matmul_flops", lambda: rates.ELEMENTWISE * 1e9)
+    found = rates.measure(tmp_path, MIB)
+    assert found.source.startswith("measured 20") and not found.gpu and found.hot == 1.0
+    assert found.forward_flops_per_s == found.training_flops_per_s == pytest.approx(1e9)
+    assert found.memory_bytes_per_s > 1e8
+    path = tmp_path / "rates.json"
+    assert rates.load(path) is None
+    path.write_text(rates.to_json(found))
+    assert rates.load(path) == found
+    assert str(found).endswith(f"({found.source})") and "GB/s read" in str(found)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"device": "CPU"}', "null"])
+def test_a_file_that_is_not_ours(tmp_path: Path, text: str) -> None:
+    """Anything but whole rates of this device counts as no rates."""
+    path = tmp_path / "rates.json"
+    path.write_text(text)
+    assert rates.load(path) is None
+    path.write_text(rates.to_json(replace(rates.M1_AIR)))
+    assert rates.load(path) is None
+
+
+def test_the_air() -> None:
+    """The built-in entry: what it stands for, and that nobody measured it here."""
+    air = rates.M1_AIR
+    assert (air.read_bytes_per_s, air.write_bytes_per_s, air.memory_bytes_per_s) == (2.5e9, 2.0e9, 68e9)
+    assert (air.forward_flops_per_s, air.training_flops_per_s, air.hot) == (1.45e12, 1.1e12, 0.75)
+    assert air.gpu and air.room_bytes == 5_726_633_984  # Metal's 5461.34 MiB
+    assert "not measured here" in str(air)
+
+
+def test_without_a_measurement_it_says_so() -> None:
+    """Products are measured even then; the rest is called assumed."""
+    found = rates.assumed()
+    assert "assumed" in found.source and found.device == rates.device_name() and "CPU" in found.device
+    assert found.forward_flops_per_s > 1e7 and json.loads(rates.to_json(found))["read_bytes_per_s"] == 1e9
+    assert mx.default_device() == mx.cpu
+
+
+def test_a_sample_is_not_cached_on_a_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F_NOCACHE is set before the first byte is written: macOS would read cached pages back whoever asks."""
+    asked = list[tuple[int, int]]()
+
+    def fcntl(fd: int, what: int, *_: int) -> int:
+        asked.append((what, os.fstat(fd).st_size))
+        return 0
+
+    monkeypatch.setattr(rates.sys, "platform", "darwin")
+    monkeypatch.setattr(rates.fcntl, "fcntl", fcntl)
+    rates._write(tmp_path / "file", bytes(MIB), 3)
+    assert asked == [(rates.F_NOCACHE, 0), (rates.F_FULLFSYNC, 3 * MIB)]
+
+
+def test_a_file_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the system's own advice, or by msync(2) on a Mac, whose answer is that of the real call here; it stays."""
+    path, done = tmp_path / "file", list[int]()
+    path.write_bytes(bytes(MIB))
+    rates.forget(path)
+    invalidate = rates._invalidate
+    monkeypatch.setattr(rates.sys, "platform", "darwin")
+    monkeypatch.setattr(rates, "_invalidate", lambda fd: done.append(invalidate(fd)))
+    rates.forget(path)
+    assert done == [0] and path.read_bytes() == bytes(MIB)
+
+
+def test_the_longer_of_two() -> None:
+    """1 GB at 10 GB/s takes 0.1 s, 20 GFLOP at 100 take 0.2 s; they overlap."""
+    at = Roof("d", "t", 10e9, 100e9, "given")
+    assert at.seconds(1e9, 20e9) == pytest.approx(0.2)
+    assert at.seconds(1e9, 5e9) == pytest.approx(0.1)
+    assert (at.bound(1e9, 20e9), at.bound(1e9, 5e9)) == ("arithmetic", "memory bandwidth")
+
+
+def test_the_roof_is_measured_here_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positive rates; the file gives the same back, and nothing on another device, of other threads, or broken."""
+    monkeypatch.setattr(rates, "MEMORY_SAMPLE_BYTES", MIB)
+    monkeypatch.setattr(hub, "cache_root", lambda: tmp_path)
+    found, path = roofline.here(), tmp_path / "roof.json"
+    assert found.memory_bytes_per_s > 1e8 and found.flops_per_s > 1e8
+    monkeypatch.setattr(rates, "measure_roof", lambda: replace(found, source="measured again"))
+    kept = path.read_text()
+    assert roofline.here() == found and roofline.here(again=True).source == "measured again"
+    for text in ("{", *(json.dumps({**json.loads(kept), field: "another"}) for field in ("device", "threads"))):
+        path.write_text(text)
+        assert roofline.here().source == "measured again"
+        assert json.loads(path.read_text())["source"] == "measured again"

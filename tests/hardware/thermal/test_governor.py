@@ -1,0 +1,365 @@
+"""The governor: its limits one by one, its properties on a simulated laptop, and the tea breaks it makes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held, StepTimes
+from mis_mlx.hardware.thermal.governor import (
+    Decision,
+    Governor,
+    Mode,
+    TeaBreaks,
+    after_step,
+    governor_for,
+    unfit_for_timing,
+)
+from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
+from mis_mlx.types import MisError, Reading
+from tests.hardware.plant import Plant, PlantMonitor
+
+DATA = Path(__file__).parents[1] / "data"
+GOOD = Reading(0.0, die_c=70.0, battery_c=30.0, pressure_level=0, battery_percent=90.0, plugged=True)
+
+
+def feed(governor: Governor, seconds: int, start: int = 0, step_s: float | None = 1.0, **changes) -> Decision:
+    """One look a second; the last decision."""
+    for second in range(start, start + seconds):
+        decision = governor.decide(replace(GOOD, time_s=float(second), **changes), float(second), step_s)
+    return decision
+
+
+@dataclass
+class Course:
+    """What happened in one simulated run."""
+
+    monitor: PlantMonitor
+    breaks: TeaBreaks = field(default_factory=TeaBreaks)
+    decisions: list[tuple[float, Decision]] = field(default_factory=list)
+
+    def turns(self) -> list[float]:
+        """Times at which work began or ceased."""
+        pairs = itertools.pairwise(self.decisions)
+        return [now for (_, before), (now, after) in pairs if before.action != after.action]
+
+
+def drive(plant: Plant, mode: Mode, seconds: float, step_s: float, seed: int = 0, **monitor) -> Course:
+    """Train on `plant` for `seconds` of virtual time, obeying the governor."""
+    course = Course(PlantMonitor(plant, seed, **monitor))
+    governor, clock = Governor(mode), course.monitor.clock
+    while clock.monotonic() < seconds:
+        course.monitor.work(step_s)
+        for decision in after_step(course.monitor, governor, course.breaks, step_s):
+            course.decisions.append((clock.monotonic(), decision))
+        if decision.action == "stop":
+            break
+    return course
+
+
+def odd_laptop(seed: int) -> tuple[Plant, float]:
+    """A laptop of plausible but random make, in an alpine winter or a heat wave, and its step time."""
+    pick = random.Random(seed)
+    plant = Plant(
+        air_c=pick.uniform(-15, 42),
+        die_to_chassis=pick.uniform(4.5, 6.0),
+        chassis_to_air=pick.uniform(1.2, 2.2),
+        gpu_w=pick.uniform(9, 15),
+        firmware_c=pick.uniform(98, 103),
+    )
+    return plant, pick.choice([0.3, 1.0, 4.0, 8.0])
+
+
+@pytest.mark.parametrize("mode", ["throughput", "steady", "cool"])
+def test_properties_on_simulated_laptops(mode):
+    """Never above stop + 3 °C, duty in [0.2, 1], turns at least 10 s apart, naps of 5 s at most, no stop."""
+    for seed in range(12):
+        plant, step_s = odd_laptop(seed)
+        course = drive(plant, mode, 1800, step_s, seed)
+        assert course.monitor.hottest() < 108
+        assert all(0.2 <= d.duty <= 1.0 and 0.0 <= d.sleep_s <= 5.0 for _, d in course.decisions)
+        assert all(b - a >= 10 for a, b in itertools.pairwise(course.turns()))
+        assert {d.action for _, d in course.decisions} <= {"run", "pause"}
+
+
+@pytest.mark.parametrize(("mode", "set_c"), [("throughput", 97), ("steady", 92), ("cool", 85)])
+def test_each_mode_holds_its_set_point(mode, set_c):
+    """In a warm room, after 20 minutes, the hottest moment is within 1.5 °C of the mode's set-point."""
+    course = drive(Plant(air_c=30.0), mode, 1800, 1.0)
+    assert course.monitor.hottest(since_s=1200) == pytest.approx(set_c, abs=1.5)
+    assert course.breaks.napped_s > 100
+
+
+def test_a_laptop_on_a_pillow_pauses_and_lives():
+    """Half the cooling and firmware that allows 110 °C: tea breaks happen, and 108 °C is never reached."""
+    plant = Plant(air_c=35.0, chassis_to_air=3.0, gpu_w=15.0, firmware_c=110.0)
+    plant.chassis_c = plant.die_c = 55.0
+    course = drive(plant, "throughput", 3600, 1.0)
+    assert course.breaks.count >= 1
+    assert course.monitor.hottest() < 108
+    assert all(b - a >= 10 for a, b in itertools.pairwise(course.turns()))
+
+
+def test_spoilt_sensors_do_not_cook_the_laptop():
+    """None, NaN taken out, a reading that froze: duty falls to 0.6 at most, whatever the mode."""
+
+    def goes_blind(now_s: float, reading: Reading) -> Reading:
+        return replace(reading, die_c=None) if now_s > 60 else reading
+
+    course = drive(Plant(air_c=10.0), "throughput", 400, 1.0, spoil=goes_blind)
+    late = [decision for now_s, decision in course.decisions if now_s > 75]
+    assert late
+    assert all(d.duty <= 0.6 and d.cause == "sensor lost" for d in late)
+
+
+def test_readings_that_grow_old_count_as_lost():
+    """A sampling thread that hangs gives the same reading for ever; after 10 s it is worth nothing."""
+    governor = Governor("steady")
+    old = replace(GOOD, time_s=100.0, die_c=50.0)
+    assert governor.decide(old, 105.0, 1.0).duty == 1.0
+    assert governor.decide(old, 109.0, 1.0).duty == 1.0
+    lost = governor.decide(old, 110.0, 1.0)
+    assert (lost.cause, lost.duty) == ("sensor lost", 0.6)
+
+
+def test_lost_from_the_start():
+    """A governor that never saw a die temperature slows down after 10 s too."""
+    assert feed(Governor("steady"), 10, die_c=None).duty == 1.0
+    assert feed(Governor("steady"), 11, die_c=None).duty == 0.6
+
+
+def test_95_degrees_is_no_reason_to_stop_or_pause():
+    """An M1 Air lives at 95 to 100 °C under load: ten minutes there are slower work, not an end."""
+    for mode in ("throughput", "steady", "cool"):
+        governor, actions = Governor(mode), set()
+        for start in range(0, 600, 10):
+            actions.add(feed(governor, 10, start, die_c=95.0).action)
+        assert actions == {"run"}
+
+
+def test_pause_resume_and_their_holds():
+    """101 °C for 3 s pauses; 90 °C for 10 s with 3 fresh samples goes on, and not a second before."""
+    governor = Governor("throughput")
+    feed(governor, 30, die_c=80.0)
+    actions = [feed(governor, 1, second, die_c=104.0).action for second in range(30, 45)]
+    first = actions.index("pause")
+    assert 3 <= first <= 8
+    assert "run" not in actions[first:]
+    cooling = [feed(governor, 1, second, None, die_c=85.0) for second in range(45, 75)]
+    resumed = [decision.action for decision in cooling].index("run")
+    assert 10 <= resumed <= 22
+    assert cooling[0].reason.startswith("die 104.0 °C, pause at 101")
+    assert cooling[0].checkpoint is False
+
+
+def test_one_spike_is_not_heat():
+    """A single look of 125 °C among looks of 80 changes nothing."""
+    governor = Governor("throughput")
+    feed(governor, 20, die_c=80.0)
+    assert feed(governor, 1, 20, die_c=125.0).action == "run"
+    assert feed(governor, 10, 21, die_c=80.0).action == "run"
+
+
+def test_stop_when_a_pause_does_not_cool():
+    """105 °C for 30 s after pausing stops; so does a pause of 15 minutes that stays above 90 °C."""
+    boiling = Governor("steady")
+    stopped = feed(boiling, 60, die_c=106.0)
+    assert (stopped.action, stopped.checkpoint, stopped.cause) == ("stop", True, "hot")
+    assert feed(boiling, 5, 60, die_c=60.0).action == "stop"  # for good
+    warm = Governor("steady")
+    feed(warm, 20, die_c=102.0)
+    assert feed(warm, 880, 20, None, die_c=95.0).action == "pause"
+    ended = feed(warm, 30, 900, None, die_c=95.0)
+    assert ended.action == "stop"
+    assert "pause of" in ended.reason
+
+
+def test_pressure():
+    """0 says nothing, 2 is slower work for as long as it takes, 3 stops."""
+    assert feed(Governor(), 60, pressure_level=0).duty == 1.0
+    heavy = feed(Governor(), 600, pressure_level=2)
+    assert (heavy.action, heavy.duty, heavy.cause) == ("run", 0.7, "pressure")
+    assert feed(Governor(), 1, pressure_level=3).action == "stop"
+
+
+def test_battery_temperature():
+    """40 °C is a warning, one look of 45 °C nothing more, three stop."""
+    assert feed(Governor(), 20, battery_c=41.0).cause == "battery warm"
+    governor = Governor()
+    assert feed(governor, 2, battery_c=46.0).action == "run"
+    assert feed(governor, 1, 2, battery_c=46.0).action == "stop"
+
+
+def test_unplugged_and_low():
+    """On battery: a checkpoint and a pause without end, over when plugged in; `cool` goes on to 20 %."""
+    governor = Governor("steady")
+    feed(governor, 20)
+    pause = feed(governor, 1, 20, plugged=False)
+    assert (pause.action, pause.cause, pause.checkpoint) == ("pause", "unplugged", True)
+    assert feed(governor, 2000, 21, None, plugged=False).action == "pause"
+    assert feed(governor, 1, 2021, None).action == "run"
+    lap = Governor("cool")
+    assert feed(lap, 20, plugged=False, battery_percent=50.0).action == "run"
+    assert feed(lap, 20, 20, plugged=False, battery_percent=19.0).cause == "battery low"
+    assert feed(lap, 20, 40, None, battery_percent=25.0).action == "pause"
+    assert feed(lap, 20, 60, None, battery_percent=31.0).action == "run"
+
+
+def test_observe_never_interferes():
+    """It says what it would have done, and always runs."""
+    governor = Governor("observe")
+    decision = feed(governor, 60, die_c=106.0, plugged=False)
+    assert (decision.action, decision.duty, decision.sleep_s, decision.checkpoint) == ("run", 1.0, 0.0, False)
+    assert decision.reason.startswith("only observed: ")
+
+
+def test_throttling_without_any_signal_is_noticed():
+    """Steps 20 % slower for a minute above 90 °C lower the set-point by 2 °C, once in five minutes."""
+    governor = Governor("steady")
+    feed(governor, 100, die_c=91.0, step_s=1.0)
+    assert governor.set_c == 92.0
+    causes = [feed(governor, 1, second, die_c=91.0, step_s=1.2).cause for second in range(100, 390)]
+    assert causes.count("throttled") == 1
+    assert governor.set_c == 90.0
+    feed(governor, 300, 390, die_c=91.0, step_s=1.2)
+    assert governor.set_c == 88.0
+    cold = Governor("steady")
+    feed(cold, 100, die_c=60.0, step_s=1.0)
+    feed(cold, 300, 100, die_c=60.0, step_s=1.5)  # slower for another reason
+    assert cold.set_c == 92.0
+
+
+def test_a_clock_that_jumps_changes_nothing_it_should_not():
+    """Backwards by an hour, or forwards by a day: duty stays in its bounds, nothing is raised."""
+    governor = Governor("steady")
+    for now_s in (0.0, 1.0, -3600.0, 5.0, 86400.0, 86400.0, 86401.0):
+        decision = governor.decide(replace(GOOD, time_s=now_s), now_s, 1.0)
+        assert 0.2 <= decision.duty <= 1.0
+        assert decision.action == "run"
+
+
+def test_blind_and_unattended():
+    """A virtual machine gets a blind governor; a Mac without a die temperature gets only `observe`."""
+    unseen = replace(GOOD, die_c=None)
+    blind = governor_for("steady", unseen, {}, apple=False)
+    assert blind.blind
+    seeing_nothing = feed(blind, 100, die_c=None)
+    assert (seeing_nothing.duty, seeing_nothing.cause) == (1.0, "blind")
+    assert feed(blind, 1, 100, die_c=None, plugged=False).action == "pause"
+    with pytest.raises(MisError, match=r"no sensor answered.*doctor"):
+        governor_for("steady", unseen, {"die_c": "no sensor answered"}, apple=True)
+    assert governor_for("observe", unseen, {}, apple=True).blind
+    assert not governor_for("steady", GOOD, {}, apple=True).blind
+    with pytest.raises(MisError, match="warp"):
+        Governor("warp")  # type: ignore[arg-type]
+
+
+def test_halny_makes_tea_breaks_in_virtual_time():
+    """The recording forces six tea breaks; all looks are used, the same way every time."""
+    courses = []
+    for _ in range(2):
+        with open_monitor(replay=DATA / "halny.jsonl") as monitor:
+            governor, breaks, log = Governor("steady"), TeaBreaks(), []
+            while not monitor.ended:
+                log += after_step(monitor, governor, breaks, step_s=0.1)
+        courses.append((breaks, log))
+    assert courses[0] == courses[1]
+    assert (breaks.count, breaks.reasons) == (6, {"hot": 6})
+    assert breaks.seconds > 300
+    assert breaks.as_json()["throttled_s"] == pytest.approx(breaks.seconds + breaks.napped_s, abs=0.06)
+
+
+def test_tea_breaks_go_on_where_the_interrupted_run_left_off():
+    """What was saved and read back is the same account."""
+    breaks = TeaBreaks(2, 61.5, 3.25, {"hot": 1, "unplugged": 1})
+    assert TeaBreaks(**breaks.saved()) == breaks
+    assert breaks.as_json() == {
+        "tea_breaks": 2,
+        "throttled_s": 64.8,
+        "tea_reasons": {"hot": 1, "unplugged": 1},
+    }
+
+
+def test_one_checkpoint_a_pause():
+    """Unplugged for a while: the first decision asks for a checkpoint, the following ones do not."""
+
+    def unplugged(now_s: float, reading: Reading) -> Reading:
+        return replace(reading, plugged=not 20 < now_s < 50)
+
+    course = drive(Plant(air_c=10.0), "steady", 80, 1.0, spoil=unplugged)
+    pauses = [decision.checkpoint for _, decision in course.decisions if decision.action == "pause"]
+    assert sum(pauses) == 1
+    assert pauses[0]
+    assert len(pauses) > 20
+    assert course.breaks.reasons == {"unplugged": 1}
+
+
+def test_benchmarks_refuse_heat():
+    """A hot die, any pressure, a warm battery: each with its two numbers; unknown is not hot."""
+    assert unfit_for_timing(GOOD) is None
+    assert unfit_for_timing(Reading(0.0)) is None
+    assert unfit_for_timing(replace(GOOD, die_c=90.0)) == "die 90.0 °C, above 80"
+    assert unfit_for_timing(replace(GOOD, pressure_level=1)) == "thermal pressure 1, not 0"
+    assert unfit_for_timing(replace(GOOD, battery_c=41.0)) == "battery 41.0 °C, 40 or more"
+
+
+def test_filter_looks_ahead_only_upwards():
+    """Rising by 1 °C a second it is 3 °C ahead of its own lag; falling it is not ahead at all."""
+    rising, falling = DieFilter(), DieFilter()
+    for second in range(60):
+        rising.add(second, 50.0 + second)
+        falling.add(second, 90.0 - second)
+    lag = 1 / (math.exp(0.5) - 1) + 1  # of the exponential mean, and one sample of the median
+    assert rising.ahead_c == pytest.approx(50 + 59 - lag + 3, abs=0.01)
+    assert falling.ahead_c == pytest.approx(90 - 59 + lag, abs=0.01)
+
+
+def test_duty_falls_at_once_and_rises_slowly():
+    """20 °C too hot costs 0.4 at once; from there it comes back by 0.05 a second."""
+    duty = Duty()
+    assert duty.update(-20.0, 1.0) == pytest.approx(0.57)
+    assert duty.update(+20.0, 1.0) == pytest.approx(0.62)
+    assert duty.update(-80.0, 1.0) == 0.2
+
+
+def test_moving_the_set_point_does_not_move_the_duty():
+    """The set-point drops by 2 °C: the same temperature gives the same duty as before."""
+    one, two = Duty(), Duty()
+    for duty in (one, two):
+        for _ in range(50):
+            duty.update(-3.0, 1.0)
+    two.shift(-2.0)
+    assert two.update(-3.0 - 2.0, 0.0) == pytest.approx(one.update(-3.0, 0.0))
+
+
+def test_held_counts_fresh_samples():
+    """A condition seen ten times on one stale sample has been seen once."""
+    held = Held()
+    for second in range(10):
+        held.update(True, second, fresh=second == 0)
+    assert held.lasted(9.0)
+    assert not held.lasted(9.0, samples=2)
+    held.update(False, 10)
+    assert not held.lasted(0.0)
+
+
+def test_step_times_need_a_baseline():
+    """No ratio before step 60; then recent median over the median of steps 20 to 60."""
+    times = StepTimes()
+    for _ in range(59):
+        times.add(2.0)
+    assert times.ratio() == 1.0
+    for _ in range(31):
+        times.add(3.0)
+    assert times.ratio() == 1.5
+
+
+def test_modes_are_the_four_of_the_manual():
+    """Every mode named in the type makes a governor."""
+    assert [Governor(mode).mode for mode in get_args(Mode)] == ["observe", "throughput", "steady", "cool"]

@@ -1,0 +1,184 @@
+"""The weather of a run: what is logged, where T_env came from, tea breaks in virtual time, a closed lid."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import psutil
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx.distillation.run_loop import entered
+from mis_mlx.distillation.train_loop import train
+from mis_mlx.hardware.clock import VirtualClock
+from mis_mlx.hardware.thermal.governor import Mode
+from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags
+from mis_mlx.maths.losses import HALNY_CLIP
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.planner.recipe import Schedule
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import GIB, Budget, MisError, Reading, Step
+
+HALNY = Path(__file__).parent.parent / "data" / "halny.jsonl"
+
+
+def step(number: int) -> Step:
+    """A step of one second."""
+    return Step(number, 1.0, 1.0, 1e-3, 10, 1.0, 0)
+
+
+def test_a_given_temperature_is_labelled_given_and_moves_no_wind() -> None:
+    """Values typed by hand are never called measured, and eps_halny stays 0 with them."""
+    with Weather(WeatherFlags(temperature_c=8.0, altitude_m=832.0)) as weather:
+        reading = weather.reading()
+        assert (reading.ambient_c, reading.altitude_m) == (8.0, 832.0)
+        account = weather.account()
+        assert (account["t_env_source"], account["altitude_source"]) == ("given", "given")
+        assert weather.sigma() == 0.0
+
+
+def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
+    """Air that warms from 8 to 33 °C gives 0.15 * std / 15 °C; before any reading the wind is still."""
+    with Weather(WeatherFlags(thermal_replay=str(HALNY))) as weather:
+        assert weather.sigma() == 0.0
+        air = [weather.reading().ambient_c for _ in range(16)]
+        mean = sum(air) / 16
+        std = (sum((t - mean) ** 2 for t in air) / 16) ** 0.5
+        assert (air[0], air[-1]) == (8.0, 33.0)
+        assert weather.sigma() == pytest.approx(HALNY_CLIP * std / 15.0)
+        assert weather.account()["t_env_source"] == "replay SMC TVA0"
+
+
+def test_tea_breaks_are_counted_logged_and_end_with_the_recording(tmp_path: Path) -> None:
+    """Hot spells pause the run in virtual time; both logs share a clock; after its end the replay is quiet."""
+    log = tmp_path / "thermal.jsonl"
+    with Weather(WeatherFlags(thermal_replay=str(HALNY), governor="steady"), log) as weather:
+        actions = [[d.action for d in weather.after(step(n))] for n in range(1, 200)]
+        assert weather.breaks.count == 6
+        assert weather.breaks.seconds > 60
+        assert weather.account()["tea_reasons"] == {"hot": 6}
+        now = weather.now()
+    assert actions[0] == ["run"]
+    assert actions[-1] == []
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["action"] for line in lines} == {"run", "pause"}
+    assert all(line["reason"] for line in lines if line["action"] == "pause")
+    assert lines[-1]["time_s"] <= now["time_s"]
+
+
+class Lid(VirtualClock):
+    """A virtual clock on which someone closes the lid once, in the middle of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closings = 1
+
+    def close(self) -> None:
+        """Half an hour of sleep, once."""
+        if self.closings:
+            self.closings -= 1
+            self.suspend(1800.0)
+
+
+def trained(clock: VirtualClock, close: bool) -> tuple[dict[str, mx.array], list[Step]]:
+    """Three steps of a linear layer, with or without a closed lid in the second."""
+    model = nn.Linear(4, 3)
+    model.weight = mx.arange(12, dtype=mx.float32).reshape(3, 4) / 10
+    model.bias = mx.zeros(3)
+
+    def micro_batches(number: int) -> list[tuple[mx.array]]:
+        if close and number == 1 and isinstance(clock, Lid):
+            clock.close()
+        return [(mx.ones((2, 4)) * (number + 1),)]
+
+    def loss(layer: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
+        return mx.square(layer(x)).sum(), mx.array(2.0)
+
+    steps = list(train(model, micro_batches, loss, GoralW(), Schedule(3, 1e-2, 1), clock=clock))
+    return dict(tree_flatten(model.parameters())), steps
+
+
+def test_a_step_during_which_the_machine_slept_is_done_again() -> None:
+    """The lid costs one step's work and a note; the weights are those of the undisturbed run, bit for bit."""
+    calm, _ = trained(VirtualClock(), close=False)
+    woken, steps = trained(Lid(), close=True)
+    assert [s.note for s in steps] == ["", "the machine slept 30 min; step done again.", ""]
+    for name, value in calm.items():
+        assert mx.array_equal(value, woken[name])
+
+
+@pytest.mark.parametrize(
+    ("mode", "what"),
+    [
+        ("steady", "pauses the run after its first step until it is plugged in; plug it in, or use --governor cool"),
+        ("throughput", "pauses the run after its first step until it is plugged in"),
+        ("cool", "pauses the run below 20 % until there are 30"),
+        ("observe", "the run ends when the battery does"),
+    ],
+)
+def test_a_run_on_battery_says_so_first(
+    mode: Mode, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before its first step, with the mode's own doing; not when it is plugged in, has no battery, or replays."""
+    flags = WeatherFlags(governor=mode)
+
+    def said(flags: WeatherFlags) -> str:
+        with entered(None, lambda: tmp_path, {}, Budget(GIB), 0, flags, DISK):
+            return capsys.readouterr().err
+
+    for battery in (None, SimpleNamespace(percent=55.0, power_plugged=True)):
+        monkeypatch.setattr(psutil, "sensors_battery", lambda battery=battery: battery, raising=False)
+        assert "on battery" not in said(flags)
+    monkeypatch.setattr(
+        psutil, "sensors_battery", lambda: SimpleNamespace(percent=55.0, power_plugged=False), raising=False
+    )
+    text = said(flags)
+    assert f"on battery, 55 %: --governor {mode} " in text and what in text
+    assert "on battery" not in said(replace(flags, thermal_replay=str(HALNY)))
+
+
+class Unplugged:
+    """A thermometer of a laptop that is plugged in after some looks."""
+
+    def __init__(self, looks: int):
+        self.clock, self.looks = VirtualClock(), looks
+
+    def reading(self) -> Reading:
+        """One look."""
+        self.looks -= 1
+        return Reading(self.clock.monotonic(), die_c=50.0, battery_percent=60.0, plugged=self.looks < 0)
+
+
+def test_a_pause_is_said_when_it_begins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line a pause, with the flag that ends it, not one a look; none of a mode that does not pause."""
+    for mode, lines in (("steady", 1), ("observe", 0), ("cool", 0)):
+        monkeypatch.setenv("MIS_MLX_GOVERNOR", mode)
+        weather = Weather(WeatherFlags())
+        air = Unplugged(40)
+        monkeypatch.setattr(weather, "monitor", SimpleNamespace(**vars(air), reading=air.reading, replayed=False,
+                            ended=False, reasons={}, apple=True, history=lambda *_: []))  # fmt: skip
+        actions = [d.action for d in weather.after(step(7))]
+        said = capsys.readouterr().err.splitlines()
+        assert actions[-1] == "run" and len(said) == lines
+        assert (actions.count("pause") > 10) == (mode == "steady")
+        assert all(
+            line.startswith("tea break after step 7: on battery: plug in") and "--governor cool" in line
+            for line in said
+        )
+
+
+def test_the_governor_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MIS_MLX_GOVERNOR is the default, the flag wins, steady is the default's default; no mode is a sentence."""
+    assert WeatherFlags().governor == "observe"  # tests/conftest.py
+    monkeypatch.setenv("MIS_MLX_GOVERNOR", "cool")
+    assert (WeatherFlags().governor, WeatherFlags(governor="steady").governor) == ("cool", "steady")
+    monkeypatch.delenv("MIS_MLX_GOVERNOR")
+    assert WeatherFlags().governor == "steady"
+    monkeypatch.setenv("MIS_MLX_GOVERNOR", "hot")
+    with pytest.raises(MisError, match="MIS_MLX_GOVERNOR is not one of observe, throughput, steady, cool"):
+        WeatherFlags()

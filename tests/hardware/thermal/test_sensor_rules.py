@@ -1,0 +1,139 @@
+"""Which raw values are believed, by dumps of real machines and by every kind of nonsense seen."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.hardware.clock import VirtualClock
+from mis_mlx.hardware.thermal.recording import Raw, Replay
+from mis_mlx.hardware.thermal.sensor_rules import Frozen, charging_watts, gauge_celsius, judge
+from tests.hardware.plant import smc_float
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def look(**parts) -> Raw:
+    return Raw(0.0, 0.0, **parts)
+
+
+def test_idle_m1_air():
+    """The dump of an idle M1 Air: die 43.6 °C, the parked GPU replaced by the SoC's mean, battery 32.5."""
+    values = judge(Replay(DATA / "m1-air-idle.jsonl", VirtualClock()).look())
+    assert values.die_c == 43.6
+    assert values.sources["die_c"] == "IOHID PMU2 tdie1"
+    assert values.gpu_c == pytest.approx(36.9)
+    assert values.sources["gpu_c"] == "IOHID PMGR SOC Die"
+    assert values.battery_c == 32.5
+    assert values.nand_c == 35.0
+
+
+def test_smc_of_a_13_inch_m1():
+    """The SMC dump of a MacBookPro17,1: hottest spot, virtual ambient and battery; parked cores ignored."""
+    dump = {
+        **{"TCMb": 45.57, "TCMz": 58.47, "TVA0": 27.386, "TB0T": 30.2, "Te0a": 33.3, "Tp2a": 0.0},
+        **{"Tg1b": 0.0, "PSTR": 4.1},
+    }
+    values = judge(look(smc={key: smc_float(value) for key, value in dump.items()}))
+    assert values.die_c == pytest.approx(58.47, abs=1e-3)
+    assert values.virtual_ambient_c == pytest.approx(27.386, abs=1e-3)
+    assert values.battery_c == pytest.approx(30.2, abs=1e-3)
+    assert values.power_w == pytest.approx(4.1, abs=1e-3)
+    assert values.palm_c is None
+
+
+def test_only_garbage_gives_none_with_a_reason():
+    """Parked, impossible, constant, NaN, unnamed and undecodable values leave nothing, and say why."""
+    values = judge(
+        look(
+            hid=(
+                *(("GPU MTR Temp Sensor1", 30.0), ("ANE MTR Temp Sensor1", 30.0), ("PMU tdev1", -9202.86)),
+                *(("PMU tcal", 51.85), ("PMU2 TR0Z", 51.85), ("", 0.0), ("noname", 0.0)),
+                *(("pACC MTR Temp Sensor2", math.nan), ("PMU tdie1", 0.0), ("PMU tdie2", 400.0)),
+                *(("gas gauge battery", 0.0), ("gas gauge battery", math.inf)),
+            ),
+            smc={"TCMz": smc_float(6.7), "Tp2a": smc_float(-4.0), "TVA0": smc_float(0.0), "TB0T": "flt :zz"},
+        )
+    )
+    measured = ("die_c", "gpu_c", "battery_c", "nand_c", "virtual_ambient_c", "palm_c", "power_w")
+    assert [getattr(values, name) for name in measured] == [None] * 7
+    assert values.reasons["die_c"] == "none of 16 sensors gives a believable value"
+    assert not values.sources
+
+
+def test_nothing_at_all_says_which_provider_failed():
+    """Without any sensor the reason names the provider and its words."""
+    values = judge(look(missing={"SMC": "none of 2 AppleSMC services could be opened"}))
+    assert values.die_c is None
+    assert values.reasons["die_c"] == "no sensor answered (SMC: none of 2 AppleSMC services could be opened)"
+
+
+def test_a_gpu_that_really_has_30_degrees_is_believed():
+    """30.02 alone is a temperature; 30.0 exactly, or two families near it, is a parked sensor."""
+    assert judge(look(hid=(("GPU MTR Temp Sensor1", 30.02),))).gpu_c == 30.02
+    assert judge(look(hid=(("GPU MTR Temp Sensor1", 30.0),))).gpu_c is None
+    both = (("GPU MTR Temp Sensor1", 30.02), ("ISP MTR Temp Sensor5", 29.98))
+    assert judge(look(hid=both)).gpu_c is None
+
+
+def test_winter_outdoors():
+    """Below zero the battery and TVA0 are believed; only die sensors have a floor."""
+    values = judge(look(hid=(("gas gauge battery", -3.5),), smc={"TVA0": smc_float(-8.0)}))
+    assert values.battery_c == -3.5
+    assert values.virtual_ambient_c == -8.0
+
+
+def test_duplicates():
+    """Six gauges of one battery give their median, many die sensors their maximum."""
+    gauges = tuple(("gas gauge battery", value) for value in (45.0, 32.0, 32.5, 32.5, 32.0, 89.0))
+    dies = (("pACC MTR Temp Sensor2", 88.0), ("pACC MTR Temp Sensor3", 95.0), ("PMU tdie1", 90.0))
+    values = judge(look(hid=(*gauges, *dies)))
+    assert values.battery_c == 32.5
+    assert values.die_c == 95.0
+
+
+def test_palm_is_the_coolest_of_three_keys():
+    """Ts0P belongs to the die on M2, where TsOP with a letter O is the palm rest."""
+    keys = {"Ts0P": smc_float(41.0), "TsOP": smc_float(29.5)}
+    values = judge(look(smc=keys))
+    assert values.palm_c == 29.5
+    assert values.sources["palm_c"] == "SMC TsOP"
+
+
+def test_linux_names():
+    """Die sensors are told from the board's and the disk's by chip name."""
+    rows = (("psutil coretemp Package id 0", 61.0), ("psutil nvme Composite", 70.0), ("psutil acpitz", 99.0))
+    assert judge(look(linux=rows)).die_c == 61.0
+    assert judge(look(linux=(("thermal_zone cpu-thermal", 48.2),))).die_c == 48.2
+    assert judge(look(linux=(("psutil nvme Composite", 70.0),))).die_c is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "near", "celsius"),
+    [(3250, None, 32.5), (3250, 32.0, 32.5), (2985, 25.3, 25.35), (3142, 41.0, 41.05), (30565, None, 32.5)],
+)
+def test_battery_gauge_units(raw, near, celsius):
+    """Hundredths of °C unless another sensor says tenths of a kelvin; 5 digits are hundredths of a kelvin."""
+    assert gauge_celsius(raw, near) == pytest.approx(celsius, abs=1e-9)
+
+
+def test_charging_watts():
+    """A current out of the battery is printed as 2^64 − x."""
+    assert charging_watts({"Amperage": 1000, "Voltage": 12000}) == 12.0
+    assert charging_watts({"Amperage": 2**64 - 500, "Voltage": 12000}) == -6.0
+    assert charging_watts({}) is None
+
+
+def test_a_stuck_sensor_is_noticed_when_the_power_changes():
+    """Bit-equal for 120 s counts only if the power moved by more than 3 W."""
+    stuck, idle, alive = Frozen(), Frozen(), Frozen()
+    for second in range(120):
+        assert not stuck.stuck(second, 80.0, 5.0 + second / 10)
+        assert not idle.stuck(second, 80.0, 5.0)
+        assert not alive.stuck(second, 80.0 + second % 2, 5.0 + second / 10)
+    assert stuck.stuck(120, 80.0, 17.0)
+    assert not idle.stuck(120, 80.0, 5.0)
+    assert not alive.stuck(120, 80.0, 17.0)
+    assert not stuck.stuck(121, 80.1, 17.0)

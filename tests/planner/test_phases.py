@@ -1,0 +1,307 @@
+"""The phases of a distillation: by pencil, chosen by the budget, and real training that stays under the plan."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.cli import parse_bytes
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distill import Settings as Distilled
+from mis_mlx.distillation import blockwise, live_teacher, sharded
+from mis_mlx.evaluation import comparison
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.rates import M1_AIR
+from mis_mlx.maths import losses
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.models import arch, block_files, load
+from mis_mlx.planner import estimates, phases
+from mis_mlx.planner.estimates import forward_flops, model_of
+from mis_mlx.planner.job import Job, job_of
+from mis_mlx.planner.recipe import Distillation, Recipe, Schedule
+from mis_mlx.pruning import select
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import GIB, Budget, Checkpoint, Keep
+from tests import tiny
+
+MIB = 2**20
+BIG = model_of({**tiny.CONFIG, "num_hidden_layers": 6}, gpu=False)
+SMALL = model_of({**tiny.CONFIG, "num_hidden_layers": 4, "intermediate_size": 512}, gpu=False)
+JOB = Job(BIG, SMALL, iters=10, batch=4, accumulate=3, length=32, calibration=4, repair=0, local=4, local_iters=None,
+          held_out=5, save_every=5)  # fmt: skip
+
+
+def named(plan: phases.Plan) -> dict[str, estimates.Phase]:
+    return {p.name: p for p in plan.phases}
+
+
+def test_resident_by_pencil() -> None:
+    """10 steps of 384 tokens: forward and twice back for the student, forward for the teacher; four checkpoints."""
+    plan = phases.make(JOB, GIB, M1_AIR)
+    p = named(plan)["distil"]
+    assert (plan.mode, plan.micro_batch, plan.pinned, plan.teacher_resident) == ("resident", 4, 6, True)
+    assert p.flops == 10 * (3 * forward_flops(SMALL, 384, 32) + forward_flops(BIG, 384, 32))
+    assert p.read_bytes == SMALL.nbytes + BIG.head_bytes + 6 * BIG.block_bytes
+    assert p.written_bytes == 4 * 12 * arch.params(SMALL.config) + SMALL.nbytes
+    assert list(named(plan)) == ["prune", "distil", "quantize", "measure"]
+    assert list(named(phases.make(replace(JOB, repair=2), GIB, M1_AIR)))[1] == "repair"
+
+
+def test_a_streamed_teacher_is_read_at_every_step_but_for_what_stays() -> None:
+    """Each block's room less, one block more is read ten times instead of once."""
+    everything = phases.resident(JOB, 4, GIB)
+    bare = everything.peak_bytes - 6 * BIG.block_work
+    for kept in range(7):
+        p = phases.resident(
+            JOB, 4, next(n for n in range(bare, GIB, 1000) if estimates.room(n, bare) >= kept * BIG.block_work)
+        )
+        assert p.pinned == kept and p.peak_bytes == bare + kept * BIG.block_work
+        assert p.read_bytes == SMALL.nbytes + BIG.head_bytes + BIG.block_bytes * (kept + 10 * (6 - kept))
+
+
+def test_the_logit_store_by_pencil() -> None:
+    """120 windows of 32 tokens, 50 samples of 3 bytes and a size each; one pass, or one for each handful of windows."""
+    job = replace(JOB, targets="cached")
+    p = phases.store(job, GIB)
+    assert p.written_bytes == 120 * 32 * 151 and p.read_bytes == 6 * BIG.block_bytes + BIG.head_bytes
+    assert p.held_tokens == 120 * 32 and p.flops == forward_flops(BIG, 120 * 32, 32)
+    least = phases.store(job, 0)
+    assert least.held_tokens == 32 and least.read_bytes == 120 * p.read_bytes
+    assert p.peak_bytes - least.peak_bytes == 119 * 32 * 64 * 4
+    plan = phases.make(job, GIB, M1_AIR)
+    own = 3 * 1024 * BIG.tensors
+    assert named(plan)["logit store"] == replace(p, peak_bytes=p.peak_bytes + own + process_bytes(GIB - own))
+    assert plan.held_windows("logit store") == 120 and plan.pinned == 0
+    assert named(plan)["distil"].read_bytes == SMALL.nbytes + 120 * 32 * 151
+    wide = {**tiny.CONFIG, "vocab_size": 70_000}
+    assert replace(job, teacher=model_of(wide, gpu=False)).target_bytes == 1 + 50 * 5
+
+
+def test_sharded_by_pencil() -> None:
+    """Two shards of two blocks, five steps each; targets cached so that only the student is counted."""
+    job, b = replace(JOB, targets="cached"), SMALL.block_params
+    p = phases.sharded(job, 4, 2)
+    assert (
+        phases.steps_per_shard(job, 2) == 5
+        and phases.steps_per_shard(job, 3) == 5
+        and phases.steps_per_shard(job, 1) == 3
+    )
+    # Two blocks forth; back to the lower shard (half of the steps) two, of which the last is there already.
+    # Each visit reads head and shard once.
+    steps = 10 * (int(2.5 * 4 * b) + 384 * 151)
+    assert p.read_bytes == steps + 2 * 4 * 512 * 64 + 4 * 4 * b
+    assert p.written_bytes == 4 * 4 * b + 12 * 2 * b * 4
+    one = phases.sharded(job, 4, 1)  # three forth; 3, 2, 1 and 0 are above, so 2, 1, 0 and 0 are read back
+    assert one.read_bytes == 10 * (int(3.75 * 4 * b) + 384 * 151) + 4 * 4 * 512 * 64 + 4 * 4 * b
+    assert p.peak_bytes - one.peak_bytes == 16 * b
+    block = forward_flops(SMALL, 384, 32, False) / 4
+    assert p.flops == 10 * (block * (4 - 1 + 2 * 1 + 3 * 2) + 4 * 384 * 512 * 64)
+    live = phases.sharded(JOB, 4, 2)
+    assert live.flops == p.flops + 10 * forward_flops(BIG, 384, 32) and live.peak_bytes > p.peak_bytes
+    assert live.read_bytes == p.read_bytes - 10 * 384 * 151 + 10 * 6 * BIG.block_bytes
+
+
+def test_local_by_pencil() -> None:
+    """The teacher once, the student's blocks written twice; streams of 128 tokens in memory, or all on disk."""
+    job, b = replace(JOB, repair=1), SMALL.block_params
+    p, poor = phases.local(job, 1, GIB, 7), phases.local(job, 1, 0, 7)
+    assert p.read_bytes == 6 * BIG.block_bytes + SMALL.nbytes
+    assert p.written_bytes == 4 * (arch.params(SMALL.config) + 4 * b)
+    width = 64 * 4 + 64 * 8
+    assert (p.held_tokens, p.spooled_bytes) == (128, 0) and (poor.held_tokens, poor.spooled_bytes) == (0, 128 * width)
+    assert p.peak_bytes - poor.peak_bytes == 128 * width
+    moved = 128 * (64 * 4 * 7 + 64 * 8 * 4)
+    assert poor.written_bytes - p.written_bytes == moved and poor.read_bytes - p.read_bytes == 2 * moved
+    assert phases.local(JOB, 1, GIB, 7).peak_bytes < p.peak_bytes  # no closed-form fit
+
+
+def test_budgets_choose() -> None:
+    """Resident with the teacher, resident beside a streamed teacher, sharded after `local`, and then nothing fits."""
+    seen = []
+    for budget in range(1, 60):
+        plan = phases.make(JOB, budget * MIB, M1_AIR)
+        seen.append((plan.fits, plan.mode, plan.teacher_resident))
+        assert plan.peak_bytes <= budget * MIB or not plan.fits
+        assert ("local" in named(plan)) == (plan.mode == "sharded")
+    order = [(False, "sharded", False), (True, "sharded", False), (True, "resident", False), (True, "resident", True)]
+    assert list(dict.fromkeys(seen)) == order, dict.fromkeys(seen)
+
+
+@pytest.mark.parametrize("targets", ["live", "cached"])
+def test_more_budget_never_reads_more(targets: Any) -> None:
+    """With the micro-batch fixed: blocks stay, shards grow, passes merge, spools shrink."""
+    job = replace(JOB, batch=1, accumulate=8, targets=targets, calibration=64, local=64)
+    plans = [phases.make(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 40)]
+    plans = [p for p in plans if p.fits]
+    reads = [sum(f.read_bytes for f in p.phases) for p in plans]
+    assert reads == sorted(reads, reverse=True) and len(set(reads)) >= 5
+    assert {p.mode for p in plans} == {"resident", "sharded"} and len({p.shard_layers for p in plans}) > 2
+
+
+def test_micro_batches_divide_the_step() -> None:
+    """Six windows are cut into 3, 2 or 1, never 4; the recipe then has as many more of them a step."""
+    job = replace(JOB, batch=6)
+    assert {micro for _, micro, _ in phases.ways(job)} == {6, 3, 2, 1}
+    plan = phases.one(job, GIB, M1_AIR, "resident", 2, 0)
+    recipe = plan.recipe(Distillation(batch_size=6, grad_accumulation_steps=3))
+    assert (recipe.batch_size, recipe.grad_accumulation_steps) == (2, 9)
+    assert phases.one(job, GIB, M1_AIR, **plan.way) == plan
+
+
+@pytest.mark.parametrize("change", [{}, {"repair": 64}, {"length": 256, "held_out": 64}, {"targets": "cached"}])
+def test_the_least_budget_is_enough_and_one_byte_less_is_not(change: dict[str, Any]) -> None:
+    """And the sentence of a refusal names it, rounded up, with the need and the budget."""
+    job = replace(JOB, **change)
+    least = phases.least_bytes(job, M1_AIR)
+    assert phases.make(job, least, M1_AIR).fits
+    plan = phases.make(job, least - 1, M1_AIR)
+    assert not plan.fits and phases.remedy(phases.make(job, least, M1_AIR)) == ""
+    said = phases.remedy(plan)
+    assert re.match(r"\w+ needs [\d.]+ MiB, the budget is [\d.]+ MiB: give --budget \d+MiB", said)
+    advised = re.search(r"--budget (\S+?)[,;]", said)
+    assert advised and phases.make(job, parse_bytes(advised[1]), M1_AIR).fits
+
+
+def test_the_remedy_is_one_that_helps() -> None:
+    """A repair too big is left out; windows too long are cut; where nothing helps it says so."""
+    repair = replace(
+        JOB, repair=1, modes=("resident",), student=model_of({**SMALL.config, "intermediate_size": 2048}, False)
+    )
+    plain = phases.make(replace(repair, repair=0), GIB, M1_AIR)
+    assert "--reconstruct-samples 0" in phases.remedy(phases.make(repair, plain.peak_bytes + MIB, M1_AIR))
+    long = replace(JOB, length=512, batch=1)
+    budget = phases.least_bytes(replace(long, length=128), M1_AIR)
+    said = phases.remedy(phases.make(long, budget, M1_AIR))
+    assert "--max-seq-length 128 instead of 512" in said
+    assert phases.make(replace(long, length=128), budget, M1_AIR).fits
+    assert "do not help" in phases.remedy(phases.make(long, MIB, M1_AIR))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "vocab", "resident"),
+    [(1, 64, 512, True), (4, 128, 512, False), (2, 64, 8192, False), (4, 256, 4096, True)],
+)
+def test_resident_training_stays_under_the_plan(
+    tmp_path: Path, batch: int, length: int, vocab: int, resident: bool
+) -> None:
+    """Two real steps: MLX's own peak is under the plan's, and not by more than a factor of four."""
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "big", vocab_size=vocab, num_hidden_layers=6))
+    small = tiny.make(tmp_path / "small", seed=1, vocab_size=vocab, num_hidden_layers=4, intermediate_size=512)
+    student, rng = load.open_checkpoint(small), np.random.default_rng(0)
+    tokens = rng.integers(0, vocab, (12, length)).astype(np.int32)
+    data = Windows(tokens, np.ones((12, length), np.float32))
+    recipe = Recipe(iters=2, batch_size=batch, max_seq_length=length)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model, source = load.resident(student, mx.float32), live_teacher.Teacher(teacher, None if resident else 0)
+    steps = list(live_teacher.steps(model, source, data, recipe, GoralW()))
+    peak = max(s.peak_bytes for s in steps) - before
+    job = replace(JOB, teacher=model_of(teacher), student=model_of(student), batch=batch, accumulate=1, length=length)
+    planned = phases.resident(job, batch, GIB if resident else 0)
+    assert planned.pinned == (6 if resident else 0)
+    assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak / MIB, planned.peak_bytes / MIB)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoint]:
+    """Teacher and student whose blocks outweigh activations and vocabulary."""
+    root, sizes = tmp_path_factory.mktemp("wide"), {"hidden_size": 256, "intermediate_size": 1536, "head_dim": 64}
+    teacher = load.open_checkpoint(tiny.make(root / "big", num_hidden_layers=5, **sizes))
+    return teacher, load.open_checkpoint(tiny.make(root / "small", seed=1, num_hidden_layers=4, **sizes))
+
+
+@pytest.mark.parametrize("shard", [1, 3])
+def test_sharded_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint], shard: int) -> None:
+    """Two steps of every shard with MLX's limit at the plan: it waits there, so one array more is all it takes."""
+    _, student = wide
+    files = block_files.begin(student, tmp_path / "parts", DISK)
+    job = replace(JOB, teacher=model_of(wide[0]), student=model_of(student), batch=1, accumulate=2, targets="cached")
+    planned = phases.sharded(job, 1, shard).peak_bytes
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    with memory.limited(Budget(before + planned)):
+        made = sharded.Sharded(files, shard, 2, 0.01, DISK)
+        made.begin()
+
+        def micro_batches(step: int) -> list[tuple[mx.array, ...]]:
+            keys = mx.random.split(mx.random.key(step), 2)
+            tokens = [mx.random.randint(0, 512, (1, 32), key=k) for k in keys]
+            return [(t, mx.ones(32), mx.random.normal((32, 256), key=k)) for t, k in zip(tokens, keys, strict=True)]
+
+        loss = partial(_against_itself, head=load.head(wide[0], mx.float32))
+        steps = list(sharded.steps(made, micro_batches, loss, Schedule(6, 1e-3, 1)))
+        del made
+    peak, array = max(s.peak_bytes for s in steps) - before, 4 * 256 * 1536
+    assert planned / 2 < peak < planned + array, (peak / MIB, planned / MIB)
+
+
+def _against_itself(hidden: mx.array, weight: mx.array, learn: mx.array, target: mx.array, head: Any) -> mx.array:
+    return losses.kl_sum(hidden, weight, target, partial(load.logits, head), learn, frozen_head=True)
+
+
+def test_local_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint]) -> None:
+    """Two steps of every block, the closed-form fit before them; numpy's part of that is not in MLX's count."""
+    teacher, student = wide
+    made = block_files.begin(student, tmp_path / "parts", DISK)
+    job = replace(JOB, teacher=model_of(teacher), student=model_of(student), batch=1, accumulate=2, local=4, repair=0)
+    planned = phases.local(job, 1, GIB, 2).peak_bytes
+    batches = [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(4)]
+    mx.eval(batches)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    recipe = Recipe(iters=2, grad_accumulation_steps=2, max_seq_length=32)
+    with memory.limited(Budget(before + planned)):
+        steps = list(
+            blockwise.train(teacher, student, made, Keep((0, 1, 2, 4), {}, ""), batches, recipe, folder=tmp_path,
+                            held=9, files=DISK)
+        )  # fmt: skip
+    peak, array = max(s.peak_bytes for s in steps) - before, 4 * 1536 * 1536
+    assert planned / 2 < peak < planned + array, (peak / MIB, planned / MIB)
+
+
+@pytest.mark.parametrize("how", [{}, {"hidden": 192, "hidden_by": "pca"}])
+def test_pruning_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint], how: dict[str, Any]) -> None:
+    """Calibration, or a rotation: MLX's peak; numpy's part is not in its count."""
+    teacher, _ = wide
+    cut = select.Cut(scenario="none", layers=4, ffn=768, **{"importance": "activation", **how})
+    shape = select.wanted_shape(teacher.config, cut)
+    small = model_of(arch.student_config(teacher.config, shape, tuple(range(4)), "float32"))
+    asked = replace(Distilled(), **{**how, "num_samples": 6, "max_seq_length": 64})
+    planned = phases.prune(job_of(model_of(teacher), small, asked), GIB)
+    batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
+    held_out = Windows(np.zeros((1, 8), np.int32), np.ones((1, 8), np.float32))
+    mx.eval(batches)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with memory.limited(Budget(before + planned.peak_bytes)):
+        select.prune(teacher, batches, held_out, tmp_path / "s", cut, dtype="float32", reading=lambda: None,
+                      files=DISK)  # fmt: skip
+    peak = mx.get_peak_memory() - before
+    assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak / MIB, planned.peak_bytes / MIB)
+
+
+def test_comparing_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint]) -> None:
+    """Teacher, student and its 4-bit form on three windows: blocks in turn, then two heads and chunks of logits."""
+    teacher, student = wide
+    packed_format.write_quantized(student, tmp_path / "4-bit", 64, DISK)
+    models = {"teacher": teacher, "student": student, "4-bit": load.open_checkpoint(tmp_path / "4-bit")}
+    tokens = np.random.default_rng(0).integers(0, 512, (3, 64)).astype(np.int32)
+    planned = estimates.compared([model_of(m) for m in models.values()], 3, 64).peak_bytes
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with memory.limited(Budget(before + planned)):
+        comparison.compare(models, Windows(tokens, np.ones((3, 64), np.float32)))
+    peak = mx.get_peak_memory() - before
+    assert planned / 2 < peak < planned + estimates.SMALL_BYTES, (peak / MIB, planned / MIB)

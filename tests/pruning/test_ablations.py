@@ -1,0 +1,167 @@
+"""What distillation may do beside plain KL: cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import live_teacher, train_loop
+from mis_mlx.distillation.live_teacher import Teacher, Text
+from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.models import load
+from mis_mlx.planner import phases
+from mis_mlx.planner.estimates import model_of
+from mis_mlx.planner.recipe import Distillation
+from mis_mlx.types import Checkpoint, MisError, Step
+from tests import tiny
+from tests.planner.test_phases import JOB
+
+RECIPE = Distillation(iters=4, batch_size=2, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-2, warmup=1)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cross-entropy": {"cross_entropy": 0.3},
+    "softer": {"cross_entropy": 0.3, "temperature": 2.0},
+}
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """Random students of the tiny llama's tokens: two narrow blocks, and one as wide as the teacher's."""
+    root = tmp_path_factory.mktemp("students")
+    sizes: dict[str, dict[str, Any]] = {
+        "narrow": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
+        "deep": {"num_hidden_layers": 1},
+    }
+    made = {n: tiny.make(root / n, seed=5, intermediate_size=256, **s) for n, s in sizes.items()}
+    return {name: load.open_checkpoint(folder) for name, folder in made.items()}
+
+
+@pytest.fixture(scope="module")
+def data() -> Windows:
+    """Twelve windows of 16 tokens, some counted in part; the last column never is."""
+    rng = np.random.default_rng(2)
+    learn = (rng.random((12, 16)) < 0.7).astype(np.float32)
+    learn[:, -1] = 0
+    return Windows(rng.integers(0, 512, (12, 16)).astype(np.int32), learn)
+
+
+def distil(source: live_teacher.Source, student: Checkpoint, data: Windows) -> list[Any]:
+    """Losses, norms, and all weights after RECIPE."""
+    model = load.resident(student, mx.float32)
+    steps = list(live_teacher.steps(model, source, data, RECIPE, GoralW()))
+    return facts(steps) + [p.tolist() for _, p in tree_flatten(model.parameters())]
+
+
+def facts(steps: list[Step]) -> list[Any]:
+    return [(s.loss, s.grad_norm, s.tokens) for s in steps]
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("name", ["narrow", "deep"])
+@pytest.mark.parametrize("c", [0.0, 0.3, 1.0])
+def test_the_gradient_is_that_of_the_formula(
+    llama: Checkpoint, students: dict[str, Checkpoint], data: Windows, name: str, c: float
+) -> None:
+    """L = (1 - c) KL + c CE: written out on whole logits and differentiated by MLX."""
+    source = Teacher(llama, None, True, 1.0, c)
+    cut = live_teacher.cut(source, data, replace(RECIPE, grad_accumulation_steps=1))(0)
+    student, teacher = (load.resident(m, mx.float32) for m in (students[name], llama))
+    tokens, learn, *_ = cut[0]
+    logs = teacher(tokens).reshape(32, -1)
+    logs = logs - mx.logsumexp(logs, axis=-1, keepdims=True)
+
+    def naive() -> mx.array:
+        z = student(tokens)
+        own = (z - mx.logsumexp(z, axis=-1, keepdims=True)).reshape(32, -1)
+        each = (1 - c) * (mx.exp(logs) * (logs - own)).sum(axis=-1)
+        each = each - c * mx.take_along_axis(own, mx.roll(tokens, -1, 1).reshape(-1, 1), axis=-1)[:, 0]
+        return (each * learn).sum()
+
+    loss, wanted = nn.value_and_grad(student, naive)()
+    (value, _), got = nn.value_and_grad(student, lambda *b: live_teacher.loss_of(source)(student, *b))(*cut[0])
+    assert value.item() == pytest.approx(loss.item(), rel=1e-5)
+    largest = max(mx.abs(g).max().item() for _, g in tree_flatten(wanted))
+    for (n, a), (_, b) in zip(tree_flatten(got), tree_flatten(wanted), strict=True):
+        assert mx.abs(a - b).max().item() < 1e-5 * largest, n
+
+
+def test_off_is_off(llama: Checkpoint, students: dict[str, Checkpoint], data: Windows) -> None:
+    """Nothing asked for: a micro-batch is what it was. Each option by itself gives another run."""
+    assert len(Teacher(llama).micro_batches([live_teacher.Batch(mx.array(data.tokens), mx.array(data.learn))])[0]) == 3
+    plain = distil(Teacher(llama, None), students["narrow"], data)
+    assert distil(Teacher(llama, 0), students["narrow"], data) == plain
+    runs = [distil(Teacher(llama, None, **o), students["narrow"], data) for o in OPTIONS.values()]
+    runs.append(plain)
+    assert all(a[-1] != b[-1] for i, a in enumerate(runs) for b in runs[:i])
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_stopping_and_going_on_is_bit_equal(
+    llama: Checkpoint, students: dict[str, Checkpoint], data: Windows, option: str
+) -> None:
+    """Two steps, everything through a checkpoint's arrays, two steps: the run that never stopped."""
+    whole = distil(Teacher(llama, None, **OPTIONS[option]), students["narrow"], data)
+    first, before = load.resident(students["narrow"], mx.float32), GoralW()
+    source, steps = Teacher(llama, 0, **OPTIONS[option]), list[Step]()
+    for step in live_teacher.steps(first, source, data, RECIPE, before):
+        steps.append(step)
+        if step.number == 2:
+            break
+    second, after = load.resident(students["narrow"], mx.float32), GoralW()
+    train_loop.restore(second, after, train_loop.arrays_of(first, before), before.memory())
+    steps += live_teacher.steps(second, source, data, RECIPE, after, 2)
+    assert facts(steps) + [p.tolist() for _, p in tree_flatten(second.parameters())] == whole
+
+
+def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -> None:
+    """Plain training of any resident model: the first loss is mlx's own cross-entropy, and it falls."""
+    few = Windows(data.tokens[:4], data.learn[:4])
+    model = load.resident(llama, mx.float32)
+    z, tokens, learn = model(mx.array(few.tokens)), mx.array(few.tokens), mx.array(few.learn)
+    wanted = (nn.losses.cross_entropy(z[:, :-1], tokens[:, 1:]) * learn[:, :-1]).sum() / learn.sum()
+    steps = list(live_teacher.steps(model, Text(), few, replace(RECIPE, iters=12), GoralW()))
+    assert steps[0].loss == pytest.approx(wanted.item(), rel=1e-5)
+    assert steps[-1].loss < 0.8 * steps[0].loss
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"cross_entropy": 1.5}, "--cross-entropy is 1.5: give a number from 0 to 1"),
+        ({"cross_entropy": float("nan")}, "--cross-entropy is nan"),
+        ({"targets": "cached", "cross_entropy": 0.1}, "--cross-entropy needs the teacher itself, --targets cached"),
+    ],
+)
+def test_what_does_not_go_together_is_a_sentence(asked: dict[str, Any], said: str) -> None:
+    """The flag, what it clashes with, and what to do; the defaults and each flag by itself pass."""
+    Distillation().check()
+    Distillation(cross_entropy=1.0).check()
+    with pytest.raises(MisError) as caught:
+        Distillation(**asked).check()
+    assert str(caught.value).startswith(said)
+
+
+def test_training_with_cross_entropy_stays_under_the_plan(tmp_path: Path, models: Callable[[str], Checkpoint]) -> None:
+    """A large vocabulary and cross-entropy: MLX's own peak is under the plan's, no more than 4 times."""
+    vocab, length = 8192, 64
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "big", vocab_size=vocab, num_hidden_layers=6))
+    small = tiny.make(tmp_path / "small", seed=1, vocab_size=vocab, num_hidden_layers=4, intermediate_size=512)
+    student, rng = load.open_checkpoint(small), np.random.default_rng(0)
+    data = Windows(rng.integers(0, vocab, (12, length)).astype(np.int32), np.ones((12, length), np.float32))
+    recipe = replace(RECIPE, iters=2, max_seq_length=length)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model, source = load.resident(student, mx.float32), Teacher(teacher, 0, False, 2.0, 0.5)
+    steps = list(live_teacher.steps(model, source, data, recipe, GoralW()))
+    peak = max(s.peak_bytes for s in steps) - before
+    job = replace(JOB, teacher=model_of(teacher), student=model_of(student), batch=2, accumulate=2, length=length)
+    planned = phases.resident(job, 2, 0).peak_bytes
+    assert planned / 4 < peak < planned, (peak / 2**20, planned / 2**20)

@@ -1,0 +1,365 @@
+"""Cutting hidden by a rotation: what stays the same function, what does not and by how much, and what opens it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx import prune
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.evaluation import comparison
+from mis_mlx.models import arch, load, model_writer, stream
+from mis_mlx.models.config import shape_of
+from mis_mlx.pruning import reconstruct, rotate, select, slice_weights
+from mis_mlx.storage.files import DISK
+from mis_mlx.storage.safetensors import write_arrays
+from mis_mlx.types import Checkpoint, Keep, MisError, Reading
+from tests import tiny
+from tests.conftest import Done, last_line, near
+
+ALL = (0, 1, 2)
+NORMS = [f"model.layers.{i}.{n}_layernorm.weight" for i in ALL for n in ("input", "post_attention")]
+NORMS.append("model.norm.weight")
+
+
+@pytest.fixture(scope="module")
+def windows() -> list[mx.array]:
+    """Four windows of 64 tokens."""
+    return [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(4)]
+
+
+def orthogonal(size: int, seed: int = 0) -> np.ndarray:
+    """Any rotation of `size` numbers."""
+    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))
+    return q
+
+
+def whole(basis: np.ndarray) -> rotate.Rotation:
+    """A rotation that cuts nothing: every norm sees everything."""
+    return rotate.Rotation(basis, dict.fromkeys(NORMS, 1.0))
+
+
+def student_of(teacher: Checkpoint, rotation: rotate.Rotation, out: Path, dtype: str = "float32") -> Checkpoint:
+    """The teacher cut by nothing but `rotation`."""
+    shape = replace(shape_of(teacher.config), hidden=rotation.basis.shape[1])
+    keep = rotate.by(Keep(ALL, {}, ""), rotation)
+    slice_weights.write_student(teacher, shape, keep, out, dtype, DISK, rotate.rotated(teacher, rotation))
+    return load.open_checkpoint(out)
+
+
+def stock(checkpoint: Checkpoint, tokens: mx.array) -> np.ndarray:
+    """Logits (T, V) of stock mlx_lm.load."""
+    model, _ = load.mlx_lm("utils").load(str(checkpoint.path))
+    return np.array(model(tokens)[0].astype(mx.float32), np.float64)
+
+
+def entering(checkpoint: Checkpoint, windows: list[mx.array]) -> dict[str, np.ndarray]:
+    """What enters each norm, by mlx-lm's own submodules called by hand: {norm: tokens of rms 1, float64}."""
+    model, seen = load.resident(checkpoint, mx.float32), dict[str, list[np.ndarray]]()
+
+    def note(name: str, x: mx.array) -> None:
+        flat = np.array(x, np.float64).reshape(-1, x.shape[-1])
+        seen.setdefault(name, []).append(flat / np.sqrt(np.square(flat).mean(-1, keepdims=True)))
+
+    for tokens in windows:
+        h = model.model.embed_tokens(tokens)
+        for i, layer in enumerate(model.layers):
+            note(NORMS[2 * i], h)
+            h = h + layer.self_attn(layer.input_layernorm(h), load.mask(model.args, layer, h))
+            note(NORMS[2 * i + 1], h)
+            h = h + layer.mlp(layer.post_attention_layernorm(h))
+        note(NORMS[-1], h)
+    return {name: np.concatenate(rows) for name, rows in seen.items()}
+
+
+def test_principal_directions_by_pencil() -> None:
+    """Eigenvalues 3 along (1, 1) and 1 along (1, -1)."""
+    basis = rotate.principal(np.array([[2.0, 1.0], [1.0, 2.0]]), 1)
+    np.testing.assert_allclose(np.abs(basis), np.full((2, 1), 0.5**0.5))
+    np.testing.assert_allclose(basis[0], basis[1])
+
+
+def test_turning_keeps_the_subspace_and_makes_the_gain_diagonal() -> None:
+    """Q Q^T is the same matrix; Q^T diag(gain) Q has nothing beside the diagonal, which it had before."""
+    basis, gain = orthogonal(8)[:, :5], np.linspace(-1, 3, 8)
+    turned = rotate.turned(basis, gain)
+    np.testing.assert_allclose(turned @ turned.T, basis @ basis.T, atol=1e-12)
+
+    def beside(q: np.ndarray) -> float:
+        inside = q.T @ np.diag(gain) @ q
+        return float(np.abs(inside - np.diag(np.diag(inside))).max())
+
+    assert beside(turned) < 1e-12 < 0.1 < beside(basis)
+
+
+@pytest.mark.parametrize("kind", ["untied", "llama"])
+def test_what_is_measured_is_what_enters_the_norms(
+    models: Callable[[str], Checkpoint], windows: list[mx.array], kind: str
+) -> None:
+    """Against float64 numpy over mlx-lm's own modules: the leading subspace, and the energy it holds at each norm.
+
+    1e-4: the stream itself is float32. With a tied head the columns are turned, the subspace is the same.
+    """
+    teacher = models(kind)
+    found = rotate.measured(teacher, windows, mx.float32).kept(teacher, 48)
+    seen = entering(teacher, windows)
+    np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(48), atol=1e-12)
+    values, vectors = np.linalg.eigh(sum(x.T @ x for x in seen.values()))
+    assert (values[16] - values[15]) / values[16] > 1e-3  # else which 48 is a matter of rounding
+    lead = vectors[:, 16:]
+    np.testing.assert_allclose(found.basis @ found.basis.T, lead @ lead.T, atol=1e-3)
+    assert sorted(found.energy) == sorted(NORMS)
+    for name, x in seen.items():
+        share = np.square(x @ lead).sum() / np.square(x).sum()
+        assert found.energy[name] == pytest.approx(share, abs=1e-4)
+        assert 0.75 < share < 1
+    held = [np.square(np.concatenate(list(seen.values())) @ column).sum() for column in found.basis.T]
+    assert all(a > b * (1 - 1e-5) for a, b in itertools.pairwise(held))
+
+
+@pytest.mark.parametrize("kind", ["untied", "mistral", "qwen3", "biases"])
+def test_rotated_but_not_cut_an_untied_model_is_the_same_function(
+    tmp_path: Path, models: Callable[[str], Checkpoint], windows: list[mx.array], kind: str
+) -> None:
+    """Any orthogonal basis, gains folded away: the same logits to float32 rounding, from other weights."""
+    if kind == "biases":
+        teacher = load.open_checkpoint(
+            tiny.make(tmp_path / "t", tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
+        )
+    elif kind == "qwen3":
+        teacher = load.open_checkpoint(
+            tiny.make(tmp_path / "t", **{**tiny.KINDS["qwen3"], "tie_word_embeddings": False})
+        )
+    else:
+        teacher = models(kind)
+    student = student_of(teacher, whole(orthogonal(64)), tmp_path / "s")
+    assert all(mx.array_equal(load.dense(student, name), mx.ones((64,))) for name in NORMS)
+    before, after = stock(teacher, windows[0]), stock(student, windows[0])
+    assert np.abs(after - before).max() <= 2e-5 * np.abs(before).max()
+    embedding = "model.embed_tokens.weight"
+    assert not mx.allclose(load.dense(student, embedding), load.dense(teacher, embedding), atol=0.05)
+
+
+def test_a_tied_head_deviates_by_its_last_gain_and_by_nothing_else(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
+) -> None:
+    """Rotated any way, the logits are those of the teacher with Q diag(Q^T g Q) Q^T in the place of its last gain g.
+
+    The deviation is bounded by the spread of the gains (here 10 %). Turned for g, nothing is cut and nothing is lost.
+    """
+    basis = orthogonal(64)
+    gain = np.array(load.dense(llama, rotate.FINAL), np.float64)
+    table = np.array(load.dense(llama, "model.embed_tokens.weight"), np.float64)
+    (normed,) = stream.Stream(llama, mx.float32).forward([windows[0]])
+    even = np.array(normed[0], np.float64) / gain
+    nearest = basis @ np.diag(np.diag(basis.T @ np.diag(gain) @ basis)) @ basis.T
+    before = stock(llama, windows[0])
+    after = stock(student_of(llama, whole(basis), tmp_path / "any"), windows[0])
+    rounding = 2e-5 * np.abs(before).max()
+    assert np.abs(after - even @ nearest @ table.T).max() <= rounding
+    off = np.linalg.norm(after - before) / np.linalg.norm(before)
+    assert 0.03 < off < 2 * gain.std() / gain.mean()
+    turned = stock(student_of(llama, whole(rotate.turned(basis, gain)), tmp_path / "turned"), windows[0])
+    assert np.abs(turned - before).max() <= rounding
+
+
+def test_turned_for_a_tied_head_the_cut_costs_less(tmp_path: Path, windows: list[mx.array]) -> None:
+    """The same 60 directions, gains of the last norm far apart: the turned basis ends nearer to the teacher."""
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "t"))
+    arrays = {name: load.dense(teacher, name) for name in teacher.tensors}
+    arrays[rotate.FINAL] = 1 + 0.5 * mx.random.normal((64,), key=mx.random.key(9))
+    model_writer.write_model(teacher.config, arrays.__getitem__, teacher.path, tmp_path / "g", "float32", DISK)
+    teacher = load.open_checkpoint(tmp_path / "g")
+    found = rotate.measured(teacher, windows, mx.float32).kept(teacher, 60)
+    plain = replace(found, basis=found.basis @ orthogonal(60))  # the same subspace, turned anyhow
+    before = stock(teacher, windows[0])
+    off = [
+        np.linalg.norm(stock(student_of(teacher, r, tmp_path / name), windows[0]) - before)
+        for name, r in (("turned", found), ("plain", plain))
+    ]
+    assert off[0] < 0.8 * off[1]
+
+
+def test_the_rms_gain_by_pencil(tmp_path: Path, models: Callable[[str], Checkpoint]) -> None:
+    """48 of 64 numbers with 3/4 of the energy have the same rms: gain 1; with all of it sqrt(64 / 48)."""
+    energy = dict.fromkeys(NORMS, 0.75) | {NORMS[1]: 1.0}
+    tensor = rotate.rotated(models("untied"), rotate.Rotation(orthogonal(64)[:, :48], energy))
+    for name in NORMS:
+        want = (64 / 48) ** 0.5 if name == NORMS[1] else 1.0
+        np.testing.assert_allclose(np.array(tensor(name)), np.full(48, want), rtol=1e-6)
+
+
+def low_rank(folder: Path, rank: int) -> Checkpoint:
+    """An untied tiny llama whose stream stays in a `rank`-dimensional subspace that no channel is along."""
+    plain = load.open_checkpoint(tiny.make(folder / "plain", tie_word_embeddings=False, rms_norm_eps=1e-9))
+    inside = orthogonal(64, 3)[:, :rank]
+    onto = mx.array((inside @ inside.T).astype(np.float32))
+    arrays = {name: load.dense(plain, name) for name in plain.tensors}
+    for name, a in arrays.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            arrays[name] = onto @ a
+    arrays["model.embed_tokens.weight"] = arrays["model.embed_tokens.weight"] @ onto
+    model_writer.write_model(plain.config, arrays.__getitem__, plain.path, folder / "low", "float32", DISK)
+    return load.open_checkpoint(folder / "low")
+
+
+def test_on_a_low_rank_stream_the_rotation_loses_nothing_and_ranked_channels_do(
+    tmp_path: Path, windows: list[mx.array]
+) -> None:
+    """Rank 32 of 64, cut to 32: PCA is exact to 1e-4 of the logits (float16: 1e-2), a choice by importance far off."""
+    teacher, cut = low_rank(tmp_path, 32), select.Cut(scenario="none", hidden=32, importance="activation")
+    before = stock(teacher, windows[0])
+    off = {}
+    for how in ("importance", "pca"):
+        held_out = Windows(np.array(windows[1]), np.ones((1, 64), np.float32))
+        select.prune(
+            teacher, windows, held_out, tmp_path / how, replace(cut, hidden_by=how),
+            dtype="float32", reading=lambda: None, files=DISK,
+        )  # fmt: skip
+        after = stock(load.open_checkpoint(tmp_path / how), windows[0])
+        off[how] = np.linalg.norm(after - before) / np.linalg.norm(before)
+    assert off["pca"] < near(1e-4, 1e-2) and off["importance"] > 0.3
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied", "mistral", "qwen3"])
+def test_the_command_writes_an_ordinary_folder(
+    tmp_path: Path, models: Callable[[str], Checkpoint], text_folder: Path, kind: str
+) -> None:
+    """Every axis at once in bfloat16: stock mlx-lm opens it, no tensor more, tied stays tied; the basis lies beside."""
+    prune.run(
+        prune.Settings(
+            model=str(models(kind).path), mlx_path=str(tmp_path / "s"), data=str(text_folder), num_samples=4,
+            max_seq_length=32, layers=2, ffn=256, heads=2, hidden=48, hidden_by="pca",
+        )
+    )  # fmt: skip
+    student = load.open_checkpoint(tmp_path / "s")
+    assert shape_of(student.config) == replace(shape_of(models(kind).config), layers=2, ffn=256, heads=2, hidden=48)
+    assert student.tensors.keys() == arch.tensors_of(student.config).keys()
+    assert np.isfinite(stock(student, mx.array([[1, 2, 3]]))).all()
+    keep = model_writer.read_keep(tmp_path / "s")
+    assert keep is not None and keep.kept[-1, "hidden"] == tuple(range(48)) and keep.report["hidden_by"] == "pca"
+    assert 0.75 < keep.report["hidden_energy"] < 1
+    np.testing.assert_allclose(keep.basis.T @ keep.basis, np.eye(48), atol=1e-6)
+
+
+def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
+) -> None:
+    """One batch in memory or all: the same bytes. Where AAIS keeps other neurons, both students are rotated."""
+    made = {}
+    for name, held in (("spooled", 1), ("held", None)):
+        air = iter([-20.0, 45.0, -20.0, 45.0])
+        made[name] = select.prune(
+            llama, windows, Windows(np.array(windows[1]), np.ones((1, 64), np.float32)), tmp_path / name,
+            select.Cut(scenario="none", ffn=256, hidden=48, hidden_by="pca"), dtype="float32", files=DISK,
+            reading=lambda air=air: Reading(0.0, ambient_c=next(air), altitude_m=832.0), held=held,
+        )  # fmt: skip
+    for file in ("model.safetensors", "rotation.npy"):
+        assert (tmp_path / "spooled" / file).read_bytes() == (tmp_path / "held" / file).read_bytes()
+    report = made["held"]
+    assert report["importance"] == "aais" and report["channels_differing_from_plain"] > 0
+    assert report["channels_kept"] == 3 * 256  # hidden was not ranked
+    assert {"nll_aais", "nll_plain", "hidden_energy"} <= report.keys()
+
+
+def test_a_hidden_size_that_no_loader_accepts_is_refused(tmp_path: Path, llama: Checkpoint, text_folder: Path) -> None:
+    """The sentence that ranked channels get, before any pass; and a qwen2 is refused as before."""
+    settings = prune.Settings(model=str(llama.path), data=str(text_folder), mlx_path=str(tmp_path / "s"))
+    with pytest.raises(MisError, match="hidden 50 is not a multiple of 4 heads"):
+        prune.run(replace(settings, hidden=50, hidden_by="pca"))
+    qwen2 = tiny.make(tmp_path / "qwen2", **tiny.KINDS["qwen2"])
+    with pytest.raises(MisError, match="a qwen2 cannot change hidden"):
+        prune.run(replace(settings, model=str(qwen2), hidden=48, hidden_by="pca"))
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_way_into_the_students_channels(llama: Checkpoint) -> None:
+    """Unit vectors pick channels, bit for bit; any basis turns; the dtype of the stream stays."""
+    hidden = mx.random.normal((1, 5, 64), key=mx.random.key(0))
+    picked = reconstruct.narrow(hidden, reconstruct.kept_columns(Keep(ALL, {(-1, "hidden"): (3, 1)}, "")))
+    units = Keep(ALL, {(-1, "hidden"): (0, 1)}, "", basis=np.eye(64)[:, [3, 1]])
+    assert mx.array_equal(picked, reconstruct.narrow(hidden, reconstruct.kept_columns(units)))
+    basis = orthogonal(64)[:, :48]
+    keep = Keep(ALL, {(-1, "hidden"): tuple(range(48))}, "", basis=basis)
+    turned = reconstruct.narrow(hidden.astype(mx.bfloat16), reconstruct.kept_columns(keep))
+    assert turned.dtype == mx.bfloat16
+    want = np.array(hidden[0], np.float64) @ basis
+    np.testing.assert_allclose(np.array(turned[0].astype(mx.float32)), want, atol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_repair_brings_every_block_nearer_to_the_rotated_stream(
+    tmp_path: Path, models: Callable[[str], Checkpoint], windows: list[mx.array], kind: str
+) -> None:
+    """On a bfloat16 student read back from disk; measured apart, in float64, against Q^T times the teacher's stream."""
+    teacher = models(kind)
+    rotation = rotate.measured(teacher, windows, mx.float32).kept(teacher, 32)
+    student = student_of(teacher, rotation, tmp_path / "s", "bfloat16")
+    keep = model_writer.read_keep(student.path)
+    assert keep is not None
+    mended, _ = reconstruct.reconstruct(teacher, student, keep, windows)
+    arrays = {name: load.dense(student, name) for name in student.tensors} | mended
+    model_writer.write_model(student.config, arrays.__getitem__, student.path, tmp_path / "mended", "float32", DISK)
+
+    def errors(model: Checkpoint) -> list[float]:
+        big, small = stream.Stream(teacher, mx.float32), stream.Stream(model, mx.float32)
+        want, got, found = big.embed(windows), small.embed(windows), []
+        for (_, a), (_, b) in zip(big.blocks(), small.blocks(), strict=True):
+            big.through(a, want)
+            small.through(b, got)
+            goals = [np.array(h[0], np.float64) @ rotation.basis for h in want]
+            found.append(sum(np.square(g - np.array(h[0], np.float64)).sum() for g, h in zip(goals, got, strict=True)))
+        return found
+
+    before, after = errors(student), errors(load.open_checkpoint(tmp_path / "mended"))
+    assert all(a < b for a, b in zip(after, before, strict=True))
+
+
+def test_a_rotation_that_does_not_fit_is_a_sentence(tmp_path: Path, llama: Checkpoint) -> None:
+    """Missing, cut short, of another model, of another kind of file: one sentence each, with the path."""
+    student = student_of(llama, rotate.Rotation(orthogonal(64)[:, :48], dict.fromkeys(NORMS, 0.75)), tmp_path / "s")
+    path = student.path / "rotation.npy"
+    whole_file = path.read_bytes()
+    for content in (None, whole_file[:-8], b"", b"PK", b"\x80\x04N."):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(MisError, match="rotation.npy is not this model's rotation .*prune the teacher again"):
+            model_writer.read_keep(student.path)
+        path.touch()
+    np.save(path, np.zeros((64, 47), np.float32))
+    with pytest.raises(MisError, match=r"it holds float32 \[64, 47\], the model has 48 channels"):
+        model_writer.read_keep(student.path)
+    path.write_bytes(whole_file)
+    keep = model_writer.read_keep(student.path)
+    assert keep is not None and keep.basis.shape == (64, 48)
+    write_arrays(tmp_path / "x.safetensors", {"x": mx.zeros((1,))}, DISK)  # the gate looks at *.safetensors only
+    assert load.open_checkpoint(student.path).tensors.keys() == arch.tensors_of(student.config).keys()
+
+
+def test_the_whole_way_with_a_rotated_student(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array], flags: tuple[object, ...], command: Callable[..., Done]
+) -> None:
+    """Pruned, taught block by block, distilled, quantized: each folder opens; it ends nearer to the teacher."""
+    out = tmp_path / "run"
+    done = command(
+        "distill", *flags, "--out", out, "--hidden", 32, "--hidden-by", "pca", "--local-iters", 3, "--q-group-size", 32
+    )
+    assert done.returncode == 0, done.stderr
+    assert last_line(done)["hidden_by"] == "pca"
+    made = {"teacher": llama} | {name: load.open_checkpoint(out / name) for name in ("pruned", "distilled", "model")}
+    held_out = Windows(np.concatenate([np.array(w) for w in windows]), np.ones((4, 64), np.float32))
+    kl = {name: found.mean() for (name, metric), found in comparison.compare(made, held_out).items() if metric == "kl"}
+    assert kl["distilled"] < 0.9 * kl["pruned"]
+    basis = (out / "pruned" / "rotation.npy").read_bytes()
+    assert all((out / name / "rotation.npy").read_bytes() == basis for name in ("parts", "distilled"))
+    assert json.loads((out / "distilled" / "keep.json").read_text())["rotated"] is True
+    for name in ("pruned", "distilled", "model"):
+        assert np.isfinite(stock(made[name], mx.array([[1, 2, 3]]))).all()

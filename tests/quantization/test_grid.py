@@ -1,0 +1,111 @@
+"""A packed model whose scales learn."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx.models import load
+from mis_mlx.quantization import grid, packed_format
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint
+
+TOKENS = mx.random.randint(0, 512, (2, 16), key=mx.random.key(3))
+
+
+@pytest.fixture
+def packed(llama: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """The tiny llama in 3, 4 and 8 bits."""
+    plan = dict(packed_format.layout(llama.config, 64, (1,)))
+    plan["model.layers.0.self_attn.q_proj"] = packed_format.Format(3, 64)
+    packed_format.write_quantized(llama, tmp_path / "q", plan, DISK)
+    return load.open_checkpoint(tmp_path / "q")
+
+
+def test_computes_what_the_folder_says(packed: Checkpoint) -> None:
+    """The same logits as the model read back densely; trained are scales, biases and norms of blocks, and the norm."""
+    model, dense = grid.resident(packed), load.resident(packed, mx.float32)
+    assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    assert {n.rsplit(".", 1)[1] for n in trained} == {"scales", "biases", "weight"}
+    assert all("norm" in n for n in trained if n.endswith("weight")) and len(trained) == 3 * (2 * 7 + 2) + 1
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "biased"])
+def test_biases_stay_and_learn(models: Callable[[str], Checkpoint], tmp_path: Path, kind: str) -> None:
+    """With biases the logits are the dense model's too, every bias has its gradient, and what is learned is written."""
+    packed_format.write_quantized(models(kind), tmp_path / "q", 64, DISK)
+    packed = load.open_checkpoint(tmp_path / "q")
+    model, dense = grid.resident(packed), load.resident(packed, mx.float32)
+    assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
+    ours, theirs = (dict(tree_flatten(nn.value_and_grad(m, lambda m: mx.square(m(TOKENS)).mean())(m)[1]))
+                    for m in (model, dense))  # fmt: skip
+    names = [n for n in packed.tensors if n.endswith(".bias")]
+    assert len(names) == {"qwen2": 9, "biased": 21}[kind]
+    largest = max(mx.abs(theirs[n]).max().item() for n in names)
+    assert all(mx.allclose(ours[n], theirs[n], rtol=1e-3, atol=1e-5 * largest) for n in names)
+    linear = model.model.layers[1].self_attn.v_proj
+    linear.bias = linear.bias + 1
+    grid.write(packed, model, tmp_path / "other", DISK)
+    other, name = load.open_checkpoint(tmp_path / "other"), "model.layers.1.self_attn.v_proj.bias"
+    assert mx.array_equal(raw(other, name), raw(packed, name) + 1)
+
+
+def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
+    """21 matrices with room for 8 more files than are open: none keeps its own until the end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = sorted(set(range(1000)) - set(map(int, os.listdir("/dev/fd"))))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[8], hard))
+    try:
+        assert mx.isfinite(grid.resident(packed)(TOKENS)).all().item()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
+    """d loss / d scale is the sum over the group of integer times d loss / d weight; of a bias without the integer."""
+    model, dense = grid.resident(packed), load.resident(packed, mx.float32)
+
+    def loss(m: nn.Module) -> mx.array:
+        return m(TOKENS).square().mean()
+
+    ours = dict(tree_flatten(nn.value_and_grad(model, loss)(model)[1]))
+    theirs = dict(tree_flatten(nn.value_and_grad(dense, loss)(dense)[1]))
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.2.mlp.up_proj"):
+        owner = model.model.layers[int(path.split(".")[2])][path.split(".")[3]][path.split(".")[4]]
+        slope = theirs[f"{path}.weight"].reshape(owner._integers.shape)
+        assert mx.allclose(ours[f"{path}.biases"], slope.sum(axis=-1), rtol=1e-4, atol=1e-8)
+        by_hand = (slope * owner._integers.astype(mx.float32)).sum(axis=-1)
+        assert mx.allclose(ours[f"{path}.scales"], by_hand, rtol=1e-4, atol=1e-8)
+
+
+def test_written_back(packed: Checkpoint, tmp_path: Path) -> None:
+    """Untouched, the folder has the same bytes; with other scales, only those tensors differ, in the same types."""
+    model = grid.resident(packed)
+    grid.write(packed, model, tmp_path / "same", DISK)
+    same = (tmp_path / "same" / "model.safetensors").read_bytes()
+    assert same == (packed.path / "model.safetensors").read_bytes()
+    linear = model.model.layers[1].mlp.up_proj
+    linear.scales = linear.scales * 1.5
+    grid.write(packed, model, tmp_path / "other", DISK)
+    other = load.open_checkpoint(tmp_path / "other")
+    assert other.config == packed.config and {n: t.dtype for n, t in other.tensors.items()} == {
+        n: t.dtype for n, t in packed.tensors.items()
+    }
+    changed = [n for n in packed.tensors if not (raw(other, n) == raw(packed, n)).all()]
+    assert changed == ["model.layers.1.mlp.up_proj.scales"]
+    stock, _ = load.mlx_lm("utils").load(str(tmp_path / "other"))
+    assert mx.allclose(stock(TOKENS).astype(mx.float32), model(TOKENS), atol=5e-3)  # it computes in float16
+
+
+def raw(checkpoint: Checkpoint, name: str) -> mx.array:
+    """As stored."""
+    return grid.safetensors.lazy(checkpoint.tensors, [name])[name]

@@ -1,0 +1,111 @@
+"""4 bits: every matrix or a sentence; stock mlx-lm opens the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.models import arch, load
+from mis_mlx.models.config import shape_of
+from mis_mlx.pruning import slice_weights
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, Keep, MisError
+from tests import tiny
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_every_matrix_is_packed(
+    tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
+) -> None:
+    """All 2-D weights are U32 with scales and biases, the rest is as it was; stock mlx_lm.load opens it."""
+    done = packed_format.write_quantized(models(kind), tmp_path / "q4", 64, DISK)
+    packed = load.open_checkpoint(tmp_path / "q4")
+    for name, shape in arch.tensors_of(models(kind).config).items():
+        stem = name.removesuffix(".weight")
+        if len(shape) == 2:
+            assert packed.tensors[name].dtype == "U32"
+            assert packed.tensors[f"{stem}.scales"].dtype == packed.tensors[f"{stem}.biases"].dtype == "F16"
+        else:
+            assert packed.tensors[name].dtype == "F32" and f"{stem}.scales" not in packed.tensors
+    model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
+    assert mx.isfinite(model(batches[0])).all()
+    assert done["nbytes"] == packed.nbytes
+    assert done["bits_per_weight"] == pytest.approx(8 * packed.nbytes / arch.params(models(kind).config))
+
+
+def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint) -> None:
+    """No number is further from its original than half a step of its group, plus float16 scales' rounding."""
+    packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    packed = load.open_checkpoint(tmp_path / "q4")
+    for name, levels in (("model.layers.0.mlp.up_proj.weight", 15), ("model.embed_tokens.weight", 255)):
+        groups = load.dense(llama, name).reshape(-1, 64)
+        error = mx.abs(load.dense(packed, name).reshape(-1, 64) - groups).max(axis=-1)
+        step = (groups.max(axis=-1) - groups.min(axis=-1)) / levels
+        # MLX moves the grid so that 0 is exact, which costs up to half a step more at one end.
+        assert (error <= 1.1 * step).all()
+        assert error.mean().item() < 0.6 * step.mean().item()
+
+
+def test_the_embedding_gets_eight_bits(llama: Checkpoint) -> None:
+    """It makes the logits too; config.json says so per module in the way mlx-lm reads."""
+    plan = packed_format.layout(llama.config, 64)
+    assert plan["model.embed_tokens"] == packed_format.Format(8, 64)
+    assert {kind.bits for path, kind in plan.items() if path != "model.embed_tokens"} == {4}
+
+
+@pytest.mark.parametrize(
+    ("layers", "wide"), [((0, 1, 2), ()), ((0, 2), (0, 1)), ((1, 2), ()), ((0, 1), ()), ((0, 2, 3, 5), (0, 2, 3))]
+)
+def test_bridges_get_eight_bits(tmp_path: Path, layers: tuple[int, ...], wide: tuple[int, ...]) -> None:
+    """Blocks before a gap, and then the last one: their down_proj has 8 bits, and stock mlx-lm is told so."""
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=6))
+    shape = replace(shape_of(teacher.config), layers=len(layers))
+    slice_weights.write_student(teacher, shape, Keep(layers, {}, ""), tmp_path / "s", "float32", DISK)
+    packed_format.write_quantized(load.open_checkpoint(tmp_path / "s"), tmp_path / "q4", 64, DISK)
+    settings = json.loads((tmp_path / "q4" / "config.json").read_text())["quantization"]
+    paths = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens"}
+    assert {path for path, own in settings.items() if isinstance(own, dict) and own["bits"] == 8} == paths
+    model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
+    assert [layer.mlp.down_proj.bits for layer in model.model.layers] == [
+        8 if i in wide else 4 for i in range(len(layers))
+    ]
+
+
+def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
+    """Hidden 96 is no multiple of 64: the sentence names 32, and 32 works."""
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "t", hidden_size=96, head_dim=24))
+    with pytest.raises(MisError, match="rows of 96 weights, which 64 does not divide: use --q-group-size 32"):
+        packed_format.write_quantized(teacher, tmp_path / "q4", 64, DISK)
+    assert not (tmp_path / "q4").exists()
+    packed_format.write_quantized(teacher, tmp_path / "q4", 32, DISK)
+    model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
+    assert mx.isfinite(model(batches[0])).all()
+
+
+def test_no_group_fits() -> None:
+    """FFN 760: no group divides it, so the remedy is another cut or no quantization."""
+    with pytest.raises(MisError, match="rows of 760 weights.*multiple of 32, or --quantize 0"):
+        packed_format.layout({**tiny.CONFIG, "intermediate_size": 760}, 64)
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
+    """Twice rounded is twice wrong."""
+    packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    with pytest.raises(MisError, match="quantized already"):
+        packed_format.write_quantized(load.open_checkpoint(tmp_path / "q4"), tmp_path / "q44", 64, DISK)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q4"]
+
+
+def test_config_is_readable_by_others(tmp_path: Path, llama: Checkpoint) -> None:
+    """Both spellings that are in use say the same."""
+    packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    config = json.loads((tmp_path / "q4" / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"]
+    assert config["quantization"]["bits"] == 4 and config["quantization"]["group_size"] == 64
+    assert config["quantization"]["model.embed_tokens"]["bits"] == 8

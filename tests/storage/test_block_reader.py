@@ -1,0 +1,190 @@
+"""Whatever the layout, the bytes that arrive are those in the files; what cannot be read is one sentence."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.models import stream
+from mis_mlx.storage import block_reader
+from mis_mlx.storage.block_reader import GAP, PAGE, PIECE, Extent, Reader, layout
+from mis_mlx.storage.files import DISK
+from mis_mlx.storage.header_check import check
+from mis_mlx.storage.safetensors import write_arrays
+from mis_mlx.types import Checkpoint, MisError, TensorAt
+
+BOTH = pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+
+
+def written(path: Path, sizes: Mapping[str, int], seed: int = 0) -> dict[str, TensorAt]:
+    """A file of random bytes: tensors of these sizes, in this order."""
+    random = np.random.default_rng(seed)
+    write_arrays(path, {n: mx.array(random.integers(0, 256, size, np.uint8)) for n, size in sizes.items()}, DISK)
+    return check(path)[0]
+
+
+def on_disk(t: TensorAt) -> bytes:
+    return t.file.read_bytes()[t.offset : t.offset + t.nbytes]
+
+
+def load(source: Reader, tensors: Mapping[str, TensorAt], into: memoryview | None = None) -> dict[str, bytes]:
+    """All tensors through one buffer that begins at a page, as a block of a model is read."""
+    where = layout(tensors)
+    view = memoryview(mmap.mmap(-1, where.nbytes or PAGE)) if into is None else into
+    wanted = [(e.file, e.begin, e.end, view[e.at : e.at + -(-(e.end - e.begin) // PAGE) * PAGE]) for e in where.extents]
+    source.begin(wanted)()
+    return {name: bytes(view[where.at[name] : where.at[name] + t.nbytes]) for name, t in tensors.items()}
+
+
+@BOTH
+@pytest.mark.parametrize("seed", range(12))
+def test_any_layout_gives_the_bytes_of_the_files(tmp_path: Path, seed: int, direct: bool) -> None:
+    """Several files, some tensors left out, sizes from 0 to over a gap, at any remainder by page and by element."""
+    random = np.random.default_rng(seed)
+    tensors: dict[str, TensorAt] = {}
+    for f in range(random.integers(1, 4)):
+        sizes = {f"{f}.{i}": int(random.choice([0, 1, 3, 4095, 4096, 5000, GAP - 1, GAP + 5000])) for i in range(9)}
+        tensors |= written(tmp_path / f"{f}.safetensors", sizes, seed)
+    chosen = random.permutation(sorted(tensors))[: random.integers(1, len(tensors) + 1)]
+    some = {str(n): tensors[str(n)] for n in chosen}
+    source = Reader(tensors, direct)
+    assert load(source, some) == {name: on_disk(t) for name, t in some.items()}
+    assert source.nbytes == sum(e.end - e.begin for e in layout(some).extents)
+
+
+def test_neighbours_are_read_at_once_and_far_ones_apart() -> None:
+    """Pencil: a gap of 64 KiB is read along, one byte more is not; another file is another extent."""
+    a, b = Path("a"), Path("b")
+
+    def at(file: Path, offset: int, nbytes: int) -> TensorAt:
+        return TensorAt(file, "U8", (nbytes,), offset, nbytes)
+
+    near, far = 4200 + GAP, 4200 + 10 + GAP + GAP + 1
+    found = layout({"x": at(a, 4100, 100), "z": at(a, far, 5000), "y": at(a, near, 10), "w": at(b, 7, 1)})
+    assert found.extents == (
+        Extent(a, 4096, near + 10, 0),
+        Extent(a, far // PAGE * PAGE, far + 5000, 17 * PAGE),
+        Extent(b, 0, 8, 19 * PAGE),
+    )
+    assert found.at == {"x": 4, "y": near - 4096, "z": 17 * PAGE + far % PAGE, "w": 19 * PAGE + 7}
+    assert found.nbytes == 20 * PAGE
+    assert layout({}).nbytes == 0
+
+
+@BOTH
+def test_what_is_longer_than_a_piece(tmp_path: Path, direct: bool) -> None:
+    """Two pieces and a rest, at an odd offset."""
+    tensors = written(tmp_path / "big.safetensors", {"head": 13, "big": 2 * PIECE + 12345})
+    assert load(Reader(tensors, direct), tensors) == {name: on_disk(t) for name, t in tensors.items()}
+
+
+@BOTH
+def test_a_buffer_is_used_again(tmp_path: Path, direct: bool) -> None:
+    """Read over by another block and by the first again, it holds the last one asked for."""
+    tensors = written(tmp_path / "m.safetensors", {"a": 9000, "far": GAP + PAGE, "b": 9000})
+    view, source = memoryview(mmap.mmap(-1, 4 * PAGE)), Reader(tensors, direct)
+    for name in ("a", "b", "a"):
+        assert load(source, {name: tensors[name]}, view) == {name: on_disk(tensors[name])}
+
+
+def test_a_pass_uses_two_buffers_however_often_it_is_made(
+    llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that computes, one that fills: three passes over three blocks make no more, and the same numbers."""
+    made: list[int] = []
+
+    class Counted(stream._Slot):
+        def __init__(self, nbytes: int):
+            made.append(nbytes)
+            super().__init__(nbytes)
+
+    monkeypatch.setattr(stream, "_Slot", Counted)
+    source = stream.Stream(llama, mx.float32)
+    first = source.forward(batches)
+    for _ in range(2):
+        assert all(mx.array_equal(a, b) for a, b in zip(source.forward(batches), first, strict=True))
+    assert len(made) == 2
+
+
+def test_direct_reading_falls_back_where_the_file_system_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused with EINVAL, as file systems in memory do, it reads through the page cache; others are errors."""
+    tensors, opened, real = written(tmp_path / "m.safetensors", {"a": 9000}), [], os.open
+    flag = 1 << 30
+    source = Reader(tensors, direct=True)
+
+    def refuse(path: Path, flags: int, *more: int) -> int:
+        opened.append(bool(flags & flag))
+        if flags & flag:
+            raise OSError(number, os.strerror(number))
+        return real(path, flags, *more)
+
+    monkeypatch.setattr(os, "O_DIRECT", flag, raising=False)
+    monkeypatch.setattr(block_reader.os, "open", refuse)
+    number = errno.EINVAL
+    view = memoryview(mmap.mmap(-1, 4 * PAGE))
+    source.begin([(tensors["a"].file, 0, 9000, view[: 3 * PAGE])])()
+    assert opened == [True, False]
+    number = errno.EIO
+    with pytest.raises(MisError, match=r"m\.safetensors cannot be read \(.*\): check the disk"):
+        source.begin([(tensors["a"].file, 0, 9000, view[: 3 * PAGE])])()
+
+
+def touched(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+def replaced(path: Path) -> None:
+    path.with_name("new").write_bytes(path.read_bytes())
+    os.rename(path.with_name("new"), path)
+
+
+def grown(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+@BOTH
+@pytest.mark.parametrize("change", [touched, replaced, grown])
+def test_a_file_that_changed_is_refused(tmp_path: Path, change: object, direct: bool) -> None:
+    """Written to, put in its place by a rename, or longer: never two halves of different models."""
+    tensors = written(tmp_path / "m.safetensors", {"a": 9000})
+    source = Reader(tensors, direct)
+    assert load(source, tensors)
+    change(tmp_path / "m.safetensors")  # type: ignore[operator]
+    with pytest.raises(MisError, match=r"m\.safetensors changed while it was in use: start again"):
+        load(source, tensors)
+
+
+def test_an_index_of_another_file_is_refused(tmp_path: Path) -> None:
+    """The table of tensors was read before the file was replaced."""
+    tensors = written(tmp_path / "m.safetensors", {"a": 9000})
+    (tmp_path / "m.safetensors").unlink()
+    written(tmp_path / "m.safetensors", {"b": 9000, "a": 9000})
+    with pytest.raises(MisError, match="changed since it was checked"):
+        Reader(tensors)
+
+
+@BOTH
+def test_a_file_that_ends_early_and_one_that_is_gone(tmp_path: Path, direct: bool) -> None:
+    """How many bytes are missing is said; the good file beside it is read to the end first."""
+    tensors = written(tmp_path / "m.safetensors", {"a": 9000}) | written(tmp_path / "n.safetensors", {"b": 9000})
+    source = Reader(tensors, direct)
+    end = tensors["a"].offset + 9000
+    view = memoryview(mmap.mmap(-1, 8 * PAGE))
+    with pytest.raises(MisError, match=r"m\.safetensors ends 30 bytes early"):
+        source.begin([(tensors["a"].file, 0, end + 30, view[: 3 * PAGE])])()
+    (tmp_path / "m.safetensors").unlink()
+    both = [(tensors[n].file, 0, end, view[k * 3 * PAGE : (k + 1) * 3 * PAGE]) for k, n in enumerate(("a", "b"))]
+    with pytest.raises(MisError, match=r"m\.safetensors cannot be read \(No such file"):
+        source.begin(both)()
+    t = tensors["b"]
+    assert bytes(view[3 * PAGE + t.offset : 3 * PAGE + t.offset + 9000]) == on_disk(t)

@@ -1,0 +1,322 @@
+"""Steps, folders and the lock, on a disk that works and on one that refuses."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.storage.checkpoint import Saved, commit_folder, load_arrays, lock, newest, save_step, sweep
+from mis_mlx.storage.files import DISK, Files
+from mis_mlx.types import GIB, MisError
+
+
+def save(steps: Path, number: int, files: Files = DISK, keep: int = 2) -> Path:
+    """A step whose every array says its number."""
+    arrays = {
+        "model": {"w": mx.full((40,), number, dtype=mx.bfloat16), "b": mx.full((3,), number)},
+        "optimizer": {"step": mx.array(number)},
+    }
+    return save_step(steps, number, arrays, {"step": number, "rng": [1, number]}, files, keep)
+
+
+def is_whole(saved: Saved) -> bool:
+    """The arrays and the state are those that `save` wrote."""
+    model, optimizer = load_arrays(saved, "model"), load_arrays(saved, "optimizer")
+    n = saved.number
+    return (
+        model["w"].tolist() == [n] * 40
+        and model["b"].tolist() == [n] * 3
+        and optimizer["step"].item() == n
+        and saved.state == {"step": n, "rng": [1, n]}
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_the_newest_step_comes_back_and_only_two_are_kept(tmp_path: Path) -> None:
+    """Steps 1 to 4 saved: 3 and 4 are left, 4 comes back whole, without notes."""
+    steps = tmp_path / "steps"
+    assert newest(steps) is None
+    for number in range(1, 5):
+        save(steps, number)
+    saved = newest(steps)
+    assert saved is not None and (saved.number, saved.notes) == (4, ()) and is_whole(saved)
+    assert names(steps) == ["step-00000003", "step-00000004"]
+    assert names(saved.path) == ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def test_order_is_by_number_never_by_time(tmp_path: Path) -> None:
+    """A step 'from the future' is not taken for the newest."""
+    save(tmp_path, 9), save(tmp_path, 10)
+    os.utime(tmp_path / "step-00000009", (2**32, 2**32))
+    saved = newest(tmp_path)
+    assert saved is not None and saved.number == 10
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped bit": (lambda s: flip(s / "optimizer.safetensors"), "optimizer.safetensors"),
+    "cut": (lambda s: os.truncate(s / "model.safetensors", 100), "model.safetensors"),
+    "file gone": (lambda s: (s / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "state changed": (lambda s: flip(s / "state.json"), "state.json"),
+    "manifest gone": (lambda s: (s / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
+    "manifest empty": (lambda s: (s / "MANIFEST.json").write_text(""), "MANIFEST.json"),
+    "manifest a list": (lambda s: (s / "MANIFEST.json").write_text("[]"), "MANIFEST.json"),
+    "manifest of another step": (
+        lambda s: (s / "MANIFEST.json").write_text((s.parent / "step-00001000/MANIFEST.json").read_text()),
+        "MANIFEST.json",
+    ),
+    "manifest edited": (
+        lambda s: (s / "MANIFEST.json").write_text(
+            (s / "MANIFEST.json").read_text().replace('"bytes": ', '"bytes": 1')
+        ),
+        "MANIFEST.json",
+    ),
+    "file became a folder": (
+        lambda s: ((s / "state.json").unlink(), (s / "state.json").mkdir()),
+        "state.json: Is a directory",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_step_is_named_set_aside_and_survived(case: str, tmp_path: Path) -> None:
+    """The one before is used; the damaged one is kept under another name and its number is free again."""
+    save(tmp_path, 1000), save(tmp_path, 1200)
+    damage, says = DAMAGE[case]
+    damage(tmp_path / "step-00001200")
+    saved = newest(tmp_path)
+    assert saved is not None and saved.number == 1000 and is_whole(saved)
+    assert saved.notes == (f"step 1200 is damaged ({says}), using 1000",)
+    assert names(tmp_path) == [f"damaged-step-00001200-{os.getpid()}", "step-00001000"]
+    save(tmp_path, 1200)
+    again = newest(tmp_path)
+    assert again is not None and (again.number, again.notes) == (1200, ()) and is_whole(again)
+
+
+def test_when_every_step_is_damaged_there_is_none(tmp_path: Path) -> None:
+    """No exception and nothing deleted: the files are still there to be looked at."""
+    flip(save(tmp_path, 1) / "state.json"), flip(save(tmp_path, 2) / "state.json")
+    assert newest(tmp_path) is None and len(names(tmp_path)) == 2
+
+
+def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
+    """Half-made and half-deleted folders and files go; what has another name stays."""
+    for name in (".tmp-step-00000009-1", ".trash-00000001-1", "notes", "step-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / ".tmp-state.json-1").write_text("{")
+    sweep(tmp_path)
+    assert names(tmp_path) == ["notes", "step-x"]
+
+
+def test_one_step_alone_is_never_kept(tmp_path: Path) -> None:
+    """keep=1 would bet the run on one file."""
+    with pytest.raises(ValueError, match="keep=1"):
+        save(tmp_path, 1, keep=1)
+
+
+def test_a_folder_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
+    """Neither a step nor a model is ever written over, not even an empty folder or a dangling link."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("model", "link"):
+        with pytest.raises(MisError, match="exists already"):
+            commit_folder(tmp_path / name, lambda tmp: (tmp / "x").touch(), DISK, 0)
+    assert names(tmp_path) == ["link", "model"] and names(tmp_path / "model") == []
+    save(tmp_path / "steps", 3)
+    with pytest.raises(MisError, match="step-00000003 exists already"):
+        save(tmp_path / "steps", 3)
+
+
+def test_a_fill_that_fails_or_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    """A bug keeps its own exception, Ctrl-C too; neither leaves half a folder."""
+
+    def fill(tmp: Path) -> None:
+        (tmp / "half").write_text("x")
+        raise error
+
+    for error in (ZeroDivisionError(), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            commit_folder(tmp_path / "model", fill, DISK, 0)
+        assert names(tmp_path) == []
+
+
+def test_commit_syncs_every_file_and_folder_before_the_rename(tmp_path: Path) -> None:
+    """Also those in folders inside, and the parent after it: the order is the promise."""
+    done: list[str] = []
+
+    class Listening(Files):
+        def fsync(self, path: Path) -> None:
+            done.append(path.name if path != tmp_path else "parent")
+
+        def rename(self, source: Path, target: Path) -> None:
+            done.append("rename")
+            super().rename(source, target)
+
+    def fill(tmp: Path) -> None:
+        (tmp / "config.json").write_text("{}")
+        (tmp / "inner").mkdir()
+        (tmp / "inner" / "file").write_text("x")
+
+    commit_folder(tmp_path / "model", fill, Listening(), 0)
+    assert done == ["config.json", "inner", "file", f".tmp-model-{os.getpid()}", "rename", "parent"]
+
+
+class Full(Files):
+    """A disk with 1.20 GiB free."""
+
+    def free_bytes(self, path: Path) -> int:
+        return int(1.2 * GIB)
+
+
+def test_too_little_space_is_seen_before_anything_is_written(tmp_path: Path) -> None:
+    """The arithmetic, the remedy and the last good step are in the sentence; no file is made."""
+    save(tmp_path, 1000)
+    arrays = {"model": {"w": mx.zeros((GIB // 4, 3), dtype=mx.float32)}}  # lazy: never evaluated
+    with pytest.raises(MisError) as caught:
+        save_step(tmp_path, 1200, arrays, {}, Full())
+    assert str(caught.value) == (
+        f"Not enough disk space in {tmp_path}: the checkpoint needs 3.60 GiB, 1.20 GiB are free; "
+        "free some and start again with --resume; the last good step is 1000"
+    )
+    assert names(tmp_path) == ["step-00001000"]
+
+
+class Breaking(Files):
+    """Fails at the N-th operation: a write writes half first, as a disk that fills up does."""
+
+    def __init__(self, at: int, number: int):
+        self.at, self.number, self.done = at, number, 0
+
+    def _now(self) -> bool:
+        self.done += 1
+        return self.done == self.at
+
+    def _fail(self) -> None:
+        raise OSError(self.number, os.strerror(self.number))
+
+    def mkdir(self, path: Path) -> None:
+        self._fail() if self._now() else super().mkdir(path)
+
+    def write(self, path: Path, data: Any) -> None:
+        broken = self._now()
+        super().write(path, data[: len(data) // 2] if broken else data)
+        if broken:
+            self._fail()
+
+    def extend(self, path: Path, data: Any) -> None:
+        broken = self._now()
+        super().extend(path, data[: len(data) // 2] if broken else data)
+        if broken:
+            self._fail()
+
+    def fsync(self, path: Path) -> None:
+        self._fail() if self._now() else super().fsync(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._fail() if self._now() else super().rename(source, target)
+
+    def remove_tree(self, path: Path) -> None:
+        self._fail() if self._now() else super().remove_tree(path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_whichever_operation_fails_no_good_step_is_lost(tmp_path: Path, number: int) -> None:
+    """Fail operation 1, 2, 3 ... of a save until one save is not hit any more."""
+    refused = 0
+    for at in itertools.count(1):
+        steps = tmp_path / str(at)
+        save(steps, 1), save(steps, 2)
+        files = Breaking(at, number)
+        try:
+            save(steps, 3, files)
+            acknowledged = 3
+        except MisError as error:
+            refused += 1
+            acknowledged = 2
+            assert str(error).endswith("the last good step is 2")
+        saved = newest(steps)
+        assert saved is not None and acknowledged <= saved.number <= 3 and is_whole(saved)
+        assert not [name for name in names(steps) if not name.startswith("step-")]
+        if files.done < at:
+            break
+    assert refused >= 14 and acknowledged == 3  # 6 operations of files, 4 of folders, fsyncs: all were hit
+
+
+HOLDER = """
+import pathlib, sys, time
+from mis_mlx.storage.checkpoint import lock
+with lock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
+    """The sentence has the holder's number; after the holder was killed the run is free."""
+    run = tmp_path / "runs" / "first"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(MisError, match=rf"already in use by process {holder.pid} since 2"), lock(run):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with lock(run):
+        assert str(os.getpid()) in (run / ".lock").read_text()
+
+
+def test_the_lock_is_given_back(tmp_path: Path) -> None:
+    """After the block, also after one that raised, the same process may take it again; inside, nobody may."""
+    with pytest.raises(ZeroDivisionError), lock(tmp_path):
+        with pytest.raises(MisError, match=f"process {os.getpid()}"), lock(tmp_path):
+            pass
+        raise ZeroDivisionError
+    with lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", [".tmp-m-{}", ".tmp-m-rounded-{}-{}", ".tmp-m-x7_a-{}"])
+def test_what_a_dead_process_left_is_swept(name: str, tmp_path: Path) -> None:
+    """Of the same folder, whatever it was for; not what a process that lives is making, nor of another folder."""
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    ).stdout
+    left, living = (tmp_path / name.replace("{}", str(number)) for number in (int(dead), os.getppid()))
+    other = tmp_path / f".tmp-other-{int(dead)}"
+    for path in (left, living, other):
+        path.mkdir()
+        (path / "half").write_bytes(b"x")
+    commit_folder(tmp_path / "m", lambda tmp: DISK.write(tmp / "whole", b"y"), DISK, 1)
+    assert not left.exists() and living.exists() and other.exists()
+    assert [p.name for p in (tmp_path / "m").iterdir()] == ["whole"]
+
+
+def test_a_step_on_the_way_leaves_what_can_be_swept(tmp_path: Path) -> None:
+    """The half-made folder of a `.tmp-` folder has a name that belongs to the one they are both made for."""
+    seen = list[str]()
+
+    def fill(tmp: Path) -> None:
+        seen.append(tmp.name)
+        DISK.write(tmp / "x", b"y")
+
+    commit_folder(tmp_path / ".tmp-m-rounded-77", fill, DISK, 1)
+    assert seen == [f".tmp-m-rounded-77-{os.getpid()}"]

@@ -1,0 +1,161 @@
+"""What the one class that touches the disk promises, on a real disk."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.storage.files import DISK, Files, reported
+from mis_mlx.types import GIB, MisError
+
+
+def test_write_makes_a_new_file_and_extend_grows_it(tmp_path: Path) -> None:
+    """The bytes arrive in order, whether they come as bytes or as a memoryview."""
+    DISK.write(tmp_path / "a", b"one")
+    DISK.extend(tmp_path / "a", memoryview(b"two"))
+    assert (tmp_path / "a").read_bytes() == b"onetwo"
+
+
+def test_write_never_touches_an_existing_file_or_link(tmp_path: Path) -> None:
+    """A file that is there keeps its bytes, also when a link points to it."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / "link").symlink_to(victim)
+    for path in (victim, tmp_path / "link"):
+        with pytest.raises(FileExistsError):
+            DISK.write(path, b"new")
+    assert victim.read_bytes() == b"precious"
+
+
+def test_extend_does_not_make_a_file(tmp_path: Path) -> None:
+    """A misspelt name is an error, not a second file."""
+    with pytest.raises(FileNotFoundError):
+        DISK.extend(tmp_path / "nowhere", b"x")
+
+
+def test_append_keeps_a_torn_line_apart(tmp_path: Path) -> None:
+    """A half line that a crash left does not swallow the line that comes after it."""
+    log = tmp_path / "metrics.jsonl"
+    DISK.append(log, '{"step": 1}')
+    with open(log, "a") as file:
+        file.write('{"st')
+    DISK.append(log, '{"step": 2}')
+    assert log.read_text().splitlines() == ['{"step": 1}', '{"st', '{"step": 2}']
+
+
+def test_append_to_a_folder_that_is_gone_is_one_sentence(tmp_path: Path) -> None:
+    """A disk that was pulled out gives a MisError that names the folder and the log."""
+    with pytest.raises(MisError, match=r"gone vanished: the log metrics\.jsonl was not saved"):
+        DISK.append(tmp_path / "gone" / "metrics.jsonl", "{}")
+
+
+def test_remove_tree_deletes_a_link_but_not_its_target(tmp_path: Path) -> None:
+    """A leftover that is a link to somewhere else costs nothing there."""
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    DISK.remove_tree(tmp_path / "link")
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "target" / "file").exists()
+
+
+def test_fsync_falls_back_where_the_full_one_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told it is on macOS, it asks for F_FULLFSYNC, which this kernel refuses, then calls fsync."""
+    synced: list[int] = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 10**6, raising=False)  # EINVAL on every system
+    monkeypatch.setattr(os, "fsync", synced.append)
+    DISK.fsync(tmp_path)
+    assert len(synced) == 1
+
+
+class Short(Files):
+    """A disk that is as full as a test wants."""
+
+    def __init__(self, free: int):
+        self.free = free
+
+    def free_bytes(self, path: Path) -> int:
+        return self.free
+
+
+def test_require_space_names_both_numbers(tmp_path: Path) -> None:
+    """Needed (with a fifth to spare), free, where, and what to do are all in the sentence."""
+    with pytest.raises(MisError) as caught:
+        Short(GIB).require_space(tmp_path, GIB, "the model")
+    assert str(caught.value) == (
+        f"Not enough disk space in {tmp_path}: the model needs 1.20 GiB, 1.00 GiB are free; free some and start again"
+    )
+    Short(2 * GIB).require_space(tmp_path, GIB, "the model")
+
+
+def test_free_bytes_of_a_folder_yet_to_be_made(tmp_path: Path) -> None:
+    """The disk is asked at the nearest folder that exists."""
+    assert DISK.free_bytes(tmp_path / "a" / "b") > 0
+
+
+def test_make_folder_syncs_every_parent_it_changes(tmp_path: Path) -> None:
+    """Each new folder's entry is made durable in its parent; folders that exist are left alone."""
+    synced: list[Path] = []
+
+    class Listening(Files):
+        def fsync(self, path: Path) -> None:
+            synced.append(path)
+
+    for _ in range(2):
+        Listening().make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"] and (tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.parametrize("broken", ["write", "fsync", "rename"])
+def test_replace_text_is_all_or_nothing(tmp_path: Path, broken: str) -> None:
+    """When any of its operations fails, the old text is there and no temporary file is."""
+    path = tmp_path / "state.json"
+    DISK.replace_text(path, "old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = Files()
+    setattr(files, broken, refuse)
+    with pytest.raises(MisError, match="Not enough disk space"):
+        files.replace_text(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["state.json"]
+    DISK.replace_text(path, "new: Miś")
+    assert path.read_text() == "new: Miś"
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, r"Not enough disk space in .*: it needs 3\.00 GiB, .* free; do this"),
+        (errno.EDQUOT, "Not enough disk space"),
+        (errno.EFBIG, "does not take files this large"),
+        (errno.EIO, "stopped answering in .*: it was not saved; do this"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "not allowed"),
+    ],
+)
+def test_a_refusing_disk_becomes_one_sentence(tmp_path: Path, number: int, says: str) -> None:
+    """Every way in which a disk says no is put into words once, with what to do at the end."""
+    with pytest.raises(MisError, match=says), reported(tmp_path, "it", 3 * GIB, "do this"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
+    """A missing file in a folder that exists is a bug, and not dressed up."""
+    with pytest.raises(FileNotFoundError), reported(tmp_path, "it"):
+        (tmp_path / "missing").read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_write_permission_is_one_sentence(tmp_path: Path) -> None:
+    """The real EACCES of the kernel, not a made one."""
+    tmp_path.chmod(0o555)
+    with pytest.raises(MisError, match="Writing is not allowed"):
+        DISK.replace_text(tmp_path / "state.json", "x")
+    tmp_path.chmod(0o755)

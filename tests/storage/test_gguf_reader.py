@@ -1,0 +1,175 @@
+"""storage/gguf_reader.py: a tiny GGUF, written as llama.cpp's converter writes one, comes back as it went in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from tokenizers import Tokenizer, pre_tokenizers
+
+from mis_mlx.storage import gguf_reader, hub, safetensors
+from mis_mlx.types import MisError
+
+HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+PIECES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "he", "12"]
+
+
+def llama_cpp_permute(weights: np.ndarray, heads: int) -> np.ndarray:
+    """`permute` of llama.cpp's convert_hf_to_gguf.py, word for word."""
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
+
+
+def original() -> dict[str, np.ndarray]:
+    """{Hugging Face name: float32 weights} of a tied 2-block llama."""
+    random = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (len(PIECES), HIDDEN)}
+    for i in range(LAYERS):
+        block = f"model.layers.{i}"
+        shapes[f"{block}.input_layernorm.weight"] = (HIDDEN,)
+        shapes[f"{block}.post_attention_layernorm.weight"] = (HIDDEN,)
+        for name, rows in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            shapes[f"{block}.self_attn.{name}_proj.weight"] = (rows * HEAD_DIM, HIDDEN)
+        shapes[f"{block}.self_attn.o_proj.weight"] = (HIDDEN, HEADS * HEAD_DIM)
+        shapes[f"{block}.mlp.gate_proj.weight"] = shapes[f"{block}.mlp.up_proj.weight"] = (FFN, HIDDEN)
+        shapes[f"{block}.mlp.down_proj.weight"] = (HIDDEN, FFN)
+    shapes["model.norm.weight"] = (HIDDEN,)
+    return {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def write_gguf(path: Path, weights: dict[str, np.ndarray], quantized: str = "") -> None:
+    """A GGUF of `weights`, with q and k permuted; the tensor called `quantized` is stored as Q4_1."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(FFN)
+    writer.add_block_count(LAYERS)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(100_000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_context_length(8192)
+    writer.add_vocab_size(len(PIECES))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(PIECES)
+    writer.add_token_types([3, 3, 3] + [1] * (len(PIECES) - 3))
+    writer.add_token_merges(["h e", "1 2"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template("{{ messages }}")
+    theirs = {ours: name for name, ours in {**gguf_reader.TOP, **gguf_reader.BLOCK}.items()}
+    for name, values in weights.items():
+        stem = name.removesuffix(".weight")
+        if stem.startswith("model.layers."):
+            number, _, part = stem.removeprefix("model.layers.").partition(".")
+            stem, prefix = part, f"blk.{number}."
+        else:
+            prefix = ""
+        if stem in ("self_attn.q_proj", "self_attn.k_proj"):
+            values = llama_cpp_permute(values, HEADS if "q_proj" in stem else KV_HEADS)
+        kind = GGMLQuantizationType.Q4_1 if name == quantized else None
+        data = quants.quantize(values, kind) if kind else np.ascontiguousarray(values)
+        writer.add_tensor(f"{prefix}{theirs[stem]}.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The tiny model's GGUF."""
+    write_gguf(tmp_path / "tiny.gguf", original())
+    return tmp_path / "tiny.gguf"
+
+
+def converted(source: Path, dtype: str = "F32") -> Path:
+    """The folder made of `source`."""
+    folder = source.with_name("model")
+    folder.mkdir()
+    gguf_reader.convert(source, folder, dtype, hub.sha256(source))
+    return folder
+
+
+def test_weights_come_back_bit_for_bit(tiny: Path) -> None:
+    """In float32 every tensor has its Hugging Face name, shape and order of rows, the gate agrees."""
+    folder = converted(tiny)
+    assert safetensors.index(folder).keys() == original().keys()
+    found: Any = mx.load(str(folder / "model.safetensors"))
+    for name, values in original().items():
+        np.testing.assert_array_equal(np.array(found[name]), values, err_msg=name)
+
+
+def test_bfloat16_is_the_nearest(tiny: Path) -> None:
+    """bfloat16 has 8 significant bits, so the nearest is at most 2**-8 of the value away."""
+    found: Any = mx.load(str(converted(tiny, "BF16") / "model.safetensors"))
+    for name, values in original().items():
+        assert found[name].dtype == mx.bfloat16
+        got = np.array(found[name].astype(mx.float32))
+        np.testing.assert_allclose(got, values, rtol=2**-8, atol=0, err_msg=name)
+
+
+def test_a_packed_tensor_is_unpacked(tmp_path: Path) -> None:
+    """Q4_1 (here q, so permuted too) comes back to half a step: 16 levels between a group's ends."""
+    name = "model.layers.1.self_attn.q_proj.weight"
+    write_gguf(tmp_path / "tiny.gguf", original(), quantized=name)
+    found: Any = mx.load(str(converted(tmp_path / "tiny.gguf") / "model.safetensors"))
+    want = original()[name].reshape(-1, 32)
+    step = np.ptp(want, axis=1, keepdims=True) / 15
+    error = np.abs(np.array(found[name]).reshape(-1, 32) - want)
+    assert np.all(error <= step * 0.5 + 0.01)  # scale and minimum are float16
+    assert error.max() > 0.01  # it was packed indeed
+
+
+def test_unpermute_by_hand() -> None:
+    """One head of 4 rows: interleaved halves 0 2 1 3 become 0 1 2 3."""
+    rows = np.array([[0.0], [2.0], [1.0], [3.0]])
+    assert gguf_reader.unpermute(rows, 1)[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_config_is_explicit(tiny: Path) -> None:
+    """What mlx-lm or transformers would otherwise guess, silently and wrongly, is spelled out."""
+    config = json.loads((converted(tiny) / "config.json").read_text())
+    assert config["head_dim"] == HEAD_DIM and config["tie_word_embeddings"] is True
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100_000.0
+    assert config["rms_norm_eps"] == 1e-5 and config["torch_dtype"] == "float32"
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+
+
+def test_tokenizer_splits_digits_and_keeps_polish(tiny: Path) -> None:
+    """Merges are used except between digits, special tokens are single ids, text survives."""
+    tokenizer = Tokenizer.from_file(str(converted(tiny) / "tokenizer.json"))
+    assert tokenizer.encode("he 12").tokens == ["he", "Ġ", "1", "2"]
+    assert tokenizer.encode("<|im_start|>he<|im_end|>").ids == [1, PIECES.index("he"), 2]
+    text = "Zażółć gęślą jaźń, 832 m n.p.m."
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_foreign_gguf_is_refused_before_it_is_read(tiny: Path, tmp_path: Path) -> None:
+    """Any file but the pinned one is refused by its hash, even one that no reader could open."""
+    (tmp_path / "junk.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
+    (tmp_path / "out").mkdir()
+    for foreign in (tiny, tmp_path / "junk.gguf"):
+        with pytest.raises(MisError, match="use the safetensors model it was made from"):
+            gguf_reader.convert(foreign, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_unknown_tensors_and_architectures_stop() -> None:
+    """A tensor or an architecture we have no place for is never dropped silently."""
+    with pytest.raises(ValueError, match=r"blk\.0\.ssm_in\.weight"):
+        gguf_reader.hf_name("blk.0.ssm_in.weight")
+    with pytest.raises(ValueError, match="gemma3"):
+        gguf_reader.config_of({"general.architecture": "gemma3"}, True, "float32")

@@ -1,0 +1,246 @@
+"""The gate against hand-made bad files, a generator of consistent lies, and the reference parser."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+import safetensors
+
+from mis_mlx.storage.header_check import DTYPES, check
+from mis_mlx.storage.safetensors import lazy
+from mis_mlx.types import MisError, TensorAt
+
+GOOD = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+
+
+def made(header: dict[str, Any] | str | bytes, data: int = 24) -> bytes:
+    """A file of this header and `data` bytes of zeros."""
+    if isinstance(header, dict):
+        header = json.dumps(header)
+    text = header.encode() if isinstance(header, str) else header
+    return struct.pack("<Q", len(text)) + text + bytes(data)
+
+
+def one(dtype: Any = "F32", shape: Any = (2, 3), span: Any = (0, 24), name: str = "w") -> dict[str, Any]:
+    return {name: {"dtype": dtype, "shape": shape, "data_offsets": span}}
+
+
+def two(*spans: tuple[int, int]) -> dict[str, Any]:
+    return {f"t{i}": {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for i, (a, b) in enumerate(spans)}
+
+
+TEXT = json.dumps(GOOD["w"])
+WHOLE = made(GOOD)
+BAD = {
+    "empty": b"",
+    "seven bytes": WHOLE[:7],
+    "eight bytes": WHOLE[:8],
+    "cut in the header": WHOLE[:40],
+    "cut in the data": WHOLE[:-1],
+    "no data": WHOLE[:-24],
+    "junk at the end": WHOLE + b"x",
+    "header of 2^63 bytes": struct.pack("<Q", 2**63) + WHOLE[8:],
+    "header of 2^64-1 bytes": struct.pack("<Q", 2**64 - 1) + WHOLE[8:],
+    "header longer than allowed": struct.pack("<Q", 100_000_001) + WHOLE[8:],
+    "empty header": made(b"", 0),
+    "space before the header": made(" " + json.dumps(GOOD)),
+    "list": made("[1]", 0),
+    "text after the JSON": made(json.dumps(GOOD) + "{}"),
+    "not UTF-8": made(b'{"\xff": 1}'),
+    "half a surrogate pair": made('{"\\ud800": ' + TEXT + "}"),
+    "nested too deeply": made('{"a":' * 100_000, 0),
+    "NaN": made('{"w": NaN}'),
+    "same name, same bytes": made('{"w": ' + TEXT + ', "w": ' + TEXT + "}"),
+    "same key inside": made('{"w": {"dtype": "F32", "dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}'),
+    "metadata not text": made({"__metadata__": {"a": 1}, **GOOD}),
+    "metadata a list": made({"__metadata__": [], **GOOD}),
+    "entry not an object": made({"w": 3}),
+    "entry without shape": made({"w": {"dtype": "F32", "data_offsets": [0, 24]}}),
+    "unknown dtype": made(one("F7")),
+    "F64, which MLX does not read": made(one("F64", [3])),
+    "dtype a list": made(one(["F32"])),
+    "dimension -1, span wraps": made(one(shape=[-1], span=[0, 2**64 - 4]), 1 << 20),
+    "dimensions -2 -2": made(one(shape=[-2, -2], span=[0, 16]), 16),
+    "65536 four times wraps to 0": made(one(shape=[65536] * 4, span=[0, 0]), 0),
+    "dimension 2^32+2": made(one(shape=[2**32 + 2], span=[0, 8]), 8),
+    "dimension 2.5": made(one(shape=[2.5], span=[0, 8]), 8),
+    "dimension true": made(one(shape=[True], span=[0, 4]), 4),
+    "rank 9": made(one(shape=[1] * 9, span=[0, 4]), 4),
+    "shape a number": made(one(shape=6)),
+    "shape of 10^5000": made('{"w": {"dtype": "U8", "shape": [1' + "0" * 5000 + '], "data_offsets": [0, 0]}}', 0),
+    "offsets reversed": made(one(span=[24, 0])),
+    "three offsets": made(one(span=[0, 24, 24])),
+    "offsets negative": made(one(span=[-24, 0])),
+    "offsets wrap": made(one(span=[2**64 - 24, 2**64])),
+    "offsets as text": made(one(span=["0", "24"])),
+    "shape and span differ": made(one(span=[0, 23]), 23),
+    "hole": made(two((0, 8), (16, 24))),
+    "hole at the start": made(two((8, 24))),
+    "overlap": made(two((0, 16), (8, 24))),
+    "bomb: 2000 tensors on the same bytes": made({f"t{i}": one()["w"] for i in range(2000)}),
+    "name of 513 letters": made(one(name="n" * 513)),
+    "NUL in the name": made(one(name="a\0b")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_refused_by_name_before_mlx_sees_them(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence that begins with the file; and `lazy` refuses too, without one call of mx.load."""
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(BAD[case])
+    with pytest.raises(MisError) as caught:
+        check(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    loaded: list[str] = []
+    monkeypatch.setattr(mx, "load", loaded.append)
+    with pytest.raises(MisError):
+        lazy({"w": TensorAt(path, "F32", (2, 3), 8, 24)}, ["w"])
+    assert loaded == []
+
+
+def test_a_truncated_file_says_how_much_is_there(tmp_path: Path) -> None:
+    """Both numbers, so that a user sees it is a download that stopped."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(WHOLE[:-10])
+    with pytest.raises(MisError, match=f"incomplete, {len(WHOLE) - 10} of {len(WHOLE)} bytes"):
+        check(path)
+
+
+def test_what_is_not_a_regular_file_is_refused_and_never_hangs(tmp_path: Path) -> None:
+    """A pipe (open() would wait for ever), a device, a folder, a dangling link, nothing at all."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("pipe", "device", "folder", "dangling", "missing"):
+        with pytest.raises(MisError, match=r"not a regular file|cannot be read"):
+            check(tmp_path / name)
+
+
+def test_the_memory_limit_is_kept(tmp_path: Path) -> None:
+    """A whole file is refused when its tensors take more than the caller has."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(WHOLE)
+    check(path, limit_bytes=24)
+    with pytest.raises(MisError, match="24 bytes of tensors, 23 bytes are allowed"):
+        check(path, limit_bytes=23)
+
+
+def test_a_good_file_is_described_to_the_byte(tmp_path: Path) -> None:
+    """Offsets count from the start of the file: the bytes there are the tensor's."""
+    path = tmp_path / "model.safetensors"
+    text = json.dumps({"__metadata__": {"format": "mlx"}, **GOOD})
+    path.write_bytes(made(text, 0) + bytes(range(24)))
+    tensors, metadata = check(path)
+    assert tensors == {"w": TensorAt(path, "F32", (2, 3), 8 + len(text), 24)} and metadata == {"format": "mlx"}
+    assert path.read_bytes()[tensors["w"].offset :][:24] == bytes(range(24))
+
+
+def test_the_gate_does_without_mlx(tmp_path: Path) -> None:
+    """Importing and using it in a fresh process leaves MLX unimported."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(WHOLE)
+    code = (
+        "import sys, pathlib; from mis_mlx.storage.safetensors import check, index;"
+        "check(pathlib.Path(sys.argv[1])); index(pathlib.Path(sys.argv[1]).parent);"
+        "print('mlx' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+WRAP = 2**64
+DIMS = [
+    -1,
+    -2,
+    -4,
+    -8,
+    0,
+    1,
+    2,
+    3,
+    4,
+    8,
+    16,
+    2**15,
+    2**16,
+    2**20,
+    2**30,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**32 + 1,
+    2**33,
+]
+
+
+def liar(rng: random.Random) -> bytes:
+    """A header whose shapes are absurd while its offsets agree modulo 2^64: what an attacker would write.
+
+    One in three is honest, so that a gate which refuses everything is found out too.
+    """
+    honest = rng.random() < 1 / 3
+    header: dict[str, Any] = {}
+    end = 0
+    for i in range(rng.choice([1, 1, 2])):
+        dtype = rng.choice(list(DTYPES))
+        shape = [rng.randrange(5) if honest else rng.choice(DIMS) for _ in range(rng.randrange(5))]
+        nbytes = DTYPES[dtype][1]
+        for dim in shape:
+            nbytes = nbytes * dim % WRAP
+        begin = end if honest else rng.choice([0, 0, end, 4, 64, WRAP - 64, WRAP - 200])
+        end = (begin + nbytes) % WRAP if rng.random() < 0.9 else begin + nbytes
+        header[f"t{i}"] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    data = made(header, end if end < 1 << 20 else rng.choice([0, 64, 4096]))
+    if rng.random() < 0.1:  # and sometimes one flipped bit
+        at = rng.randrange(len(data))
+        data = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+    return data
+
+
+def accepts(path: Path) -> bool:
+    try:
+        check(path)
+    except MisError:
+        return False
+    return True
+
+
+def reference_accepts(data: bytes) -> bool:
+    try:
+        safetensors.deserialize(data)
+    except safetensors.SafetensorError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("cases", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_liars_nothing_passes_that_the_reference_refuses(cases: int, tmp_path: Path) -> None:
+    """No liar gets through, honest files do, and what gets through MLX reads with the shapes it states."""
+    rng = random.Random(3)
+    path = tmp_path / "f.safetensors"
+    passed = refused = 0
+    for case in range(cases):
+        data = liar(rng)
+        path.write_bytes(data)
+        if accepts(path):
+            passed += 1
+            assert reference_accepts(data), (case, data)
+            tensors, _ = check(path)
+            assert {n: tuple(a.shape) for n, a in lazy(tensors, tensors).items()} == {
+                n: at.shape for n, at in tensors.items()
+            }
+        else:
+            refused += 1
+    assert passed > cases / 5 and refused > cases / 3

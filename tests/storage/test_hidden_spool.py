@@ -1,0 +1,162 @@
+"""A spool is a list: what is in it comes back bit for bit from memory or disk, and nothing stays behind."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.hidden_spool import Spool
+from mis_mlx.types import MisError
+
+DTYPES = [mx.float32, mx.float16, mx.bfloat16]
+
+
+def noise(key: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """(2, 5, 7): an odd number of bytes' worth in two dimensions."""
+    return mx.random.normal((2, 5, 7), key=mx.random.key(key)).astype(dtype)
+
+
+def same(a: list[mx.array] | Spool, b: list[mx.array] | Spool) -> bool:
+    return len(a) == len(b) and all(x.dtype == y.dtype and mx.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("held", [0, 2, 99])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_does_what_a_list_does(tmp_path: Path, dtype: mx.Dtype, held: int) -> None:
+    """Append, read, assign over and over, from both ends and by slice."""
+    spool, plain, random = Spool(tmp_path, held, DISK), [], np.random.default_rng(0)
+    for key in range(6):
+        spool.append(noise(key, dtype))
+        plain.append(noise(key, dtype))
+    assert same(spool, plain)
+    for key in range(6, 40):
+        b = int(random.integers(-6, 6))
+        spool[b], plain[b] = noise(key, dtype), noise(key, dtype)
+        assert same(spool[b:], plain[b:])
+    for b, h in enumerate(spool):  # as a pass through a block does
+        spool[b] = h * 2
+    assert same(spool, [h * 2 for h in plain])
+
+
+def test_lazy_and_strided_arrays_are_written_as_they_read(tmp_path: Path) -> None:
+    """A transposed view not evaluated yet, and values that are no numbers, keep their bits."""
+    odd = mx.array([[mx.nan, -0.0, mx.inf], [1e-45, 1.0, -mx.inf]]).T
+    spool = Spool(tmp_path, 0, DISK)
+    spool.append(odd)
+    spool.append(odd + 0 * odd)
+    assert bytes(memoryview(spool[0])) == bytes(memoryview(mx.contiguous(odd)))
+    assert spool[1].shape == (3, 2)
+
+
+def test_only_what_does_not_fit_is_written(tmp_path: Path) -> None:
+    """Of five arrays of 280 bytes two stay in memory; an assignment to the others writes again."""
+    spool = Spool(tmp_path, 2, DISK)
+    spool.extend(noise(k) for k in range(5))
+    assert spool.written_bytes == 3 * 280
+    spool[0], spool[4] = noise(8), noise(9)
+    assert spool.written_bytes == 4 * 280
+    assert same(spool, [noise(8), noise(1), noise(2), noise(3), noise(9)])
+
+
+def test_the_file_has_no_name_and_goes_with_the_spool(tmp_path: Path) -> None:
+    """Nothing to see while it is in use, no open file after it."""
+    spool = Spool(tmp_path, 0, DISK)
+    spool.append(noise(0))
+    assert os.listdir(tmp_path) == []
+    fd = spool._fd
+    assert os.fstat(fd).st_nlink == 0
+    del spool
+    gc.collect()
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+def test_what_a_list_of_one_kind_cannot_do(tmp_path: Path) -> None:
+    """Other shapes and types, places that are not there, the middle, and shrinking are refused."""
+    spool = Spool(tmp_path, 0, DISK)
+    spool.append(noise(0))
+    with pytest.raises(ValueError, match="float16"):
+        spool.append(noise(1, mx.float16))
+    with pytest.raises(ValueError, match=r"\(1, 5, 7\)"):
+        spool[0] = noise(1)[:1]
+    for b in (1, -2):
+        with pytest.raises(IndexError):
+            spool[b]
+        with pytest.raises(IndexError):
+            spool[b] = noise(1)
+    with pytest.raises(AssertionError):
+        spool.insert(0, noise(1))
+    with pytest.raises(TypeError):
+        del spool[0]
+    assert same(spool, [noise(0)])
+
+
+class FillsUp(Files):
+    """A disk on which the scratch file may have `room` bytes."""
+
+    def __init__(self, room: int):
+        self.room = room
+
+    def put(self, fd: int, offset: int, data: memoryview) -> None:
+        super().put(fd, offset, data[: max(0, self.room - offset)])
+        if offset + len(data) > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_fills_up_is_one_sentence(tmp_path: Path) -> None:
+    """The third array of 280 bytes is torn; both numbers are said, and with room again it goes on."""
+    files = FillsUp(700)
+    spool = Spool(tmp_path, 0, files)
+    spool.extend([noise(0), noise(1)])
+    with pytest.raises(MisError) as caught:
+        spool.append(noise(2))
+    start, free, end = str(caught.value).partition(" are free; ")
+    assert start.startswith(f"Not enough disk space in {tmp_path}: the spool of hidden states needs 280 bytes, ")
+    assert free and end == "mend that and start again"
+    assert same(spool, [noise(0), noise(1)])
+    files.room = 10_000
+    spool.append(noise(3))
+    assert same(spool, [noise(0), noise(1), noise(3)])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device")
+def test_the_kernel_says_that_the_disk_is_full(tmp_path: Path) -> None:
+    """A device that is always full, in the place of the scratch file."""
+
+    class Full(Files):
+        def scratch(self, folder: Path) -> int:
+            return os.open("/dev/full", os.O_RDWR | os.O_CLOEXEC)
+
+    with pytest.raises(MisError, match="Not enough disk space .* needs 280 bytes, .* free"):
+        Spool(tmp_path, 0, Full()).append(noise(0))
+
+
+@pytest.mark.parametrize(("number", "says"), [(errno.EROFS, "read-only"), (errno.EACCES, "not allowed")])
+def test_a_folder_that_takes_no_file_is_one_sentence(tmp_path: Path, number: int, says: str) -> None:
+    """The scratch file cannot even be made; what is held in memory never asks for it."""
+
+    class Refusing(Files):
+        def scratch(self, folder: Path) -> int:
+            raise OSError(number, os.strerror(number))
+
+    spool = Spool(tmp_path, 1, Refusing())
+    spool.append(noise(0))
+    with pytest.raises(MisError, match=f"{says} in .*: the spool of hidden states was not saved"):
+        spool.append(noise(1))
+
+
+def test_a_file_cut_short_is_not_read_as_zeros(tmp_path: Path) -> None:
+    """Somebody truncated it: a sentence, and no endless loop."""
+    spool = Spool(tmp_path, 0, DISK)
+    spool.extend([noise(0), noise(1)])
+    os.ftruncate(spool._fd, 300)
+    assert mx.array_equal(spool[0], noise(0))
+    with pytest.raises(MisError, match="cut short"):
+        spool[1]

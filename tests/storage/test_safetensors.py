@@ -1,0 +1,274 @@
+"""Model folders, lazy reading and the streaming writer, against MLX and the reference package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from safetensors import safe_open
+
+from mis_mlx.storage.files import DISK
+from mis_mlx.storage.safetensors import INDEX, Writer, check, index, lazy, spec_of, write_arrays
+from mis_mlx.types import MisError
+
+
+def arrays() -> dict[str, mx.array]:
+    """Every dtype and every layout in memory that a model or an optimizer may hand over."""
+    x = mx.arange(24, dtype=mx.float32).reshape(4, 6) / 7
+    return {
+        "three.bools": mx.array([True, False, True]),  # 3 bytes: what follows is not aligned
+        "plain": x,
+        "transposed": x.T,
+        "rows": x[1:3],
+        "columns": x[:, 2:4],
+        "reversed": x[::-1],
+        "broadcast": mx.broadcast_to(x[0], (5, 6)),
+        "bf16": x.astype(mx.bfloat16).T,
+        "f16": x.astype(mx.float16),
+        "packed": mx.array([1, 2**32 - 1], dtype=mx.uint32),
+        "u64": mx.array([2**62 + 1], dtype=mx.uint64),
+        "i8": mx.array([-128, 127], dtype=mx.int8),
+        "empty": mx.zeros((0, 3)),
+        "step": mx.array(7, dtype=mx.int64),
+        "scalar.bf16": mx.array(1.5, dtype=mx.bfloat16),
+    }
+
+
+def write_model(folder: Path, content: dict[str, mx.array], shard_bytes: int = 2**30) -> None:
+    folder.mkdir()
+    writer = Writer(folder, {n: spec_of(a) for n, a in content.items()}, DISK, shard_bytes=shard_bytes)
+    for name, array in content.items():
+        writer.add(name, array)
+    writer.close()
+
+
+def assert_same(found: dict[str, Any], want: dict[str, mx.array]) -> None:
+    assert found.keys() == want.keys()
+    for name, array in want.items():
+        assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
+        assert mx.array_equal(found[name], array).item(), name
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 100, 1])
+def test_what_is_written_is_read_back_equal(tmp_path: Path, shard_bytes: int) -> None:
+    """Bit for bit, in one file, several, and one per tensor; by `lazy`, by mx.load and by the reference."""
+    want = arrays()
+    write_model(tmp_path / "m", want, shard_bytes)
+    tensors = index(tmp_path / "m")
+    assert_same(lazy(tensors, tensors), want)
+    direct: dict[str, mx.array] = {}
+    for path in sorted((tmp_path / "m").glob("*.safetensors")):
+        loaded: Any = mx.load(str(path))
+        direct.update(loaded)
+        with safe_open(path, framework="numpy") as reference:
+            assert reference.metadata() == {"format": "mlx"}
+            for name in reference.keys():  # noqa: SIM118 - no mapping, it only has keys()
+                assert tuple(reference.get_slice(name).get_shape()) == want[name].shape
+                if want[name].dtype != mx.bfloat16:
+                    assert reference.get_tensor(name).tolist() == want[name].tolist()
+    assert_same(direct, want)
+
+
+def test_shards_are_named_cut_and_counted(tmp_path: Path) -> None:
+    """Two tensors fit a shard, a big one is alone; the index adds up bytes and elements, names sorted."""
+    content = {"z": mx.zeros(4), "a": mx.zeros(4), "big": mx.zeros(100), "last": mx.zeros(1)}
+    write_model(tmp_path / "m", content, shard_bytes=32)
+    one, two, three = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
+    written = json.loads((tmp_path / "m" / INDEX).read_text())
+    assert written["metadata"] == {"total_size": 436, "total_parameters": 109}
+    assert list(written["weight_map"].items()) == [("a", one), ("big", two), ("last", three), ("z", one)]
+
+
+def test_packed_weights_are_not_counted_as_parameters(tmp_path: Path) -> None:
+    """A uint32 holds several weights: rather no number than a wrong one."""
+    write_model(tmp_path / "m", {"a": mx.zeros(4, dtype=mx.uint32), "b": mx.zeros(4)}, shard_bytes=16)
+    assert json.loads((tmp_path / "m" / INDEX).read_text())["metadata"] == {"total_size": 32}
+
+
+def test_the_writer_refuses_what_is_not_due(tmp_path: Path) -> None:
+    """Another name, shape or dtype, one too many, and closing too early, are bugs of the caller."""
+    specs = {"a": ("F32", (2,)), "b": ("F32", (2,))}
+    for number, wrong in enumerate(
+        [
+            ("b", mx.zeros(2)),
+            ("a", mx.zeros(3)),
+            ("a", mx.zeros(2, dtype=mx.float16)),
+            ("a", mx.zeros((1, 2))),
+        ]
+    ):
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises(ValueError, match="was due"):
+            Writer(tmp_path / str(number), specs, DISK).add(*wrong)
+    for shard_bytes in (8, 100):
+        folder = tmp_path / f"early{shard_bytes}"
+        folder.mkdir()
+        writer = Writer(folder, specs, DISK, shard_bytes=shard_bytes)
+        writer.add("a", mx.zeros(2))
+        with pytest.raises(ValueError, match="closed"):
+            writer.close()
+    writer.add("b", mx.zeros(2))
+    with pytest.raises(ValueError, match="None was due"):
+        writer.add("c", mx.zeros(2))
+
+
+def test_a_model_is_written_with_a_few_tensors_in_memory(tmp_path: Path) -> None:
+    """Sixteen tensors of 4 MiB, made as they are due: at no time are more than three of them alive."""
+    specs = {f"t{i}": ("BF16", (2048, 1024)) for i in range(16)}
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    writer = Writer(tmp_path, specs, DISK, shard_bytes=10 * 2**20)
+    for i, name in enumerate(specs):
+        writer.add(name, mx.full((2048, 1024), i, dtype=mx.bfloat16))
+    writer.close()
+    assert mx.get_peak_memory() - before <= 3 * 4 * 2**20
+    assert sum(at.nbytes for at in index(tmp_path).values()) == 64 * 2**20
+
+
+def test_write_arrays_tells_size_and_hash(tmp_path: Path) -> None:
+    """Both are those of the file, computed while it was written."""
+    path = tmp_path / "optimizer.safetensors"
+    size, sha256 = write_arrays(path, arrays(), DISK)
+    assert size == path.stat().st_size and sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_lazy_takes_only_what_was_asked_for(tmp_path: Path) -> None:
+    """Two of fifteen; a name that is not there is a sentence."""
+    write_model(tmp_path / "m", arrays(), 100)
+    tensors = index(tmp_path / "m")
+    assert list(lazy(tensors, ["plain", "step"])) == ["plain", "step"]
+    with pytest.raises(MisError, match="no tensor lm_head"):
+        lazy(tensors, ["lm_head"])
+
+
+def test_lazy_notices_that_a_file_changed_since_the_index(tmp_path: Path) -> None:
+    """Another tensor under the same name is refused; the arrays of before keep their values."""
+    write_model(tmp_path / "m", {"w": mx.zeros(4)})
+    tensors = index(tmp_path / "m")
+    before = lazy(tensors, ["w"])["w"]
+    write_arrays(tmp_path / "other", {"w": mx.ones(5)}, DISK)
+    os.replace(tmp_path / "other", tmp_path / "m" / "model.safetensors")
+    with pytest.raises(MisError, match="changed since it was checked"):
+        lazy(tensors, ["w"])
+    assert before.tolist() == [0.0] * 4
+
+
+def one_shard(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[0]
+
+
+def point(folder: Path, where: Any) -> None:
+    """Make the index say that the first tensor lies in `where`."""
+    content = json.loads((folder / INDEX).read_text())
+    content["weight_map"][next(iter(content["weight_map"]))] = where
+    (folder / INDEX).write_text(json.dumps(content))
+
+
+def rename_in_index(folder: Path) -> None:
+    text = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(text.replace('"a"', '"c"'))
+
+
+def swap_in_index(folder: Path) -> None:
+    content = json.loads((folder / INDEX).read_text())
+    first, last = content["weight_map"].values()
+    content["weight_map"] = {"a": last, "b": first}
+    (folder / INDEX).write_text(json.dumps(content))
+
+
+def link_out(folder: Path) -> None:
+    shard = one_shard(folder)
+    shutil.move(shard, folder.parent / "elsewhere.safetensors")
+    shard.symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+FOLDERS = {
+    "missing shard": (lambda f: one_shard(f).unlink(), "is missing"),
+    "stray model file": (lambda f: shutil.copy(one_shard(f), f / "model-zz.safetensors"), "model-zz"),
+    "stray model.safetensors": (lambda f: shutil.copy(one_shard(f), f / "model.safetensors"), "no index"),
+    "tensor in two shards": (
+        lambda f: shutil.copy(one_shard(f), sorted(f.glob("model-*"))[1]), "tensor a in both"
+    ),
+    "name only in the index": (rename_in_index, "disagree about"),
+    "names swapped": (swap_in_index, "disagree about a"),
+    "damaged shard": (lambda f: one_shard(f).write_bytes(b"x"), "incomplete"),
+    "traversal": (lambda f: point(f, "../x.safetensors"), "points outside"),
+    "absolute": (lambda f: point(f, "/etc/x.safetensors"), "points outside"),
+    "inner traversal": (lambda f: point(f, "a/../../x.safetensors"), "points outside"),
+    "backslash": (lambda f: point(f, "..\\x.safetensors"), "points outside"),
+    "NUL": (lambda f: point(f, "a\0.safetensors"), "points outside"),
+    "another kind of file": (lambda f: point(f, "pytorch_model.bin"), "points outside"),
+    "a number": (lambda f: point(f, 3), "points outside"),
+    "link out of the folder": (link_out, "link out of the model folder"),
+    "index not JSON": (lambda f: (f / INDEX).write_text("{"), "not a usable index"),
+    "index a list": (lambda f: (f / INDEX).write_text("[]"), "no weight_map"),
+    "index names a tensor twice": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}'), "twice"
+    ),
+    "index a folder": (lambda f: ((f / INDEX).unlink(), (f / INDEX).mkdir()), "not a regular file"),
+    "index nested too deeply": (lambda f: (f / INDEX).write_text('{"a":' * 10**5), "not a usable index"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_bad_model_folders_are_refused(case: str, tmp_path: Path) -> None:
+    """Each fault is one sentence that names the folder and the file."""
+    folder = tmp_path / "m"
+    write_model(folder, {"a": mx.zeros(2), "b": mx.ones(2)}, shard_bytes=8)
+    assert index(folder).keys() == {"a", "b"}
+    damage, says = FOLDERS[case]
+    damage(folder)
+    with pytest.raises(MisError, match=says) as caught:
+        index(folder)
+    assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
+
+
+def test_links_into_a_hugging_face_cache_pass(tmp_path: Path) -> None:
+    """The layout of the cache: snapshots/<revision>/model.safetensors -> ../../blobs/<hash>."""
+    cache = tmp_path / "models--someone--small"
+    (cache / "blobs").mkdir(parents=True)
+    write_arrays(cache / "blobs" / "abc", {"w": mx.ones(3)}, DISK)
+    snapshot = cache / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
+    tensors = index(snapshot)
+    assert lazy(tensors, ["w"])["w"].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("pytorch_model.bin", "pytorch_model.bin, an unsafe format"),
+        ("weights.npz", "unsafe format"),
+        ("model.gguf", "GGUF is not read"),
+        ("weights.safetensors", "neither model.safetensors nor"),
+        ("README.md", "holds no model.safetensors"),
+    ],
+)
+def test_folders_without_safetensors_say_what_to_do(tmp_path: Path, name: str, says: str) -> None:
+    """Unsafe and foreign formats are known by their names; the files are not opened."""
+    (tmp_path / name).write_bytes(b"cos\nabort\n(tR.")
+    with pytest.raises(MisError, match=says):
+        index(tmp_path)
+
+
+def test_a_missing_folder_is_one_sentence(tmp_path: Path) -> None:
+    """Also when the path is a file."""
+    (tmp_path / "file").write_text("x")
+    for name in ("nowhere", "file"):
+        with pytest.raises(MisError, match="no model folder"):
+            index(tmp_path / name)
+
+
+def test_check_agrees_with_what_was_written(tmp_path: Path) -> None:
+    """Offsets that the gate reports are where the bytes of each tensor lie."""
+    content = {"a": mx.array([1, 2], dtype=mx.uint8), "b": mx.array([3], dtype=mx.uint8)}
+    write_arrays(tmp_path / "f", content, DISK)
+    tensors, _ = check(tmp_path / "f")
+    data = (tmp_path / "f").read_bytes()
+    assert [data[t.offset : t.offset + t.nbytes] for t in tensors.values()] == [b"\1\2", b"\3"]
