@@ -396,3 +396,13 @@ assert "mlx_lm" not in sys.modules and "transformers" not in sys.modules
     listed = [f"mis_mlx.{module.name}".removesuffix(".__init__") for module in modules()]
     run = subprocess.run([sys.executable, "-c", code, *listed], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_the_walk_names_files_that_exist() -> None:
+    """docs/architecture.md, every `file.py` of it; and all packages have their place there or in README."""
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    named = re.findall(r"`([a-z_/]+\.py)`", text)
+    assert len(named) > 30 and not [name for name in named if not (PACKAGE / name).is_file()]
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert packages == {name for name in packages if re.search(rf"^  {name}/ ", readme, re.M)}
