@@ -132,8 +132,8 @@ def command(own_home: dict[str, str]) -> Callable[..., Done]:
 
 @pytest.fixture(scope="session")
 def flags(llama: Checkpoint, text_folder: Path) -> tuple[object, ...]:
-    """Flags of a `distill` of seconds."""
-    return ("--teacher", llama.path, "--data", text_folder, *SMALL)
+    """Flags of a `distill` of seconds, which leaves what it made on the way."""
+    return ("--teacher", llama.path, "--data", text_folder, *SMALL, "--keep-steps")
 
 
 @pytest.fixture(scope="session")

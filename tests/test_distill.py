@@ -13,6 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import distill
+from mis_mlx.distillation import pipeline
 from mis_mlx.models import arch, load, mlx_generate
 from mis_mlx.models.config import shape_of
 from mis_mlx.storage import checkpoint as protocol
@@ -45,13 +46,25 @@ def test_the_last_line_is_the_result(finished: tuple[Path, Done], llama: Checkpo
 
 
 def test_what_a_run_leaves_on_disk(finished: tuple[Path, Done]) -> None:
-    """The house's files, every step logged once, no checkpoint and no leftovers."""
+    """The house's files, every step logged once, the last two checkpoints (asked for), and no leftovers."""
     out, _ = finished
     assert {p.name for p in out.iterdir()} - {"thermal.jsonl"} == {
-        ".lock", "config.yaml", "origin.json", "plan.json", "metrics.jsonl", "pruned", "distilled", "model",
-        "tune.jsonl", "table.md", "result.json", "phases.jsonl", "samples.jsonl",
+        ".lock", "config.yaml", "origin.json", "plan.json", "metrics.jsonl", "steps", "pruned", "distilled", "model",
+        "rounded", "tune.jsonl", "tune-steps", "table.md", "result.json", "phases.jsonl", "samples.jsonl",
     }  # fmt: skip
     assert [number for number, _, _ in losses(out)] == list(range(1, ITERS + 1))
+    assert sorted(p.name for p in (out / "steps").iterdir()) == ["step-00000028", "step-00000030"]
+
+
+def test_a_run_that_is_done_keeps_no_checkpoints(
+    tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]
+) -> None:
+    """Unless asked to: what nobody needs any more goes, targets on disk too, and --resume has nothing left to do."""
+    few = [*(f for f in flags if f != "--keep-steps"), "--iters", 2, "--q-iters", 1, "--targets", "cached"]
+    done = command("distill", *few, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    left = {p.name for p in (tmp_path / "run").iterdir()}
+    assert not left & set(pipeline.LEFT) and {"pruned", "distilled", "model", "result.json"} <= left
 
 
 def test_all_four_folders_open_and_speak(finished: tuple[Path, Done], llama: Checkpoint) -> None:
@@ -103,7 +116,8 @@ def test_flags_from_yaml_and_wrong_ones(
 ) -> None:
     """A YAML with learning_rate: 1e-3 is used; an unknown key names the nearest; a wrong flag exits with 2."""
     (tmp_path / "good.yaml").write_text("learning_rate: 1e-3\niters: 3\nquantize: 0\n")
-    given = [f for pair in zip(flags[::2], flags[1::2], strict=True) for f in pair if pair[0] not in ("--iters",)]
+    at = flags.index("--iters")
+    given = [*flags[:at], *flags[at + 2 :]]
     given = given[: given.index("--learning-rate")]
     out = tmp_path / "run"
     done = command("distill", "-c", tmp_path / "good.yaml", *given, "--out", out)

@@ -79,7 +79,7 @@ def calibrate(
         distances = []
 
         def enter(into: mx.array, block: nn.Module = block) -> tuple[mx.array, dict[str, mx.array]]:
-            if len(readings) < len(batches):  # in the first block
+            if len(readings) < len(hidden):  # in the first block
                 readings.append(reading())
                 weights.append(importance.weight_of(readings[-1], unit))
             after = block(into, load.mask(source.args, block, into))

@@ -98,6 +98,7 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
     asked: dict[str, Any] = {
         "teacher": str(model), **few, "reconstruct_samples": 2, "eval_windows": 1, "bench_tokens": 0,
         "sample_tokens": 0, "ffn": 256, "iters": 2, "save_every": 1, "warmup": 1, "q_iters": 1, "learning_rate": 1e-2,
+        "keep_steps": True,
     }  # fmt: skip
     taught: dict[str, Any] = {"model": str(model), "data": str(text.parent / "lessons"), "max_seq_length": 128}
     taught |= {"iters": 3, "save_every": 1}
