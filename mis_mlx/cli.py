@@ -27,7 +27,7 @@ from mis_mlx.types import GIB, MisError, Within
 
 T = TypeVar("T")
 ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
-BLAS = Path(__file__).parent / "machine" / "blas.py"  # a program of its own
+BLAS = Path(__file__).parent / "hardware" / "blas.py"  # a program of its own
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set by mlx.launch and mpirun, of several processes together
 DEVICE = re.compile(r"\[METAL\]|\[metal::|\[malloc|kIOGPU")  # how errors of MLX begin that are the device's

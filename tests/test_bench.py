@@ -28,7 +28,7 @@ QUICK = ("-p", 4, "-g", 4, "-n", 1)
 
 @pytest.fixture(autouse=True)
 def measured_roof(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache folder of the test's own, with a roof in it: measuring takes 5 s, and tests/machine does."""
+    """A cache folder of the test's own, with a roof in it: measuring takes 5 s, and tests/hardware does."""
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
     yield

@@ -15,6 +15,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import __main__, cli, quantize, thermal
+from mis_mlx.hardware import rates
 from mis_mlx.models import policy
 from mis_mlx.planner.recipe import Rounding
 from mis_mlx.quantization import bit_allocation
@@ -283,6 +284,7 @@ def test_the_ends_of_every_range_can_be_planned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A dry run gives a result that JSON holds, or one sentence. every: flags again that another command had."""
+    monkeypatch.setattr(rates, "matmul_flops", lambda *_: 1e11)  # which takes a third of a second, for every number
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     module: Any = importlib.import_module(f"mis_mlx.{name}")

@@ -244,6 +244,7 @@ def test_distill_takes_the_method(tmp_path: Path, flags: tuple[object, ...], com
     mlx_generate.open_model(tmp_path / "run" / "model")
 
 
+@pytest.mark.slow
 def test_forty_blocks_with_256_open_files(tmp_path: Path, text_folder: Path, own_home: dict[str, str]) -> None:
     """macOS allows no more at first: a deep model is rounded and tuned within it, and so are all files closed again."""
     tiny.make(tmp_path / "deep", num_hidden_layers=40, intermediate_size=64)

@@ -127,7 +127,9 @@ def test_the_one_that_writes_dies(
     assert [number for number, _, _ in losses(out)] == list(range(1, 31))
 
 
-@pytest.mark.parametrize(("n", "spread"), [(2, "whole"), (2, "layers"), (3, "layers")])
+@pytest.mark.parametrize(
+    ("n", "spread"), [(2, "whole"), *(pytest.param(n, "layers", marks=pytest.mark.slow) for n in (2, 3))]
+)
 def test_evaluate_says_what_one_machine_says(
     n: int, spread: str, tmp_path: Path, llama: Checkpoint, text_folder: Path, own_home: dict[str, str]
 ) -> None:

@@ -18,7 +18,7 @@ from mis_mlx.data.rows import Reading, Row, collect, held_out, key, read
 from mis_mlx.types import MisError
 
 MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
-MIS_FOLDER = Path(__file__).parent / MIS
+MIS_FOLDER = Path(__file__).parent / "polish" / MIS
 SPLITS = ("train", "valid", "test")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,14 @@ RUN: dict[str, Any] = dict(
 ALIGNED: dict[str, Any] = dict(
     iters=2, save_every=1, eval_rows=4, governor="observe", max_seq_length=96, batch_size=2, learning_rate=1e-4
 )
+
+
+EMULATED = ("4-bit teacher", "gptq and tune", "sft lora 4-bit", "dpo lora 4-bit")  # 20 s each; mxfp4's take 10
+
+
+def slow_where(slow: Sequence[str], name: str, *values: Any) -> Any:
+    """A case by its name."""
+    return pytest.param(*values, id=name, marks=[pytest.mark.slow] if name in slow else [])
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +128,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("way", [slow_where(EMULATED, name, way) for name, way in WAYS.items()])
 def test_distill(
     way: Way, teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Callable[..., Any]
 ) -> None:
@@ -242,7 +250,7 @@ HOWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+@pytest.mark.parametrize("how", [slow_where(EMULATED, name, how) for name, how in HOWS.items()])
 def test_quantize(
     how: dict[str, Any], teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Any
 ) -> None:
@@ -273,7 +281,7 @@ ALIGN: dict[str, tuple[Any, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("module", "kind", "more"), ALIGN.values(), ids=ALIGN)
+@pytest.mark.parametrize(("module", "kind", "more"), [slow_where(EMULATED, name, *way) for name, way in ALIGN.items()])
 def test_alignment(
     module: Any,
     kind: str,

@@ -25,7 +25,7 @@ from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
 from mis_mlx.types import MisError, Reading
 from tests.hardware.plant import Plant, PlantMonitor
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 GOOD = Reading(0.0, die_c=70.0, battery_c=30.0, pressure_level=0, battery_percent=90.0, plugged=True)
 
 

@@ -13,7 +13,7 @@ from mis_mlx.hardware.thermal.recording import SCHEMA, Header, Raw, Recorder, Re
 from mis_mlx.types import MisError
 from tests.hardware.plant import write_halny
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 FULL = Raw(
     mono_s=3.5,
     wall_s=1e9,

@@ -24,7 +24,7 @@ from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, MisError, Reading, Step
 
-HALNY = Path(__file__).parent.parent / "data" / "halny.jsonl"
+HALNY = Path(__file__).parents[2] / "data" / "halny.jsonl"
 
 
 def step(number: int) -> Step:

@@ -12,7 +12,7 @@ from mis_mlx.hardware.thermal.recording import Raw, Replay
 from mis_mlx.hardware.thermal.sensor_rules import Frozen, charging_watts, gauge_celsius, judge
 from tests.hardware.plant import smc_float
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 
 
 def look(**parts) -> Raw:

@@ -20,7 +20,7 @@ from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
 from mis_mlx.types import MisError
 from tests.hardware.plant import smc_float
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 NOWHERE = Path("/no/such/mis_mlx.toml")
 
 
