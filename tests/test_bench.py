@@ -174,7 +174,7 @@ def test_a_batch_generates_what_each_prompt_gives_alone(llama: Checkpoint) -> No
     together = timing.trial(subject, Request(5, 4, batch=2), (0, 1))
     rows = [together.tokens[i::2] for i in range(2)]
     for ids, row in zip(together.asked, rows, strict=True):
-        steps = timing._steps(subject, [list(ids)], 4, timing.speak.filled_cache(subject.model, 0))
+        steps = timing._steps(subject, [list(ids)], 4, timing.mlx_generate.filled_cache(subject.model, 0))
         assert tuple(t for new, _ in steps for t in new) == row
 
 

@@ -220,7 +220,7 @@ def test_tests_and_programs_run_with_fast_products(machine: Machine) -> None:
     (machine.checkout / "program.py").touch()
     machine.mis("program.py", "--rounds", "2")
     machine.mis("test", "-x")
-    log, blas = machine.log.read_text(), machine.checkout / "mis_mlx" / "machine" / "blas.py"
+    log, blas = machine.log.read_text(), machine.checkout / "mis_mlx" / "hardware" / "blas.py"
     python = f"python -I {blas} {machine.venv}/bin/python"
     assert (
         f"{python} {machine.checkout}/program.py --rounds 2\n" in log

@@ -241,7 +241,7 @@ LIMITS = """
 import os, resource, sys
 from dataclasses import dataclass
 from mis_mlx import cli
-from mis_mlx.machine import memory
+from mis_mlx.hardware import memory
 @dataclass(frozen=True)
 class Settings:
     iters: int = 1

@@ -203,10 +203,10 @@ def test_aliased_blocks_are_found(
 def test_exit_code(tmp_path: Path, own_home: dict[str, str]) -> None:
     """A check that fails ends the process with 3, after the report and its JSON."""
     code = (
-        "import mlx.core as mx\nfrom mis_mlx import cli, doctor\nfrom mis_mlx.model import kernel_checks\n"
-        "from mis_mlx.training import engine_checks\nright = mx.fast.rms_norm\n"
+        "import mlx.core as mx\nfrom mis_mlx import cli, doctor\nfrom mis_mlx.checks import engine\n"
+        "right = mx.fast.rms_norm\n"
         "mx.fast.rms_norm = lambda x, w, eps: right(x, w, eps) * 1.01\n"
-        "engine_checks.CHECKS = {}\ncli.main(doctor.Settings, doctor.run)\n"
+        "engine.CHECKS = {}\ncli.main(doctor.Settings, doctor.run)\n"
     )
     env = {**own_home, "PYTHONPATH": str(ROOT)}
     done: Done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

@@ -134,7 +134,7 @@ def test_the_witness_sees_a_wrong_order_of_rows(
     tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the permutation the same comparison fails, by far."""
-    monkeypatch.setattr(export.ggml, "row_order", lambda count, heads: np.arange(count))
+    monkeypatch.setattr(export.tensors, "row_order", lambda count, heads: np.arange(count))
     _, reader = exported(llama.path, tmp_path / "out", out_type="f16")
     assert np.abs(forward(reader, IDS) - mlx_logits(llama.path, IDS)).max() > 0.05
 
@@ -145,7 +145,7 @@ def test_every_tensor_in_float16(tmp_path: Path, kind: str, models: Callable[[st
     _, reader = exported(models(kind).path, tmp_path / "out", out_type="f16")
     found, c = tensors(reader), models(kind)
     config, is_llama = c.config, c.config["model_type"] in ("llama", "mistral")
-    for part in export.ggml.parts(c, "f16"):
+    for part in export.tensors.parts(c, "f16"):
         want = np.array(load.dense(c, part.source))
         if is_llama and part.source.split(".")[-2] in ("q_proj", "k_proj"):
             which = "num_attention_heads" if "q_proj" in part.source else "num_key_value_heads"
@@ -204,7 +204,7 @@ def test_four_bits_are_rewrapped_not_rounded(tmp_path: Path, four: Path) -> None
     done, reader = exported(four, tmp_path / "out")
     c, found = load.open_checkpoint(four), tensors(reader)
     assert done["out_type"] == "q4_1" and done["rewrapped"] == 21 and done["inexact_scales"] == 0
-    for part in export.ggml.parts(c, "q4_1"):
+    for part in export.tensors.parts(c, "q4_1"):
         want = np.array(load.dense(c, part.source))
         want = llama_cpp_permute(want, part.heads) if part.heads else want
         if part.source == "model.embed_tokens.weight":

@@ -208,7 +208,7 @@ def test_one_machine_of_one_is_alone(own_home: dict[str, str]) -> None:
 # Both say that they are there; then the second waits for a first that is busy, or both talk.
 WAITING = """
 import sys, time
-from mis_mlx.model import ranks
+from mis_mlx.models import distributed as ranks
 ranks.gather(0)
 print("up", flush=True)
 began = time.monotonic()

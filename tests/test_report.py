@@ -175,7 +175,7 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
 
 
 FILES = ("config.yaml", "origin.json", "result.json", "table.md", "metrics.jsonl", "phases.jsonl", "samples.jsonl")
-ALL_FILES = (*FILES, "pruned/keep.json", "models/config.json")
+ALL_FILES = (*FILES, "pruned/keep.json", "model/config.json")
 
 
 @pytest.mark.parametrize(
@@ -210,12 +210,12 @@ def test_another_version_gives_a_partial_page(name: str, copy: Path) -> None:
 @pytest.mark.parametrize("text", ["[1, 2, 3]", "\x00\xff{", "", "[" * 100_000])
 def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
     """All files but one hold what ours never do: the one that is whole is shown, the others are named."""
-    damaged = [name for name in (*FILES, "pruned/keep.json", "models/config.json") if name != run_folder.METRICS]
+    damaged = [name for name in (*FILES, "pruned/keep.json", "model/config.json") if name != run_folder.METRICS]
     for name in damaged:
         (copy / name).write_text(text)
     page, result = made(copy)
     assert "steps logged" in page and "another version" not in page
-    for name in ("config.yaml", "origin.json", "result.json", "pruned/keep.json", "models/config.json"):
+    for name in ("config.yaml", "origin.json", "result.json", "pruned/keep.json", "model/config.json"):
         assert any(f"{name} is damaged" in said for said in result["missing"])
 
 

@@ -198,7 +198,7 @@ def test_a_stop_in_a_training_names_the_search(
     def stopped(c: Any, _: Checkpoint) -> None:
         raise MisError(f"stopped at step 2 of 8, all of it saved: go on with --out {c.folder} --resume")
 
-    monkeypatch.setattr(candidate_trials.course, "train", stopped)
+    monkeypatch.setattr(candidate_trials.pipeline, "train", stopped)
     with pytest.raises(MisError, match=f"go on with --out {out} --resume$"):
         search.run(search.Settings(resume=True, out=str(out)))
 
@@ -265,7 +265,9 @@ def test_a_busy_machine_does_not_make_blocks_free(tmp_path: Path, monkeypatch: p
     deep = tiny.make(tmp_path / "deep", num_hidden_layers=4)
     clock = {4: 1.0, 2: 2.0}  # blocks left in the model -> seconds of a token
     monkeypatch.setattr(
-        candidate_trials.speak, "token_times", lambda model, *_: [i * clock[len(model.model.layers)] for i in range(5)]
+        candidate_trials.mlx_generate,
+        "token_times",
+        lambda model, *_: [i * clock[len(model.model.layers)] for i in range(5)],
     )
     assert candidate_trials.timed(deep, 0) == Decoding(0.25, 0.0)
     clock[2] = 0.6

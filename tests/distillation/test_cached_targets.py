@@ -183,15 +183,16 @@ def test_a_disk_that_fills_up_costs_the_part_being_written(
 WRITER = """
 import pathlib, sys
 from mis_mlx.storage.files import DISK
-from mis_mlx.model import load
-from mis_mlx.training import distillation, targets
+from mis_mlx.models import load
+from mis_mlx.distillation import cached_targets, live_teacher
 from tests.distillation.test_cached_targets import some
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
 llama = load.open_checkpoint(sys.argv[1])
-teacher = distillation.Teacher(llama)
+teacher = live_teacher.Teacher(llama)
 show = lambda done, text: print(done, flush=True)
-targets.write(llama, lambda: teacher, some(), pathlib.Path(sys.argv[2]), DISK, count=20, windows_per_pass=9, show=show)
+out, how = pathlib.Path(sys.argv[2]), dict(count=20, windows_per_pass=9, show=show)
+cached_targets.write(llama, lambda: teacher, some(), out, DISK, **how)
 """
 
 

@@ -19,7 +19,7 @@ from mis_mlx.types import Checkpoint
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a Mac needs none of this")
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = ROOT / "mis_mlx" / "machine" / "blas.py"
+PROGRAM = ROOT / "mis_mlx" / "hardware" / "blas.py"
 OURS = (blas.MARK, blas.THREADS, "LD_PRELOAD", "MLX_HOSTFILE", "MLX_RANK")
 
 # Notes how a Python process came to its end: its command line, and whether a BLAS stands before MLX's own.

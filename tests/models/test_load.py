@@ -67,7 +67,7 @@ def test_mlx_lm_leaves_the_process_as_it_was() -> None:
     code = """
 import resource
 before = resource.getrlimit(resource.RLIMIT_NOFILE)
-from mis_mlx.model import load
+from mis_mlx.models import load
 import sys
 assert "mlx_lm" not in sys.modules, "imported before it is needed"
 load.mlx_lm("utils")

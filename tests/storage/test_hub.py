@@ -89,12 +89,12 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 
 def find(name: str, where: str, tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """`teacher.find(name)` in a fresh process: the hub client reads its settings when imported."""
+    """`resolve.find(name)` in a fresh process: the hub client reads its settings when imported."""
     code = f"""
-from mis_mlx.model import teacher
+from mis_mlx.models import resolve
 from mis_mlx.types import MisError
 try:
-    print(teacher.find({name!r}).source)
+    print(resolve.find({name!r}).source)
 except MisError as error:
     print("MisError:", error)
 """
