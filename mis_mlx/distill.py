@@ -15,7 +15,7 @@ from mis_mlx import bench, cli, plan, prune, quantize
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import pipeline, scale_tuning, summary, trackers
 from mis_mlx.distillation.pipeline import Course
-from mis_mlx.distillation.run_loop import entered
+from mis_mlx.distillation.run_loop import entered, resumed
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
@@ -169,16 +169,6 @@ def _measure(
     return sizes, quality
 
 
-def _resumed(settings: Settings) -> tuple[Settings, Path]:
-    def found() -> tuple[dict[str, Any], str]:
-        folder = run_folder.find(settings.out)
-        stored = run_folder.stored_settings(folder)
-        return run_folder.merged(asdict(settings), asdict(Settings()), stored, FREE), str(folder)
-
-    values, folder = distributed.told(found)
-    return Settings(**values), Path(folder)
-
-
 def _plan(
     s: Settings, checkpoint: Checkpoint, small: Mapping[str, Any], budget: Budget, folder: Path | None
 ) -> phases.Plan:
@@ -226,7 +216,7 @@ def _all_stages(s: Settings, c: Course, data: preparation.Data) -> tuple[str, di
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, plan, prune, repair, distil, quantize, measure."""
-    s, folder = _resumed(settings) if settings.resume else (settings, None)
+    s, folder = resumed(settings, FREE) if settings.resume else (settings, None)
     if s.preset == "paper":
         s = replace(s, iters=8000, learning_rate=1.5e-4)
     policy.use(s.compute_dtype)

@@ -140,10 +140,8 @@ def _planned(
         phases.append(estimates.compared(shapes, s.eval_windows, s.max_seq_length or LENGTH))
         estimates.fit(limit, phases[-1])
     rates = estimates.machine_rates()
-    peak, seconds = (
-        max([0, *(p.peak_bytes for p in phases)]),
-        sum(p.seconds(rates) for p in phases) / distributed.size(),
-    )
+    peak = max([0, *(p.peak_bytes for p in phases)])
+    seconds = sum(p.seconds(rates) for p in phases) / distributed.size()
     cli.say(f"peak {gib(peak)}, about {duration(seconds)}{known}")
     return {"peak_bytes": peak, "seconds": seconds}
 

@@ -15,7 +15,7 @@ from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import candidate_trials, search_report
 from mis_mlx.distillation.candidate_trials import Contest
 from mis_mlx.distillation.pipeline import Course
-from mis_mlx.distillation.run_loop import entered
+from mis_mlx.distillation.run_loop import entered, resumed
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import WeatherFlags
@@ -200,8 +200,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: aim, list, plan, calibrate once, rank, distil the best, judge."""
     s, folder = settings, None
     if s.resume:
-        folder = run_folder.find(s.out, UNDER)
-        s = Settings(**run_folder.merged(asdict(s), asdict(Settings()), run_folder.stored_settings(folder), FREE))
+        s, folder = resumed(s, FREE, UNDER)
     policy.use(s.compute_dtype)
     check(s)
     need_place("--out", s.out or UNDER)

@@ -208,15 +208,15 @@ def test_one_machine_of_one_is_alone(own_home: dict[str, str]) -> None:
 # Both say that they are there; then the second waits for a first that is busy, or both talk.
 WAITING = """
 import sys, time
-from mis_mlx.models import distributed as ranks
-ranks.gather(0)
+from mis_mlx.models import distributed
+distributed.gather(0)
 print("up", flush=True)
 began = time.monotonic()
 try:
     while True:
-        time.sleep(40 if ranks.first() and sys.argv[1] == "busy" else 0.1)
-        ranks.gather(0)
-except ranks.Lost:
+        time.sleep(40 if distributed.first() and sys.argv[1] == "busy" else 0.1)
+        distributed.gather(0)
+except distributed.Lost:
     print(time.monotonic() - began)
 """
 CABLE = """

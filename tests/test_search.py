@@ -190,7 +190,7 @@ def test_a_resumed_search_keeps_its_flags_and_is_no_distillation(
 def test_a_stop_in_a_training_names_the_search(
     tmp_path: Path, done: tuple[Path, Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `course.train` says of the finalist's own folder is said of the run's, which --resume takes."""
+    """What `pipeline.train` says of the finalist's own folder is said of the run's, which --resume takes."""
     out = tmp_path / "run"
     shutil.copytree(done[0], out)
     (out / candidate_trials.FINALISTS).unlink()

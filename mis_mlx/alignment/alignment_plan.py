@@ -6,7 +6,7 @@ Reads configs and sizes, starts nothing. Does not know what is learned (the comm
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mis_mlx import cli
 from mis_mlx.alignment import lora
+from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import WeatherFlags
@@ -85,17 +86,7 @@ class Alignment(Computing, WeatherFlags, Recipe):
 
 def resumed(settings: S) -> tuple[S, Path | None]:
     """The settings to run with, and the folder of the run that they continue; MisError where they differ from its."""
-    if not settings.resume:
-        return settings, None
-    kind = type(settings)
-
-    def found() -> tuple[dict[str, Any], str]:
-        folder = run_folder.find(settings.out)
-        stored = run_folder.stored_settings(folder)
-        return run_folder.merged(asdict(settings), asdict(kind()), stored, FREE), str(folder)
-
-    values, folder = distributed.told(found)
-    return kind(**values), Path(folder)
+    return run_loop.resumed(settings, FREE) if settings.resume else (settings, None)
 
 
 def opened(s: Alignment) -> Checkpoint:

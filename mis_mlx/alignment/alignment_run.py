@@ -1,6 +1,6 @@
 """What the alignment commands share: a student opened, whole or with LoRA; its run, checkpoints, best one, result.
 
-Does not know what is learned or from what: `Run.train` takes micro-batches and a loss as `loop.train` does. A run
+Does not know what is learned or from what: `Run.train` takes micro-batches and a loss as `train_loop.train` does. A run
 that was killed and resumed ends bit-equal to one that was not.
 """
 
@@ -70,9 +70,9 @@ class Run:
     ) -> dict[str, Any]:
         """Train from wherever the run stands to its end, write the best student, return the run's result.
 
-        micro_batches, loss: as of `loop.train`; pure functions of the step and of the model. held_out(): what is
+        micro_batches, loss: as of `train_loop.train`; pure functions of the step and of the model. held_out(): what is
         measured of `model` at every checkpoint; the one with the lowest `judge` is kept.
-        train: called as `loop.train`, yields the steps; what `micro_batches` gives is between these two.
+        train: called as `train_loop.train`, yields the steps; what `micro_batches` gives is between these two.
         """
         s, self.judge = self.settings, judge
         start = self._start(held_out)

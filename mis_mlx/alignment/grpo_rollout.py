@@ -220,7 +220,7 @@ def train(
     start: int = 0,
     updates: int = 1,
 ) -> Iterator[Step]:
-    """Steps as `loop.train` gives them; each samples, then takes `updates` updates on what it sampled.
+    """Steps as `train_loop.train` gives them; each samples, then takes `updates` updates on what it sampled.
 
     A step of which every group has equal rewards leaves weights and moments as they are. One line of the table a step.
     """

@@ -86,7 +86,7 @@ def train(
     ridge: float = reconstruct.RIDGE,
     direct: bool = False,
 ) -> Iterator[Step]:
-    """Train the blocks of `student`, the folder that parts.begin made of `pruned`, that are not trained yet.
+    """Train the blocks of `student`, the folder that block_files.begin made of `pruned`, that are not trained yet.
 
     batches: token ids, all of one shape (B, T). A block gets `recipe.iters` steps, each of
     `recipe.grad_accumulation_steps` batches, of which a seeded `own_share` enter from the student's own

@@ -106,7 +106,7 @@ def _targets(teacher: Teacher, hidden: mx.array, spec: logit_store.Spec, first: 
 
 
 class Cached:
-    """A store in the place of a Teacher: `distillation.steps` trains against it, with no teacher in memory.
+    """A store in the place of a Teacher: `live_teacher.steps` trains against it, with no teacher in memory.
 
     windows: which windows of the training data the store's are, rising (`visited`); default: all of them.
     """

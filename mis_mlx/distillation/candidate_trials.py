@@ -209,10 +209,8 @@ def timed(folder: Path, cached: int, halves: bool = True) -> Decoding:
     halves: a second timing with half of the blocks says what a block takes; else all counts as one block.
     """
     model, tokenizer = mlx_generate.open_model(folder)
-    ids, layers = (
-        mlx_generate.prompt_ids(tokenizer, "In the evening the wind came down from the pass.", 8),
-        model.model.layers,
-    )
+    ids = mlx_generate.prompt_ids(tokenizer, "In the evening the wind came down from the pass.", 8)
+    layers = model.model.layers
 
     def quickest(count: int) -> float:
         model.model.layers = layers[:count]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -71,15 +72,16 @@ class Teacher:
         """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); labels (B * T,) where cross-entropy
         is asked for."""
         made = []
-        rows = iter(self.hidden([b.tokens[i : i + 1] for b in batches for i in range(len(b.tokens))]))
-        for batch in batches:
-            hidden = mx.concatenate([next(rows) for _ in batch.tokens])
+        pieces = [lanes.cut(b.tokens) for b in batches]
+        coming = iter(self.hidden(list(chain.from_iterable(pieces))))
+        for batch, cut_into in zip(batches, pieces, strict=True):
+            hidden = mx.concatenate([next(coming) for _ in cut_into])
             label = [labels(batch.tokens)] if self._cross_entropy else []
             made.append((batch.tokens, batch.learn.reshape(-1), hidden.reshape(-1, hidden.shape[-1]), *label))
         return made
 
     def gradient_of(self, student: nn.Module) -> Callable[..., Any] | None:
-        """As `loop.train` takes it."""
+        """As `train_loop.train` takes it."""
         return partial(_on_host, self, student) if policy.name() == "cpu" and not self._cross_entropy else None
 
     def kl_gradients(
@@ -183,7 +185,7 @@ def steps(
     start: int = 0,
     sigma: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Step]:
-    """Optimizer steps `start` to `recipe.iters` of distillation, as `loop.train` yields them.
+    """Optimizer steps `start` to `recipe.iters` of distillation, as `train_loop.train` yields them.
 
     sigma(): spread of eps_halny, asked at every step.
     """

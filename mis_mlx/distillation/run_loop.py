@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from mis_mlx import cli
 from mis_mlx.hardware import memory
@@ -24,6 +25,20 @@ from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Budget, MisError, Step
+
+S = TypeVar("S", bound=Any)  # a command's Settings
+
+
+def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tuple[S, Path]:
+    """The settings to go on with, and the folder of the run in `--out` or of the newest unfinished one right under
+    `under`. MisError where settings that are not `free` differ from its."""
+
+    def found() -> tuple[dict[str, Any], str]:
+        folder, defaults = run_folder.find(settings.out, under), asdict(type(settings)())
+        return run_folder.merged(asdict(settings), defaults, run_folder.stored_settings(folder), free), str(folder)
+
+    values, folder = distributed.told(found)
+    return type(settings)(**values), Path(folder)
 
 
 @contextmanager

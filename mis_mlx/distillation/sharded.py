@@ -187,7 +187,7 @@ def steps(
     kept: Callable[[], stream.Hidden] = list,
     clock: Clock = train_loop.CLOCK,
 ) -> Iterator[Step]:
-    """Run steps `start` to `schedule.iters`, yielding each as `loop.train` does; the last one done, the
+    """Run steps `start` to `schedule.iters`, yielding each as `train_loop.train` does; the last one done, the
     student's folder is the trained model.
 
     kept(): where a step keeps hidden states for the way back, a new list or `disk.spool.Spool`.

@@ -78,8 +78,8 @@ def one_step(
     norm = scale * distributed.told(
         partial(float, global_norm(summed, lanes.lane))
     )  # whoever is led by it is led alike
-    rate, optimizer.adamw.lane = schedule.rate(step), lanes.lane
-    note += optimizer.update(model, summed, value, norm, rate, step + 1, scale)
+    rate = schedule.rate(step)
+    note += optimizer.update(model, summed, value, norm, rate, step + 1, scale, lanes.lane)
     del summed
     mx.eval(model.parameters(), optimizer.adamw.state)
     seconds = clock.monotonic() - began

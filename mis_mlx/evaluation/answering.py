@@ -260,10 +260,8 @@ def _writer(
     """Greedy continuations of prompts."""
     dtype = policy.compute_dtype(checkpoint)
     if w.whole:
-        model, draw = (
-            into_memory(load.resident(checkpoint, dtype), f"{checkpoint.path}: "),
-            batch_sampling.sampler(0.0, 0),
-        )
+        model = into_memory(load.resident(checkpoint, dtype), f"{checkpoint.path}: ")
+        draw = batch_sampling.sampler(0.0, 0)
         return lambda prompts: [g[0] for g in batch_sampling.groups(model, prompts, 1, count, w.ends, draw, AT_ONCE)]
     stream = Stream(checkpoint, dtype, w.room_bytes, checkpoint.nbytes > limit.limit_bytes)
     return lambda prompts: [

@@ -74,24 +74,22 @@ def compare(
     hidden = known | {name: final_hidden(m, held_out, opened) for name, m in models.items() if name not in known}
     teacher_head = alone(models[names[0]]).head()
     found: dict[tuple[str, str], list[float]] = {}
-    for name in names[1:] or names:
+    for number, name in enumerate(names[1:] or names):
         head = alone(models[name]).head() if name != names[0] else teacher_head
         for w, tokens in enumerate(batches):
             learn = np.asarray(held_out.learn[w][:-1])
-            sums: dict[tuple[str, str], float] = {}
+            sums = np.zeros(4)
             for start in range(0, len(learn), rows := losses.chunk_rows(vocab) // 2):
                 at = slice(start, min(start + rows, len(learn)))
-                z_t, z = (
-                    load.logits(h, hidden[n][w][0, :-1][at])[:, :vocab].astype(mx.float32)
-                    for h, n in ((teacher_head, names[0]), (head, name))
-                )
-                found_here = _at_positions(z_t, z, tokens[0, 1:][at]).astype(np.float64).T @ learn[at]
-                of = (names[0] if name == (names[1:] or names)[0] else "", *[name if name != names[0] else ""] * 3)
-                for owner, metric, value in zip(of, ("nll", "nll", "kl", "top1"), found_here, strict=True):
-                    if owner:
-                        sums[owner, metric] = sums.get((owner, metric), 0.0) + float(value)
-            for key, total in sums.items():
-                found.setdefault(key, []).append(total / max(float(learn.sum()), 1.0))
+                z_t = load.logits(teacher_head, hidden[names[0]][w][0, :-1][at])[:, :vocab].astype(mx.float32)
+                z = load.logits(head, hidden[name][w][0, :-1][at])[:, :vocab].astype(mx.float32)
+                sums += _at_positions(z_t, z, tokens[0, 1:][at]).astype(np.float64).T @ learn[at]
+            own, *others = (sums / max(float(learn.sum()), 1.0)).tolist()
+            if number == 0:
+                found.setdefault((names[0], "nll"), []).append(own)
+            if name != names[0]:
+                for metric, value in zip(("nll", "kl", "top1"), others, strict=True):
+                    found.setdefault((name, metric), []).append(value)
         del head
     return {key: np.array(values) for key, values in found.items()}
 

@@ -8,8 +8,9 @@ of one core, or of many, whose products need them all.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from itertools import islice
 from threading import get_ident
@@ -18,6 +19,8 @@ from typing import Any
 import mlx.core as mx
 
 MANY = 4  # cores from which on there is one lane: not measured on so many
+# blas.py sets it before MLX reads it: without it MLX evaluates one lane's work to its end, then the other's.
+IN_TURN = "MLX_BFS_MAX_WIDTH"
 
 
 @cache
@@ -31,7 +34,7 @@ def _blas() -> tuple[Any, int]:
 
 def count() -> int:
     """How many windows go side by side."""
-    return 2 if mx.default_device() == mx.cpu and 2 <= _blas()[1] < MANY else 1
+    return 2 if IN_TURN in os.environ and mx.default_device() == mx.cpu and 2 <= _blas()[1] < MANY else 1
 
 
 @cache
@@ -43,7 +46,7 @@ def _streams(thread: int) -> tuple[mx.Stream, ...]:
 def lane(i: int) -> AbstractContextManager[Any]:
     """Where the i-th of things side by side is made."""
     n = count()
-    return mx.stream(_streams(get_ident())[i % n] if n > 1 else mx.default_stream(mx.default_device()))
+    return mx.stream(_streams(get_ident())[i % n]) if n > 1 else nullcontext()
 
 
 @contextmanager
@@ -60,16 +63,19 @@ def together() -> Iterator[None]:
         library.openblas_set_num_threads(threads)
 
 
+def cut(x: mx.array) -> list[mx.array]:
+    """x (B, ...) in as many pieces of its rows as there are lanes, or rows."""
+    size = -(-len(x) // count())
+    return [x[start : start + size] for start in range(0, len(x), size)]
+
+
 def rows(work: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
     """work(x) of x (B, ...), whose rows do not know of each other; lazy."""
-    n = min(count(), len(x))
-    if n == 1:
-        return work(x)
-    made, size = [], -(-len(x) // n)
-    for i in range(n):
+    made = []
+    for i, piece in enumerate(cut(x)):
         with lane(i):
-            made.append(work(x[i * size : (i + 1) * size]))
-    return mx.concatenate(made)
+            made.append(work(piece))
+    return mx.concatenate(made) if len(made) > 1 else made[0]
 
 
 def each(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:

@@ -30,7 +30,7 @@ from mis_mlx.hardware.memory import recommended_bytes
 from mis_mlx.types import GIB, MisError, gib
 
 # On a CPU a pass over a model takes this many times its matrix products, forwards or in training, the rest being
-# element-wise work (measured on every phase of the default run, on one core and on two: 3.2 to 3.9).
+# element-wise work (measured on the phases of the default run, two cores: 3.1 to 4.3).
 ELEMENTWISE = 3.6
 GPU_TRAINING = 1.1 / 1.45  # training's rate as a share of a forward pass's, on an M1
 SAMPLE_BYTES = 512 * 2**20

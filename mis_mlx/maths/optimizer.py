@@ -80,10 +80,10 @@ class _Fused(optim.AdamW):
     """mlx.optimizers.AdamW, bias correction included, in 3 kernels for each weight in place of 14: 40 bytes of memory
     traffic for each parameter in place of 128. Rates are arrays, so that a new one compiles nothing anew.
 
-    scale: what every gradient is multiplied by, in these kernels. lane: where MLX computes the i-th of several weights.
+    scale, lane: of this update, as of `GoralW.update`; the gradient is scaled in these kernels.
     """
 
-    scale = 1.0
+    scale: float
     lane: Lane
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
@@ -117,7 +117,6 @@ class GoralW:
 
     def __init__(self, *, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01, guard: bool = True):
         self.adamw = _Fused(0.0, betas=list(betas), weight_decay=weight_decay, bias_correction=True)
-        self.adamw.lane = nowhere
         self.guard = guard
         self.norms: list[float] = []
         self.bad: list[int] = []  # batches, in a row
@@ -138,11 +137,12 @@ class GoralW:
 
     def update(
         self, model: nn.Module, gradients: Any, loss: float, norm: float, learning_rate: float, batch: int = 0,
-        scale: float = 1.0,
+        scale: float = 1.0, lane: Lane = nowhere,
     ) -> str:  # fmt: skip
         """One step on `model`'s trainable parameters, lazily. Returns what the dog did ('' = it slept).
 
-        scale: of the gradients; `norm` is theirs once they are scaled.
+        scale: of the gradients; `norm` is theirs once they are scaled. lane: where MLX computes the i-th of several
+        weights.
         """
         note = ""
         if batch in self.passed:
@@ -159,7 +159,8 @@ class GoralW:
                 scale *= bound / norm
                 note = f"clipped {norm:.1f} to {bound:.1f}"
             self.norms = [*self.norms, min(norm, bound)][-WINDOW:]
-        self.adamw.learning_rate, self.adamw.scale = learning_rate * self.calm, scale
+        self.adamw.learning_rate = learning_rate * self.calm
+        self.adamw.scale, self.adamw.lane = scale, lane
         self.adamw.update(model, gradients)
         return note
 

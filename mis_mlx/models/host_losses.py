@@ -49,19 +49,25 @@ def by_rows(work: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
         return np.concatenate(list(pool.map(of_piece, range(0, len(arrays[0]), ROWS))))
 
 
+def _divergence(z: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of rows (n, V): (KL(softmax(target) || softmax(z)) in nats, the logsumexp of target and of z, all (n,); and
+    softmax(target)). z becomes its softmax, target is spent."""
+    p = target.copy()
+    lse_t = softmax(p)
+    target -= z
+    lse = softmax(z)
+    return np.einsum("ij,ij->i", p, target) - lse_t + lse, lse_t, lse, p
+
+
 def _kl(temperature: float, z: np.ndarray, target: np.ndarray, learn: np.ndarray) -> np.ndarray:
     """KL(softmax(target / T) || softmax(z / T)) of rows (n, V), (n,) nats; z becomes its gradient times `learn`."""
     if temperature != 1.0:
         z *= 1.0 / temperature
         target *= 1.0 / temperature
-    p = target.copy()
-    lse_t = softmax(p)
-    target -= z
-    lse_s = softmax(z)
-    each = np.einsum("ij,ij->i", p, target) - lse_t + lse_s
+    each, _, _, p = _divergence(z, target)
     z -= p
     z *= (learn / temperature)[:, None]
-    return np.asarray(each)
+    return each
 
 
 def kl_gradients(
@@ -102,9 +108,5 @@ def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndar
 def _compare(z_t: np.ndarray, z: np.ndarray, targets: np.ndarray) -> np.ndarray:
     at = np.arange(len(z)), targets
     said_t, said, same = z_t[at], z[at], z_t.argmax(axis=1) == z.argmax(axis=1)
-    p = z_t.copy()
-    lse_t = softmax(p)
-    z_t -= z
-    lse = softmax(z)
-    kl = np.einsum("ij,ij->i", p, z_t) - lse_t + lse
+    kl, lse_t, lse, _ = _divergence(z, z_t)
     return np.stack([lse_t - said_t, lse - said, kl, same], axis=1)

@@ -41,7 +41,7 @@ def shared(layers: int, keeps: Sequence[int], reading: float) -> list[int]:
 
 
 def passing(source: stream.Stream, items: Sequence[Any]) -> list[Any]:
-    """Of items that machines `ranks.share`, one a batch: those whose hidden states `source` has, in that order."""
+    """Of items that machines `distributed.share`, one a batch: those whose hidden states `source` has, in order."""
     n = distributed.size() if isinstance(source, Relay) else 1
     return [item for rank in range(n) for item in items[rank::n]] if n > 1 else list(distributed.share(items))
 

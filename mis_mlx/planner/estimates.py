@@ -152,11 +152,16 @@ def forward_flops(m: Model, tokens: int, length: int, head: bool = True) -> floa
     return 2.0 * tokens * (s.layers * block + (m.head_params if head else 0))
 
 
+def together(m: Model) -> int:
+    """How many windows go through a block side by side."""
+    return 1 if m.gpu else lanes.count()
+
+
 def workspace_bytes(m: Model, tokens: int, length: int) -> int:
     """The most that a block's forward pass over one micro-batch holds, float32; of as many as go side by side here."""
-    s, together = m.shape, 1 if m.gpu else lanes.count()
+    s = m.shape
     per_token = 8 * s.hidden + 3 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
-    return 4 * together * tokens * per_token
+    return 4 * together(m) * tokens * per_token
 
 
 def keys_bytes(m: Model, tokens: int) -> int:
@@ -259,9 +264,9 @@ def compared(models: Sequence[Model], windows: int, length: int) -> Phase:
 
 
 def refit(m: Model, tokens: int) -> tuple[int, float]:
-    """(bytes, operations) of a closed-form fit: normal equations in float64, their solution, a batch in float32."""
+    """(bytes, operations) of a closed-form fit: normal equations in float64, their solution, batches in float32."""
     f, d = m.shape.ffn, m.shape.hidden
-    return 36 * f * (f + d), f * (2.0 * tokens * (f + d) + f * f)
+    return (32 + 4 * together(m)) * f * (f + d), f * (2.0 * tokens * (f + d) + f * f)
 
 
 def flag(nbytes: int) -> str:

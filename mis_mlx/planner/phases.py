@@ -153,10 +153,16 @@ def steps_per_shard(job: Job, shard: int) -> int:
     return math.ceil(job.iters / math.ceil(job.student.shape.layers / shard))
 
 
-def measure(job: Job) -> Phase:
-    """Teacher, pruned, distilled and 4-bit student on every text."""
+def measure(job: Job, most_bytes: int) -> Phase:
+    """Teacher, pruned, distilled and 4-bit student on every text; then timed, side by side where the phases before,
+    which took `most_bytes`, leave room for all of them."""
     four = replace(job.student, nbytes=quantized_size.packed_bytes(job.student, job.rounding), packed=True)
-    one = estimates.compared([job.teacher, job.student, job.student, four], job.held_out, job.length)
+    models = [job.teacher, job.student, job.student, four]
+    one = estimates.compared(models, job.held_out, job.length)
+    if sum(timed_bytes(m.config) for m in models) <= most_bytes:
+        stored = 2 * job.teacher.head_params  # the largest tensor, while it is converted
+        timed = stored + sum(m.nbytes if m.packed else arch.params(m.config) * m.item for m in models)
+        one = replace(one, peak_bytes=max(one.peak_bytes, timed))
     return replace(one, read_bytes=TEXTS * one.read_bytes, flops=TEXTS * one.flops)
 
 
@@ -245,7 +251,7 @@ def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) 
     phases.append(quantized_size.quantize(job.student, job.rounding, job.calibration, job.length, left))
     if steps := job.rounding.steps(mode == "resident"):
         phases.append(tune(job, micro, left, steps))
-    phases.append(measure(job))
+    phases.append(measure(job, max(p.peak_bytes for p in phases) + own))
     whole = tuple(replace(p, peak_bytes=p.peak_bytes + own) for p in phases)
     return Plan(job, limit, rates, mode, micro, shard, whole)
 

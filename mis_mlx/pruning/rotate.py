@@ -3,7 +3,7 @@
 The rotated model is an ordinary llama-family model: RMSNorm does not notice a rotation once its gain is folded
 into the matrices that read behind it (SliceGPT, arXiv 2401.15024, which needs extra matrices on the skip
 connections because each block has its own basis; here all share one, as the stream does). Does not choose how
-many directions stay, nor write the folder: `rotated` is what slice.write_student cuts.
+many directions stay, nor write the folder: `rotated` is what slice_weights.write_student cuts.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from mis_mlx.hardware import lanes
 def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Two lanes, whatever BLAS there is; the numbers of threads that it is told."""
     calls: list[int] = []
+    monkeypatch.setenv(lanes.IN_TURN, "100000")
     monkeypatch.setattr(lanes, "_blas", lambda: (SimpleNamespace(openblas_set_num_threads=calls.append), 2))
     if lanes.count() != 2:
         pytest.skip("a GPU has one lane")
@@ -56,7 +57,11 @@ def test_uneven_lists_are_a_mistake() -> None:
 
 
 def test_a_cpu_of_many_cores_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its products need them all; and so has one whose BLAS is no OpenBLAS."""
+    """Its products need them all; and so has one whose BLAS is no OpenBLAS, or whose MLX ends one lane first."""
+    monkeypatch.setenv(lanes.IN_TURN, "100000")
     for threads, count in ((1, 1), (2, 2), (3, 2), (4, 1), (16, 1)):
         monkeypatch.setattr(lanes, "_blas", lambda threads=threads: (None, threads))
         assert lanes.count() == (count if mx.default_device() == mx.cpu else 1)
+    monkeypatch.setattr(lanes, "_blas", lambda: (None, 2))
+    monkeypatch.delenv(lanes.IN_TURN)
+    assert lanes.count() == 1

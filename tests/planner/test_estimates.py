@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx.hardware import rates
+from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.models import arch, load, policy, stream
@@ -91,8 +91,12 @@ def test_a_config_alone_says_what_the_files_say(stored: Callable[[str], Checkpoi
 DTYPE: dict[str, dict[str, Any]] = {"F32": {}, "BF16": {"torch_dtype": "bfloat16"}, "4-bit": {}}
 
 
-def test_a_pass_by_pencil() -> None:
-    """128 tokens, 64 at a time: two slots, the workspace of 64, all hidden states; blocks and head read once."""
+def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 tokens, 64 at a time: two slots, the workspace of 64, all hidden states; blocks and head read once. Two
+    lanes have a workspace each."""
+    monkeypatch.setattr(lanes, "count", lambda: 2)
+    assert estimates.workspace_bytes(estimates.model_of(tiny.CONFIG, gpu=False), 64, 32) == 2 * 802_816
+    monkeypatch.setattr(lanes, "count", lambda: 1)
     m = estimates.model_of(tiny.CONFIG, gpu=False)
     workspace = 4 * 64 * (8 * 64 + 3 * 768 + 2 * 6 * 16 + 4 * 32)
     assert estimates.workspace_bytes(m, 64, 32) == workspace == 802_816
