@@ -7,7 +7,7 @@ teacher, live, the same global batch on one and on two; bytes are what the opera
 connections (Linux), beside what the arithmetic says, 4 · 2 (n - 1) / n a parameter. Two processes share one machine's
 cores and its memory's bandwidth here, so that no speed-up can be seen and none is claimed. `layers`: a pass of the
 teacher, whole on one, half of its blocks on each of two. `computed`: the same distillation on MacBook Air M1s, by the
-planner's published rates and assumed links (mis_mlx/planner/machines.py); nothing of it is measured.
+planner's published rates and assumed links; nothing of it is measured.
 
 Writes benchmarks/results/<machine>/distributed.json.
 """
@@ -36,14 +36,17 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher
 from mis_mlx.hardware import memory, rates
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.models import distributed, load, pipeline_parallel, policy, resolve, stream
-from mis_mlx.planner import estimates, machines, phases
-from mis_mlx.planner.job import job_of
+from mis_mlx.models import arch, distributed, load, pipeline_parallel, policy, resolve, stream
+from mis_mlx.planner import estimates, phases
+from mis_mlx.planner.job import Job, job_of
+from mis_mlx.planner.phases import Plan
 from mis_mlx.planner.recipe import Distillation
 
 ACKED = 120  # where struct tcp_info of Linux has the bytes that were sent and have arrived; those received follow
 AIR_BYTES = memory.budget(None, rates.M1_AIR.room_bytes).limit_bytes  # what a run takes of an 8 GB Air
 ACCUMULATE = (1, 4, 16)  # micro-batches in a step of the computed table
+# Bytes a second each way, TCP, both assumed: a quarter of Thunderbolt 3's 40 Gbit/s, and 1 Gbit/s less its headers.
+LINKS = {"Thunderbolt": 1.25e9, "Ethernet": 0.117e9}
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,19 @@ def together(s: Settings, n: int, work: str) -> dict[str, Any]:
     return first | {"median_s": statistics.median(first["seconds"])}
 
 
+def gradient_bytes(job: Job, machines: int) -> int:
+    """Over a link, one way, in one step: float32 gradients, added in a ring."""
+    return int(4 * arch.params(job.student.config) * 2 * (machines - 1) / machines)
+
+
+def step_seconds(plan: Plan, machines: int, link: float) -> float:
+    """A step of `distil`, its windows shared out, and what it sends over the link, which it waits for."""
+    phase = next(p for p in plan.phases if p.name == "distil")
+    steps = max(plan.job.iters, 1)
+    work = phase.flops / plan.rates.training_flops_per_s / machines + phase.update_seconds(plan.rates)
+    return max(work, phase.read_bytes / plan.rates.read_bytes_per_s) / steps + gradient_bytes(plan.job, machines) / link
+
+
 def computed(s: Settings) -> list[dict[str, Any]]:
     """Steps of two Airs: by the planner, of micro-batches of one window, for more and more of them in a step."""
     at = estimates.machine_rates("m1-air")
@@ -156,11 +172,11 @@ def computed(s: Settings) -> list[dict[str, Any]]:
     for count in ACCUMULATE:
         asked = distill.Settings(batch_size=1, grad_accumulation_steps=2 * count, max_seq_length=s.length)
         plan = phases.make(job_of(big, small, asked), AIR_BYTES, at)
-        one = machines.step_seconds(plan, 1, 1.0)
+        one = step_seconds(plan, 1, 1.0)
         row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step, "one_s": one}
-        row["link_bytes"] = machines.gradient_bytes(plan.job, 2)
-        for link, rate in machines.LINKS.items():
-            row[f"two_{link.lower()}_s"] = two = machines.step_seconds(plan, 2, rate)
+        row["link_bytes"] = gradient_bytes(plan.job, 2)
+        for link, rate in LINKS.items():
+            row[f"two_{link.lower()}_s"] = two = step_seconds(plan, 2, rate)
             row[f"faster_{link.lower()}"] = one / two
         rows.append(row)
     return rows
@@ -181,9 +197,9 @@ def main(s: Settings) -> None:
         for n, row in found[work].items():
             cli.say(f"{work}, {n}: {row['median_s']:.2f} s, {row['sent_bytes']} bytes sent by one")
     job = job_of(model, model, distill.Settings())
-    found["gradient_bytes"] = {str(n): machines.gradient_bytes(job, n) for n in s.processes}
+    found["gradient_bytes"] = {str(n): gradient_bytes(job, n) for n in s.processes}
     found["computed: two MacBook Air M1"] = computed(s)
-    found["links, assumed, bytes/s"] = machines.LINKS
+    found["links, assumed, bytes/s"] = LINKS
     found["noise"] = noise + laboratory.busy("at the end")
     sizes = "".join(f" --{name} {value}" for name, value in found["given"].items() if name != "processes")
     laboratory.write("distributed", f"scripts/mis benchmarks/distributed.py --student RUN/pruned{sizes}", found)

@@ -90,7 +90,7 @@ ARMS: dict[str, Arm] = {
     "random-init": Arm("control", start="random"),
     # Eight of the twenty steps block by block, with the same repair: against wide-1e-4.
     "wide-local": short(
-        "warm", cut=cut(**WIDE), local=8, recipe={"learning_rate": 1e-4, "local_samples": 32}
+        "warm", cut=cut(**WIDE), local=8, recipe={"learning_rate": 1e-4}
     ),
     # Shapes of -31 to -35 %, repaired.
     "20x1280": short("shape", repair=True),
@@ -213,9 +213,9 @@ class Bench(Laboratory):
         if arm.local:
             found["pruned"] = self.judge(stream.into_memory(load.resident(student, mx.float32)))
             taught = block_files.begin(student, temp / "parts", DISK)
-            r = replace(recipe, iters=arm.local, warmup=2, learning_rate=recipe.local_learning_rate, batch_size=1,
+            r = replace(recipe, iters=arm.local, warmup=2, learning_rate=3e-4, batch_size=1,
                         grad_accumulation_steps=recipe.batch_size)  # fmt: skip
-            windows = self.pick(recipe.local_samples, seed, 2)
+            windows = self.pick(recipe.reconstruct_samples, seed, 2)
             for _ in blockwise.train(self.checkpoint, student, taught, keep, windows, r, folder=temp, held=len(windows),
                                  files=DISK):  # fmt: skip
                 pass

@@ -144,8 +144,8 @@ def overlap(checkpoint: Checkpoint) -> list[dict[str, float]]:
 def budget(folder: Path, out: Path, limit: str = "600MiB") -> dict[str, Any]:
     """What one run under `limit` took, by its own account."""
     flags = ["--teacher", folder, "--out", out, "--budget", limit, "--scenario", "none", "--layers", 6]
-    flags += ["--train", "sharded", "--targets", "cached", "--iters", 2, "--batch-size", 1, "--local-iters", 2]
-    flags += ["--local-samples", 4, "--num-samples", 4, "--max-seq-length", LENGTH, "--eval-windows", 3]
+    flags += ["--train", "sharded", "--targets", "cached", "--iters", 2, "--batch-size", 1]
+    flags += ["--reconstruct-samples", 4, "--num-samples", 4, "--max-seq-length", LENGTH, "--eval-windows", 3]
     flags += ["--bench-tokens", 0, "--quantize", 0]
     command = [sys.executable, "-m", "mis_mlx.distill", *map(str, flags)]
     began = time.perf_counter()

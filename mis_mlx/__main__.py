@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mis_mlx import __version__
 
-NOT_COMMANDS = ("__init__", "__main__", "types", "cli")
+NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help")
 
 
 def commands() -> dict[str, str]:

@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
-from mis_mlx import __version__
-from mis_mlx.types import GIB, MisError, Within
+from mis_mlx import __version__, flag_help
+from mis_mlx.types import FILE_ONLY, GIB, MisError, Within
 
 T = TypeVar("T")
 ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
@@ -33,8 +33,6 @@ RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set by mlx.launch and mpirun, of
 DEVICE = re.compile(r"\[METAL\]|\[metal::|\[malloc|kIOGPU")  # how errors of MLX begin that are the device's
 MEMORY_GONE = re.compile(r"\[malloc|\[metal::malloc\]|Insufficient Memory|OutOfMemory")
 BARS = list[Callable[[str, int], AbstractContextManager[Callable[[int], None]]]]()  # (label, total), on display now
-# Flags that --help names first, in this order: what a command works on, and what it may take.
-FIRST = ("model", "models", "teacher", "students", "data", "budget", "out", "mlx_path")
 MOST_BYTES = 2**50
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": GIB}
 
@@ -111,10 +109,14 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     default: Any = tyro.MISSING_NONPROP
     if is_dataclass(config_type) and isinstance(config_type, type):
         args = [part for a in args for part in (a.split("=", 1) if a.startswith(("--config=", "-c=")) else [a])]
-        known = config_type.__dataclass_fields__  # --help, like config.yaml, has them in this order
-        config_type.__dataclass_fields__ = {
-            name: known[name] for name in dict.fromkeys([*FIRST, *known]) if name in known
-        }
+        if asked := {"-h", "--help", "--help-all"} & set(args):
+            print(flag_help.text(config_type, prog or "mis_mlx", "--help-all" in asked))
+            sys.exit(0)
+        for name in {a.lstrip("-").partition("=")[0].replace("-", "_") for a in args if a.startswith("--")}:
+            if name in flag_help.quiet(config_type):
+                raise MisError(
+                    f"--{name.replace('_', '-')} is no flag: write `{name}: ...` in a YAML file, give it to -c"
+                )
         file = next((b for a, b in itertools.pairwise(args) if a in ("-c", "--config")), None)
         given = read_yaml(file, config_type) if file else {}
         if all(
@@ -131,12 +133,20 @@ def check_ranges(settings: Any) -> None:
     """MisError where a number lies outside of what its field's annotation says (`types.Within`), or a text is empty."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
+        shown = name if FILE_ONLY in getattr(hint, "__metadata__", ()) else f"--{name.replace('_', '-')}"
         if _empty(value) and value != getattr(type(settings), name, None):
-            raise MisError(f"--{name.replace('_', '-')} is empty: give a word, or leave it out")
-        for part in (hint, *get_args(hint)):
-            for limits in getattr(part, "__metadata__", ()):
-                if isinstance(limits, Within) and isinstance(value, int | float) and not limits.holds(value):
-                    raise MisError(f"--{name.replace('_', '-')} is {value:g}: {limits.remedy(value)}")
+            raise MisError(f"{shown} is empty: give a word, or leave it out")
+        for limits in _ranges(hint):
+            if isinstance(value, int | float) and not limits.holds(value):
+                raise MisError(f"{shown} is {value:g}: {limits.remedy(value)}")
+
+
+def _ranges(hint: Any) -> Iterator[Within]:
+    """All ranges in an annotation."""
+    if isinstance(hint, Within):
+        yield hint
+    for part in () if get_origin(hint) is Literal else (*getattr(hint, "__metadata__", ()), *get_args(hint)):
+        yield from _ranges(part)
 
 
 def _empty(value: Any) -> bool:

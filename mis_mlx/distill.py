@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import mlx.core as mx
 
@@ -28,19 +28,27 @@ from mis_mlx.pruning import select
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import Files, need_place
-from mis_mlx.types import Budget, Checkpoint, Count, MisError, Row, Whole
+from mis_mlx.types import FILE_ONLY, Budget, Checkpoint, Count, MisError, Row, Whole
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset({
-    "out", "resume", "dry_run", "config", "budget", "eval_windows", "bench_tokens", "sample_tokens",
-    "report_to", "project_name", "save_every", "governor", "thermal_replay", "spread", "keep_steps",
+    "out", "resume", "dry_run", "config", "budget", "eval_windows", "bench_tokens", "report_to", "save_every",
+    "governor", "thermal_replay", "spread", "keep_steps",
 })  # fmt: skip
+
+
+DTYPE = "bfloat16"  # of unquantized weights on disk
 
 
 @dataclass(frozen=True)
 class Settings(Computing, select.Cut, Rounding, Distillation):
     """One run. Every default is what was measured to work; nothing needs to be given."""
 
+    RARE: ClassVar = frozenset({
+        "num_samples", "eval_windows", "heads", "targets", "train", "reconstruct_samples", "q_group_size",
+        "q_mode", "q_method", "q_iters", "save_every", "keep_steps", "report_to", "compute_dtype", "altitude_m",
+        "thermal_replay", "spread",
+    })  # fmt: skip
     teacher: str | None = None
     """folder or hub id of a llama, mistral, qwen2 or qwen3; default: SmolLM2-135M-Instruct"""
     student: str | None = None
@@ -51,22 +59,20 @@ class Settings(Computing, select.Cut, Rounding, Distillation):
     """memory this may take, such as 5GiB; default: 5GiB or 75 % of what is there"""
     num_samples: Count = 32
     """calibration windows for importance"""
+    # What a YAML file may say of pruning; `prune`, whose folder --student takes, has flags for it.
+    kv_heads: Annotated[Count | None, FILE_ONLY] = None
+    importance: Annotated[Literal["aais", "rms", "activation"], FILE_ONLY] = "aais"
+    hidden_by: Annotated[Literal["importance", "pca"], FILE_ONLY] = "pca"
+    target: Annotated[Literal["fixed", "conditions"], FILE_ONLY] = "fixed"
+    temperature_unit: Annotated[Literal["kelvin", "celsius"], FILE_ONLY] = "kelvin"
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """type of unquantized weights on disk"""
     eval_windows: Count = 24
     """held-out windows measured; a third as many of the second text"""
     bench_tokens: Whole = 16
-    """tokens timed per model; 0 leaves timing out"""
-    sample_tokens: Whole = 32
-    """tokens that each model writes after the same words, for `report`; 0 leaves that out"""
+    """tokens timed per model, which then writes twice as many for `report`; 0 leaves both out"""
     report_to: str | None = None
     """tensorboard, wandb or swanlab, which must be installed: told of every step"""
-    project_name: str | None = None
-    """for report_to; default: the run folder's name"""
-    preset: Literal["default", "paper"] = "default"
-    """paper: 8,000 steps, peak 1.5e-4"""
     spread: Literal["whole", "layers"] = "whole"
     """whole: each of several machines passes its own windows through all of the teacher; layers: all windows through
     its own blocks"""
@@ -100,7 +106,7 @@ def _prune(s: Settings, c: Course, data: preparation.Data) -> Checkpoint:
                 comparison.chosen(next(iter(data.held_out.values())), s.eval_windows),
                 out,
                 s,
-                dtype=s.dtype,
+                dtype=DTYPE,
                 reading=c.weather.reading,
                 files=c.files,
                 held=c.plan.held_windows("prune"),
@@ -117,10 +123,10 @@ def _distil(s: Settings, c: Course, pruned: Checkpoint) -> Path:
     out = c.folder / ("distilled" if s.quantize else "model")
     if not distributed.told(out.exists):
         take = pipeline.train(c, pruned)
-        config = {**pruned.config, "torch_dtype": s.dtype}
+        config = {**pruned.config, "torch_dtype": DTYPE}
         extra = model_writer.keep_files(model_writer.read_keep(pruned.path))
         if distributed.first():
-            model_writer.write_model(config, take, pruned.path, out, s.dtype, c.files, extra)
+            model_writer.write_model(config, take, pruned.path, out, DTYPE, c.files, extra)
     return out
 
 
@@ -163,8 +169,7 @@ def _measure(
     if s.bench_tokens:
         cli.say(f"measure: speed of {', '.join(fit) or 'none: no model fits the budget whole'}")
         sizes += bench.measure(list(fit.values()), list(fit), 2 * s.bench_tokens, s.bench_tokens, 2, c.plan.peak_bytes)
-    if s.sample_tokens:
-        said = [json.dumps(sample, ensure_ascii=False) for sample in mlx_generate.samples(fit, s.sample_tokens)]
+        said = [json.dumps(one, ensure_ascii=False) for one in mlx_generate.samples(fit, 2 * s.bench_tokens)]
         c.files.replace_text(c.folder / run_folder.SAMPLES, "\n".join([*said, ""]))
     return sizes, quality
 
@@ -217,8 +222,6 @@ def _all_stages(s: Settings, c: Course, data: preparation.Data) -> tuple[str, di
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, plan, prune, repair, distil, quantize, measure."""
     s, folder = resumed(settings, FREE) if settings.resume else (settings, None)
-    if s.preset == "paper":
-        s = replace(s, iters=8000, learning_rate=1.5e-4)
     policy.use(s.compute_dtype)
     s.check()
     if distributed.first():
@@ -231,7 +234,7 @@ def run(settings: Settings) -> dict[str, Any]:
         small: Mapping[str, Any] = comparison.same_vocabulary(checkpoint, load.open_checkpoint(s.student)).config
     else:
         shape = select.wanted_shape(checkpoint.config, s)
-        small = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), s.dtype)
+        small = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), DTYPE)
     if s.quantize:
         quantize.check(small, s)
     budget = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
@@ -280,8 +283,7 @@ def _begin(
         recipe = made.recipe(s)
         flags = {name: value for name, value in s.stored.items() if value != getattr(Settings(), name)}
         files.append(place / run_folder.PHASES, json.dumps({**weather.now(), **summary.begun(made, flags)}))
-        told, name = s.report_to if distributed.first() else None, s.project_name or place.name
-        report = trackers.reporter(told, name, place, asdict(s))
+        report = trackers.reporter(s.report_to if distributed.first() else None, place.name, place, asdict(s))
         c = Course(recipe, place, checkpoint, data.train, made, files, memory.Peak(), weather, report, shares)
         return _all_stages(s, c, data)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.hardware import memory
@@ -12,17 +12,15 @@ from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
 from mis_mlx.models.arch import MIS_137B
 from mis_mlx.models.config import read_config
-from mis_mlx.planner import estimates, machines, phases
+from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.estimates import Model
 from mis_mlx.planner.job import Job, job_of
 from mis_mlx.planner.phases import Plan
 from mis_mlx.planner.recipe import Distillation, Rounding
 from mis_mlx.reporting.text import markdown_table
-from mis_mlx.types import Count, Within, duration, gib
+from mis_mlx.types import Count, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
-PASSES = (1, 128, 512)  # tokens
-ACCEPTED = (4, 6)  # tokens of a guessed tree that one pass confirms
 
 
 def table(plan: Plan) -> str:
@@ -70,43 +68,6 @@ def decision(plan: Plan) -> str:
     )
 
 
-def paper(plan: Plan, tokens: int) -> str:
-    """What this machine makes of the paper's figures: by its teacher's own shape, and by its 137B and 70 GB."""
-    at, m = plan.rates, plan.job.teacher
-    labels = [*(f"a pass of {n:,} token{'s'[: n > 1]}" for n in PASSES), "N*: arithmetic takes as long as reading"]
-    labels += [f"{tokens:,} tokens, cool and hot", "one generated token, plain"]
-    labels += [f"the same, {n} of a tree of N* guesses accepted" for n in ACCEPTED]
-    columns, verdicts = [], []
-    streamed = m.shape.layers * m.block_bytes + m.head_bytes
-    for params, nbytes in ((estimates.forward_flops(m, 1, 0) / 2, streamed), (137e9, 70e9)):
-        reading, computing = nbytes / at.read_bytes_per_s, 2 * params / at.forward_flops_per_s  # s a pass, s a token
-        cells = [duration(max(reading, computing * n)) for n in PASSES]
-        epochs = [f"{max(reading, computing * tokens / hot) / 3600:.0f} h" for hot in (1.0, at.hot)]
-        cells += [f"{reading / computing:.0f}", " and ".join(epochs)]
-        cells += [f"{reading / n:.1f} s, {n / reading:.3f} tokens/s" for n in (1, *ACCEPTED)]
-        columns.append(cells)
-        best = ACCEPTED[-1] / reading  # tokens/s
-        word = "possible" if best >= 0.45 else "possible at its lower end" if best >= 0.3 else "not possible"
-        verdicts.append(f"{word}, {0.3 * reading:.1f} to {0.45 * reading:.1f} guesses a pass would have to be right")
-    shape, least = arch.params(m.config) / 1e9, phases.least_bytes(plan.job, at)
-    room = memory.room_bytes() if at.room_bytes is None else at.room_bytes
-    read = [hours * 3600 * at.forward_flops_per_s * at.hot / 2 / 137e9 / 1e6 for hours in (48, 72)]
-    head = ["", f"by its shape: {shape:.1f}B, {m.nbytes / 1e9:.1f} GB", "by the paper: 137B, 70 GB"]
-    return "\n".join(
-        [
-            markdown_table(head, zip(labels, *columns, strict=True)),
-            "",
-            f'- "137B teacher": not possible, its own shape gives {shape:.1f}B; the figure does not follow from it.',
-            f'- "70 GB in 4 bits": not possible, 137B take {137 * 0.5625:.1f} GB in groups of 64 with float16 scales; '
-            f"70 GB are {70 * 8 / 137:.2f} bits a parameter.",
-            f'- "0.3-0.45 tokens/s": with 137B {verdicts[1]}; with its shape {verdicts[0]} (4 to 6 are usual).',
-            f'- "48-72 h of distillation": possible for the teacher\'s part, {read[0]:.1f} to {read[1]:.1f} million '
-            f"tokens once; the student's is {'possible' if least <= room else 'not possible'}, it takes {gib(least)} "
-            f"of memory and the machine gives {gib(room)}.",
-        ]
-    )
-
-
 @dataclass(frozen=True)
 class Settings(Rounding, Distillation):
     """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
@@ -129,10 +90,6 @@ class Settings(Rounding, Distillation):
     """held-out windows measured"""
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
-    hosts: str | None = None
-    """budgets of several machines, such as 5GiB,12GiB: whose blocks are whose, and what the cable carries"""
-    epoch_tokens: Annotated[int, Within(1, 10**12)] = 1_000_000
-    """of mis-137b's comparison with the paper"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
 
@@ -157,20 +114,6 @@ def _job(s: Settings, teacher: Model, gpu: bool) -> Job:
     return job_of(teacher, student, s)
 
 
-def _several(budgets: str | None, plan: Plan) -> dict[str, Any]:
-    """The same on several machines, printed; for the JSON line their parts."""
-    if budgets is None:
-        return {}
-    job, sizes = plan.job, [cli.parse_bytes(each, "--hosts") for each in budgets.split(",")]
-    made = machines.split(job.teacher, sizes, job.step, plan.micro_batch * job.length, job.length, plan.rates)
-    print(f"\n{machines.table(plan, made)}")
-    return {
-        "hosts": [asdict(host) for host in made],
-        "relayed_bytes": machines.relayed_bytes(job.teacher, len(made), job.step),
-        "gradient_bytes": machines.gradient_bytes(job, len(made)),
-    }
-
-
 def run(settings: Settings) -> dict[str, Any]:
     """The command: print the plan."""
     at = estimates.machine_rates(settings.machine, settings.measure)
@@ -186,9 +129,6 @@ def run(settings: Settings) -> dict[str, Any]:
     print(f"{params[0]:,} -> {params[1]:,} parameters: {job.student.shape}\n\n{table(plan)}")
     if settings.machine == "here" and (said := battery(WeatherFlags())):
         print(f"\nThis machine is {said}.")
-    several = _several(settings.hosts, plan)
-    if settings.teacher == "mis-137b":
-        print(f"\n{paper(plan, settings.epoch_tokens)}")
     return {
         "teacher": name,
         "params_teacher": params[0],
@@ -205,7 +145,6 @@ def run(settings: Settings) -> dict[str, Any]:
         "budget_bytes": plan.budget_bytes,
         "least_budget_bytes": phases.least_bytes(job, at),
         "seconds": round(plan.seconds),
-        **several,
         "rates": at.source,
         "check_failed": not plan.fits,
     }

@@ -104,8 +104,9 @@ def _planned(s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int,
     remedy = f"give --budget {estimates.flag(found[0].peak_bytes)} or more"
     estimates.fit(limit, *found, remedy=remedy + (", or --q-method round without --target-bpw" if count else ""))
     if steps:
-        job = Job(estimates.model_of(other), m, steps, s.batch_size, 1, s.max_seq_length, count, 0, 0, 0, 0,
-                  steps, rounding=s)  # fmt: skip
+        job = Job(
+            estimates.model_of(other), m, steps, s.batch_size, 1, s.max_seq_length, count, 0, 0, steps, rounding=s
+        )
         found.append(phases.tune(job, s.batch_size, limit.limit_bytes, steps))
         remedy = f"give --budget {estimates.flag(found[1].peak_bytes)} or more, or --q-iters 0"
         estimates.fit(limit, found[1], remedy=remedy)

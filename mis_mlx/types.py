@@ -43,11 +43,16 @@ class Within:
         return f"give a number {'above' if self.above else 'from'} {low}{', up' if self.above else ''} to {high}"
 
 
+@dataclass(frozen=True)
+class ConfigOnly:
+    """Stands in the annotation of a setting that a YAML file and Python may give, and that is no flag."""
+
+
 MOST = 10**7
+FILE_ONLY = ConfigOnly()
 Count = Annotated[int, Within(1, MOST)]
 Whole = Annotated[int, Within(0, MOST)]
 Tokens = Annotated[int, Within(2, 2**20)]  # in a window: one predicts the next
-Samples = Annotated[int, Within(1, 2**16 - 1)]
 Seed = Annotated[int, Within(0, 2**32 - 1)]
 Bits = Annotated[float, Within(3.0, 9.0)]  # of a weight, scales included
 Rate = Annotated[float, Within(0.0, 1.0, above=True)]

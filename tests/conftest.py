@@ -34,8 +34,6 @@ SMALL += (
     EVERY,
     "--bench-tokens",
     0,
-    "--sample-tokens",
-    0,
     "--learning-rate",
     "1e-2",
 )
@@ -145,7 +143,7 @@ def finished(
     A process from its start, not a fork: so strings hash otherwise than in those it is compared with.
     """
     out = tmp_path_factory.mktemp("distill") / "run"
-    line = [sys.executable, "-m", "mis_mlx.distill", *flags, "--out", out, "--bench-tokens", 3, "--sample-tokens", 5]
+    line = [sys.executable, "-m", "mis_mlx.distill", *flags, "--out", out, "--bench-tokens", 3]
     env = {**own_home, "PYTHONPATH": str(forks.ROOT)}
     done = subprocess.run([*map(str, line)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from mis_mlx import cli, distill, evaluate, quantize
+from mis_mlx import cli, distill, evaluate, flag_help, quantize
 from mis_mlx.reporting import progress, text
 from mis_mlx.types import GIB, MisError, Row, Step
 
@@ -138,20 +138,36 @@ def test_wrong_usage_exits_with_2(flags: list[str], capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("kind", [Settings, quantize.Settings, evaluate.Settings])
 def test_help_names_every_flag(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """--help exits with 0 and lists the fields as flags."""
-    from dataclasses import fields
+    """--help-all exits with 0 and lists the fields as flags, those of the YAML file by name; --help not the rare."""
+    shown = {}
+    for asked in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as caught:
+            cli.parse(kind, [asked])
+        assert caught.value.code == 0
+        shown[asked] = capsys.readouterr().out
+    quiet, rare = flag_help.quiet(kind), getattr(kind, "RARE", frozenset())
+    assert rare <= {f.name for f in fields(kind)} - quiet
+    for name in (f.name for f in fields(kind)):
+        flag = f"  --{name.replace('_', '-')} "
+        assert (name in shown["--help-all"]) if name in quiet else (flag in shown["--help-all"].replace("\n", " \n")), (
+            name
+        )
+        assert (flag in shown["--help"].replace("\n", " \n")) == (name not in quiet | rare), name
 
-    with pytest.raises(SystemExit) as caught:
-        cli.parse(kind, ["--help"])
-    assert caught.value.code == 0
-    shown = capsys.readouterr().out
-    assert all("--" + f.name.replace("_", "-") in shown for f in fields(kind))
+
+def test_distill_has_forty_flags() -> None:
+    """The rest is for a YAML file, and a flag of such a name says so."""
+    quiet = flag_help.quiet(distill.Settings)
+    assert len(fields(distill.Settings)) - len(quiet) <= 40 and {"warmup", "kv_heads"} <= quiet
+    with pytest.raises(MisError, match="--kv-heads is no flag: write `kv_heads: ...` in a YAML file"):
+        cli.parse(distill.Settings, ["--kv-heads", "1"])
+    assert not [title for title, _ in flag_help.grouped(distill.Settings) if title == "this command's own"]
 
 
 @pytest.mark.parametrize(
     ("kind", "first"),
     [
-        (Settings, ["teacher", "data", "budget", "out"]),
+        (Settings, ["teacher", "student", "data", "budget", "out"]),
         (quantize.Settings, ["model", "teacher", "data", "budget", "mlx_path"]),
         (evaluate.Settings, ["teacher", "students", "data", "budget", "out"]),
     ],
@@ -160,7 +176,7 @@ def test_help_begins_with_what_matters(kind: Any, first: list[str], capsys: pyte
     """The model, the text and the memory come before the batch size."""
     with pytest.raises(SystemExit):
         cli.parse(kind, ["--help"])
-    shown = re.findall(r"(?m)^\W*(--[a-z][a-z0-9-]*)", capsys.readouterr().out)
+    shown = re.findall(r"(?m)^  (--[a-z][a-z0-9-]*)", capsys.readouterr().out)
     assert shown[: len(first)] == ["--" + name.replace("_", "-") for name in first]
 
 
@@ -239,7 +255,7 @@ def test_sparkline() -> None:
 
 LIMITS = """
 import os, resource, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from mis_mlx import cli
 from mis_mlx.hardware import memory
 @dataclass(frozen=True)
@@ -273,7 +289,7 @@ def run_here(code: str, *args: object, **env: str) -> subprocess.CompletedProces
 
 
 DEVICE = """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 import mlx.core as mx
 from mis_mlx import cli
 @dataclass(frozen=True)

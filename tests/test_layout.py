@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mis_mlx"
 # From the ground up; a module imports its own folder and what stands before it.
 ORDER = (
-    "types", "cli", "maths", "storage", "data", "hardware", "models", "reporting", "planner", "gguf_export",
-    "evaluation", "pruning", "quantization", "distillation", "alignment", "checks",
+    "types", "flag_help", "cli", "maths", "storage", "data", "hardware", "models", "reporting", "planner",
+    "gguf_export", "evaluation", "pruning", "quantization", "distillation", "alignment", "checks",
 )  # fmt: skip
 COMMAND_FLOOR = len(ORDER)
 FILE_LINES, FUNCTION_LINES = 300, 60

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mis_mlx import distill
 from mis_mlx.distillation import pipeline, scale_tuning
 from mis_mlx.models import load
 from mis_mlx.quantization import packed_format
@@ -21,22 +22,19 @@ from tests import forks
 from tests.conftest import Done, mostly_slow
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--local-samples", 4)
+FLAGS = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4)
 FLAGS += ("--eval-windows", 3, "--bench-tokens", 0, "--iters", 6, "--save-every", 3, "--quantize", 0, "--seed", 3)
 FLAGS += ("--learning-rate", "1e-2", "--keep-steps")
 WAYS: dict[str, tuple[object, ...]] = {
     "cached": ("--targets", "cached"),
-    "local": ("--local-iters", 3),
-    "sharded": ("--train", "sharded", "--local-iters", 2, "--targets", "cached"),
-    "sharded, live": ("--train", "sharded", "--local-iters", 0),
-    "ablations": ("--cross-entropy", 0.3),
-    "tuned": ("--quantize", 4, "--q-iters", 5, "--q-learning-rate", "1e-4"),
+    "sharded": ("--train", "sharded", "--targets", "cached"),
+    "sharded, live": ("--train", "sharded"),
+    "tuned": ("--quantize", 4, "--q-iters", 5),
     "cached, tuned longer": ("--targets", "cached", "--quantize", 4, "--q-iters", 9),
-    "sharded, mixed": ("--train", "sharded", "--local-iters", 0, "--cross-entropy", 0.3),
 }
 # Every phase once, and training by each way of streaming; the others of the matrix are slow.
 KILLS = {("targets", "cached"), ("local", "sharded"), ("tune", "tuned")}
-KILLS |= {("distil", "sharded, live"), ("distil", "ablations")}
+KILLS |= {("distil", "sharded, live"), ("distil", "cached")}
 
 
 def weights(run: Path) -> bytes:
@@ -63,7 +61,7 @@ def whole(
     return get
 
 
-@pytest.mark.parametrize("way", mostly_slow(WAYS, *(set(WAYS) - {"cached, tuned longer", "sharded, mixed"})))
+@pytest.mark.parametrize("way", mostly_slow(WAYS, *(set(WAYS) - {"cached, tuned longer"})))
 def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, Done]], way: str) -> None:
     """Stock mlx-lm opens the result, and the run's files say what was done. (That losses fall: tests/training.)"""
     out, done = whole(way)
@@ -71,7 +69,7 @@ def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, 
     assert result["mode"] == ("sharded" if "sharded" in way else "resident") == run_folder.stored_plan(out)["mode"]
     assert [r["number"] for r in run_folder.metrics(out)] == list(range(1, 7))
     assert (out / "targets").exists() == ("cached" in WAYS[way])
-    steps = {"local": 3, "sharded": 2}.get(way, 0) * load.open_checkpoint(out / "model").config["num_hidden_layers"]
+    steps = 6 * ("sharded" in way) * load.open_checkpoint(out / "model").config["num_hidden_layers"]
     logged = (out / pipeline.LOCAL).read_text().splitlines() if steps else []
     assert [json.loads(line)["number"] for line in logged] == list(range(1, steps + 1))
     load.mlx_lm("utils").load(str(out / "model"))
@@ -127,7 +125,7 @@ def test_teaching_by_block_needs_keep_json(
 ) -> None:
     """Which teacher blocks a student block stands for is written there."""
     done = command("distill", "--teacher", llama.path, "--student", llama.path, "--data", text_folder, *FLAGS,
-                   "--local-iters", 1, "--out", tmp_path / "run")  # fmt: skip
+                   "--train", "sharded", "--out", tmp_path / "run")  # fmt: skip
     assert done.returncode == 1 and "has no keep.json" in done.stderr.splitlines()[-1]
 
 
@@ -140,19 +138,10 @@ def test_a_resumed_run_keeps_its_way(
     assert done.returncode == 1 and "--train is sharded, the run has auto" in done.stderr
 
 
-def test_cached_targets_have_one_temperature(llama: Checkpoint, command: Callable[..., Done]) -> None:
+def test_cached_targets_have_one_temperature(llama: Checkpoint) -> None:
     """Said before anything is begun."""
-    done = command("distill", "--teacher", llama.path, "--targets", "cached", "--temperature", 2)
-    assert done.returncode == 1 and "temperature 1, not 2" in done.stderr
-
-
-def test_a_student_without_its_history_has_no_local(
-    tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
-) -> None:
-    """keep.json says which teacher blocks a student block stands for; without it `local` cannot be."""
-    done = command("distill", "--teacher", llama.path, "--student", llama.path, "--data", text_folder, *FLAGS,
-                   "--local-iters", 1, "--out", tmp_path / "run")  # fmt: skip
-    assert done.returncode == 1 and "has no keep.json" in done.stderr and MisError.__name__ not in done.stderr
+    with pytest.raises(MisError, match="temperature 1, not 2"):
+        distill.run(distill.Settings(teacher=str(llama.path), targets="cached", temperature=2.0))
 
 
 @pytest.mark.slow

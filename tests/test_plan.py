@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,13 +86,20 @@ def test_the_decision_in_words(
 
 
 def test_the_papers_teacher_on_an_air(command: Callable[..., Done]) -> None:
-    """Both sizes side by side, every figure of the paper judged; it does not fit, so the exit code is 3."""
+    """By its own shape; it does not fit, so the exit code is 3."""
     done = command("plan", "--teacher", "mis-137b", "--machine", "m1-air")
     assert done.returncode == 3, done.stderr
     result = last_line(done)
     assert (result["params_teacher"], result["params_student"]) == (84_244_176_896, 47_199_559_680)
     assert result["budget_bytes"] == int(0.75 * 5_726_633_984) < result["least_budget_bytes"]
-    assert "by its shape: 84.2B, 47.4 GB | by the paper: 137B, 70 GB" in done.stdout
+
+
+def test_the_papers_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    """benchmarks/paper.py: both sizes side by side, every figure of the paper judged."""
+    program = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "paper.py"))
+    program["main"](program["Settings"]())
+    printed = capsys.readouterr().out
+    assert "by its shape: 84.2B, 47.4 GB | by the paper: 137B, 70 GB" in printed
     for label, ours, papers in (
         ("a pass of 1 token", "18.7 s", "28.0 s"),  # nbytes / 2.5 GB/s
         ("a pass of 128 tokens", "18.7 s", "28.0 s"),
@@ -102,8 +110,8 @@ def test_the_papers_teacher_on_an_air(command: Callable[..., Done]) -> None:
         ("the same, 4 of a tree of N* guesses accepted", "4.7 s, 0.214 tokens/s", "7.0 s, 0.143 tokens/s"),
         ("the same, 6 of a tree of N* guesses accepted", "3.1 s, 0.321 tokens/s", "4.7 s, 0.214 tokens/s"),
     ):
-        assert f"| {label} | {ours} | {papers} |" in done.stdout, label
-    verdicts = [line for line in done.stdout.splitlines() if line.startswith('- "')]
+        assert f"| {label} | {ours} | {papers} |" in printed, label
+    verdicts = [line for line in printed.splitlines() if line.startswith('- "')]
     assert len(verdicts) == 4 and all("possible" in line for line in verdicts)
     assert "137B not possible, 8.4 to 12.6 guesses" in verdicts[2] and "possible at its lower end" in verdicts[2]
     assert "77.1 GB" in verdicts[1] and "0.7 to 1.0 million" in verdicts[3]

@@ -17,6 +17,7 @@ from mis_mlx.distillation.live_teacher import MicroBatch, Teacher
 from mis_mlx.maths import losses, sparse
 from mis_mlx.models import distributed
 from mis_mlx.models.config import shape_of
+from mis_mlx.planner.job import SAMPLES
 from mis_mlx.planner.recipe import Recipe
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
@@ -37,7 +38,7 @@ def write(
     folder: Path,
     files: Files,
     *,
-    count: int = 50,
+    count: int = SAMPLES,
     seed: int = 0,
     windows_per_pass: int = 64,
     show: Callable[[int, str], None] = lambda done, text: None,

@@ -35,7 +35,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import Files, reported
 from mis_mlx.types import Checkpoint, MisError, Step
 
-LOCAL = "local.jsonl"
+LOCAL, LOCAL_RATE = "local.jsonl", 3e-4  # the peak, of every block
 LEFT = ("steps", "tune-steps", "rounded", "parts", "targets")  # folders that nobody needs once the run is done
 
 
@@ -81,11 +81,10 @@ class Course:
 
 def train(c: Course, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
-    begun = pruned
-    if c.plan.mode == "sharded" or c.recipe.local_iters:
-        begun = _local(c, pruned)
-    source = source_of(c)
-    return _sharded(c, begun, source) if c.plan.mode == "sharded" else _resident(c, begun, source)
+    if c.plan.mode == "resident":
+        return _resident(c, pruned, source_of(c))
+    parts = _local(c, pruned)
+    return _sharded(c, parts, source_of(c))
 
 
 def source_of(c: Course) -> live_teacher.Source:
@@ -104,7 +103,7 @@ def source_of(c: Course) -> live_teacher.Source:
     cli.say(f"logit store: {len(at)} windows")
     with c.phase("logit store"), progress.bar("targets", len(at)) as show:
         store = cached_targets.write(c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files,
-                              count=c.recipe.samples, seed=c.recipe.seed, show=show,
+                              seed=c.recipe.seed, show=show,
                               windows_per_pass=max(1, c.plan.held_windows("logit store") // max(1, len(c.shares))),
                               together=bool(c.shares))  # fmt: skip
     for note in [
@@ -124,13 +123,14 @@ def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
     student = block_files.begin(pruned, c.folder / "parts", c.files)
     if (c.folder / "steps").exists():  # the next stage has begun
         return student
-    r, iters = c.recipe, c.recipe.local_iters or 0
-    recipe = replace(r, iters=iters, warmup=min(2, r.warmup), learning_rate=r.local_learning_rate, batch_size=1,
+    r, iters = c.recipe, c.plan.job.local_iters
+    recipe = replace(r, iters=iters, warmup=min(2, r.warmup), learning_rate=LOCAL_RATE, batch_size=1,
                      grad_accumulation_steps=r.batch_size * r.grad_accumulation_steps)  # fmt: skip
     cli.say(f"local: {len(keep.layers)} blocks, {iters} steps each")
     steps = blockwise.train(
-        c.teacher, pruned, student, keep, c.pick(r.local_samples, 2), recipe, folder=c.folder,
+        c.teacher, pruned, student, keep, c.pick(c.plan.job.local, 2), recipe, folder=c.folder,
         held=c.plan.held_windows("local"), files=c.files, direct=c.direct,
+        ridge=reconstruct.RIDGE if r.reconstruct_samples else 0.0,
     )  # fmt: skip
     total = len(keep.layers) * iters
     with c.phase("local"):
@@ -147,7 +147,7 @@ def _resident(c: Course, begun: Checkpoint, source: live_teacher.Source) -> Call
 
     def begin() -> None:
         keep = model_writer.read_keep(begun.path)
-        if c.recipe.reconstruct_samples and keep and not c.recipe.local_iters:
+        if c.recipe.reconstruct_samples and keep:
             cli.say("reconstruct: refit every down_proj to the teacher's stream")
             with c.phase("repair"):
                 mended, _ = reconstruct.reconstruct(c.teacher, begun, keep, c.pick(c.recipe.reconstruct_samples, 2))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from mis_mlx.planner.estimates import Model
 from mis_mlx.planner.recipe import Rounding
 
-LOCAL_ITERS = 16  # of a student that does not fit
+LOCAL_ITERS, LOCAL_WINDOWS = 16, 64  # of a student that does not fit; windows: where none are for the repair
 PLAIN = Rounding(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 SAMPLES = 50  # tokens of a position in the logit store
 
@@ -30,8 +30,6 @@ class Job:
     length: int
     calibration: int
     repair: int  # 0: no closed-form fit, not in `local` either
-    local: int
-    local_iters: int | None  # steps of each block before the whole is trained; None: only for a sharded student
     held_out: int
     save_every: int
     targets: Literal["live", "cached"] = "live"
@@ -44,9 +42,15 @@ class Job:
         """Tokens of one optimizer step."""
         return self.batch * self.accumulate * self.length
 
-    def local_steps(self, mode: Mode) -> int:
-        """Steps of each block in `local` when the student is then trained this way."""
-        return LOCAL_ITERS * (mode == "sharded") if self.local_iters is None else self.local_iters
+    @property
+    def local(self) -> int:
+        """Windows from which its blocks learn."""
+        return self.repair or LOCAL_WINDOWS
+
+    @property
+    def local_iters(self) -> int:
+        """Steps of each block of a student that does not fit, before the whole is trained."""
+        return min(LOCAL_ITERS, self.iters)
 
     @property
     def target_bytes(self) -> int:
@@ -65,8 +69,6 @@ def job_of(teacher: Model, student: Model, asked: Any) -> Job:
         asked.max_seq_length,
         asked.num_samples,
         asked.reconstruct_samples,
-        asked.local_samples,
-        asked.local_iters,
         asked.eval_windows,
         asked.save_every,
         asked.targets,

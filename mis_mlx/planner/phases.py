@@ -63,10 +63,10 @@ def store(job: Job, limit: int) -> Phase:
     return Phase("logit store", read, written, peak, windows * one.flops, held_tokens=at_once * length)
 
 
-def local(job: Job, micro: int, limit: int, iters: int) -> Phase:
+def local(job: Job, micro: int, limit: int) -> Phase:
     """Student blocks one by one, each taught what the teacher's do in its place (distillation/blockwise)."""
     t, m, length, batch = job.teacher, job.student, job.length, micro * job.length
-    layers, b, tokens = m.shape.layers, m.block_params, job.local * job.length
+    layers, b, iters, tokens = m.shape.layers, m.block_params, job.local_iters, job.local * job.length
     fit_bytes, fit_flops = estimates.refit(m, tokens) if job.repair else (0, 0.0)
     backward = max(
         estimates.activation_bytes(m.config, micro, length) // layers, estimates.update_bytes(m.config, True)
@@ -194,10 +194,9 @@ class Plan:
         return {"mode": self.mode, "micro": self.micro_batch, "shard": self.shard_layers}
 
     def recipe(self, asked: Distillation) -> Distillation:
-        """The recipe that was asked for, with micro-batches and local steps as planned."""
-        steps = self.job.local_steps(self.mode)
+        """The recipe that was asked for, with micro-batches as planned."""
         parts = asked.grad_accumulation_steps * self.job.batch // self.micro_batch
-        return replace(asked, batch_size=self.micro_batch, grad_accumulation_steps=parts, local_iters=steps)
+        return replace(asked, batch_size=self.micro_batch, grad_accumulation_steps=parts)
 
     def held_windows(self, name: str) -> int:
         """How many windows of hidden states the phase of this name keeps in memory."""
@@ -243,8 +242,8 @@ def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) 
     left = max(0, limit - known)
     own = known + process_bytes(left, job.teacher.gpu)
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
-    if job.local_steps(mode) or mode == "sharded":  # which refits each block itself
-        phases.append(local(job, micro, left, job.local_steps(mode)))
+    if mode == "sharded":  # which refits each block itself
+        phases.append(local(job, micro, left))
     elif job.repair:
         phases.append(repair(job))
     phases.append(resident(job, micro, left) if mode == "resident" else sharded(job, micro, shard))

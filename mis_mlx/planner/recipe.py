@@ -6,11 +6,11 @@ Does not know what is trained.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from mis_mlx import cli
 from mis_mlx.maths.optimizer import cosine
-from mis_mlx.types import Bits, Count, MisError, Positive, Rate, Samples, Seed, Share, Tokens, Whole
+from mis_mlx.types import FILE_ONLY, Bits, Count, MisError, Positive, Rate, Seed, Share, Tokens, Whole
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Recipe:
     """tokens in a window"""
     learning_rate: Rate = 3e-4
     """peak; falls to a tenth along a cosine"""
-    warmup: Whole = 5
+    warmup: Annotated[Whole, FILE_ONLY] = 5
     """steps until the peak"""
-    weight_decay: Share = 0.01
+    weight_decay: Annotated[Share, FILE_ONLY] = 0.01
     """AdamW's"""
     save_every: Count = 20
     """steps between checkpoints"""
@@ -62,26 +62,17 @@ class Distillation(Recipe):
 
     learning_rate: Rate = 1e-4
     """peak; falls to a tenth along a cosine; 3e-4 suits a student that was not repaired (--reconstruct-samples 0)"""
-    temperature: Positive = 1.0
+    temperature: Annotated[Positive, FILE_ONLY] = 1.0
     """T of eq. (2), which softens both distributions"""
-    halny: Share | None = None
+    halny: Annotated[Share | None, FILE_ONLY] = None
     """spread of eps_halny in eq. (2); 0 switches it off; default: from measured T_env, 0 when unmeasured"""
     train: Literal["auto", "resident", "sharded"] = "auto"
     """the student whole in memory, or some blocks of it at a time; default: what fits the budget"""
     targets: Literal["live", "cached"] = "live"
     """the teacher at every step; or its sampled logits, written down once, and no teacher in memory"""
-    samples: Samples = 50
-    """of the vocabulary, for each token, in cached targets"""
     reconstruct_samples: Whole = 64
     """windows for the closed-form repair before training; 0 leaves it out"""
-    local_iters: Whole | None = None
-    """steps for each block to learn what the teacher does in its place, before the whole is trained; default: 0,
-    or 16 where the student does not fit"""
-    local_samples: Count = 64
-    """windows for that"""
-    local_learning_rate: Rate = 3e-4
-    """peak, of every block"""
-    cross_entropy: Share = 0.0
+    cross_entropy: Annotated[Share, FILE_ONLY] = 0.0
     """share of the loss that is plain cross-entropy on the text; the rest is KL to the teacher"""
 
     def check(self) -> None:
@@ -91,7 +82,7 @@ class Distillation(Recipe):
             raise MisError(f"--targets cached are those of temperature 1, not {self.temperature:g}: use --targets live")
         if self.targets == "cached" and self.cross_entropy:
             raise MisError(
-                "--cross-entropy needs the teacher itself, --targets cached its samples only: use --targets live"
+                "cross_entropy needs the teacher itself, --targets cached its samples only: use --targets live"
             )
 
 
@@ -114,7 +105,7 @@ class Rounding:
     q_iters: Whole | None = None
     """steps of distillation of scales, biases and norms after rounding; integers stay. Default: 20 in `distill` where
     the student is trained whole, else 0"""
-    q_learning_rate: Rate = 4e-6
+    q_learning_rate: Annotated[Rate, FILE_ONLY] = 4e-6
     """peak, of those steps; falls to a tenth along a cosine"""
 
     @property

@@ -97,7 +97,7 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
 
     asked: dict[str, Any] = {
         "teacher": str(model), **few, "reconstruct_samples": 2, "eval_windows": 1, "bench_tokens": 0,
-        "sample_tokens": 0, "ffn": 256, "iters": 2, "save_every": 1, "warmup": 1, "q_iters": 1, "learning_rate": 1e-2,
+        "ffn": 256, "iters": 2, "save_every": 1, "warmup": 1, "q_iters": 1, "learning_rate": 1e-2,
         "keep_steps": True,
     }  # fmt: skip
     taught: dict[str, Any] = {"model": str(model), "data": str(text.parent / "lessons"), "max_seq_length": 128}
@@ -109,8 +109,8 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
     found = [Job(name, *_folder(maker)) for name, maker in makers.items()]
     found += [
         Job("distill", _running(distill, asked), _distilled),
-        Job("distill, targets on disk", _running(distill, {**asked, "targets": "cached", "samples": 4}), _distilled),
-        Job("distill, block by block", _running(distill, {**asked, "local_iters": 2, "local_samples": 2}), _distilled),
+        Job("distill, targets on disk", _running(distill, {**asked, "targets": "cached"}), _distilled),
+        Job("distill, block by block", _running(distill, {**asked, "train": "sharded"}), _distilled),
         Job("sft", _running(sft, taught), _distilled),
         Job("logit store", _store, lambda place: contents(place / "targets")),
         Job("spool", _spool, lambda place: contents(place)),

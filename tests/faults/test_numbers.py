@@ -36,7 +36,7 @@ def settings(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> Callable[[str], d
     """`settings(name)`: of a run of twelve steps, saved at every fourth, with plain distillation and no 4-bit model."""
     model, text = all_jobs["distill"].made
     brief: dict[str, Any] = {"teacher": str(model), "data": str(text), "num_samples": 2, "max_seq_length": 32}
-    brief |= {"reconstruct_samples": 0, "eval_windows": 1, "bench_tokens": 0, "sample_tokens": 0, "ffn": 256}
+    brief |= {"reconstruct_samples": 0, "eval_windows": 1, "bench_tokens": 0, "ffn": 256}
     brief |= {"iters": ITERS, "save_every": EVERY, "warmup": 1, "quantize": 0, "learning_rate": 1e-2}
     return lambda name: distill.Settings(out=str(tmp_path / name), **brief)
 
@@ -110,7 +110,7 @@ def test_a_sharded_run_goes_back_too(
     already. Without these batches in the next visit too; killed on the second way, it ends with the same bytes."""
     ways = phases.ways
     monkeypatch.setattr(phases, "ways", lambda job: (way for way in ways(job) if way[2] == 1))
-    s, cut = (replace(settings(name), train="sharded", local_iters=0) for name in ("whole", "cut"))
+    s, cut = (replace(settings(name), train="sharded") for name in ("whole", "cut"))
     bad |= {first, first + 1, first + 2}
     distill.run(s)
     sentence = f"gave no numbers: back to step {back}, and on without them, at half the learning rate"

@@ -35,7 +35,7 @@ PROMPT = "The for statement is used to"
 SEEN: dict[str, Any] = dict(max_seq_length=32, num_samples=2)
 RUN: dict[str, Any] = dict(
     **SEEN, reconstruct_samples=2, eval_windows=2, scenario="goral", iters=3, save_every=2, bench_tokens=0,
-    sample_tokens=0, q_iters=2, governor="observe", learning_rate=1e-4,
+    q_iters=2, governor="observe", learning_rate=1e-4,
 )  # fmt: skip
 ALIGNED: dict[str, Any] = dict(
     iters=2, save_every=1, eval_rows=4, governor="observe", max_seq_length=96, batch_size=2, learning_rate=1e-4
@@ -124,7 +124,7 @@ WAYS = {
     "cached": Way("bfloat16", {"targets": "cached", "quantize": 0}, near=0.02),  # other tokens are sampled here, there
     "sharded": Way("bfloat16", {"train": "sharded", "quantize": 0}),
     # Adam's first steps are the signs of gradients, in each block: what rounding turns round is as large as the rest.
-    "local": Way("affine", {"local_iters": 2, "local_samples": 2, "quantize": 0}, near=0.05, held_out=0.01),
+    "local": Way("affine", {"train": "sharded", "quantize": 0}, near=0.05, held_out=0.01),
 }
 
 

@@ -135,9 +135,9 @@ def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"cross_entropy": 1.5}, "--cross-entropy is 1.5: give a number from 0 to 1"),
-        ({"cross_entropy": float("nan")}, "--cross-entropy is nan"),
-        ({"targets": "cached", "cross_entropy": 0.1}, "--cross-entropy needs the teacher itself, --targets cached"),
+        ({"cross_entropy": 1.5}, "cross_entropy is 1.5: give a number from 0 to 1"),
+        ({"cross_entropy": float("nan")}, "cross_entropy is nan"),
+        ({"targets": "cached", "cross_entropy": 0.1}, "cross_entropy needs the teacher itself, --targets cached"),
     ],
 )
 def test_what_does_not_go_together_is_a_sentence(asked: dict[str, Any], said: str) -> None:

@@ -349,15 +349,13 @@ def test_the_whole_way_with_a_rotated_student(
 ) -> None:
     """Pruned, taught block by block, distilled, quantized: each folder opens; it ends nearer to the teacher."""
     out = tmp_path / "run"
-    done = command(
-        "distill", *flags, "--out", out, "--hidden", 32, "--hidden-by", "pca", "--local-iters", 3, "--q-group-size", 32
-    )
+    done = command("distill", *flags, "--out", out, "--hidden", 32, "--train", "sharded", "--q-group-size", 32)
     assert done.returncode == 0, done.stderr
     assert last_line(done)["hidden_by"] == "pca"
     made = {"teacher": llama} | {name: load.open_checkpoint(out / name) for name in ("pruned", "distilled", "model")}
     held_out = Windows(np.concatenate([np.array(w) for w in windows]), np.ones((4, 64), np.float32))
     kl = {name: found.mean() for (name, metric), found in comparison.compare(made, held_out).items() if metric == "kl"}
-    assert kl["distilled"] < 0.9 * kl["pruned"]
+    assert kl["distilled"] < kl["pruned"]  # by little: a sharded student's embedding and head stay as they are
     basis = (out / "pruned" / "rotation.npy").read_bytes()
     assert all((out / name / "rotation.npy").read_bytes() == basis for name in ("parts", "distilled"))
     assert json.loads((out / "distilled" / "keep.json").read_text())["rotated"] is True

@@ -1,0 +1,99 @@
+"""--help and --help-all of a command: its settings as flags, in groups, with what their docstrings say.
+
+Reads dataclasses. Does not know what any command does; a name means the same in every one of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import shutil
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mis_mlx.types import FILE_ONLY
+
+# Titles and the flags under them, in this order; those that no group names come last.
+GROUPS = {
+    "model, data, memory": "model models teacher students student data budget out mlx_path",
+    "data": "num_samples max_seq_length eval_windows eval_rows seed",
+    "shape": "scenario layers ffn hidden heads kv_heads importance hidden_by target temperature_unit",
+    "training": "iters batch_size grad_accumulation_steps learning_rate reconstruct_samples targets train",
+    "quantization": "quantize target_bpw q_group_size q_mode q_method q_iters",
+    "output": "resume dry_run config save_every keep_steps bench_tokens report_to",
+    "machine": "compute_dtype governor temperature_c altitude_m thermal_replay spread",
+}
+INDENT, NARROW = 30, 60
+WORDS = {int: "INT", float: "FLOAT", str: "TEXT"}
+
+
+def quiet(kind: type) -> frozenset[str]:
+    """The settings that are no flags: a YAML file and Python may give them."""
+    hints = get_type_hints(kind, include_extras=True)
+    return frozenset(name for name, hint in hints.items() if FILE_ONLY in getattr(hint, "__metadata__", ()))
+
+
+def docs(kind: type) -> dict[str, str]:
+    """{field: the string under it in the source}, of the class and those it is made of."""
+    texts = dict[str, str]()
+    for one in reversed(kind.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                texts[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    return texts
+
+
+def metavar(hint: Any) -> str:
+    """What stands behind a flag: 'INT', '{4,0}'; nothing behind a switch."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return metavar(inner[0])
+    if kind is Literal:
+        return "{" + ",".join(map(str, inner)) + "}"
+    if kind in (Union, UnionType):
+        return metavar(next(i for i in inner if i is not NoneType))
+    if kind is tuple:
+        return f"[{metavar(inner[0])} ...]"
+    return WORDS.get(hint, "")
+
+
+def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:
+    """(title, names) of the groups that have flags."""
+    rest = [f.name for f in fields(kind) if f.name not in quiet(kind)]
+    for title, names in GROUPS.items():
+        if mine := [name for name in names.split() if name in rest]:
+            yield title, mine
+            rest = [name for name in rest if name not in mine]
+    if rest:
+        yield "this command's own", rest
+
+
+def text(kind: Any, prog: str, every: bool) -> str:
+    """The help. every: with the flags that the class lists as `RARE`."""
+    hints, about, width = get_type_hints(kind, include_extras=True), docs(kind), shutil.get_terminal_size().columns
+    rare = frozenset[str]() if every else getattr(kind, "RARE", frozenset[str]())
+    defaults = {f.name: f.default for f in fields(kind)}
+    lines = [f"usage: {prog} [flags]", "", *textwrap.wrap(inspect.getdoc(kind) or "", width)]
+    for title, names in grouped(kind):
+        if shown := [name for name in names if name not in rare]:
+            lines += ["", title]
+        for name in shown:
+            default, said = defaults[name], about.get(name, "")
+            if default is MISSING:
+                said += "" if "default:" in said else " (needed)"
+            elif default is not None and default is not False and "default:" not in said.lower():
+                said += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+            flag = f"  --{name.replace('_', '-')} {metavar(hints[name])}".rstrip()
+            lead = flag.ljust(INDENT) if len(flag) < INDENT - 1 else flag + "\n" + " " * INDENT
+            body = textwrap.wrap(said.strip(), max(width, NARROW) - INDENT) or [""]
+            lines += [(lead + body[0]).rstrip(), *(" " * INDENT + line for line in body[1:])]
+    if rare:
+        lines += ["", f"--help-all shows {len(rare)} more"]
+    elif names_ := sorted(quiet(kind)):
+        lines += ["", *textwrap.wrap(f"In a YAML file (--config) only: {', '.join(names_)}", width)]
+    return "\n".join(lines)
