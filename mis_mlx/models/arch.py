@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mis_mlx.models.config import Shape, normalised, shape_of
+from mis_mlx.models.families import family
 from mis_mlx.types import Checkpoint, MisError, Space, TensorAt
 
 # A ratio per axis, kept / before. gazda: what was measured best at GÓRAL's size on SmolLM2-135M, 28 of 30 layers and
@@ -43,17 +44,17 @@ READERS = {"ffn": ("down_proj",), "heads": ("o_proj",), "norm1": ("q_proj", "k_p
 
 def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names (without `model.layers.N.`) and shapes (out, in) of one block's tensors, in forward order."""
-    s, kind = shape_of(config), config["model_type"]
+    s, of = shape_of(config), family(config)
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     tensors: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (s.hidden,)}
     for name, out in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
         tensors[f"self_attn.{name}.weight"] = (out, s.hidden)
-        if kind == "qwen2" or (kind != "qwen3" and config.get("attention_bias")):  # mlx-lm's qwen3 has no biases
+        if config.get("attention_bias") if of.qkv_bias is None else of.qkv_bias:
             tensors[f"self_attn.{name}.bias"] = (out,)
-    if kind == "qwen3":
+    if of.head_norms:
         tensors |= {"self_attn.q_norm.weight": (s.head_dim,), "self_attn.k_norm.weight": (s.head_dim,)}
     tensors["self_attn.o_proj.weight"] = (s.hidden, q)
-    if kind in ("llama", "mistral") and config.get("attention_bias"):
+    if of.other_biases and config.get("attention_bias"):
         tensors["self_attn.o_proj.bias"] = (s.hidden,)
     tensors["post_attention_layernorm.weight"] = (s.hidden,)
     for name, out, into in (
@@ -62,7 +63,7 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         ("down_proj", s.hidden, s.ffn),
     ):
         tensors[f"mlp.{name}.weight"] = (out, into)
-        if kind in ("llama", "mistral") and config.get("mlp_bias"):
+        if of.other_biases and config.get("mlp_bias"):
             tensors[f"mlp.{name}.bias"] = (out,)
     return tensors
 
@@ -178,7 +179,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
         if name in expected or name == "lm_head.weight" or "rotary_emb" in name or packing:
             continue
         raise MisError(
-            f"{found[name].file}: holds {name}, which a {checkpoint.config['model_type']} of "
+            f"{found[name].file}: holds {name}, which a {family(checkpoint.config).name} of "
             f"{shape_of(checkpoint.config)} has no place for: files and config differ"
         )
 
@@ -201,7 +202,7 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
     FFN to a multiple of 256 (or kept as it is when smaller), hidden to a multiple the heads divide.
     Raises MisError where a cut would give a model that no loader accepts.
     """
-    s, kind = shape_of(config), config["model_type"]
+    s, of = shape_of(config), family(config)
     sizes = {"layers": s.layers, "ffn": s.ffn, "kv_heads": s.kv_heads, "heads": s.heads, "hidden": s.hidden}
     step = {"layers": 1, "ffn": FFN_MULTIPLE, "kv_heads": 1, "heads": s.kv_heads, "hidden": math.lcm(16, s.heads)}
     for axis, before in sizes.items():
@@ -220,14 +221,14 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
             f"--heads {sizes['heads']} does not divide into {kv} key-value heads, of which the teacher's have {each} "
             f"query heads each: choose a multiple of {kv}, {each * kv} at most"
         )
-    if kind != "qwen3" and sizes["hidden"] % sizes["heads"]:
+    if of.heads_fill_hidden and sizes["hidden"] % sizes["heads"]:
         raise MisError(
             f"hidden {sizes['hidden']} is not a multiple of {sizes['heads']} heads, which transformers "
-            f"demands of a {kind}: choose --hidden as a multiple of {sizes['heads']}"
+            f"demands of a {of.name}: choose --hidden as a multiple of {sizes['heads']}"
         )
-    if kind == "qwen2" and sizes["hidden"] // sizes["heads"] != s.head_dim:
+    if of.head_dim_follows and sizes["hidden"] // sizes["heads"] != s.head_dim:
         raise MisError(
-            f"a qwen2 cannot change hidden ({s.hidden} to {sizes['hidden']}) or heads alone, its head "
+            f"a {of.name} cannot change hidden ({s.hidden} to {sizes['hidden']}) or heads alone, its head "
             "size is their quotient: cut --layers and --ffn instead"
         )
     return Shape(sizes["layers"], sizes["hidden"], sizes["ffn"], sizes["heads"], kv, s.head_dim, s.vocab, s.tied)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mis_mlx.models.families import FAMILIES, family
 from mis_mlx.types import MisError
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_NEEDS = {  # kinds of rotary positions, and the numbers each cannot do without
     "default": (),
     "linear": ("factor",),
@@ -86,11 +86,11 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
         if config.get(key):
             raise MisError(
                 f"{where}: {key} wants to run the model's own program code; mis_mlx never does that: "
-                f"use a model of type {', '.join(MODEL_TYPES)}"
+                f"use a model of type {', '.join(FAMILIES)}"
             )
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise MisError(f"{where}: model_type {kind!r} is not supported; supported are {', '.join(MODEL_TYPES)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise MisError(f"{where}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
     _whole(config, "num_hidden_layers", 1, 1000, where)
     hidden = _whole(config, "hidden_size", 1, 65_536, where)
     _whole(config, "intermediate_size", 1, 1_000_000, where)
@@ -147,7 +147,7 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     c = dict(config)
     rope = c.get("rope_parameters") or {}
     if c.get("rope_theta") is None:
-        c["rope_theta"] = rope.get("rope_theta", 1_000_000.0 if c["model_type"] == "qwen2" else 10_000.0)
+        c["rope_theta"] = rope.get("rope_theta", family(c).rope_theta)
     if c.get("rope_scaling") is None and rope.get("rope_type", "default") != "default":
         c["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     if c.get("num_key_value_heads") is None:

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mis_mlx.maths import lookup, rounding
 from mis_mlx.models import arch, policy, tokenizer_check
 from mis_mlx.models.config import normalised, read_config, shape_of
+from mis_mlx.models.families import family
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError
 
@@ -66,8 +67,7 @@ def mlx_lm(module: str) -> ModuleType:
 
 
 def _model_module(config: Mapping[str, Any]) -> ModuleType:
-    kind = config["model_type"]
-    return mlx_lm(f"models.{'llama' if kind == 'mistral' else kind}")
+    return mlx_lm(f"models.{family(config).mlx}")
 
 
 def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
