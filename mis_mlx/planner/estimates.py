@@ -26,7 +26,7 @@ UPDATE_ARRAYS = 2  # a clipped gradient; what else an update makes is written ov
 SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
 TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
-STATE_BYTES = 16  # of a trained parameter: weight, gradient and two moments, float32
+STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient and two moments, float32
 UPDATE_TRAFFIC = 28  # bytes of a parameter that one update moves: these four read, three written, in one kernel
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -170,15 +170,23 @@ def keys_bytes(m: Model, tokens: int) -> int:
 
 
 def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
-    """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks."""
+    """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks. Measured within 3 %."""
     s = shape_of(config)
-    per_token = 8 * s.hidden + 4 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + 2 * s.heads * length
+    per_token = 6 * s.hidden + 5 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
     return 4 * s.layers * batch * length * per_token
 
 
-def logit_bytes(vocab: int, tokens: int) -> int:
-    """The chunks of logits under way at once, five float32 arrays each (maths/losses)."""
+def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
+    """The most that the way back through one block holds, its gradients not among it; what it kept is. Measured."""
+    return 11 * activation_bytes(config, batch, length) // (5 * shape_of(config).layers)
+
+
+def logit_bytes(vocab: int, tokens: int, host: bool = False) -> int:
+    """The chunks of logits under way at once, five float32 arrays each (maths/losses); or, on the host, the teacher's
+    and the student's of one chunk (models/host_losses)."""
     rows = chunk_rows(vocab)
+    if host:
+        return 2 * min(tokens, rows) * vocab * 4
     return 5 * min(CHUNKS_AHEAD, math.ceil(tokens / rows)) * rows * vocab * 4
 
 
@@ -188,12 +196,23 @@ def update_bytes(config: Mapping[str, Any], blocks_only: bool = False) -> int:
     return UPDATE_ARRAYS * 4 * max(map(math.prod, tensors.values()))
 
 
-def training_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
-    """A resident student: weights, gradients, moments, and then either activations, the head's gradient and
-    chunks of logits, or the update."""
-    s = shape_of(config)
-    head = 2 * s.vocab * s.hidden * 4 + logit_bytes(s.vocab, batch * length)
-    return STATE_BYTES * arch.params(config) + max(activation_bytes(config, batch, length) + head, update_bytes(config))
+def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0) -> int:
+    """A resident student: weights and moments, and what is largest of: activations and the vocabulary's part of the
+    loss; the way back; the update.
+
+    host_lanes: of the way where numpy computes the loss between the two passes (live_teacher), in so many lanes, each
+    with gradients of its own; 0: all in one graph, of which the least that can be promised is the sum.
+    """
+    s, params = shape_of(config), arch.params(config)
+    kept, head = activation_bytes(config, batch, length), 4 * s.vocab * s.hidden
+    block = backward_bytes(config, batch, length) - kept // s.layers
+    loss, gradients = 2 * head + logit_bytes(s.vocab, batch * length, bool(host_lanes)), GRADIENT_BYTES * params
+    forth, back = kept + loss, gradients + block
+    if host_lanes:
+        back = max(kept + head, host_lanes * (gradients - head) + 3 * head) + block
+    else:
+        forth += gradients
+    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, gradients + update_bytes(config))
 
 
 def room(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import Model
 from mis_mlx.planner.recipe import Rounding
 
@@ -41,6 +42,11 @@ class Job:
     def step(self) -> int:
         """Tokens of one optimizer step."""
         return self.batch * self.accumulate * self.length
+
+    @property
+    def host_lanes(self) -> int:
+        """How many windows go side by side where numpy computes the losses (models/host_losses); else 0."""
+        return estimates.together(self.student) if self.targets == "live" and not self.teacher.gpu else 0
 
     @property
     def local(self) -> int:

@@ -68,9 +68,7 @@ def local(job: Job, micro: int, limit: int) -> Phase:
     t, m, length, batch = job.teacher, job.student, job.length, micro * job.length
     layers, b, iters, tokens = m.shape.layers, m.block_params, job.local_iters, job.local * job.length
     fit_bytes, fit_flops = estimates.refit(m, tokens) if job.repair else (0, 0.0)
-    backward = max(
-        estimates.activation_bytes(m.config, micro, length) // layers, estimates.update_bytes(m.config, True)
-    )
+    backward = max(estimates.backward_bytes(m.config, micro, length), estimates.update_bytes(m.config, True))
     peak = t.slots_bytes + t.body_bytes(estimates.workspace_bytes(t, batch, length))
     peak += max(STATE_BYTES * b + backward, 4 * b + fit_bytes)
     theirs, ours = t.shape.hidden * t.item, m.shape.hidden * (t.item + 4)  # of a token, in three streams
@@ -88,18 +86,23 @@ def local(job: Job, micro: int, limit: int) -> Phase:
 def resident(job: Job, micro: int, limit: int) -> Phase:
     """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
     m = job.student
-    plain = Phase("distil", m.nbytes, m.nbytes, estimates.training_bytes(m.config, micro, job.length), 0.0, True)
+    plain = Phase(
+        "distil", m.nbytes, m.nbytes, estimates.training_bytes(m.config, micro, job.length, job.host_lanes), 0.0, True
+    )
     return _taught(job, plain, micro, limit, job.iters, arch.params(m.config))
 
 
 def tune(job: Job, micro: int, limit: int, iters: int) -> Phase:
-    """The packed student whole in memory, its scales learning (quantization/grid): integers, values, a gradient."""
+    """The packed student whole in memory, its scales learning (quantization/grid): integers, these and values as floats
+    for the way back, and one block's gradient."""
     m, s = job.student, job.student.shape
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
     nbytes = quantized_size.packed_bytes(m, job.rounding)
-    head = m.head_params * 4 * (1 if s.tied else 2) + estimates.logit_bytes(s.vocab, micro * job.length)
+    head = m.head_params * 4 * (1 if s.tied else 2) + estimates.logit_bytes(
+        s.vocab, micro * job.length, bool(job.host_lanes)
+    )
     work = estimates.activation_bytes(m.config, micro, job.length)
-    peak = (1 + 3 * 4) * s.layers * m.block_params + STATE_BYTES * trained + head + work
+    peak = ((1 + 2 * 4) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
     plain = Phase("tune", nbytes, nbytes, peak, 0.0, True)
     return _taught(job, plain, micro, limit, iters, trained)
 
@@ -129,7 +132,7 @@ def sharded(job: Job, micro: int, shard: int) -> Phase:
     visits = math.ceil(job.iters / steps_per_shard(job, shard))
     over = [s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)]  # blocks above each shard
     above, again = (sum(n) / shards for n in (over, [max(0, n - 1) for n in over]))  # the last one turns in memory
-    back = s.layers * job.step * s.hidden * 4 + estimates.activation_bytes(m.config, micro, length) // s.layers
+    back = s.layers * job.step * s.hidden * 4 + estimates.backward_bytes(m.config, micro, length)
     back += 4 * m.head_params + estimates.logit_bytes(s.vocab, micro * length) + 4 * b
     peak = (2 * 4 + STATE_BYTES * shard) * b + max(back, estimates.update_bytes(m.config, True))
     read = 4.0 * b * (s.layers - shard + again)

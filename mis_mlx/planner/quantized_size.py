@@ -64,7 +64,7 @@ def _sensed(then: Phase, m: Model, windows: int, length: int, limit: int) -> Pha
     """
     window = length * m.shape.hidden * m.item
     one = streamed_pass("", m, length, length, length, spool=False)
-    back = 4 * estimates.together(m) * estimates.activation_bytes(m.config, 1, length) // m.shape.layers
+    back = 2 * estimates.together(m) * estimates.backward_bytes(m.config, 1, length)
     s, formats = m.shape, len(BITS)
     seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)
     batch = min(windows, max(1, max(HELD_BYTES, 4 * m.block_params) // seen))

@@ -153,13 +153,21 @@ def test_a_budget_on_metal_has_no_cache_in_it() -> None:
 
 
 def test_training_by_pencil() -> None:
-    """16 bytes a parameter; beside them activations, the head's gradient and logits, or the update if that is more."""
+    """12 bytes a parameter and gradients; beside them what is largest of activations and the vocabulary's part, the way
+    back, the update. On the host there are no gradients yet where the logits are, and then some in every lane."""
     params, head = arch_params(), 2 * 512 * 64 * 4 + 5 * 256 * 512 * 4
-    per_token = 8 * 64 + 4 * 768 + 2 * 6 * 16 + 2 * 4 * 32
+    per_token = 6 * 64 + 5 * 768 + 2 * 6 * 16 + 4 * 32
     assert estimates.activation_bytes(tiny.CONFIG, 2, 32) == 4 * 3 * 64 * per_token
     assert estimates.training_bytes(tiny.CONFIG, 2, 32) == 16 * params + 4 * 3 * 64 * per_token + head
     wide = {**tiny.CONFIG, "intermediate_size": 30_000}
     assert estimates.training_bytes(wide, 1, 2) == 16 * arch.params(wide) + 2 * 4 * 64 * 30_000
+    kept, block = 4 * 3 * 64 * per_token, 4 * 64 * per_token
+    assert estimates.backward_bytes(tiny.CONFIG, 2, 32) == 11 * block // 5
+    logits, head = 2 * 64 * 512 * 4, 512 * 64 * 4
+    for lanes in (1, 2):
+        back = max(kept + head, lanes * (4 * params - head) + 3 * head) + 11 * block // 5 - block
+        found = estimates.training_bytes(tiny.CONFIG, 2, 32, lanes)
+        assert found == 12 * params + max(kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768)
 
 
 PASSES = [(1, 16), (6, 64), (2, 256)]

@@ -1,0 +1,115 @@
+"""What the plan says a phase takes of memory, beside what the process took: is a budget what it says?
+
+    scripts/mis benchmarks/planned.py [--only CASE]    # a quarter of an hour on 2 cores, 4 GB of disk
+
+Three distillations of a few steps with the default's sizes in all else: the default teacher; one of the shape of a
+0.5 B model with 152 thousand tokens and random weights, under 2 GiB, which trains it in parts; and a 4-bit teacher.
+Before each phase the system is told to count the process's largest resident set anew (Linux), so that numpy's share and
+MLX's both count. Planned and measured are of the process, less what it held before the run.
+
+Writes benchmarks/results/<machine>/planned.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import laboratory
+import streaming
+
+from mis_mlx import cli, distill
+from mis_mlx.distillation.pipeline import Course
+from mis_mlx.models import resolve
+from mis_mlx.storage import run_folder
+
+HALF = {"num_hidden_layers": 24, "hidden_size": 896, "intermediate_size": 4864, "vocab_size": 151_936,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
+BRIEF: dict[str, Any] = {"iters": 2, "save_every": 1, "num_samples": 4, "reconstruct_samples": 4, "eval_windows": 3,
+                         "bench_tokens": 4, "q_iters": 2}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "default": {}, "0.5 B shape, 2 GiB": {"budget": "2GiB"}, "4-bit teacher": {},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which of them."""
+
+    only: str | None = None
+    """default, `0.5 B shape, 2 GiB` or `4-bit teacher`; default: all"""
+    teacher: str | None = None
+    """of one stretch alone, in a process of its own"""
+    out: str | None = None
+    """its run folder"""
+
+
+def resident(what: Literal["VmRSS", "VmHWM"]) -> int:
+    """Of this process, in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(what))
+    return 1024 * int(line.split()[1])
+
+
+def stretch(name: str, teacher: str, out: Path) -> None:
+    """Begin the run, or go on with it, until a phase is done and the next begins; print {phase: bytes it took}."""
+    before, taken, plain = resident("VmRSS"), dict[str, int](), Course.phase
+
+    @contextmanager
+    def phase(course: Course, label: str) -> Iterator[None]:
+        if set(taken) - {"repair"}:  # after which nothing is on disk before the first step
+            print(json.dumps(taken), flush=True)
+            os._exit(0)  # as a killed run does
+        Path("/proc/self/clear_refs").write_text("5")
+        with plain(course, label):
+            yield
+        taken[label] = resident("VmHWM") - before
+
+    Course.phase = phase  # type: ignore[method-assign,assignment]
+    s = replace(distill.Settings(teacher=teacher, out=str(out), **BRIEF), **CASES[name], resume=out.exists())
+    with redirect_stdout(sys.stderr):
+        distill.run(s)
+    print(json.dumps(taken))
+
+
+def case(name: str, teacher: str, temp: Path) -> dict[str, Any]:
+    """{phase: (planned bytes, measured bytes)} of a run, all in processes of their own."""
+    out, taken = temp / f"run-{len(name)}", dict[str, int]()
+    line = [sys.executable, __file__, "--only", name, "--teacher", teacher, "--out", str(out)]
+    while "measure" not in taken:
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+        taken |= json.loads(done.stdout.splitlines()[-1])
+    planned = next(r for r in run_folder.records(out / run_folder.PHASES) if "planned" in r)
+    rows = {p["phase"]: (p["peak_bytes"], taken[p["phase"]]) for p in planned["planned"]}
+    return {"mode": planned["mode"], "budget_bytes": planned["budget_bytes"], "phases": rows}
+
+
+def main(s: Settings) -> None:
+    """All cases; or a stretch of one."""
+    if s.teacher and s.only and s.out:
+        return stretch(s.only, s.teacher, Path(s.out))
+    found = {}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as temp:
+        for name in [s.only] if s.only else CASES:
+            teacher = resolve.find(None).path
+            if name.startswith("0.5"):
+                teacher = streaming.synthetic(Path(temp) / "half", HALF)
+            elif name.startswith("4-bit"):
+                teacher = laboratory.packed(teacher, Path(temp) / "packed")
+            found[name] = case(name, str(teacher), Path(temp))
+            for label, (planned, taken) in found[name]["phases"].items():
+                said = f"planned {planned / 2**20:.0f} MiB, took {taken / 2**20:.0f}: {planned / taken - 1:+.0%}"
+                cli.say(f"{name}, {label}: {said}")
+    if not s.only:
+        laboratory.write("planned", "scripts/mis benchmarks/planned.py", {"cases": found})
+
+
+if __name__ == "__main__":
+    laboratory.start(Settings, main)
