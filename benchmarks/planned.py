@@ -65,7 +65,7 @@ def stretch(name: str, teacher: str, out: Path) -> None:
     @contextmanager
     def phase(course: Course, label: str) -> Iterator[None]:
         if set(taken) - {"repair"}:  # after which nothing is on disk before the first step
-            print(json.dumps(taken), flush=True)
+            print(json.dumps(taken), file=sys.__stdout__, flush=True)
             os._exit(0)  # as a killed run does
         Path("/proc/self/clear_refs").write_text("5")
         with plain(course, label):

@@ -62,7 +62,7 @@ def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, o
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp) / "pruned"
         samples = pick(s.num_samples, 1)
-        select.prune(checkpoint, samples, held_out, folder, s, dtype=s.dtype, reading=lambda: None, files=DISK)
+        select.prune(checkpoint, samples, held_out, folder, s, dtype=distill.DTYPE, reading=lambda: None, files=DISK)
         pruned, keep = load.open_checkpoint(folder), model_writer.read_keep(folder)
         assert keep is not None
         mended, _ = reconstruct.reconstruct(checkpoint, pruned, keep, pick(s.reconstruct_samples, 2))

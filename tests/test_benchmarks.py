@@ -1,0 +1,29 @@
+"""Every program under benchmarks/ starts: it is imported as it is run, and its flags are read. `mypy` has the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from mis_mlx import cli
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_it_starts(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Up to its first work: --help where it has flags."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    spec = importlib.util.spec_from_file_location(f"started_{path.stem}", path)
+    assert spec and spec.loader
+    program = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, program)
+    spec.loader.exec_module(program)
+    assert path.stem in ("laboratory", "mis_texts") or hasattr(program, "main") or hasattr(program, "Settings"), path
+    if hasattr(program, "Settings"):
+        with pytest.raises(SystemExit) as ended:
+            cli.parse(program.Settings, ["--help"])
+        assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
