@@ -164,9 +164,9 @@ def test_training_by_pencil() -> None:
     kept, block = 4 * 3 * 64 * per_token, 4 * 64 * per_token
     assert estimates.backward_bytes(tiny.CONFIG, 2, 32) == 11 * block // 5
     logits, head = 2 * 64 * 512 * 4, 512 * 64 * 4
-    for lanes in (1, 2):
-        back = max(kept + head, lanes * (4 * params - head) + 3 * head) + 11 * block // 5 - block
-        found = estimates.training_bytes(tiny.CONFIG, 2, 32, lanes)
+    for side_by_side in (1, 2):
+        back = max(kept + head, side_by_side * (4 * params - head) + 3 * head) + 11 * block // 5 - block
+        found = estimates.training_bytes(tiny.CONFIG, 2, 32, side_by_side)
         assert found == 12 * params + max(kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768)
 
 
