@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -92,23 +93,13 @@ def _html(figure: Any, key: str, title: str, description: str) -> str:
     )
 
 
-def _clock(longest_s: float) -> tuple[float, str]:
-    """(seconds, name) of the unit that a time axis of this length has."""
-    return next((u for u in ((3600.0, "hours"), (60.0, "minutes")) if longest_s > 3 * u[0]), (1.0, "seconds"))
-
-
 def _lines(axes: Any, lines: Mapping[str, Sequence[Point]], unit: float) -> None:
-    for color, (name, points) in zip(_colors(), lines.items(), strict=False):
+    for color, (name, points) in zip(cycle(COLORS), lines.items(), strict=False):
         if points:
             x, y = np.array(points).T
             axes.plot(x / unit, y, color=color, label=name, linewidth=1.4, marker="o" if len(x) < 3 else None)
     if len(lines) > 1:
         axes.legend(fontsize=10)
-
-
-def _colors() -> Iterator[str]:
-    while True:
-        yield from COLORS
 
 
 def over_time(
@@ -120,24 +111,22 @@ def over_time(
     limits: Mapping[str, float] | None = None,
     shaded: Spans = (),
     marks: Sequence[float] = (),
-    steps: Sequence[Point] = (),
     low: float | None = None,
 ) -> str:
     """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}; lines that share a name
     have one colour. shaded: stretches of time, in seconds. marks: moments. limits: lines across the first panel.
-    steps: [(seconds, step)], both rising, for a second axis at the top. low: where the first panel begins."""
-    from matplotlib.ticker import MaxNLocator
-
+    low: where the first panel begins."""
     with _drawing():
         figure, axes = _new(HEIGHT + 110 * (len(panels) - 1), len(panels), squeeze=False,
                             height_ratios=[2, *[1] * (len(panels) - 1)])  # fmt: skip
-        every = [x for lines in panels.values() for points in lines.values() for x, _ in points]
-        unit, name = _clock(max(every, default=0.0))
+        longest_s = max((points[-1][0] for lines in panels.values() for points in lines.values() if points), default=0)
+        units = ((3600.0, "hours"), (60.0, "minutes"))
+        unit, name = next((u for u in units if longest_s > 3 * u[0]), (1.0, "seconds"))
         for (label, lines), axis in zip(panels.items(), axes[:, 0], strict=True):
             _lines(axis, lines, unit)
             axis.set_ylabel(label)
             for start, end in shaded:
-                axis.axvspan(start / unit, max(end, start + max(every) / 300) / unit, color=COLORS[3], alpha=0.25)
+                axis.axvspan(start / unit, max(end, start + longest_s / 300) / unit, color=COLORS[3], alpha=0.25)
             for mark in marks:
                 axis.axvline(mark / unit, color=MUTED, linestyle=":")
         for text, value in (limits or {}).items():
@@ -147,42 +136,6 @@ def over_time(
         axes[0, 0].margins(y=0.12)
         axes[0, 0].set_ylim(bottom=low)
         axes[-1, 0].set_xlabel(f"{name} since the run began")
-        if len(steps) > 1:
-            x, y = np.array(steps).T
-            nice = [n for n in MaxNLocator(5, integer=True).tick_values(y[0], y[-1]) if y[0] <= n <= y[-1]]
-            ticks: dict[float, str] = {}
-            for place, n in zip(np.interp(nice, y, x / unit), nice, strict=True):
-                if all(abs(place - other) * 20 > (x[-1] - x[0]) / unit for other in ticks):  # room for its letters
-                    ticks[place] = f"{n:.0f}"
-            top = axes[0, 0].secondary_xaxis("top")
-            top.set_xticks(list(ticks), list(ticks.values()))
-            top.set_xlabel("step")
-        return _html(figure, key, title, description)
-
-
-def bars(
-    key: str,
-    title: str,
-    description: str,
-    label: str,
-    rows: Mapping[str, Sequence[float | None]],
-    names: Sequence[str],
-    limit: tuple[str, float] | None = None,
-) -> str:
-    """Lying bars: for each row one bar a name, left out where None. limit: (text, value) of a line across."""
-    with _drawing():
-        figure, axes = _new(90 + 34 * len(rows))
-        thick, place = 0.8 / len(names), np.arange(len(rows))[::-1]
-        for i, (name, color) in enumerate(zip(names, _colors(), strict=False)):
-            values = [row[i] if row[i] is not None else np.nan for row in rows.values()]
-            axes.barh(place + 0.4 - thick * (i + 0.5), values, thick, color=color, label=name)
-        axes.set_yticks(place, list(rows))
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel(label)
-        if limit:
-            axes.axvline(limit[1], color=INK, linestyle="--", label=limit[0])
-        if len(names) > 1 or limit:
-            figure.legend(loc="outside upper center", ncols=3, fontsize=10)
         return _html(figure, key, title, description)
 
 
@@ -199,7 +152,7 @@ def intervals(
     with _drawing():
         figure, axes = _new(90 + (16 * len(names) + 12) * len(rows))
         place = np.arange(len(rows))[::-1]
-        for i, (name, color) in enumerate(zip(names, _colors(), strict=False)):
+        for i, (name, color) in enumerate(zip(names, cycle(COLORS), strict=False)):
             known = [(y, row[i]) for y, row in zip(place, rows.values(), strict=True) if row[i] is not None]
             y = np.array([at for at, _ in known]) + 0.35 - 0.7 * (i + 0.5) / len(names)
             value, low, high = np.array([cell for _, cell in known], np.float64).T
@@ -236,7 +189,7 @@ def columns(
         figure, axes = _new(220)
         shared = len(groups) > 1 and bool(set.intersection(*map(set, groups.values())))  # beside each other then
         wide = 0.8 / (len(groups) if shared else 1)
-        for i, (color, (name, values)) in enumerate(zip(_colors(), groups.items(), strict=False)):
+        for i, (color, (name, values)) in enumerate(zip(cycle(COLORS), groups.items(), strict=False)):
             places = np.array(list(values), np.float64) + (wide * (i + 0.5) - 0.4) * shared
             axes.bar(places, list(values.values()), wide, color=color, label=name)
         if log:
@@ -252,27 +205,12 @@ def columns(
         return _html(figure, key, title, description)
 
 
-def heat(
-    key: str,
-    title: str,
-    description: str,
-    labels: tuple[str, str],
-    values: np.ndarray,
-    struck: Sequence[int] = (),
-    crossed: Spans = (),
-    cut: float | None = None,
-) -> str:
-    """A map of values from 0 to 1, (rows, columns): one small image. struck: rows; crossed: (column, row); cut: a
-    line between columns."""
+def heat(key: str, title: str, description: str, labels: tuple[str, str], values: np.ndarray, stays: np.ndarray) -> str:
+    """A map of values from 0 to 1, (rows, columns), as one small image: pale where `stays`, of that shape, is False."""
     with _drawing():
         figure, axes = _new(90 + round(9 * len(values)) if len(values) < 60 else 600)
-        axes.imshow(np.sqrt(values), aspect="auto", cmap="cividis", vmin=0.0, vmax=1.0)
-        if cut is not None:
-            axes.axvline(cut, color=COLORS[1], linestyle="--")
-        if crossed:
-            axes.plot(*np.array(crossed).T, "x", color=COLORS[1])
-        for row in struck:
-            axes.plot([-0.5, values.shape[1] - 0.5], [row, row], color=COLORS[1], linewidth=1.5)
+        shade = np.where(stays, 1.0, 0.3)
+        axes.imshow(np.sqrt(values), aspect="auto", cmap="cividis", vmin=0.0, vmax=1.0, alpha=shade)
         axes.grid(visible=False)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
