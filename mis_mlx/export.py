@@ -79,10 +79,8 @@ def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, wanted: str, inexa
         off = f", but {inexact} scales or biases are not exact in float16" if inexact else ", no number rounded again"
         facts.append(f"{exact} matrices re-wrapped as MLX packed them{off}")
     if again:
-        facts.append(
-            f"{again.total()} packed matrices de-quantized and rounded again to "
-            f"{', '.join(f'{kind} ({n})' for kind, n in again.items())}"
-        )
+        types = ", ".join(f"{kind} ({n})" for kind, n in again.items())
+        facts.append(f"{again.total()} packed matrices de-quantized and rounded again to {types}")
     return facts
 
 
@@ -105,9 +103,8 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dic
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
     if s.dry_run:
         return {**result, "notes": [*_facts(parts, checkpoint, wanted)[:1], *notes]}
-    stop = facts.get("tokenizer.ggml.eos_token_id")
-    stop = None if stop is None else facts["tokenizer.ggml.tokens"][stop]
-    said = list(notes)
+    end, base = facts.get("tokenizer.ggml.eos_token_id"), s.base_model or model_card.base_of(checkpoint.path)
+    stop = None if end is None else facts["tokenizer.ggml.tokens"][end]
 
     def fill(folder: Path) -> None:
         rows = (tensors.rows(checkpoint, part, tally) for part in cli.counted("tensor", staged, len(staged)))
@@ -116,18 +113,17 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dic
         if wanted in K_QUANTS:
             llama_cpp.quantize(folder / STAGED, folder / file, wanted.upper())
             files.remove_tree(folder / STAGED)
-            kinds = gguf_writer.kinds(folder / file)  # what it chose, whatever its version
-            final = [replace(p, kind=kinds[p.name]) for p in parts]
-        said[:0] = _facts(final, checkpoint, wanted, tally["inexact"])
+            chosen = {t.name: t.tensor_type.name for t in gguf.GGUFReader(folder / file).tensors}  # by its own version
+            final = [replace(p, kind=chosen[p.name]) for p in parts]
+        notes[:0] = _facts(final, checkpoint, wanted, tally["inexact"])
         text = model_card.modelfile(file, facts.get("tokenizer.chat_template", ""), stop)
         files.write(folder / "Modelfile", text.encode())
-        base = s.base_model or model_card.base_of(checkpoint.path)
-        files.write(folder / "README.md", model_card.readme(checkpoint, base, "gguf", file, said).encode())
+        files.write(folder / "README.md", model_card.readme(checkpoint, base, "gguf", file, notes).encode())
 
     room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(specs) if wanted in K_QUANTS else 0)
     protocol.commit_folder(Path(s.out), fill, files, room, "the GGUF")
     result["nbytes"] = (Path(s.out) / file).stat().st_size
-    return {**result, "inexact_scales": tally["inexact"], "notes": said}
+    return {**result, "inexact_scales": tally["inexact"], "notes": notes}
 
 
 def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[str, Any]:

@@ -72,10 +72,3 @@ def write(
         if count != spec_bytes(spec):
             raise ValueError(f"{name}: {count} bytes came, {spec_bytes(spec)} were due")
         files.extend(path, bytes(-count % ALIGNMENT))
-
-
-def kinds(path: Path) -> dict[str, str]:
-    """{tensor: ggml's type, such as "Q4_K"} of a GGUF that llama.cpp wrote here, for nothing else is checked."""
-    from gguf import GGUFReader
-
-    return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}

@@ -77,9 +77,8 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     spm = kind == "llama"
     pieces |= _added(folder, spec, spm)
     if (last := max(pieces)) >= size:
-        raise MisError(
-            f"{folder}: the tokenizer has token {last}, the embedding {size} rows: they belong to two models"
-        )
+        why = f"the tokenizer has token {last}, the embedding {size} rows"
+        raise MisError(f"{folder}: {why}: they belong to two models")
     rows = [pieces.get(i, (f"[PAD{i}]", NO_SCORE, UNUSED)) for i in range(size)]
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(pre)
@@ -92,9 +91,8 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     try:
         special = gguf.SpecialVocab(folder, load_merges=not spm, n_vocab=size)
     except ValueError as error:
-        raise MisError(
-            f"{folder}: the tokenizer's settings are damaged ({str(error)[:120]}): copy them again"
-        ) from None
+        why = f"the tokenizer's settings are damaged ({str(error)[:120]})"
+        raise MisError(f"{folder}: {why}: copy them again") from None
     if spec and "bos" not in special.add_special_token:
         special.add_special_token["bos"] = first == [special.special_token_ids.get("bos")]
     special.add_to_gguf(writer, quiet=True)
@@ -111,20 +109,19 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
             f"the pre-tokenizer is none that is known here by llama.cpp's hash ({digest[:12]}) or by its rules: "
             "'default' is written, llama.cpp may cut numbers and punctuation differently"
         )
-        found = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
+        pieces: dict[int, Piece] = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
         pre = PRE.get(digest) or RULES.get((_steps(spec), bool(model.get("ignore_merges"))))
-        return "gpt2", pre or "default", found, [] if pre else [unknown]
+        return "gpt2", pre or "default", pieces, [] if pre else [unknown]
     if (folder / "tokenizer.model").is_file():
         return "llama", "default", _sentencepiece(folder / "tokenizer.model"), []
-    if kind == "Unigram":
-        note = "llama.cpp merges the pieces of a Unigram tokenizer greedily: some words may be cut differently"
-        found = {i: (text, float(score), _spm_type(text)) for i, (text, score) in enumerate(model["vocab"])}
-        return "llama", "default", found, [note]
     if kind == "BPE":
         # The greedy merging of llama.cpp takes the best score first, so the order of merges is the score.
         ranks = {"".join(m.split(" ") if isinstance(m, str) else m): -float(n) for n, m in enumerate(model["merges"])}
-        found = {i: (text, ranks.get(text, 0.0), _spm_type(text)) for text, i in model["vocab"].items()}
-        return "llama", "default", found, []
+        pieces = {}
+        for text, i in model["vocab"].items():
+            is_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text)
+            pieces[i] = (text, ranks.get(text, 0.0), BYTE if is_byte else NORMAL)
+        return "llama", "default", pieces, []
     raise MisError(f"{folder}: a tokenizer of type {kind} has no place in a GGUF of these models: use --format hf")
 
 
@@ -133,16 +130,17 @@ def _steps(spec: dict[str, Any]) -> tuple[str, ...]:
     first = spec.get("pre_tokenizer") or {}
     words = []
     for step in first.get("pretokenizers") or [first]:
-        word = str(step.get("type"))
-        if word == "Split" and (step.get("behavior"), step.get("invert")) == ("Isolated", False):
-            word = str((step.get("pattern") or {}).get("Regex"))
-        elif word == "Digits" and step.get("individual_digits"):
-            word = "Digits one by one"
-        elif word == "ByteLevel" and not step.get("add_prefix_space"):
-            word += " with its regex" if step.get("use_regex", True) else ""
-        else:
-            word += " otherwise"
-        words.append(word)
+        match step:
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
+                words.append(pattern)
+            case {"type": "Digits", "individual_digits": True}:
+                words.append("Digits one by one")
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+                words.append("ByteLevel")
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                words.append("ByteLevel with its regex")
+            case _:
+                words.append("something else")
     return tuple(words)
 
 
@@ -167,10 +165,6 @@ def _ids(folder: Path, text: str) -> list[int]:
         raise MisError(f"{folder}/tokenizer.json does not open ({str(error)[:120]}): copy it again") from None
 
 
-def _spm_type(text: str) -> int:
-    return BYTE if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text) else NORMAL
-
-
 def _sentencepiece(path: Path) -> dict[int, Piece]:
     from sentencepiece import SentencePieceProcessor
 
@@ -179,21 +173,22 @@ def _sentencepiece(path: Path) -> dict[int, Piece]:
     except (OSError, RuntimeError, TypeError) as error:
         raise MisError(f"{path} is not a SentencePiece model ({str(error)[:80]}): copy it again") from None
     tests = ((model.IsUnknown, UNKNOWN), (model.IsControl, CONTROL), (model.IsUnused, UNUSED), (model.IsByte, BYTE))
-    return {
-        i: (model.IdToPiece(i), model.GetScore(i), next((t for is_it, t in tests if is_it(i)), NORMAL))
-        for i in range(model.GetPieceSize())
-    }
+    pieces = {}
+    for i in range(model.GetPieceSize()):
+        kind = next((kind for is_it, kind in tests if is_it(i)), NORMAL)
+        pieces[i] = (model.IdToPiece(i), model.GetScore(i), kind)
+    return pieces
 
 
 def _added(folder: Path, spec: dict[str, Any], spm: bool) -> dict[int, Piece]:
     """Tokens that were added to the vocabulary; those that look special count as special, as in llama.cpp."""
-    found: list[tuple[Any, Any, bool]] = [(i, t, False) for t, i in _json(folder / "added_tokens.json").items()]
+    tokens = [{"id": i, "content": text} for text, i in _json(folder / "added_tokens.json").items()]
     decoder = _json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    found += [(i, token["content"], bool(token.get("special"))) for i, token in decoder.items()]
-    found += [(token["id"], token["content"], bool(token.get("special"))) for token in spec.get("added_tokens") or ()]
+    tokens += [{**token, "id": i} for i, token in decoder.items()]
     pieces = {}
-    for i, text, special in found:
-        control = special or re.fullmatch(r"<(\||｜).*\1>|<pad>|<mask>|<unused.*>", text, re.DOTALL)
+    for token in [*tokens, *(spec.get("added_tokens") or ())]:
+        text = token["content"]
+        control = token.get("special") or re.fullmatch(r"<(\||｜).*\1>|<pad>|<mask>|<unused.*>", text, re.DOTALL)
         plain = text if control or not spm else text.replace("▁", " ")
-        pieces[int(i)] = (plain, ADDED_SCORE, CONTROL if control else USER_DEFINED)
+        pieces[int(token["id"])] = (plain, ADDED_SCORE, CONTROL if control else USER_DEFINED)
     return pieces

@@ -57,10 +57,8 @@ def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLL
     config = config_of(facts, tied, DTYPES[dtype][0])
     _write_weights(reader.tensors, config, folder, dtype)
     _write_json(folder / "config.json", config)
-    _write_json(
-        folder / "generation_config.json",
-        {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    )
+    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "generation_config.json", ends)
     _write_tokenizer(facts, config, folder)
 
 
@@ -92,15 +90,18 @@ def hf_name(name: str) -> str:
     raise ValueError(f"no Hugging Face name for {name}")
 
 
-def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Put the rows (heads * d, in) of q or k back into Hugging Face order.
+def row_order(count: int, heads: int) -> np.ndarray:
+    """Which Hugging Face row of q or k stands in each of llama.cpp's rows: the halves of every head interleaved.
 
-    llama.cpp turns neighbours (0,1), (2,3) ... by RoPE, Hugging Face i and i + d/2, so llama.cpp's converter
-    interleaves the halves of every head. The trap: left as it is the model runs without an error and is
-    five times as surprised by English.
+    llama.cpp's llama turns neighbours (0,1), (2,3) ... by RoPE, Hugging Face i and i + d/2 (`LlamaModel.permute`
+    of its converter). The trap: left out, the model runs without an error and talks nonsense.
     """
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, rows.shape[1])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))
+    return np.arange(count).reshape(heads, 2, count // heads // 2).swapaxes(1, 2).reshape(-1)
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Put llama.cpp's rows (heads * d, in) of q or k back into Hugging Face order."""
+    return rows[np.argsort(row_order(len(rows), heads))]
 
 
 def config_of(facts: Mapping[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
@@ -140,7 +141,9 @@ def config_of(facts: Mapping[str, Any], tied: bool, dtype: str) -> dict[str, Any
 
 def _write_tokenizer(facts: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
     pieces, template = facts["tokenizer.ggml.tokens"], facts["tokenizer.chat_template"]
-    build_tokenizer(facts).save(str(folder / "tokenizer.json"))
+    types = facts["tokenizer.ggml.token_type"]
+    control = [piece for piece, kind in zip(pieces, types, strict=True) if kind == CONTROL_TOKEN]
+    _tokenizer(facts, control).save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     settings = {
         # Not GPT2Tokenizer: transformers 5 would rebuild the pre-tokenizer and lose the digits.
@@ -151,42 +154,30 @@ def _write_tokenizer(facts: Mapping[str, Any], config: Mapping[str, Any], folder
         "eos_token": pieces[config["eos_token_id"]],
         "pad_token": pieces[config["pad_token_id"]],
         "unk_token": pieces[facts["tokenizer.ggml.unknown_token_id"]],
-        "additional_special_tokens": _control_tokens(facts),
+        "additional_special_tokens": control,
         "model_max_length": config["max_position_embeddings"],
         "chat_template": template,
     }
     _write_json(folder / "tokenizer_config.json", settings)
 
 
-def build_tokenizer(facts: Mapping[str, Any]) -> Tokenizer:
-    """SmolLM2's tokenizer from a GGUF's facts: every digit alone, GPT-2's pieces, bytes as letters.
-
-    ValueError when the file asks for another kind.
-    """
+def _tokenizer(facts: Mapping[str, Any], control: list[str]) -> Tokenizer:
+    """SmolLM2's: every digit alone, GPT-2's pieces, bytes as letters. ValueError when the file asks for another."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     kind = (facts["tokenizer.ggml.model"], facts["tokenizer.ggml.pre"])
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"tokenizer {kind} is not built here, only ('gpt2', 'smollm')")
     ids = {piece: i for i, piece in enumerate(facts["tokenizer.ggml.tokens"])}
-    merges = []
-    for merge in facts["tokenizer.ggml.merges"]:
-        left, right = merge.split(" ")
-        merges.append((left, right))
+    merges: Any = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
     # The stubs miss that these are properties that can be set.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    control = [AddedToken(piece, special=True, normalized=False) for piece in _control_tokens(facts)]
-    tokenizer.add_special_tokens(control)
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
     return tokenizer
-
-
-def _control_tokens(facts: Mapping[str, Any]) -> list[str]:
-    pieces, types = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
-    return [piece for piece, kind in zip(pieces, types, strict=True) if kind == CONTROL_TOKEN]
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

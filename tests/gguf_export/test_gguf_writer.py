@@ -15,8 +15,8 @@ VALUES = np.random.default_rng(0).standard_normal((5, 64), dtype=np.float32)
 SPECS = {"a.weight": ("Q8_0", (5, 64)), "b.weight": ("F16", (5, 64)), "c.weight": ("F32", (3,))}
 
 
-def written(path: Path) -> dict[str, np.ndarray]:
-    """Three tensors, the first in slabs of 2, 2 and 1 rows; returns the bytes each should have."""
+def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
+    """Facts, shapes, types and bytes, every tensor where a multiple of 32 bytes begins; the size as foretold."""
     writer = GGUFWriter(None, "llama")
     writer.add_context_length(77)
     tensors = {
@@ -24,16 +24,11 @@ def written(path: Path) -> dict[str, np.ndarray]:
         "b.weight": VALUES.astype(np.float16).view(np.uint8),
         "c.weight": VALUES[0, :3].copy().view(np.uint8),
     }
-    slabs = [iter([tensors["a.weight"][i : i + 2] for i in (0, 2, 4)])]
+    slabs = [iter([tensors["a.weight"][i : i + 2] for i in (0, 2, 4)])]  # of 2, 2 and 1 rows
     slabs += [iter([tensors[name]]) for name in ("b.weight", "c.weight")]
+    path = tmp_path / "x.gguf"
     gguf_writer.write(path, gguf_writer.head(writer, SPECS), SPECS, slabs, DISK)
-    return tensors
-
-
-def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
-    """Facts, shapes, types and bytes, every tensor where a multiple of 32 bytes begins; the size as foretold."""
-    tensors = written(tmp_path / "x.gguf")
-    reader = GGUFReader(tmp_path / "x.gguf")
+    reader = GGUFReader(path)
     assert reader.fields["llama.context_length"].contents() == 77
     assert [(t.name, t.tensor_type.name, tuple(reversed(t.shape.tolist()))) for t in reader.tensors] == [
         (name, kind, shape) for name, (kind, shape) in SPECS.items()
@@ -41,8 +36,7 @@ def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
     for tensor in reader.tensors:
         assert tensor.data_offset % 32 == 0
         assert tensor.data.tobytes() == tensors[tensor.name].tobytes()
-    size = (tmp_path / "x.gguf").stat().st_size
-    assert size == reader.data_offset + gguf_writer.padded_bytes(SPECS)
+    assert path.stat().st_size == reader.data_offset + gguf_writer.padded_bytes(SPECS)
 
 
 def test_bytes_by_hand() -> None:
