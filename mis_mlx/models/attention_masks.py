@@ -78,10 +78,10 @@ def forward_rows(model: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array
     their differences alone, so every row gets what it would get at the beginning of a window of its own.
     """
     inner, at = model.model, mx.arange(tokens.shape[1])
-    mask = (rows[:, :, None] == rows[:, None, :]) & (at[:, None] >= at[None])
-    mask = mask[:, None]  # for all heads
+    same = (rows[:, :, None] == rows[:, None, :]) & (at[:, None] >= at[None])
+    mask = same[:, None]  # for all heads
     hidden = inner.embed_tokens(tokens)
     for block in inner.layers:
-        near = at[:, None] < at[None] + model.args.sliding_window if getattr(block, "use_sliding", False) else None
-        hidden = block(hidden, mask if near is None else mask & near)
+        slides = getattr(block, "use_sliding", False)
+        hidden = block(hidden, mask & (at[:, None] < at[None] + model.args.sliding_window) if slides else mask)
     return inner.norm(hidden)

@@ -52,13 +52,13 @@ def grow(after: Callable[[Sequence[Node]], Odds], size: int, depth: int, ends: C
     a node's parent is always among the most probable too (the draft tree of EAGLE-2, arXiv 2406.16858).
     """
     best = _children(None, *(a[0] for a in after([])))
-    asked: set[Node] = set()
+    opened: set[Node] = set()
     while True:
         best = sorted(best, key=lambda n: -n.score)[:size]
-        fresh = [n for n in best if n not in asked and n.depth < depth and n.token not in ends][:WIDTH]
+        fresh = [n for n in best if n not in opened and n.depth < depth and n.token not in ends][:WIDTH]
         if not fresh:
             return sorted(best, key=lambda n: n.depth)
-        asked.update(fresh)
+        opened.update(fresh)
         for node, logp, tokens in zip(fresh, *after(fresh), strict=True):
             best += _children(node, logp, tokens)
 
@@ -72,11 +72,12 @@ def accepted(nodes: Sequence[Node], choice: Sequence[int]) -> tuple[list[Node], 
     """(the branch that the model chose, its next token after that). choice: after the text, then after each node."""
     row: dict[Node | None, int] = {None: 0} | {n: r for r, n in enumerate(nodes, 1)}
     below = {(n.up, n.token): n for n in nodes}
-    at: Node | None = None
     branch: list[Node] = []
-    while (found := below.get((at, choice[row[at]]))) is not None:
-        branch.append(at := found)
-    return branch, choice[row[at]]
+    node: Node | None = None
+    while (next_ := below.get((node, choice[row[node]]))) is not None:
+        branch.append(next_)
+        node = next_
+    return branch, choice[row[node]]
 
 
 class Positioned(nn.Module):
@@ -100,10 +101,11 @@ class _Keys:
     def __init__(self) -> None:
         self.held: list[mx.array] = []
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> list[mx.array]:
-        """Append; all keys and all values."""
-        new = [keys, values]
-        self.held = [mx.concatenate([a, b], axis=2) for a, b in zip(self.held, new, strict=True)] if self.held else new
+    def update_and_fetch(self, *new: mx.array) -> list[mx.array]:
+        """Append keys and values; all of them."""
+        self.held = (
+            [mx.concatenate([*pair], axis=2) for pair in zip(self.held, new, strict=True)] if self.held else [*new]
+        )
         return self.held
 
     def keep(self, columns: mx.array) -> None:
@@ -181,20 +183,16 @@ def _chunks(context: Context, hidden: mx.array) -> Iterator[mx.array]:
     return (load.logits(head, hidden[a : a + rows]) for a in range(0, len(hidden), rows))
 
 
-def _greedy(context: Context, hidden: mx.array) -> list[int]:
-    """The most probable next token after every row of (n, D)."""
-    return [int(t) for logits in _chunks(context, hidden) for t in np.array(mx.argmax(logits, axis=-1))]
-
-
-def _odds(context: Context, hidden: mx.array, width: int, vocab: int) -> Odds:
-    """Log-probabilities (n, width) of the `width` most probable next tokens, and those tokens (n, width)."""
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for logits in _chunks(context, hidden):
+def _odds(draft: Context, text: list[int], vocab: int, nodes: Sequence[Node]) -> Odds:
+    """The draft's odds for what follows the text, or each of the nodes."""
+    odds, tokens = list[np.ndarray](), list[np.ndarray]()
+    for logits in _chunks(draft, draft.read(text, nodes)):
         logits = logits[:, :vocab].astype(mx.float32)
-        best = mx.argpartition(logits, -width, axis=-1)[:, -width:]
+        best = mx.argpartition(logits, -WIDTH, axis=-1)[:, -WIDTH:]
         logp = mx.take_along_axis(logits, best, -1) - mx.logsumexp(logits, axis=-1, keepdims=True)
-        found.append((np.array(logp), np.array(best)))
-    return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
+        odds.append(np.array(logp))
+        tokens.append(np.array(best))
+    return np.concatenate(odds), np.concatenate(tokens)
 
 
 def decode(
@@ -215,11 +213,10 @@ def decode(
     while left > 0:
         nodes: list[Node] = []
         if guesses and left > 1 and size > 1:
-            vocab = min(context.vocab, guesses.vocab)
-            after = partial(_after, guesses, text, vocab)
+            after = partial(_odds, guesses, text, min(context.vocab, guesses.vocab))
             nodes = grow(after, size - 1, min(DEPTH, left - 1), ends)
-        choice = _greedy(context, context.read(text, nodes))
-        branch, last = accepted(nodes, choice)
+        best = [mx.argmax(logits, axis=-1) for logits in _chunks(context, context.read(text, nodes))]
+        branch, last = accepted(nodes, [int(token) for token in np.array(mx.concatenate(best))])
         context.keep(branch)
         if guesses:
             guesses.keep(branch)
@@ -229,8 +226,3 @@ def decode(
         if stop < len(new) or new[-1] in ends:
             return
         text, left = text + new, left - len(new)
-
-
-def _after(guesses: Context, text: list[int], vocab: int, nodes: Sequence[Node]) -> Odds:
-    """The draft's odds for what follows the text, or each of the nodes."""
-    return _odds(guesses, guesses.read(text, nodes), WIDTH, vocab)
