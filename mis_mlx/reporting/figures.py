@@ -5,7 +5,6 @@ Colours are placeholders that become the page's variables, so that one picture i
 
 from __future__ import annotations
 
-import html
 import io
 import re
 import sys
@@ -14,10 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mis_mlx.reporting import html
 from mis_mlx.reporting.metrics_log import Point
 from mis_mlx.types import MisError
 
@@ -25,7 +26,6 @@ WIDTH, HEIGHT = 420, 260  # in a viewBox; letters of 11 in it are readable on a 
 INK, MUTED, GRID = "#000101", "#000102", "#000103"
 COLORS = ("#000104", "#000105", "#000106", "#000107")
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {c: f"--c{i}" for i, c in enumerate(COLORS)}
-Spans = Sequence[tuple[float, float]]
 
 
 def need() -> None:
@@ -39,24 +39,8 @@ def need() -> None:
 def _drawing() -> Iterator[None]:
     import matplotlib
 
-    settings: Any = {
-        "svg.fonttype": "none",  # letters stay letters: small, and the browser's own font
-        "svg.hashsalt": "mis",  # the same picture has the same bytes
-        "text.parse_math": False,  # a run's name may hold dollars
-        "font.size": 11,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": GRID,
-        "axes.edgecolor": MUTED,
-        "legend.frameon": False,
-        "legend.labelcolor": INK,
-        "image.interpolation": "none",
-    }
-    settings |= {f"{name}.color": INK for name in ("text", "xtick", "ytick")} | {"axes.labelcolor": INK}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    style = Path(__file__).parent / "templates" / "page.mplstyle"
+    with matplotlib.rc_context(fname=style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that matplotlib's font lacks: the browser's has it
         yield
 
@@ -71,8 +55,7 @@ def _new(height: int = HEIGHT, rows: int = 1, **more: Any) -> tuple[Any, Any]:
 def _html(figure: Any, key: str, title: str, description: str) -> str:
     """`key`: unique on the page; ids inside the picture begin with it."""
     figure.savefig(raw := io.BytesIO(), format="svg", transparent=True, metadata={"Date": None})
-    svg = raw.getvalue().decode()
-    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"^.*?<svg\b[^>]*>|</svg>\s*$", "", raw.getvalue().decode(), flags=re.DOTALL)
     for tag in ("metadata", "style"):  # a style element would hold for the whole page
         svg = re.sub(rf"<{tag}\b.*?</{tag}>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
@@ -81,25 +64,16 @@ def _html(figure: Any, key: str, title: str, description: str) -> str:
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
-    ids = f"{key}-title {key}-desc"
-    head = f'<svg role="img" aria-labelledby="{ids}" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-    head += 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    head += f'<title id="{key}-title">{html.escape(title)}</title>'
-    head += f'<desc id="{key}-desc">{html.escape(description)}</desc>'
-    svg = re.sub(r"<svg\b[^>]*>", lambda _: head, svg, count=1)
-    return (
-        f"<figure><figcaption><b>{html.escape(title)}</b></figcaption>{svg}"
-        f"<figcaption>{html.escape(description)}</figcaption></figure>"
-    )
+    return html.part(
+        "picture", key=key, title=title, description=description, width=width, height=height, inside=svg
+    )  # fmt: skip
 
 
-def _lines(axes: Any, lines: Mapping[str, Sequence[Point]], unit: float) -> None:
-    for color, (name, points) in zip(cycle(COLORS), lines.items(), strict=False):
-        if points:
-            x, y = np.array(points).T
-            axes.plot(x / unit, y, color=color, label=name, linewidth=1.4, marker="o" if len(x) < 3 else None)
-    if len(lines) > 1:
-        axes.legend(fontsize=10)
+def _label(axes: Any, labels: tuple[str, str]) -> None:
+    """Names of the x and y axis; ticks of x at whole numbers."""
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def over_time(
@@ -109,7 +83,7 @@ def over_time(
     panels: Mapping[str, Mapping[str, Sequence[Point]]],
     *,
     limits: Mapping[str, float] | None = None,
-    shaded: Spans = (),
+    shaded: Sequence[tuple[float, float]] = (),
     marks: Sequence[float] = (),
     low: float | None = None,
 ) -> str:
@@ -123,8 +97,14 @@ def over_time(
         units = ((3600.0, "hours"), (60.0, "minutes"))
         unit, name = next((u for u in units if longest_s > 3 * u[0]), (1.0, "seconds"))
         for (label, lines), axis in zip(panels.items(), axes[:, 0], strict=True):
-            _lines(axis, lines, unit)
             axis.set_ylabel(label)
+            for color, (line, points) in zip(cycle(COLORS), lines.items(), strict=False):
+                if points:
+                    x, y = np.array(points).T
+                    marker = "o" if len(x) < 3 else None
+                    axis.plot(x / unit, y, color=color, label=line, linewidth=1.4, marker=marker)
+            if len(lines) > 1:
+                axis.legend()
             for start, end in shaded:
                 axis.axvspan(start / unit, max(end, start + longest_s / 300) / unit, color=COLORS[3], alpha=0.25)
             for mark in marks:
@@ -162,7 +142,7 @@ def intervals(
         axes.set_yticks(place, list(rows))
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes.set_xlabel(label)
-        figure.legend(loc="outside upper center", ncols=3, fontsize=10)
+        figure.legend(loc="outside upper center", ncols=3)
         return _html(figure, key, title, description)
 
 
@@ -197,11 +177,9 @@ def columns(
             axes.yaxis.set_major_formatter(lambda height, _: f"{height:g}")  # by default in TeX
             axes.yaxis.set_minor_formatter(lambda height, _: "")
         axes.grid(axis="x", visible=False)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _label(axes, labels)
         if len(groups) > 1:
-            figure.legend(loc="outside upper center", ncols=3, fontsize=10)
+            figure.legend(loc="outside upper center", ncols=3)
         return _html(figure, key, title, description)
 
 
@@ -212,8 +190,6 @@ def heat(key: str, title: str, description: str, labels: tuple[str, str], values
         shade = np.where(stays, 1.0, 0.3)
         axes.imshow(np.sqrt(values), aspect="auto", cmap="cividis", vmin=0.0, vmax=1.0, alpha=shade)
         axes.grid(visible=False)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _label(axes, labels)
         axes.yaxis.get_major_locator().set_params(integer=True)
         return _html(figure, key, title, description)

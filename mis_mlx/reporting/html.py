@@ -34,11 +34,11 @@ def _templates() -> Any:
 
 
 def part(macro: str, **values: Any) -> str:
-    """What a macro of the page makes of these values. KeyError where it asks for one that is not there."""
+    """The HTML that a macro of the page makes of these values. KeyError where it asks for one that is not there."""
     from jinja2 import UndefinedError
 
     try:
-        return getattr(_templates().get_template("page.html").module, macro)(**values)
+        return str(getattr(_templates().get_template("page.html").module, macro)(**values))
     except UndefinedError as error:
         raise KeyError(str(error)) from None
 
@@ -48,14 +48,12 @@ def page(title: str, body: str, every_s: int | None = None) -> str:
 
     every_s: how often a browser opens it anew, while the run goes on.
     """
-    from markupsafe import Markup
-
     script = _templates().get_template("page.js").render()
     seal = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{seal}'; "
     policy += "base-uri 'none'; form-action 'none'"
-    return str(part("page", title=title, body=Markup(body), policy=policy, script=script, light=LIGHT, dark=DARK,
-                    every_s=every_s))  # fmt: skip
+    colors = {"light": LIGHT, "dark": DARK}
+    return part("page", title=title, body=body, policy=policy, script=script, every_s=every_s, **colors)
 
 
 def markdown(text: str) -> str:
