@@ -11,6 +11,7 @@ their last bits (matrix products add up in another order), so an exact tie of tw
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -93,6 +94,17 @@ class Positioned(nn.Module):
         return self.inner(x.transpose(2, 1, 0, 3), offset=self._positions).transpose(2, 1, 0, 3)
 
 
+@contextmanager
+def positioned(block: nn.Module, positions: np.ndarray) -> Iterator[None]:
+    """A block that turns row i by positions[i] for a while. It may stay in memory, and others use it."""
+    rope = block.self_attn.rope
+    block.self_attn.rope = Positioned(rope, positions)
+    try:
+        yield
+    finally:
+        block.self_attn.rope = rope
+
+
 class _Keys:
     """Keys and values (1, K, S, d) of one block, in the shape that mlx-lm's attention expects of a cache."""
 
@@ -153,16 +165,13 @@ class Context:
         before, window = len(self._positions) - len(positions), getattr(self.stream.args, "sliding_window", None)
         near = sees & (self._positions > positions[:, None] - window) if window else sees
         for (_, block), cache in zip(self.stream.blocks(), self._keys, strict=True):
-            mask, rope, done = near if getattr(block, "use_sliding", False) else sees, block.self_attn.rope, []
-            try:
-                for a in range(0, len(positions), ROWS):
-                    block.self_attn.rope = Positioned(rope, positions[a : a + ROWS])
-                    part = hidden[:, a : a + ROWS]
-                    seen = mx.array(mask[a : a + ROWS, : before + a + part.shape[1]])
+            mask, done = near if getattr(block, "use_sliding", False) else sees, []
+            for a in range(0, len(positions), ROWS):
+                part = hidden[:, a : a + ROWS]
+                seen = mx.array(mask[a : a + ROWS, : before + a + part.shape[1]])
+                with positioned(block, positions[a : a + ROWS]):
                     done.append(block(part, seen, cache))
-                    settle(done[-1], cache.held)
-            finally:
-                block.self_attn.rope = rope  # the block may stay in memory, and others use it
+                settle(done[-1], cache.held)
             hidden = self.stream.finite(mx.concatenate(done, axis=1))
         return hidden
 

@@ -84,12 +84,11 @@ def over_time(
     *,
     limits: Mapping[str, float] | None = None,
     shaded: Sequence[tuple[float, float]] = (),
-    marks: Sequence[float] = (),
     low: float | None = None,
 ) -> str:
     """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}; lines that share a name
-    have one colour. shaded: stretches of time, in seconds. marks: moments. limits: lines across the first panel.
-    low: where the first panel begins."""
+    have one colour. shaded: stretches of time, in seconds. limits: lines across the first panel. low: where the first
+    panel begins."""
     with _drawing():
         figure, axes = _new(HEIGHT + 110 * (len(panels) - 1), len(panels), squeeze=False,
                             height_ratios=[2, *[1] * (len(panels) - 1)])  # fmt: skip
@@ -107,8 +106,6 @@ def over_time(
                 axis.legend()
             for start, end in shaded:
                 axis.axvspan(start / unit, max(end, start + longest_s / 300) / unit, color=COLORS[3], alpha=0.25)
-            for mark in marks:
-                axis.axvline(mark / unit, color=MUTED, linestyle=":")
         for text, value in (limits or {}).items():
             axes[0, 0].axhline(value, color=COLORS[1], linestyle="--")
             axes[0, 0].annotate(text, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",

@@ -17,7 +17,7 @@ from mis_mlx.storage import run_folder
 
 RUNS = 600  # of neighbouring values that a series keeps at the least, once it has had so many
 LINE_BYTES = 1 << 16  # what is longer is no record of ours
-MOST = 1000  # pauses and restarts that are kept one by one
+MOST = 1000  # pauses that are kept one by one
 BACKWARDS_S = 1.0  # a wall clock that jumps back further was set, or is another machine's
 
 Point = tuple[float, float]
@@ -73,10 +73,8 @@ class History:
     torn: int = 0  # lines that are no record
     first_s: float | None = None
     last_s: float = -math.inf
-    restarts: list[float] = field(default_factory=list)  # where a resumed run took up an earlier step
     pauses: list[tuple[float, float, str]] = field(default_factory=list)  # (start, end, cause) of "pause" lines
     _behind: float = 0.0  # of the wall clock, since it was set back
-    _number: float = -math.inf  # of the step before
     _pausing: bool = False
 
     def tick(self, wall_s: float) -> float:
@@ -88,11 +86,7 @@ class History:
         return self.last_s
 
     def note(self, now: float, record: Mapping[str, Any]) -> None:
-        """Steps that come again, and stretches of pauses."""
-        if (number := _number(record.get("number"))) is not None:
-            if number <= self._number and len(self.restarts) < MOST:
-                self.restarts.append(now)
-            self._number = number
+        """Stretches of pauses."""
         paused = record.get("action") == "pause" and (self._pausing or len(self.pauses) < MOST)
         if paused and not self._pausing:
             self.pauses.append((now, now, str(record.get("cause", ""))[:80]))

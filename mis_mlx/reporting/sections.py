@@ -63,12 +63,8 @@ def course(story: Story, key: str) -> str:
     breaks = [(start - story.began_s, end - story.began_s) for start, end, _ in air.pauses]
     causes = ", ".join(sorted({cause for _, _, cause in air.pauses}))
     words.append(f"Tea breaks: {len(breaks)}{f' ({causes}), shaded' if breaks else ''}.")
-    if steps.restarts:
-        words.append(f"Taken up again {len(steps.restarts)} times, dotted.")
-    text, restarts = " ".join(words), [x - story.began_s for x in steps.restarts]
-    first = figures.over_time(
-        f"{key}loss", "Loss, temperature, tea breaks", text, panels, shaded=breaks, marks=restarts
-    )  # fmt: skip
+    title = "Loss, temperature, tea breaks"
+    first = figures.over_time(f"{key}loss", title, " ".join(words), panels, shaded=breaks)
     budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
     memory = _since(story, steps.series["peak_bytes"].points(), 1 / GIB)
     speed = _since(story, steps.series["tokens_per_s"].points())

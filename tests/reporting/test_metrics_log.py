@@ -55,12 +55,12 @@ def test_torn_and_foreign_lines_are_counted(tmp_path: Path) -> None:
 
 
 def test_time_never_falls(tmp_path: Path) -> None:
-    """A clock set back, or a replay begun again, goes on where it was; steps done again are restarts."""
+    """A clock set back, or a replay begun again, goes on where it was."""
     walls = (100.0, 110.0, 50.0, 60.0)
     path = log(tmp_path / "log", *({"wall_s": w, "number": n} for w, n in zip(walls, (1, 2, 2, 3), strict=True)))
     history = metrics_log.read(path, ("number",))
     assert [x for x, _ in history.series["number"].points()] == [100.0, 110.0, 120.0]  # step 2 twice, in one place
-    assert history.restarts == [110.0] and (history.first_s, history.last_s) == (100.0, 120.0)
+    assert (history.first_s, history.last_s) == (100.0, 120.0)
 
 
 def test_pauses_become_stretches(tmp_path: Path) -> None:
