@@ -19,7 +19,7 @@ from mis_mlx.models.config import shape_of
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import Files, need_place
+from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Checkpoint, MisError, gib
 
 OutType = Annotated[
@@ -82,7 +82,7 @@ def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, inexact: int = 0) 
     return facts
 
 
-def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[str, Any]:
+def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md. A K-quant: llama.cpp makes it of a float16 file there."""
     import gguf
 
@@ -107,25 +107,25 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dic
 
     def fill(folder: Path) -> None:
         rows = (tensors.rows(checkpoint, part, tally) for part in cli.counted("tensor", staged, len(staged)))
-        gguf_writer.write(folder / (STAGED if k_quant else file), head, specs, rows, files)
+        gguf_writer.write(folder / (STAGED if k_quant else file), head, specs, rows, DISK)
         final = parts
         if k_quant:
             llama_cpp.quantize(folder / STAGED, folder / file, wanted.upper())
-            files.remove_tree(folder / STAGED)
+            DISK.remove_tree(folder / STAGED)
             chosen = {t.name: t.tensor_type.name for t in gguf.GGUFReader(folder / file).tensors}  # by its own version
             final = [replace(p, kind=chosen[p.name]) for p in parts]
         notes[:0] = _facts(final, checkpoint, tally["inexact"])
         text = model_card.modelfile(file, facts.get("tokenizer.chat_template", ""), stop)
-        files.write(folder / "Modelfile", text.encode())
-        files.write(folder / "README.md", model_card.readme(checkpoint, base, "gguf", file, notes).encode())
+        DISK.write(folder / "Modelfile", text.encode())
+        DISK.write(folder / "README.md", model_card.readme(checkpoint, base, "gguf", file, notes).encode())
 
     room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(specs) if k_quant else 0)
-    protocol.commit_folder(Path(s.out), fill, files, room, "the GGUF")
+    protocol.commit_folder(Path(s.out), fill, DISK, room, "the GGUF")
     result["nbytes"] = (Path(s.out) / file).stat().st_size
     return {**result, "inexact_scales": tally["inexact"], "notes": notes}
 
 
-def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[str, Any]:
+def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     """Commit an ordinary folder: every weight dense in one type."""
     if wanted not in HF_DTYPES:
         raise MisError(f"--out-type {wanted} is a type of GGUF: take --format gguf, or bf16 or f16")
@@ -146,11 +146,11 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[
     if not s.dry_run:
         base = s.base_model or model_card.base_of(checkpoint.path)
         papers = {"README.md": model_card.readme(checkpoint, base, "hf", "", facts).encode()}
-        model_writer.write_model(config, take, checkpoint.path, Path(s.out), dtype, files, papers)
+        model_writer.write_model(config, take, checkpoint.path, Path(s.out), dtype, DISK, papers)
     return {"nbytes": nbytes, "tensors": len(arch.tensors_of(checkpoint.config)), "notes": facts}
 
 
-def run(settings: Settings, files: Files | None = None) -> dict[str, Any]:
+def run(settings: Settings) -> dict[str, Any]:
     """The command."""
     s = settings
     cli.check_ranges(s)
@@ -165,7 +165,7 @@ def run(settings: Settings, files: Files | None = None) -> dict[str, Any]:
     need = need_bytes(checkpoint, s.format, wanted)
     limit.need(need, "the largest tensor on its way", f"give --budget {estimates.flag(need)} or more")
     with progress.run("export"), memory.limited(limit):
-        result = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted, files or Files())
+        result = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted)
     for note in result["notes"]:
         cli.say(note)
     cli.say(f"{s.out}: {gib(result['nbytes'])}{', nothing written (dry run)' if s.dry_run else ''}")

@@ -15,7 +15,7 @@ from mis_mlx import cli
 from mis_mlx.reporting import figures, html, run_reader, sections
 from mis_mlx.reporting.run_reader import Story
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files, need_place
+from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Count, MisError
 
 SECTIONS: tuple[Callable[[Story, str], str], ...] = (
@@ -78,7 +78,7 @@ def _newest() -> Path:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: read, draw, write; again and again when watching."""
-    s, files = settings, Files()
+    s = settings
     figures.need()
     cli.check_ranges(s)
     folders = [Path(name) for name in s.run] or [_newest()]
@@ -87,9 +87,9 @@ def run(settings: Settings) -> dict[str, Any]:
     while True:
         stories = [run_reader.read(folder) for folder in folders]
         going = s.watch and not all(one.ended for one in stories)
-        files.make_folder(out.absolute().parent)
+        DISK.make_folder(out.absolute().parent)
         page = render(stories, s.every_s if going else None)
-        files.replace_text(out, page)
+        DISK.replace_text(out, page)
         if not going:
             break
         cli.say(f"{out}: {', '.join(f'{o.steps.lines} steps of {o.name}' for o in stories)}; Ctrl-C ends the watch")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -17,7 +16,6 @@ from gguf import GGUFReader, dequantize
 
 from mis_mlx import export, quantize
 from mis_mlx.models import arch, load
-from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line
@@ -33,9 +31,9 @@ tokenizer.ggml.tokens tokenizer.ggml.token_type tokenizer.ggml.merges tokenizer.
 tokenizer.ggml.eos_token_id tokenizer.ggml.add_bos_token"""
 
 
-def exported(model: Path, out: Path, files: Files | None = None, **settings: Any) -> tuple[dict[str, Any], GGUFReader]:
+def exported(model: Path, out: Path, **settings: Any) -> tuple[dict[str, Any], GGUFReader]:
     """(result, reader) of an export to GGUF."""
-    done = export.run(export.Settings(model=str(model), out=str(out), **settings), files)
+    done = export.run(export.Settings(model=str(model), out=str(out), **settings))
     return done, GGUFReader(out / done["file"])
 
 
@@ -207,48 +205,6 @@ def test_a_hugging_face_folder(tmp_path: Path, four: Path, wanted: str, ulp: flo
         np.testing.assert_allclose(got, want, rtol=ulp, atol=2**-25, err_msg=name)
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     assert "de-quantized" in (tmp_path / "hf" / "README.md").read_text() and "de-quantized" in done["notes"][1]
-
-
-class Broken(Files):
-    """A disk that refuses: little room, or the n-th `extend`, or the last rename."""
-
-    def __init__(self, free: int | None = None, extends: int | None = None, renames: bool = True):
-        self.free, self.left, self.renames = free, extends, renames
-
-    def free_bytes(self, path: Path) -> int:
-        """What is said to be free."""
-        return super().free_bytes(path) if self.free is None else self.free
-
-    def extend(self, path: Path, data: bytes | memoryview) -> None:
-        """Refuse when the disk is full."""
-        if self.left == 0:
-            raise OSError(errno.ENOSPC, "full")
-        self.left = None if self.left is None else self.left - 1
-        super().extend(path, data)
-
-    def rename(self, source: Path, target: Path) -> None:
-        """Refuse when renames do not work."""
-        if not self.renames:
-            raise OSError(errno.EIO, "broken")
-        super().rename(source, target)
-
-
-@pytest.mark.parametrize("form", ["gguf", "hf"])
-@pytest.mark.parametrize(
-    ("files", "why"),
-    [
-        (Broken(free=1000), "needs .*iB, 1000 bytes are free"),
-        (Broken(extends=5), "Not enough disk space"),
-        (Broken(renames=False), "The disk stopped answering"),
-    ],
-)
-def test_a_disk_that_refuses_leaves_nothing(
-    tmp_path: Path, llama: Checkpoint, form: Any, files: Broken, why: str
-) -> None:
-    """One sentence, and not a byte of a half-made export."""
-    with pytest.raises(MisError, match=why):
-        export.run(export.Settings(model=str(llama.path), format=form, out=str(tmp_path / "out")), files)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_refusals_write_nothing(tmp_path: Path, llama: Checkpoint) -> None:
