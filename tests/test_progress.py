@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -125,24 +124,16 @@ def test_every_phase_of_a_run_is_told(finished: tuple[Path, Done]) -> None:
 
 def test_a_terminal_has_a_bar(tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str]) -> None:
     """Every phase on one line that is drawn over and over, and what goes to stdout is in the file that it is."""
-    line = [sys.executable, "-m", "mis_mlx.distill", *flags, "--out", tmp_path / "run"]
     ours, theirs = pty.openpty()
     with (tmp_path / "stdout").open("wb") as out:
-        process = subprocess.Popen([*map(str, line)], stderr=theirs, stdout=out,
-                                   env={**own_home, "PYTHONPATH": str(forks.ROOT), "TERM": "xterm"})  # fmt: skip
+        line = ["-m", "mis_mlx.distill", *flags, "--out", tmp_path / "run"]
+        process = forks.start(line, {**own_home, "TERM": "xterm"}, stdout=out.fileno(), stderr=theirs)
     os.close(theirs)
-    seen = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        seen += part
-    assert process.wait() == 0, seen.decode()
-    os.close(ours)
-    drawn = seen.decode()
+    drawn = ""
+    with open(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # the other end is closed
+        while part := terminal.read(65536):
+            drawn += part.decode(errors="replace")
+    assert process.wait() == 0, drawn
     words = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\s+", " ", drawn)  # a narrow terminal breaks lines anywhere
     for name in ("prune", "repair", "distil", "quantize", "tune", "measure"):
         assert re.search(rf"{name}\b[^━]{{,200}} s of [0-9.]+ m?s planned", words), name

@@ -149,13 +149,6 @@ def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         np.testing.assert_array_equal(content(c, Q, wanted)[1], before)
 
 
-def test_row_order_is_llama_cpps_permute() -> None:
-    """By hand for one head of 4; word for word for 3 heads of 16."""
-    assert tensors.row_order(4, 1).tolist() == [0, 2, 1, 3]
-    rows = np.arange(48.0)[:, None]
-    np.testing.assert_array_equal(rows[tensors.row_order(48, 3)], llama_cpp_permute(rows, 3))
-
-
 def test_types_of_each_kind(tmp_path: Path, models: Callable[[str], Checkpoint]) -> None:
     """Vectors float32; four-bit files keep embedding and head in 8 bits, unless MLX had them in 4 already."""
     kinds = {p.name: p.kind for p in tensors.parts(models("untied"), "q4_0")}
