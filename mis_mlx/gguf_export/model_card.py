@@ -90,8 +90,8 @@ def _recipe(folder: Path, run: Path | None) -> list[str]:
         lines.append(f"pruned ({keep.why}); teacher's blocks kept: {', '.join(map(str, keep.layers))}")
     if run is not None:
         stored = run_folder.stored_settings(run)
-        told = ", ".join(f"{key.replace('_', ' ')} {stored[key]}" for key in TOLD if stored.get(key) is not None)
-        lines.append(f"settings of the run: {told}")
+        settings = ", ".join(f"{key.replace('_', ' ')} {stored[key]}" for key in TOLD if stored.get(key) is not None)
+        lines.append(f"settings of the run: {settings}")
     return lines
 
 

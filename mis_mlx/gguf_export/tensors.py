@@ -92,22 +92,22 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[ARCH[config["model_type"]]], s.layers)
     heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if ARCH[config["model_type"]] == "llama" else {}
-    made = []
+    every = []
     for name, shape in arch.tensors_of(config).items():
         kind, exact = _kind(checkpoint, name, wanted, shape[1]) if len(shape) == 2 else ("F32", False)
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
         if shape[-1] % block:
             why = f"which {kind}'s block of {block} does not divide"
             raise MisError(f"{name} has rows of {shape[1]} weights, {why}: use --out-type f16")
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if theirs is None:
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise MisError(f"llama.cpp's {ARCH[config['model_type']]} has no place for {name}: use --format hf")
-        made.append(Part(theirs, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
-    if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in made):
+        every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
+    if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in every):
         raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
     if _rope(config)[0] == "llama3":
-        made.append(Part(FREQS, "", (s.head_dim // 2,), "F32"))
-    return made
+        every.append(Part(FREQS, "", (s.head_dim // 2,), "F32"))
+    return every
 
 
 def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple[str, bool]:

@@ -113,12 +113,13 @@ class _Keys:
     def __init__(self) -> None:
         self.held: list[mx.array] = []
 
-    def update_and_fetch(self, *new: mx.array) -> list[mx.array]:
-        """Append keys and values; all of them."""
-        self.held = (
-            [mx.concatenate([*pair], axis=2) for pair in zip(self.held, new, strict=True)] if self.held else [*new]
-        )
-        return self.held
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """Append; all keys and all values."""
+        both = [keys, values]
+        if self.held:
+            both = [mx.concatenate([old, new], axis=2) for old, new in zip(self.held, both, strict=True)]
+        self.held = both
+        return both
 
     def keep(self, columns: mx.array) -> None:
         """Forget all but these columns."""

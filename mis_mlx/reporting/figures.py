@@ -182,10 +182,13 @@ def columns(
 
 def heat(key: str, title: str, description: str, labels: tuple[str, str], values: np.ndarray, stays: np.ndarray) -> str:
     """A map of values from 0 to 1, (rows, columns), as one small image: pale where `stays`, of that shape, is False."""
+    from matplotlib import colormaps
+
     with _drawing():
         figure, axes = _new(90 + round(9 * len(values)) if len(values) < 60 else 600)
-        shade = np.where(stays, 1.0, 0.3)
-        axes.imshow(np.sqrt(values), aspect="auto", cmap="cividis", vmin=0.0, vmax=1.0, alpha=shade)
+        colors = colormaps["cividis"](np.sqrt(values))
+        colors[..., 3] = np.where(stays, 1.0, 0.3)
+        axes.imshow(colors, aspect="auto")
         axes.grid(visible=False)
         _label(axes, labels)
         axes.yaxis.get_major_locator().set_params(integer=True)

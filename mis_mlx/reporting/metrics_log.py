@@ -112,11 +112,11 @@ def read(path: Path, names: Sequence[str], ratios: Mapping[str, tuple[str, str]]
             history.torn += 1
             continue
         now = history.tick(wall_s)
-        seen = {name: value for name in names if (value := _number(record.get(name))) is not None}
+        values = {name: value for name in names if (value := _number(record.get(name))) is not None}
         for name, (over, under) in ratios.items():
-            if seen.get(under) and over in seen:
-                seen[name] = seen[over] / seen[under]
-        for name, value in seen.items():
+            if values.get(under) and over in values:
+                values[name] = values[over] / values[under]
+        for name, value in values.items():
             history.series[name].add(now, value)
         history.note(now, record)
     return history

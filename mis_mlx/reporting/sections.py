@@ -69,22 +69,22 @@ def course(story: Story, key: str) -> str:
     memory = _since(story, steps.series["peak_bytes"].points(), 1 / GIB)
     speed = _since(story, steps.series["tokens_per_s"].points())
     more = [
-        _with_limit(
-            f"{key}memory", "Memory", "GiB, MLX's peak in each step", memory, "budget", budget and budget / GIB
-        ),
-        _with_limit(f"{key}speed", "Speed", "tokens a second", speed, "planned", _planned_speed(story)),
+        _with_limit(f"{key}memory", "Memory", "GiB", ".2f", memory, "budget", budget and budget / GIB),
+        _with_limit(f"{key}speed", "Speed", "tokens a second", ".0f", speed, "planned", _planned_speed(story)),
     ]
     return html.part("course", pictures=[first, *more])
 
 
-def _with_limit(key: str, title: str, label: str, points: Sequence[Point], name: str, limit: float | None) -> str:
+def _with_limit(
+    key: str, title: str, unit: str, form: str, points: Sequence[Point], name: str, limit: float | None
+) -> str:
     """A picture of what was measured in each step, with a line where it was to stay."""
     if not points:
         return ""
-    text = f"{label.capitalize() if label[0].islower() else label}: {_range(points, '.2f')}; {name} "
-    text += f"{limit:.2f}." if limit else "not known."
-    limits = {f"{name} {limit:.2f}": limit} if limit else {}
-    return figures.over_time(key, title, text, {label.split(",")[0]: {"measured": points}}, limits=limits, low=0)
+    known = format(limit, form) if limit else "not known"
+    text = f"In each step, {unit}: {_range(points, form)}; {name} {known}."
+    limits = {f"{name} {known}": limit} if limit else {}
+    return figures.over_time(key, title, text, {unit: {"measured": points}}, limits=limits, low=0)
 
 
 def _planned_speed(story: Story) -> float | None:
