@@ -81,14 +81,10 @@ def over_time(
     title: str,
     description: str,
     panels: Mapping[str, Mapping[str, Sequence[Point]]],
-    *,
-    limits: Mapping[str, float] | None = None,
     shaded: Sequence[tuple[float, float]] = (),
-    low: float | None = None,
 ) -> str:
     """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}; lines that share a name
-    have one colour. shaded: stretches of time, in seconds. limits: lines across the first panel. low: where the first
-    panel begins."""
+    have one colour. shaded: stretches of time, in seconds."""
     with _drawing():
         figure, axes = _new(HEIGHT + 110 * (len(panels) - 1), len(panels), squeeze=False,
                             height_ratios=[2, *[1] * (len(panels) - 1)])  # fmt: skip
@@ -106,12 +102,6 @@ def over_time(
                 axis.legend()
             for start, end in shaded:
                 axis.axvspan(start / unit, max(end, start + longest_s / 300) / unit, color=COLORS[3], alpha=0.25)
-        for text, value in (limits or {}).items():
-            axes[0, 0].axhline(value, color=COLORS[1], linestyle="--")
-            axes[0, 0].annotate(text, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                                fontsize=10, color=COLORS[1])  # fmt: skip
-        axes[0, 0].margins(y=0.12)
-        axes[0, 0].set_ylim(bottom=low)
         axes[-1, 0].set_xlabel(f"{name} since the run began")
         return _html(figure, key, title, description)
 
@@ -158,25 +148,15 @@ def columns(
     description: str,
     labels: tuple[str, str],
     groups: Mapping[str, Mapping[int, float]],
-    log: bool = False,
 ) -> str:
-    """Standing bars at whole numbers, one colour a group: {group: {number: height}}. labels: of x and y. log: heights
-    are shown by their logarithm."""
+    """Standing bars at whole numbers, one colour a group: {group: {number: height}}. labels: of x and y."""
     with _drawing():
         figure, axes = _new(220)
-        shared = len(groups) > 1 and bool(set.intersection(*map(set, groups.values())))  # beside each other then
-        wide = 0.8 / (len(groups) if shared else 1)
-        for i, (color, (name, values)) in enumerate(zip(cycle(COLORS), groups.items(), strict=False)):
-            places = np.array(list(values), np.float64) + (wide * (i + 0.5) - 0.4) * shared
-            axes.bar(places, list(values.values()), wide, color=color, label=name)
-        if log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda height, _: f"{height:g}")  # by default in TeX
-            axes.yaxis.set_minor_formatter(lambda height, _: "")
+        for color, (name, values) in zip(cycle(COLORS), groups.items(), strict=False):
+            axes.bar(list(values), list(values.values()), color=color, label=name)
         axes.grid(axis="x", visible=False)
         _label(axes, labels)
-        if len(groups) > 1:
-            figure.legend(loc="outside upper center", ncols=3)
+        figure.legend(loc="outside upper center", ncols=3)
         return _html(figure, key, title, description)
 
 

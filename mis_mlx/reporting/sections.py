@@ -47,7 +47,7 @@ def recovery(story: Story, key: str) -> str:
 
 
 def course(story: Story, key: str) -> str:
-    """Loss with temperature and tea breaks, memory, speed: over time."""
+    """Loss with temperature and tea breaks, speed, memory: over time, in one picture."""
     steps, air = story.steps, story.air
     loss = _since(story, steps.series["loss"].points())
     if not loss:
@@ -63,28 +63,18 @@ def course(story: Story, key: str) -> str:
     breaks = [(start - story.began_s, end - story.began_s) for start, end, _ in air.pauses]
     causes = ", ".join(sorted({cause for _, _, cause in air.pauses}))
     words.append(f"Tea breaks: {len(breaks)}{f' ({causes}), shaded' if breaks else ''}.")
-    title = "Loss, temperature, tea breaks"
-    first = figures.over_time(f"{key}loss", title, " ".join(words), panels, shaded=breaks)
-    budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
-    memory = _since(story, steps.series["peak_bytes"].points(), 1 / GIB)
-    speed = _since(story, steps.series["tokens_per_s"].points())
-    more = [
-        _with_limit(f"{key}memory", "Memory", "GiB", ".2f", memory, "budget", budget and budget / GIB),
-        _with_limit(f"{key}speed", "Speed", "tokens a second", ".0f", speed, "planned", _planned_speed(story)),
-    ]
-    return html.part("course", pictures=[first, *more])
-
-
-def _with_limit(
-    key: str, title: str, unit: str, form: str, points: Sequence[Point], name: str, limit: float | None
-) -> str:
-    """A picture of what was measured in each step, with a line where it was to stay."""
-    if not points:
-        return ""
-    known = format(limit, form) if limit else "not known"
-    text = f"In each step, {unit}: {_range(points, form)}; {name} {known}."
-    limits = {f"{name} {known}": limit} if limit else {}
-    return figures.over_time(key, title, text, {unit: {"measured": points}}, limits=limits, low=0)
+    if speed := _since(story, steps.series["tokens_per_s"].points()):
+        panels["tokens/s"] = {"speed": speed}
+        words.append(
+            f"Speed {_range(speed, '.0f')} tokens a second; planned: {_known('{:.0f}'.format, _planned_speed(story))}."
+        )
+    if memory := _since(story, steps.series["peak_bytes"].points(), 1 / GIB):
+        panels["GiB"] = {"memory": memory}
+        budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
+        words.append(f"MLX's peak memory {_range(memory, '.2f')} GiB; budget: {_known(gib, budget)}.")
+    picture = figures.over_time(f"{key}course", "Loss, temperature, tea breaks, speed, memory", " ".join(words), panels,
+                                shaded=breaks)  # fmt: skip
+    return html.part("course", pictures=[picture])
 
 
 def _planned_speed(story: Story) -> float | None:
@@ -188,13 +178,12 @@ def bits(story: Story, key: str) -> str:
         for name, n in zip(costs, (4, stored), strict=True):
             costs[name][i] = costs[name].get(i, 0.0) + float(cost[str(n)])
     if not costs["as stored"]:
-        return html.part("bits", text=f"{text} What each block costs was not measured.", pictures=[])
+        return html.part("bits", text=f"{text} What each block costs was not measured.")
     worst = max(costs["as stored"], key=lambda i: costs["as stored"][i])
-    about = "KL that rounding each block of the student costs, estimated to second order: in all "
-    about += f"{' and '.join(f'{sum(c.values()):.4f} nats {n}' for n, c in costs.items())}; "
-    about += f"most as stored, {costs['as stored'][worst]:.4f}, in block {worst}."
-    picture = figures.columns(f"{key}bits", "Sensitivity", about, ("block", "nats a token"), costs, log=True)
-    return html.part("bits", text=text, pictures=[picture])
+    text += " Rounding the blocks of the student costs KL, estimated to second order: in all "
+    text += f"{' and '.join(f'{sum(c.values()):.4f} nats {n}' for n, c in costs.items())}; "
+    text += f"most as stored, {costs['as stored'][worst]:.4f}, in block {worst}."
+    return html.part("bits", text=text)
 
 
 def samples(story: Story, key: str) -> str:
