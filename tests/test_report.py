@@ -245,7 +245,7 @@ def test_several_runs_side_by_side(copy: Path, warm: Path, tmp_path: Path) -> No
     page, result = written(copy, warm, out=str(tmp_path / "both.html"))
     assert result["runs"] == 2 and "<h2>Side by side</h2>" in page
     first, second = (json.loads((f / run_folder.RESULT).read_text())["nll_student"] for f in (copy, warm))
-    assert f"<td>nll_student</td><td>{first:,.4g}</td><td>{second:,.4g} ({second - first:+,.3g})</td>" in page
+    assert f"<td>nll_student</td><td>{first:,.4g}</td><td>{second:,.4g} ({second - first:+,.4g})</td>" in page
     assert "<td>scenario</td><td>goral</td><td>none</td>" in page
     assert "<td>batch_size</td><td>2</td><td>2</td>" not in page
     ids = [a["id"] for _, a in Tags(page).tags if "id" in a]

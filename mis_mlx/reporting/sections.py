@@ -217,9 +217,9 @@ def comparison(stories: Sequence[Story]) -> str:
         text = f"Training loss of {len(losses)} runs: {ends}."
         picture = figures.over_time("all-loss", "Loss of all runs", text, {"loss, nats a token": losses})
     numbers = []
-    for name in dict.fromkeys(k for s in stories for k, v in s.result.items() if _is_number(v)):
+    for name in dict.fromkeys(k for s in stories for k, v in s.result.items() if type(v) in (int, float)):
         values = [s.result.get(name) for s in stories]
-        numbers.append([name, _cell(values[0]), *(_cell(v) + _difference(v, values[0]) for v in values[1:])])
+        numbers.append([name, *(_cell(value, values[0]) for value in values)])
     settings = []
     for name in dict.fromkeys(k for s in stories for k in s.config):
         values = [str(s.config.get(name, "–")) for s in stories]
@@ -234,17 +234,11 @@ def labels(stories: Sequence[Story]) -> list[str]:
     return [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _cell(value: Any) -> str:
-    if not _is_number(value):
+def _cell(value: Any, first: Any) -> str:
+    """A number, and by how much it differs from the first run's; a dash for anything else."""
+    if type(value) not in (int, float):
         return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def _difference(value: Any, first: Any) -> str:
-    if not (_is_number(value) and _is_number(first)) or value == first:
-        return ""
-    return f" ({value - first:+,})" if isinstance(value - first, int) else f" ({value - first:+,.3g})"
+    form = "," if type(value) is int else ",.4g"
+    if type(first) not in (int, float) or value == first:
+        return format(value, form)
+    return f"{value:{form}} ({value - first:+{form}})"
