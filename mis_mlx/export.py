@@ -92,13 +92,12 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         llama_cpp.quantizer()  # its absence is said before the work
     parts = tensors.parts(checkpoint, wanted)
     staged = tensors.parts(checkpoint, "f16") if k_quant else parts
-    specs, due = ({p.name: (p.kind, p.shape) for p in of} for of in (staged, parts))
     writer = gguf.GGUFWriter(None, tensors.ARCH[config["model_type"]])
     tensors.describe(writer, config, name, wanted)
     notes = vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}
-    head, file = gguf_writer.head(writer, specs), f"{name}-{wanted.upper()}.gguf"
-    nbytes, tally = len(head) + gguf_writer.padded_bytes(due), Counter[str]()
+    head, file = gguf_writer.head(writer, staged), f"{name}-{wanted.upper()}.gguf"
+    nbytes, tally = len(head) + gguf_writer.padded_bytes(parts), Counter[str]()
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
     if s.dry_run:
         return {**result, "notes": [*_facts(parts, checkpoint)[0], *notes]}
@@ -107,7 +106,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
 
     def fill(folder: Path) -> None:
         rows = (tensors.rows(checkpoint, part, tally) for part in cli.counted("tensor", staged, len(staged)))
-        gguf_writer.write(folder / (STAGED if k_quant else file), head, specs, rows, DISK)
+        gguf_writer.write(folder / (STAGED if k_quant else file), head, staged, rows, DISK)
         final = parts
         if k_quant:
             llama_cpp.quantize(folder / STAGED, folder / file, wanted.upper())
@@ -119,7 +118,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         DISK.write(folder / "Modelfile", text.encode())
         DISK.write(folder / "README.md", model_card.readme(checkpoint, base, "gguf", file, notes).encode())
 
-    room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(specs) if k_quant else 0)
+    room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(staged) if k_quant else 0)
     protocol.commit_folder(Path(s.out), fill, DISK, room, "the GGUF")
     result["nbytes"] = (Path(s.out) / file).stat().st_size
     return {**result, "inexact_scales": tally["inexact"], "notes": notes}

@@ -53,6 +53,18 @@ class Part:
     heads: int = 0
     exact: bool = False
 
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        """(rows, bytes of a row). ValueError when a row cannot be cut into the type's blocks."""
+        import gguf
+
+        return gguf.quant_shape_to_byte_shape(self.shape, gguf.GGMLQuantizationType[self.kind])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, without padding."""
+        return math.prod(self.byte_shape)
+
 
 def packing(checkpoint: Checkpoint, name: str) -> tuple[int, int, str] | None:
     """(bits, group size, mode) of a packed matrix; None for one that is not packed."""
