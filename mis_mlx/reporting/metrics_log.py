@@ -7,7 +7,6 @@ the numbers mean; a line that is torn, or of another version, is counted and pas
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,15 +96,14 @@ class History:
 
 
 def read(path: Path, names: Sequence[str], ratios: Mapping[str, tuple[str, str]] | None = None) -> History:
-    """The numbers of these names in a log of JSON lines; an empty history when it cannot be read.
+    """The numbers of these names in a log of JSON lines; an empty history when it is missing.
 
     ratios: further series, one name over another, line by line. A step that a resumed run did twice is in it twice: it
     took its time twice.
     """
     ratios = ratios or {}
     history = History({name: Series() for name in (*names, *ratios)})
-    readable = path.is_file() and os.access(path, os.R_OK)
-    for record in run_folder.parsed(path, LINE_BYTES) if readable else ():
+    for record in run_folder.parsed(path, LINE_BYTES):
         history.lines += 1
         wall_s = None if record is None else _number(record.get("wall_s"))
         if record is None or wall_s is None:

@@ -17,7 +17,6 @@ from mis_mlx.reporting import metrics_log
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
 
-FILE_BYTES = 64 * 2**20  # a small file of ours never comes near
 STEPS = ("number", "loss", "tokens", "seconds", "peak_bytes")
 AIR = ("die_c", "ambient_c")
 KEEPS = ("pruned/keep.json", "distilled/keep.json", "model/keep.json")  # the first that is there
@@ -78,7 +77,7 @@ def read(folder: Path) -> Story:
     mappings = {field: _mapping(folder, name, missing, what) for field, (name, what) in files.items()}
     phases = _records(folder / run_folder.PHASES, missing, "the plan, and what each phase took")
     samples = _records(folder / run_folder.SAMPLES, missing, "texts of the models")
-    steps = _history(folder / run_folder.METRICS, STEPS, missing, "the steps", {"tokens_per_s": ("tokens", "seconds")})
+    steps = _history(folder / run_folder.METRICS, STEPS, missing, "the steps")
     air = _history(folder / "thermal.jsonl", AIR, missing, "temperatures; no thermometer was read")
     if not (any(mappings[name] for name in ("config", "origin", "result", "keep")) or phases or steps.lines):
         raise MisError(f"{folder} holds nothing of a run: give a run folder, such as runs/NAME-001")
@@ -97,12 +96,10 @@ def read(folder: Path) -> Story:
 
 def _text(path: Path, missing: list[str], what: str, name: str = "") -> str:
     try:
-        if path.stat().st_size <= FILE_BYTES:
-            return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        pass
-    missing.append(f"{name or path.name} is missing: {what}")
-    return ""
+        missing.append(f"{name or path.name} is missing: {what}")
+        return ""
 
 
 def _mapping(folder: Path, name: str, missing: list[str], what: str) -> Mapping[str, Any]:
@@ -120,16 +117,13 @@ def _mapping(folder: Path, name: str, missing: list[str], what: str) -> Mapping[
 
 
 def _records(path: Path, missing: list[str], what: str) -> list[dict[str, Any]]:
-    if not path.is_file() or path.stat().st_size > FILE_BYTES:
+    if not path.is_file():
         missing.append(f"{path.name} is missing: {what}")
-        return []
     return run_folder.records(path)
 
 
-def _history(
-    path: Path, names: Sequence[str], missing: list[str], what: str, ratios: Mapping[str, tuple[str, str]] | None = None
-) -> metrics_log.History:
-    history = metrics_log.read(path, names, ratios)
+def _history(path: Path, names: Sequence[str], missing: list[str], what: str) -> metrics_log.History:
+    history = metrics_log.read(path, names, {"tokens_per_s": ("tokens", "seconds")})
     if not history.lines:
         missing.append(f"{path.name} is missing: {what}")
     elif history.torn:
