@@ -95,14 +95,12 @@ class History:
         self._pausing = paused
 
 
-def read(path: Path, names: Sequence[str], ratios: Mapping[str, tuple[str, str]] | None = None) -> History:
-    """The numbers of these names in a log of JSON lines; an empty history when it is missing.
+def read(path: Path, names: Sequence[str]) -> History:
+    """The numbers of these names, and "tokens_per_s", in a log of JSON lines; an empty history when it is missing.
 
-    ratios: further series, one name over another, line by line. A step that a resumed run did twice is in it twice: it
-    took its time twice.
+    A step that a resumed run did twice is in it twice: it took its time twice.
     """
-    ratios = ratios or {}
-    history = History({name: Series() for name in (*names, *ratios)})
+    history = History({name: Series() for name in (*names, "tokens_per_s")})
     for record in run_folder.parsed(path, LINE_BYTES):
         history.lines += 1
         wall_s = None if record is None else _number(record.get("wall_s"))
@@ -111,9 +109,8 @@ def read(path: Path, names: Sequence[str], ratios: Mapping[str, tuple[str, str]]
             continue
         now = history.tick(wall_s)
         values = {name: value for name in names if (value := _number(record.get(name))) is not None}
-        for name, (over, under) in ratios.items():
-            if values.get(under) and over in values:
-                values[name] = values[over] / values[under]
+        if values.get("seconds") and "tokens" in values:
+            values["tokens_per_s"] = values["tokens"] / values["seconds"]
         for name, value in values.items():
             history.series[name].add(now, value)
         history.note(now, record)

@@ -123,7 +123,7 @@ def _records(path: Path, missing: list[str], what: str) -> list[dict[str, Any]]:
 
 
 def _history(path: Path, names: Sequence[str], missing: list[str], what: str) -> metrics_log.History:
-    history = metrics_log.read(path, names, {"tokens_per_s": ("tokens", "seconds")})
+    history = metrics_log.read(path, names)
     if not history.lines:
         missing.append(f"{path.name} is missing: {what}")
     elif history.torn:

@@ -32,14 +32,14 @@ def test_few_values_stay_and_of_many_every_spike() -> None:
 
 
 def test_only_numbers_count(tmp_path: Path) -> None:
-    """Text, truth, NaN, infinity and what no float holds are passed over; ratios are of the rest."""
+    """Text, truth, NaN, infinity and what no float holds are passed over; speeds are of the rest."""
     odd = ["2", True, None, [], {}, float("nan"), float("inf"), 10**400]
     path = log(tmp_path / "log", *({"wall_s": 1, "loss": v, "tokens": v} for v in odd),
                {"wall_s": 2, "loss": 3, "tokens": 8, "seconds": 2},
                {"wall_s": 3, "tokens": 8, "seconds": 0})  # fmt: skip
-    history = metrics_log.read(path, ("loss", "tokens", "seconds"), {"speed": ("tokens", "seconds")})
+    history = metrics_log.read(path, ("loss", "tokens", "seconds"))
     assert history.series["loss"].points() == [(2.0, 3.0)]
-    assert history.series["speed"].points() == [(2.0, 4.0)] and history.torn == 0
+    assert history.series["tokens_per_s"].points() == [(2.0, 4.0)] and history.torn == 0
 
 
 def test_torn_and_foreign_lines_are_counted(tmp_path: Path) -> None:
