@@ -141,7 +141,7 @@ class Display:
                 del self.levels[self.levels.index(level) :]
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def beating(self) -> Iterator[None]:
         """Draw all that happens in the block, on a terminal every second at least."""
         over = threading.Event()
 
@@ -150,17 +150,13 @@ class Display:
                 with suppress(OSError, ValueError, IndexError):  # a closed pipe is the main thread's to notice
                     self.draw()
 
-        beating = threading.Thread(target=beat, daemon=True)
-        cli.BARS.append(self.level)
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
         try:
-            with _terminal() as self.bar:
-                beating.start()
-                yield
+            yield
         finally:
             over.set()
-            cli.BARS.pop()
-            if beating.ident:
-                beating.join()
+            thread.join()
 
 
 @contextmanager
@@ -191,10 +187,12 @@ def run(label: str, planned: Mapping[str, float] | None = None) -> Iterator[Disp
         return
     display = Display(planned or {})
     SHOWN.append(display)
+    cli.BARS.append(display.level)
     try:
-        with display.level(label), display.shown():
+        with display.level(label), _terminal() as display.bar, display.beating():
             yield display
     finally:
+        cli.BARS.pop()
         SHOWN.pop()
 
 
