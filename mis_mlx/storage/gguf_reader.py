@@ -52,8 +52,7 @@ def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLL
         )
     reader = GGUFReader(gguf)
     facts = {key: field.contents() for key, field in reader.fields.items()}
-    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
-    config = config_of(facts, tied, DTYPES[dtype][0])
+    config = config_of(facts, DTYPES[dtype][0])
     _write_weights(reader.tensors, config, folder, dtype)
     _write_json(folder / "config.json", config)
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -101,8 +100,8 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows[np.argsort(row_order(len(rows), heads))]
 
 
-def config_of(facts: Mapping[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
-    """config.json of a llama GGUF.
+def config_of(facts: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json, from the facts of the GGUF.
 
     head_dim and tie_word_embeddings are spelled out, and RoPE's base twice: mlx-lm reads only the top-level
     rope_theta (and takes 10,000 in silence when it is missing), transformers 5 reads rope_parameters.
@@ -126,7 +125,7 @@ def config_of(facts: Mapping[str, Any], tied: bool, dtype: str) -> dict[str, Any
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": True,
         "bos_token_id": facts["tokenizer.ggml.bos_token_id"],
         "eos_token_id": facts["tokenizer.ggml.eos_token_id"],
         "pad_token_id": facts["tokenizer.ggml.padding_token_id"],
