@@ -19,15 +19,15 @@ from mis_mlx.models.config import shape_of
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import Files, need_place
+from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Checkpoint, MisError, gib
 
 OutType = Annotated[
     Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "mxfp4", "nvfp4"] | None,
     tyro.conf.arg(aliases=["--outtype"]),
 ]  # llama.cpp's spelling too
-K_QUANTS = ("q4_k_m",)  # which llama.cpp makes
-STAGED = "float16.gguf"  # what it makes them of
+K_QUANT = "q4_k_m"  # which llama.cpp makes
+STAGED = "float16.gguf"  # what it makes it of
 THEIR_BYTES = 128 * 2**20  # of a process with llama.cpp in it, beside a model's tensors
 HF_DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 TOKEN_BYTES = 2048  # Python's memory for a token and its merge, measured on SmolLM2's 49 thousand
@@ -65,72 +65,66 @@ def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
     largest = max(t.nbytes for t in checkpoint.tensors.values())
     tokens = TOKEN_BYTES * shape_of(checkpoint.config).vocab
     theirs = 10 * max(map(math.prod, arch.tensors_of(checkpoint.config).values())) + THEIR_BYTES
-    return max(5 * largest // 4 + 6 * tensors.SLAB_BYTES, theirs if wanted in K_QUANTS else 0) + tokens
+    return max(5 * largest // 4 + 6 * tensors.SLAB_BYTES, theirs if wanted == K_QUANT else 0) + tokens
 
 
-def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, wanted: str, inexact: int = 0) -> list[str]:
+def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, inexact: int = 0) -> list[str]:
     """What became of the matrices, for people: which were re-wrapped, which rounded."""
     packed = [p for p in parts if p.source and tensors.packing(checkpoint, p.source)]
     again = Counter(p.kind for p in packed if not p.exact)
     facts = [f"types of the tensors: {', '.join(f'{n} {k}' for k, n in Counter(p.kind for p in parts).items())}"]
-    if short := sum(p.kind in ("Q5_0", "Q8_0") for p in parts if wanted in K_QUANTS):
-        facts.append(f"{short} matrices have rows that K-quants' 256 does not divide: llama.cpp takes Q5_0 or Q8_0")
     if exact := sum(p.exact for p in parts):
         off = f", but {inexact} scales or biases are not exact in float16" if inexact else ", no number rounded again"
         facts.append(f"{exact} matrices re-wrapped as MLX packed them{off}")
     if again:
-        facts.append(
-            f"{again.total()} packed matrices de-quantized and rounded again to "
-            f"{', '.join(f'{kind} ({n})' for kind, n in again.items())}"
-        )
+        types = ", ".join(f"{kind} ({n})" for kind, n in again.items())
+        facts.append(f"{again.total()} packed matrices de-quantized and rounded again to {types}")
     return facts
 
 
-def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[str, Any]:
+def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md. A K-quant: llama.cpp makes it of a float16 file there."""
     import gguf
 
     name, config = model_card.name_of(checkpoint.path), checkpoint.config
-    parts = staged = tensors.parts(checkpoint, wanted)
-    if wanted in K_QUANTS:
+    k_quant = wanted == K_QUANT
+    if k_quant:
         llama_cpp.quantizer()  # its absence is said before the work
-        staged = tensors.parts(checkpoint, "f16")
-    specs, due = ({p.name: (p.kind, p.shape) for p in of} for of in (staged, parts))
+    parts = tensors.parts(checkpoint, wanted)
+    staged = tensors.parts(checkpoint, "f16") if k_quant else parts
     writer = gguf.GGUFWriter(None, tensors.ARCH[config["model_type"]])
     tensors.describe(writer, config, name, wanted)
     notes = vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}
-    head, file = gguf_writer.head(writer, specs), f"{name}-{wanted.upper()}.gguf"
-    nbytes, tally = len(head) + gguf_writer.padded_bytes(due), Counter[str]()
+    head, file = gguf_writer.head(writer, staged), f"{name}-{wanted.upper()}.gguf"
+    nbytes, tally = len(head) + gguf_writer.padded_bytes(parts), Counter[str]()
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
     if s.dry_run:
-        return {**result, "notes": [*_facts(parts, checkpoint, wanted)[:1], *notes]}
-    stop = facts.get("tokenizer.ggml.eos_token_id")
-    stop = None if stop is None else facts["tokenizer.ggml.tokens"][stop]
-    said = list(notes)
+        return {**result, "notes": [*_facts(parts, checkpoint)[0], *notes]}
+    end, base = facts.get("tokenizer.ggml.eos_token_id"), s.base_model or model_card.base_of(checkpoint.path)
+    stop = None if end is None else facts["tokenizer.ggml.tokens"][end]
 
     def fill(folder: Path) -> None:
         rows = (tensors.rows(checkpoint, part, tally) for part in cli.counted("tensor", staged, len(staged)))
-        gguf_writer.write(folder / (STAGED if wanted in K_QUANTS else file), head, specs, rows, files)
+        gguf_writer.write(folder / (STAGED if k_quant else file), head, staged, rows, DISK)
         final = parts
-        if wanted in K_QUANTS:
+        if k_quant:
             llama_cpp.quantize(folder / STAGED, folder / file, wanted.upper())
-            files.remove_tree(folder / STAGED)
-            kinds = gguf_writer.kinds(folder / file)  # what it chose, whatever its version
-            final = [replace(p, kind=kinds[p.name]) for p in parts]
-        said[:0] = _facts(final, checkpoint, wanted, tally["inexact"])
+            DISK.remove_tree(folder / STAGED)
+            chosen = {t.name: t.tensor_type.name for t in gguf.GGUFReader(folder / file).tensors}  # by its own version
+            final = [replace(p, kind=chosen[p.name]) for p in parts]
+        notes[:0] = _facts(final, checkpoint, tally["inexact"])
         text = model_card.modelfile(file, facts.get("tokenizer.chat_template", ""), stop)
-        files.write(folder / "Modelfile", text.encode())
-        base = s.base_model or model_card.base_of(checkpoint.path)
-        files.write(folder / "README.md", model_card.readme(checkpoint, base, "gguf", file, said).encode())
+        DISK.write(folder / "Modelfile", text.encode())
+        DISK.write(folder / "README.md", model_card.readme(checkpoint, base, "gguf", file, notes).encode())
 
-    room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(specs) if wanted in K_QUANTS else 0)
-    protocol.commit_folder(Path(s.out), fill, files, room, "the GGUF")
+    room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(staged) if k_quant else 0)
+    protocol.commit_folder(Path(s.out), fill, DISK, room, "the GGUF")
     result["nbytes"] = (Path(s.out) / file).stat().st_size
-    return {**result, "inexact_scales": tally["inexact"], "notes": said}
+    return {**result, "inexact_scales": tally["inexact"], "notes": notes}
 
 
-def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[str, Any]:
+def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     """Commit an ordinary folder: every weight dense in one type."""
     if wanted not in HF_DTYPES:
         raise MisError(f"--out-type {wanted} is a type of GGUF: take --format gguf, or bf16 or f16")
@@ -151,31 +145,31 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str, files: Files) -> dict[
     if not s.dry_run:
         base = s.base_model or model_card.base_of(checkpoint.path)
         papers = {"README.md": model_card.readme(checkpoint, base, "hf", "", facts).encode()}
-        model_writer.write_model(config, take, checkpoint.path, Path(s.out), dtype, files, papers)
+        model_writer.write_model(config, take, checkpoint.path, Path(s.out), dtype, DISK, papers)
     return {"nbytes": nbytes, "tensors": len(arch.tensors_of(checkpoint.config)), "notes": facts}
 
 
-def run(settings: Settings, files: Files | None = None) -> dict[str, Any]:
+def run(settings: Settings) -> dict[str, Any]:
     """The command."""
     s = settings
     cli.check_ranges(s)
     need_place("--out", s.out, "new")
     if s.model and s.model.endswith(".gguf"):
         raise MisError(f"{s.model} is a GGUF already: give the model folder that it was made from")
-    found = resolve.find(s.model)
-    checkpoint = load.open_checkpoint(found.path)
-    tokenizer_check.tried(found.path)
+    folder = resolve.find(s.model).path
+    checkpoint = load.open_checkpoint(folder)
+    tokenizer_check.tried(folder)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     wanted = s.out_type or (tensors.out_type(checkpoint) if s.format == "gguf" else "bf16")
     need = need_bytes(checkpoint, s.format, wanted)
     limit.need(need, "the largest tensor on its way", f"give --budget {estimates.flag(need)} or more")
     with progress.run("export"), memory.limited(limit):
-        made = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted, files or Files())
-    for note in made["notes"]:
+        result = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted)
+    for note in result["notes"]:
         cli.say(note)
-    cli.say(f"{s.out}: {gib(made['nbytes'])}{', nothing written (dry run)' if s.dry_run else ''}")
-    where = {"model": str(found.path), "format": s.format, "out_type": wanted, "out": s.out}
-    return {**where, **made, "peak_bytes": need}
+    cli.say(f"{s.out}: {gib(result['nbytes'])}{', nothing written (dry run)' if s.dry_run else ''}")
+    where = {"model": str(folder), "format": s.format, "out_type": wanted, "out": s.out}
+    return {**where, **result, "peak_bytes": need}
 
 
 if __name__ == "__main__":

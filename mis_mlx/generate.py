@@ -49,40 +49,34 @@ def run(settings: Settings) -> dict[str, Any]:
     tokenizer = load.tokenizer(checkpoint.path)
     ids = mlx_generate.encode(tokenizer, s.prompt, s.ignore_chat_template)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
-    m, draft = estimates.model_of(checkpoint), estimates.model_of(small) if small else None
-    # The draft stays whole; both keep keys and values.
-    beside = estimates.keys_bytes(m, len(ids) + s.max_tokens)
-    if draft:
-        beside += estimates.keys_bytes(draft, len(ids) + s.max_tokens) + draft.head_work
+    m, length = estimates.model_of(checkpoint), len(ids) + s.max_tokens
+    beside = estimates.keys_bytes(m, length)
+    if small:  # the draft stays whole, and keeps keys and values too
+        draft = estimates.model_of(small)
+        beside += estimates.keys_bytes(draft, length) + draft.head_work
         beside += draft.shape.layers * draft.block_work + draft.slots_bytes
     rows = max(min(len(ids), streamed_decode.ROWS), s.num_draft_tokens + 1)
-    plan = estimates.streamed_pass(
-        "one pass", m, max(len(ids), rows), rows, len(ids) + s.max_tokens, spool=False, beside_bytes=beside
-    )
+    plan = estimates.streamed_pass("one pass", m, max(len(ids), rows), rows, length, spool=False, beside_bytes=beside)
     room = estimates.room(limit.limit_bytes, plan.peak_bytes)
     cli.say(f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(room)} are left to keep some of it")
     if s.dry_run:
         sizes = {"read_bytes_per_pass": plan.read_bytes, "peak_bytes": plan.peak_bytes}
         return {**sizes, "budget_bytes": limit.limit_bytes, "check_failed": plan.peak_bytes > limit.limit_bytes}
     estimates.fit(limit, plan, remedy="give a larger --budget, fewer --max-tokens or --num-draft-tokens")
-    began, peak, tokens, passes = time.monotonic(), memory.Peak(), list[int](), 0
+    began, peak, tokens, passes, text = time.monotonic(), memory.Peak(), list[int](), 0, ""
     with memory.limited(limit), progress.bar("generate", s.max_tokens) as show:
         big = Stream(checkpoint, policy.compute_dtype(checkpoint), room, checkpoint.nbytes > limit.limit_bytes)
         guesser = Stream(small, policy.compute_dtype(small), None) if small else None
-        text = ""
-        for new in streamed_decode.decode(
-            big, ids, s.max_tokens, tokenizer.eos_token_ids, guesser, s.num_draft_tokens + 1
-        ):
-            tokens += [t for t in new if t not in tokenizer.eos_token_ids]
+        ends, size = tokenizer.eos_token_ids, s.num_draft_tokens + 1
+        for new in streamed_decode.decode(big, ids, s.max_tokens, ends, guesser, size):
+            tokens += [t for t in new if t not in ends]
             passes += 1
             whole = tokenizer.decode(tokens)
             if not whole.endswith("\ufffd"):  # half of a letter waits for its other half
                 print(whole[len(text) :], end="", flush=True)
                 text = whole
-            show(
-                len(tokens),
-                f"{len(tokens) / passes:.1f} tokens/pass  {gib(big.read_bytes / max(1, len(tokens)))}/token",
-            )
+            per_token = gib(big.read_bytes / max(1, len(tokens)))
+            show(len(tokens), f"{len(tokens) / passes:.1f} tokens/pass  {per_token}/token")
     seconds = time.monotonic() - began
     print(tokenizer.decode(tokens)[len(text) :])
     return {

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.reporting import choices, figures, html, run_reader, sections
+from mis_mlx.reporting import figures, html, run_reader, sections
 from mis_mlx.reporting.run_reader import Story
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files, need_place
+from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Count, MisError
 
 SECTIONS: tuple[Callable[[Story, str], str], ...] = (
@@ -23,8 +23,8 @@ SECTIONS: tuple[Callable[[Story, str], str], ...] = (
     sections.recovery,
     sections.course,
     sections.cost,
-    choices.pruning,
-    choices.bits,
+    sections.pruning,
+    sections.bits,
     sections.samples,
     sections.origins,
 )
@@ -48,51 +48,48 @@ class Settings:
 
 def render(stories: Sequence[Story], every_s: int | None = None) -> str:
     """The page. every_s: how often a browser is to open it anew."""
-    several = len(stories) > 1
-    names = choices.labels(stories)
-    parts = [f"<h1>{html.escape(' and '.join(names))}</h1>"]
-    if several:
-        parts.append(_made(choices.comparison.__name__, partial(choices.comparison, stories)))
-    for number, (name, one) in enumerate(zip(names, stories, strict=True)):
-        parts.append(f"<h1>{html.escape(name)}</h1>" if several else "")
-        made = [_made(make.__name__, partial(make, one, f"r{number}-")) for make in SECTIONS]
-        lines = "".join(f"<li>{html.escape(text)}</li>" for text in one.missing)
-        parts += [*made, html.section("What is missing", f"<ul>{lines}</ul>" if lines else "")]
-    return html.page(f"{', '.join(names)}: mis_mlx", "\n".join(filter(None, parts)), every_s)
+    names = sections.labels(stories)
+    parts = [html.part("heading", text=" and ".join(names))]
+    if len(stories) > 1:
+        parts.append(_part("comparison", partial(sections.comparison, stories)))
+    for number, (name, story) in enumerate(zip(names, stories, strict=True)):
+        if len(stories) > 1:
+            parts.append(html.part("heading", text=name))
+        parts += [_part(make.__name__, partial(make, story, f"r{number}-")) for make in SECTIONS]
+        parts.append(html.part("missing", lines=story.missing))
+    return html.page(f"{', '.join(names)}: mis_mlx", "".join(parts), every_s)
 
 
-def _made(name: str, make: Callable[[], str]) -> str:
+def _part(name: str, make: Callable[[], str]) -> str:
     """A part of the page, or a sentence where a file holds what this version does not write."""
     try:
         return make()
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         text = f"The part “{name}” is missing: a file is of another version ({type(error).__name__}: {error})."
-        return f'<p class="note">{html.escape(text)}</p>'
+        return html.part("note", text=text)
 
 
-def _folders(asked: Sequence[str]) -> list[Path]:
-    if asked:
-        return [Path(a) for a in asked]
-    found = [p.parent for p in Path("runs").glob(f"*/{run_folder.CONFIG}")]
-    if not found:
+def _newest() -> Path:
+    configs = list(Path("runs").glob(f"*/{run_folder.CONFIG}"))
+    if not configs:
         raise MisError("There is no run under runs/: name a run folder, or make one with distill")
-    return [max(found, key=lambda p: (p / run_folder.CONFIG).stat().st_mtime)]
+    return max(configs, key=lambda path: path.stat().st_mtime).parent
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: read, draw, write; again and again when watching."""
-    s, files = settings, Files()
+    s = settings
     figures.need()
     cli.check_ranges(s)
-    folders = _folders(s.run)
+    folders = [Path(name) for name in s.run] or [_newest()]
     out = Path(s.out) if s.out else folders[0] / "report.html"
     need_place("--out", out, "file")
     while True:
         stories = [run_reader.read(folder) for folder in folders]
         going = s.watch and not all(one.ended for one in stories)
-        files.make_folder(out.absolute().parent)
+        DISK.make_folder(out.absolute().parent)
         page = render(stories, s.every_s if going else None)
-        files.replace_text(out, page)
+        DISK.replace_text(out, page)
         if not going:
             break
         cli.say(f"{out}: {', '.join(f'{o.steps.lines} steps of {o.name}' for o in stories)}; Ctrl-C ends the watch")

@@ -92,27 +92,27 @@ def restless(parts: Mapping[str, Found]) -> list[str]:
 
 def ttft(found: Found) -> str:
     """A line a length: cold and cached, and by how much the student is quicker."""
-    lines = [
-        f"| tokens in the prompt | trials | teacher, {found['format']}, ms | student, ms | quicker by "
-        "| student at best here, ms | prompt cached: teacher, ms | student, ms |",
-        "|---:|" + "---:|" * 7,
-    ]
+    head = ["tokens in the prompt", "trials", f"teacher, {found['format']}, ms", "student, ms", "quicker by"]
+    head += ["student at best here, ms", "prompt cached: teacher, ms", "student, ms"]
+    lines = []
     for row in found["rows"]:
-        cells = [f"{v['mean']:.0f} ± {v['sd']:.0f}" for n in ("teacher", "student") for v in (row[n]["cold_ms"],)]
-        cells += [f"{row['speed_up']['cold_ms']:.2f}x", f"{row['student']['best_ms']:.0f}"]
-        cells += [f"{row[n]['cached_ms']['median']:.0f}" for n in ("teacher", "student")]
-        lines.append(f"| {row['prompt_tokens']} | {row['student']['cold_ms']['n']} | {' | '.join(cells)} |")
+        big, small = row["teacher"], row["student"]
+        cold = [f"{model['cold_ms']['mean']:.0f} ± {model['cold_ms']['sd']:.0f}" for model in (big, small)]
+        cached = [f"{model['cached_ms']['median']:.0f}" for model in (big, small)]
+        counts = [str(row["prompt_tokens"]), str(small["cold_ms"]["n"])]
+        lines.append([*counts, *cold, f"{row['speed_up']['cold_ms']:.2f}x", f"{small['best_ms']:.0f}", *cached])
     sizes = "teacher and student in turn, ± one standard deviation, ratios of medians"
     hot = restless({f"{row['prompt_tokens']} tokens": row for row in found["rows"]})
-    return "\n".join([*lines, "", where(found, sizes), "", *goals(found["verdict"]), *hot])
+    table = words.markdown_table(head, lines, words=0)
+    return "\n".join([table, "", where(found, sizes), "", *goals(found["verdict"]), *hot])
 
 
 def speed(whole: Found, first: Found) -> str:
     """The short one: teacher, student and their ratio, of decoding and of first tokens."""
-    lines = ["| | teacher | student | |", "|---|---:|---:|---:|"]
+    lines = list[list[str]]()
 
     def line(label: str, big: float, small: float, quicker: float, digits: int = 1) -> None:
-        lines.append(f"| {label} | {big:,.{digits}f} | {small:,.{digits}f} | {quicker:.2f}x |")
+        lines.append([label, f"{big:,.{digits}f}", f"{small:,.{digits}f}", f"{quicker:.2f}x"])
 
     for part in ("dense", "4-bit"):
         models, timed = whole[part]["models"], whole[part]["measured"]["models"]
@@ -127,12 +127,11 @@ def speed(whole: Found, first: Found) -> str:
     threads = f", OPENBLAS_NUM_THREADS={whole['blas_threads']}" if whole.get("blas_threads") else ""
     on = f"{whole['chip']} ({whole['computes_on']}{threads}), mlx {whole['mlx']}, mlx-lm {whole['mlx-lm']}"
     apart = abs(a["bench_over_mlx_lm_benchmark"]["median"] - 1)
-    lines += [
-        "",
-        f"Medians on {on}; decoding after {given['prompt_tokens']} tokens. `bench` and `mlx_lm.benchmark`, the first "
-        f"token that it counts taken out, are {apart:.1%} apart.",
-    ]
-    return "\n".join(lines)
+    table = words.markdown_table(["", "teacher", "student", ""], lines)
+    return (
+        f"{table}\n\nMedians on {on}; decoding after {given['prompt_tokens']} tokens. `bench` and `mlx_lm.benchmark`, "
+        f"the first token that it counts taken out, are {apart:.1%} apart."
+    )
 
 
 def default_run(markdown: str) -> str:

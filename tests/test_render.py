@@ -226,6 +226,9 @@ def test_tables_are_written_and_drift_is_seen(
     (root / "README.md").write_text(text.replace(f"| {mean:.2f} |", f"| {mean + 1:.2f} |"))
     assert lab.render.main(check) == 1
     assert f"| {mean + 1:.2f} |" in capsys.readouterr().err
+    (root / "benchmarks/results/here/ttft.json").write_text('{"command": "of an older program"}')
+    with pytest.raises(MisError, match="measure it again"):
+        lab.render.main(check)
 
 
 @pytest.mark.parametrize(
@@ -245,31 +248,11 @@ def test_a_broken_mark_is_a_sentence(lab: SimpleNamespace, tmp_path: Path, text:
     assert (tmp_path / "README.md").read_text() == text
 
 
-def test_a_file_of_another_shape_is_a_sentence(
-    lab: SimpleNamespace, measured: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    """A results file of an older program."""
-    root = page(lab, tmp_path)
-    (root / "benchmarks/results/here/ttft.json").write_text('{"command": "x"}')
-    with pytest.raises(MisError, match="measure it again"):
-        lab.render.main(lab.render.Settings(root=str(root)))
-
-
 def test_the_pages_of_this_repository_are_what_the_files_say() -> None:
     """What CI runs."""
     line = [sys.executable, str(ROOT / "scripts" / "render.py"), "--check"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_without_matplotlib_nothing_measured_is_lost(
-    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A sentence instead of a picture."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    lab.laboratory.picture("none", lambda axes: None)
-    assert "pip install matplotlib" in capsys.readouterr().err
-    assert not (lab.results / "none.svg").exists()
 
 
 def test_the_commit_is_named_where_there_is_one(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -44,10 +43,9 @@ def name_of(folder: Path) -> str:
 
 def base_of(folder: Path) -> str | None:
     """The hub id of the teacher of the run that a model came from, or of the cached model itself; None if unknown."""
-    run = run_of(folder)
     if folder.parent == hub.cache_root():
         return folder.name.replace("--", "/", 1) if "--" in folder.name else resolve.DEFAULT
-    if run is None:
+    if (run := run_of(folder)) is None:
         return None
     stored = run_folder.stored_settings(run)
     named = stored["model"] if "model" in stored else stored.get("teacher")  # an aligned model's begins at a model
@@ -79,9 +77,7 @@ def readme(checkpoint: Checkpoint, base: str | None, form: str, file: str, facts
 
 
 def _recipe(folder: Path, run: Path | None) -> list[str]:
-    """One line for the pruning, one for the settings of the run; none where nothing is known."""
-    keeps = [model_writer.read_keep(f) for f in (folder, *((run / stage for stage in STAGES) if run else ()))]
-    keep = next((k for k in keeps if k is not None), None)
+    """A line each for the alignment, the pruning and the settings of the run; none where nothing is known."""
     lines = []
     if (folder / run_folder.DATA).is_file():
         data = json.loads((folder / run_folder.DATA).read_text("utf-8"))
@@ -89,12 +85,13 @@ def _recipe(folder: Path, run: Path | None) -> list[str]:
         gone = f"; personal data replaced: {removed}" if removed else ""
         learned = f"aligned on {data['train_rows']} rows of {data['source']}"
         lines.append(f"{learned}; licence or consent: {data['licence']}{gone}")
-    if keep is not None:
+    folders = [folder] + ([run / stage for stage in STAGES] if run else [])
+    if keep := next(filter(None, map(model_writer.read_keep, folders)), None):
         lines.append(f"pruned ({keep.why}); teacher's blocks kept: {', '.join(map(str, keep.layers))}")
     if run is not None:
-        stored: dict[str, Any] = run_folder.stored_settings(run)
-        told = ", ".join(f"{key.replace('_', ' ')} {stored[key]}" for key in TOLD if stored.get(key) is not None)
-        lines.append(f"settings of the run: {told}")
+        stored = run_folder.stored_settings(run)
+        settings = ", ".join(f"{key.replace('_', ' ')} {stored[key]}" for key in TOLD if stored.get(key) is not None)
+        lines.append(f"settings of the run: {settings}")
     return lines
 
 

@@ -20,6 +20,7 @@ from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import normalised, shape_of
 from mis_mlx.storage import safetensors
+from mis_mlx.storage.gguf_reader import row_order
 from mis_mlx.types import Checkpoint, MisError
 
 ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -52,6 +53,18 @@ class Part:
     heads: int = 0
     exact: bool = False
 
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        """(rows, bytes of a row). ValueError when a row cannot be cut into the type's blocks."""
+        import gguf
+
+        return gguf.quant_shape_to_byte_shape(self.shape, gguf.GGMLQuantizationType[self.kind])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, without padding."""
+        return math.prod(self.byte_shape)
+
 
 def packing(checkpoint: Checkpoint, name: str) -> tuple[int, int, str] | None:
     """(bits, group size, mode) of a packed matrix; None for one that is not packed."""
@@ -70,10 +83,11 @@ def out_type(checkpoint: Checkpoint) -> str:
     """The type that suits a model: one that holds what MLX packed exactly; q8_0 where none does; f16 if not packed."""
     if not arch.is_quantized(checkpoint.tensors):
         return "f16"
-    packings = [packing(checkpoint, name) for name in arch.tensors_of(checkpoint.config)]
-    exact = Counter(
-        mode if mode != "affine" else "q4_1" for bits, _, mode in filter(None, packings) if (mode, bits) in REWRAPPED
-    )
+    exact = Counter[str]()
+    for name in arch.tensors_of(checkpoint.config):
+        bits, _, mode = packing(checkpoint, name) or (0, 0, "")
+        if (mode, bits) in REWRAPPED:
+            exact["q4_1" if mode == "affine" else mode] += 1
     return exact.most_common(1)[0][0] if exact else "q8_0"
 
 
@@ -90,24 +104,22 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[ARCH[config["model_type"]]], s.layers)
     heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if ARCH[config["model_type"]] == "llama" else {}
-    made = []
+    every = []
     for name, shape in arch.tensors_of(config).items():
         kind, exact = _kind(checkpoint, name, wanted, shape[1]) if len(shape) == 2 else ("F32", False)
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
         if shape[-1] % block:
-            raise MisError(
-                f"{name} has rows of {shape[1]} weights, which {kind}'s block of {block} does not divide: "
-                "use --out-type f16"
-            )
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if theirs is None:
+            why = f"which {kind}'s block of {block} does not divide"
+            raise MisError(f"{name} has rows of {shape[1]} weights, {why}: use --out-type f16")
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise MisError(f"llama.cpp's {ARCH[config['model_type']]} has no place for {name}: use --format hf")
-        made.append(Part(theirs, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
-    if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in made):
+        every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
+    if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in every):
         raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
     if _rope(config)[0] == "llama3":
-        made.append(Part(FREQS, "", (s.head_dim // 2,), "F32"))
-    return made
+        every.append(Part(FREQS, "", (s.head_dim // 2,), "F32"))
+    return every
 
 
 def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple[str, bool]:
@@ -162,15 +174,6 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
         yield np.ascontiguousarray(convert(checkpoint, part, slab, tally)).view(np.uint8)
     del raw
     mx.clear_cache()
-
-
-def row_order(count: int, heads: int) -> np.ndarray:
-    """Which Hugging Face row of q or k stands in each of llama.cpp's rows: the halves of every head interleaved.
-
-    llama.cpp's llama turns neighbours (0,1), (2,3) ... by RoPE, Hugging Face i and i + d/2 (`LlamaModel.permute`
-    of its converter). Qwen's graph turns halves there too. Left out, the model runs and talks nonsense.
-    """
-    return np.arange(count).reshape(heads, 2, count // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
 def _finite(part: Part, *arrays: np.ndarray) -> None:
@@ -272,9 +275,7 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         writer.add_rope_scaling_factor(scaling["factor"])
     if rope == "yarn":
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-        for key, add in (
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
-            if key in scaling:
-                add(scaling[key])
+        if "beta_fast" in scaling:
+            writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+        if "beta_slow" in scaling:
+            writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])

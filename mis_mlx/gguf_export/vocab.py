@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +18,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF'
 ADDED_SCORE, NO_SCORE = -1000.0, -10000.0  # what llama.cpp's converter gives an added token, and a hole
 Piece = tuple[str, float, int]  # text, score, type
 
-# llama.cpp tells pre-tokenizers apart by the sha256 of the ids of this text (get_vocab_base_pre, ggml-org/llama.cpp
-# 00bd27a6); the names below are those of families that a llama, mistral, qwen2 or qwen3 can have.
-PROBE = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫\ufe0f (multiple emojis concatenated) ✅ "
-    "🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
-    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
-    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
-)
-PRE = {
-    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
-    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
-    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
-    "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
-    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
-    "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",
-    "0e9433cbbb161f89e264eb32e8e64bfe69e834973ffca5d41d3948a604a3e2a3": "pixtral",
-    "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454": "gpt-2",
-    "049ecf7629871e3041641907f3de7c733e4dbfdc736f57d882ba0b0845599754": "deepseek-llm",
-    "347715f544604f9118bb75ed199f68779f423cabb20db6de6f31b908d04d7821": "deepseek-coder",
-    "9d032fcbd5501f4a38150912590928bfb36091efb5df11b8e2124b0390e3fb1e": "falcon3",
-    "1431a23e583c97432bc230bff598d103ddb5a1f89960c8f1d1051aaa944d0b35": "minerva-7b",
-    "c136ed14d01c2745d4f60a9596ae66800e2b61fa45643e72436041855ad4089d": "smaug-bpe",
-    "1994ffd01900cfb37395608534236ecd63f2bd5995d6cb1004dda1af50240f15": "trillion",
-    "d5f1dd6f980fec569fb218a81a7658ac45fc56b38c5a0adeb1c232fbe04ef5ec": "seed-coder",
-    "a1e163ecab2e718a4c829d1148b6e86824ec36163bb71941c3dca9cd5ac25756": "mellum",
-}
 # A vocabulary of one's own has another hash, but is cut by the same rules: (steps of tokenizer.json, ignore_merges).
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,6 +27,13 @@ RULES: dict[tuple[tuple[str, ...], bool], str] = {
     ((ENDINGS + r"\p{N}" + REST, "ByteLevel"), False): "qwen2",
     ((ENDINGS + r"\p{N}{1,3}" + REST, "ByteLevel"), True): "llama-bpe",
 }
+
+
+@cache
+def known() -> dict[str, Any]:
+    """llama.cpp tells pre-tokenizers apart by the sha256 of the ids of a text, "probe". "names": those of families that
+    a llama, mistral, qwen2 or qwen3 can have, by that hash."""
+    return _json(Path(__file__).parent / "pre_tokenizers.json")
 
 
 def present(folder: Path) -> None:
@@ -77,9 +59,8 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     spm = kind == "llama"
     pieces |= _added(folder, spec, spm)
     if (last := max(pieces)) >= size:
-        raise MisError(
-            f"{folder}: the tokenizer has token {last}, the embedding {size} rows: they belong to two models"
-        )
+        why = f"the tokenizer has token {last}, the embedding {size} rows"
+        raise MisError(f"{folder}: {why}: they belong to two models")
     rows = [pieces.get(i, (f"[PAD{i}]", NO_SCORE, UNUSED)) for i in range(size)]
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(pre)
@@ -92,9 +73,8 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     try:
         special = gguf.SpecialVocab(folder, load_merges=not spm, n_vocab=size)
     except ValueError as error:
-        raise MisError(
-            f"{folder}: the tokenizer's settings are damaged ({str(error)[:120]}): copy them again"
-        ) from None
+        why = f"the tokenizer's settings are damaged ({str(error)[:120]})"
+        raise MisError(f"{folder}: {why}: copy them again") from None
     if spec and "bos" not in special.add_special_token:
         special.add_special_token["bos"] = first == [special.special_token_ids.get("bos")]
     special.add_to_gguf(writer, quiet=True)
@@ -106,25 +86,24 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
     model = spec.get("model") or {}
     kind = model.get("type")
     if kind == "BPE" and not model.get("byte_fallback"):
-        digest = hashlib.sha256(str(_ids(folder, PROBE)).encode()).hexdigest()
+        digest = hashlib.sha256(str(_ids(folder, known()["probe"])).encode()).hexdigest()
         unknown = (
             f"the pre-tokenizer is none that is known here by llama.cpp's hash ({digest[:12]}) or by its rules: "
             "'default' is written, llama.cpp may cut numbers and punctuation differently"
         )
-        found = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
-        pre = PRE.get(digest) or RULES.get((_steps(spec), bool(model.get("ignore_merges"))))
-        return "gpt2", pre or "default", found, [] if pre else [unknown]
+        pieces: dict[int, Piece] = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
+        pre = known()["names"].get(digest) or RULES.get((_steps(spec), bool(model.get("ignore_merges"))))
+        return "gpt2", pre or "default", pieces, [] if pre else [unknown]
     if (folder / "tokenizer.model").is_file():
         return "llama", "default", _sentencepiece(folder / "tokenizer.model"), []
-    if kind == "Unigram":
-        note = "llama.cpp merges the pieces of a Unigram tokenizer greedily: some words may be cut differently"
-        found = {i: (text, float(score), _spm_type(text)) for i, (text, score) in enumerate(model["vocab"])}
-        return "llama", "default", found, [note]
     if kind == "BPE":
         # The greedy merging of llama.cpp takes the best score first, so the order of merges is the score.
         ranks = {"".join(m.split(" ") if isinstance(m, str) else m): -float(n) for n, m in enumerate(model["merges"])}
-        found = {i: (text, ranks.get(text, 0.0), _spm_type(text)) for text, i in model["vocab"].items()}
-        return "llama", "default", found, []
+        pieces = {}
+        for text, i in model["vocab"].items():
+            is_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text)
+            pieces[i] = (text, ranks.get(text, 0.0), BYTE if is_byte else NORMAL)
+        return "llama", "default", pieces, []
     raise MisError(f"{folder}: a tokenizer of type {kind} has no place in a GGUF of these models: use --format hf")
 
 
@@ -133,16 +112,17 @@ def _steps(spec: dict[str, Any]) -> tuple[str, ...]:
     first = spec.get("pre_tokenizer") or {}
     words = []
     for step in first.get("pretokenizers") or [first]:
-        word = str(step.get("type"))
-        if word == "Split" and (step.get("behavior"), step.get("invert")) == ("Isolated", False):
-            word = str((step.get("pattern") or {}).get("Regex"))
-        elif word == "Digits" and step.get("individual_digits"):
-            word = "Digits one by one"
-        elif word == "ByteLevel" and not step.get("add_prefix_space"):
-            word += " with its regex" if step.get("use_regex", True) else ""
-        else:
-            word += " otherwise"
-        words.append(word)
+        match step:
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
+                words.append(pattern)
+            case {"type": "Digits", "individual_digits": True}:
+                words.append("Digits one by one")
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+                words.append("ByteLevel")
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                words.append("ByteLevel with its regex")
+            case _:
+                words.append("something else")
     return tuple(words)
 
 
@@ -167,10 +147,6 @@ def _ids(folder: Path, text: str) -> list[int]:
         raise MisError(f"{folder}/tokenizer.json does not open ({str(error)[:120]}): copy it again") from None
 
 
-def _spm_type(text: str) -> int:
-    return BYTE if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text) else NORMAL
-
-
 def _sentencepiece(path: Path) -> dict[int, Piece]:
     from sentencepiece import SentencePieceProcessor
 
@@ -179,21 +155,22 @@ def _sentencepiece(path: Path) -> dict[int, Piece]:
     except (OSError, RuntimeError, TypeError) as error:
         raise MisError(f"{path} is not a SentencePiece model ({str(error)[:80]}): copy it again") from None
     tests = ((model.IsUnknown, UNKNOWN), (model.IsControl, CONTROL), (model.IsUnused, UNUSED), (model.IsByte, BYTE))
-    return {
-        i: (model.IdToPiece(i), model.GetScore(i), next((t for is_it, t in tests if is_it(i)), NORMAL))
-        for i in range(model.GetPieceSize())
-    }
+    pieces = {}
+    for i in range(model.GetPieceSize()):
+        kind = next((kind for is_it, kind in tests if is_it(i)), NORMAL)
+        pieces[i] = (model.IdToPiece(i), model.GetScore(i), kind)
+    return pieces
 
 
 def _added(folder: Path, spec: dict[str, Any], spm: bool) -> dict[int, Piece]:
     """Tokens that were added to the vocabulary; those that look special count as special, as in llama.cpp."""
-    found: list[tuple[Any, Any, bool]] = [(i, t, False) for t, i in _json(folder / "added_tokens.json").items()]
+    tokens = [{"id": i, "content": text} for text, i in _json(folder / "added_tokens.json").items()]
     decoder = _json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    found += [(i, token["content"], bool(token.get("special"))) for i, token in decoder.items()]
-    found += [(token["id"], token["content"], bool(token.get("special"))) for token in spec.get("added_tokens") or ()]
+    tokens += [{**token, "id": i} for i, token in decoder.items()]
     pieces = {}
-    for i, text, special in found:
-        control = special or re.fullmatch(r"<(\||｜).*\1>|<pad>|<mask>|<unused.*>", text, re.DOTALL)
+    for token in [*tokens, *(spec.get("added_tokens") or ())]:
+        text = token["content"]
+        control = token.get("special") or re.fullmatch(r"<(\||｜).*\1>|<pad>|<mask>|<unused.*>", text, re.DOTALL)
         plain = text if control or not spm else text.replace("▁", " ")
-        pieces[int(i)] = (plain, ADDED_SCORE, CONTROL if control else USER_DEFINED)
+        pieces[int(token["id"])] = (plain, ADDED_SCORE, CONTROL if control else USER_DEFINED)
     return pieces

@@ -42,9 +42,9 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     command = [*quantizer(), str(source), str(target), kind]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode or not target.is_file():
-        said = (done.stderr + done.stdout).decode(errors="replace").strip().splitlines() or ["without a word"]
-        failed = [line for line in said if "failed" in line or "rror" in line]
+        lines = (done.stderr + done.stdout).decode(errors="replace").strip().splitlines() or ["without a word"]
+        last = [line for line in lines if "failed" in line or "rror" in line] or lines
         raise MisError(
-            f"llama.cpp could not make {target.name} (exit code {done.returncode}: {(failed or said)[-1][:200]}): "
+            f"llama.cpp could not make {target.name} (exit code {done.returncode}: {last[-1][:200]}): "
             "look at the free space, or take another --out-type"
         )

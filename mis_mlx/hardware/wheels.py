@@ -15,8 +15,16 @@ from pathlib import Path
 from mis_mlx.types import MisError
 
 
+def _run(command: Sequence[str], what: str, remedy: str = "", folder: Path | None = None) -> None:
+    """Run a downloader, in that folder. MisError with its last line when it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise MisError(f"{what} ({lines[-1].removeprefix('ERROR: ')[:200]}){remedy}")
+
+
 def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: Path) -> Path:
-    """The wheel's path in the folder `into`, from the package index that pip is set up for.
+    """The wheel's path in the empty folder `into`, from the package index that pip is set up for.
 
     MisError when pip cannot get it, or when size or sha256 are not the ones expected: then the file is
     deleted, so that nobody takes it for the real one.
@@ -24,16 +32,8 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: 
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", "--only-binary", ":all:", "--retries", "2"]
     command += ["--dest", str(into), f"{name}=={version}"]
-    before = set(into.iterdir())
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    new = [path for path in into.iterdir() if path not in before and path.suffix == ".whl"]
-    if done.returncode or len(new) != 1:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise MisError(
-            f"pip could not download {name} {version} ({lines[-1].removeprefix('ERROR: ')[:200]}): "
-            "check the network and pip's settings"
-        )
-    wheel = new[0]
+    _run(command, f"pip could not download {name} {version}", ": check the network and pip's settings")
+    wheel = next(into.glob("*.whl"))
     with wheel.open("rb") as file:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if (nbytes := wheel.stat().st_size) != size_bytes or got != sha256:
@@ -53,14 +53,9 @@ def unpack_debian(names: Sequence[str], into: Path) -> list[str]:
     """
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise MisError(f"this system has no apt to bring {' and '.join(names)}")
-    done = subprocess.run(
-        ["apt-get", "download", "-qq", *names], cwd=into, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    found = sorted(into.glob("*.deb"))
-    if done.returncode or len(found) != len(names):
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise MisError(f"apt could not download {' and '.join(names)} ({lines[-1][:200]})")
-    for package in found:
+    _run(["apt-get", "download", "-qq", *names], f"apt could not download {' and '.join(names)}", folder=into)
+    packages = sorted(into.glob("*.deb"))
+    for package in packages:
         subprocess.run(["dpkg-deb", "-x", package, into], check=True, capture_output=True, stdin=subprocess.DEVNULL)
         package.unlink()
-    return [package.stem for package in found]
+    return [package.stem for package in packages]

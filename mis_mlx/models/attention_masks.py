@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models.streamed_decode import Positioned
+from mis_mlx.models.streamed_decode import positioned
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,11 @@ def through(
     block: nn.Module, hidden: mx.array, sees: mx.array, positions: np.ndarray, window: int | None = None
 ) -> mx.array:
     """hidden (1, S, D) through one block: row i looks at the rows of sees (S, S), where it stands at positions (S,)."""
-    at, rope = mx.array(positions), block.self_attn.rope
-    slides = window if getattr(block, "use_sliding", False) else None
-    near = sees if slides is None else sees & (at[:, None] < at[None] + slides)
-    block.self_attn.rope = Positioned(rope, positions)
-    try:
-        return block(hidden, near)
-    finally:
-        block.self_attn.rope = rope
+    if getattr(block, "use_sliding", False) and window is not None:
+        at = mx.array(positions)
+        sees = sees & (at[:, None] < at[None] + window)
+    with positioned(block, positions):
+        return block(hidden, sees)
 
 
 def forward_rows(model: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:
@@ -78,10 +75,10 @@ def forward_rows(model: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array
     their differences alone, so every row gets what it would get at the beginning of a window of its own.
     """
     inner, at = model.model, mx.arange(tokens.shape[1])
-    mask = (rows[:, :, None] == rows[:, None, :]) & (at[:, None] >= at[None])
-    mask = mask[:, None]  # for all heads
+    same = (rows[:, :, None] == rows[:, None, :]) & (at[:, None] >= at[None])
+    mask = same[:, None]  # for all heads
     hidden = inner.embed_tokens(tokens)
     for block in inner.layers:
-        near = at[:, None] < at[None] + model.args.sliding_window if getattr(block, "use_sliding", False) else None
-        hidden = block(hidden, mask if near is None else mask & near)
+        slides = getattr(block, "use_sliding", False)
+        hidden = block(hidden, mask & (at[:, None] < at[None] + model.args.sliding_window) if slides else mask)
     return inner.norm(hidden)

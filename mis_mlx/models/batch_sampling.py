@@ -43,38 +43,27 @@ def groups(
 
     at_once: completions generated together; a prompt's come in one batch, so that it is read once.
     """
-    found, each = list[list[list[int]]](), max(1, at_once // count)
+    completions, each = list[list[list[int]]](), max(1, at_once // count)
     for start in range(0, len(prompts), each):
-        part, caches = prompts[start : start + each], list[Any]()
-        for prompt in part:
+        last_tokens, caches = list[list[int]](), list[Any]()
+        for prompt in prompts[start : start + each]:
             cache = load.mlx_lm("models.cache").make_prompt_cache(model)
             if len(prompt) > 1:
                 model(mx.array([*prompt[:-1]])[None], cache=cache)
                 settle([layer.state for layer in cache])
+            last_tokens += [list(prompt[-1:])] * count
             caches += [cache] * count  # read only: mlx-lm merges them into a new one
-        made = _generate(model, [list(p[-1:]) for p in part for _ in range(count)], caches, max_tokens, stop, draw)
-        found += [made[i : i + count] for i in range(0, len(made), count)]
-    return found
-
-
-def _generate(
-    model: nn.Module,
-    prompts: list[list[int]],
-    caches: Sequence[Any],
-    max_tokens: int,
-    stop: Collection[int],
-    draw: Sampler,
-) -> list[list[int]]:
-    generator = load.mlx_lm("generate").BatchGenerator(
-        model, max_tokens=max_tokens, stop_tokens=[[t] for t in sorted(stop)], sampler=draw,
-        completion_batch_size=len(prompts), prefill_batch_size=len(prompts),
-    )  # fmt: skip
-    try:
-        numbers = generator.insert(prompts, caches=caches)
-        found: dict[int, list[int]] = {number: [] for number in numbers}
-        while responses := generator.next_generated():
-            for response in responses:
-                found[response.uid].append(response.token)
-    finally:
-        generator.close()
-    return [found[number] for number in numbers]
+        generator = load.mlx_lm("generate").BatchGenerator(
+            model, max_tokens=max_tokens, stop_tokens=[[t] for t in sorted(stop)], sampler=draw,
+            completion_batch_size=len(caches), prefill_batch_size=len(caches),
+        )  # fmt: skip
+        try:
+            tokens: dict[int, list[int]] = {uid: [] for uid in generator.insert(last_tokens, caches=caches)}
+            while responses := generator.next_generated():
+                for response in responses:
+                    tokens[response.uid].append(response.token)
+        finally:
+            generator.close()
+        batch = list(tokens.values())
+        completions += [batch[i : i + count] for i in range(0, len(batch), count)]
+    return completions

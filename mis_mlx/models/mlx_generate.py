@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,11 @@ def filled_cache(model: nn.Module, cached: int) -> list[Any]:
 def token_times(model: nn.Module, ids: mx.array, count: int, cached: int = 0) -> list[float]:
     """Seconds on one clock: [start, first token, second token, ...]; greedy, never stops at the end token.
 
-    cached: tokens that the KV cache holds before the prompt; zeros, which take as long as any others.
+    cached: tokens that the KV cache holds before the prompt.
     """
-    generate_step, cache = load.mlx_lm("generate").generate_step, filled_cache(model, cached)
-    stamps = [time.perf_counter()]
-    for token, _ in generate_step(ids, model, max_tokens=count, prompt_cache=cache):
-        int(token)
-        stamps.append(time.perf_counter())
-    return stamps
+    tokens = greedy(model, ids, count, filled_cache(model, cached))
+    start = time.perf_counter()
+    return [start, *(time.perf_counter() for _ in tokens)]
 
 
 def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> str:
@@ -82,10 +79,10 @@ def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> s
     return tokenizer.decode(list(itertools.takewhile(lambda token: token not in tokenizer.eos_token_ids, tokens)))
 
 
-def greedy(model: nn.Module, ids: Sequence[int], count: int) -> Iterator[int]:
-    """The `count` tokens that mlx_lm's own loop puts after `ids`."""
+def greedy(model: nn.Module, ids: Any, count: int, cache: list[Any] | None = None) -> Iterator[int]:
+    """The `count` tokens that mlx_lm's own loop puts after the token ids `ids`."""
     generate_step = load.mlx_lm("generate").generate_step
-    return (int(token) for token, _ in generate_step(mx.array(list(ids)), model, max_tokens=count))
+    return (int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=count, prompt_cache=cache))
 
 
 def samples(folders: Mapping[str, Path], count: int) -> Iterator[dict[str, str]]:

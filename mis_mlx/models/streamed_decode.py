@@ -11,6 +11,7 @@ their last bits (matrix products add up in another order), so an exact tie of tw
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,13 +53,13 @@ def grow(after: Callable[[Sequence[Node]], Odds], size: int, depth: int, ends: C
     a node's parent is always among the most probable too (the draft tree of EAGLE-2, arXiv 2406.16858).
     """
     best = _children(None, *(a[0] for a in after([])))
-    asked: set[Node] = set()
+    opened: set[Node] = set()
     while True:
         best = sorted(best, key=lambda n: -n.score)[:size]
-        fresh = [n for n in best if n not in asked and n.depth < depth and n.token not in ends][:WIDTH]
+        fresh = [n for n in best if n not in opened and n.depth < depth and n.token not in ends][:WIDTH]
         if not fresh:
             return sorted(best, key=lambda n: n.depth)
-        asked.update(fresh)
+        opened.update(fresh)
         for node, logp, tokens in zip(fresh, *after(fresh), strict=True):
             best += _children(node, logp, tokens)
 
@@ -72,11 +73,12 @@ def accepted(nodes: Sequence[Node], choice: Sequence[int]) -> tuple[list[Node], 
     """(the branch that the model chose, its next token after that). choice: after the text, then after each node."""
     row: dict[Node | None, int] = {None: 0} | {n: r for r, n in enumerate(nodes, 1)}
     below = {(n.up, n.token): n for n in nodes}
-    at: Node | None = None
     branch: list[Node] = []
-    while (found := below.get((at, choice[row[at]]))) is not None:
-        branch.append(at := found)
-    return branch, choice[row[at]]
+    node: Node | None = None
+    while (next_ := below.get((node, choice[row[node]]))) is not None:
+        branch.append(next_)
+        node = next_
+    return branch, choice[row[node]]
 
 
 class Positioned(nn.Module):
@@ -92,6 +94,17 @@ class Positioned(nn.Module):
         return self.inner(x.transpose(2, 1, 0, 3), offset=self._positions).transpose(2, 1, 0, 3)
 
 
+@contextmanager
+def positioned(block: nn.Module, positions: np.ndarray) -> Iterator[None]:
+    """A block that turns row i by positions[i] for a while. It may stay in memory, and others use it."""
+    rope = block.self_attn.rope
+    block.self_attn.rope = Positioned(rope, positions)
+    try:
+        yield
+    finally:
+        block.self_attn.rope = rope
+
+
 class _Keys:
     """Keys and values (1, K, S, d) of one block, in the shape that mlx-lm's attention expects of a cache."""
 
@@ -102,9 +115,11 @@ class _Keys:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> list[mx.array]:
         """Append; all keys and all values."""
-        new = [keys, values]
-        self.held = [mx.concatenate([a, b], axis=2) for a, b in zip(self.held, new, strict=True)] if self.held else new
-        return self.held
+        both = [keys, values]
+        if self.held:
+            both = [mx.concatenate([old, new], axis=2) for old, new in zip(self.held, both, strict=True)]
+        self.held = both
+        return both
 
     def keep(self, columns: mx.array) -> None:
         """Forget all but these columns."""
@@ -151,16 +166,13 @@ class Context:
         before, window = len(self._positions) - len(positions), getattr(self.stream.args, "sliding_window", None)
         near = sees & (self._positions > positions[:, None] - window) if window else sees
         for (_, block), cache in zip(self.stream.blocks(), self._keys, strict=True):
-            mask, rope, done = near if getattr(block, "use_sliding", False) else sees, block.self_attn.rope, []
-            try:
-                for a in range(0, len(positions), ROWS):
-                    block.self_attn.rope = Positioned(rope, positions[a : a + ROWS])
-                    part = hidden[:, a : a + ROWS]
-                    seen = mx.array(mask[a : a + ROWS, : before + a + part.shape[1]])
+            mask, done = near if getattr(block, "use_sliding", False) else sees, []
+            for a in range(0, len(positions), ROWS):
+                part = hidden[:, a : a + ROWS]
+                seen = mx.array(mask[a : a + ROWS, : before + a + part.shape[1]])
+                with positioned(block, positions[a : a + ROWS]):
                     done.append(block(part, seen, cache))
-                    settle(done[-1], cache.held)
-            finally:
-                block.self_attn.rope = rope  # the block may stay in memory, and others use it
+                settle(done[-1], cache.held)
             hidden = self.stream.finite(mx.concatenate(done, axis=1))
         return hidden
 
@@ -181,20 +193,16 @@ def _chunks(context: Context, hidden: mx.array) -> Iterator[mx.array]:
     return (load.logits(head, hidden[a : a + rows]) for a in range(0, len(hidden), rows))
 
 
-def _greedy(context: Context, hidden: mx.array) -> list[int]:
-    """The most probable next token after every row of (n, D)."""
-    return [int(t) for logits in _chunks(context, hidden) for t in np.array(mx.argmax(logits, axis=-1))]
-
-
-def _odds(context: Context, hidden: mx.array, width: int, vocab: int) -> Odds:
-    """Log-probabilities (n, width) of the `width` most probable next tokens, and those tokens (n, width)."""
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for logits in _chunks(context, hidden):
+def _odds(draft: Context, text: list[int], vocab: int, nodes: Sequence[Node]) -> Odds:
+    """The draft's odds for what follows the text, or each of the nodes."""
+    odds, tokens = list[np.ndarray](), list[np.ndarray]()
+    for logits in _chunks(draft, draft.read(text, nodes)):
         logits = logits[:, :vocab].astype(mx.float32)
-        best = mx.argpartition(logits, -width, axis=-1)[:, -width:]
+        best = mx.argpartition(logits, -WIDTH, axis=-1)[:, -WIDTH:]
         logp = mx.take_along_axis(logits, best, -1) - mx.logsumexp(logits, axis=-1, keepdims=True)
-        found.append((np.array(logp), np.array(best)))
-    return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
+        odds.append(np.array(logp))
+        tokens.append(np.array(best))
+    return np.concatenate(odds), np.concatenate(tokens)
 
 
 def decode(
@@ -215,11 +223,10 @@ def decode(
     while left > 0:
         nodes: list[Node] = []
         if guesses and left > 1 and size > 1:
-            vocab = min(context.vocab, guesses.vocab)
-            after = partial(_after, guesses, text, vocab)
+            after = partial(_odds, guesses, text, min(context.vocab, guesses.vocab))
             nodes = grow(after, size - 1, min(DEPTH, left - 1), ends)
-        choice = _greedy(context, context.read(text, nodes))
-        branch, last = accepted(nodes, choice)
+        best = [mx.argmax(logits, axis=-1) for logits in _chunks(context, context.read(text, nodes))]
+        branch, last = accepted(nodes, [int(token) for token in np.array(mx.concatenate(best))])
         context.keep(branch)
         if guesses:
             guesses.keep(branch)
@@ -229,8 +236,3 @@ def decode(
         if stop < len(new) or new[-1] in ends:
             return
         text, left = text + new, left - len(new)
-
-
-def _after(guesses: Context, text: list[int], vocab: int, nodes: Sequence[Node]) -> Odds:
-    """The draft's odds for what follows the text, or each of the nodes."""
-    return _odds(guesses, guesses.read(text, nodes), WIDTH, vocab)

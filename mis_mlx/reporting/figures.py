@@ -5,7 +5,6 @@ Colours are placeholders that become the page's variables, so that one picture i
 
 from __future__ import annotations
 
-import html
 import io
 import re
 import sys
@@ -13,10 +12,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mis_mlx.reporting import html
 from mis_mlx.reporting.metrics_log import Point
 from mis_mlx.types import MisError
 
@@ -24,7 +26,6 @@ WIDTH, HEIGHT = 420, 260  # in a viewBox; letters of 11 in it are readable on a 
 INK, MUTED, GRID = "#000101", "#000102", "#000103"
 COLORS = ("#000104", "#000105", "#000106", "#000107")
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {c: f"--c{i}" for i, c in enumerate(COLORS)}
-Spans = Sequence[tuple[float, float]]
 
 
 def need() -> None:
@@ -38,24 +39,8 @@ def need() -> None:
 def _drawing() -> Iterator[None]:
     import matplotlib
 
-    settings: Any = {
-        "svg.fonttype": "none",  # letters stay letters: small, and the browser's own font
-        "svg.hashsalt": "mis",  # the same picture has the same bytes
-        "text.parse_math": False,  # a run's name may hold dollars
-        "font.size": 11,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": GRID,
-        "axes.edgecolor": MUTED,
-        "legend.frameon": False,
-        "legend.labelcolor": INK,
-        "image.interpolation": "none",
-    }
-    settings |= {f"{name}.color": INK for name in ("text", "xtick", "ytick")} | {"axes.labelcolor": INK}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    style = Path(__file__).parent / "templates" / "page.mplstyle"
+    with matplotlib.rc_context(fname=style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that matplotlib's font lacks: the browser's has it
         yield
 
@@ -70,8 +55,7 @@ def _new(height: int = HEIGHT, rows: int = 1, **more: Any) -> tuple[Any, Any]:
 def _html(figure: Any, key: str, title: str, description: str) -> str:
     """`key`: unique on the page; ids inside the picture begin with it."""
     figure.savefig(raw := io.BytesIO(), format="svg", transparent=True, metadata={"Date": None})
-    svg = raw.getvalue().decode()
-    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"^.*?<svg\b[^>]*>|</svg>\s*$", "", raw.getvalue().decode(), flags=re.DOTALL)
     for tag in ("metadata", "style"):  # a style element would hold for the whole page
         svg = re.sub(rf"<{tag}\b.*?</{tag}>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
@@ -80,35 +64,16 @@ def _html(figure: Any, key: str, title: str, description: str) -> str:
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
-    ids = f"{key}-title {key}-desc"
-    head = f'<svg role="img" aria-labelledby="{ids}" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-    head += 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    head += f'<title id="{key}-title">{html.escape(title)}</title>'
-    head += f'<desc id="{key}-desc">{html.escape(description)}</desc>'
-    svg = re.sub(r"<svg\b[^>]*>", lambda _: head, svg, count=1)
-    return (
-        f"<figure><figcaption><b>{html.escape(title)}</b></figcaption>{svg}"
-        f"<figcaption>{html.escape(description)}</figcaption></figure>"
-    )
+    return html.part(
+        "picture", key=key, title=title, description=description, width=width, height=height, inside=svg
+    )  # fmt: skip
 
 
-def _clock(longest_s: float) -> tuple[float, str]:
-    """(seconds, name) of the unit that a time axis of this length has."""
-    return next((u for u in ((3600.0, "hours"), (60.0, "minutes")) if longest_s > 3 * u[0]), (1.0, "seconds"))
-
-
-def _lines(axes: Any, lines: Mapping[str, Sequence[Point]], unit: float) -> None:
-    for color, (name, points) in zip(_colors(), lines.items(), strict=False):
-        if points:
-            x, y = np.array(points).T
-            axes.plot(x / unit, y, color=color, label=name, linewidth=1.4, marker="o" if len(x) < 3 else None)
-    if len(lines) > 1:
-        axes.legend(fontsize=10)
-
-
-def _colors() -> Iterator[str]:
-    while True:
-        yield from COLORS
+def _label(axes: Any, labels: tuple[str, str]) -> None:
+    """Names of the x and y axis; ticks of x at whole numbers."""
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def over_time(
@@ -116,73 +81,28 @@ def over_time(
     title: str,
     description: str,
     panels: Mapping[str, Mapping[str, Sequence[Point]]],
-    *,
-    limits: Mapping[str, float] | None = None,
-    shaded: Spans = (),
-    marks: Sequence[float] = (),
-    steps: Sequence[Point] = (),
-    low: float | None = None,
+    shaded: Sequence[tuple[float, float]] = (),
 ) -> str:
     """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}; lines that share a name
-    have one colour. shaded: stretches of time, in seconds. marks: moments. limits: lines across the first panel.
-    steps: [(seconds, step)], both rising, for a second axis at the top. low: where the first panel begins."""
-    from matplotlib.ticker import MaxNLocator
-
+    have one colour. shaded: stretches of time, in seconds."""
     with _drawing():
         figure, axes = _new(HEIGHT + 110 * (len(panels) - 1), len(panels), squeeze=False,
                             height_ratios=[2, *[1] * (len(panels) - 1)])  # fmt: skip
-        every = [x for lines in panels.values() for points in lines.values() for x, _ in points]
-        unit, name = _clock(max(every, default=0.0))
+        longest_s = max((points[-1][0] for lines in panels.values() for points in lines.values() if points), default=0)
+        units = ((3600.0, "hours"), (60.0, "minutes"))
+        unit, name = next((u for u in units if longest_s > 3 * u[0]), (1.0, "seconds"))
         for (label, lines), axis in zip(panels.items(), axes[:, 0], strict=True):
-            _lines(axis, lines, unit)
             axis.set_ylabel(label)
+            for color, (line, points) in zip(cycle(COLORS), lines.items(), strict=False):
+                if points:
+                    x, y = np.array(points).T
+                    marker = "o" if len(x) < 3 else None
+                    axis.plot(x / unit, y, color=color, label=line, linewidth=1.4, marker=marker)
+            if len(lines) > 1:
+                axis.legend()
             for start, end in shaded:
-                axis.axvspan(start / unit, max(end, start + max(every) / 300) / unit, color=COLORS[3], alpha=0.25)
-            for mark in marks:
-                axis.axvline(mark / unit, color=MUTED, linestyle=":")
-        for text, value in (limits or {}).items():
-            axes[0, 0].axhline(value, color=COLORS[1], linestyle="--")
-            axes[0, 0].annotate(text, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                                fontsize=10, color=COLORS[1])  # fmt: skip
-        axes[0, 0].margins(y=0.12)
-        axes[0, 0].set_ylim(bottom=low)
+                axis.axvspan(start / unit, max(end, start + longest_s / 300) / unit, color=COLORS[3], alpha=0.25)
         axes[-1, 0].set_xlabel(f"{name} since the run began")
-        if len(steps) > 1:
-            x, y = np.array(steps).T
-            nice = [n for n in MaxNLocator(5, integer=True).tick_values(y[0], y[-1]) if y[0] <= n <= y[-1]]
-            ticks: dict[float, str] = {}
-            for place, n in zip(np.interp(nice, y, x / unit), nice, strict=True):
-                if all(abs(place - other) * 20 > (x[-1] - x[0]) / unit for other in ticks):  # room for its letters
-                    ticks[place] = f"{n:.0f}"
-            top = axes[0, 0].secondary_xaxis("top")
-            top.set_xticks(list(ticks), list(ticks.values()))
-            top.set_xlabel("step")
-        return _html(figure, key, title, description)
-
-
-def bars(
-    key: str,
-    title: str,
-    description: str,
-    label: str,
-    rows: Mapping[str, Sequence[float | None]],
-    names: Sequence[str],
-    limit: tuple[str, float] | None = None,
-) -> str:
-    """Lying bars: for each row one bar a name, left out where None. limit: (text, value) of a line across."""
-    with _drawing():
-        figure, axes = _new(90 + 34 * len(rows))
-        thick, place = 0.8 / len(names), np.arange(len(rows))[::-1]
-        for i, (name, color) in enumerate(zip(names, _colors(), strict=False)):
-            values = [row[i] if row[i] is not None else np.nan for row in rows.values()]
-            axes.barh(place + 0.4 - thick * (i + 0.5), values, thick, color=color, label=name)
-        axes.set_yticks(place, list(rows))
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel(label)
-        if limit:
-            axes.axvline(limit[1], color=INK, linestyle="--", label=limit[0])
-        if len(names) > 1 or limit:
-            figure.legend(loc="outside upper center", ncols=3, fontsize=10)
         return _html(figure, key, title, description)
 
 
@@ -199,7 +119,7 @@ def intervals(
     with _drawing():
         figure, axes = _new(90 + (16 * len(names) + 12) * len(rows))
         place = np.arange(len(rows))[::-1]
-        for i, (name, color) in enumerate(zip(names, _colors(), strict=False)):
+        for i, (name, color) in enumerate(zip(names, cycle(COLORS), strict=False)):
             known = [(y, row[i]) for y, row in zip(place, rows.values(), strict=True) if row[i] is not None]
             y = np.array([at for at, _ in known]) + 0.35 - 0.7 * (i + 0.5) / len(names)
             value, low, high = np.array([cell for _, cell in known], np.float64).T
@@ -209,7 +129,7 @@ def intervals(
         axes.set_yticks(place, list(rows))
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes.set_xlabel(label)
-        figure.legend(loc="outside upper center", ncols=3, fontsize=10)
+        figure.legend(loc="outside upper center", ncols=3)
         return _html(figure, key, title, description)
 
 
@@ -228,54 +148,28 @@ def columns(
     description: str,
     labels: tuple[str, str],
     groups: Mapping[str, Mapping[int, float]],
-    log: bool = False,
 ) -> str:
-    """Standing bars at whole numbers, one colour a group: {group: {number: height}}. labels: of x and y. log: heights
-    are shown by their logarithm."""
+    """Standing bars at whole numbers, one colour a group: {group: {number: height}}. labels: of x and y."""
     with _drawing():
         figure, axes = _new(220)
-        shared = len(groups) > 1 and bool(set.intersection(*map(set, groups.values())))  # beside each other then
-        wide = 0.8 / (len(groups) if shared else 1)
-        for i, (color, (name, values)) in enumerate(zip(_colors(), groups.items(), strict=False)):
-            places = np.array(list(values), np.float64) + (wide * (i + 0.5) - 0.4) * shared
-            axes.bar(places, list(values.values()), wide, color=color, label=name)
-        if log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda height, _: f"{height:g}")  # by default in TeX
-            axes.yaxis.set_minor_formatter(lambda height, _: "")
+        for color, (name, values) in zip(cycle(COLORS), groups.items(), strict=False):
+            axes.bar(list(values), list(values.values()), color=color, label=name)
         axes.grid(axis="x", visible=False)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(groups) > 1:
-            figure.legend(loc="outside upper center", ncols=3, fontsize=10)
+        _label(axes, labels)
+        figure.legend(loc="outside upper center", ncols=3)
         return _html(figure, key, title, description)
 
 
-def heat(
-    key: str,
-    title: str,
-    description: str,
-    labels: tuple[str, str],
-    values: np.ndarray,
-    struck: Sequence[int] = (),
-    crossed: Spans = (),
-    cut: float | None = None,
-) -> str:
-    """A map of values from 0 to 1, (rows, columns): one small image. struck: rows; crossed: (column, row); cut: a
-    line between columns."""
+def heat(key: str, title: str, description: str, labels: tuple[str, str], values: np.ndarray, stays: np.ndarray) -> str:
+    """A map of values from 0 to 1, (rows, columns), as one small image: pale where `stays`, of that shape, is False."""
+    from matplotlib import colormaps
+
     with _drawing():
         figure, axes = _new(90 + round(9 * len(values)) if len(values) < 60 else 600)
-        axes.imshow(np.sqrt(values), aspect="auto", cmap="cividis", vmin=0.0, vmax=1.0)
-        if cut is not None:
-            axes.axvline(cut, color=COLORS[1], linestyle="--")
-        if crossed:
-            axes.plot(*np.array(crossed).T, "x", color=COLORS[1])
-        for row in struck:
-            axes.plot([-0.5, values.shape[1] - 0.5], [row, row], color=COLORS[1], linewidth=1.5)
+        colors = colormaps["cividis"](np.sqrt(values))
+        colors[..., 3] = np.where(stays, 1.0, 0.3)
+        axes.imshow(colors, aspect="auto")
         axes.grid(visible=False)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _label(axes, labels)
         axes.yaxis.get_major_locator().set_params(integer=True)
         return _html(figure, key, title, description)

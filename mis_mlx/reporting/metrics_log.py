@@ -6,9 +6,7 @@ the numbers mean; a line that is torn, or of another version, is counted and pas
 
 from __future__ import annotations
 
-import bisect
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from mis_mlx.storage import run_folder
 
 RUNS = 600  # of neighbouring values that a series keeps at the least, once it has had so many
 LINE_BYTES = 1 << 16  # what is longer is no record of ours
-MOST = 1000  # pauses and restarts that are kept one by one
+MOST = 1000  # pauses that are kept one by one
 BACKWARDS_S = 1.0  # a wall clock that jumps back further was set, or is another machine's
 
 Point = tuple[float, float]
@@ -30,27 +28,22 @@ class Series:
 
     count: int = 0
     last: Point | None = None
-    _runs: list[tuple[Point, Point]] = field(default_factory=list)  # (lowest, highest) of each run
+    _runs: list[list[Point]] = field(default_factory=list)  # [lowest, highest] of each run
     _width: int = 1  # values in a run
     _filled: int = 0  # of the last run
 
     def add(self, x: float, y: float) -> None:
         """The next value."""
         self.count += 1
-        self.last = point = (x, y)
+        self.last = (x, y)
         if self._runs and self._filled < self._width:
             self._filled += 1
-            low, high = self._runs[-1]
-            if y < low[1]:
-                self._runs[-1] = (point, high)
-            elif y > high[1]:
-                self._runs[-1] = (low, point)
+            self._runs[-1] = _extremes([*self._runs[-1], self.last])
             return
         if len(self._runs) == 2 * RUNS:
-            pairs = zip(self._runs[::2], self._runs[1::2], strict=True)
-            self._runs = [_both(a, b) for a, b in pairs]
+            self._runs = [_extremes(a + b) for a, b in zip(self._runs[::2], self._runs[1::2], strict=True)]
             self._width *= 2
-        self._runs.append((point, point))
+        self._runs.append([self.last, self.last])
         self._filled = 1
 
     def points(self) -> list[Point]:
@@ -65,27 +58,9 @@ class Series:
             return None
         return min(low[1] for low, _ in self._runs), max(high[1] for _, high in self._runs)
 
-    def at(self, x: float) -> float | None:
-        """The value at a place, interpolated; None outside."""
-        points = self.points()
-        i = bisect.bisect_left(points, (x,))
-        if not points or i == len(points) or (i == 0 and points[0][0] > x):
-            return None
-        (x0, y0), (x1, y1) = points[max(i - 1, 0)], points[i]
-        return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
-
-def _both(a: tuple[Point, Point], b: tuple[Point, Point]) -> tuple[Point, Point]:
-    return min(a[0], b[0], key=lambda p: p[1]), max(a[1], b[1], key=lambda p: p[1])
-
-
-@dataclass
-class Pause:
-    """A stretch of lines that say "pause": seconds since 1970, and why."""
-
-    start_s: float
-    end_s: float
-    cause: str
+def _extremes(points: list[Point]) -> list[Point]:
+    return [min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])]
 
 
 @dataclass
@@ -93,76 +68,60 @@ class History:
     """One log. Places in it are seconds since 1970, as the records have them, never falling."""
 
     series: dict[str, Series]
-    sums: dict[str, float]
     lines: int = 0
     torn: int = 0  # lines that are no record
     first_s: float | None = None
-    last_s: float | None = None
-    restarts: list[float] = field(default_factory=list)  # where a resumed run took up an earlier step
-    pauses: list[Pause] = field(default_factory=list)
+    last_s: float = -math.inf
+    pauses: list[tuple[float, float, str]] = field(default_factory=list)  # (start, end, cause) of "pause" lines
     _behind: float = 0.0  # of the wall clock, since it was set back
-    _number: float = -math.inf  # of the step before
     _pausing: bool = False
 
-    def tick(self, wall_s: float | None, seconds: float) -> float:
-        """The place of a record; where an older version logged no clock, that of the one before and its `seconds`."""
-        before = self.last_s if self.last_s is not None else -math.inf
-        if wall_s is None:
-            wall_s = max(before, 0.0) + seconds - self._behind
-        elif wall_s + self._behind < before - BACKWARDS_S:
-            self._behind = before - wall_s
-        self.last_s = max(wall_s + self._behind, before)
+    def tick(self, wall_s: float) -> float:
+        """The place of a record."""
+        if wall_s + self._behind < self.last_s - BACKWARDS_S:
+            self._behind = self.last_s - wall_s
+        self.last_s = max(wall_s + self._behind, self.last_s)
         self.first_s = self.last_s if self.first_s is None else self.first_s
         return self.last_s
 
     def note(self, now: float, record: Mapping[str, Any]) -> None:
-        """Steps that come again, and stretches of pauses."""
-        if (number := _number(record.get("number"))) is not None:
-            if number <= self._number and len(self.restarts) < MOST:
-                self.restarts.append(now)
-            self._number = number
-        paused = record.get("action") == "pause"
+        """Stretches of pauses."""
+        paused = record.get("action") == "pause" and (self._pausing or len(self.pauses) < MOST)
         if paused and not self._pausing:
-            if len(self.pauses) == MOST:
-                return
-            self.pauses.append(Pause(now, now, str(record.get("cause", ""))[:80]))
+            self.pauses.append((now, now, str(record.get("cause", ""))[:80]))
         elif self._pausing:
-            self.pauses[-1].end_s = now
+            start, _, cause = self.pauses[-1]
+            self.pauses[-1] = (start, now, cause)
         self._pausing = paused
 
 
-def read(path: Path, names: Sequence[str], ratios: Mapping[str, tuple[str, str]] | None = None) -> History:
-    """The numbers of these names in a log of JSON lines; an empty history when it cannot be read.
+def read(path: Path, names: Sequence[str]) -> History:
+    """The numbers of these names, and "tokens_per_s", in a log of JSON lines; an empty history when it is missing.
 
-    ratios: further series, one name over another, line by line. Counts and sums are of all lines. A step that a
-    resumed run did twice is in it twice: it took its time twice.
+    A step that a resumed run did twice is in it twice: it took its time twice.
     """
-    ratios = ratios or {}
-    series = {name: Series() for name in (*names, *ratios)}
-    history = History(series, dict.fromkeys(names, 0.0))
-    readable = path.is_file() and os.access(path, os.R_OK)
-    for record in run_folder.parsed(path, LINE_BYTES) if readable else ():
+    history = History({name: Series() for name in (*names, "tokens_per_s")})
+    for record in run_folder.parsed(path, LINE_BYTES):
         history.lines += 1
-        if record is None:
+        wall_s = None if record is None else _number(record.get("wall_s"))
+        if record is None or wall_s is None:
             history.torn += 1
             continue
-        now = history.tick(_number(record.get("wall_s")), _number(record.get("seconds")) or 0.0)
-        seen = {name: value for name in names if (value := _number(record.get(name))) is not None}
-        for name, value in seen.items():
-            series[name].add(now, value)
-            history.sums[name] += value
-        for name, (over, under) in ratios.items():
-            if seen.get(under) and over in seen:
-                series[name].add(now, seen[over] / seen[under])
+        now = history.tick(wall_s)
+        values = {name: value for name in names if (value := _number(record.get(name))) is not None}
+        if values.get("seconds") and "tokens" in values:
+            values["tokens_per_s"] = values["tokens"] / values["seconds"]
+        for name, value in values.items():
+            history.series[name].add(now, value)
         history.note(now, record)
     return history
 
 
 def _number(value: Any) -> float | None:
     """A finite number, or None for anything else that JSON can hold."""
-    if type(value) is int:  # not bool
-        try:
-            return float(value)
-        except OverflowError:
-            return None
-    return value if type(value) is float and -math.inf < value < math.inf else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None

@@ -92,17 +92,18 @@ class Display:
 
     def line(self) -> str:
         """What is done, how far that is, how long yet; then what the loop says, or its rate and memory."""
-        now, seen = self.clock(), list[Level]()
+        now, shown = self.clock(), list[Level]()
         for level in list(self.levels)[1 if len(self.levels) > 1 and self.planned else 0 :]:
-            if seen and seen[-1].text and now - seen[-1].moved_s < STILL_S:
+            if shown and shown[-1].text and now - shown[-1].moved_s < STILL_S:
                 break
-            seen[-1:] = (
-                [level] if seen and seen[-1].label == level.label and not seen[-1].total else [*seen[-1:], level]
-            )
-        own = next((x for x in seen if x.total), seen[-1])
-        head, text = ", ".join(x.name for x in seen), own.text
+            if shown and shown[-1].label == level.label and not shown[-1].total:
+                shown.pop()  # the phase, of which this is the loop
+            shown.append(level)
+        own = next((x for x in shown if x.total), shown[-1])
+        head, text = ", ".join(x.name for x in shown), own.text
         if not text:
-            turns = f"{rate:.{int(rate < 10)}f}/s" if (rate := seen[-1].rate(now)) else duration(now - seen[-1].began_s)
+            rate = shown[-1].rate(now)
+            turns = f"{rate:.{int(rate < 10)}f}/s" if rate else duration(now - shown[-1].began_s)
             text = f"{turns}  {gib(mx.get_active_memory())}"
         if own.total and own.done >= own.total:
             return f"{head}{' ' if own.text else '  '}{text}".rstrip()
@@ -120,27 +121,27 @@ class Display:
     @contextmanager
     def level(self, label: str, total: int = 0, whole: bool = False) -> Iterator[Show]:
         """`update(done, text)` of one more level, shown until the block ends."""
-        mine = Level(label, total, self.clock(), whole)
+        level = Level(label, total, self.clock(), whole)
 
         def update(done: int, text: str = "") -> None:
-            mine.first = max(0, done - 1) if mine.first is None else mine.first
-            mine.done, mine.text, mine.moved_s = done, text, self.clock()
+            level.first = max(0, done - 1) if level.first is None else level.first
+            level.done, level.text, level.moved_s = done, text, self.clock()
             if self.bar is not None:
                 self.draw()
 
-        self.levels.append(mine)
+        self.levels.append(level)
         try:
             yield update
-            if whole and mine.done >= total and self.last is not None:
+            if whole and level.done >= total and self.last is not None:
                 self.last = self.line()
-            elif whole and mine.done >= total and self.bar is None:
+            elif whole and level.done >= total and self.bar is None:
                 self.draw()
         finally:
-            if mine in self.levels:  # loops that run side by side end in any order
-                del self.levels[self.levels.index(mine) :]
+            if level in self.levels:  # loops that run side by side end in any order
+                del self.levels[self.levels.index(level) :]
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def beating(self) -> Iterator[None]:
         """Draw all that happens in the block, on a terminal every second at least."""
         over = threading.Event()
 
@@ -149,17 +150,13 @@ class Display:
                 with suppress(OSError, ValueError, IndexError):  # a closed pipe is the main thread's to notice
                     self.draw()
 
-        beating = threading.Thread(target=beat, daemon=True)
-        cli.BARS.append(self.level)
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
         try:
-            with _terminal() as self.bar:
-                beating.start()
-                yield
+            yield
         finally:
             over.set()
-            cli.BARS.pop()
-            if beating.ident:
-                beating.join()
+            thread.join()
 
 
 @contextmanager
@@ -190,10 +187,12 @@ def run(label: str, planned: Mapping[str, float] | None = None) -> Iterator[Disp
         return
     display = Display(planned or {})
     SHOWN.append(display)
+    cli.BARS.append(display.level)
     try:
-        with display.level(label), display.shown():
+        with display.level(label), _terminal() as display.bar, display.beating():
             yield display
     finally:
+        cli.BARS.pop()
         SHOWN.pop()
 
 

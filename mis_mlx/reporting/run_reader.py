@@ -15,13 +15,11 @@ import yaml
 
 from mis_mlx.reporting import metrics_log
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.checkpoint import MANIFEST, STEP
 from mis_mlx.types import MisError
 
-FILE_BYTES = 64 * 2**20  # a small file of ours never comes near
 STEPS = ("number", "loss", "tokens", "seconds", "peak_bytes")
 AIR = ("die_c", "ambient_c")
-KEPT_IN = ("pruned", "distilled", "model")  # folders that have keep.json, the first that does
+KEEPS = ("pruned/keep.json", "distilled/keep.json", "model/keep.json")  # the first that is there
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,6 @@ class Story:
     table: str
     steps: metrics_log.History
     air: metrics_log.History
-    checkpoint: Mapping[str, Any]
     missing: Sequence[str]
 
     @property
@@ -57,93 +54,78 @@ class Story:
     @property
     def began_s(self) -> float:
         """Seconds since 1970 at which time begins on pictures."""
-        first = [_seconds(self.begun), self.steps.first_s, self.air.first_s]
-        return min((s for s in first if s is not None), default=0.0)
+        wall_s = self.begun.get("wall_s")
+        first = [wall_s if isinstance(wall_s, int | float) else None, self.steps.first_s, self.air.first_s]
+        return float(min((s for s in first if s is not None), default=0.0))
 
 
 def read(folder: Path) -> Story:
     """Everything that is there. MisError when nothing of a run is."""
     missing: list[str] = []
-    config = _mapping(folder / run_folder.CONFIG, missing, "the settings")
-    origin = _mapping(folder / run_folder.ORIGIN, missing, "versions and hashes")
-    result = _mapping(folder / run_folder.RESULT, missing, "the result; the run has not come to its end")
-    keep_at = next((folder / n / "keep.json" for n in KEPT_IN if (folder / n / "keep.json").is_file()), None)
-    keep = _mapping(keep_at or folder / "pruned" / "keep.json", missing, "who was kept")
-    model = _mapping(folder / "model" / "config.json", missing, "the model that came out")
-    sensitivity = _mapping(
-        folder / "model" / "sensitivity.json",
-        missing,
-        "what each matrix costs in fewer bits, measured where they are mixed",
-    )
-    begun, phases = _phases(folder / run_folder.PHASES, missing)
-    samples = [r for r in _lines(folder / run_folder.SAMPLES, missing, "texts of the models") if "text" in r]
-    table = _text(folder / "table.md")
-    if table is None:
-        missing.append("table.md is missing: the recovery table")
-    steps = _history(folder / run_folder.METRICS, STEPS, missing, "the steps", {"tokens_per_s": ("tokens", "seconds")})
+    keep = next((name for name in KEEPS if (folder / name).is_file()), KEEPS[0])
+    files = {
+        "config": (run_folder.CONFIG, "the settings"),
+        "origin": (run_folder.ORIGIN, "versions and hashes"),
+        "result": (run_folder.RESULT, "the result; the run has not come to its end"),
+        "keep": (keep, "who was kept"),
+        "model": ("model/config.json", "the model that came out"),
+        "sensitivity": (
+            "model/sensitivity.json",
+            "what each matrix costs in fewer bits, measured where they are mixed",
+        ),
+    }
+    mappings = {field: _mapping(folder, name, missing, what) for field, (name, what) in files.items()}
+    phases = _records(folder / run_folder.PHASES, missing, "the plan, and what each phase took")
+    samples = _records(folder / run_folder.SAMPLES, missing, "texts of the models")
+    steps = _history(folder / run_folder.METRICS, STEPS, missing, "the steps")
     air = _history(folder / "thermal.jsonl", AIR, missing, "temperatures; no thermometer was read")
-    if not (config or origin or result or keep or phases or steps.lines):
+    if not (any(mappings[name] for name in ("config", "origin", "result", "keep")) or phases or steps.lines):
         raise MisError(f"{folder} holds nothing of a run: give a run folder, such as runs/NAME-001")
     return Story(
-        folder, config, origin, result, keep, model, sensitivity, begun, phases, samples, table or "", steps, air,
-        _checkpoint(folder / "steps"), missing,
-    )  # fmt: skip
+        folder=folder,
+        **mappings,
+        begun=next((r for r in phases if isinstance(r.get("planned"), list)), {}),
+        phases=[r for r in phases if isinstance(r.get("phase"), str)],
+        samples=[r for r in samples if "text" in r],
+        table=_text(folder / "table.md", missing, "the recovery table"),
+        steps=steps,
+        air=air,
+        missing=missing,
+    )
 
 
-def _seconds(record: Mapping[str, Any]) -> float | None:
-    value = record.get("wall_s")
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _text(path: Path) -> str | None:
+def _text(path: Path, missing: list[str], what: str, name: str = "") -> str:
     try:
-        if path.stat().st_size > FILE_BYTES:
-            return None
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
+        missing.append(f"{name or path.name} is missing: {what}")
+        return ""
 
 
-def _mapping(path: Path, missing: list[str], what: str) -> Mapping[str, Any]:
-    name = "/".join(path.parts[-2:]) if path.parent.name in KEPT_IN else path.name
-    if (text := _text(path)) is None:
-        missing.append(f"{name} is missing: {what}")
-        return {}
+def _mapping(folder: Path, name: str, missing: list[str], what: str) -> Mapping[str, Any]:
+    before = len(missing)
+    text = _text(folder / name, missing, what, name)
     try:
-        value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        value = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
     except (ValueError, RecursionError, yaml.YAMLError):
         value = None
-    if not isinstance(value, dict):
+    if isinstance(value, dict):
+        return {str(k): v for k, v in value.items()}
+    if len(missing) == before:
         missing.append(f"{name} is damaged: {what}")
-        return {}
-    return {str(k): v for k, v in value.items()}
+    return {}
 
 
-def _lines(path: Path, missing: list[str], what: str) -> list[dict[str, Any]]:
-    if not path.is_file() or path.stat().st_size > FILE_BYTES:
+def _records(path: Path, missing: list[str], what: str) -> list[dict[str, Any]]:
+    if not path.is_file():
         missing.append(f"{path.name} is missing: {what}")
-        return []
     return run_folder.records(path)
 
 
-def _phases(path: Path, missing: list[str]) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
-    records = _lines(path, missing, "the plan, and what each phase took")
-    planned = [r for r in records if isinstance(r.get("planned"), list)]
-    return (planned[0] if planned else {}), [r for r in records if isinstance(r.get("phase"), str)]
-
-
-def _history(
-    path: Path, names: Sequence[str], missing: list[str], what: str, ratios: Mapping[str, tuple[str, str]] | None = None
-) -> metrics_log.History:
-    found = metrics_log.read(path, names, ratios)
-    if not found.lines:
+def _history(path: Path, names: Sequence[str], missing: list[str], what: str) -> metrics_log.History:
+    history = metrics_log.read(path, names)
+    if not history.lines:
         missing.append(f"{path.name} is missing: {what}")
-    elif found.torn:
-        missing.append(f"{path.name} has {found.torn} of {found.lines} lines that are no records; passed over")
-    return found
-
-
-def _checkpoint(steps: Path) -> Mapping[str, Any]:
-    """The newest checkpoint's manifest: its step and hash."""
-    found = sorted(p for p in steps.glob("step-*") if STEP.fullmatch(p.name)) if steps.is_dir() else []
-    return _mapping(found[-1] / MANIFEST, [], "") if found else {}
+    elif history.torn:
+        missing.append(f"{path.name} has {history.torn} of {history.lines} lines that are no records; passed over")
+    return history

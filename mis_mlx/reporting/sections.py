@@ -1,7 +1,8 @@
-"""The parts of a run's page: what was done, what it cost, how it went. From a `Story`, in words, tables and pictures.
+"""The parts of a run's page: numbers and pictures of a `Story`, put into the words of templates/page.html.
 
-A part that a story says nothing of is left out. One whose values are not what this version writes raises KeyError,
-TypeError or ValueError, and whoever puts the page together says so.
+Each takes the story and a key, with which the ids of its pictures begin. A part that a story says nothing of is left
+out. One whose values are not what this version writes raises KeyError, TypeError or ValueError, and whoever puts the
+page together says so.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
+
 from mis_mlx.reporting import figures, html
 from mis_mlx.reporting.metrics_log import Point
 from mis_mlx.reporting.run_reader import Story
 from mis_mlx.types import GIB, duration, gib
 
 MODELS = ("teacher", "pruned", "distilled", "4-bit")
+FEW = 8  # matrices that are named one by one
 
 
 def _since(story: Story, points: Sequence[Point], scale: float = 1.0) -> list[Point]:
@@ -26,92 +30,51 @@ def _since(story: Story, points: Sequence[Point], scale: float = 1.0) -> list[Po
 def _range(points: Sequence[Point], form: str = ".3f") -> str:
     """'from A to B, between C and D', in words for who cannot see the picture."""
     values = [y for _, y in points]
-    ends = f"from {format(values[0], form)} to {format(values[-1], form)}"
-    return f"{ends}, between {format(min(values), form)} and {format(max(values), form)}"
+    first, last, low, high = (format(y, form) for y in (values[0], values[-1], min(values), max(values)))
+    return f"from {first} to {last}, between {low} and {high}"
 
 
 def summary(story: Story, key: str) -> str:
     """Two sentences: what was done, and what came of it; or how far it is."""
-    r, begun = story.result, story.begun
-    teacher = PurePath(str(r.get("teacher") or story.config.get("teacher") or "the default teacher")).name
-    device = (begun.get("rates") or {}).get("device", "an unknown machine")
-    done, iters = story.steps.series["number"].extremes, story.config.get("iters", "?")
-    if not story.ended:
-        at = f"step {done[1]:.0f} of {iters}" if done else "no step yet"
-        loss = story.steps.series["loss"].last
-        said = f"; the last training loss is {loss[1]:.3f} nats a token" if loss else ""
-        text = f"A student of {teacher} is being made on {device}. It is at {at}{said}."
-        return f'<p class="lead">{html.escape(text)}</p>'
-    params = f"{r['params_teacher'] / 1e6:.1f} to {r['params_student'] / 1e6:.1f} million parameters"
-    bits = ""
-    if r.get("nll_quantized"):
-        bits = f" and quantized to {8e6 * r['bytes_4-bit'] / r['params_student']:.1f} bits a weight, all counted,"
-    first = (
-        f"{teacher} was pruned from {params} (scenario {story.config.get('scenario')}), distilled on "
-        f"{r['tokens']:,} tokens{bits} in {duration(r['seconds'])} on {device}, with {gib(r['peak_bytes'])} of memory "
-        "at the peak."
-    )
-    second = (
-        f"Held-out loss went from {r['nll_pruned']:.3f} after pruning to {r['nll_student']:.3f} nats a token; "
-        f"the teacher has {r['nll_teacher']:.3f}"
-        + (f", so {r['gap_closed']:.1%} of the gap is closed" if r.get("gap_closed") is not None else "")
-        + (f", and the quantized student {r['nll_quantized']:.3f}." if r.get("nll_quantized") else ".")
-    )
-    return f'<p class="lead">{html.escape(f"{first} {second}")}</p>'
+    teacher = PurePath(str(story.result.get("teacher") or story.config.get("teacher") or "the default teacher")).name
+    step, loss = story.steps.series["number"].extremes, story.steps.series["loss"].last
+    return html.part("summary", s=story, teacher=teacher, step=step, loss=loss, duration=duration, gib=gib)
 
 
 def recovery(story: Story, key: str) -> str:
     """The table of the four models."""
-    return html.section("Recovery", html.markdown(story.table)) if story.table else ""
+    return html.part("recovery", table=html.markdown(story.table))
 
 
 def course(story: Story, key: str) -> str:
-    """Loss with temperature and tea breaks, memory, speed: over time."""
+    """Loss with temperature and tea breaks, speed, memory: over time, in one picture."""
     steps, air = story.steps, story.air
     loss = _since(story, steps.series["loss"].points())
     if not loss:
         return ""
     panels: dict[str, Mapping[str, Sequence[Point]]] = {"loss, nats a token": {"loss": loss}}
     words = [f"Training loss {_range(loss)}, {steps.series['loss'].count:,} steps logged."]
-    warm = {"die": air.series["die_c"].points(), "air": air.series["ambient_c"].points()}
+    warm = {n: _since(story, air.series[c].points()) for n, c in (("die", "die_c"), ("air", "ambient_c"))}
     if any(warm.values()):
-        panels["°C"] = {name: _since(story, points) for name, points in warm.items()}
-        words += [f"{n.capitalize()} {_range(points, '.1f')} °C." for n, points in panels["°C"].items() if points]
+        panels["°C"] = warm
+        words += [f"{n.capitalize()} {_range(points, '.1f')} °C." for n, points in warm.items() if points]
     else:
         words.append("No temperature was measured.")
-    breaks = [(p.start_s - story.began_s, p.end_s - story.began_s) for p in air.pauses]
-    causes = ", ".join(sorted({p.cause for p in air.pauses}))
+    breaks = [(start - story.began_s, end - story.began_s) for start, end, _ in air.pauses]
+    causes = ", ".join(sorted({cause for _, _, cause in air.pauses}))
     words.append(f"Tea breaks: {len(breaks)}{f' ({causes}), shaded' if breaks else ''}.")
-    if steps.restarts:
-        words.append(f"Taken up again {len(steps.restarts)} times, dotted.")
-    numbers = [] if steps.restarts else _since(story, steps.series["number"].points())
-    first = figures.over_time(
-        f"{key}loss", "Loss, temperature, tea breaks", " ".join(words), panels, shaded=breaks,
-        marks=[x - story.began_s for x in steps.restarts], steps=numbers,
-    )  # fmt: skip
-    memory, speed = (
-        _since(story, steps.series[n].points(), s) for n, s in (("peak_bytes", 1 / GIB), ("tokens_per_s", 1.0))
-    )
-    budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
-    more = []
-    if memory:
-        limit = {f"budget {gib(budget)}": budget / GIB} if budget else {}
-        text = f"Peak memory of MLX in each step {_range(memory, '.2f')} GiB; the budget is "
-        text += gib(budget) if budget else "not known"
-        more.append(
-            figures.over_time(f"{key}memory", "Memory", f"{text}.", {"GiB": {"peak": memory}}, limits=limit, low=0)
+    if speed := _since(story, steps.series["tokens_per_s"].points()):
+        panels["tokens/s"] = {"speed": speed}
+        words.append(
+            f"Speed {_range(speed, '.0f')} tokens a second; planned: {_known('{:.0f}'.format, _planned_speed(story))}."
         )
-    if speed:
-        planned = _planned_speed(story)
-        limit = {f"planned {planned:.0f}": planned} if planned else {}
-        text = f"Tokens trained on a second {_range(speed, '.0f')}; the plan's rate for this machine is "
-        text += f"{planned:.0f}." if planned else "not known."
-        more.append(
-            figures.over_time(
-                f"{key}speed", "Speed", text, {"tokens a second": {"measured": speed}}, limits=limit, low=0
-            )
-        )
-    return html.section("How it went", html.figures(first, *more))
+    if memory := _since(story, steps.series["peak_bytes"].points(), 1 / GIB):
+        panels["GiB"] = {"memory": memory}
+        budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
+        words.append(f"MLX's peak memory {_range(memory, '.2f')} GiB; budget: {_known(gib, budget)}.")
+    picture = figures.over_time(f"{key}course", "Loss, temperature, tea breaks, speed, memory", " ".join(words), panels,
+                                shaded=breaks)  # fmt: skip
+    return html.part("course", pictures=[picture])
 
 
 def _planned_speed(story: Story) -> float | None:
@@ -126,90 +89,156 @@ def cost(story: Story, key: str) -> str:
     for p in story.phases:  # a phase that was killed and taken up again has two lines
         took[p["phase"]] = took.get(p["phase"], 0.0) + p["seconds"]
         peak[p["phase"]] = max(peak.get(p["phase"], 0.0), p["peak_bytes"])
-    if "distil" in took and (most := story.steps.series["peak_bytes"].extremes):
-        peak["distil"] = max(peak["distil"], most[1])
+    if "distil" in took and (extremes := story.steps.series["peak_bytes"].extremes):
+        peak["distil"] = max(peak["distil"], extremes[1])
     planned = {p["phase"]: p for p in story.begun.get("planned", [])}
-    names = [*planned, *(n for n in took if n not in planned)]
-    shown = []
-    if names:
-        rows = {n: [took.get(n), planned[n]["seconds"] if n in planned else None] for n in names}
-        said = "; ".join(f"{n} {_of(rows[n], duration)}" for n in names)
-        more = " Timing and texts of the models are in no plan." if "measure" in took else ""
-        shown.append(figures.bars(f"{key}time", "Time of each phase", f"Took (planned): {said}.{more}", "seconds", rows,
-                                  ["took", "planned"]))  # fmt: skip
-        rows = {n: [peak.get(n), planned[n]["peak_bytes"] if n in planned else None] for n in names}
-        said = "; ".join(f"{n} {_of(rows[n], gib)}" for n in names)
-        rows = {n: [v / GIB if v is not None else None for v in row] for n, row in rows.items()}
-        budget = story.begun.get("budget_bytes")
-        limit = ("budget", budget / GIB) if budget else None
-        shown.append(figures.bars(f"{key}peak", "Memory of each phase", f"MLX's peak (planned, all): {said}.", "GiB",
-                                  rows, ["used", "planned"], limit))  # fmt: skip
-    shown.append(_decoding(story, key))
-    return html.section("What it cost", html.figures(*filter(None, shown)))
+    rows = []
+    for name in dict.fromkeys([*planned, *took]):
+        plan = planned.get(name, {})
+        times = [_known(duration, took.get(name)), _known(duration, plan.get("seconds"))]
+        rows.append([name, *times, _known(gib, peak.get(name)), _known(gib, plan.get("peak_bytes"))])
+    return html.part("cost", phases=rows, decoding=_decoding(story), rates=story.begun.get("rates") or {})
 
 
-def _of(pair: Sequence[float | None], form: Callable[[float], str]) -> str:
-    took, planned = ("–" if v is None else form(v) for v in pair)
-    return f"{took} ({planned})"
+def _known(form: Callable[[float], str], value: float | None) -> str:
+    return "–" if value is None else form(value)
 
 
-def _decoding(story: Story, key: str) -> str:
-    """Tokens a second beside the most that reading all weights from memory once a token allows."""
+def _decoding(story: Story) -> list[list[str]]:
+    """[model, tokens a second, the most that reading all weights from memory once a token allows]."""
     r, rates = story.result, story.begun.get("rates") or {}
-    rows: dict[str, Sequence[float | None]] = {}
+    rows = []
     for name in MODELS:
         if (measured := r.get(f"decode_tps_{name}")) is None:
             continue
         params = r["params_teacher"] if name == "teacher" else r["params_student"]
         nbytes = r["bytes_4-bit"] * 1e6 if name == "4-bit" else params * (2 if rates.get("gpu") else 4)
-        rows[name] = [measured, rates["memory_bytes_per_s"] / nbytes if rates else None]
-    if not rows:
+        most = rates["memory_bytes_per_s"] / nbytes if rates else None
+        rows.append([name, f"{measured:.1f}", _known("{:.1f}".format, most)])
+    return rows
+
+
+def pruning(story: Story, key: str) -> str:
+    """Which blocks, heads and neurons were kept, and how important they are."""
+    report, layers = story.keep.get("report") or {}, set(story.keep.get("layers", []))
+    pictures = []
+    if blocks := {int(i): float(v) for i, v in (report.get("block_importance") or {}).items()}:
+        removed = {i: v for i, v in blocks.items() if i not in layers}
+        groups = {"kept": {i: v for i, v in blocks.items() if i in layers}, "removed": removed}
+        gone = ", ".join(map(str, removed)) or "none"
+        text = (
+            f"1 − cosine of each of the teacher's {len(blocks)} blocks: how far it turns the stream. Removed: {gone}."
+        )
+        pictures.append(figures.columns(f"{key}blocks", "Blocks", text, ("block", "1 − cosine"), groups))
+    for axis, title, label in (
+        ("ffn", "FFN neurons", "of 64 runs, the most important first"),
+        ("heads", "Heads", "head"),
+    ):
+        rows = {int(k.split("/")[0]): v for k, v in (report.get("profile") or {}).items() if k.endswith(f"/{axis}")}
+        if rows:
+            pictures.append(_map(f"{key}{axis}", axis, title, label, rows, story.keep))
+    return html.part("pruning", report=report, pictures=pictures)
+
+
+def _map(
+    key: str, axis: str, title: str, label: str, rows: Mapping[int, Mapping[str, Any]], keep: Mapping[str, Any]
+) -> str:
+    """A heat map of one axis: a line a block of the teacher, what was removed pale."""
+    values = np.array([rows[i]["values"] for i in sorted(rows)], dtype=np.float64)
+    values /= np.maximum(values.max(axis=1, keepdims=True), 1e-30)
+    stays = np.ones(values.shape, bool)
+    for line, i in enumerate(sorted(rows)):
+        chosen = keep["kept"].get(f"{i}/{axis}", ())
+        if i not in keep["layers"]:
+            stays[line] = False
+        elif chosen and axis == "ffn":  # runs of neurons that are sorted: the first ones stay
+            stays[line] = np.arange(values.shape[1]) + 0.5 < len(chosen) / rows[i]["units"] * values.shape[1]
+        elif chosen:
+            stays[line] = np.isin(np.arange(values.shape[1]), chosen)
+    shares = [rows[i]["kept"] for i in rows if i in keep["layers"]]
+    text = "Importance in each block of the teacher, the highest bright (by square root); what was removed is pale. "
+    text += f"In the kept blocks {min(shares):.0%} to {max(shares):.0%} of the importance stays."
+    return figures.heat(key, title, text, (label, "block"), values, stays)
+
+
+def bits(story: Story, key: str) -> str:
+    """What each block costs in 4 bits, where that was measured, and which matrices got other widths."""
+    settings = story.model.get("quantization") or {}
+    if not settings:
         return ""
-    said = "; ".join(f"{n} {_of(pair, '{:.1f}'.format)}" for n, pair in rows.items())
-    text = f"Measured (the most that {rates.get('memory_bytes_per_s', 0) / 1e9:.0f} GB/s of memory allow"
-    text += f", {rates.get('source', 'unknown')}): {said} tokens a second."
-    return figures.bars(f"{key}decode", "Decoding", text, "tokens a second", rows, ["measured", "roofline"])
+    wide = {k: v["bits"] for k, v in settings.items() if isinstance(v, dict) and v.get("bits") != settings.get("bits")}
+    others = [f"{path} {n}" for path, n in wide.items()]
+    if len(others) > FEW:
+        others = [f"{n} bits {list(wide.values()).count(n)} times" for n in sorted(set(wide.values()))]
+    text = f"{settings.get('bits')} bits in groups of {settings.get('group_size')}, {settings.get('mode', 'affine')}; "
+    text += f"other widths: {', '.join(others)}." if others else "every matrix the same."
+    costs: dict[str, dict[int, float]] = {"all in 4 bits": {}, "as stored": {}}
+    for path, cost in (story.sensitivity.get("nats") or {}).items():
+        i, stored = int(path.split(".")[2]), wide.get(path, settings.get("bits"))
+        for name, n in zip(costs, (4, stored), strict=True):
+            costs[name][i] = costs[name].get(i, 0.0) + float(cost[str(n)])
+    if not costs["as stored"]:
+        return html.part("bits", text=f"{text} What each block costs was not measured.")
+    worst = max(costs["as stored"], key=lambda i: costs["as stored"][i])
+    text += " Rounding the blocks of the student costs KL, estimated to second order: in all "
+    text += f"{' and '.join(f'{sum(c.values()):.4f} nats {n}' for n, c in costs.items())}; "
+    text += f"most as stored, {costs['as stored'][worst]:.4f}, in block {worst}."
+    return html.part("bits", text=text)
 
 
 def samples(story: Story, key: str) -> str:
     """What the models write after the same words, side by side."""
-    prompts = list(dict.fromkeys((s["language"], s["prompt"]) for s in story.samples))
-    parts = []
-    for language, prompt in prompts:
-        said = {
-            str(s["model"]): str(s["text"]) for s in story.samples if (s["language"], s["prompt"]) == (language, prompt)
-        }
-        parts.append(f"<h3>{html.escape(f'{language}: “{prompt} …”')}</h3>")
-        parts.append(html.texts(said))
-    return html.section("What they write", *parts, '<p class="note">Greedy, cut off at the same number of tokens.</p>'
-                        if parts else "")  # fmt: skip
+    texts: dict[str, dict[str, str]] = {}
+    for sample in story.samples:
+        prompt = f"{sample['language']}: “{sample['prompt']} …”"
+        texts.setdefault(prompt, {})[str(sample["model"])] = str(sample["text"])
+    return html.part("samples", texts=texts)
 
 
 def origins(story: Story, key: str) -> str:
     """The command, versions, hashes, settings."""
-    flags: Mapping[str, Any] = story.begun.get("flags") or {}
-    given = [part for name, value in flags.items() for part in _flag(name, value)]
-    parts = []
-    if story.begun:
-        command = shlex.join(["python", "-m", "mis_mlx.distill", *given])
-        parts.append(f"<pre>{html.escape(command)}</pre>")
-    facts = [[name, str(value)] for name, value in story.origin.items()]
-    facts += (
-        [[f"checkpoint of step {story.checkpoint.get('step')}", str(story.checkpoint.get("sha256"))]]
-        if story.checkpoint
-        else []
-    )
-    facts += [["machine", str(v)] for k, v in (story.begun.get("rates") or {}).items() if k == "device"]
-    if facts:
-        parts.append(html.table(["", "version or hash"], facts, facts=True))
-    if story.config:
-        rows = [[name, str(value)] for name, value in story.config.items()]
-        parts.append(
-            f"<details><summary>All settings</summary>{html.table(['setting', 'value'], rows, facts=True)}</details>"
-        )
-    return html.section("To do it again", *parts)
+    words = ["python", "-m", "mis_mlx.distill"]
+    for name, value in (story.begun.get("flags") or {}).items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    facts, rates = dict(story.origin), story.begun.get("rates") or {}
+    if "device" in rates:
+        facts["machine"] = rates["device"]
+    return html.part("origins", command=shlex.join(words) if story.begun else "", facts=facts, config=story.config)
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    flag = "--" + name.replace("_", "-")
-    return [flag] if value is True else [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
+def comparison(stories: Sequence[Story]) -> str:
+    """Several runs side by side: losses on one picture, numbers and their difference to the first run's, settings."""
+    names = labels(stories)
+    losses = {n: _since(s, s.steps.series["loss"].points()) for n, s in zip(names, stories, strict=True)}
+    picture = ""
+    if ends := "; ".join(f"{n} ends at {points[-1][1]:.3f}" for n, points in losses.items() if points):
+        text = f"Training loss of {len(losses)} runs: {ends}."
+        picture = figures.over_time("all-loss", "Loss of all runs", text, {"loss, nats a token": losses})
+    numbers = []
+    for name in dict.fromkeys(k for s in stories for k, v in s.result.items() if type(v) in (int, float)):
+        values = [s.result.get(name) for s in stories]
+        numbers.append([name, *(_cell(value, values[0]) for value in values)])
+    settings = []
+    for name in dict.fromkeys(k for s in stories for k in s.config):
+        values = [str(s.config.get(name, "–")) for s in stories]
+        if len(set(values)) > 1:
+            settings.append([name, *values])
+    return html.part("comparison", picture=picture, names=names, numbers=numbers, settings=settings)
+
+
+def labels(stories: Sequence[Story]) -> list[str]:
+    """A name for each run, no two alike."""
+    names = [s.name for s in stories]
+    return [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
+
+
+def _cell(value: Any, first: Any) -> str:
+    """A number, and by how much it differs from the first run's; a dash for anything else."""
+    if type(value) not in (int, float):
+        return "–"
+    form = "," if type(value) is int else ",.4g"
+    if type(first) not in (int, float) or value == first:
+        return format(value, form)
+    return f"{value:{form}} ({value - first:+{form}})"

@@ -7,7 +7,6 @@ and shapes that the file states, and MLX's own (`mx.load`) takes the process dow
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,14 +52,11 @@ def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLL
         )
     reader = GGUFReader(gguf)
     facts = {key: field.contents() for key, field in reader.fields.items()}
-    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
-    config = config_of(facts, tied, DTYPES[dtype][0])
+    config = config_of(facts, DTYPES[dtype][0])
     _write_weights(reader.tensors, config, folder, dtype)
     _write_json(folder / "config.json", config)
-    _write_json(
-        folder / "generation_config.json",
-        {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    )
+    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "generation_config.json", ends)
     _write_tokenizer(facts, config, folder)
 
 
@@ -82,35 +78,34 @@ def _write_weights(tensors: list[Any], config: Mapping[str, Any], folder: Path, 
 
 
 def hf_name(name: str) -> str:
-    """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'."""
+    """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'. KeyError for one that has no place there."""
     stem, _, kind = name.rpartition(".")
     if stem in TOP:
         return f"{TOP[stem]}.{kind}"
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if match and match[2] in BLOCK:
-        return f"model.layers.{match[1]}.{BLOCK[match[2]]}.{kind}"
-    raise ValueError(f"no Hugging Face name for {name}")
+    _, number, part = stem.split(".")
+    return f"model.layers.{number}.{BLOCK[part]}.{kind}"
+
+
+def row_order(count: int, heads: int) -> np.ndarray:
+    """Which Hugging Face row of q or k stands in each of llama.cpp's rows: the halves of every head interleaved.
+
+    llama.cpp's llama turns neighbours (0,1), (2,3) ... by RoPE, Hugging Face i and i + d/2 (`LlamaModel.permute`
+    of its converter). The trap: left out, the model runs without an error and talks nonsense.
+    """
+    return np.arange(count).reshape(heads, 2, count // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Put the rows (heads * d, in) of q or k back into Hugging Face order.
-
-    llama.cpp turns neighbours (0,1), (2,3) ... by RoPE, Hugging Face i and i + d/2, so llama.cpp's converter
-    interleaves the halves of every head. The trap: left as it is the model runs without an error and is
-    five times as surprised by English.
-    """
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, rows.shape[1])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))
+    """Put llama.cpp's rows (heads * d, in) of q or k back into Hugging Face order."""
+    return rows[np.argsort(row_order(len(rows), heads))]
 
 
-def config_of(facts: Mapping[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
-    """config.json of a llama GGUF. ValueError for another architecture.
+def config_of(facts: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json, from the facts of the GGUF.
 
     head_dim and tie_word_embeddings are spelled out, and RoPE's base twice: mlx-lm reads only the top-level
     rope_theta (and takes 10,000 in silence when it is missing), transformers 5 reads rope_parameters.
     """
-    if (architecture := facts["general.architecture"]) != "llama":
-        raise ValueError(f"{architecture} is not converted here, only llama")
     theta = float(facts["llama.rope.freq_base"])
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -130,7 +125,7 @@ def config_of(facts: Mapping[str, Any], tied: bool, dtype: str) -> dict[str, Any
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": True,
         "bos_token_id": facts["tokenizer.ggml.bos_token_id"],
         "eos_token_id": facts["tokenizer.ggml.eos_token_id"],
         "pad_token_id": facts["tokenizer.ggml.padding_token_id"],
@@ -140,7 +135,9 @@ def config_of(facts: Mapping[str, Any], tied: bool, dtype: str) -> dict[str, Any
 
 def _write_tokenizer(facts: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
     pieces, template = facts["tokenizer.ggml.tokens"], facts["tokenizer.chat_template"]
-    build_tokenizer(facts).save(str(folder / "tokenizer.json"))
+    types = facts["tokenizer.ggml.token_type"]
+    control = [piece for piece, kind in zip(pieces, types, strict=True) if kind == CONTROL_TOKEN]
+    _tokenizer(facts, control).save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     settings = {
         # Not GPT2Tokenizer: transformers 5 would rebuild the pre-tokenizer and lose the digits.
@@ -151,42 +148,27 @@ def _write_tokenizer(facts: Mapping[str, Any], config: Mapping[str, Any], folder
         "eos_token": pieces[config["eos_token_id"]],
         "pad_token": pieces[config["pad_token_id"]],
         "unk_token": pieces[facts["tokenizer.ggml.unknown_token_id"]],
-        "additional_special_tokens": _control_tokens(facts),
+        "additional_special_tokens": control,
         "model_max_length": config["max_position_embeddings"],
         "chat_template": template,
     }
     _write_json(folder / "tokenizer_config.json", settings)
 
 
-def build_tokenizer(facts: Mapping[str, Any]) -> Tokenizer:
-    """SmolLM2's tokenizer from a GGUF's facts: every digit alone, GPT-2's pieces, bytes as letters.
-
-    ValueError when the file asks for another kind.
-    """
+def _tokenizer(facts: Mapping[str, Any], control: list[str]) -> Tokenizer:
+    """SmolLM2's: every digit alone, GPT-2's pieces, bytes as letters."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    kind = (facts["tokenizer.ggml.model"], facts["tokenizer.ggml.pre"])
-    if kind != ("gpt2", "smollm"):
-        raise ValueError(f"tokenizer {kind} is not built here, only ('gpt2', 'smollm')")
     ids = {piece: i for i, piece in enumerate(facts["tokenizer.ggml.tokens"])}
-    merges = []
-    for merge in facts["tokenizer.ggml.merges"]:
-        left, right = merge.split(" ")
-        merges.append((left, right))
+    merges: Any = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
     # The stubs miss that these are properties that can be set.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    control = [AddedToken(piece, special=True, normalized=False) for piece in _control_tokens(facts)]
-    tokenizer.add_special_tokens(control)
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
     return tokenizer
-
-
-def _control_tokens(facts: Mapping[str, Any]) -> list[str]:
-    pieces, types = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
-    return [piece for piece, kind in zip(pieces, types, strict=True) if kind == CONTROL_TOKEN]
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -104,7 +104,7 @@ def test_types_and_special_ids(bpe: Path) -> None:
 
 @pytest.mark.parametrize("adds", [True, False])
 def test_add_bos_is_what_the_tokenizer_does(bpe: Path, adds: bool) -> None:
-    """Always written: llama.cpp's own guess differs between pre-tokenizers."""
+    """Always written: llama.cpp's own guess differs between pre-tokenizers. A setting overrules the file."""
     if adds:
         tokenizer = Tokenizer.from_file(str(bpe / "tokenizer.json"))
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -112,12 +112,8 @@ def test_add_bos_is_what_the_tokenizer_does(bpe: Path, adds: bool) -> None:
         )
         tokenizer.save(str(bpe / "tokenizer.json"))
     assert facts(bpe, 512)[0]["add_bos_token"] is adds
-
-
-def test_a_setting_overrules_what_the_file_does(bpe: Path) -> None:
-    """add_bos_token in tokenizer_config.json, which transformers puts into force when it loads."""
-    edit(bpe / "tokenizer_config.json", add_bos_token=True)
-    assert facts(bpe, 512)[0]["add_bos_token"] is True
+    edit(bpe / "tokenizer_config.json", add_bos_token=not adds)  # which transformers puts into force when it loads
+    assert facts(bpe, 512)[0]["add_bos_token"] is not adds
 
 
 def test_pre_tokenizer_by_llama_cpps_hash(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,19 +123,18 @@ def test_pre_tokenizer_by_llama_cpps_hash(bpe: Path, monkeypatch: pytest.MonkeyP
     spec = json.loads((bpe / "tokenizer.json").read_text())
     edit(bpe / "tokenizer.json", pre_tokenizer={**spec["pre_tokenizer"], "add_prefix_space": True})
     f, notes = facts(bpe, 512)
-    ids = Tokenizer.from_file(str(bpe / "tokenizer.json")).encode(vocab.PROBE).ids
+    ids = Tokenizer.from_file(str(bpe / "tokenizer.json")).encode(vocab.known()["probe"]).ids
     digest = hashlib.sha256(str(ids).encode()).hexdigest()
     assert f["pre"] == "default" and len(notes) == 1 and digest[:12] in notes[0]
-    monkeypatch.setitem(vocab.PRE, digest, "smollm")
+    monkeypatch.setitem(vocab.known()["names"], digest, "smollm")
     f, notes = facts(bpe, 512)
     assert f["pre"] == "smollm" and notes == []
 
 
 def test_the_probe_is_llama_cpps_to_the_letter() -> None:
     """The sha256 of the text in ggml-org/llama.cpp's conversion/base.py; one other letter would know no tokenizer."""
-    digest = hashlib.sha256(vocab.PROBE.encode()).hexdigest()
-    assert digest == PROBE_SHA256
-    assert all(re.fullmatch("[0-9a-f]{64}", key) for key in vocab.PRE)
+    assert hashlib.sha256(vocab.known()["probe"].encode()).hexdigest() == PROBE_SHA256
+    assert all(re.fullmatch("[0-9a-f]{64}", key) for key in vocab.known()["names"])
 
 
 def test_sentencepiece_cuts_text_as_the_original(spm: Path) -> None:
@@ -185,35 +180,24 @@ def test_merges_with_byte_fallback_become_scores(tmp_path: Path) -> None:
     assert f["model"] == "llama" and f["token_type"][300] == BYTE and notes == []
 
 
-def test_unigram_keeps_its_scores_and_says_what_differs(tmp_path: Path) -> None:
-    """Pieces and scores by id, and a sentence."""
-    Tokenizer(models.Unigram([("<unk>", 0.0), ("▁a", -1.5), ("b", -2.5)], unk_id=0)).save(
-        str(tmp_path / "tokenizer.json")
-    )
-    f, notes = facts(tmp_path, 3)
-    assert f["tokens"] == ["<unk>", "▁a", "b"] and f["scores"] == [0.0, -1.5, -2.5]
-    assert len(notes) == 1 and "greedily" in notes[0]
-
-
 def test_what_cannot_go_along_is_a_sentence(bpe: Path) -> None:
     """None, a foreign kind, damaged JSON, and one that is longer than the embedding."""
-    with pytest.raises(MisError, match="token 511, the embedding 500 rows"):
-        facts(bpe, 500)
+
+    def refused(why: str, size: int = 512) -> None:
+        with pytest.raises(MisError, match=why):
+            facts(bpe, size)
+
+    refused("token 511, the embedding 500 rows", 500)
     edit(bpe / "config.json", pad_token_id=-1)
-    with pytest.raises(MisError, match="settings are damaged .*pad: -1"):
-        facts(bpe, 512)
+    refused("settings are damaged .*pad: -1")
     edit(bpe / "tokenizer.json", model={"type": "BPE"})
-    with pytest.raises(MisError, match="tokenizer.json does not open"):
-        facts(bpe, 512)
-    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(bpe / "tokenizer.json"))
-    with pytest.raises(MisError, match="of type WordLevel has no place"):
-        facts(bpe, 512)
+    refused("tokenizer.json does not open")
+    for kind in (models.WordLevel({"a": 0}, unk_token="a"), models.Unigram([("<unk>", 0.0), ("a", -1.5)], unk_id=0)):
+        Tokenizer(kind).save(str(bpe / "tokenizer.json"))
+        refused(f"of type {type(kind).__name__} has no place")
     (bpe / "tokenizer.json").write_text("{")
-    with pytest.raises(MisError, match="is not a JSON object"):
-        facts(bpe, 512)
+    refused("is not a JSON object")
     (bpe / "tokenizer.json").unlink()
-    with pytest.raises(MisError, match="neither tokenizer.json nor tokenizer.model"):
-        facts(bpe, 512)
+    refused("neither tokenizer.json nor tokenizer.model")
     (bpe / "tokenizer.model").write_bytes(b"junk")
-    with pytest.raises(MisError, match="is not a SentencePiece model"):
-        facts(bpe, 512)
+    refused("is not a SentencePiece model")

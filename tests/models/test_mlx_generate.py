@@ -27,19 +27,14 @@ def test_continuation_is_the_argmax_chain(llama: Checkpoint) -> None:
     assert said == tokenizer.decode(want) and want
 
 
-def test_tokens_are_timed_on_one_clock(llama: Checkpoint) -> None:
-    """Start and one stamp a token, never going back; the end token does not end it."""
+def test_a_prompt_of_exactly_so_many_tokens_is_timed(llama: Checkpoint) -> None:
+    """Cut when too long, repeated when too short; start and one stamp a token, the end token does not end it."""
     model, tokenizer = mlx_generate.open_model(llama.path)
-    stamps = mlx_generate.token_times(model, mlx_generate.prompt_ids(tokenizer, "if", 5), 7)
-    assert len(stamps) == 8 and stamps == sorted(stamps)
-
-
-def test_a_prompt_of_exactly_so_many_tokens(llama: Checkpoint) -> None:
-    """Cut when too long, repeated when too short."""
-    tokenizer = load.tokenizer(llama.path)
     ids = tokenizer.encode("for x in y")
     assert mlx_generate.prompt_ids(tokenizer, "for x in y", 2).tolist() == ids[:2]
     assert mlx_generate.prompt_ids(tokenizer, "for x in y", 2 * len(ids) + 1).tolist() == ids * 2 + ids[:1]
+    stamps = mlx_generate.token_times(model, mlx_generate.prompt_ids(tokenizer, "if", 5), 7)
+    assert len(stamps) == 8 and stamps == sorted(stamps)
 
 
 def test_a_mute_tokenizer_is_a_sentence() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,82 +21,57 @@ COUNT = 24
 IDS = [5, 9, 300, 41, 7, 7, 120]
 
 
-def stock(checkpoint: Checkpoint, ids: list[int], count: int = COUNT) -> list[int]:
+def stock(checkpoint: Checkpoint, ids: list[int]) -> list[int]:
     """mlx-lm's own resident greedy decoding, in float32."""
-    model = load.resident(checkpoint, mx.float32)
-    step = load.mlx_lm("generate").generate_step
-    return [int(t) for t, _ in step(mx.array(ids), model, max_tokens=count)]
+    return list(mlx_generate.greedy(load.resident(checkpoint, mx.float32), ids, COUNT))
 
 
-def ours(checkpoint: Checkpoint, ids: list[int], **more: object) -> list[list[int]]:
+def ours(checkpoint: Checkpoint, ids: list[int], **more: Any) -> list[list[int]]:
     """Tokens by pass."""
-    return list(streamed_decode.decode(Stream(checkpoint, mx.float32), ids, COUNT, **more))  # type: ignore[arg-type]
+    return list(streamed_decode.decode(Stream(checkpoint, mx.float32), ids, COUNT, **more))
 
 
 def flat(passes: list[list[int]]) -> list[int]:
     return [t for new in passes for t in new]
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_plain_decoding_is_mlx_lms(models: Callable[[str], Checkpoint], kind: str) -> None:
-    """One token a pass, the same tokens; a long prompt goes through in parts."""
-    passes = ours(models(kind), IDS)
-    assert flat(passes) == stock(models(kind), IDS) and [len(p) for p in passes] == [1] * COUNT
-    long = (IDS * 20)[: 2 * 48 + 5]
-    want = stock(models(kind), long)
-    before, streamed_decode.ROWS = streamed_decode.ROWS, 48
-    try:
-        assert flat(ours(models(kind), long)) == want
-    finally:
-        streamed_decode.ROWS = before
+@pytest.fixture
+def stranger(tmp_path: Path) -> Stream:
+    """A draft whose guesses are mostly wrong."""
+    return Stream(load.open_checkpoint(tiny.make(tmp_path / "s", seed=5, num_hidden_layers=1)), mx.float32, None)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("size", [2, pytest.param(12, marks=pytest.mark.slow), 64])
-def test_any_draft_gives_the_same_tokens(
-    tmp_path: Path, models: Callable[[str], Checkpoint], kind: str, size: int
+def test_the_tokens_are_mlx_lms(
+    models: Callable[[str], Checkpoint], kind: str, stranger: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stranger as the draft, whose guesses are mostly wrong: the tokens are those of plain decoding."""
-    stranger = tiny.make(tmp_path / "s", seed=5, **{**tiny.KINDS[kind], "num_hidden_layers": 1})
-    draft = Stream(load.open_checkpoint(stranger), mx.float32, None)
-    assert flat(ours(models(kind), IDS, draft=draft, size=size)) == stock(models(kind), IDS)
+    """One token a pass, or with a stranger's guesses in trees of two sizes; a long prompt goes through in parts."""
+    want, passes = stock(models(kind), IDS), ours(models(kind), IDS)
+    assert flat(passes) == want and [len(p) for p in passes] == [1] * COUNT
+    for size in (2, 64):
+        assert flat(ours(models(kind), IDS, draft=stranger, size=size)) == want
+    monkeypatch.setattr(streamed_decode, "ROWS", 48)
+    long = (IDS * 20)[: 2 * 48 + 5]
+    assert flat(ours(models(kind), long)) == stock(models(kind), long)
 
 
-def test_a_model_is_its_own_best_draft(llama: Checkpoint) -> None:
-    """All its guesses are right: a pass settles the depth of the tree and one more token."""
-    passes = ours(llama, IDS, draft=Stream(llama, mx.float32, None), size=64)
-    assert flat(passes) == stock(llama, IDS)
-    assert len(passes) <= COUNT / 3
-
-
-def test_sliding_windows_count_positions_not_columns(tmp_path: Path) -> None:
+def test_sliding_windows_count_positions_not_columns(tmp_path: Path, stranger: Stream) -> None:
     """A tree's nodes lie side by side in the cache; how far a window reaches is a matter of depth."""
     types = ["full_attention", "sliding_attention", "full_attention"]
-    folder = tiny.make(tmp_path / "sliding", layer_types=types, sliding_window=6)
-    checkpoint = load.open_checkpoint(folder)
+    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "sliding", layer_types=types, sliding_window=6))
     want = stock(checkpoint, IDS)
-    assert flat(ours(checkpoint, IDS)) == want
-    draft = Stream(load.open_checkpoint(tiny.make(tmp_path / "s", seed=5)), mx.float32, None)
-    assert flat(ours(checkpoint, IDS, draft=draft, size=32)) == want
+    assert flat(ours(checkpoint, IDS)) == flat(ours(checkpoint, IDS, draft=stranger, size=32)) == want
     full = Checkpoint(checkpoint.path, {**checkpoint.config, "layer_types": None}, checkpoint.tensors)
     assert stock(full, IDS) != want
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        | {"original_max_position_embeddings": 128},
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
-def test_scaled_positions_turn_row_by_row(tmp_path: Path, rope: dict[str, object]) -> None:
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_scaled_positions_turn_row_by_row(tmp_path: Path, kind: str, stranger: Stream) -> None:
     """Every kind of rotary positions takes a position for each row: in a prompt, and in a tree."""
+    rope: dict[str, Any] = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 128}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "scaled", rope_scaling=rope))
-    draft = Stream(load.open_checkpoint(tiny.make(tmp_path / "s", seed=5)), mx.float32, None)
-    assert flat(ours(checkpoint, IDS, draft=draft, size=32)) == stock(checkpoint, IDS)
+    assert flat(ours(checkpoint, IDS, draft=stranger, size=32)) == stock(checkpoint, IDS)
 
 
 @pytest.mark.slow
@@ -109,43 +85,34 @@ def test_the_real_teacher_says_the_same() -> None:
     assert flat(drafted) == want and len(drafted) < COUNT / 2
 
 
-def test_four_bits_and_kept_blocks(tmp_path: Path, llama: Checkpoint) -> None:
-    """A packed model, with some blocks kept between passes: the tokens of the resident one."""
+def test_a_packed_model_whose_best_draft_is_itself(tmp_path: Path, llama: Checkpoint) -> None:
+    """With some blocks kept between passes; a pass settles the depth of the tree and one more token. Nothing comes
+    after the end token, and never more than asked for, however much a pass settles."""
     packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
     packed = load.open_checkpoint(tmp_path / "q4")
-    want = stock(packed, IDS)
-    one = Stream(packed, mx.float32)
-    source = Stream(packed, mx.float32, one._head_bytes + one._block_bytes + 1000)
+    want, one = stock(packed, IDS), Stream(packed, mx.float32)
+    source, draft = (Stream(packed, mx.float32, n) for n in (one._head_bytes + one._block_bytes + 1000, None))
     assert source.keeps == 1
-    assert flat(list(streamed_decode.decode(source, IDS, COUNT, draft=Stream(llama, mx.float32, None)))) == want
-
-
-def test_it_stops_at_the_end_token_and_at_the_count(llama: Checkpoint) -> None:
-    """Nothing after the end token, and never more than asked for, however much a pass settles."""
-    want = stock(llama, IDS)
-    end = want[5]
-    for draft in (None, Stream(llama, mx.float32, None)):
-        stopped = flat(ours(llama, IDS, draft=draft, ends={end}))
-        assert stopped == want[: want.index(end) + 1]
-        some = streamed_decode.decode(Stream(llama, mx.float32), IDS, 5, draft=draft)
-        assert flat(list(some)) == want[:5]
+    passes = list(streamed_decode.decode(source, IDS, COUNT, draft=draft))
+    assert flat(passes) == want and len(passes) <= COUNT / 3
+    for guesser in (None, draft):
+        assert flat(ours(packed, IDS, draft=guesser, ends={want[5]})) == want[: want.index(want[5]) + 1]
+        assert flat(list(streamed_decode.decode(source, IDS, 5, draft=guesser))) == want[:5]
 
 
 def test_a_tree_by_pencil() -> None:
     """Odds of 0.6 and 0.4 everywhere: the four best of a binary tree are 0.6, 0.4, 0.36 and 0.24 (the first of two)."""
-    asked: list[int] = []
 
-    def after(nodes: list[streamed_decode.Node]) -> streamed_decode.Odds:  # type: ignore[type-arg]
+    def after(nodes: Any) -> Any:
         rows = max(1, len(nodes))
-        asked.append(len(nodes))
         return np.log(np.full((rows, 2), [0.6, 0.4])), np.full((rows, 2), [1, 2])
 
-    nodes = streamed_decode.grow(after, 4, 3)  # type: ignore[arg-type]
+    nodes = streamed_decode.grow(after, 4, 3)
     assert sorted(round(float(np.exp(n.score)), 2) for n in nodes) == [0.24, 0.36, 0.4, 0.6]
     assert [n.depth for n in nodes] == sorted(n.depth for n in nodes)
-    assert all(n.up is None or n.up in nodes for n in nodes) and asked[0] == 0
-    assert max(n.depth for n in streamed_decode.grow(after, 50, 2)) == 2  # type: ignore[arg-type]
-    assert all(n.up is None or n.up.token != 1 for n in streamed_decode.grow(after, 20, 4, {1}))  # type: ignore[arg-type]
+    assert all(n.up is None or n.up in nodes for n in nodes)
+    assert max(n.depth for n in streamed_decode.grow(after, 50, 2)) == 2
+    assert all(n.up is None or n.up.token != 1 for n in streamed_decode.grow(after, 20, 4, {1}))
     first = next(n for n in nodes if n.depth == 1 and n.token == 1)
     below = next(n for n in nodes if n.up is first)
     choice = dict.fromkeys(range(len(nodes) + 1), 9)
