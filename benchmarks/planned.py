@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import laboratory
 import streaming
@@ -52,15 +52,15 @@ class Settings:
     """its run folder"""
 
 
-def resident(what: Literal["VmRSS", "VmHWM"]) -> int:
-    """Of this process, in bytes."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(what))
+def largest() -> int:
+    """The largest resident set of this process since it was last asked to count anew, in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
 def stretch(name: str, teacher: str, out: Path) -> None:
     """Begin the run, or go on with it, until a phase is done and the next begins; print {phase: bytes it took}."""
-    before, taken, plain = resident("VmRSS"), dict[str, int](), Course.phase
+    taken, plain = dict[str, int](), Course.phase
 
     @contextmanager
     def phase(course: Course, label: str) -> Iterator[None]:
@@ -70,7 +70,7 @@ def stretch(name: str, teacher: str, out: Path) -> None:
         Path("/proc/self/clear_refs").write_text("5")
         with plain(course, label):
             yield
-        taken[label] = resident("VmHWM") - before
+        taken[label] = largest() - course.peak.before_bytes
 
     Course.phase = phase  # type: ignore[method-assign,assignment]
     s = replace(distill.Settings(teacher=teacher, out=str(out), **BRIEF), **CASES[name], resume=out.exists())

@@ -87,7 +87,7 @@ class Peak:
 
     def __init__(self, library: Path | None = None) -> None:
         self._library = library
-        self._before = held_bytes(library)[0]
+        self.before_bytes = held_bytes(library)[0]
         self._mlx = 0
 
     def note(self, mlx_peak_bytes: int) -> None:
@@ -97,7 +97,7 @@ class Peak:
     @property
     def nbytes(self) -> int:
         """Bytes above what the process held when this was made."""
-        return max(self._mlx, mx.get_peak_memory(), held_bytes(self._library)[1] - self._before)
+        return max(self._mlx, mx.get_peak_memory(), held_bytes(self._library)[1] - self.before_bytes)
 
 
 def cache_bytes(limit_bytes: int, gpu: bool) -> int:
