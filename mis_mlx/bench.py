@@ -114,7 +114,7 @@ class Bench:
         folders = [resolve.find(m).path for m in s.models]
         if len(set(folders)) < len(folders):
             raise MisError(f"{len(folders)} models given, {len(set(folders))} different ones: give each once")
-        self.models = dict(zip(load.labels(folders), map(load.open_checkpoint, folders), strict=True))
+        self.models = dict(zip(resolve.labels(folders), map(load.open_checkpoint, folders), strict=True))
         self.first, self.small = next(iter(self.models)), None
         self.pair = f"{self.first} + draft"
         if s.draft_model:

@@ -234,7 +234,7 @@ def run(settings: Settings) -> dict[str, Any]:
         raise MisError("--kld compares two models, there is only the teacher: name the other with --students")
     found = resolve.find(s.teacher)
     models = {"teacher": load.open_checkpoint(found.path)}
-    for name, folder in zip(load.labels(s.students, ("teacher",)), s.students, strict=True):
+    for name, folder in zip(resolve.labels(s.students, ("teacher",)), s.students, strict=True):
         models[name] = load.open_checkpoint(folder)
         comparison.same_vocabulary(models["teacher"], models[name])
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx.models import arch
+from mis_mlx.models.families import family
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import Writer
 from mis_mlx.types import Checkpoint
@@ -42,6 +43,28 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
     "biased": {"attention_bias": True, "mlp_bias": True},
 }
+# Families beside these, seven blocks of each so that periods show.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"]},
+    "ministral3": {
+        "architectures": ["Ministral3ForCausalLM"], "sliding_window": 9,
+        "layer_types": [*["sliding_attention"] * 3, *["full_attention"] * 4],
+        "tie_word_embeddings": False, "rope_theta": None,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.1, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
+    },
+    "granite": {
+        "architectures": ["GraniteForCausalLM"], "embedding_multiplier": 12.0, "logits_scaling": 8.0,
+        "residual_multiplier": 0.22, "attention_multiplier": 0.1, "attention_bias": False, "mlp_bias": False,
+    },
+    "gemma3_text": {
+        "architectures": ["Gemma3ForCausalLM"], "num_key_value_heads": 1, "rope_local_base_freq": 1e3,
+        "query_pre_attn_scalar": 20, "sliding_window": 7, "sliding_window_pattern": 3,
+    },
+}  # fmt: skip
+FAMILIES = {name: {"model_type": name, "num_hidden_layers": 7, **row} for name, row in FAMILIES.items()}
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -86,7 +109,7 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
     kind = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}[dtype]
     for number, (name, shape) in enumerate(tensors.items()):
         noise = mx.random.normal(shape, key=mx.random.key(1000 * seed + number))
-        value = 1.0 + 0.1 * noise if "norm" in name else 0.05 * noise
+        value = 1.0 - family(config).gain_offset + 0.1 * noise if "norm" in name else 0.05 * noise
         writer.add(name, value.astype(kind))
     writer.close()
     (folder / "config.json").write_text(json.dumps(config))

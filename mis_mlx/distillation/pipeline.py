@@ -130,7 +130,7 @@ def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
     steps = blockwise.train(
         c.teacher, pruned, student, keep, c.pick(c.plan.job.local, 2), recipe, folder=c.folder,
         held=c.plan.held_windows("local"), files=c.files, direct=c.direct,
-        ridge=reconstruct.RIDGE if r.reconstruct_samples else 0.0,
+        ridge=reconstruct.RIDGE if c.plan.job.repair else 0.0,
     )  # fmt: skip
     total = len(keep.layers) * iters
     with c.phase("local"):
@@ -147,10 +147,10 @@ def _resident(c: Course, begun: Checkpoint, source: live_teacher.Source) -> Call
 
     def begin() -> None:
         keep = model_writer.read_keep(begun.path)
-        if c.recipe.reconstruct_samples and keep:
+        if c.plan.job.repair and keep:
             cli.say("reconstruct: refit every down_proj to the teacher's stream")
             with c.phase("repair"):
-                mended, _ = reconstruct.reconstruct(c.teacher, begun, keep, c.pick(c.recipe.reconstruct_samples, 2))
+                mended, _ = reconstruct.reconstruct(c.teacher, begun, keep, c.pick(c.plan.job.repair, 2))
             student.load_weights(list(mended.items()), strict=False)
         stream.into_memory(student, f"{begun.path}: ")
 

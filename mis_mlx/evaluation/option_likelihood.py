@@ -106,11 +106,11 @@ def score(stream: Stream, encoded: Sequence[Encoded], rows: int = ROWS) -> list[
     Of several machines each has some of the sequences, and all get the same, which is what one alone would find.
     """
     packed = list(packs(encoded, rows))
-    window = getattr(stream.args, "sliding_window", None)
     own, passing = distributed.share(packed), pipeline_parallel.passing(stream, packed)
     hidden = stream.embed([p.tokens for p in own])
     for _, block in stream.blocks():
         for b, p in enumerate(passing):
+            window = load.window(stream.args, block)
             hidden[b] = attention_masks.through(block, hidden[b], p.sees, p.positions, window)
             settle(hidden[b])
     hidden = stream.norm(hidden)

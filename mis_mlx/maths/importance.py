@@ -143,9 +143,20 @@ def group_scores(scores: np.ndarray, groups: int) -> np.ndarray:
     return np.sqrt(np.square(scores).reshape(groups, -1).sum(axis=-1))
 
 
-def lowest_blocks(block: dict[int, float], keep: int) -> tuple[int, ...]:
-    """Layers to keep, in order: those with the largest 1 - cosine; of equal ones the earlier stays."""
-    return tuple(sorted(sorted(block, key=lambda i: (-block[i], i))[:keep]))
+def lowest_blocks(block: dict[int, float], keep: int, kinds: Sequence[int] = ()) -> tuple[int, ...]:
+    """Layers to keep, in order: those with the largest 1 - cosine; of equal ones the earlier stays.
+
+    kinds: of every layer, where the j-th to be kept must be of the kind of layer j.
+    """
+    if len(set(kinds)) < 2:
+        return tuple(sorted(sorted(block, key=lambda i: (-block[i], i))[:keep]))
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *[(-np.inf, ())] * keep]  # of the first layers, j of them
+    for i in sorted(block):
+        for j in range(min(i + 1, keep), 0, -1):
+            if kinds[i] == kinds[j - 1]:
+                total, chosen = best[j - 1]
+                best[j] = max(best[j], (total + block[i], (*chosen, i)), key=lambda way: way[0])
+    return best[keep][1]
 
 
 def conditions_size(sums: Sequence[Sums], size: int, multiple: int, altitude_m: float, unit: str = "kelvin") -> int:

@@ -1,4 +1,4 @@
-"""Which axes of a llama-family model can shrink, and what tensors a config promises.
+"""Which axes of a model can shrink, and what tensors a config promises.
 
 Pure functions of the config. Does not read weights and does not import mlx_lm.
 """
@@ -57,6 +57,8 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     if of.other_biases and config.get("attention_bias"):
         tensors["self_attn.o_proj.bias"] = (s.hidden,)
     tensors["post_attention_layernorm.weight"] = (s.hidden,)
+    if of.sandwich:
+        tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
     for name, out, into in (
         ("gate_proj", s.ffn, s.hidden),
         ("up_proj", s.ffn, s.hidden),
@@ -66,6 +68,12 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         if of.other_biases and config.get("mlp_bias"):
             tensors[f"mlp.{name}.bias"] = (out,)
     return tensors
+
+
+def places(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """A number for each block: those that differ are no places for each other's, because mlx-lm counts them."""
+    period = normalised(config)[key] if (key := family(config).period) else 1
+    return tuple(int((i + 1) % period == 0) for i in range(config["num_hidden_layers"]))
 
 
 def block_of(name: str) -> int | None:
@@ -207,6 +215,9 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
     step = {"layers": 1, "ffn": FFN_MULTIPLE, "kv_heads": 1, "heads": s.kv_heads, "hidden": math.lcm(16, s.heads)}
     for axis, before in sizes.items():
         wanted = exact.get(axis)
+        if axis not in of.axes and (wanted not in (None, before) or (wanted is None and ratios.get(axis, 1) != 1)):
+            offered = ", ".join(of.axes)
+            raise MisError(f"{axis} of a {of.name} cannot be cut: {of.why}; what can be is {offered}")
         if wanted is not None:
             if not 1 <= wanted <= before:
                 raise MisError(f"--{axis} {wanted} is outside 1 to {before}, which the teacher has: choose within")
@@ -242,8 +253,9 @@ def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, .
     c = normalised(config)
     for key in ("quantization", "quantization_config", "dtype"):  # transformers 5 would believe dtype, not torch_dtype
         c.pop(key, None)
-    if c.get("layer_types"):
-        c["layer_types"] = [c["layer_types"][i] for i in layers]
+    for key in ("layer_types", family(c).kinds):
+        if c.get(key):
+            c[key] = [c[key][i] for i in layers]
     c |= {
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
@@ -253,5 +265,7 @@ def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, .
         "head_dim": shape.head_dim,
         "torch_dtype": dtype,
     }
-    c["rope_parameters"] = {"rope_type": "default", **(c.get("rope_scaling") or {}), "rope_theta": c["rope_theta"]}
+    if "full_attention" not in (rope := c.get("rope_parameters") or {}):
+        rope = {"rope_type": "default", **rope, **(c.get("rope_scaling") or {}), "rope_theta": c["rope_theta"]}
+        c["rope_parameters"] = rope
     return c

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.models import load
 from mis_mlx.models.streamed_decode import positioned
 
 
@@ -49,17 +50,17 @@ def forward(model: nn.Module, tokens: mx.array, branch: mx.array, positions: np.
     """Final hidden states (S, D) of a resident model; arguments as in `Branches`."""
     inner, order = model.model, mx.arange(tokens.shape[1])
     sees = (order[:, None] >= order[None]) & ((branch[None] == 0) | (branch[:, None] == branch[None]))
-    hidden = inner.embed_tokens(tokens)
+    hidden = load.embedded(model, tokens)
     for block in inner.layers:
-        hidden = through(block, hidden, sees, positions, getattr(model.args, "sliding_window", None))
-    return inner.norm(hidden)[0]
+        hidden = through(block, hidden, sees, positions, load.window(model.args, block))
+    return load.divided(model, inner.norm(hidden))[0]
 
 
 def through(
     block: nn.Module, hidden: mx.array, sees: mx.array, positions: np.ndarray, window: int | None = None
 ) -> mx.array:
     """hidden (1, S, D) through one block: row i looks at the rows of sees (S, S), where it stands at positions (S,)."""
-    if getattr(block, "use_sliding", False) and window is not None:
+    if window is not None:
         at = mx.array(positions)
         sees = sees & (at[:, None] < at[None] + window)
     with positioned(block, positions):
@@ -77,8 +78,8 @@ def forward_rows(model: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array
     inner, at = model.model, mx.arange(tokens.shape[1])
     same = (rows[:, :, None] == rows[:, None, :]) & (at[:, None] >= at[None])
     mask = same[:, None]  # for all heads
-    hidden = inner.embed_tokens(tokens)
+    hidden = load.embedded(model, tokens)
     for block in inner.layers:
-        slides = getattr(block, "use_sliding", False)
-        hidden = block(hidden, mask & (at[:, None] < at[None] + model.args.sliding_window) if slides else mask)
-    return inner.norm(hidden)
+        window = load.window(model.args, block)
+        hidden = block(hidden, mask if window is None else mask & (at[:, None] < at[None] + window))
+    return load.divided(model, inner.norm(hidden))

@@ -1,4 +1,4 @@
-"""A llama-family config.json: read with suspicion, checked for plausibility, spelled out in full.
+"""A config.json: read with suspicion, checked for plausibility, spelled out in full.
 
 Does not read weights, does not import mlx_lm, and knows nothing of pruning.
 """
@@ -6,7 +6,7 @@ Does not read weights, does not import mlx_lm, and knows nothing of pruning.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ ATTENTION = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that define a uniform llama-family model."""
+    """The sizes that define a uniform model."""
 
     layers: int
     hidden: int
@@ -101,7 +101,9 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
         raise MisError(f"{where}: head_dim is {head_dim}, rotary positions need an even one: this is no usable config")
     if heads % kv_heads:
         raise MisError(f"{where}: {heads} attention heads do not divide into {kv_heads} key-value heads")
-    _positive(config.get("rms_norm_eps"), "rms_norm_eps", where)
+    of = family(config)
+    for key in ("rms_norm_eps", *of.numbers, *filter(config.get, (of.embedding_scale, of.logit_divisor))):
+        _positive(spelled_out(config).get(key), key, where)
     _check_positions(config, where)
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if config.get(key) not in (None, True, False):
@@ -113,12 +115,19 @@ def _positive(value: Any, key: str, where: Path) -> None:
         raise MisError(f"{where}: {key} is {value!r}, a number above 0 was expected")
 
 
-def _check_positions(config: Mapping[str, Any], where: Path) -> None:
-    """What says where a token stands: rotary settings, and which layers see only a sliding window."""
+def _ropes(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, rotary settings) of all that a config has: by kind of attention, where a family has two."""
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)
-        if rope is None:
-            continue
+        if isinstance(rope, Mapping) and set(rope) == ATTENTION:
+            yield from ((f"{key}.{kind}", rope[kind]) for kind in sorted(ATTENTION))
+        elif rope is not None:
+            yield key, rope
+
+
+def _check_positions(config: Mapping[str, Any], where: Path) -> None:
+    """What says where a token stands."""
+    for key, rope in _ropes(config):
         kind = rope.get("type") or rope.get("rope_type", "default") if isinstance(rope, Mapping) else None
         if kind not in ROPE_NEEDS:
             raise MisError(f"{where}: {key} is {rope!r}, supported are the types {', '.join(ROPE_NEEDS)}")
@@ -128,13 +137,37 @@ def _check_positions(config: Mapping[str, Any], where: Path) -> None:
             _positive(rope["rope_theta"], f"{key}.rope_theta", where)
     if config.get("rope_theta") is not None:
         _positive(config["rope_theta"], "rope_theta", where)
-    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    _check_kinds(config, where)
+
+
+def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
+    """What kind each block is of: windowed or not, with positions or not."""
+    layers, types, of = config["num_hidden_layers"], config.get("layer_types"), family(config)
+    kinds = config.get(of.kinds)
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers or set(map(str, kinds)) - {"0", "1"}):
+        raise MisError(f"{where}: {of.kinds} must be a list of {layers}, each 0 or 1")
+    if of.period:
+        _whole(spelled_out(config), of.period, 1, 1000, where)
     if types is None:
         return
     if not isinstance(types, list) or len(types) != layers or set(map(str, types)) - ATTENTION:
         raise MisError(f"{where}: layer_types must be a list of {layers}, each of {' or '.join(sorted(ATTENTION))}")
     if "sliding_attention" in types:
         _whole(config, "sliding_window", 1, 2**31 - 1, where)
+
+
+def spelled_out(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with what a family's own keys are where the file leaves them out, or has them in another place."""
+    c = dict(config)
+    if family(c).kinds == "no_rope_layers" and c.get("no_rope_layers") is None:
+        interval = c.get("no_rope_layer_interval") or 4
+        c["no_rope_layers"] = [int((i + 1) % interval != 0) for i in range(c["num_hidden_layers"])]
+    if family(c).period:
+        ropes = c.get("rope_parameters") or {}
+        local = ropes.get("sliding_attention", {}).get("rope_theta", 10_000.0)
+        c.setdefault("rope_local_base_freq", local)
+        c.setdefault("sliding_window_pattern", c.get("_sliding_window_pattern", 6))
+    return c
 
 
 def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,8 +177,9 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     silently fall back to theta 10000. An absent `tie_word_embeddings` means tied to mlx-lm's llama and
     untied to transformers; transformers wrote the file, so its reading counts.
     """
-    c = dict(config)
+    c = spelled_out(config)
     rope = c.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
     if c.get("rope_theta") is None:
         c["rope_theta"] = rope.get("rope_theta", family(c).rope_theta)
     if c.get("rope_scaling") is None and rope.get("rope_type", "default") != "default":
@@ -154,7 +188,7 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
         c["num_key_value_heads"] = c["num_attention_heads"]
     if c.get("head_dim") is None:
         c["head_dim"] = c["hidden_size"] // c["num_attention_heads"]
-    c["tie_word_embeddings"] = bool(c.get("tie_word_embeddings", False))
+    c["tie_word_embeddings"] = bool(c.get("tie_word_embeddings", family(c).tied))
     return c
 
 

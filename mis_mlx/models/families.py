@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+ALL = ("layers", "ffn", "heads", "kv_heads", "hidden")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -16,21 +18,52 @@ class Family:
 
     name: str  # the model_type
     mlx: str  # the module of mlx_lm.models
-    gguf: str  # the architecture of llama.cpp
+    gguf: str = ""  # the architecture of llama.cpp; none: exported as a Hugging Face folder only
+    block: str = ""  # the module that has its TransformerBlock, where that is another one
     qkv_bias: bool | None = None  # None: as the config's attention_bias says
     other_biases: bool = True  # o_proj by attention_bias, the MLP by mlp_bias: those of other families have none
     head_norms: bool = False  # RMSNorm of every query and key head
+    sandwich: bool = False  # RMSNorm behind attention and MLP too, so that no output is linear in down_proj
+    gain_offset: float = 0.0  # norms multiply by their weights and this much more
+    tied: bool = False  # where the config does not say
     rope_theta: float = 10_000.0  # where the config has none
     heads_fill_hidden: bool = True  # transformers demands that heads divide the hidden size
     head_dim_follows: bool = False  # head_dim is hidden / heads, whatever the config says: neither is cut alone
+    float16: bool = True  # holds its activations, as far as is known
+    scaled_queries: bool = False  # by their positions: its blocks take one argument more
+    kinds: str = ""  # the config's key with a kind for every block, beside layer_types: cut along with the blocks
+    period: str = ""  # the config's key of the period in which blocks differ by their place, which mlx-lm counts
+    embedding_scale: str = ""  # the config's key, or "sqrt": of the hidden size
+    logit_divisor: str = ""  # the config's key of what logits are divided by
+    numbers: tuple[str, ...] = ()  # further keys that the config must have, numbers above 0
+    axes: tuple[str, ...] = ALL
+    why: str = ""  # the others are not offered
 
 
 ROWS = (
     Family("llama", "llama", "llama"),
     Family("mistral", "llama", "llama"),
-    Family("qwen2", "qwen2", "qwen2", True, other_biases=False, rope_theta=1_000_000.0, head_dim_follows=True),
-    Family("qwen3", "qwen3", "qwen3", False, other_biases=False, head_norms=True, heads_fill_hidden=False),
-)
+    Family("qwen2", "qwen2", "qwen2", qkv_bias=True, other_biases=False, rope_theta=1e6, head_dim_follows=True),
+    Family("qwen3", "qwen3", "qwen3", qkv_bias=False, other_biases=False, head_norms=True, heads_fill_hidden=False),
+    # Every fourth block has no rotary positions; llama.cpp counts them by place, so a cut student is no such GGUF.
+    Family("smollm3", "smollm3", block="llama", kinds="no_rope_layers", tied=True),
+    # Queries grow with the logarithm of the position.
+    Family(
+        "ministral3", "ministral3", scaled_queries=True, qkv_bias=False, other_biases=False, rope_theta=1e6,
+        heads_fill_hidden=False,
+    ),
+    Family(
+        "granite", "granite", embedding_scale="embedding_multiplier", logit_divisor="logits_scaling",
+        head_dim_follows=True, numbers=("residual_multiplier", "attention_multiplier"),
+    ),
+    Family(
+        "gemma3_text", "gemma3_text", qkv_bias=False, other_biases=False, head_norms=True, sandwich=True,
+        gain_offset=1.0, tied=True, rope_theta=1e6, heads_fill_hidden=False, float16=False,
+        period="sliding_window_pattern", embedding_scale="sqrt",
+        numbers=("rope_local_base_freq", "query_pre_attn_scalar"), axes=("layers", "ffn", "heads", "kv_heads"),
+        why="its blocks have norms behind attention and MLP, through which channels cannot be ranked or rotated",
+    ),
+)  # fmt: skip
 FAMILIES = {row.name: row for row in ROWS}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mis_mlx.maths import lookup, rounding
 from mis_mlx.models import arch, policy, tokenizer_check
 from mis_mlx.models.config import normalised, read_config, shape_of
-from mis_mlx.models.families import family
+from mis_mlx.models.families import Family, family
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError
 
@@ -38,19 +38,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     checkpoint = Checkpoint(folder, config, safetensors.index(folder))
     arch.check_tensors(checkpoint)
     return checkpoint
-
-
-def labels(folders: Sequence[str | Path], taken: tuple[str, ...] = ()) -> list[str]:
-    """What to call each folder in a table: the end of its path, as long as it takes to be like no other."""
-
-    def name(path: Path) -> str:
-        others = [*map(Path, taken), *(Path(f) for f in folders if Path(f) != path)]
-        for count in range(1, len(path.parts) + 1):
-            if all(path.parts[-count:] != other.parts[-count:] for other in others):
-                return str(Path(*path.parts[-count:]))
-        return str(path)
-
-    return [name(Path(folder)) for folder in folders]
 
 
 def mlx_lm(module: str) -> ModuleType:
@@ -127,11 +114,7 @@ def model_args(config: Mapping[str, Any]) -> Any:
 
 def block(checkpoint: Checkpoint, i: int, args: Any, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """mlx-lm's transformer block `i` with its weights, lazy. `raw` as in `weights`."""
-    module = _model_module(checkpoint.config)
-    sliding = {}
-    if getattr(args, "layer_types", None):
-        sliding["use_sliding"] = args.layer_types[i] == "sliding_attention"
-    made = module.TransformerBlock(args=args, **sliding)
+    made = _new_block(family(checkpoint.config), args, i)
     prefix = f"model.layers.{i}."
     _quantize(made, prefix, checkpoint)
     made.load_weights(weights(checkpoint, prefix, dtype, raw))
@@ -139,10 +122,64 @@ def block(checkpoint: Checkpoint, i: int, args: Any, dtype: mx.Dtype, raw: Raw |
     return made
 
 
+def _new_block(of: Family, args: Any, i: int) -> nn.Module:
+    """Block `i` as mlx-lm makes it, of random weights; called with (x, mask, cache)."""
+    module = mlx_lm(f"models.{of.block or of.mlx}")
+    if of.period:
+        return module.TransformerBlock(args=args, layer_idx=i)
+    types = getattr(args, "layer_types", None)
+    made = module.TransformerBlock(args=args, **({"use_sliding": types[i] == "sliding_attention"} if types else {}))
+    if of.kinds and not getattr(args, of.kinds)[i]:
+        made.self_attn.rope = _model_module({"model_type": of.name}).NoPE()
+    return _uniform(made) if of.scaled_queries else made
+
+
+def window(args: Any, made: nn.Module) -> int | None:
+    """How many tokens back this block sees; None: all."""
+    slides = getattr(made, "use_sliding", False) or getattr(made.self_attn, "is_sliding", False)
+    return args.sliding_window if slides else None
+
+
 def mask(args: Any, made: nn.Module, hidden: mx.array) -> Any:
     """The attention mask mlx-lm itself would give this block for `hidden` (B, T, D)."""
-    window = args.sliding_window if getattr(made, "use_sliding", False) else None
-    return mlx_lm("models.base").create_attention_mask(hidden, None, window_size=window)
+    return mlx_lm("models.base").create_attention_mask(hidden, None, window_size=window(args, made))
+
+
+class Divided(nn.Module):
+    """A norm whose output is divided, in place of the logits that are made of it."""
+
+    def __init__(self, inner: nn.Module, divisor: float):
+        super().__init__()
+        self.inner, self._divisor = inner, divisor
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (..., D) -> (..., D)."""
+        normed: mx.array = self.inner(x)
+        return normed / self._divisor
+
+
+def _divisor(config: Mapping[str, Any]) -> float:
+    key = family(config).logit_divisor
+    return float(config.get(key) or 1.0) if key else 1.0
+
+
+def embedding_scale(config: Mapping[str, Any], dtype: mx.Dtype) -> mx.array | None:
+    """What the embedding is multiplied by on its way into the first block, as mlx-lm does it; None: nothing."""
+    key = family(config).embedding_scale
+    if key == "sqrt":
+        return mx.array(config["hidden_size"] ** 0.5, mx.bfloat16).astype(dtype)
+    return mx.array(float(config[key]), dtype) if key and config.get(key) else None
+
+
+def _uniform(made: nn.Module) -> nn.Module:
+    """A block that may be called like every other one: without what its queries grow by, which it works out itself."""
+
+    class Block(type(made)):  # type: ignore[misc]
+        def __call__(self, x: mx.array, *given: Any, cache: Any = None) -> mx.array:
+            return super().__call__(x, *(given if len(given) > 1 else (None, *given)), cache=cache)
+
+    made.__class__ = Block
+    return made
 
 
 def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
@@ -159,9 +196,10 @@ def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """The last RMSNorm, lazy. `raw` as in `weights`."""
     s = shape_of(checkpoint.config)
-    made = nn.RMSNorm(s.hidden, eps=checkpoint.config["rms_norm_eps"])
+    kind = _model_module(checkpoint.config).RMSNorm if family(checkpoint.config).gain_offset else nn.RMSNorm
+    made = kind(s.hidden, eps=checkpoint.config["rms_norm_eps"])
     made.load_weights(weights(checkpoint, NORM, dtype, raw))
-    return made
+    return made if (divisor := _divisor(checkpoint.config)) == 1.0 else Divided(made, divisor)
 
 
 def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
@@ -200,10 +238,32 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     args = model_args(checkpoint.config)
     made = _model_module(checkpoint.config).Model(args)
     made.model.embed_tokens = Embedding(*made.model.embed_tokens.weight.shape)
+    named = weights(checkpoint, "", dtype)
+    made.sanitize(dict(named))  # Gemma finds out in there whether it has a head
     _quantize(made, "", checkpoint)
-    made.load_weights(weights(checkpoint, "", dtype))
+    made.load_weights(named)
     made.eval()
+    if family(checkpoint.config).scaled_queries:
+        made.model.layers = [_uniform(block) for block in made.model.layers]
+    made._embedding_scale = embedding_scale(checkpoint.config, dtype)  # for `embedded`
     return made
+
+
+def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
+    """What goes into the first block (B, T, D) of a model that `resident` has made."""
+    rows: mx.array = model.model.embed_tokens(tokens)
+    return rows if model._embedding_scale is None else rows * model._embedding_scale
+
+
+def hidden_of(model: nn.Module, tokens: mx.array) -> mx.array:
+    """Final hidden states (B, T, D) of a resident model, ready for its head."""
+    return divided(model, model.model(tokens))
+
+
+def divided(model: nn.Module, hidden: mx.array) -> mx.array:
+    """Normed hidden states, divided by what the model divides its logits by."""
+    divisor = getattr(model, "logits_scaling", 1.0)
+    return hidden if divisor == 1.0 else hidden / divisor
 
 
 def head_name(model: nn.Module) -> str:

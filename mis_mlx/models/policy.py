@@ -13,6 +13,7 @@ from typing import Literal
 
 import mlx.core as mx
 
+from mis_mlx.models.families import family
 from mis_mlx.types import Checkpoint, MisError
 
 POLICY = "MIS_MLX_POLICY"  # in the environment, so child processes inherit it
@@ -66,4 +67,6 @@ def compute_dtype(model: Checkpoint) -> mx.Dtype:
         return usual_dtype()
     from mis_mlx.models import float16_range  # which streams the model, as this policy says
 
+    if not family(model.config).float16:
+        return mx.bfloat16
     return mx.bfloat16 if float16_range.overflows(model) else usual

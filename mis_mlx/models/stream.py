@@ -201,6 +201,7 @@ class Stream:
         """
         hidden = [] if hidden is None else hidden
         tensors = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(load.EMBEDDING)}
+        scale = load.embedding_scale(self.checkpoint.config, self.dtype)
         for tokens in batches:
             ids, inverse = np.unique(np.array(tokens), return_inverse=True)
             raw = {name: self._rows(t, ids) for name, t in tensors.items()}
@@ -208,6 +209,7 @@ class Stream:
                 load.embedding(self.checkpoint, self.dtype, raw), f"{self.checkpoint.path}: {load.EMBEDDING}"
             )
             out = table(mx.array(inverse.reshape(tokens.shape).astype(np.int32)))
+            out = out if scale is None else out * scale
             mx.eval(out)
             hidden.append(out)
         return hidden

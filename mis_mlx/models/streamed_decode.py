@@ -166,7 +166,7 @@ class Context:
         before, window = len(self._positions) - len(positions), getattr(self.stream.args, "sliding_window", None)
         near = sees & (self._positions > positions[:, None] - window) if window else sees
         for (_, block), cache in zip(self.stream.blocks(), self._keys, strict=True):
-            mask, done = near if getattr(block, "use_sliding", False) else sees, []
+            mask, done = near if load.window(self.stream.args, block) else sees, []
             for a in range(0, len(positions), ROWS):
                 part = hidden[:, a : a + ROWS]
                 seen = mx.array(mask[a : a + ROWS, : before + a + part.shape[1]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mis_mlx.models.families import family
 from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import Model
 from mis_mlx.planner.recipe import Rounding
@@ -74,7 +75,7 @@ def job_of(teacher: Model, student: Model, asked: Any) -> Job:
         asked.grad_accumulation_steps,
         asked.max_seq_length,
         asked.num_samples,
-        asked.reconstruct_samples,
+        0 if family(student.config).sandwich else asked.reconstruct_samples,
         asked.eval_windows,
         asked.save_every,
         asked.targets,

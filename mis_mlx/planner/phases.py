@@ -93,8 +93,8 @@ def resident(job: Job, micro: int, limit: int) -> Phase:
 
 
 def tune(job: Job, micro: int, limit: int, iters: int) -> Phase:
-    """The packed student whole in memory, its scales learning (quantization/grid): integers, these and values as floats
-    for the way back, and one block's gradient."""
+    """The packed student whole in memory, its scales learning (quantization/grid): integers; these and values as floats
+    for the way back, in every lane; and one block's gradient."""
     m, s = job.student, job.student.shape
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
     nbytes = quantized_size.packed_bytes(m, job.rounding)
@@ -102,7 +102,7 @@ def tune(job: Job, micro: int, limit: int, iters: int) -> Phase:
         s.vocab, micro * job.length, bool(job.host_lanes)
     )
     work = estimates.activation_bytes(m.config, micro, job.length)
-    peak = ((1 + 2 * 4) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
+    peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
     plain = Phase("tune", nbytes, nbytes, peak, 0.0, True)
     return _taught(job, plain, micro, limit, iters, trained)
 

@@ -97,7 +97,7 @@ def refit(
     Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it; without that
     the first token of a window, a hundred times longer than the rest, would be all that counts.
     """
-    linear = block.mlp.down_proj
+    linear, share = block.mlp.down_proj, getattr(block, "residual_multiplier", 1.0)  # of its output that is added
     block.mlp.down_proj = tap = stream.Tap(linear)
     outputs, inputs = linear.weight.shape
     fit = NormalEquations(inputs, outputs)
@@ -105,7 +105,7 @@ def refit(
     def products(into: mx.array, want: mx.array) -> tuple[mx.array, ...]:
         out = block(into, load.mask(args, block, into))
         goal = narrow(want, columns).astype(mx.float32).reshape(-1, outputs)
-        missing = goal - out.astype(mx.float32).reshape(-1, outputs)
+        missing = (goal - out.astype(mx.float32).reshape(-1, outputs)) / share
         weight = 1.0 / mx.maximum(mx.sqrt(mx.square(goal).mean(axis=-1)), 1e-6)
         return fit.products(tap.take().reshape(-1, inputs), missing, weight)
 

@@ -102,7 +102,7 @@ def _size_by_conditions(statistics: Statistics, cut: Cut, used: str, layers: tup
 def choose(config: Mapping[str, Any], statistics: Statistics, cut: Cut) -> tuple[Shape, Keep]:
     """The student's shape and who stays, with a report of how AAIS and plain importance differ."""
     shape, before = wanted_shape(config, cut), shape_of(config)
-    layers = importance.lowest_blocks(statistics.block, shape.layers)
+    layers = importance.lowest_blocks(statistics.block, shape.layers, arch.places(config))
     scores, used = ranking(statistics, cut)
     if cut.target == "conditions":
         shape = replace(shape, ffn=_size_by_conditions(statistics, cut, used, layers, shape.ffn))

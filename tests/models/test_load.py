@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mis_mlx.models import load
+from mis_mlx.models import load, resolve
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
@@ -67,7 +67,7 @@ def test_mlx_lm_leaves_the_process_as_it_was() -> None:
     code = """
 import resource
 before = resource.getrlimit(resource.RLIMIT_NOFILE)
-from mis_mlx.models import load
+from mis_mlx.models import load, resolve
 import sys
 assert "mlx_lm" not in sys.modules, "imported before it is needed"
 load.mlx_lm("utils")
@@ -119,8 +119,8 @@ def test_a_missing_shard_is_refused_at_the_door(tmp_path: Path, llama: Checkpoin
 
 def test_labels_are_the_shortest_ends_of_paths_that_differ() -> None:
     """`distilled/model` and `grpo/model`, not two long paths; a name that is taken gets its parent too."""
-    assert load.labels(["runs/a/pruned", "runs/a/distilled/model", "runs/a/grpo/model"]) == [
+    assert resolve.labels(["runs/a/pruned", "runs/a/distilled/model", "runs/a/grpo/model"]) == [
         "pruned", "distilled/model", "grpo/model",
     ]  # fmt: skip
-    assert load.labels(["x/teacher"], ("teacher",)) == ["x/teacher"]
-    assert load.labels(["x/m", "x/m"]) == ["m", "m"]
+    assert resolve.labels(["x/teacher"], ("teacher",)) == ["x/teacher"]
+    assert resolve.labels(["x/m", "x/m"]) == ["m", "m"]

@@ -1,0 +1,157 @@
+"""Every family of the table: what stock mlx_lm computes, streamed and whole, forwards and backwards, and cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx import distill, prune
+from mis_mlx.distillation import live_teacher
+from mis_mlx.models import arch, load, stream
+from mis_mlx.models.config import check_config, normalised
+from mis_mlx.models.families import FAMILIES
+from mis_mlx.types import Batch, Checkpoint, MisError
+from tests import tiny
+
+Models = Callable[[str], Checkpoint]
+
+
+def stock_of(folder: Path) -> nn.Module:
+    """As mlx_lm opens it."""
+    model: nn.Module = load.mlx_lm("utils").load(str(folder))[0]
+    return model
+
+
+def streamed(checkpoint: Checkpoint, tokens: mx.array) -> mx.array:
+    """Logits (B, T, V), block by block."""
+    source = stream.Stream(checkpoint, mx.float32)
+    return load.logits(source.head(), source.forward([tokens])[0])
+
+
+def test_every_row_has_a_tiny_model() -> None:
+    """A row without a parity test is no row."""
+    kinds = {config.get("model_type", "llama") for config in (*tiny.KINDS.values(), *tiny.FAMILIES.values())}
+    assert kinds == set(FAMILIES)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], kind: str) -> None:
+    """Hidden states equal to the last bit; logits are stock mlx_lm's to 1e-5 of the largest."""
+    ours, stock = load.resident(models(kind), mx.float32), stock_of(models(kind).path)
+    source = stream.Stream(models(kind), mx.float32)
+    for tokens, hidden in zip(batches, source.forward(batches), strict=True):
+        assert mx.array_equal(hidden, load.hidden_of(ours, tokens))
+        theirs = stock(tokens)
+        for z in (load.logits(source.head(), hidden), ours(tokens), hidden @ load.head_weight(ours).T):
+            assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_path: Path) -> None:
+    """The distillation step's, by numpy and in one graph, against autodiff of mlx_lm's own forward pass."""
+    seven = load.open_checkpoint(tiny.make(tmp_path / "teacher", seed=7, **tiny.FAMILIES[kind]))
+    student, teacher = load.resident(models(kind), mx.float32), live_teacher.Teacher(seven)
+    student.train()
+    tokens, learn = mx.random.randint(0, 512, (2, 12), key=mx.random.key(3)), mx.ones((2, 12))
+    (batch,) = teacher.micro_batches([Batch(tokens, learn)])
+    stock, wise = stock_of(models(kind).path), stock_of(seven.path)(tokens)
+
+    def plain(model: nn.Module) -> mx.array:
+        z, p = nn.log_softmax(model(tokens), axis=-1), nn.log_softmax(wise, axis=-1)
+        return (mx.exp(p) * (p - z)).sum()
+
+    loss, want = nn.value_and_grad(stock, plain)(stock)
+    named = dict(tree_flatten(want))
+    found = teacher.gradient_of(student)
+    assert found is not None
+    for (value, _), gradients in (
+        found(*batch),
+        nn.value_and_grad(student, live_teacher.loss_of(teacher))(student, *batch),
+    ):
+        assert abs(value.item() - loss.item()) <= 1e-4 * abs(loss.item())
+        ours = dict(tree_flatten(gradients))
+        assert ours.keys() == named.keys()
+        for name, gradient in ours.items():
+            most = mx.abs(named[name]).max().item()
+            assert mx.abs(gradient - named[name]).max().item() <= 2e-4 * most + 1e-7, name
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_cut_along_every_axis_it_opens_in_stock(models: Models, kind: str, tmp_path: Path, text_folder: Path) -> None:
+    """Blocks, neurons, heads, groups, channels, as far as the family offers them: kinds stay with their blocks, and
+    streamed, resident and stock agree on the student."""
+    offered, before = FAMILIES[kind].axes, models(kind).config
+    sizes: dict[str, Any] = {"layers": 4, "ffn": 512, "hidden": 32, "heads": 2, "kv_heads": 1}
+    if FAMILIES[kind].head_dim_follows:
+        sizes |= {"heads": None, "kv_heads": None, "hidden": None}
+    if kind == "gemma3_text":
+        sizes["kv_heads"] = None
+    asked = {axis: n for axis, n in sizes.items() if axis in offered}
+    prune.run(prune.Settings(
+        model=str(models(kind).path), mlx_path=str(tmp_path / "cut"), scenario="none", data=str(text_folder),
+        num_samples=2, max_seq_length=16, dtype="float32", hidden_by="importance", **asked,
+    ))  # fmt: skip
+    student = load.open_checkpoint(tmp_path / "cut")
+    kept = json.loads((student.path / "keep.json").read_text())["layers"]
+    assert len(kept) == 4 and [arch.places(before)[i] for i in kept] == list(arch.places(student.config))
+    for key in ("layer_types", "no_rope_layers"):
+        if normalised(before).get(key):
+            assert student.config[key] == [normalised(before)[key][i] for i in kept]
+    tokens = mx.random.randint(0, 512, (1, 20), key=mx.random.key(5))
+    theirs = stock_of(student.path)(tokens)
+    assert mx.abs(streamed(student, tokens) - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item() + 1e-6
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: Path) -> None:
+    """`distill` with its defaults at a small size: every folder opens in stock mlx_lm, and training lowers the KL."""
+    result = distill.run(distill.Settings(
+        teacher=str(models(kind).path), data=str(text_folder), out=str(tmp_path / "run"), iters=12, num_samples=2,
+        max_seq_length=32, eval_windows=2, reconstruct_samples=3, bench_tokens=2, learning_rate=1e-4, warmup=1,
+        q_iters=2, q_group_size=32, layers=5, ffn=512, scenario="none",
+    ))  # fmt: skip
+    for name in ("pruned", "distilled", "model"):
+        assert np.isfinite(np.array(stock_of(tmp_path / "run" / name)(mx.array([[1, 2, 3]])).astype(mx.float32))).all()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert min(losses[6:]) < losses[0] and result["nll_quantized"] is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "said"),
+    [
+        ("gemma3_text", {"hidden": 32}, "hidden of a gemma3_text cannot be cut: its blocks have norms behind"),
+        ("gemma3_text", {"scenario": "baca"}, "hidden of a gemma3_text cannot be cut"),
+        ("granite", {"heads": 2, "scenario": "none"}, "a granite cannot change hidden"),
+    ],
+)
+def test_an_axis_that_is_not_safe(models: Models, kind: str, flags: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """One sentence that says why, before anything is read."""
+    with pytest.raises(MisError, match=said):
+        prune.run(prune.Settings(model=str(models(kind).path), mlx_path=str(tmp_path / "x"), **flags))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of 7"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ("gemma3_text", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar is None"),
+        ("granite", {"logits_scaling": -1}, "logits_scaling is -1"),
+        ("granite", {"residual_multiplier": "x"}, "residual_multiplier is 'x'"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "odd"}, "sliding_attention": {}}}, "odd"),
+    ],
+)
+def test_what_a_family_needs_is_asked_for(kind: str, change: dict[str, Any], said: str) -> None:
+    """A config without it is one sentence."""
+    with pytest.raises(MisError, match=said):
+        check_config({**tiny.CONFIG, **tiny.FAMILIES[kind], **change}, Path("config.json"))
