@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -240,9 +239,9 @@ def run(settings: Settings) -> dict[str, Any]:
         at = roofline.here(settings.measure)
         first = weather.reading()
         conditions = {"before": _conditions(first)}
-        with closing(energy.EnergyMeter(weather.monitor)) as meter:
-            idle = _idle(meter, first)
-            bench.go(meter if idle else None)
+        meter = energy.EnergyMeter(weather.monitor)
+        idle = _idle(meter, first)
+        bench.go(meter if idle else None)
         conditions["after"] = _conditions(weather.reading())
     hot = [f"{when}: {seen['unfit']}" for when, seen in conditions.items() if seen["unfit"]]
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mis_mlx.hardware.clock import VirtualClock
-from mis_mlx.hardware.thermal.recording import Header, Raw, Recorder
+from mis_mlx.hardware.thermal.recording import Header, Raw, recorder
 from mis_mlx.types import Reading
 
 TICK_S = 0.1
@@ -150,9 +150,9 @@ HALNY_HEADER = Header(model="simulated MacBookAir10,1", chip="Apple M1", altitud
 
 def write_halny(path: Path) -> None:
     """The recording, line for line as it lies in tests/data."""
-    with Recorder(path, HALNY_HEADER) as recorder:
+    with recorder(path, HALNY_HEADER) as add:
         for look in halny():
-            recorder.add(look)
+            add(look)
 
 
 if __name__ == "__main__":

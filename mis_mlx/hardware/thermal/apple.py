@@ -9,33 +9,21 @@ import plistlib
 import subprocess
 from collections.abc import Callable, Mapping
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p, create_string_buffer
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from mis_mlx.hardware.thermal.apple_frameworks import Frameworks, foreign, load
 from mis_mlx.hardware.thermal.apple_hid import Hid
 from mis_mlx.hardware.thermal.apple_smc import Smc
-from mis_mlx.hardware.thermal.recording import Rows
+from mis_mlx.hardware.thermal.recording import Raw, Rows
 
 # TCMb and TCMz, the firmware's own die average and hottest spot, exist from M1 on; per-core keys "park".
 KEYS = ("TCMb", "TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "TPMP", "Ts0P", "Ts1P", "TsOP", "PSTR", "FNum")
 PRESSURE_NAME = b"com.apple.system.thermalpressurelevel"
-IOREG_EVERY_LOOKS = 60  # `ioreg` starts a process (20 ms) and is only a cross-check
-IOREG_FIELDS = ("Temperature", "VirtualTemperature", "Amperage", "Voltage", "IsCharging", "ExternalConnected")
+IOREG_EVERY_LOOKS = 60  # `ioreg` starts a process (20 ms)
+IOREG_FIELDS = ("Amperage", "Voltage")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class AppleLook:
-    """What answered this time; `missing` says why the rest did not."""
-
-    hid: Rows = ()
-    smc: Mapping[str, str] = field(default_factory=dict)
-    pressure: int | None = None
-    ioreg: Mapping[str, int] = field(default_factory=dict)
-    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 class Pressure:
@@ -99,8 +87,8 @@ class Apple:
             self._refused["SMC"] = str(error)
             return ()
 
-    def look(self) -> AppleLook:
-        """Read everything once; a mechanism that fails this time is missing this time."""
+    def look(self, mono_s: float, wall_s: float) -> Raw:
+        """Read everything once, at these times; a mechanism that fails this time is missing this time."""
         missing = dict(self._refused)
 
         def attempt(name: str, read: Callable[[], T], nothing: T) -> T:
@@ -110,41 +98,31 @@ class Apple:
                 missing[name] = str(error)
                 return nothing
 
-        hid: Rows = attempt("IOHID", self._read_hid, ())
+        hid: Rows = attempt("IOHID", self.hid.read, ()) if self.hid else ()
         smc: dict[str, str] = attempt("SMC", self._read_keys, {})
         pressure = attempt("pressure", self.pressure.read, None) if self.pressure else None
         if self._looks % IOREG_EVERY_LOOKS == 0:
             self._ioreg = attempt("ioreg", read_ioreg, {})
         self._looks += 1
-        return AppleLook(hid, smc, pressure, self._ioreg, missing)
-
-    def _read_hid(self) -> Rows:
-        return tuple(self.hid.read()) if self.hid else ()
+        return Raw(mono_s, wall_s, hid, smc=smc, ioreg=self._ioreg, missing=missing, pressure=pressure)
 
     def _read_keys(self) -> dict[str, str]:
         answers = {key: self.smc.read(key) for key in self._keys} if self.smc else {}
         return {key: f"{a[0]}:{a[1].hex()}" for key, a in answers.items() if a is not None}
 
     def system(self, name: str) -> str | None:
-        """A text `sysctl`, such as "hw.model"; `None` when it has no such name."""
-        return sysctl(self.libraries, name)
+        """A text `sysctl`, such as "hw.model" or "kern.osversion"; `None` when it has no such name."""
+        types = (c_int, c_char_p, c_void_p, POINTER(c_size_t), c_void_p, c_size_t)
+        buffer, size = create_string_buffer(256), c_size_t(256)
+        if foreign(self.libraries.system, "sysctlbyname", *types)(name.encode("ascii"), buffer, byref(size), None, 0):
+            return None
+        return buffer.value.decode("utf8", "replace")
 
     def close(self) -> None:
         """Close what was opened, and only that: another run may sample at the same time."""
         for mechanism in (self.hid, self.smc, self.pressure):
             if mechanism is not None:
                 mechanism.close()
-
-
-def sysctl(libraries: Frameworks, name: str) -> str | None:
-    """The text value of `name`: "hw.model", "kern.osversion", "machdep.cpu.brand_string"."""
-    by_name = foreign(
-        libraries.system, "sysctlbyname", c_int, c_char_p, c_void_p, POINTER(c_size_t), c_void_p, c_size_t
-    )
-    buffer, size = create_string_buffer(256), c_size_t(256)
-    if by_name(name.encode("ascii"), buffer, byref(size), None, 0):
-        return None
-    return buffer.value.decode("utf8", "replace")
 
 
 def read_ioreg(program: str = "/usr/sbin/ioreg") -> dict[str, int]:

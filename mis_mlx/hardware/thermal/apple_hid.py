@@ -11,6 +11,7 @@ from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_long, c_uint8,
 from typing import Any
 
 from mis_mlx.hardware.thermal.apple_frameworks import UTF8, Frameworks, foreign
+from mis_mlx.hardware.thermal.recording import Rows
 
 APPLE_VENDOR_PAGE = 0xFF00
 TEMPERATURE_USAGE = 5
@@ -62,14 +63,14 @@ class Hid:
         for owned in (wanted, *keys, *values):
             self._release(owned)
 
-    def read(self) -> list[tuple[str, float]]:
+    def read(self) -> Rows:
         """`(name, value)` of every thermometer that answers; takes 20 to 50 ms. Names repeat."""
         services = self._copy_services(self._client)
         if not services:
-            return []
+            return ()
         try:
             rows = (self._row(self._item(services, i)) for i in range(self._count(services)))
-            return [row for row in rows if row is not None]
+            return tuple(row for row in rows if row is not None)
         finally:
             self._release(services)
 

@@ -8,25 +8,13 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterator
-from ctypes import POINTER, byref, c_char_p, c_int32, c_size_t, c_uint8, c_uint16, c_uint32, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int32, c_size_t, c_uint8, c_uint32, c_void_p
 
 from mis_mlx.hardware.thermal.apple_frameworks import Frameworks, foreign
 
 HANDLE_EVENT = 2  # kSMCHandleYPCEvent
 READ_BYTES, KEY_BY_INDEX, KEY_INFO = 5, 8, 9
 KEYS_ENDPOINT = b"AppleSMCKeysEndpoint"
-
-
-class Version(ctypes.Structure):
-    """Part of `KeyData` that is never used."""
-
-    _fields_ = (("numbers", c_uint8 * 4), ("release", c_uint16))
-
-
-class Limits(ctypes.Structure):
-    """Part of `KeyData` that is never used."""
-
-    _fields_ = (("version", c_uint16), ("length", c_uint16), ("limits", c_uint32 * 3))
 
 
 class KeyInfo(ctypes.Structure):
@@ -41,8 +29,7 @@ class KeyData(ctypes.Structure):
 
     _fields_ = (
         ("key", c_uint32),
-        ("version", Version),
-        ("limits", Limits),
+        ("version_and_limits", c_uint8 * 24),  # never used here
         ("info", KeyInfo),
         ("result", c_uint8),
         ("status", c_uint8),

@@ -119,8 +119,6 @@ def _battery(hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Ra
     for key in ("TB0T", "TB1T", "TB2T"):
         if (value := _within(smc.get(key), -20, 90)) is not None:
             return value, f"SMC {key}"
-    if "Temperature" in raw.ioreg:
-        return _within(gauge_celsius(raw.ioreg["Temperature"]), -20, 90), "ioreg AppleSmartBattery"
     pack = [(v, n) for n, v in raw.linux if LINUX_BATTERY.match(n) and _within(v, -20, 90) is not None]
     return max(pack, default=(None, ""))
 
@@ -129,16 +127,6 @@ def _palm(smc: dict[str, float | None]) -> tuple[float | None, str]:
     """Ts1P on M1, TsOP (letter O) on M2, where Ts0P belongs to the die: so the coolest of the three."""
     seen = [(v, f"SMC {k}") for k in ("Ts1P", "Ts0P", "TsOP") if (v := _within(smc.get(k), -30, 60)) is not None]
     return min(seen, default=(None, ""))
-
-
-def gauge_celsius(raw: int, near_c: float | None = None) -> float:
-    """`ioreg`'s battery temperature. Apple silicon counts hundredths of a degree Celsius, some gauges
-    tenths or hundredths of a kelvin; the first two scales meet at 3035 (30.35 °C), so the number alone
-    cannot tell: `near_c`, another sensor of the same battery, decides."""
-    if raw > 20000:
-        return raw / 100 - 273.15
-    scales = (raw / 100, raw / 10 - 273.15)
-    return scales[0] if near_c is None else min(scales, key=lambda celsius: abs(celsius - near_c))
 
 
 def charging_watts(ioreg: Mapping[str, int]) -> float | None:
