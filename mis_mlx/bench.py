@@ -21,6 +21,7 @@ from mis_mlx.evaluation.speed import roofline, rounds, speed_table, timing
 from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.machine_info import about
+from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.hardware.thermal import energy, governor
 from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags
@@ -60,8 +61,6 @@ class Settings(Computing, WeatherFlags):
     """seconds of rest before each trial; 30 or more for a laptop without a fan"""
     seed: Seed = 0
     """chooses the texts"""
-    measure: bool = False
-    """measure this machine's memory and arithmetic again (5 s); default: as they were measured first"""
     budget: str | None = None
     """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     out: str | None = None
@@ -236,7 +235,7 @@ def run(settings: Settings) -> dict[str, Any]:
     policy.use(settings.compute_dtype)
     bench = Bench(settings)
     with Weather(settings) as weather:
-        at = roofline.here(settings.measure)
+        at = rates.measure_roof()
         first = weather.reading()
         conditions = {"before": _conditions(first)}
         meter = energy.EnergyMeter(weather.monitor)

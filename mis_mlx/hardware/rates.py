@@ -6,7 +6,6 @@ rate is the quickest of a few kinds, by other code than MLX's where a CPU has be
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import datetime
 import errno
@@ -20,13 +19,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mis_mlx.hardware.machine_info import cores
 from mis_mlx.hardware.memory import recommended_bytes
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, MisError, gib
 
 # On a CPU a pass over a model takes this many times its matrix products, forwards or in training, the rest being
@@ -37,7 +36,7 @@ SAMPLE_BYTES = 512 * 2**20
 MEMORY_SAMPLE_BYTES = 256 * 2**20
 PIECE = 32 * 2**20
 PATIENCE_S = 7.0  # most for writing, and most for reading: a slow disk is measured on fewer bytes
-F_NOCACHE, F_FULLFSYNC = 48, 51  # macOS; Python's fcntl lacks the first, and both on Linux
+F_NOCACHE = 48  # macOS; Python's fcntl has no name for it
 MS_INVALIDATE = 2
 
 
@@ -131,51 +130,37 @@ def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
 
     Fewer bytes where the disk has little room or is slow. MisError when there is no room at all.
     """
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    count = min(nbytes, free // 4) // PIECE if nbytes >= PIECE else 1
-    piece = min(nbytes, PIECE)
-    if count < 1 or free < 4 * piece:
+    free, piece = DISK.free_bytes(folder), min(nbytes, PIECE)
+    if free < 4 * piece:
         raise MisError(f"{folder} has {gib(free)} free, a measurement wants {gib(4 * piece)}: free some")
     path = folder / f".tmp-rates-{os.getpid()}"
     try:
-        written, seconds = _write(path, os.urandom(piece), count)
+        written, seconds = _write(path, os.urandom(piece), min(nbytes, free // 4) // piece)
         forget(path)
         return _read(path, piece, written // piece), written / seconds
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        path.unlink(missing_ok=True)
 
 
 def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
     """(bytes, seconds until they are on the disk)."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
+    began, written = time.perf_counter(), 0
+    with path.open("wb", buffering=0) as file:
         if sys.platform == "darwin":
-            fcntl.fcntl(fd, F_NOCACHE, 1)  # pages that are cached once are read from the cache, whoever asks
-        began, written = time.perf_counter(), 0
-        for _ in range(count):
-            written += os.write(fd, piece)
-            if time.perf_counter() - began > PATIENCE_S:
-                break
-        if sys.platform == "darwin":
-            fcntl.fcntl(fd, F_FULLFSYNC)
-        else:
-            os.fsync(fd)
-        return written, time.perf_counter() - began
-    finally:
-        os.close(fd)
+            fcntl.fcntl(file.fileno(), F_NOCACHE, 1)  # pages that are cached once are read from the cache, whoever asks
+        while written < count * len(piece) and time.perf_counter() - began < PATIENCE_S:
+            written += file.write(piece)
+    DISK.fsync(path)
+    return written, time.perf_counter() - began
 
 
 def forget(path: Path) -> None:
     """Take what is on the disk of a file out of the page cache, as far as the system does that."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with path.open("rb") as file:
         if sys.platform == "darwin":
-            _invalidate(fd)
+            _invalidate(file.fileno())
         else:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _invalidate(fd: int) -> int:
@@ -244,12 +229,8 @@ def measure(folder: Path, nbytes: int | None = None) -> Rates:
 
 def measure_roof() -> Roof:
     """Memory and arithmetic here and now, in about 5 s."""
-    return Roof(device_name(), threads(), memory_bytes(), matmul_flops(1.5), _today())
-
-
-def threads() -> str:
-    """How much of the CPU this process may use."""
-    return f"{cores()} cores, OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'not set')}"
+    threads = f"{cores()} cores, OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'not set')}"
+    return Roof(device_name(), threads, memory_bytes(), matmul_flops(1.5), _today())
 
 
 def _today() -> str:
@@ -262,15 +243,15 @@ def _rates(read: float, written: float, memory: float, source: str) -> Rates:
     return Rates(device_name(), gpu, read, written, memory, forward, training, source)
 
 
-def to_json(rates: Rates | Roof) -> str:
+def to_json(rates: Rates) -> str:
     """What `load` reads."""
     return json.dumps(asdict(rates), indent=2) + "\n"
 
 
-def load(path: Path, kind: type[Any] = Rates) -> Any:
-    """The rates of this kind in `path`; None when there are none, or they are another device's or version's."""
+def load(path: Path) -> Rates | None:
+    """The rates in `path`; None when there are none, or they are another device's or version's."""
     try:
-        found = kind(**json.loads(path.read_text("utf-8")))
+        rates = Rates(**json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    return found if found.device == device_name() else None
+    return rates if rates.device == device_name() else None
