@@ -19,9 +19,8 @@ from mis_mlx import cli
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import roofline, rounds, speed_table, timing
 from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
-from mis_mlx.hardware import memory
+from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.machine_info import about
-from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.hardware.thermal import energy, governor
 from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags

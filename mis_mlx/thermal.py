@@ -1,7 +1,4 @@
-"""Record and replay temperatures, or ask the doctor what this machine can measure.
-
-Does not know what the temperatures are used for, except that AAIS wants the air's.
-"""
+"""Record and replay temperatures, or ask the doctor what this machine can measure."""
 
 from __future__ import annotations
 

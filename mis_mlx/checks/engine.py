@@ -1,7 +1,6 @@
 """The engine on this device, on a model made on the spot: passes, decoding, training, statistics, memory, rates.
 
-A witness is the same work done another way (bit for bit), the CPU in float32, mlx_lm, or the plan. As in
-checks/kernels a check gives (what was found, the most that is right); infinity where there is no bound.
+A witness is the same work done another way (bit for bit), the CPU in float32, mlx_lm, or the plan.
 """
 
 from __future__ import annotations

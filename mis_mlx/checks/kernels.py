@@ -1,6 +1,6 @@
-"""This device's kernels, and our own arithmetic on it, beside numpy in float64: what a report of a strange Mac tells.
+"""This device's kernels, and our own arithmetic on it, beside numpy in float64.
 
-A check gives (what was found, the most that is right); NaN is never right. Knows arrays only, no model.
+A check gives (what was found, the most that is right); NaN is never right.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Ask one function one question in a process of its own, with a limit on its time and memory.
+"""Ask one function one question, in JSON, in a process of its own, with a limit on its time and memory.
 
-For functions that read text of unknown origin, or that a user brought: what hangs, crashes or eats memory there
-ends there. Does not know what is asked. Question and answer are JSON.
+For functions that read text of unknown origin, or that a user brought: what hangs, crashes or eats memory ends there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Time that can be read and waited for, real or virtual, and how long the machine slept meanwhile.
-
-Knows nothing of temperatures, training or files.
-"""
+"""Time that can be read and waited for, real or virtual, and how long the machine slept meanwhile."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What this machine is, for people who compare numbers: chip, memory, system, versions. No names of hosts or users.
-
-Does not measure anything.
-"""
+"""What this machine is, for people who compare numbers. No names of hosts or users."""
 
 from __future__ import annotations
 

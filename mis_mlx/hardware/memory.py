@@ -1,6 +1,6 @@
 """Memory of this machine and this process: what is there, what a sensible budget is, the highest so far.
 
-Does not know models. MLX is told the budget here and nowhere else.
+MLX is told the budget here and nowhere else.
 """
 
 from __future__ import annotations

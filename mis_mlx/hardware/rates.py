@@ -1,7 +1,6 @@
-"""How fast this machine reads, writes, multiplies and moves memory: measured once, kept in a small file, or assumed.
+"""How fast this machine reads, writes, multiplies and moves memory: measured, or assumed.
 
-Does not know models, nor where the file should be. What a program reaches of it is that program's affair: memory's
-rate is the quickest of a few kinds, by other code than MLX's where a CPU has better.
+Memory's rate is the quickest of a few kinds, by other code than MLX's where a CPU has better.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Several machines on one job, started by `mlx.launch`: which one this is, and what all of them do together.
 
 The transport is MLX's (`mx.distributed`: ring, JACCL, MPI). Every machine runs the same program; the first one writes
-the run, the others work in a folder that goes with them. Alone, all of this gives back what it was given and costs
-nothing. Does not know what is computed.
+the run, the others work in a folder that goes with them. Alone, all of this gives back what it was given.
 """
 
 from __future__ import annotations

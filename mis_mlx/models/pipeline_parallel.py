@@ -1,7 +1,7 @@
 """A model whose blocks several machines share: hidden states go from one machine to the next, weights stay.
 
-Every machine has the files, and reads the blocks that are its own: as many as there is room for stay in memory. Does
-not know why a pass is made. All machines make the same passes at the same time, each with its own batches or none.
+Every machine has the files, and reads the blocks that are its own: as many as there is room for stay in memory.
+All machines make the same passes at the same time, each with its own batches or none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Tensors from safetensors files into memory: in parallel, in the background, past the page cache if asked.
 
-Never touches MLX, so it may run in any thread: a destination is a writable memoryview. Does not know which
-tensors make a block, nor what the bytes mean.
+Never touches MLX, so it may run in any thread: a destination is a writable memoryview.
 """
 
 from __future__ import annotations

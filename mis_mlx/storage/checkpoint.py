@@ -1,8 +1,7 @@
 """The commit protocol: a folder or a training step is on disk whole, or not at all.
 
-Knows nothing of training: a step is named arrays and a small JSON state. The protocol: free space, a hidden
-folder beside the final place, every file and folder synced, one rename, the parent synced = committed; older
-steps are deleted only after that. Order counts, never time: clocks jump, step numbers do not.
+The protocol: free space, a hidden folder beside the final place, every file and folder synced, one rename, the parent
+synced = committed; older steps are deleted only after that. Order counts, never time: clocks jump, step numbers do not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Every file operation of a run, behind one small class, so that a test can make the N-th one fail.
-
-Knows nothing of tensors, checkpoints or MLX: only paths, bytes and what an operating system can answer.
-"""
+"""Every file operation of a run, behind one small class, so that a test can make the N-th one fail."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The safetensors gate: judges a model file by its header alone, before MLX sees it.
 
-Knows nothing of MLX, of model folders or of what the numbers are. Why a gate: MLX 0.32.4 believes a header.
-Shape [-1] overwrites its heap, tensors that share bytes ask for any amount of memory, a dimension of 2.5
-silently becomes 2. The rules are those of the reference parser (huggingface/safetensors,
+MLX 0.32.4 believes a header: shape [-1] overwrites its heap, tensors that share bytes ask for any amount of memory, a
+dimension of 2.5 silently becomes 2. The rules are those of the reference parser (huggingface/safetensors,
 `SafeTensors::deserialize`), narrower where MLX is weaker.
 """
 

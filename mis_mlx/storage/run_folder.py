@@ -1,7 +1,4 @@
-"""The run folder: its name, its config.yaml, what a resumed run must share with the one it continues.
-
-Knows settings as plain values. Does not know what a run does.
-"""
+"""The run folder: its name, its config.yaml, what a resumed run must share with the one it continues."""
 
 from __future__ import annotations
 

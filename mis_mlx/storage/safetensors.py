@@ -1,7 +1,4 @@
-"""A model's safetensors files: the index of a folder, lazy reading, and writing with bounded memory.
-
-Knows nothing of models: not which tensors belong together, nor what a config promises.
-"""
+"""A model's safetensors files: the index of a folder, lazy reading, and writing with bounded memory."""
 
 from __future__ import annotations
 

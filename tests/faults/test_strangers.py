@@ -60,12 +60,8 @@ def test_only_an_answer_is_an_answer(function: str, tmp_path: Path) -> None:
     (tmp_path / "f.py").write_text(SOURCE)
     with pytest.raises(child_process.NoAnswer, match=ENDS[function]):
         child_process.ask(str(tmp_path / "f.py"), function, {}, 3.0 if "no answer" in ENDS[function] else 60.0, 2**32)
-
-
-def test_an_answer_is(tmp_path: Path) -> None:
-    """The others fail for what they do, not because nothing works."""
-    (tmp_path / "f.py").write_text(SOURCE)
-    assert child_process.ask(str(tmp_path / "f.py"), "fine", {}, 60.0, 2**32) == 7
+    if function == "quiet":  # the others fail for what they do, not because nothing works
+        assert child_process.ask(str(tmp_path / "f.py"), "fine", {}, 60.0, 2**32) == 7
 
 
 def test_what_it_starts_ends_with_it(tmp_path: Path) -> None:

@@ -15,27 +15,17 @@ from mis_mlx.types import GIB, MisError
 
 
 def test_write_makes_a_new_file_and_extend_grows_it(tmp_path: Path) -> None:
-    """The bytes arrive in order, whether they come as bytes or as a memoryview."""
-    DISK.write(tmp_path / "a", b"one")
-    DISK.extend(tmp_path / "a", memoryview(b"two"))
-    assert (tmp_path / "a").read_bytes() == b"onetwo"
-
-
-def test_write_never_touches_an_existing_file_or_link(tmp_path: Path) -> None:
-    """A file that is there keeps its bytes, also when a link points to it."""
+    """Neither touches what is there already, by a link either, nor does a misspelt name make a second file."""
     victim = tmp_path / "victim"
-    victim.write_bytes(b"precious")
+    DISK.write(victim, b"one")
+    DISK.extend(victim, memoryview(b"two"))
     (tmp_path / "link").symlink_to(victim)
     for path in (victim, tmp_path / "link"):
         with pytest.raises(FileExistsError):
             DISK.write(path, b"new")
-    assert victim.read_bytes() == b"precious"
-
-
-def test_extend_does_not_make_a_file(tmp_path: Path) -> None:
-    """A misspelt name is an error, not a second file."""
     with pytest.raises(FileNotFoundError):
         DISK.extend(tmp_path / "nowhere", b"x")
+    assert victim.read_bytes() == b"onetwo"
 
 
 def test_append_keeps_a_torn_line_apart(tmp_path: Path) -> None:
@@ -91,11 +81,7 @@ def test_require_space_names_both_numbers(tmp_path: Path) -> None:
         f"Not enough disk space in {tmp_path}: the model needs 1.20 GiB, 1.00 GiB are free; free some and start again"
     )
     Short(2 * GIB).require_space(tmp_path, GIB, "the model")
-
-
-def test_free_bytes_of_a_folder_yet_to_be_made(tmp_path: Path) -> None:
-    """The disk is asked at the nearest folder that exists."""
-    assert DISK.free_bytes(tmp_path / "a" / "b") > 0
+    assert DISK.free_bytes(tmp_path / "a" / "b") > 0  # of a folder yet to be made
 
 
 def test_make_folder_syncs_every_parent_it_changes(tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ def find(name: str, where: str, tmp_path: Path, **more: str) -> subprocess.Compl
     """`resolve.find(name)` in a fresh process: the hub client reads its settings when imported."""
     code = f"""
 from mis_mlx.models import resolve
+from mis_mlx.storage import hub
 from mis_mlx.types import MisError
+hub.ANSWER_S = 2.0
 try:
     print(resolve.find({name!r}).source)
 except MisError as error:

@@ -1,8 +1,7 @@
 """The air around the machine: its temperature with an uncertainty, from sensors and the user, and its altitude.
 
-No laptop has a room thermometer, so this is an estimate: several poor witnesses, weighed by how poor they
-are. Does not read sensors. No witness at all is no estimate, never a silent 20 °C.
-The priors are for a fanless M1 Air; sources and measurements in the numbers' comments.
+No laptop has a room thermometer, so this is an estimate: several poor witnesses, weighed by how poor they are. No
+witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 Air.
 """
 
 from __future__ import annotations
@@ -38,20 +37,12 @@ class Estimate:
     source: str
 
 
-@dataclass(frozen=True)
-class Anchor:
-    """A value that was good at `at_s`. `virtual_c`: what TVA0 said then."""
-
-    estimate: Estimate
-    at_s: float
-    virtual_c: float | None
-
-    def aged(self, now_s: float, virtual_c: float | None) -> Estimate:
-        """The value now: less sure with time, and by as much as TVA0 has moved since, so that a value
-        from before the halny came cannot outvote the sensors that feel it."""
-        moved = virtual_c - self.virtual_c if virtual_c is not None and self.virtual_c is not None else 0.0
-        variance = self.estimate.sigma_c**2 + DRIFT_C2_PER_S * (now_s - self.at_s) + moved**2
-        return replace(self.estimate, sigma_c=math.sqrt(variance))
+def _aged(estimate: Estimate, at_s: float, virtual_c: float | None, now_s: float, now_c: float | None) -> Estimate:
+    """A value that was good at `at_s`, when TVA0 said `virtual_c`: less sure with time, and by as much as TVA0 has
+    moved since, so that a value from before the halny came cannot outvote the sensors that feel it."""
+    moved = now_c - virtual_c if now_c is not None and virtual_c is not None else 0.0
+    variance = estimate.sigma_c**2 + DRIFT_C2_PER_S * (now_s - at_s) + moved**2
+    return replace(estimate, sigma_c=math.sqrt(variance))
 
 
 class Ambient:
@@ -62,7 +53,7 @@ class Ambient:
         self._given_c = given_c
         self._virtual_sigma_c = virtual_sigma_c
         self._node = BatteryNode()
-        self._anchors: dict[str, Anchor] = {}
+        self._anchors: dict[str, tuple[Estimate, float, float | None]] = {}  # by source; value, time, TVA0 then
 
     def update(self, values: Values, now_s: float, rested: bool) -> Estimate | None:
         """Take one look into account; the estimate now, `None` when there is no witness.
@@ -70,21 +61,18 @@ class Ambient:
         `rested`: the machine has just booted or woken from a long sleep.
         """
         virtual = values.virtual_ambient_c
+        new = [cold_soak(values) if rested else None, self._node.update(values, now_s)]
         if self._given_c is not None and "given" not in self._anchors:
-            self._drop_anchor(Estimate(self._given_c, GIVEN_SIGMA_C, "given"), now_s, virtual)
-        soaked = cold_soak(values) if rested else None
-        for anchor in (soaked, self._node.update(values, now_s)):
-            if anchor is not None:
-                self._drop_anchor(anchor, now_s, virtual)
-        witnesses = [anchor.aged(now_s, virtual) for anchor in self._anchors.values()]
+            new.append(Estimate(self._given_c, GIVEN_SIGMA_C, "given"))
+        self._anchors |= {estimate.source: (estimate, now_s, virtual) for estimate in new if estimate is not None}
+        witnesses = [_aged(*anchor, now_s, virtual) for anchor in self._anchors.values()]
         if virtual is not None:
             witnesses.append(Estimate(virtual + VIRTUAL_OFFSET_C, self._virtual_sigma_c, "SMC TVA0"))
-        if values.palm_c is not None and _calm(values):
+        regulator, battery = values.regulator_c, values.battery_c
+        calm = regulator is not None and battery is not None and regulator - battery < CALM_C
+        if values.palm_c is not None and calm:
             witnesses.append(Estimate(values.palm_c + PALM_OFFSET_C, PALM_SIGMA_C, values.sources["palm_c"]))
         return fuse(witnesses)
-
-    def _drop_anchor(self, estimate: Estimate, now_s: float, virtual_c: float | None) -> None:
-        self._anchors[estimate.source] = Anchor(estimate, now_s, virtual_c)
 
 
 def fuse(witnesses: list[Estimate]) -> Estimate | None:
@@ -121,12 +109,6 @@ def cold_soak(values: Values) -> Estimate | None:
     return Estimate(min(known) - 0.3, SOAK_SIGMA_C, "cold soak")
 
 
-def _calm(values: Values) -> bool:
-    if values.regulator_c is None or values.battery_c is None:
-        return False
-    return values.regulator_c - values.battery_c < CALM_C
-
-
 class BatteryNode:
     """Air temperature from the battery, a slow lump that the machine's power heats:
 
@@ -157,7 +139,7 @@ class BatteryNode:
         """A new estimate at the end of each usable window of 10 minutes, else `None`."""
         if values.battery_c is None or values.power_w is None:
             return None
-        if abs(values.charging_w or 0.0) > self.CHARGING_W and (values.charging_w or 0.0) > 0:
+        if (values.charging_w or 0.0) > self.CHARGING_W:
             self._window.clear()
             return None
         self._window.append((now_s, values.battery_c, values.power_w))
@@ -223,7 +205,7 @@ def find_altitude(given_m: float | None, header: Header, config: Path | None = N
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError) as error:
-        raise MisError(f"{config} cannot be read ({error}): mend it or delete it") from None
+        raise MisError(f"{config} cannot be read ({error}): fix it or delete it") from None
     if "altitude_m" not in settings:
         return None, ""
     return _height(settings["altitude_m"], f"altitude_m in {config}"), f"given in {config.name}"
@@ -232,5 +214,5 @@ def find_altitude(given_m: float | None, header: Header, config: Path | None = N
 def _height(metres: object, where: str) -> float:
     number = isinstance(metres, int | float) and not isinstance(metres, bool) and math.isfinite(metres)
     if not number or not -430 <= float(metres) <= 9000:  # type: ignore[arg-type]
-        raise MisError(f"{where} is {metres!r}, not between −430 and 9000 m above sea level: mend it")
+        raise MisError(f"{where} is {metres!r}, not between −430 and 9000 m above sea level: fix it")
     return float(metres)  # type: ignore[arg-type]

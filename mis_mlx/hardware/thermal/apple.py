@@ -1,6 +1,6 @@
 """Everything a Mac with Apple silicon tells about its heat, in one look: HID, SMC, pressure, battery.
 
-Knows nothing of which value to believe. Each mechanism may be absent on its own; then it says why.
+Each mechanism may be absent on its own; then it says why.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Temperatures from Apple's HID event system: some 57 services on an M1 Air, no root.
 
-Knows nothing of which value to believe: names and doubles as they come. The calls are private, stable
-since 2020 (sources: fermion-star/apple_sensors, vladkens/macmon, exelban/stats).
+The calls are private, stable since 2020 (sources: fermion-star/apple_sensors, vladkens/macmon, exelban/stats).
 """
 
 from __future__ import annotations

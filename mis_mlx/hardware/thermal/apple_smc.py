@@ -1,6 +1,6 @@
-"""Keys of Apple's system management controller, read only: temperatures and watts, no root.
+"""Keys of Apple's system management controller: temperatures and watts, no root.
 
-Knows nothing of which value to believe. Never writes a key (command 6 does not exist here).
+Never writes a key (command 6 does not exist here).
 """
 
 from __future__ import annotations

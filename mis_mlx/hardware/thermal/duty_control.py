@@ -1,7 +1,4 @@
-"""The parts of the governor's controller: a filter, a PI loop on the duty, and two watches.
-
-Pure: time comes in as numbers. Knows nothing of modes, limits or sensors.
-"""
+"""The parts of the governor's controller: a filter, a PI loop on the duty, and two watches."""
 
 from __future__ import annotations
 
@@ -54,20 +51,18 @@ class Duty:
         winds_up = (wanted >= 1.0 and room_k > 0) or (wanted <= self.LOW and room_k < 0)
         if not winds_up:
             self._integral = self._clip(self._integral + self.KI * room_k * elapsed_s)
-        wanted = self._clip(self._integral + self.KP * room_k)
-        return self._move(min(wanted, ceiling), elapsed_s)
+        wanted = min(self._integral + self.KP * room_k, ceiling, self.value + self.RISE_PER_S * elapsed_s)
+        self.value = self._clip(wanted)
+        return self.value
 
-    def hold(self, elapsed_s: float, ceiling: float) -> float:
+    def hold(self, ceiling: float) -> float:
         """The duty when there is no temperature to go by: no higher than it was, nor than `ceiling`."""
-        return self._move(min(self.value, ceiling), elapsed_s)
+        self.value = self._clip(min(self.value, ceiling))
+        return self.value
 
     def shift(self, kelvin: float) -> None:
         """The set-point moves by `kelvin`: move the integral against it, so that the duty does not jump."""
         self._integral = self._clip(self._integral - self.KP * kelvin)
-
-    def _move(self, wanted: float, elapsed_s: float) -> float:
-        self.value = self._clip(min(wanted, self.value + self.RISE_PER_S * elapsed_s))
-        return self.value
 
     def _clip(self, duty: float) -> float:
         return min(1.0, max(self.LOW, duty))

@@ -1,7 +1,6 @@
 """Energy of a stretch of work in joules: the chip's own counters, and the whole machine's power over time.
 
-Two different numbers, never mixed: the chip's is an estimate by Apple's firmware, the machine's has the
-display in it. Knows nothing of tokens.
+Two numbers, never mixed: the chip's is an estimate by Apple's firmware, the machine's has the display in it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a machine's thermometers say, in sentences: what it offers, what is missing, whether AAIS has a T_env.
-
-Does not print.
-"""
+"""What a machine's thermometers say, in sentences: what it offers, what is missing, whether AAIS has a T_env."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The governor: looks at a reading and says run, pause or stop, and how much to nap after a step.
 
-Pure: `(reading, now) -> decision`, no clock, no thread, no sleep. Sensor loss counts as hot, never as
-cool. An M1 Air lives at 95 to 105 °C under load, so 95 °C is no reason to stop. Does not know what the
-work is, and never acts by itself: `after_step` waits as it says, and `TeaBreaks` counts what that took.
+Pure: `(reading, now) -> decision`. Sensor loss counts as hot, never as cool. An M1 Air lives at 95 to 105 °C under
+load, so 95 °C is no reason to stop. `after_step` waits as it says, and `TeaBreaks` counts what that took.
 """
 
 from __future__ import annotations
@@ -95,11 +94,11 @@ class Governor:
         fresh = reading.time_s != self._sample_s
         self._sample_s = reading.time_s
         seen = reading.die_c is not None and now_s - reading.time_s <= LOST_S
-        if seen and fresh and reading.die_c is not None:
-            self._filter.add(reading.time_s, reading.die_c)
+        die_c = (reading.die_c or 0.0) if seen else 0.0
+        if seen and fresh:
+            self._filter.add(reading.time_s, die_c)
             self._valid_s = reading.time_s
         self._valid_s = now_s if self._valid_s is None else self._valid_s
-        die_c = reading.die_c if seen and reading.die_c is not None else 0.0
         self._lost.update(not self.blind and now_s - self._valid_s >= LOST_S, now_s)
         self._hot.update(seen and self._filter.ahead_c >= PAUSE_C, now_s, fresh)
         self._cool.update(seen and self._filter.ahead_c <= RESUME_C, now_s, fresh)
@@ -151,8 +150,8 @@ class Governor:
     def _may_resume(self, reading: Reading) -> bool:
         if self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is not None:
             return False
-        cause = self._waiting.cause if self._waiting is not None else ""
-        return cause != "hot" or self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES)
+        hot = self._waiting is not None and self._waiting.cause == "hot"
+        return not hot or self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES)
 
     def _power_trouble(self, reading: Reading, enough_percent: float) -> tuple[str, str] | None:
         """`(cause, reason)`. Mode `cool` is for the lap: it runs on battery until that is low."""
@@ -168,7 +167,7 @@ class Governor:
         if self.blind:
             duty, cause, reason = 1.0, "blind", "no die thermometer: only the battery is governed"
         elif self._lost.samples:
-            duty = self._duty.hold(elapsed_s, LOST_DUTY)
+            duty = self._duty.hold(LOST_DUTY)
             cause, reason = "sensor lost", f"no die temperature for {LOST_S:.0f} s: duty {LOST_DUTY} at most"
         else:
             heavy = (reading.pressure_level or 0) >= HEAVY_PRESSURE
@@ -178,7 +177,7 @@ class Governor:
                 cause = "pressure" if heavy else "warm"
                 reason = f"duty {duty:.2f}: die {self._filter.ahead_c:.1f} °C, set {self.set_c:.0f}"
         if not cause and (reading.battery_c or 0.0) >= BATTERY_WARM_C:
-            cause, reason = ("battery warm", f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}")
+            cause, reason = "battery warm", f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}"
         nap_s = min((step_s or 0.0) * (1 - duty) / duty, LONGEST_NAP_S)
         return Decision("run", duty, nap_s, cause, reason)
 

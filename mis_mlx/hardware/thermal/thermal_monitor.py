@@ -1,7 +1,6 @@
 """The monitor: one thread looks at the thermometers once a second; anyone may ask for the last reading.
 
-Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C. Needs no
-root and asks nothing. Does not know what a reading is used for.
+Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C. Needs no root.
 """
 
 from __future__ import annotations

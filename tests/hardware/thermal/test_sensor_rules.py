@@ -20,14 +20,12 @@ def look(**parts) -> Raw:
 
 
 def test_idle_m1_air():
-    """The dump of an idle M1 Air: die 43.6 °C, the parked GPU replaced by the SoC's mean, battery 32.5."""
+    """The dump of an idle M1 Air: die 43.6 °C, battery 32.5."""
     values = judge(Replay(DATA / "m1-air-idle.jsonl", VirtualClock()).look())
     assert values.die_c == 43.6
     assert values.sources["die_c"] == "IOHID PMU2 tdie1"
-    assert values.gpu_c == pytest.approx(36.9)
-    assert values.sources["gpu_c"] == "IOHID PMGR SOC Die"
-    assert values.battery_c == 32.5
-    assert values.nand_c == 35.0
+    assert values.soc_c == pytest.approx(36.9)
+    assert (values.battery_c, values.nand_c) == (32.5, 35.0)
 
 
 def test_smc_of_a_13_inch_m1():
@@ -57,18 +55,17 @@ def test_only_garbage_gives_none_with_a_reason():
             smc={"TCMz": smc_float(6.7), "Tp2a": smc_float(-4.0), "TVA0": smc_float(0.0), "TB0T": "flt :zz"},
         )
     )
-    measured = ("die_c", "gpu_c", "battery_c", "nand_c", "virtual_ambient_c", "palm_c", "power_w")
+    measured = ("die_c", "soc_c", "battery_c", "nand_c", "virtual_ambient_c", "palm_c", "power_w")
     assert [getattr(values, name) for name in measured] == [None] * 7
     assert values.reasons["die_c"] == "none of 16 sensors gives a believable value"
     assert not values.sources
 
 
-def test_a_gpu_that_really_has_30_degrees_is_believed():
-    """30.02 alone is a temperature; 30.0 exactly, or two families near it, is a parked sensor."""
-    assert judge(look(hid=(("GPU MTR Temp Sensor1", 30.02),))).gpu_c == 30.02
-    assert judge(look(hid=(("GPU MTR Temp Sensor1", 30.0),))).gpu_c is None
-    both = (("GPU MTR Temp Sensor1", 30.02), ("ISP MTR Temp Sensor5", 29.98))
-    assert judge(look(hid=both)).gpu_c is None
+def test_a_parked_gpu_is_not_the_hottest_spot():
+    """In the cold its 30.0 °C would be; 31 °C is a temperature."""
+    cold = ("pACC MTR Temp Sensor2", 12.0)
+    assert judge(look(hid=(cold, ("GPU MTR Temp Sensor1", 30.02)))).die_c == 12.0
+    assert judge(look(hid=(cold, ("GPU MTR Temp Sensor1", 31.0)))).die_c == 31.0
 
 
 def test_winter_outdoors():
