@@ -75,12 +75,6 @@ def wrong(work: Callable[..., Any]) -> Callable[..., Any]:
     return give
 
 
-def break_update(self: GoralW, model: Any, gradients: Any, *rest: Any) -> str:
-    """An optimizer that forgets the moments."""
-    model.update({"weight": model.weight - 0.01 * gradients["weight"]})
-    return ""
-
-
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "RMSNorm, float32": (mx.fast, "rms_norm", wrong),
     "RoPE, float32": (mx.fast, "rope", wrong),
@@ -91,7 +85,6 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "chunked KL, gradients, float32": (losses, "softmax_lse", lambda f: lambda z: (f(z)[0], f(z)[1] * 1.05)),
     "log-probabilities, float32": (mx, "softmax", wrong),
     "repair, closed form": (NormalEquations, "solve", lambda f: lambda self, ridge: f(self, 2 * ridge)),
-    "optimizer, 3 steps": (GoralW, "update", lambda _: break_update),
 }
 
 

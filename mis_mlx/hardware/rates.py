@@ -5,7 +5,6 @@ Memory's rate is the quickest of a few kinds, by other code than MLX's where a C
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import errno
 import fcntl
@@ -36,7 +35,6 @@ MEMORY_SAMPLE_BYTES = 256 * 2**20
 PIECE = 32 * 2**20
 PATIENCE_S = 7.0  # most for writing, and most for reading: a slow disk is measured on fewer bytes
 F_NOCACHE = 48  # macOS; Python's fcntl has no name for it
-MS_INVALIDATE = 2
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,6 @@ def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
     path = folder / f".tmp-rates-{os.getpid()}"
     try:
         written, seconds = _write(path, os.urandom(piece), min(nbytes, free // 4) // piece)
-        forget(path)
         return _read(path, piece, written // piece), written / seconds
     finally:
         path.unlink(missing_ok=True)
@@ -151,22 +148,6 @@ def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
             written += file.write(piece)
     DISK.fsync(path)
     return written, time.perf_counter() - began
-
-
-def forget(path: Path) -> None:
-    """Take what is on the disk of a file out of the page cache, as far as the system does that."""
-    with path.open("rb") as file:
-        if sys.platform == "darwin":
-            _invalidate(file.fileno())
-        else:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _invalidate(fd: int) -> int:
-    """The same by msync(2), as macOS has no posix_fadvise; 0 when it was done."""
-    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as pages:
-        at = np.frombuffer(pages, np.uint8).ctypes.data
-        return ctypes.CDLL(None).msync(ctypes.c_void_p(at), ctypes.c_size_t(len(pages)), MS_INVALIDATE)
 
 
 def _read(path: Path, piece: int, count: int) -> float:

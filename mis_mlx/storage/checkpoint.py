@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from mis_mlx.storage.files import DISK, Files, reported
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy, write_arrays
@@ -192,19 +194,9 @@ def _sweep_for(name: str, tmp: Path, files: Files) -> None:
         number = left.name.rpartition("-")[2]
         if left == tmp:
             files.remove_tree(left)
-        elif number.isdigit() and not _lives(int(number)):
+        elif number.isdigit() and not psutil.pid_exists(int(number)):
             with contextlib.suppress(OSError):  # it may be another user's, and is only in the way of the disk
                 files.remove_tree(left)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # somebody else's, or no process's number
-        return True
-    return True
 
 
 def _numbers(steps_dir: Path) -> list[int]:

@@ -106,18 +106,6 @@ def test_a_sample_is_not_cached_on_a_mac(tmp_path: Path, monkeypatch: pytest.Mon
     assert asked == [(rates.F_NOCACHE, 0), (51, 3 * MIB)]
 
 
-def test_a_file_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the system's own advice, or by msync(2) on a Mac, whose answer is that of the real call here; it stays."""
-    path, done = tmp_path / "file", list[int]()
-    path.write_bytes(bytes(MIB))
-    rates.forget(path)
-    invalidate = rates._invalidate
-    monkeypatch.setattr(rates.sys, "platform", "darwin")
-    monkeypatch.setattr(rates, "_invalidate", lambda fd: done.append(invalidate(fd)))
-    rates.forget(path)
-    assert done == [0] and path.read_bytes() == bytes(MIB)
-
-
 def test_the_longer_of_two() -> None:
     """1 GB at 10 GB/s takes 0.1 s, 20 GFLOP at 100 take 0.2 s; they overlap."""
     at = Roof("d", "t", 10e9, 100e9, "given")

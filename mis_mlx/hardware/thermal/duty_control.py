@@ -1,4 +1,4 @@
-"""The parts of the governor's controller: a filter, a PI loop on the duty, and two watches."""
+"""The parts of the governor's controller: a filter, a PI loop on the duty, and a watch."""
 
 from __future__ import annotations
 
@@ -60,10 +60,6 @@ class Duty:
         self.value = self._clip(min(self.value, ceiling))
         return self.value
 
-    def shift(self, kelvin: float) -> None:
-        """The set-point moves by `kelvin`: move the integral against it, so that the duty does not jump."""
-        self._integral = self._clip(self._integral - self.KP * kelvin)
-
     def _clip(self, duty: float) -> float:
         return min(1.0, max(self.LOW, duty))
 
@@ -89,33 +85,3 @@ class Held:
     def lasted(self, seconds: float, samples: int = 1) -> bool:
         """Whether it has been true that long and that often."""
         return self.samples >= samples and self.seconds >= seconds
-
-
-class StepTimes:
-    """Tells throttling from the work itself: an M1 Air can slow down without saying so anywhere.
-
-    The baseline is the median of steps 20 to 60. All times must be of the same work (seconds per step at
-    one shape, or seconds per token).
-    """
-
-    FIRST, LAST = 20, 60
-    RECENT = 30
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._start: list[float] = []
-        self._recent: deque[float] = deque(maxlen=self.RECENT)
-        self._baseline: float | None = None
-
-    def add(self, step_s: float) -> None:
-        """One more step took `step_s`."""
-        self._count += 1
-        self._recent.append(step_s)
-        if self.FIRST <= self._count <= self.LAST:
-            self._start.append(step_s)
-            if self._count == self.LAST:
-                self._baseline = median(self._start)
-
-    def ratio(self) -> float:
-        """Recent step time over the baseline; 1.0 while there is no baseline."""
-        return median(self._recent) / self._baseline if self._baseline else 1.0

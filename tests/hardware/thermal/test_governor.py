@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held, StepTimes
+from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held
 from mis_mlx.hardware.thermal.governor import (
     Decision,
     Governor,
@@ -215,22 +215,6 @@ def test_observe_never_interferes():
     assert decision.reason.startswith("only observed: ")
 
 
-def test_throttling_without_any_signal_is_noticed():
-    """Steps 20 % slower for a minute above 90 °C lower the set-point by 2 °C, once in five minutes."""
-    governor = Governor("steady")
-    feed(governor, 100, die_c=91.0, step_s=1.0)
-    assert governor.set_c == 92.0
-    causes = [feed(governor, 1, second, die_c=91.0, step_s=1.2).cause for second in range(100, 390)]
-    assert causes.count("throttled") == 1
-    assert governor.set_c == 90.0
-    feed(governor, 300, 390, die_c=91.0, step_s=1.2)
-    assert governor.set_c == 88.0
-    cold = Governor("steady")
-    feed(cold, 100, die_c=60.0, step_s=1.0)
-    feed(cold, 300, 100, die_c=60.0, step_s=1.5)  # slower for another reason
-    assert cold.set_c == 92.0
-
-
 def test_blind_and_unattended():
     """A virtual machine gets a blind governor; a Mac without a die temperature gets only `observe`."""
     unseen = replace(GOOD, die_c=None)
@@ -313,14 +297,3 @@ def test_held_counts_fresh_samples():
     assert not held.lasted(9.0, samples=2)
     held.update(False, 10)
     assert not held.lasted(0.0)
-
-
-def test_step_times_need_a_baseline():
-    """No ratio before step 60; then recent median over the median of steps 20 to 60."""
-    times = StepTimes()
-    for _ in range(59):
-        times.add(2.0)
-    assert times.ratio() == 1.0
-    for _ in range(31):
-        times.add(3.0)
-    assert times.ratio() == 1.5
