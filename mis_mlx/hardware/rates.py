@@ -6,7 +6,6 @@ Memory's rate is the quickest of a few kinds, by other code than MLX's where a C
 from __future__ import annotations
 
 import datetime
-import errno
 import fcntl
 import json
 import mmap
@@ -14,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ import numpy as np
 
 from mis_mlx.hardware.machine_info import cores
 from mis_mlx.hardware.memory import recommended_bytes
+from mis_mlx.storage.block_reader import F_NOCACHE, Reader
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, MisError, gib
 
@@ -34,7 +33,6 @@ SAMPLE_BYTES = 512 * 2**20
 MEMORY_SAMPLE_BYTES = 256 * 2**20
 PIECE = 32 * 2**20
 PATIENCE_S = 7.0  # most for writing, and most for reading: a slow disk is measured on fewer bytes
-F_NOCACHE = 48  # macOS; Python's fcntl has no name for it
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
     path = folder / f".tmp-rates-{os.getpid()}"
     try:
         written, seconds = _write(path, os.urandom(piece), min(nbytes, free // 4) // piece)
-        return _read(path, piece, written // piece), written / seconds
+        return _read(path, written), written / seconds
     finally:
         path.unlink(missing_ok=True)
 
@@ -150,43 +148,16 @@ def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
     return written, time.perf_counter() - began
 
 
-def _read(path: Path, piece: int, count: int) -> float:
-    """Bytes per second of two threads that read pieces side by side, as passes over a model do."""
-    fd = _open_direct(path)
-    try:
-        buffers = [mmap.mmap(-1, piece) for _ in range(2)]  # page-aligned, as direct reading wants it
-        for buffer in buffers:
-            buffer.write(bytes(piece))  # pages that exist: their first touch is no part of the disk's time
-        began = time.perf_counter()
-
-        def half(first: int) -> int:
-            done = 0
-            for at in range(first, count, 2):
-                if time.perf_counter() - began > PATIENCE_S:
-                    break
-                done += os.preadv(fd, [buffers[first]], at * piece)
-            return done
-
-        with ThreadPoolExecutor(2) as pool:
-            done = sum(pool.map(half, range(2)))
-        return done / (time.perf_counter() - began)
-    finally:
-        os.close(fd)
-
-
-def _open_direct(path: Path) -> int:
-    """A descriptor that reads past the page cache, where the file system can."""
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
-        os.preadv(fd, [mmap.mmap(-1, mmap.PAGESIZE)], 0)  # some refuse only here
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        fd = os.open(path, flags)
-    if sys.platform == "darwin":
-        fcntl.fcntl(fd, F_NOCACHE, 1)
-    return fd
+def _read(path: Path, nbytes: int) -> float:
+    """Bytes per second, read past the page cache by two threads, as passes over a model do."""
+    reader, room = Reader({}, direct=True, also=[path]), memoryview(mmap.mmap(-1, PIECE))
+    room[:] = bytes(PIECE)  # pages that exist: their first touch is no part of the disk's time
+    began, done = time.perf_counter(), 0
+    while done < nbytes and time.perf_counter() - began < PATIENCE_S:
+        end = min(done + PIECE, nbytes)
+        reader.begin([(path, done, end, room[: end - done])])()
+        done = end
+    return done / (time.perf_counter() - began)
 
 
 def device_name() -> str:

@@ -33,10 +33,10 @@ def test_where_the_page_cache_cannot_be_passed() -> None:
 def test_a_failed_measurement_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk stops answering while it is read: the error passes on, the file is gone."""
 
-    def broken(*_: object) -> int:
+    def broken(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "preadv", broken)
+    monkeypatch.setattr(rates.Reader, "begin", broken)
     with pytest.raises(OSError, match="Input/output"):
         rates.disk_bytes(tmp_path, MIB)
     assert not list(tmp_path.iterdir())

@@ -79,7 +79,7 @@ def test_a_finished_store_is_not_written_again(tmp_path: Path) -> None:
     fill(tmp_path / "t")
     before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "t").iterdir()}
     again = fill(tmp_path / "t", files=Breaking(1, errno.EIO))  # its first operation would fail
-    assert again.missing() == [] and again.notes == ()
+    assert again.missing() == [] and again.notes == []
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "t").iterdir()}
 
 
@@ -151,7 +151,7 @@ def test_a_damaged_part_is_refused_by_readers_and_made_again_by_writers(tmp_path
         logit_store.opened(tmp_path).windows([4])
     store = logit_store.create(tmp_path, SAMPLED, DISK)
     assert store.missing() == [3, 4, 5]
-    assert store.notes == ("part-00001.safetensors of the targets is damaged: it is made again",)
+    assert store.notes == ["part-00001.safetensors of the targets is damaged: it is made again"]
     fill(tmp_path)
     assert bytes_of(tmp_path) == before
 
