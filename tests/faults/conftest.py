@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.planner import estimates
-from tests.faults import jobs, verdicts
-from tests.faults.catalogue import NOTES
+from tests.faults import NOTES, jobs, verdicts
 
 Note = Callable[..., None]
 

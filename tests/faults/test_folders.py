@@ -85,7 +85,7 @@ def span(h: dict[str, Any], name: str, begin: int, end: int) -> None:
 
 
 NORM = "model.norm.weight"
-# What the catalogue calls it, what is done to the folder, what the sentence must say: a regular expression.
+# What the fault matrix calls it, what is done to the folder, what the sentence must say: a regular expression.
 FAULTS: dict[str, tuple[Change, str]] = {
     "C1 truncated": (lambda f: os.truncate(f / WEIGHTS, (f / WEIGHTS).stat().st_size - 999), "it is incomplete"),
     "C2 a header of 2^63 bytes": (
