@@ -13,8 +13,6 @@ import psutil
 
 from mis_mlx import __version__
 
-VERSIONS = ("mlx", "mlx-lm", "numpy")
-
 
 def cores() -> int:
     """Cores that this process may use: fewer than there are, where it is pinned."""
@@ -35,5 +33,5 @@ def about() -> dict[str, Any]:
         "release": f"macOS {platform.mac_ver()[0]}" if mac else f"Linux {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "mis-mlx": __version__,
-        **{name: version(name) for name in VERSIONS},
+        **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
     }

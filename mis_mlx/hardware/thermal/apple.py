@@ -17,8 +17,8 @@ from mis_mlx.hardware.thermal.apple_hid import Hid
 from mis_mlx.hardware.thermal.apple_smc import Smc
 from mis_mlx.hardware.thermal.recording import Raw, Rows
 
-# TCMb and TCMz, the firmware's own die average and hottest spot, exist from M1 on; per-core keys "park".
-KEYS = ("TCMb", "TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "TPMP", "Ts0P", "Ts1P", "TsOP", "PSTR", "FNum")
+# TCMz, the firmware's own hottest spot of the die, exists from M1 on.
+KEYS = ("TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "TPMP", "Ts0P", "Ts1P", "TsOP", "PSTR")
 PRESSURE_NAME = b"com.apple.system.thermalpressurelevel"
 IOREG_EVERY_LOOKS = 60  # `ioreg` starts a process (20 ms)
 IOREG_FIELDS = ("Amperage", "Voltage")
@@ -64,7 +64,6 @@ class Apple:
         self.hid = self._open("IOHID", Hid)
         self.smc = self._open("SMC", Smc)
         self.pressure = self._open("pressure", Pressure)
-        self._keys = self._answering_keys()
         self._looks = 0
         self._ioreg: Mapping[str, int] = {}
 
@@ -74,18 +73,6 @@ class Apple:
         except (OSError, ValueError) as error:  # ValueError: a data symbol is missing
             self._refused[name] = str(error)
             return None
-
-    def _answering_keys(self) -> tuple[str, ...]:
-        """The wanted keys; per-core ones (Tp.., Te..) too where the hottest spot TCMz does not answer."""
-        if self.smc is None:
-            return ()
-        try:
-            if self.smc.read("TCMz") is not None:
-                return KEYS
-            return (*KEYS, *(key for key in self.smc.names() if key.startswith(("Tp", "Te"))))
-        except OSError as error:
-            self._refused["SMC"] = str(error)
-            return ()
 
     def look(self, mono_s: float, wall_s: float) -> Raw:
         """Read everything once, at these times; a mechanism that fails this time is missing this time."""
@@ -107,7 +94,7 @@ class Apple:
         return Raw(mono_s, wall_s, hid, smc=smc, ioreg=self._ioreg, missing=missing, pressure=pressure)
 
     def _read_keys(self) -> dict[str, str]:
-        answers = {key: self.smc.read(key) for key in self._keys} if self.smc else {}
+        answers = {key: self.smc.read(key) for key in KEYS} if self.smc else {}
         return {key: f"{a[0]}:{a[1].hex()}" for key, a in answers.items() if a is not None}
 
     def system(self, name: str) -> str | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Iterator
 from ctypes import POINTER, byref, c_char_p, c_int32, c_size_t, c_uint8, c_uint32, c_void_p
 
 from mis_mlx.hardware.thermal.apple_frameworks import Frameworks, foreign
@@ -40,19 +39,8 @@ class KeyData(ctypes.Structure):
 
 
 def decode(kind: str, raw: bytes) -> float | None:
-    """The number in `raw`, `None` for a type that is not one. Floats are little-endian on Apple silicon,
-    integers and old fixed-point numbers big-endian. All-zero bytes of a measurement mean 'no data'."""
-    if kind in ("ui8 ", "ui16", "ui32"):
-        return float(int.from_bytes(raw, "big"))
-    if not any(raw):
-        return None
-    if kind == "flt " and len(raw) == 4:
-        return float(struct.unpack("<f", raw)[0])
-    if kind == "ioft" and len(raw) == 8:
-        return int.from_bytes(raw, "little") / 65536
-    if kind[:2] == "sp" and len(kind) == 4 and kind[3] in "0123456789abcdef" and len(raw) == 2:
-        return int.from_bytes(raw, "big", signed=True) / (1 << int(kind[3], 16))
-    return None
+    """The float in `raw`, little-endian; `None` for another type, and for bytes of zeros, which mean 'no data'."""
+    return float(struct.unpack("<f", raw)[0]) if kind == "flt " and len(raw) == 4 and any(raw) else None
 
 
 class Smc:
@@ -94,14 +82,6 @@ class Smc:
         if answer.result:
             return None
         return known.type.to_bytes(4, "big").decode("ascii", "replace"), bytes(answer.bytes[: known.size])
-
-    def names(self) -> Iterator[str]:
-        """Names of all keys, one call each: one to three thousand on a real machine."""
-        count = self.read("#KEY")
-        for index in range(int(decode(*count) or 0) if count else 0):
-            answer = self._ask(KeyData(command=KEY_BY_INDEX, index=index))
-            if not answer.result:
-                yield answer.key.to_bytes(4, "big").decode("ascii", "replace")
 
     def close(self) -> None:
         """Shut the connection."""

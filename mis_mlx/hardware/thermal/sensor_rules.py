@@ -86,9 +86,6 @@ def _die(hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Raw) -
     hottest = _within(smc.get("TCMz"), 15, 130)  # below 15 °C a die key is parked (seen: −4 to 9.8)
     if hottest is not None:
         spots.append((hottest, "SMC TCMz"))
-    else:
-        cores = ((k, _within(v, 15, 130)) for k, v in smc.items() if k.startswith(("Tp", "Te")))
-        spots += [(value, f"SMC {key}") for key, value in cores if value is not None]
     spots += [(v, n) for n, v in raw.linux if LINUX_DIE.match(n) and _within(v, 5, 130) is not None]
     return max(spots, default=(None, ""))
 
