@@ -132,13 +132,6 @@ def test_what_others_use_is_left_to_them() -> None:
         assert found == pytest.approx(default, abs=64 * MIB)
 
 
-def test_the_air_in_a_plan_is_the_air_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default budget is one rule: for `plan --machine m1-air`, and on one on which nothing else is open."""
-    monkeypatch.setattr(memory, "room_bytes", lambda: memory.recommended_bytes(8 * GIB))
-    monkeypatch.setattr(memory, "left_bytes", lambda: 6 * GIB)
-    assert memory.budget(None) == memory.budget(None, M1_AIR.room_bytes) == Budget(int(0.75 * 5_726_633_984))
-
-
 def test_the_peak_is_the_footprint_on_a_mac(fake_apple: FakeApple, tmp_path: Path) -> None:
     """rusage_info_v4's physical footprint, now and at most: the GPU's buffers, numpy and MLX's cache together."""
     fake_apple.footprint(300 * MIB, 400 * MIB)

@@ -85,15 +85,6 @@ def test_what_is_longer_than_a_piece(tmp_path: Path, direct: bool) -> None:
     assert load(Reader(tensors, direct), tensors) == {name: on_disk(t) for name, t in tensors.items()}
 
 
-@BOTH
-def test_a_buffer_is_used_again(tmp_path: Path, direct: bool) -> None:
-    """Read over by another block and by the first again, it holds the last one asked for."""
-    tensors = written(tmp_path / "m.safetensors", {"a": 9000, "far": GAP + PAGE, "b": 9000})
-    view, source = memoryview(mmap.mmap(-1, 4 * PAGE)), Reader(tensors, direct)
-    for name in ("a", "b", "a"):
-        assert load(source, {name: tensors[name]}, view) == {name: on_disk(tensors[name])}
-
-
 def test_a_pass_uses_two_buffers_however_often_it_is_made(
     llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:

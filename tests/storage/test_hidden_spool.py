@@ -117,19 +117,6 @@ def test_a_disk_that_fills_up_is_one_sentence(tmp_path: Path) -> None:
     assert same(spool, [noise(0), noise(1), noise(3)])
 
 
-def test_a_folder_that_takes_no_file_is_one_sentence(tmp_path: Path) -> None:
-    """The scratch file cannot even be made; what is held in memory never asks for it."""
-
-    class Refusing(Files):
-        def scratch(self, folder: Path) -> int:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    spool = Spool(tmp_path, 1, Refusing())
-    spool.append(noise(0))
-    with pytest.raises(MisError, match="read-only in .*: the spool of hidden states was not saved"):
-        spool.append(noise(1))
-
-
 def test_a_file_cut_short_is_not_read_as_zeros(tmp_path: Path) -> None:
     """Somebody truncated it: a sentence, and no endless loop."""
     spool = Spool(tmp_path, 0, DISK)

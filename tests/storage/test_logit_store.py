@@ -109,16 +109,6 @@ def test_impossible_counts_are_refused(tmp_path: Path, count: int) -> None:
     assert names(tmp_path) == []
 
 
-def test_windows_come_in_order(tmp_path: Path) -> None:
-    """A window that is not due, or is there already, is a bug and says so."""
-    store = logit_store.create(tmp_path, SAMPLED, DISK)
-    with pytest.raises(ValueError, match="window 1 came"):
-        store.put(1, made(SAMPLED, 1))
-    fill(tmp_path)
-    with pytest.raises(ValueError, match="window 0 came"):
-        logit_store.create(tmp_path, SAMPLED, DISK).put(0, made(SAMPLED, 0))
-
-
 def test_an_unfinished_store_can_be_read_as_far_as_it_goes(tmp_path: Path) -> None:
     """Two of four parts: their windows come back, another one is a sentence."""
     store = logit_store.create(tmp_path, SAMPLED, DISK)
