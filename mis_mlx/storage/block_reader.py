@@ -73,9 +73,7 @@ class Reader:
     0.1 instead of 0.4 to 1.5 s of it for 2 GB).
     """
 
-    def __init__(
-        self, tensors: Mapping[str, TensorAt], direct: bool = False, threads: int = 2, also: Sequence[Path] = ()
-    ):
+    def __init__(self, tensors: Mapping[str, TensorAt], direct: bool = False, also: Sequence[Path] = ()):
         by_file: dict[Path, list[str]] = {}
         for name, t in tensors.items():
             by_file.setdefault(t.file, []).append(name)
@@ -83,7 +81,7 @@ class Reader:
             unchanged(path, tensors, names)  # a sentence, too, when the file is gone
         self._signatures = {path: _signature(os.stat(path)) for path in (*by_file, *also)}
         self._direct = direct
-        self._pool = ThreadPoolExecutor(threads, "reader")
+        self._pool = ThreadPoolExecutor(2, "reader")
         self.nbytes = 0  # asked for so far
 
     def begin(self, wanted: Iterable[tuple[Path, int, int, memoryview]]) -> Callable[[], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import M1_AIR
+from mis_mlx.hardware.thermal import apple_frameworks
 from mis_mlx.types import GIB, Budget, MisError
 from tests.hardware.conftest import FakeApple
 
@@ -132,13 +132,15 @@ def test_what_others_use_is_left_to_them() -> None:
         assert found == pytest.approx(default, abs=64 * MIB)
 
 
-def test_the_peak_is_the_footprint_on_a_mac(fake_apple: FakeApple, tmp_path: Path) -> None:
+def test_the_peak_is_the_footprint_on_a_mac(fake_apple: FakeApple, monkeypatch: pytest.MonkeyPatch) -> None:
     """rusage_info_v4's physical footprint, now and at most: the GPU's buffers, numpy and MLX's cache together."""
+    fakes = apple_frameworks.load(fake_apple.path)
+    monkeypatch.setattr(apple_frameworks, "load", lambda: fakes)
     fake_apple.footprint(300 * MIB, 400 * MIB)
-    assert memory.held_bytes(fake_apple.path) == (300 * MIB, 400 * MIB)
-    peak = memory.Peak(fake_apple.path)
+    assert memory.held_bytes() == (300 * MIB, 400 * MIB)
+    peak = memory.Peak()
     fake_apple.footprint(350 * MIB, 900 * GIB)
     assert peak.nbytes == 900 * GIB - 300 * MIB
     fake_apple.footprint(0, 0)  # it refuses: the resident set
-    now, most = memory.held_bytes(fake_apple.path)
+    now, most = memory.held_bytes()
     assert MIB < now <= most + MIB

@@ -126,15 +126,6 @@ def test_what_is_not_a_regular_file_is_refused_and_never_hangs(tmp_path: Path) -
             check(tmp_path / name)
 
 
-def test_the_memory_limit_is_kept(tmp_path: Path) -> None:
-    """A whole file is refused when its tensors take more than the caller has."""
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(WHOLE)
-    check(path, limit_bytes=24)
-    with pytest.raises(MisError, match="24 bytes of tensors, 23 bytes are allowed"):
-        check(path, limit_bytes=23)
-
-
 def test_a_good_file_is_described_to_the_byte(tmp_path: Path) -> None:
     """Offsets count from the start of the file: the bytes there are the tensor's."""
     path = tmp_path / "model.safetensors"

@@ -10,17 +10,17 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.types import Reading
 
 WINDOW = "mis_mlx"
-PARTS = ("cpu_total_mj", "gpu_mj", "dram_mj", "gpu_sram_mj", "ane_mj", "package_mj")
+PARTS = ("cpu_total_mj", "gpu_mj", "dram_mj", "gpu_sram_mj", "ane_mj")
 ZEUS = "zeus-apple-silicon, the chip's firmware"
 SYS = Path("/sys")
 
@@ -42,20 +42,22 @@ class Energy:
         return None
 
 
+def _counters() -> Any:
+    return importlib.import_module("zeus_apple_silicon").AppleEnergyMonitor()
+
+
 class EnergyMeter:
     """Measures from `begin` to `end`. A stretch must be 0.1 s or longer to mean anything.
 
-    `open_counters` gives the chip's counters: by default those of the optional package zeus-apple-silicon, where
-    it is installed, else RAPL's, where they can be read. `source` names them, None where there are none.
+    `open_counters` gives the chip's counters: by default those of the optional package zeus-apple-silicon, where it is
+    installed. `source` names them, None where there are none.
     """
 
-    def __init__(self, monitor: Monitor, open_counters: Callable[[], Any] | None = None):
+    def __init__(self, monitor: Monitor, open_counters: Callable[[], Any] = _counters):
         self._monitor = monitor
-        try:
-            self._counters = (open_counters or _counters)()
-        except (ImportError, RuntimeError, OSError, ValueError):
-            self._counters = None
-        self.source = None if self._counters is None else str(getattr(self._counters, "source", ZEUS))
+        self._counters, self.source = None, None
+        with suppress(ImportError, RuntimeError):
+            self._counters, self.source = open_counters(), ZEUS
         self._since_s = 0.0
 
     def begin(self) -> None:
@@ -83,47 +85,6 @@ def machine_joules(history: Sequence[Reading], since_s: float, until_s: float) -
         return None
     joules = sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in pairwise(inside))
     return joules * (until_s - since_s) / (inside[-1][0] - inside[0][0])
-
-
-def _counters() -> Any:
-    try:
-        return importlib.import_module("zeus_apple_silicon").AppleEnergyMonitor()
-    except (ImportError, RuntimeError):
-        return Rapl()
-
-
-class Rapl:
-    """Energy counters of Intel and AMD processors under Linux (powercap's intel-rapl), all packages together: cores,
-    caches, memory controller. OSError where none can be read: most systems let root alone do that (CVE-2020-8694)."""
-
-    source = "RAPL, processor packages"
-
-    def __init__(self, root: Path = SYS):
-        zones = sorted(root.glob("class/powercap/intel-rapl:*"))
-        self._zones = [z for z in zones if (z / "name").read_text("ascii").startswith("package")]
-        if not self._zones:
-            raise OSError(f"no energy counter under {root / 'class/powercap'}")
-        self._ranges = [_number(z / "max_energy_range_uj") for z in self._zones]
-        self._began = self._now()
-
-    def _now(self) -> list[int]:
-        return [_number(z / "energy_uj") for z in self._zones]
-
-    def begin_window(self, _name: str) -> None:
-        """Start a stretch."""
-        self._began = self._now()
-
-    def end_window(self, _name: str) -> SimpleNamespace:
-        """Millijoules since `begin_window`; a counter that began anew at its range is put right once."""
-        spent = [
-            after - before + (most if after < before else 0)
-            for before, after, most in zip(self._began, self._now(), self._ranges, strict=True)
-        ]
-        return SimpleNamespace(package_mj=sum(spent) / 1000)
-
-
-def _number(file: Path) -> int:
-    return int(file.read_text("ascii"))
 
 
 def low_power_mode(pmset: str = "pmset", root: Path = SYS) -> bool | None:

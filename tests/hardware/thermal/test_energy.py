@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from mis_mlx.hardware.clock import VirtualClock
-from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter, Rapl, low_power_mode, machine_joules
+from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter, low_power_mode, machine_joules
 from mis_mlx.types import Reading
 
 
@@ -57,40 +56,6 @@ def test_trapezoids_stretched_to_the_whole():
     history = [Reading(1.0, power_w=4.0), Reading(2.0, power_w=8.0), Reading(3.0, power_w=12.0)]
     assert machine_joules(history, 0.5, 4.5) == pytest.approx(32.0)
     assert machine_joules(history, 2.5, 4.5) is None
-
-
-def powercap(root: Path, **packages: tuple[str, int, int]) -> Path:
-    """A stand-in for /sys with these counters: name, microjoules, range."""
-    for zone, (name, now, most) in packages.items():
-        folder = root / "class/powercap" / f"intel-rapl:{zone[1:]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, text in (("name", name), ("energy_uj", now), ("max_energy_range_uj", most)):
-            (folder / file).write_text(f"{text}\n")
-    return root
-
-
-def test_rapl_adds_packages_and_survives_its_own_end(tmp_path: Path) -> None:
-    """3 J of one package, and 2 J of one that passed its range of 10 J; the core's own counter is part of both."""
-    root = powercap(tmp_path, z0=("package-0", 1_000_000, 10_000_000), z1=("package-1", 9_000_000, 10_000_000))
-    powercap(root, **{"z0:0": ("core", 5, 10)})
-    bench = Bench([None] * 3)
-    meter = EnergyMeter(bench, lambda: Rapl(root))
-    meter.begin()
-    bench.clock.sleep(2.0)
-    powercap(root, z0=("package-0", 4_000_000, 10_000_000), z1=("package-1", 1_000_000, 10_000_000))
-    assert meter.end() == Energy(2.0, pytest.approx(5.0), None)
-    assert meter.source == "RAPL, processor packages"
-
-
-def test_no_rapl_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no zeus RAPL is asked; it may have no powercap, or one that does not read as numbers."""
-    monkeypatch.setitem(sys.modules, "zeus_apple_silicon", None)
-    monkeypatch.setattr("mis_mlx.hardware.thermal.energy.Rapl", lambda: SimpleNamespace(source="rapl's"))
-    assert EnergyMeter(Bench([None])).source == "rapl's"
-    for root in (tmp_path, powercap(tmp_path / "odd", z0=("package-0", "x", 1))):  # type: ignore[arg-type]
-        meter = EnergyMeter(Bench([None]), lambda root=root: Rapl(root))
-        meter.begin()
-        assert (meter.source, meter.end().chip_j) == (None, None)
 
 
 def test_rest_is_taken_off() -> None:
