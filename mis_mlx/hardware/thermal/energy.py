@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
@@ -22,7 +21,6 @@ from mis_mlx.types import Reading
 WINDOW = "mis_mlx"
 PARTS = ("cpu_total_mj", "gpu_mj", "dram_mj", "gpu_sram_mj", "ane_mj")
 ZEUS = "zeus-apple-silicon, the chip's firmware"
-SYS = Path("/sys")
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,10 @@ def machine_joules(history: Sequence[Reading], since_s: float, until_s: float) -
     return joules * (until_s - since_s) / (inside[-1][0] - inside[0][0])
 
 
-def low_power_mode(pmset: str = "pmset", root: Path = SYS) -> bool | None:
-    """Whether the machine saves power at the cost of speed: Low Power Mode on a Mac, the firmware's profile on
-    Linux; None where neither says."""
-    if (tool := shutil.which(pmset)) is not None:
-        settings = subprocess.run([tool, "-g"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-        mode = re.search(r"^\s*lowpowermode\s+(\d)", settings.stdout, re.MULTILINE)
-        return None if mode is None else mode[1] == "1"
-    try:
-        return (root / "firmware/acpi/platform_profile").read_text("ascii").strip() in ("low-power", "quiet")
-    except OSError:
+def low_power_mode(pmset: str = "pmset") -> bool | None:
+    """Whether a Mac is in Low Power Mode, which costs speed; None where nothing says so."""
+    if (tool := shutil.which(pmset)) is None:
         return None
+    settings = subprocess.run([tool, "-g"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    mode = re.search(r"^\s*lowpowermode\s+(\d)", settings.stdout, re.MULTILINE)
+    return None if mode is None else mode[1] == "1"

@@ -146,11 +146,11 @@ class Monitor:
             estimate = self._ambient.update(values, raw.mono_s, raw.rested)
             stuck = self._frozen.stuck(raw.mono_s, values.die_c, values.power_w)
             reading, reasons = self._reading(raw, values, estimate, stuck)
-        with self._lock:
-            self.reasons = reasons
-            self._history.append(reading)
-            while self._history[0].time_s < reading.time_s - HISTORY_S:
-                self._history.popleft()
+            with self._lock:
+                self.reasons = reasons
+                self._history.append(reading)
+                while self._history[0].time_s < reading.time_s - HISTORY_S:
+                    self._history.popleft()
         return reading
 
     def _reading(

@@ -74,12 +74,4 @@ def test_low_power_mode_of_a_mac(tmp_path: Path, said: str, is_on: bool | None) 
     tool.write_text(f"#!/bin/sh\n[ \"$1\" = -g ] && echo 'System-wide power settings:' && echo '{said}'\n")
     tool.chmod(0o755)
     assert low_power_mode(str(tool)) is is_on
-
-
-def test_low_power_mode_of_linux(tmp_path: Path) -> None:
-    """The firmware's profile, or None where there is none."""
-    assert low_power_mode("no-such-program", tmp_path) is None
-    (tmp_path / "firmware/acpi").mkdir(parents=True)
-    for profile, is_on in (("low-power", True), ("balanced", False)):
-        (tmp_path / "firmware/acpi/platform_profile").write_text(f"{profile}\n")
-        assert low_power_mode("no-such-program", tmp_path) is is_on
+    assert low_power_mode("no-such-program") is None

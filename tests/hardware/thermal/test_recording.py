@@ -11,7 +11,6 @@ import pytest
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.recording import SCHEMA, Header, Raw, Replay, from_json, recorder, to_json
 from mis_mlx.types import MisError
-from tests.hardware.plant import write_halny
 
 DATA = Path(__file__).parents[2] / "data"
 FULL = Raw(
@@ -115,9 +114,3 @@ def test_foreign_and_truncated_files_are_refused_with_the_line(tmp_path, content
     assert str(path) in str(refused.value)
     with pytest.raises(MisError, match="cannot be read"):
         replay_of(tmp_path / "no.jsonl")
-
-
-def test_halny_is_what_the_plant_gives(tmp_path):
-    """tests/data/halny.jsonl can be made again, byte for byte, by `python -m tests.hardware.plant FILE`."""
-    write_halny(tmp_path / "halny.jsonl")
-    assert (tmp_path / "halny.jsonl").read_bytes() == (DATA / "halny.jsonl").read_bytes()
