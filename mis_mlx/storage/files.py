@@ -184,7 +184,10 @@ def reported(folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that 
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise _no_space(folder, what, nbytes, _free_or_none(folder), remedy) from error
+            free = None
+            with contextlib.suppress(OSError):  # the disk that failed the write may fail this too
+                free = DISK.free_bytes(folder)
+            raise _no_space(folder, what, nbytes, free, remedy) from error
         if error.errno in BROKEN:
             raise MisError(f"{BROKEN[error.errno]} in {folder}: {what} was not saved; {remedy}") from error
         if error.errno == errno.ENOENT and not folder.exists():  # an external disk that was pulled out
@@ -195,13 +198,6 @@ def reported(folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that 
 def _no_space(folder: Path, what: str, need: int, free: int | None, remedy: str) -> MisError:
     room = "an unknown amount is" if free is None else f"{gib(free)} are"
     return MisError(f"Not enough disk space in {folder}: {what} needs {gib(need)}, {room} free; {remedy}")
-
-
-def _free_or_none(folder: Path) -> int | None:
-    try:
-        return DISK.free_bytes(folder)
-    except OSError:  # the disk that failed the write may fail this too
-        return None
 
 
 def _put(path: Path, flags: int, data: bytes | memoryview) -> None:

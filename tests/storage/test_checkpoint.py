@@ -292,15 +292,3 @@ def test_what_a_dead_process_left_is_swept(name: str, tmp_path: Path) -> None:
     commit_folder(tmp_path / "m", lambda tmp: DISK.write(tmp / "whole", b"y"), DISK, 1)
     assert not left.exists() and living.exists() and other.exists()
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["whole"]
-
-
-def test_a_step_on_the_way_leaves_what_can_be_swept(tmp_path: Path) -> None:
-    """The half-made folder of a `.tmp-` folder has a name that belongs to the one they are both made for."""
-    seen = list[str]()
-
-    def fill(tmp: Path) -> None:
-        seen.append(tmp.name)
-        DISK.write(tmp / "x", b"y")
-
-    commit_folder(tmp_path / ".tmp-m-rounded-77", fill, DISK, 1)
-    assert seen == [f".tmp-m-rounded-77-{os.getpid()}"]

@@ -136,12 +136,3 @@ def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
     """A missing file in a folder that exists is a bug, and not dressed up."""
     with pytest.raises(FileNotFoundError), reported(tmp_path, "it"):
         (tmp_path / "missing").read_bytes()
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_write_permission_is_one_sentence(tmp_path: Path) -> None:
-    """The real EACCES of the kernel, not a made one."""
-    tmp_path.chmod(0o555)
-    with pytest.raises(MisError, match="Writing is not allowed"):
-        DISK.replace_text(tmp_path / "state.json", "x")
-    tmp_path.chmod(0o755)

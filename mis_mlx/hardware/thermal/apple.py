@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mis_mlx.hardware.thermal.apple_frameworks import Frameworks, foreign, load
-from mis_mlx.hardware.thermal.apple_hid import Hid
-from mis_mlx.hardware.thermal.apple_smc import Smc
+from mis_mlx.hardware.thermal.apple_sensors import Hid, Smc
 from mis_mlx.hardware.thermal.recording import Raw, Rows
 
 # TCMz, the firmware's own hottest spot of the die, exists from M1 on.

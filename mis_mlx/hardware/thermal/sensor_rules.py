@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import mean, median
 
-from mis_mlx.hardware.thermal.apple_smc import decode
+from mis_mlx.hardware.thermal.apple_sensors import decode
 from mis_mlx.hardware.thermal.recording import Raw
 
 DIE = re.compile(r"([pe]ACC|SOC|GPU) MTR Temp Sensor\d+|PMGR SOC Die Temp Sensor\d+|PMU\d* tdie\d+")

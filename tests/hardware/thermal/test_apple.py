@@ -12,8 +12,7 @@ from mis_mlx import thermal
 from mis_mlx.hardware.thermal import apple as apple_module
 from mis_mlx.hardware.thermal.apple import Apple, read_ioreg
 from mis_mlx.hardware.thermal.apple_frameworks import foreign, load
-from mis_mlx.hardware.thermal.apple_hid import Hid
-from mis_mlx.hardware.thermal.apple_smc import KeyData, Smc, decode
+from mis_mlx.hardware.thermal.apple_sensors import Hid, KeyData, Smc, decode
 from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
 
 
