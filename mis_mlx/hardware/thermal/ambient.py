@@ -127,10 +127,10 @@ class BatteryNode:
     TAU_ERROR = 0.15
     MODEL_ERROR_C = 0.3
     LOAD_FLOOR_C, IDLE_FLOOR_C, IDLE_W = 2.0, 1.5, 6.0
-    CHARGING_W, STEEPEST_C = 5.0, 0.5  # windows with more charging, or a steeper battery, are not used
+    STEEPEST_C = 0.5  # windows in which the battery moves more are not used, nor those in which its charge rose
 
     def __init__(self) -> None:
-        self._window: deque[tuple[float, float, float]] = deque()  # seconds, °C, W
+        self._window: deque[tuple[float, float, float, float]] = deque()  # seconds, °C, W, % of charge
         self._air_c: float | None = None
         self._r = self.START_R
         self._covariance = (self.START_SIGMA_C**2, 0.0, self.START_SIGMA_R**2)  # (air, air·r, r)
@@ -139,10 +139,7 @@ class BatteryNode:
         """A new estimate at the end of each usable window of 10 minutes, else `None`."""
         if values.battery_c is None or values.power_w is None:
             return None
-        if (values.charging_w or 0.0) > self.CHARGING_W:
-            self._window.clear()
-            return None
-        self._window.append((now_s, values.battery_c, values.power_w))
+        self._window.append((now_s, values.battery_c, values.power_w, values.battery_percent or 0.0))
         while now_s - self._window[0][0] > self.WINDOW_S:
             self._window.popleft()
         if now_s - self._window[0][0] < 0.9 * self.WINDOW_S or len(self._window) < 10:
@@ -151,12 +148,12 @@ class BatteryNode:
         self._window.clear()
         return self._measure(window)
 
-    def _measure(self, window: list[tuple[float, float, float]]) -> Estimate | None:
-        times, temperatures, powers = zip(*window, strict=True)
+    def _measure(self, window: list[tuple[float, float, float, float]]) -> Estimate | None:
+        times, temperatures, powers, charges = zip(*window, strict=True)
         middle, battery_c, power_w = mean(times), mean(temperatures), mean(powers)
         spread = sum((t - middle) ** 2 for t in times)
         slope = sum((t - middle) * (c - battery_c) for t, c in zip(times, temperatures, strict=True)) / spread
-        if abs(slope) * self.WINDOW_S > self.STEEPEST_C:
+        if abs(slope) * self.WINDOW_S > self.STEEPEST_C or charges[-1] > charges[0]:  # charging heats from inside
             return None
         measured = battery_c + self.TAU_S * slope
         variance = (

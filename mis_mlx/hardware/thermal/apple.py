@@ -1,13 +1,11 @@
-"""Everything a Mac with Apple silicon tells about its heat, in one look: HID, SMC, pressure, battery.
+"""Everything a Mac with Apple silicon tells about its heat, in one look: HID, SMC, pressure.
 
 Each mechanism may be absent on its own; then it says why.
 """
 
 from __future__ import annotations
 
-import plistlib
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p, create_string_buffer
 from pathlib import Path
 from typing import TypeVar
@@ -19,8 +17,6 @@ from mis_mlx.hardware.thermal.recording import Raw, Rows
 # TCMz, the firmware's own hottest spot of the die, exists from M1 on.
 KEYS = ("TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "TPMP", "Ts0P", "Ts1P", "TsOP", "PSTR")
 PRESSURE_NAME = b"com.apple.system.thermalpressurelevel"
-IOREG_EVERY_LOOKS = 60  # `ioreg` starts a process (20 ms)
-IOREG_FIELDS = ("Amperage", "Voltage")
 
 T = TypeVar("T")
 
@@ -63,8 +59,6 @@ class Apple:
         self.hid = self._open("IOHID", Hid)
         self.smc = self._open("SMC", Smc)
         self.pressure = self._open("pressure", Pressure)
-        self._looks = 0
-        self._ioreg: Mapping[str, int] = {}
 
     def _open(self, name: str, mechanism: Callable[[Frameworks], T]) -> T | None:
         try:
@@ -80,17 +74,14 @@ class Apple:
         def attempt(name: str, read: Callable[[], T], nothing: T) -> T:
             try:
                 return read()
-            except (OSError, ValueError, subprocess.SubprocessError) as error:
+            except (OSError, ValueError) as error:
                 missing[name] = str(error)
                 return nothing
 
         hid: Rows = attempt("IOHID", self.hid.read, ()) if self.hid else ()
         smc: dict[str, str] = attempt("SMC", self._read_keys, {})
         pressure = attempt("pressure", self.pressure.read, None) if self.pressure else None
-        if self._looks % IOREG_EVERY_LOOKS == 0:
-            self._ioreg = attempt("ioreg", read_ioreg, {})
-        self._looks += 1
-        return Raw(mono_s, wall_s, hid, smc=smc, ioreg=self._ioreg, missing=missing, pressure=pressure)
+        return Raw(mono_s, wall_s, hid, smc=smc, missing=missing, pressure=pressure)
 
     def _read_keys(self) -> dict[str, str]:
         answers = {key: self.smc.read(key) for key in KEYS} if self.smc else {}
@@ -109,14 +100,3 @@ class Apple:
         for mechanism in (self.hid, self.smc, self.pressure):
             if mechanism is not None:
                 mechanism.close()
-
-
-def read_ioreg(program: str = "/usr/sbin/ioreg") -> dict[str, int]:
-    """Battery gauge as `ioreg` prints it. Raises OSError, ValueError or SubprocessError."""
-    command = [program, "-rn", "AppleSmartBattery", "-a"]
-    printed = subprocess.run(command, capture_output=True, timeout=3, check=True).stdout
-    try:
-        gauge = plistlib.loads(printed)[0]
-    except (plistlib.InvalidFileException, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"no battery in what ioreg printed ({type(error).__name__})") from None
-    return {name: int(gauge[name]) for name in IOREG_FIELDS if isinstance(gauge.get(name), int)}

@@ -22,7 +22,6 @@ SCHEMA = "mis_mlx thermal 1"
 LONGEST_LINE = 1 << 20  # characters: a foreign file without line ends must not fill the memory
 AFTER_THE_END_S = 1.0
 NUMBERS = ("mono_s", "wall_s", "pressure", "battery_percent")
-TABLES = {"smc": str, "ioreg": int, "missing": str}
 
 Rows = tuple[tuple[str, float], ...]
 
@@ -36,7 +35,6 @@ class Raw:
     hid: Rows = ()  # (name, °C) as Apple's HID gives them; names repeat
     linux: Rows = ()  # ("psutil coretemp Package id 0", °C)
     smc: Mapping[str, str] = field(default_factory=dict)  # key -> "type:bytes in hex"
-    ioreg: Mapping[str, int] = field(default_factory=dict)  # AppleSmartBattery, as it came
     missing: Mapping[str, str] = field(default_factory=dict)  # provider -> why it gave nothing
     pressure: int | None = None
     battery_percent: float | None = None
@@ -64,9 +62,9 @@ def from_json(record: Any) -> Raw:
             known[name] = _number(name, value)
         elif name in ("hid", "linux"):
             known[name] = _rows(name, value)
-        elif name in TABLES:
-            if not isinstance(value, dict) or not all(isinstance(v, TABLES[name]) for v in value.values()):
-                raise ValueError(f"{name} is not an object of such values")
+        elif name in ("smc", "missing"):
+            if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+                raise ValueError(f"{name} is not an object of texts")
             known[name] = value
         elif name in ("plugged", "rested"):
             known[name] = value is True

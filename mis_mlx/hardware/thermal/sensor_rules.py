@@ -18,7 +18,6 @@ DIE = re.compile(r"([pe]ACC|SOC|GPU) MTR Temp Sensor\d+|PMGR SOC Die Temp Sensor
 LINUX_DIE = re.compile(r"\S+ (coretemp|k10temp|zenpower|x86_pkg_temp|macsmc\w*|(cpu|soc)[\w-]*)\b", re.I)
 LINUX_BATTERY = re.compile(r"\S+ BAT\w*\b")
 PARKED_C = 30.0  # what a GPU's sensors say while it has no power; public dumps are rounded
-WRAPPED_64 = 2**64
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Values:
     palm_c: float | None = None  # coolest physical sensor of a laptop
     regulator_c: float | None = None  # SMC TPMP; close to the battery when the machine is calm
     power_w: float | None = None
-    charging_w: float | None = None
+    battery_percent: float | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -51,7 +50,7 @@ def judge(raw: Raw) -> Values:
         "palm_c": _palm(smc),
         "regulator_c": (_within(smc.get("TPMP"), -20, 130), "SMC TPMP"),
         "power_w": (_within(smc.get("PSTR"), 0, 200), "SMC PSTR"),
-        "charging_w": (charging_watts(raw.ioreg), "ioreg AppleSmartBattery"),
+        "battery_percent": (raw.battery_percent, "psutil"),
     }
     providers = "; ".join(f"{name}: {why}" for name, why in sorted(raw.missing.items()))
     looked_at = len(raw.hid) + len(raw.smc) + len(raw.linux)
@@ -109,15 +108,6 @@ def _palm(smc: dict[str, float | None]) -> tuple[float | None, str]:
     """Ts1P on M1, TsOP (letter O) on M2, where Ts0P belongs to the die: so the coolest of the three."""
     seen = [(v, f"SMC {k}") for k in ("Ts1P", "Ts0P", "TsOP") if (v := _within(smc.get(k), -30, 60)) is not None]
     return min(seen, default=(None, ""))
-
-
-def charging_watts(ioreg: Mapping[str, int]) -> float | None:
-    """Watts that flow into the battery (negative: out of it); `ioreg` prints a current of −x as 2^64 − x."""
-    current_ma, voltage_mv = ioreg.get("Amperage"), ioreg.get("Voltage")
-    if current_ma is None or voltage_mv is None:
-        return None
-    signed_ma = current_ma - WRAPPED_64 if current_ma >= WRAPPED_64 // 2 else current_ma
-    return signed_ma * voltage_mv / 1e6
 
 
 def _decoded(text: str) -> float | None:

@@ -9,8 +9,7 @@ from functools import partial
 import pytest
 
 from mis_mlx import thermal
-from mis_mlx.hardware.thermal import apple as apple_module
-from mis_mlx.hardware.thermal.apple import Apple, read_ioreg
+from mis_mlx.hardware.thermal.apple import Apple
 from mis_mlx.hardware.thermal.apple_frameworks import foreign, load
 from mis_mlx.hardware.thermal.apple_sensors import Hid, KeyData, Smc, decode
 from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
@@ -84,16 +83,14 @@ def test_decode(kind, raw, value):
     assert decode(kind, raw) == value
 
 
-def test_a_mac_that_reports_pressure_and_has_lost_keys(fake_apple, monkeypatch):
+def test_a_mac_that_reports_pressure_and_has_lost_keys(fake_apple):
     """Pressure 2 is read; keys gone after a macOS update are absent, not zero; all is given back."""
-    monkeypatch.setattr(apple_module, "read_ioreg", lambda: {"Amperage": 5})
     fake_apple.level(2)
     fake_apple.smc_float("TVA0", 27.386)
     mac = Apple(fake_apple.path)
     look = mac.look(0.0, 0.0)
     assert look.pressure == 2
     assert set(look.smc) == {"TVA0"}
-    assert look.ioreg == {"Amperage": 5}
     assert not look.missing
     assert mac.system("hw.model") == "MacBookAir10,1"
     assert mac.system("no.such.name") is None
@@ -113,17 +110,6 @@ def test_two_samplers_at_once_do_not_disturb_each_other(fake_apple):
     assert "TCMz" in look.smc
 
 
-def test_ioreg_that_fails_is_a_reason_and_not_a_crash(fake_apple, tmp_path):
-    """Where /usr/sbin/ioreg is not there, or prints no battery, the look says so."""
-    with pytest.raises(OSError, match="no-such-program"):
-        read_ioreg(str(tmp_path / "no-such-program"))
-    silent = tmp_path / "ioreg"
-    silent.write_text("#!/bin/sh\necho nonsense\n")
-    silent.chmod(0o755)
-    with pytest.raises(ValueError, match="no battery"):
-        read_ioreg(str(silent))
-
-
 def test_a_function_that_macos_dropped_is_named(fake_apple):
     """A missing private function is an OSError with its name, so that the look can give the reason."""
     with pytest.raises(OSError, match="IOHIDNoSuchThing is missing"):
@@ -132,7 +118,6 @@ def test_a_function_that_macos_dropped_is_named(fake_apple):
 
 def test_doctor_on_a_mac(fake_apple, monkeypatch, capsys):
     """The doctor's plain words on a Mac: what it is, its die, and a measured T_env."""
-    monkeypatch.setattr(apple_module, "read_ioreg", dict)
     monkeypatch.setattr(thermal, "open_monitor", partial(open_monitor, apple_library=fake_apple.path))
     fake_apple.hid("gas gauge battery", 32.0)
     fake_apple.smc_float("TCMz", 58.5)

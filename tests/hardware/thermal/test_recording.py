@@ -20,7 +20,6 @@ FULL = Raw(
     smc={"TCMz": "flt :33b36b42"},
     linux=(("psutil coretemp", 51.0),),
     pressure=0,
-    ioreg={"Amperage": 2**64 - 500},
     battery_percent=80.0,
     plugged=False,
     rested=True,

@@ -9,7 +9,7 @@ import pytest
 
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.recording import Raw, Replay
-from mis_mlx.hardware.thermal.sensor_rules import Frozen, charging_watts, judge
+from mis_mlx.hardware.thermal.sensor_rules import Frozen, judge
 from tests.hardware.plant import smc_float
 
 DATA = Path(__file__).parents[2] / "data"
@@ -97,13 +97,6 @@ def test_linux_names():
     assert judge(look(linux=rows)).die_c == 61.0
     assert judge(look(linux=(("thermal_zone cpu-thermal", 48.2),))).die_c == 48.2
     assert judge(look(linux=(("psutil nvme Composite", 70.0),))).die_c is None
-
-
-def test_charging_watts():
-    """A current out of the battery is printed as 2^64 − x."""
-    assert charging_watts({"Amperage": 1000, "Voltage": 12000}) == 12.0
-    assert charging_watts({"Amperage": 2**64 - 500, "Voltage": 12000}) == -6.0
-    assert charging_watts({}) is None
 
 
 def test_a_stuck_sensor_is_noticed_when_the_power_changes():

@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 from mis_mlx.hardware.clock import VirtualClock
-from mis_mlx.hardware.thermal import apple as apple_module
 from mis_mlx.hardware.thermal import thermal_monitor
 from mis_mlx.hardware.thermal.ambient import find_altitude
 from mis_mlx.hardware.thermal.governor import governor_for
@@ -85,9 +84,8 @@ def test_altitude_in_order(tmp_path):
         find_altitude(float("inf"), Header(), NOWHERE)
 
 
-def test_an_m1_air_through_the_real_calls(fake_apple, monkeypatch):
+def test_an_m1_air_through_the_real_calls(fake_apple):
     """HID, SMC and pressure together give one reading, each value with its source."""
-    monkeypatch.setattr(apple_module, "read_ioreg", lambda: {"Amperage": 0, "Voltage": 12000})
     fake_apple.level(1)
     fake_apple.hid("pACC MTR Temp Sensor2", 71.0)
     fake_apple.hid("gas gauge battery", 31.0)
@@ -201,9 +199,8 @@ def test_live_monitor_samples_in_a_thread(no_sensors, monkeypatch):
     ("model", "in_vm", "real"),
     [("VirtualMac2,1", False, False), ("MacBookAir10,1", True, False), ("MacBookAir10,1", False, True)],
 )
-def test_a_mac_without_thermometers(fake_apple, monkeypatch, model, in_vm, real):
+def test_a_mac_without_thermometers(fake_apple, model, in_vm, real):
     """A virtual one, by its name or the hypervisor's, is governed blindly; on a real one the silence is a fault."""
-    monkeypatch.setattr(apple_module, "read_ioreg", dict)
     fake_apple.model(model, in_vm)
     monitor = open_monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
     reading = monitor.look()
