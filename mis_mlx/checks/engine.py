@@ -72,10 +72,10 @@ def passes(kind: str, models: Models) -> Found:
 
 def beside_cpu(work: Callable[[Models], Any], float32: float, half: float, models: Models) -> Found:
     """What `work` gives as this device computes, beside the CPU's in float32. Bounds: of float32, of float16."""
-    found = work(models)
+    here = work(models)
     with on_cpu():
         want = work(models)
-    return off(found, want), _bound(float32, half)
+    return off(here, want), _bound(float32, half)
 
 
 def _bound(float32: float, half: float) -> float:

@@ -76,8 +76,8 @@ def rope(dtype: mx.Dtype) -> Found:
     angle = (100 + np.arange(24))[:, None] * 10_000.0 ** (-np.arange(half) / half)
     a, b = wide(x)[..., :half], wide(x)[..., half:]
     want = np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
-    found = mx.fast.rope(x, 64, traditional=False, base=10_000.0, scale=1.0, offset=100)
-    return off(found, want), ROUNDING[mx.float16]  # of float32 too: Metal's quick cosine is right to 13 bits
+    turned = mx.fast.rope(x, 64, traditional=False, base=10_000.0, scale=1.0, offset=100)
+    return off(turned, want), ROUNDING[mx.float16]  # of float32 too: Metal's quick cosine is right to 13 bits
 
 
 def attention(dtype: mx.Dtype) -> Found:
@@ -164,9 +164,9 @@ def gptq() -> Found:
     def codes() -> np.ndarray:
         return wide(rounding.integers(rounding.compensated(weight, inputs.T @ inputs, 64, 4)[0], 64, 4))
 
-    found = codes()
+    here = codes()
     with on_cpu():
-        return float((found != codes()).mean()), 0.002
+        return float((here != codes()).mean()), 0.002
 
 
 def closed_form() -> Found:

@@ -69,8 +69,11 @@ class Relay(stream.Stream):
 
         They are real where the first block is; elsewhere they have the right shape, until they come.
         """
-        heard = distributed.gather([np.array(b).tolist() for b in batches])
-        self._counts, whole = [len(each) for each in heard], [np.array(b, np.int32) for each in heard for b in each]
+        everyone = distributed.gather([np.array(b).tolist() for b in batches])
+        self._counts, whole = (
+            [len(each) for each in everyone],
+            [np.array(b, np.int32) for each in everyone for b in each],
+        )
         hidden = [] if hidden is None else hidden
         if distributed.first():
             hidden = super().embed([mx.array(b) for b in whole], hidden)
@@ -120,10 +123,10 @@ class Relay(stream.Stream):
         """This machine's own batches after the last RMSNorm."""
         if distributed.number() == distributed.size() - 1:
             super().norm(hidden)
-        begin, found = sum(self._counts[: distributed.number()]), list[mx.array]()
+        begin, own = sum(self._counts[: distributed.number()]), list[mx.array]()
         for b in range(len(hidden)):
             whole = distributed.sent_array(hidden[b], distributed.size() - 1)
             if begin <= b < begin + self._counts[distributed.number()]:
-                found.append(whole)
+                own.append(whole)
         self._hidden = []
-        return found
+        return own

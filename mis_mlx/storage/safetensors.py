@@ -62,15 +62,15 @@ def _weight_map(path: Path) -> dict[str, str]:
         if not path.is_file() or path.stat().st_size > MAX_HEADER_BYTES:
             raise Refused("it is not a regular file of sane size")
         content = json.loads(path.read_bytes(), object_pairs_hook=no_twins, parse_constant=no_constant)
-        found = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(found, dict) or not found:
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
             raise Refused("it has no weight_map")
-        for name in found.values():
+        for name in weight_map.values():
             if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
                 raise Refused(f"it points outside the model folder ({str(name)[:60]!r})")
     except (Refused, OSError, ValueError, RecursionError) as error:
         raise MisError(f"{path} is not a usable index: {str(error)[:120]}; download it again") from None
-    return found
+    return weight_map
 
 
 def inside(folder: Path, name: str) -> None:

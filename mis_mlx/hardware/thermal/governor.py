@@ -240,10 +240,10 @@ def after_step(monitor: Monitor, governor: Governor, breaks: TeaBreaks, step_s: 
     if decision.action == "pause":
         breaks.count += 1
         breaks.reasons[decision.cause] = breaks.reasons.get(decision.cause, 0) + 1
-    asked = False
+    saved = False
     while decision.action == "pause":
-        yield replace(decision, checkpoint=decision.checkpoint and not asked)  # one checkpoint a pause
-        asked = asked or decision.checkpoint
+        yield replace(decision, checkpoint=decision.checkpoint and not saved)  # one checkpoint a pause
+        saved = saved or decision.checkpoint
         since_s = clock.monotonic()
         clock.sleep(decision.sleep_s)
         reading = monitor.reading()
