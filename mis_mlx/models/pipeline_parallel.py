@@ -70,10 +70,8 @@ class Relay(stream.Stream):
         They are real where the first block is; elsewhere they have the right shape, until they come.
         """
         everyone = distributed.gather([np.array(b).tolist() for b in batches])
-        self._counts, whole = (
-            [len(each) for each in everyone],
-            [np.array(b, np.int32) for each in everyone for b in each],
-        )
+        self._counts = [len(each) for each in everyone]
+        whole = [np.array(b, np.int32) for each in everyone for b in each]
         hidden = [] if hidden is None else hidden
         if distributed.first():
             hidden = super().embed([mx.array(b) for b in whole], hidden)

@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import sys
-import time
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -62,10 +62,8 @@ class Files:
 
     def scratch(self, folder: Path) -> int:
         """A descriptor of a new file in `folder` that has no name any more and goes with the process."""
-        path = folder / f".tmp-scratch-{os.getpid()}-{time.monotonic_ns()}"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        os.unlink(path)
-        return fd
+        with tempfile.TemporaryFile(prefix=".tmp-scratch-", dir=folder, buffering=0) as file:
+            return os.dup(file.fileno())
 
     def put(self, fd: int, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset` of a `scratch` file."""
