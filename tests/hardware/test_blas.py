@@ -171,7 +171,7 @@ def test_commands_start_again_with_it_once(bare: Bare, llama: Checkpoint) -> Non
     assert done.returncode == 0 and not note["fast"]
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--no-such-flag"]])
+@pytest.mark.parametrize("flags", [["--help"], ["--no-such-flag"]])
 def test_nothing_starts_again_where_nothing_is_computed(bare: Bare, flags: list[str]) -> None:
     """Help, version and wrong usage answer at once."""
     done, (note,) = bare.run("-m", "mis_mlx.plan", *flags)

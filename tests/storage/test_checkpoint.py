@@ -77,7 +77,6 @@ DAMAGE = {
     "file gone": (lambda s: (s / "model.safetensors").unlink(), "model.safetensors is missing"),
     "state changed": (lambda s: flip(s / "state.json"), "state.json"),
     "manifest gone": (lambda s: (s / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
-    "manifest empty": (lambda s: (s / "MANIFEST.json").write_text(""), "MANIFEST.json"),
     "manifest a list": (lambda s: (s / "MANIFEST.json").write_text("[]"), "MANIFEST.json"),
     "manifest of another step": (
         lambda s: (s / "MANIFEST.json").write_text((s.parent / "step-00001000/MANIFEST.json").read_text()),

@@ -29,17 +29,13 @@ def test_write_makes_a_new_file_and_extend_grows_it(tmp_path: Path) -> None:
 
 
 def test_append_keeps_a_torn_line_apart(tmp_path: Path) -> None:
-    """A half line that a crash left does not swallow the line that comes after it."""
+    """A half line that a crash left does not swallow the next; a folder that is gone, as a disk, is a sentence."""
     log = tmp_path / "metrics.jsonl"
     DISK.append(log, '{"step": 1}')
     with open(log, "a") as file:
         file.write('{"st')
     DISK.append(log, '{"step": 2}')
     assert log.read_text().splitlines() == ['{"step": 1}', '{"st', '{"step": 2}']
-
-
-def test_append_to_a_folder_that_is_gone_is_one_sentence(tmp_path: Path) -> None:
-    """A disk that was pulled out gives a MisError that names the folder and the log."""
     with pytest.raises(MisError, match=r"gone vanished: the log metrics\.jsonl was not saved"):
         DISK.append(tmp_path / "gone" / "metrics.jsonl", "{}")
 

@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from mis_mlx.hardware.thermal.recording import Header
 from mis_mlx.hardware.thermal.sensor_rules import Values
@@ -208,8 +209,8 @@ def find_altitude(given_m: float | None, header: Header, config: Path | None = N
     return _height(settings["altitude_m"], f"altitude_m in {config}"), f"given in {config.name}"
 
 
-def _height(metres: object, where: str) -> float:
-    number = isinstance(metres, int | float) and not isinstance(metres, bool) and math.isfinite(metres)
-    if not number or not -430 <= float(metres) <= 9000:  # type: ignore[arg-type]
+def _height(metres: Any, where: str) -> float:
+    number = isinstance(metres, int | float) and not isinstance(metres, bool)
+    if not number or not -430 <= metres <= 9000:  # as NaN is not either
         raise MisError(f"{where} is {metres!r}, not between −430 and 9000 m above sea level: fix it")
-    return float(metres)  # type: ignore[arg-type]
+    return float(metres)

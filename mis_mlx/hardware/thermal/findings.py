@@ -28,8 +28,13 @@ def examined(monitor: Monitor) -> tuple[list[str], dict[str, Any]]:
     reading = monitor.look()
     look_s = time.perf_counter() - began
     header = monitor.source.header
-    kind = t_env_kind(reading)
-    return [*_machine_lines(monitor, look_s), *_value_lines(reading, monitor), _aais_line(reading, kind)], {
+    kind, lines = t_env_kind(reading), _machine_lines(monitor, look_s)
+    for name, (label, _) in SHOWN.items():
+        if getattr(reading, name) is None:
+            lines.append(f"missing: {label}: {monitor.reasons.get(name, 'not measured')}")
+        else:
+            lines.append(f"{label}: {_text(name, reading)} from {reading.sources[name]}")
+    return [*lines, _aais_line(reading, kind)], {
         "model": header.model,
         "chip": header.chip,
         "build": header.build,
@@ -40,7 +45,7 @@ def examined(monitor: Monitor) -> tuple[list[str], dict[str, Any]]:
     }
 
 
-def text(name: str, reading: Reading) -> str:
+def _text(name: str, reading: Reading) -> str:
     """One value of SHOWN for people, with its unit."""
     value = getattr(reading, name)
     if isinstance(value, bool):
@@ -64,19 +69,9 @@ def _machine_lines(monitor: Monitor, look_s: float) -> list[str]:
     return lines
 
 
-def _value_lines(reading: Reading, monitor: Monitor) -> list[str]:
-    lines = []
-    for name, (label, _) in SHOWN.items():
-        if getattr(reading, name) is None:
-            lines.append(f"missing: {label}: {monitor.reasons.get(name, 'not measured')}")
-        else:
-            lines.append(f"{label}: {text(name, reading)} from {reading.sources[name]}")
-    return lines
-
-
 def _aais_line(reading: Reading, kind: str) -> str:
     if kind == "none":
         line = "AAIS has no T_env: it is plain importance here; give --temperature-c or let the machine rest 90 min"
     else:
-        line = f"AAIS has a {kind} T_env: {text('ambient_c', reading)} ({reading.sources['ambient_c']})"
+        line = f"AAIS has a {kind} T_env: {_text('ambient_c', reading)} ({reading.sources['ambient_c']})"
     return line if reading.altitude_m is not None else f"{line}; it has no altitude: give --altitude-m"

@@ -74,7 +74,8 @@ class Weather:
 
     def last(self) -> Reading | None:
         """The reading that was given last, without asking for a new one."""
-        return next(iter(self.monitor.history(0.0)), None)
+        seen = self.monitor.history(0.0)
+        return seen[-1] if seen else None
 
     def now(self) -> dict[str, float]:
         """The clock that metrics.jsonl and thermal.jsonl share."""

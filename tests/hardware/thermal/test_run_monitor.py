@@ -17,7 +17,7 @@ from mis_mlx.distillation.run_loop import entered
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.governor import Mode
-from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags
+from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags, battery
 from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.planner.recipe import Schedule
@@ -121,20 +121,15 @@ def test_a_run_on_battery_says_so_first(
 ) -> None:
     """Before its first step, with the mode's own doing; not when it is plugged in, has no battery, or replays."""
     flags = WeatherFlags(governor=mode)
-
-    def said(flags: WeatherFlags) -> str:
-        with entered(None, lambda: tmp_path, {}, Budget(GIB), 0, flags, DISK):
-            return capsys.readouterr().err
-
-    for battery in (None, SimpleNamespace(percent=55.0, power_plugged=True)):
-        monkeypatch.setattr(psutil, "sensors_battery", lambda battery=battery: battery, raising=False)
-        assert "on battery" not in said(flags)
-    monkeypatch.setattr(
-        psutil, "sensors_battery", lambda: SimpleNamespace(percent=55.0, power_plugged=False), raising=False
-    )
-    text = said(flags)
+    for charge in (None, SimpleNamespace(percent=55.0, power_plugged=True)):
+        monkeypatch.setattr(psutil, "sensors_battery", lambda charge=charge: charge, raising=False)
+        assert battery(flags) == ""
+    charge = SimpleNamespace(percent=55.0, power_plugged=False)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
+    assert battery(replace(flags, thermal_replay=str(HALNY))) == ""
+    with entered(None, lambda: tmp_path, {}, Budget(GIB), 0, flags, DISK):
+        text = capsys.readouterr().err
     assert f"on battery, 55 %: --governor {mode} " in text and what in text
-    assert "on battery" not in said(replace(flags, thermal_replay=str(HALNY)))
 
 
 class Unplugged:
