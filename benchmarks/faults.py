@@ -23,9 +23,9 @@ from typing import Any
 
 from laboratory import RESULTS, ROOT, stored, write
 
-sys.path.insert(0, str(ROOT))  # the catalogue lies with the tests
+sys.path.insert(0, str(ROOT))  # for the package and the tests
 from mis_mlx.reporting.text import markdown_table
-from tests.faults.catalogue import CATALOGUE, NOTES
+from tests.faults import NOTES
 
 NAME, COMMAND = "fault_matrix", "scripts/mis benchmarks/faults.py"
 Row = dict[str, Any]
@@ -67,9 +67,6 @@ def rendered(found: Mapping[str, Any]) -> str:
         sentences.append([fault, ", ".join(r["command"] for r in mine), mine[0]["said"].replace("|", "/")])
     lines += ["", "## What the user reads", ""]
     lines += [markdown_table(["fault", "commands", "the sentence"], sentences, words=3)]
-    every = [[key, what, "<br>".join(f"`{test}`" for test in tests)] for key, (what, tests) in CATALOGUE.items()]
-    lines += ["", "## Every fault, and the tests that make it", ""]
-    lines += [markdown_table(["", "fault", "tests"], every, words=3)]
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,10 @@ what it held before it began. Writes benchmarks/results/<machine>/streaming.json
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +31,6 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from mis_mlx.hardware import rates
 from mis_mlx.models import arch, load, stream
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import Writer
@@ -101,11 +103,22 @@ class Still(stream.Stream):
         return self._free.pop(), lambda: None
 
 
+def forget(path: Path) -> None:
+    """Take what is on the disk of a file out of the page cache; on macOS by msync(2), as it has no posix_fadvise."""
+    with path.open("rb") as file:
+        if sys.platform == "darwin":
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+                at = np.frombuffer(pages, np.uint8).ctypes.data
+                ctypes.CDLL(None).msync(ctypes.c_void_p(at), ctypes.c_size_t(len(pages)), 2)  # MS_INVALIDATE
+        else:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @contextmanager
 def timed(into: list[float], checkpoint: Checkpoint) -> Iterator[None]:
     """Seconds of the block, begun with none of the model in the page cache."""
     for path in {t.file for t in checkpoint.tensors.values()}:
-        rates.forget(path)
+        forget(path)
     began = time.perf_counter()
     yield
     into.append(time.perf_counter() - began)

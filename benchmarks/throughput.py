@@ -90,7 +90,7 @@ def timed(folders: dict[str, Path], s: Settings, **more: Any) -> dict[str, Any]:
             (Path(temp) / name).symlink_to(folder.resolve(), target_is_directory=True)
         models = tuple(str(Path(temp) / name) for name in folders)
         sizes = {k: getattr(s, k) for k in ("prompt_tokens", "generation_tokens", "num_trials", "delay")}
-        found = bench.run(bench.Settings(model=models, measure=True, **{**sizes, **more}))
+        found = bench.run(bench.Settings(model=models, **{**sizes, **more}))
     if found["stopped"]:
         raise KeyboardInterrupt
     return {k: v for k, v in found.items() if k != "machine"}

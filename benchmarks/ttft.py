@@ -27,6 +27,7 @@ import psutil
 from mis_mlx import cli
 from mis_mlx.evaluation.speed import roofline, rounds, timing
 from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
+from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.models import load, policy, resolve
 from mis_mlx.types import Checkpoint
@@ -99,7 +100,7 @@ def main(s: Settings) -> None:
             folders = {n: laboratory.packed(f, temp / n) for n, f in folders.items()}
         subjects = {n: timing.opened(f, n) for n, f in folders.items()} if todo else {}
         models = {n: load.open_checkpoint(f) for n, f in folders.items()}
-        at = Roof(**before["roof"]) if "roof" in before else roofline.here(again=True)
+        at = Roof(**before["roof"]) if "roof" in before else rates.measure_roof()
         for length in todo:
             before = laboratory.busy("before")
             made = row(length, subjects, models, at, s)

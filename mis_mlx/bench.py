@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from mis_mlx import cli
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import roofline, rounds, speed_table, timing
 from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
-from mis_mlx.hardware import memory
+from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.hardware.thermal import energy, governor
@@ -61,8 +60,6 @@ class Settings(Computing, WeatherFlags):
     """seconds of rest before each trial; 30 or more for a laptop without a fan"""
     seed: Seed = 0
     """chooses the texts"""
-    measure: bool = False
-    """measure this machine's memory and arithmetic again (5 s); default: as they were measured first"""
     budget: str | None = None
     """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     out: str | None = None
@@ -237,12 +234,12 @@ def run(settings: Settings) -> dict[str, Any]:
     policy.use(settings.compute_dtype)
     bench = Bench(settings)
     with Weather(settings) as weather:
-        at = roofline.here(settings.measure)
+        at = rates.measure_roof()
         first = weather.reading()
         conditions = {"before": _conditions(first)}
-        with closing(energy.EnergyMeter(weather.monitor)) as meter:
-            idle = _idle(meter, first)
-            bench.go(meter if idle else None)
+        meter = energy.EnergyMeter(weather.monitor)
+        idle = _idle(meter, first)
+        bench.go(meter if idle else None)
         conditions["after"] = _conditions(weather.reading())
     hot = [f"{when}: {seen['unfit']}" for when, seen in conditions.items() if seen["unfit"]]
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]

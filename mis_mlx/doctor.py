@@ -53,9 +53,9 @@ class Row(NamedTuple):
 
     def cells(self) -> list[str]:
         """The line of the report's table."""
-        found = self.error or ("not a number" if self.number is None else f"{self.number:,.3g}")
+        number = self.error or ("not a number" if self.number is None else f"{self.number:,.3g}")
         bound = "" if self.bound is None else f"{self.bound:,.3g}"
-        return ["✓" if self.passed else "✗", self.name, found, bound]
+        return ["✓" if self.passed else "✗", self.name, number, bound]
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -82,8 +82,8 @@ def run(settings: Settings) -> dict[str, Any]:
         with reported(settings.out, "the report"):
             DISK.make_folder(settings.out.absolute().parent)
             DISK.replace_text(settings.out, report)
-    found = {"checks": len(rows), "failed": failed, "check_failed": bool(failed), "policy": policy.name()}
-    return found | {"device": about()["computes_on"], "rows": [row._asdict() for row in rows]}
+    facts = {"checks": len(rows), "failed": failed, "check_failed": bool(failed), "policy": policy.name()}
+    return facts | {"device": about()["computes_on"], "rows": [row._asdict() for row in rows]}
 
 
 def _examined(folder: Path) -> Iterator[Row]:
@@ -117,12 +117,12 @@ def _machine(folder: Path) -> list[str]:
     """This machine, a line for what belongs together."""
     a, room, disk = about(), psutil.virtual_memory(), shutil.disk_usage(folder)
     recommended = float(mx.device_info().get("max_recommended_working_set_size", 0))
-    said = f"Metal recommends {gib(recommended)}" if recommended else "without Metal"
+    metal = f"Metal recommends {gib(recommended)}" if recommended else "without Metal"
     budget = gib(memory.budget(None).limit_bytes)
     return [
         f"{a['chip']}, {a['cores']} cores, {a['system']}, {a['release']}",
         ", ".join(f"{name} {a[name]}" for name in ("mis-mlx", "mlx", "mlx-lm", "numpy", "python")),
-        f"memory {gib(room.total)}, {said}, free {gib(room.available)}, default budget {budget}",
+        f"memory {gib(room.total)}, {metal}, free {gib(room.available)}, default budget {budget}",
         f"disk {gib(disk.total)}, free {gib(disk.free)}",
     ]
 

@@ -123,7 +123,7 @@ def test_formats_are_not_mixed_into_a_speed_up() -> None:
     assert "differ in format" in roofline.against(facts, {**facts, "kind": "4-bit"})
     assert "bounds it." in roofline.bound(facts)
     assert "kernels" in roofline.bound({**facts, "tps": 1.0})
-    assert "--measure does it again" in roofline.bound({**facts, "tps": 10.1})
+    assert "busy machine, run it again" in roofline.bound({**facts, "tps": 10.1})
 
 
 @pytest.mark.usefixtures("cpu_policy")  # bytes of float32

@@ -26,7 +26,7 @@ from tests.conftest import Done, last_line
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("word", ["cpu", "metal"])
+@pytest.mark.parametrize("word", [pytest.param("cpu", marks=pytest.mark.slow), "metal"])
 def test_it_passes_here(word: str, own_home: dict[str, str], tmp_path: Path) -> None:
     """As a user runs it: exit code 0, every check with a number within its bound, the report in the file too."""
     home = tmp_path / "zofia-gasienica"
@@ -75,23 +75,14 @@ def wrong(work: Callable[..., Any]) -> Callable[..., Any]:
     return give
 
 
-def break_update(self: GoralW, model: Any, gradients: Any, *rest: Any) -> str:
-    """An optimizer that forgets the moments."""
-    model.update({"weight": model.weight - 0.01 * gradients["weight"]})
-    return ""
-
-
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "RMSNorm, float32": (mx.fast, "rms_norm", wrong),
     "RoPE, float32": (mx.fast, "rope", wrong),
     "attention, float16": (mx.fast, "scaled_dot_product_attention", wrong),
     "packed products, float16": (mx, "quantized_matmul", wrong),
-    "packing and values of 3-bit": (mx, "dequantize", wrong),
     "packing and values of nvfp4": (mx, "dequantize", wrong),
     "chunked KL, gradients, float32": (losses, "softmax_lse", lambda f: lambda z: (f(z)[0], f(z)[1] * 1.05)),
     "log-probabilities, float32": (mx, "softmax", wrong),
     "repair, closed form": (NormalEquations, "solve", lambda f: lambda self, ridge: f(self, 2 * ridge)),
-    "optimizer, 3 steps": (GoralW, "update", lambda _: break_update),
 }
 
 
@@ -134,9 +125,7 @@ ENGINE_FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "states, bf16, beside the CPU": (mx.fast, "rms_norm", wrong),
     "states, mxfp4, beside the CPU": (load, "mask", lambda f: lambda *a: f(*a) if policy._used else None),
     "training steps, beside the CPU": (losses, "softmax_lse", bent_softmax),
-    "LoRA steps, 4-bit, beside the CPU": (mx.fast, "rms_norm", wrong),
     "calibration, beside the CPU": (importance, "square_sample", wrong),
-    "costs of bits, beside the CPU": (rounding, "values", lambda f: lambda *a: f(*a) * (1.0 if policy._used else 1.2)),
     "generate, 4-bit, beside mlx_lm": (streamed_decode.Positioned, "__call__", lambda f: lambda self, x, offset=0: x),
     "peak of a streamed pass / plan": (stream.Stream, "embed", greedy_for_memory),
 }
@@ -148,10 +137,7 @@ def test_engine_checks_can_fail(name: str, made: engine.Models, monkeypatch: pyt
     owner, attribute, fault = ENGINE_FAULTS[name]
     found, bound = engine.CHECKS[name](made)
     assert found <= bound
-    broken = fault(getattr(owner, attribute))
-    if name.startswith("LoRA"):  # as large an error as half precision must not hide
-        broken = lambda x, w, eps, right=mx.fast.rms_norm: right(x, w, eps) * (1.0 if policy._used else 1.5)  # noqa: E731
-    monkeypatch.setattr(owner, attribute, broken)
+    monkeypatch.setattr(owner, attribute, fault(getattr(owner, attribute)))
     found, bound = engine.CHECKS[name](made)
     assert not found <= bound
 

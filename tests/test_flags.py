@@ -23,7 +23,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Within
 
 WORDS = ("nan", "inf", "-inf", "-1", "0", "1e30", str(10**12), "")
-THERMAL = (thermal.Watch, thermal.Record, thermal.Replay, thermal.Doctor)
+THERMAL = (thermal.Record, thermal.Replay, thermal.Doctor)
 
 
 def kinds() -> Iterator[Any]:

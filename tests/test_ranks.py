@@ -200,11 +200,6 @@ def test_what_several_machines_cannot_do(tmp_path: Path, flags: tuple[object, ..
     assert not [*tmp_path.rglob("runs")]
 
 
-def test_one_machine_of_one_is_alone(own_home: dict[str, str]) -> None:
-    """`mlx.launch -n 1` is as good as none."""
-    assert last_line(launched(own_home, 1, "plan", "--teacher", "mis-137b"))["teacher"] == "mis-137b"
-
-
 # Both say that they are there; then the second waits for a first that is busy, or both talk.
 WAITING = """
 import sys, time
@@ -251,7 +246,6 @@ SOON = ("--iters", 6, "--save-every", 2, "--max-seq-length", 96, "--dtype", "flo
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("sft", ("--learning-rate", "1e-3", "--grad-accumulation-steps", 2)),
         ("sft", ("--learning-rate", "1e-3", "--fine-tune-type", "lora", "--batch-size", 3)),
         ("dpo", ("--learning-rate", "1e-4", "--batch-size", 2)),
     ],
@@ -293,18 +287,3 @@ def test_machines_share_the_questions_of_grpo(
         step: [r["prompt"] for r in said_lines if r["number"] == step] for step in {r["number"] for r in said_lines}
     }
     assert all(len(set(prompts)) == 2 for prompts in by_step.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--targets", "cached")])
-def test_a_teacher_in_layers_gives_the_run_of_one_machine(
-    tmp_path: Path, more: tuple[object, ...], flags: tuple[object, ...], own_home: dict[str, str]
-) -> None:
-    """--spread layers: every machine has some of the teacher's blocks; losses to 1e-4, live and from a logit store."""
-    for n in (1, 2, 3):
-        argv = ["-m", "mis_mlx.distill", *flags, *DENSE, *more, "--spread", "layers", "--out", tmp_path / str(n)]
-        with started(n, argv, own_home) as made:
-            done = ended(made)
-        assert [d.returncode for d in done] == [0] * n, [d.stderr for d in done]
-        assert ("teacher blocks by machine" in done[0].stderr) == (n > 1)
-        np.testing.assert_allclose(losses(tmp_path / str(n)), losses(tmp_path / "1"), rtol=1e-4)

@@ -12,30 +12,24 @@ import pytest
 
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.recording import Replay as Recording
-from mis_mlx.thermal import Doctor, Record, Replay, Watch, run
+from mis_mlx.thermal import Doctor, Record, Replay, run
 from mis_mlx.types import MisError
 
 DATA = Path(__file__).parent / "data"
 
 
-def thermal(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mis_mlx.thermal", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HOME": str(home)}, check=False)
-
-
-def test_replay_as_a_user_runs_it(tmp_path):
-    """One JSON line a change of mind, the summary last; six tea breaks in virtual time."""
-    done = thermal("replay", str(DATA / "halny.jsonl"), home=tmp_path)
-    assert done.returncode == 0, done.stderr
-    *changes, summary = [json.loads(line) for line in done.stdout.splitlines()]
+def test_replay(capsys):
+    """One JSON line a change of mind; six tea breaks in virtual time."""
+    summary = run(Replay(DATA / "halny.jsonl"))
+    changes = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [change["action"] for change in changes] == ["run", *["pause", "run"] * 6]
-    assert summary["tea_breaks"] == 6
-    assert summary["end"] == "run"
+    assert (summary["tea_breaks"], summary["end"]) == (6, "run")
 
 
 def test_a_foreign_file_is_one_sentence(tmp_path):
     """Exit code 1, file and line on stderr, no traceback."""
-    done = thermal("replay", str(DATA.parent / "test_thermal.py"), home=tmp_path)
+    command = [sys.executable, "-m", "mis_mlx.thermal", "replay", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)})
     assert done.returncode == 1
     assert "test_thermal.py line 1" in done.stderr
     assert "Traceback" not in done.stderr
@@ -91,13 +85,3 @@ def test_record_refuses_before_it_starts(tmp_path):
         run(Record(tmp_path / "new.jsonl", every_s=0.0))
     with pytest.raises(MisError, match="--step-s"):
         run(Replay(DATA / "halny.jsonl", step_s=0.0))
-
-
-def test_watch_a_recording(capsys):
-    """The table goes to stderr, stdout is left to the result."""
-    result = run(Watch(thermal_replay=DATA / "halny.jsonl"))
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "replay SMC TVA0" in shown.err
-    assert result["looks"] == 108
-    json.dumps(result, allow_nan=False)

@@ -1,7 +1,6 @@
 """The engine on this device, on a model made on the spot: passes, decoding, training, statistics, memory, rates.
 
-A witness is the same work done another way (bit for bit), the CPU in float32, mlx_lm, or the plan. As in
-checks/kernels a check gives (what was found, the most that is right); infinity where there is no bound.
+A witness is the same work done another way (bit for bit), the CPU in float32, mlx_lm, or the plan.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mis_mlx.alignment import lora
 from mis_mlx.checks.kernels import Found, drawn, off, on_cpu, wide
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.maths import losses
@@ -28,7 +26,7 @@ from mis_mlx.models.float16_range import MOST, largest
 from mis_mlx.planner import estimates
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.pruning.calibrate import calibrate
-from mis_mlx.quantization import packed_format, sensitivity
+from mis_mlx.quantization import packed_format
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import Writer
@@ -74,10 +72,10 @@ def passes(kind: str, models: Models) -> Found:
 
 def beside_cpu(work: Callable[[Models], Any], float32: float, half: float, models: Models) -> Found:
     """What `work` gives as this device computes, beside the CPU's in float32. Bounds: of float32, of float16."""
-    found = work(models)
+    here = work(models)
     with on_cpu():
         want = work(models)
-    return off(found, want), _bound(float32, half)
+    return off(here, want), _bound(float32, half)
 
 
 def _bound(float32: float, half: float) -> float:
@@ -133,23 +131,10 @@ def repeated(models: Models) -> Found:
     return float(sum(not np.array_equal(one[name], two[name]) for name in one)), 0.0
 
 
-def lora_steps(models: Models) -> list[float]:
-    """The same of adapters on the 4-bit model."""
-    model = load.resident(models["4-bit"], policy.compute_dtype(models["4-bit"]))
-    lora.insert(model, lora.Lora(-1, 4, 10.0), 0)
-    return _trained(model)[0]
-
-
 def statistics(models: Models) -> list[np.ndarray]:
     """Calibration's sums over neurons and heads, and its block distances."""
     found, _ = calibrate(models["bf16"], [TOKENS], policy.compute_dtype(models["bf16"]))
     return [*(of[i].square for of in (found.ffn, found.heads) for i in of), np.array([*found.block.values()])]
-
-
-def costs(models: Models) -> np.ndarray:
-    """What 3 and 4 bits cost in every matrix."""
-    found = sensitivity.costs(models["bf16"], [TOKENS], 64, (3, 4))
-    return np.array([found[path][bits] for path in sorted(found) for bits in (3, 4)])
 
 
 def peak(models: Models) -> Found:
@@ -164,12 +149,11 @@ def peak(models: Models) -> Found:
     return (mx.get_peak_memory() - before) / phase.peak_bytes, 1.0
 
 
-# (what, its bound in float32, in half precision); a token that a last bit lets draw otherwise moves the last two.
+# (what, its bound in float32, in half precision)
 BESIDE_CPU: dict[str, tuple[Callable[[Models], Any], float, float]] = {
     **{f"states, {kind}": (partial(states, kind), 2e-4, 0.02) for kind in ("bf16", *MODES)},
     "training steps": (lambda models: _whole(models)[0], 1e-3, 1e-3),  # float32 on all devices
-    "LoRA steps, 4-bit": (lora_steps, 1e-3, 0.05),
-    "calibration": (statistics, 2e-4, 0.02), "costs of bits": (costs, 0.3, 0.3),
+    "calibration": (statistics, 2e-4, 0.02),
 }  # fmt: skip
 CHECKS: dict[str, Callable[[Models], Found]] = {
     **{f"streamed = resident = again, {kind}": partial(passes, kind) for kind in ("bf16", *MODES)},

@@ -1,6 +1,6 @@
-"""This device's kernels, and our own arithmetic on it, beside numpy in float64: what a report of a strange Mac tells.
+"""This device's kernels, and our own arithmetic on it, beside numpy in float64.
 
-A check gives (what was found, the most that is right); NaN is never right. Knows arrays only, no model.
+A check gives (what was found, the most that is right); NaN is never right.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 
 from mis_mlx.maths import losses, rounding
 from mis_mlx.maths.likelihood import token_logps
-from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import load, policy
 from mis_mlx.quantization.packed_format import Format
@@ -77,8 +76,8 @@ def rope(dtype: mx.Dtype) -> Found:
     angle = (100 + np.arange(24))[:, None] * 10_000.0 ** (-np.arange(half) / half)
     a, b = wide(x)[..., :half], wide(x)[..., half:]
     want = np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
-    found = mx.fast.rope(x, 64, traditional=False, base=10_000.0, scale=1.0, offset=100)
-    return off(found, want), ROUNDING[mx.float16]  # of float32 too: Metal's quick cosine is right to 13 bits
+    turned = mx.fast.rope(x, 64, traditional=False, base=10_000.0, scale=1.0, offset=100)
+    return off(turned, want), ROUNDING[mx.float16]  # of float32 too: Metal's quick cosine is right to 13 bits
 
 
 def attention(dtype: mx.Dtype) -> Found:
@@ -165,9 +164,9 @@ def gptq() -> Found:
     def codes() -> np.ndarray:
         return wide(rounding.integers(rounding.compensated(weight, inputs.T @ inputs, 64, 4)[0], 64, 4))
 
-    found = codes()
+    here = codes()
     with on_cpu():
-        return float((found != codes()).mean()), 0.002
+        return float((here != codes()).mean()), 0.002
 
 
 def closed_form() -> Found:
@@ -182,19 +181,6 @@ def closed_form() -> Found:
     return off(fit.solve(0.1)[0], want.T), 1e-4  # its products are float32
 
 
-def update() -> Found:
-    """Three steps of GóralW beside AdamW written out."""
-    model, optimizer, rate = nn.Linear(64, 64, bias=False), GoralW(), 0.01
-    w = wide(model.weight)
-    m, v = np.zeros_like(w), np.zeros_like(w)
-    for step in (1, 2, 3):
-        g = drawn(step, 64, 64)
-        optimizer.update(model, {"weight": g}, 1.0, 1.0, rate)
-        m, v = 0.9 * m + 0.1 * wide(g), 0.95 * v + 0.05 * wide(g) ** 2
-        w = w * (1 - rate * 0.01) - rate * m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8)
-    return off(model.weight, w), 1e-6
-
-
 BY_TYPE = {"matrix product": product, "RMSNorm": rms_norm, "RoPE": rope, "attention": attention,
            "packed products": packed_products, "chunked KL, gradients": chunked_kl,
            "log-probabilities": logps}  # fmt: skip
@@ -202,5 +188,5 @@ CHECKS: dict[str, Check] = {
     **{f"{name}, float32": partial(work, mx.float32) for name, work in BY_TYPE.items()},
     **{f"{name}, float16": partial(work, mx.float16) for name, work in BY_TYPE.items()},
     **{f"packing and values of {name}": partial(unpacked, name) for name in FORMATS},
-    "GPTQ, integers unlike the CPU's": gptq, "repair, closed form": closed_form, "optimizer, 3 steps": update,
+    "GPTQ, integers unlike the CPU's": gptq, "repair, closed form": closed_form,
 }  # fmt: skip

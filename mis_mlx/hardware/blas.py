@@ -63,19 +63,19 @@ def prepared() -> Path | None:
             known = (Path(folder, "scipy_openblas32/lib/libscipy_openblas.so") for folder in sys.path)
             source = next(path for path in known if path.is_file())
             size, at = source.stat().st_size, source.stat().st_mtime_ns
-            made = place / f"libopenblas-mis-{size:x}-{at:x}.so"
-            if set(" \t\n:") & set(str(made)):
+            library = place / f"libopenblas-mis-{size:x}-{at:x}.so"
+            if set(" \t\n:") & set(str(library)):
                 continue
-            if not (made.is_file() and made.stat().st_size == size):
+            if not (library.is_file() and library.stat().st_size == size):
                 place.mkdir(parents=True, exist_ok=True)
-                half = made.with_suffix(f".{os.getpid()}")
+                half = library.with_suffix(f".{os.getpid()}")
                 try:
                     half.write_bytes(renamed(source.read_bytes()))
                     _ = ctypes.CDLL(str(half)).cblas_sgemm  # it loads, and the name is there
-                    half.replace(made)
+                    half.replace(library)
                 finally:
                     half.unlink(missing_ok=True)
-            return made
+            return library
     return None
 
 
@@ -117,9 +117,9 @@ def main() -> None:
                 os.environ[THREADS] = str(count)
                 lines.append(f"{THREADS}={count} ({reason})")
             os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")  # so that MLX takes from two lanes in turn (lanes.py)
-            heard = os.environ.get("MLX_RANK", "0") in ("", "0")
+            speaks = os.environ.get("MLX_RANK", "0") in ("", "0")
             with suppress(BrokenPipeError):
-                sys.stderr.write("".join(f"mis: {line}\n" for line in lines if heard))
+                sys.stderr.write("".join(f"mis: {line}\n" for line in lines if speaks))
     except KeyboardInterrupt:
         sys.stderr.write("mis_mlx: stopped by hand before anything was begun: start it again\n")
         os._exit(130)

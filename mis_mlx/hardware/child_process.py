@@ -1,7 +1,6 @@
-"""Ask one function one question in a process of its own, with a limit on its time and memory.
+"""Ask one function one question, in JSON, in a process of its own, with a limit on its time and memory.
 
-For functions that read text of unknown origin, or that a user brought: what hangs, crashes or eats memory there
-ends there. Does not know what is asked. Question and answer are JSON.
+For functions that read text of unknown origin, or that a user brought: what hangs, crashes or eats memory ends there.
 """
 
 from __future__ import annotations
@@ -52,12 +51,12 @@ def ask(
         env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
     ) as process:  # fmt: skip
         try:
-            said = _waited(process, question.encode(), seconds, memory_bytes if watched else 0)
+            output = _waited(process, question.encode(), seconds, memory_bytes if watched else 0)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
     try:
-        answer = json.loads(said)
+        answer = json.loads(output)
     except ValueError:
         raise NoAnswer(f"its process ended with {process.returncode}") from None
     if not isinstance(answer, dict) or "value" not in answer:  # an exit code of 0 alone is no answer
@@ -67,13 +66,13 @@ def ask(
 
 def _waited(process: subprocess.Popen[bytes], question: bytes, seconds: float, most_bytes: int) -> bytes:
     """What it writes. NoAnswer when that takes longer, or it holds more than `most_bytes` (0: no limit)."""
-    asked: bytes | None = question
+    unsent: bytes | None = question
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         try:
-            return process.communicate(asked, timeout=min(LOOK_S, left) if most_bytes else left)[0]
+            return process.communicate(unsent, timeout=min(LOOK_S, left) if most_bytes else left)[0]
         except subprocess.TimeoutExpired:
-            asked = None  # it has the question, and communicate takes it once
+            unsent = None  # it has the question, and communicate takes it once
         if most_bytes and (held := _held(process.pid)) > most_bytes:
             raise NoAnswer(f"MemoryError: it holds {gib(held)}, {gib(most_bytes)} are allowed")
     raise NoAnswer(f"no answer in {seconds:g} s")

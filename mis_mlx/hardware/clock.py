@@ -1,7 +1,4 @@
-"""Time that can be read and waited for, real or virtual, and how long the machine slept meanwhile.
-
-Knows nothing of temperatures, training or files.
-"""
+"""Time that can be read and waited for, real or virtual, and how long the machine slept meanwhile."""
 
 from __future__ import annotations
 
@@ -24,9 +21,8 @@ class Clock:
         return time.time()
 
     def sleep(self, seconds: float) -> None:
-        """Wait."""
-        if seconds > 0:
-            time.sleep(seconds)
+        """Wait; not at all for less than nothing."""
+        time.sleep(max(seconds, 0.0))
 
     def uptime(self) -> float:
         """Seconds since boot, sleep included."""
@@ -49,14 +45,12 @@ class Clock:
 class VirtualClock(Clock):
     """A clock that moves only when told to: for replays and tests. `sleep` returns at once."""
 
-    def __init__(self, start_s: float = 0.0, wall_s: float = 0.0):
-        self._now = start_s
-        self._wall = wall_s
-        self._asleep = 0.0
+    def __init__(self) -> None:
+        self._awake = self._asleep = self._wall = 0.0
 
     def monotonic(self) -> float:
         """Virtual seconds awake."""
-        return self._now
+        return self._awake
 
     def wall(self) -> float:
         """Virtual seconds since 1970."""
@@ -64,7 +58,7 @@ class VirtualClock(Clock):
 
     def sleep(self, seconds: float) -> None:
         """Move on by `seconds`."""
-        self._now += max(seconds, 0.0)
+        self._awake += max(seconds, 0.0)
         self._wall += max(seconds, 0.0)
 
     def suspend(self, seconds: float) -> None:
@@ -73,12 +67,12 @@ class VirtualClock(Clock):
         self._wall += seconds
 
     def set_wall(self, wall_s: float) -> None:
-        """What NTP or a user does: the wall clock jumps, nobody slept."""
+        """The wall clock jumps, as when NTP or a user sets it; nobody slept."""
         self._wall = wall_s
 
     def uptime(self) -> float:
         """Virtual seconds since boot."""
-        return LONG_AFTER_BOOT_S + self._now + self._asleep
+        return LONG_AFTER_BOOT_S + self._awake + self._asleep
 
     def asleep(self) -> float:
         """Virtual seconds asleep."""

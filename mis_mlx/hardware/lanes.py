@@ -71,21 +71,21 @@ def cut(x: mx.array) -> list[mx.array]:
 
 def rows(work: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
     """work(x) of x (B, ...), whose rows do not know of each other; lazy."""
-    made = []
+    pieces = []
     for i, piece in enumerate(cut(x)):
         with lane(i):
-            made.append(work(piece))
-    return mx.concatenate(made) if len(made) > 1 else made[0]
+            pieces.append(work(piece))
+    return mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def each(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
     """`work` of every item, or of the items of several lists, in order and evaluated: as many at a time as lanes."""
     coming = zip(*items, strict=True)
     while some := list(islice(coming, count())):
-        made = []
+        results = []
         with together():
             for i, arguments in enumerate(some):
                 with lane(i):
-                    made.append(work(*arguments))
-            mx.eval(made)
-        yield from made
+                    results.append(work(*arguments))
+            mx.eval(results)
+        yield from results

@@ -1,7 +1,4 @@
-"""What this machine is, for people who compare numbers: chip, memory, system, versions. No names of hosts or users.
-
-Does not measure anything.
-"""
+"""What this machine is, for people who compare numbers. No names of hosts or users."""
 
 from __future__ import annotations
 
@@ -15,8 +12,6 @@ import mlx.core as mx
 import psutil
 
 from mis_mlx import __version__
-
-VERSIONS = ("mlx", "mlx-lm", "numpy")
 
 
 def cores() -> int:
@@ -38,5 +33,5 @@ def about() -> dict[str, Any]:
         "release": f"macOS {platform.mac_ver()[0]}" if mac else f"Linux {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "mis-mlx": __version__,
-        **{name: version(name) for name in VERSIONS},
+        **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
     }

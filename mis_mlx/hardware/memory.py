@@ -1,6 +1,6 @@
 """Memory of this machine and this process: what is there, what a sensible budget is, the highest so far.
 
-Does not know models. MLX is told the budget here and nowhere else.
+MLX is told the budget here and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ctypes import c_int, c_uint64, c_void_p
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -66,13 +65,12 @@ def budget(asked_bytes: int | None, room: int | None = None, left: int | None = 
     return Budget(asked_bytes)
 
 
-def held_bytes(library: Path | None = None) -> tuple[int, int]:
+def held_bytes() -> tuple[int, int]:
     """(now, most so far) of this process: its physical footprint on a Mac, as Activity Monitor shows it, buffers of
-    the GPU among it, which the resident set has only in part; elsewhere the resident set. library: a test's fake."""
+    the GPU among it, which the resident set has only in part; elsewhere the resident set."""
     try:
-        ask = apple_frameworks.foreign(
-            apple_frameworks.load(library).system, "proc_pid_rusage", c_int, c_int, c_int, c_void_p
-        )
+        system = apple_frameworks.load().system
+        ask = apple_frameworks.foreign(system, "proc_pid_rusage", c_int, c_int, c_int, c_void_p)
         answer = (c_uint64 * (2 + 35))()
         if ask(os.getpid(), RUSAGE_V4, answer):
             raise OSError("proc_pid_rusage does not answer")
@@ -85,9 +83,8 @@ def held_bytes(library: Path | None = None) -> tuple[int, int]:
 class Peak:
     """The most memory the work took: the larger of MLX's own count and the growth of what the process held."""
 
-    def __init__(self, library: Path | None = None) -> None:
-        self._library = library
-        self.before_bytes = held_bytes(library)[0]
+    def __init__(self) -> None:
+        self.before_bytes = held_bytes()[0]
         self._mlx = 0
 
     def note(self, mlx_peak_bytes: int) -> None:
@@ -97,7 +94,7 @@ class Peak:
     @property
     def nbytes(self) -> int:
         """Bytes above what the process held when this was made."""
-        return max(self._mlx, mx.get_peak_memory(), held_bytes(self._library)[1] - self.before_bytes)
+        return max(self._mlx, mx.get_peak_memory(), held_bytes()[1] - self.before_bytes)
 
 
 def cache_bytes(limit_bytes: int, gpu: bool) -> int:

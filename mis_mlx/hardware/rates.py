@@ -1,15 +1,11 @@
-"""How fast this machine reads, writes, multiplies and moves memory: measured once, kept in a small file, or assumed.
+"""How fast this machine reads, writes, multiplies and moves memory: measured, or assumed.
 
-Does not know models, nor where the file should be. What a program reaches of it is that program's affair: memory's
-rate is the quickest of a few kinds, by other code than MLX's where a CPU has better.
+Memory's rate is the quickest of a few kinds, by other code than MLX's where a CPU has better.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import datetime
-import errno
 import fcntl
 import json
 import mmap
@@ -17,16 +13,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mis_mlx.hardware.machine_info import cores
 from mis_mlx.hardware.memory import recommended_bytes
+from mis_mlx.storage.block_reader import F_NOCACHE, Reader
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, MisError, gib
 
 # On a CPU a pass over a model takes this many times its matrix products, forwards or in training, the rest being
@@ -37,8 +33,6 @@ SAMPLE_BYTES = 512 * 2**20
 MEMORY_SAMPLE_BYTES = 256 * 2**20
 PIECE = 32 * 2**20
 PATIENCE_S = 7.0  # most for writing, and most for reading: a slow disk is measured on fewer bytes
-F_NOCACHE, F_FULLFSYNC = 48, 51  # macOS; Python's fcntl lacks the first, and both on Linux
-MS_INVALIDATE = 2
 
 
 @dataclass(frozen=True)
@@ -109,11 +103,11 @@ def memory_bytes() -> float:
     on Metal), whichever is quicker."""
     nbytes = MEMORY_SAMPLE_BYTES
     one, other = (np.ones(nbytes // 8, np.float32) for _ in range(2))
-    copying = nbytes / quickest(lambda: np.copyto(other, one), 1.0)
+    copying = nbytes / quickest(lambda: np.copyto(other, one), 0.4)
     if mx.default_device() == mx.gpu:
         halves = mx.zeros((nbytes // 2,), mx.float16)
-        return max(copying, nbytes / quickest(lambda: mx.max(halves).item(), 1.0))
-    return max(copying, nbytes / quickest(lambda: np.dot(one, other), 1.0))
+        return max(copying, nbytes / quickest(lambda: mx.max(halves).item(), 0.4))
+    return max(copying, nbytes / quickest(lambda: np.dot(one, other), 0.4))
 
 
 def quickest(work: Callable[[], object], seconds: float) -> float:
@@ -131,97 +125,39 @@ def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
 
     Fewer bytes where the disk has little room or is slow. MisError when there is no room at all.
     """
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    count = min(nbytes, free // 4) // PIECE if nbytes >= PIECE else 1
-    piece = min(nbytes, PIECE)
-    if count < 1 or free < 4 * piece:
+    free, piece = DISK.free_bytes(folder), min(nbytes, PIECE)
+    if free < 4 * piece:
         raise MisError(f"{folder} has {gib(free)} free, a measurement wants {gib(4 * piece)}: free some")
     path = folder / f".tmp-rates-{os.getpid()}"
     try:
-        written, seconds = _write(path, os.urandom(piece), count)
-        forget(path)
-        return _read(path, piece, written // piece), written / seconds
+        written, seconds = _write(path, os.urandom(piece), min(nbytes, free // 4) // piece)
+        return _read(path, written), written / seconds
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        path.unlink(missing_ok=True)
 
 
 def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
     """(bytes, seconds until they are on the disk)."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
+    began, written = time.perf_counter(), 0
+    with path.open("wb", buffering=0) as file:
         if sys.platform == "darwin":
-            fcntl.fcntl(fd, F_NOCACHE, 1)  # pages that are cached once are read from the cache, whoever asks
-        began, written = time.perf_counter(), 0
-        for _ in range(count):
-            written += os.write(fd, piece)
-            if time.perf_counter() - began > PATIENCE_S:
-                break
-        if sys.platform == "darwin":
-            fcntl.fcntl(fd, F_FULLFSYNC)
-        else:
-            os.fsync(fd)
-        return written, time.perf_counter() - began
-    finally:
-        os.close(fd)
+            fcntl.fcntl(file.fileno(), F_NOCACHE, 1)  # pages that are cached once are read from the cache, whoever asks
+        while written < count * len(piece) and time.perf_counter() - began < PATIENCE_S:
+            written += file.write(piece)
+    DISK.fsync(path)
+    return written, time.perf_counter() - began
 
 
-def forget(path: Path) -> None:
-    """Take what is on the disk of a file out of the page cache, as far as the system does that."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if sys.platform == "darwin":
-            _invalidate(fd)
-        else:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-
-
-def _invalidate(fd: int) -> int:
-    """The same by msync(2), as macOS has no posix_fadvise; 0 when it was done."""
-    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as pages:
-        at = np.frombuffer(pages, np.uint8).ctypes.data
-        return ctypes.CDLL(None).msync(ctypes.c_void_p(at), ctypes.c_size_t(len(pages)), MS_INVALIDATE)
-
-
-def _read(path: Path, piece: int, count: int) -> float:
-    """Bytes per second of two threads that read pieces side by side, as passes over a model do."""
-    fd = _open_direct(path)
-    try:
-        buffers = [mmap.mmap(-1, piece) for _ in range(2)]  # page-aligned, as direct reading wants it
-        for buffer in buffers:
-            buffer.write(bytes(piece))  # pages that exist: their first touch is no part of the disk's time
-        began = time.perf_counter()
-
-        def half(first: int) -> int:
-            done = 0
-            for at in range(first, count, 2):
-                if time.perf_counter() - began > PATIENCE_S:
-                    break
-                done += os.preadv(fd, [buffers[first]], at * piece)
-            return done
-
-        with ThreadPoolExecutor(2) as pool:
-            done = sum(pool.map(half, range(2)))
-        return done / (time.perf_counter() - began)
-    finally:
-        os.close(fd)
-
-
-def _open_direct(path: Path) -> int:
-    """A descriptor that reads past the page cache, where the file system can."""
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
-        os.preadv(fd, [mmap.mmap(-1, mmap.PAGESIZE)], 0)  # some refuse only here
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        fd = os.open(path, flags)
-    if sys.platform == "darwin":
-        fcntl.fcntl(fd, F_NOCACHE, 1)
-    return fd
+def _read(path: Path, nbytes: int) -> float:
+    """Bytes per second, read past the page cache by two threads, as passes over a model do."""
+    reader, room = Reader({}, direct=True, also=[path]), memoryview(mmap.mmap(-1, PIECE))
+    room[:] = bytes(PIECE)  # pages that exist: their first touch is no part of the disk's time
+    began, done = time.perf_counter(), 0
+    while done < nbytes and time.perf_counter() - began < PATIENCE_S:
+        end = min(done + PIECE, nbytes)
+        reader.begin([(path, done, end, room[: end - done])])()
+        done = end
+    return done / (time.perf_counter() - began)
 
 
 def device_name() -> str:
@@ -243,13 +179,9 @@ def measure(folder: Path, nbytes: int | None = None) -> Rates:
 
 
 def measure_roof() -> Roof:
-    """Memory and arithmetic here and now, in about 5 s."""
-    return Roof(device_name(), threads(), memory_bytes(), matmul_flops(1.5), _today())
-
-
-def threads() -> str:
-    """How much of the CPU this process may use."""
-    return f"{cores()} cores, OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'not set')}"
+    """Memory and arithmetic here and now, in about 2 s."""
+    threads = f"{cores()} cores, OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'not set')}"
+    return Roof(device_name(), threads, memory_bytes(), matmul_flops(0.5), _today())
 
 
 def _today() -> str:
@@ -262,15 +194,15 @@ def _rates(read: float, written: float, memory: float, source: str) -> Rates:
     return Rates(device_name(), gpu, read, written, memory, forward, training, source)
 
 
-def to_json(rates: Rates | Roof) -> str:
+def to_json(rates: Rates) -> str:
     """What `load` reads."""
     return json.dumps(asdict(rates), indent=2) + "\n"
 
 
-def load(path: Path, kind: type[Any] = Rates) -> Any:
-    """The rates of this kind in `path`; None when there are none, or they are another device's or version's."""
+def load(path: Path) -> Rates | None:
+    """The rates in `path`; None when there are none, or they are another device's or version's."""
     try:
-        found = kind(**json.loads(path.read_text("utf-8")))
+        rates = Rates(**json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    return found if found.device == device_name() else None
+    return rates if rates.device == device_name() else None

@@ -1,7 +1,7 @@
-"""Open connections of this process: the operating system is to notice when the other end vanishes.
+"""Make the operating system notice when the other end of an open connection vanishes.
 
 A process that dies closes its connections, and the other end knows at once. A machine that loses power, its cable, or
-falls asleep says nothing: asked every few seconds, it counts as dead after half a minute. Does not know what is said.
+falls asleep says nothing: asked every few seconds, it counts as dead after half a minute.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ APPLE_IDLE, APPLE_DROP = 0x10, 0x80  # TCP_KEEPALIVE, TCP_RXT_CONNDROPTIME of ma
 
 def notice_the_dead() -> int:
     """Ask so on every TCP connection of this process; returns how many there are."""
-    found = 0
+    count = 0
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
@@ -27,8 +27,8 @@ def notice_the_dead() -> int:
             end.getpeername()  # OSError where there is none
             if end.type == socket.SOCK_STREAM and end.family in (socket.AF_INET, socket.AF_INET6):
                 _ask(end)
-                found += 1
-    return found
+                count += 1
+    return count
 
 
 def _ask(end: socket.socket) -> None:

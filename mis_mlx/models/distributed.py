@@ -1,8 +1,7 @@
 """Several machines on one job, started by `mlx.launch`: which one this is, and what all of them do together.
 
 The transport is MLX's (`mx.distributed`: ring, JACCL, MPI). Every machine runs the same program; the first one writes
-the run, the others work in a folder that goes with them. Alone, all of this gives back what it was given and costs
-nothing. Does not know what is computed.
+the run, the others work in a folder that goes with them. Alone, all of this gives back what it was given.
 """
 
 from __future__ import annotations
@@ -116,12 +115,12 @@ def gather(value: Any) -> list[Any]:
     """A value that JSON holds, of every machine, in their order."""
     if (n := size()) == 1:
         return [value]
-    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = _settled(mx.distributed.all_gather(mx.array([len(said)]))).tolist()
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = _settled(mx.distributed.all_gather(mx.array([len(mine)]))).tolist()
     padded = np.zeros(max(lengths), np.uint8)
-    padded[: len(said)] = said
-    heard = np.array(_settled(mx.distributed.all_gather(mx.array(padded)))).reshape(n, -1)
-    return [json.loads(row[:length].tobytes()) for row, length in zip(heard, lengths, strict=True)]
+    padded[: len(mine)] = mine
+    everyone = np.array(_settled(mx.distributed.all_gather(mx.array(padded)))).reshape(n, -1)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(everyone, lengths, strict=True)]
 
 
 def joined(mine: Sequence[Any]) -> list[Any]:
@@ -171,11 +170,11 @@ def sent_arrays(arrays: Callable[[], Arrays]) -> dict[str, dict[str, mx.array]]:
     """The arrays of the first machine, bit for bit; where there are several."""
     mine = arrays() if first() else {}
     listed = [(key, name, a.shape, str(a.dtype)) for key, named in mine.items() for name, a in named.items()]
-    found: dict[str, dict[str, mx.array]] = {}
+    whole_arrays: dict[str, dict[str, mx.array]] = {}
     for key, name, shape, kind in told(lambda: listed):
         whole = mine[key][name] if first() else mx.zeros(shape, getattr(mx, kind.removeprefix("mlx.core.")))
-        found.setdefault(key, {})[name] = sent_array(whole)
-    return found
+        whole_arrays.setdefault(key, {})[name] = sent_array(whole)
+    return whole_arrays
 
 
 def sent_file(path: Path, files: Files, root: int = 0) -> None:
@@ -210,15 +209,15 @@ def workplace(folder: Path | None) -> Iterator[Path]:
     if folder and first():
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix=f"mis_mlx-{os.getpid()}-") as made:
-        yield Path(made)
+    with tempfile.TemporaryDirectory(prefix=f"mis_mlx-{os.getpid()}-") as place:
+        yield Path(place)
 
 
 def same(what: Mapping[str, Any]) -> None:
     """MisError where machines have different things under one name."""
-    heard = gather(dict(what))
-    for number, other in enumerate(heard):
-        for name, value in heard[0].items():
+    everyone = gather(dict(what))
+    for number, other in enumerate(everyone):
+        for name, value in everyone[0].items():
             if other[name] != value:
                 raise MisError(
                     f"machine {number} has another {name} than machine 0 ({str(other[name])[:12]}, not "

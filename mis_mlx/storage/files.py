@@ -1,7 +1,4 @@
-"""Every file operation of a run, behind one small class, so that a test can make the N-th one fail.
-
-Knows nothing of tensors, checkpoints or MLX: only paths, bytes and what an operating system can answer.
-"""
+"""Every file operation of a run, behind one small class, so that a test can make the N-th one fail."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import fcntl
 import os
 import shutil
 import sys
-import time
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -65,10 +62,8 @@ class Files:
 
     def scratch(self, folder: Path) -> int:
         """A descriptor of a new file in `folder` that has no name any more and goes with the process."""
-        path = folder / f".tmp-scratch-{os.getpid()}-{time.monotonic_ns()}"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        os.unlink(path)
-        return fd
+        with tempfile.TemporaryFile(prefix=".tmp-scratch-", dir=folder, buffering=0) as file:
+            return os.dup(file.fileno())
 
     def put(self, fd: int, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset` of a `scratch` file."""
@@ -187,7 +182,10 @@ def reported(folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that 
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise _no_space(folder, what, nbytes, _free_or_none(folder), remedy) from error
+            free = None
+            with contextlib.suppress(OSError):  # the disk that failed the write may fail this too
+                free = DISK.free_bytes(folder)
+            raise _no_space(folder, what, nbytes, free, remedy) from error
         if error.errno in BROKEN:
             raise MisError(f"{BROKEN[error.errno]} in {folder}: {what} was not saved; {remedy}") from error
         if error.errno == errno.ENOENT and not folder.exists():  # an external disk that was pulled out
@@ -198,13 +196,6 @@ def reported(folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that 
 def _no_space(folder: Path, what: str, need: int, free: int | None, remedy: str) -> MisError:
     room = "an unknown amount is" if free is None else f"{gib(free)} are"
     return MisError(f"Not enough disk space in {folder}: {what} needs {gib(need)}, {room} free; {remedy}")
-
-
-def _free_or_none(folder: Path) -> int | None:
-    try:
-        return DISK.free_bytes(folder)
-    except OSError:  # the disk that failed the write may fail this too
-        return None
 
 
 def _put(path: Path, flags: int, data: bytes | memoryview) -> None:

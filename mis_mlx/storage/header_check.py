@@ -1,8 +1,7 @@
 """The safetensors gate: judges a model file by its header alone, before MLX sees it.
 
-Knows nothing of MLX, of model folders or of what the numbers are. Why a gate: MLX 0.32.4 believes a header.
-Shape [-1] overwrites its heap, tensors that share bytes ask for any amount of memory, a dimension of 2.5
-silently becomes 2. The rules are those of the reference parser (huggingface/safetensors,
+MLX 0.32.4 believes a header: shape [-1] overwrites its heap, tensors that share bytes ask for any amount of memory, a
+dimension of 2.5 silently becomes 2. The rules are those of the reference parser (huggingface/safetensors,
 `SafeTensors::deserialize`), narrower where MLX is weaker.
 """
 
@@ -38,12 +37,12 @@ class Refused(Exception):
     """Why a file is refused, without its name: whoever catches it adds that and what to do."""
 
 
-def check(path: Path, limit_bytes: int | None = None) -> tuple[dict[str, TensorAt], dict[str, str]]:
+def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
     """Read and judge only the header: ({name: TensorAt}, metadata). No tensor byte is read, MLX is not used.
 
     MisError, naming the file, unless it is a regular file in which every tensor has a known dtype and a
     sane shape of exactly the bytes its offsets give, and the tensors fill the file without hole, overlap
-    or remainder. `limit_bytes`: refuse more bytes of tensors than this. What the numbers are is not checked.
+    or remainder. What the numbers are is not checked.
     """
     try:
         text, size = _read_header(path)
@@ -65,10 +64,7 @@ def check(path: Path, limit_bytes: int | None = None) -> tuple[dict[str, TensorA
     except RecursionError:
         raise MisError(f"{path} is not a usable model file: its header is nested too deeply") from None
     except ValueError as error:  # what is wrong with JSON or UTF-8 is a ValueError
-        why_not = str(error)[:80]
-        raise MisError(f"{path} is not a usable model file: its header is not JSON ({why_not})") from None
-    if limit_bytes is not None and end - start > limit_bytes:
-        raise MisError(f"{path} holds {gib(end - start)} of tensors, {gib(limit_bytes)} are allowed: too big here")
+        raise MisError(f"{path} is not a usable model file: its header is not JSON ({str(error)[:80]})") from None
     return tensors, metadata
 
 

@@ -1,7 +1,6 @@
 """A list of equally large arrays, of which the first few stay in memory and the rest live in a file.
 
-For hidden states between two blocks when there are more tokens than memory. Does not know what they mean,
-and does not survive the process: what is in it can be computed again.
+For hidden states between two blocks when there are more tokens than memory. It goes with the process.
 """
 
 from __future__ import annotations

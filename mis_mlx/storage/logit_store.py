@@ -1,8 +1,7 @@
 """The logit store: a teacher's sparse targets on disk, written part by part, read window by window.
 
-Does not know how targets are made, nor what a loss does with them. A folder holds targets.json and
-part-00000.safetensors, part-00001 ... A part is written under another name, synced and renamed, then
-targets.json, which lists every finished part with its size and sha256, is replaced; so a part is there
+A folder holds targets.json and part-00000.safetensors, part-00001 ... A part is written under another name, synced and
+renamed, then targets.json, which lists every finished part with its size and sha256, is replaced; so a part is there
 whole or not at all, and a store that was stopped anywhere goes on and ends with the same bytes.
 """
 
@@ -12,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,19 +65,22 @@ def create(folder: Path, spec: Spec, files: Files) -> Targets:
         files.make_folder(folder)
     sweep(folder, files)
     if not (folder / MANIFEST).exists():
-        made = Targets(folder, spec, {}, files)
-        made.save()
-        return made
+        store = Targets(folder, spec, {}, files)
+        store.save()
+        return store
     there, parts = _manifest(folder)
     for name, wanted in asdict(spec).items():
-        if (found := getattr(there, name)) != wanted:
+        if (other := getattr(there, name)) != wanted:
             raise MisError(
-                f"{folder} holds targets of another {name.replace('_', ' ')} ({str(found)[:12]}, not "
+                f"{folder} holds targets of another {name.replace('_', ' ')} ({str(other)[:12]}, not "
                 f"{str(wanted)[:12]}): delete it, or choose another folder"
             )
-    bad = [number for number, facts in sorted(parts.items()) if _sound(_path(folder, number), facts) is None]
-    notes = [f"{_path(folder, number).name} of the targets is damaged: it is made again" for number in bad]
-    return Targets(folder, spec, {n: facts for n, facts in parts.items() if n not in bad}, files, tuple(notes))
+    store = Targets(folder, spec, parts, files)
+    for number in sorted(parts):
+        if store.sound(number) is None:
+            store.notes.append(f"{store.path(number).name} of the targets is damaged: it is made again")
+            del parts[number]
+    return store
 
 
 def opened(folder: Path) -> Targets:
@@ -88,14 +91,12 @@ def opened(folder: Path) -> Targets:
 class Targets:
     """A store that is open: `spec`, and `parts`, the finished ones: {number: {bytes, sha256}}."""
 
-    def __init__(
-        self, folder: Path, spec: Spec, parts: dict[int, dict[str, Any]], files: Files, notes: tuple[str, ...] = ()
-    ):
-        self.folder, self.spec, self.parts, self.notes = folder, spec, parts, notes
-        self._files = files
+    def __init__(self, folder: Path, spec: Spec, parts: dict[int, dict[str, Any]], files: Files):
+        self.folder, self.spec, self.parts, self._files = folder, spec, parts, files
+        self.notes: list[str] = []
         self.total = -(-spec.windows // spec.part_windows)
         self._coming: list[Arrays] = []  # windows of the part being filled
-        self._kept: dict[int, dict[str, np.ndarray]] = {}  # parts read lately, the last one last
+        self._part = lru_cache(KEPT_PARTS)(self._read)
 
     @property
     def bytes_per_token(self) -> float:
@@ -124,13 +125,22 @@ class Targets:
 
     def adopt(self, number: int) -> None:
         """Count a part whose file was made elsewhere, and lies here now, as finished."""
-        data = _path(self.folder, number).read_bytes()
+        data = self.path(number).read_bytes()
         self.parts[number] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         self.save()
 
     def path(self, number: int) -> Path:
         """Where a part lies, or will."""
-        return _path(self.folder, number)
+        return self.folder / f"part-{number:05d}.safetensors"
+
+    def sound(self, number: int) -> bytes | None:
+        """The bytes of a finished part, or None when they are not those that were written."""
+        path, facts = self.path(number), self.parts[number]
+        try:
+            data = path.read_bytes() if path.stat().st_size == facts["bytes"] else b""
+        except OSError:
+            return None
+        return data if hashlib.sha256(data).hexdigest() == facts["sha256"] else None
 
     def _within(self, number: int) -> range:
         """Windows of a part."""
@@ -144,7 +154,7 @@ class Targets:
             name: mx.array(np.concatenate([w[name] for w in windows]).astype(dtype))
             for name, dtype in self.spec.dtypes().items()
         }
-        path = _path(self.folder, number)
+        path = self.path(number)
         left = sum(a.nbytes for a in arrays.values()) * (self.total - len(self.parts))
         what, done = "the rest of the targets", f"{len(self.parts)} of {self.total} parts are kept"
         remedy = f"free some and start again, {done}"
@@ -167,12 +177,12 @@ class Targets:
         Weights are counts / N; m is the most that a position of these windows has, and entries of weight 0 fill
         the others up. MisError when a part is missing or damaged. Memory: the last few parts.
         """
-        found = [self._window(int(i)) for i in indices]
-        sizes = np.stack([w["sizes"] for w in found])
+        windows = [self._window(int(i)) for i in indices]
+        sizes = np.stack([w["sizes"] for w in windows])
         filled = np.arange(sizes.max()) < sizes[..., None]
         ids, weights = np.zeros(filled.shape, np.int32), np.zeros(filled.shape, np.float32)
-        ids[filled] = np.concatenate([w["ids"] for w in found])
-        weights[filled] = np.concatenate([w["counts"] for w in found]) / np.float32(self.spec.count)
+        ids[filled] = np.concatenate([w["ids"] for w in windows])
+        weights[filled] = np.concatenate([w["counts"] for w in windows]) / np.float32(self.spec.count)
         return ids, weights
 
     def _window(self, index: int) -> Arrays:
@@ -183,36 +193,18 @@ class Targets:
         entries = slice(begin, begin + int(part["sizes"][rows].sum(dtype=np.int64)))
         return {"sizes": part["sizes"][rows], "ids": part["ids"][entries], "counts": part["counts"][entries]}
 
-    def _part(self, number: int) -> dict[str, np.ndarray]:
-        """All arrays of a part, read and verified unless it was among the last few."""
-        if number not in self._kept:
-            path = _path(self.folder, number)
-            if number not in self.parts:
-                raise MisError(f"{path} is not written yet ({len(self.parts)} of {self.total} are): write the rest")
-            if (data := _sound(path, self.parts[number])) is None:
-                raise MisError(f"{path} is damaged: write the targets again, the other parts are kept")
-            tensors, _ = check(path)
-            while len(self._kept) >= KEPT_PARTS:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[number] = {
-                name: np.frombuffer(data, NUMPY[t.dtype], int(np.prod(t.shape)), t.offset).reshape(t.shape)
-                for name, t in tensors.items()
-            }
-        self._kept[number] = self._kept.pop(number)
-        return self._kept[number]
-
-
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:05d}.safetensors"
-
-
-def _sound(path: Path, facts: Mapping[str, Any]) -> bytes | None:
-    """The bytes of a part, or None when they are not those that were written."""
-    try:
-        data = path.read_bytes() if path.stat().st_size == facts["bytes"] else b""
-    except OSError:
-        return None
-    return data if hashlib.sha256(data).hexdigest() == facts["sha256"] else None
+    def _read(self, number: int) -> dict[str, np.ndarray]:
+        """All arrays of a part, verified."""
+        path = self.path(number)
+        if number not in self.parts:
+            raise MisError(f"{path} is not written yet ({len(self.parts)} of {self.total} are): write the rest")
+        if (data := self.sound(number)) is None:
+            raise MisError(f"{path} is damaged: write the targets again, the other parts are kept")
+        tensors, _ = check(path)
+        return {
+            name: np.frombuffer(data, NUMPY[t.dtype], int(np.prod(t.shape)), t.offset).reshape(t.shape)
+            for name, t in tensors.items()
+        }
 
 
 def _manifest(folder: Path) -> tuple[Spec, dict[int, dict[str, Any]]]:

@@ -1,7 +1,4 @@
-"""The run folder: its name, its config.yaml, what a resumed run must share with the one it continues.
-
-Knows settings as plain values. Does not know what a run does.
-"""
+"""The run folder: its name, its config.yaml, what a resumed run must share with the one it continues."""
 
 from __future__ import annotations
 
@@ -160,8 +157,8 @@ def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Records of metrics.jsonl by step number. A torn line is passed over; of a repeated step the last counts."""
-    found = {r["number"]: r for r in records(folder / METRICS) if "number" in r}
-    return [found[number] for number in sorted(found)]
+    by_number = {r["number"]: r for r in records(folder / METRICS) if "number" in r}
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def records(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,4 @@
-"""A model's safetensors files: the index of a folder, lazy reading, and writing with bounded memory.
-
-Knows nothing of models: not which tensors belong together, nor what a config promises.
-"""
+"""A model's safetensors files: the index of a folder, lazy reading, and writing with bounded memory."""
 
 from __future__ import annotations
 
@@ -65,19 +62,15 @@ def _weight_map(path: Path) -> dict[str, str]:
         if not path.is_file() or path.stat().st_size > MAX_HEADER_BYTES:
             raise Refused("it is not a regular file of sane size")
         content = json.loads(path.read_bytes(), object_pairs_hook=no_twins, parse_constant=no_constant)
-        found = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(found, dict) or not found:
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
             raise Refused("it has no weight_map")
-        for name in found.values():
-            if not isinstance(name, str) or not _bare(name):
+        for name in weight_map.values():
+            if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
                 raise Refused(f"it points outside the model folder ({str(name)[:60]!r})")
     except (Refused, OSError, ValueError, RecursionError) as error:
         raise MisError(f"{path} is not a usable index: {str(error)[:120]}; download it again") from None
-    return found
-
-
-def _bare(name: str) -> bool:
-    return name.endswith(".safetensors") and not set(name) & set("/\\\0")
+    return weight_map
 
 
 def inside(folder: Path, name: str) -> None:
@@ -105,11 +98,10 @@ def _no_weights(folder: Path) -> str:
 def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.array]:
     """The named tensors as arrays that MLX will read when they are evaluated.
 
-    Each file is checked again, then opened once, and only the wanted arrays are taken out of what mx.load
-    returns. The rest must go at once: an array, once evaluated, stays in memory as long as any dict that
-    holds it. Until evaluated, a file must not be written over (MLX would read the new bytes without a
-    word); replacing it by rename or deleting it is harmless. If an evaluation fails, drop every array:
-    a second evaluation returns garbage without an error.
+    Each file is checked again, then opened once, and only the wanted arrays are taken out of what mx.load returns. The
+    rest must go at once: an array, once evaluated, stays in memory as long as any dict that holds it. Until evaluated,
+    a file must not be written over (MLX would read the new bytes without a word); replacing it by rename or deleting it
+    is harmless. If an evaluation fails, drop every array: a second evaluation returns garbage without an error.
     """
     import mlx.core as mx
 
@@ -137,8 +129,8 @@ def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str])
 class _File:
     """One safetensors file, written front to back; `nbytes` and `sha256` of the file are known at the end."""
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec], files: Files, metadata: Mapping[str, str]):
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    def __init__(self, path: Path, specs: Mapping[str, Spec], files: Files):
+        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
         end = 0
         for name, (dtype, shape) in specs.items():
             begin, end = end, end + spec_bytes((dtype, shape))
@@ -172,10 +164,9 @@ class _File:
 class Writer:
     """Streams a model's tensors into `folder`, one in memory at a time.
 
-    `specs`: {name: (dtype, shape)} of every tensor, in the order in which `add` will get them. Up to
-    `shard_bytes` of tensors make one model.safetensors; more make shards and an index file (`shards`: the
-    same tensors, cut by the caller). Use it inside
-    `checkpoint.commit_folder`, which makes the whole folder appear at once or not at all.
+    `specs`: {name: (dtype, shape)} of every tensor, in the order in which `add` will get them. Up to `shard_bytes` of
+    tensors make one model.safetensors; more make shards and an index file (`shards`: the same tensors, cut by the
+    caller). Use it inside `checkpoint.commit_folder`, which makes the whole folder appear at once or not at all.
     """
 
     def __init__(
@@ -183,12 +174,10 @@ class Writer:
         folder: Path,
         specs: Mapping[str, Spec],
         files: Files,
-        metadata: Mapping[str, str] | None = None,
         shard_bytes: int = 5 * GIB,
         shards: Sequence[Mapping[str, Spec]] | None = None,
     ):
         self._folder, self._files, self._specs = folder, files, specs
-        self._metadata = {"format": "mlx"} if metadata is None else metadata
         shards = shards or _cut(specs, shard_bytes)
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         self._shards = dict(zip(names, shards, strict=True)) if len(shards) > 1 else {"model.safetensors": specs}
@@ -196,7 +185,7 @@ class Writer:
         self._file = self._open(next(self._coming))
 
     def _open(self, name: str) -> _File:
-        return _File(self._folder / name, self._shards[name], self._files, self._metadata)
+        return _File(self._folder / name, self._shards[name], self._files)
 
     def add(self, name: str, array: mx.array) -> None:
         """Write the next tensor of `specs`. ValueError when its name, dtype or shape is not the one due."""
@@ -222,7 +211,7 @@ class Writer:
 
 def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> tuple[int, str]:
     """Write one plain safetensors file and fsync it: (its size in bytes, its sha256 in hex)."""
-    file = _File(path, {name: spec_of(array) for name, array in arrays.items()}, files, {"format": "mlx"})
+    file = _File(path, {name: spec_of(array) for name, array in arrays.items()}, files)
     for name, array in arrays.items():
         file.add(name, array)
     file.close()

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.planner import estimates
-from tests.faults import jobs, verdicts
-from tests.faults.catalogue import NOTES
+from tests.faults import NOTES, jobs, verdicts
 
 Note = Callable[..., None]
 
@@ -41,8 +40,8 @@ def all_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Job]:
 @pytest.fixture(autouse=True)
 def one_set_of_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured once for all tests here, and for no test elsewhere."""
-    found = verdicts.rates()
-    monkeypatch.setattr(estimates, "machine_rates", lambda *_: found)
+    monkeypatch.setattr(estimates, "machine_rates", lambda *_: verdicts.rates())
+    monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", verdicts.roof)
 
 
 @pytest.fixture(scope="session")

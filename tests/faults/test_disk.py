@@ -86,7 +86,7 @@ def test_a_full_disk_is_waited_out(
     note("A5 a real full disk, ever larger", name, ends, 0, said[-1].replace(str(place), "..."))
 
 
-@pytest.mark.parametrize("name", ["prune", "quantize", "export", "distill", "sft"])
+@pytest.mark.parametrize("name", ["quantize", "distill", "sft"])
 def test_a_write_that_stops_halfway(
     name: str, bench: Benches, all_jobs: dict[str, jobs.Job], tmp_path: Path, note: Note
 ) -> None:
@@ -103,16 +103,7 @@ def test_a_write_that_stops_halfway(
          said.replace(str(tmp_path), "..."))  # fmt: skip
 
 
-def test_too_small_at_the_start(all_jobs: dict[str, jobs.Job], small_disk: Callable[[int], Path], note: Note) -> None:
-    """Both numbers before anything is written."""
-    place = small_disk(80)
-    said = refused(all_jobs["quantize"], place)
-    assert "Not enough disk space" in said and "needs" in said and "free" in said
-    assert not list(place.iterdir())
-    note("A6 full at the start", "quantize", {"said so": 1}, 0, said.replace(str(place), "..."))
-
-
-@pytest.mark.parametrize("name", ["prune", "export", "distill", "sft", "logit store"])
+@pytest.mark.parametrize("name", ["export", "distill"])
 def test_a_disk_that_is_read_only(
     name: str, all_jobs: dict[str, jobs.Job], small_disk: Callable[[int], Path], note: Note
 ) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ import pytest
 from mis_mlx import distill, sft
 from mis_mlx.alignment.sft_loss import Lesson
 from mis_mlx.distillation import live_teacher
-from mis_mlx.distillation.run_loop import set_back
-from mis_mlx.maths.optimizer import Diverged, GoralW
+from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import load
 from mis_mlx.planner import phases
 from mis_mlx.storage import checkpoint as protocol
@@ -143,27 +142,14 @@ def _stopped_at(number: int, s: distill.Settings) -> None:
 
 
 def test_what_is_left_out_stays_left_out_after_a_kill(
-    settings: Callable[[str], distill.Settings], bad: set[int], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[[str], distill.Settings], bad: set[int]
 ) -> None:
     """Stopped after the way back, at step 8 and before any, and resumed: the same bytes as in one go."""
     whole, s = settings("whole"), settings("cut")
     bad |= {6, 7, 8}
     distill.run(whole)
     for number in (8, 4):
-        save = protocol.save_step
-        seen = list[int]()
-
-        def stop(folder: Path, n: int, *a: Any, number: int = number, save: Any = save, seen: Any = seen) -> Path:
-            path = save(folder, n, *a)
-            seen.append(n)
-            if n == number:
-                raise KeyboardInterrupt
-            return path
-
-        monkeypatch.setattr(protocol, "save_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            distill.run(s)
-        monkeypatch.setattr(protocol, "save_step", save)
+        _stopped_at(number, s)
         distill.run(distill.Settings(out=s.out, resume=True))
         assert jobs.contents(Path(str(s.out)) / "model") == jobs.contents(Path(str(whole.out)) / "model")
         shutil.rmtree(str(s.out))
@@ -217,27 +203,3 @@ def test_a_tuning_run_goes_back_too(
     assert all_numbers(out / "model") and len(run_folder.metrics(out)) == 9
     note("B2 three in a row", "sft", {"back to step 3": 1, "the end": 1}, 0,
          "batches 4, 5, 6 gave no numbers: back to step 3, and on without them, at half the learning rate")  # fmt: skip
-
-
-def walk(log: list[Any], gives: Sequence[Any]) -> tuple[Callable[..., None], Callable[[int], Any]]:
-    """go and steps for `set_back`: `gives` says of each way whether it raises."""
-    ways = iter(gives)
-
-    def go(steps: Any) -> None:
-        log.append(("go", steps))
-        if (error := next(ways)) is not None:
-            raise error
-
-    return go, lambda start: start
-
-
-def test_set_back_by_pencil() -> None:
-    """Once back, never twice; not without a checkpoint, or when it has been back before."""
-    log: list[Any] = []
-    optimizer = GoralW()
-    set_back(*walk(log, [Diverged([3, 4, 5], math.nan), None]), 0, lambda: 2, lambda: optimizer)
-    assert log == [("go", 0), ("go", 2)] and (optimizer.passed, optimizer.calm) == ([3, 4, 5], 0.5)
-    with pytest.raises(Diverged):  # it has been back before
-        set_back(*walk([], [Diverged([7, 8, 9], math.nan)]), 2, lambda: 2, lambda: optimizer)
-    with pytest.raises(Diverged):  # there is nothing to go back to
-        set_back(*walk([], [Diverged([1, 2, 3], math.nan)]), 0, lambda: None, GoralW)

@@ -67,14 +67,6 @@ def test_the_end_of_the_process_at_every_operation(name: str, bench: Benches, no
     assert not b.bad and b.ends["killed"] == b.operations
 
 
-@pytest.mark.parametrize("name", ["prune", "export", "logit store"])
-def test_the_end_at_every_operation_as_it_is_in_one_run(name: str, bench: Benches) -> None:
-    """The quick way (copies of one run) and the long way (a run for each) find the same: nothing."""
-    b = bench(name)
-    b.ends_at_each()
-    assert not b.bad and b.ends["killed"] == b.operations
-
-
 def in_place(final: Path, fill: Callable[[Path], None], files: Files, *_: Any) -> None:
     """What a program without a protocol does: it writes where the model will be."""
     files.make_folder(final)

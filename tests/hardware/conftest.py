@@ -26,12 +26,9 @@ class FakeApple:
     def hid(self, name: str, value: float, *, event: bool = True) -> None:
         self._library.fake_hid(name.encode(), value, int(event))
 
-    def smc(self, key: str, kind: str, raw: bytes) -> None:
-        code = int.from_bytes(key.encode(), "big"), int.from_bytes(kind.encode(), "big")
-        self._library.fake_smc(*code, len(raw), raw)
-
     def smc_float(self, key: str, value: float) -> None:
-        self.smc(key, "flt ", struct.pack("<f", value))
+        code = int.from_bytes(key.encode(), "big"), int.from_bytes(b"flt ", "big")
+        self._library.fake_smc(*code, 4, struct.pack("<f", value))
 
     def level(self, level: int) -> None:
         self._library.fake_level(level)

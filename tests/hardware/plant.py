@@ -1,24 +1,19 @@
 """A simulated fanless laptop: two lumps (die, chassis), firmware that lowers the clock, a virtual clock.
 
-The parameters are engineering priors for an M1 Air, not measurements. `python -m tests.hardware.plant FILE`
-writes the recording tests/data/halny.jsonl: the warm wind falls on the Air, 8 to 33 °C in 150 s.
+The parameters are engineering priors for an M1 Air, not measurements. The recording tests/data/halny.jsonl was made
+with it: the warm wind falls on the Air, 8 to 33 °C in 150 s, then six spells of hard work.
 """
 
 from __future__ import annotations
 
 import random
 import struct
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mis_mlx.hardware.clock import VirtualClock
-from mis_mlx.hardware.thermal.recording import Header, Raw, Recorder
 from mis_mlx.types import Reading
 
 TICK_S = 0.1
-LOOK_S = 10.0  # of the recording; the next three count looks
-WARMING, SPELL, HARD = 16, 11, 6
 
 
 @dataclass
@@ -103,57 +98,3 @@ class PlantClock(VirtualClock):
 def smc_float(value: float) -> str:
     """A `flt ` key as a recording holds it."""
     return "flt :" + struct.pack("<f", value).hex()
-
-
-def halny() -> list[Raw]:
-    """A look every 10 s for 18 minutes. Calm first: 16 looks while the air warms from 8 to 33 °C; then six
-    spells of hard work that a governor has to answer with a pause; then light work to the end."""
-    plant = Plant(air_c=8.0, firmware_c=103.0, gpu_w=14.0)
-    plant.die_c, plant.chassis_c, battery_c = 20.0, 16.0, 14.0
-    looks = []
-    for number in range(WARMING + 6 * SPELL + 26):
-        working = WARMING <= number < WARMING + 6 * SPELL
-        hard = working and (number - WARMING) % SPELL < HARD
-        plant.air_c = 8.0 + 25.0 * min(number / (WARMING - 1), 1.0)
-        if number == WARMING:
-            plant.chassis_c = 40.0  # the slow warming of half an hour is cut out
-        plant.run(LOOK_S, busy=1.0 if hard else 0.2)
-        battery_c += LOOK_S / 1500 * (plant.air_c - battery_c + 0.7 * (plant.power_w + plant.rest_w))
-        die_c = round(plant.die_c, 2)
-        looks.append(
-            Raw(
-                mono_s=LOOK_S * number,
-                wall_s=1_770_000_000 + LOOK_S * number,
-                hid=(
-                    ("pACC MTR Temp Sensor2", die_c),
-                    ("eACC MTR Temp Sensor0", round(die_c - 4.0, 2)),
-                    ("GPU MTR Temp Sensor1", round(die_c - 1.5, 2)),
-                    ("PMU tcal", 51.85),
-                    ("gas gauge battery", round(battery_c, 1)),
-                ),
-                smc={
-                    "TCMz": smc_float(round(die_c + 0.3, 2)),
-                    "TVA0": smc_float(round(plant.air_c - 1.0, 3)),
-                    "TB0T": smc_float(round(battery_c, 1)),
-                    "PSTR": smc_float(round(plant.power_w + plant.rest_w, 2)),
-                },
-                pressure=0,
-                battery_percent=100.0,
-                plugged=True,
-            )
-        )
-    return looks
-
-
-HALNY_HEADER = Header(model="simulated MacBookAir10,1", chip="Apple M1", altitude_m=832.0)
-
-
-def write_halny(path: Path) -> None:
-    """The recording, line for line as it lies in tests/data."""
-    with Recorder(path, HALNY_HEADER) as recorder:
-        for look in halny():
-            recorder.add(look)
-
-
-if __name__ == "__main__":
-    write_halny(Path(sys.argv[1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import M1_AIR
+from mis_mlx.hardware.thermal import apple_frameworks
 from mis_mlx.types import GIB, Budget, MisError
 from tests.hardware.conftest import FakeApple
 
@@ -19,13 +20,16 @@ MIB = 2**20
 
 
 class Device:
-    """Stands for `mlx.core` on a machine of our making: remembers its limits, fails as Metal does."""
+    """Stands for `mlx.core` on a machine of our making: remembers its limits; one that cannot wire has no such call."""
 
     gpu, cpu = "gpu", "cpu"
 
-    def __init__(self, kind: str = "gpu", recommended: int | None = 5_300_000_000):
+    def __init__(self, kind: str = "gpu", recommended: int | None = 5_300_000_000, wires: bool = True):
         self.kind, self.recommended = kind, recommended
         self.limits = {"memory": 1, "cache": 2, "wired": 3}
+        self.set_memory_limit, self.set_cache_limit = partial(self._set, "memory"), partial(self._set, "cache")
+        if wires:
+            self.set_wired_limit = partial(self._set, "wired")
 
     def default_device(self) -> str:
         return self.kind
@@ -34,35 +38,23 @@ class Device:
         return {} if self.recommended is None else {"max_recommended_working_set_size": self.recommended}
 
     def _set(self, name: str, value: int) -> int:
+        if name == "wired":
+            assert self.recommended is not None and value <= self.recommended, "Metal ends the process here"
         before, self.limits[name] = self.limits[name], value
         return before
-
-    def set_memory_limit(self, value: int) -> int:
-        return self._set("memory", value)
-
-    def set_cache_limit(self, value: int) -> int:
-        return self._set("cache", value)
-
-
-class Metal(Device):
-    """The same with a call that wires memory."""
-
-    def set_wired_limit(self, value: int) -> int:
-        assert self.recommended is not None and value <= self.recommended, "Metal ends the process here"
-        return self._set("wired", value)
 
 
 @pytest.mark.parametrize(("need", "wired"), [(0, 3), (GIB, GIB + 256 * MIB), (6 * GIB, 5_300_000_000)])
 def test_metal_wires_what_is_needed(need: int, wired: int) -> None:
     """The need and 256 MiB, never more than recommended, nothing where there is no need; all limits come back."""
-    device = Metal()
+    device = Device()
     with pytest.raises(KeyboardInterrupt), memory.limited(Budget(2 * GIB), need, device):
         assert device.limits == {"memory": 2 * GIB - 150 * MIB, "cache": 512 * MIB, "wired": wired}
         raise KeyboardInterrupt
     assert device.limits == {"memory": 1, "cache": 2, "wired": 3}
 
 
-@pytest.mark.parametrize("device", [Metal("cpu"), Metal(recommended=None), Device()])
+@pytest.mark.parametrize("device", [Device("cpu"), Device(recommended=None), Device(wires=False)])
 def test_nothing_is_wired_elsewhere(device: Device) -> None:
     """Not on a CPU, not where Metal recommends nothing, not by an MLX that cannot: the other limits are set."""
     gpu = device.kind == "gpu"
@@ -76,7 +68,7 @@ def test_wiring_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """MIS_MLX_WIRE=0, for machines that macOS panics on; the other limits hold."""
     for said, wired in (("0", 3), ("1", GIB + 256 * MIB)):
         monkeypatch.setenv("MIS_MLX_WIRE", said)
-        with memory.limited(Budget(8 * GIB), GIB, device := Metal()):
+        with memory.limited(Budget(8 * GIB), GIB, device := Device()):
             assert device.limits == {"memory": 8 * GIB - 150 * MIB, "cache": GIB, "wired": wired}
 
 
@@ -85,7 +77,7 @@ def test_wiring_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_process_and_its_arrays_are_the_budget(gpu: bool, limit: int) -> None:
     """What the planner leaves for arrays, MLX may take, and the process's own growth fits beside it: with MLX's cache
     on a CPU, which comes on top there; on Metal the cache lies within MLX's limit."""
-    device = Metal() if gpu else Device("cpu")
+    device = Device("gpu" if gpu else "cpu")
     with memory.limited(Budget(limit), 0, device):
         arrays = limit - memory.process_bytes(limit, gpu)
         cached = 0 if gpu else device.limits["cache"]
@@ -132,20 +124,15 @@ def test_what_others_use_is_left_to_them() -> None:
         assert found == pytest.approx(default, abs=64 * MIB)
 
 
-def test_the_air_in_a_plan_is_the_air_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default budget is one rule: for `plan --machine m1-air`, and on one on which nothing else is open."""
-    monkeypatch.setattr(memory, "room_bytes", lambda: memory.recommended_bytes(8 * GIB))
-    monkeypatch.setattr(memory, "left_bytes", lambda: 6 * GIB)
-    assert memory.budget(None) == memory.budget(None, M1_AIR.room_bytes) == Budget(int(0.75 * 5_726_633_984))
-
-
-def test_the_peak_is_the_footprint_on_a_mac(fake_apple: FakeApple, tmp_path: Path) -> None:
+def test_the_peak_is_the_footprint_on_a_mac(fake_apple: FakeApple, monkeypatch: pytest.MonkeyPatch) -> None:
     """rusage_info_v4's physical footprint, now and at most: the GPU's buffers, numpy and MLX's cache together."""
+    fakes = apple_frameworks.load(fake_apple.path)
+    monkeypatch.setattr(apple_frameworks, "load", lambda: fakes)
     fake_apple.footprint(300 * MIB, 400 * MIB)
-    assert memory.held_bytes(fake_apple.path) == (300 * MIB, 400 * MIB)
-    peak = memory.Peak(fake_apple.path)
+    assert memory.held_bytes() == (300 * MIB, 400 * MIB)
+    peak = memory.Peak()
     fake_apple.footprint(350 * MIB, 900 * GIB)
     assert peak.nbytes == 900 * GIB - 300 * MIB
     fake_apple.footprint(0, 0)  # it refuses: the resident set
-    now, most = memory.held_bytes(fake_apple.path)
+    now, most = memory.held_bytes()
     assert MIB < now <= most + MIB

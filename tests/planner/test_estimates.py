@@ -316,7 +316,7 @@ def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path: Path, monkeypatc
         raise OSError(5, "Input/output error")
 
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
-    monkeypatch.setattr("os.preadv", broken)
+    monkeypatch.setattr("os.fsync", broken)
     monkeypatch.setattr(rates, "SAMPLE_BYTES", MIB)
     with pytest.raises(MisError, match="The disk stopped answering"):
         estimates.machine_rates(measure=True)

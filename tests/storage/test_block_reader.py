@@ -44,7 +44,7 @@ def load(source: Reader, tensors: Mapping[str, TensorAt], into: memoryview | Non
 
 
 @BOTH
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(5))
 def test_any_layout_gives_the_bytes_of_the_files(tmp_path: Path, seed: int, direct: bool) -> None:
     """Several files, some tensors left out, sizes from 0 to over a gap, at any remainder by page and by element."""
     random = np.random.default_rng(seed)
@@ -83,15 +83,6 @@ def test_what_is_longer_than_a_piece(tmp_path: Path, direct: bool) -> None:
     """Two pieces and a rest, at an odd offset."""
     tensors = written(tmp_path / "big.safetensors", {"head": 13, "big": 2 * PIECE + 12345})
     assert load(Reader(tensors, direct), tensors) == {name: on_disk(t) for name, t in tensors.items()}
-
-
-@BOTH
-def test_a_buffer_is_used_again(tmp_path: Path, direct: bool) -> None:
-    """Read over by another block and by the first again, it holds the last one asked for."""
-    tensors = written(tmp_path / "m.safetensors", {"a": 9000, "far": GAP + PAGE, "b": 9000})
-    view, source = memoryview(mmap.mmap(-1, 4 * PAGE)), Reader(tensors, direct)
-    for name in ("a", "b", "a"):
-        assert load(source, {name: tensors[name]}, view) == {name: on_disk(tensors[name])}
 
 
 def test_a_pass_uses_two_buffers_however_often_it_is_made(

@@ -1,10 +1,9 @@
-"""The gate against hand-made bad files, a generator of consistent lies, and the reference parser."""
+"""The gate against hand-made bad files; `tests/faults/test_liars.py` lies at random."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import struct
 import subprocess
 import sys
@@ -13,9 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-import safetensors
 
-from mis_mlx.storage.header_check import DTYPES, check
+from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy
 from mis_mlx.types import MisError, TensorAt
 
@@ -128,15 +126,6 @@ def test_what_is_not_a_regular_file_is_refused_and_never_hangs(tmp_path: Path) -
             check(tmp_path / name)
 
 
-def test_the_memory_limit_is_kept(tmp_path: Path) -> None:
-    """A whole file is refused when its tensors take more than the caller has."""
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(WHOLE)
-    check(path, limit_bytes=24)
-    with pytest.raises(MisError, match="24 bytes of tensors, 23 bytes are allowed"):
-        check(path, limit_bytes=23)
-
-
 def test_a_good_file_is_described_to_the_byte(tmp_path: Path) -> None:
     """Offsets count from the start of the file: the bytes there are the tensor's."""
     path = tmp_path / "model.safetensors"
@@ -158,89 +147,3 @@ def test_the_gate_does_without_mlx(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-
-
-WRAP = 2**64
-DIMS = [
-    -1,
-    -2,
-    -4,
-    -8,
-    0,
-    1,
-    2,
-    3,
-    4,
-    8,
-    16,
-    2**15,
-    2**16,
-    2**20,
-    2**30,
-    2**31 - 1,
-    2**31,
-    2**32,
-    2**32 + 1,
-    2**33,
-]
-
-
-def liar(rng: random.Random) -> bytes:
-    """A header whose shapes are absurd while its offsets agree modulo 2^64: what an attacker would write.
-
-    One in three is honest, so that a gate which refuses everything is found out too.
-    """
-    honest = rng.random() < 1 / 3
-    header: dict[str, Any] = {}
-    end = 0
-    for i in range(rng.choice([1, 1, 2])):
-        dtype = rng.choice(list(DTYPES))
-        shape = [rng.randrange(5) if honest else rng.choice(DIMS) for _ in range(rng.randrange(5))]
-        nbytes = DTYPES[dtype][1]
-        for dim in shape:
-            nbytes = nbytes * dim % WRAP
-        begin = end if honest else rng.choice([0, 0, end, 4, 64, WRAP - 64, WRAP - 200])
-        end = (begin + nbytes) % WRAP if rng.random() < 0.9 else begin + nbytes
-        header[f"t{i}"] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    data = made(header, end if end < 1 << 20 else rng.choice([0, 64, 4096]))
-    if rng.random() < 0.1:  # and sometimes one flipped bit
-        at = rng.randrange(len(data))
-        data = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
-    return data
-
-
-def accepts(path: Path) -> bool:
-    try:
-        check(path)
-    except MisError:
-        return False
-    return True
-
-
-def reference_accepts(data: bytes) -> bool:
-    try:
-        safetensors.deserialize(data)
-    except safetensors.SafetensorError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("cases", [300, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_liars_nothing_passes_that_the_reference_refuses(cases: int, tmp_path: Path) -> None:
-    """No liar gets through, honest files do, and what gets through MLX reads with the shapes it states."""
-    rng = random.Random(3)
-    path = tmp_path / "f.safetensors"
-    passed = refused = 0
-    for case in range(cases):
-        data = liar(rng)
-        path.write_bytes(data)
-        if accepts(path):
-            passed += 1
-            assert reference_accepts(data), (case, data)
-            tensors, _ = check(path)
-            assert {n: tuple(a.shape) for n, a in lazy(tensors, tensors).items()} == {
-                n: at.shape for n, at in tensors.items()
-            }
-        else:
-            refused += 1
-    assert passed > cases / 5 and refused > cases / 3

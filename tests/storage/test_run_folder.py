@@ -32,6 +32,7 @@ def test_names_are_counted() -> None:
     first, second = (run_folder.create(None, "tiny-goral", SETTINGS, ORIGIN, PLAN, DISK) for _ in range(2))
     assert [str(first), str(second)] == ["runs/tiny-goral-001", "runs/tiny-goral-002"]
     assert run_folder.stored_settings(first) == SETTINGS
+    assert list(yaml.safe_load((first / run_folder.CONFIG).read_text())) == list(SETTINGS)  # plain, for -c and people
     assert run_folder.same_origin(first, ORIGIN) == []
 
 
@@ -122,13 +123,6 @@ def test_damage_is_a_sentence(content: bytes | None) -> None:
             (folder / name).write_bytes(content)
         with pytest.raises(MisError, match="damaged"):
             read(folder)
-
-
-def test_config_yaml_is_for_people_and_for_c(here: Path) -> None:
-    """Plain YAML in the order of the flags."""
-    folder = run_folder.create(None, "r", {**SETTINGS, "scenario": "góral"}, ORIGIN, PLAN, DISK)
-    text = (folder / run_folder.CONFIG).read_text(encoding="utf-8")
-    assert list(yaml.safe_load(text)) == list(SETTINGS) and "góral" in text
 
 
 def test_metrics_forgive_a_torn_line_and_a_repeated_step() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from mis_mlx.storage.files import DISK
-from mis_mlx.storage.safetensors import INDEX, Writer, check, index, lazy, spec_of, write_arrays
+from mis_mlx.storage.safetensors import INDEX, Writer, index, lazy, spec_of, write_arrays
 from mis_mlx.types import MisError
 
 
@@ -83,25 +82,16 @@ def test_shards_are_named_cut_and_counted(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "m" / INDEX).read_text())
     assert written["metadata"] == {"total_size": 436, "total_parameters": 109}
     assert list(written["weight_map"].items()) == [("a", one), ("big", two), ("last", three), ("z", one)]
-
-
-def test_packed_weights_are_not_counted_as_parameters(tmp_path: Path) -> None:
-    """A uint32 holds several weights: rather no number than a wrong one."""
-    write_model(tmp_path / "m", {"a": mx.zeros(4, dtype=mx.uint32), "b": mx.zeros(4)}, shard_bytes=16)
-    assert json.loads((tmp_path / "m" / INDEX).read_text())["metadata"] == {"total_size": 32}
+    # A uint32 holds several weights: rather no number of parameters than a wrong one.
+    write_model(tmp_path / "q", {"a": mx.zeros(4, dtype=mx.uint32), "b": mx.zeros(4)}, shard_bytes=16)
+    assert json.loads((tmp_path / "q" / INDEX).read_text())["metadata"] == {"total_size": 32}
 
 
 def test_the_writer_refuses_what_is_not_due(tmp_path: Path) -> None:
     """Another name, shape or dtype, one too many, and closing too early, are bugs of the caller."""
     specs = {"a": ("F32", (2,)), "b": ("F32", (2,))}
-    for number, wrong in enumerate(
-        [
-            ("b", mx.zeros(2)),
-            ("a", mx.zeros(3)),
-            ("a", mx.zeros(2, dtype=mx.float16)),
-            ("a", mx.zeros((1, 2))),
-        ]
-    ):
+    others = [("b", mx.zeros(2)), ("a", mx.zeros(3)), ("a", mx.zeros(2, dtype=mx.float16)), ("a", mx.zeros((1, 2)))]
+    for number, wrong in enumerate(others):
         (tmp_path / str(number)).mkdir()
         with pytest.raises(ValueError, match="was due"):
             Writer(tmp_path / str(number), specs, DISK).add(*wrong)
@@ -128,13 +118,6 @@ def test_a_model_is_written_with_a_few_tensors_in_memory(tmp_path: Path) -> None
     writer.close()
     assert mx.get_peak_memory() - before <= 3 * 4 * 2**20
     assert sum(at.nbytes for at in index(tmp_path).values()) == 64 * 2**20
-
-
-def test_write_arrays_tells_size_and_hash(tmp_path: Path) -> None:
-    """Both are those of the file, computed while it was written."""
-    path = tmp_path / "optimizer.safetensors"
-    size, sha256 = write_arrays(path, arrays(), DISK)
-    assert size == path.stat().st_size and sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_lazy_takes_only_what_was_asked_for(tmp_path: Path) -> None:
@@ -199,7 +182,6 @@ FOLDERS = {
     "damaged shard": (lambda f: one_shard(f).write_bytes(b"x"), "incomplete"),
     "traversal": (lambda f: point(f, "../x.safetensors"), "points outside"),
     "absolute": (lambda f: point(f, "/etc/x.safetensors"), "points outside"),
-    "inner traversal": (lambda f: point(f, "a/../../x.safetensors"), "points outside"),
     "backslash": (lambda f: point(f, "..\\x.safetensors"), "points outside"),
     "NUL": (lambda f: point(f, "a\0.safetensors"), "points outside"),
     "another kind of file": (lambda f: point(f, "pytorch_model.bin"), "points outside"),
@@ -258,17 +240,6 @@ def test_folders_without_safetensors_say_what_to_do(tmp_path: Path, name: str, s
 
 
 def test_a_missing_folder_is_one_sentence(tmp_path: Path) -> None:
-    """Also when the path is a file."""
-    (tmp_path / "file").write_text("x")
-    for name in ("nowhere", "file"):
-        with pytest.raises(MisError, match="no model folder"):
-            index(tmp_path / name)
-
-
-def test_check_agrees_with_what_was_written(tmp_path: Path) -> None:
-    """Offsets that the gate reports are where the bytes of each tensor lie."""
-    content = {"a": mx.array([1, 2], dtype=mx.uint8), "b": mx.array([3], dtype=mx.uint8)}
-    write_arrays(tmp_path / "f", content, DISK)
-    tensors, _ = check(tmp_path / "f")
-    data = (tmp_path / "f").read_bytes()
-    assert [data[t.offset : t.offset + t.nbytes] for t in tensors.values()] == [b"\1\2", b"\3"]
+    """Before anything is opened."""
+    with pytest.raises(MisError, match="no model folder"):
+        index(tmp_path / "nowhere")

@@ -14,8 +14,6 @@ from mis_mlx.evaluation.speed.timing import Request
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.planner import estimates
-from mis_mlx.storage import hub
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
 BOUND = 0.6  # of the roof: from here on the roof is what bounds (published decoding on M1 reaches 0.63 to 0.82)
@@ -27,17 +25,6 @@ class Work:
 
     nbytes: float
     flops: float
-
-
-def here(again: bool = False) -> Roof:
-    """This machine's roof: as measured earlier with as many threads, or now, in 5 s, and kept for later."""
-    path = hub.cache_root() / "roof.json"
-    found: Roof | None = None if again else rates.load(path, Roof)
-    if found is None or found.threads != rates.threads():
-        found = rates.measure_roof()
-        with hub.locked(path.parent):
-            DISK.replace_text(path, rates.to_json(found))
-    return found
 
 
 def decoding(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> Work:
@@ -94,7 +81,7 @@ def bound(facts: Mapping[str, Any]) -> str:
     said = f"{facts['name']} ({facts['kind']}) decodes {facts['tps']:.1f} tokens/s, {reached:.0%} of what {limit} "
     said += f"here allows ({facts['best']:.1f})"
     if reached > 1:
-        return f"{said}: {limit} was measured on a busy machine, --measure does it again."
+        return f"{said}: {limit} was measured on a busy machine, run it again."
     if reached >= BOUND:
         return f"{said}: {limit} bounds it."
     return f"{said}: the kernels and the calls between them bound it, not {limit}."

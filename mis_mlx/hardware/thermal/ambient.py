@@ -1,8 +1,7 @@
 """The air around the machine: its temperature with an uncertainty, from sensors and the user, and its altitude.
 
-No laptop has a room thermometer, so this is an estimate: several poor witnesses, weighed by how poor they
-are. Does not read sensors. No witness at all is no estimate, never a silent 20 °C.
-The priors are for a fanless M1 Air; sources and measurements in the numbers' comments.
+No laptop has a room thermometer, so this is an estimate: several poor witnesses, weighed by how poor they are. No
+witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 Air.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from mis_mlx.hardware.thermal.recording import Header
 from mis_mlx.hardware.thermal.sensor_rules import Values
@@ -38,20 +38,12 @@ class Estimate:
     source: str
 
 
-@dataclass(frozen=True)
-class Anchor:
-    """A value that was good at `at_s`. `virtual_c`: what TVA0 said then."""
-
-    estimate: Estimate
-    at_s: float
-    virtual_c: float | None
-
-    def aged(self, now_s: float, virtual_c: float | None) -> Estimate:
-        """The value now: less sure with time, and by as much as TVA0 has moved since, so that a value
-        from before the halny came cannot outvote the sensors that feel it."""
-        moved = virtual_c - self.virtual_c if virtual_c is not None and self.virtual_c is not None else 0.0
-        variance = self.estimate.sigma_c**2 + DRIFT_C2_PER_S * (now_s - self.at_s) + moved**2
-        return replace(self.estimate, sigma_c=math.sqrt(variance))
+def _aged(estimate: Estimate, at_s: float, virtual_c: float | None, now_s: float, now_c: float | None) -> Estimate:
+    """A value that was good at `at_s`, when TVA0 said `virtual_c`: less sure with time, and by as much as TVA0 has
+    moved since, so that a value from before the halny came cannot outvote the sensors that feel it."""
+    moved = now_c - virtual_c if now_c is not None and virtual_c is not None else 0.0
+    variance = estimate.sigma_c**2 + DRIFT_C2_PER_S * (now_s - at_s) + moved**2
+    return replace(estimate, sigma_c=math.sqrt(variance))
 
 
 class Ambient:
@@ -62,7 +54,7 @@ class Ambient:
         self._given_c = given_c
         self._virtual_sigma_c = virtual_sigma_c
         self._node = BatteryNode()
-        self._anchors: dict[str, Anchor] = {}
+        self._anchors: dict[str, tuple[Estimate, float, float | None]] = {}  # by source; value, time, TVA0 then
 
     def update(self, values: Values, now_s: float, rested: bool) -> Estimate | None:
         """Take one look into account; the estimate now, `None` when there is no witness.
@@ -70,21 +62,18 @@ class Ambient:
         `rested`: the machine has just booted or woken from a long sleep.
         """
         virtual = values.virtual_ambient_c
+        new = [cold_soak(values) if rested else None, self._node.update(values, now_s)]
         if self._given_c is not None and "given" not in self._anchors:
-            self._drop_anchor(Estimate(self._given_c, GIVEN_SIGMA_C, "given"), now_s, virtual)
-        soaked = cold_soak(values) if rested else None
-        for anchor in (soaked, self._node.update(values, now_s)):
-            if anchor is not None:
-                self._drop_anchor(anchor, now_s, virtual)
-        witnesses = [anchor.aged(now_s, virtual) for anchor in self._anchors.values()]
+            new.append(Estimate(self._given_c, GIVEN_SIGMA_C, "given"))
+        self._anchors |= {estimate.source: (estimate, now_s, virtual) for estimate in new if estimate is not None}
+        witnesses = [_aged(*anchor, now_s, virtual) for anchor in self._anchors.values()]
         if virtual is not None:
             witnesses.append(Estimate(virtual + VIRTUAL_OFFSET_C, self._virtual_sigma_c, "SMC TVA0"))
-        if values.palm_c is not None and _calm(values):
+        regulator, battery = values.regulator_c, values.battery_c
+        calm = regulator is not None and battery is not None and regulator - battery < CALM_C
+        if values.palm_c is not None and calm:
             witnesses.append(Estimate(values.palm_c + PALM_OFFSET_C, PALM_SIGMA_C, values.sources["palm_c"]))
         return fuse(witnesses)
-
-    def _drop_anchor(self, estimate: Estimate, now_s: float, virtual_c: float | None) -> None:
-        self._anchors[estimate.source] = Anchor(estimate, now_s, virtual_c)
 
 
 def fuse(witnesses: list[Estimate]) -> Estimate | None:
@@ -121,12 +110,6 @@ def cold_soak(values: Values) -> Estimate | None:
     return Estimate(min(known) - 0.3, SOAK_SIGMA_C, "cold soak")
 
 
-def _calm(values: Values) -> bool:
-    if values.regulator_c is None or values.battery_c is None:
-        return False
-    return values.regulator_c - values.battery_c < CALM_C
-
-
 class BatteryNode:
     """Air temperature from the battery, a slow lump that the machine's power heats:
 
@@ -145,10 +128,10 @@ class BatteryNode:
     TAU_ERROR = 0.15
     MODEL_ERROR_C = 0.3
     LOAD_FLOOR_C, IDLE_FLOOR_C, IDLE_W = 2.0, 1.5, 6.0
-    CHARGING_W, STEEPEST_C = 5.0, 0.5  # windows with more charging, or a steeper battery, are not used
+    STEEPEST_C = 0.5  # windows in which the battery moves more are not used, nor those in which its charge rose
 
     def __init__(self) -> None:
-        self._window: deque[tuple[float, float, float]] = deque()  # seconds, °C, W
+        self._window: deque[tuple[float, float, float, float]] = deque()  # seconds, °C, W, % of charge
         self._air_c: float | None = None
         self._r = self.START_R
         self._covariance = (self.START_SIGMA_C**2, 0.0, self.START_SIGMA_R**2)  # (air, air·r, r)
@@ -157,10 +140,7 @@ class BatteryNode:
         """A new estimate at the end of each usable window of 10 minutes, else `None`."""
         if values.battery_c is None or values.power_w is None:
             return None
-        if abs(values.charging_w or 0.0) > self.CHARGING_W and (values.charging_w or 0.0) > 0:
-            self._window.clear()
-            return None
-        self._window.append((now_s, values.battery_c, values.power_w))
+        self._window.append((now_s, values.battery_c, values.power_w, values.battery_percent or 0.0))
         while now_s - self._window[0][0] > self.WINDOW_S:
             self._window.popleft()
         if now_s - self._window[0][0] < 0.9 * self.WINDOW_S or len(self._window) < 10:
@@ -169,12 +149,12 @@ class BatteryNode:
         self._window.clear()
         return self._measure(window)
 
-    def _measure(self, window: list[tuple[float, float, float]]) -> Estimate | None:
-        times, temperatures, powers = zip(*window, strict=True)
+    def _measure(self, window: list[tuple[float, float, float, float]]) -> Estimate | None:
+        times, temperatures, powers, charges = zip(*window, strict=True)
         middle, battery_c, power_w = mean(times), mean(temperatures), mean(powers)
         spread = sum((t - middle) ** 2 for t in times)
         slope = sum((t - middle) * (c - battery_c) for t, c in zip(times, temperatures, strict=True)) / spread
-        if abs(slope) * self.WINDOW_S > self.STEEPEST_C:
+        if abs(slope) * self.WINDOW_S > self.STEEPEST_C or charges[-1] > charges[0]:  # charging heats from inside
             return None
         measured = battery_c + self.TAU_S * slope
         variance = (
@@ -223,14 +203,14 @@ def find_altitude(given_m: float | None, header: Header, config: Path | None = N
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError) as error:
-        raise MisError(f"{config} cannot be read ({error}): mend it or delete it") from None
+        raise MisError(f"{config} cannot be read ({error}): fix it or delete it") from None
     if "altitude_m" not in settings:
         return None, ""
     return _height(settings["altitude_m"], f"altitude_m in {config}"), f"given in {config.name}"
 
 
-def _height(metres: object, where: str) -> float:
-    number = isinstance(metres, int | float) and not isinstance(metres, bool) and math.isfinite(metres)
-    if not number or not -430 <= float(metres) <= 9000:  # type: ignore[arg-type]
-        raise MisError(f"{where} is {metres!r}, not between −430 and 9000 m above sea level: mend it")
-    return float(metres)  # type: ignore[arg-type]
+def _height(metres: Any, where: str) -> float:
+    number = isinstance(metres, int | float) and not isinstance(metres, bool)
+    if not number or not -430 <= metres <= 9000:  # as NaN is not either
+        raise MisError(f"{where} is {metres!r}, not between −430 and 9000 m above sea level: fix it")
+    return float(metres)

@@ -1,41 +1,24 @@
-"""Everything a Mac with Apple silicon tells about its heat, in one look: HID, SMC, pressure, battery.
+"""Everything a Mac with Apple silicon tells about its heat, in one look: HID, SMC, pressure.
 
-Knows nothing of which value to believe. Each mechanism may be absent on its own; then it says why.
+Each mechanism may be absent on its own; then it says why.
 """
 
 from __future__ import annotations
 
-import plistlib
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p, create_string_buffer
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from mis_mlx.hardware.thermal.apple_frameworks import Frameworks, foreign, load
-from mis_mlx.hardware.thermal.apple_hid import Hid
-from mis_mlx.hardware.thermal.apple_smc import Smc
-from mis_mlx.hardware.thermal.recording import Rows
+from mis_mlx.hardware.thermal.apple_sensors import Hid, Smc
+from mis_mlx.hardware.thermal.recording import Raw, Rows
 
-# TCMb and TCMz, the firmware's own die average and hottest spot, exist from M1 on; per-core keys "park".
-KEYS = ("TCMb", "TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "TPMP", "Ts0P", "Ts1P", "TsOP", "PSTR", "FNum")
+# TCMz, the firmware's own hottest spot of the die, exists from M1 on.
+KEYS = ("TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "TPMP", "Ts0P", "Ts1P", "TsOP", "PSTR")
 PRESSURE_NAME = b"com.apple.system.thermalpressurelevel"
-IOREG_EVERY_LOOKS = 60  # `ioreg` starts a process (20 ms) and is only a cross-check
-IOREG_FIELDS = ("Temperature", "VirtualTemperature", "Amperage", "Voltage", "IsCharging", "ExternalConnected")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class AppleLook:
-    """What answered this time; `missing` says why the rest did not."""
-
-    hid: Rows = ()
-    smc: Mapping[str, str] = field(default_factory=dict)
-    pressure: int | None = None
-    ioreg: Mapping[str, int] = field(default_factory=dict)
-    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 class Pressure:
@@ -76,9 +59,6 @@ class Apple:
         self.hid = self._open("IOHID", Hid)
         self.smc = self._open("SMC", Smc)
         self.pressure = self._open("pressure", Pressure)
-        self._keys = self._answering_keys()
-        self._looks = 0
-        self._ioreg: Mapping[str, int] = {}
 
     def _open(self, name: str, mechanism: Callable[[Frameworks], T]) -> T | None:
         try:
@@ -87,72 +67,36 @@ class Apple:
             self._refused[name] = str(error)
             return None
 
-    def _answering_keys(self) -> tuple[str, ...]:
-        """The wanted keys; per-core ones (Tp.., Te..) too where the hottest spot TCMz does not answer."""
-        if self.smc is None:
-            return ()
-        try:
-            if self.smc.read("TCMz") is not None:
-                return KEYS
-            return (*KEYS, *(key for key in self.smc.names() if key.startswith(("Tp", "Te"))))
-        except OSError as error:
-            self._refused["SMC"] = str(error)
-            return ()
-
-    def look(self) -> AppleLook:
-        """Read everything once; a mechanism that fails this time is missing this time."""
+    def look(self, mono_s: float, wall_s: float) -> Raw:
+        """Read everything once, at these times; a mechanism that fails this time is missing this time."""
         missing = dict(self._refused)
 
         def attempt(name: str, read: Callable[[], T], nothing: T) -> T:
             try:
                 return read()
-            except (OSError, ValueError, subprocess.SubprocessError) as error:
+            except (OSError, ValueError) as error:
                 missing[name] = str(error)
                 return nothing
 
-        hid: Rows = attempt("IOHID", self._read_hid, ())
+        hid: Rows = attempt("IOHID", self.hid.read, ()) if self.hid else ()
         smc: dict[str, str] = attempt("SMC", self._read_keys, {})
         pressure = attempt("pressure", self.pressure.read, None) if self.pressure else None
-        if self._looks % IOREG_EVERY_LOOKS == 0:
-            self._ioreg = attempt("ioreg", read_ioreg, {})
-        self._looks += 1
-        return AppleLook(hid, smc, pressure, self._ioreg, missing)
-
-    def _read_hid(self) -> Rows:
-        return tuple(self.hid.read()) if self.hid else ()
+        return Raw(mono_s, wall_s, hid, smc=smc, missing=missing, pressure=pressure)
 
     def _read_keys(self) -> dict[str, str]:
-        answers = {key: self.smc.read(key) for key in self._keys} if self.smc else {}
+        answers = {key: self.smc.read(key) for key in KEYS} if self.smc else {}
         return {key: f"{a[0]}:{a[1].hex()}" for key, a in answers.items() if a is not None}
 
     def system(self, name: str) -> str | None:
-        """A text `sysctl`, such as "hw.model"; `None` when it has no such name."""
-        return sysctl(self.libraries, name)
+        """A text `sysctl`, such as "hw.model" or "kern.osversion"; `None` when it has no such name."""
+        types = (c_int, c_char_p, c_void_p, POINTER(c_size_t), c_void_p, c_size_t)
+        buffer, size = create_string_buffer(256), c_size_t(256)
+        if foreign(self.libraries.system, "sysctlbyname", *types)(name.encode("ascii"), buffer, byref(size), None, 0):
+            return None
+        return buffer.value.decode("utf8", "replace")
 
     def close(self) -> None:
         """Close what was opened, and only that: another run may sample at the same time."""
         for mechanism in (self.hid, self.smc, self.pressure):
             if mechanism is not None:
                 mechanism.close()
-
-
-def sysctl(libraries: Frameworks, name: str) -> str | None:
-    """The text value of `name`: "hw.model", "kern.osversion", "machdep.cpu.brand_string"."""
-    by_name = foreign(
-        libraries.system, "sysctlbyname", c_int, c_char_p, c_void_p, POINTER(c_size_t), c_void_p, c_size_t
-    )
-    buffer, size = create_string_buffer(256), c_size_t(256)
-    if by_name(name.encode("ascii"), buffer, byref(size), None, 0):
-        return None
-    return buffer.value.decode("utf8", "replace")
-
-
-def read_ioreg(program: str = "/usr/sbin/ioreg") -> dict[str, int]:
-    """Battery gauge as `ioreg` prints it. Raises OSError, ValueError or SubprocessError."""
-    command = [program, "-rn", "AppleSmartBattery", "-a"]
-    printed = subprocess.run(command, capture_output=True, timeout=3, check=True).stdout
-    try:
-        gauge = plistlib.loads(printed)[0]
-    except (plistlib.InvalidFileException, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"no battery in what ioreg printed ({type(error).__name__})") from None
-    return {name: int(gauge[name]) for name in IOREG_FIELDS if isinstance(gauge.get(name), int)}

@@ -1,7 +1,4 @@
-"""Apple's system libraries, opened through ctypes without root, or one stand-in library for tests.
-
-Knows nothing of sensors: only where the libraries lie and how a foreign function is declared.
-"""
+"""Apple's system libraries, opened through ctypes without root, or one stand-in library for tests."""
 
 from __future__ import annotations
 

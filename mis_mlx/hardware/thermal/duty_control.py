@@ -1,7 +1,4 @@
-"""The parts of the governor's controller: a filter, a PI loop on the duty, and two watches.
-
-Pure: time comes in as numbers. Knows nothing of modes, limits or sensors.
-"""
+"""The parts of the governor's controller: a filter, a PI loop on the duty, and a watch."""
 
 from __future__ import annotations
 
@@ -54,19 +51,13 @@ class Duty:
         winds_up = (wanted >= 1.0 and room_k > 0) or (wanted <= self.LOW and room_k < 0)
         if not winds_up:
             self._integral = self._clip(self._integral + self.KI * room_k * elapsed_s)
-        wanted = self._clip(self._integral + self.KP * room_k)
-        return self._move(min(wanted, ceiling), elapsed_s)
+        wanted = min(self._integral + self.KP * room_k, ceiling, self.value + self.RISE_PER_S * elapsed_s)
+        self.value = self._clip(wanted)
+        return self.value
 
-    def hold(self, elapsed_s: float, ceiling: float) -> float:
+    def hold(self, ceiling: float) -> float:
         """The duty when there is no temperature to go by: no higher than it was, nor than `ceiling`."""
-        return self._move(min(self.value, ceiling), elapsed_s)
-
-    def shift(self, kelvin: float) -> None:
-        """The set-point moves by `kelvin`: move the integral against it, so that the duty does not jump."""
-        self._integral = self._clip(self._integral - self.KP * kelvin)
-
-    def _move(self, wanted: float, elapsed_s: float) -> float:
-        self.value = self._clip(min(wanted, self.value + self.RISE_PER_S * elapsed_s))
+        self.value = self._clip(min(self.value, ceiling))
         return self.value
 
     def _clip(self, duty: float) -> float:
@@ -94,33 +85,3 @@ class Held:
     def lasted(self, seconds: float, samples: int = 1) -> bool:
         """Whether it has been true that long and that often."""
         return self.samples >= samples and self.seconds >= seconds
-
-
-class StepTimes:
-    """Tells throttling from the work itself: an M1 Air can slow down without saying so anywhere.
-
-    The baseline is the median of steps 20 to 60. All times must be of the same work (seconds per step at
-    one shape, or seconds per token).
-    """
-
-    FIRST, LAST = 20, 60
-    RECENT = 30
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._start: list[float] = []
-        self._recent: deque[float] = deque(maxlen=self.RECENT)
-        self._baseline: float | None = None
-
-    def add(self, step_s: float) -> None:
-        """One more step took `step_s`."""
-        self._count += 1
-        self._recent.append(step_s)
-        if self.FIRST <= self._count <= self.LAST:
-            self._start.append(step_s)
-            if self._count == self.LAST:
-                self._baseline = median(self._start)
-
-    def ratio(self) -> float:
-        """Recent step time over the baseline; 1.0 while there is no baseline."""
-        return median(self._recent) / self._baseline if self._baseline else 1.0

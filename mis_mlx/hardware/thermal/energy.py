@@ -1,34 +1,26 @@
 """Energy of a stretch of work in joules: the chip's own counters, and the whole machine's power over time.
 
-Two different numbers, never mixed: the chip's is an estimate by Apple's firmware, the machine's has the
-display in it. Knows nothing of tokens.
+Two numbers, never mixed: the chip's is an estimate by Apple's firmware, the machine's has the display in it.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import shutil
 import subprocess
-import threading
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from mis_mlx.hardware.thermal.linux import SYS
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.types import Reading
 
 WINDOW = "mis_mlx"
-PARTS = ("cpu_total_mj", "gpu_mj", "dram_mj", "gpu_sram_mj", "ane_mj", "package_mj")
+PARTS = ("cpu_total_mj", "gpu_mj", "dram_mj", "gpu_sram_mj", "ane_mj")
 ZEUS = "zeus-apple-silicon, the chip's firmware"
-WATTS = ("cpu_power", "gpu_power", "ane_power", "ram_power", "gpu_ram_power")  # of macmon
-PERIOD_MS = 200  # between macmon's samples
 
 
 @dataclass(frozen=True)
@@ -48,21 +40,22 @@ class Energy:
         return None
 
 
+def _counters() -> Any:
+    return importlib.import_module("zeus_apple_silicon").AppleEnergyMonitor()
+
+
 class EnergyMeter:
     """Measures from `begin` to `end`. A stretch must be 0.1 s or longer to mean anything.
 
-    `open_counters` gives the chip's counters: by default those of the optional package zeus-apple-silicon, where
-    it is installed, or what macmon says, or RAPL's, where they can be read. `source` names them, None where there
-    are none.
+    `open_counters` gives the chip's counters: by default those of the optional package zeus-apple-silicon, where it is
+    installed. `source` names them, None where there are none.
     """
 
-    def __init__(self, monitor: Monitor, open_counters: Callable[[], Any] | None = None):
+    def __init__(self, monitor: Monitor, open_counters: Callable[[], Any] = _counters):
         self._monitor = monitor
-        try:
-            self._counters = (open_counters or _counters)()
-        except (ImportError, RuntimeError, OSError, ValueError):
-            self._counters = None
-        self.source = None if self._counters is None else str(getattr(self._counters, "source", ZEUS))
+        self._counters, self.source = None, None
+        with suppress(ImportError, RuntimeError):
+            self._counters, self.source = open_counters(), ZEUS
         self._since_s = 0.0
 
     def begin(self) -> None:
@@ -81,11 +74,6 @@ class EnergyMeter:
         chip_j = sum(parts) / 1000 if parts else None
         return Energy(seconds, chip_j, machine_joules(history, self._since_s, until_s))
 
-    def close(self) -> None:
-        """End what the counters started."""
-        if hasattr(self._counters, "close"):
-            self._counters.close()
-
 
 def machine_joules(history: Sequence[Reading], since_s: float, until_s: float) -> float | None:
     """Power over time by trapezoids, stretched to the whole of `since_s` to `until_s`; `None` when fewer
@@ -97,107 +85,10 @@ def machine_joules(history: Sequence[Reading], since_s: float, until_s: float) -
     return joules * (until_s - since_s) / (inside[-1][0] - inside[0][0])
 
 
-def _counters() -> Any:
-    for counters in (lambda: importlib.import_module("zeus_apple_silicon").AppleEnergyMonitor(), Macmon):
-        try:
-            return counters()
-        except (ImportError, RuntimeError, OSError):
-            continue
-    return Rapl()
-
-
-class Macmon:
-    """Power of an Apple chip as the program macmon says it (github.com/vladkens/macmon, no root): cores, GPU, neural
-    engine and memory together. OSError where there is no macmon. To be closed."""
-
-    source = "macmon, the chip's power sampled"
-
-    def __init__(self, program: str = "macmon"):
-        if (tool := shutil.which(program)) is None:
-            raise OSError(f"no program {program}")
-        self._samples: list[tuple[float, float]] = []  # (monotonic seconds, watts)
-        self._began_s = time.monotonic()
-        self._process = subprocess.Popen(
-            [tool, "pipe", "-i", str(PERIOD_MS)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        self._reader = threading.Thread(target=self._read, name="macmon", daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            try:
-                said = json.loads(line)
-                watts = sum(float(said[name]) for name in WATTS if name in said)
-            except (ValueError, TypeError):
-                continue
-            self._samples.append((time.monotonic(), watts))
-
-    def begin_window(self, _name: str) -> None:
-        """Start a stretch."""
-        self._began_s = time.monotonic()
-
-    def end_window(self, _name: str) -> SimpleNamespace:
-        """Millijoules since `begin_window`: mean power times seconds. Nothing where fewer than two samples came."""
-        now_s = time.monotonic()
-        # A sample is the mean of the period before it: half of that or more is of this stretch.
-        watts = [w for at_s, w in self._samples if self._began_s + PERIOD_MS / 2000 <= at_s <= now_s]
-        if len(watts) < 2:
-            return SimpleNamespace()
-        return SimpleNamespace(package_mj=1000 * sum(watts) / len(watts) * (now_s - self._began_s))
-
-    def close(self) -> None:
-        """End the program."""
-        self._process.terminate()
-        self._reader.join()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._process.wait()
-
-
-class Rapl:
-    """Energy counters of Intel and AMD processors under Linux (powercap's intel-rapl), all packages together: cores,
-    caches, memory controller. OSError where none can be read: most systems let root alone do that (CVE-2020-8694)."""
-
-    source = "RAPL, processor packages"
-
-    def __init__(self, root: Path = SYS):
-        zones = sorted(root.glob("class/powercap/intel-rapl:*"))
-        self._zones = [z for z in zones if (z / "name").read_text("ascii").startswith("package")]
-        if not self._zones:
-            raise OSError(f"no energy counter under {root / 'class/powercap'}")
-        self._ranges = [_number(z / "max_energy_range_uj") for z in self._zones]
-        self._began = self._now()
-
-    def _now(self) -> list[int]:
-        return [_number(z / "energy_uj") for z in self._zones]
-
-    def begin_window(self, _name: str) -> None:
-        """Start a stretch."""
-        self._began = self._now()
-
-    def end_window(self, _name: str) -> SimpleNamespace:
-        """Millijoules since `begin_window`; a counter that began anew at its range is put right once."""
-        spent = [
-            after - before + (most if after < before else 0)
-            for before, after, most in zip(self._began, self._now(), self._ranges, strict=True)
-        ]
-        return SimpleNamespace(package_mj=sum(spent) / 1000)
-
-
-def _number(file: Path) -> int:
-    return int(file.read_text("ascii"))
-
-
-def low_power_mode(pmset: str = "pmset", root: Path = SYS) -> bool | None:
-    """Whether the machine saves power at the cost of speed: Low Power Mode on a Mac, the firmware's profile on
-    Linux; None where neither says."""
-    if (tool := shutil.which(pmset)) is not None:
-        said = subprocess.run([tool, "-g"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-        found = re.search(r"^\s*lowpowermode\s+(\d)", said.stdout, re.MULTILINE)
-        return None if found is None else found[1] == "1"
-    try:
-        return (root / "firmware/acpi/platform_profile").read_text("ascii").strip() in ("low-power", "quiet")
-    except OSError:
+def low_power_mode(pmset: str = "pmset") -> bool | None:
+    """Whether a Mac is in Low Power Mode, which costs speed; None where nothing says so."""
+    if (tool := shutil.which(pmset)) is None:
         return None
+    settings = subprocess.run([tool, "-g"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    mode = re.search(r"^\s*lowpowermode\s+(\d)", settings.stdout, re.MULTILINE)
+    return None if mode is None else mode[1] == "1"

@@ -1,8 +1,7 @@
 """The governor: looks at a reading and says run, pause or stop, and how much to nap after a step.
 
-Pure: `(reading, now) -> decision`, no clock, no thread, no sleep. Sensor loss counts as hot, never as
-cool. An M1 Air lives at 95 to 105 °C under load, so 95 °C is no reason to stop. Does not know what the
-work is, and never acts by itself: `after_step` waits as it says, and `TeaBreaks` counts what that took.
+Pure: `(reading, now) -> decision`. Sensor loss counts as hot, never as cool. An M1 Air lives at 95 to 105 °C under
+load, so 95 °C is no reason to stop. `after_step` waits as it says, and `TeaBreaks` counts what that took.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held, StepTimes
+from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.types import MisError, Reading
 
@@ -29,8 +28,6 @@ STOP_PRESSURE = 3
 HEAVY_PRESSURE, HEAVY_DUTY = 2, 0.7  # level 2 is ordinary on an Air: slower, never a stop
 LOST_S, LOST_DUTY = 10.0, 0.6
 APART_S = 10.0  # least time between a pause and what follows it
-SLOW_RATIO, SLOW_HOLD_S, SLOW_ABOVE_C = 1.12, 60.0, 90.0
-LOWER_K, LOWER_EVERY_S, LOWEST_SET_C = 2.0, 300.0, 75.0
 LONGEST_NAP_S = 5.0  # naps of 2 s keep the die within 4 K, of 10 s within 14 K
 PAUSE_LOOK_S = 1.0
 LAP = f"--governor cool, which runs on battery down to {BATTERY_LOW_PERCENT:.0f} %"
@@ -63,17 +60,16 @@ class Governor:
             raise MisError(f"governor mode {mode!r} is not one of {', '.join(get_args(Mode))}: choose one")
         self.mode = mode
         self.blind = blind
-        self.set_c = SET_POINT_C[mode]
-        self._filter, self._duty, self._steps = DieFilter(), Duty(), StepTimes()
+        self._set_c = SET_POINT_C[mode]
+        self._filter, self._duty = DieFilter(), Duty()
         self._hot, self._cool, self._boiling, self._lost = Held(), Held(), Held(), Held()
-        self._battery_hot, self._slow = Held(), Held()
+        self._battery_hot = Held()
         self._last_s: float | None = None
         self._sample_s: float | None = None
         self._valid_s: float | None = None
         self._waiting: Decision | None = None  # the pause we are in
         self._waiting_since_s = 0.0
         self._turned_s = -APART_S
-        self._lowered_s: float | None = None
         self._end: Decision | None = None
 
     def decide(self, reading: Reading, now_s: float, step_s: float | None = None) -> Decision:
@@ -81,7 +77,7 @@ class Governor:
         took, `None` in a pause. In mode `observe` always "run", with what another mode would have done."""
         elapsed_s = max(now_s - self._last_s, 0.0) if self._last_s is not None else 0.0
         self._last_s = now_s
-        self._take(reading, now_s, step_s)
+        self._take(reading, now_s)
         decision = self._end or self._judge(reading, now_s, elapsed_s, step_s)
         if decision.action == "stop":
             self._end = decision
@@ -90,24 +86,21 @@ class Governor:
             return replace(decision, action="run", duty=1.0, sleep_s=0.0, reason=reason, checkpoint=False)
         return decision
 
-    def _take(self, reading: Reading, now_s: float, step_s: float | None) -> None:
+    def _take(self, reading: Reading, now_s: float) -> None:
         """Feed filter and watches."""
         fresh = reading.time_s != self._sample_s
         self._sample_s = reading.time_s
         seen = reading.die_c is not None and now_s - reading.time_s <= LOST_S
-        if seen and fresh and reading.die_c is not None:
-            self._filter.add(reading.time_s, reading.die_c)
+        die_c = (reading.die_c or 0.0) if seen else 0.0
+        if seen and fresh:
+            self._filter.add(reading.time_s, die_c)
             self._valid_s = reading.time_s
         self._valid_s = now_s if self._valid_s is None else self._valid_s
-        die_c = reading.die_c if seen and reading.die_c is not None else 0.0
         self._lost.update(not self.blind and now_s - self._valid_s >= LOST_S, now_s)
         self._hot.update(seen and self._filter.ahead_c >= PAUSE_C, now_s, fresh)
         self._cool.update(seen and self._filter.ahead_c <= RESUME_C, now_s, fresh)
         self._boiling.update(self._waiting is not None and die_c >= STOP_C, now_s, fresh)
         self._battery_hot.update((reading.battery_c or 0.0) >= BATTERY_STOP_C, now_s, fresh)
-        if step_s is not None:
-            self._steps.add(step_s)
-            self._slow.update(self._steps.ratio() > SLOW_RATIO and die_c > SLOW_ABOVE_C, now_s)
 
     def _judge(self, reading: Reading, now_s: float, elapsed_s: float, step_s: float | None) -> Decision:
         stop = self._stop(reading, now_s)
@@ -121,7 +114,7 @@ class Governor:
         elif may_turn and (pause := self._pause(reading)) is not None:
             self._waiting, self._waiting_since_s, self._turned_s = pause, now_s, now_s
             return pause
-        return self._run(reading, now_s, elapsed_s, step_s)
+        return self._run(reading, elapsed_s, step_s)
 
     def _stop(self, reading: Reading, now_s: float) -> Decision | None:
         def stop(cause: str, reason: str) -> Decision:
@@ -151,8 +144,8 @@ class Governor:
     def _may_resume(self, reading: Reading) -> bool:
         if self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is not None:
             return False
-        cause = self._waiting.cause if self._waiting is not None else ""
-        return cause != "hot" or self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES)
+        hot = self._waiting is not None and self._waiting.cause == "hot"
+        return not hot or self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES)
 
     def _power_trouble(self, reading: Reading, enough_percent: float) -> tuple[str, str] | None:
         """`(cause, reason)`. Mode `cool` is for the lap: it runs on battery until that is low."""
@@ -163,34 +156,24 @@ class Governor:
             return "battery low", f"battery {percent:.0f} %, go on at {BATTERY_ENOUGH_PERCENT:.0f}: charge it"
         return None
 
-    def _run(self, reading: Reading, now_s: float, elapsed_s: float, step_s: float | None) -> Decision:
-        cause, reason = self._notice_throttling(now_s)
+    def _run(self, reading: Reading, elapsed_s: float, step_s: float | None) -> Decision:
+        cause = reason = ""
         if self.blind:
             duty, cause, reason = 1.0, "blind", "no die thermometer: only the battery is governed"
         elif self._lost.samples:
-            duty = self._duty.hold(elapsed_s, LOST_DUTY)
+            duty = self._duty.hold(LOST_DUTY)
             cause, reason = "sensor lost", f"no die temperature for {LOST_S:.0f} s: duty {LOST_DUTY} at most"
         else:
             heavy = (reading.pressure_level or 0) >= HEAVY_PRESSURE
-            room_k = self.set_c - self._filter.ahead_c
+            room_k = self._set_c - self._filter.ahead_c
             duty = self._duty.update(room_k, elapsed_s, HEAVY_DUTY if heavy else 1.0)
-            if duty < 1.0 and not cause:
+            if duty < 1.0:
                 cause = "pressure" if heavy else "warm"
-                reason = f"duty {duty:.2f}: die {self._filter.ahead_c:.1f} °C, set {self.set_c:.0f}"
+                reason = f"duty {duty:.2f}: die {self._filter.ahead_c:.1f} °C, set {self._set_c:.0f}"
         if not cause and (reading.battery_c or 0.0) >= BATTERY_WARM_C:
-            cause, reason = ("battery warm", f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}")
+            cause, reason = "battery warm", f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}"
         nap_s = min((step_s or 0.0) * (1 - duty) / duty, LONGEST_NAP_S)
         return Decision("run", duty, nap_s, cause, reason)
-
-    def _notice_throttling(self, now_s: float) -> tuple[str, str]:
-        """Lower the set-point when steps have become slow for a minute while the die is hot."""
-        waits = self._lowered_s is not None and now_s - self._lowered_s < LOWER_EVERY_S
-        if waits or not self._slow.lasted(SLOW_HOLD_S) or self.set_c - LOWER_K < LOWEST_SET_C:
-            return "", ""
-        self._lowered_s = now_s
-        self.set_c -= LOWER_K
-        self._duty.shift(-LOWER_K)
-        return "throttled", f"steps take {self._steps.ratio():.2f} times as long: set {self.set_c:.0f} °C now"
 
 
 def governor_for(mode: Mode, first: Reading, reasons: Mapping[str, str], *, apple: bool) -> Governor:
@@ -250,18 +233,17 @@ def after_step(monitor: Monitor, governor: Governor, breaks: TeaBreaks, step_s: 
     Gives each decision before its wait is served, about one a second in a pause, so that the caller can
     log it, write the checkpoint it asks for, or end the run by leaving the `for`. The last one given is
     "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more than a few
-    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step
-    (parts of one size, as their times are compared).
+    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step.
     """
     clock = monitor.clock
     decision = governor.decide(monitor.reading(), clock.monotonic(), step_s)
     if decision.action == "pause":
         breaks.count += 1
         breaks.reasons[decision.cause] = breaks.reasons.get(decision.cause, 0) + 1
-    asked = False
+    saved = False
     while decision.action == "pause":
-        yield replace(decision, checkpoint=decision.checkpoint and not asked)  # one checkpoint a pause
-        asked = asked or decision.checkpoint
+        yield replace(decision, checkpoint=decision.checkpoint and not saved)  # one checkpoint a pause
+        saved = saved or decision.checkpoint
         since_s = clock.monotonic()
         clock.sleep(decision.sleep_s)
         reading = monitor.reading()

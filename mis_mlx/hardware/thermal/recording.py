@@ -1,7 +1,7 @@
 """One look at the thermometers before any judgement, and recordings of looks: write, check, play back in virtual time.
 
-A recording is JSON lines: a header that says which machine it is from, then one `Raw` a line. Knows
-nothing of which value to believe, so that a mended rule can be tried on an old recording.
+A recording is JSON lines: a header that says which machine it is from, then one `Raw` a line. So a new rule can be
+tried on an old recording.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.types import MisError
@@ -21,6 +21,7 @@ from mis_mlx.types import MisError
 SCHEMA = "mis_mlx thermal 1"
 LONGEST_LINE = 1 << 20  # characters: a foreign file without line ends must not fill the memory
 AFTER_THE_END_S = 1.0
+NUMBERS = ("mono_s", "wall_s", "pressure", "battery_percent")
 
 Rows = tuple[tuple[str, float], ...]
 
@@ -34,7 +35,6 @@ class Raw:
     hid: Rows = ()  # (name, °C) as Apple's HID gives them; names repeat
     linux: Rows = ()  # ("psutil coretemp Package id 0", °C)
     smc: Mapping[str, str] = field(default_factory=dict)  # key -> "type:bytes in hex"
-    ioreg: Mapping[str, int] = field(default_factory=dict)  # AppleSmartBattery, as it came
     missing: Mapping[str, str] = field(default_factory=dict)  # provider -> why it gave nothing
     pressure: int | None = None
     battery_percent: float | None = None
@@ -56,46 +56,32 @@ def from_json(record: Any) -> Raw:
     """The inverse of `to_json`. Raises ValueError with what is wrong when `record` is not such a record."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    pressure = record.get("pressure")
-    return Raw(
-        mono_s=_number(record, "mono_s"),
-        wall_s=_number(record, "wall_s"),
-        hid=_rows(record, "hid"),
-        smc=_strings(record, "smc"),
-        linux=_rows(record, "linux"),
-        pressure=None if pressure is None else int(_number(record, "pressure")),
-        ioreg={k: v for k, v in _object(record, "ioreg").items() if isinstance(v, int)},
-        battery_percent=None if record.get("battery_percent") is None else _number(record, "battery_percent"),
-        plugged=None if record.get("plugged") is None else record["plugged"] is True,
-        rested=record.get("rested") is True,
-        missing=_strings(record, "missing"),
-    )
+    known: dict[str, Any] = {}
+    for name, value in {"mono_s": None, "wall_s": None, **record}.items():
+        if name in NUMBERS:
+            known[name] = _number(name, value)
+        elif name in ("hid", "linux"):
+            known[name] = _rows(name, value)
+        elif name in ("smc", "missing"):
+            if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+                raise ValueError(f"{name} is not an object of texts")
+            known[name] = value
+        elif name in ("plugged", "rested"):
+            known[name] = value is True
+    return Raw(**known)
 
 
-def _number(record: dict[str, Any], name: str) -> float:
-    value = record.get(name)
+def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}, not a number")
     return value
 
 
-def _rows(record: dict[str, Any], name: str) -> Rows:
-    rows = record.get(name, [])
+def _rows(name: str, rows: Any) -> Rows:
     try:
         return tuple((str(label), math.nan if value is None else float(value)) for label, value in rows)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is not a list of [name, value]") from None
-
-
-def _object(record: dict[str, Any], name: str) -> dict[str, Any]:
-    value = record.get(name, {})
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is not an object")
-    return value
-
-
-def _strings(record: dict[str, Any], name: str) -> dict[str, str]:
-    return {str(key): str(value) for key, value in _object(record, name).items()}
 
 
 @dataclass(frozen=True)
@@ -108,41 +94,25 @@ class Header:
     altitude_m: float | None = None
 
 
-class Recorder:
-    """Writes a recording under `FILE.part` and gives it its name when done. Refuses to overwrite."""
+@contextmanager
+def recorder(path: Path, header: Header) -> Iterator[Callable[[Raw], None]]:
+    """What adds a look to a new recording, which has the name `FILE.part` until it is done.
 
-    def __init__(self, path: Path, header: Header):
-        if path.exists():
-            raise MisError(f"{path} exists already and a recording is never overwritten: give another name")
-        if not path.parent.is_dir():
-            raise MisError(f"{path.parent} is not a folder, so {path.name} cannot go there: make it first")
-        self._path = path
-        self._part = path.with_name(path.name + ".part")
-        self._header = header
-        self._file: TextIO | None = None
+    Every line is on its way to the disk when it is added, so an interrupted recording is a recording too.
+    """
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf8") as file:
 
-    def __enter__(self) -> Recorder:
-        self._file = self._part.open("w", encoding="utf8")
-        self._line({"schema": SCHEMA, **vars(self._header)})
-        return self
+        def write(record: Mapping[str, Any]) -> None:
+            file.write(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
+            file.flush()
 
-    def add(self, raw: Raw) -> None:
-        """One more line; it is on its way to the disk when this returns."""
-        self._line(to_json(raw))
-
-    def _line(self, record: Mapping[str, Any]) -> None:
-        assert self._file is not None, "use it in a with statement"
-        self._file.write(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
-        self._file.flush()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """All lines are whole, so an interrupted recording is a recording too."""
-        assert self._file is not None
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._part.replace(self._path)
+        write({"schema": SCHEMA, **vars(header)})
+        try:
+            yield lambda raw: write(to_json(raw))
+        finally:
+            os.fsync(file.fileno())
+            part.replace(path)
 
 
 class Replay:
@@ -157,12 +127,12 @@ class Replay:
         self.path = path
         self.clock = clock
         self.header, self.count = _check(path)
-        self._records = _records(path)
-        self._next: Raw | None = next(self._records)
-        self._first_s = self._next.mono_s if self._next else 0.0
-        self._start_s = clock.monotonic()
-        self._last: Raw | None = None
-        clock.set_wall(self._next.wall_s if self._next else 0.0)
+        self._records = _lines(path)
+        next(self._records)  # the header
+        self._last: Raw = next(self._records)
+        self._next: Raw | None = self._last
+        self._offset_s = clock.monotonic() - self._last.mono_s
+        clock.set_wall(self._last.wall_s)
 
     @property
     def ended(self) -> bool:
@@ -172,19 +142,15 @@ class Replay:
     def look(self) -> Raw:
         """The next record, its `mono_s` counted by the replay's clock."""
         fresh = None
-        while self._next is not None and (fresh is None or self._at(self._next) <= self.clock.monotonic()):
+        while self._next is not None and (fresh is None or self._wait_s(self._next) <= 0):
             fresh, self._next = self._next, next(self._records, None)
-        if fresh is None:
-            self.clock.sleep(AFTER_THE_END_S)
-            fresh = self._last
-        else:
-            self.clock.sleep(self._at(fresh) - self.clock.monotonic())
-        assert fresh is not None, "_check saw a record"
-        self._last = fresh
-        return Raw(**{**vars(fresh), "mono_s": self.clock.monotonic()})
+        self.clock.sleep(AFTER_THE_END_S if fresh is None else self._wait_s(fresh))
+        self._last = fresh or self._last
+        return replace(self._last, mono_s=self.clock.monotonic())
 
-    def _at(self, raw: Raw) -> float:
-        return self._start_s + raw.mono_s - self._first_s
+    def _wait_s(self, raw: Raw) -> float:
+        """Seconds until a record is due."""
+        return raw.mono_s + self._offset_s - self.clock.monotonic()
 
     def close(self) -> None:
         """Close the file."""
@@ -193,48 +159,48 @@ class Replay:
 
 def _check(path: Path) -> tuple[Header, int]:
     """Header and number of records; every line is read once. Raises MisError with the line number."""
-    last_s, count = -math.inf, 0
-    for number, raw in enumerate(_records(path), start=2):
+    lines = _lines(path)
+    header, last_s, count = next(lines), -math.inf, 0
+    for raw in lines:
+        count += 1
         if raw.mono_s < last_s:
             raise MisError(
-                f"{path} line {number}: the time {raw.mono_s} s comes after {last_s} s, so this is more than "
+                f"{path} line {count + 1}: the time {raw.mono_s} s comes after {last_s} s, so this is more than "
                 "one recording: give each a file of its own"
             )
-        last_s, count = raw.mono_s, count + 1
+        last_s = raw.mono_s
     if not count:
         raise MisError(f"{path} has a header and no record after line 1: record again for longer")
-    with path.open(encoding="utf8", errors="replace") as file:
-        return _header(path, file), count
+    return header, count
 
 
-def _header(path: Path, file: TextIO) -> Header:
-    foreign = MisError(
-        f'{path} line 1 does not say "schema": "{SCHEMA}", so it is no recording of this program: make one '
-        "with `python -m mis_mlx.thermal record`"
-    )
+def _header(path: Path, line: str) -> Header:
     try:
-        header = json.loads(file.readline(LONGEST_LINE))
+        header = json.loads(line)
     except (ValueError, RecursionError):
-        raise foreign from None
+        header = None
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
-        raise foreign
+        raise MisError(
+            f'{path} line 1 does not say "schema": "{SCHEMA}", so it is no recording of this program: make one '
+            "with `python -m mis_mlx.thermal record`"
+        )
     altitude = header.get("altitude_m")
     if altitude is not None and not isinstance(altitude, int | float):
-        raise MisError(f"{path} line 1: altitude_m is {altitude!r}, not a number: mend or delete it")
+        raise MisError(f"{path} line 1: altitude_m is {altitude!r}, not a number: fix or delete it")
     texts = {name: header.get(name) for name in ("model", "chip", "build")}
     return Header(**{k: v if v is None else str(v) for k, v in texts.items()}, altitude_m=altitude)
 
 
-def _records(path: Path) -> Generator[Raw, None, None]:
-    """The records one by one, so that days of recording need no memory."""
+def _lines(path: Path) -> Generator[Any, None, None]:
+    """The header, then the records one by one, so that days of recording need no memory."""
     try:
         file = path.open(encoding="utf8", errors="replace")
     except OSError as error:
         raise MisError(f"{path} cannot be read ({error.strerror}): give the file of a recording") from None
     with file:
+        yield _header(path, file.readline(LONGEST_LINE))
         number = 1
         try:
-            _header(path, file)
             while line := file.readline(LONGEST_LINE):
                 number += 1
                 if not line.endswith("\n"):

@@ -1,7 +1,4 @@
-"""The weather of one run: thermometers, governor, tea breaks, and what of it goes to disk.
-
-Joins machine/'s pieces for commands. Does not know what is calibrated or trained.
-"""
+"""The weather of one run: thermometers, governor, tea breaks, and what of it goes to disk."""
 
 from __future__ import annotations
 
@@ -73,8 +70,7 @@ class Weather:
 
     def reading(self) -> Reading:
         """The latest reading; of a recording the next one, and its last one again when it has ended."""
-        seen = self.monitor.history()
-        return seen[-1] if self.monitor.ended and seen else self.monitor.reading()
+        return (self.last() if self.monitor.ended else None) or self.monitor.reading()
 
     def last(self) -> Reading | None:
         """The reading that was given last, without asking for a new one."""

@@ -1,7 +1,6 @@
 """Which raw values are temperatures: parked, frozen and nonsense readings are told from real ones.
 
-Pure functions of one `Raw`. Each rule comes from a failure somebody saw on a real machine. Knows nothing
-of time (except `Frozen`), of the air outside the case, and of what the numbers are used for.
+Each rule comes from a failure somebody saw on a real machine.
 """
 
 from __future__ import annotations
@@ -12,15 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import mean, median
 
-from mis_mlx.hardware.thermal.apple_smc import decode
+from mis_mlx.hardware.thermal.apple_sensors import decode
 from mis_mlx.hardware.thermal.recording import Raw
 
 DIE = re.compile(r"([pe]ACC|SOC|GPU) MTR Temp Sensor\d+|PMGR SOC Die Temp Sensor\d+|PMU\d* tdie\d+")
-PARKING = re.compile(r"(GPU|ANE|ISP) MTR Temp Sensor\d+")  # say 30.0 while the block has no power
 LINUX_DIE = re.compile(r"\S+ (coretemp|k10temp|zenpower|x86_pkg_temp|macsmc\w*|(cpu|soc)[\w-]*)\b", re.I)
 LINUX_BATTERY = re.compile(r"\S+ BAT\w*\b")
-PARKED_C = 30.0
-WRAPPED_64 = 2**64
+PARKED_C = 30.0  # what a GPU's sensors say while it has no power; public dumps are rounded
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,6 @@ class Values:
     """What one look is believed to say. `None` = not measured, with its reason in `reasons`."""
 
     die_c: float | None = None  # hottest spot
-    gpu_c: float | None = None
     soc_c: float | None = None
     battery_c: float | None = None
     nand_c: float | None = None
@@ -36,7 +32,7 @@ class Values:
     palm_c: float | None = None  # coolest physical sensor of a laptop
     regulator_c: float | None = None  # SMC TPMP; close to the battery when the machine is calm
     power_w: float | None = None
-    charging_w: float | None = None
+    battery_percent: float | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -45,26 +41,25 @@ def judge(raw: Raw) -> Values:
     """All values of one look, each with its source or the reason why it is missing."""
     hid = believable_hid(raw.hid)
     smc = {key: _decoded(text) for key, text in raw.smc.items()}
-    found: dict[str, tuple[float | None, str]] = {
+    judged: dict[str, tuple[float | None, str]] = {
         "die_c": _die(hid, smc, raw),
-        "gpu_c": _gpu(hid),
-        "soc_c": _average(hid, "PMGR SOC Die", "IOHID PMGR SOC Die"),
+        "soc_c": _average(hid, "PMGR SOC Die"),
         "battery_c": _battery(hid, smc, raw),
-        "nand_c": _average(hid, "NAND", "IOHID NAND"),
+        "nand_c": _average(hid, "NAND"),
         "virtual_ambient_c": (_within(smc.get("TVA0"), -30, 60), "SMC TVA0"),
         "palm_c": _palm(smc),
         "regulator_c": (_within(smc.get("TPMP"), -20, 130), "SMC TPMP"),
         "power_w": (_within(smc.get("PSTR"), 0, 200), "SMC PSTR"),
-        "charging_w": (charging_watts(raw.ioreg), "ioreg AppleSmartBattery"),
+        "battery_percent": (raw.battery_percent, "psutil"),
     }
     providers = "; ".join(f"{name}: {why}" for name, why in sorted(raw.missing.items()))
     looked_at = len(raw.hid) + len(raw.smc) + len(raw.linux)
     reason = f"none of {looked_at} sensors gives a believable value" if looked_at else "no sensor answered"
     reason += f" ({providers})" if providers else ""
     return Values(
-        **{name: value for name, (value, _) in found.items()},
-        sources={name: source for name, (value, source) in found.items() if value is not None},
-        reasons={name: reason for name, (value, _) in found.items() if value is None},
+        **{name: value for name, (value, _) in judged.items()},
+        sources={name: source for name, (value, source) in judged.items() if value is not None},
+        reasons={name: reason for name, (value, _) in judged.items() if value is None},
     )
 
 
@@ -72,17 +67,13 @@ def believable_hid(rows: Iterable[tuple[str, float]]) -> list[tuple[str, float]]
     """The rows that can be temperatures of a named part.
 
     Left out: calibration constants (`tcal`, `TR0Z`, always near 51.85), `tdev` (−21.7, −9202.86 seen),
-    parts without a name, and GPU, ANE, ISP parked at 30.0: exactly, or nearly and two families together,
-    as public dumps are rounded.
+    parts without a name, and a parked GPU.
     """
-    rows = [(name, value) for name, value in rows if math.isfinite(value)]
-    resting = {m[1] for n, v in rows if (m := PARKING.fullmatch(n)) and abs(v - PARKED_C) < 0.05}
 
     def believed(name: str, value: float) -> bool:
-        if PARKING.fullmatch(name) and abs(value - PARKED_C) < 0.05:
-            return value != PARKED_C and len(resting) < 2
         if DIE.fullmatch(name):
-            return 5 < value < 130
+            parked = name.startswith("GPU") and abs(value - PARKED_C) < 0.05
+            return 5 < value < 130 and not parked
         return name.startswith(("gas gauge battery", "NAND")) and _within(value, -20, 90) is not None
 
     return [(name, value) for name, value in rows if believed(name, value)]
@@ -94,33 +85,21 @@ def _die(hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Raw) -
     hottest = _within(smc.get("TCMz"), 15, 130)  # below 15 °C a die key is parked (seen: −4 to 9.8)
     if hottest is not None:
         spots.append((hottest, "SMC TCMz"))
-    else:
-        cores = ((k, _within(v, 15, 130)) for k, v in smc.items() if k.startswith(("Tp", "Te")))
-        spots += [(value, f"SMC {key}") for key, value in cores if value is not None]
     spots += [(v, n) for n, v in raw.linux if LINUX_DIE.match(n) and _within(v, 5, 130) is not None]
     return max(spots, default=(None, ""))
 
 
-def _gpu(hid: list[tuple[str, float]]) -> tuple[float | None, str]:
-    """The GPU's own sensor, else the SoC's mean: the same silicon, and the GPU's sensors park."""
-    own = [value for name, value in hid if name.startswith("GPU MTR")]
-    return (max(own), "IOHID GPU MTR") if own else _average(hid, "PMGR SOC Die", "IOHID PMGR SOC Die")
-
-
-def _average(hid: list[tuple[str, float]], prefix: str, source: str) -> tuple[float | None, str]:
+def _average(hid: list[tuple[str, float]], prefix: str) -> tuple[float | None, str]:
     values = [value for name, value in hid if name.startswith(prefix)]
-    return (mean(values), source) if values else (None, source)
+    return (mean(values) if values else None), f"IOHID {prefix}"
 
 
 def _battery(hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Raw) -> tuple[float | None, str]:
-    gauge = [value for name, value in hid if name.startswith("gas gauge battery")]
-    if gauge:
+    if gauge := [value for name, value in hid if name.startswith("gas gauge battery")]:
         return median(gauge), "IOHID gas gauge battery"  # the same gauge six times
     for key in ("TB0T", "TB1T", "TB2T"):
         if (value := _within(smc.get(key), -20, 90)) is not None:
             return value, f"SMC {key}"
-    if "Temperature" in raw.ioreg:
-        return _within(gauge_celsius(raw.ioreg["Temperature"]), -20, 90), "ioreg AppleSmartBattery"
     pack = [(v, n) for n, v in raw.linux if LINUX_BATTERY.match(n) and _within(v, -20, 90) is not None]
     return max(pack, default=(None, ""))
 
@@ -129,25 +108,6 @@ def _palm(smc: dict[str, float | None]) -> tuple[float | None, str]:
     """Ts1P on M1, TsOP (letter O) on M2, where Ts0P belongs to the die: so the coolest of the three."""
     seen = [(v, f"SMC {k}") for k in ("Ts1P", "Ts0P", "TsOP") if (v := _within(smc.get(k), -30, 60)) is not None]
     return min(seen, default=(None, ""))
-
-
-def gauge_celsius(raw: int, near_c: float | None = None) -> float:
-    """`ioreg`'s battery temperature. Apple silicon counts hundredths of a degree Celsius, some gauges
-    tenths or hundredths of a kelvin; the first two scales meet at 3035 (30.35 °C), so the number alone
-    cannot tell: `near_c`, another sensor of the same battery, decides."""
-    if raw > 20000:
-        return raw / 100 - 273.15
-    scales = (raw / 100, raw / 10 - 273.15)
-    return scales[0] if near_c is None else min(scales, key=lambda celsius: abs(celsius - near_c))
-
-
-def charging_watts(ioreg: Mapping[str, int]) -> float | None:
-    """Watts that flow into the battery (negative: out of it); `ioreg` prints a current of −x as 2^64 − x."""
-    current_ma, voltage_mv = ioreg.get("Amperage"), ioreg.get("Voltage")
-    if current_ma is None or voltage_mv is None:
-        return None
-    signed_ma = current_ma - WRAPPED_64 if current_ma >= WRAPPED_64 // 2 else current_ma
-    return signed_ma * voltage_mv / 1e6
 
 
 def _decoded(text: str) -> float | None:

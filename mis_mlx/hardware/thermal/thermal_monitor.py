@@ -1,7 +1,6 @@
 """The monitor: one thread looks at the thermometers once a second; anyone may ask for the last reading.
 
-Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C. Needs no
-root and asks nothing. Does not know what a reading is used for.
+Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C. Needs no root.
 """
 
 from __future__ import annotations
@@ -10,16 +9,16 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import psutil
 
 from mis_mlx.hardware.clock import Clock, VirtualClock
-from mis_mlx.hardware.thermal import linux
 from mis_mlx.hardware.thermal.ambient import Ambient, Estimate, find_altitude
-from mis_mlx.hardware.thermal.apple import Apple, AppleLook
-from mis_mlx.hardware.thermal.recording import Header, Raw, Replay
+from mis_mlx.hardware.thermal.apple import Apple
+from mis_mlx.hardware.thermal.recording import Header, Raw, Replay, Rows
 from mis_mlx.hardware.thermal.sensor_rules import Frozen, Values, judge
 from mis_mlx.types import MisError, Reading
 
@@ -31,16 +30,16 @@ VIRTUAL_SIGMA_C, VIRTUAL_SIGMA_LATER_C = 2.5, 4.0  # of TVA0: M1 and M2, later c
 
 
 class Live:
-    """This machine's thermometers: Apple's where there are any, else Linux's; psutil for the battery."""
+    """This machine's thermometers: Apple's where there are any, else psutil's; psutil for the battery."""
 
     ended = False
 
-    def __init__(self, clock: Clock, apple_library: Path | None = None, sys_root: Path = linux.SYS):
+    def __init__(self, clock: Clock, apple_library: Path | None = None):
         self._clock = clock
-        self._root = sys_root
         self.apple: Apple | None = None
         self.virtual = False  # a Mac that is a virtual machine has no thermometers at all
-        self._refused: dict[str, str] = {}
+        self._missing: dict[str, str] = {}
+        self.header = Header()
         try:
             self.apple = Apple(apple_library)
             names = ("hw.model", "machdep.cpu.brand_string", "kern.osversion")
@@ -48,9 +47,8 @@ class Live:
             self.header = Header(model, chip, build)
             self.virtual = (model or "").startswith("VirtualMac") or self.apple.system("kern.hv_vmm_present") == "\x01"
         except OSError as error:
-            self.header = Header()
             if sys.platform == "darwin":
-                self._refused["Apple"] = str(error)
+                self._missing["Apple"] = str(error)
         self._asleep_s = clock.asleep()
         self._rested = clock.uptime() < JUST_BOOTED_S
 
@@ -58,27 +56,15 @@ class Live:
         """Ask every provider once. One that fails is missing in this look only."""
         rested = self._rested or self._clock.slept(self._asleep_s) >= LONG_SLEEP_S
         self._rested, self._asleep_s = False, self._clock.asleep()
-        apple = self.apple.look() if self.apple else AppleLook()
-        missing = {**self._refused, **apple.missing}
-        rows: tuple[tuple[str, float], ...] = ()
-        if self.apple is None and sys.platform != "darwin":
-            rows = linux.read(self._root)
-            if not rows:
-                missing["Linux"] = "neither psutil nor hwmon nor thermal_zone shows a thermometer"
+        times = self._clock.monotonic(), self._clock.wall()
+        if self.apple is not None:
+            raw = self.apple.look(*times)
+        else:
+            rows = temperatures()
+            missing = {} if rows or self._missing else {"Linux": "psutil shows no thermometer"}
+            raw = Raw(*times, linux=rows, missing=self._missing | missing)
         percent, plugged = battery_charge()
-        return Raw(
-            mono_s=self._clock.monotonic(),
-            wall_s=self._clock.wall(),
-            hid=apple.hid,
-            smc=apple.smc,
-            linux=rows,
-            pressure=apple.pressure,
-            ioreg=apple.ioreg,
-            battery_percent=percent,
-            plugged=plugged,
-            rested=rested,
-            missing=missing,
-        )
+        return replace(raw, battery_percent=percent, plugged=plugged, rested=rested)
 
     def close(self) -> None:
         """Close what was opened."""
@@ -97,8 +83,6 @@ class Monitor:
         self.source = source
         self.clock = clock
         self.reasons: Mapping[str, str] = {}  # field of Reading -> why it is None
-        self.raw = Raw(0.0, 0.0)  # the last look
-        self.values = Values()  # the same, judged
         self._ambient, self._altitude = ambient, altitude
         self._frozen = Frozen()
         self._history: deque[Reading] = deque()
@@ -130,9 +114,7 @@ class Monitor:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._done.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
@@ -159,48 +141,45 @@ class Monitor:
     def look(self) -> Reading:
         """Look now: read, judge, estimate the air, remember."""
         with self._looking:
-            return self._look()
-
-    def _look(self) -> Reading:
-        raw = self.source.look()
-        values = judge(raw)
-        estimate = self._ambient.update(values, raw.mono_s, raw.rested)
-        stuck = self._frozen.stuck(raw.mono_s, values.die_c, values.power_w)
-        reading, reasons = self._reading(raw, values, estimate, stuck)
-        with self._lock:
-            self.raw, self.values, self.reasons = raw, values, reasons
-            self._history.append(reading)
-            while self._history[0].time_s < reading.time_s - HISTORY_S:
-                self._history.popleft()
+            raw = self.source.look()
+            values = judge(raw)
+            estimate = self._ambient.update(values, raw.mono_s, raw.rested)
+            stuck = self._frozen.stuck(raw.mono_s, values.die_c, values.power_w)
+            reading, reasons = self._reading(raw, values, estimate, stuck)
+            with self._lock:
+                self.reasons = reasons
+                self._history.append(reading)
+                while self._history[0].time_s < reading.time_s - HISTORY_S:
+                    self._history.popleft()
         return reading
 
     def _reading(
         self, raw: Raw, values: Values, estimate: Estimate | None, stuck: bool
     ) -> tuple[Reading, dict[str, str]]:
         no_air = "no --temperature-c, no start after a long rest, no SMC TVA0, no calm palm or battery to tell it from"
-        found: dict[str, tuple[float | int | bool | None, str, str]] = {  # value, source, reason if None
+        facts: dict[str, tuple[float | int | bool | None, str, str]] = {  # value, source, reason if None
             name: (getattr(values, name), values.sources.get(name, ""), values.reasons.get(name, ""))
             for name in ("die_c", "battery_c", "power_w")
         }
         if stuck:
-            found["die_c"] = (None, "", f"stuck at {values.die_c} °C for {Frozen.HOLD_S:.0f} s")
-        found["ambient_c"] = (estimate.celsius, estimate.source, "") if estimate else (None, "", no_air)
-        found["pressure_level"] = (raw.pressure, "notify(3)", raw.missing.get("pressure", "not a Mac"))
-        found["battery_percent"] = (raw.battery_percent, "psutil", "no battery")
-        found["plugged"] = (raw.plugged, "psutil", "no battery")
-        found["altitude_m"] = (*self._altitude, "no --altitude-m and none in the configuration file")
+            facts["die_c"] = (None, "", f"stuck at {values.die_c} °C for {Frozen.HOLD_S:.0f} s")
+        facts["ambient_c"] = (estimate.celsius, estimate.source, "") if estimate else (None, "", no_air)
+        facts["pressure_level"] = (raw.pressure, "notify(3)", raw.missing.get("pressure", "not a Mac"))
+        facts["battery_percent"] = (raw.battery_percent, "psutil", "no battery")
+        facts["plugged"] = (raw.plugged, "psutil", "no battery")
+        facts["altitude_m"] = (*self._altitude, "no --altitude-m and none in the configuration file")
         sources = {
             name: _labelled(source, self.replayed and name != "altitude_m")
-            for name, (value, source, _) in found.items()
+            for name, (value, source, _) in facts.items()
             if value is not None
         }
         reading = Reading(
             time_s=raw.mono_s,
             ambient_sigma_c=estimate.sigma_c if estimate else None,
             sources=sources,
-            **{name: value for name, (value, _, _) in found.items()},  # type: ignore[arg-type]
+            **{name: value for name, (value, _, _) in facts.items()},  # type: ignore[arg-type]
         )
-        return reading, {name: reason for name, (value, _, reason) in found.items() if value is None}
+        return reading, {name: reason for name, (value, _, reason) in facts.items() if value is None}
 
 
 def open_monitor(
@@ -211,13 +190,12 @@ def open_monitor(
     clock: Clock | None = None,
     config: Path | None = None,
     apple_library: Path | None = None,
-    sys_root: Path = linux.SYS,
 ) -> Monitor:
     """A monitor of this machine, or of the recording `replay`; use it in a `with` statement.
 
     `given_ambient_c`: the user's own thermometer; `altitude_m`: else from the recording, else from
-    `config` (~/.config/mis_mlx.toml). `clock`: a `VirtualClock` for tests. `apple_library`, `sys_root`:
-    stand-ins for Apple's libraries and /sys. Raises MisError for impossible values and bad recordings.
+    `config` (~/.config/mis_mlx.toml). `clock`: a `VirtualClock` for tests. `apple_library`: a stand-in
+    for Apple's libraries. Raises MisError for impossible values and bad recordings.
     """
     if given_ambient_c is not None and not -60 <= given_ambient_c <= 60:
         raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
@@ -227,10 +205,21 @@ def open_monitor(
         source = Replay(replay, clock)
     else:
         clock = clock or Clock()
-        source = Live(clock, apple_library, sys_root)
+        source = Live(clock, apple_library)
     early = (source.header.chip or "").startswith(("Apple M1", "Apple M2"))
     ambient = Ambient(given_ambient_c, VIRTUAL_SIGMA_C if early else VIRTUAL_SIGMA_LATER_C)
     return Monitor(source, ambient, find_altitude(altitude_m, source.header, config), clock)
+
+
+def temperatures() -> Rows:
+    """`("psutil CHIP LABEL", °C)` of every thermometer that psutil knows (hwmon, else thermal_zone); none on macOS."""
+    try:
+        chips: dict[str, Any] = getattr(psutil, "sensors_temperatures", dict)()
+    except (OSError, ValueError):
+        return ()
+    return tuple(
+        (f"psutil {chip} {part.label}".strip(), float(part.current)) for chip, parts in chips.items() for part in parts
+    )
 
 
 def battery_charge() -> tuple[float | None, bool | None]:

@@ -102,7 +102,7 @@ def test_battery_model_is_silent_while_charging_or_without_power():
     """Charging heats the battery from inside; without the power there is nothing to correct by."""
     charging, blind = BatteryNode(), BatteryNode()
     for look in range(300):
-        values = Values(battery_c=30.0, power_w=5.0, charging_w=20.0)
+        values = Values(battery_c=30.0, power_w=5.0, battery_percent=50.0 + look // 100)
         assert charging.update(values, look * 5.0) is None
         assert blind.update(Values(battery_c=30.0), look * 5.0) is None
 

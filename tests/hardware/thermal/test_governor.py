@@ -7,11 +7,10 @@ import math
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held, StepTimes
+from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held
 from mis_mlx.hardware.thermal.governor import (
     Decision,
     Governor,
@@ -44,10 +43,11 @@ class Course:
     breaks: TeaBreaks = field(default_factory=TeaBreaks)
     decisions: list[tuple[float, Decision]] = field(default_factory=list)
 
-    def turns(self) -> list[float]:
-        """Times at which work began or ceased."""
+    def never_turns_quickly(self) -> bool:
+        """Whether work began or ceased at most every 10 s."""
         pairs = itertools.pairwise(self.decisions)
-        return [now for (_, before), (now, after) in pairs if before.action != after.action]
+        turns = [now for (_, before), (now, after) in pairs if before.action != after.action]
+        return all(b - a >= 10 for a, b in itertools.pairwise(turns))
 
 
 def drive(plant: Plant, mode: Mode, seconds: float, step_s: float, seed: int = 0, **monitor) -> Course:
@@ -79,12 +79,12 @@ def odd_laptop(seed: int) -> tuple[Plant, float]:
 @pytest.mark.parametrize("mode", ["throughput", "steady", "cool"])
 def test_properties_on_simulated_laptops(mode):
     """Never above stop + 3 °C, duty in [0.2, 1], turns at least 10 s apart, naps of 5 s at most, no stop."""
-    for seed in range(12):
+    for seed in range(8):
         plant, step_s = odd_laptop(seed)
         course = drive(plant, mode, 1800, step_s, seed)
         assert course.monitor.hottest() < 108
         assert all(0.2 <= d.duty <= 1.0 and 0.0 <= d.sleep_s <= 5.0 for _, d in course.decisions)
-        assert all(b - a >= 10 for a, b in itertools.pairwise(course.turns()))
+        assert course.never_turns_quickly()
         assert {d.action for _, d in course.decisions} <= {"run", "pause"}
 
 
@@ -103,19 +103,7 @@ def test_a_laptop_on_a_pillow_pauses_and_lives():
     course = drive(plant, "throughput", 3600, 1.0)
     assert course.breaks.count >= 1
     assert course.monitor.hottest() < 108
-    assert all(b - a >= 10 for a, b in itertools.pairwise(course.turns()))
-
-
-def test_spoilt_sensors_do_not_cook_the_laptop():
-    """None, NaN taken out, a reading that froze: duty falls to 0.6 at most, whatever the mode."""
-
-    def goes_blind(now_s: float, reading: Reading) -> Reading:
-        return replace(reading, die_c=None) if now_s > 60 else reading
-
-    course = drive(Plant(air_c=10.0), "throughput", 400, 1.0, spoil=goes_blind)
-    late = [decision for now_s, decision in course.decisions if now_s > 75]
-    assert late
-    assert all(d.duty <= 0.6 and d.cause == "sensor lost" for d in late)
+    assert course.never_turns_quickly()
 
 
 def test_readings_that_grow_old_count_as_lost():
@@ -126,11 +114,7 @@ def test_readings_that_grow_old_count_as_lost():
     assert governor.decide(old, 109.0, 1.0).duty == 1.0
     lost = governor.decide(old, 110.0, 1.0)
     assert (lost.cause, lost.duty) == ("sensor lost", 0.6)
-
-
-def test_lost_from_the_start():
-    """A governor that never saw a die temperature slows down after 10 s too."""
-    assert feed(Governor("steady"), 10, die_c=None).duty == 1.0
+    assert feed(Governor("steady"), 10, die_c=None).duty == 1.0  # one that never saw a temperature
     assert feed(Governor("steady"), 11, die_c=None).duty == 0.6
 
 
@@ -219,31 +203,6 @@ def test_observe_never_interferes():
     assert decision.reason.startswith("only observed: ")
 
 
-def test_throttling_without_any_signal_is_noticed():
-    """Steps 20 % slower for a minute above 90 °C lower the set-point by 2 °C, once in five minutes."""
-    governor = Governor("steady")
-    feed(governor, 100, die_c=91.0, step_s=1.0)
-    assert governor.set_c == 92.0
-    causes = [feed(governor, 1, second, die_c=91.0, step_s=1.2).cause for second in range(100, 390)]
-    assert causes.count("throttled") == 1
-    assert governor.set_c == 90.0
-    feed(governor, 300, 390, die_c=91.0, step_s=1.2)
-    assert governor.set_c == 88.0
-    cold = Governor("steady")
-    feed(cold, 100, die_c=60.0, step_s=1.0)
-    feed(cold, 300, 100, die_c=60.0, step_s=1.5)  # slower for another reason
-    assert cold.set_c == 92.0
-
-
-def test_a_clock_that_jumps_changes_nothing_it_should_not():
-    """Backwards by an hour, or forwards by a day: duty stays in its bounds, nothing is raised."""
-    governor = Governor("steady")
-    for now_s in (0.0, 1.0, -3600.0, 5.0, 86400.0, 86400.0, 86401.0):
-        decision = governor.decide(replace(GOOD, time_s=now_s), now_s, 1.0)
-        assert 0.2 <= decision.duty <= 1.0
-        assert decision.action == "run"
-
-
 def test_blind_and_unattended():
     """A virtual machine gets a blind governor; a Mac without a die temperature gets only `observe`."""
     unseen = replace(GOOD, die_c=None)
@@ -273,17 +232,6 @@ def test_halny_makes_tea_breaks_in_virtual_time():
     assert (breaks.count, breaks.reasons) == (6, {"hot": 6})
     assert breaks.seconds > 300
     assert breaks.as_json()["throttled_s"] == pytest.approx(breaks.seconds + breaks.napped_s, abs=0.06)
-
-
-def test_tea_breaks_go_on_where_the_interrupted_run_left_off():
-    """What was saved and read back is the same account."""
-    breaks = TeaBreaks(2, 61.5, 3.25, {"hot": 1, "unplugged": 1})
-    assert TeaBreaks(**breaks.saved()) == breaks
-    assert breaks.as_json() == {
-        "tea_breaks": 2,
-        "throttled_s": 64.8,
-        "tea_reasons": {"hot": 1, "unplugged": 1},
-    }
 
 
 def test_one_checkpoint_a_pause():
@@ -328,16 +276,6 @@ def test_duty_falls_at_once_and_rises_slowly():
     assert duty.update(-80.0, 1.0) == 0.2
 
 
-def test_moving_the_set_point_does_not_move_the_duty():
-    """The set-point drops by 2 °C: the same temperature gives the same duty as before."""
-    one, two = Duty(), Duty()
-    for duty in (one, two):
-        for _ in range(50):
-            duty.update(-3.0, 1.0)
-    two.shift(-2.0)
-    assert two.update(-3.0 - 2.0, 0.0) == pytest.approx(one.update(-3.0, 0.0))
-
-
 def test_held_counts_fresh_samples():
     """A condition seen ten times on one stale sample has been seen once."""
     held = Held()
@@ -347,19 +285,3 @@ def test_held_counts_fresh_samples():
     assert not held.lasted(9.0, samples=2)
     held.update(False, 10)
     assert not held.lasted(0.0)
-
-
-def test_step_times_need_a_baseline():
-    """No ratio before step 60; then recent median over the median of steps 20 to 60."""
-    times = StepTimes()
-    for _ in range(59):
-        times.add(2.0)
-    assert times.ratio() == 1.0
-    for _ in range(31):
-        times.add(3.0)
-    assert times.ratio() == 1.5
-
-
-def test_modes_are_the_four_of_the_manual():
-    """Every mode named in the type makes a governor."""
-    assert [Governor(mode).mode for mode in get_args(Mode)] == ["observe", "throughput", "steady", "cool"]

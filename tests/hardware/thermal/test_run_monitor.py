@@ -17,7 +17,7 @@ from mis_mlx.distillation.run_loop import entered
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.governor import Mode
-from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags
+from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags, battery
 from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.planner.recipe import Schedule
@@ -32,18 +32,13 @@ def step(number: int) -> Step:
     return Step(number, 1.0, 1.0, 1e-3, 10, 1.0, 0)
 
 
-def test_a_given_temperature_is_labelled_given_and_moves_no_wind() -> None:
-    """Values typed by hand are never called measured, and eps_halny stays 0 with them."""
-    with Weather(WeatherFlags(temperature_c=8.0, altitude_m=832.0)) as weather:
-        reading = weather.reading()
-        assert (reading.ambient_c, reading.altitude_m) == (8.0, 832.0)
-        account = weather.account()
-        assert (account["t_env_source"], account["altitude_source"]) == ("given", "given")
-        assert weather.sigma() == 0.0
-
-
 def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
-    """Air that warms from 8 to 33 °C gives 0.15 * std / 15 °C; before any reading the wind is still."""
+    """Air that warms from 8 to 33 °C gives 0.15 * std / 15 °C; before any reading, and by hand, the wind is still."""
+    with Weather(WeatherFlags(temperature_c=8.0, altitude_m=832.0)) as weather:
+        weather.reading()
+        account = weather.account()
+        assert (account["t_env_c"], account["t_env_source"], account["altitude_source"]) == (8.0, "given", "given")
+        assert weather.sigma() == 0.0
     with Weather(WeatherFlags(thermal_replay=str(HALNY))) as weather:
         assert weather.sigma() == 0.0
         air = [weather.reading().ambient_c for _ in range(16)]
@@ -126,20 +121,15 @@ def test_a_run_on_battery_says_so_first(
 ) -> None:
     """Before its first step, with the mode's own doing; not when it is plugged in, has no battery, or replays."""
     flags = WeatherFlags(governor=mode)
-
-    def said(flags: WeatherFlags) -> str:
-        with entered(None, lambda: tmp_path, {}, Budget(GIB), 0, flags, DISK):
-            return capsys.readouterr().err
-
-    for battery in (None, SimpleNamespace(percent=55.0, power_plugged=True)):
-        monkeypatch.setattr(psutil, "sensors_battery", lambda battery=battery: battery, raising=False)
-        assert "on battery" not in said(flags)
-    monkeypatch.setattr(
-        psutil, "sensors_battery", lambda: SimpleNamespace(percent=55.0, power_plugged=False), raising=False
-    )
-    text = said(flags)
+    for charge in (None, SimpleNamespace(percent=55.0, power_plugged=True)):
+        monkeypatch.setattr(psutil, "sensors_battery", lambda charge=charge: charge, raising=False)
+        assert battery(flags) == ""
+    charge = SimpleNamespace(percent=55.0, power_plugged=False)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
+    assert battery(replace(flags, thermal_replay=str(HALNY))) == ""
+    with entered(None, lambda: tmp_path, {}, Budget(GIB), 0, flags, DISK):
+        text = capsys.readouterr().err
     assert f"on battery, 55 %: --governor {mode} " in text and what in text
-    assert "on battery" not in said(replace(flags, thermal_replay=str(HALNY)))
 
 
 class Unplugged:
