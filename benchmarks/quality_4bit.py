@@ -84,7 +84,7 @@ class Bench:
         found: dict[str, Any] = {}
         for name, text in self.held_out.items():
             theirs = comparison.final_hidden(other, text)
-            at = kld.positions((self.dense, self.mine[name]), (other, theirs), text)
+            at = np.concatenate([*comparison.by_window((self.dense, self.mine[name]), (other, theirs), text)]).T
             f, added = kld.figures(*at), at[1] - at[0]
             found[name] = {key: f[key] for key in ("mean_kld", "p999_kld", "same_top_p", "ppl_ratio")}
             found[name]["added_nats"] = float(added.mean()), float(added.std(ddof=1) / len(added) ** 0.5)

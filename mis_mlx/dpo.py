@@ -47,7 +47,7 @@ class Settings(Alignment):
 
 def _pairs(s: Settings, checkpoint: Checkpoint) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     """(pairs to train on, held-out ones, what is known of the data); every row is checked."""
-    found = examples.load(s.data, ("pair",), examples.generated, s.data_licence, s.scrub_pii)
+    found = examples.load(s.data, ("pair",), s.data_licence, s.scrub_pii)
     tokenizer = load.tokenizer(checkpoint.path)
     train, cut = examples.encode(found.train, tokenizer, s.max_seq_length, ANSWERS)
     valid, _ = examples.encode(found.valid, tokenizer, s.max_seq_length, ANSWERS)

@@ -12,7 +12,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
 from mis_mlx.alignment.alignment_plan import Alignment
-from mis_mlx.data import examples, generated_tasks
+from mis_mlx.data import examples, rows
 from mis_mlx.data.rows import Row
 from mis_mlx.evaluation import reward_runner
 from mis_mlx.hardware import memory
@@ -97,29 +97,24 @@ class _Questions:
         return max(map(len, self.prompts))
 
 
-def _generated(s: Settings) -> tuple[list[Row], list[Row], str]:
-    kinds = [name.strip() for name in s.tasks.split(",")]
-    train: list[Row] = [*generated_tasks.rows("train", 0, examples.TRAIN_TASKS, kinds)]
-    return train, [*generated_tasks.rows("test", 0, s.eval_rows, kinds)], f"generated tasks ({', '.join(kinds)})"
-
-
 def _questions(
     s: Settings, checkpoint: Checkpoint, functions: Sequence[reward_runner.Function]
 ) -> tuple[_Questions, _Questions, dict[str, Any]]:
     """(questions to train on, held-out ones, what is known of the data); every row is checked."""
-    found = examples.load(s.data, ("answer",), partial(_generated, s), s.data_licence, s.scrub_pii)
-    tokenizer, made, encoded = load.tokenizer(checkpoint.path), [], []
-    for split in (found.train, found.valid):
-        examples.refuse(reward_runner.unanswerable(functions, split.rows, split.where))
-        room = s.max_seq_length - s.max_completion_length + 1
+    kinds = [name.strip() for name in s.tasks.split(",")]
+    data = examples.load(s.data, ("answer",), s.data_licence, s.scrub_pii, kinds)
+    tokenizer, room = load.tokenizer(checkpoint.path), s.max_seq_length - s.max_completion_length + 1
+    splits, encoded = list[_Questions](), []
+    for split in (data.train, data.valid[: s.eval_rows]):
+        asked, where = [row for row, _ in split], [at for _, at in split]
+        rows.refuse(reward_runner.unanswerable(functions, asked, where))
         sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
         prompts = [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences]
-        made.append(_Questions(list(split.rows), prompts))
+        splits.append(_Questions(asked, prompts))
         encoded += sequences
-    for note in found.notes:
+    for note in data.notes:
         cli.say(note)
-    valid = _Questions(made[1].rows[: s.eval_rows], made[1].prompts[: s.eval_rows])
-    return made[0], valid, found.card(examples.fingerprint(encoded))
+    return splits[0], splits[1], data.card(examples.fingerprint(encoded))
 
 
 def _phases(s: Settings, checkpoint: Checkpoint, longest: int, budget: int) -> tuple[Phase, Phase, int]:

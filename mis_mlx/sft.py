@@ -39,7 +39,7 @@ class Settings(Alignment):
 
 def _lessons(s: Settings, checkpoint: Checkpoint) -> tuple[Lesson, Lesson, dict[str, Any]]:
     """(windows to train on, held-out ones, what is known of the data); every row is checked."""
-    found = examples.load(s.data, SHAPES, examples.generated, s.data_licence, s.scrub_pii)
+    found = examples.load(s.data, SHAPES, s.data_licence, s.scrub_pii)
     tokenizer = load.tokenizer(checkpoint.path)
     train, cut = examples.encode(found.train, tokenizer, s.max_seq_length, mask_prompt=s.mask_prompt)
     valid, _ = examples.encode(found.valid, tokenizer, s.max_seq_length, mask_prompt=s.mask_prompt)

@@ -24,13 +24,12 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Texts:
-    """Rows per split, how many rows were dropped as unusable, and sentences on where all this came from."""
+    """Rows per split, and sentences on where all this came from."""
 
-    train: tuple[Row, ...]
-    valid: tuple[Row, ...]
-    test: tuple[Row, ...]
-    notes: tuple[str, ...]
-    dropped: int = 0
+    train: Sequence[Row]
+    valid: Sequence[Row]
+    test: Sequence[Row]
+    notes: Sequence[str]
 
 
 def load(data: str | None = None) -> Texts:
@@ -58,9 +57,9 @@ def _manual() -> Texts:
         bucket = int(hashlib.sha256(f"GÓRAL-{name}".encode()).hexdigest()[:8], 16) % 100
         splits["train" if bucket < 80 else "valid" if bucket < 85 else "test"].append({"text": topics[name]})
     version = ".".join(map(str, sys.version_info[:3]))
-    count = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
-    note = f"built-in English text: the manual of Python {version}, {count} documents"
-    return _texts(splits, [note])
+    return Texts(
+        **splits, notes=[f"built-in English text: the manual of Python {version}, {_counts(splits)} documents"]
+    )
 
 
 def _without_repeats(topics: Mapping[str, str]) -> list[str]:
@@ -80,9 +79,12 @@ def _without_repeats(topics: Mapping[str, str]) -> list[str]:
 
 def _mis() -> Texts:
     splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
-    count = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
     shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
-    return _texts(splits, [f"built-in Polish text: the Miś dataset, {count} documents; {shared}"])
+    return Texts(**splits, notes=[f"built-in Polish text: the Miś dataset, {_counts(splits)} documents; {shared}"])
+
+
+def _counts(splits: Mapping[str, Sequence[Row]]) -> str:
+    return ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
 
 
 def _from_folder(folder: Path) -> Texts:
@@ -121,7 +123,7 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
         if not reading.rows:
             first = f" ({reading.faults[0]})" if reading.faults else ""
             bad = f"{reading.dropped} bad ones{first}"
-            raise MisError(f"{source}: {reading.name} has 0 usable rows and {bad}: mend that file")
+            raise MisError(f"{source}: {reading.name} has 0 usable rows and {bad}: fix that file")
     notes = [note for reading in readings.values() for note in reading.notes()]
     rows = {name: list(reading.rows) for name, reading in readings.items()}
     if "valid" not in rows:
@@ -130,14 +132,7 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
     if "test" not in rows:
         rows["test"] = rows["valid"]
         notes.append(f"no test split: the {len(rows['valid'])} rows of valid serve as test too")
-    notes += _repeats(rows)
-    dropped = sum(reading.dropped for reading in readings.values())
-    return _texts(rows, notes, dropped)
-
-
-def _texts(splits: Mapping[str, Sequence[Row]], notes: Sequence[str], dropped: int = 0) -> Texts:
-    train, valid, test = (tuple(splits[name]) for name in SPLITS)
-    return Texts(train, valid, test, tuple(notes), dropped)
+    return Texts(**rows, notes=notes + _repeats(rows))
 
 
 def _split_off(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

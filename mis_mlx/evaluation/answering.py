@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +217,6 @@ class _Writing:
 
 
 def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> _Writing:
-    if task.kind == "translation" and find_spec("sacrebleu") is None:
-        raise MisError("translations are compared with sacrebleu, which is not here: pip install 'mis-mlx[evaluate]'")
     m, tokenizer = estimates.model_of(checkpoint), _tokenizer(checkpoint.path)
     prompts = [mlx_generate.encode(tokenizer, task.questions[n].context) for n in left]
     longest, count = max(map(len, prompts)), len(left) * task.max_tokens
@@ -241,14 +238,13 @@ def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bud
 def _texts(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> Iterator[dict[str, Any]]:
     """What the model writes, greedily, and its mark; a few at a time, of several machines by each."""
     tokenizer, w = _tokenizer(checkpoint.path), _writing(checkpoint, task, left, limit)
-    judge = _translated if task.kind == "translation" else _checked
     with memory.limited(limit):
         write = _writer(checkpoint, w, task.max_tokens, limit)
         for begin in range(0, len(left), AT_ONCE * distributed.size()):
             few = slice(start := begin + AT_ONCE * distributed.number(), start + AT_ONCE)
             said = [[t for t in ids if t not in w.ends] for ids in write(w.prompts[few])] if left[few] else []
             texts = [tokenizer.decode(ids) for ids in said]
-            marks = judge(task, left[few], texts) if texts else []
+            marks = _checked(task, left[few], texts) if texts else []
             mine = [{"n": n, "text": text, "mark": mark} for n, text, mark in zip(left[few], texts, marks, strict=True)]
             for rows in distributed.gather(mine):
                 yield from rows
@@ -275,11 +271,3 @@ def _checked(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]
     rows = [{"prompt": q.context, "answer": q.answer, "language": q.language} for q in asked]
     scored = reward_runner.score(reward_runner.functions("correct", None, None), rows, [[text] for text in texts])
     return [float(s.totals[0] or 0.0) for s in scored]
-
-
-def _translated(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]:
-    """chrF of each translation alone, from 0 to 1."""
-    import sacrebleu
-
-    answers = [task.questions[n].answer for n in at]
-    return [sacrebleu.sentence_chrf(text, [a]).score / 100 for text, a in zip(texts, answers, strict=True)]

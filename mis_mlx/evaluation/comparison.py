@@ -6,7 +6,7 @@ Does not print and does not know which student is which.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -67,35 +67,42 @@ def compare(
     One block of one model in memory at a time, then the teacher's head and one student's, window by window.
     teacher_hidden: what `final_hidden` gave for the teacher, where many students come one after the other.
     """
-    batches = [mx.array(w[None]) for w in held_out.tokens]
-    names = list(models)
-    vocab = min(shape_of(m.config).vocab for m in models.values())
-    known = {} if teacher_hidden is None else {names[0]: teacher_hidden}
-    hidden = known | {name: final_hidden(m, held_out, opened) for name, m in models.items() if name not in known}
-    teacher_head = alone(models[names[0]]).head()
-    found: dict[tuple[str, str], list[float]] = {}
-    for number, name in enumerate(names[1:] or names):
-        head = alone(models[name]).head() if name != names[0] else teacher_head
-        for w, tokens in enumerate(batches):
-            learn = np.asarray(held_out.learn[w][:-1])
-            sums = np.zeros(4)
-            for start in range(0, len(learn), rows := losses.chunk_rows(vocab) // 2):
-                at = slice(start, min(start + rows, len(learn)))
-                z_t = load.logits(teacher_head, hidden[names[0]][w][0, :-1][at])[:, :vocab].astype(mx.float32)
-                z = load.logits(head, hidden[name][w][0, :-1][at])[:, :vocab].astype(mx.float32)
-                sums += _at_positions(z_t, z, tokens[0, 1:][at]).astype(np.float64).T @ learn[at]
-            own, *others = (sums / max(float(learn.sum()), 1.0)).tolist()
-            if number == 0:
-                found.setdefault((names[0], "nll"), []).append(own)
-            if name != names[0]:
-                for metric, value in zip(("nll", "kl", "top1"), others, strict=True):
-                    found.setdefault((name, metric), []).append(value)
-        del head
-    return {key: np.array(values) for key, values in found.items()}
+    (teacher, base), *students = models.items()
+    mine = final_hidden(base, held_out, opened) if teacher_hidden is None else teacher_hidden
+    found = dict[tuple[str, str], np.ndarray]()
+    for name, model in students or [(teacher, base)]:
+        theirs = mine if model is base else final_hidden(model, held_out, opened)
+        means = [v.mean(axis=0) if len(v) else np.zeros(4) for v in by_window((base, mine), (model, theirs), held_out)]
+        own, *others = np.array(means).reshape(-1, 4).T
+        found.setdefault((teacher, "nll"), own)
+        if students:
+            found |= {(name, metric): values for metric, values in zip(("nll", "kl", "top1"), others, strict=True)}
+    return found
+
+
+def by_window(
+    base: tuple[Checkpoint, stream.Hidden], other: tuple[Checkpoint, stream.Hidden], held_out: Windows
+) -> Iterator[np.ndarray]:
+    """(n, 4) float64 of the n predictions that count in each window: the base's nll, the other's, KL(base || other),
+    all in nats, and whether the top token is the same.
+
+    Of either model: the checkpoint, and its final hidden states [(1, T, D)]. Logits come in chunks of positions.
+    """
+    heads = [alone(model).head() for model, _ in (base, other)]
+    vocab = min(shape_of(model.config).vocab for model, _ in (base, other))
+    rows = losses.chunk_rows(vocab) // 2
+    for w, tokens in enumerate(held_out.tokens):
+        counted, values = np.flatnonzero(held_out.learn[w]), [np.zeros((0, 4))]
+        for start in range(0, len(counted), rows):
+            at = mx.array(counted[start : start + rows])
+            hidden = (states[w][0][at] for _, states in (base, other))
+            z_t, z = (load.logits(head, h)[:, :vocab].astype(mx.float32) for head, h in zip(heads, hidden, strict=True))
+            values.append(_at_positions(z_t, z, mx.array(tokens)[at + 1]))
+        yield np.concatenate(values, dtype=np.float64)
 
 
 def _at_positions(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
-    """(n, 4) of logits (n, V) and the next tokens (n,): both nll, KL (nats), whether the top token is the same."""
+    """What `by_window` gives, of logits (n, V) float32 and the next tokens (n,)."""
     if policy.name() == "cpu":
         return host_losses.compared(teacher, student, targets)
     reference = losses.Reference(teacher, targets)

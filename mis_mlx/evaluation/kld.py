@@ -11,15 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.maths import losses
-from mis_mlx.models import distributed, load, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models import distributed
 from mis_mlx.types import Checkpoint, MisError
 
 FEW = 100  # tokens: of no more llama.cpp makes no statistics
@@ -56,38 +53,16 @@ def against(
 ) -> dict[str, Figures]:
     """{name: figures} of all models, over the predictions that count; `base` is the reference.
 
-    One block of one model in memory at a time, then both heads, and logits in chunks of positions. Of several machines
-    each has its own windows.
+    Of several machines each has its own windows.
     """
     held_out = comparison.own(held_out)
     mine, found = comparison.final_hidden(base, held_out, opened), {}
     for name, other in cli.counted("model", others.items(), len(others)):
         theirs = comparison.final_hidden(other, held_out, opened)
-        each = distributed.gather(positions((base, mine), (other, theirs), held_out).tolist())
-        found[name] = figures(*np.concatenate([np.array(part) for part in each], axis=1))
+        values = comparison.by_window((base, mine), (other, theirs), held_out)
+        each = distributed.gather([row for window in values for row in window.tolist()])
+        found[name] = figures(*np.array([row for part in each for row in part]).T)
     return found
-
-
-def positions(
-    base: tuple[Checkpoint, stream.Hidden], other: tuple[Checkpoint, stream.Hidden], held_out: Windows
-) -> np.ndarray:
-    """(4, n) float64 of the n predictions that count: the base's nll, the other's, KL(base || other), same top token.
-
-    Of either model: the checkpoint, and its final hidden states [(1, T, D)].
-    """
-    heads = [comparison.alone(model).head() for model, _ in (base, other)]
-    vocab = min(shape_of(model.config).vocab for model, _ in (base, other))
-    rows, found = losses.chunk_rows(vocab) // 2, [np.zeros((4, 0))]
-    for w, tokens in cli.counted("window", enumerate(held_out.tokens), len(held_out.tokens)):
-        counted = np.flatnonzero(held_out.learn[w])
-        for start in range(0, len(counted), rows):
-            at = mx.array(counted[start : start + rows])
-            hidden = (mine[w][0][at] for _, mine in (base, other))
-            z, y = (load.logits(head, h)[:, :vocab] for head, h in zip(heads, hidden, strict=True))
-            reference = losses.Reference(z, mx.array(tokens)[at + 1])
-            nll, kl, same = reference.compare(y)
-            found.append(np.array(mx.stack([reference.nll(), nll, kl, same])))
-    return np.concatenate(found, axis=1, dtype=np.float64)
 
 
 def figures(base_nll: np.ndarray, nll: np.ndarray, kld: np.ndarray, same: np.ndarray) -> Figures:

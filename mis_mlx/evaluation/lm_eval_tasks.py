@@ -19,7 +19,7 @@ import numpy as np
 from mis_mlx.models import load, policy
 from mis_mlx.types import MisError
 
-METRICS = ("acc", "exact_match", "f1", "chrf", "bleu")  # the first one that a task has is its mark
+METRICS = ("acc", "exact_match", "f1")  # the first one that a task has is its mark
 SEED = 0
 Sample = Mapping[str, Any]  # lm-eval's record of one question: "doc_id", "filtered_resps", and its metrics by name
 
@@ -109,20 +109,7 @@ def _marks(name: str, found: Sequence[Sample]) -> Marks:
         )
     choice = ordered[0].get("resps") and metric == "acc"
     chance = [1 / len(s["resps"]) if choice and len(s["resps"]) > 1 else 0.0 for s in ordered]
-    read = _mark if metric not in ("chrf", "bleu") else _translated
-    return Marks(np.array([read(s[metric]) for s in ordered]), np.array(chance), metric)
-
-
-def _mark(value: Any) -> float:
-    return float(np.mean(value))
-
-
-def _translated(pair: Any) -> float:
-    """lm-eval keeps (reference, translation), to be scored together; here each is scored alone."""
-    import sacrebleu
-
-    reference, said = pair
-    return sacrebleu.sentence_chrf(str(said), [str(reference)]).score / 100
+    return Marks(np.array([float(np.mean(s[metric])) for s in ordered]), np.array(chance), metric)
 
 
 @contextmanager

@@ -13,21 +13,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mis_mlx import cli
-from mis_mlx.data import examples, generated_tasks, sources
+from mis_mlx.data import rows, sources
 from mis_mlx.evaluation import contamination, questions, reward_runner
 from mis_mlx.evaluation.questions import Task
-from mis_mlx.evaluation.sets import continuations, dialects, minimal_pairs, polish_exams
+from mis_mlx.evaluation.sets import continuations, dialects, polish_exams
 from mis_mlx.hardware.wheels import download_wheel, unpack_debian
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 
 TEXT, CONTINUE, HARNESS = "text", "continue", "lm_eval/"
-KINDS = {"maths": ("sums", "two-digit-sums"), "bus": ("bus",), "cooking": ("recipe",), "logic": ("logic",)}
-GRAMMAR: dict[str, generated_tasks.Language] = {"grammar-en": "en", "grammar-pl": "pl"}
-WRITTEN = "-written"  # behind the name of a generated task: the model writes, instead of choosing
+BUILT_IN = Path(__file__).parent / "sets" / "built_in"  # of our own making: benchmarks/task_files.py
+WRITTEN = "-written"  # behind the name of a built-in task: the model writes, instead of choosing
+_PROBLEMS = ("maths", "bus", "cooking", "logic")
+ABOUT = {
+    **{name: "generated, half English, half Polish; the right answer against a likely slip" for name in _PROBLEMS},
+    "grammar-en": "pairs of our own, one breaks a rule",
+    "grammar-pl": "pairs of our own, one breaks a rule",
+    **{f"{name}{WRITTEN}": "generated, half English, half Polish; the model's last line is checked"
+       for name in _PROBLEMS},
+}  # fmt: skip
 PRESETS: dict[str, tuple[str, ...]] = {
-    "builtin": (*KINDS, *GRAMMAR, CONTINUE, f"maths{WRITTEN}", TEXT),
+    "builtin": (*_PROBLEMS, "grammar-en", "grammar-pl", CONTINUE, f"maths{WRITTEN}", TEXT),
     "polish-offline": tuple(polish_exams.SETS),
     "polish": ("lm_eval/belebele_pol_Latn", "lm_eval/polemo2_in", "lm_eval/multiblimp_pol",
                "lm_eval/arc_challenge_mt_pl", "lm_eval/include_base_44_polish", "lm_eval/global_mmlu_full_pl"),
@@ -50,7 +57,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
 
     data: whose held-out part `continue` is made of, as --data. All rows are judged here, before any model is asked.
     """
-    found, harness, text = list[Task](), list[str](), False
+    tasks, harness, text = list[Task](), list[str](), False
     parts = [part for preset in names for part in PRESETS.get(preset, (preset,))]
     ours = any(name != TEXT and not name.startswith(HARNESS) for name in parts)
     known = contamination.Known(contamination.training_words(data) if ours else [])
@@ -60,26 +67,29 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
         elif name.startswith(HARNESS):
             harness.append(name.removeprefix(HARNESS))
         else:
-            found += [
-                task.chosen(count) for task in (_continued(data, known) if name == CONTINUE else _named(name, count))
-            ]
-    for task in found:
+            tasks += (
+                [task.chosen(count) for task in _continued(data, known)] if name == CONTINUE else _named(name, count)
+            )
+    for task in tasks:
         if task.kind == "checked":
-            rows = [{"answer": q.answer, "language": q.language} for q in task.questions]
-            where = [f"{task.name} question {n + 1}" for n in range(len(rows))]
-            examples.refuse(reward_runner.unanswerable(reward_runner.functions("correct", None, None), rows, where))
-    called = [task.name for task in found]
+            questions_ = [{"answer": q.answer, "language": q.language} for q in task.questions]
+            where = [f"{task.name} question {n + 1}" for n in range(len(questions_))]
+            rows.refuse(reward_runner.unanswerable(reward_runner.functions("correct", None, None), questions_, where))
+    called = [task.name for task in tasks]
     if twice := sorted({name for name in called if called.count(name) > 1}):
         raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")
-    return Subjects(tuple(found), tuple(harness), text, known)
+    return Subjects(tuple(tasks), tuple(harness), text, known)
 
 
 def _named(name: str, count: int) -> list[Task]:
-    plain = name.removesuffix(WRITTEN)
-    if plain in KINDS:
-        return [_generated(name, KINDS[plain], count, plain != name)]
-    if name in GRAMMAR:
-        return [questions.task(name, minimal_pairs.rows(GRAMMAR[name], count), "pairs of our own, one breaks a rule")]
+    """The task or tasks of a name or folder, `count` questions of each."""
+    if name in ABOUT:
+        task = questions.file(BUILT_IN / f"{name}.jsonl")
+        return [replace(task, questions=task.questions[:count], about=ABOUT[name], max_tokens=64)]
+    return [task.chosen(count) for task in _brought(name)]
+
+
+def _brought(name: str) -> list[Task]:
     if name in polish_exams.SETS:
         return [polish_exams.task(name, _exams())]
     if name in dialects.SLOTS:
@@ -91,27 +101,10 @@ def _named(name: str, count: int) -> list[Task]:
         return dialects.tasks(folder.name, dialects.read(folder.name, folder), f"brought by you in {folder.name}")
     if folder.is_dir():
         return questions.folder(folder)
-    written = [f"{kind}{WRITTEN}" for kind in KINDS]
-    known = [*PRESETS, *KINDS, *written, *GRAMMAR, *polish_exams.SETS, CONTINUE, "dialects", *dialects.SLOTS, TEXT]
+    known = [*PRESETS, *ABOUT, *polish_exams.SETS, CONTINUE, "dialects", *dialects.SLOTS, TEXT]
     near = difflib.get_close_matches(name, known, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
     raise MisError(f"--tasks names {name}, which is no task and no folder: {hint}")
-
-
-def _generated(name: str, kinds: Sequence[str], count: int, written: bool) -> Task:
-    """Problems of data/generated_tasks kept for evaluation, half English, half Polish: answered in writing, or of two
-    answers the right one is to be likelier."""
-    rows, made = generated_tasks.rows("test", 0, count, kinds), []
-    for number, row in enumerate(rows):
-        said: dict = {key: row[key] for key in ("prompt", "answer", "language")}
-        if not written:
-            wrong = row["rejected"].rpartition(f"{generated_tasks.MARK[row['language']]}: ")[2]  # type: ignore[index]
-            both = [row["answer"], wrong] if number // 2 % 2 else [wrong, row["answer"]]
-            bare = row["prompt"].partition(f" {generated_tasks.END[row['language']].partition('{')[0]}")[0]  # type: ignore[index]
-            said = {"question": bare, "options": both, "answer": row["answer"], "language": row["language"]}
-        made.append(said)
-    how = "the model's last line is checked" if written else "the right answer against a likely slip"
-    return questions.task(name, made, f"generated, half English, half Polish; {how}", max_tokens=64)
 
 
 def _continued(data: str | None, known: contamination.Known) -> list[Task]:

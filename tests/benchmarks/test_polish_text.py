@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.polish_text.documents import SPLITS, documents, write
+from benchmarks.polish_text.inflection import FORMS, Count
 from benchmarks.polish_text.money import Money
 from benchmarks.polish_text.stories import STORIES
 from mis_mlx.data import sources
-from mis_mlx.data.polish.inflection import FORMS, Count
 
 NUMBER = r"\d+(?:,\d\d)?"
 

@@ -64,9 +64,7 @@ def test_rows_have_intervals_and_perplexity() -> None:
     assert (ppl.value, ppl.low, ppl.high) == (math.exp(2.0), math.exp(nll.low), math.exp(nll.high))
 
 
-@pytest.mark.parametrize(
-    ("count", "kept"), [(1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (5, list(range(5))), (99, list(range(5)))]
-)
-def test_windows_are_chosen_evenly(held_out: Windows, count: int, kept: list[int]) -> None:
+def test_windows_are_chosen_evenly(held_out: Windows) -> None:
     """Spread over the text, first and last included; all of them when more are asked for."""
-    assert (comparison.chosen(held_out, count).tokens == held_out.tokens[kept]).all()
+    for count, kept in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (99, list(range(5)))):
+        assert (comparison.chosen(held_out, count).tokens == held_out.tokens[kept]).all()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from mis_mlx.data.random_draws import some
 from mis_mlx.evaluation import questions
 from mis_mlx.types import MisError
 
@@ -31,7 +30,7 @@ def rows(texts: Sequence[str]) -> list[dict]:
         )
     for number, (context, ending) in enumerate(places):
         rng = random.Random(f"endings-{number}")
-        wrong = some(rng, [other for other in endings if other != ending], OTHERS)
-        options = some(rng, [ending, *wrong], OTHERS + 1)
+        wrong = questions.some(rng, [other for other in endings if other != ending], OTHERS)
+        options = questions.some(rng, [ending, *wrong], OTHERS + 1)
         made.append({"text": f"{context} {questions.BLANK}", "options": options, "answer": ending})
     return [row for row in made if questions.fault(row) is None]

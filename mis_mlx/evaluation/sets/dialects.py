@@ -12,11 +12,11 @@ import random
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
-from mis_mlx.data import examples, rows
-from mis_mlx.data.random_draws import some
+from mis_mlx.data import rows
 from mis_mlx.evaluation import questions
-from mis_mlx.evaluation.questions import Task
+from mis_mlx.evaluation.questions import Task, some
 from mis_mlx.types import MisError
 
 # Slot: what it is called after "po" (adverb-like), and as a language (locative), in Polish.
@@ -43,24 +43,15 @@ def read(slot: str, folder: Path) -> list[tuple[str, str]]:
     path = folder / PAIRS
     if not path.is_file():
         raise MisError(f"the slot {slot} is empty: put attested pairs into {path}, {ROW}")
-    found, problems = list[tuple[str, str]](), list[str]()
-    for number, row, unread in rows.parsed(path):
-        if why := unread or _fault(row):
-            problems.append(f"{path.name} line {number}: {why}")
-        elif isinstance(row, dict):
-            found.append((row["polish"], row["dialect"]))
-    examples.refuse(problems)
-    if not found:
+    good, problems = rows.judged(path, _fault)
+    rows.refuse(problems)
+    if not good:
         raise MisError(f"{path} is empty: put attested pairs there, {ROW}")
-    return found
+    return [(row["polish"], row["dialect"]) for row, _ in good]
 
 
-def _fault(row: object) -> str | None:
-    if not isinstance(row, dict):
-        return "not an object"
-    if missing := [key for key in ("polish", "dialect") if key not in row]:
-        return f"has no '{missing[0]}'"
-    if why := next((why for key in ("polish", "dialect") if (why := rows.text_fault(key, row[key]))), None):
+def _fault(row: Any) -> str | None:
+    if why := rows.fault(row, {"pair": ("polish", "dialect")}):
         return why
     return "both sentences are the same" if row["polish"].strip() == row["dialect"].strip() else None
 

@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mis_mlx.data.random_draws import some
 from mis_mlx.evaluation import questions
 from mis_mlx.evaluation.questions import Task
 
@@ -68,8 +67,8 @@ def _lexicon(asked: Asked) -> Iterable[dict]:
 def _among_others(asked: Asked, question: str) -> Iterable[dict]:
     for number, (text, answer) in enumerate(asked):
         rng = random.Random(f"others-{number}")
-        wrong = some(rng, sorted({a for _, a in asked if a != answer}), OTHERS)
-        options = some(rng, [answer, *wrong], OTHERS + 1)
+        wrong = questions.some(rng, sorted({a for _, a in asked if a != answer}), OTHERS)
+        options = questions.some(rng, [answer, *wrong], OTHERS + 1)
         yield {"text": question.format(text), "options": options, "answer": answer}
 
 
