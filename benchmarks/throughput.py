@@ -150,7 +150,7 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     corrected = np.array(found["mlx_lm"]) * (count - 1) / count
     ours_tps, bare_tps = np.array(found["bench"]), np.array(found["bare"])
     began = time.perf_counter()
-    timing.clocked(([7], False) for _ in range(READY))
+    timing.clocked([7] for _ in range(READY))
     own_s = (time.perf_counter() - began) / READY
     return {
         "generation_tokens": count,

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +17,8 @@ import psutil
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import roofline, rounds, speed_table, timing
-from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
+from mis_mlx.evaluation.speed.timing import Request, Trial
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.rates import Roof
@@ -30,7 +29,7 @@ from mis_mlx.models import arch, load, policy, resolve
 from mis_mlx.models.policy import Computing
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage.files import DISK, need_place
-from mis_mlx.types import MOST, Checkpoint, Count, MisError, Reading, Row, Seconds, Seed, Within
+from mis_mlx.types import MOST, MisError, Reading, Row, Seconds, Seed, Within
 
 IDLE_S = 5.0  # of rest, whose power is taken off
 
@@ -43,10 +42,6 @@ class Settings(Computing, WeatherFlags):
         tuple[str | tuple[str, ...], ...], tyro.conf.arg(metavar="MODEL [MODEL ...]"), tyro.conf.UseAppendAction
     ] = ()
     """folders or hub ids, `--model A B` or `--model A --model B`; default: SmolLM2-135M-Instruct"""
-    draft_model: str | None = None
-    """folder of a small student of the first model: one more column, the two together"""
-    num_draft_tokens: Count = 2
-    """guesses of the draft that one pass checks"""
     prompt_tokens: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-p"])] = 512
     """tokens in the prompt; every trial has a text of its own"""
     generation_tokens: Annotated[int, Within(2, MOST), tyro.conf.arg(aliases=["-g"])] = 128
@@ -79,8 +74,8 @@ class Settings(Computing, WeatherFlags):
     def request(self) -> Request:
         """What is timed. MisError when it cannot be."""
         cli.check_ranges(self)
-        if self.batch_size > 1 and (self.depth or self.draft_model):
-            raise MisError(f"-b {self.batch_size} goes with neither -d nor --draft-model: leave one of them out")
+        if self.batch_size > 1 and self.depth:
+            raise MisError(f"-b {self.batch_size} does not go with -d: leave one of them out")
         return Request(self.prompt_tokens, self.generation_tokens, self.batch_size, self.depth)
 
 
@@ -90,7 +85,7 @@ def measure(
     """Rows `ttft_ms` and `decode_tps` for each model: medians over `count` trials; in turn if all fit in
     `limit_bytes`, else model after model."""
     r, found = Request(prompt_tokens, max(tokens, 2)), dict[str, list[Trial]]()
-    openers = {n: (lambda f=f, n=n: timing.opened(f, n)) for f, n in zip(folders, names, strict=True)}
+    openers = {name: partial(timing.opened, folder, name) for folder, name in zip(folders, names, strict=True)}
     together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
     timed = cli.counted("trial", rounds.rounds(openers, together, count, r), count * len(folders))
     for subject, done in timed:
@@ -103,7 +98,7 @@ def measure(
 
 
 class Bench:
-    """One run: the models by name, `model + draft` among them, and the trials that are finished."""
+    """One run: the models by name, and the trials that are finished."""
 
     def __init__(self, s: Settings):
         self.s, self.r = s, s.request
@@ -115,15 +110,8 @@ class Bench:
         if len(set(folders)) < len(folders):
             raise MisError(f"{len(folders)} models given, {len(set(folders))} different ones: give each once")
         self.models = dict(zip(load.labels(folders), map(load.open_checkpoint, folders), strict=True))
-        self.first, self.small = next(iter(self.models)), None
-        self.pair = f"{self.first} + draft"
-        if s.draft_model:
-            self.small = comparison.same_vocabulary(self.models[self.first], load.open_checkpoint(s.draft_model))
         limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
         needs = {name: rounds.need_bytes(m, self.r) for name, m in self.models.items()}
-        if self.small:
-            needs[self.first] += rounds.need_bytes(self.small, self.r)
-            self.models[self.pair] = self.models[self.first]
         for name, nbytes in needs.items():
             limit.need(nbytes, f"timing {name}", "give a larger --budget, a smaller -p or -b, or a model of fewer bits")
         self.together = sum(needs.values()) <= limit.limit_bytes
@@ -133,31 +121,12 @@ class Bench:
         self.loaded: dict[str, dict[str, float]] = {}
         self.stopped = False
 
-    def openers(self) -> dict[str, Callable[[], Subject]]:
-        """What loads each model. Model and draft share the model where both are in memory."""
-        kept: dict[str, Subject] = {}
-
-        def single(name: str, m: Checkpoint) -> Subject:
-            subject = kept.get(name) or timing.opened(m.path, name)
-            if self.together:
-                kept[name] = subject
-            return subject
-
-        def pair(small: Checkpoint) -> Subject:
-            one, draft = single(self.first, self.models[self.first]), timing.opened(small.path, "draft")
-            load_s = one.load_s + draft.load_s
-            return replace(one, name=self.pair, load_s=load_s, draft=draft.model, guesses=self.s.num_draft_tokens)
-
-        found: dict[str, Callable[[], Subject]] = {n: partial(single, n, m) for n, m in self.models.items()}
-        if self.small:
-            found[self.pair] = partial(pair, self.small)
-        return found
-
     def go(self, meter: energy.EnergyMeter | None) -> None:
         """All trials. Ctrl-C ends them; those that are finished stay."""
         total = self.s.num_trials * len(self.models)
+        openers = {name: partial(timing.opened, m.path, name) for name, m in self.models.items()}
         every = rounds.rounds(
-            self.openers(), self.together, self.s.num_trials, self.r, self.s.seed, self.s.delay, meter, peaks=True
+            openers, self.together, self.s.num_trials, self.r, self.s.seed, self.s.delay, meter, peaks=True
         )
         try:
             with progress.bar("trials", total) as show:
@@ -175,7 +144,7 @@ class Bench:
     def write(self, result: dict[str, Any] | None = None) -> None:
         """The trials so far in the file --out, if one is wanted, and at last the result."""
         if self.s.out:
-            kept = ("stamps_s", "cached_s", "accepted", "peak_bytes")
+            kept = ("stamps_s", "cached_s", "peak_bytes")
             every = {n: [{k: getattr(t, k) for k in kept} for t in done] for n, done in self.done.items()}
             DISK.replace_text(Path(self.s.out), json.dumps({**(result or {}), "trials": every}) + "\n")
 
@@ -187,7 +156,7 @@ class Bench:
                 "params": arch.params(m.config),
                 "weight_bytes": m.nbytes,
                 "format": roofline.kind(m, str(policy.compute_dtype(m)).removeprefix("mlx.core.")),
-                **({} if name == self.pair else {"m1_best_tps_computed": roofline.m1_tokens_per_s(m, self.r)}),
+                "m1_best_tps_computed": roofline.m1_tokens_per_s(m, self.r),
                 "trials": len(self.done.get(name, ())),
                 "prompts_sha256": _sha256([t.asked for t in self.done.get(name, ())]),
                 "tokens_sha256": _sha256([t.tokens for t in self.done.get(name, ())]),
@@ -202,9 +171,8 @@ class Bench:
         for name, done in self.done.items():
             m, read = self.models[name], int(self.loaded[name]["read_bytes"])
             values: dict[str, Any] = rounds.figures(done, self.r, idle)
-            found[name] = {"load_s": self.loaded[name]["load_s"], **values}
-            if name != self.pair:  # what a pass of both together could do depends on the guesses
-                found[name] |= roofline.beside(m, read, self.r, at, values["decode_tps"]["median"])
+            beside = roofline.beside(m, read, self.r, at, values["decode_tps"]["median"])
+            found[name] = {"load_s": self.loaded[name]["load_s"], **values, **beside}
         return found
 
 

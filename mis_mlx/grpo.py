@@ -154,23 +154,22 @@ def run(settings: Settings) -> dict[str, Any]:
     train, valid, card = _questions(s, checkpoint, functions)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget)).limit_bytes
     play, learn, kept = _phases(s, checkpoint, max(train.longest, valid.longest), limit)
-    made = alignment_plan.plan(s, play, learn)
-    made.tell()
+    plan = alignment_plan.plan(s, play, learn)
     if (n := distributed.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
         raise MisError(
             f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}: "
             f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
         )
     if s.dry_run:
-        return {"model": str(checkpoint.path), "questions": len(train.rows), **made.result()}
-    with alignment_run.running(s, folder, checkpoint, made, card, "grpo") as r:
+        return {"model": str(checkpoint.path), "questions": len(train.rows), **plan.result()}
+    with alignment_run.running(s, folder, checkpoint, plan, card, "grpo") as r:
         dtype = alignment_plan.dtype_of(s, checkpoint)
         reference = stream.Stream(checkpoint, dtype, kept, checkpoint.nbytes > limit) if s.beta else None
-        logger = grpo_rollout.logger(r.folder / grpo_rollout.SAMPLES, r.files)
+        log = partial(r.files.append, r.folder / grpo_rollout.SAMPLES)
         sampler = grpo_rollout.Sampler(
             r.model, train.rows, train.prompts, load.tokenizer(checkpoint.path), functions, s.objective,
             s.group_size, s.grad_accumulation_steps, s.batch_size, s.at_once, s.seed,
-            s.num_iterations, s.lora is not None, reference, logger,
+            s.num_iterations, s.lora is not None, reference, log,
         )  # fmt: skip
         loss = partial(s.objective.loss, frozen_head=s.lora is not None)
         held_out = partial(grpo_rollout.measure, sampler, valid.rows, valid.prompts)

@@ -161,18 +161,6 @@ def test_micro_batches_equal_one_batch(kind: policy.LossType, model: nn.Module) 
             assert np.abs(gradient - others[name]).max() <= 5e-5 * np.abs(gradient).max(), name
 
 
-def test_masked_tokens_get_no_gradient() -> None:
-    """The derivative in the log-probability of every padded token is exactly 0, of every sampled one it is not."""
-    mask = mx.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
-
-    def loss(new: mx.array) -> mx.array:
-        losses = policy.token_losses(new, mx.zeros_like(new), mx.array([1.0, -1.0]), 0.2, 0.2)
-        return policy.loss_sum(losses, mask, "dapo", 3)[0]
-
-    found = mx.grad(loss)(mx.zeros((2, 3)))
-    assert np.array_equal(np.array(found) == 0, np.array(mask) == 0)
-
-
 def test_on_policy_the_gradient_is_reinforce(model: nn.Module) -> None:
     """Where the old policy is the model itself, as with one update a step: minus advantage times grad log pi."""
     b = attention_masks.join(PROMPT, ANSWERS)

@@ -6,11 +6,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +24,11 @@ from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher
 from mis_mlx.gguf_export import model_card as model_card
 from mis_mlx.hardware import memory
-from mis_mlx.models import attention_masks, load, mlx_generate, model_writer
+from mis_mlx.models import attention_masks, load, mlx_generate
 from mis_mlx.planner import estimates
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
-from tests import forks, tiny, trl_model
+from tests import tiny, trl_model
 from tests.conftest import Done, last_line, losses
 
 PLAIN: dict[str, Any] = {"target_bpw": None, "q_method": "round", "q_iters": 0}
@@ -196,27 +192,6 @@ def test_end_to_end(finished: tuple[Path, Done], llama: Checkpoint, answers: Pat
     assert (out / "config.yaml").is_file() and (out / "result.json").is_file()
 
 
-@pytest.mark.slow  # the quick runs: below, stopped, and tests/faults, killed at file operations
-def test_a_killed_run_ends_with_the_same_bits(
-    finished: tuple[Path, Done], small: tuple[object, ...], tmp_path: Path, own_home: dict[str, str]
-) -> None:
-    """SIGKILL after a checkpoint, --resume: weights, losses, held-out losses and best step of the run that went on."""
-    out, done = finished
-    argv = ["-m", "mis_mlx.sft", *small, "--out", tmp_path / "run"]
-    child = forks.start(argv, own_home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not (tmp_path / "run/steps/step-00000002").exists():
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not (tmp_path / "run/result.json").exists()
-    again = forks.run([*argv, "--resume"], own_home)
-    assert again.returncode == 0 and "continuing from step" in again.stderr, again.stderr
-    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
-    assert losses(tmp_path / "run") == losses(out)
-    held = [{r["number"]: r for r in run_folder.records(f / alignment_run.HELD_OUT)} for f in (out, tmp_path / "run")]
-    assert held[0] == held[1] and last_line(again)["best_step"] == last_line(done)["best_step"]
-
-
 def test_a_stopped_run_ends_with_the_same_bits(
     finished: tuple[Path, Done], tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,20 +262,18 @@ def test_lora_trains_little_and_fuses_to_what_mlx_lm_makes(small: Any, tmp_path:
     assert changed and all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in changed)
 
 
-def test_adapters_can_be_left_beside_the_model(small: Any, tmp_path: Path) -> None:
-    """--no-fuse: adapters, and no model folder."""
-    result = sft.run(settings_of(small, tmp_path / "run", fine_tune_type="lora", fuse=False, iters=2))
-    assert result["student"] == str(tmp_path / "run/adapters") and not (tmp_path / "run/model").exists()
-    names = {p.name for p in (tmp_path / "run/adapters").iterdir()}
-    assert names == {"adapters.safetensors", "adapter_config.json"}
-
-
 def test_lora_on_a_packed_model_fuses_into_a_dense_one(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
-    """A 4-bit model can be trained with adapters, and with nothing else."""
+    """A 4-bit model can be trained with adapters, and with nothing else; --no-fuse leaves these beside it."""
     quantize.run(quantize.Settings(model=str(llama.path), mlx_path=str(tmp_path / "q4"), **PLAIN))
     flags = {"model": str(tmp_path / "q4"), "iters": 2}
     with pytest.raises(MisError, match="quantized and cannot be trained whole: use --fine-tune-type lora"):
         sft.run(settings_of(small, tmp_path / "no", **flags))
+    left = sft.run(
+        settings_of(small, tmp_path / "left", fine_tune_type="lora", fuse=False, **flags)
+    )  # beside the model
+    assert left["student"] == str(tmp_path / "left/adapters") and not (tmp_path / "left/model").exists()
+    names = {p.name for p in (tmp_path / "left/adapters").iterdir()}
+    assert names == {"adapters.safetensors", "adapter_config.json"}
     result = sft.run(settings_of(small, tmp_path / "run", fine_tune_type="lora", **flags))
     made = load.open_checkpoint(tmp_path / "run/model")
     assert "quantization" not in made.config and made.nbytes == llama.nbytes
@@ -354,14 +327,7 @@ def test_a_dry_run_writes_nothing_and_says_what_it_takes(
     assert result["peak_bytes"] > 0 and result["seconds"] >= 0 and not result["check_failed"]
     done = command("sft", *small, "--out", tmp_path / "run", "--dry-run", "--budget", "1MiB")
     assert done.returncode == 3 and last_line(done)["check_failed"]
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_budget_too_small_is_a_sentence(small: Any, tmp_path: Path) -> None:
-    """Refused before anything is written, with both numbers and the way out."""
-    with pytest.raises(
-        MisError, match="sft needs .* the budget is 8 MiB: give --budget .*, or use --fine-tune-type lora"
-    ):
+    with pytest.raises(MisError, match="sft needs .* the budget is 8 MiB: give --budget .*, or use --fine-tune-type"):
         sft.run(settings_of(small, tmp_path / "run", budget="8MiB"))
     assert not (tmp_path / "run").exists()
 
@@ -402,29 +368,15 @@ def test_the_plan_holds(finished: tuple[Path, Done], small: Any) -> None:
     ("changes", "why"),
     [
         ({"iters": 0}, "--iters is 0: give 1 or more"),
-        ({"batch_size": 0}, "--batch-size is 0"),
         ({"max_seq_length": 10_000}, "the model's window 512"),
         ({"fine_tune_type": "lora", "num_layers": 9}, "--num-layers is 9, the model has 3"),
         ({"fine_tune_type": "lora", "rank": 0}, "--rank is 0"),
-        ({"teacher": "tiny", "distill_weight": 0.0}, "--distill-weight is 0"),
-        ({"learning_rate": 1e9}, "--learning-rate is 1e.09: give a number above 0, up to 1"),
     ],
 )
-def test_refusals_are_sentences(
-    changes: dict[str, Any], why: str, small: Any, tmp_path: Path, llama: Checkpoint
-) -> None:
+def test_refusals_are_sentences(changes: dict[str, Any], why: str, small: Any, tmp_path: Path) -> None:
     """What makes no sense."""
-    if "teacher" in changes:
-        changes = {**changes, "teacher": str(llama.path)}
     with pytest.raises(MisError, match=why):
         sft.run(settings_of(small, tmp_path / "run", **changes))
-
-
-def test_a_run_that_diverges_is_a_sentence(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
-    """A model whose loss float32 holds, and whose gradients it does not: stopped after three steps."""
-    loud = tiny.loud(llama, tmp_path / "loud")
-    with pytest.raises(MisError, match="3 steps in a row, .* not a number .* changed no weight"):
-        sft.run(settings_of(small, tmp_path / "run", model=str(loud)))
 
 
 def test_a_resume_with_other_settings_is_refused(finished: tuple[Path, Done], small: Any) -> None:
@@ -432,12 +384,3 @@ def test_a_resume_with_other_settings_is_refused(finished: tuple[Path, Done], sm
     settings = settings_of(small, finished[0], resume=True, save_every=3)
     with pytest.raises(MisError, match="--save-every is 3, the run has 2"):
         sft.run(settings)
-
-
-def test_writing_adapters_is_all_or_nothing(tmp_path: Path) -> None:
-    """A folder that exists already is not touched."""
-    write = partial(lora.write, {"a.lora_a": mx.ones((2, 2))}, lora.Lora(-1, 2, 1.0), tmp_path / "adapters", DISK)
-    write()
-    with pytest.raises(MisError, match="exists already"):
-        write()
-    assert model_writer.KEEP not in {p.name for p in (tmp_path / "adapters").iterdir()}

@@ -160,23 +160,6 @@ class Plan:
         """Of all phases."""
         return sum(p.seconds(self.rates) for p in self.phases)
 
-    def check(self) -> None:
-        """MisError with both numbers where it does not fit."""
-        worst = max(self.phases, key=lambda p: p.peak_bytes)
-        remedy = (
-            f"give --budget {estimates.flag(self.peak_bytes)} or more, lower --batch-size or --max-seq-length, "
-            "or use --fine-tune-type lora; alignment trains whole models in memory"
-        )
-        self.budget.need(self.peak_bytes, worst.name, remedy)
-
-    def tell(self) -> None:
-        """A line for each phase, on stderr."""
-        for p in self.phases:
-            moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
-            cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(self.rates))}")
-        fits = "fits" if self.peak_bytes <= self.budget.limit_bytes else "does not fit"
-        cli.say(f"peak {gib(self.peak_bytes)} {fits} the budget of {gib(self.budget.limit_bytes)}")
-
     def result(self) -> dict[str, Any]:
         """The result of a --dry-run."""
         return {
@@ -195,8 +178,14 @@ def budget(s: Alignment) -> Budget:
 
 
 def plan(s: Alignment, *phases: Phase) -> Plan:
-    """The plan of these phases under the budget asked for. s: with micro-batches as they will be."""
-    return Plan(phases, budget(s), estimates.machine_rates(), s.batch_size)
+    """The plan of these phases under the budget asked for, told in a line each. s: with the micro-batches to come."""
+    made = Plan(phases, budget(s), estimates.machine_rates(), s.batch_size)
+    for p in phases:
+        moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
+        cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(made.rates))}")
+    fits = "fits" if made.peak_bytes <= made.budget.limit_bytes else "does not fit"
+    cli.say(f"peak {gib(made.peak_bytes)} {fits} the budget of {gib(made.budget.limit_bytes)}")
+    return made
 
 
 def cut(s: S, folder: Path | None, phase: Callable[[S], Phase]) -> S:

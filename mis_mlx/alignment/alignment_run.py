@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,6 +22,8 @@ import mlx.nn as nn
 from mis_mlx import cli
 from mis_mlx.alignment import lora
 from mis_mlx.alignment.alignment_plan import Alignment, Plan
+from mis_mlx.data import examples
+from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.checkpoints import Checkpoints
 from mis_mlx.distillation.run_loop import entered, set_back, supervise
@@ -31,6 +33,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import Weather
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.models import distributed, load, model_writer, policy, stream
+from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
@@ -173,24 +176,44 @@ class Run:
         return result
 
 
+def data(
+    s: Alignment, checkpoint: Checkpoint, shapes: Sequence[str], answers: Sequence[str] = (), mask_prompt: bool = True
+) -> tuple[list[list[Sequenced]], list[list[Sequenced]], dict[str, Any]]:
+    """(rows to train on, held-out ones, encoded; what is known of the data); every row is checked."""
+    rows = examples.load(s.data, shapes, s.data_licence, s.scrub_pii)
+    tokenizer = load.tokenizer(checkpoint.path)
+    train, cut = examples.encode(rows.train, tokenizer, s.max_seq_length, answers, mask_prompt)
+    valid, _ = examples.encode(rows.valid, tokenizer, s.max_seq_length, answers, mask_prompt)
+    what = "answers" if answers else "rows"
+    for note in [*rows.notes, *([f"{cut} {what} are cut at {s.max_seq_length} tokens"] if cut else [])]:
+        cli.say(note)
+    return train, valid[: s.eval_rows], rows.card(examples.fingerprint([*train, *valid]))
+
+
 @contextmanager
 def running(
-    s: Alignment, folder: Path | None, checkpoint: Checkpoint, made: Plan, card: Mapping[str, Any], name: str
+    s: Alignment, folder: Path | None, checkpoint: Checkpoint, plan: Plan, card: Mapping[str, Any], name: str
 ) -> Iterator[Run]:
-    """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint"."""
-    made.check()
+    """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint".
+
+    MisError with both numbers where the plan does not fit the budget.
+    """
+    worst = max(plan.phases, key=lambda p: p.peak_bytes)
+    remedy = f"give --budget {estimates.flag(plan.peak_bytes)} or more, lower --batch-size or --max-seq-length, "
+    remedy += "or use --fine-tune-type lora; alignment trains whole models in memory"
+    plan.budget.need(plan.peak_bytes, worst.name, remedy)
     if folder is None:
-        cli.say(progress.promise(made.seconds))
+        cli.say(progress.promise(plan.seconds))
     files, origin = Files(), run_folder.origin(checkpoint, card["fingerprint"])
 
     def new() -> Path:
         stored = {k: v for k, v in asdict(s).items() if k not in run_folder.NOT_STORED}
-        way = {"mode": "resident", "micro": made.micro_batch}
+        way = {"mode": "resident", "micro": plan.micro_batch}
         return run_folder.create(s.out, f"{name_of(checkpoint.path)}-{name}", stored, origin, way, files)
 
     with (
-        progress.run(name, {name: made.seconds}),
-        entered(folder, new, origin, made.budget, made.peak_bytes, s, files) as (place, weather),
+        progress.run(name, {name: plan.seconds}),
+        entered(folder, new, origin, plan.budget, plan.peak_bytes, s, files) as (place, weather),
     ):
         if not (place / run_folder.DATA).exists():
             files.replace_text(place / run_folder.DATA, json.dumps(dict(card), indent=2, ensure_ascii=False))
@@ -200,4 +223,4 @@ def running(
             lora.insert(model, s.lora, s.seed)
             mx.eval(model.parameters())
         optimizer = GoralW(weight_decay=s.weight_decay)
-        yield Run(s, place, checkpoint, model, optimizer, made, weather, files, card)
+        yield Run(s, place, checkpoint, model, optimizer, plan, weather, files, card)

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -26,7 +25,6 @@ from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.models import attention_masks, batch_sampling, distributed, load, stream
 from mis_mlx.planner.recipe import Schedule
-from mis_mlx.storage.files import Files
 from mis_mlx.types import MisError, Step
 
 SAMPLES = "samples.jsonl"
@@ -76,10 +74,6 @@ class Rollout:
 
     parts: Sequence[tuple[Any, ...]]
     facts: Mapping[str, float]
-
-    def again(self, step: int) -> Sequence[tuple[Any, ...]]:
-        """The same answers for every update of a step."""
-        return self.parts
 
 
 @dataclass
@@ -230,9 +224,13 @@ def train(
         mx.reset_peak_memory()
         rollout = rollouts(step)
         peak = mx.get_peak_memory()
+
+        def same(_: int, parts: Sequence[tuple[Any, ...]] = rollout.parts) -> Sequence[tuple[Any, ...]]:
+            return parts
+
         done = Step(step + 1, 0.0, 0.0, schedule.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
         for _ in range(updates if distributed.anywhere(rollout.parts) else 0):
-            done = next(train_loop.train(model, rollout.again, loss, optimizer, schedule, step))
+            done = next(train_loop.train(model, same, loss, optimizer, schedule, step))
         facts = {**done.more, **rollout.facts}
         seconds, peak = train_loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)
         cells = "  ".join(f"{facts[n]:>13{form}}" if n in facts else " " * 13 for n, form in TABLE)
@@ -258,8 +256,3 @@ def measure(
         )
     facts = _facts(rewards, scores, answers, policy.teaches(rewards), o.max_tokens)
     return {"loss": 0.0 - facts["reward"], **{k: v for k, v in facts.items() if k not in ("kept", "groups")}}
-
-
-def logger(path: Path, files: Files) -> Callable[[str], None]:
-    """Writes a line to the log at `path`."""
-    return lambda line: files.append(path, line)

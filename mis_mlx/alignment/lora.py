@@ -38,8 +38,6 @@ class Lora:
             raise MisError(
                 f"--num-layers is {self.num_layers}, the model has {layers}: give 1 to {layers}, or -1 for all"
             )
-        if self.rank < 1:
-            raise MisError(f"--rank is {self.rank}: give 1 or more")
 
     def params(self, config: Mapping[str, Any]) -> int:
         """How many numbers are trained."""

@@ -13,11 +13,6 @@ import mlx.nn as nn
 LossType = Literal["dpop", "sigmoid", "ipo", "hinge"]
 
 
-def rewards(policy: mx.array, reference: mx.array) -> mx.array:
-    """r = log pi(y|x) - log pi_ref(y|x) of every answer, (B,): DPO's implicit reward over beta."""
-    return policy - reference
-
-
 def pair_losses(
     chosen: mx.array,
     rejected: mx.array,
@@ -27,8 +22,9 @@ def pair_losses(
     chosen_tokens: mx.array | float = 1.0,
     rejected_tokens: mx.array | float = 1.0,
 ) -> mx.array:
-    """(B,) losses of pairs with `rewards` chosen and rejected, (B,) each, and so many tokens in the answers.
+    """(B,) losses of pairs whose answers have rewards r_w, chosen, and r_l, rejected, (B,) each, and so many tokens.
 
+    r = log pi(y|x) - log pi_ref(y|x): DPO's implicit reward over beta.
     sigmoid: -log sigma(beta (r_w - r_l)) (arXiv 2305.18290 eq. 7).
     dpop: -log sigma(beta (r_w - r_l - lambda max(0, -r_w))) (arXiv 2402.13228 eq. 3): lambda stands inside beta and
         inside sigma; it pushes back as soon as the chosen answer becomes less likely than it was. At r_w = 0, where

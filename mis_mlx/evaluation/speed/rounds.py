@@ -68,7 +68,6 @@ def figures(trials: Sequence[Trial], r: Request, idle: Energy | None = None) -> 
         "tpot_ms": [1000 * t.tpot_s for t in trials],
         "itl_ms": [1000 * gap for t in trials for gap in t.gaps_s],
         "decode_tps": [r.batch / t.tpot_s for t in trials],
-        "accepted": [t.accepted[0] / t.accepted[1] for t in trials if t.accepted and t.accepted[1]],
         "peak_mb": [t.peak_bytes / 1e6 for t in trials if t.peak_bytes],
         "joules": [j / (r.batch * (r.answer - 1)) for j in joules if j is not None],
     }

@@ -28,7 +28,6 @@ METRICS = (
     ("decode_best_tps", "– at best here, tokens/s", ".1f"),
     ("reached", "– reached of that", ".0%"),
     ("m1_best_tps", "– at best on an M1 (68 GB/s), computed", ".0f"),
-    ("accepted", "guesses accepted", ".0%"),
     ("peak_mb", "peak memory, MB", ".0f"),
     ("joules", "energy above idle, J/token, an estimate", ".3f"),
 )
@@ -42,8 +41,7 @@ def rows(fixed: Facts, measured: Facts) -> list[Row]:
     for name, values in measured.items():
         f = fixed[name]
         found += [Row(name, "params", f["params"] / 1e6), Row(name, "weights_mb", f["weight_bytes"] / 1e6)]
-        if "m1_best_tps_computed" in f:
-            found.append(Row(name, "m1_best_tps", f["m1_best_tps_computed"]))
+        found.append(Row(name, "m1_best_tps", f["m1_best_tps_computed"]))
         for metric, value in values.items():
             if isinstance(value, Mapping):
                 mean, sd, n = value["mean"], value["sd"], value["n"]
@@ -60,7 +58,7 @@ def sentences(fixed: Facts, measured: Facts, r: Request) -> list[str]:
     alone = [
         {"name": n, "kind": fixed[n]["format"], "best": v["decode_best_tps"], "bound": v["bound"],
          "tps": v["decode_tps"]["median"]}
-        for n, v in measured.items() if "bound" in v
+        for n, v in measured.items()
     ]  # fmt: skip
     said = [roofline.bound(facts) for facts in alone]
     said += [roofline.against(alone[0], facts) for facts in alone[1:]]
