@@ -76,7 +76,7 @@ def measured(s: Settings, folder: Path, questions: Sequence[dict[str, str]]) -> 
     encoded, _ = examples.encode(placed, tokenizer, 512, ("answer",))
     prompts = [[int(t) for t in ids[: int(learn.argmax())]] for ((ids, learn),) in encoded]
     objective = training.Objective("dapo", 0.2, 0.28, 0.0, s.max_completion_length, 1.0)
-    functions = reward_runner.functions(None, None, None)
+    functions = reward_runner.functions(None, None)
     sampler = training.Sampler(model, questions, prompts, tokenizer, functions, objective, 0, 0, 0, 32, seed=7)
     found = {}
     for name, samples in (("greedy", 0), ("sampled", s.eval_samples)):

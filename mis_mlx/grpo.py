@@ -55,9 +55,7 @@ class Settings(Alignment):
     num_iterations: Count = 1
     """updates of the weights in a step, all on the same answers; with 1 every ratio is 1 and nothing is clipped"""
     reward_functions: str | None = None
-    """names with commas; default: correct,format, or all functions of the file"""
-    reward_weights: str | None = None
-    """a number for each of them, with commas; default: 1"""
+    """names with commas, whose rewards are added up; default: correct,format, or all functions of the file"""
     reward_functions_file: str | None = None
     """Python file of functions f(prompts, completions, answer) -> list of numbers or None"""
     reward_timeout: Positive = reward_runner.SECONDS
@@ -150,7 +148,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder = alignment_plan.resumed(settings)
     s.check()
     checkpoint = alignment_plan.opened(s)
-    functions = reward_runner.functions(s.reward_functions, s.reward_weights, s.reward_functions_file, s.reward_timeout)
+    functions = reward_runner.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
     train, valid, card = _questions(s, checkpoint, functions)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget)).limit_bytes
     play, learn, kept = _phases(s, checkpoint, max(train.longest, valid.longest), limit)

@@ -27,21 +27,16 @@ def completion(case: dict[str, Any]) -> str:
 
 
 def test_no_wrong_answer_is_rewarded() -> None:
-    """Not one of the 147 that a reader calls wrong; of the 126 right ones at least 93 % are seen."""
+    """Not one of the 147 that a reader calls wrong; of the 126 right ones at least 93 % are seen. No pattern backtracks
+    for seconds: all of it takes about 0.1 s of processor time."""
+    began = time.process_time()
     scored = [(c, rewards.accuracy(completion(c), c["answer"], c["language"])) for c in CASES]
     assert len(CASES) >= 200 and {c["language"] for c in CASES} == {"pl", "en", None}
     assert sum(not c["right"] for c in CASES) >= 100
     assert [c["about"] for c, score in scored if score != 0.0 and not c["right"]] == []
     right = [score for c, score in scored if c["right"]]
     assert None not in right and sum(right) / len(right) >= RECALL
-
-
-def test_no_case_takes_long() -> None:
-    """The longest texts are refused before they are read; no pattern backtracks for seconds."""
-    began = time.process_time()
-    for case in CASES:
-        rewards.well_formed(completion(case), case["answer"], case["language"])
-    assert time.process_time() - began < 20  # of processor time; it is about 0.05
+    assert time.process_time() - began < 20
 
 
 def test_the_format_counts_only_with_an_answer_that_reads() -> None:
@@ -80,7 +75,8 @@ def test_an_answer_key_that_is_no_value_scores_nobody() -> None:
 )
 def test_numbers(text: str, language: answer_parsing.Language | None, value: Fraction | None) -> None:
     """Exact, by the language's own comma, or none."""
-    assert answer_parsing.number(text, language) == value
+    found = answer_parsing.quantity(text, language)
+    assert (found and found.amount) == value
 
 
 def test_units_by_pencil() -> None:
@@ -100,7 +96,7 @@ def functions(tmp_path: Path, source: str, **given: Any) -> tuple[reward_runner.
     """The functions of a user's file with this source."""
     path = tmp_path / "mine.py"
     path.write_text(source)
-    return reward_runner.functions(given.pop("names", None), given.pop("weights", None), str(path), **given)
+    return reward_runner.functions(given.pop("names", None), str(path), **given)
 
 
 ROWS = [{"prompt": "p", "answer": "5", "language": "en", "task": "sums"}, {"prompt": "q", "answer": "7"}]
@@ -109,10 +105,8 @@ GROUPS = [["Answer: 5", "Answer: 6"], ["Answer: 7", "7", ""]]
 
 def test_ours_are_scored_in_a_child() -> None:
     """Right and in form 1.1, right 1, in form 0.1; the prompt's language is passed on."""
-    found = reward_runner.score(reward_runner.functions(None, None, None), ROWS, GROUPS)
+    found = reward_runner.score(reward_runner.functions(None, None), ROWS, GROUPS)
     assert [s.totals for s in found] == [(1.1, 0.1), (1.1, 1.0, 0.0)]
-    weighted = reward_runner.functions("format,correct", "10,1", None)
-    assert reward_runner.score(weighted, ROWS[:1], GROUPS[:1])[0].totals == (2.0, 1.0)
 
 
 def test_the_users_functions(tmp_path: Path) -> None:
@@ -125,8 +119,8 @@ def test_the_users_functions(tmp_path: Path) -> None:
         "    return [None if t is None else 1 for t in task]\n"
         "def _hidden():\n    pass\n"
     )
-    found = reward_runner.score(functions(tmp_path, source, weights="1,0.5"), ROWS, GROUPS)
-    assert [s.totals for s in found] == [(9.5, 9.5), (9.0, 1.0, 0.0)]
+    found = reward_runner.score(functions(tmp_path, source), ROWS, GROUPS)
+    assert [s.totals for s in found] == [(10.0, 10.0), (9.0, 1.0, 0.0)]
     assert found[1].parts == {"long": (9.0, 1.0, 0.0), "mine": (None, None, None)}
     both = functions(tmp_path, source, names="long,correct")
     assert [f.name for f in both] == ["long", "correct"]
@@ -218,19 +212,15 @@ def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    """Unknown names, weights that do not fit, files that are none, lists of the wrong length."""
+    """Unknown names, files that are none, lists of the wrong length."""
     with pytest.raises(MisError, match="names nice, which is not there: known are correct, format"):
-        reward_runner.functions("nice", None, None)
-    with pytest.raises(MisError, match="has 1 numbers for 2 functions"):
-        reward_runner.functions(None, "1", None)
-    with pytest.raises(MisError, match="are not numbers"):
-        reward_runner.functions(None, "a,b", None)
+        reward_runner.functions("nice", None)
     with pytest.raises(MisError, match="does not read as Python"):
         functions(tmp_path, "def f(:\n")
     with pytest.raises(MisError, match="has 0 functions"):
         functions(tmp_path, "x = 1\n")
     with pytest.raises(MisError, match="does not read as Python"):
-        reward_runner.functions(None, None, str(tmp_path / "none.py"))
+        reward_runner.functions(None, str(tmp_path / "none.py"))
     short = functions(tmp_path, "def f(prompts, completions, answer):\n    return [1]\n")
     with pytest.raises(MisError, match="the reward function f returned .1.: it owes a list of 5 numbers"):
         reward_runner.score(short, ROWS, GROUPS)

@@ -63,28 +63,17 @@ _LATEX = re.compile(r"([0-9]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 
 @dataclass(frozen=True)
 class Quantity:
-    """`amount` in the smallest unit of its kind ("mass": mg); `given`: as written, before its unit. kind "": none."""
+    """`amount` in the smallest unit of its kind ("mass": mg); `given`: as written, before its unit.
+
+    kind "": no unit. kind "clock": a time of day, in minutes after midnight.
+    """
 
     amount: Fraction
     kind: str = ""
     given: Fraction | None = None  # None: of more than one part, "1 kg 20 dag"
 
 
-@dataclass(frozen=True)
-class Clock:
-    """Minutes after midnight."""
-
-    minutes: int
-
-
-@dataclass(frozen=True)
-class Names:
-    """Words in their order, in lower case."""
-
-    words: tuple[str, ...]
-
-
-Value = Quantity | Clock | Names
+Value = Quantity | tuple[str, ...]  # the words of a list of names, in lower case
 
 
 @cache
@@ -119,17 +108,12 @@ def clean(text: str) -> str | None:
     return re.sub(r"\s+", " ", text).strip().strip("*_").strip()
 
 
-def number(text: str, language: Language | None) -> Fraction | None:
-    """An exact number that is all of `text`: "−3/4", "2 1/2", "1 250,5" (pl), "1,250.5" (en); None if it is none.
+def _fraction(m: re.Match[str], language: Language | None) -> Fraction | None:
+    """An exact number: "−3/4", "2 1/2", "1 250,5" (pl), "1,250.5" (en); None where it is none.
 
     language decides what one comma or point before three digits is: in Polish a comma is decimal and "1.250" is
     refused, since both readings occur; in English a comma groups. None: refused wherever the two would differ.
     """
-    match = _NUMBER.fullmatch(text)
-    return None if match is None else _fraction(match, language)
-
-
-def _fraction(m: re.Match[str], language: Language | None) -> Fraction | None:
     if sum(c.isdigit() for c in m[0]) > DIGIT_LIMIT:
         return None
     sign = -1 if (m["sign"] or "+").strip() in ("-", "−", "–", "minus") else 1
@@ -201,7 +185,7 @@ def _parts(text: str, language: Language | None) -> Iterator[tuple[int, Quantity
         at = rest.end()
 
 
-def clock(text: str) -> Clock | None:
+def clock(text: str) -> Quantity | None:
     """A time of day that is all of `text`: "14:35", "godz. 14.35", "2:35 pm"."""
     match = _TIME.fullmatch(text)
     if match is None:
@@ -211,38 +195,29 @@ def clock(text: str) -> Clock | None:
         return None
     if half:
         hours = hours % 12 + 12 * (half == "p")
-    return Clock(60 * hours + minutes)
+    return Quantity(Fraction(60 * hours + minutes), "clock")
 
 
-def names(text: str) -> Names | None:
+def names(text: str) -> tuple[str, ...] | None:
     """Words that are all of `text`, apart from what stands between items of a list: "Ala, Ola i Ewa"."""
-    text = re.sub(r" ?(?:,|;|>|→|->) ?(?:(?:i|and) )?| (?:i|and|oraz) ", ",", text)
-    words = text.split(",")
-    if not all(re.fullmatch(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", w) for w in words):
-        return None
-    return Names(tuple(w.lower() for w in words))
+    words = re.sub(r" ?(?:,|;|>|→|->) ?(?:(?:i|and) )?| (?:i|and|oraz) ", ",", text).split(",")
+    alike = all(re.fullmatch(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", word) for word in words)
+    return tuple(word.lower() for word in words) if alike else None
 
 
-def gold(text: str, language: Language | None) -> Value | None:
-    """The value of a right answer as a data set writes it; None when it is none of the three kinds."""
-    line = clean(text)
-    if not line:
-        return None
-    line = _plain(line)
-    if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line):
-        return clock(line)
-    return quantity(line, language) or names(line)
+def value(text: str, language: Language | None, like: Value | None = None) -> Value | None:
+    """The value of a right answer as a data set writes it; or of an answer, read as the kind of thing that `like` is.
 
-
-def like(text: str, right: Value, language: Language | None) -> Value | None:
-    """The value of an answer, read as the kind of thing that the right one is."""
-    line = clean(text)
-    if not line:
-        return None
-    line = _plain(line)
-    if isinstance(right, Clock):
-        return clock(line)
-    return quantity(line, language) if isinstance(right, Quantity) else names(line)
+    None where it is none: no number, time or names.
+    """
+    line = _plain(clean(text) or "")
+    if like is None:
+        if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line):
+            return clock(line)
+        return quantity(line, language) or names(line)
+    if isinstance(like, tuple):
+        return names(line)
+    return clock(line) if like.kind == "clock" else quantity(line, language)
 
 
 def _plain(line: str) -> str:
@@ -259,7 +234,7 @@ def same(answer: Value, right: Value) -> bool:
     An answer without a unit counts in the unit in which the right one is written; a percentage answers a
     question for a number; any other unit where none belongs is wrong.
     """
-    if not (isinstance(answer, Quantity) and isinstance(right, Quantity)):
+    if isinstance(answer, tuple) or isinstance(right, tuple):
         return answer == right
     if answer.kind == right.kind:
         return answer.amount == right.amount

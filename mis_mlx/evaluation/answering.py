@@ -188,21 +188,10 @@ def _choices(
     part, rows = min(distributed.gather(c.part)), option_likelihood.ROWS
     with memory.limited(limit):
         stream = machines.opened(checkpoint, limit, c.room_bytes, part, rows, layers)
-        for at in _parts([option_likelihood.length(e) for e in c.encoded], part):
+        lengths = list(map(option_likelihood.length, c.encoded))
+        for at in option_likelihood.grouped(range(len(lengths)), lengths, part):
             for i, values in zip(at, option_likelihood.score(stream, [c.encoded[i] for i in at]), strict=True):
                 yield {"n": left[i], "ll": values}
-
-
-def _parts(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Numbers of questions whose lengths together are at most `most`; a longer one is alone."""
-    held, taken = list[int](), 0
-    for number, length in enumerate(lengths):
-        if held and taken + length > most:
-            yield held
-            held, taken = [], 0
-        held.append(number)
-        taken += length
-    yield held
 
 
 @dataclass(frozen=True)
@@ -269,5 +258,5 @@ def _checked(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]
     """1 where the last line is the right answer (evaluation/rewards), in a process that can be stopped."""
     asked = [task.questions[n] for n in at]
     rows = [{"prompt": q.context, "answer": q.answer, "language": q.language} for q in asked]
-    scored = reward_runner.score(reward_runner.functions("correct", None, None), rows, [[text] for text in texts])
+    scored = reward_runner.score(reward_runner.functions("correct", None), rows, [[text] for text in texts])
     return [float(s.totals[0] or 0.0) for s in scored]

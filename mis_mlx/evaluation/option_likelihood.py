@@ -1,12 +1,12 @@
 """How likely each option is after its question: log-likelihoods, as lm-eval defines them. Streamed.
 
 A question is computed once for all of its options, which do not see each other; several questions share a sequence of
-tokens, and nothing is padded. Does not know which option is right, nor where results go.
+tokens, and nothing is padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,17 +63,24 @@ def length(e: Encoded) -> int:
     return len(e[0]) + sum(len(option) - 1 for option in e[1])
 
 
+def grouped(numbers: Iterable[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """The numbers in groups whose lengths together are at most `most`; what is longer is alone."""
+    group, taken = list[int](), 0
+    for number in numbers:
+        if group and taken + lengths[number] > most:
+            yield group
+            group, taken = [], 0
+        group.append(number)
+        taken += lengths[number]
+    if group:
+        yield group
+
+
 def packs(encoded: Sequence[Encoded], rows: int = ROWS) -> Iterator[Pack]:
-    """All questions, those of like length together, in sequences of up to `rows` tokens; a longer one is alone."""
-    held, taken = list[int](), 0
-    for number in sorted(range(len(encoded)), key=lambda n: -length(encoded[n])):
-        if held and taken + length(encoded[number]) > rows:
-            yield _pack(encoded, held)
-            held, taken = [], 0
-        held.append(number)
-        taken += length(encoded[number])
-    if held:
-        yield _pack(encoded, held)
+    """All questions, those of like length together, in sequences of up to `rows` tokens."""
+    lengths = list(map(length, encoded))
+    for which in grouped(sorted(range(len(encoded)), key=lambda n: -lengths[n]), lengths, rows):
+        yield _pack(encoded, which)
 
 
 def _pack(encoded: Sequence[Encoded], which: Sequence[int]) -> Pack:

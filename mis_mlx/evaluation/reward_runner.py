@@ -7,7 +7,6 @@ never a number, so that what breaks a verifier is not rewarded.
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ class Function:
     """A reward: `f(prompts, completions, answer)`, and other columns of the data if it names them."""
 
     name: str
-    weight: float
     source: str
     function: str
     seconds: float = SECONDS
@@ -34,37 +32,26 @@ class Function:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one group: total reward and parts of every completion, None where nobody could score; what failed."""
+    """Of one group: total reward and parts of every completion, None where no function could score; what failed."""
 
     totals: tuple[float | None, ...]
     parts: Mapping[str, tuple[float | None, ...]]
     notes: tuple[str, ...]
 
 
-def functions(
-    names: str | None, weights: str | None, file: str | None, seconds: float = SECONDS
-) -> tuple[Function, ...]:
-    """What --reward-functions, --reward-weights and --reward-functions-file ask for; the file is read, not run.
+def functions(names: str | None, file: str | None, seconds: float = SECONDS) -> tuple[Function, ...]:
+    """What --reward-functions and --reward-functions-file ask for; the file is read, not run.
 
     names None: all public functions of the file, or ours where there is none. MisError names what is unknown.
     """
     theirs = _public(file) if file else []
     chosen = [n.strip() for n in names.split(",")] if names else theirs or list(OURS)
-    for name in chosen:
-        if name not in theirs and name not in OURS:
-            known = ", ".join([*theirs, *OURS])
-            raise MisError(f"--reward-functions names {name}, which is not there: known are {known}")
-    try:
-        values = [float(w) for w in weights.split(",")] if weights else [1.0] * len(chosen)
-    except ValueError:
-        raise MisError(f"--reward-weights {weights!r} are not numbers: write one for each function, 1,0.5") from None
-    if len(values) != len(chosen) or not all(map(math.isfinite, values)):
-        raise MisError(f"--reward-weights has {len(values)} numbers for {len(chosen)} functions: give one for each")
+    if unknown := [name for name in chosen if name not in theirs and name not in OURS]:
+        known = ", ".join([*theirs, *OURS])
+        raise MisError(f"--reward-functions names {unknown[0]}, which is not there: known are {known}")
     return tuple(
-        Function(name, weight, str(file), name, seconds)
-        if name in theirs
-        else Function(name, weight, rewards.__name__, OURS[name])
-        for name, weight in zip(chosen, values, strict=True)
+        Function(name, str(file), name, seconds) if name in theirs else Function(name, rewards.__name__, OURS[name])
+        for name in chosen
     )
 
 
@@ -72,7 +59,7 @@ def _public(file: str) -> list[str]:
     try:
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError) as error:
-        raise MisError(f"--reward-functions-file {file} does not read as Python ({error}): mend it") from None
+        raise MisError(f"--reward-functions-file {file} does not read as Python ({error}): fix it") from None
     found = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
     if not found or not file.endswith(".py"):
         raise MisError(f"--reward-functions-file {file} has {len(found)} functions: give a .py file with at least one")
@@ -96,14 +83,17 @@ def score(
     functions: Sequence[Function], rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[str]]
 ) -> list[Scores]:
     """Rewards of each row's group of completions. MisError where a function returns something else than it owes."""
-    found = {f.name: _values(f, rows, groups) for f in functions}
-    made = []
+    by_name = {f.name: _values(f, rows, groups) for f in functions}
+    scores = []
     for n in range(len(rows)):
-        parts = {name: tuple(each[n][0]) for name, each in found.items()}
-        totals = tuple(_total([f.weight for f in functions], v) for v in zip(*parts.values(), strict=True))
-        notes = tuple(f"{name}: {each[n][1]}" for name, each in found.items() if each[n][1])
-        made.append(Scores(totals, parts, notes))
-    return made
+        parts = {name: tuple(each[n][0]) for name, each in by_name.items()}
+        totals = []
+        for values in zip(*parts.values(), strict=True):
+            scored = [v for v in values if v is not None]
+            totals.append(sum(scored) if scored else None)
+        notes = tuple(f"{name}: {each[n][1]}" for name, each in by_name.items() if each[n][1])
+        scores.append(Scores(tuple(totals), parts, notes))
+    return scores
 
 
 def _values(
@@ -126,16 +116,8 @@ def _asked(f: Function, rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequ
     arguments = {key: [row.get(key) for row, _ in each] for key in sorted(keys)}
     arguments |= {"prompts": [row["prompt"] for row, _ in each], "completions": [text for _, text in each]}
     limit = MEMORY_BYTES if f.source == rewards.__name__ else 0
-    return _checked(f.name, child_process.ask(f.source, f.function, arguments, f.seconds, limit), len(each))
-
-
-def _checked(name: str, values: Any, count: int) -> list[float | None]:
-    if isinstance(values, list) and len(values) == count and all(isinstance(v, int | float | None) for v in values):
+    values = child_process.ask(f.source, f.function, arguments, f.seconds, limit)
+    if isinstance(values, list) and len(values) == len(each) and all(isinstance(v, int | float | None) for v in values):
         return [None if v is None else float(v) for v in values]
-    raise MisError(f"the reward function {name} returned {str(values)[:60]}: it owes a list of {count} numbers or None")
-
-
-def _total(weights: Sequence[float], values: Sequence[float | None]) -> float | None:
-    """Weighted sum of what could be scored; None where nothing could."""
-    scored = [w * v for w, v in zip(weights, values, strict=True) if v is not None]
-    return sum(scored) if scored else None
+    owed = f"a list of {len(each)} numbers or None"
+    raise MisError(f"the reward function {f.name} returned {str(values)[:60]}: it owes {owed}")

@@ -83,46 +83,45 @@ def _bare(answer: str) -> str:
 
 
 @cache
-def _gold(answer: str, language: Language | None) -> answer_parsing.Value | None:
-    return answer_parsing.gold(answer, language)
+def _right(answer: str, language: Language | None) -> answer_parsing.Value | None:
+    return answer_parsing.value(answer, language)
 
 
 def accuracy(completion: str, answer: str, language: Language | None = None) -> float | None:
     """1.0 when the completion's answer is `answer`, exactly; else 0.0. None when `answer` itself is no value."""
-    right = _gold(answer, language)
+    right = _right(answer, language)
     if right is None:
         return None
-    said = answer_in(completion)
-    read = None if said is None else answer_parsing.like(said, right, language)
+    read = answer_parsing.value(answer_in(completion) or "", language, right)
     return float(read is not None and answer_parsing.same(read, right))
 
 
 def well_formed(completion: str, answer: str, language: Language | None = None) -> float | None:
     """1.0 when the last line is marked as the answer and reads as the kind of value that `answer` is, if also wrong."""
-    right = _gold(answer, language)
+    right = _right(answer, language)
     if right is None:
         return None
     said = answer_in(completion) if marked(completion) else None
-    return float(said is not None and answer_parsing.like(said, right, language) is not None)
+    return float(answer_parsing.value(said or "", language, right) is not None)
 
 
-def _each(score, completions, answer, language) -> list[float | None]:  # type: ignore[no-untyped-def]
-    known = [tongue if tongue in ("pl", "en") else None for tongue in language or [None] * len(completions)]
-    return [score(c, a, tongue) for c, a, tongue in zip(completions, answer, known, strict=True)]
+Languages = Sequence[Language | None]
 
 
 def correct(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Sequence[Language | None] = ()
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Languages = ()
 ) -> list[float | None]:
-    """`accuracy` of every completion."""
-    return _each(accuracy, completions, answer, language)
+    """`accuracy` of every completion. language: other ones than these two count as not known."""
+    known = [tongue if tongue in ("pl", "en") else None for tongue in language or [None] * len(completions)]
+    return [accuracy(*each) for each in zip(completions, answer, known, strict=True)]
 
 
 def formatted(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Sequence[Language | None] = ()
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Languages = ()
 ) -> list[float | None]:
     """`well_formed` of every completion, times 0.1: never worth more than being right."""
-    scores = _each(well_formed, completions, answer, language)
+    known = [tongue if tongue in ("pl", "en") else None for tongue in language or [None] * len(completions)]
+    scores = [well_formed(*each) for each in zip(completions, answer, known, strict=True)]
     return [None if s is None else FORMAT_REWARD * s for s in scores]
 
 

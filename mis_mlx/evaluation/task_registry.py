@@ -74,7 +74,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
         if task.kind == "checked":
             questions_ = [{"answer": q.answer, "language": q.language} for q in task.questions]
             where = [f"{task.name} question {n + 1}" for n in range(len(questions_))]
-            rows.refuse(reward_runner.unanswerable(reward_runner.functions("correct", None, None), questions_, where))
+            rows.refuse(reward_runner.unanswerable(reward_runner.functions("correct", None), questions_, where))
     called = [task.name for task in tasks]
     if twice := sorted({name for name in called if called.count(name) > 1}):
         raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")
