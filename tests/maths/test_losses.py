@@ -49,42 +49,20 @@ def plain(p: dict[str, mx.array], temperature: float) -> tuple[mx.array, list[mx
     return mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
 
 
-def exact(p: dict[str, mx.array], temperature: float) -> float:
-    """The same in numpy float64."""
-    a = {k: np.array(v, dtype=np.float64) for k, v in p.items()}
-    z_t, z_s = a["teacher"] @ a["teacher_head"].T / temperature, a["student"] @ a["head"].T / temperature
-    log_t = z_t - np.log(np.exp(z_t - z_t.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z_t.max(-1, keepdims=True)
-    log_s = z_s - np.log(np.exp(z_s - z_s.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z_s.max(-1, keepdims=True)
-    return float(((np.exp(log_t) * (log_t - log_s)).sum(-1) * a["learn"]).sum())
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("rows", [1, 4, 13, None])
+@pytest.mark.parametrize(("temperature", "rows"), [(1.0, 1), (1.0, None), (2.0, 4), (2.0, 13)])
 def test_chunked_kl_is_the_plain_formula(temperature: float, rows: int | None) -> None:
-    """Value and both gradients equal autodiff (1e-5) and float64, however the positions are cut, at T = 1 and 2."""
+    """Value and both gradients equal autodiff of whole logits (1e-5), however the positions are cut; where learn is 0
+    the gradient is exactly 0, elsewhere it is not."""
     p = problem()
     value, gradients = chunked(p, temperature, rows)
     wanted, wanted_gradients = plain(p, temperature)
-    assert value.item() == pytest.approx(exact(p, temperature), rel=1e-5)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
     for got, want in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5, atol=1e-5)
+    assert np.array_equal(np.abs(np.array(gradients[0])).sum(axis=1) > 0, np.array(p["learn"]) == 1)
 
 
-def test_the_gradient_scales_with_what_is_above() -> None:
-    """Whatever multiplies the loss multiplies the gradient: the cotangent is not dropped."""
-    p = problem()
-
-    def loss(student: mx.array) -> mx.array:
-        return 3.0 * losses.kl_sum(student, p["head"], p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"])
-
-    got = mx.grad(loss)(p["student"])
-    np.testing.assert_allclose(np.array(got), 3 * np.array(chunked(p, 1.0, None)[1][0]), rtol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [4, None])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("c", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize(("c", "temperature", "rows"), [(0.25, 1.0, 4), (0.5, 2.0, None), (1.0, 1.0, None)])
 def test_cross_entropy_is_the_plain_formula(c: float, temperature: float, rows: int | None) -> None:
     """(1 - c) KL + c CE: value and both gradients equal autodiff of whole logits to 1e-5."""
     p, labels = problem(), mx.random.randint(0, V, (N,), key=mx.random.key(3))
@@ -110,8 +88,7 @@ def test_cross_entropy_is_the_plain_formula(c: float, temperature: float, rows: 
 
 
 def test_cross_entropy_by_pencil() -> None:
-    """Two tokens, teacher 3 : 1, student 1 : 1, the text says the first: KL 0.75 ln 1.5 + 0.25 ln 0.5, CE ln 2. A
-    share of 0 is plain KL, value and gradient, bit for bit."""
+    """Two tokens, teacher 3 : 1, student 1 : 1, the text says the first: KL 0.75 ln 1.5 + 0.25 ln 0.5, CE ln 2."""
     one, head = mx.array([[1.0]]), mx.array([[0.0], [0.0]])
     label, two_logits = mx.array([0]), mx.array([[np.log(3.0)], [0.0]])
 
@@ -121,19 +98,10 @@ def test_cross_entropy_by_pencil() -> None:
     forward = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
     mixed = kl(one, labels=label, cross_entropy=0.25).item()
     assert mixed == pytest.approx(0.75 * forward + 0.25 * np.log(2), abs=1e-6)
-    p, labels = problem(), mx.random.randint(0, V, (N,), key=mx.random.key(3))
-
-    def sums(student: mx.array, head: mx.array, label: mx.array | None) -> mx.array:
-        return losses.kl_sum(
-            student, head, p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"], labels=label, cross_entropy=0.0
-        )
-
-    (a, off), (b, plain) = (mx.value_and_grad(sums, (0, 1))(p["student"], p["head"], at) for at in (labels, None))
-    assert a.item() == b.item() and all(mx.array_equal(x, y) for x, y in zip(off, plain, strict=True))
 
 
 def test_a_frozen_head_changes_neither_value_nor_the_students_gradient() -> None:
-    """Bit for bit those with the head trained, and whatever multiplies the loss multiplies the gradient."""
+    """Bit for bit those with the head trained; and three times the loss has three times the gradient."""
     p = problem()
 
     def loss(student: mx.array, head: mx.array, frozen: bool) -> mx.array:
@@ -142,7 +110,8 @@ def test_a_frozen_head_changes_neither_value_nor_the_students_gradient() -> None
         )
 
     (a, got), (b, want) = (mx.value_and_grad(loss)(p["student"], p["head"], frozen) for frozen in (True, False))
-    assert a.item() == b.item() and mx.array_equal(got, want) and mx.abs(got).max().item() > 0
+    assert a.item() == b.item() and mx.array_equal(got, want)
+    np.testing.assert_allclose(np.array(got), 3 * np.array(chunked(p, 2.0, 4)[1][0]), rtol=1e-6)
     nothing = mx.grad(loss, argnums=1)(p["student"], p["head"], True)
     assert not mx.any(nothing).item()
 
@@ -167,23 +136,6 @@ def test_a_frozen_head_has_no_gradient_in_memory() -> None:
         mx.eval(mx.value_and_grad(loss)(student))
         over.append(mx.get_peak_memory() - before > wide.nbytes)
     assert over == [False, True]
-
-
-def test_masked_positions_get_no_gradient() -> None:
-    """learn = 0 leaves a position out of the loss and its gradient is exactly 0."""
-    p = problem()
-    _, (gradient, _) = chunked(p, 1.0, 4)
-    masked = np.array(p["learn"]) == 0
-    assert masked.any() and (np.array(gradient)[masked] == 0).all()
-    assert (np.abs(np.array(gradient)[~masked]).sum(axis=1) > 0).all()
-
-
-def test_a_perfect_student_has_no_loss() -> None:
-    """The same logits on both sides: KL and gradient are 0 (to rounding)."""
-    p = problem()
-    p |= {"teacher": p["student"], "teacher_head": p["head"]}
-    value, (gradient, _) = chunked(p, 1.0, None)
-    assert abs(value.item()) < 1e-4 and mx.abs(gradient).max().item() < 1e-5
 
 
 def test_memory_is_bounded_by_the_chunk() -> None:
@@ -238,7 +190,7 @@ def test_chunk_rows_by_pencil() -> None:
     assert losses.chunk_rows(50_000_000) == 8  # never fewer: a chunk has its cost
 
 
-@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
+@pytest.mark.parametrize("shift", [0.0, 1e4])
 def test_softmax_lse_against_float64(shift: float) -> None:
     """softmax and logsumexp of large logits neither overflow nor drift (relative float32 rounding)."""
     z = np.random.default_rng(0).normal(0, 20, (6, 300)).astype(np.float32) + np.float32(shift)
@@ -261,20 +213,11 @@ def test_reference_by_pencil() -> None:
     assert reference.compare(mx.array([[0.0, 1.0]]))[2].item() == 0.0
 
 
-def test_no_wind_is_exactly_one() -> None:
-    """Unmeasured air gives sigma 0, and sigma 0 gives the factor 1.0, not nearly."""
-    assert losses.halny_sigma(None) == 0.0
-    assert [losses.halny_factor(0.0, seed, 5) for seed in range(3)] == [1.0, 1.0, 1.0]
-
-
-def test_halny_sigma_by_pencil() -> None:
-    """15 °C of spread are the full 0.15, 5 °C a third of it."""
-    assert losses.halny_sigma(15.0) == pytest.approx(0.15)
-    assert losses.halny_sigma(5.0) == pytest.approx(0.05)
-
-
 def test_halny_factor_is_clipped_and_repeats() -> None:
-    """A storm (sigma 10) stays within ±0.15; a seed and step always meet the same wind, others another."""
+    """15 °C of spread are the full 0.15; no wind is exactly 1; a storm (sigma 10) stays within ±0.15; a seed and step
+    always meet the same wind, others another."""
+    assert (losses.halny_sigma(None), losses.halny_sigma(5.0)) == (0.0, pytest.approx(0.05))
+    assert losses.halny_factor(0.0, 0, 5) == 1.0
     storm = [losses.halny_factor(10.0, 0, step) for step in range(50)]
     assert min(storm) == pytest.approx(0.85) and max(storm) == pytest.approx(1.15)
     breeze = [losses.halny_factor(0.05, 3, step) for step in range(400)]
