@@ -38,10 +38,8 @@ IDLE_S = 5.0  # of rest, whose power is taken off
 class Settings(Computing, WeatherFlags):
     """The same texts and lengths for every model, in turn (A B A B), so that drift hits all alike."""
 
-    model: Annotated[
-        tuple[str | tuple[str, ...], ...], tyro.conf.arg(metavar="MODEL [MODEL ...]"), tyro.conf.UseAppendAction
-    ] = ()
-    """folders or hub ids, `--model A B` or `--model A --model B`; default: SmolLM2-135M-Instruct"""
+    model: tuple[str, ...] = ()
+    """folders or hub ids, `--model A B`; default: SmolLM2-135M-Instruct"""
     prompt_tokens: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-p"])] = 512
     """tokens in the prompt; every trial has a text of its own"""
     generation_tokens: Annotated[int, Within(2, MOST), tyro.conf.arg(aliases=["-g"])] = 128
@@ -63,12 +61,7 @@ class Settings(Computing, WeatherFlags):
     out: str | None = None
     """a JSON file for the result and every trial; it has the finished ones from the first round on"""
     config: cli.ConfigFile = None
-    """YAML file with any of these flags; its models come before those given by hand"""
-
-    @property
-    def models(self) -> list[str | None]:
-        """Every model asked for; None: the default."""
-        return [m for one in self.model for m in ([one] if isinstance(one, str) else one)] or [None]
+    """YAML file with any of these flags"""
 
     @property
     def request(self) -> Request:
@@ -106,7 +99,7 @@ class Bench:
             raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
         if s.out:
             need_place("--out", s.out, "file")
-        folders = [resolve.find(m).path for m in s.models]
+        folders = [resolve.find(m).path for m in s.model or [None]]
         if len(set(folders)) < len(folders):
             raise MisError(f"{len(folders)} models given, {len(set(folders))} different ones: give each once")
         self.models = dict(zip(load.labels(folders), map(load.open_checkpoint, folders), strict=True))
@@ -158,8 +151,7 @@ class Bench:
                 "format": roofline.kind(m, str(policy.compute_dtype(m)).removeprefix("mlx.core.")),
                 "m1_best_tps_computed": roofline.m1_tokens_per_s(m, self.r),
                 "trials": len(self.done.get(name, ())),
-                "prompts_sha256": _sha256([t.asked for t in self.done.get(name, ())]),
-                "tokens_sha256": _sha256([t.tokens for t in self.done.get(name, ())]),
+                "texts_sha256": _sha256([(t.asked, t.tokens) for t in self.done.get(name, ())]),
             }
             for name, m in self.models.items()
         }

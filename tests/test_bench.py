@@ -148,15 +148,14 @@ def test_the_same_seed_gives_the_same_json_apart_from_timings(llama: Checkpoint)
         for seed in (3, 3, 4)
     )
     assert one == same
-    assert one["models"]["llama"]["prompts_sha256"] != other["models"]["llama"]["prompts_sha256"]
+    assert one["models"]["llama"]["texts_sha256"] != other["models"]["llama"]["texts_sha256"]
 
 
 def test_depth_and_batch(llama: Checkpoint) -> None:
     """Tokens in the cache change what is generated, a batch has its own prompts."""
     plain = bench.run(settings(llama.path, generation_tokens=7))
     deep = bench.run(settings(llama.path, generation_tokens=7, depth=5))
-    assert deep["models"]["llama"]["prompts_sha256"] == plain["models"]["llama"]["prompts_sha256"]
-    assert deep["models"]["llama"]["tokens_sha256"] != plain["models"]["llama"]["tokens_sha256"]
+    assert deep["models"]["llama"]["texts_sha256"] != plain["models"]["llama"]["texts_sha256"]
     wide = bench.run(settings(llama.path, batch_size=3))
     assert wide["measured"]["models"]["llama"]["decode_tps"]["mean"] > 0
     assert "ttft_cached_ms" not in wide["measured"]["models"]["llama"]
@@ -210,14 +209,11 @@ def test_a_model_that_does_not_fit_is_plans_sentence(llama: Checkpoint, command:
     assert "the budget is 1 MiB: give a larger --budget" in said
 
 
-def test_flags_of_mlx_lm_and_a_model_given_twice(
-    llama: Checkpoint, tmp_path: Path, command: Callable[..., Done]
-) -> None:
-    """-p -g -n, --model again for the second; the last line is JSON, --out has every trial. a/model and b/model get
+def test_flags_of_mlx_lm_and_two_models(llama: Checkpoint, tmp_path: Path, command: Callable[..., Done]) -> None:
+    """-p -g -n, two models; the last line is JSON, --out has every trial. a/model and b/model get
     a column each. The roof is measured really."""
     folders = [tiny.make(tmp_path / name / "model", num_hidden_layers=n) for n, name in ((1, "a"), (2, "b"))]
-    flags = [part for folder in folders for part in ("--model", folder)]
-    done = command("bench", *flags, *QUICK, "--out", tmp_path / "out.json")
+    done = command("bench", "--model", *folders, *QUICK, "--out", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     result = last_line(done)
     assert [name[-7:] for name in result["models"]] == ["a/model", "b/model"]
@@ -225,16 +221,6 @@ def test_flags_of_mlx_lm_and_a_model_given_twice(
     kept = json.loads((tmp_path / "out.json").read_text())
     assert {k: v for k, v in kept.items() if k != "trials"} == result
     assert all(len(t["stamps_s"]) == 4 for of in kept["trials"].values() for t in of)
-
-
-def test_models_in_one_flag_in_several_and_in_a_file(tmp_path: Path) -> None:
-    """`--model A B`, `--model A --model B` and a YAML list mean the same; none is the default."""
-    file = tmp_path / "bench.yaml"
-    file.write_text("model: [A, B]\nnum-trials: 3\n")
-    for flags in (["--model", "A", "B"], ["--model", "A", "--model", "B"], ["-c", str(file)]):
-        assert bench.cli.parse(bench.Settings, [*flags, "-p", "9"]).models == ["A", "B"]
-    assert bench.cli.parse(bench.Settings, ["-c", str(file), "--model", "C"]).models == ["A", "B", "C"]
-    assert bench.cli.parse(bench.Settings, []).models == [None]
 
 
 def test_what_comes_between_two_tokens_is_clocked() -> None:

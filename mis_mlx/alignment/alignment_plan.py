@@ -1,7 +1,4 @@
-"""The flags that sft, dpo and grpo share, and what a run with these takes: bytes, hours, memory.
-
-Reads configs and sizes, starts nothing. Does not know what is learned (the commands do) nor how (alignment_run).
-"""
+"""The flags that sft, dpo and grpo share, and what a run with these takes: bytes, hours, memory."""
 
 from __future__ import annotations
 

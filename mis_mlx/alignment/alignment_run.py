@@ -1,7 +1,6 @@
 """What the alignment commands share: a student opened, whole or with LoRA; its run, checkpoints, best one, result.
 
-Does not know what is learned or from what: `Run.train` takes micro-batches and a loss as `train_loop.train` does. A run
-that was killed and resumed ends bit-equal to one that was not.
+A run that was killed and resumed ends bit-equal to one that was not.
 """
 
 from __future__ import annotations

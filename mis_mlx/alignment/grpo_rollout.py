@@ -1,6 +1,6 @@
 """Group-relative policy optimization: answers sampled and scored, groups that teach something, their loss and steps.
 
-Does not know flags nor run folders. A step's answers depend on the weights, the data, the seed and the step alone.
+A step's answers depend on the weights, the data, the seed and the step alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""LoRA through mlx-lm's own adapters: put into a model, written in mlx-lm's format, fused into weights on disk.
-
-Does not train.
-"""
+"""LoRA through mlx-lm's own adapters: put into a model, written in mlx-lm's format, fused into weights on disk."""
 
 from __future__ import annotations
 

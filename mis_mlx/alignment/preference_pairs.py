@@ -1,7 +1,7 @@
 """Preference optimization: pairs of answers as rectangles, the reference's log-probabilities, the loss of a pair.
 
 The reference is the model before it is trained: it gives two floats a pair, kept in the run folder with their hashes,
-so that no second model is in memory. Does not know flags, runs or optimizers.
+so that no second model is in memory.
 """
 
 from __future__ import annotations

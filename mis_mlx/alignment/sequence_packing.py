@@ -1,6 +1,6 @@
 """Token sequences of different lengths into rectangles: several to a window, or one to a row, padded at the end.
 
-Does not know what the tokens mean. Padding is never learned and never seen by a real token, so it changes nothing.
+Padding is never learned and never seen by a real token, so it changes nothing.
 """
 
 from __future__ import annotations

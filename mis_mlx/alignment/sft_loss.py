@@ -1,7 +1,4 @@
-"""Supervised fine-tuning: the loss of answers, in windows that several rows share; perhaps with a teacher's part.
-
-Does not know flags, runs or optimizers.
-"""
+"""Supervised fine-tuning: the loss of answers, in windows that several rows share; perhaps with a teacher's part."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Token windows of a data source for one tokenizer: train, and held-out sets that share nothing with it.
-
-Does not know what is done with the windows.
-"""
+"""Token windows of a data source for one tokenizer: train, and held-out sets that share nothing with it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """Rows of JSON lines: read line by line, judged by the keys that they owe, refused or counted.
 
-Knows no tokenizer and no split: one file (or one hub split) in, usable rows and the faults of the others out.
 Rows of training text are mlx-lm's: {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
 """
 
@@ -17,11 +16,12 @@ from typing import Any
 from mis_mlx.types import MisError
 
 LINE_LIMIT_BYTES = 4 * 2**20  # a longer line is dropped unread: one 50 MB row would be 17 million tokens
-FAULTS_LISTED = 3  # of rows that are skipped
+PROBLEMS_NOTED = 3  # of rows that are skipped
 PROBLEMS_LISTED = 10  # of rows that stop a command
 
 Row = dict[str, Any]
 Placed = tuple[Row, str]  # and where it stands, for people: "train.jsonl line 3"
+Numbered = tuple[int, object, str | None]  # number, value, None; or number, None, why it is no JSON
 Shapes = Mapping[str, Sequence[str]]  # what a row may be, by the keys that make it; the first that fits counts
 
 TEXT: Shapes = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
@@ -30,51 +30,44 @@ _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a 
 
 @dataclass(frozen=True)
 class Reading:
-    """The usable rows of one file, how many were dropped, and the first few reasons."""
+    """The usable rows of training text of one file, and what is wrong with the others."""
 
     name: str
     rows: tuple[Row, ...]
-    dropped: int
-    faults: tuple[str, ...]
+    problems: Sequence[str]
 
     def notes(self) -> list[str]:
-        """Sentences for people: the count, then the first faults as 'file line n: reason'."""
-        count = f"{self.name}: {len(self.rows)} rows kept, {self.dropped} dropped"
-        more = self.dropped - len(self.faults)
-        return [count, *self.faults, *([f"{self.name}: {more} more bad rows"] if more else [])]
+        """Sentences for people: the count, then the first problems as 'file line n: reason'."""
+        count = f"{self.name}: {len(self.rows)} rows kept, {len(self.problems)} dropped"
+        more = len(self.problems) - PROBLEMS_NOTED
+        rest = [f"{self.name}: {more} more bad rows"] if more > 0 else []
+        return [count, *(f"{problem}; skipped" for problem in self.problems[:PROBLEMS_NOTED]), *rest]
 
 
 def read(path: Path) -> Reading:
-    """All usable rows of training text of a .jsonl file; the memory that it takes is that of the rows kept.
-
-    A byte-order mark, CRLF and blank lines are accepted in silence.
-    """
+    """All usable rows of training text of a .jsonl file. A byte-order mark, CRLF and blank lines are accepted."""
     if not path.is_file():
         raise MisError(f"{path} is not a regular file: put one JSON object per line into it")
     return collect(path.name, "line", parsed(path))
 
 
-def collect(name: str, unit: str, numbered: Iterable[tuple[int, object, str | None]]) -> Reading:
-    """Judge (number, value, fault of the reader) one by one; `unit` is what `number` counts ("line")."""
-    rows: list[Row] = []
-    faults: list[str] = []
-    dropped = 0
-    for number, value, unread in numbered:
-        reason = unread or fault(value, TEXT)
-        if reason is None:
-            rows.append(_bare(value))
-            continue
-        dropped += 1
-        if len(faults) < FAULTS_LISTED:
-            faults.append(f"{name} {unit} {number}: {reason}; skipped")
-    return Reading(name, tuple(rows), dropped, tuple(faults))
+def collect(name: str, unit: str, numbered: Iterable[Numbered]) -> Reading:
+    """Training text out of values; `unit` is what their numbers count ("line")."""
+    good, problems = _sorted_out(name, unit, numbered, lambda row: fault(row, TEXT))
+    return Reading(name, tuple(_bare(row) for row, _ in good), problems)
 
 
 def judged(path: Path, judge: Callable[[object], str | None]) -> tuple[list[Placed], list[str]]:
     """(rows in which `judge` finds no fault, with their places; what is wrong with the others) of a .jsonl file."""
+    return _sorted_out(path.name, "line", parsed(path), judge)
+
+
+def _sorted_out(
+    name: str, unit: str, numbered: Iterable[Numbered], judge: Callable[[object], str | None]
+) -> tuple[list[Placed], list[str]]:
     good, problems = list[Placed](), list[str]()
-    for number, value, unread in parsed(path):
-        at = f"{path.name} line {number}"
+    for number, value, unread in numbered:
+        at = f"{name} {unit} {number}"
         if why := unread or judge(value):
             problems.append(f"{at}: {why}")
         elif isinstance(value, dict):
@@ -153,8 +146,8 @@ def _bare(row: Any) -> Row:
     return {key: row[key] for key in TEXT[shape or "text"]}
 
 
-def parsed(path: Path) -> Iterator[tuple[int, object, str | None]]:
-    """(line number, JSON value, None) or (line number, None, why it is not JSON). MisError when the disk fails."""
+def parsed(path: Path) -> Iterator[Numbered]:
+    """Every line that is not blank. MisError when the disk fails."""
     for number, line in _lines(path):
         if line is None:
             yield number, None, f"longer than {LINE_LIMIT_BYTES} bytes"

@@ -1,8 +1,8 @@
 """Where text comes from: two built-in texts, folders in mlx-lm's format, the hub; in three splits.
 
-Knows no tokenizer. Every row is judged (`rows`) before any is used; the notes say what was dropped.
-Two texts are built in, so that everything runs offline: the English prose of Python's own manual
-(`pydoc_data`, in every CPython) and the Polish Miś texts, which benchmarks/polish_text made.
+Every row is judged (`rows`) before any is used; the notes say what was dropped. Two texts are built in, so that
+everything runs offline: the English prose of Python's own manual (`pydoc_data`, in every CPython) and the Polish Miś
+texts, which benchmarks/polish_text made.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
     """Texts out of one to three readings, the missing splits filled in and everything doubtful said."""
     for reading in readings.values():
         if not reading.rows:
-            first = f" ({reading.faults[0]})" if reading.faults else ""
-            bad = f"{reading.dropped} bad ones{first}"
+            first = f" ({reading.problems[0]})" if reading.problems else ""
+            bad = f"{len(reading.problems)} bad ones{first}"
             raise MisError(f"{source}: {reading.name} has 0 usable rows and {bad}: fix that file")
     notes = [note for reading in readings.values() for note in reading.notes()]
     rows = {name: list(reading.rows) for name, reading in readings.items()}

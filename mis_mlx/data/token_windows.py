@@ -1,7 +1,4 @@
-"""Text for training and measuring: token windows, batch order.
-
-Knows no model and brings no tokenizer of its own: `tokenize` takes one as transformers or mlx-lm make it.
-"""
+"""Text for training and measuring: token windows, batch order."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Read a value out of a short text: an exact number with its unit, a time of day, or names. Polish and English.
 
-Knows no question and no model. Anything that is not one value and nothing else is no value: "5 or 7", "not 5",
-"about 5", digits of other alphabets, invisible characters, a comma that could be read in two ways. Numbers are
-fractions.Fraction, their digits are counted before they are converted, and nothing is ever evaluated.
+Anything that is not one value and nothing else is no value: "5 or 7", "not 5", "about 5", digits of other alphabets,
+invisible characters, a comma that could be read in two ways. Numbers are fractions.Fraction, their digits are counted
+before they are converted, and nothing is ever evaluated.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One model, one task: the mark of every question, kept by (model, task), so that nothing is asked twice.
 
-Does not know other models, nor what marks mean together. What was asked before a stop is on disk when it goes on.
+What was asked before a stop is on disk when it goes on.
 """
 
 from __future__ import annotations

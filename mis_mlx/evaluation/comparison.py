@@ -1,7 +1,4 @@
-"""Students against their teacher on held-out windows: loss, KL, agreement, per window. Streamed.
-
-Does not print and does not know which student is which.
-"""
+"""Students against their teacher on held-out windows: loss, KL, agreement, per window. Streamed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """lm-eval's own tasks through mlx-lm's adapter (mlx_lm.evaluate): the mark of every question, and its chance.
 
-Needs the extra `evaluate`, data sets from the hub, and the whole model in memory. Does not know other models.
+Needs the extra `evaluate`, data sets from the hub, and the whole model in memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Questions with known answers, from rows in JSONL: choice, cloze, checked answers. All rows are judged.
 
-Knows no tokenizer, no model and no score. A file holds rows of one kind and is one task, named like the file:
+A file holds rows of one kind and is one task, named like the file:
 
     choice   {"question", "options", "answer"}   which option is likeliest after the question; "question" may be ""
     cloze    {"text", "options", "answer"}       which option fits the blank ___ of the text

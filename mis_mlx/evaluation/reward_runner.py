@@ -1,7 +1,7 @@
 """Score completions by verifiable rewards, ours and the user's, each in a process that can be stopped.
 
-Does not know how completions came about. A function that fails on a group of them has scored none of it: None,
-never a number, so that what breaks a verifier is not rewarded.
+A function that fails on a group of them has scored none of it: None, never a number, so that what breaks a verifier is
+not rewarded.
 """
 
 from __future__ import annotations

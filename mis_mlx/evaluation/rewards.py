@@ -1,9 +1,9 @@
 """Verifiable rewards: does a completion end in the right answer, said once and in the asked format?
 
-Pure functions of text; the caller runs them where they may be stopped (hardware/child_process). Does not know prompts,
-models or how a task was made. A completion answers only by its last line, "Answer: 450 g", "Odpowiedź: 450 g" or
-one with \\boxed{450 g}, or by being nothing but the answer. It must be one value, not hedged, not denied, and no
-other answer may stand anywhere before it. What cannot be read so is wrong, whatever it may have meant.
+Pure functions of text; the caller runs them where they may be stopped (hardware/child_process). A completion answers
+only by its last line, "Answer: 450 g", "Odpowiedź: 450 g" or one with \\boxed{450 g}, or by being nothing but the
+answer. It must be one value, not hedged, not denied, and no other answer may stand anywhere before it. What cannot be
+read so is wrong, whatever it may have meant.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What students are examined in: names and folders become tasks; what is not here is fetched.
 
-Does not know models. Names: `builtin` and its parts, `dialects` and their slots, `polish-offline` and its parts,
-`continue`, `text` (held-out loss), `polish`, `english` and `lm_eval/ID` (lm-eval's own, see evaluation/lm_eval_tasks).
+Names: `builtin` and its parts, `dialects` and their slots, `polish-offline` and its parts, `continue`, `text` (held-out
+loss), `polish`, `english` and `lm_eval/ID` (lm-eval's own, see evaluation/lm_eval_tasks).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Bits for every matrix under a limit on their mean: the next bit goes where it saves most per bit.
-
-Knows costs and sizes. Does not know matrices.
-"""
+"""Bits for every matrix under a limit on their mean: the next bit goes where it saves most per bit."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Losses of distillation: forward KL on logits in chunks of positions, eq. (2)'s halny factor.
 
-Knows arrays only. Does not know models, files or the training loop. No (tokens x vocabulary) tensor of a
-whole batch is ever built: teacher and student enter as hidden states and meet the vocabulary chunk by chunk.
+No (tokens x vocabulary) tensor of a whole batch is ever built: teacher and student enter as hidden states and meet the
+vocabulary chunk by chunk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Losses on pairs of answers: DPO, DPO-Positive, IPO and hinge, as pure functions of log-probabilities.
-
-Knows no model: an answer is its log-probability, summed over its tokens, under the policy and the reference.
-"""
+"""Losses on pairs of answers: DPO, DPO-Positive, IPO and hinge, as pure functions of log-probabilities."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Least squares on streamed statistics: the change of a linear layer that best mends its output.
 
-Knows activations and residuals as arrays. Does not know models. Sums are float64 and merge in any order.
+Sums are float64 and merge in any order.
 """
 
 from __future__ import annotations

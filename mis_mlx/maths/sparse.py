@@ -1,7 +1,7 @@
 """Sparse targets: tokens sampled from a teacher (unbiased), and the forward KL against them.
 
-Knows arrays only. Does not know where targets are kept or which model made them. As in maths/losses, the
-student's logits exist chunk by chunk and the gradient is formed in the pass that forms the loss.
+As in maths/losses, the student's logits exist chunk by chunk and the gradient is formed in the pass that forms the
+loss.
 """
 
 from __future__ import annotations

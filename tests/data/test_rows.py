@@ -51,10 +51,8 @@ def test_a_bad_line_is_skipped_and_named(tmp_path: Path, name: str) -> None:
     line, reason = BAD_LINES[name]
     reading = rows.read(_file(tmp_path, GOOD + line + b"\n" + GOOD))
     assert reading.rows == ({"text": "Dzień dobry"},) * 2
-    assert reading.dropped == 1
-    (fault,) = reading.faults
-    assert fault.startswith("train.jsonl line 2: ") and fault.endswith("; skipped")
-    assert reason in fault
+    (problem,) = reading.problems
+    assert problem.startswith("train.jsonl line 2: ") and reason in problem
 
 
 def test_only_the_first_faults_are_listed_and_all_are_counted(tmp_path: Path) -> None:
@@ -77,7 +75,7 @@ def test_harmless_oddities_are_accepted(tmp_path: Path, content: bytes) -> None:
     """BOM, CRLF, blank lines and a missing last newline change nothing and are no faults."""
     reading = rows.read(_file(tmp_path, content))
     assert reading.rows == ({"text": "Dzień dobry"},) * 2
-    assert reading.dropped == 0
+    assert not reading.problems
 
 
 def test_a_row_of_50_mb_is_dropped_without_being_held(tmp_path: Path) -> None:
@@ -87,7 +85,7 @@ def test_a_row_of_50_mb_is_dropped_without_being_held(tmp_path: Path) -> None:
     reading = rows.read(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert reading.faults == ("train.jsonl line 2: longer than 4194304 bytes; skipped",)
+    assert reading.problems == ["train.jsonl line 2: longer than 4194304 bytes"]
     assert len(reading.rows) == 2
     assert peak < 3 * rows.LINE_LIMIT_BYTES
 
@@ -98,7 +96,7 @@ def test_the_line_limit_is_exact(tmp_path: Path, over: int) -> None:
     frame = len(b'{"text": ""}')
     line = b'{"text": "' + b"a" * (rows.LINE_LIMIT_BYTES - frame + over) + b'"}'
     reading = rows.read(_file(tmp_path, line + b"\n" + GOOD))
-    assert (len(reading.rows), reading.dropped) == (2 - over, over)
+    assert (len(reading.rows), len(reading.problems)) == (2 - over, over)
 
 
 def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Held-out text as questions: 24 words, and which six come next; three wrong endings are from elsewhere in it.
 
-Any text in any language will do. Knows no tokenizer and no model, and asks no more than whether a text hangs together.
+Any text in any language will do.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 A slot is a folder with pairs.jsonl, rows {"polish", "dialect"}: the same said in both, attested, not made up. Only the
 Silesian one can be filled from here, with Firefox's own translations (MPL-2.0); six wait for text that somebody brings.
-Knows no model and downloads nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Polish questions out of the wheel of OpenAI's `evals`, known to the byte: exams, words, proverbs, sums in words.
 
-Knows no model and downloads nothing. What is odd about them is said in ABOUT and shown under the table.
+What is odd about them is said in ABOUT and shown under the table.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import random
 import re
 import zipfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from mis_mlx.evaluation import questions
@@ -72,17 +73,9 @@ def _among_others(asked: Asked, question: str) -> Iterable[dict]:
         yield {"text": question.format(text), "options": options, "answer": answer}
 
 
-def _proverbs(asked: Asked) -> Iterable[dict]:
-    return _among_others(asked, f"{{}} {questions.BLANK}")
-
-
-def _sums(asked: Asked) -> Iterable[dict]:
-    return _among_others(asked, f"{{}} to {questions.BLANK}")
-
-
 SETS: dict[str, tuple[str, Callable[[Asked], Iterable[dict]]]] = {
     "polish-exams": ("polish-exams-qa", _exams),
     "polish-lexicon": ("polish-lexicon", _lexicon),
-    "polish-proverbs": ("polish-proverbs", _proverbs),
-    "polish-sums": ("math_polish", _sums),
+    "polish-proverbs": ("polish-proverbs", partial(_among_others, question=f"{{}} {questions.BLANK}")),
+    "polish-sums": ("math_polish", partial(_among_others, question=f"{{}} to {questions.BLANK}")),
 }

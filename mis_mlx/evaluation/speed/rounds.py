@@ -1,7 +1,4 @@
-"""Models timed in turn: which fit in memory together, round after round, and what the trials come to.
-
-Does not know flags, tables or roofs.
-"""
+"""Models timed in turn: which fit in memory together, round after round, and what the trials come to."""
 
 from __future__ import annotations
 

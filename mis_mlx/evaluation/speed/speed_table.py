@@ -1,7 +1,4 @@
-"""What timed models look like to people: cells of a table, what bounds each, one line for a README.
-
-Arranges figures; does not time anything, nor compute a roof.
-"""
+"""What timed models look like to people: cells of a table, what bounds each, one line for a README."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Time one request to a model in memory: first token, every later one, the prompt again from its cache.
 
-Stock mlx-lm generates, greedy, past the end token. Does not know what is compared, nor how figures are summed up.
+Stock mlx-lm generates, greedy, past the end token.
 
 Definitions (those of vLLM and AIPerf; none has the tokenizer or the text in it):
     TTFT      from the token ids to the first new token, in the process's hands
