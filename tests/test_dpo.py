@@ -18,7 +18,7 @@ import pytest
 
 from mis_mlx import cli, dpo
 from mis_mlx.alignment import alignment_run, preference_pairs
-from mis_mlx.models import load, mlx_generate
+from mis_mlx.models import mlx_generate
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
@@ -143,12 +143,3 @@ def test_refusals_are_sentences(small: Any, tmp_path: Path) -> None:
     with pytest.raises(MisError, match="train.jsonl line 1: has no 'prompt' and 'chosen' and 'rejected'"):
         dpo.run(settings_of(small, tmp_path / "run", data=str(tmp_path)))
     assert not (tmp_path / "run").exists()
-
-
-def test_without_data_it_learns_the_generated_tasks(llama: Checkpoint, tmp_path: Path) -> None:
-    """No --data: right and wrong answers of tasks."""
-    flags = ("--model", llama.path, "--iters", 1, "--max-seq-length", 384, "--batch-size", 1, "--eval-rows", 4)
-    result = dpo.run(settings_of(flags, tmp_path / "run", learning_rate=1e-3))
-    assert json.loads((tmp_path / "run/data.json").read_text())["source"] == "generated tasks"
-    assert result["student"] == str(tmp_path / "run" / alignment_run.MODEL)
-    assert load.open_checkpoint(tmp_path / "run/model").nbytes == llama.nbytes // 2  # bfloat16

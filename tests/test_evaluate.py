@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import evaluate
-from mis_mlx.evaluation import answering, comparison, task_registry
+from mis_mlx.evaluation import answering, task_registry
 from mis_mlx.hardware import memory
-from mis_mlx.models import load
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line, sentence
@@ -35,22 +34,6 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, comman
     assert found["kl_b/model"] > 0.01 and found["top1_b/model"] < 0.9
     assert "| | teacher | a/model | b/model |" in table
     assert any("100.0% ± 0.0%" in line for line in table)
-
-
-def test_another_tokenizer_is_refused(tmp_path: Path, llama: Checkpoint, text_folder: Path) -> None:
-    """Token losses of two tokenizers cannot be compared."""
-    other = shutil.copytree(llama.path, tmp_path / "other")
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
-    comparison.same_vocabulary(llama, load.open_checkpoint(llama.path))
-    with pytest.raises(MisError, match="another tokenizer"):
-        evaluate.run(evaluate.Settings(str(llama.path), (str(other),), str(text_folder)))
-
-
-def test_a_budget_too_small_is_a_sentence(llama: Checkpoint, command: Callable[..., Done]) -> None:
-    """Refused before work starts, with both numbers and the budget that would do."""
-    done = command("evaluate", "--teacher", llama.path, "--students", llama.path, "--budget", "1MiB")
-    assert done.returncode == 1 and "the budget is 1 MiB: give --budget" in done.stderr
 
 
 def test_kld_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
@@ -147,15 +130,9 @@ def test_builtin_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable
     assert "| grammar-pl | 4 | 50.0% |" in done.stdout and not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_asks_nothing(llama: Checkpoint, command: Callable[..., Done]) -> None:
-    """Questions, bytes and time; the same rows are judged."""
-    flags = ("--teacher", llama.path, "--tasks", "logic", "maths-written", "--num-questions", 7, "--dry-run")
-    found = last_line(command("evaluate", *flags))
-    assert found["questions"] == {"logic": 7, "maths-written": 7} and found["peak_bytes"] > 0 and found["seconds"] > 0
-
-
 def test_refusals_of_tasks_are_sentences(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
-    """Before any model is asked: a bad row, an empty file, a typo, another tokenizer, lm-eval that is not here."""
+    """Before any model is asked: a bad row, an empty file, a typo, another tokenizer, too small a budget. A dry run
+    judges the same rows, and says questions, bytes and time."""
     common = ("evaluate", "--teacher", llama.path)
     bad = {"question": "2 + 2?", "options": ["3", "5"], "answer": "4"}
     (tmp_path / "bad").mkdir()
@@ -165,9 +142,13 @@ def test_refusals_of_tasks_are_sentences(tmp_path: Path, llama: Checkpoint, comm
     (tmp_path / "bad" / "quiz.jsonl").write_text("")
     assert "quiz.jsonl is empty" in sentence(command(*common, "--tasks", tmp_path / "bad"))
     assert "did you mean logic" in sentence(command(*common, "--tasks", "logik"))
+    assert "the budget is 1 MiB: give --budget" in sentence(command(*common, "--budget", "1MiB"))
     other = tiny.make(tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     assert "another tokenizer" in sentence(command(*common, "--students", other, "--tasks", "logic"))
+    flags = ("--tasks", "logic", "maths-written", "--num-questions", 7, "--dry-run")
+    found = last_line(command(*common, *flags))
+    assert found["questions"] == {"logic": 7, "maths-written": 7} and found["peak_bytes"] > 0 and found["seconds"] > 0
     assert "--kld and --tasks are two reports" in sentence(command(*common, "--kld", "--tasks", "logic"))
     assert "--num-questions is 1: give 2 or more" in sentence(
         command(*common, "--tasks", "logic", "--num-questions", 1)
