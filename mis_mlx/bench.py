@@ -17,7 +17,7 @@ import psutil
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.evaluation.speed import roofline, rounds, speed_table, timing
+from mis_mlx.evaluation.speed import roofline, rounds, timing
 from mis_mlx.evaluation.speed.timing import Request, Trial
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.machine_info import about
@@ -144,6 +144,7 @@ class Bench:
     def fixed(self) -> dict[str, Any]:
         """What the same command with the same seed gives again: sizes, texts, tokens."""
         asked = ("prompt_tokens", "generation_tokens", "num_trials", "batch_size", "depth", "seed")
+        texts = {name: [(t.asked, t.tokens) for t in self.done.get(name, ())] for name in self.models}
         models = {
             name: {
                 "params": arch.params(m.config),
@@ -151,7 +152,7 @@ class Bench:
                 "format": roofline.kind(m, str(policy.compute_dtype(m)).removeprefix("mlx.core.")),
                 "m1_best_tps_computed": roofline.m1_tokens_per_s(m, self.r),
                 "trials": len(self.done.get(name, ())),
-                "texts_sha256": _sha256([(t.asked, t.tokens) for t in self.done.get(name, ())]),
+                "texts_sha256": hashlib.sha256(json.dumps(texts[name]).encode()).hexdigest(),
             }
             for name, m in self.models.items()
         }
@@ -166,10 +167,6 @@ class Bench:
             beside = roofline.beside(m, read, self.r, at, values["decode_tps"]["median"])
             found[name] = {"load_s": self.loaded[name]["load_s"], **values, **beside}
         return found
-
-
-def _sha256(found: Any) -> str:
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def _idle(meter: energy.EnergyMeter, reading: Reading) -> energy.Energy | None:
@@ -208,8 +205,8 @@ def run(settings: Settings) -> dict[str, Any]:
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
     measured = bench.measured(at, idle)
     fixed = bench.fixed()
-    said = speed_table.sentences(fixed["models"], measured, bench.r)
-    print(text.table(speed_table.rows(fixed["models"], measured), list(measured), speed_table.METRICS))
+    said = rounds.sentences(fixed["models"], measured, bench.r)
+    print(text.table(rounds.rows(fixed["models"], measured), list(measured), rounds.METRICS))
     print("\n" + "\n".join(said))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")

@@ -44,13 +44,6 @@ def _lessons(s: Settings, checkpoint: Checkpoint) -> tuple[Lesson, Lesson, dict[
     return train_, valid_, card
 
 
-def _teacher(s: Settings, checkpoint: Checkpoint) -> Checkpoint | None:
-    """The teacher asked for, if any."""
-    if s.teacher is None:
-        return None
-    return comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.find(s.teacher).path))
-
-
 def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> Phase:
     """The training, with as much of its teacher in memory as the budget leaves."""
     alone = alignment_plan.training(s, checkpoint, s.batch_size, length, "sft")
@@ -78,7 +71,9 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, train, write the best student."""
     s, folder = alignment_plan.resumed(settings)
     checkpoint = alignment_plan.opened(s)
-    beside = _teacher(s, checkpoint)
+    beside = None
+    if s.teacher is not None:
+        beside = comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.find(s.teacher).path))
     train, valid, card = _lessons(s, checkpoint)
     length = max(train.lengths)
     parts = alignment_plan.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))

@@ -74,7 +74,11 @@ def load(
     if data is None and kinds:
         train, valid = _of_kinds(train, kinds), _of_kinds(valid, kinds)
     if not valid:
-        train, valid = _split_off(train)
+        keys = [_prompt(row) for row, _ in train]
+        train, valid = rows.split_off(train, keys)
+        if not valid:
+            why = f"{len(train)} rows with {len(set(keys))} prompts: nothing can be held out"
+            raise MisError(f"{why}: put valid.jsonl beside them")
         notes.append(f"no valid.jsonl: {len(valid)} rows of train are held out for it, by hash of their prompts")
     removed: Counter[str] = Counter()
     if scrub:
@@ -123,16 +127,6 @@ def _licence(folder: Path) -> str:
 def _prompt(row: Row) -> str:
     """What was asked: equal prompts stay on one side of a split."""
     return rows.key(row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"])
-
-
-def _split_off(placed: Sequence[Placed]) -> tuple[list[Placed], list[Placed]]:
-    keys = [_prompt(row) for row, _ in placed]
-    if not (held := rows.held_out(keys)):
-        raise MisError(
-            f"{len(placed)} rows with {len(set(keys))} prompts: nothing can be held out: put valid.jsonl beside them"
-        )
-    keyed = list(zip(placed, keys, strict=True))
-    return [one for one, key in keyed if key not in held], [one for one, key in keyed if key in held]
 
 
 def _scrubbed(row: Row, removed: Counter[str]) -> Row:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mis_mlx.types import MisError
 
@@ -22,6 +22,7 @@ PROBLEMS_LISTED = 10  # of rows that stop a command
 Row = dict[str, Any]
 Placed = tuple[Row, str]  # and where it stands, for people: "train.jsonl line 3"
 Numbered = tuple[int, object, str | None]  # number, value, None; or number, None, why it is no JSON
+T = TypeVar("T")
 Shapes = Mapping[str, Sequence[str]]  # what a row may be, by the keys that make it; the first that fits counts
 
 TEXT: Shapes = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
@@ -188,7 +189,13 @@ def key(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def held_out(keys: Collection[str]) -> set[str]:
-    """About a tenth of the keys, by their hash, so equal rows stay on one side; empty where nothing would be left."""
+def split_off(items: Sequence[T], keys: Sequence[str]) -> tuple[list[T], list[T]]:
+    """(the others, about a tenth of the items): by the hash of their keys, so that equal ones stay on one side.
+
+    Nothing is held out where nothing would be left.
+    """
     held = {key for key in keys if int(key[:8], 16) % 10 == 0} or {min(keys)}
-    return set() if held.issuperset(keys) else held
+    if held.issuperset(keys):
+        return list(items), []
+    keyed = list(zip(items, keys, strict=True))
+    return [item for item, key in keyed if key not in held], [item for item, key in keyed if key in held]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mis_mlx.data.rows import Reading, Row, collect, held_out, key, read
+from mis_mlx.data.rows import Reading, Row, collect, key, read, split_off
 from mis_mlx.types import MisError
 
 MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
@@ -127,20 +127,12 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
     notes = [note for reading in readings.values() for note in reading.notes()]
     rows = {name: list(reading.rows) for name, reading in readings.items()}
     if "valid" not in rows:
-        rows["train"], rows["valid"] = _split_off(rows["train"])
+        rows["train"], rows["valid"] = split_off(rows["train"], [key(row) for row in rows["train"]])
         notes.append(f"no valid split: {len(rows['valid'])} rows of train are held out for it, by hash")
     if "test" not in rows:
         rows["test"] = rows["valid"]
         notes.append(f"no test split: the {len(rows['valid'])} rows of valid serve as test too")
     return Texts(**rows, notes=notes + _repeats(rows))
-
-
-def _split_off(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """(the rest, about 10 % of the rows): by content; nothing of a single row, or copies of it."""
-    keys = [key(row) for row in rows]
-    held = held_out(keys)
-    pairs = list(zip(rows, keys, strict=True))
-    return [row for row, k in pairs if k not in held], [row for row, k in pairs if k in held]
 
 
 def _repeats(rows: Mapping[str, Sequence[Row]]) -> list[str]:

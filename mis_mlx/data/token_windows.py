@@ -64,19 +64,16 @@ def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
 
     MisError when the tokenizer's own regular expressions go astray on it.
     """
+    options = {"add_special_tokens": False}
+    if hasattr(tokenizer, "split_special_tokens"):  # transformers' kind has this switch
+        options |= {"split_special_tokens": split, "verbose": False}
     try:
-        return _ids(tokenizer, text, split)
+        return list(tokenizer.encode(text, **options))
     except BaseException as error:  # Rust's panic is no Exception, so that nobody mistakes it for one of Python's
         if type(error).__name__ != "PanicException":
             raise
         why = " ".join(str(error).split())[:120]
         raise MisError(f"the tokenizer breaks down on {text[:40]!r} ({why}): drop it, or use another model") from None
-
-
-def _ids(tokenizer: Any, text: str, split: bool) -> list[int]:
-    if not hasattr(tokenizer, "split_special_tokens"):  # not transformers' kind: it has no such switch
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False))
 
 
 def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:

@@ -7,6 +7,7 @@ loss), `polish`, `english` and `lm_eval/ID` (lm-eval's own, see evaluation/lm_ev
 from __future__ import annotations
 
 import difflib
+import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from mis_mlx import cli
 from mis_mlx.data import rows, sources
 from mis_mlx.evaluation import contamination, questions, reward_runner
 from mis_mlx.evaluation.questions import Task
-from mis_mlx.evaluation.sets import continuations, dialects, polish_exams
+from mis_mlx.evaluation.sets import dialects, polish_exams
 from mis_mlx.hardware.wheels import download_wheel, unpack_debian
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK
@@ -67,14 +68,12 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
         elif name.startswith(HARNESS):
             harness.append(name.removeprefix(HARNESS))
         else:
-            tasks += (
-                [task.chosen(count) for task in _continued(data, known)] if name == CONTINUE else _named(name, count)
-            )
+            tasks += _named(name, count) if name != CONTINUE else [t.chosen(count) for t in _continued(data, known)]
     for task in tasks:
         if task.kind == "checked":
-            questions_ = [{"answer": q.answer, "language": q.language} for q in task.questions]
-            where = [f"{task.name} question {n + 1}" for n in range(len(questions_))]
-            rows.refuse(reward_runner.unanswerable(reward_runner.functions("correct", None), questions_, where))
+            keys = [{"answer": q.answer, "language": q.language} for q in task.questions]
+            where = [f"{task.name} question {n + 1}" for n in range(len(keys))]
+            rows.refuse(reward_runner.unanswerable(reward_runner.functions("correct", None), keys, where))
     called = [task.name for task in tasks]
     if twice := sorted({name for name in called if called.count(name) > 1}):
         raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")
@@ -110,22 +109,46 @@ def _brought(name: str) -> list[Task]:
 def _continued(data: str | None, known: contamination.Known) -> list[Task]:
     """Of both built-in texts, or of the user's. Places that the training text has too are left out."""
     chosen = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": sources.MIS}
-    made = []
+    tasks = []
     for name, source in chosen.items():
-        rows = continuations.rows([contamination.text_of(row) for row in sources.load(source).test])
-        task = questions.task(name, rows, "", per_character=True)
+        places = _places([contamination.text_of(row) for row in sources.load(source).test])
+        task = questions.task(name, places, "", per_character=True)
         new = tuple(q for q in task.questions if not known.holds(q))
         if len(new) < 2:
             raise MisError(
-                f"of {len(rows)} places in the held-out text {len(new)} share no 13 words with the training text, the "
-                f"task {CONTINUE} needs 2: give another test.jsonl, or leave the task out"
+                f"of {len(places)} places in the held-out text {len(new)} share no 13 words with the training text, "
+                f"the task {CONTINUE} needs 2: give another test.jsonl, or leave the task out"
             )
         about = (
             "held-out text; the next 6 words of 30 against three endings from elsewhere; places that share 13 words "
         )
-        about += f"in a row with the training text left out, {len(rows) - len(new)} of {len(rows)}"
-        made.append(replace(task, questions=new, about=about))
-    return made
+        about += f"in a row with the training text left out, {len(places) - len(new)} of {len(places)}"
+        tasks.append(replace(task, questions=new, about=about))
+    return tasks
+
+
+def _places(texts: Sequence[str]) -> list[dict]:
+    """Cloze rows of all places, which do not overlap, in order: 24 words, and which six come next; three wrong endings
+    are from elsewhere. MisError where there are too few to choose from."""
+    context, ending, others = 24, 6, 3
+    places = []
+    for text in texts:
+        words = text.split()
+        for start in range(0, len(words) - context - ending + 1, context + ending):
+            middle = start + context
+            places.append((" ".join(words[start:middle]), " ".join(words[middle : middle + ending])))
+    endings, made = sorted({end for _, end in places}), []
+    if len(endings) <= others:
+        raise MisError(
+            f"the held-out text has {len(endings)} places of {context + ending} words, the task {CONTINUE} needs "
+            f"{others + 1}: give a longer test.jsonl, or leave the task out"
+        )
+    for number, (before, right) in enumerate(places):
+        rng = random.Random(f"endings-{number}")
+        wrong = questions.some(rng, [other for other in endings if other != right], others)
+        options = questions.some(rng, [right, *wrong], others + 1)
+        made.append({"text": f"{before} {questions.BLANK}", "options": options, "answer": right})
+    return [row for row in made if questions.fault(row) is None]
 
 
 def _exams() -> Path:
