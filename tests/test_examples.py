@@ -27,7 +27,6 @@ GOOD: dict[str, Row] = {
     "answer": {"prompt": "Ile?", "answer": "2"},
 }
 BAD: list[tuple[str, object, str]] = [
-    ("completion", {"prompt": "Ile?"}, "has no 'prompt' and 'completion'"),
     ("completion", {"prompt": "Ile?", "completion": 2}, "'completion' is a number, not text"),
     ("messages", {"messages": [{"role": "user", "content": "Ile?"}]}, "no message is the assistant's"),
     ("pair", {"prompt": "Ile?", "chosen": "Dwa."}, "its keys: 'prompt', 'chosen'"),

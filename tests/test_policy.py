@@ -149,7 +149,7 @@ def parts_of(cuts: list[slice], model: nn.Module) -> list[tuple[Any, ...]]:
     return parts
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo"])
 def test_micro_batches_equal_one_batch(kind: policy.LossType, model: nn.Module) -> None:
     """Four answers at once, two and two, one by one: padding, the shared prompt and the cut change nothing."""
     objective = Objective(kind, 0.2, 0.28, 0.04, 8, 0.9)

@@ -49,13 +49,6 @@ def test_against_float64(tmp_path: Path, llama: Checkpoint, held_out: Windows) -
     assert set(found) == {("teacher", "nll"), ("student", "nll"), ("student", "kl"), ("student", "top1")}
 
 
-def test_the_teacher_against_itself(llama: Checkpoint, held_out: Windows) -> None:
-    """Same loss, no KL, always the same token."""
-    found = comparison.compare({"teacher": llama, "copy": llama}, held_out)
-    assert (found["teacher", "nll"] == found["copy", "nll"]).all()
-    assert np.abs(found["copy", "kl"]).max() < 1e-5 and (found["copy", "top1"] == 1).all()
-
-
 def test_rows_have_intervals_and_perplexity() -> None:
     """exp of the mean loss and of its bounds, over five windows."""
     nll, ppl = comparison.rows_of({("m", "nll"): np.array([1.0, 2.0, 3.0, 2.0, 2.0])})

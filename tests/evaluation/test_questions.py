@@ -43,21 +43,13 @@ def test_the_three_formats_as_a_model_reads_them(tmp_path: Path) -> None:
     ("row", "why"),
     [
         ({**CHOICE, "answer": "6"}, "the answer '6' is none of its 3 options"),
-        ({**CHOICE, "answer": 4}, "'answer' is a number, not text"),
-        ({**CHOICE, "options": "345"}, "'options' is no list of two or more"),
         ({**CHOICE, "options": ["4"]}, "'options' is no list of two or more"),
         ({**CHOICE, "options": ["4", "4"]}, "two of its options are the same"),
-        ({**CHOICE, "options": ["4", " "]}, "'options' is empty"),
         ({**CHOICE, "options": ["4", None]}, "'options' is null, not text"),
-        ({**CHOICE, "question": 7}, "'question' is a number, not text"),
         ({**CHOICE, "language": "de"}, "'language' is 'de', known are en, pl"),
-        ({**CHOICE, "language": ["pl"]}, "'language' is .'pl'., known are en, pl"),
-        ({**CLOZE, "text": "no blank"}, "'text' has 0 blanks ___, a cloze has one"),
         ({**CLOZE, "text": "___ and ___"}, "'text' has 2 blanks ___, a cloze has one"),
         ({**CHECKED, "prompt": "\n"}, "'prompt' is empty"),
         ({"question": "2 + 2?", "answer": "4"}, r"has neither .* \(its keys: 'question', 'answer'"),
-        ({}, r"has neither .* \(its keys: none\)"),
-        ([1], "a list, not an object"),
         ("{half", "not valid JSON"),
     ],
 )
@@ -78,14 +70,6 @@ def test_files_that_are_no_task(tmp_path: Path) -> None:
         questions.file(write(tmp_path / "mixed.jsonl", CHOICE, CLOZE))
     with pytest.raises(MisError, match="cannot be read"):
         questions.file(tmp_path / "missing.jsonl")
-
-
-def test_all_faults_of_a_file_are_listed_at_once(tmp_path: Path) -> None:
-    """Nobody mends a file line by line; a very bad one does not fill the screen."""
-    with pytest.raises(MisError) as caught:
-        questions.file(write(tmp_path / "quiz.jsonl", *[[]] * 14))
-    said = str(caught.value)
-    assert said.startswith("14 rows cannot be used") and said.count("not an object") == 10 and "and 4 more" in said
 
 
 def test_the_best_constant_by_hand() -> None:

