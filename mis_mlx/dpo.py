@@ -36,17 +36,12 @@ class Settings(Alignment):
     """weight of the penalty in dpop, inside beta; 0 is plain DPO; at 50, the paper's, the default model learns the
     chosen answers and prefers nothing (measured)"""
 
-    @property
-    def objective(self) -> Objective:
-        """The loss asked for."""
-        cli.check_ranges(self)
-        return Objective(self.loss_type, self.beta, self.dpop_lambda)
-
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, ask the reference, train, write the best student."""
     s, folder = alignment_plan.resumed(settings)
-    objective, checkpoint = s.objective, alignment_plan.opened(s)
+    checkpoint = alignment_plan.opened(s)
+    objective = Objective(s.loss_type, s.beta, s.dpop_lambda)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
     def training(parts: Settings) -> Phase:

@@ -15,7 +15,6 @@ from mis_mlx.alignment.alignment_plan import Alignment
 from mis_mlx.data import examples, rows
 from mis_mlx.data.rows import Row
 from mis_mlx.evaluation import reward_runner
-from mis_mlx.hardware import memory
 from mis_mlx.maths.policy import LossType
 from mis_mlx.models import distributed, load, stream
 from mis_mlx.planner import estimates
@@ -63,26 +62,10 @@ class Settings(Alignment):
     tasks: str = "sums,two-digit-sums,bus,recipe,logic"
     """generated tasks, where no data is given"""
 
-    def check(self) -> None:
-        """MisError where values make no sense."""
-        cli.check_ranges(self)
-        if self.max_completion_length >= self.max_seq_length:
-            raise MisError(
-                f"--max-completion-length {self.max_completion_length} leaves no room for a prompt in "
-                f"--max-seq-length {self.max_seq_length}: lower the one or raise the other"
-            )
-
     @property
     def at_once(self) -> int:
         """Answers generated together: a group, or more where groups are small."""
         return max(self.group_size, SAMPLED_TOGETHER // self.group_size * self.group_size)
-
-    @property
-    def objective(self) -> grpo_rollout.Objective:
-        """The loss asked for."""
-        return grpo_rollout.Objective(
-            self.loss_type, self.epsilon, self.epsilon_high, self.beta, self.max_completion_length, self.temperature
-        )
 
 
 @dataclass(frozen=True)
@@ -115,8 +98,8 @@ def _questions(
     return splits[0], splits[1], data.card(examples.fingerprint(encoded))
 
 
-def _phases(s: Settings, checkpoint: Checkpoint, longest: int, budget: int) -> tuple[Phase, Phase, int]:
-    """(sampling, training, bytes that the reference may keep between steps), where `longest` is of the prompts."""
+def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[Phase, Phase]:
+    """(sampling, training), where `longest` is of the prompts."""
     m, most = alignment_plan.sizes(s, checkpoint), s.max_completion_length
     answers, length = s.grad_accumulation_steps * s.group_size, longest + most
     branched = replace(s, grad_accumulation_steps=s.grad_accumulation_steps * -(-s.group_size // s.batch_size))
@@ -131,28 +114,28 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int, budget: int) -> t
     touched = batches * most * (m.shape.layers * m.block_work + m.head_work)
     flops = estimates.forward_flops(m, tokens, length)
     play = Phase("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
-    if not s.beta:
-        return play, learn, 0
-    beside = 3 * alignment_plan.weight_bytes(s, checkpoint)  # moments too
-    one = estimates.streamed_pass("", m, answers * length, answers * length, length, spool=False, beside_bytes=beside)
-    body = max(one.peak_bytes, play.peak_bytes + m.slots_bytes, learn.peak_bytes + m.slots_bytes)
-    kept = min(estimates.room(budget, body), m.head_work + m.shape.layers * m.block_work)
-    read = one.read_bytes * (1 + (s.iters - 1) * (1 - kept / (m.head_work + m.shape.layers * m.block_work)))
-    peak = max(one.peak_bytes, play.peak_bytes + m.slots_bytes) + kept
-    play = replace(play, read_bytes=int(read), flops=flops + s.iters * one.flops, peak_bytes=peak)
-    return play, replace(learn, peak_bytes=learn.peak_bytes + m.slots_bytes + kept), kept
+    if s.beta:
+        beside = 3 * alignment_plan.weight_bytes(s, checkpoint)  # moments too
+        size = answers * length
+        one = estimates.streamed_pass("", m, size, size, length, spool=False, beside_bytes=beside)
+        read, peak = s.iters * one.read_bytes, max(one.peak_bytes, play.peak_bytes + m.slots_bytes)
+        play = replace(play, read_bytes=read, flops=flops + s.iters * one.flops, peak_bytes=peak)
+        learn = replace(learn, peak_bytes=learn.peak_bytes + m.slots_bytes)
+    return play, learn
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data and the reward functions, plan, sample and learn, write the best."""
     s, folder = alignment_plan.resumed(settings)
-    s.check()
-    checkpoint = alignment_plan.opened(s)
+    checkpoint, most = alignment_plan.opened(s), s.max_completion_length
+    if most >= s.max_seq_length:
+        raise MisError(
+            f"--max-completion-length {most} leaves no room for a prompt in --max-seq-length {s.max_seq_length}: "
+            "lower the one or raise the other"
+        )
     functions = reward_runner.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
     train, valid, card = _questions(s, checkpoint, functions)
-    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget)).limit_bytes
-    play, learn, kept = _phases(s, checkpoint, max(train.longest, valid.longest), limit)
-    plan = alignment_plan.plan(s, play, learn)
+    plan = alignment_plan.plan(s, *_phases(s, checkpoint, max(train.longest, valid.longest)))
     if (n := distributed.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
         raise MisError(
             f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}: "
@@ -162,14 +145,16 @@ def run(settings: Settings) -> dict[str, Any]:
         return {"model": str(checkpoint.path), "questions": len(train.rows), **plan.result()}
     with alignment_run.running(s, folder, checkpoint, plan, card, "grpo") as r:
         dtype = alignment_plan.dtype_of(s, checkpoint)
-        reference = stream.Stream(checkpoint, dtype, kept, checkpoint.nbytes > limit) if s.beta else None
+        direct = checkpoint.nbytes > plan.budget.limit_bytes
+        reference = stream.Stream(checkpoint, dtype, 0, direct) if s.beta else None
         log = partial(r.files.append, r.folder / grpo_rollout.SAMPLES)
+        objective = grpo_rollout.Objective(s.loss_type, s.epsilon, s.epsilon_high, s.beta, most, s.temperature)
         sampler = grpo_rollout.Sampler(
-            r.model, train.rows, train.prompts, load.tokenizer(checkpoint.path), functions, s.objective,
+            r.model, train.rows, train.prompts, load.tokenizer(checkpoint.path), functions, objective,
             s.group_size, s.grad_accumulation_steps, s.batch_size, s.at_once, s.seed,
             s.num_iterations, s.lora is not None, reference, log,
         )  # fmt: skip
-        loss = partial(s.objective.loss, frozen_head=s.lora is not None)
+        loss = partial(objective.loss, frozen_head=s.lora is not None)
         held_out = partial(grpo_rollout.measure, sampler, valid.rows, valid.prompts)
         return r.train(sampler, loss, held_out, "grpo", partial(grpo_rollout.train, updates=s.num_iterations))
 

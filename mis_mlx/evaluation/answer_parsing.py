@@ -46,10 +46,6 @@ _UNITS = {
     "person": "1 osoba osoby osób person persons people",
     "ticket": "1 bilet bilety biletów ticket tickets",
 }
-_VULGAR = {
-    "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5",
-    "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
-}  # fmt: skip
 _SPACES = "\u00a0\u2009\u202f"  # no-break, thin and narrow no-break spaces, as typeset numbers have them
 _NUMBER = re.compile(
     r"(?P<sign>[-+−–]|minus )? ?"
@@ -58,6 +54,7 @@ _NUMBER = re.compile(
     r"|(?P<plain>[0-9]{1,3}(?: [0-9]{3})+(?:[.,][0-9]+)?(?![0-9])|[0-9]+(?:[.,][0-9]+)*))"
 )
 _TIME = re.compile(r"(?:o |at |godz\.? ?|godzina |o godzinie )?([0-9]{1,2})[:.]([0-9]{2})(?: ?([ap])\.?m\.?)?", re.I)
+_VULGAR = re.compile("[¼-¾⅐-⅞]")  # fractions of one character
 _LATEX = re.compile(r"([0-9]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 
 
@@ -223,9 +220,7 @@ def value(text: str, language: Language | None, like: Value | None = None) -> Va
 def _plain(line: str) -> str:
     """Without a closing full stop, and with ½ as a fraction."""
     line = line[:-1].rstrip() if line.endswith(".") and not line.endswith("..") else line
-    for sign, fraction in _VULGAR.items():
-        line = line.replace(sign, f" {fraction}")
-    return line.strip()
+    return _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), line).strip()
 
 
 def same(answer: Value, right: Value) -> bool:

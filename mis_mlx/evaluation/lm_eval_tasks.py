@@ -5,6 +5,7 @@ Needs the extra `evaluate`, data sets from the hub, and the whole model in memor
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,17 +34,10 @@ class Marks:
     metric: str
 
 
-def need() -> None:
-    """MisError where lm-eval is not installed."""
+def check(ids: Sequence[str]) -> None:
+    """MisError where lm-eval is not installed; and for ids that it does not have, with the nearest ones."""
     if find_spec("lm_eval") is None:
         raise MisError("lm-eval's tasks need lm-eval, which is not here: pip install 'mis-mlx[evaluate]'")
-
-
-def check(ids: Sequence[str]) -> None:
-    """MisError for ids that lm-eval does not have, with the nearest ones."""
-    need()
-    import difflib
-
     with _hushed():
         known = _manager(None).all_tasks
     for name in ids:
@@ -72,7 +66,6 @@ def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | N
 
     tasks_folder: of tasks beside lm-eval's own, described in its YAML. MisError where a data set does not come.
     """
-    need()
     with _hushed():
         import lm_eval
 
