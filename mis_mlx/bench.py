@@ -77,14 +77,14 @@ def measure(
 ) -> list[Row]:
     """Rows `ttft_ms` and `decode_tps` for each model: medians over `count` trials; in turn if all fit in
     `limit_bytes`, else model after model."""
-    r, found = Request(prompt_tokens, max(tokens, 2)), dict[str, list[Trial]]()
+    r, trials = Request(prompt_tokens, max(tokens, 2)), dict[str, list[Trial]]()
     openers = {name: partial(timing.opened, folder, name) for folder, name in zip(folders, names, strict=True)}
     together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
     timed = cli.counted("trial", rounds.rounds(openers, together, count, r), count * len(folders))
     for subject, done in timed:
-        found.setdefault(subject.name, []).append(done)
+        trials.setdefault(subject.name, []).append(done)
     rows = []
-    for name, every in found.items():
+    for name, every in trials.items():
         rows.append(Row(name, "ttft_ms", summary([1000 * t.stamps_s[0] for t in every])["median"], n=count))
         rows.append(Row(name, "decode_tps", summary([1 / t.tpot_s for t in every])["median"], n=count))
     return rows
@@ -143,7 +143,7 @@ class Bench:
 
     def fixed(self) -> dict[str, Any]:
         """What the same command with the same seed gives again: sizes, texts, tokens."""
-        asked = ("prompt_tokens", "generation_tokens", "num_trials", "batch_size", "depth", "seed")
+        flags = ("prompt_tokens", "generation_tokens", "num_trials", "batch_size", "depth", "seed")
         texts = {name: [(t.asked, t.tokens) for t in self.done.get(name, ())] for name in self.models}
         models = {
             name: {
@@ -156,17 +156,17 @@ class Bench:
             }
             for name, m in self.models.items()
         }
-        return {**{name: getattr(self.s, name) for name in asked}, "warm_up_tokens": rounds.WARM_UP, "models": models}
+        return {**{name: getattr(self.s, name) for name in flags}, "warm_up_tokens": rounds.WARM_UP, "models": models}
 
     def measured(self, at: Roof, idle: energy.Energy | None) -> dict[str, dict[str, Any]]:
         """{model: {metric: summary}} of what was timed, and beside it the roof: `*_best_*`, `reached`, `moved_mb`."""
-        found: dict[str, dict[str, Any]] = {}
+        figures: dict[str, dict[str, Any]] = {}
         for name, done in self.done.items():
             m, read = self.models[name], int(self.loaded[name]["read_bytes"])
             values: dict[str, Any] = rounds.figures(done, self.r, idle)
             beside = roofline.beside(m, read, self.r, at, values["decode_tps"]["median"])
-            found[name] = {"load_s": self.loaded[name]["load_s"], **values, **beside}
-        return found
+            figures[name] = {"load_s": self.loaded[name]["load_s"], **values, **beside}
+        return figures
 
 
 def _idle(meter: energy.EnergyMeter, reading: Reading) -> energy.Energy | None:
@@ -205,9 +205,9 @@ def run(settings: Settings) -> dict[str, Any]:
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
     measured = bench.measured(at, idle)
     fixed = bench.fixed()
-    said = rounds.sentences(fixed["models"], measured, bench.r)
+    sentences = rounds.sentences(fixed["models"], measured, bench.r)
     print(text.table(rounds.rows(fixed["models"], measured), list(measured), rounds.METRICS))
-    print("\n" + "\n".join(said))
+    print("\n" + "\n".join(sentences))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
     source = (meter.source or "the whole machine's power") if idle else None
@@ -217,7 +217,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "hot": hot,
         "stopped": bench.stopped,
         "measured": {"models": measured, "roof": asdict(at), "conditions": conditions, "energy_source": source},
-        "sentences": said,
+        "sentences": sentences,
     }
     bench.write(result)
     return result

@@ -87,11 +87,11 @@ def _questions(
     tokenizer, room = load.tokenizer(checkpoint.path), s.max_seq_length - s.max_completion_length + 1
     splits, encoded = list[_Questions](), []
     for split in (data.train, data.valid[: s.eval_rows]):
-        asked, where = [row for row, _ in split], [at for _, at in split]
-        rows.refuse(reward_runner.unanswerable(functions, asked, where))
+        questions, where = [row for row, _ in split], [at for _, at in split]
+        rows.refuse(reward_runner.unanswerable(functions, questions, where))
         sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
         prompts = [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences]
-        splits.append(_Questions(asked, prompts))
+        splits.append(_Questions(questions, prompts))
         encoded += sequences
     for note in data.notes:
         cli.say(note)

@@ -102,11 +102,11 @@ class Run:
 
     def _back(self) -> int | None:
         """Put the newest checkpoint back: its number; None when there is none."""
-        found = self._kept.back()
-        if found is None:
+        newest = self._kept.back()
+        if newest is None:
             return None
-        self.best = found[1]["best"][0], found[1]["best"][1]
-        return found[0]
+        self.best = newest[1]["best"][0], newest[1]["best"][1]
+        return newest[0]
 
     @property
     def _kept(self) -> Checkpoints:
@@ -121,11 +121,11 @@ class Run:
         s = self.settings
         if number % s.save_every == 0 or number == s.iters:
             self.model.eval()
-            found = {name: float(value) for name, value in held_out().items()}
+            measured = {name: float(value) for name, value in held_out().items()}
             self.model.train()
-            self.files.append(self.folder / HELD_OUT, json.dumps({"number": number, **found}))
-            cli.say(f"step {number}, held out: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-            if not math.isfinite(value := found[self.judge]):
+            self.files.append(self.folder / HELD_OUT, json.dumps({"number": number, **measured}))
+            cli.say(f"step {number}, held out: " + ", ".join(f"{name} {value:.4f}" for name, value in measured.items()))
+            if not math.isfinite(value := measured[self.judge]):
                 raise MisError(f"the held-out loss at step {number} is {value}: lower --learning-rate")
             if self.best is None or value < self.best[1]:
                 self.best = (number, value)
@@ -133,7 +133,7 @@ class Run:
                 # back comes here again with the same bits.
                 if not (self.folder / BEST / f"step-{number:08d}").exists():
                     best = {"model": train_loop.arrays_of(self.model, self.optimizer)["model"]}
-                    protocol.save_step(self.folder / BEST, number, best, found, self.files, keep=3)
+                    protocol.save_step(self.folder / BEST, number, best, measured, self.files, keep=3)
         self._kept.save(number, {"best": self.best})
 
     def _finish(self) -> dict[str, Any]:

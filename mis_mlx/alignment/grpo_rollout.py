@@ -116,7 +116,7 @@ class Sampler:
         if np.isnan(rewards).all():
             raise MisError(
                 f"step {step + 1}: none of {rewards.size} answers could be scored "
-                f"({notes[0] if notes else 'every function returned None'}): mend the reward functions or the answers"
+                f"({notes[0] if notes else 'every function returned None'}): fix the reward functions or the answers"
             )
         kept = policy.teaches(rewards)
         judged = zip(at, texts, scores, kept, strict=True)
@@ -152,15 +152,15 @@ class Sampler:
         longest, batches = [max(map(len, group)) for _, group in chosen], []
         for (i, group), most in zip(chosen, longest, strict=True):
             batches.append(mx.array([[*self.prompts[i], *a, *[0] * (most - len(a))] for a in group]))
-        head, found = load.dense_weight(self.reference.head()).astype(self.reference.dtype), list[mx.array | None]()
+        head, logps = load.dense_weight(self.reference.head()).astype(self.reference.dtype), list[mx.array | None]()
         for tokens, hidden, most in zip(batches, self.reference.forward(batches), longest, strict=True):
             states = hidden[:, -most - 1 : -1]
             targets = tokens[:, -most:].reshape(-1)
             flat = token_logps(
                 states.reshape(-1, states.shape[-1]), head, targets, self.objective.temperature, frozen_head=True
             )
-            found.append(flat.reshape(len(tokens), most))
-        return found
+            logps.append(flat.reshape(len(tokens), most))
+        return logps
 
 
 def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: Scores, kept: bool) -> str:
@@ -195,14 +195,14 @@ def _facts(
 
 def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Those of all machines: counts added, means weighed by groups."""
-    found = {}
+    joined = {}
     for name in dict.fromkeys(name for each in facts for name in each):
         told = [(each[name], each["groups"]) for each in facts if name in each]
         if name in COUNTS:
-            found[name] = sum(value for value, _ in told)
+            joined[name] = sum(value for value, _ in told)
         else:
-            found[name] = sum(value * n for value, n in told) / sum(n for _, n in told)
-    return found
+            joined[name] = sum(value * n for value, n in told) / sum(n for _, n in told)
+    return joined
 
 
 def train(
@@ -251,8 +251,6 @@ def measure(
     scores = reward_runner.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
     rewards = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
     if np.isnan(rewards).all():
-        raise MisError(
-            f"none of {len(rows)} held-out answers could be scored: mend the reward functions or the answers"
-        )
+        raise MisError(f"none of {len(rows)} held-out answers could be scored: fix the reward functions or the answers")
     facts = _facts(rewards, scores, answers, policy.teaches(rewards), o.max_tokens)
     return {"loss": 0.0 - facts["reward"], **{k: v for k, v in facts.items() if k not in ("kept", "groups")}}

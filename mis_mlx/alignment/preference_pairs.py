@@ -74,11 +74,11 @@ def rectangle(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:
 
 def reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> np.ndarray:
     """log pi_ref(y|x) of the chosen and the rejected answer of every pair, (N, 2) float32."""
-    found = np.zeros((len(pairs), 2), np.float32)
+    logps = np.zeros((len(pairs), 2), np.float32)
     for at in _by_length("reference: batch", pairs, batch_size):
         sums, _ = _sums(model, *rectangle([pairs[i] for i in at]), frozen_head=True)
-        found[at] = np.array(sums).reshape(2, -1).T
-    return found
+        logps[at] = np.array(sums).reshape(2, -1).T
+    return logps
 
 
 def _by_length(label: str, pairs: Sequence[Pair], batch_size: int) -> Iterator[list[int]]:
@@ -120,11 +120,11 @@ def micro_batches(
     """Those of any step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
     lengths = [longest(pair) for pair in pairs]
 
-    def made(step: int) -> list[tuple[mx.array, ...]]:
+    def of_step(step: int) -> list[tuple[mx.array, ...]]:
         at = sequence_packing.drawn(lengths, batch_size, parts, step, seed, distributed.share)
         return [(*rectangle([pairs[i] for i in part]), mx.array(logps[part].T.reshape(-1))) for part in at]
 
-    return made
+    return of_step
 
 
 def measure(

@@ -33,13 +33,13 @@ class Lesson:
     ) -> Callable[[int], list[MicroBatch]]:
         """Those of any step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
 
-        def made(step: int) -> list[MicroBatch]:
+        def of_step(step: int) -> list[MicroBatch]:
             at = sequence_packing.drawn(self.lengths, batch_size, parts, step, seed, distributed.share)
             cut = [sequence_packing.rectangle([self.windows[i] for i in part]) for part in at]
             signal = source.micro_batches([Batch(tokens, learn) for tokens, learn, _ in cut], at)
             return [(tokens, rows, *rest) for (_, _, rows), (tokens, *rest) in zip(cut, signal, strict=True)]
 
-        return made
+        return of_step
 
     def loss_of(self, source: Source, frozen_head: bool) -> Loss:
         """`loss(student, tokens, rows, learn, *target)` -> (sum in nats, tokens that count, {"tokens": all})."""

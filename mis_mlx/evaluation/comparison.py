@@ -48,9 +48,9 @@ def own(held_out: Windows) -> Windows:
 
 def together(models: Mapping[str, Checkpoint], held_out: Windows, opened: Opened) -> dict[tuple[str, str], np.ndarray]:
     """What `compare` gives, every machine having compared its own windows."""
-    found = compare(models, own(held_out), opened=opened)
-    keys = [(name, metric) for name, metric in distributed.told(lambda: list(found))]
-    return {key: np.array(distributed.joined(found.get(key, np.zeros(0)).tolist())) for key in keys}
+    mine = compare(models, own(held_out), opened=opened)
+    keys = [(name, metric) for name, metric in distributed.told(lambda: list(mine))]
+    return {key: np.array(distributed.joined(mine.get(key, np.zeros(0)).tolist())) for key in keys}
 
 
 def compare(
@@ -66,15 +66,15 @@ def compare(
     """
     (teacher, base), *students = models.items()
     mine = final_hidden(base, held_out, opened) if teacher_hidden is None else teacher_hidden
-    found = dict[tuple[str, str], np.ndarray]()
+    means_of = dict[tuple[str, str], np.ndarray]()
     for name, model in students or [(teacher, base)]:
         theirs = mine if model is base else final_hidden(model, held_out, opened)
         means = [v.mean(axis=0) if len(v) else np.zeros(4) for v in by_window((base, mine), (model, theirs), held_out)]
         own, *others = np.array(means).reshape(-1, 4).T
-        found.setdefault((teacher, "nll"), own)
+        means_of.setdefault((teacher, "nll"), own)
         if students:
-            found |= {(name, metric): values for metric, values in zip(("nll", "kl", "top1"), others, strict=True)}
-    return found
+            means_of |= {(name, metric): values for metric, values in zip(("nll", "kl", "top1"), others, strict=True)}
+    return means_of
 
 
 def by_window(
@@ -106,10 +106,10 @@ def _at_positions(teacher: mx.array, student: mx.array, targets: mx.array) -> np
     return np.array(mx.stack([reference.nll(), *reference.compare(student)], axis=1))
 
 
-def rows_of(found: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:
+def rows_of(figures: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:
     """One row per model and metric, with its 95 % interval over windows; perplexity from the loss."""
     rows = []
-    for (name, metric), values in found.items():
+    for (name, metric), values in figures.items():
         mean, low, high = interval(values)
         rows.append(Row(name, metric, mean, low, high, len(values)))
         if metric == "nll":

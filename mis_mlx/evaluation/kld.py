@@ -56,13 +56,13 @@ def against(
     Of several machines each has its own windows.
     """
     held_out = comparison.own(held_out)
-    mine, found = comparison.final_hidden(base, held_out, opened), {}
+    mine, report = comparison.final_hidden(base, held_out, opened), {}
     for name, other in cli.counted("model", others.items(), len(others)):
         theirs = comparison.final_hidden(other, held_out, opened)
         values = comparison.by_window((base, mine), (other, theirs), held_out)
         each = distributed.gather([row for window in values for row in window.tolist()])
-        found[name] = figures(*np.array([row for part in each for row in part]).T)
-    return found
+        report[name] = figures(*np.array([row for part in each for row in part]).T)
+    return report
 
 
 def figures(base_nll: np.ndarray, nll: np.ndarray, kld: np.ndarray, same: np.ndarray) -> Figures:

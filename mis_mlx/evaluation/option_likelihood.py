@@ -37,11 +37,11 @@ def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
         wholes = [[*before, *tokenizer.encode(option, add_special_tokens=False)] for option in options]
     else:
         wholes = [list(tokenizer.encode(bare + option)) for option in options]
-    found = [whole[len(before) :] for whole in wholes]
-    if not all(found):
-        lost = options[found.index([])]
+    added = [whole[len(before) :] for whole in wholes]
+    if not all(added):
+        lost = options[added.index([])]
         raise MisError(f"the option {lost[:40]!r} adds no token to {bare[-40:]!r}: write it so that it begins a word")
-    return before, found
+    return before, added
 
 
 @dataclass(frozen=True)
@@ -122,23 +122,23 @@ def score(stream: Stream, encoded: Sequence[Encoded], rows: int = ROWS) -> list[
             settle(hidden[b])
     hidden = stream.norm(hidden)
     head, vocab = stream.head(), shape_of(stream.checkpoint.config).vocab
-    found = [[0.0] * len(options) for _, options in encoded]
+    sums = [[0.0] * len(options) for _, options in encoded]
     for b, p in enumerate(own):
         for (question, option), value in zip(p.owner, _logps(head, hidden[b][0], p, vocab), strict=True):
-            found[question][option] += float(value)
-    for theirs in distributed.gather([(n, found[n]) for p in own for n in p.which]):
+            sums[question][option] += float(value)
+    for theirs in distributed.gather([(n, sums[n]) for p in own for n in p.which]):
         for n, values in theirs:
-            found[n] = values
-    return found
+            sums[n] = values
+    return sums
 
 
 def _logps(head: Any, hidden: mx.array, p: Pack, vocab: int) -> np.ndarray:
     """(P,) log-probabilities; no row of logits is made twice, and few are there at once."""
     used, at = np.unique(p.row, return_inverse=True)
-    found, step = np.zeros(len(at)), chunk_rows(vocab)
+    logps, step = np.zeros(len(at)), chunk_rows(vocab)
     for start in range(0, len(used), step):
         z = load.logits(head, hidden[mx.array(used[start : start + step])]).astype(mx.float32)
         mine = np.flatnonzero((at >= start) & (at < start + step))
         row = mx.array(at[mine] - start)
-        found[mine] = np.array(z[row, mx.array(p.token[mine])] - mx.logsumexp(z, axis=-1)[row])
-    return found
+        logps[mine] = np.array(z[row, mx.array(p.token[mine])] - mx.logsumexp(z, axis=-1)[row])
+    return logps

@@ -137,7 +137,7 @@ def _places(texts: Sequence[str]) -> list[dict]:
         for start in range(0, len(words) - context - ending + 1, context + ending):
             middle = start + context
             places.append((" ".join(words[start:middle]), " ".join(words[middle : middle + ending])))
-    endings, made = sorted({end for _, end in places}), []
+    endings, cloze = sorted({end for _, end in places}), []
     if len(endings) <= others:
         raise MisError(
             f"the held-out text has {len(endings)} places of {context + ending} words, the task {CONTINUE} needs "
@@ -147,8 +147,8 @@ def _places(texts: Sequence[str]) -> list[dict]:
         rng = random.Random(f"endings-{number}")
         wrong = questions.some(rng, [other for other in endings if other != right], others)
         options = questions.some(rng, [right, *wrong], others + 1)
-        made.append({"text": f"{before} {questions.BLANK}", "options": options, "answer": right})
-    return [row for row in made if questions.fault(row) is None]
+        cloze.append({"text": f"{before} {questions.BLANK}", "options": options, "answer": right})
+    return [row for row in cloze if questions.fault(row) is None]
 
 
 def _exams() -> Path:
@@ -201,16 +201,16 @@ def _fetch_silesian(folder: Path) -> None:
 
 def _dialects() -> list[Task]:
     """Of every slot that is filled, or can be; the empty ones are named."""
-    found, empty = list[Task](), list[str]()
+    tasks, empty = list[Task](), list[str]()
     for slot in dialects.SLOTS:
         try:
-            found += _dialect(slot)
+            tasks += _dialect(slot)
         except MisError as error:
             if (_slot(slot) / dialects.PAIRS).is_file():  # filled, with what does not pass
                 raise
             empty.append(slot)
             last = error
-    if not found:
+    if not tasks:
         raise last
     cli.say(f"empty slots: {', '.join(empty)}; {dialects.PAIRS} goes into {_slot('NAME')}")
-    return found
+    return tasks

@@ -21,10 +21,10 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 def summary(values: Sequence[float]) -> dict[str, float]:
     """{mean, sd, median, n}, and p95 where there are 20 values or more: fewer do not have one. sd: of a sample."""
     v = np.asarray(values, dtype=np.float64)
-    found = {"mean": v.mean(), "sd": v.std(ddof=1) if len(v) > 1 else 0.0, "median": np.median(v)}
+    figures = {"mean": v.mean(), "sd": v.std(ddof=1) if len(v) > 1 else 0.0, "median": np.median(v)}
     if len(v) >= LEAST_FOR_P95:
-        found["p95"] = np.percentile(v, 95)
-    return {name: float(value) for name, value in found.items()} | {"n": len(v)}
+        figures["p95"] = np.percentile(v, 95)
+    return {name: float(value) for name, value in figures.items()} | {"n": len(v)}
 
 
 def recovery(student: np.ndarray, teacher: np.ndarray, chance: np.ndarray) -> tuple[float, float, float]:

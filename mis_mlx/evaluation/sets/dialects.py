@@ -63,8 +63,8 @@ def tasks(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[Task]:
         rng = random.Random(f"{slot}-{number}")
         is_dialect = number % 2 == 0
         label = {True: language, False: "polskim"}[is_dialect]
-        said = f"Tekst: {dialect if is_dialect else polish}\nTo jest tekst w języku {questions.BLANK}"
-        labels.append({"text": said, "options": ["polskim", language], "answer": label})
+        text = f"Tekst: {dialect if is_dialect else polish}\nTo jest tekst w języku {questions.BLANK}"
+        labels.append({"text": text, "options": ["polskim", language], "answer": label})
         both = some(rng, (polish, dialect), 2)
         texts.append({"text": f"To samo {adverb}: {questions.BLANK}", "options": both, "answer": dialect})
     about = f"{len(pairs)} pairs, {origin}"
@@ -80,13 +80,13 @@ def from_firefox(folder: Path) -> list[tuple[str, str]]:
     Left out: what has fewer than four words, is the same in both, or has no letter that English lacks, for much was
     never translated; what has cases to choose from.
     """
-    found = []
+    languages = []
     for start in PACKS:
         packs = sorted(folder.rglob(f"{start}*.xpi"))
         if not packs:
             raise MisError(f"{folder} has no {start}*.xpi: put Firefox's language packs for pl and szl there")
-        found.append(_messages(packs[0]))
-    polish, silesian = found
+        languages.append(_messages(packs[0]))
+    polish, silesian = languages
     pairs = dict[str, str]()
     for key, raw in silesian.items():
         one, other = _plain(polish.get(key, "")), _plain(raw)
@@ -104,7 +104,7 @@ def write(pairs: list[tuple[str, str]], folder: Path) -> None:
 
 def _messages(pack: Path) -> dict[tuple[str, str], str]:
     """{(file, key): message} of all Fluent and properties files of a language pack."""
-    found: dict[tuple[str, str], str] = {}
+    messages: dict[tuple[str, str], str] = {}
     with zipfile.ZipFile(pack) as archive:
         for name in archive.namelist():
             place = re.sub(r"\b(pl|szl)/", "", name)
@@ -112,27 +112,27 @@ def _messages(pack: Path) -> dict[tuple[str, str], str]:
                 for line in archive.read(name).decode().splitlines():
                     key, equals, value = line.partition("=")
                     if equals and not line.startswith("#"):
-                        found[place, key.strip()] = value.strip()
+                        messages[place, key.strip()] = value.strip()
             elif name.endswith(".ftl"):
-                found |= {(place, key): text for key, text in _fluent(archive.read(name).decode()).items()}
-    return found
+                messages |= {(place, key): text for key, text in _fluent(archive.read(name).decode()).items()}
+    return messages
 
 
 def _fluent(text: str) -> dict[str, str]:
     """{term or term.attribute: message} of a Fluent file; lines that go on are joined."""
-    found, term, key = dict[str, str](), "", ""
+    messages, term, key = dict[str, str](), "", ""
     for line in text.splitlines():
         if match := _TERM.match(line):
             term = key = match[1]
-            found[key] = match[2]
+            messages[key] = match[2]
         elif term and (match := _ATTRIBUTE.match(line)):
             key = f"{term}.{match[1]}"
-            found[key] = match[2]
+            messages[key] = match[2]
         elif key and line.startswith(" "):
-            found[key] += f" {line.strip()}"
+            messages[key] += f" {line.strip()}"
         else:
             term = key = ""
-    return found
+    return messages
 
 
 def _plain(message: str) -> str:

@@ -104,13 +104,13 @@ def _manual() -> tuple[str, ...]:
 
 def prompts(tokenizer: Any, r: Request, seed: Sequence[int]) -> list[list[int]]:
     """Token ids of `r.batch` pieces of Python's manual, each of `r.prompt`, from topics that `seed` chooses."""
-    rows, rng, found = _manual(), np.random.default_rng(list(seed)), []
+    rows, rng, texts = _manual(), np.random.default_rng(list(seed)), []
     for _ in range(r.batch):
         start, text = int(rng.integers(len(rows))), ""
         while len(text) < 5 * r.prompt and len(text) < sum(map(len, rows)):  # a token has 3 to 5 letters
             text, start = f"{text}\n\n{rows[start % len(rows)]}", start + 1
-        found.append([int(i) for i in np.array(mlx_generate.prompt_ids(tokenizer, text, r.prompt))])
-    return found
+        texts.append([int(i) for i in np.array(mlx_generate.prompt_ids(tokenizer, text, r.prompt))])
+    return texts
 
 
 def trial(s: Subject, r: Request, seed: Sequence[int], meter: EnergyMeter | None = None, peaks: bool = False) -> Trial:
