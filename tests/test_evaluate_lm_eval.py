@@ -96,13 +96,6 @@ def test_presets_name_tasks_that_lm_eval_has() -> None:
         lm_eval_tasks.check(["belebele_pol_Latm"])
 
 
-@here
-def test_without_the_hub_its_tasks_are_a_sentence(llama: Checkpoint, command: Callable[..., Done]) -> None:
-    """Not the traceback of a data set."""
-    said = sentence(command("evaluate", "--teacher", llama.path, "--tasks", "lm_eval/belebele_pol_Latn"))
-    assert "lm-eval could not run belebele_pol_Latn" in said and "check the network" in said
-
-
 @pytest.mark.skipif(lm_eval_tasks.find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_without_lm_eval_the_extra_is_named(llama: Checkpoint, command: Callable[..., Done]) -> None:
     """One sentence, with the command that brings it."""
