@@ -24,7 +24,6 @@ from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.hardware.thermal import energy, governor
 from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags
-from mis_mlx.maths.stats import summary
 from mis_mlx.models import arch, load, policy, resolve
 from mis_mlx.models.policy import Computing
 from mis_mlx.reporting import progress, text
@@ -63,14 +62,6 @@ class Settings(Computing, WeatherFlags):
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
 
-    @property
-    def request(self) -> Request:
-        """What is timed. MisError when it cannot be."""
-        cli.check_ranges(self)
-        if self.batch_size > 1 and self.depth:
-            raise MisError(f"-b {self.batch_size} does not go with -d: leave one of them out")
-        return Request(self.prompt_tokens, self.generation_tokens, self.batch_size, self.depth)
-
 
 def measure(
     folders: Sequence[Path], names: Sequence[str], prompt_tokens: int, tokens: int, count: int, limit_bytes: int = 0
@@ -85,8 +76,8 @@ def measure(
         trials.setdefault(subject.name, []).append(done)
     rows = []
     for name, every in trials.items():
-        rows.append(Row(name, "ttft_ms", summary([1000 * t.stamps_s[0] for t in every])["median"], n=count))
-        rows.append(Row(name, "decode_tps", summary([1 / t.tpot_s for t in every])["median"], n=count))
+        figures = rounds.figures(every, r)
+        rows += [Row(name, metric, figures[metric]["median"], n=count) for metric in ("ttft_ms", "decode_tps")]
     return rows
 
 
@@ -94,7 +85,10 @@ class Bench:
     """One run: the models by name, and the trials that are finished."""
 
     def __init__(self, s: Settings):
-        self.s, self.r = s, s.request
+        cli.check_ranges(s)
+        if s.batch_size > 1 and s.depth:
+            raise MisError(f"-b {s.batch_size} does not go with -d: leave one of them out")
+        self.s, self.r = s, Request(s.prompt_tokens, s.generation_tokens, s.batch_size, s.depth)
         if s.out and not Path(s.out).absolute().parent.is_dir():
             raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
         if s.out:
