@@ -22,7 +22,7 @@ from polish_text import problems
 from mis_mlx import cli, grpo, sft
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.data import examples
-from mis_mlx.evaluation import reward_runner
+from mis_mlx.evaluation import rewards
 from mis_mlx.models import load, stream
 from mis_mlx.storage import run_folder
 
@@ -76,7 +76,7 @@ def measured(s: Settings, folder: Path, questions: Sequence[dict[str, str]]) -> 
     encoded, _ = examples.encode(placed, tokenizer, 512, ("answer",))
     prompts = [[int(t) for t in ids[: int(learn.argmax())]] for ((ids, learn),) in encoded]
     objective = training.Objective("dapo", 0.2, 0.28, 0.0, s.max_completion_length, 1.0)
-    functions = reward_runner.functions(None, None)
+    functions = rewards.functions(None, None)
     sampler = training.Sampler(model, questions, prompts, tokenizer, functions, objective, 0, 0, 0, 32, seed=7)
     found = {}
     for name, samples in (("greedy", 0), ("sampled", s.eval_samples)):

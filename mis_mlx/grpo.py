@@ -14,7 +14,7 @@ from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
 from mis_mlx.alignment.alignment_plan import Alignment
 from mis_mlx.data import examples, rows
 from mis_mlx.data.rows import Row
-from mis_mlx.evaluation import reward_runner
+from mis_mlx.evaluation import rewards
 from mis_mlx.maths.policy import LossType
 from mis_mlx.models import distributed, load, stream
 from mis_mlx.planner import estimates
@@ -57,7 +57,7 @@ class Settings(Alignment):
     """names with commas, whose rewards are added up; default: correct,format, or all functions of the file"""
     reward_functions_file: str | None = None
     """Python file of functions f(prompts, completions, answer) -> list of numbers or None"""
-    reward_timeout: Positive = reward_runner.SECONDS
+    reward_timeout: Positive = rewards.SECONDS
     """seconds that a function of the file may take for the answers of a step"""
     tasks: str = "sums,two-digit-sums,bus,recipe,logic"
     """generated tasks, where no data is given"""
@@ -79,7 +79,7 @@ class _Questions:
 
 
 def _questions(
-    s: Settings, checkpoint: Checkpoint, functions: Sequence[reward_runner.Function]
+    s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.Function]
 ) -> tuple[_Questions, _Questions, dict[str, Any]]:
     """(questions to train on, held-out ones, what is known of the data); every row is checked."""
     kinds = [name.strip() for name in s.tasks.split(",")]
@@ -88,7 +88,7 @@ def _questions(
     splits, encoded = list[_Questions](), []
     for split in (data.train, data.valid[: s.eval_rows]):
         questions, where = [row for row, _ in split], [at for _, at in split]
-        rows.refuse(reward_runner.unanswerable(functions, questions, where))
+        rows.refuse(rewards.unanswerable(functions, questions, where))
         sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
         prompts = [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences]
         splits.append(_Questions(questions, prompts))
@@ -133,7 +133,7 @@ def run(settings: Settings) -> dict[str, Any]:
             f"--max-completion-length {most} leaves no room for a prompt in --max-seq-length {s.max_seq_length}: "
             "lower the one or raise the other"
         )
-    functions = reward_runner.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
+    functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
     train, valid, card = _questions(s, checkpoint, functions)
     plan = alignment_plan.plan(s, *_phases(s, checkpoint, max(train.longest, valid.longest)))
     if (n := distributed.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):

@@ -153,7 +153,7 @@ def sampler(checkpoint: Checkpoint, folder: Path, **changes: Any) -> training.Sa
     """One that rewards vowels."""
     model = load.resident(checkpoint, mx.float32)
     mx.eval(model.parameters())
-    functions = training.reward_runner.functions(None, str(folder / "vowels.py"))
+    functions = training.rewards.functions(None, str(folder / "vowels.py"))
     objective = training.Objective("dapo", 0.2, 0.28, 0.1, 8, 0.8)
     tokenizer = load.tokenizer(checkpoint.path)
     prompts = [mlx_generate.encode(tokenizer, q) for q in QUESTIONS]
@@ -202,11 +202,11 @@ def test_nothing_scored_is_a_sentence(llama: Checkpoint, folder: Path, tmp_path:
     """A function that fails on everything stops the run with its reason; on some groups, these are skipped."""
     path = tmp_path / "broken.py"
     path.write_text("def f(prompts, completions, answer):\n    raise RuntimeError('no ruler')\n")
-    made = sampler(llama, folder, functions=training.reward_runner.functions(None, str(path)))
+    made = sampler(llama, folder, functions=training.rewards.functions(None, str(path)))
     with pytest.raises(MisError, match=r"none of 12 answers could be scored \(f: RuntimeError: no ruler\)"):
         made(0)
     path.write_text(VOWELS.replace("return", "if any(p == 'why' or 'with' in p for p in prompts): 1 / 0\n    return"))
-    made = sampler(llama, folder, functions=training.reward_runner.functions(None, str(path)), prompts_per_step=8)
+    made = sampler(llama, folder, functions=training.rewards.functions(None, str(path)), prompts_per_step=8)
     facts = made(0).facts
     assert facts["unscored"] == 8 and facts["kept"] <= 6
 

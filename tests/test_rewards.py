@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mis_mlx.evaluation import answer_parsing, reward_runner, rewards
+from mis_mlx.evaluation import answer_parsing, rewards
 from mis_mlx.hardware import child_process
 from mis_mlx.types import MisError
 
@@ -92,11 +92,11 @@ def test_units_by_pencil() -> None:
         assert answer_parsing.quantity(text, "pl") is None, text
 
 
-def functions(tmp_path: Path, source: str, **given: Any) -> tuple[reward_runner.Function, ...]:
+def functions(tmp_path: Path, source: str, **given: Any) -> tuple[rewards.Function, ...]:
     """The functions of a user's file with this source."""
     path = tmp_path / "mine.py"
     path.write_text(source)
-    return reward_runner.functions(given.pop("names", None), str(path), **given)
+    return rewards.functions(given.pop("names", None), str(path), **given)
 
 
 ROWS = [{"prompt": "p", "answer": "5", "language": "en", "task": "sums"}, {"prompt": "q", "answer": "7"}]
@@ -105,7 +105,7 @@ GROUPS = [["Answer: 5", "Answer: 6"], ["Answer: 7", "7", ""]]
 
 def test_ours_are_scored_in_a_child() -> None:
     """Right and in form 1.1, right 1, in form 0.1; the prompt's language is passed on."""
-    found = reward_runner.score(reward_runner.functions(None, None), ROWS, GROUPS)
+    found = rewards.score(rewards.functions(None, None), ROWS, GROUPS)
     assert [s.totals for s in found] == [(1.1, 0.1), (1.1, 1.0, 0.0)]
 
 
@@ -119,7 +119,7 @@ def test_the_users_functions(tmp_path: Path) -> None:
         "    return [None if t is None else 1 for t in task]\n"
         "def _hidden():\n    pass\n"
     )
-    found = reward_runner.score(functions(tmp_path, source), ROWS, GROUPS)
+    found = rewards.score(functions(tmp_path, source), ROWS, GROUPS)
     assert [s.totals for s in found] == [(10.0, 10.0), (9.0, 1.0, 0.0)]
     assert found[1].parts == {"long": (9.0, 1.0, 0.0), "mine": (None, None, None)}
     both = functions(tmp_path, source, names="long,correct")
@@ -143,7 +143,7 @@ def test_what_breaks_a_function_is_no_reward(tmp_path: Path, body: str, why: str
     """Only the group with the text that broke it goes unscored, and the note says why."""
     source = f"def f(prompts, completions, answer):\n    if '6' in completions[1]:\n        {body}\n"
     source += "    return [1.0] * len(completions)\n"
-    found = reward_runner.score(functions(tmp_path, source, seconds=1.0), ROWS, GROUPS)
+    found = rewards.score(functions(tmp_path, source, seconds=1.0), ROWS, GROUPS)
     assert [s.totals for s in found] == [(None, None), (1.0, 1.0, 1.0)]
     assert found[1].notes == ()
     (note,) = found[0].notes
@@ -155,9 +155,9 @@ def test_memory_is_limited(tmp_path: Path) -> None:
     the watchdog's on macOS."""
     path = tmp_path / "hungry.py"
     path.write_text("def f(size):\n    return len(bytearray(size))\n")
-    assert child_process.ask(str(path), "f", {"size": 2**20}, 10.0, reward_runner.MEMORY_BYTES) == 2**20
+    assert child_process.ask(str(path), "f", {"size": 2**20}, 10.0, rewards.MEMORY_BYTES) == 2**20
     with pytest.raises(child_process.NoAnswer, match="MemoryError"):
-        child_process.ask(str(path), "f", {"size": 2**32}, 10.0, reward_runner.MEMORY_BYTES)
+        child_process.ask(str(path), "f", {"size": 2**32}, 10.0, rewards.MEMORY_BYTES)
 
 
 HUNGRY = """
@@ -209,16 +209,16 @@ def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     """Unknown names, files that are none, lists of the wrong length."""
     with pytest.raises(MisError, match="names nice, which is not there: known are correct, format"):
-        reward_runner.functions("nice", None)
+        rewards.functions("nice", None)
     with pytest.raises(MisError, match="does not read as Python"):
         functions(tmp_path, "def f(:\n")
     with pytest.raises(MisError, match="has 0 functions"):
         functions(tmp_path, "x = 1\n")
     with pytest.raises(MisError, match="does not read as Python"):
-        reward_runner.functions(None, str(tmp_path / "none.py"))
+        rewards.functions(None, str(tmp_path / "none.py"))
     short = functions(tmp_path, "def f(prompts, completions, answer):\n    return [1]\n")
     with pytest.raises(MisError, match="the reward function f returned .1.: it owes a list of 5 numbers"):
-        reward_runner.score(short, ROWS, GROUPS)
+        rewards.score(short, ROWS, GROUPS)
 
 
 def test_the_users_file_is_not_run_here(tmp_path: Path) -> None:

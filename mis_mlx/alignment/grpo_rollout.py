@@ -18,8 +18,8 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
-from mis_mlx.evaluation import reward_runner
-from mis_mlx.evaluation.reward_runner import Function, Scores
+from mis_mlx.evaluation import rewards
+from mis_mlx.evaluation.rewards import Function, Scores
 from mis_mlx.maths import policy
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GoralW
@@ -110,22 +110,22 @@ class Sampler:
             self.tokenizer.eos_token_ids, draw, self.at_once,
         )  # fmt: skip
         texts = [[self.text(answer) for answer in group] for group in answers]
-        scores = reward_runner.score(self.functions, [self.rows[i] for i in at], texts)
-        rewards = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
+        scores = rewards.score(self.functions, [self.rows[i] for i in at], texts)
+        totals = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
         notes = [note for s in scores for note in s.notes]
-        if np.isnan(rewards).all():
+        if np.isnan(totals).all():
             raise MisError(
-                f"step {step + 1}: none of {rewards.size} answers could be scored "
+                f"step {step + 1}: none of {totals.size} answers could be scored "
                 f"({notes[0] if notes else 'every function returned None'}): fix the reward functions or the answers"
             )
-        kept = policy.teaches(rewards)
+        kept = policy.teaches(totals)
         judged = zip(at, texts, scores, kept, strict=True)
         lines = [_record(step, self.rows[i], group, score, bool(keeps)) for i, group, score, keeps in judged]
         for line in chain.from_iterable(distributed.gather(lines)):
             self.log(line)
-        advantage = policy.advantages(rewards, scaled=self.objective.kind != "dr_grpo")
+        advantage = policy.advantages(totals, scaled=self.objective.kind != "dr_grpo")
         chosen = [(at[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
-        facts = distributed.gather(_facts(rewards, scores, answers, kept, self.objective.max_tokens))
+        facts = distributed.gather(_facts(totals, scores, answers, kept, self.objective.max_tokens))
         return Rollout(self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts))
 
     def text(self, answer: Sequence[int]) -> str:
@@ -174,7 +174,7 @@ def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: Scor
 
 
 def _facts(
-    rewards: np.ndarray, scores: Sequence[Scores], answers: Sequence[list[list[int]]], kept: np.ndarray, most: int
+    totals: np.ndarray, scores: Sequence[Scores], answers: Sequence[list[list[int]]], kept: np.ndarray, most: int
 ) -> dict[str, float]:
     """What a step's metrics hold beside its loss. Means are over answers that were scored."""
     lengths = np.array([len(answer) for group in answers for answer in group])
@@ -183,9 +183,9 @@ def _facts(
         values = [v for s in scores for v in s.parts[name] if v is not None]
         parts[f"reward_{name}"] = float(np.mean(values)) if values else float("nan")
     return {
-        "reward": float(np.nanmean(rewards)),
+        "reward": float(np.nanmean(totals)),
         **{name: value for name, value in parts.items() if np.isfinite(value)},
-        "unscored": int(np.isnan(rewards).sum()),
+        "unscored": int(np.isnan(totals).sum()),
         "answer_tokens": float(lengths.mean()),
         "truncated": float((lengths >= most).mean()),
         "kept": int(kept.sum()),
@@ -248,9 +248,9 @@ def measure(
     answers = batch_sampling.groups(
         sampler.model, prompts, samples or 1, o.max_tokens, sampler.tokenizer.eos_token_ids, draw, sampler.at_once
     )
-    scores = reward_runner.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
-    rewards = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
-    if np.isnan(rewards).all():
+    scores = rewards.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
+    totals = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
+    if np.isnan(totals).all():
         raise MisError(f"none of {len(rows)} held-out answers could be scored: fix the reward functions or the answers")
-    facts = _facts(rewards, scores, answers, policy.teaches(rewards), o.max_tokens)
+    facts = _facts(totals, scores, answers, policy.teaches(totals), o.max_tokens)
     return {"loss": 0.0 - facts["reward"], **{k: v for k, v in facts.items() if k not in ("kept", "groups")}}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.evaluation import lm_eval_tasks, option_likelihood, reward_runner
+from mis_mlx.evaluation import lm_eval_tasks, option_likelihood, rewards
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
 from mis_mlx.models import batch_sampling, distributed, load, mlx_generate, policy, streamed_decode
@@ -258,5 +258,5 @@ def _checked(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]
     """1 where the last line is the right answer (evaluation/rewards), in a process that can be stopped."""
     questions_ = [task.questions[n] for n in at]
     rows = [{"prompt": q.context, "answer": q.answer, "language": q.language} for q in questions_]
-    scored = reward_runner.score(reward_runner.functions("correct", None), rows, [[text] for text in texts])
+    scored = rewards.score(rewards.functions("correct", None), rows, [[text] for text in texts])
     return [float(s.totals[0] or 0.0) for s in scored]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mis_mlx import cli
 from mis_mlx.data import rows, sources
-from mis_mlx.evaluation import contamination, questions, reward_runner
+from mis_mlx.evaluation import contamination, questions, rewards
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.evaluation.sets import dialects, polish_exams
 from mis_mlx.hardware.wheels import download_wheel, unpack_debian
@@ -73,7 +73,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
         if task.kind == "checked":
             keys = [{"answer": q.answer, "language": q.language} for q in task.questions]
             where = [f"{task.name} question {n + 1}" for n in range(len(keys))]
-            rows.refuse(reward_runner.unanswerable(reward_runner.functions("correct", None), keys, where))
+            rows.refuse(rewards.unanswerable(rewards.functions("correct", None), keys, where))
     called = [task.name for task in tasks]
     if twice := sorted({name for name in called if called.count(name) > 1}):
         raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")
