@@ -14,7 +14,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows, fingerprint
-from mis_mlx.evaluation import answering, comparison, kld, lm_eval_tasks, questions, recovery_table, task_registry
+from mis_mlx.evaluation import answering, comparison, lm_eval_tasks, questions, recovery_table, task_registry
 from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.hardware import memory
 from mis_mlx.models import distributed, load, policy, resolve
@@ -72,9 +72,9 @@ def _print(text: str) -> None:
 
 def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opened) -> dict[str, Any]:
     """Print the report on all models but the first, the reference; the same for the JSON line."""
-    held_out = kld.second_half(held_out)
+    held_out = comparison.second_half(held_out)
     base, *names = models
-    report = kld.against(models[base], {name: models[name] for name in names}, held_out, opened)
+    report = comparison.kld(models[base], {name: models[name] for name in names}, held_out, opened)
     tokens, sha256 = int((held_out.learn > 0).sum()), fingerprint(held_out)
     rows, result = [], dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
     for name, figures_ in report.items():
@@ -86,7 +86,7 @@ def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opene
                 rows.append(Row(name, metric, value, value - error, value + error, tokens))
                 result[f"{metric}_se_{name}"] = error
     _print(f"\n{title}: the {tokens} tokens of their second halves, ± one standard error\n")
-    _print(f"{text.table(rows, names, kld.METRICS)}\n\nsha256 of the tokens: {sha256}")
+    _print(f"{text.table(rows, names, comparison.KLD_METRICS)}\n\nsha256 of the tokens: {sha256}")
     return result
 
 
