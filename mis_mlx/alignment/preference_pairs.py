@@ -6,7 +6,7 @@ so that no second model is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx import cli
 from mis_mlx.alignment import sequence_packing
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation.live_teacher import labels
@@ -75,18 +74,10 @@ def rectangle(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:
 def reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> np.ndarray:
     """log pi_ref(y|x) of the chosen and the rejected answer of every pair, (N, 2) float32."""
     logps = np.zeros((len(pairs), 2), np.float32)
-    for at in _by_length("reference: batch", pairs, batch_size):
+    for at in sequence_packing.by_length("reference: batch", list(map(longest, pairs)), batch_size):
         sums, _ = _sums(model, *rectangle([pairs[i] for i in at]), frozen_head=True)
         logps[at] = np.array(sums).reshape(2, -1).T
     return logps
-
-
-def _by_length(label: str, pairs: Sequence[Pair], batch_size: int) -> Iterator[list[int]]:
-    """Indices of pairs of like length, which saves padding."""
-    order = sorted(range(len(pairs)), key=lambda i: longest(pairs[i]))
-    starts = range(0, len(pairs), batch_size)
-    for start in cli.counted(label, starts, len(starts)):
-        yield order[start : start + batch_size]
 
 
 def stored_reference(folder: Path, fingerprint: str, files: Files, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -109,7 +100,7 @@ def longest(pair: Pair) -> int:
 
 def visited(pairs: Sequence[Pair], iters: int, batch_size: int, parts: int, seed: int) -> np.ndarray:
     """The pairs that the steps of a run train on, rising: those that need the reference."""
-    lengths = [longest(pair) for pair in pairs]
+    lengths = list(map(longest, pairs))
     steps = [np.concatenate(sequence_packing.drawn(lengths, batch_size, parts, step, seed)) for step in range(iters)]
     return np.unique(np.concatenate(steps))
 
@@ -138,7 +129,7 @@ def measure(
     lambda weighs that several times, and on held-out pairs one always does.
     """
     sums = dict[str, float]()
-    for at in _by_length("held out: batch", pairs, batch_size):
+    for at in sequence_packing.by_length("held out: batch", list(map(longest, pairs)), batch_size):
         tokens, learn = rectangle([pairs[i] for i in at])
         total, _, more = objective.loss(student, tokens, learn, mx.array(logps[at].T.reshape(-1)), frozen_head=True)
         for name, value in {"loss": total, **more}.items():

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx import cli
 from mis_mlx.alignment import sequence_packing
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation.live_teacher import MicroBatch, Source, labels
@@ -62,12 +61,8 @@ class Lesson:
     def measure(self, student: nn.Module, batch_size: int) -> dict[str, float]:
         """{"loss": cross-entropy of what is to be learned, in nats per token} over all windows."""
         total, count = 0.0, 0.0
-        by_length = sorted(range(len(self.windows)), key=lambda i: self.lengths[i])
-        starts = range(0, len(by_length), batch_size)
-        for start in cli.counted("held out: batch", starts, len(starts)):
-            tokens, learn, rows = sequence_packing.rectangle(
-                [self.windows[i] for i in by_length[start : start + batch_size]]
-            )
+        for at in sequence_packing.by_length("held out: batch", self.lengths, batch_size):
+            tokens, learn, rows = sequence_packing.rectangle([self.windows[i] for i in at])
             hidden = self.hidden(student, tokens, rows)
             logps = token_logps(hidden, load.head_weight(student), labels(tokens))
             total -= float((logps * learn.reshape(-1)).sum())
