@@ -69,7 +69,7 @@ def run(settings: Settings) -> dict[str, Any]:
         loss = partial(objective.loss, frozen_head=s.lora is not None)
         held_out = partial(preference_pairs.measure, r.model, objective, valid, logps[len(seen) :], parts.batch_size)
         judge = preference_pairs.OF_MEANS if s.loss_type == "dpop" else "loss"
-        return r.train(each, loss, held_out, "dpo", judge=judge)
+        return r.train(each, loss, held_out, judge=judge)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def run(settings: Settings) -> dict[str, Any]:
         )  # fmt: skip
         loss = partial(objective.loss, frozen_head=s.lora is not None)
         held_out = partial(grpo_rollout.measure, sampler, valid.rows, valid.prompts)
-        return r.train(sampler, loss, held_out, "grpo", partial(grpo_rollout.train, updates=s.num_iterations))
+        return r.train(sampler, loss, held_out, partial(grpo_rollout.train, updates=s.num_iterations))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def run(settings: Settings) -> dict[str, Any]:
         source = _source(s, beside, phase.pinned)
         each = train.micro_batches(source, parts.batch_size, parts.grad_accumulation_steps, s.seed)
         loss = train.loss_of(source, frozen_head=s.lora is not None)
-        return r.train(each, loss, lambda: valid.measure(r.model, parts.batch_size), "sft")
+        return r.train(each, loss, lambda: valid.measure(r.model, parts.batch_size))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ HELD_OUT = "held_out.jsonl"
 class Run:
     """A student in memory and the folder of its run, locked. Made by `running`."""
 
+    name: str  # of the command
     settings: Alignment
     folder: Path
     checkpoint: Checkpoint
@@ -66,7 +67,6 @@ class Run:
         micro_batches: Callable[[int], Any],
         loss: Loss,
         held_out: Callable[[], Mapping[str, float]],
-        label: str,
         train: Callable[..., Iterator[Step]] = train_loop.train,
         judge: str = "loss",
     ) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Run:
 
         def go(coming: Iterator[Step]) -> None:
             supervise(coming, self.folder, s.iters, s.save_every, save, self.weather, self.peak, self.files,
-                      label=label, budget_bytes=self.plan.budget.limit_bytes)  # fmt: skip
+                      label=self.name, budget_bytes=self.plan.budget.limit_bytes)  # fmt: skip
 
         set_back(go, steps, start, self._back, lambda: self.optimizer)
         return self._finish()
@@ -222,4 +222,4 @@ def running(
             lora.insert(model, s.lora, s.seed)
             mx.eval(model.parameters())
         optimizer = GoralW(weight_decay=s.weight_decay)
-        yield Run(s, place, checkpoint, model, optimizer, plan, weather, files, card)
+        yield Run(name, s, place, checkpoint, model, optimizer, plan, weather, files, card)
