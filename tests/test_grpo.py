@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import cli, dpo, grpo
+from mis_mlx import dpo, grpo
 from mis_mlx.alignment import alignment_plan, alignment_run
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.distillation import train_loop
@@ -26,7 +25,7 @@ from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks
-from tests.conftest import Done, last_line, losses
+from tests.conftest import Done, last_line, losses, settings_of
 
 # A reward that a model of random weights gets now and then: the share of letters that are small vowels.
 VOWELS = """
@@ -65,25 +64,9 @@ def _small(folder: Path, llama: Checkpoint) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", name="finished")
-def _finished(
-    tmp_path_factory: pytest.TempPathFactory, small: tuple[object, ...], command: Callable[..., Done]
-) -> tuple[Path, Done]:
-    out = tmp_path_factory.mktemp("grpo") / "run"
-    done = command("grpo", *small, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done
-
-
-def settings_of(flags: Sequence[object], out: Path, **changes: Any) -> grpo.Settings:
-    """The settings that these flags stand for."""
-    made: grpo.Settings = cli.parse(grpo.Settings, [*map(str, flags), "--out", str(out)])
-    return replace(made, **changes)
-
-
-def test_end_to_end(finished: tuple[Path, Done]) -> None:
+def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     """The reward rises; samples and metrics are in the run folder; the result is a folder that mlx-lm opens."""
-    out, done = finished
+    out, done = undisturbed
     result = last_line(done)
     assert result["held_out_best"]["reward"] > result["held_out_start"]["reward"] + 0.2
     metrics = run_folder.metrics(out)
@@ -104,7 +87,7 @@ def test_end_to_end(finished: tuple[Path, Done]) -> None:
 
 
 def test_a_killed_run_ends_with_the_same_bits(
-    finished: tuple[Path, Done], small: tuple[object, ...], tmp_path: Path, own_home: dict[str, str]
+    undisturbed: tuple[Path, Done], small: tuple[object, ...], tmp_path: Path, own_home: dict[str, str]
 ) -> None:
     """SIGKILL after a checkpoint, --resume: the same samples are drawn again, weights and losses are equal."""
     argv = ["-m", "mis_mlx.grpo", *small, "--out", tmp_path / "run"]
@@ -116,7 +99,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert not (tmp_path / "run/result.json").exists()
     again = forks.run([*argv, "--resume"], own_home)
     assert again.returncode == 0 and "continuing from step" in again.stderr, again.stderr
-    out = finished[0]
+    out = undisturbed[0]
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
     assert losses(tmp_path / "run") == losses(out)
     by_text = [{json.dumps(s) for s in run_folder.records(f / training.SAMPLES)} for f in (out, tmp_path / "run")]
@@ -126,7 +109,7 @@ def test_a_killed_run_ends_with_the_same_bits(
 def test_equal_rewards_leave_the_model_as_it_was(small: tuple[object, ...], tmp_path: Path, llama: Checkpoint) -> None:
     """Nobody is ever right: every group is skipped and counted, no weight moves, not by weight decay either."""
     out = tmp_path / "run"
-    result = grpo.run(settings_of(small, out, reward_functions="correct", reward_functions_file=None, iters=2))
+    result = grpo.run(settings_of(grpo, small, out, reward_functions="correct", reward_functions_file=None, iters=2))
     assert [(m["kept"], m["groups"], m["loss"]) for m in run_folder.metrics(out)] == [(0, 2, 0.0)] * 2
     assert all("no update" in m["note"] for m in run_folder.metrics(out))
     last = mx.load(str(out / "steps/step-00000002/model.safetensors"))
@@ -139,7 +122,7 @@ def test_equal_rewards_leave_the_model_as_it_was(small: tuple[object, ...], tmp_
 def test_lora_and_several_updates(small: tuple[object, ...], tmp_path: Path) -> None:
     """Adapters alone learn; with three updates on the same answers ratios leave 1 and some tokens are clipped."""
     result = grpo.run(
-        settings_of(
+        settings_of(grpo, 
             small, tmp_path / "run", fine_tune_type="lora", rank=4, num_iterations=3, learning_rate=3e-2, iters=3,
             epsilon=0.02, epsilon_high=0.03,
         )
@@ -215,14 +198,14 @@ def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
     """A dry run writes nothing, KL costs memory, a budget too small is a refusal, and MLX's peak in a run with KL stays
     under what was planned."""
     out = tmp_path / "run"
-    plain, planned = (grpo.run(settings_of(small, out, dry_run=True, beta=beta)) for beta in (0.0, 0.1))
+    plain, planned = (grpo.run(settings_of(grpo, small, out, dry_run=True, beta=beta)) for beta in (0.0, 0.1))
     assert plain["seconds"] >= 0 and not plain["check_failed"] and planned["peak_bytes"] > plain["peak_bytes"] > 0
     with pytest.raises(MisError, match="the budget is 1 MiB"):
-        grpo.run(settings_of(small, out, budget="1MiB"))
+        grpo.run(settings_of(grpo, small, out, budget="1MiB"))
     assert not out.exists()
     mx.clear_cache()
     before = mx.get_active_memory()
-    grpo.run(settings_of(small, out, beta=0.1, iters=2))
+    grpo.run(settings_of(grpo, small, out, beta=0.1, iters=2))
     assert max(m["peak_bytes"] for m in run_folder.metrics(out)) - before < planned["peak_bytes"]
 
 
@@ -238,7 +221,7 @@ def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
 def test_refusals(small: tuple[object, ...], tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     """One sentence, before a run folder is made."""
     with pytest.raises(MisError, match=said):
-        grpo.run(settings_of(small, tmp_path / "run", **changes))
+        grpo.run(settings_of(grpo, small, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -248,7 +231,7 @@ def test_answers_that_nothing_could_match_are_named_in_time(tmp_path: Path, smal
     rows = [{"prompt": "a", "answer": "5"}, {"prompt": "b", "answer": "see figure 3", "language": "de"}]
     for name in ("train", "valid"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    settings = settings_of(small, tmp_path / "run", data=str(tmp_path), dry_run=True)
+    settings = settings_of(grpo, small, tmp_path / "run", data=str(tmp_path), dry_run=True)
     assert grpo.run(settings)["questions"] == 2
     with pytest.raises(MisError, match="train.jsonl line 2: the answer 'see figure 3' is no number, time or names"):
         grpo.run(replace(settings, reward_functions="vowels,correct"))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mis_mlx import cli, quantize, sft
+from mis_mlx import quantize, sft
 from mis_mlx.alignment import alignment_plan, alignment_run, lora, sequence_packing
 from mis_mlx.alignment.sft_loss import Lesson
 from mis_mlx.data.examples import Sequenced
@@ -28,7 +28,7 @@ from mis_mlx.planner import estimates
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny, trl_model
-from tests.conftest import Done, last_line
+from tests.conftest import Done, last_line, settings_of
 
 PLAIN: dict[str, Any] = {"target_bpw": None, "q_method": "round", "q_iters": 0}
 SMALL = ("--iters", 6, "--save-every", 2, "--batch-size", 2, "--max-seq-length", 96, "--eval-rows", 8)
@@ -58,17 +58,6 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(llama: Checkpoint, answers: Path) -> tuple[object, ...]:
     """Flags of a run of seconds."""
     return ("--model", llama.path, "--data", answers, *SMALL)
-
-
-@pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, small: tuple[object, ...], command: Callable[..., Done]
-) -> tuple[Path, Done]:
-    """(run folder, process) of one undisturbed run; do not write into it."""
-    out = tmp_path_factory.mktemp("sft") / "run"
-    done = command("sft", *small, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done
 
 
 def rows_of(found: dict[str, np.ndarray]) -> list[Sequenced]:
@@ -150,9 +139,9 @@ def test_a_step_draws_the_same_rows_however_it_is_cut() -> None:
         assert np.array_equal(whole, parts) and sorted(lengths[i] for i in whole) == [lengths[i] for i in whole]
 
 
-def test_end_to_end(finished: tuple[Path, Done], llama: Checkpoint, answers: Path) -> None:
+def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: Path) -> None:
     """It learns; the result is an ordinary folder with the data's licence in it, and the best checkpoint's weights."""
-    out, done = finished
+    out, done = undisturbed
     result = last_line(done)
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"] - 0.5
     assert [r["number"] for r in run_folder.records(out / alignment_run.HELD_OUT)] == [0, 2, 4, 6]
@@ -174,10 +163,10 @@ def test_end_to_end(finished: tuple[Path, Done], llama: Checkpoint, answers: Pat
 
 
 def test_a_stopped_run_ends_with_the_same_bits(
-    finished: tuple[Path, Done], tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
+    undisturbed: tuple[Path, Done], tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM between checkpoints saves one more, which is not measured: the best is looked for where it always is."""
-    settings, drawn = settings_of(small, tmp_path / "run"), sequence_packing.drawn
+    settings, drawn = settings_of(sft, small, tmp_path / "run"), sequence_packing.drawn
 
     def stopping(lengths: Sequence[int], batch_size: int, parts: int, step: int, *more: Any) -> list[np.ndarray]:
         if step == 2 and not settings.resume:
@@ -190,21 +179,15 @@ def test_a_stopped_run_ends_with_the_same_bits(
     settings = replace(settings, resume=True)
     result = sft.run(settings)
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
-        finished[0] / "model/model.safetensors"
+        undisturbed[0] / "model/model.safetensors"
     ).read_bytes()
     assert [r["number"] for r in run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)] == [0, 2, 4, 6]
-    assert result["best_step"] == last_line(finished[1])["best_step"]
-
-
-def settings_of(flags: Sequence[object], out: Path, **changes: Any) -> sft.Settings:
-    """The settings that these flags stand for."""
-    made: sft.Settings = cli.parse(sft.Settings, [*map(str, flags), "--out", str(out)])
-    return replace(made, **changes)
+    assert result["best_step"] == last_line(undisturbed[1])["best_step"]
 
 
 def test_the_best_checkpoint_is_kept_when_training_goes_wrong(small: Any, tmp_path: Path) -> None:
     """A rate that ruins the model: the result is the best there was, not the last."""
-    result = sft.run(settings_of(small, tmp_path / "run", learning_rate=0.5))
+    result = sft.run(settings_of(sft, small, tmp_path / "run", learning_rate=0.5))
     held = {r["number"]: r["loss"] for r in run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)}
     assert held[6] > held[result["best_step"]] == min(held.values())
     assert result["held_out_best"]["loss"] == min(held.values())
@@ -213,7 +196,7 @@ def test_the_best_checkpoint_is_kept_when_training_goes_wrong(small: Any, tmp_pa
 def test_lora_trains_little_and_fuses_to_what_mlx_lm_makes(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
     """Frozen weights stay; the folder equals mlx-lm's own fuse of the adapters, which mlx-lm loads by their folder."""
     flags = {"fine_tune_type": "lora", "rank": 4, "num_layers": 2, "learning_rate": 1e-2}
-    result = sft.run(settings_of(small, tmp_path / "run", **flags))
+    result = sft.run(settings_of(sft, small, tmp_path / "run", **flags))
     wanted = lora.Lora(2, 4, 20.0)
     assert result["params_trained"] == wanted.params(llama.config) < 512_448 / 10
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"] - 0.3
@@ -234,14 +217,14 @@ def test_lora_on_a_packed_model_fuses_into_a_dense_one(small: Any, tmp_path: Pat
     quantize.run(quantize.Settings(model=str(llama.path), mlx_path=str(tmp_path / "q4"), **PLAIN))
     flags = {"model": str(tmp_path / "q4"), "iters": 2}
     with pytest.raises(MisError, match="quantized and cannot be trained whole: use --fine-tune-type lora"):
-        sft.run(settings_of(small, tmp_path / "no", **flags))
+        sft.run(settings_of(sft, small, tmp_path / "no", **flags))
     left = sft.run(
-        settings_of(small, tmp_path / "left", fine_tune_type="lora", fuse=False, **flags)
+        settings_of(sft, small, tmp_path / "left", fine_tune_type="lora", fuse=False, **flags)
     )  # beside the model
     assert left["student"] == str(tmp_path / "left/adapters") and not (tmp_path / "left/model").exists()
     names = {p.name for p in (tmp_path / "left/adapters").iterdir()}
     assert names == {"adapters.safetensors", "adapter_config.json"}
-    result = sft.run(settings_of(small, tmp_path / "run", fine_tune_type="lora", **flags))
+    result = sft.run(settings_of(sft, small, tmp_path / "run", fine_tune_type="lora", **flags))
     made = load.open_checkpoint(tmp_path / "run/model")
     assert "quantization" not in made.config and made.nbytes == llama.nbytes
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"]
@@ -268,12 +251,12 @@ def test_packed_weights_in_memory_take_adapters(tied: bool, tmp_path: Path, monk
 
 def test_a_teacher_has_its_part(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
     """--distill-weight 1 and the model itself as the teacher: nothing to learn; 0.5: half of the cross-entropy."""
-    alone = sft.run(settings_of(small, tmp_path / "alone", packing=False, iters=2))
+    alone = sft.run(settings_of(sft, small, tmp_path / "alone", packing=False, iters=2))
     teacher = {"teacher": str(llama.path), "iters": 2}
-    result = sft.run(settings_of(small, tmp_path / "itself", distill_weight=1.0, learning_rate=1e-6, **teacher))
+    result = sft.run(settings_of(sft, small, tmp_path / "itself", distill_weight=1.0, learning_rate=1e-6, **teacher))
     assert result["held_out_best"]["loss"] == pytest.approx(result["held_out_start"]["loss"], rel=1e-4)
     assert run_folder.metrics(tmp_path / "itself")[0]["loss"] == pytest.approx(0.0, abs=1e-5)
-    sft.run(settings_of(small, tmp_path / "half", **teacher))
+    sft.run(settings_of(sft, small, tmp_path / "half", **teacher))
     first, plain = (run_folder.metrics(tmp_path / name)[0]["loss"] for name in ("half", "alone"))
     assert first == pytest.approx(plain / 2, rel=1e-4) and alone["best_step"] >= 0
 
@@ -281,7 +264,7 @@ def test_a_teacher_has_its_part(small: Any, tmp_path: Path, llama: Checkpoint) -
 def test_without_data_it_learns_the_generated_tasks(llama: Checkpoint, tmp_path: Path) -> None:
     """No --data: tasks with answers; the first window is full of them."""
     flags = ("--model", llama.path, "--iters", 1, "--max-seq-length", 384, "--batch-size", 1, "--eval-rows", 4)
-    result = sft.run(settings_of(flags, tmp_path / "run"))
+    result = sft.run(settings_of(sft, flags, tmp_path / "run"))
     card = json.loads((tmp_path / "run/data.json").read_text())
     assert result["best_step"] == 1 and card["source"] == "generated tasks"
 
@@ -290,18 +273,18 @@ def test_a_dry_run_writes_nothing_and_says_what_it_takes(
     small: Any, tmp_path: Path, command: Callable[..., Done]
 ) -> None:
     """Bytes, seconds, whether it fits; exit 3 where it does not."""
-    result = sft.run(settings_of(small, tmp_path / "run", dry_run=True))
+    result = sft.run(settings_of(sft, small, tmp_path / "run", dry_run=True))
     assert result["peak_bytes"] > 0 and result["seconds"] >= 0 and not result["check_failed"]
     done = command("sft", *small, "--out", tmp_path / "run", "--dry-run", "--budget", "1MiB")
     assert done.returncode == 3 and last_line(done)["check_failed"]
     with pytest.raises(MisError, match="sft needs .* the budget is 8 MiB: give --budget .*, or use --fine-tune-type"):
-        sft.run(settings_of(small, tmp_path / "run", budget="8MiB"))
+        sft.run(settings_of(sft, small, tmp_path / "run", budget="8MiB"))
     assert not (tmp_path / "run").exists()
 
 
 def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: Path) -> None:
     """A budget for half a batch: the same step to rounding, in two parts; resumed under a big budget, still in two."""
-    wide = settings_of(small, tmp_path / "wide", packing=False, iters=2)
+    wide = settings_of(sft, small, tmp_path / "wide", packing=False, iters=2)
     checkpoint = alignment_plan.opened(wide)
 
     def phase(s: sft.Settings) -> estimates.Phase:
@@ -322,12 +305,12 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     assert alignment_plan.cut(again, tmp_path / "tight", phase).batch_size == 1
 
 
-def test_the_plan_holds(finished: tuple[Path, Done], small: Any) -> None:
+def test_the_plan_holds(undisturbed: tuple[Path, Done], small: Any) -> None:
     """MLX never held more than was planned, over all steps."""
-    s = settings_of(small, Path("unused"))
+    s = settings_of(sft, small, Path("unused"))
     checkpoint = load.open_checkpoint(str(s.model))
     planned = alignment_plan.training(s, checkpoint, s.batch_size, 96).peak_bytes
-    held = max(r["peak_bytes"] for r in run_folder.metrics(finished[0]))
+    held = max(r["peak_bytes"] for r in run_folder.metrics(undisturbed[0]))
     assert held <= planned < 3 * held
 
 
@@ -343,11 +326,11 @@ def test_the_plan_holds(finished: tuple[Path, Done], small: Any) -> None:
 def test_refusals_are_sentences(changes: dict[str, Any], why: str, small: Any, tmp_path: Path) -> None:
     """What makes no sense."""
     with pytest.raises(MisError, match=why):
-        sft.run(settings_of(small, tmp_path / "run", **changes))
+        sft.run(settings_of(sft, small, tmp_path / "run", **changes))
 
 
-def test_a_resume_with_other_settings_is_refused(finished: tuple[Path, Done], small: Any) -> None:
+def test_a_resume_with_other_settings_is_refused(undisturbed: tuple[Path, Done], small: Any) -> None:
     """--save-every counts here: the best checkpoint is looked for by it."""
-    settings = settings_of(small, finished[0], resume=True, save_every=3)
+    settings = settings_of(sft, small, undisturbed[0], resume=True, save_every=3)
     with pytest.raises(MisError, match="--save-every is 3, the run has 2"):
         sft.run(settings)
