@@ -22,8 +22,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from laboratory import write
+from polish_text import problems
 
-from mis_mlx.data import generated_tasks
 from mis_mlx.evaluation import answering, lm_eval_tasks, questions
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, policy, resolve
@@ -45,8 +45,8 @@ metric_list: [{{metric: acc}}]
 def question_rows(count: int) -> list[dict[str, Any]]:
     """Choice rows: the right answer and a likely slip, in turns."""
     made = []
-    for number, row in enumerate(generated_tasks.rows("test", 0, count)):
-        wrong = row["rejected"].rpartition(f"{generated_tasks.MARK[row['language']]}: ")[2]  # type: ignore[index]
+    for number, row in enumerate(problems.rows("test", 0, count)):
+        wrong = row["rejected"].rpartition(f"{problems.MARK[row['language']]}: ")[2]  # type: ignore[index]
         options = [row["answer"], wrong] if number // 2 % 2 else [wrong, row["answer"]]
         made.append({"question": row["prompt"], "options": options, "answer": row["answer"]})
         made[-1]["language"] = row["language"]
@@ -89,7 +89,7 @@ def theirs(adapter: Any, name: str, folder: Path) -> tuple[float, float, list[li
 
 def main(model: str | None) -> None:
     """Compare, print and store."""
-    lm_eval_tasks.need()
+    lm_eval_tasks.check(())
     checkpoint = load.open_checkpoint(resolve.find(model).path)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:

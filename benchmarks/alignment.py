@@ -3,7 +3,7 @@
     scripts/mis benchmarks/alignment.py sft     # about 5 minutes on one core
     scripts/mis benchmarks/alignment.py dpo     # about 8: DPO-Positive, then plain DPO, both from the student of `sft`
 
-Data: the generated tasks, held-out ones of other problems (data/generated_tasks). Runs are left under runs/alignment/.
+Data: the generated tasks, held-out ones of other problems (task_files.py). Runs are left under runs/alignment/.
 Writes benchmarks/results/<machine>/alignment-sft.json and alignment-dpo.json.
 """
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import mlx.core as mx
 from laboratory import RESULTS, stored, write
+from polish_text import problems
 
 from mis_mlx import cli, grpo, sft
 from mis_mlx.alignment import grpo_rollout as training
-from mis_mlx.data import examples, generated_tasks
-from mis_mlx.evaluation import reward_runner
+from mis_mlx.data import examples
+from mis_mlx.evaluation import rewards
 from mis_mlx.models import load, stream
 from mis_mlx.storage import run_folder
 
@@ -59,8 +60,8 @@ class Settings:
 def rows(s: Settings) -> dict[str, list[dict[str, str]]]:
     """To train on, to choose by, to measure on; no problem is in two of them. SFT learns the last line alone."""
     held, train = (
-        generated_tasks.rows("test", 0, s.eval_rows + 32, [s.kind], ["en"]),
-        generated_tasks.rows("train", 0, 300, [s.kind], ["en"]),
+        problems.rows("test", 0, s.eval_rows + 32, [s.kind], ["en"]),
+        problems.rows("train", 0, 300, [s.kind], ["en"]),
     )
     for row in (*held, *train):
         row["completion"] = row["completion"].splitlines()[-1]
@@ -71,11 +72,11 @@ def measured(s: Settings, folder: Path, questions: Sequence[dict[str, str]]) -> 
     """{"greedy", "sampled"} of a model folder on the questions."""
     checkpoint = load.open_checkpoint(folder)
     model, tokenizer = stream.into_memory(load.resident(checkpoint, mx.float32)), load.tokenizer(folder)
-    split = examples.Split(tuple(questions), tuple(map(str, range(len(questions)))))
-    encoded, _ = examples.encode(split, tokenizer, 512, ("answer",))
+    placed = [(row, f"question {n}") for n, row in enumerate(questions, 1)]
+    encoded, _ = examples.encode(placed, tokenizer, 512, ("answer",))
     prompts = [[int(t) for t in ids[: int(learn.argmax())]] for ((ids, learn),) in encoded]
     objective = training.Objective("dapo", 0.2, 0.28, 0.0, s.max_completion_length, 1.0)
-    functions = reward_runner.functions(None, None, None)
+    functions = rewards.functions(None, None)
     sampler = training.Sampler(model, questions, prompts, tokenizer, functions, objective, 0, 0, 0, 32, seed=7)
     found = {}
     for name, samples in (("greedy", 0), ("sampled", s.eval_samples)):

@@ -28,7 +28,7 @@ from laboratory import stored, write
 from mis_mlx import cli, export, quantize
 from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher, scale_tuning
-from mis_mlx.evaluation import comparison, kld
+from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, resolve
 from mis_mlx.planner.recipe import Distillation, Rounding
 from mis_mlx.quantization import grid, packed_format
@@ -84,8 +84,8 @@ class Bench:
         found: dict[str, Any] = {}
         for name, text in self.held_out.items():
             theirs = comparison.final_hidden(other, text)
-            at = kld.positions((self.dense, self.mine[name]), (other, theirs), text)
-            f, added = kld.figures(*at), at[1] - at[0]
+            at = np.concatenate([*comparison.by_window((self.dense, self.mine[name]), (other, theirs), text)]).T
+            f, added = comparison.figures(*at), at[1] - at[0]
             found[name] = {key: f[key] for key in ("mean_kld", "p999_kld", "same_top_p", "ppl_ratio")}
             found[name]["added_nats"] = float(added.mean()), float(added.std(ddof=1) / len(added) ** 0.5)
         return found

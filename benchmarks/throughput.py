@@ -3,13 +3,12 @@
     scripts/mis benchmarks/throughput.py --student RUN/distilled --four-bit RUN/model    # 20 minutes on a quiet core
     scripts/mis benchmarks/throughput.py --student RUN/distilled --parts dense           # one of the four parts
 
-Four parts. `dense`: teacher and student in turn as they are computed (float32 on a CPU), with the student as the
-teacher's draft. `4-bit`: both as `mlx_lm.convert -q` packs them, so that one format is never compared with another, and
-beside them the student as our `quantize` left it. `agreement`, on the student: bench's trial, mlx-lm's stream_generate
-and a bare generate_step loop that takes two times only, in turn; then `mlx_lm.benchmark` itself between trials of ours.
-mlx-lm counts the first token without its time: `corrected` takes it out, (g - 1) / g. `profile`: one token, evaluated
-after every part, so that the parts together are a little more than a token; says where the student is not as much
-quicker as it is smaller.
+Four parts. `dense`: teacher and student in turn as they are computed (float32 on a CPU). `4-bit`: both as
+`mlx_lm.convert -q` packs them, so that one format is never compared with another, and beside them the student as our
+`quantize` left it. `agreement`, on the student: bench's trial, mlx-lm's stream_generate and a bare generate_step loop
+that takes two times only, in turn; then `mlx_lm.benchmark` itself between trials of ours. mlx-lm counts the first token
+without its time: `corrected` takes it out, (g - 1) / g. `profile`: one token, evaluated after every part, so that the
+parts together are a little more than a token; says where the student is not as much quicker as it is smaller.
 
 A part that is there, of the same weights and sizes, is not measured again (delete the file for that). Writes
 benchmarks/results/<machine>/throughput.json after each part, with what was to be shown and whether it holds, and a
@@ -97,8 +96,8 @@ def timed(folders: dict[str, Path], s: Settings, **more: Any) -> dict[str, Any]:
 
 
 def dense(big: Path, s: Settings) -> dict[str, Any]:
-    """Both as they are, and the two together."""
-    return timed({"teacher": big, "student": Path(s.student)}, s, draft_model=s.student)
+    """Both as they are."""
+    return timed({"teacher": big, "student": Path(s.student)}, s)
 
 
 def four_bit(big: Path, s: Settings) -> dict[str, Any]:
@@ -150,7 +149,7 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     corrected = np.array(found["mlx_lm"]) * (count - 1) / count
     ours_tps, bare_tps = np.array(found["bench"]), np.array(found["bare"])
     began = time.perf_counter()
-    timing.clocked(([7], False) for _ in range(READY))
+    timing.clocked([7] for _ in range(READY))
     own_s = (time.perf_counter() - began) / READY
     return {
         "generation_tokens": count,

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,20 +16,18 @@ import psutil
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.evaluation import comparison
-from mis_mlx.evaluation.speed import roofline, rounds, speed_table, timing
-from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
+from mis_mlx.evaluation.speed import roofline, rounds, timing
+from mis_mlx.evaluation.speed.timing import Request, Trial
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.hardware.thermal import energy, governor
 from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags
-from mis_mlx.maths.stats import summary
 from mis_mlx.models import arch, load, policy, resolve
 from mis_mlx.models.policy import Computing
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage.files import DISK, need_place
-from mis_mlx.types import MOST, Checkpoint, Count, MisError, Reading, Row, Seconds, Seed, Within
+from mis_mlx.types import MOST, MisError, Reading, Row, Seconds, Seed, Within
 
 IDLE_S = 5.0  # of rest, whose power is taken off
 
@@ -38,14 +36,8 @@ IDLE_S = 5.0  # of rest, whose power is taken off
 class Settings(Computing, WeatherFlags):
     """The same texts and lengths for every model, in turn (A B A B), so that drift hits all alike."""
 
-    model: Annotated[
-        tuple[str | tuple[str, ...], ...], tyro.conf.arg(metavar="MODEL [MODEL ...]"), tyro.conf.UseAppendAction
-    ] = ()
-    """folders or hub ids, `--model A B` or `--model A --model B`; default: SmolLM2-135M-Instruct"""
-    draft_model: str | None = None
-    """folder of a small student of the first model: one more column, the two together"""
-    num_draft_tokens: Count = 2
-    """guesses of the draft that one pass checks"""
+    model: tuple[str, ...] = ()
+    """folders or hub ids, `--model A B`; default: SmolLM2-135M-Instruct"""
     prompt_tokens: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-p"])] = 512
     """tokens in the prompt; every trial has a text of its own"""
     generation_tokens: Annotated[int, Within(2, MOST), tyro.conf.arg(aliases=["-g"])] = 128
@@ -65,20 +57,7 @@ class Settings(Computing, WeatherFlags):
     out: str | None = None
     """a JSON file for the result and every trial; it has the finished ones from the first round on"""
     config: cli.ConfigFile = None
-    """YAML file with any of these flags; its models come before those given by hand"""
-
-    @property
-    def models(self) -> list[str | None]:
-        """Every model asked for; None: the default."""
-        return [m for one in self.model for m in ([one] if isinstance(one, str) else one)] or [None]
-
-    @property
-    def request(self) -> Request:
-        """What is timed. MisError when it cannot be."""
-        cli.check_ranges(self)
-        if self.batch_size > 1 and (self.depth or self.draft_model):
-            raise MisError(f"-b {self.batch_size} goes with neither -d nor --draft-model: leave one of them out")
-        return Request(self.prompt_tokens, self.generation_tokens, self.batch_size, self.depth)
+    """YAML file with any of these flags"""
 
 
 def measure(
@@ -86,41 +65,37 @@ def measure(
 ) -> list[Row]:
     """Rows `ttft_ms` and `decode_tps` for each model: medians over `count` trials; in turn if all fit in
     `limit_bytes`, else model after model."""
-    r, found = Request(prompt_tokens, max(tokens, 2)), dict[str, list[Trial]]()
-    openers = {n: (lambda f=f, n=n: timing.opened(f, n)) for f, n in zip(folders, names, strict=True)}
+    r, trials = Request(prompt_tokens, max(tokens, 2)), dict[str, list[Trial]]()
+    openers = {name: partial(timing.opened, folder, name) for folder, name in zip(folders, names, strict=True)}
     together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
     timed = cli.counted("trial", rounds.rounds(openers, together, count, r), count * len(folders))
     for subject, done in timed:
-        found.setdefault(subject.name, []).append(done)
+        trials.setdefault(subject.name, []).append(done)
     rows = []
-    for name, every in found.items():
-        rows.append(Row(name, "ttft_ms", summary([1000 * t.stamps_s[0] for t in every])["median"], n=count))
-        rows.append(Row(name, "decode_tps", summary([1 / t.tpot_s for t in every])["median"], n=count))
+    for name, every in trials.items():
+        figures = rounds.figures(every, r)
+        rows += [Row(name, metric, figures[metric]["median"], n=count) for metric in ("ttft_ms", "decode_tps")]
     return rows
 
 
 class Bench:
-    """One run: the models by name, `model + draft` among them, and the trials that are finished."""
+    """One run: the models by name, and the trials that are finished."""
 
     def __init__(self, s: Settings):
-        self.s, self.r = s, s.request
+        cli.check_ranges(s)
+        if s.batch_size > 1 and s.depth:
+            raise MisError(f"-b {s.batch_size} does not go with -d: leave one of them out")
+        self.s, self.r = s, Request(s.prompt_tokens, s.generation_tokens, s.batch_size, s.depth)
         if s.out and not Path(s.out).absolute().parent.is_dir():
             raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
         if s.out:
             need_place("--out", s.out, "file")
-        folders = [resolve.find(m).path for m in s.models]
+        folders = [resolve.find(m).path for m in s.model or [None]]
         if len(set(folders)) < len(folders):
             raise MisError(f"{len(folders)} models given, {len(set(folders))} different ones: give each once")
         self.models = dict(zip(resolve.labels(folders), map(load.open_checkpoint, folders), strict=True))
-        self.first, self.small = next(iter(self.models)), None
-        self.pair = f"{self.first} + draft"
-        if s.draft_model:
-            self.small = comparison.same_vocabulary(self.models[self.first], load.open_checkpoint(s.draft_model))
         limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
         needs = {name: rounds.need_bytes(m, self.r) for name, m in self.models.items()}
-        if self.small:
-            needs[self.first] += rounds.need_bytes(self.small, self.r)
-            self.models[self.pair] = self.models[self.first]
         for name, nbytes in needs.items():
             limit.need(nbytes, f"timing {name}", "give a larger --budget, a smaller -p or -b, or a model of fewer bits")
         self.together = sum(needs.values()) <= limit.limit_bytes
@@ -130,31 +105,12 @@ class Bench:
         self.loaded: dict[str, dict[str, float]] = {}
         self.stopped = False
 
-    def openers(self) -> dict[str, Callable[[], Subject]]:
-        """What loads each model. Model and draft share the model where both are in memory."""
-        kept: dict[str, Subject] = {}
-
-        def single(name: str, m: Checkpoint) -> Subject:
-            subject = kept.get(name) or timing.opened(m.path, name)
-            if self.together:
-                kept[name] = subject
-            return subject
-
-        def pair(small: Checkpoint) -> Subject:
-            one, draft = single(self.first, self.models[self.first]), timing.opened(small.path, "draft")
-            load_s = one.load_s + draft.load_s
-            return replace(one, name=self.pair, load_s=load_s, draft=draft.model, guesses=self.s.num_draft_tokens)
-
-        found: dict[str, Callable[[], Subject]] = {n: partial(single, n, m) for n, m in self.models.items()}
-        if self.small:
-            found[self.pair] = partial(pair, self.small)
-        return found
-
     def go(self, meter: energy.EnergyMeter | None) -> None:
         """All trials. Ctrl-C ends them; those that are finished stay."""
         total = self.s.num_trials * len(self.models)
+        openers = {name: partial(timing.opened, m.path, name) for name, m in self.models.items()}
         every = rounds.rounds(
-            self.openers(), self.together, self.s.num_trials, self.r, self.s.seed, self.s.delay, meter, peaks=True
+            openers, self.together, self.s.num_trials, self.r, self.s.seed, self.s.delay, meter, peaks=True
         )
         try:
             with progress.bar("trials", total) as show:
@@ -172,41 +128,36 @@ class Bench:
     def write(self, result: dict[str, Any] | None = None) -> None:
         """The trials so far in the file --out, if one is wanted, and at last the result."""
         if self.s.out:
-            kept = ("stamps_s", "cached_s", "accepted", "peak_bytes")
+            kept = ("stamps_s", "cached_s", "peak_bytes")
             every = {n: [{k: getattr(t, k) for k in kept} for t in done] for n, done in self.done.items()}
             DISK.replace_text(Path(self.s.out), json.dumps({**(result or {}), "trials": every}) + "\n")
 
     def fixed(self) -> dict[str, Any]:
         """What the same command with the same seed gives again: sizes, texts, tokens."""
-        asked = ("prompt_tokens", "generation_tokens", "num_trials", "batch_size", "depth", "seed")
+        flags = ("prompt_tokens", "generation_tokens", "num_trials", "batch_size", "depth", "seed")
+        texts = {name: [(t.asked, t.tokens) for t in self.done.get(name, ())] for name in self.models}
         models = {
             name: {
                 "params": arch.params(m.config),
                 "weight_bytes": m.nbytes,
                 "format": roofline.kind(m, str(policy.compute_dtype(m)).removeprefix("mlx.core.")),
-                **({} if name == self.pair else {"m1_best_tps_computed": roofline.m1_tokens_per_s(m, self.r)}),
+                "m1_best_tps_computed": roofline.m1_tokens_per_s(m, self.r),
                 "trials": len(self.done.get(name, ())),
-                "prompts_sha256": _sha256([t.asked for t in self.done.get(name, ())]),
-                "tokens_sha256": _sha256([t.tokens for t in self.done.get(name, ())]),
+                "texts_sha256": hashlib.sha256(json.dumps(texts[name]).encode()).hexdigest(),
             }
             for name, m in self.models.items()
         }
-        return {**{name: getattr(self.s, name) for name in asked}, "warm_up_tokens": rounds.WARM_UP, "models": models}
+        return {**{name: getattr(self.s, name) for name in flags}, "warm_up_tokens": rounds.WARM_UP, "models": models}
 
     def measured(self, at: Roof, idle: energy.Energy | None) -> dict[str, dict[str, Any]]:
         """{model: {metric: summary}} of what was timed, and beside it the roof: `*_best_*`, `reached`, `moved_mb`."""
-        found: dict[str, dict[str, Any]] = {}
+        figures: dict[str, dict[str, Any]] = {}
         for name, done in self.done.items():
             m, read = self.models[name], int(self.loaded[name]["read_bytes"])
             values: dict[str, Any] = rounds.figures(done, self.r, idle)
-            found[name] = {"load_s": self.loaded[name]["load_s"], **values}
-            if name != self.pair:  # what a pass of both together could do depends on the guesses
-                found[name] |= roofline.beside(m, read, self.r, at, values["decode_tps"]["median"])
-        return found
-
-
-def _sha256(found: Any) -> str:
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+            beside = roofline.beside(m, read, self.r, at, values["decode_tps"]["median"])
+            figures[name] = {"load_s": self.loaded[name]["load_s"], **values, **beside}
+        return figures
 
 
 def _idle(meter: energy.EnergyMeter, reading: Reading) -> energy.Energy | None:
@@ -245,9 +196,9 @@ def run(settings: Settings) -> dict[str, Any]:
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
     measured = bench.measured(at, idle)
     fixed = bench.fixed()
-    said = speed_table.sentences(fixed["models"], measured, bench.r)
-    print(text.table(speed_table.rows(fixed["models"], measured), list(measured), speed_table.METRICS))
-    print("\n" + "\n".join(said))
+    sentences = rounds.sentences(fixed["models"], measured, bench.r)
+    print(text.table(rounds.rows(fixed["models"], measured), list(measured), rounds.METRICS))
+    print("\n" + "\n".join(sentences))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
     source = (meter.source or "the whole machine's power") if idle else None
@@ -257,7 +208,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "hot": hot,
         "stopped": bench.stopped,
         "measured": {"models": measured, "roof": asdict(at), "conditions": conditions, "energy_source": source},
-        "sentences": said,
+        "sentences": sentences,
     }
     bench.write(result)
     return result

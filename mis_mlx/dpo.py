@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
@@ -13,13 +12,12 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, preference_pairs
 from mis_mlx.alignment.alignment_plan import Alignment
-from mis_mlx.alignment.preference_pairs import Objective, Pair
-from mis_mlx.data import examples
+from mis_mlx.alignment.preference_pairs import Objective
 from mis_mlx.maths.preference import LossType
-from mis_mlx.models import distributed, load
+from mis_mlx.models import distributed
 from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import Phase
-from mis_mlx.types import Checkpoint, Positive, Rate, Within
+from mis_mlx.types import Positive, Rate, Within
 
 ANSWERS = ("chosen", "rejected")
 
@@ -38,47 +36,13 @@ class Settings(Alignment):
     """weight of the penalty in dpop, inside beta; 0 is plain DPO; at 50, the paper's, the default model learns the
     chosen answers and prefers nothing (measured)"""
 
-    @property
-    def objective(self) -> Objective:
-        """The loss asked for."""
-        cli.check_ranges(self)
-        return Objective(self.loss_type, self.beta, self.dpop_lambda)
-
-
-def _pairs(s: Settings, checkpoint: Checkpoint) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
-    """(pairs to train on, held-out ones, what is known of the data); every row is checked."""
-    found = examples.load(s.data, ("pair",), examples.generated, s.data_licence, s.scrub_pii)
-    tokenizer = load.tokenizer(checkpoint.path)
-    train, cut = examples.encode(found.train, tokenizer, s.max_seq_length, ANSWERS)
-    valid, _ = examples.encode(found.valid, tokenizer, s.max_seq_length, ANSWERS)
-    for note in [*found.notes, *([f"{cut} answers are cut at {s.max_seq_length} tokens"] if cut else [])]:
-        cli.say(note)
-    return [*train], [*valid[: s.eval_rows]], found.card(examples.fingerprint([*train, *valid]))
-
-
-def _reference(s: Settings, checkpoint: Checkpoint, pairs: list[Pair], limit: int) -> Phase:
-    """What the reference takes beside the model that waits to be trained; in as few passes as memory allows."""
-    m, length = alignment_plan.sizes(s, checkpoint), max(map(preference_pairs.longest, pairs))
-    micro, tokens = 2 * s.batch_size * length, sum(2 * preference_pairs.longest(pair) for pair in pairs)
-    beside = alignment_plan.weight_bytes(s, checkpoint)
-    one = estimates.streamed_pass("reference", m, micro, micro, length, spool=False, beside_bytes=beside)
-    each = m.shape.hidden * m.item
-    held = min(max(micro, tokens), micro + estimates.room(limit, one.peak_bytes) // each)
-    passes = math.ceil(tokens / held)
-    return replace(
-        one,
-        read_bytes=passes * one.read_bytes,
-        peak_bytes=one.peak_bytes + (held - micro) * each,
-        flops=estimates.forward_flops(m, tokens, length),
-        held_tokens=held,
-    )
-
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, ask the reference, train, write the best student."""
     s, folder = alignment_plan.resumed(settings)
-    objective, checkpoint = s.objective, alignment_plan.opened(s)
-    train, valid, card = _pairs(s, checkpoint)
+    checkpoint = alignment_plan.opened(s)
+    objective = Objective(s.loss_type, s.beta, s.dpop_lambda)
+    train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
     def training(parts: Settings) -> Phase:
         length = max(map(preference_pairs.longest, [*train, *valid]))
@@ -88,28 +52,24 @@ def run(settings: Settings) -> dict[str, Any]:
     drawing = (parts.batch_size, parts.grad_accumulation_steps, s.seed)
     seen = preference_pairs.visited(train, s.iters, *drawing)
     compared = [*(train[i] for i in seen), *valid]
-    asked = _reference(parts, checkpoint, compared, alignment_plan.budget(s).limit_bytes)
-    made = alignment_plan.plan(parts, asked, training(parts))
-    made.tell()
+    tokens, phase = sum(2 * preference_pairs.longest(pair) for pair in compared), training(parts)
+    asking = estimates.forward_flops(alignment_plan.sizes(s, checkpoint), tokens, s.max_seq_length)
+    plan = alignment_plan.plan(parts, replace(phase, flops=phase.flops + asking))
     if s.dry_run:
-        return {"model": str(checkpoint.path), "pairs": len(train), **made.result()}
-    with alignment_run.running(s, folder, checkpoint, made, card, "dpo") as r:
-        dtype = alignment_plan.dtype_of(s, checkpoint)
-
-        def ask() -> np.ndarray:
-            return preference_pairs.reference(checkpoint, compared, parts.batch_size, dtype, asked.held_tokens)
-
-        found = np.zeros((len(compared), 2), np.float32)
+        return {"model": str(checkpoint.path), "pairs": len(train), **plan.result()}
+    with alignment_run.running(s, folder, checkpoint, plan, card, "dpo") as r:
+        logps = np.zeros((len(compared), 2), np.float32)
         if distributed.first():
-            found = preference_pairs.stored_reference(r.folder, card["fingerprint"], r.files, ask)
-        found = np.array(distributed.sent_array(mx.array(found)))
-        theirs, held = np.full((len(train), 2), np.nan, np.float32), found[len(seen) :]
-        theirs[seen] = found[: len(seen)]
-        each = preference_pairs.micro_batches(train, theirs, *drawing)
+            ask = partial(preference_pairs.reference, r.model, compared, parts.batch_size)
+            logps = preference_pairs.stored_reference(r.folder, card["fingerprint"], r.files, ask)
+        logps = np.array(distributed.sent_array(mx.array(logps)))
+        of_train = np.full((len(train), 2), np.nan, np.float32)
+        of_train[seen] = logps[: len(seen)]
+        each = preference_pairs.micro_batches(train, of_train, *drawing)
         loss = partial(objective.loss, frozen_head=s.lora is not None)
-        held_out = partial(preference_pairs.measure, r.model, objective, valid, held, parts.batch_size)
+        held_out = partial(preference_pairs.measure, r.model, objective, valid, logps[len(seen) :], parts.batch_size)
         judge = preference_pairs.OF_MEANS if s.loss_type == "dpop" else "loss"
-        return r.train(each, loss, held_out, "dpo", judge=judge)
+        return r.train(each, loss, held_out, judge=judge)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows, fingerprint
-from mis_mlx.evaluation import answering, comparison, kld, lm_eval_tasks, questions, recovery_table, task_registry
+from mis_mlx.evaluation import answering, comparison, lm_eval_tasks, questions, recovery_table, task_registry
 from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.hardware import memory
 from mis_mlx.models import distributed, load, policy, resolve
@@ -72,20 +72,22 @@ def _print(text: str) -> None:
 
 def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opened) -> dict[str, Any]:
     """Print the report on all models but the first, the reference; the same for the JSON line."""
-    held_out = kld.second_half(held_out)
+    held_out = comparison.second_half(held_out)
     base, *names = models
-    found = kld.against(models[base], {name: models[name] for name in names}, held_out, opened)
+    report = comparison.kld(models[base], {name: models[name] for name in names}, held_out, opened)
     tokens, sha256 = int((held_out.learn > 0).sum()), fingerprint(held_out)
-    rows, said = [], dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
-    for name, figures_ in found.items():
+    rows, result = [], dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
+    for name, figures_ in report.items():
         for metric, (value, error) in figures_.items():
-            low, high = (None, None) if error is None else (value - error, value + error)
-            rows.append(Row(name, metric, value, low, high, tokens))
-            said |= {f"{metric}_{name}": value} | ({} if error is None else {f"{metric}_se_{name}": error})
+            result[f"{metric}_{name}"] = value
+            if error is None:
+                rows.append(Row(name, metric, value, n=tokens))
+            else:
+                rows.append(Row(name, metric, value, value - error, value + error, tokens))
+                result[f"{metric}_se_{name}"] = error
     _print(f"\n{title}: the {tokens} tokens of their second halves, ± one standard error\n")
-    _print(text.table(rows, names, kld.METRICS))
-    _print(f"\nsha256 of the tokens: {sha256}")
-    return said
+    _print(f"{text.table(rows, names, comparison.KLD_METRICS)}\n\nsha256 of the tokens: {sha256}")
+    return result
 
 
 def _texts(
@@ -122,7 +124,7 @@ def _held_out(s: Settings, models: Models, limit: Budget) -> tuple[str, dict[str
     return "\n\n".join(parts), said
 
 
-def _planned(
+def _plan(
     s: Settings, wanted: task_registry.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget
 ) -> dict[str, Any]:
     """Peak and time of what is still to be asked, said aloud; lm-eval's tasks have no estimate of time.
@@ -148,37 +150,37 @@ def _planned(
 
 def _outcomes(
     s: Settings, wanted: task_registry.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget
-) -> list[Outcome]:
-    """Our tasks, model by model."""
-    how, found = (limit, s.spread == "layers"), []
-    marks = {name: [answering.marks(m, hashes[name], t, *how) for t in wanted.tasks] for name, m in models.items()}
+) -> Iterator[Outcome]:
+    """Our tasks, then lm-eval's; each model is asked all of them before the next one."""
+    layers, first = s.spread == "layers", next(iter(models.values()))
+    marks = {name: [answering.marks(m, hashes[name], t, limit, layers) for t in wanted.tasks]
+             for name, m in models.items()}  # fmt: skip
     for at, task in enumerate(wanted.tasks):
-        chance = np.array([q.chance for q in task.questions])
-        each = {name: marks[name][at] for name in models}
-        constant, overlap = questions.constant(task), wanted.known.overlap(task)
-        uniform = answering.uniform(next(iter(models.values())), task)
-        found.append(Outcome(task.name, task.about, each, chance, constant, overlap, task.sha256, uniform))
-    return found
-
-
-def _harness(s: Settings, ids: tuple[str, ...], models: Models) -> list[Outcome]:
-    """lm-eval's tasks, model by model."""
-    found = {name: answering.by_harness(model, ids, s.num_questions) for name, model in models.items()}
-    made = []
-    for task, first in next(iter(found.values())).items():
-        marks = {name: f[task].marks for name, f in found.items()}
-        made.append(Outcome(task, f"lm-eval {lm_eval_tasks.version()}, {first.metric}", marks, first.chance))
-    return made
+        yield Outcome(
+            task.name,
+            task.about,
+            {name: marks[name][at] for name in models},
+            np.array([q.chance for q in task.questions]),
+            questions.constant(task),
+            wanted.known.overlap(task),
+            task.sha256,
+            answering.uniform(first, task),
+        )
+    if wanted.harness:
+        theirs = {name: answering.by_harness(m, wanted.harness, s.num_questions) for name, m in models.items()}
+        for name, one in next(iter(theirs.values())).items():
+            about = f"lm-eval {lm_eval_tasks.version()}, {one.metric}"
+            yield Outcome(name, about, {model: by_task[name].marks for model, by_task in theirs.items()}, one.chance)
 
 
 def _hashes(models: Models) -> dict[str, str]:
     """Of every model; MisError where another machine has another one."""
-    found = {name: answering.sha256(model) for name, model in models.items()}
-    distributed.same(found)
-    return found
+    hashes = {name: answering.sha256(model) for name, model in models.items()}
+    distributed.same(hashes)
+    return hashes
 
 
-def _examined(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
+def _examine(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
     """The recovery table, printed and written."""
     began = time.monotonic()
     wanted = task_registry.find(s.tasks, s.num_questions, s.data)
@@ -188,36 +190,34 @@ def _examined(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
     distributed.same({task.name: task.sha256 for task in wanted.tasks})
     hashes = _hashes(models)
-    planned = _planned(s, wanted, models, hashes, limit)
+    plan = _plan(s, wanted, models, hashes, limit)
     if s.dry_run:
-        asked = {task.name: len(task.questions) for task in wanted.tasks}
-        return {"questions": asked, "lm_eval": list(wanted.harness), **planned}
+        counts = {task.name: len(task.questions) for task in wanted.tasks}
+        return {"questions": counts, "lm_eval": list(wanted.harness), **plan}
     if s.out and distributed.first():
         figures.need()
         DISK.make_folder(Path(s.out))
-    found = _outcomes(s, wanted, models, hashes, limit)
-    found += _harness(s, wanted.harness, models) if wanted.harness else []
-    text, held_out = _held_out(s, models, limit) if wanted.text else ("", {})
-    page = recovery_table.markdown(found, text)
+    outcomes = list(_outcomes(s, wanted, models, hashes, limit))
+    tables, held_out = _held_out(s, models, limit) if wanted.text else ("", {})
+    page = recovery_table.markdown(outcomes, tables)
     _print(f"\n{page}\n")
-    said = {"tasks": [o.json() for o in found], "held_out": held_out}
     if s.out and distributed.first():
-        _write(Path(s.out), found, page, {"sha256": hashes, **said})
-    recovered = {o.task: {name: o.recovered(name) for name in list(models)[1:]} for o in found}
-    cli.say(
-        f"{sum(len(o.chance) for o in found)} questions, {len(models)} models, {duration(time.monotonic() - began)}"
-    )
+        result = {"sha256": hashes, "tasks": [o.json() for o in outcomes], "held_out": held_out}
+        _write(Path(s.out), outcomes, page, result)
+    recovered = {o.task: {name: o.recovered(name) for name in list(models)[1:]} for o in outcomes}
+    count, taken = sum(len(o.chance) for o in outcomes), duration(time.monotonic() - began)
+    cli.say(f"{count} questions, {len(models)} models, {taken}")
     return {"recovered": recovered, "held_out": held_out} | ({"out": s.out} if s.out else {})
 
 
-def _write(out: Path, found: list[Outcome], page: str, said: dict[str, Any]) -> None:
-    picture = recovery_table.figure(found)
+def _write(out: Path, outcomes: list[Outcome], page: str, result: dict[str, Any]) -> None:
+    picture = recovery_table.figure(outcomes)
+    body = "<h1>The recovery table</h1>" + html.markdown(page) + html.figures(picture)
     if picture:
         DISK.replace_text(out / "recovery.svg", figures.standalone(picture, html.LIGHT))
         page += "\n\n![Recovered](recovery.svg)"
     DISK.replace_text(out / "recovery.md", page + "\n")
-    DISK.replace_text(out / "recovery.json", json.dumps(said, ensure_ascii=False, indent=1) + "\n")
-    body = "<h1>The recovery table</h1>" + html.markdown(page.partition("\n\n![")[0]) + html.figures(picture)
+    DISK.replace_text(out / "recovery.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     DISK.replace_text(out / "recovery.html", html.page("The recovery table", body))
 
 
@@ -232,27 +232,27 @@ def run(settings: Settings) -> dict[str, Any]:
         raise MisError("--kld and --tasks are two reports: give one of them")
     if s.kld and not s.students:
         raise MisError("--kld compares two models, there is only the teacher: name the other with --students")
-    found = resolve.find(s.teacher)
-    models = {"teacher": load.open_checkpoint(found.path)}
+    teacher = resolve.find(s.teacher).path
+    models = {"teacher": load.open_checkpoint(teacher)}
     for name, folder in zip(resolve.labels(s.students, ("teacher",)), s.students, strict=True):
         models[name] = load.open_checkpoint(folder)
         comparison.same_vocabulary(models["teacher"], models[name])
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     with progress.run("evaluate"):
-        return {"teacher": str(found.path), "students": list(s.students), **_compared(s, models, limit)}
+        return {"teacher": str(teacher), "students": list(s.students), **_compare(s, models, limit)}
 
 
-def _compared(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
+def _compare(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
     if s.tasks:
-        return _examined(s, models, limit)
+        return _examine(s, models, limit)
     if distributed.size() > 1:
         _hashes(models)
-    if not s.kld:
-        text, said = _held_out(s, models, limit)
-        _print(f"\n{text}")
-        return said
-    texts = _texts(s, models, limit, s.max_seq_length or 512)
-    return {name: _kld(models, chosen, title, opened) for name, title, chosen, opened in texts}
+    if s.kld:
+        texts = _texts(s, models, limit, s.max_seq_length or 512)
+        return {name: _kld(models, chosen, title, opened) for name, title, chosen, opened in texts}
+    tables, result = _held_out(s, models, limit)
+    _print(f"\n{tables}")
+    return result
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
 from mis_mlx.alignment.alignment_plan import Alignment
-from mis_mlx.data import examples, generated_tasks
+from mis_mlx.data import examples, rows
 from mis_mlx.data.rows import Row
-from mis_mlx.evaluation import reward_runner
-from mis_mlx.hardware import memory
+from mis_mlx.evaluation import rewards
 from mis_mlx.maths.policy import LossType
 from mis_mlx.models import distributed, load, stream
 from mis_mlx.planner import estimates
@@ -55,36 +54,18 @@ class Settings(Alignment):
     num_iterations: Count = 1
     """updates of the weights in a step, all on the same answers; with 1 every ratio is 1 and nothing is clipped"""
     reward_functions: str | None = None
-    """names with commas; default: correct,format, or all functions of the file"""
-    reward_weights: str | None = None
-    """a number for each of them, with commas; default: 1"""
+    """names with commas, whose rewards are added up; default: correct,format, or all functions of the file"""
     reward_functions_file: str | None = None
     """Python file of functions f(prompts, completions, answer) -> list of numbers or None"""
-    reward_timeout: Positive = reward_runner.SECONDS
+    reward_timeout: Positive = rewards.SECONDS
     """seconds that a function of the file may take for the answers of a step"""
     tasks: str = "sums,two-digit-sums,bus,recipe,logic"
     """generated tasks, where no data is given"""
-
-    def check(self) -> None:
-        """MisError where values make no sense."""
-        cli.check_ranges(self)
-        if self.max_completion_length >= self.max_seq_length:
-            raise MisError(
-                f"--max-completion-length {self.max_completion_length} leaves no room for a prompt in "
-                f"--max-seq-length {self.max_seq_length}: lower the one or raise the other"
-            )
 
     @property
     def at_once(self) -> int:
         """Answers generated together: a group, or more where groups are small."""
         return max(self.group_size, SAMPLED_TOGETHER // self.group_size * self.group_size)
-
-    @property
-    def objective(self) -> grpo_rollout.Objective:
-        """The loss asked for."""
-        return grpo_rollout.Objective(
-            self.loss_type, self.epsilon, self.epsilon_high, self.beta, self.max_completion_length, self.temperature
-        )
 
 
 @dataclass(frozen=True)
@@ -97,33 +78,28 @@ class _Questions:
         return max(map(len, self.prompts))
 
 
-def _generated(s: Settings) -> tuple[list[Row], list[Row], str]:
-    kinds = [name.strip() for name in s.tasks.split(",")]
-    train: list[Row] = [*generated_tasks.rows("train", 0, examples.TRAIN_TASKS, kinds)]
-    return train, [*generated_tasks.rows("test", 0, s.eval_rows, kinds)], f"generated tasks ({', '.join(kinds)})"
-
-
 def _questions(
-    s: Settings, checkpoint: Checkpoint, functions: Sequence[reward_runner.Function]
+    s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.Function]
 ) -> tuple[_Questions, _Questions, dict[str, Any]]:
     """(questions to train on, held-out ones, what is known of the data); every row is checked."""
-    found = examples.load(s.data, ("answer",), partial(_generated, s), s.data_licence, s.scrub_pii)
-    tokenizer, made, encoded = load.tokenizer(checkpoint.path), [], []
-    for split in (found.train, found.valid):
-        examples.refuse(reward_runner.unanswerable(functions, split.rows, split.where))
-        room = s.max_seq_length - s.max_completion_length + 1
+    kinds = [name.strip() for name in s.tasks.split(",")]
+    data = examples.load(s.data, ("answer",), s.data_licence, s.scrub_pii, kinds)
+    tokenizer, room = load.tokenizer(checkpoint.path), s.max_seq_length - s.max_completion_length + 1
+    splits, encoded = list[_Questions](), []
+    for split in (data.train, data.valid[: s.eval_rows]):
+        questions, where = [row for row, _ in split], [at for _, at in split]
+        rows.refuse(rewards.unanswerable(functions, questions, where))
         sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
         prompts = [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences]
-        made.append(_Questions(list(split.rows), prompts))
+        splits.append(_Questions(questions, prompts))
         encoded += sequences
-    for note in found.notes:
+    for note in data.notes:
         cli.say(note)
-    valid = _Questions(made[1].rows[: s.eval_rows], made[1].prompts[: s.eval_rows])
-    return made[0], valid, found.card(examples.fingerprint(encoded))
+    return splits[0], splits[1], data.card(examples.fingerprint(encoded))
 
 
-def _phases(s: Settings, checkpoint: Checkpoint, longest: int, budget: int) -> tuple[Phase, Phase, int]:
-    """(sampling, training, bytes that the reference may keep between steps), where `longest` is of the prompts."""
+def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[Phase, Phase]:
+    """(sampling, training), where `longest` is of the prompts."""
     m, most = alignment_plan.sizes(s, checkpoint), s.max_completion_length
     answers, length = s.grad_accumulation_steps * s.group_size, longest + most
     branched = replace(s, grad_accumulation_steps=s.grad_accumulation_steps * -(-s.group_size // s.batch_size))
@@ -138,48 +114,49 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int, budget: int) -> t
     touched = batches * most * (m.shape.layers * m.block_work + m.head_work)
     flops = estimates.forward_flops(m, tokens, length)
     play = Phase("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
-    if not s.beta:
-        return play, learn, 0
-    beside = 3 * alignment_plan.weight_bytes(s, checkpoint)  # moments too
-    one = estimates.streamed_pass("", m, answers * length, answers * length, length, spool=False, beside_bytes=beside)
-    body = max(one.peak_bytes, play.peak_bytes + m.slots_bytes, learn.peak_bytes + m.slots_bytes)
-    kept = min(estimates.room(budget, body), m.head_work + m.shape.layers * m.block_work)
-    read = one.read_bytes * (1 + (s.iters - 1) * (1 - kept / (m.head_work + m.shape.layers * m.block_work)))
-    peak = max(one.peak_bytes, play.peak_bytes + m.slots_bytes) + kept
-    play = replace(play, read_bytes=int(read), flops=flops + s.iters * one.flops, peak_bytes=peak)
-    return play, replace(learn, peak_bytes=learn.peak_bytes + m.slots_bytes + kept), kept
+    if s.beta:
+        beside = 3 * alignment_plan.weight_bytes(s, checkpoint)  # moments too
+        size = answers * length
+        one = estimates.streamed_pass("", m, size, size, length, spool=False, beside_bytes=beside)
+        read, peak = s.iters * one.read_bytes, max(one.peak_bytes, play.peak_bytes + m.slots_bytes)
+        play = replace(play, read_bytes=read, flops=flops + s.iters * one.flops, peak_bytes=peak)
+        learn = replace(learn, peak_bytes=learn.peak_bytes + m.slots_bytes)
+    return play, learn
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data and the reward functions, plan, sample and learn, write the best."""
     s, folder = alignment_plan.resumed(settings)
-    s.check()
-    checkpoint = alignment_plan.opened(s)
-    functions = reward_runner.functions(s.reward_functions, s.reward_weights, s.reward_functions_file, s.reward_timeout)
+    checkpoint, most = alignment_plan.opened(s), s.max_completion_length
+    if most >= s.max_seq_length:
+        raise MisError(
+            f"--max-completion-length {most} leaves no room for a prompt in --max-seq-length {s.max_seq_length}: "
+            "lower the one or raise the other"
+        )
+    functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
     train, valid, card = _questions(s, checkpoint, functions)
-    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget)).limit_bytes
-    play, learn, kept = _phases(s, checkpoint, max(train.longest, valid.longest), limit)
-    made = alignment_plan.plan(s, play, learn)
-    made.tell()
+    plan = alignment_plan.plan(s, *_phases(s, checkpoint, max(train.longest, valid.longest)))
     if (n := distributed.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
         raise MisError(
             f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}: "
             f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
         )
     if s.dry_run:
-        return {"model": str(checkpoint.path), "questions": len(train.rows), **made.result()}
-    with alignment_run.running(s, folder, checkpoint, made, card, "grpo") as r:
+        return {"model": str(checkpoint.path), "questions": len(train.rows), **plan.result()}
+    with alignment_run.running(s, folder, checkpoint, plan, card, "grpo") as r:
         dtype = alignment_plan.dtype_of(s, checkpoint)
-        reference = stream.Stream(checkpoint, dtype, kept, checkpoint.nbytes > limit) if s.beta else None
-        logger = grpo_rollout.logger(r.folder / grpo_rollout.SAMPLES, r.files)
+        direct = checkpoint.nbytes > plan.budget.limit_bytes
+        reference = stream.Stream(checkpoint, dtype, 0, direct) if s.beta else None
+        log = partial(r.files.append, r.folder / grpo_rollout.SAMPLES)
+        objective = grpo_rollout.Objective(s.loss_type, s.epsilon, s.epsilon_high, s.beta, most, s.temperature)
         sampler = grpo_rollout.Sampler(
-            r.model, train.rows, train.prompts, load.tokenizer(checkpoint.path), functions, s.objective,
+            r.model, train.rows, train.prompts, load.tokenizer(checkpoint.path), functions, objective,
             s.group_size, s.grad_accumulation_steps, s.batch_size, s.at_once, s.seed,
-            s.num_iterations, s.lora is not None, reference, logger,
+            s.num_iterations, s.lora is not None, reference, log,
         )  # fmt: skip
-        loss = partial(s.objective.loss, frozen_head=s.lora is not None)
+        loss = partial(objective.loss, frozen_head=s.lora is not None)
         held_out = partial(grpo_rollout.measure, sampler, valid.rows, valid.prompts)
-        return r.train(sampler, loss, held_out, "grpo", partial(grpo_rollout.train, updates=s.num_iterations))
+        return r.train(sampler, loss, held_out, partial(grpo_rollout.train, updates=s.num_iterations))
 
 
 if __name__ == "__main__":

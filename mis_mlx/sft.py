@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run
 from mis_mlx.alignment.alignment_plan import Alignment
 from mis_mlx.alignment.sft_loss import Lesson
-from mis_mlx.data import examples
 from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
@@ -39,23 +37,11 @@ class Settings(Alignment):
 
 def _lessons(s: Settings, checkpoint: Checkpoint) -> tuple[Lesson, Lesson, dict[str, Any]]:
     """(windows to train on, held-out ones, what is known of the data); every row is checked."""
-    found = examples.load(s.data, SHAPES, examples.generated, s.data_licence, s.scrub_pii)
-    tokenizer = load.tokenizer(checkpoint.path)
-    train, cut = examples.encode(found.train, tokenizer, s.max_seq_length, mask_prompt=s.mask_prompt)
-    valid, _ = examples.encode(found.valid, tokenizer, s.max_seq_length, mask_prompt=s.mask_prompt)
-    for note in [*found.notes, *([f"{cut} rows are cut at {s.max_seq_length} tokens"] if cut else [])]:
-        cli.say(note)
+    train, valid, card = alignment_run.data(s, checkpoint, SHAPES, mask_prompt=s.mask_prompt)
     room = s.max_seq_length if s.packing and not s.teacher else 0
-    train_, valid_ = (Lesson([row[0] for row in rows], room) for rows in (train, valid[: s.eval_rows]))
+    train_, valid_ = (Lesson([row[0] for row in rows], room) for rows in (train, valid))
     cli.say(f"{len(train)} rows in {len(train_.windows)} windows of at most {max(train_.lengths)} tokens")
-    return train_, valid_, found.card(examples.fingerprint(chain(train, valid)))
-
-
-def _teacher(s: Settings, checkpoint: Checkpoint) -> Checkpoint | None:
-    """The teacher asked for, if any."""
-    if s.teacher is None:
-        return None
-    return comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.find(s.teacher).path))
+    return train_, valid_, card
 
 
 def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> Phase:
@@ -85,20 +71,21 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, train, write the best student."""
     s, folder = alignment_plan.resumed(settings)
     checkpoint = alignment_plan.opened(s)
-    beside = _teacher(s, checkpoint)
+    beside = None
+    if s.teacher is not None:
+        beside = comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.find(s.teacher).path))
     train, valid, card = _lessons(s, checkpoint)
     length = max(train.lengths)
     parts = alignment_plan.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))
     phase = _phase(parts, checkpoint, beside, length)
-    made = alignment_plan.plan(parts, phase)
-    made.tell()
+    plan = alignment_plan.plan(parts, phase)
     if s.dry_run:
-        return {"model": str(checkpoint.path), "windows": len(train.windows), **made.result()}
-    with alignment_run.running(s, folder, checkpoint, made, card, "sft") as r:
+        return {"model": str(checkpoint.path), "windows": len(train.windows), **plan.result()}
+    with alignment_run.running(s, folder, checkpoint, plan, card, "sft") as r:
         source = _source(s, beside, phase.pinned)
         each = train.micro_batches(source, parts.batch_size, parts.grad_accumulation_steps, s.seed)
         loss = train.loss_of(source, frozen_head=s.lora is not None)
-        return r.train(each, loss, lambda: valid.measure(r.model, parts.batch_size), "sft")
+        return r.train(each, loss, lambda: valid.measure(r.model, parts.batch_size))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.evaluation.speed import speed_table
+from mis_mlx.evaluation.speed import rounds
 from mis_mlx.reporting import text as words
 from mis_mlx.types import MisError, Row
 
@@ -28,7 +28,7 @@ PAGES = ("README.md", "benchmarks/README.md")
 BLOCK = re.compile(r"^<!-- table: (\S+) -->\n(.*?)(?:^<!-- end -->|(?=^<!-- table: )|\Z)", re.MULTILINE | re.DOTALL)
 END = "<!-- end -->"
 SHOWN = ("weights_mb", "load_s", "ttft_ms", "ttft_best_ms", "ttft_cached_ms", "prefill_tps", "tpot_ms", "decode_tps")
-SHOWN += ("moved_mb", "decode_best_tps", "reached", "m1_best_tps", "accepted", "peak_mb", "joules")
+SHOWN += ("moved_mb", "decode_best_tps", "reached", "m1_best_tps", "peak_mb", "joules")
 
 Found = Mapping[str, Any]  # a results file
 
@@ -65,17 +65,17 @@ def throughput(found: Found) -> str:
     names, rows, bounds = list[str](), list[Row](), list[str]()
     for part in ("dense", "4-bit"):
         if part in found:
-            fixed, measured = found[part]["models"], found[part]["measured"]["models"]
+            fixed = found[part]["models"]
+            # Older files have a model with a draft beside it, whose column would be mostly empty: the page says it.
+            measured = {n: m for n, m in found[part]["measured"]["models"].items() if "bound" in m}
             label = {n: f"{n}, {fixed[n]['format']}" for n in measured}
             names += label.values()
-            rows += [
-                Row(label[r.model], r.metric, r.value, r.low, r.high, r.n) for r in speed_table.rows(fixed, measured)
-            ]
+            rows += [Row(label[r.model], r.metric, r.value, r.low, r.high, r.n) for r in rounds.rows(fixed, measured)]
             bounds += [f"- {line}" for line in found[part]["sentences"] if "By size alone" in line]
     given = found["given"]
     sizes = f"prompts of {given['prompt_tokens']} tokens, {given['generation_tokens']} generated, "
     sizes += f"{given['num_trials']} trials ({given['four_bit_trials']} in 4 bits) in turn, ± one standard deviation"
-    lines = [words.table(rows, names, [m for m in speed_table.METRICS if m[0] in SHOWN]), "", where(found, sizes), ""]
+    lines = [words.table(rows, names, [m for m in rounds.METRICS if m[0] in SHOWN]), "", where(found, sizes), ""]
     if found["student"]:
         lines += [f"The student: {found['student']}.", ""]
     lines += goals(found["verdict"]) + bounds

@@ -8,13 +8,15 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from mis_mlx import cli
 from mis_mlx.models import load, policy
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
@@ -188,3 +190,23 @@ def sentence(done: Done) -> str:
     line = done.stderr.splitlines()[-1]
     assert line.startswith("mis_mlx: ")
     return line
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, small: Any, command: Callable[..., Done]
+) -> tuple[Path, Done]:
+    """(run folder, process) of one undisturbed run of a test module's command; do not write into it.
+
+    small: the module's fixture of flags.
+    """
+    name = request.module.__name__.rpartition("test_")[2]
+    out = tmp_path_factory.mktemp(name) / "run"
+    done = command(name, *small, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def settings_of(command: Any, flags: Sequence[object], out: Path, **changes: Any) -> Any:
+    """The settings of a command that these flags stand for."""
+    return replace(cli.parse(command.Settings, [*map(str, flags), "--out", str(out)]), **changes)

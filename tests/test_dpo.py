@@ -6,53 +6,35 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mis_mlx import cli, dpo
+from mis_mlx import dpo
 from mis_mlx.alignment import alignment_run, preference_pairs
-from mis_mlx.models import load, mlx_generate
+from mis_mlx.models import mlx_generate
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
-from tests.conftest import Done, last_line, losses, mostly_slow
-from tests.test_sft import answers  # noqa: F401  a fixture
-
-SMALL = ("--iters", 6, "--save-every", 2, "--batch-size", 2, "--max-seq-length", 96, "--eval-rows", 8)
-SMALL += ("--learning-rate", "1e-3", "--dtype", "float32")
+from tests.conftest import Done, last_line, losses, mostly_slow, settings_of
+from tests.test_sft import SMALL, answers  # noqa: F401  a fixture
 
 
 @pytest.fixture(scope="module")
 def small(llama: Checkpoint, answers: Path) -> tuple[object, ...]:  # noqa: F811
     """Flags of a run of seconds."""
-    return ("--model", llama.path, "--data", answers, *SMALL)
+    return ("--model", llama.path, "--data", answers, *SMALL, "--learning-rate", "1e-3")
 
 
-@pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, small: tuple[object, ...], command: Callable[..., Done]
-) -> tuple[Path, Done]:
-    """(run folder, process) of one undisturbed run; do not write into it."""
-    out = tmp_path_factory.mktemp("dpo") / "run"
-    done = command("dpo", *small, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done
-
-
-def settings_of(flags: Sequence[object], out: Path, **changes: Any) -> dpo.Settings:
-    """The settings that these flags stand for."""
-    return replace(cli.parse(dpo.Settings, [*map(str, flags), "--out", str(out)]), **changes)
-
-
-def test_end_to_end(finished: tuple[Path, Done]) -> None:
+def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     """It begins at ln 2 with no margin, ends with one, the chosen answers no less likely, and speaks."""
-    out, done = finished
+    out, done = undisturbed
     result = last_line(done)
     start, best = result["held_out_start"], result["held_out_best"]
     # dpop's penalty sees every rounding error of r_w below 0, five times
@@ -65,24 +47,24 @@ def test_end_to_end(finished: tuple[Path, Done]) -> None:
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
 
 
-def test_the_reference_is_two_floats_a_pair_with_a_hash(finished: tuple[Path, Done]) -> None:
-    """Pairs that the run trains on and held-out ones; a changed byte is seen."""
-    saved = protocol.newest(finished[0] / preference_pairs.REFERENCE)
+def test_the_reference_is_two_floats_a_pair(undisturbed: tuple[Path, Done]) -> None:
+    """Pairs that the run trains on and held-out ones."""
+    saved = protocol.newest(undisturbed[0] / preference_pairs.REFERENCE)
     assert saved is not None
     values = protocol.load_arrays(saved, "logps")["chosen_rejected"]
     assert values.shape == (12 + 8, 2) and values.dtype == mx.float32 and (values < 0).all()
-    assert json.loads((finished[0] / "data.json").read_text())["fingerprint"] == saved.state["fingerprint"]
+    assert json.loads((undisturbed[0] / "data.json").read_text())["fingerprint"] == saved.state["fingerprint"]
 
 
 def test_a_stopped_run_ends_with_the_same_bits_and_asks_the_reference_once(
-    finished: tuple[Path, Done], small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: tuple[Path, Done], small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM in the third step, --resume: weights and losses of the undisturbed run, the reference from disk."""
-    settings, rectangle, asked = settings_of(small, tmp_path / "run"), preference_pairs.rectangle, []
+    settings, rectangle, asked = settings_of(dpo, small, tmp_path / "run"), preference_pairs.rectangle, []
 
-    def counting(checkpoint: Checkpoint, pairs: Sequence[preference_pairs.Pair], *rest: Any) -> np.ndarray:
+    def counting(model: nn.Module, pairs: Sequence[preference_pairs.Pair], batch_size: int) -> np.ndarray:
         asked.append(len(pairs))
-        return reference(checkpoint, pairs, *rest)
+        return reference(model, pairs, batch_size)
 
     def stopping(pairs: Sequence[preference_pairs.Pair]) -> tuple[mx.array, mx.array]:
         done = [(tmp_path / f"run/steps/step-0000000{n}").exists() for n in (2, 3)]
@@ -97,14 +79,14 @@ def test_a_stopped_run_ends_with_the_same_bits_and_asks_the_reference_once(
     with pytest.raises(MisError, match="stopped at step 3 of 6"):
         dpo.run(settings)
     dpo.run(replace(settings, resume=True))
-    weights = [(folder / "model/model.safetensors").read_bytes() for folder in (tmp_path / "run", finished[0])]
-    assert weights[0] == weights[1] and losses(tmp_path / "run") == losses(finished[0]) and asked == [20]
+    weights = [(folder / "model/model.safetensors").read_bytes() for folder in (tmp_path / "run", undisturbed[0])]
+    assert weights[0] == weights[1] and losses(tmp_path / "run") == losses(undisturbed[0]) and asked == [20]
 
 
 def test_a_damaged_reference_is_made_again(small: Any, tmp_path: Path) -> None:
     """One bit of the stored log-probabilities flipped: noticed by its hash, the run's end is the same."""
     folder = tmp_path / "run"
-    result = dpo.run(settings_of(small, folder, iters=2))
+    result = dpo.run(settings_of(dpo, small, folder, iters=2))
     weights = (folder / "model/model.safetensors").read_bytes()
     path = next((folder / preference_pairs.REFERENCE).iterdir()) / "logps.safetensors"
     data = bytearray(path.read_bytes())
@@ -112,16 +94,16 @@ def test_a_damaged_reference_is_made_again(small: Any, tmp_path: Path) -> None:
     path.write_bytes(data)
     for name in ("model", "steps", "best"):
         (folder / name).rename(tmp_path / name)
-    again = dpo.run(settings_of(small, folder, iters=2, resume=True))
+    again = dpo.run(settings_of(dpo, small, folder, iters=2, resume=True))
     assert (folder / "model/model.safetensors").read_bytes() == weights
     assert again["held_out_best"] == result["held_out_best"]
 
 
-def test_dpop_is_judged_by_the_mean_pair(finished: tuple[Path, Done]) -> None:
+def test_dpop_is_judged_by_the_mean_pair(undisturbed: tuple[Path, Done]) -> None:
     """The kept checkpoint has the lowest loss of means, which at the reference is ln 2 and follows margin and gain."""
-    records = run_folder.records(finished[0] / alignment_run.HELD_OUT)
+    records = run_folder.records(undisturbed[0] / alignment_run.HELD_OUT)
     best = min(records, key=lambda r: r[preference_pairs.OF_MEANS])
-    assert last_line(finished[1])["best_step"] == best["number"] > 0
+    assert last_line(undisturbed[1])["best_step"] == best["number"] > 0
     assert records[0][preference_pairs.OF_MEANS] == pytest.approx(math.log(2), abs=1e-4)
     for r in records:
         x = 0.1 * (r["margin"] - 5.0 * max(0.0, -r["chosen_gain"]))
@@ -131,50 +113,19 @@ def test_dpop_is_judged_by_the_mean_pair(finished: tuple[Path, Done]) -> None:
 @pytest.mark.parametrize("kind", mostly_slow(["sigmoid", "ipo", "hinge"], "sigmoid"))
 def test_every_loss_type_learns(kind: Any, small: Any, tmp_path: Path) -> None:
     """The margin on held-out pairs grows, with LoRA too."""
-    result = dpo.run(settings_of(small, tmp_path / "run", loss_type=kind, fine_tune_type="lora", learning_rate=3e-3))
+    result = dpo.run(
+        settings_of(dpo, small, tmp_path / "run", loss_type=kind, fine_tune_type="lora", learning_rate=3e-3)
+    )
     assert result["held_out_best"]["margin"] > 0.1 > result["held_out_start"]["margin"]
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"]
 
 
-def test_a_dry_run_names_both_phases(small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The reference's pass and the training, and nothing written."""
-    result = dpo.run(settings_of(small, tmp_path / "run", dry_run=True))
-    said = capsys.readouterr().err
-    assert "reference: " in said and "dpo: " in said and not (tmp_path / "run").exists() and result["pairs"] == 24
-
-
-def test_few_tokens_in_memory_take_more_passes(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
-    """The plan counts them: a budget with little room reads the model more often."""
-    s = settings_of(small, tmp_path / "run")
-    pairs = [[(np.ones(90, np.int32), np.ones(90, np.float32))] * 2] * 400
-    wide, tight = (dpo._reference(s, llama, pairs, limit) for limit in (2**31, 2**24))
-    assert tight.read_bytes > wide.read_bytes and tight.peak_bytes < wide.peak_bytes
-    assert tight.held_tokens < wide.held_tokens == 400 * 180
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [({"beta": 0.0}, "--beta is 0: give more than 0"), ({"dpop_lambda": -1.0}, "--dpop-lambda is -1: give ")],
-)
-def test_refusals_are_sentences(changes: dict[str, Any], why: str, small: Any, tmp_path: Path) -> None:
-    """Numbers that make no loss."""
-    with pytest.raises(MisError, match=why):
-        dpo.run(settings_of(small, tmp_path / "run", **changes))
-
-
-def test_rows_without_a_rejected_answer_are_named(small: Any, tmp_path: Path) -> None:
-    """By line; nothing is begun."""
+def test_refusals_are_sentences(small: Any, tmp_path: Path) -> None:
+    """Numbers that make no loss; rows without a rejected answer, by line; nothing is begun."""
+    with pytest.raises(MisError, match="--beta is 0: give more than 0"):
+        dpo.run(settings_of(dpo, small, tmp_path / "run", beta=0.0))
     row = json.dumps({"prompt": "a", "chosen": "b"})
     (tmp_path / "train.jsonl").write_text(f"{row}\n")
     with pytest.raises(MisError, match="train.jsonl line 1: has no 'prompt' and 'chosen' and 'rejected'"):
-        dpo.run(settings_of(small, tmp_path / "run", data=str(tmp_path)))
+        dpo.run(settings_of(dpo, small, tmp_path / "run", data=str(tmp_path)))
     assert not (tmp_path / "run").exists()
-
-
-def test_without_data_it_learns_the_generated_tasks(llama: Checkpoint, tmp_path: Path) -> None:
-    """No --data: right and wrong answers of tasks."""
-    flags = ("--model", llama.path, "--iters", 1, "--max-seq-length", 384, "--batch-size", 1, "--eval-rows", 4)
-    result = dpo.run(settings_of(flags, tmp_path / "run", learning_rate=1e-3))
-    assert json.loads((tmp_path / "run/data.json").read_text())["source"] == "generated tasks"
-    assert result["student"] == str(tmp_path / "run" / alignment_run.MODEL)
-    assert load.open_checkpoint(tmp_path / "run/model").nbytes == llama.nbytes // 2  # bfloat16

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mis_mlx.data import generated_tasks
+from mis_mlx.data import examples
 from mis_mlx.evaluation import answering, lm_eval_tasks, questions, task_registry
 from mis_mlx.hardware import memory
 from mis_mlx.types import Checkpoint, MisError
@@ -20,7 +20,7 @@ WHY = "the extra `evaluate` is not installed: pip install 'mis-mlx[evaluate]'"
 here = pytest.mark.skipif(lm_eval_tasks.find_spec("lm_eval") is None, reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own
 
-COUNT = 240
+COUNT = 150
 YAML = """task: generated
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
@@ -35,11 +35,13 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of 240 questions, two or three options each, and the same as a task of lm-eval's; caches of its own."""
+    """A file of 150 questions, two or three options each, and the same as a task of lm-eval's; caches of its own."""
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     made: list[dict[str, Any]] = []
-    for number, row in enumerate(generated_tasks.rows("test", 0, COUNT, languages=("en",))):
+    lines = (examples.BUILT_IN / "train.jsonl").read_text("utf-8").splitlines()
+    english = [row for row in map(json.loads, lines) if row["language"] == "en"]
+    for number, row in enumerate(english[:COUNT]):
         options = [row["answer"], row["rejected"].rpartition(": ")[2], "nobody knows"][: 2 + number % 2]
         made.append({"question": row["prompt"], "options": sorted(options), "answer": row["answer"]})
     (tmp_path / "task").mkdir()
@@ -63,12 +65,9 @@ def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
         theirs = [float(ll) for ll, _ in sample["filtered_resps"]]
         np.testing.assert_allclose(kept[n]["ll"], theirs, atol=1e-4)
     assert marks.tolist() == [s["acc"] for s in witness]
-    per_character = questions.task("t", _rows(folder), "", per_character=True)
+    rows = [json.loads(line) for line in (folder / "generated.jsonl").read_text().splitlines()]
+    per_character = questions.task("t", rows, "", per_character=True)
     assert answering.marks(llama, "0" * 64, per_character, limit).tolist() == [s["acc_norm"] for s in witness]
-
-
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "generated.jsonl").read_text().splitlines()]
 
 
 @here
@@ -79,19 +78,6 @@ def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoi
     ours = answering.marks(llama, "0" * 64, task, memory.budget(None))[:30]
     assert found.metric == "acc" and found.marks.tolist() == ours.tolist()
     assert found.chance.tolist() == [q.chance for q in task.questions[:30]]
-
-
-@here
-def test_translations_are_marked_one_by_one(folder: Path, llama: Checkpoint) -> None:
-    """lm-eval scores a whole set with chrF; here every translation has its own mark, and chance is 0."""
-    text = YAML.format(file=folder / "generated.jsonl").partition("output_type")[0].replace("generated\n", "said\n")
-    text += "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
-    text += "generation_kwargs: {until: ['zzz'], max_gen_toks: 4}\nmetric_list: [{metric: chrf}]\n"
-    (folder / "said.yaml").write_text(text)
-    found = lm_eval_tasks.run(llama.path, ["said"], 5, folder)["said"]
-    assert found.metric == "chrf" and len(found.marks) == 5 and found.chance.tolist() == [0] * 5
-    assert all(0 <= mark < 0.9 for mark in found.marks)
-    assert lm_eval_tasks._translated(("Good morning", "Good morning")) == 1
 
 
 @here
@@ -108,13 +94,6 @@ def test_presets_name_tasks_that_lm_eval_has() -> None:
     lm_eval_tasks.check(ids)
     with pytest.raises(MisError, match="lm-eval has no task belebele_pol_Latm: did you mean belebele_pol_Latn"):
         lm_eval_tasks.check(["belebele_pol_Latm"])
-
-
-@here
-def test_without_the_hub_its_tasks_are_a_sentence(llama: Checkpoint, command: Callable[..., Done]) -> None:
-    """Not the traceback of a data set."""
-    said = sentence(command("evaluate", "--teacher", llama.path, "--tasks", "lm_eval/belebele_pol_Latn"))
-    assert "lm-eval could not run belebele_pol_Latn" in said and "check the network" in said
 
 
 @pytest.mark.skipif(lm_eval_tasks.find_spec("lm_eval") is not None, reason="lm-eval is installed")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -75,11 +74,6 @@ def test_the_table_has_chance_and_the_constant() -> None:
     assert "- `sums`: made for a test." in page
 
 
-def test_the_teacher_alone_is_a_table_too() -> None:
-    """No student, no second table."""
-    assert "Recovered" not in markdown([outcome(teacher=90)]) and figure([outcome(teacher=90)]) == ""
-
-
 def test_differences_are_told_from_noise() -> None:
     """A clear loss, one that may be none, and a gain that luck explains."""
     lost = said(outcome(teacher=90, student=60), outcome("bus", teacher=80, student=80))
@@ -123,14 +117,7 @@ def test_contamination_is_counted() -> None:
     shared = Outcome(o.task, o.about, o.marks, o.chance, o.constant, (7, 90))
     assert "7 of 90 in sums share 13 words in a row" in said(shared)
     assert "Contamination" not in said(Outcome(o.task, o.about, o.marks, o.chance))
-
-
-def test_json_keeps_every_mark() -> None:
-    """So that other intervals can be made of it."""
-    found: dict[str, Any] = outcome(teacher=90, student=70).json()
-    assert found["n"] == N and found["chance"] == 0.5 and sum(found["models"]["student"]["marks"]) == 70
-    assert found["u_zoski"] == {"share": 0.5, "answer": "option 1"}
-    assert found["contamination"] == {"shared": 0, "looked_up": 100}
+    assert o.json()["contamination"] == {"shared": 0, "looked_up": 100}
 
 
 def test_the_figure_is_a_file_of_its_own() -> None:

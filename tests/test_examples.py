@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.data import examples, pii
-from mis_mlx.data.examples import Split
-from mis_mlx.data.rows import Row
+from mis_mlx.data.rows import Placed, Row
 from mis_mlx.models import load
 from mis_mlx.types import Checkpoint, MisError
 
@@ -29,22 +27,12 @@ GOOD: dict[str, Row] = {
     "answer": {"prompt": "Ile?", "answer": "2"},
 }
 BAD: list[tuple[str, object, str]] = [
-    ("completion", {"prompt": "Ile?"}, "has no 'prompt' and 'completion'"),
-    ("completion", ["Ile?"], "not an object"),
     ("completion", {"prompt": "Ile?", "completion": 2}, "'completion' is a number, not text"),
-    ("completion", {"prompt": " ", "completion": "Dwa."}, "'prompt' is empty"),
-    ("messages", {"messages": 5}, "not a list"),
     ("messages", {"messages": [{"role": "user", "content": "Ile?"}]}, "no message is the assistant's"),
-    ("messages", {**GOOD["messages"], "tools": [1]}, "tools are not supported"),
     ("pair", {"prompt": "Ile?", "chosen": "Dwa."}, "its keys: 'prompt', 'chosen'"),
     ("pair", {"prompt": "Ile?", "chosen": "Dwa.", "rejected": "Dwa."}, "chosen and rejected are the same"),
     ("answer", {"prompt": "Ile?", "answer": None}, "'answer' is null, not text"),
 ]
-
-
-def nothing() -> tuple[Sequence[Row], Sequence[Row], str]:
-    """Stands for the built-in rows where they are not to be used."""
-    raise AssertionError("the built-in rows were asked for")
 
 
 def write(folder: Path, **files: list[object]) -> Path:
@@ -64,9 +52,8 @@ def tokenizer(llama: Checkpoint) -> Any:
 @pytest.mark.parametrize("shape", examples.SHAPES)
 def test_good_rows_are_taken(shape: str, tmp_path: Path) -> None:
     """Every shape, and its rows come back as they were."""
-    found = examples.load(str(write(tmp_path, train=[GOOD[shape]], valid=[GOOD[shape]])), [shape], nothing)
-    assert found.train.rows == found.valid.rows == (GOOD[shape],)
-    assert found.train.where == ("train.jsonl line 1",)
+    found = examples.load(str(write(tmp_path, train=[GOOD[shape]], valid=[GOOD[shape]])), [shape])
+    assert found.train == [(GOOD[shape], "train.jsonl line 1")] and found.valid == [(GOOD[shape], "valid.jsonl line 1")]
 
 
 @pytest.mark.parametrize(("shape", "row", "why"), BAD)
@@ -74,7 +61,7 @@ def test_bad_rows_are_named(shape: str, row: object, why: str, tmp_path: Path) -
     """The line and what is wrong there."""
     folder = write(tmp_path, train=[GOOD[shape], row], valid=[GOOD[shape]])
     with pytest.raises(MisError) as refused:
-        examples.load(str(folder), [shape], nothing)
+        examples.load(str(folder), [shape])
     assert "1 rows cannot be used: train.jsonl line 2: " in str(refused.value) and why in str(refused.value)
 
 
@@ -83,80 +70,67 @@ def test_all_problems_come_in_one_sentence(tmp_path: Path) -> None:
     bad: list[object] = ["{not json", {"prompt": "a"}, '{"prompt": "\\ud800", "completion": "b"}']
     folder = write(tmp_path, train=[GOOD["completion"], *bad, *[{"x": i} for i in range(9)]], valid=["[]"])
     with pytest.raises(MisError) as refused:
-        examples.load(str(folder), SHAPES, nothing)
+        examples.load(str(folder), SHAPES)
     said = str(refused.value)
     assert said.startswith("13 rows cannot be used: train.jsonl line 2: not valid JSON")
     assert "line 3: has neither 'messages' nor 'prompt' and 'completion'" in said and "half a surrogate" in said
-    assert said.count("line ") == 10 and "; and 3 more: mend or remove them" in said
+    assert said.count("line ") == 10 and "; and 3 more: fix or remove them" in said
 
 
 def test_other_refusals_are_sentences(tmp_path: Path) -> None:
     """No folder, no rows, nothing that could be held out."""
     with pytest.raises(MisError, match="has no train.jsonl"):
-        examples.load(str(tmp_path / "none"), SHAPES, nothing)
+        examples.load(str(tmp_path / "none"), SHAPES)
     with pytest.raises(MisError, match="train.jsonl: it has no rows"):
-        examples.load(str(write(tmp_path, train=[])), SHAPES, nothing)
+        examples.load(str(write(tmp_path, train=[])), SHAPES)
     with pytest.raises(MisError, match="3 rows with 1 prompts: nothing can be held out"):
-        examples.load(str(write(tmp_path, train=[GOOD["completion"]] * 3)), SHAPES, nothing)
+        examples.load(str(write(tmp_path, train=[GOOD["completion"]] * 3)), SHAPES)
 
 
 def test_equal_prompts_stay_on_one_side(tmp_path: Path) -> None:
     """Without valid.jsonl a part is held out, the same every time, and no prompt is on both sides."""
     lines: list[object] = [{"prompt": f"Ile to {i % 40}?", "completion": f"{i}"} for i in range(120)]
     folder = str(write(tmp_path, train=lines))
-    one, other = (examples.load(folder, SHAPES, nothing) for _ in range(2))
-    assert one == other and len(one.train.rows) + len(one.valid.rows) == 120 and 1 <= len(one.valid.rows) < 40
-    assert not {r["prompt"] for r in one.train.rows} & {r["prompt"] for r in one.valid.rows}
-    assert one.valid.where[0].startswith("train.jsonl line ")
+    one, other = (examples.load(folder, SHAPES) for _ in range(2))
+    assert one == other and len(one.train) + len(one.valid) == 120 and 1 <= len(one.valid) < 40
+    assert not {row["prompt"] for row, _ in one.train} & {row["prompt"] for row, _ in one.valid}
+    assert one.valid[0][1].startswith("train.jsonl line ")
 
 
 def test_the_licence_is_a_file_a_flag_or_missed(tmp_path: Path) -> None:
     """The flag wins; a file beside the data is read; neither is said."""
     folder = str(write(tmp_path, train=[GOOD["completion"]], valid=[GOOD["completion"]]))
-    bare = examples.load(folder, SHAPES, nothing)
+    bare = examples.load(folder, SHAPES)
     assert bare.licence == "not stated" and any("--data-licence" in note for note in bare.notes)
     (tmp_path / "license.txt").write_text("CC BY 4.0,\nby the shepherds of Ochotnica")
-    assert examples.load(folder, SHAPES, nothing).licence == "CC BY 4.0, by the shepherds of Ochotnica"
-    assert examples.load(folder, SHAPES, nothing, "asked them all").licence == "asked them all"
+    assert examples.load(folder, SHAPES).licence == "CC BY 4.0, by the shepherds of Ochotnica"
+    assert examples.load(folder, SHAPES, "asked them all").licence == "asked them all"
 
 
-def test_the_built_in_rows_are_good_and_disjoint() -> None:
-    """Every shape but messages; the chosen answer is the worked one."""
+def test_the_built_in_rows_are_of_every_shape_but_messages() -> None:
+    """With a licence; of the kinds asked for; there is no other kind."""
     for shape in ("completion", "pair", "answer"):
-        found = examples.load(None, [shape], examples.generated)
-        assert len(found.train.rows) >= 200 and len(found.valid.rows) >= 50 and found.licence != "not stated"
-        assert not {r["prompt"] for r in found.train.rows} & {r["prompt"] for r in found.valid.rows}
-        assert all(r["chosen"] == r["completion"] != r["rejected"] for r in found.train.rows)
+        found = examples.load(None, [shape])
+        assert (len(found.train), len(found.valid), found.licence) == (400, 320, "generated by mis_mlx, MIT")
+    some = examples.load(None, ["answer"], kinds=["bus", "logic"])
+    assert {row["task"] for row, _ in (*some.train, *some.valid)} == {"bus", "logic"} and len(some.train) == 160
+    with pytest.raises(MisError, match="no tasks called chess: known are bus, logic, recipe, sums, two-digit-sums"):
+        examples.load(None, ["answer"], kinds=["chess"])
 
 
 def test_a_number_as_an_answer_becomes_text(tmp_path: Path) -> None:
     """{"answer": 2} is what many write."""
     folder = write(tmp_path, train=[{"prompt": "Ile?", "answer": 2}], valid=[{"prompt": "Ile?", "answer": 2.5}])
-    found = examples.load(str(folder), ["answer"], nothing)
-    assert found.train.rows[0]["answer"] == "2" and found.valid.rows[0]["answer"] == "2.5"
+    found = examples.load(str(folder), ["answer"])
+    assert found.train[0][0]["answer"] == "2" and found.valid[0][0]["answer"] == "2.5"
 
 
-@pytest.mark.parametrize(
-    ("number", "valid"),
-    [
-        ("44051401359", True),
-        ("02070803628", True),
-        ("44051401358", False),
-        ("44131401350", False),
-        ("00000000000", False),
-    ],
-)
-def test_pesel(number: str, valid: bool) -> None:
-    """Checksum and day of birth; the third has a wrong last digit, the fourth a month 13 with a right one."""
-    assert pii.is_pesel(number) is valid
-
-
-@pytest.mark.parametrize(
-    ("number", "valid"), [("1234563218", True), ("123-456-32-18", True), ("1234563219", False), ("0000000000", False)]
-)
-def test_nip(number: str, valid: bool) -> None:
-    """Checksum modulo 11; ten zeros have a right one and are none."""
-    assert pii.is_nip(number) is valid
+def test_checksums_of_pesel_and_nip() -> None:
+    """Right ones; a wrong last digit, a month 13 with a right one, zeros only."""
+    assert [pii.is_pesel(n) for n in ("44051401359", "02070803628")] == [True] * 2
+    assert not any(pii.is_pesel(n) for n in ("44051401358", "44131401350", "00000000000"))
+    assert [pii.is_nip(n) for n in ("1234563218", "123-456-32-18")] == [True] * 2
+    assert not any(pii.is_nip(n) for n in ("1234563219", "0000000000"))
 
 
 PERSONAL = [
@@ -181,15 +155,15 @@ def test_scrubbing_reaches_every_text_of_a_row(tmp_path: Path) -> None:
     """Prompts, answers and the turns of a conversation; only when asked for."""
     row = {"messages": [{"role": role, "content": "a@b.pl"} for role in ("user", "assistant")]}
     folder = str(write(tmp_path, train=[row, {"prompt": "a@b.pl?", "completion": "a@b.pl"}], valid=[row]))
-    plain, clean = (examples.load(folder, SHAPES, nothing, scrub=asked) for asked in (False, True))
+    plain, clean = (examples.load(folder, SHAPES, scrub=asked) for asked in (False, True))
     assert plain.removed == {} and clean.removed == {"e-mail": 6}
-    assert "@" in json.dumps(plain.train.rows) and "@" not in json.dumps([clean.train.rows, clean.valid.rows])
+    assert "@" in json.dumps(plain.train) and "@" not in json.dumps([clean.train, clean.valid])
     assert clean.card("x")["pii_removed"] == {"e-mail": 6} and "replaced 6 e-mail" in clean.notes
 
 
-def split(*rows: Row) -> Split:
+def split(*rows: Row) -> list[Placed]:
     """Rows in a file of their own."""
-    return Split(rows, tuple(f"x.jsonl line {i}" for i in range(1, len(rows) + 1)))
+    return [(row, f"x.jsonl line {i}") for i, row in enumerate(rows, 1)]
 
 
 def learned(sequence: examples.Sequenced, tokenizer: Any) -> str:

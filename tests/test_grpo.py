@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,17 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import cli, dpo, grpo
+from mis_mlx import dpo, grpo
 from mis_mlx.alignment import alignment_plan, alignment_run
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.distillation import train_loop
 from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.models import attention_masks, load, mlx_generate, policy, stream
+from mis_mlx.models import load, mlx_generate, policy, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks
-from tests.conftest import Done, last_line, losses, sentence
+from tests.conftest import Done, last_line, losses, settings_of
 
 # A reward that a model of random weights gets now and then: the share of letters that are small vowels.
 VOWELS = """
@@ -65,25 +64,9 @@ def _small(folder: Path, llama: Checkpoint) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", name="finished")
-def _finished(
-    tmp_path_factory: pytest.TempPathFactory, small: tuple[object, ...], command: Callable[..., Done]
-) -> tuple[Path, Done]:
-    out = tmp_path_factory.mktemp("grpo") / "run"
-    done = command("grpo", *small, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done
-
-
-def settings_of(flags: Sequence[object], out: Path, **changes: Any) -> grpo.Settings:
-    """The settings that these flags stand for."""
-    made: grpo.Settings = cli.parse(grpo.Settings, [*map(str, flags), "--out", str(out)])
-    return replace(made, **changes)
-
-
-def test_end_to_end(finished: tuple[Path, Done]) -> None:
+def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     """The reward rises; samples and metrics are in the run folder; the result is a folder that mlx-lm opens."""
-    out, done = finished
+    out, done = undisturbed
     result = last_line(done)
     assert result["held_out_best"]["reward"] > result["held_out_start"]["reward"] + 0.2
     metrics = run_folder.metrics(out)
@@ -97,12 +80,14 @@ def test_end_to_end(finished: tuple[Path, Done]) -> None:
     first = samples[0]["answers"][0]
     assert first["vowels"] == first["reward"] and samples[0]["prompt"] in QUESTIONS
     assert "reward" in done.stderr and "kept" in done.stderr  # the table
+    names = {p.name for p in out.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", training.SAMPLES, "steps", "best", "model", alignment_run.HELD_OUT} <= names
     model, tokenizer = mlx_generate.open_model(out / "model")
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
 
 
 def test_a_killed_run_ends_with_the_same_bits(
-    finished: tuple[Path, Done], small: tuple[object, ...], tmp_path: Path, own_home: dict[str, str]
+    undisturbed: tuple[Path, Done], small: tuple[object, ...], tmp_path: Path, own_home: dict[str, str]
 ) -> None:
     """SIGKILL after a checkpoint, --resume: the same samples are drawn again, weights and losses are equal."""
     argv = ["-m", "mis_mlx.grpo", *small, "--out", tmp_path / "run"]
@@ -114,7 +99,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert not (tmp_path / "run/result.json").exists()
     again = forks.run([*argv, "--resume"], own_home)
     assert again.returncode == 0 and "continuing from step" in again.stderr, again.stderr
-    out = finished[0]
+    out = undisturbed[0]
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
     assert losses(tmp_path / "run") == losses(out)
     by_text = [{json.dumps(s) for s in run_folder.records(f / training.SAMPLES)} for f in (out, tmp_path / "run")]
@@ -124,7 +109,7 @@ def test_a_killed_run_ends_with_the_same_bits(
 def test_equal_rewards_leave_the_model_as_it_was(small: tuple[object, ...], tmp_path: Path, llama: Checkpoint) -> None:
     """Nobody is ever right: every group is skipped and counted, no weight moves, not by weight decay either."""
     out = tmp_path / "run"
-    result = grpo.run(settings_of(small, out, reward_functions="correct", reward_functions_file=None, iters=2))
+    result = grpo.run(settings_of(grpo, small, out, reward_functions="correct", reward_functions_file=None, iters=2))
     assert [(m["kept"], m["groups"], m["loss"]) for m in run_folder.metrics(out)] == [(0, 2, 0.0)] * 2
     assert all("no update" in m["note"] for m in run_folder.metrics(out))
     last = mx.load(str(out / "steps/step-00000002/model.safetensors"))
@@ -137,7 +122,7 @@ def test_equal_rewards_leave_the_model_as_it_was(small: tuple[object, ...], tmp_
 def test_lora_and_several_updates(small: tuple[object, ...], tmp_path: Path) -> None:
     """Adapters alone learn; with three updates on the same answers ratios leave 1 and some tokens are clipped."""
     result = grpo.run(
-        settings_of(
+        settings_of(grpo, 
             small, tmp_path / "run", fine_tune_type="lora", rank=4, num_iterations=3, learning_rate=3e-2, iters=3,
             epsilon=0.02, epsilon_high=0.03,
         )
@@ -151,7 +136,7 @@ def sampler(checkpoint: Checkpoint, folder: Path, **changes: Any) -> training.Sa
     """One that rewards vowels."""
     model = load.resident(checkpoint, mx.float32)
     mx.eval(model.parameters())
-    functions = training.reward_runner.functions(None, None, str(folder / "vowels.py"))
+    functions = training.rewards.functions(None, str(folder / "vowels.py"))
     objective = training.Objective("dapo", 0.2, 0.28, 0.1, 8, 0.8)
     tokenizer = load.tokenizer(checkpoint.path)
     prompts = [mlx_generate.encode(tokenizer, q) for q in QUESTIONS]
@@ -200,72 +185,59 @@ def test_nothing_scored_is_a_sentence(llama: Checkpoint, folder: Path, tmp_path:
     """A function that fails on everything stops the run with its reason; on some groups, these are skipped."""
     path = tmp_path / "broken.py"
     path.write_text("def f(prompts, completions, answer):\n    raise RuntimeError('no ruler')\n")
-    made = sampler(llama, folder, functions=training.reward_runner.functions(None, None, str(path)))
+    made = sampler(llama, folder, functions=training.rewards.functions(None, str(path)))
     with pytest.raises(MisError, match=r"none of 12 answers could be scored \(f: RuntimeError: no ruler\)"):
         made(0)
     path.write_text(VOWELS.replace("return", "if any(p == 'why' or 'with' in p for p in prompts): 1 / 0\n    return"))
-    made = sampler(llama, folder, functions=training.reward_runner.functions(None, None, str(path)), prompts_per_step=8)
+    made = sampler(llama, folder, functions=training.rewards.functions(None, str(path)), prompts_per_step=8)
     facts = made(0).facts
     assert facts["unscored"] == 8 and facts["kept"] <= 6
 
 
-def test_dry_run_writes_nothing(small: tuple[object, ...], tmp_path: Path) -> None:
-    """Bytes, seconds, memory; a budget too small is a refusal with both numbers."""
-    out = tmp_path / "run"
-    result = grpo.run(settings_of(small, out, dry_run=True))
-    assert result["peak_bytes"] > 0 and result["seconds"] >= 0 and not result["check_failed"]
-    with_reference = grpo.run(settings_of(small, out, dry_run=True, beta=0.1))
-    assert with_reference["peak_bytes"] > result["peak_bytes"]
-    with pytest.raises(MisError, match="the budget is 1 MiB"):
-        grpo.run(settings_of(small, out, budget="1MiB"))
-    assert not out.exists()
-
-
 def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
-    """MLX's peak in a run with KL stays under what was planned."""
-    planned = grpo.run(settings_of(small, tmp_path / "run", dry_run=True, beta=0.1))["peak_bytes"]
+    """A dry run writes nothing, KL costs memory, a budget too small is a refusal, and MLX's peak in a run with KL stays
+    under what was planned."""
+    out = tmp_path / "run"
+    plain, planned = (grpo.run(settings_of(grpo, small, out, dry_run=True, beta=beta)) for beta in (0.0, 0.1))
+    assert plain["seconds"] >= 0 and not plain["check_failed"] and planned["peak_bytes"] > plain["peak_bytes"] > 0
+    with pytest.raises(MisError, match="the budget is 1 MiB"):
+        grpo.run(settings_of(grpo, small, out, budget="1MiB"))
+    assert not out.exists()
     mx.clear_cache()
     before = mx.get_active_memory()
-    grpo.run(settings_of(small, tmp_path / "run", beta=0.1, iters=2))
-    assert max(m["peak_bytes"] for m in run_folder.metrics(tmp_path / "run")) - before < planned
+    grpo.run(settings_of(grpo, small, out, beta=0.1, iters=2))
+    assert max(m["peak_bytes"] for m in run_folder.metrics(out)) - before < planned["peak_bytes"]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"group_size": 1}, "--group-size is 1"),
-        ({"num_iterations": 0}, "--num-iterations is 0"),
-        ({"temperature": 0.0}, "--temperature is 0"),
-        ({"beta": -1.0}, "--beta is -1: give a number from 0 to 1000"),
         ({"max_completion_length": 48}, "leaves no room for a prompt"),
         ({"max_completion_length": 47}, "the prompt takes"),
-        ({"reward_functions": "nice"}, "names nice, which is not there"),
         ({"data": None, "tasks": "chess"}, "no tasks called chess"),
     ],
 )
 def test_refusals(small: tuple[object, ...], tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     """One sentence, before a run folder is made."""
     with pytest.raises(MisError, match=said):
-        grpo.run(settings_of(small, tmp_path / "run", **changes))
+        grpo.run(settings_of(grpo, small, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_are_checked_by_line(tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done]) -> None:
-    """A row without an answer is named; numbers are taken as answers."""
-    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "answer": 5}\n{"prompt": "b"}\n')
-    said = sentence(command("grpo", *small, "--data", tmp_path, "--out", tmp_path / "run"))
-    assert "train.jsonl line 2: has no 'prompt' and 'answer'" in said
-
-
 def test_answers_that_nothing_could_match_are_named_in_time(tmp_path: Path, small: tuple[object, ...]) -> None:
-    """Where our verifier is asked for, a row whose own answer it cannot read is refused; the user's may read it."""
+    """Where our verifier is asked for, a row whose own answer it cannot read is refused; the user's may read it. A row
+    without an answer is named; numbers are taken as answers."""
     rows = [{"prompt": "a", "answer": "5"}, {"prompt": "b", "answer": "see figure 3", "language": "de"}]
     for name in ("train", "valid"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    settings = settings_of(small, tmp_path / "run", data=str(tmp_path), dry_run=True)
+    settings = settings_of(grpo, small, tmp_path / "run", data=str(tmp_path), dry_run=True)
     assert grpo.run(settings)["questions"] == 2
     with pytest.raises(MisError, match="train.jsonl line 2: the answer 'see figure 3' is no number, time or names"):
         grpo.run(replace(settings, reward_functions="vowels,correct"))
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "answer": 5}\n{"prompt": "b"}\n')
+    with pytest.raises(MisError, match="1 rows .* train.jsonl line 2: has no 'prompt' and 'answer'"):
+        grpo.run(settings)
 
 
 def test_the_held_out_measure_is_greedy(llama: Checkpoint, folder: Path) -> None:
@@ -273,20 +245,6 @@ def test_the_held_out_measure_is_greedy(llama: Checkpoint, folder: Path) -> None
     made = sampler(llama, folder)
     found = [training.measure(made, made.rows, made.prompts) for _ in range(2)]
     assert found[0] == found[1] and found[0]["loss"] == -found[0]["reward"]
-
-
-def test_one_answer_of_one_token(llama: Checkpoint) -> None:
-    """The shortest there is: its loss on policy is minus the advantage."""
-    model = load.resident(llama, mx.float32)
-    b = attention_masks.join([5], [[7]])
-    total, count, _ = training.Objective("dapo", 0.2, 0.2, 0.0, 1, 1.0).loss(model, b, mx.array([2.0]))
-    assert float(total) == pytest.approx(-2.0) and float(count) == 1.0
-
-
-def test_names_of_the_run(finished: tuple[Path, Done]) -> None:
-    """What a run leaves: as every alignment."""
-    names = {p.name for p in finished[0].iterdir()}
-    assert {"config.yaml", "metrics.jsonl", training.SAMPLES, "steps", "best", "model", alignment_run.HELD_OUT} <= names
 
 
 @pytest.mark.parametrize(("kind", "item"), [("full", 4), ("lora", 2)])

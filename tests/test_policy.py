@@ -138,41 +138,6 @@ def _model(llama: Checkpoint) -> nn.Module:
     return made
 
 
-def parts_of(cuts: list[slice], model: nn.Module) -> list[tuple[Any, ...]]:
-    """Micro-batches of ANSWERS with an old policy that differs."""
-    advantage, parts = np.array([1.0, -0.5, 0.7, -1.2], np.float32), []
-    for cut in cuts:
-        b = attention_masks.join(PROMPT, ANSWERS[cut])
-        noise = 0.3 * mx.random.normal((4, 5), key=mx.random.key(4))[cut, : b.targets.shape[1]]
-        old = Objective("grpo", 0.2, 0.28, 0.0, 8, 1.0).logps(model, b, True) + noise
-        parts.append((b, mx.array(advantage[cut]), old, old - 2 * noise))
-    return parts
-
-
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
-def test_micro_batches_equal_one_batch(kind: policy.LossType, model: nn.Module) -> None:
-    """Four answers at once, two and two, one by one: padding, the shared prompt and the cut change nothing."""
-    objective = Objective(kind, 0.2, 0.28, 0.04, 8, 0.9)
-    loss, gradients, _ = total(objective, model, parts_of([slice(0, 4)], model))
-    for size in (2, 1):
-        again, others, _ = total(objective, model, parts_of([slice(i, i + size) for i in range(0, 4, size)], model))
-        assert again == pytest.approx(loss, rel=1e-5)
-        for name, gradient in gradients.items():
-            assert np.abs(gradient - others[name]).max() <= 5e-5 * np.abs(gradient).max(), name
-
-
-def test_masked_tokens_get_no_gradient() -> None:
-    """The derivative in the log-probability of every padded token is exactly 0, of every sampled one it is not."""
-    mask = mx.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
-
-    def loss(new: mx.array) -> mx.array:
-        losses = policy.token_losses(new, mx.zeros_like(new), mx.array([1.0, -1.0]), 0.2, 0.2)
-        return policy.loss_sum(losses, mask, "dapo", 3)[0]
-
-    found = mx.grad(loss)(mx.zeros((2, 3)))
-    assert np.array_equal(np.array(found) == 0, np.array(mask) == 0)
-
-
 def test_on_policy_the_gradient_is_reinforce(model: nn.Module) -> None:
     """Where the old policy is the model itself, as with one update a step: minus advantage times grad log pi."""
     b = attention_masks.join(PROMPT, ANSWERS)

@@ -84,7 +84,7 @@ def test_all_parts_are_measured_and_stored(lab: SimpleNamespace, measured: dict[
     assert set(PARTS) <= found.keys() and {"chip", "memory_gib", "release", "mlx", "git"} <= found.keys()
     assert found["command"].startswith("scripts/mis benchmarks/throughput.py --student RUN/distilled")
     assert lab.root.name not in json.dumps(found)
-    assert list(found["dense"]["measured"]["models"]) == ["teacher", "student", "teacher + draft"]
+    assert list(found["dense"]["measured"]["models"]) == ["teacher", "student"]
     formats = {name: m["format"] for name, m in found["4-bit"]["models"].items()}
     kind = str(policy.usual_dtype()).removeprefix("mlx.core.")
     assert formats == {"teacher": "4-bit", "student": "4-bit", "student by quantize": kind}

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mis_mlx.evaluation import answer_parsing, reward_runner, rewards
+from mis_mlx.evaluation import answer_parsing, rewards
 from mis_mlx.hardware import child_process
 from mis_mlx.types import MisError
 
@@ -27,21 +27,16 @@ def completion(case: dict[str, Any]) -> str:
 
 
 def test_no_wrong_answer_is_rewarded() -> None:
-    """Not one of the 147 that a reader calls wrong; of the 126 right ones at least 93 % are seen."""
+    """Not one of the 147 that a reader calls wrong; of the 126 right ones at least 93 % are seen. No pattern backtracks
+    for seconds: all of it takes about 0.1 s of processor time."""
+    began = time.process_time()
     scored = [(c, rewards.accuracy(completion(c), c["answer"], c["language"])) for c in CASES]
     assert len(CASES) >= 200 and {c["language"] for c in CASES} == {"pl", "en", None}
     assert sum(not c["right"] for c in CASES) >= 100
     assert [c["about"] for c, score in scored if score != 0.0 and not c["right"]] == []
     right = [score for c, score in scored if c["right"]]
     assert None not in right and sum(right) / len(right) >= RECALL
-
-
-def test_no_case_takes_long() -> None:
-    """The longest texts are refused before they are read; no pattern backtracks for seconds."""
-    began = time.process_time()
-    for case in CASES:
-        rewards.well_formed(completion(case), case["answer"], case["language"])
-    assert time.process_time() - began < 20  # of processor time; it is about 0.05
+    assert time.process_time() - began < 20
 
 
 def test_the_format_counts_only_with_an_answer_that_reads() -> None:
@@ -80,7 +75,8 @@ def test_an_answer_key_that_is_no_value_scores_nobody() -> None:
 )
 def test_numbers(text: str, language: answer_parsing.Language | None, value: Fraction | None) -> None:
     """Exact, by the language's own comma, or none."""
-    assert answer_parsing.number(text, language) == value
+    found = answer_parsing.quantity(text, language)
+    assert (found and found.amount) == value
 
 
 def test_units_by_pencil() -> None:
@@ -96,11 +92,11 @@ def test_units_by_pencil() -> None:
         assert answer_parsing.quantity(text, "pl") is None, text
 
 
-def functions(tmp_path: Path, source: str, **given: Any) -> tuple[reward_runner.Function, ...]:
+def functions(tmp_path: Path, source: str, **given: Any) -> tuple[rewards.Function, ...]:
     """The functions of a user's file with this source."""
     path = tmp_path / "mine.py"
     path.write_text(source)
-    return reward_runner.functions(given.pop("names", None), given.pop("weights", None), str(path), **given)
+    return rewards.functions(given.pop("names", None), str(path), **given)
 
 
 ROWS = [{"prompt": "p", "answer": "5", "language": "en", "task": "sums"}, {"prompt": "q", "answer": "7"}]
@@ -109,10 +105,8 @@ GROUPS = [["Answer: 5", "Answer: 6"], ["Answer: 7", "7", ""]]
 
 def test_ours_are_scored_in_a_child() -> None:
     """Right and in form 1.1, right 1, in form 0.1; the prompt's language is passed on."""
-    found = reward_runner.score(reward_runner.functions(None, None, None), ROWS, GROUPS)
+    found = rewards.score(rewards.functions(None, None), ROWS, GROUPS)
     assert [s.totals for s in found] == [(1.1, 0.1), (1.1, 1.0, 0.0)]
-    weighted = reward_runner.functions("format,correct", "10,1", None)
-    assert reward_runner.score(weighted, ROWS[:1], GROUPS[:1])[0].totals == (2.0, 1.0)
 
 
 def test_the_users_functions(tmp_path: Path) -> None:
@@ -125,8 +119,8 @@ def test_the_users_functions(tmp_path: Path) -> None:
         "    return [None if t is None else 1 for t in task]\n"
         "def _hidden():\n    pass\n"
     )
-    found = reward_runner.score(functions(tmp_path, source, weights="1,0.5"), ROWS, GROUPS)
-    assert [s.totals for s in found] == [(9.5, 9.5), (9.0, 1.0, 0.0)]
+    found = rewards.score(functions(tmp_path, source), ROWS, GROUPS)
+    assert [s.totals for s in found] == [(10.0, 10.0), (9.0, 1.0, 0.0)]
     assert found[1].parts == {"long": (9.0, 1.0, 0.0), "mine": (None, None, None)}
     both = functions(tmp_path, source, names="long,correct")
     assert [f.name for f in both] == ["long", "correct"]
@@ -149,7 +143,7 @@ def test_what_breaks_a_function_is_no_reward(tmp_path: Path, body: str, why: str
     """Only the group with the text that broke it goes unscored, and the note says why."""
     source = f"def f(prompts, completions, answer):\n    if '6' in completions[1]:\n        {body}\n"
     source += "    return [1.0] * len(completions)\n"
-    found = reward_runner.score(functions(tmp_path, source, seconds=1.0), ROWS, GROUPS)
+    found = rewards.score(functions(tmp_path, source, seconds=1.0), ROWS, GROUPS)
     assert [s.totals for s in found] == [(None, None), (1.0, 1.0, 1.0)]
     assert found[1].notes == ()
     (note,) = found[0].notes
@@ -161,9 +155,9 @@ def test_memory_is_limited(tmp_path: Path) -> None:
     the watchdog's on macOS."""
     path = tmp_path / "hungry.py"
     path.write_text("def f(size):\n    return len(bytearray(size))\n")
-    assert child_process.ask(str(path), "f", {"size": 2**20}, 10.0, reward_runner.MEMORY_BYTES) == 2**20
+    assert child_process.ask(str(path), "f", {"size": 2**20}, 10.0, rewards.MEMORY_BYTES) == 2**20
     with pytest.raises(child_process.NoAnswer, match="MemoryError"):
-        child_process.ask(str(path), "f", {"size": 2**32}, 10.0, reward_runner.MEMORY_BYTES)
+        child_process.ask(str(path), "f", {"size": 2**32}, 10.0, rewards.MEMORY_BYTES)
 
 
 HUNGRY = """
@@ -180,17 +174,12 @@ def modest():
 """
 
 
-@pytest.mark.parametrize("function", ["itself", "another"])
-def test_a_watchdog_limits_memory_where_the_kernel_does_not(tmp_path: Path, function: str) -> None:
-    """16 MiB more every 20 ms, its own or of a process that it started: ended beyond 200 MiB, with both numbers."""
+def test_a_watchdog_limits_memory_where_the_kernel_does_not(tmp_path: Path) -> None:
+    """16 MiB more every 20 ms, of a process that it started: ended beyond 200 MiB, with both numbers. Below the limit
+    the answer comes; and time is limited as ever."""
     (tmp_path / "f.py").write_text(HUNGRY)
     with pytest.raises(child_process.NoAnswer, match=r"MemoryError: it holds .*, 200 MiB are allowed"):
-        child_process.ask(str(tmp_path / "f.py"), function, {}, 60.0, 200 * 2**20, watched=True)
-
-
-def test_the_watchdog_lets_others_work(tmp_path: Path) -> None:
-    """Below the limit the answer comes; and time is limited as ever."""
-    (tmp_path / "f.py").write_text(HUNGRY)
+        child_process.ask(str(tmp_path / "f.py"), "another", {}, 60.0, 200 * 2**20, watched=True)
     assert child_process.ask(str(tmp_path / "f.py"), "modest", {}, 60.0, 200 * 2**20, watched=True) == 2**25
     with pytest.raises(child_process.NoAnswer, match="no answer in 1 s"):
         child_process.ask(str(tmp_path / "f.py"), "itself", {}, 1.0, 2**40, watched=True)
@@ -218,22 +207,18 @@ def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    """Unknown names, weights that do not fit, files that are none, lists of the wrong length."""
+    """Unknown names, files that are none, lists of the wrong length."""
     with pytest.raises(MisError, match="names nice, which is not there: known are correct, format"):
-        reward_runner.functions("nice", None, None)
-    with pytest.raises(MisError, match="has 1 numbers for 2 functions"):
-        reward_runner.functions(None, "1", None)
-    with pytest.raises(MisError, match="are not numbers"):
-        reward_runner.functions(None, "a,b", None)
+        rewards.functions("nice", None)
     with pytest.raises(MisError, match="does not read as Python"):
         functions(tmp_path, "def f(:\n")
     with pytest.raises(MisError, match="has 0 functions"):
         functions(tmp_path, "x = 1\n")
     with pytest.raises(MisError, match="does not read as Python"):
-        reward_runner.functions(None, None, str(tmp_path / "none.py"))
+        rewards.functions(None, str(tmp_path / "none.py"))
     short = functions(tmp_path, "def f(prompts, completions, answer):\n    return [1]\n")
     with pytest.raises(MisError, match="the reward function f returned .1.: it owes a list of 5 numbers"):
-        reward_runner.score(short, ROWS, GROUPS)
+        rewards.score(short, ROWS, GROUPS)
 
 
 def test_the_users_file_is_not_run_here(tmp_path: Path) -> None:

@@ -1,68 +1,94 @@
-"""Generated tasks: answers that are right, wrong ones that are not, splits that share nothing."""
+"""Generated tasks as they ship: answers that are right, wrong ones that are not, splits that share nothing."""
 
 from __future__ import annotations
 
-import random
+import importlib
+import json
 import re
+from collections import Counter
 from fractions import Fraction
 from itertools import permutations
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mis_mlx.data import generated_tasks
-from mis_mlx.evaluation import rewards
-from mis_mlx.types import MisError
+from benchmarks.polish_text.inflection import Count
+from benchmarks.polish_text.problems import RANKS
+from mis_mlx.data import examples
+from mis_mlx.evaluation import rewards, task_registry
 
-COUNT = 400
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("kind", generated_tasks.KINDS)
-def test_the_worked_answer_is_rewarded_and_the_slip_is_not(kind: str) -> None:
+TRAIN, VALID = (rows(examples.BUILT_IN / f"{split}.jsonl") for split in ("train", "valid"))
+EXAMS = {name: rows(task_registry.BUILT_IN / f"{name}.jsonl") for name in task_registry.ABOUT}
+LESSONS = [*TRAIN, *VALID]
+
+
+def of_kind(*kinds: str) -> list[dict[str, Any]]:
+    return [row for row in LESSONS if row["task"] in kinds]
+
+
+def test_the_files_are_what_the_maker_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte; so the same seed gives the same rows under every version of Python."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    importlib.import_module("task_files").main(tmp_path / "lessons", tmp_path / "exams")
+    for made, kept in ((tmp_path / "lessons", examples.BUILT_IN), (tmp_path / "exams", task_registry.BUILT_IN)):
+        names = sorted(path.name for path in kept.glob("*.jsonl"))
+        assert names == sorted(path.name for path in made.iterdir())
+        assert all((made / name).read_bytes() == (kept / name).read_bytes() for name in names)
+
+
+def test_the_worked_answer_is_rewarded_and_the_slip_is_not() -> None:
     """By the verifier that trains on them: right and in form, wrong and in form, in both languages."""
-    rows = generated_tasks.rows("train", 1, COUNT, [kind])
-    assert {r["language"] for r in rows} == {"en", "pl"} and len({r["prompt"] for r in rows}) == COUNT
-    for row in rows:
-        assert rewards.accuracy(row["completion"], row["answer"], row["language"]) == 1.0, row
-        assert rewards.accuracy(row["rejected"], row["answer"], row["language"]) == 0.0, row
-        assert rewards.well_formed(row["rejected"], row["answer"], row["language"]) == 1.0, row
-        assert rewards.accuracy(row["prompt"], row["answer"], row["language"]) == 0.0, row  # copied
+    for row in LESSONS:
+        answer, language = row["answer"], row["language"]
+        assert row["chosen"] == row["completion"]
+        assert rewards.accuracy(row["completion"], answer, language) == 1.0, row
+        assert rewards.accuracy(row["rejected"], answer, language) == 0.0, row
+        assert rewards.well_formed(row["rejected"], answer, language) == 1.0, row
+        assert rewards.accuracy(row["prompt"], answer, language) == 0.0, row  # copied
+
+
+@pytest.mark.parametrize("kind", ["maths", "bus", "cooking", "logic"])
+def test_options_are_right_and_wrong(kind: str) -> None:
+    """The answer earns the reward, the other option does not; neither its place nor the language says anything."""
+    questions = EXAMS[kind]
+    assert Counter(q["language"] for q in questions) == {"en": 100, "pl": 100}
+    assert Counter(q["options"].index(q["answer"]) for q in questions) == {0: 100, 1: 100}
+    for q in questions:
+        assert q["question"].endswith("?")  # and not how to write it down
+        mark = {"en": "Answer", "pl": "Odpowiedź"}[q["language"]]
+        for option in q["options"]:
+            score = rewards.accuracy(f"{mark}: {option}", q["answer"], q["language"])
+            assert score == float(option == q["answer"]), q
 
 
 def test_no_problem_is_in_both_splits() -> None:
-    """Whatever the seeds: the split is a function of the problem, the same in both languages."""
-    train = {r["prompt"] for seed in range(3) for r in generated_tasks.rows("train", seed, COUNT)}
-    test = {r["prompt"] for seed in range(3) for r in generated_tasks.rows("test", seed, COUNT // 4)}
-    assert not train & test and len(train) > COUNT and len(test) > COUNT // 4
-    numbers = [
-        {tuple(re.findall(r"\d+|[+−]", r["prompt"])) for r in generated_tasks.rows(split, 0, 200, ("sums", "recipe"))}
-        for split in ("train", "test")
-    ]
-    assert not numbers[0] & numbers[1]
-    shares = [generated_tasks.split_of(f"x{i}") for i in range(5000)].count("test") / 5000
-    assert abs(shares - 1 / generated_tasks.TEST_SHARE) < 0.03
-
-
-def test_rows_are_a_function_of_the_seed() -> None:
-    """The same again, others from another seed; a longer list begins with the shorter."""
-    assert (
-        generated_tasks.rows("train", 5, 20)
-        == generated_tasks.rows("train", 5, 40)[:20]
-        != generated_tasks.rows("train", 6, 20)
+    """The split is a function of the problem, the same in both languages: numbers of train are none of the others."""
+    train = {row["prompt"] for row in TRAIN}
+    written = [row for name, exam in EXAMS.items() if name.endswith("-written") for row in exam]
+    assert len(train) == len(TRAIN) and not train & {row["prompt"] for row in (*VALID, *written)}
+    sums, held_out = (
+        {tuple(re.findall(r"\d+|[+−]", row["prompt"])) for row in part if row["task"] in ("sums", "recipe")}
+        for part in (TRAIN, VALID)
     )
-    first = generated_tasks.rows("train", 0, 1)[0]
-    assert (first["prompt"].partition("?")[0], first["answer"]) == ("How much is 3 + 12", "15")
+    assert not sums & held_out
 
 
 def test_sums_are_right() -> None:
     """Read back from the prompt and computed."""
-    for row in generated_tasks.rows("train", 2, 100, ["sums", "two-digit-sums"]):
+    for row in of_kind("sums", "two-digit-sums"):
         a, sign, b = re.search(r"(\d+) ([+−]) (\d+)", row["prompt"]).groups()  # type: ignore[union-attr]
         assert int(row["answer"]) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) >= 0
 
 
 def test_recipes_are_right() -> None:
     """The rule of three on the numbers of the prompt."""
-    for row in generated_tasks.rows("train", 2, 100, ["recipe"]):
+    for row in of_kind("recipe"):
         numbers = [Fraction(n.replace(",", ".")) for n in re.findall(r"\d+(?:[.,]\d+)?", row["prompt"])]
         before, amount, after = numbers
         assert Fraction(row["answer"].split()[0].replace(",", ".")) == amount * after / before
@@ -70,7 +96,7 @@ def test_recipes_are_right() -> None:
 
 def test_buses_are_right() -> None:
     """The timetable written out until a bus leaves that she can take."""
-    for row in generated_tasks.rows("train", 2, 100, ["bus"]):
+    for row in of_kind("bus"):
         first, comes = (int(h) * 60 + int(m) for h, m in re.findall(r"(\d+):(\d\d)", row["prompt"]))
         every, ride = (int(n) for n in re.findall(r"(\d+) min", row["prompt"]))
         leaves = first
@@ -93,29 +119,36 @@ WORDS = {  # of the prompt, to a test on the order of names
 
 
 def test_puzzles_have_the_one_solution_that_their_words_say() -> None:
-    """Read back from the prompt, every order tried: exactly one fits, and it gives the answer."""
-    ranks = {w: i for i, words in enumerate(zip(*generated_tasks.RANKS.values(), strict=True)) for w in words}
-    for row in generated_tasks.rows("train", 2, 200, ["logic"]):
+    """Read back from the prompt, every order tried: exactly one fits, it gives the answer, and no clue is idle."""
+    ranks = {w: i for i, words in enumerate(zip(*RANKS.values(), strict=True)) for w in words}
+    for row in of_kind("logic"):
         listed = re.search(r": ([^.]+)\.", row["prompt"])[1].split(", ")  # type: ignore[index]
         clues = [(test, m.groups()) for words, test in WORDS.items() for m in re.finditer(words, row["prompt"])]
-        fits = [o for o in permutations(listed) if all(test(o, *names) for test, names in clues)]
-        assert len(fits) == 1 and clues, row["prompt"]
+
+        def fitting(clues: list[Any], listed: list[str] = listed) -> list[tuple[str, ...]]:
+            return [o for o in permutations(listed) if all(test(o, *names) for test, names in clues)]
+
+        fits = fitting(clues)
+        assert len(fits) == 1 and all(len(fitting([c for c in clues if c != clue])) > 1 for clue in clues)
         asked = re.search(r"(?:came|jako) (\w+)\?", row["prompt"])
         assert row["answer"] == (fits[0][ranks[asked[1]]] if asked else ", ".join(fits[0]))
 
 
-def test_no_clue_is_idle() -> None:
-    """Without any one of the clues more orders fit; with all of them, the hidden one alone."""
-    for seed in range(200):
-        order, clues = generated_tasks.puzzle(random.Random(str(seed)), 3 + seed % 2)
-        assert generated_tasks.solutions(len(order), clues) == [order]
-        for clue in clues:
-            assert len(generated_tasks.solutions(len(order), [c for c in clues if c != clue])) > 1
+@pytest.mark.parametrize("name", ["grammar-pl", "grammar-en"])
+def test_a_pair_is_one_word_apart_and_never_right_elsewhere(name: str) -> None:
+    """Else something besides the rule could decide; the right one is the first option about half of the time."""
+    right, wrong = list[str](), list[str]()
+    for row in EXAMS[name]:
+        (other,) = set(row["options"]) - {row["answer"]}
+        one, two = row["answer"].split(), other.split()
+        assert len(one) == len(two) and sum(a != b for a, b in zip(one, two, strict=True)) == 1, row
+        right.append(row["answer"])
+        wrong.append(other)
+    assert not set(right) & set(wrong) and len({*zip(right, wrong, strict=True)}) == 200
+    assert 70 < sum(row["options"][0] == row["answer"] for row in EXAMS[name]) < 130
 
 
-def test_refusals() -> None:
-    """An unknown kind, and more tasks than there are."""
-    with pytest.raises(MisError, match="no tasks called chess: known are sums"):
-        generated_tasks.rows("train", 0, 1, ["chess"])
-    with pytest.raises(MisError, match="test has no 5000 different tasks of sums: .* were found, ask for fewer"):
-        generated_tasks.rows("test", 0, 5000, ["sums"])
+def test_polish_numbers_bring_their_noun() -> None:
+    """1 jajko, 2 jajka, 5 jajek, with the exceptions at 12 to 14 and the return at 22."""
+    for form, numbers in {"jajko": (1,), "jajka": (2, 4, 22, 134), "jajek": (0, 5, 11, 12, 14, 21, 25, 112)}.items():
+        assert [f"{Count(n):jajko}" for n in numbers] == [f"{n} {form}" for n in numbers]

@@ -2,7 +2,7 @@
 
 Five kinds take turns: recipes, bus timetables, price lists, regulations and sums told as stories. Their
 arithmetic is right: amounts, times and totals are computed, and a line "Rachunek: ..." shows the working.
-Knows no tokenizer. Only `mis_mlx.data.random_draws` draws, so a seed means the same documents under every version of
+Knows no tokenizer. Only `random_draws` draws, so a seed means the same documents under every version of
 Python.
 """
 
@@ -13,12 +13,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.data.polish.inflection import Count, Time
-from mis_mlx.data.random_draws import between, pick, some
 from mis_mlx.storage.files import DISK
 
 from . import shop, words
+from .inflection import Count, Time
 from .money import Money
+from .random_draws import between, pick, some
 from .stories import STORIES
 
 SPLITS = {"train": (0, 400), "valid": (1, 25), "test": (2, 75)}  # split: (seed, documents)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mis_mlx.data.polish.inflection import Count
+from .inflection import Count
 
 
 class Money(int):

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from mis_mlx.data.polish.inflection import Count
-
+from .inflection import Count
 from .money import Money
 
 Range = tuple[type[int], int, int, int]  # Count or Money, lowest, highest, step

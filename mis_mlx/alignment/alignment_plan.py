@@ -1,7 +1,4 @@
-"""The flags that sft, dpo and grpo share, and what a run with these takes: bytes, hours, memory.
-
-Reads configs and sizes, starts nothing. Does not know what is learned (the commands do) nor how (alignment_run).
-"""
+"""The flags that sft, dpo and grpo share, and what a run with these takes: bytes, hours, memory."""
 
 from __future__ import annotations
 
@@ -95,14 +92,14 @@ def opened(s: Alignment) -> Checkpoint:
     if distributed.first():
         need_place("--out", s.out or "runs")
     policy.use(s.compute_dtype)
-    found = resolve.find(s.model)
-    cli.say(f"model: {found.source}")
-    checkpoint = load.open_checkpoint(found.path)
+    source = resolve.find(s.model)
+    cli.say(f"model: {source.source}")
+    checkpoint = load.open_checkpoint(source.path)
     layers = int(checkpoint.config["num_hidden_layers"])
     if s.lora:
         s.lora.check(layers)
     elif arch.is_quantized(checkpoint.tensors):
-        raise MisError(f"{found.path} is quantized and cannot be trained whole: use --fine-tune-type lora")
+        raise MisError(f"{source.path} is quantized and cannot be trained whole: use --fine-tune-type lora")
     if s.max_seq_length > (most := int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)):
         raise MisError(f"--max-seq-length is {s.max_seq_length}, the model's window {most}: give {most} or less")
     return checkpoint
@@ -160,23 +157,6 @@ class Plan:
         """Of all phases."""
         return sum(p.seconds(self.rates) for p in self.phases)
 
-    def check(self) -> None:
-        """MisError with both numbers where it does not fit."""
-        worst = max(self.phases, key=lambda p: p.peak_bytes)
-        remedy = (
-            f"give --budget {estimates.flag(self.peak_bytes)} or more, lower --batch-size or --max-seq-length, "
-            "or use --fine-tune-type lora; alignment trains whole models in memory"
-        )
-        self.budget.need(self.peak_bytes, worst.name, remedy)
-
-    def tell(self) -> None:
-        """A line for each phase, on stderr."""
-        for p in self.phases:
-            moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
-            cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(self.rates))}")
-        fits = "fits" if self.peak_bytes <= self.budget.limit_bytes else "does not fit"
-        cli.say(f"peak {gib(self.peak_bytes)} {fits} the budget of {gib(self.budget.limit_bytes)}")
-
     def result(self) -> dict[str, Any]:
         """The result of a --dry-run."""
         return {
@@ -195,8 +175,14 @@ def budget(s: Alignment) -> Budget:
 
 
 def plan(s: Alignment, *phases: Phase) -> Plan:
-    """The plan of these phases under the budget asked for. s: with micro-batches as they will be."""
-    return Plan(phases, budget(s), estimates.machine_rates(), s.batch_size)
+    """The plan of these phases under the budget asked for, told in a line each. s: with the micro-batches to come."""
+    whole = Plan(phases, budget(s), estimates.machine_rates(), s.batch_size)
+    for p in phases:
+        moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
+        cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(whole.rates))}")
+    fits = "fits" if whole.peak_bytes <= whole.budget.limit_bytes else "does not fit"
+    cli.say(f"peak {gib(whole.peak_bytes)} {fits} the budget of {gib(whole.budget.limit_bytes)}")
+    return whole
 
 
 def cut(s: S, folder: Path | None, phase: Callable[[S], Phase]) -> S:
@@ -206,7 +192,7 @@ def cut(s: S, folder: Path | None, phase: Callable[[S], Phase]) -> S:
     """
     limit = budget(s).limit_bytes
 
-    def made(size: int) -> S:
+    def in_parts(size: int) -> S:
         return replace(s, batch_size=size, grad_accumulation_steps=s.grad_accumulation_steps * s.batch_size // size)
 
     def fitting() -> int:
@@ -214,6 +200,6 @@ def cut(s: S, folder: Path | None, phase: Callable[[S], Phase]) -> S:
             return int(run_folder.stored_plan(folder).get("micro", s.batch_size))
         sizes = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
         own = memory.process_bytes(limit)
-        return next((n for n in sizes if phase(made(n)).peak_bytes + own <= limit), 1)
+        return next((n for n in sizes if phase(in_parts(n)).peak_bytes + own <= limit), 1)
 
-    return made(distributed.told(fitting))
+    return in_parts(distributed.told(fitting))

@@ -1,7 +1,6 @@
 """What the alignment commands share: a student opened, whole or with LoRA; its run, checkpoints, best one, result.
 
-Does not know what is learned or from what: `Run.train` takes micro-batches and a loss as `train_loop.train` does. A run
-that was killed and resumed ends bit-equal to one that was not.
+A run that was killed and resumed ends bit-equal to one that was not.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,6 +21,8 @@ import mlx.nn as nn
 from mis_mlx import cli
 from mis_mlx.alignment import lora
 from mis_mlx.alignment.alignment_plan import Alignment, Plan
+from mis_mlx.data import examples
+from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.checkpoints import Checkpoints
 from mis_mlx.distillation.run_loop import entered, set_back, supervise
@@ -31,6 +32,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import Weather
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.models import distributed, load, model_writer, policy, stream
+from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
@@ -45,6 +47,7 @@ HELD_OUT = "held_out.jsonl"
 class Run:
     """A student in memory and the folder of its run, locked. Made by `running`."""
 
+    name: str  # of the command
     settings: Alignment
     folder: Path
     checkpoint: Checkpoint
@@ -64,7 +67,6 @@ class Run:
         micro_batches: Callable[[int], Any],
         loss: Loss,
         held_out: Callable[[], Mapping[str, float]],
-        label: str,
         train: Callable[..., Iterator[Step]] = train_loop.train,
         judge: str = "loss",
     ) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class Run:
 
         def go(coming: Iterator[Step]) -> None:
             supervise(coming, self.folder, s.iters, s.save_every, save, self.weather, self.peak, self.files,
-                      label=label, budget_bytes=self.plan.budget.limit_bytes)  # fmt: skip
+                      label=self.name, budget_bytes=self.plan.budget.limit_bytes)  # fmt: skip
 
         set_back(go, steps, start, self._back, lambda: self.optimizer)
         return self._finish()
@@ -100,11 +102,11 @@ class Run:
 
     def _back(self) -> int | None:
         """Put the newest checkpoint back: its number; None when there is none."""
-        found = self._kept.back()
-        if found is None:
+        newest = self._kept.back()
+        if newest is None:
             return None
-        self.best = found[1]["best"][0], found[1]["best"][1]
-        return found[0]
+        self.best = newest[1]["best"][0], newest[1]["best"][1]
+        return newest[0]
 
     @property
     def _kept(self) -> Checkpoints:
@@ -119,11 +121,11 @@ class Run:
         s = self.settings
         if number % s.save_every == 0 or number == s.iters:
             self.model.eval()
-            found = {name: float(value) for name, value in held_out().items()}
+            measured = {name: float(value) for name, value in held_out().items()}
             self.model.train()
-            self.files.append(self.folder / HELD_OUT, json.dumps({"number": number, **found}))
-            cli.say(f"step {number}, held out: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-            if not math.isfinite(value := found[self.judge]):
+            self.files.append(self.folder / HELD_OUT, json.dumps({"number": number, **measured}))
+            cli.say(f"step {number}, held out: " + ", ".join(f"{name} {value:.4f}" for name, value in measured.items()))
+            if not math.isfinite(value := measured[self.judge]):
                 raise MisError(f"the held-out loss at step {number} is {value}: lower --learning-rate")
             if self.best is None or value < self.best[1]:
                 self.best = (number, value)
@@ -131,7 +133,7 @@ class Run:
                 # back comes here again with the same bits.
                 if not (self.folder / BEST / f"step-{number:08d}").exists():
                     best = {"model": train_loop.arrays_of(self.model, self.optimizer)["model"]}
-                    protocol.save_step(self.folder / BEST, number, best, found, self.files, keep=3)
+                    protocol.save_step(self.folder / BEST, number, best, measured, self.files, keep=3)
         self._kept.save(number, {"best": self.best})
 
     def _finish(self) -> dict[str, Any]:
@@ -173,24 +175,44 @@ class Run:
         return result
 
 
+def data(
+    s: Alignment, checkpoint: Checkpoint, shapes: Sequence[str], answers: Sequence[str] = (), mask_prompt: bool = True
+) -> tuple[list[list[Sequenced]], list[list[Sequenced]], dict[str, Any]]:
+    """(rows to train on, held-out ones, encoded; what is known of the data); every row is checked."""
+    rows = examples.load(s.data, shapes, s.data_licence, s.scrub_pii)
+    tokenizer = load.tokenizer(checkpoint.path)
+    train, cut = examples.encode(rows.train, tokenizer, s.max_seq_length, answers, mask_prompt)
+    valid, _ = examples.encode(rows.valid, tokenizer, s.max_seq_length, answers, mask_prompt)
+    what = "answers" if answers else "rows"
+    for note in [*rows.notes, *([f"{cut} {what} are cut at {s.max_seq_length} tokens"] if cut else [])]:
+        cli.say(note)
+    return train, valid[: s.eval_rows], rows.card(examples.fingerprint([*train, *valid]))
+
+
 @contextmanager
 def running(
-    s: Alignment, folder: Path | None, checkpoint: Checkpoint, made: Plan, card: Mapping[str, Any], name: str
+    s: Alignment, folder: Path | None, checkpoint: Checkpoint, plan: Plan, card: Mapping[str, Any], name: str
 ) -> Iterator[Run]:
-    """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint"."""
-    made.check()
+    """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint".
+
+    MisError with both numbers where the plan does not fit the budget.
+    """
+    worst = max(plan.phases, key=lambda p: p.peak_bytes)
+    remedy = f"give --budget {estimates.flag(plan.peak_bytes)} or more, lower --batch-size or --max-seq-length, "
+    remedy += "or use --fine-tune-type lora; alignment trains whole models in memory"
+    plan.budget.need(plan.peak_bytes, worst.name, remedy)
     if folder is None:
-        cli.say(progress.promise(made.seconds))
+        cli.say(progress.promise(plan.seconds))
     files, origin = Files(), run_folder.origin(checkpoint, card["fingerprint"])
 
     def new() -> Path:
         stored = {k: v for k, v in asdict(s).items() if k not in run_folder.NOT_STORED}
-        way = {"mode": "resident", "micro": made.micro_batch}
+        way = {"mode": "resident", "micro": plan.micro_batch}
         return run_folder.create(s.out, f"{name_of(checkpoint.path)}-{name}", stored, origin, way, files)
 
     with (
-        progress.run(name, {name: made.seconds}),
-        entered(folder, new, origin, made.budget, made.peak_bytes, s, files) as (place, weather),
+        progress.run(name, {name: plan.seconds}),
+        entered(folder, new, origin, plan.budget, plan.peak_bytes, s, files) as (place, weather),
     ):
         if not (place / run_folder.DATA).exists():
             files.replace_text(place / run_folder.DATA, json.dumps(dict(card), indent=2, ensure_ascii=False))
@@ -200,4 +222,4 @@ def running(
             lora.insert(model, s.lora, s.seed)
             mx.eval(model.parameters())
         optimizer = GoralW(weight_decay=s.weight_decay)
-        yield Run(s, place, checkpoint, model, optimizer, made, weather, files, card)
+        yield Run(name, s, place, checkpoint, model, optimizer, plan, weather, files, card)

@@ -1,6 +1,6 @@
 """Group-relative policy optimization: answers sampled and scored, groups that teach something, their loss and steps.
 
-Does not know flags nor run folders. A step's answers depend on the weights, the data, the seed and the step alone.
+A step's answers depend on the weights, the data, the seed and the step alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,14 +18,13 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
-from mis_mlx.evaluation import reward_runner
-from mis_mlx.evaluation.reward_runner import Function, Scores
+from mis_mlx.evaluation import rewards
+from mis_mlx.evaluation.rewards import Function, Scores
 from mis_mlx.maths import policy
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GoralW
 from mis_mlx.models import attention_masks, batch_sampling, distributed, load, stream
 from mis_mlx.planner.recipe import Schedule
-from mis_mlx.storage.files import Files
 from mis_mlx.types import MisError, Step
 
 SAMPLES = "samples.jsonl"
@@ -77,10 +75,6 @@ class Rollout:
     parts: Sequence[tuple[Any, ...]]
     facts: Mapping[str, float]
 
-    def again(self, step: int) -> Sequence[tuple[Any, ...]]:
-        """The same answers for every update of a step."""
-        return self.parts
-
 
 @dataclass
 class Sampler:
@@ -116,22 +110,22 @@ class Sampler:
             self.tokenizer.eos_token_ids, draw, self.at_once,
         )  # fmt: skip
         texts = [[self.text(answer) for answer in group] for group in answers]
-        scores = reward_runner.score(self.functions, [self.rows[i] for i in at], texts)
-        rewards = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
+        scores = rewards.score(self.functions, [self.rows[i] for i in at], texts)
+        totals = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
         notes = [note for s in scores for note in s.notes]
-        if np.isnan(rewards).all():
+        if np.isnan(totals).all():
             raise MisError(
-                f"step {step + 1}: none of {rewards.size} answers could be scored "
-                f"({notes[0] if notes else 'every function returned None'}): mend the reward functions or the answers"
+                f"step {step + 1}: none of {totals.size} answers could be scored "
+                f"({notes[0] if notes else 'every function returned None'}): fix the reward functions or the answers"
             )
-        kept = policy.teaches(rewards)
+        kept = policy.teaches(totals)
         judged = zip(at, texts, scores, kept, strict=True)
         lines = [_record(step, self.rows[i], group, score, bool(keeps)) for i, group, score, keeps in judged]
         for line in chain.from_iterable(distributed.gather(lines)):
             self.log(line)
-        advantage = policy.advantages(rewards, scaled=self.objective.kind != "dr_grpo")
+        advantage = policy.advantages(totals, scaled=self.objective.kind != "dr_grpo")
         chosen = [(at[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
-        facts = distributed.gather(_facts(rewards, scores, answers, kept, self.objective.max_tokens))
+        facts = distributed.gather(_facts(totals, scores, answers, kept, self.objective.max_tokens))
         return Rollout(self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts))
 
     def text(self, answer: Sequence[int]) -> str:
@@ -158,15 +152,15 @@ class Sampler:
         longest, batches = [max(map(len, group)) for _, group in chosen], []
         for (i, group), most in zip(chosen, longest, strict=True):
             batches.append(mx.array([[*self.prompts[i], *a, *[0] * (most - len(a))] for a in group]))
-        head, found = load.dense_weight(self.reference.head()).astype(self.reference.dtype), list[mx.array | None]()
+        head, logps = load.dense_weight(self.reference.head()).astype(self.reference.dtype), list[mx.array | None]()
         for tokens, hidden, most in zip(batches, self.reference.forward(batches), longest, strict=True):
             states = hidden[:, -most - 1 : -1]
             targets = tokens[:, -most:].reshape(-1)
             flat = token_logps(
                 states.reshape(-1, states.shape[-1]), head, targets, self.objective.temperature, frozen_head=True
             )
-            found.append(flat.reshape(len(tokens), most))
-        return found
+            logps.append(flat.reshape(len(tokens), most))
+        return logps
 
 
 def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: Scores, kept: bool) -> str:
@@ -180,7 +174,7 @@ def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: Scor
 
 
 def _facts(
-    rewards: np.ndarray, scores: Sequence[Scores], answers: Sequence[list[list[int]]], kept: np.ndarray, most: int
+    totals: np.ndarray, scores: Sequence[Scores], answers: Sequence[list[list[int]]], kept: np.ndarray, most: int
 ) -> dict[str, float]:
     """What a step's metrics hold beside its loss. Means are over answers that were scored."""
     lengths = np.array([len(answer) for group in answers for answer in group])
@@ -189,9 +183,9 @@ def _facts(
         values = [v for s in scores for v in s.parts[name] if v is not None]
         parts[f"reward_{name}"] = float(np.mean(values)) if values else float("nan")
     return {
-        "reward": float(np.nanmean(rewards)),
+        "reward": float(np.nanmean(totals)),
         **{name: value for name, value in parts.items() if np.isfinite(value)},
-        "unscored": int(np.isnan(rewards).sum()),
+        "unscored": int(np.isnan(totals).sum()),
         "answer_tokens": float(lengths.mean()),
         "truncated": float((lengths >= most).mean()),
         "kept": int(kept.sum()),
@@ -201,14 +195,14 @@ def _facts(
 
 def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Those of all machines: counts added, means weighed by groups."""
-    found = {}
+    joined = {}
     for name in dict.fromkeys(name for each in facts for name in each):
         told = [(each[name], each["groups"]) for each in facts if name in each]
         if name in COUNTS:
-            found[name] = sum(value for value, _ in told)
+            joined[name] = sum(value for value, _ in told)
         else:
-            found[name] = sum(value * n for value, n in told) / sum(n for _, n in told)
-    return found
+            joined[name] = sum(value * n for value, n in told) / sum(n for _, n in told)
+    return joined
 
 
 def train(
@@ -230,9 +224,13 @@ def train(
         mx.reset_peak_memory()
         rollout = rollouts(step)
         peak = mx.get_peak_memory()
+
+        def same(_: int, parts: Sequence[tuple[Any, ...]] = rollout.parts) -> Sequence[tuple[Any, ...]]:
+            return parts
+
         done = Step(step + 1, 0.0, 0.0, schedule.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
         for _ in range(updates if distributed.anywhere(rollout.parts) else 0):
-            done = next(train_loop.train(model, rollout.again, loss, optimizer, schedule, step))
+            done = next(train_loop.train(model, same, loss, optimizer, schedule, step))
         facts = {**done.more, **rollout.facts}
         seconds, peak = train_loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)
         cells = "  ".join(f"{facts[n]:>13{form}}" if n in facts else " " * 13 for n, form in TABLE)
@@ -250,16 +248,9 @@ def measure(
     answers = batch_sampling.groups(
         sampler.model, prompts, samples or 1, o.max_tokens, sampler.tokenizer.eos_token_ids, draw, sampler.at_once
     )
-    scores = reward_runner.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
-    rewards = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
-    if np.isnan(rewards).all():
-        raise MisError(
-            f"none of {len(rows)} held-out answers could be scored: mend the reward functions or the answers"
-        )
-    facts = _facts(rewards, scores, answers, policy.teaches(rewards), o.max_tokens)
+    scores = rewards.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
+    totals = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
+    if np.isnan(totals).all():
+        raise MisError(f"none of {len(rows)} held-out answers could be scored: fix the reward functions or the answers")
+    facts = _facts(totals, scores, answers, policy.teaches(totals), o.max_tokens)
     return {"loss": 0.0 - facts["reward"], **{k: v for k, v in facts.items() if k not in ("kept", "groups")}}
-
-
-def logger(path: Path, files: Files) -> Callable[[str], None]:
-    """Writes a line to the log at `path`."""
-    return lambda line: files.append(path, line)

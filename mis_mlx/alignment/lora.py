@@ -1,7 +1,4 @@
-"""LoRA through mlx-lm's own adapters: put into a model, written in mlx-lm's format, fused into weights on disk.
-
-Does not train.
-"""
+"""LoRA through mlx-lm's own adapters: put into a model, written in mlx-lm's format, fused into weights on disk."""
 
 from __future__ import annotations
 
@@ -38,8 +35,6 @@ class Lora:
             raise MisError(
                 f"--num-layers is {self.num_layers}, the model has {layers}: give 1 to {layers}, or -1 for all"
             )
-        if self.rank < 1:
-            raise MisError(f"--rank is {self.rank}: give 1 or more")
 
     def params(self, config: Mapping[str, Any]) -> int:
         """How many numbers are trained."""

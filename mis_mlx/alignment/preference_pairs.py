@@ -1,31 +1,27 @@
 """Preference optimization: pairs of answers as rectangles, the reference's log-probabilities, the loss of a pair.
 
-The reference is the model as it was: a streamed pass gives two floats a pair, kept in the run folder with their
-hashes, so that no second model is in memory. Does not know flags, runs or optimizers.
+The reference is the model before it is trained: it gives two floats a pair, kept in the run folder with their hashes,
+so that no second model is in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx import cli
 from mis_mlx.alignment import sequence_packing
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation.live_teacher import labels
 from mis_mlx.maths import preference
 from mis_mlx.maths.likelihood import sequence_logps, token_logps
-from mis_mlx.models import distributed, load, stream
+from mis_mlx.models import distributed, load
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files
-from mis_mlx.types import Checkpoint
 
 REFERENCE = "reference"
 OF_MEANS = "loss_of_means"  # dpop of the mean pair
@@ -48,7 +44,7 @@ class Objective:
         margin: r_w - r_l in nats, without beta; chosen, rejected: log pi(y|x).
         """
         sums, counts = _sums(student, tokens, learn, frozen_head)
-        r_w, r_l = mx.split(preference.rewards(sums, reference), 2)
+        r_w, r_l = mx.split(sums - reference, 2)
         n_w, n_l = mx.split(counts, 2)
         each = preference.pair_losses(r_w, r_l, self.beta, self.kind, self.dpop_lambda, n_w, n_l)
         chosen, rejected = (part.sum() for part in mx.split(sums, 2))
@@ -75,29 +71,13 @@ def rectangle(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:
     return tokens, learn
 
 
-def reference(checkpoint: Checkpoint, pairs: Sequence[Pair], batch_size: int, dtype: mx.Dtype, held: int) -> np.ndarray:
-    """log pi_ref(y|x) of the chosen and the rejected answer of every pair, (N, 2) float32, the model streamed.
-
-    held: tokens, padding included, that go through it together; it is passed through as often as that takes.
-    """
-    by_length = sorted(range(len(pairs)), key=lambda i: longest(pairs[i]))
-    groups = [by_length[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
-    passes, left = [list[tuple[list[int], mx.array, mx.array]]()], held
-    for group in groups:
-        tokens, learn = rectangle([pairs[i] for i in group])
-        if passes[-1] and tokens.size > left:
-            passes.append([])
-            left = held
-        passes[-1].append((group, tokens, learn))
-        left -= tokens.size
-    found, source = np.zeros((len(pairs), 2), np.float32), stream.Stream(checkpoint, dtype)
-    head = load.dense_weight(source.head()).astype(dtype)
-    for part in passes:
-        for (group, tokens, learn), states in zip(part, source.forward([t for _, t, _ in part]), strict=True):
-            logps = token_logps(states.reshape(-1, states.shape[-1]), head, labels(tokens), frozen_head=True)
-            sums, _ = sequence_logps(logps.reshape(tokens.shape), learn)
-            found[group] = np.array(sums).reshape(2, -1).T
-    return found
+def reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> np.ndarray:
+    """log pi_ref(y|x) of the chosen and the rejected answer of every pair, (N, 2) float32."""
+    logps = np.zeros((len(pairs), 2), np.float32)
+    for at in sequence_packing.by_length("reference: batch", list(map(longest, pairs)), batch_size):
+        sums, _ = _sums(model, *rectangle([pairs[i] for i in at]), frozen_head=True)
+        logps[at] = np.array(sums).reshape(2, -1).T
+    return logps
 
 
 def stored_reference(folder: Path, fingerprint: str, files: Files, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -120,7 +100,7 @@ def longest(pair: Pair) -> int:
 
 def visited(pairs: Sequence[Pair], iters: int, batch_size: int, parts: int, seed: int) -> np.ndarray:
     """The pairs that the steps of a run train on, rising: those that need the reference."""
-    lengths = [longest(pair) for pair in pairs]
+    lengths = list(map(longest, pairs))
     steps = [np.concatenate(sequence_packing.drawn(lengths, batch_size, parts, step, seed)) for step in range(iters)]
     return np.unique(np.concatenate(steps))
 
@@ -131,11 +111,11 @@ def micro_batches(
     """Those of any step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
     lengths = [longest(pair) for pair in pairs]
 
-    def made(step: int) -> list[tuple[mx.array, ...]]:
+    def of_step(step: int) -> list[tuple[mx.array, ...]]:
         at = sequence_packing.drawn(lengths, batch_size, parts, step, seed, distributed.share)
         return [(*rectangle([pairs[i] for i in part]), mx.array(logps[part].T.reshape(-1))) for part in at]
 
-    return made
+    return of_step
 
 
 def measure(
@@ -148,12 +128,10 @@ def measure(
     do not become less likely on the whole. The mean of the losses rises as soon as a single chosen answer does, for
     lambda weighs that several times, and on held-out pairs one always does.
     """
-    by_length, sums = sorted(range(len(pairs)), key=lambda i: longest(pairs[i])), dict[str, float]()
-    loss: Callable[..., Any] = partial(objective.loss, student, frozen_head=True)
-    starts = range(0, len(pairs), batch_size)
-    for start in cli.counted("held out: batch", starts, len(starts)):
-        at = by_length[start : start + batch_size]
-        total, _, more = loss(*rectangle([pairs[i] for i in at]), mx.array(logps[at].T.reshape(-1)))
+    sums = dict[str, float]()
+    for at in sequence_packing.by_length("held out: batch", list(map(longest, pairs)), batch_size):
+        tokens, learn = rectangle([pairs[i] for i in at])
+        total, _, more = objective.loss(student, tokens, learn, mx.array(logps[at].T.reshape(-1)), frozen_head=True)
         for name, value in {"loss": total, **more}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     sums.pop("tokens")

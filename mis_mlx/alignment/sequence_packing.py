@@ -1,17 +1,18 @@
 """Token sequences of different lengths into rectangles: several to a window, or one to a row, padded at the end.
 
-Does not know what the tokens mean. Padding is never learned and never seen by a real token, so it changes nothing.
+Padding is never learned and never seen by a real token, so it changes nothing.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx import cli
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.data.token_windows import order
 
@@ -66,3 +67,11 @@ def drawn(
     at = order(len(lengths), batch_size * parts, step, seed)
     at = share(at[np.argsort([lengths[i] for i in at], kind="stable")])
     return [at[i : i + batch_size] for i in range(0, len(at), batch_size)]
+
+
+def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """All indices in batches of like length, which saves padding; how many are done is on display."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    starts = range(0, len(order), batch_size)
+    for start in cli.counted(label, starts, len(starts)):
+        yield order[start : start + batch_size]

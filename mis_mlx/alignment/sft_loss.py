@@ -1,7 +1,4 @@
-"""Supervised fine-tuning: the loss of answers, in windows that several rows share; perhaps with a teacher's part.
-
-Does not know flags, runs or optimizers.
-"""
+"""Supervised fine-tuning: the loss of answers, in windows that several rows share; perhaps with a teacher's part."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx import cli
 from mis_mlx.alignment import sequence_packing
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation.live_teacher import MicroBatch, Source, labels
@@ -36,13 +32,13 @@ class Lesson:
     ) -> Callable[[int], list[MicroBatch]]:
         """Those of any step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
 
-        def made(step: int) -> list[MicroBatch]:
+        def of_step(step: int) -> list[MicroBatch]:
             at = sequence_packing.drawn(self.lengths, batch_size, parts, step, seed, distributed.share)
             cut = [sequence_packing.rectangle([self.windows[i] for i in part]) for part in at]
             signal = source.micro_batches([Batch(tokens, learn) for tokens, learn, _ in cut], at)
             return [(tokens, rows, *rest) for (_, _, rows), (tokens, *rest) in zip(cut, signal, strict=True)]
 
-        return made
+        return of_step
 
     def loss_of(self, source: Source, frozen_head: bool) -> Loss:
         """`loss(student, tokens, rows, learn, *target)` -> (sum in nats, tokens that count, {"tokens": all})."""
@@ -65,12 +61,8 @@ class Lesson:
     def measure(self, student: nn.Module, batch_size: int) -> dict[str, float]:
         """{"loss": cross-entropy of what is to be learned, in nats per token} over all windows."""
         total, count = 0.0, 0.0
-        by_length = sorted(range(len(self.windows)), key=lambda i: self.lengths[i])
-        starts = range(0, len(by_length), batch_size)
-        for start in cli.counted("held out: batch", starts, len(starts)):
-            tokens, learn, rows = sequence_packing.rectangle(
-                [self.windows[i] for i in by_length[start : start + batch_size]]
-            )
+        for at in sequence_packing.by_length("held out: batch", self.lengths, batch_size):
+            tokens, learn, rows = sequence_packing.rectangle([self.windows[i] for i in at])
             hidden = self.hidden(student, tokens, rows)
             logps = token_logps(hidden, load.head_weight(student), labels(tokens))
             total -= float((logps * learn.reshape(-1)).sum())

@@ -1,17 +1,17 @@
-"""Token windows of a data source for one tokenizer: train, and held-out sets that share nothing with it.
-
-Does not know what is done with the windows.
-"""
+"""Token windows of a data source for one tokenizer: train, and held-out sets that share nothing with it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.data import token_windows
+from mis_mlx.data import sources, token_windows
+from mis_mlx.data.rows import Row
+from mis_mlx.data.token_windows import Windows
 
 MIS_SHARE = 1 / 8  # of the built-in training windows: Polish enough to matter, English enough to measure
 
@@ -20,19 +20,15 @@ MIS_SHARE = 1 / 8  # of the built-in training windows: Polish enough to matter, 
 class Data:
     """Windows to train on, held-out windows by name (the first is the main one), and what was done, in words."""
 
-    train: token_windows.Windows
-    held_out: dict[str, token_windows.Windows]
+    train: Windows
+    held_out: dict[str, Windows]
     notes: tuple[str, ...]
 
 
-def calibration(data: token_windows.Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
+def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
     """Up to `count` windows (1, T) of the training text, the same ones in every command; another `use` gets others."""
     at = np.random.default_rng([seed, use, 1]).permutation(len(data.tokens))[:count]
     return [mx.array(data.tokens[i][None]) for i in at]
-
-
-def _joined(a: token_windows.Windows, b: token_windows.Windows) -> token_windows.Windows:
-    return token_windows.Windows(np.concatenate([a.tokens, b.tokens]), np.concatenate([a.learn, b.learn]))
 
 
 def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
@@ -42,10 +38,10 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     English first. The Polish splits share sentence templates by design, so there overlap is not removed.
     """
 
-    def windows(rows: tuple[dict, ...]) -> token_windows.Windows:
+    def windows(rows: Sequence[Row]) -> Windows:
         return token_windows.windows(token_windows.tokenize(rows, tokenizer), length)
 
-    texts = token_windows.load(data)
+    texts = sources.load(data)
     train, test = windows(texts.train), windows(texts.test)
     test, removed = token_windows.without_overlap(test, train)
     notes = [
@@ -55,9 +51,10 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     ]
     if data is not None:
         return Data(train, {"held-out": test}, tuple(notes))
-    polish = token_windows.load("mis")
+    polish = sources.load(sources.MIS)
     extra = windows(polish.train)
     count = min(len(extra.tokens), round(len(train.tokens) * MIS_SHARE / (1 - MIS_SHARE)))
-    train = _joined(train, token_windows.Windows(extra.tokens[:count], extra.learn[:count]))
+    joined = (np.concatenate([a, b[:count]]) for a, b in ((train.tokens, extra.tokens), (train.learn, extra.learn)))
+    train = Windows(*joined)
     notes += [*polish.notes, f"{count} of the training windows are Polish"]
     return Data(train, {"English": test, "Polish": windows(polish.test)}, tuple(notes))

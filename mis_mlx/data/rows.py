@@ -1,7 +1,6 @@
-"""Rows of training text in mlx-lm's format: read line by line, judged, counted.
+"""Rows of JSON lines: read line by line, judged by the keys that they owe, refused or counted.
 
-Knows no tokenizer and no split: one file (or one hub split) in, usable rows and the faults of the others out.
-A row is {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
+Rows of training text are mlx-lm's: {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
 """
 
 from __future__ import annotations
@@ -9,79 +8,103 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mis_mlx.types import MisError
 
 LINE_LIMIT_BYTES = 4 * 2**20  # a longer line is dropped unread: one 50 MB row would be 17 million tokens
-FAULTS_LISTED = 3
+PROBLEMS_NOTED = 3  # of rows that are skipped
+PROBLEMS_LISTED = 10  # of rows that stop a command
 
 Row = dict[str, Any]
+Placed = tuple[Row, str]  # and where it stands, for people: "train.jsonl line 3"
+Numbered = tuple[int, object, str | None]  # number, value, None; or number, None, why it is no JSON
+T = TypeVar("T")
+Shapes = Mapping[str, Sequence[str]]  # what a row may be, by the keys that make it; the first that fits counts
 
+TEXT: Shapes = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The usable rows of one file, how many were dropped, and the first few reasons."""
+    """The usable rows of training text of one file, and what is wrong with the others."""
 
     name: str
     rows: tuple[Row, ...]
-    dropped: int
-    faults: tuple[str, ...]
+    problems: Sequence[str]
 
     def notes(self) -> list[str]:
-        """Sentences for people: the count, then the first faults as 'file line n: reason'."""
-        count = f"{self.name}: {len(self.rows)} rows kept, {self.dropped} dropped"
-        more = self.dropped - len(self.faults)
-        return [count, *self.faults, *([f"{self.name}: {more} more bad rows"] if more else [])]
+        """Sentences for people: the count, then the first problems as 'file line n: reason'."""
+        count = f"{self.name}: {len(self.rows)} rows kept, {len(self.problems)} dropped"
+        more = len(self.problems) - PROBLEMS_NOTED
+        rest = [f"{self.name}: {more} more bad rows"] if more > 0 else []
+        return [count, *(f"{problem}; skipped" for problem in self.problems[:PROBLEMS_NOTED]), *rest]
 
 
 def read(path: Path) -> Reading:
-    """All usable rows of a .jsonl file; memory is bounded by the rows kept and `LINE_LIMIT_BYTES`.
-
-    A byte-order mark, CRLF and blank lines are accepted in silence.
-    """
+    """All usable rows of training text of a .jsonl file. A byte-order mark, CRLF and blank lines are accepted."""
     if not path.is_file():
         raise MisError(f"{path} is not a regular file: put one JSON object per line into it")
     return collect(path.name, "line", parsed(path))
 
 
-def collect(name: str, unit: str, found: Iterable[tuple[int, object, str | None]]) -> Reading:
-    """Judge (number, value, fault of the reader) one by one; `unit` is what `number` counts ("line")."""
-    rows: list[Row] = []
-    faults: list[str] = []
-    dropped = 0
-    for number, value, unread in found:
-        reason = unread or fault(value)
-        if reason is None:
-            rows.append(_bare(value))
-            continue
-        dropped += 1
-        if len(faults) < FAULTS_LISTED:
-            faults.append(f"{name} {unit} {number}: {reason}; skipped")
-    return Reading(name, tuple(rows), dropped, tuple(faults))
+def collect(name: str, unit: str, numbered: Iterable[Numbered]) -> Reading:
+    """Training text out of values; `unit` is what their numbers count ("line")."""
+    good, problems = _sorted_out(name, unit, numbered, lambda row: fault(row, TEXT))
+    return Reading(name, tuple(_bare(row) for row, _ in good), problems)
 
 
-def fault(row: object) -> str | None:
-    """Why `row` cannot be trained on, or None when it can."""
+def judged(path: Path, judge: Callable[[object], str | None]) -> tuple[list[Placed], list[str]]:
+    """(rows in which `judge` finds no fault, with their places; what is wrong with the others) of a .jsonl file."""
+    return _sorted_out(path.name, "line", parsed(path), judge)
+
+
+def _sorted_out(
+    name: str, unit: str, numbered: Iterable[Numbered], judge: Callable[[object], str | None]
+) -> tuple[list[Placed], list[str]]:
+    good, problems = list[Placed](), list[str]()
+    for number, value, unread in numbered:
+        at = f"{name} {unit} {number}"
+        if why := unread or judge(value):
+            problems.append(f"{at}: {why}")
+        elif isinstance(value, dict):
+            good.append((value, at))
+    return good, problems
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """MisError that lists what is wrong with rows, when something is."""
+    if problems:
+        more = f"; and {len(problems) - PROBLEMS_LISTED} more" if len(problems) > PROBLEMS_LISTED else ""
+        listed = "; ".join(problems[:PROBLEMS_LISTED])
+        raise MisError(f"{len(problems)} rows cannot be used: {listed}{more}: fix or remove them")
+
+
+def shape_of(row: Mapping[str, Any], shapes: Shapes) -> str | None:
+    """The first of `shapes` whose keys the row has."""
+    return next((shape for shape, keys in shapes.items() if all(key in row for key in keys)), None)
+
+
+def fault(row: object, shapes: Shapes) -> str | None:
+    """Why `row` is none of `shapes`, or None when it is one: its keys, texts and messages are judged."""
     if not isinstance(row, dict):
         return f"{_kind(row)}, not an object"
-    if "prompt" in row and "completion" in row:
-        return text_fault("prompt", row["prompt"]) or text_fault("completion", row["completion"])
-    if "messages" in row:
-        return "tools are not supported" if row.get("tools") else messages_fault(row["messages"])
-    if "text" in row:
-        return text_fault("text", row["text"])
-    keys = ", ".join(ascii(key)[:40] for key in list(row)[:4]) or "none"
-    return f"has neither 'text' nor 'prompt' and 'completion' nor 'messages' (its keys: {keys})"
+    shape = shape_of(row, shapes)
+    if shape is None:
+        keys = ", ".join(ascii(key)[:40] for key in list(row)[:4]) or "none"
+        wanted = " nor ".join(" and ".join(f"'{key}'" for key in owed) for owed in shapes.values())
+        return f"has {'no' if len(shapes) == 1 else 'neither'} {wanted} (its keys: {keys})"
+    if shape == "messages":
+        return "tools are not supported" if row.get("tools") else _messages_fault(row["messages"])
+    texts = [key for key in shapes[shape] if key != "options"]
+    return next((why for key in texts if (why := text_fault(key, row[key]))), None)
 
 
-def messages_fault(messages: object) -> str | None:
-    """Why this is no conversation, or None when it is one."""
+def _messages_fault(messages: object) -> str | None:
     if not isinstance(messages, list) or not messages:
         return f"'messages' is {_kind(messages)}, not a list with at least one message"
     for number, message in enumerate(messages, 1):
@@ -96,7 +119,7 @@ def messages_fault(messages: object) -> str | None:
 
 
 def text_fault(key: str, value: object) -> str | None:
-    """Why `value` is no text to train on, or None when it is; `key` names it in the sentence."""
+    """Why `value` is no text to use, or None when it is; `key` names it in the sentence."""
     if not isinstance(value, str):
         return f"'{key}' is {_kind(value)}, not text"
     if not value.strip():
@@ -117,16 +140,15 @@ def _kind(value: object) -> str:
 
 
 def _bare(row: Any) -> Row:
-    """The row without keys that nothing here reads, in mlx-lm's order of preference."""
-    if "prompt" in row and "completion" in row:
-        return {"prompt": row["prompt"], "completion": row["completion"]}
-    if "messages" in row:
+    """The row of training text without keys that nothing here reads."""
+    shape = shape_of(row, TEXT)
+    if shape == "messages":
         return {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]}
-    return {"text": row["text"]}
+    return {key: row[key] for key in TEXT[shape or "text"]}
 
 
-def parsed(path: Path) -> Iterator[tuple[int, object, str | None]]:
-    """(line number, JSON value, None) or (line number, None, why it is not JSON). MisError when the disk fails."""
+def parsed(path: Path) -> Iterator[Numbered]:
+    """Every line that is not blank. MisError when the disk fails."""
     for number, line in _lines(path):
         if line is None:
             yield number, None, f"longer than {LINE_LIMIT_BYTES} bytes"
@@ -167,7 +189,13 @@ def key(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def held_out(keys: Collection[str]) -> set[str]:
-    """About a tenth of the keys, by their hash, so equal rows stay on one side; empty where nothing would be left."""
+def split_off(items: Sequence[T], keys: Sequence[str]) -> tuple[list[T], list[T]]:
+    """(the others, about a tenth of the items): by the hash of their keys, so that equal ones stay on one side.
+
+    Nothing is held out where nothing would be left.
+    """
     held = {key for key in keys if int(key[:8], 16) % 10 == 0} or {min(keys)}
-    return set() if held.issuperset(keys) else held
+    if held.issuperset(keys):
+        return list(items), []
+    keyed = list(zip(items, keys, strict=True))
+    return [item for item, key in keyed if key not in held], [item for item, key in keyed if key in held]

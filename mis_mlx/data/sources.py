@@ -1,8 +1,8 @@
 """Where text comes from: two built-in texts, folders in mlx-lm's format, the hub; in three splits.
 
-Knows no tokenizer. Every row is judged (`rows`) before any is used; the notes say what was dropped.
-Two texts are built in, so that everything runs offline: the English prose of Python's own manual
-(`pydoc_data`, in every CPython) and the Polish Miś texts, which benchmarks/polish_text made.
+Every row is judged (`rows`) before any is used; the notes say what was dropped. Two texts are built in, so that
+everything runs offline: the English prose of Python's own manual (`pydoc_data`, in every CPython) and the Polish Miś
+texts, which benchmarks/polish_text made.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mis_mlx.data.rows import Reading, Row, collect, held_out, key, read
+from mis_mlx.data.rows import Reading, Row, collect, key, read, split_off
 from mis_mlx.types import MisError
 
 MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
@@ -24,13 +24,12 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Texts:
-    """Rows per split, how many rows were dropped as unusable, and sentences on where all this came from."""
+    """Rows per split, and sentences on where all this came from."""
 
-    train: tuple[Row, ...]
-    valid: tuple[Row, ...]
-    test: tuple[Row, ...]
-    notes: tuple[str, ...]
-    dropped: int = 0
+    train: Sequence[Row]
+    valid: Sequence[Row]
+    test: Sequence[Row]
+    notes: Sequence[str]
 
 
 def load(data: str | None = None) -> Texts:
@@ -58,9 +57,9 @@ def _manual() -> Texts:
         bucket = int(hashlib.sha256(f"GÓRAL-{name}".encode()).hexdigest()[:8], 16) % 100
         splits["train" if bucket < 80 else "valid" if bucket < 85 else "test"].append({"text": topics[name]})
     version = ".".join(map(str, sys.version_info[:3]))
-    count = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
-    note = f"built-in English text: the manual of Python {version}, {count} documents"
-    return _texts(splits, [note])
+    return Texts(
+        **splits, notes=[f"built-in English text: the manual of Python {version}, {_counts(splits)} documents"]
+    )
 
 
 def _without_repeats(topics: Mapping[str, str]) -> list[str]:
@@ -80,9 +79,12 @@ def _without_repeats(topics: Mapping[str, str]) -> list[str]:
 
 def _mis() -> Texts:
     splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
-    count = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
     shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
-    return _texts(splits, [f"built-in Polish text: the Miś dataset, {count} documents; {shared}"])
+    return Texts(**splits, notes=[f"built-in Polish text: the Miś dataset, {_counts(splits)} documents; {shared}"])
+
+
+def _counts(splits: Mapping[str, Sequence[Row]]) -> str:
+    return ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
 
 
 def _from_folder(folder: Path) -> Texts:
@@ -119,33 +121,18 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
     """Texts out of one to three readings, the missing splits filled in and everything doubtful said."""
     for reading in readings.values():
         if not reading.rows:
-            first = f" ({reading.faults[0]})" if reading.faults else ""
-            bad = f"{reading.dropped} bad ones{first}"
-            raise MisError(f"{source}: {reading.name} has 0 usable rows and {bad}: mend that file")
+            first = f" ({reading.problems[0]})" if reading.problems else ""
+            bad = f"{len(reading.problems)} bad ones{first}"
+            raise MisError(f"{source}: {reading.name} has 0 usable rows and {bad}: fix that file")
     notes = [note for reading in readings.values() for note in reading.notes()]
     rows = {name: list(reading.rows) for name, reading in readings.items()}
     if "valid" not in rows:
-        rows["train"], rows["valid"] = _split_off(rows["train"])
+        rows["train"], rows["valid"] = split_off(rows["train"], [key(row) for row in rows["train"]])
         notes.append(f"no valid split: {len(rows['valid'])} rows of train are held out for it, by hash")
     if "test" not in rows:
         rows["test"] = rows["valid"]
         notes.append(f"no test split: the {len(rows['valid'])} rows of valid serve as test too")
-    notes += _repeats(rows)
-    dropped = sum(reading.dropped for reading in readings.values())
-    return _texts(rows, notes, dropped)
-
-
-def _texts(splits: Mapping[str, Sequence[Row]], notes: Sequence[str], dropped: int = 0) -> Texts:
-    train, valid, test = (tuple(splits[name]) for name in SPLITS)
-    return Texts(train, valid, test, tuple(notes), dropped)
-
-
-def _split_off(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """(the rest, about 10 % of the rows): by content; nothing of a single row, or copies of it."""
-    keys = [key(row) for row in rows]
-    held = held_out(keys)
-    pairs = list(zip(rows, keys, strict=True))
-    return [row for row, k in pairs if k not in held], [row for row, k in pairs if k in held]
+    return Texts(**rows, notes=notes + _repeats(rows))
 
 
 def _repeats(rows: Mapping[str, Sequence[Row]]) -> list[str]:

@@ -1,7 +1,4 @@
-"""Text for training and measuring: documents, token windows, batch order.
-
-Knows no model and brings no tokenizer of its own: `tokenize` takes one as transformers or mlx-lm make it.
-"""
+"""Text for training and measuring: token windows, batch order."""
 
 from __future__ import annotations
 
@@ -14,13 +11,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.data.rows import Row
-from mis_mlx.data.sources import Texts, load
 from mis_mlx.types import MisError
-
-__all__ = [
-    "Texts", "Windows", "conversation", "fingerprint", "load", "order", "overlap", "plain", "tokenize",
-    "windows", "without_overlap",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> 
             raise
         except Exception as error:  # a template is a program that came with the model: it can raise anything
             raise MisError(
-                f"the tokenizer's chat template refuses row {number} ({error}): mend the row, "
+                f"the tokenizer's chat template refuses row {number} ({error}): fix the row, "
                 f"or use a model with a chat template, or rows of plain text"
             ) from error
     return tokenized
@@ -73,19 +64,16 @@ def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
 
     MisError when the tokenizer's own regular expressions go astray on it.
     """
+    options = {"add_special_tokens": False}
+    if hasattr(tokenizer, "split_special_tokens"):  # transformers' kind has this switch
+        options |= {"split_special_tokens": split, "verbose": False}
     try:
-        return _ids(tokenizer, text, split)
+        return list(tokenizer.encode(text, **options))
     except BaseException as error:  # Rust's panic is no Exception, so that nobody mistakes it for one of Python's
         if type(error).__name__ != "PanicException":
             raise
         why = " ".join(str(error).split())[:120]
         raise MisError(f"the tokenizer breaks down on {text[:40]!r} ({why}): drop it, or use another model") from None
-
-
-def _ids(tokenizer: Any, text: str, split: bool) -> list[int]:
-    if not hasattr(tokenizer, "split_special_tokens"):  # not transformers' kind: it has no such switch
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False))
 
 
 def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
@@ -147,14 +135,11 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
     rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
     if not spelled:
         return _encode(tokenizer, rendered, split=False)
-    meant = {stand_in: token for token, stand_in in stand_ins.items()}
-    pieces = re.split(f"([{''.join(meant)}])", rendered)
-    return [
-        token
-        for piece in pieces
-        if piece
-        for token in _encode(tokenizer, meant.get(piece, piece), split=piece in meant)
-    ]
+    meant, ids = {stand_in: token for token, stand_in in stand_ins.items()}, list[int]()
+    for piece in re.split(f"([{''.join(meant)}])", rendered):
+        if piece:
+            ids += _encode(tokenizer, meant.get(piece, piece), split=piece in meant)
+    return ids
 
 
 def _special_tokens(tokenizer: Any) -> set[str]:
@@ -199,24 +184,11 @@ def overlap(train: Windows, held_out: Windows, span: int = 32) -> np.ndarray:
     """Sorted indices of the held-out windows that share any run of `span` tokens with the training text.
 
     Training windows follow one another in the text, so runs across their borders count. A held-out window
-    shorter than `span` is looked up whole. Exact: equal hashes are compared token by token.
+    shorter than `span` is looked up whole. By 64-bit hashes: a window may go without need, once in 10^9 times.
     """
     span = min(span, held_out.tokens.shape[1])
-    stream = train.tokens.reshape(-1)
-    known = _span_hashes(stream, span)
-    by_hash = np.argsort(known, kind="stable")
-    known = known[by_hash]
-    found = []
-    for index, window in enumerate(held_out.tokens):
-        hashes = _span_hashes(window, span)
-        first, last = (np.searchsorted(known, hashes, side) for side in ("left", "right"))
-        if any(
-            np.array_equal(stream[begin : begin + span], window[at : at + span])
-            for at in np.flatnonzero(first < last)
-            for begin in by_hash[first[at] : last[at]]
-        ):
-            found.append(index)
-    return np.array(found, np.int64)
+    hashes = np.stack([_span_hashes(window, span) for window in held_out.tokens])
+    return np.flatnonzero(np.isin(hashes, _span_hashes(train.tokens.reshape(-1), span)).any(axis=1))
 
 
 def _span_hashes(tokens: np.ndarray, span: int) -> np.ndarray:

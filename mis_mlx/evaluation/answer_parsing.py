@@ -1,8 +1,8 @@
 """Read a value out of a short text: an exact number with its unit, a time of day, or names. Polish and English.
 
-Knows no question and no model. Anything that is not one value and nothing else is no value: "5 or 7", "not 5",
-"about 5", digits of other alphabets, invisible characters, a comma that could be read in two ways. Numbers are
-fractions.Fraction, their digits are counted before they are converted, and nothing is ever evaluated.
+Anything that is not one value and nothing else is no value: "5 or 7", "not 5", "about 5", digits of other alphabets,
+invisible characters, a comma that could be read in two ways. Numbers are fractions.Fraction, their digits are counted
+before they are converted, and nothing is ever evaluated.
 """
 
 from __future__ import annotations
@@ -46,10 +46,6 @@ _UNITS = {
     "person": "1 osoba osoby osób person persons people",
     "ticket": "1 bilet bilety biletów ticket tickets",
 }
-_VULGAR = {
-    "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5",
-    "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
-}  # fmt: skip
 _SPACES = "\u00a0\u2009\u202f"  # no-break, thin and narrow no-break spaces, as typeset numbers have them
 _NUMBER = re.compile(
     r"(?P<sign>[-+−–]|minus )? ?"
@@ -58,33 +54,23 @@ _NUMBER = re.compile(
     r"|(?P<plain>[0-9]{1,3}(?: [0-9]{3})+(?:[.,][0-9]+)?(?![0-9])|[0-9]+(?:[.,][0-9]+)*))"
 )
 _TIME = re.compile(r"(?:o |at |godz\.? ?|godzina |o godzinie )?([0-9]{1,2})[:.]([0-9]{2})(?: ?([ap])\.?m\.?)?", re.I)
+_VULGAR = re.compile("[¼-¾⅐-⅞]")  # fractions of one character
 _LATEX = re.compile(r"([0-9]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """`amount` in the smallest unit of its kind ("mass": mg); `given`: as written, before its unit. kind "": none."""
+    """`amount` in the smallest unit of its kind ("mass": mg); `given`: as written, before its unit.
+
+    kind "": no unit. kind "clock": a time of day, in minutes after midnight.
+    """
 
     amount: Fraction
     kind: str = ""
     given: Fraction | None = None  # None: of more than one part, "1 kg 20 dag"
 
 
-@dataclass(frozen=True)
-class Clock:
-    """Minutes after midnight."""
-
-    minutes: int
-
-
-@dataclass(frozen=True)
-class Names:
-    """Words in their order, in lower case."""
-
-    words: tuple[str, ...]
-
-
-Value = Quantity | Clock | Names
+Value = Quantity | tuple[str, ...]  # the words of a list of names, in lower case
 
 
 @cache
@@ -119,17 +105,12 @@ def clean(text: str) -> str | None:
     return re.sub(r"\s+", " ", text).strip().strip("*_").strip()
 
 
-def number(text: str, language: Language | None) -> Fraction | None:
-    """An exact number that is all of `text`: "−3/4", "2 1/2", "1 250,5" (pl), "1,250.5" (en); None if it is none.
+def _fraction(m: re.Match[str], language: Language | None) -> Fraction | None:
+    """An exact number: "−3/4", "2 1/2", "1 250,5" (pl), "1,250.5" (en); None where it is none.
 
     language decides what one comma or point before three digits is: in Polish a comma is decimal and "1.250" is
     refused, since both readings occur; in English a comma groups. None: refused wherever the two would differ.
     """
-    match = _NUMBER.fullmatch(text)
-    return None if match is None else _fraction(match, language)
-
-
-def _fraction(m: re.Match[str], language: Language | None) -> Fraction | None:
     if sum(c.isdigit() for c in m[0]) > DIGIT_LIMIT:
         return None
     sign = -1 if (m["sign"] or "+").strip() in ("-", "−", "–", "minus") else 1
@@ -201,7 +182,7 @@ def _parts(text: str, language: Language | None) -> Iterator[tuple[int, Quantity
         at = rest.end()
 
 
-def clock(text: str) -> Clock | None:
+def clock(text: str) -> Quantity | None:
     """A time of day that is all of `text`: "14:35", "godz. 14.35", "2:35 pm"."""
     match = _TIME.fullmatch(text)
     if match is None:
@@ -211,46 +192,35 @@ def clock(text: str) -> Clock | None:
         return None
     if half:
         hours = hours % 12 + 12 * (half == "p")
-    return Clock(60 * hours + minutes)
+    return Quantity(Fraction(60 * hours + minutes), "clock")
 
 
-def names(text: str) -> Names | None:
+def names(text: str) -> tuple[str, ...] | None:
     """Words that are all of `text`, apart from what stands between items of a list: "Ala, Ola i Ewa"."""
-    text = re.sub(r" ?(?:,|;|>|→|->) ?(?:(?:i|and) )?| (?:i|and|oraz) ", ",", text)
-    words = text.split(",")
-    if not all(re.fullmatch(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", w) for w in words):
-        return None
-    return Names(tuple(w.lower() for w in words))
+    words = re.sub(r" ?(?:,|;|>|→|->) ?(?:(?:i|and) )?| (?:i|and|oraz) ", ",", text).split(",")
+    alike = all(re.fullmatch(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", word) for word in words)
+    return tuple(word.lower() for word in words) if alike else None
 
 
-def gold(text: str, language: Language | None) -> Value | None:
-    """The value of a right answer as a data set writes it; None when it is none of the three kinds."""
-    line = clean(text)
-    if not line:
-        return None
-    line = _plain(line)
-    if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line):
-        return clock(line)
-    return quantity(line, language) or names(line)
+def value(text: str, language: Language | None, like: Value | None = None) -> Value | None:
+    """The value of a right answer as a data set writes it; or of an answer, read as the kind of thing that `like` is.
 
-
-def like(text: str, right: Value, language: Language | None) -> Value | None:
-    """The value of an answer, read as the kind of thing that the right one is."""
-    line = clean(text)
-    if not line:
-        return None
-    line = _plain(line)
-    if isinstance(right, Clock):
-        return clock(line)
-    return quantity(line, language) if isinstance(right, Quantity) else names(line)
+    None where it is none: no number, time or names.
+    """
+    line = _plain(clean(text) or "")
+    if like is None:
+        if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line):
+            return clock(line)
+        return quantity(line, language) or names(line)
+    if isinstance(like, tuple):
+        return names(line)
+    return clock(line) if like.kind == "clock" else quantity(line, language)
 
 
 def _plain(line: str) -> str:
     """Without a closing full stop, and with ½ as a fraction."""
     line = line[:-1].rstrip() if line.endswith(".") and not line.endswith("..") else line
-    for sign, fraction in _VULGAR.items():
-        line = line.replace(sign, f" {fraction}")
-    return line.strip()
+    return _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), line).strip()
 
 
 def same(answer: Value, right: Value) -> bool:
@@ -259,7 +229,7 @@ def same(answer: Value, right: Value) -> bool:
     An answer without a unit counts in the unit in which the right one is written; a percentage answers a
     question for a number; any other unit where none belongs is wrong.
     """
-    if not (isinstance(answer, Quantity) and isinstance(right, Quantity)):
+    if isinstance(answer, tuple) or isinstance(right, tuple):
         return answer == right
     if answer.kind == right.kind:
         return answer.amount == right.amount

@@ -1,6 +1,6 @@
 """One model, one task: the mark of every question, kept by (model, task), so that nothing is asked twice.
 
-Does not know other models, nor what marks mean together. What was asked before a stop is on disk when it goes on.
+What was asked before a stop is on disk when it goes on.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.evaluation import lm_eval_tasks, option_likelihood, reward_runner
+from mis_mlx.evaluation import lm_eval_tasks, option_likelihood, rewards
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
 from mis_mlx.models import batch_sampling, distributed, load, mlx_generate, policy, streamed_decode
@@ -58,8 +57,8 @@ def todo(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
     Of several machines the first one keeps them.
     """
     path = kept(model_sha256, task.sha256)
-    found = {row["n"]: row for row in distributed.told(lambda: list(read(path).values()))}
-    return path, found, [n for n in range(len(task.questions)) if n not in found]
+    answers = {row["n"]: row for row in distributed.told(lambda: list(read(path).values()))}
+    return path, answers, [n for n in range(len(task.questions)) if n not in answers]
 
 
 def plan(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget) -> estimates.Phase | None:
@@ -75,35 +74,35 @@ def marks(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget, 
 
     Several machines ask together; layers: with the model's blocks shared out among them, where options are chosen.
     """
-    path, found, left = todo(model_sha256, task)
+    path, answers, left = todo(model_sha256, task)
     if distributed.first():
         DISK.make_folder(path.parent)
     choices = task.kind == "choice"
     ask = _choices(checkpoint, task, left, limit, layers) if choices else _texts(checkpoint, task, left, limit)
     with progress.bar(f"{checkpoint.path.name} {task.name}", len(task.questions)) as show:
         for row in ask if left else ():
-            found[row["n"]] = row
+            answers[row["n"]] = row
             if distributed.first():
                 DISK.append(path, json.dumps(row, ensure_ascii=False))
-            show(len(found), "")
-    return np.array([_mark(task, n, found[n]) for n in range(len(task.questions))])
+            show(len(answers), "")
+    return np.array([_mark(task, n, answers[n]) for n in range(len(task.questions))])
 
 
 def by_harness(checkpoint: Checkpoint, ids: Sequence[str], count: int) -> dict[str, lm_eval_tasks.Marks]:
     """{task: marks} of the first `count` questions of lm-eval's tasks; a group gives several. One machine asks."""
     model = sha256(checkpoint)
 
-    def asked(name: str) -> list[dict[str, Any]]:
+    def rows_of(name: str) -> list[dict[str, Any]]:
         path = kept(model, hashlib.sha256(f"lm_eval {lm_eval_tasks.version()} {name} {count}".encode()).hexdigest())
         if not path.is_file():
-            made = lm_eval_tasks.run(checkpoint.path, [name], count)
+            by_task = lm_eval_tasks.run(checkpoint.path, [name], count)
             rows = [{"task": t, "marks": m.marks.tolist(), "chance": m.chance.tolist(), "metric": m.metric}
-                    for t, m in made.items()]  # fmt: skip
+                    for t, m in by_task.items()]  # fmt: skip
             DISK.make_folder(path.parent)
             DISK.replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         return run_folder.records(path)
 
-    rows = distributed.told(lambda: [row for name in ids for row in asked(name)])
+    rows = distributed.told(lambda: [row for name in ids for row in rows_of(name)])
     return {r["task"]: lm_eval_tasks.Marks(np.array(r["marks"]), np.array(r["chance"]), r["metric"]) for r in rows}
 
 
@@ -131,13 +130,13 @@ def uniform(checkpoint: Checkpoint, task: Task) -> np.ndarray | None:
     answer, one of these where several are. Random weights do much the same. None where options are not chosen."""
     if task.kind != "choice":
         return None
-    found, tokenizer = np.zeros(len(task.questions)), _tokenizer(checkpoint.path)
+    expected, tokenizer = np.zeros(len(task.questions)), _tokenizer(checkpoint.path)
     for n, q in enumerate(task.questions):
         tokens = list(map(len, option_likelihood.encode(tokenizer, q.context, q.options)[1]))
         rate = np.array(tokens) / _lengths(task, n)
         chosen = np.isclose(rate, rate.min())
-        found[n] = chosen[q.right] / chosen.sum()
-    return found
+        expected[n] = chosen[q.right] / chosen.sum()
+    return expected
 
 
 @dataclass(frozen=True)
@@ -189,21 +188,10 @@ def _choices(
     part, rows = min(distributed.gather(c.part)), option_likelihood.ROWS
     with memory.limited(limit):
         stream = machines.opened(checkpoint, limit, c.room_bytes, part, rows, layers)
-        for at in _parts([option_likelihood.length(e) for e in c.encoded], part):
+        lengths = list(map(option_likelihood.length, c.encoded))
+        for at in option_likelihood.grouped(range(len(lengths)), lengths, part):
             for i, values in zip(at, option_likelihood.score(stream, [c.encoded[i] for i in at]), strict=True):
                 yield {"n": left[i], "ll": values}
-
-
-def _parts(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Numbers of questions whose lengths together are at most `most`; a longer one is alone."""
-    held, taken = list[int](), 0
-    for number, length in enumerate(lengths):
-        if held and taken + length > most:
-            yield held
-            held, taken = [], 0
-        held.append(number)
-        taken += length
-    yield held
 
 
 @dataclass(frozen=True)
@@ -218,8 +206,6 @@ class _Writing:
 
 
 def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> _Writing:
-    if task.kind == "translation" and find_spec("sacrebleu") is None:
-        raise MisError("translations are compared with sacrebleu, which is not here: pip install 'mis-mlx[evaluate]'")
     m, tokenizer = estimates.model_of(checkpoint), _tokenizer(checkpoint.path)
     prompts = [mlx_generate.encode(tokenizer, task.questions[n].context) for n in left]
     longest, count = max(map(len, prompts)), len(left) * task.max_tokens
@@ -241,14 +227,13 @@ def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bud
 def _texts(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> Iterator[dict[str, Any]]:
     """What the model writes, greedily, and its mark; a few at a time, of several machines by each."""
     tokenizer, w = _tokenizer(checkpoint.path), _writing(checkpoint, task, left, limit)
-    judge = _translated if task.kind == "translation" else _checked
     with memory.limited(limit):
         write = _writer(checkpoint, w, task.max_tokens, limit)
         for begin in range(0, len(left), AT_ONCE * distributed.size()):
             few = slice(start := begin + AT_ONCE * distributed.number(), start + AT_ONCE)
-            said = [[t for t in ids if t not in w.ends] for ids in write(w.prompts[few])] if left[few] else []
-            texts = [tokenizer.decode(ids) for ids in said]
-            marks = judge(task, left[few], texts) if texts else []
+            written = [[t for t in ids if t not in w.ends] for ids in write(w.prompts[few])] if left[few] else []
+            texts = [tokenizer.decode(ids) for ids in written]
+            marks = _checked(task, left[few], texts) if texts else []
             mine = [{"n": n, "text": text, "mark": mark} for n, text, mark in zip(left[few], texts, marks, strict=True)]
             for rows in distributed.gather(mine):
                 yield from rows
@@ -271,15 +256,7 @@ def _writer(
 
 def _checked(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]:
     """1 where the last line is the right answer (evaluation/rewards), in a process that can be stopped."""
-    asked = [task.questions[n] for n in at]
-    rows = [{"prompt": q.context, "answer": q.answer, "language": q.language} for q in asked]
-    scored = reward_runner.score(reward_runner.functions("correct", None, None), rows, [[text] for text in texts])
+    questions_ = [task.questions[n] for n in at]
+    rows = [{"prompt": q.context, "answer": q.answer, "language": q.language} for q in questions_]
+    scored = rewards.score(rewards.functions("correct", None), rows, [[text] for text in texts])
     return [float(s.totals[0] or 0.0) for s in scored]
-
-
-def _translated(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]:
-    """chrF of each translation alone, from 0 to 1."""
-    import sacrebleu
-
-    answers = [task.questions[n].answer for n in at]
-    return [sacrebleu.sentence_chrf(text, [a]).score / 100 for text, a in zip(texts, answers, strict=True)]

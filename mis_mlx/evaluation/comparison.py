@@ -1,16 +1,20 @@
 """Students against their teacher on held-out windows: loss, KL, agreement, per window. Streamed.
 
-Does not print and does not know which student is which.
+Also llama.cpp's report (tools/perplexity, --kl-divergence) in its names and units: over the second half of every
+window, so that each token has at least half a window before it; ± is one standard error over tokens, as if they were
+independent. Unlike there, the reference's probabilities are whole (llama.cpp keeps 16 bits of them and leaves out those
+under e^-16), and a window begins with its own token, not with the start token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx import cli
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.maths import losses
 from mis_mlx.maths.stats import interval
@@ -25,6 +29,21 @@ METRICS = (
     ("kl", "KL(teacher ‖ model), nats/token", ".3f"),
     ("top1", "same top token as teacher", ".1%"),
 )
+FEW = 100  # tokens: of no more llama.cpp makes no statistics
+KLD_METRICS = (
+    ("mean_kld", "Mean KLD, nats", ".6f"),
+    ("max_kld", "Maximum KLD", ".6f"),
+    ("p999_kld", "99.9% KLD", ".6f"),
+    ("p99_kld", "99.0% KLD", ".6f"),
+    ("median_kld", "Median KLD", ".6f"),
+    ("mean_dp", "Mean Δp, %", ".3f"),
+    ("rms_dp", "RMS Δp, %", ".3f"),
+    ("same_top_p", "Same top p, %", ".3f"),
+    ("ppl", "Mean PPL(Q)", ".6f"),
+    ("ppl_base", "Mean PPL(base)", ".6f"),
+    ("ppl_ratio", "Mean PPL(Q)/PPL(base)", ".6f"),
+)
+Figures = dict[str, tuple[float, float | None]]  # {metric: (value, its standard error where there is one)}
 
 
 def chosen(held_out: Windows, count: int) -> Windows:
@@ -51,9 +70,9 @@ def own(held_out: Windows) -> Windows:
 
 def together(models: Mapping[str, Checkpoint], held_out: Windows, opened: Opened) -> dict[tuple[str, str], np.ndarray]:
     """What `compare` gives, every machine having compared its own windows."""
-    found = compare(models, own(held_out), opened=opened)
-    keys = [(name, metric) for name, metric in distributed.told(lambda: list(found))]
-    return {key: np.array(distributed.joined(found.get(key, np.zeros(0)).tolist())) for key in keys}
+    mine = compare(models, own(held_out), opened=opened)
+    keys = [(name, metric) for name, metric in distributed.told(lambda: list(mine))]
+    return {key: np.array(distributed.joined(mine.get(key, np.zeros(0)).tolist())) for key in keys}
 
 
 def compare(
@@ -67,45 +86,52 @@ def compare(
     One block of one model in memory at a time, then the teacher's head and one student's, window by window.
     teacher_hidden: what `final_hidden` gave for the teacher, where many students come one after the other.
     """
-    batches = [mx.array(w[None]) for w in held_out.tokens]
-    names = list(models)
-    vocab = min(shape_of(m.config).vocab for m in models.values())
-    known = {} if teacher_hidden is None else {names[0]: teacher_hidden}
-    hidden = known | {name: final_hidden(m, held_out, opened) for name, m in models.items() if name not in known}
-    teacher_head = alone(models[names[0]]).head()
-    found: dict[tuple[str, str], list[float]] = {}
-    for number, name in enumerate(names[1:] or names):
-        head = alone(models[name]).head() if name != names[0] else teacher_head
-        for w, tokens in enumerate(batches):
-            learn = np.asarray(held_out.learn[w][:-1])
-            sums = np.zeros(4)
-            for start in range(0, len(learn), rows := losses.chunk_rows(vocab) // 2):
-                at = slice(start, min(start + rows, len(learn)))
-                z_t = load.logits(teacher_head, hidden[names[0]][w][0, :-1][at])[:, :vocab].astype(mx.float32)
-                z = load.logits(head, hidden[name][w][0, :-1][at])[:, :vocab].astype(mx.float32)
-                sums += _at_positions(z_t, z, tokens[0, 1:][at]).astype(np.float64).T @ learn[at]
-            own, *others = (sums / max(float(learn.sum()), 1.0)).tolist()
-            if number == 0:
-                found.setdefault((names[0], "nll"), []).append(own)
-            if name != names[0]:
-                for metric, value in zip(("nll", "kl", "top1"), others, strict=True):
-                    found.setdefault((name, metric), []).append(value)
-        del head
-    return {key: np.array(values) for key, values in found.items()}
+    (teacher, base), *students = models.items()
+    mine = final_hidden(base, held_out, opened) if teacher_hidden is None else teacher_hidden
+    means_of = dict[tuple[str, str], np.ndarray]()
+    for name, model in students or [(teacher, base)]:
+        theirs = mine if model is base else final_hidden(model, held_out, opened)
+        means = [v.mean(axis=0) if len(v) else np.zeros(4) for v in by_window((base, mine), (model, theirs), held_out)]
+        own, *others = np.array(means).reshape(-1, 4).T
+        means_of.setdefault((teacher, "nll"), own)
+        if students:
+            means_of |= {(name, metric): values for metric, values in zip(("nll", "kl", "top1"), others, strict=True)}
+    return means_of
+
+
+def by_window(
+    base: tuple[Checkpoint, stream.Hidden], other: tuple[Checkpoint, stream.Hidden], held_out: Windows
+) -> Iterator[np.ndarray]:
+    """(n, 4) float64 of the n predictions that count in each window: the base's nll, the other's, KL(base || other),
+    all in nats, and whether the top token is the same.
+
+    Of either model: the checkpoint, and its final hidden states [(1, T, D)]. Logits come in chunks of positions.
+    """
+    heads = [alone(model).head() for model, _ in (base, other)]
+    vocab = min(shape_of(model.config).vocab for model, _ in (base, other))
+    rows = losses.chunk_rows(vocab) // 2
+    for w, tokens in enumerate(held_out.tokens):
+        counted, values = np.flatnonzero(held_out.learn[w]), [np.zeros((0, 4))]
+        for start in range(0, len(counted), rows):
+            at = mx.array(counted[start : start + rows])
+            hidden = (states[w][0][at] for _, states in (base, other))
+            z_t, z = (load.logits(head, h)[:, :vocab].astype(mx.float32) for head, h in zip(heads, hidden, strict=True))
+            values.append(_at_positions(z_t, z, mx.array(tokens)[at + 1]))
+        yield np.concatenate(values, dtype=np.float64)
 
 
 def _at_positions(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
-    """(n, 4) of logits (n, V) and the next tokens (n,): both nll, KL (nats), whether the top token is the same."""
+    """What `by_window` gives, of logits (n, V) float32 and the next tokens (n,)."""
     if policy.name() == "cpu":
         return host_losses.compared(teacher, student, targets)
     reference = losses.Reference(teacher, targets)
     return np.array(mx.stack([reference.nll(), *reference.compare(student)], axis=1))
 
 
-def rows_of(found: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:
+def rows_of(figures: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:
     """One row per model and metric, with its 95 % interval over windows; perplexity from the loss."""
     rows = []
-    for (name, metric), values in found.items():
+    for (name, metric), values in figures.items():
         mean, low, high = interval(values)
         rows.append(Row(name, metric, mean, low, high, len(values)))
         if metric == "nll":
@@ -122,3 +148,60 @@ def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
             "cannot be compared; use a student made from this teacher"
         )
     return other
+
+
+def second_half(held_out: Windows) -> Windows:
+    """The same windows, predictions in their first half not counted. MisError when too few are left."""
+    learn = held_out.learn.copy()
+    learn[:, : learn.shape[1] // 2] = 0
+    if (count := int((learn > 0).sum())) < FEW:
+        raise MisError(
+            f"{count} tokens lie in the second halves of {len(learn)} windows, statistics need {FEW}: "
+            "raise --eval-windows, or bring more test text"
+        )
+    return Windows(held_out.tokens, learn)
+
+
+def kld(
+    base: Checkpoint, others: Mapping[str, Checkpoint], held_out: Windows, opened: Opened = alone
+) -> dict[str, Figures]:
+    """{name: figures} of all models, over the predictions that count; `base` is the reference.
+
+    Of several machines each has its own windows.
+    """
+    held_out = own(held_out)
+    mine, report = final_hidden(base, held_out, opened), {}
+    for name, other in cli.counted("model", others.items(), len(others)):
+        theirs = final_hidden(other, held_out, opened)
+        values = by_window((base, mine), (other, theirs), held_out)
+        each = distributed.gather([row for window in values for row in window.tolist()])
+        report[name] = figures(*np.array([row for part in each for row in part]).T)
+    return report
+
+
+def figures(base_nll: np.ndarray, nll: np.ndarray, kld: np.ndarray, same: np.ndarray) -> Figures:
+    """llama.cpp's figures from (n,) values per token. Δp is the change of the true token's probability."""
+
+    def mean(values: np.ndarray) -> tuple[float, float]:
+        return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+
+    def exp(log: tuple[float, float]) -> tuple[float, float]:
+        return math.exp(log[0]), math.exp(log[0]) * log[1]
+
+    dp = 100.0 * (np.exp(-nll) - np.exp(-base_nll))
+    square, square_se = mean(np.square(dp))
+    rms = math.sqrt(square)
+    top = float(same.mean())
+    return {
+        "mean_kld": mean(kld),
+        "max_kld": (float(kld.max()), None),
+        "p999_kld": (float(np.quantile(kld, 0.999)), None),
+        "p99_kld": (float(np.quantile(kld, 0.99)), None),
+        "median_kld": (float(np.median(kld)), None),
+        "mean_dp": mean(dp),
+        "rms_dp": (rms, square_se / (2 * rms) if rms else 0.0),
+        "same_top_p": (100.0 * top, 100.0 * math.sqrt(top * (1.0 - top) / (len(same) - 1))),
+        "ppl": exp(mean(nll)),
+        "ppl_base": exp(mean(base_nll)),
+        "ppl_ratio": exp(mean(nll - base_nll)),  # the error of a mean difference, covariance and all
+    }

@@ -1,7 +1,7 @@
 """How many test questions share words with the training text: runs of 13 words in a row, as GPT-3's authors counted.
 
-Knows no model. Words are compared without case and marks (arXiv 2005.14165, appendix C). A question shorter than 13
-words is looked up whole; one of fewer than five says nothing and is not counted.
+Words are compared without case and marks (arXiv 2005.14165, appendix C). A question shorter than 13 words is looked up
+whole; one of fewer than five says nothing and is not counted.
 """
 
 from __future__ import annotations

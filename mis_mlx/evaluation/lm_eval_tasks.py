@@ -1,10 +1,11 @@
 """lm-eval's own tasks through mlx-lm's adapter (mlx_lm.evaluate): the mark of every question, and its chance.
 
-Needs the extra `evaluate`, data sets from the hub, and the whole model in memory. Does not know other models.
+Needs the extra `evaluate`, data sets from the hub, and the whole model in memory.
 """
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import numpy as np
 from mis_mlx.models import load, policy
 from mis_mlx.types import MisError
 
-METRICS = ("acc", "exact_match", "f1", "chrf", "bleu")  # the first one that a task has is its mark
+METRICS = ("acc", "exact_match", "f1")  # the first one that a task has is its mark
 SEED = 0
 Sample = Mapping[str, Any]  # lm-eval's record of one question: "doc_id", "filtered_resps", and its metrics by name
 
@@ -33,17 +34,10 @@ class Marks:
     metric: str
 
 
-def need() -> None:
-    """MisError where lm-eval is not installed."""
+def check(ids: Sequence[str]) -> None:
+    """MisError where lm-eval is not installed; and for ids that it does not have, with the nearest ones."""
     if find_spec("lm_eval") is None:
         raise MisError("lm-eval's tasks need lm-eval, which is not here: pip install 'mis-mlx[evaluate]'")
-
-
-def check(ids: Sequence[str]) -> None:
-    """MisError for ids that lm-eval does not have, with the nearest ones."""
-    need()
-    import difflib
-
     with _hushed():
         known = _manager(None).all_tasks
     for name in ids:
@@ -72,7 +66,6 @@ def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | N
 
     tasks_folder: of tasks beside lm-eval's own, described in its YAML. MisError where a data set does not come.
     """
-    need()
     with _hushed():
         import lm_eval
 
@@ -109,20 +102,7 @@ def _marks(name: str, found: Sequence[Sample]) -> Marks:
         )
     choice = ordered[0].get("resps") and metric == "acc"
     chance = [1 / len(s["resps"]) if choice and len(s["resps"]) > 1 else 0.0 for s in ordered]
-    read = _mark if metric not in ("chrf", "bleu") else _translated
-    return Marks(np.array([read(s[metric]) for s in ordered]), np.array(chance), metric)
-
-
-def _mark(value: Any) -> float:
-    return float(np.mean(value))
-
-
-def _translated(pair: Any) -> float:
-    """lm-eval keeps (reference, translation), to be scored together; here each is scored alone."""
-    import sacrebleu
-
-    reference, said = pair
-    return sacrebleu.sentence_chrf(str(said), [str(reference)]).score / 100
+    return Marks(np.array([float(np.mean(s[metric])) for s in ordered]), np.array(chance), metric)
 
 
 @contextmanager

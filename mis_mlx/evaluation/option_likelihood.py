@@ -1,12 +1,12 @@
 """How likely each option is after its question: log-likelihoods, as lm-eval defines them. Streamed.
 
 A question is computed once for all of its options, which do not see each other; several questions share a sequence of
-tokens, and nothing is padded. Does not know which option is right, nor where results go.
+tokens, and nothing is padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,11 @@ def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
         wholes = [[*before, *tokenizer.encode(option, add_special_tokens=False)] for option in options]
     else:
         wholes = [list(tokenizer.encode(bare + option)) for option in options]
-    found = [whole[len(before) :] for whole in wholes]
-    if not all(found):
-        lost = options[found.index([])]
+    added = [whole[len(before) :] for whole in wholes]
+    if not all(added):
+        lost = options[added.index([])]
         raise MisError(f"the option {lost[:40]!r} adds no token to {bare[-40:]!r}: write it so that it begins a word")
-    return before, found
+    return before, added
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,24 @@ def length(e: Encoded) -> int:
     return len(e[0]) + sum(len(option) - 1 for option in e[1])
 
 
+def grouped(numbers: Iterable[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """The numbers in groups whose lengths together are at most `most`; what is longer is alone."""
+    group, taken = list[int](), 0
+    for number in numbers:
+        if group and taken + lengths[number] > most:
+            yield group
+            group, taken = [], 0
+        group.append(number)
+        taken += lengths[number]
+    if group:
+        yield group
+
+
 def packs(encoded: Sequence[Encoded], rows: int = ROWS) -> Iterator[Pack]:
-    """All questions, those of like length together, in sequences of up to `rows` tokens; a longer one is alone."""
-    held, taken = list[int](), 0
-    for number in sorted(range(len(encoded)), key=lambda n: -length(encoded[n])):
-        if held and taken + length(encoded[number]) > rows:
-            yield _pack(encoded, held)
-            held, taken = [], 0
-        held.append(number)
-        taken += length(encoded[number])
-    if held:
-        yield _pack(encoded, held)
+    """All questions, those of like length together, in sequences of up to `rows` tokens."""
+    lengths = list(map(length, encoded))
+    for which in grouped(sorted(range(len(encoded)), key=lambda n: -lengths[n]), lengths, rows):
+        yield _pack(encoded, which)
 
 
 def _pack(encoded: Sequence[Encoded], which: Sequence[int]) -> Pack:
@@ -115,23 +122,23 @@ def score(stream: Stream, encoded: Sequence[Encoded], rows: int = ROWS) -> list[
             settle(hidden[b])
     hidden = stream.norm(hidden)
     head, vocab = stream.head(), shape_of(stream.checkpoint.config).vocab
-    found = [[0.0] * len(options) for _, options in encoded]
+    sums = [[0.0] * len(options) for _, options in encoded]
     for b, p in enumerate(own):
         for (question, option), value in zip(p.owner, _logps(head, hidden[b][0], p, vocab), strict=True):
-            found[question][option] += float(value)
-    for theirs in distributed.gather([(n, found[n]) for p in own for n in p.which]):
+            sums[question][option] += float(value)
+    for theirs in distributed.gather([(n, sums[n]) for p in own for n in p.which]):
         for n, values in theirs:
-            found[n] = values
-    return found
+            sums[n] = values
+    return sums
 
 
 def _logps(head: Any, hidden: mx.array, p: Pack, vocab: int) -> np.ndarray:
     """(P,) log-probabilities; no row of logits is made twice, and few are there at once."""
     used, at = np.unique(p.row, return_inverse=True)
-    found, step = np.zeros(len(at)), chunk_rows(vocab)
+    logps, step = np.zeros(len(at)), chunk_rows(vocab)
     for start in range(0, len(used), step):
         z = load.logits(head, hidden[mx.array(used[start : start + step])]).astype(mx.float32)
         mine = np.flatnonzero((at >= start) & (at < start + step))
         row = mx.array(at[mine] - start)
-        found[mine] = np.array(z[row, mx.array(p.token[mine])] - mx.logsumexp(z, axis=-1)[row])
-    return found
+        logps[mine] = np.array(z[row, mx.array(p.token[mine])] - mx.logsumexp(z, axis=-1)[row])
+    return logps

@@ -1,11 +1,10 @@
-"""Questions with known answers, from rows in JSONL: choice, cloze, checked answers, translation. All rows are judged.
+"""Questions with known answers, from rows in JSONL: choice, cloze, checked answers. All rows are judged.
 
-Knows no tokenizer, no model and no score. A file holds rows of one kind and is one task, named like the file:
+A file holds rows of one kind and is one task, named like the file:
 
-    choice        {"question", "options", "answer"}   which option is likeliest after the question; "question" may be ""
-    cloze         {"text", "options", "answer"}       which option fits the blank ___ of the text
-    checked       {"prompt", "answer"}                the model writes; its last line is compared with the answer
-    translation   {"source", "target", "from", "to"}  the model writes; chrF against the target
+    choice   {"question", "options", "answer"}   which option is likeliest after the question; "question" may be ""
+    cloze    {"text", "options", "answer"}       which option fits the blank ___ of the text
+    checked  {"prompt", "answer"}                the model writes; its last line is compared with the answer
 
 "answer" is one of the options. "language" may be "pl" or "en" and decides between "Odpowiedź:" and "Answer:".
 """
@@ -14,25 +13,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from mis_mlx.data import examples, rows
-from mis_mlx.data.generated_tasks import MARK
+from mis_mlx.data import rows
 from mis_mlx.types import MisError
 
-Kind = Literal["choice", "checked", "translation"]
-SHAPES = {
+Kind = Literal["choice", "checked"]
+SHAPES: rows.Shapes = {
     "choice": ("question", "options", "answer"),
     "cloze": ("text", "options", "answer"),
     "checked": ("prompt", "answer"),
-    "translation": ("source", "target", "from", "to"),
 }
 BLANK = "___"
+MARK = {"en": "Answer", "pl": "Odpowiedź"}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Task:
     @property
     def sha256(self) -> str:
         """Of everything that decides the answers, in hex."""
-        asked = [self.kind, self.max_tokens, [[q.context, q.answer, q.language, *q.options] for q in self.questions]]
-        return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+        decisive = [self.kind, self.max_tokens, [[q.context, q.answer, q.language, *q.options] for q in self.questions]]
+        return hashlib.sha256(json.dumps(decisive, ensure_ascii=False).encode()).hexdigest()
 
     def chosen(self, count: int) -> Task:
         """`count` of its questions, spread evenly, or all when there are fewer."""
@@ -79,15 +79,13 @@ class Task:
 
 def constant(task: Task) -> tuple[float, str]:
     """(share, answer) of U Zośki, who always recommends the same: the best constant, by name or place in the list."""
-    asked, counts = task.questions, dict[str, int]()
-    if task.kind == "translation":
-        return 0.0, "nothing"
-    for q in asked:
+    counts = dict[str, int]()
+    for q in task.questions:
         place = [f"option {q.right + 1}"] if q.options else []
-        for said in [*place, f"“{q.answer.strip()}”"]:
-            counts[said] = counts.get(said, 0) + 1
-    best = max(counts, key=lambda said: counts[said])
-    return counts[best] / len(asked), best
+        for answer in [*place, f"“{q.answer.strip()}”"]:
+            counts[answer] = counts.get(answer, 0) + 1
+    best = max(counts, key=lambda answer: counts[answer])
+    return counts[best] / len(task.questions), best
 
 
 def folder(path: Path) -> list[Task]:
@@ -100,45 +98,28 @@ def folder(path: Path) -> list[Task]:
 
 def file(path: Path) -> Task:
     """One file's rows as a task."""
-    found, problems = list[dict](), list[str]()
-    for number, value, unread in rows.parsed(path):
-        if why := unread or fault(value):
-            problems.append(f"{path.name} line {number}: {why}")
-        elif isinstance(value, dict):
-            found.append(value)
-    if not found and not problems:
+    good, problems = rows.judged(path, fault)
+    if not good and not problems:
         raise MisError(f"{path} is empty: put questions there, one JSON object per line, or remove it")
-    kinds = sorted({shape_of(row) or "" for row in found})
+    kinds = sorted({rows.shape_of(row, SHAPES) or "" for row, _ in good})
     if len(kinds) > 1:
         problems.append(f"{path.name}: holds rows of {' and '.join(kinds)}, a task is of one kind")
-    examples.refuse(problems)
-    return task(path.stem, found, f"{len(found)} rows of {path.name}")
-
-
-def shape_of(row: Mapping) -> str | None:
-    """The first of SHAPES whose keys the row has."""
-    return next((name for name, keys in SHAPES.items() if all(key in row for key in keys)), None)
+    rows.refuse(problems)
+    return task(path.stem, [row for row, _ in good], f"{len(good)} rows of {path.name}")
 
 
 def fault(row: object) -> str | None:
     """Why `row` is no question, or None when it is one."""
-    if not isinstance(row, dict):
-        return "not an object"
-    shape = shape_of(row)
-    if shape is None:
-        keys = ", ".join(ascii(key)[:40] for key in list(row)[:4]) or "none"
-        wanted = "; ".join(" ".join(keys) for keys in SHAPES.values())
-        return f"its keys are {keys}; a row has {wanted}"
+    no_question = isinstance(row, dict) and row.get("question") == ""
+    if reason := rows.fault({**row, "question": BLANK} if no_question else row, SHAPES):  # type: ignore[dict-item]
+        return reason
+    assert isinstance(row, dict)
     if row.get("language") not in (None, *MARK):
         return f"'language' is {row['language']!r}, known are {', '.join(MARK)}"
-    texts = [key for key in SHAPES[shape] if key != "options" and not (key == "question" and row[key] == "")]
-    if reason := next((why for key in texts if (why := rows.text_fault(key, row[key]))), None):
-        return reason
-    if "options" not in SHAPES[shape]:
-        return None
+    shape = rows.shape_of(row, SHAPES)
     if shape == "cloze" and row["text"].count(BLANK) != 1:
         return f"'text' has {row['text'].count(BLANK)} blanks {BLANK}, a cloze has one"
-    return _options_fault(row["options"], row["answer"])
+    return None if shape == "checked" else _options_fault(row["options"], row["answer"])
 
 
 def _options_fault(options: object, answer: str) -> str | None:
@@ -151,31 +132,28 @@ def _options_fault(options: object, answer: str) -> str | None:
     return None if answer in options else f"the answer {answer[:40]!r} is none of its {len(options)} options"
 
 
-def task(name: str, found: Iterable[Mapping], about: str, per_character: bool = False, max_tokens: int = 128) -> Task:
+def task(name: str, questions: Sequence[Mapping], about: str, per_character: bool = False) -> Task:
     """Rows that `fault` finds nothing wrong with, of one kind, as a task."""
-    listed = list(found)
-    shape = shape_of(listed[0])
-    kind: Kind = "checked" if shape == "checked" else "translation" if shape == "translation" else "choice"
-    return Task(name, kind, tuple(map(_question, listed)), about, per_character, max_tokens)
+    made = tuple(_question(row) for row in questions)
+    return Task(name, "choice" if made[0].options else "checked", made, about, per_character)
 
 
 def _question(row: Mapping) -> Question:
-    language = row.get("language")
-    match shape_of(row):
-        case "checked":
-            return Question(row["prompt"], row["answer"], language=language)
-        case "translation":
-            asked = f"Translate from {row['from']} to {row['to']}. Write the translation only.\n\n{row['source']}"
-            return Question(asked, row["target"])
-        case "cloze":
-            before, after = row["text"].split(BLANK)
-            context, options = before.rstrip(" "), row["options"]
-            space = " " * (len(before) - len(context))
-            return _choice(context, [f"{space}{o}{after}" for o in options], row)
-    asked = f"{row['question'].rstrip()}\n{MARK[language or 'en']}:" if row["question"] else ""
-    return _choice(asked, [f" {o}" if asked else o for o in row["options"]], row)
+    shape = rows.shape_of(row, SHAPES)
+    if shape == "checked":
+        return Question(row["prompt"], row["answer"], language=row.get("language"))
+    if shape == "cloze":
+        before, after = row["text"].split(BLANK)
+        context = before.rstrip(" ")
+        space = " " * (len(before) - len(context))
+        options = [f"{space}{option}{after}" for option in row["options"]]
+    else:
+        context = f"{row['question'].rstrip()}\n{MARK[row.get('language') or 'en']}:" if row["question"] else ""
+        options = [f" {option}" if context else option for option in row["options"]]
+    return Question(context, row["answer"], tuple(options), row["options"].index(row["answer"]), row.get("language"))
 
 
-def _choice(context: str, options: Sequence[str], row: Mapping) -> Question:
-    right = row["options"].index(row["answer"])
-    return Question(context, row["answer"], tuple(options), right, row.get("language"))
+def some(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
+    """`count` different items in drawn order, by rng.random() alone: a seed means the same under every Python."""
+    left = list(items)
+    return [left.pop(int(rng.random() * len(left))) for _ in range(count)]

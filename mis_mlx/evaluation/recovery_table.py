@@ -61,12 +61,12 @@ class Outcome:
         for name, marks in self.marks.items():
             models[name] = {"score": interval(marks), "recovery": self.recovered(name), "marks": marks.tolist()}
             models[name] |= {"less_teacher": self.difference(name)}
-        said = {"task": self.task, "about": self.about, "sha256": self.sha256, "n": len(self.chance)}
+        about = {"task": self.task, "about": self.about, "sha256": self.sha256, "n": len(self.chance)}
         constant = dict(zip(("share", "answer"), self.constant, strict=True)) if self.constant else None
         overlap = dict(zip(("shared", "looked_up"), self.overlap, strict=True)) if self.overlap else None
         facts = {"chance": float(self.chance.mean()), "u_zoski": constant, "contamination": overlap}
         facts["uniform"] = None if self.uniform is None else float(self.uniform.mean())
-        return said | facts | {"models": models}
+        return about | facts | {"models": models}
 
 
 def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
@@ -99,46 +99,52 @@ def _scores(o: Outcome) -> list[str]:
 def _recoveries(o: Outcome) -> list[str]:
     cells = [o.task]
     for name in list(o.marks)[1:]:
-        found = o.recovered(name)
-        cells.append("–" if found is None else f"{found[0]:.0%} [{found[1]:.0%}, {found[2]:.0%}]")
+        share = o.recovered(name)
+        cells.append("–" if share is None else f"{share[0]:.0%} [{share[1]:.0%}, {share[2]:.0%}]")
     return cells
 
 
 def findings(outcomes: Sequence[Outcome]) -> list[str]:
     """What can be said, and what cannot, in sentences."""
-    said = []
+    lines = []
     knows = [o for o in outcomes if o.knows]
     if ignorant := [o.task for o in outcomes if not o.beats_chance]:
-        said.append(f"The teacher is not better than chance on {_and(ignorant)}: there is nothing to recover (–).")
+        lines.append(f"The teacher is not better than chance on {_and(ignorant)}: there is nothing to recover (–).")
     if counting := [o.task for o in outcomes if o.beats_chance and not o.knows]:
-        said.append(f"On {_and(counting)} the teacher is not better than a model to which all tokens are equally "
-                    "likely (uniform), and which takes the option of the fewest: no evidence of knowledge, "
-                    "nothing to recover (–).")  # fmt: skip
+        uniform = "a model to which all tokens are equally likely (uniform), and which takes the option of the fewest"
+        lines.append(
+            f"On {_and(counting)} the teacher is not better than {uniform}: no evidence of knowledge, nothing to "
+            "recover (–)."
+        )
     if beaten := [o for o in knows if o.constant and interval(o.teacher - o.constant[0])[1] <= 0]:
         answers = _and([f"{o.task} ({o.constant[1]})" for o in beaten if o.constant])
-        said.append(f"U Zośki, who always says the same, does as well as the teacher on {answers}.")
+        lines.append(f"U Zośki, who always says the same, does as well as the teacher on {answers}.")
     if alike := [o for o in outcomes if any(len(set(marks)) == 1 for marks in o.marks.values())]:
         most = max(RULE_OF_THREE / len(o.chance) for o in alike)
-        said.append(f"Where all answers are right, or all wrong ({_and([o.task for o in alike])}), ± 0 means no spread "
-                    f"was seen; up to {most:.0%} the other way fits as well.")  # fmt: skip
+        lines.append(
+            f"Where all answers are right, or all wrong ({_and([o.task for o in alike])}), ± 0 means no spread was "
+            f"seen; up to {most:.0%} the other way fits as well."
+        )
     for name in list(outcomes[0].marks)[1:]:
         below = [o.task for o in outcomes if o.difference(name)[2] < 0]
         above = [o for o in outcomes if o.difference(name)[0] > 0]
         same = [o.task for o in knows if o.task not in below]
         if below:
-            said.append(f"{name} is worse than the teacher, by more than the noise, on {_and(below)}.")
+            lines.append(f"{name} is worse than the teacher, by more than the noise, on {_and(below)}.")
         if same:
-            said.append(f"Between {name} and the teacher no loss can be told from noise on {_and(same)}.")
+            lines.append(f"Between {name} and the teacher no loss can be told from noise on {_and(same)}.")
         if above:
-            said.append(_lucky(name, above, len(outcomes)))
+            lines.append(_lucky(name, above, len(outcomes)))
     shared = [f"{o.overlap[0]} of {o.overlap[1]} in {o.task}" for o in outcomes if o.overlap and o.overlap[0]]
     looked = [o for o in outcomes if o.overlap]
     if looked:
         total = sum(o.overlap[1] for o in looked if o.overlap)
-        found = f"{_and(shared)} share" if shared else f"none of {total} shares"
-        said.append(f"Contamination: of the questions that could be looked up, {found} 13 words in a row (or all words "
-                    "of a shorter one) with the text the students were distilled on.")  # fmt: skip
-    return said
+        share = f"{_and(shared)} share" if shared else f"none of {total} shares"
+        lines.append(
+            f"Contamination: of the questions that could be looked up, {share} 13 words in a row (or all words of a "
+            "shorter one) with the text the students were distilled on."
+        )
+    return lines
 
 
 def _lucky(name: str, above: Sequence[Outcome], count: int) -> str:

@@ -1,33 +1,41 @@
 """What students are examined in: names and folders become tasks; what is not here is fetched.
 
-Does not know models. Names: `builtin` and its parts, `dialects` and their slots, `polish-offline` and its parts,
-`continue`, `text` (held-out loss), `polish`, `english` and `lm_eval/ID` (lm-eval's own, see evaluation/lm_eval_tasks).
+Names: `builtin` and its parts, `dialects` and their slots, `polish-offline` and its parts, `continue`, `text` (held-out
+loss), `polish`, `english` and `lm_eval/ID` (lm-eval's own, see evaluation/lm_eval_tasks).
 """
 
 from __future__ import annotations
 
 import difflib
+import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mis_mlx import cli
-from mis_mlx.data import examples, generated_tasks, sources
-from mis_mlx.evaluation import contamination, questions, reward_runner
+from mis_mlx.data import rows, sources
+from mis_mlx.evaluation import contamination, questions, rewards
 from mis_mlx.evaluation.questions import Task
-from mis_mlx.evaluation.sets import continuations, dialects, minimal_pairs, polish_exams
+from mis_mlx.evaluation.sets import dialects, polish_exams
 from mis_mlx.hardware.wheels import download_wheel, unpack_debian
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 
 TEXT, CONTINUE, HARNESS = "text", "continue", "lm_eval/"
-KINDS = {"maths": ("sums", "two-digit-sums"), "bus": ("bus",), "cooking": ("recipe",), "logic": ("logic",)}
-GRAMMAR: dict[str, generated_tasks.Language] = {"grammar-en": "en", "grammar-pl": "pl"}
-WRITTEN = "-written"  # behind the name of a generated task: the model writes, instead of choosing
+BUILT_IN = Path(__file__).parent / "sets" / "built_in"  # of our own making: benchmarks/task_files.py
+WRITTEN = "-written"  # behind the name of a built-in task: the model writes, instead of choosing
+_PROBLEMS = ("maths", "bus", "cooking", "logic")
+ABOUT = {
+    **{name: "generated, half English, half Polish; the right answer against a likely slip" for name in _PROBLEMS},
+    "grammar-en": "pairs of our own, one breaks a rule",
+    "grammar-pl": "pairs of our own, one breaks a rule",
+    **{f"{name}{WRITTEN}": "generated, half English, half Polish; the model's last line is checked"
+       for name in _PROBLEMS},
+}  # fmt: skip
 PRESETS: dict[str, tuple[str, ...]] = {
-    "builtin": (*KINDS, *GRAMMAR, CONTINUE, f"maths{WRITTEN}", TEXT),
+    "builtin": (*_PROBLEMS, "grammar-en", "grammar-pl", CONTINUE, f"maths{WRITTEN}", TEXT),
     "polish-offline": tuple(polish_exams.SETS),
     "polish": ("lm_eval/belebele_pol_Latn", "lm_eval/polemo2_in", "lm_eval/multiblimp_pol",
                "lm_eval/arc_challenge_mt_pl", "lm_eval/include_base_44_polish", "lm_eval/global_mmlu_full_pl"),
@@ -50,7 +58,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
 
     data: whose held-out part `continue` is made of, as --data. All rows are judged here, before any model is asked.
     """
-    found, harness, text = list[Task](), list[str](), False
+    tasks, harness, text = list[Task](), list[str](), False
     parts = [part for preset in names for part in PRESETS.get(preset, (preset,))]
     ours = any(name != TEXT and not name.startswith(HARNESS) for name in parts)
     known = contamination.Known(contamination.training_words(data) if ours else [])
@@ -60,26 +68,27 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
         elif name.startswith(HARNESS):
             harness.append(name.removeprefix(HARNESS))
         else:
-            found += [
-                task.chosen(count) for task in (_continued(data, known) if name == CONTINUE else _named(name, count))
-            ]
-    for task in found:
+            tasks += _named(name, count) if name != CONTINUE else [t.chosen(count) for t in _continued(data, known)]
+    for task in tasks:
         if task.kind == "checked":
-            rows = [{"answer": q.answer, "language": q.language} for q in task.questions]
-            where = [f"{task.name} question {n + 1}" for n in range(len(rows))]
-            examples.refuse(reward_runner.unanswerable(reward_runner.functions("correct", None, None), rows, where))
-    called = [task.name for task in found]
+            keys = [{"answer": q.answer, "language": q.language} for q in task.questions]
+            where = [f"{task.name} question {n + 1}" for n in range(len(keys))]
+            rows.refuse(rewards.unanswerable(rewards.functions("correct", None), keys, where))
+    called = [task.name for task in tasks]
     if twice := sorted({name for name in called if called.count(name) > 1}):
         raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")
-    return Subjects(tuple(found), tuple(harness), text, known)
+    return Subjects(tuple(tasks), tuple(harness), text, known)
 
 
 def _named(name: str, count: int) -> list[Task]:
-    plain = name.removesuffix(WRITTEN)
-    if plain in KINDS:
-        return [_generated(name, KINDS[plain], count, plain != name)]
-    if name in GRAMMAR:
-        return [questions.task(name, minimal_pairs.rows(GRAMMAR[name], count), "pairs of our own, one breaks a rule")]
+    """The task or tasks of a name or folder, `count` questions of each."""
+    if name in ABOUT:
+        task = questions.file(BUILT_IN / f"{name}.jsonl")
+        return [replace(task, questions=task.questions[:count], about=ABOUT[name], max_tokens=64)]
+    return [task.chosen(count) for task in _brought(name)]
+
+
+def _brought(name: str) -> list[Task]:
     if name in polish_exams.SETS:
         return [polish_exams.task(name, _exams())]
     if name in dialects.SLOTS:
@@ -91,48 +100,55 @@ def _named(name: str, count: int) -> list[Task]:
         return dialects.tasks(folder.name, dialects.read(folder.name, folder), f"brought by you in {folder.name}")
     if folder.is_dir():
         return questions.folder(folder)
-    written = [f"{kind}{WRITTEN}" for kind in KINDS]
-    known = [*PRESETS, *KINDS, *written, *GRAMMAR, *polish_exams.SETS, CONTINUE, "dialects", *dialects.SLOTS, TEXT]
+    known = [*PRESETS, *ABOUT, *polish_exams.SETS, CONTINUE, "dialects", *dialects.SLOTS, TEXT]
     near = difflib.get_close_matches(name, known, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
     raise MisError(f"--tasks names {name}, which is no task and no folder: {hint}")
 
 
-def _generated(name: str, kinds: Sequence[str], count: int, written: bool) -> Task:
-    """Problems of data/generated_tasks kept for evaluation, half English, half Polish: answered in writing, or of two
-    answers the right one is to be likelier."""
-    rows, made = generated_tasks.rows("test", 0, count, kinds), []
-    for number, row in enumerate(rows):
-        said: dict = {key: row[key] for key in ("prompt", "answer", "language")}
-        if not written:
-            wrong = row["rejected"].rpartition(f"{generated_tasks.MARK[row['language']]}: ")[2]  # type: ignore[index]
-            both = [row["answer"], wrong] if number // 2 % 2 else [wrong, row["answer"]]
-            bare = row["prompt"].partition(f" {generated_tasks.END[row['language']].partition('{')[0]}")[0]  # type: ignore[index]
-            said = {"question": bare, "options": both, "answer": row["answer"], "language": row["language"]}
-        made.append(said)
-    how = "the model's last line is checked" if written else "the right answer against a likely slip"
-    return questions.task(name, made, f"generated, half English, half Polish; {how}", max_tokens=64)
-
-
 def _continued(data: str | None, known: contamination.Known) -> list[Task]:
     """Of both built-in texts, or of the user's. Places that the training text has too are left out."""
     chosen = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": sources.MIS}
-    made = []
+    tasks = []
     for name, source in chosen.items():
-        rows = continuations.rows([contamination.text_of(row) for row in sources.load(source).test])
-        task = questions.task(name, rows, "", per_character=True)
+        places = _places([contamination.text_of(row) for row in sources.load(source).test])
+        task = questions.task(name, places, "", per_character=True)
         new = tuple(q for q in task.questions if not known.holds(q))
         if len(new) < 2:
             raise MisError(
-                f"of {len(rows)} places in the held-out text {len(new)} share no 13 words with the training text, the "
-                f"task {CONTINUE} needs 2: give another test.jsonl, or leave the task out"
+                f"of {len(places)} places in the held-out text {len(new)} share no 13 words with the training text, "
+                f"the task {CONTINUE} needs 2: give another test.jsonl, or leave the task out"
             )
         about = (
             "held-out text; the next 6 words of 30 against three endings from elsewhere; places that share 13 words "
         )
-        about += f"in a row with the training text left out, {len(rows) - len(new)} of {len(rows)}"
-        made.append(replace(task, questions=new, about=about))
-    return made
+        about += f"in a row with the training text left out, {len(places) - len(new)} of {len(places)}"
+        tasks.append(replace(task, questions=new, about=about))
+    return tasks
+
+
+def _places(texts: Sequence[str]) -> list[dict]:
+    """Cloze rows of all places, which do not overlap, in order: 24 words, and which six come next; three wrong endings
+    are from elsewhere. MisError where there are too few to choose from."""
+    context, ending, others = 24, 6, 3
+    places = []
+    for text in texts:
+        words = text.split()
+        for start in range(0, len(words) - context - ending + 1, context + ending):
+            middle = start + context
+            places.append((" ".join(words[start:middle]), " ".join(words[middle : middle + ending])))
+    endings, cloze = sorted({end for _, end in places}), []
+    if len(endings) <= others:
+        raise MisError(
+            f"the held-out text has {len(endings)} places of {context + ending} words, the task {CONTINUE} needs "
+            f"{others + 1}: give a longer test.jsonl, or leave the task out"
+        )
+    for number, (before, right) in enumerate(places):
+        rng = random.Random(f"endings-{number}")
+        wrong = questions.some(rng, [other for other in endings if other != right], others)
+        options = questions.some(rng, [right, *wrong], others + 1)
+        cloze.append({"text": f"{before} {questions.BLANK}", "options": options, "answer": right})
+    return [row for row in cloze if questions.fault(row) is None]
 
 
 def _exams() -> Path:
@@ -185,16 +201,16 @@ def _fetch_silesian(folder: Path) -> None:
 
 def _dialects() -> list[Task]:
     """Of every slot that is filled, or can be; the empty ones are named."""
-    found, empty = list[Task](), list[str]()
+    tasks, empty = list[Task](), list[str]()
     for slot in dialects.SLOTS:
         try:
-            found += _dialect(slot)
+            tasks += _dialect(slot)
         except MisError as error:
             if (_slot(slot) / dialects.PAIRS).is_file():  # filled, with what does not pass
                 raise
             empty.append(slot)
             last = error
-    if not found:
+    if not tasks:
         raise last
     cli.say(f"empty slots: {', '.join(empty)}; {dialects.PAIRS} goes into {_slot('NAME')}")
-    return found
+    return tasks

@@ -1,7 +1,4 @@
-"""Bits for every matrix under a limit on their mean: the next bit goes where it saves most per bit.
-
-Knows costs and sizes. Does not know matrices.
-"""
+"""Bits for every matrix under a limit on their mean: the next bit goes where it saves most per bit."""
 
 from __future__ import annotations
 
@@ -33,12 +30,12 @@ def allocate(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int],
 
 def _hull(cost: Mapping[int, float], size: int) -> list[tuple[float, int, int]]:
     """[(cost saved, weights times bits added, bits then)] from the fewest bits on, steepest first."""
-    bits, found = sorted(cost), []
+    bits, steps = sorted(cost), []
     at = 0
     while at + 1 < len(bits):
         steepest = max(range(at + 1, len(bits)), key=lambda j: (cost[bits[at]] - cost[bits[j]]) / (bits[j] - bits[at]))
         if (saved := cost[bits[at]] - cost[bits[steepest]]) <= 0:
             break
-        found.append((saved, (bits[steepest] - bits[at]) * size, bits[steepest]))
+        steps.append((saved, (bits[steepest] - bits[at]) * size, bits[steepest]))
         at = steepest
-    return found
+    return steps

@@ -1,8 +1,8 @@
 """Importance of FFN neurons, query heads, hidden channels and blocks; AAIS; who is kept.
 
-Knows activations as arrays, not where they come from. Statistics are sums over calibration samples, so
-they add up in any order. AAIS is eq. (1) of the paper: I_j = |a_j| * T_env / h_npm, with |a_j| the root mean square
-over tokens, which picks better than Minitron's mean (benchmarks/recovery.py, neurons).
+Statistics are sums over calibration samples, so they add up in any order. AAIS is eq. (1) of the paper: I_j = |a_j| *
+T_env / h_npm, with |a_j| the root mean square over tokens, which picks better than Minitron's mean
+(benchmarks/recovery.py, neurons).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens from hidden states and a vocabulary head, chunk of positions by chunk.
 
-Knows arrays only. As in maths/losses, no (tokens x vocabulary) tensor of a whole batch is ever built; here each
-position has its own value and its own cotangent, so the way back makes the chunk's logits again.
+As in maths/losses, no (tokens x vocabulary) tensor of a whole batch is ever built; here each position has its own value
+and its own cotangent, so the way back makes the chunk's logits again.
 """
 
 from __future__ import annotations

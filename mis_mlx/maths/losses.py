@@ -1,12 +1,12 @@
 """Losses of distillation: forward KL on logits in chunks of positions, eq. (2)'s halny factor.
 
-Knows arrays only. Does not know models, files or the training loop. No (tokens x vocabulary) tensor of a
-whole batch is ever built: teacher and student enter as hidden states and meet the vocabulary chunk by chunk.
+No (tokens x vocabulary) tensor of a whole batch is ever built: teacher and student enter as hidden states and meet the
+vocabulary chunk by chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -21,10 +21,6 @@ Logits = Callable[[mx.array], mx.array]  # hidden (n, D) -> logits (n, V)
 def chunk_rows(vocab: int, limit_bytes: int = 256 * 2**20) -> int:
     """Positions per chunk so that the five float32 (n, V) tensors of `kl_sum` stay under `limit_bytes`."""
     return int(max(8, min(256, limit_bytes // (vocab * 4 * 5))))
-
-
-def _chunks(total: int, rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + rows, total)) for start in range(0, total, rows))
 
 
 def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
@@ -94,7 +90,7 @@ def sum_by_chunks(
     def forward(h: mx.array, w: mx.array = head) -> tuple[mx.array, ...]:
         loss, dw = mx.array(0.0), [] if frozen_head else [mx.zeros_like(w)]
         dh: list[mx.array] = []
-        for at in _chunks(h.shape[0], rows):
+        for at in (slice(start, start + rows) for start in range(0, h.shape[0], rows)):
             # Each chunk waits for all of the one before: else the scheduler begins them all, and holds all logits.
             waited: Any = mx.depends([h[at], loss, *(t[at] for t in targets)], [*dw, *dh[-1:]])
             part, loss, *target = waited

@@ -2,7 +2,6 @@
 
 AdamW's rules are mlx.optimizers', here in three kernels a weight, with the dog (a guard on loss and gradient norm) and
 the schedule.
-Does not know models' insides, files or the training loop.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Group-relative policy optimization: advantages of a group of answers, and the clipped loss of their tokens.
 
-Knows numbers only, no model and no text. Formulas: GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783), DAPO
-(arXiv 2503.14476); numbers agree with TRL 1.16. A loss is a sum and a count, as everywhere here, so micro-batches of
-any size add up to the same step.
+Formulas: GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476); numbers agree with TRL 1.16. A
+loss is a sum and a count, as everywhere here, so micro-batches of any size add up to the same step.
 """
 
 from __future__ import annotations

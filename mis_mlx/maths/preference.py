@@ -1,7 +1,4 @@
-"""Losses on pairs of answers: DPO, DPO-Positive, IPO and hinge, as pure functions of log-probabilities.
-
-Knows no model: an answer is its log-probability, summed over its tokens, under the policy and the reference.
-"""
+"""Losses on pairs of answers: DPO, DPO-Positive, IPO and hinge, as pure functions of log-probabilities."""
 
 from __future__ import annotations
 
@@ -13,11 +10,6 @@ import mlx.nn as nn
 LossType = Literal["dpop", "sigmoid", "ipo", "hinge"]
 
 
-def rewards(policy: mx.array, reference: mx.array) -> mx.array:
-    """r = log pi(y|x) - log pi_ref(y|x) of every answer, (B,): DPO's implicit reward over beta."""
-    return policy - reference
-
-
 def pair_losses(
     chosen: mx.array,
     rejected: mx.array,
@@ -27,8 +19,9 @@ def pair_losses(
     chosen_tokens: mx.array | float = 1.0,
     rejected_tokens: mx.array | float = 1.0,
 ) -> mx.array:
-    """(B,) losses of pairs with `rewards` chosen and rejected, (B,) each, and so many tokens in the answers.
+    """(B,) losses of pairs whose answers have rewards r_w, chosen, and r_l, rejected, (B,) each, and so many tokens.
 
+    r = log pi(y|x) - log pi_ref(y|x): DPO's implicit reward over beta.
     sigmoid: -log sigma(beta (r_w - r_l)) (arXiv 2305.18290 eq. 7).
     dpop: -log sigma(beta (r_w - r_l - lambda max(0, -r_w))) (arXiv 2402.13228 eq. 3): lambda stands inside beta and
         inside sigma; it pushes back as soon as the chosen answer becomes less likely than it was. At r_w = 0, where

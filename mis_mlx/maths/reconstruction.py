@@ -1,6 +1,6 @@
 """Least squares on streamed statistics: the change of a linear layer that best mends its output.
 
-Knows activations and residuals as arrays. Does not know models. Sums are float64 and merge in any order.
+Sums are float64 and merge in any order.
 """
 
 from __future__ import annotations
@@ -42,8 +42,5 @@ class NormalEquations:
         size = len(self.gram)
         damped = self.gram + (ridge * np.trace(self.gram) / size + 1e-300) * np.eye(size)
         update = np.linalg.solve(damped, self.cross)
-        return update.T, self._left(update)
-
-    def _left(self, update: np.ndarray) -> float:
         after = self.before - 2 * (update * self.cross).sum() + (update * (self.gram @ update)).sum()
-        return float(after / self.before) if self.before else 1.0
+        return update.T, float(after / self.before) if self.before else 1.0

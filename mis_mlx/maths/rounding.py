@@ -1,7 +1,4 @@
-"""Round a matrix to one of MLX's formats: each weight to its nearest value, or so that its output changes least.
-
-Knows a matrix, and the gram matrix of what goes into it. Does not know models or files.
-"""
+"""Round a matrix to one of MLX's formats: each weight to its nearest value, or so that its output changes least."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Sparse targets: tokens sampled from a teacher (unbiased), and the forward KL against them.
 
-Knows arrays only. Does not know where targets are kept or which model made them. As in maths/losses, the
-student's logits exist chunk by chunk and the gradient is formed in the pass that forms the loss.
+As in maths/losses, the student's logits exist chunk by chunk and the gradient is formed in the pass that forms the
+loss.
 """
 
 from __future__ import annotations
@@ -27,20 +27,16 @@ def sample(logits: mx.array, count: int, seed: int, first: int) -> tuple[np.ndar
     random = np.random.Generator(np.random.Philox(key=seed, counter=first * blocks))
     drawn = []
     uniform = np.sort(random.random((len(logits), 4 * blocks))[:, :count], axis=1)
-    for p, u in zip(_softmax(logits), uniform, strict=True):
+    shares = np.array(mx.softmax(logits.astype(mx.float32), axis=-1))
+    if not np.isfinite(shares[:, 0]).all():  # softmax spreads one NaN over its row
+        raise MisError("the teacher's logits are not numbers: it overflows in this precision, use another teacher")
+    for p, u in zip(shares, uniform, strict=True):
         cdf = np.cumsum(p, dtype=np.float64)  # in float32 it would drift over a whole vocabulary
         # u < 1, but u * total may round up to the total, which no token's share exceeds.
         u = np.minimum(u * cdf[-1], np.nextafter(cdf[-1], 0.0))
         drawn.append(np.unique(np.searchsorted(cdf, u, side="right"), return_counts=True))
     ids, counts = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     return np.array([len(i) for i, _ in drawn]), ids, counts
-
-
-def _softmax(logits: mx.array) -> np.ndarray:
-    p = np.array(mx.softmax(logits.astype(mx.float32), axis=-1))
-    if not np.isfinite(p[:, 0]).all():  # softmax spreads one NaN over its row
-        raise MisError("the teacher's logits are not numbers: it overflows in this precision, use another teacher")
-    return p
 
 
 def sampled_kl_sum(
@@ -63,13 +59,9 @@ def sampled_kl_sum(
 
     def formula(z: mx.array, ids: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
         p, lse = softmax_lse(z)
-        kl = (w * (_log(w) - mx.take_along_axis(z, ids, axis=-1) + lse[:, None])).sum(axis=-1)
+        log_w = mx.log(mx.maximum(w, TINY))  # finite at 0, so that 0 log 0 is 0
+        kl = (w * (log_w - mx.take_along_axis(z, ids, axis=-1) + lse[:, None])).sum(axis=-1)
         row = mx.arange(len(z))[:, None]
         return kl, (p * w.sum(axis=-1, keepdims=True)).at[row, ids].add(-w)  # adds: a filled-up id may come twice
 
     return sum_by_chunks(formula, student, head, (ids, weights), learn, rows, frozen_head)
-
-
-def _log(q: mx.array) -> mx.array:
-    """log q, finite at 0, so that 0 log 0 is 0."""
-    return mx.log(mx.maximum(q, TINY))

@@ -10,10 +10,10 @@ RESAMPLES = 2000
 LEAST_FOR_P95 = 20
 
 
-def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+def interval(values: np.ndarray) -> tuple[float, float, float]:
     """(mean, low, high): percentile bootstrap over the first axis, 95 %, always the same for the same values."""
     values = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(0, len(values), size=(RESAMPLES, len(values)))
+    draws = np.random.default_rng(0).integers(0, len(values), size=(RESAMPLES, len(values)))
     low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
 
@@ -21,13 +21,13 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
 def summary(values: Sequence[float]) -> dict[str, float]:
     """{mean, sd, median, n}, and p95 where there are 20 values or more: fewer do not have one. sd: of a sample."""
     v = np.asarray(values, dtype=np.float64)
-    found = {"mean": v.mean(), "sd": v.std(ddof=1) if len(v) > 1 else 0.0, "median": np.median(v)}
+    figures = {"mean": v.mean(), "sd": v.std(ddof=1) if len(v) > 1 else 0.0, "median": np.median(v)}
     if len(v) >= LEAST_FOR_P95:
-        found["p95"] = np.percentile(v, 95)
-    return {name: float(value) for name, value in found.items()} | {"n": len(v)}
+        figures["p95"] = np.percentile(v, 95)
+    return {name: float(value) for name, value in figures.items()} | {"n": len(v)}
 
 
-def recovery(student: np.ndarray, teacher: np.ndarray, chance: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+def recovery(student: np.ndarray, teacher: np.ndarray, chance: np.ndarray) -> tuple[float, float, float]:
     """(value, low, high) of (student - chance) / (teacher - chance): the share of what the teacher knows that is left.
 
     student, teacher, chance: (n,) marks of the same questions. The bootstrap is paired: every draw takes the same
@@ -36,7 +36,7 @@ def recovery(student: np.ndarray, teacher: np.ndarray, chance: np.ndarray, seed:
     """
     above = np.asarray(student, np.float64) - chance
     most = np.asarray(teacher, np.float64) - chance
-    draws = np.random.default_rng(seed).integers(0, len(most), size=(RESAMPLES, len(most)))
+    draws = np.random.default_rng(0).integers(0, len(most), size=(RESAMPLES, len(most)))
     drawn, whole = above[draws].mean(axis=1), most[draws].mean(axis=1)
     low, high = np.percentile(drawn[whole > 0] / whole[whole > 0], [2.5, 97.5])
     return float(above.mean() / most.mean()), float(low), float(high)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,9 @@ def test_answers_are_kept_and_used(llama: Checkpoint) -> None:
     path = answering.kept(sha256, task.sha256)
     before = path.read_bytes()
     assert answering.marks(llama, sha256, task, limit).tolist() == right and path.read_bytes() == before
-    turned = {"n": 0, "ll": [float(k != 1 - task.questions[0].right) for k in range(len(task.questions[0].options))]}
-    path.write_text(path.read_text() + json.dumps(turned) + "\n")
-    assert answering.marks(llama, sha256, task, limit)[1:].tolist() == right[1:]
+    odd = {"n": 0, "text": "one\u2028two\x85three"}  # U+2028 ends a line for Python, not for JSON
+    path.write_text(json.dumps(odd, ensure_ascii=False) + "\n", "utf-8")
+    assert answering.read(path) == {0: odd}
 
 
 def test_a_stopped_run_goes_on(llama: Checkpoint) -> None:
@@ -93,34 +92,22 @@ def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
         answering.plan(llama, "0" * 64, task, Budget(MIB))
 
 
-def test_a_text_with_odd_line_ends_is_read_back(cache: Path) -> None:
-    """U+2028 ends a line for Python, not for JSON."""
-    row = {"n": 0, "text": "one\u2028two\x85three", "mark": 1.0}
-    path = cache / "kept.jsonl"
-    path.parent.mkdir()
-    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
-    assert answering.read(path) == {0: row}
-
-
-def test_another_model_or_task_has_answers_of_its_own(tmp_path: Path, llama: Checkpoint) -> None:
-    """One weight, the tokenizer or a question changed: another place. A copy elsewhere: the same."""
+def test_another_model_task_version_or_type_has_answers_of_its_own(
+    tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One weight, the tokenizer, a question, our code or what computes changed: another place. A copy: the same."""
     one = load.open_checkpoint(tiny.make(tmp_path / "one"))
     other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))
     assert answering.sha256(one) == answering.sha256(llama) != answering.sha256(other)
     (one.path / "tokenizer.json").write_text((one.path / "tokenizer.json").read_text() + " ")
     assert answering.sha256(load.open_checkpoint(one.path)) != answering.sha256(llama)
     assert quiz(30).sha256 != quiz(31).sha256
-
-
-def test_answers_come_from_this_version_and_type(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another version of the code kept, or another type computed, is asked again; the same one is found again."""
-    assert answering.VERSION == 2  # 1 kept marks of 4-bit models that later passes on Metal had got wrong
-    seen = []
-    for word, version in (("cpu", 2), ("metal", 2), ("cpu", 1), ("cpu", 2)):
-        monkeypatch.setenv(policy.POLICY, word)
-        monkeypatch.setattr(answering, "VERSION", version)
-        seen.append(answering.sha256(llama))
-    assert seen[0] == seen[3] and len({*seen}) == 3
+    before = answering.sha256(llama)
+    monkeypatch.setattr(answering, "VERSION", 1)
+    assert answering.sha256(llama) != before
+    monkeypatch.setattr(answering, "VERSION", 2)
+    monkeypatch.setenv(policy.POLICY, {"cpu": "metal", "metal": "cpu"}[policy.name()])
+    assert answering.sha256(llama) != before
 
 
 def test_options_of_unlike_length_are_compared_per_character(llama: Checkpoint) -> None:
@@ -159,7 +146,7 @@ def test_a_question_too_long_is_named_before_any_is_asked(llama: Checkpoint) -> 
 def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> None:
     """Right, wrong and none, by the verifier that training uses; a model that babbles has 0."""
     rows = [{"prompt": "How much is 2 + 2?", "answer": "4", "language": "en"}] * 3
-    task = questions.task("written", rows, "", max_tokens=8)
+    task = replace(questions.task("written", rows, ""), max_tokens=8)
     texts = ["2 + 2 = 4\nAnswer: 4", "Answer: 5", "who knows"]
     assert answering._checked(task, range(3), texts) == [1.0, 0.0, 0.0]
     marks = answering.marks(llama, "0" * 64, task, memory.budget(None))
@@ -171,7 +158,7 @@ def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> Non
 def test_the_same_is_written_where_the_model_does_not_fit(llama: Checkpoint) -> None:
     """Token by token from disk instead of many answers at once in memory."""
     rows = [{"prompt": "if the loop is true " * 60 + name, "answer": "4"} for name in ("Ala", "Ola")]
-    task = questions.task("written", rows, "", max_tokens=6)
+    task = replace(questions.task("written", rows, ""), max_tokens=6)
     poor, rich = (answering.plan(llama, "0" * 64, task, Budget(mib * MIB)) for mib in (8, 1000))
     assert poor and rich and poor.peak_bytes <= 8 * MIB < rich.peak_bytes
     said = []
@@ -180,15 +167,3 @@ def test_the_same_is_written_where_the_model_does_not_fit(llama: Checkpoint) -> 
         said.append(answering.read(answering.kept("0" * 64, task.sha256)))
         answering.kept("0" * 64, task.sha256).unlink()
     assert said[0] == said[1] and said[0][0]["text"]
-
-
-def test_translations_need_sacrebleu(llama: Checkpoint) -> None:
-    """Where it is missing the sentence comes before the model writes; where it is there chrF is from 0 to 1."""
-    row = {"source": "Dzień dobry", "target": "Good morning", "from": "Polish", "to": "English"}
-    task, limit = questions.task("t", [row] * 2, "", max_tokens=4), memory.budget(None)
-    if find_spec("sacrebleu") is None:
-        with pytest.raises(MisError, match=r"sacrebleu, which is not here: pip install 'mis-mlx\[evaluate\]'"):
-            answering.plan(llama, "0" * 64, task, limit)
-        return
-    assert answering._translated(task, range(2), ["Good morning", "zzz"]) == [1.0, 0.0]
-    assert all(0 <= mark < 0.5 for mark in answering.marks(llama, "0" * 64, task, limit))

@@ -1,18 +1,20 @@
-"""Students against their teacher: loss, KL and agreement equal the plain formulas on whole logits."""
+"""Students against their teacher: loss, KL, agreement and llama.cpp's figures, beside the plain formulas."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
 
@@ -49,13 +51,6 @@ def test_against_float64(tmp_path: Path, llama: Checkpoint, held_out: Windows) -
     assert set(found) == {("teacher", "nll"), ("student", "nll"), ("student", "kl"), ("student", "top1")}
 
 
-def test_the_teacher_against_itself(llama: Checkpoint, held_out: Windows) -> None:
-    """Same loss, no KL, always the same token."""
-    found = comparison.compare({"teacher": llama, "copy": llama}, held_out)
-    assert (found["teacher", "nll"] == found["copy", "nll"]).all()
-    assert np.abs(found["copy", "kl"]).max() < 1e-5 and (found["copy", "top1"] == 1).all()
-
-
 def test_rows_have_intervals_and_perplexity() -> None:
     """exp of the mean loss and of its bounds, over five windows."""
     nll, ppl = comparison.rows_of({("m", "nll"): np.array([1.0, 2.0, 3.0, 2.0, 2.0])})
@@ -64,9 +59,69 @@ def test_rows_have_intervals_and_perplexity() -> None:
     assert (ppl.value, ppl.low, ppl.high) == (math.exp(2.0), math.exp(nll.low), math.exp(nll.high))
 
 
-@pytest.mark.parametrize(
-    ("count", "kept"), [(1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (5, list(range(5))), (99, list(range(5)))]
-)
-def test_windows_are_chosen_evenly(held_out: Windows, count: int, kept: list[int]) -> None:
+def test_windows_are_chosen_evenly(held_out: Windows) -> None:
     """Spread over the text, first and last included; all of them when more are asked for."""
-    assert (comparison.chosen(held_out, count).tokens == held_out.tokens[kept]).all()
+    for count, kept in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (99, list(range(5)))):
+        assert (comparison.chosen(held_out, count).tokens == held_out.tokens[kept]).all()
+
+
+@pytest.fixture(scope="module")
+def halves() -> Windows:
+    """Six windows of 40 tokens, their second halves counted but for some of window 1."""
+    learn = np.ones((6, 40), np.float32)
+    learn[:, -1] = 0
+    learn[1, 25:30] = 0
+    return comparison.second_half(Windows(np.random.default_rng(0).integers(0, 512, (6, 40)).astype(np.int32), learn))
+
+
+def test_which_tokens_count(halves: Windows) -> None:
+    """Predictions 20 to 38 of 40: llama.cpp's n_ctx - 1 - n_ctx / 2."""
+    assert halves.learn.sum(axis=1).tolist() == [19, 14, 19, 19, 19, 19]
+    assert np.flatnonzero(halves.learn[0]).tolist() == list(range(20, 39))
+    with pytest.raises(MisError, match="19 tokens lie in the second halves of 1 windows, statistics need 100"):
+        comparison.second_half(Windows(halves.tokens[:1], halves.learn[:1]))
+
+
+def test_kld_by_pencil() -> None:
+    """Four tokens of probability 1/2, 1/4, 1/2, 1/4; the other model's: 1/4, 1/4, 1/2, 1/2."""
+    base, other = np.array([0.5, 0.25, 0.5, 0.25]), np.array([0.25, 0.25, 0.5, 0.5])
+    found = comparison.figures(-np.log(base), -np.log(other), np.array([0.1, 0.2, 0.4, 0.9]), np.array([1, 1, 0, 1.0]))
+    assert found["mean_kld"] == pytest.approx((0.4, math.sqrt((0.09 + 0.04 + 0 + 0.25) / 3 / 4)))
+    assert found["max_kld"] == (0.9, None) and found["median_kld"] == (pytest.approx(0.3), None)
+    assert found["p99_kld"][0] == pytest.approx(0.4 + 0.97 * 0.5)  # place 0.99 * 3 of the sorted four
+    assert found["p999_kld"][0] == pytest.approx(0.4 + 0.997 * 0.5)
+    assert found["mean_dp"] == pytest.approx((0.0, math.sqrt(2 * 625 / 3 / 4)))  # -25, 0, 0, 25 %
+    square_se = math.sqrt(4 * 312.5**2 / 3 / 4)  # 625, 0, 0, 625 have mean 312.5
+    assert found["rms_dp"] == pytest.approx((math.sqrt(312.5), square_se / 2 / math.sqrt(312.5)))
+    assert found["same_top_p"] == pytest.approx((75, 100 * math.sqrt(0.75 * 0.25 / 3)))
+    log2, sqrt = math.log(2), math.sqrt
+    assert found["ppl_base"] == pytest.approx((sqrt(8), sqrt(8) * sqrt(4 * (log2 / 2) ** 2 / 3 / 4)))
+    assert found["ppl"] == pytest.approx(found["ppl_base"])
+    assert found["ppl_ratio"] == pytest.approx((1, sqrt(2 * log2**2 / 3 / 4)))  # log ratios ln 2, 0, 0, -ln 2
+
+
+def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch, llama: Checkpoint, halves: Windows) -> None:
+    """Never more rows of the vocabulary at a time than a chunk has; the figures do not depend on it (1e-5)."""
+    whole, seen = comparison.kld(llama, {"m": llama}, halves)["m"], []
+    logits = load.logits
+
+    def watched(head: nn.Module, hidden: mx.array) -> mx.array:
+        seen.append(len(hidden))
+        return logits(head, hidden)
+
+    monkeypatch.setattr(comparison.load, "logits", watched)
+    monkeypatch.setattr(comparison.losses, "chunk_rows", lambda vocab: 16)
+    small = comparison.kld(llama, {"m": llama}, halves)["m"]
+    assert max(seen) == 8 and sum(seen) == 2 * halves.learn.sum()
+    assert small["ppl"][0] == pytest.approx(whole["ppl"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_the_teacher_against_itself(models: Callable[[str], Checkpoint], halves: Windows, kind: str) -> None:
+    """No divergence, no difference, always the same token: exactly."""
+    teacher = models(kind)
+    found = comparison.kld(teacher, {"copy": teacher}, halves)["copy"]
+    for name in ("mean_kld", "mean_dp", "rms_dp"):
+        assert found[name] == (0, 0)
+    assert found["max_kld"] == found["p99_kld"] == found["median_kld"] == (0, None)
+    assert found["same_top_p"] == (100, 0) and found["ppl_ratio"] == (1, 0) and found["ppl"] == found["ppl_base"]

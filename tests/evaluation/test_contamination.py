@@ -25,14 +25,10 @@ def test_thirteen_words_in_a_row_are_found_whatever_the_case_and_marks() -> None
     assert known.overlap(task(twelve)) == (0, 1)
     assert known.overlap(task("Baca had seven sheep")) == (1, 1)
     assert known.overlap(task("Baca had seven goats")) == (0, 1)
+    inside = contamination.Known(contamination.words("then baca had seven sheep zażółćcie"))
+    assert inside.overlap(task("baca had seven sheep")) == (0, 1)  # not the same word
     assert known.overlap(task("seven sheep")) == (0, 0)
     assert known.overlap(task(thirteen, twelve, "Baca had seven sheep", "sheep")) == (2, 3)
-
-
-def test_a_word_is_not_found_inside_another() -> None:
-    """`had seven` is not in `had seventeen`."""
-    known = contamination.Known(contamination.words("then baca had seven sheep zażółćcie"))
-    assert known.overlap(task("baca had seven sheep")) == (0, 1)
 
 
 def test_all_training_rows_are_read(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def test_company_changes_nothing(llama: Checkpoint) -> None:
 
 
 def test_encode_splits_where_lm_eval_splits(llama: Checkpoint) -> None:
-    """Context and option together, less the context; white space at its end goes to the options."""
+    """Context and option together, less the context; white space at its end goes to the options. Without a context the
+    start token is one, so that the first token counts; an option of nothing, which would always win, is refused."""
     tokenizer = load.tokenizer(llama.path)
     context, options = option_likelihood.encode(tokenizer, "if the", [" loop", " loop is"])
     assert context == tokenizer.encode("if the")
@@ -74,19 +75,10 @@ def test_encode_splits_where_lm_eval_splits(llama: Checkpoint) -> None:
     assert option_likelihood.encode(tokenizer, "if the ", ["loop", "loop is"]) == (context, options)
     lines = option_likelihood.encode(tokenizer, "if the\n", ["loop"])
     assert lines[0] == context and lines[0] + lines[1][0] == tokenizer.encode("if the\nloop")
-
-
-def test_without_a_context_the_start_token_is_one(llama: Checkpoint) -> None:
-    """So that the first token of a sentence counts too."""
-    tokenizer = load.tokenizer(llama.path)
-    context, options = option_likelihood.encode(tokenizer, "", ["if the", "while"])
-    assert context == [tokenizer.bos_token_id] and options == [tokenizer.encode("if the"), tokenizer.encode("while")]
-
-
-def test_an_option_that_is_nothing_is_refused(llama: Checkpoint) -> None:
-    """Its likelihood would be 1, and it would always win."""
+    alone = option_likelihood.encode(tokenizer, "", ["if the", "while"])
+    assert alone == ([tokenizer.bos_token_id], [tokenizer.encode("if the"), tokenizer.encode("while")])
     with pytest.raises(MisError, match="the option '' adds no token to 'if the': write it so that"):
-        option_likelihood.encode(load.tokenizer(llama.path), "if the", [" loop", ""])
+        option_likelihood.encode(tokenizer, "if the", [" loop", ""])
 
 
 def test_packed_weights_are_scored_as_they_are(tmp_path: Path, llama: Checkpoint) -> None:

@@ -65,7 +65,7 @@ def test_without_correlation_it_is_plain_rounding(group: int, bits: int, gram: n
         assert a.dtype == b.dtype and a.shape == b.shape and (a == b).all()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("group", "bits"), KINDS)
 def test_the_output_is_nearer_than_by_plain_rounding(seed: int, group: int, bits: int) -> None:
     """On inputs that correlate less than half of the squared error is left (0.23 to 0.31 when this was written)."""

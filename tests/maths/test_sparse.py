@@ -36,8 +36,7 @@ def test_a_sample_by_pencil() -> None:
     assert (sizes.tolist(), ids.tolist(), counts.tolist()) == ([1, 1], [1, 0], [7, 7])
 
 
-@pytest.mark.parametrize("cut", [1, 5, 13])
-@pytest.mark.parametrize("count", [1, 6, 50])
+@pytest.mark.parametrize(("cut", "count"), [(1, 1), (5, 6), (13, 50)])
 def test_positions_are_drawn_one_by_one(cut: int, count: int) -> None:
     """However positions are cut into calls, each gets the draws of its number; counts sum to N; ids rise."""
     z = mx.random.normal((13, 300), key=mx.random.key(0))
@@ -67,16 +66,6 @@ def test_draws_are_independent_and_have_the_teachers_shares() -> None:
     position = np.repeat(np.arange(n), sizes)
     equal = np.bincount(position, counts * (counts - 1.0)) / (count * (count - 1))  # share of equal pairs
     assert abs(equal.mean() - (p**2).sum()) < 5 * equal.std() / np.sqrt(n)
-
-
-def test_a_large_vocabulary_does_not_drift() -> None:
-    """150,000 tokens alike: a million draws spread evenly, their distribution function within 2.6 / 1000.
-
-    Kolmogorov: P(D > 2.6 / sqrt(10^6)) is 3e-6.
-    """
-    _, ids, counts = sparse.sample(mx.zeros((4, 150_000)), 250_000, 0, 0)
-    share = np.cumsum(np.bincount(ids, counts, 150_000)) / 1e6
-    assert np.abs(share - np.arange(1, 150_001) / 150_000).max() < 2.6e-3
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:
@@ -112,28 +101,15 @@ def naive(p: dict[str, mx.array]) -> Gradients:
     return mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
 
 
-def exact(p: dict[str, mx.array]) -> float:
-    """The value in float64, position by position."""
-    ids, weights = (np.array(a, np.float64) for a in targets(p))
-    q = softmax(np.array(p["student"], np.float64) @ np.array(p["head"], np.float64).T)
-    total = 0.0
-    for i, learn in enumerate(p["learn"].tolist()):
-        w, share = weights[i][weights[i] > 0], q[i][ids[i].astype(int)][weights[i] > 0]
-        total += learn * (w * np.log(w / share)).sum()
-    return total
-
-
 @pytest.mark.parametrize("rows", [1, 4, None])
 def test_the_loss_is_the_plain_formula(rows: int | None) -> None:
-    """Value and both gradients equal autodiff (1e-5) and float64, however the positions are cut."""
+    """Value and both gradients equal autodiff of dense targets (1e-5), however the positions are cut."""
     p = problem()
     value, gradients = ours(p, rows)
     wanted, wanted_gradients = naive(p)
-    assert value.item() == pytest.approx(exact(p), rel=1e-5)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
     for got, want in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5, atol=1e-5)
-    assert (np.array(gradients[0])[np.array(p["learn"]) == 0] == 0).all()
 
 
 def test_the_loss_by_pencil() -> None:
@@ -151,27 +127,6 @@ def test_a_certain_student_has_a_finite_loss_and_gradient() -> None:
     value, (gradient, head) = ours(p, None)
     assert np.isfinite(value.item()) and value.item() > 0
     assert mx.isfinite(gradient).all().item() and mx.isfinite(head).all().item()
-
-
-def test_a_frozen_head_changes_nothing_else() -> None:
-    """Loss and gradient in the student are the same to the last bit; the head gets none."""
-    p = problem()
-    ids, weights = targets(p)
-
-    def loss(student: mx.array, head: mx.array) -> mx.array:
-        return sparse.sampled_kl_sum(student, head, ids, weights, p["learn"], 4, frozen_head=True)
-
-    value, (student, head) = mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
-    wanted, (gradient, _) = ours(p, 4)
-    assert value.item() == wanted.item() and mx.array_equal(student, gradient) and not head.any().item()
-
-
-def test_the_gradient_scales_with_what_is_above() -> None:
-    """Whatever multiplies the loss multiplies the gradient."""
-    p = problem()
-    ids, weights = targets(p)
-    got = mx.grad(lambda h: 3.0 * sparse.sampled_kl_sum(h, p["head"], ids, weights, p["learn"]))(p["student"])
-    np.testing.assert_allclose(np.array(got), 3 * np.array(ours(p, None)[1][0]), rtol=1e-6)
 
 
 def test_sampled_gradients_are_unbiased() -> None:
@@ -204,40 +159,3 @@ def test_sampled_gradients_are_unbiased() -> None:
     assert np.abs((mean - wanted) / np.sqrt(variance)).max() < 5
     biased = gradient(lambda h: sparse.sampled_kl_sum(h, p["head"], ids, probs, p["learn"]))
     assert np.abs((biased - wanted) / np.sqrt(variance)).max() > 10
-
-
-def test_one_sample_is_cross_entropy_in_expectation() -> None:
-    """N = 1: the loss of a draw is -log p_s of it, so 20,000 draws average KL + the teacher's entropy (5 s.e.)."""
-    z_t, z_s, n = np.array([1.0, 0.0, -1.0, 2.0]), np.array([0.0, 1.0, 0.0, 0.0]), 20_000
-    p, q = softmax(z_t), softmax(z_s)
-    ids, weights = padded(*sparse.sample(mx.array(np.tile(z_t, (n, 1)).astype(np.float32)), 1, 0, 0), 1)
-    student, head = mx.ones((n, 1)), mx.array(z_s[:, None].astype(np.float32))
-    mean = sparse.sampled_kl_sum(student, head, ids, weights, mx.ones(n)).item() / n
-    spread = np.sqrt((p * np.log(q) ** 2).sum() - (p * np.log(q)).sum() ** 2)
-    assert abs(mean + (p * np.log(q)).sum()) < 5 * spread / np.sqrt(n)
-
-
-def test_memory_is_bounded_by_the_chunk() -> None:
-    """Eight times the positions at the same chunk size: logits of all of them at once would alone be over.
-
-    Bound as for losses.kl_sum: 24 tensors of a chunk's logits, both heads, 8 copies of what is per position.
-    """
-    vocab, rows, d, m, peaks = 8192, 16, 8, 12, []
-    for n in (128, 1024):
-        student, head = mx.random.normal((n, d)), mx.random.normal((vocab, d))
-        ids = mx.tile(mx.arange(m), (n, 1))
-        weights, learn = mx.full((n, m), 1.0 / m), mx.ones(n)
-        mx.eval(student, head, ids, weights, learn)
-
-        def loss(h: mx.array, w: mx.array, ids=ids, weights=weights, learn=learn) -> mx.array:  # type: ignore[no-untyped-def]
-            return sparse.sampled_kl_sum(h, w, ids, weights, learn, rows)
-
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        mx.eval(mx.value_and_grad(loss, argnums=(0, 1))(student, head))
-        peaks.append(mx.get_peak_memory() - before)
-        bound = 24 * rows * vocab * 4 + 4 * vocab * d * 4 + 8 * n * (d + m) * 4
-        assert peaks[-1] < bound
-    assert n * vocab * 4 > bound
-    assert peaks[1] < 1.5 * peaks[0]

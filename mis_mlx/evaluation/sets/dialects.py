@@ -2,7 +2,6 @@
 
 A slot is a folder with pairs.jsonl, rows {"polish", "dialect"}: the same said in both, attested, not made up. Only the
 Silesian one can be filled from here, with Firefox's own translations (MPL-2.0); six wait for text that somebody brings.
-Knows no model and downloads nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import random
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
-from mis_mlx.data import examples, rows
-from mis_mlx.data.random_draws import some
+from mis_mlx.data import rows
 from mis_mlx.evaluation import questions
-from mis_mlx.evaluation.questions import Task
+from mis_mlx.evaluation.questions import Task, some
 from mis_mlx.types import MisError
 
 # Slot: what it is called after "po" (adverb-like), and as a language (locative), in Polish.
@@ -43,24 +42,15 @@ def read(slot: str, folder: Path) -> list[tuple[str, str]]:
     path = folder / PAIRS
     if not path.is_file():
         raise MisError(f"the slot {slot} is empty: put attested pairs into {path}, {ROW}")
-    found, problems = list[tuple[str, str]](), list[str]()
-    for number, row, unread in rows.parsed(path):
-        if why := unread or _fault(row):
-            problems.append(f"{path.name} line {number}: {why}")
-        elif isinstance(row, dict):
-            found.append((row["polish"], row["dialect"]))
-    examples.refuse(problems)
-    if not found:
+    good, problems = rows.judged(path, _fault)
+    rows.refuse(problems)
+    if not good:
         raise MisError(f"{path} is empty: put attested pairs there, {ROW}")
-    return found
+    return [(row["polish"], row["dialect"]) for row, _ in good]
 
 
-def _fault(row: object) -> str | None:
-    if not isinstance(row, dict):
-        return "not an object"
-    if missing := [key for key in ("polish", "dialect") if key not in row]:
-        return f"has no '{missing[0]}'"
-    if why := next((why for key in ("polish", "dialect") if (why := rows.text_fault(key, row[key]))), None):
+def _fault(row: Any) -> str | None:
+    if why := rows.fault(row, {"pair": ("polish", "dialect")}):
         return why
     return "both sentences are the same" if row["polish"].strip() == row["dialect"].strip() else None
 
@@ -73,8 +63,8 @@ def tasks(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[Task]:
         rng = random.Random(f"{slot}-{number}")
         is_dialect = number % 2 == 0
         label = {True: language, False: "polskim"}[is_dialect]
-        said = f"Tekst: {dialect if is_dialect else polish}\nTo jest tekst w języku {questions.BLANK}"
-        labels.append({"text": said, "options": ["polskim", language], "answer": label})
+        text = f"Tekst: {dialect if is_dialect else polish}\nTo jest tekst w języku {questions.BLANK}"
+        labels.append({"text": text, "options": ["polskim", language], "answer": label})
         both = some(rng, (polish, dialect), 2)
         texts.append({"text": f"To samo {adverb}: {questions.BLANK}", "options": both, "answer": dialect})
     about = f"{len(pairs)} pairs, {origin}"
@@ -90,13 +80,13 @@ def from_firefox(folder: Path) -> list[tuple[str, str]]:
     Left out: what has fewer than four words, is the same in both, or has no letter that English lacks, for much was
     never translated; what has cases to choose from.
     """
-    found = []
+    languages = []
     for start in PACKS:
         packs = sorted(folder.rglob(f"{start}*.xpi"))
         if not packs:
             raise MisError(f"{folder} has no {start}*.xpi: put Firefox's language packs for pl and szl there")
-        found.append(_messages(packs[0]))
-    polish, silesian = found
+        languages.append(_messages(packs[0]))
+    polish, silesian = languages
     pairs = dict[str, str]()
     for key, raw in silesian.items():
         one, other = _plain(polish.get(key, "")), _plain(raw)
@@ -114,7 +104,7 @@ def write(pairs: list[tuple[str, str]], folder: Path) -> None:
 
 def _messages(pack: Path) -> dict[tuple[str, str], str]:
     """{(file, key): message} of all Fluent and properties files of a language pack."""
-    found: dict[tuple[str, str], str] = {}
+    messages: dict[tuple[str, str], str] = {}
     with zipfile.ZipFile(pack) as archive:
         for name in archive.namelist():
             place = re.sub(r"\b(pl|szl)/", "", name)
@@ -122,27 +112,27 @@ def _messages(pack: Path) -> dict[tuple[str, str], str]:
                 for line in archive.read(name).decode().splitlines():
                     key, equals, value = line.partition("=")
                     if equals and not line.startswith("#"):
-                        found[place, key.strip()] = value.strip()
+                        messages[place, key.strip()] = value.strip()
             elif name.endswith(".ftl"):
-                found |= {(place, key): text for key, text in _fluent(archive.read(name).decode()).items()}
-    return found
+                messages |= {(place, key): text for key, text in _fluent(archive.read(name).decode()).items()}
+    return messages
 
 
 def _fluent(text: str) -> dict[str, str]:
     """{term or term.attribute: message} of a Fluent file; lines that go on are joined."""
-    found, term, key = dict[str, str](), "", ""
+    messages, term, key = dict[str, str](), "", ""
     for line in text.splitlines():
         if match := _TERM.match(line):
             term = key = match[1]
-            found[key] = match[2]
+            messages[key] = match[2]
         elif term and (match := _ATTRIBUTE.match(line)):
             key = f"{term}.{match[1]}"
-            found[key] = match[2]
+            messages[key] = match[2]
         elif key and line.startswith(" "):
-            found[key] += f" {line.strip()}"
+            messages[key] += f" {line.strip()}"
         else:
             term = key = ""
-    return found
+    return messages
 
 
 def _plain(message: str) -> str:

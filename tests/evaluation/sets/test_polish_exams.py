@@ -27,14 +27,7 @@ EXAMS = [
     asked(f"Bez klucza?\n{OPTIONS}", "A"),
     asked(f"Z kluczem spoza listy?\n{OPTIONS}", "[E]"),
 ]
-LEXICON = [
-    asked("owca", "Y"),
-    asked("wcao", "N"),
-    asked("bcaa", "N"),
-    asked("baca", "Y"),
-    asked("x", "Y"),
-    asked("y", "Y"),
-]
+LEXICON = [asked(*pair) for pair in zip(("owca", "wcao", "bcaa", "baca", "x", "y"), "YNNYYY", strict=True)]
 PROVERBS = [asked(f"Przysłowie {n} na", f"słowo{n}") for n in range(6)]
 SUMS = [asked(f"dwa plus {n}", f"suma {n}") for n in range(5)]
 
@@ -79,9 +72,3 @@ def test_wrong_options_are_answers_to_other_questions(unpacked: Path, name: str)
         said = [option.strip() for option in q.options]
         assert len(set(said)) == 4 and set(said) <= answers and said[q.right] == q.answer
     assert len({q.right for q in task.questions}) > 1
-
-
-def test_every_set_says_what_is_odd_about_it() -> None:
-    """And the pinned wheel is named to the byte."""
-    assert set(polish_exams.ABOUT) == set(polish_exams.SETS) and all(polish_exams.ABOUT.values())
-    assert len(polish_exams.SHA256) == 64 and polish_exams.NBYTES > 10**7

@@ -10,10 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from mis_mlx.data.generated_tasks import NAMES, TRIES, Language
-from mis_mlx.data.polish.inflection import Count
-from mis_mlx.data.random_draws import between, pick, some
 from mis_mlx.types import MisError
+
+from .inflection import Count
+from .problems import NAMES, TRIES, Language
+from .random_draws import between, pick, some
 
 Pair = tuple[str, str]  # (right, wrong)
 PATIENCE = 50  # drawings before the next rule takes the turn

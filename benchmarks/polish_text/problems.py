@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Literal
 
-from mis_mlx.data.polish.inflection import Count, Time
-from mis_mlx.data.random_draws import between, pick, some
 from mis_mlx.types import MisError
+
+from .inflection import Count, Time
+from .random_draws import between, pick, some
 
 Split = Literal["train", "test"]
 Language = Literal["pl", "en"]
