@@ -21,7 +21,7 @@ from laboratory import write
 
 from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
-from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
 from mis_mlx.maths import importance
 from mis_mlx.models import arch, load, policy, resolve
 from mis_mlx.pruning import calibrate, select, slice_weights
@@ -33,10 +33,10 @@ SEEDS, WINDOWS, HELD_OUT, LENGTH = (0, 1, 2), 32, 16, 256
 
 def main() -> None:
     """Run all seeds, print one table, write one JSON file."""
-    checkpoint = load.open_checkpoint(resolve.find().path)
+    checkpoint = load.open_checkpoint(resolve.resolve_model().path)
     data = preparation.prepare(None, load.tokenizer(checkpoint.path), LENGTH)
     held_out = comparison.chosen(data.held_out["English"], HELD_OUT)
-    cut = select.Cut(scenario="goral")
+    cut = select.PruningConfig(scenario="goral")
     rows = []
     sizes = {}
     for seed in SEEDS:
@@ -48,7 +48,7 @@ def main() -> None:
             log.append(weather.reading())
             return log[-1]
 
-        with Weather(WeatherFlags(thermal_replay=str(REPLAY))) as weather:
+        with ThermalMonitor(ThermalFlags(thermal_replay=str(REPLAY))) as weather:
             kelvin, _ = calibrate.calibrate(checkpoint, batches, policy.compute_dtype(checkpoint), reading)
         replayed = iter(readings)
         celsius, _ = calibrate.calibrate(
@@ -59,9 +59,9 @@ def main() -> None:
             for metres in (100.0, 832.0, 2500.0):
                 sizes[metres] = importance.conditions_size(sums, 1280, arch.FFN_MULTIPLE, metres)
         chosen = {
-            "plain": select.choose(dict(checkpoint.config), kelvin, replace(cut, importance="rms")),
-            "kelvin": select.choose(dict(checkpoint.config), kelvin, cut),
-            "celsius": select.choose(dict(checkpoint.config), celsius, cut),
+            "plain": select.select_units(dict(checkpoint.config), kelvin, replace(cut, importance="rms")),
+            "kelvin": select.select_units(dict(checkpoint.config), kelvin, cut),
+            "celsius": select.select_units(dict(checkpoint.config), celsius, cut),
         }
         with tempfile.TemporaryDirectory() as folder:
             models = {"teacher": checkpoint}

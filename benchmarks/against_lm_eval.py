@@ -57,7 +57,7 @@ def ours(checkpoint: Checkpoint, task: questions.Task, cache: Path) -> tuple[flo
     """(seconds, seconds of processor, log-likelihoods): nothing is known at the start."""
     os.environ["MIS_MLX_CACHE"] = str(cache)
     wall, used = time.monotonic(), time.process_time()
-    answering.marks(checkpoint, "0" * 64, task, memory.budget(None))
+    answering.scores(checkpoint, "0" * 64, task, memory.budget(None))
     wall, used = time.monotonic() - wall, time.process_time() - used
     kept = answering.read(answering.kept("0" * 64, task.sha256))
     return wall, used, [kept[n]["ll"] for n in range(len(task.questions))]
@@ -90,7 +90,7 @@ def theirs(adapter: Any, name: str, folder: Path) -> tuple[float, float, list[li
 def main(model: str | None) -> None:
     """Compare, print and store."""
     lm_eval_tasks.check(())
-    checkpoint = load.open_checkpoint(resolve.find(model).path)
+    checkpoint = load.open_checkpoint(resolve.resolve_model(model).path)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -35,12 +35,12 @@ from mis_mlx import cli, distill
 from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher
 from mis_mlx.hardware import memory, rates
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, distributed, load, pipeline_parallel, policy, resolve, stream
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.job import Job, job_of
-from mis_mlx.planner.phases import Plan
-from mis_mlx.planner.recipe import Distillation
+from mis_mlx.planner.job import DistillationSpec, spec_of
+from mis_mlx.planner.phases import MemoryPlan
+from mis_mlx.planner.recipe import DistillationConfig
 
 ACKED = 120  # where struct tcp_info of Linux has the bytes that were sent and have arrived; those received follow
 AIR_BYTES = memory.budget(None, rates.M1_AIR.room_bytes).limit_bytes  # what a run takes of an 8 GB Air
@@ -80,15 +80,15 @@ def sent_bytes() -> int | None:
 
 def steps(s: Settings) -> dict[str, Any]:
     """One process's part of the distillation: seconds and bytes of every step but the first."""
-    big, small = load.open_checkpoint(resolve.find(None).path), load.open_checkpoint(Path(s.student))
+    big, small = load.open_checkpoint(resolve.resolve_model(None).path), load.open_checkpoint(Path(s.student))
     data = preparation.prepare(None, load.tokenizer(big.path), s.length).train
-    r = Distillation(iters=s.steps + 1, batch_size=1, grad_accumulation_steps=s.windows, max_seq_length=s.length)
-    student, source = load.resident(small, mx.float32), live_teacher.Teacher(big, None)
-    stream.into_memory(student)
+    r = DistillationConfig(iters=s.steps + 1, batch_size=1, grad_accumulation_steps=s.windows, max_seq_length=s.length)
+    student, source = load.resident(small, mx.float32), live_teacher.StreamedTeacher(big, None)
+    stream.load_checked(student)
     seconds, sent, losses = [], [], []
     began, before = time.perf_counter(), sent_bytes()
-    for step in live_teacher.steps(student, source, data, r, GoralW()):
-        distributed.gather(0)  # nobody measures what another is still sending
+    for step in live_teacher.steps(student, source, data, r, GuardedAdamW()):
+        distributed.all_gather(0)  # nobody measures what another is still sending
         now, after = time.perf_counter(), sent_bytes()
         if step.number > 1:
             seconds.append(now - began)
@@ -100,19 +100,19 @@ def steps(s: Settings) -> dict[str, Any]:
 
 def layers(s: Settings) -> dict[str, Any]:
     """One process's part of a pass of the teacher, which stays in memory, over the windows of a step."""
-    big = load.open_checkpoint(resolve.find(None).path)
+    big = load.open_checkpoint(resolve.resolve_model(None).path)
     data, n = preparation.prepare(None, load.tokenizer(big.path), s.length).train, distributed.size()
     counts = pipeline_parallel.shared(int(big.config["num_hidden_layers"]), [999] * n, 1.0)
     where = big, policy.compute_dtype(big), None, False
     source = pipeline_parallel.Relay(*where, counts) if n > 1 else stream.Stream(*where)
-    mine = distributed.share([mx.array(w[None]) for w in data.tokens[: s.windows]])
+    mine = distributed.shard([mx.array(w[None]) for w in data.tokens[: s.windows]])
     source.forward(mine)
     seconds, sent = [], []
     for _ in range(s.steps):
-        distributed.gather(0)
+        distributed.all_gather(0)
         began, before = time.perf_counter(), sent_bytes()
         source.forward(mine)
-        distributed.gather(0)
+        distributed.all_gather(0)
         after = sent_bytes()
         seconds.append(time.perf_counter() - began)
         sent.append(None if after is None or before is None else after - before)
@@ -149,12 +149,12 @@ def together(s: Settings, n: int, work: str) -> dict[str, Any]:
     return first | {"median_s": statistics.median(first["seconds"])}
 
 
-def gradient_bytes(job: Job, machines: int) -> int:
+def gradient_bytes(job: DistillationSpec, machines: int) -> int:
     """Over a link, one way, in one step: float32 gradients, added in a ring."""
     return int(4 * arch.params(job.student.config) * 2 * (machines - 1) / machines)
 
 
-def step_seconds(plan: Plan, machines: int, link: float) -> float:
+def step_seconds(plan: MemoryPlan, machines: int, link: float) -> float:
     """A step of `distil`, its windows shared out, and what it sends over the link, which it waits for."""
     phase = next(p for p in plan.phases if p.name == "distil")
     steps = max(plan.job.iters, 1)
@@ -166,12 +166,12 @@ def computed(s: Settings) -> list[dict[str, Any]]:
     """Steps of two Airs: by the planner, of micro-batches of one window, for more and more of them in a step."""
     at = estimates.machine_rates("m1-air")
     big, small = (
-        estimates.model_of(load.open_checkpoint(p), at.gpu) for p in (resolve.find(None).path, Path(s.student))
+        estimates.model_of(load.open_checkpoint(p), at.gpu) for p in (resolve.resolve_model(None).path, Path(s.student))
     )
     rows = []
     for count in ACCUMULATE:
         asked = distill.Settings(batch_size=1, grad_accumulation_steps=2 * count, max_seq_length=s.length)
-        plan = phases.make(job_of(big, small, asked), AIR_BYTES, at)
+        plan = phases.make(spec_of(big, small, asked), AIR_BYTES, at)
         one = step_seconds(plan, 1, 1.0)
         row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step, "one_s": one}
         row["link_bytes"] = gradient_bytes(plan.job, 2)
@@ -196,7 +196,7 @@ def main(s: Settings) -> None:
         found[work] = {str(n): together(s, n, work) for n in s.processes}
         for n, row in found[work].items():
             cli.say(f"{work}, {n}: {row['median_s']:.2f} s, {row['sent_bytes']} bytes sent by one")
-    job = job_of(model, model, distill.Settings())
+    job = spec_of(model, model, distill.Settings())
     found["gradient_bytes"] = {str(n): gradient_bytes(job, n) for n in s.processes}
     found["computed: two MacBook Air M1"] = computed(s)
     found["links, assumed, bytes/s"] = LINKS

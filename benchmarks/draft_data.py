@@ -33,7 +33,7 @@ TOKENS, BATCH = 80, 24
 
 def main(folder: Path) -> None:
     """Answer all questions in batches, and split them 10 to 1 to 1."""
-    path = resolve.find().path
+    path = resolve.resolve_model().path
     model, tokenizer, *_ = load.mlx_lm("utils").load(str(path))
     model.set_dtype(policy.usual_dtype())
     asked = [ask.format(topic) for topic, ask in itertools.product(TOPICS, ASKS)]

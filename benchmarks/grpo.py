@@ -71,7 +71,7 @@ def rows(s: Settings) -> dict[str, list[dict[str, str]]]:
 def measured(s: Settings, folder: Path, questions: Sequence[dict[str, str]]) -> dict[str, dict[str, float]]:
     """{"greedy", "sampled"} of a model folder on the questions."""
     checkpoint = load.open_checkpoint(folder)
-    model, tokenizer = stream.into_memory(load.resident(checkpoint, mx.float32)), load.tokenizer(folder)
+    model, tokenizer = stream.load_checked(load.resident(checkpoint, mx.float32)), load.tokenizer(folder)
     placed = [(row, f"question {n}") for n, row in enumerate(questions, 1)]
     encoded, _ = examples.encode(placed, tokenizer, 512, ("answer",))
     prompts = [[int(t) for t in ids[: int(learn.argmax())]] for ((ids, learn),) in encoded]

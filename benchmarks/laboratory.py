@@ -149,7 +149,7 @@ def say_goals(verdict: dict[str, dict[str, Any]]) -> None:
 class Judge:
     """Held-out loss, KL to the teacher and agreement of any student in memory, on one text."""
 
-    def __init__(self, source: live_teacher.Teacher, held_out: Windows):
+    def __init__(self, source: live_teacher.StreamedTeacher, held_out: Windows):
         self.source, self.held_out = source, held_out
         self.hidden = list(source.hidden([mx.array(w[None]) for w in held_out.tokens]))
 
@@ -171,9 +171,9 @@ class Laboratory:
     """The default teacher whole in memory, its text, and a judge for each held-out text."""
 
     def __init__(self, length: int, eval_windows: int, teacher_folder: str | None = None):
-        self.checkpoint = load.open_checkpoint(resolve.find(teacher_folder).path)
+        self.checkpoint = load.open_checkpoint(resolve.resolve_model(teacher_folder).path)
         self.data = preparation.prepare(None, load.tokenizer(self.checkpoint.path), length)
-        self.source = live_teacher.Teacher(self.checkpoint, None)
+        self.source = live_teacher.StreamedTeacher(self.checkpoint, None)
         self.held_out = {
             name: comparison.chosen(text, max(1, eval_windows // (1 if at == 0 else 3)))
             for at, (name, text) in enumerate(self.data.held_out.items())

@@ -15,8 +15,8 @@ from mis_mlx.hardware import memory, rates
 from mis_mlx.models import arch
 from mis_mlx.models.arch import MIS_137B
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.job import job_of
-from mis_mlx.planner.phases import Plan
+from mis_mlx.planner.job import spec_of
+from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import duration, gib
 
@@ -32,7 +32,7 @@ class Settings:
     """of an epoch"""
 
 
-def table(plan: Plan, tokens: int) -> str:
+def table(plan: MemoryPlan, tokens: int) -> str:
     """What this machine makes of the paper's figures: by its teacher's own shape, and by its 137B and 70 GB."""
     at, m = plan.rates, plan.job.teacher
     labels = [*(f"a pass of {n:,} token{'s'[: n > 1]}" for n in PASSES), "N*: arithmetic takes as long as reading"]
@@ -75,7 +75,7 @@ def main(s: Settings) -> None:
         MIS_137B, shape := arch.target_shape(MIS_137B, arch.SCENARIOS["goral"]), tuple(range(shape.layers)), "bfloat16"
     )
     teacher, small = (estimates.model_of(config, gpu=True) for config in (MIS_137B, student))
-    job = job_of(teacher, small, plan.Settings())
+    job = spec_of(teacher, small, plan.Settings())
     budget = memory.budget(None, rates.M1_AIR.room_bytes)
     print(table(phases.make(job, budget.limit_bytes, rates.M1_AIR), s.tokens))
 

@@ -27,7 +27,7 @@ import laboratory
 import streaming
 
 from mis_mlx import cli, distill
-from mis_mlx.distillation.pipeline import Course
+from mis_mlx.distillation.pipeline import Run
 from mis_mlx.models import resolve
 from mis_mlx.storage import run_folder
 
@@ -60,10 +60,10 @@ def largest() -> int:
 
 def stretch(name: str, teacher: str, out: Path) -> None:
     """Begin the run, or go on with it, until a phase is done and the next begins; print {phase: bytes it took}."""
-    taken, plain = dict[str, int](), Course.phase
+    taken, plain = dict[str, int](), Run.phase
 
     @contextmanager
-    def phase(course: Course, label: str) -> Iterator[None]:
+    def phase(course: Run, label: str) -> Iterator[None]:
         if set(taken) - {"repair"}:  # after which nothing is on disk before the first step
             print(json.dumps(taken), file=sys.__stdout__, flush=True)
             os._exit(0)  # as a killed run does
@@ -72,7 +72,7 @@ def stretch(name: str, teacher: str, out: Path) -> None:
             yield
         taken[label] = largest() - course.peak.before_bytes
 
-    Course.phase = phase  # type: ignore[method-assign,assignment]
+    Run.phase = phase  # type: ignore[method-assign,assignment]
     s = replace(distill.Settings(teacher=teacher, out=str(out), **BRIEF), **CASES[name], resume=out.exists())
     with redirect_stdout(sys.stderr):
         distill.run(s)
@@ -98,7 +98,7 @@ def main(s: Settings) -> None:
     found = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as temp:
         for name in [s.only] if s.only else CASES:
-            teacher = resolve.find(None).path
+            teacher = resolve.resolve_model(None).path
             if name.startswith("0.5"):
                 teacher = streaming.synthetic(Path(temp) / "half", HALF)
             elif name.startswith("4-bit"):

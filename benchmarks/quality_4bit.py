@@ -30,7 +30,7 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher, scale_tuning
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, resolve
-from mis_mlx.planner.recipe import Distillation, Rounding
+from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.quantization import grid, packed_format
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
@@ -68,7 +68,7 @@ class Bench:
     """One dense model, its text, and ways to fewer bits; each writes a folder."""
 
     def __init__(self, s: Settings):
-        self.s, self.path = s, resolve.find(s.model).path
+        self.s, self.path = s, resolve.resolve_model(s.model).path
         self.dense = load.open_checkpoint(self.path)
         data = preparation.prepare(None, load.tokenizer(self.path), s.max_seq_length)
         self.train = data.train
@@ -90,13 +90,13 @@ class Bench:
             found[name]["added_nats"] = float(added.mean()), float(added.std(ddof=1) / len(added) ** 0.5)
         return found
 
-    def ours(self, out: Path, how: Rounding, taught: str | None = None) -> None:
+    def ours(self, out: Path, how: QuantizationConfig, taught: str | None = None) -> None:
         """`quantize`, then steps against the model itself or the folder `taught`."""
         rounded = out.parent / "rounded" if how.q_iters else out
         quantize.quantize(self.path, rounded, how, DISK, self.batches, len(self.batches))
         if how.q_iters:
-            source = live_teacher.Teacher(load.open_checkpoint(taught) if taught else self.dense, None)
-            r = scale_tuning.recipe_of(Distillation(), how.q_iters, how.q_learning_rate)
+            source = live_teacher.StreamedTeacher(load.open_checkpoint(taught) if taught else self.dense, None)
+            r = scale_tuning.recipe_of(DistillationConfig(), how.q_iters, how.q_learning_rate)
             checkpoint = load.open_checkpoint(rounded)
             grid.write(checkpoint, scale_tuning.learned(checkpoint, source, self.train, r), out, DISK)
 
@@ -176,7 +176,7 @@ class Bench:
         self.sizes = sum(b for b, _ in blocks) / sum(n for _, n in blocks), sum(int(t.n_bytes) for t in reader.tensors)
 
 
-FOUR = Rounding(target_bpw=None, q_iters=0)
+FOUR = QuantizationConfig(target_bpw=None, q_iters=0)
 MIXED = replace(FOUR, target_bpw=4.5)
 ROWS: dict[str, Callable[[Bench, Path], None]] = {
     "mlx_lm convert": Bench.convert,
@@ -195,7 +195,7 @@ ROWS: dict[str, Callable[[Bench, Path], None]] = {
     "ours, 4.6 bits": lambda b, out: b.ours(out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters)),
     "ours, as large as Q4_K_M": lambda b, out: b.ours(out, replace(MIXED, target_bpw=5.55, q_iters=b.s.q_iters)),
     "ours, 4.6 bits, from the teacher": lambda b, out: b.ours(
-        out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters), str(resolve.find(b.s.teacher).path)
+        out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters), str(resolve.resolve_model(b.s.teacher).path)
     ),
 }  # fmt: skip
 

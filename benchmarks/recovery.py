@@ -28,19 +28,19 @@ from laboratory import Laboratory, stored, write
 from mis_mlx import cli
 from mis_mlx.distillation import blockwise, live_teacher
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, block_files, load, model_writer, policy, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner.recipe import Distillation
+from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import calibrate, reconstruct, select, slice_weights
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, Keep
+from mis_mlx.types import Checkpoint, KeptUnits
 
 Tensor = Callable[[str], mx.array]
 Measured = dict[Key, rankings.Moments]
 
-PLAIN = select.Cut(
+PLAIN = select.PruningConfig(
     scenario="goral", importance="activation", hidden_by="importance"
 )  # GÓRAL, neurons by activation, blocks by 1 - cosine
 
@@ -53,7 +53,7 @@ class Arm:
     """
 
     group: str
-    cut: select.Cut = PLAIN
+    cut: select.PruningConfig = PLAIN
     ranked: str = ""  # how neurons and heads are, where not as `cut` says: fluctuation, magnitude, fisher, random
     blocks: str = ""  # how blocks are chosen, where not by 1 - cosine: see ablations/block_removal
     repair: bool = False
@@ -64,7 +64,7 @@ class Arm:
     short: bool = False
 
 
-def cut(**changes: Any) -> select.Cut:
+def cut(**changes: Any) -> select.PruningConfig:
     """GÓRAL by activation, but for `changes`."""
     return replace(PLAIN, **changes)
 
@@ -198,20 +198,22 @@ class Bench(Laboratory):
             select.prune(self.checkpoint, self.pick(32, seed, 1), self.held_out["English"], out, arm.cut,
                           dtype="bfloat16", reading=lambda: None, files=DISK)  # fmt: skip
             return load.open_checkpoint(out)
-        shape, keep = select.choose(self.checkpoint.config, self.ranked(arm, seed), arm.cut)
+        shape, keep = select.select_units(self.checkpoint.config, self.ranked(arm, seed), arm.cut)
         whole, tensor = self.checkpoint, None
         if arm.graft:
             whole, tensor = GRAFTS[arm.graft](whole, keep, self.measured(seed)[0])
         slice_weights.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor)
         return load.open_checkpoint(out)
 
-    def begun(self, arm: Arm, seed: int, recipe: Distillation, temp: Path) -> tuple[Any, Checkpoint, dict[str, Any]]:
+    def begun(
+        self, arm: Arm, seed: int, recipe: DistillationConfig, temp: Path
+    ) -> tuple[Any, Checkpoint, dict[str, Any]]:
         """(the student in memory before it is distilled, its folder, what it was worth on the way)."""
         student = self.pruned(arm, seed, temp / "pruned")
         keep, found = model_writer.read_keep(student.path), dict[str, Any]()
         assert keep is not None
         if arm.local:
-            found["pruned"] = self.judge(stream.into_memory(load.resident(student, mx.float32)))
+            found["pruned"] = self.judge(stream.load_checked(load.resident(student, mx.float32)))
             taught = block_files.begin(student, temp / "parts", DISK)
             r = replace(recipe, iters=arm.local, warmup=2, learning_rate=3e-4, batch_size=1,
                         grad_accumulation_steps=recipe.batch_size)  # fmt: skip
@@ -219,19 +221,19 @@ class Bench(Laboratory):
             for _ in blockwise.train(self.checkpoint, student, taught, keep, windows, r, folder=temp, held=len(windows),
                                  files=DISK):  # fmt: skip
                 pass
-            return stream.into_memory(load.resident(taught, mx.float32)), student, found
-        model = stream.into_memory(load.resident(student, mx.float32))
+            return stream.load_checked(load.resident(taught, mx.float32)), student, found
+        model = stream.load_checked(load.resident(student, mx.float32))
         if arm.repair:
             found["pruned"] = self.judge(model)
             windows = self.pick(recipe.reconstruct_samples, seed, 2)
             mended, _ = reconstruct.reconstruct(self.checkpoint, student, keep, windows)
             model.load_weights(list(mended.items()), strict=False)
-            stream.into_memory(model)
+            stream.load_checked(model)
         if arm.start == "random":
             forget(model, seed)
         return model, student, found
 
-    def row(self, arm: Arm, seed: int, recipe: Distillation) -> dict[str, Any]:
+    def row(self, arm: Arm, seed: int, recipe: DistillationConfig) -> dict[str, Any]:
         """Make one student and judge it."""
         began = time.monotonic()
         with TemporaryDirectory() as temp:
@@ -239,9 +241,9 @@ class Bench(Laboratory):
             keep = model_writer.read_keep(student.path)
         assert keep is not None
         found["start"] = self.judge(model)
-        source = live_teacher.Teacher(self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy)
+        source = live_teacher.StreamedTeacher(self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy)
         model.train()
-        optimizer = GoralW(weight_decay=recipe.weight_decay)
+        optimizer = GuardedAdamW(weight_decay=recipe.weight_decay)
         steps = list(live_teacher.steps(model, source, self.data.train, recipe, optimizer))
         model.eval()
         return {
@@ -269,10 +271,10 @@ def forget(model: Any, seed: int) -> None:
         noise = mx.random.normal(w.shape, key=mx.random.key(1000 * seed + at)) * 0.02
         fresh.append((name, mx.ones_like(w) if "norm" in name else noise))
     model.load_weights(fresh)
-    stream.into_memory(model)
+    stream.load_checked(model)
 
 
-def merged(teacher: Checkpoint, keep: Keep, moments: Measured) -> tuple[Checkpoint, Tensor]:
+def merged(teacher: Checkpoint, keep: KeptUnits, moments: Measured) -> tuple[Checkpoint, Tensor]:
     """What the dropped blocks behind a kept one differ from it by is added to it (LaCo, arXiv 2402.11187 eq. 1)."""
     ends = dict(zip(keep.layers, [*keep.layers[1:], shape_of(teacher.config).layers], strict=True))
 
@@ -287,7 +289,7 @@ def merged(teacher: Checkpoint, keep: Keep, moments: Measured) -> tuple[Checkpoi
     return teacher, tensor
 
 
-def shifted(teacher: Checkpoint, keep: Keep, moments: Measured) -> tuple[Checkpoint, Tensor]:
+def shifted(teacher: Checkpoint, keep: KeptUnits, moments: Measured) -> tuple[Checkpoint, Tensor]:
     """The mean of what the cut neurons wrote stays as a bias of down_proj (FLAP, arXiv 2312.11983 eq. 7)."""
 
     def tensor(name: str) -> mx.array:
@@ -357,7 +359,7 @@ def main(s: Settings) -> None:
         iters = s.iters // 3 if arm.short else s.iters
         sizes = {"max_seq_length": s.max_seq_length, "reconstruct_samples": 32 if arm.short else 64}
         rate = {"learning_rate": 3e-4, **arm.recipe}
-        recipe = Distillation(iters=iters - arm.local, seed=seed, **sizes, **rate)
+        recipe = DistillationConfig(iters=iters - arm.local, seed=seed, **sizes, **rate)
         found = bench.row(arm, seed, recipe)
         command = f"scripts/mis benchmarks/recovery.py --only {name} --seeds {seed} --iters {s.iters}"
         command += f" --eval-windows {s.eval_windows}"

@@ -56,7 +56,7 @@ def main(run: Path, count: int, tasks: tuple[str, ...]) -> None:
         for column, part in STUDENTS.items():
             (folder / column).symlink_to((run / part).resolve(), target_is_directory=True)
             students.append(str(folder / column))
-        random_student(load.open_checkpoint(resolve.find(None).path), folder / "random")
+        random_student(load.open_checkpoint(resolve.resolve_model(None).path), folder / "random")
         found, page = table(students, tasks, count, folder / "out")
         control, control_page = table([str(folder / "random")], tasks, count, folder / "control")
         found["random_weights"] = control

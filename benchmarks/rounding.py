@@ -33,7 +33,7 @@ def rounded(weight: mx.array, bits: int, group: int) -> mx.array:
 def main(folder: Path) -> None:
     """Print and store one row per set of matrices."""
     student = load.open_checkpoint(folder)
-    model = stream.into_memory(load.resident(student, mx.float32))
+    model = stream.load_checked(load.resident(student, mx.float32))
     dense = dict(tree_flatten(model.parameters()))
     held_out = comparison.chosen(preparation.prepare(None, load.tokenizer(folder), 256).held_out["English"], 12)
     batches = [mx.array(w[None]) for w in held_out.tokens]
@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
             total += (mx.logsumexp(z, axis=-1) - at).mean().item()
         return total / len(batches)
 
-    bridges = [f".layers.{i}.mlp.down_proj" for i in packed_format.bridges(student)]
+    bridges = [f".layers.{i}.mlp.down_proj" for i in packed_format.blocks_after_removed(student)]
 
     def bridge(name: str) -> bool:
         return any(b in name for b in bridges)

@@ -26,9 +26,9 @@ from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import cached_targets, live_teacher
 from mis_mlx.evaluation import comparison
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, model_writer, resolve, stream
-from mis_mlx.planner.recipe import Recipe
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct, select
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
@@ -74,13 +74,18 @@ def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, o
 
 
 def train(
-    way: str, student: Checkpoint, source: live_teacher.Teacher, checkpoint: Checkpoint, data: Windows, recipe: Recipe
+    way: str,
+    student: Checkpoint,
+    source: live_teacher.StreamedTeacher,
+    checkpoint: Checkpoint,
+    data: Windows,
+    recipe: TrainingConfig,
 ) -> tuple[Any, dict[str, Any]]:
     """(the student trained one way, what it cost)."""
     count = WAYS[way]
     cost: dict[str, Any] = {"bytes_per_token": None, "write_s": None}
     with tempfile.TemporaryDirectory() as temp:
-        target: live_teacher.Source = source
+        target: live_teacher.TargetSource = source
         if count:
             began, at = time.monotonic(), cached_targets.visited(len(data.tokens), recipe)
             picked = Windows(data.tokens[at], data.learn[at])
@@ -89,16 +94,16 @@ def train(
             )
             cost = {"bytes_per_token": round(store.bytes_per_token, 1), "write_s": round(time.monotonic() - began, 1)}
             target = cached_targets.Cached(store, at)
-        model = stream.into_memory(load.resident(student, mx.float32))
+        model = stream.load_checked(load.resident(student, mx.float32))
         model.train()
-        steps = list(live_teacher.steps(model, target, data, recipe, GoralW()))
+        steps = list(live_teacher.steps(model, target, data, recipe, GuardedAdamW()))
     model.eval()
     return model, {**cost, "seconds": round(sum(s.seconds for s in steps), 1)}
 
 
 def main(s: Settings) -> None:
     """All seeds and ways; print one line each, write one JSON file."""
-    checkpoint = load.open_checkpoint(resolve.find().path)
+    checkpoint = load.open_checkpoint(resolve.resolve_model().path)
     data = preparation.prepare(None, load.tokenizer(checkpoint.path), s.max_seq_length)
     held_out = comparison.chosen(data.held_out["English"], s.eval_windows)
     rows = []
@@ -107,12 +112,12 @@ def main(s: Settings) -> None:
         if not folder.exists():
             prepare(checkpoint, data, held_out, folder)
         student = load.open_checkpoint(folder)
-        source = live_teacher.Teacher(checkpoint, None)
+        source = live_teacher.StreamedTeacher(checkpoint, None)
         judge = Judge(source, held_out)
-        start = judge(stream.into_memory(load.resident(student, mx.float32)))
+        start = judge(stream.load_checked(load.resident(student, mx.float32)))
         print(json.dumps({"way": "before training", **start}), flush=True)
         for seed in range(s.seeds):
-            recipe = Recipe(iters=s.iters, max_seq_length=s.max_seq_length, seed=seed)
+            recipe = TrainingConfig(iters=s.iters, max_seq_length=s.max_seq_length, seed=seed)
             for way in WAYS:
                 model, cost = train(way, student, source, checkpoint, data.train, recipe)
                 rows.append({"seed": seed, "way": way, **judge(model), **cost})

@@ -64,7 +64,7 @@ class Settings:
 
 def main(s: Settings) -> None:
     """Plain decoding first, then every size; one line each, one JSON file."""
-    checkpoint, small = load.open_checkpoint(resolve.find().path), load.open_checkpoint(s.draft)
+    checkpoint, small = load.open_checkpoint(resolve.resolve_model().path), load.open_checkpoint(s.draft)
     tokenizer = load.tokenizer(checkpoint.path)
     asked = [mlx_generate.encode(tokenizer, p) for p in PROMPTS[: s.prompts]]
     draft = Stream(small, mx.float32, None)

@@ -38,11 +38,11 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import bench, cli
 from mis_mlx.evaluation.speed import timing
-from mis_mlx.evaluation.speed.timing import Request, Subject
+from mis_mlx.evaluation.speed.timing import BenchmarkModel, Request
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.maths.stats import interval
 from mis_mlx.models import load, mlx_generate, policy, resolve
-from mis_mlx.models.stream import settle
+from mis_mlx.models.stream import evaluate_now
 from mis_mlx.types import MisError
 
 PARTS = ("dense", "4-bit", "agreement", "profile")
@@ -141,7 +141,7 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     for number, order in zip(range(s.rounds + 1), orders, strict=False):
         for name in order:
             rate = ways[name]()
-            settle(subject.model(ids[:1][None]))  # the token that mlx-lm began too many is done
+            evaluate_now(subject.model(ids[:1][None]))  # the token that mlx-lm began too many is done
             if number:  # the first round warms up
                 found[name].append(rate)
         last = ", ".join(f"{name} {rates[-1]:.2f}" for name, rates in found.items() if rates) or "warm-up"
@@ -221,7 +221,7 @@ def one_token(folder: Path, name: str, depth: int, rounds: int = 24) -> dict[str
 
     def part(label: str, work: Callable[[], mx.array]) -> mx.array:
         began = time.perf_counter()
-        settle(done := work())
+        evaluate_now(done := work())
         taken[label] = taken.get(label, 0.0) + 1000 * (time.perf_counter() - began)
         return done
 
@@ -254,7 +254,7 @@ def _nbytes(module: Any) -> int:
     return sum(a.nbytes for _, a in tree_flatten(module.parameters()))
 
 
-def head(s: Subject, hidden: mx.array) -> mx.array:
+def head(s: BenchmarkModel, hidden: mx.array) -> mx.array:
     """Logits of hidden states, tied or not."""
     return s.model.lm_head(hidden) if hasattr(s.model, "lm_head") else s.model.model.embed_tokens.as_linear(hidden)
 
@@ -325,7 +325,7 @@ def draw(found: dict[str, Any], axes: Any) -> None:
 
 def main(s: Settings) -> None:
     """The parts that are asked for and not there yet; stored after each."""
-    big = resolve.find(s.teacher).path
+    big = resolve.resolve_model(s.teacher).path
     sizes = ("prompt_tokens", "generation_tokens", "num_trials", "four_bit_trials", "rounds", "blocks")
     sizes += ("agreement_tokens",)
     given: dict[str, Any] = {k: getattr(s, k) for k in sizes} | {"chip": laboratory.machine()["chip"]}

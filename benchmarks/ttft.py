@@ -26,7 +26,7 @@ import psutil
 
 from mis_mlx import cli
 from mis_mlx.evaluation.speed import roofline, rounds, timing
-from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
+from mis_mlx.evaluation.speed.timing import BenchmarkModel, Measurement, Request
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.models import load, policy, resolve
@@ -58,12 +58,12 @@ class Settings:
 
 
 def row(
-    length: int, subjects: dict[str, Subject], models: dict[str, Checkpoint], at: Roof, s: Settings
+    length: int, subjects: dict[str, BenchmarkModel], models: dict[str, Checkpoint], at: Roof, s: Settings
 ) -> dict[str, Any]:
     """One length: {model: cold_ms, cached_ms (what trials say), best_ms}, ratios of the medians, and in how many
     rounds the student was the quicker one."""
     r = Request(length, 2)
-    every: dict[str, list[Trial]] = {name: [] for name in subjects}
+    every: dict[str, list[Measurement]] = {name: [] for name in subjects}
     openers = {name: partial(subjects.__getitem__, name) for name in subjects}
     warm_up = Request(min(length, WARM_UP), 2)
     for subject, done in rounds.rounds(openers, True, s.num_trials, r, delay=s.delay, warm_up=warm_up):
@@ -83,7 +83,7 @@ def row(
 
 def main(s: Settings) -> None:
     """Length after length; both models stay in memory."""
-    folders = {"teacher": resolve.find(s.teacher).path, "student": load.open_checkpoint(s.student).path}
+    folders = {"teacher": resolve.resolve_model(s.teacher).path, "student": load.open_checkpoint(s.student).path}
     name = s.name + "-4bit" * s.four_bit
     given: dict[str, Any] = {"chip": laboratory.machine()["chip"]}
     given["weights_sha256"] = {n: laboratory.weights_sha256(f) for n, f in folders.items()}

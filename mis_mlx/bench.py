@@ -17,12 +17,12 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.evaluation.speed import roofline, rounds, timing
-from mis_mlx.evaluation.speed.timing import Request, Trial
+from mis_mlx.evaluation.speed.timing import Measurement, Request
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.hardware.thermal import energy, governor
-from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
 from mis_mlx.models import arch, load, policy, resolve
 from mis_mlx.models.policy import Computing
 from mis_mlx.reporting import progress, text
@@ -33,7 +33,7 @@ IDLE_S = 5.0  # of rest, whose power is taken off
 
 
 @dataclass(frozen=True)
-class Settings(Computing, WeatherFlags):
+class Settings(Computing, ThermalFlags):
     """The same texts and lengths for every model, in turn (A B A B), so that drift hits all alike."""
 
     model: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ def measure(
 ) -> list[Row]:
     """Rows `ttft_ms` and `decode_tps` for each model: medians over `count` trials; in turn if all fit in
     `limit_bytes`, else model after model."""
-    r, trials = Request(prompt_tokens, max(tokens, 2)), dict[str, list[Trial]]()
+    r, trials = Request(prompt_tokens, max(tokens, 2)), dict[str, list[Measurement]]()
     openers = {name: partial(timing.opened, folder, name) for folder, name in zip(folders, names, strict=True)}
     together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
     timed = cli.counted("trial", rounds.rounds(openers, together, count, r), count * len(folders))
@@ -90,7 +90,7 @@ class Bench:
             raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
         if s.out:
             need_place("--out", s.out, "file")
-        folders = [resolve.find(m).path for m in s.model or [None]]
+        folders = [resolve.resolve_model(m).path for m in s.model or [None]]
         if len(set(folders)) < len(folders):
             raise MisError(f"{len(folders)} models given, {len(set(folders))} different ones: give each once")
         self.models = dict(zip(resolve.labels(folders), map(load.open_checkpoint, folders), strict=True))
@@ -101,7 +101,7 @@ class Bench:
         self.together = sum(needs.values()) <= limit.limit_bytes
         if not self.together and len(self.models) > 1:
             cli.say("the models do not fit in memory together: one after the other, so drift does not hit all alike")
-        self.done: dict[str, list[Trial]] = {}
+        self.done: dict[str, list[Measurement]] = {}
         self.loaded: dict[str, dict[str, float]] = {}
         self.stopped = False
 
@@ -184,7 +184,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command. A machine that is hot at the start or the end, or slows down, is said to be, in the JSON too."""
     policy.use(settings.compute_dtype)
     bench = Bench(settings)
-    with Weather(settings) as weather:
+    with ThermalMonitor(settings) as weather:
         at = rates.measure_roof()
         first = weather.reading()
         conditions = {"before": _conditions(first)}

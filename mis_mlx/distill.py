@@ -14,16 +14,16 @@ import mlx.core as mx
 from mis_mlx import bench, cli, plan, prune, quantize
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import pipeline, scale_tuning, summary, trackers
-from mis_mlx.distillation.pipeline import Course
-from mis_mlx.distillation.run_loop import entered, resumed
+from mis_mlx.distillation.pipeline import Run
+from mis_mlx.distillation.run_loop import open_run, resumed
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.models import arch, distributed, load, mlx_generate, model_writer, pipeline_parallel, policy, resolve
 from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, machines, phases
-from mis_mlx.planner.job import job_of
-from mis_mlx.planner.recipe import Distillation, Rounding
+from mis_mlx.planner.job import spec_of
+from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import select
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
@@ -41,7 +41,7 @@ DTYPE = "bfloat16"  # of unquantized weights on disk
 
 
 @dataclass(frozen=True)
-class Settings(Computing, select.Cut, Rounding, Distillation):
+class Settings(Computing, select.PruningConfig, QuantizationConfig, DistillationConfig):
     """One run. Every default is what was measured to work; nothing needs to be given."""
 
     RARE: ClassVar = frozenset({
@@ -93,11 +93,11 @@ class Settings(Computing, select.Cut, Rounding, Distillation):
         return {name: value for name, value in asdict(self).items() if name not in run_folder.NOT_STORED}
 
 
-def _prune(s: Settings, c: Course, data: preparation.Data) -> Checkpoint:
+def _prune(s: Settings, c: Run, data: preparation.Data) -> Checkpoint:
     out = c.folder / "pruned"
     if s.student is not None:
         return load.open_checkpoint(s.student)
-    if not distributed.told(out.exists):
+    if not distributed.broadcast_json(out.exists):
         cli.say("calibrate and prune")
         with c.phase("prune"):
             report = select.prune(
@@ -112,42 +112,42 @@ def _prune(s: Settings, c: Course, data: preparation.Data) -> Checkpoint:
                 held=c.plan.held_windows("prune"),
                 shares=c.shares,
             )
-        if distributed.first():
+        if distributed.is_main():
             cli.say(prune.sentence(report))
-    distributed.sent_folder(out, c.files)
+    distributed.broadcast_folder(out, c.files)
     return load.open_checkpoint(out)
 
 
-def _distil(s: Settings, c: Course, pruned: Checkpoint) -> Path:
+def _distil(s: Settings, c: Run, pruned: Checkpoint) -> Path:
     """Train to the end from wherever the run stands, then write the student's folder."""
     out = c.folder / ("distilled" if s.quantize else "model")
-    if not distributed.told(out.exists):
+    if not distributed.broadcast_json(out.exists):
         take = pipeline.train(c, pruned)
         config = {**pruned.config, "torch_dtype": DTYPE}
         extra = model_writer.keep_files(model_writer.read_keep(pruned.path))
-        if distributed.first():
+        if distributed.is_main():
             model_writer.write_model(config, take, pruned.path, out, DTYPE, c.files, extra)
     return out
 
 
-def _quantize(s: Settings, c: Course, pruned: Checkpoint, dense: Path) -> None:
+def _quantize(s: Settings, c: Run, pruned: Checkpoint, dense: Path) -> None:
     """Round the student, then let its scales learn; what is there is not made again."""
     out = c.folder / "model"
     steps = s.steps(c.plan.mode == "resident")
     rounded = c.folder / "rounded" if steps else out
-    if distributed.first() and not rounded.exists() and not out.exists():
+    if distributed.is_main() and not rounded.exists() and not out.exists():
         batches, held = c.pick(s.num_samples * s.looks, 1), c.plan.held_windows("quantize")
         with c.phase("quantize"):
             quantize.quantize(dense, rounded, s, c.files, batches, held, s.seed)
-    if not distributed.told(out.exists):
-        distributed.sent_folder(rounded, c.files)
+    if not distributed.broadcast_json(out.exists):
+        distributed.broadcast_folder(rounded, c.files)
         cli.say(f"tune: {steps} steps of scales, biases and norms")
         r = scale_tuning.recipe_of(c.recipe, steps, s.q_learning_rate)
         scale_tuning.tune(c, pipeline.source_of(c), rounded, out, r)
 
 
 def _measure(
-    s: Settings, c: Course, data: preparation.Data, models: dict[str, Checkpoint]
+    s: Settings, c: Run, data: preparation.Data, models: dict[str, Checkpoint]
 ) -> tuple[list[Row], dict[str, list[Row]]]:
     """(rows of size and speed, rows of quality by held-out text); of machines that share the teacher's blocks all help
     with its part, and the first one has the rows."""
@@ -157,11 +157,11 @@ def _measure(
     for at, (name, held_out) in enumerate(data.held_out.items()):
         cli.say(f"measure: {name}")
         chosen = comparison.chosen(held_out, s.eval_windows if at == 0 else max(1, s.eval_windows // 3))
-        asked = [mx.array(w[None]) for w in chosen.tokens] if distributed.first() else []
+        asked = [mx.array(w[None]) for w in chosen.tokens] if distributed.is_main() else []
         states = source.forward(asked) if source else None
-        if distributed.first():
+        if distributed.is_main():
             quality[name] = comparison.rows_of(comparison.compare(models, chosen, states))
-    if not distributed.first():
+    if not distributed.is_main():
         return [], {}
     sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
     sizes += [Row(n, "bytes", m.nbytes / 1e6) for n, m in models.items()]
@@ -176,31 +176,31 @@ def _measure(
 
 def _plan(
     s: Settings, checkpoint: Checkpoint, small: Mapping[str, Any], budget: Budget, folder: Path | None
-) -> phases.Plan:
+) -> phases.MemoryPlan:
     """The plan of a new run; or of one that has begun, which goes on in its own way whatever the budget is now."""
-    job = job_of(estimates.model_of(checkpoint), estimates.model_of(small), s)
-    if folder and distributed.first():
+    job = spec_of(estimates.model_of(checkpoint), estimates.model_of(small), s)
+    if folder and distributed.is_main():
         made = phases.one(job, budget.limit_bytes, estimates.machine_rates(), **run_folder.stored_plan(folder))
     else:
         made = phases.make(job, budget.limit_bytes, estimates.machine_rates())
     return machines.agreed(made)
 
 
-def _all_stages(s: Settings, c: Course, data: preparation.Data) -> tuple[str, dict[str, Any]]:
+def _all_stages(s: Settings, c: Run, data: preparation.Data) -> tuple[str, dict[str, Any]]:
     """(the table, the result); nothing on machines beside the first one."""
     began, folder = time.monotonic(), c.folder
     models = {"teacher": c.teacher, "pruned": _prune(s, c, data)}
     distilled = _distil(s, c, models["pruned"])
     if s.quantize:
         _quantize(s, c, models["pruned"], distilled)
-    if distributed.first():
+    if distributed.is_main():
         models["distilled"] = load.open_checkpoint(distilled)
         if s.quantize:
             models["4-bit"] = load.open_checkpoint(folder / "model")
-    if distributed.first() or c.shares:
+    if distributed.is_main() or c.shares:
         with c.phase("measure"):
             sizes, quality = _measure(s, c, data, models)
-    if not distributed.first():  # what is left to do, the first one does
+    if not distributed.is_main():  # what is left to do, the first one does
         return "", {}
     table = summary.page(models, sizes, quality, s.max_seq_length)
     c.files.replace_text(folder / "table.md", table + "\n")
@@ -224,10 +224,10 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder = resumed(settings, FREE) if settings.resume else (settings, None)
     policy.use(s.compute_dtype)
     s.check()
-    if distributed.first():
+    if distributed.is_main():
         need_place("--out", s.out or "runs")
     trackers.check(s.report_to)
-    found = resolve.find(s.teacher)
+    found = resolve.resolve_model(s.teacher)
     cli.say(f"teacher: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
     if s.student:
@@ -265,7 +265,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _begin(
-    s: Settings, folder: Path | None, teacher: Path, checkpoint: Checkpoint, made: phases.Plan, budget: Budget
+    s: Settings, folder: Path | None, teacher: Path, checkpoint: Checkpoint, made: phases.MemoryPlan, budget: Budget
 ) -> tuple[str, dict[str, Any]]:
     """Read the data, enter the run folder, go through all stages."""
     shares = machines.shares(made) if s.spread == "layers" else ()
@@ -279,12 +279,12 @@ def _begin(
         return run_folder.create(s.out, f"{teacher.name}-{s.scenario}", s.stored, origin, made.way, files)
 
     wired = made.peak_bytes if made.mode == "resident" else 0
-    with entered(folder, new, origin, budget, wired, s, files) as (place, weather):
+    with open_run(folder, new, origin, budget, wired, s, files) as (place, weather):
         recipe = made.recipe(s)
         flags = {name: value for name, value in s.stored.items() if value != getattr(Settings(), name)}
         files.append(place / run_folder.PHASES, json.dumps({**weather.now(), **summary.begun(made, flags)}))
-        report = trackers.reporter(s.report_to if distributed.first() else None, place.name, place, asdict(s))
-        c = Course(recipe, place, checkpoint, data.train, made, files, memory.Peak(), weather, report, shares)
+        report = trackers.reporter(s.report_to if distributed.is_main() else None, place.name, place, asdict(s))
+        c = Run(recipe, place, checkpoint, data.train, made, files, memory.Peak(), weather, report, shares)
         return _all_stages(s, c, data)
 
 

@@ -16,7 +16,7 @@ from mis_mlx.alignment.preference_pairs import Objective
 from mis_mlx.maths.preference import LossType
 from mis_mlx.models import distributed
 from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import Phase
+from mis_mlx.planner.estimates import StageCost
 from mis_mlx.types import Positive, Rate, Within
 
 ANSWERS = ("chosen", "rejected")
@@ -44,7 +44,7 @@ def run(settings: Settings) -> dict[str, Any]:
     objective = Objective(s.loss_type, s.beta, s.dpop_lambda)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
-    def training(parts: Settings) -> Phase:
+    def training(parts: Settings) -> StageCost:
         length = max(map(preference_pairs.longest, [*train, *valid]))
         return alignment_plan.training(parts, checkpoint, 2 * parts.batch_size, length, "dpo")
 
@@ -59,10 +59,10 @@ def run(settings: Settings) -> dict[str, Any]:
         return {"model": str(checkpoint.path), "pairs": len(train), **plan.result()}
     with alignment_run.running(s, folder, checkpoint, plan, card, "dpo") as r:
         logps = np.zeros((len(compared), 2), np.float32)
-        if distributed.first():
+        if distributed.is_main():
             ask = partial(preference_pairs.reference, r.model, compared, parts.batch_size)
             logps = preference_pairs.stored_reference(r.folder, card["fingerprint"], r.files, ask)
-        logps = np.array(distributed.sent_array(mx.array(logps)))
+        logps = np.array(distributed.broadcast_array(mx.array(logps)))
         of_train = np.full((len(train), 2), np.nan, np.float32)
         of_train[seen] = logps[: len(seen)]
         each = preference_pairs.micro_batches(train, of_train, *drawing)

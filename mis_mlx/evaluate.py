@@ -66,7 +66,7 @@ class Settings(Computing):
 
 def _print(text: str) -> None:
     """On stdout; of several machines the first one speaks."""
-    if distributed.first():
+    if distributed.is_main():
         print(text)
 
 
@@ -109,7 +109,7 @@ def _texts(
     tokenizer = load.tokenizer(next(iter(models.values())).path)
     for name, held_out in preparation.prepare(s.data, tokenizer, length).held_out.items():
         chosen = comparison.chosen(held_out, s.eval_windows)
-        distributed.same({name: fingerprint(chosen)})
+        distributed.check_same({name: fingerprint(chosen)})
         with memory.limited(limit):
             yield name, f"{name}, {len(chosen.tokens)} windows of {length} tokens", chosen, opened
 
@@ -125,7 +125,7 @@ def _held_out(s: Settings, models: Models, limit: Budget) -> tuple[str, dict[str
 
 
 def _plan(
-    s: Settings, wanted: task_registry.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget
+    s: Settings, wanted: task_registry.EvaluationSet, models: Models, hashes: Mapping[str, str], limit: Budget
 ) -> dict[str, Any]:
     """Peak and time of what is still to be asked, said aloud; lm-eval's tasks have no estimate of time.
 
@@ -149,11 +149,11 @@ def _plan(
 
 
 def _outcomes(
-    s: Settings, wanted: task_registry.Subjects, models: Models, hashes: Mapping[str, str], limit: Budget
+    s: Settings, wanted: task_registry.EvaluationSet, models: Models, hashes: Mapping[str, str], limit: Budget
 ) -> Iterator[Outcome]:
     """Our tasks, then lm-eval's; each model is asked all of them before the next one."""
     layers, first = s.spread == "layers", next(iter(models.values()))
-    marks = {name: [answering.marks(m, hashes[name], t, limit, layers) for t in wanted.tasks]
+    marks = {name: [answering.scores(m, hashes[name], t, limit, layers) for t in wanted.tasks]
              for name, m in models.items()}  # fmt: skip
     for at, task in enumerate(wanted.tasks):
         yield Outcome(
@@ -161,7 +161,7 @@ def _outcomes(
             task.about,
             {name: marks[name][at] for name in models},
             np.array([q.chance for q in task.questions]),
-            questions.constant(task),
+            questions.best_constant_answer(task),
             wanted.known.overlap(task),
             task.sha256,
             answering.uniform(first, task),
@@ -176,7 +176,7 @@ def _outcomes(
 def _hashes(models: Models) -> dict[str, str]:
     """Of every model; MisError where another machine has another one."""
     hashes = {name: answering.sha256(model) for name, model in models.items()}
-    distributed.same(hashes)
+    distributed.check_same(hashes)
     return hashes
 
 
@@ -188,20 +188,20 @@ def _examine(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
         lm_eval_tasks.check(wanted.harness)
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
-    distributed.same({task.name: task.sha256 for task in wanted.tasks})
+    distributed.check_same({task.name: task.sha256 for task in wanted.tasks})
     hashes = _hashes(models)
     plan = _plan(s, wanted, models, hashes, limit)
     if s.dry_run:
         counts = {task.name: len(task.questions) for task in wanted.tasks}
         return {"questions": counts, "lm_eval": list(wanted.harness), **plan}
-    if s.out and distributed.first():
+    if s.out and distributed.is_main():
         figures.need()
         DISK.make_folder(Path(s.out))
     outcomes = list(_outcomes(s, wanted, models, hashes, limit))
     tables, held_out = _held_out(s, models, limit) if wanted.text else ("", {})
     page = recovery_table.markdown(outcomes, tables)
     _print(f"\n{page}\n")
-    if s.out and distributed.first():
+    if s.out and distributed.is_main():
         result = {"sha256": hashes, "tasks": [o.json() for o in outcomes], "held_out": held_out}
         _write(Path(s.out), outcomes, page, result)
     recovered = {o.task: {name: o.recovered(name) for name in list(models)[1:]} for o in outcomes}
@@ -226,13 +226,13 @@ def run(settings: Settings) -> dict[str, Any]:
     s = settings
     cli.check_ranges(s)
     policy.use(s.compute_dtype)
-    if s.out and distributed.first():
+    if s.out and distributed.is_main():
         need_place("--out", s.out)
     if s.kld and s.tasks:
         raise MisError("--kld and --tasks are two reports: give one of them")
     if s.kld and not s.students:
         raise MisError("--kld compares two models, there is only the teacher: name the other with --students")
-    teacher = resolve.find(s.teacher).path
+    teacher = resolve.resolve_model(s.teacher).path
     models = {"teacher": load.open_checkpoint(teacher)}
     for name, folder in zip(resolve.labels(s.students, ("teacher",)), s.students, strict=True):
         models[name] = load.open_checkpoint(folder)

@@ -156,9 +156,9 @@ def run(settings: Settings) -> dict[str, Any]:
     need_place("--out", s.out, "new")
     if s.model and s.model.endswith(".gguf"):
         raise MisError(f"{s.model} is a GGUF already: give the model folder that it was made from")
-    folder = resolve.find(s.model).path
+    folder = resolve.resolve_model(s.model).path
     checkpoint = load.open_checkpoint(folder)
-    tokenizer_check.tried(folder)
+    tokenizer_check.check_tokenizer(folder)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
     wanted = s.out_type or (tensors.out_type(checkpoint) if s.format == "gguf" else "bf16")
     need = need_bytes(checkpoint, s.format, wanted)

@@ -44,7 +44,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s = settings
     policy.use(s.compute_dtype)
     cli.check_ranges(s)
-    checkpoint = load.open_checkpoint(resolve.find(s.model).path)
+    checkpoint = load.open_checkpoint(resolve.resolve_model(s.model).path)
     small = comparison.same_vocabulary(checkpoint, load.open_checkpoint(s.draft_model)) if s.draft_model else None
     tokenizer = load.tokenizer(checkpoint.path)
     ids = mlx_generate.encode(tokenizer, s.prompt, s.ignore_chat_template)

@@ -17,8 +17,8 @@ from mis_mlx.data.rows import Row
 from mis_mlx.evaluation import rewards
 from mis_mlx.maths.policy import LossType
 from mis_mlx.models import distributed, load, stream
-from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import Phase
+from mis_mlx.planner import estimates, training_size
+from mis_mlx.planner.estimates import StageCost
 from mis_mlx.types import MOST, Checkpoint, Count, MisError, Positive, Rate, Within
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
@@ -98,13 +98,13 @@ def _questions(
     return splits[0], splits[1], data.card(examples.fingerprint(encoded))
 
 
-def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[Phase, Phase]:
+def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[StageCost, StageCost]:
     """(sampling, training), where `longest` is of the prompts."""
     m, most = alignment_plan.sizes(s, checkpoint), s.max_completion_length
     answers, length = s.grad_accumulation_steps * s.group_size, longest + most
     branched = replace(s, grad_accumulation_steps=s.grad_accumulation_steps * -(-s.group_size // s.batch_size))
     learn = alignment_plan.training(branched, checkpoint, 1, longest + s.batch_size * most, "learn")
-    state = learn.peak_bytes - estimates.activation_bytes(m.config, 1, longest + s.batch_size * most)
+    state = learn.peak_bytes - training_size.activation_bytes(m.config, 1, longest + s.batch_size * most)
     # Twice: the cache grows, and gets rid of finished answers, by being copied.
     cache = estimates.keys_bytes(m, 2 * s.at_once * (longest + CACHE_STEP * -(-most // CACHE_STEP)))
     work = estimates.workspace_bytes(m, max(longest, s.at_once), length) + 8 * s.at_once * m.shape.vocab * 4
@@ -113,7 +113,7 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[Phase, P
     batches = s.iters * -(-answers // s.at_once) + -(-measured // s.at_once)
     touched = batches * most * (m.shape.layers * m.block_work + m.head_work)
     flops = estimates.forward_flops(m, tokens, length)
-    play = Phase("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
+    play = StageCost("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
     if s.beta:
         beside = 3 * alignment_plan.weight_bytes(s, checkpoint)  # moments too
         size = answers * length

@@ -7,23 +7,23 @@ from typing import Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.thermal.run_monitor import WeatherFlags, battery
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
 from mis_mlx.models.arch import MIS_137B
 from mis_mlx.models.config import read_config
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.estimates import Model
-from mis_mlx.planner.job import Job, job_of
-from mis_mlx.planner.phases import Plan
-from mis_mlx.planner.recipe import Distillation, Rounding
+from mis_mlx.planner.estimates import ModelSize
+from mis_mlx.planner.job import DistillationSpec, spec_of
+from mis_mlx.planner.phases import MemoryPlan
+from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Count, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
 
-def table(plan: Plan) -> str:
+def table(plan: MemoryPlan) -> str:
     """Markdown for people: every phase, one generated token, the decision."""
     one = estimates.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
     head = ["phase", "read", "written", "peak memory", "operations", "time", "of an SSD's life"]
@@ -35,7 +35,7 @@ def table(plan: Plan) -> str:
     return f"{markdown_table(head, rows)}\n\n{decision(plan)}"
 
 
-def disk_bytes(plan: Plan) -> int:
+def disk_bytes(plan: MemoryPlan) -> int:
     """Files there may be at once, the teacher's not among them: models, two checkpoints, scratch."""
     m = plan.job.student
     params, shard = arch.params(m.config), m.block_params * plan.shard_layers
@@ -44,7 +44,7 @@ def disk_bytes(plan: Plan) -> int:
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
 
 
-def decision(plan: Plan) -> str:
+def decision(plan: MemoryPlan) -> str:
     """What was chosen and what it comes to; or that nothing fits, and what would."""
     if not plan.fits:
         return f"This does NOT fit: {phases.remedy(plan)}."
@@ -69,7 +69,7 @@ def decision(plan: Plan) -> str:
 
 
 @dataclass(frozen=True)
-class Settings(Rounding, Distillation):
+class Settings(QuantizationConfig, DistillationConfig):
     """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
 
     teacher: str | None = None
@@ -94,16 +94,16 @@ class Settings(Rounding, Distillation):
     """YAML file with any of these flags"""
 
 
-def _open(name: str | None, gpu: bool) -> tuple[Model, str]:
+def _open(name: str | None, gpu: bool) -> tuple[ModelSize, str]:
     """(sizes, path or name) of a folder with or without weights, a model of the hub, or the paper's teacher."""
     if name == "mis-137b":
         return estimates.model_of(MIS_137B, gpu), name
-    folder = teachers.find(name).path
+    folder = teachers.resolve_model(name).path
     bare = not any(folder.glob("*.safetensors"))
     return estimates.model_of(read_config(folder) if bare else load.open_checkpoint(folder), gpu), str(folder)
 
 
-def _job(s: Settings, teacher: Model, gpu: bool) -> Job:
+def _job(s: Settings, teacher: ModelSize, gpu: bool) -> DistillationSpec:
     if s.student:
         student, _ = _open(s.student, gpu)
     else:
@@ -111,7 +111,7 @@ def _job(s: Settings, teacher: Model, gpu: bool) -> Job:
         shape = arch.target_shape(teacher.config, arch.SCENARIOS[name])
         small = arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16")
         student = estimates.model_of(small, gpu)
-    return job_of(teacher, student, s)
+    return spec_of(teacher, student, s)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def run(settings: Settings) -> dict[str, Any]:
     plan = phases.make(job, budget.limit_bytes, at)
     params = [arch.params(m.config) for m in (teacher, job.student)]
     print(f"{params[0]:,} -> {params[1]:,} parameters: {job.student.shape}\n\n{table(plan)}")
-    if settings.machine == "here" and (said := battery(WeatherFlags())):
+    if settings.machine == "here" and (said := battery(ThermalFlags())):
         print(f"\nThis machine is {said}.")
     return {
         "teacher": name,

@@ -11,19 +11,19 @@ from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.thermal.run_monitor import Weather
+from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
 from mis_mlx.models import load, policy, resolve
 from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import select
-from mis_mlx.pruning.select import Cut
+from mis_mlx.pruning.select import PruningConfig
 from mis_mlx.reporting import progress
 from mis_mlx.storage.files import Files, need_place
 from mis_mlx.types import Count, Seed, Tokens
 
 
 @dataclass(frozen=True)
-class Settings(Computing, Cut):
+class Settings(Computing, PruningConfig):
     """Prune only; `distill` does this and the rest."""
 
     model: str | None = None
@@ -68,7 +68,7 @@ def run(settings: Settings) -> dict[str, Any]:
     policy.use(settings.compute_dtype)
     need_place("--mlx-path", settings.mlx_path, "new")
     files = Files()
-    found = resolve.find(settings.model)
+    found = resolve.resolve_model(settings.model)
     cli.say(f"model: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
     limit = memory.budget(None if settings.budget is None else cli.parse_bytes(settings.budget))
@@ -78,7 +78,7 @@ def run(settings: Settings) -> dict[str, Any]:
     )
     estimates.fit(limit, planned)
     data = preparation.prepare(settings.data, load.tokenizer(found.path), length)
-    with progress.run("prune"), memory.limited(limit), Weather(settings, None, files) as weather:
+    with progress.run("prune"), memory.limited(limit), ThermalMonitor(settings, None, files) as weather:
         report = select.prune(
             checkpoint,
             preparation.calibration(data.train, settings.num_samples, settings.seed),

@@ -22,9 +22,9 @@ from mis_mlx.maths.rounding import Packed
 from mis_mlx.models import load, model_writer, policy, resolve
 from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, phases, quantized_size
-from mis_mlx.planner.estimates import Phase
-from mis_mlx.planner.job import Job
-from mis_mlx.planner.recipe import Distillation, Rounding
+from mis_mlx.planner.estimates import StageCost
+from mis_mlx.planner.job import DistillationSpec
+from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.quantization import bit_allocation, gptq, grid, packed_format
 from mis_mlx.reporting import progress
 from mis_mlx.storage.files import Files, need_place
@@ -33,7 +33,7 @@ from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Who
 
 
 @dataclass(frozen=True)
-class Settings(Computing, Rounding):
+class Settings(Computing, QuantizationConfig):
     """Quantize only; `distill` does this as its last stages."""
 
     model: str | None = None
@@ -58,14 +58,20 @@ class Settings(Computing, Rounding):
     """YAML file with any of these flags"""
 
 
-def check(config: Mapping[str, Any], how: Rounding) -> None:
+def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
     """Refuse, before hours of work, a shape that cannot be quantized whole and a target out of reach."""
     packed_format.layout(config, how.q_group_size, mode=how.q_mode)
     bit_allocation.check(how.affine.target_bpw, how.q_group_size)
 
 
 def quantize(
-    folder: Path, out: Path, how: Rounding, files: Files, batches: Sequence[mx.array] = (), held: int = 0, seed: int = 0
+    folder: Path,
+    out: Path,
+    how: QuantizationConfig,
+    files: Files,
+    batches: Sequence[mx.array] = (),
+    held: int = 0,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
 
@@ -81,7 +87,7 @@ def quantize(
         count = held * passes
         return Spool(out.absolute().parent, count, files) if held < len(batches) else None
 
-    wide = packed_format.bridges(checkpoint) if how.q_mode == "affine" else ()
+    wide = packed_format.blocks_after_removed(checkpoint) if how.q_mode == "affine" else ()
     plan: packed_format.Layout = packed_format.layout(checkpoint.config, how.q_group_size, wide, how.q_mode)
     extra = {}
     if how.target_bpw is not None:
@@ -97,14 +103,14 @@ def quantize(
     )
 
 
-def _planned(s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget) -> list[Phase]:
+def _planned(s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget) -> list[StageCost]:
     """Rounding, and the steps after it; MisError when one of them does not fit."""
     m, steps = estimates.model_of(checkpoint), s.steps(False)
     found = [quantized_size.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]
     remedy = f"give --budget {estimates.flag(found[0].peak_bytes)} or more"
     estimates.fit(limit, *found, remedy=remedy + (", or --q-method round without --target-bpw" if count else ""))
     if steps:
-        job = Job(
+        job = DistillationSpec(
             estimates.model_of(other), m, steps, s.batch_size, 1, s.max_seq_length, count, 0, 0, steps, rounding=s
         )
         found.append(phases.tune(job, s.batch_size, limit.limit_bytes, steps))
@@ -117,8 +123,12 @@ def _tuned(s: Settings, rounded: Path, other: Checkpoint, data: Windows, pinned:
     """Write `out`: `rounded`, whose scales have learned from the model `other`."""
     checkpoint, m = load.open_checkpoint(rounded), estimates.model_of(other)
     keeps = None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
-    r = scale_tuning.recipe_of(Distillation(batch_size=s.batch_size, seed=s.seed), s.steps(False), s.q_learning_rate)
-    grid.write(checkpoint, scale_tuning.learned(checkpoint, live_teacher.Teacher(other, keeps), data, r), out, files)
+    r = scale_tuning.recipe_of(
+        DistillationConfig(batch_size=s.batch_size, seed=s.seed), s.steps(False), s.q_learning_rate
+    )
+    grid.write(
+        checkpoint, scale_tuning.learned(checkpoint, live_teacher.StreamedTeacher(other, keeps), data, r), out, files
+    )
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -126,7 +136,7 @@ def run(settings: Settings) -> dict[str, Any]:
     cli.check_ranges(settings)
     policy.use(settings.compute_dtype)
     need_place("--mlx-path", settings.mlx_path, "new")
-    s, found = settings, resolve.find(settings.model)
+    s, found = settings, resolve.resolve_model(settings.model)
     if s.looks and s.num_samples < 1:
         asked = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"
         raise MisError(f"{asked} looks at text, --num-samples is {s.num_samples}: give 1 or more")
@@ -136,7 +146,7 @@ def run(settings: Settings) -> dict[str, Any]:
     packed_format.check_dense(checkpoint)
     model_writer.need_tokenizer(found.path)
     check(checkpoint.config, s)
-    other = load.open_checkpoint(resolve.find(s.teacher).path) if s.teacher else checkpoint
+    other = load.open_checkpoint(resolve.resolve_model(s.teacher).path) if s.teacher else checkpoint
     comparison.same_vocabulary(other, checkpoint)
     planned = _planned(s, checkpoint, other, count, limit)
     out, files, batches = Path(s.mlx_path), Files(), list[mx.array]()

@@ -13,19 +13,19 @@ from typing import Annotated, Any, Literal
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import candidate_trials, search_report
-from mis_mlx.distillation.candidate_trials import Contest
-from mis_mlx.distillation.pipeline import Course
-from mis_mlx.distillation.run_loop import entered, resumed
+from mis_mlx.distillation.candidate_trials import CandidateTrials
+from mis_mlx.distillation.pipeline import Run
+from mis_mlx.distillation.run_loop import open_run, resumed
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.hardware.thermal.run_monitor import WeatherFlags
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models import load, policy, resolve
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.estimates import Phase
-from mis_mlx.planner.job import job_of
-from mis_mlx.planner.recipe import Distillation
+from mis_mlx.planner.estimates import StageCost
+from mis_mlx.planner.job import spec_of
+from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import shape_search
 from mis_mlx.pruning.shape_search import Aim, Decoding
 from mis_mlx.reporting import progress
@@ -40,7 +40,7 @@ UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of
 
 
 @dataclass(frozen=True)
-class Settings(Computing, WeatherFlags, Distillation):
+class Settings(Computing, ThermalFlags, DistillationConfig):
     """One of --params, --memory, --decode says what the student may cost; default: --params 0.667x."""
 
     params: str | None = None
@@ -113,7 +113,7 @@ def aim_of(s: Settings, config: Mapping[str, Any], timed: Decoding | None) -> Ai
     return shape_search.params_aim(config, s.params or "0.667x", s.tolerance)
 
 
-def work_table(found: Sequence[Phase], at: Rates) -> str:
+def work_table(found: Sequence[StageCost], at: Rates) -> str:
     """Markdown: every phase, then all of them."""
     parts = [(p.name, p.read_bytes, p.written_bytes, p.peak_bytes, p.seconds(at)) for p in found]
     _, read, written, peak, seconds = zip(*parts, strict=True)
@@ -122,7 +122,7 @@ def work_table(found: Sequence[Phase], at: Rates) -> str:
     return markdown_table(["phase", "read", "written", "peak memory", "time"], lines)
 
 
-def rank(s: Settings, c: Contest, shapes: Sequence[Shape], first: Sequence[Shape]) -> list[Shape]:
+def rank(s: Settings, c: CandidateTrials, shapes: Sequence[Shape], first: Sequence[Shape]) -> list[Shape]:
     """The shapes that were measured, the best first; those whose loss is no number are left out."""
     count, done = min(s.evaluations, len(shapes)), 0
     with progress.bar("rank", count) as show:
@@ -137,21 +137,21 @@ def rank(s: Settings, c: Contest, shapes: Sequence[Shape], first: Sequence[Shape
     return sorted((x for x, value in scores.items() if math.isfinite(value)), key=lambda x: scores[x])
 
 
-def judge(s: Settings, c: Contest, course: Course, shape: Shape) -> dict[str, Any]:
+def judge(s: Settings, c: CandidateTrials, course: Run, shape: Shape) -> dict[str, Any]:
     """The record of one finalist, distilled now or read."""
     cli.say(f"finalist {shape_search.label(shape)}")
     small = estimates.model_of(shape_search.config_of(c.teacher.config, shape))
-    job, plan = job_of(estimates.model_of(c.teacher), small, s), course.plan
+    job, plan = spec_of(estimates.model_of(c.teacher), small, s), course.plan
     made = phases.make(job, plan.budget_bytes, plan.rates)
     return c.final(shape, s, made, course, s.max_kv_size if s.decode else None)
 
 
 def report(
-    s: Settings, c: Contest, aim: Aim, measured: int, records: Mapping[Shape, Mapping[str, Any]]
+    s: Settings, c: CandidateTrials, aim: Aim, measured: int, records: Mapping[Shape, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Print the table and the sentence; write table.md and return what goes into the JSON line."""
     shapes, before = list(records), shape_of(c.teacher.config)
-    found = search_report.verdict([*records.values()])
+    found = search_report.best_candidate([*records.values()])
     names = [search_report.words(x, before) for x in shapes]
     lines = [search_report.command_line(x, before, s.teacher, s.data) for x in shapes]
     said = search_report.sentence(found, [*records.values()], names, lines)
@@ -183,7 +183,9 @@ def field_of(s: Settings, config: Mapping[str, Any], aim: Aim) -> tuple[list[Sha
     return shapes, first
 
 
-def _run(s: Settings, c: Contest, course: Course, aim: Aim, shapes: Sequence[Shape], first: Sequence[Shape]) -> dict:
+def _run(
+    s: Settings, c: CandidateTrials, course: Run, aim: Aim, shapes: Sequence[Shape], first: Sequence[Shape]
+) -> dict:
     with progress.phase("rank"):
         ranked = rank(s, c, shapes, first)
     if not ranked:
@@ -205,7 +207,7 @@ def run(settings: Settings) -> dict[str, Any]:
     check(s)
     need_place("--out", s.out or UNDER)
     began, files = time.monotonic(), Files()
-    found = resolve.find(s.teacher)
+    found = resolve.resolve_model(s.teacher)
     cli.say(f"teacher: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
     limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
@@ -241,11 +243,11 @@ def run(settings: Settings) -> dict[str, Any]:
         return run_folder.create(s.out, name, values, origin, asdict(timed) if timed else {}, files)
 
     wired = made.peak_bytes if made.mode == "resident" else 0
-    run_ = entered(folder, new, origin, limit, wired, s, files)
+    run_ = open_run(folder, new, origin, limit, wired, s, files)
     with progress.run("search", seconds), run_ as (place, weather):
-        course = Course(s, place, checkpoint, data.train, made, files, memory.Peak(), weather)
+        course = Run(s, place, checkpoint, data.train, made, files, memory.Peak(), weather)
         repair = course.pick(s.repair_samples, 2)
-        c = Contest(place, checkpoint, course.pick(s.num_samples, 1), repair, ranking, judging, s.dtype, files,
+        c = CandidateTrials(place, checkpoint, course.pick(s.num_samples, 1), repair, ranking, judging, s.dtype, files,
                     made.held_windows("prune"))  # fmt: skip
         result = {**result, **_run(s, c, course, aim, shapes, first), "run": str(place),
                   "peak_bytes": course.peak.nbytes, **weather.account(),

@@ -8,12 +8,12 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run
 from mis_mlx.alignment.alignment_plan import Alignment
-from mis_mlx.alignment.sft_loss import Lesson
+from mis_mlx.alignment.sft_loss import PackedDataset
 from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
 from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import Phase
+from mis_mlx.planner.estimates import StageCost
 from mis_mlx.types import Checkpoint, Rate
 
 SHAPES = ("messages", "completion")
@@ -35,16 +35,16 @@ class Settings(Alignment):
     """share of the loss that is KL to the teacher, if there is one; the rest is cross-entropy"""
 
 
-def _lessons(s: Settings, checkpoint: Checkpoint) -> tuple[Lesson, Lesson, dict[str, Any]]:
+def _lessons(s: Settings, checkpoint: Checkpoint) -> tuple[PackedDataset, PackedDataset, dict[str, Any]]:
     """(windows to train on, held-out ones, what is known of the data); every row is checked."""
     train, valid, card = alignment_run.data(s, checkpoint, SHAPES, mask_prompt=s.mask_prompt)
     room = s.max_seq_length if s.packing and not s.teacher else 0
-    train_, valid_ = (Lesson([row[0] for row in rows], room) for rows in (train, valid))
+    train_, valid_ = (PackedDataset([row[0] for row in rows], room) for rows in (train, valid))
     cli.say(f"{len(train)} rows in {len(train_.windows)} windows of at most {max(train_.lengths)} tokens")
     return train_, valid_, card
 
 
-def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> Phase:
+def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> StageCost:
     """The training, with as much of its teacher in memory as the budget leaves."""
     alone = alignment_plan.training(s, checkpoint, s.batch_size, length, "sft")
     if beside is None:
@@ -57,14 +57,14 @@ def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, lengt
     return replace(alone, peak_bytes=peak + keeps * t.block_work, flops=flops, read_bytes=read, pinned=keeps)
 
 
-def _source(s: Settings, beside: Checkpoint | None, pinned: int) -> live_teacher.Source:
+def _source(s: Settings, beside: Checkpoint | None, pinned: int) -> live_teacher.TargetSource:
     """What the steps learn from: the text, or a teacher `pinned` blocks of which stay in memory."""
     if beside is None:
-        return live_teacher.Text()
+        return live_teacher.TextTargets()
     t = estimates.model_of(beside)
     direct = beside.nbytes > alignment_plan.budget(s).limit_bytes
     room = pinned * t.block_work + t.head_work
-    return live_teacher.Teacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
+    return live_teacher.StreamedTeacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def run(settings: Settings) -> dict[str, Any]:
     checkpoint = alignment_plan.opened(s)
     beside = None
     if s.teacher is not None:
-        beside = comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.find(s.teacher).path))
+        beside = comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.resolve_model(s.teacher).path))
     train, valid, card = _lessons(s, checkpoint)
     length = max(train.lengths)
     parts = alignment_plan.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))

@@ -13,7 +13,7 @@ from mis_mlx import cli
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.hardware.thermal import findings
 from mis_mlx.hardware.thermal.ambient import find_altitude
-from mis_mlx.hardware.thermal.governor import Mode, TeaBreaks, after_step, governor_for
+from mis_mlx.hardware.thermal.governor import Mode, PauseCounter, after_step, governor_for
 from mis_mlx.hardware.thermal.recording import Header, recorder
 from mis_mlx.hardware.thermal.thermal_monitor import Live, open_monitor
 from mis_mlx.storage.files import need_place
@@ -93,7 +93,7 @@ def record(settings: Record) -> dict[str, Any]:
 
 def replay_decisions(settings: Replay) -> dict[str, Any]:
     """Feed a recording to the governor in virtual time; returns its tea breaks."""
-    breaks, steps, action = TeaBreaks(), 0, ""
+    breaks, steps, action = PauseCounter(), 0, ""
     with open_monitor(replay=settings.file) as monitor:
         governor = governor_for(settings.mode, monitor.reading(), monitor.reasons, apple=False)
         if governor.blind:

@@ -134,7 +134,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Space:
+class PrunableAxis:
     """One axis that can shrink: which weights write it, which read it.
 
     `writes` have the axis as rows (axis 0), `reads` as columns (axis 1), `vectors` as their only axis.
@@ -151,7 +151,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Keep:
+class KeptUnits:
     """What a pruning keeps, and why; saved beside the model as `keep.json`.
 
     `layers`: teacher layers kept, in order. `kept[(layer, space)]`: sorted indices kept in that teacher

@@ -23,9 +23,9 @@ from mlx.utils import tree_flatten
 from mis_mlx.alignment import sft_loss
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import cached_targets, live_teacher, train_loop
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, pipeline_parallel, stream
-from mis_mlx.planner.recipe import Recipe
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import calibrate
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Reading
@@ -33,7 +33,9 @@ from tests import forks
 
 ROOT = Path(__file__).parents[1]
 Processes = list["forks.Fork | subprocess.Popen[str]"]
-RECIPE = Recipe(iters=10, batch_size=3, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-3, warmup=1)
+RECIPE = TrainingConfig(
+    iters=10, batch_size=3, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-3, warmup=1
+)
 
 
 def ports(count: int) -> list[int]:
@@ -83,24 +85,29 @@ def uneven(n: int, length: int = 16) -> Windows:
     return Windows(rng.integers(0, 512, (n, length)).astype(np.int32), learn)
 
 
-def lesson() -> sft_loss.Lesson:
+def lesson() -> sft_loss.PackedDataset:
     """Rows of 3 to 40 tokens, one a window."""
     rng = np.random.default_rng(3)
     lengths = rng.integers(3, 41, 30)
     rows = [(rng.integers(0, 512, n).astype(np.int32), (np.arange(n) >= n // 2).astype(np.float32)) for n in lengths]
-    return sft_loss.Lesson(rows)
+    return sft_loss.PackedDataset(rows)
 
 
 def distilled(teacher: Checkpoint, student: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.ndarray]:
     """Ten steps from the live teacher."""
-    model, optimizer = load.resident(student, mx.float32), GoralW()
-    source = live_teacher.Teacher(teacher, shares=shares)
+    model, optimizer = load.resident(student, mx.float32), GuardedAdamW()
+    source = live_teacher.StreamedTeacher(teacher, shares=shares)
     return _learned(model, list(live_teacher.steps(model, source, uneven(24), RECIPE, optimizer)))
 
 
 def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     """Ten steps on rows of uneven lengths, 5 a step: of 3 machines one has fewer."""
-    model, optimizer, rows, text = load.resident(student, mx.float32), GoralW(), lesson(), live_teacher.Text()
+    model, optimizer, rows, text = (
+        load.resident(student, mx.float32),
+        GuardedAdamW(),
+        lesson(),
+        live_teacher.TextTargets(),
+    )
     batches = rows.micro_batches(text, 5, 1, 0)
     return _learned(
         model, list(train_loop.train(model, batches, rows.loss_of(text, False), optimizer, RECIPE.schedule))
@@ -119,9 +126,9 @@ def passed(teacher: Checkpoint, shares: Sequence[int], room_bytes: int | None) -
     batches = [mx.random.randint(0, 512, (1, 8 + 5 * k), key=mx.random.key(k)) for k in range(5)]
     where = teacher, mx.float32, room_bytes, False
     source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
-    source.forward(distributed.share(batches[:1]))
-    hidden = source.forward(distributed.share(batches))
-    return {str(k): np.array(h) for k, h in zip(distributed.share(range(5)), hidden, strict=True)}
+    source.forward(distributed.shard(batches[:1]))
+    hidden = source.forward(distributed.shard(batches))
+    return {str(k): np.array(h) for k, h in zip(distributed.shard(range(5)), hidden, strict=True)}
 
 
 def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.ndarray]:
@@ -129,9 +136,9 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
     whole = [mx.random.randint(0, 512, (1, 8 + 5 * k), key=mx.random.key(k)) for k in range(5)]
     readings = [Reading(float(k), ambient_c=10.0 + 3 * k, altitude_m=832.0) for k in range(5)]
     n = distributed.size()
-    air = iter([r for rank in range(n) for r in readings[rank::n]] if shares else distributed.share(readings))
+    air = iter([r for rank in range(n) for r in readings[rank::n]] if shares else distributed.shard(readings))
     own = pipeline_parallel.Relay(teacher, mx.float32, 0, False, shares) if shares else None
-    s, _ = calibrate.calibrate(teacher, distributed.share(whole), mx.float32, lambda: next(air), relay=own)
+    s, _ = calibrate.calibrate(teacher, distributed.shard(whole), mx.float32, lambda: next(air), relay=own)
     found = {f"{axis} {i} {key}": np.asarray(getattr(sums, key), np.float64)
              for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", {-1: s.hidden}))
              for i, sums in of.items() for key in ("mean", "square", "warm", "batches")}  # fmt: skip
@@ -149,8 +156,8 @@ def work(teacher: Path, student: Path, out: Path) -> None:
     shares = {1: (), 2: (1, 2), 3: (2, 1, 0)}[distributed.size()]
     made["read"], made["kept"] = passed(big, shares, 0), passed(big, shares, None)
     made["calibrated in layers"], made["distilled in layers"] = calibrated(big, shares), distilled(big, small, shares)
-    rank = distributed.share(range(distributed.size()))[0]
-    Teacher, write = live_teacher.Teacher, cached_targets.write
+    rank = distributed.shard(range(distributed.size()))[0]
+    Teacher, write = live_teacher.StreamedTeacher, cached_targets.write
     store = write(big, lambda: Teacher(big), uneven(80), out / f"targets-{rank}", DISK, count=20, windows_per_pass=7)
     other = write(big, lambda: Teacher(big, 0, shares=shares), uneven(80), out / f"layers-{rank}", DISK, count=20,
                   windows_per_pass=9, together=bool(shares))  # fmt: skip

@@ -16,7 +16,7 @@ import pytest
 
 from mis_mlx import bench
 from mis_mlx.evaluation.speed import roofline, rounds, timing
-from mis_mlx.evaluation.speed.timing import Request, Trial
+from mis_mlx.evaluation.speed.timing import Measurement, Request
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.hardware.thermal.energy import Energy
 from mis_mlx.types import Checkpoint, MisError
@@ -40,9 +40,9 @@ def settings(*models: Path, **flags: Any) -> bench.Settings:
     return bench.Settings(model=tuple(map(str, models)), **given)
 
 
-def stamped(*stamps_s: float, cached_s: float | None = None, **more: Any) -> Trial:
+def stamped(*stamps_s: float, cached_s: float | None = None, **more: Any) -> Measurement:
     """A trial whose tokens were there at these times."""
-    return Trial(((1, 2),), (3,) * len(stamps_s), stamps_s, cached_s, **more)
+    return Measurement(((1, 2),), (3,) * len(stamps_s), stamps_s, cached_s, **more)
 
 
 def test_rates_by_pencil() -> None:
@@ -166,7 +166,7 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
     """A B A B within the limit, A A B B beyond it; the warm-up of each before."""
     order: list[str] = []
 
-    def noted(subject: Any, *_: Any) -> Trial:
+    def noted(subject: Any, *_: Any) -> Measurement:
         order.append(subject.name)
         return stamped(1.0, 2.0)
 

@@ -17,7 +17,7 @@ import pytest
 from mis_mlx import doctor
 from mis_mlx.checks import engine, kernels
 from mis_mlx.maths import importance, losses, rounding
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import load, policy, stream, streamed_decode
 from mis_mlx.types import MisError
@@ -144,15 +144,15 @@ def test_engine_checks_can_fail(name: str, made: engine.Models, monkeypatch: pyt
 
 def test_repeated_steps_check_can_fail(made: engine.Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Last bits in one gradient of one step, as atomic sums leave them, are found."""
-    calls, right = list[int](), GoralW.update
+    calls, right = list[int](), GuardedAdamW.update
 
-    def update(self: GoralW, model: Any, gradients: Any, *rest: Any) -> str:
+    def update(self: GuardedAdamW, model: Any, gradients: Any, *rest: Any) -> str:
         calls.append(1)
         if len(calls) == 2:
             gradients["model"]["embed_tokens"]["weight"] = gradients["model"]["embed_tokens"]["weight"] * (1 + 2e-7)
         return right(self, model, gradients, *rest)
 
-    monkeypatch.setattr(GoralW, "update", update)
+    monkeypatch.setattr(GuardedAdamW, "update", update)
     found, bound = engine.CHECKS["training again, tensors unlike"](made)
     assert found > bound
 

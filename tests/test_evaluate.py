@@ -86,7 +86,7 @@ def quiz(tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIS_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
         (task,) = task_registry.find([str(folder)], QUESTIONS).tasks
-        knows = answering.marks(llama, "0" * 64, task, memory.budget(None))
+        knows = answering.scores(llama, "0" * 64, task, memory.budget(None))
     for row, first in zip(rows, knows, strict=True):
         row["answer"] = row["options"][0 if first else 1]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

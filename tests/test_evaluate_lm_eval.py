@@ -58,7 +58,7 @@ def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
         lm_eval_tasks.samples(llama.path, ["generated"], COUNT, folder)["generated"], key=lambda s: s["doc_id"]
     )
     task, limit = questions.file(folder / "generated.jsonl"), memory.budget(None)
-    marks = answering.marks(llama, "0" * 64, task, limit)
+    marks = answering.scores(llama, "0" * 64, task, limit)
     kept = answering.read(answering.kept("0" * 64, task.sha256))
     assert len(witness) == len(task.questions) == COUNT
     for n, sample in enumerate(witness):
@@ -67,7 +67,7 @@ def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
     assert marks.tolist() == [s["acc"] for s in witness]
     rows = [json.loads(line) for line in (folder / "generated.jsonl").read_text().splitlines()]
     per_character = questions.task("t", rows, "", per_character=True)
-    assert answering.marks(llama, "0" * 64, per_character, limit).tolist() == [s["acc_norm"] for s in witness]
+    assert answering.scores(llama, "0" * 64, per_character, limit).tolist() == [s["acc_norm"] for s in witness]
 
 
 @here
@@ -75,7 +75,7 @@ def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoi
     """What `evaluate` takes from lm-eval is what we count ourselves."""
     found = lm_eval_tasks.run(llama.path, ["generated"], 30, folder)["generated"]
     task = questions.file(folder / "generated.jsonl")
-    ours = answering.marks(llama, "0" * 64, task, memory.budget(None))[:30]
+    ours = answering.scores(llama, "0" * 64, task, memory.budget(None))[:30]
     assert found.metric == "acc" and found.marks.tolist() == ours.tolist()
     assert found.chance.tolist() == [q.chance for q in task.questions[:30]]
 

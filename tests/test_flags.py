@@ -17,7 +17,7 @@ import pytest
 from mis_mlx import __main__, cli, flag_help, quantize, thermal
 from mis_mlx.hardware import rates
 from mis_mlx.models import policy
-from mis_mlx.planner.recipe import Rounding
+from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import bit_allocation
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Within
@@ -186,7 +186,7 @@ def test_a_place_that_takes_nothing_is_refused_first(
     def worked(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("it began to work")
 
-    for place in ("mis_mlx.models.resolve.find", "mis_mlx.models.load.open_checkpoint",
+    for place in ("mis_mlx.models.resolve.resolve_model", "mis_mlx.models.load.open_checkpoint",
                   "mis_mlx.reporting.run_reader.read", "mis_mlx.checks.kernels.CHECKS",
                   "mis_mlx.thermal.Live"):  # fmt: skip
         monkeypatch.setattr(place, worked)
@@ -205,7 +205,7 @@ def test_a_place_that_takes_nothing_is_refused_first(
 def test_a_parent_that_is_missing_is_made(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
     """`quantize` spools beside its result, in a folder that is not there yet."""
     out = tmp_path / "new" / "deep" / "four"
-    quantize.quantize(llama.path, out, Rounding(), DISK, batches, 0)
+    quantize.quantize(llama.path, out, QuantizationConfig(), DISK, batches, 0)
     assert [p.name for p in out.parent.iterdir()] == ["four"]
 
 

@@ -19,7 +19,7 @@ from mis_mlx import dpo, grpo
 from mis_mlx.alignment import alignment_plan, alignment_run
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.distillation import train_loop
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, mlx_generate, policy, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage import run_folder
@@ -154,7 +154,9 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
         assert (mx.abs(old - reference) * b.mask).max() < 1e-4
     plain = [(b, advantage, old, None) for b, advantage, old, _ in rollout.parts]
     found = [
-        next(train_loop.train(made.model, lambda _, p=parts: p, made.objective.loss, GoralW(), Schedule(1, 0.0, 0)))
+        next(
+            train_loop.train(made.model, lambda _, p=parts: p, made.objective.loss, GuardedAdamW(), Schedule(1, 0.0, 0))
+        )
         for parts in (rollout.parts, plain)
     ]
     assert found[0].loss == pytest.approx(found[1].loss, abs=1e-6)

@@ -245,7 +245,7 @@ def test_the_real_teacher(
     float32 leaves the order of sums. A float16 file has the same numbers, but llama.cpp rounds to float16 what they
     are multiplied with: 0.03 to 0.05 for the worst of all logits, as when MLX is made to do so.
     """
-    folder = resolve.find().path
+    folder = resolve.resolve_model().path
     model, mine = opened(exported(folder, tmp_path / "out", wanted)), ours(folder, mx.float16)
     prompts, found = prompts_through(model, folder)
     off = found - np.concatenate([mine(ids) for ids in prompts])
@@ -261,7 +261,7 @@ def test_the_real_teacher(
 def test_the_real_teacher_rounded(tmp_path: Path, wanted: str, most: float, opened: Callable[..., Any]) -> None:
     """Mean KL of the prompts' tokens to the unrounded model, as small as this one's size allows: llama.cpp's own Q4_K_M
     costs 0.11 nats here. q4_1 is our 4-bit model: to that one 0.006, of 8-bit activations and embedding."""
-    folder = source = resolve.find().path
+    folder = source = resolve.resolve_model().path
     if wanted == "q4_1":
         source = tmp_path / "four"
         quantize.run(quantize.Settings(model=str(folder), mlx_path=str(source), target_bpw=None, q_method="round"))

@@ -132,10 +132,10 @@ def pencil_statistics() -> Statistics:
 
 def test_who_stays_by_pencil() -> None:
     """The least block goes; the best neurons of each kept layer stay; one head of each group; top channels."""
-    cut = select.Cut(
+    cut = select.PruningConfig(
         scenario="none", layers=2, ffn=256, heads=2, hidden=32, hidden_by="importance", importance="activation"
     )
-    shape, keep = select.choose(tiny.CONFIG, pencil_statistics(), cut)
+    shape, keep = select.select_units(tiny.CONFIG, pencil_statistics(), cut)
     assert keep.layers == (0, 2) and shape.layers == 2
     assert keep.kept[0, "ffn"] == tuple(range(256)) and keep.kept[2, "ffn"] == tuple(range(2, 258))
     assert keep.kept[0, "heads"] == (0, 2)
@@ -146,8 +146,8 @@ def test_who_stays_by_pencil() -> None:
 
 def test_no_weather_no_aais() -> None:
     """AAIS asked for, nothing measured: plain importance, and the report says so."""
-    cut = select.Cut(scenario="none", ffn=256)
-    _, keep = select.choose(tiny.CONFIG, pencil_statistics(), cut)
+    cut = select.PruningConfig(scenario="none", ffn=256)
+    _, keep = select.select_units(tiny.CONFIG, pencil_statistics(), cut)
     assert keep.why == keep.report["importance"] == "rms (no T_env or altitude known)"
 
 
@@ -201,7 +201,7 @@ def test_the_calibration_of_the_command_is_the_windows_of_its_seed(
     data = preparation.prepare(small.data, load.tokenizer(llama.path), 32)
     batches = preparation.calibration(data.train, 4, small.seed)
     statistics, _ = calibrate.calibrate(llama, batches, mx.float32)
-    _, keep = select.choose(dict(llama.config), statistics, small)
+    _, keep = select.select_units(dict(llama.config), statistics, small)
     saved = model_writer.read_keep(tmp_path / "s")
     assert saved is not None and (saved.layers, saved.kept) == (keep.layers, keep.kept)
 

@@ -19,8 +19,8 @@ from mis_mlx.distillation import live_teacher, scale_tuning
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate
 from mis_mlx.planner import estimates, phases, quantized_size
-from mis_mlx.planner.job import Job
-from mis_mlx.planner.recipe import Distillation, Rounding
+from mis_mlx.planner.job import DistillationSpec
+from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint, MisError
@@ -62,8 +62,8 @@ def test_a_budget_too_small_is_a_sentence(tmp_path: Path, llama: Checkpoint, com
     assert not list(tmp_path.iterdir())
 
 
-FOUR = Rounding(target_bpw=None)
-NEAREST = Rounding(target_bpw=None, q_method="round")
+FOUR = QuantizationConfig(target_bpw=None)
+NEAREST = QuantizationConfig(target_bpw=None, q_method="round")
 PLAIN = ("--q-method", "round", "--target-bpw", "None")
 GPTQ = ("--target-bpw", "None", "--num-samples", 4, "--max-seq-length", 32)
 
@@ -208,15 +208,17 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     """MLX's peak of either, under what the plan says, and not by more than a factor of four."""
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 2048}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype="F32", **sizes))
-    m, how = estimates.model_of(checkpoint), Rounding(q_method="round", target_bpw=4.6, q_iters=2)
+    m, how = estimates.model_of(checkpoint), QuantizationConfig(q_method="round", target_bpw=4.6, q_iters=2)
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
-    job = Job(m, m, 2, 1, 1, 64, 6, 0, 0, 0, 0, 2, rounding=how)
+    job = DistillationSpec(m, m, 2, 1, 1, 64, 6, 0, 0, 0, 0, 2, rounding=how)
     planned = quantized_size.quantize(m, how, 6, 64, GIB), phases.tune(job, 1, GIB, 2)
     text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))
 
     def tune() -> None:
-        source = live_teacher.Teacher(checkpoint, None)
-        scale_tuning.learned(load.open_checkpoint(tmp_path / "q4"), source, text, Distillation(iters=2, batch_size=1))
+        source = live_teacher.StreamedTeacher(checkpoint, None)
+        scale_tuning.learned(
+            load.open_checkpoint(tmp_path / "q4"), source, text, DistillationConfig(iters=2, batch_size=1)
+        )
 
     for phase, work in zip(
         planned, (lambda: quantize.quantize(checkpoint.path, tmp_path / "q4", how, DISK, batches, 6), tune), strict=True

@@ -16,7 +16,7 @@ import pytest
 
 from mis_mlx import generate
 from mis_mlx.models import arch, load, mlx_generate, policy, resolve, stream
-from mis_mlx.planner import estimates
+from mis_mlx.planner import training_size
 from mis_mlx.pruning import calibrate
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
@@ -36,7 +36,7 @@ ENGLISH = (
 @pytest.fixture(scope="module")
 def real() -> Checkpoint:
     """The teacher that is always there, from the cache, the hub or the package index."""
-    return load.open_checkpoint(resolve.find().path)
+    return load.open_checkpoint(resolve.resolve_model().path)
 
 
 def test_it_reads_english(real: Checkpoint) -> None:
@@ -63,7 +63,7 @@ def test_streamed_calibration_is_the_resident_one(real: Checkpoint) -> None:
     statistics, hidden = calibrate.calibrate(real, batches, mx.float32)
     model = load.resident(real, mx.float32)
     for layer in model.model.layers:
-        layer.mlp.down_proj = stream.Tap(layer.mlp.down_proj)
+        layer.mlp.down_proj = stream.InputRecorder(layer.mlp.down_proj)
     sums = np.zeros((30, 1536))
     for tokens, streamed in zip(batches, hidden, strict=True):
         assert mx.array_equal(model.model(tokens), streamed)
@@ -111,7 +111,7 @@ def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]], real: Checkpoi
     """MLX's peak in training is under the plan's for that phase, and not by more than a factor of three."""
     out, _ = run
     small = load.open_checkpoint(out / "distilled").config
-    planned = estimates.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
+    planned = training_size.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
     peak = max(r["peak_bytes"] for r in run_folder.metrics(out))
     assert planned / 3 < peak < planned
 

@@ -124,8 +124,8 @@ def test_the_score_is_that_of_a_pruning_by_hand(
     at = np.random.default_rng([0, 1, 1]).permutation(len(data.train.tokens))[:4]
     statistics, _ = calibrate.calibrate(llama, [mx.array(data.train.tokens[i][None]) for i in at], policy.usual_dtype())
     record = run_folder.records(done[0] / candidate_trials.CANDIDATES)[-1]
-    cut = select.Cut(scenario="none", importance="rms", **{a: record[a] for a in shape_search.AXES})
-    shape, keep = select.choose(dict(llama.config), statistics, cut)
+    cut = select.PruningConfig(scenario="none", importance="rms", **{a: record[a] for a in shape_search.AXES})
+    shape, keep = select.select_units(dict(llama.config), statistics, cut)
     slice_weights.write_student(llama, shape, keep, tmp_path / "s", "bfloat16", DISK)
     held_out = comparison.chosen(data.held_out["held-out"], 3)
     found = comparison.compare({"teacher": llama, "student": load.open_checkpoint(tmp_path / "s")}, held_out)
@@ -165,7 +165,7 @@ def test_nothing_is_measured_twice(
     out = tmp_path / "run"
     shutil.copytree(done[0], out)
     lines = (out / candidate_trials.FINALISTS).read_text().splitlines(keepends=True)
-    monkeypatch.setattr(candidate_trials.Contest, "prune", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(candidate_trials.CandidateTrials, "prune", lambda *_: pytest.fail("measured again"))
     search.run(search.Settings(resume=True, out=str(out)))
     assert capsys.readouterr().out.strip() == (done[0] / "table.md").read_text().strip()
     monkeypatch.undo()
@@ -216,9 +216,9 @@ def test_the_repair_comes_before_the_rank(tmp_path: Path, small: search.Settings
     data = preparation.prepare(s.data, load.tokenizer(teacher.path), 32)
     picks = [np.random.default_rng([0, use, 1]).permutation(len(data.train.tokens))[:n] for use, n in ((1, 4), (2, 6))]
     samples, repair = ([mx.array(data.train.tokens[i][None]) for i in at] for at in picks)
-    cut = select.Cut(scenario="none", importance="rms", **{a: repaired[0][a] for a in shape_search.AXES})
+    cut = select.PruningConfig(scenario="none", importance="rms", **{a: repaired[0][a] for a in shape_search.AXES})
     statistics = calibrate.calibrate(teacher, samples, policy.usual_dtype())[0]
-    shape, keep = select.choose(dict(teacher.config), statistics, cut)
+    shape, keep = select.select_units(dict(teacher.config), statistics, cut)
     slice_weights.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)
     pruned = load.open_checkpoint(tmp_path / "s")
     mended, _ = reconstruct.reconstruct(teacher, pruned, keep, repair)
@@ -450,23 +450,23 @@ def finalist(kl: list[float | None], **changes: Any) -> dict[str, Any]:
 def test_the_verdict_by_pencil() -> None:
     """Paired: windows that differ by 1 nat hide no steady gap of 0.1; a gap with both signs is noise."""
     clear = [finalist([0.2, 0.4, 0.1, 0.6]), finalist([0.3, 0.5, 0.2, 0.7])]
-    found = search_report.verdict(clear)
+    found = search_report.best_candidate(clear)
     assert (found.best, found.second, found.clear) == (0, 1, True)
     assert found.gap is not None and found.gap[0] == pytest.approx(0.1) == found.gap[1]
     said = search_report.sentence(found, clear, ["A", "B"], ["line a", "line b"])
     assert said.startswith("A is best, by 0.100 nats") and said.endswith(": line a")
     noisy = [finalist([0.5, 0.1, 0.5, 0.1]), finalist([0.1, 0.5, 0.15, 0.5])]
-    found = search_report.verdict(noisy)
+    found = search_report.best_candidate(noisy)
     assert (found.best, found.clear) == (0, False)
     said = search_report.sentence(found, noisy, ["A", "B"], ["line a", "line b"])
     assert "Between A and B the difference is smaller than the noise" in said and "line a" in said
-    assert search_report.verdict([clear[0]]).clear and search_report.verdict([]).best is None
+    assert search_report.best_candidate([clear[0]]).clear and search_report.best_candidate([]).best is None
 
 
 def test_the_least_sure_comparison_counts() -> None:
     """Third place may be hard to tell from the first where second place is not."""
     records = [finalist([0.2, 0.2, 0.2, 0.2]), finalist([0.3, 0.3, 0.3, 0.3]), finalist([0.0, 0.9, 0.1, 0.8])]
-    found = search_report.verdict(records)
+    found = search_report.best_candidate(records)
     assert (found.best, found.second, found.clear) == (0, 2, False)
 
 

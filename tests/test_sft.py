@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx import quantize, sft
 from mis_mlx.alignment import alignment_plan, alignment_run, lora, sequence_packing
-from mis_mlx.alignment.sft_loss import Lesson
+from mis_mlx.alignment.sft_loss import PackedDataset
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher
 from mis_mlx.gguf_export import model_card as model_card
@@ -69,9 +69,9 @@ def rows_of(found: dict[str, np.ndarray]) -> list[Sequenced]:
     return rows
 
 
-def step(lesson: Lesson, model: nn.Module, batch_size: int, parts: int) -> tuple[float, float, Any]:
+def step(lesson: PackedDataset, model: nn.Module, batch_size: int, parts: int) -> tuple[float, float, Any]:
     """(sum, count, gradients of the sum) of the first step, micro-batches added as the loop adds them."""
-    source = live_teacher.Text()
+    source = live_teacher.TextTargets()
     loss = lesson.loss_of(source, frozen_head=False)
     total, count, gradients = 0.0, 0.0, None
     for arguments in lesson.micro_batches(source, batch_size, parts, 0)(0):
@@ -86,7 +86,7 @@ def step(lesson: Lesson, model: nn.Module, batch_size: int, parts: int) -> tuple
 def test_loss_and_gradients_are_trls(case: str, room: int, batch_size: int, parts: int, tmp_path: Path) -> None:
     """TRL's SFTTrainer on completions, its token mean over a step; ours padded, packed, in one part or several."""
     found = trl_model.stored()
-    model, lesson = trl_model.model(found, "policy", tmp_path), Lesson(rows_of(found), room)
+    model, lesson = trl_model.model(found, "policy", tmp_path), PackedDataset(rows_of(found), room)
     assert len(lesson.windows) == batch_size * parts  # so that a step is all of TRL's rows, once
     total, count, gradients = step(lesson, model, batch_size, parts)
     assert total / count == pytest.approx(float(found[f"{case}/loss"]), rel=1e-5)
@@ -241,7 +241,7 @@ def test_packed_weights_in_memory_take_adapters(tied: bool, tmp_path: Path, monk
     assert load.head_weight(model).shape == (512, 64) and load.head_weight(model).dtype == mx.float32
     lora.insert(model, lora.Lora(-1, 4, 2.0), 0)
     rows = [(np.arange(3, 9, dtype=np.int32), np.ones(6, np.float32))]
-    lesson, source = Lesson(rows), live_teacher.Text()
+    lesson, source = PackedDataset(rows), live_teacher.TextTargets()
     (arguments,) = lesson.micro_batches(source, 1, 1, 0)(0)
     _, gradients = nn.value_and_grad(model, lesson.loss_of(source, True))(model, *arguments)
     flat = dict(tree_flatten(gradients))
@@ -287,7 +287,7 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     wide = settings_of(sft, small, tmp_path / "wide", packing=False, iters=2)
     checkpoint = alignment_plan.opened(wide)
 
-    def phase(s: sft.Settings) -> estimates.Phase:
+    def phase(s: sft.Settings) -> estimates.StageCost:
         return sft._phase(s, checkpoint, None, 32)
 
     peaks = [phase(replace(wide, batch_size=n)).peak_bytes for n in (1, 2)]

@@ -76,5 +76,5 @@ def test_the_folder_of_prune(tmp_path: Path, kind: str, axes: dict[str, Any], te
 def test_the_real_teacher_pruned(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, and what GAZDA leaves of it."""
     prune.run(prune.Settings(mlx_path=str(tmp_path / "pruned"), **WINDOW))  # type: ignore[arg-type]
-    for folder in (resolve.find().path, tmp_path / "pruned"):
+    for folder in (resolve.resolve_model().path, tmp_path / "pruned"):
         same_logits(folder, same_tokens(folder), torch.bfloat16)

@@ -96,5 +96,5 @@ def _back(
         axis: mx.square(g.astype(mx.float32)).mean(axis=(0, 1))
         for axis, g in zip((*gated, "layers"), slopes, strict=True)
     }
-    stream.settle(below, squares)
+    stream.evaluate_now(below, squares)
     return below, squares

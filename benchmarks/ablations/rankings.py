@@ -87,12 +87,12 @@ def measured(
         own = w["o_proj"][0] + w["down_proj"][0] + moments[i, "norm1"].columns + moments[i, "norm2"].columns
         lengths[-1, "hidden"] = lengths.get((-1, "hidden"), 0.0) + own
         for part, name in TAPS.values():
-            block[part][name] = stream.Tap(block[part][name])
+            block[part][name] = stream.InputRecorder(block[part][name])
         for b, into in enumerate(hidden):
             hidden[b] = block(into, load.mask(source.args, block, into))
             for axis, (part, name) in TAPS.items():
                 moments[i, axis].add(block[part][name].take())
-            stream.settle(hidden[b])
+            stream.evaluate_now(hidden[b])
     return moments, lengths
 
 

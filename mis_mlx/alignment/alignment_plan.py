@@ -14,13 +14,13 @@ from mis_mlx.alignment import lora
 from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.hardware.thermal.run_monitor import WeatherFlags
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models import arch, distributed, load, policy, resolve
 from mis_mlx.models.policy import Computing
-from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import Phase
+from mis_mlx.planner import estimates, training_size
+from mis_mlx.planner.estimates import StageCost
 from mis_mlx.planner.phases import SAVED_BYTES
-from mis_mlx.planner.recipe import Recipe
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import need_place
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Tokens, Within, duration, gib
@@ -32,7 +32,7 @@ S = TypeVar("S", bound="Alignment")
 
 
 @dataclass(frozen=True)
-class Alignment(Computing, WeatherFlags, Recipe):
+class Alignment(Computing, ThermalFlags, TrainingConfig):
     """The flags that sft, dpo and grpo share."""
 
     batch_size: Count = 4
@@ -89,10 +89,10 @@ def resumed(settings: S) -> tuple[S, Path | None]:
 def opened(s: Alignment) -> Checkpoint:
     """The model to align, through the gate. MisError where it cannot be trained as asked for."""
     cli.check_ranges(s)
-    if distributed.first():
+    if distributed.is_main():
         need_place("--out", s.out or "runs")
     policy.use(s.compute_dtype)
-    source = resolve.find(s.model)
+    source = resolve.resolve_model(s.model)
     cli.say(f"model: {source.source}")
     checkpoint = load.open_checkpoint(source.path)
     layers = int(checkpoint.config["num_hidden_layers"])
@@ -110,7 +110,7 @@ def dtype_of(s: Alignment, checkpoint: Checkpoint) -> mx.Dtype:
     return policy.compute_dtype(checkpoint) if s.lora else mx.float32
 
 
-def sizes(s: Alignment, checkpoint: Checkpoint) -> estimates.Model:
+def sizes(s: Alignment, checkpoint: Checkpoint) -> estimates.ModelSize:
     """The model in bytes, as it computes here."""
     return estimates.model_of(checkpoint, dtype=dtype_of(s, checkpoint))
 
@@ -121,28 +121,28 @@ def weight_bytes(s: Alignment, checkpoint: Checkpoint) -> int:
     return m.nbytes if m.packed and m.as_stored else arch.params(checkpoint.config) * m.item
 
 
-def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> Phase:
+def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> StageCost:
     """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
     m, params = sizes(s, checkpoint), arch.params(checkpoint.config)
     tokens = s.grad_accumulation_steps * rows * length
     trained = s.lora.params(m.config) if s.lora else params
     if s.lora:
-        beside = estimates.activation_bytes(m.config, rows, length) + estimates.logit_bytes(
+        beside = training_size.activation_bytes(m.config, rows, length) + training_size.logit_bytes(
             m.shape.vocab, rows * length
         )
-        peak = weight_bytes(s, checkpoint) + estimates.STATE_BYTES * trained + beside
+        peak = weight_bytes(s, checkpoint) + training_size.STATE_BYTES * trained + beside
     else:
-        peak = estimates.training_bytes(m.config, rows, length)
+        peak = training_size.training_bytes(m.config, rows, length)
     written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + estimates.SIZES[s.dtype] * params
     flops = s.iters * 3 * estimates.forward_flops(m, tokens, length)
-    return Phase(name, m.nbytes, written, peak, flops, True, updated=s.iters * trained)
+    return StageCost(name, m.nbytes, written, peak, flops, True, updated=s.iters * trained)
 
 
 @dataclass(frozen=True)
-class Plan:
+class AlignmentPlan:
     """The phases of a run under a budget, on a machine of these rates."""
 
-    phases: Sequence[Phase]
+    phases: Sequence[StageCost]
     budget: Budget
     rates: Rates
     micro_batch: int  # rows, pairs or answers
@@ -174,9 +174,9 @@ def budget(s: Alignment) -> Budget:
     return memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
 
 
-def plan(s: Alignment, *phases: Phase) -> Plan:
+def plan(s: Alignment, *phases: StageCost) -> AlignmentPlan:
     """The plan of these phases under the budget asked for, told in a line each. s: with the micro-batches to come."""
-    whole = Plan(phases, budget(s), estimates.machine_rates(), s.batch_size)
+    whole = AlignmentPlan(phases, budget(s), estimates.machine_rates(), s.batch_size)
     for p in phases:
         moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
         cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(whole.rates))}")
@@ -185,7 +185,7 @@ def plan(s: Alignment, *phases: Phase) -> Plan:
     return whole
 
 
-def cut(s: S, folder: Path | None, phase: Callable[[S], Phase]) -> S:
+def cut(s: S, folder: Path | None, phase: Callable[[S], StageCost]) -> S:
     """`s` with its steps in the largest micro-batches with which `phase(s)` fits; of a run in `folder`, in its own.
 
     A micro-batch divides the one asked for, and a step stays what it was.
@@ -202,4 +202,4 @@ def cut(s: S, folder: Path | None, phase: Callable[[S], Phase]) -> S:
         own = memory.process_bytes(limit)
         return next((n for n in sizes if phase(in_parts(n)).peak_bytes + own <= limit), 1)
 
-    return in_parts(distributed.told(fitting))
+    return in_parts(distributed.broadcast_json(fitting))

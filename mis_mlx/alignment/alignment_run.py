@@ -20,17 +20,17 @@ import mlx.nn as nn
 
 from mis_mlx import cli
 from mis_mlx.alignment import lora
-from mis_mlx.alignment.alignment_plan import Alignment, Plan
+from mis_mlx.alignment.alignment_plan import Alignment, AlignmentPlan
 from mis_mlx.data import examples
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.checkpoints import Checkpoints
-from mis_mlx.distillation.run_loop import entered, set_back, supervise
+from mis_mlx.distillation.run_loop import open_run, retry_from_checkpoint, run_training
 from mis_mlx.distillation.train_loop import Loss
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.thermal.run_monitor import Weather
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, model_writer, policy, stream
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
@@ -44,7 +44,7 @@ HELD_OUT = "held_out.jsonl"
 
 
 @dataclass
-class Run:
+class AlignmentRun:
     """A student in memory and the folder of its run, locked. Made by `running`."""
 
     name: str  # of the command
@@ -52,9 +52,9 @@ class Run:
     folder: Path
     checkpoint: Checkpoint
     model: nn.Module
-    optimizer: GoralW
-    plan: Plan
-    weather: Weather
+    optimizer: GuardedAdamW
+    plan: AlignmentPlan
+    weather: ThermalMonitor
     files: Files
     card: Mapping[str, Any]  # of the data: what it is, its licence
     peak: memory.Peak = field(default_factory=memory.Peak)
@@ -83,10 +83,10 @@ class Run:
         save = partial(self._save, held_out)
 
         def go(coming: Iterator[Step]) -> None:
-            supervise(coming, self.folder, s.iters, s.save_every, save, self.weather, self.peak, self.files,
+            run_training(coming, self.folder, s.iters, s.save_every, save, self.weather, self.peak, self.files,
                       label=self.name, budget_bytes=self.plan.budget.limit_bytes)  # fmt: skip
 
-        set_back(go, steps, start, self._back, lambda: self.optimizer)
+        retry_from_checkpoint(go, steps, start, self._back, lambda: self.optimizer)
         return self._finish()
 
     def _start(self, held_out: Callable[[], Mapping[str, float]]) -> int:
@@ -116,7 +116,7 @@ class Run:
 
     def _save(self, held_out: Callable[[], Mapping[str, float]], number: int) -> None:
         """One checkpoint. Measured only where every run of these settings is: a stop does not change the best."""
-        if not distributed.first():
+        if not distributed.is_main():
             return
         s = self.settings
         if number % s.save_every == 0 or number == s.iters:
@@ -138,7 +138,7 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         """The best student as an ordinary folder, or its adapters; and the run's JSON."""
-        if not distributed.first():
+        if not distributed.is_main():
             return {}
         s, c = self.settings, self.checkpoint
         best = protocol.newest(self.folder / BEST, self.files)
@@ -191,8 +191,8 @@ def data(
 
 @contextmanager
 def running(
-    s: Alignment, folder: Path | None, checkpoint: Checkpoint, plan: Plan, card: Mapping[str, Any], name: str
-) -> Iterator[Run]:
+    s: Alignment, folder: Path | None, checkpoint: Checkpoint, plan: AlignmentPlan, card: Mapping[str, Any], name: str
+) -> Iterator[AlignmentRun]:
     """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint".
 
     MisError with both numbers where the plan does not fit the budget.
@@ -212,14 +212,14 @@ def running(
 
     with (
         progress.run(name, {name: plan.seconds}),
-        entered(folder, new, origin, plan.budget, plan.peak_bytes, s, files) as (place, weather),
+        open_run(folder, new, origin, plan.budget, plan.peak_bytes, s, files) as (place, weather),
     ):
         if not (place / run_folder.DATA).exists():
             files.replace_text(place / run_folder.DATA, json.dumps(dict(card), indent=2, ensure_ascii=False))
         model = load.resident(checkpoint, policy.compute_dtype(checkpoint) if s.lora else mx.float32)
-        stream.into_memory(model, f"{checkpoint.path}: ")
+        stream.load_checked(model, f"{checkpoint.path}: ")
         if s.lora:
             lora.insert(model, s.lora, s.seed)
             mx.eval(model.parameters())
-        optimizer = GoralW(weight_decay=s.weight_decay)
-        yield Run(name, s, place, checkpoint, model, optimizer, plan, weather, files, card)
+        optimizer = GuardedAdamW(weight_decay=s.weight_decay)
+        yield AlignmentRun(name, s, place, checkpoint, model, optimizer, plan, weather, files, card)

@@ -22,7 +22,7 @@ from mis_mlx.evaluation import rewards
 from mis_mlx.evaluation.rewards import Function, Scores
 from mis_mlx.maths import policy
 from mis_mlx.maths.likelihood import token_logps
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import attention_masks, batch_sampling, distributed, load, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.types import MisError, Step
@@ -102,8 +102,8 @@ class Sampler:
 
     def __call__(self, step: int) -> Rollout:
         """Step `step`, counted from 0. MisError when no answer of it could be scored."""
-        at = distributed.share(order(len(self.rows), self.prompts_per_step, step, self.seed))
-        own = [self.seed, step, *([distributed.number()] if distributed.size() > 1 else [])]
+        at = distributed.shard(order(len(self.rows), self.prompts_per_step, step, self.seed))
+        own = [self.seed, step, *([distributed.rank()] if distributed.size() > 1 else [])]
         draw = batch_sampling.sampler(self.objective.temperature, int(np.random.SeedSequence(own).generate_state(1)[0]))
         answers = batch_sampling.groups(
             self.model, [self.prompts[i] for i in at], self.group, self.objective.max_tokens,
@@ -121,11 +121,11 @@ class Sampler:
         kept = policy.teaches(totals)
         judged = zip(at, texts, scores, kept, strict=True)
         lines = [_record(step, self.rows[i], group, score, bool(keeps)) for i, group, score, keeps in judged]
-        for line in chain.from_iterable(distributed.gather(lines)):
+        for line in chain.from_iterable(distributed.all_gather(lines)):
             self.log(line)
         advantage = policy.advantages(totals, scaled=self.objective.kind != "dr_grpo")
         chosen = [(at[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
-        facts = distributed.gather(_facts(totals, scores, answers, kept, self.objective.max_tokens))
+        facts = distributed.all_gather(_facts(totals, scores, answers, kept, self.objective.max_tokens))
         return Rollout(self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts))
 
     def text(self, answer: Sequence[int]) -> str:
@@ -209,7 +209,7 @@ def train(
     model: nn.Module,
     rollouts: Callable[[int], Rollout],
     loss: train_loop.Loss,
-    optimizer: GoralW,
+    optimizer: GuardedAdamW,
     schedule: Schedule,
     start: int = 0,
     updates: int = 1,
@@ -229,7 +229,7 @@ def train(
             return parts
 
         done = Step(step + 1, 0.0, 0.0, schedule.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
-        for _ in range(updates if distributed.anywhere(rollout.parts) else 0):
+        for _ in range(updates if distributed.any_rank(rollout.parts) else 0):
             done = next(train_loop.train(model, same, loss, optimizer, schedule, step))
         facts = {**done.more, **rollout.facts}
         seconds, peak = train_loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)

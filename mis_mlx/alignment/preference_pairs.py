@@ -112,7 +112,7 @@ def micro_batches(
     lengths = [longest(pair) for pair in pairs]
 
     def of_step(step: int) -> list[tuple[mx.array, ...]]:
-        at = sequence_packing.drawn(lengths, batch_size, parts, step, seed, distributed.share)
+        at = sequence_packing.drawn(lengths, batch_size, parts, step, seed, distributed.shard)
         return [(*rectangle([pairs[i] for i in part]), mx.array(logps[part].T.reshape(-1))) for part in at]
 
     return of_step

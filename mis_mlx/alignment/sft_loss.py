@@ -9,14 +9,14 @@ import mlx.nn as nn
 
 from mis_mlx.alignment import sequence_packing
 from mis_mlx.data.examples import Sequenced
-from mis_mlx.distillation.live_teacher import MicroBatch, Source, labels
+from mis_mlx.distillation.live_teacher import MicroBatch, TargetSource, labels
 from mis_mlx.distillation.train_loop import Loss
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.models import attention_masks, distributed, load
 from mis_mlx.types import Batch
 
 
-class Lesson:
+class PackedDataset:
     """Rows of (ids, learn) as windows to draw micro-batches from. room: tokens of a window that rows share; 0: one
     row a window."""
 
@@ -28,19 +28,19 @@ class Lesson:
         self.lengths = [sum(lengths[i] for i in window) for window in shared]
 
     def micro_batches(
-        self, source: Source, batch_size: int, parts: int, seed: int
+        self, source: TargetSource, batch_size: int, parts: int, seed: int
     ) -> Callable[[int], list[MicroBatch]]:
         """Those of any step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
 
         def of_step(step: int) -> list[MicroBatch]:
-            at = sequence_packing.drawn(self.lengths, batch_size, parts, step, seed, distributed.share)
+            at = sequence_packing.drawn(self.lengths, batch_size, parts, step, seed, distributed.shard)
             cut = [sequence_packing.rectangle([self.windows[i] for i in part]) for part in at]
             signal = source.micro_batches([Batch(tokens, learn) for tokens, learn, _ in cut], at)
             return [(tokens, rows, *rest) for (_, _, rows), (tokens, *rest) in zip(cut, signal, strict=True)]
 
         return of_step
 
-    def loss_of(self, source: Source, frozen_head: bool) -> Loss:
+    def loss_of(self, source: TargetSource, frozen_head: bool) -> Loss:
         """`loss(student, tokens, rows, learn, *target)` -> (sum in nats, tokens that count, {"tokens": all})."""
 
         def loss(

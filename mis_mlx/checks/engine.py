@@ -20,7 +20,7 @@ from mis_mlx.checks.kernels import Found, drawn, off, on_cpu, wide
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.maths import losses
 from mis_mlx.maths.likelihood import token_logps
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, mlx_generate, policy, resolve, stream, streamed_decode
 from mis_mlx.models.float16_range import MOST, largest
 from mis_mlx.planner import estimates
@@ -114,7 +114,7 @@ def _trained(model: nn.Module) -> tuple[list[float], dict[str, np.ndarray]]:
 
     AdamW does not see how long a gradient is, so the norm stands for that; moments keep its last bits.
     """
-    optimizer = GoralW()
+    optimizer = GuardedAdamW()
     steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, Schedule(3, 1e-3, 0)))
     after = dict(tree_flatten(model.trainable_parameters())) | optimizer.arrays()
     first, fall = steps[0], steps[0].loss - steps[-1].loss

@@ -23,15 +23,15 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import train_loop
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, load, policy, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner.recipe import Recipe
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.types import Checkpoint, Keep, Step
+from mis_mlx.types import Checkpoint, KeptUnits, Step
 
 OWN_SHARE = 0.5
 RECORD = "trained.json"  # in the student's folder: how many blocks are trained
@@ -58,7 +58,7 @@ class _Streams:
     target: stream.Hidden  # the teacher's at the exit, all channels
     columns: mx.array | None
 
-    def micro_batches(self, recipe: Recipe, own_share: float, step: int) -> list[tuple[mx.array, mx.array]]:
+    def micro_batches(self, recipe: TrainingConfig, own_share: float, step: int) -> list[tuple[mx.array, mx.array]]:
         """(what goes in, what should come out), float32, for `step` counted over all blocks."""
         at = token_windows.order(len(self.target), recipe.grad_accumulation_steps, step, recipe.seed)
         mine = np.random.default_rng([recipe.seed, step, 2]).random(len(at)) < own_share
@@ -75,9 +75,9 @@ def train(
     teacher: Checkpoint,
     pruned: Checkpoint,
     student: Checkpoint,
-    keep: Keep,
+    keep: KeptUnits,
     batches: Sequence[mx.array],
-    recipe: Recipe,
+    recipe: TrainingConfig,
     *,
     folder: Path,
     held: int,
@@ -116,7 +116,7 @@ def train(
             streams.given.append(entrance := reconstruct.narrow(h, columns))
             mx.eval(entrance)
         next(marching)
-        block = stream.into_memory(load.block(pruned if j >= done else student, j, small.args, mx.float32))
+        block = stream.load_checked(load.block(pruned if j >= done else student, j, small.args, mx.float32))
         if j >= done:
             note = f"block {j + 1} of {layers}"
             if ridge:
@@ -131,7 +131,7 @@ def train(
 
 
 def _steps(
-    block: nn.Module, args: Any, streams: _Streams, recipe: Recipe, own_share: float, first: int, note: str
+    block: nn.Module, args: Any, streams: _Streams, recipe: TrainingConfig, own_share: float, first: int, note: str
 ) -> Iterator[Step]:
     """The optimizer steps of one block, with moments of their own; `first`: steps of the blocks before it."""
     before = mx.get_peak_memory()  # of the march up to here, which the loop would forget
@@ -142,7 +142,7 @@ def _steps(
         share = missing / mx.maximum(mx.square(want).sum(axis=-1), 1e-12)
         return share.sum(), mx.array(float(share.size))
 
-    optimizer = GoralW(weight_decay=recipe.weight_decay)
+    optimizer = GuardedAdamW(weight_decay=recipe.weight_decay)
     cut = partial(streams.micro_batches, recipe, own_share)
     for step in train_loop.train(block, lambda n: cut(first + n), loss, optimizer, recipe.schedule):
         notes = "; ".join(filter(None, (note, step.note)))

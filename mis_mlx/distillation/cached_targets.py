@@ -13,18 +13,18 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.data import token_windows
-from mis_mlx.distillation.live_teacher import MicroBatch, Teacher
+from mis_mlx.distillation.live_teacher import MicroBatch, StreamedTeacher
 from mis_mlx.maths import losses, sparse
 from mis_mlx.models import distributed
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner.job import SAMPLES
-from mis_mlx.planner.recipe import Recipe
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Batch, Checkpoint, MisError
 
 
-def visited(n_windows: int, recipe: Recipe) -> np.ndarray:
+def visited(n_windows: int, recipe: TrainingConfig) -> np.ndarray:
     """The windows of the data that a run's steps train on, rising: those that need targets."""
     each = recipe.batch_size * recipe.grad_accumulation_steps
     steps = [token_windows.order(n_windows, each, step, recipe.seed) for step in range(recipe.iters)]
@@ -33,7 +33,7 @@ def visited(n_windows: int, recipe: Recipe) -> np.ndarray:
 
 def write(
     checkpoint: Checkpoint,
-    teacher: Callable[[], Teacher],
+    teacher: Callable[[], StreamedTeacher],
     data: token_windows.Windows,
     folder: Path,
     files: Files,
@@ -56,12 +56,12 @@ def write(
     n, length = data.tokens.shape
     spec = logit_store.Spec("sampled", count, vocab, n, length, fingerprint, token_windows.fingerprint(data), seed)
     store = logit_store.create(folder, spec, files)
-    parts = distributed.told(lambda: sorted({w // spec.part_windows for w in store.missing()}))
-    mine = set(distributed.share(parts))
+    parts = distributed.broadcast_json(lambda: sorted({w // spec.part_windows for w in store.missing()}))
+    mine = set(distributed.shard(parts))
     missing = [w for w in store.missing() if w // spec.part_windows in mine]
     passes = -(-len(missing) // windows_per_pass)
     if together:
-        passes = max(distributed.gather(passes))
+        passes = max(distributed.all_gather(passes))
     if passes:
         _fill(store, missing, teacher(), data, windows_per_pass, passes, show)
     _exchange(store, files)
@@ -71,7 +71,7 @@ def write(
 def _fill(
     store: logit_store.Targets,
     missing: Sequence[int],
-    source: Teacher,
+    source: StreamedTeacher,
     data: token_windows.Windows,
     windows_per_pass: int,
     passes: int,
@@ -88,16 +88,16 @@ def _fill(
 
 def _exchange(store: logit_store.Targets, files: Files) -> None:
     """Every part that some machine has, to those that lack it."""
-    held = [set(numbers) for numbers in distributed.gather(sorted(store.parts))]
+    held = [set(numbers) for numbers in distributed.all_gather(sorted(store.parts))]
     for number in range(store.total):
         if having := [rank for rank, numbers in enumerate(held) if number in numbers]:
             if len(having) < len(held):
-                distributed.sent_file(store.path(number), files, having[0])
+                distributed.broadcast_file(store.path(number), files, having[0])
             if number not in store.parts:
                 store.adopt(number)
 
 
-def _targets(teacher: Teacher, hidden: mx.array, spec: logit_store.Spec, first: int) -> dict[str, np.ndarray]:
+def _targets(teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec, first: int) -> dict[str, np.ndarray]:
     """A window's arrays for the store, from its hidden states (T, D); `first`: the number of its first position."""
     parts, rows = [], losses.chunk_rows(spec.vocab)
     for start in range(0, len(hidden), rows):

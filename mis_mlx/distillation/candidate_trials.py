@@ -22,7 +22,7 @@ import numpy as np
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline
-from mis_mlx.distillation.pipeline import Course
+from mis_mlx.distillation.pipeline import Run
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
@@ -31,9 +31,9 @@ from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import arch, load, mlx_generate, model_writer, policy
 from mis_mlx.models.config import Shape
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.estimates import Phase
-from mis_mlx.planner.job import job_of
-from mis_mlx.planner.phases import Plan
+from mis_mlx.planner.estimates import StageCost
+from mis_mlx.planner.job import spec_of
+from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.pruning import calibrate, reconstruct, rotate, select, shape_search
 from mis_mlx.pruning.shape_search import AXES, Decoding
 from mis_mlx.storage import checkpoint as protocol
@@ -61,7 +61,7 @@ def split(held_out: Windows, ranking: int, judging: int) -> tuple[Windows, Windo
 
 
 @dataclass
-class Contest:
+class CandidateTrials:
     """What the measurements share. repair: windows of token ids (1, T) for the closed-form fit, or none.
 
     held: samples whose hidden states stay in memory while calibrating.
@@ -96,8 +96,8 @@ class Contest:
     def prune(self, shape: Shape, out: Path) -> Checkpoint:
         """The teacher cut to `shape` by plain importance, as the new folder `out`."""
         sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in AXES}
-        cut = select.Cut(scenario="none", importance="rms", **sizes)
-        made, keep = select.choose(self.teacher.config, self.statistics, cut)
+        cut = select.PruningConfig(scenario="none", importance="rms", **sizes)
+        made, keep = select.select_units(self.teacher.config, self.statistics, cut)
         select.write(self.teacher, made, keep, lambda: self._directions, out, self.dtype, self.files)
         return load.open_checkpoint(out)
 
@@ -130,7 +130,7 @@ class Contest:
         model_writer.write_model(pruned.config, take, pruned.path, out, self.dtype, self.files)
         return load.open_checkpoint(out)
 
-    def final(self, shape: Shape, recipe: Any, planned: Plan, c: Course, cached: int | None) -> dict[str, Any]:
+    def final(self, shape: Shape, recipe: Any, planned: MemoryPlan, c: Run, cached: int | None) -> dict[str, Any]:
         """The record of a finalist: distilled for a few steps, judged before and after; from the log if there.
 
         planned: how a training that begins now would go; one that has begun goes on in its own way. c: whose
@@ -148,7 +148,7 @@ class Contest:
             if not (sub / run_folder.PLAN).exists():
                 self.files.replace_text(sub / run_folder.PLAN, json.dumps(planned.way))
             way = phases.one(planned.job, planned.budget_bytes, planned.rates, **run_folder.stored_plan(sub))
-            own = Course(way.recipe(recipe), sub, c.teacher, c.data, way, c.files, c.peak, c.weather)
+            own = Run(way.recipe(recipe), sub, c.teacher, c.data, way, c.files, c.peak, c.weather)
             trained = self._train(own, pruned)
             record = {
                 **_sizes(shape),
@@ -166,7 +166,7 @@ class Contest:
                 self.files.remove_tree(sub)
         return record
 
-    def _train(self, c: Course, pruned: Checkpoint) -> Checkpoint | None:
+    def _train(self, c: Run, pruned: Checkpoint) -> Checkpoint | None:
         """The distilled student; None where three steps in a row were no numbers."""
         out = c.folder / "distilled"
         if out.exists():
@@ -231,18 +231,20 @@ def timed(folder: Path, cached: int, halves: bool = True) -> Decoding:
     return Decoding(block, max(0.0, whole - total * block))
 
 
-def work(asked: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget) -> tuple[list[Phase], Plan]:
+def work(
+    asked: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget
+) -> tuple[list[StageCost], MemoryPlan]:
     """What a search takes, every student counted as the one that takes most; and that one's distillation."""
     t, length, rates = estimates.model_of(checkpoint), asked.max_seq_length, estimates.machine_rates()
     configs = [shape_search.config_of(checkpoint.config, x) for x in shapes]
     most = (max(configs, key=arch.params), max(configs, key=lambda c: c["num_hidden_layers"]))
-    plans = [phases.make(job_of(t, estimates.model_of(c), asked), limit.limit_bytes, rates) for c in most]
+    plans = [phases.make(spec_of(t, estimates.model_of(c), asked), limit.limit_bytes, rates) for c in most]
     made = max(plans, key=lambda p: p.peak_bytes)
     m, count, finals = made.job.student, min(asked.evaluations, len(shapes)), min(asked.finalists, len(shapes))
     known = estimates.TENSOR_BYTES * t.tensors
     own = known + memory.process_bytes(max(0, limit.limit_bytes - known))  # as in a plan, whose phases have it
 
-    def times(phase: Phase, n: int, name: str, written: int) -> Phase:
+    def times(phase: StageCost, n: int, name: str, written: int) -> StageCost:
         read, peak = n * phase.read_bytes, phase.peak_bytes + own
         return replace(
             phase, name=name, read_bytes=read, written_bytes=n * written, flops=n * phase.flops, peak_bytes=peak
@@ -262,7 +264,7 @@ def work(asked: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Bud
     return [*found, times(judged, finals, "judge them", 2 * m.nbytes)], made
 
 
-def seconds(found: Sequence[Phase], at: Rates) -> dict[str, float]:
+def seconds(found: Sequence[StageCost], at: Rates) -> dict[str, float]:
     """Of `work`, by what a search does: rank, then train and judge finalists."""
     count = next(n for n, phase in enumerate(found) if "finalists" in phase.name)
     parts = {"rank": found[:count], "finalists": found[count:]}

@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from mis_mlx import cli
 from mis_mlx.distillation import train_loop
-from mis_mlx.hardware.thermal.governor import TeaBreaks
-from mis_mlx.hardware.thermal.run_monitor import Weather
+from mis_mlx.hardware.thermal.governor import PauseCounter
+from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
 from mis_mlx.models import distributed
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files
@@ -32,7 +32,7 @@ class Checkpoints:
     arrays: Callable[[], Arrays]
     memory: Callable[[], dict[str, Any]]
     restore: Callable[[Arrays, dict[str, Any]], None]
-    weather: Weather
+    weather: ThermalMonitor
     files: Files
 
     def back(self) -> tuple[int, dict[str, Any]] | None:
@@ -43,8 +43,8 @@ class Checkpoints:
                 cli.say(note)
             arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
             self.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
-            self.weather.breaks = TeaBreaks(**saved.state["tea"])
-        found: Any = distributed.told(lambda: [saved.number, saved.state] if saved else None)
+            self.weather.breaks = PauseCounter(**saved.state["tea"])
+        found: Any = distributed.broadcast_json(lambda: [saved.number, saved.state] if saved else None)
         if found is None:
             return None
         self.share()

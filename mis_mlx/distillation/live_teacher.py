@@ -20,16 +20,16 @@ from mis_mlx.data.token_windows import Windows, order
 from mis_mlx.distillation.train_loop import Loss, train
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import losses, sparse
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, host_losses, load, policy, stream
 from mis_mlx.models.pipeline_parallel import Relay
-from mis_mlx.planner.recipe import Recipe
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.types import Batch, Checkpoint, Step
 
 MicroBatch = tuple[mx.array, ...]  # tokens (B, T), learn (B * T,), then the targets of these B * T positions
 
 
-class Source(Protocol):
+class TargetSource(Protocol):
     """Where a step's targets come from: the teacher itself, or what it left on disk (distillation/cached_targets)."""
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray]) -> list[MicroBatch]:
@@ -41,7 +41,7 @@ class Source(Protocol):
         """Sum of KL(target || student) in nats, of final hidden states (n, D) and a head (V, D)."""
 
 
-class Teacher:
+class StreamedTeacher:
     """Final hidden states of the teacher for any batch, and its vocabulary head.
 
     room_bytes, direct: as of `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`.
@@ -100,7 +100,7 @@ class Teacher:
         )  # fmt: skip
 
 
-class Text:
+class TextTargets:
     """The text itself as the source: what is then summed is plain cross-entropy."""
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
@@ -121,7 +121,7 @@ def labels(tokens: mx.array) -> mx.array:
 
 
 def _on_host(
-    source: Teacher, student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array
+    source: StreamedTeacher, student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array
 ) -> tuple[tuple[mx.array, mx.array], Any]:
     """What `nn.value_and_grad` gives of `loss_of(source)`, evaluated; the vocabulary by numpy, windows side by side.
 
@@ -153,7 +153,7 @@ def _on_host(
     return (mx.array(loss), learn.sum()), tree_unflatten(list(found.items()))
 
 
-def loss_of(source: Source) -> Loss:
+def loss_of(source: TargetSource) -> Loss:
     """`loss(student, tokens, learn, *target)` -> (sum of KL in nats, tokens that count), of a resident student."""
 
     def loss(student: nn.Module, tokens: mx.array, learn: mx.array, *target: mx.array) -> tuple[mx.array, mx.array]:
@@ -164,12 +164,14 @@ def loss_of(source: Source) -> Loss:
     return loss
 
 
-def cut(source: Source, data: Windows, recipe: Recipe) -> Callable[[int], list[MicroBatch]]:
+def step_micro_batches(
+    source: TargetSource, data: Windows, recipe: TrainingConfig
+) -> Callable[[int], list[MicroBatch]]:
     """The micro-batches of any step, this machine's of several: a pure function of its number."""
     each = recipe.batch_size * recipe.grad_accumulation_steps
 
     def micro_batches(step: int) -> list[MicroBatch]:
-        at = distributed.share(order(len(data.tokens), each, step, recipe.seed))
+        at = distributed.shard(order(len(data.tokens), each, step, recipe.seed))
         parts = [at[i : i + recipe.batch_size] for i in range(0, len(at), recipe.batch_size)]
         return source.micro_batches([Batch(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts], parts)
 
@@ -178,10 +180,10 @@ def cut(source: Source, data: Windows, recipe: Recipe) -> Callable[[int], list[M
 
 def steps(
     student: nn.Module,
-    source: Source,
+    source: TargetSource,
     data: Windows,
-    recipe: Recipe,
-    optimizer: GoralW,
+    recipe: TrainingConfig,
+    optimizer: GuardedAdamW,
     start: int = 0,
     sigma: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Step]:
@@ -191,11 +193,11 @@ def steps(
     """
     return train(
         student,
-        cut(source, data, recipe),
+        step_micro_batches(source, data, recipe),
         loss_of(source),
         optimizer,
         recipe.schedule,
         start,
-        lambda step: losses.halny_factor(sigma(), recipe.seed, step),
-        gradient_of=source.gradient_of(student) if isinstance(source, Teacher) else None,
+        lambda step: losses.loss_noise_factor(sigma(), recipe.seed, step),
+        gradient_of=source.gradient_of(student) if isinstance(source, StreamedTeacher) else None,
     )

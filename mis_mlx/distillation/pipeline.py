@@ -21,14 +21,14 @@ from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import blockwise, cached_targets, live_teacher, sharded, train_loop
 from mis_mlx.distillation.checkpoints import Checkpoints
-from mis_mlx.distillation.run_loop import set_back, supervise
+from mis_mlx.distillation.run_loop import retry_from_checkpoint, run_training
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.thermal.run_monitor import Weather
+from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
 from mis_mlx.maths import losses
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, distributed, load, model_writer, stream
-from mis_mlx.planner.phases import Plan, steps_per_shard
-from mis_mlx.planner.recipe import Distillation
+from mis_mlx.planner.phases import MemoryPlan, steps_per_shard
+from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import reconstruct
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
@@ -40,17 +40,17 @@ LEFT = ("steps", "tune-steps", "rounded", "parts", "targets")  # folders that no
 
 
 @dataclass
-class Course:
+class Run:
     """What the stages share. `recipe`: as asked for, its micro-batches as planned."""
 
-    recipe: Distillation
+    recipe: DistillationConfig
     folder: Path
     teacher: Checkpoint
     data: token_windows.Windows
-    plan: Plan
+    plan: MemoryPlan
     files: Files
     peak: memory.Peak
-    weather: Weather
+    weather: ThermalMonitor
     report: Callable[[Step], None] | None = None  # somebody who is told of every step of the distillation
     shares: tuple[int, ...] = ()  # how many of the teacher's blocks each machine has; (): each has it whole
 
@@ -79,7 +79,7 @@ class Course:
             )
 
 
-def train(c: Course, pruned: Checkpoint) -> Callable[[str], mx.array]:
+def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
     if c.plan.mode == "resident":
         return _resident(c, pruned, source_of(c))
@@ -87,13 +87,13 @@ def train(c: Course, pruned: Checkpoint) -> Callable[[str], mx.array]:
     return _sharded(c, parts, source_of(c))
 
 
-def source_of(c: Course) -> live_teacher.Source:
+def source_of(c: Run) -> live_teacher.TargetSource:
     """The teacher, live; or what it left on disk, written now as far as it is missing."""
     keeps = c.plan.pinned * c.plan.job.teacher.block_work + c.plan.job.teacher.head_work
 
-    def teacher(room_bytes: int | None) -> live_teacher.Teacher:
+    def teacher(room_bytes: int | None) -> live_teacher.StreamedTeacher:
         r = c.recipe
-        return live_teacher.Teacher(c.teacher, room_bytes, c.direct, r.temperature, r.cross_entropy, c.shares)
+        return live_teacher.StreamedTeacher(c.teacher, room_bytes, c.direct, r.temperature, r.cross_entropy, c.shares)
 
     if c.recipe.targets == "live":
         return teacher(None if c.plan.teacher_resident else keeps)
@@ -115,7 +115,7 @@ def source_of(c: Course) -> live_teacher.Source:
     return cached_targets.Cached(store, at)
 
 
-def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
+def _local(c: Run, pruned: Checkpoint) -> Checkpoint:
     """The student as a folder of parts, taught block by block as far as it is not yet."""
     keep = model_writer.read_keep(pruned.path)
     if keep is None:
@@ -134,13 +134,13 @@ def _local(c: Course, pruned: Checkpoint) -> Checkpoint:
     )  # fmt: skip
     total = len(keep.layers) * iters
     with c.phase("local"):
-        supervise(steps, c.folder, total, total + 1, lambda number: None, c.weather, c.peak, c.files, LOCAL, "local")
+        run_training(steps, c.folder, total, total + 1, lambda number: None, c.weather, c.peak, c.files, LOCAL, "local")
     return student
 
 
-def _resident(c: Course, begun: Checkpoint, source: live_teacher.Source) -> Callable[[str], mx.array]:
+def _resident(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
     student = load.resident(begun, mx.float32)
-    optimizer = GoralW(weight_decay=c.recipe.weight_decay)
+    optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay)
 
     def restore(arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
         train_loop.restore(student, optimizer, arrays, memory)
@@ -152,9 +152,9 @@ def _resident(c: Course, begun: Checkpoint, source: live_teacher.Source) -> Call
             with c.phase("repair"):
                 mended, _ = reconstruct.reconstruct(c.teacher, begun, keep, c.pick(c.plan.job.repair, 2))
             student.load_weights(list(mended.items()), strict=False)
-        stream.into_memory(student, f"{begun.path}: ")
+        stream.load_checked(student, f"{begun.path}: ")
 
-    run = Run(c, lambda: train_loop.arrays_of(student, optimizer), optimizer.memory)
+    run = CheckpointedTraining(c, lambda: train_loop.arrays_of(student, optimizer), optimizer.memory)
     start = run.start(begin, restore)
     student.train()
     r = c.recipe
@@ -164,19 +164,19 @@ def _resident(c: Course, begun: Checkpoint, source: live_teacher.Source) -> Call
     return dict(tree_flatten(student.parameters())).__getitem__
 
 
-def _sharded(c: Course, begun: Checkpoint, source: live_teacher.Source) -> Callable[[str], mx.array]:
+def _sharded(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
     r, visit = c.recipe, steps_per_shard(c.plan.job, c.plan.shard_layers)
     room = 4 * c.plan.job.student.head_params  # the head stays, the blocks stream past
     student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, room, c.direct)
-    run = Run(c, student.arrays, student.memory)
+    run = CheckpointedTraining(c, student.arrays, student.memory)
     start = run.start(student.begin, student.restore)
     steps = partial(
         sharded.steps,
         student,
-        live_teacher.cut(source, c.data, r),
+        live_teacher.step_micro_batches(source, c.data, r),
         partial(source.kl_sum, frozen_head=True),
         r.schedule,
-        factor=lambda step: losses.halny_factor(run.sigma, r.seed, step),
+        factor=lambda step: losses.loss_noise_factor(run.sigma, r.seed, step),
     )
     with c.phase("distil"):
         every = min(r.save_every, max(1, visit // 2))  # two checkpoints of every visit: see Sharded
@@ -185,10 +185,10 @@ def _sharded(c: Course, begun: Checkpoint, source: live_teacher.Source) -> Calla
 
 
 @dataclass
-class Run:
+class CheckpointedTraining:
     """Checkpoints of one training, whichever way it goes. sigma: spread of eps_halny until the next of them."""
 
-    course: Course
+    course: Run
     arrays: Callable[[], dict[str, dict[str, mx.array]]]
     memory: Callable[[], dict[str, Any]]
     steps: str = "steps"  # the folder of its checkpoints
@@ -200,7 +200,7 @@ class Run:
         self.kept = Checkpoints(folder, self.arrays, self.memory, restore, c.weather, c.files)
         if (number := self.back()) is not None:
             return number
-        if distributed.first():
+        if distributed.is_main():
             begin()
             with reported(c.folder, "the folder of checkpoints"):
                 c.files.make_folder(folder)
@@ -220,22 +220,30 @@ class Run:
         """One checkpoint: weights, moments, and everything else a resumed run needs."""
         c = self.course
         # The wind is fixed from one checkpoint to the next, so that a resumed run meets the same.
-        self.sigma = distributed.told(lambda: c.weather.sigma() if c.recipe.halny is None else c.recipe.halny)
-        if distributed.first():
+        halny = c.recipe.halny
+        self.sigma = distributed.broadcast_json(lambda: c.weather.sigma() if halny is None else halny)
+        if distributed.is_main():
             self.kept.save(number, {"halny_sigma": self.sigma})
 
     def finish(
-        self, steps: Callable[[int], Iterator[Step]], start: int, save_every: int, optimizer: Callable[[], GoralW],
-        log: str = run_folder.METRICS, label: str = "distil",
-    ) -> None:  # fmt: skip
-        """Run steps(start) to their end. optimizer: the one in use, for a run may be set back once (see `set_back`)."""
+        self,
+        steps: Callable[[int], Iterator[Step]],
+        start: int,
+        save_every: int,
+        optimizer: Callable[[], GuardedAdamW],
+        log: str = run_folder.METRICS,
+        label: str = "distil",
+    ) -> None:
+        """Run steps(start) to their end. optimizer: the one in use (see `run_loop.retry_from_checkpoint`)."""
         c = self.course
         mine = log == run_folder.METRICS  # the student's own steps, which the plan timed
         planned = next(p.seconds(c.plan.rates) for p in c.plan.phases if p.name == "distil")
         tps = c.plan.job.step * c.plan.job.iters / max(planned, 1e-9) if mine else None
 
         def go(coming: Iterator[Step]) -> None:
-            supervise(coming, c.folder, c.recipe.iters, save_every, self.save, c.weather, c.peak, c.files, log, label,
-                      c.plan.budget_bytes, tps, c.report if mine else None)  # fmt: skip
+            run_training(
+                coming, c.folder, c.recipe.iters, save_every, self.save, c.weather, c.peak, c.files, log, label,
+                c.plan.budget_bytes, tps, c.report if mine else None,
+            )  # fmt: skip
 
-        set_back(go, steps, start, self.back, optimizer)
+        retry_from_checkpoint(go, steps, start, self.back, optimizer)

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from mis_mlx import cli
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.memory import Peak
-from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags, battery
-from mis_mlx.maths.optimizer import Diverged, GoralW
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
+from mis_mlx.maths.optimizer import Diverged, GuardedAdamW
 from mis_mlx.models import distributed
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage import checkpoint as protocol
@@ -37,29 +37,29 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
         folder, defaults = run_folder.find(settings.out, under), asdict(type(settings)())
         return run_folder.merged(asdict(settings), defaults, run_folder.stored_settings(folder), free), str(folder)
 
-    values, folder = distributed.told(found)
+    values, folder = distributed.broadcast_json(found)
     return type(settings)(**values), Path(folder)
 
 
 @contextmanager
-def entered(
+def open_run(
     folder: Path | None,
     make: Callable[[], Path],
     origin: Mapping[str, str],
     limit: Budget,
     wired_bytes: int,
-    flags: WeatherFlags,
+    flags: ThermalFlags,
     files: Files,
-) -> Iterator[tuple[Path, Weather]]:
+) -> Iterator[tuple[Path, ThermalMonitor]]:
     """(folder, weather) of a run: locked, swept, its memory limited, its air watched.
 
     folder: of a run to go on with, which must have begun with `origin`; None: that of `make()`. Machines beside the
     first one work in a folder that goes with them. wired_bytes: as of `memory.limited`.
     """
-    distributed.same(origin)
-    if folder is None and distributed.first():
+    distributed.check_same(origin)
+    if folder is None and distributed.is_main():
         folder = make()
-    elif folder and distributed.first():
+    elif folder and distributed.is_main():
         for note in run_folder.same_origin(folder, origin):
             cli.say(note)
     cli.say(f"run folder: {folder}")
@@ -67,7 +67,7 @@ def entered(
         distributed.workplace(folder) as place,
         protocol.lock(place),
         memory.limited(limit, wired_bytes),
-        Weather(flags, place / "thermal.jsonl", files) as weather,
+        ThermalMonitor(flags, place / "thermal.jsonl", files) as weather,
     ):
         protocol.sweep(place, files)
         if said := battery(flags):
@@ -75,12 +75,12 @@ def entered(
         yield place, weather
 
 
-def set_back(
+def retry_from_checkpoint(
     go: Callable[[Iterator[Step]], None],
     steps: Callable[[int], Iterator[Step]],
     start: int,
     back: Callable[[], int | None],
-    optimizer: Callable[[], GoralW],
+    optimizer: Callable[[], GuardedAdamW],
 ) -> None:
     """`go` through steps(start); three bad batches in a row go `back` to the last checkpoint, once.
 
@@ -101,13 +101,13 @@ def set_back(
         go(steps(number))
 
 
-def supervise(
+def run_training(
     steps: Iterator[Step],
     folder: Path,
     iters: int,
     save_every: int,
     save: Callable[[int], None],
-    weather: Weather,
+    weather: ThermalMonitor,
     peak: Peak,
     files: Files,
     log: str = run_folder.METRICS,
@@ -141,10 +141,10 @@ def supervise(
                     if unsaved and distributed.size() == 1:  # several save together, after the break
                         save(step.number)
                         unsaved = 0
-                if unsaved and distributed.anywhere(due or asked):
+                if unsaved and distributed.any_rank(due or asked):
                     save(step.number)
                     unsaved = 0
-                if distributed.anywhere(asked) and step.number < iters:
+                if distributed.any_rank(asked) and step.number < iters:
                     raise MisError(
                         f"stopped at step {step.number} of {iters}, all of it saved: go on with --out {folder} --resume"
                     )
@@ -152,7 +152,7 @@ def supervise(
             raise _left_alone(lost, partial(save, unsaved) if unsaved else None, folder) from None
 
 
-def _breaks(weather: Weather, step: Step, show: Callable[[int, str], None], asked: list[int]) -> Iterator[None]:
+def _breaks(weather: ThermalMonitor, step: Step, show: Callable[[int, str], None], asked: list[int]) -> Iterator[None]:
     """Take the tea breaks that come after a step; yields where the governor wants a checkpoint."""
     for decision in weather.after(step):
         if decision.action != "run":
@@ -166,7 +166,7 @@ def _breaks(weather: Weather, step: Step, show: Callable[[int, str], None], aske
 
 def _left_alone(lost: distributed.Lost, save: Callable[[], None] | None, folder: Path) -> MisError:
     """What to say where a machine is gone, once the machine that writes has saved the last step that all did."""
-    if not distributed.first():
+    if not distributed.is_main():
         return lost
     if save:
         save()

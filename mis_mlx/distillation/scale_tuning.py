@@ -13,10 +13,10 @@ import mlx.nn as nn
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, train_loop
-from mis_mlx.distillation.pipeline import Course, Run
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.distillation.pipeline import CheckpointedTraining, Run
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load
-from mis_mlx.planner.recipe import Distillation
+from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.quantization import grid
 from mis_mlx.reporting import progress, text
 from mis_mlx.types import Checkpoint
@@ -24,17 +24,19 @@ from mis_mlx.types import Checkpoint
 STEPS, LOG = "tune-steps", "tune.jsonl"
 
 
-def recipe_of(asked: Distillation, iters: int, learning_rate: float) -> Distillation:
+def recipe_of(asked: DistillationConfig, iters: int, learning_rate: float) -> DistillationConfig:
     """Steps and learning rate of this stage; batches, windows and seed as asked for."""
     return replace(asked, iters=iters, learning_rate=learning_rate, warmup=min(3, iters))
 
 
-def _adam() -> GoralW:
+def _adam() -> GuardedAdamW:
     """Without weight decay: a scale has no reason to be small."""
-    return GoralW(weight_decay=0.0)
+    return GuardedAdamW(weight_decay=0.0)
 
 
-def learned(rounded: Checkpoint, source: live_teacher.Source, data: Windows, recipe: Distillation) -> nn.Module:
+def learned(
+    rounded: Checkpoint, source: live_teacher.TargetSource, data: Windows, recipe: DistillationConfig
+) -> nn.Module:
     """The packed model in memory after its steps, in one go."""
     model = grid.resident(rounded)
     model.train()
@@ -44,15 +46,17 @@ def learned(rounded: Checkpoint, source: live_teacher.Source, data: Windows, rec
     return model
 
 
-def tune(c: Course, source: live_teacher.Source, rounded: Path, out: Path, r: Distillation) -> None:
+def tune(c: Run, source: live_teacher.TargetSource, rounded: Path, out: Path, r: DistillationConfig) -> None:
     """Write the folder `out`: `rounded` after its steps. Killed on the way, it goes on from its checkpoints."""
     checkpoint = load.open_checkpoint(rounded)
     model, optimizer = grid.resident(checkpoint), _adam()
-    run = Run(replace(c, recipe=r), partial(train_loop.arrays_of, model, optimizer), optimizer.memory, steps=STEPS)
+    run = CheckpointedTraining(
+        replace(c, recipe=r), partial(train_loop.arrays_of, model, optimizer), optimizer.memory, steps=STEPS
+    )
     start = run.start(lambda: None, partial(train_loop.restore, model, optimizer))
     model.train()
     steps = partial(live_teacher.steps, model, source, c.data, r, optimizer)
     with c.phase("tune"):
         run.finish(steps, start, r.save_every, lambda: optimizer, LOG, "tune")
-    if distributed.first():
+    if distributed.is_main():
         grid.write(checkpoint, model, out, c.files)

@@ -75,7 +75,7 @@ class Verdict:
         return self.best is not None and (self.gap is None or self.gap[1] > 0)
 
 
-def verdict(records: Sequence[Mapping[str, Any]]) -> Verdict:
+def best_candidate(records: Sequence[Mapping[str, Any]]) -> Verdict:
     """Which finalist, by its number in `records`, and how sure that is: the least sure of all comparisons counts."""
     stable = [i for i, r in enumerate(records) if not unstable(r)]
     if not stable:

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.distillation import train_loop
 from mis_mlx.hardware.clock import Clock
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, load, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage.checkpoint import sweep
@@ -57,7 +57,7 @@ class Sharded:
         self._shard_layers, self._steps_per_shard, self._weight_decay = shard_layers, steps_per_shard, weight_decay
         self._stream = partial(stream.Stream, student, mx.float32, room_bytes, direct)
         norm = load.final_norm(student, mx.float32)
-        self._norm = stream.into_memory(norm, f"{student.path}: model.norm.")
+        self._norm = stream.load_checked(norm, f"{student.path}: model.norm.")
 
     def begin(self) -> None:
         """Enter the first visit of a new run. MisError when the folder has been trained already."""
@@ -94,10 +94,10 @@ class Sharded:
         layers, size = self._source.layers, self._shard_layers
         first = visit % -(-layers // size) * size
         self.visit, self.blocks = visit, range(first, min(first + size, layers))
-        self.optimizer = GoralW(weight_decay=self._weight_decay)
+        self.optimizer = GuardedAdamW(weight_decay=self._weight_decay)
         self.shard = nn.Module()  # the last shard's memory goes before the next one's is taken
         self.shard.layers = [load.block(self._student, i, self._source.args, mx.float32) for i in self.blocks]
-        stream.into_memory(self.shard, f"{self._student.path}, from block {first} on: ")
+        stream.load_checked(self.shard, f"{self._student.path}, from block {first} on: ")
 
     def end_step(self, number: int, last: bool) -> None:
         """After step `number` (from 1) and before its checkpoint: a visit, or the run, that is over goes to disk."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, mlx_generate, model_writer, policy
-from mis_mlx.planner.phases import Plan
+from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.pruning import select
 from mis_mlx.reporting import text
 from mis_mlx.storage import run_folder
@@ -49,7 +49,7 @@ def result(
     }
 
 
-def begun(plan: Plan, flags: Mapping[str, Any]) -> dict[str, Any]:
+def begun(plan: MemoryPlan, flags: Mapping[str, Any]) -> dict[str, Any]:
     """What a run promises at its start: bytes and seconds of every phase, this machine's rates, and what was asked."""
     planned = [
         {"phase": p.name, "seconds": round(p.seconds(plan.rates), 3), "peak_bytes": p.peak_bytes} for p in plan.phases

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mis_mlx.hardware import lanes
 from mis_mlx.hardware.clock import Clock
-from mis_mlx.maths.optimizer import GoralW, global_norm
+from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import distributed
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.types import Step
@@ -32,7 +32,7 @@ def train(
     model: nn.Module,
     micro_batches: Callable[[int], Sequence[tuple[Any, ...]]],
     loss: Loss,
-    optimizer: GoralW,
+    optimizer: GuardedAdamW,
     schedule: Schedule,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
@@ -58,7 +58,7 @@ def train(
 def one_step(
     model: nn.Module,
     gradients: Callable[[int], tuple[Any, ...]],
-    optimizer: GoralW,
+    optimizer: GuardedAdamW,
     schedule: Schedule,
     step: int,
     factor: Callable[[int], float],
@@ -71,11 +71,11 @@ def one_step(
         began, mark = clock.monotonic(), clock.asleep()
         mx.reset_peak_memory()
         value, tokens, summed, *means = gradients(step)
-        if not (slept := max(distributed.gather(clock.slept(mark)))):
+        if not (slept := max(distributed.all_gather(clock.slept(mark)))):
             break
         note = f"the machine slept {slept / 60:.0f} min; step done again. "
     scale = factor(step) / tokens
-    norm = scale * distributed.told(
+    norm = scale * distributed.broadcast_json(
         partial(float, global_norm(summed, lanes.lane))
     )  # whoever is led by it is led alike
     rate = schedule.rate(step)
@@ -105,14 +105,14 @@ def _gradients(
     if gradients is None:  # a machine without a part in this step
         gradients = tree_map(mx.zeros_like, model.trainable_parameters())
     said = {name: float(value) for name, value in {"loss, summed": total, "tokens that count": count, **sums}.items()}
-    whole = said if distributed.size() == 1 else _added(distributed.gather(said))
+    whole = said if distributed.size() == 1 else _added(distributed.all_gather(said))
     tokens = max(whole.pop("tokens that count"), 1.0)
     loss = whole.pop("loss, summed") / tokens
     means = {name: value / (1.0 if name == "tokens" else tokens) for name, value in whole.items()}
     if distributed.size() > 1:
         named = dict(tree_flatten(gradients))
         del gradients
-        distributed.add_up(named)
+        distributed.all_reduce_gradients(named)
         gradients = tree_unflatten(list(named.items()))
     return loss, tokens, gradients, means
 
@@ -122,7 +122,7 @@ def _added(sums: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(each.get(name, 0.0) for each in sums) for name in names}
 
 
-def arrays_of(model: nn.Module, optimizer: GoralW) -> dict[str, dict[str, mx.array]]:
+def arrays_of(model: nn.Module, optimizer: GuardedAdamW) -> dict[str, dict[str, mx.array]]:
     """Everything a resumed run needs that is an array, by checkpoint file."""
     return {"model": dict(tree_flatten(model.trainable_parameters())), "optimizer": optimizer.arrays()}
 
@@ -134,13 +134,13 @@ def alike(
 ) -> None:
     """Every machine gets the weights, moments and memory of the first one, by `restore`."""
     if distributed.size() > 1:
-        sent, remembered = distributed.sent_arrays(arrays), distributed.told(memory)
-        if restore and not distributed.first():
+        sent, remembered = distributed.broadcast_arrays(arrays), distributed.broadcast_json(memory)
+        if restore and not distributed.is_main():
             restore({"optimizer": {}, **sent}, remembered)
 
 
 def restore(
-    model: nn.Module, optimizer: GoralW, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]
+    model: nn.Module, optimizer: GuardedAdamW, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]
 ) -> None:
     """Put a checkpoint's arrays back, evaluated: a file may go once this returns."""
     model.update(tree_unflatten(list(arrays["model"].items())))

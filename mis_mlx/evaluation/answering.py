@@ -20,7 +20,7 @@ from mis_mlx.evaluation import lm_eval_tasks, option_likelihood, rewards
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
 from mis_mlx.models import batch_sampling, distributed, load, mlx_generate, policy, streamed_decode
-from mis_mlx.models.stream import Stream, into_memory
+from mis_mlx.models.stream import Stream, load_checked
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import progress
 from mis_mlx.storage import hub, run_folder
@@ -57,11 +57,11 @@ def todo(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
     Of several machines the first one keeps them.
     """
     path = kept(model_sha256, task.sha256)
-    answers = {row["n"]: row for row in distributed.told(lambda: list(read(path).values()))}
+    answers = {row["n"]: row for row in distributed.broadcast_json(lambda: list(read(path).values()))}
     return path, answers, [n for n in range(len(task.questions)) if n not in answers]
 
 
-def plan(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget) -> estimates.Phase | None:
+def plan(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget) -> estimates.StageCost | None:
     """What asking takes; None when all answers are kept. MisError where it cannot be done, before anything is asked."""
     left = todo(model_sha256, task)[2]
     if not left:
@@ -69,20 +69,20 @@ def plan(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget) -
     return (_choosing if task.kind == "choice" else _writing)(checkpoint, task, left, limit).phase
 
 
-def marks(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget, layers: bool = False) -> np.ndarray:
+def scores(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget, layers: bool = False) -> np.ndarray:
     """(n,) the mark of every question: 1 or 0 where an answer is right or wrong, else from 0 to 1.
 
     Several machines ask together; layers: with the model's blocks shared out among them, where options are chosen.
     """
     path, answers, left = todo(model_sha256, task)
-    if distributed.first():
+    if distributed.is_main():
         DISK.make_folder(path.parent)
     choices = task.kind == "choice"
     ask = _choices(checkpoint, task, left, limit, layers) if choices else _texts(checkpoint, task, left, limit)
     with progress.bar(f"{checkpoint.path.name} {task.name}", len(task.questions)) as show:
         for row in ask if left else ():
             answers[row["n"]] = row
-            if distributed.first():
+            if distributed.is_main():
                 DISK.append(path, json.dumps(row, ensure_ascii=False))
             show(len(answers), "")
     return np.array([_mark(task, n, answers[n]) for n in range(len(task.questions))])
@@ -102,7 +102,7 @@ def by_harness(checkpoint: Checkpoint, ids: Sequence[str], count: int) -> dict[s
             DISK.replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         return run_folder.records(path)
 
-    rows = distributed.told(lambda: [row for name in ids for row in rows_of(name)])
+    rows = distributed.broadcast_json(lambda: [row for name in ids for row in rows_of(name)])
     return {r["task"]: lm_eval_tasks.Marks(np.array(r["marks"]), np.array(r["chance"]), r["metric"]) for r in rows}
 
 
@@ -145,7 +145,7 @@ class _Choosing:
 
     encoded: Sequence[option_likelihood.Encoded]
     part: int
-    phase: estimates.Phase
+    phase: estimates.StageCost
     room_bytes: int
 
 
@@ -164,7 +164,7 @@ def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bu
         raise MisError(f"{which} takes {longest} tokens, {checkpoint.path} reads {most}: shorten or remove it")
     rows = max(longest, option_likelihood.ROWS)
 
-    def phase(tokens: int, again: bool = True) -> estimates.Phase:
+    def phase(tokens: int, again: bool = True) -> estimates.StageCost:
         one = dict(limit_bytes=limit.limit_bytes, spool=False, again=again)
         return estimates.streamed_pass(task.name, m, tokens, rows, rows, **one)  # type: ignore[arg-type]
 
@@ -185,7 +185,7 @@ def _choices(
 ) -> Iterator[dict[str, Any]]:
     """Log-likelihoods of the options, part by part; a part is one pass of the weights."""
     c = _choosing(checkpoint, task, left, limit)
-    part, rows = min(distributed.gather(c.part)), option_likelihood.ROWS
+    part, rows = min(distributed.all_gather(c.part)), option_likelihood.ROWS
     with memory.limited(limit):
         stream = machines.opened(checkpoint, limit, c.room_bytes, part, rows, layers)
         lengths = list(map(option_likelihood.length, c.encoded))
@@ -201,7 +201,7 @@ class _Writing:
     prompts: Sequence[list[int]]
     ends: set[int]
     whole: bool
-    phase: estimates.Phase
+    phase: estimates.StageCost
     room_bytes: int = 0
 
 
@@ -216,7 +216,7 @@ def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bud
     peak = m.shape.layers * m.block_work + m.head_work + work + memory.process_bytes(limit.limit_bytes)
     if peak <= limit.limit_bytes:
         steps = -(-len(left) // AT_ONCE) * task.max_tokens
-        phase = estimates.Phase(task.name, m.nbytes, 0, peak, flops, touched_bytes=steps * one.touched_bytes)
+        phase = estimates.StageCost(task.name, m.nbytes, 0, peak, flops, touched_bytes=steps * one.touched_bytes)
         return _Writing(prompts, tokenizer.eos_token_ids, True, phase)
     estimates.fit(limit, one, remedy=f"give --budget {estimates.flag(one.peak_bytes)} or more")
     room = estimates.room(limit.limit_bytes, one.peak_bytes - one.pinned * m.block_work)
@@ -230,12 +230,14 @@ def _texts(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budge
     with memory.limited(limit):
         write = _writer(checkpoint, w, task.max_tokens, limit)
         for begin in range(0, len(left), AT_ONCE * distributed.size()):
-            few = slice(start := begin + AT_ONCE * distributed.number(), start + AT_ONCE)
+            few = slice(start := begin + AT_ONCE * distributed.rank(), start + AT_ONCE)
             written = [[t for t in ids if t not in w.ends] for ids in write(w.prompts[few])] if left[few] else []
             texts = [tokenizer.decode(ids) for ids in written]
-            marks = _checked(task, left[few], texts) if texts else []
-            mine = [{"n": n, "text": text, "mark": mark} for n, text, mark in zip(left[few], texts, marks, strict=True)]
-            for rows in distributed.gather(mine):
+            scores = _checked(task, left[few], texts) if texts else []
+            mine = [
+                {"n": n, "text": text, "mark": mark} for n, text, mark in zip(left[few], texts, scores, strict=True)
+            ]
+            for rows in distributed.all_gather(mine):
                 yield from rows
 
 
@@ -245,7 +247,7 @@ def _writer(
     """Greedy continuations of prompts."""
     dtype = policy.compute_dtype(checkpoint)
     if w.whole:
-        model = into_memory(load.resident(checkpoint, dtype), f"{checkpoint.path}: ")
+        model = load_checked(load.resident(checkpoint, dtype), f"{checkpoint.path}: ")
         draw = batch_sampling.sampler(0.0, 0)
         return lambda prompts: [g[0] for g in batch_sampling.groups(model, prompts, 1, count, w.ends, draw, AT_ONCE)]
     stream = Stream(checkpoint, dtype, w.room_bytes, checkpoint.nbytes > limit.limit_bytes)

@@ -65,14 +65,14 @@ def final_hidden(model: Checkpoint, held_out: Windows, opened: Opened = alone) -
 
 def own(held_out: Windows) -> Windows:
     """This machine's windows of those that several share; perhaps none."""
-    return Windows(distributed.share(held_out.tokens), distributed.share(held_out.learn))
+    return Windows(distributed.shard(held_out.tokens), distributed.shard(held_out.learn))
 
 
 def together(models: Mapping[str, Checkpoint], held_out: Windows, opened: Opened) -> dict[tuple[str, str], np.ndarray]:
     """What `compare` gives, every machine having compared its own windows."""
     mine = compare(models, own(held_out), opened=opened)
-    keys = [(name, metric) for name, metric in distributed.told(lambda: list(mine))]
-    return {key: np.array(distributed.joined(mine.get(key, np.zeros(0)).tolist())) for key in keys}
+    keys = [(name, metric) for name, metric in distributed.broadcast_json(lambda: list(mine))]
+    return {key: np.array(distributed.all_gather_items(mine.get(key, np.zeros(0)).tolist())) for key in keys}
 
 
 def compare(
@@ -174,7 +174,7 @@ def kld(
     for name, other in cli.counted("model", others.items(), len(others)):
         theirs = final_hidden(other, held_out, opened)
         values = by_window((base, mine), (other, theirs), held_out)
-        each = distributed.gather([row for window in values for row in window.tolist()])
+        each = distributed.all_gather([row for window in values for row in window.tolist()])
         report[name] = figures(*np.array([row for part in each for row in part]).T)
     return report
 

@@ -16,7 +16,7 @@ import numpy as np
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import attention_masks, distributed, load, pipeline_parallel
 from mis_mlx.models.config import shape_of
-from mis_mlx.models.stream import Stream, settle
+from mis_mlx.models.stream import Stream, evaluate_now
 from mis_mlx.types import MisError
 
 ROWS = 256  # tokens of a sequence; more of them make the attention dearer, fewer the matrix products
@@ -113,20 +113,20 @@ def score(stream: Stream, encoded: Sequence[Encoded], rows: int = ROWS) -> list[
     Of several machines each has some of the sequences, and all get the same, which is what one alone would find.
     """
     packed = list(packs(encoded, rows))
-    own, passing = distributed.share(packed), pipeline_parallel.passing(stream, packed)
+    own, passing = distributed.shard(packed), pipeline_parallel.passing(stream, packed)
     hidden = stream.embed([p.tokens for p in own])
     for _, block in stream.blocks():
         for b, p in enumerate(passing):
             window = load.window(stream.args, block)
             hidden[b] = attention_masks.through(block, hidden[b], p.sees, p.positions, window)
-            settle(hidden[b])
+            evaluate_now(hidden[b])
     hidden = stream.norm(hidden)
     head, vocab = stream.head(), shape_of(stream.checkpoint.config).vocab
     sums = [[0.0] * len(options) for _, options in encoded]
     for b, p in enumerate(own):
         for (question, option), value in zip(p.owner, _logps(head, hidden[b][0], p, vocab), strict=True):
             sums[question][option] += float(value)
-    for theirs in distributed.gather([(n, sums[n]) for p in own for n in p.which]):
+    for theirs in distributed.all_gather([(n, sums[n]) for p in own for n in p.which]):
         for n, values in theirs:
             sums[n] = values
     return sums

@@ -77,7 +77,7 @@ class Task:
         return replace(self, questions=tuple(self.questions[i] for i in at))
 
 
-def constant(task: Task) -> tuple[float, str]:
+def best_constant_answer(task: Task) -> tuple[float, str]:
     """(share, answer) of U Zośki, who always recommends the same: the best constant, by name or place in the list."""
     counts = dict[str, int]()
     for q in task.questions:

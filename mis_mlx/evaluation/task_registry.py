@@ -44,7 +44,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Subjects:
+class EvaluationSet:
     """Our tasks; ids of lm-eval's; whether held-out text is measured; and the training text that tasks may share."""
 
     tasks: tuple[Task, ...]
@@ -53,7 +53,7 @@ class Subjects:
     known: contamination.Known
 
 
-def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
+def find(names: Sequence[str], count: int, data: str | None = None) -> EvaluationSet:
     """Everything asked for, `count` questions of each task. MisError offers the nearest names to one it does not know.
 
     data: whose held-out part `continue` is made of, as --data. All rows are judged here, before any model is asked.
@@ -77,7 +77,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Subjects:
     called = [task.name for task in tasks]
     if twice := sorted({name for name in called if called.count(name) > 1}):
         raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")
-    return Subjects(tuple(tasks), tuple(harness), text, known)
+    return EvaluationSet(tuple(tasks), tuple(harness), text, known)
 
 
 def _named(name: str, count: int) -> list[Task]:

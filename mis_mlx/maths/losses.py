@@ -140,7 +140,7 @@ def halny_sigma(ambient_std_c: float | None) -> float:
     return 0.0 if ambient_std_c is None else HALNY_CLIP * ambient_std_c / HALNY_REFERENCE_C
 
 
-def halny_factor(sigma: float, seed: int, step: int) -> float:
+def loss_noise_factor(sigma: float, seed: int, step: int) -> float:
     """Equation (2)'s (1 + eps_halny) of one step: eps ~ N(0, sigma), clipped to ±0.15.
 
     Seeded by (seed, step) and nothing else, so a resumed run meets the same wind. Exactly 1 for sigma 0.

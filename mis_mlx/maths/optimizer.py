@@ -79,7 +79,7 @@ class _Fused(optim.AdamW):
     """mlx.optimizers.AdamW, bias correction included, in 3 kernels for each weight in place of 14: 40 bytes of memory
     traffic for each parameter in place of 128. Rates are arrays, so that a new one compiles nothing anew.
 
-    scale, lane: of this update, as of `GoralW.update`; the gradient is scaled in these kernels.
+    scale, lane: of this update, as of `GuardedAdamW.update`; the gradient is scaled in these kernels.
     """
 
     scale: float
@@ -107,7 +107,7 @@ class _Fused(optim.AdamW):
             return _weight(parameter, state["m"], state["v"], rate, root, kept, self.eps)
 
 
-class GoralW:
+class GuardedAdamW:
     """mlx.optimizers.AdamW behind a gradient-norm guard; with `guard=False` it is AdamW, but for how sums are rounded.
 
     The guard looks before the update: a loss or norm that is not finite skips the step (three in a row raise
@@ -176,3 +176,6 @@ class GoralW:
         self.adamw.state = tree_unflatten(list(arrays.items()))
         self.norms, self.bad = list(memory["norms"]), list(memory["bad"])
         self.passed, self.calm = list(memory["passed"]), float(memory["calm"])
+
+
+GoralW = GuardedAdamW  # the paper's name for it

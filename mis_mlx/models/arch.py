@@ -11,7 +11,7 @@ from typing import Any
 
 from mis_mlx.models.config import Shape, normalised, shape_of
 from mis_mlx.models.families import family
-from mis_mlx.types import Checkpoint, MisError, Space, TensorAt
+from mis_mlx.types import Checkpoint, MisError, PrunableAxis, TensorAt
 
 # A ratio per axis, kept / before. gazda: what was measured best at GÓRAL's size on SmolLM2-135M, 28 of 30 layers and
 # half of the FFN (benchmarks/recovery.py). The others: table 1 of the paper, on its 96-layer 8192/28672 teacher.
@@ -101,7 +101,7 @@ def params(config: Mapping[str, Any]) -> int:
     return s.layers * block + s.vocab * s.hidden * (1 if s.tied else 2) + s.hidden
 
 
-def spaces(config: Mapping[str, Any]) -> dict[str, Space]:
+def spaces(config: Mapping[str, Any]) -> dict[str, PrunableAxis]:
     """The axes that can shrink, and which tensors write and read them ('{i}' is the layer number)."""
     s, layer, names = shape_of(config), "model.layers.{i}.", layer_tensors(config)
 
@@ -109,7 +109,7 @@ def spaces(config: Mapping[str, Any]) -> dict[str, Space]:
         return tuple(layer + n for n in candidates if n in names)
 
     return {
-        "ffn": Space(
+        "ffn": PrunableAxis(
             "ffn",
             s.ffn,
             1,
@@ -117,7 +117,7 @@ def spaces(config: Mapping[str, Any]) -> dict[str, Space]:
             present("mlp.down_proj.weight"),
             present("mlp.gate_proj.bias", "mlp.up_proj.bias"),
         ),
-        "heads": Space(
+        "heads": PrunableAxis(
             "heads",
             s.heads * s.head_dim,
             s.head_dim,
@@ -125,7 +125,7 @@ def spaces(config: Mapping[str, Any]) -> dict[str, Space]:
             present("self_attn.o_proj.weight"),
             present("self_attn.q_proj.bias"),
         ),
-        "kv_heads": Space(
+        "kv_heads": PrunableAxis(
             "kv_heads",
             s.kv_heads * s.head_dim,
             s.head_dim,
@@ -133,7 +133,7 @@ def spaces(config: Mapping[str, Any]) -> dict[str, Space]:
             (),
             present("self_attn.k_proj.bias", "self_attn.v_proj.bias"),
         ),
-        "hidden": Space(
+        "hidden": PrunableAxis(
             "hidden",
             s.hidden,
             1,
@@ -159,7 +159,7 @@ def spaces(config: Mapping[str, Any]) -> dict[str, Space]:
                 ),
             ),
         ),
-        "layers": Space("layers", s.layers, 1),
+        "layers": PrunableAxis("layers", s.layers, 1),
     }
 
 

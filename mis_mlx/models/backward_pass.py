@@ -67,7 +67,7 @@ def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key:
         drawn = mx.random.categorical(z, key=now)
         there = _pulls(z, drawn)
         parts.append(mx.vjp(logits, [flat[start : start + rows]], [there])[1][0])
-        stream.settle(parts[-1])
+        stream.evaluate_now(parts[-1])
     return mx.concatenate(parts).reshape(hidden.shape)
 
 
@@ -75,7 +75,7 @@ def _pulls(z: mx.array, drawn: mx.array) -> mx.array:
     """d log softmax(z)[drawn] / d z (n, V), for z (n, V) and drawn (n,). On a CPU z is made over into it."""
     if policy.name() != "cpu":
         return (mx.arange(z.shape[-1]) == drawn[:, None]).astype(mx.float32) - mx.softmax(z, axis=-1)
-    stream.settle(z, drawn)
+    stream.evaluate_now(z, drawn)
     at, p = np.array(drawn), host_losses.view(z)
     host_losses.by_rows(host_losses.softmax, p)
     np.negative(p, out=p)

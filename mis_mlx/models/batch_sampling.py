@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.models import load
-from mis_mlx.models.stream import settle
+from mis_mlx.models.stream import evaluate_now
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) -> tokens (B,)
 
@@ -50,7 +50,7 @@ def groups(
             cache = load.mlx_lm("models.cache").make_prompt_cache(model)
             if len(prompt) > 1:
                 model(mx.array([*prompt[:-1]])[None], cache=cache)
-                settle([layer.state for layer in cache])
+                evaluate_now([layer.state for layer in cache])
             last_tokens += [list(prompt[-1:])] * count
             caches += [cache] * count  # read only: mlx-lm merges them into a new one
         generator = load.mlx_lm("generate").BatchGenerator(

@@ -59,17 +59,17 @@ def size() -> int:
     return _world().size
 
 
-def number() -> int:
+def rank() -> int:
     """Which of them this is, from 0."""
     return _world().rank
 
 
-def first() -> bool:
+def is_main() -> bool:
     """Whether this is the machine that writes checkpoints, metrics and models, and speaks."""
     return _world().rank == 0
 
 
-def share(items: Any) -> Any:
+def shard(items: Any) -> Any:
     """This machine's part of a sequence, what a step or a pass is made of: every `size`-th item; perhaps none."""
     return items[_world().rank :: size()]
 
@@ -77,7 +77,7 @@ def share(items: Any) -> Any:
 def _settled(made: Any) -> Any:
     """`made`, which others have a part in, evaluated. Lost when one of them is gone."""
     try:
-        stream.settle(made)
+        stream.evaluate_now(made)
     except RuntimeError as error:
         if size() == 1 or cli.device_trouble(error):  # this machine's own
             raise
@@ -86,7 +86,7 @@ def _settled(made: Any) -> Any:
     return made
 
 
-def add_up(named: dict[str, mx.array]) -> None:
+def all_reduce_gradients(named: dict[str, mx.array]) -> None:
     """Arrays, all alike everywhere, become their sums over the machines, in place; the same bits on each.
 
     A few at a time, so that nobody holds all of them twice who holds them here alone.
@@ -101,7 +101,7 @@ def add_up(named: dict[str, mx.array]) -> None:
         _settled([named[name] for name in names])
 
 
-def totals(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+def all_reduce_sums(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Float64 arrays, of the same shapes everywhere, summed over the machines."""
     if size() == 1 or not arrays:
         return list(arrays)
@@ -111,7 +111,7 @@ def totals(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [part.reshape(np.shape(a)) for part, a in zip(np.split(whole, ends), arrays, strict=True)]
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """A value that JSON holds, of every machine, in their order."""
     if (n := size()) == 1:
         return [value]
@@ -123,26 +123,26 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:length].tobytes()) for row, length in zip(everyone, lengths, strict=True)]
 
 
-def joined(mine: Sequence[Any]) -> list[Any]:
+def all_gather_items(mine: Sequence[Any]) -> list[Any]:
     """The whole of which every machine has what `share` gave it; JSON holds the items."""
-    parts = gather(list(mine))
+    parts = all_gather(list(mine))
     whole = [None] * sum(map(len, parts))
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
     return whole
 
 
-def anywhere(flag: object) -> bool:
+def any_rank(flag: object) -> bool:
     """Whether `flag` is true on any machine."""
-    return any(gather(bool(flag)))
+    return any(all_gather(bool(flag)))
 
 
-def told(make: Callable[[], T]) -> T:
+def broadcast_json(make: Callable[[], T]) -> T:
     """What `make()` gives on the first machine, to all; nobody else calls it. JSON holds it."""
-    return make() if size() == 1 else gather(make() if first() else None)[0]
+    return make() if size() == 1 else all_gather(make() if is_main() else None)[0]
 
 
-def sent(data: np.ndarray, root: int = 0) -> np.ndarray:
+def broadcast_bytes(data: np.ndarray, root: int = 0) -> np.ndarray:
     """The bytes (n,) uint8 that `root` has; n is the same everywhere, what others have does not count."""
     if size() == 1:
         return data
@@ -150,72 +150,72 @@ def sent(data: np.ndarray, root: int = 0) -> np.ndarray:
     return np.array(_settled(mx.distributed.all_sum(mine)))
 
 
-def sent_array(array: mx.array, root: int = 0) -> mx.array:
+def broadcast_array(array: mx.array, root: int = 0) -> mx.array:
     """The array that `root` has, bit for bit; its shape and dtype are the same everywhere."""
-    raw = sent(np.array(array.reshape(-1).view(mx.uint8)), root)
-    return array if number() == root else mx.array(raw).view(array.dtype).reshape(array.shape)
+    raw = broadcast_bytes(np.array(array.reshape(-1).view(mx.uint8)), root)
+    return array if rank() == root else mx.array(raw).view(array.dtype).reshape(array.shape)
 
 
 def passed_on(array: mx.array) -> None:
     """To the next machine, which says `received` now or later; this one waits until most of it has left."""
-    _settled(mx.distributed.send(array, number() + 1, stream=mx.cpu))
+    _settled(mx.distributed.send(array, rank() + 1, stream=mx.cpu))
 
 
 def received(like: mx.array) -> mx.array:
     """What the machine before this one `passed_on`; of the shape and dtype of `like`."""
-    return _settled(mx.distributed.recv(like.shape, like.dtype, number() - 1, stream=mx.cpu))
+    return _settled(mx.distributed.recv(like.shape, like.dtype, rank() - 1, stream=mx.cpu))
 
 
-def sent_arrays(arrays: Callable[[], Arrays]) -> dict[str, dict[str, mx.array]]:
+def broadcast_arrays(arrays: Callable[[], Arrays]) -> dict[str, dict[str, mx.array]]:
     """The arrays of the first machine, bit for bit; where there are several."""
-    mine = arrays() if first() else {}
+    mine = arrays() if is_main() else {}
     listed = [(key, name, a.shape, str(a.dtype)) for key, named in mine.items() for name, a in named.items()]
     whole_arrays: dict[str, dict[str, mx.array]] = {}
-    for key, name, shape, kind in told(lambda: listed):
-        whole = mine[key][name] if first() else mx.zeros(shape, getattr(mx, kind.removeprefix("mlx.core.")))
-        whole_arrays.setdefault(key, {})[name] = sent_array(whole)
+    for key, name, shape, kind in broadcast_json(lambda: listed):
+        whole = mine[key][name] if is_main() else mx.zeros(shape, getattr(mx, kind.removeprefix("mlx.core.")))
+        whole_arrays.setdefault(key, {})[name] = broadcast_array(whole)
     return whole_arrays
 
 
-def sent_file(path: Path, files: Files, root: int = 0) -> None:
+def broadcast_file(path: Path, files: Files, root: int = 0) -> None:
     """A file that `root` has, and others lack, to all."""
-    nbytes = gather(path.stat().st_size if path.exists() else 0)[root]
+    nbytes = all_gather(path.stat().st_size if path.exists() else 0)[root]
     mine = _world().rank == root
     counts = [min(CHUNK_BYTES, nbytes - at) for at in range(0, nbytes, CHUNK_BYTES)]
     if mine:
-        for number, count in enumerate(counts):
-            sent(np.fromfile(path, np.uint8, count, offset=number * CHUNK_BYTES), root)
+        for rank, count in enumerate(counts):
+            broadcast_bytes(np.fromfile(path, np.uint8, count, offset=rank * CHUNK_BYTES), root)
         return
     with reported(path.parent, path.name, nbytes), files.replacing(path) as temp:
         files.write(temp, b"")
         for count in counts:
-            files.extend(temp, sent(np.zeros(count, np.uint8), root).tobytes())
+            files.extend(temp, broadcast_bytes(np.zeros(count, np.uint8), root).tobytes())
         files.fsync(temp)
 
 
-def sent_folder(folder: Path, files: Files) -> None:
+def broadcast_folder(folder: Path, files: Files) -> None:
     """A folder of the first machine, where there are several, made on all others."""
     if size() == 1:
         return
-    names = told(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
+    names = broadcast_json(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
     for name in names:
         files.make_folder((folder / name).parent)
-        sent_file(folder / name, files)
+        broadcast_file(folder / name, files)
 
 
 @contextmanager
 def workplace(folder: Path | None) -> Iterator[Path]:
     """The run's folder, on the first machine; on others one of their own that goes when they are done."""
-    if folder and first():
+    if folder and is_main():
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix=f"mis_mlx-{os.getpid()}-") as place:
         yield Path(place)
 
 
-def same(what: Mapping[str, Any]) -> None:
+def check_same(what: Mapping[str, Any]) -> None:
     """MisError where machines have different things under one name."""
-    everyone = gather(dict(what))
+    everyone = all_gather(dict(what))
     for number, other in enumerate(everyone):
         for name, value in everyone[0].items():
             if other[name] != value:

@@ -23,7 +23,7 @@ ROWS = 8  # at a time: 1.5 MB of logits for a vocabulary of 49,152
 
 def view(array: mx.array) -> np.ndarray:
     """The memory of an array, evaluated; numpy may write there."""
-    stream.settle(array)
+    stream.evaluate_now(array)
     whole: Any = array
     return np.asarray(memoryview(whole))
 
@@ -88,20 +88,20 @@ def kl_gradients(
     for start in range(0, len(student), rows := chunk_rows(head.shape[0])):
         at = slice(start, start + rows)
         z, target = ((student[at] @ head.T).astype(mx.float32), teacher_logits(teacher[at]).astype(mx.float32))
-        stream.settle(z, target)
+        stream.evaluate_now(z, target)
         each = by_rows(kl, view(z), view(target), weights[at])
         loss += float(each.astype(np.float64) @ weights[at])
         g = z.astype(head.dtype)  # what numpy made of it
         dh.append(g @ head)
         dw = None if dw is None else mx.addmm(dw, g.T, student[at])
-        stream.settle(dh[-1], dw)
+        stream.evaluate_now(dh[-1], dw)
     return loss, mx.concatenate(dh), dw
 
 
 def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
     """What `losses.Reference` says of logits (n, V) float32, which are made over: (n, 4), the teacher's nll, the
     student's nll, KL(teacher || student), both in nats, and whether the top token is the same."""
-    stream.settle(teacher, student)
+    stream.evaluate_now(teacher, student)
     return by_rows(_compare, view(teacher), view(student), np.array(targets))
 
 

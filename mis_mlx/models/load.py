@@ -287,7 +287,7 @@ def dense_weight(linear: nn.Module) -> mx.array:
 
 def tokenizer(path: Path) -> Any:
     """mlx-lm's tokenizer wrapper of a model folder. Foreign code is refused, not asked about."""
-    tokenizer_check.tried(path)
+    tokenizer_check.check_tokenizer(path)
     utils = mlx_lm("utils")
     try:
         return utils.load_tokenizer(path, {"trust_remote_code": False})

@@ -30,7 +30,7 @@ METRICS = (
 def open_model(folder: Path) -> tuple[nn.Module, Any]:
     """(model, tokenizer) by stock `mlx_lm.load` of a folder that passed our gate; floats in the quick type."""
     checkpoint = load.open_checkpoint(folder)
-    tokenizer_check.tried(folder)
+    tokenizer_check.check_tokenizer(folder)
     trust: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": False}, "trust_remote_code": False}
     model, tokenizer = load.mlx_lm("utils").load(str(folder), **trust)
     model.set_dtype(policy.compute_dtype(checkpoint))

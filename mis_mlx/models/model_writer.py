@@ -20,7 +20,7 @@ from mis_mlx.models import arch, policy, tokenizer_check
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import Spec, Writer, spec_bytes
-from mis_mlx.types import Keep, MisError
+from mis_mlx.types import KeptUnits, MisError
 
 KEEP, ROTATION = "keep.json", "rotation.npy"
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -41,15 +41,15 @@ def copy_tokenizer(source: Path, folder: Path, files: Files) -> None:
         files.write(folder / path.name, path.read_bytes())
 
 
-def keep_json(keep: Keep) -> dict[str, Any]:
-    """`Keep` as plain JSON: {layers, kept: {"layer/space": indices}, why, report, rotated: beside it is a basis}."""
+def keep_json(keep: KeptUnits) -> dict[str, Any]:
+    """As plain JSON: {layers, kept: {"layer/space": indices}, why, report, rotated: whether a basis is beside it}."""
     kept = {f"{layer}/{space}": list(indices) for (layer, space), indices in keep.kept.items()}
     rotated = {"rotated": True} if keep.basis is not None else {}
     return {"layers": list(keep.layers), "kept": kept, "why": keep.why, "report": dict(keep.report), **rotated}
 
 
-def keep_files(keep: Keep | None) -> dict[str, Any]:
-    """The files that hold a `Keep`, for `write_model`: keep.json, and rotation.npy where the stream was rotated."""
+def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
+    """The files that hold kept units, for `write_model`: keep.json, and rotation.npy where the stream was rotated."""
     if keep is None:
         return {}
     files: dict[str, Any] = {KEEP: keep_json(keep)}
@@ -59,15 +59,15 @@ def keep_files(keep: Keep | None) -> dict[str, Any]:
     return files
 
 
-def read_keep(folder: Path) -> Keep | None:
-    """The `Keep` beside a pruned model, or None when there is none. Its basis stays on disk until it is used."""
+def read_keep(folder: Path) -> KeptUnits | None:
+    """The `KeptUnits` beside a pruned model, or None when there is none. Its basis stays on disk until it is used."""
     path = folder / KEEP
     if not path.is_file():
         return None
     saved = json.loads(path.read_text(encoding="utf-8"))
     kept = {(int(k.split("/")[0]), k.split("/")[1]): tuple(v) for k, v in saved["kept"].items()}
     basis = _basis(folder / ROTATION, len(kept[-1, "hidden"])) if saved.get("rotated") else None
-    return Keep(tuple(saved["layers"]), kept, saved["why"], saved["report"], basis)
+    return KeptUnits(tuple(saved["layers"]), kept, saved["why"], saved["report"], basis)
 
 
 def _basis(path: Path, channels: int) -> np.ndarray:

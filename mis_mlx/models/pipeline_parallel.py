@@ -41,9 +41,9 @@ def shared(layers: int, keeps: Sequence[int], reading: float) -> list[int]:
 
 
 def passing(source: stream.Stream, items: Sequence[Any]) -> list[Any]:
-    """Of items that machines `distributed.share`, one a batch: those whose hidden states `source` has, in order."""
+    """Of items that machines `distributed.shard`, one a batch: those whose hidden states `source` has, in order."""
     n = distributed.size() if isinstance(source, Relay) else 1
-    return [item for rank in range(n) for item in items[rank::n]] if n > 1 else list(distributed.share(items))
+    return [item for rank in range(n) for item in items[rank::n]] if n > 1 else list(distributed.shard(items))
 
 
 class Relay(stream.Stream):
@@ -54,8 +54,8 @@ class Relay(stream.Stream):
     def __init__(
         self, checkpoint: Checkpoint, dtype: mx.Dtype, room_bytes: int | None, direct: bool, shares: Sequence[int]
     ):
-        end = list(accumulate(shares))[distributed.number()]
-        self.mine = range(end - shares[distributed.number()], end)
+        end = list(accumulate(shares))[distributed.rank()]
+        self.mine = range(end - shares[distributed.rank()], end)
         self._counts: list[int] = []  # batches of each machine, in the pass that is under way
         self._hidden: stream.Hidden = []
         super().__init__(checkpoint, dtype, room_bytes, direct)
@@ -69,16 +69,17 @@ class Relay(stream.Stream):
 
         They are real where the first block is; elsewhere they have the right shape, until they come.
         """
-        everyone = distributed.gather([np.array(b).tolist() for b in batches])
+        everyone = distributed.all_gather([np.array(b).tolist() for b in batches])
         self._counts = [len(each) for each in everyone]
         whole = [np.array(b, np.int32) for each in everyone for b in each]
         hidden = [] if hidden is None else hidden
-        if distributed.first():
+        if distributed.is_main():
             hidden = super().embed([mx.array(b) for b in whole], hidden)
         dtype = getattr(
-            mx, distributed.told(lambda: str(hidden[0].dtype if whole else self.dtype).removeprefix("mlx.core."))
+            mx,
+            distributed.broadcast_json(lambda: str(hidden[0].dtype if whole else self.dtype).removeprefix("mlx.core.")),
         )
-        if not distributed.first():
+        if not distributed.is_main():
             for b in whole:
                 hidden.append(mx.zeros((*b.shape, shape_of(self.checkpoint.config).hidden), dtype))
         self._hidden = hidden
@@ -95,11 +96,11 @@ class Relay(stream.Stream):
             self._give(b)
 
     def _take(self, b: int) -> None:
-        if not distributed.first():
+        if not distributed.is_main():
             self._hidden[b] = distributed.received(self._hidden[b])
 
     def _give(self, b: int) -> None:
-        if distributed.number() + 1 < distributed.size():
+        if distributed.rank() + 1 < distributed.size():
             distributed.passed_on(self._hidden[b])
 
     def forward(self, batches: Sequence[mx.array], hidden: stream.Hidden | None = None) -> stream.Hidden:
@@ -113,18 +114,18 @@ class Relay(stream.Stream):
             self._take(b)
             for block in kept:
                 hidden[b] = block(hidden[b], load.mask(self.args, block, hidden[b]))
-                stream.settle(hidden[b])
+                stream.evaluate_now(hidden[b])
             self._give(b)
         return self.norm(hidden)
 
     def norm(self, hidden: stream.Hidden) -> stream.Hidden:
         """This machine's own batches after the last RMSNorm."""
-        if distributed.number() == distributed.size() - 1:
+        if distributed.rank() == distributed.size() - 1:
             super().norm(hidden)
-        begin, own = sum(self._counts[: distributed.number()]), list[mx.array]()
+        begin, own = sum(self._counts[: distributed.rank()]), list[mx.array]()
         for b in range(len(hidden)):
-            whole = distributed.sent_array(hidden[b], distributed.size() - 1)
-            if begin <= b < begin + self._counts[distributed.number()]:
+            whole = distributed.broadcast_array(hidden[b], distributed.size() - 1)
+            if begin <= b < begin + self._counts[distributed.rank()]:
                 own.append(whole)
         self._hidden = []
         return own

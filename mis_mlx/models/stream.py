@@ -41,7 +41,7 @@ class NotNumbers(MisError):
         super().__init__(f"{what}{' in float16' if dtype == mx.float16 else ''}: {remedy}")
 
 
-class Tap(nn.Module):
+class InputRecorder(nn.Module):
     """Stands where `inner` stood and remembers what went into it: (B, T, in)."""
 
     def __init__(self, inner: nn.Module):
@@ -190,7 +190,7 @@ class Stream:
         if i in self._checked:
             mx.eval(made.parameters())
         else:
-            into_memory(made, f"{self.checkpoint.path}: model.layers.{i}.")
+            load_checked(made, f"{self.checkpoint.path}: model.layers.{i}.")
             self._checked.add(i)
         return made
 
@@ -205,7 +205,7 @@ class Stream:
         for tokens in batches:
             ids, inverse = np.unique(np.array(tokens), return_inverse=True)
             raw = {name: self._rows(t, ids) for name, t in tensors.items()}
-            table = into_memory(
+            table = load_checked(
                 load.embedding(self.checkpoint, self.dtype, raw), f"{self.checkpoint.path}: {load.EMBEDDING}"
             )
             out = table(mx.array(inverse.reshape(tokens.shape).astype(np.int32)))
@@ -235,7 +235,7 @@ class Stream:
         """Every batch after the last RMSNorm, in place."""
         if self._norm is None:
             made = load.final_norm(self.checkpoint, self.dtype, self._stored(load.NORM))
-            self._norm = into_memory(made, f"{self.checkpoint.path}: {load.NORM}")
+            self._norm = load_checked(made, f"{self.checkpoint.path}: {load.NORM}")
         for b, h in enumerate(hidden):
             hidden[b] = self._norm(h)
             mx.eval(hidden[b])
@@ -247,7 +247,7 @@ class Stream:
             return self._head
         prefix = load.head_prefix(self.checkpoint)
         made = load.head(self.checkpoint, self.dtype, self._stored(prefix))
-        into_memory(made, f"{self.checkpoint.path}: {prefix}")
+        load_checked(made, f"{self.checkpoint.path}: {prefix}")
         if self._keep_head:
             self._head = made
         return made
@@ -279,12 +279,12 @@ class Stream:
         return self.norm(hidden)
 
 
-def settle(*arrays: Any) -> None:
+def evaluate_now(*arrays: Any) -> None:
     """Evaluate now: what these were made of may be freed, or changed, after this line."""
     mx.eval(*arrays)
 
 
-def into_memory(module: nn.Module, where: str = "") -> nn.Module:
+def load_checked(module: nn.Module, where: str = "") -> nn.Module:
     """Evaluate a lazily opened module and return it; from here on its bytes are in memory.
 
     MisError names the first tensor that holds NaN or infinity, with `where` before its name: a model with

@@ -22,7 +22,7 @@ import numpy as np
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import load
 from mis_mlx.models.config import shape_of
-from mis_mlx.models.stream import Stream, settle
+from mis_mlx.models.stream import Stream, evaluate_now
 
 SIZE = 64  # rows of a pass with a draft (measured: benchmarks/speculative.py)
 ROWS = 512  # tokens of a long prompt that go through a resident block at a time
@@ -124,7 +124,7 @@ class _Keys:
     def keep(self, columns: mx.array) -> None:
         """Forget all but these columns."""
         self.held = [a[:, :, columns] for a in self.held]
-        settle(self.held)
+        evaluate_now(self.held)
 
 
 class Context:
@@ -172,7 +172,7 @@ class Context:
                 seen = mx.array(mask[a : a + ROWS, : before + a + part.shape[1]])
                 with positioned(block, positions[a : a + ROWS]):
                     done.append(block(part, seen, cache))
-                settle(done[-1], cache.held)
+                evaluate_now(done[-1], cache.held)
             hidden = self.stream.finite(mx.concatenate(done, axis=1))
         return hidden
 

@@ -32,7 +32,7 @@ PASSED = set[bytes]()  # digests of tokenizers that this process has tried
 SAID = [{"role": "user", "content": "Ile owiec jest na hali?"}, {"role": "assistant", "content": "Sto dwadzieścia."}]
 
 
-def tried(folder: Path) -> None:
+def check_tokenizer(folder: Path) -> None:
     """MisError unless a child opened the folder's tokenizer and template, within limits, and said so."""
     digest = hashlib.sha256()
     for path in present(folder):

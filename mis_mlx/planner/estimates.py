@@ -17,23 +17,21 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import arch, load, policy
 from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.planner import training_size
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, reported
 from mis_mlx.types import Budget, Checkpoint, MisError
 
-CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
-UPDATE_ARRAYS = 2  # a clipped gradient; what else an update makes is written over what it was made of (measured)
 SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
 TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
-STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient and two moments, float32
 UPDATE_TRAFFIC = 28  # bytes of a parameter that one update moves: these four read, three written, in one kernel
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSize:
     """A model in bytes: as it lies on disk, and (`*_work`) as it computes."""
 
     config: Mapping[str, Any]
@@ -78,7 +76,7 @@ class Model:
         return self.block_work + max(workspace, self.block_work if self.packed else 0)
 
 
-def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dtype: Any = None) -> Model:
+def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dtype: Any = None) -> ModelSize:
     """The sizes of a checkpoint; or of a config alone, stored as its dtype or its quantization says.
 
     gpu: whether it is to compute on Metal; default: as this process does. dtype: what it is to compute in here.
@@ -107,11 +105,11 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dt
         count = sum(3 if packed and len(shape) == 2 else 1 for shape in shapes)  # with scales and biases
         head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, arch.params(config), block))
     as_stored = gpu if packed else floats == {work}
-    return Model(config, s, block, block_bytes, head, nbytes, SIZES[work], packed, as_stored, count, gpu)
+    return ModelSize(config, s, block, block_bytes, head, nbytes, SIZES[work], packed, as_stored, count, gpu)
 
 
 @dataclass(frozen=True)
-class Phase:
+class StageCost:
     """One stage. `pinned` blocks stay in memory between passes; `spooled_bytes` of hidden states lie on disk."""
 
     name: str
@@ -139,80 +137,34 @@ class Phase:
         return UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s if at.gpu else 0.0
 
 
-def tensor_bytes(m: Model) -> int:
+def tensor_bytes(m: ModelSize) -> int:
     """Bytes to rewrite the largest tensor: as stored, cut and converted; or de-quantized and converted."""
     per = 12 if m.packed else 2 * math.ceil(m.nbytes / arch.params(m.config)) + 2
     return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
 
 
-def forward_flops(m: Model, tokens: int, length: int, head: bool = True) -> float:
+def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> float:
     """2 for each parameter a token meets (looking up an embedding is free), and causal attention."""
     s = m.shape
     block = m.block_params + s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
     return 2.0 * tokens * (s.layers * block + (m.head_params if head else 0))
 
 
-def together(m: Model) -> int:
+def together(m: ModelSize) -> int:
     """How many windows go through a block side by side."""
     return 1 if m.gpu else lanes.count()
 
 
-def workspace_bytes(m: Model, tokens: int, length: int) -> int:
+def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
     """The most that a block's forward pass over one micro-batch holds, float32; of as many as go side by side here."""
     s = m.shape
     per_token = 8 * s.hidden + 3 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
     return 4 * together(m) * tokens * per_token
 
 
-def keys_bytes(m: Model, tokens: int) -> int:
+def keys_bytes(m: ModelSize, tokens: int) -> int:
     """Keys and values of `tokens` tokens, in all blocks."""
     return 2 * m.shape.layers * tokens * m.shape.kv_heads * m.shape.head_dim * m.item
-
-
-def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
-    """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks. Measured within 3 %."""
-    s = shape_of(config)
-    per_token = 6 * s.hidden + 5 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
-    return 4 * s.layers * batch * length * per_token
-
-
-def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
-    """The most that the way back through one block holds, its gradients not among it; what it kept is. Measured."""
-    return 11 * activation_bytes(config, batch, length) // (5 * shape_of(config).layers)
-
-
-def logit_bytes(vocab: int, tokens: int, host: bool = False) -> int:
-    """The chunks of logits under way at once, five float32 arrays each (maths/losses); or, on the host, the teacher's
-    and the student's of one chunk (models/host_losses)."""
-    rows = chunk_rows(vocab)
-    if host:
-        return 2 * min(tokens, rows) * vocab * 4
-    return 5 * min(CHUNKS_AHEAD, math.ceil(tokens / rows)) * rows * vocab * 4
-
-
-def update_bytes(config: Mapping[str, Any], blocks_only: bool = False) -> int:
-    """What the optimizer's update of the largest weight needs beside weights, gradients and moments."""
-    tensors = arch.layer_tensors(config) if blocks_only else arch.tensors_of(config)
-    return UPDATE_ARRAYS * 4 * max(map(math.prod, tensors.values()))
-
-
-def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0) -> int:
-    """A resident student: weights and moments, and what is largest of: activations and the vocabulary's part of the
-    loss; the way back; the update.
-
-    host_lanes: of the way where numpy computes the loss between the two passes (live_teacher), in so many lanes, each
-    with gradients of its own; 0: all in one graph, of which the least that can be promised is the sum.
-    """
-    s, params = shape_of(config), arch.params(config)
-    kept, head = activation_bytes(config, batch, length), 4 * s.vocab * s.hidden
-    block = backward_bytes(config, batch, length) - kept // s.layers
-    loss, gradients = 2 * head + logit_bytes(s.vocab, batch * length, bool(host_lanes)), GRADIENT_BYTES * params
-    forth, back = kept + loss, gradients + block
-    if host_lanes:
-        back = max(kept + head, host_lanes * (gradients - head) + 3 * head) + block
-    else:
-        forth += gradients
-    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, gradients + update_bytes(config))
 
 
 def room(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
@@ -221,14 +173,14 @@ def room(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
     return max(0, limit_bytes - process_bytes(limit_bytes, gpu) - taken_bytes)
 
 
-def pins(m: Model, room_bytes: int) -> int:
+def pins(m: ModelSize, room_bytes: int) -> int:
     """How many blocks, counted from the first, stay in memory for good in this much of it."""
     return min(m.shape.layers, room_bytes // m.block_work)
 
 
 def streamed_pass(
     name: str,
-    m: Model,
+    m: ModelSize,
     tokens: int,
     micro_tokens: int,
     length: int,
@@ -238,7 +190,7 @@ def streamed_pass(
     spool: bool = True,
     again: bool = False,
     beside_bytes: int = 0,
-) -> Phase:
+) -> StageCost:
     """One pass from disk over `tokens`, block by block, all micro-batches in each: what `stream.Stream` does.
 
     head: with logits at the end. spool: hidden states that find no room are written and read once a block.
@@ -247,7 +199,7 @@ def streamed_pass(
     """
     s, head_work = m.shape, m.head_work if head else 0
     body = m.body_bytes(workspace_bytes(m, micro_tokens, length))
-    logits = logit_bytes(s.vocab, micro_tokens) if head else 0
+    logits = training_size.logit_bytes(s.vocab, micro_tokens) if head else 0
     if head and m.packed and not m.as_stored:
         logits = max(logits, head_work * 3 // 2)  # de-quantizing it, MLX runs ahead here too
     fixed = beside_bytes + m.slots_bytes + SMALL_BYTES
@@ -261,17 +213,17 @@ def streamed_pass(
         peak = kept_head + held + keeps * m.block_work
     read = (s.layers - keeps) * m.block_bytes + head_read + moved
     flops = forward_flops(m, tokens, length, head)
-    return Phase(name, read, moved, peak, flops, False, 0, keeps, hidden - held, held // (s.hidden * m.item))
+    return StageCost(name, read, moved, peak, flops, False, 0, keeps, hidden - held, held // (s.hidden * m.item))
 
 
-def token(m: Model, length: int, limit_bytes: int) -> Phase:
+def token(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
     """One token generated after `length` others, blocks kept from the token before as far as they fit."""
     cache = keys_bytes(m, length)
     made = streamed_pass("one token", m, 1, 1, length, limit_bytes, spool=False, again=True, beside_bytes=cache)
     return replace(made, touched_bytes=m.shape.layers * m.block_work + m.head_work + cache)
 
 
-def compared(models: Sequence[Model], windows: int, length: int) -> Phase:
+def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCost:
     """A pass of each model over the same windows, then the first one's head and each other's (as in comparison)."""
     first, tokens, vocab = models[0], windows * length, max(m.shape.vocab for m in models)
     body = max(m.slots_bytes + m.body_bytes(workspace_bytes(m, length, length)) for m in models)
@@ -279,10 +231,10 @@ def compared(models: Sequence[Model], windows: int, length: int) -> Phase:
     peak = max(body, heads + 8 * 4 * chunk_rows(vocab) // 2 * vocab)
     peak += tokens * sum(m.shape.hidden * m.item for m in models)
     flops = sum(forward_flops(m, tokens, length) for m in models)
-    return Phase("measure", sum(m.nbytes for m in models), 0, peak, flops)
+    return StageCost("measure", sum(m.nbytes for m in models), 0, peak, flops)
 
 
-def refit(m: Model, tokens: int) -> tuple[int, float]:
+def refit(m: ModelSize, tokens: int) -> tuple[int, float]:
     """(bytes, operations) of a closed-form fit: normal equations in float64, their solution, batches in float32."""
     f, d = m.shape.ffn, m.shape.hidden
     return (32 + 4 * together(m)) * f * (f + d), f * (2.0 * tokens * (f + d) + f * f)
@@ -293,7 +245,7 @@ def flag(nbytes: int) -> str:
     return f"{math.ceil(nbytes / 2**20)}MiB"
 
 
-def fit(budget: Budget, *phases: Phase, remedy: str = "") -> None:
+def fit(budget: Budget, *phases: StageCost, remedy: str = "") -> None:
     """Refuse before work starts, when the largest phase does not fit: MisError with both numbers and a remedy."""
     worst = max(phases, key=lambda p: p.peak_bytes)
     default = f"give --budget {flag(worst.peak_bytes)} or more, or lower --max-seq-length or --batch-size"

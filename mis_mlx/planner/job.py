@@ -10,22 +10,22 @@ from typing import Any, Literal
 
 from mis_mlx.models.families import family
 from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import Model
-from mis_mlx.planner.recipe import Rounding
+from mis_mlx.planner.estimates import ModelSize
+from mis_mlx.planner.recipe import QuantizationConfig
 
 LOCAL_ITERS, LOCAL_WINDOWS = 16, 64  # of a student that does not fit; windows: where none are for the repair
-PLAIN = Rounding(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
+PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 SAMPLES = 50  # tokens of a position in the logit store
 
 Mode = Literal["resident", "sharded"]
 
 
 @dataclass(frozen=True)
-class Job:
+class DistillationSpec:
     """A distillation as asked for. `batch` windows of `length` tokens are a micro-batch; counts are of windows."""
 
-    teacher: Model
-    student: Model  # as pruned, before training
+    teacher: ModelSize
+    student: ModelSize  # as pruned, before training
     iters: int
     batch: int
     accumulate: int
@@ -37,7 +37,7 @@ class Job:
     targets: Literal["live", "cached"] = "live"
     modes: tuple[Mode, ...] = ("resident", "sharded")
     rotation: bool = False  # the hidden size is cut along principal directions
-    rounding: Rounding = PLAIN  # of the trained student
+    rounding: QuantizationConfig = PLAIN  # of the trained student
 
     @property
     def step(self) -> int:
@@ -65,9 +65,9 @@ class Job:
         return 1 + SAMPLES * ((2 if self.teacher.shape.vocab <= 2**16 else 4) + 1)
 
 
-def job_of(teacher: Model, student: Model, asked: Any) -> Job:
+def spec_of(teacher: ModelSize, student: ModelSize, asked: Any) -> DistillationSpec:
     """The job that a command's settings ask for; they have the names of `distill`'s."""
-    return Job(
+    return DistillationSpec(
         teacher,
         student,
         asked.iters,

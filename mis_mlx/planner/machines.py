@@ -11,17 +11,17 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import distributed, pipeline_parallel, policy
 from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.estimates import Model
-from mis_mlx.planner.phases import Plan
+from mis_mlx.planner.estimates import ModelSize
+from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 
-def agreed(made: Plan) -> Plan:
+def agreed(made: MemoryPlan) -> MemoryPlan:
     """The way of the first machine's plan, for each with its own budget; MisError where the student is not whole."""
     if distributed.size() == 1:
         return made
     job = made.job
-    made = phases.one(job, made.budget_bytes, made.rates, **distributed.told(lambda: made.way))
+    made = phases.one(job, made.budget_bytes, made.rates, **distributed.broadcast_json(lambda: made.way))
     if made.mode == "sharded":
         raise MisError(
             f"{distributed.size()} machines train a student that each has whole in memory, and within "
@@ -31,13 +31,13 @@ def agreed(made: Plan) -> Plan:
     return made
 
 
-def shares(made: Plan) -> tuple[int, ...]:
+def shares(made: MemoryPlan) -> tuple[int, ...]:
     """How many of the teacher's blocks each machine has; () where there is one machine."""
     if distributed.size() == 1:
         return ()
     job = made.job
-    cost = distributed.told(lambda: reading(job.teacher, job.step, job.length, made.rates))
-    counts = pipeline_parallel.shared(job.teacher.shape.layers, distributed.gather(made.pinned), cost)
+    cost = distributed.broadcast_json(lambda: reading(job.teacher, job.step, job.length, made.rates))
+    counts = pipeline_parallel.shared(job.teacher.shape.layers, distributed.all_gather(made.pinned), cost)
     cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
     return tuple(counts)
 
@@ -51,12 +51,12 @@ def opened(checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, 
     if distributed.size() == 1 or not layers:
         return Stream(*where)
     m = estimates.model_of(checkpoint)
-    keeps = distributed.gather(estimates.pins(m, max(0, room_bytes - m.head_work)))
-    cost = distributed.told(lambda: reading(m, tokens, length, estimates.machine_rates()))
+    keeps = distributed.all_gather(estimates.pins(m, max(0, room_bytes - m.head_work)))
+    cost = distributed.broadcast_json(lambda: reading(m, tokens, length, estimates.machine_rates()))
     return pipeline_parallel.Relay(*where, pipeline_parallel.shared(m.shape.layers, keeps, cost))
 
 
-def reading(m: Model, tokens: int, length: int, at: Rates) -> float:
+def reading(m: ModelSize, tokens: int, length: int, at: Rates) -> float:
     """What reading a block takes, where passing `tokens` through it takes 1."""
     work = estimates.forward_flops(m, tokens, length, False) / m.shape.layers / at.forward_flops_per_s
     return m.block_bytes / at.read_bytes_per_s / work

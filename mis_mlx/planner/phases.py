@@ -15,17 +15,18 @@ from typing import Any
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch
-from mis_mlx.planner import estimates, quantized_size
-from mis_mlx.planner.estimates import STATE_BYTES, TENSOR_BYTES, Phase, forward_flops, room, streamed_pass
-from mis_mlx.planner.job import Job, Mode
-from mis_mlx.planner.recipe import Distillation
+from mis_mlx.planner import estimates, quantized_size, training_size
+from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
+from mis_mlx.planner.job import DistillationSpec, Mode
+from mis_mlx.planner.recipe import DistillationConfig
+from mis_mlx.planner.training_size import STATE_BYTES
 from mis_mlx.types import gib
 
 SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
 TEXTS = 2  # held-out texts that models are measured on
 
 
-def prune(job: Job, limit: int) -> Phase:
+def prune(job: DistillationSpec, limit: int) -> StageCost:
     """Calibrate, then copy what is kept, tensor by tensor."""
     t, length = job.teacher, job.length
     p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
@@ -40,7 +41,7 @@ def prune(job: Job, limit: int) -> Phase:
     return replace(p, peak_bytes=peak, read_bytes=read, written_bytes=written, flops=flops)
 
 
-def repair(job: Job) -> Phase:
+def repair(job: DistillationSpec) -> StageCost:
     """Both models side by side, every down_proj refitted (pruning/reconstruct); the new ones wait in memory."""
     m, length, tokens = job.student, job.length, job.repair * job.length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
@@ -51,7 +52,7 @@ def repair(job: Job) -> Phase:
     return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)
 
 
-def store(job: Job, limit: int) -> Phase:
+def store(job: DistillationSpec, limit: int) -> StageCost:
     """The teacher's sampled logits for all training tokens: one pass for as many windows as memory takes."""
     t, length, steps = job.teacher, job.length, max(job.iters, job.rounding.steps(True))
     windows = steps * job.batch * job.accumulate
@@ -60,15 +61,15 @@ def store(job: Job, limit: int) -> Phase:
     at_once = 1 + min(more, windows - 1)
     read, written = math.ceil(windows / at_once) * one.read_bytes, windows * length * job.target_bytes
     peak = one.peak_bytes + (at_once - 1) * length * t.shape.hidden * t.item
-    return Phase("logit store", read, written, peak, windows * one.flops, held_tokens=at_once * length)
+    return StageCost("logit store", read, written, peak, windows * one.flops, held_tokens=at_once * length)
 
 
-def local(job: Job, micro: int, limit: int) -> Phase:
+def local(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """Student blocks one by one, each taught what the teacher's do in its place (distillation/blockwise)."""
     t, m, length, batch = job.teacher, job.student, job.length, micro * job.length
     layers, b, iters, tokens = m.shape.layers, m.block_params, job.local_iters, job.local * job.length
     fit_bytes, fit_flops = estimates.refit(m, tokens) if job.repair else (0, 0.0)
-    backward = max(estimates.backward_bytes(m.config, micro, length), estimates.update_bytes(m.config, True))
+    backward = max(training_size.backward_bytes(m.config, micro, length), training_size.update_bytes(m.config, True))
     peak = t.slots_bytes + t.body_bytes(estimates.workspace_bytes(t, batch, length))
     peak += max(STATE_BYTES * b + backward, 4 * b + fit_bytes)
     theirs, ours = t.shape.hidden * t.item, m.shape.hidden * (t.item + 4)  # of a token, in three streams
@@ -80,41 +81,48 @@ def local(job: Job, micro: int, limit: int) -> Phase:
     flops += forward_flops(m, 2 * tokens + 3 * iters * job.step, length, False)
     peak, spooled = peak + held * (theirs + ours), (tokens - held) * (theirs + ours)
     updated = layers * iters * b
-    return Phase("local", read, written, peak, flops, True, spooled_bytes=spooled, held_tokens=held, updated=updated)
+    return StageCost(
+        "local", read, written, peak, flops, True, spooled_bytes=spooled, held_tokens=held, updated=updated
+    )
 
 
-def resident(job: Job, micro: int, limit: int) -> Phase:
+def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
     m = job.student
-    plain = Phase(
-        "distil", m.nbytes, m.nbytes, estimates.training_bytes(m.config, micro, job.length, job.host_lanes), 0.0, True
+    plain = StageCost(
+        "distil",
+        m.nbytes,
+        m.nbytes,
+        training_size.training_bytes(m.config, micro, job.length, job.host_lanes),
+        0.0,
+        True,
     )
     return _taught(job, plain, micro, limit, job.iters, arch.params(m.config))
 
 
-def tune(job: Job, micro: int, limit: int, iters: int) -> Phase:
+def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
     """The packed student whole in memory, its scales learning (quantization/grid): integers; these and values as floats
     for the way back, in every lane; and one block's gradient."""
     m, s = job.student, job.student.shape
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
     nbytes = quantized_size.packed_bytes(m, job.rounding)
-    head = m.head_params * 4 * (1 if s.tied else 2) + estimates.logit_bytes(
+    head = m.head_params * 4 * (1 if s.tied else 2) + training_size.logit_bytes(
         s.vocab, micro * job.length, bool(job.host_lanes)
     )
-    work = estimates.activation_bytes(m.config, micro, job.length)
+    work = training_size.activation_bytes(m.config, micro, job.length)
     peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
-    plain = Phase("tune", nbytes, nbytes, peak, 0.0, True)
+    plain = StageCost("tune", nbytes, nbytes, peak, 0.0, True)
     return _taught(job, plain, micro, limit, iters, trained)
 
 
-def _taught(job: Job, plain: Phase, micro: int, limit: int, iters: int, trained: int) -> Phase:
+def _taught(job: DistillationSpec, plain: StageCost, micro: int, limit: int, iters: int, trained: int) -> StageCost:
     """`plain`, a student whole in memory, with its steps, the checkpoints of `trained` parameters, and its teacher."""
     t, m, length, peak = job.teacher, job.student, job.length, plain.peak_bytes
     keeps, read, flops = 0, iters * job.step * job.target_bytes, 3 * forward_flops(m, job.step, length)
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
         body = t.body_bytes(estimates.workspace_bytes(t, micro * length, length))
-        peak += max(0, body - estimates.activation_bytes(m.config, micro, length))
+        peak += max(0, body - training_size.activation_bytes(m.config, micro, length))
         peak += t.slots_bytes + t.head_work + job.step * t.shape.hidden * t.item
         keeps = estimates.pins(t, room(limit, peak, t.gpu))
         read = t.head_bytes + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))
@@ -125,16 +133,16 @@ def _taught(job: Job, plain: Phase, micro: int, limit: int, iters: int, trained:
                    updated=iters * trained)  # fmt: skip
 
 
-def sharded(job: Job, micro: int, shard: int) -> Phase:
+def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     """The student streamed from float32 files, `shard` blocks in memory and trained (distillation/sharded)."""
     t, m, length = job.teacher, job.student, job.length
     s, b, shards = m.shape, m.block_params, math.ceil(m.shape.layers / shard)
     visits = math.ceil(job.iters / steps_per_shard(job, shard))
     over = [s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)]  # blocks above each shard
     above, again = (sum(n) / shards for n in (over, [max(0, n - 1) for n in over]))  # the last one turns in memory
-    back = s.layers * job.step * s.hidden * 4 + estimates.backward_bytes(m.config, micro, length)
-    back += 4 * m.head_params + estimates.logit_bytes(s.vocab, micro * length) + 4 * b
-    peak = (2 * 4 + STATE_BYTES * shard) * b + max(back, estimates.update_bytes(m.config, True))
+    back = s.layers * job.step * s.hidden * 4 + training_size.backward_bytes(m.config, micro, length)
+    back += 4 * m.head_params + training_size.logit_bytes(s.vocab, micro * length) + 4 * b
+    peak = (2 * 4 + STATE_BYTES * shard) * b + max(back, training_size.update_bytes(m.config, True))
     read = 4.0 * b * (s.layers - shard + again)
     forward = forward_flops(m, job.step, length, False) / s.layers  # of a block
     flops = forward * (s.layers - 1 + 2 * above + 3 * shard) + 4.0 * job.step * m.head_params
@@ -148,15 +156,15 @@ def sharded(job: Job, micro: int, shard: int) -> Phase:
     trained = 4 * b * min(s.layers, visits * shard)
     read = job.iters * read + visits * 4 * m.head_params + trained
     written, updated = trained + SAVED_BYTES * b * shard * saves, job.iters * b * shard
-    return Phase("distil", int(read), written, peak, job.iters * flops, True, updated=updated)
+    return StageCost("distil", int(read), written, peak, job.iters * flops, True, updated=updated)
 
 
-def steps_per_shard(job: Job, shard: int) -> int:
+def steps_per_shard(job: DistillationSpec, shard: int) -> int:
     """Steps that a shard is trained before the next one comes: all have had their turn when the run ends."""
     return math.ceil(job.iters / math.ceil(job.student.shape.layers / shard))
 
 
-def measure(job: Job, most_bytes: int) -> Phase:
+def measure(job: DistillationSpec, most_bytes: int) -> StageCost:
     """Teacher, pruned, distilled and 4-bit student on every text; then timed, side by side where the phases before,
     which took `most_bytes`, leave room for all of them."""
     four = replace(job.student, nbytes=quantized_size.packed_bytes(job.student, job.rounding), packed=True)
@@ -175,16 +183,16 @@ def timed_bytes(config: Mapping[str, Any]) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """One way to do the job under a budget."""
 
-    job: Job
+    job: DistillationSpec
     budget_bytes: int
     rates: Rates
     mode: Mode
     micro_batch: int  # windows
     shard_layers: int  # trainable at a time; 0: all
-    phases: tuple[Phase, ...]
+    phases: tuple[StageCost, ...]
 
     @property
     def peak_bytes(self) -> int:
@@ -196,7 +204,7 @@ class Plan:
         """What a resumed run must not change, as arguments of `one`."""
         return {"mode": self.mode, "micro": self.micro_batch, "shard": self.shard_layers}
 
-    def recipe(self, asked: Distillation) -> Distillation:
+    def recipe(self, asked: DistillationConfig) -> DistillationConfig:
         """The recipe that was asked for, with micro-batches as planned."""
         parts = asked.grad_accumulation_steps * self.job.batch // self.micro_batch
         return replace(asked, batch_size=self.micro_batch, grad_accumulation_steps=parts)
@@ -231,7 +239,7 @@ class Plan:
         return self.pinned == self.job.teacher.shape.layers
 
 
-def ways(job: Job) -> Iterator[tuple[Mode, int, int]]:
+def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
     """(mode, micro-batch, shard) of all that could be tried; a micro-batch divides the one asked for."""
     for micro in (n for n in range(job.batch, 0, -1) if job.batch % n == 0):
         for mode in job.modes:
@@ -239,7 +247,7 @@ def ways(job: Job) -> Iterator[tuple[Mode, int, int]]:
                 yield mode, micro, shard
 
 
-def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) -> Plan:
+def one(job: DistillationSpec, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) -> MemoryPlan:
     """The plan of one way, whether it fits or not."""
     known = TENSOR_BYTES * job.teacher.tensors
     left = max(0, limit - known)
@@ -255,10 +263,10 @@ def one(job: Job, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) 
         phases.append(tune(job, micro, left, steps))
     phases.append(measure(job, max(p.peak_bytes for p in phases) + own))
     whole = tuple(replace(p, peak_bytes=p.peak_bytes + own) for p in phases)
-    return Plan(job, limit, rates, mode, micro, shard, whole)
+    return MemoryPlan(job, limit, rates, mode, micro, shard, whole)
 
 
-def make(job: Job, budget_bytes: int, rates: Rates) -> Plan:
+def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
     """The best plan that fits: resident before sharded, then the largest micro-batch, then the one that reads
     least; if none fits, the one that needs least memory."""
     plans = [one(job, budget_bytes, rates, *way) for way in ways(job)]
@@ -268,7 +276,7 @@ def make(job: Job, budget_bytes: int, rates: Rates) -> Plan:
     return min(fitting, key=lambda p: (p.mode != "resident", -p.micro_batch, sum(f.read_bytes for f in p.phases)))
 
 
-def least_bytes(job: Job, rates: Rates) -> int:
+def least_bytes(job: DistillationSpec, rates: Rates) -> int:
     """The smallest budget in which some way of doing the job fits."""
     arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
     known = TENSOR_BYTES * job.teacher.tensors
@@ -277,7 +285,7 @@ def least_bytes(job: Job, rates: Rates) -> int:
     )  # its own share grows, but slower
 
 
-def remedy(plan: Plan) -> str:
+def remedy(plan: MemoryPlan) -> str:
     """What would make it fit, in one sentence with both numbers; empty when it fits."""
     if plan.fits:
         return ""

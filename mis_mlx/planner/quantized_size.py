@@ -11,33 +11,33 @@ from dataclasses import replace
 
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, SLAB
 from mis_mlx.models import arch
-from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import Model, Phase, streamed_pass
-from mis_mlx.planner.job import Job
-from mis_mlx.planner.recipe import Rounding
+from mis_mlx.planner import estimates, training_size
+from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
+from mis_mlx.planner.job import DistillationSpec
+from mis_mlx.planner.recipe import QuantizationConfig
 
 BIAS_BITS = 32  # scale and bias of a group
 
 
-def packed_bytes(m: Model, how: Rounding | None = None) -> int:
+def packed_bytes(m: ModelSize, how: QuantizationConfig | None = None) -> int:
     """Of a model in 4 bits, or in the mean bits asked for, and groups of 64; the embedding and the head in 8."""
-    how = (how or Rounding()).affine
+    how = (how or QuantizationConfig()).affine
     blocks = how.target_bpw or 4 + BIAS_BITS / how.q_group_size
     head = m.head_params * (1 if m.shape.tied else 2)
     return int((blocks * (arch.params(m.config) - head) + (8 + BIAS_BITS / how.q_group_size) * head) / 8)
 
 
-def quantize(m: Model, how: Rounding, windows: int, length: int, limit: int) -> Phase:
+def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, limit: int) -> StageCost:
     """Tensor by tensor; passes over `windows` before it say what bits cost, one beside it makes up for errors."""
     how = how.affine
     plain = estimates.tensor_bytes(m) + 2 * m.head_params
-    made = Phase("quantize", m.nbytes, packed_bytes(m, how), plain, 0.0)
+    made = StageCost("quantize", m.nbytes, packed_bytes(m, how), plain, 0.0)
     if how.q_method == "gptq":
         made = _compensated(made, m, windows * length, length, limit)
     return _sensed(made, m, windows, length, limit) if how.target_bpw is not None else made
 
 
-def _compensated(plain: Phase, m: Model, tokens: int, length: int, limit_bytes: int) -> Phase:
+def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit_bytes: int) -> StageCost:
     """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/gptq).
 
     In numpy: a block's gram matrices, five of the largest to take its factor, and 28 bytes for each weight of the
@@ -56,7 +56,7 @@ def _compensated(plain: Phase, m: Model, tokens: int, length: int, limit_bytes: 
     return replace(p, name=plain.name, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=flops)
 
 
-def _sensed(then: Phase, m: Model, windows: int, length: int, limit: int) -> Phase:
+def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int) -> StageCost:
     """`then`, after a pass forwards and one back (quantization/sensitivity), inputs of all blocks spooled if need be.
 
     Beside the block: it once more in float32, in all formats together (26 bits and scales), what its matrices see of
@@ -64,7 +64,7 @@ def _sensed(then: Phase, m: Model, windows: int, length: int, limit: int) -> Pha
     """
     window = length * m.shape.hidden * m.item
     one = streamed_pass("", m, length, length, length, spool=False)
-    back = 2 * estimates.together(m) * estimates.backward_bytes(m.config, 1, length)
+    back = 2 * estimates.together(m) * training_size.backward_bytes(m.config, 1, length)
     s, formats = m.shape, len(BITS)
     seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)
     batch = min(windows, max(1, max(HELD_BYTES, 4 * m.block_params) // seen))
@@ -85,7 +85,7 @@ def _sensed(then: Phase, m: Model, windows: int, length: int, limit: int) -> Pha
     )
 
 
-def cheaper(job: Job) -> Iterator[tuple[str, Job]]:
+def cheaper(job: DistillationSpec) -> Iterator[tuple[str, DistillationSpec]]:
     """(flags, the job with them) of what takes less memory."""
     how = job.rounding
     if how.looks:

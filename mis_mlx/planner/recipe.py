@@ -28,7 +28,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingConfig:
     """Steps, batches, learning rate: mlx-lm's names."""
 
     iters: Count = 60
@@ -57,7 +57,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Distillation(Recipe):
+class DistillationConfig(TrainingConfig):
     """What a student learns from, and by which way."""
 
     learning_rate: Rate = 1e-4
@@ -90,7 +90,7 @@ TUNE_ITERS = 20
 
 
 @dataclass(frozen=True)
-class Rounding:
+class QuantizationConfig:
     """How a model is quantized: mlx-lm's names, where it has them."""
 
     q_group_size: Literal[32, 64, 128] = 64
@@ -109,7 +109,7 @@ class Rounding:
     """peak, of those steps; falls to a tenth along a cosine"""
 
     @property
-    def affine(self) -> Rounding:
+    def affine(self) -> QuantizationConfig:
         """What of these flags counts: formats that are not affine are rounded to, nothing else."""
         if self.q_mode == "affine":
             return self

@@ -42,10 +42,12 @@ def _merge(out: Statistics, batches: int) -> None:
     """Sums of this machine's batches become those of all machines', and blocks' sums means."""
     sums = [of[i] for of in (out.ffn, out.heads) for i in sorted(of)] + ([out.hidden] if out.hidden else [])
     fields = [(s, name) for s in sums for name in ("mean", "square", "warm", "batches")]
-    found = distributed.totals([np.asarray(getattr(owner, name)) for owner, name in fields])
+    found = distributed.all_reduce_sums([np.asarray(getattr(owner, name)) for owner, name in fields])
     for (owner, name), value in zip(fields, found, strict=True):
         setattr(owner, name, int(value) if name == "batches" else value)
-    distances, count = distributed.totals([np.array([out.block[i] for i in sorted(out.block)]), np.array(batches)])
+    distances, count = distributed.all_reduce_sums(
+        [np.array([out.block[i] for i in sorted(out.block)]), np.array(batches)]
+    )
     out.block = {i: float(d / count) for i, d in enumerate(distances)}
 
 
@@ -75,7 +77,7 @@ def calibrate(
     for i, block in source.blocks():
         out.ffn[i], out.heads[i] = Sums.zeros(s.ffn), Sums.zeros(s.heads)
         for part, name in TAPS.values():
-            block[part][name] = stream.Tap(block[part][name])
+            block[part][name] = stream.InputRecorder(block[part][name])
         distances = []
 
         def enter(into: mx.array, block: nn.Module = block) -> tuple[mx.array, dict[str, mx.array]]:
@@ -95,14 +97,14 @@ def calibrate(
                 sums.add(seen[axis], square, weights[b] or 1.0)
         out.block[i] = float(np.sum(distances))
     _merge(out, len(batches))
-    out.measured = not distributed.anywhere(None in weights)
+    out.measured = not distributed.any_rank(None in weights)
     if not out.measured:
         for sums in (*out.ffn.values(), *out.heads.values(), norms):
             sums.warm = sums.square.copy()
     known = [r for r in readings if r is not None]
-    air = distributed.gather([r.ambient_c for r in known if r.ambient_c is not None])
+    air = distributed.all_gather([r.ambient_c for r in known if r.ambient_c is not None])
     out.ambient_c = list(chain.from_iterable(air))
     out.altitude_m = next(
-        (m for m in distributed.gather(known[-1].altitude_m if known else None) if m is not None), None
+        (m for m in distributed.all_gather(known[-1].altitude_m if known else None) if m is not None), None
     )
     return out, source.norm(hidden)

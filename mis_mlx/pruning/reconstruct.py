@@ -20,7 +20,7 @@ import numpy as np
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import load, policy, stream
-from mis_mlx.types import Checkpoint, Keep
+from mis_mlx.types import Checkpoint, KeptUnits
 
 RIDGE = 0.1
 
@@ -28,7 +28,7 @@ RIDGE = 0.1
 def reconstruct(
     teacher: Checkpoint,
     student: Checkpoint,
-    keep: Keep,
+    keep: KeptUnits,
     batches: Sequence[mx.array],
     ridge: float = RIDGE,
 ) -> tuple[dict[str, mx.array], list[float]]:
@@ -44,7 +44,7 @@ def reconstruct(
     left: list[float] = []
     for j, block in small.blocks():
         next(marching)
-        stream.settle(own)
+        stream.evaluate_now(own)
         wide, error = refit(block, small.args, own, target, columns, ridge)
         mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
         small.through(block, own)
@@ -52,7 +52,7 @@ def reconstruct(
     return mended, left
 
 
-def groups(teacher: stream.Stream, keep: Keep, hidden: stream.Hidden) -> Iterator[int]:
+def groups(teacher: stream.Stream, keep: KeptUnits, hidden: stream.Hidden) -> Iterator[int]:
     """Take `hidden`, the teacher's embedding, through the blocks that each student block stands for, in place.
 
     Yields j when it is at the entrance of the next kept layer (at last: behind the last block), where student
@@ -66,7 +66,7 @@ def groups(teacher: stream.Stream, keep: Keep, hidden: stream.Hidden) -> Iterato
         yield j
 
 
-def kept_columns(keep: Keep) -> mx.array | None:
+def kept_columns(keep: KeptUnits) -> mx.array | None:
     """Which channels (d,) of the teacher's stream the student has; a basis (D, d) of floats; or None: all."""
     if keep.basis is not None:
         return mx.array(np.asarray(keep.basis, np.float32))
@@ -98,7 +98,7 @@ def refit(
     the first token of a window, a hundred times longer than the rest, would be all that counts.
     """
     linear, share = block.mlp.down_proj, getattr(block, "residual_multiplier", 1.0)  # of its output that is added
-    block.mlp.down_proj = tap = stream.Tap(linear)
+    block.mlp.down_proj = tap = stream.InputRecorder(linear)
     outputs, inputs = linear.weight.shape
     fit = NormalEquations(inputs, outputs)
 
@@ -116,5 +116,5 @@ def refit(
     update, error = fit.solve(ridge)
     weight = mx.array((before + update).astype(np.float32))
     linear.weight = weight.astype(linear.weight.dtype)
-    stream.settle(weight, linear.weight)
+    stream.evaluate_now(weight, linear.weight)
     return weight, error

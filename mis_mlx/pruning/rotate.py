@@ -16,7 +16,7 @@ import numpy as np
 
 from mis_mlx.models import load, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.types import Checkpoint, Keep
+from mis_mlx.types import Checkpoint, KeptUnits
 
 FINAL, HEAD = f"{load.NORM}weight", "lm_head.weight"
 # What reads the stream behind which norm of its block, and what writes into the stream.
@@ -52,11 +52,11 @@ def _entering(
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
         for name in names:
-            block[name] = stream.Tap(block[name])
+            block[name] = stream.InputRecorder(block[name])
         for b, into in enumerate(hidden):
             out = block(into, load.mask(source.args, block, into))
             seen = [_even(block[name].take()) for name in names]
-            stream.settle(out, seen)
+            stream.evaluate_now(out, seen)
             hidden[b] = source.finite(out) if b == 0 else out
             for name, tokens in zip(names, seen, strict=True):
                 yield f"model.layers.{i}.{name}.weight", tokens
@@ -126,7 +126,7 @@ def measured(
     return Directions(moments, basis, {name: square / square.sum() for name, square in held.items()})
 
 
-def by(keep: Keep, rotation: Rotation) -> Keep:
+def by(keep: KeptUnits, rotation: Rotation) -> KeptUnits:
     """`keep` with the hidden size cut by `rotation`: its d coordinates, in order, and the way there."""
     basis, shares = rotation.basis.astype(np.float32), list(rotation.energy.values())
     report = {**keep.report, "hidden_by": "pca", "hidden_energy": round(float(np.mean(shares)), 4)}

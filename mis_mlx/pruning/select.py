@@ -19,7 +19,7 @@ import numpy as np
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.hardware.thermal.run_monitor import WeatherFlags
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.models import arch, distributed, load, policy
@@ -28,7 +28,7 @@ from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.pruning import calibrate, rotate, slice_weights
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.types import Checkpoint, Count, Keep, MisError, Reading
+from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
 
 BULKY = ("block_importance", "differing", "profile")  # in a report, for pictures: not for a line of JSON
 PROFILE_RUNS = 64  # values that a profile has at the most
@@ -36,7 +36,7 @@ Scenario = Literal["gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"
 
 
 @dataclass(frozen=True)
-class Cut(WeatherFlags):
+class PruningConfig(ThermalFlags):
     """What to prune and how to judge: shared by `prune` and `distill`."""
 
     scenario: Scenario = "gazda"
@@ -67,7 +67,7 @@ class Cut(WeatherFlags):
 Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the highest stay
 
 
-def ranking(statistics: Statistics, cut: Cut) -> tuple[Ranking, str]:
+def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
     """How `cut` ranks a layer's units, and the name of that."""
     weather = cut.importance == "aais" and statistics.measured and statistics.altitude_m is not None
     altitude = statistics.altitude_m or 1.0
@@ -89,7 +89,9 @@ def _sums(statistics: Statistics, key: Key) -> importance.Sums:
     return statistics.ffn[i] if axis == "ffn" else statistics.heads[i]
 
 
-def _size_by_conditions(statistics: Statistics, cut: Cut, used: str, layers: tuple[int, ...], fixed: int) -> int:
+def _size_by_conditions(
+    statistics: Statistics, cut: PruningConfig, used: str, layers: tuple[int, ...], fixed: int
+) -> int:
     if used != "aais" or statistics.altitude_m is None:
         raise MisError(
             "--target conditions needs T_env and altitude, one is missing: add --temperature-c and "
@@ -99,7 +101,7 @@ def _size_by_conditions(statistics: Statistics, cut: Cut, used: str, layers: tup
     return importance.conditions_size(sums, fixed, arch.FFN_MULTIPLE, statistics.altitude_m, unit)
 
 
-def choose(config: Mapping[str, Any], statistics: Statistics, cut: Cut) -> tuple[Shape, Keep]:
+def select_units(config: Mapping[str, Any], statistics: Statistics, cut: PruningConfig) -> tuple[Shape, KeptUnits]:
     """The student's shape and who stays, with a report of how AAIS and plain importance differ."""
     shape, before = wanted_shape(config, cut), shape_of(config)
     layers = importance.lowest_blocks(statistics.block, shape.layers, arch.places(config))
@@ -139,10 +141,10 @@ def choose(config: Mapping[str, Any], statistics: Statistics, cut: Cut) -> tuple
         "altitude_m": statistics.altitude_m,
         "block_importance": {str(i): round(v, 6) for i, v in statistics.block.items()},
     }
-    return shape, Keep(layers, kept, used, report)
+    return shape, KeptUnits(layers, kept, used, report)
 
 
-def profile(statistics: Statistics, keep: Keep, scores: Ranking) -> dict[str, Any]:
+def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[str, Any]:
     """For pictures, {"layer/axis": {"values": importance, "units": how many, "kept": the share of it that stays}}.
 
     Of all of the teacher's layers. Of heads one by one; of neurons the means of 64 runs, the most important first.
@@ -159,7 +161,7 @@ def profile(statistics: Statistics, keep: Keep, scores: Ranking) -> dict[str, An
     return found
 
 
-def wanted_shape(config: Mapping[str, Any], cut: Cut) -> Shape:
+def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
     exact = {axis: getattr(cut, axis) for axis in ("layers", "ffn", "heads", "kv_heads", "hidden")}
     shape, before = arch.target_shape(config, arch.SCENARIOS.get(cut.scenario, {}), **exact), shape_of(config)
@@ -174,12 +176,12 @@ def wanted_shape(config: Mapping[str, Any], cut: Cut) -> Shape:
 def write(
     teacher: Checkpoint,
     shape: Shape,
-    keep: Keep,
+    keep: KeptUnits,
     directions: Callable[[], rotate.Directions],
     out: Path,
     dtype: str,
     files: Files,
-) -> Keep:
+) -> KeptUnits:
     """Commit the pruned model to the new folder `out`. directions(): asked for where hidden is cut, but `keep` does
     not say by which channels; returned is `keep` with the rotation that they gave."""
     if shape.hidden == shape_of(teacher.config).hidden or (-1, "hidden") in keep.kept:
@@ -196,7 +198,7 @@ def prune(
     batches: Sequence[mx.array],
     held_out: Windows,
     out: Path,
-    cut: Cut,
+    cut: PruningConfig,
     *,
     dtype: str,
     reading: Callable[[], Reading | None],
@@ -214,19 +216,19 @@ def prune(
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
     spool = None if held is None or held >= len(batches) else partial(Spool, out.absolute().parent, held, files)
-    mine, place, kind = distributed.share(batches), spool() if spool else None, policy.compute_dtype(checkpoint)
+    mine, place, kind = distributed.shard(batches), spool() if spool else None, policy.compute_dtype(checkpoint)
     relay = Relay(checkpoint, kind, 0, bool(spool), shares) if shares else None
     statistics, _ = calibrate.calibrate(checkpoint, mine, kind, reading, cut.temperature_unit, place, relay)
-    if not distributed.first():  # who has brought its part; the student is the first one's to make
+    if not distributed.is_main():  # who has brought its part; the student is the first one's to make
         return {}
-    shape, keep = choose(checkpoint.config, statistics, cut)
+    shape, keep = select_units(checkpoint.config, statistics, cut)
     scores, _ = ranking(statistics, cut)
     keep = replace(keep, report={**keep.report, "profile": profile(statistics, keep, scores)})
     directions = cache(lambda: rotate.measured(checkpoint, batches, policy.compute_dtype(checkpoint), spool or list))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "kv_heads", "hidden")}
         as_plain = replace(cut, importance="rms", target="fixed", scenario="none", **sizes)
-        _, plain = choose(checkpoint.config, statistics, as_plain)
+        _, plain = select_units(checkpoint.config, statistics, as_plain)
         mark = f"-{os.getpid()}"  # so that it is swept where we are killed
         with tempfile.TemporaryDirectory(mark, f".tmp-{out.name}-", out.absolute().parent) as temp:
             both = {}

@@ -14,14 +14,16 @@ import mlx.core as mx
 from mis_mlx.models import arch, load, model_writer
 from mis_mlx.models.config import Shape
 from mis_mlx.storage.files import Files
-from mis_mlx.types import Checkpoint, Keep, Space
+from mis_mlx.types import Checkpoint, KeptUnits, PrunableAxis
 
 
 def _expand(indices: tuple[int, ...], unit: int) -> mx.array:
     return mx.array([i * unit + u for i in indices for u in range(unit)], dtype=mx.int32)
 
 
-def _cut(name: str, teacher_layer: int, spaces: Mapping[str, Space], keep: Keep, weight: mx.array) -> mx.array:
+def _cut(
+    name: str, teacher_layer: int, spaces: Mapping[str, PrunableAxis], keep: KeptUnits, weight: mx.array
+) -> mx.array:
     """The kept part of one teacher tensor: rows where an axis is written, columns where it is read."""
     for axis, space in spaces.items():
         kept = keep.kept.get((teacher_layer if axis != "hidden" else -1, axis))
@@ -38,7 +40,7 @@ def _cut(name: str, teacher_layer: int, spaces: Mapping[str, Space], keep: Keep,
 def write_student(
     teacher: Checkpoint,
     shape: Shape,
-    keep: Keep,
+    keep: KeptUnits,
     out: Path,
     dtype: str,
     files: Files,

@@ -54,7 +54,7 @@ def rounded_blocks(
                 for path, packed in zip(same, made, strict=True):
                     linear = linears[path]
                     linear.weight = rounding.values(packed, kind.group, kind.bits).astype(linear.weight.dtype)
-                    stream.settle(packed, linear.weight)
+                    stream.evaluate_now(packed, linear.weight)
                     done[path] = packed
         yield done
         if i + 1 < source.layers:
@@ -72,7 +72,7 @@ def _grams(
     taps = {}
     for axis in axes:
         part, name = TAPS[axis]
-        block[part][name] = taps[axis] = stream.Tap(block[part][name])
+        block[part][name] = taps[axis] = stream.InputRecorder(block[part][name])
     sums = {axis: np.zeros((tap.inner.weight.shape[1],) * 2) for axis, tap in taps.items()}
 
     def work(into: mx.array) -> dict[str, mx.array]:

@@ -21,7 +21,7 @@ from mis_mlx.types import Checkpoint
 PARTS = ("weight", "scales", "biases")
 
 
-class Grid(nn.Module):
+class TrainableQuantizedLinear(nn.Module):
     """A linear layer of values integer * scale + bias: integers (out, groups, group), the others (out, groups).
 
     added: the layer's own bias (out,), which is no group's and learns too; None where it has none.
@@ -43,7 +43,7 @@ class Grid(nn.Module):
 
 
 def resident(checkpoint: Checkpoint) -> nn.Module:
-    """mlx-lm's Model of an affinely quantized folder, float32, a `Grid` for every matrix of the blocks; evaluated."""
+    """mlx-lm's Model of an affinely quantized folder, float32, evaluated: every matrix of the blocks can learn."""
     model = load.resident(checkpoint, mx.float32)
     for path, kind in packed_format.formats(checkpoint).items():
         if (layer := arch.block_of(path)) is None:
@@ -53,11 +53,11 @@ def resident(checkpoint: Checkpoint) -> nn.Module:
         for step in owners:
             owner = owner[step]
         stored = safetensors.lazy(checkpoint.tensors, names := [f"{path}.{part}" for part in PARTS])
-        owner[name] = grid = Grid(tuple(stored[n] for n in names), kind, owner[name].get("bias"))
-        stream.settle(grid._integers, grid.scales, grid.biases)  # whatever stays lazy keeps its file open
+        owner[name] = grid = TrainableQuantizedLinear(tuple(stored[n] for n in names), kind, owner[name].get("bias"))
+        stream.evaluate_now(grid._integers, grid.scales, grid.biases)  # whatever stays lazy keeps its file open
     for fixed in (model.model.embed_tokens, *([model.lm_head] if hasattr(model, "lm_head") else [])):
         fixed.freeze()
-    return stream.into_memory(model, f"{checkpoint.path}: ")
+    return stream.load_checked(model, f"{checkpoint.path}: ")
 
 
 def write(checkpoint: Checkpoint, model: nn.Module, out: Path, files: Files) -> None:

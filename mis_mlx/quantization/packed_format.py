@@ -64,7 +64,7 @@ Layout = Mapping[str, Format]  # by module path
 Rounded = Callable[[Layout], Iterator[Mapping[str, rounding.Packed]]]  # block by block, {module path: its matrix}
 
 
-def bridges(checkpoint: Checkpoint) -> tuple[int, ...]:
+def blocks_after_removed(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Blocks of a depth-pruned student that stand in for removed ones, and its last block.
 
     Their down_proj carries what reconstruction put there, and its outliers: on the default student the
@@ -106,12 +106,13 @@ def write_quantized(
 ) -> dict[str, Any]:
     """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
 
-    plan: of every matrix; or a group size, for 4 bits and `bridges` in 8. rounded: the matrices of the blocks, where
-    somebody rounds them (quantization/gptq); default: to the nearest values. extra: more files for the folder, by name.
+    plan: of every matrix; or a group size, for 4 bits and `blocks_after_removed` in 8. rounded: the matrices of the
+    blocks, where somebody rounds them (quantization/gptq); default: to the nearest values. extra: more files for the
+    folder, by name.
     """
     check_dense(checkpoint)
     if isinstance(plan, int):
-        plan = layout(checkpoint.config, plan, bridges(checkpoint))
+        plan = layout(checkpoint.config, plan, blocks_after_removed(checkpoint))
     inner = [kind for path, kind in plan.items() if arch.block_of(path) is not None]
     common = max(set(inner), key=lambda kind: (inner.count(kind), kind))
     settings: dict[str, Any] = common.settings

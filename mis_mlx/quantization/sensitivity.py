@@ -64,7 +64,7 @@ def costs(
             for k, (_, _, axis) in enumerate(MATRICES):
                 pairs = [(w.inputs[axis], w.above[k]) for w in seen]
                 sums[k] = sums[k] + mx.square(_along(dense[k], packed[k], pairs, group, bits)).sum(axis=0)
-            stream.settle(sums)
+            stream.evaluate_now(sums)
             seen.clear()
 
         def through(x: Some, above: Some) -> Some:

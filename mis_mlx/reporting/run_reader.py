@@ -23,7 +23,7 @@ KEEPS = ("pruned/keep.json", "distilled/keep.json", "model/keep.json")  # the fi
 
 
 @dataclass(frozen=True)
-class Story:
+class RunRecord:
     """A run. Mappings are empty, and `missing` has a sentence, where there was nothing to read."""
 
     folder: Path
@@ -59,7 +59,7 @@ class Story:
         return float(min((s for s in first if s is not None), default=0.0))
 
 
-def read(folder: Path) -> Story:
+def read(folder: Path) -> RunRecord:
     """Everything that is there. MisError when nothing of a run is."""
     missing: list[str] = []
     keep = next((name for name in KEEPS if (folder / name).is_file()), KEEPS[0])
@@ -81,7 +81,7 @@ def read(folder: Path) -> Story:
     air = _history(folder / "thermal.jsonl", AIR, missing, "temperatures; no thermometer was read")
     if not (any(mappings[name] for name in ("config", "origin", "result", "keep")) or phases or steps.lines):
         raise MisError(f"{folder} holds nothing of a run: give a run folder, such as runs/NAME-001")
-    return Story(
+    return RunRecord(
         folder=folder,
         **mappings,
         begun=next((r for r in phases if isinstance(r.get("planned"), list)), {}),

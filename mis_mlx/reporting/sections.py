@@ -1,4 +1,4 @@
-"""The parts of a run's page: numbers and pictures of a `Story`, put into the words of templates/page.html.
+"""The parts of a run's page: numbers and pictures of a `RunRecord`, put into the words of templates/page.html.
 
 Each takes the story and a key, with which the ids of its pictures begin. A part that a story says nothing of is left
 out. One whose values are not what this version writes raises KeyError, TypeError or ValueError, and whoever puts the
@@ -16,14 +16,14 @@ import numpy as np
 
 from mis_mlx.reporting import figures, html
 from mis_mlx.reporting.metrics_log import Point
-from mis_mlx.reporting.run_reader import Story
+from mis_mlx.reporting.run_reader import RunRecord
 from mis_mlx.types import GIB, duration, gib
 
 MODELS = ("teacher", "pruned", "distilled", "4-bit")
 FEW = 8  # matrices that are named one by one
 
 
-def _since(story: Story, points: Sequence[Point], scale: float = 1.0) -> list[Point]:
+def _since(story: RunRecord, points: Sequence[Point], scale: float = 1.0) -> list[Point]:
     return [(x - story.began_s, y * scale) for x, y in points]
 
 
@@ -34,19 +34,19 @@ def _range(points: Sequence[Point], form: str = ".3f") -> str:
     return f"from {first} to {last}, between {low} and {high}"
 
 
-def summary(story: Story, key: str) -> str:
+def summary(story: RunRecord, key: str) -> str:
     """Two sentences: what was done, and what came of it; or how far it is."""
     teacher = PurePath(str(story.result.get("teacher") or story.config.get("teacher") or "the default teacher")).name
     step, loss = story.steps.series["number"].extremes, story.steps.series["loss"].last
     return html.part("summary", s=story, teacher=teacher, step=step, loss=loss, duration=duration, gib=gib)
 
 
-def recovery(story: Story, key: str) -> str:
+def recovery(story: RunRecord, key: str) -> str:
     """The table of the four models."""
     return html.part("recovery", table=html.markdown(story.table))
 
 
-def course(story: Story, key: str) -> str:
+def course(story: RunRecord, key: str) -> str:
     """Loss with temperature and tea breaks, speed, memory: over time, in one picture."""
     steps, air = story.steps, story.air
     loss = _since(story, steps.series["loss"].points())
@@ -77,12 +77,12 @@ def course(story: Story, key: str) -> str:
     return html.part("course", pictures=[picture])
 
 
-def _planned_speed(story: Story) -> float | None:
+def _planned_speed(story: RunRecord) -> float | None:
     seconds = {p["phase"]: p["seconds"] for p in story.begun.get("planned", [])}.get("distil")
     return story.begun["step_tokens"] * story.begun["iters"] / seconds if seconds else None
 
 
-def cost(story: Story, key: str) -> str:
+def cost(story: RunRecord, key: str) -> str:
     """Time and memory of every phase beside what was planned; decoding beside what memory allows."""
     took: dict[str, float] = {}
     peak: dict[str, float] = {}
@@ -104,7 +104,7 @@ def _known(form: Callable[[float], str], value: float | None) -> str:
     return "–" if value is None else form(value)
 
 
-def _decoding(story: Story) -> list[list[str]]:
+def _decoding(story: RunRecord) -> list[list[str]]:
     """[model, tokens a second, the most that reading all weights from memory once a token allows]."""
     r, rates = story.result, story.begun.get("rates") or {}
     rows = []
@@ -118,7 +118,7 @@ def _decoding(story: Story) -> list[list[str]]:
     return rows
 
 
-def pruning(story: Story, key: str) -> str:
+def pruning(story: RunRecord, key: str) -> str:
     """Which blocks, heads and neurons were kept, and how important they are."""
     report, layers = story.keep.get("report") or {}, set(story.keep.get("layers", []))
     pictures = []
@@ -161,7 +161,7 @@ def _map(
     return figures.heat(key, title, text, (label, "block"), values, stays)
 
 
-def bits(story: Story, key: str) -> str:
+def bits(story: RunRecord, key: str) -> str:
     """What each block costs in 4 bits, where that was measured, and which matrices got other widths."""
     settings = story.model.get("quantization") or {}
     if not settings:
@@ -186,7 +186,7 @@ def bits(story: Story, key: str) -> str:
     return html.part("bits", text=text)
 
 
-def samples(story: Story, key: str) -> str:
+def samples(story: RunRecord, key: str) -> str:
     """What the models write after the same words, side by side."""
     texts: dict[str, dict[str, str]] = {}
     for sample in story.samples:
@@ -195,7 +195,7 @@ def samples(story: Story, key: str) -> str:
     return html.part("samples", texts=texts)
 
 
-def origins(story: Story, key: str) -> str:
+def origins(story: RunRecord, key: str) -> str:
     """The command, versions, hashes, settings."""
     words = ["python", "-m", "mis_mlx.distill"]
     for name, value in (story.begun.get("flags") or {}).items():
@@ -208,7 +208,7 @@ def origins(story: Story, key: str) -> str:
     return html.part("origins", command=shlex.join(words) if story.begun else "", facts=facts, config=story.config)
 
 
-def comparison(stories: Sequence[Story]) -> str:
+def comparison(stories: Sequence[RunRecord]) -> str:
     """Several runs side by side: losses on one picture, numbers and their difference to the first run's, settings."""
     names = labels(stories)
     losses = {n: _since(s, s.steps.series["loss"].points()) for n, s in zip(names, stories, strict=True)}
@@ -228,7 +228,7 @@ def comparison(stories: Sequence[Story]) -> str:
     return html.part("comparison", picture=picture, names=names, numbers=numbers, settings=settings)
 
 
-def labels(stories: Sequence[Story]) -> list[str]:
+def labels(stories: Sequence[RunRecord]) -> list[str]:
     """A name for each run, no two alike."""
     names = [s.name for s in stories]
     return [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]

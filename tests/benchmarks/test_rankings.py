@@ -44,10 +44,10 @@ def test_moments_and_lengths_are_those_of_the_resident_model(llama: Checkpoint, 
 def test_pruning_goes_by_the_scores_it_is_given(llama: Checkpoint, batches: list[mx.array]) -> None:
     """Neurons, heads and blocks that stay are those of the highest scores; random ones are by seed."""
     found, _ = calibrate.calibrate(llama, batches, mx.float32)
-    cut = select.Cut(scenario="none", layers=2, ffn=256, importance="activation")
+    cut = select.PruningConfig(scenario="none", layers=2, ffn=256, importance="activation")
     rising = rankings.keeping(rankings.by(found, lambda key: np.arange(4.0 if key[1] == "heads" else 768.0)), (0, 1))
-    _, keep = select.choose(dict(llama.config), rising, cut)
+    _, keep = select.select_units(dict(llama.config), rising, cut)
     assert keep.layers == (0, 1) and keep.kept[1, "ffn"] == tuple(range(512, 768))
-    kept = [select.choose(dict(llama.config), rankings.by(found, rankings.random(found, seed)), cut)[1].kept
+    kept = [select.select_units(dict(llama.config), rankings.by(found, rankings.random(found, seed)), cut)[1].kept
             for seed in (0, 0, 1)]  # fmt: skip
     assert kept[0] == kept[1] != kept[2] and kept[0][keep.layers[0], "ffn"] != keep.kept[0, "ffn"]

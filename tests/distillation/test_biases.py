@@ -18,11 +18,11 @@ from mis_mlx.distillation import blockwise, sharded
 from mis_mlx.gguf_export import tensors
 from mis_mlx.models import arch, block_files, load, model_writer
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner.recipe import Recipe
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct, rotate, slice_weights
 from mis_mlx.quantization import gptq, grid, packed_format, sensitivity
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, Keep
+from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
 
 TOKENS = mx.random.randint(0, 512, (2, 16), key=mx.random.key(3))
@@ -134,13 +134,13 @@ def test_sharded(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("cpu_policy")  # beside mlx-lm in float32
 def test_reconstruct_and_local(model: Checkpoint, tmp_path: Path) -> None:
     """A student from which nothing was cut: nothing to mend, and nothing to learn in the first step of any block."""
-    keep, student = Keep((0, 1, 2), {}, ""), tmp_path / "student"
+    keep, student = KeptUnits((0, 1, 2), {}, ""), tmp_path / "student"
     slice_weights.write_student(model, shape_of(model.config), keep, student, "float32", DISK)
     pruned = load.open_checkpoint(student)
     mended, left = reconstruct.reconstruct(model, pruned, keep, WINDOWS)
     assert len(mended) == 3 and max(left) <= 1 + 1e-6
     assert all(same(w, load.dense(model, n), 1e-4) for n, w in mended.items())
-    recipe = Recipe(iters=1, batch_size=1, max_seq_length=16, learning_rate=0.0, warmup=0)
+    recipe = TrainingConfig(iters=1, batch_size=1, max_seq_length=16, learning_rate=0.0, warmup=0)
     copy = block_files.begin(pruned, tmp_path / "parts", DISK)
     how = {"folder": tmp_path, "held": 9, "files": DISK, "ridge": 0.0}
     steps = list(blockwise.train(model, pruned, copy, keep, WINDOWS, recipe, **how))  # type: ignore[arg-type]
@@ -164,7 +164,7 @@ def test_lora(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
 def test_slice(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     """Half the neurons and a group of heads less: the plain model with zeros in their place."""
     neurons, size = tuple(range(0, 768, 3)), shape_of(model.config)
-    keep = Keep((0, 1, 2), {(i, "ffn"): neurons for i in range(3)}, "")
+    keep = KeptUnits((0, 1, 2), {(i, "ffn"): neurons for i in range(3)}, "")
     cut = arch.target_shape(model.config, {}, ffn=len(neurons))
     assert cut.heads == size.heads
     slice_weights.write_student(model, cut, keep, tmp_path / "cut", "float32", DISK)

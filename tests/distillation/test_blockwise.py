@@ -20,10 +20,10 @@ from mlx.utils import tree_flatten, tree_map
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import blockwise
 from mis_mlx.models import block_files, load, stream
-from mis_mlx.planner.recipe import Recipe
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct
 from mis_mlx.storage.files import DISK, Files
-from mis_mlx.types import Checkpoint, Keep, MisError, Step
+from mis_mlx.types import Checkpoint, KeptUnits, MisError, Step
 from tests import tiny
 from tests.conftest import mostly_slow
 from tests.pruning.test_reconstruct import CUTS, mended_model, stream_error, student_of
@@ -31,12 +31,12 @@ from tests.pruning.test_slice_weights import raw
 
 pytestmark = pytest.mark.usefixtures("cpu_policy")  # steps and sizes by hand are those of float32
 
-RECIPE = Recipe(iters=3, grad_accumulation_steps=2, learning_rate=1e-3, warmup=1)
+RECIPE = TrainingConfig(iters=3, grad_accumulation_steps=2, learning_rate=1e-3, warmup=1)
 HEADS = {(i, "heads"): (1, 2) for i in range(3)}
-ALL_CUTS = CUTS | {"heads": (Keep((0, 1, 2), HEADS, ""), {"heads": 2})}
+ALL_CUTS = CUTS | {"heads": (KeptUnits((0, 1, 2), HEADS, ""), {"heads": 2})}
 
 
-def student(teacher: Checkpoint, cut: str, root: Path) -> tuple[Checkpoint, Keep]:
+def student(teacher: Checkpoint, cut: str, root: Path) -> tuple[Checkpoint, KeptUnits]:
     """The pruned model of a cut, and what was kept."""
     keep, sizes = ALL_CUTS[cut]
     return student_of(teacher, keep, root / "pruned", **sizes), keep
@@ -49,18 +49,18 @@ def windows() -> list[mx.array]:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoint, Keep]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoint, KeptUnits]:
     """Teacher of three small blocks, student of two of them with two thirds of the neurons, and what was kept."""
     root, sizes = tmp_path_factory.mktemp("small"), {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 512}
     teacher = load.open_checkpoint(tiny.make(root / "t", num_attention_heads=2, num_key_value_heads=1, **sizes))
-    keep = Keep((0, 2), {(i, "ffn"): tuple(range(0, 48, 3)) + tuple(range(1, 48, 3)) for i in (0, 2)}, "")
+    keep = KeptUnits((0, 2), {(i, "ffn"): tuple(range(0, 48, 3)) + tuple(range(1, 48, 3)) for i in (0, 2)}, "")
     keep = replace(keep, kept={key: tuple(sorted(kept)) for key, kept in keep.kept.items()})
     return teacher, student_of(teacher, keep, root / "pruned", ffn=32), keep
 
 
 def begin(
-    teacher: Checkpoint, pruned: Checkpoint, keep: Keep, windows: list[mx.array], root: Path,
-    recipe: Recipe = RECIPE, files: Files = DISK, held: int = 99, **more: Any,
+    teacher: Checkpoint, pruned: Checkpoint, keep: KeptUnits, windows: list[mx.array], root: Path,
+    recipe: TrainingConfig = RECIPE, files: Files = DISK, held: int = 99, **more: Any,
 ) -> Iterator[Step]:  # fmt: skip
     """What a command does, at the start and after a kill."""
     made = block_files.begin(pruned, root / "s", DISK)
@@ -72,7 +72,7 @@ def weights(root: Path) -> dict[str, bytes]:
 
 
 def by_hand(
-    teacher: Checkpoint, pruned: Checkpoint, keep: Keep, windows: list[mx.array], pick: Callable[[int, int], bool]
+    teacher: Checkpoint, pruned: Checkpoint, keep: KeptUnits, windows: list[mx.array], pick: Callable[[int, int], bool]
 ) -> dict[str, bytes]:
     """The same training with both models whole in memory and mlx's AdamW. pick(step, k): from the own stream?"""
     big, small = load.resident(teacher, mx.float32).model, load.resident(pruned, mx.float32).model
@@ -216,7 +216,7 @@ def dying(at: int) -> tuple[Files, list[str]]:
 
 
 def test_killed_at_any_file_operation_it_ends_with_the_same_bits(
-    tmp_path: Path, small: tuple[Checkpoint, Checkpoint, Keep], windows: list[mx.array]
+    tmp_path: Path, small: tuple[Checkpoint, Checkpoint, KeptUnits], windows: list[mx.array]
 ) -> None:
     """Operation 1, 2, 3 ... is the last; gone on with, the steps that follow and all weights are the same."""
     some = [w[:1, :8] for w in windows[:3]]
@@ -242,7 +242,7 @@ def test_killed_at_any_file_operation_it_ends_with_the_same_bits(
 
 
 def test_stopped_after_any_step_it_ends_with_the_same_bits(
-    tmp_path: Path, small: tuple[Checkpoint, Checkpoint, Keep], windows: list[mx.array]
+    tmp_path: Path, small: tuple[Checkpoint, Checkpoint, KeptUnits], windows: list[mx.array]
 ) -> None:
     """A block that was stopped half-way is trained again from the pruned one, the finished ones are not."""
     whole = [(s.number, s.loss) for s in begin(*small, windows, tmp_path)]
@@ -315,7 +315,7 @@ def test_memory_holds_one_block_of_each(tmp_path: Path, windows: list[mx.array])
     limit = 3 * 2**20
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=24, intermediate_size=256))
     assert teacher.nbytes > 1.9 * limit
-    keep = Keep(tuple(range(24)), {}, "")
+    keep = KeptUnits(tuple(range(24)), {}, "")
     made = block_files.begin(teacher, tmp_path / "s", DISK)
     mx.eval(windows)
     mx.clear_cache()

@@ -20,9 +20,9 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.data.token_windows import Windows, order
 from mis_mlx.distillation import cached_targets, live_teacher, train_loop
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load
-from mis_mlx.planner.recipe import Recipe
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage import logit_store
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Batch, Checkpoint, MisError, Step
@@ -30,7 +30,9 @@ from tests import conftest, forks, tiny
 from tests.storage.test_checkpoint import Breaking, flip
 
 MANY = 2**16 - 1
-RECIPE = Recipe(iters=6, batch_size=2, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-2, warmup=1)
+RECIPE = TrainingConfig(
+    iters=6, batch_size=2, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-2, warmup=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +51,14 @@ def some(n: int = 80) -> Windows:
 
 
 def write(llama: Checkpoint, data: Windows, folder: Path, **more: object) -> logit_store.Targets:
-    return cached_targets.write(llama, lambda: live_teacher.Teacher(llama), data, folder, DISK, **more)  # type: ignore[arg-type]
+    return cached_targets.write(llama, lambda: live_teacher.StreamedTeacher(llama), data, folder, DISK, **more)  # type: ignore[arg-type]
 
 
 def train(
-    student: Checkpoint, source: live_teacher.Source, data: Windows, recipe: Recipe = RECIPE
+    student: Checkpoint, source: live_teacher.TargetSource, data: Windows, recipe: TrainingConfig = RECIPE
 ) -> tuple[nn.Module, list[Step]]:
     model = load.resident(student, mx.float32)
-    return model, list(live_teacher.steps(model, source, data, recipe, GoralW()))
+    return model, list(live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
 
 
 def weights(model: nn.Module) -> dict[str, object]:
@@ -78,7 +80,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint) -> Path:
 def test_the_store_is_the_same_however_windows_pass(tmp_path: Path, llama: Checkpoint, whole: Path) -> None:
     """80 windows in passes of 7, with a resident teacher: byte for byte the store of passes of 64, streamed."""
     seen = []
-    teacher = live_teacher.Teacher(llama, None)
+    teacher = live_teacher.StreamedTeacher(llama, None)
     cached_targets.write(
         llama,
         lambda: teacher,
@@ -117,7 +119,7 @@ def test_many_samples_are_the_live_teacher(tmp_path: Path, llama: Checkpoint, st
     """As many as a count can hold: losses of six steps are the live ones."""
     data = some(20)
     store = write(llama, data, tmp_path, count=MANY)
-    live = train(student, live_teacher.Teacher(llama, None), data)[1]
+    live = train(student, live_teacher.StreamedTeacher(llama, None), data)[1]
     cached = train(student, cached_targets.Cached(store), data)[1]
     assert [s.loss for s in cached] == near(live)
     assert [s.tokens for s in cached] == [s.tokens for s in live]
@@ -142,7 +144,7 @@ def test_only_visited_windows_need_targets(tmp_path: Path, llama: Checkpoint, st
     assert len(at) == 24 and set(at) == {int(w) for s in steps for w in s} and (np.diff(at) > 0).all()
     picked = Windows(data.tokens[at], data.learn[at])
     source = cached_targets.Cached(write(llama, picked, tmp_path, count=MANY), at)
-    live = train(student, live_teacher.Teacher(llama, None), data)[1]
+    live = train(student, live_teacher.StreamedTeacher(llama, None), data)[1]
     assert [s.loss for s in train(student, source, data)[1]] == near(live)
     other = next(w for w in range(80) if w not in at)
     with pytest.raises(ValueError, match="are not all in"):
@@ -156,11 +158,11 @@ def test_training_stopped_and_resumed_is_bit_equal(whole: Path, student: Checkpo
     """The store opened again, weights and moments restored: losses and weights of the undisturbed run."""
     data = some()
     model, steps = train(student, cached_targets.Cached(logit_store.opened(whole)), data)
-    first, before = load.resident(student, mx.float32), GoralW()
+    first, before = load.resident(student, mx.float32), GuardedAdamW()
     for step in live_teacher.steps(first, cached_targets.Cached(logit_store.opened(whole)), data, RECIPE, before):
         if step.number == stop:
             break
-    second, after = load.resident(student, mx.float32), GoralW()
+    second, after = load.resident(student, mx.float32), GuardedAdamW()
     train_loop.restore(second, after, train_loop.arrays_of(first, before), before.memory())
     source = cached_targets.Cached(logit_store.opened(whole))
     rest = list(live_teacher.steps(second, source, data, RECIPE, after, stop))
@@ -173,7 +175,7 @@ def test_a_disk_that_fills_up_costs_the_part_being_written(
     tmp_path: Path, llama: Checkpoint, whole: Path, at: int
 ) -> None:
     """Operation 3, 9 or 17 is refused: one sentence; the second try does the rest and ends bit-equal."""
-    teacher = live_teacher.Teacher(llama)
+    teacher = live_teacher.StreamedTeacher(llama)
     with pytest.raises(MisError, match="Not enough disk space"):
         cached_targets.write(llama, lambda: teacher, some(), tmp_path / "t", Breaking(at, errno.ENOSPC), count=20)
     cached_targets.write(llama, lambda: teacher, some(), tmp_path / "t", DISK, count=20, windows_per_pass=33)
@@ -245,7 +247,7 @@ def test_a_damaged_part_is_made_again_from_the_teacher(tmp_path: Path, llama: Ch
 def test_a_finished_store_does_not_open_its_teacher(llama: Checkpoint, whole: Path) -> None:
     """Everything is there: the function that opens the teacher is not called."""
 
-    def teacher() -> live_teacher.Teacher:
+    def teacher() -> live_teacher.StreamedTeacher:
         raise AssertionError("opened")
 
     assert cached_targets.write(llama, teacher, some(), whole, DISK, count=20).missing() == []

@@ -16,10 +16,10 @@ from mlx.utils import tree_flatten
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.hardware import lanes
-from mis_mlx.maths.losses import halny_factor
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.losses import loss_noise_factor
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, policy
-from mis_mlx.planner.recipe import Recipe
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.types import Batch, Checkpoint, Step
 from tests import tiny
 from tests.conftest import near
@@ -42,16 +42,16 @@ def data() -> Windows:
     return Windows(rng.integers(0, 512, (20, 16)).astype(np.int32), learn)
 
 
-RECIPE = Recipe(iters=3, batch_size=4, max_seq_length=16, learning_rate=1e-2, warmup=1)
+RECIPE = TrainingConfig(iters=3, batch_size=4, max_seq_length=16, learning_rate=1e-2, warmup=1)
 
 
 def distil(
-    teacher: Checkpoint, student: Checkpoint, data: Windows, recipe: Recipe = RECIPE, *, resident: bool = True,
+    teacher: Checkpoint, student: Checkpoint, data: Windows, recipe: TrainingConfig = RECIPE, *, resident: bool = True,
     temperature: float = 1.0, sigma: float = 0.0,
 ) -> tuple[nn.Module, list[Step]]:  # fmt: skip
     model = load.resident(student, mx.float32)
-    source = live_teacher.Teacher(teacher, None if resident else 0, temperature=temperature)
-    steps = live_teacher.steps(model, source, data, recipe, GoralW(), 0, lambda: sigma)
+    source = live_teacher.StreamedTeacher(teacher, None if resident else 0, temperature=temperature)
+    steps = live_teacher.steps(model, source, data, recipe, GuardedAdamW(), 0, lambda: sigma)
     return model, list(steps)
 
 
@@ -66,7 +66,7 @@ def test_a_streamed_teacher_says_what_a_resident_one_says(
     models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
     """Hidden states and logits, bit for bit, for every kind."""
-    resident, streamed = (live_teacher.Teacher(models(kind), room) for room in (None, 0))
+    resident, streamed = (live_teacher.StreamedTeacher(models(kind), room) for room in (None, 0))
     for a, b in zip(resident.hidden(batches), streamed.hidden(batches), strict=True):
         assert mx.array_equal(a, b)
         assert mx.array_equal(resident.logits(a[0]), streamed.logits(b[0]))
@@ -86,7 +86,7 @@ def test_lanes_do_not_change_the_student(
 ) -> None:
     """Windows side by side and the vocabulary by numpy, beside MLX's own gradient of the whole batch: one step."""
     recipe = replace(RECIPE, iters=1, batch_size=batch_size)
-    monkeypatch.setattr(live_teacher.Teacher, "gradient_of", lambda *_: None)
+    monkeypatch.setattr(live_teacher.StreamedTeacher, "gradient_of", lambda *_: None)
     _, (one,) = distil(llama, student, data, recipe)
     monkeypatch.undo()
     monkeypatch.setenv(policy.POLICY, "cpu")
@@ -139,7 +139,7 @@ def test_halny_zero_is_plain_and_wind_scales_the_gradient(
     again, _ = distil(llama, student, data, sigma=0.0)
     assert furthest(calm, again) == 0.0
     stormy, windy = distil(llama, student, data, sigma=0.1)
-    factor = halny_factor(0.1, 0, 0)
+    factor = loss_noise_factor(0.1, 0, 0)
     assert factor != 1.0
     assert windy[0].loss == plain[0].loss
     assert windy[0].grad_norm == pytest.approx(factor * plain[0].grad_norm, rel=1e-5)
@@ -158,7 +158,7 @@ def test_micro_batches_line_up(llama: Checkpoint) -> None:
     """Tokens, mask and the teacher's hidden states of a micro-batch belong to the same positions."""
     tokens = mx.random.randint(0, 512, (2, 8), key=mx.random.key(0))
     learn = mx.array([[1.0] * 7 + [0.0], [0.0] * 8])
-    teacher = live_teacher.Teacher(llama, None)
+    teacher = live_teacher.StreamedTeacher(llama, None)
     ((got, mask, hidden),) = teacher.micro_batches([Batch(tokens, learn)])
     assert mx.array_equal(got, tokens) and mask.tolist() == [1.0] * 7 + [0.0] * 9
     assert mx.array_equal(hidden, teacher.hidden([tokens])[0].reshape(16, 64))

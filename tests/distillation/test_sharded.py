@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mis_mlx.distillation import sharded, train_loop
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.maths import losses
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, load, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage import checkpoint as protocol
@@ -75,7 +75,7 @@ def schedule(iters: int) -> Schedule:
 
 def resident(student: Checkpoint, each: int, iters: int) -> tuple[nn.Module, list[Step], list[Arrays]]:
     """The same training with everything in memory: the model, the steps, weights and moments after each."""
-    model = stream.into_memory(load.resident(student, mx.float32))
+    model = stream.load_checked(load.resident(student, mx.float32))
     steps: list[Step] = []
     arrays = []
 
@@ -85,7 +85,7 @@ def resident(student: Checkpoint, each: int, iters: int) -> tuple[nn.Module, lis
 
     while len(steps) < iters:
         first = len(steps) // VISIT % math.ceil(LAYERS / each) * each
-        shard, optimizer = nn.Module(), GoralW()
+        shard, optimizer = nn.Module(), GuardedAdamW()
         shard.layers = model.model.layers[first : first + each]
         for step in train_loop.train(shard, micro_batches, loss, optimizer, schedule(iters), len(steps)):
             steps.append(step)
@@ -180,7 +180,7 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     assert max(s.peak_bytes for s in steps) - before < limit
 
     del student
-    model, optimizer = stream.into_memory(load.resident(source, mx.float32)), GoralW()
+    model, optimizer = stream.load_checked(load.resident(source, mx.float32)), GuardedAdamW()
     shard = nn.Module()
     shard.layers = model.model.layers
     before = mx.get_active_memory() - source.nbytes

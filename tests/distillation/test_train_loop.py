@@ -11,8 +11,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.distillation import train_loop
-from mis_mlx.maths.optimizer import GoralW
-from mis_mlx.planner.recipe import Recipe, Schedule
+from mis_mlx.maths.optimizer import GuardedAdamW
+from mis_mlx.planner.recipe import Schedule, TrainingConfig
 from mis_mlx.types import Step
 
 
@@ -50,7 +50,7 @@ def weights(model: nn.Module) -> dict[str, Any]:
     return {n: p.tolist() for n, p in tree_flatten(model.parameters())}
 
 
-def run(model: nn.Module, optimizer: GoralW, micro_batches: Any, start: int = 0, **more: Any) -> list[Step]:
+def run(model: nn.Module, optimizer: GuardedAdamW, micro_batches: Any, start: int = 0, **more: Any) -> list[Step]:
     return list(train_loop.train(model, micro_batches, squares, optimizer, Schedule(6, 1e-2, 2), start, **more))
 
 
@@ -58,7 +58,7 @@ def run(model: nn.Module, optimizer: GoralW, micro_batches: Any, start: int = 0,
 def test_micro_batches_do_not_change_a_step(sizes: list[int]) -> None:
     """However 12 rows with an uneven mask are cut (parts without a counted row included): same step to 1e-6."""
     whole, parts = net(), net()
-    one, many = run(whole, GoralW(), cut([12])), run(parts, GoralW(), cut(sizes))
+    one, many = run(whole, GuardedAdamW(), cut([12])), run(parts, GuardedAdamW(), cut(sizes))
     for a, b in zip(one, many, strict=True):
         assert (a.loss, a.grad_norm, a.tokens) == (
             pytest.approx(b.loss, rel=1e-6),
@@ -78,7 +78,7 @@ def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
 
     schedule = Schedule(2, 1e-2, 2)
     whole, parts = (
-        list(train_loop.train(net(), cut(sizes), telling, GoralW(), schedule)) for sizes in ([12], [5, 1, 6])
+        list(train_loop.train(net(), cut(sizes), telling, GuardedAdamW(), schedule)) for sizes in ([12], [5, 1, 6])
     )
     for number, (a, b) in enumerate(zip(whole, parts, strict=True)):
         _, y, learn = rows(number)
@@ -93,7 +93,7 @@ def test_a_step_by_pencil() -> None:
     model.weight = mx.array([[2.0]])
     batch = (mx.array([[1.0], [3.0]]), mx.array([0.0, 0.0]), mx.array([1.0, 0.0]))
     schedule = Schedule(1, 0.5, 1)
-    (step,) = train_loop.train(model, lambda _: [batch], squares, GoralW(weight_decay=0.0), schedule)
+    (step,) = train_loop.train(model, lambda _: [batch], squares, GuardedAdamW(weight_decay=0.0), schedule)
     assert (step.number, step.loss, step.grad_norm, step.learning_rate, step.tokens) == (1, 4.0, 4.0, 0.5, 1)
     assert model.weight.item() == pytest.approx(1.5, abs=1e-6)  # Adam's first step is the learning rate
 
@@ -103,34 +103,34 @@ def test_all_masked_is_not_a_division_by_zero() -> None:
     model = net()
     x, y, learn = rows(0)
     schedule = Schedule(1, 1e-2, 1)
-    (step,) = train_loop.train(model, lambda _: [(x, y, 0 * learn)], squares, GoralW(weight_decay=0.0), schedule)
+    (step,) = train_loop.train(model, lambda _: [(x, y, 0 * learn)], squares, GuardedAdamW(weight_decay=0.0), schedule)
     assert (step.loss, step.grad_norm) == (0.0, 0.0)
     assert weights(model) == weights(net())
 
 
 def test_the_factor_scales_the_gradient_not_the_loss() -> None:
     """Eq. (2)'s (1 + eps): the norm grows by it, the loss reported is the plain one."""
-    plain = run(net(), GoralW(), cut([12]))[0]
-    windy = run(net(), GoralW(), cut([12]), factor=lambda step: 1.1)[0]
+    plain = run(net(), GuardedAdamW(), cut([12]))[0]
+    windy = run(net(), GuardedAdamW(), cut([12]), factor=lambda step: 1.1)[0]
     assert windy.loss == plain.loss
     assert windy.grad_norm == pytest.approx(1.1 * plain.grad_norm, rel=1e-5)
     still = net()
     other = net()
-    run(still, GoralW(), cut([12]))
-    run(other, GoralW(), cut([12]), factor=lambda step: 1.0)
+    run(still, GuardedAdamW(), cut([12]))
+    run(other, GuardedAdamW(), cut([12]), factor=lambda step: 1.0)
     assert weights(still) == weights(other)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_stopping_and_going_on_is_bit_equal(stop: int) -> None:
     """Weights and moments through arrays_of and restore: the end is that of the run that never stopped."""
-    whole, optimizer = net(), GoralW()
+    whole, optimizer = net(), GuardedAdamW()
     steps = run(whole, optimizer, cut([6, 6]))
-    first, before = net(), GoralW()
+    first, before = net(), GuardedAdamW()
     for step in train_loop.train(first, cut([6, 6]), squares, before, Schedule(6, 1e-2, 2)):
         if step.number == stop:
             break
-    second, after = net(), GoralW()
+    second, after = net(), GuardedAdamW()
     train_loop.restore(second, after, train_loop.arrays_of(first, before), before.memory())
     rest = run(second, after, cut([6, 6]), start=stop)
     assert [s.number for s in rest] == list(range(stop + 1, 7))
@@ -147,7 +147,7 @@ def test_a_batch_of_nan_is_skipped_and_noted() -> None:
         x, y, learn = rows(step)
         return [(x * math.nan if step == 2 else x, y, learn)]
 
-    for step in train_loop.train(model, micro_batches, squares, GoralW(), Schedule(4, 1e-2, 1)):
+    for step in train_loop.train(model, micro_batches, squares, GuardedAdamW(), Schedule(4, 1e-2, 1)):
         seen.append((step.note, weights(model)))
     assert [note for note, _ in seen] == ["", "", "skipped: not a number", ""]
     assert seen[1][1] == seen[2][1] != seen[3][1]
@@ -155,13 +155,13 @@ def test_a_batch_of_nan_is_skipped_and_noted() -> None:
 
 def test_the_loss_falls() -> None:
     """Forty steps on one batch: the loss at the end is under a third of that at the start."""
-    steps = list(train_loop.train(net(), lambda _: [rows(0)], squares, GoralW(), Schedule(40, 5e-2, 2)))
+    steps = list(train_loop.train(net(), lambda _: [rows(0)], squares, GuardedAdamW(), Schedule(40, 5e-2, 2)))
     assert steps[-1].loss < steps[0].loss / 3
     assert all(s.peak_bytes > 0 and s.seconds > 0 for s in steps)
 
 
 def test_recipe_schedule() -> None:
     """Peak and floor of the flags; a warm-up longer than the run is cut to it."""
-    schedule = Recipe(iters=3, learning_rate=1e-3, warmup=10).schedule
+    schedule = TrainingConfig(iters=3, learning_rate=1e-3, warmup=10).schedule
     assert [schedule.rate(i) for i in range(3)] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
-    assert Recipe(iters=10, warmup=0).schedule.rate(9) == pytest.approx(3e-5)
+    assert TrainingConfig(iters=10, warmup=0).schedule.rate(9) == pytest.approx(3e-5)

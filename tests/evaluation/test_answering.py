@@ -48,14 +48,14 @@ def test_answers_are_kept_and_used(llama: Checkpoint) -> None:
     """A second look asks nothing; a mark is of the likeliest option, as it is kept."""
     task, sha256, limit = quiz(30), answering.sha256(llama), memory.budget(None)
     assert answering.plan(llama, sha256, task, limit) is not None
-    first = answering.marks(llama, sha256, task, limit)
+    first = answering.scores(llama, sha256, task, limit)
     kept = likelihoods(llama, task)
     right = [float(np.argmax(ll) == q.right) for ll, q in zip(kept, task.questions, strict=True)]
     assert first.tolist() == right and 0 < sum(right) < 30
     assert answering.plan(llama, sha256, task, limit) is None
     path = answering.kept(sha256, task.sha256)
     before = path.read_bytes()
-    assert answering.marks(llama, sha256, task, limit).tolist() == right and path.read_bytes() == before
+    assert answering.scores(llama, sha256, task, limit).tolist() == right and path.read_bytes() == before
     odd = {"n": 0, "text": "one\u2028two\x85three"}  # U+2028 ends a line for Python, not for JSON
     path.write_text(json.dumps(odd, ensure_ascii=False) + "\n", "utf-8")
     assert answering.read(path) == {0: odd}
@@ -64,12 +64,12 @@ def test_answers_are_kept_and_used(llama: Checkpoint) -> None:
 def test_a_stopped_run_goes_on(llama: Checkpoint) -> None:
     """Killed after ten answers, in the middle of a line: these ten are not asked again, and nothing is lost."""
     task, sha256, limit = quiz(30), answering.sha256(llama), memory.budget(None)
-    whole = answering.marks(llama, sha256, task, limit)
+    whole = answering.scores(llama, sha256, task, limit)
     path, exact = answering.kept(sha256, task.sha256), likelihoods(llama, task)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:10]) + lines[10][: len(lines[10]) // 2])
     assert len(answering.todo(sha256, task)[2]) == 20
-    assert answering.marks(llama, sha256, task, limit).tolist() == whole.tolist()
+    assert answering.scores(llama, sha256, task, limit).tolist() == whole.tolist()
     asked_again = {json.loads(line)["n"] for line in path.read_text().splitlines()[11:]}
     assert asked_again == set(range(30)) - {json.loads(line)["n"] for line in lines[:10]}
     for one, other in zip(likelihoods(llama, task), exact, strict=True):
@@ -82,10 +82,10 @@ def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
     poor, rich = (answering.plan(llama, sha256, task, limit) for limit in (little, much))
     assert poor and rich and poor.peak_bytes <= 8 * MIB and poor.pinned == 0 < rich.pinned
     assert poor.read_bytes > 5 * rich.read_bytes == 5 * llama.nbytes
-    marks = answering.marks(llama, sha256, task, little)
+    marks = answering.scores(llama, sha256, task, little)
     exact = likelihoods(llama, task)
     answering.kept(sha256, task.sha256).unlink()
-    assert answering.marks(llama, sha256, task, much).tolist() == marks.tolist()
+    assert answering.scores(llama, sha256, task, much).tolist() == marks.tolist()
     for one, other in zip(likelihoods(llama, task), exact, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
     with pytest.raises(MisError, match="the budget is 1 MiB: give --budget .*MiB or more"):
@@ -113,7 +113,7 @@ def test_another_model_task_version_or_type_has_answers_of_its_own(
 def test_options_of_unlike_length_are_compared_per_character(llama: Checkpoint) -> None:
     """lm-eval's acc_norm: the space before an option is none of its characters."""
     task = quiz(30, per_character=True)
-    found = answering.marks(llama, "0" * 64, task, memory.budget(None))
+    found = answering.scores(llama, "0" * 64, task, memory.budget(None))
     kept = answering.read(answering.kept("0" * 64, task.sha256))
     for n, q in enumerate(task.questions):
         per = [ll / len(option.strip()) for ll, option in zip(kept[n]["ll"], q.options, strict=True)]
@@ -149,7 +149,7 @@ def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> Non
     task = replace(questions.task("written", rows, ""), max_tokens=8)
     texts = ["2 + 2 = 4\nAnswer: 4", "Answer: 5", "who knows"]
     assert answering._checked(task, range(3), texts) == [1.0, 0.0, 0.0]
-    marks = answering.marks(llama, "0" * 64, task, memory.budget(None))
+    marks = answering.scores(llama, "0" * 64, task, memory.budget(None))
     assert marks.tolist() == [0, 0, 0]
     kept = answering.read(answering.kept("0" * 64, task.sha256))
     assert len({row["text"] for row in kept.values()}) == 1 and kept[0]["text"]
@@ -163,7 +163,7 @@ def test_the_same_is_written_where_the_model_does_not_fit(llama: Checkpoint) -> 
     assert poor and rich and poor.peak_bytes <= 8 * MIB < rich.peak_bytes
     said = []
     for mib in (8, 1000):
-        answering.marks(llama, "0" * 64, task, Budget(mib * MIB))
+        answering.scores(llama, "0" * 64, task, Budget(mib * MIB))
         said.append(answering.read(answering.kept("0" * 64, task.sha256)))
         answering.kept("0" * 64, task.sha256).unlink()
     assert said[0] == said[1] and said[0][0]["text"]

@@ -75,10 +75,13 @@ def test_files_that_are_no_task(tmp_path: Path) -> None:
 def test_the_best_constant_by_hand() -> None:
     """U Zośki may name a place in the list or an answer, whichever is right more often."""
     rows = [{**CHOICE, "options": ["4", "5"]}, CHOICE, {**CHOICE, "options": ["3", "5", "4"]}]
-    assert questions.constant(questions.task("t", rows, "")) == (1.0, "“4”")
+    assert questions.best_constant_answer(questions.task("t", rows, "")) == (1.0, "“4”")
     rows = [{"question": "x", "options": [f"a{n}", f"b{n}"], "answer": f"{'ab'[n % 3 == 0]}{n}"} for n in range(6)]
-    assert questions.constant(questions.task("t", rows, "")) == (4 / 6, "option 1")
-    assert questions.constant(questions.task("t", [CHECKED, CHECKED, {**CHECKED, "answer": "5"}], ""))[0] == 2 / 3
+    assert questions.best_constant_answer(questions.task("t", rows, "")) == (4 / 6, "option 1")
+    assert (
+        questions.best_constant_answer(questions.task("t", [CHECKED, CHECKED, {**CHECKED, "answer": "5"}], ""))[0]
+        == 2 / 3
+    )
 
 
 def test_the_hash_is_of_what_decides_the_answers() -> None:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import distill, sft
-from mis_mlx.alignment.sft_loss import Lesson
+from mis_mlx.alignment.sft_loss import PackedDataset
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import load
@@ -43,7 +43,7 @@ def settings(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> Callable[[str], d
 @pytest.fixture
 def bad(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Numbers of batches, from 1, to which the teacher's answer is NaN. Fill it."""
-    numbers, cut = set[int](), live_teacher.cut
+    numbers, cut = set[int](), live_teacher.step_micro_batches
 
     def poisoned(*arguments: Any) -> Callable[[int], Any]:
         each = cut(*arguments)
@@ -177,7 +177,7 @@ def test_a_tuning_run_goes_back_too(
 ) -> None:
     """`sft` with batches 4 to 6 of no number: back to its checkpoint at step 3, and the best model has numbers only."""
     model, text = all_jobs["sft"].made
-    each, loss_of = Lesson.micro_batches, Lesson.loss_of
+    each, loss_of = PackedDataset.micro_batches, PackedDataset.loss_of
 
     def poisoned(*arguments: Any) -> Callable[[int], list[Any]]:
         made = each(*arguments)
@@ -192,8 +192,8 @@ def test_a_tuning_run_goes_back_too(
 
         return with_poison
 
-    monkeypatch.setattr(Lesson, "micro_batches", poisoned)
-    monkeypatch.setattr(Lesson, "loss_of", bitter)
+    monkeypatch.setattr(PackedDataset, "micro_batches", poisoned)
+    monkeypatch.setattr(PackedDataset, "loss_of", bitter)
     out = tmp_path / "sft"
     lessons = str(text.parent / "lessons")
     sft.run(

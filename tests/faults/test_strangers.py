@@ -152,13 +152,13 @@ def test_a_tokenizer_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(child_process, "ask", lambda *a: (asked.append(a[1]), ask(*a))[1])
     folder = tiny.make(tmp_path / "one")
     settings(folder, "tokenizer_config.json", mark=str(tmp_path))
-    tokenizer_check.tried(folder)
-    tokenizer_check.tried(shutil.copytree(folder, tmp_path / "two"))
+    tokenizer_check.check_tokenizer(folder)
+    tokenizer_check.check_tokenizer(shutil.copytree(folder, tmp_path / "two"))
     assert len(asked) == 1
     (folder / "chat_template.jinja").write_text(ESCAPE)
     for count in (2, 3):
         with pytest.raises(MisError, match="SecurityError"):
-            tokenizer_check.tried(folder)
+            tokenizer_check.check_tokenizer(folder)
         assert len(asked) == count
 
 
@@ -180,7 +180,7 @@ def test_a_tokenizer_file_of_gigabytes_is_refused(tmp_path: Path) -> None:
     folder = tiny.make(tmp_path / "m")
     os.truncate(folder / "tokenizer.json", tokenizer_check.MOST_BYTES + 1)
     with pytest.raises(MisError, match="are allowed"):
-        tokenizer_check.tried(folder)
+        tokenizer_check.check_tokenizer(folder)
 
 
 # --- what the package's own source may say ---

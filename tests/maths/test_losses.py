@@ -175,10 +175,10 @@ def test_halny_factor_is_clipped_and_repeats() -> None:
     """15 °C of spread are the full 0.15; no wind is exactly 1; a storm (sigma 10) stays within ±0.15; a seed and step
     always meet the same wind, others another."""
     assert (losses.halny_sigma(None), losses.halny_sigma(5.0)) == (0.0, pytest.approx(0.05))
-    assert losses.halny_factor(0.0, 0, 5) == 1.0
-    storm = [losses.halny_factor(10.0, 0, step) for step in range(50)]
+    assert losses.loss_noise_factor(0.0, 0, 5) == 1.0
+    storm = [losses.loss_noise_factor(10.0, 0, step) for step in range(50)]
     assert min(storm) == pytest.approx(0.85) and max(storm) == pytest.approx(1.15)
-    breeze = [losses.halny_factor(0.05, 3, step) for step in range(400)]
-    assert breeze == [losses.halny_factor(0.05, 3, step) for step in range(400)]
-    assert len(set(breeze)) > 390 and losses.halny_factor(0.05, 4, 0) != breeze[0]
+    breeze = [losses.loss_noise_factor(0.05, 3, step) for step in range(400)]
+    assert breeze == [losses.loss_noise_factor(0.05, 3, step) for step in range(400)]
+    assert len(set(breeze)) > 390 and losses.loss_noise_factor(0.05, 4, 0) != breeze[0]
     assert np.std(breeze) == pytest.approx(0.05, abs=0.01) and np.mean(breeze) == pytest.approx(1.0, abs=0.01)

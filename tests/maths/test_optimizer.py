@@ -11,7 +11,7 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mis_mlx.maths.optimizer import PATIENCE, WAKE, GoralW, cosine, global_norm
+from mis_mlx.maths.optimizer import PATIENCE, WAKE, GuardedAdamW, cosine, global_norm
 from mis_mlx.types import MisError
 
 
@@ -36,7 +36,7 @@ def flat(tree: Any) -> dict[str, list[float]]:
     return {name: value.tolist() for name, value in tree_flatten(tree)}
 
 
-def walk(optimizer: GoralW, model: nn.Module, steps: range, scale: float = 1.0) -> list[str]:
+def walk(optimizer: GuardedAdamW, model: nn.Module, steps: range, scale: float = 1.0) -> list[str]:
     """Ordinary steps; what the dog said at each."""
     said = []
     for step in steps:
@@ -53,7 +53,7 @@ def test_asleep_it_is_adamw(kind: mx.Dtype) -> None:
     ours, theirs = net(), net()
     for model in (ours, theirs):
         model.set_dtype(kind)
-    goral = GoralW(betas=(0.9, 0.95), weight_decay=0.1, guard=False)
+    goral = GuardedAdamW(betas=(0.9, 0.95), weight_decay=0.1, guard=False)
     adamw = optim.AdamW(1e-2, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
     for step in range(5):
         g = tree_map(lambda a: a.astype(kind), gradients(net(), step, 50.0))
@@ -71,7 +71,7 @@ def test_asleep_it_is_adamw(kind: mx.Dtype) -> None:
 
 def test_a_new_rate_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps after the first trace nothing: Python's part of the update is not entered again."""
-    model, optimizer, entered = net(), GoralW(), []
+    model, optimizer, entered = net(), GuardedAdamW(), []
     square = mx.square
     monkeypatch.setattr(mx, "square", lambda a: entered.append(a.shape) or square(a))
     seen = []
@@ -87,7 +87,7 @@ def test_a_new_rate_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf)])
 def test_a_step_that_is_not_a_number_is_skipped(loss: float, norm: float) -> None:
     """Weights, moments and step count stay as they were; the note says so."""
-    model, optimizer = net(), GoralW()
+    model, optimizer = net(), GuardedAdamW()
     walk(optimizer, model, range(3))
     before = flat(model.parameters()), flat(optimizer.adamw.state), list(optimizer.norms)
     bad = tree_map(lambda g: g * math.nan, gradients(model, 3))
@@ -97,7 +97,7 @@ def test_a_step_that_is_not_a_number_is_skipped(loss: float, norm: float) -> Non
 
 def test_three_bad_steps_in_a_row_stop_the_run() -> None:
     """Two and a good one are forgiven; three raise a sentence with a remedy."""
-    model, optimizer = net(), GoralW()
+    model, optimizer = net(), GuardedAdamW()
     for _ in range(2):
         for _ in range(PATIENCE - 1):
             optimizer.update(model, gradients(model, 0), math.nan, 1.0, 1e-2)
@@ -111,7 +111,7 @@ def test_three_bad_steps_in_a_row_stop_the_run() -> None:
 def test_a_spike_is_clipped_to_mean_plus_five_sigma() -> None:
     """Norms 1 and 2 in turn: mean 1.5, sigma 0.5, so a 100x spike counts as 4; the moments say so too."""
     model, twin = net(), net()
-    dog, sleepy = GoralW(), GoralW(guard=False)
+    dog, sleepy = GuardedAdamW(), GuardedAdamW(guard=False)
     for step in range(WAKE):
         for optimizer, own in ((dog, model), (sleepy, twin)):
             walk(optimizer, own, range(step, step + 1), 1.0 + step % 2)
@@ -127,7 +127,7 @@ def test_a_spike_is_clipped_to_mean_plus_five_sigma() -> None:
 
 def test_it_does_not_bite_before_it_knows_the_flock() -> None:
     """Before ten norms were seen nothing is clipped."""
-    model, optimizer = net(), GoralW()
+    model, optimizer = net(), GuardedAdamW()
     walk(optimizer, model, range(WAKE - 1))
     assert optimizer.bound() == math.inf
     assert optimizer.update(model, gradients(model, 50, 500.0), 1.0, 500.0, 1e-2) == ""
@@ -135,11 +135,11 @@ def test_it_does_not_bite_before_it_knows_the_flock() -> None:
 
 def test_restore_continues_bit_equal() -> None:
     """Moments, step count and the dog's memory: 6 + 6 steps over a restore equal 12 in one go."""
-    whole, optimizer = net(), GoralW()
+    whole, optimizer = net(), GuardedAdamW()
     walk(optimizer, whole, range(12))
-    first, before = net(), GoralW()
+    first, before = net(), GuardedAdamW()
     walk(before, first, range(6))
-    second, after = net(), GoralW()
+    second, after = net(), GuardedAdamW()
     second.update(first.parameters())
     after.restore(before.arrays(), before.memory())
     walk(after, second, range(6, 12))

@@ -16,7 +16,7 @@ import pytest
 from mis_mlx.models import block_files, load, model_writer
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK, Files
-from mis_mlx.types import Checkpoint, Keep, MisError
+from mis_mlx.types import Checkpoint, KeptUnits, MisError
 from tests import tiny
 from tests.pruning.test_reconstruct import student_of
 from tests.pruning.test_slice_weights import raw, stock
@@ -53,7 +53,7 @@ def test_one_file_per_block_that_everybody_opens(
 
 def test_half_precision_becomes_float32_and_the_cut_stays_known(tmp_path: Path, llama: Checkpoint) -> None:
     """The values of a bfloat16 student, keep.json beside them, and the type in the config."""
-    keep = Keep((0, 2), {}, "by hand", {"a": 1})
+    keep = KeptUnits((0, 2), {}, "by hand", {"a": 1})
     student = student_of(llama, keep, tmp_path / "f32")
     config = {**student.config, "torch_dtype": "bfloat16"}
     extra = {"keep.json": model_writer.keep_json(keep)}

@@ -60,7 +60,7 @@ def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], 
 def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_path: Path) -> None:
     """The distillation step's, by numpy and in one graph, against autodiff of mlx_lm's own forward pass."""
     seven = load.open_checkpoint(tiny.make(tmp_path / "teacher", seed=7, **tiny.FAMILIES[kind]))
-    student, teacher = load.resident(models(kind), mx.float32), live_teacher.Teacher(seven)
+    student, teacher = load.resident(models(kind), mx.float32), live_teacher.StreamedTeacher(seven)
     student.train()
     tokens, learn = mx.random.randint(0, 512, (2, 12), key=mx.random.key(3)), mx.ones((2, 12))
     (batch,) = teacher.micro_batches([Batch(tokens, learn)])

@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_folder_is_used_as_it_is(tmp_path: Path, cache: Path) -> None:
     """A path that exists is the teacher; nothing is cached."""
-    assert resolve.find(str(tmp_path)) == resolve.Found(tmp_path, f"folder {tmp_path}")
+    assert resolve.resolve_model(str(tmp_path)) == resolve.Found(tmp_path, f"folder {tmp_path}")
     assert not cache.exists()
 
 
@@ -44,7 +44,7 @@ def test_a_folder_is_used_as_it_is(tmp_path: Path, cache: Path) -> None:
 def test_what_is_neither_folder_nor_hub_id_is_refused(name: str, cache: Path) -> None:
     """The hub is not asked for things that cannot be there; an empty name is no folder either."""
     with pytest.raises(MisError, match="check the path"):
-        resolve.find(name)
+        resolve.resolve_model(name)
     assert not cache.exists()
 
 
@@ -56,9 +56,13 @@ def test_the_default_is_taken_from_the_cache(cache: Path) -> None:
         (temp / "config.json").write_text("{}")
 
     hub.install(folder, fill, 2, {"source": "a wheel"})
-    assert resolve.find() == resolve.find(resolve.DEFAULT) == resolve.Found(folder, f"cache {folder} (a wheel)")
+    assert (
+        resolve.resolve_model()
+        == resolve.resolve_model(resolve.DEFAULT)
+        == resolve.Found(folder, f"cache {folder} (a wheel)")
+    )
     (folder / "source.json").unlink()
-    assert resolve.find().source == f"cache {folder} (put there by hand)"
+    assert resolve.resolve_model().source == f"cache {folder} (put there by hand)"
 
 
 def test_without_any_source_one_sentence_names_all(cache: Path) -> None:
@@ -111,7 +115,7 @@ def test_the_default_teacher_reads_english() -> None:
 
     The bounds lie between, with room for the hub's full-precision weights; the mistake raises no error.
     """
-    found = resolve.find()
+    found = resolve.resolve_model()
     assert load.open_checkpoint(found.path).config["model_type"] == "llama"
     model, tokenizer = load.mlx_lm("utils").load(str(found.path))
     model.set_dtype(mx.float32)

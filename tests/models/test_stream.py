@@ -88,7 +88,7 @@ def test_taps_see_what_goes_in(llama: Checkpoint, batches: list[mx.array]) -> No
     source = stream.Stream(llama, mx.float32)
     tapped, plain, seen = source.embed(batches), source.forward(batches), []
     for _, block in source.blocks():
-        block.mlp.down_proj = stream.Tap(block.mlp.down_proj)
+        block.mlp.down_proj = stream.InputRecorder(block.mlp.down_proj)
         source.through(block, tapped)
         seen.append([block.mlp.down_proj.take().shape for _ in batches])
     source.norm(tapped)

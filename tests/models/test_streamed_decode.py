@@ -77,7 +77,7 @@ def test_scaled_positions_turn_row_by_row(tmp_path: Path, kind: str, stranger: S
 @pytest.mark.slow
 def test_the_real_teacher_says_the_same() -> None:
     """SmolLM2-135M streamed with nothing kept, plain and with itself as the draft: mlx-lm's tokens."""
-    checkpoint = load.open_checkpoint(resolve.find().path)
+    checkpoint = load.open_checkpoint(resolve.resolve_model().path)
     ids = mlx_generate.encode(load.tokenizer(checkpoint.path), "What is a shepherd?")
     want = stock(checkpoint, ids)
     assert flat(ours(checkpoint, ids)) == want

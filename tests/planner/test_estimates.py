@@ -16,7 +16,7 @@ from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.models import arch, load, policy, stream
 from mis_mlx.plan import MIS_137B
-from mis_mlx.planner import estimates
+from mis_mlx.planner import estimates, training_size
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint, MisError
@@ -108,7 +108,7 @@ def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_head.read_bytes == p.read_bytes + 4 * 512 * 64
     assert with_head.flops == p.flops + 2 * 128 * 512 * 64
     logits = 5 * 1 * 256 * 512 * 4  # one chunk of 256 positions
-    assert estimates.logit_bytes(512, 64) == logits and estimates.logit_bytes(512, 10_000) == 3 * logits
+    assert training_size.logit_bytes(512, 64) == logits and training_size.logit_bytes(512, 10_000) == 3 * logits
     assert with_head.peak_bytes == m.slots_bytes + MIB + 4 * 512 * 64 + logits + 128 * 64 * 4
 
 
@@ -127,7 +127,7 @@ def test_what_finds_no_room_is_spooled() -> None:
 
 def test_time_is_the_slowest_of_three() -> None:
     """Disk 100 and 50 bytes/s, 10 operations/s (5 in training, half of it when hot), memory 1000 bytes/s."""
-    p = estimates.Phase("p", 200, 100, 0, 30.0)
+    p = estimates.StageCost("p", 200, 100, 0, 30.0)
     assert p.seconds(PLAIN) == 2 + 2 and replace(p, flops=50.0).seconds(PLAIN) == 5
     assert replace(p, flops=30.0, training=True).seconds(PLAIN) == 6
     assert p.seconds(PLAIN, hot=True) == 6 and replace(p, touched_bytes=9000).seconds(PLAIN) == 9
@@ -135,7 +135,7 @@ def test_time_is_the_slowest_of_three() -> None:
 
 def test_updates_come_on_top_of_the_arithmetic() -> None:
     """28 bytes of each parameter through 1000 bytes/s of memory, on Metal, cool or hot; a CPU's rate has them in it."""
-    p, metal = estimates.Phase("p", 0, 0, 0, 30.0, True, updated=1000), replace(PLAIN, gpu=True)
+    p, metal = estimates.StageCost("p", 0, 0, 0, 30.0, True, updated=1000), replace(PLAIN, gpu=True)
     assert p.seconds(metal) == 6 + 28 and p.seconds(metal, hot=True) == 12 + 28
     assert p.seconds(PLAIN) == 6
 
@@ -157,16 +157,16 @@ def test_training_by_pencil() -> None:
     back, the update. On the host there are no gradients yet where the logits are, and then some in every lane."""
     params, head = arch_params(), 2 * 512 * 64 * 4 + 5 * 256 * 512 * 4
     per_token = 6 * 64 + 5 * 768 + 2 * 6 * 16 + 4 * 32
-    assert estimates.activation_bytes(tiny.CONFIG, 2, 32) == 4 * 3 * 64 * per_token
-    assert estimates.training_bytes(tiny.CONFIG, 2, 32) == 16 * params + 4 * 3 * 64 * per_token + head
+    assert training_size.activation_bytes(tiny.CONFIG, 2, 32) == 4 * 3 * 64 * per_token
+    assert training_size.training_bytes(tiny.CONFIG, 2, 32) == 16 * params + 4 * 3 * 64 * per_token + head
     wide = {**tiny.CONFIG, "intermediate_size": 30_000}
-    assert estimates.training_bytes(wide, 1, 2) == 16 * arch.params(wide) + 2 * 4 * 64 * 30_000
+    assert training_size.training_bytes(wide, 1, 2) == 16 * arch.params(wide) + 2 * 4 * 64 * 30_000
     kept, block = 4 * 3 * 64 * per_token, 4 * 64 * per_token
-    assert estimates.backward_bytes(tiny.CONFIG, 2, 32) == 11 * block // 5
+    assert training_size.backward_bytes(tiny.CONFIG, 2, 32) == 11 * block // 5
     logits, head = 2 * 64 * 512 * 4, 512 * 64 * 4
     for side_by_side in (1, 2):
         back = max(kept + head, side_by_side * (4 * params - head) + 3 * head) + 11 * block // 5 - block
-        found = estimates.training_bytes(tiny.CONFIG, 2, 32, side_by_side)
+        found = training_size.training_bytes(tiny.CONFIG, 2, 32, side_by_side)
         assert found == 12 * params + max(kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768)
 
 
@@ -286,7 +286,10 @@ def test_the_papers_teacher() -> None:
 
 def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:
     """The largest phase counts; a budget as advised is enough; a remedy of the caller's own is used."""
-    small, large = estimates.Phase("prune", 0, 0, 100 * MIB, 0.0), estimates.Phase("measure", 0, 0, 700 * MIB + 1, 0.0)
+    small, large = (
+        estimates.StageCost("prune", 0, 0, 100 * MIB, 0.0),
+        estimates.StageCost("measure", 0, 0, 700 * MIB + 1, 0.0),
+    )
     estimates.fit(Budget(701 * MIB), small, large)
     sentence = r"measure needs 700 MiB, the budget is 600 MiB: give --budget 701MiB or more, or lower --max-seq-length"
     with pytest.raises(MisError, match=sentence):

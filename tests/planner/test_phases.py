@@ -21,22 +21,22 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.maths import losses
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, block_files, load
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.estimates import forward_flops, model_of
-from mis_mlx.planner.job import Job, job_of
-from mis_mlx.planner.recipe import Distillation, Recipe, Schedule
+from mis_mlx.planner.job import DistillationSpec, spec_of
+from mis_mlx.planner.recipe import DistillationConfig, Schedule, TrainingConfig
 from mis_mlx.pruning import select
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import GIB, Budget, Checkpoint, Keep
+from mis_mlx.types import GIB, Budget, Checkpoint, KeptUnits
 from tests import tiny
 
 MIB = 2**20
 BIG = model_of({**tiny.CONFIG, "num_hidden_layers": 6}, gpu=False)
 SMALL = model_of({**tiny.CONFIG, "num_hidden_layers": 4, "intermediate_size": 512}, gpu=False)
-JOB = Job(BIG, SMALL, iters=10, batch=4, accumulate=3, length=32, calibration=4, repair=0,
+JOB = DistillationSpec(BIG, SMALL, iters=10, batch=4, accumulate=3, length=32, calibration=4, repair=0,
           held_out=5, save_every=5)  # fmt: skip
 # Blocks that outweigh activations and vocabulary, so that some of them at a time take less than all.
 BLOCKY = replace(
@@ -46,7 +46,7 @@ BLOCKY = replace(
 )
 
 
-def named(plan: phases.Plan) -> dict[str, estimates.Phase]:
+def named(plan: phases.MemoryPlan) -> dict[str, estimates.StageCost]:
     return {p.name: p for p in plan.phases}
 
 
@@ -158,7 +158,7 @@ def test_micro_batches_divide_the_step() -> None:
     job = replace(JOB, batch=6)
     assert {micro for _, micro, _ in phases.ways(job)} == {6, 3, 2, 1}
     plan = phases.one(job, GIB, M1_AIR, "resident", 2, 0)
-    recipe = plan.recipe(Distillation(batch_size=6, grad_accumulation_steps=3))
+    recipe = plan.recipe(DistillationConfig(batch_size=6, grad_accumulation_steps=3))
     assert (recipe.batch_size, recipe.grad_accumulation_steps) == (2, 9)
     assert phases.one(job, GIB, M1_AIR, **plan.way) == plan
 
@@ -205,14 +205,17 @@ def test_resident_training_stays_under_the_plan(
     student, rng = load.open_checkpoint(small), np.random.default_rng(0)
     tokens = rng.integers(0, vocab, (12, length)).astype(np.int32)
     data = Windows(tokens, np.ones((12, length), np.float32))
-    recipe = Recipe(iters=2, batch_size=batch, max_seq_length=length)
+    recipe = TrainingConfig(iters=2, batch_size=batch, max_seq_length=length)
     mx.clear_cache()
     before = mx.get_active_memory()
     job = replace(JOB, teacher=model_of(teacher), student=model_of(student), batch=batch, accumulate=1, length=length)
     planned = phases.resident(job, batch, GIB if resident else 0)
     with memory.limited(Budget(before + planned.peak_bytes)):
-        model, source = load.resident(student, mx.float32), live_teacher.Teacher(teacher, None if resident else 0)
-        steps = list(live_teacher.steps(model, source, data, recipe, GoralW()))
+        model, source = (
+            load.resident(student, mx.float32),
+            live_teacher.StreamedTeacher(teacher, None if resident else 0),
+        )
+        steps = list(live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (6 if resident else 0)
     assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak / MIB, planned.peak_bytes / MIB)
@@ -266,10 +269,10 @@ def test_local_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpo
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    recipe = Recipe(iters=2, grad_accumulation_steps=2, max_seq_length=32)
+    recipe = TrainingConfig(iters=2, grad_accumulation_steps=2, max_seq_length=32)
     with memory.limited(Budget(before + planned)):
         steps = list(
-            blockwise.train(teacher, student, made, Keep((0, 1, 2, 4), {}, ""), batches, recipe, folder=tmp_path,
+            blockwise.train(teacher, student, made, KeptUnits((0, 1, 2, 4), {}, ""), batches, recipe, folder=tmp_path,
                             held=9, files=DISK, ridge=0.0)
         )  # fmt: skip
     peak = max(s.peak_bytes for s in steps) - before
@@ -280,11 +283,11 @@ def test_local_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpo
 def test_pruning_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint], how: dict[str, Any]) -> None:
     """Calibration, or a rotation: MLX's peak; numpy's part is not in its count."""
     teacher, _ = wide
-    cut = select.Cut(scenario="none", layers=4, ffn=768, **{"importance": "activation", **how})
+    cut = select.PruningConfig(scenario="none", layers=4, ffn=768, **{"importance": "activation", **how})
     shape = select.wanted_shape(teacher.config, cut)
     small = model_of(arch.student_config(teacher.config, shape, tuple(range(4)), "float32"))
     asked = replace(Distilled(), **{**how, "num_samples": 6, "max_seq_length": 64})
-    planned = phases.prune(job_of(model_of(teacher), small, asked), GIB)
+    planned = phases.prune(spec_of(model_of(teacher), small, asked), GIB)
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     held_out = Windows(np.zeros((1, 8), np.int32), np.ones((1, 8), np.float32))
     mx.eval(batches)

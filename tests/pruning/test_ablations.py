@@ -15,17 +15,19 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, train_loop
-from mis_mlx.distillation.live_teacher import Teacher, Text
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.distillation.live_teacher import StreamedTeacher, TextTargets
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load
 from mis_mlx.planner import phases
 from mis_mlx.planner.estimates import model_of
-from mis_mlx.planner.recipe import Distillation
+from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny
 from tests.planner.test_phases import JOB
 
-RECIPE = Distillation(iters=4, batch_size=2, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-2, warmup=1)
+RECIPE = DistillationConfig(
+    iters=4, batch_size=2, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-2, warmup=1
+)
 OPTIONS: dict[str, dict[str, Any]] = {
     "cross-entropy": {"cross_entropy": 0.3},
     "softer": {"cross_entropy": 0.3, "temperature": 2.0},
@@ -53,10 +55,10 @@ def data() -> Windows:
     return Windows(rng.integers(0, 512, (12, 16)).astype(np.int32), learn)
 
 
-def distil(source: live_teacher.Source, student: Checkpoint, data: Windows) -> list[Any]:
+def distil(source: live_teacher.TargetSource, student: Checkpoint, data: Windows) -> list[Any]:
     """Losses, norms, and all weights after RECIPE."""
     model = load.resident(student, mx.float32)
-    steps = list(live_teacher.steps(model, source, data, RECIPE, GoralW()))
+    steps = list(live_teacher.steps(model, source, data, RECIPE, GuardedAdamW()))
     return facts(steps) + [p.tolist() for _, p in tree_flatten(model.parameters())]
 
 
@@ -71,8 +73,8 @@ def test_the_gradient_is_that_of_the_formula(
     llama: Checkpoint, students: dict[str, Checkpoint], data: Windows, name: str, c: float
 ) -> None:
     """L = (1 - c) KL + c CE: written out on whole logits and differentiated by MLX."""
-    source = Teacher(llama, None, True, 1.0, c)
-    cut = live_teacher.cut(source, data, replace(RECIPE, grad_accumulation_steps=1))(0)
+    source = StreamedTeacher(llama, None, True, 1.0, c)
+    cut = live_teacher.step_micro_batches(source, data, replace(RECIPE, grad_accumulation_steps=1))(0)
     student, teacher = (load.resident(m, mx.float32) for m in (students[name], llama))
     tokens, learn, *_ = cut[0]
     logs = teacher(tokens).reshape(32, -1)
@@ -95,10 +97,13 @@ def test_the_gradient_is_that_of_the_formula(
 
 def test_off_is_off(llama: Checkpoint, students: dict[str, Checkpoint], data: Windows) -> None:
     """Nothing asked for: a micro-batch is what it was. Each option by itself gives another run."""
-    assert len(Teacher(llama).micro_batches([live_teacher.Batch(mx.array(data.tokens), mx.array(data.learn))])[0]) == 3
-    plain = distil(Teacher(llama, None), students["narrow"], data)
-    assert distil(Teacher(llama, 0), students["narrow"], data) == plain
-    runs = [distil(Teacher(llama, None, **o), students["narrow"], data) for o in OPTIONS.values()]
+    assert (
+        len(StreamedTeacher(llama).micro_batches([live_teacher.Batch(mx.array(data.tokens), mx.array(data.learn))])[0])
+        == 3
+    )
+    plain = distil(StreamedTeacher(llama, None), students["narrow"], data)
+    assert distil(StreamedTeacher(llama, 0), students["narrow"], data) == plain
+    runs = [distil(StreamedTeacher(llama, None, **o), students["narrow"], data) for o in OPTIONS.values()]
     runs.append(plain)
     assert all(a[-1] != b[-1] for i, a in enumerate(runs) for b in runs[:i])
 
@@ -108,14 +113,14 @@ def test_stopping_and_going_on_is_bit_equal(
     llama: Checkpoint, students: dict[str, Checkpoint], data: Windows, option: str
 ) -> None:
     """Two steps, everything through a checkpoint's arrays, two steps: the run that never stopped."""
-    whole = distil(Teacher(llama, None, **OPTIONS[option]), students["narrow"], data)
-    first, before = load.resident(students["narrow"], mx.float32), GoralW()
-    source, steps = Teacher(llama, 0, **OPTIONS[option]), list[Step]()
+    whole = distil(StreamedTeacher(llama, None, **OPTIONS[option]), students["narrow"], data)
+    first, before = load.resident(students["narrow"], mx.float32), GuardedAdamW()
+    source, steps = StreamedTeacher(llama, 0, **OPTIONS[option]), list[Step]()
     for step in live_teacher.steps(first, source, data, RECIPE, before):
         steps.append(step)
         if step.number == 2:
             break
-    second, after = load.resident(students["narrow"], mx.float32), GoralW()
+    second, after = load.resident(students["narrow"], mx.float32), GuardedAdamW()
     train_loop.restore(second, after, train_loop.arrays_of(first, before), before.memory())
     steps += live_teacher.steps(second, source, data, RECIPE, after, 2)
     assert facts(steps) + [p.tolist() for _, p in tree_flatten(second.parameters())] == whole
@@ -127,7 +132,7 @@ def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -
     model = load.resident(llama, mx.float32)
     z, tokens, learn = model(mx.array(few.tokens)), mx.array(few.tokens), mx.array(few.learn)
     wanted = (nn.losses.cross_entropy(z[:, :-1], tokens[:, 1:]) * learn[:, :-1]).sum() / learn.sum()
-    steps = list(live_teacher.steps(model, Text(), few, replace(RECIPE, iters=12), GoralW()))
+    steps = list(live_teacher.steps(model, TextTargets(), few, replace(RECIPE, iters=12), GuardedAdamW()))
     assert steps[0].loss == pytest.approx(wanted.item(), rel=1e-5)
     assert steps[-1].loss < 0.8 * steps[0].loss
 
@@ -142,10 +147,10 @@ def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -
 )
 def test_what_does_not_go_together_is_a_sentence(asked: dict[str, Any], said: str) -> None:
     """The flag, what it clashes with, and what to do; the defaults and each flag by itself pass."""
-    Distillation().check()
-    Distillation(cross_entropy=1.0).check()
+    DistillationConfig().check()
+    DistillationConfig(cross_entropy=1.0).check()
     with pytest.raises(MisError) as caught:
-        Distillation(**asked).check()
+        DistillationConfig(**asked).check()
     assert str(caught.value).startswith(said)
 
 
@@ -159,8 +164,8 @@ def test_training_with_cross_entropy_stays_under_the_plan(tmp_path: Path, models
     recipe = replace(RECIPE, iters=2, max_seq_length=length)
     mx.clear_cache()
     before = mx.get_active_memory()
-    model, source = load.resident(student, mx.float32), Teacher(teacher, 0, False, 2.0, 0.5)
-    steps = list(live_teacher.steps(model, source, data, recipe, GoralW()))
+    model, source = load.resident(student, mx.float32), StreamedTeacher(teacher, 0, False, 2.0, 0.5)
+    steps = list(live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
     peak = max(s.peak_bytes for s in steps) - before
     job = replace(JOB, teacher=model_of(teacher), student=model_of(student), batch=2, accumulate=2, length=length)
     planned = phases.resident(job, 2, 0).peak_bytes

@@ -25,8 +25,8 @@ def test_streamed_statistics_are_resident_ones(
     norms = np.zeros(64)
     for layer in model.model.layers:
         for part, name in ((layer.mlp, "down_proj"), (layer.mlp, "gate_proj"), (layer.self_attn, "o_proj")):
-            setattr(part, name, stream.Tap(getattr(part, name)))
-        layer.self_attn.q_proj = stream.Tap(layer.self_attn.q_proj)
+            setattr(part, name, stream.InputRecorder(getattr(part, name)))
+        layer.self_attn.q_proj = stream.InputRecorder(layer.self_attn.q_proj)
     ffn, heads, squares, loud = np.zeros((3, 768)), np.zeros((3, 4)), np.zeros((3, 768)), np.zeros((3, 4))
     for tokens, streamed in zip(batches, hidden, strict=True):
         assert mx.array_equal(model.model(tokens), streamed)

@@ -13,7 +13,7 @@ from mis_mlx.models import load, model_writer, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import reconstruct, slice_weights
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, Keep
+from mis_mlx.types import Checkpoint, KeptUnits
 from tests.conftest import near
 
 ALL = (0, 1, 2)
@@ -26,7 +26,7 @@ def windows() -> list[mx.array]:
     return [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
 
 
-def student_of(teacher: Checkpoint, keep: Keep, out: Path, **sizes: int) -> Checkpoint:
+def student_of(teacher: Checkpoint, keep: KeptUnits, out: Path, **sizes: int) -> Checkpoint:
     shape = replace(shape_of(teacher.config), layers=len(keep.layers), **sizes)
     slice_weights.write_student(teacher, shape, keep, out, "float32", DISK)
     return load.open_checkpoint(out)
@@ -40,7 +40,7 @@ def mended_model(student: Checkpoint, mended: dict[str, mx.array]) -> Checkpoint
     return load.open_checkpoint(out)
 
 
-def stream_error(teacher: Checkpoint, student: Checkpoint, keep: Keep, windows: list[mx.array]) -> list[float]:
+def stream_error(teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, windows: list[mx.array]) -> list[float]:
     """At the end of each student block: sum over tokens of |missing|^2 / mean square of the teacher's stream."""
     channels = mx.array(list(keep.kept.get((-1, "hidden"), range(64))))
     big, small = stream.Stream(teacher, mx.float32), stream.Stream(student, mx.float32)
@@ -61,7 +61,7 @@ def stream_error(teacher: Checkpoint, student: Checkpoint, keep: Keep, windows: 
 
 def test_an_unpruned_student_stays_as_it_is(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
     """Nothing is missing, so nothing changes (1e-4 of the weights' own size; in float16, its own step)."""
-    keep = Keep(ALL, {}, "")
+    keep = KeptUnits(ALL, {}, "")
     student = student_of(llama, keep, tmp_path / "s")
     mended, _ = reconstruct.reconstruct(llama, student, keep, windows)
     assert sorted(mended) == [f"model.layers.{i}.mlp.down_proj.weight" for i in ALL]
@@ -71,11 +71,11 @@ def test_an_unpruned_student_stays_as_it_is(tmp_path: Path, llama: Checkpoint, w
 
 
 CUTS = {
-    "ffn": (Keep(ALL, {(i, "ffn"): SOME for i in ALL}, ""), {"ffn": 256}),
-    "layers": (Keep((0, 2), {}, ""), {}),
-    "hidden": (Keep(ALL, {(-1, "hidden"): tuple(range(16, 64))}, ""), {"hidden": 48}),
-    "last layer": (Keep((0, 1), {(i, "ffn"): SOME for i in (0, 1)}, ""), {"ffn": 256}),
-    "first layer": (Keep((1, 2), {(1, "ffn"): SOME, (2, "ffn"): SOME}, ""), {"ffn": 256}),
+    "ffn": (KeptUnits(ALL, {(i, "ffn"): SOME for i in ALL}, ""), {"ffn": 256}),
+    "layers": (KeptUnits((0, 2), {}, ""), {}),
+    "hidden": (KeptUnits(ALL, {(-1, "hidden"): tuple(range(16, 64))}, ""), {"hidden": 48}),
+    "last layer": (KeptUnits((0, 1), {(i, "ffn"): SOME for i in (0, 1)}, ""), {"ffn": 256}),
+    "first layer": (KeptUnits((1, 2), {(1, "ffn"): SOME, (2, "ffn"): SOME}, ""), {"ffn": 256}),
 }
 
 
@@ -103,7 +103,7 @@ def test_against_lstsq_in_float64(tmp_path: Path, llama: Checkpoint, windows: li
     _, teacher_block = next(big.blocks())
     wanted = big.through(teacher_block, big.embed(windows))
     _, block = next(small.blocks())
-    block.mlp.down_proj = stream.Tap(block.mlp.down_proj)
+    block.mlp.down_proj = stream.InputRecorder(block.mlp.down_proj)
     rows_a, rows_r = [], []
     for into, want in zip(small.embed(windows), wanted, strict=True):
         (out,) = small.through(block, [into])

@@ -20,7 +20,7 @@ from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import reconstruct, rotate, select, slice_weights
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import write_arrays
-from mis_mlx.types import Checkpoint, Keep, MisError, Reading
+from mis_mlx.types import Checkpoint, KeptUnits, MisError, Reading
 from tests import tiny
 from tests.conftest import Done, last_line, near
 
@@ -49,7 +49,7 @@ def whole(basis: np.ndarray) -> rotate.Rotation:
 def student_of(teacher: Checkpoint, rotation: rotate.Rotation, out: Path, dtype: str = "float32") -> Checkpoint:
     """The teacher cut by nothing but `rotation`."""
     shape = replace(shape_of(teacher.config), hidden=rotation.basis.shape[1])
-    keep = rotate.by(Keep(ALL, {}, ""), rotation)
+    keep = rotate.by(KeptUnits(ALL, {}, ""), rotation)
     slice_weights.write_student(teacher, shape, keep, out, dtype, DISK, rotate.rotated(teacher, rotation))
     return load.open_checkpoint(out)
 
@@ -214,7 +214,7 @@ def test_on_a_low_rank_stream_the_rotation_loses_nothing_and_ranked_channels_do(
     tmp_path: Path, windows: list[mx.array]
 ) -> None:
     """Rank 32 of 64, cut to 32: PCA is exact to 1e-4 of the logits (float16: 1e-2), a choice by importance far off."""
-    teacher, cut = low_rank(tmp_path, 32), select.Cut(scenario="none", hidden=32, importance="activation")
+    teacher, cut = low_rank(tmp_path, 32), select.PruningConfig(scenario="none", hidden=32, importance="activation")
     before = stock(teacher, windows[0])
     off = {}
     for how in ("importance", "pca"):
@@ -258,7 +258,7 @@ def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
         air = iter([-20.0, 45.0, -20.0, 45.0])
         made[name] = select.prune(
             llama, windows, Windows(np.array(windows[1]), np.ones((1, 64), np.float32)), tmp_path / name,
-            select.Cut(scenario="none", ffn=256, hidden=48, hidden_by="pca"), dtype="float32", files=DISK,
+            select.PruningConfig(scenario="none", ffn=256, hidden=48, hidden_by="pca"), dtype="float32", files=DISK,
             reading=lambda air=air: Reading(0.0, ambient_c=next(air), altitude_m=832.0), held=held,
         )  # fmt: skip
     for file in ("model.safetensors", "rotation.npy"):
@@ -283,11 +283,11 @@ def test_a_hidden_size_that_no_loader_accepts_is_refused(tmp_path: Path, llama: 
 def test_the_way_into_the_students_channels(llama: Checkpoint) -> None:
     """Unit vectors pick channels, bit for bit; any basis turns; the dtype of the stream stays."""
     hidden = mx.random.normal((1, 5, 64), key=mx.random.key(0))
-    picked = reconstruct.narrow(hidden, reconstruct.kept_columns(Keep(ALL, {(-1, "hidden"): (3, 1)}, "")))
-    units = Keep(ALL, {(-1, "hidden"): (0, 1)}, "", basis=np.eye(64)[:, [3, 1]])
+    picked = reconstruct.narrow(hidden, reconstruct.kept_columns(KeptUnits(ALL, {(-1, "hidden"): (3, 1)}, "")))
+    units = KeptUnits(ALL, {(-1, "hidden"): (0, 1)}, "", basis=np.eye(64)[:, [3, 1]])
     assert mx.array_equal(picked, reconstruct.narrow(hidden, reconstruct.kept_columns(units)))
     basis = orthogonal(64)[:, :48]
-    keep = Keep(ALL, {(-1, "hidden"): tuple(range(48))}, "", basis=basis)
+    keep = KeptUnits(ALL, {(-1, "hidden"): tuple(range(48))}, "", basis=basis)
     turned = reconstruct.narrow(hidden.astype(mx.bfloat16), reconstruct.kept_columns(keep))
     assert turned.dtype == mx.bfloat16
     want = np.array(hidden[0], np.float64) @ basis

@@ -20,7 +20,7 @@ from mis_mlx.quantization import gptq, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.safetensors import Writer
-from mis_mlx.types import Checkpoint, Keep, MisError
+from mis_mlx.types import Checkpoint, KeptUnits, MisError
 from tests import tiny
 
 
@@ -118,10 +118,10 @@ def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) 
     """down_proj of the blocks that stand for removed ones is what plain rounding makes of it."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=4))
     shape = replace(shape_of(teacher.config), layers=3)
-    slice_weights.write_student(teacher, shape, Keep((0, 2, 3), {}, ""), tmp_path / "s", "float32", DISK)
+    slice_weights.write_student(teacher, shape, KeptUnits((0, 2, 3), {}, ""), tmp_path / "s", "float32", DISK)
     student = load.open_checkpoint(tmp_path / "s")
     made = write(student, tmp_path / "q4", batches)
-    assert packed_format.bridges(student) == (0, 2)
+    assert packed_format.blocks_after_removed(student) == (0, 2)
     for i, bits in ((0, 8), (1, 4), (2, 8)):
         name = f"model.layers.{i}.mlp.down_proj.weight"
         plain = rounding.values(rounding.nearest(load.dense(student, name), 64, bits), 64, bits)

@@ -90,7 +90,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 
 def find(name: str, where: str, tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """`resolve.find(name)` in a fresh process: the hub client reads its settings when imported."""
+    """`resolve.resolve_model(name)` in a fresh process: the hub client reads its settings when imported."""
     code = f"""
 from mis_mlx.models import resolve
 from mis_mlx.storage import hub

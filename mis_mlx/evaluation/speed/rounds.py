@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx.evaluation.speed import roofline, timing
-from mis_mlx.evaluation.speed.timing import Request, Subject, Trial
+from mis_mlx.evaluation.speed.timing import BenchmarkModel, Measurement, Request
 from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter
 from mis_mlx.maths.stats import summary
@@ -21,7 +21,7 @@ WARM_UP = 4  # tokens after the whole prompt, timed by nobody
 PREFILL = 2048  # mlx-lm's prefill_step_size
 SLOWED = 0.9  # the last trial's speed over the first's, below which something throttles
 
-Openers = Mapping[str, Callable[[], Subject]]
+Openers = Mapping[str, Callable[[], BenchmarkModel]]
 METRICS = (
     ("params", "parameters, millions", ".1f"),
     ("weights_mb", "weights on disk, MB (10^6)", ".1f"),
@@ -61,7 +61,7 @@ def rounds(
     meter: EnergyMeter | None = None,
     peaks: bool = False,
     warm_up: Request | None = None,
-) -> Iterator[tuple[Subject, Trial]]:
+) -> Iterator[tuple[BenchmarkModel, Measurement]]:
     """Every trial as it ends, without the warm-up: each round takes all models in turn, A B A B; or, where they do
     not fit in memory together, model after model. openers: what loads each. warm_up: by default the whole prompt."""
     first = warm_up or replace(r, answer=min(r.answer, WARM_UP))
@@ -77,7 +77,7 @@ def rounds(
         mx.clear_cache()
 
 
-def figures(trials: Sequence[Trial], r: Request, idle: Energy | None = None) -> dict[str, dict[str, float]]:
+def figures(trials: Sequence[Measurement], r: Request, idle: Energy | None = None) -> dict[str, dict[str, float]]:
     """{metric: what the trials of one model say}; `itl_ms` is over all gaps between tokens, `joules` per token."""
     joules = [t.energy.beyond(idle) if t.energy and idle else None for t in trials]
     every: dict[str, list[float]] = {
@@ -93,7 +93,7 @@ def figures(trials: Sequence[Trial], r: Request, idle: Energy | None = None) -> 
     return {name: summary(values) for name, values in every.items() if values}
 
 
-def slowed(name: str, trials: Sequence[Trial]) -> str | None:
+def slowed(name: str, trials: Sequence[Measurement]) -> str | None:
     """Whether the last trial was a good deal slower than the first: heat, or other work on this machine."""
     first, last = (1 / t.tpot_s for t in (trials[0], trials[-1]))
     if last >= SLOWED * first:

@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten
 from mis_mlx.data import sources
 from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter
 from mis_mlx.models import load, mlx_generate
-from mis_mlx.models.stream import into_memory, settle
+from mis_mlx.models.stream import evaluate_now, load_checked
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchmarkModel:
     """A model in memory."""
 
     name: str
@@ -60,7 +60,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Measurement:
     """One request. stamps_s: when each token (of every sequence of the batch) was there, from the start on.
     cached_s: TTFT of the same prompt, all of it but its last token in the cache. energy: from the first token to the
     last. peak_bytes: its own model's weights, cache and workspace."""
@@ -88,13 +88,13 @@ def _nbytes(module: nn.Module) -> int:
     return sum(a.nbytes for _, a in arrays)
 
 
-def opened(folder: Path, name: str) -> Subject:
+def opened(folder: Path, name: str) -> BenchmarkModel:
     """A model whole in memory, with the time that took: from files that the system may have in its page cache."""
     began = time.perf_counter()
     model, tokenizer = mlx_generate.open_model(folder)
-    settle(model.parameters())
+    evaluate_now(model.parameters())
     seconds = time.perf_counter() - began
-    return Subject(name, into_memory(model, f"{folder}: "), tokenizer, seconds)
+    return BenchmarkModel(name, load_checked(model, f"{folder}: "), tokenizer, seconds)
 
 
 @cache
@@ -113,21 +113,23 @@ def prompts(tokenizer: Any, r: Request, seed: Sequence[int]) -> list[list[int]]:
     return texts
 
 
-def trial(s: Subject, r: Request, seed: Sequence[int], meter: EnergyMeter | None = None, peaks: bool = False) -> Trial:
+def trial(
+    s: BenchmarkModel, r: Request, seed: Sequence[int], meter: EnergyMeter | None = None, peaks: bool = False
+) -> Measurement:
     """One request with prompts that `seed` chooses. peaks: MLX's highest memory is counted anew for it."""
     asked = prompts(s.tokenizer, r, seed)
     kept = [] if r.batch > 1 else mlx_generate.filled_cache(s.model, r.depth)
-    settle([c.state for c in kept if r.depth])
+    evaluate_now([c.state for c in kept if r.depth])
     before = mx.get_active_memory()
     if peaks:
         mx.reset_peak_memory()
     stamps, tokens = clocked(_steps(s, asked, r.answer, kept), meter)
     energy = meter.end() if meter else None
-    settle([c.state for c in kept])  # mlx-lm has begun a token too many: it is not to run into the next trial
+    evaluate_now([c.state for c in kept])  # mlx-lm has begun a token too many: it is not to run into the next trial
     peak = mx.get_peak_memory() - before + s.nbytes if peaks else None
     cached = _again(s.model, asked[0], kept, r.depth + r.prompt - 1)
     mx.clear_cache()
-    return Trial(tuple(map(tuple, asked)), tuple(tokens), tuple(stamps), cached, energy, peak)
+    return Measurement(tuple(map(tuple, asked)), tuple(tokens), tuple(stamps), cached, energy, peak)
 
 
 def clocked(steps: Iterable[list[int]], meter: EnergyMeter | None = None) -> tuple[list[float], list[int]]:
@@ -145,7 +147,7 @@ def clocked(steps: Iterable[list[int]], meter: EnergyMeter | None = None) -> tup
     return stamps, tokens
 
 
-def _steps(s: Subject, asked: list[list[int]], count: int, kept: list[Any]) -> Iterator[list[int]]:
+def _steps(s: BenchmarkModel, asked: list[list[int]], count: int, kept: list[Any]) -> Iterator[list[int]]:
     """A new token of each sequence, as they come."""
     generate = load.mlx_lm("generate")
     if len(asked) > 1:
@@ -174,5 +176,5 @@ def _again(model: nn.Module, ids: list[int], kept: list[Any], known: int) -> flo
     next(steps)
     taken = time.perf_counter() - began
     steps.close()
-    settle([c.state for c in kept])
+    evaluate_now([c.state for c in kept])
     return taken

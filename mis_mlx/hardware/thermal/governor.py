@@ -1,7 +1,7 @@
 """The governor: looks at a reading and says run, pause or stop, and how much to nap after a step.
 
 Pure: `(reading, now) -> decision`. Sensor loss counts as hot, never as cool. An M1 Air lives at 95 to 105 °C under
-load, so 95 °C is no reason to stop. `after_step` waits as it says, and `TeaBreaks` counts what that took.
+load, so 95 °C is no reason to stop. `after_step` waits as it says, and `PauseCounter` counts what that took.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def unfit_for_timing(reading: Reading) -> str | None:
 
 
 @dataclass
-class TeaBreaks:
-    """The account of a run; `TeaBreaks(**saved)` goes on with the one of the run that was interrupted."""
+class PauseCounter:
+    """The account of a run; `PauseCounter(**saved)` goes on with the one of the run that was interrupted."""
 
     count: int = 0
     seconds: float = 0.0  # in pauses
@@ -223,11 +223,11 @@ class TeaBreaks:
         return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
 
     def saved(self) -> dict[str, Any]:
-        """What `TeaBreaks(**saved)` wants."""
+        """What `PauseCounter(**saved)` wants."""
         return asdict(self)
 
 
-def after_step(monitor: Monitor, governor: Governor, breaks: TeaBreaks, step_s: float) -> Iterator[Decision]:
+def after_step(monitor: Monitor, governor: Governor, breaks: PauseCounter, step_s: float) -> Iterator[Decision]:
     """Ask the governor after a step of `step_s` seconds and wait as it says.
 
     Gives each decision before its wait is served, about one a second in a pause, so that the caller can

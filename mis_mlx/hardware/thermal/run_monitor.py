@@ -29,7 +29,7 @@ def default_mode() -> governor.Mode:
 
 
 @dataclass(frozen=True)
-class WeatherFlags:
+class ThermalFlags:
     """Air, altitude, and how hot the machine may get."""
 
     temperature_c: Celsius | None = None
@@ -43,25 +43,25 @@ class WeatherFlags:
     observe and cool go on; default: MIS_MLX_GOVERNOR, or steady"""
 
 
-def battery(flags: WeatherFlags) -> str:
+def battery(flags: ThermalFlags) -> str:
     """What the governor makes of a battery that this machine runs on now; empty when it does not."""
     percent, plugged = thermal_monitor.battery_charge()
     return "" if flags.thermal_replay or plugged is not False else governor.on_battery(flags.governor, percent)
 
 
-class Weather:
+class ThermalMonitor:
     """Use in a `with` statement. `breaks` is the account of tea breaks; it survives in a checkpoint."""
 
-    def __init__(self, flags: WeatherFlags, log: Path | None = None, files: Files = DISK):
+    def __init__(self, flags: ThermalFlags, log: Path | None = None, files: Files = DISK):
         replay = None if flags.thermal_replay is None else Path(flags.thermal_replay)
         self.monitor = thermal_monitor.open_monitor(
             replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m
         )
-        self.breaks = governor.TeaBreaks()
+        self.breaks = governor.PauseCounter()
         self._mode, self._log, self._files = flags.governor, log, files
         self._governor: governor.Governor | None = None
 
-    def __enter__(self) -> Weather:
+    def __enter__(self) -> ThermalMonitor:
         self.monitor.__enter__()
         return self
 

@@ -15,7 +15,7 @@ from mis_mlx.hardware.thermal.governor import (
     Decision,
     Governor,
     Mode,
-    TeaBreaks,
+    PauseCounter,
     after_step,
     governor_for,
     unfit_for_timing,
@@ -40,7 +40,7 @@ class Course:
     """What happened in one simulated run."""
 
     monitor: PlantMonitor
-    breaks: TeaBreaks = field(default_factory=TeaBreaks)
+    breaks: PauseCounter = field(default_factory=PauseCounter)
     decisions: list[tuple[float, Decision]] = field(default_factory=list)
 
     def never_turns_quickly(self) -> bool:
@@ -224,7 +224,7 @@ def test_halny_makes_tea_breaks_in_virtual_time():
     courses = []
     for _ in range(2):
         with open_monitor(replay=DATA / "halny.jsonl") as monitor:
-            governor, breaks, log = Governor("steady"), TeaBreaks(), []
+            governor, breaks, log = Governor("steady"), PauseCounter(), []
             while not monitor.ended:
                 log += after_step(monitor, governor, breaks, step_s=0.1)
         courses.append((breaks, log))

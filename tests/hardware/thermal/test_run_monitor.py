@@ -13,13 +13,13 @@ import psutil
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx.distillation.run_loop import entered
+from mis_mlx.distillation.run_loop import open_run
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.governor import Mode
-from mis_mlx.hardware.thermal.run_monitor import Weather, WeatherFlags, battery
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
 from mis_mlx.maths.losses import HALNY_CLIP
-from mis_mlx.maths.optimizer import GoralW
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, MisError, Reading, Step
@@ -34,12 +34,12 @@ def step(number: int) -> Step:
 
 def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
     """Air that warms from 8 to 33 °C gives 0.15 * std / 15 °C; before any reading, and by hand, the wind is still."""
-    with Weather(WeatherFlags(temperature_c=8.0, altitude_m=832.0)) as weather:
+    with ThermalMonitor(ThermalFlags(temperature_c=8.0, altitude_m=832.0)) as weather:
         weather.reading()
         account = weather.account()
         assert (account["t_env_c"], account["t_env_source"], account["altitude_source"]) == (8.0, "given", "given")
         assert weather.sigma() == 0.0
-    with Weather(WeatherFlags(thermal_replay=str(HALNY))) as weather:
+    with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY))) as weather:
         assert weather.sigma() == 0.0
         air = [weather.reading().ambient_c for _ in range(16)]
         mean = sum(air) / 16
@@ -52,7 +52,7 @@ def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
 def test_tea_breaks_are_counted_logged_and_end_with_the_recording(tmp_path: Path) -> None:
     """Hot spells pause the run in virtual time; both logs share a clock; after its end the replay is quiet."""
     log = tmp_path / "thermal.jsonl"
-    with Weather(WeatherFlags(thermal_replay=str(HALNY), governor="steady"), log) as weather:
+    with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY), governor="steady"), log) as weather:
         actions = [[d.action for d in weather.after(step(n))] for n in range(1, 200)]
         assert weather.breaks.count == 6
         assert weather.breaks.seconds > 60
@@ -94,7 +94,7 @@ def trained(clock: VirtualClock, close: bool) -> tuple[dict[str, mx.array], list
     def loss(layer: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
         return mx.square(layer(x)).sum(), mx.array(2.0)
 
-    steps = list(train(model, micro_batches, loss, GoralW(), Schedule(3, 1e-2, 1), clock=clock))
+    steps = list(train(model, micro_batches, loss, GuardedAdamW(), Schedule(3, 1e-2, 1), clock=clock))
     return dict(tree_flatten(model.parameters())), steps
 
 
@@ -120,14 +120,14 @@ def test_a_run_on_battery_says_so_first(
     mode: Mode, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before its first step, with the mode's own doing; not when it is plugged in, has no battery, or replays."""
-    flags = WeatherFlags(governor=mode)
+    flags = ThermalFlags(governor=mode)
     for charge in (None, SimpleNamespace(percent=55.0, power_plugged=True)):
         monkeypatch.setattr(psutil, "sensors_battery", lambda charge=charge: charge, raising=False)
         assert battery(flags) == ""
     charge = SimpleNamespace(percent=55.0, power_plugged=False)
     monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
     assert battery(replace(flags, thermal_replay=str(HALNY))) == ""
-    with entered(None, lambda: tmp_path, {}, Budget(GIB), 0, flags, DISK):
+    with open_run(None, lambda: tmp_path, {}, Budget(GIB), 0, flags, DISK):
         text = capsys.readouterr().err
     assert f"on battery, 55 %: --governor {mode} " in text and what in text
 
@@ -148,7 +148,7 @@ def test_a_pause_is_said_when_it_begins(monkeypatch: pytest.MonkeyPatch, capsys:
     """One line a pause, with the flag that ends it, not one a look; none of a mode that does not pause."""
     for mode, lines in (("steady", 1), ("observe", 0), ("cool", 0)):
         monkeypatch.setenv("MIS_MLX_GOVERNOR", mode)
-        weather = Weather(WeatherFlags())
+        weather = ThermalMonitor(ThermalFlags())
         air = Unplugged(40)
         monkeypatch.setattr(weather, "monitor", SimpleNamespace(**vars(air), reading=air.reading, replayed=False,
                             ended=False, reasons={}, apple=True, history=lambda *_: []))  # fmt: skip
@@ -164,11 +164,11 @@ def test_a_pause_is_said_when_it_begins(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_the_governor_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """MIS_MLX_GOVERNOR is the default, the flag wins, steady is the default's default; no mode is a sentence."""
-    assert WeatherFlags().governor == "observe"  # tests/conftest.py
+    assert ThermalFlags().governor == "observe"  # tests/conftest.py
     monkeypatch.setenv("MIS_MLX_GOVERNOR", "cool")
-    assert (WeatherFlags().governor, WeatherFlags(governor="steady").governor) == ("cool", "steady")
+    assert (ThermalFlags().governor, ThermalFlags(governor="steady").governor) == ("cool", "steady")
     monkeypatch.delenv("MIS_MLX_GOVERNOR")
-    assert WeatherFlags().governor == "steady"
+    assert ThermalFlags().governor == "steady"
     monkeypatch.setenv("MIS_MLX_GOVERNOR", "hot")
     with pytest.raises(MisError, match="MIS_MLX_GOVERNOR is not one of observe, throughput, steady, cool"):
-        WeatherFlags()
+        ThermalFlags()

@@ -1,0 +1,64 @@
+"""What training a model takes beside its weights: activations, logits, gradients, the update. Arithmetic on configs.
+
+Does not know what else is in memory (planner/phases). What is measured was measured on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.models import arch
+from mis_mlx.models.config import shape_of
+
+CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
+UPDATE_ARRAYS = 2  # a clipped gradient; what else an update makes is written over what it was made of (measured)
+STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient and two moments, float32
+
+
+def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
+    """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks. Measured within 3 %."""
+    s = shape_of(config)
+    per_token = 6 * s.hidden + 5 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
+    return 4 * s.layers * batch * length * per_token
+
+
+def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
+    """The most that the way back through one block holds, its gradients not among it; what it kept is. Measured."""
+    return 11 * activation_bytes(config, batch, length) // (5 * shape_of(config).layers)
+
+
+def logit_bytes(vocab: int, tokens: int, host: bool = False) -> int:
+    """The chunks of logits under way at once, five float32 arrays each (maths/losses); or, on the host, the teacher's
+    and the student's of one chunk (models/host_losses)."""
+    rows = chunk_rows(vocab)
+    if host:
+        return 2 * min(tokens, rows) * vocab * 4
+    return 5 * min(CHUNKS_AHEAD, math.ceil(tokens / rows)) * rows * vocab * 4
+
+
+def update_bytes(config: Mapping[str, Any], blocks_only: bool = False) -> int:
+    """What the optimizer's update of the largest weight needs beside weights, gradients and moments."""
+    tensors = arch.layer_tensors(config) if blocks_only else arch.tensors_of(config)
+    return UPDATE_ARRAYS * 4 * max(map(math.prod, tensors.values()))
+
+
+def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0) -> int:
+    """A resident student: weights and moments, and what is largest of: activations and the vocabulary's part of the
+    loss; the way back; the update.
+
+    host_lanes: of the way where numpy computes the loss between the two passes (live_teacher), in so many lanes, each
+    with gradients of its own; 0: all in one graph, of which the least that can be promised is the sum.
+    """
+    s, params = shape_of(config), arch.params(config)
+    kept, head = activation_bytes(config, batch, length), 4 * s.vocab * s.hidden
+    block = backward_bytes(config, batch, length) - kept // s.layers
+    loss, gradients = 2 * head + logit_bytes(s.vocab, batch * length, bool(host_lanes)), GRADIENT_BYTES * params
+    forth, back = kept + loss, gradients + block
+    if host_lanes:
+        back = max(kept + head, host_lanes * (gradients - head) + 3 * head) + block
+    else:
+        forth += gradients
+    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, gradients + update_bytes(config))
