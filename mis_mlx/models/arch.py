@@ -232,6 +232,17 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
             f"--heads {sizes['heads']} does not divide into {kv} key-value heads, of which the teacher's have {each} "
             f"query heads each: choose a multiple of {kv}, {each * kv} at most"
         )
+    _check_sizes(config, sizes)
+    return Shape(sizes["layers"], sizes["hidden"], sizes["ffn"], sizes["heads"], kv, s.head_dim, s.vocab, s.tied)
+
+
+def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """MisError where a model of these sizes would be one that transformers or mlx-lm does not build."""
+    s, of = shape_of(config), family(config)
+    if of.period and sizes["layers"] < (period := normalised(config)[of.period]):
+        raise MisError(
+            f"{sizes['layers']} layers of a {of.name} are fewer than {period}, which mlx-lm wants: keep more"
+        )
     if of.heads_fill_hidden and sizes["hidden"] % sizes["heads"]:
         raise MisError(
             f"hidden {sizes['hidden']} is not a multiple of {sizes['heads']} heads, which transformers "
@@ -242,7 +253,6 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
             f"a {of.name} cannot change hidden ({s.hidden} to {sizes['hidden']}) or heads alone, its head "
             "size is their quotient: cut --layers and --ffn instead"
         )
-    return Shape(sizes["layers"], sizes["hidden"], sizes["ffn"], sizes["heads"], kv, s.head_dim, s.vocab, s.tied)
 
 
 def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, ...], dtype: str) -> dict[str, Any]:

