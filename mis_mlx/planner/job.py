@@ -38,6 +38,7 @@ class DistillationSpec:
     modes: tuple[Mode, ...] = ("resident", "sharded")
     rotation: bool = False  # the hidden size is cut along principal directions
     rounding: QuantizationConfig = PLAIN  # of the trained student
+    mixed: bool = False  # the loss has cross-entropy in it
 
     @property
     def step(self) -> int:
@@ -47,7 +48,8 @@ class DistillationSpec:
     @property
     def host_lanes(self) -> int:
         """How many windows go side by side where numpy computes the losses (models/host_losses); else 0."""
-        return estimates.together(self.student) if self.targets == "live" and not self.teacher.gpu else 0
+        here = self.targets == "live" and not self.teacher.gpu and not self.mixed
+        return estimates.together(self.student) if here else 0
 
     @property
     def local(self) -> int:
@@ -82,4 +84,5 @@ def spec_of(teacher: ModelSize, student: ModelSize, asked: Any) -> DistillationS
         ("resident", "sharded") if asked.train == "auto" else (asked.train,),
         getattr(asked, "hidden_by", "pca") == "pca" and student.shape.hidden < teacher.shape.hidden,
         asked if getattr(asked, "quantize", 0) else PLAIN,
+        asked.cross_entropy > 0,
     )
