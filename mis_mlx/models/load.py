@@ -114,8 +114,7 @@ def model_args(config: Mapping[str, Any]) -> Any:
 
 def block(checkpoint: Checkpoint, i: int, args: Any, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """mlx-lm's transformer block `i` with its weights, lazy. `raw` as in `weights`."""
-    made = _new_block(family(checkpoint.config), args, i)
-    prefix = f"model.layers.{i}."
+    made, prefix = _new_block(family(checkpoint.config), args, i), f"model.layers.{i}."
     _quantize(made, prefix, checkpoint)
     made.load_weights(weights(checkpoint, prefix, dtype, raw))
     made.eval()
@@ -159,8 +158,7 @@ class Divided(nn.Module):
 
 
 def _divisor(config: Mapping[str, Any]) -> float:
-    key = family(config).logit_divisor
-    return float(config.get(key) or 1.0) if key else 1.0
+    return float(config.get(family(config).logit_divisor) or 1.0)
 
 
 def embedding_scale(config: Mapping[str, Any], dtype: mx.Dtype) -> mx.array | None:
@@ -251,8 +249,8 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
 
 def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
     """What goes into the first block (B, T, D) of a model that `resident` has made."""
-    rows: mx.array = model.model.embed_tokens(tokens)
-    return rows if model._embedding_scale is None else rows * model._embedding_scale
+    rows, scale = model.model.embed_tokens(tokens), model._embedding_scale
+    return rows if scale is None else rows * scale  # type: ignore[no-any-return]
 
 
 def hidden_of(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -264,6 +262,12 @@ def divided(model: nn.Module, hidden: mx.array) -> mx.array:
     """Normed hidden states, divided by what the model divides its logits by."""
     divisor = getattr(model, "logits_scaling", 1.0)
     return hidden if divisor == 1.0 else hidden / divisor
+
+
+def freeze_vocabulary(model: nn.Module) -> None:
+    """The embedding and the head of a resident model stay as they are."""
+    for fixed in (model.model.embed_tokens, *([model.lm_head] if hasattr(model, "lm_head") else [])):
+        fixed.freeze()
 
 
 def head_name(model: nn.Module) -> str:
