@@ -50,7 +50,7 @@ class Settings(Computing, select.PruningConfig, QuantizationConfig, Distillation
         "thermal_replay", "spread",
     })  # fmt: skip
     teacher: str | None = None
-    """folder or hub id of a llama, mistral, qwen2 or qwen3; default: SmolLM2-135M-Instruct"""
+    """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default: SmolLM2-135M-Instruct"""
     student: str | None = None
     """folder of a student pruned earlier; default: prune now"""
     data: str | None = None

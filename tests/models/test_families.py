@@ -17,7 +17,7 @@ from mis_mlx import distill, export, prune
 from mis_mlx.distillation import live_teacher
 from mis_mlx.models import arch, load, stream
 from mis_mlx.models.config import check_config, normalised
-from mis_mlx.models.families import FAMILIES
+from mis_mlx.models.families import ALL, FAMILIES
 from mis_mlx.types import Batch, Checkpoint, MisError
 from tests import tiny
 
@@ -165,3 +165,22 @@ def test_what_a_family_needs_is_asked_for(kind: str, change: dict[str, Any], sai
     """A config without it is one sentence."""
     with pytest.raises(MisError, match=said):
         check_config({**tiny.CONFIG, **tiny.FAMILIES[kind], **change}, Path("config.json"))
+
+
+def table() -> str:
+    """That of docs/families.md, from the rows."""
+    head = ["model_type", "layers", "ffn", "heads", "kv_heads", "hidden", "repair", "on Metal in", "GGUF"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in FAMILIES.values():
+        axes = ["yes" if axis in row.axes else "no" for axis in ALL]
+        if row.head_dim_follows:  # heads and the hidden size go by their quotient
+            axes = [*axes[:2], "no", axes[3], "no"]
+        rest = ["no" if row.sandwich else "yes", "float16" if row.float16 else "bfloat16", row.gguf or "no"]
+        lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")
+    return "\n".join(lines)
+
+
+def test_the_page_says_what_the_table_says() -> None:
+    """docs/families.md."""
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert table() in page, table()
