@@ -133,7 +133,7 @@ def _distil(s: Settings, c: Run, pruned: Checkpoint) -> Path:
 def _quantize(s: Settings, c: Run, pruned: Checkpoint, dense: Path) -> None:
     """Round the student, then let its scales learn; what is there is not made again."""
     out = c.folder / "model"
-    steps = s.steps(c.plan.mode != "sharded")
+    steps = c.plan.tuned
     rounded = c.folder / "rounded" if steps else out
     if distributed.is_main() and not rounded.exists() and not out.exists():
         batches, held = c.pick(s.num_samples * s.looks, 1), c.plan.held_windows("quantize")
