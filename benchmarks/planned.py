@@ -96,7 +96,7 @@ def main(s: Settings) -> None:
     if s.teacher and s.only and s.out:
         return stretch(s.only, s.teacher, Path(s.out))
     found = {}
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as temp:
+    with tempfile.TemporaryDirectory() as temp:
         for name in [s.only] if s.only else CASES:
             teacher = resolve.resolve_model(None).path
             if name.startswith("0.5"):
