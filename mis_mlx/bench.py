@@ -33,7 +33,7 @@ IDLE_S = 5.0  # of rest, whose power is taken off
 
 
 @dataclass(frozen=True)
-class Settings(Computing, ThermalFlags):
+class Settings(cli.Budgeted, Computing, ThermalFlags):
     """The same texts and lengths for every model, in turn (A B A B), so that drift hits all alike."""
 
     model: tuple[str, ...] = ()
@@ -52,12 +52,8 @@ class Settings(Computing, ThermalFlags):
     """seconds of rest before each trial; 30 or more for a laptop without a fan"""
     seed: Seed = 0
     """chooses the texts"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     out: str | None = None
     """a JSON file for the result and every trial; it has the finished ones from the first round on"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def measure(
@@ -94,7 +90,7 @@ class Bench:
         if len(set(folders)) < len(folders):
             raise MisError(f"{len(folders)} models given, {len(set(folders))} different ones: give each once")
         self.models = dict(zip(resolve.labels(folders), map(load.open_checkpoint, folders), strict=True))
-        limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+        limit = memory.budget(s.budget_bytes)
         needs = {name: rounds.need_bytes(m, self.r) for name, m in self.models.items()}
         for name, nbytes in needs.items():
             limit.need(nbytes, f"timing {name}", "give a larger --budget, a smaller -p or -b, or a model of fewer bits")

@@ -13,6 +13,7 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, preference_pairs
 from mis_mlx.alignment.alignment_plan import Alignment
 from mis_mlx.alignment.preference_pairs import Objective
+from mis_mlx.distillation import run_loop
 from mis_mlx.maths.preference import LossType
 from mis_mlx.models import distributed
 from mis_mlx.planner import estimates
@@ -39,7 +40,7 @@ class Settings(Alignment):
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, ask the reference, train, write the best student."""
-    s, folder = alignment_plan.resumed(settings)
+    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
     checkpoint = alignment_plan.opened(s)
     objective = Objective(s.loss_type, s.beta, s.dpop_lambda)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)

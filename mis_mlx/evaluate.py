@@ -30,7 +30,7 @@ LENGTH = 256  # tokens in a window
 
 
 @dataclass(frozen=True)
-class Settings(Computing):
+class Settings(cli.Budgeted, Computing):
     """Compare any number of models with one teacher that shares their tokenizer."""
 
     teacher: str | None = None
@@ -46,8 +46,6 @@ class Settings(Computing):
     """tokens in a window; default: 256, with --kld 512"""
     kld: bool = False
     """llama.cpp's quality report instead, with the teacher as reference, over the second half of every window"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     tasks: tuple[str, ...] = ()
     """builtin, polish-offline, dialects, polish, english, any part of these, lm_eval/ID, or folders of JSONL; without
     any: held-out text"""
@@ -60,8 +58,6 @@ class Settings(Computing):
     spread: Literal["whole", "layers"] = "whole"
     """of several machines (mlx.launch): each passes its windows and questions through whole models, or through its own
     blocks and sends them on to the next machine, which a model needs that no machine holds alone"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def _print(text: str) -> None:
@@ -237,7 +233,7 @@ def run(settings: Settings) -> dict[str, Any]:
     for name, folder in zip(resolve.labels(s.students, ("teacher",)), s.students, strict=True):
         models[name] = load.open_checkpoint(folder)
         comparison.same_vocabulary(models["teacher"], models[name])
-    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+    limit = memory.budget(s.budget_bytes)
     with progress.run("evaluate"):
         return {"teacher": str(teacher), "students": list(s.students), **_compare(s, models, limit)}
 

@@ -14,6 +14,7 @@ from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
 from mis_mlx.alignment.alignment_plan import Alignment
 from mis_mlx.data import examples, rows
 from mis_mlx.data.rows import Row
+from mis_mlx.distillation import run_loop
 from mis_mlx.evaluation import rewards
 from mis_mlx.maths.policy import LossType
 from mis_mlx.models import distributed, load, stream
@@ -126,7 +127,7 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[StageCos
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data and the reward functions, plan, sample and learn, write the best."""
-    s, folder = alignment_plan.resumed(settings)
+    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
     checkpoint, most = alignment_plan.opened(s), s.max_completion_length
     if most >= s.max_seq_length:
         raise MisError(

@@ -14,11 +14,11 @@ from mis_mlx.models.arch import MIS_137B
 from mis_mlx.models.config import read_config
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.estimates import ModelSize
-from mis_mlx.planner.job import DistillationSpec, spec_of
+from mis_mlx.planner.job import PLAIN, DistillationSpec, spec_of
 from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.reporting.text import markdown_table
-from mis_mlx.types import Count, duration, gib
+from mis_mlx.types import duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
@@ -69,7 +69,7 @@ def decision(plan: MemoryPlan) -> str:
 
 
 @dataclass(frozen=True)
-class Settings(QuantizationConfig, DistillationConfig):
+class Settings(cli.Budgeted, QuantizationConfig, DistillationConfig):
     """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
 
     teacher: str | None = None
@@ -78,20 +78,12 @@ class Settings(QuantizationConfig, DistillationConfig):
     """folder of a student pruned earlier; default: what --scenario gives"""
     scenario: Literal["gazda", "goral", "baca", "halny", "juhas", "zbojnik"] | None = None
     """sizes as in `prune`; default: gazda, of mis-137b goral, the paper's own student"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB"""
     machine: Literal["here", "m1-air"] = "here"
     """m1-air: an 8 GB fanless laptop, by published figures"""
     measure: bool = False
     """take this machine's rates first, in 20 s; later plans use them; without --teacher that is all"""
-    num_samples: Count = 32
-    """calibration windows"""
-    eval_windows: Count = 24
-    """held-out windows measured"""
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def _open(name: str | None, gpu: bool) -> tuple[ModelSize, str]:
@@ -111,7 +103,7 @@ def _job(s: Settings, teacher: ModelSize, gpu: bool) -> DistillationSpec:
         shape = arch.target_shape(teacher.config, arch.SCENARIOS[name])
         small = arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16")
         student = estimates.model_of(small, gpu)
-    return spec_of(teacher, student, s)
+    return spec_of(teacher, student, s, s if s.quantize else PLAIN)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -122,8 +114,7 @@ def run(settings: Settings) -> dict[str, Any]:
         return asdict(at)
     teacher, name = _open(settings.teacher, at.gpu)
     job = _job(settings, teacher, at.gpu)
-    asked = None if settings.budget is None else cli.parse_bytes(settings.budget)
-    budget = memory.budget(asked, at.room_bytes)
+    budget = memory.budget(settings.budget_bytes, at.room_bytes)
     plan = phases.make(job, budget.limit_bytes, at)
     params = [arch.params(m.config) for m in (teacher, job.student)]
     print(f"{params[0]:,} -> {params[1]:,} parameters: {job.student.shape}\n\n{table(plan)}")

@@ -23,7 +23,7 @@ from mis_mlx.types import Count, Seed, Tokens
 
 
 @dataclass(frozen=True)
-class Settings(Computing, PruningConfig):
+class Settings(cli.Budgeted, Computing, PruningConfig):
     """Prune only; `distill` does this and the rest."""
 
     model: str | None = None
@@ -38,11 +38,7 @@ class Settings(Computing, PruningConfig):
     """tokens in a window"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """type of the weights written"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     seed: Seed = 0
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def sentence(report: Mapping[str, Any]) -> str:
@@ -71,7 +67,7 @@ def run(settings: Settings) -> dict[str, Any]:
     found = resolve.resolve_model(settings.model)
     cli.say(f"model: {found.source}")
     checkpoint = load.open_checkpoint(found.path)
-    limit = memory.budget(None if settings.budget is None else cli.parse_bytes(settings.budget))
+    limit = memory.budget(settings.budget_bytes)
     length, tokens = settings.max_seq_length, settings.num_samples * settings.max_seq_length
     planned = estimates.streamed_pass(
         "calibration", estimates.model_of(checkpoint), tokens, length, length, limit.limit_bytes, head=False

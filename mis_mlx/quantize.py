@@ -33,7 +33,7 @@ from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Who
 
 
 @dataclass(frozen=True)
-class Settings(Computing, QuantizationConfig):
+class Settings(cli.Budgeted, Computing, QuantizationConfig):
     """Quantize only; `distill` does this as its last stages."""
 
     model: str | None = None
@@ -50,12 +50,8 @@ class Settings(Computing, QuantizationConfig):
     """tokens in a window"""
     batch_size: Count = 2
     """windows in a step of q_iters"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     seed: Seed = 0
     """which windows, and which tokens the model draws after them"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
@@ -141,7 +137,7 @@ def run(settings: Settings) -> dict[str, Any]:
         asked = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"
         raise MisError(f"{asked} looks at text, --num-samples is {s.num_samples}: give 1 or more")
     count = s.num_samples if s.looks else 0
-    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+    limit = memory.budget(s.budget_bytes)
     checkpoint = load.open_checkpoint(found.path)
     packed_format.check_dense(checkpoint)
     model_writer.need_tokenizer(found.path)

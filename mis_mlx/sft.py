@@ -9,8 +9,9 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run
 from mis_mlx.alignment.alignment_plan import Alignment
 from mis_mlx.alignment.sft_loss import PackedDataset
-from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation import live_teacher, run_loop
 from mis_mlx.evaluation import comparison
+from mis_mlx.hardware import memory
 from mis_mlx.models import load, resolve
 from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import StageCost
@@ -51,7 +52,7 @@ def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, lengt
         return alone
     t, tokens = estimates.model_of(beside), s.batch_size * s.grad_accumulation_steps * length
     peak = alone.peak_bytes + t.slots_bytes + t.head_work + tokens * t.shape.hidden * t.item
-    keeps = estimates.pins(t, estimates.room(alignment_plan.budget(s).limit_bytes, peak))
+    keeps = estimates.pins(t, estimates.room(memory.budget(s.budget_bytes).limit_bytes, peak))
     flops = alone.flops + s.iters * estimates.forward_flops(t, tokens, length)
     read = alone.read_bytes + t.block_bytes * (keeps + s.iters * (t.shape.layers - keeps))
     return replace(alone, peak_bytes=peak + keeps * t.block_work, flops=flops, read_bytes=read, pinned=keeps)
@@ -62,14 +63,14 @@ def _source(s: Settings, beside: Checkpoint | None, pinned: int) -> live_teacher
     if beside is None:
         return live_teacher.TextTargets()
     t = estimates.model_of(beside)
-    direct = beside.nbytes > alignment_plan.budget(s).limit_bytes
+    direct = beside.nbytes > memory.budget(s.budget_bytes).limit_bytes
     room = pinned * t.block_work + t.head_work
     return live_teacher.StreamedTeacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, train, write the best student."""
-    s, folder = alignment_plan.resumed(settings)
+    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
     checkpoint = alignment_plan.opened(s)
     beside = None
     if s.teacher is not None:

@@ -1,7 +1,4 @@
-"""What came out of a search: which finalist is best and how sure that is, in tables and in one sentence.
-
-Does not measure; it judges what the logs of a search (distillation/candidate_trials) hold.
-"""
+"""What came out of a search: which finalist is best and how sure that is, in tables and in one sentence."""
 
 from __future__ import annotations
 
@@ -45,8 +42,7 @@ def command_line(shape: Shape, before: Shape, teacher: str | None, data: str | N
     parts += [f"--{n} {shlex.quote(v)}" for n, v in (("teacher", teacher), ("data", data)) if v]
     parts += ["--scenario none"]
     parts += [f"--{a} {getattr(shape, a)}" for a in AXES if getattr(shape, a) != getattr(before, a)]
-    packing = {64: [], 32: ["--q-group-size 32"], 0: ["--quantize 0"]}
-    return " ".join(parts + packing[shape_search.group_of(shape)])
+    return " ".join(parts + {64: [], 32: ["--q-group-size 32"], 0: ["--quantize 0"]}[shape_search.group_of(shape)])
 
 
 def unstable(record: Mapping[str, Any]) -> str:
