@@ -1,8 +1,7 @@
 """`python -m mis_mlx`: the list of commands, one line each; with a command and flags, that command.
 
-Imports none of them: their docstrings are read as text, so the list is there at once. The console commands
-`mis_mlx` and `mis_mlx.distill` begin here too, so that Ctrl-C while a command is imported is one sentence.
-"""
+Imports none of them: their docstrings are read as text, so the list is there at once. The console commands `mis_mlx`
+and `mis_mlx.distill` begin here too, so that Ctrl-C while a command is imported is one sentence."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """A dataclass becomes flags and YAML; progress goes to stderr, the result to stdout, JSON on its last line.
 
-Does not know what any command does.
-"""
+Does not know what any command does."""
 
 from __future__ import annotations
 
@@ -237,10 +236,8 @@ def reader() -> Iterator[None]:
 
 @reader()
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool = False) -> None:
-    """Parse, run, print the result as the last stdout line. Exit codes: 0 done, 1 MisError, 2 usage, 3 check.
-
-    several: whether this command can be one process of several; of these only the first one speaks.
-    """
+    """Parse, run, print the result as the last stdout line. Exit codes: 0 done, 1 MisError, 2 usage, 3 check. several:
+    whether this command can be one process of several; of these only the first one speaks."""
     prog = "python -m " + (sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else "mis_mlx")
     if "--version" in sys.argv[1:]:
         print(f"mis_mlx {__version__}")

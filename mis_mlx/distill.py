@@ -14,12 +14,10 @@ import mlx.core as mx
 from mis_mlx import bench, cli, plan, prune, quantize
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import pipeline, run_loop, scale_tuning, summary, trackers
-from mis_mlx.distillation.pipeline import Run
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.models import arch, distributed, load, mlx_generate, model_writer, pipeline_parallel, policy
-from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, machines, phases
 from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
@@ -37,7 +35,7 @@ DTYPE = "bfloat16"  # of unquantized weights on disk
 
 
 @dataclass(frozen=True)
-class Settings(cli.Resumable, Computing, select.PruningConfig, QuantizationConfig, DistillationConfig):
+class Settings(cli.Resumable, policy.Computing, select.PruningConfig, QuantizationConfig, DistillationConfig):
     """One run. Every default is what was measured to work; nothing needs to be given."""
 
     RARE: ClassVar = frozenset({
@@ -70,7 +68,7 @@ class Settings(cli.Resumable, Computing, select.PruningConfig, QuantizationConfi
     """keep what --resume would need once the run is done: checkpoints, the rounded student, stored targets"""
 
 
-def _prune(s: Settings, c: Run, data: preparation.Data) -> Checkpoint:
+def _prune(s: Settings, c: pipeline.Run, data: preparation.Data) -> Checkpoint:
     out = c.folder / "pruned"
     if s.student is not None:
         return load.open_checkpoint(s.student)
@@ -88,7 +86,7 @@ def _prune(s: Settings, c: Run, data: preparation.Data) -> Checkpoint:
     return load.open_checkpoint(out)
 
 
-def _distil(s: Settings, c: Run, pruned: Checkpoint) -> Path:
+def _distil(s: Settings, c: pipeline.Run, pruned: Checkpoint) -> Path:
     """Train to the end from wherever the run stands, then write the student's folder."""
     out = c.folder / ("distilled" if s.quantize else "model")
     if not distributed.broadcast_json(out.exists):
@@ -100,7 +98,7 @@ def _distil(s: Settings, c: Run, pruned: Checkpoint) -> Path:
     return out
 
 
-def _quantize(s: Settings, c: Run, dense: Path) -> None:
+def _quantize(s: Settings, c: pipeline.Run, dense: Path) -> None:
     """Round the student, then let its scales learn; what is there is not made again."""
     out = c.folder / "model"
     steps = s.steps(c.plan.mode == "resident")
@@ -115,7 +113,9 @@ def _quantize(s: Settings, c: Run, dense: Path) -> None:
         scale_tuning.tune(c, rounded, out, scale_tuning.recipe_of(c.recipe, steps, s.q_learning_rate))
 
 
-def _quality(s: Settings, c: Run, data: preparation.Data, models: dict[str, Checkpoint]) -> dict[str, list[Row]]:
+def _quality(
+    s: Settings, c: pipeline.Run, data: preparation.Data, models: dict[str, Checkpoint]
+) -> dict[str, list[Row]]:
     """Rows by held-out text, on the first machine; where machines share the teacher's blocks, all help."""
     quality = {}
     whole = c.teacher, policy.compute_dtype(c.teacher), 0, c.direct
@@ -130,7 +130,7 @@ def _quality(s: Settings, c: Run, data: preparation.Data, models: dict[str, Chec
     return quality
 
 
-def _sizes(s: Settings, c: Run, models: dict[str, Checkpoint]) -> list[Row]:
+def _sizes(s: Settings, c: pipeline.Run, models: dict[str, Checkpoint]) -> list[Row]:
     """Rows of size and speed. The models that are timed also write something, for the report."""
     sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
     sizes += [Row(n, "bytes", m.nbytes / 1e6) for n, m in models.items()]
@@ -143,7 +143,7 @@ def _sizes(s: Settings, c: Run, models: dict[str, Checkpoint]) -> list[Row]:
     return sizes
 
 
-def _stages(s: Settings, c: Run, data: preparation.Data) -> tuple[str, dict[str, Any]]:
+def _stages(s: Settings, c: pipeline.Run, data: preparation.Data) -> tuple[str, dict[str, Any]]:
     """(the table, the result); nothing on machines beside the first one."""
     began, folder = time.monotonic(), c.folder
     models = {"teacher": c.teacher, "pruned": _prune(s, c, data)}
@@ -252,7 +252,7 @@ def _begin(
         begun = json.dumps({**place.weather.now(), **summary.begun(made, flags)})
         place.files.append(place.folder / run_folder.PHASES, begun)
         told = trackers.reporter(s.report_to if distributed.is_main() else None, place.folder, given)
-        c = Run(**vars(place), recipe=made.recipe(s), teacher=teacher, data=data.train, plan=made, report=told,
+        c = pipeline.Run(**vars(place), recipe=made.recipe(s), teacher=teacher, data=data.train, plan=made, report=told,
                 shares=shares)  # fmt: skip
         return _stages(s, c, data)
 

@@ -15,10 +15,8 @@ from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.evaluation import answering, comparison, lm_eval_tasks, questions, recovery_table, task_registry
-from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.hardware import memory
 from mis_mlx.models import distributed, load, policy, resolve
-from mis_mlx.models.policy import Computing
 from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import figures, html, progress, text
@@ -30,7 +28,7 @@ LENGTH = 256  # tokens in a window
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, Computing):
+class Settings(cli.Budgeted, policy.Computing):
     """Compare any number of models with one teacher that shares their tokenizer."""
 
     teacher: str | None = None
@@ -89,10 +87,8 @@ def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opene
 def _texts(
     s: Settings, models: Models, limit: Budget, length: int
 ) -> Iterator[tuple[str, str, Windows, comparison.Opened]]:
-    """(name, title, chosen windows) of every held-out text, once the comparison fits; used within the budget.
-
-    And what opens a model for it.
-    """
+    """(name, title, chosen windows) of every held-out text, once the comparison fits; used within the budget. And what
+    opens a model for it."""
     planned = estimates.compared([estimates.model_of(m) for m in models.values()], s.eval_windows, length)
     estimates.fit(limit, planned)
     # One pass is made of each model: blocks stay in memory only to take the next windows while others work.
@@ -123,10 +119,8 @@ def _held_out(s: Settings, models: Models, limit: Budget) -> tuple[str, dict[str
 def _plan(
     s: Settings, wanted: task_registry.EvaluationSet, models: Models, hashes: Mapping[str, str], limit: Budget
 ) -> dict[str, Any]:
-    """Peak and time of what is still to be asked, said aloud; lm-eval's tasks have no estimate of time.
-
-    MisError where something does not fit, or a question cannot be asked.
-    """
+    """Peak and time of what is still to be asked, said aloud; lm-eval's tasks have no estimate of time. MisError where
+    something does not fit, or a question cannot be asked."""
     shapes = [estimates.model_of(m) for m in models.values()]
     for m, model in zip(shapes, models.values(), strict=True) if wanted.harness else ():
         need = m.shape.layers * m.block_work + m.head_work + estimates.workspace_bytes(m, 2048, 2048)
@@ -146,13 +140,13 @@ def _plan(
 
 def _outcomes(
     s: Settings, wanted: task_registry.EvaluationSet, models: Models, hashes: Mapping[str, str], limit: Budget
-) -> Iterator[Outcome]:
+) -> Iterator[recovery_table.Outcome]:
     """Our tasks, then lm-eval's; each model is asked all of them before the next one."""
     layers, first = s.spread == "layers", next(iter(models.values()))
     marks = {name: [answering.scores(m, hashes[name], t, limit, layers) for t in wanted.tasks]
              for name, m in models.items()}  # fmt: skip
     for at, task in enumerate(wanted.tasks):
-        yield Outcome(
+        yield recovery_table.Outcome(
             task.name,
             task.about,
             {name: marks[name][at] for name in models},
@@ -166,7 +160,9 @@ def _outcomes(
         theirs = {name: answering.by_harness(m, wanted.harness, s.num_questions) for name, m in models.items()}
         for name, one in next(iter(theirs.values())).items():
             about = f"lm-eval {lm_eval_tasks.version()}, {one.metric}"
-            yield Outcome(name, about, {model: by_task[name].marks for model, by_task in theirs.items()}, one.chance)
+            yield recovery_table.Outcome(
+                name, about, {model: by_task[name].marks for model, by_task in theirs.items()}, one.chance
+            )
 
 
 def _hashes(models: Models) -> dict[str, str]:
@@ -206,7 +202,7 @@ def _examine(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
     return {"recovered": recovered, "held_out": held_out} | ({"out": s.out} if s.out else {})
 
 
-def _write(out: Path, outcomes: list[Outcome], page: str, result: dict[str, Any]) -> None:
+def _write(out: Path, outcomes: list[recovery_table.Outcome], page: str, result: dict[str, Any]) -> None:
     picture = recovery_table.figure(outcomes)
     body = "<h1>The recovery table</h1>" + html.markdown(page) + html.figures(picture)
     if picture:

@@ -1,7 +1,6 @@
 """--help and --help-all of a command: its settings as flags, in groups, with what their docstrings say.
 
-Reads dataclasses. Does not know what any command does; a name means the same in every one of them.
-"""
+Reads dataclasses. Does not know what any command does; a name means the same in every one of them."""
 
 from __future__ import annotations
 

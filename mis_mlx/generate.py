@@ -10,7 +10,6 @@ from mis_mlx import cli
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, policy, resolve, streamed_decode
-from mis_mlx.models.policy import Computing
 from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
@@ -18,7 +17,7 @@ from mis_mlx.types import Count, Whole, gib
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, Computing):
+class Settings(cli.Budgeted, policy.Computing):
     """Greedy: the same text as plain decoding, whatever the budget and the draft."""
 
     model: str | None = None

@@ -11,7 +11,6 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
-from mis_mlx.alignment.alignment_plan import Alignment
 from mis_mlx.data import examples, rows
 from mis_mlx.data.rows import Row
 from mis_mlx.distillation import run_loop
@@ -19,7 +18,6 @@ from mis_mlx.evaluation import rewards
 from mis_mlx.maths.policy import LossType
 from mis_mlx.models import distributed, load, stream
 from mis_mlx.planner import estimates, training_size
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.types import MOST, Checkpoint, Count, MisError, Positive, Rate, Within
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
@@ -27,7 +25,7 @@ SAMPLED_TOGETHER = 32  # answers; decoding reads all weights once a token, for o
 
 
 @dataclass(frozen=True)
-class Settings(Alignment):
+class Settings(alignment_plan.Alignment):
     """One run. Rows: {"prompt", "answer"}."""
 
     learning_rate: Rate = 1e-6
@@ -99,7 +97,7 @@ def _questions(
     return splits[0], splits[1], data.card(examples.fingerprint(encoded))
 
 
-def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[StageCost, StageCost]:
+def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimates.StageCost, estimates.StageCost]:
     """(sampling, training), where `longest` is of the prompts."""
     m, most = alignment_plan.sizes(s, checkpoint), s.max_completion_length
     answers, length = s.grad_accumulation_steps * s.group_size, longest + most
@@ -114,7 +112,7 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[StageCos
     batches = s.iters * -(-answers // s.at_once) + -(-measured // s.at_once)
     touched = batches * most * (m.shape.layers * m.block_work + m.head_work)
     flops = estimates.forward_flops(m, tokens, length)
-    play = StageCost("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
+    play = estimates.StageCost("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
     if s.beta:
         beside = 3 * alignment_plan.weight_bytes(s, checkpoint)  # moments too
         size = answers * length

@@ -10,12 +10,9 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
-from mis_mlx.models.arch import MIS_137B
 from mis_mlx.models.config import read_config
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.estimates import ModelSize
 from mis_mlx.planner.job import PLAIN, DistillationSpec, spec_of
-from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import duration, gib
@@ -23,7 +20,7 @@ from mis_mlx.types import duration, gib
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
 
-def table(plan: MemoryPlan) -> str:
+def table(plan: phases.MemoryPlan) -> str:
     """Markdown for people: every phase, one generated token, the decision."""
     one = estimates.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
     head = ["phase", "read", "written", "peak memory", "operations", "time", "of an SSD's life"]
@@ -35,7 +32,7 @@ def table(plan: MemoryPlan) -> str:
     return f"{markdown_table(head, rows)}\n\n{decision(plan)}"
 
 
-def disk_bytes(plan: MemoryPlan) -> int:
+def disk_bytes(plan: phases.MemoryPlan) -> int:
     """Files there may be at once, the teacher's not among them: models, two checkpoints, scratch."""
     m = plan.job.student
     params, shard = arch.params(m.config), m.block_params * plan.shard_layers
@@ -44,7 +41,7 @@ def disk_bytes(plan: MemoryPlan) -> int:
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
 
 
-def decision(plan: MemoryPlan) -> str:
+def decision(plan: phases.MemoryPlan) -> str:
     """What was chosen and what it comes to; or that nothing fits, and what would."""
     if not plan.fits:
         return f"This does NOT fit: {phases.remedy(plan)}."
@@ -86,16 +83,16 @@ class Settings(cli.Budgeted, QuantizationConfig, DistillationConfig):
     """bits of the result; 0 keeps it unquantized"""
 
 
-def _open(name: str | None, gpu: bool) -> tuple[ModelSize, str]:
+def _open(name: str | None, gpu: bool) -> tuple[estimates.ModelSize, str]:
     """(sizes, path or name) of a folder with or without weights, a model of the hub, or the paper's teacher."""
     if name == "mis-137b":
-        return estimates.model_of(MIS_137B, gpu), name
+        return estimates.model_of(arch.MIS_137B, gpu), name
     folder = teachers.resolve_model(name).path
     bare = not any(folder.glob("*.safetensors"))
     return estimates.model_of(read_config(folder) if bare else load.open_checkpoint(folder), gpu), str(folder)
 
 
-def _job(s: Settings, teacher: ModelSize, gpu: bool) -> DistillationSpec:
+def _job(s: Settings, teacher: estimates.ModelSize, gpu: bool) -> DistillationSpec:
     if s.student:
         student, _ = _open(s.student, gpu)
     else:

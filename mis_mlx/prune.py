@@ -13,17 +13,15 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
 from mis_mlx.models import load, policy, resolve
-from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import select
-from mis_mlx.pruning.select import PruningConfig
 from mis_mlx.reporting import progress
 from mis_mlx.storage.files import Files, need_place
 from mis_mlx.types import Count, Seed, Tokens
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, Computing, PruningConfig):
+class Settings(cli.Budgeted, policy.Computing, select.PruningConfig):
     """Prune only; `distill` does this and the rest."""
 
     model: str | None = None

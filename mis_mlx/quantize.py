@@ -20,9 +20,7 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.maths.rounding import Packed
 from mis_mlx.models import load, model_writer, policy, resolve
-from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, phases, quantized_size
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.planner.job import DistillationSpec
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.quantization import bit_allocation, gptq, grid, packed_format
@@ -33,7 +31,7 @@ from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Who
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, Computing, QuantizationConfig):
+class Settings(cli.Budgeted, policy.Computing, QuantizationConfig):
     """Quantize only; `distill` does this as its last stages."""
 
     model: str | None = None
@@ -70,10 +68,8 @@ def quantize(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
-
     batches: token ids [(B, T)] to look at, the hidden states of the first `held` in memory, others in a file beside
-    `out`.
-    """
+    `out`."""
     checkpoint, how = load.open_checkpoint(folder), how.affine
     packed_format.check_dense(checkpoint)
     files.make_folder(out.absolute().parent)
@@ -99,7 +95,9 @@ def quantize(
     )
 
 
-def _planned(s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget) -> list[StageCost]:
+def _planned(
+    s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget
+) -> list[estimates.StageCost]:
     """Rounding, and the steps after it; MisError when one of them does not fit."""
     m, steps = estimates.model_of(checkpoint), s.steps(False)
     found = [quantized_size.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]

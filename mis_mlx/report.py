@@ -13,12 +13,11 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.reporting import figures, html, run_reader, sections
-from mis_mlx.reporting.run_reader import RunRecord
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Count, MisError
 
-SECTIONS: tuple[Callable[[RunRecord, str], str], ...] = (
+SECTIONS: tuple[Callable[[run_reader.RunRecord, str], str], ...] = (
     sections.summary,
     sections.recovery,
     sections.course,
@@ -46,7 +45,7 @@ class Settings:
     """YAML file with any of these flags"""
 
 
-def render(stories: Sequence[RunRecord], every_s: int | None = None) -> str:
+def render(stories: Sequence[run_reader.RunRecord], every_s: int | None = None) -> str:
     """The page. every_s: how often a browser is to open it anew."""
     names = sections.labels(stories)
     parts = [html.part("heading", text=" and ".join(names))]

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import candidate_trials, run_loop, search_report
-from mis_mlx.distillation.candidate_trials import CandidateTrials
 from mis_mlx.distillation.pipeline import Run
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
@@ -23,10 +22,8 @@ from mis_mlx.models import load
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import shape_search
-from mis_mlx.pruning.shape_search import Aim, Decoding
 from mis_mlx.reporting import progress
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage import run_folder
@@ -72,7 +69,9 @@ class Settings(cli.Resumable, Computing, ThermalFlags, DistillationConfig):
     """type of the candidates' weights"""
 
 
-def aim_of(s: Settings, teacher: Checkpoint, folder: Path | None, limit: Budget) -> tuple[Aim, Decoding | None]:
+def aim_of(
+    s: Settings, teacher: Checkpoint, folder: Path | None, limit: Budget
+) -> tuple[shape_search.Aim, shape_search.Decoding | None]:
     """What the student may cost; for --decode also the teacher's speed, timed now or when the run in `folder` began."""
     given = [f"--{name} {value}" for name in ("params", "memory", "decode") if (value := getattr(s, name))]
     if len(given) > 1:
@@ -83,7 +82,7 @@ def aim_of(s: Settings, teacher: Checkpoint, folder: Path | None, limit: Budget)
     if not s.decode:
         return shape_search.params_aim(teacher.config, s.params or "0.667x", s.tolerance), None
     if folder:
-        speed = Decoding(**run_folder.stored_plan(folder))
+        speed = shape_search.Decoding(**run_folder.stored_plan(folder))
     else:
         need = phases.timed_bytes(teacher.config)
         limit.need(need, "timing the teacher, whole in memory,", "give --params or --memory in place of --decode")
@@ -93,7 +92,7 @@ def aim_of(s: Settings, teacher: Checkpoint, folder: Path | None, limit: Budget)
     return shape_search.decode_aim(teacher.config, s.decode, s.tolerance, s.max_kv_size, speed), speed
 
 
-def field_of(s: Settings, config: Mapping[str, Any], aim: Aim) -> tuple[list[Shape], list[Shape]]:
+def field_of(s: Settings, config: Mapping[str, Any], aim: shape_search.Aim) -> tuple[list[Shape], list[Shape]]:
     """(all shapes that meet the aim, those of them that have a name), and what is done with them said."""
     first = shape_search.scenarios(config, aim)
     shapes = list(dict.fromkeys([*shape_search.field(config, aim), *first]))
@@ -106,7 +105,7 @@ def field_of(s: Settings, config: Mapping[str, Any], aim: Aim) -> tuple[list[Sha
     return shapes, first
 
 
-def work_table(planned: Sequence[StageCost], at: Rates) -> str:
+def work_table(planned: Sequence[estimates.StageCost], at: Rates) -> str:
     """Markdown: every phase, then all of them."""
     parts = [(p.name, p.read_bytes, p.written_bytes, p.peak_bytes, p.seconds(at)) for p in planned]
     _, read, written, peak, seconds = zip(*parts, strict=True)
@@ -115,7 +114,9 @@ def work_table(planned: Sequence[StageCost], at: Rates) -> str:
     return markdown_table(["phase", "read", "written", "peak memory", "time"], lines)
 
 
-def rank(s: Settings, c: CandidateTrials, shapes: Sequence[Shape], first: Sequence[Shape]) -> list[Shape]:
+def rank(
+    s: Settings, c: candidate_trials.CandidateTrials, shapes: Sequence[Shape], first: Sequence[Shape]
+) -> list[Shape]:
     """The shapes that were measured, the best first; those whose loss is no number are left out."""
     count, numbers = min(s.evaluations, len(shapes)), itertools.count(1)
     with progress.phase("rank"), progress.bar("rank", count) as show:
@@ -132,7 +133,12 @@ def rank(s: Settings, c: CandidateTrials, shapes: Sequence[Shape], first: Sequen
     return ranked
 
 
-def report(s: Settings, c: CandidateTrials, aim: Aim, finalists: Mapping[Shape, Mapping[str, Any]]) -> dict[str, Any]:
+def report(
+    s: Settings,
+    c: candidate_trials.CandidateTrials,
+    aim: shape_search.Aim,
+    finalists: Mapping[Shape, Mapping[str, Any]],
+) -> dict[str, Any]:
     """Print the table and the sentence; write table.md and return what goes into the JSON line."""
     run, records = c.run, [*finalists.values()]
     candidates, before = run_folder.records(run.folder / candidate_trials.CANDIDATES), shape_of(run.teacher.config)
@@ -190,7 +196,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with progress.run("search", seconds), opening as place:
         course = Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=made)
         samples, repair = course.pick(s.num_samples, 1), course.pick(s.repair_samples, 2)
-        c = CandidateTrials(course, s.dtype, samples, repair, ranking, judging)
+        c = candidate_trials.CandidateTrials(course, s.dtype, samples, repair, ranking, judging)
         best, records = rank(s, c, shapes, first)[: s.finalists], {}
         with progress.phase("finalists"):
             for shape in cli.counted("finalist", best, len(best)):

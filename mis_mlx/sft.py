@@ -7,21 +7,19 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run
-from mis_mlx.alignment.alignment_plan import Alignment
 from mis_mlx.alignment.sft_loss import PackedDataset
 from mis_mlx.distillation import live_teacher, run_loop
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, resolve
 from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.types import Checkpoint, Rate
 
 SHAPES = ("messages", "completion")
 
 
 @dataclass(frozen=True)
-class Settings(Alignment):
+class Settings(alignment_plan.Alignment):
     """One run. Rows: {"messages": [...]} or {"prompt", "completion"}."""
 
     learning_rate: Rate = 1e-4
@@ -45,7 +43,7 @@ def _lessons(s: Settings, checkpoint: Checkpoint) -> tuple[PackedDataset, Packed
     return train_, valid_, card
 
 
-def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> StageCost:
+def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> estimates.StageCost:
     """The training, with as much of its teacher in memory as the budget leaves."""
     alone = alignment_plan.training(s, checkpoint, s.batch_size, length, "sft")
     if beside is None:

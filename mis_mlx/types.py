@@ -135,12 +135,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class PrunableAxis:
-    """One axis that can shrink: which weights write it, which read it.
-
-    `writes` have the axis as rows (axis 0), `reads` as columns (axis 1), `vectors` as their only axis.
-    Names carry `{i}` where the layer number goes. `unit` indices belong together and go together
-    (1 FFN neuron; head_dim rows of one query head).
-    """
+    """One axis that can shrink: which weights write it, which read it. `writes` have the axis as rows (axis 0), `reads`
+    as columns (axis 1), `vectors` as their only axis. Names carry `{i}` where the layer number goes. `unit` indices
+    belong together and go together (1 FFN neuron; head_dim rows of one query head)."""
 
     name: str  # "ffn", "heads", "hidden", "layers"
     size: int
@@ -152,12 +149,10 @@ class PrunableAxis:
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """What a pruning keeps, and why; saved beside the model as `keep.json`.
-
-    `layers`: teacher layers kept, in order. `kept[(layer, space)]`: sorted indices kept in that teacher
-    layer; `kept[(-1, "hidden")]` for the residual stream, which all layers share. basis: where the stream was
-    rotated before the cut, the teacher's channels to the student's, an array (D, d); saved as `rotation.npy`.
-    """
+    """What a pruning keeps, and why; saved beside the model as `keep.json`. `layers`: teacher layers kept, in order.
+    `kept[(layer, space)]`: sorted indices kept in that teacher layer; `kept[(-1, "hidden")]` for the residual stream,
+    which all layers share. basis: where the stream was rotated before the cut, the teacher's channels to the student's,
+    an array (D, d); saved as `rotation.npy`."""
 
     layers: tuple[int, ...]
     kept: Mapping[tuple[int, str], tuple[int, ...]]
@@ -176,10 +171,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, as the loop yields it. `loss` in nats per token, before eq. (2)'s factor.
-
-    Alignment's losses are per what they count (tokens, pairs, answers); `more` holds further means of theirs.
-    """
+    """One optimizer step, as the loop yields it. `loss` in nats per token, before eq. (2)'s factor. Alignment's losses
+    are per what they count (tokens, pairs, answers); `more` holds further means of theirs."""
 
     number: int
     loss: float

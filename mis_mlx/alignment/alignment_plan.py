@@ -16,9 +16,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models import arch, distributed, policy
-from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, training_size
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.planner.phases import SAVED_BYTES
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
@@ -31,7 +29,7 @@ S = TypeVar("S", bound="Alignment")
 
 
 @dataclass(frozen=True)
-class Alignment(cli.Resumable, Computing, ThermalFlags, TrainingConfig):
+class Alignment(cli.Resumable, policy.Computing, ThermalFlags, TrainingConfig):
     """The flags that sft, dpo and grpo share."""
 
     batch_size: Count = 4
@@ -98,7 +96,7 @@ def weight_bytes(s: Alignment, checkpoint: Checkpoint) -> int:
     return m.nbytes if m.packed and m.as_stored else arch.params(checkpoint.config) * m.item
 
 
-def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> StageCost:
+def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> estimates.StageCost:
     """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
     m, params = sizes(s, checkpoint), arch.params(checkpoint.config)
     trained, peak = params, training_size.training_bytes(m.config, rows, length)
@@ -109,14 +107,14 @@ def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name:
         peak += training_size.logit_bytes(m.shape.vocab, rows * length)
     written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + estimates.SIZES[s.dtype] * params
     flops = s.iters * 3 * estimates.forward_flops(m, s.grad_accumulation_steps * rows * length, length)
-    return StageCost(name, m.nbytes, written, peak, flops, True, updated=s.iters * trained)
+    return estimates.StageCost(name, m.nbytes, written, peak, flops, True, updated=s.iters * trained)
 
 
 @dataclass(frozen=True)
 class AlignmentPlan:
     """The phases of a run under a budget, on a machine of these rates."""
 
-    phases: Sequence[StageCost]
+    phases: Sequence[estimates.StageCost]
     budget: Budget
     rates: Rates
     micro_batch: int  # rows, pairs or answers
@@ -143,7 +141,7 @@ class AlignmentPlan:
         }
 
 
-def plan(s: Alignment, *phases: StageCost) -> AlignmentPlan:
+def plan(s: Alignment, *phases: estimates.StageCost) -> AlignmentPlan:
     """The plan of these phases under the budget asked for, told in a line each. s: with the micro-batches to come."""
     whole = AlignmentPlan(phases, memory.budget(s.budget_bytes), estimates.machine_rates(), s.batch_size)
     for p in phases:
@@ -154,11 +152,9 @@ def plan(s: Alignment, *phases: StageCost) -> AlignmentPlan:
     return whole
 
 
-def cut(s: S, folder: Path | None, phase: Callable[[S], StageCost]) -> S:
-    """`s` with its steps in the largest micro-batches with which `phase(s)` fits; of a run in `folder`, in its own.
-
-    A micro-batch divides the one asked for, and a step stays what it was.
-    """
+def cut(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) -> S:
+    """`s` with its steps in the largest micro-batches with which `phase(s)` fits; of a run in `folder`, in its own. A
+    micro-batch divides the one asked for, and a step stays what it was."""
     limit = memory.budget(s.budget_bytes).limit_bytes
 
     def in_parts(size: int) -> S:

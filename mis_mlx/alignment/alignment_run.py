@@ -1,7 +1,6 @@
 """What the alignment commands share: a student opened, whole or with LoRA; its run, checkpoints, best one, result.
 
-A run that was killed and resumed ends bit-equal to one that was not.
-"""
+A run that was killed and resumed ends bit-equal to one that was not."""
 
 from __future__ import annotations
 
@@ -20,13 +19,10 @@ import mlx.nn as nn
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, lora
-from mis_mlx.alignment.alignment_plan import Alignment, AlignmentPlan
 from mis_mlx.data import examples
-from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.checkpoints import CheckpointedTraining
 from mis_mlx.distillation.run_loop import OpenRun, open_run
-from mis_mlx.distillation.train_loop import Loss
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, model_writer, stream
@@ -46,11 +42,11 @@ class AlignmentRun(OpenRun):
     """A student in memory and the folder of its run. Made by `running`."""
 
     name: str  # of the command
-    settings: Alignment
+    settings: alignment_plan.Alignment
     checkpoint: Checkpoint
     model: nn.Module
     optimizer: GuardedAdamW
-    plan: AlignmentPlan
+    plan: alignment_plan.AlignmentPlan
     card: Mapping[str, Any]  # of the data: what it is, its licence
     best: tuple[int, float] | None = None  # (step, its held-out figure)
     began_s: float = field(default_factory=time.monotonic)
@@ -58,17 +54,15 @@ class AlignmentRun(OpenRun):
     def train(
         self,
         micro_batches: Callable[[int], Any],
-        loss: Loss,
+        loss: train_loop.Loss,
         held_out: Callable[[], Mapping[str, float]],
         train: Callable[..., Iterator[Step]] = train_loop.train,
         judge: str = "loss",
     ) -> dict[str, Any]:
         """Train from wherever the run stands to its end, write the best student, return the run's result.
-
         micro_batches, loss: as of `train_loop.train`; pure functions of the step and of the model. held_out(): what is
-        measured of `model` at every checkpoint; the one with the lowest `judge` is kept.
-        train: called as `train_loop.train`, yields the steps; what `micro_batches` gives is between these two.
-        """
+        measured of `model` at every checkpoint; the one with the lowest `judge` is kept. train: called as
+        `train_loop.train`, yields the steps; what `micro_batches` gives is between these two."""
         s, mine = self.settings, (self.model, self.optimizer)
 
         def begin() -> None:
@@ -149,8 +143,12 @@ class AlignmentRun(OpenRun):
 
 
 def data(
-    s: Alignment, checkpoint: Checkpoint, shapes: Sequence[str], answers: Sequence[str] = (), mask_prompt: bool = True
-) -> tuple[list[list[Sequenced]], list[list[Sequenced]], dict[str, Any]]:
+    s: alignment_plan.Alignment,
+    checkpoint: Checkpoint,
+    shapes: Sequence[str],
+    answers: Sequence[str] = (),
+    mask_prompt: bool = True,
+) -> tuple[list[list[examples.Sequenced]], list[list[examples.Sequenced]], dict[str, Any]]:
     """(rows to train on, held-out ones, encoded; what is known of the data); every row is checked."""
     rows = examples.load(s.data, shapes, s.data_licence, s.scrub_pii)
     tokenizer = load.tokenizer(checkpoint.path)
@@ -164,12 +162,15 @@ def data(
 
 @contextmanager
 def running(
-    s: Alignment, folder: Path | None, checkpoint: Checkpoint, plan: AlignmentPlan, card: Mapping[str, Any], name: str
+    s: alignment_plan.Alignment,
+    folder: Path | None,
+    checkpoint: Checkpoint,
+    plan: alignment_plan.AlignmentPlan,
+    card: Mapping[str, Any],
+    name: str,
 ) -> Iterator[AlignmentRun]:
     """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint".
-
-    MisError with both numbers where the plan does not fit the budget.
-    """
+    MisError with both numbers where the plan does not fit the budget."""
     worst = max(plan.phases, key=lambda p: p.peak_bytes)
     remedy = f"give --budget {estimates.flag(plan.peak_bytes)} or more, lower --batch-size or --max-seq-length, "
     remedy += "or use --fine-tune-type lora; alignment trains whole models in memory"

@@ -1,7 +1,6 @@
 """Group-relative policy optimization: answers sampled and scored, groups that teach something, their loss and steps.
 
-A step's answers depend on the weights, the data, the seed and the step alone.
-"""
+A step's answers depend on the weights, the data, the seed and the step alone."""
 
 from __future__ import annotations
 
@@ -19,7 +18,6 @@ from mis_mlx import cli
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
 from mis_mlx.evaluation import rewards
-from mis_mlx.evaluation.rewards import Function, Scores
 from mis_mlx.maths import policy
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -79,16 +77,14 @@ class Rollout:
 @dataclass
 class Sampler:
     """Makes a step's rollout, this machine's part of it. prompts: token ids of each row of `rows`, in one order.
-
     prompts_per_step groups of `group` answers, `at_once` answers generated together, micro_batch answers in a
-    micro-batch. reference: where KL is asked for, the model as it was. updates: of the weights in a step.
-    """
+    micro-batch. reference: where KL is asked for, the model as it was. updates: of the weights in a step."""
 
     model: nn.Module
     rows: Sequence[Mapping[str, Any]]
     prompts: Sequence[Sequence[int]]
     tokenizer: Any
-    functions: Sequence[Function]
+    functions: Sequence[rewards.Function]
     objective: Objective
     group: int
     prompts_per_step: int
@@ -163,7 +159,7 @@ class Sampler:
         return logps
 
 
-def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: Scores, kept: bool) -> str:
+def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: rewards.Scores, kept: bool) -> str:
     answers = [
         {"text": text, "reward": total, **{name: values[n] for name, values in score.parts.items()}}
         for n, (text, total) in enumerate(zip(texts, score.totals, strict=True))
@@ -174,7 +170,11 @@ def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: Scor
 
 
 def _facts(
-    totals: np.ndarray, scores: Sequence[Scores], answers: Sequence[list[list[int]]], kept: np.ndarray, most: int
+    totals: np.ndarray,
+    scores: Sequence[rewards.Scores],
+    answers: Sequence[list[list[int]]],
+    kept: np.ndarray,
+    most: int,
 ) -> dict[str, float]:
     """What a step's metrics hold beside its loss. Means are over answers that were scored."""
     lengths = np.array([len(answer) for group in answers for answer in group])
@@ -214,10 +214,8 @@ def train(
     start: int = 0,
     updates: int = 1,
 ) -> Iterator[Step]:
-    """Steps as `train_loop.train` gives them; each samples, then takes `updates` updates on what it sampled.
-
-    A step of which every group has equal rewards leaves weights and moments as they are. One line of the table a step.
-    """
+    """Steps as `train_loop.train` gives them; each samples, then takes `updates` updates on what it sampled. A step of
+    which every group has equal rewards leaves weights and moments as they are. One line of the table a step."""
     cli.say("  step  " + "  ".join(f"{name:>13}" for name, _ in TABLE))
     for step in range(start, schedule.iters):
         began = train_loop.CLOCK.monotonic()

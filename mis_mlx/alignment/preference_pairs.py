@@ -1,8 +1,7 @@
 """Preference optimization: pairs of answers as rectangles, the reference's log-probabilities, the loss of a pair.
 
 The reference is the model before it is trained: it gives two floats a pair, kept in the run folder with their hashes,
-so that no second model is in memory.
-"""
+so that no second model is in memory."""
 
 from __future__ import annotations
 
@@ -39,10 +38,8 @@ class Objective:
     def loss(
         self, student: nn.Module, tokens: mx.array, learn: mx.array, reference: mx.array, frozen_head: bool = False
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        """(sum over pairs, pairs, further sums) of 2 B rows (2 B, T), the chosen first; reference: (2 B,).
-
-        margin: r_w - r_l in nats, without beta; chosen, rejected: log pi(y|x).
-        """
+        """(sum over pairs, pairs, further sums) of 2 B rows (2 B, T), the chosen first; reference: (2 B,). margin: r_w
+        - r_l in nats, without beta; chosen, rejected: log pi(y|x)."""
         sums, counts = _sums(student, tokens, learn, frozen_head)
         r_w, r_l = mx.split(sums - reference, 2)
         n_w, n_l = mx.split(counts, 2)
@@ -126,8 +123,7 @@ def measure(
 
     With dpop also `OF_MEANS`, which checkpoints are judged by: it falls where the margin grows and the chosen answers
     do not become less likely on the whole. The mean of the losses rises as soon as a single chosen answer does, for
-    lambda weighs that several times, and on held-out pairs one always does.
-    """
+    lambda weighs that several times, and on held-out pairs one always does."""
     sums = dict[str, float]()
     for at in sequence_packing.by_length("held out: batch", list(map(longest, pairs)), batch_size):
         tokens, learn = rectangle([pairs[i] for i in at])

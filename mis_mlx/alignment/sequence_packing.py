@@ -1,7 +1,6 @@
 """Token sequences of different lengths into rectangles: several to a window, or one to a row, padded at the end.
 
-Padding is never learned and never seen by a real token, so it changes nothing.
-"""
+Padding is never learned and never seen by a real token, so it changes nothing."""
 
 from __future__ import annotations
 
@@ -34,10 +33,8 @@ def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def rectangle(windows: Sequence[Sequence[Sequenced]]) -> tuple[mx.array, mx.array, mx.array]:
-    """(tokens, learn, rows), (B, T) each: one window a line, its sequences one after the other, then padding.
-
-    learn is 1 where the prediction made there, of the next token, counts. rows numbers the sequences of a window.
-    """
+    """(tokens, learn, rows), (B, T) each: one window a line, its sequences one after the other, then padding. learn is
+    1 where the prediction made there, of the next token, counts. rows numbers the sequences of a window."""
     longest = max(sum(len(ids) for ids, _ in window) for window in windows)
     shape = len(windows), -(-longest // MULTIPLE) * MULTIPLE
     tokens, learn, rows = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.full(shape, PADDING, np.int32)
@@ -59,11 +56,9 @@ def drawn(
     seed: int,
     share: Callable[[Any], Any] = lambda at: at,
 ) -> list[np.ndarray]:
-    """The indices of a step's `parts` micro-batches: a pure function of its arguments.
-
-    Those of like length come together, which saves padding and changes nothing: a step is one sum. share: of all
-    indices those that are wanted here.
-    """
+    """The indices of a step's `parts` micro-batches: a pure function of its arguments. Those of like length come
+    together, which saves padding and changes nothing: a step is one sum. share: of all indices those that are wanted
+    here."""
     at = order(len(lengths), batch_size * parts, step, seed)
     at = share(at[np.argsort([lengths[i] for i in at], kind="stable")])
     return [at[i : i + batch_size] for i in range(0, len(at), batch_size)]

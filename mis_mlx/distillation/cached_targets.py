@@ -1,8 +1,7 @@
 """Cached distillation: the teacher read once, its sparse targets on disk, then students trained without it.
 
-Does not know optimizers or flags. A window's targets depend on the teacher, the window and the seed alone:
-not on how many windows went through the teacher together, nor on where writing was stopped.
-"""
+Does not know optimizers or flags. A window's targets depend on the teacher, the window and the seed alone: not on how
+many windows went through the teacher together, nor on where writing was stopped."""
 
 from __future__ import annotations
 
@@ -46,11 +45,10 @@ def write(
 ) -> logit_store.Targets:
     """The finished store of `data`'s targets in `folder`: made, or what is missing of it. Hold the run's lock.
 
-    checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed through
-    once for every `windows_per_pass` windows. count: samples a position.
-    show(windows done, text). Several machines share the missing parts out, and all have the whole store in the end.
-    together: they share the teacher too (models/pipeline_parallel), so all make as many passes as who makes most.
-    """
+    checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed through once for
+    every `windows_per_pass` windows. count: samples a position. show(windows done, text). Several machines share the
+    missing parts out, and all have the whole store in the end. together: they share the teacher too
+    (models/pipeline_parallel), so all make as many passes as who makes most."""
     fingerprint = run_folder.origin(checkpoint, "")["teacher"]
     vocab = shape_of(checkpoint.config).vocab
     n, length = data.tokens.shape
@@ -107,10 +105,8 @@ def _targets(teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec,
 
 
 class Cached:
-    """A store in the place of a Teacher: `live_teacher.steps` trains against it, with no teacher in memory.
-
-    windows: which windows of the training data the store's are, rising (`visited`); default: all of them.
-    """
+    """A store in the place of a Teacher: `live_teacher.steps` trains against it, with no teacher in memory. windows:
+    which windows of the training data the store's are, rising (`visited`); default: all of them."""
 
     def __init__(self, store: logit_store.Targets, windows: np.ndarray | None = None):
         self._store = store

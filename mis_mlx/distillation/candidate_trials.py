@@ -1,7 +1,6 @@
 """Candidates measured: each as pruned, the best after a short distillation, and what that takes.
 
-Every measurement is a line in a log before the next begins, so a search that was killed goes on from there.
-"""
+Every measurement is a line in a log before the next begins, so a search that was killed goes on from there."""
 
 from __future__ import annotations
 
@@ -21,7 +20,6 @@ import numpy as np
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline
-from mis_mlx.distillation.pipeline import Run
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
@@ -30,11 +28,8 @@ from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import arch, load, mlx_generate, model_writer, policy, stream
 from mis_mlx.models.config import Shape
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.planner.job import spec_of
-from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.pruning import calibrate, reconstruct, rotate, select, shape_search
-from mis_mlx.pruning.shape_search import AXES, Decoding
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import reported
@@ -62,7 +57,7 @@ def split(held_out: Windows, ranking: int, judging: int) -> tuple[Windows, Windo
 class CandidateTrials:
     """What the measurements share. repair: windows of token ids (1, T) for the closed-form fit, or none."""
 
-    run: Run
+    run: pipeline.Run
     dtype: str
     samples: Sequence[mx.array]
     repair: Sequence[mx.array]
@@ -104,9 +99,7 @@ class CandidateTrials:
 
     def score(self, shape: Shape) -> float:
         """KL(teacher || candidate) in nats per token on the ranking windows; from the log where it stands there.
-
-        Infinite where it is no number. The candidate's folder is gone again.
-        """
+        Infinite where it is no number. The candidate's folder is gone again."""
         log = self.run.folder / CANDIDATES
         if (record := find(log, shape)) is None:
             with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as temp:
@@ -132,10 +125,8 @@ class CandidateTrials:
         return load.open_checkpoint(out)
 
     def final(self, shape: Shape, cached: int | None) -> dict[str, Any]:
-        """The record of a finalist: distilled for a few steps, judged before and after; from the log if there.
-
-        cached: tokens in the KV cache when it is timed; None: it is not.
-        """
+        """The record of a finalist: distilled for a few steps, judged before and after; from the log if there. cached:
+        tokens in the KV cache when it is timed; None: it is not."""
         log, sub = self.run.folder / FINALISTS, self.run.folder / "finalists" / shape_search.label(shape)
         if (record := find(log, shape)) is None:
             record = self._measured(shape, sub, cached)
@@ -168,7 +159,7 @@ class CandidateTrials:
             record["decode_s"] = timed(trained.path, cached, halves=False).block_s
         return record
 
-    def _train(self, c: Run, pruned: Checkpoint) -> Checkpoint | None:
+    def _train(self, c: pipeline.Run, pruned: Checkpoint) -> Checkpoint | None:
         """The distilled student; None where three steps in a row were no numbers."""
         out = c.folder / "distilled"
         if out.exists():
@@ -185,7 +176,7 @@ class CandidateTrials:
 
 
 def _sizes(shape: Shape) -> dict[str, Any]:
-    return {axis: getattr(shape, axis) for axis in AXES}
+    return {axis: getattr(shape, axis) for axis in shape_search.AXES}
 
 
 def find(log: Path, shape: Shape) -> dict[str, Any] | None:
@@ -204,11 +195,9 @@ def guarded(steps: Sequence[Mapping[str, Any]], trained: object) -> dict[str, An
     return {"steps": len(notes), "skipped": skipped, "clipped": clipped, "diverged": trained is None}
 
 
-def timed(folder: Path, cached: int, halves: bool = True) -> Decoding:
-    """Seconds of a token by the quickest of some, stock mlx-lm, `cached` tokens in the KV cache.
-
-    halves: a second timing with half of the blocks says what a block takes; else all counts as one block.
-    """
+def timed(folder: Path, cached: int, halves: bool = True) -> shape_search.Decoding:
+    """Seconds of a token by the quickest of some, stock mlx-lm, `cached` tokens in the KV cache. halves: a second
+    timing with half of the blocks says what a block takes; else all counts as one block."""
     model, tokenizer = mlx_generate.open_model(folder)
     ids = mlx_generate.prompt_ids(tokenizer, "In the evening the wind came down from the pass.", 8)
     layers = model.model.layers
@@ -223,16 +212,18 @@ def timed(folder: Path, cached: int, halves: bool = True) -> Decoding:
 
     total, half = len(layers), max(1, len(layers) // 2)
     if not halves:
-        return Decoding(min(quickest(total), quickest(total)), 0.0)
+        return shape_search.Decoding(min(quickest(total), quickest(total)), 0.0)
     pairs = [(quickest(total), quickest(half)) for _ in range(ROUNDS)]  # in turn, so that a slow spell hits both
     whole, part = map(min, zip(*pairs, strict=True))
     block = whole / total  # all that there is: one block, or a machine too busy to tell half of the blocks from all
     if part < whole and half < total:
         block = min((whole - part) / (total - half), block)
-    return Decoding(block, max(0.0, whole - total * block))
+    return shape_search.Decoding(block, max(0.0, whole - total * block))
 
 
-def work(s: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget) -> tuple[list[StageCost], MemoryPlan]:
+def work(
+    s: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget
+) -> tuple[list[estimates.StageCost], phases.MemoryPlan]:
     """What a search with these settings takes, every student counted as the one that takes most; and that one's
     distillation."""
     t, length, rates = estimates.model_of(checkpoint), s.max_seq_length, estimates.machine_rates()
@@ -244,7 +235,7 @@ def work(s: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget)
     known = estimates.TENSOR_BYTES * t.tensors
     own = known + memory.process_bytes(max(0, limit.limit_bytes - known))  # as in a plan, whose phases have it
 
-    def times(p: StageCost, n: int, name: str, written: int, beside: int = own) -> StageCost:
+    def times(p: estimates.StageCost, n: int, name: str, written: int, beside: int = own) -> estimates.StageCost:
         return replace(p, name=name, read_bytes=n * p.read_bytes, written_bytes=n * written, flops=n * p.flops,
                        peak_bytes=p.peak_bytes + beside)  # fmt: skip
 
@@ -263,7 +254,7 @@ def work(s: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget)
     return [*stages, times(judged, finals, "judge them", 2 * m.nbytes)], made
 
 
-def seconds(stages: Sequence[StageCost], at: Rates) -> dict[str, float]:
+def seconds(stages: Sequence[estimates.StageCost], at: Rates) -> dict[str, float]:
     """Of `work`, by what a search does: rank, then train and judge finalists."""
     count = next(n for n, phase in enumerate(stages) if "finalists" in phase.name)
     parts = {"rank": stages[:count], "finalists": stages[count:]}

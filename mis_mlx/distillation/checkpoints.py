@@ -1,7 +1,6 @@
 """A training with checkpoints: the newest one put back on every machine, then steps to the end, the next ones saved.
 
-Does not know what is trained. The protocol on disk is storage/checkpoint's.
-"""
+Does not know what is trained. The protocol on disk is storage/checkpoint's."""
 
 from __future__ import annotations
 
@@ -83,12 +82,10 @@ class CheckpointedTraining:
         optimizer: Callable[[], GuardedAdamW],
         **shown: Any,
     ) -> None:
-        """Run steps(start) to their end, `shown` as of `run_training`. optimizer(): the one in use.
-
-        Three bad batches in a row go back to the last checkpoint, once. On the second way these batches are left out
-        and the learning rate is half of what it was; what is bad then raises `Diverged`. A run killed before the second
-        way has a checkpoint takes both ways again, with the same bits.
-        """
+        """Run steps(start) to their end, `shown` as of `run_training`. optimizer(): the one in use. Three bad batches
+        in a row go back to the last checkpoint, once. On the second way these batches are left out and the learning
+        rate is half of what it was; what is bad then raises `Diverged`. A run killed before the second way has a
+        checkpoint takes both ways again, with the same bits."""
         try:
             run_training(self.run, steps(start), iters, save_every, self.save, **shown)
         except Diverged as error:

@@ -1,8 +1,7 @@
 """The two sides of distillation: the teacher's targets for a step, and the student's loss against them.
 
-Does not know steps, optimizers or files. The teacher stays in memory or is streamed, by the plan; either
-way what crosses over is its final hidden states, and the vocabulary is met chunk by chunk (maths/losses).
-"""
+Does not know steps, optimizers or files. The teacher stays in memory or is streamed, by the plan; either way what
+crosses over is its final hidden states, and the vocabulary is met chunk by chunk (maths/losses)."""
 
 from __future__ import annotations
 
@@ -42,10 +41,8 @@ class TargetSource(Protocol):
 
 
 class StreamedTeacher:
-    """Final hidden states of the teacher for any batch, and its vocabulary head.
-
-    room_bytes, direct: as of `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`.
-    """
+    """Final hidden states of the teacher for any batch, and its vocabulary head. room_bytes, direct: as of
+    `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`."""
 
     def __init__(
         self,
@@ -124,10 +121,8 @@ def _on_host(
     source: StreamedTeacher, student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array
 ) -> tuple[tuple[mx.array, mx.array], Any]:
     """What `nn.value_and_grad` gives of `loss_of(source)`, evaluated; the vocabulary by numpy, windows side by side.
-
     The way back is laid out before the way forth is gone, so that only what it needs is kept: from a cotangent of
-    zeros, whose memory numpy then fills.
-    """
+    zeros, whose memory numpy then fills."""
     trained = dict(tree_flatten(student.trainable_parameters()))
     cotangent = mx.zeros((tokens.size, student.args.hidden_size))
     hidden: list[mx.array] = []
@@ -187,10 +182,8 @@ def steps(
     start: int = 0,
     sigma: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Step]:
-    """Optimizer steps `start` to `recipe.iters` of distillation, as `train_loop.train` yields them.
-
-    sigma(): spread of eps_halny, asked at every step.
-    """
+    """Optimizer steps `start` to `recipe.iters` of distillation, as `train_loop.train` yields them. sigma(): spread of
+    eps_halny, asked at every step."""
     return train(
         student,
         step_micro_batches(source, data, recipe),

@@ -1,7 +1,6 @@
 """A student's training from wherever it stands to its end: repaired or taught block by block, then distilled.
 
-Every stage is on disk before the next begins, and one that was killed goes on from its last checkpoint.
-"""
+Every stage is on disk before the next begins, and one that was killed goes on from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -150,9 +149,7 @@ def train_whole(
     tuned: bool = False,
 ) -> None:
     """All of `c.recipe`'s steps of a student in memory, from wherever they stand. begin: before the first of them.
-
-    tuned: of a packed student, whose checkpoints and log are its own.
-    """
+    tuned: of a packed student, whose checkpoints and log are its own."""
     wind, mine = Wind(c), (student, optimizer)
     training = CheckpointedTraining(
         c, partial(train_loop.arrays_of, *mine), optimizer.memory, partial(train_loop.restore, *mine),

@@ -1,7 +1,6 @@
 """One run watched over: flags and model at its start, its folder, then every step logged, saved, rested after, stopped.
 
-Does not know what is trained or what a checkpoint holds; `save(number)` does.
-"""
+Does not know what is trained or what a checkpoint holds; `save(number)` does."""
 
 from __future__ import annotations
 
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 
 from mis_mlx import cli
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.memory import Peak
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor, battery
 from mis_mlx.models import distributed, load, policy, resolve
 from mis_mlx.reporting import progress, text
@@ -60,7 +58,7 @@ class OpenRun:
     folder: Path
     weather: ThermalMonitor
     files: Files
-    peak: Peak
+    peak: memory.Peak
 
 
 @contextmanager
@@ -68,10 +66,8 @@ def open_run(
     s: Any, folder: Path | None, name: str, origin: Mapping[str, str], way: Mapping[str, Any], limit: Budget, wired: int
 ) -> Iterator[OpenRun]:
     """The run of the settings `s`: that in `folder`, which must have begun with `origin`, or a new one called `name`.
-
     Machines beside the first one work in a folder that goes with them. way: how it trains, decided once. wired: as of
-    `memory.limited`, in bytes.
-    """
+    `memory.limited`, in bytes."""
     files = Files()
     distributed.check_same(origin)
     if folder is None and distributed.is_main():
@@ -90,7 +86,7 @@ def open_run(
         protocol.sweep(place, files)
         if note := battery(s):
             cli.say(note)
-        yield OpenRun(place, weather, files, Peak())
+        yield OpenRun(place, weather, files, memory.Peak())
 
 
 def run_training(
@@ -106,10 +102,8 @@ def run_training(
     report: Callable[[Step], None] | None = None,
 ) -> None:
     """Run `steps` to their end. MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it, here or on
-    any machine beside this one, or when such a machine is gone.
-
-    budget_bytes, planned_tps: shown beside the memory and the speed there are. report: told of every step.
-    """
+    any machine beside this one, or when such a machine is gone. budget_bytes, planned_tps: shown beside the memory and
+    the speed there are. report: told of every step."""
     losses, weather = deque[float](maxlen=text.SPARK_STEPS), run.weather
     unsaved = 0  # the number of a step that no checkpoint holds
     with cli.stop_asked() as asked, progress.bar(label, iters) as show:

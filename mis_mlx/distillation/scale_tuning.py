@@ -1,7 +1,6 @@
 """Distil what rounding cost: scales, biases and norms of a packed model learn from a teacher, integers stay.
 
-mlx-lm's DWQ learns from the same model before rounding; here the teacher may be another, bigger one. Does not round.
-"""
+mlx-lm's DWQ learns from the same model before rounding; here the teacher may be another, bigger one. Does not round."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ import numpy as np
 from mis_mlx.maths.stats import interval
 from mis_mlx.models.config import Shape
 from mis_mlx.pruning import shape_search
-from mis_mlx.pruning.shape_search import AXES
 from mis_mlx.reporting import text
 from mis_mlx.types import Row
 
@@ -41,7 +40,7 @@ def command_line(shape: Shape, before: Shape, teacher: str | None, data: str | N
     parts = ["scripts/mis distill"]
     parts += [f"--{n} {shlex.quote(v)}" for n, v in (("teacher", teacher), ("data", data)) if v]
     parts += ["--scenario none"]
-    parts += [f"--{a} {getattr(shape, a)}" for a in AXES if getattr(shape, a) != getattr(before, a)]
+    parts += [f"--{a} {getattr(shape, a)}" for a in shape_search.AXES if getattr(shape, a) != getattr(before, a)]
     return " ".join(parts + {64: [], 32: ["--q-group-size 32"], 0: ["--quantize 0"]}[shape_search.group_of(shape)])
 
 

@@ -1,7 +1,6 @@
 """What came out of a run: one dictionary for machines, one page of tables for people.
 
-Does not measure; it arranges what was measured.
-"""
+Does not measure; it arranges what was measured."""
 
 from __future__ import annotations
 

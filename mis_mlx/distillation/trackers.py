@@ -1,7 +1,6 @@
 """Tell TensorBoard, Weights & Biases or SwanLab of every step, under mlx-lm's keys.
 
-mlx-lm has no TensorBoard; tensorboardX writes its files without TensorFlow.
-"""
+mlx-lm has no TensorBoard; tensorboardX writes its files without TensorFlow."""
 
 from __future__ import annotations
 

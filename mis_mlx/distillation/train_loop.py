@@ -1,9 +1,8 @@
 """The training loop: micro-batches in, one `Step` out per optimizer step. Works for any masked loss.
 
-Does not know what the loss means, where batches come from, or what is done with a `Step`; it yields and
-calls nobody. Cutting a step into micro-batches cannot change it, nor can sharing these out to machines
-(models/distributed): losses are summed, and divided once.
-"""
+Does not know what the loss means, where batches come from, or what is done with a `Step`; it yields and calls nobody.
+Cutting a step into micro-batches cannot change it, nor can sharing these out to machines (models/distributed): losses
+are summed, and divided once."""
 
 from __future__ import annotations
 
@@ -41,11 +40,10 @@ def train(
 ) -> Iterator[Step]:
     """Run steps `start` to `schedule.iters`, yielding each as it is done (`Step.number` counts from 1).
 
-    micro_batches(step): what makes up a step, as argument tuples for `loss`. factor(step): eq. (2)'s
-    (1 + eps_halny); it scales the gradient, while the loss reported is the plain one. A step during which
-    the machine slept (the lid was closed) is discarded before it touches the weights, and done again.
-    gradient_of: what `nn.value_and_grad` gives for a micro-batch, where somebody has a quicker way there.
-    """
+    micro_batches(step): what makes up a step, as argument tuples for `loss`. factor(step): eq. (2)'s (1 + eps_halny);
+    it scales the gradient, while the loss reported is the plain one. A step during which the machine slept (the lid was
+    closed) is discarded before it touches the weights, and done again. gradient_of: what `nn.value_and_grad` gives for
+    a micro-batch, where somebody has a quicker way there."""
     gradient_of = gradient_of or partial(nn.value_and_grad(model, loss), model)
 
     def gradients(step: int) -> tuple[Any, ...]:

@@ -1,8 +1,7 @@
 """How many test questions share words with the training text: runs of 13 words in a row, as GPT-3's authors counted.
 
 Words are compared without case and marks (arXiv 2005.14165, appendix C). A question shorter than 13 words is looked up
-whole; one of fewer than five says nothing and is not counted.
-"""
+whole; one of fewer than five says nothing and is not counted."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ def words(text: str) -> list[str]:
 
 def training_words(data: str | None) -> list[str]:
     """All words of a data source's training rows; None: both built-in texts."""
-    found = [sources.load(name) for name in ([data] if data else [None, sources.MIS])]
-    return [word for texts in found for row in texts.train for word in words(text_of(row))]
+    names = [data] if data else [None, sources.MIS]
+    return [word for name in names for row in sources.load(name).train for word in words(text_of(row))]
 
 
 def text_of(row: Row) -> str:
@@ -50,8 +49,8 @@ class Known:
 
     def overlap(self, task: Task) -> tuple[int, int]:
         """(questions that share a run with the training text, questions long enough to be looked up)."""
-        found = [held for q in task.questions if (held := self.holds(q)) is not None]
-        return sum(found), len(found)
+        looked_up = [held for q in task.questions if (held := self.holds(q)) is not None]
+        return sum(looked_up), len(looked_up)
 
 
 def _runs(known: Sequence[str]) -> Iterable[tuple[str, ...]]:

@@ -133,10 +133,8 @@ def trial(
 
 
 def clocked(steps: Iterable[list[int]], meter: EnergyMeter | None = None) -> tuple[list[float], list[int]]:
-    """(seconds from now to each step, all tokens). The meter begins at the first token.
-
-    What is done here between two tokens is all that measuring adds to them: benchmarks/throughput.py times it.
-    """
+    """(seconds from now to each step, all tokens). The meter begins at the first token. What is done here between two
+    tokens is all that measuring adds to them: benchmarks/throughput.py times it."""
     stamps, tokens = list[float](), list[int]()
     began = time.perf_counter()
     for new in steps:
