@@ -129,15 +129,6 @@ def test_teaching_by_block_needs_keep_json(
     assert done.returncode == 1 and "has no keep.json" in done.stderr.splitlines()[-1]
 
 
-def test_a_resumed_run_keeps_its_way(
-    tmp_path: Path, whole: Callable[[str], tuple[Path, Done]], command: Callable[..., Done]
-) -> None:
-    """Another --train is another run: refused by name."""
-    out, _ = whole("cached")
-    done = command("distill", "--out", out, "--resume", "--train", "sharded")
-    assert done.returncode == 1 and "--train is sharded, the run has auto" in done.stderr
-
-
 def test_cached_targets_have_one_temperature(llama: Checkpoint) -> None:
     """Said before anything is begun."""
     with pytest.raises(MisError, match="temperature 1, not 2"):

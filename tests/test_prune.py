@@ -76,16 +76,6 @@ def test_every_kind_along_every_axis_it_can(
     assert {axis for _, axis in keep.kept} == axes.keys() - {"layers"}
 
 
-@pytest.mark.parametrize("variant", ["aais", "rms", "activation"])
-def test_every_importance_along_every_axis(tmp_path: Path, small: prune.Settings, variant: Any) -> None:
-    """Neurons, heads and channels by each variant: a student that opens, and its report names the variant."""
-    prune.run(replace(small, importance=variant, mlx_path=str(tmp_path / "s"), ffn=256, heads=2, hidden=48))
-    model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
-    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
-    keep = model_writer.read_keep(tmp_path / "s")
-    assert keep is not None and keep.why.startswith("rms" if variant == "aais" else variant)
-
-
 def test_a_group_that_says_nothing_can_go(tmp_path: Path, llama: Checkpoint, small: prune.Settings) -> None:
     """`--kv-heads 1`: a key-value group whose heads have nothing to say goes, and the model says what it said."""
     mute = tmp_path / "mute"

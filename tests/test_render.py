@@ -253,24 +253,3 @@ def test_the_pages_of_this_repository_are_what_the_files_say() -> None:
     line = [sys.executable, str(ROOT / "scripts" / "render.py"), "--check"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_commit_is_named_where_there_is_one(
-    lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A repository with a changed file, and a folder that is none."""
-    monkeypatch.setattr(lab.laboratory, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert lab.laboratory.version() is None
-
-    def git(*words: str) -> None:
-        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], cwd=tmp_path, check=True)
-
-    (tmp_path / "mis_mlx").mkdir()
-    (tmp_path / "mis_mlx" / "a.py").write_text("1\n")
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "one")
-    assert len(lab.laboratory.version()) == 12
-    (tmp_path / "mis_mlx" / "a.py").write_text("2\n")
-    assert lab.laboratory.version().endswith(", changed")

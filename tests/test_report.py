@@ -215,7 +215,7 @@ def test_one_file_missing_or_of_another_version(name: str, copy: Path) -> None:
     assert f"<li>{name} is missing" in page and page.count("<h2>") >= 6 and "<svg" in page
 
 
-@pytest.mark.parametrize("text", ["[1, 2, 3]", "\x00\xff{", "[" * 10_000])
+@pytest.mark.parametrize("text", ["[1, 2, 3]", "[" * 10_000])
 def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
     """All files but one hold what ours never do: the one that is whole is shown, the others are named."""
     for name in ALL_FILES:

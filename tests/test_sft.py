@@ -82,7 +82,7 @@ def step(lesson: PackedDataset, model: nn.Module, batch_size: int, parts: int) -
 
 
 @pytest.mark.parametrize("case", ["sft", "sft_parts"])
-@pytest.mark.parametrize(("room", "batch_size", "parts"), [(0, 4, 1), (0, 1, 4), (64, 1, 1), (32, 1, 2), (24, 3, 1)])
+@pytest.mark.parametrize(("room", "batch_size", "parts"), [(0, 4, 1), (0, 1, 4), (64, 1, 1), (32, 1, 2)])
 def test_loss_and_gradients_are_trls(case: str, room: int, batch_size: int, parts: int, tmp_path: Path) -> None:
     """TRL's SFTTrainer on completions, its token mean over a step; ours padded, packed, in one part or several."""
     found = trl_model.stored()
@@ -259,14 +259,6 @@ def test_a_teacher_has_its_part(small: Any, tmp_path: Path, llama: Checkpoint) -
     sft.run(settings_of(sft, small, tmp_path / "half", **teacher))
     first, plain = (run_folder.metrics(tmp_path / name)[0]["loss"] for name in ("half", "alone"))
     assert first == pytest.approx(plain / 2, rel=1e-4) and alone["best_step"] >= 0
-
-
-def test_without_data_it_learns_the_generated_tasks(llama: Checkpoint, tmp_path: Path) -> None:
-    """No --data: tasks with answers; the first window is full of them."""
-    flags = ("--model", llama.path, "--iters", 1, "--max-seq-length", 384, "--batch-size", 1, "--eval-rows", 4)
-    result = sft.run(settings_of(sft, flags, tmp_path / "run"))
-    card = json.loads((tmp_path / "run/data.json").read_text())
-    assert result["best_step"] == 1 and card["source"] == "generated tasks"
 
 
 def test_a_dry_run_writes_nothing_and_says_what_it_takes(

@@ -17,7 +17,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.distillation import train_loop
-from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, load, stream
 from mis_mlx.planner.recipe import Schedule
@@ -178,17 +177,14 @@ def steps(
     schedule: Schedule,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
-    kept: Callable[[], stream.Hidden] = list,
-    clock: Clock = train_loop.CLOCK,
 ) -> Iterator[Step]:
     """Run steps `start` to `schedule.iters`, yielding each as `train_loop.train` does; the last one done, the student's
-    folder is the trained model. kept(): where a step keeps hidden states for the way back, a new list or
-    `disk.spool.Spool`."""
+    folder is the trained model."""
 
     def gradients(step: int) -> tuple[float, float, Any]:
-        return student.gradients(micro_batches(step), loss, kept())
+        return student.gradients(micro_batches(step), loss, [])
 
     for step in range(start, schedule.iters):
-        done = train_loop.one_step(student.shard, gradients, student.optimizer, schedule, step, factor, clock)
+        done = train_loop.one_step(student.shard, gradients, student.optimizer, schedule, step, factor)
         student.end_step(done.number, done.number == schedule.iters)
         yield done

@@ -60,7 +60,7 @@ def one_step(
     schedule: Schedule,
     step: int,
     factor: Callable[[int], float],
-    clock: Clock,
+    clock: Clock = CLOCK,
 ) -> Step:
     """Step `step` (from 0) of `train`. gradients(step): (loss per token, tokens, gradients of the *sum*), evaluated;
     and perhaps {name: further mean}."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -241,23 +240,6 @@ def test_killed_at_any_file_operation_it_ends_with_the_same_bits(
     assert at > 40 and {"scratch", "put", "write", "extend", "fsync", "rename"} <= seen
 
 
-def test_stopped_after_any_step_it_ends_with_the_same_bits(
-    tmp_path: Path, small: tuple[Checkpoint, Checkpoint, KeptUnits], windows: list[mx.array]
-) -> None:
-    """A block that was stopped half-way is trained again from the pruned one, the finished ones are not."""
-    whole = [(s.number, s.loss) for s in begin(*small, windows, tmp_path)]
-    for stop, finished in ((1, 0), (2, 0), (3, 0), (4, 1), (5, 1)):
-        root = tmp_path / str(stop)
-        root.mkdir()
-        steps = begin(*small, windows, root)
-        first = [(s.number, s.loss) for s in itertools.islice(steps, stop)]
-        steps.close()  # type: ignore[attr-defined]
-        assert blockwise.finished(load.open_checkpoint(root / "s")) == finished
-        rest = [(s.number, s.loss) for s in begin(*small, windows, root)]
-        assert first == whole[:stop] and rest == whole[3 * finished :]
-        assert weights(root) == weights(tmp_path)
-
-
 def test_a_finished_student_is_left_alone(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
     """No step, no reading of a teacher that is not even there any more."""
     pruned, keep = student(llama, "ffn", tmp_path)
@@ -283,30 +265,6 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_read(
     assert blockwise.scratch_bytes(llama.config, pruned.config, 96) == 96 * 64 * 3 * 4
     with pytest.raises(MisError, match="the spool of hidden states needs 86 KiB, 78 KiB are free"):
         next(begin(gone, pruned, keep, windows, tmp_path, files=Short(), held=2))
-
-
-def test_a_disk_that_fills_up_later_costs_a_block_at_most(
-    tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
-) -> None:
-    """No space left while the hidden states are spooled: one sentence with both numbers; then the same bits."""
-    pruned, keep = student(llama, "ffn", tmp_path)
-    (tmp_path / "b").mkdir()
-    list(begin(llama, pruned, keep, windows, tmp_path))
-
-    class Full(Files):
-        left = 40
-
-        def put(self, fd: int, offset: int, data: memoryview) -> None:
-            self.left -= 1
-            if self.left < 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            super().put(fd, offset, data)
-
-    with pytest.raises(MisError, match="Not enough disk space in .*/b: the spool .* needs 8 KiB, .* are free"):
-        list(begin(llama, pruned, keep, windows, tmp_path / "b", files=Full(), held=0))
-    assert 0 < blockwise.finished(load.open_checkpoint(tmp_path / "b" / "s")) < 3
-    list(begin(llama, pruned, keep, windows, tmp_path / "b"))
-    assert weights(tmp_path / "b") == weights(tmp_path)
 
 
 def test_memory_holds_one_block_of_each(tmp_path: Path, windows: list[mx.array]) -> None:
