@@ -153,15 +153,6 @@ class Bench:
         return figures
 
 
-def _idle(meter: energy.EnergyMeter, reading: Reading) -> energy.Energy | None:
-    """What this machine takes at rest; None, at once, where nothing measures energy."""
-    if meter.source is None and reading.power_w is None:
-        return None
-    meter.begin()
-    time.sleep(IDLE_S)
-    return meter.end()
-
-
 def _conditions(reading: Reading) -> dict[str, Any]:
     """What a time depends on beside the model; `unfit`: why times taken now are not the model's own."""
     kept = ("die_c", "battery_c", "pressure_level", "battery_percent", "plugged", "power_w")
@@ -182,7 +173,11 @@ def run(settings: Settings) -> dict[str, Any]:
         first = weather.reading()
         conditions = {"before": _conditions(first)}
         meter = energy.EnergyMeter(weather.monitor)
-        idle = _idle(meter, first)
+        idle = None  # what this machine takes at rest, where something measures energy
+        if meter.source is not None or first.power_w is not None:
+            meter.begin()
+            time.sleep(IDLE_S)
+            idle = meter.end()
         bench.go(meter if idle else None)
         conditions["after"] = _conditions(weather.reading())
     hot = [f"{when}: {seen['unfit']}" for when, seen in conditions.items() if seen["unfit"]]

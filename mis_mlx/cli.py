@@ -156,7 +156,7 @@ def check_ranges(settings: Any) -> None:
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
         shown = name if FILE_ONLY in getattr(hint, "__metadata__", ()) else f"--{name.replace('_', '-')}"
-        if "" in (value if isinstance(value, tuple) else (value,)):
+        if "" in (value if isinstance(value, tuple) else (value,)) and value != getattr(type(settings), name, None):
             raise MisError(f"{shown} is empty: give a word, or leave it out")
         for limits in _ranges(hint):
             if isinstance(value, int | float) and not limits.holds(value):

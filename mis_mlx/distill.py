@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,7 +144,7 @@ def _sizes(s: Settings, c: pipeline.Run, models: dict[str, Checkpoint]) -> list[
 
 def _stages(s: Settings, c: pipeline.Run, data: preparation.Data) -> tuple[str, dict[str, Any]]:
     """(the table, the result); nothing on machines beside the first one."""
-    began, folder = time.monotonic(), c.folder
+    folder = c.folder
     models = {"teacher": c.teacher, "pruned": _prune(s, c, data)}
     distilled = _distil(s, c, models["pruned"])
     if s.quantize:
@@ -166,10 +165,7 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data) -> tuple[str, 
     result = {
         **summary.result(folder, models, sizes, quality),
         "mode": c.plan.mode,
-        "peak_bytes": c.peak.nbytes,
-        "budget_bytes": c.plan.budget_bytes,
-        **c.weather.account(),
-        "seconds": round(time.monotonic() - began, 1),
+        **c.account(c.plan.budget_bytes),
     }
     c.files.replace_text(folder / run_folder.RESULT, json.dumps(result, indent=2))
     for name in () if s.keep_steps else pipeline.LEFT:

@@ -172,7 +172,7 @@ def _hashes(models: Models) -> dict[str, str]:
     return hashes
 
 
-def _examine(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
+def _examine(s: Settings, models: Models, hashes: Mapping[str, str], limit: Budget) -> dict[str, Any]:
     """The recovery table, printed and written."""
     began = time.monotonic()
     wanted = task_registry.find(s.tasks, s.num_questions, s.data)
@@ -181,7 +181,6 @@ def _examine(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
     distributed.check_same({task.name: task.sha256 for task in wanted.tasks})
-    hashes = _hashes(models)
     plan = _plan(s, wanted, models, hashes, limit)
     if s.dry_run:
         counts = {task.name: len(task.questions) for task in wanted.tasks}
@@ -227,24 +226,19 @@ def run(settings: Settings) -> dict[str, Any]:
     teacher = resolve.resolve_model(s.teacher).path
     models = {"teacher": load.open_checkpoint(teacher)}
     for name, folder in zip(resolve.labels(s.students, ("teacher",)), s.students, strict=True):
-        models[name] = load.open_checkpoint(folder)
-        comparison.same_vocabulary(models["teacher"], models[name])
+        models[name] = comparison.same_vocabulary(models["teacher"], load.open_checkpoint(folder))
     limit = memory.budget(s.budget_bytes)
     with progress.run("evaluate"):
-        return {"teacher": str(teacher), "students": list(s.students), **_compare(s, models, limit)}
-
-
-def _compare(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
-    if s.tasks:
-        return _examine(s, models, limit)
-    if distributed.size() > 1:
-        _hashes(models)
-    if s.kld:
-        texts = _texts(s, models, limit, s.max_seq_length or 512)
-        return {name: _kld(models, chosen, title, opened) for name, title, chosen, opened in texts}
-    tables, result = _held_out(s, models, limit)
-    _print(f"\n{tables}")
-    return result
+        hashes = _hashes(models) if s.tasks or distributed.size() > 1 else {}
+        if s.tasks:
+            result = _examine(s, models, hashes, limit)
+        elif s.kld:
+            texts = _texts(s, models, limit, s.max_seq_length or 512)
+            result = {name: _kld(models, chosen, title, opened) for name, title, chosen, opened in texts}
+        else:
+            tables, result = _held_out(s, models, limit)
+            _print(f"\n{tables}")
+        return {"teacher": str(teacher), "students": list(s.students), **result}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
 from mis_mlx.models.config import read_config
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.job import PLAIN, DistillationSpec, spec_of
+from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import duration, gib
@@ -92,15 +92,12 @@ def _open(name: str | None, gpu: bool) -> tuple[estimates.ModelSize, str]:
     return estimates.model_of(read_config(folder) if bare else load.open_checkpoint(folder), gpu), str(folder)
 
 
-def _job(s: Settings, teacher: estimates.ModelSize, gpu: bool) -> DistillationSpec:
+def _student(s: Settings, teacher: estimates.ModelSize, gpu: bool) -> estimates.ModelSize:
     if s.student:
-        student, _ = _open(s.student, gpu)
-    else:
-        name = s.scenario or ("goral" if s.teacher == "mis-137b" else "gazda")
-        shape = arch.target_shape(teacher.config, arch.SCENARIOS[name])
-        small = arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16")
-        student = estimates.model_of(small, gpu)
-    return spec_of(teacher, student, s, s if s.quantize else PLAIN)
+        return _open(s.student, gpu)[0]
+    name = s.scenario or ("goral" if s.teacher == "mis-137b" else "gazda")
+    shape = arch.target_shape(teacher.config, arch.SCENARIOS[name])
+    return estimates.model_of(arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16"), gpu)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -110,7 +107,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.measure and settings.teacher is None:
         return asdict(at)
     teacher, name = _open(settings.teacher, at.gpu)
-    job = _job(settings, teacher, at.gpu)
+    rounding = settings if settings.quantize else PLAIN
+    job = spec_of(teacher, _student(settings, teacher, at.gpu), settings, rounding)
     budget = memory.budget(settings.budget_bytes, at.room_bytes)
     plan = phases.make(job, budget.limit_bytes, at)
     params = [arch.params(m.config) for m in (teacher, job.student)]

@@ -5,20 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import candidate_trials, run_loop, search_report
 from mis_mlx.distillation.pipeline import Run
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
-from mis_mlx.models import load
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, phases
@@ -165,7 +162,6 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: aim, list, plan, calibrate once, rank, distil the best, judge."""
     s, folder = run_loop.resumed(settings, FREE, UNDER)
     s.check()
-    began = time.monotonic()
     teacher = run_loop.opened(s, s.teacher, "teacher", UNDER)
     limit = memory.budget(s.budget_bytes)
     aim, speed = aim_of(s, teacher, folder, limit)
@@ -185,11 +181,8 @@ def run(settings: Settings) -> dict[str, Any]:
     estimates.fit(limit, *planned)
     if folder is None:
         cli.say(progress.promise(sum(seconds.values())))
-    data = preparation.prepare(s.data, load.tokenizer(teacher.path), s.max_seq_length)
-    for note in data.notes:
-        cli.say(note)
+    data, origin = run_loop.prepared(s, teacher)
     ranking, judging = candidate_trials.split(next(iter(data.held_out.values())), s.rank_windows, s.eval_windows)
-    origin = run_folder.origin(teacher, token_windows.fingerprint(data.train))
     name, way = f"{UNDER.name}/{teacher.path.name}", asdict(speed) if speed else {}
     wired = made.peak_bytes if made.mode == "resident" else 0
     opening = run_loop.open_run(s, folder, name, origin, way, limit, wired)
@@ -203,8 +196,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 cli.say(f"finalist {shape_search.label(shape)}")
                 records[shape] = c.final(shape, s.max_kv_size if s.decode else None)
         result |= report(s, c, aim, records)
-        result |= {"run": str(course.folder), "peak_bytes": course.peak.nbytes, **course.weather.account(),
-                   "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+        result |= {"run": str(course.folder), **course.account(limit.limit_bytes)}
         course.files.replace_text(course.folder / run_folder.RESULT, json.dumps(result, indent=2))
     return result
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run
-from mis_mlx.alignment.sft_loss import PackedDataset
+from mis_mlx.alignment.sequence_packing import PackedDataset
 from mis_mlx.distillation import live_teacher, run_loop
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
@@ -32,15 +32,6 @@ class Settings(alignment_plan.Alignment):
     """folder or hub id of a model with the same tokenizer to learn from beside the text"""
     distill_weight: Rate = 0.5
     """share of the loss that is KL to the teacher, if there is one; the rest is cross-entropy"""
-
-
-def _lessons(s: Settings, checkpoint: Checkpoint) -> tuple[PackedDataset, PackedDataset, dict[str, Any]]:
-    """(windows to train on, held-out ones, what is known of the data); every row is checked."""
-    train, valid, card = alignment_run.data(s, checkpoint, SHAPES, mask_prompt=s.mask_prompt)
-    room = s.max_seq_length if s.packing and not s.teacher else 0
-    train_, valid_ = (PackedDataset([row[0] for row in rows], room) for rows in (train, valid))
-    cli.say(f"{len(train)} rows in {len(train_.windows)} windows of at most {max(train_.lengths)} tokens")
-    return train_, valid_, card
 
 
 def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> estimates.StageCost:
@@ -73,8 +64,11 @@ def run(settings: Settings) -> dict[str, Any]:
     beside = None
     if s.teacher is not None:
         beside = comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.resolve_model(s.teacher).path))
-    train, valid, card = _lessons(s, checkpoint)
+    *splits, card = alignment_run.data(s, checkpoint, SHAPES, mask_prompt=s.mask_prompt)
+    room = s.max_seq_length if s.packing and not s.teacher else 0
+    train, valid = (PackedDataset([row[0] for row in rows], room) for rows in splits)
     length = max(train.lengths)
+    cli.say(f"{len(splits[0])} rows in {len(train.windows)} windows of at most {length} tokens")
     parts = alignment_plan.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))
     phase = _phase(parts, checkpoint, beside, length)
     plan = alignment_plan.plan(parts, phase)

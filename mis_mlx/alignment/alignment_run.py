@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,6 @@ class AlignmentRun(OpenRun):
     plan: alignment_plan.AlignmentPlan
     card: Mapping[str, Any]  # of the data: what it is, its licence
     best: tuple[int, float] | None = None  # (step, its held-out figure)
-    began_s: float = field(default_factory=time.monotonic)
 
     def train(
         self,
@@ -133,10 +131,7 @@ class AlignmentRun(OpenRun):
             "held_out_best": by_step.get(best.number),
             "tokens": tokens,
             "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-            "peak_bytes": self.peak.nbytes,
-            "budget_bytes": self.plan.budget.limit_bytes,
-            **self.weather.account(),
-            "seconds": round(time.monotonic() - self.began_s, 1),
+            **self.account(self.plan.budget.limit_bytes),
         }
         self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(result, indent=2))
         return result

@@ -107,8 +107,7 @@ class Sampler:
         )  # fmt: skip
         texts = [[self.text(answer) for answer in group] for group in answers]
         scores = rewards.score(self.functions, [self.rows[i] for i in at], texts)
-        totals = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
-        notes = [note for s in scores for note in s.notes]
+        totals, notes = _totals(scores), [note for s in scores for note in s.notes]
         if np.isnan(totals).all():
             raise MisError(
                 f"step {step + 1}: none of {totals.size} answers could be scored "
@@ -169,6 +168,11 @@ def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: rewa
     return json.dumps({"number": step + 1, **about, "kept": kept, **notes, "answers": answers}, ensure_ascii=False)
 
 
+def _totals(scores: Sequence[rewards.Scores]) -> np.ndarray:
+    """(prompts, answers) float64; NaN where an answer is not scored."""
+    return np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
+
+
 def _facts(
     totals: np.ndarray,
     scores: Sequence[rewards.Scores],
@@ -178,13 +182,11 @@ def _facts(
 ) -> dict[str, float]:
     """What a step's metrics hold beside its loss. Means are over answers that were scored."""
     lengths = np.array([len(answer) for group in answers for answer in group])
-    parts = {}
+    facts = {"reward": float(np.nanmean(totals))}
     for name in scores[0].parts:
-        values = [v for s in scores for v in s.parts[name] if v is not None]
-        parts[f"reward_{name}"] = float(np.mean(values)) if values else float("nan")
-    return {
-        "reward": float(np.nanmean(totals)),
-        **{name: value for name, value in parts.items() if np.isfinite(value)},
+        if values := [v for s in scores for v in s.parts[name] if v is not None]:
+            facts[f"reward_{name}"] = float(np.mean(values))
+    return facts | {
         "unscored": int(np.isnan(totals).sum()),
         "answer_tokens": float(lengths.mean()),
         "truncated": float((lengths >= most).mean()),
@@ -197,11 +199,8 @@ def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Those of all machines: counts added, means weighed by groups."""
     joined = {}
     for name in dict.fromkeys(name for each in facts for name in each):
-        told = [(each[name], each["groups"]) for each in facts if name in each]
-        if name in COUNTS:
-            joined[name] = sum(value for value, _ in told)
-        else:
-            joined[name] = sum(value * n for value, n in told) / sum(n for _, n in told)
+        values, groups = zip(*((each[name], each["groups"]) for each in facts if name in each), strict=True)
+        joined[name] = sum(values) if name in COUNTS else float(np.average(values, weights=groups))
     return joined
 
 
@@ -247,7 +246,7 @@ def measure(
         sampler.model, prompts, samples or 1, o.max_tokens, sampler.tokenizer.eos_token_ids, draw, sampler.at_once
     )
     scores = rewards.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
-    totals = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
+    totals = _totals(scores)
     if np.isnan(totals).all():
         raise MisError(f"none of {len(rows)} held-out answers could be scored: fix the reward functions or the answers")
     facts = _facts(totals, scores, answers, policy.teaches(totals), o.max_tokens)

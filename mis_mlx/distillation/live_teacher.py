@@ -182,15 +182,12 @@ def steps(
     start: int = 0,
     sigma: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Step]:
-    """Optimizer steps `start` to `recipe.iters` of distillation, as `train_loop.train` yields them. sigma(): spread of
-    eps_halny, asked at every step."""
-    return train(
-        student,
-        step_micro_batches(source, data, recipe),
-        loss_of(source),
-        optimizer,
-        recipe.schedule,
-        start,
-        lambda step: losses.loss_noise_factor(sigma(), recipe.seed, step),
-        gradient_of=source.gradient_of(student) if isinstance(source, StreamedTeacher) else None,
-    )
+    """Optimizer steps `start` to `recipe.iters` of distillation, as `train_loop.train` yields them.
+    sigma(): spread of eps_halny, asked at every step."""
+    micro_batches, loss = step_micro_batches(source, data, recipe), loss_of(source)
+    quicker = source.gradient_of(student) if isinstance(source, StreamedTeacher) else None
+
+    def factor(step: int) -> float:
+        return losses.loss_noise_factor(sigma(), recipe.seed, step)
+
+    return train(student, micro_batches, loss, optimizer, recipe.schedule, start, factor, gradient_of=quicker)

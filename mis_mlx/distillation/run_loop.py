@@ -5,6 +5,7 @@ Does not know what is trained or what a checkpoint holds; `save(number)` does.""
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mis_mlx import cli
+from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor, battery
 from mis_mlx.models import distributed, load, policy, resolve
@@ -39,16 +41,26 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
     return type(settings)(**values), Path(folder)
 
 
-def opened(s: Any, model: str | None, what: str = "model", place: str | Path = "runs") -> Checkpoint:
-    """The model that a run begins with. MisError, before it is looked for, where a flag is out of its range or --out
-    (by default under `place`) cannot be written."""
+def opened(s: Any, model: str | None, what: str = "model", place: str | Path = "runs", new: str = "") -> Checkpoint:
+    """The model that a command begins with. MisError, before it is looked for, where a flag is out of its range or what
+    it names cannot be written: --out, by default under `place`, or something `new` that this flag names."""
     cli.check_ranges(s)
     policy.use(s.compute_dtype)
-    if distributed.is_main():
+    if new:
+        need_place(new, place, "new")
+    elif distributed.is_main():
         need_place("--out", s.out or place)
     source = resolve.resolve_model(model)
     cli.say(f"{what}: {source.source}")
     return load.open_checkpoint(source.path)
+
+
+def prepared(s: Any, teacher: Checkpoint) -> tuple[preparation.Data, dict[str, str]]:
+    """The text of --data, with what was done to it said aloud; and what a resumed run must have begun with."""
+    data = preparation.prepare(s.data, load.tokenizer(teacher.path), s.max_seq_length)
+    for note in data.notes:
+        cli.say(note)
+    return data, run_folder.origin(teacher, token_windows.fingerprint(data.train))
 
 
 @dataclass
@@ -59,6 +71,12 @@ class OpenRun:
     weather: ThermalMonitor
     files: Files
     peak: memory.Peak
+    began_s: float
+
+    def account(self, budget_bytes: int) -> dict[str, Any]:
+        """For the run's result: memory, weather, time."""
+        sizes = {"peak_bytes": self.peak.nbytes, "budget_bytes": budget_bytes}
+        return {**sizes, **self.weather.account(), "seconds": round(time.monotonic() - self.began_s, 1)}
 
 
 @contextmanager
@@ -86,7 +104,7 @@ def open_run(
         protocol.sweep(place, files)
         if note := battery(s):
             cli.say(note)
-        yield OpenRun(place, weather, files, memory.Peak())
+        yield OpenRun(place, weather, files, memory.Peak(), time.monotonic())
 
 
 def run_training(

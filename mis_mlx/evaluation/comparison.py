@@ -108,18 +108,14 @@ def by_window(
         counted, values = np.flatnonzero(held_out.learn[w]), [np.zeros((0, 4))]
         for start in range(0, len(counted), rows):
             at = mx.array(counted[start : start + rows])
-            hidden = (states[w][0][at] for _, states in (base, other))
+            hidden, targets = (states[w][0][at] for _, states in (base, other)), mx.array(tokens)[at + 1]
             z_t, z = (load.logits(head, h)[:, :vocab].astype(mx.float32) for head, h in zip(heads, hidden, strict=True))
-            values.append(_at_positions(z_t, z, mx.array(tokens)[at + 1]))
+            if policy.name() == "cpu":
+                values.append(host_losses.compared(z_t, z, targets))
+            else:
+                reference = losses.Reference(z_t, targets)
+                values.append(np.array(mx.stack([reference.nll(), *reference.compare(z)], axis=1)))
         yield np.concatenate(values, dtype=np.float64)
-
-
-def _at_positions(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
-    """What `by_window` gives, of logits (n, V) float32 and the next tokens (n,)."""
-    if policy.name() == "cpu":
-        return host_losses.compared(teacher, student, targets)
-    reference = losses.Reference(teacher, targets)
-    return np.array(mx.stack([reference.nll(), *reference.compare(student)], axis=1))
 
 
 def rows_of(figures: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:

@@ -51,6 +51,11 @@ class Outcome:
         """Of what the teacher knows; None where it knows nothing."""
         return recovery(self.marks[model], self.teacher, self.chance) if self.knows else None
 
+    def recovered_words(self, model: str) -> str:
+        """The same for a table."""
+        share = self.recovered(model)
+        return "–" if share is None else f"{share[0]:.0%} [{share[1]:.0%}, {share[2]:.0%}]"
+
     def difference(self, model: str) -> Three:
         """Model less teacher, paired."""
         return interval(self.marks[model] - self.teacher)
@@ -78,7 +83,10 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     parts = ["Share of right answers, ± 95 %\n\n" + markdown_table(head, [_scores(o) for o in outcomes])]
     if names[1:]:
         title = "Recovered: (student − chance) / (teacher − chance), 95 % interval over the same questions"
-        parts.append(f"{title}\n\n" + markdown_table(["", *names[1:]], [_recoveries(o) for o in outcomes]))
+        parts.append(
+            f"{title}\n\n"
+            + markdown_table(["", *names[1:]], [[o.task, *map(o.recovered_words, names[1:])] for o in outcomes])
+        )
     parts += [tables] if tables else []
     parts.append("\n".join(f"- {line}" for line in findings(outcomes)))
     parts.append("\n".join(f"- `{o.task}`: {o.about}." for o in outcomes))
@@ -86,21 +94,11 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
 
 
 def _scores(o: Outcome) -> list[str]:
-    cells = []
-    for marks in o.marks.values():
-        mean, low, high = interval(marks)
-        cells.append(f"{mean:.1%} ± {(high - low) / 2:.1%}")
+    intervals = [interval(marks) for marks in o.marks.values()]
+    cells = [f"{mean:.1%} ± {(high - low) / 2:.1%}" for mean, low, high in intervals]
     constant = f"{o.constant[0]:.1%}" if o.constant else "–"
     uniform = "–" if o.uniform is None else f"{o.uniform.mean():.1%}"
     return [o.task, str(len(o.chance)), f"{o.chance.mean():.1%}", constant, uniform, *cells]
-
-
-def _recoveries(o: Outcome) -> list[str]:
-    cells = [o.task]
-    for name in list(o.marks)[1:]:
-        share = o.recovered(name)
-        cells.append("–" if share is None else f"{share[0]:.0%} [{share[1]:.0%}, {share[2]:.0%}]")
-    return cells
 
 
 def findings(outcomes: Sequence[Outcome]) -> list[str]:

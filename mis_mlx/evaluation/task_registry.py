@@ -16,7 +16,7 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.data import rows, sources
-from mis_mlx.evaluation import contamination, questions, rewards
+from mis_mlx.evaluation import questions, rewards
 from mis_mlx.evaluation.sets import dialects, polish_exams
 from mis_mlx.hardware.wheels import download_wheel, unpack_debian
 from mis_mlx.storage import hub
@@ -50,7 +50,7 @@ class EvaluationSet:
     tasks: tuple[questions.Task, ...]
     harness: tuple[str, ...]
     text: bool
-    known: contamination.Known
+    known: questions.Known
 
 
 def find(names: Sequence[str], count: int, data: str | None = None) -> EvaluationSet:
@@ -59,7 +59,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Evaluatio
     parts = [part for preset in names for part in PRESETS.get(preset, (preset,))]
     harness = tuple(name.removeprefix(HARNESS) for name in parts if name.startswith(HARNESS))
     ours = [name for name in parts if name != TEXT and not name.startswith(HARNESS)]
-    known, tasks = contamination.Known(contamination.training_words(data) if ours else []), list[questions.Task]()
+    known, tasks = questions.Known(questions.training_words(data) if ours else []), list[questions.Task]()
     for name in ours:
         if name in ABOUT:
             task = questions.file(BUILT_IN / f"{name}.jsonl")
@@ -97,12 +97,12 @@ def _brought(name: str) -> list[questions.Task]:
     raise MisError(f"--tasks names {name}, which is no task and no folder: {hint}")
 
 
-def _continued(data: str | None, known: contamination.Known) -> list[questions.Task]:
+def _continued(data: str | None, known: questions.Known) -> list[questions.Task]:
     """Of both built-in texts, or of the user's. Places that the training text has too are left out."""
     texts = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": sources.MIS}
     tasks = []
     for name, source in texts.items():
-        places = _places([contamination.text_of(row) for row in sources.load(source).test])
+        places = _places([questions.text_of(row) for row in sources.load(source).test])
         task = questions.task(name, places, "", per_character=True)
         new = tuple(q for q in task.questions if not known.holds(q))
         if len(new) < 2:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +70,6 @@ class Measurement:
     cached_s: float | None = None
     energy: Energy | None = None
     peak_bytes: int | None = None
-
-    @property
-    def gaps_s(self) -> list[float]:
-        """ITL: times between tokens."""
-        return [b - a for a, b in pairwise(self.stamps_s)]
 
     @property
     def tpot_s(self) -> float:
