@@ -1,6 +1,4 @@
-"""The handful of frozen dataclasses that everything passes along.
-
-Knows nothing of MLX, files or models: only names, shapes and units.
+"""The handful of frozen dataclasses that everything passes along. Knows nothing of MLX, files or models.
 
 Axis letters used in every docstring:
     B sequences in a batch      T tokens in a sequence     V vocabulary
@@ -43,13 +41,8 @@ class Within:
         return f"give a number {'above' if self.above else 'from'} {low}{', up' if self.above else ''} to {high}"
 
 
-@dataclass(frozen=True)
-class ConfigOnly:
-    """Stands in the annotation of a setting that a YAML file and Python may give, and that is no flag."""
-
-
 MOST = 10**7
-FILE_ONLY = ConfigOnly()
+FILE_ONLY = "a YAML file and Python may give it, it is no flag"  # stands in the annotation of a setting
 Count = Annotated[int, Within(1, MOST)]
 Whole = Annotated[int, Within(0, MOST)]
 Tokens = Annotated[int, Within(2, 2**20)]  # in a window: one predicts the next

@@ -17,7 +17,7 @@ from mis_mlx import prune
 from mis_mlx.maths.importance import Statistics, Sums
 from mis_mlx.models import load, model_writer
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import calibrate, select
+from mis_mlx.pruning import select
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done
@@ -179,21 +179,6 @@ def test_what_cannot_be_cut_is_a_sentence(
     with pytest.raises(MisError, match=said):
         prune.run(replace(small, model=str(odd), mlx_path=str(tmp_path / "s"), **{"scenario": "none", **flags}))
     assert not (tmp_path / "s").exists()
-
-
-def test_the_calibration_of_the_command_is_the_windows_of_its_seed(
-    tmp_path: Path, llama: Checkpoint, small: prune.Settings
-) -> None:
-    """Who stays is who a calibration by hand on the same windows says."""
-    from mis_mlx.data import preparation
-
-    prune.run(replace(small, mlx_path=str(tmp_path / "s")))
-    data = preparation.prepare(small.data, load.tokenizer(llama.path), 32)
-    batches = preparation.calibration(data.train, 4, small.seed)
-    statistics, _ = calibrate.calibrate(llama, batches, mx.float32)
-    _, keep = select.select_units(dict(llama.config), statistics, small)
-    saved = model_writer.read_keep(tmp_path / "s")
-    assert saved is not None and (saved.layers, saved.kept) == (keep.layers, keep.kept)
 
 
 def test_a_budget_too_small_is_a_sentence(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:

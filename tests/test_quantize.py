@@ -213,19 +213,6 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
         assert phase.peak_bytes / 4 < peak < phase.peak_bytes, (phase.name, peak / 2**20, phase.peak_bytes / 2**20)
 
 
-def test_distill_takes_the_method(tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]) -> None:
-    """Its last stage is this one, on its own calibration windows."""
-    done = command("distill", *flags, "--out", tmp_path / "run", "--iters", 2, "--target-bpw", "None", "--q-iters", 0)
-    assert done.returncode == 0, done.stderr
-    quantize.quantize(tmp_path / "run" / "distilled", tmp_path / "plain", NEAREST, DISK)
-    made, plain = load.open_checkpoint(tmp_path / "run" / "model"), load.open_checkpoint(tmp_path / "plain")
-    assert made.config == plain.config
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert not (load.dense(made, name) == load.dense(plain, name)).all()
-    assert "q_method: gptq" in (tmp_path / "run" / "config.yaml").read_text()
-    mlx_generate.open_model(tmp_path / "run" / "model")
-
-
 @pytest.mark.slow
 def test_forty_blocks_with_256_open_files(tmp_path: Path, text_folder: Path, own_home: dict[str, str]) -> None:
     """macOS allows no more at first: a deep model is rounded and tuned within it, and so are all files closed again."""

@@ -20,8 +20,7 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, lora
 from mis_mlx.data import examples
 from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.checkpoints import CheckpointedTraining
-from mis_mlx.distillation.run_loop import OpenRun, open_run
+from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun, open_run
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, model_writer, stream

@@ -59,15 +59,12 @@ class _Streams:
 
     def micro_batches(self, recipe: TrainingConfig, own_share: float, step: int) -> list[tuple[mx.array, mx.array]]:
         """(what goes in, what should come out), float32, for `step` counted over all blocks."""
-        at = token_windows.order(len(self.target), recipe.grad_accumulation_steps, step, recipe.seed)
-        mine = np.random.default_rng([recipe.seed, step, 2]).random(len(at)) < own_share
-        return [
-            (
-                (self.own if m else self.given)[b].astype(mx.float32),
-                reconstruct.narrow(self.target[b], self.columns).astype(mx.float32),
-            )
-            for b, m in zip(at.tolist(), mine, strict=True)
-        ]
+        chosen = token_windows.order(len(self.target), recipe.grad_accumulation_steps, step, recipe.seed)
+        mine, pairs = np.random.default_rng([recipe.seed, step, 2]).random(len(chosen)) < own_share, []
+        for b, own in zip(chosen.tolist(), mine, strict=True):
+            into, out = (self.own if own else self.given)[b], reconstruct.narrow(self.target[b], self.columns)
+            pairs.append((into.astype(mx.float32), out.astype(mx.float32)))
+        return pairs
 
 
 def train(

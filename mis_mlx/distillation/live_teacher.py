@@ -68,14 +68,14 @@ class StreamedTeacher:
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
         """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); labels (B * T,) where cross-entropy
         is asked for."""
-        made = []
+        micro = []
         pieces = [lanes.cut(b.tokens) for b in batches]
         coming = iter(self.hidden(list(chain.from_iterable(pieces))))
-        for batch, cut_into in zip(batches, pieces, strict=True):
-            hidden = mx.concatenate([next(coming) for _ in cut_into])
+        for batch, parts in zip(batches, pieces, strict=True):
+            hidden = mx.concatenate([next(coming) for _ in parts])
             label = [labels(batch.tokens)] if self._cross_entropy else []
-            made.append((batch.tokens, batch.learn.reshape(-1), hidden.reshape(-1, hidden.shape[-1]), *label))
-        return made
+            micro.append((batch.tokens, batch.learn.reshape(-1), hidden.reshape(-1, hidden.shape[-1]), *label))
+        return micro
 
     def gradient_of(self, student: nn.Module) -> Callable[..., Any] | None:
         """As `train_loop.train` takes it."""

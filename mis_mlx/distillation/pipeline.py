@@ -18,8 +18,7 @@ from mlx.utils import tree_flatten
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import blockwise, cached_targets, live_teacher, sharded, train_loop
-from mis_mlx.distillation.checkpoints import CheckpointedTraining
-from mis_mlx.distillation.run_loop import OpenRun, run_training
+from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun, run_training
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, distributed, load, model_writer, stream

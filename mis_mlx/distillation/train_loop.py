@@ -72,19 +72,15 @@ def one_step(
         if not (slept := max(distributed.all_gather(clock.slept(mark)))):
             break
         note = f"the machine slept {slept / 60:.0f} min; step done again. "
-    scale = factor(step) / tokens
-    norm = scale * distributed.broadcast_json(
-        partial(float, global_norm(summed, lanes.lane))
-    )  # whoever is led by it is led alike
-    rate = schedule.rate(step)
+    scale, rate = factor(step) / tokens, schedule.rate(step)
+    # From the first machine: whoever is led by the norm is led alike.
+    norm = scale * distributed.broadcast_json(partial(float, global_norm(summed, lanes.lane)))
     note += optimizer.update(model, summed, value, norm, rate, step + 1, scale, lanes.lane)
     del summed
     mx.eval(model.parameters(), optimizer.adamw.state)
-    seconds = clock.monotonic() - began
-    more = dict(means[0]) if means else {}
+    seconds, peak, more = clock.monotonic() - began, mx.get_peak_memory(), dict(means[0]) if means else {}
     seen = int(more.pop("tokens", tokens))
-    rate, peak = rate * optimizer.calm, mx.get_peak_memory()
-    return Step(step + 1, value, norm, rate, seen, seconds, peak, note.strip(), more=more)
+    return Step(step + 1, value, norm, rate * optimizer.calm, seen, seconds, peak, note.strip(), more=more)
 
 
 def _gradients(
@@ -102,8 +98,11 @@ def _gradients(
         del grads
     if gradients is None:  # a machine without a part in this step
         gradients = tree_map(mx.zeros_like, model.trainable_parameters())
-    said = {name: float(value) for name, value in {"loss, summed": total, "tokens that count": count, **sums}.items()}
-    whole = said if distributed.size() == 1 else _added(distributed.all_gather(said))
+    mine = {name: float(value) for name, value in {"loss, summed": total, "tokens that count": count, **sums}.items()}
+    whole = dict[str, float]()
+    for machine in distributed.all_gather(mine):
+        for name, value in machine.items():
+            whole[name] = whole.get(name, 0.0) + value
     tokens = max(whole.pop("tokens that count"), 1.0)
     loss = whole.pop("loss, summed") / tokens
     means = {name: value / (1.0 if name == "tokens" else tokens) for name, value in whole.items()}
@@ -113,11 +112,6 @@ def _gradients(
         distributed.all_reduce_gradients(named)
         gradients = tree_unflatten(list(named.items()))
     return loss, tokens, gradients, means
-
-
-def _added(sums: Sequence[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for each in sums for name in each)
-    return {name: sum(each.get(name, 0.0) for each in sums) for name in names}
 
 
 def arrays_of(model: nn.Module, optimizer: GuardedAdamW) -> dict[str, dict[str, mx.array]]:

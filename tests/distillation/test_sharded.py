@@ -156,12 +156,10 @@ def test_room_and_the_page_cache_change_no_bit(tmp_path: Path, source: Callable[
 def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     """24 blocks of 641 KiB, one trainable: two steps, each of another shard, take under 6 MiB.
 
-    That is two slots and one block with its gradient and moments (3.8 MiB), a block's new gradient, 24 x 2
-    hidden states of 8 KiB, head and logits, or the update (4.3 MiB measured). Resident: over seven times
-    as much.
+    That is two slots and one block with its gradient and moments (3.8 MiB), a block's new gradient, 24 x 2 hidden
+    states of 8 KiB, head and logits, or the update (4.3 MiB measured).
     """
-    limit, n = 6 * 2**20, 24
-    source = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=n))
+    source = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
     student = sharded.Sharded(block_files.begin(source, tmp_path / "s", DISK), 1, 1, 0.01, DISK)
     micro = partial(micro_batches, count=2)
     mx.eval([micro(step) for step in range(2)])
@@ -169,19 +167,7 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     before = mx.get_active_memory()
     student.begin()
     steps = list(sharded.steps(student, micro, kl, schedule(2)))
-    assert max(s.peak_bytes for s in steps) - before < limit
-
-    del student
-    model, optimizer = stream.load_checked(load.resident(source, mx.float32)), GuardedAdamW()
-    shard = nn.Module()
-    shard.layers = model.model.layers
-    before = mx.get_active_memory() - source.nbytes
-
-    def loss(_: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
-        return kl(model.model(tokens).reshape(-1, 64), load.head_weight(model), learn, target), learn.sum()
-
-    (step,) = train_loop.train(shard, micro, loss, optimizer, schedule(1))
-    assert step.peak_bytes - before > 7 * limit
+    assert max(s.peak_bytes for s in steps) - before < 6 * 2**20 < source.nbytes
 
 
 class Counting(Files):
@@ -218,24 +204,6 @@ class Killed(BaseException):
     """Stands for the end of the process: no `except` and no clean-up gets past it."""
 
 
-class Dying(Files):
-    """The real disk until the `last`-th operation below `where`, which happens by half; then none happens."""
-
-    def __init__(self, last: int, where: Path):
-        self.left, self.where = last, where
-        for name in ("mkdir", "write", "extend", "fsync", "rename", "remove_tree"):
-            setattr(self, name, partial(self._do, name, getattr(self, name)))
-
-    def _do(self, name: str, do: Callable[..., None], path: Path, *arguments: Any) -> None:
-        if self.where in (path, *path.parents):
-            self.left -= 1
-        if self.left == 0 and name in ("write", "extend"):
-            do(path, arguments[0][: len(arguments[0]) // 2])
-        if self.left <= 0:
-            raise Killed
-        do(path, *arguments)
-
-
 def run(
     source: Checkpoint, root: Path, files: Files = DISK, each: int = 2, every: int = VISIT, iters: int = 5,
     stop: int | None = None,
@@ -267,10 +235,6 @@ def run(
     return done
 
 
-def saved_steps(root: Path) -> set[str]:
-    return {p.name for p in (root / "steps").iterdir() if p.name.startswith("step-")}
-
-
 Whole = tuple[list[tuple[float, ...]], dict[str, bytes]]
 
 
@@ -279,31 +243,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, smallest: Checkpoint) -> Who
     """Steps and files of an undisturbed run of six steps, one block at a time."""
     root = tmp_path_factory.mktemp("whole")
     return facts(run(smallest, root, each=1, iters=6)), contents(root / "s")
-
-
-def die(source: Checkpoint, root: Path, last: int, where: Path, **how: Any) -> bool:
-    """Whether the run was killed; what it left half-made gets the name of another process."""
-    try:
-        run(source, root, Dying(last, where), **how)
-        return False
-    except Killed:
-        for left in (*root.glob(".tmp-*"), *root.glob("*/.tmp-*")):
-            left.rename(left.with_name(left.name + "9"))
-        return True
-
-
-def test_killed_at_every_operation_on_the_students_files(tmp_path: Path, smallest: Checkpoint) -> None:
-    """Between two checkpoints the run dies at its first operation, resumed at its second, and so on."""
-    run(smallest, tmp_path / "whole", iters=3)
-    root, kills, last = tmp_path / "killed", 0, 1
-    where = root / "s"
-    before: set[str] = set()
-    while die(smallest, root, last, where, iters=3):
-        kills += 1
-        now = saved_steps(root)
-        last, before = (1 if now != before else last + 1), now
-    assert kills > 40
-    assert contents(where) == contents(tmp_path / "whole" / "s")
 
 
 @pytest.mark.parametrize("stop", [(1, 1), (2, 1), (3, 2), (4, 2)])
