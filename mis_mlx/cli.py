@@ -1,6 +1,4 @@
-"""A dataclass becomes flags and YAML; progress goes to stderr, the result to stdout, JSON on its last line.
-
-Does not know what any command does."""
+"""A dataclass becomes flags and YAML; progress goes to stderr, the result to stdout, JSON on its last line."""
 
 from __future__ import annotations
 
@@ -66,7 +64,7 @@ class Resumable(Budgeted):
     """Flags of every command with a run folder."""
 
     out: str | None = None
-    """run folder; default: the next free runs/NAME-00N"""
+    """run folder; default: the next free NAME-00N under runs/"""
     resume: bool = False
     """continue the run in --out, or the newest unfinished one"""
     dry_run: bool = False

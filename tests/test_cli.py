@@ -33,13 +33,6 @@ def test_sizes_by_pencil(text: str, nbytes: int) -> None:
     assert cli.parse_bytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "five", "5 GiB please", "-1GiB", "5TB", "1.2.3GiB", "."])
-def test_what_is_no_size_is_a_sentence(text: str) -> None:
-    """Names the flag and gives an example."""
-    with pytest.raises(MisError, match="--budget .* is not a size: .*5GiB"):
-        cli.parse_bytes(text)
-
-
 def parsed(folder: Path, yaml: str, *flags: str, kind: Any = Settings) -> Any:
     """Settings of a YAML file and flags."""
     (folder / "settings.yaml").write_text(yaml, encoding="utf-8")

@@ -131,12 +131,13 @@ def test_no_word_is_empty(kind: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "size", ["-3GiB", "nan", "inf", "5e999GiB", "1e308GiB", "0", "0.0", "0.1", "", "9" * 400, "-0"]
+    "size",
+    ["-3GiB", "nan", "5e999GiB", "0", "0.1", "", "9" * 400, "GiB", "five", "5 GiB please", "5TB", "1.2.3GiB", "."],
 )
 @pytest.mark.parametrize("flag", ["--budget", "--memory"])
 def test_sizes_that_are_none(size: str, flag: str) -> None:
     """Negative, no number, nothing, more than any machine has: one sentence that names the flag."""
-    with pytest.raises(MisError, match=f"^{flag} .*[^\n]*$"):
+    with pytest.raises(MisError, match=f"^{flag} .*[^\n]*GiB"):
         cli.parse_bytes(size, flag)
 
 

@@ -1,10 +1,9 @@
 """Local distillation: one student block at a time learns to do what the teacher does in its place.
 
-Teacher and student march side by side, one block of each in memory, and nothing with a vocabulary: for models of which
-neither fits. Student block j learns to map the teacher's stream at the entrance of its group of blocks to the one at
-the exit (Puzzle's blockwise local distillation, arXiv 2411.19146). Some batches enter from the student's own stream
-instead, so that it learns to make up for the blocks before it. Does not know flags, checkpoints of a whole run, or
-where the windows come from."""
+Teacher and student march side by side, one block of each in memory: for models of which neither fits. Student block j
+learns to map the teacher's stream at the entrance of its group of blocks to the one at the exit (Puzzle's blockwise
+local distillation, arXiv 2411.19146). Some batches enter from the student's own stream instead, so that it learns to
+make up for the blocks before it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Cached distillation: the teacher read once, its sparse targets on disk, then students trained without it.
 
-Does not know optimizers or flags. A window's targets depend on the teacher, the window and the seed alone: not on how
-many windows went through the teacher together, nor on where writing was stopped."""
+A window's targets depend on the teacher, the window and the seed alone: not on how many windows went through the
+teacher together, nor on where writing was stopped."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The two sides of distillation: the teacher's targets for a step, and the student's loss against them.
 
-Does not know steps, optimizers or files. The teacher stays in memory or is streamed, by the plan; either way what
-crosses over is its final hidden states, and the vocabulary is met chunk by chunk (maths/losses)."""
+The teacher stays in memory or is streamed, by the plan; either way what crosses over is its final hidden states, and
+the vocabulary is met chunk by chunk (maths/losses)."""
 
 from __future__ import annotations
 

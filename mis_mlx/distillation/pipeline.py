@@ -1,6 +1,4 @@
-"""A student's training from wherever it stands to its end: repaired or taught block by block, then distilled.
-
-Every stage is on disk before the next begins, and one that was killed goes on from its last checkpoint."""
+"""A student's training, from where it stands to its end: repaired or taught block by block, then distilled."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """One run from its flags to its end: model and folder, steps logged, rested after, stopped, and their checkpoints.
 
-Does not know what is trained. The protocol on disk is storage/checkpoint's.
-"""
+Does not know what is trained. The protocol on disk is storage/checkpoint's."""
 
 from __future__ import annotations
 

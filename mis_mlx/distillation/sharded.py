@@ -2,8 +2,7 @@
 
 The student is a folder of `models/block_files.py`. A step goes through all blocks, streamed, and back as far as the
 shard; only the shard's blocks have gradients and moments, and stay in memory. After some steps its files are replaced
-and the next shard comes in, in a circle. The embedding, the last norm and the head are frozen. Does not know the loss,
-where batches come from, or when checkpoints are saved."""
+and the next shard comes in, in a circle. The embedding, the last norm and the head are frozen."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What came out of a run: one dictionary for machines, one page of tables for people.
-
-Does not measure; it arranges what was measured."""
+"""What came out of a run: one dictionary for machines, one page of tables for people."""
 
 from __future__ import annotations
 

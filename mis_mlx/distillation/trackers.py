@@ -1,6 +1,4 @@
-"""Tell TensorBoard, Weights & Biases or SwanLab of every step, under mlx-lm's keys.
-
-mlx-lm has no TensorBoard; tensorboardX writes its files without TensorFlow."""
+"""Tell TensorBoard (by tensorboardX), Weights & Biases or SwanLab of every step, under mlx-lm's keys."""
 
 from __future__ import annotations
 

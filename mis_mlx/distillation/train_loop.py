@@ -1,6 +1,5 @@
 """The training loop: micro-batches in, one `Step` out per optimizer step. Works for any masked loss.
 
-Does not know what the loss means, where batches come from, or what is done with a `Step`; it yields and calls nobody.
 Cutting a step into micro-batches cannot change it, nor can sharing these out to machines (models/distributed): losses
 are summed, and divided once."""
 

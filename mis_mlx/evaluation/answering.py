@@ -1,6 +1,4 @@
-"""One model, one task: the mark of every question, kept by (model, task), so that nothing is asked twice.
-
-What was asked before a stop is on disk when it goes on."""
+"""One model, one task: the mark of every question, kept by (model, task), so that nothing is asked twice."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What students are examined in: names and folders become tasks; what is not here is fetched.
-
-Names: `builtin` and its parts, `dialects` and their slots, `polish-offline` and its parts, `continue`, `text` (held-out
-loss), `polish`, `english` and `lm_eval/ID` (lm-eval's own, see evaluation/lm_eval_tasks)."""
+"""What students are examined in: names and folders become tasks; what is not here is fetched."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Polish questions out of the wheel of OpenAI's `evals`, known to the byte: exams, words, proverbs, sums in words.
-
-What is odd about them is said in ABOUT and shown under the table."""
+"""Polish questions out of the wheel of OpenAI's `evals`, known to the byte: exams, words, proverbs, sums in words."""
 
 from __future__ import annotations
 

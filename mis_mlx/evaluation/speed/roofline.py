@@ -1,6 +1,4 @@
-"""What a model could do at best on a machine, beside what it did: bytes over bandwidth, operations over arithmetic.
-
-Arithmetic on sizes; one sentence on what bounds a model. Does not time models."""
+"""What a model could do at best on a machine, beside what it did: bytes over bandwidth, operations over arithmetic."""
 
 from __future__ import annotations
 
