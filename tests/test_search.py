@@ -131,7 +131,10 @@ def by_hand(s: search.Settings, record: dict[str, Any], folder: Path, repaired: 
     student = load.open_checkpoint(folder / "s")
     if repaired:
         mended, _ = reconstruct.reconstruct(teacher, student, keep, picked(2, repaired))
-        take = lambda n: mended.get(n, load.dense(student, n))  # noqa: E731
+
+        def take(name: str) -> mx.array:
+            return mended[name] if name in mended else load.dense(student, name)
+
         model_writer.write_model(student.config, take, folder / "s", folder / "m", "bfloat16", DISK)
     both = {"teacher": teacher, "student": load.open_checkpoint(folder / ("m" if repaired else "s"))}
     return comparison.compare(both, comparison.chosen(data.held_out["held-out"], 3))
