@@ -159,17 +159,11 @@ def places(kind: str, folder: Path) -> dict[str, Any]:
 
 DRY = {"dry_run": True}
 OUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # command: (its flag, what it names, flags without which it works)
-    "distill": ("out", "folder", DRY),
-    "search": ("out", "folder", DRY),
-    "sft": ("out", "folder", DRY),
-    "dpo": ("out", "folder", DRY),
-    "grpo": ("out", "folder", DRY),
+    **dict.fromkeys(("distill", "search", "sft", "dpo", "grpo"), ("out", "folder", DRY)),
     "evaluate": ("out", "folder", {**DRY, "tasks": ("sums",)}),
     "export": ("out", "new", DRY),
-    "prune": ("mlx_path", "new", {}),
-    "quantize": ("mlx_path", "new", {}),
-    "bench": ("out", "file", {}),
-    "report": ("out", "file", {}),
+    **dict.fromkeys(("prune", "quantize"), ("mlx_path", "new", {})),
+    **dict.fromkeys(("bench", "report"), ("out", "file", {})),
     "doctor": ("out", "new", {}),
     "thermal": ("file", "new", {}),
 }
