@@ -171,7 +171,7 @@ def computed(s: Settings) -> list[dict[str, Any]]:
     rows = []
     for count in ACCUMULATE:
         asked = distill.Settings(batch_size=1, grad_accumulation_steps=2 * count, max_seq_length=s.length)
-        plan = phases.make(spec_of(big, small, asked), AIR_BYTES, at)
+        plan = phases.make(spec_of(big, small, asked, asked), AIR_BYTES, at)
         one = step_seconds(plan, 1, 1.0)
         row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step, "one_s": one}
         row["link_bytes"] = gradient_bytes(plan.job, 2)
@@ -196,7 +196,7 @@ def main(s: Settings) -> None:
         found[work] = {str(n): together(s, n, work) for n in s.processes}
         for n, row in found[work].items():
             cli.say(f"{work}, {n}: {row['median_s']:.2f} s, {row['sent_bytes']} bytes sent by one")
-    job = spec_of(model, model, distill.Settings())
+    job = spec_of(model, model, distill.Settings(), distill.Settings())
     found["gradient_bytes"] = {str(n): gradient_bytes(job, n) for n in s.processes}
     found["computed: two MacBook Air M1"] = computed(s)
     found["links, assumed, bytes/s"] = LINKS

@@ -75,7 +75,7 @@ def main(s: Settings) -> None:
         MIS_137B, shape := arch.target_shape(MIS_137B, arch.SCENARIOS["goral"]), tuple(range(shape.layers)), "bfloat16"
     )
     teacher, small = (estimates.model_of(config, gpu=True) for config in (MIS_137B, student))
-    job = spec_of(teacher, small, plan.Settings())
+    job = spec_of(teacher, small, plan.Settings(), plan.Settings())
     budget = memory.budget(None, rates.M1_AIR.room_bytes)
     print(table(phases.make(job, budget.limit_bytes, rates.M1_AIR), s.tokens))
 

@@ -1,8 +1,7 @@
 """`python -m mis_mlx`: the list of commands, one line each; with a command and flags, that command.
 
-Imports none of them: their docstrings are read as text, so the list is there at once. The console commands
-`mis_mlx` and `mis_mlx.distill` begin here too, so that Ctrl-C while a command is imported is one sentence.
-"""
+Imports none of them: their docstrings are read as text, so the list is there at once. The console commands `mis_mlx`
+and `mis_mlx.distill` begin here too, so that Ctrl-C while a command is imported is one sentence."""
 
 from __future__ import annotations
 
@@ -18,13 +17,11 @@ NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help")
 
 def commands() -> dict[str, str]:
     """{command: first line of its module's docstring}, in alphabetical order."""
-    modules = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_COMMANDS)
-    return {path.stem: summary(path.read_text(encoding="utf-8")) for path in modules}
-
-
-def summary(source: str) -> str:
-    """The first line of a module's docstring; empty when there is none."""
-    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    listed = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem not in NOT_COMMANDS:
+            listed[path.stem] = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
+    return listed
 
 
 def show() -> None:

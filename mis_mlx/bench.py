@@ -17,14 +17,11 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.evaluation.speed import roofline, rounds, timing
-from mis_mlx.evaluation.speed.timing import Measurement, Request
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.machine_info import about
-from mis_mlx.hardware.rates import Roof
 from mis_mlx.hardware.thermal import energy, governor
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
 from mis_mlx.models import arch, load, policy, resolve
-from mis_mlx.models.policy import Computing
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import MOST, MisError, Reading, Row, Seconds, Seed, Within
@@ -33,7 +30,7 @@ IDLE_S = 5.0  # of rest, whose power is taken off
 
 
 @dataclass(frozen=True)
-class Settings(Computing, ThermalFlags):
+class Settings(cli.Budgeted, policy.Computing, ThermalFlags):
     """The same texts and lengths for every model, in turn (A B A B), so that drift hits all alike."""
 
     model: tuple[str, ...] = ()
@@ -52,12 +49,8 @@ class Settings(Computing, ThermalFlags):
     """seconds of rest before each trial; 30 or more for a laptop without a fan"""
     seed: Seed = 0
     """chooses the texts"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     out: str | None = None
     """a JSON file for the result and every trial; it has the finished ones from the first round on"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def measure(
@@ -65,7 +58,7 @@ def measure(
 ) -> list[Row]:
     """Rows `ttft_ms` and `decode_tps` for each model: medians over `count` trials; in turn if all fit in
     `limit_bytes`, else model after model."""
-    r, trials = Request(prompt_tokens, max(tokens, 2)), dict[str, list[Measurement]]()
+    r, trials = timing.Request(prompt_tokens, max(tokens, 2)), dict[str, list[timing.Measurement]]()
     openers = {name: partial(timing.opened, folder, name) for folder, name in zip(folders, names, strict=True)}
     together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
     timed = cli.counted("trial", rounds.rounds(openers, together, count, r), count * len(folders))
@@ -85,7 +78,7 @@ class Bench:
         cli.check_ranges(s)
         if s.batch_size > 1 and s.depth:
             raise MisError(f"-b {s.batch_size} does not go with -d: leave one of them out")
-        self.s, self.r = s, Request(s.prompt_tokens, s.generation_tokens, s.batch_size, s.depth)
+        self.s, self.r = s, timing.Request(s.prompt_tokens, s.generation_tokens, s.batch_size, s.depth)
         if s.out and not Path(s.out).absolute().parent.is_dir():
             raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
         if s.out:
@@ -94,14 +87,14 @@ class Bench:
         if len(set(folders)) < len(folders):
             raise MisError(f"{len(folders)} models given, {len(set(folders))} different ones: give each once")
         self.models = dict(zip(resolve.labels(folders), map(load.open_checkpoint, folders), strict=True))
-        limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+        limit = memory.budget(s.budget_bytes)
         needs = {name: rounds.need_bytes(m, self.r) for name, m in self.models.items()}
         for name, nbytes in needs.items():
             limit.need(nbytes, f"timing {name}", "give a larger --budget, a smaller -p or -b, or a model of fewer bits")
         self.together = sum(needs.values()) <= limit.limit_bytes
         if not self.together and len(self.models) > 1:
             cli.say("the models do not fit in memory together: one after the other, so drift does not hit all alike")
-        self.done: dict[str, list[Measurement]] = {}
+        self.done: dict[str, list[timing.Measurement]] = {}
         self.loaded: dict[str, dict[str, float]] = {}
         self.stopped = False
 
@@ -149,7 +142,7 @@ class Bench:
         }
         return {**{name: getattr(self.s, name) for name in flags}, "warm_up_tokens": rounds.WARM_UP, "models": models}
 
-    def measured(self, at: Roof, idle: energy.Energy | None) -> dict[str, dict[str, Any]]:
+    def measured(self, at: rates.Roof, idle: energy.Energy | None) -> dict[str, dict[str, Any]]:
         """{model: {metric: summary}} of what was timed, and beside it the roof: `*_best_*`, `reached`, `moved_mb`."""
         figures: dict[str, dict[str, Any]] = {}
         for name, done in self.done.items():
@@ -158,15 +151,6 @@ class Bench:
             beside = roofline.beside(m, read, self.r, at, values["decode_tps"]["median"])
             figures[name] = {"load_s": self.loaded[name]["load_s"], **values, **beside}
         return figures
-
-
-def _idle(meter: energy.EnergyMeter, reading: Reading) -> energy.Energy | None:
-    """What this machine takes at rest; None, at once, where nothing measures energy."""
-    if meter.source is None and reading.power_w is None:
-        return None
-    meter.begin()
-    time.sleep(IDLE_S)
-    return meter.end()
 
 
 def _conditions(reading: Reading) -> dict[str, Any]:
@@ -189,7 +173,11 @@ def run(settings: Settings) -> dict[str, Any]:
         first = weather.reading()
         conditions = {"before": _conditions(first)}
         meter = energy.EnergyMeter(weather.monitor)
-        idle = _idle(meter, first)
+        idle = None  # what this machine takes at rest, where something measures energy
+        if meter.source is not None or first.power_w is not None:
+            meter.begin()
+            time.sleep(IDLE_S)
+            idle = meter.end()
         bench.go(meter if idle else None)
         conditions["after"] = _conditions(weather.reading())
     hot = [f"{when}: {seen['unfit']}" for when, seen in conditions.items() if seen["unfit"]]

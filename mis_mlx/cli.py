@@ -1,7 +1,4 @@
-"""A dataclass becomes flags and YAML; progress goes to stderr, the result to stdout, JSON on its last line.
-
-Does not know what any command does.
-"""
+"""A dataclass becomes flags and YAML; progress goes to stderr, the result to stdout, JSON on its last line."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -45,6 +42,33 @@ def parse_bytes(text: str, flag: str = "--budget") -> int:
     if not 1 <= (nbytes := float(match[1]) * UNITS[match[2].lower()]) <= MOST_BYTES:
         raise MisError(f"{flag} is {text!r}: give a size from 1 byte to {MOST_BYTES // GIB}GiB")
     return int(nbytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgeted:
+    """Flags of every command that computes within a budget."""
+
+    budget: str | None = None
+    """memory this may take, such as 5GiB or 600MiB; default: 5GiB or 75 % of what is there"""
+    config: ConfigFile = None
+    """YAML file with any of these flags"""
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """What --budget asks for."""
+        return None if self.budget is None else parse_bytes(self.budget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumable(Budgeted):
+    """Flags of every command with a run folder."""
+
+    out: str | None = None
+    """run folder; default: the next free NAME-00N under runs/"""
+    resume: bool = False
+    """continue the run in --out, or the newest unfinished one"""
+    dry_run: bool = False
+    """say what it takes and stop"""
 
 
 def read_yaml(path: str, config_type: type) -> dict[str, Any]:
@@ -109,19 +133,15 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     default: Any = tyro.MISSING_NONPROP
     if is_dataclass(config_type) and isinstance(config_type, type):
         args = [part for a in args for part in (a.split("=", 1) if a.startswith(("--config=", "-c=")) else [a])]
-        if asked := {"-h", "--help", "--help-all"} & set(args):
-            print(flag_help.text(config_type, prog or "mis_mlx", "--help-all" in asked))
+        if help_flags := {"-h", "--help", "--help-all"} & set(args):
+            print(flag_help.text(config_type, prog or "mis_mlx", "--help-all" in help_flags))
             sys.exit(0)
-        for name in {a.lstrip("-").partition("=")[0].replace("-", "_") for a in args if a.startswith("--")}:
-            if name in flag_help.quiet(config_type):
-                raise MisError(
-                    f"--{name.replace('_', '-')} is no flag: write `{name}: ...` in a YAML file, give it to -c"
-                )
+        for flag in {a.partition("=")[0] for a in args if a.startswith("--")}:
+            if (name := flag.lstrip("-").replace("-", "_")) in flag_help.quiet(config_type):
+                raise MisError(f"{flag} is no flag: write `{name}: ...` in a YAML file, give it to -c")
         file = next((b for a, b in itertools.pairwise(args) if a in ("-c", "--config")), None)
         given = read_yaml(file, config_type) if file else {}
-        if all(
-            f.default is not MISSING or f.default_factory is not MISSING or f.name in given for f in fields(config_type)
-        ):
+        if {f.name for f in fields(config_type) if f.default is f.default_factory is MISSING} <= set(given):
             default = config_type(**given)
     options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     settings = tyro.cli(config_type, args=args, prog=prog, config=options, default=default)
@@ -134,7 +154,7 @@ def check_ranges(settings: Any) -> None:
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
         shown = name if FILE_ONLY in getattr(hint, "__metadata__", ()) else f"--{name.replace('_', '-')}"
-        if _empty(value) and value != getattr(type(settings), name, None):
+        if "" in (value if isinstance(value, tuple) else (value,)) and value != getattr(type(settings), name, None):
             raise MisError(f"{shown} is empty: give a word, or leave it out")
         for limits in _ranges(hint):
             if isinstance(value, int | float) and not limits.holds(value):
@@ -147,10 +167,6 @@ def _ranges(hint: Any) -> Iterator[Within]:
         yield hint
     for part in () if get_origin(hint) is Literal else (*getattr(hint, "__metadata__", ()), *get_args(hint)):
         yield from _ranges(part)
-
-
-def _empty(value: Any) -> bool:
-    return value == "" or (isinstance(value, tuple) and any(map(_empty, value)))
 
 
 def rank() -> int | None:
@@ -180,15 +196,13 @@ def device_trouble(error: RuntimeError, config_type: Any = None) -> str:
     if not DEVICE.search(text):
         return ""
     flags = [f.name for f in fields(config_type)] if is_dataclass(config_type) else []
-    gone = MEMORY_GONE.search(text)
+    what, remedy = "macOS ended a computation on the GPU", "set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, as scripts/mis does,"
+    if MEMORY_GONE.search(text):
+        what, remedy = "no memory is left", "close other programs"
     smaller = " and ".join(f"--{name.replace('_', '-')}" for name in ("max_seq_length", "batch_size") if name in flags)
     less = f"lower {smaller}" if smaller else "use a smaller model"
-    remedy = f"close other programs or {less}"
-    if not gone:
-        remedy = f"set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, as scripts/mis does, or {less}"
     again = "; --resume goes on from the last checkpoint" if "resume" in flags else ""
-    what = "no memory is left" if gone else "macOS ended a computation on the GPU"
-    return f"{what} ({text[:160]}): {remedy}{again}"
+    return f"{what} ({text[:160]}): {remedy} or {less}{again}"
 
 
 def preload() -> None:
@@ -220,10 +234,8 @@ def reader() -> Iterator[None]:
 
 @reader()
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool = False) -> None:
-    """Parse, run, print the result as the last stdout line. Exit codes: 0 done, 1 MisError, 2 usage, 3 check.
-
-    several: whether this command can be one process of several; of these only the first one speaks.
-    """
+    """Parse, run, print the result as the last stdout line. Exit codes: 0 done, 1 MisError, 2 usage, 3 check. several:
+    whether this command can be one process of several; of these only the first one speaks."""
     prog = "python -m " + (sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else "mis_mlx")
     if "--version" in sys.argv[1:]:
         print(f"mis_mlx {__version__}")

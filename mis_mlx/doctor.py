@@ -1,7 +1,6 @@
 """Examine this machine and MLX on it: some forty small checks, each with a witness and a bound; a report to paste.
 
-Takes a minute or two, needs no network and no model. Exit code 3 when a check fails.
-"""
+Takes a minute or two, needs no network and no model. Exit code 3 when a check fails."""
 
 from __future__ import annotations
 

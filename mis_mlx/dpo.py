@@ -11,19 +11,17 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, preference_pairs
-from mis_mlx.alignment.alignment_plan import Alignment
-from mis_mlx.alignment.preference_pairs import Objective
+from mis_mlx.distillation import run_loop
 from mis_mlx.maths.preference import LossType
 from mis_mlx.models import distributed
 from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.types import Positive, Rate, Within
 
 ANSWERS = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class Settings(Alignment):
+class Settings(alignment_plan.Alignment):
     """One run. Rows: {"prompt", "chosen", "rejected"}."""
 
     learning_rate: Rate = 5e-6
@@ -39,12 +37,12 @@ class Settings(Alignment):
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, ask the reference, train, write the best student."""
-    s, folder = alignment_plan.resumed(settings)
+    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
     checkpoint = alignment_plan.opened(s)
-    objective = Objective(s.loss_type, s.beta, s.dpop_lambda)
+    objective = preference_pairs.Objective(s.loss_type, s.beta, s.dpop_lambda)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
-    def training(parts: Settings) -> StageCost:
+    def training(parts: Settings) -> estimates.StageCost:
         length = max(map(preference_pairs.longest, [*train, *valid]))
         return alignment_plan.training(parts, checkpoint, 2 * parts.batch_size, length, "dpo")
 

@@ -15,10 +15,8 @@ from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.evaluation import answering, comparison, lm_eval_tasks, questions, recovery_table, task_registry
-from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.hardware import memory
 from mis_mlx.models import distributed, load, policy, resolve
-from mis_mlx.models.policy import Computing
 from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import figures, html, progress, text
@@ -30,7 +28,7 @@ LENGTH = 256  # tokens in a window
 
 
 @dataclass(frozen=True)
-class Settings(Computing):
+class Settings(cli.Budgeted, policy.Computing):
     """Compare any number of models with one teacher that shares their tokenizer."""
 
     teacher: str | None = None
@@ -46,8 +44,6 @@ class Settings(Computing):
     """tokens in a window; default: 256, with --kld 512"""
     kld: bool = False
     """llama.cpp's quality report instead, with the teacher as reference, over the second half of every window"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     tasks: tuple[str, ...] = ()
     """builtin, polish-offline, dialects, polish, english, any part of these, lm_eval/ID, or folders of JSONL; without
     any: held-out text"""
@@ -60,8 +56,6 @@ class Settings(Computing):
     spread: Literal["whole", "layers"] = "whole"
     """of several machines (mlx.launch): each passes its windows and questions through whole models, or through its own
     blocks and sends them on to the next machine, which a model needs that no machine holds alone"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def _print(text: str) -> None:
@@ -93,10 +87,8 @@ def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opene
 def _texts(
     s: Settings, models: Models, limit: Budget, length: int
 ) -> Iterator[tuple[str, str, Windows, comparison.Opened]]:
-    """(name, title, chosen windows) of every held-out text, once the comparison fits; used within the budget.
-
-    And what opens a model for it.
-    """
+    """(name, title, chosen windows) of every held-out text, once the comparison fits; used within the budget. And what
+    opens a model for it."""
     planned = estimates.compared([estimates.model_of(m) for m in models.values()], s.eval_windows, length)
     estimates.fit(limit, planned)
     # One pass is made of each model: blocks stay in memory only to take the next windows while others work.
@@ -127,10 +119,8 @@ def _held_out(s: Settings, models: Models, limit: Budget) -> tuple[str, dict[str
 def _plan(
     s: Settings, wanted: task_registry.EvaluationSet, models: Models, hashes: Mapping[str, str], limit: Budget
 ) -> dict[str, Any]:
-    """Peak and time of what is still to be asked, said aloud; lm-eval's tasks have no estimate of time.
-
-    MisError where something does not fit, or a question cannot be asked.
-    """
+    """Peak and time of what is still to be asked, said aloud; lm-eval's tasks have no estimate of time. MisError where
+    something does not fit, or a question cannot be asked."""
     shapes = [estimates.model_of(m) for m in models.values()]
     for m, model in zip(shapes, models.values(), strict=True) if wanted.harness else ():
         need = m.shape.layers * m.block_work + m.head_work + estimates.workspace_bytes(m, 2048, 2048)
@@ -150,13 +140,13 @@ def _plan(
 
 def _outcomes(
     s: Settings, wanted: task_registry.EvaluationSet, models: Models, hashes: Mapping[str, str], limit: Budget
-) -> Iterator[Outcome]:
+) -> Iterator[recovery_table.Outcome]:
     """Our tasks, then lm-eval's; each model is asked all of them before the next one."""
     layers, first = s.spread == "layers", next(iter(models.values()))
     marks = {name: [answering.scores(m, hashes[name], t, limit, layers) for t in wanted.tasks]
              for name, m in models.items()}  # fmt: skip
     for at, task in enumerate(wanted.tasks):
-        yield Outcome(
+        yield recovery_table.Outcome(
             task.name,
             task.about,
             {name: marks[name][at] for name in models},
@@ -170,7 +160,9 @@ def _outcomes(
         theirs = {name: answering.by_harness(m, wanted.harness, s.num_questions) for name, m in models.items()}
         for name, one in next(iter(theirs.values())).items():
             about = f"lm-eval {lm_eval_tasks.version()}, {one.metric}"
-            yield Outcome(name, about, {model: by_task[name].marks for model, by_task in theirs.items()}, one.chance)
+            yield recovery_table.Outcome(
+                name, about, {model: by_task[name].marks for model, by_task in theirs.items()}, one.chance
+            )
 
 
 def _hashes(models: Models) -> dict[str, str]:
@@ -180,7 +172,7 @@ def _hashes(models: Models) -> dict[str, str]:
     return hashes
 
 
-def _examine(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
+def _examine(s: Settings, models: Models, hashes: Mapping[str, str], limit: Budget) -> dict[str, Any]:
     """The recovery table, printed and written."""
     began = time.monotonic()
     wanted = task_registry.find(s.tasks, s.num_questions, s.data)
@@ -189,7 +181,6 @@ def _examine(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
     distributed.check_same({task.name: task.sha256 for task in wanted.tasks})
-    hashes = _hashes(models)
     plan = _plan(s, wanted, models, hashes, limit)
     if s.dry_run:
         counts = {task.name: len(task.questions) for task in wanted.tasks}
@@ -210,7 +201,7 @@ def _examine(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
     return {"recovered": recovered, "held_out": held_out} | ({"out": s.out} if s.out else {})
 
 
-def _write(out: Path, outcomes: list[Outcome], page: str, result: dict[str, Any]) -> None:
+def _write(out: Path, outcomes: list[recovery_table.Outcome], page: str, result: dict[str, Any]) -> None:
     picture = recovery_table.figure(outcomes)
     body = "<h1>The recovery table</h1>" + html.markdown(page) + html.figures(picture)
     if picture:
@@ -235,24 +226,19 @@ def run(settings: Settings) -> dict[str, Any]:
     teacher = resolve.resolve_model(s.teacher).path
     models = {"teacher": load.open_checkpoint(teacher)}
     for name, folder in zip(resolve.labels(s.students, ("teacher",)), s.students, strict=True):
-        models[name] = load.open_checkpoint(folder)
-        comparison.same_vocabulary(models["teacher"], models[name])
-    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+        models[name] = comparison.same_vocabulary(models["teacher"], load.open_checkpoint(folder))
+    limit = memory.budget(s.budget_bytes)
     with progress.run("evaluate"):
-        return {"teacher": str(teacher), "students": list(s.students), **_compare(s, models, limit)}
-
-
-def _compare(s: Settings, models: Models, limit: Budget) -> dict[str, Any]:
-    if s.tasks:
-        return _examine(s, models, limit)
-    if distributed.size() > 1:
-        _hashes(models)
-    if s.kld:
-        texts = _texts(s, models, limit, s.max_seq_length or 512)
-        return {name: _kld(models, chosen, title, opened) for name, title, chosen, opened in texts}
-    tables, result = _held_out(s, models, limit)
-    _print(f"\n{tables}")
-    return result
+        hashes = _hashes(models) if s.tasks or distributed.size() > 1 else {}
+        if s.tasks:
+            result = _examine(s, models, hashes, limit)
+        elif s.kld:
+            texts = _texts(s, models, limit, s.max_seq_length or 512)
+            result = {name: _kld(models, chosen, title, opened) for name, title, chosen, opened in texts}
+        else:
+            tables, result = _held_out(s, models, limit)
+            _print(f"\n{tables}")
+        return {"teacher": str(teacher), "students": list(s.students), **result}
 
 
 if __name__ == "__main__":

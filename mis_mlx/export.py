@@ -35,7 +35,7 @@ PAPERS_BYTES = 64 * 1024  # README.md and Modelfile, generously
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(cli.Budgeted):
     """The result is a new folder; nothing that exists is touched."""
 
     model: str | None = None
@@ -49,12 +49,8 @@ class Settings:
     """folder to write"""
     base_model: str | None = None
     """hub id of the model it was made from, for the card; default: what its run says"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     dry_run: bool = False
     """say bytes and types and stop"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
@@ -159,7 +155,7 @@ def run(settings: Settings) -> dict[str, Any]:
     folder = resolve.resolve_model(s.model).path
     checkpoint = load.open_checkpoint(folder)
     tokenizer_check.check_tokenizer(folder)
-    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+    limit = memory.budget(s.budget_bytes)
     wanted = s.out_type or (tensors.out_type(checkpoint) if s.format == "gguf" else "bf16")
     need = need_bytes(checkpoint, s.format, wanted)
     limit.need(need, "the largest tensor on its way", f"give --budget {estimates.flag(need)} or more")

@@ -1,7 +1,4 @@
-"""--help and --help-all of a command: its settings as flags, in groups, with what their docstrings say.
-
-Reads dataclasses. Does not know what any command does; a name means the same in every one of them.
-"""
+"""--help and --help-all of a command: its settings as flags, in groups, with what their docstrings say."""
 
 from __future__ import annotations
 

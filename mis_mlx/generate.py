@@ -10,7 +10,6 @@ from mis_mlx import cli
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, policy, resolve, streamed_decode
-from mis_mlx.models.policy import Computing
 from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
@@ -18,7 +17,7 @@ from mis_mlx.types import Count, Whole, gib
 
 
 @dataclass(frozen=True)
-class Settings(Computing):
+class Settings(cli.Budgeted, policy.Computing):
     """Greedy: the same text as plain decoding, whatever the budget and the draft."""
 
     model: str | None = None
@@ -31,12 +30,8 @@ class Settings(Computing):
     """guesses in the tree of one pass"""
     ignore_chat_template: bool = False
     """give the prompt as it is"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     dry_run: bool = False
     """print bytes and memory, and stop"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -48,7 +43,7 @@ def run(settings: Settings) -> dict[str, Any]:
     small = comparison.same_vocabulary(checkpoint, load.open_checkpoint(s.draft_model)) if s.draft_model else None
     tokenizer = load.tokenizer(checkpoint.path)
     ids = mlx_generate.encode(tokenizer, s.prompt, s.ignore_chat_template)
-    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
+    limit = memory.budget(s.budget_bytes)
     m, length = estimates.model_of(checkpoint), len(ids) + s.max_tokens
     beside = estimates.keys_bytes(m, length)
     if small:  # the draft stays whole, and keeps keys and values too

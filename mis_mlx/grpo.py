@@ -11,14 +11,13 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
-from mis_mlx.alignment.alignment_plan import Alignment
 from mis_mlx.data import examples, rows
 from mis_mlx.data.rows import Row
+from mis_mlx.distillation import run_loop
 from mis_mlx.evaluation import rewards
 from mis_mlx.maths.policy import LossType
 from mis_mlx.models import distributed, load, stream
 from mis_mlx.planner import estimates, training_size
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.types import MOST, Checkpoint, Count, MisError, Positive, Rate, Within
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
@@ -26,7 +25,7 @@ SAMPLED_TOGETHER = 32  # answers; decoding reads all weights once a token, for o
 
 
 @dataclass(frozen=True)
-class Settings(Alignment):
+class Settings(alignment_plan.Alignment):
     """One run. Rows: {"prompt", "answer"}."""
 
     learning_rate: Rate = 1e-6
@@ -68,37 +67,27 @@ class Settings(Alignment):
         return max(self.group_size, SAMPLED_TOGETHER // self.group_size * self.group_size)
 
 
-@dataclass(frozen=True)
-class _Questions:
-    rows: list[Row]
-    prompts: list[list[int]]  # token ids
-
-    @property
-    def longest(self) -> int:
-        return max(map(len, self.prompts))
-
-
 def _questions(
     s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.Function]
-) -> tuple[_Questions, _Questions, dict[str, Any]]:
-    """(questions to train on, held-out ones, what is known of the data); every row is checked."""
+) -> tuple[list[Row], list[list[int]], list[Row], list[list[int]], dict[str, Any]]:
+    """(rows to train on, the token ids of their prompts, held-out rows, theirs, what is known of the data); every row
+    is checked."""
     kinds = [name.strip() for name in s.tasks.split(",")]
     data = examples.load(s.data, ("answer",), s.data_licence, s.scrub_pii, kinds)
     tokenizer, room = load.tokenizer(checkpoint.path), s.max_seq_length - s.max_completion_length + 1
-    splits, encoded = list[_Questions](), []
+    splits, encoded = list[Any](), []
     for split in (data.train, data.valid[: s.eval_rows]):
         questions, where = [row for row, _ in split], [at for _, at in split]
         rows.refuse(rewards.unanswerable(functions, questions, where))
         sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
-        prompts = [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences]
-        splits.append(_Questions(questions, prompts))
+        splits += [questions, [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences]]
         encoded += sequences
     for note in data.notes:
         cli.say(note)
-    return splits[0], splits[1], data.card(examples.fingerprint(encoded))
+    return (*splits, data.card(examples.fingerprint(encoded)))
 
 
-def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[StageCost, StageCost]:
+def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimates.StageCost, estimates.StageCost]:
     """(sampling, training), where `longest` is of the prompts."""
     m, most = alignment_plan.sizes(s, checkpoint), s.max_completion_length
     answers, length = s.grad_accumulation_steps * s.group_size, longest + most
@@ -113,7 +102,7 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[StageCos
     batches = s.iters * -(-answers // s.at_once) + -(-measured // s.at_once)
     touched = batches * most * (m.shape.layers * m.block_work + m.head_work)
     flops = estimates.forward_flops(m, tokens, length)
-    play = StageCost("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
+    play = estimates.StageCost("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
     if s.beta:
         beside = 3 * alignment_plan.weight_bytes(s, checkpoint)  # moments too
         size = answers * length
@@ -126,7 +115,7 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[StageCos
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data and the reward functions, plan, sample and learn, write the best."""
-    s, folder = alignment_plan.resumed(settings)
+    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
     checkpoint, most = alignment_plan.opened(s), s.max_completion_length
     if most >= s.max_seq_length:
         raise MisError(
@@ -134,15 +123,15 @@ def run(settings: Settings) -> dict[str, Any]:
             "lower the one or raise the other"
         )
     functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
-    train, valid, card = _questions(s, checkpoint, functions)
-    plan = alignment_plan.plan(s, *_phases(s, checkpoint, max(train.longest, valid.longest)))
+    train, prompts, valid, valid_prompts, card = _questions(s, checkpoint, functions)
+    plan = alignment_plan.plan(s, *_phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts]))))
     if (n := distributed.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
         raise MisError(
             f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}: "
             f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
         )
     if s.dry_run:
-        return {"model": str(checkpoint.path), "questions": len(train.rows), **plan.result()}
+        return {"model": str(checkpoint.path), "questions": len(train), **plan.result()}
     with alignment_run.running(s, folder, checkpoint, plan, card, "grpo") as r:
         dtype = alignment_plan.dtype_of(s, checkpoint)
         direct = checkpoint.nbytes > plan.budget.limit_bytes
@@ -150,12 +139,12 @@ def run(settings: Settings) -> dict[str, Any]:
         log = partial(r.files.append, r.folder / grpo_rollout.SAMPLES)
         objective = grpo_rollout.Objective(s.loss_type, s.epsilon, s.epsilon_high, s.beta, most, s.temperature)
         sampler = grpo_rollout.Sampler(
-            r.model, train.rows, train.prompts, load.tokenizer(checkpoint.path), functions, objective,
+            r.model, train, prompts, load.tokenizer(checkpoint.path), functions, objective,
             s.group_size, s.grad_accumulation_steps, s.batch_size, s.at_once, s.seed,
             s.num_iterations, s.lora is not None, reference, log,
         )  # fmt: skip
         loss = partial(objective.loss, frozen_head=s.lora is not None)
-        held_out = partial(grpo_rollout.measure, sampler, valid.rows, valid.prompts)
+        held_out = partial(grpo_rollout.measure, sampler, valid, valid_prompts)
         return r.train(sampler, loss, held_out, partial(grpo_rollout.train, updates=s.num_iterations))
 
 

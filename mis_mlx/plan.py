@@ -10,20 +10,17 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
-from mis_mlx.models.arch import MIS_137B
 from mis_mlx.models.config import read_config
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.estimates import ModelSize
-from mis_mlx.planner.job import DistillationSpec, spec_of
-from mis_mlx.planner.phases import MemoryPlan
+from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.reporting.text import markdown_table
-from mis_mlx.types import Count, duration, gib
+from mis_mlx.types import duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
 
-def table(plan: MemoryPlan) -> str:
+def table(plan: phases.MemoryPlan) -> str:
     """Markdown for people: every phase, one generated token, the decision."""
     one = estimates.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
     head = ["phase", "read", "written", "peak memory", "operations", "time", "of an SSD's life"]
@@ -35,7 +32,7 @@ def table(plan: MemoryPlan) -> str:
     return f"{markdown_table(head, rows)}\n\n{decision(plan)}"
 
 
-def disk_bytes(plan: MemoryPlan) -> int:
+def disk_bytes(plan: phases.MemoryPlan) -> int:
     """Files there may be at once, the teacher's not among them: models, two checkpoints, scratch."""
     m = plan.job.student
     params, shard = arch.params(m.config), m.block_params * plan.shard_layers
@@ -44,7 +41,7 @@ def disk_bytes(plan: MemoryPlan) -> int:
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
 
 
-def decision(plan: MemoryPlan) -> str:
+def decision(plan: phases.MemoryPlan) -> str:
     """What was chosen and what it comes to; or that nothing fits, and what would."""
     if not plan.fits:
         return f"This does NOT fit: {phases.remedy(plan)}."
@@ -70,7 +67,7 @@ def decision(plan: MemoryPlan) -> str:
 
 
 @dataclass(frozen=True)
-class Settings(QuantizationConfig, DistillationConfig):
+class Settings(cli.Budgeted, QuantizationConfig, DistillationConfig):
     """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
 
     teacher: str | None = None
@@ -79,40 +76,29 @@ class Settings(QuantizationConfig, DistillationConfig):
     """folder of a student pruned earlier; default: what --scenario gives"""
     scenario: Literal["gazda", "goral", "baca", "halny", "juhas", "zbojnik"] | None = None
     """sizes as in `prune`; default: gazda, of mis-137b goral, the paper's own student"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB"""
     machine: Literal["here", "m1-air"] = "here"
     """m1-air: an 8 GB fanless laptop, by published figures"""
     measure: bool = False
     """take this machine's rates first, in 20 s; later plans use them; without --teacher that is all"""
-    num_samples: Count = 32
-    """calibration windows"""
-    eval_windows: Count = 24
-    """held-out windows measured"""
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
-def _open(name: str | None, gpu: bool) -> tuple[ModelSize, str]:
+def _open(name: str | None, gpu: bool) -> tuple[estimates.ModelSize, str]:
     """(sizes, path or name) of a folder with or without weights, a model of the hub, or the paper's teacher."""
     if name == "mis-137b":
-        return estimates.model_of(MIS_137B, gpu), name
+        return estimates.model_of(arch.MIS_137B, gpu), name
     folder = teachers.resolve_model(name).path
     bare = not any(folder.glob("*.safetensors"))
     return estimates.model_of(read_config(folder) if bare else load.open_checkpoint(folder), gpu), str(folder)
 
 
-def _job(s: Settings, teacher: ModelSize, gpu: bool) -> DistillationSpec:
+def _student(s: Settings, teacher: estimates.ModelSize, gpu: bool) -> estimates.ModelSize:
     if s.student:
-        student, _ = _open(s.student, gpu)
-    else:
-        name = s.scenario or ("goral" if s.teacher == "mis-137b" else "gazda")
-        shape = arch.target_shape(teacher.config, arch.SCENARIOS[name])
-        small = arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16")
-        student = estimates.model_of(small, gpu)
-    return spec_of(teacher, student, s)
+        return _open(s.student, gpu)[0]
+    name = s.scenario or ("goral" if s.teacher == "mis-137b" else "gazda")
+    shape = arch.target_shape(teacher.config, arch.SCENARIOS[name])
+    return estimates.model_of(arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16"), gpu)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -122,9 +108,9 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.measure and settings.teacher is None:
         return asdict(at)
     teacher, name = _open(settings.teacher, at.gpu)
-    job = _job(settings, teacher, at.gpu)
-    asked = None if settings.budget is None else cli.parse_bytes(settings.budget)
-    budget = memory.budget(asked, at.room_bytes)
+    rounding = settings if settings.quantize else PLAIN
+    job = spec_of(teacher, _student(settings, teacher, at.gpu), settings, rounding)
+    budget = memory.budget(settings.budget_bytes, at.room_bytes)
     plan = phases.make(job, budget.limit_bytes, at)
     params = [arch.params(m.config) for m in (teacher, job.student)]
     print(f"{params[0]:,} -> {params[1]:,} parameters: {job.student.shape}\n\n{table(plan)}")

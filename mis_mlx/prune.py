@@ -9,21 +9,20 @@ from typing import Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
+from mis_mlx.distillation import run_loop
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
-from mis_mlx.models import load, policy, resolve
-from mis_mlx.models.policy import Computing
+from mis_mlx.models import load, policy
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import select
-from mis_mlx.pruning.select import PruningConfig
 from mis_mlx.reporting import progress
-from mis_mlx.storage.files import Files, need_place
+from mis_mlx.storage.files import Files
 from mis_mlx.types import Count, Seed, Tokens
 
 
 @dataclass(frozen=True)
-class Settings(Computing, PruningConfig):
+class Settings(cli.Budgeted, policy.Computing, select.PruningConfig):
     """Prune only; `distill` does this and the rest."""
 
     model: str | None = None
@@ -38,20 +37,13 @@ class Settings(Computing, PruningConfig):
     """tokens in a window"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """type of the weights written"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     seed: Seed = 0
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def sentence(report: Mapping[str, Any]) -> str:
     """What a pruning did, for people."""
-    text = (
-        f"{report['params_before'] / 1e6:.1f}M -> {report['params'] / 1e6:.1f}M parameters: {report['shape']}; "
-        f"importance {report['importance']}"
-    )
-    differ = report["channels_differing_from_plain"]
+    sizes = f"{report['params_before'] / 1e6:.1f}M -> {report['params'] / 1e6:.1f}M parameters: {report['shape']}"
+    text, differ = f"{sizes}; importance {report['importance']}", report["channels_differing_from_plain"]
     if report["importance"] != "aais":
         return text
     if not differ:
@@ -64,34 +56,23 @@ def sentence(report: Mapping[str, Any]) -> str:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
-    cli.check_ranges(settings)
-    policy.use(settings.compute_dtype)
-    need_place("--mlx-path", settings.mlx_path, "new")
-    files = Files()
-    found = resolve.resolve_model(settings.model)
-    cli.say(f"model: {found.source}")
-    checkpoint = load.open_checkpoint(found.path)
-    limit = memory.budget(None if settings.budget is None else cli.parse_bytes(settings.budget))
-    length, tokens = settings.max_seq_length, settings.num_samples * settings.max_seq_length
-    planned = estimates.streamed_pass(
-        "calibration", estimates.model_of(checkpoint), tokens, length, length, limit.limit_bytes, head=False
-    )
+    s, files = settings, Files()
+    checkpoint = run_loop.opened(s, s.model, place=s.mlx_path, new="--mlx-path")
+    limit = memory.budget(s.budget_bytes)
+    length, tokens = s.max_seq_length, s.num_samples * s.max_seq_length
+    m = estimates.model_of(checkpoint)
+    planned = estimates.streamed_pass("calibration", m, tokens, length, length, limit.limit_bytes, head=False)
     estimates.fit(limit, planned)
-    data = preparation.prepare(settings.data, load.tokenizer(found.path), length)
-    with progress.run("prune"), memory.limited(limit), ThermalMonitor(settings, None, files) as weather:
+    data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
+    samples = preparation.calibration(data.train, s.num_samples, s.seed)
+    held_out = comparison.chosen(next(iter(data.held_out.values())), 24)
+    with progress.run("prune"), memory.limited(limit), ThermalMonitor(s, None, files) as weather:
         report = select.prune(
-            checkpoint,
-            preparation.calibration(data.train, settings.num_samples, settings.seed),
-            comparison.chosen(next(iter(data.held_out.values())), 24),
-            Path(settings.mlx_path),
-            settings,
-            dtype=settings.dtype,
-            reading=weather.reading,
-            files=files,
+            checkpoint, samples, held_out, Path(s.mlx_path), s, dtype=s.dtype, reading=weather.reading, files=files,
             held=planned.held_tokens // length,
-        )
+        )  # fmt: skip
         cli.say(sentence(report))
-        return {"model": str(found.path), "mlx_path": settings.mlx_path, **report, **weather.account()}
+        return {"model": str(checkpoint.path), "mlx_path": s.mlx_path, **report, **weather.account()}
 
 
 if __name__ == "__main__":

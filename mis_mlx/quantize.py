@@ -15,25 +15,23 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, scale_tuning
+from mis_mlx.distillation import live_teacher, run_loop, scale_tuning
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.maths.rounding import Packed
 from mis_mlx.models import load, model_writer, policy, resolve
-from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, phases, quantized_size
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.planner.job import DistillationSpec
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.quantization import bit_allocation, gptq, grid, packed_format
 from mis_mlx.reporting import progress
-from mis_mlx.storage.files import Files, need_place
+from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole
 
 
 @dataclass(frozen=True)
-class Settings(Computing, QuantizationConfig):
+class Settings(cli.Budgeted, policy.Computing, QuantizationConfig):
     """Quantize only; `distill` does this as its last stages."""
 
     model: str | None = None
@@ -50,12 +48,8 @@ class Settings(Computing, QuantizationConfig):
     """tokens in a window"""
     batch_size: Count = 2
     """windows in a step of q_iters"""
-    budget: str | None = None
-    """memory this may take, such as 600MiB; default: 5GiB or 75 % of what is there"""
     seed: Seed = 0
     """which windows, and which tokens the model draws after them"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
@@ -74,10 +68,8 @@ def quantize(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
-
     batches: token ids [(B, T)] to look at, the hidden states of the first `held` in memory, others in a file beside
-    `out`.
-    """
+    `out`."""
     checkpoint, how = load.open_checkpoint(folder), how.affine
     packed_format.check_dense(checkpoint)
     files.make_folder(out.absolute().parent)
@@ -103,72 +95,67 @@ def quantize(
     )
 
 
-def _planned(s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget) -> list[StageCost]:
+def _planned(
+    s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget
+) -> list[estimates.StageCost]:
     """Rounding, and the steps after it; MisError when one of them does not fit."""
     m, steps = estimates.model_of(checkpoint), s.steps(False)
-    found = [quantized_size.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]
-    remedy = f"give --budget {estimates.flag(found[0].peak_bytes)} or more"
-    estimates.fit(limit, *found, remedy=remedy + (", or --q-method round without --target-bpw" if count else ""))
+    stages = [quantized_size.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]
+    remedies = [", or --q-method round without --target-bpw" if count else "", ", or --q-iters 0"]
     if steps:
-        job = DistillationSpec(
-            estimates.model_of(other), m, steps, s.batch_size, 1, s.max_seq_length, count, 0, 0, steps, rounding=s
-        )
-        found.append(phases.tune(job, s.batch_size, limit.limit_bytes, steps))
-        remedy = f"give --budget {estimates.flag(found[1].peak_bytes)} or more, or --q-iters 0"
-        estimates.fit(limit, found[1], remedy=remedy)
-    return found
+        job = DistillationSpec(estimates.model_of(other), m, steps, s.batch_size, 1, s.max_seq_length, count, 0, 0,
+                               steps, rounding=s)  # fmt: skip
+        stages.append(phases.tune(job, s.batch_size, limit.limit_bytes, steps))
+    for stage, remedy in zip(stages, remedies, strict=False):
+        estimates.fit(limit, stage, remedy=f"give --budget {estimates.flag(stage.peak_bytes)} or more{remedy}")
+    return stages
 
 
 def _tuned(s: Settings, rounded: Path, other: Checkpoint, data: Windows, pinned: int, out: Path, files: Files) -> None:
     """Write `out`: `rounded`, whose scales have learned from the model `other`."""
     checkpoint, m = load.open_checkpoint(rounded), estimates.model_of(other)
-    keeps = None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
-    r = scale_tuning.recipe_of(
-        DistillationConfig(batch_size=s.batch_size, seed=s.seed), s.steps(False), s.q_learning_rate
+    source = live_teacher.StreamedTeacher(
+        other, None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
     )
-    grid.write(
-        checkpoint, scale_tuning.learned(checkpoint, live_teacher.StreamedTeacher(other, keeps), data, r), out, files
-    )
+    recipe = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
+    recipe = scale_tuning.recipe_of(recipe, s.steps(False), s.q_learning_rate)
+    grid.write(checkpoint, scale_tuning.learned(checkpoint, source, data, recipe), out, files)
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command."""
-    cli.check_ranges(settings)
-    policy.use(settings.compute_dtype)
-    need_place("--mlx-path", settings.mlx_path, "new")
-    s, found = settings, resolve.resolve_model(settings.model)
+    s = settings
+    checkpoint = run_loop.opened(s, s.model, place=s.mlx_path, new="--mlx-path")
     if s.looks and s.num_samples < 1:
-        asked = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"
-        raise MisError(f"{asked} looks at text, --num-samples is {s.num_samples}: give 1 or more")
-    count = s.num_samples if s.looks else 0
-    limit = memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
-    checkpoint = load.open_checkpoint(found.path)
+        flag = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"
+        raise MisError(f"{flag} looks at text, --num-samples is {s.num_samples}: give 1 or more")
     packed_format.check_dense(checkpoint)
-    model_writer.need_tokenizer(found.path)
+    model_writer.need_tokenizer(checkpoint.path)
     check(checkpoint.config, s)
     other = load.open_checkpoint(resolve.resolve_model(s.teacher).path) if s.teacher else checkpoint
     comparison.same_vocabulary(other, checkpoint)
+    limit, count, steps = memory.budget(s.budget_bytes), s.num_samples if s.looks else 0, s.steps(False)
     planned = _planned(s, checkpoint, other, count, limit)
     out, files, batches = Path(s.mlx_path), Files(), list[mx.array]()
-    if s.looks or s.steps(False):
-        data = preparation.prepare(s.data, load.tokenizer(found.path), s.max_seq_length).train
+    if s.looks or steps:
+        data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), s.max_seq_length).train
         batches = preparation.calibration(data, count, s.seed)
     with progress.run("quantize"), memory.limited(limit):
         held = planned[0].held_tokens // s.max_seq_length
-        if not s.steps(False):
-            done = quantize(found.path, out, s, files, batches, held, s.seed)
+        if not steps:
+            done = quantize(checkpoint.path, out, s, files, batches, held, s.seed)
         else:
             rounded = out.absolute().with_name(f".tmp-{out.name}-rounded-{os.getpid()}")  # swept where we are killed
             with suppress(OSError):  # left behind by a process of the same number
                 files.remove_tree(rounded)
             try:
-                done = quantize(found.path, rounded, s, files, batches, held, s.seed)
+                done = quantize(checkpoint.path, rounded, s, files, batches, held, s.seed)
                 _tuned(s, rounded, other, data, planned[1].pinned, out, files)
             finally:
                 with suppress(OSError):
                     files.remove_tree(rounded)
     cli.say(f"{out}: {done['bits_per_weight']:.2f} bits per weight, {done['bits_per_block_weight']:.2f} in blocks")
-    return {"model": str(found.path), "mlx_path": s.mlx_path, "method": s.q_method, **done}
+    return {"model": str(checkpoint.path), "mlx_path": s.mlx_path, "method": s.q_method, **done}
 
 
 if __name__ == "__main__":

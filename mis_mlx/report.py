@@ -13,21 +13,14 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.reporting import figures, html, run_reader, sections
-from mis_mlx.reporting.run_reader import RunRecord
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Count, MisError
 
-SECTIONS: tuple[Callable[[RunRecord, str], str], ...] = (
-    sections.summary,
-    sections.recovery,
-    sections.course,
-    sections.cost,
-    sections.pruning,
-    sections.bits,
-    sections.samples,
-    sections.origins,
-)
+SECTIONS: tuple[Callable[[run_reader.RunRecord, str], str], ...] = (
+    sections.summary, sections.recovery, sections.course, sections.cost, sections.pruning, sections.bits,
+    sections.samples, sections.origins,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class Settings:
     """YAML file with any of these flags"""
 
 
-def render(stories: Sequence[RunRecord], every_s: int | None = None) -> str:
+def render(stories: Sequence[run_reader.RunRecord], every_s: int | None = None) -> str:
     """The page. every_s: how often a browser is to open it anew."""
     names = sections.labels(stories)
     parts = [html.part("heading", text=" and ".join(names))]
@@ -69,19 +62,17 @@ def _part(name: str, make: Callable[[], str]) -> str:
         return html.part("note", text=text)
 
 
-def _newest() -> Path:
-    configs = list(Path("runs").glob(f"*/{run_folder.CONFIG}"))
-    if not configs:
-        raise MisError("There is no run under runs/: name a run folder, or make one with distill")
-    return max(configs, key=lambda path: path.stat().st_mtime).parent
-
-
 def run(settings: Settings) -> dict[str, Any]:
     """The command: read, draw, write; again and again when watching."""
     s = settings
     figures.need()
     cli.check_ranges(s)
-    folders = [Path(name) for name in s.run] or [_newest()]
+    folders = [Path(name) for name in s.run]
+    if not folders:
+        configs = list(Path("runs").glob(f"*/{run_folder.CONFIG}"))
+        if not configs:
+            raise MisError("There is no run under runs/: name a run folder, or make one with distill")
+        folders = [max(configs, key=lambda path: path.stat().st_mtime).parent]
     out = Path(s.out) if s.out else folders[0] / "report.html"
     need_place("--out", out, "file")
     while True:

@@ -7,20 +7,19 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run
-from mis_mlx.alignment.alignment_plan import Alignment
-from mis_mlx.alignment.sft_loss import PackedDataset
-from mis_mlx.distillation import live_teacher
+from mis_mlx.alignment.sequence_packing import PackedDataset
+from mis_mlx.distillation import live_teacher, run_loop
 from mis_mlx.evaluation import comparison
+from mis_mlx.hardware import memory
 from mis_mlx.models import load, resolve
 from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.types import Checkpoint, Rate
 
 SHAPES = ("messages", "completion")
 
 
 @dataclass(frozen=True)
-class Settings(Alignment):
+class Settings(alignment_plan.Alignment):
     """One run. Rows: {"messages": [...]} or {"prompt", "completion"}."""
 
     learning_rate: Rate = 1e-4
@@ -35,23 +34,14 @@ class Settings(Alignment):
     """share of the loss that is KL to the teacher, if there is one; the rest is cross-entropy"""
 
 
-def _lessons(s: Settings, checkpoint: Checkpoint) -> tuple[PackedDataset, PackedDataset, dict[str, Any]]:
-    """(windows to train on, held-out ones, what is known of the data); every row is checked."""
-    train, valid, card = alignment_run.data(s, checkpoint, SHAPES, mask_prompt=s.mask_prompt)
-    room = s.max_seq_length if s.packing and not s.teacher else 0
-    train_, valid_ = (PackedDataset([row[0] for row in rows], room) for rows in (train, valid))
-    cli.say(f"{len(train)} rows in {len(train_.windows)} windows of at most {max(train_.lengths)} tokens")
-    return train_, valid_, card
-
-
-def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> StageCost:
+def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> estimates.StageCost:
     """The training, with as much of its teacher in memory as the budget leaves."""
     alone = alignment_plan.training(s, checkpoint, s.batch_size, length, "sft")
     if beside is None:
         return alone
     t, tokens = estimates.model_of(beside), s.batch_size * s.grad_accumulation_steps * length
     peak = alone.peak_bytes + t.slots_bytes + t.head_work + tokens * t.shape.hidden * t.item
-    keeps = estimates.pins(t, estimates.room(alignment_plan.budget(s).limit_bytes, peak))
+    keeps = estimates.pins(t, estimates.room(memory.budget(s.budget_bytes).limit_bytes, peak))
     flops = alone.flops + s.iters * estimates.forward_flops(t, tokens, length)
     read = alone.read_bytes + t.block_bytes * (keeps + s.iters * (t.shape.layers - keeps))
     return replace(alone, peak_bytes=peak + keeps * t.block_work, flops=flops, read_bytes=read, pinned=keeps)
@@ -62,20 +52,23 @@ def _source(s: Settings, beside: Checkpoint | None, pinned: int) -> live_teacher
     if beside is None:
         return live_teacher.TextTargets()
     t = estimates.model_of(beside)
-    direct = beside.nbytes > alignment_plan.budget(s).limit_bytes
+    direct = beside.nbytes > memory.budget(s.budget_bytes).limit_bytes
     room = pinned * t.block_work + t.head_work
     return live_teacher.StreamedTeacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, train, write the best student."""
-    s, folder = alignment_plan.resumed(settings)
+    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
     checkpoint = alignment_plan.opened(s)
     beside = None
     if s.teacher is not None:
         beside = comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.resolve_model(s.teacher).path))
-    train, valid, card = _lessons(s, checkpoint)
+    *splits, card = alignment_run.data(s, checkpoint, SHAPES, mask_prompt=s.mask_prompt)
+    room = s.max_seq_length if s.packing and not s.teacher else 0
+    train, valid = (PackedDataset([row[0] for row in rows], room) for rows in splits)
     length = max(train.lengths)
+    cli.say(f"{len(splits[0])} rows in {len(train.windows)} windows of at most {length} tokens")
     parts = alignment_plan.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))
     phase = _phase(parts, checkpoint, beside, length)
     plan = alignment_plan.plan(parts, phase)

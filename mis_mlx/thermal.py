@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,31 +64,25 @@ def run(settings: Record | Replay | Doctor) -> dict[str, Any]:
         return record(settings)
     if isinstance(settings, Replay):
         return replay_decisions(settings)
-    source, celsius, metres = settings.thermal_replay, settings.temperature_c, settings.altitude_m
-    with open_monitor(replay=source, given_ambient_c=celsius, altitude_m=metres) as monitor:
+    s = settings
+    with open_monitor(replay=s.thermal_replay, given_ambient_c=s.temperature_c, altitude_m=s.altitude_m) as monitor:
         lines, facts = findings.examined(monitor)
     print("\n".join(lines))
     return facts
 
 
 def record(settings: Record) -> dict[str, Any]:
-    """Write a recording; every line is whole whenever it ends."""
+    """Write a recording until Ctrl-C; every line is whole whenever it ends."""
     need_place("FILE", settings.file, "new")
     clock = Clock()
     source = Live(clock)
     altitude_m, _ = find_altitude(settings.altitude_m, Header())
-    start_s, looks = clock.monotonic(), 0
-    try:
-        with recorder(settings.file, replace(source.header, altitude_m=altitude_m)) as add:
-            try:
-                while settings.seconds is None or clock.monotonic() - start_s <= settings.seconds:
-                    add(source.look())
-                    looks += 1
-                    clock.sleep(start_s + looks * settings.every_s - clock.monotonic())
-            except KeyboardInterrupt:
-                pass  # the way to end a recording
-    finally:
-        source.close()
+    header, start_s, looks = replace(source.header, altitude_m=altitude_m), clock.monotonic(), 0
+    with closing(source), recorder(settings.file, header) as add, suppress(KeyboardInterrupt):
+        while settings.seconds is None or clock.monotonic() - start_s <= settings.seconds:
+            add(source.look())
+            looks += 1
+            clock.sleep(start_s + looks * settings.every_s - clock.monotonic())
     return {"file": str(settings.file), "looks": looks, "seconds": round(clock.monotonic() - start_s, 1)}
 
 

@@ -1,6 +1,4 @@
-"""The handful of frozen dataclasses that everything passes along.
-
-Knows nothing of MLX, files or models: only names, shapes and units.
+"""The handful of frozen dataclasses that everything passes along. Knows nothing of MLX, files or models.
 
 Axis letters used in every docstring:
     B sequences in a batch      T tokens in a sequence     V vocabulary
@@ -43,13 +41,8 @@ class Within:
         return f"give a number {'above' if self.above else 'from'} {low}{', up' if self.above else ''} to {high}"
 
 
-@dataclass(frozen=True)
-class ConfigOnly:
-    """Stands in the annotation of a setting that a YAML file and Python may give, and that is no flag."""
-
-
 MOST = 10**7
-FILE_ONLY = ConfigOnly()
+FILE_ONLY = "a YAML file and Python may give it, it is no flag"  # stands in the annotation of a setting
 Count = Annotated[int, Within(1, MOST)]
 Whole = Annotated[int, Within(0, MOST)]
 Tokens = Annotated[int, Within(2, 2**20)]  # in a window: one predicts the next
@@ -135,12 +128,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class PrunableAxis:
-    """One axis that can shrink: which weights write it, which read it.
-
-    `writes` have the axis as rows (axis 0), `reads` as columns (axis 1), `vectors` as their only axis.
-    Names carry `{i}` where the layer number goes. `unit` indices belong together and go together
-    (1 FFN neuron; head_dim rows of one query head).
-    """
+    """One axis that can shrink: which weights write it, which read it. `writes` have the axis as rows (axis 0), `reads`
+    as columns (axis 1), `vectors` as their only axis. Names carry `{i}` where the layer number goes. `unit` indices
+    belong together and go together (1 FFN neuron; head_dim rows of one query head)."""
 
     name: str  # "ffn", "heads", "hidden", "layers"
     size: int
@@ -152,12 +142,10 @@ class PrunableAxis:
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """What a pruning keeps, and why; saved beside the model as `keep.json`.
-
-    `layers`: teacher layers kept, in order. `kept[(layer, space)]`: sorted indices kept in that teacher
-    layer; `kept[(-1, "hidden")]` for the residual stream, which all layers share. basis: where the stream was
-    rotated before the cut, the teacher's channels to the student's, an array (D, d); saved as `rotation.npy`.
-    """
+    """What a pruning keeps, and why; saved beside the model as `keep.json`. `layers`: teacher layers kept, in order.
+    `kept[(layer, space)]`: sorted indices kept in that teacher layer; `kept[(-1, "hidden")]` for the residual stream,
+    which all layers share. basis: where the stream was rotated before the cut, the teacher's channels to the student's,
+    an array (D, d); saved as `rotation.npy`."""
 
     layers: tuple[int, ...]
     kept: Mapping[tuple[int, str], tuple[int, ...]]
@@ -176,10 +164,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, as the loop yields it. `loss` in nats per token, before eq. (2)'s factor.
-
-    Alignment's losses are per what they count (tokens, pairs, answers); `more` holds further means of theirs.
-    """
+    """One optimizer step, as the loop yields it. `loss` in nats per token, before eq. (2)'s factor. Alignment's losses
+    are per what they count (tokens, pairs, answers); `more` holds further means of theirs."""
 
     number: int
     loss: float

@@ -27,18 +27,8 @@ Done = subprocess.CompletedProcess[str]
 os.environ["MIS_MLX_GOVERNOR"], os.environ["MIS_MLX_DEVICE"] = "observe", "cpu"
 ITERS, EVERY = 30, 7
 SMALL = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--eval-windows", 3)
-SMALL += (
-    "--scenario",
-    "goral",
-    "--iters",
-    ITERS,
-    "--save-every",
-    EVERY,
-    "--bench-tokens",
-    0,
-    "--learning-rate",
-    "1e-2",
-)
+SMALL += ("--scenario", "goral", "--iters", ITERS, "--save-every", EVERY, "--bench-tokens", 0)
+SMALL += ("--learning-rate", "1e-2")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -29,20 +29,8 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 # Beginnings of the names of what is read from the environment while Python starts and libraries are imported.
-EARLY = (
-    "HF_",
-    "HOME",
-    "LD_",
-    "MKL_",
-    "MLX_",
-    "MPL",
-    "OMP",
-    "OPENBLAS",
-    "PYTHON",
-    "TOKENIZERS_",
-    "TRANSFORMERS_",
-    "XDG_",
-)
+EARLY = ("HF_", "HOME", "LD_", "MKL_", "MLX_", "MPL", "OMP", "OPENBLAS", "PYTHON", "TOKENIZERS_", "TRANSFORMERS_",
+         "XDG_")  # fmt: skip
 LATER = ("MLX_HOSTFILE", "MLX_RANK")  # but these when the processes first meet
 SERVERS = dict[tuple[tuple[str, str], ...], "Server"]()
 

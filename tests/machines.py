@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mis_mlx.alignment import sft_loss
+from mis_mlx.alignment import sequence_packing
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import cached_targets, live_teacher, train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -85,12 +85,12 @@ def uneven(n: int, length: int = 16) -> Windows:
     return Windows(rng.integers(0, 512, (n, length)).astype(np.int32), learn)
 
 
-def lesson() -> sft_loss.PackedDataset:
+def lesson() -> sequence_packing.PackedDataset:
     """Rows of 3 to 40 tokens, one a window."""
     rng = np.random.default_rng(3)
     lengths = rng.integers(3, 41, 30)
     rows = [(rng.integers(0, 512, n).astype(np.int32), (np.arange(n) >= n // 2).astype(np.float32)) for n in lengths]
-    return sft_loss.PackedDataset(rows)
+    return sequence_packing.PackedDataset(rows)
 
 
 def distilled(teacher: Checkpoint, student: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.ndarray]:

@@ -33,13 +33,6 @@ def test_sizes_by_pencil(text: str, nbytes: int) -> None:
     assert cli.parse_bytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "five", "5 GiB please", "-1GiB", "5TB", "1.2.3GiB", "."])
-def test_what_is_no_size_is_a_sentence(text: str) -> None:
-    """Names the flag and gives an example."""
-    with pytest.raises(MisError, match="--budget .* is not a size: .*5GiB"):
-        cli.parse_bytes(text)
-
-
 def parsed(folder: Path, yaml: str, *flags: str, kind: Any = Settings) -> Any:
     """Settings of a YAML file and flags."""
     (folder / "settings.yaml").write_text(yaml, encoding="utf-8")
@@ -56,23 +49,12 @@ def test_flags_win_over_yaml_wins_over_defaults(tmp_path: Path) -> None:
 
 
 def test_long_spellings_of_c(tmp_path: Path) -> None:
-    """`-c FILE`, `--config FILE` and `--config=FILE` read the same file."""
+    """`-c FILE`, `--config FILE` and `--config=FILE` read the same file; 1e-3 without a dot is a number; null: none."""
     path = tmp_path / "s.yaml"
-    path.write_text("iters: 7\n")
+    path.write_text("iters: 7\nlearning_rate: 1e-3\nbudget:\nlayers: null\nhalny: 0\n")
     for flags in (["-c", str(path)], ["--config", str(path)], [f"--config={path}"]):
-        assert cli.parse(Settings, flags).iters == 7, flags
-
-
-@pytest.mark.parametrize("written", ["1e-3", "1.0e-3", "0.001"])
-def test_yaml_numbers_without_a_dot(tmp_path: Path, written: str) -> None:
-    """YAML 1.1 reads 1e-3 as text; here it is the number everyone means."""
-    assert parsed(tmp_path, f"learning_rate: {written}\n").learning_rate == 1e-3
-
-
-def test_yaml_null_is_the_default_of_optional_settings(tmp_path: Path) -> None:
-    """`budget:` and `budget: null` mean none."""
-    assert parsed(tmp_path, "budget:\nlayers: null\nhalny: 0\n").budget is None
-    assert parsed(tmp_path, "halny: 0\n").halny == 0
+        made = cli.parse(Settings, flags)
+        assert (made.iters, made.learning_rate, made.budget, made.layers, made.halny) == (7, 1e-3, None, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +66,11 @@ def test_yaml_null_is_the_default_of_optional_settings(tmp_path: Path) -> None:
         ("- iters\n", "holds a list"),
         ("iters: [\n", "is not YAML"),
         ("iters: 1\n\tseed: 2\n", "is not YAML"),
+        ("iters: 1.5\n", "iters is 1.5, the setting takes a whole number"),
+        ("scenario: gorral\n", "scenario is 'gorral', the setting takes gazda or"),
+        ("quantize: 3\n", "quantize is 3, the setting takes 4 or 0"),
+        ("resume: perhaps\n", "resume is 'perhaps', the setting takes true or false"),
+        ("learning_rate: [1, 2]\n", "learning_rate is [1, 2], the setting takes a number"),
     ],
 )
 def test_bad_yaml_is_a_sentence(tmp_path: Path, yaml: str, sentence: str) -> None:
@@ -94,34 +81,13 @@ def test_bad_yaml_is_a_sentence(tmp_path: Path, yaml: str, sentence: str) -> Non
     assert sentence in said and str(tmp_path / "settings.yaml") in said and "\n" not in said
 
 
-@pytest.mark.parametrize(
-    ("yaml", "sentence"),
-    [
-        ("iters: ten\n", "iters"),
-        ("iters: 1.5\n", "iters"),
-        ("scenario: gorral\n", "scenario"),
-        ("quantize: 3\n", "quantize"),
-        ("resume: perhaps\n", "resume"),
-        ("learning_rate: [1, 2]\n", "learning_rate"),
-    ],
-)
-def test_yaml_of_the_wrong_type_is_a_sentence(tmp_path: Path, yaml: str, sentence: str) -> None:
-    """A word for a number, half a step, a scenario that is none: refused like the flag would be, with the file."""
-    test_bad_yaml_is_a_sentence(tmp_path, yaml, sentence)
-
-
 def test_no_yaml_there(tmp_path: Path) -> None:
-    """A missing file and a folder."""
-    for path in (tmp_path / "missing.yaml", tmp_path):
-        with pytest.raises(MisError, match="give an existing file to -c"):
-            cli.parse(Settings, ["-c", str(path)])
-
-
-def test_yaml_that_is_not_utf8(tmp_path: Path) -> None:
-    """Bytes that are no text: a sentence."""
+    """A missing file, a folder, bytes that are no text."""
     (tmp_path / "s.yaml").write_bytes(b"iters: \xff\xfe\n")
-    with pytest.raises(MisError, match="s.yaml"):
-        cli.parse(Settings, ["-c", str(tmp_path / "s.yaml")])
+    for path, why in ((tmp_path / "missing.yaml", "give an existing file"), (tmp_path, "give an existing file"),
+                      (tmp_path / "s.yaml", "is not YAML")):  # fmt: skip
+        with pytest.raises(MisError, match=why):
+            cli.parse(Settings, ["-c", str(path)])
 
 
 @pytest.mark.parametrize(
@@ -207,8 +173,9 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert (shown.out, shown.err) == ("", "mis_mlx: 5 is more than 4: take less\n")
     assert ended(lambda s: {"check_failed": True}, monkeypatch) == 3
     assert ended(fail(KeyboardInterrupt()), monkeypatch) == 130
-    with pytest.raises(ZeroDivisionError):
-        cli.main(Settings, fail(ZeroDivisionError()))
+    for bug in (ZeroDivisionError(), RuntimeError("dictionary changed size during iteration")):
+        with pytest.raises(type(bug)):
+            cli.main(Settings, fail(bug))
 
 
 def test_stop_is_asked_once_and_forced_twice() -> None:
@@ -272,7 +239,7 @@ cli.main(Settings, run)
 """
 
 
-@pytest.mark.parametrize(("hard", "soft"), [(1024, 1024), (4096, 4096), (8192, 4096), (256, 256)])
+@pytest.mark.parametrize(("hard", "soft"), [(1024, 1024), (8192, 4096)])
 def test_a_command_may_open_more_files(hard: int, soft: int) -> None:
     """macOS begins with 256: up to 4,096, as far as the hard limit lets us, which stays."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
@@ -327,9 +294,6 @@ class Short:
         ("[METAL] Command buffer execution failed: Impacting Interactivity "
          "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
          "macOS ended a computation on the GPU", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"),
-        ("[METAL] Command buffer execution failed: Caused GPU Timeout Error "
-         "(00000002:kIOGPUCommandBufferCallbackErrorTimeout)",
-         "macOS ended a computation on the GPU", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"),
         ("[METAL] Command buffer execution failed: Insufficient Memory "
          "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)", "no memory is left", "close other programs"),
         ("[metal::malloc] Attempting to allocate 48736917632 bytes which is greater than the maximum allowed "
@@ -351,14 +315,3 @@ def test_an_error_of_the_device_is_a_sentence(
     assert remedy in said and "lower --max-seq-length and --batch-size; --resume goes on" in said
     short = cli.device_trouble(RuntimeError(error), Short)
     assert short.endswith("lower --max-seq-length") and "--resume" not in short
-
-
-def test_other_runtime_errors_are_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They keep their traceback."""
-    monkeypatch.setattr("sys.argv", ["command"])
-
-    def run(settings: Any) -> dict[str, Any]:
-        raise RuntimeError("dictionary changed size during iteration")
-
-    with pytest.raises(RuntimeError, match="changed size"):
-        cli.main(Settings, run)

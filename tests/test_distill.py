@@ -89,48 +89,32 @@ def test_its_config_gives_the_same_run_again(
     assert losses(tmp_path / "again") == losses(out)
 
 
-def test_dry_run_writes_nothing(tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]) -> None:
-    """The plan on stderr, the numbers on stdout, exit code 0; too small a budget makes it 3."""
+def test_a_dry_run_or_too_small_a_budget_writes_nothing(
+    tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]
+) -> None:
+    """The plan on stderr, the numbers on stdout, exit code 0, and 3 where it does not fit; without --dry-run one
+    sentence with both numbers and a remedy."""
     done = command("distill", *flags, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
     assert 0 < result["peak_bytes"] < result["budget_bytes"] and result["params_student"] < result["params_teacher"]
     assert "fits the budget" in done.stderr
     assert command("distill", *flags, "--dry-run", "--budget", "1MiB", cwd=tmp_path).returncode == 3
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_budget_too_small_is_a_sentence(
-    tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]
-) -> None:
-    """Both numbers and a remedy, exit code 1, and nothing written."""
     said = sentence(command("distill", *flags, "--budget", "1MiB", cwd=tmp_path))
     assert "the budget is 1 MiB" in said and "give --budget" in said
-    said = sentence(command("distill", *flags, "--budget", "900000GiB", cwd=tmp_path))
-    assert "is more than the" in said
+    assert "is more than the" in sentence(command("distill", *flags, "--budget", "900000GiB", cwd=tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-def test_flags_from_yaml_and_wrong_ones(
-    tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]
-) -> None:
-    """A YAML with learning_rate: 1e-3 is used; an unknown key names the nearest; a wrong flag exits with 2."""
+def test_flags_from_yaml(tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]) -> None:
+    """A YAML with learning_rate: 1e-3 is used; quantize: 0 leaves the student as it was trained."""
     (tmp_path / "good.yaml").write_text("learning_rate: 1e-3\niters: 3\nquantize: 0\n")
-    at = flags.index("--iters")
-    given = [*flags[:at], *flags[at + 2 :]]
-    given = given[: given.index("--learning-rate")]
-    out = tmp_path / "run"
-    done = command("distill", "-c", tmp_path / "good.yaml", *given, "--out", out)
+    given, out = flags[: flags.index("--iters")], tmp_path / "run"
+    done = command("distill", "-c", tmp_path / "good.yaml", *given, "--bench-tokens", 0, "--out", out)
     assert done.returncode == 0, done.stderr
     assert max(r["learning_rate"] for r in run_folder.metrics(out)) == pytest.approx(1e-3)
     assert not (out / "distilled").exists() and not arch.is_quantized(load.open_checkpoint(out / "model").tensors)
     assert last_line(done)["nll_quantized"] is None and last_line(done)["student"] == str(out / "model")
-
-    (tmp_path / "bad.yaml").write_text("learning_rat: 1e-3\n")
-    said = sentence(command("distill", "-c", tmp_path / "bad.yaml"))
-    assert "did you mean learning_rate?" in said
-    done = command("distill", "--learning-rat", "1")
-    assert (done.returncode, done.stdout) == (2, "")
 
 
 def refused(out: Path, **changes: Any) -> str:
@@ -162,20 +146,10 @@ def test_a_resume_must_be_the_same_run(
     (out / "config.yaml").write_text(config.replace(str(text_folder), str(other)))
     assert "The data changed" in refused(out)
 
-    stranger = tiny.make(tmp_path / "stranger", rms_norm_eps=1e-6)
+    stranger = tiny.make(tmp_path / "stranger", seed=1)  # the same config, other numbers
     (out / "config.yaml").write_text(config.replace(str(llama.path), str(stranger)))
     assert "The teacher changed" in refused(out)
     assert weights(out) == weights(finished[0])
-
-
-def test_other_weights_are_another_teacher(tmp_path: Path, finished: tuple[Path, Done], llama: Checkpoint) -> None:
-    """The same config and shapes with other numbers: a resume would mix two teachers, so it is refused."""
-    out = shutil.copytree(finished[0], tmp_path / "run")
-    other = tiny.make(tmp_path / "other", seed=1)
-    assert load.open_checkpoint(other).config == llama.config
-    config = out / "config.yaml"
-    config.write_text(config.read_text().replace(str(llama.path), str(other)))
-    assert "The teacher changed" in refused(out)
 
 
 def test_a_student_made_earlier(
@@ -203,14 +177,3 @@ def test_streaming_the_teacher_gives_the_same_student(
     assert "streamed from disk" in streamed.stderr
     assert weights(tmp_path / "streamed") == weights(tmp_path / "resident")
     assert last_line(streamed)["budget_bytes"] == budget * 2**20 < last_line(resident)["budget_bytes"] <= 5 * GIB
-
-
-def test_a_teacher_bigger_than_the_budget(tmp_path: Path, text_folder: Path) -> None:
-    """What the package is for: 25 MiB of teacher, 20 MiB of memory, and the plan says that it fits."""
-    deep = tiny.make(tmp_path / "deep", num_hidden_layers=40)
-    assert load.open_checkpoint(deep).nbytes > 20 * 2**20
-    settings = distill.Settings(
-        teacher=str(deep), data=str(text_folder), max_seq_length=32, num_samples=4, reconstruct_samples=4, layers=2,
-        eval_windows=3, bench_tokens=0, budget="20MiB", q_method="round", dry_run=True,
-    )  # fmt: skip
-    assert not distill.run(settings)["check_failed"]

@@ -131,12 +131,13 @@ def test_no_word_is_empty(kind: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "size", ["-3GiB", "nan", "inf", "5e999GiB", "1e308GiB", "0", "0.0", "0.1", "", "9" * 400, "-0"]
+    "size",
+    ["-3GiB", "nan", "5e999GiB", "0", "0.1", "", "9" * 400, "GiB", "five", "5 GiB please", "5TB", "1.2.3GiB", "."],
 )
 @pytest.mark.parametrize("flag", ["--budget", "--memory"])
 def test_sizes_that_are_none(size: str, flag: str) -> None:
     """Negative, no number, nothing, more than any machine has: one sentence that names the flag."""
-    with pytest.raises(MisError, match=f"^{flag} .*[^\n]*$"):
+    with pytest.raises(MisError, match=f"^{flag} .*[^\n]*GiB"):
         cli.parse_bytes(size, flag)
 
 
@@ -158,17 +159,11 @@ def places(kind: str, folder: Path) -> dict[str, Any]:
 
 DRY = {"dry_run": True}
 OUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # command: (its flag, what it names, flags without which it works)
-    "distill": ("out", "folder", DRY),
-    "search": ("out", "folder", DRY),
-    "sft": ("out", "folder", DRY),
-    "dpo": ("out", "folder", DRY),
-    "grpo": ("out", "folder", DRY),
+    **dict.fromkeys(("distill", "search", "sft", "dpo", "grpo"), ("out", "folder", DRY)),
     "evaluate": ("out", "folder", {**DRY, "tasks": ("sums",)}),
     "export": ("out", "new", DRY),
-    "prune": ("mlx_path", "new", {}),
-    "quantize": ("mlx_path", "new", {}),
-    "bench": ("out", "file", {}),
-    "report": ("out", "file", {}),
+    **dict.fromkeys(("prune", "quantize"), ("mlx_path", "new", {})),
+    **dict.fromkeys(("bench", "report"), ("out", "file", {})),
     "doctor": ("out", "new", {}),
     "thermal": ("file", "new", {}),
 }
@@ -221,14 +216,6 @@ def test_the_exact_ends_of_target_bpw(group: int) -> None:
         bit_allocation.check(most + 0.001, group)
 
 
-@pytest.mark.parametrize("bits", [3.2, 8.9])
-def test_bits_out_of_reach_are_refused_before_work(bits: float, llama: Checkpoint, tmp_path: Path) -> None:
-    """Within the flag's range, not within what groups of 64 allow."""
-    with pytest.raises(MisError, match="--target-bpw .* in groups of 64 take"):
-        quantize.run(quantize.Settings(model=str(llama.path), target_bpw=bits, mlx_path=str(tmp_path / "out")))
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """{command: a folder of rows for it}."""
@@ -273,18 +260,16 @@ def asked_before(name: str) -> set[str]:
     return {flag for flag in limits(kind) if (owner(kind, flag), flag) in shared}
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DRY_RUNS)
 def test_the_ends_of_every_range_can_be_planned(
     name: str,
-    every: bool,
     llama: Checkpoint,
     text_folder: Path,
     rows: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A dry run gives a result that JSON holds, or one sentence. every: flags again that another command had."""
+    """A dry run gives a result that JSON holds, or one sentence; flags that another command had are not tried again."""
     monkeypatch.setattr(rates, "matmul_flops", lambda *_: 1e11)  # which takes a third of a second, for every number
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -301,7 +286,7 @@ def test_the_ends_of_every_range_can_be_planned(
     assert module.run(base)["peak_bytes"] > 0  # so that what follows is not refused for something else
     policy.use(None)
     failed = []
-    names = set(limits(module.Settings)) - (set() if every else asked_before(name))
+    names = set(limits(module.Settings)) - asked_before(name)
     for flags in ends(module.Settings, names):
         try:
             json.dumps(module.run(replace(base, **flags)), allow_nan=False)

@@ -263,11 +263,8 @@ RULES: list[Callable[[Module], list[str]]] = [
 # Rule, a module's name, a source that breaks the rule there.
 BROKEN = [
     (floors, "storage.x", "import mis_mlx.hardware.clock"),
-    (floors, "storage.x", "from mis_mlx import data"),
-    (floors, "maths.x", "from mis_mlx.storage import files"),
     (floors, "data.x", "from ..hardware import clock"),
     (floors, "data.polish.x", "from ... import models"),
-    (floors, "models.x", "from mis_mlx.distillation.train_loop import train"),
     (floors, "distillation.x", "def f():\n    from mis_mlx import prune"),
     (floors, "cli", "import mis_mlx.storage"),
     (floors, "types", "from mis_mlx.cli import main"),
@@ -275,20 +272,17 @@ BROKEN = [
     (conductor, "prune", "from mis_mlx import quantize"),
     (conductor, "prune", "from .distill import run"),
     (slow_imports, "storage.x", "def f():\n    import transformers"),
-    (slow_imports, "prune", "from mlx_lm import load"),
     (slow_imports, "models.x", "import mlx_lm.utils"),
     (slow_imports, "models.x", "class C:\n    import mlx_lm\n    def f(self):\n        import mlx_lm"),
     (slow_imports, "distillation.x", "def f(n):\n    return importlib.import_module(f'mlx_lm.{n}')"),
     (machine_door, "storage.x", "import subprocess"),
     (machine_door, "prune", "def f():\n    from ctypes import CDLL"),
     (speaking, "storage.x", "def f():\n    print(1)"),
-    (speaking, "models.x", "import sys\ndef f():\n    sys.exit(1)"),
     (speaking, "distillation.x", "from argparse import ArgumentParser"),
     (speaking, "maths.x", "import tyro"),
     (evaluating, "maths.x", "import mlx.core as mx\ndef f(x):\n    mx.eval(x)"),
     (evaluating, "models.load", "from mlx.core import eval"),
     (only_names, "storage.x", "import os\nos.umask(0)"),
-    (only_names, "storage.x", "for i in range(3):\n    pass"),
     (only_names, "storage.x", "if True:\n    x = 1"),
     (sizes, "storage.x", "x = 1\n" * 301),
     (sizes, "storage.x", "def f():\n" + "    x = 1\n" * 60),
@@ -296,11 +290,9 @@ BROKEN = [
     (docstrings, "storage.x", '"""X."""\ndef f():\n    pass'),
     (docstrings, "storage.x", '"""X."""\nclass C:\n    """C."""\n    def f(self):\n        pass'),
     (names, "storage.utils", ""),
-    (names, "models.text_helpers", ""),
     (doubles, "maths.x", "def f(x):\n    return mx.array(x, mx.float64).sum()"),
     (doubles, "maths.x", "def f(x):\n    return x.astype(mx.float64)\ndef g(x):\n    return mx.sum(x, stream=mx.cpu)"),
     (doubles, "maths.x", "from mlx.core import float64"),
-    (doubles, "maths.x", "KIND = mx.float64"),
     (decompositions, "maths.x", "def f(x):\n    return mx.linalg.eigh(x)"),
     (decompositions, "maths.x", "from mlx.core.linalg import svd"),
     (casts, "models.load", "def f(raw, n, dtype):\n    return raw[n].astype(dtype)"),
@@ -380,13 +372,19 @@ def test_every_command_is_listed() -> None:
     assert commands() and all(lines[name] == about != "" for name, about in commands().items())
 
 
-@pytest.mark.parametrize("command", sorted(commands()))
-def test_help_imports_nothing_slow(command: str) -> None:
-    """--help answers without mlx_lm and transformers, which take seconds to import."""
-    line = [sys.executable, "-X", "importtime", "-m", f"mis_mlx.{command}", "--help"]
-    run = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and "usage" in run.stdout.lower(), run.stderr[-2000:]
-    assert not re.findall(r"\|\s+((?:mlx_lm|transformers)\b.*)", run.stderr)
+def test_help_imports_nothing_slow() -> None:
+    """--help of every command answers without mlx_lm and transformers, which take seconds to import."""
+    code = """
+import contextlib, io, runpy, sys
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        runpy.run_module(f"mis_mlx.{name}", run_name="__main__", alter_sys=True)
+    assert "usage" in out.getvalue().lower(), name
+    assert not {"mlx_lm", "transformers"} & set(sys.modules), name
+"""
+    run = subprocess.run([sys.executable, "-c", code, *commands()], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_importing_leaves_the_process_as_it_was() -> None:

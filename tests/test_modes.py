@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import distill
-from mis_mlx.distillation import pipeline, scale_tuning
+from mis_mlx.distillation import pipeline
 from mis_mlx.models import load
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage import run_folder, safetensors
@@ -94,7 +94,7 @@ def test_killed_in_any_phase_and_resumed(
 ) -> None:  # fmt: skip
     """SIGKILL as soon as a phase's files appear; --resume ends with the bits of the undisturbed run."""
     signs = {"targets": "targets/part-*", "local": pipeline.LOCAL, "distil": "metrics.jsonl"}
-    signs["tune"] = scale_tuning.LOG
+    signs["tune"] = pipeline.TUNE_LOG
     sign = signs[word]
     out, run = whole(way)[0], tmp_path / "run"
     if not list(out.glob(sign)):
@@ -125,7 +125,7 @@ def test_scales_learn_what_rounding_cost(whole: Callable[[str], tuple[Path, Done
     out, done = whole("tuned")
     rounded, model = load.open_checkpoint(out / "rounded"), load.open_checkpoint(out / "model")
     assert rounded.config == model.config and (out / "model" / packed_format.SENSITIVITY).is_file()
-    logged = [json.loads(line) for line in (out / scale_tuning.LOG).read_text().splitlines()]
+    logged = [json.loads(line) for line in (out / pipeline.TUNE_LOG).read_text().splitlines()]
     assert [r["number"] for r in logged] == [1, 2, 3, 4, 5] and logged[-1]["loss"] < logged[0]["loss"]
     before, after = (safetensors.lazy(c.tensors, list(c.tensors)) for c in (rounded, model))
     differ = {name for name in before if not (before[name] == after[name]).all()}
@@ -141,15 +141,6 @@ def test_teaching_by_block_needs_keep_json(
     done = command("distill", "--teacher", llama.path, "--student", llama.path, "--data", text_folder, *FLAGS,
                    "--train", "sharded", "--out", tmp_path / "run")  # fmt: skip
     assert done.returncode == 1 and "has no keep.json" in done.stderr.splitlines()[-1]
-
-
-def test_a_resumed_run_keeps_its_way(
-    tmp_path: Path, whole: Callable[[str], tuple[Path, Done]], command: Callable[..., Done]
-) -> None:
-    """Another --train is another run: refused by name."""
-    out, _ = whole("cached")
-    done = command("distill", "--out", out, "--resume", "--train", "sharded")
-    assert done.returncode == 1 and "--train is sharded, the run has auto" in done.stderr
 
 
 def test_cached_targets_have_one_temperature(llama: Checkpoint) -> None:

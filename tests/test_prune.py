@@ -17,7 +17,7 @@ from mis_mlx import prune
 from mis_mlx.maths.importance import Statistics, Sums
 from mis_mlx.models import load, model_writer
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import calibrate, select
+from mis_mlx.pruning import select
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done
@@ -74,16 +74,6 @@ def test_every_kind_along_every_axis_it_can(
     keep = model_writer.read_keep(tmp_path / "s")
     assert keep is not None and len(keep.layers) == 2
     assert {axis for _, axis in keep.kept} == axes.keys() - {"layers"}
-
-
-@pytest.mark.parametrize("variant", ["aais", "rms", "activation"])
-def test_every_importance_along_every_axis(tmp_path: Path, small: prune.Settings, variant: Any) -> None:
-    """Neurons, heads and channels by each variant: a student that opens, and its report names the variant."""
-    prune.run(replace(small, importance=variant, mlx_path=str(tmp_path / "s"), ffn=256, heads=2, hidden=48))
-    model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
-    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
-    keep = model_writer.read_keep(tmp_path / "s")
-    assert keep is not None and keep.why.startswith("rms" if variant == "aais" else variant)
 
 
 def test_a_group_that_says_nothing_can_go(tmp_path: Path, llama: Checkpoint, small: prune.Settings) -> None:
@@ -189,21 +179,6 @@ def test_what_cannot_be_cut_is_a_sentence(
     with pytest.raises(MisError, match=said):
         prune.run(replace(small, model=str(odd), mlx_path=str(tmp_path / "s"), **{"scenario": "none", **flags}))
     assert not (tmp_path / "s").exists()
-
-
-def test_the_calibration_of_the_command_is_the_windows_of_its_seed(
-    tmp_path: Path, llama: Checkpoint, small: prune.Settings
-) -> None:
-    """Who stays is who a calibration by hand on the same windows says."""
-    from mis_mlx.data import preparation
-
-    prune.run(replace(small, mlx_path=str(tmp_path / "s")))
-    data = preparation.prepare(small.data, load.tokenizer(llama.path), 32)
-    batches = preparation.calibration(data.train, 4, small.seed)
-    statistics, _ = calibrate.calibrate(llama, batches, mx.float32)
-    _, keep = select.select_units(dict(llama.config), statistics, small)
-    saved = model_writer.read_keep(tmp_path / "s")
-    assert saved is not None and (saved.layers, saved.kept) == (keep.layers, keep.kept)
 
 
 def test_a_budget_too_small_is_a_sentence(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mis_mlx import export, quantize
+from mis_mlx import quantize
 from mis_mlx.models import load
 from mis_mlx.types import MisError
 from tests import tiny
-from tests.conftest import Done, files_up_to, sentence
+from tests.conftest import Done, sentence
 
 
 def made(model: Path, out: Path, method: Any = "round") -> dict[str, Any]:
@@ -83,26 +83,6 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path, method: str) -> None:
     with pytest.raises(MisError, match=r"mute.* tokenizer.*: copy the tokenizer files"):
         made(mute(tmp_path / "mute"), tmp_path / "out", method)
     assert not (tmp_path / "out").exists()
-
-
-MAKERS: dict[str, Callable[[Path, Path], Any]] = {
-    "quantize": made,
-    "gguf": lambda model, out: export.run(export.Settings(model=str(model), out=str(out))),
-    "hf": lambda model, out: export.run(export.Settings(model=str(model), out=str(out), format="hf")),
-}
-
-
-@pytest.mark.parametrize("nbytes", [0, 3000, 100_000])
-@pytest.mark.parametrize("maker", sorted(MAKERS))
-def test_a_disk_that_takes_no_more(tmp_path: Path, maker: str, nbytes: int) -> None:
-    """The real kernel stops it at once, in the header, in a tensor: a sentence, and every byte given back."""
-    model, place = tiny.make(tmp_path / "model"), tmp_path / "place"
-    place.mkdir()
-    with files_up_to(nbytes), pytest.raises(MisError, match=f"does not take files this large in {place}"):
-        MAKERS[maker](model, place / "out")
-    assert not list(place.iterdir())
-    MAKERS[maker](model, place / "out")  # with room again, it is made
-    assert [p.name for p in place.iterdir()] == ["out"]
 
 
 def test_export_of_rows_without_whole_blocks(tmp_path: Path, command: Callable[..., Done]) -> None:

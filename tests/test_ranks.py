@@ -204,13 +204,13 @@ def test_what_several_machines_cannot_do(tmp_path: Path, flags: tuple[object, ..
 WAITING = """
 import sys, time
 from mis_mlx.models import distributed
-distributed.gather(0)
+distributed.all_gather(0)
 print("up", flush=True)
 began = time.monotonic()
 try:
     while True:
-        time.sleep(40 if distributed.first() and sys.argv[1] == "busy" else 0.1)
-        distributed.gather(0)
+        time.sleep(40 if distributed.is_main() and sys.argv[1] == "busy" else 0.1)
+        distributed.all_gather(0)
 except distributed.Lost:
     print(time.monotonic() - began)
 """

@@ -95,21 +95,6 @@ def test_all_parts_are_measured_and_stored(lab: SimpleNamespace, measured: dict[
         assert all((lab.results / f"{name}.{kind}").stat().st_size > 10_000 for kind in ("svg", "png"))
 
 
-def test_what_is_there_is_not_measured_again(
-    lab: SimpleNamespace, measured: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same command changes nothing; other sizes, or another student, measure anew."""
-    calls: list[str] = []
-    monkeypatch.setattr(lab.throughput, "dense", lambda *_: calls.append("dense") or measured["throughput"]["dense"])
-    s = lab.throughput.Settings(student=lab.small, teacher=lab.big, four_bit=lab.small, agreement_tokens=4, **QUICK)
-    before = (lab.results / "throughput.json").read_bytes()
-    lab.throughput.main(s)
-    assert (lab.results / "throughput.json").read_bytes() == before and calls == []
-    for other in ({"prompt_tokens": 5}, {"student": lab.big}):
-        lab.throughput.main(replace(s, name="other", parts=("dense",), **other))
-    assert calls == ["dense"] * 2
-
-
 def test_what_was_finished_stays_after_ctrl_c(
     lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,18 +131,6 @@ def test_clocks_agree_on_what_they_count(measured: dict[str, dict[str, Any]]) ->
     )
 
 
-def test_the_profile_weighs_the_parts(measured: dict[str, dict[str, Any]]) -> None:
-    """FFN bytes of three blocks and of two; keys and values of 6 tokens and one more count as attention's."""
-    width = policy.usual_dtype().size
-    for name, blocks in (("teacher", 3), ("student", 2)):
-        parts = measured["throughput"]["profile"]["dense"][name]
-        assert parts["FFN"]["mb"] == pytest.approx(blocks * 3 * 64 * 768 * width / 1e6)
-        cache = 7 * 2 * 32 * width
-        attention = (64 * 64 * 2 + 2 * 64 * 32) * width
-        assert parts["attention"]["mb"] == pytest.approx(blocks * (attention + cache) / 1e6)
-        assert all(part["ms"] > 0 for part in parts.values())
-
-
 def rate(tps: float) -> dict[str, Any]:
     """One format's `bench`, as far as the verdict looks."""
     models = {"teacher": 10.0, "student": tps}
@@ -187,17 +160,6 @@ def test_the_verdict_by_pencil(lab: SimpleNamespace) -> None:
     rows = {n: {"speed_up": {"cold_ms": lead}} for n, lead in ((32, 1.5), (64, 0.9))}
     (said,) = lab.ttft.verdict(rows).items()
     assert "at 64 tokens" in said[0] and not said[1]["holds"] and said[1]["shown"] == "0.90x"
-
-
-def test_lengths_come_in_order_with_both_models(measured: dict[str, dict[str, Any]]) -> None:
-    """8 was there and 16 came; ratios are teacher over student."""
-    rows = measured["ttft"]["rows"]
-    assert [row["prompt_tokens"] for row in rows] == [8, 16]
-    for row in rows:
-        ratio = row["teacher"]["cold_ms"]["median"] / row["student"]["cold_ms"]["median"]
-        assert row["speed_up"]["cold_ms"] == pytest.approx(ratio)
-        assert row["student"]["best_ms"] < row["teacher"]["best_ms"]
-        assert 0 <= row["student_first"] <= 2
 
 
 def page(lab: SimpleNamespace, tmp_path: Path, text: str = PAGE) -> Path:
@@ -253,24 +215,3 @@ def test_the_pages_of_this_repository_are_what_the_files_say() -> None:
     line = [sys.executable, str(ROOT / "scripts" / "render.py"), "--check"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_commit_is_named_where_there_is_one(
-    lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A repository with a changed file, and a folder that is none."""
-    monkeypatch.setattr(lab.laboratory, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert lab.laboratory.version() is None
-
-    def git(*words: str) -> None:
-        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], cwd=tmp_path, check=True)
-
-    (tmp_path / "mis_mlx").mkdir()
-    (tmp_path / "mis_mlx" / "a.py").write_text("1\n")
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "one")
-    assert len(lab.laboratory.version()) == 12
-    (tmp_path / "mis_mlx" / "a.py").write_text("2\n")
-    assert lab.laboratory.version().endswith(", changed")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -16,7 +15,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mis_mlx import report
@@ -153,18 +151,6 @@ def test_sensitivity(copy: Path) -> None:
     assert "8.0000 nats all in 4 bits and 4.7500 nats as stored; most as stored, 2.7500, in block 1." in page
 
 
-def test_what_was_removed_is_pale() -> None:
-    """One pixel a value; those that do not stay have 0.3 of the colour."""
-    stays = np.array([[True, False, True], [False, False, True]])
-    picture = figures.heat("k", "title", "words", ("x", "y"), np.linspace(0, 1, 6).reshape(2, 3), stays)
-    from matplotlib.image import imread
-
-    image = re.search(r"data:image/png;base64,([^\"]+)", picture)
-    assert image
-    pixels = imread(io.BytesIO(base64.b64decode(image[1])))
-    np.testing.assert_allclose(pixels[..., 3], np.where(stays, 1.0, 0.3), atol=0.01)
-
-
 HOSTILE = "</td></svg><script>alert(1)</script><img src=x onerror=alert(2)><style>*{display:none}</style>$\\frac{{{"
 
 
@@ -215,7 +201,7 @@ def test_one_file_missing_or_of_another_version(name: str, copy: Path) -> None:
     assert f"<li>{name} is missing" in page and page.count("<h2>") >= 6 and "<svg" in page
 
 
-@pytest.mark.parametrize("text", ["[1, 2, 3]", "\x00\xff{", "[" * 10_000])
+@pytest.mark.parametrize("text", ["[1, 2, 3]", "[" * 10_000])
 def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
     """All files but one hold what ours never do: the one that is whole is shown, the others are named."""
     for name in ALL_FILES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import signal
@@ -115,21 +114,39 @@ def test_the_line_it_recommends_is_one_that_distill_takes(
     assert last_line(dry)["params_student"] in [f["params"] for f in result["finalists"]]
 
 
-def test_the_score_is_that_of_a_pruning_by_hand(
-    tmp_path: Path, done: tuple[Path, Done], llama: Checkpoint, small: search.Settings
-) -> None:
-    """Calibrated on the run's windows, pruned by plain importance, compared on every twenty-fifth or so held-out
-    window: the KL of the log, to the last bit."""
-    data = preparation.prepare(small.data, load.tokenizer(llama.path), 32)
-    at = np.random.default_rng([0, 1, 1]).permutation(len(data.train.tokens))[:4]
-    statistics, _ = calibrate.calibrate(llama, [mx.array(data.train.tokens[i][None]) for i in at], policy.usual_dtype())
-    record = run_folder.records(done[0] / candidate_trials.CANDIDATES)[-1]
+def by_hand(s: search.Settings, record: dict[str, Any], folder: Path, repaired: int = 0) -> dict[Any, np.ndarray]:
+    """What a candidate scores: calibrated on the run's windows, pruned by plain importance, perhaps repaired, compared
+    on every twenty-fifth or so held-out window."""
+    teacher = load.open_checkpoint(str(s.teacher))
+    data = preparation.prepare(s.data, load.tokenizer(teacher.path), 32)
+
+    def picked(use: int, count: int) -> list[mx.array]:
+        at = np.random.default_rng([0, use, 1]).permutation(len(data.train.tokens))[:count]
+        return [mx.array(data.train.tokens[i][None]) for i in at]
+
     cut = select.PruningConfig(scenario="none", importance="rms", **{a: record[a] for a in shape_search.AXES})
-    shape, keep = select.select_units(dict(llama.config), statistics, cut)
-    slice_weights.write_student(llama, shape, keep, tmp_path / "s", "bfloat16", DISK)
-    held_out = comparison.chosen(data.held_out["held-out"], 3)
-    found = comparison.compare({"teacher": llama, "student": load.open_checkpoint(tmp_path / "s")}, held_out)
-    assert found["student", "kl"].mean() == record["kl"] and found["student", "nll"].mean() == record["nll"]
+    statistics, _ = calibrate.calibrate(teacher, picked(1, 4), policy.usual_dtype())
+    shape, keep = select.select_units(dict(teacher.config), statistics, cut)
+    slice_weights.write_student(teacher, shape, keep, folder / "s", "bfloat16", DISK)
+    student = load.open_checkpoint(folder / "s")
+    if repaired:
+        mended, _ = reconstruct.reconstruct(teacher, student, keep, picked(2, repaired))
+
+        def take(name: str) -> mx.array:
+            return mended[name] if name in mended else load.dense(student, name)
+
+        model_writer.write_model(student.config, take, folder / "s", folder / "m", "bfloat16", DISK)
+    both = {"teacher": teacher, "student": load.open_checkpoint(folder / ("m" if repaired else "s"))}
+    return comparison.compare(both, comparison.chosen(data.held_out["held-out"], 3))
+
+
+def test_the_score_is_that_of_a_pruning_by_hand(
+    tmp_path: Path, done: tuple[Path, Done], small: search.Settings
+) -> None:
+    """The KL of the log, to the last bit."""
+    record = run_folder.records(done[0] / candidate_trials.CANDIDATES)[-1]
+    scores = by_hand(small, record, tmp_path)
+    assert scores["student", "kl"].mean() == record["kl"] and scores["student", "nll"].mean() == record["nll"]
 
 
 def kill_at(out: Path, flags: list[object], env: dict[str, str], reached: Callable[[], bool]) -> None:
@@ -207,26 +224,10 @@ def test_the_repair_comes_before_the_rank(tmp_path: Path, small: search.Settings
     """--repair-samples: another score for the same shapes; by hand, the same to the last bit."""
     s = replace(small, repair_samples=6, finalists=1, iters=1, out=str(tmp_path / "run"))
     search.run(s)
-    repaired, plain = (
-        run_folder.records(folder / candidate_trials.CANDIDATES) for folder in (tmp_path / "run", done[0])
-    )
-    assert [[r[a] for a in shape_search.AXES] for r in repaired] == [[r[a] for a in shape_search.AXES] for r in plain]
-    assert all(a["kl"] != b["kl"] for a, b in zip(repaired, plain, strict=True))
-    teacher = load.open_checkpoint(str(s.teacher))
-    data = preparation.prepare(s.data, load.tokenizer(teacher.path), 32)
-    picks = [np.random.default_rng([0, use, 1]).permutation(len(data.train.tokens))[:n] for use, n in ((1, 4), (2, 6))]
-    samples, repair = ([mx.array(data.train.tokens[i][None]) for i in at] for at in picks)
-    cut = select.PruningConfig(scenario="none", importance="rms", **{a: repaired[0][a] for a in shape_search.AXES})
-    statistics = calibrate.calibrate(teacher, samples, policy.usual_dtype())[0]
-    shape, keep = select.select_units(dict(teacher.config), statistics, cut)
-    slice_weights.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)
-    pruned = load.open_checkpoint(tmp_path / "s")
-    mended, _ = reconstruct.reconstruct(teacher, pruned, keep, repair)
-    model_writer.write_model(pruned.config, lambda n: mended.get(n, load.dense(pruned, n)), pruned.path, tmp_path / "m",
-                      "bfloat16", DISK)  # fmt: skip
-    both = {"teacher": teacher, "student": load.open_checkpoint(tmp_path / "m")}
-    held_out = comparison.chosen(data.held_out["held-out"], 3)
-    assert comparison.compare(both, held_out)["student", "kl"].mean() == repaired[0]["kl"]
+    repaired, plain = (run_folder.records(f / candidate_trials.CANDIDATES) for f in (tmp_path / "run", done[0]))
+    for one, other in zip(repaired, plain, strict=True):
+        assert [one[a] for a in shape_search.AXES] == [other[a] for a in shape_search.AXES] and one["kl"] != other["kl"]
+    assert by_hand(s, repaired[0], tmp_path, repaired=6)["student", "kl"].mean() == repaired[0]["kl"]
 
 
 def test_a_training_that_diverges_is_unstable_and_not_the_end(
@@ -510,16 +511,7 @@ def test_windows_that_rank_do_not_judge() -> None:
 
 def test_guard_notes_are_counted() -> None:
     """As `GoralW.update` words them."""
-    notes = [
-        "",
-        "skipped: not a number",
-        "clipped 9.0 to 3.0",
-        "the machine slept 3 min; step done again. clipped 4.0 to 2.0",
-    ]
-    found = candidate_trials.guarded([{"note": note} for note in notes], object())
-    assert found == {"steps": 4, "skipped": 1, "clipped": 2, "diverged": False}
-
-
-def test_the_json_is_json(done: tuple[Path, Done]) -> None:
-    """The last line is what result.json holds."""
-    assert last_line(done[1]) == json.loads((done[0] / "result.json").read_text())
+    slept = "the machine slept 3 min; step done again. clipped 4.0 to 2.0"
+    notes = ["", "skipped: not a number", "clipped 9.0 to 3.0", slept]
+    counts = candidate_trials.guarded([{"note": note} for note in notes], object())
+    assert counts == {"steps": 4, "skipped": 1, "clipped": 2, "diverged": False}

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx import quantize, sft
 from mis_mlx.alignment import alignment_plan, alignment_run, lora, sequence_packing
-from mis_mlx.alignment.sft_loss import PackedDataset
+from mis_mlx.alignment.sequence_packing import PackedDataset
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher
 from mis_mlx.gguf_export import model_card as model_card
@@ -82,7 +82,7 @@ def step(lesson: PackedDataset, model: nn.Module, batch_size: int, parts: int) -
 
 
 @pytest.mark.parametrize("case", ["sft", "sft_parts"])
-@pytest.mark.parametrize(("room", "batch_size", "parts"), [(0, 4, 1), (0, 1, 4), (64, 1, 1), (32, 1, 2), (24, 3, 1)])
+@pytest.mark.parametrize(("room", "batch_size", "parts"), [(0, 4, 1), (0, 1, 4), (64, 1, 1), (32, 1, 2)])
 def test_loss_and_gradients_are_trls(case: str, room: int, batch_size: int, parts: int, tmp_path: Path) -> None:
     """TRL's SFTTrainer on completions, its token mean over a step; ours padded, packed, in one part or several."""
     found = trl_model.stored()
@@ -230,10 +230,9 @@ def test_lora_on_a_packed_model_fuses_into_a_dense_one(small: Any, tmp_path: Pat
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_packed_weights_in_memory_take_adapters(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_weights_in_memory_take_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Metal, where 4-bit matrices stay packed: a head that is de-quantized, gradients for adapters alone."""
-    folder = tiny.make(tmp_path / "model", tie_word_embeddings=tied, num_hidden_layers=1)
+    folder = tiny.make(tmp_path / "model", tie_word_embeddings=False, num_hidden_layers=1)
     quantize.run(quantize.Settings(model=str(folder), mlx_path=str(tmp_path / "q4"), **PLAIN))
     monkeypatch.setenv("MIS_MLX_POLICY", "metal")
     checkpoint = load.open_checkpoint(tmp_path / "q4")
@@ -259,14 +258,6 @@ def test_a_teacher_has_its_part(small: Any, tmp_path: Path, llama: Checkpoint) -
     sft.run(settings_of(sft, small, tmp_path / "half", **teacher))
     first, plain = (run_folder.metrics(tmp_path / name)[0]["loss"] for name in ("half", "alone"))
     assert first == pytest.approx(plain / 2, rel=1e-4) and alone["best_step"] >= 0
-
-
-def test_without_data_it_learns_the_generated_tasks(llama: Checkpoint, tmp_path: Path) -> None:
-    """No --data: tasks with answers; the first window is full of them."""
-    flags = ("--model", llama.path, "--iters", 1, "--max-seq-length", 384, "--batch-size", 1, "--eval-rows", 4)
-    result = sft.run(settings_of(sft, flags, tmp_path / "run"))
-    card = json.loads((tmp_path / "run/data.json").read_text())
-    assert result["best_step"] == 1 and card["source"] == "generated tasks"
 
 
 def test_a_dry_run_writes_nothing_and_says_what_it_takes(

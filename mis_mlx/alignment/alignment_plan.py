@@ -15,14 +15,11 @@ from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
-from mis_mlx.models import arch, distributed, load, policy, resolve
-from mis_mlx.models.policy import Computing
+from mis_mlx.models import arch, distributed, policy
 from mis_mlx.planner import estimates, training_size
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.planner.phases import SAVED_BYTES
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import need_place
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Tokens, Within, duration, gib
 
 # Settings that may differ when a run is resumed: none of them changes a weight. `save_every` does: by it the best
@@ -32,7 +29,7 @@ S = TypeVar("S", bound="Alignment")
 
 
 @dataclass(frozen=True)
-class Alignment(Computing, ThermalFlags, TrainingConfig):
+class Alignment(cli.Resumable, policy.Computing, ThermalFlags, TrainingConfig):
     """The flags that sft, dpo and grpo share."""
 
     batch_size: Count = 4
@@ -63,16 +60,6 @@ class Alignment(Computing, ThermalFlags, TrainingConfig):
     """add the adapters to the weights in the end; otherwise they are left beside the model, for --adapter-path"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """type of the result's weights on disk"""
-    budget: str | None = None
-    """memory this may take, such as 5GiB; default: 5GiB or 75 % of what is there"""
-    out: str | None = None
-    """run folder; default: the next free runs/NAME-00N"""
-    resume: bool = False
-    """continue the run in --out, or the newest unfinished one"""
-    dry_run: bool = False
-    """say bytes, hours and memory, and stop"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
     @property
     def lora(self) -> lora.Lora | None:
@@ -81,25 +68,13 @@ class Alignment(Computing, ThermalFlags, TrainingConfig):
         return wanted if self.fine_tune_type == "lora" else None
 
 
-def resumed(settings: S) -> tuple[S, Path | None]:
-    """The settings to run with, and the folder of the run that they continue; MisError where they differ from its."""
-    return run_loop.resumed(settings, FREE) if settings.resume else (settings, None)
-
-
 def opened(s: Alignment) -> Checkpoint:
     """The model to align, through the gate. MisError where it cannot be trained as asked for."""
-    cli.check_ranges(s)
-    if distributed.is_main():
-        need_place("--out", s.out or "runs")
-    policy.use(s.compute_dtype)
-    source = resolve.resolve_model(s.model)
-    cli.say(f"model: {source.source}")
-    checkpoint = load.open_checkpoint(source.path)
-    layers = int(checkpoint.config["num_hidden_layers"])
+    checkpoint = run_loop.opened(s, s.model)
     if s.lora:
-        s.lora.check(layers)
+        s.lora.check(int(checkpoint.config["num_hidden_layers"]))
     elif arch.is_quantized(checkpoint.tensors):
-        raise MisError(f"{source.path} is quantized and cannot be trained whole: use --fine-tune-type lora")
+        raise MisError(f"{checkpoint.path} is quantized and cannot be trained whole: use --fine-tune-type lora")
     if s.max_seq_length > (most := int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)):
         raise MisError(f"--max-seq-length is {s.max_seq_length}, the model's window {most}: give {most} or less")
     return checkpoint
@@ -121,28 +96,25 @@ def weight_bytes(s: Alignment, checkpoint: Checkpoint) -> int:
     return m.nbytes if m.packed and m.as_stored else arch.params(checkpoint.config) * m.item
 
 
-def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> StageCost:
+def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> estimates.StageCost:
     """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
     m, params = sizes(s, checkpoint), arch.params(checkpoint.config)
-    tokens = s.grad_accumulation_steps * rows * length
-    trained = s.lora.params(m.config) if s.lora else params
+    trained, peak = params, training_size.training_bytes(m.config, rows, length)
     if s.lora:
-        beside = training_size.activation_bytes(m.config, rows, length) + training_size.logit_bytes(
-            m.shape.vocab, rows * length
-        )
-        peak = weight_bytes(s, checkpoint) + training_size.STATE_BYTES * trained + beside
-    else:
-        peak = training_size.training_bytes(m.config, rows, length)
+        trained = s.lora.params(m.config)
+        peak = weight_bytes(s, checkpoint) + training_size.STATE_BYTES * trained
+        peak += training_size.activation_bytes(m.config, rows, length)
+        peak += training_size.logit_bytes(m.shape.vocab, rows * length)
     written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + estimates.SIZES[s.dtype] * params
-    flops = s.iters * 3 * estimates.forward_flops(m, tokens, length)
-    return StageCost(name, m.nbytes, written, peak, flops, True, updated=s.iters * trained)
+    flops = s.iters * 3 * estimates.forward_flops(m, s.grad_accumulation_steps * rows * length, length)
+    return estimates.StageCost(name, m.nbytes, written, peak, flops, True, updated=s.iters * trained)
 
 
 @dataclass(frozen=True)
 class AlignmentPlan:
     """The phases of a run under a budget, on a machine of these rates."""
 
-    phases: Sequence[StageCost]
+    phases: Sequence[estimates.StageCost]
     budget: Budget
     rates: Rates
     micro_batch: int  # rows, pairs or answers
@@ -169,14 +141,9 @@ class AlignmentPlan:
         }
 
 
-def budget(s: Alignment) -> Budget:
-    """The memory that may be taken."""
-    return memory.budget(None if s.budget is None else cli.parse_bytes(s.budget))
-
-
-def plan(s: Alignment, *phases: StageCost) -> AlignmentPlan:
+def plan(s: Alignment, *phases: estimates.StageCost) -> AlignmentPlan:
     """The plan of these phases under the budget asked for, told in a line each. s: with the micro-batches to come."""
-    whole = AlignmentPlan(phases, budget(s), estimates.machine_rates(), s.batch_size)
+    whole = AlignmentPlan(phases, memory.budget(s.budget_bytes), estimates.machine_rates(), s.batch_size)
     for p in phases:
         moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
         cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(whole.rates))}")
@@ -185,12 +152,10 @@ def plan(s: Alignment, *phases: StageCost) -> AlignmentPlan:
     return whole
 
 
-def cut(s: S, folder: Path | None, phase: Callable[[S], StageCost]) -> S:
-    """`s` with its steps in the largest micro-batches with which `phase(s)` fits; of a run in `folder`, in its own.
-
-    A micro-batch divides the one asked for, and a step stays what it was.
-    """
-    limit = budget(s).limit_bytes
+def cut(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) -> S:
+    """`s` with its steps in the largest micro-batches with which `phase(s)` fits; of a run in `folder`, in its own. A
+    micro-batch divides the one asked for, and a step stays what it was."""
+    limit = memory.budget(s.budget_bytes).limit_bytes
 
     def in_parts(size: int) -> S:
         return replace(s, batch_size=size, grad_accumulation_steps=s.grad_accumulation_steps * s.batch_size // size)
@@ -198,8 +163,8 @@ def cut(s: S, folder: Path | None, phase: Callable[[S], StageCost]) -> S:
     def fitting() -> int:
         if folder:
             return int(run_folder.stored_plan(folder).get("micro", s.batch_size))
-        sizes = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
-        own = memory.process_bytes(limit)
-        return next((n for n in sizes if phase(in_parts(n)).peak_bytes + own <= limit), 1)
+        room = limit - memory.process_bytes(limit)
+        divisors = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
+        return next((n for n in divisors if phase(in_parts(n)).peak_bytes <= room), 1)
 
     return in_parts(distributed.broadcast_json(fitting))

@@ -1,7 +1,6 @@
 """Group-relative policy optimization: answers sampled and scored, groups that teach something, their loss and steps.
 
-A step's answers depend on the weights, the data, the seed and the step alone.
-"""
+A step's answers depend on the weights, the data, the seed and the step alone."""
 
 from __future__ import annotations
 
@@ -19,7 +18,6 @@ from mis_mlx import cli
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
 from mis_mlx.evaluation import rewards
-from mis_mlx.evaluation.rewards import Function, Scores
 from mis_mlx.maths import policy
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -79,16 +77,14 @@ class Rollout:
 @dataclass
 class Sampler:
     """Makes a step's rollout, this machine's part of it. prompts: token ids of each row of `rows`, in one order.
-
     prompts_per_step groups of `group` answers, `at_once` answers generated together, micro_batch answers in a
-    micro-batch. reference: where KL is asked for, the model as it was. updates: of the weights in a step.
-    """
+    micro-batch. reference: where KL is asked for, the model as it was. updates: of the weights in a step."""
 
     model: nn.Module
     rows: Sequence[Mapping[str, Any]]
     prompts: Sequence[Sequence[int]]
     tokenizer: Any
-    functions: Sequence[Function]
+    functions: Sequence[rewards.Function]
     objective: Objective
     group: int
     prompts_per_step: int
@@ -111,8 +107,7 @@ class Sampler:
         )  # fmt: skip
         texts = [[self.text(answer) for answer in group] for group in answers]
         scores = rewards.score(self.functions, [self.rows[i] for i in at], texts)
-        totals = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
-        notes = [note for s in scores for note in s.notes]
+        totals, notes = _totals(scores), [note for s in scores for note in s.notes]
         if np.isnan(totals).all():
             raise MisError(
                 f"step {step + 1}: none of {totals.size} answers could be scored "
@@ -163,7 +158,7 @@ class Sampler:
         return logps
 
 
-def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: Scores, kept: bool) -> str:
+def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: rewards.Scores, kept: bool) -> str:
     answers = [
         {"text": text, "reward": total, **{name: values[n] for name, values in score.parts.items()}}
         for n, (text, total) in enumerate(zip(texts, score.totals, strict=True))
@@ -173,18 +168,25 @@ def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: Scor
     return json.dumps({"number": step + 1, **about, "kept": kept, **notes, "answers": answers}, ensure_ascii=False)
 
 
+def _totals(scores: Sequence[rewards.Scores]) -> np.ndarray:
+    """(prompts, answers) float64; NaN where an answer is not scored."""
+    return np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
+
+
 def _facts(
-    totals: np.ndarray, scores: Sequence[Scores], answers: Sequence[list[list[int]]], kept: np.ndarray, most: int
+    totals: np.ndarray,
+    scores: Sequence[rewards.Scores],
+    answers: Sequence[list[list[int]]],
+    kept: np.ndarray,
+    most: int,
 ) -> dict[str, float]:
     """What a step's metrics hold beside its loss. Means are over answers that were scored."""
     lengths = np.array([len(answer) for group in answers for answer in group])
-    parts = {}
+    facts = {"reward": float(np.nanmean(totals))}
     for name in scores[0].parts:
-        values = [v for s in scores for v in s.parts[name] if v is not None]
-        parts[f"reward_{name}"] = float(np.mean(values)) if values else float("nan")
-    return {
-        "reward": float(np.nanmean(totals)),
-        **{name: value for name, value in parts.items() if np.isfinite(value)},
+        if values := [v for s in scores for v in s.parts[name] if v is not None]:
+            facts[f"reward_{name}"] = float(np.mean(values))
+    return facts | {
         "unscored": int(np.isnan(totals).sum()),
         "answer_tokens": float(lengths.mean()),
         "truncated": float((lengths >= most).mean()),
@@ -197,11 +199,8 @@ def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Those of all machines: counts added, means weighed by groups."""
     joined = {}
     for name in dict.fromkeys(name for each in facts for name in each):
-        told = [(each[name], each["groups"]) for each in facts if name in each]
-        if name in COUNTS:
-            joined[name] = sum(value for value, _ in told)
-        else:
-            joined[name] = sum(value * n for value, n in told) / sum(n for _, n in told)
+        values, groups = zip(*((each[name], each["groups"]) for each in facts if name in each), strict=True)
+        joined[name] = sum(values) if name in COUNTS else float(np.average(values, weights=groups))
     return joined
 
 
@@ -214,10 +213,8 @@ def train(
     start: int = 0,
     updates: int = 1,
 ) -> Iterator[Step]:
-    """Steps as `train_loop.train` gives them; each samples, then takes `updates` updates on what it sampled.
-
-    A step of which every group has equal rewards leaves weights and moments as they are. One line of the table a step.
-    """
+    """Steps as `train_loop.train` gives them; each samples, then takes `updates` updates on what it sampled. A step of
+    which every group has equal rewards leaves weights and moments as they are. One line of the table a step."""
     cli.say("  step  " + "  ".join(f"{name:>13}" for name, _ in TABLE))
     for step in range(start, schedule.iters):
         began = train_loop.CLOCK.monotonic()
@@ -249,7 +246,7 @@ def measure(
         sampler.model, prompts, samples or 1, o.max_tokens, sampler.tokenizer.eos_token_ids, draw, sampler.at_once
     )
     scores = rewards.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
-    totals = np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
+    totals = _totals(scores)
     if np.isnan(totals).all():
         raise MisError(f"none of {len(rows)} held-out answers could be scored: fix the reward functions or the answers")
     facts = _facts(totals, scores, answers, policy.teaches(totals), o.max_tokens)

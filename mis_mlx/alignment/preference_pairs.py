@@ -1,8 +1,6 @@
 """Preference optimization: pairs of answers as rectangles, the reference's log-probabilities, the loss of a pair.
 
-The reference is the model before it is trained: it gives two floats a pair, kept in the run folder with their hashes,
-so that no second model is in memory.
-"""
+The reference is the model before it is trained: two floats a pair, kept in the run folder with their hashes."""
 
 from __future__ import annotations
 
@@ -39,10 +37,8 @@ class Objective:
     def loss(
         self, student: nn.Module, tokens: mx.array, learn: mx.array, reference: mx.array, frozen_head: bool = False
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        """(sum over pairs, pairs, further sums) of 2 B rows (2 B, T), the chosen first; reference: (2 B,).
-
-        margin: r_w - r_l in nats, without beta; chosen, rejected: log pi(y|x).
-        """
+        """(sum over pairs, pairs, further sums) of 2 B rows (2 B, T), the chosen first; reference: (2 B,). margin: r_w
+        - r_l in nats, without beta; chosen, rejected: log pi(y|x)."""
         sums, counts = _sums(student, tokens, learn, frozen_head)
         r_w, r_l = mx.split(sums - reference, 2)
         n_w, n_l = mx.split(counts, 2)
@@ -122,12 +118,9 @@ def measure(
     student: nn.Module, objective: Objective, pairs: Sequence[Pair], logps: np.ndarray, batch_size: int
 ) -> dict[str, float]:
     """Means over pairs of the loss and all that `Objective.loss` tells beside it, and by how much the chosen answers
-    became likelier than under the reference ("chosen_gain", nats an answer).
-
-    With dpop also `OF_MEANS`, which checkpoints are judged by: it falls where the margin grows and the chosen answers
-    do not become less likely on the whole. The mean of the losses rises as soon as a single chosen answer does, for
-    lambda weighs that several times, and on held-out pairs one always does.
-    """
+    became likelier than under the reference ("chosen_gain", nats an answer). With dpop also `OF_MEANS`, by which
+    checkpoints are judged: it falls where the margin grows and the chosen answers do not become less likely on the
+    whole. The mean of the losses rises as soon as one chosen answer does, and on held-out pairs one always does."""
     sums = dict[str, float]()
     for at in sequence_packing.by_length("held out: batch", list(map(longest, pairs)), batch_size):
         tokens, learn = rectangle([pairs[i] for i in at])

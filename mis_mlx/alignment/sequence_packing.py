@@ -1,7 +1,6 @@
-"""Token sequences of different lengths into rectangles: several to a window, or one to a row, padded at the end.
+"""Token sequences of different lengths as rectangles: several to a window, or one to a row; and the loss of answers.
 
-Padding is never learned and never seen by a real token, so it changes nothing.
-"""
+Padding is never learned and never seen by a real token, so it changes nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.data.token_windows import order
+from mis_mlx.distillation.live_teacher import MicroBatch, TargetSource, labels
+from mis_mlx.distillation.train_loop import Loss
+from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.models import attention_masks, distributed, load
+from mis_mlx.types import Batch
 
 MULTIPLE = 8  # that a padded length is of: fewer different shapes, for which memory is kept
 PADDING = -1  # the row that padding is of
@@ -34,10 +39,8 @@ def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def rectangle(windows: Sequence[Sequence[Sequenced]]) -> tuple[mx.array, mx.array, mx.array]:
-    """(tokens, learn, rows), (B, T) each: one window a line, its sequences one after the other, then padding.
-
-    learn is 1 where the prediction made there, of the next token, counts. rows numbers the sequences of a window.
-    """
+    """(tokens, learn, rows), (B, T) each: one window a line, its sequences one after the other, then padding. learn is
+    1 where the prediction made there, of the next token, counts. rows numbers the sequences of a window."""
     longest = max(sum(len(ids) for ids, _ in window) for window in windows)
     shape = len(windows), -(-longest // MULTIPLE) * MULTIPLE
     tokens, learn, rows = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.full(shape, PADDING, np.int32)
@@ -59,11 +62,9 @@ def drawn(
     seed: int,
     share: Callable[[Any], Any] = lambda at: at,
 ) -> list[np.ndarray]:
-    """The indices of a step's `parts` micro-batches: a pure function of its arguments.
-
-    Those of like length come together, which saves padding and changes nothing: a step is one sum. share: of all
-    indices those that are wanted here.
-    """
+    """The indices of a step's `parts` micro-batches: a pure function of its arguments. Those of like length come
+    together, which saves padding and changes nothing: a step is one sum. share: of all indices those that are wanted
+    here."""
     at = order(len(lengths), batch_size * parts, step, seed)
     at = share(at[np.argsort([lengths[i] for i in at], kind="stable")])
     return [at[i : i + batch_size] for i in range(0, len(at), batch_size)]
@@ -75,3 +76,57 @@ def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[l
     starts = range(0, len(order), batch_size)
     for start in cli.counted(label, starts, len(starts)):
         yield order[start : start + batch_size]
+
+
+class PackedDataset:
+    """Rows of (ids, learn) as windows to draw micro-batches from. room: tokens of a window that rows share; 0: one
+    row a window."""
+
+    def __init__(self, rows: Sequence[Sequenced], room: int = 0):
+        lengths = [len(ids) for ids, _ in rows]
+        shared = packed(lengths, room) if room else [[i] for i in range(len(rows))]
+        self.shared = bool(room)
+        self.windows = [[rows[i] for i in window] for window in shared]
+        self.lengths = [sum(lengths[i] for i in window) for window in shared]
+
+    def micro_batches(
+        self, source: TargetSource, batch_size: int, parts: int, seed: int
+    ) -> Callable[[int], list[MicroBatch]]:
+        """Those of any step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
+
+        def of_step(step: int) -> list[MicroBatch]:
+            at = drawn(self.lengths, batch_size, parts, step, seed, distributed.shard)
+            cut = [rectangle([self.windows[i] for i in part]) for part in at]
+            signal = source.micro_batches([Batch(tokens, learn) for tokens, learn, _ in cut], at)
+            return [(tokens, rows, *rest) for (_, _, rows), (tokens, *rest) in zip(cut, signal, strict=True)]
+
+        return of_step
+
+    def loss_of(self, source: TargetSource, frozen_head: bool) -> Loss:
+        """`loss(student, tokens, rows, learn, *target)` -> (sum in nats, tokens that count, {"tokens": all})."""
+
+        def loss(
+            student: nn.Module, tokens: mx.array, rows: mx.array, learn: mx.array, *target: mx.array
+        ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+            hidden = self.hidden(student, tokens, rows)
+            head = load.head_weight(student)
+            total = source.kl_sum(hidden, head, learn, *target, frozen_head=frozen_head)
+            return total, learn.sum(), {"tokens": (rows != PADDING).sum()}
+
+        return loss
+
+    def hidden(self, student: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:
+        """Final hidden states (B * T, D). A row alone in its window needs no mask: padding comes after it."""
+        hidden = attention_masks.forward_rows(student, tokens, rows) if self.shared else load.hidden_of(student, tokens)
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def measure(self, student: nn.Module, batch_size: int) -> dict[str, float]:
+        """{"loss": cross-entropy of what is to be learned, in nats per token} over all windows."""
+        total, count = 0.0, 0.0
+        for at in by_length("held out: batch", self.lengths, batch_size):
+            tokens, learn, rows = rectangle([self.windows[i] for i in at])
+            hidden = self.hidden(student, tokens, rows)
+            logps = token_logps(hidden, load.head_weight(student), labels(tokens))
+            total -= float((logps * learn.reshape(-1)).sum())
+            count += float(learn.sum())
+        return {"loss": total / max(count, 1.0)}

@@ -1,7 +1,6 @@
 """The engine on this device, on a model made on the spot: passes, decoding, training, statistics, memory, rates.
 
-A witness is the same work done another way (bit for bit), the CPU in float32, mlx_lm, or the plan.
-"""
+A witness is the same work done another way (bit for bit), the CPU in float32, mlx_lm, or the plan."""
 
 from __future__ import annotations
 
@@ -110,10 +109,8 @@ def _loss(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _trained(model: nn.Module) -> tuple[list[float], dict[str, np.ndarray]]:
-    """([loss, gradient's norm, fall of the loss in two steps], weights and moments after three).
-
-    AdamW does not see how long a gradient is, so the norm stands for that; moments keep its last bits.
-    """
+    """([loss, gradient's norm, fall of the loss in two steps], weights and moments after three). AdamW does not see how
+    long a gradient is, so the norm stands for that; moments keep its last bits."""
     optimizer = GuardedAdamW()
     steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, Schedule(3, 1e-3, 0)))
     after = dict(tree_flatten(model.trainable_parameters())) | optimizer.arrays()

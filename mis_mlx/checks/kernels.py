@@ -1,7 +1,6 @@
 """This device's kernels, and our own arithmetic on it, beside numpy in float64.
 
-A check gives (what was found, the most that is right); NaN is never right.
-"""
+A check gives (what was found, the most that is right); NaN is never right."""
 
 from __future__ import annotations
 
@@ -92,10 +91,8 @@ def attention(dtype: mx.Dtype) -> Found:
 
 
 def unpacked(name: str) -> Found:
-    """A format's integers and values, taken apart bit by bit; and whether each weight got a near one.
-
-    MLX cuts off up to a step at one end of an affine group, and scales in float16 move 8 bits by a quarter of one.
-    """
+    """A format's integers and values, taken apart bit by bit; and whether each weight got a near one. MLX cuts off up
+    to a step at one end of an affine group, and scales in float16 move 8 bits by a quarter of one."""
     kind, weight = FORMATS[name], drawn(0, 32, 256)
     packed = kind.nearest(weight)
     bits = np.unpackbits(np.array(packed[0]).view(np.uint8), axis=1, bitorder="little")

@@ -1,11 +1,9 @@
 """Local distillation: one student block at a time learns to do what the teacher does in its place.
 
-Teacher and student march side by side, one block of each in memory, and nothing with a vocabulary: for
-models of which neither fits. Student block j learns to map the teacher's stream at the entrance of its
-group of blocks to the one at the exit (Puzzle's blockwise local distillation, arXiv 2411.19146). Some
-batches enter from the student's own stream instead, so that it learns to make up for the blocks before it.
-Does not know flags, checkpoints of a whole run, or where the windows come from.
-"""
+Teacher and student march side by side, one block of each in memory: for models of which neither fits. Student block j
+learns to map the teacher's stream at the entrance of its group of blocks to the one at the exit (Puzzle's blockwise
+local distillation, arXiv 2411.19146). Some batches enter from the student's own stream instead, so that it learns to
+make up for the blocks before it."""
 
 from __future__ import annotations
 
@@ -60,15 +58,12 @@ class _Streams:
 
     def micro_batches(self, recipe: TrainingConfig, own_share: float, step: int) -> list[tuple[mx.array, mx.array]]:
         """(what goes in, what should come out), float32, for `step` counted over all blocks."""
-        at = token_windows.order(len(self.target), recipe.grad_accumulation_steps, step, recipe.seed)
-        mine = np.random.default_rng([recipe.seed, step, 2]).random(len(at)) < own_share
-        return [
-            (
-                (self.own if m else self.given)[b].astype(mx.float32),
-                reconstruct.narrow(self.target[b], self.columns).astype(mx.float32),
-            )
-            for b, m in zip(at.tolist(), mine, strict=True)
-        ]
+        chosen = token_windows.order(len(self.target), recipe.grad_accumulation_steps, step, recipe.seed)
+        mine, pairs = np.random.default_rng([recipe.seed, step, 2]).random(len(chosen)) < own_share, []
+        for b, own in zip(chosen.tolist(), mine, strict=True):
+            into, out = (self.own if own else self.given)[b], reconstruct.narrow(self.target[b], self.columns)
+            pairs.append((into.astype(mx.float32), out.astype(mx.float32)))
+        return pairs
 
 
 def train(
@@ -89,15 +84,13 @@ def train(
     """Train the blocks of `student`, the folder that block_files.begin made of `pruned`, that are not trained yet.
 
     batches: token ids, all of one shape (B, T). A block gets `recipe.iters` steps, each of
-    `recipe.grad_accumulation_steps` batches, of which a seeded `own_share` enter from the student's own
-    stream; before that its down_proj is refitted in closed form (ridge 0: it is not). Hidden states: the
-    first `held` batches of each stream stay in memory, the rest in `folder`. direct: read the teacher past
-    the page cache. Yields each step; numbers count on from block to block, `loss` is the mean over tokens of
-    |out - target|^2 / |target|^2.
+    `recipe.grad_accumulation_steps` batches, of which a seeded `own_share` enter from the student's own stream; before
+    that its down_proj is refitted in closed form (ridge 0: it is not). Hidden states: the first `held` batches of each
+    stream stay in memory, the rest in `folder`. direct: read the teacher past the page cache. Yields each step; numbers
+    count on from block to block, `loss` is the mean over tokens of |out - target|^2 / |target|^2.
 
-    A trained block is on disk before the next one begins. A run that was killed goes on with the block it
-    was at, from `pruned` again, once both models have marched up to it: it ends with the same bits.
-    """
+    A trained block is on disk before the next one begins. A run that was killed goes on with the block it was at, from
+    `pruned` again, once both models have marched up to it: it ends with the same bits."""
     sweep(student.path, files)
     done, layers = finished(student), len(keep.layers)
     if done == layers:

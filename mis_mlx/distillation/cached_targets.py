@@ -1,8 +1,7 @@
 """Cached distillation: the teacher read once, its sparse targets on disk, then students trained without it.
 
-Does not know optimizers or flags. A window's targets depend on the teacher, the window and the seed alone:
-not on how many windows went through the teacher together, nor on where writing was stopped.
-"""
+A window's targets depend on the teacher, the window and the seed alone: not on how many windows went through the
+teacher together, nor on where writing was stopped."""
 
 from __future__ import annotations
 
@@ -46,15 +45,15 @@ def write(
 ) -> logit_store.Targets:
     """The finished store of `data`'s targets in `folder`: made, or what is missing of it. Hold the run's lock.
 
-    checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed through
-    once for every `windows_per_pass` windows. count: samples a position.
-    show(windows done, text). Several machines share the missing parts out, and all have the whole store in the end.
-    together: they share the teacher too (models/pipeline_parallel), so all make as many passes as who makes most.
-    """
-    fingerprint = run_folder.origin(checkpoint, "")["teacher"]
-    vocab = shape_of(checkpoint.config).vocab
+    checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed through once for
+    every `windows_per_pass` windows. count: samples a position. show(windows done, text). Several machines share the
+    missing parts out, and all have the whole store in the end. together: they share the teacher too
+    (models/pipeline_parallel), so all make as many passes as who makes most."""
     n, length = data.tokens.shape
-    spec = logit_store.Spec("sampled", count, vocab, n, length, fingerprint, token_windows.fingerprint(data), seed)
+    spec = logit_store.Spec(
+        "sampled", count, shape_of(checkpoint.config).vocab, n, length, run_folder.origin(checkpoint, "")["teacher"],
+        token_windows.fingerprint(data), seed,
+    )  # fmt: skip
     store = logit_store.create(folder, spec, files)
     parts = distributed.broadcast_json(lambda: sorted({w // spec.part_windows for w in store.missing()}))
     mine = set(distributed.shard(parts))
@@ -62,28 +61,17 @@ def write(
     passes = -(-len(missing) // windows_per_pass)
     if together:
         passes = max(distributed.all_gather(passes))
-    if passes:
-        _fill(store, missing, teacher(), data, windows_per_pass, passes, show)
-    _exchange(store, files)
-    return store
-
-
-def _fill(
-    store: logit_store.Targets,
-    missing: Sequence[int],
-    source: StreamedTeacher,
-    data: token_windows.Windows,
-    windows_per_pass: int,
-    passes: int,
-    show: Callable[[int, str], None],
-) -> None:
-    spec, n, length = store.spec, *data.tokens.shape
+    done = n - len(missing)
+    source = teacher() if passes else None
     for start in range(0, passes * windows_per_pass, windows_per_pass):
+        assert source is not None
         group = missing[start : start + windows_per_pass]
         hidden = source.hidden([mx.array(data.tokens[w][None]) for w in group])
         for at, w in enumerate(group):
             store.put(w, _targets(source, hidden[at][0], spec, w * length))
-            show(n - len(missing) + start + at + 1, f"{store.bytes_per_token:.0f} bytes/token")
+            show(done := done + 1, f"{store.bytes_per_token:.0f} bytes/token")
+    _exchange(store, files)
+    return store
 
 
 def _exchange(store: logit_store.Targets, files: Files) -> None:
@@ -107,10 +95,8 @@ def _targets(teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec,
 
 
 class Cached:
-    """A store in the place of a Teacher: `live_teacher.steps` trains against it, with no teacher in memory.
-
-    windows: which windows of the training data the store's are, rising (`visited`); default: all of them.
-    """
+    """A store in the place of a Teacher: `live_teacher.steps` trains against it, with no teacher in memory. windows:
+    which windows of the training data the store's are, rising (`visited`); default: all of them."""
 
     def __init__(self, store: logit_store.Targets, windows: np.ndarray | None = None):
         self._store = store

@@ -1,8 +1,6 @@
-"""Candidates measured: each as pruned, the best after a short distillation, and what can be said of these.
+"""Candidates measured: each as pruned, the best after a short distillation, and what that takes.
 
-Every measurement is a line in a log before the next begins, so a search that was killed goes on from there.
-Does not know which shapes there are (pruning/shape_search), nor flags.
-"""
+Every measurement is a line in a log before the next begins, so a search that was killed goes on from there."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,23 +20,19 @@ import numpy as np
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline
-from mis_mlx.distillation.pipeline import Run
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.maths.optimizer import Diverged
-from mis_mlx.models import arch, load, mlx_generate, model_writer, policy
+from mis_mlx.models import arch, load, mlx_generate, model_writer, policy, stream
 from mis_mlx.models.config import Shape
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.estimates import StageCost
 from mis_mlx.planner.job import spec_of
-from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.pruning import calibrate, reconstruct, rotate, select, shape_search
-from mis_mlx.pruning.shape_search import AXES, Decoding
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files, reported
+from mis_mlx.storage.files import reported
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Budget, Checkpoint, MisError
 
@@ -55,118 +49,117 @@ def split(held_out: Windows, ranking: int, judging: int) -> tuple[Windows, Windo
         raise MisError(f"the held-out text has {count} windows, a search takes 4 or more: bring more text")
     at = np.unique(np.linspace(0, count - 1, min(ranking, count // 2)).round().astype(int))
     rest = np.setdiff1d(np.arange(count), at)
-    return Windows(held_out.tokens[at], held_out.learn[at]), comparison.chosen(
-        Windows(held_out.tokens[rest], held_out.learn[rest]), judging
-    )
+    others = Windows(held_out.tokens[rest], held_out.learn[rest])
+    return Windows(held_out.tokens[at], held_out.learn[at]), comparison.chosen(others, judging)
 
 
 @dataclass
 class CandidateTrials:
-    """What the measurements share. repair: windows of token ids (1, T) for the closed-form fit, or none.
+    """What the measurements share. repair: windows of token ids (1, T) for the closed-form fit, or none."""
 
-    held: samples whose hidden states stay in memory while calibrating.
-    """
-
-    folder: Path
-    teacher: Checkpoint
+    run: pipeline.Run
+    dtype: str
     samples: Sequence[mx.array]
     repair: Sequence[mx.array]
     ranking: Windows
     judging: Windows
-    dtype: str
-    files: Files
-    held: int
+
+    def _spool(self) -> Spool | None:
+        """Where calibration keeps hidden states that memory does not hold."""
+        held = self.run.plan.held_windows("prune")
+        return None if held >= len(self.samples) else Spool(self.run.folder, held, self.run.files)
 
     @cached_property
     def statistics(self) -> Statistics:
         """One streamed calibration, for all candidates. Without the weather: shapes must not depend on the wind."""
-        hidden = None if self.held >= len(self.samples) else Spool(self.folder, self.held, self.files)
-        return calibrate.calibrate(self.teacher, self.samples, policy.compute_dtype(self.teacher), hidden=hidden)[0]
+        teacher = self.run.teacher
+        return calibrate.calibrate(teacher, self.samples, policy.compute_dtype(teacher), hidden=self._spool())[0]
 
     @cached_property
     def _directions(self) -> rotate.Directions:
         """Of the stream, measured when the first candidate is narrower than the teacher."""
-        place = list if self.held >= len(self.samples) else partial(Spool, self.folder, self.held, self.files)
-        return rotate.measured(self.teacher, self.samples, policy.compute_dtype(self.teacher), place)
+
+        def place() -> stream.Hidden:
+            spool = self._spool()
+            return [] if spool is None else spool
+
+        return rotate.measured(self.run.teacher, self.samples, policy.compute_dtype(self.run.teacher), place)
 
     @cached_property
-    def _hidden(self) -> Any:
-        return comparison.final_hidden(self.teacher, self.ranking)
+    def _final_hidden(self) -> Any:
+        return comparison.final_hidden(self.run.teacher, self.ranking)
 
     def prune(self, shape: Shape, out: Path) -> Checkpoint:
         """The teacher cut to `shape` by plain importance, as the new folder `out`."""
-        sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in AXES}
-        cut = select.PruningConfig(scenario="none", importance="rms", **sizes)
-        made, keep = select.select_units(self.teacher.config, self.statistics, cut)
-        select.write(self.teacher, made, keep, lambda: self._directions, out, self.dtype, self.files)
+        cut = select.PruningConfig(scenario="none", importance="rms", **_sizes(shape))
+        teacher = self.run.teacher
+        made, keep = select.select_units(teacher.config, self.statistics, cut)
+        select.write(teacher, made, keep, lambda: self._directions, out, self.dtype, self.run.files)
         return load.open_checkpoint(out)
 
     def score(self, shape: Shape) -> float:
         """KL(teacher || candidate) in nats per token on the ranking windows; from the log where it stands there.
-
-        Infinite where it is no number. The candidate's folder is gone again.
-        """
-        log = self.folder / CANDIDATES
+        Infinite where it is no number. The candidate's folder is gone again."""
+        log = self.run.folder / CANDIDATES
         if (record := find(log, shape)) is None:
-            with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.folder) as temp:
+            with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as temp:
                 student = self.prune(shape, Path(temp) / "pruned")
                 if self.repair:
                     student = self._repaired(student, Path(temp) / "repaired")
-                both = {"teacher": self.teacher, "student": student}
-                found = comparison.compare(both, self.ranking, self._hidden)
-            values = {metric: _finite(found["student", metric].mean()) for metric in ("nll", "kl")}
+                both = {"teacher": self.run.teacher, "student": student}
+                measured = comparison.compare(both, self.ranking, self._final_hidden)
+            values = {metric: _finite(measured["student", metric].mean()) for metric in ("nll", "kl")}
             record = {**_sizes(shape), "params": arch.params(student.config), **values}
-            self.files.append(log, json.dumps(record))
+            self.run.files.append(log, json.dumps(record))
         return math.inf if record["kl"] is None else float(record["kl"])
 
     def _repaired(self, pruned: Checkpoint, out: Path) -> Checkpoint:
         keep = model_writer.read_keep(pruned.path)
         assert keep is not None
-        mended, _ = reconstruct.reconstruct(self.teacher, pruned, keep, self.repair)
+        mended, _ = reconstruct.reconstruct(self.run.teacher, pruned, keep, self.repair)
 
         def take(name: str) -> mx.array:
             return mended[name] if name in mended else load.dense(pruned, name)
 
-        model_writer.write_model(pruned.config, take, pruned.path, out, self.dtype, self.files)
+        model_writer.write_model(pruned.config, take, pruned.path, out, self.dtype, self.run.files)
         return load.open_checkpoint(out)
 
-    def final(self, shape: Shape, recipe: Any, planned: MemoryPlan, c: Run, cached: int | None) -> dict[str, Any]:
-        """The record of a finalist: distilled for a few steps, judged before and after; from the log if there.
-
-        planned: how a training that begins now would go; one that has begun goes on in its own way. c: whose
-        data, files and weather are used. cached: tokens in the KV cache when it is timed; None: it is not.
-        """
-        log, name = self.folder / FINALISTS, shape_search.label(shape)
-        sub = self.folder / "finalists" / name
+    def final(self, shape: Shape, cached: int | None) -> dict[str, Any]:
+        """The record of a finalist: distilled for a few steps, judged before and after; from the log if there. cached:
+        tokens in the KV cache when it is timed; None: it is not."""
+        log, sub = self.run.folder / FINALISTS, self.run.folder / "finalists" / shape_search.label(shape)
         if (record := find(log, shape)) is None:
-            with reported(self.folder, "the folder of a finalist"):
-                self.files.make_folder(sub)
-            protocol.sweep(sub, self.files)
-            pruned = load.open_checkpoint(sub / "pruned") if (sub / "pruned").exists() else self.prune(
-                shape, sub / "pruned"
-            )  # fmt: skip
-            if not (sub / run_folder.PLAN).exists():
-                self.files.replace_text(sub / run_folder.PLAN, json.dumps(planned.way))
-            way = phases.one(planned.job, planned.budget_bytes, planned.rates, **run_folder.stored_plan(sub))
-            own = Run(way.recipe(recipe), sub, c.teacher, c.data, way, c.files, c.peak, c.weather)
-            trained = self._train(own, pruned)
-            record = {
-                **_sizes(shape),
-                "params": arch.params(pruned.config),
-                **guarded(run_folder.metrics(sub), trained),
-            }
-            models = {"teacher": self.teacher, "pruned": pruned, **({"distilled": trained} if trained else {})}
-            found = comparison.compare(models, self.judging)
-            record |= {f"{m}_{model}": [_finite(v) for v in values] for (model, m), values in found.items()}
-            if cached is not None and trained:
-                record["decode_s"] = timed(trained.path, cached, halves=False).block_s
-            self.files.append(log, json.dumps(record))
+            record = self._measured(shape, sub, cached)
+            self.run.files.append(log, json.dumps(record))
         if sub.exists():
             with suppress(OSError):
-                self.files.remove_tree(sub)
+                self.run.files.remove_tree(sub)
         return record
 
-    def _train(self, c: Run, pruned: Checkpoint) -> Checkpoint | None:
+    def _measured(self, shape: Shape, sub: Path, cached: int | None) -> dict[str, Any]:
+        """Distil a finalist in the folder `sub`; a training that has begun there goes on in its own way."""
+        run = self.run
+        with reported(run.folder, "the folder of a finalist"):
+            run.files.make_folder(sub)
+        protocol.sweep(sub, run.files)
+        folder = sub / "pruned"
+        pruned = load.open_checkpoint(folder) if folder.exists() else self.prune(shape, folder)
+        small = estimates.model_of(shape_search.config_of(run.teacher.config, shape))
+        job = spec_of(estimates.model_of(run.teacher), small, run.recipe)
+        if not (sub / run_folder.PLAN).exists():
+            way = phases.make(job, run.plan.budget_bytes, run.plan.rates).way
+            run.files.replace_text(sub / run_folder.PLAN, json.dumps(way))
+        plan = phases.one(job, run.plan.budget_bytes, run.plan.rates, **run_folder.stored_plan(sub))
+        trained = self._train(replace(run, recipe=plan.recipe(run.recipe), folder=sub, plan=plan), pruned)
+        record = {**_sizes(shape), "params": arch.params(pruned.config), **guarded(run_folder.metrics(sub), trained)}
+        models = {"teacher": run.teacher, "pruned": pruned, **({"distilled": trained} if trained else {})}
+        for (model, metric), values in comparison.compare(models, self.judging).items():
+            record[f"{metric}_{model}"] = [_finite(v) for v in values]
+        if cached is not None and trained:
+            record["decode_s"] = timed(trained.path, cached, halves=False).block_s
+        return record
+
+    def _train(self, c: pipeline.Run, pruned: Checkpoint) -> Checkpoint | None:
         """The distilled student; None where three steps in a row were no numbers."""
         out = c.folder / "distilled"
         if out.exists():
@@ -175,16 +168,15 @@ class CandidateTrials:
             take = pipeline.train(c, pruned)
         except Diverged:
             return None
-        except MisError as error:
-            # What can be resumed is the search, not the finalist's own folder.
-            raise MisError(str(error).replace(str(c.folder), str(self.folder))) from None
+        except MisError as error:  # what can be resumed is the search, not the finalist's own folder
+            raise MisError(str(error).replace(str(c.folder), str(self.run.folder))) from None
         config = {**pruned.config, "torch_dtype": self.dtype}
-        model_writer.write_model(config, take, pruned.path, out, self.dtype, self.files)
+        model_writer.write_model(config, take, pruned.path, out, self.dtype, c.files)
         return load.open_checkpoint(out)
 
 
-def _sizes(shape: Shape) -> dict[str, int]:
-    return {axis: getattr(shape, axis) for axis in AXES}
+def _sizes(shape: Shape) -> dict[str, Any]:
+    return {axis: getattr(shape, axis) for axis in shape_search.AXES}
 
 
 def find(log: Path, shape: Shape) -> dict[str, Any] | None:
@@ -203,11 +195,9 @@ def guarded(steps: Sequence[Mapping[str, Any]], trained: object) -> dict[str, An
     return {"steps": len(notes), "skipped": skipped, "clipped": clipped, "diverged": trained is None}
 
 
-def timed(folder: Path, cached: int, halves: bool = True) -> Decoding:
-    """Seconds of a token by the quickest of some, stock mlx-lm, `cached` tokens in the KV cache.
-
-    halves: a second timing with half of the blocks says what a block takes; else all counts as one block.
-    """
+def timed(folder: Path, cached: int, halves: bool = True) -> shape_search.Decoding:
+    """Seconds of a token by the quickest of some, stock mlx-lm, `cached` tokens in the KV cache. halves: a second
+    timing with half of the blocks says what a block takes; else all counts as one block."""
     model, tokenizer = mlx_generate.open_model(folder)
     ids = mlx_generate.prompt_ids(tokenizer, "In the evening the wind came down from the pass.", 8)
     layers = model.model.layers
@@ -222,50 +212,50 @@ def timed(folder: Path, cached: int, halves: bool = True) -> Decoding:
 
     total, half = len(layers), max(1, len(layers) // 2)
     if not halves:
-        return Decoding(min(quickest(total), quickest(total)), 0.0)
+        return shape_search.Decoding(min(quickest(total), quickest(total)), 0.0)
     pairs = [(quickest(total), quickest(half)) for _ in range(ROUNDS)]  # in turn, so that a slow spell hits both
     whole, part = map(min, zip(*pairs, strict=True))
     block = whole / total  # all that there is: one block, or a machine too busy to tell half of the blocks from all
     if part < whole and half < total:
         block = min((whole - part) / (total - half), block)
-    return Decoding(block, max(0.0, whole - total * block))
+    return shape_search.Decoding(block, max(0.0, whole - total * block))
 
 
 def work(
-    asked: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget
-) -> tuple[list[StageCost], MemoryPlan]:
-    """What a search takes, every student counted as the one that takes most; and that one's distillation."""
-    t, length, rates = estimates.model_of(checkpoint), asked.max_seq_length, estimates.machine_rates()
+    s: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget
+) -> tuple[list[estimates.StageCost], phases.MemoryPlan]:
+    """What a search with these settings takes, every student counted as the one that takes most; and that one's
+    distillation."""
+    t, length, rates = estimates.model_of(checkpoint), s.max_seq_length, estimates.machine_rates()
     configs = [shape_search.config_of(checkpoint.config, x) for x in shapes]
     most = (max(configs, key=arch.params), max(configs, key=lambda c: c["num_hidden_layers"]))
-    plans = [phases.make(spec_of(t, estimates.model_of(c), asked), limit.limit_bytes, rates) for c in most]
+    plans = [phases.make(spec_of(t, estimates.model_of(c), s), limit.limit_bytes, rates) for c in most]
     made = max(plans, key=lambda p: p.peak_bytes)
-    m, count, finals = made.job.student, min(asked.evaluations, len(shapes)), min(asked.finalists, len(shapes))
+    m, count, finals = made.job.student, min(s.evaluations, len(shapes)), min(s.finalists, len(shapes))
     known = estimates.TENSOR_BYTES * t.tensors
     own = known + memory.process_bytes(max(0, limit.limit_bytes - known))  # as in a plan, whose phases have it
 
-    def times(phase: StageCost, n: int, name: str, written: int) -> StageCost:
-        read, peak = n * phase.read_bytes, phase.peak_bytes + own
-        return replace(
-            phase, name=name, read_bytes=read, written_bytes=n * written, flops=n * phase.flops, peak_bytes=peak
-        )
+    def times(p: estimates.StageCost, n: int, name: str, written: int, beside: int = own) -> estimates.StageCost:
+        return replace(p, name=name, read_bytes=n * p.read_bytes, written_bytes=n * written, flops=n * p.flops,
+                       peak_bytes=p.peak_bytes + beside)  # fmt: skip
 
-    by = {p.name: replace(p, peak_bytes=p.peak_bytes - own) for p in made.phases}
-    found = [times(by["prune"], 1, "calibrate", by["prune"].written_bytes - m.nbytes)]
-    one = estimates.compared([t, m], asked.rank_windows, length)
+    prune = next(p for p in made.phases if p.name == "prune")
+    stages = [times(prune, 1, "calibrate", prune.written_bytes - m.nbytes, 0)]
+    one = estimates.compared([t, m], s.rank_windows, length)
     one = replace(one, peak_bytes=max(one.peak_bytes, estimates.tensor_bytes(t)))
-    found.append(times(one, count, f"rank {count} candidates", m.nbytes))
-    if asked.repair_samples:
-        mend = phases.repair(replace(made.job, repair=asked.repair_samples))
-        found.append(times(mend, count, "repair each of them", m.nbytes))
-    each = [p for name, p in by.items() if name not in NOT_OURS]
-    found += [times(p, finals, f"{p.name}, {finals} finalists", p.written_bytes) for p in each]
-    judged = estimates.compared([t, m, m], asked.eval_windows, length)
-    return [*found, times(judged, finals, "judge them", 2 * m.nbytes)], made
+    stages.append(times(one, count, f"rank {count} candidates", m.nbytes))
+    if s.repair_samples:
+        mend = phases.repair(replace(made.job, repair=s.repair_samples))
+        stages.append(times(mend, count, "repair each of them", m.nbytes))
+    for p in made.phases:
+        if p.name not in NOT_OURS:
+            stages.append(times(p, finals, f"{p.name}, {finals} finalists", p.written_bytes, 0))
+    judged = estimates.compared([t, m, m], s.eval_windows, length)
+    return [*stages, times(judged, finals, "judge them", 2 * m.nbytes)], made
 
 
-def seconds(found: Sequence[StageCost], at: Rates) -> dict[str, float]:
+def seconds(stages: Sequence[estimates.StageCost], at: Rates) -> dict[str, float]:
     """Of `work`, by what a search does: rank, then train and judge finalists."""
-    count = next(n for n, phase in enumerate(found) if "finalists" in phase.name)
-    parts = {"rank": found[:count], "finalists": found[count:]}
+    count = next(n for n, phase in enumerate(stages) if "finalists" in phase.name)
+    parts = {"rank": stages[:count], "finalists": stages[count:]}
     return {name: sum(p.seconds(at) for p in part) for name, part in parts.items()}

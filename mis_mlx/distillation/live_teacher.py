@@ -1,8 +1,7 @@
 """The two sides of distillation: the teacher's targets for a step, and the student's loss against them.
 
-Does not know steps, optimizers or files. The teacher stays in memory or is streamed, by the plan; either
-way what crosses over is its final hidden states, and the vocabulary is met chunk by chunk (maths/losses).
-"""
+The teacher stays in memory or is streamed, by the plan; either way what crosses over is its final hidden states, and
+the vocabulary is met chunk by chunk (maths/losses)."""
 
 from __future__ import annotations
 
@@ -42,10 +41,8 @@ class TargetSource(Protocol):
 
 
 class StreamedTeacher:
-    """Final hidden states of the teacher for any batch, and its vocabulary head.
-
-    room_bytes, direct: as of `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`.
-    """
+    """Final hidden states of the teacher for any batch, and its vocabulary head. room_bytes, direct: as of
+    `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`."""
 
     def __init__(
         self,
@@ -71,14 +68,14 @@ class StreamedTeacher:
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
         """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); labels (B * T,) where cross-entropy
         is asked for."""
-        made = []
+        micro = []
         pieces = [lanes.cut(b.tokens) for b in batches]
         coming = iter(self.hidden(list(chain.from_iterable(pieces))))
-        for batch, cut_into in zip(batches, pieces, strict=True):
-            hidden = mx.concatenate([next(coming) for _ in cut_into])
+        for batch, parts in zip(batches, pieces, strict=True):
+            hidden = mx.concatenate([next(coming) for _ in parts])
             label = [labels(batch.tokens)] if self._cross_entropy else []
-            made.append((batch.tokens, batch.learn.reshape(-1), hidden.reshape(-1, hidden.shape[-1]), *label))
-        return made
+            micro.append((batch.tokens, batch.learn.reshape(-1), hidden.reshape(-1, hidden.shape[-1]), *label))
+        return micro
 
     def gradient_of(self, student: nn.Module) -> Callable[..., Any] | None:
         """As `train_loop.train` takes it."""
@@ -124,10 +121,8 @@ def _on_host(
     source: StreamedTeacher, student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array
 ) -> tuple[tuple[mx.array, mx.array], Any]:
     """What `nn.value_and_grad` gives of `loss_of(source)`, evaluated; the vocabulary by numpy, windows side by side.
-
     The way back is laid out before the way forth is gone, so that only what it needs is kept: from a cotangent of
-    zeros, whose memory numpy then fills.
-    """
+    zeros, whose memory numpy then fills."""
     trained = dict(tree_flatten(student.trainable_parameters()))
     cotangent = mx.zeros((tokens.size, student.args.hidden_size))
     hidden: list[mx.array] = []
@@ -188,16 +183,11 @@ def steps(
     sigma: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Step]:
     """Optimizer steps `start` to `recipe.iters` of distillation, as `train_loop.train` yields them.
+    sigma(): spread of eps_halny, asked at every step."""
+    micro_batches, loss = step_micro_batches(source, data, recipe), loss_of(source)
+    quicker = source.gradient_of(student) if isinstance(source, StreamedTeacher) else None
 
-    sigma(): spread of eps_halny, asked at every step.
-    """
-    return train(
-        student,
-        step_micro_batches(source, data, recipe),
-        loss_of(source),
-        optimizer,
-        recipe.schedule,
-        start,
-        lambda step: losses.loss_noise_factor(sigma(), recipe.seed, step),
-        gradient_of=source.gradient_of(student) if isinstance(source, StreamedTeacher) else None,
-    )
+    def factor(step: int) -> float:
+        return losses.loss_noise_factor(sigma(), recipe.seed, step)
+
+    return train(student, micro_batches, loss, optimizer, recipe.schedule, start, factor, gradient_of=quicker)

@@ -1,8 +1,4 @@
-"""A student's training from wherever it stands to its end: repaired or taught block by block, then distilled.
-
-Joins the ways of training for `distill`. Every stage is on disk before the next begins, and one that was
-killed goes on from its last checkpoint. Does not know how the student was pruned or what becomes of it.
-"""
+"""A student's training, from where it stands to its end: repaired or taught block by block, then distilled."""
 
 from __future__ import annotations
 
@@ -11,19 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import blockwise, cached_targets, live_teacher, sharded, train_loop
-from mis_mlx.distillation.checkpoints import Checkpoints
-from mis_mlx.distillation.run_loop import retry_from_checkpoint, run_training
-from mis_mlx.hardware import memory
-from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
+from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun, run_training
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, distributed, load, model_writer, stream
@@ -32,25 +25,21 @@ from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import reconstruct
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files, reported
 from mis_mlx.types import Checkpoint, MisError, Step
 
 LOCAL, LOCAL_RATE = "local.jsonl", 3e-4  # the peak, of every block
-LEFT = ("steps", "tune-steps", "rounded", "parts", "targets")  # folders that nobody needs once the run is done
+TUNE_STEPS, TUNE_LOG = "tune-steps", "tune.jsonl"
+LEFT = ("steps", TUNE_STEPS, "rounded", "parts", "targets")  # folders that nobody needs once the run is done
 
 
 @dataclass
-class Run:
+class Run(OpenRun):
     """What the stages share. `recipe`: as asked for, its micro-batches as planned."""
 
     recipe: DistillationConfig
-    folder: Path
     teacher: Checkpoint
     data: token_windows.Windows
     plan: MemoryPlan
-    files: Files
-    peak: memory.Peak
-    weather: ThermalMonitor
     report: Callable[[Step], None] | None = None  # somebody who is told of every step of the distillation
     shares: tuple[int, ...] = ()  # how many of the teacher's blocks each machine has; (): each has it whole
 
@@ -73,43 +62,37 @@ class Run:
             with progress.phase(name):
                 yield
         finally:
-            took = {"seconds": round(train_loop.CLOCK.monotonic() - began, 3), "peak_bytes": mx.get_peak_memory()}
-            self.files.append(
-                self.folder / run_folder.PHASES, json.dumps({**self.weather.now(), "phase": name, **took})
-            )
+            seconds = round(train_loop.CLOCK.monotonic() - began, 3)
+            record = {**self.weather.now(), "phase": name, "seconds": seconds, "peak_bytes": mx.get_peak_memory()}
+            self.files.append(self.folder / run_folder.PHASES, json.dumps(record))
 
 
 def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
     if c.plan.mode != "sharded":
         return _resident(c, pruned, source_of(c))
-    parts = _local(c, pruned)
-    return _sharded(c, parts, source_of(c))
+    return _sharded(c, _local(c, pruned), source_of(c))
 
 
 def source_of(c: Run) -> live_teacher.TargetSource:
     """The teacher, live; or what it left on disk, written now as far as it is missing."""
-    keeps = c.plan.pinned * c.plan.job.teacher.block_work + c.plan.job.teacher.head_work
+    r, m = c.recipe, c.plan.job.teacher
 
     def teacher(room_bytes: int | None) -> live_teacher.StreamedTeacher:
-        r = c.recipe
         return live_teacher.StreamedTeacher(c.teacher, room_bytes, c.direct, r.temperature, r.cross_entropy, c.shares)
 
-    if c.recipe.targets == "live":
-        return teacher(None if c.plan.teacher_resident else keeps)
-    steps = max(c.recipe.iters, c.plan.tuned)  # who learns longest
-    at = cached_targets.visited(len(c.data.tokens), replace(c.recipe, iters=steps))
+    if r.targets == "live":
+        return teacher(None if c.plan.teacher_resident else c.plan.pinned * m.block_work + m.head_work)
+    longest = max(r.iters, c.plan.tuned)  # of training and tuning
+    at = cached_targets.visited(len(c.data.tokens), replace(r, iters=longest))
     data = token_windows.Windows(c.data.tokens[at], c.data.learn[at])
     cli.say(f"logit store: {len(at)} windows")
     with c.phase("logit store"), progress.bar("targets", len(at)) as show:
-        store = cached_targets.write(c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files,
-                              seed=c.recipe.seed, show=show,
-                              windows_per_pass=max(1, c.plan.held_windows("logit store") // max(1, len(c.shares))),
-                              together=bool(c.shares))  # fmt: skip
-    for note in [
-        *store.notes,
-        f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets",
-    ]:
+        at_once = max(1, c.plan.held_windows("logit store") // max(1, len(c.shares)))
+        store = cached_targets.write(c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files, seed=r.seed,
+                                     windows_per_pass=at_once, show=show, together=bool(c.shares))  # fmt: skip
+    cost = f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets"
+    for note in [*store.notes, cost]:
         cli.say(note)
     mx.clear_cache()
     return cached_targets.Cached(store, at)
@@ -133,19 +116,15 @@ def _local(c: Run, pruned: Checkpoint) -> Checkpoint:
         ridge=reconstruct.RIDGE if c.plan.job.repair else 0.0,
     )  # fmt: skip
     total = len(keep.layers) * iters
-    with c.phase("local"):
-        run_training(steps, c.folder, total, total + 1, lambda number: None, c.weather, c.peak, c.files, LOCAL, "local")
+    with c.phase("local"):  # which saves every block by itself
+        run_training(c, steps, total, total + 1, lambda number: None, LOCAL, "local")
     return student
 
 
 def _resident(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
-    student = load.resident(begun, mx.float32)
+    student, optimizer = load.resident(begun, mx.float32), GuardedAdamW(weight_decay=c.recipe.weight_decay)
     if c.plan.mode == "blocks":
         load.freeze_vocabulary(student)
-    optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay)
-
-    def restore(arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
-        train_loop.restore(student, optimizer, arrays, memory)
 
     def begin() -> None:
         keep = model_writer.read_keep(begun.path)
@@ -156,96 +135,75 @@ def _resident(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> C
             student.load_weights(list(mended.items()), strict=False)
         stream.load_checked(student, f"{begun.path}: ")
 
-    run = CheckpointedTraining(c, lambda: train_loop.arrays_of(student, optimizer), optimizer.memory)
-    start = run.start(begin, restore)
-    student.train()
-    r = c.recipe
-    steps = partial(live_teacher.steps, student, source, c.data, r, optimizer, sigma=lambda: run.sigma)
-    with c.phase("distil"):
-        run.finish(steps, start, r.save_every, lambda: optimizer)
+    train_whole(c, student, optimizer, source, begin)
     return dict(tree_flatten(student.parameters())).__getitem__
+
+
+def train_whole(
+    c: Run,
+    student: nn.Module,
+    optimizer: GuardedAdamW,
+    source: live_teacher.TargetSource,
+    begin: Callable[[], object],
+    tuned: bool = False,
+) -> None:
+    """All of `c.recipe`'s steps of a student in memory, from wherever they stand. begin: before the first of them.
+    tuned: of a packed student, whose checkpoints and log are its own."""
+    wind, mine = Wind(c), (student, optimizer)
+    training = CheckpointedTraining(
+        c, partial(train_loop.arrays_of, *mine), optimizer.memory, partial(train_loop.restore, *mine),
+        wind.remember, wind.recall, TUNE_STEPS if tuned else "steps",
+    )  # fmt: skip
+    start = training.start(begin)
+    student.train()
+    steps = partial(
+        live_teacher.steps, student, source, c.data, c.recipe, optimizer, sigma=lambda: 0.0 if tuned else wind.sigma
+    )
+    shown = {"log": TUNE_LOG, "label": "tune", "budget_bytes": c.plan.budget_bytes} if tuned else _beside_the_plan(c)
+    with c.phase("tune" if tuned else "distil"):
+        training.finish(steps, start, c.recipe.iters, c.recipe.save_every, lambda: optimizer, **shown)
+
+
+def _beside_the_plan(c: Run) -> dict[str, Any]:
+    """What a distillation's steps are shown beside, as `run_training` takes it."""
+    planned = next(p.seconds(c.plan.rates) for p in c.plan.phases if p.name == "distil")
+    tps = c.plan.job.step * c.plan.job.iters / max(planned, 1e-9)
+    return {"budget_bytes": c.plan.budget_bytes, "planned_tps": tps, "report": c.report}
+
+
+@dataclass
+class Wind:
+    """The spread of eps_halny: fixed from one checkpoint to the next, so that a resumed run meets the same."""
+
+    run: Run
+    sigma: float = 0.0
+
+    def remember(self, number: int) -> dict[str, Any]:
+        """Look at the weather, on the first machine: what a checkpoint keeps of it."""
+        halny = self.run.recipe.halny
+        self.sigma = distributed.broadcast_json(lambda: self.run.weather.sigma() if halny is None else halny)
+        return {"halny_sigma": self.sigma}
+
+    def recall(self, state: dict[str, Any]) -> None:
+        """What the checkpoint kept."""
+        self.sigma = state["halny_sigma"]
 
 
 def _sharded(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
     r, visit = c.recipe, steps_per_shard(c.plan.job, c.plan.shard_layers)
     room = 4 * c.plan.job.student.head_params  # the head stays, the blocks stream past
     student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, room, c.direct)
-    run = CheckpointedTraining(c, student.arrays, student.memory)
-    start = run.start(student.begin, student.restore)
-    steps = partial(
-        sharded.steps,
-        student,
-        live_teacher.step_micro_batches(source, c.data, r),
-        partial(source.kl_sum, frozen_head=True),
-        r.schedule,
-        factor=lambda step: losses.loss_noise_factor(run.sigma, r.seed, step),
-    )
+    wind = Wind(c)
+    training = CheckpointedTraining(c, student.arrays, student.memory, student.restore, wind.remember, wind.recall)
+    start = training.start(student.begin)
+    micro_batches = live_teacher.step_micro_batches(source, c.data, r)
+    loss = partial(source.kl_sum, frozen_head=True)
+
+    def factor(step: int) -> float:
+        return losses.loss_noise_factor(wind.sigma, r.seed, step)
+
+    steps = partial(sharded.steps, student, micro_batches, loss, r.schedule, factor=factor)
+    every = min(r.save_every, max(1, visit // 2))  # two checkpoints of every visit: see Sharded
     with c.phase("distil"):
-        every = min(r.save_every, max(1, visit // 2))  # two checkpoints of every visit: see Sharded
-        run.finish(steps, start, every, lambda: student.optimizer)
+        training.finish(steps, start, r.iters, every, lambda: student.optimizer, **_beside_the_plan(c))
     return partial(load.dense, load.open_checkpoint(begun.path))
-
-
-@dataclass
-class CheckpointedTraining:
-    """Checkpoints of one training, whichever way it goes. sigma: spread of eps_halny until the next of them."""
-
-    course: Run
-    arrays: Callable[[], dict[str, dict[str, mx.array]]]
-    memory: Callable[[], dict[str, Any]]
-    steps: str = "steps"  # the folder of its checkpoints
-    sigma: float = 0.0
-
-    def start(self, begin: Callable[[], object], restore: Callable[..., None]) -> int:
-        """Steps done: of the newest checkpoint, put back by `restore`; or 0 after `begin`, and that saved."""
-        c, folder = self.course, self.course.folder / self.steps
-        self.kept = Checkpoints(folder, self.arrays, self.memory, restore, c.weather, c.files)
-        if (number := self.back()) is not None:
-            return number
-        if distributed.is_main():
-            begin()
-            with reported(c.folder, "the folder of checkpoints"):
-                c.files.make_folder(folder)
-        self.kept.share()
-        self.save(0)
-        return 0
-
-    def back(self) -> int | None:
-        """Put the newest checkpoint back: its number; None when there is none."""
-        found = self.kept.back()
-        if found is None:
-            return None
-        self.sigma = found[1]["halny_sigma"]
-        return found[0]
-
-    def save(self, number: int) -> None:
-        """One checkpoint: weights, moments, and everything else a resumed run needs."""
-        c = self.course
-        # The wind is fixed from one checkpoint to the next, so that a resumed run meets the same.
-        halny = c.recipe.halny
-        self.sigma = distributed.broadcast_json(lambda: c.weather.sigma() if halny is None else halny)
-        if distributed.is_main():
-            self.kept.save(number, {"halny_sigma": self.sigma})
-
-    def finish(
-        self,
-        steps: Callable[[int], Iterator[Step]],
-        start: int,
-        save_every: int,
-        optimizer: Callable[[], GuardedAdamW],
-        log: str = run_folder.METRICS,
-        label: str = "distil",
-    ) -> None:
-        """Run steps(start) to their end. optimizer: the one in use (see `run_loop.retry_from_checkpoint`)."""
-        c = self.course
-        mine = log == run_folder.METRICS  # the student's own steps, which the plan timed
-        planned = next(p.seconds(c.plan.rates) for p in c.plan.phases if p.name == "distil")
-        tps = c.plan.job.step * c.plan.job.iters / max(planned, 1e-9) if mine else None
-
-        def go(coming: Iterator[Step]) -> None:
-            run_training(
-                coming, c.folder, c.recipe.iters, save_every, self.save, c.weather, c.peak, c.files, log, label,
-                c.plan.budget_bytes, tps, c.report if mine else None,
-            )  # fmt: skip
-
-        retry_from_checkpoint(go, steps, start, self.back, optimizer)

@@ -1,64 +1,102 @@
-"""Watch over a training run: its folder, then log every step, checkpoint, take tea breaks, stop when asked.
+"""One run from its flags to its end: model and folder, steps logged, rested after, stopped, and their checkpoints.
 
-Does not know what is trained or what a checkpoint holds; `save(number)` does.
-"""
+Does not know what is trained. The protocol on disk is storage/checkpoint's."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mlx.core as mx
+
 from mis_mlx import cli
+from mis_mlx.data import preparation, token_windows
+from mis_mlx.distillation import train_loop
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.memory import Peak
-from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
+from mis_mlx.hardware.thermal.governor import PauseCounter
+from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor, battery
 from mis_mlx.maths.optimizer import Diverged, GuardedAdamW
-from mis_mlx.models import distributed
+from mis_mlx.models import distributed, load, policy, resolve
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files
-from mis_mlx.types import Budget, MisError, Step
+from mis_mlx.storage.files import Files, need_place, reported
+from mis_mlx.types import Budget, Checkpoint, MisError, Step
 
 S = TypeVar("S", bound=Any)  # a command's Settings
+Arrays = dict[str, dict[str, mx.array]]
 
 
-def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tuple[S, Path]:
-    """The settings to go on with, and the folder of the run in `--out` or of the newest unfinished one right under
-    `under`. MisError where settings that are not `free` differ from its."""
+def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tuple[S, Path | None]:
+    """The settings to run with; and where --resume is given, the folder of the run in `--out`, or of the newest
+    unfinished one right under `under`. MisError where settings that are not `free` differ from its."""
+    if not settings.resume:
+        return settings, None
 
-    def found() -> tuple[dict[str, Any], str]:
+    def stored() -> tuple[dict[str, Any], str]:
         folder, defaults = run_folder.find(settings.out, under), asdict(type(settings)())
         return run_folder.merged(asdict(settings), defaults, run_folder.stored_settings(folder), free), str(folder)
 
-    values, folder = distributed.broadcast_json(found)
+    values, folder = distributed.broadcast_json(stored)
     return type(settings)(**values), Path(folder)
+
+
+def opened(s: Any, model: str | None, what: str = "model", place: str | Path = "runs", new: str = "") -> Checkpoint:
+    """The model that a command begins with. MisError, before it is looked for, where a flag is out of its range or what
+    it names cannot be written: --out, by default under `place`, or something `new` that this flag names."""
+    cli.check_ranges(s)
+    policy.use(s.compute_dtype)
+    if new:
+        need_place(new, place, "new")
+    elif distributed.is_main():
+        need_place("--out", s.out or place)
+    source = resolve.resolve_model(model)
+    cli.say(f"{what}: {source.source}")
+    return load.open_checkpoint(source.path)
+
+
+def prepared(s: Any, teacher: Checkpoint) -> tuple[preparation.Data, dict[str, str]]:
+    """The text of --data, with what was done to it said aloud; and what a resumed run must have begun with."""
+    data = preparation.prepare(s.data, load.tokenizer(teacher.path), s.max_seq_length)
+    for note in data.notes:
+        cli.say(note)
+    return data, run_folder.origin(teacher, token_windows.fingerprint(data.train))
+
+
+@dataclass
+class OpenRun:
+    """A run folder at work: locked, its memory limited, its air watched."""
+
+    folder: Path
+    weather: ThermalMonitor
+    files: Files
+    peak: memory.Peak
+    began_s: float
+
+    def account(self, budget_bytes: int) -> dict[str, Any]:
+        """For the run's result: memory, weather, time."""
+        sizes = {"peak_bytes": self.peak.nbytes, "budget_bytes": budget_bytes}
+        return {**sizes, **self.weather.account(), "seconds": round(time.monotonic() - self.began_s, 1)}
 
 
 @contextmanager
 def open_run(
-    folder: Path | None,
-    make: Callable[[], Path],
-    origin: Mapping[str, str],
-    limit: Budget,
-    wired_bytes: int,
-    flags: ThermalFlags,
-    files: Files,
-) -> Iterator[tuple[Path, ThermalMonitor]]:
-    """(folder, weather) of a run: locked, swept, its memory limited, its air watched.
-
-    folder: of a run to go on with, which must have begun with `origin`; None: that of `make()`. Machines beside the
-    first one work in a folder that goes with them. wired_bytes: as of `memory.limited`.
-    """
+    s: Any, folder: Path | None, name: str, origin: Mapping[str, str], way: Mapping[str, Any], limit: Budget, wired: int
+) -> Iterator[OpenRun]:
+    """The run of the settings `s`: that in `folder`, which must have begun with `origin`, or a new one called `name`.
+    Machines beside the first one work in a folder that goes with them. way: how it trains, decided once. wired: as of
+    `memory.limited`, in bytes."""
+    files = Files()
     distributed.check_same(origin)
     if folder is None and distributed.is_main():
-        folder = make()
+        stored = {flag: value for flag, value in asdict(s).items() if flag not in run_folder.NOT_STORED}
+        folder = run_folder.create(s.out, name, stored, origin, way, files)
     elif folder and distributed.is_main():
         for note in run_folder.same_origin(folder, origin):
             cli.say(note)
@@ -66,50 +104,21 @@ def open_run(
     with (
         distributed.workplace(folder) as place,
         protocol.lock(place),
-        memory.limited(limit, wired_bytes),
-        ThermalMonitor(flags, place / "thermal.jsonl", files) as weather,
+        memory.limited(limit, wired),
+        ThermalMonitor(s, place / "thermal.jsonl", files) as weather,
     ):
         protocol.sweep(place, files)
-        if said := battery(flags):
-            cli.say(said)
-        yield place, weather
-
-
-def retry_from_checkpoint(
-    go: Callable[[Iterator[Step]], None],
-    steps: Callable[[int], Iterator[Step]],
-    start: int,
-    back: Callable[[], int | None],
-    optimizer: Callable[[], GuardedAdamW],
-) -> None:
-    """`go` through steps(start); three bad batches in a row go `back` to the last checkpoint, once.
-
-    On the second way these batches are left out and the learning rate is half of what it was; what is bad then
-    raises `Diverged`. A run killed before the second way has a checkpoint takes both ways again, with the same bits.
-    """
-    try:
-        go(steps(start))
-    except Diverged as error:
-        number = None if optimizer().calm < 1 else back()
-        if number is None:
-            raise
-        optimizer().pass_over(error.batches)
-        cli.say(
-            f"batches {', '.join(map(str, error.batches))} gave no numbers: back to step {number}, and on without "
-            "them, at half the learning rate"
-        )
-        go(steps(number))
+        if note := battery(s):
+            cli.say(note)
+        yield OpenRun(place, weather, files, memory.Peak(), time.monotonic())
 
 
 def run_training(
+    run: OpenRun,
     steps: Iterator[Step],
-    folder: Path,
     iters: int,
     save_every: int,
     save: Callable[[int], None],
-    weather: ThermalMonitor,
-    peak: Peak,
-    files: Files,
     log: str = run_folder.METRICS,
     label: str = "distil",
     budget_bytes: int | None = None,
@@ -117,19 +126,16 @@ def run_training(
     report: Callable[[Step], None] | None = None,
 ) -> None:
     """Run `steps` to their end. MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it, here or on
-    any machine beside this one, or when such a machine is gone.
-
-    budget_bytes, planned_tps: shown beside the memory and the speed there are. report: told of every step.
-    """
-    losses = deque[float](maxlen=text.SPARK_STEPS)
+    any machine beside this one, or when such a machine is gone. budget_bytes, planned_tps: shown beside the memory and
+    the speed there are. report: told of every step."""
+    losses, weather = deque[float](maxlen=text.SPARK_STEPS), run.weather
     unsaved = 0  # the number of a step that no checkpoint holds
     with cli.stop_asked() as asked, progress.bar(label, iters) as show:
         try:
             for step in steps:
-                peak.note(step.peak_bytes)
+                run.peak.note(step.peak_bytes)
                 record = {**weather.now(), **{k: v for k, v in asdict(step).items() if k not in ("reading", "more")}}
-                record |= step.more
-                files.append(folder / log, json.dumps(record))
+                run.files.append(run.folder / log, json.dumps(record | dict(step.more)))
                 losses.append(step.loss)
                 seen = replace(step, reading=weather.last())
                 show(step.number, text.step_text(seen, losses, budget_bytes, planned_tps))
@@ -145,11 +151,15 @@ def run_training(
                     save(step.number)
                     unsaved = 0
                 if distributed.any_rank(asked) and step.number < iters:
-                    raise MisError(
-                        f"stopped at step {step.number} of {iters}, all of it saved: go on with --out {folder} --resume"
-                    )
+                    where = f"go on with --out {run.folder} --resume"
+                    raise MisError(f"stopped at step {step.number} of {iters}, all of it saved: {where}")
         except distributed.Lost as lost:
-            raise _left_alone(lost, partial(save, unsaved) if unsaved else None, folder) from None
+            if not distributed.is_main():
+                raise
+            if unsaved:  # the last step that all machines did
+                save(unsaved)
+            where = f"go on with --out {run.folder} --resume"
+            raise MisError(f"{lost}; all steps that were done are saved, {where}") from None
 
 
 def _breaks(weather: ThermalMonitor, step: Step, show: Callable[[int, str], None], asked: list[int]) -> Iterator[None]:
@@ -164,10 +174,78 @@ def _breaks(weather: ThermalMonitor, step: Step, show: Callable[[int, str], None
             yield
 
 
-def _left_alone(lost: distributed.Lost, save: Callable[[], None] | None, folder: Path) -> MisError:
-    """What to say where a machine is gone, once the machine that writes has saved the last step that all did."""
-    if not distributed.is_main():
-        return lost
-    if save:
-        save()
-    return MisError(f"{lost}; all steps that were done are saved, go on with --out {folder} --resume")
+@dataclass(frozen=True)
+class CheckpointedTraining:
+    """arrays(): weights and moments, by checkpoint file and name. memory(): what else the optimizer needs, as JSON.
+    restore(arrays, memory) puts both back. remember(number): what a checkpoint keeps beside them, asked for on every
+    machine; recall(state) gets that again."""
+
+    run: OpenRun
+    arrays: Callable[[], Arrays]
+    memory: Callable[[], dict[str, Any]]
+    restore: Callable[[Arrays, dict[str, Any]], None]
+    remember: Callable[[int], dict[str, Any]]
+    recall: Callable[[dict[str, Any]], None]
+    steps: str = "steps"  # the folder of its checkpoints
+
+    def start(self, begin: Callable[[], object]) -> int:
+        """Steps done: of the newest checkpoint, put back; or 0, after `begin` on the first machine, and that saved."""
+        if (number := self.back()) is not None:
+            return number
+        if distributed.is_main():
+            begin()
+            with reported(self.run.folder, "the folder of checkpoints"):
+                self.run.files.make_folder(self.run.folder / self.steps)
+        train_loop.alike(self.arrays, self.memory, self.restore)
+        self.save(0)
+        return 0
+
+    def back(self) -> int | None:
+        """Put the newest checkpoint back on every machine: its number; None when there is none."""
+        saved = protocol.newest(self.run.folder / self.steps, self.run.files)
+        if saved:
+            for note in [*saved.notes, f"continuing from step {saved.number}"]:
+                cli.say(note)
+            arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
+            self.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
+            self.run.weather.breaks = PauseCounter(**saved.state["tea"])
+        newest: Any = distributed.broadcast_json(lambda: [saved.number, saved.state] if saved else None)
+        if newest is None:
+            return None
+        train_loop.alike(self.arrays, self.memory, self.restore)
+        self.recall(newest[1])
+        return newest[0]
+
+    def save(self, number: int) -> None:
+        """One checkpoint: all that a resumed run needs."""
+        more = self.remember(number)
+        if distributed.is_main():
+            arrays = {key: named for key, named in self.arrays().items() if named}
+            state = {"arrays": list(arrays), "optimizer": self.memory(), "tea": self.run.weather.breaks.saved(), **more}
+            protocol.save_step(self.run.folder / self.steps, number, arrays, state, self.run.files)
+
+    def finish(
+        self,
+        steps: Callable[[int], Iterator[Step]],
+        start: int,
+        iters: int,
+        save_every: int,
+        optimizer: Callable[[], GuardedAdamW],
+        **shown: Any,
+    ) -> None:
+        """Run steps(start) to their end, `shown` as of `run_training`. optimizer(): the one in use. Three bad batches
+        in a row go back to the last checkpoint, once. On the second way these batches are left out and the learning
+        rate is half of what it was; what is bad then raises `Diverged`. A run killed before the second way has a
+        checkpoint takes both ways again, with the same bits."""
+        try:
+            run_training(self.run, steps(start), iters, save_every, self.save, **shown)
+        except Diverged as error:
+            number = None if optimizer().calm < 1 else self.back()
+            if number is None:
+                raise
+            optimizer().pass_over(error.batches)
+            cli.say(
+                f"batches {', '.join(map(str, error.batches))} gave no numbers: back to step {number}, and on without "
+                "them, at half the learning rate"
+            )
+            run_training(self.run, steps(number), iters, save_every, self.save, **shown)

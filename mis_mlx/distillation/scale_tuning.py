@@ -1,19 +1,16 @@
 """Distil what rounding cost: scales, biases and norms of a packed model learn from a teacher, integers stay.
 
-mlx-lm's DWQ learns from the same model before rounding; here the teacher may be another, bigger one. Does not round.
-"""
+mlx-lm's DWQ learns from the same model before rounding; here the teacher may be another, bigger one. Does not round."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import mlx.nn as nn
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, train_loop
-from mis_mlx.distillation.pipeline import CheckpointedTraining, Run
+from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load
 from mis_mlx.planner.recipe import DistillationConfig
@@ -21,17 +18,12 @@ from mis_mlx.quantization import grid
 from mis_mlx.reporting import progress, text
 from mis_mlx.types import Checkpoint
 
-STEPS, LOG = "tune-steps", "tune.jsonl"
+DECAY = 0.0  # of weights: a scale has no reason to be small
 
 
 def recipe_of(asked: DistillationConfig, iters: int, learning_rate: float) -> DistillationConfig:
     """Steps and learning rate of this stage; batches, windows and seed as asked for."""
     return replace(asked, iters=iters, learning_rate=learning_rate, warmup=min(3, iters))
-
-
-def _adam() -> GuardedAdamW:
-    """Without weight decay: a scale has no reason to be small."""
-    return GuardedAdamW(weight_decay=0.0)
 
 
 def learned(
@@ -41,22 +33,17 @@ def learned(
     model = grid.resident(rounded)
     model.train()
     with progress.bar("tune", recipe.iters) as show:
-        for step in live_teacher.steps(model, source, data, recipe, _adam()):
+        for step in live_teacher.steps(model, source, data, recipe, GuardedAdamW(weight_decay=DECAY)):
             show(step.number, text.step_text(step))
     return model
 
 
-def tune(c: Run, source: live_teacher.TargetSource, rounded: Path, out: Path, r: DistillationConfig) -> None:
+def tune(c: pipeline.Run, rounded: Path, out: Path, recipe: DistillationConfig) -> None:
     """Write the folder `out`: `rounded` after its steps. Killed on the way, it goes on from its checkpoints."""
     checkpoint = load.open_checkpoint(rounded)
-    model, optimizer = grid.resident(checkpoint), _adam()
-    run = CheckpointedTraining(
-        replace(c, recipe=r), partial(train_loop.arrays_of, model, optimizer), optimizer.memory, steps=STEPS
+    model, source = grid.resident(checkpoint), pipeline.source_of(c)
+    pipeline.train_whole(
+        replace(c, recipe=recipe), model, GuardedAdamW(weight_decay=DECAY), source, lambda: None, tuned=True
     )
-    start = run.start(lambda: None, partial(train_loop.restore, model, optimizer))
-    model.train()
-    steps = partial(live_teacher.steps, model, source, c.data, r, optimizer)
-    with c.phase("tune"):
-        run.finish(steps, start, r.save_every, lambda: optimizer, LOG, "tune")
     if distributed.is_main():
         grid.write(checkpoint, model, out, c.files)

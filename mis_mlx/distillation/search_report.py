@@ -1,7 +1,4 @@
-"""What came out of a search: which finalist is best and how sure that is, in tables and in one sentence.
-
-Does not measure; it judges what the logs of a search (distillation/candidate_trials) hold.
-"""
+"""What came out of a search: which finalist is best and how sure that is, in tables and in one sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ import numpy as np
 from mis_mlx.maths.stats import interval
 from mis_mlx.models.config import Shape
 from mis_mlx.pruning import shape_search
-from mis_mlx.pruning.shape_search import AXES
 from mis_mlx.reporting import text
 from mis_mlx.types import Row
 
@@ -44,9 +40,8 @@ def command_line(shape: Shape, before: Shape, teacher: str | None, data: str | N
     parts = ["scripts/mis distill"]
     parts += [f"--{n} {shlex.quote(v)}" for n, v in (("teacher", teacher), ("data", data)) if v]
     parts += ["--scenario none"]
-    parts += [f"--{a} {getattr(shape, a)}" for a in AXES if getattr(shape, a) != getattr(before, a)]
-    packing = {64: [], 32: ["--q-group-size 32"], 0: ["--quantize 0"]}
-    return " ".join(parts + packing[shape_search.group_of(shape)])
+    parts += [f"--{a} {getattr(shape, a)}" for a in shape_search.AXES if getattr(shape, a) != getattr(before, a)]
+    return " ".join(parts + {64: [], 32: ["--q-group-size 32"], 0: ["--quantize 0"]}[shape_search.group_of(shape)])
 
 
 def unstable(record: Mapping[str, Any]) -> str:

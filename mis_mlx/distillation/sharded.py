@@ -1,10 +1,8 @@
 """Train a student that does not fit, one shard (some consecutive blocks) at a time, by the loss of the whole model.
 
 The student is a folder of `models/block_files.py`. A step goes through all blocks, streamed, and back as far as the
-shard; only the shard's blocks have gradients and moments, and stay in memory. After some steps its files are
-replaced and the next shard comes in, in a circle. The embedding, the last norm and the head are frozen. Does
-not know the loss, where batches come from, or when checkpoints are saved.
-"""
+shard; only the shard's blocks have gradients and moments, and stay in memory. After some steps its files are replaced
+and the next shard comes in, in a circle. The embedding, the last norm and the head are frozen."""
 
 from __future__ import annotations
 
@@ -18,7 +16,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.distillation import train_loop
-from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, load, stream
 from mis_mlx.planner.recipe import Schedule
@@ -34,14 +31,13 @@ Loss = Callable[..., mx.array]  # (hidden (n, D), head (V, D), learn (n,), *what
 class Sharded:
     """A student on disk, one shard of it in memory and trainable. `begin` or `restore` comes first.
 
-    A visit is the `steps_per_shard` steps that one shard is trained, with an optimizer of its own; visit v is
-    that of shard v modulo their number. room_bytes and direct are those of `stream.Stream`.
+    A visit is the `steps_per_shard` steps that one shard is trained, with an optimizer of its own; visit v is that of
+    shard v modulo their number. room_bytes and direct are those of `stream.Stream`.
 
-    What makes a resume exact: a checkpoint holds the shard of its visit, and every other block is on disk as
-    it was then, as long as no later visit has written its blocks. A visit writes its number, then its blocks,
-    and only then the next one begins. So each visit needs a checkpoint of its own: save at least every
-    `steps_per_shard` steps; every half of that, and one damaged checkpoint can be done without at any time.
-    """
+    What makes a resume exact: a checkpoint holds the shard of its visit, and every other block is on disk as it was
+    then, as long as no later visit has written its blocks. A visit writes its number, then its blocks, and only then
+    the next one begins. So each visit needs a checkpoint of its own: save at least every `steps_per_shard` steps; every
+    half of that, and one damaged checkpoint can be done without at any time."""
 
     def __init__(
         self,
@@ -114,11 +110,9 @@ class Sharded:
     def gradients(
         self, batches: Sequence[MicroBatch], loss: Loss, kept: stream.Hidden
     ) -> tuple[float, float, dict[str, Any]]:
-        """(loss per token in nats, tokens, gradients of the *sum* over tokens by `shard`) of one step, evaluated.
-
-        kept: an empty list or spool. It gets the inputs (B, T, D) of the shard's first block and of all above
-        it, batch by batch; on the way back their cotangents take their places.
-        """
+        """(loss per token in nats, tokens, gradients of the *sum* over tokens by `shard`) of one step, evaluated. kept:
+        an empty list or spool. It gets the inputs (B, T, D) of the shard's first block and of all above it, batch by
+        batch; on the way back their cotangents take their places."""
         n, top, gradients = len(batches), self._source.layers - 1, {}
         self._source.embed([tokens for tokens, *_ in batches], kept)
         for i, block in self._in_turn(range(top + 1)):
@@ -150,10 +144,8 @@ class Sharded:
     def _back(
         self, i: int, block: nn.Module, kept: stream.Hidden, ends: Sequence[Callable[[mx.array], mx.array] | None]
     ) -> tuple[float, Any]:
-        """All micro-batches back through block i, computed again: (sum of losses, gradients if in the shard).
-
-        ends: for the last block, what makes a loss of its output; else its cotangent is in `kept`.
-        """
+        """All micro-batches back through block i, computed again: (sum of losses, gradients if in the shard). ends: for
+        the last block, what makes a loss of its output; else its cotangent is in `kept`."""
         weights = dict(tree_flatten(block.parameters())) if i in self.blocks else {}
         total, gradients = mx.array(0.0), None
 
@@ -184,19 +176,14 @@ def steps(
     schedule: Schedule,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
-    kept: Callable[[], stream.Hidden] = list,
-    clock: Clock = train_loop.CLOCK,
 ) -> Iterator[Step]:
-    """Run steps `start` to `schedule.iters`, yielding each as `train_loop.train` does; the last one done, the
-    student's folder is the trained model.
-
-    kept(): where a step keeps hidden states for the way back, a new list or `disk.spool.Spool`.
-    """
+    """Run steps `start` to `schedule.iters`, yielding each as `train_loop.train` does; the last one done, the student's
+    folder is the trained model."""
 
     def gradients(step: int) -> tuple[float, float, Any]:
-        return student.gradients(micro_batches(step), loss, kept())
+        return student.gradients(micro_batches(step), loss, [])
 
     for step in range(start, schedule.iters):
-        done = train_loop.one_step(student.shard, gradients, student.optimizer, schedule, step, factor, clock)
+        done = train_loop.one_step(student.shard, gradients, student.optimizer, schedule, step, factor)
         student.end_step(done.number, done.number == schedule.iters)
         yield done

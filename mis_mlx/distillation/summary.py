@@ -1,7 +1,4 @@
-"""What came out of a run: one dictionary for machines, one page of tables for people.
-
-Does not measure; it arranges what was measured.
-"""
+"""What came out of a run: one dictionary for machines, one page of tables for people."""
 
 from __future__ import annotations
 
@@ -51,12 +48,10 @@ def result(
 
 def begun(plan: MemoryPlan, flags: Mapping[str, Any]) -> dict[str, Any]:
     """What a run promises at its start: bytes and seconds of every phase, this machine's rates, and what was asked."""
-    planned = [
-        {"phase": p.name, "seconds": round(p.seconds(plan.rates), 3), "peak_bytes": p.peak_bytes} for p in plan.phases
-    ]
+    seconds = {p.name: round(p.seconds(plan.rates), 3) for p in plan.phases}
     return {
         "flags": dict(flags),
-        "planned": planned,
+        "planned": [{"phase": p.name, "seconds": seconds[p.name], "peak_bytes": p.peak_bytes} for p in plan.phases],
         "mode": plan.mode,
         "budget_bytes": plan.budget_bytes,
         "step_tokens": plan.job.step,

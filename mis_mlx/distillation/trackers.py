@@ -1,7 +1,4 @@
-"""Tell TensorBoard, Weights & Biases or SwanLab of every step, under mlx-lm's keys.
-
-Does not know what is trained. mlx-lm has no TensorBoard; tensorboardX writes its files without TensorFlow.
-"""
+"""Tell TensorBoard (by tensorboardX), Weights & Biases or SwanLab of every step, under mlx-lm's keys."""
 
 from __future__ import annotations
 
@@ -16,26 +13,32 @@ from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError, Step
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "swanlab": "swanlab"}
-Report = Callable[[Step], None]
 
 
-def check(report_to: str | None) -> None:
-    """MisError when `report_to`, names with commas, holds one that is unknown or whose package is not installed."""
-    for name in _names(report_to):
+def check(report_to: str | None) -> list[str]:
+    """The names in `report_to`. MisError when one is unknown or its package is not installed."""
+    names = [name.strip().lower() for name in (report_to or "").split(",") if name.strip()]
+    for name in names:
         if name not in PACKAGES:
             raise MisError(f"--report-to {name} is not known: give {', '.join(PACKAGES)}, or several with commas")
         if find_spec(PACKAGES[name]) is None:
             raise MisError(f"--report-to {name} needs a package that is not installed: pip install {PACKAGES[name]}")
+    return names
 
 
-def reporter(report_to: str | None, project: str, folder: Path, config: Mapping[str, Any]) -> Report | None:
-    """`tell(step)` for the services in `report_to`; None when there are none."""
-    if not (names := _names(report_to)):
+def reporter(report_to: str | None, folder: Path, config: Mapping[str, Any]) -> Callable[[Step], None] | None:
+    """`tell(step)` for the services in `report_to`, of the run in `folder`; None when there are none."""
+    if not (names := check(report_to)):
         return None
     others = ",".join(name for name in names if name != "tensorboard")
-    get = load.mlx_lm("tuner.callbacks").get_reporting_callbacks
-    told = get(others, project_name=project, log_dir=str(folder), config=dict(config))
-    writer = _tensorboard(folder) if "tensorboard" in names else None
+    callbacks = load.mlx_lm("tuner.callbacks").get_reporting_callbacks
+    service = callbacks(others, project_name=folder.name, log_dir=str(folder), config=dict(config))
+    writer = None
+    if "tensorboard" in names:
+        from tensorboardX import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=2)
+        atexit.register(writer.close)  # a thread of its own writes; what it has not yet written is not to be lost
     trained = sum(int(step["tokens"]) for step in run_folder.metrics(folder))  # before it was resumed
 
     def tell(step: Step) -> None:
@@ -50,22 +53,10 @@ def reporter(report_to: str | None, project: str, folder: Path, config: Mapping[
             "trained_tokens": trained,
             "peak_memory": step.peak_bytes / 1e9,  # GB, as mlx-lm has it
         }
-        if told:
-            told.on_train_loss_report(info)
+        if service:
+            service.on_train_loss_report(info)
         if writer:
             for name, value in info.items():
                 writer.add_scalar(name, value, step.number)
 
     return tell
-
-
-def _names(report_to: str | None) -> list[str]:
-    return [name.strip().lower() for name in (report_to or "").split(",") if name.strip()]
-
-
-def _tensorboard(folder: Path) -> Any:
-    from tensorboardX import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=2)
-    atexit.register(writer.close)  # a thread of its own writes; what it has not yet written is not to be lost
-    return writer

@@ -1,9 +1,7 @@
 """The training loop: micro-batches in, one `Step` out per optimizer step. Works for any masked loss.
 
-Does not know what the loss means, where batches come from, or what is done with a `Step`; it yields and
-calls nobody. Cutting a step into micro-batches cannot change it, nor can sharing these out to machines
-(models/distributed): losses are summed, and divided once.
-"""
+Cutting a step into micro-batches cannot change it, nor can sharing these out to machines (models/distributed): losses
+are summed, and divided once."""
 
 from __future__ import annotations
 
@@ -41,11 +39,10 @@ def train(
 ) -> Iterator[Step]:
     """Run steps `start` to `schedule.iters`, yielding each as it is done (`Step.number` counts from 1).
 
-    micro_batches(step): what makes up a step, as argument tuples for `loss`. factor(step): eq. (2)'s
-    (1 + eps_halny); it scales the gradient, while the loss reported is the plain one. A step during which
-    the machine slept (the lid was closed) is discarded before it touches the weights, and done again.
-    gradient_of: what `nn.value_and_grad` gives for a micro-batch, where somebody has a quicker way there.
-    """
+    micro_batches(step): what makes up a step, as argument tuples for `loss`. factor(step): eq. (2)'s (1 + eps_halny);
+    it scales the gradient, while the loss reported is the plain one. A step during which the machine slept (the lid was
+    closed) is discarded before it touches the weights, and done again. gradient_of: what `nn.value_and_grad` gives for
+    a micro-batch, where somebody has a quicker way there."""
     gradient_of = gradient_of or partial(nn.value_and_grad(model, loss), model)
 
     def gradients(step: int) -> tuple[Any, ...]:
@@ -62,7 +59,7 @@ def one_step(
     schedule: Schedule,
     step: int,
     factor: Callable[[int], float],
-    clock: Clock,
+    clock: Clock = CLOCK,
 ) -> Step:
     """Step `step` (from 0) of `train`. gradients(step): (loss per token, tokens, gradients of the *sum*), evaluated;
     and perhaps {name: further mean}."""
@@ -74,19 +71,15 @@ def one_step(
         if not (slept := max(distributed.all_gather(clock.slept(mark)))):
             break
         note = f"the machine slept {slept / 60:.0f} min; step done again. "
-    scale = factor(step) / tokens
-    norm = scale * distributed.broadcast_json(
-        partial(float, global_norm(summed, lanes.lane))
-    )  # whoever is led by it is led alike
-    rate = schedule.rate(step)
+    scale, rate = factor(step) / tokens, schedule.rate(step)
+    # From the first machine: whoever is led by the norm is led alike.
+    norm = scale * distributed.broadcast_json(partial(float, global_norm(summed, lanes.lane)))
     note += optimizer.update(model, summed, value, norm, rate, step + 1, scale, lanes.lane)
     del summed
     mx.eval(model.parameters(), optimizer.adamw.state)
-    seconds = clock.monotonic() - began
-    more = dict(means[0]) if means else {}
+    seconds, peak, more = clock.monotonic() - began, mx.get_peak_memory(), dict(means[0]) if means else {}
     seen = int(more.pop("tokens", tokens))
-    rate, peak = rate * optimizer.calm, mx.get_peak_memory()
-    return Step(step + 1, value, norm, rate, seen, seconds, peak, note.strip(), more=more)
+    return Step(step + 1, value, norm, rate * optimizer.calm, seen, seconds, peak, note.strip(), more=more)
 
 
 def _gradients(
@@ -104,8 +97,11 @@ def _gradients(
         del grads
     if gradients is None:  # a machine without a part in this step
         gradients = tree_map(mx.zeros_like, model.trainable_parameters())
-    said = {name: float(value) for name, value in {"loss, summed": total, "tokens that count": count, **sums}.items()}
-    whole = said if distributed.size() == 1 else _added(distributed.all_gather(said))
+    mine = {name: float(value) for name, value in {"loss, summed": total, "tokens that count": count, **sums}.items()}
+    whole = dict[str, float]()
+    for machine in distributed.all_gather(mine):
+        for name, value in machine.items():
+            whole[name] = whole.get(name, 0.0) + value
     tokens = max(whole.pop("tokens that count"), 1.0)
     loss = whole.pop("loss, summed") / tokens
     means = {name: value / (1.0 if name == "tokens" else tokens) for name, value in whole.items()}
@@ -115,11 +111,6 @@ def _gradients(
         distributed.all_reduce_gradients(named)
         gradients = tree_unflatten(list(named.items()))
     return loss, tokens, gradients, means
-
-
-def _added(sums: Sequence[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for each in sums for name in each)
-    return {name: sum(each.get(name, 0.0) for each in sums) for name in names}
 
 
 def arrays_of(model: nn.Module, optimizer: GuardedAdamW) -> dict[str, dict[str, mx.array]]:

@@ -2,8 +2,7 @@
 
 Anything that is not one value and nothing else is no value: "5 or 7", "not 5", "about 5", digits of other alphabets,
 invisible characters, a comma that could be read in two ways. Numbers are fractions.Fraction, their digits are counted
-before they are converted, and nothing is ever evaluated.
-"""
+before they are converted, and nothing is ever evaluated."""
 
 from __future__ import annotations
 
@@ -60,10 +59,8 @@ _LATEX = re.compile(r"([0-9]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 
 @dataclass(frozen=True)
 class Quantity:
-    """`amount` in the smallest unit of its kind ("mass": mg); `given`: as written, before its unit.
-
-    kind "": no unit. kind "clock": a time of day, in minutes after midnight.
-    """
+    """`amount` in the smallest unit of its kind ("mass": mg); `given`: as written, before its unit. kind "": no unit.
+    kind "clock": a time of day, in minutes after midnight."""
 
     amount: Fraction
     kind: str = ""
@@ -106,11 +103,9 @@ def clean(text: str) -> str | None:
 
 
 def _fraction(m: re.Match[str], language: Language | None) -> Fraction | None:
-    """An exact number: "−3/4", "2 1/2", "1 250,5" (pl), "1,250.5" (en); None where it is none.
-
-    language decides what one comma or point before three digits is: in Polish a comma is decimal and "1.250" is
-    refused, since both readings occur; in English a comma groups. None: refused wherever the two would differ.
-    """
+    """An exact number: "−3/4", "2 1/2", "1 250,5" (pl), "1,250.5" (en); None where it is none. language decides what
+    one comma or point before three digits is: in Polish a comma is decimal and "1.250" is refused, since both readings
+    occur; in English a comma groups. None: refused wherever the two would differ."""
     if sum(c.isdigit() for c in m[0]) > DIGIT_LIMIT:
         return None
     sign = -1 if (m["sign"] or "+").strip() in ("-", "−", "–", "minus") else 1
@@ -204,9 +199,7 @@ def names(text: str) -> tuple[str, ...] | None:
 
 def value(text: str, language: Language | None, like: Value | None = None) -> Value | None:
     """The value of a right answer as a data set writes it; or of an answer, read as the kind of thing that `like` is.
-
-    None where it is none: no number, time or names.
-    """
+    None where it is none: no number, time or names."""
     line = _plain(clean(text) or "")
     if like is None:
         if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line):
@@ -224,11 +217,9 @@ def _plain(line: str) -> str:
 
 
 def same(answer: Value, right: Value) -> bool:
-    """Whether an answer is the right one: exactly, with units converted.
-
-    An answer without a unit counts in the unit in which the right one is written; a percentage answers a
-    question for a number; any other unit where none belongs is wrong.
-    """
+    """Whether an answer is the right one: exactly, with units converted. An answer without a unit counts in the unit in
+    which the right one is written; a percentage answers a question for a number; any other unit where none belongs is
+    wrong."""
     if isinstance(answer, tuple) or isinstance(right, tuple):
         return answer == right
     if answer.kind == right.kind:

@@ -1,15 +1,13 @@
-"""One model, one task: the mark of every question, kept by (model, task), so that nothing is asked twice.
-
-What was asked before a stop is on disk when it goes on.
-"""
+"""One model, one task: the mark of every question, kept by (model, task), so that nothing is asked twice."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ VERSION = 2  # of how marks come about: kept ones of another version are not use
 PART = 4096  # tokens of questions between two looks at the disk, where the whole model stays in memory
 AT_ONCE = 16  # answers written together
 Asked = dict[int, dict[str, Any]]  # question number: {"ll": [...]} or {"text", "mark"}
+Asking = tuple[estimates.StageCost, Callable[[], Iterator[dict[str, Any]]]]  # what it takes; what does it, in a budget
 
 
 def sha256(checkpoint: Checkpoint) -> str:
@@ -42,7 +41,7 @@ def sha256(checkpoint: Checkpoint) -> str:
 
 
 def kept(model_sha256: str, key: str) -> Path:
-    """Where the answers of a model to a task are kept."""
+    """Where a model's answers to a task are kept."""
     return hub.cache_root() / "evaluations" / model_sha256[:32] / f"{key[:32]}.jsonl"
 
 
@@ -52,35 +51,34 @@ def read(path: Path) -> Asked:
 
 
 def todo(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
-    """(where answers are kept, those that are there, numbers of the questions still to be asked).
-
-    Of several machines the first one keeps them.
-    """
+    """(where answers are kept, those that are there, numbers of the questions still to be asked). Of several machines
+    the first one keeps them."""
     path = kept(model_sha256, task.sha256)
     answers = {row["n"]: row for row in distributed.broadcast_json(lambda: list(read(path).values()))}
     return path, answers, [n for n in range(len(task.questions)) if n not in answers]
 
 
+def _asking(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget, layers: bool = False) -> Asking:
+    """Of the questions `left`. MisError where it cannot be done, before anything is asked."""
+    if task.kind == "choice":
+        return _choosing(checkpoint, task, left, limit, layers)
+    return _writing(checkpoint, task, left, limit)
+
+
 def plan(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget) -> estimates.StageCost | None:
     """What asking takes; None when all answers are kept. MisError where it cannot be done, before anything is asked."""
     left = todo(model_sha256, task)[2]
-    if not left:
-        return None
-    return (_choosing if task.kind == "choice" else _writing)(checkpoint, task, left, limit).phase
+    return _asking(checkpoint, task, left, limit)[0] if left else None
 
 
 def scores(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget, layers: bool = False) -> np.ndarray:
-    """(n,) the mark of every question: 1 or 0 where an answer is right or wrong, else from 0 to 1.
-
-    Several machines ask together; layers: with the model's blocks shared out among them, where options are chosen.
-    """
+    """(n,) the mark of every question: 1 or 0 where an answer is right or wrong, else from 0 to 1. Several machines ask
+    together; layers: with the model's blocks shared out among them, where options are chosen."""
     path, answers, left = todo(model_sha256, task)
     if distributed.is_main():
         DISK.make_folder(path.parent)
-    choices = task.kind == "choice"
-    ask = _choices(checkpoint, task, left, limit, layers) if choices else _texts(checkpoint, task, left, limit)
-    with progress.bar(f"{checkpoint.path.name} {task.name}", len(task.questions)) as show:
-        for row in ask if left else ():
+    with progress.bar(f"{checkpoint.path.name} {task.name}", len(task.questions)) as show, memory.limited(limit):
+        for row in _asking(checkpoint, task, left, limit, layers)[1]() if left else ():
             answers[row["n"]] = row
             if distributed.is_main():
                 DISK.append(path, json.dumps(row, ensure_ascii=False))
@@ -139,17 +137,8 @@ def uniform(checkpoint: Checkpoint, task: Task) -> np.ndarray | None:
     return expected
 
 
-@dataclass(frozen=True)
-class _Choosing:
-    """Encoded questions, asked `part` tokens at a time; room_bytes for blocks that stay in memory between parts."""
-
-    encoded: Sequence[option_likelihood.Encoded]
-    part: int
-    phase: estimates.StageCost
-    room_bytes: int
-
-
-def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> _Choosing:
+def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget, layers: bool) -> Asking:
+    """Log-likelihoods of the options, part by part; a part is one pass of the weights."""
     tokenizer, m = _tokenizer(checkpoint.path), estimates.model_of(checkpoint)
     encoded = []
     for n in left:
@@ -165,8 +154,9 @@ def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bu
     rows = max(longest, option_likelihood.ROWS)
 
     def phase(tokens: int, again: bool = True) -> estimates.StageCost:
-        one = dict(limit_bytes=limit.limit_bytes, spool=False, again=again)
-        return estimates.streamed_pass(task.name, m, tokens, rows, rows, **one)  # type: ignore[arg-type]
+        return estimates.streamed_pass(
+            task.name, m, tokens, rows, rows, limit_bytes=limit.limit_bytes, spool=False, again=again
+        )
 
     least = phase(rows, again=False)
     estimates.fit(limit, least, remedy=f"give --budget {estimates.flag(least.peak_bytes)} or more")
@@ -175,90 +165,71 @@ def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bu
     part = PART if whole else max(rows, min(total, spare))
     one = phase(min(total, part), again=whole or part < total)
     room = estimates.room(limit.limit_bytes, one.peak_bytes - one.pinned * m.block_work - m.head_work)
-    passes = -(-total // part)
-    read, flops = m.nbytes + (passes - 1) * one.read_bytes, estimates.forward_flops(m, total, rows)
-    return _Choosing(encoded, part, replace(one, read_bytes=read, flops=flops), room)
+    read = m.nbytes + (-(-total // part) - 1) * one.read_bytes
 
-
-def _choices(
-    checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget, layers: bool
-) -> Iterator[dict[str, Any]]:
-    """Log-likelihoods of the options, part by part; a part is one pass of the weights."""
-    c = _choosing(checkpoint, task, left, limit)
-    part, rows = min(distributed.all_gather(c.part)), option_likelihood.ROWS
-    with memory.limited(limit):
-        stream = machines.opened(checkpoint, limit, c.room_bytes, part, rows, layers)
-        lengths = list(map(option_likelihood.length, c.encoded))
-        for at in option_likelihood.grouped(range(len(lengths)), lengths, part):
-            for i, values in zip(at, option_likelihood.score(stream, [c.encoded[i] for i in at]), strict=True):
+    def ask() -> Iterator[dict[str, Any]]:
+        tokens = min(distributed.all_gather(part))
+        stream = machines.opened(checkpoint, limit, room, tokens, option_likelihood.ROWS, layers)
+        for at in option_likelihood.grouped(range(len(lengths)), lengths, tokens):
+            for i, values in zip(at, option_likelihood.score(stream, [encoded[i] for i in at]), strict=True):
                 yield {"n": left[i], "ll": values}
 
-
-@dataclass(frozen=True)
-class _Writing:
-    """Prompts to continue: many at once where the model is `whole` in memory, else streamed, one by one."""
-
-    prompts: Sequence[list[int]]
-    ends: set[int]
-    whole: bool
-    phase: estimates.StageCost
-    room_bytes: int = 0
+    return replace(one, read_bytes=read, flops=estimates.forward_flops(m, total, rows)), ask
 
 
-def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> _Writing:
-    m, tokenizer = estimates.model_of(checkpoint), _tokenizer(checkpoint.path)
+def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> Asking:
+    """What the model writes, greedily, and its mark: a few at a time, of several machines by each; many together where
+    the model is whole in memory, else streamed, one by one."""
+    m, tokenizer, most = estimates.model_of(checkpoint), _tokenizer(checkpoint.path), task.max_tokens
     prompts = [mlx_generate.encode(tokenizer, task.questions[n].context) for n in left]
-    longest, count = max(map(len, prompts)), len(left) * task.max_tokens
+    longest, count = max(map(len, prompts)), len(left) * most
     flops = estimates.forward_flops(m, sum(map(len, prompts)) + count, longest)
-    one = estimates.token(m, longest + task.max_tokens, limit.limit_bytes)
-    keys = estimates.keys_bytes(m, 2 * AT_ONCE * (longest + task.max_tokens))
-    work = keys + 8 * AT_ONCE * m.shape.vocab * 4 + estimates.workspace_bytes(m, longest, longest)
-    peak = m.shape.layers * m.block_work + m.head_work + work + memory.process_bytes(limit.limit_bytes)
-    if peak <= limit.limit_bytes:
-        steps = -(-len(left) // AT_ONCE) * task.max_tokens
-        phase = estimates.StageCost(task.name, m.nbytes, 0, peak, flops, touched_bytes=steps * one.touched_bytes)
-        return _Writing(prompts, tokenizer.eos_token_ids, True, phase)
-    estimates.fit(limit, one, remedy=f"give --budget {estimates.flag(one.peak_bytes)} or more")
-    room = estimates.room(limit.limit_bytes, one.peak_bytes - one.pinned * m.block_work)
-    phase = replace(one, read_bytes=count * one.read_bytes, flops=flops, touched_bytes=count * one.touched_bytes)
-    return _Writing(prompts, tokenizer.eos_token_ids, False, phase, room)
+    one, room = estimates.token(m, longest + most, limit.limit_bytes), 0
+    work = estimates.keys_bytes(m, 2 * AT_ONCE * (longest + most)) + 8 * AT_ONCE * m.shape.vocab * 4
+    work += estimates.workspace_bytes(m, longest, longest) + memory.process_bytes(limit.limit_bytes)
+    peak = m.shape.layers * m.block_work + m.head_work + work
+    if whole := peak <= limit.limit_bytes:
+        touched = -(-len(left) // AT_ONCE) * most * one.touched_bytes
+        phase = estimates.StageCost(task.name, m.nbytes, 0, peak, flops, touched_bytes=touched)
+    else:
+        estimates.fit(limit, one, remedy=f"give --budget {estimates.flag(one.peak_bytes)} or more")
+        room = estimates.room(limit.limit_bytes, one.peak_bytes - one.pinned * m.block_work)
+        phase = replace(one, read_bytes=count * one.read_bytes, flops=flops, touched_bytes=count * one.touched_bytes)
 
-
-def _texts(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> Iterator[dict[str, Any]]:
-    """What the model writes, greedily, and its mark; a few at a time, of several machines by each."""
-    tokenizer, w = _tokenizer(checkpoint.path), _writing(checkpoint, task, left, limit)
-    with memory.limited(limit):
-        write = _writer(checkpoint, w, task.max_tokens, limit)
+    def ask() -> Iterator[dict[str, Any]]:
+        write, ends = _writer(checkpoint, whole, room, tokenizer.eos_token_ids, most, limit), tokenizer.eos_token_ids
         for begin in range(0, len(left), AT_ONCE * distributed.size()):
             few = slice(start := begin + AT_ONCE * distributed.rank(), start + AT_ONCE)
-            written = [[t for t in ids if t not in w.ends] for ids in write(w.prompts[few])] if left[few] else []
-            texts = [tokenizer.decode(ids) for ids in written]
-            scores = _checked(task, left[few], texts) if texts else []
-            mine = [
-                {"n": n, "text": text, "mark": mark} for n, text, mark in zip(left[few], texts, scores, strict=True)
-            ]
+            written = write(prompts[few]) if left[few] else []
+            texts = [tokenizer.decode([t for t in ids if t not in ends]) for ids in written]
+            marks = _checked(task, left[few], texts) if texts else []
+            mine = [{"n": n, "text": text, "mark": mark} for n, text, mark in zip(left[few], texts, marks, strict=True)]
             for rows in distributed.all_gather(mine):
                 yield from rows
 
+    return phase, ask
+
 
 def _writer(
-    checkpoint: Checkpoint, w: _Writing, count: int, limit: Budget
+    checkpoint: Checkpoint, whole: bool, room: int, ends: set[int], count: int, limit: Budget
 ) -> Callable[[Sequence[list[int]]], list[list[int]]]:
     """Greedy continuations of prompts."""
     dtype = policy.compute_dtype(checkpoint)
-    if w.whole:
+    if whole:
         model = load_checked(load.resident(checkpoint, dtype), f"{checkpoint.path}: ")
         draw = batch_sampling.sampler(0.0, 0)
-        return lambda prompts: [g[0] for g in batch_sampling.groups(model, prompts, 1, count, w.ends, draw, AT_ONCE)]
-    stream = Stream(checkpoint, dtype, w.room_bytes, checkpoint.nbytes > limit.limit_bytes)
-    return lambda prompts: [
-        [t for new in streamed_decode.decode(stream, p, count, w.ends) for t in new] for p in prompts
-    ]
+        return lambda prompts: [g[0] for g in batch_sampling.groups(model, prompts, 1, count, ends, draw, AT_ONCE)]
+    stream = Stream(checkpoint, dtype, room, checkpoint.nbytes > limit.limit_bytes)
+
+    def one_by_one(prompts: Sequence[list[int]]) -> list[list[int]]:
+        return [list(chain.from_iterable(streamed_decode.decode(stream, p, count, ends))) for p in prompts]
+
+    return one_by_one
 
 
 def _checked(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]:
     """1 where the last line is the right answer (evaluation/rewards), in a process that can be stopped."""
-    questions_ = [task.questions[n] for n in at]
-    rows = [{"prompt": q.context, "answer": q.answer, "language": q.language} for q in questions_]
+    asked = [task.questions[n] for n in at]
+    rows = [{"prompt": q.context, "answer": q.answer, "language": q.language} for q in asked]
     scored = rewards.score(rewards.functions("correct", None), rows, [[text] for text in texts])
     return [float(s.totals[0] or 0.0) for s in scored]

@@ -1,10 +1,8 @@
 """Students against their teacher on held-out windows: loss, KL, agreement, per window. Streamed.
 
 Also llama.cpp's report (tools/perplexity, --kl-divergence) in its names and units: over the second half of every
-window, so that each token has at least half a window before it; ± is one standard error over tokens, as if they were
-independent. Unlike there, the reference's probabilities are whole (llama.cpp keeps 16 bits of them and leaves out those
-under e^-16), and a window begins with its own token, not with the start token.
-"""
+window; ± is one standard error over tokens, as if they were independent. Unlike there, the reference's probabilities
+are whole (llama.cpp keeps 16 bits and leaves out those under e^-16), and a window has no start token before it."""
 
 from __future__ import annotations
 
@@ -81,11 +79,9 @@ def compare(
     teacher_hidden: stream.Hidden | None = None,
     opened: Opened = alone,
 ) -> dict[tuple[str, str], np.ndarray]:
-    """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed.
-
-    One block of one model in memory at a time, then the teacher's head and one student's, window by window.
-    teacher_hidden: what `final_hidden` gave for the teacher, where many students come one after the other.
-    """
+    """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed. One block of one
+    model in memory at a time, then the teacher's head and one student's, window by window. teacher_hidden: what
+    `final_hidden` gave for the teacher, where many students come one after the other."""
     (teacher, base), *students = models.items()
     mine = final_hidden(base, held_out, opened) if teacher_hidden is None else teacher_hidden
     means_of = dict[tuple[str, str], np.ndarray]()
@@ -103,10 +99,8 @@ def by_window(
     base: tuple[Checkpoint, stream.Hidden], other: tuple[Checkpoint, stream.Hidden], held_out: Windows
 ) -> Iterator[np.ndarray]:
     """(n, 4) float64 of the n predictions that count in each window: the base's nll, the other's, KL(base || other),
-    all in nats, and whether the top token is the same.
-
-    Of either model: the checkpoint, and its final hidden states [(1, T, D)]. Logits come in chunks of positions.
-    """
+    all in nats, and whether the top token is the same. Of either model: the checkpoint, and its final hidden states
+    [(1, T, D)]. Logits come in chunks of positions."""
     heads = [alone(model).head() for model, _ in (base, other)]
     vocab = min(shape_of(model.config).vocab for model, _ in (base, other))
     rows = losses.chunk_rows(vocab) // 2
@@ -114,18 +108,14 @@ def by_window(
         counted, values = np.flatnonzero(held_out.learn[w, :-1]), [np.zeros((0, 4))]  # nothing follows the last
         for start in range(0, len(counted), rows):
             at = mx.array(counted[start : start + rows])
-            hidden = (states[w][0][at] for _, states in (base, other))
+            hidden, targets = (states[w][0][at] for _, states in (base, other)), mx.array(tokens)[at + 1]
             z_t, z = (load.logits(head, h)[:, :vocab].astype(mx.float32) for head, h in zip(heads, hidden, strict=True))
-            values.append(_at_positions(z_t, z, mx.array(tokens)[at + 1]))
+            if policy.name() == "cpu":
+                values.append(host_losses.compared(z_t, z, targets))
+            else:
+                reference = losses.Reference(z_t, targets)
+                values.append(np.array(mx.stack([reference.nll(), *reference.compare(z)], axis=1)))
         yield np.concatenate(values, dtype=np.float64)
-
-
-def _at_positions(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
-    """What `by_window` gives, of logits (n, V) float32 and the next tokens (n,)."""
-    if policy.name() == "cpu":
-        return host_losses.compared(teacher, student, targets)
-    reference = losses.Reference(teacher, targets)
-    return np.array(mx.stack([reference.nll(), *reference.compare(student)], axis=1))
 
 
 def rows_of(figures: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:
@@ -143,10 +133,8 @@ def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
     """A student judged token by token must share the tokenizer: `other`, if the files are equal byte for byte."""
     a, b = (m.path / "tokenizer.json" for m in (teacher, other))
     if a.is_file() and b.is_file() and a.read_bytes() != b.read_bytes():
-        raise MisError(
-            f"{other.path} has another tokenizer than {teacher.path}: token losses of the two "
-            "cannot be compared; use a student made from this teacher"
-        )
+        why = f"{other.path} has another tokenizer than {teacher.path}: token losses of the two cannot be compared"
+        raise MisError(f"{why}; use a student made from this teacher")
     return other
 
 
@@ -165,10 +153,8 @@ def second_half(held_out: Windows) -> Windows:
 def kld(
     base: Checkpoint, others: Mapping[str, Checkpoint], held_out: Windows, opened: Opened = alone
 ) -> dict[str, Figures]:
-    """{name: figures} of all models, over the predictions that count; `base` is the reference.
-
-    Of several machines each has its own windows.
-    """
+    """{name: figures} of all models, over the predictions that count; `base` is the reference. Of several machines each
+    has its own windows."""
     held_out = own(held_out)
     mine, report = final_hidden(base, held_out, opened), {}
     for name, other in cli.counted("model", others.items(), len(others)):

@@ -1,7 +1,6 @@
 """lm-eval's own tasks through mlx-lm's adapter (mlx_lm.evaluate): the mark of every question, and its chance.
 
-Needs the extra `evaluate`, data sets from the hub, and the whole model in memory.
-"""
+Needs the extra `evaluate`, data sets from the hub, and the whole model in memory."""
 
 from __future__ import annotations
 
@@ -63,9 +62,7 @@ def version() -> str:
 
 def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | None = None) -> dict[str, list[Sample]]:
     """{task: lm-eval's own records} of the first `count` questions of each; a group gives its tasks. Greedy.
-
-    tasks_folder: of tasks beside lm-eval's own, described in its YAML. MisError where a data set does not come.
-    """
+    tasks_folder: of tasks beside lm-eval's own, described in its YAML. MisError where a data set does not come."""
     with _hushed():
         import lm_eval
 

@@ -1,8 +1,7 @@
 """How likely each option is after its question: log-likelihoods, as lm-eval defines them. Streamed.
 
 A question is computed once for all of its options, which do not see each other; several questions share a sequence of
-tokens, and nothing is padded.
-"""
+tokens, and nothing is padded."""
 
 from __future__ import annotations
 
@@ -24,11 +23,9 @@ Encoded = tuple[list[int], list[list[int]]]  # token ids of the context (at leas
 
 
 def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
-    """As lm-eval does: an option is what context + option has more than the context alone.
-
-    White space at the end of a context goes to its options. An empty context is the start token, or the end token where
-    there is none. MisError where an option adds no token.
-    """
+    """As lm-eval does: an option is what context + option has more than the context alone. White space at the end of a
+    context goes to its options. An empty context is the start token, or the end token where there is none. MisError
+    where an option adds no token."""
     bare = context.rstrip()
     options = [context[len(bare) :] + option for option in options]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -108,10 +105,8 @@ def _pack(encoded: Sequence[Encoded], which: Sequence[int]) -> Pack:
 
 
 def score(stream: Stream, encoded: Sequence[Encoded], rows: int = ROWS) -> list[list[float]]:
-    """Log-likelihood in nats of every option of every question. One pass of the weights, however many there are.
-
-    Of several machines each has some of the sequences, and all get the same, which is what one alone would find.
-    """
+    """Log-likelihood in nats of every option of every question. One pass of the weights, however many there are. Of
+    several machines each has some of the sequences, and all get the same, which is what one alone would find."""
     packed = list(packs(encoded, rows))
     own, passing = distributed.shard(packed), pipeline_parallel.passing(stream, packed)
     hidden = stream.embed([p.tokens for p in own])

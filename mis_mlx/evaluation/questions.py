@@ -14,14 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
 
-from mis_mlx.data import rows
+from mis_mlx.data import rows, sources
 from mis_mlx.types import MisError
 
 Kind = Literal["choice", "checked"]
@@ -31,6 +32,7 @@ SHAPES: rows.Shapes = {
     "checked": ("prompt", "answer"),
 }
 BLANK = "___"
+SPAN, LEAST = 13, 5  # words in a row that tell of contamination; fewer words say nothing
 MARK = {"en": "Answer", "pl": "Odpowiedź"}
 T = TypeVar("T")
 
@@ -117,12 +119,11 @@ def fault(row: object) -> str | None:
     if row.get("language") not in (None, *MARK):
         return f"'language' is {row['language']!r}, known are {', '.join(MARK)}"
     shape = rows.shape_of(row, SHAPES)
+    if shape == "checked":
+        return None
     if shape == "cloze" and row["text"].count(BLANK) != 1:
         return f"'text' has {row['text'].count(BLANK)} blanks {BLANK}, a cloze has one"
-    return None if shape == "checked" else _options_fault(row["options"], row["answer"])
-
-
-def _options_fault(options: object, answer: str) -> str | None:
+    options, answer = row["options"], row["answer"]
     if not isinstance(options, list) or len(options) < 2:
         return "'options' is no list of two or more"
     if reason := next((why for option in options if (why := rows.text_fault("options", option))), None):
@@ -157,3 +158,46 @@ def some(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
     """`count` different items in drawn order, by rng.random() alone: a seed means the same under every Python."""
     left = list(items)
     return [left.pop(int(rng.random() * len(left))) for _ in range(count)]
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers."""
+    return re.findall(r"\w+", text.lower())
+
+
+def training_words(data: str | None) -> list[str]:
+    """All words of a data source's training rows; None: both built-in texts."""
+    names = [data] if data else [None, sources.MIS]
+    return [word for name in names for row in sources.load(name).train for word in words(text_of(row))]
+
+
+def text_of(row: Mapping) -> str:
+    """All that a training row says."""
+    messages = row.get("messages") or []
+    return " ".join([row.get(key, "") for key in ("text", "prompt", "completion")] + [m["content"] for m in messages])
+
+
+class Known:
+    """The training text, ready to be asked whether a question shares 13 words in a row with it, as GPT-3's authors
+    counted (arXiv 2005.14165, appendix C): without case and marks; a shorter question is looked up whole."""
+
+    def __init__(self, known: Sequence[str]):
+        self._runs = {hash(run) for run in _runs(known)}
+        self._whole = f" {' '.join(known)} "
+
+    def holds(self, q: Question) -> bool | None:
+        """Whether question and answer share a run with the training text; None where they are too short to be looked
+        up."""
+        asked = words(q.context + (q.options[q.right] if q.options else f" {q.answer}"))
+        if len(asked) >= SPAN:
+            return any(hash(run) in self._runs for run in _runs(asked))
+        return f" {' '.join(asked)} " in self._whole if len(asked) >= LEAST else None
+
+    def overlap(self, task: Task) -> tuple[int, int]:
+        """(questions that share a run with the training text, questions long enough to be looked up)."""
+        looked_up = [held for q in task.questions if (held := self.holds(q)) is not None]
+        return sum(looked_up), len(looked_up)
+
+
+def _runs(known: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    return zip(*(known[at:] for at in range(SPAN)), strict=False)

@@ -51,6 +51,11 @@ class Outcome:
         """Of what the teacher knows; None where it knows nothing."""
         return recovery(self.marks[model], self.teacher, self.chance) if self.knows else None
 
+    def recovered_words(self, model: str) -> str:
+        """The same for a table."""
+        share = self.recovered(model)
+        return "–" if share is None else f"{share[0]:.0%} [{share[1]:.0%}, {share[2]:.0%}]"
+
     def difference(self, model: str) -> Three:
         """Model less teacher, paired."""
         return interval(self.marks[model] - self.teacher)
@@ -71,50 +76,40 @@ class Outcome:
 
 def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     """Two tables, one line a task and one column a model, and what they say. tables: more of them, from elsewhere."""
-    names = list(outcomes[0].marks) if outcomes else []
-    parts = []
-    if outcomes:
-        head = ["", "n", "chance", "U Zośki", "uniform", *names]
-        parts.append("Share of right answers, ± 95 %\n\n" + markdown_table(head, [_scores(o) for o in outcomes]))
-        if names[1:]:
-            title = "Recovered: (student − chance) / (teacher − chance), 95 % interval over the same questions"
-            parts.append(f"{title}\n\n" + markdown_table(["", *names[1:]], [_recoveries(o) for o in outcomes]))
+    if not outcomes:
+        return tables
+    names = list(outcomes[0].marks)
+    head = ["", "n", "chance", "U Zośki", "uniform", *names]
+    parts = ["Share of right answers, ± 95 %\n\n" + markdown_table(head, [_scores(o) for o in outcomes])]
+    if names[1:]:
+        title = "Recovered: (student − chance) / (teacher − chance), 95 % interval over the same questions"
+        parts.append(
+            f"{title}\n\n"
+            + markdown_table(["", *names[1:]], [[o.task, *map(o.recovered_words, names[1:])] for o in outcomes])
+        )
     parts += [tables] if tables else []
-    if outcomes:
-        parts.append("\n".join(f"- {line}" for line in findings(outcomes)))
-        parts.append("\n".join(f"- `{o.task}`: {o.about}." for o in outcomes))
+    parts.append("\n".join(f"- {line}" for line in findings(outcomes)))
+    parts.append("\n".join(f"- `{o.task}`: {o.about}." for o in outcomes))
     return "\n\n".join(parts)
 
 
 def _scores(o: Outcome) -> list[str]:
-    cells = []
-    for marks in o.marks.values():
-        mean, low, high = interval(marks)
-        cells.append(f"{mean:.1%} ± {(high - low) / 2:.1%}")
+    intervals = [interval(marks) for marks in o.marks.values()]
+    cells = [f"{mean:.1%} ± {(high - low) / 2:.1%}" for mean, low, high in intervals]
     constant = f"{o.constant[0]:.1%}" if o.constant else "–"
     uniform = "–" if o.uniform is None else f"{o.uniform.mean():.1%}"
     return [o.task, str(len(o.chance)), f"{o.chance.mean():.1%}", constant, uniform, *cells]
 
 
-def _recoveries(o: Outcome) -> list[str]:
-    cells = [o.task]
-    for name in list(o.marks)[1:]:
-        share = o.recovered(name)
-        cells.append("–" if share is None else f"{share[0]:.0%} [{share[1]:.0%}, {share[2]:.0%}]")
-    return cells
-
-
 def findings(outcomes: Sequence[Outcome]) -> list[str]:
     """What can be said, and what cannot, in sentences."""
-    lines = []
-    knows = [o for o in outcomes if o.knows]
+    lines, knows = [], [o for o in outcomes if o.knows]
     if ignorant := [o.task for o in outcomes if not o.beats_chance]:
         lines.append(f"The teacher is not better than chance on {_and(ignorant)}: there is nothing to recover (–).")
     if counting := [o.task for o in outcomes if o.beats_chance and not o.knows]:
-        uniform = "a model to which all tokens are equally likely (uniform), and which takes the option of the fewest"
         lines.append(
-            f"On {_and(counting)} the teacher is not better than {uniform}: no evidence of knowledge, nothing to "
-            "recover (–)."
+            f"On {_and(counting)} the teacher is not better than a model to which all tokens are equally likely "
+            "(uniform), and which takes the option of the fewest: no evidence of knowledge, nothing to recover (–)."
         )
     if beaten := [o for o in knows if o.constant and interval(o.teacher - o.constant[0])[1] <= 0]:
         answers = _and([f"{o.task} ({o.constant[1]})" for o in beaten if o.constant])
@@ -128,18 +123,15 @@ def findings(outcomes: Sequence[Outcome]) -> list[str]:
     for name in list(outcomes[0].marks)[1:]:
         below = [o.task for o in outcomes if o.difference(name)[2] < 0]
         above = [o for o in outcomes if o.difference(name)[0] > 0]
-        same = [o.task for o in knows if o.task not in below]
         if below:
             lines.append(f"{name} is worse than the teacher, by more than the noise, on {_and(below)}.")
-        if same:
+        if same := [o.task for o in knows if o.task not in below]:
             lines.append(f"Between {name} and the teacher no loss can be told from noise on {_and(same)}.")
         if above:
             lines.append(_lucky(name, above, len(outcomes)))
-    shared = [f"{o.overlap[0]} of {o.overlap[1]} in {o.task}" for o in outcomes if o.overlap and o.overlap[0]]
-    looked = [o for o in outcomes if o.overlap]
-    if looked:
-        total = sum(o.overlap[1] for o in looked if o.overlap)
-        share = f"{_and(shared)} share" if shared else f"none of {total} shares"
+    if looked := [(o.task, *o.overlap) for o in outcomes if o.overlap]:
+        shared = [f"{count} of {total} in {task}" for task, count, total in looked if count]
+        share = f"{_and(shared)} share" if shared else f"none of {sum(total for *_, total in looked)} shares"
         lines.append(
             f"Contamination: of the questions that could be looked up, {share} 13 words in a row (or all words of a "
             "shorter one) with the text the students were distilled on."
@@ -164,8 +156,7 @@ def _and(names: Sequence[str]) -> str:
 
 def figure(outcomes: Sequence[Outcome]) -> str:
     """The recoveries with their intervals as HTML; tasks of which the teacher knows nothing are not in it."""
-    known = [o for o in outcomes if o.knows]
-    names = list(outcomes[0].marks)[1:] if outcomes else []
+    known, names = [o for o in outcomes if o.knows], list(outcomes[0].marks)[1:] if outcomes else []
     if not known or not names:
         return ""
     rows = {o.task: [o.recovered(name) for name in names] for o in known}

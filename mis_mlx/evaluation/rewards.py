@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mis_mlx.evaluation import answer_parsing
-from mis_mlx.evaluation.answer_parsing import Language
 from mis_mlx.hardware import child_process
 from mis_mlx.types import MisError
 
@@ -91,11 +90,11 @@ def _bare(answer: str) -> str:
 
 
 @cache
-def _right(answer: str, language: Language | None) -> answer_parsing.Value | None:
+def _right(answer: str, language: answer_parsing.Language | None) -> answer_parsing.Value | None:
     return answer_parsing.value(answer, language)
 
 
-def accuracy(completion: str, answer: str, language: Language | None = None) -> float | None:
+def accuracy(completion: str, answer: str, language: answer_parsing.Language | None = None) -> float | None:
     """1.0 when the completion's answer is `answer`, exactly; else 0.0. None when `answer` itself is no value."""
     right = _right(answer, language)
     if right is None:
@@ -104,7 +103,7 @@ def accuracy(completion: str, answer: str, language: Language | None = None) -> 
     return float(read is not None and answer_parsing.same(read, right))
 
 
-def well_formed(completion: str, answer: str, language: Language | None = None) -> float | None:
+def well_formed(completion: str, answer: str, language: answer_parsing.Language | None = None) -> float | None:
     """1.0 when the last line is marked as the answer and reads as the kind of value that `answer` is, if also wrong."""
     right = _right(answer, language)
     if right is None:
@@ -113,23 +112,27 @@ def well_formed(completion: str, answer: str, language: Language | None = None) 
     return float(answer_parsing.value(said or "", language, right) is not None)
 
 
-Languages = Sequence[Language | None]
+Languages = Sequence[answer_parsing.Language | None]
+
+
+def _each(score: Callable[..., float | None], *columns: Sequence[str], language: Languages) -> list[float | None]:
+    """The score of every (completion, answer, language); other languages than these two count as not known."""
+    known = [tongue if tongue in ("pl", "en") else None for tongue in language or [None] * len(columns[0])]
+    return [score(*each) for each in zip(*columns, known, strict=True)]
 
 
 def correct(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Languages = ()
 ) -> list[float | None]:
-    """`accuracy` of every completion. language: other ones than these two count as not known."""
-    known = [tongue if tongue in ("pl", "en") else None for tongue in language or [None] * len(completions)]
-    return [accuracy(*each) for each in zip(completions, answer, known, strict=True)]
+    """`accuracy` of every completion."""
+    return _each(accuracy, completions, answer, language=language)
 
 
 def formatted(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Languages = ()
 ) -> list[float | None]:
     """`well_formed` of every completion, times 0.1: never worth more than being right."""
-    known = [tongue if tongue in ("pl", "en") else None for tongue in language or [None] * len(completions)]
-    scores = [well_formed(*each) for each in zip(completions, answer, known, strict=True)]
+    scores = _each(well_formed, completions, answer, language=language)
     return [None if s is None else FORMAT_REWARD * s for s in scores]
 
 
@@ -156,10 +159,8 @@ class Scores:
 
 
 def functions(names: str | None, file: str | None, seconds: float = SECONDS) -> tuple[Function, ...]:
-    """What --reward-functions and --reward-functions-file ask for; the file is read, not run.
-
-    names None: all public functions of the file, or ours where there is none. MisError names what is unknown.
-    """
+    """What --reward-functions and --reward-functions-file ask for; the file is read, not run. names None: all public
+    functions of the file, or ours where there is none. MisError names what is unknown."""
     theirs = _public(file) if file else []
     chosen = [n.strip() for n in names.split(",")] if names else theirs or list(OURS)
     if unknown := [name for name in chosen if name not in theirs and name not in OURS]:
@@ -203,12 +204,9 @@ def score(
     scores = []
     for n in range(len(rows)):
         parts = {name: tuple(each[n][0]) for name, each in by_name.items()}
-        totals = []
-        for values in zip(*parts.values(), strict=True):
-            scored = [v for v in values if v is not None]
-            totals.append(sum(scored) if scored else None)
+        scored = [[v for v in values if v is not None] for values in zip(*parts.values(), strict=True)]
         notes = tuple(f"{name}: {each[n][1]}" for name, each in by_name.items() if each[n][1])
-        scores.append(Scores(tuple(totals), parts, notes))
+        scores.append(Scores(tuple(sum(values) if values else None for values in scored), parts, notes))
     return scores
 
 

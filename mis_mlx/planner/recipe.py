@@ -75,6 +75,10 @@ class DistillationConfig(TrainingConfig):
     """windows for the closed-form repair before training; 0 leaves it out"""
     cross_entropy: Annotated[Share, FILE_ONLY] = 0.0
     """share of the loss that is plain cross-entropy on the text; the rest is KL to the teacher"""
+    num_samples: Count = 32
+    """calibration windows for importance"""
+    eval_windows: Count = 24
+    """held-out windows measured; a third as many of the second text"""
 
     def check(self) -> None:
         """MisError where values make no sense or flags do not go together."""

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import itertools
 import shutil
-import signal
-import subprocess
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +10,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from mis_mlx.data.token_windows import Windows, order
-from mis_mlx.distillation import cached_targets, live_teacher, train_loop
+from mis_mlx.distillation import cached_targets, live_teacher
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage import logit_store
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Batch, Checkpoint, MisError, Step
-from tests import conftest, forks, tiny
-from tests.storage.test_checkpoint import Breaking, flip
+from tests import conftest, tiny
+from tests.storage.test_checkpoint import flip
 
 MANY = 2**16 - 1
 RECIPE = TrainingConfig(
@@ -61,10 +54,6 @@ def train(
     return model, list(live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
 
 
-def weights(model: nn.Module) -> dict[str, object]:
-    return {name: array.tolist() for name, array in tree_flatten(model.parameters())}
-
-
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".safetensors")}
 
@@ -81,16 +70,8 @@ def test_the_store_is_the_same_however_windows_pass(tmp_path: Path, llama: Check
     """80 windows in passes of 7, with a resident teacher: byte for byte the store of passes of 64, streamed."""
     seen = []
     teacher = live_teacher.StreamedTeacher(llama, None)
-    cached_targets.write(
-        llama,
-        lambda: teacher,
-        some(),
-        tmp_path,
-        DISK,
-        count=20,
-        windows_per_pass=7,
-        show=lambda n, text: seen.append((n, text)),
-    )
+    how = {"count": 20, "windows_per_pass": 7, "show": lambda n, text: seen.append((n, text))}
+    cached_targets.write(llama, lambda: teacher, some(), tmp_path, DISK, **how)
     assert bytes_of(tmp_path) == bytes_of(whole)
     assert [n for n, _ in seen] == list(range(1, 81)) and seen[-1][1].endswith(" bytes/token")
 
@@ -115,27 +96,6 @@ def near(live: list[Step]) -> Any:
     return pytest.approx([s.loss + 511 / (2 * MANY) for s in live], rel=conftest.near(1e-2, 1.5e-2))
 
 
-def test_many_samples_are_the_live_teacher(tmp_path: Path, llama: Checkpoint, student: Checkpoint) -> None:
-    """As many as a count can hold: losses of six steps are the live ones."""
-    data = some(20)
-    store = write(llama, data, tmp_path, count=MANY)
-    live = train(student, live_teacher.StreamedTeacher(llama, None), data)[1]
-    cached = train(student, cached_targets.Cached(store), data)[1]
-    assert [s.loss for s in cached] == near(live)
-    assert [s.tokens for s in cached] == [s.tokens for s in live]
-
-
-def test_it_trains_when_the_teacher_is_gone(tmp_path: Path, student: Checkpoint) -> None:
-    """The teacher's folder is deleted after writing; the KL to it still falls."""
-    folder = tiny.make(tmp_path / "teacher", seed=1)
-    checkpoint, data = load.open_checkpoint(folder), some(4)
-    store = write(checkpoint, data, tmp_path / "s", count=50).folder
-    shutil.rmtree(folder)
-    recipe = replace(RECIPE, iters=25, learning_rate=5e-3)
-    _, steps = train(student, cached_targets.Cached(logit_store.opened(store)), data, recipe)
-    assert steps[-1].loss < 0.8 * steps[0].loss
-
-
 def test_only_visited_windows_need_targets(tmp_path: Path, llama: Checkpoint, student: Checkpoint) -> None:
     """Of 80 windows a run of six steps visits 24: a store of those trains as it should, others are a bug."""
     data = some()
@@ -151,70 +111,6 @@ def test_only_visited_windows_need_targets(tmp_path: Path, llama: Checkpoint, st
         source.micro_batches([Batch(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([other])])
     with pytest.raises(ValueError, match="5 windows for a store of 24"):
         cached_targets.Cached(logit_store.opened(tmp_path), at[:5])
-
-
-@pytest.mark.parametrize("stop", [1, 4])
-def test_training_stopped_and_resumed_is_bit_equal(whole: Path, student: Checkpoint, stop: int) -> None:
-    """The store opened again, weights and moments restored: losses and weights of the undisturbed run."""
-    data = some()
-    model, steps = train(student, cached_targets.Cached(logit_store.opened(whole)), data)
-    first, before = load.resident(student, mx.float32), GuardedAdamW()
-    for step in live_teacher.steps(first, cached_targets.Cached(logit_store.opened(whole)), data, RECIPE, before):
-        if step.number == stop:
-            break
-    second, after = load.resident(student, mx.float32), GuardedAdamW()
-    train_loop.restore(second, after, train_loop.arrays_of(first, before), before.memory())
-    source = cached_targets.Cached(logit_store.opened(whole))
-    rest = list(live_teacher.steps(second, source, data, RECIPE, after, stop))
-    assert [s.loss for s in rest] == [s.loss for s in steps[stop:]]
-    assert weights(second) == weights(model)
-
-
-@pytest.mark.parametrize("at", [3, 9, 17])
-def test_a_disk_that_fills_up_costs_the_part_being_written(
-    tmp_path: Path, llama: Checkpoint, whole: Path, at: int
-) -> None:
-    """Operation 3, 9 or 17 is refused: one sentence; the second try does the rest and ends bit-equal."""
-    teacher = live_teacher.StreamedTeacher(llama)
-    with pytest.raises(MisError, match="Not enough disk space"):
-        cached_targets.write(llama, lambda: teacher, some(), tmp_path / "t", Breaking(at, errno.ENOSPC), count=20)
-    cached_targets.write(llama, lambda: teacher, some(), tmp_path / "t", DISK, count=20, windows_per_pass=33)
-    assert bytes_of(tmp_path / "t") == bytes_of(whole)
-
-
-WRITER = """
-import pathlib, sys
-from mis_mlx.storage.files import DISK
-from mis_mlx.models import load
-from mis_mlx.distillation import cached_targets, live_teacher
-from tests.distillation.test_cached_targets import some
-import mlx.core as mx
-mx.set_default_device(mx.cpu)
-llama = load.open_checkpoint(sys.argv[1])
-teacher = live_teacher.StreamedTeacher(llama)
-show = lambda done, text: print(done, flush=True)
-out, how = pathlib.Path(sys.argv[2]), dict(count=20, windows_per_pass=9, show=show)
-cached_targets.write(llama, lambda: teacher, some(), out, DISK, **how)
-"""
-
-
-def test_killed_while_writing_it_ends_with_the_same_bytes(
-    tmp_path: Path, llama: Checkpoint, whole: Path, own_home: dict[str, str]
-) -> None:
-    """SIGKILL after 20 windows, then after 15 more: what is left is gone on with, and nothing tells the two apart."""
-    killed = 0
-    for windows in (20, 15):
-        child = forks.start(["-c", WRITER, llama.path, tmp_path / "t"], own_home, stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        for _ in itertools.islice(child.stdout, windows):
-            pass
-        time.sleep(0.01)
-        child.kill()
-        child.communicate()
-        killed += child.returncode == -signal.SIGKILL
-    assert killed == 2
-    write(llama, some(), tmp_path / "t", count=20)
-    assert bytes_of(tmp_path / "t") == bytes_of(whole)
 
 
 def test_another_teacher_other_data_or_another_seed_are_refused(

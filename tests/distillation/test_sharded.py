@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,14 +14,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.distillation import sharded, train_loop
-from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, load, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK, Files
-from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny
 
@@ -139,37 +136,30 @@ def test_sharded_is_resident_bit_for_bit(
     assert mx.array_equal(end.model.embed_tokens.weight, load.embedding(source(kind), mx.float32).weight)
 
 
-def test_room_spools_and_the_page_cache_change_no_bit(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
-    """Blocks kept in memory (fewer bytes read), hidden states on disk, reads past the page cache: same files."""
+def test_room_and_the_page_cache_change_no_bit(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
+    """Blocks kept in memory (fewer bytes read), reads past the page cache: the same files."""
     head, block = 512 * 64 * 4, sum(t.nbytes for n, t in source("llama").tensors.items() if ".layers.1." in n) + 4096
-    room = {"room_bytes": head + 2 * block}
-    hows: dict[str, dict[str, Any]] = {"plain": {}, "room": room, "direct": {"direct": True}, "spool": {}}
-    spools: list[Spool] = []
+    hows: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "room": {"room_bytes": head + 2 * block},
+        "direct": {"direct": True},
+    }
     read = {}
-
-    def spool() -> Spool:
-        spools.append(Spool(tmp_path, 2, DISK))
-        return spools[-1]
-
     for name, how in hows.items():
         student = opened(source("llama"), tmp_path / name, 2, **how)
-        kept: Any = spool if name == "spool" else list
-        for _ in sharded.steps(student, micro_batches, kl, schedule(4), kept=kept):
+        for _ in sharded.steps(student, micro_batches, kl, schedule(4)):
             read[name] = student._source.read_bytes  # since the visit began
         assert contents(tmp_path / name) == contents(tmp_path / "plain"), name
-    assert read["room"] < read["plain"] == read["direct"] == read["spool"]
-    assert all(s.written_bytes > 0 for s in spools)
+    assert read["room"] < read["plain"] == read["direct"]
 
 
 def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     """24 blocks of 641 KiB, one trainable: two steps, each of another shard, take under 6 MiB.
 
-    That is two slots and one block with its gradient and moments (3.8 MiB), a block's new gradient, 24 x 2
-    hidden states of 8 KiB, head and logits, or the update (4.3 MiB measured). Resident: over seven times
-    as much.
+    That is two slots and one block with its gradient and moments (3.8 MiB), a block's new gradient, 24 x 2 hidden
+    states of 8 KiB, head and logits, or the update (4.3 MiB measured).
     """
-    limit, n = 6 * 2**20, 24
-    source = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=n))
+    source = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
     student = sharded.Sharded(block_files.begin(source, tmp_path / "s", DISK), 1, 1, 0.01, DISK)
     micro = partial(micro_batches, count=2)
     mx.eval([micro(step) for step in range(2)])
@@ -177,19 +167,7 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     before = mx.get_active_memory()
     student.begin()
     steps = list(sharded.steps(student, micro, kl, schedule(2)))
-    assert max(s.peak_bytes for s in steps) - before < limit
-
-    del student
-    model, optimizer = stream.load_checked(load.resident(source, mx.float32)), GuardedAdamW()
-    shard = nn.Module()
-    shard.layers = model.model.layers
-    before = mx.get_active_memory() - source.nbytes
-
-    def loss(_: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
-        return kl(model.model(tokens).reshape(-1, 64), load.head_weight(model), learn, target), learn.sum()
-
-    (step,) = train_loop.train(shard, micro, loss, optimizer, schedule(1))
-    assert step.peak_bytes - before > 7 * limit
+    assert max(s.peak_bytes for s in steps) - before < 6 * 2**20 < source.nbytes
 
 
 class Counting(Files):
@@ -197,14 +175,12 @@ class Counting(Files):
 
     def __init__(self) -> None:
         self.written = 0
+        for name in ("write", "extend"):
+            setattr(self, name, partial(self._count, getattr(self, name)))
 
-    def write(self, path: Path, data: bytes | memoryview) -> None:
+    def _count(self, do: Callable[..., None], path: Path, data: bytes | memoryview) -> None:
         self.written += len(data)
-        super().write(path, data)
-
-    def extend(self, path: Path, data: bytes | memoryview) -> None:
-        self.written += len(data)
-        super().extend(path, data)
+        do(path, data)
 
 
 def test_blocks_are_written_at_the_end_of_a_visit_only(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
@@ -226,40 +202,6 @@ def test_blocks_are_written_at_the_end_of_a_visit_only(tmp_path: Path, source: C
 
 class Killed(BaseException):
     """Stands for the end of the process: no `except` and no clean-up gets past it."""
-
-
-class Dying(Files):
-    """The real disk until the `last`-th operation below `where`, which happens by half; then none happens."""
-
-    def __init__(self, last: int, where: Path):
-        self.left, self.where = last, where
-
-    def _do(self, name: str, path: Path, *arguments: Any) -> None:
-        if self.where in (path, *path.parents):
-            self.left -= 1
-        if self.left == 0 and name in ("write", "extend"):
-            getattr(super(), name)(path, arguments[0][: len(arguments[0]) // 2])
-        if self.left <= 0:
-            raise Killed
-        getattr(super(), name)(path, *arguments)
-
-    def mkdir(self, path: Path) -> None:
-        self._do("mkdir", path)
-
-    def write(self, path: Path, data: bytes | memoryview) -> None:
-        self._do("write", path, data)
-
-    def extend(self, path: Path, data: bytes | memoryview) -> None:
-        self._do("extend", path, data)
-
-    def fsync(self, path: Path) -> None:
-        self._do("fsync", path)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._do("rename", source, target)
-
-    def remove_tree(self, path: Path) -> None:
-        self._do("remove_tree", path)
 
 
 def run(
@@ -293,10 +235,6 @@ def run(
     return done
 
 
-def saved_steps(root: Path) -> set[str]:
-    return {p.name for p in (root / "steps").iterdir() if p.name.startswith("step-")}
-
-
 Whole = tuple[list[tuple[float, ...]], dict[str, bytes]]
 
 
@@ -305,47 +243,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, smallest: Checkpoint) -> Who
     """Steps and files of an undisturbed run of six steps, one block at a time."""
     root = tmp_path_factory.mktemp("whole")
     return facts(run(smallest, root, each=1, iters=6)), contents(root / "s")
-
-
-def die(source: Checkpoint, root: Path, last: int, where: Path, **how: Any) -> bool:
-    """Whether the run was killed; what it left half-made gets the name of another process."""
-    try:
-        run(source, root, Dying(last, where), **how)
-        return False
-    except Killed:
-        for left in (*root.glob(".tmp-*"), *root.glob("*/.tmp-*")):
-            left.rename(left.with_name(left.name + "9"))
-        return True
-
-
-def test_killed_at_every_operation_on_the_students_files(tmp_path: Path, smallest: Checkpoint) -> None:
-    """Between two checkpoints the run dies at its first operation, resumed at its second, and so on."""
-    run(smallest, tmp_path / "whole", iters=3)
-    root, kills, last = tmp_path / "killed", 0, 1
-    where = root / "s"
-    before: set[str] = set()
-    while die(smallest, root, last, where, iters=3):
-        kills += 1
-        now = saved_steps(root)
-        last, before = (1 if now != before else last + 1), now
-    assert kills > 40
-    assert contents(where) == contents(tmp_path / "whole" / "s")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("each", [1, 2])
-def test_killed_at_every_operation(tmp_path: Path, smallest: Checkpoint, each: int) -> None:
-    """One run for every operation there is, making the student and saving checkpoints included; each resumed."""
-    run(smallest, tmp_path / "whole", each=each)
-    for last in itertools.count(1):
-        root = tmp_path / str(last)
-        root.mkdir()
-        if not die(smallest, root, last, root, each=each):
-            break
-        protocol.sweep(root)
-        run(smallest, root, each=each)
-        assert contents(root / "s") == contents(tmp_path / "whole" / "s"), last
-    assert last > 200
 
 
 @pytest.mark.parametrize("stop", [(1, 1), (2, 1), (3, 2), (4, 2)])
@@ -364,7 +261,7 @@ def damage(step: Path) -> None:
     (step / "model.safetensors").write_bytes(data)
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("stop", [3, 4, 6])
 def test_a_damaged_checkpoint_can_be_done_without(
     tmp_path: Path, smallest: Checkpoint, whole: Whole, stop: int
 ) -> None:
@@ -399,25 +296,6 @@ def test_a_resumed_run_keeps_its_shards(tmp_path: Path, smallest: Checkpoint) ->
     assert contents(tmp_path / "run" / "s") == contents(tmp_path / "whole" / "s")
 
 
-def test_a_step_that_was_slept_through_is_done_again(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
-    """The lid closes during step 2: noted, and nothing else differs."""
-    clock, lid = VirtualClock(), [1]
-
-    def sleepy(step: int) -> list[tuple[mx.array, ...]]:
-        if step in lid:
-            lid.remove(step)
-            clock.suspend(600.0)
-        return micro_batches(step)
-
-    ends = []
-    for name, micro in (("awake", micro_batches), ("sleepy", sleepy)):
-        student = opened(source("llama"), tmp_path / name)
-        steps = list(sharded.steps(student, micro, kl, schedule(3), clock=clock))
-        ends.append((facts(steps), contents(tmp_path / name)))
-    assert ends[0] == ends[1]
-    assert [s.note for s in steps] == ["", "the machine slept 10 min; step done again.", ""]
-
-
 def test_three_bad_batches_stop_the_run_across_visits(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
     """Visits of one step: the dog counts on, and no block holds anything that is not a number."""
     student = sharded.Sharded(block_files.begin(source("llama"), tmp_path / "s", DISK), 1, 1, 0.01, DISK)
@@ -430,40 +308,3 @@ def test_three_bad_batches_stop_the_run_across_visits(tmp_path: Path, source: Ca
         list(sharded.steps(student, poisoned, kl, schedule(9)))
     end = load.open_checkpoint(tmp_path / "s")
     assert same(*(dict(load.weights(c, "", mx.float32)) for c in (end, source("llama"))))
-
-
-def test_the_factor_scales_the_gradient_not_the_loss(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
-    """Eq. (2)'s (1 + eps), as in the resident loop."""
-    firsts = []
-    for name, factor in (("calm", 1.0), ("windy", 1.1)):
-        student = opened(source("llama"), tmp_path / name)
-        factors = partial(max, factor)  # of (factor, step 0)
-        firsts.append(next(sharded.steps(student, micro_batches, kl, schedule(9), factor=factors)))
-    assert firsts[0].loss == firsts[1].loss
-    assert firsts[1].grad_norm == pytest.approx(1.1 * firsts[0].grad_norm, rel=1e-5)
-
-
-def test_the_loss_falls(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
-    """Thirty-two steps on one batch, two rounds over single blocks: the KL falls to under a third.
-
-    The teacher is the student with other blocks, so that there is something that blocks can learn.
-    """
-    teacher = block_files.begin(source("untied"), tmp_path / "t", DISK)
-    for i in range(LAYERS):
-        other = load.block(source("qwen2"), i, load.model_args(source("qwen2").config), mx.float32)
-        named: dict[str, mx.array] = dict(tree_flatten(other.parameters()))
-        weights = {name: 3 * w for name, w in named.items() if not name.endswith(".bias")}
-        block_files.replace_block(teacher, i, weights, DISK)
-    tokens = mx.random.randint(0, 512, (2, 16), key=mx.random.key(3))
-    big = stream.Stream(load.open_checkpoint(tmp_path / "t"), mx.float32)
-    (target,) = big.forward([tokens])
-
-    def loss(hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array) -> mx.array:
-        return losses.kl_sum(hidden, head, target, partial(load.logits, big.head()), learn, frozen_head=True)
-
-    student = sharded.Sharded(block_files.begin(source("untied"), tmp_path / "s", DISK), 1, 4, 0.01, DISK)
-    student.begin()
-    batch = [(tokens, mx.ones(32), target.reshape(32, 64))]
-    steps = list(sharded.steps(student, lambda _: batch, loss, Schedule(32, 1e-2, 2)))
-    assert steps[-1].loss < steps[0].loss / 3
-    assert all(math.isfinite(s.loss) and s.seconds > 0 for s in steps)

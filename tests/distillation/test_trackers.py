@@ -16,7 +16,7 @@ from tests.conftest import Done, sentence
 def test_nobody_to_tell(tmp_path: Path) -> None:
     """No name, no reporter, and mlx-lm is not even imported."""
     trackers.check(None)
-    assert trackers.reporter(None, "x", tmp_path, {}) is None and trackers.reporter("", "x", tmp_path, {}) is None
+    assert trackers.reporter(None, tmp_path, {}) is None and trackers.reporter("", tmp_path, {}) is None
 
 
 def test_unknown_and_missing_are_sentences(monkeypatch: pytest.MonkeyPatch, command: Callable[..., Done]) -> None:
@@ -33,7 +33,7 @@ def test_tensorboard_gets_mlx_lms_keys(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
     from tensorboardX.proto.event_pb2 import Event
 
-    tell = trackers.reporter("tensorboard", "x", tmp_path, {"iters": 2})
+    tell = trackers.reporter("tensorboard", tmp_path, {"iters": 2})
     assert tell
     for number, loss in ((1, 2.5), (2, 2.25)):
         tell(Step(number, loss, 1.0, 1e-3, 500, 2.0, 3 * 10**9))

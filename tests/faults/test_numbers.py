@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import distill, sft
-from mis_mlx.alignment.sft_loss import PackedDataset
+from mis_mlx.alignment.sequence_packing import PackedDataset
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import load

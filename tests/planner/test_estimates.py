@@ -15,7 +15,7 @@ from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.models import arch, load, policy, stream
-from mis_mlx.plan import MIS_137B
+from mis_mlx.models.arch import MIS_137B
 from mis_mlx.planner import estimates, training_size
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK

@@ -15,7 +15,6 @@ from typing import Any
 
 from mis_mlx.data import rows
 from mis_mlx.evaluation import questions
-from mis_mlx.evaluation.questions import Task, some
 from mis_mlx.types import MisError
 
 # Slot: what it is called after "po" (adverb-like), and as a language (locative), in Polish.
@@ -55,7 +54,7 @@ def _fault(row: Any) -> str | None:
     return "both sentences are the same" if row["polish"].strip() == row["dialect"].strip() else None
 
 
-def tasks(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[Task]:
+def tasks(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[questions.Task]:
     """Two tasks: whether a text is Polish or dialect, half of each; and which of two texts is in the dialect."""
     adverb, language = SLOTS[slot]
     labels, texts = [], []
@@ -65,7 +64,7 @@ def tasks(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[Task]:
         label = {True: language, False: "polskim"}[is_dialect]
         text = f"Tekst: {dialect if is_dialect else polish}\nTo jest tekst w języku {questions.BLANK}"
         labels.append({"text": text, "options": ["polskim", language], "answer": label})
-        both = some(rng, (polish, dialect), 2)
+        both = questions.some(rng, (polish, dialect), 2)
         texts.append({"text": f"To samo {adverb}: {questions.BLANK}", "options": both, "answer": dialect})
     about = f"{len(pairs)} pairs, {origin}"
     return [
@@ -75,11 +74,9 @@ def tasks(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[Task]:
 
 
 def from_firefox(folder: Path) -> list[tuple[str, str]]:
-    """(Polish, Silesian) sentences that Firefox's two language packs in a folder have under one name.
-
-    Left out: what has fewer than four words, is the same in both, or has no letter that English lacks, for much was
-    never translated; what has cases to choose from.
-    """
+    """(Polish, Silesian) sentences that Firefox's two language packs in a folder have under one name. Left out: what
+    has fewer than four words, is the same in both, or has no letter that English lacks, for much was never translated;
+    what has cases to choose from."""
     languages = []
     for start in PACKS:
         packs = sorted(folder.rglob(f"{start}*.xpi"))

@@ -1,7 +1,4 @@
-"""Polish questions out of the wheel of OpenAI's `evals`, known to the byte: exams, words, proverbs, sums in words.
-
-What is odd about them is said in ABOUT and shown under the table.
-"""
+"""Polish questions out of the wheel of OpenAI's `evals`, known to the byte: exams, words, proverbs, sums in words."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from mis_mlx.evaluation import questions
-from mis_mlx.evaluation.questions import Task
 
 NAME, VERSION, NBYTES = "evals", "3.0.1.post1", 46_322_659
 SHA256 = "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78"
@@ -42,11 +38,13 @@ def unpack(wheel: Path, into: Path) -> None:
             (into / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def task(name: str, folder: Path) -> Task:
+def task(name: str, folder: Path) -> questions.Task:
     """One of the four sets that `unpack` wrote."""
     plain = questions.file(folder / f"{name}.jsonl")
     about = f"{NAME} {VERSION}: {ABOUT[name]}"
-    return Task(name, plain.kind, plain.questions, about, per_character=name in ("polish-exams", "polish-lexicon"))
+    return questions.Task(
+        name, plain.kind, plain.questions, about, per_character=name in ("polish-exams", "polish-lexicon")
+    )
 
 
 def _exams(pairs: Asked) -> Iterable[dict]:

@@ -1,7 +1,4 @@
-"""What a model could do at best on a machine, beside what it did: bytes over bandwidth, operations over arithmetic.
-
-Arithmetic on sizes; one sentence on what bounds a model. Does not time models.
-"""
+"""What a model could do at best on a machine, beside what it did: bytes over bandwidth, operations over arithmetic."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ from typing import Any
 
 from mis_mlx.evaluation.speed.timing import Request
 from mis_mlx.hardware import rates
-from mis_mlx.hardware.rates import Roof
 from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint
 
@@ -54,7 +50,9 @@ def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
     return rates.M1_AIR.memory_bytes_per_s / (nbytes + estimates.keys_bytes(m, seen))
 
 
-def beside(checkpoint: Checkpoint, weight_bytes: int, r: Request, at: Roof, tokens_per_s: float) -> dict[str, Any]:
+def beside(
+    checkpoint: Checkpoint, weight_bytes: int, r: Request, at: rates.Roof, tokens_per_s: float
+) -> dict[str, Any]:
     """What goes beside a model's figures: MB a token moves, the best times there could be, the share reached, and
     what the limit is. weight_bytes: those that a token reads, in memory."""
     token, first = (f(checkpoint, weight_bytes, r) for f in (decoding, first_token))
@@ -88,10 +86,8 @@ def bound(facts: Mapping[str, Any]) -> str:
 
 
 def against(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What the other model's size alone should give over the first's, and what it gave; facts as in `bound`.
-
-    Formats are not mixed into a speed-up: their kernels differ more than the sizes.
-    """
+    """What the other model's size alone should give over the first's, and what it gave; facts as in `bound`. Formats
+    are not mixed into a speed-up: their kernels differ more than the sizes."""
     one, two = f"{first['name']} ({first['kind']})", f"{other['name']} ({other['kind']})"
     if first["kind"] != other["kind"]:
         return f"{one} and {two} differ in format: the ratio of their speeds says more of kernels than of size."

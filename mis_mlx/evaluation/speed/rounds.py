@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -85,7 +86,7 @@ def figures(trials: Sequence[Measurement], r: Request, idle: Energy | None = Non
         "ttft_cached_ms": [1000 * t.cached_s for t in trials if t.cached_s is not None],
         "prefill_tps": [r.batch * r.prompt / t.stamps_s[0] for t in trials],
         "tpot_ms": [1000 * t.tpot_s for t in trials],
-        "itl_ms": [1000 * gap for t in trials for gap in t.gaps_s],
+        "itl_ms": [1000 * (b - a) for t in trials for a, b in pairwise(t.stamps_s)],
         "decode_tps": [r.batch / t.tpot_s for t in trials],
         "peak_mb": [t.peak_bytes / 1e6 for t in trials if t.peak_bytes],
         "joules": [j / (r.batch * (r.answer - 1)) for j in joules if j is not None],

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +72,6 @@ class Measurement:
     peak_bytes: int | None = None
 
     @property
-    def gaps_s(self) -> list[float]:
-        """ITL: times between tokens."""
-        return [b - a for a, b in pairwise(self.stamps_s)]
-
-    @property
     def tpot_s(self) -> float:
         """Time per output token after the first."""
         return (self.stamps_s[-1] - self.stamps_s[0]) / (len(self.stamps_s) - 1)
@@ -133,10 +127,8 @@ def trial(
 
 
 def clocked(steps: Iterable[list[int]], meter: EnergyMeter | None = None) -> tuple[list[float], list[int]]:
-    """(seconds from now to each step, all tokens). The meter begins at the first token.
-
-    What is done here between two tokens is all that measuring adds to them: benchmarks/throughput.py times it.
-    """
+    """(seconds from now to each step, all tokens). The meter begins at the first token. What is done here between two
+    tokens is all that measuring adds to them: benchmarks/throughput.py times it."""
     stamps, tokens = list[float](), list[int]()
     began = time.perf_counter()
     for new in steps:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from mlx.utils import tree_flatten
 
+from mis_mlx import sft
 from mis_mlx.distillation.run_loop import open_run
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware.clock import VirtualClock
@@ -21,7 +22,6 @@ from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, b
 from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.planner.recipe import Schedule
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, MisError, Reading, Step
 
 HALNY = Path(__file__).parents[2] / "data" / "halny.jsonl"
@@ -127,7 +127,8 @@ def test_a_run_on_battery_says_so_first(
     charge = SimpleNamespace(percent=55.0, power_plugged=False)
     monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
     assert battery(replace(flags, thermal_replay=str(HALNY))) == ""
-    with open_run(None, lambda: tmp_path, {}, Budget(GIB), 0, flags, DISK):
+    settings = sft.Settings(governor=mode, out=str(tmp_path / "run"))
+    with open_run(settings, None, "x", {}, {}, Budget(GIB), 0):
         text = capsys.readouterr().err
     assert f"on battery, 55 %: --governor {mode} " in text and what in text
 
