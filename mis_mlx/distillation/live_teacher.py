@@ -81,6 +81,16 @@ class StreamedTeacher:
         """As `train_loop.train` takes it."""
         return partial(_on_host, self, student) if policy.name() == "cpu" and not self._cross_entropy else None
 
+    def frozen_slopes(self) -> Callable[..., tuple[float, mx.array]] | None:
+        """As `sharded.steps` takes them."""
+
+        def of(head: mx.array, batches: Sequence[MicroBatch], b: int, hidden: mx.array) -> tuple[float, mx.array]:
+            _, learn, target = batches[b]
+            loss, slope, _ = self.kl_gradients(hidden, head, learn, target, True)
+            return loss, slope
+
+        return of if policy.name() == "cpu" and not self._cross_entropy else None
+
     def kl_gradients(
         self, hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array, frozen_head: bool
     ) -> tuple[float, mx.array, mx.array | None]:

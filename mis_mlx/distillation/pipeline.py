@@ -198,11 +198,12 @@ def _sharded(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Ca
     start = training.start(student.begin)
     micro_batches = live_teacher.step_micro_batches(source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)
+    slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None
 
     def factor(step: int) -> float:
         return losses.loss_noise_factor(wind.sigma, r.seed, step)
 
-    steps = partial(sharded.steps, student, micro_batches, loss, r.schedule, factor=factor)
+    steps = partial(sharded.steps, student, micro_batches, loss, r.schedule, factor=factor, slopes=slopes)
     every = min(r.save_every, max(1, visit // 2))  # two checkpoints of every visit: see Sharded
     with c.phase("distil"):
         training.finish(steps, start, r.iters, every, lambda: student.optimizer, **_beside_the_plan(c))

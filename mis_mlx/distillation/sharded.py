@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.distillation import train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import block_files, load, stream
+from mis_mlx.models import block_files, host_losses, load, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
@@ -26,6 +26,8 @@ from mis_mlx.types import Checkpoint, MisError, Step
 VISIT = "visit.json"  # in the student's folder: the last visit that wrote, or began to write, its blocks
 MicroBatch = tuple[Any, ...]  # tokens (B, T), learn (B * T,), and what else the loss wants
 Loss = Callable[..., mx.array]  # (hidden (n, D), head (V, D), learn (n,), *what else) -> sum in nats
+# (head, a step's micro-batches, which of them, its hidden (n, D)) -> (sum in nats, its gradient in hidden), evaluated
+Slopes = Callable[[mx.array, Sequence[MicroBatch], int, mx.array], tuple[float, mx.array]]
 
 
 class Sharded:
@@ -108,17 +110,23 @@ class Sharded:
             self.optimizer.bad, self.optimizer.passed, self.optimizer.calm = before.bad, before.passed, before.calm
 
     def gradients(
-        self, batches: Sequence[MicroBatch], loss: Loss, kept: stream.Hidden
+        self, batches: Sequence[MicroBatch], loss: Loss, kept: stream.Hidden, slopes: Slopes | None = None
     ) -> tuple[float, float, dict[str, Any]]:
         """(loss per token in nats, tokens, gradients of the *sum* over tokens by `shard`) of one step, evaluated. kept:
         an empty list or spool. It gets the inputs (B, T, D) of the shard's first block and of all above it, batch by
-        batch; on the way back their cotangents take their places."""
+        batch; on the way back their cotangents take their places. slopes: in the place of `loss`, where numpy computes
+        it."""
         n, top, gradients = len(batches), self._source.layers - 1, {}
         self._source.embed([tokens for tokens, *_ in batches], kept)
         for i, block in self._in_turn(range(top + 1)):
             if i == top:  # on and back in one go: the last block is not read twice, nor computed twice
                 head = self._source.head().weight
-                total, gradients[i] = self._back(i, block, kept, [partial(self._end, loss, head, b) for b in batches])
+                ends = [partial(self._end, loss, head, batch) for batch in batches]
+                if slopes:
+                    total, gradients[i] = self._back(i, block, kept, [self._last] * n, partial(slopes, head, batches))
+                else:
+                    total, gradients[i] = self._back(i, block, kept, ends)
+                del ends
                 del head
             elif i < self.blocks.start:
                 self._source.through(block, kept)
@@ -139,13 +147,24 @@ class Sharded:
 
     def _end(self, loss: Loss, head: mx.array, batch: MicroBatch, out: mx.array) -> mx.array:
         """Loss of a micro-batch, in nats, from the last block's output (B, T, D)."""
-        return loss(self._norm(out).reshape(-1, out.shape[-1]), head, *batch[1:])
+        return loss(self._last(out), head, *batch[1:])
+
+    def _last(self, out: mx.array) -> mx.array:
+        """Final hidden states (B * T, D)."""
+        return self._norm(out).reshape(-1, out.shape[-1])
 
     def _back(
-        self, i: int, block: nn.Module, kept: stream.Hidden, ends: Sequence[Callable[[mx.array], mx.array] | None]
+        self,
+        i: int,
+        block: nn.Module,
+        kept: stream.Hidden,
+        ends: Sequence[Callable[[mx.array], mx.array] | None],
+        slopes: Callable[[int, mx.array], tuple[float, mx.array]] | None = None,
     ) -> tuple[float, Any]:
         """All micro-batches back through block i, computed again: (sum of losses, gradients if in the shard). ends: for
-        the last block, what makes a loss of its output; else its cotangent is in `kept`."""
+        the last block, what makes a loss of its output; else its cotangent is in `kept`. slopes: of the b-th batch's
+        final hidden states the loss and its gradient, where the ends make no more than these: the way back is laid out
+        from a cotangent of zeros, whose memory is then filled."""
         weights = dict(tree_flatten(block.parameters())) if i in self.blocks else {}
         total, gradients = mx.array(0.0), None
 
@@ -157,7 +176,14 @@ class Sharded:
         for b, end in enumerate(ends):
             at = (i - self.blocks.start) * len(ends) + b
             above = mx.array(1.0) if end else kept[at + len(ends)]
+            if slopes:
+                above = mx.zeros((kept[at].shape[0] * kept[at].shape[1], kept[at].shape[2]))
             (out,), (below, *made) = mx.vjp(partial(run, end), [kept[at], *weights.values()], [above])
+            if slopes:
+                mx.eval(out, above)
+                value, slope = slopes(b, out)
+                host_losses.view(above)[:] = host_losses.view(slope)
+                out = mx.array(value)
             gradients = made if gradients is None else [g + m for g, m in zip(gradients, made, strict=True)]
             total = total + out if end else total
             mx.eval(total, gradients)
@@ -176,12 +202,13 @@ def steps(
     schedule: Schedule,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
+    slopes: Slopes | None = None,
 ) -> Iterator[Step]:
     """Run steps `start` to `schedule.iters`, yielding each as `train_loop.train` does; the last one done, the student's
     folder is the trained model."""
 
     def gradients(step: int) -> tuple[float, float, Any]:
-        return student.gradients(micro_batches(step), loss, [])
+        return student.gradients(micro_batches(step), loss, [], slopes)
 
     for step in range(start, schedule.iters):
         done = train_loop.one_step(student.shard, gradients, student.optimizer, schedule, step, factor)

@@ -111,7 +111,7 @@ def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     over = [s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)]  # blocks above each shard
     above, again = (sum(n) / shards for n in (over, [max(0, n - 1) for n in over]))  # the last one turns in memory
     back = s.layers * job.step * s.hidden * 4 + training_size.backward_bytes(m.config, micro, length)
-    back += 4 * m.head_params + training_size.logit_bytes(s.vocab, micro * length) + 4 * b
+    back += 4 * m.head_params + training_size.logit_bytes(s.vocab, micro * length, bool(job.host_lanes)) + 4 * b
     peak = (2 * 4 + STATE_BYTES * shard) * b + max(back, training_size.update_bytes(m.config, True))
     read = 4.0 * b * (s.layers - shard + again)
     forward = forward_flops(m, job.step, length, False) / s.layers  # of a block

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mis_mlx.distillation import sharded, train_loop
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import block_files, load, stream
+from mis_mlx.models import block_files, host_losses, load, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK, Files
@@ -308,3 +308,27 @@ def test_three_bad_batches_stop_the_run_across_visits(tmp_path: Path, source: Ca
         list(sharded.steps(student, poisoned, kl, schedule(9)))
     end = load.open_checkpoint(tmp_path / "s")
     assert same(*(dict(load.weights(c, "", mx.float32)) for c in (end, source("llama"))))
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("shard", [1, LAYERS])
+def test_numpy_computes_the_loss_of_the_graph(tmp_path: Path, source: Callable[[str], Checkpoint], shard: int) -> None:
+    """A step by `slopes` is one by `loss`: the loss to 1e-6, the gradients to 1e-5 of the largest."""
+    student = sharded.Sharded(block_files.begin(source("llama"), tmp_path / "s", DISK), shard, VISIT, 0.0, DISK)
+    student.begin()
+    teacher_head, batches = 0.05 * mx.random.normal((512, 64), key=mx.random.key(9)), micro_batches(0)
+
+    def slopes(head: mx.array, given: Any, b: int, hidden: mx.array) -> tuple[float, mx.array]:
+        _, learn, target = given[b]
+        value, slope, none = host_losses.kl_gradients(
+            hidden, head, target, lambda h: h @ teacher_head.T, learn, frozen_head=True
+        )
+        assert none is None
+        return value, slope
+
+    (a, n, left), (b, m, right) = (student.gradients(batches, kl, [], s) for s in (None, slopes))
+    assert n == m and a == pytest.approx(b, rel=1e-6)
+    theirs = dict(tree_flatten(right))
+    for name, gradient in tree_flatten(left):
+        most = mx.abs(gradient).max().item()
+        assert mx.abs(gradient - theirs[name]).max().item() <= 1e-5 * most + 1e-9, name
