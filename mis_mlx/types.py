@@ -142,7 +142,6 @@ class PrunableAxis:
     (1 FFN neuron; head_dim rows of one query head).
     """
 
-    name: str  # "ffn", "heads", "hidden", "layers"
     size: int
     unit: int
     writes: tuple[str, ...] = ()

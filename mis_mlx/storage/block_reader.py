@@ -68,9 +68,8 @@ def pages(nbytes: int) -> int:
 class Reader:
     """Reads the files of `tensors`, and `also` others, which must stay as they were when this was made.
 
-    direct: past the page cache (O_DIRECT, F_NOCACHE), where the file system can: a model that the budget does not hold
-    should not fill the machine's memory by the back door, and on Linux this leaves the processor alone too (measured:
-    0.1 instead of 0.4 to 1.5 s of it for 2 GB).
+    direct: past the page cache (O_DIRECT, F_NOCACHE), where the file system can: for a model that the budget does not
+    hold. On Linux it also takes less of the processor (0.1 instead of 0.4 to 1.5 s for 2 GB).
     """
 
     def __init__(self, tensors: Mapping[str, TensorAt], direct: bool = False, also: Sequence[Path] = ()):
@@ -87,8 +86,8 @@ class Reader:
     def begin(self, wanted: Iterable[tuple[Path, int, int, memoryview]]) -> Callable[[], None]:
         """Start to read (file, begin, end) into views that are as long or, for whole pages, longer.
 
-        Returns `wait`, which blocks until all is there; MisError when a file cannot be read or changed.
-        The views must stay alive and untouched until then.
+        Returns `wait`, which blocks until all is there; MisError when a file cannot be read or has changed. The views
+        must stay alive and untouched until then.
         """
         jobs = []
         for path, begin, end, view in wanted:

@@ -1,7 +1,7 @@
 """Turn the one GGUF we know by its hash into an ordinary Hugging Face folder.
 
-Does not know where the file came from. Foreign GGUF is refused: every reader believes the counts, offsets
-and shapes that the file states, and MLX's own (`mx.load`) takes the process down on a damaged one.
+Foreign GGUF is refused: every reader believes the counts, offsets and shapes that the file states, and MLX's own takes
+the process down on a damaged one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ CONTROL_TOKEN = 3  # GGUF's token types: 1 is an ordinary piece, 3 is <|im_start
 def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLLM2.member_sha256) -> None:
     """Write config, tokenizer and model.safetensors in `dtype` ("BF16", "F16", "F32") into `folder`.
 
-    `expected` is the sha256 the file must have; MisError when it has another. One tensor is in memory at a
-    time, so the peak is the embedding in float32. Use it inside `checkpoint.commit_folder`.
+    expected: the file's sha256; MisError when it has another. Memory: the embedding in float32. Use it inside
+    `checkpoint.commit_folder`.
     """
     from gguf import GGUFReader
 
@@ -101,11 +101,7 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def config_of(facts: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json, from the facts of the GGUF.
-
-    head_dim and tie_word_embeddings are spelled out, and RoPE's base twice: mlx-lm reads only the top-level
-    rope_theta (and takes 10,000 in silence when it is missing), transformers 5 reads rope_parameters.
-    """
+    """config.json, from the facts of the GGUF. RoPE's base stands there twice: for mlx-lm and for transformers 5."""
     theta = float(facts["llama.rope.freq_base"])
     return {
         "architectures": ["LlamaForCausalLM"],

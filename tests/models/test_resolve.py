@@ -71,7 +71,7 @@ def test_without_any_source_one_sentence_names_all(cache: Path) -> None:
 from mis_mlx.models import resolve
 from mis_mlx.types import MisError
 try:
-    resolve.find()
+    resolve.resolve_model()
 except MisError as error:
     print(error)
 """
@@ -128,7 +128,7 @@ def test_the_default_teacher_reads_english() -> None:
 def test_killed_downloads_leave_no_model(cache: Path) -> None:
     """SIGKILL at several moments: the folder is absent or whole, and the next run makes it whole."""
     final = cache / "SmolLM2-135M-Instruct"
-    command = [sys.executable, "-c", "from mis_mlx.models import resolve; resolve.find()"]
+    command = [sys.executable, "-c", "from mis_mlx.models import resolve; resolve.resolve_model()"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache / "hf")}
     for seconds in (0.5, 1.5, 2.5, 3.5):
         child = subprocess.Popen(command, env=env, start_new_session=True)

@@ -97,7 +97,7 @@ from mis_mlx.storage import hub
 from mis_mlx.types import MisError
 hub.ANSWER_S = 2.0
 try:
-    print(resolve.find({name!r}).source)
+    print(resolve.resolve_model({name!r}).source)
 except MisError as error:
     print("MisError:", error)
 """

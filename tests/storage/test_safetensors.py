@@ -188,7 +188,7 @@ FOLDERS = {
     "a number": (lambda f: point(f, 3), "points outside"),
     "link out of the folder": (link_out, "link out of the model folder"),
     "index not JSON": (lambda f: (f / INDEX).write_text("{"), "not a usable index"),
-    "index a list": (lambda f: (f / INDEX).write_text("[]"), "no weight_map"),
+    "index a list": (lambda f: (f / INDEX).write_text("[]"), "not a JSON object"),
     "index names a tensor twice": (
         lambda f: (f / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}'), "twice"
     ),
