@@ -68,15 +68,8 @@ class Part:
 
 def packing(checkpoint: Checkpoint, name: str) -> tuple[int, int, str] | None:
     """(bits, group size, mode) of a packed matrix; None for one that is not packed."""
-    stem = name.removesuffix(".weight")
-    if f"{stem}.scales" not in checkpoint.tensors:
-        return None
-    settings = checkpoint.config.get("quantization") or {}
-    own = settings.get(stem)
-    own = own if isinstance(own, dict) else settings
-    if "bits" not in own:
-        raise MisError(load.NOT_OURS.format(checkpoint.path))
-    return own["bits"], own["group_size"], own.get("mode", "affine")
+    own = load.packing(checkpoint, name.removesuffix(".weight"))
+    return (own["bits"], own["group_size"], own["mode"]) if own else None
 
 
 def out_type(checkpoint: Checkpoint) -> str:

@@ -1,7 +1,7 @@
 """Whether float16 holds a model's activations: looked at once, before anything is ranked, repaired or rounded.
 
-Qwen2 and Gemma are known to pass float16's 65,504 in a few channels of a few tokens; after that all is NaN. Which
-tokens these are depends on the token more than on the text around it: the first one, line ends, full stops.
+Qwen2 and Gemma pass float16's 65,504 in a few channels of a few tokens (the first one, line ends, full stops); after
+that all is NaN.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mis_mlx.types import Checkpoint
 
 FREQUENT, SPREAD = 192, 64  # token ids looked at: the lowest, which are bytes and frequent words; and some of all
 MOST = 65504 / 2  # of the residual stream on these: other texts reach more
-_found: dict[tuple[Path, int], bool] = {}
+_overflows: dict[tuple[Path, int], bool] = {}
 
 
 def overflows(model: Checkpoint) -> bool:
@@ -30,11 +30,12 @@ def overflows(model: Checkpoint) -> bool:
     One pass over the model with 256 tokens, once a process for each folder.
     """
     key = (model.path, model.nbytes)
-    if key not in _found:
+    if key not in _overflows:
         reach = largest(model)
-        if _found.setdefault(key, reach > MOST):
+        _overflows[key] = reach > MOST
+        if _overflows[key]:
             cli.say(f"{model.path}: activations reach {reach:,.0f}, float16 ends at 65,504: computing in bfloat16")
-    return _found[key]
+    return _overflows[key]
 
 
 def largest(model: Checkpoint) -> float:
@@ -45,8 +46,8 @@ def largest(model: Checkpoint) -> float:
     with suppress(stream.NotNumbers):
         hidden = source.embed([mx.array(ids[None].astype(np.int32))])
         for _, block in source.blocks():
-            found: Any = mx.abs(source.through(block, hidden)[0]).max()
-            reach = max(reach, found.item())
+            most: Any = mx.abs(source.through(block, hidden)[0]).max()
+            reach = max(reach, most.item())
         source.finite(source.norm(hidden)[0])
         return reach
     return math.inf

@@ -1,7 +1,4 @@
-"""Generate with mlx-lm: open a folder as any user would, and time each token.
-
-Does not format results. Models run in the type this device is quick in (float32 on a CPU).
-"""
+"""Generate with mlx-lm: open a folder as any user would, and time each token."""
 
 from __future__ import annotations
 

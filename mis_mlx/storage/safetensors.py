@@ -26,7 +26,7 @@ Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
 def index(folder: Path) -> dict[str, TensorAt]:
     """Every tensor of a model folder: model.safetensors, or the shards that the index file lists.
 
-    MisError when a file is missing, fails `check` or lies outside the folder (links into a Hugging Face cache pass), when
+    MisError when a file is missing, fails `check` or lies outside the folder (a Hugging Face cache is as good), when
     index and shards disagree, and when there is an unlisted model*.safetensors, which mlx-lm would load too.
     """
     if not folder.is_dir():

@@ -56,9 +56,8 @@ def test_half_precision_becomes_float32_and_the_cut_stays_known(tmp_path: Path, 
     keep = KeptUnits((0, 2), {}, "by hand", {"a": 1})
     student = student_of(llama, keep, tmp_path / "f32")
     config = {**student.config, "torch_dtype": "bfloat16"}
-    extra = {"keep.json": model_writer.keep_json(keep)}
-    take, out = partial(load.dense, student), tmp_path / "b"
-    model_writer.write_model(config, take, student.path, out, "bfloat16", DISK, extra)
+    extra, take = model_writer.keep_files(keep), partial(load.dense, student)
+    model_writer.write_model(config, take, student.path, tmp_path / "b", "bfloat16", DISK, extra)
     half = load.open_checkpoint(tmp_path / "b")
     made = block_files.begin(half, tmp_path / "s", DISK)
     assert {t.dtype for t in made.tensors.values()} == {"F32"}
