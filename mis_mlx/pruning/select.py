@@ -1,7 +1,4 @@
-"""Which parts of a model a pruning keeps, and the pruned folder: calibrate, choose, write.
-
-Does not know flags' parsing, nor what becomes of the student.
-"""
+"""Which parts of a model a pruning keeps, and the pruned folder: calibrate, choose, write."""
 
 from __future__ import annotations
 
@@ -149,7 +146,7 @@ def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[st
 
     Of all of the teacher's layers. Of heads one by one; of neurons the means of 64 runs, the most important first.
     """
-    found = {}
+    bars = {}
     for axis, layers in (("ffn", statistics.ffn), ("heads", statistics.heads)):
         for i in sorted(layers):
             all_of = np.abs(scores((i, axis)))
@@ -157,8 +154,8 @@ def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[st
             values = [float(f"{part.mean():.4g}") for part in np.array_split(ranked, min(PROFILE_RUNS, len(ranked)))]
             stays = all_of[list(keep.kept.get((i, axis), range(len(all_of))))].sum() * (i in keep.layers)
             share = round(float(stays / max(all_of.sum(), 1e-30)), 4)
-            found[f"{i}/{axis}"] = {"values": values, "units": len(all_of), "kept": share}
-    return found
+            bars[f"{i}/{axis}"] = {"values": values, "units": len(all_of), "kept": share}
+    return bars
 
 
 def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
@@ -208,10 +205,9 @@ def prune(
 ) -> dict[str, Any]:
     """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line.
 
-    Where AAIS keeps other channels than plain importance, the plain student is made too, for as long as it
-    takes to compare the two on `held_out`. Of several machines the first one chooses and writes; shares: they have so
-    many blocks of the model each (models/pipeline_parallel). held: batches whose hidden states stay in memory
-    (default: all).
+    Where AAIS keeps other channels than plain importance, a plain student is made too and the two are compared on
+    `held_out`. Of several machines the first one chooses and writes; shares: how many blocks each has (a `Relay`).
+    held: batches whose hidden states stay in memory (default: all).
     """
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
@@ -235,8 +231,8 @@ def prune(
             for name, kept in (("aais", keep), ("plain", plain)):
                 write(checkpoint, shape, kept, directions, Path(temp) / name, dtype, files)
                 both[name] = load.open_checkpoint(Path(temp) / name)
-            found = comparison.compare(both, held_out)
-        losses = {f"nll_{name}": float(found[name, "nll"].mean()) for name in both}
+            measured = comparison.compare(both, held_out)
+        losses = {f"nll_{name}": float(measured[name, "nll"].mean()) for name in both}
         keep = replace(keep, report={**keep.report, **losses})
     keep = write(checkpoint, shape, keep, directions, out, dtype, files)
     config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
