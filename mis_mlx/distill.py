@@ -133,7 +133,7 @@ def _distil(s: Settings, c: Run, pruned: Checkpoint) -> Path:
 def _quantize(s: Settings, c: Run, pruned: Checkpoint, dense: Path) -> None:
     """Round the student, then let its scales learn; what is there is not made again."""
     out = c.folder / "model"
-    steps = s.steps(c.plan.mode == "resident")
+    steps = s.steps(c.plan.mode != "sharded")
     rounded = c.folder / "rounded" if steps else out
     if distributed.is_main() and not rounded.exists() and not out.exists():
         batches, held = c.pick(s.num_samples * s.looks, 1), c.plan.held_windows("quantize")
@@ -278,7 +278,7 @@ def _begin(
     def new() -> Path:
         return run_folder.create(s.out, f"{teacher.name}-{s.scenario}", s.stored, origin, made.way, files)
 
-    wired = made.peak_bytes if made.mode == "resident" else 0
+    wired = made.peak_bytes if made.mode != "sharded" else 0
     with open_run(folder, new, origin, budget, wired, s, files) as (place, weather):
         recipe = made.recipe(s)
         flags = {name: value for name, value in s.stored.items() if value != getattr(Settings(), name)}

@@ -49,7 +49,8 @@ def decision(plan: MemoryPlan) -> str:
     if not plan.fits:
         return f"This does NOT fit: {phases.remedy(plan)}."
     job, layers = plan.job, plan.job.student.shape.layers
-    how = f"{plan.mode} training, micro-batches of {plan.micro_batch} of {job.batch} windows"
+    named = "resident training of the blocks" if plan.mode == "blocks" else f"{plan.mode} training"
+    how = f"{named}, micro-batches of {plan.micro_batch} of {job.batch} windows"
     if plan.mode == "sharded":
         visit = phases.steps_per_shard(job, plan.shard_layers)
         how += f", {plan.shard_layers} of {layers} student blocks trainable at a time for {visit} steps, after `local`"

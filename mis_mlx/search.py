@@ -242,7 +242,7 @@ def run(settings: Settings) -> dict[str, Any]:
         name = f"{UNDER.name}/{checkpoint.path.name}"
         return run_folder.create(s.out, name, values, origin, asdict(timed) if timed else {}, files)
 
-    wired = made.peak_bytes if made.mode == "resident" else 0
+    wired = made.peak_bytes if made.mode != "sharded" else 0
     run_ = open_run(folder, new, origin, limit, wired, s, files)
     with progress.run("search", seconds), run_ as (place, weather):
         course = Run(s, place, checkpoint, data.train, made, files, memory.Peak(), weather)

@@ -27,6 +27,7 @@ FLAGS += ("--eval-windows", 3, "--bench-tokens", 0, "--iters", 6, "--save-every"
 FLAGS += ("--learning-rate", "1e-2", "--keep-steps")
 WAYS: dict[str, tuple[object, ...]] = {
     "cached": ("--targets", "cached"),
+    "blocks": ("--train", "blocks"),
     "sharded": ("--train", "sharded", "--targets", "cached"),
     "sharded, live": ("--train", "sharded"),
     "tuned": ("--quantize", 4, "--q-iters", 5),
@@ -34,7 +35,7 @@ WAYS: dict[str, tuple[object, ...]] = {
 }
 # Every phase once, and training by each way of streaming; the others of the matrix are slow.
 KILLS = {("targets", "cached"), ("local", "sharded"), ("tune", "tuned")}
-KILLS |= {("distil", "sharded, live"), ("distil", "cached")}
+KILLS |= {("distil", "sharded, live"), ("distil", "cached"), ("distil", "blocks")}
 
 
 def weights(run: Path) -> bytes:
@@ -66,7 +67,11 @@ def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, 
     """Stock mlx-lm opens the result, and the run's files say what was done. (That losses fall: tests/training.)"""
     out, done = whole(way)
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["mode"] == ("sharded" if "sharded" in way else "resident") == run_folder.stored_plan(out)["mode"]
+    assert (
+        result["mode"]
+        == ("resident" if way not in WAYS or "--train" not in WAYS[way] else WAYS[way][1])
+        == run_folder.stored_plan(out)["mode"]
+    )
     assert [r["number"] for r in run_folder.metrics(out)] == list(range(1, 7))
     assert (out / "targets").exists() == ("cached" in WAYS[way])
     steps = 6 * ("sharded" in way) * load.open_checkpoint(out / "model").config["num_hidden_layers"]
@@ -104,6 +109,15 @@ def test_killed_in_any_phase_and_resumed(
     done = command("distill", "--out", run, "--resume")
     assert done.returncode == 0, done.stderr
     assert weights(run) == weights(out)
+
+
+def test_a_frozen_vocabulary_stays_as_it_is(whole: Callable[[str], tuple[Path, Done]]) -> None:
+    """`--train blocks`: every matrix of the blocks is another than the pruned student's, the embedding is not."""
+    out, _ = whole("blocks")
+    before, after = (load.open_checkpoint(out / name) for name in ("pruned", "model"))
+    arrays = [safetensors.lazy(c.tensors, list(c.tensors)) for c in (before, after)]
+    same = {name for name in before.tensors if (arrays[0][name] == arrays[1][name]).all()}
+    assert "model.embed_tokens.weight" in same and not [n for n in same if "proj" in n]
 
 
 def test_scales_learn_what_rounding_cost(whole: Callable[[str], tuple[Path, Done]]) -> None:

@@ -39,7 +39,8 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     """
 
     def windows(rows: Sequence[Row]) -> Windows:
-        return token_windows.windows(token_windows.tokenize(rows, tokenizer), length)
+        tokenized = token_windows.tokenize(rows, tokenizer)
+        return token_windows.windows(tokenized, length, token_windows.start_of(tokenizer))
 
     texts = sources.load(data)
     train, test = windows(texts.train), windows(texts.test)

@@ -34,7 +34,7 @@ def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> 
     """
     if tokenizer.eos_token_id is None:
         raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
-    start = _start(tokenizer)
+    start = start_of(tokenizer)
     tokenized = []
     for number, row in enumerate(rows, 1):
         if "text" in row:
@@ -53,7 +53,7 @@ def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> 
     return tokenized
 
 
-def _start(tokenizer: Any) -> list[int]:
+def start_of(tokenizer: Any) -> list[int]:
     """[start token] for tokenizers that put one before every text (Gemma needs it), else []."""
     habit = list(tokenizer.encode(""))
     return habit[:1] if habit and habit[0] == getattr(tokenizer, "bos_token_id", None) else []
@@ -81,7 +81,7 @@ def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[
 
     They are encoded apart, so that where the prompt ends never lies inside a token.
     """
-    prompt = [*_start(tokenizer), *_encode(tokenizer, row["prompt"], split=True)]
+    prompt = [*start_of(tokenizer), *_encode(tokenizer, row["prompt"], split=True)]
     answer = [*_encode(tokenizer, row["completion"], split=True), tokenizer.eos_token_id]
     return [*prompt, *answer], [int(not mask_prompt)] * len(prompt) + [1] * len(answer)
 
@@ -147,11 +147,15 @@ def _special_tokens(tokenizer: Any) -> set[str]:
     return {t.content for t in added if t.special} | set(getattr(tokenizer, "all_special_tokens", ()))
 
 
-def windows(tokenized: Iterable[tuple[Sequence[int], Sequence[int]]], length: int) -> Windows:
+def windows(
+    tokenized: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, start: Sequence[int] = ()
+) -> Windows:
     """(N, `length`) windows of all rows laid back to back; the last, partial window is dropped.
 
-    `tokenized`: (ids, learn) per row, learn marking the tokens to be predicted, as `tokenize` gives them.
+    `tokenized`: (ids, learn) per row, learn marking the tokens to be predicted, as `tokenize` gives them. start: the
+    token, if any, that every window begins with, wherever in a row that is (`start_of`).
     """
+    length -= len(start)
     rows = list(tokenized)
     ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows] or [np.zeros(0, np.int32)])
     marks = np.concatenate([np.asarray(learn, np.float32) for _, learn in rows] or [np.zeros(0, np.float32)])
@@ -163,6 +167,9 @@ def windows(tokenized: Iterable[tuple[Sequence[int], Sequence[int]]], length: in
     tokens = ids[: count * length].reshape(count, length)
     learn = np.zeros((count, length), np.float32)
     learn[:, :-1] = marks[: count * length].reshape(count, length)[:, 1:]
+    if start:
+        tokens = np.concatenate([np.full((count, 1), start[0], np.int32), tokens], axis=1)
+        learn = np.concatenate([marks[: count * length : length][:, None], learn], axis=1)
     return Windows(tokens, learn)
 
 
@@ -188,7 +195,10 @@ def overlap(train: Windows, held_out: Windows, span: int = 32) -> np.ndarray:
     """
     span = min(span, held_out.tokens.shape[1])
     hashes = np.stack([_span_hashes(window, span) for window in held_out.tokens])
-    return np.flatnonzero(np.isin(hashes, _span_hashes(train.tokens.reshape(-1), span)).any(axis=1))
+    text = train.tokens
+    if len(text) > 1 and (text[:, 0] == text[0, 0]).all():  # a start token that the windows got, not the text
+        text = text[:, 1:]
+    return np.flatnonzero(np.isin(hashes, _span_hashes(text.reshape(-1), span)).any(axis=1))
 
 
 def _span_hashes(tokens: np.ndarray, span: int) -> np.ndarray:

@@ -81,7 +81,7 @@ class Run:
 
 def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
-    if c.plan.mode == "resident":
+    if c.plan.mode != "sharded":
         return _resident(c, pruned, source_of(c))
     parts = _local(c, pruned)
     return _sharded(c, parts, source_of(c))
@@ -97,7 +97,7 @@ def source_of(c: Run) -> live_teacher.TargetSource:
 
     if c.recipe.targets == "live":
         return teacher(None if c.plan.teacher_resident else keeps)
-    steps = max(c.recipe.iters, c.plan.job.rounding.steps(c.plan.mode == "resident"))  # who learns longest
+    steps = max(c.recipe.iters, c.plan.job.rounding.steps(c.plan.mode != "sharded"))  # who learns longest
     at = cached_targets.visited(len(c.data.tokens), replace(c.recipe, iters=steps))
     data = token_windows.Windows(c.data.tokens[at], c.data.learn[at])
     cli.say(f"logit store: {len(at)} windows")
@@ -140,6 +140,8 @@ def _local(c: Run, pruned: Checkpoint) -> Checkpoint:
 
 def _resident(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
     student = load.resident(begun, mx.float32)
+    if c.plan.mode == "blocks":
+        load.freeze_vocabulary(student)
     optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay)
 
     def restore(arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:

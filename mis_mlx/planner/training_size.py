@@ -45,20 +45,25 @@ def update_bytes(config: Mapping[str, Any], blocks_only: bool = False) -> int:
     return UPDATE_ARRAYS * 4 * max(map(math.prod, tensors.values()))
 
 
-def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0) -> int:
-    """A resident student: weights and moments, and what is largest of: activations and the vocabulary's part of the
-    loss; the way back; the update.
+def training_bytes(
+    config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0, frozen: bool = False
+) -> int:
+    """A student whole in memory: weights and moments, and what is largest of: activations and the vocabulary's part of
+    the loss; the way back; the update.
 
     host_lanes: of the way where numpy computes the loss between the two passes (live_teacher), in so many lanes, each
-    with gradients of its own; 0: all in one graph, of which the least that can be promised is the sum.
+    with gradients of its own; 0: all in one graph, of which the least that can be promised is the sum. frozen: the
+    embedding and the head are not trained.
     """
     s, params = shape_of(config), arch.params(config)
-    kept, head = activation_bytes(config, batch, length), 4 * s.vocab * s.hidden
+    kept, head = activation_bytes(config, batch, length), 0 if frozen else 4 * s.vocab * s.hidden
+    trained = params - frozen * s.vocab * s.hidden * (1 if s.tied else 2)
     block = backward_bytes(config, batch, length) - kept // s.layers
-    loss, gradients = 2 * head + logit_bytes(s.vocab, batch * length, bool(host_lanes)), GRADIENT_BYTES * params
+    loss, gradients = 2 * head + logit_bytes(s.vocab, batch * length, bool(host_lanes)), GRADIENT_BYTES * trained
     forth, back = kept + loss, gradients + block
     if host_lanes:
         back = max(kept + head, host_lanes * (gradients - head) + 3 * head) + block
     else:
         forth += gradients
-    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, gradients + update_bytes(config))
+    state = 4 * params + (STATE_BYTES - GRADIENT_BYTES - 4) * trained
+    return state + max(forth, back, gradients + update_bytes(config, frozen))

@@ -238,3 +238,13 @@ def test_fingerprint_follows_tokens_and_shape() -> None:
     ) == token_windows.fingerprint(one)
     assert token_windows.fingerprint(_windows([[1, 2], [3, 5]])) != token_windows.fingerprint(one)
     assert token_windows.fingerprint(_windows([[1, 2, 3, 4]])) != token_windows.fingerprint(one)
+
+
+def test_every_window_begins_with_the_start_token() -> None:
+    """By hand: rows 1 2 3 and 4 5 6 7 (its first is not learned) in windows of 4, of which 0 is the first token."""
+    made = token_windows.windows([([1, 2, 3], [1, 1, 1]), ([4, 5, 6, 7], [0, 1, 1, 1])], 4, [0])
+    assert made.tokens.tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
+    assert made.learn.tolist() == [[1, 1, 1, 0], [0, 1, 1, 0]]
+    text = token_windows.windows([(list(range(1, 41)), [1] * 40)], 8, [0])
+    across = token_windows.Windows(np.array([[5, 6, 7, 8, 9, 10, 11, 12]], np.int32), np.ones((1, 8), np.float32))
+    assert token_windows.overlap(text, across, 6).tolist() == [0]  # a run that crosses a border of the windows

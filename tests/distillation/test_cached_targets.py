@@ -191,7 +191,7 @@ from tests.distillation.test_cached_targets import some
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
 llama = load.open_checkpoint(sys.argv[1])
-teacher = live_teacher.Teacher(llama)
+teacher = live_teacher.StreamedTeacher(llama)
 show = lambda done, text: print(done, flush=True)
 out, how = pathlib.Path(sys.argv[2]), dict(count=20, windows_per_pass=9, show=show)
 cached_targets.write(llama, lambda: teacher, some(), out, DISK, **how)

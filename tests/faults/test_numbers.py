@@ -55,7 +55,7 @@ def bad(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
         return micro_batches
 
-    monkeypatch.setattr(live_teacher, "cut", poisoned)
+    monkeypatch.setattr(live_teacher, "step_micro_batches", poisoned)
     return numbers
 
 

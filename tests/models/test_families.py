@@ -131,6 +131,7 @@ def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: P
     [
         ("gemma3_text", {"hidden": 32}, "hidden of a gemma3_text cannot be cut: its blocks have norms behind"),
         ("gemma3_text", {"scenario": "baca"}, "hidden of a gemma3_text cannot be cut"),
+        ("gemma3_text", {"layers": 2, "scenario": "none"}, "2 layers of a gemma3_text are fewer than 3"),
         ("granite", {"heads": 2, "scenario": "none"}, "a granite cannot change hidden"),
     ],
 )

@@ -167,6 +167,7 @@ def test_training_with_cross_entropy_stays_under_the_plan(tmp_path: Path, models
     model, source = load.resident(student, mx.float32), StreamedTeacher(teacher, 0, False, 2.0, 0.5)
     steps = list(live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
     peak = max(s.peak_bytes for s in steps) - before
-    job = replace(JOB, teacher=model_of(teacher), student=model_of(student), batch=2, accumulate=2, length=length)
+    sizes = {"batch": 2, "accumulate": 2, "length": length}
+    job = replace(JOB, teacher=model_of(teacher), student=model_of(student), mixed=True, **sizes)
     planned = phases.resident(job, 2, 0).peak_bytes
     assert planned / 4 < peak < planned, (peak / 2**20, planned / 2**20)
