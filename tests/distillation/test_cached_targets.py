@@ -27,7 +27,8 @@ from mis_mlx.storage import logit_store
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Batch, Checkpoint, MisError, Step
 from tests import conftest, forks, tiny
-from tests.storage.test_checkpoint import Breaking, flip
+from tests.faults.broken import breaking
+from tests.storage.test_checkpoint import flip
 
 MANY = 2**16 - 1
 RECIPE = TrainingConfig(
@@ -176,8 +177,8 @@ def test_a_disk_that_fills_up_costs_the_part_being_written(
 ) -> None:
     """Operation 3, 9 or 17 is refused: one sentence; the second try does the rest and ends bit-equal."""
     teacher = live_teacher.StreamedTeacher(llama)
-    with pytest.raises(MisError, match="Not enough disk space"):
-        cached_targets.write(llama, lambda: teacher, some(), tmp_path / "t", Breaking(at, errno.ENOSPC), count=20)
+    with pytest.raises(MisError, match="Not enough disk space"), breaking(at, errno.ENOSPC):
+        cached_targets.write(llama, lambda: teacher, some(), tmp_path / "t", DISK, count=20)
     cached_targets.write(llama, lambda: teacher, some(), tmp_path / "t", DISK, count=20, windows_per_pass=33)
     assert bytes_of(tmp_path / "t") == bytes_of(whole)
 

@@ -20,15 +20,6 @@ from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_resident_is_stock_mlx_lm(models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str) -> None:
-    """Our resident model gives mlx_lm.load's logits bit for bit, for every kind."""
-    stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
-    ours = load.resident(models(kind), mx.float32)
-    for tokens in batches:
-        assert mx.array_equal(ours(tokens), stock(tokens))
-
-
 @pytest.mark.parametrize("kind", ["llama", "untied"])
 def test_the_embeddings_gradient_has_a_fixed_order(models: Callable[[str], Checkpoint], kind: str) -> None:
     """maths/lookup's: 2**24 + 1 + 1 + 1 for a token that occurs four times goes by pairs, to 2**24 + 2. The whole
@@ -106,15 +97,6 @@ def test_foreign_quantization_is_refused(tmp_path: Path, llama: Checkpoint) -> N
     foreign = Checkpoint(packed.path, {**packed.config, "quantization": {"quant_method": "gptq"}}, packed.tensors)
     with pytest.raises(MisError, match="format other than MLX's"):
         load.dense(foreign, "model.embed_tokens.weight")
-
-
-def test_a_missing_shard_is_refused_at_the_door(tmp_path: Path, llama: Checkpoint) -> None:
-    """Config without weights: nothing is built."""
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    shutil.copyfile(llama.path / "config.json", folder / "config.json")
-    with pytest.raises(MisError, match=r"no model\.safetensors"):
-        load.open_checkpoint(folder)
 
 
 def test_labels_are_the_shortest_ends_of_paths_that_differ() -> None:
