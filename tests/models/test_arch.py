@@ -59,14 +59,6 @@ def test_tensors_are_those_of_mlx_lm(models: Callable[[str], Checkpoint], kind: 
     assert arch.params(config) == sum(math.prod(shape) for shape in theirs.values())
 
 
-def test_biases_where_the_config_asks() -> None:
-    """A llama with attention_bias and mlp_bias: all seven; qwen2: q, k and v only."""
-    llama = arch.layer_tensors({**tiny.CONFIG, "attention_bias": True, "mlp_bias": True})
-    assert sum(name.endswith(".bias") for name in llama) == 7
-    qwen2 = arch.layer_tensors({**tiny.CONFIG, **tiny.KINDS["qwen2"]})
-    assert [n for n in qwen2 if n.endswith(".bias")] == [f"self_attn.{p}_proj.bias" for p in "qkv"]
-
-
 @pytest.mark.parametrize(
     ("scenario", "paper", "small"),
     [
@@ -105,29 +97,6 @@ def test_a_shape_no_loader_accepts_is_refused(kind: str, sizes: dict[str, int], 
     """One sentence with the number and what to choose."""
     with pytest.raises(MisError, match=sentence):
         arch.target_shape({**tiny.CONFIG, **tiny.KINDS[kind]}, {}, **sizes)
-
-
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_spaces_name_only_what_exists(kind: str) -> None:
-    """Every tensor that has an axis is in that axis's space, on the right side."""
-    config = {**tiny.CONFIG, **tiny.KINDS[kind], "intermediate_size": 48, "hidden_size": 80, "head_dim": 22}
-    config |= {"vocab_size": 300, "num_key_value_heads": 1}
-    spaces, tensors = arch.spaces(config), arch.tensors_of(config)
-    sizes = {"ffn": 48, "hidden": 80}
-    for name, shape in tensors.items():
-        pattern = name.replace("layers.1.", "layers.{i}.")
-        if "layers." in name and pattern == name:
-            continue
-        for axis, size in sizes.items():
-            space = spaces[axis]
-            if len(shape) == 1:
-                assert (shape[0] == size) == (pattern in space.vectors), (name, axis)
-        if len(shape) == 2:
-            assert (shape[0] == 48) == (pattern in spaces["ffn"].writes)
-            assert (shape[1] == 48) == (pattern in spaces["ffn"].reads)
-            assert ("q_proj" in name) == (pattern in spaces["heads"].writes)
-            assert ("o_proj" in name) == (pattern in spaces["heads"].reads)
-    assert spaces["heads"].unit == 22 and spaces["heads"].size == 88
 
 
 def test_student_config_is_what_transformers_reads(tmp_path: Any) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +127,3 @@ def test_a_good_file_is_described_to_the_byte(tmp_path: Path) -> None:
     os.truncate(path, len(text) + 22)
     with pytest.raises(MisError, match=f"incomplete, {len(text) + 22} of {len(text) + 32} bytes"):
         check(path)
-
-
-def test_the_gate_does_without_mlx(tmp_path: Path) -> None:
-    """Importing and using it in a fresh process leaves MLX unimported."""
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(WHOLE)
-    code = (
-        "import sys, pathlib; from mis_mlx.storage.safetensors import check, index;"
-        "check(pathlib.Path(sys.argv[1])); index(pathlib.Path(sys.argv[1]).parent);"
-        "print('mlx' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
