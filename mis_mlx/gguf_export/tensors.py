@@ -1,8 +1,8 @@
 """A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for.
 
-Writes no file and knows no tokenizer. What MLX packed goes without rounding again where llama.cpp has the same
-format: affine groups of up to 4 bits are Q4_1 blocks and those of 5 bits Q5_1, both scale · q + bias (a group of 64 or
-128 weights repeats them in its blocks of 32); mxfp4 and nvfp4 are MXFP4 and NVFP4.
+What MLX packed goes without rounding again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1
+blocks and those of 5 bits Q5_1, both scale · q + bias (a group of 64 or 128 weights repeats them in its blocks of 32);
+mxfp4 and nvfp4 are MXFP4 and NVFP4.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import normalised, shape_of
+from mis_mlx.models.families import family
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.gguf_reader import row_order
 from mis_mlx.types import Checkpoint, MisError
 
-ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 BLOCK = 32  # weights of a Q4_1 or Q5_1 block
 REWRAPPED = {  # (MLX's mode, bits): ggml's type of the same numbers
     **{("affine", bits): "Q4_1" for bits in (2, 3, 4)},
@@ -72,6 +72,13 @@ def packing(checkpoint: Checkpoint, name: str) -> tuple[int, int, str] | None:
     return (own["bits"], own["group_size"], own["mode"]) if own else None
 
 
+def architecture(config: Mapping[str, Any]) -> str:
+    """llama.cpp's name for this kind of model. MisError where none of its kinds computes the same."""
+    if not (name := family(config).gguf):
+        raise MisError(f"a {config['model_type']} has no place in a GGUF: use --format hf")
+    return name
+
+
 def out_type(checkpoint: Checkpoint) -> str:
     """The type that suits a model: one that holds what MLX packed exactly; q8_0 where none does; f16 if not packed."""
     if not arch.is_quantized(checkpoint.tensors):
@@ -87,16 +94,17 @@ def out_type(checkpoint: Checkpoint) -> str:
 def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     """Every tensor of the GGUF in order. `wanted`: an --out-type such as "q4_1".
 
-    Vectors are float32. Of a packed model q4_1, mxfp4 and nvfp4 keep exactly all matrices that some type of llama.cpp
-    holds; the others get Q8_0. q4_k_m: the types that llama.cpp is going to choose. MisError where rows do not divide
-    by a block, or nothing is packed in the mode that was asked for.
+    Vectors are float32. Of a packed model q4_1, mxfp4 and nvfp4 keep exactly what some type of llama.cpp holds; other
+    matrices get Q8_0. q4_k_m: the types that llama.cpp is going to choose. MisError where rows do not divide by a
+    block, or nothing is packed in the mode that was asked for.
     """
     import gguf
 
     config, s = checkpoint.config, shape_of(checkpoint.config)
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[ARCH[config["model_type"]]], s.layers)
-    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if ARCH[config["model_type"]] == "llama" else {}
+    kind_of_model = architecture(config)
+    names = gguf.get_tensor_name_map(known[kind_of_model], s.layers)
+    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if kind_of_model == "llama" else {}
     every = []
     for name, shape in arch.tensors_of(config).items():
         kind, exact = _kind(checkpoint, name, wanted, shape[1]) if len(shape) == 2 else ("F32", False)
@@ -106,7 +114,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
             raise MisError(f"{name} has rows of {shape[1]} weights, {why}: use --out-type f16")
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
-            raise MisError(f"llama.cpp's {ARCH[config['model_type']]} has no place for {name}: use --format hf")
+            raise MisError(f"llama.cpp's {kind_of_model} has no place for {name}: use --format hf")
         every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
     if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in every):
         raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
@@ -215,16 +223,16 @@ def _halves(q: np.ndarray, block: int) -> np.ndarray:
 
 def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """(kind of rotary positions, its settings). MisError for one that llama.cpp cannot be told of."""
-    kind = config["model_type"]
+    kind = architecture(config)
     scaling = normalised(config).get("rope_scaling") or {}
     rope = scaling.get("rope_type") or scaling.get("type") or "default"
     if "sliding_attention" in (config.get("layer_types") or ()):
-        raise MisError(f"llama.cpp's {ARCH[kind]} has no sliding windows, some layers here do: use --format hf")
+        raise MisError(f"llama.cpp's {kind} has no sliding windows, some layers here do: use --format hf")
     odd = sorted(set(scaling) - YARN) if rope == "yarn" else []
     lost = rope == "yarn" and not scaling.get("original_max_position_embeddings")
-    if rope == "dynamic" or odd or lost or (rope == "llama3" and ARCH[kind] != "llama"):
+    if rope == "dynamic" or odd or lost or (rope == "llama3" and kind != "llama"):
         detail = f" with {odd[0]}" if odd else " without original_max_position_embeddings" if lost else ""
-        raise MisError(f"rotary positions of type {rope}{detail} have no place in a {ARCH[kind]} GGUF: use --format hf")
+        raise MisError(f"rotary positions of type {rope}{detail} have no place in a {kind} GGUF: use --format hf")
     return rope, scaling
 
 

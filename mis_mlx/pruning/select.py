@@ -19,7 +19,7 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.models import arch, distributed, load, policy
+from mis_mlx.models import arch, distributed, families, load, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.pruning import calibrate, rotate, slice_weights
@@ -90,10 +90,8 @@ def _size_by_conditions(
     statistics: Statistics, cut: PruningConfig, used: str, layers: tuple[int, ...], fixed: int
 ) -> int:
     if used != "aais" or statistics.altitude_m is None:
-        raise MisError(
-            "--target conditions needs T_env and altitude, one is missing: add --temperature-c and "
-            "--altitude-m, or use --target fixed"
-        )
+        lost = "--target conditions needs T_env and altitude, one is missing"
+        raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
     sums, unit = [statistics.ffn[i] for i in layers], cut.temperature_unit
     return importance.conditions_size(sums, fixed, arch.FFN_MULTIPLE, statistics.altitude_m, unit)
 
@@ -160,7 +158,7 @@ def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[st
 
 def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
-    exact = {axis: getattr(cut, axis) for axis in ("layers", "ffn", "heads", "kv_heads", "hidden")}
+    exact = {axis: getattr(cut, axis) for axis in families.ALL}
     shape, before = arch.target_shape(config, arch.SCENARIOS.get(cut.scenario, {}), **exact), shape_of(config)
     if cut.scenario != "none" and shape == before:
         raise MisError(
@@ -222,7 +220,7 @@ def prune(
     keep = replace(keep, report={**keep.report, "profile": profile(statistics, keep, scores)})
     directions = cache(lambda: rotate.measured(checkpoint, batches, policy.compute_dtype(checkpoint), spool or list))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
-        sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "kv_heads", "hidden")}
+        sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in families.ALL}
         as_plain = replace(cut, importance="rms", target="fixed", scenario="none", **sizes)
         _, plain = select_units(checkpoint.config, statistics, as_plain)
         mark = f"-{os.getpid()}"  # so that it is swept where we are killed
