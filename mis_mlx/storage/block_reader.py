@@ -1,7 +1,4 @@
-"""Tensors from safetensors files into memory: in parallel, in the background, past the page cache if asked.
-
-Never touches MLX, so it may run in any thread: a destination is a writable memoryview.
-"""
+"""Tensors from safetensors files into memory views: in parallel, in the background, past the page cache if asked."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mis_mlx.storage.safetensors import unchanged
+from mis_mlx.storage.safetensors import files_of, unchanged
 from mis_mlx.types import MisError, TensorAt
 
 PAGE = 4096  # what reading past the page cache wants offsets, lengths and addresses to be multiples of
@@ -73,9 +70,7 @@ class Reader:
     """
 
     def __init__(self, tensors: Mapping[str, TensorAt], direct: bool = False, also: Sequence[Path] = ()):
-        by_file: dict[Path, list[str]] = {}
-        for name, t in tensors.items():
-            by_file.setdefault(t.file, []).append(name)
+        by_file = files_of(tensors, tensors)
         for path, names in by_file.items():
             unchanged(path, tensors, names)  # a sentence, too, when the file is gone
         self._signatures = {path: _signature(os.stat(path)) for path in (*by_file, *also)}

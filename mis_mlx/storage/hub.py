@@ -47,7 +47,7 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def install(folder: Path, fill: Callable[[Path], None], nbytes: int, origin: dict[str, Any]) -> None:
-    """Make `folder` appear at once, as `fill` made it, with `origin` and the time in its source.json."""
+    """Commit the folder that `fill` makes, with `origin` and the time in its source.json."""
 
     def fill_and_sign(temp: Path) -> None:
         fill(temp)

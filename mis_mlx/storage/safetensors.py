@@ -102,18 +102,23 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
     """
     import mlx.core as mx
 
-    by_file: dict[Path, list[str]] = {}
-    for name in names:
-        if name not in tensors:
-            raise MisError(f"The model has no tensor {name}: it is incomplete or of another architecture")
-        by_file.setdefault(tensors[name].file, []).append(name)
     arrays: dict[str, mx.array] = {}
-    for path, wanted in by_file.items():
+    for path, wanted in files_of(tensors, names).items():
         unchanged(path, tensors, wanted)
         content: Any = mx.load(str(path))
         arrays |= {name: content[name] for name in wanted}
         del content  # an array, once evaluated, stays in memory as long as a dict that holds it
     return arrays
+
+
+def files_of(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[Path, list[str]]:
+    """The files that hold the named tensors, and their names. MisError for one that is not there."""
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        if name not in tensors:
+            raise MisError(f"The model has no tensor {name}: it is incomplete or of another architecture")
+        by_file.setdefault(tensors[name].file, []).append(name)
+    return by_file
 
 
 def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str]) -> None:
