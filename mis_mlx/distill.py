@@ -50,7 +50,7 @@ class Settings(Computing, select.PruningConfig, QuantizationConfig, Distillation
         "thermal_replay", "spread",
     })  # fmt: skip
     teacher: str | None = None
-    """folder or hub id of a llama, mistral, qwen2 or qwen3; default: SmolLM2-135M-Instruct"""
+    """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default: SmolLM2-135M-Instruct"""
     student: str | None = None
     """folder of a student pruned earlier; default: prune now"""
     data: str | None = None
@@ -133,7 +133,7 @@ def _distil(s: Settings, c: Run, pruned: Checkpoint) -> Path:
 def _quantize(s: Settings, c: Run, pruned: Checkpoint, dense: Path) -> None:
     """Round the student, then let its scales learn; what is there is not made again."""
     out = c.folder / "model"
-    steps = s.steps(c.plan.mode != "sharded")
+    steps = c.plan.tuned
     rounded = c.folder / "rounded" if steps else out
     if distributed.is_main() and not rounded.exists() and not out.exists():
         batches, held = c.pick(s.num_samples * s.looks, 1), c.plan.held_windows("quantize")

@@ -92,7 +92,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         llama_cpp.quantizer()  # its absence is said before the work
     parts = tensors.parts(checkpoint, wanted)
     staged = tensors.parts(checkpoint, "f16") if k_quant else parts
-    writer = gguf.GGUFWriter(None, tensors.architecture(config))
+    writer = gguf.GGUFWriter(None, tensors.arch_of(config))
     tensors.describe(writer, config, name, wanted)
     notes = vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}

@@ -55,7 +55,7 @@ class Settings(Computing, ThermalFlags, DistillationConfig):
     max_kv_size: Count = 2048
     """tokens of context in --memory and --decode"""
     teacher: str | None = None
-    """folder or hub id of a llama, mistral, qwen2 or qwen3; default: SmolLM2-135M-Instruct"""
+    """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default: SmolLM2-135M-Instruct"""
     data: str | None = None
     """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in text"""
     budget: str | None = None

@@ -233,6 +233,15 @@ def casts(module: Module) -> list[str]:
     return bad
 
 
+def families(module: Module) -> list[str]:
+    """What a config's model_type means stands in models/families.py; models/config.py judges it."""
+    if module.name in ("models.families", "models.config"):
+        return []
+    reads = [n.slice for n in ast.walk(module.tree) if isinstance(n, ast.Subscript)]
+    reads += [n.args[0] for n in ast.walk(module.tree) if isinstance(n, ast.Call) and _called(n) == "get" and n.args]
+    return [f"line {n.lineno}" for n in reads if isinstance(n, ast.Constant) and n.value == "model_type"]
+
+
 def systems(module: Module) -> list[str]:
     """/proc, which device computes, and limits on the process: only hardware/. models/policy.py asks for the device,
     and models/load.py keeps mlx_lm from changing a limit."""
@@ -248,7 +257,7 @@ def systems(module: Module) -> list[str]:
 
 RULES: list[Callable[[Module], list[str]]] = [
     floors, conductor, slow_imports, machine_door, speaking, evaluating, only_names, sizes, docstrings, names,
-    doubles, decompositions, casts, systems,
+    doubles, decompositions, casts, systems, families,
 ]  # fmt: skip
 
 # Rule, a module's name, a source that breaks the rule there.
@@ -304,6 +313,8 @@ BROKEN = [
     (systems, "models.load", "from mlx.core import default_device"),
     (systems, "models.policy", "import resource\ndef f():\n    resource.setrlimit(1, (2, 2))"),
     (systems, "storage.x", "from resource import setrlimit"),
+    (families, "models.arch", "def f(config):\n    return config['model_type'] == 'llama'"),
+    (families, "export", "def f(config):\n    return config.get('model_type')"),
 ]  # fmt: skip
 
 GOOD = '''"""Nothing to complain about."""

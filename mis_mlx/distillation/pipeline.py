@@ -97,7 +97,7 @@ def source_of(c: Run) -> live_teacher.TargetSource:
 
     if c.recipe.targets == "live":
         return teacher(None if c.plan.teacher_resident else keeps)
-    steps = max(c.recipe.iters, c.plan.job.rounding.steps(c.plan.mode != "sharded"))  # who learns longest
+    steps = max(c.recipe.iters, c.plan.tuned)  # who learns longest
     at = cached_targets.visited(len(c.data.tokens), replace(c.recipe, iters=steps))
     data = token_windows.Windows(c.data.tokens[at], c.data.learn[at])
     cli.say(f"logit store: {len(at)} windows")

@@ -72,6 +72,12 @@ def page(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[st
     for name, rows in quality.items():
         head = f"{name}, {rows[0].n} windows of {length} tokens held out, ± 95 %"
         parts.append(head + "\n\n" + text.table(rows, names, comparison.METRICS))
+        loss = {r.model: r.value for r in rows if r.metric == "nll"}
+        if loss["distilled"] > loss["pruned"]:
+            parts.append(
+                f"**On {name} distillation made the student worse**: {loss['distilled']:.3f} nats/token, where it had "
+                f"{loss['pruned']:.3f} as pruned. Train longer (--iters), on such text (--data), or take `pruned/`."
+            )
     if not policy.keeps_packed() and "4-bit" in models:
         parts.append(
             "The 4-bit loss is computed from the de-quantized weights, which are the same numbers; speeds are those "

@@ -111,7 +111,7 @@ def by_window(
     vocab = min(shape_of(model.config).vocab for model, _ in (base, other))
     rows = losses.chunk_rows(vocab) // 2
     for w, tokens in enumerate(held_out.tokens):
-        counted, values = np.flatnonzero(held_out.learn[w]), [np.zeros((0, 4))]
+        counted, values = np.flatnonzero(held_out.learn[w, :-1]), [np.zeros((0, 4))]  # nothing follows the last
         for start in range(0, len(counted), rows):
             at = mx.array(counted[start : start + rows])
             hidden = (states[w][0][at] for _, states in (base, other))

@@ -72,13 +72,6 @@ def packing(checkpoint: Checkpoint, name: str) -> tuple[int, int, str] | None:
     return (own["bits"], own["group_size"], own["mode"]) if own else None
 
 
-def architecture(config: Mapping[str, Any]) -> str:
-    """llama.cpp's name for this kind of model. MisError where none of its kinds computes the same."""
-    if not (name := family(config).gguf):
-        raise MisError(f"a {config['model_type']} has no place in a GGUF: use --format hf")
-    return name
-
-
 def out_type(checkpoint: Checkpoint) -> str:
     """The type that suits a model: one that holds what MLX packed exactly; q8_0 where none does; f16 if not packed."""
     if not arch.is_quantized(checkpoint.tensors):
@@ -102,9 +95,8 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
 
     config, s = checkpoint.config, shape_of(checkpoint.config)
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    kind_of_model = architecture(config)
-    names = gguf.get_tensor_name_map(known[kind_of_model], s.layers)
-    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if kind_of_model == "llama" else {}
+    names = gguf.get_tensor_name_map(known[arch_of(config)], s.layers)
+    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if arch_of(config) == "llama" else {}
     every = []
     for name, shape in arch.tensors_of(config).items():
         kind, exact = _kind(checkpoint, name, wanted, shape[1]) if len(shape) == 2 else ("F32", False)
@@ -114,7 +106,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
             raise MisError(f"{name} has rows of {shape[1]} weights, {why}: use --out-type f16")
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
-            raise MisError(f"llama.cpp's {kind_of_model} has no place for {name}: use --format hf")
+            raise MisError(f"llama.cpp's {arch_of(config)} has no place for {name}: use --format hf")
         every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
     if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in every):
         raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
@@ -221,18 +213,28 @@ def _halves(q: np.ndarray, block: int) -> np.ndarray:
     return q[..., : block // 2] | (q[..., block // 2 :] << 4)
 
 
+def arch_of(config: Mapping[str, Any]) -> str:
+    """llama.cpp's name of the architecture. MisError for a family whose files are not written here."""
+    if not (name := family(config).gguf):
+        raise MisError(
+            f"a {family(config).name} is not written as GGUF here: use --format hf, and on that folder llama.cpp's own "
+            "convert_hf_to_gguf.py"
+        )
+    return name
+
+
 def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """(kind of rotary positions, its settings). MisError for one that llama.cpp cannot be told of."""
-    kind = architecture(config)
+    arch = arch_of(config)
     scaling = normalised(config).get("rope_scaling") or {}
     rope = scaling.get("rope_type") or scaling.get("type") or "default"
     if "sliding_attention" in (config.get("layer_types") or ()):
-        raise MisError(f"llama.cpp's {kind} has no sliding windows, some layers here do: use --format hf")
+        raise MisError(f"llama.cpp's {arch} has no sliding windows, some layers here do: use --format hf")
     odd = sorted(set(scaling) - YARN) if rope == "yarn" else []
     lost = rope == "yarn" and not scaling.get("original_max_position_embeddings")
-    if rope == "dynamic" or odd or lost or (rope == "llama3" and kind != "llama"):
+    if rope == "dynamic" or odd or lost or (rope == "llama3" and arch != "llama"):
         detail = f" with {odd[0]}" if odd else " without original_max_position_embeddings" if lost else ""
-        raise MisError(f"rotary positions of type {rope}{detail} have no place in a {kind} GGUF: use --format hf")
+        raise MisError(f"rotary positions of type {rope}{detail} have no place in a {arch} GGUF: use --format hf")
     return rope, scaling
 
 

@@ -18,38 +18,13 @@ from mis_mlx.models import arch
 from mis_mlx.planner import estimates, quantized_size, training_size
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
 from mis_mlx.planner.job import MODES, DistillationSpec, Mode
+from mis_mlx.planner.pruning_size import prune, repair
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.planner.training_size import STATE_BYTES
 from mis_mlx.types import gib
 
 SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
 TEXTS = 2  # held-out texts that models are measured on
-
-
-def prune(job: DistillationSpec, limit: int) -> StageCost:
-    """Calibrate, then copy what is kept, tensor by tensor."""
-    t, length = job.teacher, job.length
-    p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
-    peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
-    copied = estimates.tensor_bytes(t)
-    if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
-        square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
-        peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide
-        turn = 4.0 * square * (t.shape.layers + 1) * job.calibration * length
-        read, written, flops = read + 2 * p.read_bytes, written + 2 * p.written_bytes, flops + 2 * p.flops + turn
-    peak, read, written = max(peak, copied), read + t.nbytes, written + job.student.nbytes
-    return replace(p, peak_bytes=peak, read_bytes=read, written_bytes=written, flops=flops)
-
-
-def repair(job: DistillationSpec) -> StageCost:
-    """Both models side by side, every down_proj refitted (pruning/reconstruct); the new ones wait in memory."""
-    m, length, tokens = job.student, job.length, job.repair * job.length
-    small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
-    fit_bytes, fit_flops = estimates.refit(m, tokens)
-    beside = small.peak_bytes + fit_bytes + 4 * m.shape.layers * m.shape.ffn * m.shape.hidden
-    big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
-    flops = big.flops + 2 * small.flops + m.shape.layers * fit_flops
-    return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)
 
 
 def store(job: DistillationSpec, limit: int) -> StageCost:
@@ -197,7 +172,7 @@ class MemoryPlan:
     @property
     def way(self) -> dict[str, Any]:
         """What a resumed run must not change, as arguments of `one`."""
-        return {"mode": self.mode, "micro": self.micro_batch, "shard": self.shard_layers}
+        return {"mode": self.mode, "micro": self.micro_batch, "shard": self.shard_layers, "tuned": self.tuned}
 
     def recipe(self, asked: DistillationConfig) -> DistillationConfig:
         """The recipe that was asked for, with micro-batches as planned."""
@@ -207,6 +182,11 @@ class MemoryPlan:
     def held_windows(self, name: str) -> int:
         """How many windows of hidden states the phase of this name keeps in memory."""
         return next(p.held_tokens for p in self.phases if p.name == name) // self.job.length
+
+    @property
+    def tuned(self) -> int:
+        """Steps after rounding."""
+        return any(p.name == "tune" for p in self.phases) * self.job.rounding.steps(self.mode != "sharded")
 
     @property
     def fits(self) -> bool:
@@ -242,8 +222,11 @@ def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
                 yield mode, micro, shard
 
 
-def one(job: DistillationSpec, limit: int, rates: Rates, mode: Mode, micro: int, shard: int) -> MemoryPlan:
-    """The plan of one way, whether it fits or not."""
+def one(
+    job: DistillationSpec, limit: int, rates: Rates, mode: Mode, micro: int, shard: int, tuned: int | None = None
+) -> MemoryPlan:
+    """The plan of one way, whether it fits or not. tuned: steps after rounding; None: those asked for, or, where
+    nobody asked, the usual ones if they fit."""
     known = TENSOR_BYTES * job.teacher.tensors
     left = max(0, limit - known)
     own = known + process_bytes(left, job.teacher.gpu)
@@ -255,8 +238,10 @@ def one(job: DistillationSpec, limit: int, rates: Rates, mode: Mode, micro: int,
     whole = mode != "sharded"
     phases.append(resident(job, micro, left, mode == "blocks") if whole else sharded(job, micro, shard))
     phases.append(quantized_size.quantize(job.student, job.rounding, job.calibration, job.length, left))
-    if steps := job.rounding.steps(whole):
-        phases.append(tune(job, micro, left, steps))
+    steps = job.rounding.steps(whole) if tuned is None else tuned
+    extra = [tune(job, micro, left, steps)] if steps else []
+    optional = tuned is None and job.rounding.q_iters is None
+    phases += [p for p in extra if not optional or p.peak_bytes + own <= limit]
     phases.append(measure(job, max(p.peak_bytes for p in phases) + own))
     phases = [replace(p, peak_bytes=p.peak_bytes + own) for p in phases]
     return MemoryPlan(job, limit, rates, mode, micro, shard, tuple(phases))

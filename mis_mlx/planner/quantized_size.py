@@ -63,13 +63,15 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     some windows, and a slab of gradients and errors. Traffic and operations are those of its docstring.
     """
     window = length * m.shape.hidden * m.item
-    one = streamed_pass("", m, length, length, length, spool=False)
+    one = streamed_pass("", m, length, length, length, head=False, spool=False)
+    head = m.head_work + training_size.logit_bytes(m.shape.vocab, length, not m.gpu)
     back = 2 * estimates.together(m) * training_size.backward_bytes(m.config, 1, length)
     s, formats = m.shape, len(BITS)
     seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)
     batch = min(windows, max(1, max(HELD_BYTES, 4 * m.block_params) // seen))
     slab = (2 * batch + 4) * 4 * min(SLAB, s.ffn * s.hidden)
-    peak = one.peak_bytes + back + (4 + 4) * m.block_params + batch * seen + slab + 2 * windows * window
+    sensed = back + (4 + 4) * m.block_params + batch * seen + slab
+    peak = one.peak_bytes + max(head, sensed) + 2 * windows * window  # the head is gone before the way back
     touched = windows * (12 + 4 * formats) + math.ceil(windows / batch) * 20 * formats
     held = min(windows, estimates.room(limit, peak, m.gpu) // (window * m.shape.layers))
     spooled = (windows - held) * window * m.shape.layers

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import distill, prune
+from mis_mlx import distill, export, prune
 from mis_mlx.distillation import live_teacher
 from mis_mlx.models import arch, load, stream
 from mis_mlx.models.config import check_config, normalised
-from mis_mlx.models.families import FAMILIES
+from mis_mlx.models.families import ALL, FAMILIES
 from mis_mlx.types import Batch, Checkpoint, MisError
 from tests import tiny
 
@@ -126,6 +126,15 @@ def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: P
     assert min(losses[6:]) < losses[0] and result["nll_quantized"] is not None
 
 
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_what_llama_cpp_is_not_told_of(models: Models, kind: str, tmp_path: Path) -> None:
+    """A GGUF is refused in one sentence, the Hugging Face folder is written."""
+    with pytest.raises(MisError, match=f"a {kind} is not written as GGUF here: use --format hf"):
+        export.run(export.Settings(model=str(models(kind).path), out=str(tmp_path / "gguf")))
+    export.run(export.Settings(model=str(models(kind).path), out=str(tmp_path / "hf"), format="hf"))
+    assert load.open_checkpoint(tmp_path / "hf").tensors.keys() == models(kind).tensors.keys()
+
+
 @pytest.mark.parametrize(
     ("kind", "flags", "said"),
     [
@@ -156,3 +165,22 @@ def test_what_a_family_needs_is_asked_for(kind: str, change: dict[str, Any], sai
     """A config without it is one sentence."""
     with pytest.raises(MisError, match=said):
         check_config({**tiny.CONFIG, **tiny.FAMILIES[kind], **change}, Path("config.json"))
+
+
+def table() -> str:
+    """That of docs/families.md, from the rows."""
+    head = ["model_type", "layers", "ffn", "heads", "kv_heads", "hidden", "repair", "on Metal in", "GGUF"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in FAMILIES.values():
+        axes = ["yes" if axis in row.axes else "no" for axis in ALL]
+        if row.head_dim_follows:  # heads and the hidden size go by their quotient
+            axes = [*axes[:2], "no", axes[3], "no"]
+        rest = ["no" if row.sandwich else "yes", "float16" if row.float16 else "bfloat16", row.gguf or "no"]
+        lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")
+    return "\n".join(lines)
+
+
+def test_the_page_says_what_the_table_says() -> None:
+    """docs/families.md."""
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert table() in page, table()

@@ -26,7 +26,7 @@ from mis_mlx.models import arch, block_files, load
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.estimates import forward_flops, model_of
 from mis_mlx.planner.job import MODES, DistillationSpec, spec_of
-from mis_mlx.planner.recipe import DistillationConfig, Schedule, TrainingConfig
+from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig, Schedule, TrainingConfig
 from mis_mlx.pruning import select
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
@@ -146,7 +146,7 @@ def test_budgets_choose() -> None:
     less = phases.resident(wordy, 4, 0).peak_bytes - phases.resident(wordy, 4, 0, frozen=True).peak_bytes
     assert less >= 8 * 30_000 * 64  # two moments of the embedding
     plans = [phases.make(replace(wordy, modes=MODES[1:]), n * MIB, M1_AIR) for n in (4, 300)]
-    assert plans[1].mode == "blocks" and plans[1].way == {"mode": "blocks", "micro": 4, "shard": 0}
+    assert plans[1].mode == "blocks" and plans[1].way == {"mode": "blocks", "micro": 4, "shard": 0, "tuned": 0}
 
 
 @pytest.mark.parametrize("targets", ["live", "cached"])
@@ -158,6 +158,19 @@ def test_more_budget_never_reads_more(targets: Any) -> None:
     reads = [sum(f.read_bytes for f in p.phases) for p in plans]
     assert reads == sorted(reads, reverse=True) and len(set(reads)) >= 5
     assert {p.mode for p in plans} >= {"resident", "sharded"} and len({p.shard_layers for p in plans}) > 2
+
+
+def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
+    """Under a budget that holds training and not `tune` they are left out; asked for, they do not fit, said so."""
+    job = replace(JOB, rounding=QuantizationConfig(), modes=("blocks",))
+    whole = phases.one(job, GIB, M1_AIR, "blocks", 4, 0)
+    assert whole.tuned == 20 and list(named(whole))[-2:] == ["tune", "measure"]
+    less = replace(job, rounding=replace(job.rounding, q_iters=20))
+    most = max(p.peak_bytes for name, p in named(whole).items() if name != "tune")
+    if named(whole)["tune"].peak_bytes > most:
+        plan = phases.one(job, most, M1_AIR, "blocks", 4, 0)
+        assert plan.fits and plan.tuned == 0 and not phases.one(less, most, M1_AIR, "blocks", 4, 0).fits
+        assert phases.one(job, GIB, M1_AIR, **plan.way) != whole
 
 
 def test_micro_batches_divide_the_step() -> None:

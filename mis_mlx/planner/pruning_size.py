@@ -1,0 +1,38 @@
+"""What calibrating, cutting and repairing a model take: bytes, memory, operations.
+
+Does not know how it is done (pruning/calibrate, pruning/reconstruct), nor the training after it (planner/phases).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mis_mlx.planner import estimates
+from mis_mlx.planner.estimates import StageCost, streamed_pass
+from mis_mlx.planner.job import DistillationSpec
+
+
+def prune(job: DistillationSpec, limit: int) -> StageCost:
+    """Calibrate, then copy what is kept, tensor by tensor."""
+    t, length = job.teacher, job.length
+    p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
+    peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
+    copied = estimates.tensor_bytes(t)
+    if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
+        square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
+        peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide
+        turn = 4.0 * square * (t.shape.layers + 1) * job.calibration * length
+        read, written, flops = read + 2 * p.read_bytes, written + 2 * p.written_bytes, flops + 2 * p.flops + turn
+    peak, read, written = max(peak, copied), read + t.nbytes, written + job.student.nbytes
+    return replace(p, peak_bytes=peak, read_bytes=read, written_bytes=written, flops=flops)
+
+
+def repair(job: DistillationSpec) -> StageCost:
+    """Both models side by side, every down_proj refitted (pruning/reconstruct); the new ones wait in memory."""
+    m, length, tokens = job.student, job.length, job.repair * job.length
+    small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
+    fit_bytes, fit_flops = estimates.refit(m, tokens)
+    beside = small.peak_bytes + fit_bytes + 4 * m.shape.layers * m.shape.ffn * m.shape.hidden
+    big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
+    flops = big.flops + 2 * small.flops + m.shape.layers * fit_flops
+    return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)
