@@ -124,7 +124,7 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     """Commit an ordinary folder: every weight dense in one type."""
     if wanted not in HF_DTYPES:
         raise MisError(f"--out-type {wanted} is a type of GGUF: take --format gguf, or bf16 or f16")
-    vocab.present(checkpoint.path)
+    model_writer.need_tokenizer(checkpoint.path)
     shape, dtype = shape_of(checkpoint.config), HF_DTYPES[wanted]
     config = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), dtype)
     nbytes = 2 * arch.params(checkpoint.config)

@@ -132,7 +132,6 @@ class PrunableAxis:
     as columns (axis 1), `vectors` as their only axis. Names carry `{i}` where the layer number goes. `unit` indices
     belong together and go together (1 FFN neuron; head_dim rows of one query head)."""
 
-    name: str  # "ffn", "heads", "hidden", "layers"
     size: int
     unit: int
     writes: tuple[str, ...] = ()

@@ -233,7 +233,7 @@ def test_refusals_write_nothing(tmp_path: Path, llama: Checkpoint) -> None:
     (broken / "config.json").write_text(json.dumps(config))
     refused("no max_position_embeddings", broken)
     (broken / "tokenizer.json").unlink()
-    refused("neither tokenizer.json nor tokenizer.model", broken, format="hf")
+    refused("has no tokenizer: copy", broken, format="hf")
 
 
 def test_k_quants_without_llama_cpp(tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx import export
@@ -213,20 +212,6 @@ def test_a_vocabulary_of_ones_own_is_cut_alike(
     file = exported(model, tmp_path / "out", "f16")
     assert GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == name
     cut_alike(opened(file), model, [*texts, "x<|endoftext|>y"])
-
-
-def test_sentencepiece_is_cut_alike(tmp_path: Path, texts: list[str], opened: Callable[..., Any]) -> None:
-    """A tokenizer.model as Llama 2 and Mistral have one: pieces by score, unknown letters as bytes."""
-    model = tiny.make(tmp_path / "m", vocab_size=1024)
-    (model / "tokenizer.json").unlink()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(line for t in texts for line in t.splitlines() if line.strip()), vocab_size=1024,
-        model_prefix=str(model / "tokenizer"), model_type="bpe", byte_fallback=True, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=0.99,
-    )  # fmt: skip
-    pieces = SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
-    file = opened(exported(model, tmp_path / "out", "f16"))
-    assert all(file.tokenize(t.encode(), add_bos=False) == pieces.encode(t) for t in texts)
 
 
 def prompts_through(model: Any, folder: Path) -> tuple[list[list[int]], np.ndarray]:

@@ -21,7 +21,7 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, mlx_generate, policy, resolve, stream, streamed_decode
-from mis_mlx.models.float16_range import MOST, largest
+from mis_mlx.models.policy import MOST, largest
 from mis_mlx.planner import estimates
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.pruning.calibrate import calibrate

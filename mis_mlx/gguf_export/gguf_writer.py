@@ -1,7 +1,4 @@
-"""Write a GGUF file with one slab of rows in memory: its head from the `gguf` package, its tensors appended.
-
-Does not know where the rows come from.
-"""
+"""Write a GGUF file with one slab of rows in memory: its head from the `gguf` package, its tensors appended."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The papers of an exported model: README.md (a model card for the Hugging Face hub) and Ollama's Modelfile.
-
-Reads what a run left beside its models; measures nothing.
-"""
+"""The papers of an exported model: README.md (a model card for the Hugging Face hub) and Ollama's Modelfile."""
 
 from __future__ import annotations
 

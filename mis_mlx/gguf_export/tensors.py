@@ -1,8 +1,8 @@
 """A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for.
 
-Writes no file and knows no tokenizer. What MLX packed goes without rounding again where llama.cpp has the same
-format: affine groups of up to 4 bits are Q4_1 blocks and those of 5 bits Q5_1, both scale · q + bias (a group of 64 or
-128 weights repeats them in its blocks of 32); mxfp4 and nvfp4 are MXFP4 and NVFP4.
+What MLX packed goes without rounding again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1
+blocks and those of 5 bits Q5_1, both scale · q + bias (a group of 64 or 128 weights repeats them in its blocks of 32);
+mxfp4 and nvfp4 are MXFP4 and NVFP4.
 """
 
 from __future__ import annotations
@@ -68,15 +68,8 @@ class Part:
 
 def packing(checkpoint: Checkpoint, name: str) -> tuple[int, int, str] | None:
     """(bits, group size, mode) of a packed matrix; None for one that is not packed."""
-    stem = name.removesuffix(".weight")
-    if f"{stem}.scales" not in checkpoint.tensors:
-        return None
-    settings = checkpoint.config.get("quantization") or {}
-    own = settings.get(stem)
-    own = own if isinstance(own, dict) else settings
-    if "bits" not in own:
-        raise MisError(load.NOT_OURS.format(checkpoint.path))
-    return own["bits"], own["group_size"], own.get("mode", "affine")
+    own = load.packing(checkpoint, name.removesuffix(".weight"))
+    return (own["bits"], own["group_size"], own["mode"]) if own else None
 
 
 def out_type(checkpoint: Checkpoint) -> str:
@@ -94,9 +87,9 @@ def out_type(checkpoint: Checkpoint) -> str:
 def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     """Every tensor of the GGUF in order. `wanted`: an --out-type such as "q4_1".
 
-    Vectors are float32. Of a packed model q4_1, mxfp4 and nvfp4 keep exactly all matrices that some type of llama.cpp
-    holds; the others get Q8_0. q4_k_m: the types that llama.cpp is going to choose. MisError where rows do not divide
-    by a block, or nothing is packed in the mode that was asked for.
+    Vectors are float32. Of a packed model q4_1, mxfp4 and nvfp4 keep exactly what some type of llama.cpp holds; other
+    matrices get Q8_0. q4_k_m: the types that llama.cpp is going to choose. MisError where rows do not divide by a
+    block, or nothing is packed in the mode that was asked for.
     """
     import gguf
 
@@ -222,12 +215,12 @@ def _halves(q: np.ndarray, block: int) -> np.ndarray:
 
 def arch_of(config: Mapping[str, Any]) -> str:
     """llama.cpp's name of the architecture. MisError for a family whose files are not written here."""
-    if not (found := family(config).gguf):
+    if not (name := family(config).gguf):
         raise MisError(
             f"a {family(config).name} is not written as GGUF here: use --format hf, and on that folder llama.cpp's own "
             "convert_hf_to_gguf.py"
         )
-    return found
+    return name
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """A tokenizer's folder as GGUF keeps it: pieces, scores, types, merges, special ids, chat template.
 
-Does not know the model; writes into a `gguf.GGUFWriter`, not to disk. Follows llama.cpp's conversion/base.py.
+Writes into a `gguf.GGUFWriter`, not to disk. Follows llama.cpp's conversion/base.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from mis_mlx.types import MisError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF's token types
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # GGUF's token types
 ADDED_SCORE, NO_SCORE = -1000.0, -10000.0  # what llama.cpp's converter gives an added token, and a hole
 Piece = tuple[str, float, int]  # text, score, type
 
@@ -36,15 +36,6 @@ def known() -> dict[str, Any]:
     return _json(Path(__file__).parent / "pre_tokenizers.json")
 
 
-def present(folder: Path) -> None:
-    """MisError when the folder has no tokenizer that can go along."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise MisError(
-            f"{folder} has neither tokenizer.json nor tokenizer.model: copy the tokenizer files of the model it was "
-            "made from"
-        )
-
-
 def add(writer: Any, folder: Path, size: int) -> list[str]:
     """Put the tokenizer into the writer, padded to `size` tokens, the rows of the embedding. Returns notes for people.
 
@@ -52,12 +43,13 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     """
     import gguf
 
-    present(folder)
     spec, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
-    first = _ids(folder, "a")[:1] if spec else []  # also the library's own judgement of the file
+    if not spec:
+        raise MisError(f"{folder} has no tokenizer.json: copy the tokenizer files of the model it was made from")
+    first = _ids(folder, "a")[:1]  # also the library's own judgement of the file
     kind, pre, pieces, notes = _pieces(folder, spec)
     spm = kind == "llama"
-    pieces |= _added(folder, spec, spm)
+    pieces |= _added(spec, spm)
     if (last := max(pieces)) >= size:
         why = f"the tokenizer has token {last}, the embedding {size} rows"
         raise MisError(f"{folder}: {why}: they belong to two models")
@@ -75,7 +67,7 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     except ValueError as error:
         why = f"the tokenizer's settings are damaged ({str(error)[:120]})"
         raise MisError(f"{folder}: {why}: copy them again") from None
-    if spec and "bos" not in special.add_special_token:
+    if "bos" not in special.add_special_token:
         special.add_special_token["bos"] = first == [special.special_token_ids.get("bos")]
     special.add_to_gguf(writer, quiet=True)
     return notes
@@ -84,27 +76,24 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
 def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Piece], list[str]]:
     """(llama.cpp's kind of tokenizer, its pre-tokenizer, pieces by id without added ones, notes for people)."""
     model = spec.get("model") or {}
-    kind = model.get("type")
-    if kind == "BPE" and not model.get("byte_fallback"):
+    if (kind := model.get("type")) != "BPE":
+        raise MisError(f"{folder}: a tokenizer of type {kind} has no place in a GGUF of these models: use --format hf")
+    if not model.get("byte_fallback"):
         digest = hashlib.sha256(str(_ids(folder, known()["probe"])).encode()).hexdigest()
         unknown = (
             f"the pre-tokenizer is none that is known here by llama.cpp's hash ({digest[:12]}) or by its rules: "
             "'default' is written, llama.cpp may cut numbers and punctuation differently"
         )
-        pieces: dict[int, Piece] = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
         pre = known()["names"].get(digest) or RULES.get((_steps(spec), bool(model.get("ignore_merges"))))
+        pieces = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
         return "gpt2", pre or "default", pieces, [] if pre else [unknown]
-    if (folder / "tokenizer.model").is_file():
-        return "llama", "default", _sentencepiece(folder / "tokenizer.model"), []
-    if kind == "BPE":
-        # The greedy merging of llama.cpp takes the best score first, so the order of merges is the score.
-        ranks = {"".join(m.split(" ") if isinstance(m, str) else m): -float(n) for n, m in enumerate(model["merges"])}
-        pieces = {}
-        for text, i in model["vocab"].items():
-            is_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text)
-            pieces[i] = (text, ranks.get(text, 0.0), BYTE if is_byte else NORMAL)
-        return "llama", "default", pieces, []
-    raise MisError(f"{folder}: a tokenizer of type {kind} has no place in a GGUF of these models: use --format hf")
+    # SentencePiece's: llama.cpp joins the best-scored neighbours first, so the order of merges is the score.
+    ranks = {"".join(m.split(" ") if isinstance(m, str) else m): -float(n) for n, m in enumerate(model["merges"])}
+    pieces = {}
+    for text, i in model["vocab"].items():
+        is_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text)
+        pieces[i] = (text, ranks.get(text, 0.0), BYTE if is_byte else NORMAL)
+    return "llama", "default", pieces, []
 
 
 def _steps(spec: dict[str, Any]) -> tuple[str, ...]:
@@ -147,28 +136,10 @@ def _ids(folder: Path, text: str) -> list[int]:
         raise MisError(f"{folder}/tokenizer.json does not open ({str(error)[:120]}): copy it again") from None
 
 
-def _sentencepiece(path: Path) -> dict[int, Piece]:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError, TypeError) as error:
-        raise MisError(f"{path} is not a SentencePiece model ({str(error)[:80]}): copy it again") from None
-    tests = ((model.IsUnknown, UNKNOWN), (model.IsControl, CONTROL), (model.IsUnused, UNUSED), (model.IsByte, BYTE))
-    pieces = {}
-    for i in range(model.GetPieceSize()):
-        kind = next((kind for is_it, kind in tests if is_it(i)), NORMAL)
-        pieces[i] = (model.IdToPiece(i), model.GetScore(i), kind)
-    return pieces
-
-
-def _added(folder: Path, spec: dict[str, Any], spm: bool) -> dict[int, Piece]:
+def _added(spec: dict[str, Any], spm: bool) -> dict[int, Piece]:
     """Tokens that were added to the vocabulary; those that look special count as special, as in llama.cpp."""
-    tokens = [{"id": i, "content": text} for text, i in _json(folder / "added_tokens.json").items()]
-    decoder = _json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    tokens += [{**token, "id": i} for i, token in decoder.items()]
     pieces = {}
-    for token in [*tokens, *(spec.get("added_tokens") or ())]:
+    for token in spec.get("added_tokens") or ():
         text = token["content"]
         control = token.get("special") or re.fullmatch(r"<(\||｜).*\1>|<pad>|<mask>|<unused.*>", text, re.DOTALL)
         plain = text if control or not spm else text.replace("▁", " ")

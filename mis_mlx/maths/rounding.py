@@ -15,7 +15,7 @@ Mode = Literal["affine", "mxfp4", "nvfp4"]
 Packed = tuple[mx.array, ...]
 BEYOND = "a matrix has weights beyond 65,504, where float16 scales end: leave the model unquantized"
 BITS = (3, 4, 5, 6, 8)  # 2 are never worth it at these sizes; 7 MLX does not have
-# Of quantization/sensitivity, whose memory is planned:
+# Of quantization/bit_allocation, whose memory is planned:
 HELD_BYTES = 128 * 2**20  # of what matrices see of windows; a block in float32, if more; a window at least
 SLAB = 2**18  # weights whose gradients and errors exist at once
 DAMPING = 0.01  # of the gram matrix's mean diagonal, added to it: the paper's

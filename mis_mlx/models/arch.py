@@ -1,15 +1,13 @@
-"""Which axes of a model can shrink, and what tensors a config promises.
-
-Pure functions of the config. Does not read weights and does not import mlx_lm.
-"""
+"""Which axes of a model can shrink, and what tensors a config promises: pure functions of the config."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from mis_mlx.models.config import Shape, normalised, shape_of
+from mis_mlx.models.config import KEYS, Shape, normalised, shape_of
 from mis_mlx.models.families import family
 from mis_mlx.types import Checkpoint, MisError, PrunableAxis, TensorAt
 
@@ -103,91 +101,48 @@ def params(config: Mapping[str, Any]) -> int:
 
 def spaces(config: Mapping[str, Any]) -> dict[str, PrunableAxis]:
     """The axes that can shrink, and which tensors write and read them ('{i}' is the layer number)."""
-    s, layer, names = shape_of(config), "model.layers.{i}.", layer_tensors(config)
+    s, names = shape_of(config), layer_tensors(config)
 
-    def present(*candidates: str) -> tuple[str, ...]:
-        return tuple(layer + n for n in candidates if n in names)
+    def axis(size: int, unit: int, writers: tuple[str, ...], readers: tuple[str, ...]) -> PrunableAxis:
+        def of(modules: tuple[str, ...], kind: str) -> tuple[str, ...]:
+            inside = [name for name in names if name.split(".")[-2] in modules and name.endswith(kind)]
+            return tuple("model.layers.{i}." + name for name in inside)
 
+        return PrunableAxis(size, unit, of(writers, ".weight"), of(readers, ".weight"), of(writers, ".bias"))
+
+    hidden = axis(s.hidden, 1, ("o_proj", "down_proj"), READERS["norm1"] + READERS["norm2"])
+    norms = ("model.layers.{i}.input_layernorm.weight", "model.layers.{i}.post_attention_layernorm.weight")
     return {
-        "ffn": PrunableAxis(
-            "ffn",
-            s.ffn,
-            1,
-            present("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-            present("mlp.down_proj.weight"),
-            present("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+        "ffn": axis(s.ffn, 1, ("gate_proj", "up_proj"), READERS["ffn"]),
+        "heads": axis(s.heads * s.head_dim, s.head_dim, ("q_proj",), READERS["heads"]),
+        "kv_heads": axis(s.kv_heads * s.head_dim, s.head_dim, ("k_proj", "v_proj"), ()),
+        "hidden": replace(
+            hidden,
+            reads=("model.embed_tokens.weight", "lm_head.weight", *hidden.reads),
+            vectors=("model.norm.weight", *norms, *hidden.vectors),
         ),
-        "heads": PrunableAxis(
-            "heads",
-            s.heads * s.head_dim,
-            s.head_dim,
-            present("self_attn.q_proj.weight"),
-            present("self_attn.o_proj.weight"),
-            present("self_attn.q_proj.bias"),
-        ),
-        "kv_heads": PrunableAxis(
-            "kv_heads",
-            s.kv_heads * s.head_dim,
-            s.head_dim,
-            present("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-            (),
-            present("self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-        ),
-        "hidden": PrunableAxis(
-            "hidden",
-            s.hidden,
-            1,
-            present("self_attn.o_proj.weight", "mlp.down_proj.weight"),
-            (
-                "model.embed_tokens.weight",
-                "lm_head.weight",
-                *present(
-                    "self_attn.q_proj.weight",
-                    "self_attn.k_proj.weight",
-                    "self_attn.v_proj.weight",
-                    "mlp.gate_proj.weight",
-                    "mlp.up_proj.weight",
-                ),
-            ),
-            (
-                "model.norm.weight",
-                *present(
-                    "input_layernorm.weight",
-                    "post_attention_layernorm.weight",
-                    "self_attn.o_proj.bias",
-                    "mlp.down_proj.bias",
-                ),
-            ),
-        ),
-        "layers": PrunableAxis("layers", s.layers, 1),
     }
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
     """Predict every tensor from the config and compare with the headers: names and shapes, quantized or not."""
-    found = checkpoint.tensors
-    expected = tensors_of(checkpoint.config)
+    stored, expected = checkpoint.tensors, tensors_of(checkpoint.config)
     for name, shape in expected.items():
-        at = found.get(name)
-        if at is None:
-            raise MisError(
-                f"{checkpoint.path}: config.json promises {name} {list(shape)}, no file holds it: "
-                "download the model again"
-            )
-        packed = at.dtype == "U32" and name.removesuffix(".weight") + ".scales" in found
+        if (at := stored.get(name)) is None:
+            lost = f"config.json promises {name} {list(shape)}, no file holds it"
+            raise MisError(f"{checkpoint.path}: {lost}: download the model again")
+        packed = at.dtype == "U32" and name.removesuffix(".weight") + ".scales" in stored
         if at.shape != shape and not (packed and len(shape) == 2 and at.shape[0] == shape[0]):
             raise MisError(
                 f"{at.file}: {name} is {list(at.shape)}, config.json makes it {list(shape)}: "
                 "files and config belong to different models"
             )
-    known = {n.removesuffix(".weight") for n in expected}
-    for name in found:
-        stem = name.rsplit(".", 1)[0]
-        packing = name.endswith((".scales", ".biases")) and stem in known
+    for name, at in stored.items():
+        packing = name.endswith((".scales", ".biases")) and name.rsplit(".", 1)[0] + ".weight" in expected
         if name in expected or name == "lm_head.weight" or "rotary_emb" in name or packing:
             continue
         raise MisError(
-            f"{found[name].file}: holds {name}, which a {family(checkpoint.config).name} of "
+            f"{at.file}: holds {name}, which a {family(checkpoint.config).name} of "
             f"{shape_of(checkpoint.config)} has no place for: files and config differ"
         )
 
@@ -205,19 +160,18 @@ def _nearest(value: float, multiple: int, most: int) -> int:
 
 
 def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact: int | None) -> Shape:
-    """The student's shape: each axis by scenario ratio, or exactly as given; rounded so that kernels like it.
+    """The student's shape: each axis by scenario ratio, or exactly as given.
 
-    FFN to a multiple of 256 (or kept as it is when smaller), hidden to a multiple the heads divide.
-    Raises MisError where a cut would give a model that no loader accepts.
+    By ratio the FFN is a multiple of 256 (or kept when smaller), hidden one of 16 and of the heads. MisError where no
+    loader would accept the model.
     """
     s, of = shape_of(config), family(config)
-    sizes = {"layers": s.layers, "ffn": s.ffn, "kv_heads": s.kv_heads, "heads": s.heads, "hidden": s.hidden}
+    sizes: dict[str, Any] = {axis: getattr(s, axis) for axis in ("layers", "ffn", "kv_heads", "heads", "hidden")}
     step = {"layers": 1, "ffn": FFN_MULTIPLE, "kv_heads": 1, "heads": s.kv_heads, "hidden": math.lcm(16, s.heads)}
     for axis, before in sizes.items():
         wanted = exact.get(axis)
         if axis not in of.axes and (wanted not in (None, before) or (wanted is None and ratios.get(axis, 1) != 1)):
-            offered = ", ".join(of.axes)
-            raise MisError(f"{axis} of a {of.name} cannot be cut: {of.why}; what can be is {offered}")
+            raise MisError(f"{axis} of a {of.name} cannot be cut: {of.why}; what can be is {', '.join(of.axes)}")
         if wanted is not None:
             if not 1 <= wanted <= before:
                 raise MisError(f"--{axis} {wanted} is outside 1 to {before}, which the teacher has: choose within")
@@ -233,7 +187,7 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
             f"query heads each: choose a multiple of {kv}, {each * kv} at most"
         )
     _check_sizes(config, sizes)
-    return Shape(sizes["layers"], sizes["hidden"], sizes["ffn"], sizes["heads"], kv, s.head_dim, s.vocab, s.tied)
+    return replace(s, **sizes)
 
 
 def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
@@ -256,9 +210,9 @@ def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
 
 
 def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, ...], dtype: str) -> dict[str, Any]:
-    """The teacher's config.json edited to `shape`: an ordinary, uniform model that every runtime opens.
+    """The teacher's config.json edited to `shape`: an ordinary model that every runtime opens.
 
-    Both spellings of rope, explicit head_dim and tying; quantization keys dropped.
+    Both spellings of rope, explicit head_dim and tying, no quantization.
     """
     c = normalised(config)
     for key in ("quantization", "quantization_config", "dtype"):  # transformers 5 would believe dtype, not torch_dtype
@@ -266,15 +220,7 @@ def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, .
     for key in ("layer_types", family(c).kinds):
         if c.get(key):
             c[key] = [c[key][i] for i in layers]
-    c |= {
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "torch_dtype": dtype,
-    }
+    c |= {key: getattr(shape, field) for field, key in KEYS.items()} | {"torch_dtype": dtype}
     if "full_attention" not in (rope := c.get("rope_parameters") or {}):
         rope = {"rope_type": "default", **rope, **(c.get("rope_scaling") or {}), "rope_theta": c["rope_theta"]}
         c["rope_parameters"] = rope

@@ -1,7 +1,7 @@
 """One streamed pass forwards and one back, from the log-probability of next tokens that the model itself draws.
 
-The data's own tokens would make what is measured the empirical Fisher of arXiv 2204.09656. Does not know what is
-measured on the way. One block is in memory at a time.
+The data's own tokens would make what is measured the empirical Fisher of arXiv 2204.09656. One block is in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def backwards(
 ) -> None:
     """One pass forwards, then from the last block to the first: `visit(i, block)` gives what takes batches back.
 
-    That is a function of the block's inputs x [(B, T, D)] and d log p(drawn tokens) / d output [(B, T, D)] of some
-    batches, which gives d log p / d x [(B, T, D)]. Token ids [(B, T)]. kept: a place for the inputs of all blocks,
-    L * len(batches) arrays (B, T, D); default: memory.
+    That function takes the block's inputs x and d log p(drawn tokens) / d output of some batches, all [(B, T, D)], and
+    gives d log p / d x. Token ids [(B, T)]. kept: a place for the inputs of all blocks, L * len(batches) arrays
+    (B, T, D); default: memory.
     """
     kept = [] if kept is None else kept
     source, n = stream.Stream(checkpoint, dtype), len(batches)
@@ -62,11 +62,11 @@ def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key:
         return load.logits(head, norm(x)).astype(mx.float32)
 
     for start in range(0, len(flat), rows := chunk_rows(shape_of(checkpoint.config).vocab)):
-        z = logits(flat[start : start + rows])
+        some = flat[start : start + rows]
+        z = logits(some)
         key, now = mx.random.split(key)
-        drawn = mx.random.categorical(z, key=now)
-        there = _pulls(z, drawn)
-        parts.append(mx.vjp(logits, [flat[start : start + rows]], [there])[1][0])
+        above = _pulls(z, mx.random.categorical(z, key=now))
+        parts.append(mx.vjp(logits, [some], [above])[1][0])
         stream.evaluate_now(parts[-1])
     return mx.concatenate(parts).reshape(hidden.shape)
 

@@ -1,6 +1,6 @@
 """Many completions at once through mlx-lm's batched generation: a prompt is read once, its keys serve all of them.
 
-Does not know what completions are for. What is drawn depends on the weights, the prompt and the seed alone.
+What is drawn depends on the weights, the prompt and the seed alone.
 """
 
 from __future__ import annotations

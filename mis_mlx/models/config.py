@@ -1,20 +1,27 @@
-"""A config.json: read with suspicion, checked for plausibility, spelled out in full.
-
-Does not read weights, does not import mlx_lm, and knows nothing of pruning.
-"""
+"""A config.json: read with suspicion, checked for plausibility, spelled out in full."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mis_mlx.models.families import FAMILIES, family
+from mis_mlx.storage.header_check import Refused, json_object
 from mis_mlx.types import MisError
 
-ROPE_NEEDS = {  # kinds of rotary positions, and the numbers each cannot do without
+MOST_BYTES = 10_000_000
+KEYS = {  # of a `Shape`, as config.json calls them
+    "layers": "num_hidden_layers", "hidden": "hidden_size", "ffn": "intermediate_size",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "vocab": "vocab_size", "tied": "tie_word_embeddings",
+}  # fmt: skip
+SIZES = {  # that a config must have, and the most that is plausible
+    "num_hidden_layers": 1000, "hidden_size": 65_536, "intermediate_size": 1_000_000, "vocab_size": 2_000_000,
+    "num_attention_heads": 1024,
+}  # fmt: skip
+ROPE_NEEDS: dict[Any, tuple[str, ...]] = {  # kinds of rotary positions, and the numbers each cannot do without
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -43,39 +50,27 @@ class Shape:
         )
 
 
-def _whole(config: Mapping[str, Any], key: str, low: int, high: int, where: Path, default: Any = None) -> int:
+def _whole(config: Mapping[str, Any], key: str, most: int, where: Path, default: Any = None) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if type(value) is not int or not low <= value <= high:
-        raise MisError(f"{where}: {key} is {value!r}, plausible is {low} to {high}: this is not a usable config")
+    if type(value) is not int or not 1 <= value <= most:
+        raise MisError(f"{where}: {key} is {value!r}, plausible is 1 to {most}: this is not a usable config")
     return value
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json, checked for plausibility before anything is built from it. No foreign code, ever."""
     where = folder / "config.json"
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [k for k, _ in items]
-        if double := {k for k in keys if keys.count(k) > 1}:
-            raise MisError(f"{where}: names {sorted(double)[0]!r} twice: keep one")
-        return dict(items)
-
-    def constant(name: str) -> None:
-        raise MisError(f"{where}: holds {name}, which is not a number: put a number there")
-
     try:
         if not where.is_file():  # reading a named pipe would wait for ever
             raise OSError
-        if where.stat().st_size > 10_000_000:
-            raise MisError(f"{where}: is {where.stat().st_size} bytes long, plausible is under 10,000,000")
-        config = json.loads(where.read_text("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        if where.stat().st_size > MOST_BYTES:
+            raise Refused(f"is {where.stat().st_size} bytes long, plausible is under {MOST_BYTES:,}")
+        config = json_object(where.read_bytes())
     except OSError:
         raise MisError(f"{folder}: has no readable config.json: give a Hugging Face or MLX model folder") from None
-    except (ValueError, RecursionError):
-        raise MisError(f"{where}: is not valid JSON: download the model again") from None
-    if not isinstance(config, dict):
-        raise MisError(f"{where}: is not a JSON object: download the model again")
+    except Refused as why:
+        raise MisError(f"{where}: {why}: download the model again") from None
     check_config(config, where)
     return config
 
@@ -91,20 +86,18 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise MisError(f"{where}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
-    _whole(config, "num_hidden_layers", 1, 1000, where)
-    hidden = _whole(config, "hidden_size", 1, 65_536, where)
-    _whole(config, "intermediate_size", 1, 1_000_000, where)
-    _whole(config, "vocab_size", 1, 2_000_000, where)
-    heads = _whole(config, "num_attention_heads", 1, 1024, where)
-    kv_heads = _whole(config, "num_key_value_heads", 1, 1024, where, heads)
-    if (head_dim := _whole(config, "head_dim", 1, 4096, where, max(1, hidden // heads))) % 2:
-        raise MisError(f"{where}: head_dim is {head_dim}, rotary positions need an even one: this is no usable config")
-    if heads % kv_heads:
+    for key, most in SIZES.items():
+        _whole(config, key, most, where)
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if heads % (kv_heads := _whole(config, "num_key_value_heads", 1024, where, heads)):
         raise MisError(f"{where}: {heads} attention heads do not divide into {kv_heads} key-value heads")
+    if (head_dim := _whole(config, "head_dim", 4096, where, max(1, hidden // heads))) % 2:
+        raise MisError(f"{where}: head_dim is {head_dim}, rotary positions need an even one: this is no usable config")
     of = family(config)
     for key in ("rms_norm_eps", *of.numbers, *filter(config.get, (of.embedding_scale, of.logit_divisor))):
         _positive(spelled_out(config).get(key), key, where)
     _check_positions(config, where)
+    _check_kinds(config, where)
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if config.get(key) not in (None, True, False):
             raise MisError(f"{where}: {key} is {config[key]!r}, true or false was expected")
@@ -131,29 +124,25 @@ def _check_positions(config: Mapping[str, Any], where: Path) -> None:
         kind = rope.get("type") or rope.get("rope_type", "default") if isinstance(rope, Mapping) else None
         if kind not in ROPE_NEEDS:
             raise MisError(f"{where}: {key} is {rope!r}, supported are the types {', '.join(ROPE_NEEDS)}")
-        for needed in ROPE_NEEDS[kind]:
+        for needed in ROPE_NEEDS[kind] + (("rope_theta",) if "rope_theta" in rope else ()):
             _positive(rope.get(needed), f"{key}.{needed}", where)
-        if "rope_theta" in rope:
-            _positive(rope["rope_theta"], f"{key}.rope_theta", where)
     if config.get("rope_theta") is not None:
         _positive(config["rope_theta"], "rope_theta", where)
-    _check_kinds(config, where)
 
 
 def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
     """What kind each block is of: windowed or not, with positions or not."""
-    layers, types, of = config["num_hidden_layers"], config.get("layer_types"), family(config)
-    kinds = config.get(of.kinds)
-    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers or set(map(str, kinds)) - {"0", "1"}):
-        raise MisError(f"{where}: {of.kinds} must be a list of {layers}, each 0 or 1")
+    layers, of = config["num_hidden_layers"], family(config)
+    for key, allowed in ((of.kinds, {"0", "1"}), ("layer_types", ATTENTION)):
+        kinds = config.get(key)
+        if kinds is not None and (
+            not isinstance(kinds, list) or len(kinds) != layers or set(map(str, kinds)) - allowed
+        ):
+            raise MisError(f"{where}: {key} must be a list of {layers}, each of {' or '.join(sorted(allowed))}")
     if of.period:
-        _whole(spelled_out(config), of.period, 1, 1000, where)
-    if types is None:
-        return
-    if not isinstance(types, list) or len(types) != layers or set(map(str, types)) - ATTENTION:
-        raise MisError(f"{where}: layer_types must be a list of {layers}, each of {' or '.join(sorted(ATTENTION))}")
-    if "sliding_attention" in types:
-        _whole(config, "sliding_window", 1, 2**31 - 1, where)
+        _whole(spelled_out(config), of.period, 1000, where)
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        _whole(config, "sliding_window", 2**31 - 1, where)
 
 
 def spelled_out(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,9 +162,8 @@ def spelled_out(config: Mapping[str, Any]) -> dict[str, Any]:
 def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy with rope_theta, rope_scaling, head_dim, kv heads and tying spelled out.
 
-    transformers >= 5 writes only `rope_parameters`; mlx-lm's llama reads only the top-level keys and would
-    silently fall back to theta 10000. An absent `tie_word_embeddings` means tied to mlx-lm's llama and
-    untied to transformers; transformers wrote the file, so its reading counts.
+    transformers >= 5 writes only `rope_parameters`, mlx-lm's llama reads only the top-level keys and takes theta 10000
+    without them. An absent `tie_word_embeddings` is read as transformers reads it.
     """
     c = spelled_out(config)
     rope = c.get("rope_parameters") or {}
@@ -195,13 +183,4 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """The sizes in a config."""
     c = normalised(config)
-    return Shape(
-        c["num_hidden_layers"],
-        c["hidden_size"],
-        c["intermediate_size"],
-        c["num_attention_heads"],
-        c["num_key_value_heads"],
-        c["head_dim"],
-        c["vocab_size"],
-        c["tie_word_embeddings"],
-    )
+    return Shape(**{field: c[key] for field, key in KEYS.items()})

@@ -1,7 +1,7 @@
 """Several machines on one job, started by `mlx.launch`: which one this is, and what all of them do together.
 
-The transport is MLX's (`mx.distributed`: ring, JACCL, MPI). Every machine runs the same program; the first one writes
-the run, the others work in a folder that goes with them. Alone, all of this gives back what it was given.
+The transport is `mx.distributed`. Every machine runs the same program; the first one writes the run, the others work in
+a folder that goes with them. Alone, all of this gives back what it was given.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ def shard(items: Any) -> Any:
     return items[_world().rank :: size()]
 
 
-def _settled(made: Any) -> Any:
-    """`made`, which others have a part in, evaluated. Lost when one of them is gone."""
+def _settled(arrays: Any) -> Any:
+    """`arrays`, which others have a part in, evaluated. Lost when one of them is gone."""
     try:
-        stream.evaluate_now(made)
+        stream.evaluate_now(arrays)
     except RuntimeError as error:
         if size() == 1 or cli.device_trouble(error):  # this machine's own
             raise
         _world().size = 1
         raise Lost(f"a machine beside this one is gone ({error}): resume on as many as there are") from None
-    return made
+    return arrays
 
 
 def all_reduce_gradients(named: dict[str, mx.array]) -> None:
@@ -93,12 +93,11 @@ def all_reduce_gradients(named: dict[str, mx.array]) -> None:
     """
     n, waiting = size(), list(named)
     while waiting and n > 1:
-        names = [waiting.pop()]
+        names: list[str] = []
         while waiting and sum(named[name].nbytes for name in names) < GROUP_BYTES:
             names.append(waiting.pop())
         means = nn.average_gradients([named[name] for name in names])
-        named |= {name: mean * n for name, mean in zip(names, means, strict=True)}
-        _settled([named[name] for name in names])
+        named |= _settled({name: mean * n for name, mean in zip(names, means, strict=True)})
 
 
 def all_reduce_sums(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -127,8 +126,8 @@ def all_gather_items(mine: Sequence[Any]) -> list[Any]:
     """The whole of which every machine has what `share` gave it; JSON holds the items."""
     parts = all_gather(list(mine))
     whole = [None] * sum(map(len, parts))
-    for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part
+    for number, part in enumerate(parts):
+        whole[number :: len(parts)] = part
     return whole
 
 
@@ -170,26 +169,25 @@ def broadcast_arrays(arrays: Callable[[], Arrays]) -> dict[str, dict[str, mx.arr
     """The arrays of the first machine, bit for bit; where there are several."""
     mine = arrays() if is_main() else {}
     listed = [(key, name, a.shape, str(a.dtype)) for key, named in mine.items() for name, a in named.items()]
-    whole_arrays: dict[str, dict[str, mx.array]] = {}
+    everyones: dict[str, dict[str, mx.array]] = {}
     for key, name, shape, kind in broadcast_json(lambda: listed):
-        whole = mine[key][name] if is_main() else mx.zeros(shape, getattr(mx, kind.removeprefix("mlx.core.")))
-        whole_arrays.setdefault(key, {})[name] = broadcast_array(whole)
-    return whole_arrays
+        array = mine[key][name] if is_main() else mx.zeros(shape, getattr(mx, kind.removeprefix("mlx.core.")))
+        everyones.setdefault(key, {})[name] = broadcast_array(array)
+    return everyones
 
 
 def broadcast_file(path: Path, files: Files, root: int = 0) -> None:
     """A file that `root` has, and others lack, to all."""
     nbytes = all_gather(path.stat().st_size if path.exists() else 0)[root]
-    mine = _world().rank == root
-    counts = [min(CHUNK_BYTES, nbytes - at) for at in range(0, nbytes, CHUNK_BYTES)]
-    if mine:
-        for rank, count in enumerate(counts):
-            broadcast_bytes(np.fromfile(path, np.uint8, count, offset=rank * CHUNK_BYTES), root)
+    starts = range(0, nbytes, CHUNK_BYTES)
+    if rank() == root:
+        for at in starts:
+            broadcast_bytes(np.fromfile(path, np.uint8, CHUNK_BYTES, offset=at), root)
         return
     with reported(path.parent, path.name, nbytes), files.replacing(path) as temp:
         files.write(temp, b"")
-        for count in counts:
-            files.extend(temp, broadcast_bytes(np.zeros(count, np.uint8), root).tobytes())
+        for at in starts:
+            files.extend(temp, broadcast_bytes(np.zeros(min(CHUNK_BYTES, nbytes - at), np.uint8), root).tobytes())
         files.fsync(temp)
 
 

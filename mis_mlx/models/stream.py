@@ -1,8 +1,7 @@
 """Passes over a model one block at a time: read the next block while this one computes, use it, free it.
 
-Layer-major: every batch goes through block i before block i+1 comes, so the weights are read once per pass
-however many batches there are. As many blocks as there is room for stay in memory and are read once. Does
-not know why the pass is made, nor how much room there should be.
+Every batch goes through block i before block i+1 comes, so weights are read once a pass however many batches there are.
+As many blocks as there is room for stay in memory and are read once.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a 
 class NotNumbers(MisError):
     """A weight or a block's output holds NaN or infinity: nothing may be ranked, repaired or rounded by that.
 
-    what: where; dtype: the type it was computed in. float16 ends at 65,504, and another type may hold the values.
+    what: where; dtype: the type it was computed in. float16 ends at 65,504.
     """
 
     def __init__(self, what: str, dtype: mx.Dtype):
@@ -74,23 +73,22 @@ class _Slot:
 
     def arrays(self, tensors: dict[str, TensorAt], where: Layout) -> dict[str, mx.array]:
         """The tensors as stored. They share this buffer: all that reads them is evaluated before a refill."""
-        found = {}
+        arrays = {}
         for name, t in tensors.items():
             begin = self._first + where.at[name]
             raw = self._whole[begin : begin + t.nbytes]
             attribute, size = DTYPES[t.dtype]
             if t.offset % size:  # Metal and vector units want whole elements at whole addresses: copy
                 raw = raw * 1
-            found[name] = raw.view(getattr(mx, attribute)).reshape(t.shape)
-        mx.eval(found)
-        return found
+            arrays[name] = raw.view(getattr(mx, attribute)).reshape(t.shape)
+        mx.eval(arrays)
+        return arrays
 
 
 class Stream:
     """One model on disk, gone through in blocks.
 
-    room_bytes: memory for what may stay between passes: the head first, then blocks 0, 1, 2 ... (a fixed
-    prefix: a pass that comes round again defeats every cache that drops the oldest). None: everything.
+    room_bytes: memory for what may stay between passes: the head first, then blocks 0, 1, 2 ...; None: everything.
     direct: read past the page cache; for a model that the budget does not hold.
     """
 
@@ -109,34 +107,33 @@ class Stream:
         kind = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
         stored = {t.dtype for tensors in self._tensors for t in tensors.values()}
         packed = "U32" in stored
-        stays_packed = packed and policy.keeps_packed()
-        # Weights stored as they are computed with are used where they were read; others are converted. Packed ones are
-        # never converted, so a packed block needs its slot as long as it lives, whatever type its norms have.
-        self._copies = not stays_packed and (packed or any(kind.get(d, dtype) != dtype for d in stored))
-        dense = sum(map(math.prod, arch.layer_tensors(checkpoint.config).values())) * dtype.size
-        self._block_bytes = dense if self._copies else self._slot_bytes + PAGE
-        head = [t for n, t in checkpoint.tensors.items() if n.startswith(load.head_prefix(checkpoint))]
-        s = shape_of(checkpoint.config)
-        keeps_packed = policy.keeps_packed() and any(t.dtype == "U32" for t in head)
-        self._head_bytes = sum(t.nbytes for t in head) if keeps_packed else s.vocab * s.hidden * dtype.size
+        # Weights stored as they are computed with are used where they were read; others are converted. Packed ones that
+        # stay packed need their slot as long as the block lives, whatever type its norms have.
+        self._copies = not (packed and policy.keeps_packed()) and (
+            packed or any(kind.get(d, dtype) != dtype for d in stored)
+        )
         self._kept: dict[int, nn.Module] = {}
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
         self._checked: set[int] = set()
         self._at = 0  # block that was given out last
-        self._keep_head, self.keeps = self._plan(room_bytes)
+        self._keep_head, self.keeps = (True, self.layers) if room_bytes is None else self._plan(room_bytes)
 
     @property
     def read_bytes(self) -> int:
         """Bytes of weights asked from the disk so far."""
         return self._reader.nbytes
 
-    def _plan(self, room_bytes: int | None) -> tuple[bool, int]:
+    def _plan(self, room_bytes: int) -> tuple[bool, int]:
         """(whether the head stays, how many blocks stay)."""
-        if room_bytes is None:
-            return True, self.layers
-        room = room_bytes - self._head_bytes
-        return (True, min(self.layers, room // self._block_bytes)) if room >= 0 else (False, 0)
+        s, prefix = shape_of(self.checkpoint.config), load.head_prefix(self.checkpoint)
+        head = [t for n, t in self.checkpoint.tensors.items() if n.startswith(prefix)]
+        packed = policy.keeps_packed() and any(t.dtype == "U32" for t in head)
+        room = room_bytes - (sum(t.nbytes for t in head) if packed else s.vocab * s.hidden * self.dtype.size)
+        if room < 0:
+            return False, 0
+        dense = sum(map(math.prod, arch.layer_tensors(self.checkpoint.config).values())) * self.dtype.size
+        return True, min(self.layers, room // (dense if self._copies else self._slot_bytes + PAGE))
 
     def stays(self, i: int) -> bool:
         """Whether block i is kept once it has been used."""
@@ -160,14 +157,14 @@ class Stream:
                 (slot, wait), coming = coming, None
                 wait()
                 coming = self._begin(todo.popleft()) if todo else None
-                made = self._make(i, slot)
+                block = self._make(i, slot)
                 if self._copies:
                     self._free.append(slot)
-                yield i, made
+                yield i, block
                 if self.stays(i):
-                    self._kept[i] = made
+                    self._kept[i] = block
                     continue
-                made.clear()  # the caller's loop variable still names the module: let go of its weights now
+                block.clear()  # the caller's loop variable still names the module: let go of its weights now
                 if not self._copies:
                     self._free.append(slot)
         finally:
@@ -186,13 +183,13 @@ class Stream:
         raw = slot.arrays(self._tensors[i], self._layouts[i])
         if self._copies:  # times 1: the few that need no conversion must leave the slot too
             raw = {n: a * 1 if a.dtype == self.dtype else a for n, a in raw.items()}
-        made = load.block(self.checkpoint, i, self.args, self.dtype, raw)
+        block = load.block(self.checkpoint, i, self.args, self.dtype, raw)
         if i in self._checked:
-            mx.eval(made.parameters())
+            mx.eval(block.parameters())
         else:
-            load_checked(made, f"{self.checkpoint.path}: model.layers.{i}.")
+            load_checked(block, f"{self.checkpoint.path}: model.layers.{i}.")
             self._checked.add(i)
-        return made
+        return block
 
     def embed(self, batches: Sequence[mx.array], hidden: Hidden | None = None) -> Hidden:
         """Token ids [(B, T)] -> hidden states [(B, T, D)] at the input of the first block.
@@ -204,10 +201,10 @@ class Stream:
         scale = load.embedding_scale(self.checkpoint.config, self.dtype)
         for tokens in batches:
             ids, inverse = np.unique(np.array(tokens), return_inverse=True)
-            raw = {name: self._rows(t, ids) for name, t in tensors.items()}
-            table = load_checked(
-                load.embedding(self.checkpoint, self.dtype, raw), f"{self.checkpoint.path}: {load.EMBEDDING}"
+            table = load.embedding(
+                self.checkpoint, self.dtype, {name: self._rows(t, ids) for name, t in tensors.items()}
             )
+            load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
             out = table(mx.array(inverse.reshape(tokens.shape).astype(np.int32)))
             out = out if scale is None else out * scale
             mx.eval(out)
@@ -222,20 +219,21 @@ class Stream:
     def _rows(self, t: TensorAt, ids: np.ndarray) -> mx.array:
         """Rows `ids` (rising) of a stored matrix, or elements of a vector, in one new array."""
         size = t.nbytes // t.shape[0]
-        made: Any = mx.zeros((len(ids) * size,), mx.uint8)
-        mx.eval(made)
-        view = memoryview(made)
+        rows: Any = mx.zeros((len(ids) * size,), mx.uint8)
+        mx.eval(rows)
+        view, wanted = memoryview(rows), []
         starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)  # of runs of neighbours
-        runs = zip(starts, [*starts[1:], len(ids)], strict=True)
-        begin = [(t.file, t.offset + int(ids[a]) * size, int(b - a) * size, view[a * size : b * size]) for a, b in runs]
-        self._reader.begin((file, at, at + n, part) for file, at, n, part in begin)()
-        return made.view(getattr(mx, DTYPES[t.dtype][0])).reshape(len(ids), *t.shape[1:])
+        for a, b in zip(starts, [*starts[1:], len(ids)], strict=True):
+            at = t.offset + int(ids[a]) * size
+            wanted.append((t.file, at, at + int(b - a) * size, view[a * size : b * size]))
+        self._reader.begin(wanted)()
+        return rows.view(getattr(mx, DTYPES[t.dtype][0])).reshape(len(ids), *t.shape[1:])
 
     def norm(self, hidden: Hidden) -> Hidden:
         """Every batch after the last RMSNorm, in place."""
         if self._norm is None:
-            made = load.final_norm(self.checkpoint, self.dtype, self._stored(load.NORM))
-            self._norm = load_checked(made, f"{self.checkpoint.path}: {load.NORM}")
+            norm = load.final_norm(self.checkpoint, self.dtype, self._stored(load.NORM))
+            self._norm = load_checked(norm, f"{self.checkpoint.path}: {load.NORM}")
         for b, h in enumerate(hidden):
             hidden[b] = self._norm(h)
             mx.eval(hidden[b])
@@ -246,11 +244,11 @@ class Stream:
         if self._head is not None:
             return self._head
         prefix = load.head_prefix(self.checkpoint)
-        made = load.head(self.checkpoint, self.dtype, self._stored(prefix))
-        load_checked(made, f"{self.checkpoint.path}: {prefix}")
+        head = load.head(self.checkpoint, self.dtype, self._stored(prefix))
+        load_checked(head, f"{self.checkpoint.path}: {prefix}")
         if self._keep_head:
-            self._head = made
-        return made
+            self._head = head
+        return head
 
     def through(self, block: nn.Module, hidden: Hidden) -> Hidden:
         """Every batch's hidden states (B, T, D) through one block, in place, evaluated batch by batch."""
@@ -259,19 +257,16 @@ class Stream:
         return hidden
 
     def finite(self, out: mx.array) -> mx.array:
-        """`out`, which the block that was given out last has made of a pass's first batch.
-
-        MisError where it holds NaN or infinity: nothing may be ranked, repaired or rounded by such numbers.
-        """
+        """`out`, which the last block gave for a pass's first batch. NotNumbers where it holds NaN or infinity."""
         if not mx.isfinite(out).all().item():
             what = f"block {self._at} of {self.layers} gives values that are not numbers"
             raise NotNumbers(f"{self.checkpoint.path}: {what}", self.dtype)
         return out
 
     def forward(self, batches: Sequence[mx.array], hidden: Hidden | None = None) -> Hidden:
-        """One pass: token ids [(B, T)] -> final hidden states [(B, T, D)], after the last norm.
+        """One pass: token ids [(B, T)] -> final hidden states [(B, T, D)], those of the resident model to the bit.
 
-        The arithmetic is that of the resident model, operation for operation. hidden: as in `embed`.
+        hidden: as in `embed`.
         """
         hidden = self.embed(batches, hidden)
         for _, block in self.blocks():
@@ -285,14 +280,10 @@ def evaluate_now(*arrays: Any) -> None:
 
 
 def load_checked(module: nn.Module, where: str = "") -> nn.Module:
-    """Evaluate a lazily opened module and return it; from here on its bytes are in memory.
-
-    MisError names the first tensor that holds NaN or infinity, with `where` before its name: a model with
-    one such weight answers nothing but token 0, without a word.
-    """
+    """Evaluate a lazily opened module and return it. NotNumbers names the first tensor that holds NaN or infinity, with
+    `where` before its name."""
     mx.eval(module.parameters())
-    named: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
-    for name, array in named.items():
+    for name, array in dict[str, mx.array](tree_flatten(module.parameters())).items():
         if mx.issubdtype(array.dtype, mx.floating) and (bad := (~mx.isfinite(array)).sum().item()):
             raise NotNumbers(f"{where}{name} holds {bad} values that are not numbers", array.dtype)
     return module

@@ -1,11 +1,8 @@
 """Greedy decoding of a streamed model, with keys and values kept: one pass of the weights settles a token or more.
 
-A small resident draft proposes a tree of continuations, one pass of the model reads all of it, and the longest
-branch that the model itself would have chosen is kept (arXiv 2305.09781). Does not know text, nor where the memory
-comes from.
-
-The tokens are those of plain greedy decoding. Logits of a pass over n tokens and of n passes over one differ in
-their last bits (matrix products add up in another order), so an exact tie of two tokens may fall the other way.
+A small resident draft proposes a tree of continuations, one pass of the model reads all of it, and the longest branch
+that the model itself would have chosen is kept (arXiv 2305.09781). Tokens are those of plain greedy decoding, except
+after an exact tie: logits of a pass over n tokens differ in their last bits from those of n passes.
 """
 
 from __future__ import annotations
@@ -48,9 +45,8 @@ class Node:
 def grow(after: Callable[[Sequence[Node]], Odds], size: int, depth: int, ends: Container[int] = ()) -> list[Node]:
     """The `size` most probable nodes of all that reach `depth` at most, parents before children.
 
-    after(nodes): the odds behind each of them; of no nodes: behind the text, one row. It is asked level by
-    level, for nodes whose parents it was asked for before. A branch's probability falls with every token, so
-    a node's parent is always among the most probable too (the draft tree of EAGLE-2, arXiv 2406.16858).
+    after(nodes): the odds behind each of them; of no nodes: behind the text, one row. A parent is asked for before its
+    children: a branch's probability falls with every token (the draft tree of EAGLE-2, arXiv 2406.16858).
     """
     best = _children(None, *(a[0] for a in after([])))
     opened: set[Node] = set()
@@ -141,8 +137,8 @@ class Context:
     def read(self, text: Sequence[int], nodes: Sequence[Node] = ()) -> mx.array:
         """One pass over what of `text` is not here yet, then `nodes`: each sees the text and its own branch.
 
-        The ancestors of a node are here or come before it. Returns final hidden states (rows, D): of the
-        last token of the text, if it was new, and of every node.
+        Ancestors of a node are here or come before it. Returns final hidden states (rows, D): of the last token of the
+        text, if it was new, and of every node.
         """
         fresh, before = text[self.length :], len(self._positions)
         assert not (fresh and self._at), "text is appended to text, not to a tree"

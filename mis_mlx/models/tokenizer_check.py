@@ -83,10 +83,10 @@ def attempt(folder: str) -> dict[str, int]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_bytes()) if path.exists() else {}
-    if not isinstance(found, dict):
+    content = json.loads(path.read_bytes()) if path.exists() else {}
+    if not isinstance(content, dict):
         raise ValueError(f"{path.name} is not a JSON object")
-    return found
+    return content
 
 
 def _templates(folder: Path, settings: dict[str, Any]) -> Iterator[str]:
@@ -94,8 +94,8 @@ def _templates(folder: Path, settings: dict[str, Any]) -> Iterator[str]:
     if (path := folder / "chat_template.jinja").exists():
         yield path.read_text("utf-8")
     for holder in (settings, _json(folder / "chat_template.json")):
-        found = holder.get("chat_template")
-        for each in found if isinstance(found, list) else [found]:
+        templates = holder.get("chat_template")
+        for each in templates if isinstance(templates, list) else [templates]:
             text = each.get("template") if isinstance(each, dict) else each
             if isinstance(text, str):
                 yield text
@@ -103,18 +103,17 @@ def _templates(folder: Path, settings: dict[str, Any]) -> Iterator[str]:
 
 def _rendered(template: str, settings: dict[str, Any]) -> int:
     """Characters of SAID in the template, with and without a generation prompt. A template may refuse, not more."""
-    from jinja2 import TemplateError
-    from jinja2.exceptions import SecurityError
+    from jinja2.exceptions import SecurityError, TemplateError
 
-    known = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}
+    known: dict[str, Any] = {
+        key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)
+    }
+    known |= {"tools": None, "documents": None}
     count = 0
     for messages, generation in ((SAID, False), (SAID[:1], True)):
+        values = {**known, "messages": messages, "add_generation_prompt": generation}
         try:
-            for piece in (
-                _sandbox()
-                .from_string(template)
-                .generate(messages=messages, tools=None, documents=None, add_generation_prompt=generation, **known)
-            ):
+            for piece in _sandbox().from_string(template).generate(**values):
                 if (count := count + len(piece)) > MOST_CHARACTERS:
                     raise ValueError(f"the chat template writes more than {MOST_CHARACTERS} characters")
         except SecurityError:

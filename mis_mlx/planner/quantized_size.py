@@ -57,10 +57,10 @@ def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit
 
 
 def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int) -> StageCost:
-    """`then`, after a pass forwards and one back (quantization/sensitivity), inputs of all blocks spooled if need be.
+    """`then`, after a pass forwards and one back (bit_allocation), inputs of all blocks spooled if need be.
 
     Beside the block: it once more in float32, in all formats together (26 bits and scales), what its matrices see of
-    some windows, and a slab of gradients and errors. Traffic and operations are those of sensitivity's docstring.
+    some windows, and a slab of gradients and errors. Traffic and operations are those of its docstring.
     """
     window = length * m.shape.hidden * m.item
     one = streamed_pass("", m, length, length, length, head=False, spool=False)

@@ -1,10 +1,8 @@
 """Mend a pruned student before training: refit each block's down_proj to the teacher's stream, in closed form.
 
-Teacher and student march side by side, one block of each in memory. Student block j (teacher layer k, next
-kept layer k') learns to deliver what the teacher has at the entrance of k': so the neurons cut from k and
-the blocks dropped between k and k' are made up for, as far as one matrix can. Sequential: each block sees
-the mended stream of the ones before it. Related: FLAP and ReplaceMe (arXiv 2505.02819), which fuse a
-linear map into down_proj; here the fit is per block, ridge-regularised and weighted per token.
+Teacher and student march side by side, one block of each in memory. Student block j (teacher layer k, next kept layer
+k') learns to deliver what the teacher has at the entrance of k'. Each block sees the mended stream of those before it.
+Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token.
 """
 
 from __future__ import annotations
@@ -32,10 +30,7 @@ def reconstruct(
     batches: Sequence[mx.array],
     ridge: float = RIDGE,
 ) -> tuple[dict[str, mx.array], list[float]]:
-    """({weight name: new matrix (out, in) float32}, error left per block as a share) for token ids [(B, T)].
-
-    Each block sees the mended stream of the ones before it.
-    """
+    """({weight name: new matrix (out, in) float32}, error left per block as a share) for token ids [(B, T)]."""
     columns = kept_columns(keep)
     big, small = (stream.Stream(model, policy.compute_dtype(model)) for model in (teacher, student))
     target, own = big.embed(batches), small.embed(batches)
@@ -55,8 +50,8 @@ def reconstruct(
 def groups(teacher: stream.Stream, keep: KeptUnits, hidden: stream.Hidden) -> Iterator[int]:
     """Take `hidden`, the teacher's embedding, through the blocks that each student block stands for, in place.
 
-    Yields j when it is at the entrance of the next kept layer (at last: behind the last block), where student
-    block j has to arrive. The first group begins with the first block, kept or not.
+    Yields j where student block j has to arrive: at the entrance of the next kept layer, at last behind the last block.
+    The first group begins with the first block, kept or not.
     """
     blocks, done = teacher.blocks(), 0
     for j, end in enumerate([*keep.layers[1:], teacher.layers]):
@@ -91,11 +86,11 @@ def refit(
     columns: mx.array | None,
     ridge: float,
 ) -> tuple[mx.array, float]:
-    """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream behind its group.
+    """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream behind its group:
+    (that matrix (D, F) float32, error left as a share).
 
-    (the new matrix (D, F) float32, error left as a share).
-    Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it; without that
-    the first token of a window, a hundred times longer than the rest, would be all that counts.
+    Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it: the first token of a
+    window is a hundred times longer than the rest.
     """
     linear, share = block.mlp.down_proj, getattr(block, "residual_multiplier", 1.0)  # of its output that is added
     block.mlp.down_proj = tap = stream.InputRecorder(linear)
@@ -109,8 +104,8 @@ def refit(
         weight = 1.0 / mx.maximum(mx.sqrt(mx.square(goal).mean(axis=-1)), 1e-6)
         return fit.products(tap.take().reshape(-1, inputs), missing, weight)
 
-    for found in lanes.each(products, hidden, target):
-        fit.add(*found)
+    for sums in lanes.each(products, hidden, target):
+        fit.add(*sums)
     block.mlp.down_proj = linear
     before = np.array(linear.weight.astype(mx.float32), np.float64)
     update, error = fit.solve(ridge)

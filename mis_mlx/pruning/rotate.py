@@ -1,9 +1,8 @@
 """Cut the hidden size by a rotation: keep the directions in which the residual stream moves, not ranked channels.
 
-The rotated model is an ordinary llama-family model: RMSNorm does not notice a rotation once its gain is folded
-into the matrices that read behind it (SliceGPT, arXiv 2401.15024, which needs extra matrices on the skip
-connections because each block has its own basis; here all share one, as the stream does). Does not choose how
-many directions stay, nor write the folder: `rotated` is what slice_weights.write_student cuts.
+The rotated model is an ordinary one: RMSNorm does not notice a rotation once its gain is folded into the matrices that
+read behind it (SliceGPT, arXiv 2401.15024, has a basis for each block and extra matrices on the skip connections; here
+all share one, as the stream does).
 """
 
 from __future__ import annotations
@@ -42,11 +41,8 @@ class Rotation:
 def _entering(
     checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, hidden: stream.Hidden
 ) -> Iterator[tuple[str, mx.array]]:
-    """(name of the norm's weight, float32 tokens (n, D) that enter it, each divided by its rms), norm by norm.
-
-    One streamed pass. Without the division the first token of a window, a hundred times longer than the
-    rest, would be all that is seen; the norms themselves divide by it.
-    """
+    """Norm by norm, in one streamed pass: (name of its weight, float32 tokens (n, D) that enter it, each divided by its
+    rms, as the norm does)."""
     source = stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list))
     names = ("input_layernorm", "post_attention_layernorm")
     hidden = source.embed(batches, hidden)
@@ -77,10 +73,7 @@ def principal(moments: np.ndarray, size: int) -> np.ndarray:
 
 
 def turned(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """The same subspace (D, d) in the coordinates in which diag(`gain`), within it, is diagonal again.
-
-    Which subspace stays is the stream's affair; how it is turned in itself is free.
-    """
+    """The same subspace (D, d) in the coordinates in which diag(`gain`), within it, is diagonal again."""
     _, turn = np.linalg.eigh(basis.T @ (gain[:, None] * basis))
     return basis @ turn
 
@@ -111,9 +104,8 @@ def measured(
 ) -> Directions:
     """The principal directions of what enters all norms over token ids [(B, T)], all norms alike.
 
-    Two streamed passes: the second sees how much of each norm's input they hold, which one pass could only
-    say with D x D sums for every norm. Products of one batch are float32, sums over batches float64. hidden:
-    makes a place for the hidden states of a pass.
+    Two streamed passes: the second sees how much of each norm's input they hold. Products of one batch are float32,
+    sums over batches float64. hidden: makes a place for the hidden states of a pass.
     """
     moments = np.zeros((shape_of(teacher.config).hidden,) * 2)
     for _, x in _entering(teacher, batches, dtype, hidden()):
@@ -136,11 +128,10 @@ def by(keep: KeptUnits, rotation: Rotation) -> KeptUnits:
 def rotated(teacher: Checkpoint, rotation: Rotation) -> Callable[[str], mx.array]:
     """name -> the teacher's tensor, float32, in the d coordinates of `rotation` instead of its D channels.
 
-    Norms get one gain for all coordinates, sqrt(D energy / d): the rms of a cut stream is another, over d
-    numbers instead of D. Gains go into what reads behind the norm; with d = D and an untied head the function
-    is the teacher's, to rounding. A tied head cannot take the last gain, for the embedding also writes the
-    stream. There the last norm keeps diag(Q^T diag(gain) Q), which is all of the gain that stays within the
-    subspace when the basis is `turned` for it; what it moves out of the subspace is lost with the cut.
+    Norms get one gain for all coordinates, sqrt(D energy / d): the rms of a cut stream is over d numbers instead of D.
+    Gains go into what reads behind the norm; with d = D and an untied head the function is the teacher's, to rounding.
+    A tied head cannot take the last gain, for the embedding also writes the stream: there the last norm keeps
+    diag(Q^T diag(gain) Q), all of the gain that stays within the subspace when the basis is `turned` for it.
     """
     inner, size = rotation.basis.shape
     q = mx.array(rotation.basis.astype(np.float32))

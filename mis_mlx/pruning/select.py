@@ -1,7 +1,4 @@
-"""Which parts of a model a pruning keeps, and the pruned folder: calibrate, choose, write.
-
-Does not know flags' parsing, nor what becomes of the student.
-"""
+"""Which parts of a model a pruning keeps, and the pruned folder: calibrate, choose, write."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.models import arch, distributed, load, policy
+from mis_mlx.models import arch, distributed, families, load, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.pruning import calibrate, rotate, slice_weights
@@ -93,10 +90,8 @@ def _size_by_conditions(
     statistics: Statistics, cut: PruningConfig, used: str, layers: tuple[int, ...], fixed: int
 ) -> int:
     if used != "aais" or statistics.altitude_m is None:
-        raise MisError(
-            "--target conditions needs T_env and altitude, one is missing: add --temperature-c and "
-            "--altitude-m, or use --target fixed"
-        )
+        lost = "--target conditions needs T_env and altitude, one is missing"
+        raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
     sums, unit = [statistics.ffn[i] for i in layers], cut.temperature_unit
     return importance.conditions_size(sums, fixed, arch.FFN_MULTIPLE, statistics.altitude_m, unit)
 
@@ -149,7 +144,7 @@ def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[st
 
     Of all of the teacher's layers. Of heads one by one; of neurons the means of 64 runs, the most important first.
     """
-    found = {}
+    bars = {}
     for axis, layers in (("ffn", statistics.ffn), ("heads", statistics.heads)):
         for i in sorted(layers):
             all_of = np.abs(scores((i, axis)))
@@ -157,13 +152,13 @@ def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[st
             values = [float(f"{part.mean():.4g}") for part in np.array_split(ranked, min(PROFILE_RUNS, len(ranked)))]
             stays = all_of[list(keep.kept.get((i, axis), range(len(all_of))))].sum() * (i in keep.layers)
             share = round(float(stays / max(all_of.sum(), 1e-30)), 4)
-            found[f"{i}/{axis}"] = {"values": values, "units": len(all_of), "kept": share}
-    return found
+            bars[f"{i}/{axis}"] = {"values": values, "units": len(all_of), "kept": share}
+    return bars
 
 
 def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
-    exact = {axis: getattr(cut, axis) for axis in ("layers", "ffn", "heads", "kv_heads", "hidden")}
+    exact = {axis: getattr(cut, axis) for axis in families.ALL}
     shape, before = arch.target_shape(config, arch.SCENARIOS.get(cut.scenario, {}), **exact), shape_of(config)
     if cut.scenario != "none" and shape == before:
         raise MisError(
@@ -208,10 +203,9 @@ def prune(
 ) -> dict[str, Any]:
     """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line.
 
-    Where AAIS keeps other channels than plain importance, the plain student is made too, for as long as it
-    takes to compare the two on `held_out`. Of several machines the first one chooses and writes; shares: they have so
-    many blocks of the model each (models/pipeline_parallel). held: batches whose hidden states stay in memory
-    (default: all).
+    Where AAIS keeps other channels than plain importance, a plain student is made too and the two are compared on
+    `held_out`. Of several machines the first one chooses and writes; shares: how many blocks each has (a `Relay`).
+    held: batches whose hidden states stay in memory (default: all).
     """
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
@@ -226,7 +220,7 @@ def prune(
     keep = replace(keep, report={**keep.report, "profile": profile(statistics, keep, scores)})
     directions = cache(lambda: rotate.measured(checkpoint, batches, policy.compute_dtype(checkpoint), spool or list))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
-        sizes: dict[str, Any] = {a: getattr(shape, a) for a in ("layers", "ffn", "heads", "kv_heads", "hidden")}
+        sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in families.ALL}
         as_plain = replace(cut, importance="rms", target="fixed", scenario="none", **sizes)
         _, plain = select_units(checkpoint.config, statistics, as_plain)
         mark = f"-{os.getpid()}"  # so that it is swept where we are killed
@@ -235,8 +229,8 @@ def prune(
             for name, kept in (("aais", keep), ("plain", plain)):
                 write(checkpoint, shape, kept, directions, Path(temp) / name, dtype, files)
                 both[name] = load.open_checkpoint(Path(temp) / name)
-            found = comparison.compare(both, held_out)
-        losses = {f"nll_{name}": float(found[name, "nll"].mean()) for name in both}
+            measured = comparison.compare(both, held_out)
+        losses = {f"nll_{name}": float(measured[name, "nll"].mean()) for name in both}
         keep = replace(keep, report={**keep.report, **losses})
     keep = write(checkpoint, shape, keep, directions, out, dtype, files)
     config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)

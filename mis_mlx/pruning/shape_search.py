@@ -1,7 +1,6 @@
 """Which shapes a student could have, which of them meet an aim, and a search that measures few of these.
 
-Arithmetic on configs: reads no weights. What a shape is worth is asked of a `score(shape)` and not known here.
-All shapes that meet an aim are listed, which is cheap; measuring them is what costs.
+Arithmetic on configs; what a shape is worth is asked of a `score(shape)`.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def memory_bytes(config: Mapping[str, Any], cached: int) -> int:
 
 def memory_aim(config: Mapping[str, Any], text: str, limit: int, tolerance: float, cached: int) -> Aim:
     """At most `limit` bytes of memory in use, and at least twice `tolerance` of the teacher's less."""
-    teacher = memory_bytes(_dense(config), cached)
+    teacher = memory_bytes(config_of(config, shape_of(config)), cached)
     if limit >= teacher:
         raise MisError(
             f"--memory {text}: the teacher takes {gib(teacher)} in 4 bits with {cached} tokens of context, which fits: "
@@ -106,11 +105,6 @@ def memory_aim(config: Mapping[str, Any], text: str, limit: int, tolerance: floa
         )
     return Aim(f"--memory {text}", teacher, limit - 2 * tolerance * teacher, limit,
                lambda shape: memory_bytes(config_of(config, shape), cached), gib)  # fmt: skip
-
-
-def _dense(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The teacher's own config, unquantized."""
-    return config_of(config, shape_of(config))
 
 
 @dataclass(frozen=True)
@@ -124,8 +118,8 @@ class Decoding:
 def decode_aim(config: Mapping[str, Any], text: str, tolerance: float, cached: int, timed: Decoding) -> Aim:
     """At least '1.5x' the teacher's tokens a second with `cached` tokens in the cache.
 
-    An estimate: a block takes the longer the more weights, keys and values it fetches, what is not a block
-    the wider the stream is; how long each takes in the teacher was timed. Finalists are timed themselves.
+    An estimate from the teacher's times: a block's grows with the weights, keys and values it fetches, the rest with
+    the width of the stream. Finalists are timed themselves.
     """
     value, _ = _number("--decode", text, {"x": 1.0}, "how many times as quick as the teacher, such as 1.5x")
     if value <= 1:
@@ -184,18 +178,18 @@ def field(config: Mapping[str, Any], aim: Aim) -> list[Shape]:
     A cost rises with the FFN, so of each (layers, heads, hidden) a piece of the FFN sizes is in.
     """
     before, values = shape_of(config), axis_values(config)
-    found, near, least = list[Shape](), list[Shape](), list[Shape]()
+    meeting, near, least = list[Shape](), list[Shape](), list[Shape]()
     for layers, heads, hidden in itertools.product(values["layers"], values["heads"], values["hidden"]):
         make = partial(gate, config, layers=layers, heads=heads, hidden=hidden)
         if (smallest := make(ffn=values["ffn"][0])) is None:
             continue
         sizes = [replace(smallest, ffn=n) for n in values["ffn"]]
         low, high = bisect_left(sizes, aim.low, key=aim.cost), bisect_right(sizes, aim.high, key=aim.cost)
-        found += [s for s in sizes[low:high] if s != before and make(ffn=s.ffn)]
+        meeting += [s for s in sizes[low:high] if s != before and make(ffn=s.ffn)]
         near += [s for s in sizes[max(0, low - 1) : low + 1] if s != before]
         least.append(smallest)
-    if found:
-        return found
+    if meeting:
+        return meeting
     cheapest, target = min(map(aim.cost, least)), (aim.low + aim.high) / 2
     fixed = f" ({stuck(config)} cannot be cut)" if stuck(config) else ""
     if cheapest > aim.high or not near:
@@ -212,12 +206,12 @@ def field(config: Mapping[str, Any], aim: Aim) -> list[Shape]:
 
 def scenarios(config: Mapping[str, Any], aim: Aim) -> list[Shape]:
     """Shapes of the named scenarios that meet the aim and have a 4-bit form, if the teacher has one."""
-    before, found = shape_of(config), list[Shape]()
+    before, meeting = shape_of(config), list[Shape]()
     for ratios in arch.SCENARIOS.values():
         shape = gate(config, ratios)
         if shape and shape != before and aim.meets(shape) and (group_of(shape) or not group_of(before)):
-            found.append(shape)
-    return found
+            meeting.append(shape)
+    return meeting
 
 
 def evolve(
@@ -232,14 +226,14 @@ def evolve(
         return {shape: score(shape) for shape in shapes}
     rng = np.random.default_rng([seed, 3])
     begin = dict.fromkeys([*first, *(shapes[i] for i in rng.permutation(len(shapes))[:POPULATION])])
-    found = {shape: score(shape) for shape in [*begin][: min(limit, max(POPULATION, len(first)))]}
-    while len(found) < limit:
-        parents = sorted(found, key=lambda shape: found[shape])[:POPULATION]  # of equals the earlier
-        for _ in range(min(CHILDREN, limit - len(found))):
-            unseen = [shape for shape in shapes if shape not in found]
+    scores = {shape: score(shape) for shape in [*begin][: min(limit, max(POPULATION, len(first)))]}
+    while len(scores) < limit:
+        parents = sorted(scores, key=lambda shape: scores[shape])[:POPULATION]  # of equals the earlier
+        for _ in range(min(CHILDREN, limit - len(scores))):
+            unseen = [shape for shape in shapes if shape not in scores]
             child = mutate(parents[rng.integers(len(parents))], shapes, unseen, rng)
-            found[child] = score(child)
-    return found
+            scores[child] = score(child)
+    return scores
 
 
 def mutate(parent: Shape, shapes: Sequence[Shape], unseen: Sequence[Shape], rng: np.random.Generator) -> Shape:

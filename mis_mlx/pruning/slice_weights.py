@@ -1,7 +1,4 @@
-"""Write the student's folder: the kept rows and columns of the teacher's tensors, one tensor at a time.
-
-Does not choose what is kept. The result is an ordinary, uniform model folder plus `keep.json`.
-"""
+"""Write the student's folder: the kept rows and columns of the teacher's tensors, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,23 +14,20 @@ from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, KeptUnits, PrunableAxis
 
 
-def _expand(indices: tuple[int, ...], unit: int) -> mx.array:
-    return mx.array([i * unit + u for i in indices for u in range(unit)], dtype=mx.int32)
-
-
 def _cut(
     name: str, teacher_layer: int, spaces: Mapping[str, PrunableAxis], keep: KeptUnits, weight: mx.array
 ) -> mx.array:
     """The kept part of one teacher tensor: rows where an axis is written, columns where it is read."""
+    pattern = name.replace(f".layers.{teacher_layer}.", ".layers.{i}.")
     for axis, space in spaces.items():
         kept = keep.kept.get((teacher_layer if axis != "hidden" else -1, axis))
         if kept is None or len(kept) * space.unit == space.size:
             continue
-        pattern = name.replace(f".layers.{teacher_layer}.", ".layers.{i}.")
+        indices = mx.array([i * space.unit + u for i in kept for u in range(space.unit)], dtype=mx.int32)
         if pattern in space.writes or pattern in space.vectors:
-            weight = mx.take(weight, _expand(kept, space.unit), axis=0)
+            weight = mx.take(weight, indices, axis=0)
         elif pattern in space.reads:
-            weight = mx.take(weight, _expand(kept, space.unit), axis=1)
+            weight = mx.take(weight, indices, axis=1)
     return weight
 
 
@@ -55,11 +49,10 @@ def write_student(
     whole = tensor or partial(load.dense, teacher)
 
     def take(name: str) -> mx.array:
-        layer, source = -1, name
-        if name.startswith("model.layers."):
-            number, rest = name.removeprefix("model.layers.").split(".", 1)
-            layer = keep.layers[int(number)]
-            source = f"model.layers.{layer}.{rest}"
+        if (number := arch.block_of(name)) is None:
+            return _cut(name, -1, spaces, keep, whole(name))
+        layer = keep.layers[number]
+        source = name.replace(f".layers.{number}.", f".layers.{layer}.")
         return _cut(source, layer, spaces, keep, whole(source))
 
     model_writer.write_model(config, take, teacher.path, out, dtype, files, model_writer.keep_files(keep))

@@ -1,7 +1,7 @@
 """Round a model's blocks one by one, each on what the rounded blocks before it deliver. Streamed.
 
-GPTQ (arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that calibration
-sees (maths/rounding); those are gathered once a block, with its own weights as they were. Does not write.
+GPTQ (arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that calibration sees
+(maths/rounding); those are gathered once a block, with its own weights as they were.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def rounded_blocks(
                 same = [path for path in linears if plan[path] == kind]
                 whole = [load.dense_weight(linears[path]) for path in same]
                 if gram is None or kind.bits >= ENOUGH_BITS:
-                    made = [rounding.nearest(w, kind.group, kind.bits) for w in whole]
+                    rounded = [rounding.nearest(w, kind.group, kind.bits) for w in whole]
                 else:
-                    made = _together(whole, gram, kind.group, kind.bits)
-                for path, packed in zip(same, made, strict=True):
+                    rounded = _together(whole, gram, kind.group, kind.bits)
+                for path, packed in zip(same, rounded, strict=True):
                     linear = linears[path]
                     linear.weight = rounding.values(packed, kind.group, kind.bits).astype(linear.weight.dtype)
                     stream.evaluate_now(packed, linear.weight)
@@ -66,8 +66,7 @@ def _grams(
 ) -> dict[str, np.ndarray]:
     """{axis: sum of a a^T (in, in) float64 over all tokens} of what goes into the matrices that read it.
 
-    Products of one batch are float32 (on a CPU 5x quicker), sums over batches float64. MisError when one of them
-    overflows, with `where` before the name.
+    Products of one batch are float32, sums over batches float64. MisError, with `where`, when a product overflows.
     """
     taps = {}
     for axis in axes:

@@ -1,7 +1,4 @@
-"""A packed model whose scales, biases and norms can learn while its integers stay. Whole in memory.
-
-Does not know what it learns from, nor optimizers. The embedding and the head stay as they are.
-"""
+"""A packed model, whole in memory, whose scales, biases and norms can learn; integers, embedding and head stay."""
 
 from __future__ import annotations
 
@@ -61,5 +58,4 @@ def resident(checkpoint: Checkpoint) -> nn.Module:
 
 def write(checkpoint: Checkpoint, model: nn.Module, out: Path, files: Files) -> None:
     """Commit the folder `out`: `checkpoint` with what the model has learned, in the types that it stores."""
-    learned = dict(tree_flatten(model.trainable_parameters()))
-    packed_format.rewrite(checkpoint, out, learned, files)
+    packed_format.rewrite(checkpoint, out, dict(tree_flatten(model.trainable_parameters())), files)

@@ -1,13 +1,11 @@
 """Write a model's weights in MLX's quantized formats, one tensor at a time. Every matrix, or an error.
 
-mlx-lm leaves a matrix unquantized without a word when its input size does not divide by the group; here
-that is a sentence with the remedy. Does not recover what rounding costs: others may bring rounded matrices. Does
-not know which matrices deserve more bits (quantization/sensitivity).
+mlx-lm leaves a matrix unquantized without a word when its input size does not divide by the group; here that is a
+sentence with the remedy.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
@@ -19,10 +17,9 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, model_writer
-from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
-from mis_mlx.storage.safetensors import Writer, spec_bytes
+from mis_mlx.storage.safetensors import Spec, spec_bytes
 from mis_mlx.types import Checkpoint, MisError
 
 SENSITIVITY = "sensitivity.json"  # beside a mixed model: what every matrix would cost in every number of bits
@@ -51,12 +48,12 @@ class Format(NamedTuple):
         """A matrix (out, in) rounded to nearest values. Lazy."""
         return rounding.nearest(weight, self.group, self.bits, self.mode)
 
-    def specs(self, path: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def specs(self, path: str, rows: int, columns: int) -> dict[str, Spec]:
         """{tensor's name: (type, shape)} of one packed matrix (rows, columns)."""
-        scales = ("scales", "biases") if self.mode == "affine" else ("scales",)
-        kind = "F16" if self.mode == "affine" else "U8"
-        found: dict[str, tuple[str, tuple[int, ...]]] = {f"{path}.weight": ("U32", (rows, columns * self.bits // 32))}
-        return found | {f"{path}.{part}": (kind, (rows, columns // self.group)) for part in scales}
+        groups = rows, columns // self.group
+        kinds = {"scales": "F16", "biases": "F16"} if self.mode == "affine" else {"scales": "U8"}
+        weight: dict[str, Spec] = {f"{path}.weight": ("U32", (rows, columns * self.bits // 32))}
+        return weight | {f"{path}.{part}": (kind, groups) for part, kind in kinds.items()}
 
 
 GROUPS = {"mxfp4": 32, "nvfp4": 16}  # of the formats that have but one
@@ -106,9 +103,8 @@ def write_quantized(
 ) -> dict[str, Any]:
     """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
 
-    plan: of every matrix; or a group size, for 4 bits and `blocks_after_removed` in 8. rounded: the matrices of the
-    blocks, where somebody rounds them (quantization/gptq); default: to the nearest values. extra: more files for the
-    folder, by name.
+    plan: of every matrix; or a group size, for 4 bits and `blocks_after_removed` in 8. rounded: the blocks' matrices,
+    from quantization/gptq; default: the nearest values. extra: more files for the folder, by name.
     """
     check_dense(checkpoint)
     if isinstance(plan, int):
@@ -118,36 +114,13 @@ def write_quantized(
     settings: dict[str, Any] = common.settings
     settings |= {path: kind.settings for path, kind in plan.items() if kind != common}
     config = {**checkpoint.config, "quantization": settings, "quantization_config": settings}
-    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    specs: dict[str, Spec] = {}
     for name, shape in arch.tensors_of(checkpoint.config).items():
         path = name.removesuffix(".weight")
         specs |= plan[path].specs(path, *shape) if path in plan else {name: (checkpoint.tensors[name].dtype, shape)}
-
-    def fill(folder: Path) -> None:
-        writer = Writer(folder, specs, files)
-        coming, block = rounded(plan) if rounded else None, dict[str, rounding.Packed]()
-        names = arch.tensors_of(checkpoint.config)
-        for name in cli.counted("tensor", names, len(names)):
-            path = name.removesuffix(".weight")
-            if path not in plan:
-                writer.add(name, _finite(checkpoint, name))
-                continue
-            while coming and arch.block_of(name) is not None and path not in block:
-                block = dict(next(coming))
-            parts = block.pop(path, None) or plan[path].nearest(_finite(checkpoint, name))
-            for part, array in zip((name, f"{path}.scales", f"{path}.biases"), parts, strict=False):
-                if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-                    raise MisError(f"{checkpoint.path}: {name}: {rounding.BEYOND}")
-                writer.add(part, array)
-            mx.clear_cache()
-        writer.close()
-        files.write(folder / "config.json", json.dumps(config, indent=2).encode())
-        for name, content in (extra or {}).items():
-            files.write(folder / name, content)
-        model_writer.copy_tokenizer(checkpoint.path, folder, files)
-
+    tensors = _packed(checkpoint, plan, rounded)
+    model_writer.write_folder(config, specs, tensors, checkpoint.path, out, files, extra)
     nbytes = sum(map(spec_bytes, specs.values()))
-    protocol.commit_folder(out, fill, files, nbytes)
     count = sum(math.prod(s) for s in arch.tensors_of(checkpoint.config).values())
     return {
         "bits_per_weight": 8 * nbytes / count,
@@ -157,33 +130,45 @@ def write_quantized(
     }
 
 
+def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> Iterator[tuple[str, mx.array]]:
+    """(name, tensor) of everything in the folder to be written."""
+    names, coming, block = arch.tensors_of(checkpoint.config), None, dict[str, rounding.Packed]()
+    for name in cli.counted("tensor", names, len(names)):
+        path = name.removesuffix(".weight")
+        if path not in plan:
+            yield name, _finite(checkpoint, name)
+            continue
+        while rounded and arch.block_of(name) is not None and path not in block:
+            coming = coming or rounded(plan)
+            block = dict(next(coming))
+        parts = block.pop(path, None) or plan[path].nearest(_finite(checkpoint, name))
+        for part, array in zip((name, f"{path}.scales", f"{path}.biases"), parts, strict=False):
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+                raise MisError(f"{checkpoint.path}: {name}: {rounding.BEYOND}")
+            yield part, array
+
+
 def formats(checkpoint: Checkpoint) -> dict[str, Format]:
     """The format of every packed matrix of a quantized model, by module path."""
-    common, found = checkpoint.config["quantization"], {}
-    for name in checkpoint.tensors:
-        if name.endswith(".scales"):
-            own = common.get(path := name.removesuffix(".scales"))
-            own = own if isinstance(own, dict) else common
-            found[path] = Format(own["bits"], own["group_size"], own.get("mode", "affine"))
-    return found
+    by_path = {}
+    for path in (name.removesuffix(".scales") for name in checkpoint.tensors if name.endswith(".scales")):
+        settings = load.packing(checkpoint, path)
+        by_path[path] = Format(settings["bits"], settings["group_size"], settings["mode"])
+    return by_path
 
 
 def rewrite(checkpoint: Checkpoint, out: Path, changed: Mapping[str, mx.array], files: Files) -> None:
     """Commit the new folder `out`: the same model with some tensors changed, in the types that they are stored in."""
     specs = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
 
-    def fill(folder: Path) -> None:
-        writer = Writer(folder, specs, files)
+    def tensors() -> Iterator[tuple[str, mx.array]]:
         for name in specs:
             stored = safetensors.lazy(checkpoint.tensors, [name])[name]
-            writer.add(name, changed[name].astype(stored.dtype) if name in changed else stored)
-        writer.close()
-        files.write(folder / "config.json", json.dumps(dict(checkpoint.config), indent=2).encode())
-        if (costs := checkpoint.path / SENSITIVITY).is_file():
-            files.write(folder / SENSITIVITY, costs.read_bytes())
-        model_writer.copy_tokenizer(checkpoint.path, folder, files)
+            yield name, changed[name].astype(stored.dtype) if name in changed else stored
 
-    protocol.commit_folder(out, fill, files, sum(map(spec_bytes, specs.values())))
+    costs = checkpoint.path / SENSITIVITY
+    extra = {SENSITIVITY: costs.read_bytes()} if costs.is_file() else {}
+    model_writer.write_folder(checkpoint.config, specs, tensors(), checkpoint.path, out, files, extra)
 
 
 def check_dense(checkpoint: Checkpoint) -> None:

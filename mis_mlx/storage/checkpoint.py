@@ -1,7 +1,7 @@
 """The commit protocol: a folder or a training step is on disk whole, or not at all.
 
-The protocol: free space, a hidden folder beside the final place, every file and folder synced, one rename, the parent
-synced = committed; older steps are deleted only after that. Order counts, never time: clocks jump, step numbers do not.
+Free space, a hidden folder beside the final place, every file and folder synced, one rename, the parent synced =
+committed; older steps are deleted only after that. Steps are ordered by number: clocks jump.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ def commit_folder(
 ) -> None:
     """Make the folder `final` of what `fill(tmp)` writes, about `nbytes`: all of it, durable, or nothing.
 
-    MisError when `final` exists already, when the space is short (before `fill` is called) or when the disk
-    refuses a write; `what` and `remedy` go into that sentence.
+    MisError when `final` exists, when space is short (before `fill` is called) or when the disk refuses a write.
     """
     if final.exists() or final.is_symlink():
         raise MisError(f"{final} exists already: choose another name or move it away")
@@ -91,8 +90,8 @@ def save_step(
 ) -> Path:
     """Commit step-<number> with one <key>.safetensors per entry of `arrays`, and state.json; return its path.
 
-    Then delete all but the last `keep` steps (2 or more: a damaged one must leave another). MisError leaves
-    the older steps as they were. `state` comes back as JSON reads it: tuples as lists, keys as text.
+    Then delete all but the last `keep` steps (2 or more). MisError leaves older steps as they were. `state` comes back
+    as JSON reads it: tuples as lists, keys as text.
     """
     if keep < 2:
         raise ValueError(f"keep={keep}: with fewer than 2 steps one damaged file loses the run")
@@ -126,28 +125,21 @@ def save_step(
 def newest(steps_dir: Path, files: Files = DISK) -> Saved | None:
     """The highest step whose manifest and hashes are right; None when there is none. Hold the `lock`.
 
-    Leftovers of a crash are swept. A damaged step is set aside as damaged-step-..., never deleted: it is
-    neither counted among the steps to keep nor in the way when its number is reached again.
+    Leftovers of a crash are swept. A damaged step is set aside as damaged-step-..., never deleted.
     """
     if not steps_dir.is_dir():
         return None
     sweep(steps_dir, files)
-    damaged = []
-    good = None
+    damaged: list[str] = []
     for number in reversed(_numbers(steps_dir)):
         path = steps_dir / f"step-{number:08d}"
-        if why := _damage(path, number):
-            damaged.append((number, why))
-            with contextlib.suppress(OSError):
-                files.rename(path, steps_dir / f"damaged-{path.name}-{os.getpid()}")
-        else:
-            good = number
-            break
-    if good is None:
-        return None
-    notes = tuple(f"step {number} is damaged ({why}), using {good}" for number, why in damaged)
-    path = steps_dir / f"step-{good:08d}"
-    return Saved(good, path, json.loads((path / STATE).read_bytes()), notes)
+        if not (why := _damage(path, number)):
+            notes = tuple(f"{sentence}, using {number}" for sentence in damaged)
+            return Saved(number, path, json.loads((path / STATE).read_bytes()), notes)
+        damaged.append(f"step {number} is damaged ({why})")
+        with contextlib.suppress(OSError):
+            files.rename(path, steps_dir / f"damaged-{path.name}-{os.getpid()}")
+    return None
 
 
 def load_arrays(saved: Saved, key: str) -> dict[str, mx.array]:
@@ -168,8 +160,8 @@ def sweep(folder: Path, files: Files = DISK) -> None:
 def lock(run_dir: Path) -> Iterator[None]:
     """Hold the run folder for this process; MisError names the process that holds it already.
 
-    The kernel lets go when the holder ends, however it ends. The file .lock stays: deleting it would let
-    two processes lock two different files. A fork of the holder holds the lock too, a subprocess does not.
+    The kernel lets go when the holder ends, however it ends. The file .lock stays: after a deletion two processes could
+    lock two different files. A fork of the holder holds the lock too, a subprocess does not.
     """
     with reported(run_dir, "the lock of the run"):
         DISK.make_folder(run_dir)

@@ -15,7 +15,7 @@ from typing import Literal
 
 from mis_mlx.types import MisError, gib
 
-CHUNK = 1 << 26  # bytes per write(2): macOS refuses 2 GiB and more in one call
+CHUNK = 1 << 26  # bytes per pwrite(2): macOS refuses 2 GiB and more in one call
 SPARE = 1.2  # free space asked for, as a multiple of what will be written
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -44,21 +44,22 @@ class Files:
 
     def write(self, path: Path, data: bytes | memoryview) -> None:
         """Make a new file that holds `data`. FileExistsError when there is one already."""
-        _put(path, os.O_CREAT | os.O_EXCL, data)
+        with open(path, "xb") as file:
+            file.write(data)
 
     def extend(self, path: Path, data: bytes | memoryview) -> None:
         """Add `data` to the end of a file that `write` made."""
-        _put(path, os.O_APPEND, data)
+        with open(path, "r+b") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(data)
 
     def add_line(self, path: Path, line: str) -> None:
         """Add one line to the end of a file, making the file if need be; one that a crash tore stays apart from it."""
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            size = os.fstat(fd).st_size
-            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-            _write_all(fd, (("\n" if torn else "") + line + "\n").encode())
-        finally:
-            os.close(fd)
+        with open(path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read() == b"\n" else "\n" + line
+            file.write(line.encode() + b"\n")
 
     def scratch(self, folder: Path) -> int:
         """A descriptor of a new file in `folder` that has no name any more and goes with the process."""
@@ -88,11 +89,11 @@ class Files:
             os.close(fd)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Put `source` in the place of `target` in one step, on the same disk."""
+        """Put `source` in the place of `target` in one step."""
         os.rename(source, target)
 
     def remove_tree(self, path: Path) -> None:
-        """Delete a folder with all that is in it, or one file; a link is deleted, never followed."""
+        """Delete a folder and what is in it, or one file; a link is deleted, never followed."""
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -109,12 +110,12 @@ class Files:
     # What follows is made of the operations above, so a test that breaks one of those breaks these too.
 
     def append(self, path: Path, line: str) -> None:
-        """Add one line to a log such as metrics.jsonl, making the log if need be; MisError when it cannot."""
+        """`add_line` to a log such as metrics.jsonl; MisError when the disk refuses."""
         with reported(path.parent, f"the log {path.name}"):
             self.add_line(path, line)
 
     def make_folder(self, path: Path) -> None:
-        """Make `path` and its missing parents, each of them durable; nothing to do when it is there."""
+        """Make `path` and its missing parents durable; nothing happens when it is there."""
         if not path.is_dir():
             self.make_folder(path.parent)
             self.mkdir(path)
@@ -125,7 +126,7 @@ class Files:
         """Another name, under which the block writes a file and syncs it; at its end that takes `path`'s place."""
         temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         try:
-            if temp.exists():  # left behind by a process of the same number
+            if temp.exists():  # an earlier process of the same number left it
                 self.remove_tree(temp)
             yield temp
             self.rename(temp, path)
@@ -152,8 +153,10 @@ DISK = Files()
 
 
 def need_place(flag: str, path: str | Path, kind: Literal["folder", "new", "file"] = "folder") -> None:
-    """MisError, before any work, where what a flag names cannot be written: a folder, which may be there; something
-    new; a file, in whose place another may be put."""
+    """MisError, before any work, where what a flag names cannot be written.
+
+    kind: a folder, which may exist; something new; a file, which may be replaced.
+    """
     place = Path(path).absolute()
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -196,17 +199,3 @@ def reported(folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that 
 def _no_space(folder: Path, what: str, need: int, free: int | None, remedy: str) -> MisError:
     room = "an unknown amount is" if free is None else f"{gib(free)} are"
     return MisError(f"Not enough disk space in {folder}: {what} needs {gib(need)}, {room} free; {remedy}")
-
-
-def _put(path: Path, flags: int, data: bytes | memoryview) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o666)
-    try:
-        _write_all(fd, data)
-    finally:
-        os.close(fd)
-
-
-def _write_all(fd: int, data: bytes | memoryview) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(fd, rest[:CHUNK]) :]

@@ -1,13 +1,13 @@
 """Turn the one GGUF we know by its hash into an ordinary Hugging Face folder.
 
-Does not know where the file came from. Foreign GGUF is refused: every reader believes the counts, offsets
-and shapes that the file states, and MLX's own (`mx.load`) takes the process down on a damaged one.
+Foreign GGUF is refused: every reader believes the counts, offsets and shapes that the file states, and MLX's own takes
+the process down on a damaged one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,34 +15,46 @@ import numpy as np
 
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.header_check import DTYPES
-from mis_mlx.storage.hub import SMOLLM2, sha256
+from mis_mlx.storage.hub import sha256
 from mis_mlx.storage.safetensors import Writer
 from mis_mlx.types import MisError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+BLOCK = {  # a llama's
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
 CONTROL_TOKEN = 3  # GGUF's token types: 1 is an ordinary piece, 3 is <|im_start|> and the like
 
 
-def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLLM2.member_sha256) -> None:
+def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLLM2_SHA256) -> None:
     """Write config, tokenizer and model.safetensors in `dtype` ("BF16", "F16", "F32") into `folder`.
 
-    `expected` is the sha256 the file must have; MisError when it has another. One tensor is in memory at a
-    time, so the peak is the embedding in float32. Use it inside `checkpoint.commit_folder`.
+    expected: the file's sha256; MisError when it has another. Memory: the embedding in float32. Use it inside
+    `checkpoint.commit_folder`.
     """
+    facts, tensors = opened(gguf, expected)
+    config = config_of(facts, DTYPES[dtype][0])
+    heads = {"q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])}
+
+    def in_our_order(name: str, values: np.ndarray) -> np.ndarray:
+        count = heads.get(name.split(".")[-2])
+        return unpermute(values, count) if count else values
+
+    write_weights(tensors, folder, dtype, BLOCK, in_our_order)
+    write_json(folder / "config.json", config)
+    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json", ends)
+    _write_tokenizer(facts, config, folder)
+
+
+def opened(gguf: Path, expected: str) -> tuple[dict[str, Any], list[Any]]:
+    """(facts by key, tensors) of the file with this sha256. MisError when it has another."""
     from gguf import GGUFReader
 
     if (got := sha256(gguf)) != expected:
@@ -51,39 +63,36 @@ def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLL
             "use the safetensors model it was made from"
         )
     reader = GGUFReader(gguf)
-    facts = {key: field.contents() for key, field in reader.fields.items()}
-    config = config_of(facts, DTYPES[dtype][0])
-    _write_weights(reader.tensors, config, folder, dtype)
-    _write_json(folder / "config.json", config)
-    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", ends)
-    _write_tokenizer(facts, config, folder)
+    return {key: field.contents() for key, field in reader.fields.items()}, reader.tensors
 
 
-def _write_weights(tensors: list[Any], config: Mapping[str, Any], folder: Path, dtype: str) -> None:
+def write_weights(
+    tensors: Sequence[Any],
+    folder: Path,
+    dtype: str,
+    block: Mapping[str, str],
+    change: Callable[[str, np.ndarray], np.ndarray],
+) -> None:
+    """Write what `change(Hugging Face name, float32 values)` gives, one tensor at a time. block: as for `hf_name`."""
     import mlx.core as mx
     from gguf.quants import dequantize
 
     # GGUF states shapes innermost first; reversed they are (out, in), as in the Hugging Face layout.
-    specs = {hf_name(t.name): (dtype, tuple(int(n) for n in reversed(t.shape))) for t in tensors}
-    heads = {"q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])}
+    specs = {hf_name(t.name, block): (dtype, tuple(int(n) for n in reversed(t.shape))) for t in tensors}
     writer = Writer(folder, specs, DISK)
-    for tensor in tensors:
-        name = hf_name(tensor.name)
+    for name, tensor in zip(specs, tensors, strict=True):
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        if count := heads.get(name.split(".")[-2]):
-            values = unpermute(values, count)
-        writer.add(name, mx.array(values).astype(getattr(mx, DTYPES[dtype][0])))
+        writer.add(name, mx.array(change(name, values)).astype(getattr(mx, DTYPES[dtype][0])))
     writer.close()
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, block: Mapping[str, str] = BLOCK) -> str:
     """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'. KeyError for one that has no place there."""
     stem, _, kind = name.rpartition(".")
     if stem in TOP:
         return f"{TOP[stem]}.{kind}"
     _, number, part = stem.split(".")
-    return f"model.layers.{number}.{BLOCK[part]}.{kind}"
+    return f"model.layers.{number}.{block[part]}.{kind}"
 
 
 def row_order(count: int, heads: int) -> np.ndarray:
@@ -101,35 +110,39 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def config_of(facts: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json, from the facts of the GGUF.
-
-    head_dim and tie_word_embeddings are spelled out, and RoPE's base twice: mlx-lm reads only the top-level
-    rope_theta (and takes 10,000 in silence when it is missing), transformers 5 reads rope_parameters.
-    """
+    """config.json, from the facts of the GGUF. RoPE's base stands there twice: for mlx-lm and for transformers 5."""
     theta = float(facts["llama.rope.freq_base"])
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": facts["llama.embedding_length"],
-        "intermediate_size": facts["llama.feed_forward_length"],
-        "num_hidden_layers": facts["llama.block_count"],
-        "num_attention_heads": facts["llama.attention.head_count"],
-        "num_key_value_heads": facts["llama.attention.head_count_kv"],
+        **sizes(facts, "llama"),
         "head_dim": facts["llama.rope.dimension_count"],
-        # stored as float32, 9.99999975e-06: seven digits give back what was meant
-        "rms_norm_eps": float(f"{facts['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "hidden_act": "silu",
         "vocab_size": facts["llama.vocab_size"],
-        "max_position_embeddings": facts["llama.context_length"],
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "attention_bias": False,
         "mlp_bias": False,
+        "torch_dtype": dtype,
+    }
+
+
+def sizes(facts: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What config.json has of every kind of model, "llama" or "gemma3"."""
+    of = {key.removeprefix(f"{kind}."): value for key, value in facts.items()}
+    return {
+        "hidden_size": of["embedding_length"],
+        "intermediate_size": of["feed_forward_length"],
+        "num_hidden_layers": of["block_count"],
+        "num_attention_heads": of["attention.head_count"],
+        "num_key_value_heads": of["attention.head_count_kv"],
+        # stored as float32, 9.99999975e-06: six digits give back what was meant
+        "rms_norm_eps": float(f"{of['attention.layer_norm_rms_epsilon']:.6g}"),
+        "max_position_embeddings": of["context_length"],
         "tie_word_embeddings": True,
         "bos_token_id": facts["tokenizer.ggml.bos_token_id"],
         "eos_token_id": facts["tokenizer.ggml.eos_token_id"],
         "pad_token_id": facts["tokenizer.ggml.padding_token_id"],
-        "torch_dtype": dtype,
     }
 
 
@@ -152,7 +165,7 @@ def _write_tokenizer(facts: Mapping[str, Any], config: Mapping[str, Any], folder
         "model_max_length": config["max_position_embeddings"],
         "chat_template": template,
     }
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def _tokenizer(facts: Mapping[str, Any], control: list[str]) -> Tokenizer:
@@ -171,5 +184,6 @@ def _tokenizer(facts: Mapping[str, Any], control: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented, in UTF-8."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

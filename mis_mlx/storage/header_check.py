@@ -40,15 +40,13 @@ class Refused(Exception):
 def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
     """Read and judge only the header: ({name: TensorAt}, metadata). No tensor byte is read, MLX is not used.
 
-    MisError, naming the file, unless it is a regular file in which every tensor has a known dtype and a
-    sane shape of exactly the bytes its offsets give, and the tensors fill the file without hole, overlap
-    or remainder. What the numbers are is not checked.
+    MisError unless it is a regular file in which every tensor has a known dtype and a sane shape of exactly the bytes
+    its offsets give, and the tensors fill the file without hole, overlap or remainder. Values are not checked.
     """
     try:
         text, size = _read_header(path)
-        header = json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant)
-        metadata = header.pop("__metadata__", None)
-        if metadata is None:  # mx.save_safetensors without metadata writes null, and the reference parser takes it
+        header = json_object(text)
+        if (metadata := header.pop("__metadata__", None)) is None:  # mx.save_safetensors writes null for none
             metadata = {}
         if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
             raise Refused("__metadata__ does not map text to text")
@@ -61,10 +59,6 @@ def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
             raise Refused(f"it ends with {size - end} bytes that belong to no tensor")
     except Refused as why:
         raise MisError(f"{path} is not a usable model file: {why}; download it again") from None
-    except RecursionError:
-        raise MisError(f"{path} is not a usable model file: its header is nested too deeply") from None
-    except ValueError as error:  # what is wrong with JSON or UTF-8 is a ValueError
-        raise MisError(f"{path} is not a usable model file: its header is not JSON ({str(error)[:80]})") from None
     return tensors, metadata
 
 
@@ -100,22 +94,33 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe must not wait for a writer
 
 
-def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's `object_pairs_hook`: refuses a key that comes twice, or that is not Unicode text."""
-    found: dict[str, Any] = {}
+def json_object(text: bytes) -> dict[str, Any]:
+    """A JSON object of a stranger. Refused: a key that comes twice, half a surrogate pair, NaN, Infinity, no JSON."""
+    try:
+        value = json.loads(text, object_pairs_hook=_without_twins, parse_constant=_no_constant)
+    except RecursionError:
+        raise Refused("it is not valid JSON: nested too deeply") from None
+    except ValueError as error:  # of UTF-8 and of huge numbers too
+        raise Refused(f"it is not valid JSON ({str(error)[:80]})") from None
+    if not isinstance(value, dict):
+        raise Refused("it is not a JSON object")
+    return value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    known: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:  # the reference parser takes the last of two that share their bytes; we take neither
+        if key in known:  # the reference parser takes the last of two that share their bytes; we take neither
             raise Refused(f"it names {key[:60]!r} twice")
         for text in (key, value):
             if isinstance(text, str):
                 text.encode()  # half a surrogate pair is a ValueError here
-        found[key] = value
-    return found
+        known[key] = value
+    return known
 
 
-def no_constant(text: str) -> None:
-    """For json's `parse_constant`: refuses NaN and Infinity, which JSON does not have."""
-    raise Refused(f"it holds {text}")
+def _no_constant(text: str) -> None:
+    raise Refused(f"it holds {text}, which is no number")
 
 
 def _tensors(path: Path, header: dict[str, Any], start: int) -> dict[str, TensorAt]:

@@ -1,6 +1,6 @@
-"""A list of equally large arrays, of which the first few stay in memory and the rest live in a file.
+"""A list of equally large arrays: the first few stay in memory, the others live in a file.
 
-For hidden states between two blocks when there are more tokens than memory. It goes with the process.
+For hidden states between two blocks when there are more tokens than memory.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ WHAT = "the spool of hidden states"
 class Spool(MutableSequence[mx.array]):
     """Arrays of one shape and dtype. What goes to the file is evaluated; reading it makes a new array.
 
-    held: how many stay in memory, as they are given. folder: where the file of the others is; it has no name
-    once it is open, so nothing stays behind, whatever happens. MisError when the disk is full.
+    held: how many stay in memory. folder: where the file of the others is; it has no name once it is open, so nothing
+    stays behind. MisError when the disk is full.
     """
 
     def __init__(self, folder: Path, held: int, files: Files):
@@ -44,33 +44,24 @@ class Spool(MutableSequence[mx.array]):
     def __getitem__(self, b: slice) -> list[mx.array]: ...
     def __getitem__(self, b: Any) -> Any:
         if isinstance(b, slice):
-            return [self[i] for i in range(*b.indices(self._count))]
-        b = self._place(b)
+            return [self[i] for i in range(self._count)[b]]
+        b = range(self._count)[b]  # counts from the end too; IndexError
         if b < self._held:
             return self._memory[b]
         assert self._kind
-        room = np.empty(self._nbytes, np.uint8)
-        view, done = memoryview(room.data), 0
-        with reported(self._folder, WHAT, self._nbytes):
-            while done < self._nbytes:
-                got = os.preadv(self._fd, [view[done:]], (b - self._held) * self._nbytes + done)
-                if not got:
-                    raise MisError(f"{self._folder}: {WHAT} was cut short: check the disk and start again")
-                done += got
         shape, dtype = self._kind
-        return mx.array(room).view(dtype).reshape(shape)
+        with reported(self._folder, WHAT, self._nbytes):
+            data = os.pread(self._fd, self._nbytes, (b - self._held) * self._nbytes)
+        if len(data) < self._nbytes:
+            raise MisError(f"{self._folder}: {WHAT} was cut short: check the disk and start again")
+        return mx.array(np.frombuffer(data, np.uint8)).view(dtype).reshape(shape)
 
     def __setitem__(self, b: Any, array: Any) -> None:
-        b = self._place(b)
+        b = range(self._count)[b]
         if b < self._held:
             self._memory[b] = array
         else:
             self._write(b, array)
-
-    def _place(self, b: int) -> int:
-        if not -self._count <= b < self._count:
-            raise IndexError(b)
-        return b % self._count
 
     def insert(self, b: int, array: mx.array) -> None:
         """Only at the end: this is `append`."""

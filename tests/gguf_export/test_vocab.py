@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from gguf import GGUFWriter
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mis_mlx.gguf_export import vocab
@@ -20,7 +19,7 @@ from tests import tiny
 
 TEXT = "The with statement is used to wrap the execution of a block: for x in y, if not z while 3 < 33."
 PROBE_SHA256 = "a36179c1e2b1cfcfbfad1dc779addad2ffc778201e4cf0d538bddeafa2c526da"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 
 
 def facts(folder: Path, size: int) -> tuple[dict[str, Any], list[str]]:
@@ -51,20 +50,6 @@ def greedy(text: str, f: dict[str, Any]) -> list[int]:
 def bpe(tmp_path: Path) -> Path:
     """A folder with the tiny byte-level BPE of 512 tokens."""
     tiny.write_tokenizer(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def spm(tmp_path: Path) -> Path:
-    """A folder with only a SentencePiece BPE of 400 pieces with bytes, as Llama 2 and Mistral have."""
-    from pydoc_data.topics import topics
-
-    lines = [line for name in ("if", "for", "while") for line in topics[name].splitlines() if line.strip()]
-    prefix = str(tmp_path / "tokenizer")
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=prefix, vocab_size=400, model_type="bpe", byte_fallback=True,
-        minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
     return tmp_path
 
 
@@ -137,32 +122,8 @@ def test_the_probe_is_llama_cpps_to_the_letter() -> None:
     assert all(re.fullmatch("[0-9a-f]{64}", key) for key in vocab.known()["names"])
 
 
-def test_sentencepiece_cuts_text_as_the_original(spm: Path) -> None:
-    """Scores, types and pieces of tokenizer.model; letters it has never seen go to bytes."""
-    f, notes = facts(spm, 420)
-    model = SentencePieceProcessor(model_file=str(spm / "tokenizer.model"))
-    for text in (TEXT, "gęś 🦙 while"):
-        assert greedy(text, f) == model.encode(text)
-    assert f["model"] == "llama" and f["pre"] == "default" and notes == []
-    assert f["token_type"][:4] == [UNKNOWN, CONTROL, CONTROL, BYTE] and f["tokens"][3] == "<0x00>"
-    count = model.get_piece_size()
-    assert f["token_type"][count - 1 :] == [NORMAL] + [UNUSED] * (420 - count)
-    assert f["scores"][count:] == [-10000.0] * (420 - count)
-
-
-def test_sentencepiece_takes_added_tokens(spm: Path) -> None:
-    """From added_tokens.json and from tokenizer_config.json, which says what is special."""
-    edit(spm / "added_tokens.json", **{"▁hello▁there": 410})
-    decoder = {"1": {"content": "<s>", "special": True}, "411": {"content": "<|im_end|>", "special": True}}
-    edit(spm / "tokenizer_config.json", added_tokens_decoder=decoder, add_prefix_space=False, add_bos_token=True)
-    f, _ = facts(spm, 420)
-    assert (f["tokens"][410], f["token_type"][410]) == (" hello there", USER_DEFINED)
-    assert [f["token_type"][i] for i in (1, 411)] == [CONTROL, CONTROL] and f["scores"][411] == -1000.0
-    assert f["add_space_prefix"] is False and f["add_bos_token"] is True
-
-
 def test_merges_with_byte_fallback_become_scores(tmp_path: Path) -> None:
-    """Llama 2's tokenizer.json without its tokenizer.model: the order of merges is the order of scores."""
+    """Llama 2's tokenizer.json: the order of merges is the order of scores; bytes and added tokens have their types."""
     from pydoc_data.topics import topics
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -172,12 +133,17 @@ def test_merges_with_byte_fallback_become_scores(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     spec["model"]["vocab"] |= {f"<0x{b:02X}>": 300 + b for b in range(256)}
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 556, "content": "▁hello▁there", "special": False})
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    f, notes = facts(tmp_path, 556)
+    edit(tmp_path / "tokenizer_config.json", add_prefix_space=False, add_bos_token=True)
+    f, notes = facts(tmp_path, 560)
     before = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("if the statement is", "ż for"):
         assert greedy(text, f) == before.encode(text).ids
-    assert f["model"] == "llama" and f["token_type"][300] == BYTE and notes == []
+    assert f["model"] == "llama" and f["pre"] == "default" and notes == []
+    assert [f["token_type"][i] for i in (1, 299, 300, 556, 557)] == [CONTROL, NORMAL, BYTE, USER_DEFINED, UNUSED]
+    assert f["tokens"][556] == " hello there" and f["scores"][556:558] == [-1000.0, -10000.0]
+    assert f["add_space_prefix"] is False and f["add_bos_token"] is True
 
 
 def test_what_cannot_go_along_is_a_sentence(bpe: Path) -> None:
@@ -198,6 +164,4 @@ def test_what_cannot_go_along_is_a_sentence(bpe: Path) -> None:
     (bpe / "tokenizer.json").write_text("{")
     refused("is not a JSON object")
     (bpe / "tokenizer.json").unlink()
-    refused("neither tokenizer.json nor tokenizer.model")
-    (bpe / "tokenizer.model").write_bytes(b"junk")
-    refused("is not a SentencePiece model")
+    refused("has no tokenizer.json")

@@ -19,7 +19,7 @@ from mis_mlx import prune, quantize
 from mis_mlx.alignment import lora
 from mis_mlx.maths import sparse
 from mis_mlx.maths.likelihood import token_logps
-from mis_mlx.models import float16_range, load, model_writer, policy, stream
+from mis_mlx.models import load, model_writer, policy, stream
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
@@ -215,9 +215,9 @@ def test_the_look_sees_the_real_range(tmp_path: Path) -> None:
     """The largest value that the look finds is what float32 computes on the same tokens, to float16's precision."""
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m"))
     source, seen = stream.Stream(checkpoint, mx.float32), 0.0
-    ids = np.unique([*range(float16_range.FREQUENT), *np.linspace(0, 511, float16_range.SPREAD).astype(int)])
+    ids = np.unique([*range(policy.FREQUENT), *np.linspace(0, 511, policy.SPREAD).astype(int)])
     (hidden,) = source.embed([mx.array(ids[None].astype(np.int32))])
     for _, block in source.blocks():
         hidden = block(hidden, load.mask(source.args, block, hidden))
         seen = max(seen, float(np.abs(np.array(hidden)).max()))
-    assert float16_range.largest(checkpoint) == pytest.approx(seen, rel=2e-3)
+    assert policy.largest(checkpoint) == pytest.approx(seen, rel=2e-3)

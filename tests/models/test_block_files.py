@@ -15,12 +15,12 @@ import pytest
 
 from mis_mlx.models import block_files, load, model_writer
 from mis_mlx.quantization import packed_format
-from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 from tests import tiny
+from tests.faults.broken import breaking
 from tests.pruning.test_reconstruct import student_of
 from tests.pruning.test_slice_weights import raw, stock
-from tests.storage.test_checkpoint import Breaking
 
 TOKENS = mx.array([[1, 7, 300, 4, 42]])
 
@@ -56,9 +56,8 @@ def test_half_precision_becomes_float32_and_the_cut_stays_known(tmp_path: Path, 
     keep = KeptUnits((0, 2), {}, "by hand", {"a": 1})
     student = student_of(llama, keep, tmp_path / "f32")
     config = {**student.config, "torch_dtype": "bfloat16"}
-    extra = {"keep.json": model_writer.keep_json(keep)}
-    take, out = partial(load.dense, student), tmp_path / "b"
-    model_writer.write_model(config, take, student.path, out, "bfloat16", DISK, extra)
+    extra, take = model_writer.keep_files(keep), partial(load.dense, student)
+    model_writer.write_model(config, take, student.path, tmp_path / "b", "bfloat16", DISK, extra)
     half = load.open_checkpoint(tmp_path / "b")
     made = block_files.begin(half, tmp_path / "s", DISK)
     assert {t.dtype for t in made.tensors.values()} == {"F32"}
@@ -67,42 +66,26 @@ def test_half_precision_becomes_float32_and_the_cut_stays_known(tmp_path: Path, 
     assert json.loads((made.path / "config.json").read_text())["torch_dtype"] == "float32"
 
 
-def test_begun_again_it_is_only_opened(tmp_path: Path, llama: Checkpoint) -> None:
-    """What was trained since is not overwritten."""
-    made = block_files.begin(llama, tmp_path / "s", DISK)
-    block_files.replace_block(made, 1, new_weights(made, 1), DISK)
-    before = files_of(tmp_path / "s")
-    again = block_files.begin(llama, tmp_path / "s", DISK)
-    assert files_of(tmp_path / "s") == before
-    assert again.tensors == made.tensors
-
-
 def test_a_replaced_block_and_no_other(tmp_path: Path, llama: Checkpoint) -> None:
-    """One file changes; our gate and stock mlx_lm see the new weights, in any order they were given."""
-    made = block_files.begin(llama, tmp_path / "s", DISK)
-    before, wanted = files_of(tmp_path / "s"), new_weights(made, 1)
+    """One file changes; our gate and stock mlx_lm see the new weights, in any order they were given.
+
+    An array that was read lazily keeps the old values; a folder that exists is opened, not begun again.
+    """
+    made, name = block_files.begin(llama, tmp_path / "s", DISK), "model.layers.1.mlp.up_proj.weight"
+    before, wanted, lazy = files_of(tmp_path / "s"), new_weights(made, 1), load.dense(made, name)
     mx.eval(wanted)
     block_files.replace_block(made, 1, wanted, DISK)
     after = files_of(tmp_path / "s")
-    assert [n for n in after if after[n] != before.get(n)] == [
-        made.tensors["model.layers.1.mlp.up_proj.weight"].file.name
-    ]
-    again = load.open_checkpoint(tmp_path / "s")
+    assert mx.array_equal(lazy, load.dense(llama, name))
+    assert [n for n in after if after[n] != before.get(n)] == [made.tensors[name].file.name]
+    again = block_files.begin(llama, tmp_path / "s", DISK)
+    assert files_of(tmp_path / "s") == after and again.tensors == made.tensors
     for name, value in wanted.items():
         assert mx.array_equal(load.dense(again, f"model.layers.1.{name}"), value)
     assert not mx.array_equal(stock(again, TOKENS), stock(llama, TOKENS))
     plain = load.resident(llama, mx.float32)
     plain.load_weights([(f"model.layers.1.{n}", v) for n, v in wanted.items()], strict=False)
     assert mx.array_equal(stock(again, TOKENS), plain(TOKENS))
-
-
-def test_arrays_read_from_the_old_file_stay_as_they_were(tmp_path: Path, llama: Checkpoint) -> None:
-    """Lazy arrays of the block, evaluated after it was replaced, have the old values: the file is another one."""
-    made = block_files.begin(llama, tmp_path / "s", DISK)
-    name = "model.layers.1.mlp.up_proj.weight"
-    lazy = load.dense(made, name)
-    block_files.replace_block(made, 1, new_weights(made, 1), DISK)
-    assert mx.array_equal(lazy, load.dense(llama, name))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
@@ -115,47 +98,21 @@ def test_whichever_operation_fails_a_block_is_old_or_new(tmp_path: Path, llama: 
         old, wanted = raw(made), new_weights(made, 1)
         mx.eval(wanted)
         new = old | {f"model.layers.1.{n}": bytes(memoryview(v)) for n, v in wanted.items()}
-        files = Breaking(at, number)
-        try:
-            block_files.replace_block(made, 1, wanted, files)
-            acknowledged = True
-        except MisError as error:
-            assert "block 1 of the student" in str(error)
-            acknowledged, refused = False, refused + 1
+        with breaking(at, number) as done:
+            try:
+                block_files.replace_block(made, 1, wanted, DISK)
+                acknowledged = True
+            except MisError as error:
+                assert "block 1 of the student" in str(error)
+                acknowledged, refused = False, refused + 1
         now = raw(load.open_checkpoint(made.path))
         assert now == new or (now == old and not acknowledged)
         assert not [n for n in os.listdir(made.path) if n.startswith(".tmp-")]
         block_files.replace_block(made, 1, wanted, DISK)
         assert raw(load.open_checkpoint(made.path)) == new
-        if files.done < at:
+        if len(done) < at:
             break
     assert acknowledged and refused >= 12  # a header, nine tensors, two fsyncs, a rename
-
-
-def test_a_replaced_block_is_durable_before_it_counts(tmp_path: Path, llama: Checkpoint) -> None:
-    """The file is synced before the rename, the folder after it."""
-    done: list[str] = []
-
-    class Listening(Files):
-        def fsync(self, path: Path) -> None:
-            done.append(f"fsync {path.name}")
-
-        def rename(self, source: Path, target: Path) -> None:
-            done.append("rename")
-            super().rename(source, target)
-
-    made = block_files.begin(llama, tmp_path / "s", DISK)
-    block_files.replace_block(made, 0, new_weights(made, 0), Listening())
-    assert done == [f"fsync .tmp-model-00002-of-00005.safetensors-{os.getpid()}", "rename", "fsync s"]
-
-
-@pytest.mark.parametrize("at", [1, 5, 20])
-def test_a_folder_that_could_not_be_finished_is_not_there(tmp_path: Path, llama: Checkpoint, at: int) -> None:
-    """Begun on a disk that fails, then on one that does not."""
-    with pytest.raises(MisError):
-        block_files.begin(llama, tmp_path / "s", Breaking(at, errno.ENOSPC))
-    assert os.listdir(tmp_path) == []
-    assert raw(block_files.begin(llama, tmp_path / "s", DISK)) == raw(llama)
 
 
 def test_a_quantized_source_is_unpacked(tmp_path: Path, llama: Checkpoint) -> None:

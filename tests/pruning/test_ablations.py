@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, train_loop
+from mis_mlx.distillation import live_teacher
 from mis_mlx.distillation.live_teacher import StreamedTeacher, TextTargets
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load
@@ -93,37 +93,6 @@ def test_the_gradient_is_that_of_the_formula(
     largest = max(mx.abs(g).max().item() for _, g in tree_flatten(wanted))
     for (n, a), (_, b) in zip(tree_flatten(got), tree_flatten(wanted), strict=True):
         assert mx.abs(a - b).max().item() < 1e-5 * largest, n
-
-
-def test_off_is_off(llama: Checkpoint, students: dict[str, Checkpoint], data: Windows) -> None:
-    """Nothing asked for: a micro-batch is what it was. Each option by itself gives another run."""
-    assert (
-        len(StreamedTeacher(llama).micro_batches([live_teacher.Batch(mx.array(data.tokens), mx.array(data.learn))])[0])
-        == 3
-    )
-    plain = distil(StreamedTeacher(llama, None), students["narrow"], data)
-    assert distil(StreamedTeacher(llama, 0), students["narrow"], data) == plain
-    runs = [distil(StreamedTeacher(llama, None, **o), students["narrow"], data) for o in OPTIONS.values()]
-    runs.append(plain)
-    assert all(a[-1] != b[-1] for i, a in enumerate(runs) for b in runs[:i])
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_stopping_and_going_on_is_bit_equal(
-    llama: Checkpoint, students: dict[str, Checkpoint], data: Windows, option: str
-) -> None:
-    """Two steps, everything through a checkpoint's arrays, two steps: the run that never stopped."""
-    whole = distil(StreamedTeacher(llama, None, **OPTIONS[option]), students["narrow"], data)
-    first, before = load.resident(students["narrow"], mx.float32), GuardedAdamW()
-    source, steps = StreamedTeacher(llama, 0, **OPTIONS[option]), list[Step]()
-    for step in live_teacher.steps(first, source, data, RECIPE, before):
-        steps.append(step)
-        if step.number == 2:
-            break
-    second, after = load.resident(students["narrow"], mx.float32), GuardedAdamW()
-    train_loop.restore(second, after, train_loop.arrays_of(first, before), before.memory())
-    steps += live_teacher.steps(second, source, data, RECIPE, after, 2)
-    assert facts(steps) + [p.tolist() for _, p in tree_flatten(second.parameters())] == whole
 
 
 def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from mis_mlx.models import load, model_writer
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import slice_weights
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, KeptUnits, MisError
+from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
 
 ALL = (0, 1, 2)
@@ -186,23 +185,3 @@ def test_foreign_code_and_weights_are_not_copied(tmp_path: Path) -> None:
         (tmp_path / "from" / name).write_text("x")
     model_writer.copy_tokenizer(tmp_path / "from", tmp_path / "to", DISK)
     assert sorted(p.name for p in (tmp_path / "to").iterdir()) == ["chat_template.jinja", "tokenizer.json"]
-
-
-def test_a_folder_in_the_way_is_kept(tmp_path: Path, llama: Checkpoint) -> None:
-    """Nothing is written over."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(MisError, match="exists already"):
-        cut(llama, tmp_path / "mine", ALL, {})
-    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
-
-
-def test_write_model_keeps_numbers(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Resident weights to a folder and back: the same logits; `extra` becomes a JSON file beside them."""
-    arrays = dict(tree_flatten(load.resident(llama, mx.float32).parameters()))
-    model_writer.write_model(
-        llama.config, arrays.__getitem__, llama.path, tmp_path / "s", "float32", DISK, {"note.json": {"a": 1}}
-    )
-    written = load.open_checkpoint(tmp_path / "s")
-    assert mx.array_equal(stock(written, batches[0]), stock(llama, batches[0]))
-    assert json.loads((tmp_path / "s" / "note.json").read_text()) == {"a": 1}

@@ -169,14 +169,3 @@ def test_inputs_that_overflow_are_refused(tmp_path: Path, batches: list[mx.array
     with pytest.raises(MisError, match="model.layers.1.mlp.down_proj meets values that are not finite"):
         write(bad, tmp_path / "q4", batches)
     assert not (tmp_path / "q4").exists()
-
-
-def test_refusals_are_those_of_plain_rounding(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Twice rounded; rows that groups do not divide: refused before the first block is read."""
-    done = write(llama, tmp_path / "q4", batches)
-    with pytest.raises(MisError, match="quantized already"):
-        write(done, tmp_path / "q44", batches)
-    odd = load.open_checkpoint(tiny.make(tmp_path / "odd", intermediate_size=760))
-    with pytest.raises(MisError, match="rows of 760 weights"):
-        write(odd, tmp_path / "q44", batches)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["odd", "q4"]

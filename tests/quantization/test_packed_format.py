@@ -35,6 +35,9 @@ def test_every_matrix_is_packed(
             assert packed.tensors[name].dtype == "F32" and f"{stem}.scales" not in packed.tensors
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
     assert mx.isfinite(model(batches[0])).all()
+    settings = packed.config["quantization"]
+    assert settings == packed.config["quantization_config"] and (settings["bits"], settings["group_size"]) == (4, 64)
+    assert settings["model.embed_tokens"]["bits"] == 8  # it makes the logits too
     assert done["nbytes"] == packed.nbytes
     assert done["bits_per_weight"] == pytest.approx(8 * packed.nbytes / arch.params(models(kind).config))
 
@@ -50,13 +53,6 @@ def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint
         # MLX moves the grid so that 0 is exact, which costs up to half a step more at one end.
         assert (error <= 1.1 * step).all()
         assert error.mean().item() < 0.6 * step.mean().item()
-
-
-def test_the_embedding_gets_eight_bits(llama: Checkpoint) -> None:
-    """It makes the logits too; config.json says so per module in the way mlx-lm reads."""
-    plan = packed_format.layout(llama.config, 64)
-    assert plan["model.embed_tokens"] == packed_format.Format(8, 64)
-    assert {kind.bits for path, kind in plan.items() if path != "model.embed_tokens"} == {4}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +74,9 @@ def test_bridges_get_eight_bits(tmp_path: Path, layers: tuple[int, ...], wide: t
 
 
 def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
-    """Hidden 96 is no multiple of 64: the sentence names 32, and 32 works."""
+    """Hidden 96 is no multiple of 64: the sentence names 32, and 32 works. No group divides 760."""
+    with pytest.raises(MisError, match="rows of 760 weights.*multiple of 32, or --quantize 0"):
+        packed_format.layout({**tiny.CONFIG, "intermediate_size": 760}, 64)
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", hidden_size=96, head_dim=24))
     with pytest.raises(MisError, match="rows of 96 weights, which 64 does not divide: use --q-group-size 32"):
         packed_format.write_quantized(teacher, tmp_path / "q4", 64, DISK)
@@ -88,24 +86,9 @@ def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
     assert mx.isfinite(model(batches[0])).all()
 
 
-def test_no_group_fits() -> None:
-    """FFN 760: no group divides it, so the remedy is another cut or no quantization."""
-    with pytest.raises(MisError, match="rows of 760 weights.*multiple of 32, or --quantize 0"):
-        packed_format.layout({**tiny.CONFIG, "intermediate_size": 760}, 64)
-
-
 def test_a_quantized_model_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
     """Twice rounded is twice wrong."""
     packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
     with pytest.raises(MisError, match="quantized already"):
         packed_format.write_quantized(load.open_checkpoint(tmp_path / "q4"), tmp_path / "q44", 64, DISK)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q4"]
-
-
-def test_config_is_readable_by_others(tmp_path: Path, llama: Checkpoint) -> None:
-    """Both spellings that are in use say the same."""
-    packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
-    config = json.loads((tmp_path / "q4" / "config.json").read_text())
-    assert config["quantization"] == config["quantization_config"]
-    assert config["quantization"]["bits"] == 4 and config["quantization"]["group_size"] == 64
-    assert config["quantization"]["model.embed_tokens"]["bits"] == 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def load(source: Reader, tensors: Mapping[str, TensorAt], into: memoryview | Non
 
 
 @BOTH
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_any_layout_gives_the_bytes_of_the_files(tmp_path: Path, seed: int, direct: bool) -> None:
     """Several files, some tensors left out, sizes from 0 to over a gap, at any remainder by page and by element."""
     random = np.random.default_rng(seed)
@@ -89,19 +90,13 @@ def test_a_pass_uses_two_buffers_however_often_it_is_made(
     llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that computes, one that fills: three passes over three blocks make no more, and the same numbers."""
-    made: list[int] = []
-
-    class Counted(stream._Slot):
-        def __init__(self, nbytes: int):
-            made.append(nbytes)
-            super().__init__(nbytes)
-
-    monkeypatch.setattr(stream, "_Slot", Counted)
+    slots, new = [], stream._Slot
+    monkeypatch.setattr(stream, "_Slot", lambda nbytes: slots.append(new(nbytes)) or slots[-1])
     source = stream.Stream(llama, mx.float32)
     first = source.forward(batches)
     for _ in range(2):
         assert all(mx.array_equal(a, b) for a, b in zip(source.forward(batches), first, strict=True))
-    assert len(made) == 2
+    assert len(slots) == 2
 
 
 def test_direct_reading_falls_back_where_the_file_system_cannot(
@@ -109,8 +104,7 @@ def test_direct_reading_falls_back_where_the_file_system_cannot(
 ) -> None:
     """Refused with EINVAL, as file systems in memory do, it reads through the page cache; others are errors."""
     tensors, opened, real = written(tmp_path / "m.safetensors", {"a": 9000}), [], os.open
-    flag = 1 << 30
-    source = Reader(tensors, direct=True)
+    flag, source = 1 << 30, Reader(tensors, direct=True)
 
     def refuse(path: Path, flags: int, *more: int) -> int:
         opened.append(bool(flags & flag))
@@ -129,37 +123,24 @@ def test_direct_reading_falls_back_where_the_file_system_cannot(
         source.begin([(tensors["a"].file, 0, 9000, view[: 3 * PAGE])])()
 
 
-def touched(path: Path) -> None:
-    os.utime(path, ns=(1, 1))
-
-
-def replaced(path: Path) -> None:
-    path.with_name("new").write_bytes(path.read_bytes())
-    os.rename(path.with_name("new"), path)
-
-
-def grown(path: Path) -> None:
-    with path.open("ab") as file:
-        file.write(b"x")
-
-
 @BOTH
-@pytest.mark.parametrize("change", [touched, replaced, grown])
-def test_a_file_that_changed_is_refused(tmp_path: Path, change: object, direct: bool) -> None:
-    """Written to, put in its place by a rename, or longer: never two halves of different models."""
-    tensors = written(tmp_path / "m.safetensors", {"a": 9000})
+@pytest.mark.parametrize("change", ["touched", "replaced", "grown"])
+def test_a_file_that_changed_is_refused(tmp_path: Path, change: str, direct: bool) -> None:
+    """Written to, replaced by a rename, or longer: never two halves of different models; nor an older table of it."""
+    path = tmp_path / "m.safetensors"
+    tensors = written(path, {"a": 9000})
     source = Reader(tensors, direct)
     assert load(source, tensors)
-    change(tmp_path / "m.safetensors")  # type: ignore[operator]
+    if change == "touched":
+        os.utime(path, ns=(1, 1))
+    elif change == "grown":
+        path.write_bytes(path.read_bytes() + b"x")
+    else:
+        os.replace(shutil.copyfile(path, tmp_path / "new"), path)
     with pytest.raises(MisError, match=r"m\.safetensors changed while it was in use: start again"):
         load(source, tensors)
-
-
-def test_an_index_of_another_file_is_refused(tmp_path: Path) -> None:
-    """The table of tensors was read before the file was replaced."""
-    tensors = written(tmp_path / "m.safetensors", {"a": 9000})
-    (tmp_path / "m.safetensors").unlink()
-    written(tmp_path / "m.safetensors", {"b": 9000, "a": 9000})
+    path.unlink()
+    written(path, {"b": 9000, "a": 9000})
     with pytest.raises(MisError, match="changed since it was checked"):
         Reader(tensors)
 

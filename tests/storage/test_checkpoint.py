@@ -7,9 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -17,7 +15,8 @@ import pytest
 from mis_mlx.storage.checkpoint import Saved, commit_folder, load_arrays, lock, newest, save_step, sweep
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import GIB, MisError
-from tests.faults.broken import OPERATIONS, half
+from tests.faults.broken import breaking
+from tests.storage.test_files import Short
 
 
 def save(steps: Path, number: int, files: Files = DISK, keep: int = 2) -> Path:
@@ -46,23 +45,16 @@ def names(folder: Path) -> list[str]:
 
 
 def test_the_newest_step_comes_back_and_only_two_are_kept(tmp_path: Path) -> None:
-    """Steps 1 to 4 saved: 3 and 4 are left, 4 comes back whole, without notes."""
+    """Steps 7 to 10 saved: 9 and 10 are left, 10 comes back whole, though 9 is 'from the future'."""
     steps = tmp_path / "steps"
     assert newest(steps) is None
-    for number in range(1, 5):
+    for number in range(7, 11):
         save(steps, number)
+    os.utime(steps / "step-00000009", (2**32, 2**32))
     saved = newest(steps)
-    assert saved is not None and (saved.number, saved.notes) == (4, ()) and is_whole(saved)
-    assert names(steps) == ["step-00000003", "step-00000004"]
+    assert saved is not None and (saved.number, saved.notes) == (10, ()) and is_whole(saved)
+    assert names(steps) == ["step-00000009", "step-00000010"]
     assert names(saved.path) == ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
-
-
-def test_order_is_by_number_never_by_time(tmp_path: Path) -> None:
-    """A step 'from the future' is not taken for the newest."""
-    save(tmp_path, 9), save(tmp_path, 10)
-    os.utime(tmp_path / "step-00000009", (2**32, 2**32))
-    saved = newest(tmp_path)
-    assert saved is not None and saved.number == 10
 
 
 def flip(path: Path) -> None:
@@ -83,9 +75,7 @@ DAMAGE = {
         "MANIFEST.json",
     ),
     "manifest edited": (
-        lambda s: (s / "MANIFEST.json").write_text(
-            (s / "MANIFEST.json").read_text().replace('"bytes": ', '"bytes": 1')
-        ),
+        lambda s: (p := s / "MANIFEST.json").write_text(p.read_text().replace('"bytes": ', '"bytes": 1')),
         "MANIFEST.json",
     ),
     "file became a folder": (
@@ -175,48 +165,17 @@ def test_commit_syncs_every_file_and_folder_before_the_rename(tmp_path: Path) ->
     assert done == ["config.json", "inner", "file", f".tmp-model-{os.getpid()}", "rename", "parent"]
 
 
-class Full(Files):
-    """A disk with 1.20 GiB free."""
-
-    def free_bytes(self, path: Path) -> int:
-        return int(1.2 * GIB)
-
-
 def test_too_little_space_is_seen_before_anything_is_written(tmp_path: Path) -> None:
     """The arithmetic, the remedy and the last good step are in the sentence; no file is made."""
     save(tmp_path, 1000)
     arrays = {"model": {"w": mx.zeros((GIB // 4, 3), dtype=mx.float32)}}  # lazy: never evaluated
     with pytest.raises(MisError) as caught:
-        save_step(tmp_path, 1200, arrays, {}, Full())
+        save_step(tmp_path, 1200, arrays, {}, Short(int(1.2 * GIB)))
     assert str(caught.value) == (
         f"Not enough disk space in {tmp_path}: the checkpoint needs 3.60 GiB, 1.20 GiB are free; "
         "free some and start again with --resume; the last good step is 1000"
     )
     assert names(tmp_path) == ["step-00001000"]
-
-
-class Breaking(Files):
-    """Fails at the N-th operation, when half of it is done, as a disk that fills up does."""
-
-    def __init__(self, at: int, number: int):
-        self.at, self.number, self.done = at, number, 0
-
-
-def _counted(name: str) -> Callable[..., Any]:
-    do = getattr(Files, name)
-
-    def operation(files: Breaking, *arguments: Any) -> Any:
-        files.done += 1
-        if files.done == files.at:
-            half(name, do, files, arguments)
-            raise OSError(files.number, os.strerror(files.number))
-        return do(files, *arguments)
-
-    return operation
-
-
-for _name in OPERATIONS:
-    setattr(Breaking, _name, _counted(_name))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
@@ -226,18 +185,18 @@ def test_whichever_operation_fails_no_good_step_is_lost(tmp_path: Path, number: 
     for at in itertools.count(1):
         steps = tmp_path / str(at)
         save(steps, 1), save(steps, 2)
-        files = Breaking(at, number)
-        try:
-            save(steps, 3, files)
-            acknowledged = 3
-        except MisError as error:
-            refused += 1
-            acknowledged = 2
-            assert str(error).endswith("the last good step is 2")
+        with breaking(at, number) as done:
+            try:
+                save(steps, 3)
+                acknowledged = 3
+            except MisError as error:
+                refused += 1
+                acknowledged = 2
+                assert str(error).endswith("the last good step is 2")
         saved = newest(steps)
         assert saved is not None and acknowledged <= saved.number <= 3 and is_whole(saved)
         assert not [name for name in names(steps) if not name.startswith("step-")]
-        if files.done < at:
+        if len(done) < at:
             break
     assert refused >= 14 and acknowledged == 3  # 6 operations of files, 4 of folders, fsyncs: all were hit
 
@@ -252,7 +211,7 @@ with lock(pathlib.Path(sys.argv[1])):
 
 
 def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
-    """The sentence has the holder's number; after the holder was killed the run is free."""
+    """The sentence has the holder's number; after the holder was killed, or has raised, the run is free."""
     run = tmp_path / "runs" / "first"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
@@ -263,18 +222,12 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
     finally:
         holder.kill()
         holder.communicate()
-    with lock(run):
-        assert str(os.getpid()) in (run / ".lock").read_text()
-
-
-def test_the_lock_is_given_back(tmp_path: Path) -> None:
-    """After the block, also after one that raised, the same process may take it again; inside, nobody may."""
-    with pytest.raises(ZeroDivisionError), lock(tmp_path):
-        with pytest.raises(MisError, match=f"process {os.getpid()}"), lock(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock(run):
+        with pytest.raises(MisError, match=f"process {os.getpid()}"), lock(run):
             pass
         raise ZeroDivisionError
-    with lock(tmp_path):
-        pass
+    with lock(run):
+        assert str(os.getpid()) in (run / ".lock").read_text()
 
 
 @pytest.mark.parametrize("name", [".tmp-m-{}", ".tmp-m-rounded-{}-{}"])

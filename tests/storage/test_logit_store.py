@@ -16,7 +16,9 @@ from mis_mlx.storage import logit_store
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.storage.logit_store import Spec, Targets
 from mis_mlx.types import GIB, MisError
-from tests.storage.test_checkpoint import Breaking, flip, names
+from tests.faults.broken import breaking
+from tests.storage.test_checkpoint import flip, names
+from tests.storage.test_files import Short
 
 SAMPLED = Spec("sampled", 6, 512, 10, 5, "t" * 64, "d" * 64, 0, part_windows=3)
 FILES = ["part-00000.safetensors", "part-00001.safetensors", "part-00002.safetensors", "part-00003.safetensors"]
@@ -78,35 +80,24 @@ def test_a_finished_store_is_not_written_again(tmp_path: Path) -> None:
     """Opened a second time: nothing is missing, no operation but the sweep touches it."""
     fill(tmp_path / "t")
     before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "t").iterdir()}
-    again = fill(tmp_path / "t", files=Breaking(1, errno.EIO))  # its first operation would fail
+    with breaking(1, errno.EIO):  # its first operation would fail
+        again = fill(tmp_path / "t")
     assert again.missing() == [] and again.notes == []
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "t").iterdir()}
 
 
-OTHER = {
-    "count": (5, "another count (6, not 5)"),
-    "teacher": ("x" * 64, "another teacher (tttttttttttt, not xxxxxxxxxxxx)"),
-    "seed": (1, "another seed (0, not 1)"),
-}
-
-
-@pytest.mark.parametrize("name", OTHER)
-def test_other_targets_are_refused_and_untouched(tmp_path: Path, name: str) -> None:
-    """Of another teacher, data, kind, N, seed: one sentence with both; the folder stays as it was."""
+def test_other_targets_are_refused_and_untouched(tmp_path: Path) -> None:
+    """Of another N or teacher: one sentence with both; the folder stays as it was. Impossible N: no folder is made."""
     fill(tmp_path / "t")
     before = bytes_of(tmp_path / "t")
-    with pytest.raises(MisError) as caught:
-        logit_store.create(tmp_path / "t", replace(SAMPLED, **{name: OTHER[name][0]}), DISK)
-    assert OTHER[name][1] in str(caught.value) and str(caught.value).endswith("delete it, or choose another folder")
-    assert bytes_of(tmp_path / "t") == before
-
-
-@pytest.mark.parametrize("count", [0, 2**16])
-def test_impossible_counts_are_refused(tmp_path: Path, count: int) -> None:
-    """Nothing, and more than a count can hold: refused before the folder is made."""
-    with pytest.raises(MisError, match="take 1 to"):
-        logit_store.create(tmp_path / "t", replace(SAMPLED, count=count), DISK)
-    assert names(tmp_path) == []
+    others = {"count": (5, r"count \(6, not 5\)"), "teacher": ("x" * 64, r"teacher \(tttttttttttt, not xxxxxxxxxxxx\)")}
+    for name, (value, what) in others.items():
+        with pytest.raises(MisError, match=f"another {what}: delete it, or choose another folder"):
+            logit_store.create(tmp_path / "t", replace(SAMPLED, **{name: value}), DISK)
+    for count in (0, 2**16):
+        with pytest.raises(MisError, match="take 1 to"):
+            logit_store.create(tmp_path / "new", replace(SAMPLED, count=count), DISK)
+    assert bytes_of(tmp_path / "t") == before and names(tmp_path) == ["t"]
 
 
 def test_an_unfinished_store_can_be_read_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -157,18 +148,9 @@ def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
     assert names(tmp_path) == FILES
 
 
-class Short(Files):
-    """A disk with this much free."""
-
-    free = 2 * GIB
-
-    def free_bytes(self, path: Path) -> int:
-        return self.free
-
-
 def test_too_little_room_for_the_rest_is_seen_early(tmp_path: Path) -> None:
     """After the second part 1 KiB is free: both numbers, what is kept, what to do; the two parts stay good."""
-    files = Short()
+    files = Short(2 * GIB)
     store = logit_store.create(tmp_path, SAMPLED, files)
     with pytest.raises(MisError) as caught:
         for window in store.missing():

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, backward_pass, load
-from mis_mlx.quantization import bit_allocation, packed_format, sensitivity
+from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError
@@ -58,7 +58,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
     monkeypatch.setattr(rounding, "SLAB", 1000 if held_bytes == 1 else rounding.SLAB)
 
     def visit(i: int, block: nn.Module):
-        paths = [f"{part}.{name}" for part, name, _ in sensitivity.MATRICES]
+        paths = [f"{part}.{name}" for part, name, _ in bit_allocation.MATRICES]
         linears = [block[path.split(".")[0]][path.split(".")[1]] for path in paths]
 
         def each(x: mx.array, above: mx.array) -> mx.array:
@@ -82,7 +82,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
         return lambda x, above: [each(*of) for of in zip(x, above, strict=True)]
 
     backward_pass.backwards(checkpoint, batches, mx.float32, visit, 3)
-    found = sensitivity.costs(checkpoint, batches, 64, (3, 5), 3)
+    found = bit_allocation.costs(checkpoint, batches, 64, (3, 5), 3)
     assert found.keys() == wanted.keys()
     for path, cost in found.items():
         assert cost == pytest.approx(wanted[path], rel=1e-4), path
@@ -91,7 +91,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
 def test_many_draws_give_the_kl_itself(models, batches: list[mx.array]) -> None:
     """The mean over 16 seeds is within 40 % of the KL that rounding one matrix to 4 bits measures."""
     checkpoint = models("qwen3")
-    found = [sensitivity.costs(checkpoint, batches, 64, (4,), seed) for seed in range(16)]
+    found = [bit_allocation.costs(checkpoint, batches, 64, (4,), seed) for seed in range(16)]
     for path in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"):
         weight = load.dense(checkpoint, f"{path}.weight")
         error = rounding.values(rounding.nearest(weight, 64, 4), 64, 4) - weight
@@ -101,7 +101,7 @@ def test_many_draws_give_the_kl_itself(models, batches: list[mx.array]) -> None:
 
 def test_every_matrix_of_the_blocks_and_fewer_bits_cost_more(llama: Checkpoint, batches: list[mx.array]) -> None:
     """Each has a cost in each number of bits; in sum a bit less costs two to eight times as much."""
-    found = sensitivity.costs(llama, batches, 64, (3, 4, 5, 8))
+    found = bit_allocation.costs(llama, batches, 64, (3, 4, 5, 8))
     inside = {
         n.removesuffix(".weight") for n, d in arch.tensors_of(llama.config).items() if len(d) == 2 and ".layers." in n
     }
@@ -112,9 +112,9 @@ def test_every_matrix_of_the_blocks_and_fewer_bits_cost_more(llama: Checkpoint, 
 
 def test_the_same_from_disk(llama: Checkpoint, batches: list[mx.array], tmp_path: Path) -> None:
     """Inputs of the blocks spooled, but for three: the same numbers; another seed draws others."""
-    one = sensitivity.costs(llama, batches, 64, (4,))
-    assert one == sensitivity.costs(llama, batches, 64, (4,), 0, Spool(tmp_path, 3, DISK))
-    assert one != sensitivity.costs(llama, batches, 64, (4,), 1)
+    one = bit_allocation.costs(llama, batches, 64, (4,))
+    assert one == bit_allocation.costs(llama, batches, 64, (4,), 0, Spool(tmp_path, 3, DISK))
+    assert one != bit_allocation.costs(llama, batches, 64, (4,), 1)
 
 
 def test_mixed_formats_keep_to_the_target_and_open_in_mlx_lm(
