@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import io
 import re
 import subprocess
 import sys
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -26,7 +24,7 @@ ORDER = (
 )  # fmt: skip
 COMMAND_FLOOR = len(ORDER)
 FILE_LINES, FUNCTION_LINES = 300, 60
-PACKAGE_LINES = 17_000
+PACKAGE_LINES = 21_750
 
 
 @dataclass(frozen=True)
@@ -347,22 +345,8 @@ def test_the_rule_can_pass(rule: Callable[[Module], list[str]]) -> None:
 
 
 def test_the_package_stays_small() -> None:
-    """A newcomer reads it in an afternoon: lines of code are counted, docstrings and comments are free."""
-    assert sum(code_lines(module.source) for module in modules()) <= PACKAGE_LINES
-    assert code_lines('"""Doc\nstring."""\n\n# comment\nx = """text\n"""\n') == 2
-
-
-def code_lines(source: str) -> int:
-    """Lines that hold code; a string that is a statement (a docstring, a field's help) is none."""
-    statements = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Expr)]
-    texts = [n for n in statements if isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)]
-    free = {line for n in texts for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
-    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    lines: set[int] = set()
-    for found in tokenize.generate_tokens(io.StringIO(source).readline):
-        if found.type not in layout:
-            lines.update(range(found.start[0], found.end[0] + 1))
-    return len(lines - free)
+    """Every line of every module counts, blank ones, comments and docstrings too. On its way to 20,000: only down."""
+    assert sum(len(module.source.splitlines()) for module in modules()) <= PACKAGE_LINES
 
 
 def test_every_command_is_listed() -> None:
