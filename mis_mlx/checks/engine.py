@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mis_mlx.alignment import lora
 from mis_mlx.checks.kernels import Found, drawn, off, on_cpu, wide
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.maths import losses
@@ -146,11 +147,18 @@ def peak(models: Models) -> Found:
     return (mx.get_peak_memory() - before) / phase.peak_bytes, 1.0
 
 
+def lora_steps(models: Models) -> list[float]:
+    """The same of adapters on the 4-bit model."""
+    model = load.resident(models["4-bit"], policy.compute_dtype(models["4-bit"]))
+    lora.insert(model, lora.Lora(-1, 4, 10.0), 0)
+    return _trained(model)[0]
+
+
 # (what, its bound in float32, in half precision)
 BESIDE_CPU: dict[str, tuple[Callable[[Models], Any], float, float]] = {
     **{f"states, {kind}": (partial(states, kind), 2e-4, 0.02) for kind in ("bf16", *MODES)},
     "training steps": (lambda models: _whole(models)[0], 1e-3, 1e-3),  # float32 on all devices
-    "calibration": (statistics, 2e-4, 0.02),
+    "LoRA steps, 4-bit": (lora_steps, 1e-3, 0.05), "calibration": (statistics, 2e-4, 0.02),
 }  # fmt: skip
 CHECKS: dict[str, Callable[[Models], Found]] = {
     **{f"streamed = resident = again, {kind}": partial(passes, kind) for kind in ("bf16", *MODES)},
