@@ -1,6 +1,6 @@
 """The default run and two ablations of it, for the README's tables. Takes distill's flags.
 
-    scripts/mis benchmarks/distill.py default                              # about 17 minutes on 2 shared cores
+    scripts/mis benchmarks/distill.py default                              # about 10 minutes on 2 cores
     scripts/mis benchmarks/distill.py no-reconstruction --reconstruct-samples 0
     scripts/mis benchmarks/distill.py reconstruction-only --iters 1 --learning-rate 1e-12
 
