@@ -132,7 +132,25 @@ def test_no_word_is_empty(kind: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "size",
-    ["-3GiB", "nan", "5e999GiB", "0", "0.1", "", "9" * 400, "GiB", "five", "5 GiB please", "5TB", "1.2.3GiB", "."],
+    [
+        "-3GiB",
+        "nan",
+        "inf",
+        "5e999GiB",
+        "1e308GiB",
+        "0",
+        "0.0",
+        "0.1",
+        "",
+        "9" * 400,
+        "-0",
+        "GiB",
+        "five",
+        "5 GiB please",
+        "5TB",
+        "1.2.3GiB",
+        ".",
+    ],
 )
 @pytest.mark.parametrize("flag", ["--budget", "--memory"])
 def test_sizes_that_are_none(size: str, flag: str) -> None:
@@ -216,6 +234,14 @@ def test_the_exact_ends_of_target_bpw(group: int) -> None:
         bit_allocation.check(most + 0.001, group)
 
 
+@pytest.mark.parametrize("bits", [3.2, 8.9])
+def test_bits_out_of_reach_are_refused_before_work(bits: float, llama: Checkpoint, tmp_path: Path) -> None:
+    """Within the flag's range, not within what groups of 64 allow."""
+    with pytest.raises(MisError, match="--target-bpw .* in groups of 64 take"):
+        quantize.run(quantize.Settings(model=str(llama.path), target_bpw=bits, mlx_path=str(tmp_path / "out")))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """{command: a folder of rows for it}."""
@@ -260,16 +286,18 @@ def asked_before(name: str) -> set[str]:
     return {flag for flag in limits(kind) if (owner(kind, flag), flag) in shared}
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DRY_RUNS)
 def test_the_ends_of_every_range_can_be_planned(
     name: str,
+    every: bool,
     llama: Checkpoint,
     text_folder: Path,
     rows: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A dry run gives a result that JSON holds, or one sentence; flags that another command had are not tried again."""
+    """A dry run gives a result that JSON holds, or one sentence. every: flags again that another command had."""
     monkeypatch.setattr(rates, "matmul_flops", lambda *_: 1e11)  # which takes a third of a second, for every number
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -286,7 +314,7 @@ def test_the_ends_of_every_range_can_be_planned(
     assert module.run(base)["peak_bytes"] > 0  # so that what follows is not refused for something else
     policy.use(None)
     failed = []
-    names = set(limits(module.Settings)) - asked_before(name)
+    names = set(limits(module.Settings)) - (set() if every else asked_before(name))
     for flags in ends(module.Settings, names):
         try:
             json.dumps(module.run(replace(base, **flags)), allow_nan=False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -24,7 +26,7 @@ ORDER = (
 )  # fmt: skip
 COMMAND_FLOOR = len(ORDER)
 FILE_LINES, FUNCTION_LINES = 300, 60
-PACKAGE_LINES = 21_750
+PACKAGE_LINES, ALL_LINES = 17_000, 21_750
 
 
 @dataclass(frozen=True)
@@ -261,8 +263,11 @@ RULES: list[Callable[[Module], list[str]]] = [
 # Rule, a module's name, a source that breaks the rule there.
 BROKEN = [
     (floors, "storage.x", "import mis_mlx.hardware.clock"),
+    (floors, "storage.x", "from mis_mlx import data"),
+    (floors, "maths.x", "from mis_mlx.storage import files"),
     (floors, "data.x", "from ..hardware import clock"),
     (floors, "data.polish.x", "from ... import models"),
+    (floors, "models.x", "from mis_mlx.distillation.train_loop import train"),
     (floors, "distillation.x", "def f():\n    from mis_mlx import prune"),
     (floors, "cli", "import mis_mlx.storage"),
     (floors, "types", "from mis_mlx.cli import main"),
@@ -270,17 +275,20 @@ BROKEN = [
     (conductor, "prune", "from mis_mlx import quantize"),
     (conductor, "prune", "from .distill import run"),
     (slow_imports, "storage.x", "def f():\n    import transformers"),
+    (slow_imports, "prune", "from mlx_lm import load"),
     (slow_imports, "models.x", "import mlx_lm.utils"),
     (slow_imports, "models.x", "class C:\n    import mlx_lm\n    def f(self):\n        import mlx_lm"),
     (slow_imports, "distillation.x", "def f(n):\n    return importlib.import_module(f'mlx_lm.{n}')"),
     (machine_door, "storage.x", "import subprocess"),
     (machine_door, "prune", "def f():\n    from ctypes import CDLL"),
     (speaking, "storage.x", "def f():\n    print(1)"),
+    (speaking, "models.x", "import sys\ndef f():\n    sys.exit(1)"),
     (speaking, "distillation.x", "from argparse import ArgumentParser"),
     (speaking, "maths.x", "import tyro"),
     (evaluating, "maths.x", "import mlx.core as mx\ndef f(x):\n    mx.eval(x)"),
     (evaluating, "models.load", "from mlx.core import eval"),
     (only_names, "storage.x", "import os\nos.umask(0)"),
+    (only_names, "storage.x", "for i in range(3):\n    pass"),
     (only_names, "storage.x", "if True:\n    x = 1"),
     (sizes, "storage.x", "x = 1\n" * 301),
     (sizes, "storage.x", "def f():\n" + "    x = 1\n" * 60),
@@ -288,9 +296,11 @@ BROKEN = [
     (docstrings, "storage.x", '"""X."""\ndef f():\n    pass'),
     (docstrings, "storage.x", '"""X."""\nclass C:\n    """C."""\n    def f(self):\n        pass'),
     (names, "storage.utils", ""),
+    (names, "models.text_helpers", ""),
     (doubles, "maths.x", "def f(x):\n    return mx.array(x, mx.float64).sum()"),
     (doubles, "maths.x", "def f(x):\n    return x.astype(mx.float64)\ndef g(x):\n    return mx.sum(x, stream=mx.cpu)"),
     (doubles, "maths.x", "from mlx.core import float64"),
+    (doubles, "maths.x", "KIND = mx.float64"),
     (decompositions, "maths.x", "def f(x):\n    return mx.linalg.eigh(x)"),
     (decompositions, "maths.x", "from mlx.core.linalg import svd"),
     (casts, "models.load", "def f(raw, n, dtype):\n    return raw[n].astype(dtype)"),
@@ -345,8 +355,27 @@ def test_the_rule_can_pass(rule: Callable[[Module], list[str]]) -> None:
 
 
 def test_the_package_stays_small() -> None:
-    """Every line of every module counts, blank ones, comments and docstrings too. On its way to 20,000: only down."""
-    assert sum(len(module.source.splitlines()) for module in modules()) <= PACKAGE_LINES
+    """A newcomer reads it in an afternoon: lines of code are counted, docstrings and comments are free."""
+    assert sum(code_lines(module.source) for module in modules()) <= PACKAGE_LINES
+    assert code_lines('"""Doc\nstring."""\n\n# comment\nx = """text\n"""\n') == 2
+
+
+def test_what_it_is_in_all_does_not_grow() -> None:
+    """Every line, blank ones, comments and docstrings too. The aim is 20,000; until that is met this only goes down."""
+    assert sum(len(module.source.splitlines()) for module in modules()) <= ALL_LINES
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold code; a string that is a statement (a docstring, a field's help) is none."""
+    statements = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Expr)]
+    texts = [n for n in statements if isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)]
+    free = {line for n in texts for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines: set[int] = set()
+    for found in tokenize.generate_tokens(io.StringIO(source).readline):
+        if found.type not in layout:
+            lines.update(range(found.start[0], found.end[0] + 1))
+    return len(lines - free)
 
 
 def test_every_command_is_listed() -> None:

@@ -55,7 +55,7 @@ class Objective:
 
 
 def _sums(student: nn.Module, tokens: mx.array, learn: mx.array, frozen_head: bool) -> tuple[mx.array, mx.array]:
-    hidden = load.hidden_of(student, tokens)
+    hidden = student.model(tokens)
     flat, head = hidden.reshape(-1, hidden.shape[-1]), load.head_weight(student)
     logps = token_logps(flat, head, labels(tokens), frozen_head=frozen_head)
     return sequence_logps(logps.reshape(tokens.shape), learn)

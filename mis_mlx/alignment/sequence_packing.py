@@ -117,7 +117,7 @@ class PackedDataset:
 
     def hidden(self, student: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:
         """Final hidden states (B * T, D). A row alone in its window needs no mask: padding comes after it."""
-        hidden = attention_masks.forward_rows(student, tokens, rows) if self.shared else load.hidden_of(student, tokens)
+        hidden = attention_masks.forward_rows(student, tokens, rows) if self.shared else student.model(tokens)
         return hidden.reshape(-1, hidden.shape[-1])
 
     def measure(self, student: nn.Module, batch_size: int) -> dict[str, float]:

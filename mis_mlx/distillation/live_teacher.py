@@ -139,7 +139,7 @@ def _on_host(
 
     def forth(*arrays: mx.array) -> mx.array:
         student.update(tree_unflatten(list(zip(trained, arrays, strict=True))))
-        hidden.append(lanes.rows(partial(load.hidden_of, student), tokens).reshape(cotangent.shape))
+        hidden.append(lanes.rows(student.model, tokens).reshape(cotangent.shape))
         return hidden[0]
 
     with lanes.together():
@@ -162,7 +162,7 @@ def loss_of(source: TargetSource) -> Loss:
     """`loss(student, tokens, learn, *target)` -> (sum of KL in nats, tokens that count), of a resident student."""
 
     def loss(student: nn.Module, tokens: mx.array, learn: mx.array, *target: mx.array) -> tuple[mx.array, mx.array]:
-        hidden = load.hidden_of(student, tokens)
+        hidden = student.model(tokens)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         return source.kl_sum(hidden, load.head_weight(student), learn, *target), learn.sum()
 

@@ -121,13 +121,10 @@ class Sharded:
         for i, block in self._in_turn(range(top + 1)):
             if i == top:  # on and back in one go: the last block is not read twice, nor computed twice
                 head = self._source.head().weight
-                ends = [partial(self._end, loss, head, batch) for batch in batches]
-                if slopes:
-                    total, gradients[i] = self._back(i, block, kept, [self._last] * n, partial(slopes, head, batches))
-                else:
-                    total, gradients[i] = self._back(i, block, kept, ends)
-                del ends
-                del head
+                ends = [self._last if slopes else partial(self._end, loss, head, batch) for batch in batches]
+                of_batch = partial(slopes, head, batches) if slopes else None
+                total, gradients[i] = self._back(i, block, kept, ends, of_batch)
+                del head, ends, of_batch
             elif i < self.blocks.start:
                 self._source.through(block, kept)
             else:

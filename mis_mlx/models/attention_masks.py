@@ -52,7 +52,7 @@ def forward(model: nn.Module, tokens: mx.array, branch: mx.array, positions: np.
     hidden = load.embedded(model, tokens)
     for block in inner.layers:
         hidden = through(block, hidden, sees, positions, load.window(model.args, block))
-    return load.divided(model, inner.norm(hidden))[0]
+    return inner.norm(hidden)[0]
 
 
 def through(
@@ -79,4 +79,4 @@ def forward_rows(model: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array
     for block in inner.layers:
         window = load.window(model.args, block)
         hidden = block(hidden, mask if window is None else mask & (at[:, None] < at[None] + window))
-    return load.divided(model, inner.norm(hidden))
+    return inner.norm(hidden)

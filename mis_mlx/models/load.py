@@ -141,19 +141,6 @@ def mask(args: Any, block: nn.Module, hidden: mx.array) -> Any:
     return mlx_lm("models.base").create_attention_mask(hidden, None, window_size=window(args, block))
 
 
-class Divided(nn.Module):
-    """A norm whose output is divided, in place of the logits that are made of it."""
-
-    def __init__(self, inner: nn.Module, divisor: float):
-        super().__init__()
-        self.inner, self._divisor = inner, divisor
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """x (..., D) -> (..., D)."""
-        normed: mx.array = self.inner(x)
-        return normed / self._divisor
-
-
 def embedding_scale(config: Mapping[str, Any], dtype: mx.Dtype) -> mx.array | None:
     """What the embedding is multiplied by on its way into the first block, as mlx-lm does it; None: nothing."""
     key = family(config).embedding_scale
@@ -173,6 +160,20 @@ def _uniform(block: nn.Module) -> nn.Module:
     return block
 
 
+def _divided(norm: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """The last norm, with its output divided by what the config has logits divided by, so that no head has to."""
+    divisor = float(config.get(family(config).logit_divisor) or 1.0)
+    if divisor == 1.0:
+        return norm
+
+    class Norm(type(norm)):  # type: ignore[misc]
+        def __call__(self, x: mx.array) -> mx.array:
+            return super().__call__(x) / divisor
+
+    norm.__class__ = Norm
+    return norm
+
+
 def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """The embedding table (V, D), lazy. `.as_linear` makes it the head of a tied model. `raw` as in `weights`,
     or only some rows (n, D) of each of its tensors: then a table of those."""
@@ -190,8 +191,7 @@ def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) 
         config["hidden_size"], eps=config["rms_norm_eps"]
     )
     norm.load_weights(weights(checkpoint, NORM, dtype, raw))
-    divisor = float(config.get(of.logit_divisor) or 1.0)
-    return norm if divisor == 1.0 else Divided(norm, divisor)
+    return _divided(norm, config)
 
 
 def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
@@ -225,7 +225,8 @@ class Embedding(nn.Embedding):
 
 
 def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
-    """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it against the budget."""
+    """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it against the budget. `model.model`
+    gives what goes into the head, as everywhere here."""
     model = _model_module(checkpoint.config).Model(model_args(checkpoint.config))
     model.model.embed_tokens = Embedding(*model.model.embed_tokens.weight.shape)
     named = weights(checkpoint, "", dtype)
@@ -235,6 +236,8 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     model.eval()
     if family(checkpoint.config).scaled_queries:
         model.model.layers = [_uniform(block) for block in model.model.layers]
+    if family(checkpoint.config).logit_divisor:
+        model.model.norm, model.logits_scaling = _divided(model.model.norm, checkpoint.config), 1.0
     model._embedding_scale = embedding_scale(checkpoint.config, dtype)  # for `embedded`
     return model
 
@@ -243,17 +246,6 @@ def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
     """What goes into the first block (B, T, D) of a model that `resident` has made."""
     rows, scale = model.model.embed_tokens(tokens), model._embedding_scale
     return rows if scale is None else rows * scale  # type: ignore[no-any-return]
-
-
-def hidden_of(model: nn.Module, tokens: mx.array) -> mx.array:
-    """Final hidden states (B, T, D) of a resident model, ready for its head."""
-    return divided(model, model.model(tokens))
-
-
-def divided(model: nn.Module, hidden: mx.array) -> mx.array:
-    """Normed hidden states, divided by what the model divides its logits by."""
-    divisor = getattr(model, "logits_scaling", 1.0)
-    return hidden if divisor == 1.0 else hidden / divisor
 
 
 def freeze_vocabulary(model: nn.Module) -> None:

@@ -49,7 +49,7 @@ def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], 
     ours, stock = load.resident(models(kind), mx.float32), stock_of(models(kind).path)
     source = stream.Stream(models(kind), mx.float32)
     for tokens, hidden in zip(batches, source.forward(batches), strict=True):
-        assert mx.array_equal(hidden, load.hidden_of(ours, tokens))
+        assert mx.array_equal(hidden, ours.model(tokens))
         theirs = stock(tokens)
         for z in (load.logits(source.head(), hidden), ours(tokens), hidden @ load.head_weight(ours).T):
             assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
@@ -173,8 +173,8 @@ def table() -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in FAMILIES.values():
         axes = ["yes" if axis in row.axes else "no" for axis in ALL]
-        if row.head_dim_follows:  # heads and the hidden size go by their quotient
-            axes = [*axes[:2], "no", axes[3], "no"]
+        if row.head_dim_follows:  # heads, their groups and the hidden size, by the quotient
+            axes = [*axes[:2], *["together"] * 3]
         rest = ["no" if row.sandwich else "yes", "float16" if row.float16 else "bfloat16", row.gguf or "no"]
         lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")
     return "\n".join(lines)
