@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +177,24 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
         rows = bench.measure([llama.path] * 2, ["a", "b"], 4, 2, 3, limit)
         assert "".join(order) == wanted
         assert [(r.model, r.metric, r.value) for r in rows[:2]] == [("a", "ttft_ms", 1000.0), ("a", "decode_tps", 1.0)]
+
+
+def test_one_by_one_there_is_one_model_in_memory(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the next one loads, the one before is gone, though the caller still has the last trial in its hands."""
+    alive, opened = list[Any](), timing.opened
+
+    def noted(folder: Path, name: str) -> timing.BenchmarkModel:
+        assert not [name for kept in alive if kept() is not None]
+        found = opened(folder, name)
+        alive.append(weakref.ref(found.model))
+        return found
+
+    monkeypatch.setattr(timing, "opened", noted)
+    bench.measure([llama.path] * 3, ["a", "b", "c"], 4, 2, 2)
+    run = bench.Bench(settings(llama.path))
+    run.together, run.models = False, {name: next(iter(run.models.values())) for name in "abc"}
+    run.go(None)
+    assert len(alive) == 6
 
 
 def test_what_does_not_go_together_is_a_sentence(llama: Checkpoint) -> None:

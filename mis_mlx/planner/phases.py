@@ -134,16 +134,17 @@ def steps_per_shard(job: DistillationSpec, shard: int) -> int:
     return math.ceil(job.iters / math.ceil(job.student.shape.layers / shard))
 
 
-def measure(job: DistillationSpec, most_bytes: int) -> StageCost:
-    """Teacher, pruned, distilled and 4-bit student on every text; then timed, side by side where the phases before,
-    which took `most_bytes`, leave room for all of them."""
+def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
+    """Teacher, pruned, distilled and 4-bit student on every text; then those that fit the budget are timed, side by
+    side where the phases before, which took `most_bytes`, leave room for all of them, else one by one."""
     four = replace(job.student, nbytes=quantized_size.packed_bytes(job.student, job.rounding), packed=True)
     models = [job.teacher, job.student, job.student, four]
     one = estimates.compared(models, job.held_out, job.length)
-    if sum(timed_bytes(m.config) for m in models) <= most_bytes:
-        stored = 2 * job.teacher.head_params  # the largest tensor, while it is converted
-        timed = stored + sum(m.nbytes if m.packed else arch.params(m.config) * m.item for m in models)
-        one = replace(one, peak_bytes=max(one.peak_bytes, timed))
+    whole = [m.nbytes if m.packed else arch.params(m.config) * m.item for m in models]
+    alone = [n for m, n in zip(models, whole, strict=True) if timed_bytes(m.config) <= limit]
+    timed = sum(whole) if sum(timed_bytes(m.config) for m in models) <= most_bytes else max(alone, default=0)
+    stored = 2 * job.teacher.head_params if timed else 0  # the largest tensor, while it is converted
+    one = replace(one, peak_bytes=max(one.peak_bytes, stored + timed))
     return replace(one, read_bytes=TEXTS * one.read_bytes, flops=TEXTS * one.flops)
 
 
@@ -242,7 +243,7 @@ def one(
     extra = [tune(job, micro, left, steps)] if steps else []
     optional = tuned is None and job.rounding.q_iters is None
     phases += [p for p in extra if not optional or p.peak_bytes + own <= limit]
-    phases.append(measure(job, max(p.peak_bytes for p in phases) + own))
+    phases.append(measure(job, max(p.peak_bytes for p in phases) + own, limit))
     phases = [replace(p, peak_bytes=p.peak_bytes + own) for p in phases]
     return MemoryPlan(job, limit, rates, mode, micro, shard, tuple(phases))
 

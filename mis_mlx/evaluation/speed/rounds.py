@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx.evaluation.speed import roofline, timing
-from mis_mlx.evaluation.speed.timing import BenchmarkModel, Measurement, Request
+from mis_mlx.evaluation.speed.timing import BenchmarkModel, Loaded, Measurement, Request
 from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter
 from mis_mlx.maths.stats import summary
@@ -62,9 +62,10 @@ def rounds(
     meter: EnergyMeter | None = None,
     peaks: bool = False,
     warm_up: Request | None = None,
-) -> Iterator[tuple[BenchmarkModel, Measurement]]:
+) -> Iterator[tuple[Loaded, Measurement]]:
     """Every trial as it ends, without the warm-up: each round takes all models in turn, A B A B; or, where they do
-    not fit in memory together, model after model. openers: what loads each. warm_up: by default the whole prompt."""
+    not fit in memory together, model after model. No model is handed on: whoever took one would keep it in memory.
+    openers: what loads each. warm_up: by default the whole prompt."""
     first = warm_up or replace(r, answer=min(r.answer, WARM_UP))
     for group in [list(openers)] if together else [[name] for name in openers]:
         subjects = [openers[name]() for name in group]
@@ -73,7 +74,7 @@ def rounds(
         for number in range(1, count + 1):
             for s in subjects:
                 time.sleep(delay)
-                yield s, timing.trial(s, r, (seed, number), meter, peaks)
+                yield s.loaded, timing.trial(s, r, (seed, number), meter, peaks)
         del s, subjects  # the next one's memory
         mx.clear_cache()
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,6 +38,14 @@ class Request:
     depth: int = 0
 
 
+class Loaded(NamedTuple):
+    """What is left to know of a model once it is gone."""
+
+    name: str
+    load_s: float
+    read_bytes: int
+
+
 @dataclass(frozen=True)
 class BenchmarkModel:
     """A model in memory."""
@@ -56,6 +64,11 @@ class BenchmarkModel:
     def read_bytes(self) -> int:
         """Bytes of the weights that a token has to fetch: all but an embedding that is not the head too."""
         return self.nbytes - (_nbytes(self.model.model.embed_tokens) if hasattr(self.model, "lm_head") else 0)
+
+    @property
+    def loaded(self) -> Loaded:
+        """Without the model."""
+        return Loaded(self.name, self.load_s, self.read_bytes)
 
 
 @dataclass(frozen=True)
