@@ -78,14 +78,14 @@ def train(
     held: int,
     files: Files,
     own_share: float = OWN_SHARE,
-    ridge: float = reconstruct.RIDGE,
+    repair: bool = True,
     direct: bool = False,
 ) -> Iterator[Step]:
     """Train the blocks of `student`, the folder that block_files.begin made of `pruned`, that are not trained yet.
 
     batches: token ids, all of one shape (B, T). A block gets `recipe.iters` steps, each of
     `recipe.grad_accumulation_steps` batches, of which a seeded `own_share` enter from the student's own stream; before
-    that its down_proj is refitted in closed form (ridge 0: it is not). Hidden states: the first `held` batches of each
+    that its down_proj is refitted in closed form (`repair`). Hidden states: the first `held` batches of each
     stream stay in memory, the rest in `folder`. direct: read the teacher past the page cache. Yields each step; numbers
     count on from block to block, `loss` is the mean over tokens of |out - target|^2 / |target|^2.
 
@@ -112,9 +112,9 @@ def train(
         block = stream.load_checked(load.block(pruned if j >= done else student, j, small.args, mx.float32))
         if j >= done:
             note = f"block {j + 1} of {layers}"
-            if ridge:
-                _, left = reconstruct.refit(block, small.args, own, target, columns, ridge)
-                note += f": closed form left {left:.0%} of the error"
+            if repair:
+                _, left = reconstruct.refit(block, small.args, own, target, columns)
+                note += f": closed form left {left:.0%} of the error held out"
             yield from _steps(block, small.args, streams, recipe, own_share, j * recipe.iters, note)
             block_files.replace_block(student, j, dict(tree_flatten(block.parameters())), files)
             files.replace_text(student.path / RECORD, json.dumps({"blocks": j + 1}))

@@ -113,7 +113,7 @@ def _local(c: Run, pruned: Checkpoint) -> Checkpoint:
     steps = blockwise.train(
         c.teacher, pruned, student, keep, c.pick(c.plan.job.local, 2), recipe, folder=c.folder,
         held=c.plan.held_windows("local"), files=c.files, direct=c.direct,
-        ridge=reconstruct.RIDGE if c.plan.job.repair else 0.0,
+        repair=c.plan.job.repair > 0,
     )  # fmt: skip
     total = len(keep.layers) * iters
     with c.phase("local"):  # which saves every block by itself

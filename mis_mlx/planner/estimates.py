@@ -15,6 +15,7 @@ from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.maths.reconstruction import RIDGES
 from mis_mlx.models import arch, load, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner import training_size
@@ -235,9 +236,11 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
 
 
 def refit(m: ModelSize, tokens: int) -> tuple[int, float]:
-    """(bytes, operations) of a closed-form fit: normal equations in float64, their solution, batches in float32."""
+    """(bytes, operations) of a closed-form fit: normal equations in float64, those held out, the solution for every
+    ridge, batches in float32."""
     f, d = m.shape.ffn, m.shape.hidden
-    return (32 + 4 * together(m)) * f * (f + d), f * (2.0 * tokens * (f + d) + f * f)
+    solved = (len(RIDGES) + 1) * f * f * (2 / 3 * f + 4 * d)
+    return (40 + 4 * together(m)) * f * (f + d), 2.0 * tokens * f * (f + d) + solved
 
 
 def flag(nbytes: int) -> str:

@@ -28,11 +28,13 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
 
 
 def repair(job: DistillationSpec) -> StageCost:
-    """Both models side by side, every down_proj refitted (pruning/reconstruct); the new ones wait in memory."""
+    """Both models side by side, every down_proj refitted (pruning/reconstruct), whose inputs are kept meanwhile; the
+    new ones wait in memory."""
     m, length, tokens = job.student, job.length, job.repair * job.length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
     fit_bytes, fit_flops = estimates.refit(m, tokens)
     beside = small.peak_bytes + fit_bytes + 4 * m.shape.layers * m.shape.ffn * m.shape.hidden
+    beside += tokens * m.shape.ffn * m.item
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
-    flops = big.flops + 2 * small.flops + m.shape.layers * fit_flops
+    flops = big.flops + small.flops + m.shape.layers * fit_flops
     return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)

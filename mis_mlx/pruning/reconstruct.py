@@ -20,7 +20,7 @@ from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import load, policy, stream
 from mis_mlx.types import Checkpoint, KeptUnits
 
-RIDGE = 0.1
+HELD_OUT = 4  # every fourth window judges them, or the last of fewer
 
 
 def reconstruct(
@@ -28,7 +28,6 @@ def reconstruct(
     student: Checkpoint,
     keep: KeptUnits,
     batches: Sequence[mx.array],
-    ridge: float = RIDGE,
 ) -> tuple[dict[str, mx.array], list[float]]:
     """({weight name: new matrix (out, in) float32}, error left per block as a share) for token ids [(B, T)]."""
     columns = kept_columns(keep)
@@ -40,9 +39,9 @@ def reconstruct(
     for j, block in small.blocks():
         next(marching)
         stream.evaluate_now(own)
-        wide, error = refit(block, small.args, own, target, columns, ridge)
+        wide, error = refit(block, small.args, own, target, columns, onwards=True)
+        small.finite(own[0])
         mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
-        small.through(block, own)
         left.append(error)
     return mended, left
 
@@ -81,35 +80,50 @@ def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
 def refit(
     block: nn.Module,
     args: Any,
-    hidden: Sequence[mx.array],
+    hidden: stream.Hidden,
     target: Sequence[mx.array],
     columns: mx.array | None,
-    ridge: float,
+    onwards: bool = False,
 ) -> tuple[mx.array, float]:
     """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream behind its group:
-    (that matrix (D, F) float32, error left as a share).
+    (that matrix (D, F) float32, the share of the error that it leaves on windows held out). It stays as it is, and 1 is
+    left, where none does better there: few tokens against a wide FFN are soon learned by heart.
 
     Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it: the first token of a
-    window is a hundred times longer than the rest.
+    window is a hundred times longer than the rest. onwards: `hidden` becomes the block's new output, for which the
+    inputs of down_proj are kept and not computed again.
     """
     linear, share = block.mlp.down_proj, getattr(block, "residual_multiplier", 1.0)  # of its output that is added
     block.mlp.down_proj = tap = stream.InputRecorder(linear)
     outputs, inputs = linear.weight.shape
-    fit = NormalEquations(inputs, outputs)
+    fit, judge = NormalEquations(inputs, outputs), NormalEquations(inputs, outputs)
+    entered = list[mx.array]()
 
     def products(into: mx.array, want: mx.array) -> tuple[mx.array, ...]:
         out = block(into, load.mask(args, block, into))
         goal = narrow(want, columns).astype(mx.float32).reshape(-1, outputs)
         missing = (goal - out.astype(mx.float32).reshape(-1, outputs)) / share
         weight = 1.0 / mx.maximum(mx.sqrt(mx.square(goal).mean(axis=-1)), 1e-6)
-        return fit.products(tap.take().reshape(-1, inputs), missing, weight)
+        into = tap.take()
+        return *fit.products(into.reshape(-1, inputs), missing, weight), out, into
 
-    for sums in lanes.each(products, hidden, target):
-        fit.add(*sums)
+    every = min(HELD_OUT, len(target))
+    for b, (*sums, out, into) in enumerate(lanes.each(products, hidden, target)):
+        (fit if (b + 1) % every else judge).add(*sums)
+        if onwards:
+            hidden[b] = out
+            entered.append(into)
     block.mlp.down_proj = linear
     before = np.array(linear.weight.astype(mx.float32), np.float64)
-    update, error = fit.solve(ridge)
+    update, error = fit.judged(judge)
     weight = mx.array((before + update).astype(np.float32))
     linear.weight = weight.astype(linear.weight.dtype)
     stream.evaluate_now(weight, linear.weight)
+    change = mx.array(share * update.T.astype(np.float32)).astype(linear.weight.dtype)
+
+    def moved(out: mx.array, into: mx.array) -> mx.array:
+        return out + into @ change
+
+    for b, out in enumerate(lanes.each(moved, hidden, entered) if onwards else ()):
+        hidden[b] = out
     return weight, error

@@ -106,7 +106,7 @@ def test_every_step_is_the_one_by_hand(
 ) -> None:
     """Bit for bit, with the teacher's stream, the student's own, or a seeded half of either going in."""
     pruned, keep = student(llama, cut, tmp_path)
-    steps = list(begin(llama, pruned, keep, windows, tmp_path, own_share=own_share, ridge=0))
+    steps = list(begin(llama, pruned, keep, windows, tmp_path, own_share=own_share, repair=False))
 
     def pick(step: int, k: int) -> bool:
         return bool(np.random.default_rng([RECIPE.seed, step, 2]).random(2)[k] < own_share)
@@ -120,7 +120,7 @@ def test_every_step_is_the_one_by_hand(
 def test_the_loss_is_the_error_per_token(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
     """The first step of block 0, by numpy in float64: a long token counts as much as a short one."""
     pruned, keep = student(llama, "ffn", tmp_path)
-    step = next(begin(llama, pruned, keep, windows, tmp_path, ridge=0))
+    step = next(begin(llama, pruned, keep, windows, tmp_path, repair=False))
     both = []
     for checkpoint in (llama, pruned):
         source = stream.Stream(checkpoint, mx.float32)
@@ -136,7 +136,7 @@ def test_the_error_falls_in_every_block(tmp_path: Path, llama: Checkpoint, windo
     """By steps alone, measured by marching both models apart: each block ends nearer to the teacher."""
     pruned, keep = student(llama, cut, tmp_path)
     recipe = replace(RECIPE, iters=12)
-    steps = list(begin(llama, pruned, keep, windows, tmp_path, recipe, own_share=1.0, ridge=0))
+    steps = list(begin(llama, pruned, keep, windows, tmp_path, recipe, own_share=1.0, repair=False))
     basis = np.eye(64)[:, list(keep.kept.get((-1, "hidden"), range(64)))]
     before = stream_error(llama, pruned, basis, windows, keep.layers)
     after = stream_error(llama, load.open_checkpoint(tmp_path / "s"), basis, windows, keep.layers)
@@ -145,12 +145,15 @@ def test_the_error_falls_in_every_block(tmp_path: Path, llama: Checkpoint, windo
 
 
 def test_no_steps_is_the_closed_form(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
-    """With 0 steps a block what is left is reconstruct's, bit for bit, block by block and spooled."""
+    """With 0 steps a block what is left is reconstruct's, block by block and spooled: there a block's
+    output is that of before and what the change adds, here it is computed anew."""
     pruned, keep = student(llama, "ffn", tmp_path)
     mended, _ = reconstruct.reconstruct(llama, pruned, keep, windows)
     assert list(begin(llama, pruned, keep, windows, tmp_path, replace(RECIPE, iters=0), held=1)) == []
-    expected = raw(pruned) | {n: bytes(memoryview(w)) for n, w in mended.items()}
-    assert weights(tmp_path) == expected
+    made = load.open_checkpoint(tmp_path / "s")
+    for name in pruned.tensors:
+        want = mended[name] if name in mended else load.dense(pruned, name)
+        assert mx.allclose(load.dense(made, name), want, rtol=1e-3, atol=1e-5), name
 
 
 @pytest.mark.parametrize("held", [0, 2])

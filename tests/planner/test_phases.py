@@ -301,7 +301,7 @@ def test_local_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpo
     with memory.limited(Budget(before + planned)):
         steps = list(
             blockwise.train(teacher, student, made, KeptUnits((0, 1, 2, 4), {}, ""), batches, recipe, folder=tmp_path,
-                            held=9, files=DISK, ridge=0.0)
+                            held=9, files=DISK, repair=False)
         )  # fmt: skip
     peak = max(s.peak_bytes for s in steps) - before
     assert planned / 2 < peak < planned, (peak / MIB, planned / MIB)
