@@ -41,10 +41,6 @@ class Settings(cli.Budgeted, policy.Computing, ThermalFlags):
     """tokens generated, 2 or more"""
     num_trials: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-n"])] = 5
     """trials, after a warm-up (the whole prompt, 4 tokens) that does not count"""
-    depth: Annotated[int, Within(0, MOST), tyro.conf.arg(aliases=["-d"])] = 0
-    """tokens in the cache before the prompt"""
-    batch_size: Annotated[int, Within(1, 10**4), tyro.conf.arg(aliases=["-b"])] = 1
-    """prompts side by side"""
     delay: Seconds = 0.0
     """seconds of rest before each trial; 30 or more for a laptop without a fan"""
     seed: Seed = 0
@@ -76,9 +72,7 @@ class Bench:
 
     def __init__(self, s: Settings):
         cli.check_ranges(s)
-        if s.batch_size > 1 and s.depth:
-            raise MisError(f"-b {s.batch_size} does not go with -d: leave one of them out")
-        self.s, self.r = s, timing.Request(s.prompt_tokens, s.generation_tokens, s.batch_size, s.depth)
+        self.s, self.r = s, timing.Request(s.prompt_tokens, s.generation_tokens)
         if s.out and not Path(s.out).absolute().parent.is_dir():
             raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
         if s.out:
@@ -90,7 +84,7 @@ class Bench:
         limit = memory.budget(s.budget_bytes)
         needs = {name: rounds.need_bytes(m, self.r) for name, m in self.models.items()}
         for name, nbytes in needs.items():
-            limit.need(nbytes, f"timing {name}", "give a larger --budget, a smaller -p or -b, or a model of fewer bits")
+            limit.need(nbytes, f"timing {name}", "give a larger --budget, a smaller -p, or a model of fewer bits")
         self.together = sum(needs.values()) <= limit.limit_bytes
         if not self.together and len(self.models) > 1:
             cli.say("the models do not fit in memory together: one after the other, so drift does not hit all alike")
@@ -111,7 +105,7 @@ class Bench:
                     self.done.setdefault(subject.name, []).append(done)
                     self.loaded[subject.name] = {"load_s": subject.load_s, "read_bytes": subject.read_bytes}
                     self.write()
-                    show(at, f"{subject.name}: {self.r.batch / done.tpot_s:.1f} tokens/s")
+                    show(at, f"{subject.name}: {1 / done.tpot_s:.1f} tokens/s")
         except KeyboardInterrupt:
             if not self.done:
                 raise
@@ -127,7 +121,7 @@ class Bench:
 
     def fixed(self) -> dict[str, Any]:
         """What the same command with the same seed gives again: sizes, texts, tokens."""
-        flags = ("prompt_tokens", "generation_tokens", "num_trials", "batch_size", "depth", "seed")
+        flags = ("prompt_tokens", "generation_tokens", "num_trials", "seed")
         texts = {name: [(t.asked, t.tokens) for t in self.done.get(name, ())] for name in self.models}
         models = {
             name: {
@@ -174,7 +168,7 @@ def run(settings: Settings) -> dict[str, Any]:
         conditions = {"before": _conditions(first)}
         meter = energy.EnergyMeter(weather.monitor)
         idle = None  # what this machine takes at rest, where something measures energy
-        if meter.source is not None or first.power_w is not None:
+        if first.power_w is not None:
             meter.begin()
             time.sleep(IDLE_S)
             idle = meter.end()
@@ -189,7 +183,7 @@ def run(settings: Settings) -> dict[str, Any]:
     print("\n" + "\n".join(sentences))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
-    source = (meter.source or "the whole machine's power") if idle else None
+    source = "the whole machine's power" if idle else None
     result = {
         **fixed,
         "machine": about(),

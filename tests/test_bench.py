@@ -43,19 +43,17 @@ def settings(*models: Path, **flags: Any) -> bench.Settings:
 
 def stamped(*stamps_s: float, cached_s: float | None = None, **more: Any) -> Measurement:
     """A trial whose tokens were there at these times."""
-    return Measurement(((1, 2),), (3,) * len(stamps_s), stamps_s, cached_s, **more)
+    return Measurement((1, 2), (3,) * len(stamps_s), stamps_s, cached_s, **more)
 
 
 def test_rates_by_pencil() -> None:
     """Tokens at 0.5, 0.6, 0.7 s: 500 ms to the first, 100 ms each after it, 10 a second (the first does not count);
-    a prompt of 20 tokens is read at 40 a second. A batch counts all of its sequences."""
+    a prompt of 20 tokens is read at 40 a second."""
     found = rounds.figures([stamped(0.5, 0.6, 0.7, cached_s=0.1)], Request(20, 3))
     names = ("ttft_ms", "ttft_cached_ms", "tpot_ms", "prefill_tps")
     assert [found[name]["mean"] for name in names] == pytest.approx([500, 100, 100, 40])
     assert found["decode_tps"] == pytest.approx({"mean": 10, "sd": 0, "median": 10, "n": 1})
     assert found["itl_ms"]["n"] == 2
-    four = rounds.figures([stamped(0.5, 0.6, 0.7)], Request(2, 3, batch=4))
-    assert (four["decode_tps"]["mean"], four["prefill_tps"]["mean"]) == pytest.approx((40, 16))
 
 
 def test_mean_and_deviation_over_trials_and_95_of_many_only() -> None:
@@ -71,10 +69,10 @@ def test_mean_and_deviation_over_trials_and_95_of_many_only() -> None:
 
 def test_energy_is_what_work_took_beyond_rest() -> None:
     """30 J in 2 s at 5 W of rest are 20 J of work: 10 J for each of the two tokens after the first."""
-    idle = Energy(4.0, 20.0, None)
-    found = rounds.figures([stamped(0.5, 1.5, 2.5, energy=Energy(2.0, 30.0, 99.0))], Request(1, 3), idle)
+    idle = Energy(4.0, 20.0)
+    found = rounds.figures([stamped(0.5, 1.5, 2.5, energy=Energy(2.0, 30.0))], Request(1, 3), idle)
     assert found["joules"]["mean"] == pytest.approx(10)
-    assert "joules" not in rounds.figures([stamped(0.5, 1.5, energy=Energy(2.0, None, 9.0))], Request(1, 2), idle)
+    assert "joules" not in rounds.figures([stamped(0.5, 1.5, energy=Energy(2.0, None))], Request(1, 2), idle)
 
 
 def test_who_slows_down_is_named() -> None:
@@ -141,26 +139,6 @@ def test_the_same_seed_gives_the_same_json_apart_from_timings(llama: Checkpoint)
     assert one["models"]["llama"]["texts_sha256"] != other["models"]["llama"]["texts_sha256"]
 
 
-def test_depth_and_batch(llama: Checkpoint) -> None:
-    """Tokens in the cache change what is generated, a batch has its own prompts."""
-    plain = bench.run(settings(llama.path, generation_tokens=7))
-    deep = bench.run(settings(llama.path, generation_tokens=7, depth=5))
-    assert deep["models"]["llama"]["texts_sha256"] != plain["models"]["llama"]["texts_sha256"]
-    wide = bench.run(settings(llama.path, batch_size=3))
-    assert wide["measured"]["models"]["llama"]["decode_tps"]["mean"] > 0
-    assert "ttft_cached_ms" not in wide["measured"]["models"]["llama"]
-
-
-def test_a_batch_generates_what_each_prompt_gives_alone(llama: Checkpoint) -> None:
-    """The same tokens, step by step, as `generate_step` on each of the prompts."""
-    subject = timing.opened(llama.path, "m")
-    together = timing.trial(subject, Request(5, 4, batch=2), (0, 1))
-    rows = [together.tokens[i::2] for i in range(2)]
-    for ids, row in zip(together.asked, rows, strict=True):
-        steps = timing._steps(subject, [list(ids)], 4, timing.mlx_generate.filled_cache(subject.model, 0))
-        assert tuple(t for new in steps for t in new) == row
-
-
 def test_measure_interleaves_what_fits_and_not_what_does_not(
     llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,11 +176,9 @@ def test_one_by_one_there_is_one_model_in_memory(llama: Checkpoint, monkeypatch:
 
 
 def test_what_does_not_go_together_is_a_sentence(llama: Checkpoint) -> None:
-    """No gap between tokens; a batch with depth; a model twice; a result with nowhere to go."""
+    """No gap between tokens; a model twice; a result with nowhere to go."""
     with pytest.raises(MisError, match="--generation-tokens is 1: give 2 or more"):
         bench.run(settings(llama.path, generation_tokens=1))
-    with pytest.raises(MisError, match="-b 2 does not go with -d"):
-        bench.run(settings(llama.path, batch_size=2, depth=1))
     with pytest.raises(MisError, match="give each once"):
         bench.run(settings(llama.path, llama.path))
     for out in ("/no/such/folder/x.json", str(llama.path / "config.json" / "x.json")):
@@ -232,12 +208,12 @@ def test_flags_of_mlx_lm_and_two_models(llama: Checkpoint, tmp_path: Path, comma
 
 
 def test_what_comes_between_two_tokens_is_clocked() -> None:
-    """Every step has a time and its tokens; the meter begins at the first one."""
+    """Every token has its time; the meter begins at the first one."""
     began: list[int] = []
     meter: Any = SimpleNamespace(begin=lambda: began.append(len(began)))
-    stamps, tokens = timing.clocked(iter([[1, 2], [3, 4]]), meter)
+    stamps, tokens = timing.clocked(iter([1, 2]), meter)
     assert 0 <= stamps[0] <= stamps[1] and began == [0]
-    assert tokens == [1, 2, 3, 4]
+    assert tokens == [1, 2]
 
 
 def test_a_format_says_all_its_bits() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mis_mlx.storage import run_folder
 
-RUNS = 600  # of neighbouring values that a series keeps at the least, once it has had so many
+MOST_POINTS = 2400  # that a series keeps: when it has more, its runs become twice as long
 LINE_BYTES = 1 << 16  # what is longer is no record of ours
 MOST = 1000  # pauses that are kept one by one
 BACKWARDS_S = 1.0  # a wall clock that jumps back further was set, or is another machine's
@@ -24,43 +24,35 @@ Point = tuple[float, float]
 
 @dataclass
 class Series:
-    """Values at places that never fall, thinned to the extremes of runs of neighbours."""
+    """Values at places that never fall; of many, the extremes of runs of neighbours, all runs equally long."""
 
     count: int = 0
-    last: Point | None = None
-    _runs: list[list[Point]] = field(default_factory=list)  # [lowest, highest] of each run
-    _width: int = 1  # values in a run
-    _filled: int = 0  # of the last run
+    _kept: list[Point] = field(default_factory=list)
+    _run: list[Point] = field(default_factory=list)  # of neighbours, not yet full
+    _width: int = 2  # values in a run, of which two are kept
 
     def add(self, x: float, y: float) -> None:
         """The next value."""
         self.count += 1
-        self.last = (x, y)
-        if self._runs and self._filled < self._width:
-            self._filled += 1
-            self._runs[-1] = _extremes([*self._runs[-1], self.last])
-            return
-        if len(self._runs) == 2 * RUNS:
-            self._runs = [_extremes(a + b) for a, b in zip(self._runs[::2], self._runs[1::2], strict=True)]
+        self._run.append((x, y))
+        if len(self._run) > self._width:
+            *full, last = self._run
+            self._kept += _extremes(full)
+            self._run = [last]
+        if len(self._kept) > MOST_POINTS:
+            pairs = (self._kept[at : at + 4] for at in range(0, len(self._kept), 4))
+            self._kept = [point for pair in pairs for point in _extremes(pair)]
             self._width *= 2
-        self._runs.append([self.last, self.last])
-        self._filled = 1
 
     def points(self) -> list[Point]:
         """What is left, by place: every value while there are few, later the extremes of each run, and the last one."""
-        kept = {point for run in self._runs for point in run} | ({self.last} if self.last else set())
-        return sorted(kept)
-
-    @property
-    def extremes(self) -> tuple[float, float] | None:
-        """The lowest and the highest of all values that came."""
-        if not self._runs:
-            return None
-        return min(low[1] for low, _ in self._runs), max(high[1] for _, high in self._runs)
+        return sorted({*self._kept, *_extremes(self._run), *self._run[-1:]})
 
 
-def _extremes(points: list[Point]) -> list[Point]:
-    return [min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])]
+def _extremes(points: Sequence[Point]) -> list[Point]:
+    """The lowest and the highest, in their order."""
+    by_height = sorted(points, key=lambda point: point[1])
+    return sorted({*by_height[:1], *by_height[-1:]})
 
 
 @dataclass

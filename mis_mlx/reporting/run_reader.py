@@ -31,8 +31,6 @@ class RunRecord:
     origin: Mapping[str, Any]
     result: Mapping[str, Any]
     keep: Mapping[str, Any]
-    model: Mapping[str, Any]  # config.json of the result
-    sensitivity: Mapping[str, Any]  # {"nats": {matrix: {bits: a token}}}
     begun: Mapping[str, Any]  # what the first start planned
     phases: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
@@ -68,11 +66,6 @@ def read(folder: Path) -> RunRecord:
         "origin": (run_folder.ORIGIN, "versions and hashes"),
         "result": (run_folder.RESULT, "the result; the run has not come to its end"),
         "keep": (keep, "who was kept"),
-        "model": ("model/config.json", "the model that came out"),
-        "sensitivity": (
-            "model/sensitivity.json",
-            "what each matrix costs in fewer bits, measured where they are mixed",
-        ),
     }
     mappings = {field: _mapping(folder, name, missing, what) for field, (name, what) in files.items()}
     phases = _records(folder / run_folder.PHASES, missing, "the plan, and what each phase took")

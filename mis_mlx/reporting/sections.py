@@ -19,9 +19,6 @@ from mis_mlx.reporting.metrics_log import Point
 from mis_mlx.reporting.run_reader import RunRecord
 from mis_mlx.types import GIB, duration, gib
 
-MODELS = ("teacher", "pruned", "distilled", "4-bit")
-FEW = 8  # matrices that are named one by one
-
 
 def _since(story: RunRecord, points: Sequence[Point], scale: float = 1.0) -> list[Point]:
     return [(x - story.began_s, y * scale) for x, y in points]
@@ -37,7 +34,7 @@ def _range(points: Sequence[Point], form: str = ".3f") -> str:
 def summary(story: RunRecord, key: str) -> str:
     """Two sentences: what was done, and what came of it; or how far it is."""
     teacher = PurePath(str(story.result.get("teacher") or story.config.get("teacher") or "the default teacher")).name
-    step, loss = story.steps.series["number"].extremes, story.steps.series["loss"].last
+    step, loss = (story.steps.series[name].points()[-1:] for name in ("number", "loss"))
     return html.part("summary", s=story, teacher=teacher, step=step, loss=loss, duration=duration, gib=gib)
 
 
@@ -83,39 +80,25 @@ def _planned_speed(story: RunRecord) -> float | None:
 
 
 def cost(story: RunRecord, key: str) -> str:
-    """Time and memory of every phase beside what was planned; decoding beside what memory allows."""
+    """Time and memory of every phase beside what was planned."""
     took: dict[str, float] = {}
     peak: dict[str, float] = {}
     for p in story.phases:  # a phase that was killed and taken up again has two lines
         took[p["phase"]] = took.get(p["phase"], 0.0) + p["seconds"]
         peak[p["phase"]] = max(peak.get(p["phase"], 0.0), p["peak_bytes"])
-    if "distil" in took and (extremes := story.steps.series["peak_bytes"].extremes):
-        peak["distil"] = max(peak["distil"], extremes[1])
+    if "distil" in took:
+        peak["distil"] = max([peak["distil"], *(nbytes for _, nbytes in story.steps.series["peak_bytes"].points())])
     planned = {p["phase"]: p for p in story.begun.get("planned", [])}
     rows = []
     for name in dict.fromkeys([*planned, *took]):
         plan = planned.get(name, {})
         times = [_known(duration, took.get(name)), _known(duration, plan.get("seconds"))]
         rows.append([name, *times, _known(gib, peak.get(name)), _known(gib, plan.get("peak_bytes"))])
-    return html.part("cost", phases=rows, decoding=_decoding(story), rates=story.begun.get("rates") or {})
+    return html.part("cost", phases=rows)
 
 
 def _known(form: Callable[[float], str], value: float | None) -> str:
     return "–" if value is None else form(value)
-
-
-def _decoding(story: RunRecord) -> list[list[str]]:
-    """[model, tokens a second, the most that reading all weights from memory once a token allows]."""
-    r, rates = story.result, story.begun.get("rates") or {}
-    rows = []
-    for name in MODELS:
-        if (measured := r.get(f"decode_tps_{name}")) is None:
-            continue
-        params = r["params_teacher"] if name == "teacher" else r["params_student"]
-        nbytes = r["bytes_4-bit"] * 1e6 if name == "4-bit" else params * (2 if rates.get("gpu") else 4)
-        most = rates["memory_bytes_per_s"] / nbytes if rates else None
-        rows.append([name, f"{measured:.1f}", _known("{:.1f}".format, most)])
-    return rows
 
 
 def pruning(story: RunRecord, key: str) -> str:
@@ -159,31 +142,6 @@ def _map(
     text = "Importance in each block of the teacher, the highest bright (by square root); what was removed is pale. "
     text += f"In the kept blocks {min(shares):.0%} to {max(shares):.0%} of the importance stays."
     return figures.heat(key, title, text, (label, "block"), values, stays)
-
-
-def bits(story: RunRecord, key: str) -> str:
-    """What each block costs in 4 bits, where that was measured, and which matrices got other widths."""
-    settings = story.model.get("quantization") or {}
-    if not settings:
-        return ""
-    wide = {k: v["bits"] for k, v in settings.items() if isinstance(v, dict) and v.get("bits") != settings.get("bits")}
-    others = [f"{path} {n}" for path, n in wide.items()]
-    if len(others) > FEW:
-        others = [f"{n} bits {list(wide.values()).count(n)} times" for n in sorted(set(wide.values()))]
-    text = f"{settings.get('bits')} bits in groups of {settings.get('group_size')}, {settings.get('mode', 'affine')}; "
-    text += f"other widths: {', '.join(others)}." if others else "every matrix the same."
-    costs: dict[str, dict[int, float]] = {"all in 4 bits": {}, "as stored": {}}
-    for path, cost in (story.sensitivity.get("nats") or {}).items():
-        i, stored = int(path.split(".")[2]), wide.get(path, settings.get("bits"))
-        for name, n in zip(costs, (4, stored), strict=True):
-            costs[name][i] = costs[name].get(i, 0.0) + float(cost[str(n)])
-    if not costs["as stored"]:
-        return html.part("bits", text=f"{text} What each block costs was not measured.")
-    worst = max(costs["as stored"], key=lambda i: costs["as stored"][i])
-    text += " Rounding the blocks of the student costs KL, estimated to second order: in all "
-    text += f"{' and '.join(f'{sum(c.values()):.4f} nats {n}' for n, c in costs.items())}; "
-    text += f"most as stored, {costs['as stored'][worst]:.4f}, in block {worst}."
-    return html.part("bits", text=text)
 
 
 def samples(story: RunRecord, key: str) -> str:

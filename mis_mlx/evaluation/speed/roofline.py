@@ -24,18 +24,17 @@ class Work:
 
 
 def decoding(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> Work:
-    """One token of each sequence, half-way through the answer: all weights once, and everybody's keys and values."""
-    m, seen = estimates.model_of(checkpoint), r.depth + r.prompt + r.answer // 2
-    keys = r.batch * estimates.keys_bytes(m, seen)
-    return Work(weight_bytes + keys, estimates.forward_flops(m, r.batch, 2 * seen))  # 2: it sees all, not the half
+    """One token, half-way through the answer: all weights once, and the keys and values."""
+    m, seen = estimates.model_of(checkpoint), r.prompt + r.answer // 2
+    nbytes = weight_bytes + estimates.keys_bytes(m, seen)
+    return Work(nbytes, estimates.forward_flops(m, 1, 2 * seen))  # 2: it sees all, not the half
 
 
 def first_token(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> Work:
-    """The prompts through all blocks, then one row of each through the head."""
+    """The prompt through all blocks, then its last row through the head."""
     m = estimates.model_of(checkpoint)
-    keys = r.batch * estimates.keys_bytes(m, r.depth + r.prompt)
-    blocks = estimates.forward_flops(m, r.batch * r.prompt, r.prompt + 2 * r.depth, head=False)
-    return Work(weight_bytes + keys, blocks + 2.0 * r.batch * m.head_params)
+    blocks = estimates.forward_flops(m, r.prompt, r.prompt, head=False)
+    return Work(weight_bytes + estimates.keys_bytes(m, r.prompt), blocks + 2.0 * m.head_params)
 
 
 def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
@@ -46,7 +45,7 @@ def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
         for name, t in checkpoint.tensors.items()
         if tied or not name.startswith("model.embed_tokens.")
     )
-    m, seen = estimates.model_of(checkpoint, gpu=True), r.depth + r.prompt + r.answer // 2
+    m, seen = estimates.model_of(checkpoint, gpu=True), r.prompt + r.answer // 2
     return rates.M1_AIR.memory_bytes_per_s / (nbytes + estimates.keys_bytes(m, seen))
 
 
@@ -56,7 +55,7 @@ def beside(
     """What goes beside a model's figures: MB a token moves, the best times there could be, the share reached, and
     what the limit is. weight_bytes: those that a token reads, in memory."""
     token, first = (f(checkpoint, weight_bytes, r) for f in (decoding, first_token))
-    best = r.batch / at.seconds(token.nbytes, token.flops)
+    best = 1 / at.seconds(token.nbytes, token.flops)
     return {
         "moved_mb": token.nbytes / 1e6,
         "decode_best_tps": best,

@@ -47,9 +47,9 @@ Facts = Mapping[str, Mapping[str, Any]]  # by model
 
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
     """One model whole in stock mlx-lm, its cache, and a piece of the prompt under way."""
-    m, seen = estimates.model_of(checkpoint), r.depth + r.prompt + r.answer
-    own = phases.timed_bytes(checkpoint.config) + r.batch * estimates.keys_bytes(m, seen)
-    return own + estimates.workspace_bytes(m, r.batch * min(r.prompt, PREFILL), r.depth + r.prompt)
+    m = estimates.model_of(checkpoint)
+    own = phases.timed_bytes(checkpoint.config) + estimates.keys_bytes(m, r.prompt + r.answer)
+    return own + estimates.workspace_bytes(m, min(r.prompt, PREFILL), r.prompt)
 
 
 def rounds(
@@ -85,12 +85,12 @@ def figures(trials: Sequence[Measurement], r: Request, idle: Energy | None = Non
     every: dict[str, list[float]] = {
         "ttft_ms": [1000 * t.stamps_s[0] for t in trials],
         "ttft_cached_ms": [1000 * t.cached_s for t in trials if t.cached_s is not None],
-        "prefill_tps": [r.batch * r.prompt / t.stamps_s[0] for t in trials],
+        "prefill_tps": [r.prompt / t.stamps_s[0] for t in trials],
         "tpot_ms": [1000 * t.tpot_s for t in trials],
         "itl_ms": [1000 * (b - a) for t in trials for a, b in pairwise(t.stamps_s)],
-        "decode_tps": [r.batch / t.tpot_s for t in trials],
+        "decode_tps": [1 / t.tpot_s for t in trials],
         "peak_mb": [t.peak_bytes / 1e6 for t in trials if t.peak_bytes],
-        "joules": [j / (r.batch * (r.answer - 1)) for j in joules if j is not None],
+        "joules": [j / (r.answer - 1) for j in joules if j is not None],
     }
     return {name: summary(values) for name, values in every.items() if values}
 
@@ -135,7 +135,7 @@ def sentences(fixed: Facts, measured: Facts, r: Request) -> list[str]:
     for name, v in measured.items():
         first, rate = v["ttft_ms"], v["decode_tps"]
         said.append(
-            f"{name} {where}, p{r.prompt} g{r.answer} d{r.depth} b{r.batch} n{rate['n']}: "
+            f"{name} {where}, p{r.prompt} g{r.answer} n{rate['n']}: "
             f"TTFT {first['mean']:.0f} ± {first['sd']:.0f} ms, decode {rate['mean']:.2f} ± {rate['sd']:.2f} tokens/s"
         )
     return said
