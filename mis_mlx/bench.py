@@ -178,9 +178,7 @@ def run(settings: Settings) -> dict[str, Any]:
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
     measured = bench.measured(at, idle)
     fixed = bench.fixed()
-    sentences = rounds.sentences(fixed["models"], measured, bench.r)
     print(text.table(rounds.rows(fixed["models"], measured), list(measured), rounds.METRICS))
-    print("\n" + "\n".join(sentences))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
     source = "the whole machine's power" if idle else None
@@ -190,7 +188,6 @@ def run(settings: Settings) -> dict[str, Any]:
         "hot": hot,
         "stopped": bench.stopped,
         "measured": {"models": measured, "roof": asdict(at), "conditions": conditions, "energy_source": source},
-        "sentences": sentences,
     }
     bench.write(result)
     return result

@@ -100,18 +100,6 @@ def test_the_roof_by_pencil(llama: Checkpoint) -> None:
     assert roofline.m1_tokens_per_s(llama, r) == pytest.approx(68e9 / (2 * params + 10 * 3 * 2 * 32 * 2))
 
 
-def test_formats_are_not_mixed_into_a_speed_up() -> None:
-    """Size alone explains a ratio between models of one format only."""
-    facts = {"name": "a", "kind": "float32", "best": 10.0, "tps": 8.0, "bound": "memory bandwidth"}
-    assert "2.00x as fast as a (float32); it decodes 1.50x" in roofline.against(
-        facts, {**facts, "name": "b", "best": 20.0, "tps": 12.0}
-    )
-    assert "differ in format" in roofline.against(facts, {**facts, "kind": "4-bit"})
-    assert "bounds it." in roofline.bound(facts)
-    assert "kernels" in roofline.bound({**facts, "tps": 1.0})
-    assert "busy machine, run it again" in roofline.bound({**facts, "tps": 10.1})
-
-
 @pytest.mark.usefixtures("cpu_policy")  # bytes of float32
 def test_a_table_of_two_models(llama: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real trials: positive times, the bytes of the weights, one column a model; peak memory holds the weights of
@@ -125,12 +113,11 @@ def test_a_table_of_two_models(llama: Checkpoint, tmp_path: Path, capsys: pytest
         assert nbytes < 1e6 * m["peak_mb"]["mean"] < nbytes + 1e6
     out = capsys.readouterr().out
     assert "| | llama | small |" in out and "computed" in out
-    assert "should decode" in out
 
 
 def test_the_same_seed_gives_the_same_json_apart_from_timings(llama: Checkpoint) -> None:
     """Texts and tokens are the same ones; another seed has other texts."""
-    own = ("measured", "hot", "sentences")
+    own = ("measured", "hot")
     one, same, other = (
         {k: v for k, v in bench.run(settings(llama.path, num_trials=2, seed=seed)).items() if k not in own}
         for seed in (3, 3, 4)

@@ -12,8 +12,6 @@ from mis_mlx.hardware import rates
 from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint
 
-BOUND = 0.6  # of the roof: from here on the roof is what bounds (published decoding on M1 reaches 0.63 to 0.82)
-
 
 @dataclass(frozen=True)
 class Work:
@@ -70,25 +68,3 @@ def kind(checkpoint: Checkpoint, dtype: str) -> str:
     settings = checkpoint.config.get("quantization") or {}
     bits = {s["bits"] for s in (settings, *settings.values()) if isinstance(s, Mapping) and "bits" in s}
     return (f"{min(bits)}- to {max(bits)}-bit" if len(bits) > 1 else f"{min(bits)}-bit") if bits else dtype
-
-
-def bound(facts: Mapping[str, Any]) -> str:
-    """What bounds decoding here, in a sentence. facts: {name, kind, best, tps (tokens/s), bound}."""
-    reached, limit = facts["tps"] / facts["best"], facts["bound"]
-    said = f"{facts['name']} ({facts['kind']}) decodes {facts['tps']:.1f} tokens/s, {reached:.0%} of what {limit} "
-    said += f"here allows ({facts['best']:.1f})"
-    if reached > 1:
-        return f"{said}: {limit} was measured on a busy machine, run it again."
-    if reached >= BOUND:
-        return f"{said}: {limit} bounds it."
-    return f"{said}: the kernels and the calls between them bound it, not {limit}."
-
-
-def against(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What the other model's size alone should give over the first's, and what it gave; facts as in `bound`. Formats
-    are not mixed into a speed-up: their kernels differ more than the sizes."""
-    one, two = f"{first['name']} ({first['kind']})", f"{other['name']} ({other['kind']})"
-    if first["kind"] != other["kind"]:
-        return f"{one} and {two} differ in format: the ratio of their speeds says more of kernels than of size."
-    size, speed = other["best"] / first["best"], other["tps"] / first["tps"]
-    return f"By size alone {two} should decode {size:.2f}x as fast as {one}; it decodes {speed:.2f}x as fast."

@@ -10,9 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx.evaluation.speed import roofline, timing
+from mis_mlx.evaluation.speed import timing
 from mis_mlx.evaluation.speed.timing import BenchmarkModel, Loaded, Measurement, Request
-from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter
 from mis_mlx.maths.stats import summary
 from mis_mlx.planner import estimates, phases
@@ -119,23 +118,3 @@ def rows(fixed: Facts, measured: Facts) -> list[Row]:
             elif metric != "bound":
                 found.append(Row(name, metric, value))
     return found
-
-
-def sentences(fixed: Facts, measured: Facts, r: Request) -> list[str]:
-    """What bounds each model, what its size alone should give over the first one's, and one line for a README."""
-    alone = [
-        {"name": n, "kind": fixed[n]["format"], "best": v["decode_best_tps"], "bound": v["bound"],
-         "tps": v["decode_tps"]["median"]}
-        for n, v in measured.items()
-    ]  # fmt: skip
-    said = [roofline.bound(facts) for facts in alone]
-    said += [roofline.against(alone[0], facts) for facts in alone[1:]]
-    m = about()
-    where = f"on {m['chip']} ({m['computes_on']}), {m['memory_gib']} GiB, {m['release']}, mlx {m['mlx']}"
-    for name, v in measured.items():
-        first, rate = v["ttft_ms"], v["decode_tps"]
-        said.append(
-            f"{name} {where}, p{r.prompt} g{r.answer} n{rate['n']}: "
-            f"TTFT {first['mean']:.0f} ± {first['sd']:.0f} ms, decode {rate['mean']:.2f} ± {rate['sd']:.2f} tokens/s"
-        )
-    return said

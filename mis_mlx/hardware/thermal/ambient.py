@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from mis_mlx.hardware.thermal.recording import Header
 from mis_mlx.hardware.thermal.sensor_rules import Values
@@ -131,60 +131,46 @@ class BatteryNode:
     STEEPEST_C = 0.5  # windows in which the battery moves more are not used, nor those in which its charge rose
 
     def __init__(self) -> None:
-        self._window: deque[tuple[float, float, float, float]] = deque()  # seconds, °C, W, % of charge
-        self._air_c: float | None = None
-        self._r = self.START_R
-        self._covariance = (self.START_SIGMA_C**2, 0.0, self.START_SIGMA_R**2)  # (air, air·r, r)
+        self._window: list[tuple[float, float, float, float]] = []  # seconds, °C, W, % of charge
+        self._state: np.ndarray | None = None  # (T_air, r)
+        self._covariance = np.diag([self.START_SIGMA_C**2, self.START_SIGMA_R**2])
 
     def update(self, values: Values, now_s: float) -> Estimate | None:
         """A new estimate at the end of each usable window of 10 minutes, else `None`."""
         if values.battery_c is None or values.power_w is None:
             return None
-        self._window.append((now_s, values.battery_c, values.power_w, values.battery_percent or 0.0))
-        while now_s - self._window[0][0] > self.WINDOW_S:
-            self._window.popleft()
+        look = now_s, values.battery_c, values.power_w, values.battery_percent or 0.0
+        self._window = [seen for seen in self._window if now_s - seen[0] <= self.WINDOW_S] + [look]
         if now_s - self._window[0][0] < 0.9 * self.WINDOW_S or len(self._window) < 10:
             return None
-        window = list(self._window)
-        self._window.clear()
-        return self._measure(window)
-
-    def _measure(self, window: list[tuple[float, float, float, float]]) -> Estimate | None:
-        times, temperatures, powers, charges = zip(*window, strict=True)
-        middle, battery_c, power_w = mean(times), mean(temperatures), mean(powers)
-        spread = sum((t - middle) ** 2 for t in times)
-        slope = sum((t - middle) * (c - battery_c) for t, c in zip(times, temperatures, strict=True)) / spread
+        times, temperatures, powers, charges = np.array(self._window).T
+        self._window = []
+        away, power_w = times - times.mean(), float(powers.mean())
+        spread = float(away @ away)
+        slope = float(away @ temperatures) / spread
         if abs(slope) * self.WINDOW_S > self.STEEPEST_C or charges[-1] > charges[0]:  # charging heats from inside
             return None
-        measured = battery_c + self.TAU_S * slope
         variance = (
-            self.NOISE_C**2 / len(window)
+            self.NOISE_C**2 / len(times)
             + (self.TAU_S * self.NOISE_C) ** 2 / spread
             + (self.TAU_ERROR * self.TAU_S * slope) ** 2
             + self.MODEL_ERROR_C**2
         )
-        air_c, sigma_c = self._correct(measured, variance, power_w)
+        air_c, sigma_c = self._correct(float(temperatures.mean()) + self.TAU_S * slope, variance, power_w)
         floor = self.LOAD_FLOOR_C if power_w > self.IDLE_W else self.IDLE_FLOOR_C
         return Estimate(air_c, max(sigma_c, floor), "battery model")
 
     def _correct(self, measured: float, variance: float, power_w: float) -> tuple[float, float]:
-        """One Kalman step with measurement = air + power · r; `(air °C, its σ)`."""
-        aa, ar, rr = self._covariance
-        if self._air_c is None:
-            self._air_c = measured - self._r * power_w
-        aa += DRIFT_C2_PER_S * self.WINDOW_S
-        rr += self.R_DRIFT**2 * self.WINDOW_S
-        air_row, r_row = aa + ar * power_w, ar + rr * power_w
-        total = air_row + r_row * power_w + variance
-        surprise = measured - (self._air_c + self._r * power_w)
-        self._air_c += air_row / total * surprise
-        self._r += r_row / total * surprise
-        self._covariance = (
-            aa - air_row * air_row / total,
-            ar - air_row * r_row / total,
-            rr - r_row * r_row / total,
-        )
-        return self._air_c, math.sqrt(self._covariance[0])
+        """One Kalman step with measurement = T_air + power · r; `(T_air in °C, its σ)`."""
+        weights = np.array([1.0, power_w])
+        if self._state is None:
+            self._state = np.array([measured - self.START_R * power_w, self.START_R])
+        self._covariance += self.WINDOW_S * np.diag([DRIFT_C2_PER_S, self.R_DRIFT**2])
+        shared = self._covariance @ weights
+        gain = shared / (weights @ shared + variance)
+        self._state += gain * (measured - weights @ self._state)
+        self._covariance -= np.outer(gain, shared)
+        return float(self._state[0]), math.sqrt(self._covariance[0, 0])
 
 
 def find_altitude(given_m: float | None, header: Header, config: Path | None = None) -> tuple[float | None, str]:
