@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-import numpy as np
-
 from mis_mlx.reporting import figures, html
 from mis_mlx.reporting.metrics_log import Point
 from mis_mlx.reporting.run_reader import RunRecord
@@ -62,9 +60,9 @@ def course(story: RunRecord, key: str) -> str:
     words.append(f"Tea breaks: {len(breaks)}{f' ({causes}), shaded' if breaks else ''}.")
     if speed := _since(story, steps.series["tokens_per_s"].points()):
         panels["tokens/s"] = {"speed": speed}
-        words.append(
-            f"Speed {_range(speed, '.0f')} tokens a second; planned: {_known('{:.0f}'.format, _planned_speed(story))}."
-        )
+        planned_s = {p["phase"]: p["seconds"] for p in story.begun.get("planned", [])}.get("distil")
+        planned = story.begun["step_tokens"] * story.begun["iters"] / planned_s if planned_s else None
+        words.append(f"Speed {_range(speed, '.0f')} tokens a second; planned: {_known('{:.0f}'.format, planned)}.")
     if memory := _since(story, steps.series["peak_bytes"].points(), 1 / GIB):
         panels["GiB"] = {"memory": memory}
         budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
@@ -72,11 +70,6 @@ def course(story: RunRecord, key: str) -> str:
     picture = figures.over_time(f"{key}course", "Loss, temperature, tea breaks, speed, memory", " ".join(words), panels,
                                 shaded=breaks)  # fmt: skip
     return html.part("course", pictures=[picture])
-
-
-def _planned_speed(story: RunRecord) -> float | None:
-    seconds = {p["phase"]: p["seconds"] for p in story.begun.get("planned", [])}.get("distil")
-    return story.begun["step_tokens"] * story.begun["iters"] / seconds if seconds else None
 
 
 def cost(story: RunRecord, key: str) -> str:
@@ -113,35 +106,12 @@ def pruning(story: RunRecord, key: str) -> str:
             f"1 − cosine of each of the teacher's {len(blocks)} blocks: how far it turns the stream. Removed: {gone}."
         )
         pictures.append(figures.columns(f"{key}blocks", "Blocks", text, ("block", "1 − cosine"), groups))
-    for axis, title, label in (
-        ("ffn", "FFN neurons", "of 64 runs, the most important first"),
-        ("heads", "Heads", "head"),
-    ):
-        rows = {int(k.split("/")[0]): v for k, v in (report.get("profile") or {}).items() if k.endswith(f"/{axis}")}
-        if rows:
-            pictures.append(_map(f"{key}{axis}", axis, title, label, rows, story.keep))
-    return html.part("pruning", report=report, pictures=pictures)
-
-
-def _map(
-    key: str, axis: str, title: str, label: str, rows: Mapping[int, Mapping[str, Any]], keep: Mapping[str, Any]
-) -> str:
-    """A heat map of one axis: a line a block of the teacher, what was removed pale."""
-    values = np.array([rows[i]["values"] for i in sorted(rows)], dtype=np.float64)
-    values /= np.maximum(values.max(axis=1, keepdims=True), 1e-30)
-    stays = np.ones(values.shape, bool)
-    for line, i in enumerate(sorted(rows)):
-        chosen = keep["kept"].get(f"{i}/{axis}", ())
-        if i not in keep["layers"]:
-            stays[line] = False
-        elif chosen and axis == "ffn":  # runs of neurons that are sorted: the first ones stay
-            stays[line] = np.arange(values.shape[1]) + 0.5 < len(chosen) / rows[i]["units"] * values.shape[1]
-        elif chosen:
-            stays[line] = np.isin(np.arange(values.shape[1]), chosen)
-    shares = [rows[i]["kept"] for i in rows if i in keep["layers"]]
-    text = "Importance in each block of the teacher, the highest bright (by square root); what was removed is pale. "
-    text += f"In the kept blocks {min(shares):.0%} to {max(shares):.0%} of the importance stays."
-    return figures.heat(key, title, text, (label, "block"), values, stays)
+    shares = {}
+    for axis in ("ffn", "heads"):
+        rows = {k.split("/")[0]: v for k, v in (report.get("profile") or {}).items() if k.endswith(f"/{axis}")}
+        if kept := [rows[i]["kept"] for i in rows if int(i) in layers]:
+            shares[axis] = f"{min(kept):.0%} to {max(kept):.0%}"
+    return html.part("pruning", report=report, pictures=pictures, shares=shares)
 
 
 def samples(story: RunRecord, key: str) -> str:

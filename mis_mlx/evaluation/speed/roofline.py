@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from mis_mlx.evaluation.speed.timing import Request
@@ -13,26 +12,18 @@ from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one step has to move and to do at least."""
-
-    nbytes: float
-    flops: float
-
-
-def decoding(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> Work:
-    """One token, half-way through the answer: all weights once, and the keys and values."""
+def decoding(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[float, float]:
+    """(bytes to move, float operations) of one token, half-way through the answer: all weights, the keys and values."""
     m, seen = estimates.model_of(checkpoint), r.prompt + r.answer // 2
-    nbytes = weight_bytes + estimates.keys_bytes(m, seen)
-    return Work(nbytes, estimates.forward_flops(m, 1, 2 * seen))  # 2: it sees all, not the half
+    flops = estimates.forward_flops(m, 1, 2 * seen)  # 2: it sees all, not the half
+    return weight_bytes + estimates.keys_bytes(m, seen), flops
 
 
-def first_token(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> Work:
-    """The prompt through all blocks, then its last row through the head."""
+def first_token(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[float, float]:
+    """(bytes to move, float operations) of the prompt through all blocks, then its last row through the head."""
     m = estimates.model_of(checkpoint)
     blocks = estimates.forward_flops(m, r.prompt, r.prompt, head=False)
-    return Work(weight_bytes + estimates.keys_bytes(m, r.prompt), blocks + 2.0 * m.head_params)
+    return weight_bytes + estimates.keys_bytes(m, r.prompt), blocks + 2.0 * m.head_params
 
 
 def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
@@ -53,13 +44,13 @@ def beside(
     """What goes beside a model's figures: MB a token moves, the best times there could be, the share reached, and
     what the limit is. weight_bytes: those that a token reads, in memory."""
     token, first = (f(checkpoint, weight_bytes, r) for f in (decoding, first_token))
-    best = 1 / at.seconds(token.nbytes, token.flops)
+    best = 1 / at.seconds(*token)
     return {
-        "moved_mb": token.nbytes / 1e6,
+        "moved_mb": token[0] / 1e6,
         "decode_best_tps": best,
         "reached": tokens_per_s / best,
-        "bound": at.bound(token.nbytes, token.flops),
-        "ttft_best_ms": 1000 * at.seconds(first.nbytes, first.flops),
+        "bound": at.bound(*token),
+        "ttft_best_ms": 1000 * at.seconds(*first),
     }
 
 

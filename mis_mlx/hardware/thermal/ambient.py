@@ -23,8 +23,6 @@ SOAK_SIGMA_C = 0.8
 SOAK_SPREAD_C = 1.5  # after a long rest all sensors agree within this: all have the air's temperature
 DRIFT_C2_PER_S = 1.0 / 3600  # how fast a past value loses worth: variance grows by 1 °C² an hour
 VIRTUAL_OFFSET_C = 1.0  # TVA0 reads that much low on M1 (20 dumps of laptops)
-PALM_OFFSET_C, PALM_SIGMA_C = -0.7, 3.2  # Ts1P − TVA0 = 1.7 ± 2.0 °C when calm
-CALM_C = 6.0  # TPMP − battery below this: the machine is calm
 INSIDE_FLOOR_C = 1.5  # sensors in one case err together, so their number does not make them surer
 OUTLIER_SIGMAS = 3.0
 
@@ -69,10 +67,6 @@ class Ambient:
         witnesses = [_aged(*anchor, now_s, virtual) for anchor in self._anchors.values()]
         if virtual is not None:
             witnesses.append(Estimate(virtual + VIRTUAL_OFFSET_C, self._virtual_sigma_c, "SMC TVA0"))
-        regulator, battery = values.regulator_c, values.battery_c
-        calm = regulator is not None and battery is not None and regulator - battery < CALM_C
-        if values.palm_c is not None and calm:
-            witnesses.append(Estimate(values.palm_c + PALM_OFFSET_C, PALM_SIGMA_C, values.sources["palm_c"]))
         return fuse(witnesses)
 
 
@@ -103,7 +97,7 @@ def t_env_kind(reading: Reading) -> str:
 
 def cold_soak(values: Values) -> Estimate | None:
     """The best free method: after a long rest all parts have the air's temperature, if they agree."""
-    parts = [values.battery_c, values.nand_c, values.palm_c, values.virtual_ambient_c, values.soc_c]
+    parts = [values.battery_c, values.nand_c, values.virtual_ambient_c, values.soc_c]
     known = [part for part in parts if part is not None]
     if len(known) < 3 or max(known) - min(known) > SOAK_SPREAD_C:
         return None

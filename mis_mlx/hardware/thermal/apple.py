@@ -15,7 +15,7 @@ from mis_mlx.hardware.thermal.apple_sensors import Hid, Smc
 from mis_mlx.hardware.thermal.recording import Raw, Rows
 
 # TCMz, the firmware's own hottest spot of the die, exists from M1 on.
-KEYS = ("TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "TPMP", "Ts0P", "Ts1P", "TsOP", "PSTR")
+KEYS = ("TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "PSTR")
 PRESSURE_NAME = b"com.apple.system.thermalpressurelevel"
 
 T = TypeVar("T")

@@ -29,8 +29,6 @@ class Values:
     battery_c: float | None = None
     nand_c: float | None = None
     virtual_ambient_c: float | None = None  # SMC TVA0, the firmware's own guess
-    palm_c: float | None = None  # coolest physical sensor of a laptop
-    regulator_c: float | None = None  # SMC TPMP; close to the battery when the machine is calm
     power_w: float | None = None
     battery_percent: float | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -47,8 +45,6 @@ def judge(raw: Raw) -> Values:
         "battery_c": _battery(hid, smc, raw),
         "nand_c": _average(hid, "NAND"),
         "virtual_ambient_c": (_within(smc.get("TVA0"), -30, 60), "SMC TVA0"),
-        "palm_c": _palm(smc),
-        "regulator_c": (_within(smc.get("TPMP"), -20, 130), "SMC TPMP"),
         "power_w": (_within(smc.get("PSTR"), 0, 200), "SMC PSTR"),
         "battery_percent": (raw.battery_percent, "psutil"),
     }
@@ -102,12 +98,6 @@ def _battery(hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Ra
             return value, f"SMC {key}"
     pack = [(v, n) for n, v in raw.linux if LINUX_BATTERY.match(n) and _within(v, -20, 90) is not None]
     return max(pack, default=(None, ""))
-
-
-def _palm(smc: dict[str, float | None]) -> tuple[float | None, str]:
-    """Ts1P on M1, TsOP (letter O) on M2, where Ts0P belongs to the die: so the coolest of the three."""
-    seen = [(v, f"SMC {k}") for k in ("Ts1P", "Ts0P", "TsOP") if (v := _within(smc.get(k), -30, 60)) is not None]
-    return min(seen, default=(None, ""))
 
 
 def _decoded(text: str) -> float | None:

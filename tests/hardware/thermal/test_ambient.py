@@ -66,15 +66,6 @@ def test_cold_soak():
     assert "cold soak" not in Ambient().update(rested, 0.0, rested=False).source
 
 
-def test_palm_only_when_calm():
-    """The palm rest counts while the regulators are within 6 °C of the battery."""
-    calm = {"palm_c": 22.7, "battery_c": 25.0, "sources": {"palm_c": "SMC Ts1P"}}
-    quiet = Ambient().update(Values(regulator_c=29.0, **calm), 0.0, False)
-    assert quiet.celsius == pytest.approx(22.0)
-    assert quiet.source == "SMC Ts1P"
-    assert Ambient().update(Values(regulator_c=40.0, **calm), 0.0, False) is None
-
-
 def simulated_error(tau_s: float, seed: int) -> list[tuple[float, float]]:
     """`(error, claimed σ)` of each estimate in four hours of an air at 23 °C, 40 min idle, 80 min load."""
     noise, node, battery_c, out = random.Random(seed), BatteryNode(), 26.0, []
