@@ -88,10 +88,8 @@ class History:
 
 
 def read(path: Path, names: Sequence[str]) -> History:
-    """The numbers of these names, and "tokens_per_s", in a log of JSON lines; an empty history when it is missing.
-
-    A step that a resumed run did twice is in it twice: it took its time twice.
-    """
+    """The numbers of these names, and "tokens_per_s", in a log of JSON lines; empty when it is missing. A step that a
+    resumed run did twice is in it twice: it took its time twice."""
     history = History({name: Series() for name in (*names, "tokens_per_s")})
     for record in run_folder.parsed(path, LINE_BYTES):
         history.lines += 1

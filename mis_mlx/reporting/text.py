@@ -15,10 +15,8 @@ SPARK_STEPS = 24  # whose losses the bar shows
 
 
 def sparkline(values: Iterable[float | None], least_span: float = 0.0) -> str:
-    """One block a value, from the lowest to the highest; a gap where nothing was measured.
-
-    least_span: what the whole height stands for at least, so that noise stays flat.
-    """
+    """One block a value, from the lowest to the highest; a gap where nothing was measured. least_span: what the whole
+    height stands for at least, so that noise stays flat."""
     seen = [math.nan if value is None else value for value in values]
     known = [value for value in seen if math.isfinite(value)]
     if not known:

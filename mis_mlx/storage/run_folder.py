@@ -33,10 +33,8 @@ def create(
     plan: Mapping[str, Any],
     files: Files,
 ) -> Path:
-    """A new run folder (`out`, or the next free runs/NAME-001): settings, what it was made from, how it trains.
-
-    config.yaml can be given to `-c` again. MisError when `out` holds a run already.
-    """
+    """A new run folder (`out`, or the next free runs/NAME-001) with its settings, for `-c` too, what it was made from,
+    and how it trains. MisError when `out` holds a run already."""
     if out is None:
         number = 1
         while (folder := Path("runs") / f"{name}-{number:03d}").exists():
@@ -95,10 +93,8 @@ def stored_plan(folder: Path) -> dict[str, Any]:
 def merged(
     given: Mapping[str, Any], defaults: Mapping[str, Any], stored: Mapping[str, Any], free: frozenset[str]
 ) -> dict[str, Any]:
-    """Settings of a resumed run: the stored ones. MisError names a flag that asks for something else.
-
-    `free` settings do not change the weights and may differ. A flag at its default asks for nothing.
-    """
+    """Settings of a resumed run: the stored ones. MisError names a flag that asks for something else; one at its
+    default asks for nothing, and `free` ones, which do not change the weights, may differ."""
     if strange := sorted(set(stored) - set(given)):
         raise MisError(
             f"The run's {CONFIG} has {strange[0]}, which this command does not know: resume it with the one that began "

@@ -51,10 +51,8 @@ class Ambient:
         self._anchors: dict[str, tuple[Estimate, float, float | None]] = {}  # by source; value, time, TVA0 then
 
     def update(self, values: Values, now_s: float, rested: bool) -> Estimate | None:
-        """Take one look into account; the estimate now, `None` when there is no witness.
-
-        `rested`: the machine has just booted or woken from a long sleep.
-        """
+        """The estimate after one more look, `None` when there is no witness. rested: just booted, or woken from a long
+        sleep."""
         virtual = values.virtual_ambient_c
         if rested and (soaked := cold_soak(values)) is not None:
             self._anchors["cold soak"] = soaked, now_s, virtual
@@ -99,11 +97,8 @@ def cold_soak(values: Values) -> Estimate | None:
 
 
 def find_altitude(given_m: float | None, header: Header, config: Path | None = None) -> tuple[float | None, str]:
-    """`(metres above sea level, source)`: by hand, else where the recording was made, else `altitude_m` in
-    `config` (~/.config/mis_mlx.toml), else `(None, "")`. Raises MisError for an impossible height.
-
-    A Mac has no barometer and no GPS, so the height is never measured.
-    """
+    """`(metres above sea level, source)`: by hand, else where the recording was made, else `altitude_m` in `config`
+    (~/.config/mis_mlx.toml), else `(None, "")`; no Mac can measure it. MisError for an impossible height."""
     config = config or Path.home() / ".config" / "mis_mlx.toml"
     if given_m is not None:
         return _height(given_m, "--altitude-m"), "given"

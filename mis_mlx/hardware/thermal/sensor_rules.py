@@ -58,11 +58,8 @@ def judge(raw: Raw) -> Values:
 
 
 def believable_hid(rows: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The rows that can be temperatures of a named part.
-
-    Left out: calibration constants (`tcal`, `TR0Z`, always near 51.85), `tdev` (−21.7, −9202.86 seen),
-    parts without a name, and a parked GPU.
-    """
+    """The rows that can be temperatures of a named part. Left out: calibration constants (`tcal`, `TR0Z`, always near
+    51.85), `tdev` (−21.7, −9202.86 seen), parts without a name, and a parked GPU."""
 
     def believed(name: str, value: float) -> bool:
         if DIE.fullmatch(name):
