@@ -89,7 +89,7 @@ class Bench:
         if not self.together and len(self.models) > 1:
             cli.say("the models do not fit in memory together: one after the other, so drift does not hit all alike")
         self.done: dict[str, list[timing.Measurement]] = {}
-        self.loaded: dict[str, dict[str, float]] = {}
+        self.loaded: dict[str, timing.Loaded] = {}
         self.stopped = False
 
     def go(self, meter: energy.EnergyMeter | None) -> None:
@@ -103,7 +103,7 @@ class Bench:
             with progress.bar("trials", total) as show:
                 for at, (subject, done) in enumerate(every, 1):
                     self.done.setdefault(subject.name, []).append(done)
-                    self.loaded[subject.name] = {"load_s": subject.load_s, "read_bytes": subject.read_bytes}
+                    self.loaded[subject.name] = subject
                     self.write()
                     show(at, f"{subject.name}: {1 / done.tpot_s:.1f} tokens/s")
         except KeyboardInterrupt:
@@ -140,22 +140,20 @@ class Bench:
         """{model: {metric: summary}} of what was timed, and beside it the roof: `*_best_*`, `reached`, `moved_mb`."""
         figures: dict[str, dict[str, Any]] = {}
         for name, done in self.done.items():
-            m, read = self.models[name], int(self.loaded[name]["read_bytes"])
+            m, known = self.models[name], self.loaded[name]
             values: dict[str, Any] = rounds.figures(done, self.r, idle)
-            beside = roofline.beside(m, read, self.r, at, values["decode_tps"]["median"])
-            figures[name] = {"load_s": self.loaded[name]["load_s"], **values, **beside}
+            beside = roofline.beside(m, known.read_bytes, self.r, at, values["decode_tps"]["median"])
+            figures[name] = {"load_s": known.load_s, **values, **beside}
         return figures
 
 
 def _conditions(reading: Reading) -> dict[str, Any]:
     """What a time depends on beside the model; `unfit`: why times taken now are not the model's own."""
     kept = ("die_c", "battery_c", "pressure_level", "battery_percent", "plugged", "power_w")
-    saving, load_average = energy.low_power_mode(), psutil.getloadavg()[0]
-    seen = {**{name: getattr(reading, name) for name in kept}, "low_power_mode": saving, "load_average": load_average}
-    unfit = governor.unfit_for_timing(reading) or ("Low Power Mode is on" if saving else None)
+    unfit, load_average = governor.unfit_for_timing(reading), psutil.getloadavg()[0]
     if not unfit and load_average > (os.cpu_count() or 1):
         unfit = f"load average {load_average:.1f}, more than there are cores"
-    return {**seen, "unfit": unfit}
+    return {**{name: getattr(reading, name) for name in kept}, "load_average": load_average, "unfit": unfit}
 
 
 def run(settings: Settings) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
     order: list[str] = []
 
     def noted(subject: Any, *_: Any) -> Measurement:
-        order.append(subject.name)
+        order.append(subject.loaded.name)
         return stamped(1.0, 2.0)
 
     monkeypatch.setattr(timing, "trial", noted)

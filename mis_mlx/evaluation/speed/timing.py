@@ -37,10 +37,12 @@ class Request:
 
 
 class Loaded(NamedTuple):
-    """What is left to know of a model once it is gone."""
+    """What is known of a model, also once it is gone. nbytes: of its weights in memory; read_bytes: of those that a
+    token has to fetch, all but an embedding that is not the head too."""
 
     name: str
     load_s: float
+    nbytes: int
     read_bytes: int
 
 
@@ -48,25 +50,9 @@ class Loaded(NamedTuple):
 class BenchmarkModel:
     """A model in memory."""
 
-    name: str
+    loaded: Loaded
     model: nn.Module
     tokenizer: Any
-    load_s: float
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights in memory."""
-        return _nbytes(self.model)
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of the weights that a token has to fetch: all but an embedding that is not the head too."""
-        return self.nbytes - (_nbytes(self.model.model.embed_tokens) if hasattr(self.model, "lm_head") else 0)
-
-    @property
-    def loaded(self) -> Loaded:
-        """Without the model."""
-        return Loaded(self.name, self.load_s, self.read_bytes)
 
 
 @dataclass(frozen=True)
@@ -98,8 +84,10 @@ def opened(folder: Path, name: str) -> BenchmarkModel:
     began = time.perf_counter()
     model, tokenizer = mlx_generate.open_model(folder)
     evaluate_now(model.parameters())
-    seconds = time.perf_counter() - began
-    return BenchmarkModel(name, load_checked(model, f"{folder}: "), tokenizer, seconds)
+    seconds, nbytes = time.perf_counter() - began, _nbytes(model)
+    embedded = _nbytes(model.model.embed_tokens) if hasattr(model, "lm_head") else 0
+    loaded = Loaded(name, seconds, nbytes, nbytes - embedded)
+    return BenchmarkModel(loaded, load_checked(model, f"{folder}: "), tokenizer)
 
 
 @cache
@@ -129,7 +117,7 @@ def trial(
     stamps, tokens = clocked((int(token) for token, _ in steps), meter)
     energy = meter.end() if meter else None
     evaluate_now([c.state for c in kept])  # mlx-lm has begun a token too many: it is not to run into the next trial
-    peak = mx.get_peak_memory() - before + s.nbytes if peaks else None
+    peak = mx.get_peak_memory() - before + s.loaded.nbytes if peaks else None
     cached = _again(s.model, asked, kept)
     mx.clear_cache()
     return Measurement(tuple(asked), tuple(tokens), tuple(stamps), cached, energy, peak)

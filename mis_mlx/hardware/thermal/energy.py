@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -54,12 +51,3 @@ def machine_joules(history: Sequence[Reading], since_s: float, until_s: float) -
         return None
     joules = sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in pairwise(inside))
     return joules * (until_s - since_s) / (inside[-1][0] - inside[0][0])
-
-
-def low_power_mode(pmset: str = "pmset") -> bool | None:
-    """Whether a Mac is in Low Power Mode, which costs speed; None where nothing says so."""
-    if (tool := shutil.which(pmset)) is None:
-        return None
-    settings = subprocess.run([tool, "-g"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    mode = re.search(r"^\s*lowpowermode\s+(\d)", settings.stdout, re.MULTILINE)
-    return None if mode is None else mode[1] == "1"

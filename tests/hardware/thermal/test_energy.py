@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from mis_mlx.hardware.clock import VirtualClock
-from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter, low_power_mode, machine_joules
+from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter, machine_joules
 from mis_mlx.types import Reading
 
 
@@ -43,15 +41,3 @@ def test_rest_is_taken_off() -> None:
     """40 J in 4 s, 2 J of rest in 2 s: 36 J."""
     assert Energy(4.0, 40.0).beyond(Energy(2.0, 2.0)) == 36.0
     assert Energy(4.0, 40.0).beyond(Energy(2.0, None)) is None
-
-
-@pytest.mark.parametrize(
-    ("said", "is_on"), [(" lowpowermode         1", True), (" lowpowermode 0", False), (" x", None)]
-)
-def test_low_power_mode_of_a_mac(tmp_path: Path, said: str, is_on: bool | None) -> None:
-    """What `pmset -g` says, by a program in its place."""
-    tool = tmp_path / "pmset"
-    tool.write_text(f"#!/bin/sh\n[ \"$1\" = -g ] && echo 'System-wide power settings:' && echo '{said}'\n")
-    tool.chmod(0o755)
-    assert low_power_mode(str(tool)) is is_on
-    assert low_power_mode("no-such-program") is None
