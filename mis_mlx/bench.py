@@ -19,7 +19,7 @@ from mis_mlx import cli
 from mis_mlx.evaluation.speed import roofline, rounds, timing
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.machine_info import about
-from mis_mlx.hardware.thermal import energy, governor
+from mis_mlx.hardware.thermal import governor
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
 from mis_mlx.models import arch, load, policy, resolve
 from mis_mlx.reporting import progress, text
@@ -92,7 +92,7 @@ class Bench:
         self.loaded: dict[str, timing.Loaded] = {}
         self.stopped = False
 
-    def go(self, meter: energy.EnergyMeter | None) -> None:
+    def go(self, meter: timing.PowerMeter | None) -> None:
         """All trials. Ctrl-C ends them; those that are finished stay."""
         total = self.s.num_trials * len(self.models)
         openers = {name: partial(timing.opened, m.path, name) for name, m in self.models.items()}
@@ -136,12 +136,12 @@ class Bench:
         }
         return {**{name: getattr(self.s, name) for name in flags}, "warm_up_tokens": rounds.WARM_UP, "models": models}
 
-    def measured(self, at: rates.Roof, idle: energy.Energy | None) -> dict[str, dict[str, Any]]:
+    def measured(self, at: rates.Roof, idle_w: float | None) -> dict[str, dict[str, Any]]:
         """{model: {metric: summary}} of what was timed, and beside it the roof: `*_best_*`, `reached`, `moved_mb`."""
         figures: dict[str, dict[str, Any]] = {}
         for name, done in self.done.items():
             m, known = self.models[name], self.loaded[name]
-            values: dict[str, Any] = rounds.figures(done, self.r, idle)
+            values: dict[str, Any] = rounds.figures(done, self.r, idle_w)
             beside = roofline.beside(m, known.read_bytes, self.r, at, values["decode_tps"]["median"])
             figures[name] = {"load_s": known.load_s, **values, **beside}
         return figures
@@ -164,22 +164,22 @@ def run(settings: Settings) -> dict[str, Any]:
         at = rates.measure_roof()
         first = weather.reading()
         conditions = {"before": _conditions(first)}
-        meter = energy.EnergyMeter(weather.monitor)
-        idle = None  # what this machine takes at rest, where something measures energy
+        meter = timing.PowerMeter(weather.monitor)
+        idle_w = None  # what this machine takes at rest, where something measures power
         if first.power_w is not None:
             meter.begin()
             time.sleep(IDLE_S)
-            idle = meter.end()
-        bench.go(meter if idle else None)
+            idle_w = meter.watts()
+        bench.go(meter if idle_w is not None else None)
         conditions["after"] = _conditions(weather.reading())
     hot = [f"{when}: {seen['unfit']}" for when, seen in conditions.items() if seen["unfit"]]
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
-    measured = bench.measured(at, idle)
+    measured = bench.measured(at, idle_w)
     fixed = bench.fixed()
     print(text.table(rounds.rows(fixed["models"], measured), list(measured), rounds.METRICS))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
-    source = "the whole machine's power" if idle else None
+    source = "the whole machine's power" if idle_w is not None else None
     result = {
         **fixed,
         "machine": about(),

@@ -18,9 +18,9 @@ import pytest
 from mis_mlx import bench
 from mis_mlx.evaluation.speed import roofline, rounds, timing
 from mis_mlx.evaluation.speed.timing import Measurement, Request
+from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.rates import Roof
-from mis_mlx.hardware.thermal.energy import Energy
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Checkpoint, MisError, Reading
 from tests import forks, tiny
 from tests.conftest import Done, last_line, sentence
 
@@ -69,10 +69,24 @@ def test_mean_and_deviation_over_trials_and_95_of_many_only() -> None:
 
 def test_energy_is_what_work_took_beyond_rest() -> None:
     """30 J in 2 s at 5 W of rest are 20 J of work: 10 J for each of the two tokens after the first."""
-    idle = Energy(4.0, 20.0)
-    found = rounds.figures([stamped(0.5, 1.5, 2.5, energy=Energy(2.0, 30.0))], Request(1, 3), idle)
+    found = rounds.figures([stamped(0.5, 1.5, 2.5, watts=15.0)], Request(1, 3), 5.0)
     assert found["joules"]["mean"] == pytest.approx(10)
-    assert "joules" not in rounds.figures([stamped(0.5, 1.5, energy=Energy(2.0, None))], Request(1, 2), idle)
+    assert "joules" not in rounds.figures([stamped(0.5, 1.5)], Request(1, 2), 5.0)
+    assert "joules" not in rounds.figures([stamped(0.5, 1.5, watts=15.0)], Request(1, 2))
+
+
+def test_power_by_trapezoids() -> None:
+    """Readings at 1, 2 and 4 s of 4, 8 and 14 W hold 28 J in 3 s; one before the stretch does not count."""
+    clock, powers = VirtualClock(), {0.0: 100.0, 1.0: 4.0, 2.0: 8.0, 4.0: 14.0}
+    history = [Reading(at, power_w=power) for at, power in powers.items()]
+    monitor: Any = SimpleNamespace(clock=clock, history=lambda seconds: history)
+    meter = timing.PowerMeter(monitor)
+    clock.sleep(0.5)
+    meter.begin()
+    clock.sleep(3.5)
+    assert meter.watts() == pytest.approx(28 / 3)
+    meter.begin()
+    assert meter.watts() is None
 
 
 def test_who_slows_down_is_named() -> None:

@@ -12,7 +12,6 @@ import mlx.core as mx
 
 from mis_mlx.evaluation.speed import timing
 from mis_mlx.evaluation.speed.timing import BenchmarkModel, Loaded, Measurement, Request
-from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter
 from mis_mlx.maths.stats import summary
 from mis_mlx.planner import estimates, phases
 from mis_mlx.types import Checkpoint, Row
@@ -58,7 +57,7 @@ def rounds(
     r: Request,
     seed: int = 0,
     delay: float = 0.0,
-    meter: EnergyMeter | None = None,
+    meter: timing.PowerMeter | None = None,
     peaks: bool = False,
     warm_up: Request | None = None,
 ) -> Iterator[tuple[Loaded, Measurement]]:
@@ -78,9 +77,10 @@ def rounds(
         mx.clear_cache()
 
 
-def figures(trials: Sequence[Measurement], r: Request, idle: Energy | None = None) -> dict[str, dict[str, float]]:
-    """{metric: what the trials of one model say}; `itl_ms` is over all gaps between tokens, `joules` per token."""
-    joules = [t.energy.beyond(idle) if t.energy and idle else None for t in trials]
+def figures(trials: Sequence[Measurement], r: Request, idle_w: float | None = None) -> dict[str, dict[str, float]]:
+    """{metric: what the trials of one model say}; `itl_ms` is over all gaps between tokens, `joules` per
+    token and beyond `idle_w`, the watts at rest."""
+    powers = [(t, t.watts - idle_w) for t in trials if t.watts is not None and idle_w is not None]
     every: dict[str, list[float]] = {
         "ttft_ms": [1000 * t.stamps_s[0] for t in trials],
         "ttft_cached_ms": [1000 * t.cached_s for t in trials if t.cached_s is not None],
@@ -89,7 +89,7 @@ def figures(trials: Sequence[Measurement], r: Request, idle: Energy | None = Non
         "itl_ms": [1000 * (b - a) for t in trials for a, b in pairwise(t.stamps_s)],
         "decode_tps": [1 / t.tpot_s for t in trials],
         "peak_mb": [t.peak_bytes / 1e6 for t in trials if t.peak_bytes],
-        "joules": [j / (r.answer - 1) for j in joules if j is not None],
+        "joules": [beyond_w * t.tpot_s for t, beyond_w in powers],
     }
     return {name: summary(values) for name, values in every.items() if values}
 

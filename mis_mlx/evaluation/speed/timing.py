@@ -23,7 +23,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx.data import sources
-from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.models import load, mlx_generate
 from mis_mlx.models.stream import evaluate_now, load_checked
 
@@ -58,20 +58,41 @@ class BenchmarkModel:
 @dataclass(frozen=True)
 class Measurement:
     """One request. stamps_s: when each token was there, from the start on. cached_s: TTFT of the same prompt, all of it
-    but its last token in the cache. energy: from the first token to the last. peak_bytes: its own model's weights,
+    but its last token in the cache. watts: from the first token to the last. peak_bytes: its own model's weights,
     cache and workspace."""
 
     asked: tuple[int, ...]
     tokens: tuple[int, ...]
     stamps_s: tuple[float, ...]
     cached_s: float | None = None
-    energy: Energy | None = None
+    watts: float | None = None
     peak_bytes: int | None = None
 
     @property
     def tpot_s(self) -> float:
         """Time per output token after the first."""
         return (self.stamps_s[-1] - self.stamps_s[0]) / (len(self.stamps_s) - 1)
+
+
+class PowerMeter:
+    """The whole machine's mean power, its display included, over a stretch of 0.1 s or longer."""
+
+    def __init__(self, monitor: Monitor):
+        self._monitor = monitor
+        self._since_s = 0.0
+
+    def begin(self) -> None:
+        """Start a stretch."""
+        self._since_s = self._monitor.clock.monotonic()
+
+    def watts(self) -> float | None:
+        """Since `begin`, by trapezoids; None when fewer than two readings have a power. The GPU must be done by now."""
+        history = self._monitor.history(self._monitor.clock.monotonic() - self._since_s + 5.0)
+        seen = [(r.time_s, r.power_w) for r in history if r.time_s >= self._since_s and r.power_w is not None]
+        if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
+            return None
+        times, powers = np.array(seen).T
+        return float(np.trapezoid(powers, times) / (times[-1] - times[0]))
 
 
 def _nbytes(module: nn.Module) -> int:
@@ -105,7 +126,7 @@ def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
 
 
 def trial(
-    s: BenchmarkModel, r: Request, seed: Sequence[int], meter: EnergyMeter | None = None, peaks: bool = False
+    s: BenchmarkModel, r: Request, seed: Sequence[int], meter: PowerMeter | None = None, peaks: bool = False
 ) -> Measurement:
     """One request with a prompt that `seed` chooses. peaks: MLX's highest memory is counted anew for it."""
     asked, generate = prompt(s.tokenizer, r.prompt, seed), load.mlx_lm("generate").generate_step
@@ -115,15 +136,15 @@ def trial(
         mx.reset_peak_memory()
     steps = generate(mx.array(asked), s.model, max_tokens=r.answer, prompt_cache=kept)
     stamps, tokens = clocked((int(token) for token, _ in steps), meter)
-    energy = meter.end() if meter else None
+    watts = meter.watts() if meter else None
     evaluate_now([c.state for c in kept])  # mlx-lm has begun a token too many: it is not to run into the next trial
     peak = mx.get_peak_memory() - before + s.loaded.nbytes if peaks else None
     cached = _again(s.model, asked, kept)
     mx.clear_cache()
-    return Measurement(tuple(asked), tuple(tokens), tuple(stamps), cached, energy, peak)
+    return Measurement(tuple(asked), tuple(tokens), tuple(stamps), cached, watts, peak)
 
 
-def clocked(coming: Iterable[int], meter: EnergyMeter | None = None) -> tuple[list[float], list[int]]:
+def clocked(coming: Iterable[int], meter: PowerMeter | None = None) -> tuple[list[float], list[int]]:
     """(seconds from now to each token, the tokens). The meter begins at the first token. What is done here between two
     tokens is all that measuring adds to them: benchmarks/throughput.py times it."""
     stamps, tokens = list[float](), list[int]()
