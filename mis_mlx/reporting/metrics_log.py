@@ -7,7 +7,7 @@ the numbers mean; a line that is torn, or of another version, is counted and pas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,45 +65,35 @@ class History:
     first_s: float | None = None
     last_s: float = -math.inf
     pauses: list[tuple[float, float, str]] = field(default_factory=list)  # (start, end, cause) of "pause" lines
-    _behind: float = 0.0  # of the wall clock, since it was set back
-    _pausing: bool = False
-
-    def tick(self, wall_s: float) -> float:
-        """The place of a record."""
-        if wall_s + self._behind < self.last_s - BACKWARDS_S:
-            self._behind = self.last_s - wall_s
-        self.last_s = max(wall_s + self._behind, self.last_s)
-        self.first_s = self.last_s if self.first_s is None else self.first_s
-        return self.last_s
-
-    def note(self, now: float, record: Mapping[str, Any]) -> None:
-        """Stretches of pauses."""
-        paused = record.get("action") == "pause" and (self._pausing or len(self.pauses) < MOST)
-        if paused and not self._pausing:
-            self.pauses.append((now, now, str(record.get("cause", ""))[:80]))
-        elif self._pausing:
-            start, _, cause = self.pauses[-1]
-            self.pauses[-1] = (start, now, cause)
-        self._pausing = paused
 
 
 def read(path: Path, names: Sequence[str]) -> History:
     """The numbers of these names, and "tokens_per_s", in a log of JSON lines; empty when it is missing. A step that a
     resumed run did twice is in it twice: it took its time twice."""
     history = History({name: Series() for name in (*names, "tokens_per_s")})
+    behind, pausing = 0.0, False  # of the wall clock, since it was set back; whether the last record is of a pause
     for record in run_folder.parsed(path, LINE_BYTES):
         history.lines += 1
         wall_s = None if record is None else _number(record.get("wall_s"))
         if record is None or wall_s is None:
             history.torn += 1
             continue
-        now = history.tick(wall_s)
+        if wall_s + behind < history.last_s - BACKWARDS_S:
+            behind = history.last_s - wall_s
+        now = history.last_s = max(wall_s + behind, history.last_s)
+        history.first_s = now if history.first_s is None else history.first_s
         values = {name: value for name in names if (value := _number(record.get(name))) is not None}
         if values.get("seconds") and "tokens" in values:
             values["tokens_per_s"] = values["tokens"] / values["seconds"]
         for name, value in values.items():
             history.series[name].add(now, value)
-        history.note(now, record)
+        paused = record.get("action") == "pause" and (pausing or len(history.pauses) < MOST)
+        if pausing:
+            start, _, cause = history.pauses[-1]
+            history.pauses[-1] = (start, now, cause)
+        elif paused:
+            history.pauses.append((now, now, str(record.get("cause", ""))[:80]))
+        pausing = paused
     return history
 
 

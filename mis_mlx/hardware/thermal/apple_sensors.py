@@ -19,6 +19,8 @@ SINT32 = 3  # kCFNumberSInt32Type
 HANDLE_EVENT = 2  # kSMCHandleYPCEvent
 READ_BYTES, KEY_BY_INDEX, KEY_INFO = 5, 8, 9
 KEYS_ENDPOINT = b"AppleSMCKeysEndpoint"
+# TCMz, the firmware's own hottest spot of the die, exists from M1 on.
+KEYS = ("TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "PSTR")
 
 
 class Hid:
@@ -148,7 +150,12 @@ class Smc:
             raise OSError(f"IOConnectCallStructMethod answered 0x{code & 0xFFFFFFFF:08x}")
         return answer
 
-    def read(self, key: str) -> tuple[str, bytes] | None:
+    def read(self) -> dict[str, str]:
+        """{key: "type:bytes in hex"} of those of KEYS that there are."""
+        answers = {key: self.value(key) for key in KEYS}
+        return {key: f"{answer[0]}:{answer[1].hex()}" for key, answer in answers.items() if answer is not None}
+
+    def value(self, key: str) -> tuple[str, bytes] | None:
         """`(type, bytes)` of a key such as "TCMz"; `None` when the machine has no such key."""
         number = int.from_bytes(key.encode("ascii"), "big")
         if key not in self._info:

@@ -32,10 +32,8 @@ def examined(monitor: Monitor) -> tuple[list[str], dict[str, Any]]:
     lines = [f"{what} {header.model or 'unknown model'}, {header.chip or 'unknown chip'}, {header.build or '?'}"]
     if isinstance(monitor.source, Live):
         lines.append(f"one look takes {1000 * look_s:.0f} ms; a look a second needs no root")
-        apple = monitor.source.apple
-        for name, mechanism in (("IOHID", "hid"), ("SMC", "smc"), ("thermal pressure", "pressure")):
-            if apple is not None and getattr(apple, mechanism) is None:
-                lines.append(f"missing: {name}")
+        if monitor.source.apple is not None:
+            lines += [f"missing: {name}: {why}" for name, why in monitor.source.apple.refused.items()]
     for name, (label, _) in SHOWN.items():
         if getattr(reading, name) is None:
             lines.append(f"missing: {label}: {monitor.reasons.get(name, 'not measured')}")

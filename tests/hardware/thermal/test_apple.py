@@ -54,8 +54,8 @@ def test_smc_reads_floats_and_knows_a_missing_key(fake_apple):
     """A missing key is None, also when asked again."""
     fake_apple.smc_float("TCMz", 58.47)
     smc = Smc(load(fake_apple.path))
-    assert decode(*smc.read("TCMz")) == pytest.approx(58.47, abs=1e-4)
-    assert [smc.read("Tp01") for _ in range(2)] == [None, None]
+    assert decode(*smc.value("TCMz")) == pytest.approx(58.47, abs=1e-4)
+    assert [smc.value("Tp01") for _ in range(2)] == [None, None]
     smc.close()
 
 
@@ -64,7 +64,7 @@ def test_smc_primes_its_connection(fake_apple):
     fake_apple.require_prime()
     fake_apple.smc_float("TB0T", 30.2)
     smc = Smc(load(fake_apple.path))
-    assert decode(*smc.read("TB0T")) == pytest.approx(30.2, abs=1e-4)
+    assert decode(*smc.value("TB0T")) == pytest.approx(30.2, abs=1e-4)
     smc.close()
 
 
