@@ -129,7 +129,7 @@ def run(settings: Settings) -> dict[str, Any]:
         sampler = grpo_rollout.Sampler(
             r.model, train, prompts, load.tokenizer(checkpoint.path), functions, objective,
             s.group_size, s.grad_accumulation_steps, s.batch_size, s.at_once, s.seed,
-            s.num_iterations, s.lora is not None, log,
+            s.num_iterations, log,
         )  # fmt: skip
         loss = partial(objective.loss, frozen_head=s.lora is not None)
         held_out = partial(grpo_rollout.measure, sampler, valid, valid_prompts)

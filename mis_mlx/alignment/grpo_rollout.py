@@ -90,7 +90,6 @@ class Sampler:
     at_once: int
     seed: int
     updates: int = 1
-    frozen_head: bool = False
     log: Callable[[str], None] = field(default=lambda line: None)
 
     def __call__(self, step: int) -> Rollout:
