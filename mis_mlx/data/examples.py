@@ -141,12 +141,16 @@ def encode(
     template refuses."""
     if tokenizer.eos_token_id is None:
         raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
+    templated = getattr(tokenizer, "chat_template", None) is not None
     encoded, cut, problems = list[list[Sequenced]](), 0, list[str]()
     for row, at in placed:
         sequences = list[Sequenced]()
         for one in [{"prompt": row["prompt"], "completion": row[key]} for key in answers] or [row]:
             try:
-                ids, learn = _encoded(one, tokenizer, mask_prompt)
+                if templated or "messages" in one:
+                    ids, learn = token_windows.conversation(one, tokenizer, mask_prompt, every_answer=True)
+                else:
+                    ids, learn = token_windows.plain(one, tokenizer, mask_prompt)
             except Exception as error:  # a template is a program that came with the model: it can raise anything
                 problems.append(f"{at}: the chat template refuses it ({' '.join(str(error).split())[:80]})")
                 break
@@ -161,12 +165,6 @@ def encode(
         encoded.append(sequences)
     rows.refuse(problems)
     return encoded, cut
-
-
-def _encoded(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
-    if getattr(tokenizer, "chat_template", None) is None and "messages" not in row:
-        return token_windows.plain(row, tokenizer, mask_prompt)
-    return token_windows.conversation(row, tokenizer, mask_prompt, every_answer=True)
 
 
 def fingerprint(encoded: Iterable[Sequence[Sequenced]]) -> str:

@@ -117,7 +117,9 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
     afterwards. A conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does.
     """
     content = "".join(message["content"] for message in messages)
-    spelled = sorted((t for t in _special_tokens(tokenizer) if t in content), key=lambda t: (-len(t), t))
+    special: set[str] = {t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special}
+    special |= set(getattr(tokenizer, "all_special_tokens", ()))
+    spelled = sorted((t for t in special if t in content), key=lambda t: (-len(t), t))
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in content)
     stand_ins = dict(zip(spelled, unused, strict=False))
     safe = []
@@ -134,11 +136,6 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
         if piece:
             ids += _encode(tokenizer, meant.get(piece, piece), split=piece in meant)
     return ids
-
-
-def _special_tokens(tokenizer: Any) -> set[str]:
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return {t.content for t in added if t.special} | set(getattr(tokenizer, "all_special_tokens", ()))
 
 
 def windows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -41,7 +42,9 @@ def create(
             number += 1
     else:
         folder = Path(out)
-        if folder.exists() and (not folder.is_dir() or any(not _unborn(p) for p in folder.iterdir())):
+        # What a crash before a run's config.yaml was written can have left is no run.
+        unborn = re.compile(rf"\.lock|{ORIGIN}|{PLAN}|\.tmp-.*")
+        if folder.exists() and not (folder.is_dir() and all(unborn.fullmatch(p.name) for p in folder.iterdir())):
             raise MisError(f"{folder} is not empty: add --resume to continue the run in it, or choose another --out")
     with reported(folder.parent, "the run folder"):
         files.make_folder(folder)
@@ -50,11 +53,6 @@ def create(
     # Last: a folder with config.yaml is a run that can be resumed.
     files.replace_text(folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     return folder
-
-
-def _unborn(path: Path) -> bool:
-    """Whether a crash before a run's config.yaml was written can have left this in its folder."""
-    return path.name in (".lock", ORIGIN, PLAN) or path.name.startswith(".tmp-")
 
 
 def find(out: str | None, under: Path = Path("runs")) -> Path:

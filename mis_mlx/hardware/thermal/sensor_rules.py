@@ -37,7 +37,7 @@ class Values:
 def judge(raw: Raw) -> Values:
     """All values of one look, each with its source or the reason why it is missing."""
     hid = believable_hid(raw.hid)
-    smc = {key: _decoded(text) for key, text in raw.smc.items()}
+    smc = {key: decode(text) for key, text in raw.smc.items()}
     judged: dict[str, tuple[float | None, str]] = {
         "die_c": _die(hid, smc, raw),
         "soc_c": _average(hid, "PMGR SOC Die"),
@@ -93,15 +93,6 @@ def _battery(hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Ra
             return value, f"SMC {key}"
     pack = [(v, n) for n, v in raw.linux if LINUX_BATTERY.match(n) and _within(v, -20, 90) is not None]
     return max(pack, default=(None, ""))
-
-
-def _decoded(text: str) -> float | None:
-    """ "flt :33b36b42" to a number; `None` when the text is not of that form or the type is not a number."""
-    kind, _, digits = text.partition(":")
-    try:
-        return decode(kind, bytes.fromhex(digits))
-    except ValueError:
-        return None
 
 
 def _within(value: float | None, low: float, high: float) -> float | None:
