@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.reporting import html
-from mis_mlx.reporting.metrics_log import Point
+from mis_mlx.reporting.run_reader import Point
 from mis_mlx.types import MisError
 
 WIDTH, HEIGHT = 420, 260  # in a viewBox; letters of 11 in it are readable on a phone

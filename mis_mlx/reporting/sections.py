@@ -13,8 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from mis_mlx.reporting import figures, html
-from mis_mlx.reporting.metrics_log import Point
-from mis_mlx.reporting.run_reader import RunRecord
+from mis_mlx.reporting.run_reader import Point, RunRecord
 from mis_mlx.types import GIB, duration, gib
 
 
