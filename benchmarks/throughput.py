@@ -119,7 +119,7 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     subject, count = timing.opened(Path(s.student), "student"), s.agreement_tokens
     subject.tokenizer._eos_token_ids = {}  # as mlx_lm.benchmark does
     generate, r = load.mlx_lm("generate"), Request(32, count)
-    ids = mx.array(timing.prompts(subject.tokenizer, r, (0, 1))[0])
+    ids = mx.array(timing.prompt(subject.tokenizer, r.prompt, (0, 1)))
 
     def ours() -> float:
         return 1 / timing.trial(subject, r, (0, 1)).tpot_s
@@ -149,7 +149,7 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     corrected = np.array(found["mlx_lm"]) * (count - 1) / count
     ours_tps, bare_tps = np.array(found["bench"]), np.array(found["bare"])
     began = time.perf_counter()
-    timing.clocked([7] for _ in range(READY))
+    timing.clocked(7 for _ in range(READY))
     own_s = (time.perf_counter() - began) / READY
     return {
         "generation_tokens": count,

@@ -69,10 +69,9 @@ def row(
     for subject, done in rounds.rounds(openers, True, s.num_trials, r, delay=s.delay, warm_up=warm_up):
         every[subject.name].append(done)
     found: dict[str, Any] = {"prompt_tokens": length}
-    for name, subject in subjects.items():
+    for name, model in subjects.items():
         figures = rounds.figures(every[name], r)
-        work = roofline.first_token(models[name], subject.read_bytes, r)
-        best = 1000 * at.seconds(work.nbytes, work.flops)
+        best = 1000 * at.seconds(*roofline.first_token(models[name], model.loaded.read_bytes, r))
         found[name] = {"cold_ms": figures["ttft_ms"], "cached_ms": figures["ttft_cached_ms"], "best_ms": best}
     kinds = ("cold_ms", "cached_ms")
     found["speed_up"] = {k: found["teacher"][k]["median"] / found["student"][k]["median"] for k in kinds}

@@ -19,7 +19,7 @@ from mis_mlx import cli
 from mis_mlx.evaluation.speed import roofline, rounds, timing
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.machine_info import about
-from mis_mlx.hardware.thermal import energy, governor
+from mis_mlx.hardware.thermal import governor
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
 from mis_mlx.models import arch, load, policy, resolve
 from mis_mlx.reporting import progress, text
@@ -41,10 +41,6 @@ class Settings(cli.Budgeted, policy.Computing, ThermalFlags):
     """tokens generated, 2 or more"""
     num_trials: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-n"])] = 5
     """trials, after a warm-up (the whole prompt, 4 tokens) that does not count"""
-    depth: Annotated[int, Within(0, MOST), tyro.conf.arg(aliases=["-d"])] = 0
-    """tokens in the cache before the prompt"""
-    batch_size: Annotated[int, Within(1, 10**4), tyro.conf.arg(aliases=["-b"])] = 1
-    """prompts side by side"""
     delay: Seconds = 0.0
     """seconds of rest before each trial; 30 or more for a laptop without a fan"""
     seed: Seed = 0
@@ -76,9 +72,7 @@ class Bench:
 
     def __init__(self, s: Settings):
         cli.check_ranges(s)
-        if s.batch_size > 1 and s.depth:
-            raise MisError(f"-b {s.batch_size} does not go with -d: leave one of them out")
-        self.s, self.r = s, timing.Request(s.prompt_tokens, s.generation_tokens, s.batch_size, s.depth)
+        self.s, self.r = s, timing.Request(s.prompt_tokens, s.generation_tokens)
         if s.out and not Path(s.out).absolute().parent.is_dir():
             raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
         if s.out:
@@ -90,15 +84,15 @@ class Bench:
         limit = memory.budget(s.budget_bytes)
         needs = {name: rounds.need_bytes(m, self.r) for name, m in self.models.items()}
         for name, nbytes in needs.items():
-            limit.need(nbytes, f"timing {name}", "give a larger --budget, a smaller -p or -b, or a model of fewer bits")
+            limit.need(nbytes, f"timing {name}", "give a larger --budget, a smaller -p, or a model of fewer bits")
         self.together = sum(needs.values()) <= limit.limit_bytes
         if not self.together and len(self.models) > 1:
             cli.say("the models do not fit in memory together: one after the other, so drift does not hit all alike")
         self.done: dict[str, list[timing.Measurement]] = {}
-        self.loaded: dict[str, dict[str, float]] = {}
+        self.loaded: dict[str, timing.Loaded] = {}
         self.stopped = False
 
-    def go(self, meter: energy.EnergyMeter | None) -> None:
+    def go(self, meter: timing.PowerMeter | None) -> None:
         """All trials. Ctrl-C ends them; those that are finished stay."""
         total = self.s.num_trials * len(self.models)
         openers = {name: partial(timing.opened, m.path, name) for name, m in self.models.items()}
@@ -109,9 +103,9 @@ class Bench:
             with progress.bar("trials", total) as show:
                 for at, (subject, done) in enumerate(every, 1):
                     self.done.setdefault(subject.name, []).append(done)
-                    self.loaded[subject.name] = {"load_s": subject.load_s, "read_bytes": subject.read_bytes}
+                    self.loaded[subject.name] = subject
                     self.write()
-                    show(at, f"{subject.name}: {self.r.batch / done.tpot_s:.1f} tokens/s")
+                    show(at, f"{subject.name}: {1 / done.tpot_s:.1f} tokens/s")
         except KeyboardInterrupt:
             if not self.done:
                 raise
@@ -127,7 +121,7 @@ class Bench:
 
     def fixed(self) -> dict[str, Any]:
         """What the same command with the same seed gives again: sizes, texts, tokens."""
-        flags = ("prompt_tokens", "generation_tokens", "num_trials", "batch_size", "depth", "seed")
+        flags = ("prompt_tokens", "generation_tokens", "num_trials", "seed")
         texts = {name: [(t.asked, t.tokens) for t in self.done.get(name, ())] for name in self.models}
         models = {
             name: {
@@ -142,26 +136,24 @@ class Bench:
         }
         return {**{name: getattr(self.s, name) for name in flags}, "warm_up_tokens": rounds.WARM_UP, "models": models}
 
-    def measured(self, at: rates.Roof, idle: energy.Energy | None) -> dict[str, dict[str, Any]]:
+    def measured(self, at: rates.Roof, idle_w: float | None) -> dict[str, dict[str, Any]]:
         """{model: {metric: summary}} of what was timed, and beside it the roof: `*_best_*`, `reached`, `moved_mb`."""
         figures: dict[str, dict[str, Any]] = {}
         for name, done in self.done.items():
-            m, read = self.models[name], int(self.loaded[name]["read_bytes"])
-            values: dict[str, Any] = rounds.figures(done, self.r, idle)
-            beside = roofline.beside(m, read, self.r, at, values["decode_tps"]["median"])
-            figures[name] = {"load_s": self.loaded[name]["load_s"], **values, **beside}
+            m, known = self.models[name], self.loaded[name]
+            values: dict[str, Any] = rounds.figures(done, self.r, idle_w)
+            beside = roofline.beside(m, known.read_bytes, self.r, at, values["decode_tps"]["median"])
+            figures[name] = {"load_s": known.load_s, **values, **beside}
         return figures
 
 
 def _conditions(reading: Reading) -> dict[str, Any]:
     """What a time depends on beside the model; `unfit`: why times taken now are not the model's own."""
     kept = ("die_c", "battery_c", "pressure_level", "battery_percent", "plugged", "power_w")
-    saving, load_average = energy.low_power_mode(), psutil.getloadavg()[0]
-    seen = {**{name: getattr(reading, name) for name in kept}, "low_power_mode": saving, "load_average": load_average}
-    unfit = governor.unfit_for_timing(reading) or ("Low Power Mode is on" if saving else None)
+    unfit, load_average = governor.unfit_for_timing(reading), psutil.getloadavg()[0]
     if not unfit and load_average > (os.cpu_count() or 1):
         unfit = f"load average {load_average:.1f}, more than there are cores"
-    return {**seen, "unfit": unfit}
+    return {**{name: getattr(reading, name) for name in kept}, "load_average": load_average, "unfit": unfit}
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -172,31 +164,28 @@ def run(settings: Settings) -> dict[str, Any]:
         at = rates.measure_roof()
         first = weather.reading()
         conditions = {"before": _conditions(first)}
-        meter = energy.EnergyMeter(weather.monitor)
-        idle = None  # what this machine takes at rest, where something measures energy
-        if meter.source is not None or first.power_w is not None:
+        meter = timing.PowerMeter(weather.monitor)
+        idle_w = None  # what this machine takes at rest, where something measures power
+        if first.power_w is not None:
             meter.begin()
             time.sleep(IDLE_S)
-            idle = meter.end()
-        bench.go(meter if idle else None)
+            idle_w = meter.watts()
+        bench.go(meter if idle_w is not None else None)
         conditions["after"] = _conditions(weather.reading())
     hot = [f"{when}: {seen['unfit']}" for when, seen in conditions.items() if seen["unfit"]]
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
-    measured = bench.measured(at, idle)
+    measured = bench.measured(at, idle_w)
     fixed = bench.fixed()
-    sentences = rounds.sentences(fixed["models"], measured, bench.r)
     print(text.table(rounds.rows(fixed["models"], measured), list(measured), rounds.METRICS))
-    print("\n" + "\n".join(sentences))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
-    source = (meter.source or "the whole machine's power") if idle else None
+    source = "the whole machine's power" if idle_w is not None else None
     result = {
         **fixed,
         "machine": about(),
         "hot": hot,
         "stopped": bench.stopped,
         "measured": {"models": measured, "roof": asdict(at), "conditions": conditions, "energy_source": source},
-        "sentences": sentences,
     }
     bench.write(result)
     return result

@@ -165,13 +165,6 @@ def _outcomes(
             )
 
 
-def _hashes(models: Models) -> dict[str, str]:
-    """Of every model; MisError where another machine has another one."""
-    hashes = {name: answering.sha256(model) for name, model in models.items()}
-    distributed.check_same(hashes)
-    return hashes
-
-
 def _examine(s: Settings, models: Models, hashes: Mapping[str, str], limit: Budget) -> dict[str, Any]:
     """The recovery table, printed and written."""
     began = time.monotonic()
@@ -229,7 +222,9 @@ def run(settings: Settings) -> dict[str, Any]:
         models[name] = comparison.same_vocabulary(models["teacher"], load.open_checkpoint(folder))
     limit = memory.budget(s.budget_bytes)
     with progress.run("evaluate"):
-        hashes = _hashes(models) if s.tasks or distributed.size() > 1 else {}
+        asked = models if s.tasks or distributed.size() > 1 else {}
+        hashes = {name: answering.sha256(model) for name, model in asked.items()}
+        distributed.check_same(hashes)
         if s.tasks:
             result = _examine(s, models, hashes, limit)
         elif s.kld:

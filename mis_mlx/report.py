@@ -18,7 +18,7 @@ from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Count, MisError
 
 SECTIONS: tuple[Callable[[run_reader.RunRecord, str], str], ...] = (
-    sections.summary, sections.recovery, sections.course, sections.cost, sections.pruning, sections.bits,
+    sections.summary, sections.recovery, sections.course, sections.cost, sections.pruning,
     sections.samples, sections.origins,
 )  # fmt: skip
 

@@ -62,7 +62,7 @@ def goals(verdict: Mapping[str, Found]) -> list[str]:
 
 def throughput(found: Found) -> str:
     """Both formats side by side, as `bench` arranges them; what was to be shown; where a token goes."""
-    names, rows, bounds = list[str](), list[Row](), list[str]()
+    names, rows = list[str](), list[Row]()
     for part in ("dense", "4-bit"):
         if part in found:
             fixed = found[part]["models"]
@@ -71,14 +71,13 @@ def throughput(found: Found) -> str:
             label = {n: f"{n}, {fixed[n]['format']}" for n in measured}
             names += label.values()
             rows += [Row(label[r.model], r.metric, r.value, r.low, r.high, r.n) for r in rounds.rows(fixed, measured)]
-            bounds += [f"- {line}" for line in found[part]["sentences"] if "By size alone" in line]
     given = found["given"]
     sizes = f"prompts of {given['prompt_tokens']} tokens, {given['generation_tokens']} generated, "
     sizes += f"{given['num_trials']} trials ({given['four_bit_trials']} in 4 bits) in turn, ± one standard deviation"
     lines = [words.table(rows, names, [m for m in rounds.METRICS if m[0] in SHOWN]), "", where(found, sizes), ""]
     if found["student"]:
         lines += [f"The student: {found['student']}.", ""]
-    lines += goals(found["verdict"]) + bounds
+    lines += goals(found["verdict"])
     lines += [f"- One token by part, {line}" for line in found["reasons"]]
     parts = ("dense", "4-bit", "agreement", "profile")
     return "\n".join(lines + restless({part: found[part] for part in parts if part in found}))

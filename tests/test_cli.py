@@ -213,11 +213,10 @@ def test_a_step_beside_what_was_planned() -> None:
 
 
 def test_sparkline() -> None:
-    """Lowest and highest block at the ends, a gap where nothing was measured, noise below the least span stays flat."""
-    assert text.sparkline([40.0, None, 50.0, float("nan")]) == "▁ █ "
-    assert text.sparkline([40.0, 40.1], 1.0) == "▁▂"
+    """Lowest and highest block at the ends, a gap where a value is none."""
+    assert text.sparkline([40.0, float("inf"), 50.0, float("nan")]) == "▁ █ "
     assert text.sparkline([2.0, 2.0]) == "▁▁"
-    assert text.sparkline([None]) == ""
+    assert text.sparkline([float("nan")]) == ""
 
 
 LIMITS = """

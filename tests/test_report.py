@@ -29,7 +29,7 @@ DATA = Path(__file__).parent / "data"
 OURS = {
     *("html", "head", "meta", "link", "title", "style", "body", "script", "section", "div", "h1", "h2", "h3", "p", "b"),
     *("pre", "ul", "li", "details", "summary", "table", "thead", "tbody", "tr", "th", "td", "button"),
-    *("figure", "figcaption", "svg", "desc", "defs", "clippath", "g", "path", "rect", "use", "text", "image"),
+    *("figure", "figcaption", "svg", "desc", "defs", "clippath", "g", "path", "rect", "use", "text"),
 }
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -85,7 +85,7 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
     page, result = written(copy)
     tags = Tags(page)
     assert result["bytes"] == len(page.encode()) < 2**20 and result["runs"] == 1
-    heads = ("Recovery", "How it went", "What it cost", "What was kept", "Bits", "What they write", "To do it again")
+    heads = ("Recovery", "How it went", "What it cost", "What was kept", "What they write", "To do it again")
     assert all(f"<h2>{head}</h2>" in page for head in heads)
     assert "another version" not in page
     values = last_line(finished[1])
@@ -98,9 +98,7 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
     assert json.loads((copy / run_folder.ORIGIN).read_text())["data"] in page
     cost = page[page.index("<h2>What it cost") : page.index("<h2>What was kept")]
     phase = run_reader.read(copy).phases[0]
-    assert (
-        f"<td>prune</td><td>{report.sections.duration(phase['seconds'])}</td><td>" in cost and "GB/s of memory" in cost
-    )
+    assert f"<td>prune</td><td>{report.sections.duration(phase['seconds'])}</td><td>" in cost
 
 
 def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Checkpoint) -> None:
@@ -132,23 +130,10 @@ def test_weather_and_aais(warm: Path, tmp_path: Path) -> None:
     assert f"Tea breaks: {account['tea_breaks']} (hot), shaded." in page and "Die from" in page and "Air from" in page
     differ = f"{account['channels_differing_from_plain']} of {account['channels_kept']} kept channels are others"
     assert f" °C. {differ}" in page and f"with plain importance {account['nll_plain']:.4f}" in page
-    assert "what was removed is pale" in page and "another version" not in page
+    assert "of the importance of ffn stays." in page and "of the importance of heads stays." in page
+    assert "another version" not in page
     per_layer = json.loads((warm / "pruned" / "keep.json").read_text())["report"]["differing"]
     assert sum(per_layer.values()) == account["channels_differing_from_plain"]
-
-
-def test_sensitivity(copy: Path) -> None:
-    """What each block costs in 4 bits and as stored, where a mixed model says it: summed by pencil."""
-    names = [f"model.layers.{i}.mlp.{part}" for i in (0, 1) for part in ("up_proj", "down_proj")]
-    nats = {n: {"4": 0.5 + k, "8": 0.25} for k, n in enumerate(names)}
-    (copy / "model" / "sensitivity.json").write_text(json.dumps({"nats": nats}))
-    config = json.loads((copy / "model" / "config.json").read_text())
-    group = {"group_size": 64, "mode": "affine"}
-    config["quantization"] = {**group, "bits": 4, names[3]: {**group, "bits": 8}}
-    (copy / "model" / "config.json").write_text(json.dumps(config))
-    page, _ = written(copy)
-    assert f"other widths: {names[3]} 8." in page
-    assert "8.0000 nats all in 4 bits and 4.7500 nats as stored; most as stored, 2.7500, in block 1." in page
 
 
 HOSTILE = "</td></svg><script>alert(1)</script><img src=x onerror=alert(2)><style>*{display:none}</style>$\\frac{{{"
@@ -180,7 +165,7 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
 
 
 FILES = ("config.yaml", "origin.json", "result.json", "table.md", "metrics.jsonl", "phases.jsonl", "samples.jsonl")
-ALL_FILES = (*FILES, "pruned/keep.json", "model/config.json")
+ALL_FILES = (*FILES, "pruned/keep.json")
 FOREIGN = {
     "layers": 7, "nll_student": "low", "report": {"profile": 3, "block_importance": [1]}, "planned": [{"phase": 1}],
     "phase": "x", "text": 1, "quantization": [], "wall_s": "?", "flags": 3, "rates": [], "iters": [],
@@ -209,7 +194,7 @@ def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
             (copy / name).write_text(text)
     page, result = written(copy)
     assert "steps logged" in page and "another version" not in page
-    for name in ("config.yaml", "origin.json", "result.json", "pruned/keep.json", "model/config.json"):
+    for name in ("config.yaml", "origin.json", "result.json", "pruned/keep.json"):
         assert any(f"{name} is damaged" in line for line in result["missing"])
 
 
@@ -322,5 +307,5 @@ def test_in_a_browser(width: int, copy: Path, warm: Path, tmp_path: Path) -> Non
     before, rising, falling = ([float(c.replace(",", "")) for c in column if c != "–"] for column in answer["found"])
     assert len(before) > 10 and rising == sorted(before) != before and falling == rising[::-1]
     assert answer["sort"] == "descending" and answer["wide"] <= width and answer["foreign"] is None
-    assert answer["loaded"] == ["https://example.invalid/"] and len(answer["boxes"]) >= 8  # refused by the policy
+    assert answer["loaded"] == ["https://example.invalid/"] and len(answer["boxes"]) >= 4  # refused by the policy
     assert all(wide > 200 and high > 60 and right <= width for wide, high, right in answer["boxes"])

@@ -21,13 +21,11 @@ from mis_mlx.distillation.train_loop import train
 from mis_mlx.maths import losses
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, load, mlx_generate, policy, resolve, stream, streamed_decode
-from mis_mlx.models.policy import MOST, largest
+from mis_mlx.models import arch, load, mlx_generate, policy, stream, streamed_decode
 from mis_mlx.planner import estimates
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
-from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import Writer
 from mis_mlx.types import Checkpoint
@@ -166,12 +164,3 @@ CHECKS: dict[str, Callable[[Models], Found]] = {
     "generate, 4-bit, beside mlx_lm": greedy, "training again, tensors unlike": repeated,
     "peak of a streamed pass / plan": peak,
 }  # fmt: skip
-
-
-def checks() -> dict[str, Callable[[Models], Found]]:
-    """All there are here; where float16 computes, also the range of the default teacher, if it is in the cache: its
-    largest activation, above whose bound all commands compute it in bfloat16."""
-    folder = hub.cache_root() / resolve.DEFAULT.split("/")[1]
-    if policy.usual_dtype() != mx.float16 or not (folder / "config.json").is_file():
-        return CHECKS
-    return CHECKS | {"float16 range, default teacher": lambda models: (largest(load.open_checkpoint(folder)), MOST)}

@@ -56,11 +56,9 @@ class Examples:
 def load(
     data: str | None, shapes: Sequence[str], licence: str | None = None, scrub: bool = False, kinds: Sequence[str] = ()
 ) -> Examples:
-    """The rows of a folder with train.jsonl and perhaps valid.jsonl, in one of `shapes`; None: generated tasks.
-
-    licence: what the user says of the data. scrub: replace personal data. kinds: of the generated tasks; none: all.
-    Without valid.jsonl a tenth of the prompts is held out, chosen by hash.
-    """
+    """The rows of a folder with train.jsonl and perhaps valid.jsonl (else a tenth of the prompts is held out, by hash),
+    in one of `shapes`; None: generated tasks, of `kinds`, if any. licence: what the user says of the data. scrub:
+    replace personal data."""
     folder = BUILT_IN if data is None else Path(data).expanduser()
     if not (folder / "train.jsonl").is_file():
         raise MisError(f"{folder} has no train.jsonl: --data takes a folder with one JSON object per line in it")
@@ -98,17 +96,15 @@ def _read(path: Path, shapes: Sequence[str]) -> tuple[list[Placed], list[str]]:
     def fault(row: object) -> str | None:
         if isinstance(row, dict) and type(row.get("answer")) in (int, float):
             row["answer"] = str(row["answer"])
-        return rows.fault(row, {shape: SHAPES[shape] for shape in shapes}) or _of_alignment(row)
+        if why := rows.fault(row, {shape: SHAPES[shape] for shape in shapes}):
+            return why
+        assert isinstance(row, dict)
+        if "messages" in row and not any(m["role"] == "assistant" for m in row["messages"]):
+            return "no message is the assistant's"
+        return "chosen and rejected are the same" if "chosen" in row and row["chosen"] == row.get("rejected") else None
 
     good, problems = rows.judged(path, fault)
     return good, problems if good or problems else [f"{path.name}: it has no rows"]
-
-
-def _of_alignment(row: Any) -> str | None:
-    """What is wrong with a row whose keys and texts are right."""
-    if "messages" in row and not any(m["role"] == "assistant" for m in row["messages"]):
-        return "no message is the assistant's"
-    return "chosen and rejected are the same" if "chosen" in row and row["chosen"] == row.get("rejected") else None
 
 
 def _of_kinds(placed: Sequence[Placed], kinds: Sequence[str]) -> list[Placed]:
@@ -139,20 +135,22 @@ def _scrubbed(row: Row, removed: Counter[str]) -> Row:
 def encode(
     placed: Sequence[Placed], tokenizer: Any, length: int, answers: Sequence[str] = (), mask_prompt: bool = True
 ) -> tuple[list[list[Sequenced]], int]:
-    """(token sequences of every row, how many of these were cut at `length`).
-
-    answers: keys of the row that are each an answer to its prompt, and make a sequence each; none: the row is a
-    conversation or prompt/completion. Of a conversation all the assistant's turns are learned. MisError lists the
-    rows whose prompt fills the window, and those the chat template refuses.
-    """
+    """(token sequences of every row, how many of these were cut at `length`). answers: keys of the row that are each an
+    answer to its prompt, and make a sequence each; none: the row is a conversation, of which all the assistant's turns
+    are learned, or prompt/completion. MisError lists the rows whose prompt fills the window, and those the chat
+    template refuses."""
     if tokenizer.eos_token_id is None:
         raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
+    templated = getattr(tokenizer, "chat_template", None) is not None
     encoded, cut, problems = list[list[Sequenced]](), 0, list[str]()
     for row, at in placed:
         sequences = list[Sequenced]()
         for one in [{"prompt": row["prompt"], "completion": row[key]} for key in answers] or [row]:
             try:
-                ids, learn = _encoded(one, tokenizer, mask_prompt)
+                if templated or "messages" in one:
+                    ids, learn = token_windows.conversation(one, tokenizer, mask_prompt, every_answer=True)
+                else:
+                    ids, learn = token_windows.plain(one, tokenizer, mask_prompt)
             except Exception as error:  # a template is a program that came with the model: it can raise anything
                 problems.append(f"{at}: the chat template refuses it ({' '.join(str(error).split())[:80]})")
                 break
@@ -167,12 +165,6 @@ def encode(
         encoded.append(sequences)
     rows.refuse(problems)
     return encoded, cut
-
-
-def _encoded(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
-    if getattr(tokenizer, "chat_template", None) is None and "messages" not in row:
-        return token_windows.plain(row, tokenizer, mask_prompt)
-    return token_windows.conversation(row, tokenizer, mask_prompt, every_answer=True)
 
 
 def fingerprint(encoded: Iterable[Sequence[Sequenced]]) -> str:

@@ -37,7 +37,9 @@ def load(data: str | None = None) -> Texts:
     if data is None:
         return _manual()
     if data == MIS:
-        return _mis()
+        splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
+        shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
+        return Texts(**splits, notes=[f"built-in Polish text: the Miś dataset, {_counts(splits)} documents; {shared}"])
     folder = Path(data).expanduser()
     if folder.is_dir():
         return _from_folder(folder)
@@ -63,10 +65,8 @@ def _manual() -> Texts:
 
 
 def _without_repeats(topics: Mapping[str, str]) -> list[str]:
-    """Sorted names of the topics that are not mostly a part of a longer one ("with" is inside "compound").
-
-    The manual repeats a quarter of itself; unnoticed, train and test would share it.
-    """
+    """Sorted names of the topics that are not mostly a part of a longer one ("with" is inside "compound"): the manual
+    repeats a quarter of itself, and train and test would share it."""
     kept, seen = [], set[str]()
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         paragraphs = [" ".join(p.split()) for p in topics[name].split("\n\n") if len(p.strip()) > 40]
@@ -75,12 +75,6 @@ def _without_repeats(topics: Mapping[str, str]) -> list[str]:
             kept.append(name)
         seen.update(paragraphs)
     return sorted(kept)
-
-
-def _mis() -> Texts:
-    splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
-    shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
-    return Texts(**splits, notes=[f"built-in Polish text: the Miś dataset, {_counts(splits)} documents; {shared}"])
 
 
 def _counts(splits: Mapping[str, Sequence[Row]]) -> str:
@@ -132,16 +126,4 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
     if "test" not in rows:
         rows["test"] = rows["valid"]
         notes.append(f"no test split: the {len(rows['valid'])} rows of valid serve as test too")
-    return Texts(**rows, notes=notes + _repeats(rows))
-
-
-def _repeats(rows: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Sentences on rows that come more than once in train, or in train and in what is held out."""
-    train = [key(row) for row in rows["train"]]
-    notes = []
-    if again := len(train) - len(set(train)):
-        notes.append(f"{again} rows of train are copies of an earlier one")
-    for name in ("valid", "test"):
-        if shared := sum(key(row) in set(train) for row in rows[name]):
-            notes.append(f"{shared} rows of {name} are also in train")
-    return notes
+    return Texts(**rows, notes=notes)

@@ -16,10 +16,8 @@ from mis_mlx.types import MisError
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids (N, T) int32, and learn (N, T) float32: 1 where the prediction made there counts.
-
-    The prediction made at position t is of token t + 1, so the last column of `learn` is always 0.
-    """
+    """Token ids (N, T) int32, and learn (N, T) float32: 1 where the prediction made there, of the next token, counts;
+    so its last column is always 0."""
 
     tokens: np.ndarray
     learn: np.ndarray
@@ -60,10 +58,8 @@ def start_of(tokenizer: Any) -> list[int]:
 
 
 def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
-    """Ids of `text`, nothing added. With `split`, a special token spelled in it is cut up like other text.
-
-    MisError when the tokenizer's own regular expressions go astray on it.
-    """
+    """Ids of `text`, nothing added; split: a special token spelled in it is cut up like other text. MisError when the
+    tokenizer's own regular expressions go astray on it."""
     options = {"add_special_tokens": False}
     if hasattr(tokenizer, "split_special_tokens"):  # transformers' kind has this switch
         options |= {"split_special_tokens": split, "verbose": False}
@@ -77,10 +73,8 @@ def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
 
 
 def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
-    """(ids, learn) of a prompt/completion row for a model without a chat template: one after the other, and the end.
-
-    They are encoded apart, so that where the prompt ends never lies inside a token.
-    """
+    """(ids, learn) of a prompt/completion row for a model without a chat template: one after the other, encoded apart,
+    so that no token lies in both, and the end."""
     prompt = [*start_of(tokenizer), *_encode(tokenizer, row["prompt"], split=True)]
     answer = [*_encode(tokenizer, row["completion"], split=True), tokenizer.eos_token_id]
     return [*prompt, *answer], [int(not mask_prompt)] * len(prompt) + [1] * len(answer)
@@ -123,7 +117,9 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
     afterwards. A conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does.
     """
     content = "".join(message["content"] for message in messages)
-    spelled = sorted((t for t in _special_tokens(tokenizer) if t in content), key=lambda t: (-len(t), t))
+    special: set[str] = {t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special}
+    special |= set(getattr(tokenizer, "all_special_tokens", ()))
+    spelled = sorted((t for t in special if t in content), key=lambda t: (-len(t), t))
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in content)
     stand_ins = dict(zip(spelled, unused, strict=False))
     safe = []
@@ -142,19 +138,11 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
     return ids
 
 
-def _special_tokens(tokenizer: Any) -> set[str]:
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return {t.content for t in added if t.special} | set(getattr(tokenizer, "all_special_tokens", ()))
-
-
 def windows(
     tokenized: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, start: Sequence[int] = ()
 ) -> Windows:
-    """(N, `length`) windows of all rows laid back to back; the last, partial window is dropped.
-
-    `tokenized`: (ids, learn) per row, learn marking the tokens to be predicted, as `tokenize` gives them. start: the
-    token, if any, that every window begins with, wherever in a row that is (`start_of`).
-    """
+    """(N, `length`) windows of all rows, (ids, learn) as `tokenize` gives them, back to back; the last, partial one is
+    dropped. start: the token, if any, that every window begins with (`start_of`)."""
     length -= len(start)
     rows = list(tokenized)
     ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows] or [np.zeros(0, np.int32)])
@@ -174,12 +162,9 @@ def windows(
 
 
 def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """Indices (batch_size,) of the windows of optimizer step `step`, counted from 0.
-
-    A pure function of its arguments: a resumed run goes on exactly where it was. Each epoch is a fresh
-    permutation; a rest too small for a batch is left out of its epoch. A batch bigger than the data goes
-    round the permutation more than once.
-    """
+    """Indices (batch_size,) of the windows of optimizer step `step`, counted from 0: a pure function of its arguments.
+    Each epoch is a fresh permutation, less a rest too small for a batch; a batch bigger than the data goes round it
+    again."""
     if n_windows < 1 or batch_size < 1:
         raise MisError(f"{n_windows} windows in batches of {batch_size}: both must be at least 1")
     epoch, within = divmod(step, max(1, n_windows // batch_size))

@@ -6,6 +6,7 @@ before they are converted, and nothing is ever evaluated."""
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -13,38 +14,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 Language = Literal["pl", "en"]
 
 TEXT_LIMIT, DIGIT_LIMIT = 160, 30  # characters of a value; digits of a number
 
-# kind: factor to the kind's smallest unit, then its names
-_UNITS = {
-    "mass": "1 mg miligram miligramy miligramów milligram milligrams; 1000 g gram gramy gramów grams gramme "
-    "grammes; 10000 dag dkg deka dekagram dekagramy dekagramów decagram decagrams; 1000000 kg kilo kilogram kilogramy "
-    "kilogramów kilograms kilos; 1000000000 t tona tony ton tonne tonnes",
-    "volume": "1 ml mililitr mililitry mililitrów milliliter milliliters millilitre millilitres; 10 cl centylitr "
-    "centylitry centylitrów; 100 dl decylitr decylitry decylitrów; 1000 l litr litry litrów litra liter liters litre "
-    "litres",
-    "length": "1 mm milimetr milimetry milimetrów; 10 cm centymetr centymetry centymetrów centimetres centimeters; "
-    "1000 m metr metry metrów metra metre metres meter meters; 1000000 km kilometr kilometry kilometrów kilometres "
-    "kilometers",
-    "duration": "1 s sek sekunda sekundy sekund sec second seconds; 60 min min. minuta minuty minut minutę minute "
-    "minutes mins; 3600 h godz godz. godzina godziny godzin godzinę hour hours hr hrs; 86400 d dzień dni doba doby dób "
-    "day days",
-    "złoty": "1 gr grosz grosze groszy; 100 zł pln złoty złote złotych złotego",
-    "euro": "1 cent cents ct; 100 € eur euro euros",
-    "dollar": "100 $ usd dollar dollars",
-    "percent": "1 % procent procenty proc proc. percent",
-    "tablespoon": "1 łyżka łyżki łyżek tbsp tablespoon tablespoons",
-    "teaspoon": "1 łyżeczka łyżeczki łyżeczek tsp teaspoon teaspoons",
-    "glass": "1 szklanka szklanki szklanek cup cups",
-    "portion": "1 porcja porcje porcji portion portions serving servings",
-    "egg": "1 jajko jajka jajek egg eggs",
-    "person": "1 osoba osoby osób person persons people",
-    "ticket": "1 bilet bilety biletów ticket tickets",
-}
+UNITS = Path(__file__).parent / "units.json"  # kind: factor to the kind's smallest unit: its names
 _SPACES = "\u00a0\u2009\u202f"  # no-break, thin and narrow no-break spaces, as typeset numbers have them
 _NUMBER = re.compile(
     r"(?P<sign>[-+−–]|minus )? ?"
@@ -74,10 +51,9 @@ Value = Quantity | tuple[str, ...]  # the words of a list of names, in lower cas
 def _units() -> dict[str, tuple[str, int]]:
     """{name of a unit: (kind, factor)}."""
     found = {}
-    for kind, groups in _UNITS.items():
-        for group in groups.split(";"):
-            factor, *names = group.split()
-            found.update(dict.fromkeys(names, (kind, int(factor))))
+    for kind, factors in json.loads(UNITS.read_text("utf-8")).items():
+        for factor, names in factors.items():
+            found.update(dict.fromkeys(names.split(), (kind, int(factor))))
     return found
 
 

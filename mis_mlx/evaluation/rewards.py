@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -115,25 +115,19 @@ def well_formed(completion: str, answer: str, language: answer_parsing.Language 
 Languages = Sequence[answer_parsing.Language | None]
 
 
-def _each(score: Callable[..., float | None], *columns: Sequence[str], language: Languages) -> list[float | None]:
-    """The score of every (completion, answer, language); other languages than these two count as not known."""
-    known = [tongue if tongue in ("pl", "en") else None for tongue in language or [None] * len(columns[0])]
-    return [score(*each) for each in zip(*columns, known, strict=True)]
-
-
 def correct(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Languages = ()
 ) -> list[float | None]:
-    """`accuracy` of every completion."""
-    return _each(accuracy, completions, answer, language=language)
+    """`accuracy` of every completion; another language than Polish and English counts as not known."""
+    return [accuracy(*row) for row in zip(completions, answer, language or [None] * len(answer), strict=True)]
 
 
 def formatted(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Languages = ()
 ) -> list[float | None]:
     """`well_formed` of every completion, times 0.1: never worth more than being right."""
-    scores = _each(well_formed, completions, answer, language=language)
-    return [None if s is None else FORMAT_REWARD * s for s in scores]
+    rows = zip(completions, answer, language or [None] * len(answer), strict=True)
+    return [None if (score := well_formed(*row)) is None else FORMAT_REWARD * score for row in rows]
 
 
 OURS = {"correct": correct.__name__, "format": formatted.__name__}

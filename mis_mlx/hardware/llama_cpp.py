@@ -35,10 +35,8 @@ def quantizer() -> list[str]:
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:
-    """Make `target` of the unquantized GGUF `source`; `kind` as llama-quantize spells it, such as "Q4_K_M".
-
-    MisError with llama.cpp's last words when it fails; what it left in `target` is the caller's to delete.
-    """
+    """Make `target` of the unquantized GGUF `source`; `kind` as llama-quantize spells it, such as "Q4_K_M". MisError
+    with llama.cpp's last words when it fails; what it left in `target` is the caller's to delete."""
     command = [*quantizer(), str(source), str(target), kind]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode or not target.is_file():

@@ -52,10 +52,8 @@ def _recommended(device: Any) -> int | None:
 
 
 def budget(asked_bytes: int | None, room: int | None = None, left: int | None = None) -> Budget:
-    """The user's budget, or the least of 5 GiB, 75 % of the room and what others leave. Refuses more than there is.
-
-    room, left: of another machine than this one, in bytes; without `left` nothing else runs there.
-    """
+    """The user's budget, or the least of 5 GiB, 75 % of the room and what others leave. MisError for more than there
+    is. room, left: of another machine than this one, in bytes; without `left` nothing else runs there."""
     if room is None:
         room, left = room_bytes(), left_bytes()
     if asked_bytes is None:

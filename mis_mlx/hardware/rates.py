@@ -121,10 +121,8 @@ def quickest(work: Callable[[], object], seconds: float) -> float:
 
 
 def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
-    """(read, written) bytes per second of a new file in `folder`, past the page cache; the file goes again.
-
-    Fewer bytes where the disk has little room or is slow. MisError when there is no room at all.
-    """
+    """(read, written) bytes per second, past the page cache, of a new file in `folder` that goes again; of fewer bytes
+    where the disk has little room or is slow. MisError when there is no room at all."""
     free, piece = DISK.free_bytes(folder), min(nbytes, PIECE)
     if free < 4 * piece:
         raise MisError(f"{folder} has {gib(free)} free, a measurement wants {gib(4 * piece)}: free some")

@@ -24,11 +24,8 @@ def _run(command: Sequence[str], what: str, remedy: str = "", folder: Path | Non
 
 
 def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: Path) -> Path:
-    """The wheel's path in the empty folder `into`, from the package index that pip is set up for.
-
-    MisError when pip cannot get it, or when size or sha256 are not the ones expected: then the file is
-    deleted, so that nobody takes it for the real one.
-    """
+    """The wheel's path in the empty folder `into`, from the package index that pip is set up for. MisError when pip
+    cannot get it, or when size or sha256 are not the ones expected: then the file is deleted."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", "--only-binary", ":all:", "--retries", "2"]
     command += ["--dest", str(into), f"{name}=={version}"]
@@ -46,11 +43,8 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: 
 
 
 def unpack_debian(names: Sequence[str], into: Path) -> list[str]:
-    """Unpack Debian packages into the folder `into`; the names of what was downloaded, with versions.
-
-    Without root, and nothing is installed. The version is whatever the distribution has today. MisError where there is
-    no apt, or it has none of these.
-    """
+    """Names and today's versions of Debian packages, unpacked into the folder `into`: without root, nothing is
+    installed. MisError where there is no apt, or it has none of these."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise MisError(f"this system has no apt to bring {' and '.join(names)}")
     _run(["apt-get", "download", "-qq", *names], f"apt could not download {' and '.join(names)}", folder=into)

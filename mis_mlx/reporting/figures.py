@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.reporting import html
-from mis_mlx.reporting.metrics_log import Point
+from mis_mlx.reporting.run_reader import Point
 from mis_mlx.types import MisError
 
 WIDTH, HEIGHT = 420, 260  # in a viewBox; letters of 11 in it are readable on a phone
@@ -67,13 +67,6 @@ def _html(figure: Any, key: str, title: str, description: str) -> str:
     return html.part(
         "picture", key=key, title=title, description=description, width=width, height=height, inside=svg
     )  # fmt: skip
-
-
-def _label(axes: Any, labels: tuple[str, str]) -> None:
-    """Names of the x and y axis; ticks of x at whole numbers."""
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
-    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def over_time(
@@ -155,21 +148,8 @@ def columns(
         for color, (name, values) in zip(cycle(COLORS), groups.items(), strict=False):
             axes.bar(list(values), list(values.values()), color=color, label=name)
         axes.grid(axis="x", visible=False)
-        _label(axes, labels)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        axes.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(loc="outside upper center", ncols=3)
-        return _html(figure, key, title, description)
-
-
-def heat(key: str, title: str, description: str, labels: tuple[str, str], values: np.ndarray, stays: np.ndarray) -> str:
-    """A map of values from 0 to 1, (rows, columns), as one small image: pale where `stays`, of that shape, is False."""
-    from matplotlib import colormaps
-
-    with _drawing():
-        figure, axes = _new(90 + round(9 * len(values)) if len(values) < 60 else 600)
-        colors = colormaps["cividis"](np.sqrt(values))
-        colors[..., 3] = np.where(stays, 1.0, 0.3)
-        axes.imshow(colors, aspect="auto")
-        axes.grid(visible=False)
-        _label(axes, labels)
-        axes.yaxis.get_major_locator().set_params(integer=True)
         return _html(figure, key, title, description)

@@ -44,10 +44,8 @@ def part(macro: str, **values: Any) -> str:
 
 
 def page(title: str, body: str, every_s: int | None = None) -> str:
-    """The whole document. The browser may load nothing and run only our script, whatever `body` (HTML) holds.
-
-    every_s: how often a browser opens it anew, while the run goes on.
-    """
+    """The whole document. The browser may load nothing and run only our script, whatever `body` (HTML) holds. every_s:
+    how often a browser opens it anew, while the run goes on."""
     script = _templates().get_template("page.js").render()
     seal = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{seal}'; "

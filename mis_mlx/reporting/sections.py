@@ -12,15 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-import numpy as np
-
 from mis_mlx.reporting import figures, html
-from mis_mlx.reporting.metrics_log import Point
-from mis_mlx.reporting.run_reader import RunRecord
+from mis_mlx.reporting.run_reader import Point, RunRecord
 from mis_mlx.types import GIB, duration, gib
-
-MODELS = ("teacher", "pruned", "distilled", "4-bit")
-FEW = 8  # matrices that are named one by one
 
 
 def _since(story: RunRecord, points: Sequence[Point], scale: float = 1.0) -> list[Point]:
@@ -37,7 +31,7 @@ def _range(points: Sequence[Point], form: str = ".3f") -> str:
 def summary(story: RunRecord, key: str) -> str:
     """Two sentences: what was done, and what came of it; or how far it is."""
     teacher = PurePath(str(story.result.get("teacher") or story.config.get("teacher") or "the default teacher")).name
-    step, loss = story.steps.series["number"].extremes, story.steps.series["loss"].last
+    step, loss = (story.steps.series[name].points()[-1:] for name in ("number", "loss"))
     return html.part("summary", s=story, teacher=teacher, step=step, loss=loss, duration=duration, gib=gib)
 
 
@@ -65,9 +59,9 @@ def course(story: RunRecord, key: str) -> str:
     words.append(f"Tea breaks: {len(breaks)}{f' ({causes}), shaded' if breaks else ''}.")
     if speed := _since(story, steps.series["tokens_per_s"].points()):
         panels["tokens/s"] = {"speed": speed}
-        words.append(
-            f"Speed {_range(speed, '.0f')} tokens a second; planned: {_known('{:.0f}'.format, _planned_speed(story))}."
-        )
+        planned_s = {p["phase"]: p["seconds"] for p in story.begun.get("planned", [])}.get("distil")
+        planned = story.begun["step_tokens"] * story.begun["iters"] / planned_s if planned_s else None
+        words.append(f"Speed {_range(speed, '.0f')} tokens a second; planned: {_known('{:.0f}'.format, planned)}.")
     if memory := _since(story, steps.series["peak_bytes"].points(), 1 / GIB):
         panels["GiB"] = {"memory": memory}
         budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
@@ -77,45 +71,26 @@ def course(story: RunRecord, key: str) -> str:
     return html.part("course", pictures=[picture])
 
 
-def _planned_speed(story: RunRecord) -> float | None:
-    seconds = {p["phase"]: p["seconds"] for p in story.begun.get("planned", [])}.get("distil")
-    return story.begun["step_tokens"] * story.begun["iters"] / seconds if seconds else None
-
-
 def cost(story: RunRecord, key: str) -> str:
-    """Time and memory of every phase beside what was planned; decoding beside what memory allows."""
+    """Time and memory of every phase beside what was planned."""
     took: dict[str, float] = {}
     peak: dict[str, float] = {}
     for p in story.phases:  # a phase that was killed and taken up again has two lines
         took[p["phase"]] = took.get(p["phase"], 0.0) + p["seconds"]
         peak[p["phase"]] = max(peak.get(p["phase"], 0.0), p["peak_bytes"])
-    if "distil" in took and (extremes := story.steps.series["peak_bytes"].extremes):
-        peak["distil"] = max(peak["distil"], extremes[1])
+    if "distil" in took:
+        peak["distil"] = max([peak["distil"], *(nbytes for _, nbytes in story.steps.series["peak_bytes"].points())])
     planned = {p["phase"]: p for p in story.begun.get("planned", [])}
     rows = []
     for name in dict.fromkeys([*planned, *took]):
         plan = planned.get(name, {})
         times = [_known(duration, took.get(name)), _known(duration, plan.get("seconds"))]
         rows.append([name, *times, _known(gib, peak.get(name)), _known(gib, plan.get("peak_bytes"))])
-    return html.part("cost", phases=rows, decoding=_decoding(story), rates=story.begun.get("rates") or {})
+    return html.part("cost", phases=rows)
 
 
 def _known(form: Callable[[float], str], value: float | None) -> str:
     return "–" if value is None else form(value)
-
-
-def _decoding(story: RunRecord) -> list[list[str]]:
-    """[model, tokens a second, the most that reading all weights from memory once a token allows]."""
-    r, rates = story.result, story.begun.get("rates") or {}
-    rows = []
-    for name in MODELS:
-        if (measured := r.get(f"decode_tps_{name}")) is None:
-            continue
-        params = r["params_teacher"] if name == "teacher" else r["params_student"]
-        nbytes = r["bytes_4-bit"] * 1e6 if name == "4-bit" else params * (2 if rates.get("gpu") else 4)
-        most = rates["memory_bytes_per_s"] / nbytes if rates else None
-        rows.append([name, f"{measured:.1f}", _known("{:.1f}".format, most)])
-    return rows
 
 
 def pruning(story: RunRecord, key: str) -> str:
@@ -130,60 +105,12 @@ def pruning(story: RunRecord, key: str) -> str:
             f"1 − cosine of each of the teacher's {len(blocks)} blocks: how far it turns the stream. Removed: {gone}."
         )
         pictures.append(figures.columns(f"{key}blocks", "Blocks", text, ("block", "1 − cosine"), groups))
-    for axis, title, label in (
-        ("ffn", "FFN neurons", "of 64 runs, the most important first"),
-        ("heads", "Heads", "head"),
-    ):
-        rows = {int(k.split("/")[0]): v for k, v in (report.get("profile") or {}).items() if k.endswith(f"/{axis}")}
-        if rows:
-            pictures.append(_map(f"{key}{axis}", axis, title, label, rows, story.keep))
-    return html.part("pruning", report=report, pictures=pictures)
-
-
-def _map(
-    key: str, axis: str, title: str, label: str, rows: Mapping[int, Mapping[str, Any]], keep: Mapping[str, Any]
-) -> str:
-    """A heat map of one axis: a line a block of the teacher, what was removed pale."""
-    values = np.array([rows[i]["values"] for i in sorted(rows)], dtype=np.float64)
-    values /= np.maximum(values.max(axis=1, keepdims=True), 1e-30)
-    stays = np.ones(values.shape, bool)
-    for line, i in enumerate(sorted(rows)):
-        chosen = keep["kept"].get(f"{i}/{axis}", ())
-        if i not in keep["layers"]:
-            stays[line] = False
-        elif chosen and axis == "ffn":  # runs of neurons that are sorted: the first ones stay
-            stays[line] = np.arange(values.shape[1]) + 0.5 < len(chosen) / rows[i]["units"] * values.shape[1]
-        elif chosen:
-            stays[line] = np.isin(np.arange(values.shape[1]), chosen)
-    shares = [rows[i]["kept"] for i in rows if i in keep["layers"]]
-    text = "Importance in each block of the teacher, the highest bright (by square root); what was removed is pale. "
-    text += f"In the kept blocks {min(shares):.0%} to {max(shares):.0%} of the importance stays."
-    return figures.heat(key, title, text, (label, "block"), values, stays)
-
-
-def bits(story: RunRecord, key: str) -> str:
-    """What each block costs in 4 bits, where that was measured, and which matrices got other widths."""
-    settings = story.model.get("quantization") or {}
-    if not settings:
-        return ""
-    wide = {k: v["bits"] for k, v in settings.items() if isinstance(v, dict) and v.get("bits") != settings.get("bits")}
-    others = [f"{path} {n}" for path, n in wide.items()]
-    if len(others) > FEW:
-        others = [f"{n} bits {list(wide.values()).count(n)} times" for n in sorted(set(wide.values()))]
-    text = f"{settings.get('bits')} bits in groups of {settings.get('group_size')}, {settings.get('mode', 'affine')}; "
-    text += f"other widths: {', '.join(others)}." if others else "every matrix the same."
-    costs: dict[str, dict[int, float]] = {"all in 4 bits": {}, "as stored": {}}
-    for path, cost in (story.sensitivity.get("nats") or {}).items():
-        i, stored = int(path.split(".")[2]), wide.get(path, settings.get("bits"))
-        for name, n in zip(costs, (4, stored), strict=True):
-            costs[name][i] = costs[name].get(i, 0.0) + float(cost[str(n)])
-    if not costs["as stored"]:
-        return html.part("bits", text=f"{text} What each block costs was not measured.")
-    worst = max(costs["as stored"], key=lambda i: costs["as stored"][i])
-    text += " Rounding the blocks of the student costs KL, estimated to second order: in all "
-    text += f"{' and '.join(f'{sum(c.values()):.4f} nats {n}' for n, c in costs.items())}; "
-    text += f"most as stored, {costs['as stored'][worst]:.4f}, in block {worst}."
-    return html.part("bits", text=text)
+    shares = {}
+    for axis in ("ffn", "heads"):
+        rows = {k.split("/")[0]: v for k, v in (report.get("profile") or {}).items() if k.endswith(f"/{axis}")}
+        if kept := [rows[i]["kept"] for i in rows if int(i) in layers]:
+            shares[axis] = f"{min(kept):.0%} to {max(kept):.0%}"
+    return html.part("pruning", report=report, pictures=pictures, shares=shares)
 
 
 def samples(story: RunRecord, key: str) -> str:

@@ -14,21 +14,17 @@ BARS = "▁▂▃▄▅▆▇█"
 SPARK_STEPS = 24  # whose losses the bar shows
 
 
-def sparkline(values: Iterable[float | None], least_span: float = 0.0) -> str:
-    """One block a value, from the lowest to the highest; a gap where nothing was measured.
-
-    least_span: what the whole height stands for at least, so that noise stays flat.
-    """
-    seen = [math.nan if value is None else value for value in values]
-    known = [value for value in seen if math.isfinite(value)]
+def sparkline(values: Sequence[float]) -> str:
+    """One block a value, from the lowest to the highest; a gap where it is none."""
+    known = [value for value in values if math.isfinite(value)]
     if not known:
         return ""
-    low, span, top = min(known), max(max(known) - min(known), least_span) or 1.0, len(BARS) - 1
-    return "".join(BARS[round((v - low) / span * top)] if math.isfinite(v) else " " for v in seen)
+    low, span, top = min(known), max(known) - min(known) or 1.0, len(BARS) - 1
+    return "".join(BARS[round((v - low) / span * top)] if math.isfinite(v) else " " for v in values)
 
 
 def step_text(
-    step: Step, losses: Iterable[float] = (), budget_bytes: int | None = None, planned_tps: float | None = None
+    step: Step, losses: Sequence[float] = (), budget_bytes: int | None = None, planned_tps: float | None = None
 ) -> str:
     """What the bar shows beside a step: loss and its course, speed and memory beside what was planned and allowed,
     temperature, and what the guard did."""

@@ -53,10 +53,8 @@ def commit_folder(
     what: str = "the model",
     remedy: str = "free some and start again",
 ) -> None:
-    """Make the folder `final` of what `fill(tmp)` writes, about `nbytes`: all of it, durable, or nothing.
-
-    MisError when `final` exists, when space is short (before `fill` is called) or when the disk refuses a write.
-    """
+    """Make the folder `final` of what `fill(tmp)` writes, about `nbytes`: all of it, durable, or nothing. MisError when
+    it exists, when space is short (before `fill` is called) or when the disk refuses a write."""
     if final.exists() or final.is_symlink():
         raise MisError(f"{final} exists already: choose another name or move it away")
     stem = final.name.removeprefix(".tmp-")  # of a folder that is itself a step on the way to another
@@ -123,10 +121,8 @@ def save_step(
 
 
 def newest(steps_dir: Path, files: Files = DISK) -> Saved | None:
-    """The highest step whose manifest and hashes are right; None when there is none. Hold the `lock`.
-
-    Leftovers of a crash are swept. A damaged step is set aside as damaged-step-..., never deleted.
-    """
+    """The highest step whose manifest and hashes are right, or None; leftovers of a crash are swept, a damaged step is
+    set aside as damaged-step-..., never deleted. Hold the `lock`."""
     if not steps_dir.is_dir():
         return None
     sweep(steps_dir, files)

@@ -153,10 +153,8 @@ DISK = Files()
 
 
 def need_place(flag: str, path: str | Path, kind: Literal["folder", "new", "file"] = "folder") -> None:
-    """MisError, before any work, where what a flag names cannot be written.
-
-    kind: a folder, which may exist; something new; a file, which may be replaced.
-    """
+    """MisError, before any work, where what a flag names cannot be written. kind: a folder, which may exist; something
+    new; a file, which may be replaced."""
     place = Path(path).absolute()
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -177,10 +175,8 @@ def need_place(flag: str, path: str | Path, kind: Literal["folder", "new", "file
 
 @contextlib.contextmanager
 def reported(folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that and start again") -> Iterator[None]:
-    """Turn a disk's refusal inside the block into one MisError sentence; other errors are bugs and pass.
-
-    `what` was being written into `folder` and takes `nbytes`; `remedy` ends the sentence.
-    """
+    """Turn a disk's refusal inside the block into one MisError sentence that ends with `remedy`; other errors pass.
+    `what` was being written into `folder` and takes `nbytes`."""
     try:
         yield
     except OSError as error:

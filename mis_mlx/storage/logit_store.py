@@ -51,11 +51,8 @@ class Spec:
 
 
 def create(folder: Path, spec: Spec, files: Files) -> Targets:
-    """Begin the store in `folder`, or go on with it. Hold the lock of the run.
-
-    Every finished part is verified; damaged ones count as missing, and `notes` says so. MisError when `folder` holds
-    other targets.
-    """
+    """Begin the store in `folder`, or go on with it; damaged parts count as missing, and `notes` says so. Hold the lock
+    of the run. MisError when `folder` holds other targets."""
     if not 1 <= spec.count < 2**16:
         raise MisError(f"{spec.count} sampled tokens a position: take 1 to {2**16 - 1}")
     with reported(folder, "the targets"):

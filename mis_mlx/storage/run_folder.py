@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -33,17 +34,17 @@ def create(
     plan: Mapping[str, Any],
     files: Files,
 ) -> Path:
-    """A new run folder (`out`, or the next free runs/NAME-001): settings, what it was made from, how it trains.
-
-    config.yaml can be given to `-c` again. MisError when `out` holds a run already.
-    """
+    """A new run folder (`out`, or the next free runs/NAME-001) with its settings, for `-c` too, what it was made from,
+    and how it trains. MisError when `out` holds a run already."""
     if out is None:
         number = 1
         while (folder := Path("runs") / f"{name}-{number:03d}").exists():
             number += 1
     else:
         folder = Path(out)
-        if folder.exists() and (not folder.is_dir() or any(not _unborn(p) for p in folder.iterdir())):
+        # What a crash before a run's config.yaml was written can have left is no run.
+        unborn = re.compile(rf"\.lock|{ORIGIN}|{PLAN}|\.tmp-.*")
+        if folder.exists() and not (folder.is_dir() and all(unborn.fullmatch(p.name) for p in folder.iterdir())):
             raise MisError(f"{folder} is not empty: add --resume to continue the run in it, or choose another --out")
     with reported(folder.parent, "the run folder"):
         files.make_folder(folder)
@@ -52,11 +53,6 @@ def create(
     # Last: a folder with config.yaml is a run that can be resumed.
     files.replace_text(folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     return folder
-
-
-def _unborn(path: Path) -> bool:
-    """Whether a crash before a run's config.yaml was written can have left this in its folder."""
-    return path.name in (".lock", ORIGIN, PLAN) or path.name.startswith(".tmp-")
 
 
 def find(out: str | None, under: Path = Path("runs")) -> Path:
@@ -95,10 +91,8 @@ def stored_plan(folder: Path) -> dict[str, Any]:
 def merged(
     given: Mapping[str, Any], defaults: Mapping[str, Any], stored: Mapping[str, Any], free: frozenset[str]
 ) -> dict[str, Any]:
-    """Settings of a resumed run: the stored ones. MisError names a flag that asks for something else.
-
-    `free` settings do not change the weights and may differ. A flag at its default asks for nothing.
-    """
+    """Settings of a resumed run: the stored ones. MisError names a flag that asks for something else; one at its
+    default asks for nothing, and `free` ones, which do not change the weights, may differ."""
     if strange := sorted(set(stored) - set(given)):
         raise MisError(
             f"The run's {CONFIG} has {strange[0]}, which this command does not know: resume it with the one that began "

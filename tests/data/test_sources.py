@@ -123,14 +123,6 @@ def test_two_different_rows_are_enough_to_hold_one_out(tmp_path: Path) -> None:
     assert any("0 rows of train are held out" in note for note in texts.notes)
 
 
-def test_copies_and_test_rows_in_train_are_counted(tmp_path: Path) -> None:
-    """Duplicate rows, and held-out rows that are also in train, are said."""
-    texts = load(_write(tmp_path, train=["a", "a", "b", "a"], valid=["b", "c"], test=["a", "b", "d"]))
-    assert "2 rows of train are copies of an earlier one" in texts.notes
-    assert "1 rows of valid are also in train" in texts.notes
-    assert "2 rows of test are also in train" in texts.notes
-
-
 @pytest.mark.parametrize("files", [{"train": []}, {"train": ["a"], "valid": ["", " "]}])
 def test_a_file_without_a_usable_row_stops(tmp_path: Path, files: dict[str, list[str]]) -> None:
     """Empty file or only bad rows: refused, with both numbers."""

@@ -7,6 +7,7 @@ import random
 import re
 import zipfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,11 +41,9 @@ def unpack(wheel: Path, into: Path) -> None:
 
 def task(name: str, folder: Path) -> questions.Task:
     """One of the four sets that `unpack` wrote."""
-    plain = questions.file(folder / f"{name}.jsonl")
+    by_character = name in ("polish-exams", "polish-lexicon")
     about = f"{NAME} {VERSION}: {ABOUT[name]}"
-    return questions.Task(
-        name, plain.kind, plain.questions, about, per_character=name in ("polish-exams", "polish-lexicon")
-    )
+    return replace(questions.file(folder / f"{name}.jsonl"), about=about, per_character=by_character)
 
 
 def _exams(pairs: Asked) -> Iterable[dict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from mis_mlx.evaluation.speed.timing import Request
@@ -12,30 +11,19 @@ from mis_mlx.hardware import rates
 from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint
 
-BOUND = 0.6  # of the roof: from here on the roof is what bounds (published decoding on M1 reaches 0.63 to 0.82)
+
+def decoding(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[float, float]:
+    """(bytes to move, float operations) of one token, half-way through the answer: all weights, the keys and values."""
+    m, seen = estimates.model_of(checkpoint), r.prompt + r.answer // 2
+    flops = estimates.forward_flops(m, 1, 2 * seen)  # 2: it sees all, not the half
+    return weight_bytes + estimates.keys_bytes(m, seen), flops
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one step has to move and to do at least."""
-
-    nbytes: float
-    flops: float
-
-
-def decoding(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> Work:
-    """One token of each sequence, half-way through the answer: all weights once, and everybody's keys and values."""
-    m, seen = estimates.model_of(checkpoint), r.depth + r.prompt + r.answer // 2
-    keys = r.batch * estimates.keys_bytes(m, seen)
-    return Work(weight_bytes + keys, estimates.forward_flops(m, r.batch, 2 * seen))  # 2: it sees all, not the half
-
-
-def first_token(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> Work:
-    """The prompts through all blocks, then one row of each through the head."""
+def first_token(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[float, float]:
+    """(bytes to move, float operations) of the prompt through all blocks, then its last row through the head."""
     m = estimates.model_of(checkpoint)
-    keys = r.batch * estimates.keys_bytes(m, r.depth + r.prompt)
-    blocks = estimates.forward_flops(m, r.batch * r.prompt, r.prompt + 2 * r.depth, head=False)
-    return Work(weight_bytes + keys, blocks + 2.0 * r.batch * m.head_params)
+    blocks = estimates.forward_flops(m, r.prompt, r.prompt, head=False)
+    return weight_bytes + estimates.keys_bytes(m, r.prompt), blocks + 2.0 * m.head_params
 
 
 def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
@@ -46,7 +34,7 @@ def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
         for name, t in checkpoint.tensors.items()
         if tied or not name.startswith("model.embed_tokens.")
     )
-    m, seen = estimates.model_of(checkpoint, gpu=True), r.depth + r.prompt + r.answer // 2
+    m, seen = estimates.model_of(checkpoint, gpu=True), r.prompt + r.answer // 2
     return rates.M1_AIR.memory_bytes_per_s / (nbytes + estimates.keys_bytes(m, seen))
 
 
@@ -56,13 +44,13 @@ def beside(
     """What goes beside a model's figures: MB a token moves, the best times there could be, the share reached, and
     what the limit is. weight_bytes: those that a token reads, in memory."""
     token, first = (f(checkpoint, weight_bytes, r) for f in (decoding, first_token))
-    best = r.batch / at.seconds(token.nbytes, token.flops)
+    best = 1 / at.seconds(*token)
     return {
-        "moved_mb": token.nbytes / 1e6,
+        "moved_mb": token[0] / 1e6,
         "decode_best_tps": best,
         "reached": tokens_per_s / best,
-        "bound": at.bound(token.nbytes, token.flops),
-        "ttft_best_ms": 1000 * at.seconds(first.nbytes, first.flops),
+        "bound": at.bound(*token),
+        "ttft_best_ms": 1000 * at.seconds(*first),
     }
 
 
@@ -71,25 +59,3 @@ def kind(checkpoint: Checkpoint, dtype: str) -> str:
     settings = checkpoint.config.get("quantization") or {}
     bits = {s["bits"] for s in (settings, *settings.values()) if isinstance(s, Mapping) and "bits" in s}
     return (f"{min(bits)}- to {max(bits)}-bit" if len(bits) > 1 else f"{min(bits)}-bit") if bits else dtype
-
-
-def bound(facts: Mapping[str, Any]) -> str:
-    """What bounds decoding here, in a sentence. facts: {name, kind, best, tps (tokens/s), bound}."""
-    reached, limit = facts["tps"] / facts["best"], facts["bound"]
-    said = f"{facts['name']} ({facts['kind']}) decodes {facts['tps']:.1f} tokens/s, {reached:.0%} of what {limit} "
-    said += f"here allows ({facts['best']:.1f})"
-    if reached > 1:
-        return f"{said}: {limit} was measured on a busy machine, run it again."
-    if reached >= BOUND:
-        return f"{said}: {limit} bounds it."
-    return f"{said}: the kernels and the calls between them bound it, not {limit}."
-
-
-def against(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What the other model's size alone should give over the first's, and what it gave; facts as in `bound`. Formats
-    are not mixed into a speed-up: their kernels differ more than the sizes."""
-    one, two = f"{first['name']} ({first['kind']})", f"{other['name']} ({other['kind']})"
-    if first["kind"] != other["kind"]:
-        return f"{one} and {two} differ in format: the ratio of their speeds says more of kernels than of size."
-    size, speed = other["best"] / first["best"], other["tps"] / first["tps"]
-    return f"By size alone {two} should decode {size:.2f}x as fast as {one}; it decodes {speed:.2f}x as fast."

@@ -10,10 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx.evaluation.speed import roofline, timing
+from mis_mlx.evaluation.speed import timing
 from mis_mlx.evaluation.speed.timing import BenchmarkModel, Loaded, Measurement, Request
-from mis_mlx.hardware.machine_info import about
-from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter
 from mis_mlx.maths.stats import summary
 from mis_mlx.planner import estimates, phases
 from mis_mlx.types import Checkpoint, Row
@@ -47,9 +45,9 @@ Facts = Mapping[str, Mapping[str, Any]]  # by model
 
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
     """One model whole in stock mlx-lm, its cache, and a piece of the prompt under way."""
-    m, seen = estimates.model_of(checkpoint), r.depth + r.prompt + r.answer
-    own = phases.timed_bytes(checkpoint.config) + r.batch * estimates.keys_bytes(m, seen)
-    return own + estimates.workspace_bytes(m, r.batch * min(r.prompt, PREFILL), r.depth + r.prompt)
+    m = estimates.model_of(checkpoint)
+    own = phases.timed_bytes(checkpoint.config) + estimates.keys_bytes(m, r.prompt + r.answer)
+    return own + estimates.workspace_bytes(m, min(r.prompt, PREFILL), r.prompt)
 
 
 def rounds(
@@ -59,7 +57,7 @@ def rounds(
     r: Request,
     seed: int = 0,
     delay: float = 0.0,
-    meter: EnergyMeter | None = None,
+    meter: timing.PowerMeter | None = None,
     peaks: bool = False,
     warm_up: Request | None = None,
 ) -> Iterator[tuple[Loaded, Measurement]]:
@@ -79,18 +77,19 @@ def rounds(
         mx.clear_cache()
 
 
-def figures(trials: Sequence[Measurement], r: Request, idle: Energy | None = None) -> dict[str, dict[str, float]]:
-    """{metric: what the trials of one model say}; `itl_ms` is over all gaps between tokens, `joules` per token."""
-    joules = [t.energy.beyond(idle) if t.energy and idle else None for t in trials]
+def figures(trials: Sequence[Measurement], r: Request, idle_w: float | None = None) -> dict[str, dict[str, float]]:
+    """{metric: what the trials of one model say}; `itl_ms` is over all gaps between tokens, `joules` per
+    token and beyond `idle_w`, the watts at rest."""
+    powers = [(t, t.watts - idle_w) for t in trials if t.watts is not None and idle_w is not None]
     every: dict[str, list[float]] = {
         "ttft_ms": [1000 * t.stamps_s[0] for t in trials],
         "ttft_cached_ms": [1000 * t.cached_s for t in trials if t.cached_s is not None],
-        "prefill_tps": [r.batch * r.prompt / t.stamps_s[0] for t in trials],
+        "prefill_tps": [r.prompt / t.stamps_s[0] for t in trials],
         "tpot_ms": [1000 * t.tpot_s for t in trials],
         "itl_ms": [1000 * (b - a) for t in trials for a, b in pairwise(t.stamps_s)],
-        "decode_tps": [r.batch / t.tpot_s for t in trials],
+        "decode_tps": [1 / t.tpot_s for t in trials],
         "peak_mb": [t.peak_bytes / 1e6 for t in trials if t.peak_bytes],
-        "joules": [j / (r.batch * (r.answer - 1)) for j in joules if j is not None],
+        "joules": [beyond_w * t.tpot_s for t, beyond_w in powers],
     }
     return {name: summary(values) for name, values in every.items() if values}
 
@@ -119,23 +118,3 @@ def rows(fixed: Facts, measured: Facts) -> list[Row]:
             elif metric != "bound":
                 found.append(Row(name, metric, value))
     return found
-
-
-def sentences(fixed: Facts, measured: Facts, r: Request) -> list[str]:
-    """What bounds each model, what its size alone should give over the first one's, and one line for a README."""
-    alone = [
-        {"name": n, "kind": fixed[n]["format"], "best": v["decode_best_tps"], "bound": v["bound"],
-         "tps": v["decode_tps"]["median"]}
-        for n, v in measured.items()
-    ]  # fmt: skip
-    said = [roofline.bound(facts) for facts in alone]
-    said += [roofline.against(alone[0], facts) for facts in alone[1:]]
-    m = about()
-    where = f"on {m['chip']} ({m['computes_on']}), {m['memory_gib']} GiB, {m['release']}, mlx {m['mlx']}"
-    for name, v in measured.items():
-        first, rate = v["ttft_ms"], v["decode_tps"]
-        said.append(
-            f"{name} {where}, p{r.prompt} g{r.answer} d{r.depth} b{r.batch} n{rate['n']}: "
-            f"TTFT {first['mean']:.0f} ± {first['sd']:.0f} ms, decode {rate['mean']:.2f} ± {rate['sd']:.2f} tokens/s"
-        )
-    return said

@@ -5,13 +5,13 @@ Stock mlx-lm generates, greedy, past the end token.
 Definitions (those of vLLM and AIPerf; none has the tokenizer or the text in it):
     TTFT      from the token ids to the first new token, in the process's hands
     ITL       the time between two tokens;  TPOT  (last - first) / (tokens - 1), one number a request
-    decode    sequences x (tokens - 1) / (last - first); mlx-lm's own generation_tps counts the first token too
+    decode    (tokens - 1) / (last - first); mlx-lm's own generation_tps counts the first token too
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,26 +23,26 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx.data import sources
-from mis_mlx.hardware.thermal.energy import Energy, EnergyMeter
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.models import load, mlx_generate
 from mis_mlx.models.stream import evaluate_now, load_checked
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is timed: tokens of prompt and answer (2 or more), sequences side by side, tokens in the cache before."""
+    """What is timed: tokens of prompt and answer (2 or more)."""
 
     prompt: int
     answer: int
-    batch: int = 1
-    depth: int = 0
 
 
 class Loaded(NamedTuple):
-    """What is left to know of a model once it is gone."""
+    """What is known of a model, also once it is gone. nbytes: of its weights in memory; read_bytes: of those that a
+    token has to fetch, all but an embedding that is not the head too."""
 
     name: str
     load_s: float
+    nbytes: int
     read_bytes: int
 
 
@@ -50,44 +50,49 @@ class Loaded(NamedTuple):
 class BenchmarkModel:
     """A model in memory."""
 
-    name: str
+    loaded: Loaded
     model: nn.Module
     tokenizer: Any
-    load_s: float
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights in memory."""
-        return _nbytes(self.model)
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of the weights that a token has to fetch: all but an embedding that is not the head too."""
-        return self.nbytes - (_nbytes(self.model.model.embed_tokens) if hasattr(self.model, "lm_head") else 0)
-
-    @property
-    def loaded(self) -> Loaded:
-        """Without the model."""
-        return Loaded(self.name, self.load_s, self.read_bytes)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One request. stamps_s: when each token (of every sequence of the batch) was there, from the start on.
-    cached_s: TTFT of the same prompt, all of it but its last token in the cache. energy: from the first token to the
-    last. peak_bytes: its own model's weights, cache and workspace."""
+    """One request. stamps_s: when each token was there, from the start on. cached_s: TTFT of the same prompt, all of it
+    but its last token in the cache. watts: from the first token to the last. peak_bytes: its own model's weights,
+    cache and workspace."""
 
-    asked: tuple[tuple[int, ...], ...]
+    asked: tuple[int, ...]
     tokens: tuple[int, ...]
     stamps_s: tuple[float, ...]
     cached_s: float | None = None
-    energy: Energy | None = None
+    watts: float | None = None
     peak_bytes: int | None = None
 
     @property
     def tpot_s(self) -> float:
         """Time per output token after the first."""
         return (self.stamps_s[-1] - self.stamps_s[0]) / (len(self.stamps_s) - 1)
+
+
+class PowerMeter:
+    """The whole machine's mean power, its display included, over a stretch of 0.1 s or longer."""
+
+    def __init__(self, monitor: Monitor):
+        self._monitor = monitor
+        self._since_s = 0.0
+
+    def begin(self) -> None:
+        """Start a stretch."""
+        self._since_s = self._monitor.clock.monotonic()
+
+    def watts(self) -> float | None:
+        """Since `begin`, by trapezoids; None when fewer than two readings have a power. The GPU must be done by now."""
+        history = self._monitor.history(self._monitor.clock.monotonic() - self._since_s + 5.0)
+        seen = [(r.time_s, r.power_w) for r in history if r.time_s >= self._since_s and r.power_w is not None]
+        if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
+            return None
+        times, powers = np.array(seen).T
+        return float(np.trapezoid(powers, times) / (times[-1] - times[0]))
 
 
 def _nbytes(module: nn.Module) -> int:
@@ -100,8 +105,10 @@ def opened(folder: Path, name: str) -> BenchmarkModel:
     began = time.perf_counter()
     model, tokenizer = mlx_generate.open_model(folder)
     evaluate_now(model.parameters())
-    seconds = time.perf_counter() - began
-    return BenchmarkModel(name, load_checked(model, f"{folder}: "), tokenizer, seconds)
+    seconds, nbytes = time.perf_counter() - began, _nbytes(model)
+    embedded = _nbytes(model.model.embed_tokens) if hasattr(model, "lm_head") else 0
+    loaded = Loaded(name, seconds, nbytes, nbytes - embedded)
+    return BenchmarkModel(loaded, load_checked(model, f"{folder}: "), tokenizer)
 
 
 @cache
@@ -109,73 +116,54 @@ def _manual() -> tuple[str, ...]:
     return tuple(str(row["text"]) for row in sources.load(None).train)
 
 
-def prompts(tokenizer: Any, r: Request, seed: Sequence[int]) -> list[list[int]]:
-    """Token ids of `r.batch` pieces of Python's manual, each of `r.prompt`, from topics that `seed` chooses."""
-    rows, rng, texts = _manual(), np.random.default_rng(list(seed)), []
-    for _ in range(r.batch):
-        start, text = int(rng.integers(len(rows))), ""
-        while len(text) < 5 * r.prompt and len(text) < sum(map(len, rows)):  # a token has 3 to 5 letters
-            text, start = f"{text}\n\n{rows[start % len(rows)]}", start + 1
-        texts.append([int(i) for i in np.array(mlx_generate.prompt_ids(tokenizer, text, r.prompt))])
-    return texts
+def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
+    """`count` token ids of Python's manual, from a topic that `seed` chooses."""
+    rows, text = _manual(), ""
+    start = int(np.random.default_rng(list(seed)).integers(len(rows)))
+    while len(text) < 5 * count and len(text) < sum(map(len, rows)):  # a token has 3 to 5 letters
+        text, start = f"{text}\n\n{rows[start % len(rows)]}", start + 1
+    return [int(i) for i in np.array(mlx_generate.prompt_ids(tokenizer, text, count))]
 
 
 def trial(
-    s: BenchmarkModel, r: Request, seed: Sequence[int], meter: EnergyMeter | None = None, peaks: bool = False
+    s: BenchmarkModel, r: Request, seed: Sequence[int], meter: PowerMeter | None = None, peaks: bool = False
 ) -> Measurement:
-    """One request with prompts that `seed` chooses. peaks: MLX's highest memory is counted anew for it."""
-    asked = prompts(s.tokenizer, r, seed)
-    kept = [] if r.batch > 1 else mlx_generate.filled_cache(s.model, r.depth)
-    evaluate_now([c.state for c in kept if r.depth])
+    """One request with a prompt that `seed` chooses. peaks: MLX's highest memory is counted anew for it."""
+    asked, generate = prompt(s.tokenizer, r.prompt, seed), load.mlx_lm("generate").generate_step
+    kept = mlx_generate.filled_cache(s.model, 0)
     before = mx.get_active_memory()
     if peaks:
         mx.reset_peak_memory()
-    stamps, tokens = clocked(_steps(s, asked, r.answer, kept), meter)
-    energy = meter.end() if meter else None
+    steps = generate(mx.array(asked), s.model, max_tokens=r.answer, prompt_cache=kept)
+    stamps, tokens = clocked((int(token) for token, _ in steps), meter)
+    watts = meter.watts() if meter else None
     evaluate_now([c.state for c in kept])  # mlx-lm has begun a token too many: it is not to run into the next trial
-    peak = mx.get_peak_memory() - before + s.nbytes if peaks else None
-    cached = _again(s.model, asked[0], kept, r.depth + r.prompt - 1)
+    peak = mx.get_peak_memory() - before + s.loaded.nbytes if peaks else None
+    cached = _again(s.model, asked, kept)
     mx.clear_cache()
-    return Measurement(tuple(map(tuple, asked)), tuple(tokens), tuple(stamps), cached, energy, peak)
+    return Measurement(tuple(asked), tuple(tokens), tuple(stamps), cached, watts, peak)
 
 
-def clocked(steps: Iterable[list[int]], meter: EnergyMeter | None = None) -> tuple[list[float], list[int]]:
-    """(seconds from now to each step, all tokens). The meter begins at the first token. What is done here between two
+def clocked(coming: Iterable[int], meter: PowerMeter | None = None) -> tuple[list[float], list[int]]:
+    """(seconds from now to each token, the tokens). The meter begins at the first token. What is done here between two
     tokens is all that measuring adds to them: benchmarks/throughput.py times it."""
     stamps, tokens = list[float](), list[int]()
     began = time.perf_counter()
-    for new in steps:
+    for token in coming:
         stamps.append(time.perf_counter() - began)
-        tokens += new
+        tokens.append(token)
         if meter and len(stamps) == 1:
             meter.begin()
     return stamps, tokens
 
 
-def _steps(s: BenchmarkModel, asked: list[list[int]], count: int, kept: list[Any]) -> Iterator[list[int]]:
-    """A new token of each sequence, as they come."""
-    generate = load.mlx_lm("generate")
-    if len(asked) > 1:
-        n = len(asked)
-        batch = generate.BatchGenerator(s.model, max_tokens=count, prefill_batch_size=n, completion_batch_size=n)
-        try:
-            batch.insert(asked)
-            for _ in range(count):
-                yield [response.token for response in batch.next_generated()]
-        finally:
-            batch.close()
-    else:
-        for token, _ in generate.generate_step(mx.array(asked[0]), s.model, max_tokens=count, prompt_cache=kept):
-            yield [int(token)]
-
-
-def _again(model: nn.Module, ids: list[int], kept: list[Any], known: int) -> float | None:
-    """Seconds to the first token of the same prompt when the cache has all of it but the last token, `known`
-    tokens; None where a cache forgets only from its other end."""
+def _again(model: nn.Module, ids: list[int], kept: list[Any]) -> float | None:
+    """Seconds to the first token of the same prompt when the cache has all of it but the last token; None where a
+    cache forgets only from its other end."""
     caches = load.mlx_lm("models.cache")
-    if not kept or not caches.can_trim_prompt_cache(kept):
+    if not caches.can_trim_prompt_cache(kept):
         return None
-    caches.trim_prompt_cache(kept, kept[0].offset - known)
+    caches.trim_prompt_cache(kept, kept[0].offset - (len(ids) - 1))
     steps = load.mlx_lm("generate").generate_step(mx.array(ids[-1:]), model, max_tokens=1, prompt_cache=kept)
     began = time.perf_counter()
     next(steps)

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from mis_mlx.hardware.thermal.recording import Header
 from mis_mlx.hardware.thermal.sensor_rules import Values
 from mis_mlx.types import MisError, Reading
 
-GIVEN_SIGMA_C = 0.7
+GIVEN_SIGMA_C = 0.7  # and no estimate is surer
 SOAK_SIGMA_C = 0.8
 SOAK_SPREAD_C = 1.5  # after a long rest all sensors agree within this: all have the air's temperature
 DRIFT_C2_PER_S = 1.0 / 3600  # how fast a past value loses worth: variance grows by 1 °C² an hour
 VIRTUAL_OFFSET_C = 1.0  # TVA0 reads that much low on M1 (20 dumps of laptops)
-PALM_OFFSET_C, PALM_SIGMA_C = -0.7, 3.2  # Ts1P − TVA0 = 1.7 ± 2.0 °C when calm
-CALM_C = 6.0  # TPMP − battery below this: the machine is calm
-INSIDE_FLOOR_C = 1.5  # sensors in one case err together, so their number does not make them surer
 OUTLIER_SIGMAS = 3.0
 
 
@@ -53,26 +48,19 @@ class Ambient:
     def __init__(self, given_c: float | None = None, virtual_sigma_c: float = 2.5):
         self._given_c = given_c
         self._virtual_sigma_c = virtual_sigma_c
-        self._node = BatteryNode()
         self._anchors: dict[str, tuple[Estimate, float, float | None]] = {}  # by source; value, time, TVA0 then
 
     def update(self, values: Values, now_s: float, rested: bool) -> Estimate | None:
-        """Take one look into account; the estimate now, `None` when there is no witness.
-
-        `rested`: the machine has just booted or woken from a long sleep.
-        """
+        """The estimate after one more look, `None` when there is no witness. rested: just booted, or woken from a long
+        sleep."""
         virtual = values.virtual_ambient_c
-        new = [cold_soak(values) if rested else None, self._node.update(values, now_s)]
-        if self._given_c is not None and "given" not in self._anchors:
-            new.append(Estimate(self._given_c, GIVEN_SIGMA_C, "given"))
-        self._anchors |= {estimate.source: (estimate, now_s, virtual) for estimate in new if estimate is not None}
+        if rested and (soaked := cold_soak(values)) is not None:
+            self._anchors["cold soak"] = soaked, now_s, virtual
+        if self._given_c is not None:
+            self._anchors.setdefault("given", (Estimate(self._given_c, GIVEN_SIGMA_C, "given"), now_s, virtual))
         witnesses = [_aged(*anchor, now_s, virtual) for anchor in self._anchors.values()]
         if virtual is not None:
             witnesses.append(Estimate(virtual + VIRTUAL_OFFSET_C, self._virtual_sigma_c, "SMC TVA0"))
-        regulator, battery = values.regulator_c, values.battery_c
-        calm = regulator is not None and battery is not None and regulator - battery < CALM_C
-        if values.palm_c is not None and calm:
-            witnesses.append(Estimate(values.palm_c + PALM_OFFSET_C, PALM_SIGMA_C, values.sources["palm_c"]))
         return fuse(witnesses)
 
 
@@ -90,9 +78,7 @@ def fuse(witnesses: list[Estimate]) -> Estimate | None:
         celsius = variance * sum(weight * w.celsius for weight, w in zip(weights, heard, strict=True))
     if len(heard) <= 1:
         return heard[0] if heard else None
-    outside = any(w.source in ("given", "cold soak") for w in heard)
-    floor = GIVEN_SIGMA_C if outside else INSIDE_FLOOR_C
-    return Estimate(celsius, max(math.sqrt(variance), floor), " + ".join(w.source for w in heard))
+    return Estimate(celsius, max(math.sqrt(variance), GIVEN_SIGMA_C), " + ".join(w.source for w in heard))
 
 
 def t_env_kind(reading: Reading) -> str:
@@ -103,96 +89,16 @@ def t_env_kind(reading: Reading) -> str:
 
 def cold_soak(values: Values) -> Estimate | None:
     """The best free method: after a long rest all parts have the air's temperature, if they agree."""
-    parts = [values.battery_c, values.nand_c, values.palm_c, values.virtual_ambient_c, values.soc_c]
+    parts = [values.battery_c, values.nand_c, values.virtual_ambient_c, values.soc_c]
     known = [part for part in parts if part is not None]
     if len(known) < 3 or max(known) - min(known) > SOAK_SPREAD_C:
         return None
     return Estimate(min(known) - 0.3, SOAK_SIGMA_C, "cold soak")
 
 
-class BatteryNode:
-    """Air temperature from the battery, a slow lump that the machine's power heats:
-
-        tau dT/dt = −(T − T_air) + r P     so     T + tau dT/dt = T_air + r P
-
-    One straight line is fitted to 10 minutes of battery temperature; a Kalman filter of two states, T_air
-    and r, takes the left side as its measurement. tau and r are first-principle priors of an M1 Air
-    (0.95 kJ/K × 1.5 K/W), wrong by a third on a given one, hence the floors under σ.
-    """
-
-    WINDOW_S = 600.0
-    TAU_S = 1500.0
-    START_SIGMA_C, START_R, START_SIGMA_R = 6.0, 0.7, 0.35  # °C, K/W, K/W
-    R_DRIFT = 0.02 / 3600  # K/W a second
-    NOISE_C = 0.15
-    TAU_ERROR = 0.15
-    MODEL_ERROR_C = 0.3
-    LOAD_FLOOR_C, IDLE_FLOOR_C, IDLE_W = 2.0, 1.5, 6.0
-    STEEPEST_C = 0.5  # windows in which the battery moves more are not used, nor those in which its charge rose
-
-    def __init__(self) -> None:
-        self._window: deque[tuple[float, float, float, float]] = deque()  # seconds, °C, W, % of charge
-        self._air_c: float | None = None
-        self._r = self.START_R
-        self._covariance = (self.START_SIGMA_C**2, 0.0, self.START_SIGMA_R**2)  # (air, air·r, r)
-
-    def update(self, values: Values, now_s: float) -> Estimate | None:
-        """A new estimate at the end of each usable window of 10 minutes, else `None`."""
-        if values.battery_c is None or values.power_w is None:
-            return None
-        self._window.append((now_s, values.battery_c, values.power_w, values.battery_percent or 0.0))
-        while now_s - self._window[0][0] > self.WINDOW_S:
-            self._window.popleft()
-        if now_s - self._window[0][0] < 0.9 * self.WINDOW_S or len(self._window) < 10:
-            return None
-        window = list(self._window)
-        self._window.clear()
-        return self._measure(window)
-
-    def _measure(self, window: list[tuple[float, float, float, float]]) -> Estimate | None:
-        times, temperatures, powers, charges = zip(*window, strict=True)
-        middle, battery_c, power_w = mean(times), mean(temperatures), mean(powers)
-        spread = sum((t - middle) ** 2 for t in times)
-        slope = sum((t - middle) * (c - battery_c) for t, c in zip(times, temperatures, strict=True)) / spread
-        if abs(slope) * self.WINDOW_S > self.STEEPEST_C or charges[-1] > charges[0]:  # charging heats from inside
-            return None
-        measured = battery_c + self.TAU_S * slope
-        variance = (
-            self.NOISE_C**2 / len(window)
-            + (self.TAU_S * self.NOISE_C) ** 2 / spread
-            + (self.TAU_ERROR * self.TAU_S * slope) ** 2
-            + self.MODEL_ERROR_C**2
-        )
-        air_c, sigma_c = self._correct(measured, variance, power_w)
-        floor = self.LOAD_FLOOR_C if power_w > self.IDLE_W else self.IDLE_FLOOR_C
-        return Estimate(air_c, max(sigma_c, floor), "battery model")
-
-    def _correct(self, measured: float, variance: float, power_w: float) -> tuple[float, float]:
-        """One Kalman step with measurement = air + power · r; `(air °C, its σ)`."""
-        aa, ar, rr = self._covariance
-        if self._air_c is None:
-            self._air_c = measured - self._r * power_w
-        aa += DRIFT_C2_PER_S * self.WINDOW_S
-        rr += self.R_DRIFT**2 * self.WINDOW_S
-        air_row, r_row = aa + ar * power_w, ar + rr * power_w
-        total = air_row + r_row * power_w + variance
-        surprise = measured - (self._air_c + self._r * power_w)
-        self._air_c += air_row / total * surprise
-        self._r += r_row / total * surprise
-        self._covariance = (
-            aa - air_row * air_row / total,
-            ar - air_row * r_row / total,
-            rr - r_row * r_row / total,
-        )
-        return self._air_c, math.sqrt(self._covariance[0])
-
-
 def find_altitude(given_m: float | None, header: Header, config: Path | None = None) -> tuple[float | None, str]:
-    """`(metres above sea level, source)`: by hand, else where the recording was made, else `altitude_m` in
-    `config` (~/.config/mis_mlx.toml), else `(None, "")`. Raises MisError for an impossible height.
-
-    A Mac has no barometer and no GPS, so the height is never measured.
-    """
+    """`(metres above sea level, source)`: by hand, else where the recording was made, else `altitude_m` in `config`
+    (~/.config/mis_mlx.toml), else `(None, "")`; no Mac can measure it. MisError for an impossible height."""
     config = config or Path.home() / ".config" / "mis_mlx.toml"
     if given_m is not None:
         return _height(given_m, "--altitude-m"), "given"

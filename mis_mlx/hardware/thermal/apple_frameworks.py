@@ -23,10 +23,8 @@ class Frameworks:
 
 
 def load(library: Path | None = None) -> Frameworks:
-    """Open Apple's libraries, or `library` in place of all three (the compiled fake of the tests).
-
-    Raises OSError with a sentence when this is not a Mac with Apple silicon.
-    """
+    """Apple's libraries, or `library` in place of all three (the compiled fake of the tests). OSError with a sentence
+    when this is no Mac with Apple silicon."""
     if library is not None:
         fake = ctypes.CDLL(str(library))
         return Frameworks(fake, fake, fake)
@@ -43,10 +41,8 @@ def load(library: Path | None = None) -> Frameworks:
 
 
 def foreign(library: ctypes.CDLL, name: str, returns: Any, *takes: Any) -> Callable[..., Any]:
-    """Function `name` with its types declared: ctypes' default int would cut every pointer to 32 bits.
-
-    Raises OSError when the library has no such function (a later macOS may drop a private one).
-    """
+    """Function `name` with its types declared: ctypes' default int would cut every pointer to 32 bits. OSError when the
+    library has none (a later macOS may drop a private one)."""
     try:
         function = getattr(library, name)
     except AttributeError:

@@ -19,6 +19,8 @@ SINT32 = 3  # kCFNumberSInt32Type
 HANDLE_EVENT = 2  # kSMCHandleYPCEvent
 READ_BYTES, KEY_BY_INDEX, KEY_INFO = 5, 8, 9
 KEYS_ENDPOINT = b"AppleSMCKeysEndpoint"
+# TCMz, the firmware's own hottest spot of the die, exists from M1 on.
+KEYS = ("TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "PSTR")
 
 
 class Hid:
@@ -119,8 +121,13 @@ class KeyData(ctypes.Structure):
     )
 
 
-def decode(kind: str, raw: bytes) -> float | None:
-    """The float in `raw`, little-endian; `None` for another type, and for bytes of zeros, which mean 'no data'."""
+def decode(text: str) -> float | None:
+    """The number in "flt :33b36b42", little-endian; `None` for another type or form, and for zeros: 'no data'."""
+    kind, _, digits = text.partition(":")
+    try:
+        raw = bytes.fromhex(digits)
+    except ValueError:
+        return None
     return float(struct.unpack("<f", raw)[0]) if kind == "flt " and len(raw) == 4 and any(raw) else None
 
 
@@ -148,8 +155,13 @@ class Smc:
             raise OSError(f"IOConnectCallStructMethod answered 0x{code & 0xFFFFFFFF:08x}")
         return answer
 
-    def read(self, key: str) -> tuple[str, bytes] | None:
-        """`(type, bytes)` of a key such as "TCMz"; `None` when the machine has no such key."""
+    def read(self) -> dict[str, str]:
+        """{key: its value} of those of KEYS that there are."""
+        values = {key: self.value(key) for key in KEYS}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def value(self, key: str) -> str | None:
+        """ "type:bytes in hex" of a key such as "TCMz"; `None` when the machine has no such key."""
         number = int.from_bytes(key.encode("ascii"), "big")
         if key not in self._info:
             info = self._ask(KeyData(key=number, command=KEY_INFO)).info
@@ -162,7 +174,8 @@ class Smc:
         answer = self._ask(question)
         if answer.result:
             return None
-        return known.type.to_bytes(4, "big").decode("ascii", "replace"), bytes(answer.bytes[: known.size])
+        kind = known.type.to_bytes(4, "big").decode("ascii", "replace")
+        return f"{kind}:{bytes(answer.bytes[: known.size]).hex()}"
 
     def close(self) -> None:
         """Shut the connection."""

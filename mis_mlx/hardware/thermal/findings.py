@@ -27,14 +27,23 @@ def examined(monitor: Monitor) -> tuple[list[str], dict[str, Any]]:
     began = time.perf_counter()
     reading = monitor.look()
     look_s = time.perf_counter() - began
-    header = monitor.source.header
-    kind, lines = t_env_kind(reading), _machine_lines(monitor, look_s)
+    header, kind = monitor.source.header, t_env_kind(reading)
+    what = "recording from" if monitor.replayed else "this machine:"
+    lines = [f"{what} {header.model or 'unknown model'}, {header.chip or 'unknown chip'}, {header.build or '?'}"]
+    if isinstance(monitor.source, Live):
+        lines.append(f"one look takes {1000 * look_s:.0f} ms; a look a second needs no root")
+        if monitor.source.apple is not None:
+            lines += [f"missing: {name}: {why}" for name, why in monitor.source.apple.refused.items()]
     for name, (label, _) in SHOWN.items():
         if getattr(reading, name) is None:
             lines.append(f"missing: {label}: {monitor.reasons.get(name, 'not measured')}")
         else:
             lines.append(f"{label}: {_text(name, reading)} from {reading.sources[name]}")
-    return [*lines, _aais_line(reading, kind)], {
+    line = "AAIS has no T_env: it is plain importance here; give --temperature-c or let the machine rest 90 min"
+    if kind != "none":
+        line = f"AAIS has a {kind} T_env: {_text('ambient_c', reading)} ({reading.sources['ambient_c']})"
+    lines.append(line if reading.altitude_m is not None else f"{line}; it has no altitude: give --altitude-m")
+    return lines, {
         "model": header.model,
         "chip": header.chip,
         "build": header.build,
@@ -54,24 +63,3 @@ def _text(name: str, reading: Reading) -> str:
     if name == "ambient_c":
         shown += f" ± {reading.ambient_sigma_c:.1f}"
     return f"{shown} {SHOWN[name][1]}".strip()
-
-
-def _machine_lines(monitor: Monitor, look_s: float) -> list[str]:
-    header = monitor.source.header
-    what = "recording from" if monitor.replayed else "this machine:"
-    lines = [f"{what} {header.model or 'unknown model'}, {header.chip or 'unknown chip'}, {header.build or '?'}"]
-    if isinstance(monitor.source, Live):
-        lines.append(f"one look takes {1000 * look_s:.0f} ms; a look a second needs no root")
-        apple = monitor.source.apple
-        for name, mechanism in (("IOHID", "hid"), ("SMC", "smc"), ("thermal pressure", "pressure")):
-            if apple is not None and getattr(apple, mechanism) is None:
-                lines.append(f"missing: {name}")
-    return lines
-
-
-def _aais_line(reading: Reading, kind: str) -> str:
-    if kind == "none":
-        line = "AAIS has no T_env: it is plain importance here; give --temperature-c or let the machine rest 90 min"
-    else:
-        line = f"AAIS has a {kind} T_env: {_text('ambient_c', reading)} ({reading.sources['ambient_c']})"
-    return line if reading.altitude_m is not None else f"{line}; it has no altitude: give --altitude-m"

@@ -50,10 +50,8 @@ class Decision:
 
 
 class Governor:
-    """One controller for one run; `decide` after each optimizer step and about once a second in a pause.
-
-    `blind`: there has never been a die thermometer (a virtual machine), so only the battery is watched.
-    """
+    """One controller for one run; `decide` after each optimizer step and about once a second in a pause. blind: there
+    has never been a die thermometer (a virtual machine), so only the battery is watched."""
 
     def __init__(self, mode: Mode = "steady", *, blind: bool = False):
         if mode not in SET_POINT_C:

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mis_mlx.data import rows
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.types import MisError
 
 SCHEMA = "mis_mlx thermal 1"
-LONGEST_LINE = 1 << 20  # characters: a foreign file without line ends must not fill the memory
 AFTER_THE_END_S = 1.0
-NUMBERS = ("mono_s", "wall_s", "pressure", "battery_percent")
 
 Rows = tuple[tuple[str, float], ...]
 
@@ -52,36 +51,43 @@ def to_json(raw: Raw) -> dict[str, Any]:
     return out
 
 
-def from_json(record: Any) -> Raw:
-    """The inverse of `to_json`. Raises ValueError with what is wrong when `record` is not such a record."""
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    known: dict[str, Any] = {}
-    for name, value in {"mono_s": None, "wall_s": None, **record}.items():
-        if name in NUMBERS:
-            known[name] = _number(name, value)
-        elif name in ("hid", "linux"):
-            known[name] = _rows(name, value)
-        elif name in ("smc", "missing"):
-            if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-                raise ValueError(f"{name} is not an object of texts")
-            known[name] = value
-        elif name in ("plugged", "rested"):
-            known[name] = value is True
-    return Raw(**known)
-
-
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}, not a number")
     return value
 
 
-def _rows(name: str, rows: Any) -> Rows:
+def _rows(name: str, value: Any) -> Rows:
     try:
-        return tuple((str(label), math.nan if value is None else float(value)) for label, value in rows)
+        return tuple((str(label), math.nan if number is None else float(number)) for label, number in value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is not a list of [name, value]") from None
+
+
+def _texts(name: str, value: Any) -> Mapping[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f"{name} is not an object of texts")
+    return value
+
+
+def _truth(name: str, value: Any) -> bool:
+    return value is True
+
+
+KINDS: Mapping[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("mono_s", "wall_s", "pressure", "battery_percent"), _number),
+    **dict.fromkeys(("hid", "linux"), _rows),
+    **dict.fromkeys(("smc", "missing"), _texts),
+    **dict.fromkeys(("plugged", "rested"), _truth),
+}
+
+
+def from_json(record: Any) -> Raw:
+    """The inverse of `to_json`. Raises ValueError with what is wrong when `record` is not such a record."""
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    given = {"mono_s": None, "wall_s": None, **record}
+    return Raw(**{name: kind(name, given[name]) for name, kind in KINDS.items() if name in given})
 
 
 @dataclass(frozen=True)
@@ -96,10 +102,8 @@ class Header:
 
 @contextmanager
 def recorder(path: Path, header: Header) -> Iterator[Callable[[Raw], None]]:
-    """What adds a look to a new recording, which has the name `FILE.part` until it is done.
-
-    Every line is on its way to the disk when it is added, so an interrupted recording is a recording too.
-    """
+    """What adds a look to a new recording, called `FILE.part` until it is done. Every line is on its way to the disk
+    when it is added, so an interrupted recording is a recording too."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf8") as file:
 
@@ -174,11 +178,23 @@ def _check(path: Path) -> tuple[Header, int]:
     return header, count
 
 
-def _header(path: Path, line: str) -> Header:
-    try:
-        header = json.loads(line)
-    except (ValueError, RecursionError):
-        header = None
+def _lines(path: Path) -> Generator[Any, None, None]:
+    """The header, then the records one by one, so that days of recording need no memory."""
+    lines = rows.parsed(path)
+    _, header, _ = next(lines, (1, None, None))
+    yield _header(path, header)
+    for number, record, unread in lines:
+        try:
+            if unread:
+                raise ValueError(unread)
+            yield from_json(record)
+        except ValueError as error:
+            raise MisError(
+                f"{path} line {number} is not a record ({error}): record again, or delete from that line on"
+            ) from None
+
+
+def _header(path: Path, header: Any) -> Header:
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
         raise MisError(
             f'{path} line 1 does not say "schema": "{SCHEMA}", so it is no recording of this program: make one '
@@ -189,25 +205,3 @@ def _header(path: Path, line: str) -> Header:
         raise MisError(f"{path} line 1: altitude_m is {altitude!r}, not a number: fix or delete it")
     texts = {name: header.get(name) for name in ("model", "chip", "build")}
     return Header(**{k: v if v is None else str(v) for k, v in texts.items()}, altitude_m=altitude)
-
-
-def _lines(path: Path) -> Generator[Any, None, None]:
-    """The header, then the records one by one, so that days of recording need no memory."""
-    try:
-        file = path.open(encoding="utf8", errors="replace")
-    except OSError as error:
-        raise MisError(f"{path} cannot be read ({error.strerror}): give the file of a recording") from None
-    with file:
-        yield _header(path, file.readline(LONGEST_LINE))
-        number = 1
-        try:
-            while line := file.readline(LONGEST_LINE):
-                number += 1
-                if not line.endswith("\n"):
-                    raise ValueError("the line is cut off or too long")
-                yield from_json(json.loads(line))
-        except (ValueError, RecursionError) as error:  # json's errors are ValueErrors too
-            what = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise MisError(
-                f"{path} line {number} is not a record ({what}): record again, or delete from that line on"
-            ) from None

@@ -29,10 +29,7 @@ class Values:
     battery_c: float | None = None
     nand_c: float | None = None
     virtual_ambient_c: float | None = None  # SMC TVA0, the firmware's own guess
-    palm_c: float | None = None  # coolest physical sensor of a laptop
-    regulator_c: float | None = None  # SMC TPMP; close to the battery when the machine is calm
     power_w: float | None = None
-    battery_percent: float | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -40,17 +37,14 @@ class Values:
 def judge(raw: Raw) -> Values:
     """All values of one look, each with its source or the reason why it is missing."""
     hid = believable_hid(raw.hid)
-    smc = {key: _decoded(text) for key, text in raw.smc.items()}
+    smc = {key: decode(text) for key, text in raw.smc.items()}
     judged: dict[str, tuple[float | None, str]] = {
         "die_c": _die(hid, smc, raw),
         "soc_c": _average(hid, "PMGR SOC Die"),
         "battery_c": _battery(hid, smc, raw),
         "nand_c": _average(hid, "NAND"),
         "virtual_ambient_c": (_within(smc.get("TVA0"), -30, 60), "SMC TVA0"),
-        "palm_c": _palm(smc),
-        "regulator_c": (_within(smc.get("TPMP"), -20, 130), "SMC TPMP"),
         "power_w": (_within(smc.get("PSTR"), 0, 200), "SMC PSTR"),
-        "battery_percent": (raw.battery_percent, "psutil"),
     }
     providers = "; ".join(f"{name}: {why}" for name, why in sorted(raw.missing.items()))
     looked_at = len(raw.hid) + len(raw.smc) + len(raw.linux)
@@ -64,11 +58,8 @@ def judge(raw: Raw) -> Values:
 
 
 def believable_hid(rows: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The rows that can be temperatures of a named part.
-
-    Left out: calibration constants (`tcal`, `TR0Z`, always near 51.85), `tdev` (−21.7, −9202.86 seen),
-    parts without a name, and a parked GPU.
-    """
+    """The rows that can be temperatures of a named part. Left out: calibration constants (`tcal`, `TR0Z`, always near
+    51.85), `tdev` (−21.7, −9202.86 seen), parts without a name, and a parked GPU."""
 
     def believed(name: str, value: float) -> bool:
         if DIE.fullmatch(name):
@@ -102,21 +93,6 @@ def _battery(hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Ra
             return value, f"SMC {key}"
     pack = [(v, n) for n, v in raw.linux if LINUX_BATTERY.match(n) and _within(v, -20, 90) is not None]
     return max(pack, default=(None, ""))
-
-
-def _palm(smc: dict[str, float | None]) -> tuple[float | None, str]:
-    """Ts1P on M1, TsOP (letter O) on M2, where Ts0P belongs to the die: so the coolest of the three."""
-    seen = [(v, f"SMC {k}") for k in ("Ts1P", "Ts0P", "TsOP") if (v := _within(smc.get(k), -30, 60)) is not None]
-    return min(seen, default=(None, ""))
-
-
-def _decoded(text: str) -> float | None:
-    """ "flt :33b36b42" to a number; `None` when the text is not of that form or the type is not a number."""
-    kind, _, digits = text.partition(":")
-    try:
-        return decode(kind, bytes.fromhex(digits))
-    except ValueError:
-        return None
 
 
 def _within(value: float | None, low: float, high: float) -> float | None:

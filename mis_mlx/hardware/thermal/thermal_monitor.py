@@ -156,7 +156,7 @@ class Monitor:
     def _reading(
         self, raw: Raw, values: Values, estimate: Estimate | None, stuck: bool
     ) -> tuple[Reading, dict[str, str]]:
-        no_air = "no --temperature-c, no start after a long rest, no SMC TVA0, no calm palm or battery to tell it from"
+        no_air = "no --temperature-c, no start after a long rest, no SMC TVA0 to tell it from"
         facts: dict[str, tuple[float | int | bool | None, str, str]] = {  # value, source, reason if None
             name: (getattr(values, name), values.sources.get(name, ""), values.reasons.get(name, ""))
             for name in ("die_c", "battery_c", "power_w")
@@ -191,12 +191,9 @@ def open_monitor(
     config: Path | None = None,
     apple_library: Path | None = None,
 ) -> Monitor:
-    """A monitor of this machine, or of the recording `replay`; use it in a `with` statement.
-
-    `given_ambient_c`: the user's own thermometer; `altitude_m`: else from the recording, else from
-    `config` (~/.config/mis_mlx.toml). `clock`: a `VirtualClock` for tests. `apple_library`: a stand-in
-    for Apple's libraries. Raises MisError for impossible values and bad recordings.
-    """
+    """A monitor of this machine, or of the recording `replay`, for a `with` statement. config: ~/.config/mis_mlx.toml.
+    clock: a `VirtualClock` for tests; apple_library: a stand-in for Apple's. MisError for impossible values and bad
+    recordings."""
     if given_ambient_c is not None and not -60 <= given_ambient_c <= 60:
         raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
     source: Live | Replay

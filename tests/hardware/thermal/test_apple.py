@@ -54,8 +54,8 @@ def test_smc_reads_floats_and_knows_a_missing_key(fake_apple):
     """A missing key is None, also when asked again."""
     fake_apple.smc_float("TCMz", 58.47)
     smc = Smc(load(fake_apple.path))
-    assert decode(*smc.read("TCMz")) == pytest.approx(58.47, abs=1e-4)
-    assert [smc.read("Tp01") for _ in range(2)] == [None, None]
+    assert decode(smc.value("TCMz")) == pytest.approx(58.47, abs=1e-4)
+    assert [smc.value("Tp01") for _ in range(2)] == [None, None]
     smc.close()
 
 
@@ -64,23 +64,24 @@ def test_smc_primes_its_connection(fake_apple):
     fake_apple.require_prime()
     fake_apple.smc_float("TB0T", 30.2)
     smc = Smc(load(fake_apple.path))
-    assert decode(*smc.read("TB0T")) == pytest.approx(30.2, abs=1e-4)
+    assert decode(smc.value("TB0T")) == pytest.approx(30.2, abs=1e-4)
     smc.close()
 
 
 @pytest.mark.parametrize(
-    ("kind", "raw", "value"),
+    ("kind", "digits", "value"),
     [
-        ("flt ", struct.pack("<f", 45.5), 45.5),
-        ("flt ", bytes(4), None),
-        ("flt ", b"\x01", None),
-        ("ui8 ", b"\x02", None),
-        ("ch8*", b"abcd", None),
+        ("flt ", struct.pack("<f", 45.5).hex(), 45.5),
+        ("flt ", "00000000", None),
+        ("flt ", "01", None),
+        ("flt ", "zz", None),
+        ("ui8 ", "02", None),
+        ("ch8*", "61626364", None),
     ],
 )
-def test_decode(kind, raw, value):
+def test_decode(kind, digits, value):
     """Floats alone are measurements here; all zeros are none."""
-    assert decode(kind, raw) == value
+    assert decode(f"{kind}:{digits}") == value
 
 
 def test_a_mac_that_reports_pressure_and_has_lost_keys(fake_apple):

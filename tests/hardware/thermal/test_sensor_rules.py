@@ -39,7 +39,6 @@ def test_smc_of_a_13_inch_m1():
     assert values.virtual_ambient_c == pytest.approx(27.386, abs=1e-3)
     assert values.battery_c == pytest.approx(30.2, abs=1e-3)
     assert values.power_w == pytest.approx(4.1, abs=1e-3)
-    assert values.palm_c is None
 
 
 def test_only_garbage_gives_none_with_a_reason():
@@ -55,8 +54,8 @@ def test_only_garbage_gives_none_with_a_reason():
             smc={"TCMz": smc_float(6.7), "Tp2a": smc_float(-4.0), "TVA0": smc_float(0.0), "TB0T": "flt :zz"},
         )
     )
-    measured = ("die_c", "soc_c", "battery_c", "nand_c", "virtual_ambient_c", "palm_c", "power_w")
-    assert [getattr(values, name) for name in measured] == [None] * 7
+    measured = ("die_c", "soc_c", "battery_c", "nand_c", "virtual_ambient_c", "power_w")
+    assert [getattr(values, name) for name in measured] == [None] * 6
     assert values.reasons["die_c"] == "none of 16 sensors gives a believable value"
     assert not values.sources
 
@@ -81,14 +80,6 @@ def test_duplicates():
     values = judge(look(hid=(*gauges, *dies)))
     assert values.battery_c == 32.5
     assert values.die_c == 95.0
-
-
-def test_palm_is_the_coolest_of_three_keys():
-    """Ts0P belongs to the die on M2, where TsOP with a letter O is the palm rest."""
-    keys = {"Ts0P": smc_float(41.0), "TsOP": smc_float(29.5)}
-    values = judge(look(smc=keys))
-    assert values.palm_c == 29.5
-    assert values.sources["palm_c"] == "SMC TsOP"
 
 
 def test_linux_names():

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.reporting import metrics_log
+from mis_mlx.reporting import run_reader
 
 
 def log(path: Path, *records: Any) -> Path:
@@ -17,17 +17,17 @@ def log(path: Path, *records: Any) -> Path:
 
 def test_few_values_stay_and_of_many_every_spike() -> None:
     """Below the limit nothing is thinned; of 100,000 values every lone spike stays where it was, and the last value."""
-    few, many = metrics_log.Series(), metrics_log.Series()
-    for i in range(metrics_log.RUNS):
+    few, many = run_reader.Series(), run_reader.Series()
+    for i in range(run_reader.MOST_POINTS):
         few.add(i, -i)
-    assert few.points() == [(i, -i) for i in range(metrics_log.RUNS)] and few.count == metrics_log.RUNS
+    assert few.points() == [(i, -i) for i in range(few.count)] and few.count == run_reader.MOST_POINTS
     spikes = {0: 9.0, 12_345: -7.5, 77_777: 8.25, 99_998: -8.0}
     for i in range(100_000):
         many.add(float(i), spikes.get(i, (i % 10) / 10))
     points = many.points()
-    assert len(points) <= 4 * metrics_log.RUNS + 1
+    assert len(points) <= run_reader.MOST_POINTS
     assert {(float(i), y) for i, y in spikes.items()} <= set(points)
-    assert points[-1] == (99_999.0, 0.9) and many.extremes == (-8.0, 9.0)
+    assert points[-1] == (99_999.0, 0.9)
     assert [x for x, _ in points] == sorted(x for x, _ in points)
 
 
@@ -37,7 +37,7 @@ def test_only_numbers_count(tmp_path: Path) -> None:
     path = log(tmp_path / "log", *({"wall_s": 1, "loss": v, "tokens": v} for v in odd),
                {"wall_s": 2, "loss": 3, "tokens": 8, "seconds": 2},
                {"wall_s": 3, "tokens": 8, "seconds": 0})  # fmt: skip
-    history = metrics_log.read(path, ("loss", "tokens", "seconds"))
+    history = run_reader.history_of(path, ("loss", "tokens", "seconds"))
     assert history.series["loss"].points() == [(2.0, 3.0)]
     assert history.series["tokens_per_s"].points() == [(2.0, 4.0)] and history.torn == 0
 
@@ -46,19 +46,19 @@ def test_torn_and_foreign_lines_are_counted(tmp_path: Path) -> None:
     """A line cut off in the middle, no JSON, no object, no clock, nesting without end, a line too long: passed over."""
     path = log(tmp_path / "log", {"wall_s": 1, "loss": 1.0}, [1, 2], "text", {"loss": 1.0})
     with path.open("ab") as file:
-        file.write(b"[" * 50_000 + b"\n" + b"\xff\xfe\n" + b'{"loss": ' + b" " * metrics_log.LINE_BYTES + b"1}\n")
+        file.write(b"[" * 50_000 + b"\n" + b"\xff\xfe\n" + b'{"loss": ' + b" " * run_reader.LINE_BYTES + b"1}\n")
         file.write(b'{"wall_s": 2, "loss": 2.0}\n{"wall_s": 3, "loss": 3.')
-    history = metrics_log.read(path, ("loss",))
+    history = run_reader.history_of(path, ("loss",))
     assert history.series["loss"].points() == [(1.0, 1.0), (2.0, 2.0)]
     assert history.torn == 8 and history.lines == 10
-    assert metrics_log.read(tmp_path / "none", ("loss",)).lines == 0
+    assert run_reader.history_of(tmp_path / "none", ("loss",)).lines == 0
 
 
 def test_time_never_falls(tmp_path: Path) -> None:
     """A clock set back, or a replay begun again, goes on where it was."""
     walls = (100.0, 110.0, 50.0, 60.0)
     path = log(tmp_path / "log", *({"wall_s": w, "number": n} for w, n in zip(walls, (1, 2, 2, 3), strict=True)))
-    history = metrics_log.read(path, ("number",))
+    history = run_reader.history_of(path, ("number",))
     assert [x for x, _ in history.series["number"].points()] == [100.0, 110.0, 120.0]  # step 2 twice, in one place
     assert (history.first_s, history.last_s) == (100.0, 120.0)
 
@@ -67,4 +67,4 @@ def test_pauses_become_stretches(tmp_path: Path) -> None:
     """From the first line that pauses to the first that does not, with its cause."""
     actions = ("run", "pause", "pause", "run", "run", "pause")
     path = log(tmp_path / "log", *({"wall_s": i, "action": a, "cause": "hot"} for i, a in enumerate(actions)))
-    assert metrics_log.read(path, ()).pauses == [(1.0, 3.0, "hot"), (5.0, 5.0, "hot")]
+    assert run_reader.history_of(path, ()).pauses == [(1.0, 3.0, "hot"), (5.0, 5.0, "hot")]
