@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mis_mlx.hardware.thermal.recording import Header
 from mis_mlx.hardware.thermal.sensor_rules import Values
 from mis_mlx.types import MisError, Reading
 
-GIVEN_SIGMA_C = 0.7  # and no estimate is surer
+GIVEN_SIGMA_C = 0.7
 SOAK_SIGMA_C = 0.8
 SOAK_SPREAD_C = 1.5  # after a long rest all sensors agree within this: all have the air's temperature
 DRIFT_C2_PER_S = 1.0 / 3600  # how fast a past value loses worth: variance grows by 1 °C² an hour
 VIRTUAL_OFFSET_C = 1.0  # TVA0 reads that much low on M1 (20 dumps of laptops)
+INSIDE_FLOOR_C = 1.5  # sensors in one case err together, so their number does not make them surer
 OUTLIER_SIGMAS = 3.0
 
 
@@ -48,16 +51,17 @@ class Ambient:
     def __init__(self, given_c: float | None = None, virtual_sigma_c: float = 2.5):
         self._given_c = given_c
         self._virtual_sigma_c = virtual_sigma_c
+        self._node = BatteryNode()
         self._anchors: dict[str, tuple[Estimate, float, float | None]] = {}  # by source; value, time, TVA0 then
 
     def update(self, values: Values, now_s: float, rested: bool) -> Estimate | None:
         """The estimate after one more look, `None` when there is no witness. rested: just booted, or woken from a long
         sleep."""
         virtual = values.virtual_ambient_c
-        if rested and (soaked := cold_soak(values)) is not None:
-            self._anchors["cold soak"] = soaked, now_s, virtual
-        if self._given_c is not None:
-            self._anchors.setdefault("given", (Estimate(self._given_c, GIVEN_SIGMA_C, "given"), now_s, virtual))
+        new = [cold_soak(values) if rested else None, self._node.update(values, now_s)]
+        if self._given_c is not None and "given" not in self._anchors:
+            new.append(Estimate(self._given_c, GIVEN_SIGMA_C, "given"))
+        self._anchors |= {estimate.source: (estimate, now_s, virtual) for estimate in new if estimate is not None}
         witnesses = [_aged(*anchor, now_s, virtual) for anchor in self._anchors.values()]
         if virtual is not None:
             witnesses.append(Estimate(virtual + VIRTUAL_OFFSET_C, self._virtual_sigma_c, "SMC TVA0"))
@@ -78,7 +82,9 @@ def fuse(witnesses: list[Estimate]) -> Estimate | None:
         celsius = variance * sum(weight * w.celsius for weight, w in zip(weights, heard, strict=True))
     if len(heard) <= 1:
         return heard[0] if heard else None
-    return Estimate(celsius, max(math.sqrt(variance), GIVEN_SIGMA_C), " + ".join(w.source for w in heard))
+    outside = any(w.source in ("given", "cold soak") for w in heard)
+    floor = GIVEN_SIGMA_C if outside else INSIDE_FLOOR_C
+    return Estimate(celsius, max(math.sqrt(variance), floor), " + ".join(w.source for w in heard))
 
 
 def t_env_kind(reading: Reading) -> str:
@@ -94,6 +100,69 @@ def cold_soak(values: Values) -> Estimate | None:
     if len(known) < 3 or max(known) - min(known) > SOAK_SPREAD_C:
         return None
     return Estimate(min(known) - 0.3, SOAK_SIGMA_C, "cold soak")
+
+
+class BatteryNode:
+    """Air temperature from the battery, a slow lump that the machine's power heats:
+
+        tau dT/dt = −(T − T_air) + r P     so     T + tau dT/dt = T_air + r P
+
+    One straight line is fitted to 10 minutes of battery temperature; a Kalman filter of two states, T_air
+    and r, takes the left side as its measurement. tau and r are first-principle priors of an M1 Air
+    (0.95 kJ/K × 1.5 K/W), wrong by a third on a given one, hence the floors under σ.
+    """
+
+    WINDOW_S = 600.0
+    TAU_S = 1500.0
+    START_SIGMA_C, START_R, START_SIGMA_R = 6.0, 0.7, 0.35  # °C, K/W, K/W
+    R_DRIFT = 0.02 / 3600  # K/W a second
+    NOISE_C = 0.15
+    TAU_ERROR = 0.15
+    MODEL_ERROR_C = 0.3
+    LOAD_FLOOR_C, IDLE_FLOOR_C, IDLE_W = 2.0, 1.5, 6.0
+    STEEPEST_C = 0.5  # windows in which the battery moves more are not used, nor those in which its charge rose
+
+    def __init__(self) -> None:
+        self._window: list[tuple[float, float, float, float]] = []  # seconds, °C, W, % of charge
+        self._state: np.ndarray | None = None  # (T_air, r)
+        self._covariance = np.diag([self.START_SIGMA_C**2, self.START_SIGMA_R**2])
+
+    def update(self, values: Values, now_s: float) -> Estimate | None:
+        """A new estimate at the end of each usable window of 10 minutes, else `None`."""
+        if values.battery_c is None or values.power_w is None:
+            return None
+        look = now_s, values.battery_c, values.power_w, values.battery_percent or 0.0
+        self._window = [seen for seen in self._window if now_s - seen[0] <= self.WINDOW_S] + [look]
+        if now_s - self._window[0][0] < 0.9 * self.WINDOW_S or len(self._window) < 10:
+            return None
+        times, temperatures, powers, charges = np.array(self._window).T
+        self._window = []
+        away, power_w = times - times.mean(), float(powers.mean())
+        spread = float(away @ away)
+        slope = float(away @ temperatures) / spread
+        if abs(slope) * self.WINDOW_S > self.STEEPEST_C or charges[-1] > charges[0]:  # charging heats from inside
+            return None
+        variance = (
+            self.NOISE_C**2 / len(times)
+            + (self.TAU_S * self.NOISE_C) ** 2 / spread
+            + (self.TAU_ERROR * self.TAU_S * slope) ** 2
+            + self.MODEL_ERROR_C**2
+        )
+        air_c, sigma_c = self._correct(float(temperatures.mean()) + self.TAU_S * slope, variance, power_w)
+        floor = self.LOAD_FLOOR_C if power_w > self.IDLE_W else self.IDLE_FLOOR_C
+        return Estimate(air_c, max(sigma_c, floor), "battery model")
+
+    def _correct(self, measured: float, variance: float, power_w: float) -> tuple[float, float]:
+        """One Kalman step with measurement = T_air + power · r; `(T_air in °C, its σ)`."""
+        weights = np.array([1.0, power_w])
+        if self._state is None:
+            self._state = np.array([measured - self.START_R * power_w, self.START_R])
+        self._covariance += self.WINDOW_S * np.diag([DRIFT_C2_PER_S, self.R_DRIFT**2])
+        shared = self._covariance @ weights
+        gain = shared / (weights @ shared + variance)
+        self._state += gain * (measured - weights @ self._state)
+        self._covariance -= np.outer(gain, shared)
+        return float(self._state[0]), math.sqrt(self._covariance[0, 0])
 
 
 def find_altitude(given_m: float | None, header: Header, config: Path | None = None) -> tuple[float | None, str]:

@@ -30,6 +30,7 @@ class Values:
     nand_c: float | None = None
     virtual_ambient_c: float | None = None  # SMC TVA0, the firmware's own guess
     power_w: float | None = None
+    battery_percent: float | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -45,6 +46,7 @@ def judge(raw: Raw) -> Values:
         "nand_c": _average(hid, "NAND"),
         "virtual_ambient_c": (_within(smc.get("TVA0"), -30, 60), "SMC TVA0"),
         "power_w": (_within(smc.get("PSTR"), 0, 200), "SMC PSTR"),
+        "battery_percent": (raw.battery_percent, "psutil"),
     }
     providers = "; ".join(f"{name}: {why}" for name, why in sorted(raw.missing.items()))
     looked_at = len(raw.hid) + len(raw.smc) + len(raw.linux)

@@ -156,7 +156,7 @@ class Monitor:
     def _reading(
         self, raw: Raw, values: Values, estimate: Estimate | None, stuck: bool
     ) -> tuple[Reading, dict[str, str]]:
-        no_air = "no --temperature-c, no start after a long rest, no SMC TVA0 to tell it from"
+        no_air = "no --temperature-c, no start after a long rest, no SMC TVA0, no calm battery to tell it from"
         facts: dict[str, tuple[float | int | bool | None, str, str]] = {  # value, source, reason if None
             name: (getattr(values, name), values.sources.get(name, ""), values.reasons.get(name, ""))
             for name in ("die_c", "battery_c", "power_w")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
-from mis_mlx.hardware.thermal.ambient import Ambient, Estimate, cold_soak, fuse
+from mis_mlx.hardware.thermal.ambient import Ambient, BatteryNode, Estimate, cold_soak, fuse
 from mis_mlx.hardware.thermal.sensor_rules import Values
 
 
@@ -16,11 +17,10 @@ def test_no_witness_is_none():
 
 
 def test_inverse_variance_by_pencil():
-    """20 ± 1 and 26 ± 2: weights 1 and 1/4, mean 21.2 ± 0.89; nothing is surer than ± 0.7."""
+    """20 ± 1 and 26 ± 2: weights 1 and 1/4, mean 21.2; two sensors of one case stay at ± 1.5."""
     both = fuse([Estimate(26.0, 2.0, "b"), Estimate(20.0, 1.0, "a")])
     assert both.celsius == pytest.approx(21.2)
-    assert both.sigma_c == pytest.approx(math.sqrt(0.8))
-    assert fuse([Estimate(20.0, 0.8, "a"), Estimate(20.0, 0.8, "b")]).sigma_c == 0.7
+    assert both.sigma_c == 1.5
     assert both.source == "a + b"
 
 
@@ -64,3 +64,44 @@ def test_cold_soak():
     assert cold_soak(Values(battery_c=8.3, nand_c=8.9)) is None
     assert "cold soak" in Ambient().update(rested, 0.0, rested=True).source
     assert "cold soak" not in Ambient().update(rested, 0.0, rested=False).source
+
+
+def simulated_error(tau_s: float, seed: int) -> list[tuple[float, float]]:
+    """`(error, claimed σ)` of each estimate in four hours of an air at 23 °C, 40 min idle, 80 min load."""
+    noise, node, battery_c, out = random.Random(seed), BatteryNode(), 26.0, []
+    for look in range(4 * 720):
+        now_s = look * 5.0
+        power_w = noise.gauss(3.0, 0.3) if now_s % 7200 < 2400 else noise.gauss(13.0, 0.5)
+        battery_c += 5.0 / tau_s * (-(battery_c - 23.0) + 0.8 * power_w)
+        seen = round(battery_c + noise.gauss(0, 0.1), 1)
+        estimate = node.update(Values(battery_c=seen, power_w=power_w), now_s)
+        if estimate is not None:
+            out.append((estimate.celsius - 23.0, estimate.sigma_c))
+    return out
+
+
+@pytest.mark.parametrize("tau_s", [1500.0, 1050.0, 2100.0])
+def test_battery_model_claims_no_more_than_it_knows(tau_s):
+    """Also with a battery a third faster or slower than supposed, the error stays within 3 claimed σ."""
+    estimates = [pair for seed in range(3) for pair in simulated_error(tau_s, seed)]
+    assert len(estimates) >= 6
+    assert all(abs(error) < 3 * sigma for error, sigma in estimates)
+    assert all(sigma >= 1.5 for _, sigma in estimates)
+
+
+def test_battery_model_is_silent_while_charging_or_without_power():
+    """Charging heats the battery from inside; without the power there is nothing to correct by."""
+    charging, blind = BatteryNode(), BatteryNode()
+    for look in range(300):
+        values = Values(battery_c=30.0, power_w=5.0, battery_percent=50.0 + look // 100)
+        assert charging.update(values, look * 5.0) is None
+        assert blind.update(Values(battery_c=30.0), look * 5.0) is None
+
+
+def test_battery_model_settles_on_a_steady_machine():
+    """Battery at 30.0 °C with 5 W: the first window says 30 − 0.7 · 5 = 26.5 °C."""
+    node = BatteryNode()
+    estimates = [node.update(Values(battery_c=30.0, power_w=5.0), look * 5.0) for look in range(121)]
+    found = [estimate for estimate in estimates if estimate is not None]
+    assert found[0].celsius == pytest.approx(26.5, abs=1e-6)
+    assert found[0].source == "battery model"
