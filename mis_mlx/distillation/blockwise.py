@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mis_mlx import cli
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -56,11 +57,28 @@ class _Streams:
     target: stream.Hidden  # the teacher's at the exit, all channels
     columns: mx.array | None
 
+    @property
+    def seen(self) -> list[int]:
+        """Which batches steps are made of: but every fourth, which judges them; all where that leaves none."""
+        n = len(self.target)
+        return [b for b in range(n) if n < reconstruct.HELD_OUT or (b + 1) % reconstruct.HELD_OUT]
+
+    def held_out(self, block: nn.Module, args: Any) -> float:
+        """The block's `error` per token on the batches that no step sees, from the student's own stream; 0 where all
+        are seen."""
+        sums = np.zeros(2)
+        for b in sorted(set(range(len(self.target))) - set(self.seen)):
+            want = reconstruct.narrow(self.target[b], self.columns)
+            sums += np.array(mx.stack([*error(args, block, self.own[b], want)]), np.float64)
+        return float(sums[0] / max(sums[1], 1.0))
+
     def micro_batches(self, recipe: TrainingConfig, own_share: float, step: int) -> list[tuple[mx.array, mx.array]]:
         """(what goes in, what should come out), float32, for `step` counted over all blocks."""
-        chosen = token_windows.order(len(self.target), recipe.grad_accumulation_steps, step, recipe.seed)
+        seen = self.seen
+        chosen = token_windows.order(len(seen), recipe.grad_accumulation_steps, step, recipe.seed)
         mine, pairs = np.random.default_rng([recipe.seed, step, 2]).random(len(chosen)) < own_share, []
-        for b, own in zip(chosen.tolist(), mine, strict=True):
+        for i, own in zip(chosen.tolist(), mine, strict=True):
+            b = seen[i]
             into, out = (self.own if own else self.given)[b], reconstruct.narrow(self.target[b], self.columns)
             pairs.append((into.astype(mx.float32), out.astype(mx.float32)))
         return pairs
@@ -89,11 +107,11 @@ def train(
     stream stay in memory, the rest in `folder`. direct: read the teacher past the page cache. Yields each step; numbers
     count on from block to block, `loss` is the mean over tokens of |out - target|^2 / |target|^2.
 
-    A trained block is on disk before the next one begins. A run that was killed goes on with the block it was at, from
-    `pruned` again, once both models have marched up to it: it ends with the same bits."""
+    Every fourth batch judges a block and teaches nothing: steps after which it is further from the teacher there than
+    before are undone. A trained block is on disk before the next one begins. A run that was killed goes on with the
+    block it was at, from `pruned` again, once both models have marched up to it: it ends with the same bits."""
     sweep(student.path, files)
-    done, layers = finished(student), len(keep.layers)
-    if done == layers:
+    if (done := finished(student)) == (layers := len(keep.layers)):
         return
     nbytes = scratch_bytes(teacher.config, pruned.config, sum(b.size for b in batches[held:]))
     files.require_space(folder, nbytes, "the spool of hidden states")
@@ -111,16 +129,31 @@ def train(
         next(marching)
         block = stream.load_checked(load.block(pruned if j >= done else student, j, small.args, mx.float32))
         if j >= done:
-            note = f"block {j + 1} of {layers}"
+            note, repaired = f"block {j + 1} of {layers}", None
             if repair:
-                _, left = reconstruct.refit(block, small.args, own, target, columns)
+                repaired, left = reconstruct.refit(block, small.args, own, target, columns)
                 note += f": closed form left {left:.0%} of the error held out"
+            begun = streams.held_out(block, small.args)
             yield from _steps(block, small.args, streams, recipe, own_share, j * recipe.iters, note)
+            if streams.held_out(block, small.args) > begun:  # from disk: no second copy of a block waits meanwhile
+                cli.say(f"local, block {j + 1}: further from the teacher on windows held out: its steps are undone")
+                block = load.block(pruned, j, small.args, mx.float32)
+                block.mlp.down_proj.weight = block.mlp.down_proj.weight if repaired is None else repaired
             block_files.replace_block(student, j, dict(tree_flatten(block.parameters())), files)
             files.replace_text(student.path / RECORD, json.dumps({"blocks": j + 1}))
         if j + 1 < layers:
             small.through(block, own)
         del block, streams
+
+
+def error(args: Any, block: nn.Module, into: mx.array, want: mx.array) -> tuple[mx.array, mx.array]:
+    """(sum over tokens of |out - want|^2 / |want|^2, how many tokens) of a block's output for `into`, (B, T, D).
+
+    Relative to the token's own length: the first token of a window is a hundred times longer than the rest.
+    """
+    missing = mx.square(block(into, load.mask(args, block, into)) - want).sum(axis=-1)
+    share = missing / mx.maximum(mx.square(want).sum(axis=-1), 1e-12)
+    return share.sum(), mx.array(float(share.size))
 
 
 def _steps(
@@ -129,14 +162,8 @@ def _steps(
     """The optimizer steps of one block, with moments of their own; `first`: steps of the blocks before it."""
     before = mx.get_peak_memory()  # of the march up to here, which the loop would forget
 
-    def loss(block: nn.Module, into: mx.array, want: mx.array) -> tuple[mx.array, mx.array]:
-        # Relative to the token's own length: the first token of a window is a hundred times longer than the rest.
-        missing = mx.square(block(into, load.mask(args, block, into)) - want).sum(axis=-1)
-        share = missing / mx.maximum(mx.square(want).sum(axis=-1), 1e-12)
-        return share.sum(), mx.array(float(share.size))
-
     optimizer = GuardedAdamW(weight_decay=recipe.weight_decay)
     cut = partial(streams.micro_batches, recipe, own_share)
-    for step in train_loop.train(block, lambda n: cut(first + n), loss, optimizer, recipe.schedule):
+    for step in train_loop.train(block, lambda n: cut(first + n), partial(error, args), optimizer, recipe.schedule):
         notes = "; ".join(filter(None, (note, step.note)))
         yield replace(step, number=first + step.number, peak_bytes=max(before, step.peak_bytes), note=notes)

@@ -142,7 +142,7 @@ def test_reconstruct_and_local(model: Checkpoint, tmp_path: Path) -> None:
     assert all(same(w, load.dense(model, n), 1e-4) for n, w in mended.items())
     recipe = TrainingConfig(iters=1, batch_size=1, max_seq_length=16, learning_rate=0.0, warmup=0)
     copy = block_files.begin(pruned, tmp_path / "parts", DISK)
-    how = {"folder": tmp_path, "held": 9, "files": DISK, "ridge": 0.0}
+    how = {"folder": tmp_path, "held": 9, "files": DISK, "repair": False}
     steps = list(blockwise.train(model, pruned, copy, keep, WINDOWS, recipe, **how))  # type: ignore[arg-type]
     assert len(steps) == 3 and max(s.loss for s in steps) < 1e-9
 

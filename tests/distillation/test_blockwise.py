@@ -30,6 +30,7 @@ from tests.pruning.test_slice_weights import raw
 
 pytestmark = pytest.mark.usefixtures("cpu_policy")  # steps and sizes by hand are those of float32
 
+SEEN = (0, 1, 2, 4)  # of five batches the fourth judges
 RECIPE = TrainingConfig(iters=3, grad_accumulation_steps=2, learning_rate=1e-3, warmup=1)
 HEADS = {(i, "heads"): (1, 2) for i in range(3)}
 ALL_CUTS = CUTS | {"heads": (KeptUnits((0, 1, 2), HEADS, ""), {"heads": 2})}
@@ -75,26 +76,31 @@ def by_hand(
         kept = mx.array(list(keep.kept.get((-1, "hidden"), range(64))))
         return [mx.take(h, kept, axis=-1) for h in hidden]
 
-    given, own, begun = [big.embed_tokens(w) for w in windows], [small.embed_tokens(w) for w in windows], 0
+    given, own, first = [big.embed_tokens(w) for w in windows], [small.embed_tokens(w) for w in windows], 0
     for j, block in enumerate(small.layers):
         end = keep.layers[j + 1] if j + 1 < len(keep.layers) else len(big.layers)
-        target = run(big.layers[begun:end], given)
+        target = run(big.layers[first:end], given)
         adam = optim.AdamW(0.0, betas=[0.9, 0.95], weight_decay=RECIPE.weight_decay, bias_correction=True)
 
         def loss(block: nn.Module, x: mx.array, y: mx.array) -> mx.array:
             return (mx.square(block(x, "causal") - y).sum(-1) / mx.square(y).sum(-1)).sum()
 
+        judge = own[3], narrow(target)[3]
+        begun, before = loss(block, *judge).item(), block.parameters()
         for step in range(RECIPE.iters):
             number = j * RECIPE.iters + step
             total: Any = None
-            for k, b in enumerate(order(len(windows), 2, number, RECIPE.seed).tolist()):
+            for k, at in enumerate(order(len(SEEN), 2, number, RECIPE.seed).tolist()):
+                b = SEEN[at]
                 into = own[b] if pick(number, k) else narrow(given)[b]
                 _, grads = nn.value_and_grad(block, loss)(block, into, narrow(target)[b])
                 total = grads if total is None else tree_map(mx.add, total, grads)
             adam.learning_rate = RECIPE.schedule.rate(step)
             adam.update(block, tree_map(lambda g: (1 / 64) * g, total))  # 2 batches of 2 windows of 16 tokens
             mx.eval(block.parameters(), adam.state)
-        own, given, begun = run([block], own), target, end
+        if loss(block, *judge).item() > begun:
+            block.update(before)
+        own, given, first = run([block], own), target, end
     trained = {f"model.{n}": w for n, w in tree_flatten(small.parameters())}
     return {n: bytes(memoryview(trained[n])) for n in pruned.tensors}
 
@@ -127,21 +133,36 @@ def test_the_loss_is_the_error_per_token(tmp_path: Path, llama: Checkpoint, wind
         blocks, hidden = source.blocks(), source.embed(windows)
         both.append([np.array(h, np.float64) for h in source.through(next(blocks)[1], hidden)])
     shares = [np.square(s - t).sum(-1) / np.square(t).sum(-1) for t, s in zip(*both, strict=True)]
-    expected = np.mean([shares[b] for b in order(5, 2, 0, RECIPE.seed)])
+    expected = np.mean([shares[SEEN[at]] for at in order(4, 2, 0, RECIPE.seed)])
     assert step.loss == pytest.approx(expected, rel=1e-5)  # float32
 
 
 @pytest.mark.parametrize("cut", ALL_CUTS)
 def test_the_error_falls_in_every_block(tmp_path: Path, llama: Checkpoint, windows: list[mx.array], cut: str) -> None:
-    """By steps alone, measured by marching both models apart: each block ends nearer to the teacher."""
+    """By steps alone, measured by marching both models apart: each block ends nearer to the teacher, or
+    as near as it was."""
     pruned, keep = student(llama, cut, tmp_path)
     recipe = replace(RECIPE, iters=12)
     steps = list(begin(llama, pruned, keep, windows, tmp_path, recipe, own_share=1.0, repair=False))
     basis = np.eye(64)[:, list(keep.kept.get((-1, "hidden"), range(64)))]
     before = stream_error(llama, pruned, basis, windows, keep.layers)
     after = stream_error(llama, load.open_checkpoint(tmp_path / "s"), basis, windows, keep.layers)
-    assert all(a < b for a, b in zip(after, before, strict=True))
+    assert after != before and all(a <= b for a, b in zip(after, before, strict=True)), (after, before)
     assert all(steps[j + 11].loss < steps[j].loss for j in range(0, len(steps), 12))
+
+
+def test_steps_that_spoil_a_block_are_undone(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a rate at which nothing is learned but noise: said, and the student ends as the closed form left it."""
+    pruned, keep = student(llama, "ffn", tmp_path)
+    list(begin(llama, pruned, keep, windows, tmp_path, replace(RECIPE, learning_rate=0.5)))
+    assert capsys.readouterr().err.count("its steps are undone") == 3
+    repaired, _ = reconstruct.reconstruct(llama, pruned, keep, windows)
+    made = load.open_checkpoint(tmp_path / "s")
+    for name in pruned.tensors:
+        want = repaired[name] if name in repaired else load.dense(pruned, name)
+        assert mx.allclose(load.dense(made, name), want, rtol=1e-3, atol=1e-5), name
 
 
 def test_no_steps_is_the_closed_form(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
