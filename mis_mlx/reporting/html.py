@@ -1,7 +1,4 @@
-"""One HTML page that needs nothing else, from templates/page.html: all that is put in is escaped.
-
-Does not know what a run is.
-"""
+"""One HTML page that needs nothing else, from templates/page.html: all that is put in is escaped."""
 
 from __future__ import annotations
 

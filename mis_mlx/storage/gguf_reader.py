@@ -33,11 +33,8 @@ CONTROL_TOKEN = 3  # GGUF's token types: 1 is an ordinary piece, 3 is <|im_start
 
 
 def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLLM2_SHA256) -> None:
-    """Write config, tokenizer and model.safetensors in `dtype` ("BF16", "F16", "F32") into `folder`.
-
-    expected: the file's sha256; MisError when it has another. Memory: the embedding in float32. Use it inside
-    `checkpoint.commit_folder`.
-    """
+    """Write config, tokenizer and model.safetensors in `dtype` ("BF16", "F16", "F32") into `folder`, inside
+    `commit_folder`. expected: the file's sha256; MisError when it has another. Memory: the embedding in float32."""
     facts, tensors = opened(gguf, expected)
     config = config_of(facts, DTYPES[dtype][0])
     heads = {"q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])}

@@ -1,7 +1,4 @@
-"""A list of equally large arrays: the first few stay in memory, the others live in a file.
-
-For hidden states between two blocks when there are more tokens than memory.
-"""
+"""A list of equally large arrays, hidden states between two blocks: few stay in memory, the others live in a file."""
 
 from __future__ import annotations
 
