@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import mlx.core as mx
 import numpy as np
 
 from mis_mlx.storage.checkpoint import sweep
@@ -140,8 +141,6 @@ class Targets:
         return range(start, min(start + self.spec.part_windows, self.spec.windows))
 
     def _commit(self, number: int, windows: list[Arrays]) -> None:
-        import mlx.core as mx
-
         arrays = {
             name: mx.array(np.concatenate([w[name] for w in windows]).astype(dtype))
             for name, dtype in self.spec.dtypes().items()

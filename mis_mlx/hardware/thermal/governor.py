@@ -184,15 +184,6 @@ def governor_for(mode: Mode, first: Reading, reasons: Mapping[str, str], *, appl
     return Governor(mode, blind=blind)
 
 
-def on_battery(mode: Mode, percent: float | None) -> str:
-    """What becomes of a run on a machine that is not plugged in, in a sentence. percent: of its battery."""
-    does = {
-        "observe": "does nothing about it: the run ends when the battery does",
-        "cool": f"pauses the run below {BATTERY_LOW_PERCENT:.0f} % until there are {BATTERY_ENOUGH_PERCENT:.0f}",
-    }.get(mode, f"pauses the run after its first step until it is plugged in; plug it in, or use {LAP}")
-    return f"on battery{'' if percent is None else f', {percent:.0f} %'}: --governor {mode} {does}"
-
-
 def unfit_for_timing(reading: Reading) -> str | None:
     """Why a benchmark started now would measure the heat and not the program; `None` when it would not."""
     if reading.die_c is not None and reading.die_c > 80:
