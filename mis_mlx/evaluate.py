@@ -198,7 +198,7 @@ def _write(out: Path, outcomes: list[recovery_table.Outcome], page: str, result:
     picture = recovery_table.figure(outcomes)
     body = "<h1>The recovery table</h1>" + html.markdown(page) + html.figures(picture)
     if picture:
-        DISK.replace_text(out / "recovery.svg", figures.standalone(picture, html.LIGHT))
+        DISK.replace_text(out / "recovery.svg", figures.standalone(picture))
         page += "\n\n![Recovered](recovery.svg)"
     DISK.replace_text(out / "recovery.md", page + "\n")
     DISK.replace_text(out / "recovery.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")

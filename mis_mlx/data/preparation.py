@@ -32,11 +32,9 @@ def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.a
 
 
 def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
-    """Read, tokenize, pack into windows of `length` tokens. Held-out windows that overlap training are removed.
-
-    data None: Python's manual (English) with one part in eight of Polish Miś texts; both are held out, the
-    English first. The Polish splits share sentence templates by design, so there overlap is not removed.
-    """
+    """Read, tokenize, pack into windows of `length` tokens; held-out windows that overlap training are removed. data
+    None: Python's manual (English) with one part in eight of Polish Miś texts, both held out; the Polish splits share
+    sentence templates by design, so there overlap stays."""
 
     def windows(rows: Sequence[Row]) -> Windows:
         tokenized = token_windows.tokenize(rows, tokenizer)

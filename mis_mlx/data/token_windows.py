@@ -173,11 +173,8 @@ def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
 
 
 def overlap(train: Windows, held_out: Windows, span: int = 32) -> np.ndarray:
-    """Sorted indices of the held-out windows that share any run of `span` tokens with the training text.
-
-    Training windows follow one another in the text, so runs across their borders count. A held-out window
-    shorter than `span` is looked up whole. By 64-bit hashes: a window may go without need, once in 10^9 times.
-    """
+    """Sorted indices of the held-out windows that share any run of `span` tokens (or all, of a shorter one) with the
+    training text. By 64-bit hashes: a window may go without need, once in 10^9 times."""
     span = min(span, held_out.tokens.shape[1])
     hashes = np.stack([_span_hashes(window, span) for window in held_out.tokens])
     text = train.tokens

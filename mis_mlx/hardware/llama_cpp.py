@@ -1,7 +1,4 @@
-"""llama.cpp's own quantizer, where this machine has one: the program llama-quantize, or Python's llama-cpp-python.
-
-Does not know what is in the files. It always runs in a process of its own: where llama.cpp gives up, it aborts.
-"""
+"""llama.cpp's own quantizer, llama-quantize or Python's llama-cpp-python, in a process of its own: it may abort."""
 
 from __future__ import annotations
 

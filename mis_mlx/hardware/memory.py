@@ -1,7 +1,4 @@
-"""Memory of this machine and this process: what is there, what a sensible budget is, the highest so far.
-
-MLX is told the budget here and nowhere else.
-"""
+"""Memory of this machine and this process, and a sensible budget, which MLX is told here and nowhere else."""
 
 from __future__ import annotations
 

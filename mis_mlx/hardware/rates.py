@@ -1,7 +1,4 @@
-"""How fast this machine reads, writes, multiplies and moves memory: measured, or assumed.
-
-Memory's rate is the quickest of a few kinds, by other code than MLX's where a CPU has better.
-"""
+"""How fast this machine reads, writes, multiplies and moves memory: measured, or assumed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Download one wheel, known to the byte, with the pip of this Python; or packages of Debian, with its own apt.
-
-Does not know what is in it, and never installs or runs it.
-"""
+"""Download one wheel, known to the byte, with pip, or Debian's packages, with apt; nothing is installed or run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Pictures as SVG inside HTML, by matplotlib: coloured by the page, with size and text alternative. Knows no run.
-
-Colours are placeholders that become the page's variables, so that one picture is right on light and on dark.
-"""
+"""Pictures as SVG inside HTML, by matplotlib, with size and text alternative. Knows no run."""
 
 from __future__ import annotations
 
@@ -23,9 +20,8 @@ from mis_mlx.reporting.run_reader import Point
 from mis_mlx.types import MisError
 
 WIDTH, HEIGHT = 420, 260  # in a viewBox; letters of 11 in it are readable on a phone
-INK, MUTED, GRID = "#000101", "#000102", "#000103"
-COLORS = ("#000104", "#000105", "#000106", "#000107")
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {c: f"--c{i}" for i, c in enumerate(COLORS)}
+MUTED = "#5b6470"
+COLORS = ("#1f6fb2", "#c2410c", "#2e7d4f", "#8b5cb8")
 
 
 def need() -> None:
@@ -61,8 +57,6 @@ def _html(figure: Any, key: str, title: str, description: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{key}-", svg)
     svg = re.sub(r"font: (?:[a-z0-9]+ )*?([0-9.]+px) [^;\"]*", r"font-size: \1", svg)
-    for color, variable in VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
     return html.part(
         "picture", key=key, title=title, description=description, width=width, height=height, inside=svg
@@ -126,13 +120,11 @@ def intervals(
         return _html(figure, key, title, description)
 
 
-def standalone(picture: str, variables: Mapping[str, str]) -> str:
-    """A picture as an SVG file of its own, with the page's light colours."""
+def standalone(picture: str) -> str:
+    """A picture as an SVG file of its own, on white."""
     svg = picture[picture.index("<svg") : picture.index("</svg>") + len("</svg>")]
-    for name, color in variables.items():
-        svg = svg.replace(f"var({name})", color)
     head, rest = svg.split(">", 1)
-    return f'{head} font-family="sans-serif"><rect width="100%" height="100%" fill="{variables["--paper"]}"/>{rest}\n'
+    return f'{head} font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>{rest}\n'
 
 
 def columns(

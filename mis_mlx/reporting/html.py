@@ -1,7 +1,4 @@
-"""One HTML page that needs nothing else, from templates/page.html: all that is put in is escaped.
-
-Does not know what a run is.
-"""
+"""One HTML page that needs nothing else, from templates/page.html: all that is put in is escaped."""
 
 from __future__ import annotations
 
@@ -11,16 +8,6 @@ import re
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-# The page's colours, by day and by night.
-LIGHT = {
-    "--paper": "#fff", "--ink": "#1d2127", "--muted": "#5b6470", "--line": "#d9dde2", "--soft": "#f3f5f7",
-    "--c0": "#1f6fb2", "--c1": "#c2410c", "--c2": "#2e7d4f", "--c3": "#8b5cb8",
-}  # fmt: skip
-DARK = {
-    "--paper": "#14171b", "--ink": "#e6e9ed", "--muted": "#a3acb8", "--line": "#353b43", "--soft": "#1e2329",
-    "--c0": "#62b0f0", "--c1": "#f29a5b", "--c2": "#6cc795", "--c3": "#c3a0e8",
-}  # fmt: skip
 
 
 @cache
@@ -50,8 +37,7 @@ def page(title: str, body: str, every_s: int | None = None) -> str:
     seal = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{seal}'; "
     policy += "base-uri 'none'; form-action 'none'"
-    colors = {"light": LIGHT, "dark": DARK}
-    return part("page", title=title, body=body, policy=policy, script=script, every_s=every_s, **colors)
+    return part("page", title=title, body=body, policy=policy, script=script, every_s=every_s)
 
 
 def markdown(text: str) -> str:

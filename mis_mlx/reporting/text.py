@@ -1,7 +1,4 @@
-"""Results as plain text, for a terminal: Markdown tables, sparklines, the line of a training step.
-
-Does not print.
-"""
+"""Results as plain text, for a terminal: Markdown tables, sparklines, the line of a training step."""
 
 from __future__ import annotations
 

@@ -17,17 +17,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import mlx.core as mx
 import psutil
 
 from mis_mlx.storage.files import DISK, Files, reported
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy, write_arrays
 from mis_mlx.types import MisError
-
-if TYPE_CHECKING:
-    import mlx.core as mx
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"

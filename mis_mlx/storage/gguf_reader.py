@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mis_mlx.storage.files import DISK
@@ -18,9 +19,6 @@ from mis_mlx.storage.header_check import DTYPES
 from mis_mlx.storage.hub import sha256
 from mis_mlx.storage.safetensors import Writer
 from mis_mlx.types import MisError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -33,11 +31,8 @@ CONTROL_TOKEN = 3  # GGUF's token types: 1 is an ordinary piece, 3 is <|im_start
 
 
 def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLLM2_SHA256) -> None:
-    """Write config, tokenizer and model.safetensors in `dtype` ("BF16", "F16", "F32") into `folder`.
-
-    expected: the file's sha256; MisError when it has another. Memory: the embedding in float32. Use it inside
-    `checkpoint.commit_folder`.
-    """
+    """Write config, tokenizer and model.safetensors in `dtype` ("BF16", "F16", "F32") into `folder`, inside
+    `commit_folder`. expected: the file's sha256; MisError when it has another. Memory: the embedding in float32."""
     facts, tensors = opened(gguf, expected)
     config = config_of(facts, DTYPES[dtype][0])
     heads = {"q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])}
@@ -74,7 +69,6 @@ def write_weights(
     change: Callable[[str, np.ndarray], np.ndarray],
 ) -> None:
     """Write what `change(Hugging Face name, float32 values)` gives, one tensor at a time. block: as for `hf_name`."""
-    import mlx.core as mx
     from gguf.quants import dequantize
 
     # GGUF states shapes innermost first; reversed they are (out, in), as in the Hugging Face layout.
@@ -168,7 +162,7 @@ def _write_tokenizer(facts: Mapping[str, Any], config: Mapping[str, Any], folder
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def _tokenizer(facts: Mapping[str, Any], control: list[str]) -> Tokenizer:
+def _tokenizer(facts: Mapping[str, Any], control: list[str]) -> Any:
     """SmolLM2's: every digit alone, GPT-2's pieces, bytes as letters."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

@@ -1,7 +1,4 @@
-"""A list of equally large arrays: the first few stay in memory, the others live in a file.
-
-For hidden states between two blocks when there are more tokens than memory.
-"""
+"""A list of equally large arrays, hidden states between two blocks: few stay in memory, the others live in a file."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import os
 import weakref
 from collections.abc import MutableSequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -38,10 +35,6 @@ class Spool(MutableSequence[mx.array]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, b: int) -> mx.array: ...
-    @overload
-    def __getitem__(self, b: slice) -> list[mx.array]: ...
     def __getitem__(self, b: Any) -> Any:
         if isinstance(b, slice):
             return [self[i] for i in range(self._count)[b]]

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import mlx.core as mx
 import numpy as np
 
 from mis_mlx.storage.checkpoint import sweep
@@ -104,10 +105,8 @@ class Targets:
 
     def put(self, window: int, arrays: Arrays) -> None:
         """Take the targets of one window, by the names of `Spec.dtypes`; with its last window a part is committed.
-
-        MisError when the disk refuses, or has no room for the missing parts if they are as big as this one: committed
-        parts stay. ValueError when another window is due.
-        """
+        MisError when the disk refuses, or has no room for the missing parts: committed ones stay. ValueError when
+        another window is due."""
         number = window // self.spec.part_windows
         within = self._within(number)
         if number in self.parts or window != within[len(self._coming)]:
@@ -142,8 +141,6 @@ class Targets:
         return range(start, min(start + self.spec.part_windows, self.spec.windows))
 
     def _commit(self, number: int, windows: list[Arrays]) -> None:
-        import mlx.core as mx
-
         arrays = {
             name: mx.array(np.concatenate([w[name] for w in windows]).astype(dtype))
             for name, dtype in self.spec.dtypes().items()

@@ -113,10 +113,8 @@ def merged(
 
 
 def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
-    """What a resumed run must share: the teacher's fingerprint, the data's, the versions.
-
-    The teacher's: its config, its table of tensors, and 4 KiB from the middle of every tensor, which may have 70 GB.
-    """
+    """What a resumed run must share: the data's fingerprint, the versions, and the teacher's: its config, its table of
+    tensors, and 4 KiB from the middle of every tensor."""
     table = sorted((n, t.dtype, t.shape, t.nbytes) for n, t in teacher.tensors.items())
     digest = hashlib.sha256(json.dumps([dict(teacher.config), table], sort_keys=True).encode())
     for _, tensor in sorted(teacher.tensors.items()):

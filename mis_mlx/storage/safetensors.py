@@ -8,14 +8,13 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import mlx.core as mx
 
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.header_check import DTYPES, MAX_HEADER_BYTES, Refused, check, json_object
 from mis_mlx.types import GIB, MisError, TensorAt
-
-if TYPE_CHECKING:
-    import mlx.core as mx
 
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".pkl")
 INDEX = "model.safetensors.index.json"
@@ -100,8 +99,6 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
     without a word); replacing it by rename or deleting it is harmless. If an evaluation fails, drop every array: a
     second evaluation returns garbage without an error.
     """
-    import mlx.core as mx
-
     arrays: dict[str, mx.array] = {}
     for path, wanted in files_of(tensors, names).items():
         unchanged(path, tensors, wanted)
@@ -145,8 +142,6 @@ class _File:
         files.write(path, head)
 
     def add(self, name: str, array: mx.array) -> None:
-        import mlx.core as mx
-
         got, want = (name, spec_of(array)), self.due.pop() if self.due else None
         if got != want:
             raise ValueError(f"{self.path.name}: {got} came, {want} was due")
@@ -222,8 +217,6 @@ def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> tu
 
 def spec_of(array: mx.array) -> Spec:
     """The array's dtype as safetensors spells it, and its shape."""
-    import mlx.core as mx
-
     for name, (attribute, _) in DTYPES.items():
         if array.dtype == getattr(mx, attribute):
             return name, tuple(array.shape)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,14 +110,9 @@ def opened(folder: Path, name: str) -> BenchmarkModel:
     return BenchmarkModel(loaded, load_checked(model, f"{folder}: "), tokenizer)
 
 
-@cache
-def _manual() -> tuple[str, ...]:
-    return tuple(str(row["text"]) for row in sources.load(None).train)
-
-
 def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
     """`count` token ids of Python's manual, from a topic that `seed` chooses."""
-    rows, text = _manual(), ""
+    rows, text = [str(row["text"]) for row in sources.load(None).train], ""
     start = int(np.random.default_rng(list(seed)).integers(len(rows)))
     while len(text) < 5 * count and len(text) < sum(map(len, rows)):  # a token has 3 to 5 letters
         text, start = f"{text}\n\n{rows[start % len(rows)]}", start + 1

@@ -1,7 +1,4 @@
-"""Everything a Mac with Apple silicon tells about its heat, in one look: HID, SMC, pressure.
-
-Each mechanism may be absent on its own; then it says why.
-"""
+"""Everything a Mac with Apple silicon tells about its heat, in one look: HID, SMC, pressure."""
 
 from __future__ import annotations
 

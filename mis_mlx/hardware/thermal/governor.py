@@ -35,11 +35,9 @@ LAP = f"--governor cool, which runs on battery down to {BATTERY_LOW_PERCENT:.0f}
 
 @dataclass(frozen=True)
 class Decision:
-    """What the loop has to do after this optimizer step.
-
-    `run`: sleep `sleep_s`, go on. `pause`: write a checkpoint if `checkpoint`, sleep `sleep_s`, ask again.
-    `stop`: write a checkpoint and end. `cause` is one or two words to count by, `reason` a sentence.
-    """
+    """What the loop has to do after this optimizer step. `run`: sleep `sleep_s`, go on; `pause`: write a checkpoint if
+    `checkpoint`, sleep, ask again; `stop`: write one and end. `cause` is one or two words to count by, `reason` a
+    sentence."""
 
     action: Action
     duty: float = 1.0
@@ -184,15 +182,6 @@ def governor_for(mode: Mode, first: Reading, reasons: Mapping[str, str], *, appl
             "protect this Mac: see `python -m mis_mlx.thermal doctor`, or choose mode observe and stay by it"
         )
     return Governor(mode, blind=blind)
-
-
-def on_battery(mode: Mode, percent: float | None) -> str:
-    """What becomes of a run on a machine that is not plugged in, in a sentence. percent: of its battery."""
-    does = {
-        "observe": "does nothing about it: the run ends when the battery does",
-        "cool": f"pauses the run below {BATTERY_LOW_PERCENT:.0f} % until there are {BATTERY_ENOUGH_PERCENT:.0f}",
-    }.get(mode, f"pauses the run after its first step until it is plugged in; plug it in, or use {LAP}")
-    return f"on battery{'' if percent is None else f', {percent:.0f} %'}: --governor {mode} {does}"
 
 
 def unfit_for_timing(reading: Reading) -> str | None:

@@ -120,12 +120,9 @@ def recorder(path: Path, header: Header) -> Iterator[Callable[[Raw], None]]:
 
 
 class Replay:
-    """A recording as a source of looks. The whole file is checked before the first look.
-
-    Each look gives a record not seen before: the newest that is due by `clock`, else the next one, for
-    which the clock is moved on. So a run's speed does not change what it sees, and a wait costs nothing.
-    After the last record its values stay, one second a look.
-    """
+    """A recording, checked as a whole at first, as a source of looks. Each gives a record not seen before: the newest
+    that is due by `clock`, else the next one, for which the clock is moved on; so a run's speed does not change what it
+    sees, and a wait costs nothing. After the last record its values stay, one second a look."""
 
     def __init__(self, path: Path, clock: VirtualClock):
         self.path = path

@@ -44,9 +44,17 @@ class ThermalFlags:
 
 
 def battery(flags: ThermalFlags) -> str:
-    """What the governor makes of a battery that this machine runs on now; empty when it does not."""
+    """What the governor makes of a battery that this machine runs on now, in a sentence; empty when it does not."""
     percent, plugged = thermal_monitor.battery_charge()
-    return "" if flags.thermal_replay or plugged is not False else governor.on_battery(flags.governor, percent)
+    if flags.thermal_replay or plugged is not False:
+        return ""
+    low, enough = governor.BATTERY_LOW_PERCENT, governor.BATTERY_ENOUGH_PERCENT
+    waits = f"pauses the run after its first step until it is plugged in; plug it in, or use {governor.LAP}"
+    does = {
+        "observe": "does nothing about it: the run ends when the battery does",
+        "cool": f"pauses the run below {low:.0f} % until there are {enough:.0f}",
+    }.get(flags.governor, waits)
+    return f"on battery{'' if percent is None else f', {percent:.0f} %'}: --governor {flags.governor} {does}"
 
 
 class ThermalMonitor:

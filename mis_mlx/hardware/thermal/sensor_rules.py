@@ -1,7 +1,4 @@
-"""Which raw values are temperatures: parked, frozen and nonsense readings are told from real ones.
-
-Each rule comes from a failure somebody saw on a real machine.
-"""
+"""Which raw values are temperatures: parked, frozen and nonsense ones, all seen on real machines, are told apart."""
 
 from __future__ import annotations
 
