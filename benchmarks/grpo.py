@@ -75,7 +75,7 @@ def measured(s: Settings, folder: Path, questions: Sequence[dict[str, str]]) -> 
     placed = [(row, f"question {n}") for n, row in enumerate(questions, 1)]
     encoded, _ = examples.encode(placed, tokenizer, 512, ("answer",))
     prompts = [[int(t) for t in ids[: int(learn.argmax())]] for ((ids, learn),) in encoded]
-    objective = training.Objective("dapo", 0.2, 0.28, s.max_completion_length, 1.0)
+    objective = training.Objective("dapo", 0.2, 0.28, 0.0, s.max_completion_length, 1.0)
     functions = rewards.functions(None, None)
     sampler = training.Sampler(model, questions, prompts, tokenizer, functions, objective, 0, 0, 0, 32, seed=7)
     found = {}

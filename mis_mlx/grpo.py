@@ -16,7 +16,7 @@ from mis_mlx.data.rows import Row
 from mis_mlx.distillation import run_loop
 from mis_mlx.evaluation import rewards
 from mis_mlx.maths.policy import LossType
-from mis_mlx.models import distributed, load
+from mis_mlx.models import distributed, load, stream
 from mis_mlx.planner import estimates, training_size
 from mis_mlx.types import MOST, Checkpoint, Count, MisError, Positive, Rate, Within
 
@@ -48,6 +48,8 @@ class Settings(alignment_plan.Alignment):
     """how far below 1 a token's ratio may fall and still count"""
     epsilon_high: Positive = 0.28
     """how far above 1 (DAPO's clip-higher)"""
+    beta: Annotated[float, Within(0.0, 1e3)] = 0.0
+    """weight of KL to the model as it was; above 0 that model is streamed once a step"""
     num_iterations: Count = 1
     """updates of the weights in a step, all on the same answers; with 1 every ratio is 1 and nothing is clipped"""
     reward_functions: str | None = None
@@ -101,6 +103,13 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimate
     touched = batches * most * (m.shape.layers * m.block_work + m.head_work)
     flops = estimates.forward_flops(m, tokens, length)
     play = estimates.StageCost("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
+    if s.beta:
+        beside = 3 * alignment_plan.weight_bytes(s, checkpoint)  # moments too
+        size = answers * length
+        one = estimates.streamed_pass("", m, size, size, length, spool=False, beside_bytes=beside)
+        read, peak = s.iters * one.read_bytes, max(one.peak_bytes, play.peak_bytes + m.slots_bytes)
+        play = replace(play, read_bytes=read, flops=flops + s.iters * one.flops, peak_bytes=peak)
+        learn = replace(learn, peak_bytes=learn.peak_bytes + m.slots_bytes)
     return play, learn
 
 
@@ -124,12 +133,15 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train), **plan.result()}
     with alignment_run.running(s, folder, checkpoint, plan, card, "grpo") as r:
+        dtype = alignment_plan.dtype_of(s, checkpoint)
+        direct = checkpoint.nbytes > plan.budget.limit_bytes
+        reference = stream.Stream(checkpoint, dtype, 0, direct) if s.beta else None
         log = partial(r.files.append, r.folder / grpo_rollout.SAMPLES)
-        objective = grpo_rollout.Objective(s.loss_type, s.epsilon, s.epsilon_high, most, s.temperature)
+        objective = grpo_rollout.Objective(s.loss_type, s.epsilon, s.epsilon_high, s.beta, most, s.temperature)
         sampler = grpo_rollout.Sampler(
             r.model, train, prompts, load.tokenizer(checkpoint.path), functions, objective,
             s.group_size, s.grad_accumulation_steps, s.batch_size, s.at_once, s.seed,
-            s.num_iterations, log,
+            s.num_iterations, reference, log,
         )  # fmt: skip
         loss = partial(objective.loss, frozen_head=s.lora is not None)
         held_out = partial(grpo_rollout.measure, sampler, valid, valid_prompts)

@@ -18,7 +18,10 @@ from mlx.utils import tree_flatten
 from mis_mlx import dpo, grpo
 from mis_mlx.alignment import alignment_plan, alignment_run
 from mis_mlx.alignment import grpo_rollout as training
-from mis_mlx.models import load, mlx_generate, policy
+from mis_mlx.distillation import train_loop
+from mis_mlx.maths.optimizer import GuardedAdamW
+from mis_mlx.models import load, mlx_generate, policy, stream
+from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks
@@ -134,12 +137,30 @@ def sampler(checkpoint: Checkpoint, folder: Path, **changes: Any) -> training.Sa
     model = load.resident(checkpoint, mx.float32)
     mx.eval(model.parameters())
     functions = training.rewards.functions(None, str(folder / "vowels.py"))
-    objective = training.Objective("dapo", 0.2, 0.28, 8, 0.8)
+    objective = training.Objective("dapo", 0.2, 0.28, 0.1, 8, 0.8)
     tokenizer = load.tokenizer(checkpoint.path)
     prompts = [mlx_generate.encode(tokenizer, q) for q in QUESTIONS]
     rows = [{"prompt": q, "answer": "1"} for q in QUESTIONS]
     made = training.Sampler(model, rows, prompts, tokenizer, functions, objective, 4, 3, 4, 8, seed=1)
     return replace(made, **changes)
+
+
+def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -> None:
+    """Streamed beside an untouched model it gives the model's own log-probabilities: KL 0, and no gradient of it."""
+    made = sampler(llama, folder, reference=stream.Stream(llama, mx.float32), updates=2)
+    rollout = made(0)
+    assert rollout.parts and rollout.facts["kept"] == len(rollout.parts)
+    for b, _, old, reference in rollout.parts:
+        assert (mx.abs(old - reference) * b.mask).max() < 1e-4
+    plain = [(b, advantage, old, None) for b, advantage, old, _ in rollout.parts]
+    found = [
+        next(
+            train_loop.train(made.model, lambda _, p=parts: p, made.objective.loss, GuardedAdamW(), Schedule(1, 0.0, 0))
+        )
+        for parts in (rollout.parts, plain)
+    ]
+    assert found[0].loss == pytest.approx(found[1].loss, abs=1e-6)
+    assert found[0].grad_norm == pytest.approx(found[1].grad_norm, rel=1e-3)
 
 
 def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
@@ -149,7 +170,7 @@ def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
     rollout, again = made(4), made(4)
     texts = [[a["text"] for a in json.loads(line)["answers"]] for line in lines]
     assert texts[:3] == texts[3:] and len(rollout.parts) == 2 * rollout.facts["kept"]
-    for (b, advantage, old), (_, second, _) in zip(rollout.parts, again.parts, strict=True):
+    for (b, advantage, old, _), (_, second, _, _) in zip(rollout.parts, again.parts, strict=True):
         assert mx.array_equal(advantage, second)
         for row in range(len(b.targets)):
             answer = b.targets[row, : int(b.mask[row].sum())].tolist()
@@ -176,16 +197,17 @@ def test_nothing_scored_is_a_sentence(llama: Checkpoint, folder: Path, tmp_path:
 
 
 def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
-    """A dry run writes nothing, a budget too small is a refusal, and MLX's peak stays under what was planned."""
+    """A dry run writes nothing, KL costs memory, a budget too small is a refusal, and MLX's peak in a run with KL stays
+    under what was planned."""
     out = tmp_path / "run"
-    planned = grpo.run(settings_of(grpo, small, out, dry_run=True))
-    assert planned["seconds"] >= 0 and not planned["check_failed"] and planned["peak_bytes"] > 0
+    plain, planned = (grpo.run(settings_of(grpo, small, out, dry_run=True, beta=beta)) for beta in (0.0, 0.1))
+    assert plain["seconds"] >= 0 and not plain["check_failed"] and planned["peak_bytes"] > plain["peak_bytes"] > 0
     with pytest.raises(MisError, match="the budget is 1 MiB"):
         grpo.run(settings_of(grpo, small, out, budget="1MiB"))
     assert not out.exists()
     mx.clear_cache()
     before = mx.get_active_memory()
-    grpo.run(settings_of(grpo, small, out, iters=2))
+    grpo.run(settings_of(grpo, small, out, beta=0.1, iters=2))
     assert max(m["peak_bytes"] for m in run_folder.metrics(out)) - before < planned["peak_bytes"]
 
 
@@ -228,11 +250,11 @@ def test_the_held_out_measure_is_greedy(llama: Checkpoint, folder: Path) -> None
 
 
 @pytest.mark.parametrize(("kind", "item"), [("full", 4), ("lora", 2)])
-def test_training_is_planned_in_its_type(
+def test_the_reference_is_planned_in_the_type_of_training(
     llama: Checkpoint, monkeypatch: pytest.MonkeyPatch, kind: Any, item: int
 ) -> None:
-    """Where models compute in float16, one that is trained whole is float32 all the same: in DPO's plan and in
-    GRPO's."""
+    """Where models compute in float16, one that is trained whole, and the reference beside it, are float32 all the
+    same: in DPO's plan and in GRPO's."""
     monkeypatch.setenv(policy.POLICY, "metal")
     for settings in (dpo.Settings(fine_tune_type=kind), grpo.Settings(fine_tune_type=kind)):
         assert alignment_plan.sizes(settings, llama).item == item

@@ -21,7 +21,7 @@ from mis_mlx.evaluation import rewards
 from mis_mlx.maths import policy
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import attention_masks, batch_sampling, distributed, load
+from mis_mlx.models import attention_masks, batch_sampling, distributed, load, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.types import MisError, Step
 
@@ -37,6 +37,7 @@ class Objective:
     kind: policy.LossType
     epsilon: float
     epsilon_high: float
+    beta: float
     max_tokens: int
     temperature: float
 
@@ -52,12 +53,13 @@ class Objective:
         b: attention_masks.Branches,
         advantage: mx.array,
         old: mx.array | None = None,
+        reference: mx.array | None = None,
         frozen_head: bool = False,
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         """(sum, count, further sums) over the answers of one micro-batch; old None: the model as it is now."""
         new = self.logps(model, b, frozen_head)
         before = mx.stop_gradient(new) if old is None else old
-        losses = policy.token_losses(new, before, advantage, self.epsilon, self.epsilon_high)
+        losses = policy.token_losses(new, before, advantage, self.epsilon, self.epsilon_high, reference, self.beta)
         total, count = policy.loss_sum(losses, b.mask, self.kind, self.max_tokens)
         held = policy.clipped(new, before, advantage, self.epsilon, self.epsilon_high)
         clipped, _ = policy.loss_sum(held, b.mask, self.kind, self.max_tokens)
@@ -76,7 +78,7 @@ class Rollout:
 class Sampler:
     """Makes a step's rollout, this machine's part of it. prompts: token ids of each row of `rows`, in one order.
     prompts_per_step groups of `group` answers, `at_once` answers generated together, micro_batch answers in a
-    micro-batch. updates: of the weights in a step."""
+    micro-batch. reference: where KL is asked for, the model as it was. updates: of the weights in a step."""
 
     model: nn.Module
     rows: Sequence[Mapping[str, Any]]
@@ -90,6 +92,7 @@ class Sampler:
     at_once: int
     seed: int
     updates: int = 1
+    reference: stream.Stream | None = None
     log: Callable[[str], None] = field(default=lambda line: None)
 
     def __call__(self, step: int) -> Rollout:
@@ -126,14 +129,32 @@ class Sampler:
 
     def _parts(self, chosen: Sequence[tuple[int, list[list[int]], np.ndarray]]) -> list[tuple[Any, ...]]:
         parts = list[tuple[Any, ...]]()
-        for i, group, advantage in chosen:
+        references = self._references([(i, group) for i, group, _ in chosen])
+        for (i, group, advantage), reference in zip(chosen, references, strict=True):
             for cut in (slice(a, a + self.micro_batch) for a in range(0, len(group), self.micro_batch)):
                 b = attention_masks.join(self.prompts[i], group[cut])
                 old = self.objective.logps(self.model, b, True) if self.updates > 1 else None
-                if old is not None:
-                    mx.eval(old)
-                parts.append((b, mx.array(advantage[cut]), old))
+                ref = None if reference is None else reference[cut, : b.targets.shape[1]]
+                mx.eval([a for a in (old, ref) if a is not None])
+                parts.append((b, mx.array(advantage[cut]), old, ref))
         return parts
+
+    def _references(self, chosen: Sequence[tuple[int, list[list[int]]]]) -> list[mx.array | None]:
+        """(G, T) log-probabilities of each group under the reference, in one pass over its weights."""
+        if self.reference is None or not chosen:
+            return [None] * len(chosen)
+        longest, batches = [max(map(len, group)) for _, group in chosen], []
+        for (i, group), most in zip(chosen, longest, strict=True):
+            batches.append(mx.array([[*self.prompts[i], *a, *[0] * (most - len(a))] for a in group]))
+        head, logps = load.dense_weight(self.reference.head()).astype(self.reference.dtype), list[mx.array | None]()
+        for tokens, hidden, most in zip(batches, self.reference.forward(batches), longest, strict=True):
+            states = hidden[:, -most - 1 : -1]
+            targets = tokens[:, -most:].reshape(-1)
+            flat = token_logps(
+                states.reshape(-1, states.shape[-1]), head, targets, self.objective.temperature, frozen_head=True
+            )
+            logps.append(flat.reshape(len(tokens), most))
+        return logps
 
 
 def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: rewards.Scores, kept: bool) -> str:

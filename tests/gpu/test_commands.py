@@ -310,7 +310,7 @@ def test_alignment(
 
 @pytest.mark.parametrize(("kind", "tune"), [("affine", "lora"), ("bfloat16", "lora"), ("bfloat16", "full")])
 def test_grpo(kind: str, tune: Any, teachers: Callable[[str], Path], tmp_path: Path) -> None:
-    """Sampling, rewards, two steps."""
+    """Sampling, rewards, and a reference that reads the model again in both steps: it is nearly the model itself."""
     (tmp_path / "vowels.py").write_text(
         "def vowels(prompts, completions, answer):\n"
         "    return [sum(c in 'aeiouy' for c in text) / max(1, len(text)) for text in completions]\n"
@@ -320,11 +320,12 @@ def test_grpo(kind: str, tune: Any, teachers: Callable[[str], Path], tmp_path: P
     for split in ("train", "valid"):
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
     flags = {**ALIGNED, "batch_size": 4, "group_size": 4, "grad_accumulation_steps": 1, "max_completion_length": 6}
-    flags |= {"fine_tune_type": tune, "reward_functions_file": str(tmp_path / "vowels.py")}
+    flags |= {"beta": 20.0, "fine_tune_type": tune, "reward_functions_file": str(tmp_path / "vowels.py")}
     flags |= {"model": str(teachers(kind)), "data": str(tmp_path / "data"), "out": str(tmp_path / "run")}
     result = grpo.run(grpo.Settings(**flags))
     rows = run_folder.metrics(tmp_path / "run")
     assert all(math.isfinite(r["loss"]) and 0 < r["reward"] < 1 for r in rows)
+    assert all(abs(r["loss"]) < 1 for r in rows), rows  # 20 times k3: other weights, and it would be more than 2
     opens(Path(result["student"]))
 
 
