@@ -39,7 +39,9 @@ class Watch:
 
     def __init__(self) -> None:
         self.phase, self.seen, self.seconds = "start", dict[str, Counter[str]](), dict[str, float]()
-        self._thread, self._began, self._over = threading.get_ident(), time.perf_counter(), threading.Event()
+        self.cpu_seconds = dict[str, float]()
+        self._thread, self._over = threading.get_ident(), threading.Event()
+        self._began, self._used = time.perf_counter(), time.process_time()
         self._looking = threading.Thread(target=self._look, daemon=True)
         self._looking.start()
 
@@ -50,12 +52,13 @@ class Watch:
 
     def turn(self, phase: str) -> None:
         """From now on it is this phase."""
-        now = time.perf_counter()
+        now, used = time.perf_counter(), time.process_time()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._began
-        self.phase, self._began = phase, now
+        self.cpu_seconds[self.phase] = self.cpu_seconds.get(self.phase, 0.0) + used - self._used
+        self.phase, self._began, self._used = phase, now, used
 
     def close(self) -> dict[str, dict[str, Any]]:
-        """{phase: its seconds and {function: seconds}, the longest first}."""
+        """{phase: its seconds, those of all cores together, and {function: seconds}, the longest first}."""
         self.turn("end")
         self._over.set()
         self._looking.join()
@@ -64,7 +67,8 @@ class Watch:
             counts = self.seen.get(phase, Counter())
             each = seconds / max(1, counts.total())
             kinds = {name: round(n * each, 1) for name, n in counts.most_common() if n >= LEAST * counts.total()}
-            found[phase] = {"seconds": round(seconds, 1), "work": kinds}
+            cpu = round(self.cpu_seconds[phase], 1)
+            found[phase] = {"seconds": round(seconds, 1), "cpu_seconds": cpu, "work": kinds}
         return found
 
 
@@ -94,7 +98,7 @@ def main(flags: list[str]) -> None:
         distill.run(replace(cli.parse(distill.Settings, flags), out=f"{temp}/run"))
     found = watch.close()
     for name, kinds in found.items():
-        cli.say(f"{name}: {kinds['seconds']:.1f} s")
+        cli.say(f"{name}: {kinds['seconds']:.1f} s, {kinds['cpu_seconds']:.1f} of all cores")
         for where, seconds in kinds["work"].items():
             cli.say(f"    {seconds:6.1f} s  {where}")
     if not flags:
