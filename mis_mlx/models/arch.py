@@ -22,17 +22,10 @@ SCENARIOS: dict[str, dict[str, float]] = {
     "zbojnik": {"layers": 48 / 96, "ffn": 12288 / 28672},
 }
 MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models
-    "model_type": "llama",
-    "num_hidden_layers": 96,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "quantization": {"group_size": 64, "bits": 4},
-}
+    "model_type": "llama", "num_hidden_layers": 96, "hidden_size": 8192, "intermediate_size": 28672,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    "tie_word_embeddings": False, "quantization": {"group_size": 64, "bits": 4},
+}  # fmt: skip
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 TAPS = {"ffn": ("mlp", "down_proj"), "heads": ("self_attn", "o_proj"), "norm1": ("self_attn", "q_proj"),
         "norm2": ("mlp", "gate_proj")}  # axis -> whose input is looked at  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mis_mlx.models.families import FAMILIES, family
+from mis_mlx.storage import safetensors
 from mis_mlx.storage.header_check import Refused, json_object
 from mis_mlx.types import MisError
 
@@ -29,6 +32,11 @@ ROPE_NEEDS: dict[Any, tuple[str, ...]] = {  # kinds of rotary positions, and the
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 ATTENTION = {"full_attention", "sliding_attention"}
+SHARED = re.compile(  # keys and modules that no family is told by
+    r"architectures|.*_token_id|(torch_)?dtype|.*version|use_cache|initializer_range|.*dropout|.*pdrop|pretraining_tp|"
+    r"quantization.*|model_type|max_position_.*|hidden_act.*|rms_norm_eps|rope_.*|(attention|mlp)_bias|layer_types|"
+    r"sliding_window|(self_attn|mlp)\.([qkvo]|gate|up|down)_proj|embed_tokens|norm|lm_head|(input|post_attention)_layernorm"
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
             )
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise MisError(f"{where}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+        why = f"model_type {kind!r} is not supported{_nearest(kind, config, where) if isinstance(kind, str) else ''}"
+        raise MisError(f"{where}: {why}; supported are {', '.join(FAMILIES)}")
     for key, most in SIZES.items():
         _whole(config, key, most, where)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -101,6 +110,19 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if config.get(key) not in (None, True, False):
             raise MisError(f"{where}: {key} is {config[key]!r}, true or false was expected")
+
+
+def _nearest(kind: str, config: Mapping[str, Any], where: Path) -> str:
+    """The known family whose own keys or name this one shares, and what else its config and its tensors have."""
+    shares = {f: [f.name[:n] == kind[:n] for n in range(2, len(kind) + 1)] for f in FAMILIES.values()}
+    of = max(shares, key=lambda f: (len(f.own & config.keys()), sum(shares[f])))
+    modules = set[str]()
+    with contextlib.suppress(MisError):  # a config alone is enough to say something
+        names = safetensors.index(where.parent)
+        modules = {re.sub(r"^model\.(layers\.)?|\b\d+\.|\.\w+$", "", name) for name in names}
+    new = [k for k in sorted(config.keys() - of.own - {*KEYS.values()}) + sorted(modules) if not SHARED.fullmatch(k)]
+    more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+    return f", the nearest is {of.name}" + (f", which knows nothing of {', '.join(new[:8])}{more}" if new else "")
 
 
 def _positive(value: Any, key: str, where: Path) -> None:

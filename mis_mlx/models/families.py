@@ -39,6 +39,11 @@ class Family:
     axes: tuple[str, ...] = ALL
     why: str = ""  # the others are not offered
 
+    @property
+    def own(self) -> set[str]:
+        """The keys of config.json that it is told by."""
+        return {self.kinds, self.period, self.embedding_scale, self.logit_divisor, *self.numbers} - {"", "sqrt"}
+
 
 ROWS = (
     Family("llama", "llama", "llama"),

@@ -64,19 +64,13 @@ def _convert(gguf: Path, folder: Path, expected: str = GGUF_SHA256) -> None:
 def config_of(facts: Mapping[str, Any]) -> dict[str, Any]:
     """config.json. Of what makes the local layers local the GGUF has the window alone; the rest is the family's."""
     return {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        **gguf_reader.sizes(facts, "gemma3"),
-        "head_dim": facts["gemma3.attention.key_length"],
-        "hidden_activation": "gelu_pytorch_tanh",
-        "vocab_size": len(facts["tokenizer.ggml.tokens"]),
-        "rope_theta": facts["gemma3.rope.freq_base"],
-        "rope_local_base_freq": 10_000.0,
-        "query_pre_attn_scalar": facts["gemma3.attention.key_length"],
-        "sliding_window": facts["gemma3.attention.sliding_window"],
-        "sliding_window_pattern": 6,
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", **gguf_reader.sizes(facts, "gemma3"),
+        "head_dim": facts["gemma3.attention.key_length"], "hidden_activation": "gelu_pytorch_tanh",
+        "vocab_size": len(facts["tokenizer.ggml.tokens"]), "rope_theta": facts["gemma3.rope.freq_base"],
+        "rope_local_base_freq": 10_000.0, "query_pre_attn_scalar": facts["gemma3.attention.key_length"],
+        "sliding_window": facts["gemma3.attention.sliding_window"], "sliding_window_pattern": 6,
         "torch_dtype": "bfloat16",
-    }
+    }  # fmt: skip
 
 
 def _write_tokenizer(facts: Mapping[str, Any], folder: Path) -> None:
