@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 # Families beside these, seven blocks of each so that periods show.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "smollm3": {"architectures": ["SmolLM3ForCausalLM"]},
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "pad_token_id": 0},
     "ministral3": {
         "architectures": ["Ministral3ForCausalLM"], "sliding_window": 9,
         "layer_types": [*["sliding_attention"] * 3, *["full_attention"] * 4],
@@ -53,6 +53,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FAMILIES = {name: {"model_type": name, "num_hidden_layers": 7, **row} for name, row in FAMILIES.items()}
+
+
+def real(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
+    """What config.json says of a model as it was published; a mistral unless `more` says another thing."""
+    return {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "num_hidden_layers": layers,
+        "hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocab, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False, **more,
+    }  # fmt: skip
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+BIASED = {**LLAMA, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-6}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+POLISH: dict[str, dict[str, Any]] = {  # the models of SpeakLeash and of PLLuM that are dense and speak only
+    "Bielik-1.5B-v3": real(32, 1536, 8960, 12, 2, 32_000, **BIASED),
+    "Bielik-4.5B-v3": real(60, 2048, 11_008, 16, 2, 32_000, **BIASED),
+    "Bielik-7B-v0.1": real(32, 4096, 14_336, 32, 8, 32_000, rope_theta=1e4, sliding_window=4096),
+    # Its published count of parameters is that of 32,000 rows, not of the 32,128 of the model it was cut from.
+    "Bielik-Minitron-7B-v3": real(40, 4096, 11_264, 32, 8, 32_000, sliding_window=None),
+    "Bielik-11B-v3": real(50, 4096, 14_336, 32, 8, 32_128, sliding_window=None),
+    "Llama-PLLuM-8B": real(
+        32, 4096, 14_336, 32, 8, 128_256, **LLAMA, attention_bias=False, mlp_bias=False, rope_theta=5e5,
+        rope_scaling={**LLAMA3, "original_max_position_embeddings": 8192},
+    ),
+    "PLLuM-12B": real(40, 5120, 14_336, 32, 8, 131_072, head_dim=128, sliding_window=None),
+}  # fmt: skip
+
+
+def reduced(config: dict[str, Any]) -> dict[str, Any]:
+    """Seven blocks of a model's own ratios and flags, 96 to 160 channels wide, with the tiny tokenizer."""
+    heads, by = config["num_attention_heads"], 16 if config["hidden_size"] < 4096 else 32
+    sizes = {key: config[key] // by for key in ("hidden_size", "intermediate_size")}
+    head_dim = config.get("head_dim", config["hidden_size"] // heads) // by
+    return {**config, **sizes, "head_dim": head_dim, "num_hidden_layers": 7, "vocab_size": 512}
+
+
+MODELS = {**FAMILIES, **{name: reduced(config) for name, config in POLISH.items()}}
 
 
 def write_tokenizer(folder: Path) -> None:
