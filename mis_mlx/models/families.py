@@ -18,7 +18,7 @@ class Family:
 
     name: str  # the model_type
     mlx: str  # the module of mlx_lm.models
-    gguf: str = ""  # the architecture of llama.cpp; none: exported as a Hugging Face folder only
+    gguf: str  # the architecture of llama.cpp
     block: str = ""  # the module that has its TransformerBlock, where that is another one
     qkv_bias: bool | None = None  # None: as the config's attention_bias says
     other_biases: bool = True  # o_proj by attention_bias, the MLP by mlp_bias: those of other families have none
@@ -50,19 +50,19 @@ ROWS = (
     Family("mistral", "llama", "llama"),
     Family("qwen2", "qwen2", "qwen2", qkv_bias=True, other_biases=False, rope_theta=1e6, head_dim_follows=True),
     Family("qwen3", "qwen3", "qwen3", qkv_bias=False, other_biases=False, head_norms=True, heads_fill_hidden=False),
-    # Every fourth block has no rotary positions; llama.cpp counts them by place, so a cut student is no such GGUF.
-    Family("smollm3", "smollm3", block="llama", kinds="no_rope_layers", tied=True),
+    # Every fourth block has no rotary positions; llama.cpp counts them by place.
+    Family("smollm3", "smollm3", "smollm3", block="llama", kinds="no_rope_layers", tied=True),
     # Queries grow with the logarithm of the position.
     Family(
-        "ministral3", "ministral3", scaled_queries=True, qkv_bias=False, other_biases=False, rope_theta=1e6,
+        "ministral3", "ministral3", "mistral3", scaled_queries=True, qkv_bias=False, other_biases=False, rope_theta=1e6,
         heads_fill_hidden=False,
     ),
     Family(
-        "granite", "granite", embedding_scale="embedding_multiplier", logit_divisor="logits_scaling",
+        "granite", "granite", "granite", embedding_scale="embedding_multiplier", logit_divisor="logits_scaling",
         head_dim_follows=True, numbers=("residual_multiplier", "attention_multiplier"),
     ),
     Family(
-        "gemma3_text", "gemma3_text", qkv_bias=False, other_biases=False, head_norms=True, sandwich=True,
+        "gemma3_text", "gemma3_text", "gemma3", qkv_bias=False, other_biases=False, head_norms=True, sandwich=True,
         gain_offset=1.0, tied=True, rope_theta=1e6, heads_fill_hidden=False, float16=False,
         period="sliding_window_pattern", embedding_scale="sqrt",
         numbers=("rope_local_base_freq", "query_pre_attn_scalar"), axes=("layers", "ffn", "heads", "kv_heads"),

@@ -60,11 +60,9 @@ def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
 
 
 def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
-    """How the matrix of a module is packed, in mlx-lm's names: group_size, bits, mode; empty where it is not.
-
-    MisError when it is not in MLX's format.
-    """
-    if f"{path}.scales" not in checkpoint.tensors:
+    """How the matrix of a module, or of this name, is packed, in mlx-lm's words: group_size, bits, mode; empty where it
+    is not. MisError when it is not in MLX's format."""
+    if f"{(path := path.removesuffix('.weight'))}.scales" not in checkpoint.tensors:
         return {}
     common = checkpoint.config.get("quantization") or {}
     if "bits" not in common:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import distill, export, prune
+from mis_mlx import distill, prune
 from mis_mlx.distillation import live_teacher
 from mis_mlx.models import arch, load, stream
 from mis_mlx.models.config import check_config, normalised
@@ -152,15 +152,6 @@ def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: P
     assert min(losses[6:]) < losses[0] and result["nll_quantized"] is not None
 
 
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_what_llama_cpp_is_not_told_of(models: Models, kind: str, tmp_path: Path) -> None:
-    """A GGUF is refused in one sentence, the Hugging Face folder is written."""
-    with pytest.raises(MisError, match=f"a {kind} is not written as GGUF here: use --format hf"):
-        export.run(export.Settings(model=str(models(kind).path), out=str(tmp_path / "gguf")))
-    export.run(export.Settings(model=str(models(kind).path), out=str(tmp_path / "hf"), format="hf"))
-    assert load.open_checkpoint(tmp_path / "hf").tensors.keys() == models(kind).tensors.keys()
-
-
 @pytest.mark.parametrize(
     ("kind", "flags", "said"),
     [
@@ -201,7 +192,7 @@ def table() -> str:
         axes = ["yes" if axis in row.axes else "no" for axis in ALL]
         if row.head_dim_follows:  # heads, their groups and the hidden size, by the quotient
             axes = [*axes[:2], *["together"] * 3]
-        rest = ["no" if row.sandwich else "yes", "float16" if row.float16 else "bfloat16", row.gguf or "no"]
+        rest = ["no" if row.sandwich else "yes", "float16" if row.float16 else "bfloat16", row.gguf]
         lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")
     return "\n".join(lines)
 
