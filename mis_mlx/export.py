@@ -97,7 +97,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     nbytes, tally = len(head) + gguf_writer.padded_bytes(parts), Counter[str]()
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
     if s.dry_run:
-        return {**result, "notes": [*_facts(parts, checkpoint)[0], *notes]}
+        return {**result, "notes": [*_facts(parts, checkpoint)[:1], *notes]}
     end, base = facts.get("tokenizer.ggml.eos_token_id"), s.base_model or model_card.base_of(checkpoint.path)
     stop = None if end is None else facts["tokenizer.ggml.tokens"][end]
 

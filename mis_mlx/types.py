@@ -81,6 +81,7 @@ class TensorAt:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    stored_as: str = ""  # its name in the file, where that is another one
 
 
 @dataclass(frozen=True)

@@ -137,3 +137,19 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
     return folder
+
+
+def seeing(folder: Path, beside: str = "") -> Path:
+    """A gemma3 with eyes: the tiny gemma3_text of seed 0 inside, two tensors of a vision tower. beside: what the names
+    of all begin with; transformers 5 writes `model.` there."""
+    make(folder, **FAMILIES["gemma3_text"])
+    text = json.loads((folder / "config.json").read_text())
+    wrapped = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "vocab_size": 512}
+    whole = {**wrapped, "text_config": text, "vision_config": {"hidden_size": 8}, "eos_token_id": [0]}
+    (folder / "config.json").write_text(json.dumps(whole))
+    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    mx.eval(weights)
+    inside = {f"{beside}language_model.{name.removeprefix(beside)}": value for name, value in weights.items()}
+    eyes = {f"{beside}{name}.weight": mx.zeros((2, 2)) for name in ("vision_tower.patch", "multi_modal_projector.norm")}
+    mx.save_safetensors(str(folder / "model.safetensors"), inside | eyes)
+    return folder

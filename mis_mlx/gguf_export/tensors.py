@@ -26,11 +26,9 @@ from mis_mlx.types import Checkpoint, MisError
 
 BLOCK = 32  # weights of a Q4_1 or Q5_1 block
 REWRAPPED = {  # (MLX's mode, bits): ggml's type of the same numbers
-    **{("affine", bits): "Q4_1" for bits in (2, 3, 4)},
-    ("affine", 5): "Q5_1",
-    ("mxfp4", 4): "MXFP4",
-    ("nvfp4", 4): "NVFP4",
-}
+    ("affine", 2): "Q4_1", ("affine", 3): "Q4_1", ("affine", 4): "Q4_1", ("affine", 5): "Q5_1",
+    ("mxfp4", 4): "MXFP4", ("nvfp4", 4): "NVFP4",
+}  # fmt: skip
 EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of these is re-wrapped where that is exact
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
 FILE_TYPES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}  # the others are MOSTLY_ and their name

@@ -50,11 +50,8 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     tensors["post_attention_layernorm.weight"] = (s.hidden,)
     if of.sandwich:
         tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
-    for name, out, into in (
-        ("gate_proj", s.ffn, s.hidden),
-        ("up_proj", s.ffn, s.hidden),
-        ("down_proj", s.hidden, s.ffn),
-    ):
+    mlp = (("gate_proj", s.ffn, s.hidden), ("up_proj", s.ffn, s.hidden), ("down_proj", s.hidden, s.ffn))
+    for name, out, into in mlp:
         tensors[f"mlp.{name}.weight"] = (out, into)
         if of.other_biases and config.get("mlp_bias"):
             tensors[f"mlp.{name}.bias"] = (out,)
@@ -186,10 +183,8 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
 def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     """MisError where a model of these sizes would be one that transformers or mlx-lm does not build."""
     s, of = shape_of(config), family(config)
-    if of.period and sizes["layers"] < (period := normalised(config)[of.period]):
-        raise MisError(
-            f"{sizes['layers']} layers of a {of.name} are fewer than {period}, which mlx-lm wants: keep more"
-        )
+    if of.period and (n := sizes["layers"]) < (period := normalised(config)[of.period]):
+        raise MisError(f"{n} layers of a {of.name} are fewer than {period}, which mlx-lm wants: keep more")
     if of.heads_fill_hidden and sizes["hidden"] % sizes["heads"]:
         raise MisError(
             f"hidden {sizes['hidden']} is not a multiple of {sizes['heads']} heads, which transformers "

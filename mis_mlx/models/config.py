@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models.families import FAMILIES, family
+from mis_mlx.models.families import FAMILIES, TEXT_PARTS, family
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.header_check import Refused, json_object
 from mis_mlx.types import MisError
@@ -25,12 +25,9 @@ SIZES = {  # that a config must have, and the most that is plausible
     "num_attention_heads": 1024,
 }  # fmt: skip
 ROPE_NEEDS: dict[Any, tuple[str, ...]] = {  # kinds of rotary positions, and the numbers each cannot do without
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
+    "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+}  # fmt: skip
 ATTENTION = {"full_attention", "sliding_attention"}
 SHARED = re.compile(  # keys and modules that no family is told by
     r"architectures|.*_token_id|(torch_)?dtype|.*version|use_cache|initializer_range|.*dropout|.*pdrop|pretraining_tp|"
@@ -79,8 +76,27 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MisError(f"{folder}: has no readable config.json: give a Hugging Face or MLX model folder") from None
     except Refused as why:
         raise MisError(f"{where}: {why}: download the model again") from None
+    config = _text_part(config, where)
     check_config(config, where)
     return config
+
+
+def _text_part(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The config of the part that speaks, of a model that also sees; another model's as it is."""
+    if (left_out := TEXT_PARTS.get(str(config.get("model_type")))) is None:
+        return config
+    if not isinstance(text := config.get("text_config"), dict):
+        raise MisError(f"{where}: text_config is {str(text)[:40]}, no JSON object: download the model again")
+    own = ("model_type", "architectures")
+    beside = {key: value for key, value in config.items() if not key.endswith("_config") and key not in own}
+    if isinstance(packed := beside.get("quantization"), dict):
+        beside["quantization"] = {text_name(key): value for key, value in packed.items()}
+    return {**left_out, **text, **beside}
+
+
+def text_name(name: str) -> str:
+    """What a tensor of a model's text part is called where there is nothing else."""
+    return re.sub(r"^(model\.)?language_model\.", r"\1", name)
 
 
 def check_config(config: Mapping[str, Any], where: Path) -> None:

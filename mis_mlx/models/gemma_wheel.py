@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mis_mlx.models import wheel_model
 from mis_mlx.storage import gguf_reader
 from mis_mlx.types import MisError
@@ -52,11 +50,8 @@ def install(folder: Path) -> str:
 def _convert(gguf: Path, folder: Path, expected: str = GGUF_SHA256) -> None:
     """Config, tokenizer and weights in bfloat16, one tensor in memory at a time."""
     facts, tensors = gguf_reader.opened(gguf, expected)
-
-    def ours(name: str, values: np.ndarray) -> np.ndarray:  # llama.cpp stores what multiplies, Hugging Face 1 less
-        return values - 1.0 if "norm" in name else values
-
-    gguf_reader.write_weights(tensors, folder, "BF16", BLOCK, ours)
+    # llama.cpp stores what multiplies, Hugging Face 1 less
+    gguf_reader.write_weights(tensors, folder, "BF16", BLOCK, lambda name, v: v - 1.0 if "norm" in name else v)
     gguf_reader.write_json(folder / "config.json", config_of(facts))
     _write_tokenizer(facts, folder)
 

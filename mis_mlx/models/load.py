@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 import resource
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,9 +15,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mis_mlx import cli
 from mis_mlx.maths import lookup, rounding
 from mis_mlx.models import arch, policy, tokenizer_check
-from mis_mlx.models.config import normalised, read_config, shape_of
+from mis_mlx.models.config import normalised, read_config, shape_of, text_name
 from mis_mlx.models.families import Family, family
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError
@@ -22,12 +26,20 @@ from mis_mlx.types import Checkpoint, MisError
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
 EMBEDDING, NORM = "model.embed_tokens.", "model.norm."
 SETTINGS = ("group_size", "bits", "mode")
+say_once = cache(cli.say)
+VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """A folder that passed the gate: headers, config, and that they fit each other. Reads no weights."""
     folder = Path(path)
-    checkpoint = Checkpoint(folder, read_config(folder), safetensors.index(folder))
+    config, tensors = read_config(folder), safetensors.index(folder)
+    if any("language_model." in name for name in tensors):
+        speaks = {name: at for name, at in tensors.items() if not VISION.match(name)}
+        what = f"its text part is opened, a {family(config).name}; {len(tensors) - len(speaks)} tensors of"
+        say_once(f"{folder}: {what} what sees are left out")
+        tensors = {text_name(name): replace(at, stored_as=name) for name, at in speaks.items()}
+    checkpoint = Checkpoint(folder, config, tensors)
     arch.check_tensors(checkpoint)
     return checkpoint
 
@@ -185,9 +197,8 @@ def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """The last RMSNorm, lazy. `raw` as in `weights`."""
     config, of = checkpoint.config, family(checkpoint.config)
-    norm = (_model_module(config).RMSNorm if of.gain_offset else nn.RMSNorm)(
-        config["hidden_size"], eps=config["rms_norm_eps"]
-    )
+    kind = _model_module(config).RMSNorm if of.gain_offset else nn.RMSNorm
+    norm = kind(config["hidden_size"], eps=config["rms_norm_eps"])
     norm.load_weights(weights(checkpoint, NORM, dtype, raw))
     return _divided(norm, config)
 

@@ -29,6 +29,7 @@ def open_model(folder: Path) -> tuple[nn.Module, Any]:
     tokenizer_check.check_tokenizer(folder)
     trust: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": False}, "trust_remote_code": False}
     model, tokenizer = load.mlx_lm("utils").load(str(folder), **trust)
+    model = getattr(model, "language_model", model)  # of one that also sees
     model.set_dtype(policy.compute_dtype(checkpoint))
     return model, tokenizer
 

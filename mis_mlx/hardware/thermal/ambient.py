@@ -179,11 +179,7 @@ class BatteryNode:
         surprise = measured - (self._air_c + self._r * power_w)
         self._air_c += air_row / total * surprise
         self._r += r_row / total * surprise
-        self._covariance = (
-            aa - air_row * air_row / total,
-            ar - air_row * r_row / total,
-            rr - r_row * r_row / total,
-        )
+        self._covariance = (aa - air_row * air_row / total, ar - air_row * r_row / total, rr - r_row * r_row / total)
         return self._air_c, math.sqrt(self._covariance[0])
 
 
