@@ -81,7 +81,7 @@ class TensorAt:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    stored_as: str = ""  # its name in the file, where that is another one
+    stored: tuple[str, TensorAt] | None = None  # what the file has there, where it is rows of that, or called otherwise
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,13 @@ def test_the_folder_of_prune(tmp_path: Path, kind: str, axes: dict[str, Any], te
     same_logits(tmp_path / "pruned", same_tokens(tmp_path / "pruned"), torch.bfloat16)
 
 
+def test_joined_matrices(tmp_path: Path) -> None:
+    """A phi3, as transformers itself opens it."""
+    config = tiny.joined(tmp_path / "phi3") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}))
+    same_logits(tmp_path / "phi3", same_tokens(tmp_path / "phi3"), torch.float32)
+
+
 @pytest.mark.slow
 def test_the_real_teacher_pruned(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, and what GAZDA leaves of it."""

@@ -153,3 +153,20 @@ def seeing(folder: Path, beside: str = "") -> Path:
     eyes = {f"{beside}{name}.weight": mx.zeros((2, 2)) for name in ("vision_tower.patch", "multi_modal_projector.norm")}
     mx.save_safetensors(str(folder / "model.safetensors"), inside | eyes)
     return folder
+
+
+def joined(folder: Path) -> Path:
+    """A phi3: the tiny untied llama of seed 0, its q, k and v in one matrix and its gate and up in another."""
+    make(folder, **KINDS["untied"])
+    config = json.loads((folder / "config.json").read_text())
+    phi = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0, "partial_rotary_factor": 1.0}
+    (folder / "config.json").write_text(json.dumps({**config, **phi}))
+    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    mx.eval(weights)
+    for i in range(config["num_hidden_layers"]):
+        for whole, parts in (("self_attn.qkv", ("q", "k", "v")), ("mlp.gate_up", ("gate", "up"))):
+            stem = f"model.layers.{i}.{whole}_proj.weight"
+            rows = [weights.pop(f"model.layers.{i}.{whole.split('.')[0]}.{part}_proj.weight") for part in parts]
+            weights[stem] = mx.concatenate(rows)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder

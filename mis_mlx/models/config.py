@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models.families import FAMILIES, TEXT_PARTS, family
+from mis_mlx.models.families import FAMILIES, OPENED_AS, family
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.header_check import Refused, json_object
 from mis_mlx.types import MisError
@@ -76,27 +76,29 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MisError(f"{folder}: has no readable config.json: give a Hugging Face or MLX model folder") from None
     except Refused as why:
         raise MisError(f"{where}: {why}: download the model again") from None
-    config = _text_part(config, where)
+    config = _opened_as(config, where)
     check_config(config, where)
     return config
 
 
-def _text_part(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """The config of the part that speaks, of a model that also sees; another model's as it is."""
-    if (left_out := TEXT_PARTS.get(str(config.get("model_type")))) is None:
+def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The config of the family inside, of a model that also sees or has matrices joined; another's as it is."""
+    if (left_out := OPENED_AS.get(str(config.get("model_type")))) is None:
         return config
-    if not isinstance(text := config.get("text_config"), dict):
+    if not isinstance(text := config.get("text_config", {}), dict):
         raise MisError(f"{where}: text_config is {str(text)[:40]}, no JSON object: download the model again")
-    own = ("model_type", "architectures")
-    beside = {key: value for key, value in config.items() if not key.endswith("_config") and key not in own}
+    beside = {k: v for k, v in config.items() if not k.endswith("_config") and k not in ("model_type", "architectures")}
     if isinstance(packed := beside.get("quantization"), dict):
-        beside["quantization"] = {text_name(key): value for key, value in packed.items()}
+        beside["quantization"] = {new: how for name, how in packed.items() for new in inside_names(name)}
     return {**left_out, **text, **beside}
 
 
-def text_name(name: str) -> str:
-    """What a tensor of a model's text part is called where there is nothing else."""
-    return re.sub(r"^(model\.)?language_model\.", r"\1", name)
+def inside_names(name: str) -> list[str]:
+    """What a tensor or module of such a model is called in the family that is inside: one for each matrix in it."""
+    name = re.sub(r"^(model\.)?language_model\.", r"\1", name)
+    joined = re.search(r"\b(qkv|gate_up)_proj\b", name)
+    own = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}[joined[1]] if joined else ()
+    return [name.replace(f"{joined[1]}_proj", f"{each}_proj") for each in own] if joined else [name]
 
 
 def check_config(config: Mapping[str, Any], where: Path) -> None:
@@ -137,8 +139,8 @@ def _nearest(kind: str, config: Mapping[str, Any], where: Path) -> str:
         names = safetensors.index(where.parent)
         modules = {re.sub(r"^model\.(layers\.)?|\b\d+\.|\.\w+$", "", name) for name in names}
     new = [k for k in sorted(config.keys() - of.own - {*KEYS.values()}) + sorted(modules) if not SHARED.fullmatch(k)]
-    more = f" and {len(new) - 8} more" if len(new) > 8 else ""
-    return f", the nearest is {of.name}" + (f", which knows nothing of {', '.join(new[:8])}{more}" if new else "")
+    new[8:] = [f"{len(new) - 8} more"] if len(new) > 8 else []
+    return f", the nearest is {of.name}" + (f", which knows nothing of {', '.join(new)}" if new else "")
 
 
 def _positive(value: Any, key: str, where: Path) -> None:
@@ -166,6 +168,9 @@ def _check_positions(config: Mapping[str, Any], where: Path) -> None:
             _positive(rope.get(needed), f"{key}.{needed}", where)
     if config.get("rope_theta") is not None:
         _positive(config["rope_theta"], "rope_theta", where)
+    for place in (config, *(rope for _, rope in _ropes(config))):
+        if (share := place.get("partial_rotary_factor")) not in (None, 1):
+            raise MisError(f"{where}: partial_rotary_factor is {share!r}, known are models that turn whole heads")
 
 
 def _check_kinds(config: Mapping[str, Any], where: Path) -> None:

@@ -70,7 +70,8 @@ ROWS = (
     ),
 )  # fmt: skip
 FAMILIES = {row.name: row for row in ROWS}
-TEXT_PARTS: dict[str, dict[str, Any]] = {  # of models that also see: what the config of their text part may leave out
+OPENED_AS: dict[str, dict[str, Any]] = {  # other types that hold one of these: which, and what they may leave out
+    "phi3": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},  # some of whose matrices lie in one
     "gemma3": {
         "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "vocab_size": 262_208, "rope_theta": 1e6,

@@ -6,7 +6,6 @@ import importlib
 import re
 import resource
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,7 @@ import mlx.nn as nn
 from mis_mlx import cli
 from mis_mlx.maths import lookup, rounding
 from mis_mlx.models import arch, policy, tokenizer_check
-from mis_mlx.models.config import normalised, read_config, shape_of, text_name
+from mis_mlx.models.config import normalised, read_config, shape_of
 from mis_mlx.models.families import Family, family
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError
@@ -34,12 +33,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """A folder that passed the gate: headers, config, and that they fit each other. Reads no weights."""
     folder = Path(path)
     config, tensors = read_config(folder), safetensors.index(folder)
-    if any("language_model." in name for name in tensors):
-        speaks = {name: at for name, at in tensors.items() if not VISION.match(name)}
-        what = f"its text part is opened, a {family(config).name}; {len(tensors) - len(speaks)} tensors of"
-        say_once(f"{folder}: {what} what sees are left out")
-        tensors = {text_name(name): replace(at, stored_as=name) for name, at in speaks.items()}
-    checkpoint = Checkpoint(folder, config, tensors)
+    if seeing := set(filter(VISION.match, tensors)):
+        say_once(f"{folder}: the text part is opened, a {family(config).name}, without {len(seeing)} tensors that see")
+        tensors = {name: at for name, at in tensors.items() if name not in seeing}
+    checkpoint = Checkpoint(folder, config, arch.inside(tensors, config))
     arch.check_tensors(checkpoint)
     return checkpoint
 

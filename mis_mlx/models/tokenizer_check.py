@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx.hardware import child_process
+from mis_mlx.storage.header_check import json_object
 from mis_mlx.storage.safetensors import inside
 from mis_mlx.types import GIB, MisError, gib
 
@@ -83,10 +84,7 @@ def attempt(folder: str) -> dict[str, int]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_bytes()) if path.exists() else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    return content
+    return json_object(path.read_bytes()) if path.exists() else {}
 
 
 def _templates(folder: Path, settings: dict[str, Any]) -> Iterator[str]:

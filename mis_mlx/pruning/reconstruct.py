@@ -24,11 +24,7 @@ RIDGE = 0.1
 
 
 def reconstruct(
-    teacher: Checkpoint,
-    student: Checkpoint,
-    keep: KeptUnits,
-    batches: Sequence[mx.array],
-    ridge: float = RIDGE,
+    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Sequence[mx.array], ridge: float = RIDGE
 ) -> tuple[dict[str, mx.array], list[float]]:
     """({weight name: new matrix (out, in) float32}, error left per block as a share) for token ids [(B, T)]."""
     columns = kept_columns(keep)

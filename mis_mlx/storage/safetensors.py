@@ -7,7 +7,6 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +106,11 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
     for path, wanted in files_of(tensors, names).items():
         unchanged(path, tensors, wanted)
         content: Any = mx.load(str(path))
-        arrays |= {name: content[tensors[name].stored_as or name] for name in wanted}
+        for name in wanted:
+            at = tensors[name]
+            stored, whole = at.stored or (name, at)
+            first = 0 if at.shape == whole.shape else (at.offset - whole.offset) * whole.shape[0] // whole.nbytes
+            arrays[name] = content[stored] if at.shape == whole.shape else content[stored][first : first + at.shape[0]]
         del content  # an array, once evaluated, stays in memory as long as a dict that holds it
     return arrays
 
@@ -125,8 +128,8 @@ def files_of(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[Path
 def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str]) -> None:
     """Check a file again: MisError when one of the named tensors no longer lies where `tensors` says."""
     now, _ = check(path)
-    due = {name: replace(tensors[name], stored_as="") for name in names}
-    if changed := [name for name, at in due.items() if now.get(tensors[name].stored_as or name) != at]:
+    due = [tensors[name].stored or (name, tensors[name]) for name in names]
+    if changed := [name for name, at in due if now.get(name) != at]:
         raise MisError(f"{path} changed since it was checked (tensor {changed[0]}); start again")
 
 

@@ -120,7 +120,7 @@ UNKNOWN: list[tuple[dict[str, Any], list[str], str]] = [  # PLLuM-8x7B is a mixt
         "the nearest is gemma3_text, which knows nothing of final_logit_softcapping; supported",
     ),
     ({"model_type": "strange", **{f"k{i}": i for i in range(10)}}, [], "knows nothing of k0, k1, k2, k3, k4, k5, k6, k7"
-     " and 2 more; supported"),
+     ", 2 more; supported"),
     ({"model_type": "qwen3_moe"}, [], "the nearest is qwen3; supported are llama, mistral, "),
 ]  # fmt: skip
 

@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten
 from mis_mlx import distill, prune
 from mis_mlx.distillation import live_teacher
 from mis_mlx.models import arch, load, stream
-from mis_mlx.models.config import _text_part, check_config, normalised
-from mis_mlx.models.families import ALL, FAMILIES, family
+from mis_mlx.models.config import _opened_as, check_config, normalised
+from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
 from mis_mlx.types import Batch, Checkpoint, MisError
 from tests import tiny
 
@@ -144,12 +144,12 @@ def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: P
     the_whole_way(models(kind).path, tmp_path, text_folder)
 
 
-def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path) -> None:
+def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path, layers: int = 5) -> None:
     """`distill` with its defaults at a small size: every folder opens in stock mlx_lm, and training lowers the KL."""
     result = distill.run(distill.Settings(
         teacher=str(teacher), data=str(text_folder), out=str(tmp_path / "run"), iters=12, num_samples=2,
         max_seq_length=32, eval_windows=2, reconstruct_samples=3, bench_tokens=2, learning_rate=1e-4, warmup=1,
-        q_iters=2, q_group_size=32, layers=5, ffn=narrower(load.open_checkpoint(teacher).config), scenario="none",
+        q_iters=2, q_group_size=32, layers=layers, ffn=narrower(load.open_checkpoint(teacher).config), scenario="none",
     ))  # fmt: skip
     for name in ("pruned", "distilled", "model"):
         assert np.isfinite(np.array(stock_of(tmp_path / "run" / name)(mx.array([[1, 2, 3]])).astype(mx.float32))).all()
@@ -158,13 +158,13 @@ def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("beside", ["", "model."])
-def test_of_a_model_that_sees_the_text_part_is_opened(
+def test_of_a_model_that_sees_the_opened_as_is_opened(
     models: Models, beside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its tensors by the text part's names, streamed and whole; what is left out is said once."""
     seen = tiny.seeing(tmp_path / "gemma3", beside)
     opened = [load.open_checkpoint(seen) for _ in range(2)][1]
-    assert capsys.readouterr().err.count("its text part is opened, a gemma3_text; 2 tensors of what sees are left") == 1
+    assert capsys.readouterr().err.count("the text part is opened, a gemma3_text, without 2 tensors that see") == 1
     plain, tokens = models("gemma3_text"), mx.array([[5, 9, 300]])
     assert opened.tensors.keys() == plain.tensors.keys() and opened.config["eos_token_id"] == [0]
     assert mx.array_equal(streamed(opened, tokens), streamed(plain, tokens))
@@ -181,19 +181,65 @@ def test_the_whole_way_of_a_model_that_sees(tmp_path: Path, text_folder: Path) -
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "gemma3_text"
 
 
-def test_what_a_text_part_leaves_out_is_the_familys() -> None:
+def test_what_a_opened_as_leaves_out_is_the_familys() -> None:
     """gemma-3-4b's own config.json, which is PLLuM-4B's too; packed matrices by their names."""
     text = {"hidden_size": 2560, "intermediate_size": 10_240, "model_type": "gemma3_text", "num_hidden_layers": 34,
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}  # fmt: skip
     packed = {"bits": 4, "group_size": 64, "language_model.model.layers.0.mlp.up_proj": {"bits": 8}}
     whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}, "quantization": packed}
-    config = _text_part(whole, Path("config.json"))
+    config = _opened_as(whole, Path("config.json"))
     check_config(config, Path("config.json"))
     assert config["quantization"]["model.layers.0.mlp.up_proj"] == {"bits": 8} and "vision_config" not in config
     assert arch.params(config) == 3_880_263_168
     for broken, why in (({"text_config": [1]}, r"text_config is \[1\]"), ({"auto_map": {"x": "y"}}, "auto_map wants")):
         with pytest.raises(MisError, match=why):
-            check_config(_text_part({**whole, **broken}, Path("config.json")), Path("config.json"))
+            check_config(_opened_as({**whole, **broken}, Path("config.json")), Path("config.json"))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_joined_matrices_are_opened_apart(models: Models, bits: int | None, tmp_path: Path) -> None:
+    """A phi3 is a llama whose matrices lie on disk as rows of another; so do MLX's packed ones, some in other bits."""
+    phi = tiny.joined(tmp_path / "phi3")
+    if bits:
+        utils, phi = load.mlx_lm("utils"), tmp_path / "packed"
+        model, config = utils.load_model(tmp_path / "phi3")
+
+        def how(path: str, _: nn.Module) -> bool | dict[str, Any]:
+            return {"group_size": 64, "bits": 8, "mode": "affine"} if "layers.1.mlp.gate_up" in path else True
+
+        model, config = utils.quantize_model(model, config, 64, bits, quant_predicate=how)
+        utils.save(phi, tmp_path / "phi3", model, load.tokenizer(tmp_path / "phi3"), config)
+    opened, tokens = load.open_checkpoint(phi), mx.array([[5, 9, 300, 17]])
+    assert set(opened.tensors) >= set(models("untied").tensors) and opened.config["model_type"] == "llama"
+    theirs, whole = stock_of(phi)(tokens), load.resident(opened, mx.float32)(tokens)
+    for z in (streamed(opened, tokens), whole):
+        assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
+    if not bits:
+        assert mx.array_equal(whole, load.resident(models("untied"), mx.float32)(tokens))
+
+
+def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> None:
+    """Its students are llama folders."""
+    the_whole_way(tiny.joined(tmp_path / "phi3"), tmp_path, text_folder, layers=2)
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75, known are models that turn whole heads"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "supported are the types default, linear"),
+        ({"num_key_value_heads": 4}, "qkv_proj.weight has 128 rows, config.json makes it 192: download it again"),
+    ],
+)
+def test_what_of_phi_is_refused(change: dict[str, Any], why: str, tmp_path: Path) -> None:
+    """Positions in a part of each head, Phi's own long ones, and rows that do not add up."""
+    folder = tiny.joined(tmp_path / "phi3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(MisError, match=why):
+        load.open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -245,3 +291,4 @@ def test_the_page_says_what_the_table_says() -> None:
     """docs/families.md."""
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     assert table() in page, table()
+    assert all(f"`{name}`" in page and into["model_type"] in FAMILIES for name, into in OPENED_AS.items())
