@@ -13,7 +13,7 @@ import pytest
 from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mis_mlx import export
+from mis_mlx import export, quantize
 from mis_mlx.data import sources
 from mis_mlx.gguf_export import tensors, vocab
 from mis_mlx.models import load, resolve
@@ -147,6 +147,17 @@ def test_packed_models_re_wrapped(tmp_path: Path, how: str, opened: Callable[...
     want = forward(GGUFReader(file), IDS)
     assert np.corrcoef(theirs(opened(file), IDS).ravel(), want.ravel())[0, 1] > 0.999
     np.testing.assert_allclose(want, ours(checkpoint.path, mx.float32)(IDS), atol=0.03)  # Q8_0's rounding, if any
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_packed_families(tmp_path: Path, kind: str, opened: Callable[..., Any]) -> None:
+    """Four bits of every family, norms beside them; what is left are llama.cpp's 8-bit activations."""
+    model, four = tiny.make(tmp_path / "m", **KINDS[kind]), tmp_path / "four"
+    quantize.run(quantize.Settings(
+        model=str(model), mlx_path=str(four), target_bpw=None, q_method="round", q_group_size=32,
+    ))  # fmt: skip
+    found = theirs(opened(exported(four, tmp_path / "out", None)), IDS)
+    assert np.corrcoef(found.ravel(), ours(four, mx.float32)(IDS).ravel())[0, 1] > 0.999
 
 
 K_SHAPES: dict[str, dict[str, Any]] = {
