@@ -162,11 +162,7 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data) -> tuple[str, 
         return "", {}
     table = summary.page(models, sizes, quality, s.max_seq_length)
     c.files.replace_text(folder / "table.md", table + "\n")
-    result = {
-        **summary.result(folder, models, sizes, quality),
-        "mode": c.plan.mode,
-        **c.account(c.plan.budget_bytes),
-    }
+    result = {**summary.result(folder, models, sizes, quality), "mode": c.plan.mode, **c.account(c.plan.budget_bytes)}
     c.files.replace_text(folder / run_folder.RESULT, json.dumps(result, indent=2))
     for name in () if s.keep_steps else pipeline.LEFT:
         if (folder / name).exists():

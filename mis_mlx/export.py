@@ -16,6 +16,7 @@ from mis_mlx.gguf_export import gguf_writer, model_card, tensors, vocab
 from mis_mlx.hardware import llama_cpp, memory
 from mis_mlx.models import arch, load, model_writer, policy, resolve, tokenizer_check
 from mis_mlx.models.config import shape_of
+from mis_mlx.models.families import family
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
@@ -66,7 +67,7 @@ def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
 
 def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, inexact: int = 0) -> list[str]:
     """What became of the matrices, for people: which were re-wrapped, which rounded."""
-    packed = [p for p in parts if p.source and tensors.packing(checkpoint, p.source)]
+    packed = [p for p in parts if load.packing(checkpoint, p.source)]
     again = Counter(p.kind for p in packed if not p.exact)
     facts = [f"types of the tensors: {', '.join(f'{n} {k}' for k, n in Counter(p.kind for p in parts).items())}"]
     if exact := sum(p.exact for p in parts):
@@ -88,7 +89,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         llama_cpp.quantizer()  # its absence is said before the work
     parts = tensors.parts(checkpoint, wanted)
     staged = tensors.parts(checkpoint, "f16") if k_quant else parts
-    writer = gguf.GGUFWriter(None, tensors.arch_of(config))
+    writer = gguf.GGUFWriter(None, family(config).gguf)
     tensors.describe(writer, config, name, wanted)
     notes = vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}
@@ -96,7 +97,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     nbytes, tally = len(head) + gguf_writer.padded_bytes(parts), Counter[str]()
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
     if s.dry_run:
-        return {**result, "notes": [*_facts(parts, checkpoint)[0], *notes]}
+        return {**result, "notes": [*_facts(parts, checkpoint)[:1], *notes]}
     end, base = facts.get("tokenizer.ggml.eos_token_id"), s.base_model or model_card.base_of(checkpoint.path)
     stop = None if end is None else facts["tokenizer.ggml.tokens"][end]
 
@@ -128,7 +129,7 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     shape, dtype = shape_of(checkpoint.config), HF_DTYPES[wanted]
     config = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), dtype)
     nbytes = 2 * arch.params(checkpoint.config)
-    packed = sum(tensors.packing(checkpoint, name) is not None for name in arch.tensors_of(checkpoint.config))
+    packed = sum(load.packing(checkpoint, name) != {} for name in arch.tensors_of(checkpoint.config))
     facts = [f"weights in {dtype}"]
     facts += [f"{packed} packed matrices de-quantized, then rounded to {dtype}"] if packed else []
 

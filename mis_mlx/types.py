@@ -81,6 +81,7 @@ class TensorAt:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    stored: tuple[str, TensorAt] | None = None  # what the file has there, where it is rows of that, or called otherwise
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,12 @@ def near(float32: float, half: float) -> float:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
-    """`models(kind)`: the tiny float32 model of a kind in tiny.KINDS or FAMILIES, made once a session."""
+    """`models(kind)`: the tiny float32 model of a kind in tiny.KINDS or MODELS, made once a session."""
     root, made = tmp_path_factory.mktemp("models"), dict[str, Checkpoint]()
 
     def get(kind: str) -> Checkpoint:
         if kind not in made:
-            made[kind] = load.open_checkpoint(tiny.make(root / kind, **{**tiny.KINDS, **tiny.FAMILIES}[kind]))
+            made[kind] = load.open_checkpoint(tiny.make(root / kind, **{**tiny.KINDS, **tiny.MODELS}[kind]))
         return made[kind]
 
     return get

@@ -189,6 +189,7 @@ def test_end_to_end(tmp_path: Path, four: Path, command: Callable[..., Done]) ->
     assert sorted(os.listdir(tmp_path / "out")) == ["Modelfile", "README.md", "four-Q4_1.gguf"]
     file = tmp_path / "out" / result["file"]
     assert result["nbytes"] == last_line(dry)["nbytes"] == file.stat().st_size
+    assert last_line(dry)["notes"][0] == result["notes"][0] and result["notes"][0].startswith("types of the tensors: ")
     assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./four-Q4_1.gguf\n")
     assert "21 matrices re-wrapped" in (tmp_path / "out" / "README.md").read_text() and result["peak_bytes"] > 0
 

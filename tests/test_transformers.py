@@ -17,10 +17,11 @@ from tests import tiny
 torch = pytest.importorskip("torch", reason="transformers runs models on torch: pip install -e '.[transformers]'")
 
 TEXT = "Baca pasł owce: the with statement, 1234567 + 89 = café?"
-BIASED = {"attention_bias": True, "mlp_bias": True}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
-KINDS: dict[str, dict[str, Any]] = {**tiny.KINDS, "biased": BIASED, "long": {"rope_scaling": LLAMA3}}
+KINDS: dict[str, dict[str, Any]] = {**tiny.KINDS, **tiny.MODELS, "long": {"rope_scaling": LLAMA3}}
+# Their ministral3 has one window for all blocks, mlx-lm's goes by the blocks' kinds; the published ones have none.
+KINDS["ministral3"] = {**KINDS["ministral3"], "sliding_window": None, "layer_types": None}
 WINDOW = {"num_samples": 4, "max_seq_length": 32}
 
 
@@ -70,6 +71,13 @@ def test_the_folder_of_prune(tmp_path: Path, kind: str, axes: dict[str, Any], te
     model, out = made(tmp_path / "m", **tiny.KINDS[kind]), str(tmp_path / "pruned")
     prune.run(prune.Settings(model=model, data=str(text_folder), mlx_path=out, **WINDOW, **axes))
     same_logits(tmp_path / "pruned", same_tokens(tmp_path / "pruned"), torch.bfloat16)
+
+
+def test_joined_matrices(tmp_path: Path) -> None:
+    """A phi3, as transformers itself opens it."""
+    config = tiny.joined(tmp_path / "phi3") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}))
+    same_logits(tmp_path / "phi3", same_tokens(tmp_path / "phi3"), torch.float32)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 # Families beside these, seven blocks of each so that periods show.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "smollm3": {"architectures": ["SmolLM3ForCausalLM"]},
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "pad_token_id": 0},
     "ministral3": {
         "architectures": ["Ministral3ForCausalLM"], "sliding_window": 9,
         "layer_types": [*["sliding_attention"] * 3, *["full_attention"] * 4],
@@ -53,6 +53,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FAMILIES = {name: {"model_type": name, "num_hidden_layers": 7, **row} for name, row in FAMILIES.items()}
+
+
+def real(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
+    """What config.json says of a model as it was published; a mistral unless `more` says another thing."""
+    return {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "num_hidden_layers": layers,
+        "hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocab, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False, **more,
+    }  # fmt: skip
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+BIASED = {**LLAMA, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-6}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+POLISH: dict[str, dict[str, Any]] = {  # the models of SpeakLeash and of PLLuM that are dense and speak only
+    "Bielik-1.5B-v3": real(32, 1536, 8960, 12, 2, 32_000, **BIASED),
+    "Bielik-4.5B-v3": real(60, 2048, 11_008, 16, 2, 32_000, **BIASED),
+    "Bielik-7B-v0.1": real(32, 4096, 14_336, 32, 8, 32_000, rope_theta=1e4, sliding_window=4096),
+    # Its published count of parameters is that of 32,000 rows, not of the 32,128 of the model it was cut from.
+    "Bielik-Minitron-7B-v3": real(40, 4096, 11_264, 32, 8, 32_000, sliding_window=None),
+    "Bielik-11B-v3": real(50, 4096, 14_336, 32, 8, 32_128, sliding_window=None),
+    "Llama-PLLuM-8B": real(
+        32, 4096, 14_336, 32, 8, 128_256, **LLAMA, attention_bias=False, mlp_bias=False, rope_theta=5e5,
+        rope_scaling={**LLAMA3, "original_max_position_embeddings": 8192},
+    ),
+    "PLLuM-12B": real(40, 5120, 14_336, 32, 8, 131_072, head_dim=128, sliding_window=None),
+}  # fmt: skip
+
+
+def reduced(config: dict[str, Any]) -> dict[str, Any]:
+    """Seven blocks of a model's own ratios and flags, 96 to 160 channels wide, with the tiny tokenizer."""
+    heads, by = config["num_attention_heads"], 16 if config["hidden_size"] < 4096 else 32
+    sizes = {key: config[key] // by for key in ("hidden_size", "intermediate_size")}
+    head_dim = config.get("head_dim", config["hidden_size"] // heads) // by
+    return {**config, **sizes, "head_dim": head_dim, "num_hidden_layers": 7, "vocab_size": 512}
+
+
+MODELS = {**FAMILIES, **{name: reduced(config) for name, config in POLISH.items()}}
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -97,4 +136,37 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
     writer.close()
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
+    return folder
+
+
+def seeing(folder: Path, beside: str = "") -> Path:
+    """A gemma3 with eyes: the tiny gemma3_text of seed 0 inside, two tensors of a vision tower. beside: what the names
+    of all begin with; transformers 5 writes `model.` there."""
+    make(folder, **FAMILIES["gemma3_text"])
+    text = json.loads((folder / "config.json").read_text())
+    wrapped = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "vocab_size": 512}
+    whole = {**wrapped, "text_config": text, "vision_config": {"hidden_size": 8}, "eos_token_id": [0]}
+    (folder / "config.json").write_text(json.dumps(whole))
+    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    mx.eval(weights)
+    inside = {f"{beside}language_model.{name.removeprefix(beside)}": value for name, value in weights.items()}
+    eyes = {f"{beside}{name}.weight": mx.zeros((2, 2)) for name in ("vision_tower.patch", "multi_modal_projector.norm")}
+    mx.save_safetensors(str(folder / "model.safetensors"), inside | eyes)
+    return folder
+
+
+def joined(folder: Path) -> Path:
+    """A phi3: the tiny untied llama of seed 0, its q, k and v in one matrix and its gate and up in another."""
+    make(folder, **KINDS["untied"])
+    config = json.loads((folder / "config.json").read_text())
+    phi = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0, "partial_rotary_factor": 1.0}
+    (folder / "config.json").write_text(json.dumps({**config, **phi}))
+    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    mx.eval(weights)
+    for i in range(config["num_hidden_layers"]):
+        for whole, parts in (("self_attn.qkv", ("q", "k", "v")), ("mlp.gate_up", ("gate", "up"))):
+            stem = f"model.layers.{i}.{whole}_proj.weight"
+            rows = [weights.pop(f"model.layers.{i}.{whole.split('.')[0]}.{part}_proj.weight") for part in parts]
+            weights[stem] = mx.concatenate(rows)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder

@@ -37,6 +37,7 @@ def result(
         "nll_student": main["distilled", "nll"],
         "nll_quantized": main.get(("4-bit", "nll")),
         "gap_closed": (main["pruned", "nll"] - main["distilled", "nll"]) / gap if gap else None,
+        "kl_pruned": main["pruned", "kl"],
         "kl_student": main["distilled", "kl"],
         "top1_student": main["distilled", "top1"],
         **{f"{r.metric}_{r.model}": round(r.value, 3) for r in sizes if r.metric != "params"},

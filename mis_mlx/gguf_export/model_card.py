@@ -57,10 +57,9 @@ def readme(checkpoint: Checkpoint, base: str | None, form: str, file: str, facts
     front = {
         **({"base_model": base} if base else {}),
         **({"license": "apache-2.0"} if base == resolve.DEFAULT else {}),
-        "library_name": "gguf" if form == "gguf" else "transformers",
-        "pipeline_tag": "text-generation",
+        "library_name": "gguf" if form == "gguf" else "transformers", "pipeline_tag": "text-generation",
         "tags": ["mis_mlx"],
-    }
+    }  # fmt: skip
     recipe = "\n".join(f"- {line}" for line in (*facts, *_recipe(checkpoint.path, run)))
     table = run / "table.md" if run else None
     measured = f"## Measured\n\n{table.read_text('utf-8').strip()}\n\n" if table and table.is_file() else ""

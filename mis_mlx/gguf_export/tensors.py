@@ -26,17 +26,24 @@ from mis_mlx.types import Checkpoint, MisError
 
 BLOCK = 32  # weights of a Q4_1 or Q5_1 block
 REWRAPPED = {  # (MLX's mode, bits): ggml's type of the same numbers
-    **{("affine", bits): "Q4_1" for bits in (2, 3, 4)},
-    ("affine", 5): "Q5_1",
-    ("mxfp4", 4): "MXFP4",
-    ("nvfp4", 4): "NVFP4",
-}
+    ("affine", 2): "Q4_1", ("affine", 3): "Q4_1", ("affine", 4): "Q4_1", ("affine", 5): "Q5_1",
+    ("mxfp4", 4): "MXFP4", ("nvfp4", 4): "NVFP4",
+}  # fmt: skip
 EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of these is re-wrapped where that is exact
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
 FILE_TYPES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}  # the others are MOSTLY_ and their name
 F16_MAX = 65504.0
 FREQS = "rope_freqs.weight"
-YARN = {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+YARN = {  # of stretched positions: their keys, and the `GGUFWriter`'s words
+    "factor": "factor", "original_max_position_embeddings": "orig_ctx_len", "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow", "mscale_all_dim": "yarn_log_mul",
+}  # fmt: skip
+INTERLEAVED = ("llama", "smollm3", "granite", "mistral3")  # which turn neighbours in a row of q and k
+OWN = {  # a family's own keys, and the `GGUFWriter`'s word for each
+    "embedding_multiplier": "embedding_scale", "logits_scaling": "logit_scale",
+    "residual_multiplier": "residual_scale", "attention_multiplier": "attention_scale",
+    "rope_local_base_freq": "rope_freq_base_swa", "sliding_window_pattern": "sliding_window_pattern",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,21 +73,15 @@ class Part:
         return math.prod(self.byte_shape)
 
 
-def packing(checkpoint: Checkpoint, name: str) -> tuple[int, int, str] | None:
-    """(bits, group size, mode) of a packed matrix; None for one that is not packed."""
-    own = load.packing(checkpoint, name.removesuffix(".weight"))
-    return (own["bits"], own["group_size"], own["mode"]) if own else None
-
-
 def out_type(checkpoint: Checkpoint) -> str:
     """The type that suits a model: one that holds what MLX packed exactly; q8_0 where none does; f16 if not packed."""
     if not arch.is_quantized(checkpoint.tensors):
         return "f16"
     exact = Counter[str]()
     for name in arch.tensors_of(checkpoint.config):
-        bits, _, mode = packing(checkpoint, name) or (0, 0, "")
-        if (mode, bits) in REWRAPPED:
-            exact["q4_1" if mode == "affine" else mode] += 1
+        own = load.packing(checkpoint, name)
+        if own and (own["mode"], own["bits"]) in REWRAPPED:
+            exact["q4_1" if own["mode"] == "affine" else own["mode"]] += 1
     return exact.most_common(1)[0][0] if exact else "q8_0"
 
 
@@ -93,10 +94,10 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     """
     import gguf
 
-    config, s = checkpoint.config, shape_of(checkpoint.config)
+    config, s, of = checkpoint.config, shape_of(checkpoint.config), family(checkpoint.config)
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[arch_of(config)], s.layers)
-    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if arch_of(config) == "llama" else {}
+    names = gguf.get_tensor_name_map(known[of.gguf], s.layers)
+    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.gguf in INTERLEAVED else {}
     every = []
     for name, shape in arch.tensors_of(config).items():
         kind, exact = _kind(checkpoint, name, wanted, shape[1]) if len(shape) == 2 else ("F32", False)
@@ -106,7 +107,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
             raise MisError(f"{name} has rows of {shape[1]} weights, {why}: use --out-type f16")
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
-            raise MisError(f"llama.cpp's {arch_of(config)} has no place for {name}: use --format hf")
+            raise MisError(f"llama.cpp's {of.gguf} has no place for {name}: use --format hf")
         every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
     if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in every):
         raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
@@ -117,17 +118,17 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
 
 def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple[str, bool]:
     """(ggml's type of a matrix, whether MLX's packing goes into it as it is)."""
-    packed, common = packing(checkpoint, name), checkpoint.config.get("quantization") or {}
+    own, common = load.packing(checkpoint, name), checkpoint.config.get("quantization") or {}
+    bits, group, mode = (own.get(key, 0) for key in ("bits", "group_size", "mode"))
     if wanted == "q4_k_m":
         return _k_mixture(checkpoint.config, name, columns), False
     if wanted in ("f32", "f16", "bf16", "q8_0"):
         return wanted.upper(), False
     if wanted in EXACT_TYPES and arch.is_quantized(checkpoint.tensors):
-        bits, group, mode = packed or (0, 0, "")
         whole = group % BLOCK == 0 if mode == "affine" else columns % (64 if mode == "nvfp4" else BLOCK) == 0
         exact = REWRAPPED.get((mode, bits)) if whole else None
         return exact or "Q8_0", exact is not None
-    wide = name in (load.EMBEDDING + "weight", "lm_head.weight") or (packed and 4 < packed[0] != common["bits"])
+    wide = name in (load.EMBEDDING + "weight", "lm_head.weight") or (own and 4 < bits != common["bits"])
     return "Q8_0" if wide else wanted.upper(), False
 
 
@@ -178,6 +179,8 @@ def _converted(checkpoint: Checkpoint, part: Part, slab: load.Raw, _: Counter[st
     from gguf import GGMLQuantizationType, quantize
 
     values = np.array(load.dense(checkpoint, part.source, slab).astype(mx.float32))
+    if "norm" in part.source:
+        values = (values + family(checkpoint.config).gain_offset) * _query_gain(checkpoint.config, part.name)
     _finite(part, values)
     if part.kind == "F16" and values.size and np.abs(values).max() > F16_MAX:
         raise MisError(f"{part.source} has {np.abs(values).max():.4g}, float16 ends at {F16_MAX:.0f}: use bf16")
@@ -187,9 +190,7 @@ def _converted(checkpoint: Checkpoint, part: Part, slab: load.Raw, _: Counter[st
 def _rewrapped(checkpoint: Checkpoint, part: Part, slab: load.Raw, tally: Counter[str]) -> np.ndarray:
     """MLX's packed rows as ggml's blocks: scale, bias, then the integers, half a block of them in low nibbles."""
     stem = part.source.removesuffix(".weight")
-    packed = packing(checkpoint, part.source)
-    assert packed is not None
-    bits, group, mode = packed
+    bits, group, mode = (load.packing(checkpoint, part.source)[key] for key in ("bits", "group_size", "mode"))
     q = np.array(rounding.integers(slab[part.source], BLOCK, bits))  # whatever the group is
     if mode == "nvfp4":  # scales of four groups of 16 stand together
         scales = np.array(slab[f"{stem}.scales"]).reshape(len(q), -1, 4)
@@ -213,26 +214,35 @@ def _halves(q: np.ndarray, block: int) -> np.ndarray:
     return q[..., : block // 2] | (q[..., block // 2 :] << 4)
 
 
-def arch_of(config: Mapping[str, Any]) -> str:
-    """llama.cpp's name of the architecture. MisError for a family whose files are not written here."""
-    if not (name := family(config).gguf):
-        raise MisError(
-            f"a {family(config).name} is not written as GGUF here: use --format hf, and on that folder llama.cpp's own "
-            "convert_hf_to_gguf.py"
-        )
-    return name
+def _query_gain(config: Mapping[str, Any], name: str) -> float:
+    """What the norm of queries takes over: llama.cpp's gemma3 knows no query_pre_attn_scalar and divides by the head's
+    size, in a model of 62 blocks by hidden / heads."""
+    if not name.endswith("attn_q_norm.weight") or "query_pre_attn_scalar" not in family(config).numbers:
+        return 1.0
+    s = shape_of(config)
+    return math.sqrt((s.hidden // s.heads if s.layers == 62 else s.head_dim) / config["query_pre_attn_scalar"])
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """(kind of rotary positions, its settings). MisError for one that llama.cpp cannot be told of."""
-    arch = arch_of(config)
-    scaling = normalised(config).get("rope_scaling") or {}
+    of, c = family(config), normalised(config)
+    arch, scaling = of.gguf, c.get("rope_scaling") or {}
     rope = scaling.get("rope_type") or scaling.get("type") or "default"
-    if "sliding_attention" in (config.get("layer_types") or ()):
+    usual = [int(i % 4 != 3) for i in range(c["num_hidden_layers"])]
+    if of.kinds and (c[of.kinds] != usual or c.get("attention_bias") or c.get("mlp_bias")):
+        raise MisError(
+            f"llama.cpp's {arch} has no biases, and rotary positions in all blocks but every fourth, unlike this "
+            "model: use --format hf, which transformers and mlx-lm open"
+        )
+    if "sliding_attention" in (config.get("layer_types") or ()) and not of.period:
         raise MisError(f"llama.cpp's {arch} has no sliding windows, some layers here do: use --format hf")
-    odd = sorted(set(scaling) - YARN) if rope == "yarn" else []
+    known = {"type", "rope_type", "rope_theta", *YARN} - {"mscale_all_dim"}
+    if of.scaled_queries:  # llama.cpp takes mscale for 1
+        known |= {"mscale_all_dim", "llama_4_scaling_beta"} | ({"mscale"} if scaling.get("mscale", 1) == 1 else set())
+    odd = sorted(set(scaling) - known) if rope == "yarn" else []
     lost = rope == "yarn" and not scaling.get("original_max_position_embeddings")
-    if rope == "dynamic" or odd or lost or (rope == "llama3" and arch != "llama"):
+    other = rope == "dynamic" or (rope == "llama3" and arch != "llama") or (rope != "yarn" and of.scaled_queries)
+    if other or odd or lost:
         detail = f" with {odd[0]}" if odd else " without original_max_position_embeddings" if lost else ""
         raise MisError(f"rotary positions of type {rope}{detail} have no place in a {arch} GGUF: use --format hf")
     return rope, scaling
@@ -252,33 +262,27 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
     """Put every key that llama.cpp's loader reads of these models, tokenizer aside, into the `GGUFWriter`."""
     import gguf
 
-    s, c = shape_of(config), normalised(config)
+    s, c, of = shape_of(config), normalised(config), family(config)
     if type(c.get("max_position_embeddings")) is not int:
         raise MisError("config.json has no max_position_embeddings, which llama.cpp needs: add it")
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_size_label(gguf.size_label(arch.params(config), 0, 0, 0))
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(wanted, f"MOSTLY_{wanted.upper()}")])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(c["max_position_embeddings"])
-    writer.add_embedding_length(s.hidden)
-    writer.add_block_count(s.layers)
-    writer.add_feed_forward_length(s.ffn)
-    writer.add_vocab_size(s.vocab)
-    writer.add_head_count(s.heads)
-    writer.add_head_count_kv(s.kv_heads)
-    writer.add_key_length(s.head_dim)
-    writer.add_value_length(s.head_dim)
-    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
-    writer.add_rope_dimension_count(s.head_dim)
-    writer.add_rope_freq_base(c["rope_theta"])
     rope, scaling = _rope(config)
+    words = {
+        "type": "model", "name": name, "size_label": gguf.size_label(arch.params(config), 0, 0, 0),
+        "file_type": gguf.LlamaFileType[FILE_TYPES.get(wanted, f"MOSTLY_{wanted.upper()}")],
+        "quantization_version": gguf.GGML_QUANT_VERSION,
+        "context_length": c["max_position_embeddings"], "embedding_length": s.hidden, "block_count": s.layers,
+        "feed_forward_length": s.ffn, "vocab_size": s.vocab, "head_count": s.heads, "head_count_kv": s.kv_heads,
+        "key_length": s.head_dim, "value_length": s.head_dim, "layer_norm_rms_eps": c["rms_norm_eps"],
+        "rope_dimension_count": s.head_dim, "rope_freq_base": c["rope_theta"],
+        **{OWN[key]: c.get(key) or 1.0 for key in sorted(of.own & OWN.keys())},
+    }  # fmt: skip
     if rope in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope))
-        writer.add_rope_scaling_factor(scaling["factor"])
-    if rope == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-        if "beta_fast" in scaling:
-            writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
-        if "beta_slow" in scaling:
-            writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
+        words["rope_scaling_type"] = gguf.RopeScalingType(rope)
+        keys = YARN.keys() & scaling if rope == "yarn" else {"factor"}
+        words |= {f"rope_scaling_{YARN[key]}": scaling[key] for key in sorted(keys)}
+    if of.scaled_queries:
+        words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
+    if of.period:
+        words["sliding_window"] = load.model_args(config).sliding_window
+    for word, value in words.items():
+        getattr(writer, f"add_{word}")(value)

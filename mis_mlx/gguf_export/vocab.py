@@ -6,12 +6,12 @@ Writes into a `gguf.GGUFWriter`, not to disk. Follows llama.cpp's conversion/bas
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mis_mlx.storage.header_check import Refused, json_object
 from mis_mlx.types import MisError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # GGUF's token types
@@ -46,7 +46,7 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     spec, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
     if not spec:
         raise MisError(f"{folder} has no tokenizer.json: copy the tokenizer files of the model it was made from")
-    first = _ids(folder, "a")[:1]  # also the library's own judgement of the file
+    letter = _ids(folder, "a")  # also the library's own judgement of the file
     kind, pre, pieces, notes = _pieces(folder, spec)
     spm = kind == "llama"
     pieces |= _added(spec, spm)
@@ -60,15 +60,17 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     writer.add_token_types([type_ for _, _, type_ in rows])
     if spm:
         writer.add_token_scores([score for _, score, _ in rows])
-    if isinstance(settings.get("add_prefix_space"), bool):
-        writer.add_add_space_prefix(settings["add_prefix_space"])
+    # Of SentencePiece's, Gemma's puts no space in front; its settings do not say so, and llama.cpp would.
+    space = settings.get("add_prefix_space", any(pieces[i][0].startswith("▁") for i in letter) if spm else None)
+    if isinstance(space, bool):
+        writer.add_add_space_prefix(space)
     try:
         special = gguf.SpecialVocab(folder, load_merges=not spm, n_vocab=size)
     except ValueError as error:
         why = f"the tokenizer's settings are damaged ({str(error)[:120]})"
         raise MisError(f"{folder}: {why}: copy them again") from None
     if "bos" not in special.add_special_token:
-        special.add_special_token["bos"] = first == [special.special_token_ids.get("bos")]
+        special.add_special_token["bos"] = letter[:1] == [special.special_token_ids.get("bos")]
     special.add_to_gguf(writer, quiet=True)
     return notes
 
@@ -116,15 +118,10 @@ def _steps(spec: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise MisError(f"{path} is not a JSON object: copy the tokenizer files again")
-    return content
+        return json_object(path.read_bytes()) if path.is_file() else {}
+    except (OSError, Refused) as why:
+        raise MisError(f"{path}: {why}: copy the tokenizer files again") from None
 
 
 def _ids(folder: Path, text: str) -> list[int]:

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mis_mlx.models.config import KEYS, Shape, normalised, shape_of
+from mis_mlx.models.config import KEYS, Shape, inside_names, normalised, shape_of
 from mis_mlx.models.families import family
 from mis_mlx.types import Checkpoint, MisError, PrunableAxis, TensorAt
 
 # A ratio per axis, kept / before. gazda: what was measured best at GÓRAL's size on SmolLM2-135M, 28 of 30 layers and
 # half of the FFN (benchmarks/recovery.py). The others: table 1 of the paper, on its 96-layer 8192/28672 teacher.
 SCENARIOS: dict[str, dict[str, float]] = {
-    "gazda": {"layers": 28 / 30, "ffn": 1 / 2},
-    "goral": {"layers": 64 / 96, "ffn": 22528 / 28672},
-    "baca": {"hidden": 6144 / 8192},
-    "halny": {"ffn": 16384 / 28672},
-    "juhas": {"layers": 64 / 96},
-    "zbojnik": {"layers": 48 / 96, "ffn": 12288 / 28672},
-}
+    "gazda": {"layers": 28 / 30, "ffn": 1 / 2}, "goral": {"layers": 64 / 96, "ffn": 22528 / 28672},
+    "baca": {"hidden": 6144 / 8192}, "halny": {"ffn": 16384 / 28672},
+    "juhas": {"layers": 64 / 96}, "zbojnik": {"layers": 48 / 96, "ffn": 12288 / 28672},
+}  # fmt: skip
 MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models
-    "model_type": "llama",
-    "num_hidden_layers": 96,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "quantization": {"group_size": 64, "bits": 4},
-}
+    "model_type": "llama", "num_hidden_layers": 96, "hidden_size": 8192, "intermediate_size": 28672,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    "tie_word_embeddings": False, "quantization": {"group_size": 64, "bits": 4},
+}  # fmt: skip
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 TAPS = {"ffn": ("mlp", "down_proj"), "heads": ("self_attn", "o_proj"), "norm1": ("self_attn", "q_proj"),
         "norm2": ("mlp", "gate_proj")}  # axis -> whose input is looked at  # fmt: skip
@@ -57,11 +48,8 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     tensors["post_attention_layernorm.weight"] = (s.hidden,)
     if of.sandwich:
         tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
-    for name, out, into in (
-        ("gate_proj", s.ffn, s.hidden),
-        ("up_proj", s.ffn, s.hidden),
-        ("down_proj", s.hidden, s.ffn),
-    ):
+    mlp = (("gate_proj", s.ffn, s.hidden), ("up_proj", s.ffn, s.hidden), ("down_proj", s.hidden, s.ffn))
+    for name, out, into in mlp:
         tensors[f"mlp.{name}.weight"] = (out, into)
         if of.other_biases and config.get("mlp_bias"):
             tensors[f"mlp.{name}.bias"] = (out,)
@@ -111,17 +99,31 @@ def spaces(config: Mapping[str, Any]) -> dict[str, PrunableAxis]:
         return PrunableAxis(size, unit, of(writers, ".weight"), of(readers, ".weight"), of(writers, ".bias"))
 
     hidden = axis(s.hidden, 1, ("o_proj", "down_proj"), READERS["norm1"] + READERS["norm2"])
-    norms = ("model.layers.{i}.input_layernorm.weight", "model.layers.{i}.post_attention_layernorm.weight")
+    norms = ("model.norm", "model.layers.{i}.input_layernorm", "model.layers.{i}.post_attention_layernorm")
+    reads = ("model.embed_tokens.weight", "lm_head.weight", *hidden.reads)
     return {
         "ffn": axis(s.ffn, 1, ("gate_proj", "up_proj"), READERS["ffn"]),
         "heads": axis(s.heads * s.head_dim, s.head_dim, ("q_proj",), READERS["heads"]),
         "kv_heads": axis(s.kv_heads * s.head_dim, s.head_dim, ("k_proj", "v_proj"), ()),
-        "hidden": replace(
-            hidden,
-            reads=("model.embed_tokens.weight", "lm_head.weight", *hidden.reads),
-            vectors=("model.norm.weight", *norms, *hidden.vectors),
-        ),
+        "hidden": replace(hidden, reads=reads, vectors=(*(f"{n}.weight" for n in norms), *hidden.vectors)),
     }
+
+
+def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[str, TensorAt]:
+    """Tensors by the names of the config's family. Matrices that lie joined are rows of one, in their order."""
+    found, due = dict[str, TensorAt](), tensors_of(config)
+    for name, at in tensors.items():
+        if len(names := inside_names(name)) == 1:
+            found[names[0]] = at if names == [name] else replace(at, stored=(name, at))
+            continue
+        row, first = at.nbytes // at.shape[0], 0
+        for own in names:
+            rows = due.get(re.sub(r"\w+$", "weight", own), (0,))[0]
+            part = replace(at, shape=(rows, *at.shape[1:]), offset=at.offset + first * row, nbytes=rows * row)
+            found[own], first = replace(part, stored=(name, at)), first + rows
+        if first != at.shape[0]:
+            raise MisError(f"{at.file}: {name} has {at.shape[0]} rows, config.json makes it {first}: download it again")
+    return found
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -193,10 +195,8 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
 def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     """MisError where a model of these sizes would be one that transformers or mlx-lm does not build."""
     s, of = shape_of(config), family(config)
-    if of.period and sizes["layers"] < (period := normalised(config)[of.period]):
-        raise MisError(
-            f"{sizes['layers']} layers of a {of.name} are fewer than {period}, which mlx-lm wants: keep more"
-        )
+    if of.period and (n := sizes["layers"]) < (period := normalised(config)[of.period]):
+        raise MisError(f"{n} layers of a {of.name} are fewer than {period}, which mlx-lm wants: keep more")
     if of.heads_fill_hidden and sizes["hidden"] % sizes["heads"]:
         raise MisError(
             f"hidden {sizes['hidden']} is not a multiple of {sizes['heads']} heads, which transformers "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models.families import FAMILIES, family
+from mis_mlx.models.families import FAMILIES, OPENED_AS, family
+from mis_mlx.storage import safetensors
 from mis_mlx.storage.header_check import Refused, json_object
 from mis_mlx.types import MisError
 
@@ -22,13 +25,15 @@ SIZES = {  # that a config must have, and the most that is plausible
     "num_attention_heads": 1024,
 }  # fmt: skip
 ROPE_NEEDS: dict[Any, tuple[str, ...]] = {  # kinds of rotary positions, and the numbers each cannot do without
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
+    "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+}  # fmt: skip
 ATTENTION = {"full_attention", "sliding_attention"}
+SHARED = re.compile(  # keys and modules that no family is told by
+    r"architectures|.*_token_id|(torch_)?dtype|.*version|use_cache|initializer_range|.*dropout|.*pdrop|pretraining_tp|"
+    r"quantization.*|model_type|max_position_.*|hidden_act.*|rms_norm_eps|rope_.*|(attention|mlp)_bias|layer_types|"
+    r"sliding_window|(self_attn|mlp)\.([qkvo]|gate|up|down)_proj|embed_tokens|norm|lm_head|(input|post_attention)_layernorm"
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,29 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MisError(f"{folder}: has no readable config.json: give a Hugging Face or MLX model folder") from None
     except Refused as why:
         raise MisError(f"{where}: {why}: download the model again") from None
+    config = _opened_as(config, where)
     check_config(config, where)
     return config
+
+
+def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The config of the family inside, of a model that also sees or has matrices joined; another's as it is."""
+    if (left_out := OPENED_AS.get(str(config.get("model_type")))) is None:
+        return config
+    if not isinstance(text := config.get("text_config", {}), dict):
+        raise MisError(f"{where}: text_config is {str(text)[:40]}, no JSON object: download the model again")
+    beside = {k: v for k, v in config.items() if not k.endswith("_config") and k not in ("model_type", "architectures")}
+    if isinstance(packed := beside.get("quantization"), dict):
+        beside["quantization"] = {new: how for name, how in packed.items() for new in inside_names(name)}
+    return {**left_out, **text, **beside}
+
+
+def inside_names(name: str) -> list[str]:
+    """What a tensor or module of such a model is called in the family that is inside: one for each matrix in it."""
+    name = re.sub(r"^(model\.)?language_model\.", r"\1", name)
+    joined = re.search(r"\b(qkv|gate_up)_proj\b", name)
+    own = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}[joined[1]] if joined else ()
+    return [name.replace(f"{joined[1]}_proj", f"{each}_proj") for each in own] if joined else [name]
 
 
 def check_config(config: Mapping[str, Any], where: Path) -> None:
@@ -85,7 +111,8 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
             )
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise MisError(f"{where}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+        why = f"model_type {kind!r} is not supported{_nearest(kind, config, where) if isinstance(kind, str) else ''}"
+        raise MisError(f"{where}: {why}; supported are {', '.join(FAMILIES)}")
     for key, most in SIZES.items():
         _whole(config, key, most, where)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -101,6 +128,19 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if config.get(key) not in (None, True, False):
             raise MisError(f"{where}: {key} is {config[key]!r}, true or false was expected")
+
+
+def _nearest(kind: str, config: Mapping[str, Any], where: Path) -> str:
+    """The known family whose own keys or name this one shares, and what else its config and its tensors have."""
+    shares = {f: [f.name[:n] == kind[:n] for n in range(2, len(kind) + 1)] for f in FAMILIES.values()}
+    of = max(shares, key=lambda f: (len(f.own & config.keys()), sum(shares[f])))
+    modules = set[str]()
+    with contextlib.suppress(MisError):  # a config alone is enough to say something
+        names = safetensors.index(where.parent)
+        modules = {re.sub(r"^model\.(layers\.)?|\b\d+\.|\.\w+$", "", name) for name in names}
+    new = [k for k in sorted(config.keys() - of.own - {*KEYS.values()}) + sorted(modules) if not SHARED.fullmatch(k)]
+    new[8:] = [f"{len(new) - 8} more"] if len(new) > 8 else []
+    return f", the nearest is {of.name}" + (f", which knows nothing of {', '.join(new)}" if new else "")
 
 
 def _positive(value: Any, key: str, where: Path) -> None:
@@ -128,6 +168,9 @@ def _check_positions(config: Mapping[str, Any], where: Path) -> None:
             _positive(rope.get(needed), f"{key}.{needed}", where)
     if config.get("rope_theta") is not None:
         _positive(config["rope_theta"], "rope_theta", where)
+    for place in (config, *(rope for _, rope in _ropes(config))):
+        if (share := place.get("partial_rotary_factor")) not in (None, 1):
+            raise MisError(f"{where}: partial_rotary_factor is {share!r}, known are models that turn whole heads")
 
 
 def _check_kinds(config: Mapping[str, Any], where: Path) -> None:

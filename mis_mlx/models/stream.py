@@ -109,9 +109,8 @@ class Stream:
         packed = "U32" in stored
         # Weights stored as they are computed with are used where they were read; others are converted. Packed ones that
         # stay packed need their slot as long as the block lives, whatever type its norms have.
-        self._copies = not (packed and policy.keeps_packed()) and (
-            packed or any(kind.get(d, dtype) != dtype for d in stored)
-        )
+        others = packed or any(kind.get(d, dtype) != dtype for d in stored)
+        self._copies = others and not (packed and policy.keeps_packed())
         self._kept: dict[int, nn.Module] = {}
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
@@ -201,9 +200,8 @@ class Stream:
         scale = load.embedding_scale(self.checkpoint.config, self.dtype)
         for tokens in batches:
             ids, inverse = np.unique(np.array(tokens), return_inverse=True)
-            table = load.embedding(
-                self.checkpoint, self.dtype, {name: self._rows(t, ids) for name, t in tensors.items()}
-            )
+            rows = {name: self._rows(t, ids) for name, t in tensors.items()}
+            table = load.embedding(self.checkpoint, self.dtype, rows)
             load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
             out = table(mx.array(inverse.reshape(tokens.shape).astype(np.int32)))
             out = out if scale is None else out * scale

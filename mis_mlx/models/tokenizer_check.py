@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx.hardware import child_process
+from mis_mlx.storage.header_check import json_object
 from mis_mlx.storage.safetensors import inside
 from mis_mlx.types import GIB, MisError, gib
 
@@ -83,10 +84,7 @@ def attempt(folder: str) -> dict[str, int]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_bytes()) if path.exists() else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    return content
+    return json_object(path.read_bytes()) if path.exists() else {}
 
 
 def _templates(folder: Path, settings: dict[str, Any]) -> Iterator[str]:
@@ -105,10 +103,8 @@ def _rendered(template: str, settings: dict[str, Any]) -> int:
     """Characters of SAID in the template, with and without a generation prompt. A template may refuse, not more."""
     from jinja2.exceptions import SecurityError, TemplateError
 
-    known: dict[str, Any] = {
-        key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)
-    }
-    known |= {"tools": None, "documents": None}
+    known: dict[str, Any] = {"tools": None, "documents": None}
+    known |= {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}
     count = 0
     for messages, generation in ((SAID, False), (SAID[:1], True)):
         values = {**known, "messages": messages, "add_generation_prompt": generation}
@@ -137,9 +133,8 @@ def _sandbox() -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
+    parts = [Generation, "jinja2.ext.loopcontrols"]
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=parts)
     sandbox.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, indent=how.get("indent"))
     sandbox.globals["raise_exception"] = _refusal
     sandbox.globals["strftime_now"] = lambda _form: "2026-01-01"

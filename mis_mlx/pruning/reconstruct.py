@@ -24,10 +24,7 @@ HELD_OUT = 4  # every fourth window judges them, or the last of fewer
 
 
 def reconstruct(
-    teacher: Checkpoint,
-    student: Checkpoint,
-    keep: KeptUnits,
-    batches: Sequence[mx.array],
+    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Sequence[mx.array]
 ) -> tuple[dict[str, mx.array], list[float]]:
     """({weight name: new matrix (out, in) float32}, error left per block as a share) for token ids [(B, T)]."""
     columns = kept_columns(keep)

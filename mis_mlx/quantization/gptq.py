@@ -24,10 +24,7 @@ ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest
 
 
 def rounded_blocks(
-    checkpoint: Checkpoint,
-    batches: Sequence[mx.array],
-    plan: Layout,
-    hidden: stream.Hidden | None = None,
+    checkpoint: Checkpoint, batches: Sequence[mx.array], plan: Layout, hidden: stream.Hidden | None = None
 ) -> Iterator[dict[str, rounding.Packed]]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 

@@ -128,11 +128,7 @@ def standalone(picture: str) -> str:
 
 
 def columns(
-    key: str,
-    title: str,
-    description: str,
-    labels: tuple[str, str],
-    groups: Mapping[str, Mapping[int, float]],
+    key: str, title: str, description: str, labels: tuple[str, str], groups: Mapping[str, Mapping[int, float]]
 ) -> str:
     """Standing bars at whole numbers, one colour a group: {group: {number: height}}. labels: of x and y."""
     with _drawing():

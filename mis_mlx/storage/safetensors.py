@@ -103,7 +103,11 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
     for path, wanted in files_of(tensors, names).items():
         unchanged(path, tensors, wanted)
         content: Any = mx.load(str(path))
-        arrays |= {name: content[name] for name in wanted}
+        for name in wanted:
+            at = tensors[name]
+            stored, whole = at.stored or (name, at)
+            first = 0 if at.shape == whole.shape else (at.offset - whole.offset) * whole.shape[0] // whole.nbytes
+            arrays[name] = content[stored] if at.shape == whole.shape else content[stored][first : first + at.shape[0]]
         del content  # an array, once evaluated, stays in memory as long as a dict that holds it
     return arrays
 
@@ -121,7 +125,8 @@ def files_of(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[Path
 def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str]) -> None:
     """Check a file again: MisError when one of the named tensors no longer lies where `tensors` says."""
     now, _ = check(path)
-    if changed := [name for name in names if now.get(name) != tensors[name]]:
+    due = [tensors[name].stored or (name, tensors[name]) for name in names]
+    if changed := [name for name, at in due if now.get(name) != at]:
         raise MisError(f"{path} changed since it was checked (tensor {changed[0]}); start again")
 
 

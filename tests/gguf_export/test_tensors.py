@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, dequantize
+from gguf import GGMLQuantizationType, GGUFWriter, dequantize
 
 from mis_mlx.gguf_export import tensors
 from mis_mlx.models import load
@@ -162,6 +162,44 @@ def test_types_of_each_kind(tmp_path: Path, models: Callable[[str], Checkpoint])
     assert (again["token_embd.weight"], again["blk.0.ffn_up.weight"]) == ("Q8_0", "Q4_0")
 
 
+def facts(config: dict[str, Any]) -> dict[str, Any]:
+    """{key without the architecture: value} of what `describe` writes."""
+    writer = GGUFWriter(None, "x")
+    tensors.describe(writer, config, "name", "f16")
+    return {key.removeprefix("x."): value.value for key, value in writer.kv_data[0].items()}
+
+
+def test_a_familys_own_numbers(models: Callable[[str], Checkpoint]) -> None:
+    """Multipliers, windows and what queries grow by have their keys, with the config's numbers."""
+    granite = facts({**models("granite").config, "logits_scaling": None})
+    assert [granite[f"{n}_scale"] for n in ("embedding", "residual", "logit")] == [12.0, 0.22, 1.0]
+    assert granite["attention.scale"] == 0.1
+    gemma = facts(models("gemma3_text").config)
+    assert gemma["attention.sliding_window"] == 7 and gemma["attention.sliding_window_pattern"] == 3
+    assert gemma["rope.freq_base_swa"] == 1e3 and gemma["rope.freq_base"] == 1e4
+    mistral = facts({**models("ministral3").config, "layer_types": None})
+    scaling = {k.removeprefix("rope.scaling."): v for k, v in mistral.items() if k.startswith("rope.scaling.")}
+    assert scaling == {
+        "type": "yarn", "factor": 4.0, "original_context_length": 8, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0,
+        "yarn_log_multiplier": 1.0,
+    } and mistral["attention.temperature_scale"] == 0.1  # fmt: skip
+    assert not any("scal" in key or "slid" in key for key in facts(models("smollm3").config))
+
+
+def test_gemmas_norms_are_what_multiplies(models: Callable[[str], Checkpoint]) -> None:
+    """One more than is stored; those of queries take the odd score divisor in, of 62 blocks another one."""
+    gemma = models("gemma3_text")
+    q, k = ("model.layers.2.self_attn.q_norm.weight", "model.layers.2.self_attn.k_norm.weight")
+    for name, gain in ((q, (16 / 20) ** 0.5), (k, 1.0), ("model.norm.weight", 1.0)):
+        want = gain * (1 + np.array(load.dense(gemma, name)))
+        np.testing.assert_allclose(content(gemma, name, "f16")[1], want, rtol=1e-6)
+    assert (
+        tensors._query_gain({**gemma.config, "num_hidden_layers": 62}, "blk.0.attn_q_norm.weight") == (16 / 20) ** 0.5
+    )
+    deep = {**gemma.config, "num_hidden_layers": 62, "hidden_size": 80}  # 20 a head, which is what the scalar is
+    assert tensors._query_gain(deep, "blk.0.attn_q_norm.weight") == 1.0
+
+
 def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -> None:
     """rope_freqs divides each frequency by what mlx-lm's own Llama3RoPE divides it by; 1 first, the factor last."""
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -176,6 +214,11 @@ def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -
     assert found[0] == 1 and found[-1] == 8 and np.any((found > 1.01) & (found < 7.99))
 
 
+def scaled(**changes: Any) -> dict[str, Any]:
+    """The tiny ministral3 without windows, its positions changed."""
+    return {"layer_types": None, "rope_parameters": {**tiny.FAMILIES["ministral3"]["rope_parameters"], **changes}}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "why"),
     [
@@ -184,7 +227,12 @@ def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -
         ("llama", {"rope_scaling": {**YARN, "attention_factor": 1.3}}, "yarn with attention_factor"),
         ("qwen2", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3 have no place in a qwen2 GGUF"),
         ("llama", {"layer_types": ["sliding_attention"] * 3}, "has no sliding windows"),
-        ("granite", {}, "a granite is not written as GGUF here"),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1, 1, 1]}, "all blocks but every fourth, unlike this model"),
+        ("smollm3", {"mlp_bias": True}, "llama.cpp's smollm3 has no biases"),
+        ("ministral3", {}, "llama.cpp's mistral3 has no sliding windows, some layers here do"),
+        ("ministral3", scaled(mscale=0.7), "yarn with mscale have no place in a mistral3"),
+        ("ministral3", scaled(rope_type="linear"), "type linear have no place in a mistral3"),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3 have no place in a gemma3"),
     ],
 )  # fmt: skip
 def test_positions_without_a_place_are_a_sentence(

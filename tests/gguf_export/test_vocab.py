@@ -144,6 +144,13 @@ def test_merges_with_byte_fallback_become_scores(tmp_path: Path) -> None:
     assert [f["token_type"][i] for i in (1, 299, 300, 556, 557)] == [CONTROL, NORMAL, BYTE, USER_DEFINED, UNUSED]
     assert f["tokens"][556] == " hello there" and f["scores"][556:558] == [-1000.0, -10000.0]
     assert f["add_space_prefix"] is False and f["add_bos_token"] is True
+    edit(tmp_path / "tokenizer_config.json", add_prefix_space=None)
+    assert "add_space_prefix" not in facts(tmp_path, 560)[0]
+    for pre, space in ((pre_tokenizers.Metaspace(), True), (pre_tokenizers.Metaspace(prepend_scheme="never"), False)):
+        spec["pre_tokenizer"] = json.loads(pre.__getstate__())
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        (tmp_path / "tokenizer_config.json").write_text("{}")  # as Gemma's, which does not say
+        assert facts(tmp_path, 560)[0]["add_space_prefix"] is space
 
 
 def test_what_cannot_go_along_is_a_sentence(bpe: Path) -> None:
@@ -162,6 +169,6 @@ def test_what_cannot_go_along_is_a_sentence(bpe: Path) -> None:
         Tokenizer(kind).save(str(bpe / "tokenizer.json"))
         refused(f"of type {type(kind).__name__} has no place")
     (bpe / "tokenizer.json").write_text("{")
-    refused("is not a JSON object")
+    refused("tokenizer.json: it is not valid JSON .* copy the tokenizer files again")
     (bpe / "tokenizer.json").unlink()
     refused("has no tokenizer.json")

@@ -103,6 +103,41 @@ def test_no_config_at_all(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02, "sliding_window": None}
+UNKNOWN: list[tuple[dict[str, Any], list[str], str]] = [  # PLLuM-8x7B is a mixtral
+    (
+        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, **EXPERTS},
+        ["self_attn.q_proj", "block_sparse_moe.gate", "block_sparse_moe.experts.0.w1", "block_sparse_moe.experts.1.w1"],
+        "'mixtral' is not supported, the nearest is mistral, which knows nothing of num_experts_per_tok, "
+        "num_local_experts, router_aux_loss_coef, block_sparse_moe.experts.w1, block_sparse_moe.gate; supported",
+    ),
+    (
+        {"model_type": "olmo2", "clip_qkv": None}, ["self_attn.q_norm", "post_attention_layernorm"],
+        "the nearest is llama, which knows nothing of clip_qkv, self_attn.q_norm; supported",
+    ),
+    (
+        {"model_type": "gemma2", "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0}, [],
+        "the nearest is gemma3_text, which knows nothing of final_logit_softcapping; supported",
+    ),
+    ({"model_type": "strange", **{f"k{i}": i for i in range(10)}}, [], "knows nothing of k0, k1, k2, k3, k4, k5, k6, k7"
+     ", 2 more; supported"),
+    ({"model_type": "qwen3_moe"}, [], "the nearest is qwen3; supported are llama, mistral, "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "tensors", "sentence"), UNKNOWN, ids=[str(c["model_type"]) for c, _, _ in UNKNOWN])
+def test_an_unknown_family_and_its_nearest(
+    tmp_path: Path, changes: dict[str, Any], tensors: list[str], sentence: str
+) -> None:
+    """What its config has that no row knows, and its tensors, where the weights are there."""
+    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in tensors)]
+    if tensors:
+        mx.save_safetensors(str(tmp_path / "model.safetensors"), {name: mx.zeros((2, 2)) for name in names})
+    with pytest.raises(MisError) as caught:
+        load.open_checkpoint(write(tmp_path, changes))
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_rope_parameters_only_gives_the_same_logits(tmp_path: Path, batches: list[mx.array]) -> None:
     """transformers 5 writes theta only into rope_parameters; theta 500,000 there equals it at the top level."""
     old = tiny.make(tmp_path / "old", rope_theta=500_000.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import distill, export, prune
+from mis_mlx import distill, prune
 from mis_mlx.distillation import live_teacher
 from mis_mlx.models import arch, load, stream
-from mis_mlx.models.config import check_config, normalised
-from mis_mlx.models.families import ALL, FAMILIES
+from mis_mlx.models.config import _opened_as, check_config, normalised
+from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
 from mis_mlx.types import Batch, Checkpoint, MisError
 from tests import tiny
 
@@ -36,14 +36,40 @@ def streamed(checkpoint: Checkpoint, tokens: mx.array) -> mx.array:
     return load.logits(source.head(), source.forward([tokens])[0])
 
 
+def narrower(config: Mapping[str, Any]) -> int:
+    """Two thirds of a model's neurons, in whole groups of 32."""
+    return int(config["intermediate_size"]) * 2 // 3 // 32 * 32
+
+
 def test_every_row_has_a_tiny_model() -> None:
     """A row without a parity test is no row."""
-    kinds = {config.get("model_type", "llama") for config in (*tiny.KINDS.values(), *tiny.FAMILIES.values())}
+    kinds = {config.get("model_type", "llama") for config in (*tiny.KINDS.values(), *tiny.MODELS.values())}
     assert kinds == set(FAMILIES)
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("Bielik-7B-v0.1", 7_241_732_096),
+        ("Bielik-Minitron-7B-v3", 7_476_678_656),
+        ("Llama-PLLuM-8B", 8_030_261_248),
+        ("PLLuM-12B", 12_247_782_400),
+    ],
+)
+def test_the_configs_of_polish_models_are_theirs(name: str, count: int) -> None:
+    """As many parameters as published."""
+    check_config(tiny.POLISH[name], Path("config.json"))
+    assert arch.params(tiny.POLISH[name]) == count
+
+
+def test_bieliks_biases_are_counted() -> None:
+    """Seven of every one of 60 blocks: another program dropped all of them without a word."""
+    biases = [name for name in arch.tensors_of(tiny.POLISH["Bielik-4.5B-v3"]) if name.endswith(".bias")]
+    assert len(biases) == 420
+
+
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
+@pytest.mark.parametrize("kind", tiny.MODELS)
 def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], kind: str) -> None:
     """Hidden states equal to the last bit; logits are stock mlx_lm's to 1e-5 of the largest."""
     ours, stock = load.resident(models(kind), mx.float32), stock_of(models(kind).path)
@@ -56,10 +82,10 @@ def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], 
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
+@pytest.mark.parametrize("kind", tiny.MODELS)
 def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_path: Path) -> None:
     """The distillation step's, by numpy and in one graph, against autodiff of mlx_lm's own forward pass."""
-    seven = load.open_checkpoint(tiny.make(tmp_path / "teacher", seed=7, **tiny.FAMILIES[kind]))
+    seven = load.open_checkpoint(tiny.make(tmp_path / "teacher", seed=7, **tiny.MODELS[kind]))
     student, teacher = load.resident(models(kind), mx.float32), live_teacher.StreamedTeacher(seven)
     student.train()
     tokens, learn = mx.random.randint(0, 512, (2, 12), key=mx.random.key(3)), mx.ones((2, 12))
@@ -86,17 +112,17 @@ def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_p
             assert mx.abs(gradient - named[name]).max().item() <= 2e-4 * most + 1e-7, name
 
 
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
+@pytest.mark.parametrize("kind", tiny.MODELS)
 def test_cut_along_every_axis_it_opens_in_stock(models: Models, kind: str, tmp_path: Path, text_folder: Path) -> None:
     """Blocks, neurons, heads, groups, channels, as far as the family offers them: kinds stay with their blocks, and
     streamed, resident and stock agree on the student."""
-    offered, before = FAMILIES[kind].axes, models(kind).config
-    sizes: dict[str, Any] = {"layers": 4, "ffn": 512, "hidden": 32, "heads": 2, "kv_heads": 1}
-    if FAMILIES[kind].head_dim_follows:
+    of, before = family(models(kind).config), models(kind).config
+    sizes: dict[str, Any] = {"layers": 4, "ffn": narrower(before), "hidden": 32, "heads": 2, "kv_heads": 1}
+    if of.head_dim_follows:
         sizes |= {"heads": None, "kv_heads": None, "hidden": None}
-    if kind == "gemma3_text":
+    if before["num_key_value_heads"] == 1:
         sizes["kv_heads"] = None
-    asked = {axis: n for axis, n in sizes.items() if axis in offered}
+    asked = {axis: n for axis, n in sizes.items() if axis in of.axes}
     prune.run(prune.Settings(
         model=str(models(kind).path), mlx_path=str(tmp_path / "cut"), scenario="none", data=str(text_folder),
         num_samples=2, max_seq_length=16, dtype="float32", hidden_by="importance", **asked,
@@ -112,27 +138,107 @@ def test_cut_along_every_axis_it_opens_in_stock(models: Models, kind: str, tmp_p
     assert mx.abs(streamed(student, tokens) - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item() + 1e-6
 
 
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
+@pytest.mark.parametrize("kind", tiny.MODELS)
 def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: Path) -> None:
+    """Every family and every Polish model."""
+    the_whole_way(models(kind).path, tmp_path, text_folder)
+
+
+def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path, layers: int = 5) -> None:
     """`distill` with its defaults at a small size: every folder opens in stock mlx_lm, and training lowers the KL."""
     result = distill.run(distill.Settings(
-        teacher=str(models(kind).path), data=str(text_folder), out=str(tmp_path / "run"), iters=12, num_samples=2,
+        teacher=str(teacher), data=str(text_folder), out=str(tmp_path / "run"), iters=12, num_samples=2,
         max_seq_length=32, eval_windows=2, reconstruct_samples=3, bench_tokens=2, learning_rate=1e-4, warmup=1,
-        q_iters=2, q_group_size=32, layers=5, ffn=512, scenario="none",
+        q_iters=2, q_group_size=32, layers=layers, ffn=narrower(load.open_checkpoint(teacher).config), scenario="none",
     ))  # fmt: skip
     for name in ("pruned", "distilled", "model"):
         assert np.isfinite(np.array(stock_of(tmp_path / "run" / name)(mx.array([[1, 2, 3]])).astype(mx.float32))).all()
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert min(losses[6:]) < losses[0] and result["nll_quantized"] is not None
+    assert result["kl_student"] < result["kl_pruned"] and result["nll_quantized"] is not None
 
 
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_what_llama_cpp_is_not_told_of(models: Models, kind: str, tmp_path: Path) -> None:
-    """A GGUF is refused in one sentence, the Hugging Face folder is written."""
-    with pytest.raises(MisError, match=f"a {kind} is not written as GGUF here: use --format hf"):
-        export.run(export.Settings(model=str(models(kind).path), out=str(tmp_path / "gguf")))
-    export.run(export.Settings(model=str(models(kind).path), out=str(tmp_path / "hf"), format="hf"))
-    assert load.open_checkpoint(tmp_path / "hf").tensors.keys() == models(kind).tensors.keys()
+@pytest.mark.parametrize("beside", ["", "model."])
+def test_of_a_model_that_sees_the_opened_as_is_opened(
+    models: Models, beside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tensors by the text part's names, streamed and whole; what is left out is said once."""
+    seen = tiny.seeing(tmp_path / "gemma3", beside)
+    opened = [load.open_checkpoint(seen) for _ in range(2)][1]
+    assert capsys.readouterr().err.count("the text part is opened, a gemma3_text, without 2 tensors that see") == 1
+    plain, tokens = models("gemma3_text"), mx.array([[5, 9, 300]])
+    assert opened.tensors.keys() == plain.tensors.keys() and opened.config["eos_token_id"] == [0]
+    assert mx.array_equal(streamed(opened, tokens), streamed(plain, tokens))
+    assert mx.array_equal(load.resident(opened, mx.float32)(tokens), load.resident(plain, mx.float32)(tokens))
+    if not beside:
+        theirs = stock_of(seen)(tokens)
+        assert mx.abs(streamed(opened, tokens) - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
+
+
+def test_the_whole_way_of_a_model_that_sees(tmp_path: Path, text_folder: Path) -> None:
+    """Its students are gemma3_text folders; of the teacher too speed is measured."""
+    seen = tiny.seeing(tmp_path / "gemma3")
+    the_whole_way(seen, tmp_path, text_folder)
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "gemma3_text"
+
+
+def test_what_a_opened_as_leaves_out_is_the_familys() -> None:
+    """gemma-3-4b's own config.json, which is PLLuM-4B's too; packed matrices by their names."""
+    text = {"hidden_size": 2560, "intermediate_size": 10_240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}  # fmt: skip
+    packed = {"bits": 4, "group_size": 64, "language_model.model.layers.0.mlp.up_proj": {"bits": 8}}
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}, "quantization": packed}
+    config = _opened_as(whole, Path("config.json"))
+    check_config(config, Path("config.json"))
+    assert config["quantization"]["model.layers.0.mlp.up_proj"] == {"bits": 8} and "vision_config" not in config
+    assert arch.params(config) == 3_880_263_168
+    for broken, why in (({"text_config": [1]}, r"text_config is \[1\]"), ({"auto_map": {"x": "y"}}, "auto_map wants")):
+        with pytest.raises(MisError, match=why):
+            check_config(_opened_as({**whole, **broken}, Path("config.json")), Path("config.json"))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_joined_matrices_are_opened_apart(models: Models, bits: int | None, tmp_path: Path) -> None:
+    """A phi3 is a llama whose matrices lie on disk as rows of another; so do MLX's packed ones, some in other bits."""
+    phi = tiny.joined(tmp_path / "phi3")
+    if bits:
+        utils, phi = load.mlx_lm("utils"), tmp_path / "packed"
+        model, config = utils.load_model(tmp_path / "phi3")
+
+        def how(path: str, _: nn.Module) -> bool | dict[str, Any]:
+            return {"group_size": 64, "bits": 8, "mode": "affine"} if "layers.1.mlp.gate_up" in path else True
+
+        model, config = utils.quantize_model(model, config, 64, bits, quant_predicate=how)
+        utils.save(phi, tmp_path / "phi3", model, load.tokenizer(tmp_path / "phi3"), config)
+    opened, tokens = load.open_checkpoint(phi), mx.array([[5, 9, 300, 17]])
+    assert set(opened.tensors) >= set(models("untied").tensors) and opened.config["model_type"] == "llama"
+    theirs, whole = stock_of(phi)(tokens), load.resident(opened, mx.float32)(tokens)
+    for z in (streamed(opened, tokens), whole):
+        assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
+    if not bits:
+        assert mx.array_equal(whole, load.resident(models("untied"), mx.float32)(tokens))
+
+
+def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> None:
+    """Its students are llama folders."""
+    the_whole_way(tiny.joined(tmp_path / "phi3"), tmp_path, text_folder, layers=2)
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75, known are models that turn whole heads"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "supported are the types default, linear"),
+        ({"num_key_value_heads": 4}, "qkv_proj.weight has 128 rows, config.json makes it 192: download it again"),
+    ],
+)
+def test_what_of_phi_is_refused(change: dict[str, Any], why: str, tmp_path: Path) -> None:
+    """Positions in a part of each head, Phi's own long ones, and rows that do not add up."""
+    folder = tiny.joined(tmp_path / "phi3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(MisError, match=why):
+        load.open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +281,7 @@ def table() -> str:
         axes = ["yes" if axis in row.axes else "no" for axis in ALL]
         if row.head_dim_follows:  # heads, their groups and the hidden size, by the quotient
             axes = [*axes[:2], *["together"] * 3]
-        rest = ["no" if row.sandwich else "yes", "float16" if row.float16 else "bfloat16", row.gguf or "no"]
+        rest = ["no" if row.sandwich else "yes", "float16" if row.float16 else "bfloat16", row.gguf]
         lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")
     return "\n".join(lines)
 
@@ -184,3 +290,4 @@ def test_the_page_says_what_the_table_says() -> None:
     """docs/families.md."""
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     assert table() in page, table()
+    assert all(f"`{name}`" in page and into["model_type"] in FAMILIES for name, into in OPENED_AS.items())
