@@ -1,11 +1,11 @@
-"""Text for training and measuring: token windows, batch order."""
+"""Text for training and measuring: token windows, the bytes they stand for, batch order."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,16 @@ class Windows:
     """Token ids (N, T) int32, and learn (N, T) float32: 1 where the prediction made there counts.
 
     The prediction made at position t is of token t + 1, so the last column of `learn` is always 0.
+    text_bytes (N,): of the text that these predictions are of (`text_bytes`), where that was counted.
     """
 
     tokens: np.ndarray
     learn: np.ndarray
+    text_bytes: np.ndarray | None = None
+
+    def pick(self, at: Any) -> Windows:
+        """Some of the windows: indices or a slice."""
+        return Windows(self.tokens[at], self.learn[at], None if self.text_bytes is None else self.text_bytes[at])
 
 
 def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> list[tuple[list[int], list[int]]]:
@@ -173,6 +179,47 @@ def windows(
     return Windows(tokens, learn)
 
 
+def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
+    """(N,) bytes of text that the predictions that count in each window are of; a special token is none of the text."""
+    special, added = _special_tokens(tokenizer), tokenizer.get_added_vocab()
+    spaced = "▁" in tokenizer.get_vocab()  # SentencePiece's spelling; in a byte-level one each character is a byte
+
+    def size(token: str | None) -> int:
+        if token is None or token in special:
+            return 0
+        if spaced and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+            return 1
+        return len(token.replace("▁", " ").encode()) if spaced or token in added else len(token)
+
+    ids, places = np.unique(windows.tokens, return_inverse=True)
+    sizes = np.array([size(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())])
+    each = sizes[places.reshape(windows.tokens.shape)]
+    return np.where(windows.learn[:, :-1] > 0, each[:, 1:], 0).sum(axis=1)
+
+
+def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
+    """The text of each window as another model's tokenizer cuts it, (N, T') with what is behind its end not counted.
+
+    Special tokens stay what they are; half of a letter at either end is left out.
+    """
+    names, length = _special_tokens(tokenizer), 0
+    special = {i: other.convert_tokens_to_ids(t) for t, i in tokenizer.get_vocab().items() if t in names}
+    rows = list[list[int]]()
+    for window in windows.tokens.tolist():
+        row, begin = list[int](), 0
+        for end in [*(at for at, i in enumerate(window) if i in special), len(window)]:
+            text = tokenizer.decode(window[begin:end], clean_up_tokenization_spaces=False)
+            row += _encode(other, text.strip("\ufffd"), split=True)
+            row += [special[window[end]]] if end < len(window) else []
+            begin = end + 1
+        rows.append(row)
+        length = max(length, len(row))
+    tokens = np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
+    learn = np.arange(length) < np.array([len(row) - 1 for row in rows])[:, None]
+    again = Windows(tokens, learn.astype(np.float32))
+    return replace(again, text_bytes=text_bytes(again, other))
+
+
 def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     """Indices (batch_size,) of the windows of optimizer step `step`, counted from 0.
 
@@ -219,7 +266,7 @@ def without_overlap(held_out: Windows, train: Windows, span: int = 32) -> tuple[
             f"all {count} held-out windows share {span} tokens in a row with the training text: bring other test text"
         )
     keep = np.setdiff1d(np.arange(count), shared)
-    return Windows(held_out.tokens[keep], held_out.learn[keep]), len(shared)
+    return held_out.pick(keep), len(shared)
 
 
 def fingerprint(windows: Windows) -> str:
