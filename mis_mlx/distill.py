@@ -198,7 +198,8 @@ def _plan(
     s: Settings, teacher: Checkpoint, rows: int, small: Mapping[str, Any], budget: Budget, folder: Path | None
 ) -> phases.MemoryPlan:
     """The plan of a new run; or of one that has begun, which goes on in its own way whatever the budget is now."""
-    seen, whole = (estimates.model_of(m) for m in (vocabulary.first_rows(teacher, rows), teacher))
+    whole, kind = estimates.model_of(teacher), policy.compute_dtype(teacher)
+    seen = estimates.model_of(vocabulary.first_rows(teacher, rows), dtype=kind)
     rounding, at = s if s.quantize else PLAIN, estimates.machine_rates()
     job = spec_of(seen, estimates.model_of(small), s, rounding, s.hidden_by == "pca", whole)
     if folder and distributed.is_main():

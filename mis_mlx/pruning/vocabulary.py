@@ -77,7 +77,7 @@ def needed(tokens: Vocabulary, model: Path) -> set[int]:
 
 
 def first_rows(teacher: Checkpoint, rows: int) -> Checkpoint:
-    """A teacher of the first `rows` tokens alone: as large as one of any others, for a plan."""
+    """A teacher of the first `rows` tokens alone: as large as one of any others, for a plan; nobody can read it."""
     tensors = dict(teacher.tensors)
     for name, t in teacher.tensors.items() if rows < shape_of(teacher.config).vocab else ():
         if name.startswith(TENSORS):

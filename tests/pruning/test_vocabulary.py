@@ -135,7 +135,8 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(tmp_path: Path, text_fold
 def test_the_plan_counts_what_is_there(big: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
     """Planned before the text is read: the sizes are those of the teacher that is written then."""
     seen, _ = trimmed(big, text_folder, tmp_path / "rows")
-    planned, there = (estimates.model_of(m) for m in (vocabulary.first_rows(big, KEPT), seen))
+    planned = estimates.model_of(vocabulary.first_rows(big, KEPT), dtype=policy.compute_dtype(big))
+    there = estimates.model_of(seen)
     assert replace(planned, config={}) == replace(there, config={})
     assert vocabulary.first_rows(big, ROWS) == big
 
