@@ -21,7 +21,7 @@ from mis_mlx.types import MisError
 ROWS = tokenizer_check.ROWS  # the file that says which rows of its parent's a trimmed vocabulary has
 REPLACED = ("tokenizer.model", "vocab.json", "merges.txt", ROWS)  # would say again what tokenizer.json says
 RESERVED = re.compile(r"<unused\d+>|<\|reserved_special_token_\d+\|>")  # tokens that no text was ever written with
-BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>|▁+")  # spaces too: SentencePiece's, written as bytes, would come back as ▁
 ID_KEYS = re.compile(r"_token_ids?$|^(begin_)?suppress_tokens$|^(bad|force)_words_ids$")  # of config.json's kind
 NAMES = ("additional_special_tokens", "extra_special_tokens")  # lists of tokens, by their text
 
