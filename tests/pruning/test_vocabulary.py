@@ -28,6 +28,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import SMALL, Done, last_line, losses, near, sentence, settings_of, weights
+from tests.test_ranks import launched
 
 ROWS, KEPT = 1024, 512
 
@@ -240,6 +241,19 @@ def test_other_ways(tmp_path: Path, small: tuple[object, ...], command: Callable
     assert done.returncode == 0, done.stderr
     assert last_line(done)["bits_per_byte_distilled"] < last_line(done)["bits_per_byte_pruned"] + 1
     assert not (tmp_path / "run" / vocabulary.FOLDER).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", ["whole", "layers"])
+def test_two_machines(
+    tmp_path: Path, finished: tuple[Path, Done], small: tuple[object, ...], own_home: dict[str, str], spread: str
+) -> None:
+    """One chooses the rows and writes them, the other gets them: the table of one machine."""
+    done = launched(own_home, 2, "distill", *small, "--spread", spread, "--out", tmp_path / "run")
+    result, alone = last_line(done), last_line(finished[1])
+    for name in ("teacher", "pruned", "distilled", "4-bit"):
+        assert result[f"bits_per_byte_{name}"] == pytest.approx(alone[f"bits_per_byte_{name}"], rel=1e-3)
+    assert vocabulary.rows_of(tmp_path / "run" / "model") == vocabulary.rows_of(finished[0] / "model")
 
 
 def test_resumed_after_each_stage(
