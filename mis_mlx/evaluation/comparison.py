@@ -155,7 +155,7 @@ def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
     a, b = (m.path / "tokenizer.json" for m in (teacher, other))
     if a.is_file() and b.is_file() and a.read_bytes() != b.read_bytes():
         why = f"{other.path} has another tokenizer than {teacher.path}: token losses of the two cannot be compared"
-        raise MisError(f"{why}; use a student made from this teacher")
+        raise MisError(f"{why}; use a student made from this teacher, with the same tokens")
     return other
 
 
