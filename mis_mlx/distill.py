@@ -20,7 +20,7 @@ from mis_mlx.models import arch, distributed, load, mlx_generate, model_writer, 
 from mis_mlx.planner import estimates, machines, phases
 from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
-from mis_mlx.pruning import select
+from mis_mlx.pruning import select, vocabulary
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
 from mis_mlx.types import FILE_ONLY, Budget, Checkpoint, Count, MisError, Row, Whole
@@ -39,7 +39,7 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
 
     RARE: ClassVar = frozenset({
         "num_samples", "eval_windows", "heads", "targets", "train", "reconstruct_samples", "q_group_size",
-        "q_mode", "q_method", "q_iters", "save_every", "keep_steps", "report_to", "compute_dtype", "altitude_m",
+        "q_method", "q_iters", "save_every", "keep_steps", "report_to", "compute_dtype", "altitude_m",
         "thermal_replay", "spread",
     })  # fmt: skip
     teacher: str | None = None
@@ -54,6 +54,9 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     hidden_by: Annotated[Literal["importance", "pca"], FILE_ONLY] = "pca"
     target: Annotated[Literal["fixed", "conditions"], FILE_ONLY] = "fixed"
     temperature_unit: Annotated[Literal["kelvin", "celsius"], FILE_ONLY] = "kelvin"
+    vocab_text: Annotated[str | None, FILE_ONLY] = None
+    # And of quantization; `quantize` has a flag for it.
+    q_mode: Annotated[Literal["affine", "mxfp4", "nvfp4"], FILE_ONLY] = "affine"
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
     bench_tokens: Whole = 16
@@ -67,7 +70,7 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     """keep what --resume would need once the run is done: checkpoints, the rounded student, stored targets"""
 
 
-def _prune(s: Settings, c: pipeline.Run, data: preparation.Data) -> Checkpoint:
+def _prune(s: Settings, c: pipeline.Run, data: preparation.Data, before: int) -> Checkpoint:
     out = c.folder / "pruned"
     if s.student is not None:
         return load.open_checkpoint(s.student)
@@ -80,7 +83,7 @@ def _prune(s: Settings, c: pipeline.Run, data: preparation.Data) -> Checkpoint:
                 files=c.files, held=c.plan.held_windows("prune"), shares=c.shares,
             )  # fmt: skip
         if distributed.is_main():
-            cli.say(prune.sentence(report))
+            cli.say(prune.sentence({**report, "params_before": before}))
     distributed.broadcast_folder(out, c.files)
     return load.open_checkpoint(out)
 
@@ -116,16 +119,25 @@ def _quality(
     s: Settings, c: pipeline.Run, data: preparation.Data, models: dict[str, Checkpoint]
 ) -> dict[str, list[Row]]:
     """Rows by held-out text, on the first machine; where machines share the teacher's blocks, all help."""
-    quality = {}
-    whole = c.teacher, policy.compute_dtype(c.teacher), 0, c.direct
-    source = pipeline_parallel.Relay(*whole, c.shares) if c.shares else None
+    quality, teacher = {}, models["teacher"]
+    tokenizers = [load.tokenizer(m.path) for m in (c.teacher, teacher)] if teacher is not c.teacher else []
+
+    def states(model: Checkpoint, chosen: token_windows.Windows) -> Any:
+        windows = [mx.array(w[None]) for w in chosen.tokens] if distributed.is_main() else []
+        whole = model, policy.compute_dtype(model), 0, c.direct
+        return pipeline_parallel.Relay(*whole, c.shares).forward(windows) if c.shares else None
+
     for at, (name, held_out) in enumerate(data.held_out.items()):
         cli.say(f"measure: {name}")
         chosen = comparison.chosen(held_out, s.eval_windows if at == 0 else max(1, s.eval_windows // 3))
-        windows = [mx.array(w[None]) for w in chosen.tokens] if distributed.is_main() else []
-        states = source.forward(windows) if source else None
+        hidden = states(c.teacher, chosen)
+        own = token_windows.reread(chosen, *tokenizers) if tokenizers else None
+        own_hidden = states(teacher, own) if own else None
         if distributed.is_main():
-            quality[name] = comparison.rows_of(comparison.compare(models, chosen, states))
+            rows = comparison.rows_of(comparison.compare({**models, "teacher": c.teacher}, chosen, hidden), chosen)
+            if own:
+                rows = comparison.across(rows, comparison.compare({"teacher": teacher}, own, own_hidden), own)
+            quality[name] = rows
     return quality
 
 
@@ -142,10 +154,10 @@ def _sizes(s: Settings, c: pipeline.Run, models: dict[str, Checkpoint]) -> list[
     return sizes
 
 
-def _stages(s: Settings, c: pipeline.Run, data: preparation.Data) -> tuple[str, dict[str, Any]]:
-    """(the table, the result); nothing on machines beside the first one."""
+def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Checkpoint) -> tuple[str, dict[str, Any]]:
+    """(the table, the result); nothing on machines beside the first one. teacher: with its own vocabulary."""
     folder = c.folder
-    models = {"teacher": c.teacher, "pruned": _prune(s, c, data)}
+    models = {"teacher": teacher, "pruned": _prune(s, c, data, arch.params(teacher.config))}
     distilled = _distil(s, c, models["pruned"])
     if s.quantize:
         _quantize(s, c, distilled)
@@ -171,19 +183,21 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data) -> tuple[str, 
 
 
 def _student(s: Settings, teacher: Checkpoint) -> Mapping[str, Any]:
-    """The config of the student to come."""
+    """The config of the student to come of a teacher with its vocabulary."""
     if s.student:
-        return comparison.same_vocabulary(teacher, load.open_checkpoint(s.student)).config
+        return load.open_checkpoint(s.student).config
     shape = select.wanted_shape(teacher.config, s)
     return arch.student_config(teacher.config, shape, tuple(range(shape.layers)), DTYPE)
 
 
 def _plan(
-    s: Settings, teacher: Checkpoint, small: Mapping[str, Any], budget: Budget, folder: Path | None
+    s: Settings, teacher: Checkpoint, rows: int, small: Mapping[str, Any], budget: Budget, folder: Path | None
 ) -> phases.MemoryPlan:
     """The plan of a new run; or of one that has begun, which goes on in its own way whatever the budget is now."""
-    sizes, rounding = (estimates.model_of(teacher), estimates.model_of(small)), s if s.quantize else PLAIN
-    job, at = spec_of(*sizes, s, rounding, s.hidden_by == "pca"), estimates.machine_rates()
+    whole, kind = estimates.model_of(teacher), policy.compute_dtype(teacher)
+    seen = estimates.model_of(vocabulary.first_rows(teacher, rows), dtype=kind)
+    rounding, at = s if s.quantize else PLAIN, estimates.machine_rates()
+    job = spec_of(seen, estimates.model_of(small), s, rounding, s.hidden_by == "pca", whole)
     if folder and distributed.is_main():
         return machines.agreed(phases.one(job, budget.limit_bytes, at, **run_folder.stored_plan(folder)))
     return machines.agreed(phases.make(job, budget.limit_bytes, at))
@@ -195,11 +209,12 @@ def run(settings: Settings) -> dict[str, Any]:
     s.check()
     trackers.check(s.report_to)
     teacher = run_loop.opened(s, s.teacher, "teacher")
-    small = _student(s, teacher)
+    rows = vocabulary.rows_left(teacher, s, s.student)
+    small = _student(s, vocabulary.first_rows(teacher, rows))
     if s.quantize:
         quantize.check(small, s)
     budget = memory.budget(s.budget_bytes)
-    made = _plan(s, teacher, small, budget, folder)
+    made = _plan(s, teacher, rows, small, budget, folder)
     cli.say(plan.table(made))
     if s.dry_run:
         if note := battery(s):  # a run says it when it begins
@@ -219,14 +234,14 @@ def run(settings: Settings) -> dict[str, Any]:
     if folder is None:
         cli.say(progress.promise(made.seconds))
     with progress.run("distill", made.planned):
-        table, result = _begin(s, folder, teacher, made, budget)
+        table, result = _begin(s, folder, teacher, rows, made, budget)
     if table:
         print(table)
     return result
 
 
 def _begin(
-    s: Settings, folder: Path | None, teacher: Checkpoint, made: phases.MemoryPlan, budget: Budget
+    s: Settings, folder: Path | None, teacher: Checkpoint, rows: int, made: phases.MemoryPlan, budget: Budget
 ) -> tuple[str, dict[str, Any]]:
     """Read the data, enter the run folder, go through all stages."""
     shares = machines.shares(made) if s.spread == "layers" else ()
@@ -244,9 +259,10 @@ def _begin(
         begun = json.dumps({**place.weather.now(), **summary.begun(made, flags)})
         place.files.append(place.folder / run_folder.PHASES, begun)
         told = trackers.reporter(s.report_to if distributed.is_main() else None, place.folder, given)
-        c = pipeline.Run(**vars(place), recipe=made.recipe(s), teacher=teacher, data=data.train, plan=made, report=told,
+        seen, data = vocabulary.of_run(teacher, s.student, rows, data, s, s.data, place.folder, place.files)
+        c = pipeline.Run(**vars(place), recipe=made.recipe(s), teacher=seen, data=data.train, plan=made, report=told,
                 shares=shares)  # fmt: skip
-        return _stages(s, c, data)
+        return _stages(s, c, data, teacher)
 
 
 if __name__ == "__main__":

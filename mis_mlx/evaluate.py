@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.data import preparation
+from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.evaluation import answering, comparison, lm_eval_tasks, questions, recovery_table, task_registry
 from mis_mlx.hardware import memory
 from mis_mlx.models import distributed, load, policy, resolve
 from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates, machines
+from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import figures, html, progress, text
 from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Tokens, Within, duration, gib
@@ -85,10 +86,10 @@ def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opene
 
 
 def _texts(
-    s: Settings, models: Models, limit: Budget, length: int
+    s: Settings, models: Models, tokenizer: Any, limit: Budget, length: int
 ) -> Iterator[tuple[str, str, Windows, comparison.Opened]]:
     """(name, title, chosen windows) of every held-out text, once the comparison fits; used within the budget. And what
-    opens a model for it."""
+    opens a model for it. tokenizer: the students'."""
     planned = estimates.compared([estimates.model_of(m) for m in models.values()], s.eval_windows, length)
     estimates.fit(limit, planned)
     # One pass is made of each model: blocks stay in memory only to take the next windows while others work.
@@ -98,7 +99,6 @@ def _texts(
     def opened(model: Checkpoint) -> Stream:
         return machines.opened(model, limit, room, tokens, length, s.spread == "layers")
 
-    tokenizer = load.tokenizer(next(iter(models.values())).path)
     for name, held_out in preparation.prepare(s.data, tokenizer, length).held_out.items():
         chosen = comparison.chosen(held_out, s.eval_windows)
         distributed.check_same({name: fingerprint(chosen)})
@@ -106,11 +106,16 @@ def _texts(
             yield name, f"{name}, {len(chosen.tokens)} windows of {length} tokens", chosen, opened
 
 
-def _held_out(s: Settings, models: Models, limit: Budget) -> tuple[str, dict[str, Any]]:
-    """(Markdown, the same for the JSON line): one table a text."""
+def _held_out(s: Settings, models: Models, seen: Checkpoint, limit: Budget) -> tuple[str, dict[str, Any]]:
+    """(Markdown, the same for the JSON line): one table a text. seen: the teacher with its students' vocabulary."""
     parts, said = [], dict[str, Any]()
-    for name, title, chosen, opened in _texts(s, models, limit, s.max_seq_length or LENGTH):
-        rows = comparison.rows_of(comparison.together(models, chosen, opened))
+    teacher, tokenizer = models["teacher"], load.tokenizer(seen.path)
+    for name, title, chosen, opened in _texts(s, models, tokenizer, limit, s.max_seq_length or LENGTH):
+        rows = comparison.rows_of(comparison.together({**models, "teacher": seen}, chosen, opened), chosen)
+        if seen is not teacher:
+            own = token_windows.reread(chosen, tokenizer, load.tokenizer(teacher.path))
+            rows = comparison.across(rows, comparison.together({"teacher": teacher}, own, opened), own)
+            title = f"{title}. {comparison.ACROSS}"
         parts.append(f"{title}\n\n{text.table(rows, list(models), comparison.METRICS)}")
         said[name] = {f"{r.metric}_{r.model}": r.value for r in rows}
     return "\n\n".join(parts), said
@@ -165,7 +170,14 @@ def _outcomes(
             )
 
 
-def _examine(s: Settings, models: Models, hashes: Mapping[str, str], limit: Budget) -> dict[str, Any]:
+def _hashes(models: Models) -> dict[str, str]:
+    """Of every model; MisError where another machine has another one."""
+    hashes = {name: answering.sha256(model) for name, model in models.items()}
+    distributed.check_same(hashes)
+    return hashes
+
+
+def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Mapping[str, str], limit: Budget) -> dict[str, Any]:
     """The recovery table, printed and written."""
     began = time.monotonic()
     wanted = task_registry.find(s.tasks, s.num_questions, s.data)
@@ -182,7 +194,7 @@ def _examine(s: Settings, models: Models, hashes: Mapping[str, str], limit: Budg
         figures.need()
         DISK.make_folder(Path(s.out))
     outcomes = list(_outcomes(s, wanted, models, hashes, limit))
-    tables, held_out = _held_out(s, models, limit) if wanted.text else ("", {})
+    tables, held_out = _held_out(s, models, seen, limit) if wanted.text else ("", {})
     page = recovery_table.markdown(outcomes, tables)
     _print(f"\n{page}\n")
     if s.out and distributed.is_main():
@@ -219,19 +231,20 @@ def run(settings: Settings) -> dict[str, Any]:
     teacher = resolve.resolve_model(s.teacher).path
     models = {"teacher": load.open_checkpoint(teacher)}
     for name, folder in zip(resolve.labels(s.students, ("teacher",)), s.students, strict=True):
-        models[name] = comparison.same_vocabulary(models["teacher"], load.open_checkpoint(folder))
-    limit = memory.budget(s.budget_bytes)
-    with progress.run("evaluate"):
-        asked = models if s.tasks or distributed.size() > 1 else {}
-        hashes = {name: answering.sha256(model) for name, model in asked.items()}
-        distributed.check_same(hashes)
+        models[name] = load.open_checkpoint(folder)
+    limit, (_, *students) = memory.budget(s.budget_bytes), models.values()
+    with progress.run("evaluate"), vocabulary.shared(models["teacher"], students) as seen:
+        hashes = _hashes(models) if s.tasks or distributed.size() > 1 else {}
         if s.tasks:
-            result = _examine(s, models, hashes, limit)
+            result = _examine(s, models, seen, hashes, limit)
         elif s.kld:
-            texts = _texts(s, models, limit, s.max_seq_length or 512)
+            texts = _texts(s, models, load.tokenizer(seen.path), limit, s.max_seq_length or 512)
+            if seen is not models["teacher"]:
+                cli.say(comparison.ACROSS)
+            models["teacher"] = seen
             result = {name: _kld(models, chosen, title, opened) for name, title, chosen, opened in texts}
         else:
-            tables, result = _held_out(s, models, limit)
+            tables, result = _held_out(s, models, seen, limit)
             _print(f"\n{tables}")
         return {"teacher": str(teacher), "students": list(s.students), **result}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,12 +11,13 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
-from mis_mlx.models.config import read_config
+from mis_mlx.models.config import read_config, shape_of
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting.text import markdown_table
-from mis_mlx.types import duration, gib
+from mis_mlx.types import Checkpoint, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
@@ -80,22 +82,32 @@ class Settings(cli.Budgeted, QuantizationConfig, DistillationConfig):
     """m1-air: an 8 GB fanless laptop, by published figures"""
     measure: bool = False
     """take this machine's rates first, in 20 s; later plans use them; without --teacher that is all"""
+    vocab: str | None = None
+    """tokens that stay, as in `prune`"""
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
 
 
-def _open(name: str | None, gpu: bool) -> tuple[estimates.ModelSize, str]:
-    """(sizes, path or name) of a folder with or without weights, a model of the hub, or the paper's teacher."""
+def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
+    """(model or config, path or name) of a folder, with or without weights, of a hub model, or the paper's teacher."""
     if name == "mis-137b":
-        return estimates.model_of(arch.MIS_137B, gpu), name
+        return arch.MIS_137B, name
     folder = teachers.resolve_model(name).path
     bare = not any(folder.glob("*.safetensors"))
-    return estimates.model_of(read_config(folder) if bare else load.open_checkpoint(folder), gpu), str(folder)
+    return read_config(folder) if bare else load.open_checkpoint(folder), str(folder)
+
+
+def _trimmed(s: Settings, teacher: Checkpoint | Mapping[str, Any], gpu: bool) -> estimates.ModelSize:
+    """The teacher with the vocabulary that --vocab leaves."""
+    config = teacher.config if isinstance(teacher, Checkpoint) else teacher
+    rows = vocabulary.size(s.vocab, teacher.path if isinstance(teacher, Checkpoint) else None, shape_of(config).vocab)
+    bare = {**config, "vocab_size": rows}
+    return estimates.model_of(vocabulary.first_rows(teacher, rows) if isinstance(teacher, Checkpoint) else bare, gpu)
 
 
 def _student(s: Settings, teacher: estimates.ModelSize, gpu: bool) -> estimates.ModelSize:
     if s.student:
-        return _open(s.student, gpu)[0]
+        return estimates.model_of(_open(s.student)[0], gpu)
     name = s.scenario or ("goral" if s.teacher == "mis-137b" else "gazda")
     shape = arch.target_shape(teacher.config, arch.SCENARIOS[name])
     return estimates.model_of(arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16"), gpu)
@@ -107,12 +119,13 @@ def run(settings: Settings) -> dict[str, Any]:
     print(f"{at}\n")
     if settings.measure and settings.teacher is None:
         return asdict(at)
-    teacher, name = _open(settings.teacher, at.gpu)
+    opened, name = _open(settings.teacher)
+    whole, teacher = estimates.model_of(opened, at.gpu), _trimmed(settings, opened, at.gpu)
     rounding = settings if settings.quantize else PLAIN
-    job = spec_of(teacher, _student(settings, teacher, at.gpu), settings, rounding)
+    job = spec_of(teacher, _student(settings, teacher, at.gpu), settings, rounding, shown=whole)
     budget = memory.budget(settings.budget_bytes, at.room_bytes)
     plan = phases.make(job, budget.limit_bytes, at)
-    params = [arch.params(m.config) for m in (teacher, job.student)]
+    params = [arch.params(m.config) for m in (whole, job.student)]
     print(f"{params[0]:,} -> {params[1]:,} parameters: {job.student.shape}\n\n{table(plan)}")
     if settings.machine == "here" and (said := battery(ThermalFlags())):
         print(f"\nThis machine is {said}.")

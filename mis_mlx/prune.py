@@ -1,7 +1,8 @@
-"""Prune a model: drop blocks, FFN neurons, heads or hidden channels by an importance that knows the weather."""
+"""Prune a model: drop blocks, FFN neurons, heads, hidden channels or tokens by an importance that knows the weather."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from mis_mlx.distillation import run_loop
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
-from mis_mlx.models import load, policy
+from mis_mlx.models import arch, load, policy
 from mis_mlx.planner import estimates
-from mis_mlx.pruning import select
+from mis_mlx.pruning import select, vocabulary
 from mis_mlx.reporting import progress
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Count, Seed, Tokens
@@ -58,19 +59,25 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
     s, files = settings, Files()
     checkpoint = run_loop.opened(s, s.model, place=s.mlx_path, new="--mlx-path")
+    rows = vocabulary.rows_left(checkpoint, s)
     limit = memory.budget(s.budget_bytes)
     length, tokens = s.max_seq_length, s.num_samples * s.max_seq_length
     m = estimates.model_of(checkpoint)
     planned = estimates.streamed_pass("calibration", m, tokens, length, length, limit.limit_bytes, head=False)
     estimates.fit(limit, planned)
     data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
-    samples = preparation.calibration(data.train, s.num_samples, s.seed)
-    held_out = comparison.chosen(next(iter(data.held_out.values())), 24)
-    with progress.run("prune"), memory.limited(limit), ThermalMonitor(s, None, files) as weather:
+    with (
+        progress.run("prune"), memory.limited(limit), tempfile.TemporaryDirectory(prefix="mis_mlx-") as place,
+        ThermalMonitor(s, None, files) as weather,
+    ):  # fmt: skip
+        teacher, data = vocabulary.of_run(checkpoint, None, rows, data, s, s.data, Path(place), files)
+        samples = preparation.calibration(data.train, s.num_samples, s.seed)
+        held_out = comparison.chosen(next(iter(data.held_out.values())), 24)
         report = select.prune(
-            checkpoint, samples, held_out, Path(s.mlx_path), s, dtype=s.dtype, reading=weather.reading, files=files,
+            teacher, samples, held_out, Path(s.mlx_path), s, dtype=s.dtype, reading=weather.reading, files=files,
             held=planned.held_tokens // length,
         )  # fmt: skip
+        report["params_before"] = arch.params(checkpoint.config)
         cli.say(sentence(report))
         return {"model": str(checkpoint.path), "mlx_path": s.mlx_path, **report, **weather.account()}
 

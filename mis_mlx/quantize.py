@@ -16,13 +16,13 @@ from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, run_loop, scale_tuning
-from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.maths.rounding import Packed
 from mis_mlx.models import load, model_writer, policy, resolve
 from mis_mlx.planner import estimates, phases, quantized_size
 from mis_mlx.planner.job import DistillationSpec
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import bit_allocation, gptq, grid, packed_format
 from mis_mlx.reporting import progress
 from mis_mlx.storage.files import Files
@@ -133,7 +133,12 @@ def run(settings: Settings) -> dict[str, Any]:
     model_writer.need_tokenizer(checkpoint.path)
     check(checkpoint.config, s)
     other = load.open_checkpoint(resolve.resolve_model(s.teacher).path) if s.teacher else checkpoint
-    comparison.same_vocabulary(other, checkpoint)
+    with vocabulary.shared(other, [checkpoint]) as seen:
+        return _run(s, checkpoint, seen)
+
+
+def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, Any]:
+    """Plan, round, and let scales learn from the model `other`, which reads the same tokens."""
     limit, count, steps = memory.budget(s.budget_bytes), s.num_samples if s.looks else 0, s.steps(False)
     planned = _planned(s, checkpoint, other, count, limit)
     out, files, batches = Path(s.mlx_path), Files(), list[mx.array]()

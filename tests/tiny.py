@@ -94,8 +94,8 @@ def reduced(config: dict[str, Any]) -> dict[str, Any]:
 MODELS = {**FAMILIES, **{name: reduced(config) for name, config in POLISH.items()}}
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 512 tokens with <|endoftext|> = 0."""
+def write_tokenizer(folder: Path, size: int = 512) -> None:
+    """A byte-level BPE of `size` tokens with <|endoftext|> = 0."""
     from pydoc_data.topics import topics
 
     tokenizer = Tokenizer(models.BPE())
@@ -103,9 +103,10 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([topics["if"], topics["for"], topics["while"]], trainer)
+    names = ["if", "for", "while"] if size == 512 else sorted(topics)
+    tokenizer.train_from_iterator([topics[name] for name in names], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}

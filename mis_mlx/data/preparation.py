@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -36,6 +36,9 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     None: Python's manual (English) with one part in eight of Polish Miś texts, both held out; the Polish splits share
     sentence templates by design, so there overlap stays."""
 
+    def counted(held_out: Windows) -> Windows:
+        return replace(held_out, text_bytes=token_windows.text_bytes(held_out, tokenizer))
+
     def windows(rows: Sequence[Row]) -> Windows:
         tokenized = token_windows.tokenize(rows, tokenizer)
         return token_windows.windows(tokenized, length, token_windows.start_of(tokenizer))
@@ -49,11 +52,11 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
         f"{removed} more held-out windows shared 32 tokens in a row with training and were removed",
     ]
     if data is not None:
-        return Data(train, {"held-out": test}, tuple(notes))
+        return Data(train, {"held-out": counted(test)}, tuple(notes))
     polish = sources.load(sources.MIS)
     extra = windows(polish.train)
     count = min(len(extra.tokens), round(len(train.tokens) * MIS_SHARE / (1 - MIS_SHARE)))
     joined = (np.concatenate([a, b[:count]]) for a, b in ((train.tokens, extra.tokens), (train.learn, extra.learn)))
     train = Windows(*joined)
     notes += [*polish.notes, f"{count} of the training windows are Polish"]
-    return Data(train, {"English": test, "Polish": windows(polish.test)}, tuple(notes))
+    return Data(train, {"English": counted(test), "Polish": counted(windows(polish.test))}, tuple(notes))

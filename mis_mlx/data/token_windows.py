@@ -1,11 +1,11 @@
-"""Text for training and measuring: token windows, batch order."""
+"""Text for training and measuring: token windows, the bytes they stand for, batch order."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,15 @@ from mis_mlx.types import MisError
 @dataclass(frozen=True)
 class Windows:
     """Token ids (N, T) int32, and learn (N, T) float32: 1 where the prediction made there, of the next token, counts;
-    so its last column is always 0."""
+    so its last column is always 0. text_bytes (N,): of the text of these predictions, where that was counted."""
 
     tokens: np.ndarray
     learn: np.ndarray
+    text_bytes: np.ndarray | None = None
+
+    def pick(self, at: Any) -> Windows:
+        """Some of the windows: indices or a slice."""
+        return Windows(self.tokens[at], self.learn[at], None if self.text_bytes is None else self.text_bytes[at])
 
 
 def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> list[tuple[list[int], list[int]]]:
@@ -117,9 +122,7 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
     afterwards. A conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does.
     """
     content = "".join(message["content"] for message in messages)
-    special: set[str] = {t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special}
-    special |= set(getattr(tokenizer, "all_special_tokens", ()))
-    spelled = sorted((t for t in special if t in content), key=lambda t: (-len(t), t))
+    spelled = sorted((t for t in _special_tokens(tokenizer) if t in content), key=lambda t: (-len(t), t))
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in content)
     stand_ins = dict(zip(spelled, unused, strict=False))
     safe = []
@@ -136,6 +139,11 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
         if piece:
             ids += _encode(tokenizer, meant.get(piece, piece), split=piece in meant)
     return ids
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {t.content for t in added if t.special} | set(getattr(tokenizer, "all_special_tokens", ()))
 
 
 def windows(
@@ -159,6 +167,47 @@ def windows(
         tokens = np.concatenate([np.full((count, 1), start[0], np.int32), tokens], axis=1)
         learn = np.concatenate([marks[: count * length : length][:, None], learn], axis=1)
     return Windows(tokens, learn)
+
+
+def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
+    """(N,) bytes of text that the predictions that count in each window are of; a special token is none of the text."""
+    special, added = _special_tokens(tokenizer), tokenizer.get_added_vocab()
+    spaced = "▁" in tokenizer.get_vocab()  # SentencePiece's spelling; in a byte-level one each character is a byte
+
+    def size(token: str | None) -> int:
+        if token is None or token in special:
+            return 0
+        if spaced and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+            return 1
+        return len(token.replace("▁", " ").encode()) if spaced or token in added else len(token)
+
+    ids, places = np.unique(windows.tokens, return_inverse=True)
+    sizes = np.array([size(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())])
+    each = sizes[places.reshape(windows.tokens.shape)]
+    return np.where(windows.learn[:, :-1] > 0, each[:, 1:], 0).sum(axis=1)
+
+
+def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
+    """The text of each window as another model's tokenizer cuts it, (N, T') with what is behind its end not counted.
+
+    Special tokens stay what they are; half of a letter at either end is left out.
+    """
+    names, length = _special_tokens(tokenizer), 0
+    special = {i: other.convert_tokens_to_ids(t) for t, i in tokenizer.get_vocab().items() if t in names}
+    rows = list[list[int]]()
+    for window in windows.tokens.tolist():
+        row, begin = list[int](), 0
+        for end in [*(at for at, i in enumerate(window) if i in special), len(window)]:
+            text = tokenizer.decode(window[begin:end], clean_up_tokenization_spaces=False)
+            row += _encode(other, text.strip("\ufffd"), split=True)
+            row += [special[window[end]]] if end < len(window) else []
+            begin = end + 1
+        rows.append(row)
+        length = max(length, len(row))
+    tokens = np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
+    learn = np.arange(length) < np.array([len(row) - 1 for row in rows])[:, None]
+    again = Windows(tokens, learn.astype(np.float32))
+    return replace(again, text_bytes=text_bytes(again, other))
 
 
 def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
@@ -201,7 +250,7 @@ def without_overlap(held_out: Windows, train: Windows, span: int = 32) -> tuple[
             f"all {count} held-out windows share {span} tokens in a row with the training text: bring other test text"
         )
     keep = np.setdiff1d(np.arange(count), shared)
-    return Windows(held_out.tokens[keep], held_out.learn[keep]), len(shared)
+    return held_out.pick(keep), len(shared)
 
 
 def fingerprint(windows: Windows) -> str:

@@ -49,8 +49,7 @@ def split(held_out: Windows, ranking: int, judging: int) -> tuple[Windows, Windo
         raise MisError(f"the held-out text has {count} windows, a search takes 4 or more: bring more text")
     at = np.unique(np.linspace(0, count - 1, min(ranking, count // 2)).round().astype(int))
     rest = np.setdiff1d(np.arange(count), at)
-    others = Windows(held_out.tokens[rest], held_out.learn[rest])
-    return Windows(held_out.tokens[at], held_out.learn[at]), comparison.chosen(others, judging)
+    return held_out.pick(at), comparison.chosen(held_out.pick(rest), judging)
 
 
 @dataclass

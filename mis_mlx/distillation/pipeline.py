@@ -22,14 +22,14 @@ from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, distributed, load, model_writer, stream
 from mis_mlx.planner.phases import MemoryPlan, steps_per_shard
 from mis_mlx.planner.recipe import DistillationConfig
-from mis_mlx.pruning import reconstruct
+from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError, Step
 
 LOCAL, LOCAL_RATE = "local.jsonl", 3e-4  # the peak, of every block
 TUNE_STEPS, TUNE_LOG = "tune-steps", "tune.jsonl"
-LEFT = ("steps", TUNE_STEPS, "rounded", "parts", "targets")  # folders that nobody needs once the run is done
+LEFT = ("steps", TUNE_STEPS, "rounded", "parts", "targets", vocabulary.FOLDER)  # nobody needs them once a run is done
 
 
 @dataclass

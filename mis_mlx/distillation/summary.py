@@ -15,15 +15,18 @@ from mis_mlx.reporting import text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, Row
 
+LOSSES = (("nll", "nats/token"), ("bpb", "bits per byte"))  # the second where models read different tokens
+
 
 def result(
     folder: Path, models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]]
 ) -> dict[str, Any]:
     """The run's JSON. `models`: teacher, pruned, distilled and perhaps 4-bit; the first text of `quality` counts."""
     main = {(r.model, r.metric): r.value for r in next(iter(quality.values()))}
+    loss = "nll" if ("teacher", "nll") in main else "bpb"  # which is the same share of the gap
     steps = run_folder.metrics(folder)
     tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
-    gap = main["pruned", "nll"] - main["teacher", "nll"]
+    gap = main["pruned", loss] - main["teacher", loss]
     keep = model_writer.read_keep(models["pruned"].path)
     report = {k: v for k, v in keep.report.items() if k not in select.BULKY} if keep else {}
     return {
@@ -32,11 +35,12 @@ def result(
         "run": str(folder),
         "params_teacher": arch.params(models["teacher"].config),
         "params_student": arch.params(models["distilled"].config),
-        "nll_teacher": main["teacher", "nll"],
-        "nll_pruned": main["pruned", "nll"],
-        "nll_student": main["distilled", "nll"],
+        "nll_teacher": main.get(("teacher", "nll")),  # none where the student reads other tokens
+        "nll_pruned": main.get(("pruned", "nll")),
+        "nll_student": main.get(("distilled", "nll")),
         "nll_quantized": main.get(("4-bit", "nll")),
-        "gap_closed": (main["pruned", "nll"] - main["distilled", "nll"]) / gap if gap else None,
+        **{f"bits_per_byte_{name}": main.get((name, "bpb")) for name in models},
+        "gap_closed": (main["pruned", loss] - main["distilled", loss]) / gap if gap else None,
         "kl_pruned": main["pruned", "kl"],
         "kl_student": main["distilled", "kl"],
         "top1_student": main["distilled", "top1"],
@@ -68,10 +72,12 @@ def page(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[st
     for name, rows in quality.items():
         head = f"{name}, {rows[0].n} windows of {length} tokens held out, ± 95 %"
         parts.append(head + "\n\n" + text.table(rows, names, comparison.METRICS))
-        loss = {r.model: r.value for r in rows if r.metric == "nll"}
+        metric, unit = next((m, u) for m, u in LOSSES if any(r.metric == m for r in rows))
+        loss = {r.model: r.value for r in rows if r.metric == metric}
+        parts += [comparison.ACROSS] if metric == "bpb" else []
         if loss["distilled"] > loss["pruned"]:
             parts.append(
-                f"**On {name} distillation made the student worse**: {loss['distilled']:.3f} nats/token, where it had "
+                f"**On {name} distillation made the student worse**: {loss['distilled']:.3f} {unit}, where it had "
                 f"{loss['pruned']:.3f} as pruned. Train longer (--iters), on such text (--data), or take `pruned/`."
             )
     if not policy.keeps_packed() and "4-bit" in models:

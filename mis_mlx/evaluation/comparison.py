@@ -7,7 +7,7 @@ are whole (llama.cpp keeps 16 bits and leaves out those under e^-16), and a wind
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -24,8 +24,14 @@ Opened = Callable[[Checkpoint], stream.Stream]  # for one pass
 METRICS = (
     ("nll", "held-out loss, nats/token", ".3f"),
     ("ppl", "perplexity", ".2f"),
+    ("bpb", "bits per byte of text", ".3f"),
+    ("tpb", "tokens per byte", ".3f"),
     ("kl", "KL(teacher ‖ model), nats/token", ".3f"),
     ("top1", "same top token as teacher", ".1%"),
+)
+ACROSS = (
+    "The teacher reads its own tokens, the others fewer kinds of them. KL and same top token: against a teacher that "
+    "reads theirs, over the rows that it shares with them."
 )
 FEW = 100  # tokens: of no more llama.cpp makes no statistics
 KLD_METRICS = (
@@ -48,7 +54,7 @@ def chosen(held_out: Windows, count: int) -> Windows:
     """`count` windows spread evenly over the held-out text, or all when there are fewer."""
     n = len(held_out.tokens)
     at = np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int))
-    return Windows(held_out.tokens[at], held_out.learn[at])
+    return held_out.pick(at)
 
 
 def alone(model: Checkpoint) -> stream.Stream:
@@ -118,15 +124,30 @@ def by_window(
         yield np.concatenate(values, dtype=np.float64)
 
 
-def rows_of(figures: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:
-    """One row per model and metric, with its 95 % interval over windows; perplexity from the loss."""
-    rows = []
+def rows_of(figures: Mapping[tuple[str, str], np.ndarray], held_out: Windows | None = None) -> list[Row]:
+    """One row per model and metric, with its 95 % interval over windows; perplexity from the loss, and bits per byte
+    where the bytes of `held_out` were counted: those of all windows over their bytes, a ratio's error linearised."""
+    rows, nbytes = [], held_out.text_bytes if held_out else None
     for (name, metric), values in figures.items():
         mean, low, high = interval(values)
         rows.append(Row(name, metric, mean, low, high, len(values)))
         if metric == "nll":
             rows.append(Row(name, "ppl", math.exp(mean), math.exp(low), math.exp(high), len(values)))
+        if metric == "nll" and held_out and nbytes is not None and nbytes.any():
+            tokens = (held_out.learn[:, :-1] > 0).sum(axis=1)
+            bits = values * tokens / math.log(2)
+            ratio = bits.sum() / nbytes.sum()
+            rows.append(Row(name, "bpb", *interval(ratio + (bits - ratio * nbytes) / nbytes.mean()), len(values)))
+            rows.append(Row(name, "tpb", float(tokens.sum() / nbytes.sum()), n=len(values)))
     return rows
+
+
+def across(rows: Sequence[Row], teacher: Mapping[tuple[str, str], np.ndarray], own: Windows) -> list[Row]:
+    """Rows of models that read other tokens than the teacher, with those of the teacher on its `own` windows of the
+    same text: what is of a token is left out."""
+    ((name, _),) = teacher
+    both = [*rows_of(teacher, own), *(r for r in rows if r.model != name)]
+    return [r for r in both if r.metric not in ("nll", "ppl")]
 
 
 def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
@@ -134,7 +155,7 @@ def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
     a, b = (m.path / "tokenizer.json" for m in (teacher, other))
     if a.is_file() and b.is_file() and a.read_bytes() != b.read_bytes():
         why = f"{other.path} has another tokenizer than {teacher.path}: token losses of the two cannot be compared"
-        raise MisError(f"{why}; use a student made from this teacher")
+        raise MisError(f"{why}; use a student made from this teacher, with the same tokens")
     return other
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mis_mlx.models.tokenizer_check import ROWS
 from mis_mlx.storage.header_check import Refused, json_object
 from mis_mlx.types import MisError
 
@@ -87,6 +88,7 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
             "'default' is written, llama.cpp may cut numbers and punctuation differently"
         )
         pre = known()["names"].get(digest) or RULES.get((_steps(spec), bool(model.get("ignore_merges"))))
+        pre = _json(folder / ROWS).get("pre_tokenizer") or pre  # a trimmed vocabulary is cut by its parent's rules
         pieces = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
         return "gpt2", pre or "default", pieces, [] if pre else [unknown]
     # SentencePiece's: llama.cpp joins the best-scored neighbours first, so the order of merges is the score.
@@ -96,6 +98,13 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
         is_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text)
         pieces[i] = (text, ranks.get(text, 0.0), BYTE if is_byte else NORMAL)
     return "llama", "default", pieces, []
+
+
+def pre_tokenizer(folder: Path) -> str | None:
+    """llama.cpp's name for how a folder's byte-level tokenizer cuts text; None where it has none."""
+    spec = _json(folder / "tokenizer.json")
+    named = _pieces(folder, spec)[1] if (spec.get("model") or {}).get("type") == "BPE" else "default"
+    return None if named == "default" else named
 
 
 def _steps(spec: dict[str, Any]) -> tuple[str, ...]:

@@ -18,10 +18,11 @@ from mis_mlx.storage.header_check import json_object
 from mis_mlx.storage.safetensors import inside
 from mis_mlx.types import GIB, MisError, gib
 
+ROWS = "vocabulary.json"  # of a trimmed vocabulary: which rows of its parent's it has
 # What makes a folder speak: everything but weights, their index, provenance and foreign code.
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
          "special_tokens_map.json", "added_tokens.json", "generation_config.json", "vocab.json", "merges.txt",
-         "tokenizer.model")  # fmt: skip
+         "tokenizer.model", ROWS)  # fmt: skip
 MOST_BYTES = 2**28  # of one of these files; the largest known, of 256 thousand tokens, takes 33 MB
 SECONDS, MEMORY_BYTES = 30.0, 4 * GIB
 MOST_CHARACTERS = 1_000_000  # that a template may make of SAID

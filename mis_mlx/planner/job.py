@@ -40,6 +40,7 @@ class DistillationSpec:
     rotation: bool = False  # the hidden size is cut along principal directions
     rounding: QuantizationConfig = PLAIN  # of the trained student
     mixed: bool = False  # the loss has cross-entropy in it
+    shown: ModelSize | None = None  # the teacher with its own vocabulary, where the student has another
 
     @property
     def step(self) -> int:
@@ -70,7 +71,7 @@ class DistillationSpec:
 
 def spec_of(
     teacher: ModelSize, student: ModelSize, asked: DistillationConfig, rounding: QuantizationConfig = PLAIN,
-    rotates: bool = True,
+    rotates: bool = True, shown: ModelSize | None = None,
 ) -> DistillationSpec:  # fmt: skip
     """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions."""
     return DistillationSpec(
@@ -78,5 +79,5 @@ def spec_of(
         asked.num_samples, 0 if family(student.config).sandwich else asked.reconstruct_samples, asked.eval_windows,
         asked.save_every, asked.targets, MODES if asked.train == "auto" else (asked.train,),
         rotates and student.shape.hidden < teacher.shape.hidden, rounding,
-        asked.cross_entropy > 0,
+        asked.cross_entropy > 0, shown,
     )  # fmt: skip

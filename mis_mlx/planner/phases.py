@@ -138,12 +138,12 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     """Teacher, pruned, distilled and 4-bit student on every text; then those that fit the budget are timed, side by
     side where the phases before, which took `most_bytes`, leave room for all of them, else one by one."""
     four = replace(job.student, nbytes=quantized_size.packed_bytes(job.student, job.rounding), packed=True)
-    models = [job.teacher, job.student, job.student, four]
+    models = [job.shown or job.teacher, job.student, job.student, four]
     one = estimates.compared(models, job.held_out, job.length)
     whole = [m.nbytes if m.packed else arch.params(m.config) * m.item for m in models]
     alone = [n for m, n in zip(models, whole, strict=True) if timed_bytes(m.config) <= limit]
     timed = sum(whole) if sum(timed_bytes(m.config) for m in models) <= most_bytes else max(alone, default=0)
-    stored = 2 * job.teacher.head_params if timed else 0  # the largest tensor, while it is converted
+    stored = 2 * models[0].head_params if timed else 0  # the largest tensor, while it is converted
     one = replace(one, peak_bytes=max(one.peak_bytes, stored + timed))
     return replace(one, read_bytes=TEXTS * one.read_bytes, flops=TEXTS * one.flops)
 

@@ -17,7 +17,7 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
     t, length = job.teacher, job.length
     p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
     peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
-    copied = estimates.tensor_bytes(t)
+    copied = estimates.tensor_bytes(job.shown or t)
     if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
         square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
         peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide

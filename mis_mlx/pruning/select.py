@@ -23,6 +23,7 @@ from mis_mlx.models import arch, distributed, families, load, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.pruning import calibrate, rotate, slice_weights
+from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
@@ -33,7 +34,7 @@ Scenario = Literal["gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"
 
 
 @dataclass(frozen=True)
-class PruningConfig(ThermalFlags):
+class PruningConfig(ThermalFlags, VocabularyConfig):
     """What to prune and how to judge: shared by `prune` and `distill`."""
 
     scenario: Scenario = "gazda"

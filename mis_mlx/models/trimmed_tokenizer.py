@@ -1,0 +1,188 @@
+"""A tokenizer.json of fewer tokens, exactly: what hangs together, what must stay, and every file that names ids.
+
+For byte-level BPE, and for BPE or Unigram with byte fallback: there any text can still be written with what is left.
+Ids are rows of the embedding. Does not know which tokens are worth their row (pruning/vocabulary).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mis_mlx.models import tokenizer_check
+from mis_mlx.types import MisError
+
+ROWS = tokenizer_check.ROWS  # the file that says which rows of its parent's a trimmed vocabulary has
+REPLACED = ("tokenizer.model", "vocab.json", "merges.txt", ROWS)  # would say again what tokenizer.json says
+RESERVED = re.compile(r"<unused\d+>|<\|reserved_special_token_\d+\|>")  # tokens that no text was ever written with
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>|▁+")  # spaces too: SentencePiece's, written as bytes, would come back as ▁
+ID_KEYS = re.compile(r"_token_ids?$|^(begin_)?suppress_tokens$|^(bad|force)_words_ids$")  # of config.json's kind
+NAMES = ("additional_special_tokens", "extra_special_tokens")  # lists of tokens, by their text
+
+
+class Vocabulary:
+    """The tokens of a model folder's tokenizer.json. MisError where these cannot be fewer."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.spec = folder, _json(folder / "tokenizer.json")
+        model = self.spec.get("model") or {}
+        self.unigram = model.get("type") == "Unigram"
+        listed = model.get("vocab") or {}
+        self.ids: dict[str, int] = {t: i for i, (t, _) in enumerate(listed)} if self.unigram else dict(listed)
+        byte_level = '"ByteLevel"' in json.dumps(self.spec.get("pre_tokenizer"))
+        odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+        kind = model.get("type") in ("BPE", "Unigram") and not odd
+        if not kind or not (byte_level or model.get("byte_fallback")):
+            what = f"type {model.get('type')}, {f'{odd[0]} in use' if odd else 'without bytes to fall back on'}"
+            remedy = "leave --vocab out" if self.spec else "copy the tokenizer files of the model it was made from"
+            why = f"its tokenizer ({what})" if self.spec else "a model without a tokenizer.json"
+            raise MisError(f"{folder}: the vocabulary of {why} cannot be trimmed: {remedy}")
+        self.added = {token["content"]: int(token["id"]) for token in self.spec.get("added_tokens") or ()}
+        self.texts = {i: text for text, i in (self.ids | self.added).items()}
+        self.pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or ()]
+        self._ranks = {pair: rank for rank, pair in enumerate(self.pairs)}
+        self._joined = {a + b for a, b in self.pairs} - self.added.keys()
+
+    def parts(self, row: int) -> set[int]:
+        """The row, and those of all that BPE joins on its way to that token: the same wherever the token comes up in a
+        text, since nothing was joined across its ends there."""
+        text, needed = self.texts.get(row, ""), {row}
+        if text not in self._joined:
+            return needed
+        pieces = list(text)
+        needed |= {self.ids[piece] for piece in pieces if piece in self.ids}
+        while len(pieces) > 1:
+            ranked = [(self._ranks.get(pair, len(self.pairs)), at) for at, pair in enumerate(pairwise(pieces))]
+            rank, at = min(ranked)
+            if rank == len(self.pairs):  # a token that only whole words are (ignore_merges), or none
+                break
+            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+            needed.add(self.ids[pieces[at]])
+        return needed
+
+    def needed(self, config: Mapping[str, Any]) -> set[int]:
+        """Rows that no vocabulary may lack: bytes, the unknown token, special and other added tokens but for reserved
+        ones, and what the settings name."""
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        settings = _json(self.folder / "tokenizer_config.json")
+        named = [_text(value) for key, value in settings.items() if key.endswith("_token")]
+        model: dict[str, Any] = self.spec["model"]
+        unknown = model.get("unk_id") if self.unigram else self.ids.get(model.get("unk_token") or "")
+        rows = {i for text, i in self.added.items() if text in named or not RESERVED.fullmatch(text)}
+        if model.get("byte_fallback"):
+            rows |= {i for text, i in self.ids.items() if BYTE.fullmatch(text)}
+        else:
+            rows |= {self.ids[letter] for letter in ByteLevel.alphabet() if letter in self.ids}
+        named_ids = chain(_ids(config), _ids(_json(self.folder / "generation_config.json")))
+        rows |= {i for i in (unknown, *named_ids) if i is not None and i in self.texts}
+        return set().union(*map(self.parts, rows))
+
+    def chosen(self, needed: Collection[int], counts: np.ndarray, size: int) -> list[int]:
+        """`size` rows, rising: those needed, the most frequent by `counts` (V,), then the first merges; a token comes
+        with its parts or not at all. Reserved ones, and rows that are no token, come last."""
+        rest = sorted(range(len(counts)), key=lambda row: bool(RESERVED.fullmatch(self.texts.get(row, "<unused0>"))))
+        frequent = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
+        rows = set(needed)
+        for row in chain(frequent, (self.ids[a + b] for a, b in self.pairs), rest):
+            if len(rows) == size:
+                break
+            if row not in rows and len(more := self.parts(row) - rows) <= size - len(rows):
+                rows |= more
+        return sorted(rows)
+
+    def files(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        """(name, content) of the tokenizer's files for a model that has only these rows, rising."""
+        new = {old: i for i, old in enumerate(rows)}
+        for path in tokenizer_check.present(self.folder):
+            if path.name in REPLACED:
+                continue
+            if path.suffix != ".json" or path.name.startswith("chat_template"):
+                yield path.name, path.read_bytes()
+                continue
+            content = self._tokenizer(new) if path.name == "tokenizer.json" else self._settings(path, new)
+            yield path.name, json.dumps(content, ensure_ascii=False, indent=2).encode()
+
+    def _tokenizer(self, new: Mapping[int, int]) -> dict[str, Any]:
+        model = dict(self.spec["model"])
+        left = {text for text, i in self.ids.items() if i in new}
+        if self.unigram:
+            model["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in new]
+            model["unk_id"] = _mapped(model.get("unk_id"), new)
+        else:
+            model["vocab"] = {text: new[i] for text, i in self.ids.items() if i in new}
+            merges = zip(model["merges"], self.pairs, strict=True)
+            model["merges"] = [merge for merge, (a, b) in merges if left.issuperset((a, b, a + b))]
+        added = [{**t, "id": new[t["id"]]} for t in self.spec.get("added_tokens") or () if t["id"] in new]
+        spec = {**self.spec, "model": model, "added_tokens": added}
+        return {**spec, **{key: _moved(spec.get(key), new) for key in ("post_processor", "padding") if key in spec}}
+
+    def _settings(self, path: Path, new: Mapping[int, int]) -> dict[str, Any]:
+        settings = moved_ids(_json(path), new)
+        gone = {text for text, i in self.added.items() if i not in new}
+        if path.name == "added_tokens.json":
+            return {text: new[i] for text, i in settings.items() if i in new}
+        if tokens := settings.get("added_tokens_decoder"):
+            settings["added_tokens_decoder"] = {str(new[int(i)]): t for i, t in tokens.items() if int(i) in new}
+        for key in NAMES:  # a name without a token would be added again, behind the last row
+            if isinstance(settings.get(key), list):
+                settings[key] = [token for token in settings[key] if _text(token) not in gone]
+        return settings
+
+
+def moved_ids(settings: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
+    """A config.json or generation_config.json whose ids are the new ones."""
+    return {key: _mapped(value, new) if ID_KEYS.search(key) else value for key, value in settings.items()}
+
+
+def _mapped(value: Any, new: Mapping[int, int]) -> Any:
+    if isinstance(value, list):
+        return [_mapped(each, new) for each in value]
+    return new.get(value, value) if type(value) is int else value
+
+
+def _moved(part: Any, new: Mapping[int, int]) -> Any:
+    """A post-processor or padding: {"ids": [2]}, {"sep": ["</s>", 2]}, {"pad_id": 0}, at any depth."""
+    if isinstance(part, list):
+        return [_moved(each, new) for each in part]
+    if not isinstance(part, dict):
+        return part
+    return {key: _mapped(value, new) if key in ("ids", "sep", "cls", "pad_id") else _moved(value, new)
+            for key, value in part.items()}  # fmt: skip
+
+
+def _ids(settings: Mapping[str, Any]) -> Iterator[int]:
+    """Every id in a config.json or generation_config.json."""
+
+    def inside(value: Any) -> Iterable[int]:
+        if isinstance(value, list):
+            return chain.from_iterable(map(inside, value))
+        return [value] if type(value) is int else []
+
+    for key, value in settings.items():
+        if ID_KEYS.search(key):
+            yield from inside(value)
+
+
+def _text(token: Any) -> Any:
+    """A token in tokenizer_config.json is its text, or an object that has it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; {} where there is no such file. MisError where it holds something else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise MisError(f"{path} is not a JSON object: copy the tokenizer files again")
+    return content

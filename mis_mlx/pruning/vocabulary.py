@@ -1,0 +1,193 @@
+"""The vocabulary as an axis: fewer rows of embedding and head, and the teacher as a model that has only these.
+
+That teacher is a folder of the rows that stay and their tokenizer; all else of it stays where it is. What comes after
+sees an ordinary model of a smaller vocabulary. Its losses are not the teacher's own, which reads longer tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.data import sources, token_windows
+from mis_mlx.data.preparation import Data, prepare
+from mis_mlx.evaluation import comparison
+from mis_mlx.gguf_export import vocab as gguf_vocabulary
+from mis_mlx.models import distributed, load, trimmed_tokenizer
+from mis_mlx.models.config import read_config, shape_of
+from mis_mlx.models.trimmed_tokenizer import ROWS, Vocabulary
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import safetensors
+from mis_mlx.storage.files import DISK, Files
+from mis_mlx.types import Checkpoint, MisError
+
+MULTIPLE = 256  # rows: Metal's fast kernels and GGUF's K-quants need it
+TENSORS = (load.EMBEDDING, "lm_head.")  # what the names of tensors with a row a token begin with
+FOLDER = "vocabulary"  # in a run, of the teacher's rows
+PLAIN = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
+
+
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """How many tokens stay, and the text that says which."""
+
+    vocab: str | None = None
+    """tokens that stay: a number, rounded up to a multiple of 256, or a share of them, such as 0.5x; those most
+    frequent in --data, special ones and bytes in any case. Default: all"""
+    vocab_text: str | None = None
+    """more text that counts for that, like --data"""
+
+
+def size(asked: str | None, model: Path | None, rows: int) -> int:
+    """The rows that --vocab leaves of `rows`. MisError where that is no number of them, or fewer than must stay of the
+    tokenizer in the folder `model`, if there is one."""
+    if asked is None:
+        return rows
+    match = re.fullmatch(r"\s*(\d+|(?:\d*\.)?\d+(?=x))(x?)\s*", asked)
+    wanted = float(match[1]) * (rows if match[2] else 1) if match else 0.0
+    if not 1 <= wanted <= rows:
+        raise MisError(f"--vocab {asked} is no number of tokens from 1 to {rows:,}: give one, or a share such as 0.5x")
+    rounded = min(rows, -(-int(wanted) // MULTIPLE) * MULTIPLE)
+    if rounded == rows or model is None:
+        return rounded
+    least = len(needed(Vocabulary(model), model))
+    if least > rounded:
+        why = f"bytes, special tokens and the chat template need {least:,} tokens, --vocab {asked} leaves {rounded:,}"
+        raise MisError(f"{model}: {why}: give {-(-least // MULTIPLE) * MULTIPLE} or more")
+    return rounded
+
+
+def needed(tokens: Vocabulary, model: Path) -> set[int]:
+    """Rows that must stay, those of what a chat template writes around messages among them."""
+    rows = tokens.needed(read_config(model))
+    with suppress(MisError):  # of a model without a template, or one that refuses
+        for ids, _ in token_windows.tokenize([{"messages": PLAIN}], load.tokenizer(model)):
+            rows |= set[int]().union(*map(tokens.parts, ids))
+    return rows
+
+
+def first_rows(teacher: Checkpoint, rows: int) -> Checkpoint:
+    """A teacher of the first `rows` tokens alone: as large as one of any others, for a plan; nobody can read it."""
+    tensors = dict(teacher.tensors)
+    for name, t in teacher.tensors.items() if rows < shape_of(teacher.config).vocab else ():
+        if name.startswith(TENSORS):
+            tensors[name] = replace(t, shape=(rows, *t.shape[1:]), nbytes=t.nbytes // t.shape[0] * rows)
+    return replace(teacher, config={**teacher.config, "vocab_size": rows}, tensors=tensors)
+
+
+def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, text: str | None) -> list[int]:
+    """Which `rows` of the teacher's stay: what must, then the most frequent in windows of its own tokens and in `text`
+    (like --data), then the first that were merged in its training."""
+    counts = np.bincount(train.tokens.reshape(-1), minlength=shape_of(teacher.config).vocab)
+    if text is not None:
+        for ids, _ in token_windows.tokenize(sources.load(text).train, load.tokenizer(teacher.path)):
+            counts += np.bincount(ids, minlength=len(counts))
+    tokens = Vocabulary(teacher.path)
+    used = np.count_nonzero(counts)
+    kept = tokens.chosen(needed(tokens, teacher.path), counts, rows)
+    share = counts[kept].sum() / max(1, counts.sum())
+    cli.say(f"vocabulary: {rows:,} of {len(counts):,} rows stay; of the {used:,} tokens that the text uses they have "
+            f"{np.count_nonzero(counts[kept]):,}, {share:.2%} of all it is made of")  # fmt: skip
+    return kept
+
+
+def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> Checkpoint:
+    """Commit the new folder `out`: these rows of the teacher's embedding and head, its tokenizer of these tokens, and
+    which they are. Returned is the teacher as it is with them."""
+    at, new = mx.array(list(rows), mx.int32), {old: i for i, old in enumerate(rows)}
+    mine = {n: t for n, t in first_rows(teacher, len(rows)).tensors.items() if n.startswith(TENSORS)}
+    config = trimmed_tokenizer.moved_ids(teacher.config, new) | {"vocab_size": len(rows)}
+    named = {"rows": list(rows), "pre_tokenizer": gguf_vocabulary.pre_tokenizer(teacher.path)}
+
+    def fill(folder: Path) -> None:
+        writer = safetensors.Writer(folder, {name: (t.dtype, t.shape) for name, t in mine.items()}, files)
+        for name in mine:
+            writer.add(name, mx.take(safetensors.lazy(teacher.tensors, [name])[name], at, axis=0))
+        writer.close()
+        for name, content in Vocabulary(teacher.path).files(rows):
+            files.write(folder / name, content)
+        for name, value in (("config.json", config), (ROWS, named)):
+            files.write(folder / name, json.dumps(value).encode())
+
+    protocol.commit_folder(out, fill, files, sum(t.nbytes for t in mine.values()), "the vocabulary")
+    return opened(teacher, out)
+
+
+def opened(teacher: Checkpoint, folder: Path) -> Checkpoint:
+    """The teacher with the rows and the tokenizer in `folder`, which `write` made."""
+    return Checkpoint(folder, read_config(folder), {**teacher.tensors, **safetensors.index(folder)})
+
+
+def rows_of(model: Path) -> list[int] | None:
+    """Which rows of its parent's a trimmed model has, None where it is not trimmed."""
+    path = model / ROWS
+    if not path.is_file():
+        return None
+    try:
+        rows: Any = json.loads(path.read_text("utf-8"))["rows"]
+        if not rows or any(type(row) is not int for row in rows) or sorted(set(rows)) != rows:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise MisError(f"{path} does not say which rows it has: copy the tokenizer files again") from None
+    return rows
+
+
+def rows_read_by(student: Checkpoint, teacher: Checkpoint) -> list[int] | None:
+    """Which of the teacher's rows its student has; None where it has all. MisError where the vocabulary is another."""
+    rows = rows_of(student.path)
+    if rows is None or rows == rows_of(teacher.path) or rows[-1] >= shape_of(teacher.config).vocab:
+        comparison.same_vocabulary(teacher, student)
+        return None
+    return rows
+
+
+@contextmanager
+def shared(teacher: Checkpoint, students: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
+    """The teacher with the vocabulary of its students, as long as the context is open. MisError where these do not
+    share one that was made of the teacher's."""
+    rows = rows_read_by(students[0], teacher) if students else None
+    with tempfile.TemporaryDirectory(prefix="mis_mlx-") as place:
+        seen = write(teacher, rows, Path(place) / FOLDER, DISK) if rows else teacher
+        for student in students:
+            comparison.same_vocabulary(seen, student)
+        yield seen
+
+
+def rows_left(teacher: Checkpoint, how: VocabularyConfig, student: str | None = None) -> int:
+    """How many rows a student has that is to be made, or that is in a folder already."""
+    total = shape_of(teacher.config).vocab
+    if student is None:
+        return size(how.vocab, teacher.path, total)
+    return len(rows_read_by(load.open_checkpoint(student), teacher) or range(total))
+
+
+def of_run(
+    teacher: Checkpoint, student: str | None, rows: int, own: Data, how: VocabularyConfig, data: str | None, run: Path,
+    files: Files,
+) -> tuple[Checkpoint, Data]:  # fmt: skip
+    """The teacher with the `rows` that a run's student has, and its text in these tokens. own: the text in the
+    teacher's. student: a folder, where it exists already."""
+    out = run / FOLDER
+    if rows == shape_of(teacher.config).vocab:
+        return teacher, own
+    if distributed.is_main() and not out.exists():
+        kept = (rows_of(Path(student)) if student else None) or chosen(teacher, rows, own.train, how.vocab_text)
+        write(teacher, kept, out, files)
+    distributed.broadcast_folder(out, files)
+    seen = opened(teacher, out)
+    if student:
+        comparison.same_vocabulary(seen, load.open_checkpoint(student))
+    text = prepare(data, load.tokenizer(seen.path), own.train.tokens.shape[1])
+    for note in text.notes:
+        cli.say(note)
+    return seen, text

@@ -1,0 +1,350 @@
+"""Fewer tokens: the teacher as a model of fewer rows, and every stage and command after that."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx import distill, prune
+from mis_mlx.data import preparation, token_windows
+from mis_mlx.evaluation import comparison
+from mis_mlx.models import load, policy
+from mis_mlx.models.config import shape_of
+from mis_mlx.models.stream import Stream
+from mis_mlx.models.trimmed_tokenizer import Vocabulary
+from mis_mlx.planner import estimates
+from mis_mlx.pruning import vocabulary
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+from tests.conftest import SMALL, Done, last_line, losses, near, sentence, settings_of, weights
+from tests.test_ranks import launched
+
+ROWS, KEPT = 1024, 512
+
+
+def make(folder: Path, **changes: Any) -> Checkpoint:
+    """The tiny llama with 1,024 tokens."""
+    tiny.make(folder, vocab_size=ROWS, **changes)
+    tiny.write_tokenizer(folder, ROWS)
+    return load.open_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The teacher of this module."""
+    return make(tmp_path_factory.mktemp("teacher") / "big")
+
+
+@pytest.fixture(scope="module")
+def small(big: Checkpoint, text_folder: Path) -> tuple[object, ...]:
+    """Flags of a `distill` of seconds that halves the vocabulary."""
+    return ("--teacher", big.path, "--data", text_folder, *SMALL, "--vocab", "0.5x", "--iters", 6, "--save-every", 2)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, small: tuple[object, ...], command: Callable[..., Done]
+) -> tuple[Path, Done]:
+    """(run folder, process) of one undisturbed run that leaves what it made on the way."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    done = command("distill", *small, "--keep-steps", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def windows(model: Checkpoint, text_folder: Path) -> token_windows.Windows:
+    """The training text in a model's tokens."""
+    return preparation.prepare(str(text_folder), load.tokenizer(model.path), 32).train
+
+
+def trimmed(teacher: Checkpoint, text_folder: Path, out: Path, rows: int = KEPT) -> tuple[Checkpoint, list[int]]:
+    """The teacher of the `rows` that the training text uses most, and which these are."""
+    kept = vocabulary.chosen(teacher, rows, windows(teacher, text_folder), None)
+    return vocabulary.write(teacher, kept, out, DISK), kept
+
+
+@pytest.mark.parametrize("asked", ["0.5x", ".5x", "512", "257", " 0.4X ".lower()])
+def test_sizes_are_multiples_of_256(big: Checkpoint, asked: str) -> None:
+    """A share or a number, rounded up."""
+    assert vocabulary.size(asked, big.path, ROWS) == KEPT
+
+
+def test_all_tokens_are_no_cut(big: Checkpoint) -> None:
+    """Whatever rounds up to all rows; without --vocab as well."""
+    assert {vocabulary.size(asked, big.path, ROWS) for asked in (None, "1024", "1x", "0.9x", "800")} == {ROWS}
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("200", "need 257 tokens, --vocab 200 leaves 256: give 512 or more"),
+        ("0", "--vocab 0 is no number of tokens from 1 to 1,024: give one, or a share such as 0.5x"),
+        ("1025", "--vocab 1025 is no number"), ("1.5x", "is no number"), ("half", "is no number"), ("-3", "is no"),
+        ("0.5", "is no number"), ("nan", "is no number"),
+    ],
+)  # fmt: skip
+def test_a_size_that_cannot_be(big: Checkpoint, asked: str, why: str) -> None:
+    """One sentence, with both numbers."""
+    with pytest.raises(MisError, match=why):
+        vocabulary.size(asked, big.path, ROWS)
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied", "packed"])
+def test_logits_of_the_rows_that_stay_are_the_teachers(tmp_path: Path, text_folder: Path, kind: str) -> None:
+    """On a text that uses no other tokens: the same ids but for their numbers, the same logits, and so the same
+    probabilities but for the softmax's denominator; in memory and streamed."""
+    teacher = make(tmp_path / "teacher", **({} if kind == "packed" else tiny.KINDS[kind]))
+    if kind == "packed":
+        packed_format.write_quantized(teacher, tmp_path / "packed", 64, DISK)
+        teacher = load.open_checkpoint(tmp_path / "packed")
+    text = windows(teacher, text_folder).tokens
+    used = len(Vocabulary(teacher.path).needed(teacher.config).union(
+        *map(Vocabulary(teacher.path).parts, np.unique(text).tolist())))  # fmt: skip
+    assert used < ROWS - 64
+    seen, kept = trimmed(teacher, text_folder, tmp_path / "rows", used)
+    assert seen.config["vocab_size"] == used == len(load.tokenizer(seen.path).get_vocab())
+    mine = windows(seen, text_folder).tokens
+    assert (np.array(kept)[mine] == text).all()
+    dtype, all_of = policy.compute_dtype(teacher), []
+    for model, tokens in ((teacher, text), (seen, mine)):
+        stream, batch = Stream(model, dtype), mx.array(tokens[:3])
+        logits = load.resident(model, dtype)(batch).astype(mx.float32)
+        again = load.logits(stream.head(), stream.forward([batch])[0]).astype(mx.float32)
+        assert mx.allclose(logits, again, atol=near(1e-5, 0.05)).item()
+        all_of.append(logits)
+    whole, less = all_of
+    assert mx.abs(whole[..., mx.array(kept)] - less).max().item() < near(1e-5, 0.05)
+    labels = mx.array(mine[:3, 1:, None])
+    nll = mx.logsumexp(less[:, :-1], -1) - mx.take_along_axis(less[:, :-1], labels, -1)[..., 0]
+    denominators = mx.logsumexp(whole[:, :-1], -1) - mx.logsumexp(less[:, :-1], -1)
+    own = mx.logsumexp(whole[:, :-1], -1)
+    own -= mx.take_along_axis(whole[:, :-1], mx.array(text[:3, 1:, None]), -1)[..., 0]
+    assert mx.abs(own - nll - denominators).max().item() < near(1e-5, 0.05) and (denominators >= 0).all().item()
+
+
+def test_the_plan_counts_what_is_there(big: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
+    """Planned before the text is read: the sizes are those of the teacher that is written then."""
+    seen, _ = trimmed(big, text_folder, tmp_path / "rows")
+    planned = estimates.model_of(vocabulary.first_rows(big, KEPT), dtype=policy.compute_dtype(big))
+    there = estimates.model_of(seen)
+    assert replace(planned, config={}) == replace(there, config={})
+    assert vocabulary.first_rows(big, ROWS) == big
+
+
+def test_full_size_is_the_identity(tmp_path: Path, big: Checkpoint, text_folder: Path) -> None:
+    """`prune --scenario none --vocab 1x`: the same bytes in every file."""
+    how = prune.Settings(model=str(big.path), data=str(text_folder), num_samples=2, max_seq_length=32, scenario="none",
+                         dtype="float32", vocab="1x", mlx_path=str(tmp_path / "same"))  # fmt: skip
+    prune.run(how)
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "same" / name).read_bytes() == (big.path / name).read_bytes()
+    assert not (tmp_path / "same" / vocabulary.ROWS).exists()
+
+
+def test_prune_alone(tmp_path: Path, big: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
+    """The kept rows of the teacher, byte for byte; which they are; stock mlx-lm opens it. More text chooses others."""
+    flags = ("--model", big.path, "--data", text_folder, "--num-samples", 2, "--max-seq-length", 32)
+    flags += ("--scenario", "none", "--dtype", "float32", "--vocab", 500)
+    done = command("prune", *flags, "--mlx-path", tmp_path / "p")
+    assert done.returncode == 0, done.stderr
+    assert "vocabulary: 512 of 1,024 rows stay; of the " in done.stderr
+    kept, student = vocabulary.rows_of(tmp_path / "p"), load.open_checkpoint(tmp_path / "p")
+    assert kept is not None and shape_of(student.config) == replace(shape_of(big.config), vocab=KEPT)
+    table = load.dense(big, "model.embed_tokens.weight")[mx.array(kept)]
+    assert mx.array_equal(table, load.dense(student, "model.embed_tokens.weight"))
+    model, tokenizer = load.mlx_lm("utils").load(str(tmp_path / "p"))
+    assert mx.isfinite(model(mx.array([tokenizer.encode("for x in y")]))).all()
+    assert last_line(done)["params_before"] - last_line(done)["params"] == (ROWS - KEPT) * 64
+    rows = [json.dumps({"text": "Zażółć gęślą jaźń. " * 500})]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "train.jsonl").write_text("\n".join([*rows, json.dumps({"text": "Ćma."})]))
+    again = command("prune", *flags, "--vocab-text", tmp_path / "more", "--mlx-path", tmp_path / "q")
+    assert again.returncode == 0, again.stderr
+    assert vocabulary.rows_of(tmp_path / "q") != kept
+
+
+def test_bytes_and_the_same_text_in_other_tokens(big: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
+    """Windows count the bytes of what they predict; read again with all tokens they are the same text, special tokens
+    included, in fewer tokens; half of a letter at an end is left out."""
+    seen, _ = trimmed(big, text_folder, tmp_path / "rows")
+    small, whole = load.tokenizer(seen.path), load.tokenizer(big.path)
+    text = "zażółć <|endoftext|> the statement\n"
+    end = small.eos_token_id
+    ids = [end, *small.encode(text, split_special_tokens=True), end, *small.encode("语 with")[1:]]
+    learn = np.array([[1.0] * (len(ids) - 1) + [0.0]], np.float32)
+    one = token_windows.Windows(np.array([ids], np.int32), learn)
+    half = len("语".encode()) - 1
+    assert token_windows.text_bytes(one, small).tolist() == [len(text.encode()) + half + len(" with")]
+    again = token_windows.reread(one, small, whole)
+    own = [end, *whole.encode(text, split_special_tokens=True), end, *whole.encode(" with")]
+    assert again.tokens.tolist() == [own] and len(own) < len(ids)
+    assert again.learn.tolist() == [[1.0] * (len(own) - 1) + [0.0]]
+    assert again.text_bytes is not None and again.text_bytes.tolist() == [len(text.encode()) + len(" with")]
+
+
+def test_bits_per_byte_by_pencil() -> None:
+    """Nats of all windows over bytes of all windows, whatever a window's share; a constant ratio has no spread."""
+    learn = np.array([[1, 1, 0, 0], [1, 1, 1, 0]], np.float32)
+    held_out = token_windows.Windows(np.zeros((2, 4), np.int32), learn, np.array([4, 6]))
+    nll = np.array([2.0, 3.0]) * math.log(2)
+    rows = {r.metric: r for r in comparison.rows_of({("m", "nll"): nll}, held_out)}
+    assert rows["bpb"].value == pytest.approx((2 * 2 + 3 * 3) / 10) and rows["tpb"].value == pytest.approx(0.5)
+    even = comparison.rows_of({("m", "nll"): nll[:1].repeat(2)}, replace(held_out, text_bytes=np.array([4, 6])))
+    bits = next(r for r in even if r.metric == "bpb")
+    assert bits.low == bits.high == pytest.approx(bits.value) == pytest.approx(1.0)
+
+
+def test_distill_end_to_end(finished: tuple[Path, Done], big: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
+    """Every model has half of the rows and says which; the tables show the teacher with its own tokens, in bits per
+    byte, and no nats per token beside each other."""
+    out, done = finished
+    result, kept = last_line(done), vocabulary.rows_of(out / "pruned")
+    assert kept is not None and len(kept) == KEPT
+    for name in ("pruned", "distilled", "model"):
+        model, tokenizer = load.mlx_lm("utils").load(str(out / name))
+        assert model(mx.array([tokenizer.encode("for x in y")])).shape[-1] == KEPT
+        assert vocabulary.rows_of(out / name) == kept
+    assert result["nll_teacher"] is None is result["nll_student"] and result["params_teacher"] > 512 * 1024
+    table = (out / "table.md").read_text()
+    assert "bits per byte of text" in table and "nats/token |" not in table.replace(
+        "KL(teacher ‖ model), nats/token |", ""
+    )
+    assert comparison.ACROSS in table
+    data = preparation.prepare(str(text_folder), load.tokenizer(out / "pruned"), 32)
+    chosen = comparison.chosen(data.held_out["held-out"], 3)
+    text = [load.tokenizer(out / "pruned").decode(w.tolist()).strip("\ufffd") for w in chosen.tokens]
+    nats, nbytes, tokenizer = 0.0, 0, load.tokenizer(big.path)
+    model = load.resident(big, mx.float32)
+    for each in text:
+        ids = mx.array([tokenizer.encode(each)])
+        logits = model(ids[:, :-1])
+        nats += (mx.logsumexp(logits, -1) - mx.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]).sum().item()
+        nbytes += len(each.encode()) - len(tokenizer.decode(ids[0, :1].tolist()).encode())
+    assert result["bits_per_byte_teacher"] == pytest.approx(nats / nbytes / math.log(2), rel=near(1e-4, 0.02))
+
+
+@pytest.mark.parametrize("way", [("--train", "sharded"), ("--train", "blocks"), ("--targets", "cached")])
+def test_other_ways(tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done], way: Any) -> None:
+    """Part by part, with the vocabulary frozen, and from targets on disk; what nobody needs goes."""
+    done = command("distill", *small, *way, "--q-iters", 2, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert last_line(done)["bits_per_byte_distilled"] < last_line(done)["bits_per_byte_pruned"] + 1
+    assert not (tmp_path / "run" / vocabulary.FOLDER).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", ["whole", "layers"])
+def test_two_machines(
+    tmp_path: Path, finished: tuple[Path, Done], small: tuple[object, ...], own_home: dict[str, str], spread: str
+) -> None:
+    """One chooses the rows and writes them, the other gets them: the table of one machine."""
+    done = launched(own_home, 2, "distill", *small, "--spread", spread, "--out", tmp_path / "run")
+    result, alone = last_line(done), last_line(finished[1])
+    for name in ("teacher", "pruned", "distilled", "4-bit"):
+        assert result[f"bits_per_byte_{name}"] == pytest.approx(alone[f"bits_per_byte_{name}"], rel=1e-3)
+    assert vocabulary.rows_of(tmp_path / "run" / "model") == vocabulary.rows_of(finished[0] / "model")
+
+
+def test_resumed_after_each_stage(
+    tmp_path: Path, finished: tuple[Path, Done], small: tuple[object, ...], command: Callable[..., Done]
+) -> None:
+    """Half done, and with the teacher's rows gone: the same weights and losses, bit for bit."""
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    for name in ("model", "rounded", "tune-steps", "distilled", vocabulary.FOLDER):
+        shutil.rmtree(run / name)
+    shutil.rmtree(max((run / "steps").iterdir()))
+    (run / "result.json").unlink()
+    done = command("distill", "--resume", "--out", run)
+    assert done.returncode == 0, done.stderr
+    assert weights(run) == weights(finished[0]) and losses(run) == losses(finished[0])
+    with pytest.raises(MisError, match=r"--vocab is 700, the run has 0\.5x"):
+        distill.run(replace(settings_of(distill, small, run), resume=True, vocab="700"))
+
+
+def test_a_student_made_earlier(
+    tmp_path: Path,
+    finished: tuple[Path, Done],
+    big: Checkpoint,
+    small: tuple[object, ...],
+    command: Callable[..., Done],
+) -> None:
+    """`--student` brings its rows along: the same weights. One whose rows are not this teacher's is refused."""
+    flags = [f for f in small if f not in ("--vocab", "0.5x")]
+    done = command("distill", *flags, "--keep-steps", "--student", finished[0] / "pruned", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "run") == weights(finished[0])
+    stranger = shutil.copytree(finished[0] / "pruned", tmp_path / "stranger")
+    rows = json.loads((stranger / vocabulary.ROWS).read_text())
+    rows["rows"] = [*rows["rows"][:-1], ROWS - 1 if rows["rows"][-1] < ROWS - 1 else rows["rows"][-1] - 1]
+    (stranger / vocabulary.ROWS).write_text(json.dumps(rows))
+    refused = command("distill", *flags, "--student", stranger, "--out", tmp_path / "other")
+    assert "has another tokenizer than" in sentence(refused)
+    (stranger / vocabulary.ROWS).write_text("{}")
+    refused = command("distill", *flags, "--student", stranger, "--out", tmp_path / "third")
+    assert "vocabulary.json does not say which rows it has" in sentence(refused)
+
+
+def test_commands_on_a_trimmed_student(
+    tmp_path: Path, finished: tuple[Path, Done], big: Checkpoint, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """evaluate, evaluate --kld and quantize take the whole teacher beside it; generate takes no such draft."""
+    student, common = finished[0] / "distilled", ("--data", text_folder, "--max-seq-length", 32)
+    both = ("--teacher", big.path, "--students", student, finished[0] / "model", *common)
+    done = command("evaluate", *both, "--eval-windows", 3)
+    assert done.returncode == 0, done.stderr
+    said, result = last_line(done)["held-out"], last_line(finished[1])
+    assert comparison.ACROSS in done.stdout and "perplexity" not in done.stdout
+    for key, name in (("bpb_teacher", "teacher"), ("bpb_distilled", "distilled"), ("bpb_model", "4-bit")):
+        assert said[key] == pytest.approx(result[f"bits_per_byte_{name}"], rel=near(1e-6, 1e-3))
+    done = command("evaluate", *both, "--kld", "--eval-windows", 20)
+    assert done.returncode == 0 and comparison.ACROSS in done.stderr
+    flags = ("--num-samples", 2, "--q-iters", 2, "--mlx-path", tmp_path / "q")
+    done = command("quantize", "--model", student, "--teacher", big.path, *common, *flags)
+    assert done.returncode == 0, done.stderr
+    assert vocabulary.rows_of(tmp_path / "q") == vocabulary.rows_of(student)
+    refused = command("generate", "--model", big.path, "--draft-model", student)
+    assert "has another tokenizer than" in sentence(refused)
+
+
+def test_gguf_keeps_the_parents_pre_tokenizer(tmp_path: Path, text_folder: Path, command: Callable[..., Done]) -> None:
+    """llama.cpp knows a pre-tokenizer by ids, which have changed; gguf-py reads tokens, merges and special ids."""
+    from gguf import GGUFReader
+
+    teacher = make(tmp_path / "teacher", bos_token_id=0, eos_token_id=0)
+    seen, kept = trimmed(teacher, text_folder, tmp_path / "rows")
+    named = json.loads((seen.path / vocabulary.ROWS).read_text())
+    assert (named["rows"], named["pre_tokenizer"]) == (kept, "gpt-2")
+    (seen.path / vocabulary.ROWS).write_text(json.dumps({**named, "pre_tokenizer": "parents"}))
+    how = prune.Settings(model=str(teacher.path), data=str(text_folder), num_samples=2, max_seq_length=32,
+                         scenario="none", vocab="0.5x", mlx_path=str(tmp_path / "p"))  # fmt: skip
+    prune.run(how)
+    shutil.copy(seen.path / vocabulary.ROWS, tmp_path / "p")
+    done = command("export", "--model", tmp_path / "p", "--format", "gguf", "--out", tmp_path / "g")
+    assert done.returncode == 0, done.stderr
+    reader = GGUFReader(next((tmp_path / "g").glob("*.gguf")))
+
+    def field(name: str) -> Any:
+        return reader.fields[f"tokenizer.ggml.{name}"].contents()
+
+    spec = json.loads((tmp_path / "p" / "tokenizer.json").read_text())["model"]
+    assert field("pre") == "parents" and field("eos_token_id") == 0
+    assert {text: i for i, text in enumerate(field("tokens"))} == spec["vocab"]
+    assert [m.split(" ") for m in field("merges")] == spec["merges"]
+
+
+def test_plan_follows(big: Checkpoint, command: Callable[..., Done]) -> None:
+    """`plan --vocab`: fewer parameters in the student, all of the teacher's."""
+    whole, half = (last_line(command("plan", "--teacher", big.path, *more)) for more in ((), ("--vocab", 512)))
+    assert whole["params_student"] - half["params_student"] == (ROWS - KEPT) * 64
+    assert whole["params_teacher"] == half["params_teacher"] and half["peak_bytes"] <= whole["peak_bytes"]
