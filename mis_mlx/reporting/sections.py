@@ -108,7 +108,8 @@ def pruning(story: RunRecord, key: str) -> str:
     shares = {}
     for axis in ("ffn", "heads"):
         rows = {k.split("/")[0]: v for k, v in (report.get("profile") or {}).items() if k.endswith(f"/{axis}")}
-        if kept := [rows[i]["kept"] for i in rows if int(i) in layers]:
+        kept = [rows[i]["kept"] for i in rows if int(i) in layers]
+        if kept and min(kept) < 1:
             shares[axis] = f"{min(kept):.0%} to {max(kept):.0%}"
     return html.part("pruning", report=report, pictures=pictures, shares=shares)
 
