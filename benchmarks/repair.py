@@ -1,6 +1,6 @@
 """How much text the repair needs: by one ridge for all, and by the ridge that windows held out choose.
 
-    scripts/mis benchmarks/repair.py    # half an hour on 2 cores
+    scripts/mis benchmarks/repair.py    # 6 minutes on 2 cores
 
 GAZDA of SmolLM2-135M-Instruct, seeds 0 to 2, which choose the windows; judged on the same held-out windows, English and
 Polish, before any training. "plain" is ridge 0.1 on all windows, nothing held out, nothing refused: what the repair was
@@ -25,7 +25,7 @@ from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import load, model_writer
 from mis_mlx.pruning import reconstruct
 
-WINDOWS, SEEDS = (8, 64), (0, 1, 2)
+WINDOWS, SEEDS = (8,), (0, 1, 2)  # of 64, the default, both end alike: 3.019 and 3.021 after distillation
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,87 @@
+"""Fewer tokens or fewer neurons: students of one size, distilled alike, in bits per byte of texts of other kinds.
+
+    scripts/mis benchmarks/vocabulary.py    # 20 minutes on 2 cores; finished rows are not run again
+
+SmolLM2-135M-Instruct less a third, a third of the default's steps, half of its windows for the repair, seeds 0 to 2:
+the default shape (28 blocks, FFN 768, all 49,152 tokens) beside 29 blocks, FFN 1024 and 24,576 tokens. Every model
+reads its own tokens. Texts of no kind that anybody trained on: Vim's tutor in English and in Polish (Debian's package
+vim-runtime) and numpy's docstrings. Writes benchmarks/results/<machine>/vocabulary.json after every row.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from laboratory import start, stored, write
+
+from mis_mlx import cli, distill, evaluate
+from mis_mlx.types import MisError
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "49,152 tokens": {},
+    "24,576 tokens": {"vocab": "24576", "layers": 29, "ffn": 1024, "scenario": "none"},
+}
+TUTORS = {"Vim's tutor": "tutor1", "Vim's tutor in Polish": "tutor1.pl.utf-8"}
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much."""
+
+    iters: int = 20
+    """steps of distillation"""
+    eval_windows: int = 32
+    """of each text"""
+
+
+def texts(place: Path) -> dict[str, Path]:
+    """Folders that --data takes, by name."""
+    found = {}
+    for name, file in TUTORS.items():
+        path = next(iter(sorted(Path("/usr/share/vim").glob(f"vim*/tutor/{file}"))), None)
+        if path is None:
+            raise MisError(f"no {file} under /usr/share/vim: install Debian's package vim-runtime")
+        found[name] = path.read_text("utf-8")
+    found["numpy's docstrings"] = "\n\n".join(
+        doc for name in sorted(np.__all__) if len(doc := str(getattr(np, name).__doc__)) > 2000
+    )
+    for name, text in found.items():
+        (folder := place / name).mkdir()
+        for split in ("train", "valid", "test"):
+            content = text if split == "test" else "Nothing is trained on this. " * 200
+            (folder / f"{split}.jsonl").write_text(json.dumps({"text": content}) + "\n")
+    return {name: place / name for name in found}
+
+
+def main(s: Settings) -> None:
+    """Every row that is not there yet."""
+    given = {"iters": s.iters, "eval_windows": s.eval_windows}
+    before = stored("vocabulary")
+    rows = before["rows"] if before.get("given") == given else {}
+    with tempfile.TemporaryDirectory() as temp:
+        folders = texts(Path(temp))
+        for seed in SEEDS:
+            for shape, flags in SHAPES.items():
+                if (label := f"{shape}, seed {seed}") in rows:
+                    continue
+                run = Path(temp) / f"run-{len(rows)}"
+                more: dict[str, Any] = {"quantize": 0, "bench_tokens": 0, "reconstruct_samples": 32, "eval_windows": 3}
+                result = distill.run(distill.Settings(out=str(run), seed=seed, iters=s.iters, **more, **flags))
+                row: dict[str, Any] = {"params": result["params_student"], "tokens_per_s": result["tokens_per_s"]}
+                for name, folder in folders.items():
+                    students = str(run / "pruned"), str(run / "distilled")
+                    asked = evaluate.Settings(students=students, data=str(folder), eval_windows=s.eval_windows)
+                    row[name] = next(iter(evaluate.run(asked).values()))
+                rows[label] = row
+                cli.say(f"{label}: {row}")
+                write("vocabulary", "scripts/mis benchmarks/vocabulary.py", {"given": given, "rows": rows})
+
+
+if __name__ == "__main__":
+    start(Settings, main)
