@@ -26,7 +26,7 @@ HELD_OUT = 4  # every fourth window judges them, or the last of fewer
 def reconstruct(
     teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Sequence[mx.array]
 ) -> tuple[dict[str, mx.array], list[float]]:
-    """({weight name: new matrix (out, in) float32}, error left per block as a share) for token ids [(B, T)]."""
+    """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)]."""
     columns = kept_columns(keep)
     big, small = (stream.Stream(model, policy.compute_dtype(model)) for model in (teacher, student))
     target, own = big.embed(batches), small.embed(batches)
@@ -38,7 +38,8 @@ def reconstruct(
         stream.evaluate_now(own)
         wide, error = refit(block, small.args, own, target, columns, onwards=True)
         small.finite(own[0])
-        mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
+        if error < 1.0:
+            mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
         left.append(error)
     return mended, left
 

@@ -101,9 +101,7 @@ def pruning(story: RunRecord, key: str) -> str:
         removed = {i: v for i, v in blocks.items() if i not in layers}
         groups = {"kept": {i: v for i, v in blocks.items() if i in layers}, "removed": removed}
         gone = ", ".join(map(str, removed)) or "none"
-        text = (
-            f"1 − cosine of each of the teacher's {len(blocks)} blocks: how far it turns the stream. Removed: {gone}."
-        )
+        text = f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. Removed: {gone}."
         pictures.append(figures.columns(f"{key}blocks", "Blocks", text, ("block", "1 − cosine"), groups))
     shares = {}
     for axis in ("ffn", "heads"):

@@ -68,7 +68,7 @@ def test_an_unpruned_student_stays_as_it_is(tmp_path: Path, llama: Checkpoint, w
     keep = KeptUnits(ALL, {}, "")
     student = student_of(llama, keep, tmp_path / "s")
     mended, _ = reconstruct.reconstruct(llama, student, keep, windows)
-    assert sorted(mended) == [f"model.layers.{i}.mlp.down_proj.weight" for i in ALL]
+    assert {name.split(".", 3)[3] for name in mended} <= {"mlp.down_proj.weight"}
     for name, weight in mended.items():
         before = load.dense(student, name)
         assert mx.abs(weight - before).max().item() <= near(1e-4, 5e-4) * mx.abs(before).max().item()
