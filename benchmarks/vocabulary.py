@@ -75,9 +75,9 @@ def main(s: Settings) -> None:
                 result = distill.run(distill.Settings(out=str(run), seed=seed, iters=s.iters, **more, **flags))
                 row: dict[str, Any] = {"params": result["params_student"], "tokens_per_s": result["tokens_per_s"]}
                 for name, folder in folders.items():
-                    students = str(run / "pruned"), str(run / "distilled")
+                    students = str(run / "pruned"), str(run / "model")
                     asked = evaluate.Settings(students=students, data=str(folder), eval_windows=s.eval_windows)
-                    row[name] = next(iter(evaluate.run(asked).values()))
+                    row[name] = evaluate.run(asked)["held-out"]
                 rows[label] = row
                 cli.say(f"{label}: {row}")
                 write("vocabulary", "scripts/mis benchmarks/vocabulary.py", {"given": given, "rows": rows})
