@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 from mis_mlx import cli
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import train_loop
+from mis_mlx.hardware import lanes
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, load, policy, stream
 from mis_mlx.models.config import shape_of
@@ -58,23 +59,24 @@ class _Streams:
     columns: mx.array | None
 
     @property
-    def seen(self) -> list[int]:
-        """Which batches steps are made of: but every fourth, which judges them; all where that leaves none."""
-        n = len(self.target)
-        return [b for b in range(n) if n < reconstruct.HELD_OUT or (b + 1) % reconstruct.HELD_OUT]
+    def judges(self) -> range:
+        """Which batches no step is made of; none where there are too few."""
+        return reconstruct.judges(n) if (n := len(self.target)) >= reconstruct.HELD_OUT else range(0)
 
     def held_out(self, block: nn.Module, args: Any) -> float:
-        """The block's `error` per token on the batches that no step sees, from the student's own stream; 0 where all
-        are seen."""
-        sums = np.zeros(2)
-        for b in sorted(set(range(len(self.target))) - set(self.seen)):
-            want = reconstruct.narrow(self.target[b], self.columns)
-            sums += np.array(mx.stack([*error(args, block, self.own[b], want)]), np.float64)
-        return float(sums[0] / max(sums[1], 1.0))
+        """The block's `error` per token on the batches that judge, from the student's own stream; 0 where none do."""
+
+        def both(own: mx.array, target: mx.array) -> mx.array:
+            return mx.stack([*error(args, block, own, reconstruct.narrow(target, self.columns))])
+
+        one_by_one = (map(hidden.__getitem__, self.judges) for hidden in (self.own, self.target))  # some are on disk
+        of_batches = lanes.each(both, *one_by_one)
+        wrong, tokens = sum((np.array(each, np.float64) for each in of_batches), start=np.zeros(2))
+        return float(wrong / max(tokens, 1.0))
 
     def micro_batches(self, recipe: TrainingConfig, own_share: float, step: int) -> list[tuple[mx.array, mx.array]]:
         """(what goes in, what should come out), float32, for `step` counted over all blocks."""
-        seen = self.seen
+        seen = [b for b in range(len(self.target)) if b not in self.judges]
         chosen = token_windows.order(len(seen), recipe.grad_accumulation_steps, step, recipe.seed)
         mine, pairs = np.random.default_rng([recipe.seed, step, 2]).random(len(chosen)) < own_share, []
         for i, own in zip(chosen.tolist(), mine, strict=True):
@@ -129,16 +131,16 @@ def train(
         next(marching)
         block = stream.load_checked(load.block(pruned if j >= done else student, j, small.args, mx.float32))
         if j >= done:
-            note, repaired = f"block {j + 1} of {layers}", None
+            note, refitted = f"block {j + 1} of {layers}", dict[str, mx.array]()
             if repair:
-                repaired, left = reconstruct.refit(block, small.args, own, target, columns)
+                refitted["mlp.down_proj.weight"], left = reconstruct.refit(block, small.args, own, target, columns)
                 note += f": closed form left {left:.0%} of the error held out"
             begun = streams.held_out(block, small.args)
             yield from _steps(block, small.args, streams, recipe, own_share, j * recipe.iters, note)
             if streams.held_out(block, small.args) > begun:  # from disk: no second copy of a block waits meanwhile
                 cli.say(f"local, block {j + 1}: further from the teacher on windows held out: its steps are undone")
                 block = load.block(pruned, j, small.args, mx.float32)
-                block.mlp.down_proj.weight = block.mlp.down_proj.weight if repaired is None else repaired
+                block.load_weights(list(refitted.items()), strict=False)
             block_files.replace_block(student, j, dict(tree_flatten(block.parameters())), files)
             files.replace_text(student.path / RECORD, json.dumps({"blocks": j + 1}))
         if j + 1 < layers:

@@ -11,8 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models.tokenizer_check import ROWS
-from mis_mlx.storage.header_check import Refused, json_object
+from mis_mlx.models.tokenizer_check import ROWS, read_json
 from mis_mlx.types import MisError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # GGUF's token types
@@ -34,7 +33,7 @@ RULES: dict[tuple[tuple[str, ...], bool], str] = {
 def known() -> dict[str, Any]:
     """llama.cpp tells pre-tokenizers apart by the sha256 of the ids of a text, "probe". "names": those of families that
     a llama, mistral, qwen2 or qwen3 can have, by that hash."""
-    return _json(Path(__file__).parent / "pre_tokenizers.json")
+    return read_json(Path(__file__).parent / "pre_tokenizers.json")
 
 
 def add(writer: Any, folder: Path, size: int) -> list[str]:
@@ -44,7 +43,7 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     """
     import gguf
 
-    spec, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
+    spec, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
     if not spec:
         raise MisError(f"{folder} has no tokenizer.json: copy the tokenizer files of the model it was made from")
     letter = _ids(folder, "a")  # also the library's own judgement of the file
@@ -88,7 +87,7 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
             "'default' is written, llama.cpp may cut numbers and punctuation differently"
         )
         pre = known()["names"].get(digest) or RULES.get((_steps(spec), bool(model.get("ignore_merges"))))
-        pre = _json(folder / ROWS).get("pre_tokenizer") or pre  # a trimmed vocabulary is cut by its parent's rules
+        pre = read_json(folder / ROWS).get("pre_tokenizer") or pre  # a trimmed vocabulary is cut by its parent's rules
         pieces = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
         return "gpt2", pre or "default", pieces, [] if pre else [unknown]
     # SentencePiece's: llama.cpp joins the best-scored neighbours first, so the order of merges is the score.
@@ -102,7 +101,7 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
 
 def pre_tokenizer(folder: Path) -> str | None:
     """llama.cpp's name for how a folder's byte-level tokenizer cuts text; None where it has none."""
-    spec = _json(folder / "tokenizer.json")
+    spec = read_json(folder / "tokenizer.json")
     named = _pieces(folder, spec)[1] if (spec.get("model") or {}).get("type") == "BPE" else "default"
     return None if named == "default" else named
 
@@ -124,13 +123,6 @@ def _steps(spec: dict[str, Any]) -> tuple[str, ...]:
             case _:
                 words.append("something else")
     return tuple(words)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json_object(path.read_bytes()) if path.is_file() else {}
-    except (OSError, Refused) as why:
-        raise MisError(f"{path}: {why}: copy the tokenizer files again") from None
 
 
 def _ids(folder: Path, text: str) -> list[int]:

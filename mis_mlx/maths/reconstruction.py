@@ -54,19 +54,23 @@ class NormalEquations:
 
     def solve(self, ridge: float) -> tuple[np.ndarray, float]:
         """(U (D, F), share of the weighted squared error that remains with it)."""
+        update = self.update(ridge)
+        return update, self.left(update)
+
+    def update(self, ridge: float) -> np.ndarray:
+        """U (D, F)."""
         size = len(self.gram)
         damped = self.gram + (ridge * np.trace(self.gram) / size + 1e-300) * np.eye(size)
-        update = np.linalg.solve(damped, self.cross).T
-        return update, self.left(update)
+        return np.asarray(np.linalg.solve(damped, self.cross).T)
 
     def judged(self, held_out: NormalEquations, ridges: Sequence[float] = RIDGES) -> tuple[np.ndarray, float]:
         """(U (D, F), the share of the error that it leaves held out): the ridge is the one that leaves least there,
         and U is then of all tokens. Nothing is changed, and 1 is left, where no ridge does better than that."""
         best, least = None, 1.0
         for ridge in ridges:
-            if (left := held_out.left(self.solve(ridge)[0])) < least:
+            if (left := held_out.left(self.update(ridge))) < least:
                 best, least = ridge, left
         if best is None:
             return np.zeros(self.cross.T.shape), 1.0
         self.merge(held_out)
-        return self.solve(best)[0], least
+        return self.update(best), least

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx.hardware import child_process
-from mis_mlx.storage.header_check import json_object
+from mis_mlx.storage.header_check import Refused, json_object
 from mis_mlx.storage.safetensors import inside
 from mis_mlx.types import GIB, MisError, gib
 
@@ -82,6 +82,14 @@ def attempt(folder: str) -> dict[str, int]:
             tokens += len(ids) + len(tokenizer.decode(ids))
     written = [_rendered(template, settings) for template in _templates(where, settings)]
     return {"tokens": tokens, "characters": sum(written)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A tokenizer file's JSON object; {} where there is no such file. MisError where it holds something else."""
+    try:
+        return _json(path)
+    except (OSError, Refused) as why:
+        raise MisError(f"{path}: {why}: copy the tokenizer files again") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

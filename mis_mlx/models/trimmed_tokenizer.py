@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from mis_mlx.models import tokenizer_check
+from mis_mlx.models.tokenizer_check import ROWS, present, read_json
 from mis_mlx.types import MisError
 
-ROWS = tokenizer_check.ROWS  # the file that says which rows of its parent's a trimmed vocabulary has
 REPLACED = ("tokenizer.model", "vocab.json", "merges.txt", ROWS)  # would say again what tokenizer.json says
 RESERVED = re.compile(r"<unused\d+>|<\|reserved_special_token_\d+\|>")  # tokens that no text was ever written with
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>|▁+")  # spaces too: SentencePiece's, written as bytes, would come back as ▁
@@ -30,7 +29,7 @@ class Vocabulary:
     """The tokens of a model folder's tokenizer.json. MisError where these cannot be fewer."""
 
     def __init__(self, folder: Path):
-        self.folder, self.spec = folder, _json(folder / "tokenizer.json")
+        self.folder, self.spec = folder, read_json(folder / "tokenizer.json")
         model = self.spec.get("model") or {}
         self.unigram = model.get("type") == "Unigram"
         listed = model.get("vocab") or {}
@@ -71,7 +70,7 @@ class Vocabulary:
         ones, and what the settings name."""
         from tokenizers.pre_tokenizers import ByteLevel
 
-        settings = _json(self.folder / "tokenizer_config.json")
+        settings = read_json(self.folder / "tokenizer_config.json")
         named = [_text(value) for key, value in settings.items() if key.endswith("_token")]
         model: dict[str, Any] = self.spec["model"]
         unknown = model.get("unk_id") if self.unigram else self.ids.get(model.get("unk_token") or "")
@@ -80,7 +79,7 @@ class Vocabulary:
             rows |= {i for text, i in self.ids.items() if BYTE.fullmatch(text)}
         else:
             rows |= {self.ids[letter] for letter in ByteLevel.alphabet() if letter in self.ids}
-        named_ids = chain(_ids(config), _ids(_json(self.folder / "generation_config.json")))
+        named_ids = chain(_ids(config), _ids(read_json(self.folder / "generation_config.json")))
         rows |= {i for i in (unknown, *named_ids) if i is not None and i in self.texts}
         return set().union(*map(self.parts, rows))
 
@@ -100,7 +99,7 @@ class Vocabulary:
     def files(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         """(name, content) of the tokenizer's files for a model that has only these rows, rising."""
         new = {old: i for i, old in enumerate(rows)}
-        for path in tokenizer_check.present(self.folder):
+        for path in present(self.folder):
             if path.name in REPLACED:
                 continue
             if path.suffix != ".json" or path.name.startswith("chat_template"):
@@ -124,7 +123,7 @@ class Vocabulary:
         return {**spec, **{key: _moved(spec.get(key), new) for key in ("post_processor", "padding") if key in spec}}
 
     def _settings(self, path: Path, new: Mapping[int, int]) -> dict[str, Any]:
-        settings = moved_ids(_json(path), new)
+        settings = moved_ids(read_json(path), new)
         gone = {text for text, i in self.added.items() if i not in new}
         if path.name == "added_tokens.json":
             return {text: new[i] for text, i in settings.items() if i in new}
@@ -173,16 +172,3 @@ def _ids(settings: Mapping[str, Any]) -> Iterator[int]:
 def _text(token: Any) -> Any:
     """A token in tokenizer_config.json is its text, or an object that has it."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; {} where there is no such file. MisError where it holds something else."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise MisError(f"{path} is not a JSON object: copy the tokenizer files again")
-    return content

@@ -20,7 +20,7 @@ from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import load, policy, stream
 from mis_mlx.types import Checkpoint, KeptUnits
 
-HELD_OUT = 4  # every fourth window judges them, or the last of fewer
+HELD_OUT = 4
 
 
 def reconstruct(
@@ -56,6 +56,12 @@ def groups(teacher: stream.Stream, keep: KeptUnits, hidden: stream.Hidden) -> It
             teacher.through(block, hidden)
         done = end
         yield j
+
+
+def judges(count: int) -> range:
+    """Which of `count` windows are held out to judge a block by: every fourth, or the last of fewer."""
+    every = min(HELD_OUT, count)
+    return range(every - 1, count, every)
 
 
 def kept_columns(keep: KeptUnits) -> mx.array | None:
@@ -105,9 +111,9 @@ def refit(
         into = tap.take()
         return *fit.products(into.reshape(-1, inputs), missing, weight), out, into
 
-    every = min(HELD_OUT, len(target))
+    held_out = judges(len(target))
     for b, (*sums, out, into) in enumerate(lanes.each(products, hidden, target)):
-        (fit if (b + 1) % every else judge).add(*sums)
+        (judge if b in held_out else fit).add(*sums)
         if onwards:
             hidden[b] = out
             entered.append(into)
@@ -122,6 +128,6 @@ def refit(
     def moved(out: mx.array, into: mx.array) -> mx.array:
         return out + into @ change
 
-    for b, out in enumerate(lanes.each(moved, hidden, entered) if onwards else ()):
+    for b, out in enumerate(lanes.each(moved, hidden, entered) if onwards and error < 1.0 else ()):
         hidden[b] = out
     return weight, error

@@ -25,7 +25,8 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.gguf_export import vocab as gguf_vocabulary
 from mis_mlx.models import distributed, load, trimmed_tokenizer
 from mis_mlx.models.config import read_config, shape_of
-from mis_mlx.models.trimmed_tokenizer import ROWS, Vocabulary
+from mis_mlx.models.tokenizer_check import ROWS
+from mis_mlx.models.trimmed_tokenizer import Vocabulary
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import DISK, Files

@@ -139,16 +139,16 @@ def test_the_loss_is_the_error_per_token(tmp_path: Path, llama: Checkpoint, wind
 
 @pytest.mark.parametrize("cut", ALL_CUTS)
 def test_the_error_falls_in_every_block(tmp_path: Path, llama: Checkpoint, windows: list[mx.array], cut: str) -> None:
-    """By steps alone, measured by marching both models apart: each block ends nearer to the teacher, or
-    as near as it was."""
+    """By steps alone, measured by marching both models apart: each block ends nearer to the teacher."""
     pruned, keep = student(llama, cut, tmp_path)
-    recipe = replace(RECIPE, iters=12)
+    recipe = replace(RECIPE, iters=48)
+    windows = windows + [mx.random.randint(0, 512, (2, 16), key=mx.random.key(50 + k)) for k in range(27)]
     steps = list(begin(llama, pruned, keep, windows, tmp_path, recipe, own_share=1.0, repair=False))
     basis = np.eye(64)[:, list(keep.kept.get((-1, "hidden"), range(64)))]
     before = stream_error(llama, pruned, basis, windows, keep.layers)
     after = stream_error(llama, load.open_checkpoint(tmp_path / "s"), basis, windows, keep.layers)
-    assert after != before and all(a <= b for a, b in zip(after, before, strict=True)), (after, before)
-    assert all(steps[j + 11].loss < steps[j].loss for j in range(0, len(steps), 12))
+    assert all(a < b for a, b in zip(after, before, strict=True))
+    assert all(steps[j + 47].loss < steps[j].loss for j in range(0, len(steps), 48))
 
 
 def test_steps_that_spoil_a_block_are_undone(
