@@ -15,7 +15,7 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
 from mis_mlx.models import arch, load, policy
-from mis_mlx.planner import estimates
+from mis_mlx.planner import estimates, pruning_size
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.reporting import progress
 from mis_mlx.storage.files import Files
@@ -64,7 +64,8 @@ def run(settings: Settings) -> dict[str, Any]:
     length, tokens = s.max_seq_length, s.num_samples * s.max_seq_length
     m = estimates.model_of(checkpoint)
     planned = estimates.streamed_pass("calibration", m, tokens, length, length, limit.limit_bytes, head=False)
-    estimates.fit(limit, planned)
+    chosen = [pruning_size.vocabulary(m, length, limit.limit_bytes)] if rows < m.shape.vocab else []
+    estimates.fit(limit, planned, *chosen)
     data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
     with (
         progress.run("prune"), memory.limited(limit), tempfile.TemporaryDirectory(prefix="mis_mlx-") as place,

@@ -8,16 +8,24 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import StageCost, streamed_pass
-from mis_mlx.planner.job import DistillationSpec
+from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
+from mis_mlx.planner.job import VOCABULARY_WINDOWS, DistillationSpec
+
+
+def vocabulary(teacher: ModelSize, length: int, limit: int) -> StageCost:
+    """Ask a teacher with all of its tokens which it expects."""
+    return streamed_pass("vocabulary", teacher, VOCABULARY_WINDOWS * length, length, length, limit, spool=False)
 
 
 def prune(job: DistillationSpec, limit: int) -> StageCost:
-    """Calibrate, then copy what is kept, tensor by tensor."""
+    """Choose the tokens, calibrate, then copy what is kept, tensor by tensor."""
     t, length = job.teacher, job.length
     p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
     peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
     copied = estimates.tensor_bytes(job.shown or t)
+    if job.shown and job.shown.shape != t.shape:
+        asked = vocabulary(job.shown, length, limit)
+        peak, read, flops = max(peak, asked.peak_bytes), read + asked.read_bytes, flops + asked.flops
     if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
         square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
         peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide

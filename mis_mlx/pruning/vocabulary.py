@@ -23,10 +23,12 @@ from mis_mlx.data import sources, token_windows
 from mis_mlx.data.preparation import Data, prepare
 from mis_mlx.evaluation import comparison
 from mis_mlx.gguf_export import vocab as gguf_vocabulary
+from mis_mlx.maths import losses
 from mis_mlx.models import distributed, load, trimmed_tokenizer
 from mis_mlx.models.config import read_config, shape_of
 from mis_mlx.models.tokenizer_check import ROWS
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
+from mis_mlx.planner.job import VOCABULARY_WINDOWS
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import DISK, Files
@@ -44,7 +46,7 @@ class VocabularyConfig:
 
     vocab: str | None = None
     """tokens that stay: a number, rounded up to a multiple of 256, or a share of them, such as 0.5x; those most
-    frequent in --data, special ones and bytes in any case. Default: all"""
+    frequent in --data or expected there by the teacher, special ones and bytes in any case. Default: all"""
     vocab_text: str | None = None
     """more text that counts for that, like --data"""
 
@@ -86,16 +88,30 @@ def first_rows(teacher: Checkpoint, rows: int) -> Checkpoint:
     return replace(teacher, config={**teacher.config, "vocab_size": rows}, tensors=tensors)
 
 
+def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
+    """(V,) how often the teacher expects each of its tokens in windows: its probabilities, summed over all places.
+    Streamed; logits come in chunks of positions."""
+    hidden, vocab = comparison.final_hidden(teacher, windows), shape_of(teacher.config).vocab
+    head, step, sums = comparison.alone(teacher).head(), losses.chunk_rows(vocab), np.zeros(vocab)
+    for states in hidden:
+        for start in range(0, states.shape[1], step):
+            z = load.logits(head, states[0][start : start + step])[:, :vocab].astype(mx.float32)
+            sums += np.array(mx.softmax(z, axis=-1).sum(axis=0))
+    return sums
+
+
 def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, text: str | None) -> list[int]:
-    """Which `rows` of the teacher's stay: what must, then the most frequent in windows of its own tokens and in `text`
-    (like --data), then the first that were merged in its training."""
+    """Which `rows` of the teacher's stay: what must, then the most frequent. Half of that is counted in windows of its
+    own tokens and in `text` (like --data), half is what the teacher expects in `VOCABULARY_WINDOWS` of the windows: it knows words
+    that fit there and did not come up."""
     counts = np.bincount(train.tokens.reshape(-1), minlength=shape_of(teacher.config).vocab)
     if text is not None:
         for ids, _ in token_windows.tokenize(sources.load(text).train, load.tokenizer(teacher.path)):
             counts += np.bincount(ids, minlength=len(counts))
     tokens = Vocabulary(teacher.path)
-    used = np.count_nonzero(counts)
-    kept = tokens.chosen(needed(tokens, teacher.path), counts, rows)
+    used, also = np.count_nonzero(counts), expected(teacher, comparison.chosen(train, VOCABULARY_WINDOWS))
+    weights = counts / counts.sum() + also / also.sum()
+    kept = tokens.chosen(needed(tokens, teacher.path), weights, rows)
     share = counts[kept].sum() / max(1, counts.sum())
     cli.say(f"vocabulary: {rows:,} of {len(counts):,} rows stay; of the {used:,} tokens that the text uses they have "
             f"{np.count_nonzero(counts[kept]):,}, {share:.2%} of all it is made of")  # fmt: skip

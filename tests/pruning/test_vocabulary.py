@@ -69,7 +69,7 @@ def windows(model: Checkpoint, text_folder: Path) -> token_windows.Windows:
 
 
 def trimmed(teacher: Checkpoint, text_folder: Path, out: Path, rows: int = KEPT) -> tuple[Checkpoint, list[int]]:
-    """The teacher of the `rows` that the training text uses most, and which these are."""
+    """The teacher of the `rows` that the training text and the teacher itself choose, and which these are."""
     kept = vocabulary.chosen(teacher, rows, windows(teacher, text_folder), None)
     return vocabulary.write(teacher, kept, out, DISK), kept
 
@@ -109,10 +109,12 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(tmp_path: Path, text_fold
         packed_format.write_quantized(teacher, tmp_path / "packed", 64, DISK)
         teacher = load.open_checkpoint(tmp_path / "packed")
     text = windows(teacher, text_folder).tokens
-    used = len(Vocabulary(teacher.path).needed(teacher.config).union(
-        *map(Vocabulary(teacher.path).parts, np.unique(text).tolist())))  # fmt: skip
+    tokens = Vocabulary(teacher.path)
+    needed = tokens.needed(teacher.config)
+    used = len(needed.union(*map(tokens.parts, np.unique(text).tolist())))
     assert used < ROWS - 64
-    seen, kept = trimmed(teacher, text_folder, tmp_path / "rows", used)
+    kept = tokens.chosen(needed, np.bincount(text.reshape(-1), minlength=ROWS), used)
+    seen = vocabulary.write(teacher, kept, tmp_path / "rows", DISK)
     assert seen.config["vocab_size"] == used == len(load.tokenizer(seen.path).get_vocab())
     mine = windows(seen, text_folder).tokens
     assert (np.array(kept)[mine] == text).all()
