@@ -15,7 +15,7 @@ from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 
 LOCAL_ITERS, LOCAL_WINDOWS = 16, 64  # of a student that does not fit; windows: where none are for the repair
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
-VOCABULARY_WINDOWS = 64  # in which the teacher says which tokens it expects, where not all stay
+VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
 SAMPLES = 50  # tokens of a position in the logit store
 
 Mode = Literal["resident", "blocks", "sharded"]

@@ -102,8 +102,8 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
 
 def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, text: str | None) -> list[int]:
     """Which `rows` of the teacher's stay: what must, then the most frequent. Half of that is counted in windows of its
-    own tokens and in `text` (like --data), half is what the teacher expects in `VOCABULARY_WINDOWS` of the windows: it knows words
-    that fit there and did not come up."""
+    own tokens and in `text` (like --data), half is what the teacher expects in some of the windows: it knows words that
+    fit there and did not come up (benchmarks/README: the choice of tokens)."""
     counts = np.bincount(train.tokens.reshape(-1), minlength=shape_of(teacher.config).vocab)
     if text is not None:
         for ids, _ in token_windows.tokenize(sources.load(text).train, load.tokenizer(teacher.path)):
