@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -209,6 +209,8 @@ def run(settings: Settings) -> dict[str, Any]:
     s.check()
     trackers.check(s.report_to)
     teacher = run_loop.opened(s, s.teacher, "teacher")
+    if s.student is None:
+        s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, teacher.config, teacher.path))
     rows = vocabulary.rows_left(teacher, s, s.student)
     small = _student(s, vocabulary.first_rows(teacher, rows))
     if s.quantize:
@@ -249,7 +251,7 @@ def _begin(
     for note in data.notes:
         cli.say(note)
     name, origin = (
-        f"{teacher.path.name}-{s.scenario}",
+        f"{teacher.path.name}-{s.scenario or 'student'}",
         run_folder.origin(teacher, token_windows.fingerprint(data.train)),
     )
     wired = made.peak_bytes if made.mode != "sharded" else 0

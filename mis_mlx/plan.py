@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mis_mlx import cli
@@ -16,6 +16,7 @@ from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import vocabulary
+from mis_mlx.pruning.select import Scenario
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Checkpoint, duration, gib
 
@@ -76,8 +77,8 @@ class Settings(cli.Budgeted, QuantizationConfig, DistillationConfig):
     """folder (config.json is enough) or hub id; mis-137b: the paper's; default: SmolLM2-135M-Instruct"""
     student: str | None = None
     """folder of a student pruned earlier; default: what --scenario gives"""
-    scenario: Literal["gazda", "goral", "baca", "halny", "juhas", "zbojnik"] | None = None
-    """sizes as in `prune`; default: gazda, of mis-137b goral, the paper's own student"""
+    scenario: Scenario | None = None
+    """sizes as in `prune`; of mis-137b the default is goral, the paper's own student"""
     machine: Literal["here", "m1-air"] = "here"
     """m1-air: an 8 GB fanless laptop, by published figures"""
     measure: bool = False
@@ -97,6 +98,13 @@ def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
     return read_config(folder) if bare else load.open_checkpoint(folder), str(folder)
 
 
+def _settled(s: Settings, teacher: Checkpoint | Mapping[str, Any]) -> Settings:
+    """What `distill` does with flags that are left out, but that the paper's teacher becomes the paper's student."""
+    config, folder = (teacher.config, teacher.path) if isinstance(teacher, Checkpoint) else (teacher, None)
+    name = s.scenario or ("goral" if s.teacher == "mis-137b" else None)
+    return s if s.student else replace(s, **vocabulary.defaults(name, s.vocab, config, folder))
+
+
 def _trimmed(s: Settings, teacher: Checkpoint | Mapping[str, Any], gpu: bool) -> estimates.ModelSize:
     """The teacher with the vocabulary that --vocab leaves."""
     config = teacher.config if isinstance(teacher, Checkpoint) else teacher
@@ -108,8 +116,7 @@ def _trimmed(s: Settings, teacher: Checkpoint | Mapping[str, Any], gpu: bool) ->
 def _student(s: Settings, teacher: estimates.ModelSize, gpu: bool) -> estimates.ModelSize:
     if s.student:
         return estimates.model_of(_open(s.student)[0], gpu)
-    name = s.scenario or ("goral" if s.teacher == "mis-137b" else "gazda")
-    shape = arch.target_shape(teacher.config, arch.SCENARIOS[name])
+    shape = arch.target_shape(teacher.config, arch.SCENARIOS.get(s.scenario or "", {}))
     return estimates.model_of(arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16"), gpu)
 
 
@@ -120,6 +127,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.measure and settings.teacher is None:
         return asdict(at)
     opened, name = _open(settings.teacher)
+    settings = _settled(settings, opened)
     whole, teacher = estimates.model_of(opened, at.gpu), _trimmed(settings, opened, at.gpu)
     rounding = settings if settings.quantize else PLAIN
     job = spec_of(teacher, _student(settings, teacher, at.gpu), settings, rounding, shown=whole)

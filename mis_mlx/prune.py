@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
     s, files = settings, Files()
     checkpoint = run_loop.opened(s, s.model, place=s.mlx_path, new="--mlx-path")
+    s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, checkpoint.config, checkpoint.path))
     rows = vocabulary.rows_left(checkpoint, s)
     limit = memory.budget(s.budget_bytes)
     length, tokens = s.max_seq_length, s.num_samples * s.max_seq_length

@@ -67,7 +67,7 @@ def test_long_spellings_of_c(tmp_path: Path) -> None:
         ("iters: [\n", "is not YAML"),
         ("iters: 1\n\tseed: 2\n", "is not YAML"),
         ("iters: 1.5\n", "iters is 1.5, the setting takes a whole number"),
-        ("scenario: gorral\n", "scenario is 'gorral', the setting takes gazda or"),
+        ("scenario: gorral\n", "scenario is 'gorral', the setting takes redyk or"),
         ("quantize: 3\n", "quantize is 3, the setting takes 4 or 0"),
         ("resume: perhaps\n", "resume is 'perhaps', the setting takes true or false"),
         ("learning_rate: [1, 2]\n", "learning_rate is [1, 2], the setting takes a number"),

@@ -12,12 +12,13 @@ from mis_mlx.models.config import KEYS, Shape, inside_names, normalised, shape_o
 from mis_mlx.models.families import family
 from mis_mlx.types import Checkpoint, MisError, PrunableAxis, TensorAt
 
-# A ratio per axis, kept / before. gazda: what was measured best at GÓRAL's size on SmolLM2-135M, 28 of 30 layers and
-# half of the FFN (benchmarks/recovery.py). The others: table 1 of the paper, on its 96-layer 8192/28672 teacher.
+# A ratio per axis, kept / before. redyk and gazda: what was measured best at GÓRAL's size on SmolLM2-135M, with half of
+# its tokens (benchmarks/vocabulary.py) and with all of them (28 of 30 layers, half of the FFN, benchmarks/recovery.py).
+# The others: table 1 of the paper, on its 96-layer 8192/28672 teacher.
 SCENARIOS: dict[str, dict[str, float]] = {
-    "gazda": {"layers": 28 / 30, "ffn": 1 / 2}, "goral": {"layers": 64 / 96, "ffn": 22528 / 28672},
-    "baca": {"hidden": 6144 / 8192}, "halny": {"ffn": 16384 / 28672},
-    "juhas": {"layers": 64 / 96}, "zbojnik": {"layers": 48 / 96, "ffn": 12288 / 28672},
+    "redyk": {"layers": 29 / 30, "ffn": 2 / 3, "vocab": 1 / 2}, "gazda": {"layers": 28 / 30, "ffn": 1 / 2},
+    "goral": {"layers": 64 / 96, "ffn": 22528 / 28672}, "baca": {"hidden": 6144 / 8192},
+    "halny": {"ffn": 16384 / 28672}, "juhas": {"layers": 64 / 96}, "zbojnik": {"layers": 48 / 96, "ffn": 12288 / 28672},
 }  # fmt: skip
 MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models
     "model_type": "llama", "num_hidden_layers": 96, "hidden_size": 8192, "intermediate_size": 28672,

@@ -30,16 +30,17 @@ from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
 
 BULKY = ("block_importance", "differing", "profile")  # in a report, for pictures: not for a line of JSON
 PROFILE_RUNS = 64  # values that a profile has at the most
-Scenario = Literal["gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
+Scenario = Literal["redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
 
 
 @dataclass(frozen=True)
 class PruningConfig(ThermalFlags, VocabularyConfig):
     """What to prune and how to judge: shared by `prune` and `distill`."""
 
-    scenario: Scenario = "gazda"
-    """sizes as ratios: gazda (half of the FFN, few layers: measured best), or table 1 of the paper: goral (layers,
-    FFN), baca (hidden), halny (FFN), juhas (layers), zbojnik (layers, FFN)"""
+    scenario: Scenario | None = None
+    """sizes as ratios: redyk (half of the vocabulary, a third of the FFN), gazda (half of the FFN, few layers), or
+    table 1 of the paper: goral (layers, FFN), baca (hidden), halny (FFN), juhas (layers), zbojnik (layers, FFN);
+    default: redyk where the vocabulary is an eighth of the model or more, else gazda"""
     layers: Count | None = None
     """keep this many layers"""
     ffn: Count | None = None
@@ -160,7 +161,8 @@ def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[st
 def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
     exact = {axis: getattr(cut, axis) for axis in families.ALL}
-    shape, before = arch.target_shape(config, arch.SCENARIOS.get(cut.scenario, {}), **exact), shape_of(config)
+    ratios, before = arch.SCENARIOS.get(cut.scenario or "gazda", {}), shape_of(config)
+    shape = arch.target_shape(config, ratios, **exact)
     if cut.scenario != "none" and shape == before:
         raise MisError(
             f"--scenario {cut.scenario} would cut nothing of {before}, FFN goes in steps of {arch.FFN_MULTIPLE}, "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from mis_mlx.data.preparation import Data, prepare
 from mis_mlx.evaluation import comparison
 from mis_mlx.gguf_export import vocab as gguf_vocabulary
 from mis_mlx.maths import losses
-from mis_mlx.models import distributed, load, trimmed_tokenizer
+from mis_mlx.models import arch, distributed, load, trimmed_tokenizer
 from mis_mlx.models.config import read_config, shape_of
 from mis_mlx.models.tokenizer_check import ROWS
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
@@ -34,6 +34,7 @@ from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, MisError
 
+PAYS = 1 / 8  # of all parameters: a smaller vocabulary is left whole, since longer texts cost too
 MULTIPLE = 256  # rows: Metal's fast kernels and GGUF's K-quants need it
 TENSORS = (load.EMBEDDING, "lm_head.")  # what the names of tensors with a row a token begin with
 FOLDER = "vocabulary"  # in a run, of the teacher's rows
@@ -68,6 +69,22 @@ def size(asked: str | None, model: Path | None, rows: int) -> int:
         why = f"bytes, special tokens and the chat template need {least:,} tokens, --vocab {asked} leaves {rounded:,}"
         raise MisError(f"{model}: {why}: give {-(-least // MULTIPLE) * MULTIPLE} or more")
     return rounded
+
+
+def defaults(name: str | None, asked: str | None, config: Mapping[str, Any], model: Path | None) -> dict[str, Any]:
+    """--scenario and --vocab, of which one or both may be left out, for a model of this config, in the folder `model`
+    if there is one: redyk where --vocab is a cut, or can be one that pays, else gazda. redyk has its own --vocab."""
+    s = shape_of(config)
+    share = s.vocab * s.hidden * (1 if s.tied else 2) / arch.params(config)
+    own = {known: f"{ratios['vocab']}x" for known, ratios in arch.SCENARIOS.items() if "vocab" in ratios}
+    if name is None:
+        wanted, name = asked or (own["redyk"] if share >= PAYS else None), "gazda"
+        try:
+            name = "redyk" if size(wanted, model, s.vocab) < s.vocab else "gazda"
+        except MisError:  # of a tokenizer that cannot be trimmed
+            if asked:
+                raise
+    return {"scenario": name, "vocab": asked or own.get(name)}
 
 
 def needed(tokens: Vocabulary, model: Path) -> set[int]:
