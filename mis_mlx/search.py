@@ -20,7 +20,8 @@ from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.recipe import DistillationConfig
-from mis_mlx.pruning import shape_search
+from mis_mlx.pruning import shape_search, vocabulary
+from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.reporting import progress
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage import run_folder
@@ -32,7 +33,7 @@ UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of
 
 
 @dataclass(frozen=True)
-class Settings(cli.Resumable, Computing, ThermalFlags, DistillationConfig):
+class Settings(cli.Resumable, Computing, ThermalFlags, VocabularyConfig, DistillationConfig):
     """One of --params, --memory, --decode says what the student may cost; default: --params 0.667x."""
 
     params: str | None = None
@@ -141,7 +142,7 @@ def report(
     candidates, before = run_folder.records(run.folder / candidate_trials.CANDIDATES), shape_of(run.teacher.config)
     verdict = search_report.best_candidate(records)
     names = [search_report.words(x, before) for x in finalists]
-    lines = [search_report.command_line(x, before, s.teacher, s.data) for x in finalists]
+    lines = [search_report.command_line(x, before, s.teacher, s.data, s.vocab) for x in finalists]
     sentence = search_report.sentence(verdict, records, names, lines)
     head = f"{len(names)} finalists of {len(candidates)} shapes measured, {aim.flag}: {s.iters} steps of distillation, "
     head += f"{len(c.judging.tokens)} windows of {s.max_seq_length} tokens held out, ± 95 %"
@@ -165,11 +166,13 @@ def run(settings: Settings) -> dict[str, Any]:
     teacher = run_loop.opened(s, s.teacher, "teacher", UNDER)
     limit = memory.budget(s.budget_bytes)
     aim, speed = aim_of(s, teacher, folder, limit)
-    shapes, first = field_of(s, teacher.config, aim)
-    planned, made = candidate_trials.work(s, teacher, shapes, limit)
+    rows = vocabulary.rows_left(teacher, s)
+    seen = vocabulary.first_rows(teacher, rows)
+    shapes, first = field_of(s, seen.config, aim)
+    planned, made = candidate_trials.work(s, teacher, seen, shapes, limit)
     cli.say(f"{work_table(planned, made.rates)}\n{made.rates}")
     peak, seconds = max(p.peak_bytes for p in planned), candidate_trials.seconds(planned, made.rates)
-    result = {"teacher": str(teacher.path), "aim": aim.flag, "shapes": len(shapes),
+    result = {"teacher": str(teacher.path), "vocab": rows, "aim": aim.flag, "shapes": len(shapes),
               "evaluated": min(s.evaluations, len(shapes)), "peak_bytes": peak,
               "budget_bytes": limit.limit_bytes}  # fmt: skip
     if s.dry_run:
@@ -182,12 +185,13 @@ def run(settings: Settings) -> dict[str, Any]:
     if folder is None:
         cli.say(progress.promise(sum(seconds.values())))
     data, origin = run_loop.prepared(s, teacher)
-    ranking, judging = candidate_trials.split(next(iter(data.held_out.values())), s.rank_windows, s.eval_windows)
     name, way = f"{UNDER.name}/{teacher.path.name}", asdict(speed) if speed else {}
     wired = made.peak_bytes if made.mode != "sharded" else 0
     opening = run_loop.open_run(s, folder, name, origin, way, limit, wired)
     with progress.run("search", seconds), opening as place:
-        course = Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=made)
+        seen, data = vocabulary.of_run(teacher, None, rows, data, s, s.data, place.folder, place.files)
+        ranking, judging = candidate_trials.split(next(iter(data.held_out.values())), s.rank_windows, s.eval_windows)
+        course = Run(**vars(place), recipe=s, teacher=seen, data=data.train, plan=made)
         samples, repair = course.pick(s.num_samples, 1), course.pick(s.repair_samples, 2)
         c = candidate_trials.CandidateTrials(course, s.dtype, samples, repair, ranking, judging)
         best, records = rank(s, c, shapes, first)[: s.finalists], {}

@@ -221,14 +221,15 @@ def timed(folder: Path, cached: int, halves: bool = True) -> shape_search.Decodi
 
 
 def work(
-    s: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget
+    s: Any, whole: Checkpoint, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget
 ) -> tuple[list[estimates.StageCost], phases.MemoryPlan]:
     """What a search with these settings takes, every student counted as the one that takes most; and that one's
-    distillation."""
+    distillation. checkpoint: `whole` with the tokens that stay."""
     t, length, rates = estimates.model_of(checkpoint), s.max_seq_length, estimates.machine_rates()
     configs = [shape_search.config_of(checkpoint.config, x) for x in shapes]
     most = (max(configs, key=arch.params), max(configs, key=lambda c: c["num_hidden_layers"]))
-    plans = [phases.make(spec_of(t, estimates.model_of(c), s), limit.limit_bytes, rates) for c in most]
+    shown = estimates.model_of(whole)
+    plans = [phases.make(spec_of(t, estimates.model_of(c), s, shown=shown), limit.limit_bytes, rates) for c in most]
     made = max(plans, key=lambda p: p.peak_bytes)
     m, count, finals = made.job.student, min(s.evaluations, len(shapes)), min(s.finalists, len(shapes))
     known = estimates.TENSOR_BYTES * t.tensors

@@ -35,10 +35,11 @@ def words(shape: Shape, before: Shape) -> str:
     return ", ".join(cut) or "the teacher's own"
 
 
-def command_line(shape: Shape, before: Shape, teacher: str | None, data: str | None) -> str:
+def command_line(shape: Shape, before: Shape, teacher: str | None, data: str | None, vocab: str | None = None) -> str:
     """The `distill` that makes this student."""
     parts = ["scripts/mis distill"]
-    parts += [f"--{n} {shlex.quote(v)}" for n, v in (("teacher", teacher), ("data", data)) if v]
+    given = ("teacher", teacher), ("data", data), ("vocab", vocab)
+    parts += [f"--{n} {shlex.quote(v)}" for n, v in given if v]
     parts += ["--scenario none"]
     parts += [f"--{a} {getattr(shape, a)}" for a in shape_search.AXES if getattr(shape, a) != getattr(before, a)]
     return " ".join(parts + {64: [], 32: ["--q-group-size 32"], 0: ["--quantize 0"]}[shape_search.group_of(shape)])

@@ -119,7 +119,7 @@ def decode_aim(config: Mapping[str, Any], text: str, tolerance: float, cached: i
     """At least '1.5x' the teacher's tokens a second with `cached` tokens in the cache.
 
     An estimate from the teacher's times: a block's grows with the weights, keys and values it fetches, the rest with
-    the width of the stream. Finalists are timed themselves.
+    the width of the stream and the vocabulary. Finalists are timed themselves.
     """
     value, _ = _number("--decode", text, {"x": 1.0}, "how many times as quick as the teacher, such as 1.5x")
     if value <= 1:
@@ -129,7 +129,7 @@ def decode_aim(config: Mapping[str, Any], text: str, tolerance: float, cached: i
 
     def cost(shape: Shape) -> float:
         blocks = shape.layers * timed.block_s * _fetched(config, shape, cached) / fetched
-        return blocks + timed.rest_s * shape.hidden / before.hidden
+        return blocks + timed.rest_s * shape.hidden * shape.vocab / (before.hidden * before.vocab)
 
     teacher = cost(before)
     high = teacher / value

@@ -17,7 +17,7 @@ import pytest
 from mis_mlx import distill, prune
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, policy
+from mis_mlx.models import arch, load, policy
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.stream import Stream
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
@@ -347,6 +347,55 @@ def test_gguf_keeps_the_parents_pre_tokenizer(tmp_path: Path, text_folder: Path,
 
 def test_plan_follows(big: Checkpoint, command: Callable[..., Done]) -> None:
     """`plan --vocab`: fewer parameters in the student, all of the teacher's."""
-    whole, half = (last_line(command("plan", "--teacher", big.path, *more)) for more in ((), ("--vocab", 512)))
+    whole, half = (
+        last_line(command("plan", "--teacher", big.path, "--scenario", "goral", *more))
+        for more in ((), ("--vocab", 512))
+    )
     assert whole["params_student"] - half["params_student"] == (ROWS - KEPT) * 64
     assert whole["params_teacher"] == half["params_teacher"] and half["peak_bytes"] <= whole["peak_bytes"]
+
+
+def test_what_is_cut_by_default(big: Checkpoint, tmp_path: Path) -> None:
+    """Half of the tokens where they are an eighth of the model or more and can be fewer; what is given counts."""
+    small_share = {**big.config, "intermediate_size": 4096}
+    large_share = {**big.config, "num_hidden_layers": 1}
+    redyk, gazda = {"scenario": "redyk", "vocab": "0.5x"}, {"scenario": "gazda", "vocab": None}
+    assert vocabulary.defaults(None, None, large_share, big.path) == redyk
+    assert vocabulary.defaults(None, None, large_share, None) == redyk
+    assert vocabulary.defaults(None, None, small_share, big.path) == gazda
+    assert vocabulary.defaults(None, "512", small_share, big.path) == {"scenario": "redyk", "vocab": "512"}
+    assert vocabulary.defaults(None, "1x", large_share, big.path) == {"scenario": "gazda", "vocab": "1x"}
+    assert vocabulary.defaults("redyk", None, small_share, big.path) == redyk
+    assert vocabulary.defaults("goral", None, large_share, big.path) == {"scenario": "goral", "vocab": None}
+    assert vocabulary.defaults(None, None, large_share, tmp_path) == gazda  # without a tokenizer.json
+
+
+def test_the_teacher_knows_words_that_did_not_come_up(big: Checkpoint, text_folder: Path) -> None:
+    """What it expects are its probabilities, summed; of tokens that no window has, those it expects most are kept."""
+    train = windows(big, text_folder).pick(slice(0, 3))
+    model = load.resident(big, policy.compute_dtype(big))
+    wanted = mx.softmax(model(mx.array(train.tokens)).astype(mx.float32), axis=-1).sum(axis=(0, 1))
+    sums = vocabulary.expected(big, train)
+    assert np.allclose(sums, np.array(wanted), rtol=near(1e-4, 0.05))
+    assert sums.sum() == pytest.approx(train.tokens.size, rel=near(1e-5, 1e-2))
+    kept = vocabulary.chosen(big, KEPT, train, None)
+    unseen = np.setdiff1d(np.arange(ROWS), train.tokens)
+    inside = np.isin(unseen, kept)
+    assert inside.any() and sums[unseen[inside]].mean() > sums[unseen[~inside]].mean()
+
+
+def test_search_with_fewer_tokens(
+    big: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
+) -> None:
+    """Shapes of the trimmed teacher, parameters as a share of the whole one's; the line it recommends trims as well."""
+    flags = ("--teacher", big.path, "--data", text_folder, "--vocab", "0.5x", "--params", "0.6x", "--tolerance", "0.1")
+    few = ("--max-seq-length", 32, "--num-samples", 4, "--rank-windows", 2, "--eval-windows", 3, "--iters", 8)
+    more = ("--reconstruct-samples", 0, "--evaluations", 2, "--finalists", 1, "--learning-rate", "2e-4")
+    done = command("search", *flags, *few, *more, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    result, total = last_line(done), arch.params(big.config)
+    assert result["vocab"] == KEPT and (tmp_path / "run" / vocabulary.FOLDER / vocabulary.ROWS).exists()
+    assert all(abs(c["params"] / total - 0.6) <= 0.1 for c in result["candidates"])
+    assert "--vocab 0.5x" in result["command"], result
+    dry = command("distill", *result["command"].split()[2:], "--dry-run", "--max-seq-length", 32)
+    assert last_line(dry)["params_student"] == result["finalists"][0]["params"]
