@@ -47,6 +47,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "architectures": ["GraniteForCausalLM"], "embedding_multiplier": 12.0, "logits_scaling": 8.0,
         "residual_multiplier": 0.22, "attention_multiplier": 0.1, "attention_bias": False, "mlp_bias": False,
     },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0, "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64, "rope_scaling": {
+            "type": "longrope", "long_factor": [1.0, 1.5, 3.5, 8.25, 24.5, 32.0], "short_factor": [1.0, 1.1, 1.2, 2, 2, 2],
+        },
+    },
     "gemma3_text": {
         "architectures": ["Gemma3ForCausalLM"], "num_key_value_heads": 1, "rope_local_base_freq": 1e3,
         "query_pre_attn_scalar": 20, "sliding_window": 7, "sliding_window_pattern": 3,

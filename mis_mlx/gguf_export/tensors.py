@@ -33,7 +33,7 @@ EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of t
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
 FILE_TYPES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}  # the others are MOSTLY_ and their name
 F16_MAX = 65504.0
-FREQS = "rope_freqs.weight"
+FREQS, LONG = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
 YARN = {  # of stretched positions: their keys, and the `GGUFWriter`'s words
     "factor": "factor", "original_max_position_embeddings": "orig_ctx_len", "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow", "mscale_all_dim": "yarn_log_mul",
@@ -111,8 +111,10 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
         every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
     if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in every):
         raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
-    if _rope(config)[0] == "llama3":
+    kind, scaling = _rope(config)
+    if kind == "llama3":
         every.append(Part(FREQS, "", (s.head_dim // 2,), "F32"))
+    every += [Part(name, "", (len(scaling["long_factor"]),), "F32") for name in LONG if kind == "longrope"]
     return every
 
 
@@ -143,9 +145,10 @@ def _k_mixture(config: Mapping[str, Any], name: str, columns: int) -> str:
     more = i is not None and (i < eighth or i >= 7 * s.layers // 8 or (i - eighth) % 3 == 2)
     wide = (more and name.split(".")[-2] in ("v_proj", "down_proj")) or name == "lm_head.weight"
     wide = wide or (s.tied and name == load.EMBEDDING + "weight")
+    kind = "Q6_K" if wide else "Q5_K" if "qkv_proj" in name else "Q4_K"
     if columns % 256:
-        return "F16" if columns % BLOCK else "Q8_0" if wide else "Q5_0"
-    return "Q6_K" if wide else "Q4_K"
+        return "F16" if columns % BLOCK else {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}[kind]
+    return kind
 
 
 def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np.ndarray]:
@@ -153,8 +156,9 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
 
     tally: "inexact" counts scales and biases that float16 does not hold exactly. MisError at NaN or infinity.
     """
-    if part.name == FREQS:
-        yield _freqs(checkpoint.config).view(np.uint8)
+    if not part.source:
+        factors = np.array(_rope(checkpoint.config)[1].get("long_factor"), np.float32)
+        yield (_freqs(checkpoint.config) if part.name == FREQS else factors).view(np.uint8)
         return
     stem = part.source.removesuffix(".weight")
     stored = [n for n in (part.source, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
@@ -273,13 +277,17 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         "context_length": c["max_position_embeddings"], "embedding_length": s.hidden, "block_count": s.layers,
         "feed_forward_length": s.ffn, "vocab_size": s.vocab, "head_count": s.heads, "head_count_kv": s.kv_heads,
         "key_length": s.head_dim, "value_length": s.head_dim, "layer_norm_rms_eps": c["rms_norm_eps"],
-        "rope_dimension_count": s.head_dim, "rope_freq_base": c["rope_theta"],
+        "rope_dimension_count": int(s.head_dim * c.get("partial_rotary_factor", 1)), "rope_freq_base": c["rope_theta"],
         **{OWN[key]: c.get(key) or 1.0 for key in sorted(of.own & OWN.keys())},
     }  # fmt: skip
     if rope in ("linear", "yarn"):
         words["rope_scaling_type"] = gguf.RopeScalingType(rope)
         keys = YARN.keys() & scaling if rope == "yarn" else {"factor"}
         words |= {f"rope_scaling_{YARN[key]}": scaling[key] for key in sorted(keys)}
+    if rope == "longrope":
+        words["rope_scaling_orig_ctx_len"] = context = c["original_max_position_embeddings"]
+        stretch = max(1.0, c["max_position_embeddings"] / context)
+        words["rope_scaling_attn_factors"] = math.sqrt(1 + math.log(stretch) / math.log(context))
     if of.scaled_queries:
         words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
     if of.period:

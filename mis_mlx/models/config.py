@@ -6,9 +6,11 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mis_mlx import cli
 from mis_mlx.models.families import FAMILIES, OPENED_AS, family
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.header_check import Refused, json_object
@@ -28,7 +30,11 @@ ROPE_NEEDS: dict[Any, tuple[str, ...]] = {  # kinds of rotary positions, and the
     "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
+LONG = ("longrope", "su")  # LongRoPE, by both of its names
+LONG_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+LONG_FACTORS = {"long_factor", "short_factor"}
 ATTENTION = {"full_attention", "sliding_attention"}
+say_once = cache(cli.say)
 SHARED = re.compile(  # keys and modules that no family is told by
     r"architectures|.*_token_id|(torch_)?dtype|.*version|use_cache|initializer_range|.*dropout|.*pdrop|pretraining_tp|"
     r"quantization.*|model_type|max_position_.*|hidden_act.*|rms_norm_eps|rope_.*|(attention|mlp)_bias|layer_types|"
@@ -78,12 +84,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MisError(f"{where}: {why}: download the model again") from None
     config = _opened_as(config, where)
     check_config(config, where)
+    if config.pop("auto_map", None):
+        say_once(f"{where}: names program code of the model's own, which is not run: it is a {config['model_type']}")
     return config
 
 
 def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
     """The config of the family inside, of a model that also sees or has matrices joined; another's as it is."""
-    if (left_out := OPENED_AS.get(str(config.get("model_type")))) is None:
+    kind = str(config.get("model_type"))
+    if (left_out := OPENED_AS.get(kind)) is None or (kind in FAMILIES and _has_own_positions(config)):
         return config
     if not isinstance(text := config.get("text_config", {}), dict):
         raise MisError(f"{where}: text_config is {str(text)[:40]}, no JSON object: download the model again")
@@ -91,6 +100,12 @@ def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
     if isinstance(packed := beside.get("quantization"), dict):
         beside["quantization"] = {new: how for name, how in packed.items() for new in inside_names(name)}
     return {**left_out, **text, **beside}
+
+
+def _has_own_positions(config: Mapping[str, Any]) -> bool:
+    """Whether it turns a part of each head, or has LongRoPE's positions: what its own family alone can say."""
+    places = [config, *(rope for _, rope in _ropes(config) if isinstance(rope, Mapping))]
+    return any(p.get("partial_rotary_factor") not in (None, 1) or _rope_kind(p) in LONG for p in places)
 
 
 def inside_names(name: str) -> list[str]:
@@ -103,14 +118,15 @@ def inside_names(name: str) -> list[str]:
 
 def check_config(config: Mapping[str, Any], where: Path) -> None:
     """Refuse foreign code, unknown model types and sizes no real model has, one sentence each."""
-    for key in ("model_file", "auto_map"):
+    kind = config.get("model_type")
+    known = isinstance(kind, str) and kind in FAMILIES
+    for key in ("model_file", *(() if known else ("auto_map",))):  # nobody needs the code of a known type
         if config.get(key):
             raise MisError(
                 f"{where}: {key} wants to run the model's own program code; mis_mlx never does that: "
                 f"use a model of type {', '.join(FAMILIES)}"
             )
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not known:
         why = f"model_type {kind!r} is not supported{_nearest(kind, config, where) if isinstance(kind, str) else ''}"
         raise MisError(f"{where}: {why}; supported are {', '.join(FAMILIES)}")
     for key, most in SIZES.items():
@@ -158,19 +174,47 @@ def _ropes(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, rope
 
 
+def _rope_kind(rope: Any) -> Any:
+    return rope.get("type") or rope.get("rope_type", "default") if isinstance(rope, Mapping) else None
+
+
 def _check_positions(config: Mapping[str, Any], where: Path) -> None:
     """What says where a token stands."""
+    own = family(config).own_positions
+    kinds = ("default", *LONG) if own else tuple(ROPE_NEEDS)
     for key, rope in _ropes(config):
-        kind = rope.get("type") or rope.get("rope_type", "default") if isinstance(rope, Mapping) else None
-        if kind not in ROPE_NEEDS:
-            raise MisError(f"{where}: {key} is {rope!r}, supported are the types {', '.join(ROPE_NEEDS)}")
-        for needed in ROPE_NEEDS[kind] + (("rope_theta",) if "rope_theta" in rope else ()):
+        if (kind := _rope_kind(rope)) not in kinds:
+            raise MisError(f"{where}: {key} is {rope!r}, supported are the types {', '.join(kinds)}")
+        for needed in ROPE_NEEDS.get(kind, ()) + (("rope_theta",) if "rope_theta" in rope else ()):
             _positive(rope.get(needed), f"{key}.{needed}", where)
     if config.get("rope_theta") is not None:
         _positive(config["rope_theta"], "rope_theta", where)
-    for place in (config, *(rope for _, rope in _ropes(config))):
-        if (share := place.get("partial_rotary_factor")) not in (None, 1):
-            raise MisError(f"{where}: partial_rotary_factor is {share!r}, known are models that turn whole heads")
+    shares = [place.get("partial_rotary_factor") for place in (config, *(rope for _, rope in _ropes(config)))]
+    share = next((value for value in shares if value is not None), 1) if own else 1
+    if odd := [value for value in shares if value not in (None, share)]:
+        why = f"and {share!r}" if own else "known are models that turn whole heads"
+        raise MisError(f"{where}: partial_rotary_factor is {odd[0]!r}, {why}")
+    _positive(share, "partial_rotary_factor", where)
+    turned = int(config["hidden_size"] // config["num_attention_heads"] * share)
+    if own and (share > 1 or turned < 2 or turned % 2):
+        raise MisError(f"{where}: partial_rotary_factor {share!r} turns {turned} channels of a head, not an even number")
+    for key, rope in _ropes(config):
+        if _rope_kind(rope) in LONG:
+            _check_long(config, key, rope, turned // 2, where)
+
+
+def _check_long(config: Mapping[str, Any], key: str, rope: Mapping[str, Any], pairs: int, where: Path) -> None:
+    """LongRoPE's positions: MisError for what mlx-lm does not read, or reads otherwise than transformers."""
+    if odd := sorted(set(map(str, rope)) - LONG_KEYS - LONG_FACTORS):
+        raise MisError(f"{where}: {key} has {', '.join(odd)}, of which mlx-lm's LongRoPE knows nothing: use another model")
+    for name in sorted(LONG_FACTORS):
+        if not isinstance(factors := rope.get(name), list) or len(factors) != pairs:
+            raise MisError(f"{where}: {key}.{name} must be a list of {pairs} numbers, one for each pair of channels")
+        for factor in factors:
+            _positive(factor, f"a number of {key}.{name}", where)
+    _whole(config, "max_position_embeddings", 2**31 - 1, where)
+    if _whole(config, "original_max_position_embeddings", 2**31 - 1, where, 4096) < 2:
+        raise MisError(f"{where}: original_max_position_embeddings is 1: this is not a usable config")
 
 
 def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
@@ -219,6 +263,12 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
         c["num_key_value_heads"] = c["num_attention_heads"]
     if c.get("head_dim") is None:
         c["head_dim"] = c["hidden_size"] // c["num_attention_heads"]
+    if family(c).own_positions:
+        c["partial_rotary_factor"] = c.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+        c["original_max_position_embeddings"] = c.get("original_max_position_embeddings") or 4096
+        long = (c.get("rope_scaling") or {}).get("long_factor")  # which mlx-lm takes at every length
+        both = {"type": "longrope", "rope_type": "longrope", "long_factor": long, "short_factor": long}
+        c["rope_scaling"] = both if long else None
     c["tie_word_embeddings"] = bool(c.get("tie_word_embeddings", family(c).tied))
     return c
 

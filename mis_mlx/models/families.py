@@ -30,6 +30,8 @@ class Family:
     heads_fill_hidden: bool = True  # transformers demands that heads divide the hidden size
     head_dim_follows: bool = False  # head_dim is hidden / heads, whatever the config says: neither is cut alone
     float16: bool = True  # holds its activations, as far as is known
+    joined: bool = False  # q, k and v are rows of one matrix, gate and up of another
+    own_positions: bool = False  # in a part of each head, or LongRoPE's
     scaled_queries: bool = False  # by their positions: its blocks take one argument more
     kinds: str = ""  # the config's key with a kind for every block, beside layer_types: cut along with the blocks
     period: str = ""  # the config's key of the period in which blocks differ by their place, which mlx-lm counts
@@ -60,6 +62,11 @@ ROWS = (
     Family(
         "granite", "granite", "granite", embedding_scale="embedding_multiplier", logit_divisor="logits_scaling",
         head_dim_follows=True, numbers=("residual_multiplier", "attention_multiplier"),
+    ),
+    # One that turns whole heads, by positions that a llama has, is opened as a llama.
+    Family(
+        "phi3", "phi3", "phi3", qkv_bias=False, other_biases=False, joined=True, own_positions=True,
+        head_dim_follows=True, axes=("layers", "ffn"), why="its heads are rows of one matrix, of which none is cut out",
     ),
     Family(
         "gemma3_text", "gemma3_text", "gemma3", qkv_bias=False, other_biases=False, head_norms=True, sandwich=True,
