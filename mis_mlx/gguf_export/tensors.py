@@ -33,7 +33,7 @@ EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of t
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
 FILE_TYPES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}  # the others are MOSTLY_ and their name
 F16_MAX = 65504.0
-FREQS, LONG = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
+FREQS = {"llama3": ("freqs",), "longrope": ("factors_long", "factors_short")}  # what frequencies are divided by
 YARN = {  # of stretched positions: their keys, and the `GGUFWriter`'s words
     "factor": "factor", "original_max_position_embeddings": "orig_ctx_len", "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow", "mscale_all_dim": "yarn_log_mul",
@@ -111,10 +111,8 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
         every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
     if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in every):
         raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
-    kind, scaling = _rope(config)
-    if kind == "llama3":
-        every.append(Part(FREQS, "", (s.head_dim // 2,), "F32"))
-    every += [Part(name, "", (len(scaling["long_factor"]),), "F32") for name in LONG if kind == "longrope"]
+    for name in FREQS.get(_rope(config)[0], ()):
+        every.append(Part(f"rope_{name}.weight", "", _freqs(config).shape, "F32"))
     return every
 
 
@@ -137,18 +135,17 @@ def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple
 def _k_mixture(config: Mapping[str, Any], name: str, columns: int) -> str:
     """The type that llama.cpp chooses for a matrix of a Q4_K_M file (llama_tensor_get_type, llama-cpp-python 0.3.36).
 
-    More bits for the head, for v_proj and down_proj of the first and last eighth of the blocks and every third between;
+    More bits for the head, for v_proj (or qkv_proj) and down_proj of the first and last eighth of the blocks and every third between;
     where a row is not of whole blocks of 256, types with blocks of 32, which take 1 to 2 bits more.
     """
     s, i = shape_of(config), arch.block_of(name)
     eighth = s.layers // 8
     more = i is not None and (i < eighth or i >= 7 * s.layers // 8 or (i - eighth) % 3 == 2)
-    wide = (more and name.split(".")[-2] in ("v_proj", "down_proj")) or name == "lm_head.weight"
+    wide = (more and name.endswith(("v_proj.weight", "down_proj.weight"))) or name == "lm_head.weight"
     wide = wide or (s.tied and name == load.EMBEDDING + "weight")
-    kind = "Q6_K" if wide else "Q5_K" if "qkv_proj" in name else "Q4_K"
     if columns % 256:
-        return "F16" if columns % BLOCK else {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}[kind]
-    return kind
+        return "F16" if columns % BLOCK else "Q8_0" if wide else "Q5_0"
+    return "Q6_K" if wide else "Q4_K"
 
 
 def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np.ndarray]:
@@ -157,8 +154,7 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
     tally: "inexact" counts scales and biases that float16 does not hold exactly. MisError at NaN or infinity.
     """
     if not part.source:
-        factors = np.array(_rope(checkpoint.config)[1].get("long_factor"), np.float32)
-        yield (_freqs(checkpoint.config) if part.name == FREQS else factors).view(np.uint8)
+        yield _freqs(checkpoint.config).view(np.uint8)
         return
     stem = part.source.removesuffix(".weight")
     stored = [n for n in (part.source, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
@@ -253,8 +249,10 @@ def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _freqs(config: Mapping[str, Any]) -> np.ndarray:
-    """What llama.cpp divides each frequency by for Llama 3's long contexts, float32 (head_dim / 2,)."""
-    _, r = _rope(config)
+    """What llama.cpp divides each frequency by for Llama 3's long contexts or LongRoPE's, float32, one for each."""
+    kind, r = _rope(config)
+    if kind == "longrope":
+        return np.array(r["long_factor"], np.float32)
     d, context = shape_of(config).head_dim, r["original_max_position_embeddings"]
     turns = context * normalised(config)["rope_theta"] ** (-np.arange(0, d, 2) / d) / (2 * np.pi)
     low, high = r["low_freq_factor"], r["high_freq_factor"]
@@ -286,8 +284,8 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         words |= {f"rope_scaling_{YARN[key]}": scaling[key] for key in sorted(keys)}
     if rope == "longrope":
         words["rope_scaling_orig_ctx_len"] = context = c["original_max_position_embeddings"]
-        stretch = max(1.0, c["max_position_embeddings"] / context)
-        words["rope_scaling_attn_factors"] = math.sqrt(1 + math.log(stretch) / math.log(context))
+        stretch = math.log(max(1.0, c["max_position_embeddings"] / context))
+        words["rope_scaling_attn_factors"] = math.sqrt(1 + stretch / math.log(context))
     if of.scaled_queries:
         words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
     if of.period:

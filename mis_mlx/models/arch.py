@@ -25,14 +25,16 @@ MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and voca
     "tie_word_embeddings": False, "quantization": {"group_size": 64, "bits": 4},
 }  # fmt: skip
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
-PARTS = {"ffn": "mlp", "heads": "self_attn", "norm1": "self_attn", "norm2": "mlp"}  # axis -> where it is read
-READERS = {"ffn": ("down_proj",), "heads": ("o_proj",), "norm1": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
-           "norm2": ("gate_proj", "up_proj", "gate_up_proj")}  # axis -> which matrices read it, in any family  # fmt: skip
+READERS = {  # axis -> the part of a block and which matrices in it read the axis, in any family
+    "ffn": ("mlp", ("down_proj",)), "heads": ("self_attn", ("o_proj",)),
+    "norm1": ("self_attn", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
+    "norm2": ("mlp", ("gate_proj", "up_proj", "gate_up_proj")),
+}  # fmt: skip
 
 
 def readers(block: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
     """{axis: (part of the block, its matrices that read the axis)}: the input of one is that of all."""
-    return {axis: (part, [n for n in READERS[axis] if n in block[part]]) for axis, part in PARTS.items()}
+    return {axis: (part, [n for n in names if n in block[part]]) for axis, (part, names) in READERS.items()}
 
 
 def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -103,12 +105,12 @@ def spaces(config: Mapping[str, Any]) -> dict[str, PrunableAxis]:
 
         return PrunableAxis(size, unit, of(writers, ".weight"), of(readers, ".weight"), of(writers, ".bias"))
 
-    hidden = axis(s.hidden, 1, ("o_proj", "down_proj"), READERS["norm1"] + READERS["norm2"])
+    hidden = axis(s.hidden, 1, ("o_proj", "down_proj"), READERS["norm1"][1] + READERS["norm2"][1])
     norms = ("model.norm", "model.layers.{i}.input_layernorm", "model.layers.{i}.post_attention_layernorm")
     reads = ("model.embed_tokens.weight", "lm_head.weight", *hidden.reads)
     return {
-        "ffn": axis(s.ffn, 1, READERS["norm2"], READERS["ffn"]),
-        "heads": axis(s.heads * s.head_dim, s.head_dim, ("q_proj",), READERS["heads"]),
+        "ffn": axis(s.ffn, 1, READERS["norm2"][1], READERS["ffn"][1]),
+        "heads": axis(s.heads * s.head_dim, s.head_dim, ("q_proj",), READERS["heads"][1]),
         "kv_heads": axis(s.kv_heads * s.head_dim, s.head_dim, ("k_proj", "v_proj"), ()),
         "hidden": replace(hidden, reads=reads, vectors=(*(f"{n}.weight" for n in norms), *hidden.vectors)),
     }

@@ -30,9 +30,7 @@ ROPE_NEEDS: dict[Any, tuple[str, ...]] = {  # kinds of rotary positions, and the
     "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
-LONG = ("longrope", "su")  # LongRoPE, by both of its names
 LONG_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
-LONG_FACTORS = {"long_factor", "short_factor"}
 ATTENTION = {"full_attention", "sliding_attention"}
 say_once = cache(cli.say)
 SHARED = re.compile(  # keys and modules that no family is told by
@@ -90,9 +88,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """The config of the family inside, of a model that also sees or has matrices joined; another's as it is."""
-    kind = str(config.get("model_type"))
-    if (left_out := OPENED_AS.get(kind)) is None or (kind in FAMILIES and _has_own_positions(config)):
+    """The config of the family inside, of a model that also sees, or is joined and turns as it; another's as it is."""
+    places = [config, *(rope for _, rope in _ropes(config) if isinstance(rope, Mapping))]
+    own = any(p.get("partial_rotary_factor") not in (None, 1) or _rope_kind(p) in ("longrope", "su") for p in places)
+    if (left_out := OPENED_AS.get(kind := str(config.get("model_type")))) is None or (own and kind in FAMILIES):
         return config
     if not isinstance(text := config.get("text_config", {}), dict):
         raise MisError(f"{where}: text_config is {str(text)[:40]}, no JSON object: download the model again")
@@ -100,12 +99,6 @@ def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
     if isinstance(packed := beside.get("quantization"), dict):
         beside["quantization"] = {new: how for name, how in packed.items() for new in inside_names(name)}
     return {**left_out, **text, **beside}
-
-
-def _has_own_positions(config: Mapping[str, Any]) -> bool:
-    """Whether it turns a part of each head, or has LongRoPE's positions: what its own family alone can say."""
-    places = [config, *(rope for _, rope in _ropes(config) if isinstance(rope, Mapping))]
-    return any(p.get("partial_rotary_factor") not in (None, 1) or _rope_kind(p) in LONG for p in places)
 
 
 def inside_names(name: str) -> list[str]:
@@ -180,41 +173,44 @@ def _rope_kind(rope: Any) -> Any:
 
 def _check_positions(config: Mapping[str, Any], where: Path) -> None:
     """What says where a token stands."""
-    own = family(config).own_positions
-    kinds = ("default", *LONG) if own else tuple(ROPE_NEEDS)
+    of = family(config)
+    places = (config, *(rope for _, rope in _ropes(config) if isinstance(rope, Mapping)))
+    shares = [place.get("partial_rotary_factor") for place in places]
+    share = next((value for value in shares if value is not None), 1) if of.own_positions else 1
+    _positive(share, "partial_rotary_factor", where)
+    turned = int(config["hidden_size"] // config["num_attention_heads"] * min(share, 1))
+    odd = [value for value in shares if value not in (None, share)]
+    if odd or (of.own_positions and (share > 1 or turned < 2 or turned % 2)):
+        what = f"an even part of each head, {share!r} or another" if of.own_positions else "whole heads"
+        raise MisError(f"{where}: partial_rotary_factor is {[*odd, share][0]!r}, a {of.name} turns {what}")
+    kinds = ("default", "longrope") if of.own_positions else tuple(ROPE_NEEDS)
     for key, rope in _ropes(config):
         if (kind := _rope_kind(rope)) not in kinds:
-            raise MisError(f"{where}: {key} is {rope!r}, supported are the types {', '.join(kinds)}")
+            raise MisError(
+                f"{where}: {key} is {rope if kind is None else kind!r}, supported are the types {', '.join(kinds)}"
+            )
         for needed in ROPE_NEEDS.get(kind, ()) + (("rope_theta",) if "rope_theta" in rope else ()):
             _positive(rope.get(needed), f"{key}.{needed}", where)
+        if kind == "longrope":
+            _check_long(config, key, rope, turned // 2, where)
     if config.get("rope_theta") is not None:
         _positive(config["rope_theta"], "rope_theta", where)
-    shares = [place.get("partial_rotary_factor") for place in (config, *(rope for _, rope in _ropes(config)))]
-    share = next((value for value in shares if value is not None), 1) if own else 1
-    if odd := [value for value in shares if value not in (None, share)]:
-        why = f"and {share!r}" if own else "known are models that turn whole heads"
-        raise MisError(f"{where}: partial_rotary_factor is {odd[0]!r}, {why}")
-    _positive(share, "partial_rotary_factor", where)
-    turned = int(config["hidden_size"] // config["num_attention_heads"] * share)
-    if own and (share > 1 or turned < 2 or turned % 2):
-        raise MisError(f"{where}: partial_rotary_factor {share!r} turns {turned} channels of a head, not an even number")
-    for key, rope in _ropes(config):
-        if _rope_kind(rope) in LONG:
-            _check_long(config, key, rope, turned // 2, where)
 
 
 def _check_long(config: Mapping[str, Any], key: str, rope: Mapping[str, Any], pairs: int, where: Path) -> None:
-    """LongRoPE's positions: MisError for what mlx-lm does not read, or reads otherwise than transformers."""
-    if odd := sorted(set(map(str, rope)) - LONG_KEYS - LONG_FACTORS):
-        raise MisError(f"{where}: {key} has {', '.join(odd)}, of which mlx-lm's LongRoPE knows nothing: use another model")
-    for name in sorted(LONG_FACTORS):
+    """LongRoPE's positions: MisError for what transformers reads and mlx-lm does not, or neither can."""
+    if odd := sorted(rope.keys() - LONG_KEYS - {"long_factor", "short_factor"}):
+        raise MisError(f"{where}: {key} has {', '.join(odd)}, of which mlx-lm's phi3 knows nothing: use another model")
+    for name in ("long_factor", "short_factor"):
         if not isinstance(factors := rope.get(name), list) or len(factors) != pairs:
             raise MisError(f"{where}: {key}.{name} must be a list of {pairs} numbers, one for each pair of channels")
         for factor in factors:
             _positive(factor, f"a number of {key}.{name}", where)
     _whole(config, "max_position_embeddings", 2**31 - 1, where)
-    if _whole(config, "original_max_position_embeddings", 2**31 - 1, where, 4096) < 2:
-        raise MisError(f"{where}: original_max_position_embeddings is 1: this is not a usable config")
+    context = _whole(config, "original_max_position_embeddings", 2**31 - 1, where, 4096)
+    _positive(context - 1, "original_max_position_embeddings - 1", where)
+    if rope["long_factor"] != rope["short_factor"]:
+        say_once(f"{where}: LongRoPE's long factors count at every length, as in mlx-lm, not its short ones at first")
 
 
 def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
@@ -267,8 +263,8 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
         c["partial_rotary_factor"] = c.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
         c["original_max_position_embeddings"] = c.get("original_max_position_embeddings") or 4096
         long = (c.get("rope_scaling") or {}).get("long_factor")  # which mlx-lm takes at every length
-        both = {"type": "longrope", "rope_type": "longrope", "long_factor": long, "short_factor": long}
-        c["rope_scaling"] = both if long else None
+        both = dict.fromkeys(("long_factor", "short_factor"), long)
+        c["rope_scaling"] = {"type": "longrope", "rope_type": "longrope", **both} if long else None
     c["tie_word_embeddings"] = bool(c.get("tie_word_embeddings", family(c).tied))
     return c
 

@@ -63,7 +63,6 @@ ROWS = (
         "granite", "granite", "granite", embedding_scale="embedding_multiplier", logit_divisor="logits_scaling",
         head_dim_follows=True, numbers=("residual_multiplier", "attention_multiplier"),
     ),
-    # One that turns whole heads, by positions that a llama has, is opened as a llama.
     Family(
         "phi3", "phi3", "phi3", qkv_bias=False, other_biases=False, joined=True, own_positions=True,
         head_dim_follows=True, axes=("layers", "ffn"), why="its heads are rows of one matrix, of which none is cut out",
@@ -78,7 +77,7 @@ ROWS = (
 )  # fmt: skip
 FAMILIES = {row.name: row for row in ROWS}
 OPENED_AS: dict[str, dict[str, Any]] = {  # other types that hold one of these: which, and what they may leave out
-    "phi3": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},  # some of whose matrices lie in one
+    "phi3": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},  # joined, but turning as a llama does
     "gemma3": {
         "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "vocab_size": 262_208, "rope_theta": 1e6,

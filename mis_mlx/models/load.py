@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx import cli
 from mis_mlx.maths import lookup, rounding
 from mis_mlx.models import arch, policy, tokenizer_check
 from mis_mlx.models.config import normalised, read_config, say_once, shape_of

@@ -70,11 +70,6 @@ def check(target_bpw: float | None, group: int) -> None:
     raise MisError(f"--target-bpw {target_bpw:g} is {limit}: {remedy}")
 
 
-def _matrices(block: nn.Module) -> list[tuple[str, str, str]]:
-    """(part, name, axis that it reads) of every matrix."""
-    return [(part, name, axis) for axis, (part, names) in arch.readers(block).items() for name in names]
-
-
 class _Seen(NamedTuple):
     """One window in a block: what went into its matrices, {axis: (T, in)}, and d log p / d output, [(T, out)]."""
 
@@ -98,7 +93,7 @@ def costs(
     tokens = sum(b.size for b in batches)
 
     def visit(i: int, block: nn.Module) -> Callable[[Some, Some], Some]:
-        matrices = _matrices(block)
+        matrices = [(part, name, axis) for axis, (part, names) in arch.readers(block).items() for name in names]
         dense = [load.dense_weight(block[part][name]) for part, name, _ in matrices]
         every = ((w, b) for w in dense for b in bits)
         rounded = list(lanes.each(lambda of: rounding.nearest(of[0], group, of[1]), every))
@@ -116,7 +111,7 @@ def costs(
         def through(x: Some, above: Some) -> Some:
             nonlocal done
             below = list[mx.array]()
-            for under, window in lanes.each(lambda *of: _back(args, block, *of), x, above):
+            for under, window in lanes.each(lambda *of: _back(args, block, matrices, *of), x, above):
                 below.append(under)
                 seen.append(window)
             done += len(below)
@@ -147,9 +142,10 @@ class _Shifted(nn.Module):
         return self.inner(x) + self.shift
 
 
-def _back(args: object, block: nn.Module, x: mx.array, above: mx.array) -> tuple[mx.array, _Seen]:
-    """(cotangent at the block's input x (B, T, D), what its matrices saw), lazy; no weight gets a gradient."""
-    matrices, readers = _matrices(block), arch.readers(block)
+def _back(
+    args: object, block: nn.Module, matrices: Sequence[tuple[str, str, str]], x: mx.array, above: mx.array
+) -> tuple[mx.array, _Seen]:
+    """(cotangent at the block's input x (B, T, D), what its `matrices` saw), lazy; no weight gets a gradient."""
     linears = [block[part][name] for part, name, _ in matrices]
     mask = load.mask(args, block, x)
 
@@ -157,13 +153,13 @@ def _back(args: object, block: nn.Module, x: mx.array, above: mx.array) -> tuple
         for (part, name, _), linear, shift in zip(matrices, linears, shifts, strict=True):
             block[part][name] = _Shifted(linear, shift)
         out = block(x, mask)
-        return [out, *(mx.stop_gradient(block[part][name].into) for part, (name, *_) in readers.values())]
+        return [out, *(mx.stop_gradient(block[part][name].into) for part, name, _ in matrices)]
 
     shifts = [mx.zeros((*x.shape[:2], len(linear.weight)), x.dtype) for linear in linears]
     outs, (below, *cotangents) = mx.vjp(run, [x, *shifts], [above])
     for (part, name, _), linear in zip(matrices, linears, strict=True):
         block[part][name] = linear
-    inputs = {axis: _flat(a) for axis, a in zip(readers, outs[1:], strict=True)}
+    inputs = {axis: _flat(a) for (_, _, axis), a in zip(matrices, outs[1:], strict=True)}
     window = _Seen(inputs, [_flat(c) for c in cotangents])
     return below, window
 

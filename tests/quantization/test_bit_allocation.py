@@ -58,7 +58,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
     monkeypatch.setattr(rounding, "SLAB", 1000 if held_bytes == 1 else rounding.SLAB)
 
     def visit(i: int, block: nn.Module):
-        paths = [f"{part}.{name}" for part, name, _ in bit_allocation._matrices(block)]
+        paths = [f"{part}.{name}" for part, names in arch.readers(block).values() for name in names]
         linears = [block[path.split(".")[0]][path.split(".")[1]] for path in paths]
 
         def each(x: mx.array, above: mx.array) -> mx.array:

@@ -77,7 +77,7 @@ def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
     hidden = source.embed(batches)
     for _, block in source.blocks([0]):
         linear = block.mlp.down_proj
-        grams = gptq._grams(block, source.args, hidden, list(arch.PARTS))
+        grams = gptq._grams(block, source.args, hidden, list(arch.READERS))
         assert block.mlp.down_proj is linear
         seen = {axis: np.zeros_like(g) for axis, g in grams.items()}
         for h in hidden:
