@@ -135,8 +135,8 @@ def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple
 def _k_mixture(config: Mapping[str, Any], name: str, columns: int) -> str:
     """The type that llama.cpp chooses for a matrix of a Q4_K_M file (llama_tensor_get_type, llama-cpp-python 0.3.36).
 
-    More bits for the head, for v_proj (or qkv_proj) and down_proj of the first and last eighth of the blocks and every third between;
-    where a row is not of whole blocks of 256, types with blocks of 32, which take 1 to 2 bits more.
+    More bits for the head, for v_proj, qkv_proj and down_proj of the first and last eighth of the blocks and every
+    third between; where a row is not of whole blocks of 256, types with blocks of 32, which take 1 to 2 bits more.
     """
     s, i = shape_of(config), arch.block_of(name)
     eighth = s.layers // 8

@@ -186,9 +186,7 @@ def _check_positions(config: Mapping[str, Any], where: Path) -> None:
     kinds = ("default", "longrope") if of.own_positions else tuple(ROPE_NEEDS)
     for key, rope in _ropes(config):
         if (kind := _rope_kind(rope)) not in kinds:
-            raise MisError(
-                f"{where}: {key} is {rope if kind is None else kind!r}, supported are the types {', '.join(kinds)}"
-            )
+            raise MisError(f"{where}: {key} is {rope if kind is None else kind!r}, supported are {', '.join(kinds)}")
         for needed in ROPE_NEEDS.get(kind, ()) + (("rope_theta",) if "rope_theta" in rope else ()):
             _positive(rope.get(needed), f"{key}.{needed}", where)
         if kind == "longrope":
@@ -262,8 +260,8 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     if family(c).own_positions:
         c["partial_rotary_factor"] = c.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
         c["original_max_position_embeddings"] = c.get("original_max_position_embeddings") or 4096
-        long = (c.get("rope_scaling") or {}).get("long_factor")  # which mlx-lm takes at every length
-        both = dict.fromkeys(("long_factor", "short_factor"), long)
+        long = c["rope_scaling"]["long_factor"] if _rope_kind(c.get("rope_scaling")) == "longrope" else None
+        both = dict.fromkeys(("long_factor", "short_factor"), long)  # mlx-lm takes the long ones at every length
         c["rope_scaling"] = {"type": "longrope", "rope_type": "longrope", **both} if long else None
     c["tie_word_embeddings"] = bool(c.get("tie_word_embeddings", family(c).tied))
     return c

@@ -256,9 +256,9 @@ def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> 
         ({"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}}, "is 0.75, a phi3 turns"),
         (
             {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "yarn", "factor": 2.0}},
-            "is 'yarn', supported are the types default, longrope",
+            "is 'yarn', supported are default, longrope",
         ),
-        ({"rope_scaling": {**tiny.LONG, "type": "su"}}, "is 'su', supported are the types default, longrope"),
+        ({"rope_scaling": {**tiny.LONG, "type": "su"}}, "is 'su', supported are default, longrope"),
         ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "long_factor must be a list of 8 numbers"),
         ({"rope_scaling": {**tiny.LONG, "short_factor": None}}, "short_factor must be a list of 8 numbers"),
         ({"rope_scaling": {**tiny.LONG, "long_factor": [0] * 8}}, "a number of rope_scaling.long_factor is 0"),

@@ -46,7 +46,7 @@ def kl(checkpoint: Checkpoint, name: str, error: mx.array, batches: list[mx.arra
 
 @pytest.mark.usefixtures("cpu_policy")  # 1e-4 is float32's; squares of sums that cancel are some % off in float16
 @pytest.mark.parametrize("held_bytes", [1, rounding.HELD_BYTES])
-@pytest.mark.parametrize("kind", ["qwen2", "biased"])
+@pytest.mark.parametrize("kind", ["qwen2", "biased", "phi3"])
 def test_it_is_the_gradient_of_weights_along_the_errors(
     models, batches: list[mx.array], kind: str, held_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
