@@ -283,9 +283,8 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         keys = YARN.keys() & scaling if rope == "yarn" else {"factor"}
         words |= {f"rope_scaling_{YARN[key]}": scaling[key] for key in sorted(keys)}
     if rope == "longrope":
-        words["rope_scaling_orig_ctx_len"] = context = c["original_max_position_embeddings"]
-        stretch = math.log(max(1.0, c["max_position_embeddings"] / context))
-        words["rope_scaling_attn_factors"] = math.sqrt(1 + stretch / math.log(context))
+        words["rope_scaling_orig_ctx_len"] = old = c["original_max_position_embeddings"]
+        words["rope_scaling_attn_factors"] = math.sqrt(1 + math.log(max(1, c["max_position_embeddings"] / old), old))
     if of.scaled_queries:
         words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
     if of.period:

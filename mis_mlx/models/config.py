@@ -84,6 +84,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_config(config, where)
     if config.pop("auto_map", None):
         say_once(f"{where}: names program code of the model's own, which is not run: it is a {config['model_type']}")
+    for _, rope in _ropes(config):
+        if family(config).own_positions and rope.get("short_factor") != rope.get("long_factor"):
+            say_once(
+                f"{where}: LongRoPE's long factors count at every length, as in mlx-lm, not its short ones at first"
+            )
+            rope["short_factor"] = rope["long_factor"]  # so that whoever opens what is made of it computes the same
     return config
 
 
@@ -174,8 +180,8 @@ def _rope_kind(rope: Any) -> Any:
 def _check_positions(config: Mapping[str, Any], where: Path) -> None:
     """What says where a token stands."""
     of = family(config)
-    places = (config, *(rope for _, rope in _ropes(config) if isinstance(rope, Mapping)))
-    shares = [place.get("partial_rotary_factor") for place in places]
+    ropes = [rope for _, rope in _ropes(config) if isinstance(rope, Mapping)]
+    shares = [place.get("partial_rotary_factor") for place in (config, *ropes)]
     share = next((value for value in shares if value is not None), 1) if of.own_positions else 1
     _positive(share, "partial_rotary_factor", where)
     turned = int(config["hidden_size"] // config["num_attention_heads"] * min(share, 1))
@@ -207,8 +213,6 @@ def _check_long(config: Mapping[str, Any], key: str, rope: Mapping[str, Any], pa
     _whole(config, "max_position_embeddings", 2**31 - 1, where)
     context = _whole(config, "original_max_position_embeddings", 2**31 - 1, where, 4096)
     _positive(context - 1, "original_max_position_embeddings - 1", where)
-    if rope["long_factor"] != rope["short_factor"]:
-        say_once(f"{where}: LongRoPE's long factors count at every length, as in mlx-lm, not its short ones at first")
 
 
 def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
@@ -260,9 +264,8 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     if family(c).own_positions:
         c["partial_rotary_factor"] = c.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
         c["original_max_position_embeddings"] = c.get("original_max_position_embeddings") or 4096
-        long = c["rope_scaling"]["long_factor"] if _rope_kind(c.get("rope_scaling")) == "longrope" else None
-        both = dict.fromkeys(("long_factor", "short_factor"), long)  # mlx-lm takes the long ones at every length
-        c["rope_scaling"] = {"type": "longrope", "rope_type": "longrope", **both} if long else None
+        scaling = c.get("rope_scaling") if _rope_kind(c.get("rope_scaling")) == "longrope" else None
+        c["rope_scaling"] = scaling and {**scaling, "type": "longrope", "rope_type": "longrope"}
     c["tie_word_embeddings"] = bool(c.get("tie_word_embeddings", family(c).tied))
     return c
 
