@@ -27,7 +27,7 @@ MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and voca
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 READERS = {"ffn": ("mlp", ("down_proj",)), "heads": ("self_attn", ("o_proj",)),
            "norm1": ("self_attn", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
-           "norm2": ("mlp", ("gate_proj", "up_proj", "gate_up_proj"))}  # axis -> part, readers in any family  # fmt: skip
+           "norm2": ("mlp", ("gate_proj", "up_proj", "gate_up_proj"))}  # axis -> part, its readers  # fmt: skip
 
 
 def readers(block: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
