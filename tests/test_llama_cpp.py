@@ -27,6 +27,7 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not here: pip 
 KINDS: dict[str, dict[str, Any]] = {
     **tiny.KINDS,
     **tiny.MODELS,
+    **tiny.PHIS,
     # llama.cpp has no windows in this one, nor have the published models
     "ministral3": {**tiny.MODELS["ministral3"], "layer_types": None, "sliding_window": None},
     "gemma3 of two kinds": {
@@ -191,6 +192,16 @@ def test_q4_k_m(tmp_path: Path, shape: str, opened: Callable[..., Any], command:
     found = theirs(opened(tmp_path / "out" / result["file"]), IDS)
     assert np.corrcoef(found.ravel(), forward(reader, IDS).ravel())[0, 1] > 0.999
     assert np.corrcoef(found.ravel(), ours(model, mx.float32)(IDS).ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("hidden", [256, 96])
+def test_joined_matrices_in_q4_k_m(tmp_path: Path, hidden: int) -> None:
+    """The types that llama.cpp chooses for these are those foretold, with whole blocks of 256 and without."""
+    phi = tiny.make(tmp_path / "m", **{**tiny.FAMILIES["phi3"], "hidden_size": hidden, "head_dim": hidden // 4,
+                    "rope_scaling": None})  # fmt: skip
+    file = exported(phi, tmp_path / "out", "q4_k_m")
+    due = {p.name: p.kind for p in tensors.parts(load.open_checkpoint(phi), "q4_k_m")}
+    assert {t.name: t.tensor_type.name for t in GGUFReader(file).tensors} == due
 
 
 def cut_alike(model: Any, folder: Path, texts: list[str]) -> None:

@@ -47,6 +47,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "architectures": ["GraniteForCausalLM"], "embedding_multiplier": 12.0, "logits_scaling": 8.0,
         "residual_multiplier": 0.22, "attention_multiplier": 0.1, "attention_bias": False, "mlp_bias": False,
     },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0, "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64, "rope_scaling": {
+            "type": "longrope", "long_factor": [1.0, 1.5, 3.5, 8.25, 24.5, 32.0],
+            "short_factor": [1.0, 1.1, 1.2, 2, 2, 2],
+        },
+    },
     "gemma3_text": {
         "architectures": ["Gemma3ForCausalLM"], "num_key_value_heads": 1, "rope_local_base_freq": 1e3,
         "query_pre_attn_scalar": 20, "sliding_window": 7, "sliding_window_pattern": 3,
@@ -81,6 +88,26 @@ POLISH: dict[str, dict[str, Any]] = {  # the models of SpeakLeash and of PLLuM t
     ),
     "PLLuM-12B": real(40, 5120, 14_336, 32, 8, 131_072, head_dim=128, sliding_window=None),
 }  # fmt: skip
+PHI: dict[str, dict[str, Any]] = {  # microsoft's, but for the factors, which are as many
+    name: real(
+        32, 3072, 8192, heads, kv_heads, vocab, model_type="phi3", architectures=["Phi3ForCausalLM"], rope_theta=1e4,
+        auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}, sliding_window=262_144,
+        max_position_embeddings=131_072, original_max_position_embeddings=4096,
+        rope_scaling={"type": "longrope", "long_factor": [1.0 + i for i in range(48)], "short_factor": [1.0] * 48},
+        **more,
+    )
+    for name, heads, kv_heads, vocab, more in (
+        ("Phi-3-mini-128k-instruct", 32, 32, 32_064, {}),
+        ("Phi-4-mini-instruct", 24, 8, 200_064, {"partial_rotary_factor": 0.75}),
+    )
+}  # fmt: skip
+PHI["Phi-4-mini-instruct"]["tie_word_embeddings"] = True
+LONG = {"type": "longrope", "long_factor": [1.0, 1, 2, 3, 5, 8, 13, 21], "short_factor": [1.0] * 8}
+PHIS = {  # the tiny phi3 by other positions
+    "phi3 of plain positions": {**FAMILIES["phi3"], "rope_scaling": None},
+    "phi3 of whole heads": {k: v for k, v in FAMILIES["phi3"].items() if k != "partial_rotary_factor"},
+}
+PHIS["phi3 of whole heads"]["rope_scaling"] = LONG
 
 
 def reduced(config: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.importance import Key, Statistics, Sums
-from mis_mlx.models import load, stream
-from mis_mlx.models.arch import READERS, TAPS
+from mis_mlx.models import arch, load, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.types import Checkpoint
 
@@ -63,9 +62,9 @@ def fluctuation(moments: Moments, unit: int = 1) -> np.ndarray:
 def _squares(block: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{matrix: squared lengths of its (rows, columns)} of one block, float64."""
     found = {}
-    for axis, names in READERS.items():
+    for part, names in arch.readers(block).values():
         for name in names:
-            square = mx.square(load.dense_weight(block[TAPS[axis][0]][name]))
+            square = mx.square(load.dense_weight(block[part][name]))
             found[name] = np.array(square.sum(axis=1), np.float64), np.array(square.sum(axis=0), np.float64)
     return found
 
@@ -79,18 +78,18 @@ def measured(
     source = stream.Stream(checkpoint, dtype)
     hidden = source.embed(batches)
     for i, block in source.blocks():
-        w = _squares(block)
-        for axis, readers in READERS.items():
+        w, readers_of = _squares(block), arch.readers(block)
+        for axis, (_, readers) in readers_of.items():
             moments[i, axis] = Moments.zeros(np.sum([w[r][1] for r in readers], axis=0))
         lengths[i, "ffn"] = w["gate_proj"][0] + w["up_proj"][0] + w["down_proj"][1]
         lengths[i, "heads"] = (w["q_proj"][0] + w["o_proj"][1]).reshape(heads, -1).sum(axis=-1)
         own = w["o_proj"][0] + w["down_proj"][0] + moments[i, "norm1"].columns + moments[i, "norm2"].columns
         lengths[-1, "hidden"] = lengths.get((-1, "hidden"), 0.0) + own
-        for part, name in TAPS.values():
+        for part, (name, *_) in readers_of.values():
             block[part][name] = stream.InputRecorder(block[part][name])
         for b, into in enumerate(hidden):
             hidden[b] = block(into, load.mask(source.args, block, into))
-            for axis, (part, name) in TAPS.items():
+            for axis, (part, (name, *_)) in readers_of.items():
                 moments[i, axis].add(block[part][name].take())
             stream.evaluate_now(hidden[b])
     return moments, lengths

@@ -33,7 +33,7 @@ EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of t
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
 FILE_TYPES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}  # the others are MOSTLY_ and their name
 F16_MAX = 65504.0
-FREQS = "rope_freqs.weight"
+FREQS = {"llama3": ("freqs",), "longrope": ("factors_long", "factors_short")}  # what frequencies are divided by
 YARN = {  # of stretched positions: their keys, and the `GGUFWriter`'s words
     "factor": "factor", "original_max_position_embeddings": "orig_ctx_len", "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow", "mscale_all_dim": "yarn_log_mul",
@@ -111,8 +111,8 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
         every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
     if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in every):
         raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
-    if _rope(config)[0] == "llama3":
-        every.append(Part(FREQS, "", (s.head_dim // 2,), "F32"))
+    for name in FREQS.get(_rope(config)[0], ()):
+        every.append(Part(f"rope_{name}.weight", "", _freqs(config).shape, "F32"))
     return every
 
 
@@ -135,13 +135,13 @@ def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple
 def _k_mixture(config: Mapping[str, Any], name: str, columns: int) -> str:
     """The type that llama.cpp chooses for a matrix of a Q4_K_M file (llama_tensor_get_type, llama-cpp-python 0.3.36).
 
-    More bits for the head, for v_proj and down_proj of the first and last eighth of the blocks and every third between;
-    where a row is not of whole blocks of 256, types with blocks of 32, which take 1 to 2 bits more.
+    More bits for the head, for v_proj, qkv_proj and down_proj of the first and last eighth of the blocks and every
+    third between; where a row is not of whole blocks of 256, types with blocks of 32, which take 1 to 2 bits more.
     """
     s, i = shape_of(config), arch.block_of(name)
     eighth = s.layers // 8
     more = i is not None and (i < eighth or i >= 7 * s.layers // 8 or (i - eighth) % 3 == 2)
-    wide = (more and name.split(".")[-2] in ("v_proj", "down_proj")) or name == "lm_head.weight"
+    wide = (more and name.endswith(("v_proj.weight", "down_proj.weight"))) or name == "lm_head.weight"
     wide = wide or (s.tied and name == load.EMBEDDING + "weight")
     if columns % 256:
         return "F16" if columns % BLOCK else "Q8_0" if wide else "Q5_0"
@@ -153,7 +153,7 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
 
     tally: "inexact" counts scales and biases that float16 does not hold exactly. MisError at NaN or infinity.
     """
-    if part.name == FREQS:
+    if not part.source:
         yield _freqs(checkpoint.config).view(np.uint8)
         return
     stem = part.source.removesuffix(".weight")
@@ -249,8 +249,10 @@ def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _freqs(config: Mapping[str, Any]) -> np.ndarray:
-    """What llama.cpp divides each frequency by for Llama 3's long contexts, float32 (head_dim / 2,)."""
-    _, r = _rope(config)
+    """What llama.cpp divides each frequency by for Llama 3's long contexts or LongRoPE's, float32, one for each."""
+    kind, r = _rope(config)
+    if kind == "longrope":
+        return np.array(r["long_factor"], np.float32)
     d, context = shape_of(config).head_dim, r["original_max_position_embeddings"]
     turns = context * normalised(config)["rope_theta"] ** (-np.arange(0, d, 2) / d) / (2 * np.pi)
     low, high = r["low_freq_factor"], r["high_freq_factor"]
@@ -273,13 +275,16 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         "context_length": c["max_position_embeddings"], "embedding_length": s.hidden, "block_count": s.layers,
         "feed_forward_length": s.ffn, "vocab_size": s.vocab, "head_count": s.heads, "head_count_kv": s.kv_heads,
         "key_length": s.head_dim, "value_length": s.head_dim, "layer_norm_rms_eps": c["rms_norm_eps"],
-        "rope_dimension_count": s.head_dim, "rope_freq_base": c["rope_theta"],
+        "rope_dimension_count": int(s.head_dim * c.get("partial_rotary_factor", 1)), "rope_freq_base": c["rope_theta"],
         **{OWN[key]: c.get(key) or 1.0 for key in sorted(of.own & OWN.keys())},
     }  # fmt: skip
     if rope in ("linear", "yarn"):
         words["rope_scaling_type"] = gguf.RopeScalingType(rope)
         keys = YARN.keys() & scaling if rope == "yarn" else {"factor"}
         words |= {f"rope_scaling_{YARN[key]}": scaling[key] for key in sorted(keys)}
+    if rope == "longrope":
+        words["rope_scaling_orig_ctx_len"] = old = c["original_max_position_embeddings"]
+        words["rope_scaling_attn_factors"] = math.sqrt(1 + math.log(max(1, c["max_position_embeddings"] / old), old))
     if of.scaled_queries:
         words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
     if of.period:

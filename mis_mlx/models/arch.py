@@ -26,10 +26,14 @@ MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and voca
     "tie_word_embeddings": False, "quantization": {"group_size": 64, "bits": 4},
 }  # fmt: skip
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
-TAPS = {"ffn": ("mlp", "down_proj"), "heads": ("self_attn", "o_proj"), "norm1": ("self_attn", "q_proj"),
-        "norm2": ("mlp", "gate_proj")}  # axis -> whose input is looked at  # fmt: skip
-READERS = {"ffn": ("down_proj",), "heads": ("o_proj",), "norm1": ("q_proj", "k_proj", "v_proj"),
-           "norm2": ("gate_proj", "up_proj")}  # axis -> which matrices read it  # fmt: skip
+READERS = {"ffn": ("mlp", ("down_proj",)), "heads": ("self_attn", ("o_proj",)),
+           "norm1": ("self_attn", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
+           "norm2": ("mlp", ("gate_proj", "up_proj", "gate_up_proj"))}  # axis -> part, its readers  # fmt: skip
+
+
+def readers(block: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
+    """{axis: (part of the block, its matrices that read the axis)}: the input of one is that of all."""
+    return {axis: (part, [n for n in names if n in block[part]]) for axis, (part, names) in READERS.items()}
 
 
 def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -37,7 +41,8 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     s, of = shape_of(config), family(config)
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     tensors: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (s.hidden,)}
-    for name, out in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+    attention = (("qkv_proj", q + 2 * kv),) if of.joined else (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
+    for name, out in attention:
         tensors[f"self_attn.{name}.weight"] = (out, s.hidden)
         if config.get("attention_bias") if of.qkv_bias is None else of.qkv_bias:
             tensors[f"self_attn.{name}.bias"] = (out,)
@@ -49,8 +54,8 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     tensors["post_attention_layernorm.weight"] = (s.hidden,)
     if of.sandwich:
         tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
-    mlp = (("gate_proj", s.ffn, s.hidden), ("up_proj", s.ffn, s.hidden), ("down_proj", s.hidden, s.ffn))
-    for name, out, into in mlp:
+    wide = (("gate_up_proj", 2 * s.ffn),) if of.joined else (("gate_proj", s.ffn), ("up_proj", s.ffn))
+    for name, out, into in (*((name, out, s.hidden) for name, out in wide), ("down_proj", s.hidden, s.ffn)):
         tensors[f"mlp.{name}.weight"] = (out, into)
         if of.other_biases and config.get("mlp_bias"):
             tensors[f"mlp.{name}.bias"] = (out,)
@@ -99,12 +104,12 @@ def spaces(config: Mapping[str, Any]) -> dict[str, PrunableAxis]:
 
         return PrunableAxis(size, unit, of(writers, ".weight"), of(readers, ".weight"), of(writers, ".bias"))
 
-    hidden = axis(s.hidden, 1, ("o_proj", "down_proj"), READERS["norm1"] + READERS["norm2"])
+    hidden = axis(s.hidden, 1, ("o_proj", "down_proj"), READERS["norm1"][1] + READERS["norm2"][1])
     norms = ("model.norm", "model.layers.{i}.input_layernorm", "model.layers.{i}.post_attention_layernorm")
     reads = ("model.embed_tokens.weight", "lm_head.weight", *hidden.reads)
     return {
-        "ffn": axis(s.ffn, 1, ("gate_proj", "up_proj"), READERS["ffn"]),
-        "heads": axis(s.heads * s.head_dim, s.head_dim, ("q_proj",), READERS["heads"]),
+        "ffn": axis(s.ffn, 1, READERS["norm2"][1], READERS["ffn"][1]),
+        "heads": axis(s.heads * s.head_dim, s.head_dim, ("q_proj",), READERS["heads"][1]),
         "kv_heads": axis(s.kv_heads * s.head_dim, s.head_dim, ("k_proj", "v_proj"), ()),
         "hidden": replace(hidden, reads=reads, vectors=(*(f"{n}.weight" for n in norms), *hidden.vectors)),
     }
@@ -114,7 +119,7 @@ def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[s
     """Tensors by the names of the config's family. Matrices that lie joined are rows of one, in their order."""
     found, due = dict[str, TensorAt](), tensors_of(config)
     for name, at in tensors.items():
-        if len(names := inside_names(name)) == 1:
+        if len(names := [name] if family(config).joined else inside_names(name)) == 1:
             found[names[0]] = at if names == [name] else replace(at, stored=(name, at))
             continue
         row, first = at.nbytes // at.shape[0], 0

@@ -6,9 +6,11 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mis_mlx import cli
 from mis_mlx.models.families import FAMILIES, OPENED_AS, family
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.header_check import Refused, json_object
@@ -28,7 +30,9 @@ ROPE_NEEDS: dict[Any, tuple[str, ...]] = {  # kinds of rotary positions, and the
     "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
+LONG_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 ATTENTION = {"full_attention", "sliding_attention"}
+say_once = cache(cli.say)
 SHARED = re.compile(  # keys and modules that no family is told by
     r"architectures|.*_token_id|(torch_)?dtype|.*version|use_cache|initializer_range|.*dropout|.*pdrop|pretraining_tp|"
     r"quantization.*|model_type|max_position_.*|hidden_act.*|rms_norm_eps|rope_.*|(attention|mlp)_bias|layer_types|"
@@ -78,12 +82,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MisError(f"{where}: {why}: download the model again") from None
     config = _opened_as(config, where)
     check_config(config, where)
+    if config.pop("auto_map", None):
+        say_once(f"{where}: names program code of the model's own, which is not run: it is a {config['model_type']}")
+    for _, rope in _ropes(config):
+        if family(config).own_positions and rope.get("short_factor") != rope.get("long_factor"):
+            say_once(
+                f"{where}: LongRoPE's long factors count at every length, as in mlx-lm, not its short ones at first"
+            )
+            rope["short_factor"] = rope["long_factor"]  # so that whoever opens what is made of it computes the same
     return config
 
 
 def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """The config of the family inside, of a model that also sees or has matrices joined; another's as it is."""
-    if (left_out := OPENED_AS.get(str(config.get("model_type")))) is None:
+    """The config of the family inside, of a model that also sees, or is joined and turns as it; another's as it is."""
+    places = [config, *(rope for _, rope in _ropes(config) if isinstance(rope, Mapping))]
+    own = any(p.get("partial_rotary_factor") not in (None, 1) or _rope_kind(p) in ("longrope", "su") for p in places)
+    if (left_out := OPENED_AS.get(kind := str(config.get("model_type")))) is None or (own and kind in FAMILIES):
         return config
     if not isinstance(text := config.get("text_config", {}), dict):
         raise MisError(f"{where}: text_config is {str(text)[:40]}, no JSON object: download the model again")
@@ -103,14 +117,15 @@ def inside_names(name: str) -> list[str]:
 
 def check_config(config: Mapping[str, Any], where: Path) -> None:
     """Refuse foreign code, unknown model types and sizes no real model has, one sentence each."""
-    for key in ("model_file", "auto_map"):
+    kind = config.get("model_type")
+    known = isinstance(kind, str) and kind in FAMILIES
+    for key in ("model_file", *(() if known else ("auto_map",))):  # nobody needs the code of a known type
         if config.get(key):
             raise MisError(
                 f"{where}: {key} wants to run the model's own program code; mis_mlx never does that: "
                 f"use a model of type {', '.join(FAMILIES)}"
             )
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not known:
         why = f"model_type {kind!r} is not supported{_nearest(kind, config, where) if isinstance(kind, str) else ''}"
         raise MisError(f"{where}: {why}; supported are {', '.join(FAMILIES)}")
     for key, most in SIZES.items():
@@ -158,19 +173,46 @@ def _ropes(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, rope
 
 
+def _rope_kind(rope: Any) -> Any:
+    return rope.get("type") or rope.get("rope_type", "default") if isinstance(rope, Mapping) else None
+
+
 def _check_positions(config: Mapping[str, Any], where: Path) -> None:
     """What says where a token stands."""
+    of = family(config)
+    ropes = [rope for _, rope in _ropes(config) if isinstance(rope, Mapping)]
+    shares = [place.get("partial_rotary_factor") for place in (config, *ropes)]
+    share = next((value for value in shares if value is not None), 1) if of.own_positions else 1
+    _positive(share, "partial_rotary_factor", where)
+    turned = int(config["hidden_size"] // config["num_attention_heads"] * min(share, 1))
+    odd = [value for value in shares if value not in (None, share)]
+    if odd or (of.own_positions and (share > 1 or turned < 2 or turned % 2)):
+        what = f"an even part of each head, {share!r} or another" if of.own_positions else "whole heads"
+        raise MisError(f"{where}: partial_rotary_factor is {[*odd, share][0]!r}, a {of.name} turns {what}")
+    kinds = ("default", "longrope") if of.own_positions else tuple(ROPE_NEEDS)
     for key, rope in _ropes(config):
-        kind = rope.get("type") or rope.get("rope_type", "default") if isinstance(rope, Mapping) else None
-        if kind not in ROPE_NEEDS:
-            raise MisError(f"{where}: {key} is {rope!r}, supported are the types {', '.join(ROPE_NEEDS)}")
-        for needed in ROPE_NEEDS[kind] + (("rope_theta",) if "rope_theta" in rope else ()):
+        if (kind := _rope_kind(rope)) not in kinds:
+            raise MisError(f"{where}: {key} is {rope if kind is None else kind!r}, supported are {', '.join(kinds)}")
+        for needed in ROPE_NEEDS.get(kind, ()) + (("rope_theta",) if "rope_theta" in rope else ()):
             _positive(rope.get(needed), f"{key}.{needed}", where)
+        if kind == "longrope":
+            _check_long(config, key, rope, turned // 2, where)
     if config.get("rope_theta") is not None:
         _positive(config["rope_theta"], "rope_theta", where)
-    for place in (config, *(rope for _, rope in _ropes(config))):
-        if (share := place.get("partial_rotary_factor")) not in (None, 1):
-            raise MisError(f"{where}: partial_rotary_factor is {share!r}, known are models that turn whole heads")
+
+
+def _check_long(config: Mapping[str, Any], key: str, rope: Mapping[str, Any], pairs: int, where: Path) -> None:
+    """LongRoPE's positions: MisError for what transformers reads and mlx-lm does not, or neither can."""
+    if odd := sorted(rope.keys() - LONG_KEYS - {"long_factor", "short_factor"}):
+        raise MisError(f"{where}: {key} has {', '.join(odd)}, of which mlx-lm's phi3 knows nothing: use another model")
+    for name in ("long_factor", "short_factor"):
+        if not isinstance(factors := rope.get(name), list) or len(factors) != pairs:
+            raise MisError(f"{where}: {key}.{name} must be a list of {pairs} numbers, one for each pair of channels")
+        for factor in factors:
+            _positive(factor, f"a number of {key}.{name}", where)
+    _whole(config, "max_position_embeddings", 2**31 - 1, where)
+    context = _whole(config, "original_max_position_embeddings", 2**31 - 1, where, 4096)
+    _positive(context - 1, "original_max_position_embeddings - 1", where)
 
 
 def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
@@ -219,6 +261,11 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
         c["num_key_value_heads"] = c["num_attention_heads"]
     if c.get("head_dim") is None:
         c["head_dim"] = c["hidden_size"] // c["num_attention_heads"]
+    if family(c).own_positions:
+        c["partial_rotary_factor"] = c.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+        c["original_max_position_embeddings"] = c.get("original_max_position_embeddings") or 4096
+        scaling = c.get("rope_scaling") if _rope_kind(c.get("rope_scaling")) == "longrope" else None
+        c["rope_scaling"] = scaling and {**scaling, "type": "longrope", "rope_type": "longrope"}
     c["tie_word_embeddings"] = bool(c.get("tie_word_embeddings", family(c).tied))
     return c
 

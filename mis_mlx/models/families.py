@@ -30,6 +30,8 @@ class Family:
     heads_fill_hidden: bool = True  # transformers demands that heads divide the hidden size
     head_dim_follows: bool = False  # head_dim is hidden / heads, whatever the config says: neither is cut alone
     float16: bool = True  # holds its activations, as far as is known
+    joined: bool = False  # q, k and v are rows of one matrix, gate and up of another
+    own_positions: bool = False  # in a part of each head, or LongRoPE's
     scaled_queries: bool = False  # by their positions: its blocks take one argument more
     kinds: str = ""  # the config's key with a kind for every block, beside layer_types: cut along with the blocks
     period: str = ""  # the config's key of the period in which blocks differ by their place, which mlx-lm counts
@@ -62,6 +64,10 @@ ROWS = (
         head_dim_follows=True, numbers=("residual_multiplier", "attention_multiplier"),
     ),
     Family(
+        "phi3", "phi3", "phi3", qkv_bias=False, other_biases=False, joined=True, own_positions=True,
+        head_dim_follows=True, axes=("layers", "ffn"), why="its heads are rows of one matrix, of which none is cut out",
+    ),
+    Family(
         "gemma3_text", "gemma3_text", "gemma3", qkv_bias=False, other_biases=False, head_norms=True, sandwich=True,
         gain_offset=1.0, tied=True, rope_theta=1e6, heads_fill_hidden=False, float16=False,
         period="sliding_window_pattern", embedding_scale="sqrt",
@@ -71,7 +77,7 @@ ROWS = (
 )  # fmt: skip
 FAMILIES = {row.name: row for row in ROWS}
 OPENED_AS: dict[str, dict[str, Any]] = {  # other types that hold one of these: which, and what they may leave out
-    "phi3": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},  # some of whose matrices lie in one
+    "phi3": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},  # joined, but turning as a llama does
     "gemma3": {
         "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "vocab_size": 262_208, "rope_theta": 1e6,

@@ -6,7 +6,6 @@ import importlib
 import re
 import resource
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx import cli
 from mis_mlx.maths import lookup, rounding
 from mis_mlx.models import arch, policy, tokenizer_check
-from mis_mlx.models.config import normalised, read_config, shape_of
+from mis_mlx.models.config import normalised, read_config, say_once, shape_of
 from mis_mlx.models.families import Family, family
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError
@@ -25,7 +23,6 @@ from mis_mlx.types import Checkpoint, MisError
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
 EMBEDDING, NORM = "model.embed_tokens.", "model.norm."
 SETTINGS = ("group_size", "bits", "mode")
-say_once = cache(cli.say)
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
@@ -236,7 +233,8 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     model = _model_module(checkpoint.config).Model(model_args(checkpoint.config))
     model.model.embed_tokens = Embedding(*model.model.embed_tokens.weight.shape)
     named = weights(checkpoint, "", dtype)
-    model.sanitize(dict(named))  # Gemma finds out in there whether it has a head
+    if hasattr(model, "sanitize"):
+        model.sanitize(dict(named))  # Gemma finds out in there whether it has a head
     _quantize(model, "", checkpoint)
     model.load_weights(named)
     model.eval()

@@ -12,8 +12,7 @@ import numpy as np
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Statistics, Sums
-from mis_mlx.models import distributed, load, stream
-from mis_mlx.models.arch import TAPS
+from mis_mlx.models import arch, distributed, load, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.types import Checkpoint, Reading
@@ -22,7 +21,7 @@ from mis_mlx.types import Checkpoint, Reading
 def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> dict[str, mx.array]:
     """What one batch says of one block, lazy: importance and squares by axis, and of the block itself."""
     samples = {"block": importance.block_sample(into, out)}
-    for axis, (part, name) in TAPS.items():
+    for axis, (part, (name, *_)) in arch.readers(block).items():
         seen = block[part][name].take()
         samples[axis] = importance.head_sample(seen, heads) if axis == "heads" else importance.channel_sample(seen)
         samples[axis + " squares"] = importance.square_sample(seen)
@@ -65,7 +64,7 @@ def calibrate(
     for i in range(s.layers):  # those that another machine looks at stay zero
         out.ffn[i], out.heads[i], out.block[i] = Sums.zeros(s.ffn), Sums.zeros(s.heads), 0.0
     for i, block in source.blocks():
-        for part, name in TAPS.values():
+        for part, (name, *_) in arch.readers(block).values():
             block[part][name] = stream.InputRecorder(block[part][name])
         distances = []
 

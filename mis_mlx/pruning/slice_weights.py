@@ -17,7 +17,7 @@ from mis_mlx.types import Checkpoint, KeptUnits, PrunableAxis
 def _cut(
     name: str, teacher_layer: int, spaces: Mapping[str, PrunableAxis], keep: KeptUnits, weight: mx.array
 ) -> mx.array:
-    """The kept part of one teacher tensor: rows where an axis is written, columns where it is read."""
+    """The kept part of one teacher tensor: rows, of each of joined matrices, where an axis is written, else columns."""
     pattern = name.replace(f".layers.{teacher_layer}.", ".layers.{i}.")
     for axis, space in spaces.items():
         kept = keep.kept.get((teacher_layer if axis != "hidden" else -1, axis))
@@ -25,7 +25,7 @@ def _cut(
             continue
         indices = mx.array([i * space.unit + u for i in kept for u in range(space.unit)], dtype=mx.int32)
         if pattern in space.writes or pattern in space.vectors:
-            weight = mx.take(weight, indices, axis=0)
+            weight = mx.take(weight, mx.concatenate([indices + n for n in range(0, len(weight), space.size)]), axis=0)
         elif pattern in space.reads:
             weight = mx.take(weight, indices, axis=1)
     return weight

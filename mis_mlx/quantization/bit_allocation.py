@@ -24,12 +24,9 @@ from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
 from mis_mlx.maths.allocation import allocate
 from mis_mlx.models import arch, backward_pass, load, policy, stream
-from mis_mlx.models.arch import READERS, TAPS
 from mis_mlx.models.backward_pass import Some
 from mis_mlx.quantization import packed_format
 from mis_mlx.types import Checkpoint, MisError
-
-MATRICES = [(TAPS[axis][0], name, axis) for axis, names in READERS.items() for name in names]  # part, name, its inputs
 
 
 def mixed(
@@ -96,15 +93,16 @@ def costs(
     tokens = sum(b.size for b in batches)
 
     def visit(i: int, block: nn.Module) -> Callable[[Some, Some], Some]:
-        dense = [load.dense_weight(block[part][name]) for part, name, _ in MATRICES]
+        matrices = [(part, name, axis) for axis, (part, names) in arch.readers(block).items() for name in names]
+        dense = [load.dense_weight(block[part][name]) for part, name, _ in matrices]
         every = ((w, b) for w in dense for b in bits)
         rounded = list(lanes.each(lambda of: rounding.nearest(of[0], group, of[1]), every))
         packed = [rounded[k : k + len(bits)] for k in range(0, len(rounded), len(bits))]
-        seen, sums, done = list[_Seen](), [mx.zeros((len(bits),)) for _ in MATRICES], 0
+        seen, sums, done = list[_Seen](), [mx.zeros((len(bits),)) for _ in matrices], 0
         held = max(rounding.HELD_BYTES, sum(w.nbytes for w in dense))
 
         def take_in() -> None:
-            for k, (_, _, axis) in enumerate(MATRICES):
+            for k, (_, _, axis) in enumerate(matrices):
                 pairs = [(w.inputs[axis], w.above[k]) for w in seen]
                 sums[k] = sums[k] + mx.square(_along(dense[k], packed[k], pairs, group, bits)).sum(axis=0)
             stream.evaluate_now(sums)
@@ -113,7 +111,7 @@ def costs(
         def through(x: Some, above: Some) -> Some:
             nonlocal done
             below = list[mx.array]()
-            for under, window in lanes.each(lambda *of: _back(args, block, *of), x, above):
+            for under, window in lanes.each(lambda *of: _back(args, block, matrices, *of), x, above):
                 below.append(under)
                 seen.append(window)
             done += len(below)
@@ -121,7 +119,7 @@ def costs(
             if done == len(batches) or (len(seen) + len(below)) * each > held:
                 take_in()
             if done == len(batches):
-                for (part, name, _), total in zip(MATRICES, np.array(mx.stack(sums), np.float64), strict=True):
+                for (part, name, _), total in zip(matrices, np.array(mx.stack(sums), np.float64), strict=True):
                     cost = (total / (2 * tokens)).tolist()
                     nats[f"model.layers.{i}.{part}.{name}"] = dict(zip(bits, cost, strict=True))
             return below
@@ -144,22 +142,24 @@ class _Shifted(nn.Module):
         return self.inner(x) + self.shift
 
 
-def _back(args: object, block: nn.Module, x: mx.array, above: mx.array) -> tuple[mx.array, _Seen]:
-    """(cotangent at the block's input x (B, T, D), what its matrices saw), lazy; no weight gets a gradient."""
-    linears = [block[part][name] for part, name, _ in MATRICES]
+def _back(
+    args: object, block: nn.Module, matrices: Sequence[tuple[str, str, str]], x: mx.array, above: mx.array
+) -> tuple[mx.array, _Seen]:
+    """(cotangent at the block's input x (B, T, D), what its `matrices` saw), lazy; no weight gets a gradient."""
+    linears = [block[part][name] for part, name, _ in matrices]
     mask = load.mask(args, block, x)
 
     def run(x: mx.array, *shifts: mx.array) -> list[mx.array]:
-        for (part, name, _), linear, shift in zip(MATRICES, linears, shifts, strict=True):
+        for (part, name, _), linear, shift in zip(matrices, linears, shifts, strict=True):
             block[part][name] = _Shifted(linear, shift)
         out = block(x, mask)
-        return [out, *(mx.stop_gradient(block[part][name].into) for part, name in TAPS.values())]
+        return [out, *(mx.stop_gradient(block[part][name].into) for part, name, _ in matrices)]
 
     shifts = [mx.zeros((*x.shape[:2], len(linear.weight)), x.dtype) for linear in linears]
     outs, (below, *cotangents) = mx.vjp(run, [x, *shifts], [above])
-    for (part, name, _), linear in zip(MATRICES, linears, strict=True):
+    for (part, name, _), linear in zip(matrices, linears, strict=True):
         block[part][name] = linear
-    inputs = {axis: _flat(a) for axis, a in zip(TAPS, outs[1:], strict=True)}
+    inputs = {axis: _flat(a) for (_, _, axis), a in zip(matrices, outs[1:], strict=True)}
     window = _Seen(inputs, [_flat(c) for c in cotangents])
     return below, window
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
-from mis_mlx.models import load, policy, stream
-from mis_mlx.models.arch import READERS, TAPS
+from mis_mlx.models import arch, load, policy, stream
 from mis_mlx.quantization.packed_format import Layout
 from mis_mlx.types import Checkpoint, MisError
 
@@ -34,12 +33,13 @@ def rounded_blocks(
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
         prefix = f"model.layers.{i}."
-        paths = {axis: [f"{prefix}{part}.{name}" for name in READERS[axis]] for axis, (part, _) in TAPS.items()}
-        tapped = [axis for axis in TAPS if any(plan[path].bits < ENOUGH_BITS for path in paths[axis])]
+        readers = arch.readers(block)
+        paths = {axis: [f"{prefix}{part}.{name}" for name in names] for axis, (part, names) in readers.items()}
+        tapped = [axis for axis in readers if any(plan[path].bits < ENOUGH_BITS for path in paths[axis])]
         grams = _grams(block, source.args, hidden, tapped, f"{checkpoint.path}: {prefix}")
         done: dict[str, rounding.Packed] = {}
-        for axis, (part, _) in TAPS.items():
-            linears = {path: block[part][name] for path, name in zip(paths[axis], READERS[axis], strict=True)}
+        for axis, (part, names) in readers.items():
+            linears = {path: block[part][name] for path, name in zip(paths[axis], names, strict=True)}
             gram = grams.pop(axis, None)
             for kind in {plan[path]: None for path in linears}:  # all of one format in one go
                 same = [path for path in linears if plan[path] == kind]
@@ -65,9 +65,9 @@ def _grams(
 
     Products of one batch are float32, sums over batches float64. MisError, with `where`, when a product overflows.
     """
-    taps = {}
+    taps, places = {}, {axis: (part, names[0]) for axis, (part, names) in arch.readers(block).items()}
     for axis in axes:
-        part, name = TAPS[axis]
+        part, name = places[axis]
         block[part][name] = taps[axis] = stream.InputRecorder(block[part][name])
     sums = {axis: np.zeros((tap.inner.weight.shape[1],) * 2) for axis, tap in taps.items()}
 
@@ -79,10 +79,10 @@ def _grams(
     for products in lanes.each(work, hidden):
         for axis, product in products.items():
             if not mx.isfinite(product).all().item():
-                raise MisError(f"{where}{'.'.join(TAPS[axis])} meets values that are not finite: use plain rounding")
+                raise MisError(f"{where}{'.'.join(places[axis])} meets values that are not finite: use plain rounding")
             sums[axis] += np.array(product)
     for axis, tap in taps.items():
-        part, name = TAPS[axis]
+        part, name = places[axis]
         block[part][name] = tap.inner
     return sums
 

@@ -85,6 +85,7 @@ def span(h: dict[str, Any], name: str, begin: int, end: int) -> None:
 
 
 NORM = "model.norm.weight"
+AUTO_MAP = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", None]}
 # What the fault matrix calls it, what is done to the folder, what the sentence must say: a regular expression.
 FAULTS: dict[str, tuple[Change, str]] = {
     "C1 truncated": (lambda f: os.truncate(f / WEIGHTS, (f / WEIGHTS).stat().st_size - 999), "it is incomplete"),
@@ -111,7 +112,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "C10 NaN in the config": (lambda f: settings(f, "config.json", rms_norm_eps=float("nan")), "NaN"),
     "C10 a config of another model": (lambda f: settings(f, "config.json", hidden_size=128), "different models"),
     "C11 model_file": (lambda f: settings(f, "config.json", model_file="evil.py"), "own program code"),
-    "C11 auto_map": (lambda f: settings(f, "config.json", auto_map={"AutoModel": "evil.Model"}), "own program code"),
+    "C11 auto_map": (lambda f: settings(f, "config.json", model_type="evil", auto_map=AUTO_MAP), "own program code"),
     "C14 a named pipe": (lambda f: instead(f, WEIGHTS, os.mkfifo), "not a regular file"),
     "C14 a named pipe for a config": (lambda f: instead(f, "config.json", os.mkfifo), "no readable config"),
     "C14 /dev/zero": (lambda f: instead(f, WEIGHTS, lambda p: p.symlink_to("/dev/zero")), "link out of"),
@@ -245,4 +246,21 @@ def test_no_mark_is_left_by_foreign_code(tmp_path: Path, made: tuple[Path, Path]
         for command in ("generate", "prune", "bench"):
             with pytest.raises(MisError, match="program code"):
                 run(command, folder, made[0], made[1], tmp_path / f"out-{number}-{command}")
+    assert not mark.exists()
+
+
+def test_code_for_a_known_type_is_named_not_run_and_not_copied(
+    tmp_path: Path, made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`auto_map` of a type in the table: every command goes through without it, and a student has none of it."""
+    folder, mark = shutil.copytree(made[0], tmp_path / "evil"), tmp_path / "mark"
+    settings(folder, "config.json", auto_map=AUTO_MAP)
+    for name in ("evil.py", "__init__.py"):
+        (folder / name).write_text(f"open({str(mark)!r}, 'w')\nclass T: pass\nModel = Config = T\n")
+    for command in ("generate", "bench", "plan", "evaluate", "export", "prune", "quantize"):
+        run(command, folder, made[0], made[1], tmp_path / command)
+    assert capsys.readouterr().err.count("names program code of the model's own, which is not run") == 1
+    for command in ("prune", "quantize"):
+        assert not list((tmp_path / command).glob("*.py"))
+        assert "auto_map" not in json.loads((tmp_path / command / "config.json").read_text())
     assert not mark.exists()

@@ -206,7 +206,7 @@ def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -
     scaling["original_max_position_embeddings"] = 512
     llama = models("llama")
     changed = Checkpoint(llama.path, {**llama.config, "rope_scaling": scaling, "head_dim": 64}, llama.tensors)
-    part = tensors.Part(tensors.FREQS, "", (32,), "F32")
+    part = tensors.Part("rope_freqs.weight", "", (32,), "F32")
     found = np.concatenate(list(tensors.rows(changed, part, Counter()))).view(np.float32)
     rope = load.mlx_lm("models.rope_utils").initialize_rope(64, 10000.0, False, scaling, 4096)
     plain = 10000.0 ** (np.arange(0, 64, 2) / 64)

@@ -39,9 +39,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": GONE}, "rms_norm_eps is None"),
     ({"rope_theta": -1.0}, "rope_theta is -1.0"),
     ({"rope_theta": True}, "rope_theta is True"),
-    ({"rope_parameters": "default"}, "rope_parameters is 'default'"),
+    ({"rope_parameters": "default"}, "rope_parameters is 'default', supported are"),
     ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
-    ({"rope_scaling": {"type": "spiral"}}, "rope_scaling is {'type': 'spiral'}"),
+    ({"rope_scaling": {"type": "spiral"}}, "rope_scaling is 'spiral', supported are"),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is None"),
     ({"layer_types": ["full_attention"]}, "layer_types"),
     ({"layer_types": ["full_attention", "magic", "magic"]}, "layer_types"),
@@ -53,7 +53,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"model_type": ["llama"]}, "is not supported"),
     ({"model_type": GONE}, "model_type None is not supported"),
     ({"model_file": "evil.py"}, "model_file wants to run"),
-    ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map wants to run"),
+    ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "auto_map wants to run"),
+    ({"rope_scaling": {"type": [1]}}, "rope_scaling is [1], supported are"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, a llama turns whole heads"),
 ]
 BROKEN = [
     (b"", "not valid JSON"),

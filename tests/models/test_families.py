@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mis_mlx import distill, prune
 from mis_mlx.distillation import live_teacher
 from mis_mlx.models import arch, load, stream
-from mis_mlx.models.config import _opened_as, check_config, normalised
+from mis_mlx.models.config import _opened_as, check_config, normalised, read_config
 from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
 from mis_mlx.types import Batch, Checkpoint, MisError
 from tests import tiny
@@ -190,9 +190,32 @@ def test_what_a_opened_as_leaves_out_is_the_familys() -> None:
     check_config(config, Path("config.json"))
     assert config["quantization"]["model.layers.0.mlp.up_proj"] == {"bits": 8} and "vision_config" not in config
     assert arch.params(config) == 3_880_263_168
-    for broken, why in (({"text_config": [1]}, r"text_config is \[1\]"), ({"auto_map": {"x": "y"}}, "auto_map wants")):
+    for broken, why in (({"text_config": [1]}, r"text_config is \[1\]"), ({"model_file": "x.py"}, "model_file wants")):
         with pytest.raises(MisError, match=why):
             check_config(_opened_as({**whole, **broken}, Path("config.json")), Path("config.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("Phi-4-mini-instruct", 3_836_021_760), ("Phi-3-mini-128k-instruct", 3_821_079_552)]
+)
+def test_the_configs_of_phis_are_theirs(name: str, count: int, tmp_path: Path) -> None:
+    """As published, their own code's name included: as many parameters, in the family's own type."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny.PHI[name]))
+    config = read_config(tmp_path)
+    assert (config["model_type"], "auto_map" in config, arch.params(config)) == ("phi3", False, count)
+    long = config["rope_scaling"]
+    assert long["long_factor"] == long["short_factor"] == tiny.PHI[name]["rope_scaling"]["long_factor"]
+
+
+@pytest.mark.parametrize("kind", tiny.PHIS)
+def test_positions_that_are_phis_own(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A part of each head by plain positions; whole heads by LongRoPE: as stock mlx_lm, which takes
+    the long factors at every length, and that is said."""
+    phi, tokens = load.open_checkpoint(tiny.make(tmp_path / "m", **tiny.PHIS[kind])), mx.arange(80)[None]
+    assert ("long factors count at every length" in capsys.readouterr().err) == (kind == "phi3 of whole heads")
+    theirs, z = stock_of(phi.path)(tokens), streamed(phi, tokens)
+    assert mx.array_equal(z, load.resident(phi, mx.float32)(tokens)) and phi.config["model_type"] == "phi3"
+    assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -226,9 +249,28 @@ def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75, known are models that turn whole heads"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "supported are the types default, linear"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, a phi3 turns an even part of each head"),
+        ({"partial_rotary_factor": 0.7}, "partial_rotary_factor is 0.7, a phi3 turns"),
+        ({"partial_rotary_factor": 1e999}, "Infinity|partial_rotary_factor is inf"),
+        ({"partial_rotary_factor": "x"}, "partial_rotary_factor is 'x', a number above 0"),
+        ({"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}}, "is 0.75, a phi3 turns"),
+        (
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "is 'yarn', supported are default, longrope",
+        ),
+        ({"rope_scaling": {**tiny.LONG, "type": "su"}}, "is 'su', supported are default, longrope"),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "long_factor must be a list of 8 numbers"),
+        ({"rope_scaling": {**tiny.LONG, "short_factor": None}}, "short_factor must be a list of 8 numbers"),
+        ({"rope_scaling": {**tiny.LONG, "long_factor": [0] * 8}}, "a number of rope_scaling.long_factor is 0"),
+        (
+            {"rope_scaling": {**tiny.LONG, "attention_factor": 1.2}},
+            "has attention_factor, of which mlx-lm's phi3 knows",
+        ),
+        ({"rope_scaling": tiny.LONG, "max_position_embeddings": None}, "max_position_embeddings is None"),
+        (
+            {"rope_scaling": tiny.LONG, "original_max_position_embeddings": 1},
+            "original_max_position_embeddings - 1 is 0",
+        ),
         ({"num_key_value_heads": 4}, "qkv_proj.weight has 128 rows, config.json makes it 192: download it again"),
     ],
 )
@@ -248,6 +290,8 @@ def test_what_of_phi_is_refused(change: dict[str, Any], why: str, tmp_path: Path
         ("gemma3_text", {"scenario": "baca"}, "hidden of a gemma3_text cannot be cut"),
         ("gemma3_text", {"layers": 2, "scenario": "none"}, "2 layers of a gemma3_text are fewer than 3"),
         ("granite", {"heads": 2, "scenario": "none"}, "a granite cannot change hidden"),
+        ("phi3", {"heads": 2, "scenario": "none"}, "heads of a phi3 cannot be cut: its heads are rows of one matrix"),
+        ("phi3", {"hidden": 32, "scenario": "none"}, "hidden of a phi3 cannot be cut"),
     ],
 )
 def test_an_axis_that_is_not_safe(models: Models, kind: str, flags: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -279,7 +323,7 @@ def table() -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in FAMILIES.values():
         axes = ["yes" if axis in row.axes else "no" for axis in ALL]
-        if row.head_dim_follows:  # heads, their groups and the hidden size, by the quotient
+        if row.head_dim_follows and "heads" in row.axes:  # heads, their groups and the hidden size, by the quotient
             axes = [*axes[:2], *["together"] * 3]
         rest = ["no" if row.sandwich else "yes", "float16" if row.float16 else "bfloat16", row.gguf]
         lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")

@@ -42,7 +42,7 @@ def stranger(tmp_path: Path) -> Stream:
     return Stream(load.open_checkpoint(tiny.make(tmp_path / "s", seed=5, num_hidden_layers=1)), mx.float32, None)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", [*tiny.KINDS, "phi3"])
 def test_the_tokens_are_mlx_lms(
     models: Callable[[str], Checkpoint], kind: str, stranger: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ def kl(checkpoint: Checkpoint, name: str, error: mx.array, batches: list[mx.arra
 
 @pytest.mark.usefixtures("cpu_policy")  # 1e-4 is float32's; squares of sums that cancel are some % off in float16
 @pytest.mark.parametrize("held_bytes", [1, rounding.HELD_BYTES])
-@pytest.mark.parametrize("kind", ["qwen2", "biased"])
+@pytest.mark.parametrize("kind", ["qwen2", "biased", "phi3"])
 def test_it_is_the_gradient_of_weights_along_the_errors(
     models, batches: list[mx.array], kind: str, held_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,7 +58,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
     monkeypatch.setattr(rounding, "SLAB", 1000 if held_bytes == 1 else rounding.SLAB)
 
     def visit(i: int, block: nn.Module):
-        paths = [f"{part}.{name}" for part, name, _ in bit_allocation.MATRICES]
+        paths = [f"{part}.{name}" for part, names in arch.readers(block).values() for name in names]
         linears = [block[path.split(".")[0]][path.split(".")[1]] for path in paths]
 
         def each(x: mx.array, above: mx.array) -> mx.array:
