@@ -26,6 +26,7 @@ T = TypeVar("T")
 ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
 BLAS = Path(__file__).parent / "hardware" / "blas.py"  # a program of its own
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+ACCEPT = "--accept-gemma-terms"  # a named teacher comes under them
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set by mlx.launch and mpirun, of several processes together
 DEVICE = re.compile(r"\[METAL\]|\[metal::|\[malloc|kIOGPU")  # how errors of MLX begin that are the device's
 MEMORY_GONE = re.compile(r"\[malloc|\[metal::malloc\]|Insufficient Memory|OutOfMemory")
@@ -241,6 +242,9 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
     if "--version" in sys.argv[1:]:
         print(f"mis_mlx {__version__}")
         sys.exit(0)
+    if ACCEPT in sys.argv:  # of any command that opens a model, and of its children
+        sys.argv.remove(ACCEPT)
+        os.environ["MIS_MLX_ACCEPT"] = "gemma"
     try:
         settings = parse(config_type, prog=prog)
         preload()
@@ -255,8 +259,9 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
         sys.stdout.flush()
         print(f"mis_mlx: {f'machine {rank()}: ' if rank() else ''}{said}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("mis_mlx: stopped by hand; what was finished is kept: --resume, if there, goes on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        how = f"what was finished is kept: go on with --out {stop} --resume" if stop.args else "start it again"
+        print(f"mis_mlx: stopped by hand; {how}", file=sys.stderr)
         sys.exit(130)
     if not rank():
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))

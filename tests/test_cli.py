@@ -173,6 +173,12 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert (shown.out, shown.err) == ("", "mis_mlx: 5 is more than 4: take less\n")
     assert ended(lambda s: {"check_failed": True}, monkeypatch) == 3
     assert ended(fail(KeyboardInterrupt()), monkeypatch) == 130
+    monkeypatch.delenv("MIS_MLX_ACCEPT", raising=False)
+    monkeypatch.setattr("sys.argv", ["command", cli.ACCEPT])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(Settings, lambda s: {"accepted": os.environ["MIS_MLX_ACCEPT"]})
+    assert '{"accepted": "gemma"}' in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["command"])
     for bug in (ZeroDivisionError(), RuntimeError("dictionary changed size during iteration")):
         with pytest.raises(type(bug)):
             cli.main(Settings, fail(bug))

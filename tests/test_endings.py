@@ -13,6 +13,7 @@ import pytest
 
 from mis_mlx import __version__
 from mis_mlx.types import Checkpoint
+from tests.conftest import SMALL
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +77,7 @@ def test_ctrl_c_in_the_first_second(tmp_path: Path, module: str) -> None:
 
 
 def test_ctrl_c_later_says_how_to_go_on(tmp_path: Path, llama: Checkpoint) -> None:
-    """Once it runs: what is kept, and the flag."""
+    """Once it runs: nothing of this command is kept."""
     (tmp_path / "sitecustomize.py").write_text(CTRL_C)
     done = subprocess.run(
         [sys.executable, "-m", "mis_mlx.generate", "--model", str(llama.path)],
@@ -84,7 +85,23 @@ def test_ctrl_c_later_says_how_to_go_on(tmp_path: Path, llama: Checkpoint) -> No
         capture_output=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert done.returncode == 130 and "Traceback" not in done.stderr
-    assert done.stderr.endswith("mis_mlx: stopped by hand; what was finished is kept: --resume, if there, goes on\n")
+    assert done.stderr.endswith("mis_mlx: stopped by hand; start it again\n")
+
+
+def test_ctrl_c_in_a_run_names_its_folder(tmp_path: Path, llama: Checkpoint, text_folder: Path) -> None:
+    """When it first draws numbers: what to type to go on, which then does."""
+    (tmp_path / "sitecustomize.py").write_text(CTRL_C)
+    out = tmp_path / "run"
+    line = [sys.executable, "-m", "mis_mlx.distill", "--out", str(out)]
+    small = ("--teacher", llama.path, "--data", text_folder, *SMALL, "--iters", 2)
+    done = subprocess.run(
+        [*line, *map(str, small)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "AT": "numpy.random", "MIS_MLX_BLAS": "off"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.stderr.endswith(f"stopped by hand; what was finished is kept: go on with --out {out} --resume\n")
+    assert subprocess.run([*line, "--resume"], cwd=ROOT, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("way", ["mis_mlx", "mis_mlx.thermal"])

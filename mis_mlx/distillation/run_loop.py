@@ -110,7 +110,10 @@ def open_run(
         protocol.sweep(place, files)
         if note := battery(s):
             cli.say(note)
-        yield OpenRun(place, weather, files, memory.Peak(), time.monotonic())
+        try:
+            yield OpenRun(place, weather, files, memory.Peak(), time.monotonic())
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(place) from None  # which the closing sentence names
 
 
 def run_training(

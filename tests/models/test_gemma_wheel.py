@@ -75,5 +75,5 @@ def test_the_terms_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Nothing is downloaded before somebody accepts them; the sentence says where they are and how."""
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     monkeypatch.delenv("MIS_MLX_ACCEPT", raising=False)
-    with pytest.raises(MisError, match="Gemma Terms of Use .* set MIS_MLX_ACCEPT=gemma if you accept"):
+    with pytest.raises(MisError, match="Gemma Terms of Use .* add --accept-gemma-terms if you accept"):
         resolve.resolve_model("gemma-3-270m")
