@@ -55,6 +55,7 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     target: Annotated[Literal["fixed", "conditions"], FILE_ONLY] = "fixed"
     temperature_unit: Annotated[Literal["kelvin", "celsius"], FILE_ONLY] = "kelvin"
     vocab_text: Annotated[str | None, FILE_ONLY] = None
+    languages: Annotated[tuple[str, ...], FILE_ONLY] = ()
     # And of quantization; `quantize` has a flag for it.
     q_mode: Annotated[Literal["affine", "mxfp4", "nvfp4"], FILE_ONLY] = "affine"
     quantize: Literal[4, 0] = 4

@@ -17,7 +17,8 @@ from mis_mlx.types import FILE_ONLY
 GROUPS = {
     "model, data, memory": "model models teacher students student data budget out mlx_path",
     "data": "num_samples max_seq_length eval_windows eval_rows seed",
-    "shape": "scenario layers ffn hidden heads kv_heads vocab vocab_text importance hidden_by target temperature_unit",
+    "shape": "scenario layers ffn hidden heads kv_heads vocab vocab_text languages importance hidden_by target "
+    "temperature_unit",
     "training": "iters batch_size grad_accumulation_steps learning_rate reconstruct_samples targets train",
     "quantization": "quantize target_bpw q_group_size q_mode q_method q_iters",
     "output": "resume dry_run config save_every keep_steps bench_tokens report_to",

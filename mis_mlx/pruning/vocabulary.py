@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class VocabularyConfig:
     frequent in --data or expected there by the teacher, special ones and bytes in any case. Default: all"""
     vocab_text: str | None = None
     """more text that counts for that, like --data"""
+    languages: tuple[str, ...] = ()
+    """languages whose commonest words count for that, such as pl de; needs pip install 'mis-mlx[languages]'"""
 
 
 def size(asked: str | None, model: Path | None, rows: int) -> int:
@@ -117,17 +120,40 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
     return sums
 
 
-def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, text: str | None) -> list[int]:
+@cache
+def words(languages: tuple[str, ...]) -> dict[str, float]:
+    """{word: how frequent} in the languages together; tens of thousands of each. MisError where
+    they are not known."""
+    if not languages:
+        return {}
+    try:
+        import wordfreq
+    except ImportError:
+        raise MisError("--languages needs lists of words: pip install 'mis-mlx[languages]'") from None
+    if unknown := [each for each in languages if each not in wordfreq.available_languages()]:
+        known = ", ".join(sorted(wordfreq.available_languages()))
+        raise MisError(f"--languages {unknown[0]}: there is no list of its words; give some of {known}")
+    shares: dict[str, float] = {}
+    for each in languages:
+        for word, share in wordfreq.get_frequency_dict(each, "small").items():
+            shares[word] = shares.get(word, 0.0) + share / len(languages)
+    return shares
+
+
+def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: VocabularyConfig) -> list[int]:
     """Which `rows` of the teacher's stay: what must, then the most frequent. Half of that is counted in windows of its
-    own tokens and in `text` (like --data), half is what the teacher expects in some of the windows: it knows words that
-    fit there and did not come up (benchmarks/README: the choice of tokens)."""
+    own tokens and in more text, half is what the teacher expects in some of the windows: it knows words that fit there
+    and did not come up (benchmarks/README: the choice of tokens). Words of languages count as much as these two."""
     counts = np.bincount(train.tokens.reshape(-1), minlength=shape_of(teacher.config).vocab)
-    if text is not None:
-        for ids, _ in token_windows.tokenize(sources.load(text).train, load.tokenizer(teacher.path)):
+    tokenizer, listed = load.tokenizer(teacher.path), np.zeros(len(counts))
+    if how.vocab_text is not None:
+        for ids, _ in token_windows.tokenize(sources.load(how.vocab_text).train, tokenizer):
             counts += np.bincount(ids, minlength=len(counts))
+    for word, share in words(how.languages).items():
+        listed[tokenizer.encode(f" {word}", add_special_tokens=False)] += share
     tokens = Vocabulary(teacher.path)
     used, also = np.count_nonzero(counts), expected(teacher, comparison.chosen(train, VOCABULARY_WINDOWS))
-    weights = counts / counts.sum() + also / also.sum()
+    weights = counts / counts.sum() + also / also.sum() + listed
     kept = tokens.chosen(needed(tokens, teacher.path), weights, rows)
     share = counts[kept].sum() / max(1, counts.sum())
     cli.say(f"vocabulary: {rows:,} of {len(counts):,} rows stay; of the {used:,} tokens that the text uses they have "
@@ -200,6 +226,7 @@ def shared(teacher: Checkpoint, students: Sequence[Checkpoint]) -> Iterator[Chec
 def rows_left(teacher: Checkpoint, how: VocabularyConfig, student: str | None = None) -> int:
     """How many rows a student has that is to be made, or that is in a folder already."""
     total = shape_of(teacher.config).vocab
+    words(how.languages)  # which are known, before any work
     if student is None:
         return size(how.vocab, teacher.path, total)
     return len(rows_read_by(load.open_checkpoint(student), teacher) or range(total))
@@ -215,7 +242,7 @@ def of_run(
     if rows == shape_of(teacher.config).vocab:
         return teacher, own
     if distributed.is_main() and not out.exists():
-        kept = (rows_of(Path(student)) if student else None) or chosen(teacher, rows, own.train, how.vocab_text)
+        kept = (rows_of(Path(student)) if student else None) or chosen(teacher, rows, own.train, how)
         write(teacher, kept, out, files)
     distributed.broadcast_folder(out, files)
     seen = opened(teacher, out)

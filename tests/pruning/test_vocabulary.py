@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def windows(model: Checkpoint, text_folder: Path) -> token_windows.Windows:
 
 def trimmed(teacher: Checkpoint, text_folder: Path, out: Path, rows: int = KEPT) -> tuple[Checkpoint, list[int]]:
     """The teacher of the `rows` that the training text and the teacher itself choose, and which these are."""
-    kept = vocabulary.chosen(teacher, rows, windows(teacher, text_folder), None)
+    kept = vocabulary.chosen(teacher, rows, windows(teacher, text_folder), vocabulary.VocabularyConfig())
     return vocabulary.write(teacher, kept, out, DISK), kept
 
 
@@ -378,7 +379,7 @@ def test_the_teacher_knows_words_that_did_not_come_up(big: Checkpoint, text_fold
     sums = vocabulary.expected(big, train)
     assert np.allclose(sums, np.array(wanted), rtol=near(1e-4, 0.05))
     assert sums.sum() == pytest.approx(train.tokens.size, rel=near(1e-5, 1e-2))
-    kept = vocabulary.chosen(big, KEPT, train, None)
+    kept = vocabulary.chosen(big, KEPT, train, vocabulary.VocabularyConfig())
     unseen = np.setdiff1d(np.arange(ROWS), train.tokens)
     inside = np.isin(unseen, kept)
     assert inside.any() and sums[unseen[inside]].mean() > sums[unseen[~inside]].mean()
@@ -399,3 +400,24 @@ def test_search_with_fewer_tokens(
     assert "--vocab 0.5x" in (result["command"] or ""), result["sentence"]
     dry = command("distill", *result["command"].split()[2:], "--dry-run", "--max-seq-length", 32)
     assert last_line(dry)["params_student"] == result["finalists"][0]["params"]
+
+
+def test_words_of_a_language(big: Checkpoint, text_folder: Path) -> None:
+    """The tokens of its commonest words stay; a language without a list is a sentence with those that have one."""
+    pytest.importorskip("wordfreq")
+    train, polish = windows(big, text_folder), vocabulary.VocabularyConfig(languages=("pl",))
+    alone, more = (set(vocabulary.chosen(big, KEPT, train, how)) for how in (vocabulary.VocabularyConfig(), polish))
+    listed = vocabulary.words(("pl",))
+    top = sorted(listed, key=lambda word: -listed[word])[:50]
+    tokens = {i for word in top for i in load.tokenizer(big.path).encode(f" {word}", add_special_tokens=False)}
+    assert len(tokens & more) == len(tokens) > len(tokens & alone)
+    with pytest.raises(MisError, match="--languages xx: there is no list of its words; give some of ar, bg"):
+        vocabulary.rows_left(big, vocabulary.VocabularyConfig(languages=("pl", "xx")))
+
+
+def test_words_need_a_package(monkeypatch: pytest.MonkeyPatch, big: Checkpoint) -> None:
+    """Which is named before any work."""
+    monkeypatch.setitem(sys.modules, "wordfreq", None)
+    vocabulary.words.cache_clear()
+    with pytest.raises(MisError, match=r"--languages needs lists of words: pip install 'mis-mlx\[languages\]'"):
+        vocabulary.rows_left(big, vocabulary.VocabularyConfig(languages=("de",)))
