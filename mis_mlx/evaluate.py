@@ -170,13 +170,6 @@ def _outcomes(
             )
 
 
-def _hashes(models: Models) -> dict[str, str]:
-    """Of every model; MisError where another machine has another one."""
-    hashes = {name: answering.sha256(model) for name, model in models.items()}
-    distributed.check_same(hashes)
-    return hashes
-
-
 def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Mapping[str, str], limit: Budget) -> dict[str, Any]:
     """The recovery table, printed and written."""
     began = time.monotonic()
@@ -208,7 +201,7 @@ def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Mapping[str,
 
 def _write(out: Path, outcomes: list[recovery_table.Outcome], page: str, result: dict[str, Any]) -> None:
     picture = recovery_table.figure(outcomes)
-    body = "<h1>The recovery table</h1>" + html.markdown(page) + html.figures(picture)
+    body = "<h1>The recovery table</h1>" + html.markdown(page) + html.part("figures", pictures=[picture])
     if picture:
         DISK.replace_text(out / "recovery.svg", figures.standalone(picture))
         page += "\n\n![Recovered](recovery.svg)"
@@ -234,7 +227,9 @@ def run(settings: Settings) -> dict[str, Any]:
         models[name] = load.open_checkpoint(folder)
     limit, (_, *students) = memory.budget(s.budget_bytes), models.values()
     with progress.run("evaluate"), vocabulary.shared(models["teacher"], students) as seen:
-        hashes = _hashes(models) if s.tasks or distributed.size() > 1 else {}
+        hashed = models if s.tasks or distributed.size() > 1 else {}
+        hashes = {name: answering.sha256(model) for name, model in hashed.items()}
+        distributed.check_same(hashes)
         if s.tasks:
             result = _examine(s, models, seen, hashes, limit)
         elif s.kld:

@@ -116,9 +116,8 @@ class AlignmentRun(OpenRun):
             config = {k: v for k, v in c.config.items() if not k.startswith("quantization")} | {"torch_dtype": s.dtype}
             extra = model_writer.keep_files(model_writer.read_keep(c.path)) | {run_folder.DATA: dict(self.card)}
             model_writer.write_model(config, take, c.path, out, s.dtype, self.files, extra)
-        steps, by_step = run_folder.metrics(self.folder), {}
-        for record in run_folder.records(self.folder / HELD_OUT):
-            by_step[record["number"]] = record
+        steps = run_folder.metrics(self.folder)
+        by_step = {record["number"]: record for record in run_folder.records(self.folder / HELD_OUT)}
         tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
         result = {
             "model": str(c.path),

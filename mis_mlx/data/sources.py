@@ -41,8 +41,11 @@ def load(data: str | None = None) -> Texts:
         shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
         return Texts(**splits, notes=[f"built-in Polish text: the Miś dataset, {_counts(splits)} documents; {shared}"])
     folder = Path(data).expanduser()
-    if folder.is_dir():
-        return _from_folder(folder)
+    if folder.is_dir():  # mlx-lm's: train.jsonl and perhaps valid.jsonl, test.jsonl
+        if not (folder / "train.jsonl").exists():
+            raise MisError(f"{folder} has no train.jsonl: put one there, one JSON object per line")
+        paths = {name: folder / f"{name}.jsonl" for name in SPLITS}
+        return _splits({name: read(path) for name, path in paths.items() if path.exists()}, str(folder))
     if folder.exists():
         raise MisError(f"{folder} is a file: --data takes the folder that holds train.jsonl")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data):
@@ -79,14 +82,6 @@ def _without_repeats(topics: Mapping[str, str]) -> list[str]:
 
 def _counts(splits: Mapping[str, Sequence[Row]]) -> str:
     return ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
-
-
-def _from_folder(folder: Path) -> Texts:
-    """mlx-lm's folder: train.jsonl and perhaps valid.jsonl, test.jsonl. All lines are judged first."""
-    if not (folder / "train.jsonl").exists():
-        raise MisError(f"{folder} has no train.jsonl: put one there, one JSON object per line")
-    paths = {name: folder / f"{name}.jsonl" for name in SPLITS}
-    return _splits({name: read(path) for name, path in paths.items() if path.exists()}, str(folder))
 
 
 def _from_hub(name: str) -> Texts:

@@ -221,7 +221,7 @@ class CheckpointedTraining:
         more = self.remember(number)
         if distributed.is_main():
             arrays = {key: named for key, named in self.arrays().items() if named}
-            state = {"arrays": list(arrays), "optimizer": self.memory(), "tea": self.run.weather.breaks.saved(), **more}
+            state = {"arrays": list(arrays), "optimizer": self.memory(), "tea": asdict(self.run.weather.breaks), **more}
             protocol.save_step(self.run.folder / self.steps, number, arrays, state, self.run.files)
 
     def finish(

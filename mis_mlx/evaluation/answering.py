@@ -93,9 +93,10 @@ def by_harness(checkpoint: Checkpoint, ids: Sequence[str], count: int) -> dict[s
     def rows_of(name: str) -> list[dict[str, Any]]:
         path = kept(model, hashlib.sha256(f"lm_eval {lm_eval_tasks.version()} {name} {count}".encode()).hexdigest())
         if not path.is_file():
-            by_task = lm_eval_tasks.run(checkpoint.path, [name], count)
+            by_task = lm_eval_tasks.samples(checkpoint.path, [name], count)
+            marked = {t: lm_eval_tasks.marks(t, found) for t, found in by_task.items()}
             rows = [{"task": t, "marks": m.marks.tolist(), "chance": m.chance.tolist(), "metric": m.metric}
-                    for t, m in by_task.items()]  # fmt: skip
+                    for t, m in marked.items()]  # fmt: skip
             DISK.make_folder(path.parent)
             DISK.replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         return run_folder.records(path)

@@ -83,12 +83,7 @@ def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | N
     return found["samples"]
 
 
-def run(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | None = None) -> dict[str, Marks]:
-    """{task: marks} of `samples`."""
-    return {name: _marks(name, found) for name, found in samples(folder, ids, count, tasks_folder).items()}
-
-
-def _marks(name: str, found: Sequence[Sample]) -> Marks:
+def marks(name: str, found: Sequence[Sample]) -> Marks:
     """Of one task: its records in the order of its questions, of one filter where answers pass through several."""
     first = found[0].get("filter")
     ordered = sorted((s for s in found if s.get("filter") == first), key=lambda s: s["doc_id"])

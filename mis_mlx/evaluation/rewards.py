@@ -62,12 +62,6 @@ def answer_in(text: str) -> str | None:
     return None if _DOUBT.search(lead) or _DOUBT.search(before) or _BOUND.search(lead) else said
 
 
-def marked(text: str) -> bool:
-    """Whether the last line says that it is the answer."""
-    lines = text[-CHARACTERS:].strip().splitlines()
-    return bool(lines) and _said(lines[-1]) is not None
-
-
 def _said(line: str) -> str | None:
     """What a line gives as an answer: in its one box, with a unit behind it, or behind "Answer:"; None if nothing."""
     label = _LABEL.fullmatch(line)
@@ -108,7 +102,8 @@ def well_formed(completion: str, answer: str, language: answer_parsing.Language 
     right = _right(answer, language)
     if right is None:
         return None
-    said = answer_in(completion) if marked(completion) else None
+    last = completion[-CHARACTERS:].strip().splitlines()[-1:]
+    said = answer_in(completion) if last and _said(last[0]) is not None else None
     return float(answer_parsing.value(said or "", language, right) is not None)
 
 

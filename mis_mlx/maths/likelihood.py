@@ -56,8 +56,3 @@ def token_logps(
 
     found: Any = forward(hidden) if frozen_head else forward(hidden, head)
     return found
-
-
-def sequence_logps(logps: mx.array, learn: mx.array) -> tuple[mx.array, mx.array]:
-    """(sum of log-probabilities (B,), how many tokens these are (B,)) of logps (B, T) where learn (B, T) is 1."""
-    return (logps * learn).sum(axis=-1), learn.sum(axis=-1)

@@ -87,23 +87,17 @@ def _sums(statistics: Statistics, key: Key) -> importance.Sums:
     return statistics.ffn[i] if axis == "ffn" else statistics.heads[i]
 
 
-def _size_by_conditions(
-    statistics: Statistics, cut: PruningConfig, used: str, layers: tuple[int, ...], fixed: int
-) -> int:
-    if used != "aais" or statistics.altitude_m is None:
-        lost = "--target conditions needs T_env and altitude, one is missing"
-        raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
-    sums, unit = [statistics.ffn[i] for i in layers], cut.temperature_unit
-    return importance.conditions_size(sums, fixed, arch.FFN_MULTIPLE, statistics.altitude_m, unit)
-
-
 def select_units(config: Mapping[str, Any], statistics: Statistics, cut: PruningConfig) -> tuple[Shape, KeptUnits]:
     """The student's shape and who stays, with a report of how AAIS and plain importance differ."""
     shape, before = wanted_shape(config, cut), shape_of(config)
     layers = importance.lowest_blocks(statistics.block, shape.layers, arch.places(config))
     scores, used = ranking(statistics, cut)
     if cut.target == "conditions":
-        shape = replace(shape, ffn=_size_by_conditions(statistics, cut, used, layers, shape.ffn))
+        if used != "aais" or statistics.altitude_m is None:
+            lost = "--target conditions needs T_env and altitude, one is missing"
+            raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
+        how = shape.ffn, arch.FFN_MULTIPLE, statistics.altitude_m, cut.temperature_unit
+        shape = replace(shape, ffn=importance.conditions_size([statistics.ffn[i] for i in layers], *how))
     kept: dict[Key, tuple[int, ...]] = {}
     differ: dict[Key, int] = {}
 

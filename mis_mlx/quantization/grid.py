@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, stream
+from mis_mlx.models import arch, load, model_writer, stream
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
@@ -58,4 +59,14 @@ def resident(checkpoint: Checkpoint) -> nn.Module:
 
 def write(checkpoint: Checkpoint, model: nn.Module, out: Path, files: Files) -> None:
     """Commit the folder `out`: `checkpoint` with what the model has learned, in the types that it stores."""
-    packed_format.rewrite(checkpoint, out, dict(tree_flatten(model.trainable_parameters())), files)
+    specs = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
+    learned = dict(tree_flatten(model.trainable_parameters()))
+
+    def tensors() -> Iterator[tuple[str, mx.array]]:
+        for name in specs:
+            stored = safetensors.lazy(checkpoint.tensors, [name])[name]
+            yield name, learned[name].astype(stored.dtype) if name in learned else stored
+
+    costs = checkpoint.path / packed_format.SENSITIVITY
+    extra = {costs.name: costs.read_bytes()} if costs.is_file() else {}
+    model_writer.write_folder(checkpoint.config, specs, tensors(), checkpoint.path, out, files, extra)

@@ -17,7 +17,6 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, model_writer
-from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import Spec, spec_bytes
 from mis_mlx.types import Checkpoint, MisError
@@ -155,20 +154,6 @@ def formats(checkpoint: Checkpoint) -> dict[str, Format]:
         settings = load.packing(checkpoint, path)
         by_path[path] = Format(settings["bits"], settings["group_size"], settings["mode"])
     return by_path
-
-
-def rewrite(checkpoint: Checkpoint, out: Path, changed: Mapping[str, mx.array], files: Files) -> None:
-    """Commit the new folder `out`: the same model with some tensors changed, in the types that they are stored in."""
-    specs = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
-
-    def tensors() -> Iterator[tuple[str, mx.array]]:
-        for name in specs:
-            stored = safetensors.lazy(checkpoint.tensors, [name])[name]
-            yield name, changed[name].astype(stored.dtype) if name in changed else stored
-
-    costs = checkpoint.path / SENSITIVITY
-    extra = {SENSITIVITY: costs.read_bytes()} if costs.is_file() else {}
-    model_writer.write_folder(checkpoint.config, specs, tensors(), checkpoint.path, out, files, extra)
 
 
 def check_dense(checkpoint: Checkpoint) -> None:

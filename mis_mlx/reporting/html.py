@@ -51,8 +51,3 @@ def markdown(text: str) -> str:
         else:
             blocks.append(([], [], block))
     return part("markdown", blocks=blocks)
-
-
-def figures(*pictures: str) -> str:
-    """Pictures beside each other where there is room."""
-    return part("figures", pictures=pictures)

@@ -65,7 +65,8 @@ def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
 def _read_header(path: Path) -> tuple[bytes, int]:
     """The header's bytes and the size of the file."""
     try:
-        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+        # Opening a named pipe must not wait for a writer.
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise Refused("it is not a regular file")
@@ -88,10 +89,6 @@ def _read_header(path: Path) -> tuple[bytes, int]:
     if text[:1] != b"{":
         raise Refused("its header does not begin with {")
     return text, size
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe must not wait for a writer
 
 
 def json_object(text: bytes) -> dict[str, Any]:

@@ -7,7 +7,7 @@ load, so 95 °C is no reason to stop. `after_step` waits as it says, and `PauseC
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held
@@ -197,7 +197,7 @@ def unfit_for_timing(reading: Reading) -> str | None:
 
 @dataclass
 class PauseCounter:
-    """The account of a run; `PauseCounter(**saved)` goes on with the one of the run that was interrupted."""
+    """The account of a run; a checkpoint keeps it, and a resumed run goes on with it."""
 
     count: int = 0
     seconds: float = 0.0  # in pauses
@@ -208,10 +208,6 @@ class PauseCounter:
         """`tea_breaks`, `throttled_s` (all seconds held back) and `tea_reasons`, for a run's JSON."""
         held_s = round(self.seconds + self.napped_s, 1)
         return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
-
-    def saved(self) -> dict[str, Any]:
-        """What `PauseCounter(**saved)` wants."""
-        return asdict(self)
 
 
 def after_step(monitor: Monitor, governor: Governor, breaks: PauseCounter, step_s: float) -> Iterator[Decision]:
