@@ -82,8 +82,7 @@ def _questions(
         sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
         splits += [questions, [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences]]
         encoded += sequences
-    for note in data.notes:
-        cli.say(note)
+    cli.say(*data.notes)
     return (*splits, data.card(examples.fingerprint(encoded)))
 
 

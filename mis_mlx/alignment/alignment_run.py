@@ -148,8 +148,7 @@ def data(
     train, cut = examples.encode(rows.train, tokenizer, s.max_seq_length, answers, mask_prompt)
     valid, _ = examples.encode(rows.valid, tokenizer, s.max_seq_length, answers, mask_prompt)
     what = "answers" if answers else "rows"
-    for note in [*rows.notes, *([f"{cut} {what} are cut at {s.max_seq_length} tokens"] if cut else [])]:
-        cli.say(note)
+    cli.say(*rows.notes, *([f"{cut} {what} are cut at {s.max_seq_length} tokens"] if cut else []))
     return train, valid[: s.eval_rows], rows.card(examples.fingerprint([*train, *valid]))
 
 

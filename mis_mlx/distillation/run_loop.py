@@ -64,8 +64,7 @@ def opened(s: Any, model: str | None, what: str = "model", place: str | Path = "
 def prepared(s: Any, teacher: Checkpoint) -> tuple[preparation.Data, dict[str, str]]:
     """The text of --data, with what was done to it said aloud; and what a resumed run must have begun with."""
     data = preparation.prepare(s.data, load.tokenizer(teacher.path), s.max_seq_length)
-    for note in data.notes:
-        cli.say(note)
+    cli.say(*data.notes)
     return data, run_folder.origin(teacher, token_windows.fingerprint(data.train))
 
 
@@ -98,8 +97,7 @@ def open_run(
         stored = {flag: value for flag, value in asdict(s).items() if flag not in run_folder.NOT_STORED}
         folder = run_folder.create(s.out, name, stored, origin, way, files)
     elif folder and distributed.is_main():
-        for note in run_folder.same_origin(folder, origin):
-            cli.say(note)
+        cli.say(*run_folder.same_origin(folder, origin))
     cli.say(f"run folder: {folder}")
     with (
         distributed.workplace(folder) as place,
@@ -204,8 +202,7 @@ class CheckpointedTraining:
         """Put the newest checkpoint back on every machine: its number; None when there is none."""
         saved = protocol.newest(self.run.folder / self.steps, self.run.files)
         if saved:
-            for note in [*saved.notes, f"continuing from step {saved.number}"]:
-                cli.say(note)
+            cli.say(*saved.notes, f"continuing from step {saved.number}")
             arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
             self.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
             self.run.weather.breaks = PauseCounter(**saved.state["tea"])

@@ -123,13 +123,11 @@ def trial(
     s: BenchmarkModel, r: Request, seed: Sequence[int], meter: PowerMeter | None = None, peaks: bool = False
 ) -> Measurement:
     """One request with a prompt that `seed` chooses. peaks: MLX's highest memory is counted anew for it."""
-    asked, generate = prompt(s.tokenizer, r.prompt, seed), load.mlx_lm("generate").generate_step
-    kept = mlx_generate.filled_cache(s.model, 0)
+    asked, kept = prompt(s.tokenizer, r.prompt, seed), mlx_generate.filled_cache(s.model, 0)
     before = mx.get_active_memory()
     if peaks:
         mx.reset_peak_memory()
-    steps = generate(mx.array(asked), s.model, max_tokens=r.answer, prompt_cache=kept)
-    stamps, tokens = clocked((int(token) for token, _ in steps), meter)
+    stamps, tokens = clocked(mlx_generate.greedy(s.model, asked, r.answer, kept), meter)
     watts = meter.watts() if meter else None
     evaluate_now([c.state for c in kept])  # mlx-lm has begun a token too many: it is not to run into the next trial
     peak = mx.get_peak_memory() - before + s.loaded.nbytes if peaks else None

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,35 +51,21 @@ def to_json(raw: Raw) -> dict[str, Any]:
     return out
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _field(name: str, value: Any) -> Any:
+    """A field of `Raw`, of what a record has. Raises ValueError when it is none."""
+    if name in ("plugged", "rested"):
+        return value is True
+    if name in ("hid", "linux"):
+        try:
+            return tuple((str(label), math.nan if number is None else float(number)) for label, number in value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} is not a list of [name, value]") from None
+    if name in ("smc", "missing"):
+        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+            raise ValueError(f"{name} is not an object of texts")
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}, not a number")
     return value
-
-
-def _rows(name: str, value: Any) -> Rows:
-    try:
-        return tuple((str(label), math.nan if number is None else float(number)) for label, number in value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is not a list of [name, value]") from None
-
-
-def _texts(name: str, value: Any) -> Mapping[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise ValueError(f"{name} is not an object of texts")
-    return value
-
-
-def _truth(name: str, value: Any) -> bool:
-    return value is True
-
-
-KINDS: Mapping[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("mono_s", "wall_s", "pressure", "battery_percent"), _number),
-    **dict.fromkeys(("hid", "linux"), _rows),
-    **dict.fromkeys(("smc", "missing"), _texts),
-    **dict.fromkeys(("plugged", "rested"), _truth),
-}
 
 
 def from_json(record: Any) -> Raw:
@@ -87,7 +73,7 @@ def from_json(record: Any) -> Raw:
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     given = {"mono_s": None, "wall_s": None, **record}
-    return Raw(**{name: kind(name, given[name]) for name, kind in KINDS.items() if name in given})
+    return Raw(**{f.name: _field(f.name, given[f.name]) for f in fields(Raw) if f.name in given})
 
 
 @dataclass(frozen=True)
