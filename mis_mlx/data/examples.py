@@ -1,7 +1,6 @@
 """Rows to align with: conversations, prompts with completions, with chosen and rejected answers, with checked ones.
 
-Every row is judged before any is used; what is wrong is listed by line number in one MisError.
-"""
+Every row is judged before any is used; what is wrong is listed by line number in one MisError."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 Every row is judged (`rows`) before any is used; the notes say what was dropped. Two texts are built in, so that
 everything runs offline: the English prose of Python's own manual (`pydoc_data`, in every CPython) and the Polish Miś
-texts, which benchmarks/polish_text made.
-"""
+texts, which benchmarks/polish_text made."""
 
 from __future__ import annotations
 

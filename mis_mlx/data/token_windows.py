@@ -33,8 +33,7 @@ def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> 
 
     A text row gets the tokenizer's own start token, if it has that habit, and the end token; the others are
     rendered with its chat template. These are the ids mlx-lm trains on, with one difference: text that spells
-    a special token ("</s>") stays text, in every kind of row.
-    """
+    a special token ("</s>") stays text, in every kind of row."""
     if tokenizer.eos_token_id is None:
         raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
     start = start_of(tokenizer)
@@ -91,8 +90,7 @@ def conversation(
     """(ids, learn) of a prompt/completion or messages row. every_answer: not the last one alone is learned.
 
     Learn starts where the ids part from those of the conversation before an answer, and ends where they
-    part from those of the conversation up to it: the templates of some models rewrite earlier turns.
-    """
+    part from those of the conversation up to it: the templates of some models rewrite earlier turns."""
     messages = row.get("messages") or [
         {"role": "user", "content": row["prompt"]},
         {"role": "assistant", "content": row["completion"]},
@@ -119,8 +117,7 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
     """Ids of the rendered conversation, where only the template's own special tokens are special.
 
     A special token spelled in a message passes through the template as one private character and is cut up
-    afterwards. A conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does.
-    """
+    afterwards. A conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does."""
     content = "".join(message["content"] for message in messages)
     spelled = sorted((t for t in _special_tokens(tokenizer) if t in content), key=lambda t: (-len(t), t))
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in content)
@@ -190,8 +187,7 @@ def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
 def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
     """The text of each window as another model's tokenizer cuts it, (N, T') with what is behind its end not counted.
 
-    Special tokens stay what they are; half of a letter at either end is left out.
-    """
+    Special tokens stay what they are; half of a letter at either end is left out."""
     names, length = _special_tokens(tokenizer), 0
     special = {i: other.convert_tokens_to_ids(t) for t, i in tokenizer.get_vocab().items() if t in names}
     rows = list[list[int]]()

@@ -151,8 +151,7 @@ def train(
 def error(args: Any, block: nn.Module, into: mx.array, want: mx.array) -> tuple[mx.array, mx.array]:
     """(sum over tokens of |out - want|^2 / |want|^2, how many tokens) of a block's output for `into`, (B, T, D).
 
-    Relative to the token's own length: the first token of a window is a hundred times longer than the rest.
-    """
+    Relative to the token's own length: the first token of a window is a hundred times longer than the rest."""
     missing = mx.square(block(into, load.mask(args, block, into)) - want).sum(axis=-1)
     share = missing / mx.maximum(mx.square(want).sum(axis=-1), 1e-12)
     return share.sum(), mx.array(float(share.size))

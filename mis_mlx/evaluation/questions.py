@@ -6,8 +6,7 @@ A file holds rows of one kind and is one task, named like the file:
     cloze    {"text", "options", "answer"}       which option fits the blank ___ of the text
     checked  {"prompt", "answer"}                the model writes; its last line is compared with the answer
 
-"answer" is one of the options. "language" may be "pl" or "en" and decides between "Odpowiedź:" and "Answer:".
-"""
+"answer" is one of the options. "language" may be "pl" or "en" and decides between "Odpowiedź:" and "Answer:"."""
 
 from __future__ import annotations
 

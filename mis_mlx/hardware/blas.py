@@ -29,8 +29,7 @@ def renamed(library: bytes) -> bytes:
     """A 64-bit ELF library whose exported names have lost PREFIX. One of OTHERWISE where it is built otherwise.
 
     A name is an offset into a table of texts: it moves on by the prefix's length. The table that finds names by
-    their hash must be made anew; the older, plainer kind (System V ABI, "Hash Table") fits where the GNU one was.
-    """
+    their hash must be made anew; the older, plainer kind (System V ABI, "Hash Table") fits where the GNU one was."""
     data = bytearray(library)
     start, (size, count) = struct.unpack_from("<Q", data, 40)[0], struct.unpack_from("<HH", data, 58)
     sections = [struct.unpack_from("<IIQQQQI", data, start + size * i) for i in range(count)]

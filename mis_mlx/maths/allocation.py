@@ -9,8 +9,7 @@ def allocate(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int],
     """{name: bits} with mean bits, weighed by sizes, of at most `mean_bits`; {} when even the fewest are too many.
 
     costs: {name: {bits: cost}}, the same bits for all. Greedy along each name's lower convex hull, which is the best
-    there is but for the last step (Lagrange; what does not fit any more is passed over).
-    """
+    there is but for the last step (Lagrange; what does not fit any more is passed over)."""
     start = {name: min(cost) for name, cost in costs.items()}
     room = sum((mean_bits - start[name]) * size for name, size in sizes.items())
     if room < 0:

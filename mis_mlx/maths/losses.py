@@ -1,8 +1,7 @@
 """Losses of distillation: forward KL on logits in chunks of positions, eq. (2)'s halny factor.
 
 No (tokens x vocabulary) tensor of a whole batch is ever built: teacher and student enter as hidden states and meet the
-vocabulary chunk by chunk.
-"""
+vocabulary chunk by chunk."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
     """softmax(z) and logsumexp(z) over the last axis, for one exponential per element.
 
     softmax's largest entry is 1 / sum(exp(z - max)), so logsumexp = max(z) - log(max(softmax)): the
-    vocabulary-sized exponentials, half of a step's time on a CPU, are taken once and not twice.
-    """
+    vocabulary-sized exponentials, half of a step's time on a CPU, are taken once and not twice."""
     p = mx.softmax(z, axis=-1)
     return p, z.max(axis=-1) - mx.log(p.max(axis=-1))
 
@@ -52,8 +50,7 @@ def kl_sum(
     The gradient, (p_s - p_t) / T per logit, is formed in the same pass as the loss and carried to the
     backward pass as (n, D) and (V, D) arrays, so logits are never recomputed and never kept.
     frozen_head: the head is constant, and its (V, D) gradient is not formed.
-    labels: (n,), the text's own next tokens: the loss is (1 - c) KL + c CE, c = `cross_entropy`, CE at T = 1.
-    """
+    labels: (n,), the text's own next tokens: the loss is (1 - c) KL + c CE, c = `cross_entropy`, CE at T = 1."""
 
     def formula(z: mx.array, target: mx.array, *label: mx.array) -> tuple[mx.array, mx.array]:
         z_t = teacher_logits(target).astype(mx.float32) / temperature
@@ -143,8 +140,7 @@ def halny_sigma(ambient_std_c: float | None) -> float:
 def loss_noise_factor(sigma: float, seed: int, step: int) -> float:
     """Equation (2)'s (1 + eps_halny) of one step: eps ~ N(0, sigma), clipped to ±0.15.
 
-    Seeded by (seed, step) and nothing else, so a resumed run meets the same wind. Exactly 1 for sigma 0.
-    """
+    Seeded by (seed, step) and nothing else, so a resumed run meets the same wind. Exactly 1 for sigma 0."""
     if sigma == 0:
         return 1.0
     eps = np.random.default_rng([seed, step]).normal(0.0, sigma)

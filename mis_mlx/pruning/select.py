@@ -137,8 +137,7 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
 def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[str, Any]:
     """For pictures, {"layer/axis": {"values": importance, "units": how many, "kept": the share of it that stays}}.
 
-    Of all of the teacher's layers. Of heads one by one; of neurons the means of 64 runs, the most important first.
-    """
+    Of all of the teacher's layers. Of heads one by one; of neurons the means of 64 runs, the most important first."""
     bars = {}
     for axis, layers in (("ffn", statistics.ffn), ("heads", statistics.heads)):
         for i in sorted(layers):
@@ -200,8 +199,7 @@ def prune(
 
     Where AAIS keeps other channels than plain importance, a plain student is made too and the two are compared on
     `held_out`. Of several machines the first one chooses and writes; shares: how many blocks each has (a `Relay`).
-    held: batches whose hidden states stay in memory (default: all).
-    """
+    held: batches whose hidden states stay in memory (default: all)."""
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
     spool = None if held is None or held >= len(batches) else partial(Spool, out.absolute().parent, held, files)

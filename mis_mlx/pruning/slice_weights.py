@@ -42,8 +42,7 @@ def write_student(
 ) -> None:
     """Commit the pruned model to the new folder `out`. Memory: the largest tensor, twice.
 
-    tensor(name): the teacher's tensor that is cut, where it is not the one on disk (rotated, merged).
-    """
+    tensor(name): the teacher's tensor that is cut, where it is not the one on disk (rotated, merged)."""
     config = arch.student_config(teacher.config, shape, keep.layers, dtype)
     spaces = arch.spaces(teacher.config)
     whole = tensor or partial(load.dense, teacher)

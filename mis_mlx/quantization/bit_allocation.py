@@ -7,8 +7,7 @@ so a cost is half the Fisher information along the rounding error, half the mean
 For N weights, F formats and windows of T tokens a batch of windows moves 20 N F bytes for the errors; each window takes
 8 N T operations (forwards twice, back to the inputs, gradients) and moves (12 + 4 F) N bytes. Gradients and errors are
 there a slab of rows at a time. 32 windows of 256 tokens, a 7B model, 5 formats: 9 TB, and one wait for the device a
-matrix and batch.
-"""
+matrix and batch."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ def mixed(
 ) -> tuple[packed_format.Layout, dict[str, Any]]:
     """(a format for every matrix, at most `target_bpw` bits per weight of the blocks; what was found, for a JSON).
 
-    Token ids [(B, T)]. The embedding and the head stay in 8 bits. kept: as in `backward_pass.backwards`.
-    """
+    Token ids [(B, T)]. The embedding and the head stay in 8 bits. kept: as in `backward_pass.backwards`."""
     check(target_bpw, group)
     nats = costs(checkpoint, batches, group, rounding.BITS, seed, kept)
     shapes = arch.tensors_of(checkpoint.config)
@@ -90,8 +88,7 @@ def costs(
 ) -> dict[str, dict[int, float]]:
     """{module path: {bits: nats per token}} of every matrix of the blocks, in affine groups. Token ids [(B, T)].
 
-    kept: as in `backward_pass.backwards`.
-    """
+    kept: as in `backward_pass.backwards`."""
     args, nats = load.model_args(checkpoint.config), dict[str, dict[int, float]]()
     tokens = sum(b.size for b in batches)
 
@@ -179,8 +176,7 @@ def _along(
     """(windows, formats): <d log p / dW, error> of a matrix (out, in) in each format. pairs: (input, cotangent).
 
     The gradient is made before the product with the errors: <above, error a> token by token is F products as large as
-    the one that makes it, and as a difference, Q a - W a, loses the digits that Q and W share.
-    """
+    the one that makes it, and as a difference, Q a - W a, loses the digits that Q and W share."""
 
     def of_slab(rows: slice) -> mx.array:
         slopes = mx.stack([(above[:, rows].T @ into).reshape(-1) for into, above in pairs])

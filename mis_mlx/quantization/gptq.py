@@ -1,8 +1,7 @@
 """Round a model's blocks one by one, each on what the rounded blocks before it deliver. Streamed.
 
 GPTQ (arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that calibration sees
-(maths/rounding); those are gathered once a block, with its own weights as they were.
-"""
+(maths/rounding); those are gathered once a block, with its own weights as they were."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ def rounded_blocks(
 ) -> Iterator[dict[str, rounding.Packed]]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
-    plan: affine formats only. hidden: a place for the hidden states other than memory.
-    """
+    plan: affine formats only. hidden: a place for the hidden states other than memory."""
     source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=hidden is not None)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
@@ -63,8 +61,7 @@ def _grams(
 ) -> dict[str, np.ndarray]:
     """{axis: sum of a a^T (in, in) float64 over all tokens} of what goes into the matrices that read it.
 
-    Products of one batch are float32, sums over batches float64. MisError, with `where`, when a product overflows.
-    """
+    Products of one batch are float32, sums over batches float64. MisError, with `where`, when a product overflows."""
     taps = {}
     for axis in axes:
         part, name = TAPS[axis]

@@ -22,8 +22,7 @@ PARTS = ("weight", "scales", "biases")
 class TrainableQuantizedLinear(nn.Module):
     """A linear layer of values integer * scale + bias: integers (out, groups, group), the others (out, groups).
 
-    added: the layer's own bias (out,), which is no group's and learns too; None where it has none.
-    """
+    added: the layer's own bias (out,), which is no group's and learns too; None where it has none."""
 
     def __init__(self, packed: rounding.Packed, kind: packed_format.Format, added: mx.array | None = None):
         super().__init__()

@@ -1,8 +1,7 @@
 """Write a model's weights in MLX's quantized formats, one tensor at a time. Every matrix, or an error.
 
 mlx-lm leaves a matrix unquantized without a word when its input size does not divide by the group; here that is a
-sentence with the remedy.
-"""
+sentence with the remedy."""
 
 from __future__ import annotations
 
@@ -64,8 +63,7 @@ def blocks_after_removed(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Blocks of a depth-pruned student that stand in for removed ones, and its last block.
 
     Their down_proj carries what reconstruction put there, and its outliers: on the default student the
-    four of them cost 0.14 of the 0.28 nats of rounding, at 2 % of the bytes (benchmarks/rounding.py).
-    """
+    four of them cost 0.14 of the 0.28 nats of rounding, at 2 % of the bytes (benchmarks/rounding.py)."""
     keep = model_writer.read_keep(checkpoint.path)
     if keep is None:
         return ()
@@ -78,8 +76,7 @@ def layout(
 ) -> dict[str, Format]:
     """The format of every matrix: 4 bits, or 8 affine ones for the embedding, the head, and down_proj of blocks `wide`.
 
-    MisError when a matrix cannot be cut into groups.
-    """
+    MisError when a matrix cannot be cut into groups."""
     eight = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens", "lm_head"}
     shapes = {n.removesuffix(".weight"): d for n, d in arch.tensors_of(config).items() if len(d) == 2}
     four = Format(BITS, GROUPS.get(mode, group_size), mode)
@@ -103,8 +100,7 @@ def write_quantized(
     """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
 
     plan: of every matrix; or a group size, for 4 bits and `blocks_after_removed` in 8. rounded: the blocks' matrices,
-    from quantization/gptq; default: the nearest values. extra: more files for the folder, by name.
-    """
+    from quantization/gptq; default: the nearest values. extra: more files for the folder, by name."""
     check_dense(checkpoint)
     if isinstance(plan, int):
         plan = layout(checkpoint.config, plan, blocks_after_removed(checkpoint))

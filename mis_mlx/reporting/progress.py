@@ -1,7 +1,6 @@
 """What moves while a command works: a bar on a terminal, elsewhere a line every 10 s; time left of phase and run.
 
-One display at a time, of a run and the phases and loops in it. Of the plan it knows only the seconds.
-"""
+One display at a time, of a run and the phases and loops in it. Of the plan it knows only the seconds."""
 
 from __future__ import annotations
 

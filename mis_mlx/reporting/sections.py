@@ -2,8 +2,7 @@
 
 Each takes the story and a key, with which the ids of its pictures begin. A part that a story says nothing of is left
 out. One whose values are not what this version writes raises KeyError, TypeError or ValueError, and whoever puts the
-page together says so.
-"""
+page together says so."""
 
 from __future__ import annotations
 

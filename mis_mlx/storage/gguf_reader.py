@@ -1,8 +1,7 @@
 """Turn the one GGUF we know by its hash into an ordinary Hugging Face folder.
 
 Foreign GGUF is refused: every reader believes the counts, offsets and shapes that the file states, and MLX's own takes
-the process down on a damaged one.
-"""
+the process down on a damaged one."""
 
 from __future__ import annotations
 
@@ -93,8 +92,7 @@ def row_order(count: int, heads: int) -> np.ndarray:
     """Which Hugging Face row of q or k stands in each of llama.cpp's rows: the halves of every head interleaved.
 
     llama.cpp's llama turns neighbours (0,1), (2,3) ... by RoPE, Hugging Face i and i + d/2 (`LlamaModel.permute`
-    of its converter). The trap: left out, the model runs without an error and talks nonsense.
-    """
+    of its converter). The trap: left out, the model runs without an error and talks nonsense."""
     return np.arange(count).reshape(heads, 2, count // heads // 2).swapaxes(1, 2).reshape(-1)
 
 

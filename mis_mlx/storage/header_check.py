@@ -2,8 +2,7 @@
 
 MLX 0.32.4 believes a header: shape [-1] overwrites its heap, tensors that share bytes ask for any amount of memory, a
 dimension of 2.5 silently becomes 2. The rules are those of the reference parser (huggingface/safetensors,
-`SafeTensors::deserialize`), narrower where MLX is weaker.
-"""
+`SafeTensors::deserialize`), narrower where MLX is weaker."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
     """Read and judge only the header: ({name: TensorAt}, metadata). No tensor byte is read, MLX is not used.
 
     MisError unless it is a regular file in which every tensor has a known dtype and a sane shape of exactly the bytes
-    its offsets give, and the tensors fill the file without hole, overlap or remainder. Values are not checked.
-    """
+    its offsets give, and the tensors fill the file without hole, overlap or remainder. Values are not checked."""
     try:
         text, size = _read_header(path)
         header = json_object(text)

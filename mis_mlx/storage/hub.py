@@ -69,8 +69,7 @@ def snapshot(repo_id: str) -> Path:
     """The newest commit of a model: a folder of links, named by the commit, in the Hugging Face cache.
 
     Without the hub (or with HF_HUB_OFFLINE) what that cache holds will do. MisError, within seconds, when there is
-    neither, and when the model has no safetensors weights.
-    """
+    neither, and when the model has no safetensors weights."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 

@@ -161,8 +161,7 @@ class Targets:
         """Targets of n windows: ids (n, T, m) int32, weights (n, T, m) float32, which are counts / N.
 
         m: the most that a position has; entries of weight 0 fill the others up. MisError when a part is missing or
-        damaged. Memory: the last few parts.
-        """
+        damaged. Memory: the last few parts."""
         windows = [self._window(int(i)) for i in indices]
         sizes = np.stack([w["sizes"] for w in windows])
         filled = np.arange(sizes.max()) < sizes[..., None]

@@ -5,8 +5,7 @@ Stock mlx-lm generates, greedy, past the end token.
 Definitions (those of vLLM and AIPerf; none has the tokenizer or the text in it):
     TTFT      from the token ids to the first new token, in the process's hands
     ITL       the time between two tokens;  TPOT  (last - first) / (tokens - 1), one number a request
-    decode    (tokens - 1) / (last - first); mlx-lm's own generation_tps counts the first token too
-"""
+    decode    (tokens - 1) / (last - first); mlx-lm's own generation_tps counts the first token too"""
 
 from __future__ import annotations
 

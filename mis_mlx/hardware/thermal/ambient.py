@@ -1,8 +1,7 @@
 """The air around the machine: its temperature with an uncertainty, from sensors and the user, and its altitude.
 
 No laptop has a room thermometer, so this is an estimate: several poor witnesses, weighed by how poor they are. No
-witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 Air.
-"""
+witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 Air."""
 
 from __future__ import annotations
 
@@ -109,8 +108,7 @@ class BatteryNode:
 
     One straight line is fitted to 10 minutes of battery temperature; a Kalman filter of two states, T_air
     and r, takes the left side as its measurement. tau and r are first-principle priors of an M1 Air
-    (0.95 kJ/K × 1.5 K/W), wrong by a third on a given one, hence the floors under σ.
-    """
+    (0.95 kJ/K × 1.5 K/W), wrong by a third on a given one, hence the floors under σ."""
 
     WINDOW_S = 600.0
     TAU_S = 1500.0

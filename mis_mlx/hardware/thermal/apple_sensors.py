@@ -1,8 +1,7 @@
 """Thermometers and watts of Apple silicon, no root: the HID event system, and the system management controller's keys.
 
 HID has some 57 thermometers on an M1 Air, by calls that are private, and stable since 2020 (sources:
-fermion-star/apple_sensors, vladkens/macmon, exelban/stats). No key is ever written (command 6 does not exist here).
-"""
+fermion-star/apple_sensors, vladkens/macmon, exelban/stats). No key is ever written (command 6 does not exist here)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The governor: looks at a reading and says run, pause or stop, and how much to nap after a step.
 
 Pure: `(reading, now) -> decision`. Sensor loss counts as hot, never as cool. An M1 Air lives at 95 to 105 °C under
-load, so 95 °C is no reason to stop. `after_step` waits as it says, and `PauseCounter` counts what that took.
-"""
+load, so 95 °C is no reason to stop. `after_step` waits as it says, and `PauseCounter` counts what that took."""
 
 from __future__ import annotations
 
@@ -216,8 +215,7 @@ def after_step(monitor: Monitor, governor: Governor, breaks: PauseCounter, step_
     Gives each decision before its wait is served, about one a second in a pause, so that the caller can
     log it, write the checkpoint it asks for, or end the run by leaving the `for`. The last one given is
     "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more than a few
-    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step.
-    """
+    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step."""
     clock = monitor.clock
     decision = governor.decide(monitor.reading(), clock.monotonic(), step_s)
     if decision.action == "pause":

@@ -1,8 +1,7 @@
 """One look at the thermometers before any judgement, and recordings of looks: write, check, play back in virtual time.
 
 A recording is JSON lines: a header that says which machine it is from, then one `Raw` a line. So a new rule can be
-tried on an old recording.
-"""
+tried on an old recording."""
 
 from __future__ import annotations
 
