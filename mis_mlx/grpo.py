@@ -70,8 +70,7 @@ class Settings(alignment_plan.Alignment):
 def _questions(
     s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.Function]
 ) -> tuple[list[Row], list[list[int]], list[Row], list[list[int]], dict[str, Any]]:
-    """(rows to train on, the token ids of their prompts, held-out rows, theirs, what is known of the data); every row
-    is checked."""
+    """(rows to train on, token ids of their prompts, held-out rows, theirs, what is known of the data); all checked."""
     kinds = [name.strip() for name in s.tasks.split(",")]
     data = examples.load(s.data, ("answer",), s.data_licence, s.scrub_pii, kinds)
     tokenizer, room = load.tokenizer(checkpoint.path), s.max_seq_length - s.max_completion_length + 1

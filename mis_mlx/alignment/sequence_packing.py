@@ -63,8 +63,7 @@ def drawn(
     share: Callable[[Any], Any] = lambda at: at,
 ) -> list[np.ndarray]:
     """The indices of a step's `parts` micro-batches: a pure function of its arguments. Those of like length come
-    together, which saves padding and changes nothing: a step is one sum. share: of all indices those that are wanted
-    here."""
+    together, which saves padding and changes nothing: a step is one sum. share: picks those that are wanted here."""
     at = order(len(lengths), batch_size * parts, step, seed)
     at = share(at[np.argsort([lengths[i] for i in at], kind="stable")])
     return [at[i : i + batch_size] for i in range(0, len(at), batch_size)]
@@ -79,8 +78,7 @@ def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[l
 
 
 class PackedDataset:
-    """Rows of (ids, learn) as windows to draw micro-batches from. room: tokens of a window that rows share; 0: one
-    row a window."""
+    """Rows of (ids, learn) as windows to draw micro-batches from. room: tokens of a window that rows share; 0: none."""
 
     def __init__(self, rows: Sequence[Sequenced], room: int = 0):
         lengths = [len(ids) for ids, _ in rows]

@@ -56,8 +56,7 @@ def load(
     data: str | None, shapes: Sequence[str], licence: str | None = None, scrub: bool = False, kinds: Sequence[str] = ()
 ) -> Examples:
     """The rows of a folder with train.jsonl and perhaps valid.jsonl (else a tenth of the prompts is held out, by hash),
-    in one of `shapes`; None: generated tasks, of `kinds`, if any. licence: what the user says of the data. scrub:
-    replace personal data."""
+    in one of `shapes`; None: generated tasks, of `kinds`. licence: what the user says. scrub: replace personal data."""
     folder = BUILT_IN if data is None else Path(data).expanduser()
     if not (folder / "train.jsonl").is_file():
         raise MisError(f"{folder} has no train.jsonl: --data takes a folder with one JSON object per line in it")
@@ -135,9 +134,8 @@ def encode(
     placed: Sequence[Placed], tokenizer: Any, length: int, answers: Sequence[str] = (), mask_prompt: bool = True
 ) -> tuple[list[list[Sequenced]], int]:
     """(token sequences of every row, how many of these were cut at `length`). answers: keys of the row that are each an
-    answer to its prompt, and make a sequence each; none: the row is a conversation, of which all the assistant's turns
-    are learned, or prompt/completion. MisError lists the rows whose prompt fills the window, and those the chat
-    template refuses."""
+    answer to its prompt, and make a sequence each; none: the row is a conversation, all of whose assistant's turns are
+    learned, or prompt/completion. MisError lists rows whose prompt fills the window and those the template refuses."""
     if tokenizer.eos_token_id is None:
         raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
     templated = getattr(tokenizer, "chat_template", None) is not None

@@ -225,8 +225,7 @@ def timed(folder: Path, cached: int, halves: bool = True) -> shape_search.Decodi
 def work(
     s: Any, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget
 ) -> tuple[list[estimates.StageCost], phases.MemoryPlan]:
-    """What a search with these settings takes, every student counted as the one that takes most; and that one's
-    distillation."""
+    """What a search with these settings takes, each student counted as the largest one; and that one's distillation."""
     t, length, rates = estimates.model_of(checkpoint), s.max_seq_length, estimates.machine_rates()
     configs = [shape_search.config_of(checkpoint.config, x) for x in shapes]
     most = (max(configs, key=arch.params), max(configs, key=lambda c: c["num_hidden_layers"]))

@@ -66,8 +66,7 @@ class StreamedTeacher:
         return load.logits(self._head, hidden)
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
-        """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); labels (B * T,) where cross-entropy
-        is asked for."""
+        """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); for cross-entropy labels (B * T,)."""
         micro = []
         pieces = [lanes.cut(b.tokens) for b in batches]
         coming = iter(self.hidden(list(chain.from_iterable(pieces))))

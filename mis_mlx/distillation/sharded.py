@@ -114,8 +114,7 @@ class Sharded:
     ) -> tuple[float, float, dict[str, Any]]:
         """(loss per token in nats, tokens, gradients of the *sum* over tokens by `shard`) of one step, evaluated. kept:
         an empty list or spool. It gets the inputs (B, T, D) of the shard's first block and of all above it, batch by
-        batch; on the way back their cotangents take their places. slopes: in the place of `loss`, where numpy computes
-        it."""
+        batch; on the way back their cotangents take their places. slopes: `loss` where numpy computes it."""
         n, top, gradients = len(batches), self._source.layers - 1, {}
         self._source.embed([tokens for tokens, *_ in batches], kept)
         for i, block in self._in_turn(range(top + 1)):

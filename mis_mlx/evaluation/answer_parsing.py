@@ -194,8 +194,7 @@ def _plain(line: str) -> str:
 
 def same(answer: Value, right: Value) -> bool:
     """Whether an answer is the right one: exactly, with units converted. An answer without a unit counts in the unit in
-    which the right one is written; a percentage answers a question for a number; any other unit where none belongs is
-    wrong."""
+    which the right one is written; a percentage answers a question for a number; no other unit where none belongs."""
     if isinstance(answer, tuple) or isinstance(right, tuple):
         return answer == right
     if answer.kind == right.kind:

@@ -51,8 +51,7 @@ def read(path: Path) -> Asked:
 
 
 def todo(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
-    """(where answers are kept, those that are there, numbers of the questions still to be asked). Of several machines
-    the first one keeps them."""
+    """(where answers are kept, by the first of several machines; those that are there; numbers of questions left)."""
     path = kept(model_sha256, task.sha256)
     answers = {row["n"]: row for row in distributed.broadcast_json(lambda: list(read(path).values()))}
     return path, answers, [n for n in range(len(task.questions)) if n not in answers]

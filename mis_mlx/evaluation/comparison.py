@@ -174,8 +174,7 @@ def second_half(held_out: Windows) -> Windows:
 def kld(
     base: Checkpoint, others: Mapping[str, Checkpoint], held_out: Windows, opened: Opened = alone
 ) -> dict[str, Figures]:
-    """{name: figures} of all models, over the predictions that count; `base` is the reference. Of several machines each
-    has its own windows."""
+    """{name: figures} of all models, over the predictions that count, each machine its own; `base`: the reference."""
     held_out = own(held_out)
     mine, report = final_hidden(base, held_out, opened), {}
     for name, other in cli.counted("model", others.items(), len(others)):

@@ -38,8 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """`options` as they continue `context`, the `right`-th is the answer. Without options a model writes, and `answer`
-    says what is right."""
+    """`options` as they continue `context`; the `right`-th is it. Without options a model writes what `answer` says."""
 
     context: str
     answer: str
@@ -185,8 +184,7 @@ class Known:
         self._whole = f" {' '.join(known)} "
 
     def holds(self, q: Question) -> bool | None:
-        """Whether question and answer share a run with the training text; None where they are too short to be looked
-        up."""
+        """Whether question and answer share a run with the training text; None: they are too short to be looked up."""
         asked = words(q.context + (q.options[q.right] if q.options else f" {q.answer}"))
         if len(asked) >= SPAN:
             return any(hash(run) in self._runs for run in _runs(asked))

@@ -1,8 +1,7 @@
 """Importance of FFN neurons, query heads, hidden channels and blocks; AAIS; who is kept.
 
-Statistics are sums over calibration samples, so they add up in any order. AAIS is eq. (1) of the paper: I_j = |a_j| *
-T_env / h_npm, with |a_j| the root mean square over tokens, which picks better than Minitron's mean
-(benchmarks/recovery.py, neurons)."""
+Statistics are sums over calibration samples and add up in any order. AAIS is eq. (1) of the paper: I_j = |a_j| * T_env
+/ h_npm, |a_j| the root mean square over tokens, which picks better than Minitron's mean (benchmarks/recovery.py)."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def block_sample(into: mx.array, out: mx.array) -> mx.array:
 def weight_of(reading: Reading | None, unit: str) -> float | None:
     """T_env of one calibration batch in the unit asked for, or None when nothing is known of it.
 
-    Kelvin is always positive. Celsius is the paper to the letter, and refuses T <= 0: a negative weight
-    would reverse the ranking."""
+    Kelvin is always positive. Celsius, to the letter of the paper, refuses T <= 0, which would reverse the ranking."""
     if reading is None or reading.ambient_c is None:
         return None
     if reading.altitude_m is not None and reading.altitude_m <= 0:

@@ -47,9 +47,8 @@ def kl_sum(
 
     student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  teacher: (n, D_t), constant.
     learn: (n,), 0 leaves a position out. Equation (2) has no T^2 factor, so there is none here.
-    The gradient, (p_s - p_t) / T per logit, is formed in the same pass as the loss and carried to the
-    backward pass as (n, D) and (V, D) arrays, so logits are never recomputed and never kept.
-    frozen_head: the head is constant, and its (V, D) gradient is not formed.
+    The gradient, (p_s - p_t) / T per logit, is formed in the same pass as the loss and carried to the backward pass as
+    (n, D) and (V, D) arrays, so logits are never recomputed nor kept. frozen_head: of a constant head none is formed.
     labels: (n,), the text's own next tokens: the loss is (1 - c) KL + c CE, c = `cross_entropy`, CE at T = 1."""
 
     def formula(z: mx.array, target: mx.array, *label: mx.array) -> tuple[mx.array, mx.array]:

@@ -1,7 +1,6 @@
 """GóralW: AdamW with a sheepdog. One bad batch must not poison the moments.
 
-AdamW's rules are mlx.optimizers', here in three kernels a weight, with the dog (a guard on loss and gradient norm) and
-the schedule."""
+AdamW's rules are mlx.optimizers', in three kernels a weight, with the dog (a guard on loss and gradient norm)."""
 
 from __future__ import annotations
 
@@ -137,8 +136,7 @@ class GuardedAdamW:
     ) -> str:  # fmt: skip
         """One step on `model`'s trainable parameters, lazily. Returns what the dog did ('' = it slept).
 
-        scale: of the gradients; `norm` is theirs once they are scaled. lane: where MLX computes the i-th of several
-        weights."""
+        scale: of the gradients; `norm` is theirs once scaled. lane: where MLX computes the i-th of several weights."""
         note = ""
         if batch in self.passed:
             return "skipped: not a number before"

@@ -1,7 +1,6 @@
 """Write a model's weights in MLX's quantized formats, one tensor at a time. Every matrix, or an error.
 
-mlx-lm leaves a matrix unquantized without a word when its input size does not divide by the group; here that is a
-sentence with the remedy."""
+mlx-lm leaves a matrix that the group does not divide unquantized without a word; here that is an error and a remedy."""
 
 from __future__ import annotations
 

@@ -55,9 +55,8 @@ class BenchmarkModel:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One request. stamps_s: when each token was there, from the start on. cached_s: TTFT of the same prompt, all of it
-    but its last token in the cache. watts: from the first token to the last. peak_bytes: its own model's weights,
-    cache and workspace."""
+    """One request. stamps_s: when each token was there, from the start. cached_s: TTFT of the same prompt, all but its
+    last token in the cache. watts: from first token to last. peak_bytes: its model's weights, cache and workspace."""
 
     asked: tuple[int, ...]
     tokens: tuple[int, ...]

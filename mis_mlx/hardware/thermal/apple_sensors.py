@@ -105,8 +105,7 @@ class KeyInfo(ctypes.Structure):
 
 
 class KeyData(ctypes.Structure):
-    """The 80 bytes of every call. Any other size is answered by 'bad argument', which looks like a
-    privilege wall and is not one."""
+    """The 80 bytes of every call. Another size is a 'bad argument', which looks like a privilege wall and is none."""
 
     _fields_ = (
         ("key", c_uint32),

@@ -35,8 +35,7 @@ LAP = f"--governor cool, which runs on battery down to {BATTERY_LOW_PERCENT:.0f}
 @dataclass(frozen=True)
 class Decision:
     """What the loop has to do after this optimizer step. `run`: sleep `sleep_s`, go on; `pause`: write a checkpoint if
-    `checkpoint`, sleep, ask again; `stop`: write one and end. `cause` is one or two words to count by, `reason` a
-    sentence."""
+    `checkpoint`, sleep, ask again; `stop`: write one and end. `cause`: one or two words to count by; `reason`: more."""
 
     action: Action
     duty: float = 1.0

@@ -1,7 +1,6 @@
 """One look at the thermometers before any judgement, and recordings of looks: write, check, play back in virtual time.
 
-A recording is JSON lines: a header that says which machine it is from, then one `Raw` a line. So a new rule can be
-tried on an old recording."""
+A recording is JSON lines: a header (which machine), then one `Raw` a line: new rules can be tried on old recordings."""
 
 from __future__ import annotations
 

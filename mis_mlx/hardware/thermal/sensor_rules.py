@@ -102,8 +102,7 @@ def _within(value: float | None, low: float, high: float) -> float | None:
 
 
 class Frozen:
-    """Tells a stuck sensor (80 °C for hours was seen): the same to the last bit for 120 s while the
-    power drawn changed by more than 3 W."""
+    """Tells a stuck sensor (80 °C for hours was seen): equal bits for 120 s while power changed by more than 3 W."""
 
     HOLD_S = 120.0
     POWER_W = 3.0

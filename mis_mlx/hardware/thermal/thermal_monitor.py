@@ -190,8 +190,7 @@ def open_monitor(
     apple_library: Path | None = None,
 ) -> Monitor:
     """A monitor of this machine, or of the recording `replay`, for a `with` statement. config: ~/.config/mis_mlx.toml.
-    clock: a `VirtualClock` for tests; apple_library: a stand-in for Apple's. MisError for impossible values and bad
-    recordings."""
+    clock, apple_library: what tests put in their places. MisError for impossible values and bad recordings."""
     if given_ambient_c is not None and not -60 <= given_ambient_c <= 60:
         raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
     source: Live | Replay
