@@ -3,8 +3,6 @@
 Imports none of them: their docstrings are read as text, so the list is there at once. The console commands `mis_mlx`
 and `mis_mlx.distill` begin here too, so that Ctrl-C while a command is imported is one sentence."""
 
-from __future__ import annotations
-
 import ast
 import runpy
 import sys

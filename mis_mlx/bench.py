@@ -1,7 +1,5 @@
 """Time one or more models on this machine: first token, decode, memory, energy, beside what the hardware allows."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

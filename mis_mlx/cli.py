@@ -1,7 +1,5 @@
 """A dataclass becomes flags and YAML; progress goes to stderr, the result to stdout, JSON on its last line."""
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import json

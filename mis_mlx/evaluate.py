@@ -1,7 +1,5 @@
 """Evaluate students against their teacher: the recovery table on tasks, or held-out loss, KL and agreement."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Export a model: a GGUF for llama.cpp, LM Studio and Ollama, or an ordinary Hugging Face folder."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Reinforcement from checked answers (GRPO, Dr. GRPO, DAPO): of a group of answers the better ones become likelier."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial

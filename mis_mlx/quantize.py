@@ -1,7 +1,5 @@
 """Quantize a model so that every linear is really quantized and stock mlx-lm opens the result."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence

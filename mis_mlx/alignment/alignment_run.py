@@ -2,8 +2,6 @@
 
 A run that was killed and resumed ends bit-equal to one that was not."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

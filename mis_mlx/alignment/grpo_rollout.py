@@ -2,8 +2,6 @@
 
 A step's answers depend on the weights, the data, the seed and the step alone."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

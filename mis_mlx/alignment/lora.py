@@ -1,7 +1,5 @@
 """LoRA through mlx-lm's own adapters: put into a model, written in mlx-lm's format, fused into weights on disk."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 
 The reference is the model before it is trained: two floats a pair, kept in the run folder with their hashes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 Padding is never learned and never seen by a real token, so it changes nothing."""
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -2,8 +2,6 @@
 
 Every row is judged before any is used; what is wrong is listed by line number in one MisError."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter

@@ -3,8 +3,6 @@
 A rule, not a guarantee: names and addresses of houses are not looked for. PESEL and NIP must pass their checksums, so
 that other numbers stay; a telephone number must be written as one: with +, in groups, with a Polish prefix."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable

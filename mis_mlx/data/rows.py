@@ -2,8 +2,6 @@
 
 Rows of training text are mlx-lm's: {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}."""
 
-from __future__ import annotations
-
 import codecs
 import hashlib
 import json

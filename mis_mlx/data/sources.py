@@ -4,8 +4,6 @@ Every row is judged (`rows`) before any is used; the notes say what was dropped.
 everything runs offline: the English prose of Python's own manual (`pydoc_data`, in every CPython) and the Polish Miś
 texts, which benchmarks/polish_text made."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import sys

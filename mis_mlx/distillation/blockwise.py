@@ -5,8 +5,6 @@ learns to map the teacher's stream at the entrance of its group of blocks to the
 local distillation, arXiv 2411.19146). Some batches enter from the student's own stream instead, so that it learns to
 make up for the blocks before it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -2,8 +2,6 @@
 
 Every measurement is a line in a log before the next begins, so a search that was killed goes on from there."""
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile

@@ -3,8 +3,6 @@
 The teacher stays in memory or is streamed, by the plan; either way what crosses over is its final hidden states, and
 the vocabulary is met chunk by chunk (maths/losses)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain

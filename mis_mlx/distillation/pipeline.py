@@ -1,7 +1,5 @@
 """A student's training, from where it stands to its end: repaired or taught block by block, then distilled."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

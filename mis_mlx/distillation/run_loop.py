@@ -2,8 +2,6 @@
 
 Does not know what is trained. The protocol on disk is storage/checkpoint's."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import deque

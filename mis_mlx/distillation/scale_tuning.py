@@ -2,8 +2,6 @@
 
 mlx-lm's DWQ learns from the same model before rounding; here the teacher may be another, bigger one. Does not round."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The student is a folder of `models/block_files.py`. A step goes through all bloc
 shard; only the shard's blocks have gradients and moments, and stay in memory. After some steps its files are replaced
 and the next shard comes in, in a circle. The embedding, the last norm and the head are frozen."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

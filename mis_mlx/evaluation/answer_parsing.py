@@ -4,8 +4,6 @@ Anything that is not one value and nothing else is no value: "5 or 7", "not 5", 
 invisible characters, a comma that could be read in two ways. Numbers are fractions.Fraction, their digits are counted
 before they are converted, and nothing is ever evaluated."""
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

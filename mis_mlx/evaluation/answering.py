@@ -1,7 +1,5 @@
 """One model, one task: the mark of every question, kept by (model, task), so that nothing is asked twice."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence

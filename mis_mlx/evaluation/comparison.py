@@ -4,8 +4,6 @@ Also llama.cpp's report (tools/perplexity, --kl-divergence) in its names and uni
 window; ± is one standard error over tokens, as if they were independent. Unlike there, the reference's probabilities
 are whole (llama.cpp keeps 16 bits and leaves out those under e^-16), and a window has no start token before it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 

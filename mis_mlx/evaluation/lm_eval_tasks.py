@@ -2,8 +2,6 @@
 
 Needs the extra `evaluate`, data sets from the hub, and the whole model in memory."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 A question is computed once for all of its options, which do not see each other; several questions share a sequence of
 tokens, and nothing is padded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

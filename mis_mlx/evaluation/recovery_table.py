@@ -1,7 +1,5 @@
 """The recovery table in Markdown, as a figure, and what it says in plain words. Knows marks, and no model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -6,8 +6,6 @@ its last line, "Answer: 450 g", "Odpowiedź: 450 g" or one with \\boxed{450 g}, 
 must be one value, not hedged, not denied, and no other answer may stand anywhere before it. What cannot be read so is
 wrong, whatever it may have meant."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Mapping, Sequence

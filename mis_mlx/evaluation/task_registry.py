@@ -1,7 +1,5 @@
 """What students are examined in: names and folders become tasks; what is not here is fetched."""
 
-from __future__ import annotations
-
 import difflib
 import random
 import tempfile

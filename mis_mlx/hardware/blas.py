@@ -5,8 +5,6 @@ The index has OpenBLAS in scipy-openblas32, with kernels for every processor, bu
 `renamed` takes that off, in a copy of its own. Runs as a file, before mlx is imported; imports nothing of the package.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import struct

@@ -3,8 +3,6 @@
 For functions that read text of unknown origin, or that a user brought: what hangs, crashes or eats memory ends there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import inspect

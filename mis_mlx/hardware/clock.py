@@ -1,7 +1,5 @@
 """Time that can be read and waited for, real or virtual, and how long the machine slept meanwhile."""
 
-from __future__ import annotations
-
 import sys
 import time
 

@@ -4,8 +4,6 @@ MLX's CPU back end computes everything but matrix products in one thread a strea
 of the time; here two windows go through two streams, each product in one thread. A GPU has one lane, and so has a CPU
 of one core, or of many, whose products need them all."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """llama.cpp's own quantizer, llama-quantize or Python's llama-cpp-python, in a process of its own: it may abort."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Memory of this machine and this process, and a sensible budget, which MLX is told here and nowhere else."""
 
-from __future__ import annotations
-
 import os
 import resource
 import sys

@@ -1,7 +1,5 @@
 """How fast this machine reads, writes, multiplies and moves memory: measured, or assumed."""
 
-from __future__ import annotations
-
 import datetime
 import fcntl
 import json

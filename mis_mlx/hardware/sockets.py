@@ -3,8 +3,6 @@
 A process that dies closes its connections, and the other end knows at once. A machine that loses power, its cable, or
 falls asleep says nothing: asked every few seconds, it counts as dead after half a minute."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

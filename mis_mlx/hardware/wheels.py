@@ -1,7 +1,5 @@
 """Download one wheel, known to the byte, with pip, or Debian's packages, with apt; nothing is installed or run."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

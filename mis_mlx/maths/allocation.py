@@ -1,7 +1,5 @@
 """Bits for every matrix under a limit on their mean: the next bit goes where it saves most per bit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 

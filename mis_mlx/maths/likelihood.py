@@ -3,8 +3,6 @@
 As in maths/losses, no (tokens x vocabulary) tensor of a whole batch is ever built; here each position has its own value
 and its own cotangent, so the way back makes the chunk's logits again."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import mlx.core as mx

@@ -2,8 +2,6 @@
 
 MLX's own gradient of a lookup adds rows up with atomic operations on a GPU, in whatever order they come."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import mlx.core as mx

@@ -3,8 +3,6 @@
 No (tokens x vocabulary) tensor of a whole batch is ever built: teacher and student enter as hidden states and meet the
 vocabulary chunk by chunk."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

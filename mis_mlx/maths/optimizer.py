@@ -2,8 +2,6 @@
 
 AdamW's rules are mlx.optimizers', in three kernels a weight, with the dog (a guard on loss and gradient norm)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -3,8 +3,6 @@
 Formulas: GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476); numbers agree with TRL 1.16. A
 loss is a sum and a count, as everywhere here, so micro-batches of any size add up to the same step."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import mlx.core as mx

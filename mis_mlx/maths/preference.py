@@ -1,7 +1,5 @@
 """Losses on pairs of answers: DPO, DPO-Positive, IPO and hinge, as pure functions of log-probabilities."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import mlx.core as mx

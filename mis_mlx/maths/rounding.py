@@ -1,7 +1,5 @@
 """Round a matrix to one of MLX's formats: each weight to its nearest value, or so that its output changes least."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import mlx.core as mx

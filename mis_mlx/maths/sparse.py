@@ -2,8 +2,6 @@
 
 As in maths/losses, the student's logits exist chunk by chunk, and the pass that forms the loss forms the gradient."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 

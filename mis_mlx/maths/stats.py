@@ -1,7 +1,5 @@
 """Means and their 95 % intervals, what many timings say. Knows numbers only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

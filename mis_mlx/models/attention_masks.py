@@ -2,8 +2,6 @@
 
 The prompt is computed once for all of its answers, forwards and backwards, and nothing is padded."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -2,8 +2,6 @@
 
 The data's own tokens would make this the empirical Fisher of arXiv 2204.09656. One block is in memory at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx

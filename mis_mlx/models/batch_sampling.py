@@ -2,8 +2,6 @@
 
 What is drawn depends on the weights, the prompt and the seed alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 

@@ -2,8 +2,6 @@
 
 A block's file is replaced whole, by a rename, so the folder is a model at any moment."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path

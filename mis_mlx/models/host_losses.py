@@ -1,8 +1,6 @@
 """The losses of a vocabulary by numpy, a few rows at a time, where MLX computes on a CPU: its exp takes seven times as
 long as numpy's there. maths/losses has the formulas, which a GPU computes with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial

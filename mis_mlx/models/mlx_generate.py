@@ -1,7 +1,5 @@
 """Generate with mlx-lm: open a folder as any user would, fill its cache, let it write."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path

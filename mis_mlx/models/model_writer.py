@@ -1,7 +1,5 @@
 """Write a model's folder: weights tensor by tensor, its tokenizer, and what says how it was pruned (`keep.json`)."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

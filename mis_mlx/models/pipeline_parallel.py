@@ -3,8 +3,6 @@
 Every machine has the files and reads the blocks that are its own. All make the same passes at the same time, each with
 its own batches or none."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any

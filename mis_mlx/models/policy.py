@@ -3,8 +3,6 @@
 Metal is quick in float16 and has kernels for packed weights. A CPU emulates half precision and reads packed weights
 about 30 times slower than dense float32, so there everything becomes float32."""
 
-from __future__ import annotations
-
 import math
 import os
 from contextlib import suppress

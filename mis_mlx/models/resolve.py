@@ -1,7 +1,5 @@
 """Find the teacher: a folder of the user's, a model on the hub, or the small one that is always there."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Every batch goes through block i before block i+1 comes, so weights are read once a pass however many batches there are.
 As many blocks as there is room for stay in memory and are read once."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, MutableSequence, Sequence

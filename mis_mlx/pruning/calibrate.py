@@ -1,7 +1,5 @@
 """One streamed calibration pass: statistics of every axis that can shrink, for all batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import chain
 

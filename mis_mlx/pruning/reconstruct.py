@@ -4,8 +4,6 @@ Teacher and student march side by side, one block of each in memory. Student blo
 k') learns to deliver what the teacher has at the entrance of k'. Each block sees the mended stream of those before it.
 Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any

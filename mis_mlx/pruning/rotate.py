@@ -4,8 +4,6 @@ The rotated model is an ordinary one: RMSNorm does not notice a rotation once it
 read behind it (SliceGPT, arXiv 2401.15024, has a basis for each block and extra matrices on the skip connections; here
 all share one, as the stream does)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 

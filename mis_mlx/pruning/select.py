@@ -1,7 +1,5 @@
 """Which parts of a model a pruning keeps, and the pruned folder: calibrate, choose, write."""
 
-from __future__ import annotations
-
 import math
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Write the student's folder: the kept rows and columns of the teacher's tensors, one tensor at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path

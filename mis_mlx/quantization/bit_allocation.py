@@ -8,8 +8,6 @@ For N weights, F formats and windows of T tokens a batch of windows moves 20 N F
 8 N T operations (forwards twice, back to the inputs, gradients) and moves (12 + 4 F) N bytes. Gradients and errors are
 there a slab of rows at a time. 32 windows of 256 tokens, 7B, 5 formats: 9 TB, and a wait for each matrix and batch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

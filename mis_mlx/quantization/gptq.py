@@ -3,8 +3,6 @@
 GPTQ (arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that calibration sees
 (maths/rounding); those are gathered once a block, with its own weights as they were."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

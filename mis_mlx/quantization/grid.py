@@ -1,7 +1,5 @@
 """A packed model, whole in memory, whose scales, biases and norms can learn; integers, embedding and head stay."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 
 mlx-lm leaves a matrix that the group does not divide unquantized without a word; here that is an error and a remedy."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise

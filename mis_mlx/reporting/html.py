@@ -1,7 +1,5 @@
 """One HTML page that needs nothing else, from templates/page.html: all that is put in is escaped."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

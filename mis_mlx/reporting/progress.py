@@ -2,8 +2,6 @@
 
 One display at a time, of a run and the phases and loops in it. Of the plan it knows only the seconds."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -3,8 +3,6 @@
 Knows files and plain values. Does not know what becomes of them; nothing in here is to be trusted as HTML. Logs are
 read line by line and thinned: a million lines take no more memory than a thousand, and no spike is lost."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

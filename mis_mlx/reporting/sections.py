@@ -3,8 +3,6 @@
 Each takes the story and a key, with which the ids of its pictures begin. A part that a story says nothing of is left
 out. KeyError, TypeError or ValueError where values are not this version's: whoever puts the page together says so."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath

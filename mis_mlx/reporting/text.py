@@ -1,7 +1,5 @@
 """Results as plain text, for a terminal: Markdown tables, sparklines, the line of a training step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """Tensors from safetensors files into memory views: in parallel, in the background, past the page cache if asked."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import io

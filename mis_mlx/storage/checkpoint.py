@@ -3,8 +3,6 @@
 Free space, a hidden folder beside the final place, every file and folder synced, one rename, the parent synced =
 committed; older steps are deleted only after that. Steps are ordered by number: clocks jump."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import glob

@@ -1,7 +1,5 @@
 """Every file operation of a run, behind one small class, so that a test can make the N-th one fail."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

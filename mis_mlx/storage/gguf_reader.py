@@ -3,8 +3,6 @@
 Foreign GGUF is refused: every reader believes the counts, offsets and shapes that the file states, and MLX's own takes
 the process down on a damaged one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

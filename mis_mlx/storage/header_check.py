@@ -4,8 +4,6 @@ MLX 0.32.4 believes a header: shape [-1] overwrites its heap, tensors that share
 dimension of 2.5 silently becomes 2. The rules are those of the reference parser (huggingface/safetensors,
 `SafeTensors::deserialize`), narrower where MLX is weaker."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """A list of equally large arrays, hidden states between two blocks: few stay in memory, the others live in a file."""
 
-from __future__ import annotations
-
 import os
 import weakref
 from collections.abc import MutableSequence

@@ -1,7 +1,5 @@
 """Where a teacher's files come from: the cache folder and the Hugging Face hub."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import fcntl

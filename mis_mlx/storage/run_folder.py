@@ -1,7 +1,5 @@
 """The run folder: its name, its config.yaml, what a resumed run must share with the one it continues."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

@@ -1,7 +1,5 @@
 """A model's safetensors files: the index of a folder, lazy reading, and writing with bounded memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

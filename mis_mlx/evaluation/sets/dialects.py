@@ -4,8 +4,6 @@ A slot is a folder with pairs.jsonl, rows {"polish", "dialect"}: the same said i
 Silesian one can be filled from here, with Firefox's own translations (MPL-2.0); six wait for text that somebody brings.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import re

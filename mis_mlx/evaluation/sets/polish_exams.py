@@ -1,7 +1,5 @@
 """Polish questions out of the wheel of OpenAI's `evals`, known to the byte: exams, words, proverbs, sums in words."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """Models timed in turn: which fit in memory together, round after round, what the trials come to, for a table too."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -7,8 +7,6 @@ Definitions (those of vLLM and AIPerf; none has the tokenizer or the text in it)
     ITL       the time between two tokens;  TPOT  (last - first) / (tokens - 1), one number a request
     decode    (tokens - 1) / (last - first); mlx-lm's own generation_tps counts the first token too"""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

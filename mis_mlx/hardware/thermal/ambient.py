@@ -3,8 +3,6 @@
 No laptop has a room thermometer, so this is an estimate: several poor witnesses, weighed by how poor they are. No
 witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 Air."""
 
-from __future__ import annotations
-
 import math
 import tomllib
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Everything a Mac with Apple silicon tells about its heat, in one look: HID, SMC, pressure."""
 
-from __future__ import annotations
-
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p, create_string_buffer
 from pathlib import Path
 from typing import Any

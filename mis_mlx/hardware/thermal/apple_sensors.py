@@ -3,8 +3,6 @@
 HID has some 57 thermometers on an M1 Air, by calls that are private, and stable since 2020 (sources:
 fermion-star/apple_sensors, vladkens/macmon, exelban/stats). No key is ever written (command 6 does not exist here)."""
 
-from __future__ import annotations
-
 import ctypes
 import struct
 from ctypes import POINTER, byref, c_char_p, c_double, c_int32, c_int64, c_long, c_size_t, c_uint8, c_uint32, c_void_p

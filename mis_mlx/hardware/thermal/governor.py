@@ -3,8 +3,6 @@
 Pure: `(reading, now) -> decision`. Sensor loss counts as hot, never as cool. An M1 Air lives at 95 to 105 °C under
 load, so 95 °C is no reason to stop. `after_step` waits as it says, and `PauseCounter` counts what that took."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args

@@ -2,8 +2,6 @@
 
 A recording is JSON lines: a header (which machine), then one `Raw` a line: new rules can be tried on old recordings."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

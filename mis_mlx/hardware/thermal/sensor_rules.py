@@ -1,7 +1,5 @@
 """Which raw values are temperatures: parked, frozen and nonsense ones, all seen on real machines, are told apart."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping
