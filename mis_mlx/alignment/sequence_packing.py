@@ -76,7 +76,7 @@ def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[l
 
 
 class PackedDataset:
-    """Rows of (ids, learn) as windows to draw micro-batches from. room: tokens of a window that rows share; 0: none."""
+    """Rows of (ids, learn) as windows to draw micro-batches from. room: tokens of a shared window; 0: one row each."""
 
     def __init__(self, rows: Sequence[Sequenced], room: int = 0):
         lengths = [len(ids) for ids, _ in rows]

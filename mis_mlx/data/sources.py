@@ -1,8 +1,7 @@
 """Where text comes from: two built-in texts, folders in mlx-lm's format, the hub; in three splits.
 
-Every row is judged (`rows`) before any is used; the notes say what was dropped. Two texts are built in, so that
-everything runs offline: the English prose of Python's own manual (`pydoc_data`, in every CPython) and the Polish Miś
-texts, which benchmarks/polish_text made."""
+Every row is judged (`rows`) before any is used; the notes say what was dropped. Two texts are built in, for work
+offline: Python's own manual in English (`pydoc_data`), and the Polish Miś texts, which benchmarks/polish_text made."""
 
 import hashlib
 import re

@@ -31,9 +31,8 @@ class Windows:
 def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> list[tuple[list[int], list[int]]]:
     """Per row (ids, learn): learn is 1 where a token is to be predicted, 0 for prompts under `mask_prompt`.
 
-    A text row gets the tokenizer's own start token, if it has that habit, and the end token; the others are
-    rendered with its chat template. These are the ids mlx-lm trains on, with one difference: text that spells
-    a special token ("</s>") stays text, in every kind of row."""
+    A text row gets the tokenizer's own start token, if it has that habit, and the end token; the others are rendered
+    with its chat template. These are mlx-lm's ids, but for text that spells a special token ("</s>"): it stays text."""
     if tokenizer.eos_token_id is None:
         raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
     start = start_of(tokenizer)

@@ -3,8 +3,7 @@
 A function that fails on a group of completions has scored none of it: None, never a number, so that what breaks a
 verifier is not rewarded. Ours ask whether a completion ends in the right answer, in the asked form: it answers only by
 its last line, "Answer: 450 g", "Odpowiedź: 450 g" or one with \\boxed{450 g}, or by being nothing but the answer. It
-must be one value, not hedged, not denied, and no other answer may stand anywhere before it. What cannot be read so is
-wrong, whatever it may have meant."""
+must be one value, not hedged, not denied, with no other answer anywhere before it. What cannot be read so is wrong."""
 
 import ast
 import re

@@ -1,7 +1,7 @@
 """Importance of FFN neurons, query heads, hidden channels and blocks; AAIS; who is kept.
 
 Statistics are sums over calibration samples and add up in any order. AAIS is eq. (1) of the paper: I_j = |a_j| * T_env
-/ h_npm, |a_j| the root mean square over tokens, which picks better than Minitron's mean (benchmarks/recovery.py)."""
+/ h_npm, |a_j| the rms over tokens, which picks better than Minitron's mean (benchmarks/recovery.py, neurons)."""
 
 from __future__ import annotations
 

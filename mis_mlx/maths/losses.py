@@ -1,7 +1,6 @@
 """Losses of distillation: forward KL on logits in chunks of positions, eq. (2)'s halny factor.
 
-No (tokens x vocabulary) tensor of a whole batch is ever built: teacher and student enter as hidden states and meet the
-vocabulary chunk by chunk."""
+No (tokens x vocabulary) tensor of a batch is ever whole: hidden states come in and meet the vocabulary in chunks."""
 
 from collections.abc import Callable
 from typing import Any

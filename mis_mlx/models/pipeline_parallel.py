@@ -1,7 +1,6 @@
 """A model whose blocks several machines share: hidden states go from one machine to the next, weights stay.
 
-Every machine has the files and reads the blocks that are its own. All make the same passes at the same time, each with
-its own batches or none."""
+Every machine has the files and reads its own blocks. All make the same passes together, with own batches or none."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate

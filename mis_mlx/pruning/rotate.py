@@ -1,8 +1,7 @@
 """Cut the hidden size by a rotation: keep the directions in which the residual stream moves, not ranked channels.
 
 The rotated model is an ordinary one: RMSNorm does not notice a rotation once its gain is folded into the matrices that
-read behind it (SliceGPT, arXiv 2401.15024, has a basis for each block and extra matrices on the skip connections; here
-all share one, as the stream does)."""
+read behind it (SliceGPT, arXiv 2401.15024, has a basis and skip matrices for each block; here all share one)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

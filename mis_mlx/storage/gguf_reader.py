@@ -1,7 +1,6 @@
 """Turn the one GGUF we know by its hash into an ordinary Hugging Face folder.
 
-Foreign GGUF is refused: every reader believes the counts, offsets and shapes that the file states, and MLX's own takes
-the process down on a damaged one."""
+Foreign GGUF is refused: every reader believes what the file states, and MLX's own crashes on a damaged one."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

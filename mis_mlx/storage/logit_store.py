@@ -100,7 +100,8 @@ class Targets:
 
     def put(self, window: int, arrays: Arrays) -> None:
         """Take the targets of one window, by the names of `Spec.dtypes`; with its last window a part is committed.
-        MisError when the disk refuses or lacks room for the missing parts. ValueError when another window is due."""
+        MisError when the disk refuses, or has no room for the missing parts: committed ones stay. ValueError when
+        another window is due."""
         number = window // self.spec.part_windows
         within = self._within(number)
         if number in self.parts or window != within[len(self._coming)]:

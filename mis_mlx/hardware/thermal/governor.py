@@ -33,7 +33,7 @@ LAP = f"--governor cool, which runs on battery down to {BATTERY_LOW_PERCENT:.0f}
 @dataclass(frozen=True)
 class Decision:
     """What the loop has to do after this optimizer step. `run`: sleep `sleep_s`, go on; `pause`: write a checkpoint if
-    `checkpoint`, sleep, ask again; `stop`: write one and end. `cause`: one or two words to count by; `reason`: more."""
+    `checkpoint`, sleep, ask again; `stop`: write one and end. `cause`: a word to count by; `reason`: a sentence."""
 
     action: Action
     duty: float = 1.0
