@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, run_loop, scale_tuning
 from mis_mlx.hardware import memory
-from mis_mlx.maths.rounding import Packed
 from mis_mlx.models import load, model_writer, policy, resolve
 from mis_mlx.planner import estimates, phases, quantized_size
 from mis_mlx.planner.job import DistillationSpec
@@ -84,12 +84,8 @@ def quantize(
         plan, found = bit_allocation.mixed(checkpoint, batches, how.q_group_size, how.target_bpw, seed, hidden(layers))
         extra[packed_format.SENSITIVITY] = json.dumps(found).encode()
 
-    def blocks(plan: packed_format.Layout) -> Iterator[Mapping[str, Packed]]:
-        return gptq.rounded_blocks(checkpoint, batches, plan, hidden(1))
-
-    return packed_format.write_quantized(
-        checkpoint, out, plan, files, blocks if how.q_method == "gptq" else None, extra
-    )
+    rounded = partial(gptq.rounded_blocks, checkpoint, batches, hidden=hidden(1)) if how.q_method == "gptq" else None
+    return packed_format.write_quantized(checkpoint, out, plan, files, rounded, extra)
 
 
 def _planned(

@@ -53,7 +53,7 @@ class StreamedTeacher:
     ):
         where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, direct
         self._source = Relay(*where, shares) if shares else stream.Stream(*where)
-        self._head, self._temperature, self._cross_entropy = self._source.head(), temperature, cross_entropy
+        self._head, self.temperature, self._cross_entropy = self._source.head(), temperature, cross_entropy
 
     def hidden(self, batches: Sequence[mx.array]) -> stream.Hidden:
         """Token ids [(B, T)] -> [(B, T, D)]; a streamed teacher is read once for all of them."""
@@ -83,23 +83,17 @@ class StreamedTeacher:
 
         def of(head: mx.array, batches: Sequence[MicroBatch], b: int, hidden: mx.array) -> tuple[float, mx.array]:
             _, learn, target = batches[b]
-            loss, slope, _ = self.kl_gradients(hidden, head, learn, target, True)
+            loss, slope, _ = host_losses.kl_gradients(hidden, head, target, self.logits, learn, self.temperature, True)
             return loss, slope
 
         return of if policy.name() == "cpu" and not self._cross_entropy else None
-
-    def kl_gradients(
-        self, hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array, frozen_head: bool
-    ) -> tuple[float, mx.array, mx.array | None]:
-        """`host_losses.kl_gradients` against this teacher's logits."""
-        return host_losses.kl_gradients(hidden, head, target, self.logits, learn, self._temperature, frozen_head)
 
     def kl_sum(
         self, hidden: mx.array, head: mx.array, learn: mx.array, *target: mx.array, frozen_head: bool = False
     ) -> mx.array:
         """`losses.kl_sum` against this teacher's logits."""
         return losses.kl_sum(
-            hidden, head, target[0], self.logits, learn, self._temperature, frozen_head=frozen_head,
+            hidden, head, target[0], self.logits, learn, self.temperature, frozen_head=frozen_head,
             labels=target[1] if self._cross_entropy else None, cross_entropy=self._cross_entropy,
         )  # fmt: skip
 
@@ -143,8 +137,9 @@ def _on_host(
         _, slopes = mx.vjp(forth, list(trained.values()), [cotangent])
         student.update(tree_unflatten(list(trained.items())))
         mx.eval(hidden, cotangent)
-    name = load.head_name(student)
-    loss, below, of_head = source.kl_gradients(hidden[0], load.head_weight(student), learn, target, name not in trained)
+    name, head = load.head_name(student), load.head_weight(student)
+    how = source.logits, learn, source.temperature, name not in trained
+    loss, below, of_head = host_losses.kl_gradients(hidden[0], head, target, *how)
     host_losses.view(cotangent)[:] = host_losses.view(below)
     found = dict(zip(trained, slopes, strict=True))
     del slopes

