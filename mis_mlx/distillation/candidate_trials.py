@@ -5,10 +5,10 @@ Every measurement is a line in a log before the next begins, so a search that wa
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.maths.optimizer import Diverged
-from mis_mlx.models import arch, load, mlx_generate, model_writer, policy, stream
+from mis_mlx.models import arch, load, mlx_generate, model_writer, policy
 from mis_mlx.models.config import Shape
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.job import spec_of
@@ -62,26 +62,23 @@ class CandidateTrials:
     ranking: Windows
     judging: Windows
 
-    def _spool(self) -> Spool | None:
-        """Where calibration keeps hidden states that memory does not hold."""
+    @property
+    def _spool(self) -> Callable[[], Spool] | None:
+        """Makes a place for hidden states of calibration, where memory does not hold them."""
         held = self.run.plan.held_windows("prune")
-        return None if held >= len(self.samples) else Spool(self.run.folder, held, self.run.files)
+        return None if held >= len(self.samples) else partial(Spool, self.run.folder, held, self.run.files)
 
     @cached_property
     def statistics(self) -> Statistics:
         """One streamed calibration, for all candidates. Without the weather: shapes must not depend on the wind."""
-        teacher = self.run.teacher
-        return calibrate.calibrate(teacher, self.samples, policy.compute_dtype(teacher), hidden=self._spool())[0]
+        teacher, place = self.run.teacher, self._spool() if self._spool else None
+        return calibrate.calibrate(teacher, self.samples, policy.compute_dtype(teacher), hidden=place)[0]
 
     @cached_property
     def _directions(self) -> rotate.Directions:
         """Of the stream, measured when the first candidate is narrower than the teacher."""
-
-        def place() -> stream.Hidden:
-            spool = self._spool()
-            return [] if spool is None else spool
-
-        return rotate.measured(self.run.teacher, self.samples, policy.compute_dtype(self.run.teacher), place)
+        teacher = self.run.teacher
+        return rotate.measured(teacher, self.samples, policy.compute_dtype(teacher), self._spool or list)
 
     @cached_property
     def _final_hidden(self) -> Any:

@@ -125,6 +125,7 @@ def run_training(
     any machine beside this one, or when such a machine is gone. budget_bytes, planned_tps: shown beside the memory and
     the speed there are. report: told of every step."""
     losses, weather = deque[float](maxlen=text.SPARK_STEPS), run.weather
+    where = f"go on with --out {run.folder} --resume"
     unsaved = 0  # the number of a step that no checkpoint holds
     with cli.stop_asked() as asked, progress.bar(label, iters) as show:
         try:
@@ -147,14 +148,12 @@ def run_training(
                     save(step.number)
                     unsaved = 0
                 if distributed.any_rank(asked) and step.number < iters:
-                    where = f"go on with --out {run.folder} --resume"
                     raise MisError(f"stopped at step {step.number} of {iters}, all of it saved: {where}")
         except distributed.Lost as lost:
             if not distributed.is_main():
                 raise
             if unsaved:  # the last step that all machines did
                 save(unsaved)
-            where = f"go on with --out {run.folder} --resume"
             raise MisError(f"{lost}; all steps that were done are saved, {where}") from None
 
 

@@ -142,11 +142,9 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
 
 def formats(checkpoint: Checkpoint) -> dict[str, Format]:
     """The format of every packed matrix of a quantized model, by module path."""
-    by_path = {}
-    for path in (name.removesuffix(".scales") for name in checkpoint.tensors if name.endswith(".scales")):
-        settings = load.packing(checkpoint, path)
-        by_path[path] = Format(settings["bits"], settings["group_size"], settings["mode"])
-    return by_path
+    paths = (name.removesuffix(".scales") for name in checkpoint.tensors if name.endswith(".scales"))
+    packings = ((path, load.packing(checkpoint, path)) for path in paths)
+    return {path: Format(s["bits"], s["group_size"], s["mode"]) for path, s in packings}
 
 
 def check_dense(checkpoint: Checkpoint) -> None:

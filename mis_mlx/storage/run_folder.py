@@ -65,12 +65,9 @@ def find(out: str | None, under: Path = Path("runs")) -> Path:
     return max(unfinished, key=lambda p: (p / CONFIG).stat().st_mtime)
 
 
-def stored_settings(folder: Path) -> dict[str, Any]:
-    """The settings in a run's config.yaml."""
-    return _stored(folder / CONFIG)
-
-
-def _stored(path: Path) -> dict[str, Any]:
+def stored_settings(folder: Path, file: str = CONFIG) -> dict[str, Any]:
+    """The settings in a run's config.yaml, or what another `file` of it has. MisError where that does not read."""
+    path = folder / file
     parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
     try:
         values = parse(path.read_text(encoding="utf-8"))
@@ -83,7 +80,7 @@ def _stored(path: Path) -> dict[str, Any]:
 
 def stored_plan(folder: Path) -> dict[str, Any]:
     """How the run trains."""
-    return _stored(folder / PLAN)
+    return stored_settings(folder, PLAN)
 
 
 def merged(
@@ -125,7 +122,7 @@ def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
 
 def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
     """MisError for another teacher or other data than the run began with; returned is what else changed, in words."""
-    before = _stored(folder / ORIGIN)
+    before = stored_settings(folder, ORIGIN)
     for name in ("teacher", "data"):
         if before.get(name) != origin[name]:
             raise MisError(
