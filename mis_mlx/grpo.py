@@ -114,10 +114,8 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder = run_loop.resumed(settings, alignment_plan.FREE)
     checkpoint, most = alignment_plan.opened(s), s.max_completion_length
     if most >= s.max_seq_length:
-        raise MisError(
-            f"--max-completion-length {most} leaves no room for a prompt in --max-seq-length {s.max_seq_length}: "
-            "lower the one or raise the other"
-        )
+        why = f"--max-completion-length {most} leaves no room for a prompt in --max-seq-length {s.max_seq_length}"
+        raise MisError(f"{why}: lower the one or raise the other")
     functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
     train, prompts, valid, valid_prompts, card = _questions(s, checkpoint, functions)
     plan = alignment_plan.plan(s, *_phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts]))))

@@ -35,9 +35,8 @@ class Lora:
     def check(self, layers: int) -> None:
         """MisError where a model of so many layers cannot have these."""
         if not (self.num_layers == -1 or 1 <= self.num_layers <= layers):
-            raise MisError(
-                f"--num-layers is {self.num_layers}, the model has {layers}: give 1 to {layers}, or -1 for all"
-            )
+            why = f"--num-layers is {self.num_layers}, the model has {layers}"
+            raise MisError(f"{why}: give 1 to {layers}, or -1 for all")
 
     def params(self, config: Mapping[str, Any]) -> int:
         """How many numbers are trained."""

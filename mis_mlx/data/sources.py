@@ -84,10 +84,8 @@ def _from_hub(name: str) -> Texts:
     try:
         import datasets
     except ImportError as error:
-        raise MisError(
-            f"'{name}' is no folder here, and reading it from the hub needs the datasets package: "
-            f"pip install 'mis-mlx[data]'"
-        ) from error
+        why = f"'{name}' is no folder here, and reading it from the hub needs the datasets package"
+        raise MisError(f"{why}: pip install 'mis-mlx[data]'") from error
     try:
         found = datasets.load_dataset(name)
     except Exception as error:  # the package raises dozens of kinds, all of them "could not get it"

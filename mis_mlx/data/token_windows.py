@@ -47,10 +47,8 @@ def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> 
         except MisError:
             raise
         except Exception as error:  # a template is a program that came with the model: it can raise anything
-            raise MisError(
-                f"the tokenizer's chat template refuses row {number} ({error}): fix the row, "
-                f"or use a model with a chat template, or rows of plain text"
-            ) from error
+            why = f"the tokenizer's chat template refuses row {number} ({error})"
+            raise MisError(f"{why}: fix the row, or use a model with a chat template, or rows of plain text") from error
     return tokenized
 
 
@@ -153,9 +151,8 @@ def windows(
     marks = np.concatenate([np.asarray(learn, np.float32) for _, learn in rows] or [np.zeros(0, np.float32)])
     count = len(ids) // length
     if count == 0:
-        raise MisError(
-            f"the text has {len(ids)} tokens and one window takes {length}: bring more text or lower --max-seq-length"
-        )
+        why = f"the text has {len(ids)} tokens and one window takes {length}"
+        raise MisError(f"{why}: bring more text or lower --max-seq-length")
     tokens = ids[: count * length].reshape(count, length)
     learn = np.zeros((count, length), np.float32)
     learn[:, :-1] = marks[: count * length].reshape(count, length)[:, 1:]
@@ -240,9 +237,8 @@ def without_overlap(held_out: Windows, train: Windows, span: int = 32) -> tuple[
     shared = overlap(train, held_out, span)
     count = len(held_out.tokens)
     if len(shared) == count:
-        raise MisError(
-            f"all {count} held-out windows share {span} tokens in a row with the training text: bring other test text"
-        )
+        why = f"all {count} held-out windows share {span} tokens in a row with the training text"
+        raise MisError(f"{why}: bring other test text")
     keep = np.setdiff1d(np.arange(count), shared)
     return held_out.pick(keep), len(shared)
 

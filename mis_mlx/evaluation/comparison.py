@@ -162,10 +162,8 @@ def second_half(held_out: Windows) -> Windows:
     learn = held_out.learn.copy()
     learn[:, : learn.shape[1] // 2] = 0
     if (count := int((learn > 0).sum())) < FEW:
-        raise MisError(
-            f"{count} tokens lie in the second halves of {len(learn)} windows, statistics need {FEW}: "
-            "raise --eval-windows, or bring more test text"
-        )
+        why = f"{count} tokens lie in the second halves of {len(learn)} windows, statistics need {FEW}"
+        raise MisError(f"{why}: raise --eval-windows, or bring more test text")
     return Windows(held_out.tokens, learn)
 
 

@@ -87,9 +87,8 @@ def marks(name: str, found: Sequence[Sample]) -> Marks:
     ordered = sorted((s for s in found if s.get("filter") == first), key=lambda s: s["doc_id"])
     metric = next((m for m in METRICS if m in ordered[0]), None)
     if metric is None:
-        raise MisError(
-            f"{name} is scored by none of {', '.join(METRICS)}: its marks cannot be compared question by question"
-        )
+        why = f"{name} is scored by none of {', '.join(METRICS)}"
+        raise MisError(f"{why}: its marks cannot be compared question by question")
     choice = ordered[0].get("resps") and metric == "acc"
     chance = [1 / len(s["resps"]) if choice and len(s["resps"]) > 1 else 0.0 for s in ordered]
     return Marks(np.array([float(np.mean(s[metric])) for s in ordered]), np.array(chance), metric)

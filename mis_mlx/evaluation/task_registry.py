@@ -175,9 +175,8 @@ def _silesian(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
     try:
         versions = unpack_debian(dialects.PACKAGES, into)
     except MisError as error:
-        raise MisError(
-            f"{error}: put Firefox's language packs for pl and szl (.xpi) into {_slot('silesian')}"
-        ) from None
+        remedy = f"put Firefox's language packs for pl and szl (.xpi) into {_slot('silesian')}"
+        raise MisError(f"{error}: {remedy}") from None
     source = f"Firefox's translations, MPL-2.0, from {' and '.join(versions)}"
     return partial(dialects.write, dialects.from_firefox(into)), {"source": source}
 

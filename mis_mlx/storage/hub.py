@@ -88,15 +88,11 @@ def snapshot(repo_id: str) -> Path:
         except Exception as error:
             refusal = refusal or error
             reason = " ".join(str(refusal).split())[:160] or "no reason given"
-            raise MisError(
-                f"{repo_id} did not come from the Hugging Face hub ({type(refusal).__name__}: {reason}): "
-                "check the name and the network, or give the path of a model folder"
-            ) from None
+            why = f"{repo_id} did not come from the Hugging Face hub ({type(refusal).__name__}: {reason})"
+            raise MisError(f"{why}: check the name and the network, or give the path of a model folder") from None
     if not (path / "config.json").exists() or not any(path.glob("model*.safetensors")):
-        raise MisError(
-            f"{repo_id} on the Hugging Face hub has no config.json with model*.safetensors beside it: "
-            "choose a model published as safetensors"
-        )
+        why = f"{repo_id} on the Hugging Face hub has no config.json with model*.safetensors beside it"
+        raise MisError(f"{why}: choose a model published as safetensors")
     return path
 
 

@@ -89,20 +89,16 @@ def merged(
     """Settings of a resumed run: the stored ones. MisError names a flag that asks for something else; one at its
     default asks for nothing, and `free` ones, which do not change the weights, may differ."""
     if strange := sorted(set(stored) - set(given)):
-        raise MisError(
-            f"The run's {CONFIG} has {strange[0]}, which this command does not know: resume it with the one that began "
-            "it, or start a new run"
-        )
+        why = f"The run's {CONFIG} has {strange[0]}, which this command does not know"
+        raise MisError(f"{why}: resume it with the one that began it, or start a new run")
     result = dict(given)
     for name, value in given.items():
         if name not in stored or (name in free and value != defaults[name]):
             continue
         if value not in (stored[name], defaults[name]):
             flag = "--" + name.replace("_", "-")
-            raise MisError(
-                f"The settings differ: {flag} is {value}, the run has {stored[name]}: leave the flag out "
-                "to continue, or start a new run"
-            )
+            why = f"The settings differ: {flag} is {value}, the run has {stored[name]}"
+            raise MisError(f"{why}: leave the flag out to continue, or start a new run")
         result[name] = stored[name]
     return result
 
@@ -125,10 +121,8 @@ def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
     before = stored_settings(folder, ORIGIN)
     for name in ("teacher", "data"):
         if before.get(name) != origin[name]:
-            raise MisError(
-                f"The {name} changed since {folder} began ({str(before.get(name))[:12]} is now "
-                f"{origin[name][:12]}): start a new run"
-            )
+            why = f"The {name} changed since {folder} began ({str(before.get(name))[:12]} is now {origin[name][:12]})"
+            raise MisError(f"{why}: start a new run")
     return [
         f"{k} was {before[k]}, is now {v}: the end may differ in the last bits"
         for k, v in origin.items()

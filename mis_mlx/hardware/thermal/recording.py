@@ -168,17 +168,14 @@ def _lines(path: Path) -> Generator[Any, None, None]:
                 raise ValueError(unread)
             yield from_json(record)
         except ValueError as error:
-            raise MisError(
-                f"{path} line {number} is not a record ({error}): record again, or delete from that line on"
-            ) from None
+            why = f"{path} line {number} is not a record ({error})"
+            raise MisError(f"{why}: record again, or delete from that line on") from None
 
 
 def _header(path: Path, header: Any) -> Header:
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
-        raise MisError(
-            f'{path} line 1 does not say "schema": "{SCHEMA}", so it is no recording of this program: make one '
-            "with `python -m mis_mlx.thermal record`"
-        )
+        why = f'{path} line 1 does not say "schema": "{SCHEMA}", so it is no recording of this program'
+        raise MisError(f"{why}: make one with `python -m mis_mlx.thermal record`")
     altitude = header.get("altitude_m")
     if altitude is not None and not isinstance(altitude, int | float):
         raise MisError(f"{path} line 1: altitude_m is {altitude!r}, not a number: fix or delete it")
