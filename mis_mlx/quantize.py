@@ -107,9 +107,8 @@ def _planned(
 def _tuned(s: Settings, rounded: Path, other: Checkpoint, data: Windows, pinned: int, out: Path, files: Files) -> None:
     """Write `out`: `rounded`, whose scales have learned from the model `other`."""
     checkpoint, m = load.open_checkpoint(rounded), estimates.model_of(other)
-    source = live_teacher.StreamedTeacher(
-        other, None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
-    )
+    room = None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
+    source = live_teacher.StreamedTeacher(other, room)
     recipe = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
     recipe = scale_tuning.recipe_of(recipe, s.steps(False), s.q_learning_rate)
     grid.write(checkpoint, scale_tuning.learned(checkpoint, source, data, recipe), out, files)

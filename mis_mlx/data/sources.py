@@ -58,9 +58,8 @@ def _manual() -> Texts:
         bucket = int(hashlib.sha256(f"GÓRAL-{name}".encode()).hexdigest()[:8], 16) % 100
         splits["train" if bucket < 80 else "valid" if bucket < 85 else "test"].append({"text": topics[name]})
     version = ".".join(map(str, sys.version_info[:3]))
-    return Texts(
-        **splits, notes=[f"built-in English text: the manual of Python {version}, {_counts(splits)} documents"]
-    )
+    note = f"built-in English text: the manual of Python {version}, {_counts(splits)} documents"
+    return Texts(**splits, notes=[note])
 
 
 def _without_repeats(topics: Mapping[str, str]) -> list[str]:

@@ -105,10 +105,8 @@ def _continued(data: str | None, known: questions.Known) -> list[questions.Task]
                 f"of {len(places)} places in the held-out text {len(new)} share no 13 words with the training text, "
                 f"the task {CONTINUE} needs 2: give another test.jsonl, or leave the task out"
             )
-        about = (
-            "held-out text; the next 6 words of 30 against three endings from elsewhere; places that share 13 words "
-        )
-        about += f"in a row with the training text left out, {len(places) - len(new)} of {len(places)}"
+        about = "held-out text; the next 6 words of 30 against three endings from elsewhere; places that share "
+        about += f"13 words in a row with the training text left out, {len(places) - len(new)} of {len(places)}"
         tasks.append(replace(task, questions=new, about=about))
     return tasks
 

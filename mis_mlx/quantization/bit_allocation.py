@@ -177,9 +177,8 @@ def _along(
 
     def of_slab(rows: slice) -> mx.array:
         slopes = mx.stack([(above[:, rows].T @ into).reshape(-1) for into, above in pairs])
-        values = (
-            rounding.values(tuple(p[rows] for p in parts), group, b) for b, parts in zip(bits, packed, strict=True)
-        )
+        formats = zip(bits, packed, strict=True)
+        values = (rounding.values(tuple(p[rows] for p in parts), group, b) for b, parts in formats)
         return mx.stack([slopes @ (value - dense[rows]).reshape(-1) for value in values], axis=1)
 
     step = max(1, rounding.SLAB // lanes.count() // dense.shape[1])

@@ -82,14 +82,13 @@ def snapshot(repo_id: str) -> Path:
             refusal = error
         local = refusal is not None
         try:
-            path = Path(
-                snapshot_download(repo_id, local_files_only=local, allow_patterns=WANTED, ignore_patterns=UNWANTED)
-            )
+            name = snapshot_download(repo_id, local_files_only=local, allow_patterns=WANTED, ignore_patterns=UNWANTED)
         except Exception as error:
             refusal = refusal or error
             reason = " ".join(str(refusal).split())[:160] or "no reason given"
             why = f"{repo_id} did not come from the Hugging Face hub ({type(refusal).__name__}: {reason})"
             raise MisError(f"{why}: check the name and the network, or give the path of a model folder") from None
+    path = Path(name)
     if not (path / "config.json").exists() or not any(path.glob("model*.safetensors")):
         why = f"{repo_id} on the Hugging Face hub has no config.json with model*.safetensors beside it"
         raise MisError(f"{why}: choose a model published as safetensors")
