@@ -120,10 +120,9 @@ def run(settings: Settings) -> dict[str, Any]:
     train, prompts, valid, valid_prompts, card = _questions(s, checkpoint, functions)
     plan = alignment_plan.plan(s, *_phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts]))))
     if (n := distributed.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
-        raise MisError(
-            f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}: "
-            f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
-        )
+        what = f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}"
+        remedy = f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
+        raise MisError(f"{what}: {remedy}")
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train), **plan.result()}
     with alignment_run.running(s, folder, checkpoint, plan, card, "grpo") as r:

@@ -74,10 +74,9 @@ def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | N
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:  # as hub, datasets and requests say that nothing comes
             reason = " ".join(str(error).split())[:160]
-            raise MisError(
-                f"lm-eval could not run {', '.join(ids)} ({type(error).__name__}: {reason}): its data come from the "
-                "Hugging Face hub, so check the network, or take --tasks polish-offline"
-            ) from None
+            why = f"lm-eval could not run {', '.join(ids)} ({type(error).__name__}: {reason})"
+            remedy = "its data come from the Hugging Face hub, so check the network, or take --tasks polish-offline"
+            raise MisError(f"{why}: {remedy}") from None
     return found["samples"]
 
 

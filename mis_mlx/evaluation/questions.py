@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,13 +80,12 @@ class Task:
 
 def best_constant_answer(task: Task) -> tuple[float, str]:
     """(share, answer) of U Zośki, who always recommends the same: the best constant, by name or place in the list."""
-    counts = dict[str, int]()
+    counts = Counter[str]()
     for q in task.questions:
-        place = [f"option {q.right + 1}"] if q.options else []
-        for answer in [*place, f"“{q.answer.strip()}”"]:
-            counts[answer] = counts.get(answer, 0) + 1
-    best = max(counts, key=lambda answer: counts[answer])
-    return counts[best] / len(task.questions), best
+        counts.update([f"option {q.right + 1}"] if q.options else [])
+        counts.update([f"“{q.answer.strip()}”"])
+    best, count = counts.most_common(1)[0]
+    return count / len(task.questions), best
 
 
 def folder(path: Path) -> list[Task]:
