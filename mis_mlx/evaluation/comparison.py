@@ -114,11 +114,8 @@ def by_window(
             at = mx.array(counted[start : start + rows])
             hidden, targets = (states[w][0][at] for _, states in (base, other)), mx.array(tokens)[at + 1]
             z_t, z = (load.logits(head, h)[:, :vocab].astype(mx.float32) for head, h in zip(heads, hidden, strict=True))
-            if policy.name() == "cpu":
-                values.append(host_losses.compared(z_t, z, targets))
-            else:
-                reference = losses.Reference(z_t, targets)
-                values.append(np.array(mx.stack([reference.nll(), *reference.compare(z)], axis=1)))
+            work = host_losses.compared if policy.name() == "cpu" else losses.compared
+            values.append(np.array(work(z_t, z, targets)))
         yield np.concatenate(values, dtype=np.float64)
 
 

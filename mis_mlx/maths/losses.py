@@ -104,24 +104,14 @@ def sum_by_chunks(
     return results[0]
 
 
-class Reference:
-    """A teacher's logits (n, V) and what every student is compared with, computed once."""
-
-    def __init__(self, logits: mx.array, targets: mx.array):
-        self.logits, self.targets = logits.astype(mx.float32), targets
-        self.p, self.lse = softmax_lse(self.logits)
-        self.top = self.logits.argmax(axis=-1)
-
-    def nll(self) -> mx.array:
-        """The teacher's own negative log-likelihood of the targets, (n,) nats."""
-        return self.lse - _at(self.logits, self.targets)
-
-    def compare(self, logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Student logits (n, V) -> per position: nll (nats), KL(teacher || student) (nats), same top token."""
-        z = logits.astype(mx.float32)
-        _, lse = softmax_lse(z)
-        kl = (self.p * (self.logits - z)).sum(axis=-1) - self.lse + lse
-        return lse - _at(z, self.targets), kl, (z.argmax(axis=-1) == self.top).astype(mx.float32)
+def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> mx.array:
+    """Of logits (n, V) and the right tokens (n,): (n, 4), the teacher's negative log-likelihood, the student's,
+    KL(teacher || student), all in nats, and 1 where the top token is the same."""
+    z_t, z = teacher.astype(mx.float32), student.astype(mx.float32)
+    (p, lse_t), (_, lse) = softmax_lse(z_t), softmax_lse(z)
+    kl = (p * (z_t - z)).sum(axis=-1) - lse_t + lse
+    same = (z_t.argmax(axis=-1) == z.argmax(axis=-1)).astype(mx.float32)
+    return mx.stack([lse_t - _at(z_t, targets), lse - _at(z, targets), kl, same], axis=1)
 
 
 def _at(z: mx.array, index: mx.array) -> mx.array:

@@ -93,8 +93,7 @@ def kl_gradients(
 
 
 def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
-    """What `losses.Reference` says of logits (n, V) float32, which are made over: (n, 4), the teacher's nll, the
-    student's nll, KL(teacher || student), both in nats, and whether the top token is the same."""
+    """What `losses.compared` says of logits (n, V) float32, which are made over."""
     stream.evaluate_now(teacher, student)
     return by_rows(_compare, view(teacher), view(student), np.array(targets))
 
