@@ -9,7 +9,7 @@ For N weights, F formats and windows of T tokens a batch of windows moves 20 N F
 there a slab of rows at a time. 32 windows of 256 tokens, 7B, 5 formats: 9 TB, and a wait for each matrix and batch."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -18,7 +18,6 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
-from mis_mlx.maths.allocation import allocate
 from mis_mlx.models import arch, backward_pass, load, policy, stream
 from mis_mlx.models.arch import READERS, TAPS
 from mis_mlx.models.backward_pass import Some
@@ -54,6 +53,41 @@ def mixed(
     }
     plan = packed_format.layout(checkpoint.config, group)
     return {**plan, **{path: packed_format.Format(bits, group) for path, bits in chosen.items()}}, report
+
+
+def allocate(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], mean_bits: float) -> dict[str, int]:
+    """{name: bits} with mean bits, weighed by sizes, of at most `mean_bits`; {} when even the fewest are too many.
+
+    costs: {name: {bits: cost}}, the same bits for all. Greedy along each name's lower convex hull, which is the best
+    there is but for the last step (Lagrange; what does not fit any more is passed over)."""
+    start = {name: min(cost) for name, cost in costs.items()}
+    room = sum((mean_bits - start[name]) * size for name, size in sizes.items())
+    if room < 0:
+        return {}
+    steps = [
+        (saved / added, name, bits) for name, cost in costs.items() for saved, added, bits in _hull(cost, sizes[name])
+    ]
+    chosen, stuck = dict(start), set[str]()
+    for _, name, bits in sorted(steps, key=lambda s: -s[0]):  # a hull's steps save less and less: in their order
+        added = (bits - chosen[name]) * sizes[name]
+        if name in stuck or added > room:
+            stuck.add(name)
+            continue
+        chosen[name], room = bits, room - added
+    return chosen
+
+
+def _hull(cost: Mapping[int, float], size: int) -> list[tuple[float, int, int]]:
+    """[(cost saved, weights times bits added, bits then)] from the fewest bits on, steepest first."""
+    bits, steps = sorted(cost), []
+    at = 0
+    while at + 1 < len(bits):
+        steepest = max(range(at + 1, len(bits)), key=lambda j: (cost[bits[at]] - cost[bits[j]]) / (bits[j] - bits[at]))
+        if (saved := cost[bits[at]] - cost[bits[steepest]]) <= 0:
+            break
+        steps.append((saved, (bits[steepest] - bits[at]) * size, bits[steepest]))
+        at = steepest
+    return steps
 
 
 def check(target_bpw: float | None, group: int) -> None:
