@@ -235,8 +235,7 @@ def train(
 def measure(
     sampler: Sampler, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Sequence[int]], samples: int = 0
 ) -> dict[str, float]:
-    """Means over answers to held-out rows, greedy ones or `samples` drawn for each; "loss" is minus the reward, so that
-    the lowest is the best."""
+    """Means over answers to held-out rows, greedy or `samples` drawn for each; "loss", minus the reward, judges."""
     o = sampler.objective
     draw = batch_sampling.sampler(o.temperature if samples else 0.0, sampler.seed)
     answers = batch_sampling.groups(

@@ -184,8 +184,7 @@ def steps(
     start: int = 0,
     sigma: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Step]:
-    """Optimizer steps `start` to `recipe.iters` of distillation, as `train_loop.train` yields them.
-    sigma(): spread of eps_halny, asked at every step."""
+    """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`. sigma(): spread of eps_halny at each step."""
     micro_batches, loss = step_micro_batches(source, data, recipe), loss_of(source)
     quicker = source.gradient_of(student) if isinstance(source, StreamedTeacher) else None
 

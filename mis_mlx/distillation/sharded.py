@@ -198,8 +198,7 @@ def steps(
     factor: Callable[[int], float] = lambda step: 1.0,
     slopes: Slopes | None = None,
 ) -> Iterator[Step]:
-    """Run steps `start` to `schedule.iters`, yielding each as `train_loop.train` does; the last one done, the student's
-    folder is the trained model."""
+    """Run steps `start` to `schedule.iters` as `train_loop.train` does; after the last one the folder is trained."""
 
     def gradients(step: int) -> tuple[float, float, Any]:
         return student.gradients(micro_batches(step), loss, [], slopes)

@@ -7,8 +7,7 @@ LONG_AFTER_BOOT_S = 1e6
 
 
 class Clock:
-    """The real clock. Sleep (a closed lid) is told from the system's own counters, so a wall clock that
-    is set by hand or by NTP is never mistaken for it."""
+    """The real clock. Sleep (a closed lid) is told from the system's counters, not from a wall clock that is set."""
 
     def monotonic(self) -> float:
         """Seconds that never run backwards; they stand still while the machine sleeps."""

@@ -270,8 +270,7 @@ def evaluate_now(*arrays: Any) -> None:
 
 
 def load_checked(module: nn.Module, where: str = "") -> nn.Module:
-    """Evaluate a lazily opened module and return it. NotNumbers names the first tensor that holds NaN or infinity, with
-    `where` before its name."""
+    """Evaluate a lazily opened module, return it. NotNumbers names, behind `where`, a tensor with NaN or infinity."""
     mx.eval(module.parameters())
     for name, array in dict[str, mx.array](tree_flatten(module.parameters())).items():
         if mx.issubdtype(array.dtype, mx.floating) and (bad := (~mx.isfinite(array)).sum().item()):

@@ -36,8 +36,7 @@ class Rotation:
 def _entering(
     checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, hidden: stream.Hidden
 ) -> Iterator[tuple[str, mx.array]]:
-    """Norm by norm, in one streamed pass: (name of its weight, float32 tokens (n, D) that enter it, each divided by its
-    rms, as the norm does)."""
+    """Norm by norm, in one streamed pass: (its weight's name, float32 tokens (n, D) that enter it, over their rms)."""
     source = stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list))
     names = ("input_layernorm", "post_attention_layernorm")
     hidden = source.embed(batches, hidden)

@@ -18,8 +18,7 @@ WHAT = "the spool of hidden states"
 class Spool(MutableSequence[mx.array]):
     """Arrays of one shape and dtype. What goes to the file is evaluated; reading it makes a new array.
 
-    held: how many stay in memory. folder: where the file of the others is; it has no name once it is open, so nothing
-    stays behind. MisError when the disk is full."""
+    held: how many stay in memory; the others in a file in `folder` without a name. MisError when the disk is full."""
 
     def __init__(self, folder: Path, held: int, files: Files):
         self._folder, self._held, self._files = folder, held, files

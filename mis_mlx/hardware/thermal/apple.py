@@ -12,8 +12,7 @@ PRESSURE_NAME = b"com.apple.system.thermalpressurelevel"
 
 
 class Pressure:
-    """notify(3) thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping. One-sided: an M1 Air may
-    throttle at 100 °C and still say 0."""
+    """notify(3) thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping. An M1 may say 0 at 100 °C."""
 
     def __init__(self, libraries: Frameworks):
         system = libraries.system
