@@ -163,9 +163,8 @@ def _outcomes(
         theirs = {name: answering.by_harness(m, wanted.harness, s.num_questions) for name, m in models.items()}
         for name, one in next(iter(theirs.values())).items():
             about = f"lm-eval {lm_eval_tasks.version()}, {one.metric}"
-            yield recovery_table.Outcome(
-                name, about, {model: by_task[name].marks for model, by_task in theirs.items()}, one.chance
-            )
+            by_model = {model: by_task[name].marks for model, by_task in theirs.items()}
+            yield recovery_table.Outcome(name, about, by_model, one.chance)
 
 
 def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Mapping[str, str], limit: Budget) -> dict[str, Any]:

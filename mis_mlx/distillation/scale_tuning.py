@@ -40,8 +40,7 @@ def tune(c: pipeline.Run, rounded: Path, out: Path, recipe: DistillationConfig) 
     """Write the folder `out`: `rounded` after its steps. Killed on the way, it goes on from its checkpoints."""
     checkpoint = load.open_checkpoint(rounded)
     model, source = grid.resident(checkpoint), pipeline.source_of(c)
-    pipeline.train_whole(
-        replace(c, recipe=recipe), model, GuardedAdamW(weight_decay=DECAY), source, lambda: None, tuned=True
-    )
+    optimizer = GuardedAdamW(weight_decay=DECAY)
+    pipeline.train_whole(replace(c, recipe=recipe), model, optimizer, source, lambda: None, tuned=True)
     if distributed.is_main():
         grid.write(checkpoint, model, out, c.files)

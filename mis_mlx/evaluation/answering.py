@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -150,18 +150,14 @@ def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bu
         which = f"{task.name} question {left[lengths.index(longest)] + 1}"
         raise MisError(f"{which} takes {longest} tokens, {checkpoint.path} reads {most}: shorten or remove it")
     rows = max(longest, option_likelihood.ROWS)
-
-    def phase(tokens: int, again: bool = True) -> estimates.StageCost:
-        return estimates.streamed_pass(
-            task.name, m, tokens, rows, rows, limit_bytes=limit.limit_bytes, spool=False, again=again
-        )
-
-    least = phase(rows, again=False)
+    how: dict[str, Any] = {"micro_tokens": rows, "length": rows, "limit_bytes": limit.limit_bytes, "spool": False}
+    phase = partial(estimates.streamed_pass, task.name, m, **how)
+    least = phase(tokens=rows)
     estimates.fit(limit, least, remedy=f"give --budget {estimates.flag(least.peak_bytes)} or more")
-    whole = phase(min(total, PART)).pinned == m.shape.layers
+    whole = phase(tokens=min(total, PART), again=True).pinned == m.shape.layers
     spare = estimates.room(limit.limit_bytes, least.peak_bytes) // (2 * m.shape.hidden * m.item)
     part = PART if whole else max(rows, min(total, spare))
-    one = phase(min(total, part), again=whole or part < total)
+    one = phase(tokens=min(total, part), again=whole or part < total)
     room = estimates.room(limit.limit_bytes, one.peak_bytes - one.pinned * m.block_work - m.head_work)
     read = m.nbytes + (-(-total // part) - 1) * one.read_bytes
 

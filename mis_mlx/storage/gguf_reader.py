@@ -162,10 +162,9 @@ def _tokenizer(facts: Mapping[str, Any], control: list[str]) -> Any:
     ids = {piece: i for i, piece in enumerate(facts["tokenizer.ggml.tokens"])}
     merges: Any = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     # The stubs miss that these are properties that can be set.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
     return tokenizer
