@@ -214,11 +214,7 @@ def _writer(
         draw = batch_sampling.sampler(0.0, 0)
         return lambda prompts: [g[0] for g in batch_sampling.groups(model, prompts, 1, count, ends, draw, AT_ONCE)]
     stream = Stream(checkpoint, dtype, room, checkpoint.nbytes > limit.limit_bytes)
-
-    def one_by_one(prompts: Sequence[list[int]]) -> list[list[int]]:
-        return [list(chain.from_iterable(streamed_decode.decode(stream, p, count, ends))) for p in prompts]
-
-    return one_by_one
+    return lambda prompts: [list(chain.from_iterable(streamed_decode.decode(stream, p, count, ends))) for p in prompts]
 
 
 def _checked(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]:

@@ -119,10 +119,7 @@ def refit(
     linear.weight = weight.astype(linear.weight.dtype)
     stream.evaluate_now(weight, linear.weight)
     change = mx.array(share * update.T.astype(np.float32)).astype(linear.weight.dtype)
-
-    def moved(out: mx.array, into: mx.array) -> mx.array:
-        return out + into @ change
-
-    for b, out in enumerate(lanes.each(moved, hidden, entered) if onwards and error < 1.0 else ()):
+    moved = lanes.each(lambda out, into: out + into @ change, hidden, entered) if onwards and error < 1.0 else ()
+    for b, out in enumerate(moved):
         hidden[b] = out
     return weight, error
