@@ -161,8 +161,8 @@ class Judge:
             hidden, found = student.model(mx.array(tokens[None]))[0], []
             for start in range(0, len(tokens) - 1, rows):
                 at = np.s_[start : min(start + rows, len(tokens) - 1)]
-                reference = losses.Reference(self.source.logits(target[0, at]), mx.array(tokens[1:][at]))
-                found.append(np.array(mx.stack(reference.compare(hidden[at] @ head.T))))
+                theirs, right = self.source.logits(target[0, at]), mx.array(tokens[1:][at])
+                found.append(np.array(losses.compared(theirs, hidden[at] @ head.T, right))[:, 1:].T)
             means.append((np.concatenate(found, axis=1) * learn[:-1]).sum(axis=1) / max(learn.sum(), 1.0))
         return dict(zip(METRICS, np.mean(means, axis=0).tolist(), strict=True))
 

@@ -3,8 +3,6 @@
 Imports none of them: their docstrings are read as text, so the list is there at once. The console commands `mis_mlx`
 and `mis_mlx.distill` begin here too, so that Ctrl-C while a command is imported is one sentence."""
 
-from __future__ import annotations
-
 import ast
 import runpy
 import sys
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from mis_mlx import __version__
 
+USAGE = "Makes a language model smaller on the laptop it will run on. Usage: scripts/mis COMMAND [flags]"
 NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help")
 
 
@@ -22,15 +21,6 @@ def commands() -> dict[str, str]:
         if path.stem not in NOT_COMMANDS:
             listed[path.stem] = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
     return listed
-
-
-def show() -> None:
-    """Print the commands."""
-    listed = commands()
-    width = max([10, *(len(name) for name in listed)])
-    print("Makes a language model smaller on the laptop it will run on. Usage: scripts/mis COMMAND [flags]\n")
-    for name, line in listed.items():
-        print(f"  {name:<{width}} {line}")
 
 
 def main() -> None:
@@ -50,7 +40,10 @@ def main() -> None:
                 print(f"mis_mlx: there is no command {sys.argv[1]}: `mis_mlx` lists them", file=sys.stderr)
                 sys.exit(2)
             else:
-                show()
+                print(f"{USAGE}\n")
+                width = max([10, *map(len, known)])
+                for command, line in known.items():
+                    print(f"  {command:<{width}} {line}")
     except KeyboardInterrupt:
         print("mis_mlx: stopped by hand before anything was begun: start it again", file=sys.stderr)
         sys.exit(130)

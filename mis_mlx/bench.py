@@ -1,7 +1,5 @@
 """Time one or more models on this machine: first token, decode, memory, energy, beside what the hardware allows."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -52,8 +50,7 @@ class Settings(cli.Budgeted, policy.Computing, ThermalFlags):
 def measure(
     folders: Sequence[Path], names: Sequence[str], prompt_tokens: int, tokens: int, count: int, limit_bytes: int = 0
 ) -> list[Row]:
-    """Rows `ttft_ms` and `decode_tps` for each model: medians over `count` trials; in turn if all fit in
-    `limit_bytes`, else model after model."""
+    """Rows `ttft_ms` and `decode_tps` of each model, medians of `count` trials; in turn if all fit in `limit_bytes`."""
     r, trials = timing.Request(prompt_tokens, max(tokens, 2)), dict[str, list[timing.Measurement]]()
     openers = {name: partial(timing.opened, folder, name) for folder, name in zip(folders, names, strict=True)}
     together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes

@@ -1,7 +1,5 @@
 """A dataclass becomes flags and YAML; progress goes to stderr, the result to stdout, JSON on its last line."""
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import json
@@ -268,10 +266,10 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
     sys.exit(3 if result.get("check_failed") else 0)
 
 
-def say(text: str) -> None:
-    """One line of progress for people, on stderr."""
-    if not rank():
-        print(text, file=sys.stderr, flush=True)
+def say(*lines: str) -> None:
+    """Lines of progress for people, on stderr."""
+    for line in () if rank() else lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 def counted(label: str, items: Iterable[T], total: int) -> Iterator[T]:

@@ -2,8 +2,6 @@
 
 Takes a minute or two, needs no network and no model. Exit code 3 when a check fails."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

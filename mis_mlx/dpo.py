@@ -1,7 +1,5 @@
 """Preference optimization: of two answers the chosen one becomes likelier; DPO-Positive, DPO, IPO or hinge."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any

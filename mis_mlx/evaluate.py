@@ -1,7 +1,5 @@
 """Evaluate students against their teacher: the recovery table on tasks, or held-out loss, KL and agreement."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -165,16 +163,8 @@ def _outcomes(
         theirs = {name: answering.by_harness(m, wanted.harness, s.num_questions) for name, m in models.items()}
         for name, one in next(iter(theirs.values())).items():
             about = f"lm-eval {lm_eval_tasks.version()}, {one.metric}"
-            yield recovery_table.Outcome(
-                name, about, {model: by_task[name].marks for model, by_task in theirs.items()}, one.chance
-            )
-
-
-def _hashes(models: Models) -> dict[str, str]:
-    """Of every model; MisError where another machine has another one."""
-    hashes = {name: answering.sha256(model) for name, model in models.items()}
-    distributed.check_same(hashes)
-    return hashes
+            by_model = {model: by_task[name].marks for model, by_task in theirs.items()}
+            yield recovery_table.Outcome(name, about, by_model, one.chance)
 
 
 def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Mapping[str, str], limit: Budget) -> dict[str, Any]:
@@ -208,7 +198,7 @@ def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Mapping[str,
 
 def _write(out: Path, outcomes: list[recovery_table.Outcome], page: str, result: dict[str, Any]) -> None:
     picture = recovery_table.figure(outcomes)
-    body = "<h1>The recovery table</h1>" + html.markdown(page) + html.figures(picture)
+    body = "<h1>The recovery table</h1>" + html.markdown(page) + html.part("figures", pictures=[picture])
     if picture:
         DISK.replace_text(out / "recovery.svg", figures.standalone(picture))
         page += "\n\n![Recovered](recovery.svg)"
@@ -234,7 +224,9 @@ def run(settings: Settings) -> dict[str, Any]:
         models[name] = load.open_checkpoint(folder)
     limit, (_, *students) = memory.budget(s.budget_bytes), models.values()
     with progress.run("evaluate"), vocabulary.shared(models["teacher"], students) as seen:
-        hashes = _hashes(models) if s.tasks or distributed.size() > 1 else {}
+        hashed = models if s.tasks or distributed.size() > 1 else {}
+        hashes = {name: answering.sha256(model) for name, model in hashed.items()}
+        distributed.check_same(hashes)
         if s.tasks:
             result = _examine(s, models, seen, hashes, limit)
         elif s.kld:

@@ -1,7 +1,5 @@
 """Export a model: a GGUF for llama.cpp, LM Studio and Ollama, or an ordinary Hugging Face folder."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -162,8 +160,7 @@ def run(settings: Settings) -> dict[str, Any]:
     limit.need(need, "the largest tensor on its way", f"give --budget {estimates.flag(need)} or more")
     with progress.run("export"), memory.limited(limit):
         result = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted)
-    for note in result["notes"]:
-        cli.say(note)
+    cli.say(*result["notes"])
     cli.say(f"{s.out}: {gib(result['nbytes'])}{', nothing written (dry run)' if s.dry_run else ''}")
     where = {"model": str(folder), "format": s.format, "out_type": wanted, "out": s.out}
     return {**where, **result, "peak_bytes": need}

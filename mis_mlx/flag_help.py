@@ -1,7 +1,5 @@
 """--help and --help-all of a command: its settings as flags, in groups, with what their docstrings say."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import shutil

@@ -1,7 +1,5 @@
 """Generate text with a model, also one bigger than memory; a small draft makes each pass of its weights count."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from typing import Any

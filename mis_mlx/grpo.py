@@ -1,7 +1,5 @@
 """Reinforcement from checked answers (GRPO, Dr. GRPO, DAPO): of a group of answers the better ones become likelier."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -70,8 +68,7 @@ class Settings(alignment_plan.Alignment):
 def _questions(
     s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.Function]
 ) -> tuple[list[Row], list[list[int]], list[Row], list[list[int]], dict[str, Any]]:
-    """(rows to train on, the token ids of their prompts, held-out rows, theirs, what is known of the data); every row
-    is checked."""
+    """(rows to train on, token ids of their prompts, held-out rows, theirs, what is known of the data); all checked."""
     kinds = [name.strip() for name in s.tasks.split(",")]
     data = examples.load(s.data, ("answer",), s.data_licence, s.scrub_pii, kinds)
     tokenizer, room = load.tokenizer(checkpoint.path), s.max_seq_length - s.max_completion_length + 1
@@ -82,8 +79,7 @@ def _questions(
         sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
         splits += [questions, [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences]]
         encoded += sequences
-    for note in data.notes:
-        cli.say(note)
+    cli.say(*data.notes)
     return (*splits, data.card(examples.fingerprint(encoded)))
 
 
@@ -118,18 +114,15 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder = run_loop.resumed(settings, alignment_plan.FREE)
     checkpoint, most = alignment_plan.opened(s), s.max_completion_length
     if most >= s.max_seq_length:
-        raise MisError(
-            f"--max-completion-length {most} leaves no room for a prompt in --max-seq-length {s.max_seq_length}: "
-            "lower the one or raise the other"
-        )
+        why = f"--max-completion-length {most} leaves no room for a prompt in --max-seq-length {s.max_seq_length}"
+        raise MisError(f"{why}: lower the one or raise the other")
     functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
     train, prompts, valid, valid_prompts, card = _questions(s, checkpoint, functions)
     plan = alignment_plan.plan(s, *_phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts]))))
     if (n := distributed.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
-        raise MisError(
-            f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}: "
-            f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
-        )
+        what = f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}"
+        remedy = f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
+        raise MisError(f"{what}: {remedy}")
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train), **plan.result()}
     with alignment_run.running(s, folder, checkpoint, plan, card, "grpo") as r:

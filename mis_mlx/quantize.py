@@ -1,12 +1,11 @@
 """Quantize a model so that every linear is really quantized and stock mlx-lm opens the result."""
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, run_loop, scale_tuning
 from mis_mlx.hardware import memory
-from mis_mlx.maths.rounding import Packed
 from mis_mlx.models import load, model_writer, policy, resolve
 from mis_mlx.planner import estimates, phases, quantized_size
 from mis_mlx.planner.job import DistillationSpec
@@ -68,8 +66,7 @@ def quantize(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
-    batches: token ids [(B, T)] to look at, the hidden states of the first `held` in memory, others in a file beside
-    `out`."""
+    batches: token ids [(B, T)] to look at, hidden states of the first `held` in memory, others in a file beside it."""
     checkpoint, how = load.open_checkpoint(folder), how.affine
     packed_format.check_dense(checkpoint)
     files.make_folder(out.absolute().parent)
@@ -87,12 +84,8 @@ def quantize(
         plan, found = bit_allocation.mixed(checkpoint, batches, how.q_group_size, how.target_bpw, seed, hidden(layers))
         extra[packed_format.SENSITIVITY] = json.dumps(found).encode()
 
-    def blocks(plan: packed_format.Layout) -> Iterator[Mapping[str, Packed]]:
-        return gptq.rounded_blocks(checkpoint, batches, plan, hidden(1))
-
-    return packed_format.write_quantized(
-        checkpoint, out, plan, files, blocks if how.q_method == "gptq" else None, extra
-    )
+    rounded = partial(gptq.rounded_blocks, checkpoint, batches, hidden=hidden(1)) if how.q_method == "gptq" else None
+    return packed_format.write_quantized(checkpoint, out, plan, files, rounded, extra)
 
 
 def _planned(
@@ -114,9 +107,8 @@ def _planned(
 def _tuned(s: Settings, rounded: Path, other: Checkpoint, data: Windows, pinned: int, out: Path, files: Files) -> None:
     """Write `out`: `rounded`, whose scales have learned from the model `other`."""
     checkpoint, m = load.open_checkpoint(rounded), estimates.model_of(other)
-    source = live_teacher.StreamedTeacher(
-        other, None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
-    )
+    room = None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
+    source = live_teacher.StreamedTeacher(other, room)
     recipe = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
     recipe = scale_tuning.recipe_of(recipe, s.steps(False), s.q_learning_rate)
     grid.write(checkpoint, scale_tuning.learned(checkpoint, source, data, recipe), out, files)

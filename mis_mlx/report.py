@@ -1,7 +1,5 @@
 """Report: one self-contained HTML page of a run, or of several side by side; --watch renders it while a run goes on."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Supervised fine-tuning: a model learns the answers of conversations, whole or with LoRA, perhaps beside a teacher."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

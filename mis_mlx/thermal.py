@@ -1,7 +1,5 @@
 """Record and replay temperatures, or ask the doctor what this machine can measure."""
 
-from __future__ import annotations
-
 import json
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace

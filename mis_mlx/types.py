@@ -4,8 +4,7 @@ Axis letters used in every docstring:
     B sequences in a batch      T tokens in a sequence     V vocabulary
     D hidden size               F FFN neurons              H query heads     K kv heads
     L layers (blocks)           N windows of held-out text
-Units are in the names: `_bytes`, `_s` (seconds), `_c` (degrees Celsius), `_m` (metres above sea level).
-"""
+Units are in the names: `_bytes`, `_s` (seconds), `_c` (degrees Celsius), `_m` (metres above sea level)."""
 
 from __future__ import annotations
 

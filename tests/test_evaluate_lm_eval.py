@@ -73,7 +73,7 @@ def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
 @here
 def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoint) -> None:
     """What `evaluate` takes from lm-eval is what we count ourselves."""
-    found = lm_eval_tasks.run(llama.path, ["generated"], 30, folder)["generated"]
+    found = lm_eval_tasks.marks("generated", lm_eval_tasks.samples(llama.path, ["generated"], 30, folder)["generated"])
     task = questions.file(folder / "generated.jsonl")
     ours = answering.scores(llama, "0" * 64, task, memory.budget(None))[:30]
     assert found.metric == "acc" and found.marks.tolist() == ours.tolist()

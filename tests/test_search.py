@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -265,11 +266,8 @@ def test_a_busy_machine_does_not_make_blocks_free(tmp_path: Path, monkeypatch: p
     """Half of the blocks seem to take longer than all: each block counts as its share of the whole, never as 0 s."""
     deep = tiny.make(tmp_path / "deep", num_hidden_layers=4)
     clock = {4: 1.0, 2: 2.0}  # blocks left in the model -> seconds of a token
-    monkeypatch.setattr(
-        candidate_trials.mlx_generate,
-        "token_times",
-        lambda model, *_: [i * clock[len(model.model.layers)] for i in range(5)],
-    )
+    monkeypatch.setattr(candidate_trials.mlx_generate, "greedy", lambda model, *_: [clock[len(model.model.layers)]] * 5)
+    monkeypatch.setattr(candidate_trials.timing, "clocked", lambda coming: (list(accumulate(coming)), []))
     assert candidate_trials.timed(deep, 0) == Decoding(0.25, 0.0)
     clock[2] = 0.6
     assert candidate_trials.timed(deep, 0) == Decoding(pytest.approx(0.2), pytest.approx(0.2))

@@ -44,10 +44,10 @@ def kl_without(
         flat = h.reshape(-1, h.shape[-1])
         for start in range(0, len(flat), rows):
             at = slice(start, start + rows)
-            reference = losses.Reference(load.logits(head, flat[at]), mx.zeros((len(flat[at]),), mx.int32))
+            whole_logits, any_token = load.logits(head, flat[at]), mx.zeros((len(flat[at]),), mx.int32)
             for v, hidden in begun.items():
-                _, kl, _ = reference.compare(load.logits(head, hidden[b].reshape(flat.shape)[at]))
-                found[v] += float(kl.sum())
+                less = load.logits(head, hidden[b].reshape(flat.shape)[at])
+                found[v] += float(losses.compared(whole_logits, less, any_token)[:, 2].sum())
     return found / sum(h.shape[0] * h.shape[1] for h in whole)
 
 

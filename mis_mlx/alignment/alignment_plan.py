@@ -1,7 +1,5 @@
 """The flags that sft, dpo and grpo share, and what a run with these takes: bytes, hours, memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 A run that was killed and resumed ends bit-equal to one that was not."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,9 +114,8 @@ class AlignmentRun(OpenRun):
             config = {k: v for k, v in c.config.items() if not k.startswith("quantization")} | {"torch_dtype": s.dtype}
             extra = model_writer.keep_files(model_writer.read_keep(c.path)) | {run_folder.DATA: dict(self.card)}
             model_writer.write_model(config, take, c.path, out, s.dtype, self.files, extra)
-        steps, by_step = run_folder.metrics(self.folder), {}
-        for record in run_folder.records(self.folder / HELD_OUT):
-            by_step[record["number"]] = record
+        steps = run_folder.metrics(self.folder)
+        by_step = {record["number"]: record for record in run_folder.records(self.folder / HELD_OUT)}
         tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
         result = {
             "model": str(c.path),
@@ -149,8 +146,7 @@ def data(
     train, cut = examples.encode(rows.train, tokenizer, s.max_seq_length, answers, mask_prompt)
     valid, _ = examples.encode(rows.valid, tokenizer, s.max_seq_length, answers, mask_prompt)
     what = "answers" if answers else "rows"
-    for note in [*rows.notes, *([f"{cut} {what} are cut at {s.max_seq_length} tokens"] if cut else [])]:
-        cli.say(note)
+    cli.say(*rows.notes, *([f"{cut} {what} are cut at {s.max_seq_length} tokens"] if cut else []))
     return train, valid[: s.eval_rows], rows.card(examples.fingerprint([*train, *valid]))
 
 

@@ -2,8 +2,6 @@
 
 A step's answers depend on the weights, the data, the seed and the step alone."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,11 +146,9 @@ class Sampler:
             batches.append(mx.array([[*self.prompts[i], *a, *[0] * (most - len(a))] for a in group]))
         head, logps = load.dense_weight(self.reference.head()).astype(self.reference.dtype), list[mx.array | None]()
         for tokens, hidden, most in zip(batches, self.reference.forward(batches), longest, strict=True):
-            states = hidden[:, -most - 1 : -1]
+            states = hidden[:, -most - 1 : -1].reshape(-1, hidden.shape[-1])
             targets = tokens[:, -most:].reshape(-1)
-            flat = token_logps(
-                states.reshape(-1, states.shape[-1]), head, targets, self.objective.temperature, frozen_head=True
-            )
+            flat = token_logps(states, head, targets, self.objective.temperature, frozen_head=True)
             logps.append(flat.reshape(len(tokens), most))
         return logps
 
@@ -237,13 +233,10 @@ def train(
 def measure(
     sampler: Sampler, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Sequence[int]], samples: int = 0
 ) -> dict[str, float]:
-    """Means over answers to held-out rows, greedy ones or `samples` drawn for each; "loss" is minus the reward, so that
-    the lowest is the best."""
-    o = sampler.objective
+    """Means over answers to held-out rows, greedy or `samples` drawn for each; "loss", minus the reward, judges."""
+    o, ends = sampler.objective, sampler.tokenizer.eos_token_ids
     draw = batch_sampling.sampler(o.temperature if samples else 0.0, sampler.seed)
-    answers = batch_sampling.groups(
-        sampler.model, prompts, samples or 1, o.max_tokens, sampler.tokenizer.eos_token_ids, draw, sampler.at_once
-    )
+    answers = batch_sampling.groups(sampler.model, prompts, samples or 1, o.max_tokens, ends, draw, sampler.at_once)
     scores = rewards.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
     totals = _totals(scores)
     if np.isnan(totals).all():

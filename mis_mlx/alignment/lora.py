@@ -1,10 +1,8 @@
 """LoRA through mlx-lm's own adapters: put into a model, written in mlx-lm's format, fused into weights on disk."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,16 @@ class Lora:
     rank: int
     scale: float
 
+    @property
+    def settings(self) -> dict[str, float]:
+        """mlx-lm's names."""
+        return {"rank": self.rank, "scale": self.scale, "dropout": 0.0}
+
     def check(self, layers: int) -> None:
         """MisError where a model of so many layers cannot have these."""
         if not (self.num_layers == -1 or 1 <= self.num_layers <= layers):
-            raise MisError(
-                f"--num-layers is {self.num_layers}, the model has {layers}: give 1 to {layers}, or -1 for all"
-            )
+            why = f"--num-layers is {self.num_layers}, the model has {layers}"
+            raise MisError(f"{why}: give 1 to {layers}, or -1 for all")
 
     def params(self, config: Mapping[str, Any]) -> int:
         """How many numbers are trained."""
@@ -46,18 +48,12 @@ def insert(model: nn.Module, lora: Lora, seed: int) -> None:
     """Freeze the model and put adapters into it; A is drawn from `seed`, B is 0, so nothing changes yet."""
     model.freeze()
     mx.random.seed(seed)
-    settings = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0}
-    load.mlx_lm("tuner.utils").linear_to_lora_layers(model, lora.num_layers, settings)
+    load.mlx_lm("tuner.utils").linear_to_lora_layers(model, lora.num_layers, lora.settings)
 
 
 def write(adapters: Mapping[str, mx.array], lora: Lora, out: Path, files: Files) -> None:
     """Commit the new folder `out`, which mlx_lm takes as --adapter-path."""
-    parts = asdict(lora)
-    config = {
-        "fine_tune_type": "lora",
-        "num_layers": parts.pop("num_layers"),
-        "lora_parameters": {**parts, "dropout": 0.0},
-    }
+    config = {"fine_tune_type": "lora", "num_layers": lora.num_layers, "lora_parameters": lora.settings}
 
     def fill(folder: Path) -> None:
         write_arrays(folder / FILE, adapters, files)

@@ -2,8 +2,6 @@
 
 The reference is the model before it is trained: two floats a pair, kept in the run folder with their hashes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from mis_mlx.alignment import sequence_packing
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation.live_teacher import labels
 from mis_mlx.maths import preference
-from mis_mlx.maths.likelihood import sequence_logps, token_logps
+from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.models import distributed, load
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files
@@ -55,10 +53,11 @@ class Objective:
 
 
 def _sums(student: nn.Module, tokens: mx.array, learn: mx.array, frozen_head: bool) -> tuple[mx.array, mx.array]:
+    """Of rows (B, T): (the sum of log-probabilities where `learn` is 1, how many tokens these are), (B,) each."""
     hidden = student.model(tokens)
     flat, head = hidden.reshape(-1, hidden.shape[-1]), load.head_weight(student)
     logps = token_logps(flat, head, labels(tokens), frozen_head=frozen_head)
-    return sequence_logps(logps.reshape(tokens.shape), learn)
+    return (logps.reshape(tokens.shape) * learn).sum(axis=-1), learn.sum(axis=-1)
 
 
 def rectangle(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:

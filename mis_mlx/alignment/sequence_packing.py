@@ -2,8 +2,6 @@
 
 Padding is never learned and never seen by a real token, so it changes nothing."""
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -63,8 +61,7 @@ def drawn(
     share: Callable[[Any], Any] = lambda at: at,
 ) -> list[np.ndarray]:
     """The indices of a step's `parts` micro-batches: a pure function of its arguments. Those of like length come
-    together, which saves padding and changes nothing: a step is one sum. share: of all indices those that are wanted
-    here."""
+    together, which saves padding and changes nothing: a step is one sum. share: picks those that are wanted here."""
     at = order(len(lengths), batch_size * parts, step, seed)
     at = share(at[np.argsort([lengths[i] for i in at], kind="stable")])
     return [at[i : i + batch_size] for i in range(0, len(at), batch_size)]
@@ -79,8 +76,7 @@ def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[l
 
 
 class PackedDataset:
-    """Rows of (ids, learn) as windows to draw micro-batches from. room: tokens of a window that rows share; 0: one
-    row a window."""
+    """Rows of (ids, learn) as windows to draw micro-batches from. room: tokens of a shared window; 0: one row each."""
 
     def __init__(self, rows: Sequence[Sequenced], room: int = 0):
         lengths = [len(ids) for ids, _ in rows]

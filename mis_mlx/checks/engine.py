@@ -2,8 +2,6 @@
 
 A witness is the same work done another way (bit for bit), the CPU in float32, mlx_lm, or the plan."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial

@@ -2,8 +2,6 @@
 
 A check gives (what was found, the most that is right); NaN is never right."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial

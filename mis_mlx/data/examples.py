@@ -1,9 +1,6 @@
 """Rows to align with: conversations, prompts with completions, with chosen and rejected answers, with checked ones.
 
-Every row is judged before any is used; what is wrong is listed by line number in one MisError.
-"""
-
-from __future__ import annotations
+Every row is judged before any is used; what is wrong is listed by line number in one MisError."""
 
 import hashlib
 import re
@@ -57,8 +54,7 @@ def load(
     data: str | None, shapes: Sequence[str], licence: str | None = None, scrub: bool = False, kinds: Sequence[str] = ()
 ) -> Examples:
     """The rows of a folder with train.jsonl and perhaps valid.jsonl (else a tenth of the prompts is held out, by hash),
-    in one of `shapes`; None: generated tasks, of `kinds`, if any. licence: what the user says of the data. scrub:
-    replace personal data."""
+    in one of `shapes`; None: generated tasks, of `kinds`. licence: what the user says. scrub: replace personal data."""
     folder = BUILT_IN if data is None else Path(data).expanduser()
     if not (folder / "train.jsonl").is_file():
         raise MisError(f"{folder} has no train.jsonl: --data takes a folder with one JSON object per line in it")
@@ -136,9 +132,8 @@ def encode(
     placed: Sequence[Placed], tokenizer: Any, length: int, answers: Sequence[str] = (), mask_prompt: bool = True
 ) -> tuple[list[list[Sequenced]], int]:
     """(token sequences of every row, how many of these were cut at `length`). answers: keys of the row that are each an
-    answer to its prompt, and make a sequence each; none: the row is a conversation, of which all the assistant's turns
-    are learned, or prompt/completion. MisError lists the rows whose prompt fills the window, and those the chat
-    template refuses."""
+    answer to its prompt, and make a sequence each; none: the row is a conversation, all of whose assistant's turns are
+    learned, or prompt/completion. MisError lists rows whose prompt fills the window and those the template refuses."""
     if tokenizer.eos_token_id is None:
         raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
     templated = getattr(tokenizer, "chat_template", None) is not None
@@ -156,9 +151,8 @@ def encode(
                 break
             if not any(learn[1:length]):
                 taken = next((i for i, flag in enumerate(learn) if flag), len(ids))
-                problems.append(
-                    f"{at}: the prompt takes {taken} tokens, --max-seq-length is {length}: no answer is left"
-                )
+                why = f"the prompt takes {taken} tokens, --max-seq-length is {length}"
+                problems.append(f"{at}: {why}: no answer is left")
                 break
             cut += len(ids) > length
             sequences.append((np.array(ids[:length], np.int32), np.array(learn[:length], np.float32)))

@@ -1,10 +1,7 @@
 """Personal data in text: e-mail addresses, telephone numbers, PESEL and NIP, replaced and counted.
 
 A rule, not a guarantee: names and addresses of houses are not looked for. PESEL and NIP must pass their checksums, so
-that other numbers stay; a telephone number must be written as one: with +, in groups, with a Polish prefix.
-"""
-
-from __future__ import annotations
+that other numbers stay; a telephone number must be written as one: with +, in groups, with a Polish prefix."""
 
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Token windows of a data source for one tokenizer: train, and held-out sets that share nothing with it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,9 +1,6 @@
 """Rows of JSON lines: read line by line, judged by the keys that they owe, refused or counted.
 
-Rows of training text are mlx-lm's: {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
-"""
-
-from __future__ import annotations
+Rows of training text are mlx-lm's: {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}."""
 
 import codecs
 import hashlib

@@ -1,11 +1,7 @@
 """Where text comes from: two built-in texts, folders in mlx-lm's format, the hub; in three splits.
 
-Every row is judged (`rows`) before any is used; the notes say what was dropped. Two texts are built in, so that
-everything runs offline: the English prose of Python's own manual (`pydoc_data`, in every CPython) and the Polish Miś
-texts, which benchmarks/polish_text made.
-"""
-
-from __future__ import annotations
+Every row is judged (`rows`) before any is used; the notes say what was dropped. Two texts are built in, for work
+offline: Python's own manual in English (`pydoc_data`), and the Polish Miś texts, which benchmarks/polish_text made."""
 
 import hashlib
 import re
@@ -41,8 +37,11 @@ def load(data: str | None = None) -> Texts:
         shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
         return Texts(**splits, notes=[f"built-in Polish text: the Miś dataset, {_counts(splits)} documents; {shared}"])
     folder = Path(data).expanduser()
-    if folder.is_dir():
-        return _from_folder(folder)
+    if folder.is_dir():  # mlx-lm's: train.jsonl and perhaps valid.jsonl, test.jsonl
+        if not (folder / "train.jsonl").exists():
+            raise MisError(f"{folder} has no train.jsonl: put one there, one JSON object per line")
+        paths = {name: folder / f"{name}.jsonl" for name in SPLITS}
+        return _splits({name: read(path) for name, path in paths.items() if path.exists()}, str(folder))
     if folder.exists():
         raise MisError(f"{folder} is a file: --data takes the folder that holds train.jsonl")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data):
@@ -59,9 +58,8 @@ def _manual() -> Texts:
         bucket = int(hashlib.sha256(f"GÓRAL-{name}".encode()).hexdigest()[:8], 16) % 100
         splits["train" if bucket < 80 else "valid" if bucket < 85 else "test"].append({"text": topics[name]})
     version = ".".join(map(str, sys.version_info[:3]))
-    return Texts(
-        **splits, notes=[f"built-in English text: the manual of Python {version}, {_counts(splits)} documents"]
-    )
+    note = f"built-in English text: the manual of Python {version}, {_counts(splits)} documents"
+    return Texts(**splits, notes=[note])
 
 
 def _without_repeats(topics: Mapping[str, str]) -> list[str]:
@@ -81,22 +79,12 @@ def _counts(splits: Mapping[str, Sequence[Row]]) -> str:
     return ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
 
 
-def _from_folder(folder: Path) -> Texts:
-    """mlx-lm's folder: train.jsonl and perhaps valid.jsonl, test.jsonl. All lines are judged first."""
-    if not (folder / "train.jsonl").exists():
-        raise MisError(f"{folder} has no train.jsonl: put one there, one JSON object per line")
-    paths = {name: folder / f"{name}.jsonl" for name in SPLITS}
-    return _splits({name: read(path) for name, path in paths.items() if path.exists()}, str(folder))
-
-
 def _from_hub(name: str) -> Texts:
     try:
         import datasets
     except ImportError as error:
-        raise MisError(
-            f"'{name}' is no folder here, and reading it from the hub needs the datasets package: "
-            f"pip install 'mis-mlx[data]'"
-        ) from error
+        why = f"'{name}' is no folder here, and reading it from the hub needs the datasets package"
+        raise MisError(f"{why}: pip install 'mis-mlx[data]'") from error
     try:
         found = datasets.load_dataset(name)
     except Exception as error:  # the package raises dozens of kinds, all of them "could not get it"

@@ -31,10 +31,8 @@ class Windows:
 def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> list[tuple[list[int], list[int]]]:
     """Per row (ids, learn): learn is 1 where a token is to be predicted, 0 for prompts under `mask_prompt`.
 
-    A text row gets the tokenizer's own start token, if it has that habit, and the end token; the others are
-    rendered with its chat template. These are the ids mlx-lm trains on, with one difference: text that spells
-    a special token ("</s>") stays text, in every kind of row.
-    """
+    A text row gets the tokenizer's own start token, if it has that habit, and the end token; the others are rendered
+    with its chat template. These are mlx-lm's ids, but for text that spells a special token ("</s>"): it stays text."""
     if tokenizer.eos_token_id is None:
         raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
     start = start_of(tokenizer)
@@ -49,10 +47,8 @@ def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> 
         except MisError:
             raise
         except Exception as error:  # a template is a program that came with the model: it can raise anything
-            raise MisError(
-                f"the tokenizer's chat template refuses row {number} ({error}): fix the row, "
-                f"or use a model with a chat template, or rows of plain text"
-            ) from error
+            why = f"the tokenizer's chat template refuses row {number} ({error})"
+            raise MisError(f"{why}: fix the row, or use a model with a chat template, or rows of plain text") from error
     return tokenized
 
 
@@ -91,8 +87,7 @@ def conversation(
     """(ids, learn) of a prompt/completion or messages row. every_answer: not the last one alone is learned.
 
     Learn starts where the ids part from those of the conversation before an answer, and ends where they
-    part from those of the conversation up to it: the templates of some models rewrite earlier turns.
-    """
+    part from those of the conversation up to it: the templates of some models rewrite earlier turns."""
     messages = row.get("messages") or [
         {"role": "user", "content": row["prompt"]},
         {"role": "assistant", "content": row["completion"]},
@@ -119,8 +114,7 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
     """Ids of the rendered conversation, where only the template's own special tokens are special.
 
     A special token spelled in a message passes through the template as one private character and is cut up
-    afterwards. A conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does.
-    """
+    afterwards. A conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does."""
     content = "".join(message["content"] for message in messages)
     spelled = sorted((t for t in _special_tokens(tokenizer) if t in content), key=lambda t: (-len(t), t))
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in content)
@@ -157,9 +151,8 @@ def windows(
     marks = np.concatenate([np.asarray(learn, np.float32) for _, learn in rows] or [np.zeros(0, np.float32)])
     count = len(ids) // length
     if count == 0:
-        raise MisError(
-            f"the text has {len(ids)} tokens and one window takes {length}: bring more text or lower --max-seq-length"
-        )
+        why = f"the text has {len(ids)} tokens and one window takes {length}"
+        raise MisError(f"{why}: bring more text or lower --max-seq-length")
     tokens = ids[: count * length].reshape(count, length)
     learn = np.zeros((count, length), np.float32)
     learn[:, :-1] = marks[: count * length].reshape(count, length)[:, 1:]
@@ -190,8 +183,7 @@ def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
 def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
     """The text of each window as another model's tokenizer cuts it, (N, T') with what is behind its end not counted.
 
-    Special tokens stay what they are; half of a letter at either end is left out.
-    """
+    Special tokens stay what they are; half of a letter at either end is left out."""
     names, length = _special_tokens(tokenizer), 0
     special = {i: other.convert_tokens_to_ids(t) for t, i in tokenizer.get_vocab().items() if t in names}
     rows = list[list[int]]()
@@ -212,8 +204,7 @@ def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
 
 def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     """Indices (batch_size,) of the windows of optimizer step `step`, counted from 0: a pure function of its arguments.
-    Each epoch is a fresh permutation, less a rest too small for a batch; a batch bigger than the data goes round it
-    again."""
+    Each epoch is a fresh permutation, less a rest too small for a batch; a batch bigger than the data goes round it."""
     if n_windows < 1 or batch_size < 1:
         raise MisError(f"{n_windows} windows in batches of {batch_size}: both must be at least 1")
     epoch, within = divmod(step, max(1, n_windows // batch_size))
@@ -246,9 +237,8 @@ def without_overlap(held_out: Windows, train: Windows, span: int = 32) -> tuple[
     shared = overlap(train, held_out, span)
     count = len(held_out.tokens)
     if len(shared) == count:
-        raise MisError(
-            f"all {count} held-out windows share {span} tokens in a row with the training text: bring other test text"
-        )
+        why = f"all {count} held-out windows share {span} tokens in a row with the training text"
+        raise MisError(f"{why}: bring other test text")
     keep = np.setdiff1d(np.arange(count), shared)
     return held_out.pick(keep), len(shared)
 

@@ -5,8 +5,6 @@ learns to map the teacher's stream at the entrance of its group of blocks to the
 local distillation, arXiv 2411.19146). Some batches enter from the student's own stream instead, so that it learns to
 make up for the blocks before it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -151,8 +149,7 @@ def train(
 def error(args: Any, block: nn.Module, into: mx.array, want: mx.array) -> tuple[mx.array, mx.array]:
     """(sum over tokens of |out - want|^2 / |want|^2, how many tokens) of a block's output for `into`, (B, T, D).
 
-    Relative to the token's own length: the first token of a window is a hundred times longer than the rest.
-    """
+    Relative to the token's own length: the first token of a window is a hundred times longer than the rest."""
     missing = mx.square(block(into, load.mask(args, block, into)) - want).sum(axis=-1)
     share = missing / mx.maximum(mx.square(want).sum(axis=-1), 1e-12)
     return share.sum(), mx.array(float(share.size))

@@ -3,8 +3,6 @@
 A window's targets depend on the teacher, the window and the seed alone: not on how many windows went through the
 teacher together, nor on where writing was stopped."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -2,15 +2,13 @@
 
 Every measurement is a line in a log before the next begins, so a search that was killed goes on from there."""
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,12 @@ import numpy as np
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline
 from mis_mlx.evaluation import comparison
+from mis_mlx.evaluation.speed import timing
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.maths.optimizer import Diverged
-from mis_mlx.models import arch, load, mlx_generate, model_writer, policy, stream
+from mis_mlx.models import arch, load, mlx_generate, model_writer, policy
 from mis_mlx.models.config import Shape
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.job import spec_of
@@ -63,26 +62,23 @@ class CandidateTrials:
     ranking: Windows
     judging: Windows
 
-    def _spool(self) -> Spool | None:
-        """Where calibration keeps hidden states that memory does not hold."""
+    @property
+    def _spool(self) -> Callable[[], Spool] | None:
+        """Makes a place for hidden states of calibration, where memory does not hold them."""
         held = self.run.plan.held_windows("prune")
-        return None if held >= len(self.samples) else Spool(self.run.folder, held, self.run.files)
+        return None if held >= len(self.samples) else partial(Spool, self.run.folder, held, self.run.files)
 
     @cached_property
     def statistics(self) -> Statistics:
         """One streamed calibration, for all candidates. Without the weather: shapes must not depend on the wind."""
-        teacher = self.run.teacher
-        return calibrate.calibrate(teacher, self.samples, policy.compute_dtype(teacher), hidden=self._spool())[0]
+        teacher, place = self.run.teacher, self._spool() if self._spool else None
+        return calibrate.calibrate(teacher, self.samples, policy.compute_dtype(teacher), hidden=place)[0]
 
     @cached_property
     def _directions(self) -> rotate.Directions:
         """Of the stream, measured when the first candidate is narrower than the teacher."""
-
-        def place() -> stream.Hidden:
-            spool = self._spool()
-            return [] if spool is None else spool
-
-        return rotate.measured(self.run.teacher, self.samples, policy.compute_dtype(self.run.teacher), place)
+        teacher = self.run.teacher
+        return rotate.measured(teacher, self.samples, policy.compute_dtype(teacher), self._spool or list)
 
     @cached_property
     def _final_hidden(self) -> Any:
@@ -204,10 +200,11 @@ def timed(folder: Path, cached: int, halves: bool = True) -> shape_search.Decodi
     def quickest(count: int) -> float:
         model.model.layers = layers[:count]
         try:
-            stamps = mlx_generate.token_times(model, ids, TOKENS, cached)
+            cache = mlx_generate.filled_cache(model, cached)
+            stamps, _ = timing.clocked(mlx_generate.greedy(model, ids, TOKENS, cache))
         finally:
             model.model.layers = layers
-        return min(b - a for a, b in pairwise(stamps[1:]))
+        return min(b - a for a, b in pairwise(stamps))
 
     total, half = len(layers), max(1, len(layers) // 2)
     if not halves:
@@ -223,8 +220,8 @@ def timed(folder: Path, cached: int, halves: bool = True) -> shape_search.Decodi
 def work(
     s: Any, whole: Checkpoint, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget
 ) -> tuple[list[estimates.StageCost], phases.MemoryPlan]:
-    """What a search with these settings takes, every student counted as the one that takes most; and that one's
-    distillation. checkpoint: `whole` with the tokens that stay."""
+    """What a search with these settings takes, each student counted as the largest one; and that one's distillation.
+    checkpoint: `whole` with the tokens that stay."""
     t, length, rates = estimates.model_of(checkpoint), s.max_seq_length, estimates.machine_rates()
     configs = [shape_search.config_of(checkpoint.config, x) for x in shapes]
     most = (max(configs, key=arch.params), max(configs, key=lambda c: c["num_hidden_layers"]))

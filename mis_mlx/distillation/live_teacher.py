@@ -3,8 +3,6 @@
 The teacher stays in memory or is streamed, by the plan; either way what crosses over is its final hidden states, and
 the vocabulary is met chunk by chunk (maths/losses)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -55,7 +53,7 @@ class StreamedTeacher:
     ):
         where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, direct
         self._source = Relay(*where, shares) if shares else stream.Stream(*where)
-        self._head, self._temperature, self._cross_entropy = self._source.head(), temperature, cross_entropy
+        self._head, self.temperature, self._cross_entropy = self._source.head(), temperature, cross_entropy
 
     def hidden(self, batches: Sequence[mx.array]) -> stream.Hidden:
         """Token ids [(B, T)] -> [(B, T, D)]; a streamed teacher is read once for all of them."""
@@ -66,8 +64,7 @@ class StreamedTeacher:
         return load.logits(self._head, hidden)
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
-        """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); labels (B * T,) where cross-entropy
-        is asked for."""
+        """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); for cross-entropy labels (B * T,)."""
         micro = []
         pieces = [lanes.cut(b.tokens) for b in batches]
         coming = iter(self.hidden(list(chain.from_iterable(pieces))))
@@ -86,23 +83,17 @@ class StreamedTeacher:
 
         def of(head: mx.array, batches: Sequence[MicroBatch], b: int, hidden: mx.array) -> tuple[float, mx.array]:
             _, learn, target = batches[b]
-            loss, slope, _ = self.kl_gradients(hidden, head, learn, target, True)
+            loss, slope, _ = host_losses.kl_gradients(hidden, head, target, self.logits, learn, self.temperature, True)
             return loss, slope
 
         return of if policy.name() == "cpu" and not self._cross_entropy else None
-
-    def kl_gradients(
-        self, hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array, frozen_head: bool
-    ) -> tuple[float, mx.array, mx.array | None]:
-        """`host_losses.kl_gradients` against this teacher's logits."""
-        return host_losses.kl_gradients(hidden, head, target, self.logits, learn, self._temperature, frozen_head)
 
     def kl_sum(
         self, hidden: mx.array, head: mx.array, learn: mx.array, *target: mx.array, frozen_head: bool = False
     ) -> mx.array:
         """`losses.kl_sum` against this teacher's logits."""
         return losses.kl_sum(
-            hidden, head, target[0], self.logits, learn, self._temperature, frozen_head=frozen_head,
+            hidden, head, target[0], self.logits, learn, self.temperature, frozen_head=frozen_head,
             labels=target[1] if self._cross_entropy else None, cross_entropy=self._cross_entropy,
         )  # fmt: skip
 
@@ -146,8 +137,9 @@ def _on_host(
         _, slopes = mx.vjp(forth, list(trained.values()), [cotangent])
         student.update(tree_unflatten(list(trained.items())))
         mx.eval(hidden, cotangent)
-    name = load.head_name(student)
-    loss, below, of_head = source.kl_gradients(hidden[0], load.head_weight(student), learn, target, name not in trained)
+    name, head = load.head_name(student), load.head_weight(student)
+    how = source.logits, learn, source.temperature, name not in trained
+    loss, below, of_head = host_losses.kl_gradients(hidden[0], head, target, *how)
     host_losses.view(cotangent)[:] = host_losses.view(below)
     found = dict(zip(trained, slopes, strict=True))
     del slopes
@@ -192,8 +184,7 @@ def steps(
     start: int = 0,
     sigma: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Step]:
-    """Optimizer steps `start` to `recipe.iters` of distillation, as `train_loop.train` yields them.
-    sigma(): spread of eps_halny, asked at every step."""
+    """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`. sigma(): spread of eps_halny at each step."""
     micro_batches, loss = step_micro_batches(source, data, recipe), loss_of(source)
     quicker = source.gradient_of(student) if isinstance(source, StreamedTeacher) else None
 

@@ -1,7 +1,5 @@
 """A student's training, from where it stands to its end: repaired or taught block by block, then distilled."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,8 +90,7 @@ def source_of(c: Run) -> live_teacher.TargetSource:
         store = cached_targets.write(c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files, seed=r.seed,
                                      windows_per_pass=at_once, show=show, together=bool(c.shares))  # fmt: skip
     cost = f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets"
-    for note in [*store.notes, cost]:
-        cli.say(note)
+    cli.say(*store.notes, cost)
     mx.clear_cache()
     return cached_targets.Cached(store, at)
 

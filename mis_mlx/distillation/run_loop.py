@@ -2,8 +2,6 @@
 
 Does not know what is trained. The protocol on disk is storage/checkpoint's."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import deque
@@ -64,8 +62,7 @@ def opened(s: Any, model: str | None, what: str = "model", place: str | Path = "
 def prepared(s: Any, teacher: Checkpoint) -> tuple[preparation.Data, dict[str, str]]:
     """The text of --data, with what was done to it said aloud; and what a resumed run must have begun with."""
     data = preparation.prepare(s.data, load.tokenizer(teacher.path), s.max_seq_length)
-    for note in data.notes:
-        cli.say(note)
+    cli.say(*data.notes)
     return data, run_folder.origin(teacher, token_windows.fingerprint(data.train))
 
 
@@ -98,8 +95,7 @@ def open_run(
         stored = {flag: value for flag, value in asdict(s).items() if flag not in run_folder.NOT_STORED}
         folder = run_folder.create(s.out, name, stored, origin, way, files)
     elif folder and distributed.is_main():
-        for note in run_folder.same_origin(folder, origin):
-            cli.say(note)
+        cli.say(*run_folder.same_origin(folder, origin))
     cli.say(f"run folder: {folder}")
     with (
         distributed.workplace(folder) as place,
@@ -132,6 +128,7 @@ def run_training(
     any machine beside this one, or when such a machine is gone. budget_bytes, planned_tps: shown beside the memory and
     the speed there are. report: told of every step."""
     losses, weather = deque[float](maxlen=text.SPARK_STEPS), run.weather
+    where = f"go on with --out {run.folder} --resume"
     unsaved = 0  # the number of a step that no checkpoint holds
     with cli.stop_asked() as asked, progress.bar(label, iters) as show:
         try:
@@ -154,14 +151,12 @@ def run_training(
                     save(step.number)
                     unsaved = 0
                 if distributed.any_rank(asked) and step.number < iters:
-                    where = f"go on with --out {run.folder} --resume"
                     raise MisError(f"stopped at step {step.number} of {iters}, all of it saved: {where}")
         except distributed.Lost as lost:
             if not distributed.is_main():
                 raise
             if unsaved:  # the last step that all machines did
                 save(unsaved)
-            where = f"go on with --out {run.folder} --resume"
             raise MisError(f"{lost}; all steps that were done are saved, {where}") from None
 
 
@@ -207,8 +202,7 @@ class CheckpointedTraining:
         """Put the newest checkpoint back on every machine: its number; None when there is none."""
         saved = protocol.newest(self.run.folder / self.steps, self.run.files)
         if saved:
-            for note in [*saved.notes, f"continuing from step {saved.number}"]:
-                cli.say(note)
+            cli.say(*saved.notes, f"continuing from step {saved.number}")
             arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
             self.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
             self.run.weather.breaks = PauseCounter(**saved.state["tea"])
@@ -224,7 +218,7 @@ class CheckpointedTraining:
         more = self.remember(number)
         if distributed.is_main():
             arrays = {key: named for key, named in self.arrays().items() if named}
-            state = {"arrays": list(arrays), "optimizer": self.memory(), "tea": self.run.weather.breaks.saved(), **more}
+            state = {"arrays": list(arrays), "optimizer": self.memory(), "tea": asdict(self.run.weather.breaks), **more}
             protocol.save_step(self.run.folder / self.steps, number, arrays, state, self.run.files)
 
     def finish(

@@ -2,8 +2,6 @@
 
 mlx-lm's DWQ learns from the same model before rounding; here the teacher may be another, bigger one. Does not round."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,8 +40,7 @@ def tune(c: pipeline.Run, rounded: Path, out: Path, recipe: DistillationConfig) 
     """Write the folder `out`: `rounded` after its steps. Killed on the way, it goes on from its checkpoints."""
     checkpoint = load.open_checkpoint(rounded)
     model, source = grid.resident(checkpoint), pipeline.source_of(c)
-    pipeline.train_whole(
-        replace(c, recipe=recipe), model, GuardedAdamW(weight_decay=DECAY), source, lambda: None, tuned=True
-    )
+    optimizer = GuardedAdamW(weight_decay=DECAY)
+    pipeline.train_whole(replace(c, recipe=recipe), model, optimizer, source, lambda: None, tuned=True)
     if distributed.is_main():
         grid.write(checkpoint, model, out, c.files)

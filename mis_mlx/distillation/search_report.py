@@ -1,7 +1,5 @@
 """What came out of a search: which finalist is best and how sure that is, in tables and in one sentence."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

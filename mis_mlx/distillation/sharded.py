@@ -4,8 +4,6 @@ The student is a folder of `models/block_files.py`. A step goes through all bloc
 shard; only the shard's blocks have gradients and moments, and stay in memory. After some steps its files are replaced
 and the next shard comes in, in a circle. The embedding, the last norm and the head are frozen."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -114,8 +112,7 @@ class Sharded:
     ) -> tuple[float, float, dict[str, Any]]:
         """(loss per token in nats, tokens, gradients of the *sum* over tokens by `shard`) of one step, evaluated. kept:
         an empty list or spool. It gets the inputs (B, T, D) of the shard's first block and of all above it, batch by
-        batch; on the way back their cotangents take their places. slopes: in the place of `loss`, where numpy computes
-        it."""
+        batch; on the way back their cotangents take their places. slopes: `loss` where numpy computes it."""
         n, top, gradients = len(batches), self._source.layers - 1, {}
         self._source.embed([tokens for tokens, *_ in batches], kept)
         for i, block in self._in_turn(range(top + 1)):
@@ -201,8 +198,7 @@ def steps(
     factor: Callable[[int], float] = lambda step: 1.0,
     slopes: Slopes | None = None,
 ) -> Iterator[Step]:
-    """Run steps `start` to `schedule.iters`, yielding each as `train_loop.train` does; the last one done, the student's
-    folder is the trained model."""
+    """Run steps `start` to `schedule.iters` as `train_loop.train` does; after the last one the folder is trained."""
 
     def gradients(step: int) -> tuple[float, float, Any]:
         return student.gradients(micro_batches(step), loss, [], slopes)

@@ -1,7 +1,5 @@
 """What came out of a run: one dictionary for machines, one page of tables for people."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tell TensorBoard (by tensorboardX), Weights & Biases or SwanLab of every step, under mlx-lm's keys."""
 
-from __future__ import annotations
-
 import atexit
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec

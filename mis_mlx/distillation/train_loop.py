@@ -3,8 +3,6 @@
 Cutting a step into micro-batches cannot change it, nor can sharing these out to machines (models/distributed): losses
 are summed, and divided once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ Anything that is not one value and nothing else is no value: "5 or 7", "not 5", 
 invisible characters, a comma that could be read in two ways. Numbers are fractions.Fraction, their digits are counted
 before they are converted, and nothing is ever evaluated."""
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata
@@ -194,8 +192,7 @@ def _plain(line: str) -> str:
 
 def same(answer: Value, right: Value) -> bool:
     """Whether an answer is the right one: exactly, with units converted. An answer without a unit counts in the unit in
-    which the right one is written; a percentage answers a question for a number; any other unit where none belongs is
-    wrong."""
+    which the right one is written; a percentage answers a question for a number; no other unit where none belongs."""
     if isinstance(answer, tuple) or isinstance(right, tuple):
         return answer == right
     if answer.kind == right.kind:

@@ -1,12 +1,10 @@
 """One model, one task: the mark of every question, kept by (model, task), so that nothing is asked twice."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -51,8 +49,7 @@ def read(path: Path) -> Asked:
 
 
 def todo(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
-    """(where answers are kept, those that are there, numbers of the questions still to be asked). Of several machines
-    the first one keeps them."""
+    """(where answers are kept, by the first of several machines; those that are there; numbers of questions left)."""
     path = kept(model_sha256, task.sha256)
     answers = {row["n"]: row for row in distributed.broadcast_json(lambda: list(read(path).values()))}
     return path, answers, [n for n in range(len(task.questions)) if n not in answers]
@@ -93,9 +90,10 @@ def by_harness(checkpoint: Checkpoint, ids: Sequence[str], count: int) -> dict[s
     def rows_of(name: str) -> list[dict[str, Any]]:
         path = kept(model, hashlib.sha256(f"lm_eval {lm_eval_tasks.version()} {name} {count}".encode()).hexdigest())
         if not path.is_file():
-            by_task = lm_eval_tasks.run(checkpoint.path, [name], count)
+            by_task = lm_eval_tasks.samples(checkpoint.path, [name], count)
+            marked = {t: lm_eval_tasks.marks(t, found) for t, found in by_task.items()}
             rows = [{"task": t, "marks": m.marks.tolist(), "chance": m.chance.tolist(), "metric": m.metric}
-                    for t, m in by_task.items()]  # fmt: skip
+                    for t, m in marked.items()]  # fmt: skip
             DISK.make_folder(path.parent)
             DISK.replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         return run_folder.records(path)
@@ -152,18 +150,14 @@ def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bu
         which = f"{task.name} question {left[lengths.index(longest)] + 1}"
         raise MisError(f"{which} takes {longest} tokens, {checkpoint.path} reads {most}: shorten or remove it")
     rows = max(longest, option_likelihood.ROWS)
-
-    def phase(tokens: int, again: bool = True) -> estimates.StageCost:
-        return estimates.streamed_pass(
-            task.name, m, tokens, rows, rows, limit_bytes=limit.limit_bytes, spool=False, again=again
-        )
-
-    least = phase(rows, again=False)
+    how: dict[str, Any] = {"micro_tokens": rows, "length": rows, "limit_bytes": limit.limit_bytes, "spool": False}
+    phase = partial(estimates.streamed_pass, task.name, m, **how)
+    least = phase(tokens=rows)
     estimates.fit(limit, least, remedy=f"give --budget {estimates.flag(least.peak_bytes)} or more")
-    whole = phase(min(total, PART)).pinned == m.shape.layers
+    whole = phase(tokens=min(total, PART), again=True).pinned == m.shape.layers
     spare = estimates.room(limit.limit_bytes, least.peak_bytes) // (2 * m.shape.hidden * m.item)
     part = PART if whole else max(rows, min(total, spare))
-    one = phase(min(total, part), again=whole or part < total)
+    one = phase(tokens=min(total, part), again=whole or part < total)
     room = estimates.room(limit.limit_bytes, one.peak_bytes - one.pinned * m.block_work - m.head_work)
     read = m.nbytes + (-(-total // part) - 1) * one.read_bytes
 
@@ -220,11 +214,7 @@ def _writer(
         draw = batch_sampling.sampler(0.0, 0)
         return lambda prompts: [g[0] for g in batch_sampling.groups(model, prompts, 1, count, ends, draw, AT_ONCE)]
     stream = Stream(checkpoint, dtype, room, checkpoint.nbytes > limit.limit_bytes)
-
-    def one_by_one(prompts: Sequence[list[int]]) -> list[list[int]]:
-        return [list(chain.from_iterable(streamed_decode.decode(stream, p, count, ends))) for p in prompts]
-
-    return one_by_one
+    return lambda prompts: [list(chain.from_iterable(streamed_decode.decode(stream, p, count, ends))) for p in prompts]
 
 
 def _checked(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]:

@@ -4,8 +4,6 @@ Also llama.cpp's report (tools/perplexity, --kl-divergence) in its names and uni
 window; ± is one standard error over tokens, as if they were independent. Unlike there, the reference's probabilities
 are whole (llama.cpp keeps 16 bits and leaves out those under e^-16), and a window has no start token before it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -116,11 +114,8 @@ def by_window(
             at = mx.array(counted[start : start + rows])
             hidden, targets = (states[w][0][at] for _, states in (base, other)), mx.array(tokens)[at + 1]
             z_t, z = (load.logits(head, h)[:, :vocab].astype(mx.float32) for head, h in zip(heads, hidden, strict=True))
-            if policy.name() == "cpu":
-                values.append(host_losses.compared(z_t, z, targets))
-            else:
-                reference = losses.Reference(z_t, targets)
-                values.append(np.array(mx.stack([reference.nll(), *reference.compare(z)], axis=1)))
+            work = host_losses.compared if policy.name() == "cpu" else losses.compared
+            values.append(np.array(work(z_t, z, targets)))
         yield np.concatenate(values, dtype=np.float64)
 
 
@@ -164,18 +159,15 @@ def second_half(held_out: Windows) -> Windows:
     learn = held_out.learn.copy()
     learn[:, : learn.shape[1] // 2] = 0
     if (count := int((learn > 0).sum())) < FEW:
-        raise MisError(
-            f"{count} tokens lie in the second halves of {len(learn)} windows, statistics need {FEW}: "
-            "raise --eval-windows, or bring more test text"
-        )
+        why = f"{count} tokens lie in the second halves of {len(learn)} windows, statistics need {FEW}"
+        raise MisError(f"{why}: raise --eval-windows, or bring more test text")
     return Windows(held_out.tokens, learn)
 
 
 def kld(
     base: Checkpoint, others: Mapping[str, Checkpoint], held_out: Windows, opened: Opened = alone
 ) -> dict[str, Figures]:
-    """{name: figures} of all models, over the predictions that count; `base` is the reference. Of several machines each
-    has its own windows."""
+    """{name: figures} of all models, over the predictions that count, each machine its own; `base`: the reference."""
     held_out = own(held_out)
     mine, report = final_hidden(base, held_out, opened), {}
     for name, other in cli.counted("model", others.items(), len(others)):

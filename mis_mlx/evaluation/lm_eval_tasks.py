@@ -2,8 +2,6 @@
 
 Needs the extra `evaluate`, data sets from the hub, and the whole model in memory."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,27 +74,20 @@ def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | N
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:  # as hub, datasets and requests say that nothing comes
             reason = " ".join(str(error).split())[:160]
-            raise MisError(
-                f"lm-eval could not run {', '.join(ids)} ({type(error).__name__}: {reason}): its data come from the "
-                "Hugging Face hub, so check the network, or take --tasks polish-offline"
-            ) from None
+            why = f"lm-eval could not run {', '.join(ids)} ({type(error).__name__}: {reason})"
+            remedy = "its data come from the Hugging Face hub, so check the network, or take --tasks polish-offline"
+            raise MisError(f"{why}: {remedy}") from None
     return found["samples"]
 
 
-def run(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | None = None) -> dict[str, Marks]:
-    """{task: marks} of `samples`."""
-    return {name: _marks(name, found) for name, found in samples(folder, ids, count, tasks_folder).items()}
-
-
-def _marks(name: str, found: Sequence[Sample]) -> Marks:
+def marks(name: str, found: Sequence[Sample]) -> Marks:
     """Of one task: its records in the order of its questions, of one filter where answers pass through several."""
     first = found[0].get("filter")
     ordered = sorted((s for s in found if s.get("filter") == first), key=lambda s: s["doc_id"])
     metric = next((m for m in METRICS if m in ordered[0]), None)
     if metric is None:
-        raise MisError(
-            f"{name} is scored by none of {', '.join(METRICS)}: its marks cannot be compared question by question"
-        )
+        why = f"{name} is scored by none of {', '.join(METRICS)}"
+        raise MisError(f"{why}: its marks cannot be compared question by question")
     choice = ordered[0].get("resps") and metric == "acc"
     chance = [1 / len(s["resps"]) if choice and len(s["resps"]) > 1 else 0.0 for s in ordered]
     return Marks(np.array([float(np.mean(s[metric])) for s in ordered]), np.array(chance), metric)

@@ -1,9 +1,6 @@
 """How likely each option is after its question: log-likelihoods, as lm-eval defines them. Streamed.
 
-A question is computed once for all of its options, which do not see each other; several questions share a sequence of
-tokens, and nothing is padded."""
-
-from __future__ import annotations
+A question is computed once for all its options, which do not see each other; questions share sequences, unpadded."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +21,7 @@ Encoded = tuple[list[int], list[list[int]]]  # token ids of the context (at leas
 
 def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
     """As lm-eval does: an option is what context + option has more than the context alone. White space at the end of a
-    context goes to its options. An empty context is the start token, or the end token where there is none. MisError
-    where an option adds no token."""
+    context goes to its options. An empty context is the start token, else the end token. MisError: an empty option."""
     bare = context.rstrip()
     options = [context[len(bare) :] + option for option in options]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -6,8 +6,7 @@ A file holds rows of one kind and is one task, named like the file:
     cloze    {"text", "options", "answer"}       which option fits the blank ___ of the text
     checked  {"prompt", "answer"}                the model writes; its last line is compared with the answer
 
-"answer" is one of the options. "language" may be "pl" or "en" and decides between "Odpowiedź:" and "Answer:".
-"""
+"answer" is one of the options. "language" may be "pl" or "en" and decides between "Odpowiedź:" and "Answer:"."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,8 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """`options` as they continue `context`, the `right`-th is the answer. Without options a model writes, and `answer`
-    says what is right."""
+    """`options` as they continue `context`; the `right`-th is it. Without options a model writes what `answer` says."""
 
     context: str
     answer: str
@@ -81,13 +80,12 @@ class Task:
 
 def best_constant_answer(task: Task) -> tuple[float, str]:
     """(share, answer) of U Zośki, who always recommends the same: the best constant, by name or place in the list."""
-    counts = dict[str, int]()
+    counts = Counter[str]()
     for q in task.questions:
-        place = [f"option {q.right + 1}"] if q.options else []
-        for answer in [*place, f"“{q.answer.strip()}”"]:
-            counts[answer] = counts.get(answer, 0) + 1
-    best = max(counts, key=lambda answer: counts[answer])
-    return counts[best] / len(task.questions), best
+        counts.update([f"option {q.right + 1}"] if q.options else [])
+        counts.update([f"“{q.answer.strip()}”"])
+    best, count = counts.most_common(1)[0]
+    return count / len(task.questions), best
 
 
 def folder(path: Path) -> list[Task]:
@@ -186,8 +184,7 @@ class Known:
         self._whole = f" {' '.join(known)} "
 
     def holds(self, q: Question) -> bool | None:
-        """Whether question and answer share a run with the training text; None where they are too short to be looked
-        up."""
+        """Whether question and answer share a run with the training text; None: they are too short to be looked up."""
         asked = words(q.context + (q.options[q.right] if q.options else f" {q.answer}"))
         if len(asked) >= SPAN:
             return any(hash(run) in self._runs for run in _runs(asked))

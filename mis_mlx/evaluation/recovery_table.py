@@ -1,7 +1,5 @@
 """The recovery table in Markdown, as a figure, and what it says in plain words. Knows marks, and no model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,10 +81,8 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     parts = ["Share of right answers, ± 95 %\n\n" + markdown_table(head, [_scores(o) for o in outcomes])]
     if names[1:]:
         title = "Recovered: (student − chance) / (teacher − chance), 95 % interval over the same questions"
-        parts.append(
-            f"{title}\n\n"
-            + markdown_table(["", *names[1:]], [[o.task, *map(o.recovered_words, names[1:])] for o in outcomes])
-        )
+        rows = [[o.task, *map(o.recovered_words, names[1:])] for o in outcomes]
+        parts.append(f"{title}\n\n" + markdown_table(["", *names[1:]], rows))
     parts += [tables] if tables else []
     parts.append("\n".join(f"- {line}" for line in findings(outcomes)))
     parts.append("\n".join(f"- `{o.task}`: {o.about}." for o in outcomes))

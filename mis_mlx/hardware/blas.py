@@ -5,8 +5,6 @@ The index has OpenBLAS in scipy-openblas32, with kernels for every processor, bu
 `renamed` takes that off, in a copy of its own. Runs as a file, before mlx is imported; imports nothing of the package.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import struct
@@ -29,8 +27,7 @@ def renamed(library: bytes) -> bytes:
     """A 64-bit ELF library whose exported names have lost PREFIX. One of OTHERWISE where it is built otherwise.
 
     A name is an offset into a table of texts: it moves on by the prefix's length. The table that finds names by
-    their hash must be made anew; the older, plainer kind (System V ABI, "Hash Table") fits where the GNU one was.
-    """
+    their hash must be made anew; the older, plainer kind (System V ABI, "Hash Table") fits where the GNU one was."""
     data = bytearray(library)
     start, (size, count) = struct.unpack_from("<Q", data, 40)[0], struct.unpack_from("<HH", data, 58)
     sections = [struct.unpack_from("<IIQQQQI", data, start + size * i) for i in range(count)]

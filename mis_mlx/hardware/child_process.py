@@ -3,8 +3,6 @@
 For functions that read text of unknown origin, or that a user brought: what hangs, crashes or eats memory ends there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import inspect
@@ -40,8 +38,7 @@ def ask(
 
     Arguments that its signature does not name are left out. memory_bytes: of its address space, limited by the
     kernel; or where it is `watched` by us, as macOS has no such limit, of what it and its children hold; 0: no limit.
-    NoAnswer when it raises, ends its process, answers what JSON has no word for, or takes more than it may.
-    """
+    NoAnswer when it raises, ends its process, answers what JSON has no word for, or takes more than it may."""
     path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH", "")]))
     question = json.dumps({"source": source, "function": function, "arguments": arguments,
                            "bytes": 0 if watched else memory_bytes, "seconds": math.ceil(seconds)})  # fmt: skip

@@ -1,7 +1,5 @@
 """Time that can be read and waited for, real or virtual, and how long the machine slept meanwhile."""
 
-from __future__ import annotations
-
 import sys
 import time
 
@@ -9,8 +7,7 @@ LONG_AFTER_BOOT_S = 1e6
 
 
 class Clock:
-    """The real clock. Sleep (a closed lid) is told from the system's own counters, so a wall clock that
-    is set by hand or by NTP is never mistaken for it."""
+    """The real clock. Sleep (a closed lid) is told from the system's counters, not from a wall clock that is set."""
 
     def monotonic(self) -> float:
         """Seconds that never run backwards; they stand still while the machine sleeps."""
@@ -46,7 +43,7 @@ class VirtualClock(Clock):
     """A clock that moves only when told to: for replays and tests. `sleep` returns at once."""
 
     def __init__(self) -> None:
-        self._awake = self._asleep = self._wall = 0.0
+        self._awake = self._wall = 0.0
 
     def monotonic(self) -> float:
         """Virtual seconds awake."""
@@ -61,19 +58,14 @@ class VirtualClock(Clock):
         self._awake += max(seconds, 0.0)
         self._wall += max(seconds, 0.0)
 
-    def suspend(self, seconds: float) -> None:
-        """Close the lid for `seconds`: the wall clock goes on, `monotonic` does not."""
-        self._asleep += seconds
-        self._wall += seconds
-
     def set_wall(self, wall_s: float) -> None:
         """The wall clock jumps, as when NTP or a user sets it; nobody slept."""
         self._wall = wall_s
 
     def uptime(self) -> float:
         """Virtual seconds since boot."""
-        return LONG_AFTER_BOOT_S + self._awake + self._asleep
+        return LONG_AFTER_BOOT_S + self._awake
 
     def asleep(self) -> float:
-        """Virtual seconds asleep."""
-        return self._asleep
+        """Virtual seconds asleep: none."""
+        return 0.0

@@ -2,10 +2,7 @@
 
 MLX's CPU back end computes everything but matrix products in one thread a stream, so that one of two cores waits most
 of the time; here two windows go through two streams, each product in one thread. A GPU has one lane, and so has a CPU
-of one core, or of many, whose products need them all.
-"""
-
-from __future__ import annotations
+of one core, or of many, whose products need them all."""
 
 import ctypes
 import os

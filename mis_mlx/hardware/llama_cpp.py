@@ -1,7 +1,5 @@
 """llama.cpp's own quantizer, llama-quantize or Python's llama-cpp-python, in a process of its own: it may abort."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 import subprocess
@@ -25,10 +23,8 @@ def quantizer() -> list[str]:
         return [program]
     if importlib.util.find_spec("llama_cpp"):
         return [sys.executable, "-c", PROGRAM]
-    raise MisError(
-        "K-quants are made by llama.cpp, which is not here: `brew install llama.cpp`, or `pip install "
-        "llama-cpp-python`, or another --out-type"
-    )
+    why = "K-quants are made by llama.cpp, which is not here"
+    raise MisError(f"{why}: `brew install llama.cpp`, or `pip install llama-cpp-python`, or another --out-type")
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:
@@ -39,7 +35,5 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     if done.returncode or not target.is_file():
         lines = (done.stderr + done.stdout).decode(errors="replace").strip().splitlines() or ["without a word"]
         last = [line for line in lines if "failed" in line or "rror" in line] or lines
-        raise MisError(
-            f"llama.cpp could not make {target.name} (exit code {done.returncode}: {last[-1][:200]}): "
-            "look at the free space, or take another --out-type"
-        )
+        why = f"llama.cpp could not make {target.name} (exit code {done.returncode}: {last[-1][:200]})"
+        raise MisError(f"{why}: look at the free space, or take another --out-type")

@@ -1,7 +1,5 @@
 """What this machine is, for people who compare numbers. No names of hosts or users."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

@@ -1,7 +1,5 @@
 """Memory of this machine and this process, and a sensible budget, which MLX is told here and nowhere else."""
 
-from __future__ import annotations
-
 import os
 import resource
 import sys
@@ -102,8 +100,7 @@ def process_bytes(limit_bytes: int, gpu: bool | None = None) -> int:
     on Metal is emptied before arrays and cache pass MLX's limit. gpu: as this process computes, if not said.
 
     The growth was measured on a CPU at 13 to 20 MiB, whatever the model; budgets of under 144 MiB are met in
-    tests only, where a sixth of them does.
-    """
+    tests only, where a sixth of them does."""
     gpu = mx.default_device() == mx.gpu if gpu is None else gpu
     return _grown(limit_bytes, gpu) + (0 if gpu else cache_bytes(limit_bytes, gpu))
 
@@ -118,8 +115,7 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
     limits come back after.
 
     wired_bytes: what a job is planned to take that trains a model whole in memory: on Metal that much is wired, so
-    that macOS does not page it out between two passes. device: `mlx.core`, or what a test puts in its place.
-    """
+    that macOS does not page it out between two passes. device: `mlx.core`, or what a test puts in its place."""
     _open_more_files()
     gpu = device.default_device() == device.gpu
     memory = device.set_memory_limit(limit.limit_bytes - _grown(limit.limit_bytes, gpu))

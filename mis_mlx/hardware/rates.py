@@ -1,7 +1,5 @@
 """How fast this machine reads, writes, multiplies and moves memory: measured, or assumed."""
 
-from __future__ import annotations
-
 import datetime
 import fcntl
 import json
@@ -96,8 +94,7 @@ def matmul_flops(seconds: float = 0.3) -> float:
 
 
 def memory_bytes() -> float:
-    """Bytes per second that memory moves: of a copy, or of one pass that reads (a scalar product on a CPU, a maximum
-    on Metal), whichever is quicker."""
+    """Bytes per second that memory moves, by a copy or a pass that reads (CPU: product; Metal: maximum), if quicker."""
     nbytes = MEMORY_SAMPLE_BYTES
     one, other = (np.ones(nbytes // 8, np.float32) for _ in range(2))
     copying = nbytes / quickest(lambda: np.copyto(other, one), 0.4)

@@ -1,10 +1,7 @@
 """Make the operating system notice when the other end of an open connection vanishes.
 
 A process that dies closes its connections, and the other end knows at once. A machine that loses power, its cable, or
-falls asleep says nothing: asked every few seconds, it counts as dead after half a minute.
-"""
-
-from __future__ import annotations
+falls asleep says nothing: asked every few seconds, it counts as dead after half a minute."""
 
 import contextlib
 import os

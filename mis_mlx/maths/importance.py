@@ -1,9 +1,7 @@
 """Importance of FFN neurons, query heads, hidden channels and blocks; AAIS; who is kept.
 
-Statistics are sums over calibration samples, so they add up in any order. AAIS is eq. (1) of the paper: I_j = |a_j| *
-T_env / h_npm, with |a_j| the root mean square over tokens, which picks better than Minitron's mean
-(benchmarks/recovery.py, neurons).
-"""
+Statistics are sums over calibration samples and add up in any order. AAIS is eq. (1) of the paper: I_j = |a_j| * T_env
+/ h_npm, |a_j| the rms over tokens, which picks better than Minitron's mean (benchmarks/recovery.py, neurons)."""
 
 from __future__ import annotations
 
@@ -47,16 +45,12 @@ def block_sample(into: mx.array, out: mx.array) -> mx.array:
 def weight_of(reading: Reading | None, unit: str) -> float | None:
     """T_env of one calibration batch in the unit asked for, or None when nothing is known of it.
 
-    Kelvin is always positive. Celsius is the paper to the letter, and refuses T <= 0: a negative weight
-    would reverse the ranking.
-    """
+    Kelvin is always positive. Celsius, to the letter of the paper, refuses T <= 0, which would reverse the ranking."""
     if reading is None or reading.ambient_c is None:
         return None
     if reading.altitude_m is not None and reading.altitude_m <= 0:
-        raise MisError(
-            f"the altitude is {reading.altitude_m:g} m and divides eq. (1), so it must be above 0: "
-            "use --importance rms here, or give --altitude-m"
-        )
+        why = f"the altitude is {reading.altitude_m:g} m and divides eq. (1), so it must be above 0"
+        raise MisError(f"{why}: use --importance rms here, or give --altitude-m")
     if unit == "kelvin":
         return reading.ambient_c + KELVIN
     if reading.ambient_c <= 0:
@@ -71,8 +65,7 @@ def weight_of(reading: Reading | None, unit: str) -> float | None:
 class Sums:
     """Sums over calibration batches of one layer's channels, and how many there were.
 
-    mean: squares of means over tokens of |a|. square: means of a^2. warm: those times T_b^2.
-    """
+    mean: squares of means over tokens of |a|. square: means of a^2. warm: those times T_b^2."""
 
     mean: np.ndarray
     square: np.ndarray
@@ -146,8 +139,7 @@ def group_scores(scores: np.ndarray, groups: int) -> np.ndarray:
 def lowest_blocks(block: dict[int, float], keep: int, kinds: Sequence[int] = ()) -> tuple[int, ...]:
     """Layers to keep, in order: those with the largest 1 - cosine; of equal ones the earlier stays.
 
-    kinds: of every layer, where the j-th to be kept must be of the kind of layer j.
-    """
+    kinds: of every layer, where the j-th to be kept must be of the kind of layer j."""
     if len(set(kinds)) < 2:
         return tuple(sorted(sorted(block, key=lambda i: (-block[i], i))[:keep]))
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *[(-np.inf, ())] * keep]  # of the first layers, j of them
@@ -164,8 +156,7 @@ def conditions_size(sums: Sequence[Sums], size: int, multiple: int, altitude_m: 
 
     The threshold is the importance that `size` channels a layer pass at the reference, 8 °C and 832 m. At
     the measured conditions more or fewer pass it; their mean per layer is rounded to `multiple`. Thin air
-    divides by a larger h, so fewer pass: higher altitude prunes harder, as the paper says.
-    """
+    divides by a larger h, so fewer pass: higher altitude prunes harder, as the paper says."""
     reference_t = REFERENCE_C + (KELVIN if unit == "kelvin" else 0.0)
     reference = np.concatenate([rms(s) for s in sums]) * reference_t / REFERENCE_M
     measured = np.concatenate([aais(s, altitude_m) for s in sums])

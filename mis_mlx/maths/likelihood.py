@@ -1,10 +1,7 @@
 """Log-probabilities of given tokens from hidden states and a vocabulary head, chunk of positions by chunk.
 
 As in maths/losses, no (tokens x vocabulary) tensor of a whole batch is ever built; here each position has its own value
-and its own cotangent, so the way back makes the chunk's logits again.
-"""
-
-from __future__ import annotations
+and its own cotangent, so the way back makes the chunk's logits again."""
 
 from typing import Any
 
@@ -24,8 +21,7 @@ def token_logps(
     """log softmax(hidden @ head.T / temperature) at `targets`: (n,) float32, differentiable in hidden and head.
 
     hidden: (n, D). head: (V, D). targets: (n,) token ids. frozen_head: the head is constant, and its (V, D)
-    gradient is not formed. rows: positions in a chunk; default: as many as 256 MiB hold five times.
-    """
+    gradient is not formed. rows: positions in a chunk; default: as many as 256 MiB hold five times."""
     rows = rows or chunk_rows(head.shape[0])
     cuts = [slice(start, start + rows) for start in range(0, len(targets), rows)]
 
@@ -56,8 +52,3 @@ def token_logps(
 
     found: Any = forward(hidden) if frozen_head else forward(hidden, head)
     return found
-
-
-def sequence_logps(logps: mx.array, learn: mx.array) -> tuple[mx.array, mx.array]:
-    """(sum of log-probabilities (B,), how many tokens these are (B,)) of logps (B, T) where learn (B, T) is 1."""
-    return (logps * learn).sum(axis=-1), learn.sum(axis=-1)

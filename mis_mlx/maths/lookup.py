@@ -1,9 +1,6 @@
 """Rows of an embedding table whose gradient is summed in a fixed order: the same bits at every run, on a GPU too.
 
-MLX's own gradient of a lookup adds rows up with atomic operations on a GPU, in whatever order they come.
-"""
-
-from __future__ import annotations
+MLX's own gradient of a lookup adds rows up with atomic operations on a GPU, in whatever order they come."""
 
 from typing import Any
 

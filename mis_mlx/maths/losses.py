@@ -1,10 +1,6 @@
 """Losses of distillation: forward KL on logits in chunks of positions, eq. (2)'s halny factor.
 
-No (tokens x vocabulary) tensor of a whole batch is ever built: teacher and student enter as hidden states and meet the
-vocabulary chunk by chunk.
-"""
-
-from __future__ import annotations
+No (tokens x vocabulary) tensor of a batch is ever whole: hidden states come in and meet the vocabulary in chunks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +23,7 @@ def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
     """softmax(z) and logsumexp(z) over the last axis, for one exponential per element.
 
     softmax's largest entry is 1 / sum(exp(z - max)), so logsumexp = max(z) - log(max(softmax)): the
-    vocabulary-sized exponentials, half of a step's time on a CPU, are taken once and not twice.
-    """
+    vocabulary-sized exponentials, half of a step's time on a CPU, are taken once and not twice."""
     p = mx.softmax(z, axis=-1)
     return p, z.max(axis=-1) - mx.log(p.max(axis=-1))
 
@@ -49,11 +44,9 @@ def kl_sum(
 
     student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  teacher: (n, D_t), constant.
     learn: (n,), 0 leaves a position out. Equation (2) has no T^2 factor, so there is none here.
-    The gradient, (p_s - p_t) / T per logit, is formed in the same pass as the loss and carried to the
-    backward pass as (n, D) and (V, D) arrays, so logits are never recomputed and never kept.
-    frozen_head: the head is constant, and its (V, D) gradient is not formed.
-    labels: (n,), the text's own next tokens: the loss is (1 - c) KL + c CE, c = `cross_entropy`, CE at T = 1.
-    """
+    The gradient, (p_s - p_t) / T per logit, is formed in the same pass as the loss and carried to the backward pass as
+    (n, D) and (V, D) arrays, so logits are never recomputed nor kept. frozen_head: of a constant head none is formed.
+    labels: (n,), the text's own next tokens: the loss is (1 - c) KL + c CE, c = `cross_entropy`, CE at T = 1."""
 
     def formula(z: mx.array, target: mx.array, *label: mx.array) -> tuple[mx.array, mx.array]:
         z_t = teacher_logits(target).astype(mx.float32) / temperature
@@ -111,24 +104,14 @@ def sum_by_chunks(
     return results[0]
 
 
-class Reference:
-    """A teacher's logits (n, V) and what every student is compared with, computed once."""
-
-    def __init__(self, logits: mx.array, targets: mx.array):
-        self.logits, self.targets = logits.astype(mx.float32), targets
-        self.p, self.lse = softmax_lse(self.logits)
-        self.top = self.logits.argmax(axis=-1)
-
-    def nll(self) -> mx.array:
-        """The teacher's own negative log-likelihood of the targets, (n,) nats."""
-        return self.lse - _at(self.logits, self.targets)
-
-    def compare(self, logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Student logits (n, V) -> per position: nll (nats), KL(teacher || student) (nats), same top token."""
-        z = logits.astype(mx.float32)
-        _, lse = softmax_lse(z)
-        kl = (self.p * (self.logits - z)).sum(axis=-1) - self.lse + lse
-        return lse - _at(z, self.targets), kl, (z.argmax(axis=-1) == self.top).astype(mx.float32)
+def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> mx.array:
+    """Of logits (n, V) and the right tokens (n,): (n, 4), the teacher's negative log-likelihood, the student's,
+    KL(teacher || student), all in nats, and 1 where the top token is the same."""
+    z_t, z = teacher.astype(mx.float32), student.astype(mx.float32)
+    (p, lse_t), (_, lse) = softmax_lse(z_t), softmax_lse(z)
+    kl = (p * (z_t - z)).sum(axis=-1) - lse_t + lse
+    same = (z_t.argmax(axis=-1) == z.argmax(axis=-1)).astype(mx.float32)
+    return mx.stack([lse_t - _at(z_t, targets), lse - _at(z, targets), kl, same], axis=1)
 
 
 def _at(z: mx.array, index: mx.array) -> mx.array:
@@ -143,8 +126,7 @@ def halny_sigma(ambient_std_c: float | None) -> float:
 def loss_noise_factor(sigma: float, seed: int, step: int) -> float:
     """Equation (2)'s (1 + eps_halny) of one step: eps ~ N(0, sigma), clipped to ±0.15.
 
-    Seeded by (seed, step) and nothing else, so a resumed run meets the same wind. Exactly 1 for sigma 0.
-    """
+    Seeded by (seed, step) and nothing else, so a resumed run meets the same wind. Exactly 1 for sigma 0."""
     if sigma == 0:
         return 1.0
     eps = np.random.default_rng([seed, step]).normal(0.0, sigma)

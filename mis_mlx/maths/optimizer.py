@@ -1,10 +1,6 @@
 """GóralW: AdamW with a sheepdog. One bad batch must not poison the moments.
 
-AdamW's rules are mlx.optimizers', here in three kernels a weight, with the dog (a guard on loss and gradient norm) and
-the schedule.
-"""
-
-from __future__ import annotations
+AdamW's rules are mlx.optimizers', in three kernels a weight, with the dog (a guard on loss and gradient norm)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -79,8 +75,7 @@ class _Fused(optim.AdamW):
     """mlx.optimizers.AdamW, bias correction included, in 3 kernels for each weight in place of 14: 40 bytes of memory
     traffic for each parameter in place of 128. Rates are arrays, so that a new one compiles nothing anew.
 
-    scale, lane: of this update, as of `GuardedAdamW.update`; the gradient is scaled in these kernels.
-    """
+    scale, lane: of this update, as of `GuardedAdamW.update`; the gradient is scaled in these kernels."""
 
     scale: float
     lane: Lane
@@ -111,8 +106,7 @@ class GuardedAdamW:
     """mlx.optimizers.AdamW behind a gradient-norm guard; with `guard=False` it is AdamW, but for how sums are rounded.
 
     The guard looks before the update: a loss or norm that is not finite skips the step (three in a row raise
-    `Diverged`); a norm above mean + 5 sigma of the last 50 is clipped to that bound.
-    """
+    `Diverged`); a norm above mean + 5 sigma of the last 50 is clipped to that bound."""
 
     def __init__(self, *, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01, guard: bool = True):
         self.adamw = _Fused(0.0, betas=list(betas), weight_decay=weight_decay, bias_correction=True)
@@ -140,9 +134,7 @@ class GuardedAdamW:
     ) -> str:  # fmt: skip
         """One step on `model`'s trainable parameters, lazily. Returns what the dog did ('' = it slept).
 
-        scale: of the gradients; `norm` is theirs once they are scaled. lane: where MLX computes the i-th of several
-        weights.
-        """
+        scale: of the gradients; `norm` is theirs once scaled. lane: where MLX computes the i-th of several weights."""
         note = ""
         if batch in self.passed:
             return "skipped: not a number before"

@@ -1,10 +1,7 @@
 """Group-relative policy optimization: advantages of a group of answers, and the clipped loss of their tokens.
 
 Formulas: GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476); numbers agree with TRL 1.16. A
-loss is a sum and a count, as everywhere here, so micro-batches of any size add up to the same step.
-"""
-
-from __future__ import annotations
+loss is a sum and a count, as everywhere here, so micro-batches of any size add up to the same step."""
 
 from typing import Literal
 
@@ -19,8 +16,7 @@ def advantages(rewards: np.ndarray, scaled: bool) -> np.ndarray:
     """How much better each answer is than the rest of its group: (N, G) float32, of rewards (N, G).
 
     reward - mean, over the standard deviation (with Bessel's correction, + 1e-4) where `scaled`; Dr. GRPO leaves that
-    out. NaN is an answer that could not be scored: advantage 0, and nothing to the mean or the deviation.
-    """
+    out. NaN is an answer that could not be scored: advantage 0, and nothing to the mean or the deviation."""
     known = ~np.isnan(rewards)
     count = known.sum(axis=1, keepdims=True)
     mean = np.where(known, rewards, 0.0).sum(axis=1, keepdims=True) / np.maximum(count, 1)
@@ -52,8 +48,7 @@ def token_losses(
 
     new, old, reference: (B, T) log-probabilities, all at the sampling temperature; only `new` has a gradient.
     advantage: (B,). DAPO's clip-higher is an epsilon_high above epsilon. k3 = e^d - d - 1, d = log pi_ref - log pi_new:
-    DeepSeekMath's, which TRL by default multiplies by rho.
-    """
+    DeepSeekMath's, which TRL by default multiplies by rho."""
     ratio, each = mx.exp(new - mx.stop_gradient(old)), advantage[:, None]
     losses = -mx.minimum(ratio * each, mx.clip(ratio, 1 - epsilon, 1 + epsilon_high) * each)
     if beta and reference is not None:
@@ -72,8 +67,7 @@ def loss_sum(losses: mx.array, mask: mx.array, kind: LossType, max_tokens: int) 
     """(sum, count) of token losses (B, T) where mask (B, T) is 1; the step's loss is the sums over the counts.
 
     grpo: a mean over answers of means over tokens. dr_grpo: over answers times `max_tokens`, a constant, so that long
-    wrong answers are not favoured. dapo: over all tokens of the step.
-    """
+    wrong answers are not favoured. dapo: over all tokens of the step."""
     masked = mx.where(mask > 0, losses, 0.0)  # not a product: what was not sampled may be infinite
     if kind == "grpo":
         each = masked.sum(axis=-1) / mx.maximum(mask.sum(axis=-1), 1.0)

@@ -1,7 +1,5 @@
 """Losses on pairs of answers: DPO, DPO-Positive, IPO and hinge, as pure functions of log-probabilities."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import mlx.core as mx
@@ -27,8 +25,7 @@ def pair_losses(
         inside sigma; it pushes back as soon as the chosen answer becomes less likely than it was. At r_w = 0, where
         training begins, the derivative of the penalty is taken to be 0.
     ipo: (r_w / |y_w| - r_l / |y_l| - 1 / (2 beta))^2 (arXiv 2310.12036 eq. 17, averaged over tokens as TRL does).
-    hinge: max(0, 1 - beta (r_w - r_l)) (arXiv 2305.10425).
-    """
+    hinge: max(0, 1 - beta (r_w - r_l)) (arXiv 2305.10425)."""
     if kind == "ipo":
         return mx.square(chosen / chosen_tokens - rejected / rejected_tokens - 1 / (2 * beta))
     margin = chosen - rejected

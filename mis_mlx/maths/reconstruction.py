@@ -1,7 +1,6 @@
 """Least squares on streamed statistics: the change of a linear layer that best mends its output.
 
-Sums are float64 and merge in any order.
-"""
+Sums are float64 and merge in any order."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ class NormalEquations:
     """Sums for min over U of  sum_t w_t^2 |r_t - U a_t|^2 + ridge * mean(diag G) * |U|^2,  G = sum w^2 a a^T.
 
     a_t (F,) goes into the layer, r_t (D,) is what is missing at its output, U (D, F) is added to its weight.
-    The ridge pulls U, not the weight, to zero: a direction that calibration never saw stays as it was.
-    """
+    The ridge pulls U, not the weight, to zero: a direction that calibration never saw stays as it was."""
 
     def __init__(self, inputs: int, outputs: int):
         self.gram = np.zeros((inputs, inputs))
@@ -29,8 +27,7 @@ class NormalEquations:
     def products(a: mx.array, r: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """What `add` takes, lazy, of tokens a (n, F), what is missing r (n, D), and each token's weight (n,).
 
-        Products of one batch are float32 (on a CPU 5x quicker), sums over batches float64.
-        """
+        Products of one batch are float32 (on a CPU 5x quicker), sums over batches float64."""
         a = a.astype(mx.float32) * weight[:, None]
         r = r.astype(mx.float32) * weight[:, None]
         return a.T @ a, a.T @ r, r

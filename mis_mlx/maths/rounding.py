@@ -1,7 +1,5 @@
 """Round a matrix to one of MLX's formats: each weight to its nearest value, or so that its output changes least."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import mlx.core as mx
@@ -49,8 +47,7 @@ def compensated(weight: np.ndarray, gram: np.ndarray, group: int, bits: int) -> 
     gram: G (in, in) float64, the sum of a a^T over inputs a; what is made small is the output's squared error,
     trace((W - Q) G (W - Q)^T). GPTQ (arXiv 2210.17323, algorithm 1), with columns in their own order, so that the
     groups are MLX's: scale and bias of a group are what MLX gives to its weights as compensated until then. Where
-    inputs do not correlate, the result is `nearest`'s, bit for bit.
-    """
+    inputs do not correlate, the result is `nearest`'s, bit for bit."""
     if np.abs(weight).max() > 65504:
         raise MisError(BEYOND)
     u = inverse_factor(gram)

@@ -1,10 +1,6 @@
 """Sparse targets: tokens sampled from a teacher (unbiased), and the forward KL against them.
 
-As in maths/losses, the student's logits exist chunk by chunk and the gradient is formed in the pass that forms the
-loss.
-"""
-
-from __future__ import annotations
+As in maths/losses, the student's logits exist chunk by chunk, and the pass that forms the loss forms the gradient."""
 
 import mlx.core as mx
 import numpy as np
@@ -21,8 +17,7 @@ def sample(logits: mx.array, count: int, seed: int, first: int) -> tuple[np.ndar
     logits: (n, V), of positions number `first` and up. Returns sizes (n,): how many distinct tokens each
     position got; ids and counts (sum of sizes,): those of one position after the other, ids rising.
     counts / count is an unbiased estimate of the softmax. The draws of a position depend on its number and
-    the seed alone, however positions are cut into calls: Philox is a function of a counter.
-    """
+    the seed alone, however positions are cut into calls: Philox is a function of a counter."""
     blocks = -(-count // 4)  # one step of Philox's counter makes four numbers
     random = np.random.Generator(np.random.Philox(key=seed, counter=first * blocks))
     drawn = []
@@ -50,12 +45,10 @@ def sampled_kl_sum(
 ) -> mx.array:
     """Sum over positions of KL(w || softmax(z_s)) in nats, differentiable in student and head.
 
-    student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  ids, weights: (n, m), the tokens
-    of the target w and their shares, which sum to 1; entries of weight 0 fill a row up. learn: (n,), 0 leaves
-    a position out. frozen_head: no gradient for the head.
-    For w = counts / N of `sample` the gradient, p_s - w per logit, is that of the full KL in expectation; the
-    value is larger by a constant, E KL(w || p_t), which no student can lower.
-    """
+    student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  ids, weights: (n, m), the tokens of the
+    target w and their shares, which sum to 1; entries of weight 0 fill a row up. learn: (n,), 0 leaves a position out.
+    frozen_head: no gradient for the head. For w = counts / N of `sample` the gradient, p_s - w per logit, is that of
+    the full KL in expectation; the value is larger by a constant, E KL(w || p_t), which no student can lower."""
 
     def formula(z: mx.array, ids: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
         p, lse = softmax_lse(z)

@@ -1,7 +1,5 @@
 """Means and their 95 % intervals, what many timings say. Knows numbers only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,8 +30,7 @@ def recovery(student: np.ndarray, teacher: np.ndarray, chance: np.ndarray) -> tu
 
     student, teacher, chance: (n,) marks of the same questions. The bootstrap is paired: every draw takes the same
     questions for all three. Draws in which the teacher is no better than chance say nothing and are left out, so
-    this is for teachers that are clearly better (`interval` of the difference). 1 exactly for the teacher itself.
-    """
+    this is for teachers that are clearly better (`interval` of the difference). 1 exactly for the teacher itself."""
     above = np.asarray(student, np.float64) - chance
     most = np.asarray(teacher, np.float64) - chance
     draws = np.random.default_rng(0).integers(0, len(most), size=(RESAMPLES, len(most)))

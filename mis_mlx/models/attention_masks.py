@@ -1,9 +1,6 @@
 """Several texts in one sequence: hidden states as if each answer stood alone behind its prompt, or each row alone.
 
-The prompt is computed once for all of its answers, forwards and backwards, and nothing is padded.
-"""
-
-from __future__ import annotations
+The prompt is computed once for all of its answers, forwards and backwards, and nothing is padded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,8 +67,7 @@ def forward_rows(model: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array
     """Final hidden states (B, T, D) of a resident model, several rows in a window, none of which sees another.
 
     rows (B, T): which row each token is of. Positions count on from row to row: rotary positions act through their
-    differences alone, so every row gets what it would get in a window of its own.
-    """
+    differences alone, so every row gets what it would get in a window of its own."""
     inner, at = model.model, mx.arange(tokens.shape[1])
     same = (rows[:, :, None] == rows[:, None, :]) & (at[:, None] >= at[None])
     mask = same[:, None]  # for all heads

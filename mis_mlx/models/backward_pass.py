@@ -1,10 +1,6 @@
 """One streamed pass forwards and one back, from the log-probability of next tokens that the model itself draws.
 
-The data's own tokens would make what is measured the empirical Fisher of arXiv 2204.09656. One block is in memory at a
-time.
-"""
-
-from __future__ import annotations
+The data's own tokens would make this the empirical Fisher of arXiv 2204.09656. One block is in memory at a time."""
 
 from collections.abc import Callable, Sequence
 
@@ -32,10 +28,8 @@ def backwards(
 ) -> None:
     """One pass forwards, then from the last block to the first: `visit(i, block)` gives what takes batches back.
 
-    That function takes the block's inputs x and d log p(drawn tokens) / d output of some batches, all [(B, T, D)], and
-    gives d log p / d x. Token ids [(B, T)]. kept: a place for the inputs of all blocks, L * len(batches) arrays
-    (B, T, D); default: memory.
-    """
+    That function takes the block's inputs x and d log p(drawn tokens) / d output of some batches, all [(B, T, D)]; it
+    gives d log p / d x. Token ids [(B, T)]. kept: a place other than memory for L * len(batches) inputs (B, T, D)."""
     kept = [] if kept is None else kept
     source, n = stream.Stream(checkpoint, dtype), len(batches)
     source.embed(batches, kept)

@@ -1,9 +1,6 @@
 """Many completions at once through mlx-lm's batched generation: a prompt is read once, its keys serve all of them.
 
-What is drawn depends on the weights, the prompt and the seed alone.
-"""
-
-from __future__ import annotations
+What is drawn depends on the weights, the prompt and the seed alone."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -41,8 +38,7 @@ def groups(
 ) -> list[list[list[int]]]:
     """`count` completions of each prompt as token ids; each ends with its stop token, or after `max_tokens`.
 
-    at_once: completions generated together; a prompt's come in one batch, so that it is read once.
-    """
+    at_once: completions generated together; a prompt's come in one batch, so that it is read once."""
     completions, each = list[list[list[int]]](), max(1, at_once // count)
     for start in range(0, len(prompts), each):
         last_tokens, caches = list[list[int]](), list[Any]()

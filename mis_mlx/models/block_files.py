@@ -1,9 +1,6 @@
 """A student on disk while it is trained in parts: an ordinary float32 model folder, one file per block.
 
-A block's file is replaced whole, by a rename, so the folder is a model at any moment.
-"""
-
-from __future__ import annotations
+A block's file is replaced whole, by a rename, so the folder is a model at any moment."""
 
 from collections.abc import Mapping
 from functools import partial

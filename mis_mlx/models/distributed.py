@@ -1,10 +1,7 @@
 """Several machines on one job, started by `mlx.launch`: which one this is, and what all of them do together.
 
 The transport is `mx.distributed`. Every machine runs the same program; the first one writes the run, the others work in
-a folder that goes with them. Alone, all of this gives back what it was given.
-"""
-
-from __future__ import annotations
+a folder that goes with them. Alone, all of this gives back what it was given."""
 
 import json
 import os
@@ -89,8 +86,7 @@ def _settled(arrays: Any) -> Any:
 def all_reduce_gradients(named: dict[str, mx.array]) -> None:
     """Arrays, all alike everywhere, become their sums over the machines, in place; the same bits on each.
 
-    A few at a time, so that nobody holds all of them twice who holds them here alone.
-    """
+    A few at a time, so that nobody holds all of them twice who holds them here alone."""
     n, waiting = size(), list(named)
     while waiting and n > 1:
         names: list[str] = []

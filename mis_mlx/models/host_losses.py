@@ -1,8 +1,6 @@
 """The losses of a vocabulary by numpy, a few rows at a time, where MLX computes on a CPU: its exp takes seven times as
 long as numpy's there. maths/losses has the formulas, which a GPU computes with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -78,8 +76,7 @@ def kl_gradients(
 ) -> tuple[float, mx.array, mx.array | None]:
     """`losses.kl_sum` without labels: (the sum, its gradients in student (n, D) and in head (V, D)), evaluated.
 
-    Of a frozen head there is no gradient.
-    """
+    Of a frozen head there is no gradient."""
     loss, dh, dw = 0.0, list[mx.array](), None if frozen_head else mx.zeros_like(head)
     weights, kl = np.array(learn, np.float32), partial(_kl, temperature)
     for start in range(0, len(student), rows := chunk_rows(head.shape[0])):
@@ -96,8 +93,7 @@ def kl_gradients(
 
 
 def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
-    """What `losses.Reference` says of logits (n, V) float32, which are made over: (n, 4), the teacher's nll, the
-    student's nll, KL(teacher || student), both in nats, and whether the top token is the same."""
+    """What `losses.compared` says of logits (n, V) float32, which are made over."""
     stream.evaluate_now(teacher, student)
     return by_rows(_compare, view(teacher), view(student), np.array(targets))
 

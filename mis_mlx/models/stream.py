@@ -1,10 +1,7 @@
 """Passes over a model one block at a time: read the next block while this one computes, use it, free it.
 
 Every batch goes through block i before block i+1 comes, so weights are read once a pass however many batches there are.
-As many blocks as there is room for stay in memory and are read once.
-"""
-
-from __future__ import annotations
+As many blocks as there is room for stay in memory and are read once."""
 
 import math
 from collections import deque
@@ -30,8 +27,7 @@ Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a 
 class NotNumbers(MisError):
     """A weight or a block's output holds NaN or infinity: nothing may be ranked, repaired or rounded by that.
 
-    what: where; dtype: the type it was computed in. float16 ends at 65,504.
-    """
+    what: where; dtype: the type it was computed in. float16 ends at 65,504."""
 
     def __init__(self, what: str, dtype: mx.Dtype):
         remedy = "download the model again"
@@ -89,8 +85,7 @@ class Stream:
     """One model on disk, gone through in blocks.
 
     room_bytes: memory for what may stay between passes: the head first, then blocks 0, 1, 2 ...; None: everything.
-    direct: read past the page cache; for a model that the budget does not hold.
-    """
+    direct: read past the page cache; for a model that the budget does not hold."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, room_bytes: int | None = 0, direct: bool = False):
         self.checkpoint, self.dtype = checkpoint, dtype
@@ -141,8 +136,7 @@ class Stream:
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
         """(i, block i with evaluated weights) in `order`, each at most once; all of them by default.
 
-        Whoever asks for the next block has evaluated everything that the last one went into.
-        """
+        Whoever asks for the next block has evaluated everything that the last one went into."""
         order = range(self.layers) if order is None else order
         todo = deque(i for i in order if i not in self._kept)
         coming = self._begin(todo.popleft()) if todo else None
@@ -193,8 +187,7 @@ class Stream:
     def embed(self, batches: Sequence[mx.array], hidden: Hidden | None = None) -> Hidden:
         """Token ids [(B, T)] -> hidden states [(B, T, D)] at the input of the first block.
 
-        Only the rows that occur are read. hidden: where to put them; default: a new list.
-        """
+        Only the rows that occur are read. hidden: where to put them; default: a new list."""
         hidden = [] if hidden is None else hidden
         tensors = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(load.EMBEDDING)}
         scale = load.embedding_scale(self.checkpoint.config, self.dtype)
@@ -264,8 +257,7 @@ class Stream:
     def forward(self, batches: Sequence[mx.array], hidden: Hidden | None = None) -> Hidden:
         """One pass: token ids [(B, T)] -> final hidden states [(B, T, D)], those of the resident model to the bit.
 
-        hidden: as in `embed`.
-        """
+        hidden: as in `embed`."""
         hidden = self.embed(batches, hidden)
         for _, block in self.blocks():
             self.through(block, hidden)
@@ -278,8 +270,7 @@ def evaluate_now(*arrays: Any) -> None:
 
 
 def load_checked(module: nn.Module, where: str = "") -> nn.Module:
-    """Evaluate a lazily opened module and return it. NotNumbers names the first tensor that holds NaN or infinity, with
-    `where` before its name."""
+    """Evaluate a lazily opened module, return it. NotNumbers names, behind `where`, a tensor with NaN or infinity."""
     mx.eval(module.parameters())
     for name, array in dict[str, mx.array](tree_flatten(module.parameters())).items():
         if mx.issubdtype(array.dtype, mx.floating) and (bad := (~mx.isfinite(array)).sum().item()):

@@ -2,8 +2,7 @@
 
 A small resident draft proposes a tree of continuations, one pass of the model reads all of it, and the longest branch
 that the model itself would have chosen is kept (arXiv 2305.09781). Tokens are those of plain greedy decoding, except
-after an exact tie: logits of a pass over n tokens differ in their last bits from those of n passes.
-"""
+after an exact tie: logits of a pass over n tokens differ in their last bits from those of n passes."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def grow(after: Callable[[Sequence[Node]], Odds], size: int, depth: int, ends: C
     """The `size` most probable nodes of all that reach `depth` at most, parents before children.
 
     after(nodes): the odds behind each of them; of no nodes: behind the text, one row. A parent is asked for before its
-    children: a branch's probability falls with every token (the draft tree of EAGLE-2, arXiv 2406.16858).
-    """
+    children: a branch's probability falls with every token (the draft tree of EAGLE-2, arXiv 2406.16858)."""
     best = _children(None, *(a[0] for a in after([])))
     opened: set[Node] = set()
     while True:
@@ -138,8 +136,7 @@ class Context:
         """One pass over what of `text` is not here yet, then `nodes`: each sees the text and its own branch.
 
         Ancestors of a node are here or come before it. Returns final hidden states (rows, D): of the last token of the
-        text, if it was new, and of every node.
-        """
+        text, if it was new, and of every node."""
         fresh, before = text[self.length :], len(self._positions)
         assert not (fresh and self._at), "text is appended to text, not to a tree"
         rows, columns = len(fresh) + len(nodes), before + len(fresh) + len(nodes)
@@ -212,8 +209,7 @@ def decode(
     """The model's own greedy continuation of token ids, up to `count` tokens or one of `ends`, pass by pass.
 
     Each item is what one pass of the model settled: one token or, with a draft, the guesses that were right
-    and one more. draft: a resident student of the same tokens. size: rows of a pass, the tree's nodes and one.
-    """
+    and one more. draft: a resident student of the same tokens. size: rows of a pass, the tree's nodes and one."""
     text, left = list(ids), count
     context, guesses = Context(model), Context(draft) if draft else None
     while left > 0:

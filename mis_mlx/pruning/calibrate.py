@@ -1,7 +1,5 @@
 """One streamed calibration pass: statistics of every axis that can shrink, for all batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -53,8 +51,7 @@ def calibrate(
 
     `reading()` is asked once per batch, as the batch enters the model: its T_b weighs that batch in AAIS. If any batch
     has no T_b, all weigh 1, and `measured` is False. hidden: a place for the hidden states other than memory. Several
-    machines each bring their own batches and get the statistics of all; of a `relay` each looks at its own blocks.
-    """
+    machines each bring their own batches and get the statistics of all; of a `relay` each looks at its own blocks."""
     s = shape_of(checkpoint.config)
     readings: list[Reading | None] = []
     weights: list[float | None] = []

@@ -2,10 +2,7 @@
 
 Teacher and student march side by side, one block of each in memory. Student block j (teacher layer k, next kept layer
 k') learns to deliver what the teacher has at the entrance of k'. Each block sees the mended stream of those before it.
-Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token.
-"""
-
-from __future__ import annotations
+Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -48,8 +45,7 @@ def groups(teacher: stream.Stream, keep: KeptUnits, hidden: stream.Hidden) -> It
     """Take `hidden`, the teacher's embedding, through the blocks that each student block stands for, in place.
 
     Yields j where student block j has to arrive: at the entrance of the next kept layer, at last behind the last block.
-    The first group begins with the first block, kept or not.
-    """
+    The first group begins with the first block, kept or not."""
     blocks, done = teacher.blocks(), 0
     for j, end in enumerate([*keep.layers[1:], teacher.layers]):
         for _, block in itertools.islice(blocks, end - done):
@@ -95,8 +91,7 @@ def refit(
 
     Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it: the first token of a
     window is a hundred times longer than the rest. onwards: `hidden` becomes the block's new output, for which the
-    inputs of down_proj are kept and not computed again.
-    """
+    inputs of down_proj are kept and not computed again."""
     linear, share = block.mlp.down_proj, getattr(block, "residual_multiplier", 1.0)  # of its output that is added
     block.mlp.down_proj = tap = stream.InputRecorder(linear)
     outputs, inputs = linear.weight.shape
@@ -124,10 +119,7 @@ def refit(
     linear.weight = weight.astype(linear.weight.dtype)
     stream.evaluate_now(weight, linear.weight)
     change = mx.array(share * update.T.astype(np.float32)).astype(linear.weight.dtype)
-
-    def moved(out: mx.array, into: mx.array) -> mx.array:
-        return out + into @ change
-
-    for b, out in enumerate(lanes.each(moved, hidden, entered) if onwards and error < 1.0 else ()):
+    moved = lanes.each(lambda out, into: out + into @ change, hidden, entered) if onwards and error < 1.0 else ()
+    for b, out in enumerate(moved):
         hidden[b] = out
     return weight, error

@@ -1,11 +1,7 @@
 """Cut the hidden size by a rotation: keep the directions in which the residual stream moves, not ranked channels.
 
 The rotated model is an ordinary one: RMSNorm does not notice a rotation once its gain is folded into the matrices that
-read behind it (SliceGPT, arXiv 2401.15024, has a basis for each block and extra matrices on the skip connections; here
-all share one, as the stream does).
-"""
-
-from __future__ import annotations
+read behind it (SliceGPT, arXiv 2401.15024, has a basis and skip matrices for each block; here all share one)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +27,7 @@ class Rotation:
     """Directions of the residual stream that stay, and what calibration saw of them. float64.
 
     basis (D, d): orthonormal columns, by falling share of the stream. energy: {name of a norm's weight: the
-    share of the stream's square that the d columns hold there}.
-    """
+    share of the stream's square that the d columns hold there}."""
 
     basis: np.ndarray
     energy: Mapping[str, float]
@@ -41,8 +36,7 @@ class Rotation:
 def _entering(
     checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, hidden: stream.Hidden
 ) -> Iterator[tuple[str, mx.array]]:
-    """Norm by norm, in one streamed pass: (name of its weight, float32 tokens (n, D) that enter it, each divided by its
-    rms, as the norm does)."""
+    """Norm by norm, in one streamed pass: (its weight's name, float32 tokens (n, D) that enter it, over their rms)."""
     source = stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list))
     names = ("input_layernorm", "post_attention_layernorm")
     hidden = source.embed(batches, hidden)
@@ -83,8 +77,7 @@ class Directions:
     """What calibration saw of the residual stream, for a cut to any size. float64.
 
     moments (D, D): sums of x x^T over all norms' inputs. basis (D, D): its eigenvectors as columns, by falling
-    eigenvalue. shares: {name of a norm's weight: the share (D,) of the stream's square along each of them}.
-    """
+    eigenvalue. shares: {name of a norm's weight: the share (D,) of the stream's square along each of them}."""
 
     moments: np.ndarray
     basis: np.ndarray
@@ -105,8 +98,7 @@ def measured(
     """The principal directions of what enters all norms over token ids [(B, T)], all norms alike.
 
     Two streamed passes: the second sees how much of each norm's input they hold. Products of one batch are float32,
-    sums over batches float64. hidden: makes a place for the hidden states of a pass.
-    """
+    sums over batches float64. hidden: makes a place for the hidden states of a pass."""
     moments = np.zeros((shape_of(teacher.config).hidden,) * 2)
     for _, x in _entering(teacher, batches, dtype, hidden()):
         moments += np.array(x.T @ x)
@@ -131,8 +123,7 @@ def rotated(teacher: Checkpoint, rotation: Rotation) -> Callable[[str], mx.array
     Norms get one gain for all coordinates, sqrt(D energy / d): the rms of a cut stream is over d numbers instead of D.
     Gains go into what reads behind the norm; with d = D and an untied head the function is the teacher's, to rounding.
     A tied head cannot take the last gain, for the embedding also writes the stream: there the last norm keeps
-    diag(Q^T diag(gain) Q), all of the gain that stays within the subspace when the basis is `turned` for it.
-    """
+    diag(Q^T diag(gain) Q), all of the gain that stays within the subspace when the basis is `turned` for it."""
     inner, size = rotation.basis.shape
     q = mx.array(rotation.basis.astype(np.float32))
     tied = shape_of(teacher.config).tied

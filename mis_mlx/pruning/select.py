@@ -1,7 +1,5 @@
 """Which parts of a model a pruning keeps, and the pruned folder: calibrate, choose, write."""
 
-from __future__ import annotations
-
 import math
 import os
 import tempfile
@@ -88,23 +86,17 @@ def _sums(statistics: Statistics, key: Key) -> importance.Sums:
     return statistics.ffn[i] if axis == "ffn" else statistics.heads[i]
 
 
-def _size_by_conditions(
-    statistics: Statistics, cut: PruningConfig, used: str, layers: tuple[int, ...], fixed: int
-) -> int:
-    if used != "aais" or statistics.altitude_m is None:
-        lost = "--target conditions needs T_env and altitude, one is missing"
-        raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
-    sums, unit = [statistics.ffn[i] for i in layers], cut.temperature_unit
-    return importance.conditions_size(sums, fixed, arch.FFN_MULTIPLE, statistics.altitude_m, unit)
-
-
 def select_units(config: Mapping[str, Any], statistics: Statistics, cut: PruningConfig) -> tuple[Shape, KeptUnits]:
     """The student's shape and who stays, with a report of how AAIS and plain importance differ."""
     shape, before = wanted_shape(config, cut), shape_of(config)
     layers = importance.lowest_blocks(statistics.block, shape.layers, arch.places(config))
     scores, used = ranking(statistics, cut)
     if cut.target == "conditions":
-        shape = replace(shape, ffn=_size_by_conditions(statistics, cut, used, layers, shape.ffn))
+        if used != "aais" or statistics.altitude_m is None:
+            lost = "--target conditions needs T_env and altitude, one is missing"
+            raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
+        how = shape.ffn, arch.FFN_MULTIPLE, statistics.altitude_m, cut.temperature_unit
+        shape = replace(shape, ffn=importance.conditions_size([statistics.ffn[i] for i in layers], *how))
     kept: dict[Key, tuple[int, ...]] = {}
     differ: dict[Key, int] = {}
 
@@ -144,8 +136,7 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
 def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[str, Any]:
     """For pictures, {"layer/axis": {"values": importance, "units": how many, "kept": the share of it that stays}}.
 
-    Of all of the teacher's layers. Of heads one by one; of neurons the means of 64 runs, the most important first.
-    """
+    Of all of the teacher's layers. Of heads one by one; of neurons the means of 64 runs, the most important first."""
     bars = {}
     for axis, layers in (("ffn", statistics.ffn), ("heads", statistics.heads)):
         for i in sorted(layers):
@@ -208,8 +199,7 @@ def prune(
 
     Where AAIS keeps other channels than plain importance, a plain student is made too and the two are compared on
     `held_out`. Of several machines the first one chooses and writes; shares: how many blocks each has (a `Relay`).
-    held: batches whose hidden states stay in memory (default: all).
-    """
+    held: batches whose hidden states stay in memory (default: all)."""
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
     spool = None if held is None or held >= len(batches) else partial(Spool, out.absolute().parent, held, files)

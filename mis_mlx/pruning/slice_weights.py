@@ -1,7 +1,5 @@
 """Write the student's folder: the kept rows and columns of the teacher's tensors, one tensor at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -42,8 +40,7 @@ def write_student(
 ) -> None:
     """Commit the pruned model to the new folder `out`. Memory: the largest tensor, twice.
 
-    tensor(name): the teacher's tensor that is cut, where it is not the one on disk (rotated, merged).
-    """
+    tensor(name): the teacher's tensor that is cut, where it is not the one on disk (rotated, merged)."""
     config = arch.student_config(teacher.config, shape, keep.layers, dtype)
     spaces = arch.spaces(teacher.config)
     whole = tensor or partial(load.dense, teacher)

@@ -6,14 +6,10 @@ so a cost is half the Fisher information along the rounding error, half the mean
 
 For N weights, F formats and windows of T tokens a batch of windows moves 20 N F bytes for the errors; each window takes
 8 N T operations (forwards twice, back to the inputs, gradients) and moves (12 + 4 F) N bytes. Gradients and errors are
-there a slab of rows at a time. 32 windows of 256 tokens, a 7B model, 5 formats: 9 TB, and one wait for the device a
-matrix and batch.
-"""
-
-from __future__ import annotations
+there a slab of rows at a time. 32 windows of 256 tokens, 7B, 5 formats: 9 TB, and a wait for each matrix and batch."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -22,7 +18,6 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
-from mis_mlx.maths.allocation import allocate
 from mis_mlx.models import arch, backward_pass, load, policy, stream
 from mis_mlx.models.backward_pass import Some
 from mis_mlx.quantization import packed_format
@@ -39,8 +34,7 @@ def mixed(
 ) -> tuple[packed_format.Layout, dict[str, Any]]:
     """(a format for every matrix, at most `target_bpw` bits per weight of the blocks; what was found, for a JSON).
 
-    Token ids [(B, T)]. The embedding and the head stay in 8 bits. kept: as in `backward_pass.backwards`.
-    """
+    Token ids [(B, T)]. The embedding and the head stay in 8 bits. kept: as in `backward_pass.backwards`."""
     check(target_bpw, group)
     nats = costs(checkpoint, batches, group, rounding.BITS, seed, kept)
     shapes = arch.tensors_of(checkpoint.config)
@@ -56,6 +50,41 @@ def mixed(
     }
     plan = packed_format.layout(checkpoint.config, group)
     return {**plan, **{path: packed_format.Format(bits, group) for path, bits in chosen.items()}}, report
+
+
+def allocate(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], mean_bits: float) -> dict[str, int]:
+    """{name: bits} with mean bits, weighed by sizes, of at most `mean_bits`; {} when even the fewest are too many.
+
+    costs: {name: {bits: cost}}, the same bits for all. Greedy along each name's lower convex hull, which is the best
+    there is but for the last step (Lagrange; what does not fit any more is passed over)."""
+    start = {name: min(cost) for name, cost in costs.items()}
+    room = sum((mean_bits - start[name]) * size for name, size in sizes.items())
+    if room < 0:
+        return {}
+    steps = [
+        (saved / added, name, bits) for name, cost in costs.items() for saved, added, bits in _hull(cost, sizes[name])
+    ]
+    chosen, stuck = dict(start), set[str]()
+    for _, name, bits in sorted(steps, key=lambda s: -s[0]):  # a hull's steps save less and less: in their order
+        added = (bits - chosen[name]) * sizes[name]
+        if name in stuck or added > room:
+            stuck.add(name)
+            continue
+        chosen[name], room = bits, room - added
+    return chosen
+
+
+def _hull(cost: Mapping[int, float], size: int) -> list[tuple[float, int, int]]:
+    """[(cost saved, weights times bits added, bits then)] from the fewest bits on, steepest first."""
+    bits, steps = sorted(cost), []
+    at = 0
+    while at + 1 < len(bits):
+        steepest = max(range(at + 1, len(bits)), key=lambda j: (cost[bits[at]] - cost[bits[j]]) / (bits[j] - bits[at]))
+        if (saved := cost[bits[at]] - cost[bits[steepest]]) <= 0:
+            break
+        steps.append((saved, (bits[steepest] - bits[at]) * size, bits[steepest]))
+        at = steepest
+    return steps
 
 
 def check(target_bpw: float | None, group: int) -> None:
@@ -87,8 +116,7 @@ def costs(
 ) -> dict[str, dict[int, float]]:
     """{module path: {bits: nats per token}} of every matrix of the blocks, in affine groups. Token ids [(B, T)].
 
-    kept: as in `backward_pass.backwards`.
-    """
+    kept: as in `backward_pass.backwards`."""
     args, nats = load.model_args(checkpoint.config), dict[str, dict[int, float]]()
     tokens = sum(b.size for b in batches)
 
@@ -179,14 +207,12 @@ def _along(
     """(windows, formats): <d log p / dW, error> of a matrix (out, in) in each format. pairs: (input, cotangent).
 
     The gradient is made before the product with the errors: <above, error a> token by token is F products as large as
-    the one that makes it, and as a difference, Q a - W a, loses the digits that Q and W share.
-    """
+    the one that makes it, and as a difference, Q a - W a, loses the digits that Q and W share."""
 
     def of_slab(rows: slice) -> mx.array:
         slopes = mx.stack([(above[:, rows].T @ into).reshape(-1) for into, above in pairs])
-        values = (
-            rounding.values(tuple(p[rows] for p in parts), group, b) for b, parts in zip(bits, packed, strict=True)
-        )
+        formats = zip(bits, packed, strict=True)
+        values = (rounding.values(tuple(p[rows] for p in parts), group, b) for b, parts in formats)
         return mx.stack([slopes @ (value - dense[rows]).reshape(-1) for value in values], axis=1)
 
     step = max(1, rounding.SLAB // lanes.count() // dense.shape[1])

@@ -1,10 +1,7 @@
 """Round a model's blocks one by one, each on what the rounded blocks before it deliver. Streamed.
 
 GPTQ (arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that calibration sees
-(maths/rounding); those are gathered once a block, with its own weights as they were.
-"""
-
-from __future__ import annotations
+(maths/rounding); those are gathered once a block, with its own weights as they were."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,8 +24,7 @@ def rounded_blocks(
 ) -> Iterator[dict[str, rounding.Packed]]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
-    plan: affine formats only. hidden: a place for the hidden states other than memory.
-    """
+    plan: affine formats only. hidden: a place for the hidden states other than memory."""
     source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=hidden is not None)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
@@ -63,8 +59,7 @@ def _grams(
 ) -> dict[str, np.ndarray]:
     """{axis: sum of a a^T (in, in) float64 over all tokens} of what goes into the matrices that read it.
 
-    Products of one batch are float32, sums over batches float64. MisError, with `where`, when a product overflows.
-    """
+    Products of one batch are float32, sums over batches float64. MisError, with `where`, when a product overflows."""
     taps, places = {}, {axis: (part, names[0]) for axis, (part, names) in arch.readers(block).items()}
     for axis in axes:
         part, name = places[axis]

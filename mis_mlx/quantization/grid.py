@@ -1,7 +1,6 @@
 """A packed model, whole in memory, whose scales, biases and norms can learn; integers, embedding and head stay."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, stream
+from mis_mlx.models import arch, load, model_writer, stream
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
@@ -21,8 +20,7 @@ PARTS = ("weight", "scales", "biases")
 class TrainableQuantizedLinear(nn.Module):
     """A linear layer of values integer * scale + bias: integers (out, groups, group), the others (out, groups).
 
-    added: the layer's own bias (out,), which is no group's and learns too; None where it has none.
-    """
+    added: the layer's own bias (out,), which is no group's and learns too; None where it has none."""
 
     def __init__(self, packed: rounding.Packed, kind: packed_format.Format, added: mx.array | None = None):
         super().__init__()
@@ -58,4 +56,14 @@ def resident(checkpoint: Checkpoint) -> nn.Module:
 
 def write(checkpoint: Checkpoint, model: nn.Module, out: Path, files: Files) -> None:
     """Commit the folder `out`: `checkpoint` with what the model has learned, in the types that it stores."""
-    packed_format.rewrite(checkpoint, out, dict(tree_flatten(model.trainable_parameters())), files)
+    specs = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
+    learned = dict(tree_flatten(model.trainable_parameters()))
+
+    def tensors() -> Iterator[tuple[str, mx.array]]:
+        for name in specs:
+            stored = safetensors.lazy(checkpoint.tensors, [name])[name]
+            yield name, learned[name].astype(stored.dtype) if name in learned else stored
+
+    costs = checkpoint.path / packed_format.SENSITIVITY
+    extra = {costs.name: costs.read_bytes()} if costs.is_file() else {}
+    model_writer.write_folder(checkpoint.config, specs, tensors(), checkpoint.path, out, files, extra)

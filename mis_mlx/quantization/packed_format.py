@@ -1,10 +1,6 @@
 """Write a model's weights in MLX's quantized formats, one tensor at a time. Every matrix, or an error.
 
-mlx-lm leaves a matrix unquantized without a word when its input size does not divide by the group; here that is a
-sentence with the remedy.
-"""
-
-from __future__ import annotations
+mlx-lm leaves a matrix that the group does not divide unquantized without a word; here that is an error and a remedy."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +13,6 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, model_writer
-from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import Spec, spec_bytes
 from mis_mlx.types import Checkpoint, MisError
@@ -65,8 +60,7 @@ def blocks_after_removed(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Blocks of a depth-pruned student that stand in for removed ones, and its last block.
 
     Their down_proj carries what reconstruction put there, and its outliers: on the default student the
-    four of them cost 0.14 of the 0.28 nats of rounding, at 2 % of the bytes (benchmarks/rounding.py).
-    """
+    four of them cost 0.14 of the 0.28 nats of rounding, at 2 % of the bytes (benchmarks/rounding.py)."""
     keep = model_writer.read_keep(checkpoint.path)
     if keep is None:
         return ()
@@ -79,8 +73,7 @@ def layout(
 ) -> dict[str, Format]:
     """The format of every matrix: 4 bits, or 8 affine ones for the embedding, the head, and down_proj of blocks `wide`.
 
-    MisError when a matrix cannot be cut into groups.
-    """
+    MisError when a matrix cannot be cut into groups."""
     eight = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens", "lm_head"}
     shapes = {n.removesuffix(".weight"): d for n, d in arch.tensors_of(config).items() if len(d) == 2}
     four = Format(BITS, GROUPS.get(mode, group_size), mode)
@@ -104,8 +97,7 @@ def write_quantized(
     """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
 
     plan: of every matrix; or a group size, for 4 bits and `blocks_after_removed` in 8. rounded: the blocks' matrices,
-    from quantization/gptq; default: the nearest values. extra: more files for the folder, by name.
-    """
+    from quantization/gptq; default: the nearest values. extra: more files for the folder, by name."""
     check_dense(checkpoint)
     if isinstance(plan, int):
         plan = layout(checkpoint.config, plan, blocks_after_removed(checkpoint))
@@ -150,25 +142,9 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
 
 def formats(checkpoint: Checkpoint) -> dict[str, Format]:
     """The format of every packed matrix of a quantized model, by module path."""
-    by_path = {}
-    for path in (name.removesuffix(".scales") for name in checkpoint.tensors if name.endswith(".scales")):
-        settings = load.packing(checkpoint, path)
-        by_path[path] = Format(settings["bits"], settings["group_size"], settings["mode"])
-    return by_path
-
-
-def rewrite(checkpoint: Checkpoint, out: Path, changed: Mapping[str, mx.array], files: Files) -> None:
-    """Commit the new folder `out`: the same model with some tensors changed, in the types that they are stored in."""
-    specs = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
-
-    def tensors() -> Iterator[tuple[str, mx.array]]:
-        for name in specs:
-            stored = safetensors.lazy(checkpoint.tensors, [name])[name]
-            yield name, changed[name].astype(stored.dtype) if name in changed else stored
-
-    costs = checkpoint.path / SENSITIVITY
-    extra = {SENSITIVITY: costs.read_bytes()} if costs.is_file() else {}
-    model_writer.write_folder(checkpoint.config, specs, tensors(), checkpoint.path, out, files, extra)
+    paths = (name.removesuffix(".scales") for name in checkpoint.tensors if name.endswith(".scales"))
+    packings = ((path, load.packing(checkpoint, path)) for path in paths)
+    return {path: Format(s["bits"], s["group_size"], s["mode"]) for path, s in packings}
 
 
 def check_dense(checkpoint: Checkpoint) -> None:

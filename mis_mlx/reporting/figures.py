@@ -1,7 +1,5 @@
 """Pictures as SVG inside HTML, by matplotlib, with size and text alternative. Knows no run."""
 
-from __future__ import annotations
-
 import io
 import re
 import sys

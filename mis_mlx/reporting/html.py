@@ -1,7 +1,5 @@
 """One HTML page that needs nothing else, from templates/page.html: all that is put in is escaped."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re
@@ -51,8 +49,3 @@ def markdown(text: str) -> str:
         else:
             blocks.append(([], [], block))
     return part("markdown", blocks=blocks)
-
-
-def figures(*pictures: str) -> str:
-    """Pictures beside each other where there is room."""
-    return part("figures", pictures=pictures)

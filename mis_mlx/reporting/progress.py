@@ -1,9 +1,6 @@
 """What moves while a command works: a bar on a terminal, elsewhere a line every 10 s; time left of phase and run.
 
-One display at a time, of a run and the phases and loops in it. Of the plan it knows only the seconds.
-"""
-
-from __future__ import annotations
+One display at a time, of a run and the phases and loops in it. Of the plan it knows only the seconds."""
 
 import sys
 import threading
@@ -77,8 +74,7 @@ class Display:
         return self.ratio * sum(self.planned[n] for n in names[names.index(phase) + 1 :]) if phase in names else 0.0
 
     def left(self) -> tuple[float | None, float | None]:
-        """Seconds of (phase or loop, run) as far as they can be told: by the rate, and for a phase of many loops by
-        the plan, if that says more."""
+        """Seconds of (phase or loop, run) that are left: by the rate; for many loops by the plan, if that says more."""
         now, rest = self.clock(), None
         if loop := next((x for x in self.levels if x.total), None):
             rest = (loop.total - loop.done) / rate if (rate := loop.rate(now)) > 0 else None

@@ -1,10 +1,7 @@
 """What a run folder tells, as far as it goes: every file may be missing, torn, or of another version.
 
 Knows files and plain values. Does not know what becomes of them; nothing in here is to be trusted as HTML. Logs are
-read line by line and thinned: a million lines take no more memory than a thousand, and no spike is lost.
-"""
-
-from __future__ import annotations
+read line by line and thinned: a million lines take no more memory than a thousand, and no spike is lost."""
 
 import json
 import math

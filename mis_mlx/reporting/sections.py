@@ -1,11 +1,7 @@
 """The parts of a run's page: numbers and pictures of a `RunRecord`, put into the words of templates/page.html.
 
 Each takes the story and a key, with which the ids of its pictures begin. A part that a story says nothing of is left
-out. One whose values are not what this version writes raises KeyError, TypeError or ValueError, and whoever puts the
-page together says so.
-"""
-
-from __future__ import annotations
+out. KeyError, TypeError or ValueError where values are not this version's: whoever puts the page together says so."""
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Results as plain text, for a terminal: Markdown tables, sparklines, the line of a training step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 
@@ -23,8 +21,7 @@ def sparkline(values: Sequence[float]) -> str:
 def step_text(
     step: Step, losses: Sequence[float] = (), budget_bytes: int | None = None, planned_tps: float | None = None
 ) -> str:
-    """What the bar shows beside a step: loss and its course, speed and memory beside what was planned and allowed,
-    temperature, and what the guard did."""
+    """What the bar shows beside a step: loss and its course, speed and memory of those planned, °C, and the guard."""
     speed = f"{step.tokens / max(step.seconds, 1e-9):.0f}" + (f" of {planned_tps:.0f}" if planned_tps else "")
     used = gib(step.peak_bytes) + (f" of {gib(budget_bytes)}" if budget_bytes else "")
     parts = [f"loss {step.loss:.3f} {sparkline(losses)}".rstrip(), f"{speed} tok/s", used]

@@ -1,7 +1,5 @@
 """Tensors from safetensors files into memory views: in parallel, in the background, past the page cache if asked."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import io
@@ -66,8 +64,7 @@ class Reader:
     """Reads the files of `tensors`, and `also` others, which must stay as they were when this was made.
 
     direct: past the page cache (O_DIRECT, F_NOCACHE), where the file system can: for a model that the budget does not
-    hold. On Linux it also takes less of the processor (0.1 instead of 0.4 to 1.5 s for 2 GB).
-    """
+    hold. On Linux it also takes less of the processor (0.1 instead of 0.4 to 1.5 s for 2 GB)."""
 
     def __init__(self, tensors: Mapping[str, TensorAt], direct: bool = False, also: Sequence[Path] = ()):
         by_file = files_of(tensors, tensors)
@@ -82,8 +79,7 @@ class Reader:
         """Start to read (file, begin, end) into views that are as long or, for whole pages, longer.
 
         Returns `wait`, which blocks until all is there; MisError when a file cannot be read or has changed. The views
-        must stay alive and untouched until then.
-        """
+        must stay alive and untouched until then."""
         jobs = []
         for path, begin, end, view in wanted:
             self.nbytes += end - begin

@@ -1,10 +1,7 @@
 """The commit protocol: a folder or a training step is on disk whole, or not at all.
 
 Free space, a hidden folder beside the final place, every file and folder synced, one rename, the parent synced =
-committed; older steps are deleted only after that. Steps are ordered by number: clocks jump.
-"""
-
-from __future__ import annotations
+committed; older steps are deleted only after that. Steps are ordered by number: clocks jump."""
 
 import contextlib
 import fcntl
@@ -87,8 +84,7 @@ def save_step(
     """Commit step-<number> with one <key>.safetensors per entry of `arrays`, and state.json; return its path.
 
     Then delete all but the last `keep` steps (2 or more). MisError leaves older steps as they were. `state` comes back
-    as JSON reads it: tuples as lists, keys as text.
-    """
+    as JSON reads it: tuples as lists, keys as text."""
     if keep < 2:
         raise ValueError(f"keep={keep}: with fewer than 2 steps one damaged file loses the run")
     final = steps_dir / f"step-{number:08d}"
@@ -155,8 +151,7 @@ def lock(run_dir: Path) -> Iterator[None]:
     """Hold the run folder for this process; MisError names the process that holds it already.
 
     The kernel lets go when the holder ends, however it ends. The file .lock stays: after a deletion two processes could
-    lock two different files. A fork of the holder holds the lock too, a subprocess does not.
-    """
+    lock two different files. A fork of the holder holds the lock too, a subprocess does not."""
     with reported(run_dir, "the lock of the run"):
         DISK.make_folder(run_dir)
         fd = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -1,7 +1,5 @@
 """Every file operation of a run, behind one small class, so that a test can make the N-th one fail."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -35,8 +33,7 @@ class Files:
     """The real disk. Methods raise OSError; whoever knows what is being written wraps them in `reported`.
 
     Nothing here ever writes over the bytes of an existing file: an array that MLX loaded lazily from it
-    would change silently. Files are made new (`write`, then `extend`) and put in place with `rename`.
-    """
+    would change silently. Files are made new (`write`, then `extend`) and put in place with `rename`."""
 
     def mkdir(self, path: Path) -> None:
         """Make one new folder; its parent must exist."""

@@ -1,10 +1,6 @@
 """Turn the one GGUF we know by its hash into an ordinary Hugging Face folder.
 
-Foreign GGUF is refused: every reader believes the counts, offsets and shapes that the file states, and MLX's own takes
-the process down on a damaged one.
-"""
-
-from __future__ import annotations
+Foreign GGUF is refused: every reader believes what the file states, and MLX's own crashes on a damaged one."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -53,10 +49,8 @@ def opened(gguf: Path, expected: str) -> tuple[dict[str, Any], list[Any]]:
     from gguf import GGUFReader
 
     if (got := sha256(gguf)) != expected:
-        raise MisError(
-            f"{gguf} has sha256 {got}, expected {expected}: GGUF from elsewhere is not read here, "
-            "use the safetensors model it was made from"
-        )
+        why = f"{gguf} has sha256 {got}, expected {expected}"
+        raise MisError(f"{why}: GGUF from elsewhere is not read here, use the safetensors model it was made from")
     reader = GGUFReader(gguf)
     return {key: field.contents() for key, field in reader.fields.items()}, reader.tensors
 
@@ -93,8 +87,7 @@ def row_order(count: int, heads: int) -> np.ndarray:
     """Which Hugging Face row of q or k stands in each of llama.cpp's rows: the halves of every head interleaved.
 
     llama.cpp's llama turns neighbours (0,1), (2,3) ... by RoPE, Hugging Face i and i + d/2 (`LlamaModel.permute`
-    of its converter). The trap: left out, the model runs without an error and talks nonsense.
-    """
+    of its converter). The trap: left out, the model runs without an error and talks nonsense."""
     return np.arange(count).reshape(heads, 2, count // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -169,10 +162,9 @@ def _tokenizer(facts: Mapping[str, Any], control: list[str]) -> Any:
     ids = {piece: i for i, piece in enumerate(facts["tokenizer.ggml.tokens"])}
     merges: Any = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     # The stubs miss that these are properties that can be set.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
     return tokenizer

@@ -2,10 +2,7 @@
 
 MLX 0.32.4 believes a header: shape [-1] overwrites its heap, tensors that share bytes ask for any amount of memory, a
 dimension of 2.5 silently becomes 2. The rules are those of the reference parser (huggingface/safetensors,
-`SafeTensors::deserialize`), narrower where MLX is weaker.
-"""
-
-from __future__ import annotations
+`SafeTensors::deserialize`), narrower where MLX is weaker."""
 
 import json
 import math
@@ -41,8 +38,7 @@ def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
     """Read and judge only the header: ({name: TensorAt}, metadata). No tensor byte is read, MLX is not used.
 
     MisError unless it is a regular file in which every tensor has a known dtype and a sane shape of exactly the bytes
-    its offsets give, and the tensors fill the file without hole, overlap or remainder. Values are not checked.
-    """
+    its offsets give, and the tensors fill the file without hole, overlap or remainder. Values are not checked."""
     try:
         text, size = _read_header(path)
         header = json_object(text)
@@ -65,7 +61,8 @@ def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
 def _read_header(path: Path) -> tuple[bytes, int]:
     """The header's bytes and the size of the file."""
     try:
-        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+        # Opening a named pipe must not wait for a writer.
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise Refused("it is not a regular file")
@@ -88,10 +85,6 @@ def _read_header(path: Path) -> tuple[bytes, int]:
     if text[:1] != b"{":
         raise Refused("its header does not begin with {")
     return text, size
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe must not wait for a writer
 
 
 def json_object(text: bytes) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """A list of equally large arrays, hidden states between two blocks: few stay in memory, the others live in a file."""
 
-from __future__ import annotations
-
 import os
 import weakref
 from collections.abc import MutableSequence
@@ -20,9 +18,7 @@ WHAT = "the spool of hidden states"
 class Spool(MutableSequence[mx.array]):
     """Arrays of one shape and dtype. What goes to the file is evaluated; reading it makes a new array.
 
-    held: how many stay in memory. folder: where the file of the others is; it has no name once it is open, so nothing
-    stays behind. MisError when the disk is full.
-    """
+    held: how many stay in memory; the others in a file in `folder` without a name. MisError when the disk is full."""
 
     def __init__(self, folder: Path, held: int, files: Files):
         self._folder, self._held, self._files = folder, held, files
@@ -30,7 +26,6 @@ class Spool(MutableSequence[mx.array]):
         self._count, self._fd = 0, -1
         self._kind: tuple[tuple[int, ...], mx.Dtype] | None = None
         self._nbytes = 0  # of one array
-        self.written_bytes = 0
 
     def __len__(self) -> int:
         return self._count
@@ -77,7 +72,6 @@ class Spool(MutableSequence[mx.array]):
                 self._fd = self._files.scratch(self._folder)
                 weakref.finalize(self, os.close, self._fd)
             self._files.put(self._fd, (b - self._held) * self._nbytes, memoryview(raw).cast("B"))  # evaluates
-        self.written_bytes += self._nbytes
 
     def __delitem__(self, b: Any) -> None:
         raise TypeError("a spool does not shrink")

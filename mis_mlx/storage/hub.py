@@ -1,7 +1,5 @@
 """Where a teacher's files come from: the cache folder and the Hugging Face hub."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import fcntl
@@ -69,8 +67,7 @@ def snapshot(repo_id: str) -> Path:
     """The newest commit of a model: a folder of links, named by the commit, in the Hugging Face cache.
 
     Without the hub (or with HF_HUB_OFFLINE) what that cache holds will do. MisError, within seconds, when there is
-    neither, and when the model has no safetensors weights.
-    """
+    neither, and when the model has no safetensors weights."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -85,21 +82,16 @@ def snapshot(repo_id: str) -> Path:
             refusal = error
         local = refusal is not None
         try:
-            path = Path(
-                snapshot_download(repo_id, local_files_only=local, allow_patterns=WANTED, ignore_patterns=UNWANTED)
-            )
+            name = snapshot_download(repo_id, local_files_only=local, allow_patterns=WANTED, ignore_patterns=UNWANTED)
         except Exception as error:
             refusal = refusal or error
             reason = " ".join(str(refusal).split())[:160] or "no reason given"
-            raise MisError(
-                f"{repo_id} did not come from the Hugging Face hub ({type(refusal).__name__}: {reason}): "
-                "check the name and the network, or give the path of a model folder"
-            ) from None
+            why = f"{repo_id} did not come from the Hugging Face hub ({type(refusal).__name__}: {reason})"
+            raise MisError(f"{why}: check the name and the network, or give the path of a model folder") from None
+    path = Path(name)
     if not (path / "config.json").exists() or not any(path.glob("model*.safetensors")):
-        raise MisError(
-            f"{repo_id} on the Hugging Face hub has no config.json with model*.safetensors beside it: "
-            "choose a model published as safetensors"
-        )
+        why = f"{repo_id} on the Hugging Face hub has no config.json with model*.safetensors beside it"
+        raise MisError(f"{why}: choose a model published as safetensors")
     return path
 
 

@@ -78,11 +78,6 @@ def create(folder: Path, spec: Spec, files: Files) -> Targets:
     return store
 
 
-def opened(folder: Path) -> Targets:
-    """A store to read, finished or not. Parts are verified when they are needed."""
-    return Targets(folder, *_manifest(folder), Files())
-
-
 class Targets:
     """A store that is open: `spec`, and `parts`, the finished ones: {number: {bytes, sha256}}."""
 
@@ -166,8 +161,7 @@ class Targets:
         """Targets of n windows: ids (n, T, m) int32, weights (n, T, m) float32, which are counts / N.
 
         m: the most that a position has; entries of weight 0 fill the others up. MisError when a part is missing or
-        damaged. Memory: the last few parts.
-        """
+        damaged. Memory: the last few parts."""
         windows = [self._window(int(i)) for i in indices]
         sizes = np.stack([w["sizes"] for w in windows])
         filled = np.arange(sizes.max()) < sizes[..., None]
@@ -203,7 +197,5 @@ def _manifest(folder: Path) -> tuple[Spec, dict[int, dict[str, Any]]]:
         content = json.loads((folder / MANIFEST).read_bytes())
         parts = {int(n): {key: facts[key] for key in ("bytes", "sha256")} for n, facts in content.pop("parts").items()}
         return Spec(**content), parts
-    except FileNotFoundError:
-        raise MisError(f"{folder} holds no targets: write them first") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise MisError(f"{folder / MANIFEST} is damaged: delete {folder} and write the targets again") from None

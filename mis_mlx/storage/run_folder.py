@@ -1,7 +1,5 @@
 """The run folder: its name, its config.yaml, what a resumed run must share with the one it continues."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json
@@ -67,12 +65,9 @@ def find(out: str | None, under: Path = Path("runs")) -> Path:
     return max(unfinished, key=lambda p: (p / CONFIG).stat().st_mtime)
 
 
-def stored_settings(folder: Path) -> dict[str, Any]:
-    """The settings in a run's config.yaml."""
-    return _stored(folder / CONFIG)
-
-
-def _stored(path: Path) -> dict[str, Any]:
+def stored_settings(folder: Path, file: str = CONFIG) -> dict[str, Any]:
+    """The settings in a run's config.yaml, or what another `file` of it has. MisError where that does not read."""
+    path = folder / file
     parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
     try:
         values = parse(path.read_text(encoding="utf-8"))
@@ -85,7 +80,7 @@ def _stored(path: Path) -> dict[str, Any]:
 
 def stored_plan(folder: Path) -> dict[str, Any]:
     """How the run trains."""
-    return _stored(folder / PLAN)
+    return stored_settings(folder, PLAN)
 
 
 def merged(
@@ -94,20 +89,16 @@ def merged(
     """Settings of a resumed run: the stored ones. MisError names a flag that asks for something else; one at its
     default asks for nothing, and `free` ones, which do not change the weights, may differ."""
     if strange := sorted(set(stored) - set(given)):
-        raise MisError(
-            f"The run's {CONFIG} has {strange[0]}, which this command does not know: resume it with the one that began "
-            "it, or start a new run"
-        )
+        why = f"The run's {CONFIG} has {strange[0]}, which this command does not know"
+        raise MisError(f"{why}: resume it with the one that began it, or start a new run")
     result = dict(given)
     for name, value in given.items():
         if name not in stored or (name in free and value != defaults[name]):
             continue
         if value not in (stored[name], defaults[name]):
             flag = "--" + name.replace("_", "-")
-            raise MisError(
-                f"The settings differ: {flag} is {value}, the run has {stored[name]}: leave the flag out "
-                "to continue, or start a new run"
-            )
+            why = f"The settings differ: {flag} is {value}, the run has {stored[name]}"
+            raise MisError(f"{why}: leave the flag out to continue, or start a new run")
         result[name] = stored[name]
     return result
 
@@ -127,13 +118,11 @@ def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
 
 def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
     """MisError for another teacher or other data than the run began with; returned is what else changed, in words."""
-    before = _stored(folder / ORIGIN)
+    before = stored_settings(folder, ORIGIN)
     for name in ("teacher", "data"):
         if before.get(name) != origin[name]:
-            raise MisError(
-                f"The {name} changed since {folder} began ({str(before.get(name))[:12]} is now "
-                f"{origin[name][:12]}): start a new run"
-            )
+            why = f"The {name} changed since {folder} began ({str(before.get(name))[:12]} is now {origin[name][:12]})"
+            raise MisError(f"{why}: start a new run")
     return [
         f"{k} was {before[k]}, is now {v}: the end may differ in the last bits"
         for k, v in origin.items()

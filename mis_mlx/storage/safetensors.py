@@ -1,7 +1,5 @@
 """A model's safetensors files: the index of a folder, lazy reading, and writing with bounded memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -26,8 +24,7 @@ def index(folder: Path) -> dict[str, TensorAt]:
     """Every tensor of a model folder: model.safetensors, or the shards that the index file lists.
 
     MisError when a file is missing, fails `check` or lies outside the folder (a Hugging Face cache is as good), when
-    index and shards disagree, and when there is an unlisted model*.safetensors, which mlx-lm would load too.
-    """
+    index and shards disagree, and when there is an unlisted model*.safetensors, which mlx-lm would load too."""
     if not folder.is_dir():
         raise MisError(f"There is no model folder {folder}: check the path, or download the model first")
     if (folder / INDEX).exists():
@@ -97,8 +94,7 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
 
     Each file is checked again. Until the arrays are evaluated it must not be written over (MLX would read the new bytes
     without a word); replacing it by rename or deleting it is harmless. If an evaluation fails, drop every array: a
-    second evaluation returns garbage without an error.
-    """
+    second evaluation returns garbage without an error."""
     arrays: dict[str, mx.array] = {}
     for path, wanted in files_of(tensors, names).items():
         unchanged(path, tensors, wanted)
@@ -167,8 +163,7 @@ class Writer:
     """Streams a model's tensors into `folder`, one in memory at a time. Use it inside `checkpoint.commit_folder`.
 
     specs: of every tensor, in the order in which `add` gets them. Up to `shard_bytes` of tensors make one
-    model.safetensors; more make shards and an index file. shards: the same tensors, cut by the caller.
-    """
+    model.safetensors; more make shards and an index file. shards: the same tensors, cut by the caller."""
 
     def __init__(
         self,

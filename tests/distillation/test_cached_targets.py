@@ -21,6 +21,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import Batch, Checkpoint, MisError, Step
 from tests import conftest, tiny
 from tests.storage.test_checkpoint import flip
+from tests.storage.test_logit_store import opened
 
 MANY = 2**16 - 1
 RECIPE = TrainingConfig(
@@ -83,7 +84,7 @@ def test_what_is_stored_is_drawn_from_the_teacher(llama: Checkpoint, whole: Path
     for window in data.tokens:
         shares.append(np.array(mx.softmax(model(mx.array(window[None]))[0], axis=-1), np.float64))
     p = np.concatenate(shares)
-    ids, got = logit_store.opened(whole).windows(range(80))
+    ids, got = opened(whole).windows(range(80))
     mean = np.bincount(ids.reshape(-1), got.reshape(-1), 512) / len(p)
     error = np.sqrt((p * (1 - p)).mean(axis=0) / (20 * len(p)))
     assert np.abs((mean - p.mean(axis=0)) / error).max() < 5
@@ -110,7 +111,7 @@ def test_only_visited_windows_need_targets(tmp_path: Path, llama: Checkpoint, st
     with pytest.raises(ValueError, match="are not all in"):
         source.micro_batches([Batch(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([other])])
     with pytest.raises(ValueError, match="5 windows for a store of 24"):
-        cached_targets.Cached(logit_store.opened(tmp_path), at[:5])
+        cached_targets.Cached(opened(tmp_path), at[:5])
 
 
 def test_another_teacher_other_data_or_another_seed_are_refused(
@@ -133,7 +134,7 @@ def test_a_damaged_part_is_made_again_from_the_teacher(tmp_path: Path, llama: Ch
     """One bit flipped: training refuses it, writing mends it and says so."""
     folder = shutil.copytree(whole, tmp_path / "t")
     flip(folder / "part-00001.safetensors")
-    source = cached_targets.Cached(logit_store.opened(folder))
+    source = cached_targets.Cached(opened(folder))
     with pytest.raises(MisError, match=r"part-00001.safetensors is damaged"):
         source.micro_batches([Batch(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([40])])
     store = write(llama, some(), folder, count=20)
@@ -153,7 +154,7 @@ def test_a_finished_store_does_not_open_its_teacher(llama: Checkpoint, whole: Pa
 
 def test_what_a_store_cannot_do_is_said(whole: Path, student: Checkpoint) -> None:
     """A student of another vocabulary needs its own."""
-    source = cached_targets.Cached(logit_store.opened(whole))
+    source = cached_targets.Cached(opened(whole))
     model = load.resident(student, mx.float32)
     model.model.embed_tokens.weight = model.model.embed_tokens.weight[:500]
     arguments = source.micro_batches([Batch(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])])[0]

@@ -80,6 +80,25 @@ class PlantMonitor:
         self.clock.pass_by(seconds)
 
 
+class LidClock(VirtualClock):
+    """A virtual clock of a machine whose lid can be closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asleep = 0.0
+
+    def suspend(self, seconds: float) -> None:
+        """Close the lid for `seconds`: the wall clock goes on, `monotonic` does not."""
+        self._asleep += seconds
+        self._wall += seconds
+
+    def uptime(self) -> float:
+        return super().uptime() + self._asleep
+
+    def asleep(self) -> float:
+        return self._asleep
+
+
 class PlantClock(VirtualClock):
     """A sleep on this clock is idle time of the plant."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
-from mis_mlx.hardware.clock import Clock, VirtualClock
+from mis_mlx.hardware.clock import Clock
+from tests.hardware.plant import LidClock
 
 
 def test_a_closed_lid_is_seen():
     """A virtual hour takes no time; asleep, only the wall clock goes on, and NTP or a user may set that: no sleep."""
-    clock = VirtualClock()
+    clock = LidClock()
     mark = clock.asleep()
     clock.sleep(3600)
     clock.sleep(-1)

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mis_mlx.evaluation.speed import timing
 from mis_mlx.models import load, mlx_generate, policy
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
@@ -28,13 +29,16 @@ def test_continuation_is_the_argmax_chain(llama: Checkpoint) -> None:
 
 
 def test_a_prompt_of_exactly_so_many_tokens_is_timed(llama: Checkpoint) -> None:
-    """Cut when too long, repeated when too short; start and one stamp a token, the end token does not end it."""
+    """Cut when too long, repeated when too short; one stamp a token, the end token does not end it, nor does a cache
+    that holds some already."""
     model, tokenizer = mlx_generate.open_model(llama.path)
     ids = tokenizer.encode("for x in y")
     assert mlx_generate.prompt_ids(tokenizer, "for x in y", 2).tolist() == ids[:2]
     assert mlx_generate.prompt_ids(tokenizer, "for x in y", 2 * len(ids) + 1).tolist() == ids * 2 + ids[:1]
-    stamps = mlx_generate.token_times(model, mlx_generate.prompt_ids(tokenizer, "if", 5), 7)
-    assert len(stamps) == 8 and stamps == sorted(stamps)
+    for cache in (None, mlx_generate.filled_cache(model, 3)):
+        tokens = mlx_generate.greedy(model, mlx_generate.prompt_ids(tokenizer, "if", 5), 7, cache)
+        stamps, _ = timing.clocked(tokens)
+        assert len(stamps) == 7 and stamps[0] > 0 and stamps == sorted(stamps)
 
 
 def test_floats_run_in_the_quick_type(tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint) -> None:

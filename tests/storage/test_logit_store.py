@@ -42,6 +42,11 @@ def fill(folder: Path, spec: Spec = SAMPLED, files: Files = DISK) -> Targets:
     return store
 
 
+def opened(folder: Path) -> Targets:
+    """A store to read, as it lies on disk, finished or not."""
+    return Targets(folder, *logit_store._manifest(folder), DISK)
+
+
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -49,7 +54,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_sampled_targets_come_back(tmp_path: Path) -> None:
     """Ids and counts / N of every position, in any order of windows, twice the same one; filled up with weight 0."""
     fill(tmp_path / "t")
-    ids, weights = logit_store.opened(tmp_path / "t").windows([9, 0, 4, 0])
+    ids, weights = opened(tmp_path / "t").windows([9, 0, 4, 0])
     assert ids.shape == weights.shape == (4, 5, weights.shape[2])
     assert (ids.dtype, weights.dtype) == (np.int32, np.float32)
     for row, window in enumerate([9, 0, 4, 0]):
@@ -105,12 +110,10 @@ def test_an_unfinished_store_can_be_read_as_far_as_it_goes(tmp_path: Path) -> No
     store = logit_store.create(tmp_path, SAMPLED, DISK)
     for window in range(7):
         store.put(window, made(SAMPLED, window))
-    reader = logit_store.opened(tmp_path)
+    reader = opened(tmp_path)
     assert reader.windows([5])[0].shape[:2] == (1, 5) and reader.missing() == [6, 7, 8, 9]
     with pytest.raises(MisError, match=r"part-00002.safetensors is not written yet \(2 of 4 are\)"):
         reader.windows([0, 6])
-    with pytest.raises(MisError, match="holds no targets"):
-        logit_store.opened(tmp_path / "nowhere")
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -129,7 +132,7 @@ def test_a_damaged_part_is_refused_by_readers_and_made_again_by_writers(tmp_path
     before = bytes_of(tmp_path)
     DAMAGE[case](tmp_path / "part-00001.safetensors")
     with pytest.raises(MisError, match=r"part-00001.safetensors is damaged: write the targets again"):
-        logit_store.opened(tmp_path).windows([4])
+        opened(tmp_path).windows([4])
     store = logit_store.create(tmp_path, SAMPLED, DISK)
     assert store.missing() == [3, 4, 5]
     assert store.notes == ["part-00001.safetensors of the targets is damaged: it is made again"]
@@ -142,7 +145,7 @@ def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
     """Never a traceback, and nothing is deleted."""
     fill(tmp_path)
     (tmp_path / "targets.json").write_bytes(text.encode("latin-1"))
-    for use in (lambda: logit_store.opened(tmp_path), lambda: logit_store.create(tmp_path, SAMPLED, DISK)):
+    for use in (lambda: opened(tmp_path), lambda: logit_store.create(tmp_path, SAMPLED, DISK)):
         with pytest.raises(MisError, match="is damaged: delete"):
             use()
     assert names(tmp_path) == FILES
@@ -174,7 +177,7 @@ def test_reading_holds_a_few_parts(tmp_path: Path) -> None:
     window = {"sizes": np.full(250, 4), "ids": np.tile(np.arange(4), 250), "counts": np.full(1000, 12)}
     for number in range(320):
         store.put(number, window)
-    reader, part = logit_store.opened(tmp_path), store.parts[0]["bytes"]
+    reader, part = opened(tmp_path), store.parts[0]["bytes"]
     tracemalloc.start()
     try:
         for number in range(320):

@@ -4,8 +4,6 @@ A slot is a folder with pairs.jsonl, rows {"polish", "dialect"}: the same said i
 Silesian one can be filled from here, with Firefox's own translations (MPL-2.0); six wait for text that somebody brings.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -74,9 +72,8 @@ def tasks(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[question
 
 
 def from_firefox(folder: Path) -> list[tuple[str, str]]:
-    """(Polish, Silesian) sentences that Firefox's two language packs in a folder have under one name. Left out: what
-    has fewer than four words, is the same in both, or has no letter that English lacks, for much was never translated;
-    what has cases to choose from."""
+    """(Polish, Silesian) sentences that Firefox's two language packs in a folder have under one name. Left out: fewer
+    than four words, the same in both, no letter that English lacks (never translated), cases to choose from."""
     languages = []
     for start in PACKS:
         packs = sorted(folder.rglob(f"{start}*.xpi"))

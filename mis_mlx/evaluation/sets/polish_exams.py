@@ -1,7 +1,5 @@
 """Polish questions out of the wheel of OpenAI's `evals`, known to the byte: exams, words, proverbs, sums in words."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -13,8 +11,8 @@ from pathlib import Path
 
 from mis_mlx.evaluation import questions
 
-NAME, VERSION, NBYTES = "evals", "3.0.1.post1", 46_322_659
-SHA256 = "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78"
+NAME, VERSION = "evals", "3.0.1.post1"
+WHEEL = NAME, VERSION, 46_322_659, "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78"  # bytes, sha256
 MEMBER = "evals/registry/data/{}/samples.jsonl"
 OTHERS = 3  # wrong options, drawn from the answers to other questions
 ABOUT = {

@@ -1,7 +1,5 @@
 """What a model could do at best on a machine, beside what it did: bytes over bandwidth, operations over arithmetic."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Models timed in turn: which fit in memory together, round after round, what the trials come to, for a table too."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -78,8 +76,7 @@ def rounds(
 
 
 def figures(trials: Sequence[Measurement], r: Request, idle_w: float | None = None) -> dict[str, dict[str, float]]:
-    """{metric: what the trials of one model say}; `itl_ms` is over all gaps between tokens, `joules` per
-    token and beyond `idle_w`, the watts at rest."""
+    """{metric: what the trials of one model say}; `itl_ms` is over all gaps, `joules` per token and beyond `idle_w`."""
     powers = [(t, t.watts - idle_w) for t in trials if t.watts is not None and idle_w is not None]
     every: dict[str, list[float]] = {
         "ttft_ms": [1000 * t.stamps_s[0] for t in trials],

@@ -5,10 +5,7 @@ Stock mlx-lm generates, greedy, past the end token.
 Definitions (those of vLLM and AIPerf; none has the tokenizer or the text in it):
     TTFT      from the token ids to the first new token, in the process's hands
     ITL       the time between two tokens;  TPOT  (last - first) / (tokens - 1), one number a request
-    decode    (tokens - 1) / (last - first); mlx-lm's own generation_tps counts the first token too
-"""
-
-from __future__ import annotations
+    decode    (tokens - 1) / (last - first); mlx-lm's own generation_tps counts the first token too"""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -56,9 +53,8 @@ class BenchmarkModel:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One request. stamps_s: when each token was there, from the start on. cached_s: TTFT of the same prompt, all of it
-    but its last token in the cache. watts: from the first token to the last. peak_bytes: its own model's weights,
-    cache and workspace."""
+    """One request. stamps_s: when each token was there, from the start. cached_s: TTFT of the same prompt, all but its
+    last token in the cache. watts: from first token to last. peak_bytes: its model's weights, cache and workspace."""
 
     asked: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -123,13 +119,11 @@ def trial(
     s: BenchmarkModel, r: Request, seed: Sequence[int], meter: PowerMeter | None = None, peaks: bool = False
 ) -> Measurement:
     """One request with a prompt that `seed` chooses. peaks: MLX's highest memory is counted anew for it."""
-    asked, generate = prompt(s.tokenizer, r.prompt, seed), load.mlx_lm("generate").generate_step
-    kept = mlx_generate.filled_cache(s.model, 0)
+    asked, kept = prompt(s.tokenizer, r.prompt, seed), mlx_generate.filled_cache(s.model, 0)
     before = mx.get_active_memory()
     if peaks:
         mx.reset_peak_memory()
-    steps = generate(mx.array(asked), s.model, max_tokens=r.answer, prompt_cache=kept)
-    stamps, tokens = clocked((int(token) for token, _ in steps), meter)
+    stamps, tokens = clocked(mlx_generate.greedy(s.model, asked, r.answer, kept), meter)
     watts = meter.watts() if meter else None
     evaluate_now([c.state for c in kept])  # mlx-lm has begun a token too many: it is not to run into the next trial
     peak = mx.get_peak_memory() - before + s.loaded.nbytes if peaks else None

@@ -1,10 +1,7 @@
 """The air around the machine: its temperature with an uncertainty, from sensors and the user, and its altitude.
 
 No laptop has a room thermometer, so this is an estimate: several poor witnesses, weighed by how poor they are. No
-witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 Air.
-"""
-
-from __future__ import annotations
+witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 Air."""
 
 import math
 import tomllib
@@ -55,8 +52,7 @@ class Ambient:
         self._anchors: dict[str, tuple[Estimate, float, float | None]] = {}  # by source; value, time, TVA0 then
 
     def update(self, values: Values, now_s: float, rested: bool) -> Estimate | None:
-        """The estimate after one more look, `None` when there is no witness. rested: just booted, or woken from a long
-        sleep."""
+        """The estimate after one more look; `None`: no witness. rested: just booted, or woken from a long sleep."""
         virtual = values.virtual_ambient_c
         new = [cold_soak(values) if rested else None, self._node.update(values, now_s)]
         if self._given_c is not None and "given" not in self._anchors:
@@ -109,8 +105,7 @@ class BatteryNode:
 
     One straight line is fitted to 10 minutes of battery temperature; a Kalman filter of two states, T_air
     and r, takes the left side as its measurement. tau and r are first-principle priors of an M1 Air
-    (0.95 kJ/K × 1.5 K/W), wrong by a third on a given one, hence the floors under σ.
-    """
+    (0.95 kJ/K × 1.5 K/W), wrong by a third on a given one, hence the floors under σ."""
 
     WINDOW_S = 600.0
     TAU_S = 1500.0

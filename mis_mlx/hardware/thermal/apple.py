@@ -1,7 +1,5 @@
 """Everything a Mac with Apple silicon tells about its heat, in one look: HID, SMC, pressure."""
 
-from __future__ import annotations
-
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p, create_string_buffer
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,7 @@ PRESSURE_NAME = b"com.apple.system.thermalpressurelevel"
 
 
 class Pressure:
-    """notify(3) thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping. One-sided: an M1 Air may
-    throttle at 100 °C and still say 0."""
+    """notify(3) thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping. An M1 may say 0 at 100 °C."""
 
     def __init__(self, libraries: Frameworks):
         system = libraries.system

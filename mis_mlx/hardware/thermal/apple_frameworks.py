@@ -1,7 +1,5 @@
 """Apple's system libraries, opened through ctypes without root, or one stand-in library for tests."""
 
-from __future__ import annotations
-
 import ctypes
 import platform
 import sys

@@ -1,10 +1,7 @@
 """Thermometers and watts of Apple silicon, no root: the HID event system, and the system management controller's keys.
 
 HID has some 57 thermometers on an M1 Air, by calls that are private, and stable since 2020 (sources:
-fermion-star/apple_sensors, vladkens/macmon, exelban/stats). No key is ever written (command 6 does not exist here).
-"""
-
-from __future__ import annotations
+fermion-star/apple_sensors, vladkens/macmon, exelban/stats). No key is ever written (command 6 does not exist here)."""
 
 import ctypes
 import struct
@@ -106,8 +103,7 @@ class KeyInfo(ctypes.Structure):
 
 
 class KeyData(ctypes.Structure):
-    """The 80 bytes of every call. Any other size is answered by 'bad argument', which looks like a
-    privilege wall and is not one."""
+    """The 80 bytes of every call. Another size is a 'bad argument', which looks like a privilege wall and is none."""
 
     _fields_ = (
         ("key", c_uint32),

@@ -1,7 +1,5 @@
 """The parts of the governor's controller: a filter, a PI loop on the duty, and a watch."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from statistics import median

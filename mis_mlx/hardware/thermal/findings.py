@@ -1,7 +1,5 @@
 """What a machine's thermometers say, in sentences: what it offers, what is missing, whether AAIS has a T_env."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict
 from typing import Any

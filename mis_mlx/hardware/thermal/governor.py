@@ -1,13 +1,10 @@
 """The governor: looks at a reading and says run, pause or stop, and how much to nap after a step.
 
 Pure: `(reading, now) -> decision`. Sensor loss counts as hot, never as cool. An M1 Air lives at 95 to 105 °C under
-load, so 95 °C is no reason to stop. `after_step` waits as it says, and `PauseCounter` counts what that took.
-"""
-
-from __future__ import annotations
+load, so 95 °C is no reason to stop. `after_step` waits as it says, and `PauseCounter` counts what that took."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held
@@ -36,8 +33,7 @@ LAP = f"--governor cool, which runs on battery down to {BATTERY_LOW_PERCENT:.0f}
 @dataclass(frozen=True)
 class Decision:
     """What the loop has to do after this optimizer step. `run`: sleep `sleep_s`, go on; `pause`: write a checkpoint if
-    `checkpoint`, sleep, ask again; `stop`: write one and end. `cause` is one or two words to count by, `reason` a
-    sentence."""
+    `checkpoint`, sleep, ask again; `stop`: write one and end. `cause`: a word to count by; `reason`: a sentence."""
 
     action: Action
     duty: float = 1.0
@@ -197,7 +193,7 @@ def unfit_for_timing(reading: Reading) -> str | None:
 
 @dataclass
 class PauseCounter:
-    """The account of a run; `PauseCounter(**saved)` goes on with the one of the run that was interrupted."""
+    """The account of a run; a checkpoint keeps it, and a resumed run goes on with it."""
 
     count: int = 0
     seconds: float = 0.0  # in pauses
@@ -209,10 +205,6 @@ class PauseCounter:
         held_s = round(self.seconds + self.napped_s, 1)
         return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
 
-    def saved(self) -> dict[str, Any]:
-        """What `PauseCounter(**saved)` wants."""
-        return asdict(self)
-
 
 def after_step(monitor: Monitor, governor: Governor, breaks: PauseCounter, step_s: float) -> Iterator[Decision]:
     """Ask the governor after a step of `step_s` seconds and wait as it says.
@@ -220,8 +212,7 @@ def after_step(monitor: Monitor, governor: Governor, breaks: PauseCounter, step_
     Gives each decision before its wait is served, about one a second in a pause, so that the caller can
     log it, write the checkpoint it asks for, or end the run by leaving the `for`. The last one given is
     "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more than a few
-    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step.
-    """
+    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step."""
     clock = monitor.clock
     decision = governor.decide(monitor.reading(), clock.monotonic(), step_s)
     if decision.action == "pause":

@@ -1,17 +1,13 @@
 """One look at the thermometers before any judgement, and recordings of looks: write, check, play back in virtual time.
 
-A recording is JSON lines: a header that says which machine it is from, then one `Raw` a line. So a new rule can be
-tried on an old recording.
-"""
-
-from __future__ import annotations
+A recording is JSON lines: a header (which machine), then one `Raw` a line: new rules can be tried on old recordings."""
 
 import json
 import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,35 +47,21 @@ def to_json(raw: Raw) -> dict[str, Any]:
     return out
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _field(name: str, value: Any) -> Any:
+    """A field of `Raw`, of what a record has. Raises ValueError when it is none."""
+    if name in ("plugged", "rested"):
+        return value is True
+    if name in ("hid", "linux"):
+        try:
+            return tuple((str(label), math.nan if number is None else float(number)) for label, number in value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} is not a list of [name, value]") from None
+    if name in ("smc", "missing"):
+        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+            raise ValueError(f"{name} is not an object of texts")
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}, not a number")
     return value
-
-
-def _rows(name: str, value: Any) -> Rows:
-    try:
-        return tuple((str(label), math.nan if number is None else float(number)) for label, number in value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is not a list of [name, value]") from None
-
-
-def _texts(name: str, value: Any) -> Mapping[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise ValueError(f"{name} is not an object of texts")
-    return value
-
-
-def _truth(name: str, value: Any) -> bool:
-    return value is True
-
-
-KINDS: Mapping[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("mono_s", "wall_s", "pressure", "battery_percent"), _number),
-    **dict.fromkeys(("hid", "linux"), _rows),
-    **dict.fromkeys(("smc", "missing"), _texts),
-    **dict.fromkeys(("plugged", "rested"), _truth),
-}
 
 
 def from_json(record: Any) -> Raw:
@@ -87,7 +69,7 @@ def from_json(record: Any) -> Raw:
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     given = {"mono_s": None, "wall_s": None, **record}
-    return Raw(**{name: kind(name, given[name]) for name, kind in KINDS.items() if name in given})
+    return Raw(**{f.name: _field(f.name, given[f.name]) for f in fields(Raw) if f.name in given})
 
 
 @dataclass(frozen=True)
@@ -186,17 +168,14 @@ def _lines(path: Path) -> Generator[Any, None, None]:
                 raise ValueError(unread)
             yield from_json(record)
         except ValueError as error:
-            raise MisError(
-                f"{path} line {number} is not a record ({error}): record again, or delete from that line on"
-            ) from None
+            why = f"{path} line {number} is not a record ({error})"
+            raise MisError(f"{why}: record again, or delete from that line on") from None
 
 
 def _header(path: Path, header: Any) -> Header:
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
-        raise MisError(
-            f'{path} line 1 does not say "schema": "{SCHEMA}", so it is no recording of this program: make one '
-            "with `python -m mis_mlx.thermal record`"
-        )
+        why = f'{path} line 1 does not say "schema": "{SCHEMA}", so it is no recording of this program'
+        raise MisError(f"{why}: make one with `python -m mis_mlx.thermal record`")
     altitude = header.get("altitude_m")
     if altitude is not None and not isinstance(altitude, int | float):
         raise MisError(f"{path} line 1: altitude_m is {altitude!r}, not a number: fix or delete it")

@@ -1,7 +1,5 @@
 """Which raw values are temperatures: parked, frozen and nonsense ones, all seen on real machines, are told apart."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -102,8 +100,7 @@ def _within(value: float | None, low: float, high: float) -> float | None:
 
 
 class Frozen:
-    """Tells a stuck sensor (80 °C for hours was seen): the same to the last bit for 120 s while the
-    power drawn changed by more than 3 W."""
+    """Tells a stuck sensor (80 °C for hours was seen): equal bits for 120 s while power changed by more than 3 W."""
 
     HOLD_S = 120.0
     POWER_W = 3.0

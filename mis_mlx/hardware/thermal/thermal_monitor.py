@@ -1,7 +1,6 @@
 """The monitor: one thread looks at the thermometers once a second; anyone may ask for the last reading.
 
-Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C. Needs no root.
-"""
+Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C. Needs no root."""
 
 from __future__ import annotations
 
@@ -76,8 +75,7 @@ class Monitor:
     """Readings of one source. In a `with` statement a live one samples once a second in a daemon thread;
     a replay has no thread: each `reading()` is the next record, and `clock` is virtual.
 
-    Sample in the parent process only: Apple's libraries do not survive a fork.
-    """
+    Sample in the parent process only: Apple's libraries do not survive a fork."""
 
     def __init__(self, source: Live | Replay, ambient: Ambient, altitude: tuple[float | None, str], clock: Clock):
         self.source = source
@@ -192,8 +190,7 @@ def open_monitor(
     apple_library: Path | None = None,
 ) -> Monitor:
     """A monitor of this machine, or of the recording `replay`, for a `with` statement. config: ~/.config/mis_mlx.toml.
-    clock: a `VirtualClock` for tests; apple_library: a stand-in for Apple's. MisError for impossible values and bad
-    recordings."""
+    clock, apple_library: what tests put in their places. MisError for impossible values and bad recordings."""
     if given_ambient_c is not None and not -60 <= given_ambient_c <= 60:
         raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
     source: Live | Replay

@@ -23,6 +23,7 @@ from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.types import GIB, Budget, MisError, Reading, Step
+from tests.hardware.plant import LidClock
 
 HALNY = Path(__file__).parents[2] / "data" / "halny.jsonl"
 
@@ -66,7 +67,7 @@ def test_tea_breaks_are_counted_logged_and_end_with_the_recording(tmp_path: Path
     assert lines[-1]["time_s"] <= now["time_s"]
 
 
-class Lid(VirtualClock):
+class Lid(LidClock):
     """A virtual clock on which someone closes the lid once, in the middle of a step."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from mis_mlx.hardware.thermal.governor import governor_for
 from mis_mlx.hardware.thermal.recording import Header, Raw, recorder
 from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
 from mis_mlx.types import MisError
-from tests.hardware.plant import smc_float
+from tests.hardware.plant import LidClock, smc_float
 
 DATA = Path(__file__).parents[2] / "data"
 NOWHERE = Path("/no/such/mis_mlx.toml")
@@ -171,7 +171,7 @@ def test_history_keeps_an_hour(tmp_path):
 
 def test_rest_is_boot_or_a_long_sleep(no_sensors):
     """The look after 90 min of sleep is a rested one, the next is not; a nap or a set clock is no rest."""
-    clock = VirtualClock()
+    clock = LidClock()
     live = thermal_monitor.Live(clock)
     rested = [live.look().rested]
     for act in (lambda: clock.suspend(5400), lambda: clock.suspend(60), lambda: clock.set_wall(1e9)):

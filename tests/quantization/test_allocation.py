@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mis_mlx.maths.allocation import allocate
+from mis_mlx.quantization.bit_allocation import allocate
 
 BITS = (3, 4, 5, 6, 8)
 
