@@ -40,22 +40,30 @@ class Settings:
     """of each text"""
 
 
-def texts(place: Path) -> dict[str, Path]:
-    """Folders that --data takes, by name."""
-    found = {}
-    for name, file in TUTORS.items():
-        path = next(iter(sorted(Path("/usr/share/vim").glob(f"vim*/tutor/{file}"))), None)
-        if path is None:
-            raise MisError(f"no {file} under /usr/share/vim: install Debian's package vim-runtime")
-        found[name] = path.read_text("utf-8")
+def tutor(file: str) -> str:
+    """Vim's, in some language."""
+    path = next(iter(sorted(Path("/usr/share/vim").glob(f"vim*/tutor/{file}"))), None)
+    if path is None:
+        raise MisError(f"no {file} under /usr/share/vim: install Debian's package vim-runtime")
+    return path.read_text("utf-8")
+
+
+def other_texts() -> dict[str, str]:
+    """Of kinds that nobody trained on, by name."""
+    found = {name: tutor(file) for name, file in TUTORS.items()}
     long = [doc for name in sorted(np.__all__) if len(doc := str(getattr(np, name).__doc__)) > 2000]
     found["numpy's docstrings"] = "\n\n".join(long)[:24_000]  # windows enough for all of it, in either vocabulary
-    for name, text in found.items():
+    return found
+
+
+def texts(place: Path) -> dict[str, Path]:
+    """Folders that --data takes, by name."""
+    for name, text in other_texts().items():
         (folder := place / name).mkdir()
         for split in ("train", "valid", "test"):
             content = text if split == "test" else "Nothing is trained on this. " * 200
             (folder / f"{split}.jsonl").write_text(json.dumps({"text": content}) + "\n")
-    return {name: place / name for name in found}
+    return {name: place / name for name in other_texts()}
 
 
 def main(s: Settings) -> None:
