@@ -1,7 +1,5 @@
 """Distil: teacher in, small recovered 4-bit student out, with a table of what it cost. The main job."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """Plan: what fits, bytes, passes, hours and SSD wear of a distillation, from the configs alone, before any work."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal

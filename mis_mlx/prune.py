@@ -1,7 +1,5 @@
 """Prune a model: drop blocks, FFN neurons, heads, hidden channels or tokens by an importance that knows the weather."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

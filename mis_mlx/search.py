@@ -1,7 +1,5 @@
 """Search for the shape to prune to, by size, memory or speed: many as pruned, the best after a short distillation."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

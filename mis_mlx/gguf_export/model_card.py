@@ -1,7 +1,5 @@
 """The papers of an exported model: README.md (a model card for the Hugging Face hub) and Ollama's Modelfile."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -2,10 +2,7 @@
 
 What MLX packed goes without rounding again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1
 blocks and those of 5 bits Q5_1, both scale · q + bias (a group of 64 or 128 weights repeats them in its blocks of 32);
-mxfp4 and nvfp4 are MXFP4 and NVFP4.
-"""
-
-from __future__ import annotations
+mxfp4 and nvfp4 are MXFP4 and NVFP4."""
 
 import math
 from collections import Counter
@@ -50,8 +47,7 @@ OWN = {  # a family's own keys, and the `GGUFWriter`'s word for each
 class Part:
     """One tensor of the GGUF: its name there and here, shape (out, in), ggml's type.
 
-    heads: of q and k, whose rows llama.cpp wants interleaved; 0 leaves the order. exact: MLX's packing re-wrapped.
-    """
+    heads: of q and k, whose rows llama.cpp wants interleaved; 0 leaves the order. exact: MLX's packing re-wrapped."""
 
     name: str
     source: str
@@ -90,8 +86,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
 
     Vectors are float32. Of a packed model q4_1, mxfp4 and nvfp4 keep exactly what some type of llama.cpp holds; other
     matrices get Q8_0. q4_k_m: the types that llama.cpp is going to choose. MisError where rows do not divide by a
-    block, or nothing is packed in the mode that was asked for.
-    """
+    block, or nothing is packed in the mode that was asked for."""
     import gguf
 
     config, s, of = checkpoint.config, shape_of(checkpoint.config), family(checkpoint.config)
@@ -136,8 +131,7 @@ def _k_mixture(config: Mapping[str, Any], name: str, columns: int) -> str:
     """The type that llama.cpp chooses for a matrix of a Q4_K_M file (llama_tensor_get_type, llama-cpp-python 0.3.36).
 
     More bits for the head, for v_proj, qkv_proj and down_proj of the first and last eighth of the blocks and every
-    third between; where a row is not of whole blocks of 256, types with blocks of 32, which take 1 to 2 bits more.
-    """
+    third between; where a row is not of whole blocks of 256, types with blocks of 32, which take 1 to 2 bits more."""
     s, i = shape_of(config), arch.block_of(name)
     eighth = s.layers // 8
     more = i is not None and (i < eighth or i >= 7 * s.layers // 8 or (i - eighth) % 3 == 2)
@@ -151,8 +145,7 @@ def _k_mixture(config: Mapping[str, Any], name: str, columns: int) -> str:
 def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np.ndarray]:
     """The bytes of one tensor, uint8 (rows, bytes of a row), slab by slab. Memory: the tensor as stored, and a slab.
 
-    tally: "inexact" counts scales and biases that float16 does not hold exactly. MisError at NaN or infinity.
-    """
+    tally: "inexact" counts scales and biases that float16 does not hold exactly. MisError at NaN or infinity."""
     if not part.source:
         yield _freqs(checkpoint.config).view(np.uint8)
         return

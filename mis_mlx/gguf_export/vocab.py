@@ -1,9 +1,6 @@
 """A tokenizer's folder as GGUF keeps it: pieces, scores, types, merges, special ids, chat template.
 
-Writes into a `gguf.GGUFWriter`, not to disk. Follows llama.cpp's conversion/base.py.
-"""
-
-from __future__ import annotations
+Writes into a `gguf.GGUFWriter`, not to disk. Follows llama.cpp's conversion/base.py."""
 
 import hashlib
 import re
@@ -39,8 +36,7 @@ def known() -> dict[str, Any]:
 def add(writer: Any, folder: Path, size: int) -> list[str]:
     """Put the tokenizer into the writer, padded to `size` tokens, the rows of the embedding. Returns notes for people.
 
-    The trap: an absent add_bos_token means true to llama.cpp for some pre-tokenizers, so it is always written.
-    """
+    The trap: an absent add_bos_token means true to llama.cpp for some pre-tokenizers, so it is always written."""
     import gguf
 
     spec, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")

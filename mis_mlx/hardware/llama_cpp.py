@@ -13,8 +13,7 @@ import ctypes, sys
 import llama_cpp
 how = llama_cpp.llama_model_quantize_default_params()
 how.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + sys.argv[3])
-sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(how)))
-"""
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(how)))"""
 
 
 def quantizer() -> list[str]:

@@ -1,7 +1,5 @@
 """Which axes of a model can shrink, and what tensors a config promises: pure functions of the config."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
@@ -171,8 +169,7 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
     """The student's shape: each axis by scenario ratio, or exactly as given.
 
     By ratio the FFN is a multiple of 256 (or kept when smaller), hidden one of 16 and of the heads. MisError where no
-    loader would accept the model.
-    """
+    loader would accept the model."""
     s, of = shape_of(config), family(config)
     sizes: dict[str, Any] = {axis: getattr(s, axis) for axis in ("layers", "ffn", "kv_heads", "heads", "hidden")}
     step = {"layers": 1, "ffn": FFN_MULTIPLE, "kv_heads": 1, "heads": s.kv_heads, "hidden": math.lcm(16, s.heads)}
@@ -218,8 +215,7 @@ def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
 def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, ...], dtype: str) -> dict[str, Any]:
     """The teacher's config.json edited to `shape`: an ordinary model that every runtime opens.
 
-    Both spellings of rope, explicit head_dim and tying, no quantization.
-    """
+    Both spellings of rope, explicit head_dim and tying, no quantization."""
     c = normalised(config)
     for key in ("quantization", "quantization_config", "dtype"):  # transformers 5 would believe dtype, not torch_dtype
         c.pop(key, None)

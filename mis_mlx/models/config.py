@@ -1,7 +1,5 @@
 """A config.json: read with suspicion, checked for plausibility, spelled out in full."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
@@ -248,8 +246,7 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy with rope_theta, rope_scaling, head_dim, kv heads and tying spelled out.
 
     transformers >= 5 writes only `rope_parameters`, mlx-lm's llama reads only the top-level keys and takes theta 10000
-    without them. An absent `tie_word_embeddings` is read as transformers reads it.
-    """
+    without them. An absent `tie_word_embeddings` is read as transformers reads it."""
     c = spelled_out(config)
     rope = c.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)

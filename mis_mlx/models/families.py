@@ -1,9 +1,6 @@
 """Which model families there are: a row says what a block of one holds and how it may be cut.
 
-A new family is a new row; nothing else asks for a model's type. Does not read configs (models/config) or weights.
-"""
-
-from __future__ import annotations
+A new family is a new row; nothing else asks for a model's type. Does not read configs (models/config) or weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Open a model folder and build mlx-lm's modules from it. The only door to mlx_lm, which takes seconds to import."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import resource
@@ -41,8 +39,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def mlx_lm(module: str) -> ModuleType:
     """`mlx_lm.<module>`, imported now, with the process's limits left as they were.
 
-    mlx_lm lowers the hard limit on open files, which cannot be raised again: so it must not get to do it.
-    """
+    mlx_lm lowers the hard limit on open files, which cannot be raised again: so it must not get to do it."""
     setrlimit = resource.setrlimit
     resource.setrlimit = lambda *_: None  # type: ignore[assignment]
     try:
@@ -83,8 +80,7 @@ def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
 def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype, raw: Raw | None = None) -> list[tuple[str, mx.array]]:
     """Lazy arrays of every tensor whose name begins with `prefix`, the prefix cut off, floats cast to `dtype`.
 
-    raw: the tensors as stored, by full name, where they are in memory already.
-    """
+    raw: the tensors as stored, by full name, where they are in memory already."""
     names = [n for n in checkpoint.tensors if n.startswith(prefix) and "rotary_emb" not in n]
     if shape_of(checkpoint.config).tied:
         names = [n for n in names if not n.startswith("lm_head.")]

@@ -1,10 +1,7 @@
 """Let a child process open a stranger's tokenizer and chat template first: what hangs or crashes there, ends there.
 
 It tries what transformers is going to use, the tokenizers library and a Jinja sandbox, on a few words; what only
-misbehaves on other words is not found here. A tokenizer is tried once in a process, whichever folder it lies in.
-"""
-
-from __future__ import annotations
+misbehaves on other words is not found here. A tokenizer is tried once in a process, whichever folder it lies in."""
 
 import hashlib
 import json

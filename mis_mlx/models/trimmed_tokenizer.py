@@ -1,10 +1,7 @@
 """A tokenizer.json of fewer tokens, exactly: what hangs together, what must stay, and every file that names ids.
 
 For byte-level BPE, and for BPE or Unigram with byte fallback: there any text can still be written with what is left.
-Ids are rows of the embedding. Does not know which tokens are worth their row (pruning/vocabulary).
-"""
-
-from __future__ import annotations
+Ids are rows of the embedding. Does not know which tokens are worth their row (pruning/vocabulary)."""
 
 import json
 import re

@@ -1,10 +1,7 @@
 """What a pass over a model takes: bytes read and written, peak memory, float operations; and whether that fits.
 
 Arithmetic on configs and sizes: reads no weights, starts nothing. Does not know what a distillation is made of
-(planner/phases). Numbers that come from the engine name their origin, and tests hold the two together.
-"""
-
-from __future__ import annotations
+(planner/phases). Numbers that come from the engine name their origin, and tests hold the two together."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -70,8 +67,7 @@ class ModelSize:
     def body_bytes(self, workspace: int) -> int:
         """Beside the slots while blocks are made and used: the workspace, and a converted copy if one is needed.
 
-        De-quantizing on a CPU holds a second copy for a moment, because MLX runs ahead (measured).
-        """
+        De-quantizing on a CPU holds a second copy for a moment, because MLX runs ahead (measured)."""
         if self.as_stored:
             return workspace
         return self.block_work + max(workspace, self.block_work if self.packed else 0)
@@ -80,8 +76,7 @@ class ModelSize:
 def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dtype: Any = None) -> ModelSize:
     """The sizes of a checkpoint; or of a config alone, stored as its dtype or its quantization says.
 
-    gpu: whether it is to compute on Metal; default: as this process does. dtype: what it is to compute in here.
-    """
+    gpu: whether it is to compute on Metal; default: as this process does. dtype: what it is to compute in here."""
     here, gpu = gpu is None, policy.keeps_packed() if gpu is None else gpu
     config = source.config if isinstance(source, Checkpoint) else source
     s, work = shape_of(config), "float16" if gpu else "float32"
@@ -196,8 +191,7 @@ def streamed_pass(
 
     head: with logits at the end. spool: hidden states that find no room are written and read once a block.
     again: one of many alike, so that what the budget leaves holds the head and then blocks 0, 1, 2 ... from
-    the pass before. beside_bytes: memory that others hold meanwhile.
-    """
+    the pass before. beside_bytes: memory that others hold meanwhile."""
     s, head_work = m.shape, m.head_work if head else 0
     body = m.body_bytes(workspace_bytes(m, micro_tokens, length))
     logits = training_size.logit_bytes(s.vocab, micro_tokens) if head else 0
@@ -258,8 +252,7 @@ def fit(budget: Budget, *phases: StageCost, remedy: str = "") -> None:
 def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = False) -> Rates:
     """Documented rates of an M1 Air, or this machine's: measured now, measured earlier, or assumed.
 
-    What is measured is kept in the cache folder for every later plan.
-    """
+    What is measured is kept in the cache folder for every later plan."""
     if name == "m1-air":
         if measure:
             raise MisError("--measure measures this machine, --machine m1-air is another: leave one of them out")

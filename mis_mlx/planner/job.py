@@ -1,9 +1,6 @@
 """A distillation as it was asked for, in sizes and counts: what plans are made of.
 
-Does not know what it takes (planner/phases) nor what fits.
-"""
-
-from __future__ import annotations
+Does not know what it takes (planner/phases) nor what fits."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,10 +1,7 @@
 """Several machines on one job: the plan they agree on, and which of a model's blocks are whose.
 
 Does not know how they find each other (models/distributed) nor how blocks are passed through
-(models/pipeline_parallel).
-"""
-
-from __future__ import annotations
+(models/pipeline_parallel)."""
 
 from mis_mlx import cli
 from mis_mlx.hardware.rates import Rates
@@ -45,8 +42,7 @@ def shares(made: MemoryPlan) -> tuple[int, ...]:
 def opened(checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, length: int, layers: bool) -> Stream:
     """A model for passes of `tokens` that all machines make: whole for each, or its blocks shared out (`layers`).
 
-    room_bytes: of this machine, for the head and for blocks that stay.
-    """
+    room_bytes: of this machine, for the head and for blocks that stay."""
     where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, checkpoint.nbytes > limit.limit_bytes
     if distributed.size() == 1 or not layers:
         return Stream(*where)

@@ -1,10 +1,7 @@
 """The phases of a distillation in bytes, operations and memory, and which way of training fits a budget.
 
 Does not know flags, nor how the work is done. `resident`: the student fits with gradients and moments.
-`sharded`: it is streamed, some blocks of it trainable at a time, after `local`, one block at a time.
-"""
-
-from __future__ import annotations
+`sharded`: it is streamed, some blocks of it trainable at a time, after `local`, one block at a time."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -1,9 +1,6 @@
 """What calibrating, cutting and repairing a model take: bytes, memory, operations.
 
-Does not know how it is done (pruning/calibrate, pruning/reconstruct), nor the training after it (planner/phases).
-"""
-
-from __future__ import annotations
+Does not know how it is done (pruning/calibrate, pruning/reconstruct), nor the training after it (planner/phases)."""
 
 from dataclasses import replace
 

@@ -1,9 +1,6 @@
 """What quantizing a model takes: bytes, memory, operations, and its size afterwards.
 
-Arithmetic on sizes. Does not know how it is done, nor the training that may follow it (planner/phases).
-"""
-
-from __future__ import annotations
+Arithmetic on sizes. Does not know how it is done, nor the training that may follow it (planner/phases)."""
 
 import math
 from collections.abc import Iterator
@@ -41,8 +38,7 @@ def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit
     """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/gptq).
 
     In numpy: a block's gram matrices, five of the largest to take its factor, and 28 bytes for each weight of the
-    largest set of matrices with the same inputs.
-    """
+    largest set of matrices with the same inputs."""
     s = m.shape
     queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
     sides = [(s.hidden, queries + 2 * keys), (queries, s.hidden), (s.hidden, 2 * s.ffn), (s.ffn, s.hidden)]  # in, out
@@ -60,8 +56,7 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     """`then`, after a pass forwards and one back (bit_allocation), inputs of all blocks spooled if need be.
 
     Beside the block: it once more in float32, in all formats together (26 bits and scales), what its matrices see of
-    some windows, and a slab of gradients and errors. Traffic and operations are those of its docstring.
-    """
+    some windows, and a slab of gradients and errors. Traffic and operations are those of its docstring."""
     window = length * m.shape.hidden * m.item
     one = streamed_pass("", m, length, length, length, head=False, spool=False)
     head = m.head_work + training_size.logit_bytes(m.shape.vocab, length, not m.gpu)

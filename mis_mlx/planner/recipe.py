@@ -1,7 +1,6 @@
 """The flags that every training command has.
 
-Does not know what is trained.
-"""
+Does not know what is trained."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
 """What training a model takes beside its weights: activations, logits, gradients, the update. Arithmetic on configs.
 
-Does not know what else is in memory (planner/phases). What is measured was measured on a CPU.
-"""
-
-from __future__ import annotations
+Does not know what else is in memory (planner/phases). What is measured was measured on a CPU."""
 
 import math
 from collections.abc import Mapping
@@ -53,8 +50,7 @@ def training_bytes(
 
     host_lanes: of the way where numpy computes the loss between the two passes (live_teacher), in so many lanes, each
     with gradients of its own; 0: all in one graph, of which the least that can be promised is the sum. frozen: the
-    embedding and the head are not trained.
-    """
+    embedding and the head are not trained."""
     s, params = shape_of(config), arch.params(config)
     kept, head = activation_bytes(config, batch, length), 0 if frozen else 4 * s.vocab * s.hidden
     trained = params - frozen * s.vocab * s.hidden * (1 if s.tied else 2)

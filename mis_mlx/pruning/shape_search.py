@@ -1,9 +1,6 @@
 """Which shapes a student could have, which of them meet an aim, and a search that measures few of these.
 
-Arithmetic on configs; what a shape is worth is asked of a `score(shape)`.
-"""
-
-from __future__ import annotations
+Arithmetic on configs; what a shape is worth is asked of a `score(shape)`."""
 
 import itertools
 import math
@@ -119,8 +116,7 @@ def decode_aim(config: Mapping[str, Any], text: str, tolerance: float, cached: i
     """At least '1.5x' the teacher's tokens a second with `cached` tokens in the cache.
 
     An estimate from the teacher's times: a block's grows with the weights, keys and values it fetches, the rest with
-    the width of the stream and the vocabulary. Finalists are timed themselves.
-    """
+    the width of the stream and the vocabulary. Finalists are timed themselves."""
     value, _ = _number("--decode", text, {"x": 1.0}, "how many times as quick as the teacher, such as 1.5x")
     if value <= 1:
         raise MisError(f"--decode {text}: the teacher itself decodes at 1x: ask for more than 1x")
@@ -175,8 +171,7 @@ def gate(config: Mapping[str, Any], ratios: Mapping[str, float] | None = None, *
 def field(config: Mapping[str, Any], aim: Aim) -> list[Shape]:
     """Every shape that meets the aim, the teacher's own left out. MisError with both numbers when none does.
 
-    A cost rises with the FFN, so of each (layers, heads, hidden) a piece of the FFN sizes is in.
-    """
+    A cost rises with the FFN, so of each (layers, heads, hidden) a piece of the FFN sizes is in."""
     before, values = shape_of(config), axis_values(config)
     meeting, near, least = list[Shape](), list[Shape](), list[Shape]()
     for layers, heads, hidden in itertools.product(values["layers"], values["heads"], values["hidden"]):
@@ -220,8 +215,7 @@ def evolve(
     """{shape: score} of at most `limit` of the shapes, lower is better; all of them where they are no more.
 
     Otherwise (mu + lambda): `first` and random ones begin, then each generation mutates the best so far.
-    The same seed and the same scores visit the same shapes in the same order.
-    """
+    The same seed and the same scores visit the same shapes in the same order."""
     if len(shapes) <= limit:
         return {shape: score(shape) for shape in shapes}
     rng = np.random.default_rng([seed, 3])

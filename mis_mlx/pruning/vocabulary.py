@@ -1,10 +1,7 @@
 """The vocabulary as an axis: fewer rows of embedding and head, and the teacher as a model that has only these.
 
 That teacher is a folder of the rows that stay and their tokenizer; all else of it stays where it is. What comes after
-sees an ordinary model of a smaller vocabulary. Its losses are not the teacher's own, which reads longer tokens.
-"""
-
-from __future__ import annotations
+sees an ordinary model of a smaller vocabulary. Its losses are not the teacher's own, which reads longer tokens."""
 
 import json
 import re
