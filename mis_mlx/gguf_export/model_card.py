@@ -12,7 +12,8 @@ from mis_mlx.storage import hub, run_folder
 from mis_mlx.types import Checkpoint
 
 STAGES = ("model", "distilled", "pruned")  # the folders of a run
-TOLD = ("scenario", "importance", "iters", "learning_rate", "max_seq_length", "reconstruct_samples", "quantize")
+TOLD = ("scenario", "vocab", "languages", "importance", "iters", "learning_rate", "max_seq_length")
+TOLD += ("reconstruct_samples", "quantize")
 CHATML = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
 USE = {
     "gguf": "llama-cli -m {file} -p 'Hello'      # llama.cpp; LM Studio opens the same file\n"
@@ -84,7 +85,8 @@ def _recipe(folder: Path, run: Path | None) -> list[str]:
         lines.append(f"pruned ({keep.why}); teacher's blocks kept: {', '.join(map(str, keep.layers))}")
     if run is not None:
         stored = run_folder.stored_settings(run)
-        settings = ", ".join(f"{key.replace('_', ' ')} {stored[key]}" for key in TOLD if stored.get(key) is not None)
+        told = {key: stored[key] for key in TOLD if stored.get(key) not in (None, [])}
+        settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in told.items())
         lines.append(f"settings of the run: {settings}")
     return lines
 

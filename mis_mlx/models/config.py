@@ -52,9 +52,8 @@ class Shape:
     tied: bool
 
     def __str__(self) -> str:
-        return (
-            f"{self.layers} layers, hidden {self.hidden}, FFN {self.ffn}, {self.heads} heads, {self.kv_heads} kv heads"
-        )
+        heads = f"{self.heads} heads, {self.kv_heads} kv heads"
+        return f"{self.layers} layers, hidden {self.hidden}, FFN {self.ffn}, {heads}, {self.vocab:,} tokens"
 
 
 def _whole(config: Mapping[str, Any], key: str, most: int, where: Path, default: Any = None) -> int:

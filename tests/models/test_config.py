@@ -171,4 +171,4 @@ def test_what_is_absent_is_spelled_out() -> None:
     assert (full["num_key_value_heads"], full["head_dim"], full["tie_word_embeddings"]) == (4, 16, False)
     assert full["rope_theta"] == 1_000_000.0
     assert normalised({**config, "model_type": "llama"})["rope_theta"] == 10_000.0
-    assert str(shape_of(tiny.CONFIG)) == "3 layers, hidden 64, FFN 768, 4 heads, 2 kv heads"
+    assert str(shape_of(tiny.CONFIG)) == "3 layers, hidden 64, FFN 768, 4 heads, 2 kv heads, 512 tokens"
