@@ -12,8 +12,10 @@ from mis_mlx.storage import hub, run_folder
 from mis_mlx.types import Checkpoint
 
 STAGES = ("model", "distilled", "pruned")  # the folders of a run
-TOLD = ("scenario", "vocab", "languages", "importance", "iters", "learning_rate", "max_seq_length")
-TOLD += ("reconstruct_samples", "quantize")
+TOLD = (
+    "scenario", "vocab", "languages", "importance", "iters", "learning_rate", "max_seq_length", "reconstruct_samples",
+    "quantize",
+)  # fmt: skip
 CHATML = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
 USE = {
     "gguf": "llama-cli -m {file} -p 'Hello'      # llama.cpp; LM Studio opens the same file\n"
