@@ -116,9 +116,8 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
     removed = set(kept) - set(story.keep["layers"])
     assert removed and all(kept[i] == 0 for i in removed)
     # The best five sixths of the neurons hold more than five sixths of the importance.
-    share = len(story.keep["kept"]["0/ffn"]) / profile["0/ffn"]["units"]
+    share = len(story.keep["kept"]["0/ffn"]) / llama.config["intermediate_size"]
     assert all(share < kept[i] < 1 for i in story.keep["layers"])
-    assert profile["0/ffn"]["values"] == sorted(profile["0/ffn"]["values"], reverse=True)
     assert story.begun["flags"].keys() >= {"iters", "teacher"} and "out" not in story.begun["flags"]
 
 

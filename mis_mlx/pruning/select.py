@@ -27,7 +27,6 @@ from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
 
 BULKY = ("block_importance", "differing", "profile")  # in a report, for pictures: not for a line of JSON
-PROFILE_RUNS = 64  # values that a profile has at the most
 Scenario = Literal["redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
 
 
@@ -134,19 +133,14 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
 
 
 def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[str, Any]:
-    """For pictures, {"layer/axis": {"values": importance, "units": how many, "kept": the share of it that stays}}.
-
-    Of all of the teacher's layers. Of heads one by one; of neurons the means of 64 runs, the most important first."""
-    bars = {}
+    """{"layer/axis": {"kept": the share of its importance that stays}} of all of the teacher's layers."""
+    shares = {}
     for axis, layers in (("ffn", statistics.ffn), ("heads", statistics.heads)):
         for i in sorted(layers):
             all_of = np.abs(scores((i, axis)))
-            ranked = np.sort(all_of)[::-1] if axis == "ffn" else all_of
-            values = [float(f"{part.mean():.4g}") for part in np.array_split(ranked, min(PROFILE_RUNS, len(ranked)))]
             stays = all_of[list(keep.kept.get((i, axis), range(len(all_of))))].sum() * (i in keep.layers)
-            share = round(float(stays / max(all_of.sum(), 1e-30)), 4)
-            bars[f"{i}/{axis}"] = {"values": values, "units": len(all_of), "kept": share}
-    return bars
+            shares[f"{i}/{axis}"] = {"kept": round(float(stays / max(all_of.sum(), 1e-30)), 4)}
+    return shares
 
 
 def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
