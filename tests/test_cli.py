@@ -167,7 +167,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
     assert ended(lambda s: {"iters": s.iters, "name": "Miś"}, monkeypatch) == 0
     shown = capsys.readouterr()
-    assert shown.err == "" and json.loads(shown.out.splitlines()[-1]) == {"iters": 60, "name": "Miś"}
+    assert shown.err == "" and json.loads(shown.out.splitlines()[-1]) == {"iters": 30, "name": "Miś"}
     assert ended(fail(MisError("5 is more than 4: take less")), monkeypatch) == 1
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", "mis_mlx: 5 is more than 4: take less\n")

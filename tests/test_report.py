@@ -118,7 +118,7 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
     # The best five sixths of the neurons hold more than five sixths of the importance.
     share = len(story.keep["kept"]["0/ffn"]) / llama.config["intermediate_size"]
     assert all(share < kept[i] < 1 for i in story.keep["layers"])
-    assert story.begun["flags"].keys() >= {"iters", "teacher"} and "out" not in story.begun["flags"]
+    assert story.begun["flags"].keys() >= {"save_every", "teacher"} and "out" not in story.begun["flags"]
 
 
 def test_weather_and_aais(warm: Path, tmp_path: Path) -> None:

@@ -79,11 +79,8 @@ def defaults(name: str | None, asked: str | None, config: Mapping[str, Any], mod
     own = {known: f"{ratios['vocab']}x" for known, ratios in arch.SCENARIOS.items() if "vocab" in ratios}
     if name is None:
         wanted, name = asked or (own["redyk"] if share >= PAYS else None), "gazda"
-        try:
+        with suppress(*() if asked else (MisError,)):  # of a tokenizer that cannot be trimmed
             name = "redyk" if size(wanted, model, s.vocab) < s.vocab else "gazda"
-        except MisError:  # of a tokenizer that cannot be trimmed
-            if asked:
-                raise
     return {"scenario": name, "vocab": asked or own.get(name)}
 
 

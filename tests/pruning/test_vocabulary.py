@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import distill, prune
+from mis_mlx import distill, prune, report
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, policy
@@ -344,6 +344,14 @@ def test_gguf_keeps_the_parents_pre_tokenizer(tmp_path: Path, text_folder: Path,
     assert field("pre") == "parents" and field("eos_token_id") == 0
     assert {text: i for i, text in enumerate(field("tokens"))} == spec["vocab"]
     assert [m.split(" ") for m in field("merges")] == spec["merges"]
+
+
+def test_the_page_of_such_a_run(finished: tuple[Path, Done]) -> None:
+    """Whole, its losses in bits a byte, since nats a token cannot be compared."""
+    out, done = finished
+    report.run(report.Settings((str(out),), str(out.parent / "page.html")))
+    page, bits = (out.parent / "page.html").read_text("utf-8"), last_line(done)["bits_per_byte_distilled"]
+    assert "is missing: a file is of" not in page and f"{bits:.3f} bits a byte of text" in " ".join(page.split())
 
 
 def test_plan_follows(big: Checkpoint, command: Callable[..., Done]) -> None:
