@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json_object(path.read_bytes()) if path.exists() else {}
+    return json_object(path.read_bytes()) if path.is_file() else {}  # reading a pipe would wait for ever
 
 
 def _templates(folder: Path, settings: dict[str, Any]) -> Iterator[str]:

@@ -26,8 +26,7 @@ class Vocabulary:
     """The tokens of a model folder's tokenizer.json. MisError where these cannot be fewer."""
 
     def __init__(self, folder: Path):
-        self.folder, _ = folder, list(present(folder))  # which refuses a pipe, from which nobody could read
-        self.spec = read_json(folder / "tokenizer.json")
+        self.folder, self.spec = folder, read_json(folder / "tokenizer.json")
         model = self.spec.get("model") or {}
         self.unigram = model.get("type") == "Unigram"
         listed = model.get("vocab") or {}

@@ -143,7 +143,7 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
     if how.vocab_text is not None:
         for ids, _ in token_windows.tokenize(sources.load(how.vocab_text).train, tokenizer):
             counts += np.bincount(ids, minlength=len(counts))
-    for word, share in words(how.languages).items():
+    for word, share in words(tuple(how.languages)).items():
         listed[tokenizer.encode(f" {word}", add_special_tokens=False)] += share
     tokens = Vocabulary(teacher.path)
     used, also = np.count_nonzero(counts), expected(teacher, comparison.chosen(train, VOCABULARY_WINDOWS))
@@ -220,7 +220,7 @@ def shared(teacher: Checkpoint, students: Sequence[Checkpoint]) -> Iterator[Chec
 def rows_left(teacher: Checkpoint, how: VocabularyConfig, student: str | None = None) -> int:
     """How many rows a student has that is to be made, or that is in a folder already."""
     total = shape_of(teacher.config).vocab
-    words(how.languages)  # which are known, before any work
+    words(tuple(how.languages))  # which are known, before any work
     if student is None:
         return size(how.vocab, teacher.path, total)
     return len(rows_read_by(load.open_checkpoint(student), teacher) or range(total))
