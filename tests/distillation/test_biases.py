@@ -94,7 +94,9 @@ def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
     _, (below, slope) = mx.vjp(lambda x, s: _with(block, s)(x, "causal"), [x, down.weight], [above])
     block.mlp.down_proj = down
     args = load.model_args(model.config)
-    got, seen = bit_allocation._back(args, load.block(model, 1, args, mx.float32), x, above)
+    mine = load.block(model, 1, args, mx.float32)
+    matrices = [(part, name, axis) for axis, (part, names) in arch.readers(mine).items() for name in names]
+    got, seen = bit_allocation._back(args, mine, matrices, x, above)
     assert same(got, below) and same(seen.above[0].T @ seen.inputs["ffn"], slope, 1e-4)
     ours = load.block(model, 1, args, mx.float32)
     gated = {a: fisher._Gated((ours[p] if p else ours)[n], not p) for a, (p, n) in fisher.GATES.items()}
