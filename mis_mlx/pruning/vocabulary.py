@@ -137,7 +137,7 @@ def words(languages: tuple[str, ...]) -> dict[str, float]:
 def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: VocabularyConfig) -> list[int]:
     """Which `rows` of the teacher's stay: what must, then the most frequent. Half of that is counted in windows of its
     own tokens and in more text, half is what the teacher expects in some of the windows: it knows words that fit there
-    and did not come up (benchmarks/README: the choice of tokens). Words of languages count as much as these two."""
+    and did not come up (benchmarks/vocabulary_choice.py). Words of languages count as much as these two."""
     counts = np.bincount(train.tokens.reshape(-1), minlength=shape_of(teacher.config).vocab)
     tokenizer, listed = load.tokenizer(teacher.path), np.zeros(len(counts))
     if how.vocab_text is not None:
