@@ -1,8 +1,8 @@
 """Fewer tokens or fewer neurons: students of one size, distilled alike, in bits per byte of texts of other kinds.
 
-    scripts/mis benchmarks/vocabulary.py    # 20 minutes on 2 cores; finished rows are not run again
+    scripts/mis benchmarks/vocabulary.py    # half an hour on 2 cores; finished rows are not run again
 
-SmolLM2-135M-Instruct less a third, a third of the default's steps, half of its windows for the repair, seeds 0 to 2:
+SmolLM2-135M-Instruct less a third, two thirds of the default's steps, half of its windows for the repair, seeds 0 to 2:
 scenario gazda (28 blocks, FFN 768, all 49,152 tokens) beside redyk (29 blocks, FFN 1024, 24,576 tokens). Every model
 reads its own tokens. Texts of no kind that anybody trained on: Vim's tutor in English and in Polish (Debian's package
 vim-runtime) and numpy's docstrings. Writes benchmarks/results/<machine>/vocabulary.json after every row.
@@ -58,12 +58,13 @@ def other_texts() -> dict[str, str]:
 
 def texts(place: Path) -> dict[str, Path]:
     """Folders that --data takes, by name."""
-    for name, text in other_texts().items():
+    found = other_texts()
+    for name, text in found.items():
         (folder := place / name).mkdir()
         for split in ("train", "valid", "test"):
             content = text if split == "test" else "Nothing is trained on this. " * 200
             (folder / f"{split}.jsonl").write_text(json.dumps({"text": content}) + "\n")
-    return {name: place / name for name in other_texts()}
+    return {name: place / name for name in found}
 
 
 def main(s: Settings) -> None:

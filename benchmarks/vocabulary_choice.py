@@ -78,7 +78,7 @@ def main(s: Settings) -> None:
     if s.languages:
         ways["both, words"] = ways["both"].copy()
         for word, share in vocabulary.words(s.languages).items():
-            ways["both, words"][tokenizer.encode(f" {word}", add_special_tokens=False)] += share
+            np.add.at(ways["both, words"], tokenizer.encode(f" {word}", add_special_tokens=False), share)
     whole = {name: bits_per_byte(model, tokenizer, text) for name, text in read.items()}
     rows: dict[str, Any] = {"bits per byte with all tokens": whole}
     for size in (len(weight) // 2, len(weight) // 3):

@@ -42,7 +42,7 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
         return run_folder.merged(asdict(settings), defaults, run_folder.stored_settings(folder), free), str(folder)
 
     values, folder = distributed.broadcast_json(stored)
-    return type(settings)(**values), Path(folder)
+    return type(settings)(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}), Path(folder)
 
 
 def opened(s: Any, model: str | None, what: str = "model", place: str | Path = "runs", new: str = "") -> Checkpoint:

@@ -52,6 +52,7 @@ class VocabularyConfig:
     """languages whose commonest words count for that, such as pl de; needs pip install 'mis-mlx[languages]'"""
 
 
+@cache  # a tokenizer.json takes a third of a second to read, and is asked for at every step of a plan
 def size(asked: str | None, model: Path | None, rows: int) -> int:
     """The rows that --vocab leaves of `rows`. MisError where that is no number of them, or fewer than must stay of the
     tokenizer in the folder `model`, if there is one."""
@@ -116,8 +117,7 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
 
 @cache
 def words(languages: tuple[str, ...]) -> dict[str, float]:
-    """{word: how frequent} in the languages together; tens of thousands of each. MisError where
-    they are not known."""
+    """{word: how frequent} in the languages together; tens of thousands of each. MisError for one that has no list."""
     if not languages:
         return {}
     try:
@@ -143,8 +143,8 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
     if how.vocab_text is not None:
         for ids, _ in token_windows.tokenize(sources.load(how.vocab_text).train, tokenizer):
             counts += np.bincount(ids, minlength=len(counts))
-    for word, share in words(tuple(how.languages)).items():
-        listed[tokenizer.encode(f" {word}", add_special_tokens=False)] += share
+    for word, share in words(how.languages).items():
+        np.add.at(listed, tokenizer.encode(f" {word}", add_special_tokens=False), share)
     tokens = Vocabulary(teacher.path)
     used, also = np.count_nonzero(counts), expected(teacher, comparison.chosen(train, VOCABULARY_WINDOWS))
     weights = counts / counts.sum() + also / also.sum() + listed
@@ -220,7 +220,7 @@ def shared(teacher: Checkpoint, students: Sequence[Checkpoint]) -> Iterator[Chec
 def rows_left(teacher: Checkpoint, how: VocabularyConfig, student: str | None = None) -> int:
     """How many rows a student has that is to be made, or that is in a folder already."""
     total = shape_of(teacher.config).vocab
-    words(tuple(how.languages))  # which are known, before any work
+    words(how.languages)  # which are known, before any work
     if student is None:
         return size(how.vocab, teacher.path, total)
     return len(rows_read_by(load.open_checkpoint(student), teacher) or range(total))

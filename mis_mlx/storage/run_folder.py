@@ -95,11 +95,12 @@ def merged(
     for name, value in given.items():
         if name not in stored or (name in free and value != defaults[name]):
             continue
-        if value not in (stored[name], defaults[name]):
+        before = tuple(stored[name]) if isinstance(value, tuple) else stored[name]  # YAML has lists
+        if value not in (before, defaults[name]):
             flag = "--" + name.replace("_", "-")
             why = f"The settings differ: {flag} is {value}, the run has {stored[name]}"
             raise MisError(f"{why}: leave the flag out to continue, or start a new run")
-        result[name] = stored[name]
+        result[name] = before
     return result
 
 

@@ -84,6 +84,10 @@ def test_a_flag_left_out_asks_for_nothing() -> None:
     assert run_folder.merged(SETTINGS, SETTINGS, stored, FREE)["iters"] == 7
     assert run_folder.merged(given, SETTINGS, stored, FREE)["budget"] == "2GiB"
     assert run_folder.merged(SETTINGS, SETTINGS, stored, FREE)["budget"] == "1GiB"
+    several = {"languages": ("pl", "de")}  # which YAML holds as a list
+    for asked in ((), ("pl", "de")):
+        merged = run_folder.merged({"languages": asked}, {"languages": ()}, {"languages": ["pl", "de"]}, FREE)
+        assert merged == several
     with pytest.raises(MisError, match=r"--iters is 8, the run has 7"):
         run_folder.merged({**SETTINGS, "iters": 8}, SETTINGS, stored, FREE)
 
