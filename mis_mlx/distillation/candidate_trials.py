@@ -222,10 +222,10 @@ def work(
 ) -> tuple[list[estimates.StageCost], phases.MemoryPlan]:
     """What a search with these settings takes, each student counted as the largest one; and that one's distillation.
     checkpoint: `whole` with the tokens that stay."""
-    t, length, rates = estimates.model_of(checkpoint), s.max_seq_length, estimates.machine_rates()
+    shown, length, rates = estimates.model_of(whole), s.max_seq_length, estimates.machine_rates()
+    t = estimates.model_of(checkpoint, dtype=policy.compute_dtype(whole))  # nobody can read these first rows
     configs = [shape_search.config_of(checkpoint.config, x) for x in shapes]
     most = (max(configs, key=arch.params), max(configs, key=lambda c: c["num_hidden_layers"]))
-    shown = estimates.model_of(whole)
     plans = [phases.make(spec_of(t, estimates.model_of(c), s, shown=shown), limit.limit_bytes, rates) for c in most]
     made = max(plans, key=lambda p: p.peak_bytes)
     m, count, finals = made.job.student, min(s.evaluations, len(shapes)), min(s.finalists, len(shapes))
