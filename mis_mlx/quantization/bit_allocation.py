@@ -57,7 +57,16 @@ def allocate(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int],
     """{name: bits} with mean bits, weighed by sizes, of at most `mean_bits`; {} when even the fewest are too many.
 
     costs: {name: {bits: cost}}, the same bits for all. Greedy along each name's lower convex hull, which is the best
-    there is but for the last step (Lagrange; what does not fit any more is passed over)."""
+    there is but for the last step (Lagrange; what does not fit any more is passed over). The largest one, of which that
+    step can be most of the room (an embedding), is tried in all its bits."""
+    largest = max(sizes, key=lambda name: sizes[name])
+    tried = [_greedy({**costs, largest: {bits: cost}}, sizes, mean_bits) for bits, cost in costs[largest].items()]
+    total = {i: sum(costs[name][bits] for name, bits in chosen.items()) for i, chosen in enumerate(tried) if chosen}
+    return tried[min(total, key=lambda i: total[i])] if total else {}
+
+
+def _greedy(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], mean_bits: float) -> dict[str, int]:
+    """`allocate` but for the largest one."""
     start = {name: min(cost) for name, cost in costs.items()}
     room = sum((mean_bits - start[name]) * size for name, size in sizes.items())
     if room < 0:
