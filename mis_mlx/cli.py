@@ -234,8 +234,9 @@ def reader() -> Iterator[None]:
 
 @reader()
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool = False) -> None:
-    """Parse, run, print the result as the last stdout line. Exit codes: 0 done, 1 MisError, 2 usage, 3 check. several:
-    whether this command can be one process of several; of these only the first one speaks."""
+    """Parse, run, print the result as the last stdout line. Exit codes: 0 done, 1 MisError, 2 usage, 3 check,
+    130 Ctrl-C, also where it is the cause of a MisError. several: whether this command can be one process of several;
+    of these only the first one speaks."""
     prog = "python -m " + (sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else "mis_mlx")
     if "--version" in sys.argv[1:]:
         print(f"mis_mlx {__version__}")
@@ -256,10 +257,10 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
             raise
         sys.stdout.flush()
         print(f"mis_mlx: {f'machine {rank()}: ' if rank() else ''}{said}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(130 if isinstance(error.__cause__, KeyboardInterrupt) else 1)
     except KeyboardInterrupt as stop:
         how = f"what was finished is kept: go on with --out {stop} --resume" if stop.args else "start it again"
-        print(f"mis_mlx: stopped by hand; {how}", file=sys.stderr)
+        say(f"mis_mlx: stopped by hand; {how}")
         sys.exit(130)
     if not rank():
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))

@@ -246,11 +246,8 @@ def _begin(
 ) -> tuple[str, dict[str, Any]]:
     """Read the data, enter the run folder, go through all stages."""
     shares = machines.shares(made) if s.spread == "layers" else ()
-    data = preparation.prepare(s.data, load.tokenizer(teacher.path), s.max_seq_length)
-    for note in data.notes:
-        cli.say(note)
+    data, origin = run_loop.prepared(s, teacher)
     name = f"{teacher.path.name}-{s.scenario or 'student'}"
-    origin = run_folder.origin(teacher, token_windows.fingerprint(data.train))
     wired = made.peak_bytes if made.mode != "sharded" else 0
     with run_loop.open_run(s, folder, name, origin, made.way, budget, wired) as place:
         given, defaults = asdict(s), asdict(Settings())

@@ -41,7 +41,15 @@ def cpu() -> Iterator[None]:
 
 
 @pytest.fixture
-def metal(monkeypatch: pytest.MonkeyPatch) -> None:
+def brief_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether float16 holds a model's activations is looked at on 16 tokens, not 256: half precision is emulated here,
+    and that pass takes longer than what most tests are about."""
+    monkeypatch.setattr(policy, "FREQUENT", 8)
+    monkeypatch.setattr(policy, "SPREAD", 8)
+
+
+@pytest.fixture
+def metal(monkeypatch: pytest.MonkeyPatch, brief_look: None) -> None:
     """This process, and those that it starts, compute by Metal's policy: float16, packed weights stay packed."""
     monkeypatch.setenv(policy.POLICY, "metal")
 

@@ -7,12 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mis_mlx import __version__
-from mis_mlx.types import Checkpoint
+from mis_mlx import __version__, cli, distill
+from mis_mlx.distillation import pipeline, run_loop
+from mis_mlx.types import Checkpoint, Step
 from tests.conftest import SMALL
 
 ROOT = Path(__file__).parent.parent
@@ -88,20 +92,46 @@ def test_ctrl_c_later_says_how_to_go_on(tmp_path: Path, llama: Checkpoint) -> No
     assert done.stderr.endswith("mis_mlx: stopped by hand; start it again\n")
 
 
-def test_ctrl_c_in_a_run_names_its_folder(tmp_path: Path, llama: Checkpoint, text_folder: Path) -> None:
-    """When it first draws numbers: what to type to go on, which then does."""
-    (tmp_path / "sitecustomize.py").write_text(CTRL_C)
-    out = tmp_path / "run"
-    line = [sys.executable, "-m", "mis_mlx.distill", "--out", str(out)]
+def test_ctrl_c_in_a_run_names_its_folder(
+    tmp_path: Path, llama: Checkpoint, text_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In every phase, and after a step, the last one too: exit code 130 and what to type to go on, which then does."""
+    out, phase, step_text, hit = tmp_path / "run", pipeline.Run.phase, run_loop.text.step_text, list[str]()
+
+    def once(name: str) -> None:
+        if name not in hit:
+            hit.append(name)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    @contextmanager
+    def stopped_phase(c: pipeline.Run, name: str) -> Iterator[None]:
+        with phase(c, name):
+            once(name)
+            yield
+
+    def stopped_step(step: Step, *more: Any) -> str:
+        if step.number < 3:  # scales are tuned for more of them
+            once(f"step {step.number}")
+        return step_text(step, *more)
+
+    monkeypatch.setattr(pipeline.Run, "phase", stopped_phase)
+    monkeypatch.setattr(run_loop.text, "step_text", stopped_step)
     small = ("--teacher", llama.path, "--data", text_folder, *SMALL, "--iters", 2)
-    done = subprocess.run(
-        [*line, *map(str, small)], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "AT": "numpy.random", "MIS_MLX_BLAS": "off"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    assert done.returncode == 130 and "Traceback" not in done.stderr
-    assert done.stderr.endswith(f"stopped by hand; what was finished is kept: go on with --out {out} --resume\n")
-    assert subprocess.run([*line, "--resume"], cwd=ROOT, capture_output=True).returncode == 0
+    before, codes = signal.signal(signal.SIGINT, signal.default_int_handler), list[Any]()
+    try:
+        while not codes or codes[-1] == 130:
+            monkeypatch.setattr("sys.argv", ["distill", *map(str, ("--resume",) if hit else small), "--out", str(out)])
+            with pytest.raises(SystemExit) as caught:
+                cli.main(distill.Settings, distill.run)
+            codes.append(caught.value.code)
+            how = f"at {hit[-1]} of 2, all of it saved" if "step" in hit[-1] else "by hand; what was finished is kept"
+            if codes[-1] == 130:
+                assert capsys.readouterr().err.endswith(f"stopped {how}: go on with --out {out} --resume\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert hit == ["prune", "repair", "distil", "step 1", "step 2", "quantize", "tune", "measure"]
+    assert codes == [*[130] * len(hit), 0]
 
 
 @pytest.mark.parametrize("way", ["mis_mlx", "mis_mlx.thermal"])

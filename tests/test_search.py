@@ -213,12 +213,15 @@ def test_a_stop_in_a_training_names_the_search(
     shutil.copytree(done[0], out)
     (out / candidate_trials.FINALISTS).unlink()
 
+    by_hand = KeyboardInterrupt()
+
     def stopped(c: Any, _: Checkpoint) -> None:
-        raise MisError(f"stopped at step 2 of 8, all of it saved: go on with --out {c.folder} --resume")
+        raise MisError(f"stopped at step 2 of 8, all of it saved: go on with --out {c.folder} --resume") from by_hand
 
     monkeypatch.setattr(candidate_trials.pipeline, "train", stopped)
-    with pytest.raises(MisError, match=f"go on with --out {out} --resume$"):
+    with pytest.raises(MisError, match=f"go on with --out {out} --resume$") as caught:
         search.run(search.Settings(resume=True, out=str(out)))
+    assert caught.value.__cause__ is by_hand  # which the exit code goes by
 
 
 def test_the_repair_comes_before_the_rank(tmp_path: Path, small: search.Settings, done: tuple[Path, Done]) -> None:

@@ -164,7 +164,7 @@ class CandidateTrials:
         except Diverged:
             return None
         except MisError as error:  # what can be resumed is the search, not the finalist's own folder
-            raise MisError(str(error).replace(str(c.folder), str(self.run.folder))) from None
+            raise MisError(str(error).replace(str(c.folder), str(self.run.folder))) from error.__cause__
         config = {**pruned.config, "torch_dtype": self.dtype}
         model_writer.write_model(config, take, pruned.path, out, self.dtype, c.files)
         return load.open_checkpoint(out)

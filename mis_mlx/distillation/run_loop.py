@@ -3,6 +3,7 @@
 Does not know what is trained. The protocol on disk is storage/checkpoint's."""
 
 import json
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -97,19 +98,19 @@ def open_run(
     elif folder and distributed.is_main():
         cli.say(*run_folder.same_origin(folder, origin))
     cli.say(f"run folder: {folder}")
-    with (
-        distributed.workplace(folder) as place,
-        protocol.lock(place),
-        memory.limited(limit, wired),
-        ThermalMonitor(s, place / "thermal.jsonl", files) as weather,
-    ):
-        protocol.sweep(place, files)
-        if note := battery(s):
-            cli.say(note)
-        try:
+    try:
+        with (
+            distributed.workplace(folder) as place,
+            protocol.lock(place),
+            memory.limited(limit, wired),
+            ThermalMonitor(s, place / "thermal.jsonl", files) as weather,
+        ):
+            protocol.sweep(place, files)
+            if note := battery(s):
+                cli.say(note)
             yield OpenRun(place, weather, files, memory.Peak(), time.monotonic())
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(place) from None  # which the closing sentence names
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(folder) from None  # which the closing sentence of the first machine names
 
 
 def run_training(
@@ -150,8 +151,9 @@ def run_training(
                 if unsaved and distributed.any_rank(due or asked):
                     save(step.number)
                     unsaved = 0
-                if distributed.any_rank(asked) and step.number < iters:
-                    raise MisError(f"stopped at step {step.number} of {iters}, all of it saved: {where}")
+                if distributed.any_rank(asked):
+                    by_hand = KeyboardInterrupt() if signal.SIGINT in asked else None  # which exit codes go by
+                    raise MisError(f"stopped at step {step.number} of {iters}, all of it saved: {where}") from by_hand
         except distributed.Lost as lost:
             if not distributed.is_main():
                 raise

@@ -9,7 +9,6 @@ import ctypes
 import os
 import struct
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -76,21 +75,21 @@ def prepared() -> Path | None:
     return None
 
 
-def threads() -> tuple[int, str]:
-    """Threads for OpenBLAS and the reason: the cores we may use, less those that others keep busy, shared with the
-    processes of our own MLX ring on this machine. One too many is ten times slower than one too few.
-    Of the last minute's load and what runs at the moment the lower counts: a minute ago we may have been installing."""
-    mine, ring, running = float(len(os.sched_getaffinity(0))), 1, 0
+def threads() -> tuple[str, str]:
+    """Threads for OpenBLAS and the reason: the cores we may use, less those that others keep busy at this moment (the
+    last minute's load may have been ours), shared with the processes of our own MLX ring on this machine. One too many
+    is ten times slower than one too few."""
+    mine, ring, load = float(len(os.sched_getaffinity(0))), 1, 0.0
     with suppress(OSError, ValueError):  # no control group, or "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
         mine = max(1.0, min(mine, int(quota) / int(period)))
     with suppress(OSError):
         ring = max(1, Path(os.environ.get("MLX_HOSTFILE", "")).read_text("utf-8").count('"127.0.0.1'))
-    for _ in range(5):
-        time.sleep(0.02)
-        running += int(Path("/proc/loadavg").read_text("ascii").split()[3].partition("/")[0]) - 1
-    load = min(os.getloadavg()[0], running / 5)
-    return most(mine, load * mine / (os.cpu_count() or 1), ring), f"{mine:g} cores, load {load:.1f}"
+    with suppress(ImportError, OSError):
+        import psutil  # not needed where the number of threads is given
+
+        load = psutil.cpu_percent(0.2) / 100 * mine
+    return str(most(mine, load, ring)), f"{mine:g} cores, {load:.1f} busy"
 
 
 def most(mine: float, load: float, processes: int) -> int:
@@ -110,9 +109,8 @@ def main() -> None:
                 else:
                     lines.append(SLOW)
             if THREADS not in os.environ:
-                count, reason = threads()
-                os.environ[THREADS] = str(count)
-                lines.append(f"{THREADS}={count} ({reason})")
+                os.environ[THREADS], reason = threads()
+                lines.append(f"{THREADS}={os.environ[THREADS]} ({reason})")
             os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")  # so that MLX takes from two lanes in turn (lanes.py)
             speaks = os.environ.get("MLX_RANK", "0") in ("", "0")
             with suppress(BrokenPipeError):

@@ -51,9 +51,8 @@ def slow_where(slow: Sequence[str], name: str, *values: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metal: None) -> None:
     """Metal's policy, a cache of the test's own, a roof of the machine that takes no time to measure."""
-    monkeypatch.setenv(policy.POLICY, "metal")
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
     assert policy.keeps_packed() and policy.usual_dtype() == mx.float16
@@ -73,12 +72,12 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], dict[s
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Callable[[str], Path]:
-    """`teachers(kind)`: the tiny llama stored in bfloat16, or of that in 4 bits with scales in bfloat16."""
+    """`teachers(kind)`: a narrow tiny llama stored in bfloat16, or of that in 4 bits with scales in bfloat16."""
     root = tmp_path_factory.mktemp("teachers")
 
     def made(kind: str) -> Path:
         if kind == "bfloat16" and not (root / kind).exists():
-            tiny.make(root / kind, dtype="BF16", torch_dtype="bfloat16")
+            tiny.make(root / kind, dtype="BF16", torch_dtype="bfloat16", intermediate_size=320)
         elif not (root / kind).exists():
             how: dict[str, Any] = dict(q_iters=0, q_method="round", target_bpw=None)
             if kind != "affine":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from mis_mlx.hardware import blas
@@ -126,6 +127,18 @@ def test_where_the_copy_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_threads_follow_cores_and_load(cores: float, load: float, processes: int, count: int) -> None:
     """Cores that others keep busy are left to them; nobody gets none."""
     assert blas.most(cores, load, processes) == count
+
+
+@pytest.mark.parametrize(("percent", "said", "count"), [(0.0, "0.0", "2"), (20.0, "0.4", "2"), (50.0, "1.0", "1")])
+def test_threads_go_by_what_is_busy_now(monkeypatch: pytest.MonkeyPatch, percent: float, said: str, count: str) -> None:
+    """A moment's share of all cores, whatever the last minute was like; without psutil nothing is taken as busy."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(blas.Path, "read_text", lambda *_: "max 100000")  # no control group, no ring
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 9.0, 9.0))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: percent)
+    assert blas.threads() == (count, f"2 cores, {said} busy")
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert blas.threads() == ("2", "2 cores, 0.0 busy")
 
 
 def test_program_becomes_the_command(bare: Bare) -> None:

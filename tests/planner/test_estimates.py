@@ -175,6 +175,7 @@ CASES = [(word, kind, *p) for word in ("cpu", "metal") for kind in ("F32", "BF16
 
 
 # Emulated float16 with packed weights is slow here: not with many tokens.
+@pytest.mark.usefixtures("brief_look")
 @pytest.mark.parametrize(("word", "kind", "windows", "length"), [*CASES[:-3], ("metal", "4-bit", 1, 16)])
 def test_a_real_pass_stays_under_the_plan(
     stored: Callable[[str], Checkpoint],
@@ -212,9 +213,15 @@ def test_a_real_pass_stays_under_the_plan(
     assert p.peak_bytes - estimates.SMALL_BYTES < most * peak and peak < p.peak_bytes, (peak, p.peak_bytes)
 
 
-@pytest.mark.parametrize("kept", [2, 6])
-@pytest.mark.parametrize("kind", ["BF16", "4-bit"])
-@pytest.mark.parametrize("word", ["cpu", "metal"])
+@pytest.mark.usefixtures("brief_look")
+@pytest.mark.parametrize(
+    ("word", "kind", "kept"),
+    [
+        *[(word, kind, kept) for word in ("cpu", "metal") for kind in ("BF16", "4-bit") for kept in (2, 6)][:-2],
+        pytest.param("metal", "4-bit", 2, marks=pytest.mark.slow),
+        ("metal", "4-bit", 6),
+    ],
+)
 def test_blocks_that_stay_are_within_the_plan(
     stored: Callable[[str], Checkpoint], word: str, kind: str, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
