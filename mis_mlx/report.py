@@ -42,7 +42,7 @@ def render(stories: Sequence[run_reader.RunRecord], every_s: int | None = None) 
     names = sections.labels(stories)
     parts = [html.part("heading", text=" and ".join(names))]
     if len(stories) > 1:
-        parts.append(_part("comparison", partial(sections.comparison, stories)))
+        parts.append(_part("comparison", partial(sections.comparison, stories, names)))
     for number, (name, story) in enumerate(zip(names, stories, strict=True)):
         if len(stories) > 1:
             parts.append(html.part("heading", text=name))
@@ -75,7 +75,7 @@ def run(settings: Settings) -> dict[str, Any]:
     need_place("--out", out, "file")
     while True:
         stories = [run_reader.read(folder) for folder in folders]
-        going = s.watch and not all(one.ended for one in stories)
+        going = s.watch and not all(one.result for one in stories)
         DISK.make_folder(out.absolute().parent)
         page = render(stories, s.every_s if going else None)
         DISK.replace_text(out, page)

@@ -134,8 +134,7 @@ def encode(
     """(token sequences of every row, how many of these were cut at `length`). answers: keys of the row that are each an
     answer to its prompt, and make a sequence each; none: the row is a conversation, all of whose assistant's turns are
     learned, or prompt/completion. MisError lists rows whose prompt fills the window and those the template refuses."""
-    if tokenizer.eos_token_id is None:
-        raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
+    token_windows.end_of(tokenizer)
     templated = getattr(tokenizer, "chat_template", None) is not None
     encoded, cut, problems = list[list[Sequenced]](), 0, list[str]()
     for row, at in placed:
@@ -143,7 +142,7 @@ def encode(
         for one in [{"prompt": row["prompt"], "completion": row[key]} for key in answers] or [row]:
             try:
                 if templated or "messages" in one:
-                    ids, learn = token_windows.conversation(one, tokenizer, mask_prompt, every_answer=True)
+                    ids, learn = token_windows.conversation(one, tokenizer, mask_prompt)
                 else:
                     ids, learn = token_windows.plain(one, tokenizer, mask_prompt)
             except Exception as error:  # a template is a program that came with the model: it can raise anything

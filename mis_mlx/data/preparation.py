@@ -30,16 +30,14 @@ def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.a
 
 
 def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
-    """Read, tokenize, pack into windows of `length` tokens; held-out windows that overlap training are removed. data
-    None: Python's manual (English) with one part in eight of Polish Miś texts, both held out; the Polish splits share
-    sentence templates by design, so there overlap stays."""
+    """Windows of `length` tokens; held-out ones that overlap training are removed. data None: Python's manual (English)
+    with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays."""
 
     def counted(held_out: Windows) -> Windows:
         return replace(held_out, text_bytes=token_windows.text_bytes(held_out, tokenizer))
 
     def windows(rows: Sequence[Row]) -> Windows:
-        tokenized = token_windows.tokenize(rows, tokenizer)
-        return token_windows.windows(tokenized, length, token_windows.start_of(tokenizer))
+        return token_windows.windows(token_windows.tokenize(rows, tokenizer), length, token_windows.start_of(tokenizer))
 
     texts = sources.load(data)
     train, test = windows(texts.train), windows(texts.test)

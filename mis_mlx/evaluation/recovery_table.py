@@ -16,9 +16,8 @@ Three = tuple[float, float, float]  # value, low, high
 
 @dataclass(frozen=True)
 class Outcome:
-    """One task. marks: {model: (n,)}, the teacher first. chance (n,). constant: U Zośki's (share, answer). overlap:
-    (questions that share words with the training text, questions looked up). uniform (n,): expected marks of a model to
-    which all tokens are equally likely. None: not known."""
+    """One task. marks: {model: (n,)}, the teacher first. chance (n,). constant: U Zośki's (share, answer). overlap: of
+    `Known`. uniform (n,): expected marks of a model to which all tokens are equally likely. None: not known."""
 
     task: str
     about: str
@@ -49,11 +48,6 @@ class Outcome:
         """Of what the teacher knows; None where it knows nothing."""
         return recovery(self.marks[model], self.teacher, self.chance) if self.knows else None
 
-    def recovered_words(self, model: str) -> str:
-        """The same for a table."""
-        share = self.recovered(model)
-        return "–" if share is None else f"{share[0]:.0%} [{share[1]:.0%}, {share[2]:.0%}]"
-
     def difference(self, model: str) -> Three:
         """Model less teacher, paired."""
         return interval(self.marks[model] - self.teacher)
@@ -65,11 +59,10 @@ class Outcome:
             models[name] = {"score": interval(marks), "recovery": self.recovered(name), "marks": marks.tolist()}
             models[name] |= {"less_teacher": self.difference(name)}
         about = {"task": self.task, "about": self.about, "sha256": self.sha256, "n": len(self.chance)}
-        constant = dict(zip(("share", "answer"), self.constant, strict=True)) if self.constant else None
-        overlap = dict(zip(("shared", "looked_up"), self.overlap, strict=True)) if self.overlap else None
-        facts = {"chance": float(self.chance.mean()), "u_zoski": constant, "contamination": overlap}
-        facts["uniform"] = None if self.uniform is None else float(self.uniform.mean())
-        return about | facts | {"models": models}
+        about |= {"chance": float(self.chance.mean())}
+        about["u_zoski"] = self.constant and dict(zip(("share", "answer"), self.constant, strict=True))
+        about["contamination"] = self.overlap and dict(zip(("shared", "looked_up"), self.overlap, strict=True))
+        return about | {"uniform": None if self.uniform is None else float(self.uniform.mean()), "models": models}
 
 
 def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
@@ -81,7 +74,9 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     parts = ["Share of right answers, ± 95 %\n\n" + markdown_table(head, [_scores(o) for o in outcomes])]
     if names[1:]:
         title = "Recovered: (student − chance) / (teacher − chance), 95 % interval over the same questions"
-        rows = [[o.task, *map(o.recovered_words, names[1:])] for o in outcomes]
+        shares = [[o.recovered(name) for name in names[1:]] for o in outcomes]
+        cells = [[f"{s[0]:.0%} [{s[1]:.0%}, {s[2]:.0%}]" if s else "–" for s in row] for row in shares]
+        rows = [[o.task, *row] for o, row in zip(outcomes, cells, strict=True)]
         parts.append(f"{title}\n\n" + markdown_table(["", *names[1:]], rows))
     parts += [tables] if tables else []
     parts.append("\n".join(f"- {line}" for line in findings(outcomes)))
@@ -155,8 +150,8 @@ def figure(outcomes: Sequence[Outcome]) -> str:
     known, names = [o for o in outcomes if o.knows], list(outcomes[0].marks)[1:] if outcomes else []
     if not known or not names:
         return ""
-    rows = {o.task: [o.recovered(name) for name in names] for o in known}
+    rows, limits = {o.task: [o.recovered(name) for name in names] for o in known}, {"chance": 0.0, "teacher": 1.0}
     about = (
         "Share of what the teacher knows above chance that a student still knows, with 95 % intervals; 0 % is chance."
     )
-    return figures.intervals("recovery", "Recovered", about, "recovered", rows, names, {"chance": 0.0, "teacher": 1.0})
+    return figures.intervals("recovery", "Recovered", about, "recovered", rows, names, limits)

@@ -1,8 +1,7 @@
 """A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for.
 
-What MLX packed goes without rounding again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1
-blocks and those of 5 bits Q5_1, both scale · q + bias (a group of 64 or 128 weights repeats them in its blocks of 32);
-mxfp4 and nvfp4 are MXFP4 and NVFP4."""
+What MLX packed is not rounded again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1 blocks
+and those of 5 bits Q5_1 (scale · q + bias, repeated in a group's blocks of 32), mxfp4 and nvfp4 MXFP4 and NVFP4."""
 
 import math
 from collections import Counter
@@ -185,12 +184,10 @@ def _rewrapped(checkpoint: Checkpoint, part: Part, slab: load.Raw, tally: Counte
     stem = part.source.removesuffix(".weight")
     bits, group, mode = (load.packing(checkpoint, part.source)[key] for key in ("bits", "group_size", "mode"))
     q = np.array(rounding.integers(slab[part.source], BLOCK, bits))  # whatever the group is
-    if mode == "nvfp4":  # scales of four groups of 16 stand together
-        scales = np.array(slab[f"{stem}.scales"]).reshape(len(q), -1, 4)
-        return np.concatenate([scales, _halves(q, 16).reshape(*scales.shape[:2], 32)], axis=-1).reshape(len(q), -1)
-    if mode == "mxfp4":
-        scales = np.array(slab[f"{stem}.scales"])[..., None]
-        return np.concatenate([scales, _halves(q, BLOCK)], axis=-1).reshape(len(q), -1)
+    if mode != "affine":  # nvfp4: scales of four groups of 16 stand together
+        scales = np.array(slab[f"{stem}.scales"]).reshape(len(q), -1, 4 if mode == "nvfp4" else 1)
+        nibbles = _halves(q, 16 if mode == "nvfp4" else BLOCK).reshape(*scales.shape[:2], -1)
+        return np.concatenate([scales, nibbles], axis=-1).reshape(len(q), -1)
     both = [np.array(slab[f"{stem}.{which}"].astype(mx.float32)) for which in ("scales", "biases")]
     with np.errstate(over="ignore"):  # an overflow is infinity, and that is refused
         halves = [values.astype(np.float16) for values in both]
@@ -208,8 +205,8 @@ def _halves(q: np.ndarray, block: int) -> np.ndarray:
 
 
 def _query_gain(config: Mapping[str, Any], name: str) -> float:
-    """What the norm of queries takes over: llama.cpp's gemma3 knows no query_pre_attn_scalar and divides by the head's
-    size, in a model of 62 blocks by hidden / heads."""
+    """For the norm of queries: llama.cpp's gemma3 knows no query_pre_attn_scalar and divides by the head's size, in a
+    model of 62 blocks by hidden / heads."""
     if not name.endswith("attn_q_norm.weight") or "query_pre_attn_scalar" not in family(config).numbers:
         return 1.0
     s = shape_of(config)

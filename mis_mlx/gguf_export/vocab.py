@@ -28,8 +28,7 @@ RULES: dict[tuple[tuple[str, ...], bool], str] = {
 
 @cache
 def known() -> dict[str, Any]:
-    """llama.cpp tells pre-tokenizers apart by the sha256 of the ids of a text, "probe". "names": those of families that
-    a llama, mistral, qwen2 or qwen3 can have, by that hash."""
+    """llama.cpp's pre-tokenizers: the text "probe", and "names", those of our families, by the sha256 of its ids."""
     return read_json(Path(__file__).parent / "pre_tokenizers.json")
 
 
