@@ -109,7 +109,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
             final = [replace(p, kind=chosen[p.name]) for p in parts]
         notes[:0] = _facts(final, checkpoint, tally["inexact"])
         words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
-        DISK.write(folder / "Modelfile", html.document("Modelfile", words).encode())
+        DISK.write(folder / "Modelfile", f"{html.document('Modelfile', words)}\n".encode())
         DISK.write(folder / "README.md", model_card.readme(checkpoint, base, file, notes).encode())
 
     room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(staged) if k_quant else 0)

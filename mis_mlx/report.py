@@ -53,9 +53,11 @@ def render(stories: Sequence[run_reader.RunRecord], every_s: int | None = None) 
 
 def _part(name: str, make: Callable[[], str]) -> str:
     """A part of the page, or a sentence where a file holds what this version does not write."""
+    from jinja2 import UndefinedError
+
     try:
         return make()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except (UndefinedError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         text = f"The part “{name}” is missing: a file is of another version ({type(error).__name__}: {error})."
         return html.part("note", text=text)
 

@@ -40,14 +40,8 @@ class Examples:
 
     def card(self, fingerprint: str) -> dict[str, Any]:
         """For the run and the model card: source, licence, counts, and the fingerprint of what was learned."""
-        return {
-            "source": self.source,
-            "licence": self.licence,
-            "train_rows": len(self.train),
-            "valid_rows": len(self.valid),
-            "pii_removed": dict(self.removed),
-            "fingerprint": fingerprint,
-        }
+        said = {"source": self.source, "licence": self.licence, "pii_removed": dict(self.removed)}
+        return {**said, "train_rows": len(self.train), "valid_rows": len(self.valid), "fingerprint": fingerprint}
 
 
 def load(
@@ -121,11 +115,13 @@ def _prompt(row: Row) -> str:
     return rows.key(row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"])
 
 
-def _scrubbed(row: Row, removed: Counter[str]) -> Row:
-    clean = {key: pii.scrub(value, removed) if isinstance(value, str) else value for key, value in row.items()}
-    if "messages" in row:
-        clean["messages"] = [{**m, "content": pii.scrub(m["content"], removed)} for m in row["messages"]]
-    return clean
+def _scrubbed(value: Any, removed: Counter[str]) -> Any:
+    """The same row, message or text without personal data."""
+    if isinstance(value, dict):
+        return {key: _scrubbed(part, removed) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_scrubbed(part, removed) for part in value]
+    return pii.scrub(value, removed) if isinstance(value, str) else value
 
 
 def encode(

@@ -1,8 +1,8 @@
 """Token windows of a data source for one tokenizer: train, and held-out sets that share nothing with it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,8 +14,7 @@ from mis_mlx.data.token_windows import Windows
 MIS_SHARE = 1 / 8  # of the built-in training windows: Polish enough to matter, English enough to measure
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """Windows to train on, held-out windows by name (the first is the main one), and what was done, in words."""
 
     train: Windows

@@ -7,8 +7,8 @@ import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mis_mlx.data.rows import Reading, Row, collect, key, read, split_off
 from mis_mlx.types import MisError
@@ -18,8 +18,7 @@ MIS_FOLDER = Path(__file__).parent / "polish" / MIS
 SPLITS = ("train", "valid", "test")
 
 
-@dataclass(frozen=True)
-class Texts:
+class Texts(NamedTuple):
     """Rows per split, and sentences on where all this came from."""
 
     train: Sequence[Row]

@@ -88,7 +88,6 @@ def _messages(row: Row) -> list[Row]:
 
 def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
     """(ids, learn) of a prompt/completion or messages row. mask_prompt: only answers are learned, all of them.
-
     Learn starts where the ids part from those of the conversation before an answer, and ends where they
     part from those of the conversation up to it: the templates of some models rewrite earlier turns."""
     messages = _messages(row)
@@ -110,7 +109,6 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool = False) -> list[int]:
     """Ids of the rendered conversation, where only the template's own special tokens are special.
-
     A special token spelled in a message passes through the template as one private character and is cut up
     afterwards. A conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does."""
     content = "".join(message["content"] for message in messages)
@@ -173,7 +171,6 @@ def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
 
 def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
     """The text of each window as another model's tokenizer cuts it, (N, T') with what is behind its end not counted.
-
     Special tokens stay what they are; half of a letter at either end is left out."""
     names, length = _special_tokens(tokenizer), 0
     special = {i: other.convert_tokens_to_ids(t) for t, i in tokenizer.get_vocab().items() if t in names}

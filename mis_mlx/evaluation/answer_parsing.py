@@ -26,6 +26,7 @@ _NUMBER = re.compile(
     r"|(?P<over>[0-9]+) ?/ ?(?P<under>[0-9]+)(?![0-9.,])"
     r"|(?P<plain>[0-9]{1,3}(?: [0-9]{3})+(?:[.,][0-9]+)?(?![0-9])|[0-9]+(?:[.,][0-9]+)*))"
 )
+_GROUPED = re.compile(r"[1-9][0-9]{0,2}([.,])[0-9]{3}(?:\1[0-9]{3})*(?:(?!\1)[.,][0-9]+)?")  # 1.250; 1.250.000,5
 _UNIT = re.compile(r" ?([^0-9\s,;()/+−–-]*)(?:,? (?:i |and )?|$)")  # and what may stand before the next number
 _TIME = re.compile(r"(?:o |at |godz\.? ?|godzina |o godzinie )?([0-9]{1,2})[:.]([0-9]{2})(?: ?([ap])\.?m\.?)?", re.I)
 _VULGAR = re.compile("[¼-¾⅐-⅞]")  # fractions of one character
@@ -91,26 +92,15 @@ def _fraction(m: re.Match[str], language: Language | None) -> Fraction | None:
 
 def _decimal(text: str, language: Language | None) -> str | None:
     """Digits with at most one point, or None where separators make no number or more than one."""
-    grouped = " " in text
-    text = text.replace(" ", "")
-    marks = [c for c in text if c in ".,"]
-    if not marks:
-        return text
-    parts = re.split(r"[.,]", text)
-    groups = not grouped and 1 <= len(parts[0]) <= 3 and parts[0][0] != "0" and all(len(p) == 3 for p in parts[1:-1])
-    if len(marks) == 1:
-        decimal = f"{parts[0]}.{parts[1]}"
-        if len(parts[1]) != 3 or not groups:
-            return decimal
-        own = {"pl": ",", "en": "."}.get(language or "")
-        if marks[0] == own:
-            return decimal
-        return "".join(parts) if (language, marks[0]) == ("en", ",") else None
-    if not groups or len(set(marks[:-1])) != 1:
+    spaced, text = " " in text, text.replace(" ", "")
+    one_mark, grouped = re.fullmatch(r"[0-9]+(?:[.,][0-9]+)?", text), _GROUPED.fullmatch(text)
+    if grouped is None or spaced:
+        return text.replace(",", ".") if one_mark else None
+    if one_mark and grouped[1] == {"pl": ",", "en": "."}.get(language or ""):
+        return text.replace(",", ".")
+    if one_mark and (language, grouped[1]) != ("en", ","):
         return None
-    if marks[-1] == marks[0]:
-        return "".join(parts) if len(parts[-1]) == 3 else None
-    return "".join(parts[:-1]) + "." + parts[-1]
+    return text.replace(grouped[1], "").replace(",", ".")
 
 
 def quantity(text: str, language: Language | None) -> Quantity | None:

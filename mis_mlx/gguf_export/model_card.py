@@ -62,7 +62,7 @@ def readme(checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[
         "table": table.read_text("utf-8").strip() if table and table.is_file() else "",
         "file": file,
     }
-    return html.document("model_card.md", values)
+    return html.document("model_card.md", values) + "\n"
 
 
 def _recipe(folder: Path, run: Path | None) -> list[str]:

@@ -20,17 +20,12 @@ def _templates() -> Any:
 
 def document(file: str, values: dict[str, Any]) -> str:
     """Plain text, from a file in templates/."""
-    return _templates().get_template(file).render(values).rstrip() + "\n"
+    return _templates().get_template(file).render(values).strip()
 
 
 def part(macro: str, **values: Any) -> str:
-    """The HTML that a macro of the page makes of these values. KeyError where it asks for one that is not there."""
-    from jinja2 import UndefinedError
-
-    try:
-        return str(getattr(_templates().get_template("page.html").module, macro)(**values))
-    except UndefinedError as error:
-        raise KeyError(str(error)) from None
+    """The HTML that a macro of the page makes of these values. jinja2.UndefinedError where it asks for another one."""
+    return str(getattr(_templates().get_template("page.html").module, macro)(**values))
 
 
 def page(title: str, body: str, every_s: int | None = None) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -112,8 +112,7 @@ def _number(value: Any) -> float | None:
         return None
 
 
-@dataclass(frozen=True)
-class RunRecord:
+class RunRecord(NamedTuple):
     """A run; `result` is empty until its end. Where there was nothing to read, `missing` has a sentence."""
 
     folder: Path

@@ -52,7 +52,7 @@ def test_a_model_of_unknown_origin(llama: Checkpoint) -> None:
 
 
 def modelfile(file: str, template: str, stop: str | None) -> str:
-    return html.document("Modelfile", {"file": file, "template": template, "stop": stop})
+    return html.document("Modelfile", {"file": file, "template": template, "stop": stop}) + "\n"
 
 
 def test_modelfile() -> None:

@@ -110,18 +110,15 @@ def _messages(pack: Path) -> dict[tuple[str, str], str]:
 
 def _fluent(text: str) -> dict[str, str]:
     """{term or term.attribute: message} of a Fluent file; lines that go on are joined."""
-    messages, term, key = dict[str, str](), "", ""
-    for line in text.splitlines():
+    messages, term = dict[str, str](), ""
+    for line in re.sub(r"\n +(?!\.[\w-]+\s*=)(?=\S)", " ", text).splitlines():
         if match := _TERM.match(line):
-            term = key = match[1]
-            messages[key] = match[2]
+            term = match[1]
+            messages[term] = match[2]
         elif term and (match := _ATTRIBUTE.match(line)):
-            key = f"{term}.{match[1]}"
-            messages[key] = match[2]
-        elif key and line.startswith(" "):
-            messages[key] += f" {line.strip()}"
+            messages[f"{term}.{match[1]}"] = match[2]
         else:
-            term = key = ""
+            term = ""
     return messages
 
 

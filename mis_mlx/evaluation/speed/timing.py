@@ -9,7 +9,6 @@ Definitions (those of vLLM and AIPerf; none has the tokenizer or the text in it)
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +40,7 @@ class Loaded(NamedTuple):
     read_bytes: int
 
 
-@dataclass(frozen=True)
-class BenchmarkModel:
+class BenchmarkModel(NamedTuple):
     """A model in memory."""
 
     loaded: Loaded
@@ -50,8 +48,7 @@ class BenchmarkModel:
     tokenizer: Any
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """One request. stamps_s: when each token was there, from the start. cached_s: TTFT of the same prompt, all but its
     last token in the cache. watts: from first token to last. peak_bytes: its model's weights, cache and workspace."""
 
