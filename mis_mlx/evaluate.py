@@ -35,8 +35,7 @@ class Settings(cli.Budgeted, policy.Computing):
     students: tuple[str, ...] = ()
     """model folders"""
     data: str | None = None
-    """what the students were distilled on: a folder with train.jsonl and test.jsonl, or a hub data set; default: built
-    in"""
+    """what the students were distilled on: a folder with train.jsonl and test.jsonl, or a hub id; default: built in"""
     eval_windows: Count = 24
     """held-out windows"""
     max_seq_length: Tokens | None = None
@@ -44,8 +43,7 @@ class Settings(cli.Budgeted, policy.Computing):
     kld: bool = False
     """llama.cpp's quality report instead, with the teacher as reference, over the second half of every window"""
     tasks: tuple[str, ...] = ()
-    """builtin, polish-offline, dialects, polish, english, any part of these, lm_eval/ID, or folders of JSONL; without
-    any: held-out text"""
+    """builtin, polish-offline, dialects, polish, english, a part of these, lm_eval/ID, folders; none: held-out text"""
     num_questions: Annotated[int, Within(2, MOST)] = 100
     """of each task"""
     out: str | None = None

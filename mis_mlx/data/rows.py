@@ -183,8 +183,7 @@ def key(value: object) -> str:
 
 
 def split_off(items: Sequence[T], keys: Sequence[str]) -> tuple[list[T], list[T]]:
-    """(the others, about a tenth of the items, or none if no others were left): by hash of their keys, equal ones stay
-    together."""
+    """(the others, a tenth of the items, or none if no others were left): by hash of keys, equal ones together."""
     held = {key for key in keys if int(key[:8], 16) % 10 == 0} or {min(keys)}
     if held.issuperset(keys):
         return list(items), []

@@ -62,8 +62,7 @@ def _manual() -> Texts:
 
 
 def _without_repeats(topics: Mapping[str, str]) -> list[str]:
-    """Sorted names of the topics that are not mostly a part of a longer one ("with" is inside "compound"): the manual
-    repeats a quarter of itself, and train and test would share it."""
+    """Sorted names of the topics that are not mostly a part of a longer one: a quarter of the manual is there twice."""
     kept, seen = [], set[str]()
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         paragraphs = [" ".join(p.split()) for p in topics[name].split("\n\n") if len(p.strip()) > 40]

@@ -114,13 +114,8 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
     content = "".join(message["content"] for message in messages)
     spelled = sorted((t for t in _special_tokens(tokenizer) if t in content), key=lambda t: (-len(t), t))
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in content)
-    stand_ins = dict(zip(spelled, unused, strict=False))
-    safe = []
-    for message in messages:
-        text = message["content"]
-        for token, stand_in in stand_ins.items():
-            text = text.replace(token, stand_in)
-        safe.append({**message, "content": text})
+    stand_ins, known = dict(zip(spelled, unused, strict=False)), re.compile("|".join(map(re.escape, spelled)) or "(?!)")
+    safe = [{**m, "content": known.sub(lambda found: stand_ins[found[0]], m["content"])} for m in messages]
     rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
     if not spelled:
         return _encode(tokenizer, rendered, split=False)

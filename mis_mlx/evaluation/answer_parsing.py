@@ -1,8 +1,7 @@
 """Read a value out of a short text: an exact number with its unit, a time of day, or names. Polish and English.
 
 Anything that is not one value and nothing else is no value: "5 or 7", "not 5", "about 5", digits of other alphabets,
-invisible characters, a comma of two readings. Digits are counted before they become a Fraction; nothing is evaluated.
-"""
+invisible characters, a comma of two readings. Digits are counted before they are converted, nothing is evaluated."""
 
 import json
 import re
@@ -35,8 +34,7 @@ _LATEX = re.compile(r"([0-9]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 
 @dataclass(frozen=True)
 class Quantity:
-    """`amount` in the smallest unit of its kind ("mass": mg); `given`: as written, before its unit. kind "": no unit.
-    kind "clock": a time of day, in minutes after midnight."""
+    """`amount` in the smallest unit of its kind, "mass": mg; "": none; "clock": minutes. `given`: as written."""
 
     amount: Fraction
     kind: str = ""

@@ -108,8 +108,7 @@ def _continued(data: str | None, known: questions.Known) -> list[questions.Task]
 
 
 def _places(texts: Sequence[str]) -> list[dict]:
-    """Cloze rows of all places, which do not overlap, in order: 24 words, and which six come next; three wrong endings
-    are from elsewhere. MisError where there are too few to choose from."""
+    """Cloze rows of all places in order: 24 words, and which six come next; three wrong endings are from elsewhere."""
     context, whole, others = 24, 30, 3
     places = []
     for words in map(str.split, texts):

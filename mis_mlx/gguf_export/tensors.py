@@ -78,10 +78,9 @@ def out_type(checkpoint: Checkpoint) -> str:
 
 
 def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
-    """Every tensor of the GGUF in order. `wanted`: an --out-type such as "q4_1".
-    Vectors are float32. Of a packed model q4_1, mxfp4 and nvfp4 keep exactly what some type of llama.cpp holds; other
-    matrices get Q8_0. q4_k_m: the types that llama.cpp is going to choose. MisError where rows do not divide by a
-    block, or nothing is packed in the mode that was asked for."""
+    """Every tensor of the GGUF in order. `wanted`: --out-type. Vectors are float32. Of a packed model q4_1, mxfp4 and
+    nvfp4 keep exactly what some type of llama.cpp holds; other matrices get Q8_0. q4_k_m: the types that llama.cpp will
+    choose. MisError where rows do not divide by a block, or nothing is packed in the mode that was asked for."""
     import gguf
 
     config, s, of = checkpoint.config, shape_of(checkpoint.config), family(checkpoint.config)
@@ -197,8 +196,7 @@ def _halves(q: np.ndarray, block: int) -> np.ndarray:
 
 
 def _query_gain(config: Mapping[str, Any], name: str) -> float:
-    """For the norm of queries: llama.cpp's gemma3 knows no query_pre_attn_scalar and divides by the head's size, in a
-    model of 62 blocks by hidden / heads."""
+    """For query_pre_attn_scalar, in queries' norm: llama.cpp's gemma3 divides by head_dim, or hidden / heads."""
     if not name.endswith("attn_q_norm.weight") or "query_pre_attn_scalar" not in family(config).numbers:
         return 1.0
     s = shape_of(config)

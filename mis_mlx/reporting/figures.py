@@ -96,9 +96,9 @@ def intervals(
     with _figure(90 + (16 * len(names) + 12) * len(rows)) as (figure, axes):
         place = np.arange(len(rows))[::-1]
         for i, (name, color) in enumerate(zip(names, cycle(COLORS), strict=False)):
-            known = [(y, row[i]) for y, row in zip(place, rows.values(), strict=True) if row[i] is not None]
-            y = np.array([at for at, _ in known]) + 0.35 - 0.7 * (i + 0.5) / len(names)
-            value, low, high = np.array([cell for _, cell in known], np.float64).T
+            known = [(y, *cell) for y, cells in zip(place, rows.values(), strict=True) if (cell := cells[i])]
+            y, value, low, high = np.array(known, np.float64).T
+            y += 0.35 - 0.7 * (i + 0.5) / len(names)
             axes.errorbar(value, y, xerr=[value - low, high - value], fmt="o", color=color, label=name, markersize=4)
         for text, at in limits.items():
             axes.axvline(at, color=MUTED, linestyle="--" if at else ":", label=text)

@@ -1,7 +1,7 @@
 """What a run folder tells, as far as it goes: every file may be missing, torn, or of another version.
 
-Nothing in here is to be trusted as HTML. Logs are read line by line and thinned: a million lines take no more memory
-than a thousand, and no spike is lost."""
+Nothing in here is to be trusted as HTML. Logs are thinned line by line: a million take no more memory than a thousand,
+and no spike is lost."""
 
 import json
 import math
@@ -73,8 +73,7 @@ class History:
 
 
 def history_of(path: Path, names: Sequence[str]) -> History:
-    """The numbers of these names, and "tokens_per_s", in a log of JSON lines; empty when it is missing. A step that a
-    resumed run did twice is in it twice: it took its time twice."""
+    """The numbers of these names, and "tokens_per_s", in a log, if there is one; a step done twice is in it twice."""
     history = History({name: Series() for name in (*names, "tokens_per_s")})
     behind, pausing = 0.0, False  # of the wall clock, since it was set back; whether the last record is of a pause
     for record in run_folder.parsed(path, LINE_BYTES):

@@ -63,9 +63,8 @@ def rounds(
     peaks: bool = False,
     warm_up: Request | None = None,
 ) -> Iterator[tuple[Loaded, Measurement]]:
-    """Every trial as it ends, without the warm-up: each round takes all models in turn, A B A B; or, where they do
-    not fit in memory together, model after model. No model is handed on: whoever took one would keep it in memory.
-    openers: what loads each. warm_up: by default the whole prompt."""
+    """Every trial as it ends, but the warm-up, a whole prompt: all models in turn, A B A B; or, where they do not fit
+    in memory together, model after model. No model is handed on: whoever took one would keep it in memory."""
     first = warm_up or r._replace(answer=min(r.answer, WARM_UP))
     for group in [list(openers)] if together else [[name] for name in openers]:
         subjects = [openers[name]() for name in group]
@@ -147,8 +146,7 @@ def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
 def beside(
     checkpoint: Checkpoint, weight_bytes: int, r: Request, at: rates.Roof, tokens_per_s: float
 ) -> dict[str, Any]:
-    """What goes beside a model's figures: MB a token moves, the best times there could be, the share reached, and
-    what the limit is. weight_bytes: those that a token reads, in memory."""
+    """MB a token moves, the best times there could be, the share reached, and what the limit is. weight_bytes: read."""
     token, first = (f(checkpoint, weight_bytes, r) for f in (decoding, first_token))
     best = {"decode_best_tps": 1 / at.seconds(*token), "ttft_best_ms": 1000 * at.seconds(*first)}
     reached = tokens_per_s * at.seconds(*token)

@@ -31,8 +31,7 @@ class Request(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """What is known of a model, also once it is gone. nbytes: of its weights in memory; read_bytes: of those that a
-    token has to fetch, all but an embedding that is not the head too."""
+    """Of a model, also once it is gone. nbytes: its weights in memory; read_bytes: without an untied embedding."""
 
     name: str
     load_s: float
@@ -66,8 +65,7 @@ class Measurement(NamedTuple):
 
 
 def mean_watts(monitor: Monitor, seconds: float) -> float | None:
-    """The whole machine's mean power, its display included, over the last `seconds`, 0.1 or more, by trapezoids; None
-    when fewer than two readings have a power. The GPU must be done by now."""
+    """The machine's mean power over the last `seconds`, by trapezoids, once the GPU is done; None: no two readings."""
     since_s = monitor.clock.monotonic() - seconds
     seen = [(r.time_s, r.power_w) for r in monitor.history() if r.time_s >= since_s and r.power_w is not None]
     if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
@@ -90,10 +88,9 @@ def opened(folder: Path, name: str) -> BenchmarkModel:
 
 def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
     """`count` token ids of Python's manual, from a topic that `seed` chooses."""
-    rows, text = [str(row["text"]) for row in sources.load(None).train], ""
+    rows = [f"\n\n{row['text']}" for row in sources.load(None).train]
     start = int(np.random.default_rng(list(seed)).integers(len(rows)))
-    while len(text) < 5 * count and len(text) < sum(map(len, rows)):  # a token has 3 to 5 letters
-        text, start = f"{text}\n\n{rows[start % len(rows)]}", start + 1
+    text = "".join(rows[start:] + rows[:start])[: 10 * count]  # a token has 3 to 5 letters
     return [int(i) for i in np.array(mlx_generate.prompt_ids(tokenizer, text, count))]
 
 
