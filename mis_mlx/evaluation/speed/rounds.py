@@ -110,13 +110,13 @@ def rows(fixed: Facts, measured: Facts) -> list[Row]:
         found += [Row(name, "params", f["params"] / 1e6), Row(name, "weights_mb", f["weight_bytes"] / 1e6)]
         found.append(Row(name, "m1_best_tps", f["m1_best_tps_computed"]))
         for metric, value in values.items():
-            if not isinstance(value, Mapping):
+            if isinstance(value, Mapping):
+                mean, sd = value["mean"], value["sd"]
+                found.append(Row(name, metric, mean, *(mean - sd, mean + sd) if value["n"] > 1 else ()))
+                if "p95" in value:
+                    found.append(Row(name, metric.replace("_ms", "_p95_ms"), value["p95"]))
+            elif metric != "bound":  # a word
                 found.append(Row(name, metric, value))
-                continue
-            mean, sd = value["mean"], value["sd"]
-            found.append(Row(name, metric, mean, *(mean - sd, mean + sd) if value["n"] > 1 else ()))
-            if "p95" in value:
-                found.append(Row(name, metric.replace("_ms", "_p95_ms"), value["p95"]))
     return found
 
 
