@@ -25,7 +25,7 @@ import laboratory
 import psutil
 
 from mis_mlx import cli
-from mis_mlx.evaluation.speed import roofline, rounds, timing
+from mis_mlx.evaluation.speed import rounds, timing
 from mis_mlx.evaluation.speed.timing import BenchmarkModel, Measurement, Request
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Roof
@@ -71,7 +71,7 @@ def row(
     found: dict[str, Any] = {"prompt_tokens": length}
     for name, model in subjects.items():
         figures = rounds.figures(every[name], r)
-        best = 1000 * at.seconds(*roofline.first_token(models[name], model.loaded.read_bytes, r))
+        best = 1000 * at.seconds(*rounds.first_token(models[name], model.loaded.read_bytes, r))
         found[name] = {"cold_ms": figures["ttft_ms"], "cached_ms": figures["ttft_cached_ms"], "best_ms": best}
     kinds = ("cold_ms", "cached_ms")
     found["speed_up"] = {k: found["teacher"][k]["median"] / found["student"][k]["median"] for k in kinds}

@@ -14,11 +14,12 @@ import psutil
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.evaluation.speed import roofline, rounds, timing
+from mis_mlx.evaluation.speed import rounds, timing
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.thermal import governor
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.models import arch, load, policy, resolve
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage.files import DISK, need_place
@@ -89,13 +90,12 @@ class Bench:
         self.loaded: dict[str, timing.Loaded] = {}
         self.stopped = False
 
-    def go(self, meter: timing.PowerMeter | None) -> None:
+    def go(self, monitor: Monitor | None) -> None:
         """All trials. Ctrl-C ends them; those that are finished stay."""
         total = self.s.num_trials * len(self.models)
         openers = {name: partial(timing.opened, m.path, name) for name, m in self.models.items()}
-        every = rounds.rounds(
-            openers, self.together, self.s.num_trials, self.r, self.s.seed, self.s.delay, meter, peaks=True
-        )
+        s = self.s
+        every = rounds.rounds(openers, self.together, s.num_trials, self.r, s.seed, s.delay, monitor, peaks=True)
         try:
             with progress.bar("trials", total) as show:
                 for at, (subject, done) in enumerate(every, 1):
@@ -119,38 +119,37 @@ class Bench:
     def fixed(self) -> dict[str, Any]:
         """What the same command with the same seed gives again: sizes, texts, tokens."""
         flags = ("prompt_tokens", "generation_tokens", "num_trials", "seed")
-        texts = {name: [(t.asked, t.tokens) for t in self.done.get(name, ())] for name in self.models}
-        models = {
-            name: {
+        models = dict[str, dict[str, Any]]()
+        for name, m in self.models.items():
+            texts = [(t.asked, t.tokens) for t in self.done.get(name, ())]
+            models[name] = {
                 "params": arch.params(m.config),
                 "weight_bytes": m.nbytes,
-                "format": roofline.kind(m, str(policy.compute_dtype(m)).removeprefix("mlx.core.")),
-                "m1_best_tps_computed": roofline.m1_tokens_per_s(m, self.r),
-                "trials": len(self.done.get(name, ())),
-                "texts_sha256": hashlib.sha256(json.dumps(texts[name]).encode()).hexdigest(),
+                "format": rounds.kind(m, str(policy.compute_dtype(m)).removeprefix("mlx.core.")),
+                "m1_best_tps_computed": rounds.m1_tokens_per_s(m, self.r),
+                "trials": len(texts),
+                "texts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             }
-            for name, m in self.models.items()
-        }
-        return {**{name: getattr(self.s, name) for name in flags}, "warm_up_tokens": rounds.WARM_UP, "models": models}
+        return {**{name: getattr(self.s, name) for name in flags}, "models": models}
 
     def measured(self, at: rates.Roof, idle_w: float | None) -> dict[str, dict[str, Any]]:
         """{model: {metric: summary}} of what was timed, and beside it the roof: `*_best_*`, `reached`, `moved_mb`."""
         figures: dict[str, dict[str, Any]] = {}
         for name, done in self.done.items():
-            m, known = self.models[name], self.loaded[name]
-            values: dict[str, Any] = rounds.figures(done, self.r, idle_w)
-            beside = roofline.beside(m, known.read_bytes, self.r, at, values["decode_tps"]["median"])
+            known, values = self.loaded[name], rounds.figures(done, self.r, idle_w)
+            median = values["decode_tps"]["median"]
+            beside = rounds.beside(self.models[name], known.read_bytes, self.r, at, median)
             figures[name] = {"load_s": known.load_s, **values, **beside}
         return figures
 
 
-def _conditions(reading: Reading) -> dict[str, Any]:
-    """What a time depends on beside the model; `unfit`: why times taken now are not the model's own."""
-    kept = ("die_c", "battery_c", "pressure_level", "battery_percent", "plugged", "power_w")
-    unfit, load_average = governor.unfit_for_timing(reading), psutil.getloadavg()[0]
-    if not unfit and load_average > (os.cpu_count() or 1):
-        unfit = f"load average {load_average:.1f}, more than there are cores"
-    return {**{name: getattr(reading, name) for name in kept}, "load_average": load_average, "unfit": unfit}
+def _unfit(reading: Reading) -> str | None:
+    """Why times taken now are not the model's own; None where they are."""
+    load_average = psutil.getloadavg()[0]
+    busy = (
+        f"load average {load_average:.1f}, more than there are cores" if load_average > (os.cpu_count() or 1) else None
+    )
+    return governor.unfit_for_timing(reading) or busy
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -160,29 +159,25 @@ def run(settings: Settings) -> dict[str, Any]:
     with ThermalMonitor(settings) as weather:
         at = rates.measure_roof()
         first = weather.reading()
-        conditions = {"before": _conditions(first)}
-        meter = timing.PowerMeter(weather.monitor)
         idle_w = None  # what this machine takes at rest, where something measures power
         if first.power_w is not None:
-            meter.begin()
             time.sleep(IDLE_S)
-            idle_w = meter.watts()
-        bench.go(meter if idle_w is not None else None)
-        conditions["after"] = _conditions(weather.reading())
-    hot = [f"{when}: {seen['unfit']}" for when, seen in conditions.items() if seen["unfit"]]
+            idle_w = timing.mean_watts(weather.monitor, IDLE_S)
+        unfit = {"before": _unfit(first)}
+        bench.go(weather.monitor if idle_w is not None else None)
+        unfit["after"] = _unfit(weather.reading())
+    hot = [f"{when}: {why}" for when, why in unfit.items() if why]
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
-    measured = bench.measured(at, idle_w)
-    fixed = bench.fixed()
+    fixed, measured = bench.fixed(), bench.measured(at, idle_w)
     print(text.table(rounds.rows(fixed["models"], measured), list(measured), rounds.METRICS))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
-    source = "the whole machine's power" if idle_w is not None else None
     result = {
         **fixed,
         "machine": about(),
         "hot": hot,
         "stopped": bench.stopped,
-        "measured": {"models": measured, "roof": asdict(at), "conditions": conditions, "energy_source": source},
+        "measured": {"models": measured, "roof": asdict(at)},
     }
     bench.write(result)
     return result

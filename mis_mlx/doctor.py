@@ -67,10 +67,10 @@ def run(settings: Settings) -> dict[str, Any]:
         speeds = _guarded(lambda: _speeds(Path(name)), lambda error: [[error, "", ""]])
     took, packed = duration(time.monotonic() - began), "stay packed" if policy.keeps_packed() else "are de-quantized"
     failed = [row.name for row in rows if not row.passed]
+    head += [f"took {took}, and at most {gib(peak.nbytes)} beyond what the process began with"]
+    on = f"computed on the {about()['computes_on']} by the policy {policy.name()}, in {policy.usual_dtype()}"
     lines = [f"### mis_mlx doctor: {len(rows) - len(failed)} of {len(rows)} checks passed\n", *(f"- {h}" for h in head)]
-    lines += [f"- took {took}, and at most {gib(peak.nbytes)} beyond what the process began with"]
-    lines += [f"- computed on the {about()['computes_on']} by the policy {policy.name()}, in {policy.usual_dtype()}; "]
-    lines[-1] += f"packed weights {packed}\n"
+    lines += [f"- {on}; packed weights {packed}\n"]
     lines += [markdown_table(["", "check", "found", "at most"], [row.cells() for row in rows], words=2), ""]
     lines += [markdown_table(["rate", "here", "MacBook Air M1, published"], speeds)]
     report = _public("\n".join(lines)) + "\n"
@@ -93,12 +93,12 @@ def _examined(folder: Path) -> Iterator[Row]:
         todo |= {name: partial(check, models) for name, check in engine.CHECKS.items()}
     for count, (name, check) in enumerate(todo.items(), 1):
         cli.say(f"{count} of {len(todo)}: {name}")  # before: where the process dies, this was it
-        yield _guarded(partial(_row, name, check), partial(Row, name, False, None, None))
-
-
-def _row(name: str, check: Callable[[], Any]) -> Row:
-    number, bound = map(float, check())  # NaN never passes, and JSON has no word for it
-    return Row(name, number <= bound, number if math.isfinite(number) else None, bound)
+        found = _guarded(check, lambda error: error)
+        if isinstance(found, str):
+            yield Row(name, False, error=found)
+            continue
+        number, bound = map(float, found)  # NaN never passes, and JSON has no word for it
+        yield Row(name, number <= bound, number if math.isfinite(number) else None, bound)
 
 
 def _guarded(work: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
@@ -125,7 +125,6 @@ def _machine(folder: Path) -> list[str]:
 
 
 def _sensors() -> list[str]:
-    """What `thermal doctor` says."""
     with open_monitor() as monitor:
         return findings.examined(monitor)[0]
 

@@ -35,8 +35,7 @@ class Settings(cli.Budgeted, policy.Computing):
     students: tuple[str, ...] = ()
     """model folders"""
     data: str | None = None
-    """what the students were distilled on: a folder with train.jsonl and test.jsonl, or a hub data set; default: built
-    in"""
+    """what the students were distilled on: a folder with train.jsonl and test.jsonl, or a hub id; default: built in"""
     eval_windows: Count = 24
     """held-out windows"""
     max_seq_length: Tokens | None = None
@@ -44,8 +43,7 @@ class Settings(cli.Budgeted, policy.Computing):
     kld: bool = False
     """llama.cpp's quality report instead, with the teacher as reference, over the second half of every window"""
     tasks: tuple[str, ...] = ()
-    """builtin, polish-offline, dialects, polish, english, any part of these, lm_eval/ID, or folders of JSONL; without
-    any: held-out text"""
+    """builtin, polish-offline, dialects, polish, english, a part of these, lm_eval/ID, folders; none: held-out text"""
     num_questions: Annotated[int, Within(2, MOST)] = 100
     """of each task"""
     out: str | None = None
@@ -70,13 +68,12 @@ def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opene
     report = comparison.kld(models[base], {name: models[name] for name in names}, held_out, opened)
     tokens, sha256 = int((held_out.learn > 0).sum()), fingerprint(held_out)
     rows, result = [], dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
-    for name, figures_ in report.items():
-        for metric, (value, error) in figures_.items():
+    for name, of in report.items():
+        for metric, (value, error) in of.items():
+            ends = () if error is None else (value - error, value + error)
+            rows.append(Row(name, metric, value, *ends))
             result[f"{metric}_{name}"] = value
-            if error is None:
-                rows.append(Row(name, metric, value, n=tokens))
-            else:
-                rows.append(Row(name, metric, value, value - error, value + error, tokens))
+            if error is not None:
                 result[f"{metric}_se_{name}"] = error
     _print(f"\n{title}: the {tokens} tokens of their second halves, ± one standard error\n")
     _print(f"{text.table(rows, names, comparison.KLD_METRICS)}\n\nsha256 of the tokens: {sha256}")
@@ -86,8 +83,7 @@ def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opene
 def _texts(
     s: Settings, models: Models, tokenizer: Any, limit: Budget, length: int
 ) -> Iterator[tuple[str, str, Windows, comparison.Opened]]:
-    """(name, title, chosen windows) of every held-out text, once the comparison fits; used within the budget. And what
-    opens a model for it. tokenizer: the students'."""
+    """(name, title, chosen windows, what opens a model) of every held-out text, used within the budget, if it fits."""
     planned = estimates.compared([estimates.model_of(m) for m in models.values()], s.eval_windows, length)
     estimates.fit(limit, planned)
     # One pass is made of each model: blocks stay in memory only to take the next windows while others work.
@@ -122,8 +118,7 @@ def _held_out(s: Settings, models: Models, seen: Checkpoint, limit: Budget) -> t
 def _plan(
     s: Settings, wanted: task_registry.EvaluationSet, models: Models, hashes: Mapping[str, str], limit: Budget
 ) -> dict[str, Any]:
-    """Peak and time of what is still to be asked, said aloud; lm-eval's tasks have no estimate of time. MisError where
-    something does not fit, or a question cannot be asked."""
+    """Peak and time of what is still to be asked, but lm-eval's; said aloud. MisError where something does not fit."""
     shapes = [estimates.model_of(m) for m in models.values()]
     for m, model in zip(shapes, models.values(), strict=True) if wanted.harness else ():
         need = m.shape.layers * m.block_work + m.head_work + estimates.workspace_bytes(m, 2048, 2048)
@@ -145,26 +140,20 @@ def _outcomes(
     s: Settings, wanted: task_registry.EvaluationSet, models: Models, hashes: Mapping[str, str], limit: Budget
 ) -> Iterator[recovery_table.Outcome]:
     """Our tasks, then lm-eval's; each model is asked all of them before the next one."""
-    layers, first = s.spread == "layers", next(iter(models.values()))
-    marks = {name: [answering.scores(m, hashes[name], t, limit, layers) for t in wanted.tasks]
-             for name, m in models.items()}  # fmt: skip
-    for at, task in enumerate(wanted.tasks):
-        yield recovery_table.Outcome(
-            task.name,
-            task.about,
-            {name: marks[name][at] for name in models},
-            np.array([q.chance for q in task.questions]),
-            questions.best_constant_answer(task),
-            wanted.known.overlap(task),
-            task.sha256,
-            answering.uniform(first, task),
-        )
+    layers, tasks = s.spread == "layers", wanted.tasks
+    marks = {name: [answering.scores(m, hashes[name], t, limit, layers) for t in tasks] for name, m in models.items()}
+    for at, task in enumerate(tasks):
+        chance = np.array([q.chance for q in task.questions])
+        by_model, constant = {name: marks[name][at] for name in models}, questions.best_constant_answer(task)
+        more = wanted.known.overlap(task), task.sha256, answering.uniform(models["teacher"], task)
+        yield recovery_table.Outcome(task.name, task.about, by_model, chance, constant, *more)
     if wanted.harness:
-        theirs = {name: answering.by_harness(m, wanted.harness, s.num_questions) for name, m in models.items()}
-        for name, one in next(iter(theirs.values())).items():
-            about = f"lm-eval {lm_eval_tasks.version()}, {one.metric}"
-            by_model = {model: by_task[name].marks for model, by_task in theirs.items()}
-            yield recovery_table.Outcome(name, about, by_model, one.chance)
+        ask = answering.by_harness
+        theirs = [ask(m, hashes[name], wanted.harness, s.num_questions) for name, m in models.items()]
+        for rows in zip(*theirs, strict=True):
+            about = f"lm-eval {lm_eval_tasks.version()}, {rows[0]['metric']}"
+            by_model = {name: np.array(row["marks"]) for name, row in zip(models, rows, strict=True)}
+            yield recovery_table.Outcome(rows[0]["task"], about, by_model, np.array(rows[0]["chance"]))
 
 
 def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Mapping[str, str], limit: Budget) -> dict[str, Any]:
@@ -197,14 +186,14 @@ def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Mapping[str,
 
 
 def _write(out: Path, outcomes: list[recovery_table.Outcome], page: str, result: dict[str, Any]) -> None:
-    picture = recovery_table.figure(outcomes)
-    body = "<h1>The recovery table</h1>" + html.markdown(page) + html.part("figures", pictures=[picture])
+    picture, title = recovery_table.figure(outcomes), "The recovery table"
+    body = f"<h1>{title}</h1>" + html.markdown(page) + html.part("figures", pictures=[picture])
     if picture:
         DISK.replace_text(out / "recovery.svg", figures.standalone(picture))
         page += "\n\n![Recovered](recovery.svg)"
     DISK.replace_text(out / "recovery.md", page + "\n")
     DISK.replace_text(out / "recovery.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
-    DISK.replace_text(out / "recovery.html", html.page("The recovery table", body))
+    DISK.replace_text(out / "recovery.html", html.page(title, body))
 
 
 def run(settings: Settings) -> dict[str, Any]:

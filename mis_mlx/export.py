@@ -16,7 +16,7 @@ from mis_mlx.models import arch, load, model_writer, policy, resolve, tokenizer_
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.families import family
 from mis_mlx.planner import estimates
-from mis_mlx.reporting import progress
+from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Checkpoint, MisError, gib
@@ -65,12 +65,11 @@ def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
 
 def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, inexact: int = 0) -> list[str]:
     """What became of the matrices, for people: which were re-wrapped, which rounded."""
-    packed = [p for p in parts if load.packing(checkpoint, p.source)]
-    again = Counter(p.kind for p in packed if not p.exact)
+    again = Counter(p.kind for p in parts if not p.exact and load.packing(checkpoint, p.source))
     facts = [f"types of the tensors: {', '.join(f'{n} {k}' for k, n in Counter(p.kind for p in parts).items())}"]
     if exact := sum(p.exact for p in parts):
-        off = f", but {inexact} scales or biases are not exact in float16" if inexact else ", no number rounded again"
-        facts.append(f"{exact} matrices re-wrapped as MLX packed them{off}")
+        off = f"but {inexact} scales or biases are not exact in float16" if inexact else "no number rounded again"
+        facts.append(f"{exact} matrices re-wrapped as MLX packed them, {off}")
     if again:
         types = ", ".join(f"{kind} ({n})" for kind, n in again.items())
         facts.append(f"{again.total()} packed matrices de-quantized and rounded again to {types}")
@@ -109,9 +108,9 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
             chosen = {t.name: t.tensor_type.name for t in gguf.GGUFReader(folder / file).tensors}  # by its own version
             final = [replace(p, kind=chosen[p.name]) for p in parts]
         notes[:0] = _facts(final, checkpoint, tally["inexact"])
-        text = model_card.modelfile(file, facts.get("tokenizer.chat_template", ""), stop)
-        DISK.write(folder / "Modelfile", text.encode())
-        DISK.write(folder / "README.md", model_card.readme(checkpoint, base, "gguf", file, notes).encode())
+        words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
+        DISK.write(folder / "Modelfile", f"{html.document('Modelfile', words)}\n".encode())
+        DISK.write(folder / "README.md", model_card.readme(checkpoint, base, file, notes).encode())
 
     room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(staged) if k_quant else 0)
     protocol.commit_folder(Path(s.out), fill, DISK, room, "the GGUF")
@@ -127,9 +126,10 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     shape, dtype = shape_of(checkpoint.config), HF_DTYPES[wanted]
     config = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), dtype)
     nbytes = 2 * arch.params(checkpoint.config)
-    packed = sum(load.packing(checkpoint, name) != {} for name in arch.tensors_of(checkpoint.config))
-    facts = [f"weights in {dtype}"]
-    facts += [f"{packed} packed matrices de-quantized, then rounded to {dtype}"] if packed else []
+    names = arch.tensors_of(checkpoint.config)
+    packed = sum(load.packing(checkpoint, name) != {} for name in names)
+    rounded = [f"{packed} packed matrices de-quantized, then rounded to {dtype}"] if packed else []
+    facts = [f"weights in {dtype}", *rounded]
 
     def take(name: str) -> mx.array:
         weight = load.dense(checkpoint, name).astype(policy.DTYPES[dtype])
@@ -139,9 +139,9 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
 
     if not s.dry_run:
         base = s.base_model or model_card.base_of(checkpoint.path)
-        papers = {"README.md": model_card.readme(checkpoint, base, "hf", "", facts).encode()}
+        papers = {"README.md": model_card.readme(checkpoint, base, "", facts).encode()}
         model_writer.write_model(config, take, checkpoint.path, Path(s.out), dtype, DISK, papers)
-    return {"nbytes": nbytes, "tensors": len(arch.tensors_of(checkpoint.config)), "notes": facts}
+    return {"nbytes": nbytes, "tensors": len(names), "notes": facts}
 
 
 def run(settings: Settings) -> dict[str, Any]:

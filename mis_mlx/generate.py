@@ -46,8 +46,8 @@ def run(settings: Settings) -> dict[str, Any]:
     beside = estimates.keys_bytes(m, length)
     if small:  # the draft stays whole, and keeps keys and values too
         draft = estimates.model_of(small)
-        beside += estimates.keys_bytes(draft, length) + draft.head_work
-        beside += draft.shape.layers * draft.block_work + draft.slots_bytes
+        blocks = draft.shape.layers * draft.block_work + draft.slots_bytes
+        beside += estimates.keys_bytes(draft, length) + draft.head_work + blocks
     rows = max(min(len(ids), streamed_decode.ROWS), s.num_draft_tokens + 1)
     plan = estimates.streamed_pass("one pass", m, max(len(ids), rows), rows, length, spool=False, beside_bytes=beside)
     room = estimates.room(limit.limit_bytes, plan.peak_bytes)
@@ -70,15 +70,14 @@ def run(settings: Settings) -> dict[str, Any]:
                 text = whole
             per_token = gib(big.read_bytes / max(1, len(tokens)))
             show(len(tokens), f"{len(tokens) / passes:.1f} tokens/pass  {per_token}/token")
-    seconds = time.monotonic() - began
-    print(tokenizer.decode(tokens)[len(text) :])
+    seconds, whole = time.monotonic() - began, tokenizer.decode(tokens)
+    print(whole[len(text) :])
     return {
-        "text": tokenizer.decode(tokens),
+        "text": whole,
         "tokens": len(tokens),
         "passes": passes,
         "tokens_per_pass": round(len(tokens) / max(passes, 1), 3),
         "read_bytes": big.read_bytes,
-        "read_bytes_per_token": round(big.read_bytes / max(1, len(tokens))),
         "peak_bytes": peak.nbytes,
         "budget_bytes": limit.limit_bytes,
         "seconds": round(seconds, 2),

@@ -42,7 +42,7 @@ def render(stories: Sequence[run_reader.RunRecord], every_s: int | None = None) 
     names = sections.labels(stories)
     parts = [html.part("heading", text=" and ".join(names))]
     if len(stories) > 1:
-        parts.append(_part("comparison", partial(sections.comparison, stories)))
+        parts.append(_part("comparison", partial(sections.comparison, stories, names)))
     for number, (name, story) in enumerate(zip(names, stories, strict=True)):
         if len(stories) > 1:
             parts.append(html.part("heading", text=name))
@@ -53,9 +53,11 @@ def render(stories: Sequence[run_reader.RunRecord], every_s: int | None = None) 
 
 def _part(name: str, make: Callable[[], str]) -> str:
     """A part of the page, or a sentence where a file holds what this version does not write."""
+    from jinja2 import UndefinedError
+
     try:
         return make()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except (UndefinedError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         text = f"The part “{name}” is missing: a file is of another version ({type(error).__name__}: {error})."
         return html.part("note", text=text)
 
@@ -75,7 +77,7 @@ def run(settings: Settings) -> dict[str, Any]:
     need_place("--out", out, "file")
     while True:
         stories = [run_reader.read(folder) for folder in folders]
-        going = s.watch and not all(one.ended for one in stories)
+        going = s.watch and not all(one.result for one in stories)
         DISK.make_folder(out.absolute().parent)
         page = render(stories, s.every_s if going else None)
         DISK.replace_text(out, page)

@@ -58,11 +58,8 @@ class Doctor:
 def run(settings: Record | Replay | Doctor) -> dict[str, Any]:
     """What the chosen command found, as JSON allows it."""
     cli.check_ranges(settings)
-    if isinstance(settings, Record):
-        return record(settings)
-    if isinstance(settings, Replay):
-        return replay_decisions(settings)
-    s = settings
+    if not isinstance(s := settings, Doctor):
+        return record(s) if isinstance(s, Record) else replay_decisions(s)
     with open_monitor(replay=s.thermal_replay, given_ambient_c=s.temperature_c, altitude_m=s.altitude_m) as monitor:
         lines, facts = findings.examined(monitor)
     print("\n".join(lines))
@@ -96,8 +93,7 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
             steps += 1
             for decision in after_step(monitor, governor, breaks, settings.step_s):
                 if decision.action != action:
-                    reading = monitor.history(0.0)[-1]
-                    seen = {"time_s": reading.time_s, "die_c": reading.die_c, "ambient_c": reading.ambient_c}
+                    seen = {name: getattr(monitor.history(0.0)[-1], name) for name in ("time_s", "die_c", "ambient_c")}
                     print(json.dumps({**seen, **asdict(decision)}, ensure_ascii=False, allow_nan=False))
                 action = decision.action
         seconds = monitor.clock.monotonic()

@@ -213,16 +213,9 @@ def test_progress_is_quiet_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_step_beside_what_was_planned() -> None:
-    """The course of the loss, speed and memory beside what was planned and allowed."""
+    """Speed and memory beside what was planned and allowed."""
     step = Step(3, 2.5, 1.0, 1e-3, 500, 2.0, 3 * 2**20)
-    assert text.step_text(step, [4.0, 3.0, 2.5], 6 * 2**20, 300.0) == "loss 2.500 █▃▁  250 of 300 tok/s  3 MiB of 6 MiB"
-
-
-def test_sparkline() -> None:
-    """Lowest and highest block at the ends, a gap where a value is none."""
-    assert text.sparkline([40.0, float("inf"), 50.0, float("nan")]) == "▁ █ "
-    assert text.sparkline([2.0, 2.0]) == "▁▁"
-    assert text.sparkline([float("nan")]) == ""
+    assert text.step_text(step, 6 * 2**20, 300.0) == "loss 2.500  250 of 300 tok/s  3 MiB of 6 MiB"
 
 
 LIMITS = """

@@ -76,8 +76,8 @@ def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoi
     found = lm_eval_tasks.marks("generated", lm_eval_tasks.samples(llama.path, ["generated"], 30, folder)["generated"])
     task = questions.file(folder / "generated.jsonl")
     ours = answering.scores(llama, "0" * 64, task, memory.budget(None))[:30]
-    assert found.metric == "acc" and found.marks.tolist() == ours.tolist()
-    assert found.chance.tolist() == [q.chance for q in task.questions[:30]]
+    assert found["metric"] == "acc" and found["marks"] == ours.tolist()
+    assert found["chance"] == [q.chance for q in task.questions[:30]]
 
 
 @here

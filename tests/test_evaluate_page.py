@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mis_mlx.evaluation.recovery_table import Outcome, figure, findings, markdown
+from mis_mlx.evaluation.recovery_table import Outcome, figure, markdown
 from mis_mlx.maths.stats import interval, recovery
 from mis_mlx.reporting import figures
 
@@ -20,10 +20,6 @@ def outcome(task: str = "sums", chance: float = 0.5, **right: int) -> Outcome:
     """A task of 100 questions, the first `right` of which each model answers."""
     marks = {name: (np.arange(N) < count).astype(float) for name, count in right.items()}
     return Outcome(task, "made for a test", marks, np.full(N, chance), (0.5, "option 1"), (0, N), "0" * 64)
-
-
-def said(*outcomes: Outcome) -> str:
-    return "\n".join(findings(outcomes))
 
 
 def test_recovery_by_hand() -> None:
@@ -60,7 +56,7 @@ def test_nothing_is_recovered_of_a_teacher_who_knows_nothing() -> None:
     """A dash, and a sentence; nobody divides by noise."""
     o = outcome(teacher=53, student=60)
     assert o.recovered("student") is None and o.json()["models"]["student"]["recovery"] is None
-    assert "The teacher is not better than chance on sums: there is nothing to recover (–)." in said(o)
+    assert "The teacher is not better than chance on sums: there is nothing to recover (–)." in markdown([o])
     assert "| sums | – |" in markdown([o])
 
 
@@ -76,19 +72,19 @@ def test_the_table_has_chance_and_the_constant() -> None:
 
 def test_differences_are_told_from_noise() -> None:
     """A clear loss, one that may be none, and a gain that luck explains."""
-    lost = said(outcome(teacher=90, student=60), outcome("bus", teacher=80, student=80))
+    lost = markdown([outcome(teacher=90, student=60), outcome("bus", teacher=80, student=80)])
     assert "student is worse than the teacher, by more than the noise, on sums." in lost
     assert "Between student and the teacher no loss can be told from noise on bus." in lost
-    lucky = said(outcome(teacher=80, student=81))
+    lucky = markdown([outcome(teacher=80, student=81)])
     assert "student has more than the teacher on sums (+1.0 points), within the noise: luck explains it." in lucky
-    clear = said(outcome(teacher=70, student=95))
+    clear = markdown([outcome(teacher=70, student=95)])
     assert "by more than the noise on sums; of 1 tasks one in 40 does so by luck" in clear
 
 
 def test_a_constant_as_good_as_the_teacher_is_named() -> None:
     """Better than chance, and yet no better than who always says the same."""
     o = outcome(chance=0.25, teacher=51, student=30)
-    assert "U Zośki, who always says the same, does as well as the teacher on sums (option 1)." in said(o)
+    assert "U Zośki, who always says the same, does as well as the teacher on sums (option 1)." in markdown([o])
 
 
 def test_what_counting_tokens_gives_is_not_knowledge() -> None:
@@ -97,8 +93,10 @@ def test_what_counting_tokens_gives_is_not_knowledge() -> None:
     o = outcome(chance=0.25, teacher=60, student=58)
     counted = replace(o, uniform=np.array([0.0, 1.0, 1.0, 0.5] * 25))
     assert o.recovered("student") and counted.recovered("student") is None
-    assert "On sums the teacher is not better than a model to which all tokens are equally likely" in said(counted)
-    assert "not better than chance" not in said(counted)
+    assert "On sums the teacher is not better than a model to which all tokens are equally likely" in markdown(
+        [counted]
+    )
+    assert "not better than chance" not in markdown([counted])
     assert "| sums | 100 | 25.0% | 50.0% | 62.5% |" in markdown([counted]) and "| sums | – |" in markdown([counted])
     assert counted.json()["uniform"] == 0.625 and o.json()["uniform"] is None
     assert replace(o, uniform=np.full(N, 0.3)).recovered("student") == o.recovered("student")
@@ -106,17 +104,19 @@ def test_what_counting_tokens_gives_is_not_knowledge() -> None:
 
 def test_no_spread_is_not_certainty() -> None:
     """All wrong in 100 questions: 3 % cannot be excluded, whatever a bootstrap says."""
-    assert "(sums), ± 0 means no spread was seen; up to 3% the other way fits" in said(outcome(teacher=90, student=0))
-    assert "± 0 means" not in said(outcome(teacher=90, student=70))
+    assert "(sums), ± 0 means no spread was seen; up to 3% the other way fits" in markdown(
+        [outcome(teacher=90, student=0)]
+    )
+    assert "± 0 means" not in markdown([outcome(teacher=90, student=70)])
 
 
 def test_contamination_is_counted() -> None:
     """How many, of how many, in which task."""
     o = outcome(teacher=90, student=70)
-    assert "none of 100 shares 13 words in a row" in said(o)
+    assert "none of 100 shares 13 words in a row" in markdown([o])
     shared = Outcome(o.task, o.about, o.marks, o.chance, o.constant, (7, 90))
-    assert "7 of 90 in sums share 13 words in a row" in said(shared)
-    assert "Contamination" not in said(Outcome(o.task, o.about, o.marks, o.chance))
+    assert "7 of 90 in sums share 13 words in a row" in markdown([shared])
+    assert "Contamination" not in markdown([Outcome(o.task, o.about, o.marks, o.chance)])
     assert o.json()["contamination"] == {"shared": 0, "looked_up": 100}
 
 

@@ -152,7 +152,7 @@ def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: 
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
     card = json.loads((out / "model" / "data.json").read_text())
     assert card["licence"] == "CC0" and card["source"] == answers.name and card["train_rows"] == 24
-    page = model_card.readme(load.open_checkpoint(out / "model"), None, "hf", "", ())
+    page = model_card.readme(load.open_checkpoint(out / "model"), None, "", ())
     assert f"aligned on 24 rows of {answers.name}; licence or consent: CC0" in page
     assert model_card.base_of(out / "model") is None  # begun at a folder of no known origin, not at the default teacher
     best = mx.load(str(out / "best" / f"step-{result['best_step']:08d}" / "model.safetensors"))

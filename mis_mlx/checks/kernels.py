@@ -81,8 +81,7 @@ def attention(dtype: mx.Dtype) -> Found:
     """Causal attention of two heads a key; of many queries and of one, which have kernels of their own."""
     q, k, v = (drawn(heads, 1, heads % 6, 40, 64, dtype=dtype) for heads in (4, 2, 8))
     z = wide(q) @ np.repeat(wide(k), 2, axis=1).swapaxes(-1, -2) / 8 + np.triu(np.full((40, 40), -np.inf), 1)
-    p = np.exp(z - z.max(axis=-1, keepdims=True))
-    want = p / p.sum(axis=-1, keepdims=True) @ np.repeat(wide(v), 2, axis=1)
+    want = _softmax(z)[0] @ np.repeat(wide(v), 2, axis=1)
     work = partial(mx.fast.scaled_dot_product_attention, scale=1 / 8)
     many, one = work(q, k, v, mask="causal"), work(q[:, :, -1:], k, v)
     return off([many, one], [want, want[:, :, -1:]]), ROUNDING[dtype]
@@ -123,9 +122,7 @@ def packed_products(dtype: mx.Dtype) -> Found:
 
 
 def _softmax(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(softmax, its logarithm)."""
-    log = z - z.max(axis=-1, keepdims=True)
-    log = log - np.log(np.exp(log).sum(axis=-1, keepdims=True))
+    log = z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
     return np.exp(log), log
 
 
@@ -170,7 +167,7 @@ def closed_form() -> Found:
     fit = NormalEquations(96, 32)
     for at in (slice(0, 150), slice(150, 400)):
         fit.add(*fit.products(a[at], r[at], weight[at]))
-    wa, wr = wide(a) * wide(weight)[:, None], wide(r) * wide(weight)[:, None]
+    wa, wr = (wide(of) * wide(weight)[:, None] for of in (a, r))
     gram = wa.T @ wa
     want = np.linalg.solve(gram + 0.1 * np.trace(gram) / 96 * np.eye(96), wa.T @ wr)
     return off(fit.solve(0.1)[0], want.T), 1e-4  # its products are float32

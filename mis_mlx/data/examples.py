@@ -40,14 +40,8 @@ class Examples:
 
     def card(self, fingerprint: str) -> dict[str, Any]:
         """For the run and the model card: source, licence, counts, and the fingerprint of what was learned."""
-        return {
-            "source": self.source,
-            "licence": self.licence,
-            "train_rows": len(self.train),
-            "valid_rows": len(self.valid),
-            "pii_removed": dict(self.removed),
-            "fingerprint": fingerprint,
-        }
+        said = {"source": self.source, "licence": self.licence, "pii_removed": dict(self.removed)}
+        return {**said, "train_rows": len(self.train), "valid_rows": len(self.valid), "fingerprint": fingerprint}
 
 
 def load(
@@ -121,11 +115,13 @@ def _prompt(row: Row) -> str:
     return rows.key(row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"])
 
 
-def _scrubbed(row: Row, removed: Counter[str]) -> Row:
-    clean = {key: pii.scrub(value, removed) if isinstance(value, str) else value for key, value in row.items()}
-    if "messages" in row:
-        clean["messages"] = [{**m, "content": pii.scrub(m["content"], removed)} for m in row["messages"]]
-    return clean
+def _scrubbed(value: Any, removed: Counter[str]) -> Any:
+    """The same row, message or text without personal data."""
+    if isinstance(value, dict):
+        return {key: _scrubbed(part, removed) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_scrubbed(part, removed) for part in value]
+    return pii.scrub(value, removed) if isinstance(value, str) else value
 
 
 def encode(
@@ -134,8 +130,7 @@ def encode(
     """(token sequences of every row, how many of these were cut at `length`). answers: keys of the row that are each an
     answer to its prompt, and make a sequence each; none: the row is a conversation, all of whose assistant's turns are
     learned, or prompt/completion. MisError lists rows whose prompt fills the window and those the template refuses."""
-    if tokenizer.eos_token_id is None:
-        raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
+    token_windows.end_of(tokenizer)
     templated = getattr(tokenizer, "chat_template", None) is not None
     encoded, cut, problems = list[list[Sequenced]](), 0, list[str]()
     for row, at in placed:
@@ -143,7 +138,7 @@ def encode(
         for one in [{"prompt": row["prompt"], "completion": row[key]} for key in answers] or [row]:
             try:
                 if templated or "messages" in one:
-                    ids, learn = token_windows.conversation(one, tokenizer, mask_prompt, every_answer=True)
+                    ids, learn = token_windows.conversation(one, tokenizer, mask_prompt)
                 else:
                     ids, learn = token_windows.plain(one, tokenizer, mask_prompt)
             except Exception as error:  # a template is a program that came with the model: it can raise anything

@@ -20,10 +20,8 @@ PHONE = re.compile(rf"(?<![\d+-])(?:(?:\+|00)\d(?:[ -]?\(?\d\)?){{7,13}}|{MOBILE
 
 def is_pesel(text: str) -> bool:
     """Whether 11 digits are a PESEL: the checksum fits, and the first six are a day of the calendar, roughly."""
-    digits = [int(c) for c in text]
-    month, day = (10 * digits[2] + digits[3]) % 20, 10 * digits[4] + digits[5]
-    total = sum(w * d for w, d in zip((1, 3, 7, 9, 1, 3, 7, 9, 1, 3, 1), digits, strict=True))
-    return total % 10 == 0 and 1 <= month <= 12 and 1 <= day <= 31
+    total = sum(w * int(d) for w, d in zip((1, 3, 7, 9, 1, 3, 7, 9, 1, 3, 1), text, strict=True))
+    return total % 10 == 0 and 1 <= int(text[2:4]) % 20 <= 12 and 1 <= int(text[4:6]) <= 31
 
 
 def is_nip(text: str) -> bool:
@@ -44,12 +42,7 @@ KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
 def scrub(text: str, removed: Counter[str]) -> str:
     """`text` with "[e-mail]", "[PESEL]" and so on in their places; `removed` counts them by kind."""
     for kind, (pattern, valid) in KINDS.items():
-
-        def replace(match: re.Match[str], kind: str = kind, valid: Callable[[str], bool] = valid) -> str:
-            if not valid(match[0]):
-                return match[0]
+        for match in reversed([m for m in pattern.finditer(text) if valid(m[0])]):
+            text = f"{text[: match.start()]}[{kind}]{text[match.end() :]}"
             removed[kind] += 1
-            return f"[{kind}]"
-
-        text = pattern.sub(replace, text)
     return text

@@ -1,8 +1,8 @@
 """Token windows of a data source for one tokenizer: train, and held-out sets that share nothing with it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,8 +14,7 @@ from mis_mlx.data.token_windows import Windows
 MIS_SHARE = 1 / 8  # of the built-in training windows: Polish enough to matter, English enough to measure
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """Windows to train on, held-out windows by name (the first is the main one), and what was done, in words."""
 
     train: Windows
@@ -30,16 +29,14 @@ def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.a
 
 
 def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
-    """Read, tokenize, pack into windows of `length` tokens; held-out windows that overlap training are removed. data
-    None: Python's manual (English) with one part in eight of Polish Miś texts, both held out; the Polish splits share
-    sentence templates by design, so there overlap stays."""
+    """Windows of `length` tokens; held-out ones that overlap training are removed. data None: Python's manual (English)
+    with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays."""
 
     def counted(held_out: Windows) -> Windows:
         return replace(held_out, text_bytes=token_windows.text_bytes(held_out, tokenizer))
 
     def windows(rows: Sequence[Row]) -> Windows:
-        tokenized = token_windows.tokenize(rows, tokenizer)
-        return token_windows.windows(tokenized, length, token_windows.start_of(tokenizer))
+        return token_windows.windows(token_windows.tokenize(rows, tokenizer), length, token_windows.start_of(tokenizer))
 
     texts = sources.load(data)
     train, test = windows(texts.train), windows(texts.test)

@@ -6,9 +6,8 @@ import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mis_mlx.types import MisError
 
@@ -26,8 +25,7 @@ TEXT: Shapes = {"completion": ("prompt", "completion"), "messages": ("messages",
 _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """The usable rows of training text of one file, and what is wrong with the others."""
 
     name: str
@@ -36,10 +34,10 @@ class Reading:
 
     def notes(self) -> list[str]:
         """Sentences for people: the count, then the first problems as 'file line n: reason'."""
-        count = f"{self.name}: {len(self.rows)} rows kept, {len(self.problems)} dropped"
+        notes = [f"{self.name}: {len(self.rows)} rows kept, {len(self.problems)} dropped"]
+        notes += [f"{problem}; skipped" for problem in self.problems[:PROBLEMS_NOTED]]
         more = len(self.problems) - PROBLEMS_NOTED
-        rest = [f"{self.name}: {more} more bad rows"] if more > 0 else []
-        return [count, *(f"{problem}; skipped" for problem in self.problems[:PROBLEMS_NOTED]), *rest]
+        return [*notes, f"{self.name}: {more} more bad rows"] if more > 0 else notes
 
 
 def read(path: Path) -> Reading:
@@ -50,7 +48,7 @@ def read(path: Path) -> Reading:
 
 
 def collect(name: str, unit: str, numbered: Iterable[Numbered]) -> Reading:
-    """Training text out of values; `unit` is what their numbers count ("line")."""
+    """Training text out of values, without keys that nothing reads; `unit` is what their numbers count ("line")."""
     good, problems = _sorted_out(name, unit, numbered, lambda row: fault(row, TEXT))
     return Reading(name, tuple(_bare(row) for row, _ in good), problems)
 
@@ -109,9 +107,8 @@ def _messages_fault(messages: object) -> str | None:
             return f"message {number} is {_kind(message)}, not an object"
         if message.get("tool_calls"):
             return f"message {number} calls tools, which is not supported"
-        for key in ("role", "content"):
-            if reason := text_fault(key, message.get(key)):
-                return f"message {number}: {reason}"
+        if reason := text_fault("role", message.get("role")) or text_fault("content", message.get("content")):
+            return f"message {number}: {reason}"
     return None
 
 
@@ -136,12 +133,11 @@ def _kind(value: object) -> str:
     return _KINDS.get(type(value), "text" if isinstance(value, str) else "an object")
 
 
-def _bare(row: Any) -> Row:
-    """The row of training text without keys that nothing here reads."""
-    shape = shape_of(row, TEXT)
-    if shape == "messages":
+def _bare(row: Row) -> Row:
+    keys = TEXT[shape_of(row, TEXT) or "text"]
+    if keys == ("messages",):
         return {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]}
-    return {key: row[key] for key in TEXT[shape or "text"]}
+    return {key: row[key] for key in keys}
 
 
 def parsed(path: Path) -> Iterator[Numbered]:
@@ -187,8 +183,7 @@ def key(value: object) -> str:
 
 
 def split_off(items: Sequence[T], keys: Sequence[str]) -> tuple[list[T], list[T]]:
-    """(the others, about a tenth of the items): by the hash of their keys, so that equal ones stay on one side; none
-    where nothing would be left to train on."""
+    """(the others, a tenth of the items, or none if no others were left): by hash of keys, equal ones together."""
     held = {key for key in keys if int(key[:8], 16) % 10 == 0} or {min(keys)}
     if held.issuperset(keys):
         return list(items), []

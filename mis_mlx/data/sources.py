@@ -7,8 +7,8 @@ import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mis_mlx.data.rows import Reading, Row, collect, key, read, split_off
 from mis_mlx.types import MisError
@@ -18,8 +18,7 @@ MIS_FOLDER = Path(__file__).parent / "polish" / MIS
 SPLITS = ("train", "valid", "test")
 
 
-@dataclass(frozen=True)
-class Texts:
+class Texts(NamedTuple):
     """Rows per split, and sentences on where all this came from."""
 
     train: Sequence[Row]
@@ -63,8 +62,7 @@ def _manual() -> Texts:
 
 
 def _without_repeats(topics: Mapping[str, str]) -> list[str]:
-    """Sorted names of the topics that are not mostly a part of a longer one ("with" is inside "compound"): the manual
-    repeats a quarter of itself, and train and test would share it."""
+    """Sorted names of the topics that are not mostly a part of a longer one: a quarter of the manual is there twice."""
     kept, seen = [], set[str]()
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         paragraphs = [" ".join(p.split()) for p in topics[name].split("\n\n") if len(p.strip()) > 40]

@@ -28,22 +28,17 @@ class Windows:
         return Windows(self.tokens[at], self.learn[at], None if self.text_bytes is None else self.text_bytes[at])
 
 
-def tokenize(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = False) -> list[tuple[list[int], list[int]]]:
-    """Per row (ids, learn): learn is 1 where a token is to be predicted, 0 for prompts under `mask_prompt`.
-
-    A text row gets the tokenizer's own start token, if it has that habit, and the end token; the others are rendered
-    with its chat template. These are mlx-lm's ids, but for text that spells a special token ("</s>"): it stays text."""
-    if tokenizer.eos_token_id is None:
-        raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
-    start = start_of(tokenizer)
+def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[list[int]]:
+    """Ids of every row. A text row gets the tokenizer's own start token, if it has that habit, and the end token; the
+    others are rendered with its chat template. mlx-lm's ids, but a special token spelled in a text stays text."""
+    end, start = end_of(tokenizer), start_of(tokenizer)
     tokenized = []
     for number, row in enumerate(rows, 1):
         if "text" in row:
-            ids = [*start, *_encode(tokenizer, row["text"], split=True), tokenizer.eos_token_id]
-            tokenized.append((ids, [1] * len(ids)))
+            tokenized.append([*start, *_encode(tokenizer, row["text"], split=True), end])
             continue
         try:
-            tokenized.append(conversation(row, tokenizer, mask_prompt))
+            tokenized.append(_render(_messages(row), tokenizer))
         except MisError:
             raise
         except Exception as error:  # a template is a program that came with the model: it can raise anything
@@ -58,9 +53,15 @@ def start_of(tokenizer: Any) -> list[int]:
     return habit[:1] if habit and habit[0] == getattr(tokenizer, "bos_token_id", None) else []
 
 
+def end_of(tokenizer: Any) -> int:
+    """The end token. MisError where there is none."""
+    if tokenizer.eos_token_id is None:
+        raise MisError("the tokenizer names no end-of-text token: set eos_token in tokenizer_config.json")
+    return int(tokenizer.eos_token_id)
+
+
 def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
-    """Ids of `text`, nothing added; split: a special token spelled in it is cut up like other text. MisError when the
-    tokenizer's own regular expressions go astray on it."""
+    """Ids of `text`, nothing added; split: cut special tokens spelled in it. MisError: a regular expression astray."""
     options = {"add_special_tokens": False}
     if hasattr(tokenizer, "split_special_tokens"):  # transformers' kind has this switch
         options |= {"split_special_tokens": split, "verbose": False}
@@ -74,30 +75,27 @@ def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
 
 
 def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
-    """(ids, learn) of a prompt/completion row for a model without a chat template: one after the other, encoded apart,
-    so that no token lies in both, and the end."""
+    """(ids, learn) of a prompt/completion row without a template: encoded apart, no token in both; and the end."""
     prompt = [*start_of(tokenizer), *_encode(tokenizer, row["prompt"], split=True)]
     answer = [*_encode(tokenizer, row["completion"], split=True), tokenizer.eos_token_id]
     return [*prompt, *answer], [int(not mask_prompt)] * len(prompt) + [1] * len(answer)
 
 
-def conversation(
-    row: Row, tokenizer: Any, mask_prompt: bool, every_answer: bool = False
-) -> tuple[list[int], list[int]]:
-    """(ids, learn) of a prompt/completion or messages row. every_answer: not the last one alone is learned.
+def _messages(row: Row) -> list[Row]:
+    pair = {"user": "prompt", "assistant": "completion"}
+    return row.get("messages") or [{"role": role, "content": row[key]} for role, key in pair.items()]
 
+
+def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
+    """(ids, learn) of a prompt/completion or messages row. mask_prompt: only answers are learned, all of them.
     Learn starts where the ids part from those of the conversation before an answer, and ends where they
     part from those of the conversation up to it: the templates of some models rewrite earlier turns."""
-    messages = row.get("messages") or [
-        {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": row["completion"]},
-    ]
+    messages = _messages(row)
     ids = _render(messages, tokenizer)
     if not mask_prompt:
         return ids, [1] * len(ids)
-    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     learn = [0] * len(ids)
-    for last in answers if every_answer else answers[-1:]:
+    for last in (at for at, message in enumerate(messages) if message["role"] == "assistant"):
         begin = _shared(ids, _render(messages[:last], tokenizer, add_generation_prompt=True)) if last else 0
         end = len(ids) if last == len(messages) - 1 else _shared(ids, _render(messages[: last + 1], tokenizer))
         learn[begin:end] = [1] * max(0, end - begin)
@@ -106,25 +104,18 @@ def conversation(
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     """Length of the common beginning."""
-    length = min(len(one), len(other))
-    return next((at for at in range(length) if one[at] != other[at]), length)
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool = False) -> list[int]:
     """Ids of the rendered conversation, where only the template's own special tokens are special.
-
     A special token spelled in a message passes through the template as one private character and is cut up
     afterwards. A conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does."""
     content = "".join(message["content"] for message in messages)
     spelled = sorted((t for t in _special_tokens(tokenizer) if t in content), key=lambda t: (-len(t), t))
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in content)
-    stand_ins = dict(zip(spelled, unused, strict=False))
-    safe = []
-    for message in messages:
-        text = message["content"]
-        for token, stand_in in stand_ins.items():
-            text = text.replace(token, stand_in)
-        safe.append({**message, "content": text})
+    stand_ins, known = dict(zip(spelled, unused, strict=False)), re.compile("|".join(map(re.escape, spelled)) or "(?!)")
+    safe = [{**m, "content": known.sub(lambda found: stand_ins[found[0]], m["content"])} for m in messages]
     rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
     if not spelled:
         return _encode(tokenizer, rendered, split=False)
@@ -140,25 +131,18 @@ def _special_tokens(tokenizer: Any) -> set[str]:
     return {t.content for t in added if t.special} | set(getattr(tokenizer, "all_special_tokens", ()))
 
 
-def windows(
-    tokenized: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, start: Sequence[int] = ()
-) -> Windows:
-    """(N, `length`) windows of all rows, (ids, learn) as `tokenize` gives them, back to back; the last, partial one is
-    dropped. start: the token, if any, that every window begins with (`start_of`)."""
-    length -= len(start)
-    rows = list(tokenized)
-    ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows] or [np.zeros(0, np.int32)])
-    marks = np.concatenate([np.asarray(learn, np.float32) for _, learn in rows] or [np.zeros(0, np.float32)])
-    count = len(ids) // length
+def windows(tokenized: Iterable[Sequence[int]], length: int, start: Sequence[int] = ()) -> Windows:
+    """(N, `length`) windows of all rows' ids, back to back, each after `start` (`start_of`); a partial one goes."""
+    ids = np.concatenate([np.asarray(row, np.int32) for row in tokenized] or [np.zeros(0, np.int32)])
+    own = length - len(start)
+    count = len(ids) // own
     if count == 0:
-        why = f"the text has {len(ids)} tokens and one window takes {length}"
+        why = f"the text has {len(ids)} tokens and one window takes {own}"
         raise MisError(f"{why}: bring more text or lower --max-seq-length")
-    tokens = ids[: count * length].reshape(count, length)
-    learn = np.zeros((count, length), np.float32)
-    learn[:, :-1] = marks[: count * length].reshape(count, length)[:, 1:]
-    if start:
-        tokens = np.concatenate([np.full((count, 1), start[0], np.int32), tokens], axis=1)
-        learn = np.concatenate([marks[: count * length : length][:, None], learn], axis=1)
+    tokens, learn = np.empty((count, length), np.int32), np.ones((count, length), np.float32)
+    tokens[:, : len(start)] = start
+    tokens[:, len(start) :] = ids[: count * own].reshape(count, own)
+    learn[:, -1] = 0
     return Windows(tokens, learn)
 
 
@@ -182,7 +166,6 @@ def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
 
 def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
     """The text of each window as another model's tokenizer cuts it, (N, T') with what is behind its end not counted.
-
     Special tokens stay what they are; half of a letter at either end is left out."""
     names, length = _special_tokens(tokenizer), 0
     special = {i: other.convert_tokens_to_ids(t) for t, i in tokenizer.get_vocab().items() if t in names}

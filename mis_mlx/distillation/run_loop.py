@@ -5,7 +5,6 @@ Does not know what is trained. The protocol on disk is storage/checkpoint's."""
 import json
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -128,7 +127,7 @@ def run_training(
     """Run `steps` to their end. MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it, here or on
     any machine beside this one, or when such a machine is gone. budget_bytes, planned_tps: shown beside the memory and
     the speed there are. report: told of every step."""
-    losses, weather = deque[float](maxlen=text.SPARK_STEPS), run.weather
+    weather = run.weather
     where = f"go on with --out {run.folder} --resume"
     unsaved = 0  # the number of a step that no checkpoint holds
     with cli.stop_asked() as asked, progress.bar(label, iters) as show:
@@ -137,9 +136,8 @@ def run_training(
                 run.peak.note(step.peak_bytes)
                 record = {**weather.now(), **{k: v for k, v in asdict(step).items() if k not in ("reading", "more")}}
                 run.files.append(run.folder / log, json.dumps(record | dict(step.more)))
-                losses.append(step.loss)
                 seen = replace(step, reading=weather.last())
-                show(step.number, text.step_text(seen, losses, budget_bytes, planned_tps))
+                show(step.number, text.step_text(seen, budget_bytes, planned_tps))
                 if report:
                     report(step)
                 unsaved, due = step.number, step.number % save_every == 0 or step.number == iters

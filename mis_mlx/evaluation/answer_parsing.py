@@ -1,13 +1,11 @@
 """Read a value out of a short text: an exact number with its unit, a time of day, or names. Polish and English.
 
 Anything that is not one value and nothing else is no value: "5 or 7", "not 5", "about 5", digits of other alphabets,
-invisible characters, a comma that could be read in two ways. Numbers are fractions.Fraction, their digits are counted
-before they are converted, and nothing is ever evaluated."""
+invisible characters, a comma of two readings. Digits are counted before they are converted, nothing is evaluated."""
 
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -27,6 +25,8 @@ _NUMBER = re.compile(
     r"|(?P<over>[0-9]+) ?/ ?(?P<under>[0-9]+)(?![0-9.,])"
     r"|(?P<plain>[0-9]{1,3}(?: [0-9]{3})+(?:[.,][0-9]+)?(?![0-9])|[0-9]+(?:[.,][0-9]+)*))"
 )
+_GROUPED = re.compile(r"[1-9][0-9]{0,2}([.,])[0-9]{3}(?:\1[0-9]{3})*(?:(?!\1)[.,][0-9]+)?")  # 1.250; 1.250.000,5
+_UNIT = re.compile(r" ?([^0-9\s,;()/+−–-]*)(?:,? (?:i |and )?|$)")  # and what may stand before the next number
 _TIME = re.compile(r"(?:o |at |godz\.? ?|godzina |o godzinie )?([0-9]{1,2})[:.]([0-9]{2})(?: ?([ap])\.?m\.?)?", re.I)
 _VULGAR = re.compile("[¼-¾⅐-⅞]")  # fractions of one character
 _LATEX = re.compile(r"([0-9]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
@@ -34,8 +34,7 @@ _LATEX = re.compile(r"([0-9]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 
 @dataclass(frozen=True)
 class Quantity:
-    """`amount` in the smallest unit of its kind ("mass": mg); `given`: as written, before its unit. kind "": no unit.
-    kind "clock": a time of day, in minutes after midnight."""
+    """`amount` in the smallest unit of its kind, "mass": mg; "": none; "clock": minutes. `given`: as written."""
 
     amount: Fraction
     kind: str = ""
@@ -48,11 +47,8 @@ Value = Quantity | tuple[str, ...]  # the words of a list of names, in lower cas
 @cache
 def _units() -> dict[str, tuple[str, int]]:
     """{name of a unit: (kind, factor)}."""
-    found = {}
-    for kind, factors in json.loads(UNITS.read_text("utf-8")).items():
-        for factor, names in factors.items():
-            found.update(dict.fromkeys(names.split(), (kind, int(factor))))
-    return found
+    kinds = json.loads(UNITS.read_text("utf-8"))
+    return {n: (kind, int(f)) for kind, factors in kinds.items() for f, names in factors.items() for n in names.split()}
 
 
 def clean(text: str) -> str | None:
@@ -94,26 +90,15 @@ def _fraction(m: re.Match[str], language: Language | None) -> Fraction | None:
 
 def _decimal(text: str, language: Language | None) -> str | None:
     """Digits with at most one point, or None where separators make no number or more than one."""
-    grouped = " " in text
-    text = text.replace(" ", "")
-    marks = [c for c in text if c in ".,"]
-    if not marks:
-        return text
-    parts = re.split(r"[.,]", text)
-    groups = not grouped and 1 <= len(parts[0]) <= 3 and parts[0][0] != "0" and all(len(p) == 3 for p in parts[1:-1])
-    if len(marks) == 1:
-        decimal = f"{parts[0]}.{parts[1]}"
-        if len(parts[1]) != 3 or not groups:
-            return decimal
-        own = {"pl": ",", "en": "."}.get(language or "")
-        if marks[0] == own:
-            return decimal
-        return "".join(parts) if (language, marks[0]) == ("en", ",") else None
-    if not groups or len(set(marks[:-1])) != 1:
+    spaced, text = " " in text, text.replace(" ", "")
+    one_mark, grouped = re.fullmatch(r"[0-9]+(?:[.,][0-9]+)?", text), _GROUPED.fullmatch(text)
+    if grouped is None or spaced:
+        return text.replace(",", ".") if one_mark else None
+    if one_mark and grouped[1] == {"pl": ",", "en": "."}.get(language or ""):
+        return text.replace(",", ".")
+    if one_mark and (language, grouped[1]) != ("en", ","):
         return None
-    if marks[-1] == marks[0]:
-        return "".join(parts) if len(parts[-1]) == 3 else None
-    return "".join(parts[:-1]) + "." + parts[-1]
+    return text.replace(grouped[1], "").replace(",", ".")
 
 
 def quantity(text: str, language: Language | None) -> Quantity | None:
@@ -121,34 +106,24 @@ def quantity(text: str, language: Language | None) -> Quantity | None:
     text = re.sub(r"^(?:[a-zA-Z] ?)?= ?", "", text)
     if text[:1] in ("$", "€") and len(text) > 1:
         text = f"{text[1:].strip()} {text[0]}"
-    parts = list(_parts(text, language))
-    if not parts or any(p is None for p in parts):
-        return None
-    known = [p for p in parts if p is not None]
-    if len(known) == 1:
-        return known[0][1]
-    kinds, factors = {q.kind for _, q in known}, [f for f, _ in known]
-    falling = all(a > b for a, b in pairwise(factors))
-    whole = all(q.amount >= 0 and (q.given or Fraction(0)).denominator == 1 for _, q in known[:-1])
-    if len(kinds) != 1 or "" in kinds or not falling or not whole or known[-1][1].amount < 0:
-        return None
-    return Quantity(sum((q.amount for _, q in known), Fraction(0)), known[0][1].kind)
-
-
-def _parts(text: str, language: Language | None) -> Iterator[tuple[int, Quantity] | None]:
-    """(factor, quantity) of every number with its unit, from left to right; None where something else stands."""
-    at = 0
+    parts, at = list[tuple[int, Quantity]](), 0  # factor and quantity of every number with its unit
     while at < len(text):
         if not (match := _NUMBER.match(text, at)) or (amount := _fraction(match, language)) is None:
-            yield None
-            return
-        rest = re.compile(r" ?([^0-9\s,;()/+−–-]*)(?:,? (?:i |and )?|$)").match(text, match.end())
+            return None
+        rest = _UNIT.match(text, match.end())
         if rest is None or (rest[1] and rest[1].lower() not in _units()):
-            yield None
-            return
+            return None
         kind, factor = _units()[rest[1].lower()] if rest[1] else ("", 1)
-        yield factor, Quantity(amount * factor, kind, amount)
+        parts.append((factor, Quantity(amount * factor, kind, amount)))
         at = rest.end()
+    if len(parts) < 2:
+        return parts[0][1] if parts else None
+    *first, (_, last) = parts
+    falling = all(a > b for (a, _), (b, _) in pairwise(parts))
+    whole = all(q.amount >= 0 and (q.given or Fraction(0)).denominator == 1 for _, q in first)
+    if {q.kind for _, q in first} != {last.kind} or not last.kind or not falling or not whole or last.amount < 0:
+        return None
+    return Quantity(sum((q.amount for _, q in parts), Fraction(0)), last.kind)
 
 
 def clock(text: str) -> Quantity | None:
@@ -172,8 +147,7 @@ def names(text: str) -> tuple[str, ...] | None:
 
 
 def value(text: str, language: Language | None, like: Value | None = None) -> Value | None:
-    """The value of a right answer as a data set writes it; or of an answer, read as the kind of thing that `like` is.
-    None where it is none: no number, time or names."""
+    """A right answer's value as a data set writes it; or an answer's, read as what `like` is. None where it is none."""
     line = _plain(clean(text) or "")
     if like is None:
         if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line):

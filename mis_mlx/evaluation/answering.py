@@ -55,17 +55,10 @@ def todo(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
     return path, answers, [n for n in range(len(task.questions)) if n not in answers]
 
 
-def _asking(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget, layers: bool = False) -> Asking:
-    """Of the questions `left`. MisError where it cannot be done, before anything is asked."""
-    if task.kind == "choice":
-        return _choosing(checkpoint, task, left, limit, layers)
-    return _writing(checkpoint, task, left, limit)
-
-
 def plan(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget) -> estimates.StageCost | None:
     """What asking takes; None when all answers are kept. MisError where it cannot be done, before anything is asked."""
     left = todo(model_sha256, task)[2]
-    return _asking(checkpoint, task, left, limit)[0] if left else None
+    return ASKING[task.kind](checkpoint, task, left, limit, False)[0] if left else None
 
 
 def scores(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget, layers: bool = False) -> np.ndarray:
@@ -75,44 +68,38 @@ def scores(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget,
     if distributed.is_main():
         DISK.make_folder(path.parent)
     with progress.bar(f"{checkpoint.path.name} {task.name}", len(task.questions)) as show, memory.limited(limit):
-        for row in _asking(checkpoint, task, left, limit, layers)[1]() if left else ():
+        for row in ASKING[task.kind](checkpoint, task, left, limit, layers)[1]() if left else ():
             answers[row["n"]] = row
             if distributed.is_main():
                 DISK.append(path, json.dumps(row, ensure_ascii=False))
-            show(len(answers), "")
-    return np.array([_mark(task, n, answers[n]) for n in range(len(task.questions))])
+            show(len(answers))
+    if task.kind == "checked":
+        return np.array([float(answers[n]["mark"]) for n in range(len(task.questions))])
+    # As lm-eval: of options that are equally likely the first one counts as chosen.
+    chosen = [np.argmax(np.array(answers[n]["ll"]) / _lengths(task, n)) for n in range(len(task.questions))]
+    return np.array([float(at == q.right) for at, q in zip(chosen, task.questions, strict=True)])
 
 
-def by_harness(checkpoint: Checkpoint, ids: Sequence[str], count: int) -> dict[str, lm_eval_tasks.Marks]:
-    """{task: marks} of the first `count` questions of lm-eval's tasks; a group gives several. One machine asks."""
-    model = sha256(checkpoint)
+def by_harness(checkpoint: Checkpoint, model_sha256: str, ids: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """`lm_eval_tasks.marks` of the first `count` questions of each; a group gives several. One machine asks."""
 
     def rows_of(name: str) -> list[dict[str, Any]]:
-        path = kept(model, hashlib.sha256(f"lm_eval {lm_eval_tasks.version()} {name} {count}".encode()).hexdigest())
+        key = f"lm_eval {lm_eval_tasks.version()} {name} {count}"
+        path = kept(model_sha256, hashlib.sha256(key.encode()).hexdigest())
         if not path.is_file():
             by_task = lm_eval_tasks.samples(checkpoint.path, [name], count)
-            marked = {t: lm_eval_tasks.marks(t, found) for t, found in by_task.items()}
-            rows = [{"task": t, "marks": m.marks.tolist(), "chance": m.chance.tolist(), "metric": m.metric}
-                    for t, m in marked.items()]  # fmt: skip
             DISK.make_folder(path.parent)
-            DISK.replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            lines = [json.dumps(lm_eval_tasks.marks(t, found)) + "\n" for t, found in by_task.items()]
+            DISK.replace_text(path, "".join(lines))
         return run_folder.records(path)
 
-    rows = distributed.broadcast_json(lambda: [row for name in ids for row in rows_of(name)])
-    return {r["task"]: lm_eval_tasks.Marks(np.array(r["marks"]), np.array(r["chance"]), r["metric"]) for r in rows}
+    return distributed.broadcast_json(lambda: [row for name in ids for row in rows_of(name)])
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(folder: Path) -> Any:
     """Opened once for all tasks: models come one after the other, in planning and in asking."""
     return load.tokenizer(folder)
-
-
-def _mark(task: Task, number: int, row: dict[str, Any]) -> float:
-    """As lm-eval: of options that are equally likely the first one counts as chosen."""
-    if task.kind != "choice":
-        return float(row["mark"])
-    return float(np.argmax(np.array(row["ll"]) / _lengths(task, number)) == task.questions[number].right)
 
 
 def _lengths(task: Task, number: int) -> list[int]:
@@ -171,9 +158,8 @@ def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bu
     return replace(one, read_bytes=read, flops=estimates.forward_flops(m, total, rows)), ask
 
 
-def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget) -> Asking:
-    """What the model writes, greedily, and its mark: a few at a time, of several machines by each; many together where
-    the model is whole in memory, else streamed, one by one."""
+def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Budget, _: bool) -> Asking:
+    """What the model writes, greedily, and its mark: many together if it is whole in memory, else streamed, in turn."""
     m, tokenizer, most = estimates.model_of(checkpoint), _tokenizer(checkpoint.path), task.max_tokens
     prompts = [mlx_generate.encode(tokenizer, task.questions[n].context) for n in left]
     longest, count = max(map(len, prompts)), len(left) * most
@@ -223,3 +209,9 @@ def _checked(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]
     rows = [{"prompt": q.context, "answer": q.answer, "language": q.language} for q in asked]
     scored = rewards.score(rewards.functions("correct", None), rows, [[text] for text in texts])
     return [float(s.totals[0] or 0.0) for s in scored]
+
+
+ASKING: dict[str, Callable[..., Asking]] = {
+    "choice": _choosing,
+    "checked": _writing,
+}  # MisError where it cannot be done

@@ -102,9 +102,8 @@ def compare(
 def by_window(
     base: tuple[Checkpoint, stream.Hidden], other: tuple[Checkpoint, stream.Hidden], held_out: Windows
 ) -> Iterator[np.ndarray]:
-    """(n, 4) float64 of the n predictions that count in each window: the base's nll, the other's, KL(base || other),
-    all in nats, and whether the top token is the same. Of either model: the checkpoint, and its final hidden states
-    [(1, T, D)]. Logits come in chunks of positions."""
+    """(n, 4) float64 of the n predictions that count in each window: the base's nll, the other's, KL(base || other), in
+    nats, whether the top token is the same. Of either: checkpoint, final states [(1, T, D)]. Logits come in chunks."""
     heads = [alone(model).head() for model, _ in (base, other)]
     vocab = min(shape_of(model.config).vocab for model, _ in (base, other))
     rows = losses.chunk_rows(vocab) // 2
@@ -138,8 +137,7 @@ def rows_of(figures: Mapping[tuple[str, str], np.ndarray], held_out: Windows | N
 
 
 def across(rows: Sequence[Row], teacher: Mapping[tuple[str, str], np.ndarray], own: Windows) -> list[Row]:
-    """Rows of models that read other tokens than the teacher, with those of the teacher on its `own` windows of the
-    same text: what is of a token is left out."""
+    """Rows of models that read other tokens than the teacher, and of it on its `own` windows; none is per token."""
     ((name, _),) = teacher
     both = [*rows_of(teacher, own), *(r for r in rows if r.model != name)]
     return [r for r in both if r.metric not in ("nll", "ppl")]
@@ -189,14 +187,11 @@ def figures(base_nll: np.ndarray, nll: np.ndarray, kld: np.ndarray, same: np.nda
 
     dp = 100.0 * (np.exp(-nll) - np.exp(-base_nll))
     square, square_se = mean(np.square(dp))
-    rms = math.sqrt(square)
-    top = float(same.mean())
+    rms, top = math.sqrt(square), float(same.mean())
+    shares = {"max_kld": 1.0, "p999_kld": 0.999, "p99_kld": 0.99, "median_kld": 0.5}
     return {
         "mean_kld": mean(kld),
-        "max_kld": (float(kld.max()), None),
-        "p999_kld": (float(np.quantile(kld, 0.999)), None),
-        "p99_kld": (float(np.quantile(kld, 0.99)), None),
-        "median_kld": (float(np.median(kld)), None),
+        **{name: (float(np.quantile(kld, share)), None) for name, share in shares.items()},
         "mean_dp": mean(dp),
         "rms_dp": (rms, square_se / (2 * rms) if rms else 0.0),
         "same_top_p": (100.0 * top, 100.0 * math.sqrt(top * (1.0 - top) / (len(same) - 1))),

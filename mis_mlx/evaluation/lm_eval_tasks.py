@@ -6,7 +6,6 @@ import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,17 +17,7 @@ from mis_mlx.models import load, policy
 from mis_mlx.types import MisError
 
 METRICS = ("acc", "exact_match", "f1")  # the first one that a task has is its mark
-SEED = 0
 Sample = Mapping[str, Any]  # lm-eval's record of one question: "doc_id", "filtered_resps", and its metrics by name
-
-
-@dataclass(frozen=True)
-class Marks:
-    """marks (n,) of one task, from 0 to 1; chance (n,); the metric's name."""
-
-    marks: np.ndarray
-    chance: np.ndarray
-    metric: str
 
 
 def check(ids: Sequence[str]) -> None:
@@ -66,12 +55,10 @@ def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | N
 
         adapter = load.mlx_lm("evaluate").MLXLM(str(folder), use_chat_template=False, trust_remote_code=False)
         adapter._model.set_dtype(policy.compute_dtype(load.open_checkpoint(folder)))
-        manager = _manager(tasks_folder)
+        how: dict[str, Any] = {"limit": count, "log_samples": True, "bootstrap_iters": 0}
+        how |= {f"{kind}_seed": 0 for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
         try:
-            found = lm_eval.simple_evaluate(
-                model=adapter, tasks=list(ids), limit=count, log_samples=True, bootstrap_iters=0, task_manager=manager,
-                random_seed=SEED, numpy_random_seed=SEED, torch_random_seed=SEED, fewshot_random_seed=SEED,
-            )  # fmt: skip
+            found = lm_eval.simple_evaluate(adapter, tasks=list(ids), task_manager=_manager(tasks_folder), **how)
         except (OSError, ValueError, RuntimeError) as error:  # as hub, datasets and requests say that nothing comes
             reason = " ".join(str(error).split())[:160]
             why = f"lm-eval could not run {', '.join(ids)} ({type(error).__name__}: {reason})"
@@ -80,17 +67,16 @@ def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | N
     return found["samples"]
 
 
-def marks(name: str, found: Sequence[Sample]) -> Marks:
-    """Of one task: its records in the order of its questions, of one filter where answers pass through several."""
-    first = found[0].get("filter")
-    ordered = sorted((s for s in found if s.get("filter") == first), key=lambda s: s["doc_id"])
+def marks(name: str, found: Sequence[Sample]) -> dict[str, Any]:
+    """Of a task, for JSON: its name; marks, 0 to 1, and chance of all questions; metric. Of one filter of several."""
+    ordered = sorted((s for s in found if s.get("filter") == found[0].get("filter")), key=lambda s: s["doc_id"])
     metric = next((m for m in METRICS if m in ordered[0]), None)
     if metric is None:
         why = f"{name} is scored by none of {', '.join(METRICS)}"
         raise MisError(f"{why}: its marks cannot be compared question by question")
     choice = ordered[0].get("resps") and metric == "acc"
     chance = [1 / len(s["resps"]) if choice and len(s["resps"]) > 1 else 0.0 for s in ordered]
-    return Marks(np.array([float(np.mean(s[metric])) for s in ordered]), np.array(chance), metric)
+    return {"task": name, "marks": [float(np.mean(s[metric])) for s in ordered], "chance": chance, "metric": metric}
 
 
 @contextmanager

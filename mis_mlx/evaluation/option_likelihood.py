@@ -3,8 +3,7 @@
 A question is computed once for all its options, which do not see each other; questions share sequences, unpadded."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -37,8 +36,7 @@ def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
     return before, added
 
 
-@dataclass(frozen=True)
-class Pack:
+class Pack(NamedTuple):
     """Questions in one sequence. which: their numbers. tokens (1, S), positions (S,), sees (S, S): who looks at whom.
     Of the P predicted tokens: row (P,) of S that predicts it, token (P,), owner (P, 2): question, option."""
 
@@ -73,31 +71,21 @@ def packs(encoded: Sequence[Encoded], rows: int = ROWS) -> Iterator[Pack]:
     """All questions, those of like length together, in sequences of up to `rows` tokens."""
     lengths = list(map(length, encoded))
     for which in grouped(sorted(range(len(encoded)), key=lambda n: -lengths[n]), lengths, rows):
-        yield _pack(encoded, which)
-
-
-def _pack(encoded: Sequence[Encoded], which: Sequence[int]) -> Pack:
-    tokens, positions, text, branch = list[int](), list[int](), list[int](), list[int]()
-    row, token, owner = list[int](), list[int](), list[tuple[int, int]]()
-    for number in which:
-        context, options = encoded[number]
-        first = len(tokens)
-        last = first + len(context) - 1
-        tokens += context
-        positions += range(len(context))
-        branch += [0] * len(context)
-        for o, option in enumerate(options):
-            row += [last, *range(len(tokens), len(tokens) + len(option) - 1)]
-            token += option
-            owner += [(number, o)] * len(option)
-            tokens += option[:-1]
-            positions += range(len(context), len(context) + len(option) - 1)
-            branch += [o + 1] * (len(option) - 1)
-        text += [number] * (len(tokens) - first)
-    order, t, b = np.arange(len(tokens)), np.array(text), np.array(branch)
-    sees = (order[:, None] >= order) & (t[:, None] == t) & ((b == 0) | (b[:, None] == b))
-    arrays = np.array(row), np.array(token), np.array(owner)
-    return Pack(tuple(which), mx.array([tokens]), np.array(positions, np.int32), mx.array(sees), *arrays)
+        seen = list[tuple[int, int, int, int]]()  # of each token of the sequence: itself, position, question, branch
+        predicted = list[tuple[int, int, int, int]]()  # by which row; which token; of which question and option
+        for number in which:
+            context, options = encoded[number]
+            seen += [(token, at, number, 0) for at, token in enumerate(context)]
+            last = len(seen) - 1
+            for o, option in enumerate(options):
+                rows_ = [last, *range(len(seen), len(seen) + len(option) - 1)]
+                predicted += [(row, token, number, o) for row, token in zip(rows_, option, strict=True)]
+                seen += [(token, at, number, o + 1) for at, token in enumerate(option[:-1], len(context))]
+        tokens, positions, text, branch = np.array(seen, np.int32).T
+        row, token, *owner = np.array(predicted).T
+        order = np.arange(len(tokens))
+        sees = (order[:, None] >= order) & (text[:, None] == text) & ((branch == 0) | (branch[:, None] == branch))
+        yield Pack(tuple(which), mx.array(tokens[None]), positions, mx.array(sees), row, token, np.stack(owner, axis=1))
 
 
 def score(stream: Stream, encoded: Sequence[Encoded], rows: int = ROWS) -> list[list[float]]:

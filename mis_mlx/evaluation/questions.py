@@ -80,20 +80,17 @@ class Task:
 
 def best_constant_answer(task: Task) -> tuple[float, str]:
     """(share, answer) of U Zośki, who always recommends the same: the best constant, by name or place in the list."""
-    counts = Counter[str]()
-    for q in task.questions:
-        counts.update([f"option {q.right + 1}"] if q.options else [])
-        counts.update([f"“{q.answer.strip()}”"])
-    best, count = counts.most_common(1)[0]
+    counts = Counter(f"option {q.right + 1}" for q in task.questions if q.options)
+    counts.update(f"“{q.answer.strip()}”" for q in task.questions)
+    ((best, count),) = counts.most_common(1)
     return count / len(task.questions), best
 
 
 def folder(path: Path) -> list[Task]:
     """A task of every .jsonl file in a folder. MisError lists the rows that are none, before anything is asked."""
-    files = sorted(path.glob("*.jsonl"))
-    if not files:
-        raise MisError(f"{path} holds no .jsonl file: put questions there, one JSON object per line")
-    return [file(f) for f in files]
+    if tasks := list(map(file, sorted(path.glob("*.jsonl")))):
+        return tasks
+    raise MisError(f"{path} holds no .jsonl file: put questions there, one JSON object per line")
 
 
 def file(path: Path) -> Task:

@@ -7,18 +7,16 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.maths.stats import interval, recovery
-from mis_mlx.reporting import figures
+from mis_mlx.reporting import figures, html
 from mis_mlx.reporting.text import markdown_table
 
-RULE_OF_THREE = 3.0  # nothing seen in n tries: at 95 % it is in fewer than 3 of n
 Three = tuple[float, float, float]  # value, low, high
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One task. marks: {model: (n,)}, the teacher first. chance (n,). constant: U Zośki's (share, answer). overlap:
-    (questions that share words with the training text, questions looked up). uniform (n,): expected marks of a model to
-    which all tokens are equally likely. None: not known."""
+    """One task. marks: {model: (n,)}, the teacher first. chance (n,). constant: U Zośki's (share, answer). overlap: of
+    `Known`. uniform (n,): expected marks of a model to which all tokens are equally likely. None: not known."""
 
     task: str
     about: str
@@ -49,11 +47,6 @@ class Outcome:
         """Of what the teacher knows; None where it knows nothing."""
         return recovery(self.marks[model], self.teacher, self.chance) if self.knows else None
 
-    def recovered_words(self, model: str) -> str:
-        """The same for a table."""
-        share = self.recovered(model)
-        return "–" if share is None else f"{share[0]:.0%} [{share[1]:.0%}, {share[2]:.0%}]"
-
     def difference(self, model: str) -> Three:
         """Model less teacher, paired."""
         return interval(self.marks[model] - self.teacher)
@@ -65,28 +58,40 @@ class Outcome:
             models[name] = {"score": interval(marks), "recovery": self.recovered(name), "marks": marks.tolist()}
             models[name] |= {"less_teacher": self.difference(name)}
         about = {"task": self.task, "about": self.about, "sha256": self.sha256, "n": len(self.chance)}
-        constant = dict(zip(("share", "answer"), self.constant, strict=True)) if self.constant else None
-        overlap = dict(zip(("shared", "looked_up"), self.overlap, strict=True)) if self.overlap else None
-        facts = {"chance": float(self.chance.mean()), "u_zoski": constant, "contamination": overlap}
-        facts["uniform"] = None if self.uniform is None else float(self.uniform.mean())
-        return about | facts | {"models": models}
+        about |= {"chance": float(self.chance.mean())}
+        about["u_zoski"] = self.constant and dict(zip(("share", "answer"), self.constant, strict=True))
+        about["contamination"] = self.overlap and dict(zip(("shared", "looked_up"), self.overlap, strict=True))
+        return about | {"uniform": None if self.uniform is None else float(self.uniform.mean()), "models": models}
 
 
 def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
-    """Two tables, one line a task and one column a model, and what they say. tables: more of them, from elsewhere."""
+    """Two tables, one line a task and one column a model, and what can be said. tables: more, from elsewhere."""
     if not outcomes:
         return tables
-    names = list(outcomes[0].marks)
-    head = ["", "n", "chance", "U Zośki", "uniform", *names]
-    parts = ["Share of right answers, ± 95 %\n\n" + markdown_table(head, [_scores(o) for o in outcomes])]
-    if names[1:]:
-        title = "Recovered: (student − chance) / (teacher − chance), 95 % interval over the same questions"
-        rows = [[o.task, *map(o.recovered_words, names[1:])] for o in outcomes]
-        parts.append(f"{title}\n\n" + markdown_table(["", *names[1:]], rows))
-    parts += [tables] if tables else []
-    parts.append("\n".join(f"- {line}" for line in findings(outcomes)))
-    parts.append("\n".join(f"- `{o.task}`: {o.about}." for o in outcomes))
-    return "\n\n".join(parts)
+    knows, (teacher, *names) = [o for o in outcomes if o.knows], list(outcomes[0].marks)
+    cells = [[o.task, *(_share(o.recovered(name)) for name in names)] for o in outcomes]
+    alike = [o for o in outcomes if any(len(set(marks)) == 1 for marks in o.marks.values())]
+    constants = [(o, *o.constant) for o in knows if o.constant]
+    overlaps = [(o.task, *o.overlap) for o in outcomes if o.overlap]
+    values = {
+        "scores": markdown_table(["", "n", "chance", "U Zośki", "uniform", teacher, *names], map(_scores, outcomes)),
+        "recovered": markdown_table(["", *names], cells) if names else "",
+        "tables": tables,
+        "outcomes": outcomes,
+        "ignorant": [o.task for o in outcomes if not o.beats_chance],
+        "counting": [o.task for o in outcomes if o.beats_chance and not o.knows],
+        "constant": [f"{o.task} ({a})" for o, share, a in constants if interval(o.teacher - share)[1] <= 0],
+        "alike": [o.task for o in alike],
+        "fewest": min((len(o.chance) for o in alike), default=0),
+        "students": [_student(name, outcomes) for name in names],
+        "shared": [f"{count} of {total} in {task}" for task, count, total in overlaps if count],
+        "looked_up": sum(total for *_, total in overlaps),
+    }
+    return html.document("recovery.md", values)
+
+
+def _share(found: Three | None) -> str:
+    return f"{found[0]:.0%} [{found[1]:.0%}, {found[2]:.0%}]" if found else "–"
 
 
 def _scores(o: Outcome) -> list[str]:
@@ -97,57 +102,16 @@ def _scores(o: Outcome) -> list[str]:
     return [o.task, str(len(o.chance)), f"{o.chance.mean():.1%}", constant, uniform, *cells]
 
 
-def findings(outcomes: Sequence[Outcome]) -> list[str]:
-    """What can be said, and what cannot, in sentences."""
-    lines, knows = [], [o for o in outcomes if o.knows]
-    if ignorant := [o.task for o in outcomes if not o.beats_chance]:
-        lines.append(f"The teacher is not better than chance on {_and(ignorant)}: there is nothing to recover (–).")
-    if counting := [o.task for o in outcomes if o.beats_chance and not o.knows]:
-        lines.append(
-            f"On {_and(counting)} the teacher is not better than a model to which all tokens are equally likely "
-            "(uniform), and which takes the option of the fewest: no evidence of knowledge, nothing to recover (–)."
-        )
-    if beaten := [o for o in knows if o.constant and interval(o.teacher - o.constant[0])[1] <= 0]:
-        answers = _and([f"{o.task} ({o.constant[1]})" for o in beaten if o.constant])
-        lines.append(f"U Zośki, who always says the same, does as well as the teacher on {answers}.")
-    if alike := [o for o in outcomes if any(len(set(marks)) == 1 for marks in o.marks.values())]:
-        most = max(RULE_OF_THREE / len(o.chance) for o in alike)
-        lines.append(
-            f"Where all answers are right, or all wrong ({_and([o.task for o in alike])}), ± 0 means no spread was "
-            f"seen; up to {most:.0%} the other way fits as well."
-        )
-    for name in list(outcomes[0].marks)[1:]:
-        below = [o.task for o in outcomes if o.difference(name)[2] < 0]
-        above = [o for o in outcomes if o.difference(name)[0] > 0]
-        if below:
-            lines.append(f"{name} is worse than the teacher, by more than the noise, on {_and(below)}.")
-        if same := [o.task for o in knows if o.task not in below]:
-            lines.append(f"Between {name} and the teacher no loss can be told from noise on {_and(same)}.")
-        if above:
-            lines.append(_lucky(name, above, len(outcomes)))
-    if looked := [(o.task, *o.overlap) for o in outcomes if o.overlap]:
-        shared = [f"{count} of {total} in {task}" for task, count, total in looked if count]
-        share = f"{_and(shared)} share" if shared else f"none of {sum(total for *_, total in looked)} shares"
-        lines.append(
-            f"Contamination: of the questions that could be looked up, {share} 13 words in a row (or all words of a "
-            "shorter one) with the text the students were distilled on."
-        )
-    return lines
-
-
-def _lucky(name: str, above: Sequence[Outcome], count: int) -> str:
-    clearly = [o.task for o in above if o.difference(name)[1] > 0]
-    points = _and([f"{o.task} ({100 * o.difference(name)[0]:+.1f} points)" for o in above])
-    if not clearly:
-        return f"{name} has more than the teacher on {points}, within the noise: luck explains it."
-    return (
-        f"{name} has more than the teacher on {points}, by more than the noise on {_and(clearly)}; of {count} tasks "
-        "one in 40 does so by luck, and a student may have learned the form of the questions: measure on others."
-    )
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _student(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Tasks on which it is worse than the teacher, the same as far as one can tell, better, and clearly better."""
+    less = {o.task: o.difference(name) for o in outcomes}
+    return {
+        "name": name,
+        "below": [task for task, (_, _, high) in less.items() if high < 0],
+        "same": [o.task for o in outcomes if o.knows and less[o.task][2] >= 0],
+        "above": [f"{task} ({100 * mean:+.1f} points)" for task, (mean, _, _) in less.items() if mean > 0],
+        "clearly": [task for task, (mean, low, _) in less.items() if low > 0],
+    }
 
 
 def figure(outcomes: Sequence[Outcome]) -> str:
@@ -155,8 +119,8 @@ def figure(outcomes: Sequence[Outcome]) -> str:
     known, names = [o for o in outcomes if o.knows], list(outcomes[0].marks)[1:] if outcomes else []
     if not known or not names:
         return ""
-    rows = {o.task: [o.recovered(name) for name in names] for o in known}
+    rows, limits = {o.task: [o.recovered(name) for name in names] for o in known}, {"chance": 0.0, "teacher": 1.0}
     about = (
         "Share of what the teacher knows above chance that a student still knows, with 95 % intervals; 0 % is chance."
     )
-    return figures.intervals("recovery", "Recovered", about, "recovered", rows, names, {"chance": 0.0, "teacher": 1.0})
+    return figures.intervals("recovery", "Recovered", about, "recovered", rows, names, limits)

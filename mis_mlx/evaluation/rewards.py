@@ -8,10 +8,10 @@ must be one value, not hedged, not denied, with no other answer anywhere before 
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mis_mlx.evaluation import answer_parsing
 from mis_mlx.hardware import child_process
@@ -110,22 +110,21 @@ def correct(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Languages = ()
 ) -> list[float | None]:
     """`accuracy` of every completion; another language than Polish and English counts as not known."""
-    return [accuracy(*row) for row in zip(completions, answer, language or [None] * len(answer), strict=True)]
+    return list(map(accuracy, completions, answer, language or repeat(None)))
 
 
 def formatted(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Languages = ()
 ) -> list[float | None]:
     """`well_formed` of every completion, times 0.1: never worth more than being right."""
-    rows = zip(completions, answer, language or [None] * len(answer), strict=True)
-    return [None if (score := well_formed(*row)) is None else FORMAT_REWARD * score for row in rows]
+    scores = map(well_formed, completions, answer, language or repeat(None))
+    return [score and FORMAT_REWARD * score for score in scores]
 
 
 OURS = {"correct": correct.__name__, "format": formatted.__name__}
 
 
-@dataclass(frozen=True)
-class Function:
+class Function(NamedTuple):
     """A reward: `f(prompts, completions, answer)`, and other columns of the data if it names them."""
 
     name: str
@@ -134,8 +133,7 @@ class Function:
     seconds: float = SECONDS
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Of one group: total reward and parts of every completion, None where no function could score; what failed."""
 
     totals: tuple[float | None, ...]
@@ -151,10 +149,8 @@ def functions(names: str | None, file: str | None, seconds: float = SECONDS) -> 
     if unknown := [name for name in chosen if name not in theirs and name not in OURS]:
         known = ", ".join([*theirs, *OURS])
         raise MisError(f"--reward-functions names {unknown[0]}, which is not there: known are {known}")
-    return tuple(
-        Function(name, str(file), name, seconds) if name in theirs else Function(name, __name__, OURS[name])
-        for name in chosen
-    )
+    theirs_or_ours = ((n, str(file), n, seconds) if n in theirs else (n, __name__, OURS[n]) for n in chosen)
+    return tuple(Function(*given) for given in theirs_or_ours)
 
 
 def _public(file: str) -> list[str]:
@@ -172,12 +168,10 @@ def unanswerable(functions: Sequence[Function], rows: Sequence[Mapping[str, Any]
     """What is wrong with rows whose right answer our functions, if they are asked for, could never find."""
     if all(f.source != __name__ for f in functions):
         return []
-    answers, languages = [row["answer"] for row in rows], [row.get("language") for row in rows]
-    known = correct(answers, [""] * len(rows), answers, languages)
     return [
-        f"{at}: the answer {answer[:40]!r} is no number, time or names that could be checked"
-        for at, answer, score in zip(where, answers, known, strict=True)
-        if score is None
+        f"{at}: the answer {row['answer'][:40]!r} is no number, time or names that could be checked"
+        for at, row in zip(where, rows, strict=True)
+        if accuracy("", row["answer"], row.get("language")) is None
     ]
 
 
@@ -211,8 +205,8 @@ def _values(
 def _asked(f: Function, rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[str]]) -> list[float | None]:
     """One call of a function about all completions of these rows."""
     each = [(row, text) for row, group in zip(rows, groups, strict=True) for text in group]
-    keys = {key for row in rows for key in row} - {"prompt", "completion"}
-    arguments = {key: [row.get(key) for row, _ in each] for key in sorted(keys)}
+    keys = sorted(set().union(*rows) - {"prompt", "completion"})
+    arguments = {key: [row.get(key) for row, _ in each] for key in keys}
     arguments |= {"prompts": [row["prompt"] for row, _ in each], "completions": [text for _, text in each]}
     limit = MEMORY_BYTES if f.source == __name__ else 0
     values = child_process.ask(f.source, f.function, arguments, f.seconds, limit)

@@ -4,10 +4,10 @@ import difflib
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mis_mlx import cli
 from mis_mlx.data import rows, sources
@@ -38,8 +38,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class EvaluationSet:
+class EvaluationSet(NamedTuple):
     """Our tasks; ids of lm-eval's; whether held-out text is measured; and the training text that tasks may share."""
 
     tasks: tuple[questions.Task, ...]
@@ -75,12 +74,10 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Evaluatio
 
 def _brought(name: str) -> list[questions.Task]:
     if name in polish_exams.SETS:
-        folder = hub.cache_root() / f"{polish_exams.NAME}-{polish_exams.VERSION}"
-        return [polish_exams.task(name, _fetched(folder, 2_000_000, _exams))]
-    if name in dialects.SLOTS:
-        return _dialect(name)
-    if name == "dialects":
-        return _dialects()
+        kept = hub.cache_root() / f"{polish_exams.NAME}-{polish_exams.VERSION}"
+        return [polish_exams.task(name, _fetched(kept, 2_000_000, _exams))]
+    if name in ("dialects", *dialects.SLOTS):
+        return _dialects() if name == "dialects" else _dialect(name)
     folder = Path(name).expanduser()
     if folder.name in dialects.SLOTS and (folder / dialects.PAIRS).is_file():
         return dialects.tasks(folder.name, dialects.read(folder.name, folder), f"brought by you in {folder.name}")
@@ -101,10 +98,9 @@ def _continued(data: str | None, known: questions.Known) -> list[questions.Task]
         task = questions.task(name, places, "", per_character=True)
         new = tuple(q for q in task.questions if not known.holds(q))
         if len(new) < 2:
-            raise MisError(
-                f"of {len(places)} places in the held-out text {len(new)} share no 13 words with the training text, "
-                f"the task {CONTINUE} needs 2: give another test.jsonl, or leave the task out"
-            )
+            why = f"{len(new)} share no 13 words with the training text, the task {CONTINUE} needs 2"
+            remedy = "give another test.jsonl, or leave the task out"
+            raise MisError(f"of {len(places)} places in the held-out text {why}: {remedy}")
         about = "held-out text; the next 6 words of 30 against three endings from elsewhere; places that share "
         about += f"13 words in a row with the training text left out, {len(places) - len(new)} of {len(places)}"
         tasks.append(replace(task, questions=new, about=about))
@@ -112,21 +108,17 @@ def _continued(data: str | None, known: questions.Known) -> list[questions.Task]
 
 
 def _places(texts: Sequence[str]) -> list[dict]:
-    """Cloze rows of all places, which do not overlap, in order: 24 words, and which six come next; three wrong endings
-    are from elsewhere. MisError where there are too few to choose from."""
-    context, ending, others = 24, 6, 3
+    """Cloze rows of all places in order: 24 words, and which six come next; three wrong endings are from elsewhere."""
+    context, whole, others = 24, 30, 3
     places = []
-    for text in texts:
-        words = text.split()
-        for start in range(0, len(words) - context - ending + 1, context + ending):
+    for words in map(str.split, texts):
+        for start in range(0, len(words) - whole + 1, whole):
             middle = start + context
-            places.append((" ".join(words[start:middle]), " ".join(words[middle : middle + ending])))
+            places.append((" ".join(words[start:middle]), " ".join(words[middle : start + whole])))
     endings, cloze = sorted({end for _, end in places}), []
     if len(endings) <= others:
-        raise MisError(
-            f"the held-out text has {len(endings)} places of {context + ending} words, the task {CONTINUE} needs "
-            f"{others + 1}: give a longer test.jsonl, or leave the task out"
-        )
+        why = f"the held-out text has {len(endings)} places of {whole} words, the task {CONTINUE} needs {others + 1}"
+        raise MisError(f"{why}: give a longer test.jsonl, or leave the task out")
     for number, (before, right) in enumerate(places):
         rng = random.Random(f"endings-{number}")
         wrong = questions.some(rng, [other for other in endings if other != right], others)
@@ -136,8 +128,7 @@ def _places(texts: Sequence[str]) -> list[dict]:
 
 
 def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], tuple[Callable[[Path], None], dict[str, Any]]]) -> Path:
-    """A folder of our cache, of about `nbytes`; made when it is first asked for. fetch(a folder for what comes): what
-    fills ours, and where it is from."""
+    """A folder of our cache, of about `nbytes`, made if it is not there. fetch(folder): what fills it, origin."""
     DISK.make_folder(folder.parent)
     with hub.locked(folder.parent), tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name:
         if not folder.is_dir():

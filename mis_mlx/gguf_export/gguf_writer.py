@@ -20,7 +20,6 @@ def padded_bytes(parts: Iterable[Part]) -> int:
 
 def head(writer: Any, parts: Iterable[Part]) -> bytes:
     """Everything in front of the first tensor: the facts given to the `GGUFWriter` so far, the table of tensors.
-
     The writer gets a buffer in place of its file, so that every byte goes through `Files`."""
     from gguf import GGMLQuantizationType
     from gguf.gguf_writer import WriterState
@@ -38,7 +37,6 @@ def head(writer: Any, parts: Iterable[Part]) -> bytes:
 
 def write(path: Path, head: bytes, parts: Sequence[Part], rows: Iterable[Iterator[np.ndarray]], files: Files) -> None:
     """Write the new file `path`; `rows` gives, for each part in turn, its bytes slab by slab.
-
     ValueError when a tensor has other than its due bytes. Use it inside `checkpoint.commit_folder`."""
     files.write(path, head)
     for part, slabs in zip(parts, rows, strict=True):

@@ -1,13 +1,12 @@
-"""The papers of an exported model: README.md (a model card for the Hugging Face hub) and Ollama's Modelfile."""
+"""The model card of an exported model, README.md on the Hugging Face hub."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from mis_mlx.models import arch, model_writer, resolve
 from mis_mlx.models.config import shape_of
+from mis_mlx.reporting import html
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.types import Checkpoint
 
@@ -16,13 +15,6 @@ TOLD = (
     "scenario", "vocab", "languages", "importance", "iters", "learning_rate", "max_seq_length", "reconstruct_samples",
     "quantize",
 )  # fmt: skip
-CHATML = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
-USE = {
-    "gguf": "llama-cli -m {file} -p 'Hello'      # llama.cpp; LM Studio opens the same file\n"
-    "ollama create {name} -f Modelfile && ollama run {name}",
-    "hf": "mlx_lm.generate --model . --prompt 'Hello'\n"
-    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('.')\"",
-}
 
 
 def run_of(folder: Path) -> Path | None:
@@ -52,25 +44,25 @@ def base_of(folder: Path) -> str | None:
     return resolve.DEFAULT if named is None else named if resolve.REPO_ID.fullmatch(named) else None
 
 
-def readme(checkpoint: Checkpoint, base: str | None, form: str, file: str, facts: Sequence[str]) -> str:
-    """README.md: base model, recipe, table of the run, how to use, licence. `facts`: sentences about the export."""
-    name, run = name_of(checkpoint.path), run_of(checkpoint.path)
-    front = {
-        **({"base_model": base} if base else {}),
-        **({"license": "apache-2.0"} if base == resolve.DEFAULT else {}),
-        "library_name": "gguf" if form == "gguf" else "transformers", "pipeline_tag": "text-generation",
-        "tags": ["mis_mlx"],
-    }  # fmt: skip
-    recipe = "\n".join(f"- {line}" for line in (*facts, *_recipe(checkpoint.path, run)))
+def readme(checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[str]) -> str:
+    """README.md: base, recipe, the run's table, use, licence. file: the GGUF's name, if there is one."""
+    from huggingface_hub import ModelCardData
+
+    run, library = run_of(checkpoint.path), "gguf" if file else "transformers"
+    licence = "apache-2.0" if base == resolve.DEFAULT else None
+    front = ModelCardData(base_model=base, license=licence, library_name=library, tags=["mis_mlx"],
+                          pipeline_tag="text-generation")  # fmt: skip
     table = run / "table.md" if run else None
-    measured = f"## Measured\n\n{table.read_text('utf-8').strip()}\n\n" if table and table.is_file() else ""
-    size = f"{arch.params(checkpoint.config) / 1e6:.1f} million parameters: {shape_of(checkpoint.config)}"
-    return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n\n"
-        f"Made {f'from {base} ' if base else ''}with mis_mlx. {size}.\n\n## Recipe\n\n{recipe}\n\n{measured}"
-        f"## Use\n\n```sh\n{USE[form].format(file=file, name=name.lower())}\n```\n\n## Licence\n\n"
-        f"The licence of {base or 'the model it was made from'} holds for these weights.\n"
-    )
+    values = {
+        "front": front.to_yaml(),
+        "name": name_of(checkpoint.path),
+        "base": base,
+        "size": f"{arch.params(checkpoint.config) / 1e6:.1f} million parameters: {shape_of(checkpoint.config)}",
+        "recipe": [*facts, *_recipe(checkpoint.path, run)],
+        "table": table.read_text("utf-8").strip() if table and table.is_file() else "",
+        "file": file,
+    }
+    return html.document("model_card.md", values) + "\n"
 
 
 def _recipe(folder: Path, run: Path | None) -> list[str]:
@@ -91,13 +83,3 @@ def _recipe(folder: Path, run: Path | None) -> list[str]:
         settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in told.items())
         lines.append(f"settings of the run: {settings}")
     return lines
-
-
-def modelfile(file: str, template: str, stop: str | None) -> str:
-    """Ollama's Modelfile. It reads no Jinja: ChatML is written out, another template is left to its own guess."""
-    lines = [f"FROM ./{file}"]
-    if "<|im_start|>" in template:
-        lines.append(f'TEMPLATE """{CHATML}"""')
-    elif template:
-        lines.append("# Ollama looks the chat template up by the one in the GGUF; add a TEMPLATE where it knows none.")
-    return "\n".join(lines + ([f'PARAMETER stop "{stop}"'] if stop else [])) + "\n"

@@ -1,8 +1,7 @@
 """A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for.
 
-What MLX packed goes without rounding again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1
-blocks and those of 5 bits Q5_1, both scale · q + bias (a group of 64 or 128 weights repeats them in its blocks of 32);
-mxfp4 and nvfp4 are MXFP4 and NVFP4."""
+What MLX packed is not rounded again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1 blocks
+and those of 5 bits Q5_1 (scale · q + bias, repeated in a group's blocks of 32), mxfp4 and nvfp4 MXFP4 and NVFP4."""
 
 import math
 from collections import Counter
@@ -46,7 +45,6 @@ OWN = {  # a family's own keys, and the `GGUFWriter`'s word for each
 @dataclass(frozen=True)
 class Part:
     """One tensor of the GGUF: its name there and here, shape (out, in), ggml's type.
-
     heads: of q and k, whose rows llama.cpp wants interleaved; 0 leaves the order. exact: MLX's packing re-wrapped."""
 
     name: str
@@ -73,20 +71,16 @@ def out_type(checkpoint: Checkpoint) -> str:
     """The type that suits a model: one that holds what MLX packed exactly; q8_0 where none does; f16 if not packed."""
     if not arch.is_quantized(checkpoint.tensors):
         return "f16"
-    exact = Counter[str]()
-    for name in arch.tensors_of(checkpoint.config):
-        own = load.packing(checkpoint, name)
-        if own and (own["mode"], own["bits"]) in REWRAPPED:
-            exact["q4_1" if own["mode"] == "affine" else own["mode"]] += 1
-    return exact.most_common(1)[0][0] if exact else "q8_0"
+    packed = [own for name in arch.tensors_of(checkpoint.config) if (own := load.packing(checkpoint, name))]
+    exact = [own["mode"] for own in packed if (own["mode"], own["bits"]) in REWRAPPED]
+    most = Counter(exact).most_common(1)[0][0] if exact else "q8_0"
+    return "q4_1" if most == "affine" else most
 
 
 def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
-    """Every tensor of the GGUF in order. `wanted`: an --out-type such as "q4_1".
-
-    Vectors are float32. Of a packed model q4_1, mxfp4 and nvfp4 keep exactly what some type of llama.cpp holds; other
-    matrices get Q8_0. q4_k_m: the types that llama.cpp is going to choose. MisError where rows do not divide by a
-    block, or nothing is packed in the mode that was asked for."""
+    """Every tensor of the GGUF in order. `wanted`: --out-type. Vectors are float32. Of a packed model q4_1, mxfp4 and
+    nvfp4 keep exactly what some type of llama.cpp holds; other matrices get Q8_0. q4_k_m: the types that llama.cpp will
+    choose. MisError where rows do not divide by a block, or nothing is packed in the mode that was asked for."""
     import gguf
 
     config, s, of = checkpoint.config, shape_of(checkpoint.config), family(checkpoint.config)
@@ -100,25 +94,23 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
         if shape[-1] % block:
             why = f"which {kind}'s block of {block} does not divide"
             raise MisError(f"{name} has rows of {shape[1]} weights, {why}: use --out-type f16")
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if gguf_name is None:
+        if (gguf_name := names.get_name(name, try_suffixes=(".weight", ".bias"))) is None:
             raise MisError(f"llama.cpp's {of.gguf} has no place for {name}: use --format hf")
         every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
     if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in every):
         raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
-    for name in FREQS.get(_rope(config)[0], ()):
-        every.append(Part(f"rope_{name}.weight", "", _freqs(config).shape, "F32"))
-    return every
+    freqs = FREQS.get(_rope(config)[0], ())
+    return every + [Part(f"rope_{name}.weight", "", _freqs(config).shape, "F32") for name in freqs]
 
 
 def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple[str, bool]:
     """(ggml's type of a matrix, whether MLX's packing goes into it as it is)."""
-    own, common = load.packing(checkpoint, name), checkpoint.config.get("quantization") or {}
-    bits, group, mode = (own.get(key, 0) for key in ("bits", "group_size", "mode"))
     if wanted == "q4_k_m":
         return _k_mixture(checkpoint.config, name, columns), False
     if wanted in ("f32", "f16", "bf16", "q8_0"):
         return wanted.upper(), False
+    own, common = load.packing(checkpoint, name), checkpoint.config.get("quantization") or {}
+    bits, group, mode = (own.get(key, 0) for key in ("bits", "group_size", "mode"))
     if wanted in EXACT_TYPES and arch.is_quantized(checkpoint.tensors):
         whole = group % BLOCK == 0 if mode == "affine" else columns % (64 if mode == "nvfp4" else BLOCK) == 0
         exact = REWRAPPED.get((mode, bits)) if whole else None
@@ -129,7 +121,6 @@ def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple
 
 def _k_mixture(config: Mapping[str, Any], name: str, columns: int) -> str:
     """The type that llama.cpp chooses for a matrix of a Q4_K_M file (llama_tensor_get_type, llama-cpp-python 0.3.36).
-
     More bits for the head, for v_proj, qkv_proj and down_proj of the first and last eighth of the blocks and every
     third between; where a row is not of whole blocks of 256, types with blocks of 32, which take 1 to 2 bits more."""
     s, i = shape_of(config), arch.block_of(name)
@@ -144,7 +135,6 @@ def _k_mixture(config: Mapping[str, Any], name: str, columns: int) -> str:
 
 def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np.ndarray]:
     """The bytes of one tensor, uint8 (rows, bytes of a row), slab by slab. Memory: the tensor as stored, and a slab.
-
     tally: "inexact" counts scales and biases that float16 does not hold exactly. MisError at NaN or infinity."""
     if not part.source:
         yield _freqs(checkpoint.config).view(np.uint8)
@@ -185,12 +175,10 @@ def _rewrapped(checkpoint: Checkpoint, part: Part, slab: load.Raw, tally: Counte
     stem = part.source.removesuffix(".weight")
     bits, group, mode = (load.packing(checkpoint, part.source)[key] for key in ("bits", "group_size", "mode"))
     q = np.array(rounding.integers(slab[part.source], BLOCK, bits))  # whatever the group is
-    if mode == "nvfp4":  # scales of four groups of 16 stand together
-        scales = np.array(slab[f"{stem}.scales"]).reshape(len(q), -1, 4)
-        return np.concatenate([scales, _halves(q, 16).reshape(*scales.shape[:2], 32)], axis=-1).reshape(len(q), -1)
-    if mode == "mxfp4":
-        scales = np.array(slab[f"{stem}.scales"])[..., None]
-        return np.concatenate([scales, _halves(q, BLOCK)], axis=-1).reshape(len(q), -1)
+    if mode != "affine":  # nvfp4: scales of four groups of 16 stand together
+        scales = np.array(slab[f"{stem}.scales"]).reshape(len(q), -1, 4 if mode == "nvfp4" else 1)
+        nibbles = _halves(q, 16 if mode == "nvfp4" else BLOCK).reshape(*scales.shape[:2], -1)
+        return np.concatenate([scales, nibbles], axis=-1).reshape(len(q), -1)
     both = [np.array(slab[f"{stem}.{which}"].astype(mx.float32)) for which in ("scales", "biases")]
     with np.errstate(over="ignore"):  # an overflow is infinity, and that is refused
         halves = [values.astype(np.float16) for values in both]
@@ -208,8 +196,7 @@ def _halves(q: np.ndarray, block: int) -> np.ndarray:
 
 
 def _query_gain(config: Mapping[str, Any], name: str) -> float:
-    """What the norm of queries takes over: llama.cpp's gemma3 knows no query_pre_attn_scalar and divides by the head's
-    size, in a model of 62 blocks by hidden / heads."""
+    """For query_pre_attn_scalar, in queries' norm: llama.cpp's gemma3 divides by head_dim, or hidden / heads."""
     if not name.endswith("attn_q_norm.weight") or "query_pre_attn_scalar" not in family(config).numbers:
         return 1.0
     s = shape_of(config)

@@ -28,14 +28,12 @@ RULES: dict[tuple[tuple[str, ...], bool], str] = {
 
 @cache
 def known() -> dict[str, Any]:
-    """llama.cpp tells pre-tokenizers apart by the sha256 of the ids of a text, "probe". "names": those of families that
-    a llama, mistral, qwen2 or qwen3 can have, by that hash."""
+    """llama.cpp's pre-tokenizers: the text "probe", and "names", those of our families, by the sha256 of its ids."""
     return read_json(Path(__file__).parent / "pre_tokenizers.json")
 
 
 def add(writer: Any, folder: Path, size: int) -> list[str]:
     """Put the tokenizer into the writer, padded to `size` tokens, the rows of the embedding. Returns notes for people.
-
     The trap: an absent add_bos_token means true to llama.cpp for some pre-tokenizers, so it is always written."""
     import gguf
 
@@ -47,8 +45,9 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     spm = kind == "llama"
     pieces |= _added(spec, spm)
     if (last := max(pieces)) >= size:
-        why = f"the tokenizer has token {last}, the embedding {size} rows"
-        raise MisError(f"{folder}: {why}: they belong to two models")
+        raise MisError(
+            f"{folder}: the tokenizer has token {last}, the embedding {size} rows: they belong to two models"
+        )
     rows = [pieces.get(i, (f"[PAD{i}]", NO_SCORE, UNUSED)) for i in range(size)]
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(pre)
@@ -63,8 +62,9 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     try:
         special = gguf.SpecialVocab(folder, load_merges=not spm, n_vocab=size)
     except ValueError as error:
-        why = f"the tokenizer's settings are damaged ({str(error)[:120]})"
-        raise MisError(f"{folder}: {why}: copy them again") from None
+        raise MisError(
+            f"{folder}: the tokenizer's settings are damaged ({str(error)[:120]}): copy them again"
+        ) from None
     if "bos" not in special.add_special_token:
         special.add_special_token["bos"] = letter[:1] == [special.special_token_ids.get("bos")]
     special.add_to_gguf(writer, quiet=True)
@@ -78,20 +78,16 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
         raise MisError(f"{folder}: a tokenizer of type {kind} has no place in a GGUF of these models: use --format hf")
     if not model.get("byte_fallback"):
         digest = hashlib.sha256(str(_ids(folder, known()["probe"])).encode()).hexdigest()
-        unknown = (
-            f"the pre-tokenizer is none that is known here by llama.cpp's hash ({digest[:12]}) or by its rules: "
-            "'default' is written, llama.cpp may cut numbers and punctuation differently"
-        )
         pre = known()["names"].get(digest) or RULES.get((_steps(spec), bool(model.get("ignore_merges"))))
         pre = read_json(folder / ROWS).get("pre_tokenizer") or pre  # a trimmed vocabulary is cut by its parent's rules
         pieces = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
+        unknown = f"the pre-tokenizer is none that is known here by llama.cpp's hash ({digest[:12]}) or by its rules: "
+        unknown += "'default' is written, llama.cpp may cut numbers and punctuation differently"
         return "gpt2", pre or "default", pieces, [] if pre else [unknown]
     # SentencePiece's: llama.cpp joins the best-scored neighbours first, so the order of merges is the score.
     ranks = {"".join(m.split(" ") if isinstance(m, str) else m): -float(n) for n, m in enumerate(model["merges"])}
-    pieces = {}
-    for text, i in model["vocab"].items():
-        is_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text)
-        pieces[i] = (text, ranks.get(text, 0.0), BYTE if is_byte else NORMAL)
+    byte = re.compile(r"<0x[0-9A-Fa-f]{2}>").fullmatch
+    pieces = {i: (t, ranks.get(t, 0.0), BYTE if byte(t) else NORMAL) for t, i in model["vocab"].items()}
     return "llama", "default", pieces, []
 
 

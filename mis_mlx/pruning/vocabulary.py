@@ -89,7 +89,7 @@ def needed(tokens: Vocabulary, model: Path) -> set[int]:
     """Rows that must stay, those of what a chat template writes around messages among them."""
     rows = tokens.needed(read_config(model))
     with suppress(MisError):  # of a model without a template, or one that refuses
-        for ids, _ in token_windows.tokenize([{"messages": PLAIN}], load.tokenizer(model)):
+        for ids in token_windows.tokenize([{"messages": PLAIN}], load.tokenizer(model)):
             rows |= set[int]().union(*map(tokens.parts, ids))
     return rows
 
@@ -141,7 +141,7 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
     counts = np.bincount(train.tokens.reshape(-1), minlength=shape_of(teacher.config).vocab)
     tokenizer, listed = load.tokenizer(teacher.path), np.zeros(len(counts))
     if how.vocab_text is not None:
-        for ids, _ in token_windows.tokenize(sources.load(how.vocab_text).train, tokenizer):
+        for ids in token_windows.tokenize(sources.load(how.vocab_text).train, tokenizer):
             counts += np.bincount(ids, minlength=len(counts))
     for word, share in words(how.languages).items():
         np.add.at(listed, tokenizer.encode(f" {word}", add_special_tokens=False), share)

@@ -30,20 +30,15 @@ def need() -> None:
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
+def _figure(height: int = HEIGHT, rows: int = 1, **more: Any) -> Iterator[tuple[Any, Any]]:
     import matplotlib
+    from matplotlib.figure import Figure
 
     style = Path(__file__).parent / "templates" / "page.mplstyle"
     with matplotlib.rc_context(fname=style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that matplotlib's font lacks: the browser's has it
-        yield
-
-
-def _new(height: int = HEIGHT, rows: int = 1, **more: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH / 72, height / 72))
-    return figure, figure.subplots(rows, 1, sharex=True, **more)
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        yield figure, figure.subplots(rows, 1, sharex=True, **more)
 
 
 def _html(figure: Any, key: str, title: str, description: str) -> str:
@@ -56,9 +51,8 @@ def _html(figure: Any, key: str, title: str, description: str) -> str:
     svg = re.sub(r'(href="|url\()#', rf"\1#{key}-", svg)
     svg = re.sub(r"font: (?:[a-z0-9]+ )*?([0-9.]+px) [^;\"]*", r"font-size: \1", svg)
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
-    return html.part(
-        "picture", key=key, title=title, description=description, width=width, height=height, inside=svg
-    )  # fmt: skip
+    words = {"key": key, "title": title, "description": description}
+    return html.part("picture", **words, width=width, height=height, inside=svg)
 
 
 def over_time(
@@ -68,11 +62,9 @@ def over_time(
     panels: Mapping[str, Mapping[str, Sequence[Point]]],
     shaded: Sequence[tuple[float, float]] = (),
 ) -> str:
-    """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}; lines that share a name
-    have one colour. shaded: stretches of time, in seconds."""
-    with _drawing():
-        figure, axes = _new(HEIGHT + 110 * (len(panels) - 1), len(panels), squeeze=False,
-                            height_ratios=[2, *[1] * (len(panels) - 1)])  # fmt: skip
+    """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}. shaded: stretches of time."""
+    more = len(panels) - 1
+    with _figure(HEIGHT + 110 * more, 1 + more, squeeze=False, height_ratios=[2, *[1] * more]) as (figure, axes):
         longest_s = max((points[-1][0] for lines in panels.values() for points in lines.values() if points), default=0)
         units = ((3600.0, "hours"), (60.0, "minutes"))
         unit, name = next((u for u in units if longest_s > 3 * u[0]), (1.0, "seconds"))
@@ -101,13 +93,12 @@ def intervals(
     limits: Mapping[str, float],
 ) -> str:
     """A point with its interval (value, low, high), as shares, for each row and name. limits: lines across."""
-    with _drawing():
-        figure, axes = _new(90 + (16 * len(names) + 12) * len(rows))
+    with _figure(90 + (16 * len(names) + 12) * len(rows)) as (figure, axes):
         place = np.arange(len(rows))[::-1]
         for i, (name, color) in enumerate(zip(names, cycle(COLORS), strict=False)):
-            known = [(y, row[i]) for y, row in zip(place, rows.values(), strict=True) if row[i] is not None]
-            y = np.array([at for at, _ in known]) + 0.35 - 0.7 * (i + 0.5) / len(names)
-            value, low, high = np.array([cell for _, cell in known], np.float64).T
+            known = [(y, *cell) for y, cells in zip(place, rows.values(), strict=True) if (cell := cells[i])]
+            y, value, low, high = np.array(known, np.float64).T
+            y += 0.35 - 0.7 * (i + 0.5) / len(names)
             axes.errorbar(value, y, xerr=[value - low, high - value], fmt="o", color=color, label=name, markersize=4)
         for text, at in limits.items():
             axes.axvline(at, color=MUTED, linestyle="--" if at else ":", label=text)
@@ -129,8 +120,7 @@ def columns(
     key: str, title: str, description: str, labels: tuple[str, str], groups: Mapping[str, Mapping[int, float]]
 ) -> str:
     """Standing bars at whole numbers, one colour a group: {group: {number: height}}. labels: of x and y."""
-    with _drawing():
-        figure, axes = _new(220)
+    with _figure(220) as (figure, axes):
         for color, (name, values) in zip(cycle(COLORS), groups.items(), strict=False):
             axes.bar(list(values), list(values.values()), color=color, label=name)
         axes.grid(axis="x", visible=False)

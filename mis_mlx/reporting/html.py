@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else, from templates/page.html: all that is put in is escaped."""
+"""One HTML page that needs nothing else, from templates/page.html: all that is put in is escaped. And plain texts."""
 
 import base64
 import hashlib
@@ -10,32 +10,29 @@ from typing import Any
 
 @cache
 def _templates() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    folder, how = Path(__file__).parent / "templates", dict[str, Any](trim_blocks=True, lstrip_blocks=True)
     return Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
+        loader=FileSystemLoader(folder), autoescape=select_autoescape(), undefined=StrictUndefined, **how
+    )
+
+
+def document(file: str, values: dict[str, Any]) -> str:
+    """Plain text, from a file in templates/."""
+    return _templates().get_template(file).render(values).strip()
 
 
 def part(macro: str, **values: Any) -> str:
-    """The HTML that a macro of the page makes of these values. KeyError where it asks for one that is not there."""
-    from jinja2 import UndefinedError
-
-    try:
-        return str(getattr(_templates().get_template("page.html").module, macro)(**values))
-    except UndefinedError as error:
-        raise KeyError(str(error)) from None
+    """The HTML that a macro of the page makes of these values. jinja2.UndefinedError where it asks for another one."""
+    return str(getattr(_templates().get_template("page.html").module, macro)(**values))
 
 
 def page(title: str, body: str, every_s: int | None = None) -> str:
-    """The whole document. The browser may load nothing and run only our script, whatever `body` (HTML) holds. every_s:
-    how often a browser opens it anew, while the run goes on."""
+    """The document. A browser loads nothing, runs only our script, whatever `body` is, and opens it anew `every_s`."""
     script = _templates().get_template("page.js").render()
     seal = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{seal}'; "
-    policy += "base-uri 'none'; form-action 'none'"
-    return part("page", title=title, body=body, policy=policy, script=script, every_s=every_s)
+    return part("page", title=title, body=body, seal=seal, script=script, every_s=every_s)
 
 
 def markdown(text: str) -> str:

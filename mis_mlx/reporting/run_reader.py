@@ -1,14 +1,15 @@
 """What a run folder tells, as far as it goes: every file may be missing, torn, or of another version.
 
-Knows files and plain values. Does not know what becomes of them; nothing in here is to be trusted as HTML. Logs are
-read line by line and thinned: a million lines take no more memory than a thousand, and no spike is lost."""
+Nothing in here is to be trusted as HTML. Logs are thinned line by line: a million take no more memory than a thousand,
+and no spike is lost."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -72,8 +73,7 @@ class History:
 
 
 def history_of(path: Path, names: Sequence[str]) -> History:
-    """The numbers of these names, and "tokens_per_s", in a log of JSON lines; empty when it is missing. A step that a
-    resumed run did twice is in it twice: it took its time twice."""
+    """The numbers of these names, and "tokens_per_s", in a log, if there is one; a step done twice is in it twice."""
     history = History({name: Series() for name in (*names, "tokens_per_s")})
     behind, pausing = 0.0, False  # of the wall clock, since it was set back; whether the last record is of a pause
     for record in run_folder.parsed(path, LINE_BYTES):
@@ -111,9 +111,8 @@ def _number(value: Any) -> float | None:
         return None
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """A run. Mappings are empty, and `missing` has a sentence, where there was nothing to read."""
+class RunRecord(NamedTuple):
+    """A run; `result` is empty until its end. Where there was nothing to read, `missing` has a sentence."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -134,80 +133,69 @@ class RunRecord:
         return self.folder.resolve().name
 
     @property
-    def ended(self) -> bool:
-        """Whether the run came to its end."""
-        return bool(self.result)
-
-    @property
     def began_s(self) -> float:
         """Seconds since 1970 at which time begins on pictures."""
-        wall_s = self.begun.get("wall_s")
-        first = [wall_s if isinstance(wall_s, int | float) else None, self.steps.first_s, self.air.first_s]
-        return float(min((s for s in first if s is not None), default=0.0))
+        first = (_number(self.begun.get("wall_s")), self.steps.first_s, self.air.first_s)
+        return min((s for s in first if s is not None), default=0.0)
+
+
+@dataclass
+class _Files:
+    """The files of a run folder, and a sentence for each that is missing or damaged; `what` is lost with it."""
+
+    folder: Path
+    missing: list[str] = field(default_factory=list)
+
+    def text(self, name: str, what: str) -> str:
+        with suppress(OSError):
+            return (self.folder / name).read_text(encoding="utf-8", errors="replace")
+        self.missing.append(f"{name} is missing: {what}")
+        return ""
+
+    def mapping(self, name: str, what: str) -> Mapping[str, Any]:
+        before, text = len(self.missing), self.text(name, what)
+        with suppress(ValueError, RecursionError, yaml.YAMLError):
+            value = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
+            if isinstance(value, dict):
+                return {str(k): v for k, v in value.items()}
+        if len(self.missing) == before:
+            self.missing.append(f"{name} is damaged: {what}")
+        return {}
+
+    def records(self, name: str, what: str) -> list[dict[str, Any]]:
+        if not (self.folder / name).is_file():
+            self.missing.append(f"{name} is missing: {what}")
+        return run_folder.records(self.folder / name)
+
+    def history(self, name: str, names: Sequence[str], what: str) -> History:
+        history = history_of(self.folder / name, names)
+        if not history.lines:
+            self.missing.append(f"{name} is missing: {what}")
+        elif history.torn:
+            lines = f"{history.torn} of {history.lines} lines that are no records"
+            self.missing.append(f"{name} has {lines}; passed over")
+        return history
 
 
 def read(folder: Path) -> RunRecord:
     """Everything that is there. MisError when nothing of a run is."""
-    missing: list[str] = []
+    files = _Files(folder)
     keep = next((name for name in KEEPS if (folder / name).is_file()), KEEPS[0])
-    files = {
-        "config": (run_folder.CONFIG, "the settings"),
-        "origin": (run_folder.ORIGIN, "versions and hashes"),
-        "result": (run_folder.RESULT, "the result; the run has not come to its end"),
-        "keep": (keep, "who was kept"),
-    }
-    mappings = {field: _mapping(folder, name, missing, what) for field, (name, what) in files.items()}
-    phases = _records(folder / run_folder.PHASES, missing, "the plan, and what each phase took")
-    samples = _records(folder / run_folder.SAMPLES, missing, "texts of the models")
-    steps = _history(folder / run_folder.METRICS, STEPS, missing, "the steps")
-    air = _history(folder / "thermal.jsonl", AIR, missing, "temperatures; no thermometer was read")
-    if not (any(mappings[name] for name in ("config", "origin", "result", "keep")) or phases or steps.lines):
-        raise MisError(f"{folder} holds nothing of a run: give a run folder, such as runs/NAME-001")
-    return RunRecord(
+    phases = files.records(run_folder.PHASES, "the plan, and what each phase took")
+    record = RunRecord(
         folder=folder,
-        **mappings,
+        config=files.mapping(run_folder.CONFIG, "the settings"),
+        origin=files.mapping(run_folder.ORIGIN, "versions and hashes"),
+        result=files.mapping(run_folder.RESULT, "the result; the run has not come to its end"),
+        keep=files.mapping(keep, "who was kept"),
         begun=next((r for r in phases if isinstance(r.get("planned"), list)), {}),
         phases=[r for r in phases if isinstance(r.get("phase"), str)],
-        samples=[r for r in samples if "text" in r],
-        table=_text(folder / "table.md", missing, "the recovery table"),
-        steps=steps,
-        air=air,
-        missing=missing,
+        samples=[r for r in files.records(run_folder.SAMPLES, "texts of the models") if "text" in r],
+        table=files.text("table.md", "the recovery table"),
+        steps=files.history(run_folder.METRICS, STEPS, "the steps"),
+        air=files.history("thermal.jsonl", AIR, "temperatures; no thermometer was read"),
+        missing=files.missing,
     )
-
-
-def _text(path: Path, missing: list[str], what: str, name: str = "") -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        missing.append(f"{name or path.name} is missing: {what}")
-        return ""
-
-
-def _mapping(folder: Path, name: str, missing: list[str], what: str) -> Mapping[str, Any]:
-    before = len(missing)
-    text = _text(folder / name, missing, what, name)
-    try:
-        value = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
-    except (ValueError, RecursionError, yaml.YAMLError):
-        value = None
-    if isinstance(value, dict):
-        return {str(k): v for k, v in value.items()}
-    if len(missing) == before:
-        missing.append(f"{name} is damaged: {what}")
-    return {}
-
-
-def _records(path: Path, missing: list[str], what: str) -> list[dict[str, Any]]:
-    if not path.is_file():
-        missing.append(f"{path.name} is missing: {what}")
-    return run_folder.records(path)
-
-
-def _history(path: Path, names: Sequence[str], missing: list[str], what: str) -> History:
-    history = history_of(path, names)
-    if not history.lines:
-        missing.append(f"{path.name} is missing: {what}")
-    elif history.torn:
-        missing.append(f"{path.name} has {history.torn} of {history.lines} lines that are no records; passed over")
-    return history
+    if not (record.config or record.origin or record.result or record.keep or phases or record.steps.lines):
+        raise MisError(f"{folder} holds nothing of a run: give a run folder, such as runs/NAME-001")
+    return record

@@ -69,8 +69,7 @@ def course(story: RunRecord, key: str) -> str:
 
 def cost(story: RunRecord, key: str) -> str:
     """Time and memory of every phase beside what was planned."""
-    took: dict[str, float] = {}
-    peak: dict[str, float] = {}
+    took, peak = dict[str, float](), dict[str, float]()
     for p in story.phases:  # a phase that was killed and taken up again has two lines
         took[p["phase"]] = took.get(p["phase"], 0.0) + p["seconds"]
         peak[p["phase"]] = max(peak.get(p["phase"], 0.0), p["peak_bytes"])
@@ -96,8 +95,8 @@ def pruning(story: RunRecord, key: str) -> str:
     if blocks := {int(i): float(v) for i, v in (report.get("block_importance") or {}).items()}:
         removed = {i: v for i, v in blocks.items() if i not in layers}
         groups = {"kept": {i: v for i, v in blocks.items() if i in layers}, "removed": removed}
-        gone = ", ".join(map(str, removed)) or "none"
-        text = f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. Removed: {gone}."
+        text = f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. "
+        text += f"Removed: {', '.join(map(str, removed)) or 'none'}."
         pictures.append(figures.columns(f"{key}blocks", "Blocks", text, ("block", "1 − cosine"), groups))
     shares = {}
     for axis in ("ffn", "heads"):
@@ -124,15 +123,13 @@ def origins(story: RunRecord, key: str) -> str:
         words.append("--" + name.replace("_", "-"))
         if value is not True:
             words += map(str, value if isinstance(value, list) else [value])
-    facts, rates = dict(story.origin), story.begun.get("rates") or {}
-    if "device" in rates:
-        facts["machine"] = rates["device"]
+    rates = story.begun.get("rates") or {}
+    facts = {**story.origin, **({"machine": rates["device"]} if "device" in rates else {})}
     return html.part("origins", command=shlex.join(words) if story.begun else "", facts=facts, config=story.config)
 
 
-def comparison(stories: Sequence[RunRecord]) -> str:
+def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
     """Several runs side by side: losses on one picture, numbers and their difference to the first run's, settings."""
-    names = labels(stories)
     losses = {n: _since(s, s.steps.series["loss"].points()) for n, s in zip(names, stories, strict=True)}
     picture = ""
     if ends := "; ".join(f"{n} ends at {points[-1][1]:.3f}" for n, points in losses.items() if points):

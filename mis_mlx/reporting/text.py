@@ -1,30 +1,15 @@
-"""Results as plain text, for a terminal: Markdown tables, sparklines, the line of a training step."""
+"""Results as plain text, for a terminal: Markdown tables, the line of a training step."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from mis_mlx.types import Row, Step, gib
 
-BARS = "▁▂▃▄▅▆▇█"
-SPARK_STEPS = 24  # whose losses the bar shows
 
-
-def sparkline(values: Sequence[float]) -> str:
-    """One block a value, from the lowest to the highest; a gap where it is none."""
-    known = [value for value in values if math.isfinite(value)]
-    if not known:
-        return ""
-    low, span, top = min(known), max(known) - min(known) or 1.0, len(BARS) - 1
-    return "".join(BARS[round((v - low) / span * top)] if math.isfinite(v) else " " for v in values)
-
-
-def step_text(
-    step: Step, losses: Sequence[float] = (), budget_bytes: int | None = None, planned_tps: float | None = None
-) -> str:
-    """What the bar shows beside a step: loss and its course, speed and memory of those planned, °C, and the guard."""
+def step_text(step: Step, budget_bytes: int | None = None, planned_tps: float | None = None) -> str:
+    """What the bar shows beside a step: loss, speed and memory of those planned, °C, and the guard."""
     speed = f"{step.tokens / max(step.seconds, 1e-9):.0f}" + (f" of {planned_tps:.0f}" if planned_tps else "")
     used = gib(step.peak_bytes) + (f" of {gib(budget_bytes)}" if budget_bytes else "")
-    parts = [f"loss {step.loss:.3f} {sparkline(losses)}".rstrip(), f"{speed} tok/s", used]
+    parts = [f"loss {step.loss:.3f}", f"{speed} tok/s", used]
     if step.reading and step.reading.die_c is not None:
         parts.append(f"{step.reading.die_c:.0f} °C")
     return "  ".join([*parts, step.note] if step.note else parts)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from mis_mlx.gguf_export import model_card
+from mis_mlx.reporting import html
 from mis_mlx.types import Checkpoint
 from tests.conftest import Done
 
@@ -17,7 +18,7 @@ def test_the_card_of_a_run(finished: tuple[Path, Done]) -> None:
     from mis_mlx.models import load
 
     run, _ = finished
-    text = model_card.readme(load.open_checkpoint(run / "model"), "owner/teacher", "gguf", "x.gguf", ["a fact"])
+    text = model_card.readme(load.open_checkpoint(run / "model"), "owner/teacher", "x.gguf", ["a fact"])
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "owner/teacher" and front["library_name"] == "gguf" and "license" not in front
     assert (run / "table.md").read_text().strip() in text
@@ -45,16 +46,20 @@ def test_names_and_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_model_of_unknown_origin(llama: Checkpoint) -> None:
     """No base, no licence claimed, no table, no empty headings."""
-    text = model_card.readme(llama, None, "hf", "", ["weights in bfloat16"])
+    text = model_card.readme(llama, None, "", ["weights in bfloat16"])
     assert "base_model" not in text and "license:" not in text and "## Measured" not in text
     assert "library_name: transformers" in text and "weights in bfloat16" in text
 
 
+def modelfile(file: str, template: str, stop: str | None) -> str:
+    return html.document("Modelfile", {"file": file, "template": template, "stop": stop}) + "\n"
+
+
 def test_modelfile() -> None:
     """ChatML is written out with its stop word; another template is left to Ollama; none stays none."""
-    text = model_card.modelfile("x.gguf", "{{ '<|im_start|>' }}", "<|im_end|>")
+    text = modelfile("x.gguf", "{{ '<|im_start|>' }}", "<|im_end|>")
     assert text.startswith("FROM ./x.gguf\nTEMPLATE ") and text.endswith('PARAMETER stop "<|im_end|>"\n')
     assert "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n" in text
-    other = model_card.modelfile("x.gguf", "[INST] {{ x }}", "</s>")
+    other = modelfile("x.gguf", "[INST] {{ x }}", "</s>")
     assert "TEMPLATE " not in other.split("#")[0] and "# Ollama looks" in other
-    assert model_card.modelfile("x.gguf", "", None) == "FROM ./x.gguf\n"
+    assert modelfile("x.gguf", "", None) == "FROM ./x.gguf\n"

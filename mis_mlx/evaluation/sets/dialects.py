@@ -1,8 +1,7 @@
 """Seven Polish dialects and regional languages beside Polish: pairs of sentences, as questions about which is which.
 
 A slot is a folder with pairs.jsonl, rows {"polish", "dialect"}: the same said in both, attested, not made up. Only the
-Silesian one can be filled from here, with Firefox's own translations (MPL-2.0); six wait for text that somebody brings.
-"""
+Silesian one can be filled from here, by Firefox's translations (MPL-2.0); six wait for text that somebody brings."""
 
 import json
 import random
@@ -30,6 +29,7 @@ ROW = 'one {"polish": ..., "dialect": ...} a line'
 PACKS = ("langpack-pl", "langpack-szl")  # how the names of Firefox's language packs begin
 PACKAGES = ("firefox-esr-l10n-pl", "firefox-esr-l10n-szl")  # of Debian, which hold one each
 LEAST_WORDS = 4
+_PROPERTY = re.compile(r"^(?!#)[ \t]*([^=\n]*?)[ \t]*=[ \t]*(.*?)[ \t\r]*$", re.M)
 _TERM = re.compile(r"(-?[\w-]+)\s*=\s*(.*)")
 _ATTRIBUTE = re.compile(r"\s+\.([\w-]+)\s*=\s*(.*)")
 
@@ -101,31 +101,24 @@ def _messages(pack: Path) -> dict[tuple[str, str], str]:
     messages: dict[tuple[str, str], str] = {}
     with zipfile.ZipFile(pack) as archive:
         for name in archive.namelist():
-            place = re.sub(r"\b(pl|szl)/", "", name)
-            if name.endswith(".properties"):
-                for line in archive.read(name).decode().splitlines():
-                    key, equals, value = line.partition("=")
-                    if equals and not line.startswith("#"):
-                        messages[place, key.strip()] = value.strip()
-            elif name.endswith(".ftl"):
-                messages |= {(place, key): text for key, text in _fluent(archive.read(name).decode()).items()}
+            if name.endswith((".properties", ".ftl")):
+                text, place = archive.read(name).decode(), re.sub(r"\b(pl|szl)/", "", name)
+                pairs = _fluent(text).items() if name.endswith(".ftl") else _PROPERTY.findall(text)
+                messages |= {(place, key): value for key, value in pairs}
     return messages
 
 
 def _fluent(text: str) -> dict[str, str]:
     """{term or term.attribute: message} of a Fluent file; lines that go on are joined."""
-    messages, term, key = dict[str, str](), "", ""
-    for line in text.splitlines():
+    messages, term = dict[str, str](), ""
+    for line in re.sub(r"\n +(?!\.[\w-]+\s*=)(?=\S)", " ", text).splitlines():
         if match := _TERM.match(line):
-            term = key = match[1]
-            messages[key] = match[2]
+            term = match[1]
+            messages[term] = match[2]
         elif term and (match := _ATTRIBUTE.match(line)):
-            key = f"{term}.{match[1]}"
-            messages[key] = match[2]
-        elif key and line.startswith(" "):
-            messages[key] += f" {line.strip()}"
+            messages[f"{term}.{match[1]}"] = match[2]
         else:
-            term = key = ""
+            term = ""
     return messages
 
 

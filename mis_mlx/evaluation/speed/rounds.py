@@ -1,8 +1,10 @@
-"""Models timed in turn: which fit in memory together, round after round, what the trials come to, for a table too."""
+"""Models timed in turn, round after round: what the trials come to, beside what a machine could do at best.
 
+At best: bytes over bandwidth, operations over arithmetic."""
+
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +12,8 @@ import mlx.core as mx
 
 from mis_mlx.evaluation.speed import timing
 from mis_mlx.evaluation.speed.timing import BenchmarkModel, Loaded, Measurement, Request
+from mis_mlx.hardware import rates
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
 from mis_mlx.planner import estimates, phases
 from mis_mlx.types import Checkpoint, Row
@@ -55,14 +59,13 @@ def rounds(
     r: Request,
     seed: int = 0,
     delay: float = 0.0,
-    meter: timing.PowerMeter | None = None,
+    monitor: Monitor | None = None,
     peaks: bool = False,
     warm_up: Request | None = None,
 ) -> Iterator[tuple[Loaded, Measurement]]:
-    """Every trial as it ends, without the warm-up: each round takes all models in turn, A B A B; or, where they do
-    not fit in memory together, model after model. No model is handed on: whoever took one would keep it in memory.
-    openers: what loads each. warm_up: by default the whole prompt."""
-    first = warm_up or replace(r, answer=min(r.answer, WARM_UP))
+    """Every trial as it ends, but the warm-up, a whole prompt: all models in turn, A B A B; or, where they do not fit
+    in memory together, model after model. No model is handed on: whoever took one would keep it in memory."""
+    first = warm_up or r._replace(answer=min(r.answer, WARM_UP))
     for group in [list(openers)] if together else [[name] for name in openers]:
         subjects = [openers[name]() for name in group]
         for s in subjects:
@@ -70,7 +73,7 @@ def rounds(
         for number in range(1, count + 1):
             for s in subjects:
                 time.sleep(delay)
-                yield s.loaded, timing.trial(s, r, (seed, number), meter, peaks)
+                yield s.loaded, timing.trial(s, r, (seed, number), monitor, peaks)
         del s, subjects  # the next one's memory
         mx.clear_cache()
 
@@ -108,10 +111,50 @@ def rows(fixed: Facts, measured: Facts) -> list[Row]:
         found.append(Row(name, "m1_best_tps", f["m1_best_tps_computed"]))
         for metric, value in values.items():
             if isinstance(value, Mapping):
-                mean, sd, n = value["mean"], value["sd"], value["n"]
-                found.append(Row(name, metric, mean, mean - sd, mean + sd, n) if n > 1 else Row(name, metric, mean))
+                mean, sd = value["mean"], value["sd"]
+                found.append(Row(name, metric, mean, *(mean - sd, mean + sd) if value["n"] > 1 else ()))
                 if "p95" in value:
                     found.append(Row(name, metric.replace("_ms", "_p95_ms"), value["p95"]))
-            elif metric != "bound":
+            elif metric != "bound":  # a word
                 found.append(Row(name, metric, value))
     return found
+
+
+def decoding(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[float, float]:
+    """(bytes to move, float operations) of one token, half-way through the answer: all weights, the keys and values."""
+    m, seen = estimates.model_of(checkpoint), r.prompt + r.answer // 2
+    flops = estimates.forward_flops(m, 1, 2 * seen)  # 2: it sees all, not the half
+    return weight_bytes + estimates.keys_bytes(m, seen), flops
+
+
+def first_token(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[float, float]:
+    """(bytes to move, float operations) of the prompt through all blocks, then its last row through the head."""
+    m = estimates.model_of(checkpoint)
+    blocks = estimates.forward_flops(m, r.prompt, r.prompt, head=False)
+    return weight_bytes + estimates.keys_bytes(m, r.prompt), blocks + 2.0 * m.head_params
+
+
+def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
+    """Computed, never run: an M1's 68 GB/s over the bytes of one sequence's token, floats in float16, packed as is."""
+    unread = "model.embed_tokens." if any(name.startswith("lm_head.") for name in checkpoint.tensors) else "-"
+    read = [t for name, t in checkpoint.tensors.items() if not name.startswith(unread)]
+    nbytes = sum(t.nbytes if t.dtype == "U32" else 2 * math.prod(t.shape) for t in read)
+    m, seen = estimates.model_of(checkpoint, gpu=True), r.prompt + r.answer // 2
+    return rates.M1_AIR.memory_bytes_per_s / (nbytes + estimates.keys_bytes(m, seen))
+
+
+def beside(
+    checkpoint: Checkpoint, weight_bytes: int, r: Request, at: rates.Roof, tokens_per_s: float
+) -> dict[str, Any]:
+    """MB a token moves, the best times there could be, the share reached, and what the limit is. weight_bytes: read."""
+    token, first = (f(checkpoint, weight_bytes, r) for f in (decoding, first_token))
+    best = {"decode_best_tps": 1 / at.seconds(*token), "ttft_best_ms": 1000 * at.seconds(*first)}
+    reached = tokens_per_s * at.seconds(*token)
+    return {"moved_mb": token[0] / 1e6, **best, "reached": reached, "bound": at.bound(*token)}
+
+
+def kind(checkpoint: Checkpoint, dtype: str) -> str:
+    """The format that a model computes in: 'float32', '4-bit', '3- to 8-bit' where matrices differ."""
+    settings = checkpoint.config.get("quantization") or {}
+    bits = sorted(s["bits"] for s in (settings, *settings.values()) if isinstance(s, Mapping) and "bits" in s)
+    return dtype if not bits else f"{bits[0]}-bit" if bits[0] == bits[-1] else f"{bits[0]}- to {bits[-1]}-bit"

@@ -9,7 +9,6 @@ Definitions (those of vLLM and AIPerf; none has the tokenizer or the text in it)
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +23,7 @@ from mis_mlx.models import load, mlx_generate
 from mis_mlx.models.stream import evaluate_now, load_checked
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What is timed: tokens of prompt and answer (2 or more)."""
 
     prompt: int
@@ -33,8 +31,7 @@ class Request:
 
 
 class Loaded(NamedTuple):
-    """What is known of a model, also once it is gone. nbytes: of its weights in memory; read_bytes: of those that a
-    token has to fetch, all but an embedding that is not the head too."""
+    """Of a model, also once it is gone. nbytes: its weights in memory; read_bytes: without an untied embedding."""
 
     name: str
     load_s: float
@@ -42,8 +39,7 @@ class Loaded(NamedTuple):
     read_bytes: int
 
 
-@dataclass(frozen=True)
-class BenchmarkModel:
+class BenchmarkModel(NamedTuple):
     """A model in memory."""
 
     loaded: Loaded
@@ -51,8 +47,7 @@ class BenchmarkModel:
     tokenizer: Any
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """One request. stamps_s: when each token was there, from the start. cached_s: TTFT of the same prompt, all but its
     last token in the cache. watts: from first token to last. peak_bytes: its model's weights, cache and workspace."""
 
@@ -69,30 +64,14 @@ class Measurement:
         return (self.stamps_s[-1] - self.stamps_s[0]) / (len(self.stamps_s) - 1)
 
 
-class PowerMeter:
-    """The whole machine's mean power, its display included, over a stretch of 0.1 s or longer."""
-
-    def __init__(self, monitor: Monitor):
-        self._monitor = monitor
-        self._since_s = 0.0
-
-    def begin(self) -> None:
-        """Start a stretch."""
-        self._since_s = self._monitor.clock.monotonic()
-
-    def watts(self) -> float | None:
-        """Since `begin`, by trapezoids; None when fewer than two readings have a power. The GPU must be done by now."""
-        history = self._monitor.history(self._monitor.clock.monotonic() - self._since_s + 5.0)
-        seen = [(r.time_s, r.power_w) for r in history if r.time_s >= self._since_s and r.power_w is not None]
-        if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
-            return None
-        times, powers = np.array(seen).T
-        return float(np.trapezoid(powers, times) / (times[-1] - times[0]))
-
-
-def _nbytes(module: nn.Module) -> int:
-    arrays: Any = tree_flatten(module.parameters())
-    return sum(a.nbytes for _, a in arrays)
+def mean_watts(monitor: Monitor, seconds: float) -> float | None:
+    """The machine's mean power over the last `seconds`, by trapezoids, once the GPU is done; None: no two readings."""
+    since_s = monitor.clock.monotonic() - seconds
+    seen = [(r.time_s, r.power_w) for r in monitor.history() if r.time_s >= since_s and r.power_w is not None]
+    if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
+        return None
+    times, powers = np.array(seen).T
+    return float(np.trapezoid(powers, times) / (times[-1] - times[0]))
 
 
 def opened(folder: Path, name: str) -> BenchmarkModel:
@@ -100,31 +79,31 @@ def opened(folder: Path, name: str) -> BenchmarkModel:
     began = time.perf_counter()
     model, tokenizer = mlx_generate.open_model(folder)
     evaluate_now(model.parameters())
-    seconds, nbytes = time.perf_counter() - began, _nbytes(model)
-    embedded = _nbytes(model.model.embed_tokens) if hasattr(model, "lm_head") else 0
-    loaded = Loaded(name, seconds, nbytes, nbytes - embedded)
-    return BenchmarkModel(loaded, load_checked(model, f"{folder}: "), tokenizer)
+    seconds, arrays = time.perf_counter() - began, dict[str, mx.array](tree_flatten(model.parameters()))
+    unread = ("model.embed_tokens.",) if hasattr(model, "lm_head") else ()
+    nbytes = sum(a.nbytes for a in arrays.values())
+    read_bytes = sum(a.nbytes for n, a in arrays.items() if not n.startswith(unread))
+    return BenchmarkModel(Loaded(name, seconds, nbytes, read_bytes), load_checked(model, f"{folder}: "), tokenizer)
 
 
 def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
     """`count` token ids of Python's manual, from a topic that `seed` chooses."""
-    rows, text = [str(row["text"]) for row in sources.load(None).train], ""
+    rows = [f"\n\n{row['text']}" for row in sources.load(None).train]
     start = int(np.random.default_rng(list(seed)).integers(len(rows)))
-    while len(text) < 5 * count and len(text) < sum(map(len, rows)):  # a token has 3 to 5 letters
-        text, start = f"{text}\n\n{rows[start % len(rows)]}", start + 1
+    text = "".join(rows[start:] + rows[:start])[: 10 * count]  # a token has 3 to 5 letters
     return [int(i) for i in np.array(mlx_generate.prompt_ids(tokenizer, text, count))]
 
 
 def trial(
-    s: BenchmarkModel, r: Request, seed: Sequence[int], meter: PowerMeter | None = None, peaks: bool = False
+    s: BenchmarkModel, r: Request, seed: Sequence[int], monitor: Monitor | None = None, peaks: bool = False
 ) -> Measurement:
-    """One request with a prompt that `seed` chooses. peaks: MLX's highest memory is counted anew for it."""
+    """One request with a prompt that `seed` chooses. monitor: of its power. peaks: count MLX's highest memory anew."""
     asked, kept = prompt(s.tokenizer, r.prompt, seed), mlx_generate.filled_cache(s.model, 0)
     before = mx.get_active_memory()
     if peaks:
         mx.reset_peak_memory()
-    stamps, tokens = clocked(mlx_generate.greedy(s.model, asked, r.answer, kept), meter)
-    watts = meter.watts() if meter else None
+    stamps, tokens = clocked(mlx_generate.greedy(s.model, asked, r.answer, kept))
+    watts = mean_watts(monitor, stamps[-1] - stamps[0]) if monitor else None
     evaluate_now([c.state for c in kept])  # mlx-lm has begun a token too many: it is not to run into the next trial
     peak = mx.get_peak_memory() - before + s.loaded.nbytes if peaks else None
     cached = _again(s.model, asked, kept)
@@ -132,22 +111,18 @@ def trial(
     return Measurement(tuple(asked), tuple(tokens), tuple(stamps), cached, watts, peak)
 
 
-def clocked(coming: Iterable[int], meter: PowerMeter | None = None) -> tuple[list[float], list[int]]:
-    """(seconds from now to each token, the tokens). The meter begins at the first token. What is done here between two
-    tokens is all that measuring adds to them: benchmarks/throughput.py times it."""
+def clocked(coming: Iterable[int]) -> tuple[list[float], list[int]]:
+    """(seconds from now to each token, the tokens). Between two, measuring adds but this: benchmarks/throughput.py."""
     stamps, tokens = list[float](), list[int]()
     began = time.perf_counter()
     for token in coming:
         stamps.append(time.perf_counter() - began)
         tokens.append(token)
-        if meter and len(stamps) == 1:
-            meter.begin()
     return stamps, tokens
 
 
 def _again(model: nn.Module, ids: list[int], kept: list[Any]) -> float | None:
-    """Seconds to the first token of the same prompt when the cache has all of it but the last token; None where a
-    cache forgets only from its other end."""
+    """Seconds to the first token when all of the prompt but one token is cached; None where that cannot be trimmed."""
     caches = load.mlx_lm("models.cache")
     if not caches.can_trim_prompt_cache(kept):
         return None
