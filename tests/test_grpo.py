@@ -137,17 +137,26 @@ def sampler(checkpoint: Checkpoint, folder: Path, **changes: Any) -> training.Sa
     model = load.resident(checkpoint, mx.float32)
     mx.eval(model.parameters())
     functions = training.rewards.functions(None, str(folder / "vowels.py"))
-    objective = training.Objective("dapo", 0.2, 0.28, 0.1, 8, 0.8)
+    settings = training.Settings(
+        beta=0.1,
+        max_completion_length=8,
+        temperature=0.8,
+        group_size=4,
+        grad_accumulation_steps=3,
+        batch_size=4,
+        seed=1,
+    )
     tokenizer = load.tokenizer(checkpoint.path)
     prompts = [mlx_generate.encode(tokenizer, q) for q in QUESTIONS]
     rows = [{"prompt": q, "answer": "1"} for q in QUESTIONS]
-    made = training.Sampler(model, rows, prompts, tokenizer, functions, objective, 4, 3, 4, 8, seed=1)
-    return replace(made, **changes)
+    made = training.Sampler(settings, model, rows, prompts, tokenizer, functions)
+    own = {name: changes.pop(name) for name in list(changes) if name in vars(made)}
+    return replace(made, settings=replace(settings, **changes), **own)
 
 
 def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -> None:
     """Streamed beside an untouched model it gives the model's own log-probabilities: KL 0, and no gradient of it."""
-    made = sampler(llama, folder, reference=stream.Stream(llama, mx.float32), updates=2)
+    made = sampler(llama, folder, reference=stream.Stream(llama, mx.float32), num_iterations=2)
     rollout = made(0)
     assert rollout.parts and rollout.facts["kept"] == len(rollout.parts)
     for b, _, old, reference in rollout.parts:
@@ -155,7 +164,7 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
     plain = [(b, advantage, old, None) for b, advantage, old, _ in rollout.parts]
     found = [
         next(
-            train_loop.train(made.model, lambda _, p=parts: p, made.objective.loss, GuardedAdamW(), Schedule(1, 0.0, 0))
+            train_loop.train(made.model, lambda _, p=parts: p, made.settings.loss, GuardedAdamW(), Schedule(1, 0.0, 0))
         )
         for parts in (rollout.parts, plain)
     ]
@@ -166,7 +175,7 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
 def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
     """Micro-batches hold the sampled tokens, log-probabilities at the sampling temperature, advantages of sum 0."""
     lines = list[str]()
-    made = sampler(llama, folder, log=lines.append, micro_batch=3, updates=2)
+    made = sampler(llama, folder, log=lines.append, batch_size=3, num_iterations=2)
     rollout, again = made(4), made(4)
     texts = [[a["text"] for a in json.loads(line)["answers"]] for line in lines]
     assert texts[:3] == texts[3:] and len(rollout.parts) == 2 * rollout.facts["kept"]
@@ -191,7 +200,7 @@ def test_nothing_scored_is_a_sentence(llama: Checkpoint, folder: Path, tmp_path:
     with pytest.raises(MisError, match=r"none of 12 answers could be scored \(f: RuntimeError: no ruler\)"):
         made(0)
     path.write_text(VOWELS.replace("return", "if any(p == 'why' or 'with' in p for p in prompts): 1 / 0\n    return"))
-    made = sampler(llama, folder, functions=training.rewards.functions(None, str(path)), prompts_per_step=8)
+    made = sampler(llama, folder, functions=training.rewards.functions(None, str(path)), grad_accumulation_steps=8)
     facts = made(0).facts
     assert facts["unscored"] == 8 and facts["kept"] <= 6
 
