@@ -20,7 +20,7 @@ from mis_mlx.evaluation import rewards
 from mis_mlx.maths import policy
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import attention_masks, batch_sampling, distributed, load, stream
+from mis_mlx.models import attention_masks, distributed, load, mlx_generate, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
@@ -124,8 +124,8 @@ class Sampler:
         s = self.settings
         at = distributed.shard(order(len(self.rows), s.grad_accumulation_steps, step, s.seed))
         own = [s.seed, step, *([distributed.rank()] if distributed.size() > 1 else [])]
-        draw = batch_sampling.sampler(s.temperature, int(np.random.SeedSequence(own).generate_state(1)[0]))
-        answers = batch_sampling.groups(
+        draw = mlx_generate.sampler(s.temperature, int(np.random.SeedSequence(own).generate_state(1)[0]))
+        answers = mlx_generate.groups(
             self.model, [self.prompts[i] for i in at], s.group_size, s.max_completion_length,
             self.tokenizer.eos_token_ids, draw, s.at_once,
         )  # fmt: skip
@@ -262,8 +262,8 @@ def measure(
 ) -> dict[str, float]:
     """Means over answers to held-out rows, greedy or `samples` drawn for each; "loss", minus the reward, judges."""
     s, ends, most = sampler.settings, sampler.tokenizer.eos_token_ids, sampler.settings.max_completion_length
-    draw = batch_sampling.sampler(s.temperature if samples else 0.0, s.seed)
-    answers = batch_sampling.groups(sampler.model, prompts, samples or 1, most, ends, draw, s.at_once)
+    draw = mlx_generate.sampler(s.temperature if samples else 0.0, s.seed)
+    answers = mlx_generate.groups(sampler.model, prompts, samples or 1, most, ends, draw, s.at_once)
     scores = rewards.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
     totals = _totals(scores)
     if np.isnan(totals).all():

@@ -16,7 +16,7 @@ import psutil
 
 from mis_mlx.hardware.clock import Clock, VirtualClock
 from mis_mlx.hardware.thermal.ambient import Ambient, Estimate, find_altitude
-from mis_mlx.hardware.thermal.apple import Apple
+from mis_mlx.hardware.thermal.apple_sensors import Apple
 from mis_mlx.hardware.thermal.recording import Header, Raw, Replay, Rows
 from mis_mlx.hardware.thermal.sensor_rules import Frozen, Values, judge
 from mis_mlx.types import MisError, Reading

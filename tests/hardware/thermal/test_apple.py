@@ -9,9 +9,8 @@ from functools import partial
 import pytest
 
 from mis_mlx import thermal
-from mis_mlx.hardware.thermal.apple import Apple
 from mis_mlx.hardware.thermal.apple_frameworks import foreign, load
-from mis_mlx.hardware.thermal.apple_sensors import Hid, KeyData, Smc, decode
+from mis_mlx.hardware.thermal.apple_sensors import Apple, Hid, KeyData, Smc, decode
 from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
 
 
