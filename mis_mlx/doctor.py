@@ -22,7 +22,7 @@ from mis_mlx.checks import engine, kernels
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.thermal import findings
-from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.models import policy
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK, need_place, reported
@@ -126,7 +126,7 @@ def _machine(folder: Path) -> list[str]:
 
 def _sensors() -> list[str]:
     """What `thermal doctor` says."""
-    with open_monitor() as monitor:
+    with Monitor() as monitor:
         return findings.examined(monitor)[0]
 
 
