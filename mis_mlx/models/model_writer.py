@@ -15,7 +15,7 @@ from mis_mlx import cli
 from mis_mlx.models import arch, load, policy, tokenizer_check
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files, reported
-from mis_mlx.storage.safetensors import Spec, Writer, spec_bytes, spec_of, write_arrays
+from mis_mlx.storage.safetensors import Spec, spec_bytes, spec_of, write_arrays, write_tensors
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 
 KEEP, ROTATION = "keep.json", "rotation.npy"
@@ -83,15 +83,10 @@ def write_folder(
 ) -> None:
     """Commit the new folder `out`: `tensors` as `specs` foretell them, config.json, the tokenizer files of `source`.
 
-    extra: more files by name: bytes as they are, all else as JSON. shards: as in `safetensors.Writer`."""
+    extra: more files by name: bytes as they are, all else as JSON. shards: as of `write_tensors`."""
 
     def fill(folder: Path) -> None:
-        writer = Writer(folder, specs, files, shards=shards)
-        for name, array in tensors:
-            writer.add(name, array)
-            del array
-            mx.clear_cache()
-        writer.close()
+        write_tensors(folder, specs, tensors, files, shards)
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
             files.write(folder / name, value if isinstance(value, bytes) else json.dumps(value).encode())

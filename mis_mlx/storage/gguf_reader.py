@@ -13,7 +13,7 @@ import numpy as np
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.header_check import DTYPES
 from mis_mlx.storage.hub import sha256
-from mis_mlx.storage.safetensors import Writer
+from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import MisError
 
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -72,11 +72,12 @@ def write_weights(
 
     # GGUF states shapes innermost first; reversed they are (out, in), as in the Hugging Face layout.
     specs = {hf_name(t.name, block): (dtype, tuple(int(n) for n in reversed(t.shape))) for t in tensors}
-    writer = Writer(folder, specs, DISK)
-    for name, tensor in zip(specs, tensors, strict=True):
+
+    def unpacked(name: str, tensor: Any) -> tuple[str, mx.array]:
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        writer.add(name, mx.array(change(name, values)).astype(getattr(mx, DTYPES[dtype][0])))
-    writer.close()
+        return name, mx.array(change(name, values)).astype(getattr(mx, DTYPES[dtype][0]))
+
+    write_tensors(folder, specs, map(unpacked, specs, tensors), DISK)
 
 
 def hf_name(name: str, block: Mapping[str, str] = BLOCK) -> str:

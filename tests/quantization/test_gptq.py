@@ -19,7 +19,7 @@ from mis_mlx.pruning import select
 from mis_mlx.quantization import gptq, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.storage.safetensors import Writer
+from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 from tests import tiny
 
@@ -144,10 +144,8 @@ def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
     tensors = {n: load.dense(whole, n) for n in arch.tensors_of(whole.config)}
     spoil = tensors[name] * value if np.isfinite(value) else tensors[name].at[0, 0].add(value)
     (folder / "bad").mkdir()
-    writer = Writer(folder / "bad", {n: ("F32", tuple(a.shape)) for n, a in tensors.items()}, DISK)
-    for n, array in tensors.items():
-        writer.add(n, spoil if n == name else array)
-    writer.close()
+    tensors[name] = spoil
+    write_tensors(folder / "bad", {n: ("F32", tuple(a.shape)) for n, a in tensors.items()}, tensors.items(), DISK)
     (folder / "bad" / "config.json").write_text(json.dumps(dict(whole.config)))
     return load.open_checkpoint(folder / "bad")
 
