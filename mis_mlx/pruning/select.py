@@ -24,9 +24,17 @@ from mis_mlx.pruning import calibrate, rotate
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, PrunableAxis, Reading
+from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
 
 BULKY = ("block_importance", "differing", "profile")  # in a report, for pictures: not for a line of JSON
+# axis -> modules whose weights have a row for each unit of it (and biases a number), and those with a column for each
+CUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "ffn": (arch.READERS["norm2"][1], arch.READERS["ffn"][1]),
+    "heads": (("q_proj",), arch.READERS["heads"][1]),
+    "kv_heads": (("k_proj", "v_proj"), ()),
+    "hidden": (("o_proj", "down_proj", "norm", "input_layernorm", "post_attention_layernorm"),
+               (*arch.READERS["norm1"][1], *arch.READERS["norm2"][1], "embed_tokens", "lm_head")),
+}  # fmt: skip
 Scenario = Literal["redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
 
 
@@ -156,19 +164,19 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     return shape
 
 
-def _cut(
-    name: str, teacher_layer: int, spaces: Mapping[str, PrunableAxis], keep: KeptUnits, weight: mx.array
-) -> mx.array:
+def _cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array) -> mx.array:
     """The kept part of one teacher tensor: rows, of each of joined matrices, where an axis is written, else columns."""
-    pattern = name.replace(f".layers.{teacher_layer}.", ".layers.{i}.")
-    for axis, space in spaces.items():
-        kept = keep.kept.get((teacher_layer if axis != "hidden" else -1, axis))
-        if kept is None or len(kept) * space.unit == space.size:
+    module, kind = name.split(".")[-2:]
+    for axis, (rows, columns) in CUTS.items():
+        kept = keep.kept.get((layer if axis != "hidden" else -1, axis))
+        unit = before.head_dim if axis.endswith("heads") else 1  # rows that go together
+        size = getattr(before, axis) * unit
+        if kept is None or len(kept) * unit == size:
             continue
-        indices = mx.array([i * space.unit + u for i in kept for u in range(space.unit)], dtype=mx.int32)
-        if pattern in space.writes or pattern in space.vectors:
-            weight = mx.take(weight, mx.concatenate([indices + n for n in range(0, len(weight), space.size)]), axis=0)
-        elif pattern in space.reads:
+        indices = mx.array([i * unit + u for i in kept for u in range(unit)], dtype=mx.int32)
+        if module in rows:
+            weight = mx.take(weight, mx.concatenate([indices + n for n in range(0, len(weight), size)]), axis=0)
+        elif module in columns and kind == "weight":
             weight = mx.take(weight, indices, axis=1)
     return weight
 
@@ -186,15 +194,15 @@ def write_student(
 
     tensor(name): the teacher's tensor that is cut, where it is not the one on disk (rotated, merged)."""
     config = arch.student_config(teacher.config, shape, keep.layers, dtype)
-    spaces = arch.spaces(teacher.config)
+    before = shape_of(teacher.config)
     whole = tensor or partial(load.dense, teacher)
 
     def take(name: str) -> mx.array:
         if (number := arch.block_of(name)) is None:
-            return _cut(name, -1, spaces, keep, whole(name))
+            return _cut(name, -1, before, keep, whole(name))
         layer = keep.layers[number]
         source = name.replace(f".layers.{number}.", f".layers.{layer}.")
-        return _cut(source, layer, spaces, keep, whole(source))
+        return _cut(source, layer, before, keep, whole(source))
 
     model_writer.write_model(config, take, teacher.path, out, dtype, files, model_writer.keep_files(keep))
 
