@@ -24,6 +24,7 @@ from mis_mlx.models import attention_masks, distributed, load, mlx_generate, str
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
+Rollout = tuple[list[tuple[Any, ...]], dict[str, float]]  # micro-batches of a step, for `Settings.loss`; facts of it
 SAMPLES = "samples.jsonl"
 SAMPLED_TOGETHER = 32  # answers; decoding reads all weights once a token, for one answer or for many
 COUNTS = ("unscored", "kept", "groups")  # of facts
@@ -97,14 +98,6 @@ class Settings(alignment_plan.Alignment):
         return total, count, {"clipped": clipped, "tokens": mx.array(float(b.tokens.size))}
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """The micro-batches of a step, arguments of `Settings.loss`, and what became of its groups."""
-
-    parts: Sequence[tuple[Any, ...]]
-    facts: Mapping[str, float]
-
-
 @dataclass
 class Sampler:
     """Makes a step's rollout, this machine's part of it. prompts: token ids of each row of `rows`, in one order.
@@ -145,7 +138,7 @@ class Sampler:
         advantage = policy.advantages(totals, scaled=s.loss_type != "dr_grpo")
         chosen = [(at[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
         facts = distributed.all_gather(_facts(totals, scores, answers, kept, s.max_completion_length))
-        return Rollout(self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts))
+        return self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts)
 
     def text(self, answer: Sequence[int]) -> str:
         """An answer as the reward functions read it, without its stop token."""
@@ -241,16 +234,16 @@ def train(
     for step in range(start, schedule.iters):
         began = train_loop.CLOCK.monotonic()
         mx.reset_peak_memory()
-        rollout = rollouts(step)
+        parts, facts = rollouts(step)
         peak = mx.get_peak_memory()
 
-        def same(_: int, parts: Sequence[tuple[Any, ...]] = rollout.parts) -> Sequence[tuple[Any, ...]]:
+        def same(_: int, parts: Sequence[tuple[Any, ...]] = parts) -> Sequence[tuple[Any, ...]]:
             return parts
 
         done = Step(step + 1, 0.0, 0.0, schedule.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
-        for _ in range(updates if distributed.any_rank(rollout.parts) else 0):
+        for _ in range(updates if distributed.any_rank(parts) else 0):
             done = next(train_loop.train(model, same, loss, optimizer, schedule, step))
-        facts = {**done.more, **rollout.facts}
+        facts = {**done.more, **facts}
         seconds, peak = train_loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)
         cells = "  ".join(f"{facts[n]:>13{form}}" if n in facts else " " * 13 for n, form in TABLE)
         cli.say(f"{step + 1:>6}  {cells}")

@@ -191,9 +191,7 @@ def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
 
 
 def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, ...], dtype: str) -> dict[str, Any]:
-    """The teacher's config.json edited to `shape`: an ordinary model that every runtime opens.
-
-    Both spellings of rope, explicit head_dim and tying, no quantization."""
+    """The teacher's config.json edited to `shape`, not quantized; what runtimes would guess differently spelled out."""
     c = normalised(config)
     for key in ("quantization", "quantization_config", "dtype"):  # transformers 5 would believe dtype, not torch_dtype
         c.pop(key, None)

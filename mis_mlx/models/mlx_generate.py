@@ -103,8 +103,7 @@ def groups(
     draw: Sampler,
     at_once: int,
 ) -> list[list[list[int]]]:
-    """`count` completions of each prompt as token ids; each ends with its stop token, or after `max_tokens`. What is
-    drawn depends on the weights, the prompt and the seed alone.
+    """`count` completions of each prompt as token ids; each ends with its stop token, or after `max_tokens`.
 
     at_once: completions generated together; a prompt's come in one batch, so that it is read once."""
     completions, each = list[list[list[int]]](), max(1, at_once // count)

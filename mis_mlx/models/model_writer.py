@@ -99,9 +99,7 @@ def write_model(
     config: Mapping[str, Any], take: Callable[[str], mx.array], source: Path, out: Path, dtype: str, files: Files,
     extra: Mapping[str, Any] | None = None, file_per_block: bool = False,
 ) -> None:  # fmt: skip
-    """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`.
-
-    file_per_block: so that one block can be replaced later without touching the others."""
+    """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`."""
     specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in arch.tensors_of(config).items()}
     names = cli.counted("tensor", specs, len(specs))
     tensors = ((name, take(name).astype(policy.DTYPES[dtype])) for name in names)

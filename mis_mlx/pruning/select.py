@@ -190,9 +190,8 @@ def write_student(
     files: Files,
     tensor: Callable[[str], mx.array] | None = None,
 ) -> None:
-    """Commit the pruned model to the new folder `out`. Memory: the largest tensor, twice.
-
-    tensor(name): the teacher's tensor that is cut, where it is not the one on disk (rotated, merged)."""
+    """Commit the pruned model to the new folder `out`. tensor(name): the teacher's tensor that is cut, where it is not
+    the one on disk (rotated, merged). Memory: the largest tensor, twice."""
     config = arch.student_config(teacher.config, shape, keep.layers, dtype)
     before = shape_of(teacher.config)
     whole = tensor or partial(load.dense, teacher)
