@@ -16,7 +16,6 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.evaluation.speed import roofline, rounds, timing
 from mis_mlx.hardware import memory, rates
-from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.thermal import governor
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
 from mis_mlx.models import arch, load, policy, resolve
@@ -179,7 +178,7 @@ def run(settings: Settings) -> dict[str, Any]:
     source = "the whole machine's power" if idle_w is not None else None
     result = {
         **fixed,
-        "machine": about(),
+        "machine": rates.about(),
         "hot": hot,
         "stopped": bench.stopped,
         "measured": {"models": measured, "roof": asdict(at), "conditions": conditions, "energy_source": source},
