@@ -75,9 +75,9 @@ def measured(s: Settings, folder: Path, questions: Sequence[dict[str, str]]) -> 
     placed = [(row, f"question {n}") for n, row in enumerate(questions, 1)]
     encoded, _ = examples.encode(placed, tokenizer, 512, ("answer",))
     prompts = [[int(t) for t in ids[: int(learn.argmax())]] for ((ids, learn),) in encoded]
-    objective = training.Objective("dapo", 0.2, 0.28, 0.0, s.max_completion_length, 1.0)
+    settings = training.Settings(max_completion_length=s.max_completion_length, seed=7)  # answers to 32 rows at once
     functions = rewards.functions(None, None)
-    sampler = training.Sampler(model, questions, prompts, tokenizer, functions, objective, 0, 0, 0, 32, seed=7)
+    sampler = training.Sampler(settings, model, questions, prompts, tokenizer, functions)
     found = {}
     for name, samples in (("greedy", 0), ("sampled", s.eval_samples)):
         values = training.measure(sampler, questions, prompts, samples)

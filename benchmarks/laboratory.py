@@ -24,7 +24,7 @@ from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
-from mis_mlx.hardware import machine_info
+from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
 from mis_mlx.models import load, resolve
 from mis_mlx.types import MisError
@@ -47,7 +47,7 @@ def start(settings: type, main: Callable[[Any], None]) -> None:
 
 def machine() -> dict[str, Any]:
     """What a number was measured on, and by which version of this program."""
-    return {**machine_info.about(), "git": version()}
+    return {**rates.about(), "git": version()}
 
 
 def version() -> str | None:

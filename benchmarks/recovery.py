@@ -29,10 +29,10 @@ from mis_mlx import cli
 from mis_mlx.distillation import blockwise, live_teacher
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, block_files, load, model_writer, policy, stream
+from mis_mlx.models import arch, load, model_writer, policy, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner.recipe import DistillationConfig
-from mis_mlx.pruning import calibrate, reconstruct, select, slice_weights
+from mis_mlx.pruning import calibrate, reconstruct, select
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
@@ -202,7 +202,7 @@ class Bench(Laboratory):
         whole, tensor = self.checkpoint, None
         if arm.graft:
             whole, tensor = GRAFTS[arm.graft](whole, keep, self.measured(seed)[0])
-        slice_weights.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor)
+        select.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor)
         return load.open_checkpoint(out)
 
     def begun(
@@ -214,7 +214,7 @@ class Bench(Laboratory):
         assert keep is not None
         if arm.local:
             found["pruned"] = self.judge(stream.load_checked(load.resident(student, mx.float32)))
-            taught = block_files.begin(student, temp / "parts", DISK)
+            taught = model_writer.by_block(student, temp / "parts", DISK)
             r = replace(recipe, iters=arm.local, warmup=2, learning_rate=3e-4, batch_size=1,
                         grad_accumulation_steps=recipe.batch_size)  # fmt: skip
             windows = self.pick(recipe.reconstruct_samples, seed, 2)

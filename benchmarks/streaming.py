@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mis_mlx.models import arch, load, stream
 from mis_mlx.storage.files import DISK
-from mis_mlx.storage.safetensors import Writer
+from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint
 
 DENSE = {"num_hidden_layers": 40, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 4096}
@@ -63,18 +63,19 @@ def synthetic(folder: Path, sizes: dict[str, int], bits: int = 0) -> Path:
         else:
             specs[name] = ("F16" if bits else "F32", shape)
     folder.mkdir(parents=True)
-    writer, rng = Writer(folder, specs, DISK), np.random.default_rng(0)
-    for name, (kind, shape) in specs.items():
+    rng, step = np.random.default_rng(0), 0.02 / 2**bits  # 16 steps around zero, of the size of a real model's
+
+    def made(name: str) -> mx.array:
+        kind, shape = specs[name]
         if kind == "U32":
-            writer.add(name, mx.array(rng.integers(0, 2**32, shape, dtype=np.uint32)))
-        elif len(shape) == 1:
-            writer.add(name, mx.ones(shape, mx.float16 if bits else mx.float32))
-        elif bits:  # 16 steps around zero, of the size of a real model's
-            step = 0.02 / 2**bits
-            writer.add(name, mx.full(shape, step if name.endswith("scales") else -step * 2**bits / 2, mx.float16))
-        else:
-            writer.add(name, mx.array(rng.standard_normal(shape, dtype=np.float32) * 0.02))
-    writer.close()
+            return mx.array(rng.integers(0, 2**32, shape, dtype=np.uint32))
+        if len(shape) == 1:
+            return mx.ones(shape, mx.float16 if bits else mx.float32)
+        if bits:
+            return mx.full(shape, step if name.endswith("scales") else -step * 2**bits / 2, mx.float16)
+        return mx.array(rng.standard_normal(shape, dtype=np.float32) * 0.02)
+
+    write_tensors(folder, specs, ((name, made(name)) for name in specs), DISK)
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -16,7 +16,6 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.evaluation.speed import rounds, timing
 from mis_mlx.hardware import memory, rates
-from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.thermal import governor
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
@@ -174,7 +173,7 @@ def run(settings: Settings) -> dict[str, Any]:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
     result = {
         **fixed,
-        "machine": about(),
+        "machine": rates.about(),
         "hot": hot,
         "stopped": bench.stopped,
         "measured": {"models": measured, "roof": asdict(at)},

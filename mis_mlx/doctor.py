@@ -20,9 +20,8 @@ import psutil
 from mis_mlx import cli
 from mis_mlx.checks import engine, kernels
 from mis_mlx.hardware import memory, rates
-from mis_mlx.hardware.machine_info import about
 from mis_mlx.hardware.thermal import findings
-from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.models import policy
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK, need_place, reported
@@ -68,7 +67,7 @@ def run(settings: Settings) -> dict[str, Any]:
     took, packed = duration(time.monotonic() - began), "stay packed" if policy.keeps_packed() else "are de-quantized"
     failed = [row.name for row in rows if not row.passed]
     head += [f"took {took}, and at most {gib(peak.nbytes)} beyond what the process began with"]
-    on = f"computed on the {about()['computes_on']} by the policy {policy.name()}, in {policy.usual_dtype()}"
+    on = f"computed on the {rates.about()['computes_on']} by the policy {policy.name()}, in {policy.usual_dtype()}"
     lines = [f"### mis_mlx doctor: {len(rows) - len(failed)} of {len(rows)} checks passed\n", *(f"- {h}" for h in head)]
     lines += [f"- {on}; packed weights {packed}\n"]
     lines += [markdown_table(["", "check", "found", "at most"], [row.cells() for row in rows], words=2), ""]
@@ -80,7 +79,7 @@ def run(settings: Settings) -> dict[str, Any]:
             DISK.make_folder(settings.out.absolute().parent)
             DISK.replace_text(settings.out, report)
     facts = {"checks": len(rows), "failed": failed, "check_failed": bool(failed), "policy": policy.name()}
-    return facts | {"device": about()["computes_on"], "rows": [row._asdict() for row in rows]}
+    return facts | {"device": rates.about()["computes_on"], "rows": [row._asdict() for row in rows]}
 
 
 def _examined(folder: Path) -> Iterator[Row]:
@@ -112,7 +111,7 @@ def _guarded(work: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
 
 def _machine(folder: Path) -> list[str]:
     """This machine, a line for what belongs together."""
-    a, room, disk = about(), psutil.virtual_memory(), shutil.disk_usage(folder)
+    a, room, disk = rates.about(), psutil.virtual_memory(), shutil.disk_usage(folder)
     recommended = float(mx.device_info().get("max_recommended_working_set_size", 0))
     metal = f"Metal recommends {gib(recommended)}" if recommended else "without Metal"
     budget = gib(memory.budget(None).limit_bytes)
@@ -125,7 +124,7 @@ def _machine(folder: Path) -> list[str]:
 
 
 def _sensors() -> list[str]:
-    with open_monitor() as monitor:
+    with Monitor() as monitor:
         return findings.examined(monitor)[0]
 
 

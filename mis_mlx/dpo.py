@@ -1,21 +1,34 @@
-"""Preference optimization: of two answers the chosen one becomes likelier; DPO-Positive, DPO, IPO or hinge."""
+"""Preference optimization: of two answers the chosen one becomes likelier; DPO-Positive, DPO, IPO or hinge.
 
+The reference is the model before it is trained: two floats a pair, kept in the run folder with their hashes."""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_plan, alignment_run, preference_pairs
+from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
+from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import run_loop
-from mis_mlx.maths.preference import LossType
-from mis_mlx.models import distributed
+from mis_mlx.distillation.live_teacher import labels
+from mis_mlx.maths import preference
+from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.models import distributed, load
 from mis_mlx.planner import estimates
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage.files import Files
 from mis_mlx.types import Positive, Rate, Within
 
 ANSWERS = ("chosen", "rejected")
+REFERENCE = "reference"
+OF_MEANS = "loss_of_means"  # dpop of the mean pair
+Pair = Sequence[Sequenced]  # (chosen, rejected), prompts included
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Settings(alignment_plan.Alignment):
 
     learning_rate: Rate = 5e-6
     """peak; falls to a tenth along a cosine; 1e-6 suits a model of billions"""
-    loss_type: LossType = "dpop"
+    loss_type: preference.LossType = "dpop"
     """dpop: DPO that does not let the chosen answer become less likely; sigmoid: plain DPO; ipo; hinge"""
     beta: Positive = 0.1
     """how far the model may go from the one it was"""
@@ -32,23 +45,124 @@ class Settings(alignment_plan.Alignment):
     """weight of the penalty in dpop, inside beta; 0 is plain DPO; at 50, the paper's, the default model learns the
     chosen answers and prefers nothing (measured)"""
 
+    def loss(
+        self, student: nn.Module, tokens: mx.array, learn: mx.array, reference: mx.array, frozen_head: bool = False
+    ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        """(sum over pairs, pairs, further sums) of 2 B rows (2 B, T), the chosen first; reference: (2 B,). margin: r_w
+        - r_l in nats, without beta; chosen, rejected: log pi(y|x)."""
+        sums, counts = _sums(student, tokens, learn, frozen_head)
+        r_w, r_l = mx.split(sums - reference, 2)
+        n_w, n_l = mx.split(counts, 2)
+        each = preference.pair_losses(r_w, r_l, self.beta, self.loss_type, self.dpop_lambda, n_w, n_l)
+        chosen, rejected = (part.sum() for part in mx.split(sums, 2))
+        more = {
+            "margin": (r_w - r_l).sum(),
+            "accuracy": (r_w > r_l).astype(mx.float32).sum(),
+            "chosen": chosen,
+            "rejected": rejected,
+            "tokens": mx.array(float(tokens.size)),
+        }
+        return each.sum(), mx.array(float(len(each))), more
+
+
+def _sums(student: nn.Module, tokens: mx.array, learn: mx.array, frozen_head: bool) -> tuple[mx.array, mx.array]:
+    """Of rows (B, T): (the sum of log-probabilities where `learn` is 1, how many tokens these are), (B,) each."""
+    hidden = student.model(tokens)
+    flat, head = hidden.reshape(-1, hidden.shape[-1]), load.head_weight(student)
+    logps = token_logps(flat, head, labels(tokens), frozen_head=frozen_head)
+    return (logps.reshape(tokens.shape) * learn).sum(axis=-1), learn.sum(axis=-1)
+
+
+def rectangle(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:
+    """(tokens, learn), (2 B, T) each: the chosen answers, then the rejected ones."""
+    tokens, learn, _ = sequence_packing.rectangle([[pair[side]] for side in (0, 1) for pair in pairs])
+    return tokens, learn
+
+
+def reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> np.ndarray:
+    """log pi_ref(y|x) of the chosen and the rejected answer of every pair, (N, 2) float32."""
+    logps = np.zeros((len(pairs), 2), np.float32)
+    for at in sequence_packing.by_length("reference: batch", list(map(longest, pairs)), batch_size):
+        sums, _ = _sums(model, *rectangle([pairs[i] for i in at]), frozen_head=True)
+        logps[at] = np.array(sums).reshape(2, -1).T
+    return logps
+
+
+def stored_reference(folder: Path, fingerprint: str, files: Files, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make()` gave, (N, 2): from the run folder, hashes checked, where it lies there; else made and put there."""
+    saved = protocol.newest(folder / REFERENCE, files)
+    if saved is not None and saved.state["fingerprint"] == fingerprint:
+        return np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
+    values = make()
+    files.make_folder(folder / REFERENCE)
+    number = saved.number + 1 if saved else 0
+    arrays = {"logps": {"chosen_rejected": mx.array(values)}}
+    protocol.save_step(folder / REFERENCE, number, arrays, {"fingerprint": fingerprint}, files)
+    return values
+
+
+def longest(pair: Pair) -> int:
+    """Tokens of the longer answer of a pair, its prompt included."""
+    return max(len(ids) for ids, _ in pair)
+
+
+def visited(pairs: Sequence[Pair], iters: int, batch_size: int, parts: int, seed: int) -> np.ndarray:
+    """The pairs that the steps of a run train on, rising: those that need the reference."""
+    lengths = list(map(longest, pairs))
+    steps = [np.concatenate(sequence_packing.drawn(lengths, batch_size, parts, step, seed)) for step in range(iters)]
+    return np.unique(np.concatenate(steps))
+
+
+def micro_batches(
+    pairs: Sequence[Pair], logps: np.ndarray, batch_size: int, parts: int, seed: int
+) -> Callable[[int], list[tuple[mx.array, ...]]]:
+    """Those of any step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
+    lengths = [longest(pair) for pair in pairs]
+
+    def of_step(step: int) -> list[tuple[mx.array, ...]]:
+        at = sequence_packing.drawn(lengths, batch_size, parts, step, seed, distributed.shard)
+        return [(*rectangle([pairs[i] for i in part]), mx.array(logps[part].T.reshape(-1))) for part in at]
+
+    return of_step
+
+
+def measure(
+    student: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndarray, batch_size: int
+) -> dict[str, float]:
+    """Means over pairs of the loss and all that `Settings.loss` tells beside it, and by how much the chosen answers
+    became likelier than under the reference ("chosen_gain", nats an answer). With dpop also `OF_MEANS`, by which
+    checkpoints are judged: it falls where the margin grows and the chosen answers do not become less likely on the
+    whole. The mean of the losses rises as soon as one chosen answer does, and on held-out pairs one always does."""
+    sums = dict[str, float]()
+    for at in sequence_packing.by_length("held out: batch", list(map(longest, pairs)), batch_size):
+        tokens, learn = rectangle([pairs[i] for i in at])
+        total, _, more = s.loss(student, tokens, learn, mx.array(logps[at].T.reshape(-1)), frozen_head=True)
+        for name, value in {"loss": total, **more}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    sums.pop("tokens")
+    means = {name: value / len(pairs) for name, value in sums.items()}
+    means["chosen_gain"] = gain = means["chosen"] - float(logps[:, 0].mean())
+    if s.loss_type == "dpop":
+        mean = mx.array(gain), mx.array(gain - means["margin"])
+        means[OF_MEANS] = float(preference.pair_losses(*mean, s.beta, "dpop", s.dpop_lambda))
+    return means
+
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, ask the reference, train, write the best student."""
     s, folder = run_loop.resumed(settings, alignment_plan.FREE)
     checkpoint = alignment_plan.opened(s)
-    objective = preference_pairs.Objective(s.loss_type, s.beta, s.dpop_lambda)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
     def training(parts: Settings) -> estimates.StageCost:
-        length = max(map(preference_pairs.longest, [*train, *valid]))
+        length = max(map(longest, [*train, *valid]))
         return alignment_plan.training(parts, checkpoint, 2 * parts.batch_size, length, "dpo")
 
     parts = alignment_plan.cut(s, folder, training)
     drawing = (parts.batch_size, parts.grad_accumulation_steps, s.seed)
-    seen = preference_pairs.visited(train, s.iters, *drawing)
+    seen = visited(train, s.iters, *drawing)
     compared = [*(train[i] for i in seen), *valid]
-    tokens, phase = sum(2 * preference_pairs.longest(pair) for pair in compared), training(parts)
+    tokens, phase = sum(2 * longest(pair) for pair in compared), training(parts)
     asking = estimates.forward_flops(alignment_plan.sizes(s, checkpoint), tokens, s.max_seq_length)
     plan = alignment_plan.plan(parts, replace(phase, flops=phase.flops + asking))
     if s.dry_run:
@@ -56,15 +170,15 @@ def run(settings: Settings) -> dict[str, Any]:
     with alignment_run.running(s, folder, checkpoint, plan, card, "dpo") as r:
         logps = np.zeros((len(compared), 2), np.float32)
         if distributed.is_main():
-            ask = partial(preference_pairs.reference, r.model, compared, parts.batch_size)
-            logps = preference_pairs.stored_reference(r.folder, card["fingerprint"], r.files, ask)
+            ask = partial(reference, r.model, compared, parts.batch_size)
+            logps = stored_reference(r.folder, card["fingerprint"], r.files, ask)
         logps = np.array(distributed.broadcast_array(mx.array(logps)))
         of_train = np.full((len(train), 2), np.nan, np.float32)
         of_train[seen] = logps[: len(seen)]
-        each = preference_pairs.micro_batches(train, of_train, *drawing)
-        loss = partial(objective.loss, frozen_head=s.lora is not None)
-        held_out = partial(preference_pairs.measure, r.model, objective, valid, logps[len(seen) :], parts.batch_size)
-        judge = preference_pairs.OF_MEANS if s.loss_type == "dpop" else "loss"
+        each = micro_batches(train, of_train, *drawing)
+        loss = partial(s.loss, frozen_head=s.lora is not None)
+        held_out = partial(measure, r.model, s, valid, logps[len(seen) :], parts.batch_size)
+        judge = OF_MEANS if s.loss_type == "dpop" else "loss"
         return r.train(each, loss, held_out, judge=judge)
 
 

@@ -1,68 +1,24 @@
 """Reinforcement from checked answers (GRPO, Dr. GRPO, DAPO): of a group of answers the better ones become likelier."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
+from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.data import examples, rows
 from mis_mlx.data.rows import Row
 from mis_mlx.distillation import run_loop
 from mis_mlx.evaluation import rewards
-from mis_mlx.maths.policy import LossType
 from mis_mlx.models import distributed, load, stream
 from mis_mlx.planner import estimates, training_size
-from mis_mlx.types import MOST, Checkpoint, Count, MisError, Positive, Rate, Within
+from mis_mlx.types import Checkpoint, MisError
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
-SAMPLED_TOGETHER = 32  # answers; decoding reads all weights once a token, for one answer or for many
-
-
-@dataclass(frozen=True)
-class Settings(alignment_plan.Alignment):
-    """One run. Rows: {"prompt", "answer"}."""
-
-    learning_rate: Rate = 1e-6
-    """peak; falls to a tenth along a cosine"""
-    iters: Count = 60
-    """steps, each of which samples and learns"""
-    grad_accumulation_steps: Count = 4
-    """prompts in a step, each with a group of answers"""
-    batch_size: Count = 8
-    """answers of one prompt in a micro-batch"""
-    group_size: Annotated[int, Within(2, MOST)] = 8
-    """answers to a prompt, which are compared with each other"""
-    max_completion_length: Count = 128
-    """most tokens of an answer"""
-    temperature: Positive = 1.0
-    """of the sampling"""
-    loss_type: LossType = "dapo"
-    """dapo: mean over all tokens of a step; grpo: over answers; dr_grpo: constant divisor, advantages not scaled"""
-    epsilon: Annotated[float, Within(0.0, 0.999, above=True)] = 0.2
-    """how far below 1 a token's ratio may fall and still count"""
-    epsilon_high: Positive = 0.28
-    """how far above 1 (DAPO's clip-higher)"""
-    beta: Annotated[float, Within(0.0, 1e3)] = 0.0
-    """weight of KL to the model as it was; above 0 that model is streamed once a step"""
-    num_iterations: Count = 1
-    """updates of the weights in a step, all on the same answers; with 1 every ratio is 1 and nothing is clipped"""
-    reward_functions: str | None = None
-    """names with commas, whose rewards are added up; default: correct,format, or all functions of the file"""
-    reward_functions_file: str | None = None
-    """Python file of functions f(prompts, completions, answer) -> list of numbers or None"""
-    reward_timeout: Positive = rewards.SECONDS
-    """seconds that a function of the file may take for the answers of a step"""
-    tasks: str = "sums,two-digit-sums,bus,recipe,logic"
-    """generated tasks, where no data is given"""
-
-    @property
-    def at_once(self) -> int:
-        """Answers generated together: a group, or more where groups are small."""
-        return max(self.group_size, SAMPLED_TOGETHER // self.group_size * self.group_size)
 
 
 def _questions(
@@ -130,13 +86,9 @@ def run(settings: Settings) -> dict[str, Any]:
         direct = checkpoint.nbytes > plan.budget.limit_bytes
         reference = stream.Stream(checkpoint, dtype, 0, direct) if s.beta else None
         log = partial(r.files.append, r.folder / grpo_rollout.SAMPLES)
-        objective = grpo_rollout.Objective(s.loss_type, s.epsilon, s.epsilon_high, s.beta, most, s.temperature)
-        sampler = grpo_rollout.Sampler(
-            r.model, train, prompts, load.tokenizer(checkpoint.path), functions, objective,
-            s.group_size, s.grad_accumulation_steps, s.batch_size, s.at_once, s.seed,
-            s.num_iterations, reference, log,
-        )  # fmt: skip
-        loss = partial(objective.loss, frozen_head=s.lora is not None)
+        tokenizer = load.tokenizer(checkpoint.path)
+        sampler = grpo_rollout.Sampler(s, r.model, train, prompts, tokenizer, functions, reference, log)
+        loss = partial(s.loss, frozen_head=s.lora is not None)
         held_out = partial(grpo_rollout.measure, sampler, valid, valid_prompts)
         return r.train(sampler, loss, held_out, partial(grpo_rollout.train, updates=s.num_iterations))
 

@@ -96,26 +96,22 @@ def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
     return read_config(folder) if bare else load.open_checkpoint(folder), str(folder)
 
 
-def _settled(s: Settings, teacher: Checkpoint | Mapping[str, Any]) -> Settings:
-    """What `distill` does with flags that are left out, but that the paper's teacher becomes the paper's student."""
-    config, folder = (teacher.config, teacher.path) if isinstance(teacher, Checkpoint) else (teacher, None)
-    name = s.scenario or ("goral" if s.teacher == "mis-137b" else None)
-    return s if s.student else replace(s, **vocabulary.defaults(name, s.vocab, config, folder))
-
-
-def _trimmed(s: Settings, teacher: Checkpoint | Mapping[str, Any], gpu: bool) -> estimates.ModelSize:
-    """The teacher with the vocabulary that --vocab leaves."""
-    config = teacher.config if isinstance(teacher, Checkpoint) else teacher
-    rows = vocabulary.size(s.vocab, teacher.path if isinstance(teacher, Checkpoint) else None, shape_of(config).vocab)
-    bare = {**config, "vocab_size": rows}
-    return estimates.model_of(vocabulary.first_rows(teacher, rows) if isinstance(teacher, Checkpoint) else bare, gpu)
-
-
-def _student(s: Settings, teacher: estimates.ModelSize, gpu: bool) -> estimates.ModelSize:
+def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> list[estimates.ModelSize]:
+    """[the teacher with the vocabulary that --vocab leaves, the student]: as `distill` makes them where flags are left
+    out, but that the paper's teacher becomes the paper's student."""
+    config, folder = (opened.config, opened.path) if isinstance(opened, Checkpoint) else (opened, None)
+    if not s.student:
+        name = s.scenario or ("goral" if s.teacher == "mis-137b" else None)
+        s = replace(s, **vocabulary.defaults(name, s.vocab, config, folder))
+    rows = vocabulary.size(s.vocab, folder, shape_of(config).vocab)
+    config = {**config, "vocab_size": rows}
+    teacher = vocabulary.first_rows(opened, rows) if isinstance(opened, Checkpoint) else config
     if s.student:
-        return estimates.model_of(_open(s.student)[0], gpu)
-    shape = arch.target_shape(teacher.config, arch.SCENARIOS.get(s.scenario or "", {}))
-    return estimates.model_of(arch.student_config(teacher.config, shape, tuple(range(shape.layers)), "bfloat16"), gpu)
+        student = _open(s.student)[0]
+    else:
+        shape = arch.target_shape(config, arch.SCENARIOS.get(s.scenario or "", {}))
+        student = arch.student_config(config, shape, tuple(range(shape.layers)), "bfloat16")
+    return [estimates.model_of(model, gpu) for model in (teacher, student)]
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -125,10 +121,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.measure and settings.teacher is None:
         return asdict(at)
     opened, name = _open(settings.teacher)
-    settings = _settled(settings, opened)
-    whole, teacher = estimates.model_of(opened, at.gpu), _trimmed(settings, opened, at.gpu)
-    rounding = settings if settings.quantize else PLAIN
-    job = spec_of(teacher, _student(settings, teacher, at.gpu), settings, rounding, shown=whole)
+    whole, (teacher, student) = estimates.model_of(opened, at.gpu), _pair(settings, opened, at.gpu)
+    job = spec_of(teacher, student, settings, settings if settings.quantize else PLAIN, shown=whole)
     budget = memory.budget(settings.budget_bytes, at.room_bytes)
     plan = phases.make(job, budget.limit_bytes, at)
     params = [arch.params(m.config) for m in (whole, job.student)]

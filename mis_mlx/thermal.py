@@ -14,7 +14,7 @@ from mis_mlx.hardware.thermal import findings
 from mis_mlx.hardware.thermal.ambient import find_altitude
 from mis_mlx.hardware.thermal.governor import Mode, PauseCounter, after_step, governor_for
 from mis_mlx.hardware.thermal.recording import Header, recorder
-from mis_mlx.hardware.thermal.thermal_monitor import Live, open_monitor
+from mis_mlx.hardware.thermal.thermal_monitor import Live, Monitor
 from mis_mlx.storage.files import need_place
 from mis_mlx.types import Celsius, Metres, Positive, Seconds
 
@@ -60,7 +60,7 @@ def run(settings: Record | Replay | Doctor) -> dict[str, Any]:
     cli.check_ranges(settings)
     if not isinstance(s := settings, Doctor):
         return record(s) if isinstance(s, Record) else replay_decisions(s)
-    with open_monitor(replay=s.thermal_replay, given_ambient_c=s.temperature_c, altitude_m=s.altitude_m) as monitor:
+    with Monitor(replay=s.thermal_replay, given_ambient_c=s.temperature_c, altitude_m=s.altitude_m) as monitor:
         lines, facts = findings.examined(monitor)
     print("\n".join(lines))
     return facts
@@ -84,7 +84,7 @@ def record(settings: Record) -> dict[str, Any]:
 def replay_decisions(settings: Replay) -> dict[str, Any]:
     """Feed a recording to the governor in virtual time; returns its tea breaks."""
     breaks, steps, action = PauseCounter(), 0, ""
-    with open_monitor(replay=settings.file) as monitor:
+    with Monitor(replay=settings.file) as monitor:
         governor = governor_for(settings.mode, monitor.reading(), monitor.reasons, apple=False)
         if governor.blind:
             cli.say(f"no die temperature in the first look ({monitor.reasons['die_c']}): only power is governed")

@@ -127,19 +127,6 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class PrunableAxis:
-    """One axis that can shrink: which weights write it, which read it. `writes` have the axis as rows (axis 0), `reads`
-    as columns (axis 1), `vectors` as their only axis. Names carry `{i}` where the layer number goes. `unit` indices
-    belong together and go together (1 FFN neuron; head_dim rows of one query head)."""
-
-    size: int
-    unit: int
-    writes: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    vectors: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class KeptUnits:
     """What a pruning keeps, and why; saved beside the model as `keep.json`. `layers`: teacher layers kept, in order.
     `kept[(layer, space)]`: sorted indices kept in that teacher layer; `kept[(-1, "hidden")]` for the residual stream,

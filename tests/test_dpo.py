@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import dpo
-from mis_mlx.alignment import alignment_run, preference_pairs
+from mis_mlx.alignment import alignment_run
 from mis_mlx.models import mlx_generate
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
@@ -49,7 +49,7 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
 
 def test_the_reference_is_two_floats_a_pair(undisturbed: tuple[Path, Done]) -> None:
     """Pairs that the run trains on and held-out ones."""
-    saved = protocol.newest(undisturbed[0] / preference_pairs.REFERENCE)
+    saved = protocol.newest(undisturbed[0] / dpo.REFERENCE)
     assert saved is not None
     values = protocol.load_arrays(saved, "logps")["chosen_rejected"]
     assert values.shape == (12 + 8, 2) and values.dtype == mx.float32 and (values < 0).all()
@@ -60,22 +60,22 @@ def test_a_stopped_run_ends_with_the_same_bits_and_asks_the_reference_once(
     undisturbed: tuple[Path, Done], small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM in the third step, --resume: weights and losses of the undisturbed run, the reference from disk."""
-    settings, rectangle, asked = settings_of(dpo, small, tmp_path / "run"), preference_pairs.rectangle, []
+    settings, rectangle, asked = settings_of(dpo, small, tmp_path / "run"), dpo.rectangle, []
 
-    def counting(model: nn.Module, pairs: Sequence[preference_pairs.Pair], batch_size: int) -> np.ndarray:
+    def counting(model: nn.Module, pairs: Sequence[dpo.Pair], batch_size: int) -> np.ndarray:
         asked.append(len(pairs))
         return reference(model, pairs, batch_size)
 
-    def stopping(pairs: Sequence[preference_pairs.Pair]) -> tuple[mx.array, mx.array]:
+    def stopping(pairs: Sequence[dpo.Pair]) -> tuple[mx.array, mx.array]:
         done = [(tmp_path / f"run/steps/step-0000000{n}").exists() for n in (2, 3)]
         if done == [True, False] and not stopped:
             stopped.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
         return rectangle(pairs)
 
-    reference, stopped = preference_pairs.reference, list[bool]()
-    monkeypatch.setattr(preference_pairs, "reference", counting)
-    monkeypatch.setattr(preference_pairs, "rectangle", stopping)
+    reference, stopped = dpo.reference, list[bool]()
+    monkeypatch.setattr(dpo, "reference", counting)
+    monkeypatch.setattr(dpo, "rectangle", stopping)
     with pytest.raises(MisError, match="stopped at step 3 of 6"):
         dpo.run(settings)
     dpo.run(replace(settings, resume=True))
@@ -88,7 +88,7 @@ def test_a_damaged_reference_is_made_again(small: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = dpo.run(settings_of(dpo, small, folder, iters=2))
     weights = (folder / "model/model.safetensors").read_bytes()
-    path = next((folder / preference_pairs.REFERENCE).iterdir()) / "logps.safetensors"
+    path = next((folder / dpo.REFERENCE).iterdir()) / "logps.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -102,12 +102,12 @@ def test_a_damaged_reference_is_made_again(small: Any, tmp_path: Path) -> None:
 def test_dpop_is_judged_by_the_mean_pair(undisturbed: tuple[Path, Done]) -> None:
     """The kept checkpoint has the lowest loss of means, which at the reference is ln 2 and follows margin and gain."""
     records = run_folder.records(undisturbed[0] / alignment_run.HELD_OUT)
-    best = min(records, key=lambda r: r[preference_pairs.OF_MEANS])
+    best = min(records, key=lambda r: r[dpo.OF_MEANS])
     assert last_line(undisturbed[1])["best_step"] == best["number"] > 0
-    assert records[0][preference_pairs.OF_MEANS] == pytest.approx(math.log(2), abs=1e-4)
+    assert records[0][dpo.OF_MEANS] == pytest.approx(math.log(2), abs=1e-4)
     for r in records:
         x = 0.1 * (r["margin"] - 5.0 * max(0.0, -r["chosen_gain"]))
-        assert r[preference_pairs.OF_MEANS] == pytest.approx(math.log1p(math.exp(-x)), abs=1e-5)
+        assert r[dpo.OF_MEANS] == pytest.approx(math.log1p(math.exp(-x)), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", mostly_slow(["sigmoid", "ipo", "hinge"], "sigmoid"))

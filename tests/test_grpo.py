@@ -137,27 +137,36 @@ def sampler(checkpoint: Checkpoint, folder: Path, **changes: Any) -> training.Sa
     model = load.resident(checkpoint, mx.float32)
     mx.eval(model.parameters())
     functions = training.rewards.functions(None, str(folder / "vowels.py"))
-    objective = training.Objective("dapo", 0.2, 0.28, 0.1, 8, 0.8)
+    settings = training.Settings(
+        beta=0.1,
+        max_completion_length=8,
+        temperature=0.8,
+        group_size=4,
+        grad_accumulation_steps=3,
+        batch_size=4,
+        seed=1,
+    )
     tokenizer = load.tokenizer(checkpoint.path)
     prompts = [mlx_generate.encode(tokenizer, q) for q in QUESTIONS]
     rows = [{"prompt": q, "answer": "1"} for q in QUESTIONS]
-    made = training.Sampler(model, rows, prompts, tokenizer, functions, objective, 4, 3, 4, 8, seed=1)
-    return replace(made, **changes)
+    made = training.Sampler(settings, model, rows, prompts, tokenizer, functions)
+    own = {name: changes.pop(name) for name in list(changes) if name in vars(made)}
+    return replace(made, settings=replace(settings, **changes), **own)
 
 
 def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -> None:
     """Streamed beside an untouched model it gives the model's own log-probabilities: KL 0, and no gradient of it."""
-    made = sampler(llama, folder, reference=stream.Stream(llama, mx.float32), updates=2)
-    rollout = made(0)
-    assert rollout.parts and rollout.facts["kept"] == len(rollout.parts)
-    for b, _, old, reference in rollout.parts:
+    made = sampler(llama, folder, reference=stream.Stream(llama, mx.float32), num_iterations=2)
+    sampled, facts = made(0)
+    assert sampled and facts["kept"] == len(sampled)
+    for b, _, old, reference in sampled:
         assert (mx.abs(old - reference) * b.mask).max() < 1e-4
-    plain = [(b, advantage, old, None) for b, advantage, old, _ in rollout.parts]
+    plain = [(b, advantage, old, None) for b, advantage, old, _ in sampled]
     found = [
         next(
-            train_loop.train(made.model, lambda _, p=parts: p, made.objective.loss, GuardedAdamW(), Schedule(1, 0.0, 0))
+            train_loop.train(made.model, lambda _, p=parts: p, made.settings.loss, GuardedAdamW(), Schedule(1, 0.0, 0))
         )
-        for parts in (rollout.parts, plain)
+        for parts in (sampled, plain)
     ]
     assert found[0].loss == pytest.approx(found[1].loss, abs=1e-6)
     assert found[0].grad_norm == pytest.approx(found[1].grad_norm, rel=1e-3)
@@ -166,11 +175,11 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
 def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
     """Micro-batches hold the sampled tokens, log-probabilities at the sampling temperature, advantages of sum 0."""
     lines = list[str]()
-    made = sampler(llama, folder, log=lines.append, micro_batch=3, updates=2)
-    rollout, again = made(4), made(4)
+    made = sampler(llama, folder, log=lines.append, batch_size=3, num_iterations=2)
+    (sampled, facts), (again, _) = made(4), made(4)
     texts = [[a["text"] for a in json.loads(line)["answers"]] for line in lines]
-    assert texts[:3] == texts[3:] and len(rollout.parts) == 2 * rollout.facts["kept"]
-    for (b, advantage, old, _), (_, second, _, _) in zip(rollout.parts, again.parts, strict=True):
+    assert texts[:3] == texts[3:] and len(sampled) == 2 * facts["kept"]
+    for (b, advantage, old, _), (_, second, _, _) in zip(sampled, again, strict=True):
         assert mx.array_equal(advantage, second)
         for row in range(len(b.targets)):
             answer = b.targets[row, : int(b.mask[row].sum())].tolist()
@@ -179,7 +188,7 @@ def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
             z = made.model(mx.array([[*prompt, *answer]]))[0, len(prompt) - 1 : -1] / 0.8
             expected = mx.take_along_axis(z, mx.array(answer)[:, None], axis=-1)[:, 0] - mx.logsumexp(z, axis=-1)
             assert mx.allclose(old[row, : len(answer)], expected, rtol=1e-4, atol=1e-4)
-    pairs = [rollout.parts[i : i + 2] for i in range(0, len(rollout.parts), 2)]
+    pairs = [sampled[i : i + 2] for i in range(0, len(sampled), 2)]
     assert all(abs(sum(float(p[1].sum()) for p in pair)) < 1e-4 for pair in pairs)
 
 
@@ -191,8 +200,8 @@ def test_nothing_scored_is_a_sentence(llama: Checkpoint, folder: Path, tmp_path:
     with pytest.raises(MisError, match=r"none of 12 answers could be scored \(f: RuntimeError: no ruler\)"):
         made(0)
     path.write_text(VOWELS.replace("return", "if any(p == 'why' or 'with' in p for p in prompts): 1 / 0\n    return"))
-    made = sampler(llama, folder, functions=training.rewards.functions(None, str(path)), prompts_per_step=8)
-    facts = made(0).facts
+    made = sampler(llama, folder, functions=training.rewards.functions(None, str(path)), grad_accumulation_steps=8)
+    _, facts = made(0)
     assert facts["unscored"] == 8 and facts["kept"] <= 6
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mis_mlx.alignment.grpo_rollout import Objective
+from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.maths import policy
 from mis_mlx.models import attention_masks, load
 from mis_mlx.types import Checkpoint
@@ -36,7 +36,7 @@ def rewards(*groups: list[float]) -> np.ndarray:
 
 
 def total(
-    objective: Objective, model: nn.Module, parts: list[tuple[Any, ...]]
+    objective: Settings, model: nn.Module, parts: list[tuple[Any, ...]]
 ) -> tuple[float, dict[str, np.ndarray], float]:
     """(loss, gradients, share of clipped tokens) of a step of these micro-batches."""
     sums, counts, clipped, gradients = 0.0, 0.0, 0.0, None
@@ -54,10 +54,10 @@ def test_trl_agrees(case: str, tmp_path: Path) -> None:
     found = stored()
     about = json.loads(str(found["about"]))
     given, prompt = about["cases"][case], about["prompt"]
-    high = given.get("epsilon_high", 0.2)
-    objective = Objective(
-        given["loss_type"], 0.2, high, given.get("beta", 0.0), about["max_tokens"], given.get("temperature", 1.0)
-    )
+    objective = Settings(
+        loss_type=given["loss_type"], epsilon_high=given.get("epsilon_high", 0.2), beta=given.get("beta", 0.0),
+        max_completion_length=about["max_tokens"], temperature=given.get("temperature", 1.0),
+    )  # fmt: skip
     advantage = policy.advantages(found["rewards"].astype(np.float64), scaled=given["loss_type"] != "dr_grpo")
     assert np.abs(advantage - found[f"{case}/advantages"]).max() < 1e-5
     model = trl_model.model(found, "policy", tmp_path)
@@ -141,7 +141,7 @@ def _model(llama: Checkpoint) -> nn.Module:
 def test_on_policy_the_gradient_is_reinforce(model: nn.Module) -> None:
     """Where the old policy is the model itself, as with one update a step: minus advantage times grad log pi."""
     b = attention_masks.join(PROMPT, ANSWERS)
-    advantage, objective = mx.array([1.0, -0.5, 0.7, -1.2]), Objective("dapo", 0.2, 0.28, 0.0, 8, 1.0)
+    advantage, objective = mx.array([1.0, -0.5, 0.7, -1.2]), Settings(max_completion_length=8)
     _, found = nn.value_and_grad(model, objective.loss)(model, b, advantage)
 
     def plain(m: nn.Module) -> mx.array:

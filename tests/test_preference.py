@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mis_mlx.alignment import preference_pairs
-from mis_mlx.alignment.preference_pairs import Objective, Pair
+from mis_mlx import dpo
+from mis_mlx.dpo import Pair, Settings
 from mis_mlx.maths import preference
 from mis_mlx.maths.likelihood import token_logps
 from tests import trl_model
 
 LOSS, GRADIENT = 1e-5, 5e-5  # float32 on a CPU, two frameworks: measured 1e-6 and 5e-6
 CASES = {
-    "sigmoid": Objective("sigmoid", 0.3, 0.0),
-    "hinge": Objective("hinge", 0.3, 0.0),
-    "ipo": Objective("ipo", 0.3, 0.0),
-    "dpop": Objective("dpop", 0.3, 50.0),
-    "dpop_mild": Objective("dpop", 0.1, 5.0),
-    "dpop_zero": Objective("dpop", 0.3, 0.0),
+    "sigmoid": Settings(loss_type="sigmoid", beta=0.3, dpop_lambda=0.0),
+    "hinge": Settings(loss_type="hinge", beta=0.3, dpop_lambda=0.0),
+    "ipo": Settings(loss_type="ipo", beta=0.3, dpop_lambda=0.0),
+    "dpop": Settings(loss_type="dpop", beta=0.3, dpop_lambda=50.0),
+    "dpop_mild": Settings(loss_type="dpop", beta=0.1, dpop_lambda=5.0),
+    "dpop_zero": Settings(loss_type="dpop", beta=0.3, dpop_lambda=0.0),
 }
 
 
@@ -55,10 +55,10 @@ def pairs(found: dict[str, np.ndarray]) -> list[Pair]:
 
 def batch(pairs: list[Pair], reference: np.ndarray) -> tuple[mx.array, ...]:
     """A micro-batch, as training makes it. reference: (2 B,)."""
-    return (*preference_pairs.rectangle(pairs), mx.array(reference))
+    return (*dpo.rectangle(pairs), mx.array(reference))
 
 
-def gradients(policy: nn.Module, objective: Objective, *arguments: mx.array) -> tuple[float, float, Any]:
+def gradients(policy: nn.Module, objective: Settings, *arguments: mx.array) -> tuple[float, float, Any]:
     """(sum, count, gradients of the sum)."""
     (total, count, _), made = nn.value_and_grad(policy, partial(objective.loss))(policy, *arguments)
     return float(total), float(count), made
@@ -78,7 +78,7 @@ def test_the_reference_is_torchs(found: dict[str, np.ndarray], pairs: list[Pair]
     """Pair by pair and three at a time, which must not matter."""
     model, half = trl_model.model(found, "reference", tmp_path / "reference"), len(pairs)
     for batch_size in (1, 3):
-        values = preference_pairs.reference(model, pairs, batch_size)
+        values = dpo.reference(model, pairs, batch_size)
         np.testing.assert_allclose(values[:, 0], found["dpo/reference"][:half], rtol=1e-5)
         np.testing.assert_allclose(values[:, 1], found["dpo/reference"][half:], rtol=1e-5)
 
@@ -112,7 +112,7 @@ def test_micro_batches_are_one_batch(
     kind: preference.LossType, found: dict[str, np.ndarray], policy: nn.Module, pairs: list[Pair]
 ) -> None:
     """Sums over one pair and over three, added: what all four give, to rounding; padding changes nothing."""
-    objective, by_side = Objective(kind, 0.3, 50.0), found["dpo/reference"].reshape(2, -1)
+    objective, by_side = Settings(loss_type=kind, beta=0.3, dpop_lambda=50.0), found["dpo/reference"].reshape(2, -1)
     whole = gradients(policy, objective, *batch(pairs, by_side.reshape(-1)))
     parts = [
         gradients(policy, objective, *batch(pairs[at], by_side[:, at].reshape(-1))) for at in (slice(0, 1), slice(1, 4))

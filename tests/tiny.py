@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mis_mlx.models import arch
 from mis_mlx.models.families import family
 from mis_mlx.storage.files import DISK
-from mis_mlx.storage.safetensors import Writer
+from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint
 
 CONFIG: dict[str, Any] = {
@@ -155,13 +156,15 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
     config = {**CONFIG, **changes}
     folder.mkdir(parents=True)
     tensors = arch.tensors_of(config)
-    writer = Writer(folder, {name: (dtype, shape) for name, shape in tensors.items()}, DISK)
     kind = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}[dtype]
-    for number, (name, shape) in enumerate(tensors.items()):
-        noise = mx.random.normal(shape, key=mx.random.key(1000 * seed + number))
-        value = 1.0 - family(config).gain_offset + 0.1 * noise if "norm" in name else 0.05 * noise
-        writer.add(name, value.astype(kind))
-    writer.close()
+
+    def drawn() -> Iterator[tuple[str, mx.array]]:
+        for number, (name, shape) in enumerate(tensors.items()):
+            noise = mx.random.normal(shape, key=mx.random.key(1000 * seed + number))
+            value = 1.0 - family(config).gain_offset + 0.1 * noise if "norm" in name else 0.05 * noise
+            yield name, value.astype(kind)
+
+    write_tensors(folder, {name: (dtype, shape) for name, shape in tensors.items()}, drawn(), DISK)
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
     return folder

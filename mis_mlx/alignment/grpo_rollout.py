@@ -6,38 +6,72 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
+from mis_mlx.alignment import alignment_plan
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
 from mis_mlx.evaluation import rewards
 from mis_mlx.maths import policy
 from mis_mlx.maths.likelihood import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import attention_masks, batch_sampling, distributed, load, stream
+from mis_mlx.models import attention_masks, distributed, load, mlx_generate, stream
 from mis_mlx.planner.recipe import Schedule
-from mis_mlx.types import MisError, Step
+from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
+Rollout = tuple[list[tuple[Any, ...]], dict[str, float]]  # micro-batches of a step, for `Settings.loss`; facts of it
 SAMPLES = "samples.jsonl"
+SAMPLED_TOGETHER = 32  # answers; decoding reads all weights once a token, for one answer or for many
 COUNTS = ("unscored", "kept", "groups")  # of facts
 TABLE = (("reward", ".3f"), ("answer_tokens", ".1f"), ("kept", ".0f"), ("groups", ".0f"), ("clipped", ".3f"))
 
 
 @dataclass(frozen=True)
-class Objective:
-    """The loss of `maths/policy` and its numbers. max_tokens: the most of an answer; temperature: of the sampling."""
+class Settings(alignment_plan.Alignment):
+    """One run. Rows: {"prompt", "answer"}."""
 
-    kind: policy.LossType
-    epsilon: float
-    epsilon_high: float
-    beta: float
-    max_tokens: int
-    temperature: float
+    learning_rate: Rate = 1e-6
+    """peak; falls to a tenth along a cosine"""
+    iters: Count = 60
+    """steps, each of which samples and learns"""
+    grad_accumulation_steps: Count = 4
+    """prompts in a step, each with a group of answers"""
+    batch_size: Count = 8
+    """answers of one prompt in a micro-batch"""
+    group_size: Annotated[int, Within(2, MOST)] = 8
+    """answers to a prompt, which are compared with each other"""
+    max_completion_length: Count = 128
+    """most tokens of an answer"""
+    temperature: Positive = 1.0
+    """of the sampling"""
+    loss_type: policy.LossType = "dapo"
+    """dapo: mean over all tokens of a step; grpo: over answers; dr_grpo: constant divisor, advantages not scaled"""
+    epsilon: Annotated[float, Within(0.0, 0.999, above=True)] = 0.2
+    """how far below 1 a token's ratio may fall and still count"""
+    epsilon_high: Positive = 0.28
+    """how far above 1 (DAPO's clip-higher)"""
+    beta: Annotated[float, Within(0.0, 1e3)] = 0.0
+    """weight of KL to the model as it was; above 0 that model is streamed once a step"""
+    num_iterations: Count = 1
+    """updates of the weights in a step, all on the same answers; with 1 every ratio is 1 and nothing is clipped"""
+    reward_functions: str | None = None
+    """names with commas, whose rewards are added up; default: correct,format, or all functions of the file"""
+    reward_functions_file: str | None = None
+    """Python file of functions f(prompts, completions, answer) -> list of numbers or None"""
+    reward_timeout: Positive = rewards.SECONDS
+    """seconds that a function of the file may take for the answers of a step"""
+    tasks: str = "sums,two-digit-sums,bus,recipe,logic"
+    """generated tasks, where no data is given"""
+
+    @property
+    def at_once(self) -> int:
+        """Answers generated together: a group, or more where groups are small."""
+        return max(self.group_size, SAMPLED_TOGETHER // self.group_size * self.group_size)
 
     def logps(self, model: nn.Module, b: attention_masks.Branches, frozen_head: bool) -> mx.array:
         """(B, T) log-probabilities of the answers' tokens at the sampling temperature."""
@@ -58,53 +92,39 @@ class Objective:
         new = self.logps(model, b, frozen_head)
         before = mx.stop_gradient(new) if old is None else old
         losses = policy.token_losses(new, before, advantage, self.epsilon, self.epsilon_high, reference, self.beta)
-        total, count = policy.loss_sum(losses, b.mask, self.kind, self.max_tokens)
+        total, count = policy.loss_sum(losses, b.mask, self.loss_type, self.max_completion_length)
         held = policy.clipped(new, before, advantage, self.epsilon, self.epsilon_high)
-        clipped, _ = policy.loss_sum(held, b.mask, self.kind, self.max_tokens)
+        clipped, _ = policy.loss_sum(held, b.mask, self.loss_type, self.max_completion_length)
         return total, count, {"clipped": clipped, "tokens": mx.array(float(b.tokens.size))}
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """The micro-batches of a step, arguments of `Objective.loss`, and what became of its groups."""
-
-    parts: Sequence[tuple[Any, ...]]
-    facts: Mapping[str, float]
 
 
 @dataclass
 class Sampler:
     """Makes a step's rollout, this machine's part of it. prompts: token ids of each row of `rows`, in one order.
-    prompts_per_step groups of `group` answers, `at_once` answers generated together, micro_batch answers in a
-    micro-batch. reference: where KL is asked for, the model as it was. updates: of the weights in a step."""
+    reference: where KL is asked for, the model as it was."""
 
+    settings: Settings
     model: nn.Module
     rows: Sequence[Mapping[str, Any]]
     prompts: Sequence[Sequence[int]]
     tokenizer: Any
     functions: Sequence[rewards.Function]
-    objective: Objective
-    group: int
-    prompts_per_step: int
-    micro_batch: int
-    at_once: int
-    seed: int
-    updates: int = 1
     reference: stream.Stream | None = None
     log: Callable[[str], None] = field(default=lambda line: None)
 
     def __call__(self, step: int) -> Rollout:
         """Step `step`, counted from 0. MisError when no answer of it could be scored."""
-        at = distributed.shard(order(len(self.rows), self.prompts_per_step, step, self.seed))
-        own = [self.seed, step, *([distributed.rank()] if distributed.size() > 1 else [])]
-        draw = batch_sampling.sampler(self.objective.temperature, int(np.random.SeedSequence(own).generate_state(1)[0]))
-        answers = batch_sampling.groups(
-            self.model, [self.prompts[i] for i in at], self.group, self.objective.max_tokens,
-            self.tokenizer.eos_token_ids, draw, self.at_once,
+        s = self.settings
+        at = distributed.shard(order(len(self.rows), s.grad_accumulation_steps, step, s.seed))
+        own = [s.seed, step, *([distributed.rank()] if distributed.size() > 1 else [])]
+        draw = mlx_generate.sampler(s.temperature, int(np.random.SeedSequence(own).generate_state(1)[0]))
+        answers = mlx_generate.groups(
+            self.model, [self.prompts[i] for i in at], s.group_size, s.max_completion_length,
+            self.tokenizer.eos_token_ids, draw, s.at_once,
         )  # fmt: skip
         texts = [[self.text(answer) for answer in group] for group in answers]
         scores = rewards.score(self.functions, [self.rows[i] for i in at], texts)
-        totals, notes = _totals(scores), [note for s in scores for note in s.notes]
+        totals, notes = _totals(scores), [note for score in scores for note in score.notes]
         if np.isnan(totals).all():
             raise MisError(
                 f"step {step + 1}: none of {totals.size} answers could be scored "
@@ -115,10 +135,10 @@ class Sampler:
         lines = [_record(step, self.rows[i], group, score, bool(keeps)) for i, group, score, keeps in judged]
         for line in chain.from_iterable(distributed.all_gather(lines)):
             self.log(line)
-        advantage = policy.advantages(totals, scaled=self.objective.kind != "dr_grpo")
+        advantage = policy.advantages(totals, scaled=s.loss_type != "dr_grpo")
         chosen = [(at[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
-        facts = distributed.all_gather(_facts(totals, scores, answers, kept, self.objective.max_tokens))
-        return Rollout(self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts))
+        facts = distributed.all_gather(_facts(totals, scores, answers, kept, s.max_completion_length))
+        return self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts)
 
     def text(self, answer: Sequence[int]) -> str:
         """An answer as the reward functions read it, without its stop token."""
@@ -126,12 +146,12 @@ class Sampler:
         return str(self.tokenizer.decode([t for t in answer if t not in stop]))
 
     def _parts(self, chosen: Sequence[tuple[int, list[list[int]], np.ndarray]]) -> list[tuple[Any, ...]]:
-        parts = list[tuple[Any, ...]]()
+        s, parts = self.settings, list[tuple[Any, ...]]()
         references = self._references([(i, group) for i, group, _ in chosen])
         for (i, group, advantage), reference in zip(chosen, references, strict=True):
-            for cut in (slice(a, a + self.micro_batch) for a in range(0, len(group), self.micro_batch)):
+            for cut in (slice(a, a + s.batch_size) for a in range(0, len(group), s.batch_size)):
                 b = attention_masks.join(self.prompts[i], group[cut])
-                old = self.objective.logps(self.model, b, True) if self.updates > 1 else None
+                old = s.logps(self.model, b, True) if s.num_iterations > 1 else None
                 ref = None if reference is None else reference[cut, : b.targets.shape[1]]
                 mx.eval([a for a in (old, ref) if a is not None])
                 parts.append((b, mx.array(advantage[cut]), old, ref))
@@ -148,7 +168,7 @@ class Sampler:
         for tokens, hidden, most in zip(batches, self.reference.forward(batches), longest, strict=True):
             states = hidden[:, -most - 1 : -1].reshape(-1, hidden.shape[-1])
             targets = tokens[:, -most:].reshape(-1)
-            flat = token_logps(states, head, targets, self.objective.temperature, frozen_head=True)
+            flat = token_logps(states, head, targets, self.settings.temperature, frozen_head=True)
             logps.append(flat.reshape(len(tokens), most))
         return logps
 
@@ -214,16 +234,16 @@ def train(
     for step in range(start, schedule.iters):
         began = train_loop.CLOCK.monotonic()
         mx.reset_peak_memory()
-        rollout = rollouts(step)
+        parts, facts = rollouts(step)
         peak = mx.get_peak_memory()
 
-        def same(_: int, parts: Sequence[tuple[Any, ...]] = rollout.parts) -> Sequence[tuple[Any, ...]]:
+        def same(_: int, parts: Sequence[tuple[Any, ...]] = parts) -> Sequence[tuple[Any, ...]]:
             return parts
 
         done = Step(step + 1, 0.0, 0.0, schedule.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
-        for _ in range(updates if distributed.any_rank(rollout.parts) else 0):
+        for _ in range(updates if distributed.any_rank(parts) else 0):
             done = next(train_loop.train(model, same, loss, optimizer, schedule, step))
-        facts = {**done.more, **rollout.facts}
+        facts = {**done.more, **facts}
         seconds, peak = train_loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)
         cells = "  ".join(f"{facts[n]:>13{form}}" if n in facts else " " * 13 for n, form in TABLE)
         cli.say(f"{step + 1:>6}  {cells}")
@@ -234,12 +254,12 @@ def measure(
     sampler: Sampler, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Sequence[int]], samples: int = 0
 ) -> dict[str, float]:
     """Means over answers to held-out rows, greedy or `samples` drawn for each; "loss", minus the reward, judges."""
-    o, ends = sampler.objective, sampler.tokenizer.eos_token_ids
-    draw = batch_sampling.sampler(o.temperature if samples else 0.0, sampler.seed)
-    answers = batch_sampling.groups(sampler.model, prompts, samples or 1, o.max_tokens, ends, draw, sampler.at_once)
+    s, ends, most = sampler.settings, sampler.tokenizer.eos_token_ids, sampler.settings.max_completion_length
+    draw = mlx_generate.sampler(s.temperature if samples else 0.0, s.seed)
+    answers = mlx_generate.groups(sampler.model, prompts, samples or 1, most, ends, draw, s.at_once)
     scores = rewards.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
     totals = _totals(scores)
     if np.isnan(totals).all():
         raise MisError(f"none of {len(rows)} held-out answers could be scored: fix the reward functions or the answers")
-    facts = _facts(totals, scores, answers, policy.teaches(totals), o.max_tokens)
+    facts = _facts(totals, scores, answers, policy.teaches(totals), most)
     return {"loss": 0.0 - facts["reward"], **{k: v for k, v in facts.items() if k not in ("kept", "groups")}}

@@ -25,7 +25,7 @@ from mis_mlx.planner.recipe import Schedule
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
-from mis_mlx.storage.safetensors import Writer
+from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint
 
 CONFIG = {
@@ -43,11 +43,9 @@ def make(folder: Path) -> Models:
     """{"bf16", "4-bit", "mxfp4", "nvfp4": the same tiny model}, random, norms in bfloat16, in the empty `folder`."""
     (dense := folder / "bf16").mkdir()
     shapes = arch.tensors_of(CONFIG)
-    writer = Writer(dense, {name: ("BF16", shape) for name, shape in shapes.items()}, DISK)
-    for seed, (name, shape) in enumerate(shapes.items()):
-        noise = drawn(seed, *shape)
-        writer.add(name, (1 + 0.1 * noise if "norm" in name else 0.08 * noise).astype(mx.bfloat16))
-    writer.close()
+    noise = ((name, drawn(seed, *shape)) for seed, (name, shape) in enumerate(shapes.items()))
+    tensors = ((name, (1 + 0.1 * x if "norm" in name else 0.08 * x).astype(mx.bfloat16)) for name, x in noise)
+    write_tensors(dense, {name: ("BF16", shape) for name, shape in shapes.items()}, tensors, DISK)
     (dense / "config.json").write_text(json.dumps(CONFIG))
     models = {"bf16": load.open_checkpoint(dense)}
     for kind, mode in MODES.items():

@@ -22,7 +22,7 @@ from mis_mlx.data import token_windows
 from mis_mlx.distillation import train_loop
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import block_files, load, policy, stream
+from mis_mlx.models import load, model_writer, policy, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct
@@ -99,7 +99,7 @@ def train(
     repair: bool = True,
     direct: bool = False,
 ) -> Iterator[Step]:
-    """Train the blocks of `student`, the folder that block_files.begin made of `pruned`, that are not trained yet.
+    """Train the blocks of `student`, the folder that model_writer.by_block made of `pruned`, that are not trained yet.
 
     batches: token ids, all of one shape (B, T). A block gets `recipe.iters` steps, each of
     `recipe.grad_accumulation_steps` batches, of which a seeded `own_share` enter from the student's own stream; before
@@ -139,7 +139,7 @@ def train(
                 cli.say(f"local, block {j + 1}: further from the teacher on windows held out: its steps are undone")
                 block = load.block(pruned, j, small.args, mx.float32)
                 block.load_weights(list(refitted.items()), strict=False)
-            block_files.replace_block(student, j, dict(tree_flatten(block.parameters())), files)
+            model_writer.replace_block(student, j, dict(tree_flatten(block.parameters())), files)
             files.replace_text(student.path / RECORD, json.dumps({"blocks": j + 1}))
         if j + 1 < layers:
             small.through(block, own)

@@ -17,7 +17,7 @@ from mis_mlx.distillation import blockwise, cached_targets, live_teacher, sharde
 from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun, run_training
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import block_files, distributed, load, model_writer, stream
+from mis_mlx.models import distributed, load, model_writer, stream
 from mis_mlx.planner.phases import MemoryPlan, steps_per_shard
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import reconstruct, vocabulary
@@ -100,7 +100,7 @@ def _local(c: Run, pruned: Checkpoint) -> Checkpoint:
     keep = model_writer.read_keep(pruned.path)
     if keep is None:
         raise MisError(f"{pruned.path} has no keep.json, which says what each block stands for: prune it with mis_mlx")
-    student = block_files.begin(pruned, c.folder / "parts", c.files)
+    student = model_writer.by_block(pruned, c.folder / "parts", c.files)
     if (c.folder / "steps").exists():  # the next stage has begun
         return student
     r, iters = c.recipe, c.plan.job.local_iters

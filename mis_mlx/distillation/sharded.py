@@ -1,6 +1,6 @@
 """Train a student that does not fit, one shard (some consecutive blocks) at a time, by the loss of the whole model.
 
-The student is a folder of `models/block_files.py`. A step goes through all blocks, streamed, and back as far as the
+The student is a folder of `models/model_writer.py`. A step goes through all blocks, streamed, and back as far as the
 shard; only the shard's blocks have gradients and moments, and stay in memory. After some steps its files are replaced
 and the next shard comes in, in a circle. The embedding, the last norm and the head are frozen."""
 
@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.distillation import train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import block_files, host_losses, load, stream
+from mis_mlx.models import host_losses, load, model_writer, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
@@ -101,7 +101,7 @@ class Sharded:
         if over or last:
             self._files.replace_text(self._student.path / VISIT, json.dumps(self.visit))
             for i, block in zip(self.blocks, self.shard.layers, strict=True):
-                block_files.replace_block(self._student, i, dict(tree_flatten(block.parameters())), self._files)
+                model_writer.replace_block(self._student, i, dict(tree_flatten(block.parameters())), self._files)
         if over and not last:
             before = self.optimizer  # bad batches are so in whatever shard
             self._enter(self.visit + 1)

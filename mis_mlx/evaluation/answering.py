@@ -15,7 +15,7 @@ from mis_mlx import cli
 from mis_mlx.evaluation import lm_eval_tasks, option_likelihood, rewards
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
-from mis_mlx.models import batch_sampling, distributed, load, mlx_generate, policy, streamed_decode
+from mis_mlx.models import distributed, load, mlx_generate, policy, streamed_decode
 from mis_mlx.models.stream import Stream, load_checked
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import progress
@@ -197,8 +197,8 @@ def _writer(
     dtype = policy.compute_dtype(checkpoint)
     if whole:
         model = load_checked(load.resident(checkpoint, dtype), f"{checkpoint.path}: ")
-        draw = batch_sampling.sampler(0.0, 0)
-        return lambda prompts: [g[0] for g in batch_sampling.groups(model, prompts, 1, count, ends, draw, AT_ONCE)]
+        draw = mlx_generate.sampler(0.0, 0)
+        return lambda prompts: [g[0] for g in mlx_generate.groups(model, prompts, 1, count, ends, draw, AT_ONCE)]
     stream = Stream(checkpoint, dtype, room, checkpoint.nbytes > limit.limit_bytes)
     return lambda prompts: [list(chain.from_iterable(streamed_decode.decode(stream, p, count, ends))) for p in prompts]
 

@@ -1,7 +1,6 @@
 """Ask one function one question, in JSON, in a process of its own, with a limit on its time and memory.
 
-For functions that read text of unknown origin, or that a user brought: what hangs, crashes or eats memory ends there.
-"""
+For functions that read a stranger's text, or that a user brought: what hangs, crashes or eats memory ends there."""
 
 import contextlib
 import importlib.util

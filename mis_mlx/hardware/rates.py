@@ -1,20 +1,24 @@
-"""How fast this machine reads, writes, multiplies and moves memory: measured, or assumed."""
+"""What this machine is, and how fast it reads, writes, multiplies and moves memory: measured, or assumed."""
 
 import datetime
 import fcntl
 import json
 import mmap
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import psutil
 
-from mis_mlx.hardware.machine_info import cores
+from mis_mlx import __version__
 from mis_mlx.hardware.memory import recommended_bytes
 from mis_mlx.storage.block_reader import F_NOCACHE, Reader
 from mis_mlx.storage.files import DISK
@@ -83,6 +87,29 @@ M1_AIR = Rates(
     hot=0.75,
     room_bytes=recommended_bytes(8 * GIB),
 )
+
+
+def cores() -> int:
+    """Cores that this process may use: fewer than there are, where it is pinned."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def about() -> dict[str, Any]:
+    """What a number was measured on, for people who compare. No names of hosts or users."""
+    mac = sys.platform == "darwin"
+    return {
+        "chip": str(mx.device_info().get("device_name", "unknown")),
+        "computes_on": "GPU" if mx.default_device() == mx.gpu else "CPU",
+        "cores": os.cpu_count(),
+        "cores_used": cores(),
+        "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "system": f"{platform.system()} {platform.machine()}",
+        "release": f"macOS {platform.mac_ver()[0]}" if mac else f"Linux {platform.release().partition('-')[0]}",
+        "python": platform.python_version(),
+        "mis-mlx": __version__,
+        **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
+    }
 
 
 def matmul_flops(seconds: float = 0.3) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mis_mlx.models.config import KEYS, Shape, inside_names, normalised, shape_of
 from mis_mlx.models.families import family
-from mis_mlx.types import Checkpoint, MisError, PrunableAxis, TensorAt
+from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 # A ratio per axis, kept / before. redyk and gazda: what was measured best at GÓRAL's size on SmolLM2-135M, with half of
 # its tokens (benchmarks/vocabulary.py) and with all of them (28 of 30 layers, half of the FFN, benchmarks/recovery.py).
@@ -89,28 +89,6 @@ def params(config: Mapping[str, Any]) -> int:
     s = shape_of(config)
     block = sum(math.prod(shape) for shape in layer_tensors(config).values())
     return s.layers * block + s.vocab * s.hidden * (1 if s.tied else 2) + s.hidden
-
-
-def spaces(config: Mapping[str, Any]) -> dict[str, PrunableAxis]:
-    """The axes that can shrink, and which tensors write and read them ('{i}' is the layer number)."""
-    s, names = shape_of(config), layer_tensors(config)
-
-    def axis(size: int, unit: int, writers: tuple[str, ...], readers: tuple[str, ...]) -> PrunableAxis:
-        def of(modules: tuple[str, ...], kind: str) -> tuple[str, ...]:
-            inside = [name for name in names if name.split(".")[-2] in modules and name.endswith(kind)]
-            return tuple("model.layers.{i}." + name for name in inside)
-
-        return PrunableAxis(size, unit, of(writers, ".weight"), of(readers, ".weight"), of(writers, ".bias"))
-
-    hidden = axis(s.hidden, 1, ("o_proj", "down_proj"), READERS["norm1"][1] + READERS["norm2"][1])
-    norms = ("model.norm", "model.layers.{i}.input_layernorm", "model.layers.{i}.post_attention_layernorm")
-    reads = ("model.embed_tokens.weight", "lm_head.weight", *hidden.reads)
-    return {
-        "ffn": axis(s.ffn, 1, READERS["norm2"][1], READERS["ffn"][1]),
-        "heads": axis(s.heads * s.head_dim, s.head_dim, ("q_proj",), READERS["heads"][1]),
-        "kv_heads": axis(s.kv_heads * s.head_dim, s.head_dim, ("k_proj", "v_proj"), ()),
-        "hidden": replace(hidden, reads=reads, vectors=(*(f"{n}.weight" for n in norms), *hidden.vectors)),
-    }
 
 
 def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[str, TensorAt]:
@@ -213,9 +191,7 @@ def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
 
 
 def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, ...], dtype: str) -> dict[str, Any]:
-    """The teacher's config.json edited to `shape`: an ordinary model that every runtime opens.
-
-    Both spellings of rope, explicit head_dim and tying, no quantization."""
+    """The teacher's config.json edited to `shape`, not quantized; what runtimes would guess differently spelled out."""
     c = normalised(config)
     for key in ("quantization", "quantization_config", "dtype"):  # transformers 5 would believe dtype, not torch_dtype
         c.pop(key, None)

@@ -84,9 +84,8 @@ def _settled(arrays: Any) -> Any:
 
 
 def all_reduce_gradients(named: dict[str, mx.array]) -> None:
-    """Arrays, all alike everywhere, become their sums over the machines, in place; the same bits on each.
-
-    A few at a time, so that nobody holds all of them twice who holds them here alone."""
+    """Arrays become their sums over the machines, in place, the same bits on each: a few at a time, so that nobody
+    holds all of them twice."""
     n, waiting = size(), list(named)
     while waiting and n > 1:
         names: list[str] = []

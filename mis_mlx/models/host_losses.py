@@ -74,9 +74,7 @@ def kl_gradients(
     temperature: float = 1.0,
     frozen_head: bool = False,
 ) -> tuple[float, mx.array, mx.array | None]:
-    """`losses.kl_sum` without labels: (the sum, its gradients in student (n, D) and in head (V, D)), evaluated.
-
-    Of a frozen head there is no gradient."""
+    """`losses.kl_sum` without labels: (the sum, its gradients in student (n, D) and in a head (V, D) not frozen)."""
     loss, dh, dw = 0.0, list[mx.array](), None if frozen_head else mx.zeros_like(head)
     weights, kl = np.array(learn, np.float32), partial(_kl, temperature)
     for start in range(0, len(student), rows := chunk_rows(head.shape[0])):

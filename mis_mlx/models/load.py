@@ -37,9 +37,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def mlx_lm(module: str) -> ModuleType:
-    """`mlx_lm.<module>`, imported now, with the process's limits left as they were.
-
-    mlx_lm lowers the hard limit on open files, which cannot be raised again: so it must not get to do it."""
+    """`mlx_lm.<module>`, imported now. It would lower the hard limit on open files, which cannot be raised again."""
     setrlimit = resource.setrlimit
     resource.setrlimit = lambda *_: None  # type: ignore[assignment]
     try:

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.models import arch, policy, tokenizer_check
+from mis_mlx.models import arch, load, policy, tokenizer_check
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import Files
-from mis_mlx.storage.safetensors import Spec, Writer, spec_bytes
-from mis_mlx.types import KeptUnits, MisError
+from mis_mlx.storage.files import Files, reported
+from mis_mlx.storage.safetensors import Spec, spec_bytes, spec_of, write_arrays, write_tensors
+from mis_mlx.types import Checkpoint, KeptUnits, MisError
 
 KEEP, ROTATION = "keep.json", "rotation.npy"
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -82,15 +83,10 @@ def write_folder(
 ) -> None:
     """Commit the new folder `out`: `tensors` as `specs` foretell them, config.json, the tokenizer files of `source`.
 
-    extra: more files by name: bytes as they are, all else as JSON. shards: as in `safetensors.Writer`."""
+    extra: more files by name: bytes as they are, all else as JSON. shards: as of `write_tensors`."""
 
     def fill(folder: Path) -> None:
-        writer = Writer(folder, specs, files, shards=shards)
-        for name, array in tensors:
-            writer.add(name, array)
-            del array
-            mx.clear_cache()
-        writer.close()
+        write_tensors(folder, specs, tensors, files, shards)
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
             files.write(folder / name, value if isinstance(value, bytes) else json.dumps(value).encode())
@@ -103,12 +99,37 @@ def write_model(
     config: Mapping[str, Any], take: Callable[[str], mx.array], source: Path, out: Path, dtype: str, files: Files,
     extra: Mapping[str, Any] | None = None, file_per_block: bool = False,
 ) -> None:  # fmt: skip
-    """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`.
-
-    file_per_block: so that one block can be replaced later without touching the others."""
+    """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`."""
     specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in arch.tensors_of(config).items()}
     names = cli.counted("tensor", specs, len(specs))
     tensors = ((name, take(name).astype(policy.DTYPES[dtype])) for name in names)
     by_block = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
     shards = [dict(group) for _, group in by_block] if file_per_block else None
     write_folder(config, specs, tensors, source, out, files, extra, shards)
+
+
+def by_block(source: Checkpoint, folder: Path, files: Files) -> Checkpoint:
+    """A student to train in parts: an ordinary float32 folder with one file per block, which is replaced whole, so that
+    it is a model at any moment. Opened; made of `source` first if it is not there. Memory: the largest tensor."""
+    if not folder.exists():
+        config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
+        config["torch_dtype"] = "float32"
+        extra = keep_files(read_keep(source.path))
+        take = partial(load.dense, source)
+        write_model(config, take, source.path, folder, "float32", files, extra, True)
+    return load.open_checkpoint(folder)
+
+
+def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], files: Files) -> None:
+    """Put new float32 `weights` (names without `model.layers.N.`) in the place of block i's, durably."""
+    prefix = f"model.layers.{i}."
+    old = {name: t for name, t in parts.tensors.items() if name.startswith(prefix)}
+    path = next(iter(old.values())).file
+    new = {name: weights[name.removeprefix(prefix)] for name in sorted(old, key=lambda n: old[n].offset)}
+    if {n for n, t in parts.tensors.items() if t.file == path} != set(old):
+        raise ValueError(f"{path} holds more than block {i}")
+    if any(spec_of(array) != ("F32", old[name].shape) for name, array in new.items()):
+        raise ValueError(f"{path}: the new block {i} has other shapes or is not float32")
+    nbytes = sum(t.nbytes for t in old.values())
+    with reported(path.parent, f"block {i} of the student", nbytes), files.replacing(path) as temp:
+        write_arrays(temp, new, files)

@@ -63,8 +63,7 @@ def usual_dtype() -> mx.Dtype:
 
 
 def compute_dtype(model: Checkpoint) -> mx.Dtype:
-    """What this model computes in: the usual type, or bfloat16 where float16 does not hold its activations, which takes
-    one short pass over the model to find out, once a process."""
+    """What this model computes in: the usual type, or bfloat16 where float16 does not hold its activations."""
     if _used or (usual := usual_dtype()) != mx.float16:
         return usual_dtype()
     if not family(model.config).float16:
@@ -73,10 +72,9 @@ def compute_dtype(model: Checkpoint) -> mx.Dtype:
 
 
 def overflows(model: Checkpoint) -> bool:
-    """Whether this model's activations come within a factor of two of float16's end; said once, in one line.
+    """Whether this model's activations come within a factor of two of float16's end: one short pass, once a process.
 
-    Qwen2 and Gemma pass it in a few channels of a few tokens (the first one, line ends, full stops); after that all is
-    NaN. One pass over the model with 256 tokens, once a process for each folder."""
+    Qwen2 and Gemma pass it in a few channels of a few tokens (the first, line ends, full stops); then all is NaN."""
     key = (model.path, model.nbytes)
     if key not in _overflows:
         reach = largest(model)

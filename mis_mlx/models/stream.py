@@ -25,9 +25,7 @@ Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a 
 
 
 class NotNumbers(MisError):
-    """A weight or a block's output holds NaN or infinity: nothing may be ranked, repaired or rounded by that.
-
-    what: where; dtype: the type it was computed in. float16 ends at 65,504."""
+    """A weight or a block's output holds NaN or infinity: nothing may be ranked, repaired or rounded by that."""
 
     def __init__(self, what: str, dtype: mx.Dtype):
         remedy = "download the model again"

@@ -99,28 +99,6 @@ def positioned(block: nn.Module, positions: np.ndarray) -> Iterator[None]:
         block.self_attn.rope = rope
 
 
-class _Keys:
-    """Keys and values (1, K, S, d) of one block, in the shape that mlx-lm's attention expects of a cache."""
-
-    offset = 0  # positions come from `Positioned`
-
-    def __init__(self) -> None:
-        self.held: list[mx.array] = []
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> list[mx.array]:
-        """Append; all keys and all values."""
-        both = [keys, values]
-        if self.held:
-            both = [mx.concatenate([old, new], axis=2) for old, new in zip(self.held, both, strict=True)]
-        self.held = both
-        return both
-
-    def keep(self, columns: mx.array) -> None:
-        """Forget all but these columns."""
-        self.held = [a[:, :, columns] for a in self.held]
-        evaluate_now(self.held)
-
-
 class Context:
     """What a model has read: the text so far and, after it, nodes of a tree. One column of the cache each."""
 
@@ -130,7 +108,8 @@ class Context:
         self.length = 0  # columns of text
         self._at: dict[Node, int] = {}  # columns of nodes
         self._positions = np.zeros(0, np.int32)
-        self._keys = [_Keys() for _ in range(stream.layers)]
+        new = load.mlx_lm("models.cache").ConcatenateKVCache  # positions come from `Positioned`, not from its offset
+        self._keys = [new() for _ in range(stream.layers)]
 
     def read(self, text: Sequence[int], nodes: Sequence[Node] = ()) -> mx.array:
         """One pass over what of `text` is not here yet, then `nodes`: each sees the text and its own branch.
@@ -165,7 +144,7 @@ class Context:
                 seen = mx.array(mask[a : a + ROWS, : before + a + part.shape[1]])
                 with positioned(block, positions[a : a + ROWS]):
                     done.append(block(part, seen, cache))
-                evaluate_now(done[-1], cache.held)
+                evaluate_now(done[-1], cache.state)
             hidden = self.stream.finite(mx.concatenate(done, axis=1))
         return hidden
 
@@ -175,7 +154,8 @@ class Context:
         columns = np.array([*range(self.length), *kept], np.int32)
         if len(columns) < len(self._positions):
             for cache in self._keys:
-                cache.keep(mx.array(columns))
+                cache.state = [a[:, :, mx.array(columns)] for a in cache.state]
+                evaluate_now(cache.state)
         self._positions, self._at = self._positions[columns], {}
         self.length = len(columns)
 

@@ -127,6 +127,7 @@ def _rendered(template: str, settings: dict[str, Any]) -> int:
 
 def _sandbox() -> Any:
     """Jinja as transformers sets it up for chat templates: no attribute leads out, nothing can be changed."""
+    from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -139,15 +140,12 @@ def _sandbox() -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
     parts = [Generation, "jinja2.ext.loopcontrols"]
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=parts)
     sandbox.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, indent=how.get("indent"))
-    sandbox.globals["raise_exception"] = _refusal
+    sandbox.globals["raise_exception"] = refuse
     sandbox.globals["strftime_now"] = lambda _form: "2026-01-01"
     return sandbox
-
-
-def _refusal(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)

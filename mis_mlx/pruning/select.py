@@ -17,16 +17,24 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.models import arch, distributed, families, load, policy
+from mis_mlx.models import arch, distributed, families, load, model_writer, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.pipeline_parallel import Relay
-from mis_mlx.pruning import calibrate, rotate, slice_weights
+from mis_mlx.pruning import calibrate, rotate
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
 
 BULKY = ("block_importance", "differing", "profile")  # in a report, for pictures: not for a line of JSON
+# axis -> modules whose weights have a row for each unit of it (and biases a number), and those with a column for each
+CUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "ffn": (arch.READERS["norm2"][1], arch.READERS["ffn"][1]),
+    "heads": (("q_proj",), arch.READERS["heads"][1]),
+    "kv_heads": (("k_proj", "v_proj"), ()),
+    "hidden": (("o_proj", "down_proj", "norm", "input_layernorm", "post_attention_layernorm"),
+               (*arch.READERS["norm1"][1], *arch.READERS["norm2"][1], "embed_tokens", "lm_head")),
+}  # fmt: skip
 Scenario = Literal["redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
 
 
@@ -156,6 +164,48 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     return shape
 
 
+def _cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array) -> mx.array:
+    """The kept part of one teacher tensor: rows, of each of joined matrices, where an axis is written, else columns."""
+    module, kind = name.split(".")[-2:]
+    for axis, (rows, columns) in CUTS.items():
+        kept = keep.kept.get((layer if axis != "hidden" else -1, axis))
+        unit = before.head_dim if axis.endswith("heads") else 1  # rows that go together
+        size = getattr(before, axis) * unit
+        if kept is None or len(kept) * unit == size:
+            continue
+        indices = mx.array([i * unit + u for i in kept for u in range(unit)], dtype=mx.int32)
+        if module in rows:
+            weight = mx.take(weight, mx.concatenate([indices + n for n in range(0, len(weight), size)]), axis=0)
+        elif module in columns and kind == "weight":
+            weight = mx.take(weight, indices, axis=1)
+    return weight
+
+
+def write_student(
+    teacher: Checkpoint,
+    shape: Shape,
+    keep: KeptUnits,
+    out: Path,
+    dtype: str,
+    files: Files,
+    tensor: Callable[[str], mx.array] | None = None,
+) -> None:
+    """Commit the pruned model to the new folder `out`. tensor(name): the teacher's tensor that is cut, where it is not
+    the one on disk (rotated, merged). Memory: the largest tensor, twice."""
+    config = arch.student_config(teacher.config, shape, keep.layers, dtype)
+    before = shape_of(teacher.config)
+    whole = tensor or partial(load.dense, teacher)
+
+    def take(name: str) -> mx.array:
+        if (number := arch.block_of(name)) is None:
+            return _cut(name, -1, before, keep, whole(name))
+        layer = keep.layers[number]
+        source = name.replace(f".layers.{number}.", f".layers.{layer}.")
+        return _cut(source, layer, before, keep, whole(source))
+
+    model_writer.write_model(config, take, teacher.path, out, dtype, files, model_writer.keep_files(keep))
+
+
 def write(
     teacher: Checkpoint,
     shape: Shape,
@@ -168,11 +218,11 @@ def write(
     """Commit the pruned model to the new folder `out`. directions(): asked for where hidden is cut, but `keep` does
     not say by which channels; returned is `keep` with the rotation that they gave."""
     if shape.hidden == shape_of(teacher.config).hidden or (-1, "hidden") in keep.kept:
-        slice_weights.write_student(teacher, shape, keep, out, dtype, files)
+        write_student(teacher, shape, keep, out, dtype, files)
         return keep
     rotation = directions().kept(teacher, shape.hidden)
     keep = rotate.by(keep, rotation)
-    slice_weights.write_student(teacher, shape, keep, out, dtype, files, rotate.rotated(teacher, rotation))
+    write_student(teacher, shape, keep, out, dtype, files, rotate.rotated(teacher, rotation))
     return keep
 
 

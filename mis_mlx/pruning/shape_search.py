@@ -169,16 +169,14 @@ def gate(config: Mapping[str, Any], ratios: Mapping[str, float] | None = None, *
 
 
 def field(config: Mapping[str, Any], aim: Aim) -> list[Shape]:
-    """Every shape that meets the aim, the teacher's own left out. MisError with both numbers when none does.
-
-    A cost rises with the FFN, so of each (layers, heads, hidden) a piece of the FFN sizes is in."""
+    """Every shape that meets the aim, the teacher's own left out. MisError with both numbers when none does."""
     before, values = shape_of(config), axis_values(config)
     meeting, near, least = list[Shape](), list[Shape](), list[Shape]()
     for layers, heads, hidden in itertools.product(values["layers"], values["heads"], values["hidden"]):
         make = partial(gate, config, layers=layers, heads=heads, hidden=hidden)
         if (smallest := make(ffn=values["ffn"][0])) is None:
             continue
-        sizes = [replace(smallest, ffn=n) for n in values["ffn"]]
+        sizes = [replace(smallest, ffn=n) for n in values["ffn"]]  # costs rise with it, so a piece of them is in
         low, high = bisect_left(sizes, aim.low, key=aim.cost), bisect_right(sizes, aim.high, key=aim.cost)
         meeting += [s for s in sizes[low:high] if s != before and make(ffn=s.ffn)]
         near += [s for s in sizes[max(0, low - 1) : low + 1] if s != before]

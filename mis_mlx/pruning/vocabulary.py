@@ -164,10 +164,8 @@ def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> 
     named = {"rows": list(rows), "pre_tokenizer": gguf_vocabulary.pre_tokenizer(teacher.path)}
 
     def fill(folder: Path) -> None:
-        writer = safetensors.Writer(folder, {name: (t.dtype, t.shape) for name, t in mine.items()}, files)
-        for name in mine:
-            writer.add(name, mx.take(safetensors.lazy(teacher.tensors, [name])[name], at, axis=0))
-        writer.close()
+        cut = ((name, mx.take(safetensors.lazy(teacher.tensors, [name])[name], at, axis=0)) for name in mine)
+        safetensors.write_tensors(folder, {name: (t.dtype, t.shape) for name, t in mine.items()}, cut, files)
         for name, content in Vocabulary(teacher.path).files(rows):
             files.write(folder / name, content)
         for name, value in (("config.json", config), (ROWS, named)):

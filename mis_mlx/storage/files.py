@@ -101,8 +101,7 @@ class Files:
         path = path.absolute()
         while not path.exists():
             path = path.parent
-        disk = os.statvfs(path)
-        return disk.f_bavail * disk.f_frsize
+        return shutil.disk_usage(path).free
 
     # What follows is made of the operations above, so a test that breaks one of those breaks these too.
 

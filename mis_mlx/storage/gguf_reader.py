@@ -13,7 +13,7 @@ import numpy as np
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.header_check import DTYPES
 from mis_mlx.storage.hub import sha256
-from mis_mlx.storage.safetensors import Writer
+from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import MisError
 
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -30,7 +30,13 @@ def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLL
     """Write config, tokenizer and model.safetensors in `dtype` ("BF16", "F16", "F32") into `folder`, inside
     `commit_folder`. expected: the file's sha256; MisError when it has another. Memory: the embedding in float32."""
     facts, tensors = opened(gguf, expected)
-    config = config_of(facts, DTYPES[dtype][0])
+    theta = float(facts["llama.rope.freq_base"])
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes(facts, "llama"),
+        "head_dim": facts["llama.rope.dimension_count"], "hidden_act": "silu", "vocab_size": facts["llama.vocab_size"],
+        "attention_bias": False, "mlp_bias": False, "torch_dtype": DTYPES[dtype][0],
+        "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta},  # mlx-lm, transformers 5
+    }  # fmt: skip
     heads = {"q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])}
 
     def in_our_order(name: str, values: np.ndarray) -> np.ndarray:
@@ -39,9 +45,8 @@ def convert(gguf: Path, folder: Path, dtype: str = "BF16", expected: str = SMOLL
 
     write_weights(tensors, folder, dtype, BLOCK, in_our_order)
     write_json(folder / "config.json", config)
-    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(folder / "generation_config.json", ends)
-    _write_tokenizer(facts, config, folder)
+    write_json(folder / "generation_config.json", {key: config[key] for key in config if key.endswith("_token_id")})
+    _write_tokenizer(facts, folder)
 
 
 def opened(gguf: Path, expected: str) -> tuple[dict[str, Any], list[Any]]:
@@ -67,11 +72,12 @@ def write_weights(
 
     # GGUF states shapes innermost first; reversed they are (out, in), as in the Hugging Face layout.
     specs = {hf_name(t.name, block): (dtype, tuple(int(n) for n in reversed(t.shape))) for t in tensors}
-    writer = Writer(folder, specs, DISK)
-    for name, tensor in zip(specs, tensors, strict=True):
+
+    def unpacked(name: str, tensor: Any) -> tuple[str, mx.array]:
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        writer.add(name, mx.array(change(name, values)).astype(getattr(mx, DTYPES[dtype][0])))
-    writer.close()
+        return name, mx.array(change(name, values)).astype(getattr(mx, DTYPES[dtype][0]))
+
+    write_tensors(folder, specs, map(unpacked, specs, tensors), DISK)
 
 
 def hf_name(name: str, block: Mapping[str, str] = BLOCK) -> str:
@@ -96,24 +102,6 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows[np.argsort(row_order(len(rows), heads))]
 
 
-def config_of(facts: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json, from the facts of the GGUF. RoPE's base stands there twice: for mlx-lm and for transformers 5."""
-    theta = float(facts["llama.rope.freq_base"])
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **sizes(facts, "llama"),
-        "head_dim": facts["llama.rope.dimension_count"],
-        "hidden_act": "silu",
-        "vocab_size": facts["llama.vocab_size"],
-        "rope_theta": theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": dtype,
-    }
-
-
 def sizes(facts: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """What config.json has of every kind of model, "llama" or "gemma3"."""
     of = {key.removeprefix(f"{kind}."): value for key, value in facts.items()}
@@ -133,41 +121,40 @@ def sizes(facts: Mapping[str, Any], kind: str) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(facts: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
+def ends(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The tokens that tokenizer_config.json has by name."""
+    named = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+    pieces = facts["tokenizer.ggml.tokens"]
+    return {key: pieces[facts[f"tokenizer.ggml.{name}_token_id"]] for key, name in named.items()}
+
+
+def _write_tokenizer(facts: Mapping[str, Any], folder: Path) -> None:
+    """SmolLM2's: every digit alone, GPT-2's pieces, bytes as letters."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
     pieces, template = facts["tokenizer.ggml.tokens"], facts["tokenizer.chat_template"]
     types = facts["tokenizer.ggml.token_type"]
     control = [piece for piece, kind in zip(pieces, types, strict=True) if kind == CONTROL_TOKEN]
-    _tokenizer(facts, control).save(str(folder / "tokenizer.json"))
+    merges: Any = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    # The stubs miss that these are properties that can be set.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     settings = {
         # Not GPT2Tokenizer: transformers 5 would rebuild the pre-tokenizer and lose the digits.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "bos_token": pieces[config["bos_token_id"]],
-        "eos_token": pieces[config["eos_token_id"]],
-        "pad_token": pieces[config["pad_token_id"]],
-        "unk_token": pieces[facts["tokenizer.ggml.unknown_token_id"]],
+        **ends(facts),
         "additional_special_tokens": control,
-        "model_max_length": config["max_position_embeddings"],
+        "model_max_length": facts["llama.context_length"],
         "chat_template": template,
     }
     write_json(folder / "tokenizer_config.json", settings)
-
-
-def _tokenizer(facts: Mapping[str, Any], control: list[str]) -> Any:
-    """SmolLM2's: every digit alone, GPT-2's pieces, bytes as letters."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    ids = {piece: i for i, piece in enumerate(facts["tokenizer.ggml.tokens"])}
-    merges: Any = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
-    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    # The stubs miss that these are properties that can be set.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
-    return tokenizer
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -16,9 +16,8 @@ WHAT = "the spool of hidden states"
 
 
 class Spool(MutableSequence[mx.array]):
-    """Arrays of one shape and dtype. What goes to the file is evaluated; reading it makes a new array.
-
-    held: how many stay in memory; the others in a file in `folder` without a name. MisError when the disk is full."""
+    """Arrays of one shape and dtype, `held` of them in memory, the others in a file in `folder` without a name: what
+    goes there is evaluated, reading it makes a new array. MisError when the disk is full."""
 
     def __init__(self, folder: Path, held: int, files: Files):
         self._folder, self._held, self._files = folder, held, files

@@ -1,8 +1,7 @@
 """The logit store: a teacher's sparse targets on disk, written part by part, read window by window.
 
-A folder holds part-00000.safetensors, part-00001 ... and targets.json, which lists every finished part with its size
-and sha256. A part is there whole or not at all; a store that was stopped anywhere goes on and ends with the same bytes.
-"""
+A folder holds part-00000.safetensors ... and targets.json, which lists every finished part with its size and sha256. A
+part is there whole or not at all; a store that was stopped anywhere goes on and ends with the same bytes."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,93 +126,73 @@ def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str])
         raise MisError(f"{path} changed since it was checked (tensor {changed[0]}); start again")
 
 
-class _File:
-    """One safetensors file, written front to back; `nbytes` and `sha256` are those of the file at the end."""
-
-    def __init__(self, path: Path, specs: Mapping[str, Spec], files: Files):
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-        end = 0
-        for name, (dtype, shape) in specs.items():
-            begin, end = end, end + spec_bytes((dtype, shape))
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        head = struct.pack("<Q", len(text)) + text
-        self.path, self.files, self.due = path, files, list(specs.items())[::-1]  # next one last
-        self.nbytes, self.sha256 = len(head) + end, hashlib.sha256(head)
-        files.write(path, head)
-
-    def add(self, name: str, array: mx.array) -> None:
-        got, want = (name, spec_of(array)), self.due.pop() if self.due else None
-        if got != want:
-            raise ValueError(f"{self.path.name}: {got} came, {want} was due")
-        if array.size:
-            # Bytes along the last axis only: flattened, 2 GiB and more would not fit into one dimension.
-            whole: Any = mx.contiguous(array.reshape(1) if array.ndim == 0 else array).view(mx.uint8)
-            data = memoryview(whole).cast("B")  # evaluates; numpy has no bfloat16
-            self.sha256.update(data)
-            self.files.extend(self.path, data)
-
-    def close(self) -> None:
-        if self.due:
-            raise ValueError(f"{self.path.name}: closed while {self.due[-1][0]} was due")
-        self.files.fsync(self.path)  # shard by shard, so that unwritten pages do not pile up in memory
+def write_tensors(
+    folder: Path,
+    specs: Mapping[str, Spec],
+    tensors: Iterable[tuple[str, mx.array]],
+    files: Files,
+    shards: Sequence[Mapping[str, Spec]] | None = None,
+) -> None:
+    """Write a model's tensors into `folder`, as `specs` foretell them, one in memory at a time. Use it inside
+    `checkpoint.commit_folder`. shards: the same specs in parts; more than one make an index file. Default: `cut`."""
+    shards, coming = shards or cut(specs), _freed(tensors)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    by_file = dict(zip(names, shards, strict=True)) if len(shards) > 1 else {"model.safetensors": specs}
+    for name, part in by_file.items():
+        _write_file(folder / name, part, coming, files)
+    if more := next(coming, None):
+        raise ValueError(f"{folder}: {more[0]} came, nothing was due")
+    if len(shards) > 1:
+        metadata = {"total_size": sum(map(spec_bytes, specs.values()))}
+        if not any(dtype == "U32" for dtype, _ in specs.values()):  # packed: elements are no parameters
+            metadata["total_parameters"] = sum(math.prod(shape) for _, shape in specs.values())
+        where = {name: file for file, part in by_file.items() for name in part}
+        content = {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
+        files.write(folder / INDEX, json.dumps(content, indent=2).encode())
+        files.fsync(folder / INDEX)
 
 
-class Writer:
-    """Streams a model's tensors into `folder`, one in memory at a time. Use it inside `checkpoint.commit_folder`.
-
-    specs: of every tensor, in the order in which `add` gets them. Up to `shard_bytes` of tensors make one
-    model.safetensors; more make shards and an index file. shards: the same tensors, cut by the caller."""
-
-    def __init__(
-        self,
-        folder: Path,
-        specs: Mapping[str, Spec],
-        files: Files,
-        shard_bytes: int = 5 * GIB,
-        shards: Sequence[Mapping[str, Spec]] | None = None,
-    ):
-        self._folder, self._files, self._specs = folder, files, specs
-        shards = shards or _cut(specs, shard_bytes)
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        self._shards = dict(zip(names, shards, strict=True)) if len(shards) > 1 else {"model.safetensors": specs}
-        self._coming = list(self._shards)[::-1]  # next one last
-        self._begin()
-
-    def _begin(self) -> None:
-        name = self._coming.pop()
-        self._file = _File(self._folder / name, self._shards[name], self._files)
-
-    def add(self, name: str, array: mx.array) -> None:
-        """Write the next tensor of `specs`. ValueError when its name, dtype or shape is not the one due."""
-        if not self._file.due and self._coming:
-            self._file.close()
-            self._begin()
-        self._file.add(name, array)
-
-    def close(self) -> None:
-        """Finish, with the index file if there are shards. ValueError when tensors are still due."""
-        if self._coming:
-            raise ValueError(f"closed before {self._coming[-1]} was begun")
-        self._file.close()
-        if len(self._shards) > 1:
-            metadata = {"total_size": sum(map(spec_bytes, self._specs.values()))}
-            if not any(dtype == "U32" for dtype, _ in self._specs.values()):  # packed: elements are no parameters
-                metadata["total_parameters"] = sum(math.prod(shape) for _, shape in self._specs.values())
-            where = {name: shard for shard, specs in self._shards.items() for name in specs}
-            content = {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
-            self._files.write(self._folder / INDEX, json.dumps(content, indent=2).encode())
-            self._files.fsync(self._folder / INDEX)
+def _freed(tensors: Iterable[tuple[str, mx.array]]) -> Iterator[tuple[str, mx.array]]:
+    """The tensors; the memory of each goes back to the system before the next is made."""
+    for name, array in tensors:
+        yield name, array
+        del array
+        mx.clear_cache()
 
 
 def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> tuple[int, str]:
     """Write one safetensors file and fsync it: (its size in bytes, its sha256 in hex)."""
-    file = _File(path, {name: spec_of(array) for name, array in arrays.items()}, files)
-    for name, array in arrays.items():
-        file.add(name, array)
-    file.close()
-    return file.nbytes, file.sha256.hexdigest()
+    return _write_file(path, {name: spec_of(array) for name, array in arrays.items()}, iter(arrays.items()), files)
+
+
+def _write_file(
+    path: Path, specs: Mapping[str, Spec], coming: Iterator[tuple[str, mx.array]], files: Files
+) -> tuple[int, str]:
+    """Write the file front to back of the next that come. ValueError where one is not what is due, or missing."""
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for name, (dtype, shape) in specs.items():
+        begin, end = end, end + spec_bytes((dtype, shape))
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    sha256 = hashlib.sha256(head)
+    files.write(path, head)
+    for due in specs.items():
+        name, array = next(coming, ("nothing", mx.array(0)))
+        if (got := (name, spec_of(array))) != due:
+            raise ValueError(f"{path.name}: {got} came, {due} was due")
+        if array.size:
+            # Bytes along the last axis only: flattened, 2 GiB and more would not fit into one dimension.
+            whole: Any = mx.contiguous(array.reshape(1) if array.ndim == 0 else array).view(mx.uint8)
+            data = memoryview(whole).cast("B")  # evaluates; numpy has no bfloat16
+            sha256.update(data)
+            files.extend(path, data)
+            del whole, data
+        del array
+    files.fsync(path)  # shard by shard, so that unwritten pages do not pile up in memory
+    return len(head) + end, sha256.hexdigest()
 
 
 def spec_of(array: mx.array) -> Spec:
@@ -228,7 +208,7 @@ def spec_bytes(spec: Spec) -> int:
     return math.prod(spec[1]) * DTYPES[spec[0]][1]
 
 
-def _cut(specs: Mapping[str, Spec], shard_bytes: int) -> list[dict[str, Spec]]:
+def cut(specs: Mapping[str, Spec], shard_bytes: int = 5 * GIB) -> list[dict[str, Spec]]:
     """Consecutive tensors, as many as fit `shard_bytes`; a bigger one is alone."""
     shards: list[dict[str, Spec]] = [{}]
     room = shard_bytes

@@ -16,10 +16,10 @@ from benchmarks.ablations import fisher_importance as fisher
 from mis_mlx.alignment import lora
 from mis_mlx.distillation import blockwise, sharded
 from mis_mlx.gguf_export import tensors
-from mis_mlx.models import arch, block_files, load, model_writer
+from mis_mlx.models import arch, load, model_writer
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner.recipe import TrainingConfig
-from mis_mlx.pruning import reconstruct, rotate, slice_weights
+from mis_mlx.pruning import reconstruct, rotate, select
 from mis_mlx.quantization import bit_allocation, gptq, grid, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
@@ -118,7 +118,7 @@ def test_sharded(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     def loss(hidden: mx.array, head: mx.array, learn: mx.array) -> mx.array:
         return (mx.logsumexp(hidden @ head.T, axis=-1) * learn).sum()
 
-    student = sharded.Sharded(block_files.begin(model, tmp_path / "parts", DISK), 1, 9, 0.0, DISK)
+    student = sharded.Sharded(model_writer.by_block(model, tmp_path / "parts", DISK), 1, 9, 0.0, DISK)
     student._enter(1)
     value, _, made = student.gradients([(TOKENS, learn)], loss, [])
 
@@ -137,12 +137,12 @@ def test_sharded(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
 def test_reconstruct_and_local(model: Checkpoint, tmp_path: Path) -> None:
     """A student from which nothing was cut: nothing to mend, and nothing to learn in the first step of any block."""
     keep, student = KeptUnits((0, 1, 2), {}, ""), tmp_path / "student"
-    slice_weights.write_student(model, shape_of(model.config), keep, student, "float32", DISK)
+    select.write_student(model, shape_of(model.config), keep, student, "float32", DISK)
     pruned = load.open_checkpoint(student)
     mended, left = reconstruct.reconstruct(model, pruned, keep, WINDOWS)
     assert not mended and left == [1.0] * 3
     recipe = TrainingConfig(iters=1, batch_size=1, max_seq_length=16, learning_rate=0.0, warmup=0)
-    copy = block_files.begin(pruned, tmp_path / "parts", DISK)
+    copy = model_writer.by_block(pruned, tmp_path / "parts", DISK)
     how = {"folder": tmp_path, "held": 9, "files": DISK, "repair": False}
     steps = list(blockwise.train(model, pruned, copy, keep, WINDOWS, recipe, **how))  # type: ignore[arg-type]
     assert len(steps) == 3 and max(s.loss for s in steps) < 1e-9
@@ -168,7 +168,7 @@ def test_slice(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     keep = KeptUnits((0, 1, 2), {(i, "ffn"): neurons for i in range(3)}, "")
     cut = arch.target_shape(model.config, {}, ffn=len(neurons))
     assert cut.heads == size.heads
-    slice_weights.write_student(model, cut, keep, tmp_path / "cut", "float32", DISK)
+    select.write_student(model, cut, keep, tmp_path / "cut", "float32", DISK)
     gone = mx.array([n not in neurons for n in range(768)])
     for block in (zeroed := load.resident(model, mx.float32)).model.layers:
         block.mlp.down_proj.weight = mx.where(gone[None], 0, block.mlp.down_proj.weight)

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import blockwise
-from mis_mlx.models import block_files, load, stream
+from mis_mlx.models import load, model_writer, stream
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct
 from mis_mlx.storage.files import DISK, Files
@@ -53,7 +53,7 @@ def begin(
     recipe: TrainingConfig = RECIPE, files: Files = DISK, held: int = 99, **more: Any,
 ) -> Iterator[Step]:  # fmt: skip
     """What a command does, at the start and after a kill."""
-    made = block_files.begin(pruned, root / "s", DISK)
+    made = model_writer.by_block(pruned, root / "s", DISK)
     return blockwise.train(teacher, pruned, made, keep, windows, recipe, folder=root, held=held, files=files, **more)
 
 
@@ -239,7 +239,7 @@ def test_memory_holds_one_block_of_each(tmp_path: Path, windows: list[mx.array])
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=24, intermediate_size=256))
     assert teacher.nbytes > 1.9 * limit
     keep = KeptUnits(tuple(range(24)), {}, "")
-    made = block_files.begin(teacher, tmp_path / "s", DISK)
+    made = model_writer.by_block(teacher, tmp_path / "s", DISK)
     mx.eval(windows)
     mx.clear_cache()
     mx.reset_peak_memory()

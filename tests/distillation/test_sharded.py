@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mis_mlx.distillation import sharded, train_loop
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import block_files, host_losses, load, stream
+from mis_mlx.models import host_losses, load, model_writer, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK, Files
@@ -94,7 +94,7 @@ def resident(student: Checkpoint, each: int, iters: int) -> tuple[nn.Module, lis
 
 def opened(student: Checkpoint, folder: Path, each: int = 1, files: Files = DISK, **how: Any) -> sharded.Sharded:
     """`student` in parts in `folder`, ready to train."""
-    made = sharded.Sharded(block_files.begin(student, folder, files), each, VISIT, 0.01, files, **how)
+    made = sharded.Sharded(model_writer.by_block(student, folder, files), each, VISIT, 0.01, files, **how)
     made.begin()
     return made
 
@@ -160,7 +160,7 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     states of 8 KiB, head and logits, or the update (4.3 MiB measured).
     """
     source = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
-    student = sharded.Sharded(block_files.begin(source, tmp_path / "s", DISK), 1, 1, 0.01, DISK)
+    student = sharded.Sharded(model_writer.by_block(source, tmp_path / "s", DISK), 1, 1, 0.01, DISK)
     micro = partial(micro_batches, count=2)
     mx.eval([micro(step) for step in range(2)])
     mx.clear_cache()
@@ -211,7 +211,7 @@ def run(
     """What a command does: start or resume, train, save `every` steps; killed after step `stop` is saved, or not."""
     steps_dir, done = root / "steps", []
     files.make_folder(steps_dir)
-    student = sharded.Sharded(block_files.begin(source, root / "s", files), each, VISIT, 0.01, files)
+    student = sharded.Sharded(model_writer.by_block(source, root / "s", files), each, VISIT, 0.01, files)
 
     def save(number: int) -> None:
         arrays = {key: named for key, named in student.arrays().items() if named}
@@ -298,7 +298,7 @@ def test_a_resumed_run_keeps_its_shards(tmp_path: Path, smallest: Checkpoint) ->
 
 def test_three_bad_batches_stop_the_run_across_visits(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
     """Visits of one step: the dog counts on, and no block holds anything that is not a number."""
-    student = sharded.Sharded(block_files.begin(source("llama"), tmp_path / "s", DISK), 1, 1, 0.01, DISK)
+    student = sharded.Sharded(model_writer.by_block(source("llama"), tmp_path / "s", DISK), 1, 1, 0.01, DISK)
     student.begin()
 
     def poisoned(step: int) -> list[tuple[mx.array, ...]]:
@@ -314,7 +314,7 @@ def test_three_bad_batches_stop_the_run_across_visits(tmp_path: Path, source: Ca
 @pytest.mark.parametrize("shard", [1, LAYERS])
 def test_numpy_computes_the_loss_of_the_graph(tmp_path: Path, source: Callable[[str], Checkpoint], shard: int) -> None:
     """A step by `slopes` is one by `loss`: the loss to 1e-6, the gradients to 1e-5 of the largest."""
-    student = sharded.Sharded(block_files.begin(source("llama"), tmp_path / "s", DISK), shard, VISIT, 0.0, DISK)
+    student = sharded.Sharded(model_writer.by_block(source("llama"), tmp_path / "s", DISK), shard, VISIT, 0.0, DISK)
     student.begin()
     teacher_head, batches = 0.05 * mx.random.normal((512, 64), key=mx.random.key(9)), micro_batches(0)
 

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, dequantize
 from mis_mlx.gguf_export import tensors
 from mis_mlx.models import load
 from mis_mlx.storage.files import DISK
-from mis_mlx.storage.safetensors import Writer, spec_of
+from mis_mlx.storage.safetensors import spec_of, write_tensors
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.storage.test_gguf_reader import llama_cpp_permute
@@ -52,10 +52,7 @@ def packed(
         arrays |= {f"{stem}.biases": b.astype(dtype) for b in biases}
     out = folder / "packed"
     out.mkdir()
-    writer = Writer(out, {name: spec_of(a) for name, a in arrays.items()}, DISK)
-    for name, array in arrays.items():
-        writer.add(name, array)
-    writer.close()
+    write_tensors(out, {name: spec_of(a) for name, a in arrays.items()}, arrays.items(), DISK)
     settings: dict[str, Any] = {"group_size": group, "bits": bits, "mode": mode}
     settings |= {path: {**settings, "bits": own} for path, own in mixed.items()}
     (out / "config.json").write_text(json.dumps({**source.config, "quantization": settings}))

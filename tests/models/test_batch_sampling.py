@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mis_mlx.models import batch_sampling, load
+from mis_mlx.models import load, mlx_generate
 from mis_mlx.types import Checkpoint
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [40], [21, 22, 23]]
@@ -34,17 +34,17 @@ def plainly(model: nn.Module, prompt: Sequence[int], count: int, stop: Sequence[
 def test_greedy_is_the_models_own_text(model: nn.Module, at_once: int) -> None:
     """Prompts of 7, 1 and 3 tokens together; a stop token ends one early and is its last."""
     expected = [plainly(model, p, 9) for p in PROMPTS]
-    draw = batch_sampling.sampler(0.0, 0)
-    assert batch_sampling.groups(model, PROMPTS, 2, 9, [], draw, at_once) == [[e, e] for e in expected]
+    draw = mlx_generate.sampler(0.0, 0)
+    assert mlx_generate.groups(model, PROMPTS, 2, 9, [], draw, at_once) == [[e, e] for e in expected]
     stop = expected[0][4]
     expected = [plainly(model, p, 9, [stop]) for p in PROMPTS]
-    assert batch_sampling.groups(model, PROMPTS, 1, 9, [stop], draw, at_once) == [[e] for e in expected]
+    assert mlx_generate.groups(model, PROMPTS, 1, 9, [stop], draw, at_once) == [[e] for e in expected]
 
 
 def test_a_group_is_drawn_from_its_prompts_distribution(llama: Checkpoint) -> None:
     """1,000 first tokens: frequencies of the likeliest token agree with its probability at temperature 0.1."""
     model = load.resident(llama, mx.float32)
-    (group,) = batch_sampling.groups(model, PROMPTS[:1], 1000, 1, [], batch_sampling.sampler(0.1, 3), 1000)
+    (group,) = mlx_generate.groups(model, PROMPTS[:1], 1000, 1, [], mlx_generate.sampler(0.1, 3), 1000)
     p = mx.softmax(model(mx.array([PROMPTS[0]]))[0, -1] / 0.1)
     top = int(mx.argmax(p))
     share = np.mean([answer == [top] for answer in group])
@@ -56,7 +56,7 @@ def test_the_seed_decides(model: nn.Module) -> None:
     made = []
     for seed in (1, 1, 2):
         mx.random.seed(seed + len(made))
-        made.append(batch_sampling.groups(model, PROMPTS, 4, 6, [], batch_sampling.sampler(1.0, seed), 8))
+        made.append(mlx_generate.groups(model, PROMPTS, 4, 6, [], mlx_generate.sampler(1.0, seed), 8))
     assert made[0] == made[1] != made[2]
     assert [len(group) for group in made[0]] == [4, 4, 4]
     assert len({tuple(answer) for answer in made[0][0]}) == 4

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mis_mlx.models import block_files, load, model_writer
+from mis_mlx.models import load, model_writer
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
@@ -41,7 +41,7 @@ def test_one_file_per_block_that_everybody_opens(
     tmp_path: Path, models: Callable[[str], Checkpoint], kind: str
 ) -> None:
     """All the weights, float32, the tokenizer; each block alone in its file; stock mlx_lm gives the same logits."""
-    made = block_files.begin(models(kind), tmp_path / "s", DISK)
+    made = model_writer.by_block(models(kind), tmp_path / "s", DISK)
     assert raw(made) == raw(models(kind))
     blocks: dict[Path, set[str]] = {}
     for name, t in made.tensors.items():
@@ -59,7 +59,7 @@ def test_half_precision_becomes_float32_and_the_cut_stays_known(tmp_path: Path, 
     extra, take = model_writer.keep_files(keep), partial(load.dense, student)
     model_writer.write_model(config, take, student.path, tmp_path / "b", "bfloat16", DISK, extra)
     half = load.open_checkpoint(tmp_path / "b")
-    made = block_files.begin(half, tmp_path / "s", DISK)
+    made = model_writer.by_block(half, tmp_path / "s", DISK)
     assert {t.dtype for t in made.tensors.values()} == {"F32"}
     assert all(mx.array_equal(load.dense(made, n), load.dense(half, n).astype(mx.float32)) for n in half.tensors)
     assert model_writer.read_keep(made.path) == keep
@@ -71,14 +71,14 @@ def test_a_replaced_block_and_no_other(tmp_path: Path, llama: Checkpoint) -> Non
 
     An array that was read lazily keeps the old values; a folder that exists is opened, not begun again.
     """
-    made, name = block_files.begin(llama, tmp_path / "s", DISK), "model.layers.1.mlp.up_proj.weight"
+    made, name = model_writer.by_block(llama, tmp_path / "s", DISK), "model.layers.1.mlp.up_proj.weight"
     before, wanted, lazy = files_of(tmp_path / "s"), new_weights(made, 1), load.dense(made, name)
     mx.eval(wanted)
-    block_files.replace_block(made, 1, wanted, DISK)
+    model_writer.replace_block(made, 1, wanted, DISK)
     after = files_of(tmp_path / "s")
     assert mx.array_equal(lazy, load.dense(llama, name))
     assert [n for n in after if after[n] != before.get(n)] == [made.tensors[name].file.name]
-    again = block_files.begin(llama, tmp_path / "s", DISK)
+    again = model_writer.by_block(llama, tmp_path / "s", DISK)
     assert files_of(tmp_path / "s") == after and again.tensors == made.tensors
     for name, value in wanted.items():
         assert mx.array_equal(load.dense(again, f"model.layers.1.{name}"), value)
@@ -94,13 +94,13 @@ def test_whichever_operation_fails_a_block_is_old_or_new(tmp_path: Path, llama: 
     it is the new one."""
     refused = 0
     for at in itertools.count(1):
-        made = block_files.begin(llama, tmp_path / str(at), DISK)
+        made = model_writer.by_block(llama, tmp_path / str(at), DISK)
         old, wanted = raw(made), new_weights(made, 1)
         mx.eval(wanted)
         new = old | {f"model.layers.1.{n}": bytes(memoryview(v)) for n, v in wanted.items()}
         with breaking(at, number) as done:
             try:
-                block_files.replace_block(made, 1, wanted, DISK)
+                model_writer.replace_block(made, 1, wanted, DISK)
                 acknowledged = True
             except MisError as error:
                 assert "block 1 of the student" in str(error)
@@ -108,7 +108,7 @@ def test_whichever_operation_fails_a_block_is_old_or_new(tmp_path: Path, llama: 
         now = raw(load.open_checkpoint(made.path))
         assert now == new or (now == old and not acknowledged)
         assert not [n for n in os.listdir(made.path) if n.startswith(".tmp-")]
-        block_files.replace_block(made, 1, wanted, DISK)
+        model_writer.replace_block(made, 1, wanted, DISK)
         assert raw(load.open_checkpoint(made.path)) == new
         if len(done) < at:
             break
@@ -119,6 +119,6 @@ def test_a_quantized_source_is_unpacked(tmp_path: Path, llama: Checkpoint) -> No
     """Packed weights come back dense, in a folder that stock mlx_lm opens."""
     packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
     packed = load.open_checkpoint(tmp_path / "q4")
-    made = block_files.begin(packed, tmp_path / "s", DISK)
+    made = model_writer.by_block(packed, tmp_path / "s", DISK)
     assert all(mx.array_equal(load.dense(made, n), load.dense(packed, n)) for n in made.tensors)
     assert stock(made, TOKENS).shape == (1, 5, 512)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from mis_mlx.models import gemma_wheel, load, resolve, stream
+from mis_mlx.models import load, resolve, stream, wheel_model
 from mis_mlx.storage import hub
 from mis_mlx.types import MisError
 
@@ -57,7 +57,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_opens_everywhere(gguf: Path, tmp_path: Path) -> None:
     """Names, 1 off every norm, <bos> before every text, unknown letters as bytes; streamed is stock mlx_lm's."""
-    gemma_wheel._convert(gguf, tmp_path, hub.sha256(gguf))
+    wheel_model.convert_gemma(gguf, tmp_path, hub.sha256(gguf))
     checkpoint = load.open_checkpoint(tmp_path)
     norm = load.dense(checkpoint, "model.layers.1.post_feedforward_layernorm.weight")
     assert mx.array_equal(norm, mx.full(norm.shape, 0.25, mx.bfloat16))

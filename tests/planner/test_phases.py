@@ -22,7 +22,7 @@ from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, block_files, load
+from mis_mlx.models import arch, load, model_writer
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.estimates import forward_flops, model_of
 from mis_mlx.planner.job import MODES, DistillationSpec, spec_of
@@ -261,7 +261,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoi
 def test_sharded_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint], shard: int) -> None:
     """Two steps of every shard with MLX's limit at the plan: it waits there, so one array more is all it takes."""
     _, student = wide
-    files = block_files.begin(student, tmp_path / "parts", DISK)
+    files = model_writer.by_block(student, tmp_path / "parts", DISK)
     job = replace(JOB, teacher=model_of(wide[0]), student=model_of(student), batch=1, accumulate=2, targets="cached")
     planned = phases.sharded(job, 1, shard).peak_bytes
     mx.clear_cache()
@@ -289,7 +289,7 @@ def _against_itself(hidden: mx.array, weight: mx.array, learn: mx.array, target:
 def test_local_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint]) -> None:
     """Two steps of every block, without the closed-form fit, whose part in numpy is not in MLX's count."""
     teacher, student = wide
-    made = block_files.begin(student, tmp_path / "parts", DISK)
+    made = model_writer.by_block(student, tmp_path / "parts", DISK)
     job = replace(JOB, teacher=model_of(teacher), student=model_of(student), batch=1, accumulate=2, repair=0)
     planned = phases.local(job, 1, GIB).peak_bytes
     batches = [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(4)]

@@ -15,11 +15,11 @@ import pytest
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import slice_weights
+from mis_mlx.pruning import select
 from mis_mlx.quantization import gptq, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.storage.safetensors import Writer
+from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 from tests import tiny
 
@@ -118,7 +118,7 @@ def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) 
     """down_proj of the blocks that stand for removed ones is what plain rounding makes of it."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=4))
     shape = replace(shape_of(teacher.config), layers=3)
-    slice_weights.write_student(teacher, shape, KeptUnits((0, 2, 3), {}, ""), tmp_path / "s", "float32", DISK)
+    select.write_student(teacher, shape, KeptUnits((0, 2, 3), {}, ""), tmp_path / "s", "float32", DISK)
     student = load.open_checkpoint(tmp_path / "s")
     made = write(student, tmp_path / "q4", batches)
     assert packed_format.blocks_after_removed(student) == (0, 2)
@@ -144,10 +144,8 @@ def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
     tensors = {n: load.dense(whole, n) for n in arch.tensors_of(whole.config)}
     spoil = tensors[name] * value if np.isfinite(value) else tensors[name].at[0, 0].add(value)
     (folder / "bad").mkdir()
-    writer = Writer(folder / "bad", {n: ("F32", tuple(a.shape)) for n, a in tensors.items()}, DISK)
-    for n, array in tensors.items():
-        writer.add(n, spoil if n == name else array)
-    writer.close()
+    tensors[name] = spoil
+    write_tensors(folder / "bad", {n: ("F32", tuple(a.shape)) for n, a in tensors.items()}, tensors.items(), DISK)
     (folder / "bad" / "config.json").write_text(json.dumps(dict(whole.config)))
     return load.open_checkpoint(folder / "bad")
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from mis_mlx.storage.files import DISK
-from mis_mlx.storage.safetensors import INDEX, Writer, index, lazy, spec_of, write_arrays
+from mis_mlx.storage.safetensors import INDEX, cut, index, lazy, spec_of, write_arrays, write_tensors
 from mis_mlx.types import MisError
 
 
@@ -41,10 +41,8 @@ def arrays() -> dict[str, mx.array]:
 
 def write_model(folder: Path, content: dict[str, mx.array], shard_bytes: int = 2**30) -> None:
     folder.mkdir()
-    writer = Writer(folder, {n: spec_of(a) for n, a in content.items()}, DISK, shard_bytes=shard_bytes)
-    for name, array in content.items():
-        writer.add(name, array)
-    writer.close()
+    specs = {n: spec_of(a) for n, a in content.items()}
+    write_tensors(folder, specs, content.items(), DISK, cut(specs, shard_bytes))
 
 
 def assert_same(found: dict[str, Any], want: dict[str, mx.array]) -> None:
@@ -94,17 +92,15 @@ def test_the_writer_refuses_what_is_not_due(tmp_path: Path) -> None:
     for number, wrong in enumerate(others):
         (tmp_path / str(number)).mkdir()
         with pytest.raises(ValueError, match="was due"):
-            Writer(tmp_path / str(number), specs, DISK).add(*wrong)
+            write_tensors(tmp_path / str(number), specs, [wrong], DISK)
     for shard_bytes in (8, 100):
         folder = tmp_path / f"early{shard_bytes}"
         folder.mkdir()
-        writer = Writer(folder, specs, DISK, shard_bytes=shard_bytes)
-        writer.add("a", mx.zeros(2))
-        with pytest.raises(ValueError, match="closed"):
-            writer.close()
-    writer.add("b", mx.zeros(2))
-    with pytest.raises(ValueError, match="None was due"):
-        writer.add("c", mx.zeros(2))
+        with pytest.raises(ValueError, match="nothing.* came, .*'b'.* was due"):
+            write_tensors(folder, specs, [("a", mx.zeros(2))], DISK, cut(specs, shard_bytes))
+    (tmp_path / "late").mkdir()
+    with pytest.raises(ValueError, match="c came, nothing was due"):
+        write_tensors(tmp_path / "late", specs, [(name, mx.zeros(2)) for name in "abc"], DISK)
 
 
 def test_a_model_is_written_with_a_few_tensors_in_memory(tmp_path: Path) -> None:
@@ -112,10 +108,8 @@ def test_a_model_is_written_with_a_few_tensors_in_memory(tmp_path: Path) -> None
     specs = {f"t{i}": ("BF16", (2048, 1024)) for i in range(16)}
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    writer = Writer(tmp_path, specs, DISK, shard_bytes=10 * 2**20)
-    for i, name in enumerate(specs):
-        writer.add(name, mx.full((2048, 1024), i, dtype=mx.bfloat16))
-    writer.close()
+    made = ((name, mx.full((2048, 1024), i, dtype=mx.bfloat16)) for i, name in enumerate(specs))
+    write_tensors(tmp_path, specs, made, DISK, cut(specs, 10 * 2**20))
     assert mx.get_peak_memory() - before <= 3 * 4 * 2**20
     assert sum(at.nbytes for at in index(tmp_path).values()) == 64 * 2**20
 

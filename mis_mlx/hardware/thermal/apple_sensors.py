@@ -1,4 +1,4 @@
-"""Thermometers and watts of Apple silicon, no root: the HID event system, and the system management controller's keys.
+"""What a Mac with Apple silicon tells of its heat, no root: HID thermometers, the SMC's keys, thermal pressure.
 
 HID has some 57 thermometers on an M1 Air, by calls that are private, and stable since 2020 (sources:
 fermion-star/apple_sensors, vladkens/macmon, exelban/stats). No key is ever written (command 6 does not exist here)."""
@@ -6,10 +6,11 @@ fermion-star/apple_sensors, vladkens/macmon, exelban/stats). No key is ever writ
 import ctypes
 import struct
 from ctypes import POINTER, byref, c_char_p, c_double, c_int32, c_int64, c_long, c_size_t, c_uint8, c_uint32, c_void_p
+from pathlib import Path
 from typing import Any
 
-from mis_mlx.hardware.thermal.apple_frameworks import UTF8, Frameworks, foreign
-from mis_mlx.hardware.thermal.recording import Rows
+from mis_mlx.hardware.thermal.apple_frameworks import UTF8, Frameworks, foreign, load
+from mis_mlx.hardware.thermal.recording import Raw, Rows
 
 APPLE_VENDOR_PAGE, TEMPERATURE_USAGE, TEMPERATURE_EVENT = 0xFF00, 5, 15
 SINT32 = 3  # kCFNumberSInt32Type
@@ -18,6 +19,7 @@ READ_BYTES, KEY_BY_INDEX, KEY_INFO = 5, 8, 9
 KEYS_ENDPOINT = b"AppleSMCKeysEndpoint"
 # TCMz, the firmware's own hottest spot of the die, exists from M1 on.
 KEYS = ("TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "PSTR")
+PRESSURE_NAME = b"com.apple.system.thermalpressurelevel"
 
 
 class Hid:
@@ -203,3 +205,67 @@ def _connect(libraries: Frameworks) -> int:
     if not opened:
         raise OSError(f"none of {len(services)} AppleSMC services could be opened")
     return connection.value
+
+
+class Pressure:
+    """notify(3) thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping. An M1 may say 0 at 100 °C."""
+
+    def __init__(self, libraries: Frameworks):
+        system = libraries.system
+        register = foreign(system, "notify_register_check", c_uint32, c_char_p, POINTER(ctypes.c_int))
+        self._get = foreign(system, "notify_get_state", c_uint32, ctypes.c_int, POINTER(ctypes.c_uint64))
+        self._cancel = foreign(system, "notify_cancel", c_uint32, ctypes.c_int)
+        self._token = ctypes.c_int(-1)
+        code = register(PRESSURE_NAME, byref(self._token))
+        if code:
+            raise OSError(f"notify_register_check answered {code}")
+
+    def read(self) -> int:
+        """The level now; takes 10 µs."""
+        state = ctypes.c_uint64(0)
+        code = self._get(self._token, byref(state))
+        if code:
+            raise OSError(f"notify_get_state answered {code}")
+        return int(state.value)
+
+    def close(self) -> None:
+        """Give the token back."""
+        self._cancel(self._token)
+
+
+class Apple:
+    """All mechanisms of this Mac; `refused`: why those are not there that are not. OSError where there is no Mac."""
+
+    def __init__(self, library: Path | None = None):
+        self._libraries = load(library)
+        self._open: dict[str, Hid | Smc | Pressure] = {}
+        self.refused: dict[str, str] = {}
+        for name, mechanism in (("IOHID", Hid), ("SMC", Smc), ("pressure", Pressure)):
+            try:
+                self._open[name] = mechanism(self._libraries)
+            except (OSError, ValueError) as error:  # ValueError: a data symbol is missing
+                self.refused[name] = str(error)
+
+    def look(self, mono_s: float, wall_s: float) -> Raw:
+        """Read everything once, at these times; a mechanism that fails this time is missing this time."""
+        missing, seen = dict(self.refused), dict[str, Any]()
+        for name, mechanism in self._open.items():
+            try:
+                seen[name] = mechanism.read()
+            except (OSError, ValueError) as error:
+                missing[name] = str(error)
+        hid, smc = seen.get("IOHID", ()), seen.get("SMC", {})
+        return Raw(mono_s, wall_s, hid, smc=smc, missing=missing, pressure=seen.get("pressure"))
+
+    def system(self, name: str) -> str | None:
+        """A text `sysctl`, such as "hw.model" or "kern.osversion"; `None` when it has no such name."""
+        types = (ctypes.c_int, c_char_p, c_void_p, POINTER(c_size_t), c_void_p, c_size_t)
+        buffer, size = ctypes.create_string_buffer(256), c_size_t(256)
+        if foreign(self._libraries.system, "sysctlbyname", *types)(name.encode("ascii"), buffer, byref(size), None, 0):
+            return None
+        return buffer.value.decode("utf8", "replace")
+
+    def close(self) -> None:
+        """Close what was opened, and only that: another run may sample at the same time."""
+        for mechanism in self._open.values():
+            mechanism.close()

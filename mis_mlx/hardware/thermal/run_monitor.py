@@ -62,7 +62,7 @@ class ThermalMonitor:
 
     def __init__(self, flags: ThermalFlags, log: Path | None = None, files: Files = DISK):
         replay = None if flags.thermal_replay is None else Path(flags.thermal_replay)
-        self.monitor = thermal_monitor.open_monitor(
+        self.monitor = thermal_monitor.Monitor(
             replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m
         )
         self.breaks = governor.PauseCounter()
@@ -110,17 +110,12 @@ class ThermalMonitor:
             if self.breaks.count > pauses:
                 pauses = self.breaks.count
                 cli.say(f"tea break after step {step.number}: {decision.reason}")
-            if not self._governor.blind:
-                self._write(step.number, decision)
+            if self._log and not self._governor.blind:
+                reading = self.last()
+                values = {k: v for k, v in asdict(reading).items() if v is not None} if reading else {}
+                record = {**self.now(), "step": step.number, **values, **asdict(decision)}
+                self._files.append(self._log, json.dumps(record, ensure_ascii=False))
             yield decision
-
-    def _write(self, number: int, decision: governor.Decision) -> None:
-        if self._log is None:
-            return
-        reading = self.last()
-        values = {k: v for k, v in asdict(reading).items() if v is not None} if reading else {}
-        record = {**self.now(), "step": number, **values, **asdict(decision)}
-        self._files.append(self._log, json.dumps(record, ensure_ascii=False))
 
     def account(self) -> dict[str, Any]:
         """For a run's JSON: tea breaks, and where T_env and altitude came from."""

@@ -16,7 +16,7 @@ import psutil
 
 from mis_mlx.hardware.clock import Clock, VirtualClock
 from mis_mlx.hardware.thermal.ambient import Ambient, Estimate, find_altitude
-from mis_mlx.hardware.thermal.apple import Apple
+from mis_mlx.hardware.thermal.apple_sensors import Apple
 from mis_mlx.hardware.thermal.recording import Header, Raw, Replay, Rows
 from mis_mlx.hardware.thermal.sensor_rules import Frozen, Values, judge
 from mis_mlx.types import MisError, Reading
@@ -34,7 +34,7 @@ class Live:
     ended = False
 
     def __init__(self, clock: Clock, apple_library: Path | None = None):
-        self._clock = clock
+        self.clock = clock
         self.apple: Apple | None = None
         self.virtual = False  # a Mac that is a virtual machine has no thermometers at all
         self._missing: dict[str, str] = {}
@@ -53,9 +53,9 @@ class Live:
 
     def look(self) -> Raw:
         """Ask every provider once. One that fails is missing in this look only."""
-        rested = self._rested or self._clock.slept(self._asleep_s) >= LONG_SLEEP_S
-        self._rested, self._asleep_s = False, self._clock.asleep()
-        times = self._clock.monotonic(), self._clock.wall()
+        rested = self._rested or self.clock.slept(self._asleep_s) >= LONG_SLEEP_S
+        self._rested, self._asleep_s = False, self.clock.asleep()
+        times = self.clock.monotonic(), self.clock.wall()
         if self.apple is not None:
             raw = self.apple.look(*times)
         else:
@@ -72,16 +72,25 @@ class Live:
 
 
 class Monitor:
-    """Readings of one source. In a `with` statement a live one samples once a second in a daemon thread;
-    a replay has no thread: each `reading()` is the next record, and `clock` is virtual.
+    """Readings of this machine, or of the recording `replay`. In a `with` statement a live one samples once a second
+    in a daemon thread; a replay has no thread: each `reading()` is the next record, and `clock` is virtual.
 
-    Sample in the parent process only: Apple's libraries do not survive a fork."""
+    config: ~/.config/mis_mlx.toml. clock, apple_library: what tests put in their places. MisError for impossible values
+    and bad recordings. Sample in the parent process only: Apple's libraries do not survive a fork."""
 
-    def __init__(self, source: Live | Replay, ambient: Ambient, altitude: tuple[float | None, str], clock: Clock):
-        self.source = source
-        self.clock = clock
+    def __init__(
+        self, *, replay: Path | None = None, given_ambient_c: float | None = None, altitude_m: float | None = None,
+        clock: Clock | None = None, config: Path | None = None, apple_library: Path | None = None,
+    ):  # fmt: skip
+        if given_ambient_c is not None and not -60 <= given_ambient_c <= 60:
+            raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
+        self.source: Live | Replay
+        self.source = Replay(replay, VirtualClock()) if replay else Live(clock or Clock(), apple_library)
+        self.clock: Clock = self.source.clock
         self.reasons: Mapping[str, str] = {}  # field of Reading -> why it is None
-        self._ambient, self._altitude = ambient, altitude
+        early = (self.source.header.chip or "").startswith(("Apple M1", "Apple M2"))
+        self._ambient = Ambient(given_ambient_c, VIRTUAL_SIGMA_C if early else VIRTUAL_SIGMA_LATER_C)
+        self._altitude = find_altitude(altitude_m, self.source.header, config)
         self._frozen = Frozen()
         self._history: deque[Reading] = deque()
         self._looking = threading.Lock()  # one look at a time
@@ -143,66 +152,39 @@ class Monitor:
             values = judge(raw)
             estimate = self._ambient.update(values, raw.mono_s, raw.rested)
             stuck = self._frozen.stuck(raw.mono_s, values.die_c, values.power_w)
-            reading, reasons = self._reading(raw, values, estimate, stuck)
+            facts = self._facts(raw, values, estimate, stuck)
+            sources = {name: source for name, (value, source, _) in facts.items() if value is not None}
+            reading = Reading(
+                raw.mono_s, ambient_sigma_c=estimate.sigma_c if estimate else None, sources=sources,
+                **{name: value for name, (value, _, _) in facts.items()},  # type: ignore[arg-type]
+            )  # fmt: skip
             with self._lock:
-                self.reasons = reasons
+                self.reasons = {name: reason for name, (value, _, reason) in facts.items() if value is None}
                 self._history.append(reading)
                 while self._history[0].time_s < reading.time_s - HISTORY_S:
                     self._history.popleft()
         return reading
 
-    def _reading(
-        self, raw: Raw, values: Values, estimate: Estimate | None, stuck: bool
-    ) -> tuple[Reading, dict[str, str]]:
+    def _facts(
+        self, raw: Raw, values: Values, air: Estimate | None, stuck: bool
+    ) -> dict[str, tuple[float | int | bool | None, str, str]]:
+        """{field of Reading: (value, source, the reason where it is None)}."""
         no_air = "no --temperature-c, no start after a long rest, no SMC TVA0, no calm battery to tell it from"
-        facts: dict[str, tuple[float | int | bool | None, str, str]] = {  # value, source, reason if None
+        facts: dict[str, tuple[float | int | bool | None, str, str]] = {
             name: (getattr(values, name), values.sources.get(name, ""), values.reasons.get(name, ""))
             for name in ("die_c", "battery_c", "power_w")
         }
         if stuck:
             facts["die_c"] = (None, "", f"stuck at {values.die_c} °C for {Frozen.HOLD_S:.0f} s")
-        facts["ambient_c"] = (estimate.celsius, estimate.source, "") if estimate else (None, "", no_air)
+        facts["ambient_c"] = (air.celsius, air.source, "") if air else (None, "", no_air)
         facts["pressure_level"] = (raw.pressure, "notify(3)", raw.missing.get("pressure", "not a Mac"))
         facts["battery_percent"] = (raw.battery_percent, "psutil", "no battery")
         facts["plugged"] = (raw.plugged, "psutil", "no battery")
-        facts["altitude_m"] = (*self._altitude, "no --altitude-m and none in the configuration file")
-        sources = {
-            name: _labelled(source, self.replayed and name != "altitude_m")
-            for name, (value, source, _) in facts.items()
-            if value is not None
-        }
-        reading = Reading(
-            time_s=raw.mono_s,
-            ambient_sigma_c=estimate.sigma_c if estimate else None,
-            sources=sources,
-            **{name: value for name, (value, _, _) in facts.items()},  # type: ignore[arg-type]
-        )
-        return reading, {name: reason for name, (value, _, reason) in facts.items() if value is None}
-
-
-def open_monitor(
-    *,
-    replay: Path | None = None,
-    given_ambient_c: float | None = None,
-    altitude_m: float | None = None,
-    clock: Clock | None = None,
-    config: Path | None = None,
-    apple_library: Path | None = None,
-) -> Monitor:
-    """A monitor of this machine, or of the recording `replay`, for a `with` statement. config: ~/.config/mis_mlx.toml.
-    clock, apple_library: what tests put in their places. MisError for impossible values and bad recordings."""
-    if given_ambient_c is not None and not -60 <= given_ambient_c <= 60:
-        raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
-    source: Live | Replay
-    if replay is not None:
-        clock = clock if isinstance(clock, VirtualClock) else VirtualClock()
-        source = Replay(replay, clock)
-    else:
-        clock = clock or Clock()
-        source = Live(clock, apple_library)
-    early = (source.header.chip or "").startswith(("Apple M1", "Apple M2"))
-    ambient = Ambient(given_ambient_c, VIRTUAL_SIGMA_C if early else VIRTUAL_SIGMA_LATER_C)
-    return Monitor(source, ambient, find_altitude(altitude_m, source.header, config), clock)
+        if self.replayed:  # every witness but the user
+            for name, (value, source, reason) in facts.items():
+                parts = [part if part == "given" else f"replay {part}" for part in source.split(" + ")]
+                facts[name] = value, " + ".join(parts), reason
+        return facts | {"altitude_m": (*self._altitude, "no --altitude-m and none in the configuration file")}
 
 
 def temperatures() -> Rows:
@@ -224,9 +206,3 @@ def battery_charge() -> tuple[float | None, bool | None]:
     except (OSError, ValueError, psutil.Error):
         battery = None
     return (None, None) if battery is None else (float(battery.percent), battery.power_plugged)
-
-
-def _labelled(source: str, replayed: bool) -> str:
-    """ "replay " before every witness that is not the user."""
-    parts = source.split(" + ")
-    return " + ".join(f"replay {part}" if replayed and part != "given" else part for part in parts)

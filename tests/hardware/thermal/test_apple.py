@@ -9,10 +9,9 @@ from functools import partial
 import pytest
 
 from mis_mlx import thermal
-from mis_mlx.hardware.thermal.apple import Apple
 from mis_mlx.hardware.thermal.apple_frameworks import foreign, load
-from mis_mlx.hardware.thermal.apple_sensors import Hid, KeyData, Smc, decode
-from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
+from mis_mlx.hardware.thermal.apple_sensors import Apple, Hid, KeyData, Smc, decode
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 
 
 def test_struct_has_the_kernel_s_layout():
@@ -119,7 +118,7 @@ def test_a_function_that_macos_dropped_is_named(fake_apple):
 
 def test_doctor_on_a_mac(fake_apple, monkeypatch, capsys):
     """The doctor's plain words on a Mac: what it is, its die, and a measured T_env."""
-    monkeypatch.setattr(thermal, "open_monitor", partial(open_monitor, apple_library=fake_apple.path))
+    monkeypatch.setattr(thermal, "Monitor", partial(Monitor, apple_library=fake_apple.path))
     fake_apple.hid("gas gauge battery", 32.0)
     fake_apple.smc_float("TCMz", 58.5)
     fake_apple.smc_float("TVA0", 21.0)

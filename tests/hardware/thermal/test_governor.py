@@ -20,7 +20,7 @@ from mis_mlx.hardware.thermal.governor import (
     governor_for,
     unfit_for_timing,
 )
-from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.types import MisError, Reading
 from tests.hardware.plant import Plant, PlantMonitor
 
@@ -223,7 +223,7 @@ def test_halny_makes_tea_breaks_in_virtual_time():
     """The recording forces six tea breaks; all looks are used, the same way every time."""
     courses = []
     for _ in range(2):
-        with open_monitor(replay=DATA / "halny.jsonl") as monitor:
+        with Monitor(replay=DATA / "halny.jsonl") as monitor:
             governor, breaks, log = Governor("steady"), PauseCounter(), []
             while not monitor.ended:
                 log += after_step(monitor, governor, breaks, step_s=0.1)

@@ -18,7 +18,7 @@ from mis_mlx.hardware.thermal import thermal_monitor
 from mis_mlx.hardware.thermal.ambient import find_altitude
 from mis_mlx.hardware.thermal.governor import governor_for
 from mis_mlx.hardware.thermal.recording import Header, Raw, recorder
-from mis_mlx.hardware.thermal.thermal_monitor import open_monitor
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.types import MisError
 from tests.hardware.plant import LidClock, smc_float
 
@@ -37,13 +37,13 @@ def test_psutil_s_thermometers(monkeypatch):
     chips = {"nvme": [SimpleNamespace(label="Composite", current=70.0)],
              "k10temp": [SimpleNamespace(label="Tctl", current=61.25)]}  # fmt: skip
     monkeypatch.setattr(psutil, "sensors_temperatures", lambda: chips, raising=False)
-    reading = open_monitor(clock=VirtualClock(), config=NOWHERE).look()
+    reading = Monitor(clock=VirtualClock(), config=NOWHERE).look()
     assert (reading.die_c, reading.sources["die_c"]) == (61.25, "psutil k10temp Tctl")
 
 
 def test_a_virtual_machine_measures_nothing_and_says_why(no_sensors):
     """None with a reason for every value, no source, never 0 and never 20 °C."""
-    reading = (monitor := open_monitor(clock=VirtualClock(), config=NOWHERE)).look()
+    reading = (monitor := Monitor(clock=VirtualClock(), config=NOWHERE)).look()
     names = ("die_c", "battery_c", "ambient_c", "ambient_sigma_c", "altitude_m")
     assert [getattr(reading, name) for name in names] == [None] * 5
     assert "psutil shows no thermometer" in monitor.reasons["die_c"]
@@ -54,7 +54,7 @@ def test_a_virtual_machine_measures_nothing_and_says_why(no_sensors):
 
 def test_given_values_are_called_given(no_sensors):
     """By hand is never called measured."""
-    monitor = open_monitor(given_ambient_c=-3.0, altitude_m=832.0, clock=VirtualClock(), config=NOWHERE)
+    monitor = Monitor(given_ambient_c=-3.0, altitude_m=832.0, clock=VirtualClock(), config=NOWHERE)
     reading = monitor.look()
     assert (reading.ambient_c, reading.ambient_sigma_c, reading.altitude_m) == (-3.0, 0.7, 832.0)
     assert (reading.sources["ambient_c"], reading.sources["altitude_m"]) == ("given", "given")
@@ -64,7 +64,7 @@ def test_given_values_are_called_given(no_sensors):
 def test_impossible_ambient_is_refused(celsius):
     """300 is a room in kelvin; a NaN is no number."""
     with pytest.raises(MisError, match="ambient temperature"):
-        open_monitor(given_ambient_c=celsius)
+        Monitor(given_ambient_c=celsius)
 
 
 def test_altitude_in_order(tmp_path):
@@ -92,7 +92,7 @@ def test_an_m1_air_through_the_real_calls(fake_apple):
     fake_apple.smc_float("TCMz", 74.5)
     fake_apple.smc_float("TVA0", 21.0)
     fake_apple.smc_float("PSTR", 12.5)
-    monitor = open_monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
+    monitor = Monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
     reading = monitor.look()
     monitor.source.close()
     assert reading.die_c == 74.5
@@ -115,7 +115,7 @@ def test_a_frozen_die_sensor_is_missing(tmp_path):
         for second in range(130):
             keys = {"TCMz": smc_float(74.5), "PSTR": smc_float(5.0 + second / 10)}
             add(Raw(float(second), float(second), smc=keys))
-    monitor = open_monitor(replay=path, config=NOWHERE)
+    monitor = Monitor(replay=path, config=NOWHERE)
     readings = [monitor.reading() for _ in range(130)]
     assert readings[119].die_c == 74.5
     assert readings[120].die_c is None
@@ -129,7 +129,7 @@ def test_all_sensors_gone_and_back(tmp_path):
         add(Raw(0.0, 0.0, hid=(("PMU tdie1", 50.0),)))
         add(Raw(1.0, 1.0, missing={"IOHID": "no client"}))
         add(Raw(2.0, 2.0, hid=(("PMU tdie1", 51.0),)))
-    monitor = open_monitor(replay=path, config=NOWHERE)
+    monitor = Monitor(replay=path, config=NOWHERE)
     assert monitor.reading().die_c == 50.0
     assert monitor.reading().die_c is None
     assert monitor.reasons["die_c"] == "no sensor answered (IOHID: no client)"
@@ -139,7 +139,7 @@ def test_all_sensors_gone_and_back(tmp_path):
 
 def test_halny():
     """The recording warms from 8 to 33 °C in its first 16 looks, at 832 m, and every source says 'replay'."""
-    with open_monitor(replay=DATA / "halny.jsonl") as monitor:
+    with Monitor(replay=DATA / "halny.jsonl") as monitor:
         readings = [monitor.reading() for _ in range(16)]
         assert "thermometers" not in {thread.name for thread in threading.enumerate()}
     assert readings[0].ambient_c == pytest.approx(8.0, abs=0.01)
@@ -152,7 +152,7 @@ def test_halny():
 
 def test_given_and_replayed_witnesses_keep_their_names():
     """A user's value in a replay is still given; what the recording measured is still a replay."""
-    monitor = open_monitor(replay=DATA / "halny.jsonl", given_ambient_c=8.0)
+    monitor = Monitor(replay=DATA / "halny.jsonl", given_ambient_c=8.0)
     assert monitor.reading().sources["ambient_c"] == "given + replay SMC TVA0"
 
 
@@ -162,7 +162,7 @@ def test_history_keeps_an_hour(tmp_path):
     with recorder(path, Header()) as add:
         for minute in range(121):
             add(Raw(60.0 * minute, 60.0 * minute, hid=(("PMU tdie1", 40.0),)))
-    monitor = open_monitor(replay=path, config=NOWHERE)
+    monitor = Monitor(replay=path, config=NOWHERE)
     while not monitor.ended:
         monitor.reading()
     assert [r.time_s for r in monitor.history()] == [60.0 * minute for minute in range(60, 121)]
@@ -183,7 +183,7 @@ def test_rest_is_boot_or_a_long_sleep(no_sensors):
 def test_live_monitor_samples_in_a_thread(no_sensors, monkeypatch):
     """A daemon thread adds readings while nobody asks, and is gone after the with statement."""
     monkeypatch.setattr(thermal_monitor, "PERIOD_S", 0.005)
-    with open_monitor(given_ambient_c=8.0, config=NOWHERE) as monitor:
+    with Monitor(given_ambient_c=8.0, config=NOWHERE) as monitor:
         first = monitor.reading()
         for _ in range(1000):
             if monitor.reading().time_s > first.time_s:
@@ -202,7 +202,7 @@ def test_live_monitor_samples_in_a_thread(no_sensors, monkeypatch):
 def test_a_mac_without_thermometers(fake_apple, model, in_vm, real):
     """A virtual one, by its name or the hypervisor's, is governed blindly; on a real one the silence is a fault."""
     fake_apple.model(model, in_vm)
-    monitor = open_monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
+    monitor = Monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
     reading = monitor.look()
     monitor.source.close()
     assert (reading.die_c, monitor.apple) == (None, real)

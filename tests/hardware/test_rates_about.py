@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-from mis_mlx.hardware import machine_info
+from mis_mlx.hardware import rates
 
 
 def test_about_names_no_machine() -> None:
     """Chip, memory, system and versions; no host name."""
     import platform
 
-    said = machine_info.about()
+    said = rates.about()
     assert said["memory_gib"] > 0 and said["mlx"] and said["chip"]
     assert platform.node() not in json.dumps(said)
     assert 1 <= said["cores_used"] <= said["cores"]
