@@ -67,9 +67,10 @@ class Run(OpenRun):
 
 def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
-    if c.plan.mode != "sharded":
+    if c.plan.mode == "resident":
         return _resident(c, pruned, source_of(c))
-    return _sharded(c, _local(c, pruned), source_of(c))
+    begun = _local(c, pruned) if c.plan.mode == "sharded" else pruned
+    return _by_blocks(c, begun, source_of(c))
 
 
 def source_of(c: Run) -> live_teacher.TargetSource:
@@ -120,20 +121,24 @@ def _local(c: Run, pruned: Checkpoint) -> Checkpoint:
 
 def _resident(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
     student, optimizer = load.resident(begun, mx.float32), GuardedAdamW(weight_decay=c.recipe.weight_decay)
-    if c.plan.mode == "blocks":
-        load.freeze_vocabulary(student)
 
     def begin() -> None:
-        keep = model_writer.read_keep(begun.path)
-        if c.plan.job.repair and keep:
-            cli.say("reconstruct: refit every down_proj to the teacher's stream")
-            with c.phase("repair"):
-                mended, _ = reconstruct.reconstruct(c.teacher, begun, keep, c.pick(c.plan.job.repair, 2))
-            student.load_weights(list(mended.items()), strict=False)
+        student.load_weights(list(_mended(c, begun).items()), strict=False)
         stream.load_checked(student, f"{begun.path}: ")
 
     train_whole(c, student, optimizer, source, begin)
     return dict(tree_flatten(student.parameters())).__getitem__
+
+
+def _mended(c: Run, pruned: Checkpoint) -> dict[str, mx.array]:
+    """What the closed-form repair changes, by name."""
+    keep = model_writer.read_keep(pruned.path)
+    if not (c.plan.job.repair and keep):
+        return {}
+    cli.say("reconstruct: refit every down_proj to the teacher's stream")
+    with c.phase("repair"):
+        mended, _ = reconstruct.reconstruct(c.teacher, pruned, keep, c.pick(c.plan.job.repair, 2))
+    return mended
 
 
 def train_whole(
@@ -186,13 +191,15 @@ class Wind:
         self.sigma = state["halny_sigma"]
 
 
-def _sharded(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
-    r, visit = c.recipe, steps_per_shard(c.plan.job, c.plan.shard_layers)
-    room = 4 * c.plan.job.student.head_params  # the head stays, the blocks stream past
-    student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, room, c.direct)
+def _by_blocks(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
+    r, job, whole = c.recipe, c.plan.job, c.plan.mode == "blocks"
+    visit = r.iters if whole else steps_per_shard(job, c.plan.shard_layers)
+    room = 4 * job.student.head_params  # the head stays, the blocks stream past
+    shard = job.student.shape.layers if whole else c.plan.shard_layers
+    student = sharded.Sharded(begun, shard, visit, r.weight_decay, c.files, room, c.direct)
     wind = Wind(c)
     training = CheckpointedTraining(c, student.arrays, student.memory, student.restore, wind.remember, wind.recall)
-    start = training.start(student.begin)
+    start = training.start(lambda: student.begin(_mended(c, begun) if whole else {}))
     micro_batches = live_teacher.step_micro_batches(source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)
     slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None
@@ -201,7 +208,7 @@ def _sharded(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Ca
         return losses.loss_noise_factor(wind.sigma, r.seed, step)
 
     steps = partial(sharded.steps, student, micro_batches, loss, r.schedule, factor=factor, slopes=slopes)
-    every = min(r.save_every, max(1, visit // 2))  # two checkpoints of every visit: see Sharded
+    every = r.save_every if whole else min(r.save_every, max(1, visit // 2))  # two of every visit: see Sharded
     with c.phase("distil"):
-        training.finish(steps, start, r.iters, every, lambda: student.optimizer, **_beside_the_plan(c))
-    return partial(load.dense, load.open_checkpoint(begun.path))
+        training.finish(steps, start, r.iters, every, lambda: student, **_beside_the_plan(c))
+    return student.take
