@@ -4,10 +4,10 @@
     scripts/mis benchmarks/quality_4bit.py                                        # the default teacher
 
 A row is one model in fewer bits: KL(model || model in fewer bits) and the held-out loss that it adds, over all tokens
-of the same windows (± one standard error over tokens). All MLX rows have an embedding of 8 bits, groups of 64, and
-learn from the same windows: 32 for whoever calibrates, 2 a step for whoever trains. mlx_lm's programs run as they are,
-on our text. Rows are written when they are done, so a run that was stopped goes on. Writes
-benchmarks/results/<machine>/quality_4bit/<name>-<row>.json.
+of the same windows (± one standard error over tokens). All MLX rows have groups of 64 and learn from the same windows:
+32 for whoever calibrates, 2 a step for whoever trains. mlx_lm's programs run as they are, on our text: `convert` and
+`dwq` round the embedding to 4 bits, `gptq` and `awq` to 8. Bits are of all weights. Rows are written when they are
+done, so a run that was stopped goes on. Writes benchmarks/results/<machine>/quality_4bit/<name>-<row>.json.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from mis_mlx.distillation import live_teacher, scale_tuning
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, resolve
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
-from mis_mlx.quantization import grid, packed_format
+from mis_mlx.pruning import vocabulary
+from mis_mlx.quantization import grid
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.gguf_reader import hf_name, unpermute
 from mis_mlx.types import Checkpoint
-
-EMBEDDING = {"bits": 8, "group_size": 64}
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,11 @@ class Bench:
         rounded = out.parent / "rounded" if how.q_iters else out
         quantize.quantize(self.path, rounded, how, DISK, self.batches, len(self.batches))
         if how.q_iters:
-            source = live_teacher.StreamedTeacher(load.open_checkpoint(taught) if taught else self.dense, None)
             r = scale_tuning.recipe_of(DistillationConfig(), how.q_iters, how.q_learning_rate)
             checkpoint = load.open_checkpoint(rounded)
-            grid.write(checkpoint, scale_tuning.learned(checkpoint, source, self.train, r), out, DISK)
+            with vocabulary.shared(load.open_checkpoint(taught) if taught else self.dense, [self.dense]) as teacher:
+                source = live_teacher.StreamedTeacher(teacher, None)
+                grid.write(checkpoint, scale_tuning.learned(checkpoint, source, self.train, r), out, DISK)
 
     def opened(self) -> tuple[Any, Any, dict[str, Any]]:
         """As mlx_lm opens it, in float32: (model, tokenizer, config)."""
@@ -111,21 +111,9 @@ class Bench:
         load.mlx_lm("utils").save(out, str(self.path), model, tokenizer, config)
 
     def convert(self, out: Path) -> None:
-        """mlx_lm.convert -q, but for the embedding."""
-
-        def predicate(path: str, _: Any) -> Any:
-            return EMBEDDING if "embed" in path or "lm_head" in path else True
-
+        """mlx_lm.convert -q."""
         convert = load.mlx_lm("convert").convert
-        convert(
-            str(self.path),
-            str(out),
-            quantize=True,
-            q_group_size=64,
-            q_bits=4,
-            dtype="float16",
-            quant_predicate=predicate,
-        )
+        convert(str(self.path), str(out), quantize=True, q_group_size=64, q_bits=4, dtype="float16")
 
     def gptq(self, out: Path) -> None:
         """mlx_lm.gptq's function."""
@@ -148,10 +136,7 @@ class Bench:
         """mlx_lm.dwq's function at its own learning rate, in float32, from its rounded model; as many steps as ours."""
         program, utils = load.mlx_lm("quant.dwq"), load.mlx_lm("utils")
         model, tokenizer, config = self.opened()
-        small, config = utils.quantize_model(
-            copy.deepcopy(model), config, 64, 4,
-            quant_predicate=lambda path, _: EMBEDDING if "embed" in path or "lm_head" in path else True,
-        )  # fmt: skip
+        small, config = utils.quantize_model(copy.deepcopy(model), config, 64, 4)
         rows = [(self.train.tokens[i].tolist(), 0) for i in range(2 * self.s.q_iters + 4)]
         adam = load.mlx_lm("quant.dwq").optimizers.Adam(learning_rate=1e-6, bias_correction=True)
         program.dwq_quantize(small, lambda batch, i, split: model(batch), adam, rows[4:], rows[:4], 2,
@@ -171,13 +156,11 @@ class Bench:
                 for part, count in heads.items():
                     found[name] = unpermute(found[name], count) if part in name else found[name]
         model_writer.write_model(config, lambda n: mx.array(found[n]), self.path, out, "float32", DISK)
-        bits = {hf_name(t.name): (8 * t.n_bytes, t.n_elements) for t in reader.tensors}
-        blocks = [v for n, v in bits.items() if ".layers." in n and "norm" not in n]
-        self.sizes = sum(b for b, _ in blocks) / sum(n for _, n in blocks), sum(int(t.n_bytes) for t in reader.tensors)
+        self.nbytes = sum(int(t.n_bytes) for t in reader.tensors)
 
 
 FOUR = QuantizationConfig(target_bpw=None, q_iters=0)
-MIXED = replace(FOUR, target_bpw=4.5)
+MIXED = QuantizationConfig(q_iters=0)
 ROWS: dict[str, Callable[[Bench, Path], None]] = {
     "mlx_lm convert": Bench.convert,
     "mlx_lm gptq": Bench.gptq,
@@ -192,10 +175,10 @@ ROWS: dict[str, Callable[[Bench, Path], None]] = {
     "ours, mixed gptq": lambda b, out: b.ours(out, MIXED),
     "ours, gptq tuned": lambda b, out: b.ours(out, replace(FOUR, q_iters=b.s.q_iters)),
     "ours, mixed gptq tuned": lambda b, out: b.ours(out, replace(MIXED, q_iters=b.s.q_iters)),
-    "ours, 4.6 bits": lambda b, out: b.ours(out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters)),
-    "ours, as large as Q4_K_M": lambda b, out: b.ours(out, replace(MIXED, target_bpw=5.55, q_iters=b.s.q_iters)),
-    "ours, 4.6 bits, from the teacher": lambda b, out: b.ours(
-        out, replace(MIXED, target_bpw=4.6, q_iters=b.s.q_iters), str(resolve.resolve_model(b.s.teacher).path)
+    "ours, 5.2 bits": lambda b, out: b.ours(out, replace(MIXED, target_bpw=5.2, q_iters=b.s.q_iters)),
+    "ours, as large as Q4_K_M": lambda b, out: b.ours(out, replace(MIXED, target_bpw=6.4, q_iters=b.s.q_iters)),
+    "ours, mixed gptq tuned, from the teacher": lambda b, out: b.ours(
+        out, replace(MIXED, q_iters=b.s.q_iters), str(resolve.resolve_model(b.s.teacher).path)
     ),
 }  # fmt: skip
 
@@ -207,23 +190,21 @@ def row(bench: Bench, make: Callable[[Bench, Path], None]) -> dict[str, Any]:
         make(bench, out := Path(temp) / "model")
         made = load.open_checkpoint(out)
         seconds = time.monotonic() - began
-        if arch.is_quantized(made.tensors):
-            bits, nbytes = packed_format.block_bits(made.config, packed_format.formats(made)), made.nbytes
-        else:
-            bits, nbytes = bench.sizes
-        return {"bits_per_block_weight": bits, "nbytes": nbytes, "seconds": round(seconds), **bench.judge(made)}
+        nbytes = made.nbytes if arch.is_quantized(made.tensors) else bench.nbytes
+        bits = 8 * nbytes / arch.params(made.config)
+        return {"bits_per_weight": bits, "nbytes": nbytes, "seconds": round(seconds), **bench.judge(made)}
 
 
 def table(name: str) -> str:
     """Markdown of all rows there are."""
-    head = [name, "bits per block weight", "MB"]
+    head = [name, "bits per weight", "MB"]
     head += ["mean KLD, English", "added nats", "mean KLD, Polish", "added nats"]
     rows = []
     for label in ROWS:
         if r := stored(f"quality_4bit/{name}-{label.replace(', ', '-').replace(' ', '-')}"):
             texts = [r[text] for text in ("English", "Polish")]
             values = [f"{t[key][0]:.3f} ± {t[key][1]:.3f}" for t in texts for key in ("mean_kld", "added_nats")]
-            rows.append([label, f"{r['bits_per_block_weight']:.2f}", f"{r['nbytes'] / 1e6:.1f}", *values])
+            rows.append([label, f"{r['bits_per_weight']:.2f}", f"{r['nbytes'] / 1e6:.1f}", *values])
     return markdown_table(head, rows)
 
 
@@ -250,7 +231,7 @@ def main(s: Settings) -> None:
             continue
         write(files[label], command, {"row": label, **found})
         english = found["English"]
-        cli.say(f"{label}: {found['bits_per_block_weight']:.2f} bits, KLD {english['mean_kld'][0]:.4f}, "
+        cli.say(f"{label}: {found['bits_per_weight']:.2f} bits, KLD {english['mean_kld'][0]:.4f}, "
                 f"{english['added_nats'][0]:+.4f} nats, {found['seconds']} s")  # fmt: skip
         mx.clear_cache()
 

@@ -138,7 +138,7 @@ def test_mixed_bits_and_steps_end_to_end(
         done = command("quantize", *flags, *more, "--mlx-path", tmp_path / name)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.splitlines()[-1])
-        assert 4.4 < result["bits_per_block_weight"] <= 4.6
+        assert 4.4 < result["bits_per_weight"] <= 4.7  # norms are in 16 bits
     plain, own = (load.open_checkpoint(tmp_path / name) for name in ("plain", "own"))
     path = "model.layers.0.mlp.up_proj"
     assert (
@@ -150,13 +150,7 @@ def test_mixed_bits_and_steps_end_to_end(
         tmp_path / "taught" / "model.safetensors"
     ).read_bytes()
     nats = json.loads((tmp_path / "own" / packed_format.SENSITIVITY).read_text())["nats"]
-    assert set(nats) == {n for n in packed_format.formats(own) if ".layers." in n} and set(nats[path]) == {
-        "3",
-        "4",
-        "5",
-        "6",
-        "8",
-    }
+    assert set(nats) == set(packed_format.formats(own)) and set(nats[path]) == set("34568")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["own", "plain", "taught"]
     mlx_generate.open_model(tmp_path / "own")
 

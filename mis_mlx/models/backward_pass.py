@@ -25,11 +25,14 @@ def backwards(
     visit: Visit,
     seed: int = 0,
     kept: stream.Hidden | None = None,
-) -> None:
+    at_head: Callable[[mx.array, mx.array], None] = lambda x, above: None,
+) -> list[mx.array]:
     """One pass forwards, then from the last block to the first: `visit(i, block)` gives what takes batches back.
 
     That function takes the block's inputs x and d log p(drawn tokens) / d output of some batches, all [(B, T, D)]; it
-    gives d log p / d x. Token ids [(B, T)]. kept: a place other than memory for L * len(batches) inputs (B, T, D)."""
+    gives d log p / d x. Token ids [(B, T)]. kept: a place other than memory for L * len(batches) inputs (B, T, D).
+    at_head: sees the head's inputs (n, D) and d log p / d logits (n, V), some rows at a time. Returns d log p / d x of
+    the first block."""
     kept = [] if kept is None else kept
     source, n = stream.Stream(checkpoint, dtype), len(batches)
     source.embed(batches, kept)
@@ -39,14 +42,19 @@ def backwards(
     for i, block in source.blocks(range(source.layers - 1, -1, -1)):
         if not back:
             last = source.through(block, kept[-n:])
-            back = [_drawn(checkpoint, source, h, mx.random.key(seed * n + b)) for b, h in enumerate(last)]
+            keys = (mx.random.key(seed * n + b) for b in range(n))
+            back = [_drawn(checkpoint, source, h, key, at_head) for h, key in zip(last, keys, strict=True)]
         through = visit(i, block)
         for b in range(0, n, width := lanes.count()):
             some = range(b, min(b + width, n))
             back[some.start : some.stop] = through([kept[i * n + k] for k in some], back[some.start : some.stop])
+    return back
 
 
-def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array) -> mx.array:
+def _drawn(
+    checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array,
+    at_head: Callable[[mx.array, mx.array], None],
+) -> mx.array:  # fmt: skip
     """d log p(drawn token) / d hidden (B, T, D), of the last block's output; one draw a position."""
     norm = load.final_norm(checkpoint, source.dtype)
     head, parts = source.head(), []
@@ -62,6 +70,7 @@ def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key:
         above = _pulls(z, mx.random.categorical(z, key=now))
         parts.append(mx.vjp(logits, [some], [above])[1][0])
         stream.evaluate_now(parts[-1])
+        at_head(norm(some), above)
     return mx.concatenate(parts).reshape(hidden.shape)
 
 

@@ -17,11 +17,10 @@ BIAS_BITS = 32  # scale and bias of a group
 
 
 def packed_bytes(m: ModelSize, how: QuantizationConfig | None = None) -> int:
-    """Of a model in 4 bits, or in the mean bits asked for, and groups of 64; the embedding and the head in 8."""
+    """Of a model in the mean bits asked for; or in 4 bits, the embedding and the head in 8."""
     how = (how or QuantizationConfig()).affine
-    blocks = how.target_bpw or 4 + BIAS_BITS / how.q_group_size
-    head = m.head_params * (1 if m.shape.tied else 2)
-    return int((blocks * (arch.params(m.config) - head) + (8 + BIAS_BITS / how.q_group_size) * head) / 8)
+    head = 0 if how.target_bpw else m.head_params * (1 if m.shape.tied else 2)
+    return int(((how.target_bpw or 4 + BIAS_BITS / how.q_group_size) * arch.params(m.config) + 4 * head) / 8)
 
 
 def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, limit: int) -> StageCost:
@@ -59,7 +58,7 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     some windows, and a slab of gradients and errors. Traffic and operations are those of its docstring."""
     window = length * m.shape.hidden * m.item
     one = streamed_pass("", m, length, length, length, head=False, spool=False)
-    head = m.head_work + training_size.logit_bytes(m.shape.vocab, length, not m.gpu)
+    head = m.head_work + 2 * training_size.logit_bytes(m.shape.vocab, length, not m.gpu)
     back = 2 * estimates.together(m) * training_size.backward_bytes(m.config, 1, length)
     s, formats = m.shape, len(BITS)
     seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)

@@ -102,10 +102,10 @@ class QuantizationConfig:
     q_group_size: Literal[32, 64, 128] = 64
     """weights that share one scale"""
     q_mode: Literal["affine", "mxfp4", "nvfp4"] = "affine"
-    """format of the blocks' weights; the embedding is 8-bit affine in all of them. What follows is for affine only"""
-    target_bpw: Bits | None = 4.6
-    """bits per weight of the blocks, scales included: 3 to 8 bits for each matrix, by what they cost on text. None: 4
-    bits each, and 8 for down_proj where blocks are missing"""
+    """format of the blocks' weights; the embedding is 8-bit affine in the others. What follows is for affine only"""
+    target_bpw: Bits | None = 4.5
+    """bits per weight, scales included: 3 to 8 bits for each matrix, by what they cost on text. None: 4 bits each, and
+    8 for the embedding and for down_proj where blocks are missing"""
     q_method: Literal["round", "gptq"] = "gptq"
     """every weight to its nearest value (round), or so that outputs on num_samples windows change least (gptq)"""
     q_iters: Whole | None = None

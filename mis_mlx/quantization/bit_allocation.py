@@ -3,6 +3,7 @@
 A cost is KL(model || model with that one rounded), from one pass forwards and one back. The KL is at its minimum there,
 so a cost is half the Fisher information along the rounding error, half the mean over windows of
 <d log p(drawn tokens) / dW, error>^2 (models/backward_pass). Costs add up as far as the second order reaches.
+Of the embedding and the head it is the mean over errors as well, which are taken as even and independent.
 
 For N weights, F formats and windows of T tokens a batch of windows moves 20 N F bytes for the errors; each window takes
 8 N T operations (forwards twice, back to the inputs, gradients) and moves (12 + 4 F) N bytes. Gradients and errors are
@@ -32,9 +33,9 @@ def mixed(
     seed: int = 0,
     kept: stream.Hidden | None = None,
 ) -> tuple[packed_format.Layout, dict[str, Any]]:
-    """(a format for every matrix, at most `target_bpw` bits per weight of the blocks; what was found, for a JSON).
+    """(a format for every matrix, at most `target_bpw` bits per weight; what was found, for a JSON).
 
-    Token ids [(B, T)]. The embedding and the head stay in 8 bits. kept: as in `backward_pass.backwards`."""
+    Token ids [(B, T)]. kept: as in `backward_pass.backwards`."""
     check(target_bpw, group)
     nats = costs(checkpoint, batches, group, rounding.BITS, seed, kept)
     shapes = arch.tensors_of(checkpoint.config)
@@ -56,7 +57,16 @@ def allocate(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int],
     """{name: bits} with mean bits, weighed by sizes, of at most `mean_bits`; {} when even the fewest are too many.
 
     costs: {name: {bits: cost}}, the same bits for all. Greedy along each name's lower convex hull, which is the best
-    there is but for the last step (Lagrange; what does not fit any more is passed over)."""
+    there is but for the last step (Lagrange; what does not fit any more is passed over). The largest one, of which that
+    step can be most of the room (an embedding), is tried in all its bits."""
+    largest = max(sizes, key=lambda name: sizes[name])
+    tried = [_greedy({**costs, largest: {bits: cost}}, sizes, mean_bits) for bits, cost in costs[largest].items()]
+    total = {i: sum(costs[name][bits] for name, bits in chosen.items()) for i, chosen in enumerate(tried) if chosen}
+    return tried[min(total, key=lambda i: total[i])] if total else {}
+
+
+def _greedy(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], mean_bits: float) -> dict[str, int]:
+    """`allocate` but for the largest one."""
     start = {name: min(cost) for name, cost in costs.items()}
     room = sum((mean_bits - start[name]) * size for name, size in sizes.items())
     if room < 0:
@@ -114,11 +124,12 @@ def costs(
     seed: int = 0,
     kept: stream.Hidden | None = None,
 ) -> dict[str, dict[int, float]]:
-    """{module path: {bits: nats per token}} of every matrix of the blocks, in affine groups. Token ids [(B, T)].
+    """{module path: {bits: nats per token}} of every matrix, in affine groups. Token ids [(B, T)].
 
     kept: as in `backward_pass.backwards`."""
     args, nats = load.model_args(checkpoint.config), dict[str, dict[int, float]]()
     tokens = sum(b.size for b in batches)
+    ends = _Ends(checkpoint, group)
 
     def visit(i: int, block: nn.Module) -> Callable[[Some, Some], Some]:
         matrices = [(part, name, axis) for axis, (part, names) in arch.readers(block).items() for name in names]
@@ -154,8 +165,48 @@ def costs(
 
         return through
 
-    backward_pass.backwards(checkpoint, batches, policy.compute_dtype(checkpoint), visit, seed, kept)
-    return nats
+    dtype = policy.compute_dtype(checkpoint)
+    back = backward_pass.backwards(checkpoint, batches, dtype, visit, seed, kept, ends.at_head)
+    for ids, below in zip(batches, back, strict=True):
+        ends.at_rows(ids, below)
+    return nats | {path: {b: of / (2 * tokens) / (2**b - 1) ** 2 for b in bits} for path, of in ends.squares.items()}
+
+
+class _Ends:
+    """What errors of the embedding and of the head cost, before it is known how large they are.
+
+    squares: {module path: sum over tokens of the mean of <d log p / dW, error>^2}, for errors of 2^bits - 1 times their
+    size: an affine group's are taken as even, of variance (range / (2^bits - 1))^2 / 12, and independent."""
+
+    def __init__(self, checkpoint: Checkpoint, group: int):
+        scale = load.embedding_scale(checkpoint.config, mx.float32)
+        self.group, self.scale = group, 1.0 if scale is None else float(scale)
+        self.table, self.head = load.EMBEDDING.rstrip("."), load.head_prefix(checkpoint).rstrip(".")
+        self.squares = dict.fromkeys((self.table, self.head), 0.0)
+        self.variances = {path: self._variances(checkpoint, path) for path in self.squares}
+
+    def _variances(self, checkpoint: Checkpoint, path: str) -> mx.array:
+        """(V, D / group) float32."""
+        weight = load.dense(checkpoint, f"{path}.weight").astype(mx.float32)
+        groups = weight.reshape(len(weight), -1, self.group)
+        found = mx.square(groups.max(axis=-1) - groups.min(axis=-1)) / 12
+        stream.evaluate_now(found)
+        return found
+
+    def at_head(self, x: mx.array, above: mx.array) -> None:
+        """Head inputs x (n, D) and d log p(drawn) / d logits (n, V), of which the mean square is p (1 - p)."""
+        squares = mx.square(x.astype(mx.float32)).reshape(len(x), -1, self.group).sum(axis=-1)
+        chance = mx.abs(above)
+        self.squares[self.head] += float((chance * (1 - chance) * (squares @ self.variances[self.head].T)).sum())
+
+    def at_rows(self, ids: mx.array, below: mx.array) -> None:
+        """A batch's token ids (B, T) and cotangents at the first block (B, T, D). A row's error is the same wherever
+        its token stands."""
+        rows, place = np.unique(np.array(ids), return_inverse=True)
+        slopes = np.zeros((len(rows), below.shape[-1]))
+        np.add.at(slopes, place.reshape(-1), np.array(below.astype(mx.float32)).reshape(-1, below.shape[-1]))
+        along = np.square(slopes * self.scale).reshape(len(rows), -1, self.group).sum(axis=-1)
+        self.squares[self.table] += float((along * np.array(self.variances[self.table][mx.array(rows)])).sum())
 
 
 class _Shifted(nn.Module):

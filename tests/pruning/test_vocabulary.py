@@ -101,11 +101,11 @@ def test_a_size_that_cannot_be(big: Checkpoint, asked: str, why: str) -> None:
         vocabulary.size(asked, big.path, ROWS)
 
 
-@pytest.mark.parametrize("kind", ["llama", "untied", "packed"])
+@pytest.mark.parametrize("kind", ["llama", "untied", "packed", "granite", "phi3", "gemma3_text"])
 def test_logits_of_the_rows_that_stay_are_the_teachers(tmp_path: Path, text_folder: Path, kind: str) -> None:
     """On a text that uses no other tokens: the same ids but for their numbers, the same logits, and so the same
     probabilities but for the softmax's denominator; in memory and streamed."""
-    teacher = make(tmp_path / "teacher", **({} if kind == "packed" else tiny.KINDS[kind]))
+    teacher = make(tmp_path / "teacher", **{**tiny.KINDS, **tiny.FAMILIES, "packed": {}}[kind])
     if kind == "packed":
         packed_format.write_quantized(teacher, tmp_path / "packed", 64, DISK)
         teacher = load.open_checkpoint(tmp_path / "packed")
@@ -235,6 +235,16 @@ def test_distill_end_to_end(finished: tuple[Path, Done], big: Checkpoint, text_f
         nats += (mx.logsumexp(logits, -1) - mx.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]).sum().item()
         nbytes += len(each.encode()) - len(tokenizer.decode(ids[0, :1].tolist()).encode())
     assert result["bits_per_byte_teacher"] == pytest.approx(nats / nbytes / math.log(2), rel=near(1e-4, 0.02))
+
+
+def test_distill_a_phi(tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done]) -> None:
+    """Joined matrices, LongRoPE and half of the tokens: stock mlx_lm opens the 4-bit student."""
+    phi = make(tmp_path / "phi", **tiny.FAMILIES["phi3"])
+    done = command("distill", *small, "--teacher", phi.path, "--iters", 2, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = load.mlx_lm("utils").load(str(tmp_path / "run" / "model"))
+    assert len(tokenizer.get_vocab()) == model.args.vocab_size == KEPT and model.args.model_type == "phi3"
+    assert mx.isfinite(model(mx.array([tokenizer.encode("Zażółć gęślą jaźń")]))).all().item()
 
 
 @pytest.mark.parametrize("way", [("--train", "sharded"), ("--train", "blocks"), ("--targets", "cached")])

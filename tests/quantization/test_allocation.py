@@ -52,6 +52,14 @@ def test_by_pencil() -> None:
     assert allocate(costs, {"a": 1, "b": 1}, 2.9) == {}
 
 
+def test_one_that_is_most_of_the_model_gets_its_bits_before_the_small_ones() -> None:
+    """Greedily the ten small ones would take the bit that the large one needs whole, and leave it none."""
+    small = {f"s{k}": 1 for k in range(10)}
+    costs = {"large": {3: 10.0, 4: 1.0}} | {name: {3: 1.0, 4: 0.5, 8: 0.1} for name in small}
+    chosen = allocate(costs, {"large": 20, **small}, 3.81)
+    assert chosen["large"] == 4 and sorted(chosen.values()) == [3] * 6 + [4] * 5
+
+
 def test_a_step_that_only_costs_is_not_taken() -> None:
     """More bits that measure worse, by luck, are passed over; a later better one is not."""
     assert allocate({"a": {3: 1.0, 4: 2.0, 5: 3.0}}, {"a": 1}, 8.0) == {"a": 3}

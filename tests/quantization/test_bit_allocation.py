@@ -83,16 +83,16 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
 
     backward_pass.backwards(checkpoint, batches, mx.float32, visit, 3)
     found = bit_allocation.costs(checkpoint, batches, 64, (3, 5), 3)
-    assert found.keys() == wanted.keys()
-    for path, cost in found.items():
-        assert cost == pytest.approx(wanted[path], rel=1e-4), path
+    assert found.keys() - wanted.keys() == {"model.embed_tokens"}
+    for path, cost in wanted.items():
+        assert found[path] == pytest.approx(cost, rel=1e-4), path
 
 
 def test_many_draws_give_the_kl_itself(models, batches: list[mx.array]) -> None:
     """The mean over 16 seeds is within 40 % of the KL that rounding one matrix to 4 bits measures."""
     checkpoint = models("qwen3")
     found = [bit_allocation.costs(checkpoint, batches, 64, (4,), seed) for seed in range(16)]
-    for path in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"):
+    for path in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj", "model.embed_tokens"):
         weight = load.dense(checkpoint, f"{path}.weight")
         error = rounding.values(rounding.nearest(weight, 64, 4), 64, 4) - weight
         mean = np.mean([f[path][4] for f in found])
@@ -102,10 +102,7 @@ def test_many_draws_give_the_kl_itself(models, batches: list[mx.array]) -> None:
 def test_every_matrix_of_the_blocks_and_fewer_bits_cost_more(llama: Checkpoint, batches: list[mx.array]) -> None:
     """Each has a cost in each number of bits; in sum a bit less costs two to eight times as much."""
     found = bit_allocation.costs(llama, batches, 64, (3, 4, 5, 8))
-    inside = {
-        n.removesuffix(".weight") for n, d in arch.tensors_of(llama.config).items() if len(d) == 2 and ".layers." in n
-    }
-    assert set(found) == inside
+    assert set(found) == {n.removesuffix(".weight") for n, d in arch.tensors_of(llama.config).items() if len(d) == 2}
     sums = [sum(cost[bits] for cost in found.values()) for bits in (3, 4, 5, 8)]
     assert all(2 < a / b < 10 for a, b in pairwise(sums[:3])) and sums[3] < sums[2] / 20
 
@@ -122,9 +119,6 @@ def test_mixed_formats_keep_to_the_target_and_open_in_mlx_lm(
 ) -> None:
     """At 4.6 bits a weight, scales included; stock mlx-lm computes what we read back."""
     plan, found = bit_allocation.mixed(llama, batches, 64, 4.6)
-    assert 4.4 < packed_format.block_bits(llama.config, plan) <= 4.6 and plan[
-        "model.embed_tokens"
-    ] == packed_format.Format(8, 64)
     assert len({kind.bits for path, kind in plan.items() if ".layers." in path}) > 1
     done = packed_format.write_quantized(
         llama, tmp_path / "q", plan, DISK, extra={packed_format.SENSITIVITY: json.dumps(found).encode()}
@@ -134,9 +128,7 @@ def test_mixed_formats_keep_to_the_target_and_open_in_mlx_lm(
     assert packed_format.formats(made) == dict(plan)
     sizes = {n: math.prod(d) for n, d in arch.tensors_of(llama.config).items()}
     stored = {n: sum(made.tensors[f"{n}.{p}"].nbytes for p in ("weight", "scales", "biases")) for n in found["bits"]}
-    assert 8 * sum(stored.values()) / sum(sizes[f"{n}.weight"] for n in stored) == pytest.approx(
-        done["bits_per_block_weight"]
-    )
+    assert 4.4 < 8 * sum(stored.values()) / sum(sizes[f"{n}.weight"] for n in stored) <= 4.6
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q"))
     ours = load.resident(made, mx.float32)
     assert mx.allclose(model(batches[0]).astype(mx.float32), ours(batches[0]), atol=5e-3)  # it computes in float16
