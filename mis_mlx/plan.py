@@ -47,7 +47,9 @@ def decision(plan: phases.MemoryPlan) -> str:
     if not plan.fits:
         return f"This does NOT fit: {phases.remedy(plan)}."
     job, layers = plan.job, plan.job.student.shape.layers
-    named = "resident training of the blocks" if plan.mode == "blocks" else f"{plan.mode} training"
+    named = {"blocks": "resident training of the blocks", "lora": "resident training of adapters"}.get(
+        plan.mode, f"{plan.mode} training"
+    )
     how = f"{named}, micro-batches of {plan.micro_batch} of {job.batch} windows"
     if plan.mode == "sharded":
         visit = phases.steps_per_shard(job, plan.shard_layers)

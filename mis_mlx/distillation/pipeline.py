@@ -17,7 +17,8 @@ from mis_mlx.distillation import blockwise, cached_targets, live_teacher, sharde
 from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun, run_training
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import block_files, distributed, load, model_writer, stream
+from mis_mlx.models import block_files, distributed, load, lora, model_writer, stream
+from mis_mlx.planner.job import ADAPTERS
 from mis_mlx.planner.phases import MemoryPlan, steps_per_shard
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import reconstruct, vocabulary
@@ -192,11 +193,12 @@ class Wind:
 
 
 def _by_blocks(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
-    r, job, whole = c.recipe, c.plan.job, c.plan.mode == "blocks"
+    r, job, whole = c.recipe, c.plan.job, c.plan.mode in ("blocks", "lora")
     visit = r.iters if whole else steps_per_shard(job, c.plan.shard_layers)
     room = 4 * job.student.head_params  # the head stays, the blocks stream past
     shard = job.student.shape.layers if whole else c.plan.shard_layers
-    student = sharded.Sharded(begun, shard, visit, r.weight_decay, c.files, room, c.direct)
+    adapters = partial(lora.insert, lora=ADAPTERS, seed=r.seed) if c.plan.mode == "lora" else None
+    student = sharded.Sharded(begun, shard, visit, r.weight_decay, c.files, room, c.direct, adapters)
     wind = Wind(c)
     training = CheckpointedTraining(c, student.arrays, student.memory, student.restore, wind.remember, wind.recall)
     start = training.start(lambda: student.begin(_mended(c, begun) if whole else {}))

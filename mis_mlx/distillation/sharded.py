@@ -20,7 +20,7 @@ from mis_mlx.distillation import train_loop
 from mis_mlx.hardware import lanes
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
-from mis_mlx.models import arch, block_files, distributed, host_losses, load, stream
+from mis_mlx.models import arch, block_files, distributed, host_losses, load, policy, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
@@ -58,8 +58,9 @@ class Sharded:
         files: Files,
         room_bytes: int = 0,
         direct: bool = False,
+        adapters: Callable[[nn.Module], None] | None = None,
     ):
-        self._student, self._files = student, files
+        self._student, self._files, self._adapters = student, files, adapters
         self._shard_layers, self._steps_per_shard, self._weight_decay = shard_layers, steps_per_shard, weight_decay
         self._stream = partial(stream.Stream, student, mx.float32, room_bytes, direct)
         norm = load.final_norm(student, mx.float32)
@@ -85,7 +86,7 @@ class Sharded:
         """Go on where a checkpoint was saved, with its sizes of shard and visit. MisError when that is lost."""
         self._check(memory["visit"])
         self._shard_layers, self._steps_per_shard = memory["shard_layers"], memory["steps_per_shard"]
-        self._enter(memory["visit"], {f"model.{name}": a for name, a in arrays["model"].items()})
+        self._enter(memory["visit"], stored=arrays["model"])
         for j, (optimizer, remembered) in enumerate(zip(self.optimizers, memory["blocks"], strict=True)):
             mine = {n.removeprefix(f"{j}."): a for n, a in arrays["optimizer"].items() if n.startswith(f"{j}.")}
             optimizer.restore(mine, remembered)
@@ -106,8 +107,11 @@ class Sharded:
         i = arch.block_of(name)
         if i is None or i not in self.blocks:
             return load.dense(self._student, name)
-        prefix = f"model.layers.{i}."
-        return dict(tree_flatten(self.shard.layers[i - self.blocks.start].parameters()))[name.removeprefix(prefix)]
+        *owners, last = name.split(".")[3:]
+        owner = self.shard.layers[i - self.blocks.start]
+        for step in owners:
+            owner = owner[step]
+        return (owner.fuse() if hasattr(owner, "fuse") else owner)[last]  # a LoRALinear's weights with its adapter
 
     def _check(self, visit: int) -> None:
         """That no visit after `visit` wrote blocks. What a crash left half-written is swept."""
@@ -118,15 +122,22 @@ class Sharded:
             begun = f"the newest whole checkpoint is of visit {visit}" if visit >= 0 else "no checkpoint is whole"
             raise MisError(f"{self._student.path} holds blocks of visit {written}, but {begun}: start a new run")
 
-    def _enter(self, visit: int, given: Mapping[str, mx.array] | None = None) -> None:
+    def _enter(
+        self, visit: int, mended: Mapping[str, mx.array] | None = None, stored: Mapping[str, mx.array] | None = None
+    ) -> None:
         self._source = self._stream()  # a stream refuses files that changed since it was made
         layers, size = self._source.layers, self._shard_layers
         first = visit % -(-layers // size) * size
         self.visit, self.blocks = visit, range(first, min(first + size, layers))
         self.optimizers = [GuardedAdamW(weight_decay=self._weight_decay, eight_bit=True) for _ in self.blocks]
         self.shard = nn.Module()  # the last shard's memory goes before the next one's is taken
-        self.shard.layers = [load.block(self._student, i, self._source.args, mx.float32) for i in self.blocks]
-        self.shard.load_weights([(n.removeprefix("model."), a) for n, a in (given or {}).items()], strict=False)
+        kind = policy.compute_dtype(self._student) if self._adapters else mx.float32
+        self.shard.layers = [load.block(self._student, i, self._source.args, kind) for i in self.blocks]
+        new = [(name.removeprefix("model."), array.astype(kind)) for name, array in (mended or {}).items()]
+        self.shard.load_weights(new, strict=False)
+        if self._adapters:
+            self._adapters(self.shard)
+        self.shard.load_weights(list((stored or {}).items()), strict=False)
         stream.load_checked(self.shard, f"{self._student.path}, from block {first} on: ")
 
     def end_step(self, number: int, last: bool) -> None:
@@ -247,7 +258,7 @@ class Sharded:
         the last block, what makes a loss of its output; else its cotangent is in `kept`. slopes: of the b-th batch's
         final hidden states the loss and its gradient, where the ends make no more than these: the way back is laid out
         from a cotangent of zeros, whose memory is then filled."""
-        weights = dict(tree_flatten(block.parameters())) if i in self.blocks else {}
+        weights = dict(tree_flatten(block.trainable_parameters())) if i in self.blocks else {}
         total, gradients = mx.array(0.0), [mx.zeros_like(w) for w in weights.values()]
 
         def run(end: Callable[[mx.array], mx.array] | None, x: mx.array, *values: mx.array) -> mx.array:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mis_mlx.models.families import family
+from mis_mlx.models.lora import Lora
 from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import ModelSize
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
@@ -14,9 +15,10 @@ LOCAL_ITERS, LOCAL_WINDOWS = 16, 64  # of a student that does not fit; windows: 
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
 SAMPLES = 50  # tokens of a position in the logit store
+ADAPTERS = Lora(-1, 8, 20.0)  # mlx-lm's own rank and scale, in all blocks
 
-Mode = Literal["resident", "blocks", "sharded"]
-MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"  # the best first
+Mode = Literal["resident", "blocks", "lora", "sharded"]
+MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"  # the best first; adapters only for who asks
 
 
 @dataclass(frozen=True)

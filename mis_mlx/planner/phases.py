@@ -1,8 +1,8 @@
 """The phases of a distillation in bytes, operations and memory, and which way of training fits a budget.
 
 Does not know flags, nor how the work is done. `resident`: the student fits with gradients and moments. `blocks`: with
-moments of 8 bits and one block's gradient. `sharded`: it is streamed, some blocks of it trainable at a time, after
-`local`, one block at a time."""
+moments of 8 bits and one block's gradient. `lora`: with adapters alone that change. `sharded`: it is streamed, some
+blocks of it trainable at a time, after `local`, one block at a time."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch
 from mis_mlx.planner import estimates, quantized_size, training_size
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
-from mis_mlx.planner.job import MODES, DistillationSpec, Mode
+from mis_mlx.planner.job import ADAPTERS, DistillationSpec, Mode
 from mis_mlx.planner.pruning_size import prune, repair
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.planner.training_size import STATE_BYTES
@@ -68,20 +68,24 @@ def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     return _taught(job, plain, micro, limit, job.iters, trained, SAVED_BYTES * trained, work)
 
 
-def blocks(job: DistillationSpec, micro: int, limit: int) -> StageCost:
+def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) -> StageCost:
     """The student's blocks in memory, updated one after the other (distillation/sharded); the teacher as in
-    `resident`."""
+    `resident`. lora: only their adapters, beside weights in the type that the policy gives."""
     m, layers = job.student, job.student.shape.layers
-    state, work = layers * training_size.block_state_bytes(m.config), _way_back(job, micro)
+    state, trained = layers * training_size.block_state_bytes(m.config), m.block_params
+    work = _way_back(job, micro, ADAPTERS.rank * lora)
+    if lora:
+        trained = ADAPTERS.params(m.config) // layers
+        state = layers * (m.block_params * m.item + STATE_BYTES * trained)
     flops = 4 * forward_flops(m, job.step, job.length, False) + 4.0 * job.step * m.head_params
     plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops, True)
     work -= 4 * m.head_params
-    return _taught(job, plain, micro, limit, job.iters, layers * m.block_params, state, work)
+    return _taught(job, plain, micro, limit, job.iters, layers * trained, state, work)
 
 
-def _way_back(job: DistillationSpec, micro: int) -> int:
+def _way_back(job: DistillationSpec, micro: int, rank: int = 0) -> int:
     how = job.batch * job.accumulate // micro, job.length, estimates.together(job.student), bool(job.host_lanes)
-    return estimates.SMALL_BYTES + training_size.way_back_bytes(job.student.config, micro, *how)
+    return estimates.SMALL_BYTES + training_size.way_back_bytes(job.student.config, micro, *how, rank)
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
@@ -254,8 +258,10 @@ def one(
     elif job.repair:
         phases.append(repair(job))
     whole = mode != "sharded"
-    in_memory = {"resident": resident, "blocks": blocks}
-    phases.append(in_memory[mode](job, micro, left) if whole else sharded(job, micro, shard))
+    if mode == "resident":
+        phases.append(resident(job, micro, left))
+    else:
+        phases.append(blocks(job, micro, left, mode == "lora") if whole else sharded(job, micro, shard))
     phases.append(quantized_size.quantize(job.student, job.rounding, job.calibration, job.length, left))
     steps = job.rounding.steps(whole) if tuned is None else tuned
     extra = [tune(job, micro, left, steps)] if steps else []
@@ -267,13 +273,13 @@ def one(
 
 
 def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
-    """The best plan that fits: by its mode, as in MODES, then the largest micro-batch, then the one that reads
+    """The best plan that fits: by its mode, as in `job.modes`, then the largest micro-batch, then the one that reads
     least; if none fits, the one that needs least memory."""
     plans = [one(job, budget_bytes, rates, *way) for way in ways(job)]
     fitting = [p for p in plans if p.fits]
     if not fitting:
         return min(plans, key=lambda p: p.peak_bytes)
-    return min(fitting, key=lambda p: (MODES.index(p.mode), -p.micro_batch, sum(f.read_bytes for f in p.phases)))
+    return min(fitting, key=lambda p: (job.modes.index(p.mode), -p.micro_batch, sum(f.read_bytes for f in p.phases)))
 
 
 def least_bytes(job: DistillationSpec, rates: Rates) -> int:

@@ -76,11 +76,15 @@ def block_moment_bytes(config: Mapping[str, Any]) -> int:
     return nbytes
 
 
-def way_back_bytes(config: Mapping[str, Any], batch: int, parts: int, length: int, lanes: int, host: bool) -> int:
+def way_back_bytes(
+    config: Mapping[str, Any], batch: int, parts: int, length: int, lanes: int, host: bool, rank: int = 0
+) -> int:
     """What a step of `parts` micro-batches holds while a student is trained block by block (distillation/sharded),
     beside its weights and moments: what entered each block, the head, and what is largest of: the loss, the way back
-    through a block, its update. lanes: windows side by side, each with a gradient. host: as of `logit_bytes`."""
-    s, sizes = shape_of(config), [math.prod(shape) for shape in arch.layer_tensors(config).values()]
+    through a block, its update. lanes: windows side by side, each with a gradient. host: as of `logit_bytes`. rank:
+    of adapters, where only these are trained."""
+    s, shapes = shape_of(config), arch.layer_tensors(config).values()
+    sizes = [rank * sum(shape) if rank else math.prod(shape) for shape in shapes]
     gradient, side_by_side = 4 * sum(sizes), min(lanes, batch)
     back = backward_bytes(config, batch, length) + (side_by_side + (parts > 1)) * gradient
     loss = logit_bytes(s.vocab, batch * length, host)

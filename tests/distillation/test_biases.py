@@ -13,10 +13,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.ablations import fisher_importance as fisher
-from mis_mlx.alignment import lora
 from mis_mlx.distillation import blockwise, sharded
 from mis_mlx.gguf_export import tensors
-from mis_mlx.models import arch, block_files, load, model_writer
+from mis_mlx.models import arch, block_files, load, lora, model_writer
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct, rotate, slice_weights

@@ -23,9 +23,10 @@ from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, block_files, load
+from mis_mlx.models.lora import insert
 from mis_mlx.planner import estimates, phases, training_size
 from mis_mlx.planner.estimates import forward_flops, model_of
-from mis_mlx.planner.job import MODES, DistillationSpec, spec_of
+from mis_mlx.planner.job import ADAPTERS, MODES, DistillationSpec, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig, Schedule, TrainingConfig
 from mis_mlx.pruning import select
 from mis_mlx.quantization import packed_format
@@ -280,12 +281,15 @@ BY_BLOCKS: list[tuple[dict[str, Any], int, int, int, bool]] = [
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize(("sizes", "batch", "accumulate", "length", "resident"), BY_BLOCKS)
+@pytest.mark.parametrize(
+    ("sizes", "batch", "accumulate", "length", "resident", "lora"),
+    [*((*row, False) for row in BY_BLOCKS), (WIDE, 2, 1, 32, True, True)],
+)
 def test_training_by_blocks_stays_under_the_plan(
-    tmp_path: Path, sizes: dict[str, Any], batch: int, accumulate: int, length: int, resident: bool
+    tmp_path: Path, sizes: dict[str, Any], batch: int, accumulate: int, length: int, resident: bool, lora: bool
 ) -> None:
     """Two real steps with MLX's limit at the plan, with blocks or a vocabulary that outweigh the rest, tied or not: the
-    peak is under the plan, and within 20 % of it (15 % and a MiB)."""
+    peak is under the plan, and within 20 % of it (15 % and a MiB); 25 where adapters alone are trained."""
     models = [load.open_checkpoint(tiny.make(tmp_path / str(n), seed=n, num_hidden_layers=n, **sizes)) for n in (5, 4)]
     vocab = models[0].config["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocab, (12, length)).astype(np.int32)
@@ -293,19 +297,23 @@ def test_training_by_blocks_stays_under_the_plan(
     recipe = TrainingConfig(iters=2, batch_size=batch, grad_accumulation_steps=accumulate, max_seq_length=length)
     teacher, small = map(model_of, models)
     job = replace(JOB, teacher=teacher, student=small, batch=batch, accumulate=accumulate, length=length)
-    planned = phases.blocks(job, batch, GIB if resident else 0)
+    planned = phases.blocks(job, batch, GIB if resident else 0, lora)
     mx.clear_cache()
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned.peak_bytes)):
         source = live_teacher.StreamedTeacher(models[0], None if resident else 0)
-        student = sharded.Sharded(models[1], 4, 2, 0.01, DISK, 4 * small.head_params)
+        adapters = partial(insert, lora=ADAPTERS, seed=0) if lora else None
+        student = sharded.Sharded(models[1], 4, 2, 0.01, DISK, 4 * small.head_params, adapters=adapters)
         student.begin()
         micro_batches = live_teacher.step_micro_batches(source, data, recipe)
         how = partial(source.kl_sum, frozen_head=True), recipe.schedule
         steps = list(sharded.steps(student, micro_batches, *how, slopes=source.frozen_slopes()))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (5 if resident else 0)
-    assert planned.peak_bytes / 1.2 < peak < planned.peak_bytes, (peak / MIB, planned.peak_bytes / MIB)
+    assert planned.peak_bytes / (1.25 if lora else 1.2) < peak < planned.peak_bytes, (
+        peak / MIB,
+        planned.peak_bytes / MIB,
+    )
 
 
 @pytest.mark.parametrize("shard", [1, 3])
