@@ -1,4 +1,4 @@
-"""A student's training, from where it stands to its end: repaired or taught block by block, then distilled."""
+"""A student's training, from where it stands to its end: repaired, then distilled."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import blockwise, cached_targets, live_teacher, sharded, train_loop
-from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun, run_training
+from mis_mlx.distillation import cached_targets, live_teacher, sharded, train_loop
+from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import block_files, distributed, load, lora, model_writer, stream
@@ -24,9 +24,9 @@ from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Checkpoint, MisError, Step
+from mis_mlx.storage.hidden_spool import Spool
+from mis_mlx.types import Checkpoint, Step
 
-LOCAL, LOCAL_RATE = "local.jsonl", 3e-4  # the peak, of every block
 TUNE_STEPS, TUNE_LOG = "tune-steps", "tune.jsonl"
 LEFT = ("steps", TUNE_STEPS, "rounded", "parts", "targets", vocabulary.FOLDER)  # nobody needs them once a run is done
 
@@ -70,8 +70,7 @@ def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
     if c.plan.mode == "resident":
         return _resident(c, pruned, source_of(c))
-    begun = _local(c, pruned) if c.plan.mode == "sharded" else pruned
-    return _by_blocks(c, begun, source_of(c))
+    return _by_blocks(c, pruned, source_of(c))
 
 
 def source_of(c: Run) -> live_teacher.TargetSource:
@@ -97,29 +96,6 @@ def source_of(c: Run) -> live_teacher.TargetSource:
     return cached_targets.Cached(store, at)
 
 
-def _local(c: Run, pruned: Checkpoint) -> Checkpoint:
-    """The student as a folder of parts, taught block by block as far as it is not yet."""
-    keep = model_writer.read_keep(pruned.path)
-    if keep is None:
-        raise MisError(f"{pruned.path} has no keep.json, which says what each block stands for: prune it with mis_mlx")
-    student = block_files.begin(pruned, c.folder / "parts", c.files)
-    if (c.folder / "steps").exists():  # the next stage has begun
-        return student
-    r, iters = c.recipe, c.plan.job.local_iters
-    recipe = replace(r, iters=iters, warmup=min(2, r.warmup), learning_rate=LOCAL_RATE, batch_size=1,
-                     grad_accumulation_steps=r.batch_size * r.grad_accumulation_steps)  # fmt: skip
-    cli.say(f"local: {len(keep.layers)} blocks, {iters} steps each")
-    steps = blockwise.train(
-        c.teacher, pruned, student, keep, c.pick(c.plan.job.local, 2), recipe, folder=c.folder,
-        held=c.plan.held_windows("local"), files=c.files, direct=c.direct,
-        repair=c.plan.job.repair > 0,
-    )  # fmt: skip
-    total = len(keep.layers) * iters
-    with c.phase("local"):  # which saves every block by itself
-        run_training(c, steps, total, total + 1, lambda number: None, LOCAL, "local")
-    return student
-
-
 def _resident(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
     student, optimizer = load.resident(begun, mx.float32), GuardedAdamW(weight_decay=c.recipe.weight_decay)
 
@@ -131,14 +107,24 @@ def _resident(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> C
     return dict(tree_flatten(student.parameters())).__getitem__
 
 
-def _mended(c: Run, pruned: Checkpoint) -> dict[str, mx.array]:
-    """What the closed-form repair changes, by name."""
-    keep = model_writer.read_keep(pruned.path)
+def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
+    """What the closed-form repair changes, by name. parts: the student's folder, where these go at once; then hidden
+    states are on disk as far as memory does not hold them."""
+    mended, keep = dict[str, mx.array](), model_writer.read_keep(pruned.path)
     if not (c.plan.job.repair and keep):
-        return {}
+        return mended
     cli.say("reconstruct: refit every down_proj to the teacher's stream")
+    planned, windows = next(p for p in c.plan.phases if p.name == "repair"), c.pick(c.plan.job.repair, 2)
+    c.files.require_space(c.folder, planned.spooled_bytes, "the spool of hidden states")
+    spool = partial(Spool, c.folder, c.plan.held_windows("repair"), c.files) if parts else None
     with c.phase("repair"):
-        mended, _ = reconstruct.reconstruct(c.teacher, pruned, keep, c.pick(c.plan.job.repair, 2))
+        for j, wide, error in reconstruct.by_block(c.teacher, pruned, keep, windows, spool, c.direct):
+            if parts and error < 1.0:
+                block = load.block(parts, j, load.model_args(parts.config), mx.float32)
+                block.mlp.down_proj.weight = wide
+                block_files.replace_block(parts, j, dict(tree_flatten(block.parameters())), c.files)
+            elif error < 1.0:
+                mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
     return mended
 
 
@@ -192,8 +178,9 @@ class Wind:
         self.sigma = state["halny_sigma"]
 
 
-def _by_blocks(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
-    r, job, whole = c.recipe, c.plan.job, c.plan.mode in ("blocks", "lora")
+def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
+    r, job, whole = c.recipe, c.plan.job, c.plan.mode != "sharded"
+    begun = pruned if whole else block_files.begin(pruned, c.folder / "parts", c.files)
     visit = r.iters if whole else steps_per_shard(job, c.plan.shard_layers)
     room = 4 * job.student.head_params  # the head stays, the blocks stream past
     shard = job.student.shape.layers if whole else c.plan.shard_layers
@@ -201,7 +188,7 @@ def _by_blocks(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> 
     student = sharded.Sharded(begun, shard, visit, r.weight_decay, c.files, room, c.direct, adapters)
     wind = Wind(c)
     training = CheckpointedTraining(c, student.arrays, student.memory, student.restore, wind.remember, wind.recall)
-    start = training.start(lambda: student.begin(_mended(c, begun) if whole else {}))
+    start = training.start(lambda: student.begin(_mended(c, pruned, None if whole else begun)))
     micro_batches = live_teacher.step_micro_batches(source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)
     slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None

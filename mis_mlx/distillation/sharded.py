@@ -34,15 +34,12 @@ Slopes = Callable[[mx.array, Sequence[MicroBatch], int, mx.array], tuple[float, 
 
 
 class Sharded:
-    """A student whose shard is in memory and trainable. `begin` or `restore` comes first; afterwards `take` gives its
-    weights by name.
+    """A student whose shard is in memory and trainable. `begin` or `restore` comes first, `take` last.
 
-    A visit is the `steps_per_shard` steps that one shard is trained, with optimizers of its own, one a block; visit v
-    is that of shard v modulo their number. A shard of all blocks has one visit, and its folder is only read.
-    room_bytes and direct are those of `stream.Stream`.
-
-    Every block has a dog of its own: a block's gradient is clipped by its own norms, for no other is known when it is
-    updated. A loss that is not a number skips the step in all of them.
+    A visit is the `steps_per_shard` steps that one shard is trained, with optimizers of its own; visit v is that of
+    shard v modulo their number. A shard of all blocks has one visit, and its folder is only read. room_bytes and direct
+    are those of `stream.Stream`. Every block has a dog of its own: its gradient is clipped by its own norms, for no
+    other is known when it is updated. A loss that is not a number skips the step in all of them.
 
     What makes a resume exact: a checkpoint holds the shard of its visit, and every other block is on disk as it was
     then, as long as no later visit has written its blocks. A visit writes its number, then its blocks, and only then
@@ -177,7 +174,7 @@ class Sharded:
             note = f"the machine slept {slept / 60:.0f} min; step done again. "
         rate, norms, notes = schedule.rate(step), list[float](), dict[str, None]()
         for i, gradients in back:
-            block, optimizer = self.shard.layers[i - self.blocks.start], self.optimizers[i - self.blocks.start]
+            block, optimizer = self.shard.layers[j := i - self.blocks.start], self.optimizers[j]
             distributed.all_reduce_gradients(gradients)
             # From the first machine: whoever is led by the norm is led alike.
             norm = distributed.broadcast_json(partial(float, global_norm(gradients, lanes.lane))) * factor / tokens
@@ -207,10 +204,9 @@ class Sharded:
                 of_batch = partial(slopes, head, batches) if slopes else None
                 total, gradients = self._back(i, block, kept, ends, of_batch)
                 del head, ends, of_batch
-                counted = float(sum(learn.sum() for _, learn, *_ in batches))
-                sums = distributed.all_gather([total, counted])
-                tokens = max(math.fsum(count for _, count in sums), 1.0)
-                yield math.fsum(part for part, _ in sums) / tokens, tokens
+                mine = total, float(sum(learn.sum() for _, learn, *_ in batches))
+                total, tokens = map(math.fsum, zip(*distributed.all_gather(mine), strict=True))
+                yield total / (tokens := max(tokens, 1.0)), tokens
                 if i in self.blocks:
                     yield i, gradients
                 continue
@@ -280,11 +276,10 @@ class Sharded:
                 out = mx.array(value)
             gradients = [g + m for g, m in zip(gradients, made, strict=True)] if b else made
             total = total + out if end else total
+            asked = [below] if i > self.blocks.start else []  # below the shard nobody asks
             with lanes.together():
-                mx.eval(total, gradients)
-                if i > self.blocks.start:  # below the shard nobody asks
-                    mx.eval(below)
-                    kept[at] = below
+                mx.eval(total, gradients, asked)
+            kept[at : at + len(asked)] = asked
             del out, below, made, above
         block.update(tree_unflatten(list(weights.items())))  # `run` left tracers there
         return float(total), dict(zip(weights, gradients, strict=True))

@@ -2,7 +2,7 @@
 
 Does not know flags, nor how the work is done. `resident`: the student fits with gradients and moments. `blocks`: with
 moments of 8 bits and one block's gradient. `lora`: with adapters alone that change. `sharded`: it is streamed, some
-blocks of it trainable at a time, after `local`, one block at a time."""
+blocks of it trainable at a time."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from mis_mlx.models import arch
 from mis_mlx.planner import estimates, quantized_size, training_size
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
 from mis_mlx.planner.job import ADAPTERS, DistillationSpec, Mode
-from mis_mlx.planner.pruning_size import prune, repair
+from mis_mlx.planner.pruning_size import prune, repair, repair_parts
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.planner.training_size import STATE_BYTES
 from mis_mlx.types import gib
@@ -35,28 +35,6 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
     read, written = math.ceil(windows / at_once) * one.read_bytes, windows * length * job.target_bytes
     peak = one.peak_bytes + (at_once - 1) * length * t.shape.hidden * t.item
     return StageCost("logit store", read, written, peak, windows * one.flops, held_tokens=at_once * length)
-
-
-def local(job: DistillationSpec, micro: int, limit: int) -> StageCost:
-    """Student blocks one by one, each taught what the teacher's do in its place (distillation/blockwise)."""
-    t, m, length, batch = job.teacher, job.student, job.length, micro * job.length
-    layers, b, iters, tokens = m.shape.layers, m.block_params, job.local_iters, job.local * job.length
-    fit_bytes, fit_flops = estimates.refit(m, tokens) if job.repair else (0, 0.0)
-    backward = max(training_size.backward_bytes(m.config, micro, length), training_size.update_bytes(m.config, True))
-    peak = t.slots_bytes + t.body_bytes(estimates.workspace_bytes(t, batch, length))
-    peak += max(STATE_BYTES * b + backward, 4 * b + fit_bytes)
-    theirs, ours = t.shape.hidden * t.item, m.shape.hidden * (t.item + 4)  # of a token, in three streams
-    held = min(tokens, room(limit, peak, t.gpu) // (batch * (theirs + ours)) * batch)
-    moved = (tokens - held) * (theirs * (t.shape.layers + 1) + ours * layers)
-    read = t.shape.layers * t.block_bytes + m.nbytes + 2 * moved  # once to march on, once to learn from
-    written = 4 * (arch.params(m.config) + layers * b) + moved
-    flops = forward_flops(t, tokens, length, False) + layers * fit_flops
-    flops += forward_flops(m, 2 * tokens + 3 * iters * job.step, length, False)
-    peak, spooled = peak + held * (theirs + ours), (tokens - held) * (theirs + ours)
-    updated = layers * iters * b
-    return StageCost(
-        "local", read, written, peak, flops, True, spooled_bytes=spooled, held_tokens=held, updated=updated
-    )
 
 
 def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
@@ -253,11 +231,9 @@ def one(
     left = max(0, limit - known)
     own = known + process_bytes(left, job.teacher.gpu)
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
-    if mode == "sharded":  # which refits each block itself
-        phases.append(local(job, micro, left))
-    elif job.repair:
-        phases.append(repair(job))
     whole = mode != "sharded"
+    if job.repair:
+        phases.append(repair(job) if whole else repair_parts(job, left))
     if mode == "resident":
         phases.append(resident(job, micro, left))
     else:

@@ -38,10 +38,9 @@ def logit_bytes(vocab: int, tokens: int, host: bool = False) -> int:
     return 5 * min(CHUNKS_AHEAD, math.ceil(tokens / rows)) * rows * vocab * 4
 
 
-def update_bytes(config: Mapping[str, Any], blocks_only: bool = False) -> int:
+def update_bytes(config: Mapping[str, Any]) -> int:
     """What the optimizer's update of the largest weight needs beside weights, gradients and moments."""
-    tensors = arch.layer_tensors(config) if blocks_only else arch.tensors_of(config)
-    return UPDATE_ARRAYS * 4 * max(map(math.prod, tensors.values()))
+    return UPDATE_ARRAYS * 4 * max(map(math.prod, arch.tensors_of(config).values()))
 
 
 def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0) -> int:
@@ -63,16 +62,11 @@ def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lane
 
 
 def block_state_bytes(config: Mapping[str, Any]) -> int:
-    """A block in memory that is trained block by block: float32 weights, and moments of 8 bits."""
-    return 4 * sum(map(math.prod, arch.layer_tensors(config).values())) + block_moment_bytes(config)
-
-
-def block_moment_bytes(config: Mapping[str, Any]) -> int:
-    """The moments of a block, in memory and in a checkpoint."""
+    """A block that is trained block by block, in memory or in a checkpoint: float32 weights, and moments of 8 bits."""
     nbytes = 0
     for shape in arch.layer_tensors(config).values():
         size, group = math.prod(shape), group_of(shape)
-        nbytes += 2 * size + 8 * size // group if group else 8 * size
+        nbytes += 4 * size + (2 * size + 8 * size // group if group else 8 * size)
     return nbytes
 
 

@@ -15,7 +15,7 @@ import pytest
 from mis_mlx.cli import parse_bytes
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distill import Settings as Distilled
-from mis_mlx.distillation import blockwise, live_teacher, sharded
+from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.memory import process_bytes
@@ -24,14 +24,14 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, block_files, load
 from mis_mlx.models.lora import insert
-from mis_mlx.planner import estimates, phases, training_size
+from mis_mlx.planner import estimates, phases, pruning_size, training_size
 from mis_mlx.planner.estimates import forward_flops, model_of
 from mis_mlx.planner.job import ADAPTERS, MODES, DistillationSpec, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig, Schedule, TrainingConfig
 from mis_mlx.pruning import select
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import GIB, Budget, Checkpoint, KeptUnits
+from mis_mlx.types import GIB, Budget, Checkpoint
 from tests import tiny
 
 MIB = 2**20
@@ -133,28 +133,27 @@ def test_sharded_by_pencil() -> None:
     assert live.read_bytes == p.read_bytes - 10 * 384 * 151 + 10 * 6 * BIG.block_bytes
 
 
-def test_local_by_pencil() -> None:
+def test_the_repair_of_parts_by_pencil() -> None:
     """The teacher once, the student's blocks written twice; streams of 128 tokens in memory, or all on disk."""
     job, b = replace(JOB, repair=4), SMALL.block_params
-    p, poor = phases.local(job, 1, GIB), phases.local(job, 1, 0)
+    p, poor = (pruning_size.repair_parts(job, limit) for limit in (GIB, 0))
     assert p.read_bytes == 6 * BIG.block_bytes + SMALL.nbytes
     assert p.written_bytes == 4 * (arch.params(SMALL.config) + 4 * b)
-    width = 64 * 4 + 64 * 8
+    width = 64 * 4 + 64 * 4
     assert (p.held_tokens, p.spooled_bytes) == (128, 0) and (poor.held_tokens, poor.spooled_bytes) == (0, 128 * width)
     assert p.peak_bytes - poor.peak_bytes == 128 * width
-    moved = 128 * (64 * 4 * 7 + 64 * 8 * 4)
-    assert poor.written_bytes - p.written_bytes == moved and poor.read_bytes - p.read_bytes == 2 * moved
-    assert phases.local(JOB, 1, 0).peak_bytes < poor.peak_bytes  # no closed-form fit
+    moved = 128 * (64 * 4 * 7 + 64 * 4 * 5)
+    assert poor.written_bytes - p.written_bytes == moved == poor.read_bytes - p.read_bytes
+    assert [f.name for f in phases.one(job, GIB, M1_AIR, "sharded", 1, 1).phases][:3] == ["prune", "repair", "distil"]
 
 
 def test_budgets_choose() -> None:
-    """Resident with the teacher, resident beside a streamed teacher, sharded after `local`, and then nothing fits."""
+    """Resident with the teacher, resident beside a streamed teacher, by blocks, sharded, and then nothing fits."""
     seen = []
     for budget in range(1, 100):
         plan = phases.make(BLOCKY, budget * MIB, M1_AIR)
         seen.append((plan.fits, plan.mode, plan.teacher_resident))
         assert plan.peak_bytes <= budget * MIB or not plan.fits
-        assert ("local" in named(plan)) == (plan.mode == "sharded")
     order = list(dict.fromkeys(seen))
     assert order[0] == (False, "sharded", False) and order[-1] == (True, "resident", True) and len(order) > 3
     modes = list(dict.fromkeys(mode for fits, mode, _ in order if fits))
@@ -343,27 +342,6 @@ def test_sharded_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Check
 
 def _against_itself(hidden: mx.array, weight: mx.array, learn: mx.array, target: mx.array, head: Any) -> mx.array:
     return losses.kl_sum(hidden, weight, target, partial(load.logits, head), learn, frozen_head=True)
-
-
-def test_local_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint]) -> None:
-    """Two steps of every block, without the closed-form fit, whose part in numpy is not in MLX's count."""
-    teacher, student = wide
-    made = block_files.begin(student, tmp_path / "parts", DISK)
-    job = replace(JOB, teacher=model_of(teacher), student=model_of(student), batch=1, accumulate=2, repair=0)
-    planned = phases.local(job, 1, GIB).peak_bytes
-    batches = [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(4)]
-    mx.eval(batches)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    recipe = TrainingConfig(iters=2, grad_accumulation_steps=2, max_seq_length=32)
-    with memory.limited(Budget(before + planned)):
-        steps = list(
-            blockwise.train(teacher, student, made, KeptUnits((0, 1, 2, 4), {}, ""), batches, recipe, folder=tmp_path,
-                            held=9, files=DISK, repair=False)
-        )  # fmt: skip
-    peak = max(s.peak_bytes for s in steps) - before
-    assert planned / 2 < peak < planned, (peak / MIB, planned / MIB)
 
 
 @pytest.mark.parametrize("how", [{}, {"hidden": 192, "hidden_by": "pca"}])
