@@ -22,11 +22,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from ablations import block_removal, fisher_importance, rankings
+from ablations import block_removal, fisher_importance, local_steps, rankings
 from laboratory import Laboratory, stored, write
 
 from mis_mlx import cli
-from mis_mlx.distillation import blockwise, live_teacher
+from mis_mlx.distillation import live_teacher
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, model_writer, policy, stream
@@ -218,8 +218,8 @@ class Bench(Laboratory):
             r = replace(recipe, iters=arm.local, warmup=2, learning_rate=3e-4, batch_size=1,
                         grad_accumulation_steps=recipe.batch_size)  # fmt: skip
             windows = self.pick(recipe.reconstruct_samples, seed, 2)
-            for _ in blockwise.train(self.checkpoint, student, taught, keep, windows, r, folder=temp, held=len(windows),
-                                 files=DISK):  # fmt: skip
+            for _ in local_steps.train(self.checkpoint, student, taught, keep, windows, r, folder=temp,
+                                       held=len(windows), files=DISK):  # fmt: skip
                 pass
             return stream.load_checked(load.resident(taught, mx.float32)), student, found
         model = stream.load_checked(load.resident(student, mx.float32))

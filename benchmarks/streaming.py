@@ -6,7 +6,7 @@ overlap: a float32 model of 2.4 GB, read past the page cache. Time of a streamed
 (all blocks into the slots, nothing computed) and computing alone (the same two slots, nothing read), over
 the number of tokens in the pass; medians of interleaved rounds.
 budget: `mis_mlx.distill` on a 4-bit model of more than 4 GB under --budget 600MiB: calibration, the teacher's
-logits into the store, six blocks of `local`, two steps of `sharded`; the peak is that of the process, less
+logits into the store, six blocks repaired, two steps of `sharded`; the peak is that of the process, less
 what it held before it began. Writes benchmarks/results/<machine>/streaming.json.
 """
 

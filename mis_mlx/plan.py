@@ -10,7 +10,7 @@ from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
 from mis_mlx.models.config import read_config, shape_of
-from mis_mlx.planner import estimates, phases
+from mis_mlx.planner import estimates, phases, training_size
 from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import vocabulary
@@ -36,8 +36,10 @@ def table(plan: phases.MemoryPlan) -> str:
 def disk_bytes(plan: phases.MemoryPlan) -> int:
     """Files there may be at once, the teacher's not among them: models, two checkpoints, scratch."""
     m = plan.job.student
-    params, shard = arch.params(m.config), m.block_params * plan.shard_layers
-    run = 2 * phases.SAVED_BYTES * (shard or params) + (4 * params if shard else 0)
+    params, blocks = arch.params(m.config), plan.shard_layers or m.shape.layers
+    saved = blocks * training_size.block_state_bytes(m.config)
+    saved = phases.SAVED_BYTES * params if plan.mode == "resident" else saved
+    run = 2 * saved + (4 * params if plan.shard_layers else 0)
     kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
 
@@ -47,11 +49,12 @@ def decision(plan: phases.MemoryPlan) -> str:
     if not plan.fits:
         return f"This does NOT fit: {phases.remedy(plan)}."
     job, layers = plan.job, plan.job.student.shape.layers
-    named = "resident training of the blocks" if plan.mode == "blocks" else f"{plan.mode} training"
+    named = {"blocks": "training of all blocks, one after the other", "lora": "training of adapters"}.get(plan.mode)
+    named = named or f"{plan.mode} training"
     how = f"{named}, micro-batches of {plan.micro_batch} of {job.batch} windows"
     if plan.mode == "sharded":
         visit = phases.steps_per_shard(job, plan.shard_layers)
-        how += f", {plan.shard_layers} of {layers} student blocks trainable at a time for {visit} steps, after `local`"
+        how += f", {plan.shard_layers} of {layers} student blocks trainable at a time for {visit} steps"
     where = f"is streamed from disk at every step, {plan.pinned} of its {job.teacher.shape.layers} blocks kept"
     where = "stays in memory" if plan.teacher_resident else "has left its logits" if job.targets == "cached" else where
     spooled = max(p.spooled_bytes for p in plan.phases)

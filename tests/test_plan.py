@@ -81,7 +81,6 @@ def test_the_decision_in_words(
     result, text = plan.run(settings), capsys.readouterr().out
     assert not result["check_failed"] and result["mode"] == mode and named in text, text
     assert "once hot) in all, " in text and "of an SSD's life of 150 TB" in text
-    assert ("local" in rows(text)) == (mode == "sharded")
     assert ("logit store" in rows(text)) == (settings.targets == "cached")
 
 

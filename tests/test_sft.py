@@ -17,13 +17,13 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx import quantize, sft
-from mis_mlx.alignment import alignment_plan, alignment_run, lora, sequence_packing
+from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
 from mis_mlx.alignment.sequence_packing import PackedDataset
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher
 from mis_mlx.gguf_export import model_card as model_card
 from mis_mlx.hardware import memory
-from mis_mlx.models import attention_masks, load, mlx_generate
+from mis_mlx.models import attention_masks, load, lora, mlx_generate
 from mis_mlx.planner import estimates
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError

@@ -8,12 +8,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import mlx.core as mx
 
 from mis_mlx import cli
-from mis_mlx.alignment import lora
 from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
-from mis_mlx.models import arch, distributed, policy
+from mis_mlx.models import arch, distributed, lora, policy
 from mis_mlx.planner import estimates, training_size
 from mis_mlx.planner.phases import SAVED_BYTES
 from mis_mlx.planner.recipe import TrainingConfig

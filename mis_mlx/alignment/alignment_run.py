@@ -15,13 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_plan, lora
+from mis_mlx.alignment import alignment_plan
 from mis_mlx.data import examples
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun, open_run
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, load, model_writer, stream
+from mis_mlx.models import distributed, load, lora, model_writer, stream
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol

@@ -1,4 +1,4 @@
-"""A student's training, from where it stands to its end: repaired or taught block by block, then distilled."""
+"""A student's training, from where it stands to its end: repaired, then distilled."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,19 +13,20 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import blockwise, cached_targets, live_teacher, sharded, train_loop
-from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun, run_training
+from mis_mlx.distillation import cached_targets, live_teacher, sharded, train_loop
+from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, load, model_writer, stream
+from mis_mlx.models import distributed, load, lora, model_writer, stream
+from mis_mlx.planner.job import ADAPTERS
 from mis_mlx.planner.phases import MemoryPlan, steps_per_shard
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Checkpoint, MisError, Step
+from mis_mlx.storage.hidden_spool import Spool
+from mis_mlx.types import Checkpoint, Step
 
-LOCAL, LOCAL_RATE = "local.jsonl", 3e-4  # the peak, of every block
 TUNE_STEPS, TUNE_LOG = "tune-steps", "tune.jsonl"
 LEFT = ("steps", TUNE_STEPS, "rounded", "parts", "targets", vocabulary.FOLDER)  # nobody needs them once a run is done
 
@@ -67,9 +68,9 @@ class Run(OpenRun):
 
 def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
-    if c.plan.mode != "sharded":
+    if c.plan.mode == "resident":
         return _resident(c, pruned, source_of(c))
-    return _sharded(c, _local(c, pruned), source_of(c))
+    return _by_blocks(c, pruned, source_of(c))
 
 
 def source_of(c: Run) -> live_teacher.TargetSource:
@@ -95,45 +96,36 @@ def source_of(c: Run) -> live_teacher.TargetSource:
     return cached_targets.Cached(store, at)
 
 
-def _local(c: Run, pruned: Checkpoint) -> Checkpoint:
-    """The student as a folder of parts, taught block by block as far as it is not yet."""
-    keep = model_writer.read_keep(pruned.path)
-    if keep is None:
-        raise MisError(f"{pruned.path} has no keep.json, which says what each block stands for: prune it with mis_mlx")
-    student = model_writer.by_block(pruned, c.folder / "parts", c.files)
-    if (c.folder / "steps").exists():  # the next stage has begun
-        return student
-    r, iters = c.recipe, c.plan.job.local_iters
-    recipe = replace(r, iters=iters, warmup=min(2, r.warmup), learning_rate=LOCAL_RATE, batch_size=1,
-                     grad_accumulation_steps=r.batch_size * r.grad_accumulation_steps)  # fmt: skip
-    cli.say(f"local: {len(keep.layers)} blocks, {iters} steps each")
-    steps = blockwise.train(
-        c.teacher, pruned, student, keep, c.pick(c.plan.job.local, 2), recipe, folder=c.folder,
-        held=c.plan.held_windows("local"), files=c.files, direct=c.direct,
-        repair=c.plan.job.repair > 0,
-    )  # fmt: skip
-    total = len(keep.layers) * iters
-    with c.phase("local"):  # which saves every block by itself
-        run_training(c, steps, total, total + 1, lambda number: None, LOCAL, "local")
-    return student
-
-
 def _resident(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
     student, optimizer = load.resident(begun, mx.float32), GuardedAdamW(weight_decay=c.recipe.weight_decay)
-    if c.plan.mode == "blocks":
-        load.freeze_vocabulary(student)
 
     def begin() -> None:
-        keep = model_writer.read_keep(begun.path)
-        if c.plan.job.repair and keep:
-            cli.say("reconstruct: refit every down_proj to the teacher's stream")
-            with c.phase("repair"):
-                mended, _ = reconstruct.reconstruct(c.teacher, begun, keep, c.pick(c.plan.job.repair, 2))
-            student.load_weights(list(mended.items()), strict=False)
+        student.load_weights(list(_mended(c, begun).items()), strict=False)
         stream.load_checked(student, f"{begun.path}: ")
 
     train_whole(c, student, optimizer, source, begin)
     return dict(tree_flatten(student.parameters())).__getitem__
+
+
+def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
+    """What the closed-form repair changes, by name. parts: the student's folder, where these go at once; then hidden
+    states are on disk as far as memory does not hold them."""
+    mended, keep = dict[str, mx.array](), model_writer.read_keep(pruned.path)
+    if not (c.plan.job.repair and keep):
+        return mended
+    cli.say("reconstruct: refit every down_proj to the teacher's stream")
+    planned, windows = next(p for p in c.plan.phases if p.name == "repair"), c.pick(c.plan.job.repair, 2)
+    c.files.require_space(c.folder, planned.spooled_bytes, "the spool of hidden states")
+    spool = partial(Spool, c.folder, c.plan.held_windows("repair"), c.files) if parts else None
+    with c.phase("repair"):
+        for j, wide, error in reconstruct.by_block(c.teacher, pruned, keep, windows, spool, c.direct):
+            if parts and error < 1.0:
+                block = load.block(parts, j, load.model_args(parts.config), mx.float32)
+                block.mlp.down_proj.weight = wide
+                model_writer.replace_block(parts, j, dict(tree_flatten(block.parameters())), c.files)
+            elif error < 1.0:
+                mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
+    return mended
 
 
 def train_whole(
@@ -186,13 +178,17 @@ class Wind:
         self.sigma = state["halny_sigma"]
 
 
-def _sharded(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
-    r, visit = c.recipe, steps_per_shard(c.plan.job, c.plan.shard_layers)
-    room = 4 * c.plan.job.student.head_params  # the head stays, the blocks stream past
-    student = sharded.Sharded(begun, c.plan.shard_layers, visit, r.weight_decay, c.files, room, c.direct)
+def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
+    r, job, whole = c.recipe, c.plan.job, c.plan.mode != "sharded"
+    begun = pruned if whole else model_writer.by_block(pruned, c.folder / "parts", c.files)
+    visit = r.iters if whole else steps_per_shard(job, c.plan.shard_layers)
+    room = 4 * job.student.head_params  # the head stays, the blocks stream past
+    shard = job.student.shape.layers if whole else c.plan.shard_layers
+    adapters = partial(lora.insert, lora=ADAPTERS, seed=r.seed) if c.plan.mode == "lora" else None
+    student = sharded.Sharded(begun, shard, visit, r.weight_decay, c.files, room, c.direct, adapters)
     wind = Wind(c)
     training = CheckpointedTraining(c, student.arrays, student.memory, student.restore, wind.remember, wind.recall)
-    start = training.start(student.begin)
+    start = training.start(lambda: student.begin(_mended(c, pruned, None if whole else begun)))
     micro_batches = live_teacher.step_micro_batches(source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)
     slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None
@@ -201,7 +197,7 @@ def _sharded(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Ca
         return losses.loss_noise_factor(wind.sigma, r.seed, step)
 
     steps = partial(sharded.steps, student, micro_batches, loss, r.schedule, factor=factor, slopes=slopes)
-    every = min(r.save_every, max(1, visit // 2))  # two checkpoints of every visit: see Sharded
+    every = r.save_every if whole else min(r.save_every, max(1, visit // 2))  # two of every visit: see Sharded
     with c.phase("distil"):
-        training.finish(steps, start, r.iters, every, lambda: student.optimizer, **_beside_the_plan(c))
-    return partial(load.dense, load.open_checkpoint(begun.path))
+        training.finish(steps, start, r.iters, every, lambda: student, **_beside_the_plan(c))
+    return student.take

@@ -19,7 +19,7 @@ from mis_mlx.distillation import train_loop
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.governor import PauseCounter
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor, battery
-from mis_mlx.maths.optimizer import Diverged, GuardedAdamW
+from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import distributed, load, policy, resolve
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage import checkpoint as protocol
@@ -227,13 +227,13 @@ class CheckpointedTraining:
         start: int,
         iters: int,
         save_every: int,
-        optimizer: Callable[[], GuardedAdamW],
+        optimizer: Callable[[], Any],
         **shown: Any,
     ) -> None:
-        """Run steps(start) to their end, `shown` as of `run_training`. optimizer(): the one in use. Three bad batches
-        in a row go back to the last checkpoint, once. On the second way these batches are left out and the learning
-        rate is half of what it was; what is bad then raises `Diverged`. A run killed before the second way has a
-        checkpoint takes both ways again, with the same bits."""
+        """Run steps(start) to their end, `shown` as of `run_training`. optimizer(): a GuardedAdamW, or what else has
+        `calm` and `pass_over`. Three bad batches in a row go back to the last checkpoint, once. On the second way these
+        batches are left out and the learning rate is half of what it was; what is bad then raises `Diverged`. A run
+        killed before the second way has a checkpoint takes both ways again, with the same bits."""
         try:
             run_training(self.run, steps(start), iters, save_every, self.save, **shown)
         except Diverged as error:

@@ -1,11 +1,14 @@
-"""Train a student that does not fit, one shard (some consecutive blocks) at a time, by the loss of the whole model.
+"""Train the blocks of a student by the loss of the whole model, each updated right when its gradient is there.
 
-The student is a folder of `models/model_writer.py`. A step goes through all blocks, streamed, and back as far as the
-shard; only the shard's blocks have gradients and moments, and stay in memory. After some steps its files are replaced
-and the next shard comes in, in a circle. The embedding, the last norm and the head are frozen."""
+A step goes through all blocks and back; what enters a block is kept, and the block computed again on the way back. So
+no gradient but one block's is ever held, and moments have 8 bits. The blocks in memory, which are trained, are a shard:
+all of them, or some consecutive ones of a student that `model_writer.by_block` wrote, the others of which stream past.
+After some steps its files are replaced and the next shard comes in, in a circle. The embedding, the last norm and the
+head are frozen."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +17,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.distillation import train_loop
-from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import host_losses, load, model_writer, stream
+from mis_mlx.hardware import lanes
+from mis_mlx.hardware.clock import Clock
+from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
+from mis_mlx.models import arch, distributed, host_losses, load, model_writer, policy, stream
 from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
@@ -29,10 +34,12 @@ Slopes = Callable[[mx.array, Sequence[MicroBatch], int, mx.array], tuple[float, 
 
 
 class Sharded:
-    """A student on disk, one shard of it in memory and trainable. `begin` or `restore` comes first.
+    """A student whose shard is in memory and trainable. `begin` or `restore` comes first, `take` last.
 
-    A visit is the `steps_per_shard` steps that one shard is trained, with an optimizer of its own; visit v is that of
-    shard v modulo their number. room_bytes and direct are those of `stream.Stream`.
+    A visit is the `steps_per_shard` steps that one shard is trained, with optimizers of its own; visit v is that of
+    shard v modulo their number. A shard of all blocks has one visit, and its folder is only read. room_bytes and direct
+    are those of `stream.Stream`. Every block has a dog of its own: its gradient is clipped by its own norms, for no
+    other is known when it is updated. A loss that is not a number skips the step in all of them.
 
     What makes a resume exact: a checkpoint holds the shard of its visit, and every other block is on disk as it was
     then, as long as no later visit has written its blocks. A visit writes its number, then its blocks, and only then
@@ -48,33 +55,60 @@ class Sharded:
         files: Files,
         room_bytes: int = 0,
         direct: bool = False,
+        adapters: Callable[[nn.Module], None] | None = None,
     ):
-        self._student, self._files = student, files
+        self._student, self._files, self._adapters = student, files, adapters
         self._shard_layers, self._steps_per_shard, self._weight_decay = shard_layers, steps_per_shard, weight_decay
         self._stream = partial(stream.Stream, student, mx.float32, room_bytes, direct)
         norm = load.final_norm(student, mx.float32)
         self._norm = stream.load_checked(norm, f"{student.path}: model.norm.")
 
-    def begin(self) -> None:
-        """Enter the first visit of a new run. MisError when the folder has been trained already."""
+    def begin(self, mended: Mapping[str, mx.array] | None = None) -> None:
+        """Enter the first visit of a new run. mended: weights by name, in place of stored ones. MisError when the
+        folder has been trained already."""
         self._check(-1)
-        self._enter(0)
+        self._enter(0, mended)
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
         """The shard's weights and moments for a checkpoint, by checkpoint file."""
-        return train_loop.arrays_of(self.shard, self.optimizer)
+        named = {f"{j}.{name}": a for j, o in enumerate(self.optimizers) for name, a in o.arrays().items()}
+        return {"model": dict(tree_flatten(self.shard.parameters())), "optimizer": named}
 
     def memory(self) -> dict[str, Any]:
         """What else a checkpoint needs, for its state.json."""
         sizes = {"shard_layers": self._shard_layers, "steps_per_shard": self._steps_per_shard}
-        return {"visit": self.visit, **sizes, **self.optimizer.memory()}
+        return {"visit": self.visit, **sizes, "blocks": [o.memory() for o in self.optimizers]}
 
     def restore(self, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
         """Go on where a checkpoint was saved, with its sizes of shard and visit. MisError when that is lost."""
         self._check(memory["visit"])
         self._shard_layers, self._steps_per_shard = memory["shard_layers"], memory["steps_per_shard"]
-        self._enter(memory["visit"])
-        train_loop.restore(self.shard, self.optimizer, arrays, memory)
+        self._enter(memory["visit"], stored=arrays["model"])
+        for j, (optimizer, remembered) in enumerate(zip(self.optimizers, memory["blocks"], strict=True)):
+            mine = {n.removeprefix(f"{j}."): a for n, a in arrays["optimizer"].items() if n.startswith(f"{j}.")}
+            optimizer.restore(mine, remembered)
+            mx.eval(optimizer.adamw.state)
+
+    @property
+    def calm(self) -> float:
+        """Factor on every learning rate."""
+        return self.optimizers[0].calm
+
+    def pass_over(self, batches: Sequence[int]) -> None:
+        """As `GuardedAdamW.pass_over`, of every block."""
+        for optimizer in self.optimizers:
+            optimizer.pass_over(batches)
+
+    def take(self, name: str) -> mx.array:
+        """A weight of the whole model, once it is trained."""
+        i = arch.block_of(name)
+        if i is None or i not in self.blocks:
+            return load.dense(self._student, name)
+        *owners, last = name.split(".")[3:]
+        owner = self.shard.layers[i - self.blocks.start]
+        for step in owners:
+            owner = owner[step]
+        return (owner.fuse() if hasattr(owner, "fuse") else owner)[last]  # a LoRALinear's weights with its adapter
 
     def _check(self, visit: int) -> None:
         """That no visit after `visit` wrote blocks. What a crash left half-written is swept."""
@@ -85,52 +119,109 @@ class Sharded:
             begun = f"the newest whole checkpoint is of visit {visit}" if visit >= 0 else "no checkpoint is whole"
             raise MisError(f"{self._student.path} holds blocks of visit {written}, but {begun}: start a new run")
 
-    def _enter(self, visit: int) -> None:
+    def _enter(
+        self, visit: int, mended: Mapping[str, mx.array] | None = None, stored: Mapping[str, mx.array] | None = None
+    ) -> None:
         self._source = self._stream()  # a stream refuses files that changed since it was made
         layers, size = self._source.layers, self._shard_layers
         first = visit % -(-layers // size) * size
         self.visit, self.blocks = visit, range(first, min(first + size, layers))
-        self.optimizer = GuardedAdamW(weight_decay=self._weight_decay)
+        self.optimizers = [GuardedAdamW(weight_decay=self._weight_decay, eight_bit=True) for _ in self.blocks]
         self.shard = nn.Module()  # the last shard's memory goes before the next one's is taken
-        self.shard.layers = [load.block(self._student, i, self._source.args, mx.float32) for i in self.blocks]
+        kind = policy.compute_dtype(self._student) if self._adapters else mx.float32
+        self.shard.layers = [load.block(self._student, i, self._source.args, kind) for i in self.blocks]
+        new = [(name.removeprefix("model."), array.astype(kind)) for name, array in (mended or {}).items()]
+        self.shard.load_weights(new, strict=False)
+        if self._adapters:
+            self._adapters(self.shard)
+        self.shard.load_weights(list((stored or {}).items()), strict=False)
         stream.load_checked(self.shard, f"{self._student.path}, from block {first} on: ")
 
     def end_step(self, number: int, last: bool) -> None:
         """After step `number` (from 1) and before its checkpoint: a visit, or the run, that is over goes to disk."""
+        if len(self.blocks) == self._source.layers:
+            return
         over = number % self._steps_per_shard == 0
         if over or last:
             self._files.replace_text(self._student.path / VISIT, json.dumps(self.visit))
             for i, block in zip(self.blocks, self.shard.layers, strict=True):
                 model_writer.replace_block(self._student, i, dict(tree_flatten(block.parameters())), self._files)
         if over and not last:
-            before = self.optimizer  # bad batches are so in whatever shard
+            before = self.optimizers[0]  # bad batches are so in whatever shard
             self._enter(self.visit + 1)
-            self.optimizer.bad, self.optimizer.passed, self.optimizer.calm = before.bad, before.passed, before.calm
+            for o in self.optimizers:
+                o.bad, o.passed, o.calm = before.bad, before.passed, before.calm
+
+    def step(
+        self,
+        micro_batches: Callable[[int], Sequence[MicroBatch]],
+        loss: Loss,
+        schedule: Schedule,
+        step: int,
+        factor: float,
+        slopes: Slopes | None = None,
+        clock: Clock = train_loop.CLOCK,
+    ) -> Step:
+        """Step `step` (from 0), as `train_loop.train` does it: done again where the machine slept before an update."""
+        note = ""
+        while True:
+            began, mark = clock.monotonic(), clock.asleep()
+            mx.reset_peak_memory()
+            back = self.gradients(micro_batches(step), loss, slopes)
+            value, tokens = next(back)
+            if not (slept := max(distributed.all_gather(clock.slept(mark)))):
+                break
+            note = f"the machine slept {slept / 60:.0f} min; step done again. "
+        rate, norms, notes = schedule.rate(step), list[float](), dict[str, None]()
+        for i, gradients in back:
+            block, optimizer = self.shard.layers[j := i - self.blocks.start], self.optimizers[j]
+            distributed.all_reduce_gradients(gradients)
+            # From the first machine: whoever is led by the norm is led alike.
+            norm = distributed.broadcast_json(partial(float, global_norm(gradients, lanes.lane))) * factor / tokens
+            how = value, norm, rate, step + 1, factor / tokens, lanes.lane
+            said = optimizer.update(block, tree_unflatten(list(gradients.items())), *how)
+            gradients.clear()
+            mx.eval(block.parameters(), optimizer.adamw.state)
+            norms.append(norm)
+            notes |= {f"block {i}: {said}" if said.startswith("clipped") else said: None} if said else {}
+        seconds, peak = clock.monotonic() - began, mx.get_peak_memory()
+        note, norm = note + "; ".join(notes), math.hypot(*norms)
+        return Step(step + 1, value, norm, rate * self.calm, int(tokens), seconds, peak, note.strip())
 
     def gradients(
-        self, batches: Sequence[MicroBatch], loss: Loss, kept: stream.Hidden, slopes: Slopes | None = None
-    ) -> tuple[float, float, dict[str, Any]]:
-        """(loss per token in nats, tokens, gradients of the *sum* over tokens by `shard`) of one step, evaluated. kept:
-        an empty list or spool. It gets the inputs (B, T, D) of the shard's first block and of all above it, batch by
-        batch; on the way back their cotangents take their places. slopes: `loss` where numpy computes it."""
-        n, top, gradients = len(batches), self._source.layers - 1, {}
+        self, batches: Sequence[MicroBatch], loss: Loss, slopes: Slopes | None = None
+    ) -> Iterator[tuple[Any, Any]]:
+        """First (loss per token in nats, tokens) of one step, of all machines; then from the shard's last block to its
+        first (i, gradients by name of this machine's *sum* over tokens), evaluated. Block i may be updated when they
+        are there. slopes: `loss` where numpy computes it."""
+        kept: stream.Hidden = []  # inputs (B, T, D) of the shard's first block and of all above it; then cotangents
+        n, top, first = len(batches), self._source.layers - 1, self.blocks.start
         self._source.embed([tokens for tokens, *_ in batches], kept)
         for i, block in self._in_turn(range(top + 1)):
             if i == top:  # on and back in one go: the last block is not read twice, nor computed twice
                 head = self._source.head().weight
                 ends = [self._last if slopes else partial(self._end, loss, head, batch) for batch in batches]
                 of_batch = partial(slopes, head, batches) if slopes else None
-                total, gradients[i] = self._back(i, block, kept, ends, of_batch)
+                total, gradients = self._back(i, block, kept, ends, of_batch)
                 del head, ends, of_batch
-            elif i < self.blocks.start:
-                self._source.through(block, kept)
-            else:
-                for _ in batches:
-                    kept.extend(self._source.through(block, [kept[-n]]))
-        for i, block in self._in_turn(range(top - 1, self.blocks.start - 1, -1)):
-            _, gradients[i] = self._back(i, block, kept, [None] * n)
-        tokens = max(float(sum(learn.sum() for _, learn, *_ in batches)), 1.0)
-        return total / tokens, tokens, {"layers": [gradients[i] for i in self.blocks]}
+                mine = total, float(sum(learn.sum() for _, learn, *_ in batches))
+                total, tokens = map(math.fsum, zip(*distributed.all_gather(mine), strict=True))
+                yield total / (tokens := max(tokens, 1.0)), tokens
+                if i in self.blocks:
+                    yield i, gradients
+                continue
+            for b in range(n):
+                with lanes.together():
+                    mx.eval(out := self._through(block, kept[b if i < first else -n]))
+                if i < first:
+                    kept[b] = out
+                else:
+                    kept.append(out)
+        for i, block in self._in_turn(range(top - 1, first - 1, -1)):
+            del kept[(i + 1 - first) * n + n :]
+            _, gradients = self._back(i, block, kept, [None] * n)
+            if i in self.blocks:
+                yield i, gradients
 
     def _in_turn(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         """(i, block i) in `order`: the shard's from memory, the others streamed, with `Stream.blocks`' contract."""
@@ -138,6 +229,10 @@ class Sharded:
         for i in order:
             yield (i, self.shard.layers[i - self.blocks.start]) if i in self.blocks else next(streamed)
         next(streamed, None)  # takes the last one back
+
+    def _through(self, block: nn.Module, x: mx.array) -> mx.array:
+        """A micro-batch (B, T, D) through a block, its windows side by side."""
+        return lanes.rows(lambda some: block(some, load.mask(self._source.args, block, some)), x)
 
     def _end(self, loss: Loss, head: mx.array, batch: MicroBatch, out: mx.array) -> mx.array:
         """Loss of a micro-batch, in nats, from the last block's output (B, T, D)."""
@@ -154,17 +249,17 @@ class Sharded:
         kept: stream.Hidden,
         ends: Sequence[Callable[[mx.array], mx.array] | None],
         slopes: Callable[[int, mx.array], tuple[float, mx.array]] | None = None,
-    ) -> tuple[float, Any]:
+    ) -> tuple[float, dict[str, mx.array]]:
         """All micro-batches back through block i, computed again: (sum of losses, gradients if in the shard). ends: for
         the last block, what makes a loss of its output; else its cotangent is in `kept`. slopes: of the b-th batch's
         final hidden states the loss and its gradient, where the ends make no more than these: the way back is laid out
         from a cotangent of zeros, whose memory is then filled."""
-        weights = dict(tree_flatten(block.parameters())) if i in self.blocks else {}
-        total, gradients = mx.array(0.0), None
+        weights = dict(tree_flatten(block.trainable_parameters())) if i in self.blocks else {}
+        total, gradients = mx.array(0.0), [mx.zeros_like(w) for w in weights.values()]
 
         def run(end: Callable[[mx.array], mx.array] | None, x: mx.array, *values: mx.array) -> mx.array:
             block.update(tree_unflatten(list(zip(weights, values, strict=True))))
-            out = block(x, load.mask(self._source.args, block, x))
+            out = self._through(block, x)
             return end(out) if end else out
 
         for b, end in enumerate(ends):
@@ -174,19 +269,20 @@ class Sharded:
                 above = mx.zeros((kept[at].shape[0] * kept[at].shape[1], kept[at].shape[2]))
             (out,), (below, *made) = mx.vjp(partial(run, end), [kept[at], *weights.values()], [above])
             if slopes:
-                mx.eval(out, above)
+                with lanes.together():
+                    mx.eval(out, above)
                 value, slope = slopes(b, out)
                 host_losses.view(above)[:] = host_losses.view(slope)
                 out = mx.array(value)
-            gradients = made if gradients is None else [g + m for g, m in zip(gradients, made, strict=True)]
+            gradients = [g + m for g, m in zip(gradients, made, strict=True)] if b else made
             total = total + out if end else total
-            mx.eval(total, gradients)
-            if i > self.blocks.start:  # below the shard nobody asks
-                mx.eval(below)
-                kept[at] = below
+            asked = [below] if i > self.blocks.start else []  # below the shard nobody asks
+            with lanes.together():
+                mx.eval(total, gradients, asked)
+            kept[at : at + len(asked)] = asked
             del out, below, made, above
         block.update(tree_unflatten(list(weights.items())))  # `run` left tracers there
-        return float(total), tree_unflatten(list(zip(weights, gradients or [], strict=True)))
+        return float(total), dict(zip(weights, gradients, strict=True))
 
 
 def steps(
@@ -198,12 +294,8 @@ def steps(
     factor: Callable[[int], float] = lambda step: 1.0,
     slopes: Slopes | None = None,
 ) -> Iterator[Step]:
-    """Run steps `start` to `schedule.iters` as `train_loop.train` does; after the last one the folder is trained."""
-
-    def gradients(step: int) -> tuple[float, float, Any]:
-        return student.gradients(micro_batches(step), loss, [], slopes)
-
+    """Run steps `start` to `schedule.iters` as `train_loop.train` does; after the last one the student is trained."""
     for step in range(start, schedule.iters):
-        done = train_loop.one_step(student.shard, gradients, student.optimizer, schedule, step, factor)
+        done = student.step(micro_batches, loss, schedule, step, factor(step), slopes)
         student.end_step(done.number, done.number == schedule.iters)
         yield done

@@ -43,41 +43,23 @@ def train(
     a micro-batch, where somebody has a quicker way there."""
     gradient_of = gradient_of or partial(nn.value_and_grad(model, loss), model)
 
-    def gradients(step: int) -> tuple[Any, ...]:
-        return _gradients(model, gradient_of, micro_batches(step))
-
     for step in range(start, schedule.iters):
-        yield one_step(model, gradients, optimizer, schedule, step, factor, clock)
-
-
-def one_step(
-    model: nn.Module,
-    gradients: Callable[[int], tuple[Any, ...]],
-    optimizer: GuardedAdamW,
-    schedule: Schedule,
-    step: int,
-    factor: Callable[[int], float],
-    clock: Clock = CLOCK,
-) -> Step:
-    """Step `step` (from 0) of `train`. gradients(step): (loss per token, tokens, gradients of the *sum*), evaluated;
-    and perhaps {name: further mean}."""
-    note = ""
-    while True:
-        began, mark = clock.monotonic(), clock.asleep()
-        mx.reset_peak_memory()
-        value, tokens, summed, *means = gradients(step)
-        if not (slept := max(distributed.all_gather(clock.slept(mark)))):
-            break
-        note = f"the machine slept {slept / 60:.0f} min; step done again. "
-    scale, rate = factor(step) / tokens, schedule.rate(step)
-    # From the first machine: whoever is led by the norm is led alike.
-    norm = scale * distributed.broadcast_json(partial(float, global_norm(summed, lanes.lane)))
-    note += optimizer.update(model, summed, value, norm, rate, step + 1, scale, lanes.lane)
-    del summed
-    mx.eval(model.parameters(), optimizer.adamw.state)
-    seconds, peak, more = clock.monotonic() - began, mx.get_peak_memory(), dict(means[0]) if means else {}
-    seen = int(more.pop("tokens", tokens))
-    return Step(step + 1, value, norm, rate * optimizer.calm, seen, seconds, peak, note.strip(), more=more)
+        note = ""
+        while True:
+            began, mark = clock.monotonic(), clock.asleep()
+            mx.reset_peak_memory()
+            value, tokens, summed, means = _gradients(model, gradient_of, micro_batches(step))
+            if not (slept := max(distributed.all_gather(clock.slept(mark)))):
+                break
+            note = f"the machine slept {slept / 60:.0f} min; step done again. "
+        scale, rate = factor(step) / tokens, schedule.rate(step)
+        # From the first machine: whoever is led by the norm is led alike.
+        norm = scale * distributed.broadcast_json(partial(float, global_norm(summed, lanes.lane)))
+        note += optimizer.update(model, summed, value, norm, rate, step + 1, scale, lanes.lane)
+        del summed
+        mx.eval(model.parameters(), optimizer.adamw.state)
+        seconds, peak, seen = clock.monotonic() - began, mx.get_peak_memory(), int(means.pop("tokens", tokens))
+        yield Step(step + 1, value, norm, rate * optimizer.calm, seen, seconds, peak, note.strip(), more=means)
 
 
 def _gradients(

@@ -1,6 +1,7 @@
 """GóralW: AdamW with a sheepdog. One bad batch must not poison the moments.
 
-AdamW's rules are mlx.optimizers', in three kernels a weight, with the dog (a guard on loss and gradient norm)."""
+AdamW's rules are mlx.optimizers', in three kernels a weight, with the dog (a guard on loss and gradient norm). Moments
+are float32, or 8 bits each."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -102,14 +103,82 @@ class _Fused(optim.AdamW):
             return _weight(parameter, state["m"], state["v"], rate, root, kept, self.eps)
 
 
+GROUP = 128  # moments that share a scale, along a matrix
+TINY = 1e-30  # a scale where all of them are 0
+# In 8 bits m, and the root of v, are the square of a share of the group's largest: no step of that code is much wider
+# than what it stands for. Simulated gradients chose it: updates are 3 % off, 4 to 60 % by shares that are not squared.
+_weight_of_root = mx.compile(lambda p, m, r, rate, root, kept, eps: p * kept - rate * m / (r * root + eps))
+
+
+@mx.compile
+def _first_of_code(c: mx.array, top: mx.array, g: mx.array, scale: mx.array, b1: float) -> mx.array:
+    share = c.astype(g.dtype) * (1 / 127)
+    return b1 * (share * mx.abs(share) * top) + (1 - b1) * (g * scale)
+
+
+@mx.compile
+def _root_of_code(c: mx.array, top: mx.array, g: mx.array, scale: mx.array, b2: float) -> mx.array:
+    share = c.astype(g.dtype) * (1 / 255)
+    return mx.sqrt(b2 * mx.square(share * share * top) + (1 - b2) * mx.square(g * scale))
+
+
+@mx.compile
+def _code_of_first(m: mx.array, steps: mx.array) -> mx.array:
+    code = mx.sqrt(mx.abs(m) * steps) + 0.5
+    return mx.where(m < 0, -code, code).astype(mx.int8)
+
+
+@mx.compile
+def _code_of_root(r: mx.array, steps: mx.array) -> mx.array:
+    return mx.maximum(mx.sqrt(r * steps) + 0.5, 1).astype(mx.uint8)  # what divides is not 0
+
+
+def group_of(shape: Sequence[int]) -> int:
+    """How many 8-bit moments of a weight share a scale; 0: they stay float32, as a vector's do."""
+    size = math.gcd(math.prod(shape), GROUP)
+    return size if len(shape) > 1 and size >= GROUP // 4 else 0
+
+
+class _Packed(_Fused):
+    """`_Fused` with moments of 8 bits, opened and closed again one weight at a time."""
+
+    def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
+        """Moments of 0."""
+        if not (group := group_of(parameter.shape)):
+            return super().init_single(parameter, state)
+        shape = parameter.size // group, group
+        state |= {"m": mx.zeros(shape, mx.int8), "v": mx.zeros(shape, mx.uint8)}
+        state |= {f"{name}_top": mx.zeros((shape[0], 1)) for name in "mv"}
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        """The new weight; the moments in `state` with it."""
+        if "m_top" not in state:
+            return super().apply_single(gradient, parameter, state)
+        with self.lane(_lightest(self._loads, parameter.size)):
+            scale, rate, root, kept = (a.astype(gradient.dtype) for a in self._shared)
+            g = gradient.reshape(state["m"].shape)
+            m = _first_of_code(state["m"], state["m_top"], g, scale, self.betas[0])
+            r = _root_of_code(state["v"], state["v_top"], g, scale, self.betas[1])
+            state["m_top"] = mx.maximum(mx.abs(m).max(axis=1, keepdims=True), TINY)
+            state["v_top"] = mx.maximum(r.max(axis=1, keepdims=True), TINY)
+            state["m"] = _code_of_first(m, 127**2 / state["m_top"])
+            state["v"] = _code_of_root(r, 255**2 / state["v_top"])
+            return _weight_of_root(parameter.reshape(g.shape), m, r, rate, root, kept, self.eps).reshape(gradient.shape)
+
+
 class GuardedAdamW:
     """mlx.optimizers.AdamW behind a gradient-norm guard; with `guard=False` it is AdamW, but for how sums are rounded.
 
     The guard looks before the update: a loss or norm that is not finite skips the step (three in a row raise
-    `Diverged`); a norm above mean + 5 sigma of the last 50 is clipped to that bound."""
+    `Diverged`); a norm above mean + 5 sigma of the last 50 is clipped to that bound. eight_bit: matrices' moments take
+    2.06 bytes a parameter in place of 8."""
 
-    def __init__(self, *, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01, guard: bool = True):
-        self.adamw = _Fused(0.0, betas=list(betas), weight_decay=weight_decay, bias_correction=True)
+    def __init__(
+        self, *, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01, guard: bool = True,
+        eight_bit: bool = False,
+    ):  # fmt: skip
+        kind = _Packed if eight_bit else _Fused
+        self.adamw = kind(0.0, betas=list(betas), weight_decay=weight_decay, bias_correction=True)
         self.guard = guard
         self.norms: list[float] = []
         self.bad: list[int] = []  # batches, in a row

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mis_mlx.models.families import family
+from mis_mlx.models.lora import Lora
 from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import ModelSize
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 
-LOCAL_ITERS, LOCAL_WINDOWS = 16, 64  # of a student that does not fit; windows: where none are for the repair
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
 SAMPLES = 50  # tokens of a position in the logit store
+ADAPTERS = Lora(-1, 8, 20.0)  # mlx-lm's own rank and scale, in all blocks
 
-Mode = Literal["resident", "blocks", "sharded"]
-MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"  # the best first
+Mode = Literal["resident", "blocks", "lora", "sharded"]
+MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"  # the best first; adapters only for who asks
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class DistillationSpec:
     accumulate: int
     length: int
     calibration: int
-    repair: int  # 0: no closed-form fit, not in `local` either
+    repair: int  # 0: no closed-form fit
     held_out: int
     save_every: int
     targets: Literal["live", "cached"] = "live"
@@ -50,16 +51,6 @@ class DistillationSpec:
         """How many windows go side by side where numpy computes the losses (models/host_losses); else 0."""
         here = self.targets == "live" and not self.teacher.gpu and not self.mixed
         return estimates.together(self.student) if here else 0
-
-    @property
-    def local(self) -> int:
-        """Windows from which its blocks learn."""
-        return self.repair or LOCAL_WINDOWS
-
-    @property
-    def local_iters(self) -> int:
-        """Steps of each block of a student that does not fit, before the whole is trained."""
-        return min(LOCAL_ITERS, self.iters)
 
     @property
     def target_bytes(self) -> int:

@@ -1,7 +1,8 @@
 """The phases of a distillation in bytes, operations and memory, and which way of training fits a budget.
 
-Does not know flags, nor how the work is done. `resident`: the student fits with gradients and moments.
-`sharded`: it is streamed, some blocks of it trainable at a time, after `local`, one block at a time."""
+Does not know flags, nor how the work is done. `resident`: the student fits with gradients and moments. `blocks`: with
+moments of 8 bits and one block's gradient. `lora`: with adapters alone that change. `sharded`: it is streamed, some
+blocks of it trainable at a time."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -14,8 +15,8 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch
 from mis_mlx.planner import estimates, quantized_size, training_size
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
-from mis_mlx.planner.job import MODES, DistillationSpec, Mode
-from mis_mlx.planner.pruning_size import prune, repair
+from mis_mlx.planner.job import ADAPTERS, DistillationSpec, Mode
+from mis_mlx.planner.pruning_size import prune, repair, repair_parts
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.planner.training_size import STATE_BYTES
 from mis_mlx.types import gib
@@ -36,35 +37,33 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
     return StageCost("logit store", read, written, peak, windows * one.flops, held_tokens=at_once * length)
 
 
-def local(job: DistillationSpec, micro: int, limit: int) -> StageCost:
-    """Student blocks one by one, each taught what the teacher's do in its place (distillation/blockwise)."""
-    t, m, length, batch = job.teacher, job.student, job.length, micro * job.length
-    layers, b, iters, tokens = m.shape.layers, m.block_params, job.local_iters, job.local * job.length
-    fit_bytes, fit_flops = estimates.refit(m, tokens) if job.repair else (0, 0.0)
-    backward = max(training_size.backward_bytes(m.config, micro, length), training_size.update_bytes(m.config, True))
-    peak = t.slots_bytes + t.body_bytes(estimates.workspace_bytes(t, batch, length))
-    peak += max(STATE_BYTES * b + backward, 4 * b + fit_bytes)
-    theirs, ours = t.shape.hidden * t.item, m.shape.hidden * (t.item + 4)  # of a token, in three streams
-    held = min(tokens, room(limit, peak, t.gpu) // (batch * (theirs + ours)) * batch)
-    moved = (tokens - held) * (theirs * (t.shape.layers + 1) + ours * layers)
-    read = t.shape.layers * t.block_bytes + m.nbytes + 2 * moved  # once to march on, once to learn from
-    written = 4 * (arch.params(m.config) + layers * b) + moved
-    flops = forward_flops(t, tokens, length, False) + layers * fit_flops
-    flops += forward_flops(m, 2 * tokens + 3 * iters * job.step, length, False)
-    peak, spooled = peak + held * (theirs + ours), (tokens - held) * (theirs + ours)
-    updated = layers * iters * b
-    return StageCost(
-        "local", read, written, peak, flops, True, spooled_bytes=spooled, held_tokens=held, updated=updated
-    )
+def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
+    """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
+    m = job.student
+    nbytes = training_size.training_bytes(m.config, micro, job.length, job.host_lanes)
+    work, trained = training_size.activation_bytes(m.config, micro, job.length), arch.params(m.config)
+    plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, job.length), True)
+    return _taught(job, plain, micro, limit, job.iters, trained, SAVED_BYTES * trained, work)
 
 
-def resident(job: DistillationSpec, micro: int, limit: int, frozen: bool = False) -> StageCost:
-    """The student whole in memory; beside it as much of the teacher as there is room for, or its store. frozen: its
-    embedding and head are not trained."""
-    m, s = job.student, job.student.shape
-    nbytes = training_size.training_bytes(m.config, micro, job.length, job.host_lanes, frozen)
-    trained = arch.params(m.config) - frozen * m.head_params * (1 if s.tied else 2)
-    return _taught(job, StageCost("distil", m.nbytes, m.nbytes, nbytes, 0.0, True), micro, limit, job.iters, trained)
+def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) -> StageCost:
+    """The student's blocks in memory, updated one after the other (distillation/sharded); the teacher as in
+    `resident`. lora: only their adapters, beside weights in the type that the policy gives."""
+    m, layers = job.student, job.student.shape.layers
+    state, trained = layers * training_size.block_state_bytes(m.config), m.block_params
+    work = _way_back(job, micro, ADAPTERS.rank * lora)
+    if lora:
+        trained = ADAPTERS.params(m.config) // layers
+        state = layers * (m.block_params * m.item + STATE_BYTES * trained)
+    flops = 4 * forward_flops(m, job.step, job.length, False) + 4.0 * job.step * m.head_params
+    plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops, True)
+    work -= 4 * m.head_params
+    return _taught(job, plain, micro, limit, job.iters, layers * trained, state, work)
+
+
+def _way_back(job: DistillationSpec, micro: int, rank: int = 0) -> int:
+    how = job.batch * job.accumulate // micro, job.length, estimates.together(job.student), bool(job.host_lanes)
+    return estimates.SMALL_BYTES + training_size.way_back_bytes(job.student.config, micro, *how, rank)
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
@@ -78,23 +77,27 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     )
     work = training_size.activation_bytes(m.config, micro, job.length)
     peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
-    plain = StageCost("tune", nbytes, nbytes, peak, 0.0, True)
-    return _taught(job, plain, micro, limit, iters, trained)
+    plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.length), True)
+    return _taught(job, plain, micro, limit, iters, trained, SAVED_BYTES * trained, work)
 
 
-def _taught(job: DistillationSpec, plain: StageCost, micro: int, limit: int, iters: int, trained: int) -> StageCost:
-    """`plain`, a student whole in memory, with its steps, the checkpoints of `trained` parameters, and its teacher."""
-    t, m, length, peak = job.teacher, job.student, job.length, plain.peak_bytes
-    keeps, read, flops = 0, iters * job.step * job.target_bytes, 3 * forward_flops(m, job.step, length)
+def _taught(
+    job: DistillationSpec, plain: StageCost, micro: int, limit: int, iters: int, trained: int, saved: int, work: int
+) -> StageCost:
+    """`plain`, a student whole in memory and one step of it, with all its steps that train so many parameters, its
+    checkpoints of `saved` bytes, and its teacher. work: of its bytes those that it holds only after the teacher's
+    pass."""
+    t, length, peak, flops = job.teacher, job.length, plain.peak_bytes, plain.flops
+    keeps, read = 0, iters * job.step * job.target_bytes
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
         body = t.body_bytes(estimates.workspace_bytes(t, micro * length, length))
-        peak += max(0, body - training_size.activation_bytes(m.config, micro, length))
+        peak += max(0, body - work)
         peak += t.slots_bytes + t.head_work + job.step * t.shape.hidden * t.item
         keeps = estimates.pins(t, room(limit, peak, t.gpu))
         read = t.head_bytes + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))
         flops += forward_flops(t, job.step, length)
-    written = plain.written_bytes + (iters // job.save_every + 2) * SAVED_BYTES * trained
+    written = plain.written_bytes + (iters // job.save_every + 2) * saved
     peak, read = peak + keeps * t.block_work, plain.read_bytes + read
     return replace(plain, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=iters * flops, pinned=keeps,
                    updated=iters * trained)  # fmt: skip
@@ -107,9 +110,8 @@ def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     visits = math.ceil(job.iters / steps_per_shard(job, shard))
     over = [s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)]  # blocks above each shard
     above, again = (sum(n) / shards for n in (over, [max(0, n - 1) for n in over]))  # the last one turns in memory
-    back = s.layers * job.step * s.hidden * 4 + training_size.backward_bytes(m.config, micro, length)
-    back += 4 * m.head_params + training_size.logit_bytes(s.vocab, micro * length, bool(job.host_lanes)) + 4 * b
-    peak = (2 * 4 + STATE_BYTES * shard) * b + max(back, training_size.update_bytes(m.config, True))
+    state = shard * training_size.block_state_bytes(m.config)
+    peak = 2 * 4 * b + state + _way_back(job, micro)
     read = 4.0 * b * (s.layers - shard + again)
     forward = forward_flops(m, job.step, length, False) / s.layers  # of a block
     flops = forward * (s.layers - 1 + 2 * above + 3 * shard) + 4.0 * job.step * m.head_params
@@ -122,7 +124,7 @@ def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     saves = max(job.iters // job.save_every + 2, 2 * visits)  # a resume needs one of every visit
     trained = 4 * b * min(s.layers, visits * shard)
     read = job.iters * read + visits * 4 * m.head_params + trained
-    written, updated = trained + SAVED_BYTES * b * shard * saves, job.iters * b * shard
+    written, updated = trained + state * saves, job.iters * b * shard
     return StageCost("distil", int(read), written, peak, job.iters * flops, True, updated=updated)
 
 
@@ -216,7 +218,7 @@ def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
     """(mode, micro-batch, shard) of all that could be tried; a micro-batch divides the one asked for."""
     for micro in (n for n in range(job.batch, 0, -1) if job.batch % n == 0):
         for mode in job.modes:
-            for shard in range(job.student.shape.layers, 0, -1) if mode == "sharded" else (0,):
+            for shard in range(max(1, job.student.shape.layers - 1), 0, -1) if mode == "sharded" else (0,):
                 yield mode, micro, shard
 
 
@@ -229,12 +231,13 @@ def one(
     left = max(0, limit - known)
     own = known + process_bytes(left, job.teacher.gpu)
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
-    if mode == "sharded":  # which refits each block itself
-        phases.append(local(job, micro, left))
-    elif job.repair:
-        phases.append(repair(job))
     whole = mode != "sharded"
-    phases.append(resident(job, micro, left, mode == "blocks") if whole else sharded(job, micro, shard))
+    if job.repair:
+        phases.append(repair(job) if whole else repair_parts(job, left))
+    if mode == "resident":
+        phases.append(resident(job, micro, left))
+    else:
+        phases.append(blocks(job, micro, left, mode == "lora") if whole else sharded(job, micro, shard))
     phases.append(quantized_size.quantize(job.student, job.rounding, job.calibration, job.length, left))
     steps = job.rounding.steps(whole) if tuned is None else tuned
     extra = [tune(job, micro, left, steps)] if steps else []
@@ -246,13 +249,13 @@ def one(
 
 
 def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
-    """The best plan that fits: by its mode, as in MODES, then the largest micro-batch, then the one that reads
+    """The best plan that fits: by its mode, as in `job.modes`, then the largest micro-batch, then the one that reads
     least; if none fits, the one that needs least memory."""
     plans = [one(job, budget_bytes, rates, *way) for way in ways(job)]
     fitting = [p for p in plans if p.fits]
     if not fitting:
         return min(plans, key=lambda p: p.peak_bytes)
-    return min(fitting, key=lambda p: (MODES.index(p.mode), -p.micro_batch, sum(f.read_bytes for f in p.phases)))
+    return min(fitting, key=lambda p: (job.modes.index(p.mode), -p.micro_batch, sum(f.read_bytes for f in p.phases)))
 
 
 def least_bytes(job: DistillationSpec, rates: Rates) -> int:

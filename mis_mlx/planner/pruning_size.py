@@ -4,6 +4,7 @@ Does not know how it is done (pruning/calibrate, pruning/reconstruct), nor the t
 
 from dataclasses import replace
 
+from mis_mlx.models import arch
 from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
 from mis_mlx.planner.job import VOCABULARY_WINDOWS, DistillationSpec
@@ -43,3 +44,23 @@ def repair(job: DistillationSpec) -> StageCost:
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
     flops = big.flops + small.flops + m.shape.layers * fit_flops
     return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)
+
+
+def repair_parts(job: DistillationSpec, limit: int) -> StageCost:
+    """The same for a student in parts, each of which is written: a window at a time, hidden states on disk as far as
+    they find no room, and a block's output computed once more."""
+    t, m, length, tokens = job.teacher, job.student, job.length, job.repair * job.length
+    fit_bytes, fit_flops = estimates.refit(m, tokens)
+    body = max(each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (t, m))
+    peak = t.slots_bytes + m.slots_bytes + body + max(fit_bytes, 4 * m.block_params) + estimates.SMALL_BYTES
+    peak += 4 * m.shape.ffn * m.shape.hidden
+    theirs, ours = t.shape.hidden * t.item, m.shape.hidden * m.item  # of a token
+    held = min(tokens, estimates.room(limit, peak, t.gpu) // (length * (theirs + ours)) * length)
+    moved = (tokens - held) * (theirs * (t.shape.layers + 1) + ours * (m.shape.layers + 1))
+    read, written = t.shape.layers * t.block_bytes + m.nbytes + moved, moved
+    written += 4 * (arch.params(m.config) + m.shape.layers * m.block_params)
+    flops = estimates.forward_flops(t, tokens, length, False) + 2 * estimates.forward_flops(m, tokens, length, False)
+    return StageCost(
+        "repair", read, written, peak + held * (theirs + ours), flops + m.shape.layers * fit_flops,
+        spooled_bytes=(tokens - held) * (theirs + ours), held_tokens=held,
+    )  # fmt: skip

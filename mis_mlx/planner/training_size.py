@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.maths.optimizer import group_of
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
 
 CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
+PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
 UPDATE_ARRAYS = 2  # a clipped gradient; what else an update makes is written over what it was made of (measured)
 STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient and two moments, float32
 
@@ -36,30 +38,50 @@ def logit_bytes(vocab: int, tokens: int, host: bool = False) -> int:
     return 5 * min(CHUNKS_AHEAD, math.ceil(tokens / rows)) * rows * vocab * 4
 
 
-def update_bytes(config: Mapping[str, Any], blocks_only: bool = False) -> int:
+def update_bytes(config: Mapping[str, Any]) -> int:
     """What the optimizer's update of the largest weight needs beside weights, gradients and moments."""
-    tensors = arch.layer_tensors(config) if blocks_only else arch.tensors_of(config)
-    return UPDATE_ARRAYS * 4 * max(map(math.prod, tensors.values()))
+    return UPDATE_ARRAYS * 4 * max(map(math.prod, arch.tensors_of(config).values()))
 
 
-def training_bytes(
-    config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0, frozen: bool = False
-) -> int:
+def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0) -> int:
     """A student whole in memory: weights and moments, and what is largest of: activations and the vocabulary's part of
     the loss; the way back; the update.
 
     host_lanes: of the way where numpy computes the loss between the two passes (live_teacher), in so many lanes, each
-    with gradients of its own; 0: all in one graph, of which the least that can be promised is the sum. frozen: the
-    embedding and the head are not trained."""
+    with gradients of its own; 0: all in one graph, of which the least that can be promised is the sum."""
     s, params = shape_of(config), arch.params(config)
-    kept, head = activation_bytes(config, batch, length), 0 if frozen else 4 * s.vocab * s.hidden
-    trained = params - frozen * s.vocab * s.hidden * (1 if s.tied else 2)
+    kept, head = activation_bytes(config, batch, length), 4 * s.vocab * s.hidden
     block = backward_bytes(config, batch, length) - kept // s.layers
-    loss, gradients = 2 * head + logit_bytes(s.vocab, batch * length, bool(host_lanes)), GRADIENT_BYTES * trained
+    loss, gradients = 2 * head + logit_bytes(s.vocab, batch * length, bool(host_lanes)), GRADIENT_BYTES * params
     forth, back = kept + loss, gradients + block
     if host_lanes:
         back = max(kept + head, host_lanes * (gradients - head) + 3 * head) + block
     else:
         forth += gradients
-    state = 4 * params + (STATE_BYTES - GRADIENT_BYTES - 4) * trained
-    return state + max(forth, back, gradients + update_bytes(config, frozen))
+    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, gradients + update_bytes(config))
+
+
+def block_state_bytes(config: Mapping[str, Any]) -> int:
+    """A block that is trained block by block, in memory or in a checkpoint: float32 weights, and moments of 8 bits."""
+    nbytes = 0
+    for shape in arch.layer_tensors(config).values():
+        size, group = math.prod(shape), group_of(shape)
+        nbytes += 4 * size + (2 * size + 8 * size // group if group else 8 * size)
+    return nbytes
+
+
+def way_back_bytes(
+    config: Mapping[str, Any], batch: int, parts: int, length: int, lanes: int, host: bool, rank: int = 0
+) -> int:
+    """What a step of `parts` micro-batches holds while a student is trained block by block (distillation/sharded),
+    beside its weights and moments: what entered each block, the head, and what is largest of: the loss, the way back
+    through a block, its update. lanes: windows side by side, each with a gradient. host: as of `logit_bytes`. rank:
+    of adapters, where only these are trained."""
+    s, shapes = shape_of(config), arch.layer_tensors(config).values()
+    sizes = [rank * sum(shape) if rank else math.prod(shape) for shape in shapes]
+    gradient, side_by_side = 4 * sum(sizes), min(lanes, batch)
+    back = backward_bytes(config, batch, length) + (side_by_side + (parts > 1)) * gradient
+    loss = logit_bytes(s.vocab, batch * length, host)
+    loss += activation_bytes(config, batch, length) // s.layers + (parts > 1) * gradient if host else back
+    update = gradient + lanes * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
+    return 4 * (s.layers * batch * parts * length + s.vocab) * s.hidden + max(loss, back, update)

@@ -5,7 +5,7 @@ k') learns to deliver what the teacher has at the entrance of k'. Each block see
 Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -24,21 +24,37 @@ def reconstruct(
     teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Sequence[mx.array]
 ) -> tuple[dict[str, mx.array], list[float]]:
     """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)]."""
-    columns = kept_columns(keep)
-    big, small = (stream.Stream(model, policy.compute_dtype(model)) for model in (teacher, student))
-    target, own = big.embed(batches), small.embed(batches)
-    marching = groups(big, keep, target)
     mended: dict[str, mx.array] = {}
     left: list[float] = []
-    for j, block in small.blocks():
-        next(marching)
-        stream.evaluate_now(own)
-        wide, error = refit(block, small.args, own, target, columns, onwards=True)
-        small.finite(own[0])
+    for j, wide, error in by_block(teacher, student, keep, batches):
         if error < 1.0:
             mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
         left.append(error)
     return mended, left
+
+
+def by_block(
+    teacher: Checkpoint,
+    student: Checkpoint,
+    keep: KeptUnits,
+    batches: Sequence[mx.array],
+    spool: Callable[[], stream.Hidden] | None = None,
+    direct: bool = False,
+) -> Iterator[tuple[int, mx.array, float]]:
+    """(number of a block, its down_proj (out, in) float32, share of error left) of every block, in turn. spool(): a
+    place other than memory for hidden states; then a block's output is computed anew, and its inputs are not kept
+    meanwhile. direct: read past the page cache."""
+    columns, place = kept_columns(keep), spool or list[mx.array]
+    big, small = (stream.Stream(model, policy.compute_dtype(model), direct=direct) for model in (teacher, student))
+    target, own = big.embed(batches, place()), small.embed(batches, place())
+    marching = groups(big, keep, target)
+    for j, block in small.blocks():
+        next(marching)
+        wide, error = refit(block, small.args, own, target, columns, onwards=not spool)
+        if spool:
+            small.through(block, own)
+        small.finite(own[0])
+        yield j, wide, error
 
 
 def groups(teacher: stream.Stream, keep: KeptUnits, hidden: stream.Hidden) -> Iterator[int]:

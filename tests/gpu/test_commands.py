@@ -122,8 +122,7 @@ WAYS = {
     "to mxfp4": Way("bfloat16", {"q_mode": "mxfp4", "q_iters": None}),
     "cached": Way("bfloat16", {"targets": "cached", "quantize": 0}, near=0.02),  # other tokens are sampled here, there
     "sharded": Way("bfloat16", {"train": "sharded", "quantize": 0}),
-    # Adam's first steps are the signs of gradients, in each block: what rounding turns round is as large as the rest.
-    "local": Way("affine", {"train": "sharded", "quantize": 0}, near=0.05, held_out=0.01),
+    "sharded, 4-bit teacher": Way("affine", {"train": "sharded", "quantize": 0}, near=0.05, held_out=0.01),
 }
 
 

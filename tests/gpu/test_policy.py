@@ -16,10 +16,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import prune, quantize
-from mis_mlx.alignment import lora
 from mis_mlx.maths import sparse
 from mis_mlx.maths.likelihood import token_logps
-from mis_mlx.models import load, model_writer, policy, stream
+from mis_mlx.models import load, lora, model_writer, policy, stream
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from benchmarks.ablations import local_steps
 from mis_mlx.data.token_windows import order
-from mis_mlx.distillation import blockwise
 from mis_mlx.models import load, model_writer, stream
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct
@@ -54,7 +54,7 @@ def begin(
 ) -> Iterator[Step]:  # fmt: skip
     """What a command does, at the start and after a kill."""
     made = model_writer.by_block(pruned, root / "s", DISK)
-    return blockwise.train(teacher, pruned, made, keep, windows, recipe, folder=root, held=held, files=files, **more)
+    return local_steps.train(teacher, pruned, made, keep, windows, recipe, folder=root, held=held, files=files, **more)
 
 
 def weights(root: Path) -> dict[str, bytes]:
@@ -196,7 +196,7 @@ def test_a_finished_student_is_left_alone(tmp_path: Path, llama: Checkpoint, win
     list(begin(llama, pruned, keep, windows, tmp_path))
     before = weights(tmp_path)
     gone = Checkpoint(tmp_path / "gone", llama.config, {})
-    assert blockwise.finished(load.open_checkpoint(tmp_path / "s")) == 3
+    assert local_steps.finished(load.open_checkpoint(tmp_path / "s")) == 3
     assert list(begin(gone, pruned, keep, windows, tmp_path)) == []
     assert weights(tmp_path) == before
 
@@ -227,7 +227,7 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_read(
             return 80_000
 
     gone = Checkpoint(tmp_path / "gone", llama.config, {})
-    assert blockwise.scratch_bytes(llama.config, pruned.config, 96) == 96 * 64 * 3 * 4
+    assert local_steps.scratch_bytes(llama.config, pruned.config, 96) == 96 * 64 * 3 * 4
     with pytest.raises(MisError, match="the spool of hidden states needs 86 KiB, 78 KiB are free"):
         next(begin(gone, pruned, keep, windows, tmp_path, files=Short(), held=2))
 
@@ -245,5 +245,5 @@ def test_memory_holds_one_block_of_each(tmp_path: Path, windows: list[mx.array])
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     recipe = replace(RECIPE, iters=1)
-    steps = blockwise.train(teacher, teacher, made, keep, windows, recipe, folder=tmp_path, held=0, files=DISK)
+    steps = local_steps.train(teacher, teacher, made, keep, windows, recipe, folder=tmp_path, held=0, files=DISK)
     assert max(s.peak_bytes for s in steps) - before < limit
