@@ -9,7 +9,8 @@ head are frozen."""
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from typing import Any
 
 import mlx.core as mx
@@ -105,9 +106,7 @@ class Sharded:
         if i is None or i not in self.blocks:
             return load.dense(self._student, name)
         *owners, last = name.split(".")[3:]
-        owner = self.shard.layers[i - self.blocks.start]
-        for step in owners:
-            owner = owner[step]
+        owner = reduce(getitem, owners, self.shard.layers[i - self.blocks.start])
         return (owner.fuse() if hasattr(owner, "fuse") else owner)[last]  # a LoRALinear's weights with its adapter
 
     def _check(self, visit: int) -> None:
