@@ -9,8 +9,7 @@ head are frozen."""
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, reduce
-from operator import getitem
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -106,7 +105,9 @@ class Sharded:
         if i is None or i not in self.blocks:
             return load.dense(self._student, name)
         *owners, last = name.split(".")[3:]
-        owner = reduce(getitem, owners, self.shard.layers[i - self.blocks.start])
+        owner = self.shard.layers[i - self.blocks.start]
+        for step in owners:
+            owner = owner[step]
         return (owner.fuse() if hasattr(owner, "fuse") else owner)[last]  # a LoRALinear's weights with its adapter
 
     def _check(self, visit: int) -> None:
@@ -129,7 +130,7 @@ class Sharded:
         self.shard = nn.Module()  # the last shard's memory goes before the next one's is taken
         kind = policy.compute_dtype(self._student) if self._adapters else mx.float32
         self.shard.layers = [load.block(self._student, i, self._source.args, kind) for i in self.blocks]
-        new = [(name.removeprefix("model."), array.astype(kind)) for name, array in (mended or {}).items()]
+        new = [(n.removeprefix("model."), a.astype(kind)) for n, a in (mended or {}).items()]
         self.shard.load_weights(new, strict=False)
         if self._adapters:
             self._adapters(self.shard)
@@ -138,14 +139,12 @@ class Sharded:
 
     def end_step(self, number: int, last: bool) -> None:
         """After step `number` (from 1) and before its checkpoint: a visit, or the run, that is over goes to disk."""
-        if len(self.blocks) == self._source.layers:
-            return
-        over = number % self._steps_per_shard == 0
-        if over or last:
+        over, part = number % self._steps_per_shard == 0, len(self.blocks) < self._source.layers
+        if part and (over or last):
             self._files.replace_text(self._student.path / VISIT, json.dumps(self.visit))
             for i, block in zip(self.blocks, self.shard.layers, strict=True):
                 model_writer.replace_block(self._student, i, dict(tree_flatten(block.parameters())), self._files)
-        if over and not last:
+        if part and over and not last:
             before = self.optimizers[0]  # bad batches are so in whatever shard
             self._enter(self.visit + 1)
             for o in self.optimizers:
