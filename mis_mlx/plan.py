@@ -113,7 +113,7 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
         student = _open(s.student)[0]
     else:
         shape = arch.target_shape(config, arch.SCENARIOS.get(s.scenario or "", {}))
-        student = arch.student_config(config, shape, tuple(range(shape.layers)), "bfloat16")
+        student = arch.student_config(config, shape)
     return [estimates.model_of(model, gpu) for model in (teacher, student)]
 
 

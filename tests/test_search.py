@@ -284,7 +284,7 @@ def test_memory_is_weights_in_4_bits_and_the_cache(tmp_path: Path, llama: Checkp
     assert cached - without == 1000 * 3 * 2 * (2 * 16) * 2
     aim = shape_search.memory_aim(llama.config, "400KB", 400_000, 0.1, 1000)
     found = shape_search.field(llama.config, aim)
-    sizes = [shape_search.memory_bytes(shape_search.config_of(llama.config, s), 1000) for s in found]
+    sizes = [shape_search.memory_bytes(arch.student_config(llama.config, s), 1000) for s in found]
     assert found and all(400_000 - 0.2 * cached <= n <= 400_000 for n in sizes)
 
 
@@ -496,7 +496,7 @@ def test_scenarios_that_meet_the_aim() -> None:
     assert shape_search.scenarios(SMOLLM2, aim) == [gazda, goral]
     assert [aim.cost(shape) / 134_515_008 - 1 for shape in (gazda, goral)] == pytest.approx([-0.329] * 2, abs=5e-4)
     large = arch.target_shape(arch.MIS_137B, arch.SCENARIOS["goral"])
-    params = arch.params(shape_search.config_of(arch.MIS_137B, large))
+    params = arch.params(arch.student_config(arch.MIS_137B, large))
     assert f"{shape_search.count(params)} {params / arch.params(arch.MIS_137B) - 1:+.1%}" == "47.20B -44.0%"
 
 

@@ -139,7 +139,7 @@ class CandidateTrials:
         protocol.sweep(sub, run.files)
         folder = sub / "pruned"
         pruned = load.open_checkpoint(folder) if folder.exists() else self.prune(shape, folder)
-        small = estimates.model_of(shape_search.config_of(run.teacher.config, shape))
+        small = estimates.model_of(arch.student_config(run.teacher.config, shape))
         job = spec_of(estimates.model_of(run.teacher), small, run.recipe)
         if not (sub / run_folder.PLAN).exists():
             way = phases.make(job, run.plan.budget_bytes, run.plan.rates).way
@@ -224,7 +224,7 @@ def work(
     checkpoint: `whole` with the tokens that stay."""
     shown, length, rates = estimates.model_of(whole), s.max_seq_length, estimates.machine_rates()
     t = estimates.model_of(checkpoint, dtype=policy.compute_dtype(whole))  # nobody can read these first rows
-    configs = [shape_search.config_of(checkpoint.config, x) for x in shapes]
+    configs = [arch.student_config(checkpoint.config, x) for x in shapes]
     most = (max(configs, key=arch.params), max(configs, key=lambda c: c["num_hidden_layers"]))
     plans = [phases.make(spec_of(t, estimates.model_of(c), s, shown=shown), limit.limit_bytes, rates) for c in most]
     made = max(plans, key=lambda p: p.peak_bytes)

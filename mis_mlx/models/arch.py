@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -190,14 +190,17 @@ def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         )
 
 
-def student_config(config: Mapping[str, Any], shape: Shape, layers: tuple[int, ...], dtype: str) -> dict[str, Any]:
-    """The teacher's config.json edited to `shape`, not quantized; what runtimes would guess differently spelled out."""
+def student_config(
+    config: Mapping[str, Any], shape: Shape, layers: Sequence[int] | None = None, dtype: str = "bfloat16"
+) -> dict[str, Any]:
+    """The teacher's config.json edited to `shape`, not quantized; what runtimes would guess differently spelled out.
+    layers: of the teacher, by default the first ones."""
     c = normalised(config)
     for key in ("quantization", "quantization_config", "dtype"):  # transformers 5 would believe dtype, not torch_dtype
         c.pop(key, None)
     for key in ("layer_types", family(c).kinds):
         if c.get(key):
-            c[key] = [c[key][i] for i in layers]
+            c[key] = [c[key][i] for i in (layers or range(shape.layers))]
     c |= {key: getattr(shape, field) for field, key in KEYS.items()} | {"torch_dtype": dtype}
     if "full_attention" not in (rope := c.get("rope_parameters") or {}):
         rope = {"rope_type": "default", **rope, **(c.get("rope_scaling") or {}), "rope_theta": c["rope_theta"]}

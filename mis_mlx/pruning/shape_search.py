@@ -25,11 +25,6 @@ POPULATION, CHILDREN = 3, 2  # mu and lambda
 JUMPS = (-2, -1, 1, 2)  # places along an axis that a mutation goes
 
 
-def config_of(config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
-    """A config of this shape, the teacher's in all else."""
-    return arch.student_config(config, shape, tuple(range(shape.layers)), "bfloat16")
-
-
 def label(shape: Shape) -> str:
     """Short, and a file name: '20l-1280f-9h-576d'."""
     return f"{shape.layers}l-{shape.ffn}f-{shape.heads}h-{shape.hidden}d"
@@ -78,7 +73,7 @@ def params_aim(config: Mapping[str, Any], text: str, tolerance: float) -> Aim:
         raise MisError(f"--params {text}: that is {words(target)}, the teacher has {count(teacher)}: ask for fewer")
     margin = tolerance * teacher
     return Aim(f"--params {text}", teacher, target - margin, target + margin,
-               lambda shape: arch.params(config_of(config, shape)), words)  # fmt: skip
+               lambda shape: arch.params(arch.student_config(config, shape)), words)  # fmt: skip
 
 
 def count(n: float) -> str:
@@ -94,14 +89,14 @@ def memory_bytes(config: Mapping[str, Any], cached: int) -> int:
 
 def memory_aim(config: Mapping[str, Any], text: str, limit: int, tolerance: float, cached: int) -> Aim:
     """At most `limit` bytes of memory in use, and at least twice `tolerance` of the teacher's less."""
-    teacher = memory_bytes(config_of(config, shape_of(config)), cached)
+    teacher = memory_bytes(arch.student_config(config, shape_of(config)), cached)
     if limit >= teacher:
         raise MisError(
             f"--memory {text}: the teacher takes {gib(teacher)} in 4 bits with {cached} tokens of context, which fits: "
             "ask for less"
         )
     return Aim(f"--memory {text}", teacher, limit - 2 * tolerance * teacher, limit,
-               lambda shape: memory_bytes(config_of(config, shape), cached), gib)  # fmt: skip
+               lambda shape: memory_bytes(arch.student_config(config, shape), cached), gib)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,7 @@ def decode_aim(config: Mapping[str, Any], text: str, tolerance: float, cached: i
 
 def _fetched(config: Mapping[str, Any], shape: Shape, cached: int) -> int:
     """Numbers that a block takes from memory for one token."""
-    weights = sum(map(math.prod, arch.layer_tensors(config_of(config, shape)).values()))
+    weights = sum(map(math.prod, arch.layer_tensors(arch.student_config(config, shape)).values()))
     return weights + 2 * cached * shape.kv_heads * shape.head_dim
 
 
