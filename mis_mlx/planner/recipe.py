@@ -68,8 +68,8 @@ class DistillationConfig(TrainingConfig):
     halny: Annotated[Share | None, FILE_ONLY] = None
     """spread of eps_halny in eq. (2); 0 switches it off; default: from measured T_env, 0 when unmeasured"""
     train: Literal["auto", "resident", "blocks", "sharded"] = "auto"
-    """the student whole in memory; so, but embedding and head as they are; or some blocks of it at a time. Default:
-    the first of them that fits the budget"""
+    """the student whole in memory; so, but updated block by block, with 8-bit moments, embedding and head as they are;
+    or some blocks of it at a time. Default: the first of them that fits the budget"""
     targets: Literal["live", "cached"] = "live"
     """the teacher at every step; or its sampled logits, written down once, and no teacher in memory"""
     reconstruct_samples: Whole = 64
