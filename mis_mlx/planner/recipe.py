@@ -68,9 +68,9 @@ class DistillationConfig(TrainingConfig):
     halny: Annotated[Share | None, FILE_ONLY] = None
     """spread of eps_halny in eq. (2); 0 switches it off; default: from measured T_env, 0 when unmeasured"""
     train: Literal["auto", "resident", "blocks", "lora", "sharded"] = "auto"
-    """the student whole in memory; so, but embedding and head as they are; so, but all weights as they are and mlx-lm's
-    low-rank adapters beside them, which are added in the end; or some blocks of it at a time. Default: the first that
-    fits the budget, of those that train weights"""
+    """the student whole in memory; so, but updated block by block, with 8-bit moments, embedding and head as they are;
+    so, but all weights as they are and mlx-lm's low-rank adapters beside them, which are added in the end; or some
+    blocks of it at a time. Default: the first that fits the budget, of those that train weights"""
     targets: Literal["live", "cached"] = "live"
     """the teacher at every step; or its sampled logits, written down once, and no teacher in memory"""
     reconstruct_samples: Whole = 64
