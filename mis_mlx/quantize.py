@@ -81,8 +81,7 @@ def quantize(
     extra = {}
     if how.target_bpw is not None:
         cli.say("sensitivity: what every matrix costs in fewer bits")
-        looked = checkpoint, batches, how.q_group_size, how.target_bpw, seed, hidden(layers), how.q_method == "gptq"
-        plan, found = bit_allocation.mixed(*looked)
+        plan, found = bit_allocation.mixed(checkpoint, batches, how, seed, hidden(layers))
         extra[packed_format.SENSITIVITY] = json.dumps(found).encode()
 
     rounded = partial(gptq.rounded_blocks, checkpoint, batches, hidden=hidden(1)) if how.q_method == "gptq" else None

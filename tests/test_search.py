@@ -278,7 +278,8 @@ def test_a_busy_machine_does_not_make_blocks_free(tmp_path: Path, monkeypatch: p
 
 def test_memory_is_weights_in_4_bits_and_the_cache(tmp_path: Path, llama: Checkpoint) -> None:
     """Weights: what `quantize` writes, give or take norms and rounding. Cache: 2 bytes of each key and value."""
-    written = packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)["nbytes"]
+    four = dict.fromkeys(packed_format.layout(llama.config, 64), packed_format.Format(4, 64))
+    written = packed_format.write_quantized(llama, tmp_path / "q4", four, DISK)["nbytes"]
     without, cached = (shape_search.memory_bytes(llama.config, n) for n in (0, 1000))
     assert without == pytest.approx(written, rel=0.03)
     assert cached - without == 1000 * 3 * 2 * (2 * 16) * 2

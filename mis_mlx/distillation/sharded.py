@@ -130,7 +130,7 @@ class Sharded:
         self.shard = nn.Module()  # the last shard's memory goes before the next one's is taken
         kind = policy.compute_dtype(self._student) if self._adapters else mx.float32
         self.shard.layers = [load.block(self._student, i, self._source.args, kind) for i in self.blocks]
-        new = [(n.removeprefix("model."), a.astype(kind)) for n, a in (mended or {}).items()]
+        new = [(name.removeprefix("model."), w.astype(kind)) for name, w in (mended or {}).items()]
         self.shard.load_weights(new, strict=False)
         if self._adapters:
             self._adapters(self.shard)

@@ -21,41 +21,37 @@ from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, backward_pass, load, policy, stream
 from mis_mlx.models.backward_pass import Some
+from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import packed_format
 from mis_mlx.types import Checkpoint, MisError
 
-COMPENSATED = 0.4  # of a block's cost is left where GPTQ rounds: 0.37 on the default run's student (benchmarks/README)
+LEFT = {"round": 1.0, "gptq": 0.4}  # of a block's cost by who rounds; 0.37 on the default run's student
 
 
 def mixed(
     checkpoint: Checkpoint,
     batches: Sequence[mx.array],
-    group: int,
-    target_bpw: float,
+    how: QuantizationConfig,
     seed: int = 0,
     kept: stream.Hidden | None = None,
-    compensated: bool = False,
 ) -> tuple[packed_format.Layout, dict[str, Any]]:
-    """(a format for every matrix, at most `target_bpw` bits per weight; what was found, for a JSON).
+    """(a format for every matrix, at most `how.target_bpw` bits per weight; what was found, for a JSON).
 
-    Token ids [(B, T)]. kept: as in `backward_pass.backwards`. compensated: the blocks will be rounded by GPTQ."""
-    check(target_bpw, group)
-    found = costs(checkpoint, batches, group, rounding.BITS, seed, kept)
-    left = {path: COMPENSATED if compensated and arch.block_of(path) is not None else 1.0 for path in found}
-    nats = {path: {bits: left[path] * cost for bits, cost in of.items()} for path, of in found.items()}
+    Token ids [(B, T)]. kept: as in `backward_pass.backwards`."""
+    check(how.target_bpw, group := how.q_group_size)
+    found, left = costs(checkpoint, batches, group, rounding.BITS, seed, kept), LEFT[how.q_method]
+    blocks = {path: left if arch.block_of(path) is not None else 1.0 for path in found}
+    nats = {path: {bits: blocks[path] * cost for bits, cost in of.items()} for path, of in found.items()}
     shapes = arch.tensors_of(checkpoint.config)
     sizes = {path: math.prod(shapes[f"{path}.weight"]) for path in nats}
-    chosen = allocate(nats, sizes, target_bpw - packed_format.Format(0, group).bits_per_weight)
+    chosen = allocate(nats, sizes, (how.target_bpw or 0.0) - packed_format.Format(0, group).bits_per_weight)
     report = {
-        "group_size": group,
-        "target_bpw": target_bpw,
-        "windows": len(batches),
+        "target_bpw": how.target_bpw,
         "nats": {path: {str(bits): round(cost, 9) for bits, cost in of.items()} for path, of in nats.items()},
         "bits": chosen,
         "predicted_nats": sum(nats[path][bits] for path, bits in chosen.items()),
     }
-    plan = packed_format.layout(checkpoint.config, group)
-    return {**plan, **{path: packed_format.Format(bits, group) for path, bits in chosen.items()}}, report
+    return {path: packed_format.Format(bits, group) for path, bits in chosen.items()}, report
 
 
 def allocate(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], mean_bits: float) -> dict[str, int]:
@@ -129,9 +125,7 @@ def costs(
     seed: int = 0,
     kept: stream.Hidden | None = None,
 ) -> dict[str, dict[int, float]]:
-    """{module path: {bits: nats per token}} of every matrix, in affine groups. Token ids [(B, T)].
-
-    kept: as in `backward_pass.backwards`."""
+    """{module path: {bits: nats per token}} of every matrix, in affine groups. batches, kept: as of `mixed`."""
     args, nats = load.model_args(checkpoint.config), dict[str, dict[int, float]]()
     tokens = sum(b.size for b in batches)
     ends = _Ends(checkpoint, group)

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, backward_pass, load
+from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
@@ -118,7 +119,7 @@ def test_mixed_formats_keep_to_the_target_and_open_in_mlx_lm(
     llama: Checkpoint, batches: list[mx.array], tmp_path: Path
 ) -> None:
     """At 4.6 bits a weight, scales included; stock mlx-lm computes what we read back."""
-    plan, found = bit_allocation.mixed(llama, batches, 64, 4.6)
+    plan, found = bit_allocation.mixed(llama, batches, QuantizationConfig(target_bpw=4.6))
     assert len({kind.bits for path, kind in plan.items() if ".layers." in path}) > 1
     done = packed_format.write_quantized(
         llama, tmp_path / "q", plan, DISK, extra={packed_format.SENSITIVITY: json.dumps(found).encode()}
@@ -141,7 +142,7 @@ def test_targets_out_of_reach(llama: Checkpoint, batches: list[mx.array]) -> Non
     bit_allocation.check(None, 64)
     with pytest.raises(MisError, match="--target-bpw 9 is above 8.5, which 8 bits in groups of 64 take: give 8.5"):
         bit_allocation.check(9.0, 64)
-    plan, _ = bit_allocation.mixed(llama, batches[:1], 64, 8.5)
+    plan, _ = bit_allocation.mixed(llama, batches[:1], QuantizationConfig(target_bpw=8.5))
     assert {kind.bits for kind in plan.values()} <= {3, 4, 5, 6, 8}
 
 
