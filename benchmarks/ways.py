@@ -1,0 +1,94 @@
+"""What each way of training gives and takes: the same student, repaired and distilled alike, by its way or its budget.
+
+    scripts/mis benchmarks/ways.py                     # about 5 minutes a row on 2 quiet cores
+    scripts/mis benchmarks/ways.py --rows blocks 1GiB  # of these rows alone
+    scripts/mis benchmarks/ways.py --table
+
+A row is a way (`--train`) under the default budget, or a budget, which chooses the way. Everything else is distill's
+default, but that nothing is quantized or timed. Gaps closed are in bits per byte of the held-out texts. Finished rows
+are not run again. Writes benchmarks/results/<machine>/ways-<teacher>.json after every row.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laboratory import resumed, write
+
+from mis_mlx import cli, distill
+from mis_mlx.reporting import run_reader
+from mis_mlx.reporting.text import markdown_table
+
+WAYS = ("resident", "blocks", "lora", "sharded")
+BUDGETS = ("2GiB", "1GiB", "600MiB")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much."""
+
+    rows: tuple[str, ...] = (*WAYS, *BUDGETS)
+    """ways and budgets"""
+    teacher: str | None = None
+    """default: SmolLM2-135M-Instruct"""
+    iters: int = 30
+    """steps of distillation"""
+    seed: int = 0
+    """of text, batches and adapters"""
+    table: bool = False
+    """print what there is, and make nothing"""
+
+
+def row(s: Settings, name: str, out: Path) -> dict[str, Any]:
+    """One run."""
+    flags: dict[str, Any] = {"train": name} if name in WAYS else {"budget": name}
+    result = distill.run(distill.Settings(
+        teacher=s.teacher, iters=s.iters, seed=s.seed, quantize=0, bench_tokens=0, out=str(out), **flags
+    ))  # fmt: skip
+    run = run_reader.read(out)
+    phases = {p["phase"]: p for p in run.phases}
+    found = {"way": result["mode"], "budget_bytes": result["budget_bytes"],
+             "peak_bytes": max(p["peak_bytes"] for p in phases.values()),
+             "distil_peak_bytes": phases["distil"]["peak_bytes"],
+             "seconds": {name: round(p["seconds"], 1) for name, p in phases.items()}}  # fmt: skip
+    bits, text = dict[str, list[float]](), ""
+    for line in run.table.splitlines():
+        text = line.partition(",")[0] if " held out, " in line else text
+        if line.startswith("| bits per byte of text |"):
+            bits[text] = [float(cell.split("±")[0]) for cell in line.strip("| ").split("|")[1:]]
+    return found | {"bits_per_byte": bits}
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Markdown."""
+    texts = list(next(iter(rows.values()))["bits_per_byte"]) if rows else []
+    head = ["", "way", "peak of distil, MB", "minutes", *(f"{text}, gap closed" for text in texts)]
+    body = []
+    for name, r in rows.items():
+        size, minutes = f"{r['distil_peak_bytes'] / 1e6:,.0f}", f"{sum(r['seconds'].values()) / 60:.1f}"
+        gaps = []
+        for text in texts:
+            teacher, pruned, distilled = r["bits_per_byte"][text]
+            gaps.append(f"{(pruned - distilled) / (pruned - teacher):.1%}")
+        body.append([name, r["way"], size, minutes, *gaps])
+    return markdown_table(head, body)
+
+
+def main(s: Settings) -> None:
+    """Every row that is not there yet."""
+    name = f"ways-{Path(s.teacher).name if s.teacher else 'default'}"
+    given = {"iters": s.iters, "seed": s.seed}
+    rows = resumed(name, given, ["rows"]).get("rows", {})
+    for wanted in () if s.table else s.rows:
+        if wanted not in rows:
+            with tempfile.TemporaryDirectory() as temp:
+                rows[wanted] = row(s, wanted, Path(temp) / "run")
+            write(name, "scripts/mis benchmarks/ways.py", {"given": given, "rows": rows})
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main(cli.parse(Settings))
