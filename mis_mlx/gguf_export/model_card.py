@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from mis_mlx.models import arch, model_writer, resolve
 from mis_mlx.models.config import shape_of
 from mis_mlx.reporting import html
@@ -46,15 +48,13 @@ def base_of(folder: Path) -> str | None:
 
 def readme(checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[str]) -> str:
     """README.md: base, recipe, the run's table, use, licence. file: the GGUF's name, if there is one."""
-    from huggingface_hub import ModelCardData
-
     run, library = run_of(checkpoint.path), "gguf" if file else "transformers"
     licence = "apache-2.0" if base == resolve.DEFAULT else None
-    front = ModelCardData(base_model=base, license=licence, library_name=library, tags=["mis_mlx"],
-                          pipeline_tag="text-generation")  # fmt: skip
+    front = {"base_model": base, "license": licence, "library_name": library, "tags": ["mis_mlx"],
+             "pipeline_tag": "text-generation"}  # fmt: skip
     table = run / "table.md" if run else None
     values = {
-        "front": front.to_yaml(),
+        "front": yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False).strip(),
         "name": name_of(checkpoint.path),
         "base": base,
         "size": f"{arch.params(checkpoint.config) / 1e6:.1f} million parameters: {shape_of(checkpoint.config)}",
