@@ -25,8 +25,6 @@ from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import packed_format
 from mis_mlx.types import Checkpoint, MisError
 
-LEFT = {"round": 1.0, "gptq": 0.4}  # of a block's cost by who rounds; 0.37 on the default run's student
-
 
 def mixed(
     checkpoint: Checkpoint,
@@ -39,9 +37,7 @@ def mixed(
 
     Token ids [(B, T)]. kept: as in `backward_pass.backwards`."""
     check(how.target_bpw, group := how.q_group_size)
-    found, left = costs(checkpoint, batches, group, rounding.BITS, seed, kept), LEFT[how.q_method]
-    blocks = {path: left if arch.block_of(path) is not None else 1.0 for path in found}
-    nats = {path: {bits: blocks[path] * cost for bits, cost in of.items()} for path, of in found.items()}
+    nats = costs(checkpoint, batches, group, rounding.BITS, seed, kept)
     shapes = arch.tensors_of(checkpoint.config)
     sizes = {path: math.prod(shapes[f"{path}.weight"]) for path in nats}
     chosen = allocate(nats, sizes, (how.target_bpw or 0.0) - packed_format.Format(0, group).bits_per_weight)
