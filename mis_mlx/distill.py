@@ -235,7 +235,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if folder is None:
         cli.say(progress.promise(made.seconds))
     with progress.run("distill", made.planned):
-        table, result = _begin(s, folder, teacher, rows, made, budget)
+        table, result = _begin(replace(s, iters=made.job.iters), folder, teacher, rows, made, budget)
     if table:
         print(table)
     return result

@@ -11,6 +11,7 @@ from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import ModelSize
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 
+ITERS = 30  # steps of a repaired student; a Gemma, unrepaired, was worse in Polish after so few than before
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
 SAMPLES = 50  # tokens of a position in the logit store
@@ -63,9 +64,10 @@ def spec_of(
     rotates: bool = True, shown: ModelSize | None = None,
 ) -> DistillationSpec:  # fmt: skip
     """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions."""
+    repair = 0 if family(student.config).sandwich else asked.reconstruct_samples
     return DistillationSpec(
-        teacher, student, asked.iters, asked.batch_size, asked.grad_accumulation_steps, asked.max_seq_length,
-        asked.num_samples, 0 if family(student.config).sandwich else asked.reconstruct_samples, asked.eval_windows,
+        teacher, student, asked.iters or (ITERS if repair else 2 * ITERS), asked.batch_size,
+        asked.grad_accumulation_steps, asked.max_seq_length, asked.num_samples, repair, asked.eval_windows,
         asked.save_every, asked.targets, MODES if asked.train == "auto" else (asked.train,),
         rotates and student.shape.hidden < teacher.shape.hidden, rounding,
         asked.cross_entropy > 0, shown,

@@ -58,8 +58,7 @@ def allocate(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int],
     step can be most of the room (an embedding), is tried in all its bits."""
     largest = max(sizes, key=lambda name: sizes[name])
     tried = [_greedy({**costs, largest: {bits: cost}}, sizes, mean_bits) for bits, cost in costs[largest].items()]
-    total = {i: sum(costs[name][bits] for name, bits in chosen.items()) for i, chosen in enumerate(tried) if chosen}
-    return tried[min(total, key=lambda i: total[i])] if total else {}
+    return min(filter(None, tried), key=lambda chosen: sum(costs[n][bits] for n, bits in chosen.items()), default={})
 
 
 def _greedy(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], mean_bits: float) -> dict[str, int]:
@@ -182,8 +181,7 @@ class _Ends:
 
     def _variances(self, checkpoint: Checkpoint, path: str) -> mx.array:
         """(V, D / group) float32."""
-        weight = load.dense(checkpoint, f"{path}.weight").astype(mx.float32)
-        groups = weight.reshape(len(weight), -1, self.group)
+        groups = mx.unflatten(load.dense(checkpoint, f"{path}.weight").astype(mx.float32), 1, (-1, self.group))
         found = mx.square(groups.max(axis=-1) - groups.min(axis=-1)) / 12
         stream.evaluate_now(found)
         return found

@@ -165,6 +165,21 @@ def test_budgets_choose() -> None:
     assert plans[1].mode == "blocks" and plans[1].way == {"mode": "blocks", "micro": 4, "shard": 0, "tuned": 0}
 
 
+@pytest.mark.parametrize(
+    ("family", "asked", "steps"),
+    [
+        ("qwen3", {}, 30),
+        ("qwen3", {"reconstruct_samples": 0}, 60),
+        ("gemma3_text", {}, 60),
+        ("gemma3_text", {"iters": 7}, 7),
+    ],
+)
+def test_usual_steps(tmp_path: Path, family: str, asked: dict[str, Any], steps: int) -> None:
+    """Twice as many where nothing is repaired before: by flag, or because the family has no such repair."""
+    model = model_of(load.open_checkpoint(tiny.make(tmp_path / "m", **{**tiny.KINDS, **tiny.FAMILIES}[family])))
+    assert spec_of(model, model, DistillationConfig(**asked)).iters == steps
+
+
 @pytest.mark.parametrize("targets", ["live", "cached"])
 def test_more_budget_never_reads_more(targets: Any) -> None:
     """With the micro-batch and the way fixed: blocks stay, shards grow, passes merge, spools shrink."""
