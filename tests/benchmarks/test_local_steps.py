@@ -28,7 +28,8 @@ from tests.conftest import mostly_slow
 from tests.pruning.test_reconstruct import CUTS, stream_error, student_of
 from tests.pruning.test_slice_weights import raw
 
-pytestmark = pytest.mark.usefixtures("cpu_policy")  # steps and sizes by hand are those of float32
+# Slow: what is tried here lost, and nobody is promised it. Steps and sizes by hand are those of float32.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cpu_policy")]
 
 SEEN = (0, 1, 2, 4)  # of five batches the fourth judges
 RECIPE = TrainingConfig(iters=3, grad_accumulation_steps=2, learning_rate=1e-3, warmup=1)
