@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,14 +26,15 @@ from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint
 from tests import tiny
-from tests.conftest import Done, sentence
+from tests.conftest import Done, mostly_slow, sentence
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
     """As a user runs it: JSON on the last line, and a folder that stock mlx-lm opens and speaks from."""
-    done = command("quantize", "--model", llama.path, "--mlx-path", tmp_path / "q4", "--q-group-size", 32)
+    brief = ("--num-samples", 4, "--max-seq-length", 64)
+    done = command("quantize", "--model", llama.path, "--mlx-path", tmp_path / "q4", "--q-group-size", 32, *brief)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     packed = load.open_checkpoint(tmp_path / "q4")
@@ -90,11 +92,11 @@ def test_gptq_refusals_write_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["plain"]
 
 
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
-@pytest.mark.parametrize(("ffn", "vocab"), [(1536, 512), (512, 8192)])
-def test_gptq_stays_under_the_plan(tmp_path: Path, dtype: str, ffn: int, vocab: int) -> None:
+@pytest.mark.parametrize("kind", mostly_slow(product((1536, 512), ("F32", "BF16")), (1536, "F32"), (512, "BF16")))
+def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> None:
     """MLX's peak and numpy's, each at its own time, together under the plan, and not by more than a factor of four."""
-    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": ffn, "vocab_size": vocab}
+    ffn, dtype = kind
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": ffn, "vocab_size": 8192 if ffn == 512 else 512}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=dtype, **sizes))
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     planned = quantized_size.quantize(estimates.model_of(checkpoint), FOUR, 6, 64, GIB)
