@@ -165,9 +165,9 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
         return run
 
-    assert ended(lambda s: {"iters": s.iters, "name": "Miś"}, monkeypatch) == 0
+    assert ended(lambda s: {"batch_size": s.batch_size, "name": "Miś"}, monkeypatch) == 0
     shown = capsys.readouterr()
-    assert shown.err == "" and json.loads(shown.out.splitlines()[-1]) == {"iters": 30, "name": "Miś"}
+    assert shown.err == "" and json.loads(shown.out.splitlines()[-1]) == {"batch_size": 2, "name": "Miś"}
     assert ended(fail(MisError("5 is more than 4: take less")), monkeypatch) == 1
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", "mis_mlx: 5 is more than 4: take less\n")
