@@ -222,7 +222,9 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
     """A pass of each model over the same windows, then the first one's head and each other's (as in comparison)."""
     first, tokens, vocab = models[0], windows * length, max(m.shape.vocab for m in models)
     body = max(m.slots_bytes + m.body_bytes(workspace_bytes(m, length, length)) for m in models)
-    heads = first.head_work + max([0, *(m.head_work for m in models[1:])])
+    # While a head is made, what was read is beside it or, where that is packed, a second copy (measured).
+    made = (m.head_work + (not m.as_stored) * max(m.head_bytes, m.packed * m.head_work) for m in models[1:])
+    heads = first.head_work + max([0, *made])
     peak = max(body, heads + 8 * 4 * chunk_rows(vocab) // 2 * vocab)
     peak += tokens * sum(m.shape.hidden * m.item for m in models)
     flops = sum(forward_flops(m, tokens, length) for m in models)
