@@ -82,7 +82,7 @@ def source_of(c: Run) -> live_teacher.TargetSource:
 
     if r.targets == "live":
         return teacher(None if c.plan.teacher_resident else c.plan.pinned * m.block_work + m.head_work)
-    longest = max(r.iters, c.plan.tuned)  # of training and tuning
+    longest = max(r.schedule.iters, c.plan.tuned)  # of training and tuning
     at = cached_targets.visited(len(c.data.tokens), replace(r, iters=longest))
     data = token_windows.Windows(c.data.tokens[at], c.data.learn[at])
     cli.say(f"logit store: {len(at)} windows")
@@ -150,7 +150,7 @@ def train_whole(
     )
     shown = {"log": TUNE_LOG, "label": "tune", "budget_bytes": c.plan.budget_bytes} if tuned else _beside_the_plan(c)
     with c.phase("tune" if tuned else "distil"):
-        training.finish(steps, start, c.recipe.iters, c.recipe.save_every, lambda: optimizer, **shown)
+        training.finish(steps, start, c.recipe.schedule.iters, c.recipe.save_every, lambda: optimizer, **shown)
 
 
 def _beside_the_plan(c: Run) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class Wind:
 def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
     r, job, whole = c.recipe, c.plan.job, c.plan.mode != "sharded"
     begun = pruned if whole else model_writer.by_block(pruned, c.folder / "parts", c.files)
-    visit = r.iters if whole else steps_per_shard(job, c.plan.shard_layers)
+    visit = r.schedule.iters if whole else steps_per_shard(job, c.plan.shard_layers)
     room = 4 * job.student.head_params  # the head stays, the blocks stream past
     shard = job.student.shape.layers if whole else c.plan.shard_layers
     adapters = partial(lora.insert, lora=ADAPTERS, seed=r.seed) if c.plan.mode == "lora" else None
@@ -199,5 +199,5 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     steps = partial(sharded.steps, student, micro_batches, loss, r.schedule, factor=factor, slopes=slopes)
     every = r.save_every if whole else min(r.save_every, max(1, visit // 2))  # two of every visit: see Sharded
     with c.phase("distil"):
-        training.finish(steps, start, r.iters, every, lambda: student, **_beside_the_plan(c))
+        training.finish(steps, start, r.schedule.iters, every, lambda: student, **_beside_the_plan(c))
     return student.take

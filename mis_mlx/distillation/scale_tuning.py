@@ -30,7 +30,7 @@ def learned(
     """The packed model in memory after its steps, in one go."""
     model = grid.resident(rounded)
     model.train()
-    with progress.bar("tune", recipe.iters) as show:
+    with progress.bar("tune", recipe.schedule.iters) as show:
         for step in live_teacher.steps(model, source, data, recipe, GuardedAdamW(weight_decay=DECAY)):
             show(step.number, text.step_text(step))
     return model
