@@ -27,6 +27,7 @@ from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError, Step
 
 VISIT = "visit.json"  # in the student's folder: the last visit that wrote, or began to write, its blocks
+Named = Mapping[str, mx.array]
 MicroBatch = tuple[Any, ...]  # tokens (B, T), learn (B * T,), and what else the loss wants
 Loss = Callable[..., mx.array]  # (hidden (n, D), head (V, D), learn (n,), *what else) -> sum in nats
 # (head, a step's micro-batches, which of them, its hidden (n, D)) -> (sum in nats, its gradient in hidden), evaluated
@@ -63,7 +64,7 @@ class Sharded:
         norm = load.final_norm(student, mx.float32)
         self._norm = stream.load_checked(norm, f"{student.path}: model.norm.")
 
-    def begin(self, mended: Mapping[str, mx.array] | None = None) -> None:
+    def begin(self, mended: Named | None = None) -> None:
         """Enter the first visit of a new run. mended: weights by name, in place of stored ones. MisError when the
         folder has been trained already."""
         self._check(-1)
@@ -119,9 +120,7 @@ class Sharded:
             begun = f"the newest whole checkpoint is of visit {visit}" if visit >= 0 else "no checkpoint is whole"
             raise MisError(f"{self._student.path} holds blocks of visit {written}, but {begun}: start a new run")
 
-    def _enter(
-        self, visit: int, mended: Mapping[str, mx.array] | None = None, stored: Mapping[str, mx.array] | None = None
-    ) -> None:
+    def _enter(self, visit: int, mended: Named | None = None, stored: Named | None = None) -> None:
         self._source = self._stream()  # a stream refuses files that changed since it was made
         layers, size = self._source.layers, self._shard_layers
         first = visit % -(-layers // size) * size
@@ -161,15 +160,9 @@ class Sharded:
         clock: Clock = train_loop.CLOCK,
     ) -> Step:
         """Step `step` (from 0), as `train_loop.train` does it: done again where the machine slept before an update."""
-        note = ""
-        while True:
-            began, mark = clock.monotonic(), clock.asleep()
-            mx.reset_peak_memory()
-            back = self.gradients(micro_batches(step), loss, slopes)
-            value, tokens = next(back)
-            if not (slept := max(distributed.all_gather(clock.slept(mark)))):
-                break
-            note = f"the machine slept {slept / 60:.0f} min; step done again. "
+        began, note, (back, (value, tokens)) = train_loop.awake(
+            clock, lambda: (made := self.gradients(micro_batches(step), loss, slopes), next(made))
+        )
         rate, norms, notes = schedule.rate(step), list[float](), dict[str, None]()
         for i, gradients in back:
             block, optimizer = self.shard.layers[j := i - self.blocks.start], self.optimizers[j]

@@ -43,15 +43,11 @@ def train(
     a micro-batch, where somebody has a quicker way there."""
     gradient_of = gradient_of or partial(nn.value_and_grad(model, loss), model)
 
+    def gradients(step: int) -> tuple[Any, ...]:
+        return _gradients(model, gradient_of, micro_batches(step))
+
     for step in range(start, schedule.iters):
-        note = ""
-        while True:
-            began, mark = clock.monotonic(), clock.asleep()
-            mx.reset_peak_memory()
-            value, tokens, summed, means = _gradients(model, gradient_of, micro_batches(step))
-            if not (slept := max(distributed.all_gather(clock.slept(mark)))):
-                break
-            note = f"the machine slept {slept / 60:.0f} min; step done again. "
+        began, note, (value, tokens, summed, means) = awake(clock, partial(gradients, step))
         scale, rate = factor(step) / tokens, schedule.rate(step)
         # From the first machine: whoever is led by the norm is led alike.
         norm = scale * distributed.broadcast_json(partial(float, global_norm(summed, lanes.lane)))
@@ -60,6 +56,18 @@ def train(
         mx.eval(model.parameters(), optimizer.adamw.state)
         seconds, peak, seen = clock.monotonic() - began, mx.get_peak_memory(), int(means.pop("tokens", tokens))
         yield Step(step + 1, value, norm, rate * optimizer.calm, seen, seconds, peak, note.strip(), more=means)
+
+
+def awake(clock: Clock, work: Callable[[], Any]) -> tuple[float, str, Any]:
+    """(when `work` began, what is to be noted, what it gives): it is done again where the machine slept meanwhile."""
+    note = ""
+    while True:
+        began, mark = clock.monotonic(), clock.asleep()
+        mx.reset_peak_memory()
+        given = work()
+        if not (slept := max(distributed.all_gather(clock.slept(mark)))):
+            return began, note, given
+        note = f"the machine slept {slept / 60:.0f} min; step done again. "
 
 
 def _gradients(

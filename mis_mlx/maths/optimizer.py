@@ -173,12 +173,9 @@ class GuardedAdamW:
     `Diverged`); a norm above mean + 5 sigma of the last 50 is clipped to that bound. eight_bit: matrices' moments take
     2.06 bytes a parameter in place of 8."""
 
-    def __init__(
-        self, *, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01, guard: bool = True,
-        eight_bit: bool = False,
-    ):  # fmt: skip
+    def __init__(self, *, weight_decay: float = 0.01, guard: bool = True, eight_bit: bool = False):
         kind = _Packed if eight_bit else _Fused
-        self.adamw = kind(0.0, betas=list(betas), weight_decay=weight_decay, bias_correction=True)
+        self.adamw = kind(0.0, betas=[0.9, 0.95], weight_decay=weight_decay, bias_correction=True)
         self.guard = guard
         self.norms: list[float] = []
         self.bad: list[int] = []  # batches, in a row

@@ -62,7 +62,7 @@ def test_asleep_it_is_adamw(kind: mx.Dtype) -> None:
     ours, theirs = net(), net()
     for model in (ours, theirs):
         model.set_dtype(kind)
-    goral = GuardedAdamW(betas=(0.9, 0.95), weight_decay=0.1, guard=False)
+    goral = GuardedAdamW(weight_decay=0.1, guard=False)
     adamw = optim.AdamW(1e-2, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
     for step in range(5):
         g = tree_map(lambda a: a.astype(kind), gradients(net(), step, 50.0))
