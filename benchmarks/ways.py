@@ -12,6 +12,7 @@ are not run again. Writes benchmarks/results/<machine>/ways-<teacher>.json after
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ class Settings:
     """ways and budgets"""
     teacher: str | None = None
     """default: SmolLM2-135M-Instruct"""
-    iters: int = 30
-    """steps of distillation"""
+    iters: int | None = None
+    """steps of distillation; default: distill's own"""
     seed: int = 0
     """of text, batches and adapters"""
     table: bool = False
@@ -45,6 +46,7 @@ class Settings:
 def row(s: Settings, name: str, out: Path) -> dict[str, Any]:
     """One run."""
     flags: dict[str, Any] = {"train": name} if name in WAYS else {"budget": name}
+    began = time.process_time()
     result = distill.run(distill.Settings(
         teacher=s.teacher, iters=s.iters, seed=s.seed, quantize=0, bench_tokens=0, out=str(out), **flags
     ))  # fmt: skip
@@ -53,6 +55,7 @@ def row(s: Settings, name: str, out: Path) -> dict[str, Any]:
     found = {"way": result["mode"], "budget_bytes": result["budget_bytes"],
              "peak_bytes": max(p["peak_bytes"] for p in phases.values()),
              "distil_peak_bytes": phases["distil"]["peak_bytes"],
+             "cpu_seconds": round(time.process_time() - began, 1),
              "seconds": {name: round(p["seconds"], 1) for name, p in phases.items()}}  # fmt: skip
     bits, text = dict[str, list[float]](), ""
     for line in run.table.splitlines():
@@ -65,21 +68,22 @@ def row(s: Settings, name: str, out: Path) -> dict[str, Any]:
 def table(rows: dict[str, Any]) -> str:
     """Markdown."""
     texts = list(next(iter(rows.values()))["bits_per_byte"]) if rows else []
-    head = ["", "way", "peak of distil, MB", "minutes", *(f"{text}, gap closed" for text in texts)]
+    head = ["", "way", "peak of distil, MB", "minutes", "of one core", *(f"{text}, gap closed" for text in texts)]
     body = []
     for name, r in rows.items():
-        size, minutes = f"{r['distil_peak_bytes'] / 1e6:,.0f}", f"{sum(r['seconds'].values()) / 60:.1f}"
+        size = f"{r['distil_peak_bytes'] / 1e6:,.0f}"
+        minutes = [f"{sum(r['seconds'].values()) / 60:.1f}", f"{r['cpu_seconds'] / 60:.1f}"]
         gaps = []
         for text in texts:
             teacher, pruned, distilled = r["bits_per_byte"][text]
             gaps.append(f"{(pruned - distilled) / (pruned - teacher):.1%}")
-        body.append([name, r["way"], size, minutes, *gaps])
+        body.append([name, r["way"], size, *minutes, *gaps])
     return markdown_table(head, body)
 
 
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
-    name = f"ways-{Path(s.teacher).name if s.teacher else 'default'}"
+    name = f"ways-{Path(s.teacher).name if s.teacher else 'default'}" + (f"-{s.seed}" if s.seed else "")
     given = {"iters": s.iters, "seed": s.seed}
     rows = resumed(name, given, ["rows"]).get("rows", {})
     for wanted in () if s.table else s.rows:
