@@ -11,7 +11,13 @@ from pathlib import Path
 from mis_mlx import __version__
 
 USAGE = "Makes a language model smaller on the laptop it will run on. Usage: scripts/mis COMMAND [flags]"
-NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help")
+GROUPS = {
+    "Make a model smaller": "distill prune quantize search plan",
+    "Teach it": "sft dpo grpo",
+    "Use and judge it": "generate export evaluate bench report",
+    "This machine": "doctor thermal",
+}
+NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help", "functions")
 
 
 def commands() -> dict[str, str]:
@@ -40,10 +46,11 @@ def main() -> None:
                 print(f"mis_mlx: there is no command {sys.argv[1]}: `mis_mlx` lists them", file=sys.stderr)
                 sys.exit(2)
             else:
-                print(f"{USAGE}\n")
-                width = max([10, *map(len, known)])
-                for command, line in known.items():
-                    print(f"  {command:<{width}} {line}")
+                print(USAGE)
+                for title, names in GROUPS.items():
+                    print(f"\n{title}")
+                    for command in names.split():
+                        print(f"  {command:<10} {known[command]}")
     except KeyboardInterrupt:
         print("mis_mlx: stopped by hand before anything was begun: start it again", file=sys.stderr)
         sys.exit(130)

@@ -24,7 +24,8 @@ T = TypeVar("T")
 ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
 BLAS = Path(__file__).parent / "hardware" / "blas.py"  # a program of its own
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-ACCEPT = "--accept-gemma-terms"  # a named teacher comes under them
+ACCEPT, DETAILS = "--accept-gemma-terms", "MIS_MLX_DETAILS"
+SWITCHES = {ACCEPT: {"MIS_MLX_ACCEPT": "gemma"}, "-v": {DETAILS: "1"}, "--verbose": {DETAILS: "1"}}  # of every command
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set by mlx.launch and mpirun, of several processes together
 DEVICE = re.compile(r"\[METAL\]|\[metal::|\[malloc|kIOGPU")  # how errors of MLX begin that are the device's
 MEMORY_GONE = re.compile(r"\[malloc|\[metal::malloc\]|Insufficient Memory|OutOfMemory")
@@ -234,16 +235,15 @@ def reader() -> Iterator[None]:
 
 @reader()
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool = False) -> None:
-    """Parse, run, print the result as the last stdout line. Exit codes: 0 done, 1 MisError, 2 usage, 3 check,
-    130 Ctrl-C, also where it is the cause of a MisError. several: whether this command can be one process of several;
-    of these only the first one speaks."""
+    """Parse, run, print the result as the last stdout line. Exits: 0 done, 1 MisError, 2 usage, 3 check, 130 Ctrl-C.
+    several: whether this command can be one process of several; of these only the first one speaks."""
     prog = "python -m " + (sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else "mis_mlx")
     if "--version" in sys.argv[1:]:
         print(f"mis_mlx {__version__}")
         sys.exit(0)
-    if ACCEPT in sys.argv:  # of any command that opens a model, and of its children
-        sys.argv.remove(ACCEPT)
-        os.environ["MIS_MLX_ACCEPT"] = "gemma"
+    for word in SWITCHES.keys() & set(sys.argv[1:]):
+        sys.argv.remove(word)
+        os.environ.update(SWITCHES[word])  # for child processes too
     try:
         settings = parse(config_type, prog=prog)
         preload()

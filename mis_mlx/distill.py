@@ -238,6 +238,7 @@ def run(settings: Settings) -> dict[str, Any]:
         table, result = _begin(replace(s, iters=made.job.iters), folder, teacher, rows, made, budget)
     if table:
         print(table)
+        cli.say(summary.next_steps(Path(result["run"])))
     return result
 
 

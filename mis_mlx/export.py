@@ -18,6 +18,7 @@ from mis_mlx.models.families import family
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Checkpoint, MisError, gib
 
@@ -48,6 +49,10 @@ class Settings(cli.Budgeted):
     """folder to write"""
     base_model: str | None = None
     """hub id of the model it was made from, for the card; default: what its run says"""
+    license: str | None = None
+    """licence of the weights for the card, in the hub's words, such as apache-2.0; default: the default teacher's"""
+    upload_repo: str | None = None
+    """hub repository to upload --format hf to, such as NAME/MODEL; needs --license, and `hf auth login` once"""
     dry_run: bool = False
     """say bytes and types and stop"""
 
@@ -76,6 +81,22 @@ def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, inexact: int = 0) 
     return facts
 
 
+def _origin(s: Settings, checkpoint: Checkpoint) -> tuple[str | None, str | None]:
+    """Hub id and licence of the model that it was made from, where they are said or known."""
+    base = s.base_model or model_card.base_of(checkpoint.path)
+    return base, s.license or model_card.licence_of(base)
+
+
+def _check_upload(s: Settings, checkpoint: Checkpoint) -> None:
+    """MisError where --upload-repo cannot be obeyed, before any work."""
+    if s.format != "hf":
+        raise MisError(f"--upload-repo sends a Hugging Face folder, --format is {s.format}: add --format hf")
+    if not resolve.REPO_ID.fullmatch(s.upload_repo or ""):
+        raise MisError(f"--upload-repo {s.upload_repo!r} is no repository of the hub: write NAME/MODEL")
+    if not _origin(s, checkpoint)[1]:
+        raise MisError("--upload-repo publishes weights, and their licence is not known: say it with --license")
+
+
 def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md. A K-quant: llama.cpp makes it of a float16 file there."""
     import gguf
@@ -95,7 +116,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
     if s.dry_run:
         return {**result, "notes": [*_facts(parts, checkpoint)[:1], *notes]}
-    end, base = facts.get("tokenizer.ggml.eos_token_id"), s.base_model or model_card.base_of(checkpoint.path)
+    end, base, licence = facts.get("tokenizer.ggml.eos_token_id"), *_origin(s, checkpoint)
     stop = None if end is None else facts["tokenizer.ggml.tokens"][end]
 
     def fill(folder: Path) -> None:
@@ -110,7 +131,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         notes[:0] = _facts(final, checkpoint, tally["inexact"])
         words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
         DISK.write(folder / "Modelfile", f"{html.document('Modelfile', words)}\n".encode())
-        DISK.write(folder / "README.md", model_card.readme(checkpoint, base, file, notes).encode())
+        DISK.write(folder / "README.md", model_card.readme(checkpoint, base, file, notes, licence).encode())
 
     room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(staged) if k_quant else 0)
     protocol.commit_folder(Path(s.out), fill, DISK, room, "the GGUF")
@@ -138,8 +159,8 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         return weight
 
     if not s.dry_run:
-        base = s.base_model or model_card.base_of(checkpoint.path)
-        papers = {"README.md": model_card.readme(checkpoint, base, "", facts).encode()}
+        base, licence = _origin(s, checkpoint)
+        papers = {"README.md": model_card.readme(checkpoint, base, "", facts, licence).encode()}
         model_writer.write_model(config, take, checkpoint.path, Path(s.out), dtype, DISK, papers)
     return {"nbytes": nbytes, "tensors": len(names), "notes": facts}
 
@@ -154,12 +175,17 @@ def run(settings: Settings) -> dict[str, Any]:
     folder = resolve.resolve_model(s.model).path
     checkpoint = load.open_checkpoint(folder)
     tokenizer_check.check_tokenizer(folder)
+    if s.upload_repo:
+        _check_upload(s, checkpoint)
     limit = memory.budget(s.budget_bytes)
     wanted = s.out_type or (tensors.out_type(checkpoint) if s.format == "gguf" else "bf16")
     need = need_bytes(checkpoint, s.format, wanted)
     limit.need(need, "the largest tensor on its way", f"give --budget {estimates.flag(need)} or more")
     with progress.run("export"), memory.limited(limit):
         result = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted)
+    if s.upload_repo and not s.dry_run:
+        result["uploaded"] = hub.upload(Path(s.out), s.upload_repo)
+        result["notes"].append(f"uploaded: {result['uploaded']}")
     cli.say(*result["notes"])
     cli.say(f"{s.out}: {gib(result['nbytes'])}{', nothing written (dry run)' if s.dry_run else ''}")
     where = {"model": str(folder), "format": s.format, "out_type": wanted, "out": s.out}

@@ -89,8 +89,9 @@ def text(kind: Any, prog: str, every: bool) -> str:
             lead = flag.ljust(INDENT) if len(flag) < INDENT - 1 else flag + "\n" + " " * INDENT
             body = textwrap.wrap(said.strip(), max(width, NARROW) - INDENT) or [""]
             lines += [(lead + body[0]).rstrip(), *(" " * INDENT + line for line in body[1:])]
+    lines += ["", "Every command: -v for details of plans, --version, --accept-gemma-terms"]
     if rare:
-        lines += ["", f"--help-all shows {len(rare)} more"]
+        lines += [f"--help-all shows {len(rare)} more"]
     elif names_ := sorted(quiet(kind)):
         lines += ["", *textwrap.wrap(f"In a YAML file (--config) only: {', '.join(names_)}", width)]
     return "\n".join(lines)

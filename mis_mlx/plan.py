@@ -1,16 +1,18 @@
 """Plan: what fits, bytes, passes, hours and SSD wear of a distillation, from the configs alone, before any work."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mis_mlx import cli
+from mis_mlx.distillation import search_report
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
 from mis_mlx.models.config import read_config, shape_of
-from mis_mlx.planner import estimates, phases, training_size
+from mis_mlx.planner import estimates, phases, quantized_size, training_size
 from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import vocabulary
@@ -22,15 +24,26 @@ LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple p
 
 
 def table(plan: phases.MemoryPlan) -> str:
-    """Markdown for people: every phase, one generated token, the decision."""
-    one = estimates.token(plan.job.teacher, plan.job.length, plan.budget_bytes)
-    head = ["phase", "read", "written", "peak memory", "operations", "time", "of an SSD's life"]
-    rows = [
-        [p.name, *map(gib, (p.read_bytes, p.written_bytes, p.peak_bytes)), f"{p.flops:.1e}",
-         duration(p.seconds(plan.rates)), f"{p.written_bytes / LIFE_BYTES:.4%}"]
-        for p in (*plan.phases, one)
-    ]  # fmt: skip
-    return f"{markdown_table(head, rows)}\n\n{decision(plan)}"
+    """For people: what will be made, how long and how much memory each phase takes, how; with -v every byte of it."""
+    job, phase = plan.job, {p.name: p for p in plan.phases}
+    whole, packed = job.shown or job.teacher, quantized_size.packed_bytes(job.student, job.rounding)
+    before, after = (arch.params(m.config) for m in (whole, job.student))
+    what = f"{before / 1e6:,.1f}M -> {after / 1e6:,.1f}M parameters ({after / before - 1:+.0%}): "
+    what += search_report.words(job.student.shape, whole.shape)
+    what += f"; {packed / 1e6:,.1f} MB when quantized" if "quantize" in phase else ""
+    if cli.DETAILS in os.environ:
+        one = estimates.token(job.teacher, job.length, plan.budget_bytes)
+        head = ["phase", "read", "written", "peak memory", "operations", "time", "of an SSD's life"]
+        rows = [
+            [p.name, *map(gib, (p.read_bytes, p.written_bytes, p.peak_bytes)), f"{p.flops:.1e}",
+             duration(p.seconds(plan.rates)), f"{p.written_bytes / LIFE_BYTES:.4%}"]
+            for p in (*plan.phases, one)
+        ]  # fmt: skip
+    else:
+        head = ["phase", "time", "peak memory"]
+        rows = [[name, duration(p.seconds(plan.rates)), gib(p.peak_bytes)] for name, p in phase.items()]
+        rows.append(["all", _hours(plan), f"{gib(plan.peak_bytes)} of {gib(plan.budget_bytes)}"])
+    return f"{what}\n\n{markdown_table(head, rows)}\n\n{decision(plan)}"
 
 
 def disk_bytes(plan: phases.MemoryPlan) -> int:
@@ -42,6 +55,11 @@ def disk_bytes(plan: phases.MemoryPlan) -> int:
     run = 2 * saved + (4 * params if plan.shard_layers else 0)
     kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
+
+
+def _hours(plan: phases.MemoryPlan) -> str:
+    hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
+    return duration(plan.seconds) + (f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else "")
 
 
 def decision(plan: phases.MemoryPlan) -> str:
@@ -59,12 +77,12 @@ def decision(plan: phases.MemoryPlan) -> str:
     where = "stays in memory" if plan.teacher_resident else "has left its logits" if job.targets == "cached" else where
     spooled = max(p.spooled_bytes for p in plan.phases)
     hidden = f"up to {gib(spooled)} of hidden states on disk" if spooled else "hidden states in memory"
-    hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
-    warm = f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else ""
+    if cli.DETAILS not in os.environ:
+        return f"{how}; the teacher {where}; up to {gib(disk_bytes(plan))} of files. -v: bytes, operations, SSD wear"
     written = sum(p.written_bytes for p in plan.phases)
     return (
         f"Peak {gib(plan.peak_bytes)} fits the budget of {gib(plan.budget_bytes)}: {how}; the teacher {where}; "
-        f"{hidden}. About {duration(plan.seconds)}{warm} in all, "
+        f"{hidden}. About {_hours(plan)} in all, "
         f"{gib(written)} written, {written / LIFE_BYTES:.2%} of an SSD's life of {LIFE_BYTES / 1e12:.0f} TB; "
         f"up to {gib(disk_bytes(plan))} of files at a time."
     )
@@ -129,7 +147,7 @@ def run(settings: Settings) -> dict[str, Any]:
     budget = memory.budget(settings.budget_bytes, at.room_bytes)
     plan = phases.make(job, budget.limit_bytes, at)
     params = [arch.params(m.config) for m in (whole, job.student)]
-    print(f"{params[0]:,} -> {params[1]:,} parameters: {job.student.shape}\n\n{table(plan)}")
+    print(table(plan))
     if settings.machine == "here" and (said := battery(ThermalFlags())):
         print(f"\nThis machine is {said}.")
     return {

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from mis_mlx import __version__
+
 ROOT = Path(__file__).parent.parent
 MIS = ROOT / "scripts" / "mis"
 TOOLS = ("cat", "cksum", "dirname", "mkdir", "mv", "readlink", "rm", "sed", "sh")
@@ -28,7 +30,8 @@ case "$*" in
     if [ -n "${PIP_TAKES_LONG:-}" ]; then mkdir "$PIP_TAKES_LONG"; exec sleep 60; fi
     [ -z "${PIP_FAILS:-}" ] || { echo "no network" >&2; exit 1; } ;;
 *"import ensurepip"*) [ -z "${TOO_OLD:-}" ] || exit 1 ;;
-*"-m mis_mlx "*) echo "ran in $PWD with LD_PRELOAD=${LD_PRELOAD:-}" ;;
+*"-m mis_mlx "*) echo "ran in $PWD with LD_PRELOAD=${LD_PRELOAD:-}"
+    echo "relaxed: ${AGX_RELAX_CDM_CTXSTORE_TIMEOUT-no}" ;;
 esac
 """
 
@@ -191,6 +194,20 @@ def test_uv_serves_where_python_is_too_old(machine: Machine) -> None:
     machine.tool("uv", body)
     assert machine.mis("distill", TOO_OLD="1").returncode == 0
     assert "uv venv --quiet --seed" in machine.log.read_text()
+
+
+def test_on_a_mac_long_computations_are_not_ended(machine: Machine) -> None:
+    """The variable that the sentence about it names is set, there alone, and one's own value stays."""
+    assert "relaxed: no\n" in machine.mis("distill").stdout
+    machine.tool("uname", 'case "$1" in -s) echo Darwin ;; -m) echo arm64 ;; esac')
+    assert "relaxed: 1\n" in machine.mis("distill").stdout
+    assert "relaxed: 0\n" in machine.mis("distill", AGX_RELAX_CDM_CTXSTORE_TIMEOUT="0").stdout
+
+
+def test_version_without_installing(machine: Machine) -> None:
+    """As `mis_mlx --version` says it."""
+    shutil.copy(ROOT / "mis_mlx" / "__init__.py", machine.checkout / "mis_mlx")
+    assert machine.mis("--version").stdout == f"mis_mlx {__version__}\n" and not machine.venv.exists()
 
 
 def test_unknown_commands_install_nothing(machine: Machine) -> None:

@@ -93,6 +93,8 @@ def ours(module: Module) -> Iterator[str]:
 def floors(module: Module) -> list[str]:
     """A module imports its own folder and lower ones."""
     mine = floor(module.zone)
+    if module.name == "__init__":  # it opens the commands, each when it is asked for: `slow_imports` sees to that
+        return []
     return [
         f"imports {zone}"
         for zone in ours(module)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mis_mlx import plan
+from mis_mlx import cli, plan
 from mis_mlx.hardware import rates
 from mis_mlx.models import arch
 from mis_mlx.types import GIB, Checkpoint, MisError
@@ -34,8 +34,11 @@ def test_end_to_end(llama: Checkpoint, command: Callable[..., Done]) -> None:
     assert result["params_teacher"] == arch.params(llama.config) > result["params_student"]
     assert result["least_budget_bytes"] <= result["peak_bytes"] <= result["budget_bytes"] == GIB
     assert (result["mode"], result["micro_batch"], result["pinned"], result["spooled_bytes"]) == ("resident", 2, 3, 0)
-    assert rows(done.stdout) == [*PHASES[:4], "tune", *PHASES[4:]]
-    assert "assumed" in done.stdout and "fits the budget" in done.stdout
+    assert rows(done.stdout) == [*PHASES[:4], "tune", PHASES[4], "all"]
+    assert "assumed" in done.stdout and " of 1.00 GiB |" in done.stdout and "MB when quantized" in done.stdout
+    done = command("plan", "--teacher", llama.path, "--budget", "1GiB", "--max-seq-length", 32, "-v")
+    assert rows(done.stdout) == [*PHASES[:4], "tune", *PHASES[4:]] and "fits the budget" in done.stdout
+    assert last_line(done) == result
     done = command("plan", "--teacher", llama.path, "--budget", "1MiB", "--max-seq-length", 32)
     assert done.returncode == 3 and "This does NOT fit: " in done.stdout and "the budget is 1 MiB" in done.stdout
     assert last_line(done)["check_failed"] is True
@@ -70,9 +73,11 @@ def test_a_config_is_enough(
     ],
 )
 def test_the_decision_in_words(
-    tmp_path: Path, changes: dict[str, Any], mode: str, named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path: Path, changes: dict[str, Any], mode: str, named: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Which way, what stays in memory and what does not, wear and hours: one sentence for each choice."""
+    monkeypatch.setenv(cli.DETAILS, "1")
     deep = {**tiny.CONFIG, "num_hidden_layers": 40}
     (tmp_path / "config.json").write_text(json.dumps(deep))
     settings = plan.Settings(

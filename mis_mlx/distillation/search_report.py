@@ -14,7 +14,7 @@ from mis_mlx.reporting import text
 from mis_mlx.types import Row
 
 OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
-FORMS = {"layers": "{} layers", "ffn": "FFN {}", "heads": "{} heads", "hidden": "hidden {}"}
+FORMS = {"layers": "{} layers", "ffn": "FFN {}", "heads": "{} heads", "hidden": "hidden {}", "vocab": "{:,} tokens"}
 METRICS = (
     ("params", "parameters, millions", ".1f"),
     ("speed", "decode, times the teacher's", ".2f"),

@@ -1,5 +1,8 @@
 """What came out of a run: one dictionary for machines, one page of tables for people."""
 
+import os
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -83,4 +86,30 @@ def page(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[st
             "The 4-bit loss is computed from the de-quantized weights, which are the same numbers; speeds are those "
             "of stock mlx-lm with float32 activations, 4-bit kernels included."
         )
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, won(models, sizes, quality)])
+
+
+def won(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]]) -> str:
+    """A sentence: what the student gained over the teacher, and what it costs."""
+    size, *_, last = ({r.metric: r.value for r in sizes if r.model == name} for name in models)
+    fast = {r.model: r.value for r in sizes if r.metric == "decode_tps"}
+    said = f"{1 - last['params'] / size['params']:.0%} fewer parameters"
+    said += f", {size['bytes']:.1f} -> {last['bytes']:.1f} MB" if "bytes" in size else ""
+    said += f", decodes {fast['distilled'] / fast['teacher']:.1f}x as fast unquantized" if len(fast) > 2 else ""
+    for name, rows in quality.items():
+        metric, unit = next((m, u) for m, u in reversed(LOSSES) if any(r.metric == m for r in rows))
+        loss = {r.model: r.value for r in rows if r.metric == metric}
+        said += f"; {name} {loss['distilled'] - loss['teacher']:+.3f} {unit}"
+        said += f", 4 bits add {loss['4-bit'] - loss['distilled']:.3f}" if "4-bit" in loss else ""
+    return f"The student against its teacher: {said}."
+
+
+def next_steps(folder: Path) -> str:
+    """What to do with a finished run: lines to paste."""
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+    mlx_lm, ours, run = f"{python} -m mlx_lm", f"{python} -m mis_mlx", shlex.quote(os.path.relpath(folder))
+    return (
+        f"Next:\n  {mlx_lm} generate --model {run}/model --prompt 'What is a shepherd?'\n"
+        f"  {ours} export --model {run}/model --out exported   # a GGUF for LM Studio and Ollama\n"
+        f"  {ours} report {run}   # a page with pictures"
+    )

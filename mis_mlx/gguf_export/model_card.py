@@ -46,10 +46,14 @@ def base_of(folder: Path) -> str | None:
     return resolve.DEFAULT if named is None else named if resolve.REPO_ID.fullmatch(named) else None
 
 
-def readme(checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[str]) -> str:
+def licence_of(base: str | None) -> str | None:
+    """The hub's word for the licence of a model that we know."""
+    return "apache-2.0" if base == resolve.DEFAULT else None
+
+
+def readme(checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[str], licence: str | None) -> str:
     """README.md: base, recipe, the run's table, use, licence. file: the GGUF's name, if there is one."""
     run, library = run_of(checkpoint.path), "gguf" if file else "transformers"
-    licence = "apache-2.0" if base == resolve.DEFAULT else None
     front = {"base_model": base, "license": licence, "library_name": library, "tags": ["mis_mlx"],
              "pipeline_tag": "text-generation"}  # fmt: skip
     table = run / "table.md" if run else None

@@ -95,6 +95,21 @@ def snapshot(repo_id: str) -> Path:
     return path
 
 
+def upload(folder: Path, repo_id: str) -> str:
+    """Send a folder's files to a model repository on the hub, made where there is none; where they are then. MisError
+    where the hub refuses: the folder stays."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repo_id, exist_ok=True)
+        return str(HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload with mis_mlx"))
+    except Exception as error:  # as above
+        why = f"{repo_id} was not uploaded ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        raise MisError(
+            f"{why}: {folder} is whole; log in with `hf auth login`, then `hf upload {repo_id} {folder}`"
+        ) from None
+
+
 def adopt(snapshot: Path, into: Path) -> None:
     """Fill `into` with a snapshot's files, which stay when the Hugging Face cache is emptied: hard links, or copies."""
     for file in snapshot.iterdir():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
+
 import pytest
 
 from mis_mlx.distillation import summary
@@ -19,3 +23,32 @@ def test_worse_than_pruned_is_said(distilled: float, worse: list[str], llama: Ch
     page = summary.page(models, sizes, rows, 32)
     said = [text for text in quality if f"On {text} distillation made the student worse" in page]
     assert said == worse and ("3.900 nats/token, where it had 3.500" in page) == bool(worse)
+
+
+def test_what_was_won_and_lost_is_one_sentence(llama: Checkpoint) -> None:
+    """By pencil: a third fewer parameters, the file a fifth, 1.5 times as fast, losses against the teacher's."""
+    models = dict.fromkeys(("teacher", "pruned", "distilled", "4-bit"), llama)
+    figures = {"params": (150.0, 100.0, 100.0, 100.0), "bytes": (300.0, 200.0, 200.0, 60.0),
+               "decode_tps": (10.0, 15.0, 15.0, 30.0)}  # fmt: skip
+    sizes = [Row(n, metric, v) for metric, values in figures.items() for n, v in zip(models, values, strict=True)]
+    rows = {"English": [Row(n, "bpb", v) for n, v in zip(models, (1.0, 1.5, 1.1, 1.14), strict=True)]}
+    assert summary.won(models, sizes, rows) == (
+        "The student against its teacher: 33% fewer parameters, 300.0 -> 60.0 MB, decodes 1.5x as fast unquantized; "
+        "English +0.100 bits per byte, 4 bits add 0.040."
+    )
+    dense = dict.fromkeys(("teacher", "pruned", "distilled"), llama)
+    assert summary.won(dense, [Row(n, "params", 1.0) for n in dense], rows) == (
+        "The student against its teacher: 0% fewer parameters; English +0.100 bits per byte, 4 bits add 0.040."
+    )
+
+
+def test_lines_to_paste_name_programs_and_folders_that_shells_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of a name with a blank is one word; all three programs are there."""
+    monkeypatch.chdir(tmp_path)
+    said = summary.next_steps(tmp_path / "my run")
+    lines = [shlex.split(line, comments=True) for line in said.splitlines()[1:]]
+    assert [line[2:4] for line in lines] == [["mlx_lm", "generate"], ["mis_mlx", "export"], ["mis_mlx", "report"]]
+    assert lines[2][4] == "my run" and lines[1][5] == "my run/model"
+    assert all(Path(line[0]).samefile(sys.executable) for line in lines)

@@ -1,0 +1,79 @@
+"""`mis_mlx.distill(...)` and the other functions of Python: what the commands do, with keywords for flags."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import mis_mlx
+from mis_mlx.types import Checkpoint
+from tests.conftest import Done
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = """
+import json, sys
+import mis_mlx
+clean = [name for name in ("mlx.core", "numpy", "mis_mlx.cli") if name in sys.modules]
+result = mis_mlx.distill(teacher=sys.argv[1], dry_run=True, budget="1GiB", max_seq_length=32)
+import ctypes
+fast = hasattr(ctypes.CDLL(None), "cblas_sgemm")
+print(json.dumps({"clean": clean, "folder": result.folder, "mode": result["mode"], "fast": fast}))
+"""
+
+
+def test_prune_quantize_open(llama: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two stages as functions, paths as Path; nothing goes to stdout; what comes out opens."""
+    made = mis_mlx.prune(model=llama.path, mlx_path=tmp_path / "small", scenario="none", ffn=256, num_samples=4,
+                         max_seq_length=32)  # fmt: skip
+    assert made.folder == tmp_path / "small" and made["params"] < made["params_before"]
+    plain = dict(target_bpw=None, q_iters=0, num_samples=2, max_seq_length=32)
+    packed = mis_mlx.quantize(model=made.folder, mlx_path=tmp_path / "packed", **plain)
+    there = mis_mlx.open(packed.folder)
+    assert there.config["intermediate_size"] == 256 and there.nbytes < mis_mlx.open(made.folder).nbytes
+    assert there.tensors["model.norm.weight"].shape == (llama.config["hidden_size"],)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_folder_opens_as_its_model(finished: tuple[Path, Done]) -> None:
+    """The last model of a run."""
+    assert mis_mlx.open(finished[0]).path == finished[0] / "model"
+
+
+def test_what_a_caller_can_mend_is_raised(llama: Checkpoint, tmp_path: Path) -> None:
+    """A number out of range and a folder that is not there are MisErrors, an unknown keyword a TypeError."""
+    with pytest.raises(mis_mlx.MisError, match="--num-samples is -1: give 1 or more"):
+        mis_mlx.prune(model=llama.path, num_samples=-1)
+    with pytest.raises(mis_mlx.MisError, match="has no readable config.json"):
+        mis_mlx.open(tmp_path)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'iters'"):
+        mis_mlx.prune(iters=2)
+    with pytest.raises(AttributeError, match="has no attribute 'distil'"):
+        mis_mlx.distil  # noqa: B018
+
+
+def test_keywords_are_the_flags() -> None:
+    """An editor sees them, with types and defaults."""
+    for name in mis_mlx.FUNCTIONS:
+        function = getattr(mis_mlx, name)
+        keywords = inspect.signature(function).parameters
+        assert keywords.keys() == {f.name for f in fields(function.Settings)} and "budget" in keywords
+
+
+def test_importing_does_nothing_and_the_first_call_brings_fast_products(llama: Checkpoint) -> None:
+    """In a process of its own, without `scripts/mis`: no library before it is used; then, on Linux, OpenBLAS."""
+    env = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "MIS_MLX_BLAS", "OPENBLAS_NUM_THREADS")}
+    line = [sys.executable, "-c", PROGRAM, str(llama.path)]
+    done: Done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == {"clean": [], "folder": None, "mode": "resident", "fast": found["fast"]}
+    assert found["fast"] or sys.platform != "linux" or mx.default_device() == mx.gpu
+    assert "| all |" in done.stderr
