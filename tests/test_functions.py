@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -77,3 +78,22 @@ def test_importing_does_nothing_and_the_first_call_brings_fast_products(llama: C
     assert found == {"clean": [], "folder": None, "mode": "resident", "fast": found["fast"]}
     assert found["fast"] or sys.platform != "linux" or mx.default_device() == mx.gpu
     assert "| all |" in done.stderr
+
+
+def test_the_examples_of_the_page_run(llama: Checkpoint, text_folder: Path, tmp_path: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """docs/python-api.md, block by block: with a tiny model, text of a few lines, and few steps."""
+    page = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    small = dict(data=str(text_folder), max_seq_length=32, num_samples=4)
+    for block in blocks:
+        code = block.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', f'"{llama.path}", **small')
+        code = code.replace("iters=30", "iters=2, reconstruct_samples=4, eval_windows=2, bench_tokens=2, vocab='1x'")
+        code = code.replace("model=packed.folder", "model=packed.folder, out_type='f16'")
+        code = code.replace("model=small.folder", "model=small.folder, q_iters=0, **few")
+        code = code.replace(f'teacher="{llama.path}", **small, students', f'teacher="{llama.path}", **texts, students')
+        texts = {"data": small["data"], "max_seq_length": 32, "eval_windows": 2}
+        exec(compile(code, "docs/python-api.md", "exec"), {"small": small, "few": small, "texts": texts})
+    assert (tmp_path / "runs" / "small" / "model").is_dir() and (tmp_path / "exported" / "Modelfile").is_file()

@@ -1,16 +1,22 @@
-"""The README against the code: its commands exist, its tables are files that a command wrote."""
+"""The README against the code and the results: its commands exist, its numbers are those that a command wrote."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from mis_mlx.__main__ import commands
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
+DEFAULT = RESULTS / "linux-x86_64" / "distill-default"
 
 
 def test_every_command_is_explained_and_every_explained_one_exists() -> None:
@@ -19,9 +25,33 @@ def test_every_command_is_explained_and_every_explained_one_exists() -> None:
     assert sorted(listed) == sorted(commands())
 
 
-def test_the_table_is_the_one_that_was_measured() -> None:
-    """The README's table of the default run stands, to the letter, in the results folder, with its command."""
-    assert (RESULTS / "linux-x86_64" / "distill-default.md").read_text(encoding="utf-8").strip() in README
+def test_the_tables_are_those_that_were_measured() -> None:
+    """Every line of the README's tables of the default run stands, to the letter, in the results folder."""
+    measured = DEFAULT.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    section = README.split("## What to expect")[1].split("\n## ")[0].splitlines()
+    lines = [line for line in section if line.startswith("|") or " held out, " in line]
+    assert len(lines) > 10 and set(lines) <= set(measured)
+
+
+def missing(text: str, found: dict[str, Any]) -> list[str]:
+    """The sentences about the default run that `text` lacks, with the numbers of the result `found`."""
+    minutes, gap, tokens = found["seconds"] / 60, found["gap_closed"], found["tokens"]
+    wanted = [f"{minutes:.0f} minutes on two cores", f"closes {100 * gap:.0f} % of the gap", f"{tokens:,} tokens of"]
+    return [words for words in wanted if words not in " ".join(text.split())]
+
+
+def test_the_sentences_have_the_results_numbers() -> None:
+    """Minutes, the gap and the tokens; another result would be missed."""
+    found = json.loads(DEFAULT.with_suffix(".json").read_text(encoding="utf-8"))
+    assert missing(README, found) == []
+    assert len(missing(README, {**found, "seconds": 60, "gap_closed": 0.1, "tokens": 1})) == 3
+
+
+@pytest.mark.parametrize("program", ["scripts/picture.py", "scripts/python_api.py"])
+def test_what_scripts_write_is_what_they_would_write_now(program: str) -> None:
+    """The picture is of the stored result, the page on Python of the code."""
+    done = subprocess.run([sys.executable, ROOT / program, "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_result_names_its_command_and_versions() -> None:
