@@ -1,0 +1,166 @@
+"""docs/results.md against the files it links: every number of a finding stands there, and a wrong one is noticed.
+
+A link may name a part of its file: `recovery_table.json#tasks/grammar-en` is the entry of `tasks` that is called so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "results.md"
+# What a number's unit divides it by; a number without one stands in the file as it is.
+UNITS = {"%": (0.01, 1.0), "MB": (1e6, 1.0), "MiB": (2**20,), "GiB": (2**30,), "minutes": (60.0,), "thousand": (1e3,),
+         "million": (1e6,), "billion": (1e9,)}  # fmt: skip
+MACHINE = {"cores", "cores_used", "memory_gib", "command"}  # keys that are no results
+UNIT = rf"\s*({'|'.join(UNITS)})(?!\w)"
+DIGITS = r"\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?"
+BEHIND = rf"x\b|{UNIT}|(?= (?:to|and) [\d.]+{UNIT})"  # `16 to 55 %` has its unit twice
+NUMBER = re.compile(rf"(?<![\w.,])([−+-]?)({DIGITS})(?:{BEHIND})?(?![\w,.]*\d)")
+
+
+class Finding(NamedTuple):
+    """One of the page's list: its words without links, commands, seeds and names; (file, part of it) of its links."""
+
+    number: int
+    text: str
+    files: tuple[tuple[Path, str], ...]
+    commands: tuple[str, ...]
+
+
+class Number(NamedTuple):
+    """As written, such as `1,024.5 MB`: where in the text, its digits, its sign and its unit."""
+
+    start: int
+    digits: str
+    sign: str
+    unit: str
+
+
+def findings(page: str) -> list[Finding]:
+    """The items of the numbered list, in order."""
+    items = re.findall(r"^(\d+)\. (.*?)(?=\n\n|\Z)", page, re.MULTILINE | re.DOTALL)
+    return [finding(int(number), " ".join(text.split())) for number, text in items]
+
+
+def finding(number: int, text: str) -> Finding:
+    """An item taken apart."""
+    links = re.findall(r"\]\(([^)#]+\.json)#?([^)]*)\)", text)
+    files = tuple(((PAGE.parent / target).resolve(), part) for target, part in links)
+    commands = tuple(c for c in re.findall(r"`([^`]+)`", text) if c.startswith("scripts/mis"))
+    text = re.sub(r"\[[^\]]*\]\([^)]*\)|`[^`]*`", "", text)
+    text = re.sub(r"[Ss]eeds? \d+(?:(?:, | and )\d+)*(?!\d*[.,]\d)", "", text)
+    text = re.sub(r"\b[A-Za-z][\w.]*-?\d[\w.-]*|\b\d-(?:bit|to)\b|\bfloat\d+", "", text)
+    return Finding(number, text, files, commands)
+
+
+def numbers(text: str) -> list[Number]:
+    """All of a text."""
+    return [Number(m.start(2), m[2], m[1], m[3] or m[4] or "") for m in NUMBER.finditer(text)]
+
+
+def values(result: Any) -> Iterator[float]:
+    """Every number of a results file, those of its keys and of its verdicts' words too."""
+    if isinstance(result, dict):
+        for key, value in result.items():
+            if key not in MACHINE:
+                yield from (float(n) for n in re.findall(r"\d+(?:\.\d+)?", key.replace(",", "")))
+                yield from values(value)
+    elif isinstance(result, list):
+        for value in result:
+            yield from values(value)
+    elif isinstance(result, str):
+        yield from (float(n) for n in re.findall(r"^\d+(?:\.\d+)?(?=x)", result))  # "1.45x or more"
+    elif isinstance(result, int | float) and not isinstance(result, bool):
+        yield float(result)
+
+
+def part_of(result: Any, words: str) -> Any:
+    """What lies behind these keys; of a list the entry one of whose values is the word."""
+    for word in filter(None, words.split("/")):
+        if isinstance(result, list):
+            (result,) = (entry for entry in result if word in entry.values())
+        else:
+            result = result[word]
+    return result
+
+
+def stands(number: Number, found: list[float]) -> bool:
+    """Whether one of the values, rounded to the decimals shown, is it. A sign must agree where one is written."""
+    written = number.digits.replace(",", "")
+    places = len(written.partition(".")[2])
+    for scale in UNITS.get(number.unit, (1.0,)):
+        for value in found:
+            agrees = value >= 0 if number.sign == "+" else value < 0 if number.sign else True
+            if agrees and f"{abs(value) / scale:.{places}f}" == written:
+                return True
+    return False
+
+
+def missing(one: Finding, text: str) -> list[str]:
+    """Numbers of the text, which is `one`'s or an altered one, that no file of it has."""
+    parts = [part_of(json.loads(path.read_text("utf-8")), words) for path, words in one.files]
+    found = [value for part in parts for value in values(part)]
+    return [f"{n.sign}{n.digits} {n.unit}".strip() for n in numbers(text) if not stands(n, found)]
+
+
+def alterations(text: str, number: Number) -> Iterator[str]:
+    """The text with one digit of that number changed, in all ways that there are."""
+    for at in range(number.start, number.start + len(number.digits)):
+        if text[at].isdigit():
+            yield from (f"{text[:at]}{digit}{text[at + 1 :]}" for digit in "0123456789" if digit != text[at])
+
+
+ALL = findings(PAGE.read_text("utf-8"))
+each = pytest.mark.parametrize("one", ALL, ids=lambda one: str(one.number))
+
+
+def test_ten_findings_of_which_some_failed() -> None:
+    """Numbered one to ten, and at least three stand under what does not work."""
+    assert [one.number for one in ALL] == list(range(1, 11))
+    assert len(findings(PAGE.read_text("utf-8").partition("## What does not work")[2])) >= 3
+
+
+@each
+def test_a_finding_names_files_seeds_and_its_command(one: Finding) -> None:
+    """Its files exist, and were made by the program that its command runs."""
+    assert one.files and all(path.is_file() for path, _ in one.files)
+    assert re.search(r"(?i)seeds?\b|one run|one student", PAGE.read_text("utf-8").split(f"\n{one.number}. ")[1])
+    made = {json.loads(path.read_text("utf-8"))["command"].split()[1] for path, _ in one.files}
+    assert {command.split()[1] for command in one.commands} == made
+
+
+@each
+def test_every_number_stands_in_its_file(one: Finding) -> None:
+    """Rounded as it is shown."""
+    assert len(numbers(one.text)) >= 3 and missing(one, one.text) == []
+
+
+@each
+def test_a_changed_digit_is_noticed(one: Finding) -> None:
+    """In the headline four times of five, whichever digit it is and whatever it becomes; in the others, which small
+    numbers of the same file may hide, three times of four."""
+    headline, *others = numbers(one.text)
+    assert one.text.startswith("**") and headline.start < 4
+    wrong = [bool(missing(one, text)) for text in alterations(one.text, headline)]
+    assert sum(wrong) >= 0.8 * len(wrong) and len(wrong) > 9
+    wrong = [bool(missing(one, text)) for n in others if len(n.digits) > 1 for text in alterations(one.text, n)]
+    assert sum(wrong) >= 0.75 * len(wrong)
+
+
+def test_units_and_signs() -> None:
+    """A unit scales; without one a number stands as it is; a written sign counts; names and seeds are no numbers."""
+    found = list(values({"share": 0.692, "bytes": 51_327_360, "s": 789.6, "change": -0.0043, "aim": "1.45x or more"}))
+    text = "69.2 % 51.3 MB 13.2 minutes −0.004 0.004 1.45x 790"
+    assert all(stands(n, found) for n in numbers(text)) and len(numbers(text)) == 7
+    assert not any(stands(n, found) for n in numbers("69.2 51.3 13.2 +0.004 1.46x 69.3 % 51.4 million"))
+    bare = finding(1, "GPT-2, SmolLM2-135M, a 4-bit file, Q4_K_M, float32, seeds 0, 1 and 2: 7.5 `x 9` [3](a.json#b)")
+    assert [n.digits for n in numbers(bare.text)] == ["7.5"]
+    assert bare.files == ((PAGE.parent / "a.json", "b"),)
+    assert part_of({"a": [{"task": "b", "c": 1}, {"task": "d", "c": 2}]}, "a/d/c") == 2
