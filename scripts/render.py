@@ -1,4 +1,4 @@
-"""Write the tables of README.md and benchmarks/README.md from the files under benchmarks/results.
+"""Write the tables of README.md, docs/results.md and benchmarks/README.md from the files under benchmarks/results.
 
     scripts/mis scripts/render.py             # after a measurement
     scripts/mis scripts/render.py --check     # exit 1, with the lines, where a table is not what the files say
@@ -24,7 +24,7 @@ from mis_mlx.reporting import text as words
 from mis_mlx.types import MisError, Row
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "benchmarks/README.md")
+PAGES = ("README.md", "docs/results.md", "benchmarks/README.md")
 BLOCK = re.compile(r"^<!-- table: (\S+) -->\n(.*?)(?:^<!-- end -->|(?=^<!-- table: )|\Z)", re.MULTILINE | re.DOTALL)
 END = "<!-- end -->"
 SHOWN = ("weights_mb", "load_s", "ttft_ms", "ttft_best_ms", "ttft_cached_ms", "prefill_tps", "tpot_ms", "decode_tps")
@@ -40,7 +40,7 @@ class Settings:
     check: bool = False
     """write nothing; exit 1 when a table is not what the files say"""
     root: str = str(ROOT)
-    """the folder that has README.md and benchmarks/"""
+    """the folder that has README.md, docs/ and benchmarks/"""
 
 
 def where(found: Found, sizes: str) -> str:

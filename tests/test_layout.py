@@ -423,10 +423,9 @@ assert "mlx_lm" not in sys.modules and "transformers" not in sys.modules
 
 
 def test_the_walk_names_files_that_exist() -> None:
-    """docs/architecture.md, every `file.py` of it; and all packages have their place there or in README."""
+    """docs/architecture.md, every `file.py` of it; and all packages have their place there."""
     text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     named = re.findall(r"`([a-z_/]+\.py)`", text)
     assert len(named) > 30 and not [name for name in named if not (PACKAGE / name).is_file()]
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert packages == {name for name in packages if re.search(rf"^  {name}/ ", readme, re.M)}
+    assert packages == {name for name in packages if re.search(rf"^  {name}/ ", text, re.M)}
