@@ -154,6 +154,32 @@ def test_a_changed_digit_is_noticed(one: Finding) -> None:
     assert sum(wrong) >= 0.75 * len(wrong)
 
 
+def blocks(page: Path) -> list[Finding]:
+    """Of another page: the paragraphs, list items and table rows that link a results file."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    parts = [part for block in re.split(r"\n\s*\n", text) for part in re.split(r"\n(?=- |\d+\. |\|)", block)]
+    return [one for part in parts if (one := finding(0, " ".join(part.split()))).files]
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.stem)
+def test_the_other_pages_quote_the_files_they_link(page: Path) -> None:
+    """Every share and every number with decimals that stands beside a link; whole numbers there may be settings."""
+    for one in blocks(page):
+        found = [value for path, words in one.files for value in values(part_of(json.loads(path.read_text()), words))]
+        measured = [n for n in numbers(one.text) if "." in n.digits or n.unit == "%"]
+        wrong = [n.digits for n in measured if not stands(n, found)]
+        assert not wrong, f"{page.name}: {wrong} of '{one.text[:60]}...' stand in none of the files that it links"
+
+
+def test_enough_of_them_is_checked(tmp_path: Path) -> None:
+    """There are such blocks, and a wrong one is found."""
+    quoting = [one for page in ROOT.glob("docs/*.md") for one in blocks(page)]
+    assert sum("." in n.digits for one in quoting for n in numbers(one.text)) > 80
+    (tmp_path / "a.json").write_text('{"loss": 1.25}')
+    one = finding(0, "the loss is 1.25 ([a](a.json)), or 1.35")._replace(files=((tmp_path / "a.json", ""),))
+    assert missing(one, one.text) == ["1.35"]
+
+
 def test_units_and_signs() -> None:
     """A unit scales; without one a number stands as it is; a written sign counts; names and seeds are no numbers."""
     found = list(values({"share": 0.692, "bytes": 51_327_360, "s": 789.6, "change": -0.0043, "aim": "1.45x or more"}))
