@@ -1,6 +1,7 @@
 """docs/recipes.md: every block of commands is run as it is written, on a tiny model; what it promises is there then.
 
-The tables below say all that is changed: hub ids, the text where none is named, and numbers that would take hours."""
+The tables below say all that is changed: hub ids, the text where none is named, and numbers that would take hours. What
+`mlx.launch` starts on two machines are two processes here. What needs a network is not run, only looked at."""
 
 from __future__ import annotations
 
@@ -29,12 +30,12 @@ from tests.machines import ROOT, ended, started
 
 PAGE = ROOT / "docs" / "recipes.md"
 BIN = ".venv/bin/"
-# What stands in the model cache under these names is the tiny model.
+# What stands in the model cache under these names is the tiny model; mlx_lm, whose cache is another, gets its folder.
 TEACHERS = ("SmolLM2-135M-Instruct", "Qwen--Qwen2.5-1.5B-Instruct", "HuggingFaceTB--SmolLM3-3B")
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Values in place of the page's, where it gives one.
 OTHER = {
-    "--vocab": "512", "--grad-accumulation-steps": "2", "--memory": "150KB", "--max-kv-size": "16",
-    "--machine": "here", "--budget": "1GiB", "HuggingFaceTB/SmolLM2-135M-Instruct": "",
+    "--vocab": "512", "--grad-accumulation-steps": "2", "--memory": "150KB", "--max-kv-size": "16", "--budget": "1GiB"
 }  # fmt: skip
 BRIEF = "--max-seq-length 32 --num-samples 2"
 SHORT = f"{BRIEF} --reconstruct-samples 2 --eval-windows 2"
@@ -114,12 +115,10 @@ def place(tmp_path: Path, teacher: Path, text_folder: Path) -> Path:
 
 def changed(name: str, words: list[str], teacher: Path, text: Path) -> list[str]:
     """The words of a command after the tables."""
-    result = list(words)
+    result = [str(teacher) if word == HUB_ID else word for word in words]
     for at, word in enumerate(words):
-        if word in OTHER and word.startswith("--"):
+        if word in OTHER:
             result[at + 1] = OTHER[word]
-        elif word in OTHER:
-            result[at] = str(teacher)
     if "--resume" in words:  # goes on with the flags that it has
         return result
     data = ["--data", str(text)] if name in TEXTED and "--data" not in words else []
