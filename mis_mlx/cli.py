@@ -94,10 +94,10 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
             raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
         # YAML 1.1 reads 1e-5 (no dot) as text; every tool in this field expects a number.
         if isinstance(value, str) and float in (hints[name], *get_args(hints[name])):
-            try:
+            with suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                raise MisError(f"{path}: {key} is {value!r}, a number was expected") from None
+        if type(value) is int and not _fits(value, hints[name]) and _fits(str(value), hints[name]):
+            value = str(value)  # `vocab: 16384`
         if not _fits(value, hints[name]):
             raise MisError(f"{path}: {key} is {value!r}, the setting takes {_words(hints[name])}: mend that line")
         result[name] = tuple(value) if isinstance(value, list) else value

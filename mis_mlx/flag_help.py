@@ -83,9 +83,11 @@ def text(kind: Any, prog: str, every: bool) -> str:
             default, said = defaults[name], about.get(name, "")
             if default is MISSING:
                 said += "" if "default:" in said else " (needed)"
+            elif default is True:
+                said += " (this turns it off)"
             elif default is not None and default is not False and "default:" not in said.lower():
                 said += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
-            flag = f"  --{name.replace('_', '-')} {metavar(hints[name])}".rstrip()
+            flag = f"  --{'no-' * (default is True)}{name.replace('_', '-')} {metavar(hints[name])}".rstrip()
             lead = flag.ljust(INDENT) if len(flag) < INDENT - 1 else flag + "\n" + " " * INDENT
             body = textwrap.wrap(said.strip(), max(width, NARROW) - INDENT) or [""]
             lines += [(lead + body[0]).rstrip(), *(" " * INDENT + line for line in body[1:])]

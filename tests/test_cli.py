@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx import cli, distill, evaluate, flag_help, quantize
+from mis_mlx import cli, distill, evaluate, flag_help, quantize, sft
 from mis_mlx.reporting import progress, text
 from mis_mlx.types import GIB, MisError, Row, Step
 
@@ -51,10 +51,11 @@ def test_flags_win_over_yaml_wins_over_defaults(tmp_path: Path) -> None:
 def test_long_spellings_of_c(tmp_path: Path) -> None:
     """`-c FILE`, `--config FILE` and `--config=FILE` read the same file; 1e-3 without a dot is a number; null: none."""
     path = tmp_path / "s.yaml"
-    path.write_text("iters: 7\nlearning_rate: 1e-3\nbudget:\nlayers: null\nhalny: 0\n")
+    path.write_text("iters: 7\nlearning_rate: 1e-3\nbudget:\nlayers: null\nhalny: 0\nvocab: 16384\n")
     for flags in (["-c", str(path)], ["--config", str(path)], [f"--config={path}"]):
         made = cli.parse(Settings, flags)
         assert (made.iters, made.learning_rate, made.budget, made.layers, made.halny) == (7, 1e-3, None, None, 0)
+        assert made.vocab == "16384"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_long_spellings_of_c(tmp_path: Path) -> None:
     [
         ("learning_rat: 1\n", "'learning_rat' is not a setting of this command: did you mean learning_rate?"),
         ("xyzzy: 1\n", "'xyzzy' is not a setting of this command: known are"),
-        ("learning_rate: fast\n", "learning_rate is 'fast', a number was expected"),
+        ("learning_rate: fast\n", "learning_rate is 'fast', the setting takes a number"),
         ("- iters\n", "holds a list"),
         ("iters: [\n", "is not YAML"),
         ("iters: 1\n\tseed: 2\n", "is not YAML"),
@@ -119,6 +120,24 @@ def test_help_names_every_flag(kind: Any, capsys: pytest.CaptureFixture[str]) ->
             name
         )
         assert (flag in shown["--help"].replace("\n", " \n")) == (name not in quiet | rare), name
+
+
+def test_a_switch_that_is_on_is_shown_as_it_is_turned_off(capsys: pytest.CaptureFixture[str]) -> None:
+    """`sft --fuse` is no flag, `--no-fuse` is."""
+    with pytest.raises(SystemExit):
+        cli.parse(sft.Settings, ["--help-all"])
+    said = capsys.readouterr().out
+    assert "  --no-fuse " in said and "  --fuse" not in said
+    assert not cli.parse(sft.Settings, ["--no-fuse"]).fuse
+
+
+def test_verbose_is_a_switch_of_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`-v` and `--verbose` are taken before a command's own flags are read, and reach its children."""
+    for word in ("-v", "--verbose"):
+        monkeypatch.delenv(cli.DETAILS, raising=False)
+        monkeypatch.setattr("sys.argv", ["command", word])
+        with pytest.raises(SystemExit):
+            cli.main(Settings, lambda s: {"details": os.environ[cli.DETAILS]})
 
 
 def test_distill_has_forty_flags() -> None:

@@ -1,0 +1,86 @@
+"""Make the pictures of a run in docs/images: the plan and a moment of the run, the closing table, the report page.
+
+    script -q -c "scripts/mis distill" capture                      # in a terminal of 100 columns: a real run
+    scripts/mis scripts/screenshots.py --capture capture --run runs/NAME
+
+Terminal pictures are SVG, by rich. The page's picture needs a browser, chromium or chrome, in PATH.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from mis_mlx import cli, report
+
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+WIDTH, LINES = 100, 26  # of the terminal that is drawn
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of which run."""
+
+    capture: str
+    """what `script` wrote of it"""
+    run: str
+    """its folder"""
+
+
+def screens(raw: str) -> tuple[list[str], list[str]]:
+    """Lines of the terminal while it distils, from the plan on, and at its end from the table on."""
+    lines = [ESCAPES.sub("", line) for line in raw.split("\n")]
+    shown = [[part.rstrip() for part in line.split("\r") if part.strip()] or [""] for line in lines]
+    plan = next(i for i, parts in enumerate(shown) if "parameters (" in parts[-1])
+    at = next(i for i, parts in enumerate(shown) if any("step" in p and "tok/s" in p for p in parts))
+    bars = [p for p in shown[at] if "tok/s" in p]
+    before = [parts[-1] for parts in shown[plan:at]]
+    running = [*before[: LINES - 1], bars[len(bars) // 2]]
+    table = next(i for i, parts in enumerate(shown) if parts[-1].startswith("| | teacher"))
+    ending = [parts[-1] for parts in shown[table:] if not parts[-1].startswith(("{", "Script done"))]
+    return running, ending
+
+
+def drawn(lines: list[str], title: str, out: Path) -> None:
+    """A picture of a terminal with these lines."""
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
+    console.print(Text("\n".join(lines).strip("\n")), soft_wrap=False)
+    svg = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title=title), flags=re.DOTALL)  # from another host
+    out.write_text("".join(line.rstrip() + "\n" for line in svg.splitlines()), encoding="utf-8")
+
+
+def main(s: Settings) -> None:
+    """All three."""
+    IMAGES.mkdir(exist_ok=True)
+    running, ending = screens(Path(s.capture).read_text(encoding="utf-8", errors="replace"))
+    drawn(running, "scripts/mis distill", IMAGES / "run.svg")
+    drawn(ending, "scripts/mis distill: the end", IMAGES / "table.svg")
+    page = Path(report.run(report.Settings(run=(s.run,)))["report"])
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        sys.exit(f"no browser in PATH ({', '.join(BROWSERS)}): the picture of {page} is not made")
+    size = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=860,1400",
+        f"--screenshot={IMAGES / 'report.png'}",
+    ]
+    subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", *size, page.absolute().as_uri()], check=True
+    )
+
+
+if __name__ == "__main__":
+    main(cli.parse(Settings))
