@@ -1,6 +1,7 @@
 """Distil: teacher in, small recovered 4-bit student out, with a table of what it cost. The main job."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from mis_mlx.planner import estimates, machines, phases
 from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import select, vocabulary
-from mis_mlx.reporting import progress
+from mis_mlx.reporting import progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import FILE_ONLY, Budget, Checkpoint, Count, MisError, Row, Whole
 
@@ -216,7 +217,7 @@ def run(settings: Settings) -> dict[str, Any]:
         quantize.check(small, s)
     budget = memory.budget(s.budget_bytes)
     made = _plan(s, teacher, rows, small, budget, folder)
-    cli.say(plan.table(made))
+    cli.say(text.aligned(plan.table(made), sys.stderr))
     if s.dry_run:
         if note := battery(s):  # a run says it when it begins
             cli.say(note)
@@ -237,7 +238,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with progress.run("distill", made.planned):
         table, result = _begin(replace(s, iters=made.job.iters), folder, teacher, rows, made, budget)
     if table:
-        print(table)
+        print(text.aligned(table))
         cli.say(summary.next_steps(Path(result["run"])))
     return result
 

@@ -55,10 +55,10 @@ class Settings(cli.Budgeted, policy.Computing):
     blocks and sends them on to the next machine, which a model needs that no machine holds alone"""
 
 
-def _print(text: str) -> None:
+def _print(words: str) -> None:
     """On stdout; of several machines the first one speaks."""
     if distributed.is_main():
-        print(text)
+        print(text.aligned(words))
 
 
 def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opened) -> dict[str, Any]:

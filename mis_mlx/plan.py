@@ -17,7 +17,7 @@ from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import vocabulary
 from mis_mlx.pruning.select import Scenario
-from mis_mlx.reporting.text import markdown_table
+from mis_mlx.reporting.text import aligned, markdown_table
 from mis_mlx.types import Checkpoint, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
@@ -147,7 +147,7 @@ def run(settings: Settings) -> dict[str, Any]:
     budget = memory.budget(settings.budget_bytes, at.room_bytes)
     plan = phases.make(job, budget.limit_bytes, at)
     params = [arch.params(m.config) for m in (whole, job.student)]
-    print(table(plan))
+    print(aligned(table(plan)))
     if settings.machine == "here" and (said := battery(ThermalFlags())):
         print(f"\nThis machine is {said}.")
     return {

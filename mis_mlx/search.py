@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.reporting import progress
-from mis_mlx.reporting.text import markdown_table
+from mis_mlx.reporting.text import aligned, markdown_table
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Whole, Within, duration, gib
 
@@ -146,7 +147,7 @@ def report(
     head += f"{len(c.judging.tokens)} windows of {s.max_seq_length} tokens held out, ± 95 %"
     table = search_report.table(records, names, aim.teacher if s.decode else None)
     page = f"{head}\n\n{table}\n\n{sentence}"
-    print(page)
+    print(aligned(page))
     run.files.replace_text(run.folder / "table.md", page + "\n")
     return {
         "candidates": candidates,
@@ -168,7 +169,7 @@ def run(settings: Settings) -> dict[str, Any]:
     seen = vocabulary.first_rows(teacher, rows)
     shapes, first = field_of(s, seen.config, aim)
     planned, made = candidate_trials.work(s, teacher, seen, shapes, limit)
-    cli.say(f"{work_table(planned, made.rates)}\n{made.rates}")
+    cli.say(f"{aligned(work_table(planned, made.rates), sys.stderr)}\n{made.rates}")
     peak, seconds = max(p.peak_bytes for p in planned), candidate_trials.seconds(planned, made.rates)
     result = {"teacher": str(teacher.path), "vocab": rows, "aim": aim.flag, "shapes": len(shapes),
               "evaluated": min(s.evaluations, len(shapes)), "peak_bytes": peak,

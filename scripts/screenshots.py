@@ -23,7 +23,8 @@ from mis_mlx import cli, report
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTH, LINES = 100, 26  # of the terminal that is drawn
+WIDTH = 100  # of the terminal that is drawn
+SPINNER = re.compile("[\u2800-\u28ff]")  # how a line with a bar begins
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
 
@@ -39,16 +40,14 @@ class Settings:
 
 def screens(raw: str) -> tuple[list[str], list[str]]:
     """Lines of the terminal while it distils, from the plan on, and at its end from the table on."""
-    lines = [ESCAPES.sub("", line) for line in raw.split("\n")]
-    shown = [[part.rstrip() for part in line.split("\r") if part.strip()] or [""] for line in lines]
-    plan = next(i for i, parts in enumerate(shown) if "parameters (" in parts[-1])
-    at = next(i for i, parts in enumerate(shown) if any("step" in p and "tok/s" in p for p in parts))
-    bars = [p for p in shown[at] if "tok/s" in p]
-    before = [parts[-1] for parts in shown[plan:at]]
-    running = [*before[: LINES - 1], bars[len(bars) // 2]]
-    table = next(i for i, parts in enumerate(shown) if parts[-1].startswith("| | teacher"))
-    ending = [parts[-1] for parts in shown[table:] if not parts[-1].startswith(("{", "Script done"))]
-    return running, ending
+    shown = [ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2].rstrip() for line in raw.split("\n")]
+    bars = [line for line in shown if SPINNER.match(line) and " distil " in line and "tok/s" in line]
+    first = next(i for i, line in enumerate(shown) if "parameters (" in line)
+    until = shown.index(bars[0])
+    table = next(i for i, line in enumerate(shown) if line.startswith("| | teacher"))
+    running = [line for line in shown[first:until] if not SPINNER.match(line)]
+    ending = [line for line in shown[table:] if not line.startswith(("{", "Script done"))]
+    return [*running, bars[len(bars) // 2]], ending
 
 
 def drawn(lines: list[str], title: str, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -131,13 +132,16 @@ def test_a_switch_that_is_on_is_shown_as_it_is_turned_off(capsys: pytest.Capture
     assert not cli.parse(sft.Settings, ["--no-fuse"]).fuse
 
 
-def test_verbose_is_a_switch_of_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verbose_is_a_switch_of_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`-v` and `--verbose` are taken before a command's own flags are read, and reach its children."""
     for word in ("-v", "--verbose"):
-        monkeypatch.delenv(cli.DETAILS, raising=False)
+        monkeypatch.setenv(cli.DETAILS, "")  # which is undone, whatever main sets
         monkeypatch.setattr("sys.argv", ["command", word])
         with pytest.raises(SystemExit):
             cli.main(Settings, lambda s: {"details": os.environ[cli.DETAILS]})
+        assert capsys.readouterr().out == '{"details": "1"}\n'
 
 
 def test_distill_has_forty_flags() -> None:
@@ -192,7 +196,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert (shown.out, shown.err) == ("", "mis_mlx: 5 is more than 4: take less\n")
     assert ended(lambda s: {"check_failed": True}, monkeypatch) == 3
     assert ended(fail(KeyboardInterrupt()), monkeypatch) == 130
-    monkeypatch.delenv("MIS_MLX_ACCEPT", raising=False)
+    monkeypatch.setenv("MIS_MLX_ACCEPT", "")
     monkeypatch.setattr("sys.argv", ["command", cli.ACCEPT])
     with pytest.raises(SystemExit, match="0"):
         cli.main(Settings, lambda s: {"accepted": os.environ["MIS_MLX_ACCEPT"]})
@@ -332,3 +336,14 @@ def test_an_error_of_the_device_is_a_sentence(
     assert remedy in said and "lower --max-seq-length and --batch-size; --resume goes on" in said
     short = cli.device_trouble(RuntimeError(error), Short)
     assert short.endswith("lower --max-seq-length") and "--resume" not in short
+
+
+def test_tables_stand_in_columns() -> None:
+    """Words left, numbers right; other lines stay, and what is written to a file is not this."""
+    page = f"before\n\n{text.markdown_table(['', 'a', 'long'], [['one', '1', '2'], ['three', '100.5', '–']])}\n\nafter"
+    assert text.aligned(page, io.StringIO()) == page  # not a terminal
+    (terminal := io.StringIO()).isatty = lambda: True  # type: ignore[method-assign]
+    assert text.aligned(page, terminal).splitlines() == [
+        "before", "", "|       |     a | long |", "|-------|-------|------|", "| one   |     1 |    2 |",
+        "| three | 100.5 |    – |", "", "after",
+    ]  # fmt: skip

@@ -240,7 +240,4 @@ def of_run(
     seen = opened(teacher, out)
     if student:
         comparison.same_vocabulary(seen, load.open_checkpoint(student))
-    text = prepare(data, load.tokenizer(seen.path), own.train.tokens.shape[1])
-    for note in text.notes:
-        cli.say(note)
-    return seen, text
+    return seen, prepare(data, load.tokenizer(seen.path), own.train.tokens.shape[1])

@@ -1,6 +1,9 @@
 """Results as plain text, for a terminal: Markdown tables, the line of a training step."""
 
+import sys
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TextIO
 
 from mis_mlx.types import Row, Step, gib
 
@@ -19,6 +22,25 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], words: in
     """A Markdown table. words: how many columns hold words, which stand left; the others hold numbers."""
     lines = ["|" + "".join(f" {cell}".rstrip() + " |" for cell in row) for row in (head, *rows)]
     lines.insert(1, "|" + "---|" * words + "---:|" * (len(head) - words))
+    return "\n".join(lines)
+
+
+def aligned(page: str, stream: TextIO | None = None) -> str:
+    """A Markdown page, for a terminal with its tables' columns below each other. stream: default stdout."""
+    lines = list[str]()
+    if not (stream or sys.stdout).isatty():
+        return page
+    for is_table, group in groupby(page.splitlines(), key=lambda line: line.startswith("|")):
+        if not is_table:
+            lines += group
+            continue
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in group]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        right = [cell.endswith(":") for cell in cells[1]]
+        for row in cells:
+            padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+            lines.append(f"| {' | '.join(padded)} |")
+        lines[1 - len(cells)] = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join(lines)
 
 
