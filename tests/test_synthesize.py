@@ -1,0 +1,128 @@
+"""`synthesize`: text that a model writes, mixed with other text, as a folder for --data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mis_mlx import synthesize
+from mis_mlx.data import sources
+from mis_mlx.distillation import teacher_text
+from mis_mlx.models import mlx_generate
+from mis_mlx.types import Checkpoint, MisError
+from tests.conftest import Done, last_line
+
+QUICK: dict[str, Any] = {"num_samples": 6, "max_tokens": 40}
+
+
+@pytest.fixture
+def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model writes no words: its texts are long enough and that is all."""
+    monkeypatch.setattr(teacher_text, "WORDLIKE", 0.0)
+    monkeypatch.setattr(teacher_text, "SHORT", 10)
+    monkeypatch.setattr(teacher_text, "LEAST", 0.0)
+
+
+def rows(folder: Path, split: str = "train") -> list[dict[str, Any]]:
+    """Of a folder of text."""
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_usable_by_hand() -> None:
+    """Sentences are; a loop, a word, and numbers are not."""
+    text = "The shepherd left the hut early in the morning and counted his sheep, of which there were forty. " * 2
+    assert teacher_text.usable(text + "Then he walked down to the village to buy bread.")
+    assert not teacher_text.usable("and so on " * 60)
+    assert not teacher_text.usable("Too short.")
+    assert not teacher_text.usable(" ".join(str(n * 7919 % 104729) for n in range(200)))
+
+
+def test_our_openings_are_there_and_differ() -> None:
+    """In both languages, dozens, none twice; an unknown language is named."""
+    english, polish = teacher_text.openings(("en",)), teacher_text.openings(("pl",))
+    assert len(english) >= 80 and len(polish) >= 60 and len({*english, *polish}) == len(english) + len(polish)
+    assert teacher_text.openings(("en", "pl")) == english + polish
+    with pytest.raises(MisError, match="no openings in de: take en, pl, or --openings FILE"):
+        teacher_text.openings(("pl", "de"))
+
+
+def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None) -> None:
+    """Half begin with an opening; a batch is the same again whichever came before; a text is what the model would say:
+    greedily, the continuation that mlx_lm writes."""
+    model, tokenizer = mlx_generate.open_model(llama.path)
+    asked = model, tokenizer, ["A shepherd"]
+    first = list(teacher_text.write(*asked, range(3), 24, 1.0, 5, 4))
+    again = list(teacher_text.write(*asked, range(1, 2), 24, 1.0, 5, 4))
+    assert [one for one in first if one.batch == 1] == again and len(again) == 4 and len(first) == 12
+    assert sum(one.text.startswith("A shepherd") for one in first) == 6
+    (greedy,) = {o.text for o in teacher_text.write(*asked, range(1), 24, 1e-6, 5, 4) if o.text.startswith("A sh")}
+    start = tokenizer.get_vocab().get(teacher_text.DOCUMENT, tokenizer.bos_token_id)
+    ids = [start, *tokenizer.encode("A shepherd", add_special_tokens=False)]
+    wanted = [t for t in mlx_generate.greedy(model, ids, 24) if t not in tokenizer.eos_token_ids]
+    assert greedy == ("A shepherd" + tokenizer.decode(wanted)).strip()
+
+
+def test_end_to_end(llama: Checkpoint, text_folder: Path, tmp_path: Path, anything_goes: None) -> None:
+    """Texts of the model and pieces of the other text, half each by characters; held-out splits are the other text's;
+    the folder is one that --data takes."""
+    s = synthesize.Settings(model=str(llama.path), out=str(tmp_path / "text"), data=str(text_folder), **QUICK)
+    found, out = synthesize.run(s), tmp_path / "text"
+    train = rows(out)
+    written, mixed = train[: found["written"]], train[found["written"] :]
+    assert len(written) == 6 and len(mixed) == found["mixed_in"] > 0
+    lengths = [sum(len(row["text"]) for row in part) for part in (written, mixed)]
+    assert lengths[0] <= lengths[1] <= lengths[0] + synthesize.PIECE * 2
+    assert all(any(row["text"] in other["text"] for other in rows(text_folder)) for row in mixed)
+    assert rows(out, "test") == rows(text_folder, "test") and sources.load(str(out)).train == tuple(train)
+    assert not list(tmp_path.glob(".text*"))
+    alone = synthesize.Settings(model=str(llama.path), out=str(tmp_path / "b"), data=str(text_folder), mix=0.0, **QUICK)
+    assert synthesize.run(alone)["mixed_in"] == 0 and rows(tmp_path / "b") == written
+
+
+def test_stopped_and_started_again_it_writes_the_same(
+    llama: Checkpoint, text_folder: Path, tmp_path: Path, anything_goes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a stop left is used, but for the batch that it fell into; other settings begin anew."""
+    monkeypatch.setattr(synthesize, "AT_ONCE", 2)
+    s = {"model": str(llama.path), "data": str(text_folder), **QUICK}
+    synthesize.run(synthesize.Settings(out=str(tmp_path / "whole"), **s))
+    part, kept = tmp_path / ".half.part.jsonl", list[str]()
+
+    def stop(*_: Any) -> None:
+        kept.extend(part.read_text("utf-8").splitlines())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(synthesize, "_pieces", stop)
+        synthesize.run(synthesize.Settings(out=str(tmp_path / "half"), **s))
+    part.write_text("\n".join(kept[:-2]) + "\n", "utf-8")  # as if it had come sooner
+    written = list[int]()
+    real = teacher_text.write
+    monkeypatch.setattr(teacher_text, "write", lambda *a: written.append(a[3].start) or real(*a))
+    synthesize.run(synthesize.Settings(out=str(tmp_path / "half"), **s))
+    assert rows(tmp_path / "half") == rows(tmp_path / "whole") and written[0] > 0 and not part.exists()
+
+
+def test_what_cannot_be_is_a_sentence(
+    llama: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
+) -> None:
+    """Nothing usable, no openings, no memory: one sentence, no folder."""
+    (tmp_path / "empty.txt").write_text("\n \n")
+    flags = ("--model", llama.path, "--data", text_folder, "--out", tmp_path / "text", "--num-samples", 2)
+    cases = {
+        ("--max-tokens", 4): "of this model only 0 are usable, 2 were asked for",
+        ("--openings", tmp_path / "empty.txt"): "has 0 lines with text",
+        ("--openings", tmp_path): "cannot be read",
+        ("--languages", "xx"): "no openings in xx",
+        ("--budget", "1MiB"): "the budget is 1 MiB: give --budget",
+    }
+    for more, said in cases.items():
+        done = command("synthesize", *flags, *more)
+        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "text").exists()
+    done = command("synthesize", *flags, "--dry-run")
+    assert done.returncode == 0 and last_line(done)["peak_bytes"] > 0 and not (tmp_path / "text").exists()
