@@ -73,13 +73,14 @@ class AlignmentRun(OpenRun):
         def recall(state: dict[str, Any]) -> None:
             self.best = state["best"][0], state["best"][1]
 
-        training = CheckpointedTraining(self, partial(train_loop.arrays_of, *mine), self.optimizer.memory,
-                                        partial(train_loop.restore, *mine), remember, recall)  # fmt: skip
+        training = CheckpointedTraining(
+            self, partial(train_loop.arrays_of, *mine), self.optimizer.memory, partial(train_loop.restore, *mine),
+            remember, recall, label=self.name, budget_bytes=self.plan.budget.limit_bytes,
+        )  # fmt: skip
         start = training.start(begin)
         self.model.train()
         steps = partial(train, self.model, micro_batches, loss, self.optimizer, s.schedule)
-        training.finish(steps, start, s.iters, s.save_every, lambda: self.optimizer, label=self.name,
-                        budget_bytes=self.plan.budget.limit_bytes)  # fmt: skip
+        training.finish(steps, start, s.iters, s.save_every, self.optimizer)
         return self._finish() if distributed.is_main() else {}
 
     def _measure(self, number: int, held_out: Callable[[], Mapping[str, float]], judge: str) -> None:

@@ -182,13 +182,9 @@ def steps(
     recipe: TrainingConfig,
     optimizer: GuardedAdamW,
     start: int = 0,
-    sigma: Callable[[], float] = lambda: 0.0,
+    factor: Callable[[int], float] = lambda step: 1.0,
 ) -> Iterator[Step]:
-    """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`. sigma(): spread of eps_halny at each step."""
+    """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`."""
     micro_batches, loss = step_micro_batches(source, data, recipe), loss_of(source)
     quicker = source.gradient_of(student) if isinstance(source, StreamedTeacher) else None
-
-    def factor(step: int) -> float:
-        return losses.loss_noise_factor(sigma(), recipe.seed, step)
-
     return train(student, micro_batches, loss, optimizer, recipe.schedule, start, factor, gradient_of=quicker)

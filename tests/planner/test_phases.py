@@ -321,7 +321,7 @@ def test_training_by_blocks_stays_under_the_plan(
         student.begin()
         micro_batches = live_teacher.step_micro_batches(source, data, recipe)
         how = partial(source.kl_sum, frozen_head=True), recipe.schedule
-        steps = list(sharded.steps(student, micro_batches, *how, slopes=source.frozen_slopes()))
+        steps = list(student.steps(micro_batches, *how, slopes=source.frozen_slopes()))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (5 if resident else 0)
     assert planned.peak_bytes / (1.25 if lora else 1.2) < peak < planned.peak_bytes, (
@@ -349,7 +349,7 @@ def test_sharded_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Check
             return [(t, mx.ones(32), mx.random.normal((32, 256), key=k)) for t, k in zip(tokens, keys, strict=True)]
 
         loss = partial(_against_itself, head=load.head(wide[0], mx.float32))
-        steps = list(sharded.steps(made, micro_batches, loss, Schedule(6, 1e-3, 1)))
+        steps = list(made.steps(micro_batches, loss, Schedule(6, 1e-3, 1)))
         del made
     peak, array = max(s.peak_bytes for s in steps) - before, 4 * 256 * 1536
     assert planned / 2 < peak < planned + array, (peak / MIB, planned / MIB)
