@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_plan
+from mis_mlx.alignment.alignment_plan import Alignment, AlignmentPlan, dtype_of
 from mis_mlx.data import examples
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun, open_run
@@ -38,11 +38,11 @@ class AlignmentRun(OpenRun):
     """A student in memory and the folder of its run. Made by `running`."""
 
     name: str  # of the command
-    settings: alignment_plan.Alignment
+    settings: Alignment
     checkpoint: Checkpoint
     model: nn.Module
     optimizer: GuardedAdamW
-    plan: alignment_plan.AlignmentPlan
+    plan: AlignmentPlan
     card: Mapping[str, Any]  # of the data: what it is, its licence
     best: tuple[int, float] | None = None  # (step, its held-out figure)
 
@@ -135,11 +135,7 @@ class AlignmentRun(OpenRun):
 
 
 def data(
-    s: alignment_plan.Alignment,
-    checkpoint: Checkpoint,
-    shapes: Sequence[str],
-    answers: Sequence[str] = (),
-    mask_prompt: bool = True,
+    s: Alignment, checkpoint: Checkpoint, shapes: Sequence[str], answers: Sequence[str] = (), mask_prompt: bool = True
 ) -> tuple[list[list[examples.Sequenced]], list[list[examples.Sequenced]], dict[str, Any]]:
     """(rows to train on, held-out ones, encoded; what is known of the data); every row is checked."""
     rows = examples.load(s.data, shapes, s.data_licence, s.scrub_pii)
@@ -153,12 +149,7 @@ def data(
 
 @contextmanager
 def running(
-    s: alignment_plan.Alignment,
-    folder: Path | None,
-    checkpoint: Checkpoint,
-    plan: alignment_plan.AlignmentPlan,
-    card: Mapping[str, Any],
-    name: str,
+    s: Alignment, folder: Path | None, checkpoint: Checkpoint, plan: AlignmentPlan, card: Mapping[str, Any], name: str
 ) -> Iterator[AlignmentRun]:
     """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint".
     MisError with both numbers where the plan does not fit the budget."""
@@ -176,7 +167,7 @@ def running(
         if not (place.folder / run_folder.DATA).exists():
             about = json.dumps(dict(card), indent=2, ensure_ascii=False)
             place.files.replace_text(place.folder / run_folder.DATA, about)
-        model = load.resident(checkpoint, alignment_plan.dtype_of(s, checkpoint))
+        model = load.resident(checkpoint, dtype_of(s, checkpoint))
         stream.load_checked(model, f"{checkpoint.path}: ")
         if s.lora:
             lora.insert(model, s.lora, s.seed)

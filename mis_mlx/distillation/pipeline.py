@@ -68,9 +68,17 @@ class Run(OpenRun):
 
 def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
-    if c.plan.mode == "resident":
-        return _resident(c, pruned, source_of(c))
-    return _by_blocks(c, pruned, source_of(c))
+    source = source_of(c)
+    if c.plan.mode != "resident":
+        return _by_blocks(c, pruned, source)
+    student = load.resident(pruned, mx.float32)
+
+    def begin() -> None:
+        student.load_weights(list(_mended(c, pruned).items()), strict=False)
+        stream.load_checked(student, f"{pruned.path}: ")
+
+    train_whole(c, student, source, begin)
+    return dict(tree_flatten(student.parameters())).__getitem__
 
 
 def source_of(c: Run) -> live_teacher.TargetSource:
@@ -96,17 +104,6 @@ def source_of(c: Run) -> live_teacher.TargetSource:
     return cached_targets.Cached(store, at)
 
 
-def _resident(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
-    student, optimizer = load.resident(begun, mx.float32), GuardedAdamW(weight_decay=c.recipe.weight_decay)
-
-    def begin() -> None:
-        student.load_weights(list(_mended(c, begun).items()), strict=False)
-        stream.load_checked(student, f"{begun.path}: ")
-
-    train_whole(c, student, optimizer, source, begin)
-    return dict(tree_flatten(student.parameters())).__getitem__
-
-
 def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
     """What the closed-form repair changes, by name. parts: the student's folder, where these go at once; then hidden
     states are on disk as far as memory does not hold them."""
@@ -129,16 +126,12 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
 
 
 def train_whole(
-    c: Run,
-    student: nn.Module,
-    optimizer: GuardedAdamW,
-    source: live_teacher.TargetSource,
-    begin: Callable[[], object],
-    tuned: bool = False,
+    c: Run, student: nn.Module, source: live_teacher.TargetSource, begin: Callable[[], object], tuned: bool = False
 ) -> None:
     """All of `c.recipe`'s steps of a student in memory, from wherever they stand. begin: before the first of them.
     tuned: of a packed student, whose checkpoints and log are its own."""
-    wind, mine, how = Wind(c), (student, optimizer), {} if tuned else _beside_the_plan(c)
+    wind, optimizer = Wind(c), GuardedAdamW(weight_decay=c.recipe.weight_decay)
+    mine, how = (student, optimizer), {} if tuned else _beside_the_plan(c)
     if tuned:
         how = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": "tune", "budget_bytes": c.plan.budget_bytes}
     arrays, restore = partial(train_loop.arrays_of, *mine), partial(train_loop.restore, *mine)

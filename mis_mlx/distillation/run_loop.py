@@ -15,7 +15,6 @@ import mlx.core as mx
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import train_loop
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.governor import PauseCounter
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor, battery
@@ -152,9 +151,16 @@ class CheckpointedTraining:
             begin()
             with reported(self.run.folder, "the folder of checkpoints"):
                 self.run.files.make_folder(self.run.folder / self.steps)
-        train_loop.alike(self.arrays, self.memory, self.restore)
+        self._alike()
         self.save(0)
         return 0
+
+    def _alike(self) -> None:
+        """Every machine gets the weights, moments and memory of the first one."""
+        if distributed.size() > 1:
+            sent, remembered = distributed.broadcast_arrays(self.arrays), distributed.broadcast_json(self.memory)
+            if not distributed.is_main():
+                self.restore({"optimizer": {}, **sent}, remembered)
 
     def back(self) -> int | None:
         """Put the newest checkpoint back on every machine: its number; None when there is none."""
@@ -167,7 +173,7 @@ class CheckpointedTraining:
         newest: Any = distributed.broadcast_json(lambda: [saved.number, saved.state] if saved else None)
         if newest is None:
             return None
-        train_loop.alike(self.arrays, self.memory, self.restore)
+        self._alike()
         self.recall(newest[1])
         return newest[0]
 

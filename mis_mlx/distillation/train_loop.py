@@ -105,18 +105,6 @@ def arrays_of(model: nn.Module, optimizer: GuardedAdamW) -> dict[str, dict[str, 
     return {"model": dict(tree_flatten(model.trainable_parameters())), "optimizer": optimizer.arrays()}
 
 
-def alike(
-    arrays: Callable[[], dict[str, dict[str, mx.array]]],
-    memory: Callable[[], dict[str, Any]],
-    restore: Callable[..., None] | None,
-) -> None:
-    """Every machine gets the weights, moments and memory of the first one, by `restore`."""
-    if distributed.size() > 1:
-        sent, remembered = distributed.broadcast_arrays(arrays), distributed.broadcast_json(memory)
-        if restore and not distributed.is_main():
-            restore({"optimizer": {}, **sent}, remembered)
-
-
 def restore(
     model: nn.Module, optimizer: GuardedAdamW, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]
 ) -> None:

@@ -24,7 +24,7 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, model_writer
 from mis_mlx.models.lora import insert
-from mis_mlx.planner import estimates, phases, pruning_size, training_size
+from mis_mlx.planner import compression_size, estimates, phases, training_size
 from mis_mlx.planner.estimates import forward_flops, model_of
 from mis_mlx.planner.job import ADAPTERS, MODES, DistillationSpec, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig, Schedule, TrainingConfig
@@ -136,7 +136,7 @@ def test_sharded_by_pencil() -> None:
 def test_the_repair_of_parts_by_pencil() -> None:
     """The teacher once, the student's blocks written twice; streams of 128 tokens in memory, or all on disk."""
     job, b = replace(JOB, repair=4), SMALL.block_params
-    p, poor = (pruning_size.repair_parts(job, limit) for limit in (GIB, 0))
+    p, poor = (compression_size.repair_parts(job, limit) for limit in (GIB, 0))
     assert p.read_bytes == 6 * BIG.block_bytes + SMALL.nbytes
     assert p.written_bytes == 4 * (arch.params(SMALL.config) + 4 * b)
     width = 64 * 4 + 64 * 4
