@@ -30,12 +30,12 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher, scale_tuning
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, resolve
+from mis_mlx.models.wheel_model import gguf_names, row_order
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import grid
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
-from mis_mlx.storage.gguf_reader import hf_name, unpermute
 from mis_mlx.types import Checkpoint
 
 
@@ -148,13 +148,14 @@ class Bench:
         made = export.run(export.Settings(model=str(self.path), out=str(out.parent / "gguf"), out_type="q4_k_m"))
         reader, config = GGUFReader(Path(made["out"]) / made["file"]), self.dense.config
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-        found = {}
+        ours, found = {theirs: name for name, theirs in gguf_names(config).items()}, {}
         for t in reader.tensors:
-            if (name := hf_name(t.name)) in self.dense.tensors:
+            if (name := ours.get(t.name, "")) in self.dense.tensors:
                 shape = self.dense.tensors[name].shape
                 found[name] = dequantize(t.data, t.tensor_type).astype(np.float32).reshape(shape)
                 for part, count in heads.items():
-                    found[name] = unpermute(found[name], count) if part in name else found[name]
+                    if part in name:
+                        found[name] = found[name][np.argsort(row_order(len(found[name]), count))]
         model_writer.write_model(config, lambda n: mx.array(found[n]), self.path, out, "float32", DISK)
         self.nbytes = sum(int(t.n_bytes) for t in reader.tensors)
 

@@ -43,8 +43,10 @@ def plain() -> Iterator[None]:
     """As the repair was."""
 
     def solved(self: NormalEquations, held_out: NormalEquations, _: Sequence[float] = ()) -> tuple[np.ndarray, float]:
-        self.merge(held_out)
-        return self.solve(0.1)
+        for name in ("gram", "cross", "before"):
+            setattr(self, name, getattr(self, name) + getattr(held_out, name))
+        update = self.update(0.1)
+        return update, self.left(update)
 
     judged = NormalEquations.judged
     NormalEquations.judged = solved  # type: ignore[method-assign,assignment]

@@ -37,8 +37,8 @@ import psutil
 from mlx.utils import tree_flatten
 
 from mis_mlx import bench, cli
-from mis_mlx.evaluation.speed import timing
-from mis_mlx.evaluation.speed.timing import BenchmarkModel, Request
+from mis_mlx.evaluation.speed import rounds
+from mis_mlx.evaluation.speed.rounds import BenchmarkModel, Request
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.maths.stats import interval
 from mis_mlx.models import load, mlx_generate, policy, resolve
@@ -116,13 +116,13 @@ def packed_pair(big: Path, small: Path, temp: Path) -> dict[str, Path]:
 
 def agreement(_: Path, s: Settings) -> dict[str, Any]:
     """Tokens per second of the same model by several clocks in turn, the order changing from round to round."""
-    subject, count = timing.opened(Path(s.student), "student"), s.agreement_tokens
+    subject, count = rounds.opened(Path(s.student), "student"), s.agreement_tokens
     subject.tokenizer._eos_token_ids = {}  # as mlx_lm.benchmark does
     generate, r = load.mlx_lm("generate"), Request(32, count)
-    ids = mx.array(timing.prompt(subject.tokenizer, r.prompt, (0, 1)))
+    ids = mx.array(rounds.prompt(subject.tokenizer, r.prompt, (0, 1)))
 
     def ours() -> float:
-        return 1 / timing.trial(subject, r, (0, 1)).tpot_s
+        return 1 / rounds.trial(subject, r, (0, 1)).tpot_s
 
     def theirs() -> float:
         *_, last = generate.stream_generate(subject.model, subject.tokenizer, ids, max_tokens=count)
@@ -149,7 +149,7 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     corrected = np.array(found["mlx_lm"]) * (count - 1) / count
     ours_tps, bare_tps = np.array(found["bench"]), np.array(found["bare"])
     began = time.perf_counter()
-    timing.clocked(7 for _ in range(READY))
+    rounds.clocked(7 for _ in range(READY))
     own_s = (time.perf_counter() - began) / READY
     return {
         "generation_tokens": count,
@@ -212,9 +212,9 @@ def profile(big: Path, s: Settings) -> dict[str, Any]:
         }
 
 
-def one_token(folder: Path, name: str, depth: int, rounds: int = 24) -> dict[str, dict[str, float]]:
-    """{part: {"ms": median over `rounds`, "mb": of its weights and cache}}, `depth` tokens in the cache."""
-    s = timing.opened(folder, name)
+def one_token(folder: Path, name: str, depth: int, turns: int = 24) -> dict[str, dict[str, float]]:
+    """{part: {"ms": median over `turns`, "mb": of its weights and cache}}, `depth` tokens in the cache."""
+    s = rounds.opened(folder, name)
     kept, inner = mlx_generate.filled_cache(s.model, depth), s.model.model
     times: dict[str, list[float]] = {}
     taken: dict[str, float] = {}
@@ -225,7 +225,7 @@ def one_token(folder: Path, name: str, depth: int, rounds: int = 24) -> dict[str
         taken[label] = taken.get(label, 0.0) + 1000 * (time.perf_counter() - began)
         return done
 
-    for _ in range(rounds):
+    for _ in range(turns):
         taken.clear()
         h = part("embedding", lambda: inner.embed_tokens(mx.array([[7]])))
         for block, cache in zip(inner.layers, kept, strict=True):

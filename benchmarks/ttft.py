@@ -25,8 +25,8 @@ import laboratory
 import psutil
 
 from mis_mlx import cli
-from mis_mlx.evaluation.speed import rounds, timing
-from mis_mlx.evaluation.speed.timing import BenchmarkModel, Measurement, Request
+from mis_mlx.evaluation.speed import rounds
+from mis_mlx.evaluation.speed.rounds import BenchmarkModel, Measurement, Request
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.models import load, policy, resolve
@@ -97,7 +97,7 @@ def main(s: Settings) -> None:
         if s.four_bit and todo:
             temp = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folders = {n: laboratory.packed(f, temp / n) for n, f in folders.items()}
-        subjects = {n: timing.opened(f, n) for n, f in folders.items()} if todo else {}
+        subjects = {n: rounds.opened(f, n) for n, f in folders.items()} if todo else {}
         models = {n: load.open_checkpoint(f) for n, f in folders.items()}
         at = Roof(**before["roof"]) if "roof" in before else rates.measure_roof()
         for length in todo:

@@ -13,7 +13,7 @@ from mis_mlx import __version__
 USAGE = "Makes a language model smaller on the laptop it will run on. Usage: scripts/mis COMMAND [flags]"
 GROUPS = {
     "Make a model smaller": "distill prune quantize search plan",
-    "Teach it": "sft dpo grpo",
+    "Teach it": "synthesize sft dpo grpo",
     "Use and judge it": "generate export evaluate bench report",
     "This machine": "doctor thermal",
 }

@@ -14,7 +14,7 @@ import psutil
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.evaluation.speed import rounds, timing
+from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.thermal import governor
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
@@ -51,8 +51,8 @@ def measure(
     folders: Sequence[Path], names: Sequence[str], prompt_tokens: int, tokens: int, count: int, limit_bytes: int = 0
 ) -> list[Row]:
     """Rows `ttft_ms` and `decode_tps` of each model, medians of `count` trials; in turn if all fit in `limit_bytes`."""
-    r, trials = timing.Request(prompt_tokens, max(tokens, 2)), dict[str, list[timing.Measurement]]()
-    openers = {name: partial(timing.opened, folder, name) for folder, name in zip(folders, names, strict=True)}
+    r, trials = rounds.Request(prompt_tokens, max(tokens, 2)), dict[str, list[rounds.Measurement]]()
+    openers = {name: partial(rounds.opened, folder, name) for folder, name in zip(folders, names, strict=True)}
     together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
     timed = cli.counted("trial", rounds.rounds(openers, together, count, r), count * len(folders))
     for subject, done in timed:
@@ -69,7 +69,7 @@ class Bench:
 
     def __init__(self, s: Settings):
         cli.check_ranges(s)
-        self.s, self.r = s, timing.Request(s.prompt_tokens, s.generation_tokens)
+        self.s, self.r = s, rounds.Request(s.prompt_tokens, s.generation_tokens)
         if s.out and not Path(s.out).absolute().parent.is_dir():
             raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
         if s.out:
@@ -85,14 +85,14 @@ class Bench:
         self.together = sum(needs.values()) <= limit.limit_bytes
         if not self.together and len(self.models) > 1:
             cli.say("the models do not fit in memory together: one after the other, so drift does not hit all alike")
-        self.done: dict[str, list[timing.Measurement]] = {}
-        self.loaded: dict[str, timing.Loaded] = {}
+        self.done: dict[str, list[rounds.Measurement]] = {}
+        self.loaded: dict[str, rounds.Loaded] = {}
         self.stopped = False
 
     def go(self, monitor: Monitor | None) -> None:
         """All trials. Ctrl-C ends them; those that are finished stay."""
         total = self.s.num_trials * len(self.models)
-        openers = {name: partial(timing.opened, m.path, name) for name, m in self.models.items()}
+        openers = {name: partial(rounds.opened, m.path, name) for name, m in self.models.items()}
         s = self.s
         every = rounds.rounds(openers, self.together, s.num_trials, self.r, s.seed, s.delay, monitor, peaks=True)
         try:
@@ -161,7 +161,7 @@ def run(settings: Settings) -> dict[str, Any]:
         idle_w = None  # what this machine takes at rest, where something measures power
         if first.power_w is not None:
             time.sleep(IDLE_S)
-            idle_w = timing.mean_watts(weather.monitor, IDLE_S)
+            idle_w = rounds.mean_watts(weather.monitor, IDLE_S)
         unfit = {"before": _unfit(first)}
         bench.go(weather.monitor if idle_w is not None else None)
         unfit["after"] = _unfit(weather.reading())

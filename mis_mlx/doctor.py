@@ -20,8 +20,7 @@ import psutil
 from mis_mlx import cli
 from mis_mlx.checks import engine, kernels
 from mis_mlx.hardware import memory, rates
-from mis_mlx.hardware.thermal import findings
-from mis_mlx.hardware.thermal.thermal_monitor import Monitor
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor, examined
 from mis_mlx.models import policy
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK, need_place, reported
@@ -125,7 +124,7 @@ def _machine(folder: Path) -> list[str]:
 
 def _sensors() -> list[str]:
     with Monitor() as monitor:
-        return findings.examined(monitor)[0]
+        return examined(monitor)[0]
 
 
 def _speeds(folder: Path) -> list[list[str]]:

@@ -17,8 +17,8 @@ from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import run_loop
 from mis_mlx.distillation.live_teacher import labels
-from mis_mlx.maths import preference
-from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.maths import policy
+from mis_mlx.maths.losses import token_logps
 from mis_mlx.models import distributed, load
 from mis_mlx.planner import estimates
 from mis_mlx.storage import checkpoint as protocol
@@ -37,7 +37,7 @@ class Settings(alignment_plan.Alignment):
 
     learning_rate: Rate = 5e-6
     """peak; falls to a tenth along a cosine; 1e-6 suits a model of billions"""
-    loss_type: preference.LossType = "dpop"
+    loss_type: policy.PairLoss = "dpop"
     """dpop: DPO that does not let the chosen answer become less likely; sigmoid: plain DPO; ipo; hinge"""
     beta: Positive = 0.1
     """how far the model may go from the one it was"""
@@ -53,7 +53,7 @@ class Settings(alignment_plan.Alignment):
         sums, counts = _sums(student, tokens, learn, frozen_head)
         r_w, r_l = mx.split(sums - reference, 2)
         n_w, n_l = mx.split(counts, 2)
-        each = preference.pair_losses(r_w, r_l, self.beta, self.loss_type, self.dpop_lambda, n_w, n_l)
+        each = policy.pair_losses(r_w, r_l, self.beta, self.loss_type, self.dpop_lambda, n_w, n_l)
         chosen, rejected = (part.sum() for part in mx.split(sums, 2))
         more = {
             "margin": (r_w - r_l).sum(),
@@ -144,7 +144,7 @@ def measure(
     means["chosen_gain"] = gain = means["chosen"] - float(logps[:, 0].mean())
     if s.loss_type == "dpop":
         mean = mx.array(gain), mx.array(gain - means["margin"])
-        means[OF_MEANS] = float(preference.pair_losses(*mean, s.beta, "dpop", s.dpop_lambda))
+        means[OF_MEANS] = float(policy.pair_losses(*mean, s.beta, "dpop", s.dpop_lambda))
     return means
 
 

@@ -13,6 +13,7 @@ from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.evaluation import answering, comparison, lm_eval_tasks, questions, recovery_table, task_registry
+from mis_mlx.evaluation.comparison import Models
 from mis_mlx.hardware import memory
 from mis_mlx.models import distributed, load, policy, resolve
 from mis_mlx.models.stream import Stream
@@ -22,7 +23,6 @@ from mis_mlx.reporting import figures, html, progress, text
 from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Tokens, Within, duration, gib
 
-Models = Mapping[str, Checkpoint]
 LENGTH = 256  # tokens in a window
 
 

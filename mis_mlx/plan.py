@@ -12,7 +12,7 @@ from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
 from mis_mlx.models.config import read_config, shape_of
-from mis_mlx.planner import estimates, phases, quantized_size, training_size
+from mis_mlx.planner import estimates, phases, compression_size, training_size
 from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import vocabulary
@@ -26,7 +26,7 @@ LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple p
 def table(plan: phases.MemoryPlan) -> str:
     """For people: what will be made, how long and how much memory each phase takes, how; with -v every byte of it."""
     job, phase = plan.job, {p.name: p for p in plan.phases}
-    whole, packed = job.shown or job.teacher, quantized_size.packed_bytes(job.student, job.rounding)
+    whole, packed = job.shown or job.teacher, compression_size.packed_bytes(job.student, job.rounding)
     before, after = (arch.params(m.config) for m in (whole, job.student))
     what = f"{before / 1e6:,.1f}M -> {after / 1e6:,.1f}M parameters ({after / before - 1:+.0%}): "
     what += search_report.words(job.student.shape, whole.shape)

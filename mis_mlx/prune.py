@@ -13,9 +13,9 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
 from mis_mlx.models import arch, load, policy
-from mis_mlx.planner import estimates, pruning_size
+from mis_mlx.planner import compression_size, estimates
 from mis_mlx.pruning import select, vocabulary
-from mis_mlx.reporting import progress
+from mis_mlx.reporting import html, progress
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Count, Seed, Tokens
 
@@ -41,16 +41,7 @@ class Settings(cli.Budgeted, policy.Computing, select.PruningConfig):
 
 def sentence(report: Mapping[str, Any]) -> str:
     """What a pruning did, for people."""
-    sizes = f"{report['params_before'] / 1e6:.1f}M -> {report['params'] / 1e6:.1f}M parameters: {report['shape']}"
-    text, differ = f"{sizes}; importance {report['importance']}", report["channels_differing_from_plain"]
-    if report["importance"] != "aais":
-        return text
-    if not differ:
-        return text + ", which keeps the same channels as plain importance"
-    return (
-        f"{text}, which keeps {differ} of {report['channels_kept']} channels that plain importance does not; "
-        f"held-out loss {report['nll_aais']:.4f}, plain {report['nll_plain']:.4f}"
-    )
+    return html.document("pruned.md", dict(report))
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -63,7 +54,7 @@ def run(settings: Settings) -> dict[str, Any]:
     length, tokens = s.max_seq_length, s.num_samples * s.max_seq_length
     m = estimates.model_of(checkpoint)
     planned = estimates.streamed_pass("calibration", m, tokens, length, length, limit.limit_bytes, head=False)
-    chosen = [pruning_size.vocabulary(m, length, limit.limit_bytes)] if rows < m.shape.vocab else []
+    chosen = [compression_size.vocabulary(m, length, limit.limit_bytes)] if rows < m.shape.vocab else []
     estimates.fit(limit, planned, *chosen)
     data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
     with (

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,8 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, run_loop, scale_tuning
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, model_writer, policy, resolve
-from mis_mlx.planner import estimates, phases, quantized_size
+from mis_mlx.models.stream import Batches
+from mis_mlx.planner import compression_size, estimates, phases
 from mis_mlx.planner.job import DistillationSpec
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import vocabulary
@@ -57,13 +58,7 @@ def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
 
 
 def quantize(
-    folder: Path,
-    out: Path,
-    how: QuantizationConfig,
-    files: Files,
-    batches: Sequence[mx.array] = (),
-    held: int = 0,
-    seed: int = 0,
+    folder: Path, out: Path, how: QuantizationConfig, files: Files, batches: Batches = (), held: int = 0, seed: int = 0
 ) -> dict[str, Any]:
     """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
     batches: token ids [(B, T)] to look at, hidden states of the first `held` in memory, others in a file beside it."""
@@ -93,7 +88,7 @@ def _planned(
 ) -> list[estimates.StageCost]:
     """Rounding, and the steps after it; MisError when one of them does not fit."""
     m, steps = estimates.model_of(checkpoint), s.steps(False)
-    stages = [quantized_size.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]
+    stages = [compression_size.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]
     remedies = [", or --q-method round without --target-bpw" if count else "", ", or --q-iters 0"]
     if steps:
         job = DistillationSpec(estimates.model_of(other), m, steps, s.batch_size, 1, s.max_seq_length, count, 0, 0,

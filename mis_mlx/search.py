@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.distillation import candidate_trials, run_loop, search_report
+from mis_mlx.distillation.candidate_trials import CandidateTrials
 from mis_mlx.distillation.pipeline import Run
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
@@ -111,9 +112,7 @@ def work_table(planned: Sequence[estimates.StageCost], at: Rates) -> str:
     return markdown_table(["phase", "read", "written", "peak memory", "time"], lines)
 
 
-def rank(
-    s: Settings, c: candidate_trials.CandidateTrials, shapes: Sequence[Shape], first: Sequence[Shape]
-) -> list[Shape]:
+def rank(s: Settings, c: CandidateTrials, shapes: Sequence[Shape], first: Sequence[Shape]) -> list[Shape]:
     """The shapes that were measured, the best first; those whose loss is no number are left out."""
     count, numbers = min(s.evaluations, len(shapes)), itertools.count(1)
     with progress.phase("rank"), progress.bar("rank", count) as show:
@@ -131,10 +130,7 @@ def rank(
 
 
 def report(
-    s: Settings,
-    c: candidate_trials.CandidateTrials,
-    aim: shape_search.Aim,
-    finalists: Mapping[Shape, Mapping[str, Any]],
+    s: Settings, c: CandidateTrials, aim: shape_search.Aim, finalists: Mapping[Shape, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Print the table and the sentence; write table.md and return what goes into the JSON line."""
     run, records = c.run, [*finalists.values()]
@@ -192,7 +188,7 @@ def run(settings: Settings) -> dict[str, Any]:
         ranking, judging = candidate_trials.split(next(iter(data.held_out.values())), s.rank_windows, s.eval_windows)
         course = Run(**vars(place), recipe=s, teacher=seen, data=data.train, plan=made)
         samples, repair = course.pick(s.num_samples, 1), course.pick(s.repair_samples, 2)
-        c = candidate_trials.CandidateTrials(course, s.dtype, samples, repair, ranking, judging)
+        c = CandidateTrials(course, s.dtype, samples, repair, ranking, judging)
         best, records = rank(s, c, shapes, first)[: s.finalists], {}
         with progress.phase("finalists"):
             for shape in cli.counted("finalist", best, len(best)):

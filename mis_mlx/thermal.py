@@ -10,11 +10,10 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.hardware.clock import Clock
-from mis_mlx.hardware.thermal import findings
 from mis_mlx.hardware.thermal.ambient import find_altitude
 from mis_mlx.hardware.thermal.governor import Mode, PauseCounter, after_step, governor_for
 from mis_mlx.hardware.thermal.recording import Header, recorder
-from mis_mlx.hardware.thermal.thermal_monitor import Live, Monitor
+from mis_mlx.hardware.thermal.thermal_monitor import Live, Monitor, examined
 from mis_mlx.storage.files import need_place
 from mis_mlx.types import Celsius, Metres, Positive, Seconds
 
@@ -61,7 +60,7 @@ def run(settings: Record | Replay | Doctor) -> dict[str, Any]:
     if not isinstance(s := settings, Doctor):
         return record(s) if isinstance(s, Record) else replay_decisions(s)
     with Monitor(replay=s.thermal_replay, given_ambient_c=s.temperature_c, altitude_m=s.altitude_m) as monitor:
-        lines, facts = findings.examined(monitor)
+        lines, facts = examined(monitor)
     print("\n".join(lines))
     return facts
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from mis_mlx import bench
-from mis_mlx.evaluation.speed import rounds, timing
-from mis_mlx.evaluation.speed.timing import Measurement, Request
+from mis_mlx.evaluation.speed import rounds
+from mis_mlx.evaluation.speed.rounds import Measurement, Request
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.types import Checkpoint, MisError, Reading
@@ -81,8 +81,8 @@ def test_power_by_trapezoids() -> None:
     history = [Reading(at, power_w=power) for at, power in powers.items()]
     monitor: Any = SimpleNamespace(clock=clock, history=lambda: history)
     clock.sleep(4.0)
-    assert timing.mean_watts(monitor, 3.5) == pytest.approx(28 / 3)
-    assert timing.mean_watts(monitor, 0.0) is None
+    assert rounds.mean_watts(monitor, 3.5) == pytest.approx(28 / 3)
+    assert rounds.mean_watts(monitor, 0.0) is None
 
 
 def test_who_slows_down_is_named() -> None:
@@ -146,7 +146,7 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
         order.append(subject.loaded.name)
         return stamped(1.0, 2.0)
 
-    monkeypatch.setattr(timing, "trial", noted)
+    monkeypatch.setattr(rounds, "trial", noted)
     for limit, wanted in ((10**9, "abababab"), (0, "aaaabbbb")):
         order.clear()
         rows = bench.measure([llama.path] * 2, ["a", "b"], 4, 2, 3, limit)
@@ -156,15 +156,15 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
 
 def test_one_by_one_there_is_one_model_in_memory(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the next one loads, the one before is gone, though the caller still has the last trial in its hands."""
-    alive, opened = list[Any](), timing.opened
+    alive, opened = list[Any](), rounds.opened
 
-    def noted(folder: Path, name: str) -> timing.BenchmarkModel:
+    def noted(folder: Path, name: str) -> rounds.BenchmarkModel:
         assert not [name for kept in alive if kept() is not None]
         found = opened(folder, name)
         alive.append(weakref.ref(found.model))
         return found
 
-    monkeypatch.setattr(timing, "opened", noted)
+    monkeypatch.setattr(rounds, "opened", noted)
     bench.measure([llama.path] * 3, ["a", "b", "c"], 4, 2, 2)
     run = bench.Bench(settings(llama.path))
     run.together, run.models = False, {name: next(iter(run.models.values())) for name in "abc"}
@@ -206,7 +206,7 @@ def test_flags_of_mlx_lm_and_two_models(llama: Checkpoint, tmp_path: Path, comma
 
 def test_what_comes_between_two_tokens_is_clocked() -> None:
     """Every token has its time."""
-    stamps, tokens = timing.clocked(iter([1, 2]))
+    stamps, tokens = rounds.clocked(iter([1, 2]))
     assert 0 <= stamps[0] <= stamps[1] and tokens == [1, 2]
 
 

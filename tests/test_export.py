@@ -23,7 +23,7 @@ from mis_mlx.models import arch, load
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line
-from tests.storage.test_gguf_reader import llama_cpp_permute
+from tests.models.test_gguf_reader import llama_cpp_permute
 
 IDS = [5, 300, 17, 17, 400, 9, 250, 19, 0, 77]
 # What llama.cpp's loader reads of these models (llama_model_base::load_hparams, llama_vocab::impl::load), by hand.

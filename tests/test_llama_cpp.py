@@ -224,8 +224,9 @@ def texts() -> list[str]:
     return found
 
 
-def split(pattern: str) -> Any:
+def split(name: str) -> Any:
     """Qwen's and Llama 3's way: one regular expression, then bytes without one."""
+    pattern = next(rule["steps"][0] for rule in vocab.known()["rules"] if rule["name"] == name)
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
@@ -235,8 +236,8 @@ CUTS = {
     "smollm": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
-    "qwen2": split(vocab.ENDINGS + r"\p{N}" + vocab.REST),
-    "llama-bpe": split(vocab.ENDINGS + r"\p{N}{1,3}" + vocab.REST),
+    "qwen2": split("qwen2"),
+    "llama-bpe": split("llama-bpe"),
 }
 
 

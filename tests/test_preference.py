@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx import dpo
 from mis_mlx.dpo import Pair, Settings
-from mis_mlx.maths import preference
-from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.maths.losses import token_logps
+from mis_mlx.maths.policy import PairLoss, pair_losses
 from tests import trl_model
 
 LOSS, GRADIENT = 1e-5, 5e-5  # float32 on a CPU, two frameworks: measured 1e-6 and 5e-6
@@ -87,7 +87,7 @@ def test_by_hand() -> None:
     """r_w = 1, r_l = -2, beta 0.5: margin 3; and with r_w = -1 the penalty of dpop stands inside beta and sigma."""
     one, two = mx.array([1.0]), mx.array([-2.0])
     sigma = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
-    loss = partial(preference.pair_losses, beta=0.5)
+    loss = partial(pair_losses, beta=0.5)
     assert loss(one, two, kind="sigmoid").item() == pytest.approx(-math.log(sigma(1.5)))
     assert loss(one, two, kind="dpop", dpop_lambda=50.0).item() == pytest.approx(-math.log(sigma(1.5)))
     assert loss(-one, two, kind="dpop", dpop_lambda=3.0).item() == pytest.approx(-math.log(sigma(0.5 * (1 - 3))))
@@ -101,15 +101,15 @@ def test_at_the_reference_the_loss_is_ln_2() -> None:
     """Policy = reference: nothing is preferred yet; the gradient of dpop there is DPO's, its penalty's is 0."""
     zero, beta = mx.zeros((3,)), 0.7
     for kind in ("sigmoid", "dpop"):
-        losses = preference.pair_losses(zero, zero, beta, kind)
+        losses = pair_losses(zero, zero, beta, kind)
         assert np.allclose(np.array(losses), math.log(2), atol=1e-7)
-        chosen = mx.grad(lambda r, kind=kind: preference.pair_losses(r, zero, beta, kind).sum())(zero)
+        chosen = mx.grad(lambda r, kind=kind: pair_losses(r, zero, beta, kind).sum())(zero)
         assert np.allclose(np.array(chosen), -beta / 2)
 
 
 @pytest.mark.parametrize("kind", ["dpop", "ipo"])
 def test_micro_batches_are_one_batch(
-    kind: preference.LossType, found: dict[str, np.ndarray], policy: nn.Module, pairs: list[Pair]
+    kind: PairLoss, found: dict[str, np.ndarray], policy: nn.Module, pairs: list[Pair]
 ) -> None:
     """Sums over one pair and over three, added: what all four give, to rounding; padding changes nothing."""
     objective, by_side = Settings(loss_type=kind, beta=0.3, dpop_lambda=50.0), found["dpo/reference"].reshape(2, -1)

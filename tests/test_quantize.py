@@ -19,7 +19,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, scale_tuning
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate
-from mis_mlx.planner import estimates, phases, quantized_size
+from mis_mlx.planner import compression_size, estimates, phases
 from mis_mlx.planner.job import DistillationSpec
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.quantization import packed_format
@@ -99,7 +99,7 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": ffn, "vocab_size": 8192 if ffn == 512 else 512}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=dtype, **sizes))
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
-    planned = quantized_size.quantize(estimates.model_of(checkpoint), FOUR, 6, 64, GIB)
+    planned = compression_size.quantize(estimates.model_of(checkpoint), FOUR, 6, 64, GIB)
     assert planned.held_tokens == 6 * 64 and planned.spooled_bytes == 0
     mx.eval(batches)
     mx.clear_cache()
@@ -118,14 +118,14 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
 def test_the_plan_of_gptq_by_pencil() -> None:
     """Two D x D, one Q x Q and one F x F sum in float64, five of the largest, 28 bytes a weight of gate and up."""
     m = estimates.model_of(tiny.CONFIG, gpu=False)
-    plain = quantized_size.quantize(m, NEAREST, 0, 32, GIB)
-    planned = quantized_size.quantize(m, FOUR, 4, 32, GIB)
+    plain = compression_size.quantize(m, NEAREST, 0, 32, GIB)
+    planned = compression_size.quantize(m, FOUR, 4, 32, GIB)
     without = estimates.streamed_pass("", m, 128, 32, 32, GIB, head=False)
     arrays = 8 * (3 * 64**2 + 768**2) + 40 * 768**2 + 28 * 64 * 2 * 768
     assert planned.peak_bytes == without.peak_bytes + arrays and planned.flops > 2 * without.flops
     assert plain.peak_bytes < planned.peak_bytes and (plain.flops, plain.held_tokens) == (0, 0)
     assert (planned.read_bytes, planned.written_bytes) == (plain.read_bytes, plain.written_bytes)
-    poor = quantized_size.quantize(m, FOUR, 4, 32, 0)  # every hidden state spooled: written by each block, read twice
+    poor = compression_size.quantize(m, FOUR, 4, 32, 0)  # every hidden state spooled: written by each block, read twice
     assert poor.written_bytes - plain.written_bytes == 4 * 128 * 64 * 4
     assert poor.read_bytes - plain.read_bytes == 2 * 4 * 128 * 64 * 4
 
@@ -187,7 +187,7 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     m, how = estimates.model_of(checkpoint), QuantizationConfig(q_method="round", target_bpw=4.6, q_iters=2)
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     job = DistillationSpec(m, m, 2, 1, 1, 64, 6, 0, 0, 2, rounding=how)
-    planned = quantized_size.quantize(m, how, 6, 64, GIB), phases.tune(job, 1, GIB, 2)
+    planned = compression_size.quantize(m, how, 6, 64, GIB), phases.tune(job, 1, GIB, 2)
     text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))
 
     def tune() -> None:

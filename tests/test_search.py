@@ -270,7 +270,7 @@ def test_a_busy_machine_does_not_make_blocks_free(tmp_path: Path, monkeypatch: p
     deep = tiny.make(tmp_path / "deep", num_hidden_layers=4)
     clock = {4: 1.0, 2: 2.0}  # blocks left in the model -> seconds of a token
     monkeypatch.setattr(candidate_trials.mlx_generate, "greedy", lambda model, *_: [clock[len(model.model.layers)]] * 5)
-    monkeypatch.setattr(candidate_trials.timing, "clocked", lambda coming: (list(accumulate(coming)), []))
+    monkeypatch.setattr(candidate_trials.rounds, "clocked", lambda coming: (list(accumulate(coming)), []))
     assert candidate_trials.timed(deep, 0) == Decoding(0.25, 0.0)
     clock[2] = 0.6
     assert candidate_trials.timed(deep, 0) == Decoding(pytest.approx(0.2), pytest.approx(0.2))
@@ -512,7 +512,7 @@ def test_windows_that_rank_do_not_judge() -> None:
 
 
 def test_guard_notes_are_counted() -> None:
-    """As `GoralW.update` words them."""
+    """As `GuardedAdamW.update` words them."""
     slept = "the machine slept 3 min; step done again. clipped 4.0 to 2.0"
     notes = ["", "skipped: not a number", "clipped 9.0 to 3.0", slept]
     counts = candidate_trials.guarded([{"note": note} for note in notes], object())

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_plan
+from mis_mlx.alignment.alignment_plan import Alignment, AlignmentPlan, dtype_of
 from mis_mlx.data import examples
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun, open_run
@@ -38,11 +38,11 @@ class AlignmentRun(OpenRun):
     """A student in memory and the folder of its run. Made by `running`."""
 
     name: str  # of the command
-    settings: alignment_plan.Alignment
+    settings: Alignment
     checkpoint: Checkpoint
     model: nn.Module
     optimizer: GuardedAdamW
-    plan: alignment_plan.AlignmentPlan
+    plan: AlignmentPlan
     card: Mapping[str, Any]  # of the data: what it is, its licence
     best: tuple[int, float] | None = None  # (step, its held-out figure)
 
@@ -73,13 +73,14 @@ class AlignmentRun(OpenRun):
         def recall(state: dict[str, Any]) -> None:
             self.best = state["best"][0], state["best"][1]
 
-        training = CheckpointedTraining(self, partial(train_loop.arrays_of, *mine), self.optimizer.memory,
-                                        partial(train_loop.restore, *mine), remember, recall)  # fmt: skip
+        training = CheckpointedTraining(
+            self, partial(train_loop.arrays_of, *mine), self.optimizer.memory, partial(train_loop.restore, *mine),
+            remember, recall, label=self.name, budget_bytes=self.plan.budget.limit_bytes,
+        )  # fmt: skip
         start = training.start(begin)
         self.model.train()
         steps = partial(train, self.model, micro_batches, loss, self.optimizer, s.schedule)
-        training.finish(steps, start, s.iters, s.save_every, lambda: self.optimizer, label=self.name,
-                        budget_bytes=self.plan.budget.limit_bytes)  # fmt: skip
+        training.finish(steps, start, s.iters, s.save_every, self.optimizer)
         return self._finish() if distributed.is_main() else {}
 
     def _measure(self, number: int, held_out: Callable[[], Mapping[str, float]], judge: str) -> None:
@@ -134,11 +135,7 @@ class AlignmentRun(OpenRun):
 
 
 def data(
-    s: alignment_plan.Alignment,
-    checkpoint: Checkpoint,
-    shapes: Sequence[str],
-    answers: Sequence[str] = (),
-    mask_prompt: bool = True,
+    s: Alignment, checkpoint: Checkpoint, shapes: Sequence[str], answers: Sequence[str] = (), mask_prompt: bool = True
 ) -> tuple[list[list[examples.Sequenced]], list[list[examples.Sequenced]], dict[str, Any]]:
     """(rows to train on, held-out ones, encoded; what is known of the data); every row is checked."""
     rows = examples.load(s.data, shapes, s.data_licence, s.scrub_pii)
@@ -152,12 +149,7 @@ def data(
 
 @contextmanager
 def running(
-    s: alignment_plan.Alignment,
-    folder: Path | None,
-    checkpoint: Checkpoint,
-    plan: alignment_plan.AlignmentPlan,
-    card: Mapping[str, Any],
-    name: str,
+    s: Alignment, folder: Path | None, checkpoint: Checkpoint, plan: AlignmentPlan, card: Mapping[str, Any], name: str
 ) -> Iterator[AlignmentRun]:
     """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint".
     MisError with both numbers where the plan does not fit the budget."""
@@ -175,7 +167,7 @@ def running(
         if not (place.folder / run_folder.DATA).exists():
             about = json.dumps(dict(card), indent=2, ensure_ascii=False)
             place.files.replace_text(place.folder / run_folder.DATA, about)
-        model = load.resident(checkpoint, alignment_plan.dtype_of(s, checkpoint))
+        model = load.resident(checkpoint, dtype_of(s, checkpoint))
         stream.load_checked(model, f"{checkpoint.path}: ")
         if s.lora:
             lora.insert(model, s.lora, s.seed)

@@ -18,7 +18,7 @@ from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
 from mis_mlx.evaluation import rewards
 from mis_mlx.maths import policy
-from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import attention_masks, distributed, load, mlx_generate, stream
 from mis_mlx.planner.recipe import Schedule
@@ -137,7 +137,7 @@ class Sampler:
             self.log(line)
         advantage = policy.advantages(totals, scaled=s.loss_type != "dr_grpo")
         chosen = [(at[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
-        facts = distributed.all_gather(_facts(totals, scores, answers, kept, s.max_completion_length))
+        facts = distributed.all_gather(_facts(scores, answers, kept, s.max_completion_length))
         return self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts)
 
     def text(self, answer: Sequence[int]) -> str:
@@ -189,14 +189,10 @@ def _totals(scores: Sequence[rewards.Scores]) -> np.ndarray:
 
 
 def _facts(
-    totals: np.ndarray,
-    scores: Sequence[rewards.Scores],
-    answers: Sequence[list[list[int]]],
-    kept: np.ndarray,
-    most: int,
+    scores: Sequence[rewards.Scores], answers: Sequence[list[list[int]]], kept: np.ndarray, most: int
 ) -> dict[str, float]:
     """What a step's metrics hold beside its loss. Means are over answers that were scored."""
-    lengths = np.array([len(answer) for group in answers for answer in group])
+    totals, lengths = _totals(scores), np.array([len(answer) for group in answers for answer in group])
     facts = {"reward": float(np.nanmean(totals))}
     for name in scores[0].parts:
         if values := [v for s in scores for v in s.parts[name] if v is not None]:
@@ -261,5 +257,5 @@ def measure(
     totals = _totals(scores)
     if np.isnan(totals).all():
         raise MisError(f"none of {len(rows)} held-out answers could be scored: fix the reward functions or the answers")
-    facts = _facts(totals, scores, answers, policy.teaches(totals), most)
+    facts = _facts(scores, answers, policy.teaches(totals), most)
     return {"loss": 0.0 - facts["reward"], **{k: v for k, v in facts.items() if k not in ("kept", "groups")}}

@@ -15,7 +15,7 @@ from mis_mlx.data.examples import Sequenced
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation.live_teacher import MicroBatch, TargetSource, labels
 from mis_mlx.distillation.train_loop import Loss
-from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.maths.losses import token_logps
 from mis_mlx.models import attention_masks, distributed, load
 from mis_mlx.types import Batch
 

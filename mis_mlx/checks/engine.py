@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mis_mlx.checks.kernels import Found, drawn, off, on_cpu, wide
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.maths import losses
-from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, lora, mlx_generate, policy, stream, streamed_decode
 from mis_mlx.planner import estimates

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths import losses, rounding
-from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import load, policy
 from mis_mlx.quantization.packed_format import Format
@@ -170,7 +170,7 @@ def closed_form() -> Found:
     wa, wr = (wide(of) * wide(weight)[:, None] for of in (a, r))
     gram = wa.T @ wa
     want = np.linalg.solve(gram + 0.1 * np.trace(gram) / 96 * np.eye(96), wa.T @ wr)
-    return off(fit.solve(0.1)[0], want.T), 1e-4  # its products are float32
+    return off(fit.update(0.1), want.T), 1e-4  # its products are float32
 
 
 BY_TYPE = {"matrix product": product, "RMSNorm": rms_norm, "RoPE": rope, "attention": attention,

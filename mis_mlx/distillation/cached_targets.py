@@ -11,7 +11,7 @@ import numpy as np
 
 from mis_mlx.data import token_windows
 from mis_mlx.distillation.live_teacher import MicroBatch, StreamedTeacher
-from mis_mlx.maths import losses, sparse
+from mis_mlx.maths import losses
 from mis_mlx.models import distributed
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner.job import SAMPLES
@@ -88,7 +88,7 @@ def _targets(teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec,
     parts, rows = [], losses.chunk_rows(spec.vocab)
     for start in range(0, len(hidden), rows):
         z = teacher.logits(hidden[start : start + rows])
-        parts.append(sparse.sample(z, spec.count, spec.seed, first + start))
+        parts.append(losses.sample(z, spec.count, spec.seed, first + start))
     return {name: np.concatenate(arrays) for name, arrays in zip(spec.dtypes(), zip(*parts, strict=True), strict=True)}
 
 
@@ -120,4 +120,4 @@ class Cached:
         if head.shape[0] != (vocab := self._store.spec.vocab):
             raise MisError(f"the targets are for {vocab} tokens, the student has {head.shape[0]}: use its teacher")
         ids, weights = target
-        return sparse.sampled_kl_sum(hidden, head, ids, weights, learn, frozen_head=frozen_head)
+        return losses.sampled_kl_sum(hidden, head, ids, weights, learn, frozen_head=frozen_head)

@@ -19,13 +19,14 @@ import numpy as np
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline
 from mis_mlx.evaluation import comparison
-from mis_mlx.evaluation.speed import timing
+from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import arch, load, mlx_generate, model_writer, policy
 from mis_mlx.models.config import Shape
+from mis_mlx.models.stream import Batches
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.job import spec_of
 from mis_mlx.pruning import calibrate, reconstruct, rotate, select, shape_search
@@ -57,8 +58,8 @@ class CandidateTrials:
 
     run: pipeline.Run
     dtype: str
-    samples: Sequence[mx.array]
-    repair: Sequence[mx.array]
+    samples: Batches
+    repair: Batches
     ranking: Windows
     judging: Windows
 
@@ -89,7 +90,8 @@ class CandidateTrials:
         cut = select.PruningConfig(scenario="none", importance="rms", **_sizes(shape))
         teacher = self.run.teacher
         made, keep = select.select_units(teacher.config, self.statistics, cut)
-        select.write(teacher, made, keep, lambda: self._directions, out, self.dtype, self.run.files)
+        keep, tensor = select.turned(teacher, made, keep, lambda: self._directions)
+        select.write_student(teacher, made, keep, out, self.dtype, self.run.files, tensor)
         return load.open_checkpoint(out)
 
     def score(self, shape: Shape) -> float:
@@ -201,7 +203,7 @@ def timed(folder: Path, cached: int, halves: bool = True) -> shape_search.Decodi
         model.model.layers = layers[:count]
         try:
             cache = mlx_generate.filled_cache(model, cached)
-            stamps, _ = timing.clocked(mlx_generate.greedy(model, ids, TOKENS, cache))
+            stamps, _ = rounds.clocked(mlx_generate.greedy(model, ids, TOKENS, cache))
         finally:
             model.model.layers = layers
         return min(b - a for a, b in pairwise(stamps))

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mis_mlx.data.token_windows import Windows, order
 from mis_mlx.distillation.train_loop import Loss, train
 from mis_mlx.hardware import lanes
-from mis_mlx.maths import losses, sparse
+from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, host_losses, load, policy, stream
 from mis_mlx.models.pipeline_parallel import Relay
@@ -55,7 +55,7 @@ class StreamedTeacher:
         self._source = Relay(*where, shares) if shares else stream.Stream(*where)
         self._head, self.temperature, self._cross_entropy = self._source.head(), temperature, cross_entropy
 
-    def hidden(self, batches: Sequence[mx.array]) -> stream.Hidden:
+    def hidden(self, batches: stream.Batches) -> stream.Hidden:
         """Token ids [(B, T)] -> [(B, T, D)]; a streamed teacher is read once for all of them."""
         return self._source.forward(batches)
 
@@ -110,7 +110,7 @@ class TextTargets:
     ) -> mx.array:
         """KL to a target that has all its mass on one token, which is the cross-entropy, in nats."""
         ids = target[0][:, None]
-        return sparse.sampled_kl_sum(hidden, head, ids, mx.ones(ids.shape), learn, frozen_head=frozen_head)
+        return losses.sampled_kl_sum(hidden, head, ids, mx.ones(ids.shape), learn, frozen_head=frozen_head)
 
 
 def labels(tokens: mx.array) -> mx.array:
@@ -137,7 +137,8 @@ def _on_host(
         _, slopes = mx.vjp(forth, list(trained.values()), [cotangent])
         student.update(tree_unflatten(list(trained.items())))
         mx.eval(hidden, cotangent)
-    name, head = load.head_name(student), load.head_weight(student)
+    name = "lm_head.weight" if hasattr(student, "lm_head") else "model.embed_tokens.weight"
+    head = load.head_weight(student)
     how = source.logits, learn, source.temperature, name not in trained
     loss, below, of_head = host_losses.kl_gradients(hidden[0], head, target, *how)
     host_losses.view(cotangent)[:] = host_losses.view(below)
@@ -182,13 +183,9 @@ def steps(
     recipe: TrainingConfig,
     optimizer: GuardedAdamW,
     start: int = 0,
-    sigma: Callable[[], float] = lambda: 0.0,
+    factor: Callable[[int], float] = lambda step: 1.0,
 ) -> Iterator[Step]:
-    """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`. sigma(): spread of eps_halny at each step."""
+    """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`."""
     micro_batches, loss = step_micro_batches(source, data, recipe), loss_of(source)
     quicker = source.gradient_of(student) if isinstance(source, StreamedTeacher) else None
-
-    def factor(step: int) -> float:
-        return losses.loss_noise_factor(sigma(), recipe.seed, step)
-
     return train(student, micro_batches, loss, optimizer, recipe.schedule, start, factor, gradient_of=quicker)

@@ -68,9 +68,17 @@ class Run(OpenRun):
 
 def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
-    if c.plan.mode == "resident":
-        return _resident(c, pruned, source_of(c))
-    return _by_blocks(c, pruned, source_of(c))
+    source = source_of(c)
+    if c.plan.mode != "resident":
+        return _by_blocks(c, pruned, source)
+    student = load.resident(pruned, mx.float32)
+
+    def begin() -> None:
+        student.load_weights(list(_mended(c, pruned).items()), strict=False)
+        stream.load_checked(student, f"{pruned.path}: ")
+
+    train_whole(c, student, source, begin)
+    return dict(tree_flatten(student.parameters())).__getitem__
 
 
 def source_of(c: Run) -> live_teacher.TargetSource:
@@ -96,17 +104,6 @@ def source_of(c: Run) -> live_teacher.TargetSource:
     return cached_targets.Cached(store, at)
 
 
-def _resident(c: Run, begun: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
-    student, optimizer = load.resident(begun, mx.float32), GuardedAdamW(weight_decay=c.recipe.weight_decay)
-
-    def begin() -> None:
-        student.load_weights(list(_mended(c, begun).items()), strict=False)
-        stream.load_checked(student, f"{begun.path}: ")
-
-    train_whole(c, student, optimizer, source, begin)
-    return dict(tree_flatten(student.parameters())).__getitem__
-
-
 def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
     """What the closed-form repair changes, by name. parts: the student's folder, where these go at once; then hidden
     states are on disk as far as memory does not hold them."""
@@ -129,34 +126,27 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
 
 
 def train_whole(
-    c: Run,
-    student: nn.Module,
-    optimizer: GuardedAdamW,
-    source: live_teacher.TargetSource,
-    begin: Callable[[], object],
-    tuned: bool = False,
+    c: Run, student: nn.Module, source: live_teacher.TargetSource, begin: Callable[[], object], tuned: bool = False
 ) -> None:
     """All of `c.recipe`'s steps of a student in memory, from wherever they stand. begin: before the first of them.
     tuned: of a packed student, whose checkpoints and log are its own."""
-    wind, mine = Wind(c), (student, optimizer)
-    training = CheckpointedTraining(
-        c, partial(train_loop.arrays_of, *mine), optimizer.memory, partial(train_loop.restore, *mine),
-        wind.remember, wind.recall, TUNE_STEPS if tuned else "steps",
-    )  # fmt: skip
+    wind, optimizer = Wind(c), GuardedAdamW(weight_decay=c.recipe.weight_decay)
+    mine, how = (student, optimizer), {} if tuned else _beside_the_plan(c)
+    if tuned:
+        how = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": "tune", "budget_bytes": c.plan.budget_bytes}
+    arrays, restore = partial(train_loop.arrays_of, *mine), partial(train_loop.restore, *mine)
+    training = CheckpointedTraining(c, arrays, optimizer.memory, restore, wind.remember, wind.recall, **how)
     start = training.start(begin)
     student.train()
-    steps = partial(
-        live_teacher.steps, student, source, c.data, c.recipe, optimizer, sigma=lambda: 0.0 if tuned else wind.sigma
-    )
-    shown = {"log": TUNE_LOG, "label": "tune", "budget_bytes": c.plan.budget_bytes} if tuned else _beside_the_plan(c)
-    with c.phase("tune" if tuned else "distil"):
-        training.finish(steps, start, c.recipe.schedule.iters, c.recipe.save_every, lambda: optimizer, **shown)
+    steps = partial(live_teacher.steps, student, source, c.data, c.recipe, optimizer)
+    steps = steps if tuned else partial(steps, factor=wind.factor)
+    with c.phase(training.label):
+        training.finish(steps, start, c.recipe.schedule.iters, c.recipe.save_every, optimizer)
 
 
 def _beside_the_plan(c: Run) -> dict[str, Any]:
-    """What a distillation's steps are shown beside, as `run_training` takes it."""
-    planned = next(p.seconds(c.plan.rates) for p in c.plan.phases if p.name == "distil")
-    tps = c.plan.job.step * c.plan.job.iters / max(planned, 1e-9)
+    """What a distillation's steps are shown beside, for `CheckpointedTraining`."""
+    tps = c.plan.job.step * c.plan.job.iters / max(c.plan.planned["distil"], 1e-9)
     return {"budget_bytes": c.plan.budget_bytes, "planned_tps": tps, "report": c.report}
 
 
@@ -177,6 +167,10 @@ class Wind:
         """What the checkpoint kept."""
         self.sigma = state["halny_sigma"]
 
+    def factor(self, step: int) -> float:
+        """Eq. (2)'s (1 + eps_halny) of a step, counted from 0."""
+        return losses.loss_noise_factor(self.sigma, self.run.recipe.seed, step)
+
 
 def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
     r, job, whole = c.recipe, c.plan.job, c.plan.mode != "sharded"
@@ -187,17 +181,14 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     adapters = partial(lora.insert, lora=ADAPTERS, seed=r.seed) if c.plan.mode == "lora" else None
     student = sharded.Sharded(begun, shard, visit, r.weight_decay, c.files, room, c.direct, adapters)
     wind = Wind(c)
-    training = CheckpointedTraining(c, student.arrays, student.memory, student.restore, wind.remember, wind.recall)
+    mine = student.arrays, student.memory, student.restore
+    training = CheckpointedTraining(c, *mine, wind.remember, wind.recall, **_beside_the_plan(c))
     start = training.start(lambda: student.begin(_mended(c, pruned, None if whole else begun)))
     micro_batches = live_teacher.step_micro_batches(source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)
     slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None
-
-    def factor(step: int) -> float:
-        return losses.loss_noise_factor(wind.sigma, r.seed, step)
-
-    steps = partial(sharded.steps, student, micro_batches, loss, r.schedule, factor=factor, slopes=slopes)
+    steps = partial(student.steps, micro_batches, loss, r.schedule, factor=wind.factor, slopes=slopes)
     every = r.save_every if whole else min(r.save_every, max(1, visit // 2))  # two of every visit: see Sharded
     with c.phase("distil"):
-        training.finish(steps, start, r.schedule.iters, every, lambda: student, **_beside_the_plan(c))
+        training.finish(steps, start, r.schedule.iters, every, student)
     return student.take

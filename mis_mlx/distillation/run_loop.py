@@ -15,7 +15,6 @@ import mlx.core as mx
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import train_loop
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.governor import PauseCounter
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor, battery
@@ -112,54 +111,6 @@ def open_run(
         raise KeyboardInterrupt(folder) from None  # which the closing sentence of the first machine names
 
 
-def run_training(
-    run: OpenRun,
-    steps: Iterator[Step],
-    iters: int,
-    save_every: int,
-    save: Callable[[int], None],
-    log: str = run_folder.METRICS,
-    label: str = "distil",
-    budget_bytes: int | None = None,
-    planned_tps: float | None = None,
-    report: Callable[[Step], None] | None = None,
-) -> None:
-    """Run `steps` to their end. MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it, here or on
-    any machine beside this one, or when such a machine is gone. budget_bytes, planned_tps: shown beside the memory and
-    the speed there are. report: told of every step."""
-    weather = run.weather
-    where = f"go on with --out {run.folder} --resume"
-    unsaved = 0  # the number of a step that no checkpoint holds
-    with cli.stop_asked() as asked, progress.bar(label, iters) as show:
-        try:
-            for step in steps:
-                run.peak.note(step.peak_bytes)
-                record = {**weather.now(), **{k: v for k, v in asdict(step).items() if k not in ("reading", "more")}}
-                run.files.append(run.folder / log, json.dumps(record | dict(step.more)))
-                seen = replace(step, reading=weather.last())
-                show(step.number, text.step_text(seen, budget_bytes, planned_tps))
-                if report:
-                    report(step)
-                unsaved, due = step.number, step.number % save_every == 0 or step.number == iters
-                for _ in _breaks(weather, step, show, asked):
-                    due = True
-                    if unsaved and distributed.size() == 1:  # several save together, after the break
-                        save(step.number)
-                        unsaved = 0
-                if unsaved and distributed.any_rank(due or asked):
-                    save(step.number)
-                    unsaved = 0
-                if distributed.any_rank(asked):
-                    by_hand = KeyboardInterrupt() if signal.SIGINT in asked else None  # which exit codes go by
-                    raise MisError(f"stopped at step {step.number} of {iters}, all of it saved: {where}") from by_hand
-        except distributed.Lost as lost:
-            if not distributed.is_main():
-                raise
-            if unsaved:  # the last step that all machines did
-                save(unsaved)
-            raise MisError(f"{lost}; all steps that were done are saved, {where}") from None
-
-
 def _breaks(weather: ThermalMonitor, step: Step, show: Callable[[int, str], None], asked: list[int]) -> Iterator[None]:
     """Take the tea breaks that come after a step; yields where the governor wants a checkpoint."""
     for decision in weather.after(step):
@@ -176,7 +127,8 @@ def _breaks(weather: ThermalMonitor, step: Step, show: Callable[[int, str], None
 class CheckpointedTraining:
     """arrays(): weights and moments, by checkpoint file and name. memory(): what else the optimizer needs, as JSON.
     restore(arrays, memory) puts both back. remember(number): what a checkpoint keeps beside them, asked for on every
-    machine; recall(state) gets that again."""
+    machine; recall(state) gets that again. budget_bytes, planned_tps: shown beside the memory and the speed there are.
+    report: told of every step."""
 
     run: OpenRun
     arrays: Callable[[], Arrays]
@@ -185,6 +137,11 @@ class CheckpointedTraining:
     remember: Callable[[int], dict[str, Any]]
     recall: Callable[[dict[str, Any]], None]
     steps: str = "steps"  # the folder of its checkpoints
+    log: str = run_folder.METRICS
+    label: str = "distil"
+    budget_bytes: int | None = None
+    planned_tps: float | None = None
+    report: Callable[[Step], None] | None = None
 
     def start(self, begin: Callable[[], object]) -> int:
         """Steps done: of the newest checkpoint, put back; or 0, after `begin` on the first machine, and that saved."""
@@ -194,9 +151,16 @@ class CheckpointedTraining:
             begin()
             with reported(self.run.folder, "the folder of checkpoints"):
                 self.run.files.make_folder(self.run.folder / self.steps)
-        train_loop.alike(self.arrays, self.memory, self.restore)
+        self._alike()
         self.save(0)
         return 0
+
+    def _alike(self) -> None:
+        """Every machine gets the weights, moments and memory of the first one."""
+        if distributed.size() > 1:
+            sent, remembered = distributed.broadcast_arrays(self.arrays), distributed.broadcast_json(self.memory)
+            if not distributed.is_main():
+                self.restore({"optimizer": {}, **sent}, remembered)
 
     def back(self) -> int | None:
         """Put the newest checkpoint back on every machine: its number; None when there is none."""
@@ -209,7 +173,7 @@ class CheckpointedTraining:
         newest: Any = distributed.broadcast_json(lambda: [saved.number, saved.state] if saved else None)
         if newest is None:
             return None
-        train_loop.alike(self.arrays, self.memory, self.restore)
+        self._alike()
         self.recall(newest[1])
         return newest[0]
 
@@ -221,28 +185,58 @@ class CheckpointedTraining:
             state = {"arrays": list(arrays), "optimizer": self.memory(), "tea": asdict(self.run.weather.breaks), **more}
             protocol.save_step(self.run.folder / self.steps, number, arrays, state, self.run.files)
 
+    def _run(self, steps: Iterator[Step], iters: int, save_every: int) -> None:
+        """Run `steps` to their end. MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it, here or
+        on any machine beside this one, or when such a machine is gone."""
+        run, weather = self.run, self.run.weather
+        where = f"go on with --out {run.folder} --resume"
+        unsaved = 0  # the number of a step that no checkpoint holds
+        with cli.stop_asked() as asked, progress.bar(self.label, iters) as show:
+            try:
+                for step in steps:
+                    run.peak.note(step.peak_bytes)
+                    facts = {k: v for k, v in asdict(step).items() if k not in ("reading", "more")}
+                    run.files.append(run.folder / self.log, json.dumps({**weather.now(), **facts, **step.more}))
+                    seen = replace(step, reading=weather.last())
+                    show(step.number, text.step_text(seen, self.budget_bytes, self.planned_tps))
+                    if self.report:
+                        self.report(step)
+                    unsaved, due = step.number, step.number % save_every == 0 or step.number == iters
+                    for _ in _breaks(weather, step, show, asked):
+                        due = True
+                        if unsaved and distributed.size() == 1:  # several save together, after the break
+                            self.save(step.number)
+                            unsaved = 0
+                    if unsaved and distributed.any_rank(due or asked):
+                        self.save(step.number)
+                        unsaved = 0
+                    if distributed.any_rank(asked):
+                        by_hand = KeyboardInterrupt() if signal.SIGINT in asked else None  # which exit codes go by
+                        why = f"stopped at step {step.number} of {iters}, all of it saved: {where}"
+                        raise MisError(why) from by_hand
+            except distributed.Lost as lost:
+                if not distributed.is_main():
+                    raise
+                if unsaved:  # the last step that all machines did
+                    self.save(unsaved)
+                raise MisError(f"{lost}; all steps that were done are saved, {where}") from None
+
     def finish(
-        self,
-        steps: Callable[[int], Iterator[Step]],
-        start: int,
-        iters: int,
-        save_every: int,
-        optimizer: Callable[[], Any],
-        **shown: Any,
+        self, steps: Callable[[int], Iterator[Step]], start: int, iters: int, save_every: int, optimizer: Any
     ) -> None:
-        """Run steps(start) to their end, `shown` as of `run_training`. optimizer(): a GuardedAdamW, or what else has
-        `calm` and `pass_over`. Three bad batches in a row go back to the last checkpoint, once. On the second way these
-        batches are left out and the learning rate is half of what it was; what is bad then raises `Diverged`. A run
-        killed before the second way has a checkpoint takes both ways again, with the same bits."""
+        """Run steps(start) to their end. optimizer: a GuardedAdamW, or what else has `calm` and `pass_over`. Three bad
+        batches in a row go back to the last checkpoint, once. On the second way these batches are left out and the
+        learning rate is half of what it was; what is bad then raises `Diverged`. A run killed before the second way has
+        a checkpoint takes both ways again, with the same bits."""
         try:
-            run_training(self.run, steps(start), iters, save_every, self.save, **shown)
+            self._run(steps(start), iters, save_every)
         except Diverged as error:
-            number = None if optimizer().calm < 1 else self.back()
+            number = None if optimizer.calm < 1 else self.back()
             if number is None:
                 raise
-            optimizer().pass_over(error.batches)
+            optimizer.pass_over(error.batches)
             cli.say(
                 f"batches {', '.join(map(str, error.batches))} gave no numbers: back to step {number}, and on without "
                 "them, at half the learning rate"
             )
-            run_training(self.run, steps(number), iters, save_every, self.save, **shown)
+            self._run(steps(number), iters, save_every)

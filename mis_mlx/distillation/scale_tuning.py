@@ -16,12 +16,11 @@ from mis_mlx.quantization import grid
 from mis_mlx.reporting import progress, text
 from mis_mlx.types import Checkpoint
 
-DECAY = 0.0  # of weights: a scale has no reason to be small
-
 
 def recipe_of(asked: DistillationConfig, iters: int, learning_rate: float) -> DistillationConfig:
-    """Steps and learning rate of this stage; batches, windows and seed as asked for."""
-    return replace(asked, iters=iters, learning_rate=learning_rate, warmup=min(3, iters))
+    """Steps and learning rate of this stage, no decay, for a scale has no reason to be small; batches, windows and seed
+    as asked for."""
+    return replace(asked, iters=iters, learning_rate=learning_rate, warmup=min(3, iters), weight_decay=0.0)
 
 
 def learned(
@@ -31,7 +30,7 @@ def learned(
     model = grid.resident(rounded)
     model.train()
     with progress.bar("tune", recipe.schedule.iters) as show:
-        for step in live_teacher.steps(model, source, data, recipe, GuardedAdamW(weight_decay=DECAY)):
+        for step in live_teacher.steps(model, source, data, recipe, GuardedAdamW(weight_decay=recipe.weight_decay)):
             show(step.number, text.step_text(step))
     return model
 
@@ -40,7 +39,6 @@ def tune(c: pipeline.Run, rounded: Path, out: Path, recipe: DistillationConfig) 
     """Write the folder `out`: `rounded` after its steps. Killed on the way, it goes on from its checkpoints."""
     checkpoint = load.open_checkpoint(rounded)
     model, source = grid.resident(checkpoint), pipeline.source_of(c)
-    optimizer = GuardedAdamW(weight_decay=DECAY)
-    pipeline.train_whole(replace(c, recipe=recipe), model, optimizer, source, lambda: None, tuned=True)
+    pipeline.train_whole(replace(c, recipe=recipe), model, source, lambda: None, tuned=True)
     if distributed.is_main():
         grid.write(checkpoint, model, out, c.files)

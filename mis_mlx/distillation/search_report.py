@@ -10,21 +10,12 @@ import numpy as np
 from mis_mlx.maths.stats import interval
 from mis_mlx.models.config import Shape
 from mis_mlx.pruning import shape_search
-from mis_mlx.reporting import text
+from mis_mlx.reporting import html, text
 from mis_mlx.types import Row
 
 OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
 FORMS = {"layers": "{} layers", "ffn": "FFN {}", "heads": "{} heads", "hidden": "hidden {}", "vocab": "{:,} tokens"}
-METRICS = (
-    ("params", "parameters, millions", ".1f"),
-    ("speed", "decode, times the teacher's", ".2f"),
-    ("nll_teacher", "held-out loss of the teacher", ".3f"),
-    ("nll_pruned", "held-out loss, as pruned", ".3f"),
-    ("nll_distilled", "held-out loss, distilled", ".3f"),
-    ("kl_pruned", "KL(teacher ‖ model), as pruned", ".3f"),
-    ("kl_distilled", "KL(teacher ‖ model), distilled", ".3f"),
-    ("meddled", "steps skipped or clipped", ".0f"),
-)
+METRICS = text.metrics("search")
 
 
 def words(shape: Shape, before: Shape) -> str:
@@ -106,18 +97,7 @@ def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], teacher_s:
 
 def sentence(found: Verdict, records: Sequence[Mapping[str, Any]], names: Sequence[str], lines: Sequence[str]) -> str:
     """The recommendation. names, lines: of the finalists, for people, and the commands that make them."""
-    if found.best is None:
-        why = "; ".join(f"{name}: {unstable(r)}" for name, r in zip(names, records, strict=True))
-        return f"No finalist was stable ({why}): lower --learning-rate, or ask for less of a cut."
-    name, line = names[found.best], lines[found.best]
-    if found.second is None or found.gap is None:
-        return f"{name} is the only stable finalist, so nothing was compared: {line}"
-    mean, low, high = found.gap
-    windows = len(records[found.best]["kl_distilled"])
-    gap = f"{mean:.3f} nats per token of KL, 95 % from {low:.3f} to {high:.3f} over {windows} windows"
-    if found.clear:
-        return f"{name} is best, by {gap}, after {records[found.best]['steps']} steps: {line}"
-    return (
-        f"Between {name} and {names[found.second]} the difference is smaller than the noise ({gap}): take either, the "
-        f"first is `{line}`, or search again with more --iters and --eval-windows."
-    )
+    best = {} if found.best is None else {**records[found.best], "name": names[found.best], "line": lines[found.best]}
+    second = None if found.second is None else names[found.second]
+    values = {"found": found, "best": best, "second": second, "why": zip(names, map(unstable, records), strict=True)}
+    return html.document("search.md", values)

@@ -18,7 +18,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.distillation import train_loop
 from mis_mlx.hardware import lanes
-from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import arch, distributed, host_losses, load, model_writer, policy, stream
 from mis_mlx.planner.recipe import Schedule
@@ -136,7 +135,7 @@ class Sharded:
         self.shard.load_weights(list((stored or {}).items()), strict=False)
         stream.load_checked(self.shard, f"{self._student.path}, from block {first} on: ")
 
-    def end_step(self, number: int, last: bool) -> None:
+    def _end_step(self, number: int, last: bool) -> None:
         """After step `number` (from 1) and before its checkpoint: a visit, or the run, that is over goes to disk."""
         over, part = number % self._steps_per_shard == 0, len(self.blocks) < self._source.layers
         if part and (over or last):
@@ -149,35 +148,40 @@ class Sharded:
             for o in self.optimizers:
                 o.bad, o.passed, o.calm = before.bad, before.passed, before.calm
 
-    def step(
+    def steps(
         self,
         micro_batches: Callable[[int], Sequence[MicroBatch]],
         loss: Loss,
         schedule: Schedule,
-        step: int,
-        factor: float,
+        start: int = 0,
+        factor: Callable[[int], float] = lambda step: 1.0,
         slopes: Slopes | None = None,
-        clock: Clock = train_loop.CLOCK,
-    ) -> Step:
-        """Step `step` (from 0), as `train_loop.train` does it: done again where the machine slept before an update."""
-        began, note, (back, (value, tokens)) = train_loop.awake(
-            clock, lambda: (made := self.gradients(micro_batches(step), loss, slopes), next(made))
-        )
-        rate, norms, notes = schedule.rate(step), list[float](), dict[str, None]()
-        for i, gradients in back:
-            block, optimizer = self.shard.layers[j := i - self.blocks.start], self.optimizers[j]
-            distributed.all_reduce_gradients(gradients)
-            # From the first machine: whoever is led by the norm is led alike.
-            norm = distributed.broadcast_json(partial(float, global_norm(gradients, lanes.lane))) * factor / tokens
-            how = value, norm, rate, step + 1, factor / tokens, lanes.lane
-            said = optimizer.update(block, tree_unflatten(list(gradients.items())), *how)
-            gradients.clear()
-            mx.eval(block.parameters(), optimizer.adamw.state)
-            norms.append(norm)
-            notes |= {f"block {i}: {said}" if said.startswith("clipped") else said: None} if said else {}
-        seconds, peak = clock.monotonic() - began, mx.get_peak_memory()
-        note, norm = note + "; ".join(notes), math.hypot(*norms)
-        return Step(step + 1, value, norm, rate * self.calm, int(tokens), seconds, peak, note.strip())
+    ) -> Iterator[Step]:
+        """Run steps `start` to `schedule.iters` as `train_loop.train` does; after the last one the student is
+        trained."""
+
+        def forth(step: int) -> tuple[Any, Any]:
+            return (made := self.gradients(micro_batches(step), loss, slopes)), next(made)
+
+        for step in range(start, schedule.iters):
+            began, note, (back, (value, tokens)) = train_loop.awake(partial(forth, step))
+            wind, rate, norms, notes = factor(step), schedule.rate(step), list[float](), dict[str, None]()
+            for i, gradients in back:
+                block, optimizer = self.shard.layers[j := i - self.blocks.start], self.optimizers[j]
+                distributed.all_reduce_gradients(gradients)
+                # From the first machine: whoever is led by the norm is led alike.
+                norm = distributed.broadcast_json(partial(float, global_norm(gradients, lanes.lane))) * wind / tokens
+                how = value, norm, rate, step + 1, wind / tokens, lanes.lane
+                said = optimizer.update(block, tree_unflatten(list(gradients.items())), *how)
+                gradients.clear()
+                mx.eval(block.parameters(), optimizer.adamw.state)
+                norms.append(norm)
+                notes |= {f"block {i}: {said}" if said.startswith("clipped") else said: None} if said else {}
+            seconds, peak = train_loop.CLOCK.monotonic() - began, mx.get_peak_memory()
+            note, norm = (note + "; ".join(notes)).strip(), math.hypot(*norms)
+            done = Step(step + 1, value, norm, rate * self.calm, int(tokens), seconds, peak, note)
+            self._end_step(done.number, done.number == schedule.iters)
+            yield done
 
     def gradients(
         self, batches: Sequence[MicroBatch], loss: Loss, slopes: Slopes | None = None
@@ -274,19 +278,3 @@ class Sharded:
             del out, below, made, above
         block.update(tree_unflatten(list(weights.items())))  # `run` left tracers there
         return float(total), dict(zip(weights, gradients, strict=True))
-
-
-def steps(
-    student: Sharded,
-    micro_batches: Callable[[int], Sequence[MicroBatch]],
-    loss: Loss,
-    schedule: Schedule,
-    start: int = 0,
-    factor: Callable[[int], float] = lambda step: 1.0,
-    slopes: Slopes | None = None,
-) -> Iterator[Step]:
-    """Run steps `start` to `schedule.iters` as `train_loop.train` does; after the last one the student is trained."""
-    for step in range(start, schedule.iters):
-        done = student.step(micro_batches, loss, schedule, step, factor(step), slopes)
-        student.end_step(done.number, done.number == schedule.iters)
-        yield done

@@ -32,7 +32,6 @@ def train(
     schedule: Schedule,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
-    clock: Clock = CLOCK,
     gradient_of: Callable[..., Any] | None = None,
 ) -> Iterator[Step]:
     """Run steps `start` to `schedule.iters`, yielding each as it is done (`Step.number` counts from 1).
@@ -47,25 +46,25 @@ def train(
         return _gradients(model, gradient_of, micro_batches(step))
 
     for step in range(start, schedule.iters):
-        began, note, (value, tokens, summed, means) = awake(clock, partial(gradients, step))
+        began, note, (value, tokens, summed, means) = awake(partial(gradients, step))
         scale, rate = factor(step) / tokens, schedule.rate(step)
         # From the first machine: whoever is led by the norm is led alike.
         norm = scale * distributed.broadcast_json(partial(float, global_norm(summed, lanes.lane)))
         note += optimizer.update(model, summed, value, norm, rate, step + 1, scale, lanes.lane)
         del summed
         mx.eval(model.parameters(), optimizer.adamw.state)
-        seconds, peak, seen = clock.monotonic() - began, mx.get_peak_memory(), int(means.pop("tokens", tokens))
+        seconds, peak, seen = CLOCK.monotonic() - began, mx.get_peak_memory(), int(means.pop("tokens", tokens))
         yield Step(step + 1, value, norm, rate * optimizer.calm, seen, seconds, peak, note.strip(), more=means)
 
 
-def awake(clock: Clock, work: Callable[[], Any]) -> tuple[float, str, Any]:
+def awake(work: Callable[[], Any]) -> tuple[float, str, Any]:
     """(when `work` began, what is to be noted, what it gives): it is done again where the machine slept meanwhile."""
     note = ""
     while True:
-        began, mark = clock.monotonic(), clock.asleep()
+        began, mark = CLOCK.monotonic(), CLOCK.asleep()
         mx.reset_peak_memory()
         given = work()
-        if not (slept := max(distributed.all_gather(clock.slept(mark)))):
+        if not (slept := max(distributed.all_gather(CLOCK.slept(mark)))):
             return began, note, given
         note = f"the machine slept {slept / 60:.0f} min; step done again. "
 
@@ -104,18 +103,6 @@ def _gradients(
 def arrays_of(model: nn.Module, optimizer: GuardedAdamW) -> dict[str, dict[str, mx.array]]:
     """Everything a resumed run needs that is an array, by checkpoint file."""
     return {"model": dict(tree_flatten(model.trainable_parameters())), "optimizer": optimizer.arrays()}
-
-
-def alike(
-    arrays: Callable[[], dict[str, dict[str, mx.array]]],
-    memory: Callable[[], dict[str, Any]],
-    restore: Callable[..., None] | None,
-) -> None:
-    """Every machine gets the weights, moments and memory of the first one, by `restore`."""
-    if distributed.size() > 1:
-        sent, remembered = distributed.broadcast_arrays(arrays), distributed.broadcast_json(memory)
-        if restore and not distributed.is_main():
-            restore({"optimizer": {}, **sent}, remembered)
 
 
 def restore(

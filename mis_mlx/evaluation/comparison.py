@@ -16,35 +16,17 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.stats import interval
 from mis_mlx.models import distributed, host_losses, load, policy, stream
 from mis_mlx.models.config import shape_of
+from mis_mlx.reporting import text
 from mis_mlx.types import Checkpoint, MisError, Row
 
+Models = Mapping[str, Checkpoint]  # by name
 Opened = Callable[[Checkpoint], stream.Stream]  # for one pass
-METRICS = (
-    ("nll", "held-out loss, nats/token", ".3f"),
-    ("ppl", "perplexity", ".2f"),
-    ("bpb", "bits per byte of text", ".3f"),
-    ("tpb", "tokens per byte", ".3f"),
-    ("kl", "KL(teacher ‖ model), nats/token", ".3f"),
-    ("top1", "same top token as teacher", ".1%"),
-)
+METRICS, KLD_METRICS = text.metrics("held-out"), text.metrics("kld")
 ACROSS = (
     "The teacher reads its own tokens, the others fewer kinds of them. KL and same top token: against a teacher that "
     "reads theirs, over the rows that it shares with them."
 )
 FEW = 100  # tokens: of no more llama.cpp makes no statistics
-KLD_METRICS = (
-    ("mean_kld", "Mean KLD, nats", ".6f"),
-    ("max_kld", "Maximum KLD", ".6f"),
-    ("p999_kld", "99.9% KLD", ".6f"),
-    ("p99_kld", "99.0% KLD", ".6f"),
-    ("median_kld", "Median KLD", ".6f"),
-    ("mean_dp", "Mean Δp, %", ".3f"),
-    ("rms_dp", "RMS Δp, %", ".3f"),
-    ("same_top_p", "Same top p, %", ".3f"),
-    ("ppl", "Mean PPL(Q)", ".6f"),
-    ("ppl_base", "Mean PPL(base)", ".6f"),
-    ("ppl_ratio", "Mean PPL(Q)/PPL(base)", ".6f"),
-)
 Figures = dict[str, tuple[float, float | None]]  # {metric: (value, its standard error where there is one)}
 
 
@@ -70,7 +52,7 @@ def own(held_out: Windows) -> Windows:
     return Windows(distributed.shard(held_out.tokens), distributed.shard(held_out.learn))
 
 
-def together(models: Mapping[str, Checkpoint], held_out: Windows, opened: Opened) -> dict[tuple[str, str], np.ndarray]:
+def together(models: Models, held_out: Windows, opened: Opened) -> dict[tuple[str, str], np.ndarray]:
     """What `compare` gives, every machine having compared its own windows."""
     mine = compare(models, own(held_out), opened=opened)
     keys = [(name, metric) for name, metric in distributed.broadcast_json(lambda: list(mine))]
@@ -78,10 +60,7 @@ def together(models: Mapping[str, Checkpoint], held_out: Windows, opened: Opened
 
 
 def compare(
-    models: Mapping[str, Checkpoint],
-    held_out: Windows,
-    teacher_hidden: stream.Hidden | None = None,
-    opened: Opened = alone,
+    models: Models, held_out: Windows, teacher_hidden: stream.Hidden | None = None, opened: Opened = alone
 ) -> dict[tuple[str, str], np.ndarray]:
     """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed. One block of one
     model in memory at a time, then the teacher's head and one student's, window by window. teacher_hidden: what
@@ -162,9 +141,7 @@ def second_half(held_out: Windows) -> Windows:
     return Windows(held_out.tokens, learn)
 
 
-def kld(
-    base: Checkpoint, others: Mapping[str, Checkpoint], held_out: Windows, opened: Opened = alone
-) -> dict[str, Figures]:
+def kld(base: Checkpoint, others: Models, held_out: Windows, opened: Opened = alone) -> dict[str, Figures]:
     """{name: figures} of all models, over the predictions that count, each machine its own; `base`: the reference."""
     held_out = own(held_out)
     mine, report = final_hidden(base, held_out, opened), {}

@@ -123,4 +123,4 @@ def figure(outcomes: Sequence[Outcome]) -> str:
     about = (
         "Share of what the teacher knows above chance that a student still knows, with 95 % intervals; 0 % is chance."
     )
-    return figures.intervals("recovery", "Recovered", about, "recovered", rows, names, limits)
+    return figures.intervals(("recovery", "Recovered", about), "recovered", rows, names, limits)

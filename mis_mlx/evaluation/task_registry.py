@@ -1,6 +1,7 @@
 """What students are examined in: names and folders become tasks; what is not here is fetched."""
 
 import difflib
+import json
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,22 +21,9 @@ from mis_mlx.types import MisError
 
 TEXT, CONTINUE, HARNESS = "text", "continue", "lm_eval/"
 BUILT_IN = Path(__file__).parent / "sets" / "built_in"  # of our own making: benchmarks/task_files.py
-WRITTEN = "-written"  # behind the name of a built-in task: the model writes, instead of choosing
-_PROBLEMS = ("maths", "bus", "cooking", "logic")
-CHOSEN = "generated, half English, half Polish; the right answer against a likely slip"
-WROTE = "generated, half English, half Polish; the model's last line is checked"
-ABOUT = {
-    **dict.fromkeys(_PROBLEMS, CHOSEN),
-    **dict.fromkeys(("grammar-en", "grammar-pl"), "pairs of our own, one breaks a rule"),
-    **dict.fromkeys((f"{name}{WRITTEN}" for name in _PROBLEMS), WROTE),
-}
-PRESETS: dict[str, tuple[str, ...]] = {
-    "builtin": (*_PROBLEMS, "grammar-en", "grammar-pl", CONTINUE, f"maths{WRITTEN}", TEXT),
-    "polish-offline": tuple(polish_exams.SETS),
-    "polish": ("lm_eval/belebele_pol_Latn", "lm_eval/polemo2_in", "lm_eval/multiblimp_pol",
-               "lm_eval/arc_challenge_mt_pl", "lm_eval/include_base_44_polish", "lm_eval/global_mmlu_full_pl"),
-    "english": ("lm_eval/arc_easy", "lm_eval/hellaswag", "lm_eval/piqa", "lm_eval/winogrande", "lm_eval/blimp"),
-}  # fmt: skip
+_SETS = json.loads((Path(__file__).parent / "sets" / "about.json").read_text("utf-8"))
+ABOUT: dict[str, str] = _SETS["built-in"]  # -written: the model writes, instead of choosing
+PRESETS: dict[str, list[str]] = _SETS["presets"]
 
 
 class EvaluationSet(NamedTuple):

@@ -16,8 +16,8 @@ from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import normalised, shape_of
 from mis_mlx.models.families import family
+from mis_mlx.models.wheel_model import gguf_names, row_order
 from mis_mlx.storage import safetensors
-from mis_mlx.storage.gguf_reader import row_order
 from mis_mlx.types import Checkpoint, MisError
 
 BLOCK = 32  # weights of a Q4_1 or Q5_1 block
@@ -84,8 +84,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     import gguf
 
     config, s, of = checkpoint.config, shape_of(checkpoint.config), family(checkpoint.config)
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[of.gguf], s.layers)
+    names = gguf_names(config)
     heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.gguf in INTERLEAVED else {}
     every = []
     for name, shape in arch.tensors_of(config).items():
@@ -94,7 +93,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
         if shape[-1] % block:
             why = f"which {kind}'s block of {block} does not divide"
             raise MisError(f"{name} has rows of {shape[1]} weights, {why}: use --out-type f16")
-        if (gguf_name := names.get_name(name, try_suffixes=(".weight", ".bias"))) is None:
+        if (gguf_name := names[name]) is None:
             raise MisError(f"llama.cpp's {of.gguf} has no place for {name}: use --format hf")
         every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
     if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in every):

@@ -15,20 +15,11 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # GGUF's token type
 ADDED_SCORE, NO_SCORE = -1000.0, -10000.0  # what llama.cpp's converter gives an added token, and a hole
 Piece = tuple[str, float, int]  # text, score, type
 
-# A vocabulary of one's own has another hash, but is cut by the same rules: (steps of tokenizer.json, ignore_merges).
-ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-RULES: dict[tuple[tuple[str, ...], bool], str] = {
-    (("ByteLevel with its regex",), False): "gpt-2",
-    (("Digits one by one", "ByteLevel with its regex"), False): "smollm",
-    ((ENDINGS + r"\p{N}" + REST, "ByteLevel"), False): "qwen2",
-    ((ENDINGS + r"\p{N}{1,3}" + REST, "ByteLevel"), True): "llama-bpe",
-}
-
 
 @cache
 def known() -> dict[str, Any]:
-    """llama.cpp's pre-tokenizers: the text "probe", and "names", those of our families, by the sha256 of its ids."""
+    """llama.cpp's pre-tokenizers: the text "probe", and "names", those of our families, by the sha256 of its ids. A
+    vocabulary of one's own has another hash, but is cut by the same "rules": steps of tokenizer.json, ignore_merges."""
     return read_json(Path(__file__).parent / "pre_tokenizers.json")
 
 
@@ -78,7 +69,8 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
         raise MisError(f"{folder}: a tokenizer of type {kind} has no place in a GGUF of these models: use --format hf")
     if not model.get("byte_fallback"):
         digest = hashlib.sha256(str(_ids(folder, known()["probe"])).encode()).hexdigest()
-        pre = known()["names"].get(digest) or RULES.get((_steps(spec), bool(model.get("ignore_merges"))))
+        rule = {"steps": _steps(spec), "ignore_merges": bool(model.get("ignore_merges"))}
+        pre = known()["names"].get(digest) or next((r["name"] for r in known()["rules"] if r == r | rule), None)
         pre = read_json(folder / ROWS).get("pre_tokenizer") or pre  # a trimmed vocabulary is cut by its parent's rules
         pieces = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
         unknown = f"the pre-tokenizer is none that is known here by llama.cpp's hash ({digest[:12]}) or by its rules: "
@@ -98,8 +90,8 @@ def pre_tokenizer(folder: Path) -> str | None:
     return None if named == "default" else named
 
 
-def _steps(spec: dict[str, Any]) -> tuple[str, ...]:
-    """What a tokenizer.json does to a text before its merges, in the words of `RULES`."""
+def _steps(spec: dict[str, Any]) -> list[str]:
+    """What a tokenizer.json does to a text before its merges, in the words of the "rules"."""
     first = spec.get("pre_tokenizer") or {}
     words = []
     for step in first.get("pretokenizers") or [first]:
@@ -114,7 +106,7 @@ def _steps(spec: dict[str, Any]) -> tuple[str, ...]:
                 words.append("ByteLevel with its regex")
             case _:
                 words.append("something else")
-    return tuple(words)
+    return words
 
 
 def _ids(folder: Path, text: str) -> list[int]:

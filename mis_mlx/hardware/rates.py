@@ -75,18 +75,8 @@ class Roof:
         return "memory bandwidth" if memory else "arithmetic"
 
 
-M1_AIR = Rates(
-    "MacBook Air M1, 8 GB, fanless",
-    True,
-    read_bytes_per_s=2.5e9,
-    write_bytes_per_s=2.0e9,
-    memory_bytes_per_s=68e9,
-    forward_flops_per_s=1.45e12,
-    training_flops_per_s=1.1e12,
-    source="from published measurements, not measured here",
-    hot=0.75,
-    room_bytes=recommended_bytes(8 * GIB),
-)
+_PUBLISHED = json.loads((Path(__file__).parent / "m1-air.json").read_text("utf-8"))
+M1_AIR = Rates(**_PUBLISHED, room_bytes=recommended_bytes(8 * GIB))
 
 
 def cores() -> int:

@@ -3,11 +3,11 @@
 A process that dies closes its connections, and the other end knows at once. A machine that loses power, its cable, or
 falls asleep says nothing: asked every few seconds, it counts as dead after half a minute."""
 
-import contextlib
 import os
 import socket
-import stat
 import sys
+
+import psutil
 
 IDLE_S, EVERY_S, TIMES = 10, 5, 4  # silence before the first question, between questions, how many
 APPLE_IDLE, APPLE_DROP = 0x10, 0x80  # TCP_KEEPALIVE, TCP_RXT_CONNDROPTIME of macOS, in seconds
@@ -15,17 +15,11 @@ APPLE_IDLE, APPLE_DROP = 0x10, 0x80  # TCP_KEEPALIVE, TCP_RXT_CONNDROPTIME of ma
 
 def notice_the_dead() -> int:
     """Ask so on every TCP connection of this process; returns how many there are."""
-    count = 0
-    for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):
-            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                continue
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
-            end.getpeername()  # OSError where there is none
-            if end.type == socket.SOCK_STREAM and end.family in (socket.AF_INET, socket.AF_INET6):
-                _ask(end)
-                count += 1
-    return count
+    connected = [each for each in psutil.Process().net_connections("tcp") if each.raddr]
+    for each in connected:
+        with socket.socket(fileno=os.dup(each.fd)) as end:
+            _ask(end)
+    return len(connected)
 
 
 def _ask(end: socket.socket) -> None:

@@ -2,23 +2,16 @@
 
 MLX's own gradient of a lookup adds rows up with atomic operations on a GPU, in whatever order they come."""
 
-from typing import Any
-
 import mlx.core as mx
 
 
+@mx.custom_function
 def rows(table: mx.array, ids: mx.array) -> mx.array:
     """table (V, D), ids (...) -> (..., D)."""
-    found: Any = _rows(table, ids)
-    return found
-
-
-@mx.custom_function
-def _rows(table: mx.array, ids: mx.array) -> mx.array:
     return table[ids]
 
 
-@_rows.vjp
+@rows.vjp
 def _rows_vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     """Sorted by id, every row takes in those behind it that have its id: of 1, 2, 4 ... rows after each turn. Then the
     first of each id holds the sum, and the others go on as zeros, which may be added to it in any order."""

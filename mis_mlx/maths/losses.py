@@ -1,4 +1,4 @@
-"""Losses of distillation: forward KL on logits in chunks of positions, eq. (2)'s halny factor.
+"""Losses of distillation: forward KL in chunks of positions, on logits or on sampled tokens; eq. (2)'s halny factor.
 
 No (tokens x vocabulary) tensor of a batch is ever whole: hidden states come in and meet the vocabulary in chunks."""
 
@@ -8,8 +8,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx.types import MisError
+
 HALNY_CLIP = 0.15
 HALNY_REFERENCE_C = 15.0
+TINY = 1e-37  # stands for 0 under a logarithm; a normal float32
 Formula = Callable[..., tuple[mx.array, mx.array]]  # z (n, V), *targets -> loss (n,), its gradient in z (n, V)
 Logits = Callable[[mx.array], mx.array]  # hidden (n, D) -> logits (n, V)
 
@@ -102,6 +105,100 @@ def sum_by_chunks(
 
     results: Any = forward(student) if frozen_head else forward(student, head)
     return results[0]
+
+
+def sample(logits: mx.array, count: int, seed: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`count` tokens for each position, drawn from softmax(logits) with replacement (arXiv 2503.16870).
+
+    logits: (n, V), of positions number `first` and up. Returns sizes (n,): how many distinct tokens each
+    position got; ids and counts (sum of sizes,): those of one position after the other, ids rising.
+    counts / count is an unbiased estimate of the softmax. The draws of a position depend on its number and
+    the seed alone, however positions are cut into calls: Philox is a function of a counter."""
+    blocks = -(-count // 4)  # one step of Philox's counter makes four numbers
+    random = np.random.Generator(np.random.Philox(key=seed, counter=first * blocks))
+    drawn = []
+    uniform = np.sort(random.random((len(logits), 4 * blocks))[:, :count], axis=1)
+    shares = np.array(mx.softmax(logits.astype(mx.float32), axis=-1))
+    if not np.isfinite(shares[:, 0]).all():  # softmax spreads one NaN over its row
+        raise MisError("the teacher's logits are not numbers: it overflows in this precision, use another teacher")
+    for p, u in zip(shares, uniform, strict=True):
+        cdf = np.cumsum(p, dtype=np.float64)  # in float32 it would drift over a whole vocabulary
+        # u < 1, but u * total may round up to the total, which no token's share exceeds.
+        u = np.minimum(u * cdf[-1], np.nextafter(cdf[-1], 0.0))
+        drawn.append(np.unique(np.searchsorted(cdf, u, side="right"), return_counts=True))
+    ids, counts = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    return np.array([len(i) for i, _ in drawn]), ids, counts
+
+
+def sampled_kl_sum(
+    student: mx.array,
+    head: mx.array,
+    ids: mx.array,
+    weights: mx.array,
+    learn: mx.array,
+    rows: int | None = None,
+    frozen_head: bool = False,
+) -> mx.array:
+    """Sum over positions of KL(w || softmax(z_s)) in nats, differentiable in student and head.
+
+    student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  ids, weights: (n, m), the tokens of the
+    target w and their shares, which sum to 1; entries of weight 0 fill a row up. learn: (n,), 0 leaves a position out.
+    frozen_head: no gradient for the head. For w = counts / N of `sample` the gradient, p_s - w per logit, is that of
+    the full KL in expectation; the value is larger by a constant, E KL(w || p_t), which no student can lower."""
+
+    def formula(z: mx.array, ids: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
+        p, lse = softmax_lse(z)
+        log_w = mx.log(mx.maximum(w, TINY))  # finite at 0, so that 0 log 0 is 0
+        kl = (w * (log_w - mx.take_along_axis(z, ids, axis=-1) + lse[:, None])).sum(axis=-1)
+        row = mx.arange(len(z))[:, None]
+        return kl, (p * w.sum(axis=-1, keepdims=True)).at[row, ids].add(-w)  # adds: a filled-up id may come twice
+
+    return sum_by_chunks(formula, student, head, (ids, weights), learn, rows, frozen_head)
+
+
+def token_logps(
+    hidden: mx.array,
+    head: mx.array,
+    targets: mx.array,
+    temperature: float = 1.0,
+    frozen_head: bool = False,
+    rows: int | None = None,
+) -> mx.array:
+    """log softmax(hidden @ head.T / temperature) at `targets`: (n,) float32, differentiable in hidden and head. Each
+    position has its own value and its own cotangent, so the way back makes a chunk's logits again.
+
+    hidden: (n, D). head: (V, D). targets: (n,) token ids. frozen_head: the head is constant, and its (V, D)
+    gradient is not formed. rows: positions in a chunk; default: as many as 256 MiB hold five times."""
+    rows = rows or chunk_rows(head.shape[0])
+    cuts = [slice(start, start + rows) for start in range(0, len(targets), rows)]
+
+    def logits(h: mx.array, w: mx.array, wait_for: list[mx.array]) -> mx.array:
+        # Each chunk waits for all of the one before: else the scheduler begins them all, and holds all logits.
+        waited: Any = mx.depends([h], wait_for) if wait_for else [h]
+        return (waited[0] @ w.T).astype(mx.float32) / temperature
+
+    @mx.custom_function
+    def forward(h: mx.array, w: mx.array = head) -> mx.array:
+        found: list[mx.array] = []
+        for at in cuts:
+            z = logits(h[at], w, found[-1:])
+            found.append(mx.take_along_axis(z, targets[at, None], axis=-1)[:, 0] - mx.logsumexp(z, axis=-1))
+        return mx.concatenate(found)
+
+    @forward.vjp
+    def backward(primals, cotangent, output):  # type: ignore[no-untyped-def]
+        h, w = (primals, head) if frozen_head else primals
+        dh, dw = list[mx.array](), [] if frozen_head else [mx.zeros_like(w)]
+        for at in cuts:
+            p = mx.softmax(logits(h[at], w, [*dw, *dh[-1:]]), axis=-1)
+            each = cotangent[at] / temperature
+            g = (-p * each[:, None]).at[mx.arange(len(p)), targets[at]].add(each).astype(w.dtype)
+            dh.append((g @ w).astype(h.dtype))  # w may be wider: a packed head is de-quantized to float32
+            dw = [mx.addmm(d, g.T, h[at]).astype(w.dtype) for d in dw]
+        return mx.concatenate(dh) if frozen_head else (mx.concatenate(dh), *dw)
+
+    found: Any = forward(hidden) if frozen_head else forward(hidden, head)
+    return found
 
 
 def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> mx.array:

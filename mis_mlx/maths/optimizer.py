@@ -34,14 +34,6 @@ class Diverged(MisError):
         )
 
 
-def cosine(step: int, iters: int, peak: float, warmup: int, floor: float = 0.1) -> float:
-    """Learning rate of 0-based `step`: linear warm-up to `peak`, then cosine to `floor * peak` at the end."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, iters - 1 - warmup)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
 Lane = Callable[[int], AbstractContextManager[Any]]  # where MLX computes the i-th of several things
 
 
@@ -234,6 +226,3 @@ class GuardedAdamW:
         self.adamw.state = tree_unflatten(list(arrays.items()))
         self.norms, self.bad = list(memory["norms"]), list(memory["bad"])
         self.passed, self.calm = list(memory["passed"]), float(memory["calm"])
-
-
-GoralW = GuardedAdamW  # the paper's name for it

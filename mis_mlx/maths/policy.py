@@ -1,4 +1,4 @@
-"""Group-relative policy optimization: advantages of a group of answers, and the clipped loss of their tokens.
+"""What a policy learns by: the clipped loss of a group of answers and their advantages; losses on pairs of answers.
 
 Formulas: GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476); numbers agree with TRL 1.16. A
 loss is a sum and a count, as everywhere here, so micro-batches of any size add up to the same step."""
@@ -6,9 +6,11 @@ loss is a sum and a count, as everywhere here, so micro-batches of any size add 
 from typing import Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 LossType = Literal["grpo", "dr_grpo", "dapo"]
+PairLoss = Literal["dpop", "sigmoid", "ipo", "hinge"]
 TINY_STD = 1e-4  # TRL's
 
 
@@ -74,3 +76,31 @@ def loss_sum(losses: mx.array, mask: mx.array, kind: LossType, max_tokens: int) 
         return each.sum(), mx.array(float(len(losses)))
     count = mx.array(float(len(losses) * max_tokens)) if kind == "dr_grpo" else mask.sum()
     return masked.sum(), count
+
+
+def pair_losses(
+    chosen: mx.array,
+    rejected: mx.array,
+    beta: float,
+    kind: PairLoss = "dpop",
+    dpop_lambda: float = 5.0,
+    chosen_tokens: mx.array | float = 1.0,
+    rejected_tokens: mx.array | float = 1.0,
+) -> mx.array:
+    """(B,) losses of pairs whose answers have rewards r_w, chosen, and r_l, rejected, (B,) each, and so many tokens.
+
+    r = log pi(y|x) - log pi_ref(y|x): DPO's implicit reward over beta.
+    sigmoid: -log sigma(beta (r_w - r_l)) (arXiv 2305.18290 eq. 7).
+    dpop: -log sigma(beta (r_w - r_l - lambda max(0, -r_w))) (arXiv 2402.13228 eq. 3): lambda stands inside beta and
+        inside sigma; it pushes back as soon as the chosen answer becomes less likely than it was. At r_w = 0, where
+        training begins, the derivative of the penalty is taken to be 0.
+    ipo: (r_w / |y_w| - r_l / |y_l| - 1 / (2 beta))^2 (arXiv 2310.12036 eq. 17, averaged over tokens as TRL does).
+    hinge: max(0, 1 - beta (r_w - r_l)) (arXiv 2305.10425)."""
+    if kind == "ipo":
+        return mx.square(chosen / chosen_tokens - rejected / rejected_tokens - 1 / (2 * beta))
+    margin = chosen - rejected
+    if kind == "hinge":
+        return mx.maximum(0.0, 1 - beta * margin)
+    if kind == "dpop":
+        margin = margin - dpop_lambda * mx.where(chosen < 0, -chosen, 0.0)
+    return -nn.log_sigmoid(beta * margin)

@@ -38,21 +38,10 @@ class NormalEquations:
         self.cross += np.array(cross)
         self.before += float(np.square(np.array(missing), dtype=np.float64).sum())
 
-    def merge(self, other: NormalEquations) -> None:
-        """The sums of other batches too."""
-        self.gram += other.gram
-        self.cross += other.cross
-        self.before += other.before
-
     def left(self, update: np.ndarray) -> float:
         """The share of the weighted squared error that remains with an update U (D, F); 1 where there is none."""
         after = self.before - 2 * (update.T * self.cross).sum() + (update.T * (self.gram @ update.T)).sum()
         return float(after / self.before) if self.before else 1.0
-
-    def solve(self, ridge: float) -> tuple[np.ndarray, float]:
-        """(U (D, F), share of the weighted squared error that remains with it)."""
-        update = self.update(ridge)
-        return update, self.left(update)
 
     def update(self, ridge: float) -> np.ndarray:
         """U (D, F)."""
@@ -69,5 +58,6 @@ class NormalEquations:
                 best, least = ridge, left
         if best is None:
             return np.zeros(self.cross.T.shape), 1.0
-        self.merge(held_out)
+        self.gram += held_out.gram
+        self.cross += held_out.cross
         return self.update(best), least

@@ -1,9 +1,11 @@
 """Which axes of a model can shrink, and what tensors a config promises: pure functions of the config."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mis_mlx.models.config import KEYS, Shape, inside_names, normalised, shape_of
@@ -18,11 +20,8 @@ SCENARIOS: dict[str, dict[str, float]] = {
     "goral": {"layers": 64 / 96, "ffn": 22528 / 28672}, "baca": {"hidden": 6144 / 8192},
     "halny": {"ffn": 16384 / 28672}, "juhas": {"layers": 64 / 96}, "zbojnik": {"layers": 48 / 96, "ffn": 12288 / 28672},
 }  # fmt: skip
-MIS_137B: dict[str, Any] = {  # the paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models
-    "model_type": "llama", "num_hidden_layers": 96, "hidden_size": 8192, "intermediate_size": 28672,
-    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
-    "tie_word_embeddings": False, "quantization": {"group_size": 64, "bits": 4},
-}  # fmt: skip
+# The paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models.
+MIS_137B: dict[str, Any] = json.loads((Path(__file__).parent / "mis-137b.json").read_text("utf-8"))
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 READERS = {"ffn": ("mlp", ("down_proj",)), "heads": ("self_attn", ("o_proj",)),
            "norm1": ("self_attn", ("q_proj", "k_proj", "v_proj", "qkv_proj")),

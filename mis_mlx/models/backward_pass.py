@@ -20,7 +20,7 @@ Visit = Callable[[int, nn.Module], Callable[[Some, Some], Some]]
 
 def backwards(
     checkpoint: Checkpoint,
-    batches: Sequence[mx.array],
+    batches: stream.Batches,
     dtype: mx.Dtype,
     visit: Visit,
     seed: int = 0,

@@ -20,13 +20,13 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.hardware import sockets
 from mis_mlx.models import stream
+from mis_mlx.storage.checkpoint import Arrays
 from mis_mlx.storage.files import Files, reported
 from mis_mlx.types import MisError
 
 CHUNK_BYTES = 1 << 26  # of a file, sent in one go
 GROUP_BYTES = 1 << 25  # of gradients, added up in one go
 T = TypeVar("T")
-Arrays = Mapping[str, Mapping[str, mx.array]]  # by checkpoint file and name
 
 
 class Lost(MisError):

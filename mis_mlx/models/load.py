@@ -246,17 +246,6 @@ def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
     return rows if scale is None else rows * scale  # type: ignore[no-any-return]
 
 
-def freeze_vocabulary(model: nn.Module) -> None:
-    """The embedding and the head of a resident model stay as they are."""
-    for fixed in (model.model.embed_tokens, *([model.lm_head] if hasattr(model, "lm_head") else [])):
-        fixed.freeze()
-
-
-def head_name(model: nn.Module) -> str:
-    """The parameter of a resident model that makes logits."""
-    return "lm_head.weight" if hasattr(model, "lm_head") else "model.embed_tokens.weight"
-
-
 def head_weight(model: nn.Module) -> mx.array:
     """The (V, D) matrix that makes logits in a resident model; de-quantized, in float32, where it is packed."""
     layer = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens

@@ -58,7 +58,7 @@ class Relay(stream.Stream):
         """Whether block i is one of the first of this machine's own, for which there is room."""
         return i - self.mine.start < self.keeps
 
-    def embed(self, batches: Sequence[mx.array], hidden: stream.Hidden | None = None) -> stream.Hidden:
+    def embed(self, batches: stream.Batches, hidden: stream.Hidden | None = None) -> stream.Hidden:
         """Hidden states of all machines' batches, those of one machine after those of another.
 
         They are real where the first block is; elsewhere they have the right shape, until they come."""
@@ -94,7 +94,7 @@ class Relay(stream.Stream):
         if distributed.rank() + 1 < distributed.size():
             distributed.passed_on(self._hidden[b])
 
-    def forward(self, batches: Sequence[mx.array], hidden: stream.Hidden | None = None) -> stream.Hidden:
+    def forward(self, batches: stream.Batches, hidden: stream.Hidden | None = None) -> stream.Hidden:
         """One pass, as of a `Stream`. Where all of a machine's blocks are in memory it passes every batch on at once,
         and the next machine works on it meanwhile."""
         if self.keeps < len(self.mine):

@@ -21,6 +21,7 @@ from mis_mlx.storage.block_reader import PAGE, Layout, Reader, layout, pages
 from mis_mlx.storage.header_check import DTYPES
 from mis_mlx.types import Checkpoint, MisError, TensorAt, gib
 
+Batches = Sequence[mx.array]  # token ids [(B, T)]
 Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a list, or a disk.spool.Spool
 
 
@@ -182,7 +183,7 @@ class Stream:
             self._checked.add(i)
         return block
 
-    def embed(self, batches: Sequence[mx.array], hidden: Hidden | None = None) -> Hidden:
+    def embed(self, batches: Batches, hidden: Hidden | None = None) -> Hidden:
         """Token ids [(B, T)] -> hidden states [(B, T, D)] at the input of the first block.
 
         Only the rows that occur are read. hidden: where to put them; default: a new list."""
@@ -252,7 +253,7 @@ class Stream:
             raise NotNumbers(f"{self.checkpoint.path}: {what}", self.dtype)
         return out
 
-    def forward(self, batches: Sequence[mx.array], hidden: Hidden | None = None) -> Hidden:
+    def forward(self, batches: Batches, hidden: Hidden | None = None) -> Hidden:
         """One pass: token ids [(B, T)] -> final hidden states [(B, T, D)], those of the resident model to the bit.
 
         hidden: as in `embed`."""

@@ -13,10 +13,10 @@ from typing import Any
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch
-from mis_mlx.planner import estimates, quantized_size, training_size
+from mis_mlx.planner import compression_size, estimates, training_size
+from mis_mlx.planner.compression_size import prune, repair, repair_parts
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
 from mis_mlx.planner.job import ADAPTERS, DistillationSpec, Mode
-from mis_mlx.planner.pruning_size import prune, repair, repair_parts
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.planner.training_size import STATE_BYTES
 from mis_mlx.types import gib
@@ -71,7 +71,7 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     for the way back, in every lane; and one block's gradient."""
     m, s = job.student, job.student.shape
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
-    nbytes = quantized_size.packed_bytes(m, job.rounding)
+    nbytes = compression_size.packed_bytes(m, job.rounding)
     head = m.head_params * 4 * (1 if s.tied else 2) + training_size.logit_bytes(
         s.vocab, micro * job.length, bool(job.host_lanes)
     )
@@ -136,7 +136,7 @@ def steps_per_shard(job: DistillationSpec, shard: int) -> int:
 def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     """Teacher, pruned, distilled and 4-bit student on every text; then those that fit the budget are timed, side by
     side where the phases before, which took `most_bytes`, leave room for all of them, else one by one."""
-    four = replace(job.student, nbytes=quantized_size.packed_bytes(job.student, job.rounding), packed=True)
+    four = replace(job.student, nbytes=compression_size.packed_bytes(job.student, job.rounding), packed=True)
     models = [job.shown or job.teacher, job.student, job.student, four]
     one = estimates.compared(models, job.held_out, job.length)
     whole = [m.nbytes if m.packed else arch.params(m.config) * m.item for m in models]
@@ -238,7 +238,7 @@ def one(
         phases.append(resident(job, micro, left))
     else:
         phases.append(blocks(job, micro, left, mode == "lora") if whole else sharded(job, micro, shard))
-    phases.append(quantized_size.quantize(job.student, job.rounding, job.calibration, job.length, left))
+    phases.append(compression_size.quantize(job.student, job.rounding, job.calibration, job.length, left))
     steps = job.rounding.steps(whole) if tuned is None else tuned
     extra = [tune(job, micro, left, steps)] if steps else []
     optional = tuned is None and job.rounding.q_iters is None
@@ -275,7 +275,7 @@ def remedy(plan: MemoryPlan) -> str:
     least = estimates.flag(least_bytes(job, plan.rates))
     text = f"{worst.name} needs {gib(worst.peak_bytes)}, the budget is {gib(plan.budget_bytes)}: give --budget {least}"
     tries = [("--reconstruct-samples 0", replace(job, repair=0))] if job.repair else []
-    tries += quantized_size.cheaper(job)
+    tries += compression_size.cheaper(job)
     shorter = [n for n in (job.length >> k for k in range(1, 8)) if n >= 16]
     tries += [(f"--max-seq-length {n} instead of {job.length}", replace(job, length=n)) for n in shorter]
     fitting = [name for name, other in tries if make(other, plan.budget_bytes, plan.rates).fits]

@@ -4,11 +4,11 @@ Does not know what is trained."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from mis_mlx import cli
-from mis_mlx.maths.optimizer import cosine
 from mis_mlx.types import FILE_ONLY, Bits, Count, MisError, Positive, Rate, Seed, Share, Tokens, Whole
 
 
@@ -23,7 +23,10 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Learning rate of 0-based `step`."""
-        return cosine(step, self.iters, self.peak, self.warmup, self.floor)
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.iters - 1 - self.warmup)
+        return self.peak * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,6 @@ def logit_bytes(vocab: int, tokens: int, host: bool = False) -> int:
     return 5 * min(CHUNKS_AHEAD, math.ceil(tokens / rows)) * rows * vocab * 4
 
 
-def update_bytes(config: Mapping[str, Any]) -> int:
-    """What the optimizer's update of the largest weight needs beside weights, gradients and moments."""
-    return UPDATE_ARRAYS * 4 * max(map(math.prod, arch.tensors_of(config).values()))
-
-
 def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0) -> int:
     """A student whole in memory: weights and moments, and what is largest of: activations and the vocabulary's part of
     the loss; the way back; the update.
@@ -58,7 +53,9 @@ def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lane
         back = max(kept + head, host_lanes * (gradients - head) + 3 * head) + block
     else:
         forth += gradients
-    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, gradients + update_bytes(config))
+    largest = max(map(math.prod, arch.tensors_of(config).values()))
+    update = gradients + UPDATE_ARRAYS * 4 * largest
+    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, update)
 
 
 def block_state_bytes(config: Mapping[str, Any]) -> int:

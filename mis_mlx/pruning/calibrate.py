@@ -1,6 +1,6 @@
 """One streamed calibration pass: statistics of every axis that can shrink, for all batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 
 import mlx.core as mx
@@ -40,7 +40,7 @@ def _merge(out: Statistics, batches: int) -> None:
 
 def calibrate(
     checkpoint: Checkpoint,
-    batches: Sequence[mx.array],
+    batches: stream.Batches,
     dtype: mx.Dtype,
     reading: Callable[[], Reading | None] = lambda: None,
     unit: str = "kelvin",

@@ -5,7 +5,7 @@ k') learns to deliver what the teacher has at the entrance of k'. Each block see
 Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -15,13 +15,14 @@ import numpy as np
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import load, policy, stream
+from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.types import Checkpoint, KeptUnits
 
 HELD_OUT = 4
 
 
 def reconstruct(
-    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Sequence[mx.array]
+    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches
 ) -> tuple[dict[str, mx.array], list[float]]:
     """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)]."""
     mended: dict[str, mx.array] = {}
@@ -37,8 +38,8 @@ def by_block(
     teacher: Checkpoint,
     student: Checkpoint,
     keep: KeptUnits,
-    batches: Sequence[mx.array],
-    spool: Callable[[], stream.Hidden] | None = None,
+    batches: Batches,
+    spool: Callable[[], Hidden] | None = None,
     direct: bool = False,
 ) -> Iterator[tuple[int, mx.array, float]]:
     """(number of a block, its down_proj (out, in) float32, share of error left) of every block, in turn. spool(): a
@@ -57,7 +58,7 @@ def by_block(
         yield j, wide, error
 
 
-def groups(teacher: stream.Stream, keep: KeptUnits, hidden: stream.Hidden) -> Iterator[int]:
+def groups(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[int]:
     """Take `hidden`, the teacher's embedding, through the blocks that each student block stands for, in place.
 
     Yields j where student block j has to arrive: at the entrance of the next kept layer, at last behind the last block.
@@ -94,12 +95,7 @@ def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
 
 
 def refit(
-    block: nn.Module,
-    args: Any,
-    hidden: stream.Hidden,
-    target: Sequence[mx.array],
-    columns: mx.array | None,
-    onwards: bool = False,
+    block: nn.Module, args: Any, hidden: Hidden, target: Hidden, columns: mx.array | None, onwards: bool = False
 ) -> tuple[mx.array, float]:
     """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream behind its group:
     (that matrix (D, F) float32, the share of the error that it leaves on windows held out). It stays as it is, and 1 is

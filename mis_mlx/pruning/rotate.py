@@ -3,7 +3,7 @@
 The rotated model is an ordinary one: RMSNorm does not notice a rotation once its gain is folded into the matrices that
 read behind it (SliceGPT, arXiv 2401.15024, has a basis and skip matrices for each block; here all share one)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ import numpy as np
 
 from mis_mlx.models import load, stream
 from mis_mlx.models.config import shape_of
+from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.types import Checkpoint, KeptUnits
 
 FINAL, HEAD = f"{load.NORM}weight", "lm_head.weight"
@@ -34,7 +35,7 @@ class Rotation:
 
 
 def _entering(
-    checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, hidden: stream.Hidden
+    checkpoint: Checkpoint, batches: Batches, dtype: mx.Dtype, hidden: Hidden
 ) -> Iterator[tuple[str, mx.array]]:
     """Norm by norm, in one streamed pass: (its weight's name, float32 tokens (n, D) that enter it, over their rms)."""
     source = stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list))
@@ -92,9 +93,7 @@ class Directions:
         return Rotation(basis, {name: float(share[:size].sum()) for name, share in self.shares.items()})
 
 
-def measured(
-    teacher: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, hidden: Callable[[], stream.Hidden] = list
-) -> Directions:
+def measured(teacher: Checkpoint, batches: Batches, dtype: mx.Dtype, hidden: Callable[[], Hidden] = list) -> Directions:
     """The principal directions of what enters all norms over token ids [(B, T)], all norms alike.
 
     Two streamed passes: the second sees how much of each norm's input they hold. Products of one batch are float32,

@@ -20,6 +20,7 @@ from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.models import arch, distributed, families, load, model_writer, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.pipeline_parallel import Relay
+from mis_mlx.models.stream import Batches
 from mis_mlx.pruning import calibrate, rotate
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.storage.files import Files
@@ -68,6 +69,7 @@ class PruningConfig(ThermalFlags, VocabularyConfig):
     """unit of T_env in AAIS; celsius is the paper to the letter and refuses 0 and below"""
 
 
+Tensor = Callable[[str], mx.array]  # a model's, by name
 Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the highest stay
 
 
@@ -188,7 +190,7 @@ def write_student(
     out: Path,
     dtype: str,
     files: Files,
-    tensor: Callable[[str], mx.array] | None = None,
+    tensor: Tensor | None = None,
 ) -> None:
     """Commit the pruned model to the new folder `out`. tensor(name): the teacher's tensor that is cut, where it is not
     the one on disk (rotated, merged). Memory: the largest tensor, twice."""
@@ -206,29 +208,20 @@ def write_student(
     model_writer.write_model(config, take, teacher.path, out, dtype, files, model_writer.keep_files(keep))
 
 
-def write(
-    teacher: Checkpoint,
-    shape: Shape,
-    keep: KeptUnits,
-    directions: Callable[[], rotate.Directions],
-    out: Path,
-    dtype: str,
-    files: Files,
-) -> KeptUnits:
-    """Commit the pruned model to the new folder `out`. directions(): asked for where hidden is cut, but `keep` does
-    not say by which channels; returned is `keep` with the rotation that they gave."""
+def turned(
+    teacher: Checkpoint, shape: Shape, keep: KeptUnits, directions: Callable[[], rotate.Directions]
+) -> tuple[KeptUnits, Tensor | None]:
+    """(`keep`, `tensor`) for `write_student`. directions(): asked for where hidden is cut, but `keep` does not say by
+    which channels; then it gets the rotation that they give."""
     if shape.hidden == shape_of(teacher.config).hidden or (-1, "hidden") in keep.kept:
-        write_student(teacher, shape, keep, out, dtype, files)
-        return keep
+        return keep, None
     rotation = directions().kept(teacher, shape.hidden)
-    keep = rotate.by(keep, rotation)
-    write_student(teacher, shape, keep, out, dtype, files, rotate.rotated(teacher, rotation))
-    return keep
+    return rotate.by(keep, rotation), rotate.rotated(teacher, rotation)
 
 
 def prune(
     checkpoint: Checkpoint,
-    batches: Sequence[mx.array],
+    batches: Batches,
     held_out: Windows,
     out: Path,
     cut: PruningConfig,
@@ -264,12 +257,14 @@ def prune(
         with tempfile.TemporaryDirectory(mark, f".tmp-{out.name}-", out.absolute().parent) as temp:
             both = {}
             for name, kept in (("aais", keep), ("plain", plain)):
-                write(checkpoint, shape, kept, directions, Path(temp) / name, dtype, files)
+                kept, tensor = turned(checkpoint, shape, kept, directions)
+                write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files, tensor)
                 both[name] = load.open_checkpoint(Path(temp) / name)
             measured = comparison.compare(both, held_out)
         losses = {f"nll_{name}": float(measured[name, "nll"].mean()) for name in both}
         keep = replace(keep, report={**keep.report, **losses})
-    keep = write(checkpoint, shape, keep, directions, out, dtype, files)
+    keep, tensor = turned(checkpoint, shape, keep, directions)
+    write_student(checkpoint, shape, keep, out, dtype, files, tensor)
     config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
     return {
         "params_before": arch.params(checkpoint.config),

@@ -15,7 +15,7 @@ import numpy as np
 
 from mis_mlx.models import arch
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.planner import estimates, quantized_size
+from mis_mlx.planner import compression_size, estimates
 from mis_mlx.types import MisError, gib
 
 AXES = ("layers", "ffn", "heads", "hidden")
@@ -84,7 +84,7 @@ def count(n: float) -> str:
 def memory_bytes(config: Mapping[str, Any], cached: int) -> int:
     """Of a model in use: its weights in 4 bits, and keys and values of `cached` tokens in 2 bytes each."""
     m = estimates.model_of(config, gpu=True)
-    return quantized_size.packed_bytes(m) + estimates.keys_bytes(m, cached)
+    return compression_size.packed_bytes(m) + estimates.keys_bytes(m, cached)
 
 
 def memory_aim(config: Mapping[str, Any], text: str, limit: int, tolerance: float, cached: int) -> Aim:

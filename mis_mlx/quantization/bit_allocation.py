@@ -21,17 +21,14 @@ from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, backward_pass, load, policy, stream
 from mis_mlx.models.backward_pass import Some
+from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import packed_format
 from mis_mlx.types import Checkpoint, MisError
 
 
 def mixed(
-    checkpoint: Checkpoint,
-    batches: Sequence[mx.array],
-    how: QuantizationConfig,
-    seed: int = 0,
-    kept: stream.Hidden | None = None,
+    checkpoint: Checkpoint, batches: Batches, how: QuantizationConfig, seed: int = 0, kept: Hidden | None = None
 ) -> tuple[packed_format.Layout, dict[str, Any]]:
     """(a format for every matrix, at most `how.target_bpw` bits per weight; what was found, for a JSON).
 
@@ -113,12 +110,7 @@ class _Seen(NamedTuple):
 
 
 def costs(
-    checkpoint: Checkpoint,
-    batches: Sequence[mx.array],
-    group: int,
-    bits: Sequence[int],
-    seed: int = 0,
-    kept: stream.Hidden | None = None,
+    checkpoint: Checkpoint, batches: Batches, group: int, bits: Sequence[int], seed: int = 0, kept: Hidden | None = None
 ) -> dict[str, dict[int, float]]:
     """{module path: {bits: nats per token}} of every matrix, in affine groups. batches, kept: as of `mixed`."""
     args, nats = load.model_args(checkpoint.config), dict[str, dict[int, float]]()
@@ -177,14 +169,11 @@ class _Ends:
         self.group, self.scale = group, 1.0 if scale is None else float(scale)
         self.table, self.head = load.EMBEDDING.rstrip("."), load.head_prefix(checkpoint).rstrip(".")
         self.squares = dict.fromkeys((self.table, self.head), 0.0)
-        self.variances = {path: self._variances(checkpoint, path) for path in self.squares}
-
-    def _variances(self, checkpoint: Checkpoint, path: str) -> mx.array:
-        """(V, D / group) float32."""
-        groups = mx.unflatten(load.dense(checkpoint, f"{path}.weight").astype(mx.float32), 1, (-1, self.group))
-        found = mx.square(groups.max(axis=-1) - groups.min(axis=-1)) / 12
-        stream.evaluate_now(found)
-        return found
+        self.variances = dict[str, mx.array]()  # (V, D / group) float32
+        for path in self.squares:
+            groups = mx.unflatten(load.dense(checkpoint, f"{path}.weight").astype(mx.float32), 1, (-1, self.group))
+            self.variances[path] = mx.square(groups.max(axis=-1) - groups.min(axis=-1)) / 12
+            stream.evaluate_now(self.variances[path])
 
     def at_head(self, x: mx.array, above: mx.array) -> None:
         """Head inputs x (n, D) and d log p(drawn) / d logits (n, V), of which the mean square is p (1 - p)."""

@@ -13,6 +13,7 @@ import numpy as np
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, policy, stream
+from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.quantization.packed_format import Layout
 from mis_mlx.types import Checkpoint, MisError
 
@@ -20,7 +21,7 @@ ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest
 
 
 def rounded_blocks(
-    checkpoint: Checkpoint, batches: Sequence[mx.array], plan: Layout, hidden: stream.Hidden | None = None
+    checkpoint: Checkpoint, batches: Batches, plan: Layout, hidden: Hidden | None = None
 ) -> Iterator[dict[str, rounding.Packed]]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
@@ -54,9 +55,7 @@ def rounded_blocks(
             source.through(block, hidden)
 
 
-def _grams(
-    block: nn.Module, args: Any, hidden: stream.Hidden, axes: Sequence[str], where: str = ""
-) -> dict[str, np.ndarray]:
+def _grams(block: nn.Module, args: Any, hidden: Hidden, axes: Sequence[str], where: str = "") -> dict[str, np.ndarray]:
     """{axis: sum of a a^T (in, in) float64 over all tokens} of what goes into the matrices that read it.
 
     Products of one batch are float32, sums over batches float64. MisError, with `where`, when a product overflows."""

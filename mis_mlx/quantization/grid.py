@@ -50,7 +50,8 @@ def resident(checkpoint: Checkpoint) -> nn.Module:
         stored = safetensors.lazy(checkpoint.tensors, names := [f"{path}.{part}" for part in PARTS])
         owner[name] = grid = TrainableQuantizedLinear(tuple(stored[n] for n in names), kind, owner[name].get("bias"))
         stream.evaluate_now(grid._integers, grid.scales, grid.biases)  # whatever stays lazy keeps its file open
-    load.freeze_vocabulary(model)
+    for fixed in (model.model.embed_tokens, *([model.lm_head] if hasattr(model, "lm_head") else [])):
+        fixed.freeze()
     return stream.load_checked(model, f"{checkpoint.path}: ")
 
 

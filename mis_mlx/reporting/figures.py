@@ -19,6 +19,7 @@ from mis_mlx.types import MisError
 
 WIDTH, HEIGHT = 420, 260  # in a viewBox; letters of 11 in it are readable on a phone
 MUTED = "#5b6470"
+Caption = tuple[str, str, str]  # key, with which the ids in a picture begin, unique on the page; title; description
 COLORS = ("#1f6fb2", "#c2410c", "#2e7d4f", "#8b5cb8")
 
 
@@ -41,8 +42,8 @@ def _figure(height: int = HEIGHT, rows: int = 1, **more: Any) -> Iterator[tuple[
         yield figure, figure.subplots(rows, 1, sharex=True, **more)
 
 
-def _html(figure: Any, key: str, title: str, description: str) -> str:
-    """`key`: unique on the page; ids inside the picture begin with it."""
+def _html(figure: Any, caption: Caption) -> str:
+    key, title, description = caption
     figure.savefig(raw := io.BytesIO(), format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"^.*?<svg\b[^>]*>|</svg>\s*$", "", raw.getvalue().decode(), flags=re.DOTALL)
     for tag in ("metadata", "style"):  # a style element would hold for the whole page
@@ -56,11 +57,7 @@ def _html(figure: Any, key: str, title: str, description: str) -> str:
 
 
 def over_time(
-    key: str,
-    title: str,
-    description: str,
-    panels: Mapping[str, Mapping[str, Sequence[Point]]],
-    shaded: Sequence[tuple[float, float]] = (),
+    caption: Caption, panels: Mapping[str, Mapping[str, Sequence[Point]]], shaded: Sequence[tuple[float, float]] = ()
 ) -> str:
     """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}. shaded: stretches of time."""
     more = len(panels) - 1
@@ -80,13 +77,11 @@ def over_time(
             for start, end in shaded:
                 axis.axvspan(start / unit, max(end, start + longest_s / 300) / unit, color=COLORS[3], alpha=0.25)
         axes[-1, 0].set_xlabel(f"{name} since the run began")
-        return _html(figure, key, title, description)
+        return _html(figure, caption)
 
 
 def intervals(
-    key: str,
-    title: str,
-    description: str,
+    caption: Caption,
     label: str,
     rows: Mapping[str, Sequence[tuple[float, float, float] | None]],
     names: Sequence[str],
@@ -106,7 +101,7 @@ def intervals(
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes.set_xlabel(label)
         figure.legend(loc="outside upper center", ncols=3)
-        return _html(figure, key, title, description)
+        return _html(figure, caption)
 
 
 def standalone(picture: str) -> str:
@@ -116,9 +111,7 @@ def standalone(picture: str) -> str:
     return f'{head} font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>{rest}\n'
 
 
-def columns(
-    key: str, title: str, description: str, labels: tuple[str, str], groups: Mapping[str, Mapping[int, float]]
-) -> str:
+def columns(caption: Caption, labels: tuple[str, str], groups: Mapping[str, Mapping[int, float]]) -> str:
     """Standing bars at whole numbers, one colour a group: {group: {number: height}}. labels: of x and y."""
     with _figure(220) as (figure, axes):
         for color, (name, values) in zip(cycle(COLORS), groups.items(), strict=False):
@@ -128,4 +121,4 @@ def columns(
         axes.set_ylabel(labels[1])
         axes.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(loc="outside upper center", ncols=3)
-        return _html(figure, key, title, description)
+        return _html(figure, caption)

@@ -43,28 +43,23 @@ def course(story: RunRecord, key: str) -> str:
     if not loss:
         return ""
     panels: dict[str, Mapping[str, Sequence[Point]]] = {"loss, nats a token": {"loss": loss}}
-    words = [f"Training loss {_range(loss)}, {steps.series['loss'].count:,} steps logged."]
     warm = {n: _since(story, air.series[c].points()) for n, c in (("die", "die_c"), ("air", "ambient_c"))}
     if any(warm.values()):
         panels["°C"] = warm
-        words += [f"{n.capitalize()} {_range(points, '.1f')} °C." for n, points in warm.items() if points]
-    else:
-        words.append("No temperature was measured.")
     breaks = [(start - story.began_s, end - story.began_s) for start, end, _ in air.pauses]
-    causes = ", ".join(sorted({cause for _, _, cause in air.pauses}))
-    words.append(f"Tea breaks: {len(breaks)}{f' ({causes}), shaded' if breaks else ''}.")
     if speed := _since(story, steps.series["tokens_per_s"].points()):
         panels["tokens/s"] = {"speed": speed}
-        planned_s = {p["phase"]: p["seconds"] for p in story.begun.get("planned", [])}.get("distil")
-        planned = story.begun["step_tokens"] * story.begun["iters"] / planned_s if planned_s else None
-        words.append(f"Speed {_range(speed, '.0f')} tokens a second; planned: {_known('{:.0f}'.format, planned)}.")
+    planned_s = {p["phase"]: p["seconds"] for p in story.begun.get("planned", [])}.get("distil")
+    planned = story.begun["step_tokens"] * story.begun["iters"] / planned_s if planned_s else None
     if memory := _since(story, steps.series["peak_bytes"].points(), 1 / GIB):
         panels["GiB"] = {"memory": memory}
-        budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
-        words.append(f"MLX's peak memory {_range(memory, '.2f')} GiB; budget: {_known(gib, budget)}.")
-    picture = figures.over_time(f"{key}course", "Loss, temperature, tea breaks, speed, memory", " ".join(words), panels,
-                                shaded=breaks)  # fmt: skip
-    return html.part("course", pictures=[picture])
+    budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
+    values = {"loss": loss, "count": steps.series["loss"].count, "warm": warm, "breaks": breaks, "speed": speed,
+              "causes": sorted({cause for _, _, cause in air.pauses}), "planned": _known("{:.0f}".format, planned),
+              "memory": memory, "budget": _known(gib, budget), "range": _range}  # fmt: skip
+    words = " ".join(html.document("course.md", values).split())
+    caption = f"{key}course", "Loss, temperature, tea breaks, speed, memory", words
+    return html.part("course", pictures=[figures.over_time(caption, panels, shaded=breaks)])
 
 
 def cost(story: RunRecord, key: str) -> str:
@@ -97,7 +92,7 @@ def pruning(story: RunRecord, key: str) -> str:
         groups = {"kept": {i: v for i, v in blocks.items() if i in layers}, "removed": removed}
         text = f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. "
         text += f"Removed: {', '.join(map(str, removed)) or 'none'}."
-        pictures.append(figures.columns(f"{key}blocks", "Blocks", text, ("block", "1 − cosine"), groups))
+        pictures.append(figures.columns((f"{key}blocks", "Blocks", text), ("block", "1 − cosine"), groups))
     shares = {}
     for axis in ("ffn", "heads"):
         rows = {k.split("/")[0]: v for k, v in (report.get("profile") or {}).items() if k.endswith(f"/{axis}")}
@@ -134,7 +129,7 @@ def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
     picture = ""
     if ends := "; ".join(f"{n} ends at {points[-1][1]:.3f}" for n, points in losses.items() if points):
         text = f"Training loss of {len(losses)} runs: {ends}."
-        picture = figures.over_time("all-loss", "Loss of all runs", text, {"loss, nats a token": losses})
+        picture = figures.over_time(("all-loss", "Loss of all runs", text), {"loss, nats a token": losses})
     numbers = []
     for name in dict.fromkeys(k for s in stories for k, v in s.result.items() if type(v) in (int, float)):
         values = [s.result.get(name) for s in stories]

@@ -1,11 +1,21 @@
 """Results as plain text, for a terminal: Markdown tables, the line of a training step."""
 
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import TextIO
 
 from mis_mlx.types import Row, Step, gib
+
+Metrics = Sequence[tuple[str, str, str]]  # of a table's lines: name in rows, label, number format
+
+
+def metrics(name: str) -> Metrics:
+    """Those of the table of this name in templates/tables.json."""
+    tables = json.loads((Path(__file__).parent / "templates" / "tables.json").read_text("utf-8"))
+    return [(metric, label, form) for metric, (label, form) in tables[name].items()]
 
 
 def step_text(step: Step, budget_bytes: int | None = None, planned_tps: float | None = None) -> str:
@@ -44,8 +54,8 @@ def aligned(page: str, stream: TextIO | None = None) -> str:
     return "\n".join(lines)
 
 
-def table(rows: Sequence[Row], models: Sequence[str], metrics: Sequence[tuple[str, str, str]]) -> str:
-    """Markdown: one line a metric, one column a model. `metrics`: (name in rows, label, number format)."""
+def table(rows: Sequence[Row], models: Sequence[str], metrics: Metrics) -> str:
+    """Markdown: one line a metric, one column a model."""
     cells = {(r.model, r.metric): r for r in rows}
     lines = []
     for name, label, form in metrics:

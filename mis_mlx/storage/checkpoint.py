@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
-from mis_mlx.storage.files import DISK, Files, reported
+from mis_mlx.storage.files import AGAIN, DISK, Files, reported
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy, write_arrays
 from mis_mlx.types import MisError
@@ -27,6 +27,7 @@ from mis_mlx.types import MisError
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 STEP = re.compile(r"step-(\d{8,})")
+Arrays = Mapping[str, Mapping[str, mx.array]]  # by checkpoint file and name
 LEFTOVER = (".tmp-", ".trash-")
 
 
@@ -41,12 +42,7 @@ class Saved:
 
 
 def commit_folder(
-    final: Path,
-    fill: Callable[[Path], None],
-    files: Files,
-    nbytes: int,
-    what: str = "the model",
-    remedy: str = "free some and start again",
+    final: Path, fill: Callable[[Path], None], files: Files, nbytes: int, what: str = "the model", remedy: str = AGAIN
 ) -> None:
     """Make the folder `final` of what `fill(tmp)` writes, about `nbytes`: all of it, durable, or nothing. MisError when
     it exists, when space is short (before `fill` is called) or when the disk refuses a write."""
@@ -74,12 +70,7 @@ def commit_folder(
 
 
 def save_step(
-    steps_dir: Path,
-    number: int,
-    arrays: Mapping[str, Mapping[str, mx.array]],
-    state: Mapping[str, Any],
-    files: Files,
-    keep: int = 2,
+    steps_dir: Path, number: int, arrays: Arrays, state: Mapping[str, Any], files: Files, keep: int = 2
 ) -> Path:
     """Commit step-<number> with one <key>.safetensors per entry of `arrays`, and state.json; return its path.
 

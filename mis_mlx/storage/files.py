@@ -14,18 +14,15 @@ from typing import Literal
 from mis_mlx.types import MisError, gib
 
 CHUNK = 1 << 26  # bytes per pwrite(2): macOS refuses 2 GiB and more in one call
+AGAIN = "free some and start again"
 SPARE = 1.2  # free space asked for, as a multiple of what will be written
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BROKEN = {
     errno.EFBIG: "The disk does not take files this large",
-    errno.EIO: "The disk stopped answering",
-    errno.ENXIO: "The disk stopped answering",
-    errno.ENODEV: "The disk stopped answering",
-    errno.ESTALE: "The disk stopped answering",
+    **dict.fromkeys((errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE), "The disk stopped answering"),
     errno.EROFS: "The disk is read-only",
-    errno.EACCES: "Writing is not allowed",
-    errno.EPERM: "Writing is not allowed",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Writing is not allowed"),
 }
 
 
@@ -138,7 +135,7 @@ class Files:
             self.write(temp, text.encode())
             self.fsync(temp)
 
-    def require_space(self, path: Path, nbytes: int, what: str, remedy: str = "free some and start again") -> None:
+    def require_space(self, path: Path, nbytes: int, what: str, remedy: str = AGAIN) -> None:
         """Refuse before anything is written when less than `nbytes` x 1.2 are free at `path`."""
         need, free = int(nbytes * SPARE), self.free_bytes(path)
         if free < need:

@@ -18,6 +18,8 @@ UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".pkl")
 INDEX = "model.safetensors.index.json"
 
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
+Specs = Mapping[str, Spec]  # by name
+Named = Iterable[tuple[str, mx.array]]  # (name, tensor)
 
 
 def index(folder: Path) -> dict[str, TensorAt]:
@@ -127,11 +129,7 @@ def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str])
 
 
 def write_tensors(
-    folder: Path,
-    specs: Mapping[str, Spec],
-    tensors: Iterable[tuple[str, mx.array]],
-    files: Files,
-    shards: Sequence[Mapping[str, Spec]] | None = None,
+    folder: Path, specs: Specs, tensors: Named, files: Files, shards: Sequence[Specs] | None = None
 ) -> None:
     """Write a model's tensors into `folder`, as `specs` foretell them, one in memory at a time. Use it inside
     `checkpoint.commit_folder`. shards: the same specs in parts; more than one make an index file. Default: `cut`."""
@@ -152,7 +150,7 @@ def write_tensors(
         files.fsync(folder / INDEX)
 
 
-def _freed(tensors: Iterable[tuple[str, mx.array]]) -> Iterator[tuple[str, mx.array]]:
+def _freed(tensors: Named) -> Iterator[tuple[str, mx.array]]:
     """The tensors; the memory of each goes back to the system before the next is made."""
     for name, array in tensors:
         yield name, array
@@ -165,9 +163,7 @@ def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> tu
     return _write_file(path, {name: spec_of(array) for name, array in arrays.items()}, iter(arrays.items()), files)
 
 
-def _write_file(
-    path: Path, specs: Mapping[str, Spec], coming: Iterator[tuple[str, mx.array]], files: Files
-) -> tuple[int, str]:
+def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, mx.array]], files: Files) -> tuple[int, str]:
     """Write the file front to back of the next that come. ValueError where one is not what is due, or missing."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
@@ -208,7 +204,7 @@ def spec_bytes(spec: Spec) -> int:
     return math.prod(spec[1]) * DTYPES[spec[0]][1]
 
 
-def cut(specs: Mapping[str, Spec], shard_bytes: int = 5 * GIB) -> list[dict[str, Spec]]:
+def cut(specs: Specs, shard_bytes: int = 5 * GIB) -> list[dict[str, Spec]]:
     """Consecutive tensors, as many as fit `shard_bytes`; a bigger one is alone."""
     shards: list[dict[str, Spec]] = [{}]
     room = shard_bytes

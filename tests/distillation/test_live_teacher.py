@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,7 +49,9 @@ def distil(
 ) -> tuple[nn.Module, list[Step]]:  # fmt: skip
     model = load.resident(student, mx.float32)
     source = live_teacher.StreamedTeacher(teacher, None if resident else 0, temperature=temperature)
-    steps = live_teacher.steps(model, source, data, recipe, GuardedAdamW(), 0, lambda: sigma)
+    steps = live_teacher.steps(
+        model, source, data, recipe, GuardedAdamW(), 0, partial(loss_noise_factor, sigma, recipe.seed)
+    )
     return model, list(steps)
 
 

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mis_mlx.distillation import sharded
+from mis_mlx.distillation import sharded, train_loop
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
@@ -139,7 +139,7 @@ def test_sharded_is_resident_bit_for_bit(
     iters = VISIT * (math.ceil(LAYERS / each) + 1)
     model, wanted, arrays = resident(source(kind), each, iters)
     student, got = opened(source(kind), tmp_path / "s", each), []
-    for step in sharded.steps(student, micro_batches, kl, schedule(iters)):
+    for step in student.steps(micro_batches, kl, schedule(iters)):
         got.append(step)
         if step.number % VISIT:
             assert all(same(student.arrays()[key], arrays[step.number - 1][key]) for key in ("model", "optimizer"))
@@ -162,7 +162,7 @@ def test_room_and_the_page_cache_change_no_bit(tmp_path: Path, source: Callable[
     read = {}
     for name, how in hows.items():
         student = opened(source("llama"), tmp_path / name, 2, **how)
-        for _ in sharded.steps(student, micro_batches, kl, schedule(4)):
+        for _ in student.steps(micro_batches, kl, schedule(4)):
             read[name] = student._source.read_bytes  # since the visit began
         assert contents(tmp_path / name) == contents(tmp_path / "plain"), name
     assert read["room"] < read["plain"] == read["direct"]
@@ -181,7 +181,7 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     student.begin()
-    steps = list(sharded.steps(student, micro, kl, schedule(2)))
+    steps = list(student.steps(micro, kl, schedule(2)))
     assert max(s.peak_bytes for s in steps) - before < 6 * 2**20 < source.nbytes
 
 
@@ -203,7 +203,7 @@ def test_blocks_are_written_at_the_end_of_a_visit_only(tmp_path: Path, source: C
     files, written = Counting(), []
     student = opened(source("llama"), tmp_path / "s", 2, files)
     before, files.written = contents(tmp_path / "s"), 0
-    for _ in sharded.steps(student, micro_batches, kl, schedule(5)):
+    for _ in student.steps(micro_batches, kl, schedule(5)):
         now = contents(tmp_path / "s")
         written.append((sorted(name for name in now if now[name] != before.get(name)), files.written))
         before, files.written = now, 0
@@ -241,7 +241,7 @@ def run(
         student.begin()
         save(start := 0)
     micro = partial(micro_batches, count=2, width=16, windows=1)
-    for step in sharded.steps(student, micro, kl, schedule(iters), start):
+    for step in student.steps(micro, kl, schedule(iters), start):
         done.append(step)
         if step.number % every == 0 or step.number == iters:
             save(step.number)
@@ -320,12 +320,14 @@ def test_three_bad_batches_stop_the_run_across_visits(tmp_path: Path, source: Ca
         return [(tokens, learn, target * math.nan) for tokens, learn, target in micro_batches(step)]
 
     with pytest.raises(MisError, match="3 steps in a row"):
-        list(sharded.steps(student, poisoned, kl, schedule(9)))
+        list(student.steps(poisoned, kl, schedule(9)))
     end = load.open_checkpoint(tmp_path / "s")
     assert same(*(dict(load.weights(c, "", mx.float32)) for c in (end, source("llama"))))
 
 
-def test_a_step_in_which_the_machine_slept_changes_nothing(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
+def test_a_step_in_which_the_machine_slept_changes_nothing(
+    tmp_path: Path, source: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The lid was closed on the way forth: said, and done again before any update, as if it had not been."""
 
     class Lid(Clock):
@@ -336,8 +338,9 @@ def test_a_step_in_which_the_machine_slept_changes_nothing(tmp_path: Path, sourc
             return slept
 
     plain, disturbed = (opened(source("llama"), tmp_path / name, LAYERS) for name in ("a", "b"))
-    one = plain.step(micro_batches, kl, schedule(2), 0, 1.1)
-    two = disturbed.step(micro_batches, kl, schedule(2), 0, 1.1, clock=Lid())
+    one = next(plain.steps(micro_batches, kl, schedule(2), factor=lambda step: 1.1))
+    monkeypatch.setattr(train_loop, "CLOCK", Lid())
+    two = next(disturbed.steps(micro_batches, kl, schedule(2), factor=lambda step: 1.1))
     assert facts([one]) == facts([two]) and two.note == "the machine slept 2 min; step done again."
     assert all(same(plain.arrays()[key], disturbed.arrays()[key]) for key in ("model", "optimizer"))
 
@@ -350,7 +353,7 @@ def test_every_block_has_its_own_dog(tmp_path: Path, source: Callable[[str], Che
     def loud(step: int) -> float:
         return 100.0 if step == 10 else 1.0
 
-    *_, last = sharded.steps(student, micro_batches, kl, schedule(11), factor=loud)
+    *_, last = student.steps(micro_batches, kl, schedule(11), factor=loud)
     clipped = [float(bound) for bound in re.findall(r"block \d: clipped \S+ to ([0-9.]+)", last.note)]
     assert len(clipped) == LAYERS and all(len(o.norms) == 11 for o in student.optimizers)
     again = sharded.Sharded(load.open_checkpoint(tmp_path / "s"), 1, 1, 0.01, DISK)

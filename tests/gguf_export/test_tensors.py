@@ -20,7 +20,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import spec_of, write_tensors
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
-from tests.storage.test_gguf_reader import llama_cpp_permute
+from tests.models.test_gguf_reader import llama_cpp_permute
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}

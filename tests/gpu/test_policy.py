@@ -16,8 +16,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import prune, quantize
-from mis_mlx.maths import sparse
-from mis_mlx.maths.likelihood import token_logps
+from mis_mlx.maths import losses
+from mis_mlx.maths.losses import token_logps
 from mis_mlx.models import load, lora, model_writer, policy, stream
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
@@ -78,7 +78,7 @@ HIDDEN = mx.random.normal((6, 8), key=mx.random.key(0))
 HEAD = mx.random.normal((20, 8), key=mx.random.key(1))
 IDS = mx.arange(1, 7)
 LOSSES: dict[str, Callable[..., mx.array]] = {
-    "sampled_kl_sum": lambda h, w, frozen: sparse.sampled_kl_sum(
+    "sampled_kl_sum": lambda h, w, frozen: losses.sampled_kl_sum(
         h, w, IDS[:, None], mx.ones((6, 1)), mx.ones(6), frozen_head=frozen
     ),
     "token_logps": lambda h, w, frozen: -token_logps(h, w, IDS, frozen_head=frozen).sum(),

@@ -29,7 +29,8 @@ def sums(a: np.ndarray, r: np.ndarray, w: np.ndarray, parts: int = 3) -> NormalE
 def test_against_lstsq() -> None:
     """Noise too: the weighted least squares solution, and the share of the error it leaves."""
     a, r, w = draw()
-    update, left = sums(a, r, w).solve(0.0)
+    fit = sums(a, r, w)
+    left = fit.left(update := fit.update(0.0))
     wide = w[:, None].astype(np.float64)
     want, *_ = np.linalg.lstsq(a * wide, r * wide, rcond=None)
     np.testing.assert_allclose(update, want.T, atol=1e-5)
@@ -44,29 +45,30 @@ def test_the_ridge_is_the_documented_one() -> None:
     gram = (a * wide).T @ (a * wide)
     extra = np.sqrt(0.3 * np.trace(gram) / F) * np.eye(F)
     want, *_ = np.linalg.lstsq(np.vstack([a * wide, extra]), np.vstack([r * wide, np.zeros((F, D))]), rcond=None)
-    np.testing.assert_allclose(sums(a, r, w).solve(0.3)[0], want.T, atol=1e-5)
+    np.testing.assert_allclose(sums(a, r, w).update(0.3), want.T, atol=1e-5)
 
 
 def test_parts_merge_in_any_order() -> None:
     """One batch or five, forwards or backwards: the same update (float32 products, float64 sums)."""
     a, r, w = draw(2)
-    one = sums(a, r, w, 1).solve(0.1)[0]
-    np.testing.assert_allclose(sums(a, r, w, 5).solve(0.1)[0], one, atol=1e-6)
-    np.testing.assert_allclose(sums(a[::-1], r[::-1], w[::-1], 5).solve(0.1)[0], one, atol=1e-6)
+    one = sums(a, r, w, 1).update(0.1)
+    np.testing.assert_allclose(sums(a, r, w, 5).update(0.1), one, atol=1e-6)
+    np.testing.assert_allclose(sums(a[::-1], r[::-1], w[::-1], 5).update(0.1), one, atol=1e-6)
 
 
 def test_a_direction_never_seen_stays() -> None:
     """Input 3 is always 0: its column of the update is exactly 0 with a ridge, and nothing is left undefined."""
     a, r, w = draw(3)
     a[:, 3] = 0
-    update, _ = sums(a, r, w).solve(0.1)
+    update = sums(a, r, w).update(0.1)
     assert (update[:, 3] == 0).all() and np.isfinite(update).all()
 
 
 def test_nothing_missing_nothing_changed() -> None:
     """r = 0: zero update, and the error that remains is called 1, not 0/0."""
     a, r, w = draw()
-    update, left = sums(a, 0 * r, w).solve(0.1)
+    fit = sums(a, 0 * r, w)
+    left = fit.left(update := fit.update(0.1))
     assert (update == 0).all() and left == 1.0
 
 
@@ -99,6 +101,6 @@ def test_noise_is_not_learned() -> None:
     """Nothing to be learned, fewer tokens than inputs: no update, and 1 is left."""
     a, r, w = draw(5)
     fit, judge = sums(a[:5], r[:5], w[:5]), sums(a[5:], -r[5:], w[5:])
-    assert fit.solve(0.1)[1] < 0.9  # by heart
+    assert fit.left(fit.update(0.1)) < 0.9  # by heart
     update, held_out = fit.judged(judge, (0.1, 1.0))
     assert held_out == 1.0 and not update.any()

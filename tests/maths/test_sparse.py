@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.maths import losses, sparse
+from mis_mlx.maths import losses
 from mis_mlx.types import MisError
 from tests.maths.test_losses import problem
 
@@ -32,7 +32,7 @@ def padded(sizes: np.ndarray, ids: np.ndarray, counts: np.ndarray, n: int) -> tu
 
 def test_a_sample_by_pencil() -> None:
     """All the mass on one token: it is drawn every time. Two positions, two tokens, seven draws."""
-    sizes, ids, counts = sparse.sample(mx.array([[0.0, 200.0, 0.0], [200.0, 0.0, 0.0]]), 7, 0, 0)
+    sizes, ids, counts = losses.sample(mx.array([[0.0, 200.0, 0.0], [200.0, 0.0, 0.0]]), 7, 0, 0)
     assert (sizes.tolist(), ids.tolist(), counts.tolist()) == ([1, 1], [1, 0], [7, 7])
 
 
@@ -40,16 +40,16 @@ def test_a_sample_by_pencil() -> None:
 def test_positions_are_drawn_one_by_one(cut: int, count: int) -> None:
     """However positions are cut into calls, each gets the draws of its number; counts sum to N; ids rise."""
     z = mx.random.normal((13, 300), key=mx.random.key(0))
-    whole = sparse.sample(z, count, 3, 1000)
-    parts = [sparse.sample(z[i : i + cut], count, 3, 1000 + i) for i in range(0, 13, cut)]
+    whole = losses.sample(z, count, 3, 1000)
+    parts = [losses.sample(z[i : i + cut], count, 3, 1000 + i) for i in range(0, 13, cut)]
     for a, b in zip(whole, zip(*parts, strict=True), strict=True):
         assert np.array_equal(a, np.concatenate(b))
     sizes, ids, counts = whole
     ends = np.cumsum(sizes)
     for begin, end in zip(ends - sizes, ends, strict=True):
         assert counts[begin:end].sum() == count and (np.diff(ids[begin:end]) > 0).all()
-    assert not np.array_equal(whole[1], sparse.sample(z, count, 4, 1000)[1])
-    assert not np.array_equal(whole[1], sparse.sample(z, count, 3, 1001)[1])
+    assert not np.array_equal(whole[1], losses.sample(z, count, 4, 1000)[1])
+    assert not np.array_equal(whole[1], losses.sample(z, count, 3, 1001)[1])
 
 
 def test_draws_are_independent_and_have_the_teachers_shares() -> None:
@@ -60,7 +60,7 @@ def test_draws_are_independent_and_have_the_teachers_shares() -> None:
     """
     z, n, count = np.random.default_rng(0).normal(0, 1.5, 20).astype(np.float32), 4000, 8
     p = softmax(z)
-    sizes, ids, counts = sparse.sample(mx.array(np.tile(z, (n, 1))), count, 1, 0)
+    sizes, ids, counts = losses.sample(mx.array(np.tile(z, (n, 1))), count, 1, 0)
     seen = np.bincount(ids, counts, 20)
     assert ((seen - n * count * p) ** 2 / (n * count * p)).sum() < 64
     position = np.repeat(np.arange(n), sizes)
@@ -71,12 +71,12 @@ def test_draws_are_independent_and_have_the_teachers_shares() -> None:
 def test_logits_that_are_no_numbers_are_refused() -> None:
     """One NaN anywhere, and nothing is drawn from it."""
     with pytest.raises(MisError, match="not numbers"):
-        sparse.sample(mx.zeros((2, 9)).at[1, 5].add(float("nan")), 3, 0, 0)
+        losses.sample(mx.zeros((2, 9)).at[1, 5].add(float("nan")), 3, 0, 0)
 
 
 def targets(p: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
     """ids and weights of the problem's teacher."""
-    return padded(*sparse.sample(p["teacher"] @ p["teacher_head"].T, 20, 0, 0), 20)
+    return padded(*losses.sample(p["teacher"] @ p["teacher_head"].T, 20, 0, 0), 20)
 
 
 def ours(p: dict[str, mx.array], rows: int | None) -> Gradients:
@@ -84,7 +84,7 @@ def ours(p: dict[str, mx.array], rows: int | None) -> Gradients:
     ids, weights = targets(p)
 
     def loss(student: mx.array, head: mx.array) -> mx.array:
-        return sparse.sampled_kl_sum(student, head, ids, weights, p["learn"], rows)
+        return losses.sampled_kl_sum(student, head, ids, weights, p["learn"], rows)
 
     return mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
 
@@ -116,7 +116,7 @@ def test_the_loss_by_pencil() -> None:
     """Student 1/2, 1/4, 1/4. Target 1/2, 1/2, -: KL = ln 2 / 2."""
     student, head = mx.array([[1.0]]), mx.log(mx.array([[2.0], [1.0], [1.0]]))
     learn, two = mx.ones(1), mx.array([[0, 1, 0]])
-    kl = sparse.sampled_kl_sum(student, head, two, mx.array([[0.5, 0.5, 0.0]]), learn)
+    kl = losses.sampled_kl_sum(student, head, two, mx.array([[0.5, 0.5, 0.0]]), learn)
     assert kl.item() == pytest.approx(np.log(2) / 2, abs=1e-6)
 
 
@@ -147,8 +147,8 @@ def test_sampled_gradients_are_unbiased() -> None:
         return losses.kl_sum(h, p["head"], p["teacher"], lambda t: t @ p["teacher_head"].T, p["learn"])
 
     def sampled(seed: int) -> Callable[[mx.array], mx.array]:
-        ids, weights = padded(*sparse.sample(z, count, seed, 0), count)
-        return lambda h: sparse.sampled_kl_sum(h, p["head"], ids, weights, p["learn"])
+        ids, weights = padded(*losses.sample(z, count, seed, 0), count)
+        return lambda h: losses.sampled_kl_sum(h, p["head"], ids, weights, p["learn"])
 
     ids = mx.argpartition(z, -6, axis=-1)[:, -6:]
     probs = mx.softmax(mx.take_along_axis(z, ids, axis=-1), axis=-1)
@@ -157,5 +157,5 @@ def test_sampled_gradients_are_unbiased() -> None:
     share, w = softmax(np.array(z)), np.array(p["head"], np.float64)
     variance = (share @ w**2 - (share @ w) ** 2) / (count * stores)
     assert np.abs((mean - wanted) / np.sqrt(variance)).max() < 5
-    biased = gradient(lambda h: sparse.sampled_kl_sum(h, p["head"], ids, probs, p["learn"]))
+    biased = gradient(lambda h: losses.sampled_kl_sum(h, p["head"], ids, probs, p["learn"]))
     assert np.abs((biased - wanted) / np.sqrt(variance)).max() > 10

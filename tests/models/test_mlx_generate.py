@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx.evaluation.speed import timing
+from mis_mlx.evaluation.speed import rounds
 from mis_mlx.models import load, mlx_generate, policy
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
@@ -37,7 +37,7 @@ def test_a_prompt_of_exactly_so_many_tokens_is_timed(llama: Checkpoint) -> None:
     assert mlx_generate.prompt_ids(tokenizer, "for x in y", 2 * len(ids) + 1).tolist() == ids * 2 + ids[:1]
     for cache in (None, mlx_generate.filled_cache(model, 3)):
         tokens = mlx_generate.greedy(model, mlx_generate.prompt_ids(tokenizer, "if", 5), 7, cache)
-        stamps, _ = timing.clocked(tokens)
+        stamps, _ = rounds.clocked(tokens)
         assert len(stamps) == 7 and stamps[0] > 0 and stamps == sorted(stamps)
 
 

@@ -24,7 +24,7 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, model_writer
 from mis_mlx.models.lora import insert
-from mis_mlx.planner import estimates, phases, pruning_size, training_size
+from mis_mlx.planner import compression_size, estimates, phases, training_size
 from mis_mlx.planner.estimates import forward_flops, model_of
 from mis_mlx.planner.job import ADAPTERS, MODES, DistillationSpec, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig, Schedule, TrainingConfig
@@ -136,7 +136,7 @@ def test_sharded_by_pencil() -> None:
 def test_the_repair_of_parts_by_pencil() -> None:
     """The teacher once, the student's blocks written twice; streams of 128 tokens in memory, or all on disk."""
     job, b = replace(JOB, repair=4), SMALL.block_params
-    p, poor = (pruning_size.repair_parts(job, limit) for limit in (GIB, 0))
+    p, poor = (compression_size.repair_parts(job, limit) for limit in (GIB, 0))
     assert p.read_bytes == 6 * BIG.block_bytes + SMALL.nbytes
     assert p.written_bytes == 4 * (arch.params(SMALL.config) + 4 * b)
     width = 64 * 4 + 64 * 4
@@ -321,7 +321,7 @@ def test_training_by_blocks_stays_under_the_plan(
         student.begin()
         micro_batches = live_teacher.step_micro_batches(source, data, recipe)
         how = partial(source.kl_sum, frozen_head=True), recipe.schedule
-        steps = list(sharded.steps(student, micro_batches, *how, slopes=source.frozen_slopes()))
+        steps = list(student.steps(micro_batches, *how, slopes=source.frozen_slopes()))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (5 if resident else 0)
     assert planned.peak_bytes / (1.25 if lora else 1.2) < peak < planned.peak_bytes, (
@@ -349,7 +349,7 @@ def test_sharded_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Check
             return [(t, mx.ones(32), mx.random.normal((32, 256), key=k)) for t, k in zip(tokens, keys, strict=True)]
 
         loss = partial(_against_itself, head=load.head(wide[0], mx.float32))
-        steps = list(sharded.steps(made, micro_batches, loss, Schedule(6, 1e-3, 1)))
+        steps = list(made.steps(micro_batches, loss, Schedule(6, 1e-3, 1)))
         del made
     peak, array = max(s.peak_bytes for s in steps) - before, 4 * 256 * 1536
     assert planned / 2 < peak < planned + array, (peak / MIB, planned / MIB)

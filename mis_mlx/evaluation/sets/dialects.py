@@ -15,15 +15,7 @@ from mis_mlx.evaluation import questions
 from mis_mlx.types import MisError
 
 # Slot: what it is called after "po" (adverb-like), and as a language (locative), in Polish.
-SLOTS = {
-    "silesian": ("po śląsku", "śląskim"),
-    "kashubian": ("po kaszubsku", "kaszubskim"),
-    "podhale": ("po góralsku", "podhalańskim"),
-    "masurian": ("po mazursku", "mazurskim"),
-    "greater-polish": ("po wielkopolsku", "wielkopolskim"),
-    "lesser-polish": ("po małopolsku", "małopolskim"),
-    "mazovian": ("po mazowiecku", "mazowieckim"),
-}
+SLOTS: dict[str, list[str]] = json.loads((Path(__file__).parent / "about.json").read_text("utf-8"))["slots"]
 PAIRS = "pairs.jsonl"
 ROW = 'one {"polish": ..., "dialect": ...} a line'
 PACKS = ("langpack-pl", "langpack-szl")  # how the names of Firefox's language packs begin

@@ -15,14 +15,7 @@ NAME, VERSION = "evals", "3.0.1.post1"
 WHEEL = NAME, VERSION, 46_322_659, "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78"  # bytes, sha256
 MEMBER = "evals/registry/data/{}/samples.jsonl"
 OTHERS = 3  # wrong options, drawn from the answers to other questions
-ABOUT = {
-    "polish-exams": "four-choice vocational exams; a few damaged by scanning or with a wrong key, so nobody reaches "
-    "100 %; the wheel states no licence of its own for them: not to be passed on unchecked",
-    "polish-lexicon": "a word or a made-up one beside it, in no sentence; few",
-    "polish-proverbs": "a proverb's last word, three wrong ones from other proverbs; 33, which separates models "
-    "only where they are far apart",
-    "polish-sums": "sums in words, three wrong results from other sums",
-}
+ABOUT: dict[str, str] = json.loads((Path(__file__).parent / "about.json").read_text("utf-8"))["polish"]
 Asked = list[tuple[str, str]]  # (question, right answer)
 
 

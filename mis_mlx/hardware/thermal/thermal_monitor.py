@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from mis_mlx.hardware.clock import Clock, VirtualClock
-from mis_mlx.hardware.thermal.ambient import Ambient, Estimate, find_altitude
+from mis_mlx.hardware.thermal.ambient import Ambient, Estimate, find_altitude, t_env_kind
 from mis_mlx.hardware.thermal.apple_sensors import Apple
 from mis_mlx.hardware.thermal.recording import Header, Raw, Replay, Rows
 from mis_mlx.hardware.thermal.sensor_rules import Frozen, Values, judge
@@ -26,6 +27,16 @@ HISTORY_S = 3600.0
 LONG_SLEEP_S = 5400.0  # after which everything in the case has the air's temperature
 JUST_BOOTED_S = 600.0
 VIRTUAL_SIGMA_C, VIRTUAL_SIGMA_LATER_C = 2.5, 4.0  # of TVA0: M1 and M2, later chips
+SHOWN = {
+    "die_c": ("die", "°C"),
+    "battery_c": ("battery", "°C"),
+    "ambient_c": ("air outside", "°C"),
+    "pressure_level": ("thermal pressure", ""),
+    "power_w": ("power", "W"),
+    "battery_percent": ("charge", "%"),
+    "plugged": ("plugged in", ""),
+    "altitude_m": ("height", "m above sea level"),
+}
 
 
 class Live:
@@ -206,3 +217,46 @@ def battery_charge() -> tuple[float | None, bool | None]:
     except (OSError, ValueError, psutil.Error):
         battery = None
     return (None, None) if battery is None else (float(battery.percent), battery.power_plugged)
+
+
+def examined(monitor: Monitor) -> tuple[list[str], dict[str, Any]]:
+    """(the findings, a sentence each; the same as JSON allows it) of one look."""
+    began = time.perf_counter()
+    reading = monitor.look()
+    look_s = time.perf_counter() - began
+    header, kind = monitor.source.header, t_env_kind(reading)
+    what = "recording from" if monitor.replayed else "this machine:"
+    lines = [f"{what} {header.model or 'unknown model'}, {header.chip or 'unknown chip'}, {header.build or '?'}"]
+    if isinstance(monitor.source, Live):
+        lines.append(f"one look takes {1000 * look_s:.0f} ms; a look a second needs no root")
+        if monitor.source.apple is not None:
+            lines += [f"missing: {name}: {why}" for name, why in monitor.source.apple.refused.items()]
+    for name, (label, _) in SHOWN.items():
+        if getattr(reading, name) is None:
+            lines.append(f"missing: {label}: {monitor.reasons.get(name, 'not measured')}")
+        else:
+            lines.append(f"{label}: {_text(name, reading)} from {reading.sources[name]}")
+    line = "AAIS has no T_env: it is plain importance here; give --temperature-c or let the machine rest 90 min"
+    if kind != "none":
+        line = f"AAIS has a {kind} T_env: {_text('ambient_c', reading)} ({reading.sources['ambient_c']})"
+    lines.append(line if reading.altitude_m is not None else f"{line}; it has no altitude: give --altitude-m")
+    return lines, {
+        "model": header.model,
+        "chip": header.chip,
+        "build": header.build,
+        "look_ms": round(1000 * look_s, 1),
+        "t_env": kind,
+        "reading": asdict(reading),
+        "reasons": dict(monitor.reasons),
+    }
+
+
+def _text(name: str, reading: Reading) -> str:
+    """One value of SHOWN for people, with its unit."""
+    value = getattr(reading, name)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    shown = f"{value:.1f}" if isinstance(value, float) else str(value)
+    if name == "ambient_c":
+        shown += f" ± {reading.ambient_sigma_c:.1f}"
+    return f"{shown} {SHOWN[name][1]}".strip()

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,8 +15,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import sft
+from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.run_loop import open_run
-from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.governor import Mode
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
@@ -95,7 +96,8 @@ def trained(clock: VirtualClock, close: bool) -> tuple[dict[str, mx.array], list
     def loss(layer: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
         return mx.square(layer(x)).sum(), mx.array(2.0)
 
-    steps = list(train(model, micro_batches, loss, GuardedAdamW(), Schedule(3, 1e-2, 1), clock=clock))
+    with mock.patch.object(train_loop, "CLOCK", clock):
+        steps = list(train_loop.train(model, micro_batches, loss, GuardedAdamW(), Schedule(3, 1e-2, 1)))
     return dict(tree_flatten(model.parameters())), steps
 
 

@@ -1,4 +1,4 @@
-"""storage/gguf_reader.py: a tiny GGUF, written as llama.cpp's converter writes one, comes back as it went in."""
+"""models/wheel_model.py: a tiny GGUF, written as llama.cpp's converter writes one, comes back as it went in."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
 from tokenizers import Tokenizer, pre_tokenizers
 
-from mis_mlx.models import arch
-from mis_mlx.storage import gguf_reader, hub, safetensors
+from mis_mlx.models import arch, wheel_model
+from mis_mlx.storage import hub, safetensors
 from mis_mlx.types import MisError
 from tests import tiny as tiny_model
 
@@ -86,7 +86,7 @@ def converted(source: Path, dtype: str = "F32") -> Path:
     """The folder made of `source`."""
     folder = source.with_name("model")
     folder.mkdir()
-    gguf_reader.convert(source, folder, dtype, hub.sha256(source))
+    wheel_model.convert_smollm2(source, folder, dtype, hub.sha256(source))
     return folder
 
 
@@ -137,5 +137,5 @@ def test_foreign_gguf_is_refused_before_it_is_read(tiny: Path, tmp_path: Path) -
     (tmp_path / "out").mkdir()
     for foreign in (tiny, tmp_path / "junk.gguf"):
         with pytest.raises(MisError, match="use the safetensors model it was made from"):
-            gguf_reader.convert(foreign, tmp_path / "out")
+            wheel_model.convert_smollm2(foreign, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
