@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mis_mlx.data import examples, pii
+from mis_mlx.data import examples
 from mis_mlx.data.rows import Placed, Row
 from mis_mlx.models import load
 from mis_mlx.types import Checkpoint, MisError
@@ -127,10 +127,10 @@ def test_a_number_as_an_answer_becomes_text(tmp_path: Path) -> None:
 
 def test_checksums_of_pesel_and_nip() -> None:
     """Right ones; a wrong last digit, a month 13 with a right one, zeros only."""
-    assert [pii.is_pesel(n) for n in ("44051401359", "02070803628")] == [True] * 2
-    assert not any(pii.is_pesel(n) for n in ("44051401358", "44131401350", "00000000000"))
-    assert [pii.is_nip(n) for n in ("1234563218", "123-456-32-18")] == [True] * 2
-    assert not any(pii.is_nip(n) for n in ("1234563219", "0000000000"))
+    assert [examples.is_pesel(n) for n in ("44051401359", "02070803628")] == [True] * 2
+    assert not any(examples.is_pesel(n) for n in ("44051401358", "44131401350", "00000000000"))
+    assert [examples.is_nip(n) for n in ("1234563218", "123-456-32-18")] == [True] * 2
+    assert not any(examples.is_nip(n) for n in ("1234563219", "0000000000"))
 
 
 PERSONAL = [
@@ -148,7 +148,7 @@ PERSONAL = [
 def test_personal_data_is_replaced_and_counted(text: str, wanted: str | None, counts: dict[str, int]) -> None:
     """E-mail, telephone, PESEL, NIP; other numbers stay."""
     removed: Counter[str] = Counter()
-    assert pii.scrub(text, removed) == (text if wanted is None else wanted) and removed == counts
+    assert examples.scrub(text, removed) == (text if wanted is None else wanted) and removed == counts
 
 
 def test_scrubbing_reaches_every_text_of_a_row(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests import tiny
 
 @pytest.mark.parametrize("kind", ["llama", "untied"])
 def test_the_embeddings_gradient_has_a_fixed_order(models: Callable[[str], Checkpoint], kind: str) -> None:
-    """maths/lookup's: 2**24 + 1 + 1 + 1 for a token that occurs four times goes by pairs, to 2**24 + 2. The whole
+    """`rows`'s: 2**24 + 1 + 1 + 1 for a token that occurs four times goes by pairs, to 2**24 + 2. The whole
     model's gradient is stock mlx_lm's (1e-5 of the largest), a tied head's share with it."""
     ours = load.resident(models(kind), mx.float32)
     stock, _ = load.mlx_lm("utils").load(str(models(kind).path))

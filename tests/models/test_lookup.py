@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.maths import lookup
+from mis_mlx.models import load
 
 
 def slope(ids: mx.array, above: mx.array, table: mx.array) -> mx.array:
     """d sum(above * table[ids]) / d table."""
-    return mx.grad(lambda t: (lookup.rows(t, ids) * above).sum())(table)
+    return mx.grad(lambda t: (load.rows(t, ids) * above).sum())(table)
 
 
 @pytest.mark.parametrize(("shape", "vocab"), [((1,), 1), ((3, 7), 5), ((4, 64), 300), ((2, 3, 5), 5)])
@@ -20,7 +20,7 @@ def test_the_gradient_is_the_sum_by_id(shape: tuple[int, ...], vocab: int) -> No
     rng = np.random.default_rng(sum(shape))
     ids, above = rng.integers(0, vocab, shape), rng.normal(size=(*shape, 6)).astype(np.float32)
     table = mx.random.normal((vocab, 6), key=mx.random.key(1))
-    assert mx.array_equal(lookup.rows(table, mx.array(ids)), table[mx.array(ids)])
+    assert mx.array_equal(load.rows(table, mx.array(ids)), table[mx.array(ids)])
     wanted = np.zeros((vocab, 6))
     np.add.at(wanted, ids.reshape(-1), above.reshape(-1, 6).astype(np.float64))
     got = np.array(slope(mx.array(ids), mx.array(above), table))
@@ -43,7 +43,7 @@ def test_the_head_may_be_the_same_matrix() -> None:
         return mx.square(look(t, ids) @ t.T).sum()  # type: ignore[operator]
 
     want = mx.grad(lambda t: loss(t, lambda t, i: t[i]))(table)
-    ours = mx.grad(lambda t: loss(t, lookup.rows))
+    ours = mx.grad(lambda t: loss(t, load.rows))
     for made in (ours(table), mx.compile(ours)(table)):
         assert mx.abs(made - want).max().item() < 1e-6 * mx.abs(want).max().item()
 
