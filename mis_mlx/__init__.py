@@ -3,19 +3,67 @@
 `mis_mlx.distill(teacher=..., out=...)`, and so prune, quantize, evaluate, export; `mis_mlx.open(folder)`. Nothing is
 imported before it is used (docs/python-api.md)."""
 
+import inspect
+import os
+import sys
+from contextlib import redirect_stdout
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from mis_mlx.types import Checkpoint
+from mis_mlx.types import MisError as MisError
 
 __version__ = "0.1.0"
 FUNCTIONS = ("distill", "prune", "quantize", "evaluate", "export")
+WRITTEN = ("student", "mlx_path", "out")  # what a command's JSON calls the folder that it wrote
+
+
+class Result(dict[str, Any]):
+    """What a command found: the JSON of its last line, by its keys. Sizes end in `_bytes`, times in `_s`."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that was written, of a model where one was made; None: nothing was, as with `dry_run=True`."""
+        return next((Path(self[key]) for key in WRITTEN if self.get(key) and Path(self[key]).exists()), None)
+
+
+class Function(ModuleType):
+    """A command's module, which may be called with its flags, dashes as underscores."""
+
+    def __call__(self, **settings: Any) -> Result:
+        """Do what the command does with these flags. Tables and progress go to stderr. MisError, one sentence, where
+        the user can mend it; TypeError for an unknown keyword; KeyboardInterrupt leaves what --resume needs."""
+        cli = import_module("mis_mlx.cli")
+
+        def plain(value: Any) -> Any:
+            value = tuple(map(plain, value)) if isinstance(value, list | tuple) else value
+            return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+        given = self.Settings(**{name: plain(value) for name, value in settings.items()})
+        cli.check_ranges(given)
+        cli.prepare()
+        with redirect_stdout(sys.stderr):
+            return Result(self.run(given))
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.Settings)
+
+
+def open(folder: str | os.PathLike[str]) -> Checkpoint:
+    """The model in a folder, or the last one of a run's folder, by its headers alone: `config`, `nbytes`, and
+    `tensors`, {name: dtype, shape, where it lies}. No weight is read: `mlx_lm.load(folder)` does that. MisError where
+    the folder has no model, or one that is damaged."""
+    path, load = Path(folder), import_module("mis_mlx.models.load")
+    return load.open_checkpoint(path / "model" if (path / "config.yaml").is_file() else path)
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("open", "Result", "MisError"):
-        return getattr(import_module("mis_mlx.types" if name == "MisError" else "mis_mlx.functions"), name)
     if name not in FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("mis_mlx.hardware.blas").load()
     module = import_module(f"mis_mlx.{name}")
-    module.__class__ = import_module("mis_mlx.functions").Function
+    module.__class__ = Function
     return module

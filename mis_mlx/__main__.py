@@ -17,7 +17,7 @@ GROUPS = {
     "Use and judge it": "generate export evaluate bench report",
     "This machine": "doctor thermal",
 }
-NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help", "functions")
+NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help")
 
 
 def commands() -> dict[str, str]:

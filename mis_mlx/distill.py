@@ -1,7 +1,6 @@
 """Distil: teacher in, small recovered 4-bit student out, with a table of what it cost. The main job."""
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -217,7 +216,7 @@ def run(settings: Settings) -> dict[str, Any]:
         quantize.check(small, s)
     budget = memory.budget(s.budget_bytes)
     made = _plan(s, teacher, rows, small, budget, folder)
-    cli.say(text.aligned(plan.table(made), sys.stderr))
+    cli.say(text.aligned(plan.table(made)))
     if s.dry_run:
         if note := battery(s):  # a run says it when it begins
             cli.say(note)

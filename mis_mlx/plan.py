@@ -12,7 +12,7 @@ from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
 from mis_mlx.models.config import read_config, shape_of
-from mis_mlx.planner import estimates, phases, compression_size, training_size
+from mis_mlx.planner import compression_size, estimates, phases, training_size
 from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import vocabulary
@@ -77,15 +77,13 @@ def decision(plan: phases.MemoryPlan) -> str:
     where = "stays in memory" if plan.teacher_resident else "has left its logits" if job.targets == "cached" else where
     spooled = max(p.spooled_bytes for p in plan.phases)
     hidden = f"up to {gib(spooled)} of hidden states on disk" if spooled else "hidden states in memory"
+    how += f"; the teacher {where}; up to {gib(disk_bytes(plan))} of files"
     if cli.DETAILS not in os.environ:
-        return f"{how}; the teacher {where}; up to {gib(disk_bytes(plan))} of files. -v: bytes, operations, SSD wear"
+        return f"{how}. -v: bytes, operations, SSD wear"
     written = sum(p.written_bytes for p in plan.phases)
-    return (
-        f"Peak {gib(plan.peak_bytes)} fits the budget of {gib(plan.budget_bytes)}: {how}; the teacher {where}; "
-        f"{hidden}. About {_hours(plan)} in all, "
-        f"{gib(written)} written, {written / LIFE_BYTES:.2%} of an SSD's life of {LIFE_BYTES / 1e12:.0f} TB; "
-        f"up to {gib(disk_bytes(plan))} of files at a time."
-    )
+    wear = f"{written / LIFE_BYTES:.2%} of an SSD's life of {LIFE_BYTES / 1e12:.0f} TB"
+    fits = f"Peak {gib(plan.peak_bytes)} fits the budget of {gib(plan.budget_bytes)}"
+    return f"{fits}: {how}; {hidden}. About {_hours(plan)} in all, {gib(written)} written, {wear}."
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,7 +164,7 @@ def run(settings: Settings) -> dict[str, Any]:
     seen = vocabulary.first_rows(teacher, rows)
     shapes, first = field_of(s, seen.config, aim)
     planned, made = candidate_trials.work(s, teacher, seen, shapes, limit)
-    cli.say(f"{aligned(work_table(planned, made.rates), sys.stderr)}\n{made.rates}")
+    cli.say(f"{aligned(work_table(planned, made.rates))}\n{made.rates}")
     peak, seconds = max(p.peak_bytes for p in planned), candidate_trials.seconds(planned, made.rates)
     result = {"teacher": str(teacher.path), "vocab": rows, "aim": aim.flag, "shapes": len(shapes),
               "evaluated": min(s.evaluations, len(shapes)), "peak_bytes": peak,

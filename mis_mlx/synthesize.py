@@ -1,18 +1,22 @@
-"""Synthesize text: a model writes what it knows, mixed with other text; a folder for --data of distill and the rest."""
+"""Synthesize text: a model writes what it knows, mixed with other text; a folder for --data of distill and the rest.
+
+Half of the texts begin with nothing, half with an opening. They are drawn from the model's own probabilities, so they
+are the text that it expects; loops, repeats and what is hardly words are left out."""
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import sources
 from mis_mlx.data.rows import Row
-from mis_mlx.distillation import run_loop, teacher_text
-from mis_mlx.distillation.teacher_text import AT_ONCE, TRIES, Written
+from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.models import mlx_generate, policy
 from mis_mlx.planner import estimates
@@ -23,6 +27,11 @@ from mis_mlx.types import Count, MisError, Positive, Seed, Share, Tokens, durati
 
 PLACE_BYTES = 2**26  # of a folder of text, generously
 PIECE = 1200  # characters of a long text
+OPENINGS = Path(__file__).parent / "data" / "openings"
+DOCUMENT = "<|endoftext|>"  # what stands between documents, where a vocabulary has it
+AT_ONCE = 48  # texts; a token of all of them reads the weights once
+TRIES = 4  # batches for each one that would do if every text were usable
+SHORT, LEAST, WORDLIKE = 120, 0.28, 0.6  # characters; share left by compression; share of letters and blanks
 
 
 @dataclass(frozen=True)
@@ -52,21 +61,63 @@ class Settings(cli.Budgeted, policy.Computing):
     """say bytes and time and stop"""
 
 
-def _written(s: Settings, folder: Path, part: Path, at_once: int, batches: int) -> Iterator[Written]:
+def openings(languages: Sequence[str], file: str | None = None) -> list[str]:
+    """Lines of a file, or ours in these languages. MisError where there are none."""
+    known = {path.stem: path for path in sorted(OPENINGS.glob("*.txt"))}
+    if unknown := [name for name in languages if name not in known]:
+        raise MisError(f"there are no openings in {', '.join(unknown)}: take {', '.join(known)}, or --openings FILE")
+    try:
+        paths = [Path(file)] if file else [known[name] for name in languages]
+        lines = [line.strip() for path in paths for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise MisError(f"--openings {file} cannot be read ({error}): give a text file, one opening a line") from None
+    if file and not lines:
+        raise MisError(f"--openings {file} has 0 lines with text: write one opening a line")
+    return lines
+
+
+def usable(text: str) -> bool:
+    """Whether a text is long enough, no loop, and made of words."""
+    words = sum(char.isalpha() or char.isspace() for char in text)
+    packed, nbytes = len(zlib.compress(text.encode())), len(text.encode())
+    return len(text) >= SHORT and packed >= LEAST * nbytes and words >= WORDLIKE * len(text)
+
+
+def need_bytes(m: estimates.ModelSize, at_once: int, tokens: int) -> int:
+    """Memory of the model whole, of keys and values, and of logits and their copies."""
+    weights = m.nbytes + m.item * (m.shape.layers * m.block_params + m.head_params)
+    return weights + at_once * (2 * estimates.keys_bytes(m, tokens) + 4 * 4 * m.shape.vocab)
+
+
+def write(s: Settings, model: Any, tokenizer: Any, batches: range, at_once: int) -> Iterator[tuple[str, int]]:
+    """(usable text, its batch), of these batches. Every batch has its own random numbers."""
+    begun = openings(s.languages, s.openings)
+    named = tokenizer.get_vocab().get(DOCUMENT, tokenizer.bos_token_id)
+    start, stop = [tokenizer.eos_token_id if named is None else named], set(tokenizer.eos_token_ids)
+    for batch in batches:
+        rng = np.random.default_rng([s.seed, batch])
+        texts = [str(rng.choice(begun)) if begun and i % 2 else "" for i in range(at_once)]
+        prompts = [start + list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        draw = mlx_generate.sampler(s.temp, int(rng.integers(2**31)))
+        completions = mlx_generate.groups(model, prompts, 1, s.max_tokens, stop, draw, at_once)
+        for opening, (ids,) in zip(texts, completions, strict=True):
+            text = (opening + tokenizer.decode([token for token in ids if token not in stop])).strip()
+            if usable(text):
+                yield text, batch
+        mx.clear_cache()
+
+
+def _written(s: Settings, folder: Path, part: Path, at_once: int, batches: int) -> Iterator[tuple[str, int]]:
     """Texts of a run that was stopped, all but its last batch; then new ones, each kept in the file `part`."""
-    head = json.dumps(
-        {**asdict(s), "model": str(folder), "budget": None, "out": None, "at_once": at_once}, sort_keys=True
-    )
+    head = json.dumps({**asdict(s), "model": str(folder), "budget": 0, "out": "", "at_once": at_once}, sort_keys=True)
     lines = part.read_text("utf-8").splitlines() if part.is_file() else []
-    kept = [Written(**row) for row in map(json.loads, lines[1:])] if lines[:1] == [head] else []
-    first = kept[-1].batch if kept else 0
-    kept = [one for one in kept if one.batch < first]
-    DISK.replace_text(part, "".join(f"{line}\n" for line in (head, *(json.dumps(one._asdict()) for one in kept))))
+    found = [json.loads(line) for line in lines[1:-1]] if lines[:1] == [head] else []  # the last one may be torn
+    first = found[-1][1] if found else 0
+    kept = [one for one in found if one[1] < first]
+    DISK.replace_text(part, "".join(f"{line}\n" for line in (head, *map(json.dumps, kept))))
     yield from kept
-    model, tokenizer = mlx_generate.open_model(folder)
-    begun, todo = teacher_text.openings(s.languages, s.openings), range(first, batches)
-    for one in teacher_text.write(model, tokenizer, begun, todo, s.max_tokens, s.temp, s.seed, at_once):
-        DISK.append(part, json.dumps(one._asdict()))
+    for one in write(s, *mlx_generate.open_model(folder), range(first, batches), at_once):
+        DISK.append(part, json.dumps(one))
         yield one
 
 
@@ -74,8 +125,8 @@ def _texts(s: Settings, folder: Path, part: Path, at_once: int) -> list[str]:
     """As many different ones as are asked for. MisError where hardly any is usable."""
     texts, most = dict[str, None](), TRIES * (1 + s.num_samples // at_once)
     with progress.bar("text", s.num_samples) as show:
-        for one in _written(s, folder, part, at_once, most):
-            texts[one.text] = None
+        for text, _ in _written(s, folder, part, at_once, most):
+            texts[text] = None
             show(len(texts))
             if len(texts) == s.num_samples:
                 return list(texts)
@@ -88,9 +139,7 @@ def _pieces(rows: Sequence[Row], most: float, seed: int) -> list[Row]:
     pieces = list[Row]()
     for row in rows:
         text = row.get("text", "")
-        pieces += (
-            [row] if len(text) < 2 * PIECE else [{"text": text[i : i + PIECE]} for i in range(0, len(text), PIECE)]
-        )
+        pieces += [{"text": text[i : i + PIECE]} for i in range(0, len(text), PIECE)] or [row]
     drawn, length = list[Row](), 0
     for i in np.random.default_rng(seed).permutation(len(pieces)):
         if length >= most:
@@ -104,12 +153,11 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: plan, write, mix, commit."""
     s, out = settings, Path(settings.out)
     checkpoint = run_loop.opened(s, s.model, place=s.out, new="--out")
-    teacher_text.openings(s.languages, s.openings)
+    openings(s.languages, s.openings)
     limit, m = memory.budget(s.budget_bytes), estimates.model_of(checkpoint)
-    needs = {n: teacher_text.need_bytes(m, n, s.max_tokens) for n in (AT_ONCE, 16, 4, 1)}
+    needs = {n: need_bytes(m, n, s.max_tokens) for n in (AT_ONCE, 16, 4, 1)}
     at_once, need = next(((n, b) for n, b in needs.items() if b <= limit.limit_bytes), (1, needs[1]))
-    remedy = f"give --budget {estimates.flag(need)}, or text with --data"
-    limit.need(need, "a model that writes, whole in memory,", remedy)
+    limit.need(need, "a model that writes, whole in memory,", f"give --budget {estimates.flag(need)}")
     flops = estimates.forward_flops(m, s.num_samples * s.max_tokens, s.max_tokens)
     seconds = flops / estimates.machine_rates().forward_flops_per_s
     sizes = f"{gib(need)} of {gib(limit.limit_bytes)}"

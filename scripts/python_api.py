@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import mis_mlx
-from mis_mlx import cli, flag_help
+from mis_mlx import Function, Result, cli, flag_help
 from mis_mlx.__main__ import commands
-from mis_mlx.functions import Function, Result
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Checkpoint, TensorAt
 

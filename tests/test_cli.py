@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -338,12 +337,12 @@ def test_an_error_of_the_device_is_a_sentence(
     assert short.endswith("lower --max-seq-length") and "--resume" not in short
 
 
-def test_tables_stand_in_columns() -> None:
+def test_tables_stand_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words left, numbers right; other lines stay, and what is written to a file is not this."""
     page = f"before\n\n{text.markdown_table(['', 'a', 'long'], [['one', '1', '2'], ['three', '100.5', '–']])}\n\nafter"
-    assert text.aligned(page, io.StringIO()) == page  # not a terminal
-    (terminal := io.StringIO()).isatty = lambda: True  # type: ignore[method-assign]
-    assert text.aligned(page, terminal).splitlines() == [
+    assert text.aligned(page) == page  # not a terminal
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert text.aligned(page).splitlines() == [
         "before", "", "|       |     a | long |", "|-------|-------|------|", "| one   |     1 |    2 |",
         "| three | 100.5 |    – |", "", "after",
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 
 from mis_mlx import synthesize
 from mis_mlx.data import sources
-from mis_mlx.distillation import teacher_text
 from mis_mlx.models import mlx_generate
 from mis_mlx.types import Checkpoint, MisError
 from tests.conftest import Done, last_line
@@ -22,9 +22,9 @@ QUICK: dict[str, Any] = {"num_samples": 6, "max_tokens": 40}
 @pytest.fixture
 def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model writes no words: its texts are long enough and that is all."""
-    monkeypatch.setattr(teacher_text, "WORDLIKE", 0.0)
-    monkeypatch.setattr(teacher_text, "SHORT", 10)
-    monkeypatch.setattr(teacher_text, "LEAST", 0.0)
+    monkeypatch.setattr(synthesize, "WORDLIKE", 0.0)
+    monkeypatch.setattr(synthesize, "SHORT", 10)
+    monkeypatch.setattr(synthesize, "LEAST", 0.0)
 
 
 def rows(folder: Path, split: str = "train") -> list[dict[str, Any]]:
@@ -35,32 +35,34 @@ def rows(folder: Path, split: str = "train") -> list[dict[str, Any]]:
 def test_usable_by_hand() -> None:
     """Sentences are; a loop, a word, and numbers are not."""
     text = "The shepherd left the hut early in the morning and counted his sheep, of which there were forty. " * 2
-    assert teacher_text.usable(text + "Then he walked down to the village to buy bread.")
-    assert not teacher_text.usable("and so on " * 60)
-    assert not teacher_text.usable("Too short.")
-    assert not teacher_text.usable(" ".join(str(n * 7919 % 104729) for n in range(200)))
+    assert synthesize.usable(text + "Then he walked down to the village to buy bread.")
+    assert not synthesize.usable("and so on " * 60)
+    assert not synthesize.usable("Too short.")
+    assert not synthesize.usable(" ".join(str(n * 7919 % 104729) for n in range(200)))
 
 
 def test_our_openings_are_there_and_differ() -> None:
     """In both languages, dozens, none twice; an unknown language is named."""
-    english, polish = teacher_text.openings(("en",)), teacher_text.openings(("pl",))
+    english, polish = synthesize.openings(("en",)), synthesize.openings(("pl",))
     assert len(english) >= 80 and len(polish) >= 60 and len({*english, *polish}) == len(english) + len(polish)
-    assert teacher_text.openings(("en", "pl")) == english + polish
+    assert synthesize.openings(("en", "pl")) == english + polish
     with pytest.raises(MisError, match="no openings in de: take en, pl, or --openings FILE"):
-        teacher_text.openings(("pl", "de"))
+        synthesize.openings(("pl", "de"))
 
 
-def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None) -> None:
+def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_path: Path) -> None:
     """Half begin with an opening; a batch is the same again whichever came before; a text is what the model would say:
     greedily, the continuation that mlx_lm writes."""
     model, tokenizer = mlx_generate.open_model(llama.path)
-    asked = model, tokenizer, ["A shepherd"]
-    first = list(teacher_text.write(*asked, range(3), 24, 1.0, 5, 4))
-    again = list(teacher_text.write(*asked, range(1, 2), 24, 1.0, 5, 4))
-    assert [one for one in first if one.batch == 1] == again and len(again) == 4 and len(first) == 12
-    assert sum(one.text.startswith("A shepherd") for one in first) == 6
-    (greedy,) = {o.text for o in teacher_text.write(*asked, range(1), 24, 1e-6, 5, 4) if o.text.startswith("A sh")}
-    start = tokenizer.get_vocab().get(teacher_text.DOCUMENT, tokenizer.bos_token_id)
+    (tmp_path / "openings.txt").write_text("A shepherd\n")
+    asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, seed=5)
+    first = list(synthesize.write(asked, model, tokenizer, range(3), 4))
+    again = list(synthesize.write(asked, model, tokenizer, range(1, 2), 4))
+    assert [one for one in first if one[1] == 1] == again and len(again) == 4 and len(first) == 12
+    assert sum(text.startswith("A shepherd") for text, _ in first) == 6
+    sure = replace(asked, temp=1e-6)
+    (greedy,) = {t for t, _ in synthesize.write(sure, model, tokenizer, range(1), 4) if t.startswith("A shepherd")}
+    start = tokenizer.get_vocab().get(synthesize.DOCUMENT, tokenizer.bos_token_id)
     ids = [start, *tokenizer.encode("A shepherd", add_special_tokens=False)]
     wanted = [t for t in mlx_generate.greedy(model, ids, 24) if t not in tokenizer.eos_token_ids]
     assert greedy == ("A shepherd" + tokenizer.decode(wanted)).strip()
@@ -102,8 +104,8 @@ def test_stopped_and_started_again_it_writes_the_same(
         synthesize.run(synthesize.Settings(out=str(tmp_path / "half"), **s))
     part.write_text("\n".join(kept[:-2]) + "\n", "utf-8")  # as if it had come sooner
     written = list[int]()
-    real = teacher_text.write
-    monkeypatch.setattr(teacher_text, "write", lambda *a: written.append(a[3].start) or real(*a))
+    real = synthesize.write
+    monkeypatch.setattr(synthesize, "write", lambda *a: written.append(a[3].start) or real(*a))
     synthesize.run(synthesize.Settings(out=str(tmp_path / "half"), **s))
     assert rows(tmp_path / "half") == rows(tmp_path / "whole") and written[0] > 0 and not part.exists()
 

@@ -12,7 +12,7 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, mlx_generate, model_writer, policy
 from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.pruning import select
-from mis_mlx.reporting import text
+from mis_mlx.reporting import html, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, Row
 
@@ -107,9 +107,4 @@ def won(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str
 def next_steps(folder: Path) -> str:
     """What to do with a finished run: lines to paste."""
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
-    mlx_lm, ours, run = f"{python} -m mlx_lm", f"{python} -m mis_mlx", shlex.quote(os.path.relpath(folder))
-    return (
-        f"Next:\n  {mlx_lm} generate --model {run}/model --prompt 'What is a shepherd?'\n"
-        f"  {ours} export --model {run}/model --out exported   # a GGUF for LM Studio and Ollama\n"
-        f"  {ours} report {run}   # a page with pictures"
-    )
+    return html.document("next.md", {"python": python, "run": shlex.quote(os.path.relpath(folder))})

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TextIO
 
 from mis_mlx.types import Row, Step, gib
 
@@ -35,10 +34,10 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], words: in
     return "\n".join(lines)
 
 
-def aligned(page: str, stream: TextIO | None = None) -> str:
-    """A Markdown page, for a terminal with its tables' columns below each other. stream: default stdout."""
+def aligned(page: str) -> str:
+    """A Markdown page; where stdout is a terminal, its tables' columns stand below each other."""
     lines = list[str]()
-    if not (stream or sys.stdout).isatty():
+    if not sys.stdout.isatty():
         return page
     for is_table, group in groupby(page.splitlines(), key=lambda line: line.startswith("|")):
         if not is_table:

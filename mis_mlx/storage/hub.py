@@ -96,8 +96,7 @@ def snapshot(repo_id: str) -> Path:
 
 
 def upload(folder: Path, repo_id: str) -> str:
-    """Send a folder's files to a model repository on the hub, made where there is none; where they are then. MisError
-    where the hub refuses: the folder stays."""
+    """The address of a folder's files on the hub, where they are sent to. MisError where it refuses: they stay here."""
     from huggingface_hub import HfApi
 
     try:
@@ -105,9 +104,7 @@ def upload(folder: Path, repo_id: str) -> str:
         return str(HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload with mis_mlx"))
     except Exception as error:  # as above
         why = f"{repo_id} was not uploaded ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
-        raise MisError(
-            f"{why}: {folder} is whole; log in with `hf auth login`, then `hf upload {repo_id} {folder}`"
-        ) from None
+        raise MisError(f"{why}: {folder} is whole: `hf auth login`, then `hf upload {repo_id} {folder}`") from None
 
 
 def adopt(snapshot: Path, into: Path) -> None:
