@@ -17,6 +17,8 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import cli
+from mis_mlx.hardware import rates
+from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import load, policy
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
@@ -38,6 +40,21 @@ def cpu() -> Iterator[None]:
     mx.set_default_device(mx.cpu)
     yield
     mx.set_default_device(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_rates() -> Iterator[Callable[[], Rates]]:
+    """Matrix products are timed once a session, which takes a third of a second, not for every plan."""
+    measure, known = rates.assumed, dict[str, Rates]()
+
+    def assumed() -> Rates:
+        if rates.device_name() not in known:
+            known[rates.device_name()] = measure()
+        return known[rates.device_name()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "assumed", assumed)
+        yield assumed
 
 
 @pytest.fixture
@@ -110,9 +127,12 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def own_home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment whose home and model cache are empty and offline: the user's are never touched."""
+def own_home(tmp_path_factory: pytest.TempPathFactory, cpu: None, known_rates: Callable[[], Rates]) -> dict[str, str]:
+    """An environment whose home is empty and offline: the user's is never touched. Its cache holds no model, only this
+    machine's rates."""
     home = tmp_path_factory.mktemp("home")
+    (home / "cache").mkdir()
+    (home / "cache" / "rates.json").write_text(rates.to_json(known_rates()))
     own = {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "MIS_MLX_CACHE": str(home / "cache")}
     return {"OPENBLAS_NUM_THREADS": "1", **os.environ, **own}
 

@@ -288,7 +288,7 @@ def asked_before(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", DRY_RUNS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "plan" else n for n in DRY_RUNS])
 def test_the_ends_of_every_range_can_be_planned(
     name: str,
     every: bool,
@@ -298,7 +298,8 @@ def test_the_ends_of_every_range_can_be_planned(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A dry run gives a result that JSON holds, or one sentence. every: flags again that another command had."""
+    """A dry run gives a result that JSON holds, or one sentence. every: flags again that another command had, as all of
+    `plan` are `distill`'s."""
     monkeypatch.setattr(rates, "matmul_flops", lambda *_: 1e11)  # which takes a third of a second, for every number
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)

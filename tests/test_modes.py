@@ -24,8 +24,8 @@ from tests import forks
 from tests.conftest import Done, mostly_slow
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4)
-FLAGS += ("--eval-windows", 3, "--bench-tokens", 0, "--iters", 6, "--save-every", 3, "--quantize", 0, "--seed", 3)
+FLAGS = ("--max-seq-length", 32, "--num-samples", 2, "--reconstruct-samples", 2)
+FLAGS += ("--eval-windows", 1, "--bench-tokens", 0, "--iters", 6, "--save-every", 3, "--quantize", 0, "--seed", 3)
 FLAGS += ("--learning-rate", "1e-2", "--keep-steps")
 WAYS: dict[str, tuple[object, ...]] = {
     "cached": ("--targets", "cached"),

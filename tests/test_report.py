@@ -72,8 +72,8 @@ def warm(
 ) -> Path:
     """A run on a recorded hot afternoon: tea breaks, air that warms, neurons and heads cut by AAIS."""
     out = tmp_path_factory.mktemp("warm") / "run"
-    cut = ("--scenario", "none", "--layers", 2, "--ffn", 512, "--heads", 2, "--q-group-size", 32, "--iters", 40)
-    flags = ("--teacher", llama.path, "--data", text_folder, *SMALL, *cut, "--num-samples", 24)
+    cut = ("--scenario", "none", "--layers", 2, "--ffn", 512, "--heads", 2, "--q-group-size", 32, "--q-iters", 1)
+    flags = ("--teacher", llama.path, "--data", text_folder, *SMALL, *cut, "--num-samples", 24, "--iters", 40)
     air = ("--thermal-replay", DATA / "halny.jsonl", "--altitude-m", 832, "--governor", "steady")
     done = command("distill", *flags, *air, "--out", out)
     assert done.returncode == 0, done.stderr

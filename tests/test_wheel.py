@@ -89,8 +89,8 @@ def test_console_commands_say_what_they_are(installed: Callable[..., Done]) -> N
 def test_the_main_job_by_the_console_command(
     installed: Callable[..., Done], flags: tuple[object, ...], own_home: dict[str, str], tmp_path: Path
 ) -> None:
-    """A `distill` of seconds, end to end, far from the checkout."""
+    """A short `distill`, end to end, far from the checkout."""
     home = {name: own_home[name] for name in ("HOME", "HF_HOME", "HF_HUB_OFFLINE", "MIS_MLX_CACHE")}
-    done = installed("mis_mlx.distill", *flags, "--out", tmp_path / "run", **home)
+    done = installed("mis_mlx.distill", *flags, "--iters", 2, "--q-iters", 1, "--out", tmp_path / "run", **home)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file() and last_line(done)["student"]

@@ -224,8 +224,8 @@ def test_a_stranger_s_tokenizer_is_tried_in_a_child(
     """It hangs, breaks, wants out or wants to run code: in a process of its own, and then it is a sentence."""
     for number, (fault, what) in enumerate(SPEECH.items()):
         if "endless" in fault and command != "generate":
-            continue  # the same door for all, and four seconds each
-        monkeypatch.setattr(tokenizer_check, "SECONDS", 4.0 if "endless" in fault else 60.0)
+            continue  # the same door for all, and two seconds each
+        monkeypatch.setattr(tokenizer_check, "SECONDS", 2.0 if "endless" in fault else 60.0)
         note(fault, command, {"said so": 1}, 0, refused(fault, what, command, made, tmp_path / str(number)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -77,12 +78,18 @@ KINDS: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.fixture(params=KINDS)
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder with a tokenizer of each kind that can be trimmed."""
-    (tmp_path / "whole").mkdir()
-    KINDS[request.param](tmp_path / "whole")
-    return tmp_path / "whole"
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of each kind that can be trimmed, made once; do not write into it."""
+    made = tmp_path_factory.mktemp("trained")
+    KINDS[request.param](made)
+    return made
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
+    return shutil.copytree(trained, tmp_path / "whole")
 
 
 def opened(folder: Path) -> Tokenizer:

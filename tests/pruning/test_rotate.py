@@ -300,7 +300,8 @@ def test_the_whole_way_with_a_rotated_student(
     """Pruned, distilled, quantized: each folder opens; it ends nearer to the teacher. The parts of a student that is
     taught block by block have its basis too."""
     out, few = tmp_path / "run", ("--iters", 2, "--hidden", 32, "--quantize", 0, "--keep-steps")
-    done = command("distill", *flags, "--out", out, "--hidden", 32, "--q-group-size", 32)
+    brief = ("--q-group-size", 32, "--q-iters", 2, "--iters", 20)
+    done = command("distill", *flags, "--out", out, "--hidden", 32, *brief)
     assert done.returncode == 0, done.stderr
     taught = command("distill", *flags, "--out", tmp_path / "taught", "--train", "sharded", *few)
     assert taught.returncode == 0, taught.stderr

@@ -28,7 +28,7 @@ from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
-from tests.conftest import SMALL, Done, last_line, losses, near, sentence, settings_of, weights
+from tests.conftest import SMALL, Done, last_line, losses, mostly_slow, near, sentence, settings_of, weights
 from tests.test_ranks import launched
 
 ROWS, KEPT = 1024, 512
@@ -239,7 +239,7 @@ def test_distill_end_to_end(finished: tuple[Path, Done], big: Checkpoint, text_f
 
 def test_distill_a_phi(tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done]) -> None:
     """Joined matrices, LongRoPE and half of the tokens: stock mlx_lm opens the 4-bit student."""
-    phi = make(tmp_path / "phi", **tiny.FAMILIES["phi3"])
+    phi = make(tmp_path / "phi", **{**tiny.FAMILIES["phi3"], "num_hidden_layers": 3})
     done = command("distill", *small, "--teacher", phi.path, "--iters", 2, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     model, tokenizer = load.mlx_lm("utils").load(str(tmp_path / "run" / "model"))
@@ -247,7 +247,10 @@ def test_distill_a_phi(tmp_path: Path, small: tuple[object, ...], command: Calla
     assert mx.isfinite(model(mx.array([tokenizer.encode("Zażółć gęślą jaźń")]))).all().item()
 
 
-@pytest.mark.parametrize("way", [("--train", "sharded"), ("--train", "blocks"), ("--targets", "cached")])
+WAYS = [("--train", "sharded"), ("--train", "blocks"), ("--targets", "cached")]
+
+
+@pytest.mark.parametrize("way", mostly_slow(WAYS, WAYS[0]))
 def test_other_ways(tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done], way: Any) -> None:
     """Part by part, with the vocabulary frozen, and from targets on disk; what nobody needs goes."""
     done = command("distill", *small, *way, "--q-iters", 2, "--out", tmp_path / "run")
