@@ -52,8 +52,8 @@ class Settings(cli.Budgeted, policy.Computing):
     """most tokens of a text"""
     temp: Positive = 1.0
     """of the sampling"""
-    languages: tuple[str, ...] = ("en",)
-    """of our openings, en and pl: those that the model knows"""
+    languages: tuple[str, ...] = ("en", "pl")
+    """of our openings; one in which the model writes badly still helps the student to read it"""
     openings: str | None = None
     """file with an opening a line, in place of ours"""
     seed: Seed = 0
@@ -168,7 +168,8 @@ def run(settings: Settings) -> dict[str, Any]:
     given, part = sources.load(s.data), out.absolute().with_name(f".{out.name}.part.jsonl")
     with progress.run("synthesize", {"text": seconds}), progress.phase("text"), memory.limited(limit):
         texts = _texts(s, checkpoint.path, part, at_once)
-    other = _pieces(given.train, sum(map(len, texts)) * s.mix / max(1e-9, 1 - s.mix), s.seed)
+    built_in = sources.load(sources.MIS).train if s.data is None else []
+    other = _pieces([*given.train, *built_in], sum(map(len, texts)) * s.mix / max(1e-9, 1 - s.mix), s.seed)
     train = [{"text": text} for text in texts] + other
 
     def fill(folder: Path) -> None:
