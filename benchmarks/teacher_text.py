@@ -101,9 +101,7 @@ def main(s: Settings) -> None:
                 if (label := f"{name}, seed {seed}") not in rows:
                     rows[label] = row(s, data, seed, Path(temp) / label, folders)
                     cli.say(f"{label}: {rows[label]}")
-                    write(
-                        "teacher_text", "scripts/mis benchmarks/teacher_text.py", {"given": given, **cost, "rows": rows}
-                    )
+                    write("teacher_text", command, {"given": given, **cost, "rows": rows})
 
 
 if __name__ == "__main__":
