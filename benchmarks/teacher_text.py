@@ -49,7 +49,7 @@ def other_texts(share: Path) -> dict[str, str]:
     long = [doc for name in sorted(np.__all__) if len(doc := str(getattr(np, name).__doc__)) > 2000]
     found["numpy's docstrings"] = "\n\n".join(long)[:24_000]
     fortunes = share / "games" / "fortunes"
-    found["aphorisms"] = "".join((fortunes / name).read_text("utf-8")[:9000] for name in ("literature", "science"))
+    found["aphorisms"] = "".join((fortunes / name).read_text("utf-8")[:9000] for name in ("science", "wisdom"))
     files = sorted(path for path in (fortunes / "pl").iterdir() if not path.suffix and path.is_file())
     found["aphorisms, Polish"] = "".join(path.read_text("utf-8", "replace")[:4000] for path in files[:8])
     pages = []
