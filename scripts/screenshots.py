@@ -1,7 +1,7 @@
 """Make the pictures of a run in docs/images: the plan and a moment of the run, the closing table, the report page.
 
-    script -q -c "scripts/mis distill" capture                      # in a terminal of 100 columns: a real run
-    scripts/mis scripts/screenshots.py --capture capture --run runs/NAME
+    script -q -c "scripts/mis benchmarks/distill.py default" capture    # in a terminal of 100 columns: a real run
+    scripts/mis scripts/screenshots.py --capture capture                # and the page that it stored
 
 Terminal pictures are SVG, by rich. The page's picture needs a browser, chromium or chrome, in PATH.
 """
@@ -19,9 +19,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from mis_mlx import cli, report
+from mis_mlx import cli
 
-IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES, RESULTS = ROOT / "docs" / "images", ROOT / "benchmarks" / "results" / "linux-x86_64"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 100  # of the terminal that is drawn
 SPINNER = re.compile("[\u2800-\u28ff]")  # how a line with a bar begins
@@ -34,8 +35,8 @@ class Settings:
 
     capture: str
     """what `script` wrote of it"""
-    run: str
-    """its folder"""
+    page: str = str(RESULTS / "distill-default.html")
+    """the page that `report` made of it"""
 
 
 def screens(raw: str) -> tuple[list[str], list[str]]:
@@ -64,7 +65,7 @@ def main(s: Settings) -> None:
     running, ending = screens(Path(s.capture).read_text(encoding="utf-8", errors="replace"))
     drawn(running, "scripts/mis distill", IMAGES / "run.svg")
     drawn(ending, "scripts/mis distill: the end", IMAGES / "table.svg")
-    page = Path(report.run(report.Settings(run=(s.run,)))["report"])
+    page = Path(s.page)
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         sys.exit(f"no browser in PATH ({', '.join(BROWSERS)}): the picture of {page} is not made")
