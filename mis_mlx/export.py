@@ -81,7 +81,7 @@ def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, inexact: int = 0) 
     return facts
 
 
-def _origin(s: Settings, checkpoint: Checkpoint) -> tuple[str | None, str | None]:
+def _origin(s: Settings, checkpoint: Checkpoint) -> tuple[str | None, str]:
     """Hub id and licence of the model that it was made from, where they are said or known."""
     base = s.base_model or model_card.base_of(checkpoint.path)
     return base, s.license or model_card.licence_of(base)

@@ -177,7 +177,7 @@ def run(settings: Settings) -> dict[str, Any]:
             DISK.write(folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in split).encode())
 
     protocol.commit_folder(out, fill, DISK, PLACE_BYTES, "the text")
-    part.unlink()
+    DISK.remove_tree(part)
     return {"out": str(out), "written": len(texts), "mixed_in": len(other), **planned}
 
 

@@ -98,7 +98,7 @@ def test_a_dry_run_or_too_small_a_budget_writes_nothing(
     assert done.returncode == 0, done.stderr
     result = last_line(done)
     assert 0 < result["peak_bytes"] < result["budget_bytes"] and result["params_student"] < result["params_teacher"]
-    assert "fits the budget" in done.stderr
+    assert "| all | " in done.stderr and " of 5.00 GiB |" in done.stderr
     assert command("distill", *flags, "--dry-run", "--budget", "1MiB", cwd=tmp_path).returncode == 3
     said = sentence(command("distill", *flags, "--budget", "1MiB", cwd=tmp_path))
     assert "the budget is 1 MiB" in said and "give --budget" in said

@@ -46,12 +46,12 @@ def base_of(folder: Path) -> str | None:
     return resolve.DEFAULT if named is None else named if resolve.REPO_ID.fullmatch(named) else None
 
 
-def licence_of(base: str | None) -> str | None:
-    """The hub's word for the licence of a model that we know."""
-    return "apache-2.0" if base == resolve.DEFAULT else None
+def licence_of(base: str | None) -> str:
+    """The hub's word for the licence of a model that we know; empty of any other."""
+    return "apache-2.0" if base == resolve.DEFAULT else ""
 
 
-def readme(checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[str], licence: str | None) -> str:
+def readme(checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[str], licence: str = "") -> str:
     """README.md: base, recipe, the run's table, use, licence. file: the GGUF's name, if there is one."""
     run, library = run_of(checkpoint.path), "gguf" if file else "transformers"
     front = {"base_model": base, "license": licence, "library_name": library, "tags": ["mis_mlx"],

@@ -132,7 +132,7 @@ SPEECH: dict[str, tuple[Change, str]] = {
     "C11 auto_map of the tokenizer": (
         lambda f: settings(f, "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}), "own program code"
     ),
-    "C12 an endless chat template": (lambda f: (f / "chat_template.jinja").write_text(ENDLESS), "no answer in 4 s"),
+    "C12 an endless chat template": (lambda f: (f / "chat_template.jinja").write_text(ENDLESS), "no answer in 2 s"),
     "C12 a chat template that wants out": (lambda f: (f / "chat_template.jinja").write_text(ESCAPE), "SecurityError"),
     "C13 half a tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 999), "does not open"),
     "C14 a named pipe for a tokenizer": (lambda f: instead(f, "tokenizer.json", os.mkfifo), "not a regular file"),
