@@ -56,8 +56,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         line = [str(env / "bin" / name), *map(str, argv)]
         return subprocess.run(line, cwd=env, env={**own, **more}, capture_output=True, text=True)
 
-    where = run("python", "-c", "import mis_mlx; print(mis_mlx.__file__)").stdout
-    assert where.startswith(str(packages))
+    found = run("python", "-c", "import mis_mlx; print(mis_mlx.__file__)")
+    where = found.stdout
+    assert where.startswith(str(packages)), found.stderr
     return run
 
 
