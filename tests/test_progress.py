@@ -112,7 +112,7 @@ def test_every_phase_of_a_run_is_told(finished: tuple[Path, Done]) -> None:
     """In a log: when it will be done, right after the plan; then each phase with what it took, beside the plan."""
     out, done = finished
     lines = done.stderr.splitlines()
-    plan = next(n for n, line in enumerate(lines) if line.startswith("Peak "))
+    plan = next(n for n, line in enumerate(lines) if line.endswith("-v: bytes, operations, SSD wear"))
     assert lines[plan + 1].startswith("about ") and ", done at " in lines[plan + 1]
     names = [r["phase"] for r in run_folder.records(out / run_folder.PHASES) if "phase" in r]
     assert names == ["prune", "repair", "distil", "quantize", "tune", "measure"]
