@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES, RESULTS = ROOT / "docs" / "images", ROOT / "benchmarks" / "results" / "linux-x86_64"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 100  # of the terminal that is drawn
+PLACES = re.compile(r"(?<=[ :])/[\w./-]*/(?=\.venv|distill-|\w+-00)|cache /[\w./-]*/")  # folders of the machine
 SPINNER = re.compile("[\u2800-\u28ff]")  # how a line with a bar begins
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
@@ -42,10 +43,11 @@ class Settings:
 def screens(raw: str) -> tuple[list[str], list[str]]:
     """Lines of the terminal while it distils, from the plan on, and at its end from the table on."""
     shown = [ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2].rstrip() for line in raw.split("\n")]
+    shown = [PLACES.sub("", re.sub(r"(?:\.\./)+\w+/", "runs/", line)) for line in shown]
     bars = [line for line in shown if SPINNER.match(line) and " distil " in line and "tok/s" in line]
     first = next(i for i, line in enumerate(shown) if "parameters (" in line)
     until = shown.index(bars[0])
-    table = next(i for i, line in enumerate(shown) if line.startswith("| | teacher"))
+    table = next(i for i, line in enumerate(shown) if re.match(r"\|\s+\| teacher", line))
     running = [line for line in shown[first:until] if not SPINNER.match(line)]
     ending = [line for line in shown[table:] if not line.startswith(("{", "Script done"))]
     return [*running, bars[len(bars) // 2]], ending
