@@ -1,6 +1,5 @@
 """What came out of a run: one dictionary for machines, one page of tables for people."""
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -106,5 +105,6 @@ def won(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str
 
 def next_steps(folder: Path) -> str:
     """What to do with a finished run: lines to paste."""
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
-    return html.document("next.md", {"python": python, "run": shlex.quote(os.path.relpath(folder))})
+    here, paths = Path.cwd(), (Path(sys.executable), folder.absolute())
+    python, run = (path.relative_to(here) if path.is_relative_to(here) else path for path in paths)
+    return html.document("next.md", {"python": python, "run": shlex.quote(str(run))})
