@@ -54,12 +54,12 @@ def start(out: Path, flags: tuple[object, ...], env: dict[str, str]) -> Child:
 def test_killed_and_resumed_is_the_undisturbed_run(
     tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str]
 ) -> None:
-    """SIGKILL at three random moments, --resume until it ends: distilled/ and model/ are equal to the last bit.
+    """SIGKILL at five random moments, --resume until it ends: distilled/ and model/ are equal to the last bit.
 
     A moment is a share of the way and up to a tenth of a second, so that slow machines are hit where quick ones are.
     """
     out, moments, killed = tmp_path / "run", random.Random(5), 0
-    for share in sorted(moments.uniform(0.0, 0.8) for _ in range(3)):
+    for share in sorted(moments.uniform(0.0, 0.8) for _ in range(5)):
         child = start(out, flags, own_home)
         number = child.process.pid
         child.wait_for(lambda share=share, n=number: progress(out) >= share and (share < 0.08 or holds(out, n)))
@@ -67,7 +67,7 @@ def test_killed_and_resumed_is_the_undisturbed_run(
         child.process.kill()
         killed += child.end().returncode == -signal.SIGKILL
     done = start(out, flags, own_home).end()
-    assert done.returncode == 0 and killed >= 2, done.stderr
+    assert done.returncode == 0 and killed >= 3, done.stderr
     assert weights(out) == weights(finished[0]) and losses(out) == losses(finished[0])
     assert sorted(p.name for p in (out / "steps").iterdir()) == ["step-00000028", "step-00000030"]
     assert not [*out.rglob(".tmp-*"), *out.rglob(".trash-*")]

@@ -55,11 +55,11 @@ def test_streamed_gradients_are_resident_ones(
 def test_it_is_the_kl_of_a_gate_half_closed(llama: Checkpoint, batches: list[mx.array]) -> None:
     """The last block damped by eps: KL(model || damped) = eps^2 times its fisher value, in the mean over draws.
 
-    Only of the last block, because there no later token looks back at an earlier gate. 24 draws a position
-    of 48: their mean scatters by some 8 %.
+    Only of the last block, because there no later token looks back at an earlier gate. 60 draws a position
+    of 48: their mean scatters by some 5 %.
     """
     eps = 0.02
-    drawn = [fisher_importance.fisher(llama, batches, mx.float32, seed)[2, "layers"][0] for seed in range(24)]
+    drawn = [fisher_importance.fisher(llama, batches, mx.float32, seed)[2, "layers"][0] for seed in range(60)]
     source = stream.Stream(llama, mx.float32)
     hidden = source.embed(batches)
     for _, block in source.blocks():

@@ -185,7 +185,7 @@ def test_more_budget_never_reads_more(targets: Any) -> None:
     """With the micro-batch and the way fixed: blocks stay, shards grow, passes merge, spools shrink."""
     deep = model_of({**BLOCKY.student.config, "num_hidden_layers": 8}, gpu=False)
     job = replace(BLOCKY, student=deep, batch=1, accumulate=8, targets=targets, calibration=64)
-    plans = [phases.make(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 120, 5)]
+    plans = [phases.make(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 120, 2)]
     plans = [p for p in plans if p.fits]
     for mode in MODES:
         reads = [sum(f.read_bytes for f in p.phases) for p in plans if p.mode == mode]
@@ -287,8 +287,8 @@ WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1536, "head_dim
 BY_BLOCKS: list[tuple[dict[str, Any], int, int, int, bool]] = [
     (WIDE, 2, 1, 32, True),
     (WIDE, 2, 2, 32, False),
-    ({"vocab_size": 64_000}, 2, 1, 64, False),
-    ({"vocab_size": 64_000, "tie_word_embeddings": False}, 2, 1, 64, True),
+    ({"vocab_size": 152_000}, 2, 1, 64, False),
+    ({"vocab_size": 152_000, "tie_word_embeddings": False}, 2, 1, 64, True),
     (WIDE | {"tie_word_embeddings": False}, 1, 1, 32, True),
     ({}, 4, 1, 128, False),
 ]
