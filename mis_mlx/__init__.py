@@ -56,8 +56,9 @@ def open(folder: str | os.PathLike[str]) -> Checkpoint:
     """The model in a folder, or the last one of a run's folder, by its headers alone: `config`, `nbytes`, and
     `tensors`, {name: dtype, shape, where it lies}. No weight is read: `mlx_lm.load(folder)` does that. MisError where
     the folder has no model, or one that is damaged."""
-    path, load = Path(folder), import_module("mis_mlx.models.load")
-    return load.open_checkpoint(path / "model" if (path / "config.yaml").is_file() else path)
+    load, run_folder = (import_module(f"mis_mlx.{name}") for name in ("models.load", "storage.run_folder"))
+    path = Path(folder)
+    return load.open_checkpoint(path / "model" if (path / run_folder.CONFIG).is_file() else path)
 
 
 def __getattr__(name: str) -> Any:

@@ -81,19 +81,13 @@ def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, inexact: int = 0) 
     return facts
 
 
-def _origin(s: Settings, checkpoint: Checkpoint) -> tuple[str | None, str]:
-    """Hub id and licence of the model that it was made from, where they are said or known."""
-    base = s.base_model or model_card.base_of(checkpoint.path)
-    return base, s.license or model_card.licence_of(base)
-
-
 def _check_upload(s: Settings, checkpoint: Checkpoint) -> None:
     """MisError where --upload-repo cannot be obeyed, before any work."""
     if s.format != "hf":
         raise MisError(f"--upload-repo sends a Hugging Face folder, --format is {s.format}: add --format hf")
     if not resolve.REPO_ID.fullmatch(s.upload_repo or ""):
         raise MisError(f"--upload-repo {s.upload_repo!r} is no repository of the hub: write NAME/MODEL")
-    if not _origin(s, checkpoint)[1]:
+    if not (s.license or model_card.licence_of(s.base_model or model_card.base_of(checkpoint.path))):
         raise MisError("--upload-repo publishes weights, and their licence is not known: say it with --license")
 
 
@@ -116,7 +110,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
     if s.dry_run:
         return {**result, "notes": [*_facts(parts, checkpoint)[:1], *notes]}
-    end, base, licence = facts.get("tokenizer.ggml.eos_token_id"), *_origin(s, checkpoint)
+    end, base = facts.get("tokenizer.ggml.eos_token_id"), s.base_model or model_card.base_of(checkpoint.path)
     stop = None if end is None else facts["tokenizer.ggml.tokens"][end]
 
     def fill(folder: Path) -> None:
@@ -131,7 +125,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         notes[:0] = _facts(final, checkpoint, tally["inexact"])
         words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
         DISK.write(folder / "Modelfile", f"{html.document('Modelfile', words)}\n".encode())
-        DISK.write(folder / "README.md", model_card.readme(checkpoint, base, file, notes, licence).encode())
+        DISK.write(folder / "README.md", model_card.readme(checkpoint, base, file, notes, s.license or "").encode())
 
     room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(staged) if k_quant else 0)
     protocol.commit_folder(Path(s.out), fill, DISK, room, "the GGUF")
@@ -159,8 +153,8 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         return weight
 
     if not s.dry_run:
-        base, licence = _origin(s, checkpoint)
-        papers = {"README.md": model_card.readme(checkpoint, base, "", facts, licence).encode()}
+        base = s.base_model or model_card.base_of(checkpoint.path)
+        papers = {"README.md": model_card.readme(checkpoint, base, "", facts, s.license or "").encode()}
         model_writer.write_model(config, take, checkpoint.path, Path(s.out), dtype, DISK, papers)
     return {"nbytes": nbytes, "tensors": len(names), "notes": facts}
 

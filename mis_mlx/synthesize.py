@@ -97,11 +97,12 @@ def write(s: Settings, model: Any, tokenizer: Any, batches: range, at_once: int)
     for batch in batches:
         rng = np.random.default_rng([s.seed, batch])
         texts = [str(rng.choice(begun)) if begun and i % 2 else "" for i in range(at_once)]
-        prompts = [start + list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        heads = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         draw = mlx_generate.sampler(s.temp, int(rng.integers(2**31)))
+        prompts = [start + head for head in heads]
         completions = mlx_generate.groups(model, prompts, 1, s.max_tokens, stop, draw, at_once)
-        for opening, (ids,) in zip(texts, completions, strict=True):
-            text = (opening + tokenizer.decode([token for token in ids if token not in stop])).strip()
+        for head, (ids,) in zip(heads, completions, strict=True):  # read as one: a piece alone may lose its blank
+            text = tokenizer.decode([token for token in head + ids if token not in stop]).strip()
             if usable(text):
                 yield text, batch
         mx.clear_cache()

@@ -92,9 +92,8 @@ def ours(module: Module) -> Iterator[str]:
 
 def floors(module: Module) -> list[str]:
     """A module imports its own folder and lower ones."""
-    mine = floor(module.zone)
-    if module.name == "__init__":  # it opens the commands, each when it is asked for: `slow_imports` sees to that
-        return []
+    # The package's own file opens the commands, each when it is asked for, so it stands above them.
+    mine = COMMAND_FLOOR + 1 if module.name == "__init__" else floor(module.zone)
     return [
         f"imports {zone}"
         for zone in ours(module)

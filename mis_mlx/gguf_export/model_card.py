@@ -54,7 +54,7 @@ def licence_of(base: str | None) -> str:
 def readme(checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[str], licence: str = "") -> str:
     """README.md: base, recipe, the run's table, use, licence. file: the GGUF's name, if there is one."""
     run, library = run_of(checkpoint.path), "gguf" if file else "transformers"
-    front = {"base_model": base, "license": licence, "library_name": library, "tags": ["mis_mlx"],
+    front = {"base_model": base, "license": licence or licence_of(base), "library_name": library, "tags": ["mis_mlx"],
              "pipeline_tag": "text-generation"}  # fmt: skip
     table = run / "table.md" if run else None
     values = {

@@ -15,7 +15,6 @@ from pathlib import Path
 MARK = "MIS_MLX_BLAS"  # "off": everything stays as it is. Otherwise set by us, so that this is done once
 THREADS = "OPENBLAS_NUM_THREADS"
 PREFIX = b"scipy_"
-WIDTH = "100000"  # so that MLX takes from two lanes in turn (lanes.py)
 OTHERWISE = (OSError, ValueError, LookupError, ArithmeticError, AttributeError, struct.error)
 SLOW = (
     f"no OpenBLAS, so matrix products take 20 to 50 times as long: {sys.executable} -m pip install --force-reinstall "
@@ -98,30 +97,35 @@ def most(mine: float, load: float, processes: int) -> int:
     return max(1, int(max(mine - load, 1.0) / processes + 0.5))
 
 
+def settled() -> tuple[Path | None, list[str]]:
+    """The library to load, if one is needed and there, and what to say; threads and MLX's width are set."""
+    lines, library = list[str](), None
+    if not hasattr(ctypes.CDLL(None), "cblas_sgemm") and not (library := prepared()):
+        lines.append(SLOW)
+    if THREADS not in os.environ:
+        os.environ[THREADS], reason = threads()
+        lines.append(f"{THREADS}={os.environ[THREADS]} ({reason})")
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")  # so that MLX takes from two lanes in turn (lanes.py)
+    return library, lines
+
+
 def load() -> None:
     """Fast products in this process, for a program that imports us, where MLX is not imported yet."""
     if sys.platform == "linux" and MARK not in os.environ and "mlx.core" not in sys.modules:
-        os.environ.setdefault("MLX_BFS_MAX_WIDTH", WIDTH)
-        os.environ.setdefault(THREADS, threads()[0])
-        if not hasattr(ctypes.CDLL(None), "cblas_sgemm") and (library := prepared()):
+        library, lines = settled()
+        if library:
             ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        sys.stderr.write("".join(f"mis: {line}\n" for line in lines))
 
 
 def main() -> None:
     """Become the command of our arguments. What is preloaded or set already stays."""
-    lines = []
     try:
         if sys.platform == "linux" and MARK not in os.environ:
             os.environ[MARK] = "on"
-            if not hasattr(ctypes.CDLL(None), "cblas_sgemm"):
-                if library := prepared():
-                    os.environ["LD_PRELOAD"] = f"{library}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
-                else:
-                    lines.append(SLOW)
-            if THREADS not in os.environ:
-                os.environ[THREADS], reason = threads()
-                lines.append(f"{THREADS}={os.environ[THREADS]} ({reason})")
-            os.environ.setdefault("MLX_BFS_MAX_WIDTH", WIDTH)
+            library, lines = settled()
+            if library:
+                os.environ["LD_PRELOAD"] = f"{library}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
             speaks = os.environ.get("MLX_RANK", "0") in ("", "0")
             with suppress(BrokenPipeError):
                 sys.stderr.write("".join(f"mis: {line}\n" for line in lines if speaks))
