@@ -84,9 +84,9 @@ def usable(text: str) -> bool:
 
 
 def need_bytes(m: estimates.ModelSize, at_once: int, tokens: int) -> int:
-    """Memory of the model whole, of keys and values, and of logits and their copies."""
-    weights = m.nbytes + m.item * (m.shape.layers * m.block_params + m.head_params)
-    return weights + at_once * (2 * estimates.keys_bytes(m, tokens) + 4 * 4 * m.shape.vocab)
+    """Memory of the model whole, keys and values (three times, by mlx-lm's 256 tokens), and logits and their copies."""
+    weights, places = m.nbytes + m.item * (m.shape.layers * m.block_params + m.head_params), 256 * -(-tokens // 256)
+    return weights + at_once * (3 * estimates.keys_bytes(m, places) + 4 * 4 * m.shape.vocab)
 
 
 def write(s: Settings, model: Any, tokenizer: Any, batches: range, at_once: int) -> Iterator[tuple[str, int]]:
@@ -156,13 +156,13 @@ def run(settings: Settings) -> dict[str, Any]:
     checkpoint = run_loop.opened(s, s.model, place=s.out, new="--out")
     openings(s.languages, s.openings)
     limit, m = memory.budget(s.budget_bytes), estimates.model_of(checkpoint)
-    needs = {n: need_bytes(m, n, s.max_tokens) for n in (AT_ONCE, 16, 4, 1)}
+    own = memory.process_bytes(limit.limit_bytes)
+    needs = {n: own + need_bytes(m, n, s.max_tokens) for n in (AT_ONCE, 16, 4, 1)}
     at_once, need = next(((n, b) for n, b in needs.items() if b <= limit.limit_bytes), (1, needs[1]))
     limit.need(need, "a model that writes, whole in memory,", f"give --budget {estimates.flag(need)}")
     flops = estimates.forward_flops(m, s.num_samples * s.max_tokens, s.max_tokens)
     seconds = flops / estimates.machine_rates().forward_flops_per_s
-    sizes = f"{gib(need)} of {gib(limit.limit_bytes)}"
-    cli.say(f"{s.num_samples} texts, {at_once} at once: {sizes}, {duration(seconds)} or more")
+    cli.say(f"{s.num_samples} texts, {at_once} at once: {gib(need)} of {gib(limit.limit_bytes)}, {duration(seconds)}")
     planned = {"peak_bytes": need, "budget_bytes": limit.limit_bytes}
     if s.dry_run:
         return planned

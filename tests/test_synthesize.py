@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mis_mlx import synthesize
 from mis_mlx.data import sources
 from mis_mlx.models import mlx_generate
+from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint, MisError
 from tests.conftest import Done, last_line
 
@@ -72,7 +74,10 @@ def test_end_to_end(llama: Checkpoint, text_folder: Path, tmp_path: Path, anythi
     """Texts of the model and pieces of the other text, half each by characters; held-out splits are the other text's;
     the folder is one that --data takes."""
     s = synthesize.Settings(model=str(llama.path), out=str(tmp_path / "text"), data=str(text_folder), **QUICK)
+    before, most = mx.get_active_memory(), synthesize.need_bytes(estimates.model_of(llama), synthesize.AT_ONCE, 40)
+    mx.reset_peak_memory()
     found, out = synthesize.run(s), tmp_path / "text"
+    assert mx.get_peak_memory() - before < most < found["peak_bytes"] <= found["budget_bytes"]
     train = rows(out)
     written, mixed = train[: found["written"]], train[found["written"] :]
     assert len(written) == 6 and len(mixed) == found["mixed_in"] > 0
