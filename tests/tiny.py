@@ -60,6 +60,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 20, "sliding_window": 7, "sliding_window_pattern": 3,
     },
 }  # fmt: skip
+MIXTURE: dict[str, Any] = {"num_experts_per_tok": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
+EIGHT = {"num_experts": 8, "moe_intermediate_size": 64, "decoder_sparse_step": 1, "mlp_only_layers": []}
+FAMILIES |= {
+    "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], **MIXTURE, **EIGHT, "norm_topk_prob": True},
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        **MIXTURE,
+        **EIGHT,
+        "shared_expert_intermediate_size": 96,
+        "norm_topk_prob": False,
+    },
+    "mixtral": {"architectures": ["MixtralForCausalLM"], **MIXTURE, "num_local_experts": 4, "intermediate_size": 64},
+    "olmoe": {
+        "architectures": ["OlmoeForCausalLM"],
+        **MIXTURE,
+        "num_experts": 8,
+        "intermediate_size": 64,
+        "norm_topk_prob": False,
+    },
+}
 FAMILIES = {name: {"model_type": name, "num_hidden_layers": 7, **row} for name, row in FAMILIES.items()}
 
 

@@ -86,10 +86,43 @@ class Sums:
 
 
 @dataclass
+class ExpertSums:
+    """Sums over a layer's tokens, for REAP (arXiv 2510.13999): the mean, over tokens that choose an expert, of its gate
+    times the norm of its output. Gates of a token sum to 1."""
+
+    routed: np.ndarray
+    gated: np.ndarray
+    warm: np.ndarray  # `gated`, every batch times T_b
+
+    @classmethod
+    def zeros(cls, experts: int) -> ExpertSums:
+        """No token seen yet."""
+        return cls(*np.zeros((3, experts)))
+
+    def add(self, expert: int, gates: np.ndarray, outputs: mx.array, weight: float) -> None:
+        """One batch's gates (n,) and outputs (n, D) of an expert, at T_env = weight."""
+        norms = np.array(mx.sqrt(mx.square(outputs.astype(mx.float32)).sum(axis=-1)), np.float64)
+        total = float((gates * norms).sum())
+        self.routed[expert] += len(gates)
+        self.gated[expert] += total
+        self.warm[expert] += total * weight
+
+    def scores(self) -> Sums:
+        """Their squares, as `rms` and `aais` take them; 0 of an expert that no token has chosen."""
+        square, warm = (np.square(total / np.maximum(self.routed, 1)) for total in (self.gated, self.warm))
+        return Sums(square, square, warm, 1)
+
+
+@dataclass
 class Statistics:
-    """What calibration gathers. `ffn`, `heads`, `block` by layer number; `hidden` sums over all layer norms."""
+    """What calibration gathers. `ffn`, `heads`, `experts`, `block` by layer number; `hidden` sums over all layer norms.
+
+    Of a mixture `ffn` has the neurons of all experts of a layer, one expert's after another's. `experts`: REAP's score
+    of each, its square that is; `routed`: how many tokens chose each."""
 
     ffn: dict[int, Sums] = field(default_factory=dict)
+    experts: dict[int, Sums] = field(default_factory=dict)
+    routed: dict[int, np.ndarray] = field(default_factory=dict)
     heads: dict[int, Sums] = field(default_factory=dict)
     block: dict[int, float] = field(default_factory=dict)
     hidden: Sums | None = None

@@ -3,19 +3,20 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models.config import KEYS, Shape, inside_names, normalised, shape_of
-from mis_mlx.models.families import family
+from mis_mlx.models.config import Shape, inside_names, keys_of, normalised, shape_of
+from mis_mlx.models.families import ALL, GATED, family
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 # A ratio per axis, kept / before. redyk and gazda: what was measured best at GÓRAL's size on SmolLM2-135M, with half of
 # its tokens (benchmarks/vocabulary.py) and with all of them (28 of 30 layers, half of the FFN, benchmarks/recovery.py).
 # The others: table 1 of the paper, on its 96-layer 8192/28672 teacher.
 SCENARIOS: dict[str, dict[str, float]] = {
+    "stado": {"experts": 3 / 4},
     "redyk": {"layers": 29 / 30, "ffn": 2 / 3, "vocab": 1 / 2}, "gazda": {"layers": 28 / 30, "ffn": 1 / 2},
     "goral": {"layers": 64 / 96, "ffn": 22528 / 28672}, "baca": {"hidden": 6144 / 8192},
     "halny": {"ffn": 16384 / 28672}, "juhas": {"layers": 64 / 96}, "zbojnik": {"layers": 48 / 96, "ffn": 12288 / 28672},
@@ -23,14 +24,17 @@ SCENARIOS: dict[str, dict[str, float]] = {
 # The paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models.
 MIS_137B: dict[str, Any] = json.loads((Path(__file__).parent / "mis-137b.json").read_text("utf-8"))
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
+STACKED = re.compile(r"(.*\.)switch_mlp\.(gate_proj|up_proj|down_proj)\.(\w+)")
 READERS = {"ffn": ("mlp", ("down_proj",)), "heads": ("self_attn", ("o_proj",)),
            "norm1": ("self_attn", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
            "norm2": ("mlp", ("gate_proj", "up_proj", "gate_up_proj"))}  # axis -> part, its readers  # fmt: skip
 
 
 def readers(block: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
-    """{axis: (part of the block, its matrices that read the axis)}: the input of one is that of all."""
-    return {axis: (part, [n for n in names if n in block[part]]) for axis, (part, names) in READERS.items()}
+    """{axis: (part of the block, its matrices that read the axis)}: the input of one is that of all. Of a mixture of
+    experts those of attention."""
+    found = {axis: (part, [n for n in names if n in block.get(part, ())]) for axis, (part, names) in READERS.items()}
+    return {axis: (part, names) for axis, (part, names) in found.items() if names}
 
 
 def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -44,19 +48,56 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         if config.get("attention_bias") if of.qkv_bias is None else of.qkv_bias:
             tensors[f"self_attn.{name}.bias"] = (out,)
     if of.head_norms:
-        tensors |= {"self_attn.q_norm.weight": (s.head_dim,), "self_attn.k_norm.weight": (s.head_dim,)}
+        normed = (q, kv) if of.head_norms == "all" else (s.head_dim, s.head_dim)
+        tensors |= {f"self_attn.{name}_norm.weight": (size,) for name, size in zip("qk", normed, strict=True)}
     tensors["self_attn.o_proj.weight"] = (s.hidden, q)
     if of.other_biases and config.get("attention_bias"):
         tensors["self_attn.o_proj.bias"] = (s.hidden,)
     tensors["post_attention_layernorm.weight"] = (s.hidden,)
     if of.sandwich:
         tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
+    if of.experts:
+        return tensors | _expert_tensors(config)
     wide = (("gate_up_proj", 2 * s.ffn),) if of.joined else (("gate_proj", s.ffn), ("up_proj", s.ffn))
     for name, out, into in (*((name, out, s.hidden) for name, out in wide), ("down_proj", s.hidden, s.ffn)):
         tensors[f"mlp.{name}.weight"] = (out, into)
         if of.other_biases and config.get("mlp_bias"):
             tensors[f"mlp.{name}.bias"] = (out,)
     return tensors
+
+
+def _expert_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What a mixture has in the place of an MLP: a router, experts one by one, perhaps one that every token meets."""
+    s, of = shape_of(config), family(config)
+
+    def gated(names: Sequence[str], ffn: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (s.hidden, ffn) if name == names[2] else (ffn, s.hidden) for name in names}
+
+    inside: dict[str, tuple[int, ...]] = {"gate.weight": (s.experts, s.hidden)}
+    for e in range(s.experts):
+        inside |= {f"experts.{e}.{name}": shape for name, shape in gated(of.matrices, s.ffn).items()}
+    if of.shared_expert:
+        beside = gated(GATED, config[of.shared_expert])
+        inside |= {f"shared_expert.{name}": shape for name, shape in beside.items()}
+        inside["shared_expert_gate.weight"] = (1, s.hidden)
+    return {f"{of.mlp}.{name}": shape for name, shape in inside.items()}
+
+
+def expert_of(name: str) -> int | None:
+    """The number of the expert in its block that a tensor or module belongs to; None outside of experts."""
+    found = re.search(r"\bexperts\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def stacked(path: str, config: Mapping[str, Any]) -> str:
+    """What mlx-lm calls the matrix, of all experts, that an expert's is part of; another path as it is."""
+    found = re.fullmatch(r"(.*\.)experts\.\d+\.(\w+)", path)
+    return f"{found[1]}switch_mlp.{GATED[family(config).matrices.index(found[2])]}" if found else path
+
+
+def is_router(name: str) -> bool:
+    """Whether this matrix decides which experts a token meets, or how much of the shared one: it is never quantized."""
+    return re.search(r"\.(mlp|block_sparse_moe)\.(gate|shared_expert_gate)(\.weight)?$", name) is not None
 
 
 def places(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -94,6 +135,9 @@ def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[s
     """Tensors by the names of the config's family. Matrices that lie joined are rows of one, in their order."""
     found, due = dict[str, TensorAt](), tensors_of(config)
     for name, at in tensors.items():
+        if stacked := STACKED.fullmatch(name):
+            found |= dict(_unstacked(stacked, name, at, config))
+            continue
         if len(names := [name] if family(config).joined else inside_names(name)) == 1:
             found[names[0]] = at if names == [name] else replace(at, stored=(name, at))
             continue
@@ -105,6 +149,19 @@ def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[s
         if first != at.shape[0]:
             raise MisError(f"{at.file}: {name} has {at.shape[0]} rows, config.json makes it {first}: download it again")
     return found
+
+
+def _unstacked(
+    stacked: re.Match[str], name: str, at: TensorAt, config: Mapping[str, Any]
+) -> Iterator[tuple[str, TensorAt]]:
+    """Of experts that mlx_lm.convert has stacked, (E, out, in): each expert's part, by its own name."""
+    of, count = family(config), shape_of(config).experts
+    if at.shape[0] != count:
+        raise MisError(f"{at.file}: {name} has {at.shape[0]} experts, config.json makes it {count}: download it again")
+    matrix, size = of.matrices[GATED.index(stacked[2])], at.nbytes // count
+    for e in range(count):
+        part = replace(at, shape=at.shape[1:], offset=at.offset + e * size, nbytes=size)
+        yield f"{stacked[1]}experts.{e}.{matrix}.{stacked[3]}", replace(part, stored=(name, at))
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -142,14 +199,26 @@ def _nearest(value: float, multiple: int, most: int) -> int:
     return min(max(round(value / multiple), 1), most // multiple) * multiple
 
 
+def count(flag: str, asked: str | None, of: int, what: str) -> int | None:
+    """What `flag` leaves of so many: a number, or a share of them such as 0.5x, rounded down. None: not given."""
+    if asked is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+|(?:\d*\.)?\d+(?=x))(x?)\s*", asked)
+    wanted = float(match[1]) * (of if match[2] else 1) if match else 0.0
+    if not 1 <= wanted <= of:
+        raise MisError(f"{flag} {asked} is no number of {what} from 1 to {of:,}: give one, or a share such as 0.5x")
+    return int(wanted)
+
+
 def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact: int | None) -> Shape:
     """The student's shape: each axis by scenario ratio, or exactly as given.
 
     By ratio the FFN is a multiple of 256 (or kept when smaller), hidden one of 16 and of the heads. MisError where no
     loader would accept the model."""
     s, of = shape_of(config), family(config)
-    sizes: dict[str, Any] = {axis: getattr(s, axis) for axis in ("layers", "ffn", "kv_heads", "heads", "hidden")}
-    step = {"layers": 1, "ffn": FFN_MULTIPLE, "kv_heads": 1, "heads": s.kv_heads, "hidden": math.lcm(16, s.heads)}
+    sizes: dict[str, Any] = {axis: getattr(s, axis) for axis in ALL}
+    step = {"layers": 1, "ffn": FFN_MULTIPLE, "experts": 1, "kv_heads": 1, "heads": s.kv_heads,
+            "hidden": math.lcm(16, s.heads)}  # fmt: skip
     for axis, before in sizes.items():
         wanted = exact.get(axis)
         if axis not in of.axes and (wanted not in (None, before) or (wanted is None and ratios.get(axis, 1) != 1)):
@@ -175,6 +244,8 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
 def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     """MisError where a model of these sizes would be one that transformers or mlx-lm does not build."""
     s, of = shape_of(config), family(config)
+    if of.experts and sizes["experts"] < (met := config["num_experts_per_tok"]):
+        raise MisError(f"--experts leaves {sizes['experts']}, a token meets {met} of them: keep {met} or more")
     if of.period and (n := sizes["layers"]) < (period := normalised(config)[of.period]):
         raise MisError(f"{n} layers of a {of.name} are fewer than {period}, which mlx-lm wants: keep more")
     if of.heads_fill_hidden and sizes["hidden"] % sizes["heads"]:
@@ -200,7 +271,7 @@ def student_config(
     for key in ("layer_types", family(c).kinds):
         if c.get(key):
             c[key] = [c[key][i] for i in (layers or range(shape.layers))]
-    c |= {key: getattr(shape, field) for field, key in KEYS.items()} | {"torch_dtype": dtype}
+    c |= {key: getattr(shape, field) for field, key in keys_of(c).items()} | {"torch_dtype": dtype}
     if "full_attention" not in (rope := c.get("rope_parameters") or {}):
         rope = {"rope_type": "default", **rope, **(c.get("rope_scaling") or {}), "rope_theta": c["rope_theta"]}
         c["rope_parameters"] = rope

@@ -20,6 +20,7 @@ KEYS = {  # of a `Shape`, as config.json calls them
     "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
     "vocab": "vocab_size", "tied": "tie_word_embeddings",
 }  # fmt: skip
+MOST_EXPERTS = 4096
 SIZES = {  # that a config must have, and the most that is plausible
     "num_hidden_layers": 1000, "hidden_size": 65_536, "intermediate_size": 1_000_000, "vocab_size": 2_000_000,
     "num_attention_heads": 1024,
@@ -50,10 +51,12 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool
+    experts: int = 0  # of a block; `ffn` is the width of one
 
     def __str__(self) -> str:
         heads = f"{self.heads} heads, {self.kv_heads} kv heads"
-        return f"{self.layers} layers, hidden {self.hidden}, FFN {self.ffn}, {heads}, {self.vocab:,} tokens"
+        wide = f"{self.experts} experts of FFN {self.ffn}" if self.experts else f"FFN {self.ffn}"
+        return f"{self.layers} layers, hidden {self.hidden}, {wide}, {heads}, {self.vocab:,} tokens"
 
 
 def _whole(config: Mapping[str, Any], key: str, most: int, where: Path, default: Any = None) -> int:
@@ -137,6 +140,7 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
         _positive(spelled_out(config).get(key), key, where)
     _check_positions(config, where)
     _check_kinds(config, where)
+    _check_experts(config, where)
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if config.get(key) not in (None, True, False):
             raise MisError(f"{where}: {key} is {config[key]!r}, true or false was expected")
@@ -227,6 +231,20 @@ def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
         _whole(config, "sliding_window", 2**31 - 1, where)
 
 
+def _check_experts(config: Mapping[str, Any], where: Path) -> None:
+    """What a family takes one value of; how many experts there are, and how many of them a token meets."""
+    of = family(config)
+    for key, value in of.only:
+        if (found := config.get(key)) not in (None, value):
+            raise MisError(f"{where}: {key} is {found!r}, of a {of.name} only {value!r} can be computed here")
+    if of.experts:
+        experts, met = (_whole(config, key, MOST_EXPERTS, where) for key in (of.experts, "num_experts_per_tok"))
+        if met > experts:
+            raise MisError(f"{where}: a token meets {met} experts (num_experts_per_tok), there are {experts}")
+        for key in filter(None, (of.ffn, of.shared_expert)):
+            _whole(config, key, SIZES["intermediate_size"], where)
+
+
 def spelled_out(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy with what a family's own keys are where the file leaves them out, or has them in another place."""
     c = dict(config)
@@ -266,7 +284,13 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     return c
 
 
+def keys_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """KEYS of this config's family."""
+    of = family(config)
+    return KEYS | {"ffn": of.ffn} | ({"experts": of.experts} if of.experts else {})
+
+
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """The sizes in a config."""
     c = normalised(config)
-    return Shape(**{field: c[key] for field, key in KEYS.items()})
+    return Shape(**{field: c[key] for field, key in keys_of(config).items()})

@@ -4,9 +4,11 @@ A new family is a new row; nothing else asks for a model's type. Does not read c
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-ALL = ("layers", "ffn", "heads", "kv_heads", "hidden")
+ALL = ("layers", "ffn", "experts", "heads", "kv_heads", "hidden")
+DENSE = tuple(axis for axis in ALL if axis != "experts")
+GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Family:
     block: str = ""  # the module that has its TransformerBlock, where that is another one
     qkv_bias: bool | None = None  # None: as the config's attention_bias says
     other_biases: bool = True  # o_proj by attention_bias, the MLP by mlp_bias: those of other families have none
-    head_norms: bool = False  # RMSNorm of every query and key head
+    head_norms: Literal["", "each", "all"] = ""  # RMSNorm of every query and key head, or of all of them as one vector
     sandwich: bool = False  # RMSNorm behind attention and MLP too, so that no output is linear in down_proj
     gain_offset: float = 0.0  # norms multiply by their weights and this much more
     tied: bool = False  # where the config does not say
@@ -35,20 +37,29 @@ class Family:
     embedding_scale: str = ""  # the config's key, or "sqrt": of the hidden size
     logit_divisor: str = ""  # the config's key of what logits are divided by
     numbers: tuple[str, ...] = ()  # further keys that the config must have, numbers above 0
-    axes: tuple[str, ...] = ALL
-    why: str = ""  # the others are not offered
+    mlp: str = "mlp"  # the part of a block behind attention
+    experts: str = ""  # the config's key of how many experts are in there, of which a router (`gate`) chooses some
+    ffn: str = "intermediate_size"  # the config's key of FFN neurons, of one expert where there are several
+    matrices: tuple[str, str, str] = GATED  # of an expert: gate, up, down
+    shared_expert: str = ""  # the config's key of the width of one more, which every token meets
+    only: tuple[tuple[str, Any], ...] = ()  # keys whose other values mlx-lm does not compute: what it takes
+    axes: tuple[str, ...] = DENSE
+    why: str = "it has none"  # the others are not offered
 
     @property
     def own(self) -> set[str]:
         """The keys of config.json that it is told by."""
-        return {self.kinds, self.period, self.embedding_scale, self.logit_divisor, *self.numbers} - {"", "sqrt"}
+        keys = {self.kinds, self.period, self.embedding_scale, self.logit_divisor, self.experts, self.shared_expert}
+        return {*keys, *self.numbers, *(key for key, _ in self.only)} - {"", "sqrt"}
 
 
+MIXED = ("layers", "ffn", "experts")
+MIXED_WHY = "in a mixture of experts that is not built"
 ROWS = (
     Family("llama", "llama", "llama"),
     Family("mistral", "llama", "llama"),
     Family("qwen2", "qwen2", "qwen2", qkv_bias=True, other_biases=False, rope_theta=1e6, head_dim_follows=True),
-    Family("qwen3", "qwen3", "qwen3", qkv_bias=False, other_biases=False, head_norms=True, heads_fill_hidden=False),
+    Family("qwen3", "qwen3", "qwen3", qkv_bias=False, other_biases=False, head_norms="each", heads_fill_hidden=False),
     # Every fourth block has no rotary positions; llama.cpp counts them by place.
     Family("smollm3", "smollm3", "smollm3", block="llama", kinds="no_rope_layers", tied=True),
     # Queries grow with the logarithm of the position.
@@ -65,11 +76,32 @@ ROWS = (
         head_dim_follows=True, axes=("layers", "ffn"), why="its heads are rows of one matrix, of which none is cut out",
     ),
     Family(
-        "gemma3_text", "gemma3_text", "gemma3", qkv_bias=False, other_biases=False, head_norms=True, sandwich=True,
+        "gemma3_text", "gemma3_text", "gemma3", qkv_bias=False, other_biases=False, head_norms="each", sandwich=True,
         gain_offset=1.0, tied=True, rope_theta=1e6, heads_fill_hidden=False, float16=False,
         period="sliding_window_pattern", embedding_scale="sqrt",
         numbers=("rope_local_base_freq", "query_pre_attn_scalar"), axes=("layers", "ffn", "heads", "kv_heads"),
         why="its blocks have norms behind attention and MLP, through which channels cannot be ranked or rotated",
+    ),
+    Family(
+        "qwen3_moe", "qwen3_moe", "qwen3moe", qkv_bias=False, other_biases=False, head_norms="each", rope_theta=1e6,
+        heads_fill_hidden=False, experts="num_experts", ffn="moe_intermediate_size", numbers=("num_experts_per_tok",),
+        only=(("mlp_only_layers", []), ("decoder_sparse_step", 1)), axes=MIXED, why=MIXED_WHY,
+    ),
+    Family(
+        "qwen2_moe", "qwen2_moe", "qwen2moe", qkv_bias=True, other_biases=False, rope_theta=1e6, head_dim_follows=True,
+        experts="num_experts", ffn="moe_intermediate_size", shared_expert="shared_expert_intermediate_size",
+        numbers=("num_experts_per_tok",), only=(("norm_topk_prob", False), ("mlp_only_layers", []),
+        ("decoder_sparse_step", 1), ("tie_word_embeddings", False)), axes=MIXED, why=MIXED_WHY,
+    ),
+    Family(
+        "mixtral", "mixtral", "llama", qkv_bias=False, other_biases=False, rope_theta=1e6, head_dim_follows=True,
+        mlp="block_sparse_moe", experts="num_local_experts", matrices=("w1", "w3", "w2"),
+        numbers=("num_experts_per_tok",), only=(("sliding_window", None),), axes=MIXED, why=MIXED_WHY,
+    ),
+    Family(
+        "olmoe", "olmoe", "olmoe", other_biases=False, head_norms="all", head_dim_follows=True, experts="num_experts",
+        numbers=("num_experts_per_tok",), only=(("clip_qkv", None), ("attention_bias", False)), axes=MIXED,
+        why=MIXED_WHY,
     ),
 )  # fmt: skip
 FAMILIES = {row.name: row for row in ROWS}

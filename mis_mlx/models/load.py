@@ -1,9 +1,10 @@
 """Open a model folder and build mlx-lm's modules from it. The only door to mlx_lm, which takes seconds to import."""
 
 import importlib
+import inspect
 import re
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,11 +15,13 @@ import mlx.nn as nn
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, policy, tokenizer_check
 from mis_mlx.models.config import normalised, read_config, say_once, shape_of
+from mis_mlx.models.experts import Expert, Experts
 from mis_mlx.models.families import Family, family
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError
 
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
+Each = Callable[[Sequence[int]], Iterator[tuple[int, Expert]]]
 EMBEDDING, NORM = "model.embed_tokens.", "model.norm."
 SETTINGS = ("group_size", "bits", "mode")
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
@@ -71,7 +74,7 @@ def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
             f"{checkpoint.path}: the weights are quantized in a format other than MLX's: use the unquantized model, "
             "or convert it with mlx_lm.convert"
         )
-    own = common.get(path)
+    own = common.get(path) or common.get(arch.stacked(path, checkpoint.config))
     return {"mode": "affine"} | {k: v for k, v in (own if isinstance(own, dict) else common).items() if k in SETTINGS}
 
 
@@ -82,6 +85,8 @@ def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype, raw: Raw | Non
     names = [n for n in checkpoint.tensors if n.startswith(prefix) and "rotary_emb" not in n]
     if shape_of(checkpoint.config).tied:
         names = [n for n in names if not n.startswith("lm_head.")]
+    if raw is not None and family(checkpoint.config).experts:  # of a block: they come on their own
+        names = [n for n in names if n in raw]
     raw = safetensors.lazy(checkpoint.tensors, names) if raw is None else raw
     if not policy.keeps_packed() and arch.is_quantized(checkpoint.tensors):
         names = [n for n in names if not n.endswith((".scales", ".biases"))]
@@ -107,22 +112,49 @@ def model_args(config: Mapping[str, Any]) -> Any:
     return _model_module(config).ModelArgs.from_dict(normalised(config))
 
 
-def block(checkpoint: Checkpoint, i: int, args: Any, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
-    """mlx-lm's transformer block `i` with its weights, lazy. `raw` as in `weights`."""
-    new, prefix = _new_block(family(checkpoint.config), args, i), f"model.layers.{i}."
+def block(
+    checkpoint: Checkpoint, i: int, args: Any, dtype: mx.Dtype, raw: Raw | None = None, each: Each | None = None
+) -> nn.Module:
+    """mlx-lm's transformer block `i` with its weights, lazy. `raw` as in `weights`. each: where its experts come from,
+    if they are not to be parts of it (`Experts`)."""
+    of, prefix = family(checkpoint.config), f"model.layers.{i}."
+    new = _new_block(of, args, i)
+    if of.experts:
+        _apart(new, checkpoint.config, each)
     _quantize(new, prefix, checkpoint)
     new.load_weights(weights(checkpoint, prefix, dtype, raw))
     new.eval()
     return new
 
 
+def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, raw: Raw) -> Expert:
+    """Expert `e` of block `i` with its weights, lazy. `raw` as in `weights`."""
+    s, of = shape_of(checkpoint.config), family(checkpoint.config)
+    new = Expert(of, s.hidden, s.ffn, mlx_lm("models.switch_layers").SwiGLU())
+    _quantize(new, prefix := f"model.layers.{i}.{of.mlp}.experts.{e}.", checkpoint)
+    new.load_weights(weights(checkpoint, prefix, dtype, raw))
+    return new
+
+
+def _apart(block: nn.Module, config: Mapping[str, Any], each: Each | None = None) -> None:
+    """Experts one by one where mlx-lm has them stacked; `each` as of `Experts`, default: modules of this block."""
+    s, of = shape_of(config), family(config)
+    part = block[of.mlp]
+    activation = part.pop("switch_mlp").activation
+    if each is None:
+        part.experts = [Expert(of, s.hidden, s.ffn, activation) for _ in range(s.experts)]
+    part.switch_mlp = Experts(each or (lambda numbers: ((e, part.experts[e]) for e in numbers)), each is not None)
+
+
 def _new_block(of: Family, args: Any, i: int) -> nn.Module:
     """Block `i` as mlx-lm makes it, of random weights; called with (x, mask, cache)."""
     module = mlx_lm(f"models.{of.block or of.mlx}")
-    if of.period:
-        return module.TransformerBlock(args=args, layer_idx=i)
+    kind = next(kind for name, kind in vars(module).items() if name.endswith(("TransformerBlock", "DecoderLayer")))
+    if "layer_idx" in inspect.signature(kind).parameters:
+        new: nn.Module = kind(args, layer_idx=i)
+        return new
     types = getattr(args, "layer_types", None)
-    new = module.TransformerBlock(args=args, **({"use_sliding": types[i] == "sliding_attention"} if types else {}))
+    new = kind(args, **({"use_sliding": types[i] == "sliding_attention"} if types else {}))
     if of.kinds and not getattr(args, of.kinds)[i]:
         new.self_attn.rope = mlx_lm(f"models.{of.mlx}").NoPE()
     return _uniform(new) if of.scaled_queries else new
@@ -251,8 +283,10 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     gives what goes into the head, as everywhere here."""
     model = _model_module(checkpoint.config).Model(model_args(checkpoint.config))
     model.model.embed_tokens = Embedding(*model.model.embed_tokens.weight.shape)
+    for block in model.model.layers if family(checkpoint.config).experts else ():
+        _apart(block, checkpoint.config)
     named = weights(checkpoint, "", dtype)
-    if hasattr(model, "sanitize"):
+    if hasattr(model, "sanitize") and not family(checkpoint.config).experts:
         model.sanitize(dict(named))  # Gemma finds out in there whether it has a head
     _quantize(model, "", checkpoint)
     model.load_weights(named)

@@ -4,8 +4,10 @@ Every batch goes through block i before block i+1 comes, so weights are read onc
 As many blocks as there is room for stay in memory and are read once."""
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,10 +19,13 @@ from mis_mlx import cli
 from mis_mlx.hardware import lanes
 from mis_mlx.models import arch, load, policy
 from mis_mlx.models.config import shape_of
+from mis_mlx.models.experts import Expert, Visit, of_block
+from mis_mlx.models.families import family
 from mis_mlx.storage.block_reader import PAGE, Layout, Reader, layout, pages
 from mis_mlx.storage.header_check import DTYPES
 from mis_mlx.types import Checkpoint, MisError, TensorAt, gib
 
+GROUP_BYTES = 2**27  # of outputs of experts, (B, T, k, D), at a time
 Batches = Sequence[mx.array]  # token ids [(B, T)]
 Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a list, or a disk.spool.Spool
 
@@ -49,8 +54,8 @@ class InputRecorder(nn.Module):
         return self.inner(x)
 
     def take(self) -> mx.array:
-        """The input of the last call, forgotten here."""
-        return self._seen.pop()
+        """The input of the first call that was not taken yet."""
+        return self._seen.pop(0)
 
 
 class _Slot:
@@ -80,6 +85,39 @@ class _Slot:
         return arrays
 
 
+class _Slots:
+    """Groups of tensors read from disk one after the other, the next while one is used."""
+
+    def __init__(self, reader: Reader, groups: Mapping[Any, dict[str, TensorAt]]):
+        self._reader, self._groups = reader, groups
+        self._layouts = {key: layout(tensors) for key, tensors in groups.items()}
+        self.nbytes = max(at.nbytes for at in self._layouts.values())
+        self.free: list[_Slot] = []
+
+    def each(self, keys: Iterable[Any]) -> Generator[tuple[Any, _Slot, dict[str, mx.array]]]:
+        """(key, slot, its tensors as stored) in turn. Whoever is done with a slot puts it among those `free`."""
+        todo = deque(keys)
+        coming = self._begin(todo.popleft()) if todo else None
+        try:
+            while coming:
+                key, slot, wait = coming
+                coming = None
+                wait()
+                coming = self._begin(todo.popleft()) if todo else None
+                yield key, slot, slot.arrays(self._groups[key], self._layouts[key])
+        finally:
+            if coming:  # left in the middle: nobody may still be writing into a slot that is free
+                coming[2]()
+                self.free.append(coming[1])
+
+    def _begin(self, key: Any) -> tuple[Any, _Slot, Callable[[], None]]:
+        slot = self.free.pop() if self.free else _Slot(self.nbytes)
+        parts = []
+        for e in self._layouts[key].extents:
+            parts.append((e.file, e.begin, e.end, slot.view[e.at : e.at + pages(e.end - e.begin)]))
+        return key, slot, self._reader.begin(parts)
+
+
 class Stream:
     """One model on disk, gone through in blocks.
 
@@ -91,15 +129,17 @@ class Stream:
         self.args = load.model_args(checkpoint.config)
         self.layers = int(checkpoint.config["num_hidden_layers"])
         self._reader = Reader(checkpoint.tensors, direct)
-        self._tensors: list[dict[str, TensorAt]] = [{} for _ in range(self.layers)]
+        blocks: dict[int, dict[str, TensorAt]] = {i: {} for i in range(self.layers)}
+        experts = defaultdict[tuple[int, int], dict[str, TensorAt]](dict)
         for name, t in checkpoint.tensors.items():
             if (i := arch.block_of(name)) is not None:
-                self._tensors[i][name] = t
-        self._layouts = [layout(t) for t in self._tensors]
-        self._slot_bytes = max(at.nbytes for at in self._layouts)
-        self._free: list[_Slot] = []
+                e = arch.expert_of(name)
+                (blocks[i] if e is None else experts[i, e])[name] = t
+        self._blocks = _Slots(self._reader, blocks)
+        self._experts = _Slots(self._reader, experts) if experts else None
+        self._hot = OrderedDict[tuple[int, int], tuple[Expert, _Slot]]()  # those in memory, the last used at the end
         kind = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-        stored = {t.dtype for tensors in self._tensors for t in tensors.values()}
+        stored = {t.dtype for n, t in checkpoint.tensors.items() if arch.block_of(n) is not None}
         packed = "U32" in stored
         # Weights stored as they are computed with are used where they were read; others are converted. Packed ones that
         # stay packed need their slot as long as the block lives, whatever type its norms have.
@@ -108,25 +148,33 @@ class Stream:
         self._kept: dict[int, nn.Module] = {}
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
-        self._checked: set[int] = set()
+        self._checked: set[str] = set()
         self._at = 0  # block that was given out last
-        self._keep_head, self.keeps = (True, self.layers) if room_bytes is None else self._plan(room_bytes)
+        self._keep_head, self.keeps, self.keeps_experts = self._plan(room_bytes)
 
     @property
     def read_bytes(self) -> int:
         """Bytes of weights asked from the disk so far."""
         return self._reader.nbytes
 
-    def _plan(self, room_bytes: int) -> tuple[bool, int]:
-        """(whether the head stays, how many blocks stay)."""
+    def _plan(self, room_bytes: int | None) -> tuple[bool, int, int]:
+        """(whether the head stays, how many blocks stay, how many experts besides)."""
         s, prefix = shape_of(self.checkpoint.config), load.head_prefix(self.checkpoint)
+        if room_bytes is None:
+            return True, self.layers, self.layers * s.experts
         head = [t for n, t in self.checkpoint.tensors.items() if n.startswith(prefix)]
         packed = policy.keeps_packed() and any(t.dtype == "U32" for t in head)
         room = room_bytes - (sum(t.nbytes for t in head) if packed else s.vocab * s.hidden * self.dtype.size)
         if room < 0:
-            return False, 0
-        dense = sum(map(math.prod, arch.layer_tensors(self.checkpoint.config).values())) * self.dtype.size
-        return True, min(self.layers, room // (dense if self._copies else self._slot_bytes + PAGE))
+            return False, 0, 0
+        sizes = [0, 0]  # of a block without its experts, of an expert
+        for name, shape in arch.layer_tensors(self.checkpoint.config).items():
+            if (e := arch.expert_of(name)) in (None, 0):
+                sizes[e is not None] += math.prod(shape) * self.dtype.size
+        if not self._copies:
+            sizes = [slots.nbytes + PAGE for slots in (self._blocks, self._experts) if slots]
+        keeps = min(self.layers, room // sizes[0])
+        return True, keeps, (room - keeps * sizes[0]) // sizes[1] if s.experts else 0
 
     def stays(self, i: int) -> bool:
         """Whether block i is kept once it has been used."""
@@ -137,51 +185,60 @@ class Stream:
 
         Whoever asks for the next block has evaluated everything that the last one went into."""
         order = range(self.layers) if order is None else order
-        todo = deque(i for i in order if i not in self._kept)
-        coming = self._begin(todo.popleft()) if todo else None
-        try:
+        coming = self._blocks.each([i for i in order if i not in self._kept])
+        with closing(coming):
             for i in cli.counted("block", order, len(order)):
                 self._at = i
                 if i in self._kept:
                     yield i, self._kept[i]
                     continue
-                assert coming is not None
-                (slot, wait), coming = coming, None
-                wait()
-                coming = self._begin(todo.popleft()) if todo else None
-                block = self._make(i, slot)
-                if self._copies:
-                    self._free.append(slot)
+                _, slot, raw = next(coming)
+                block = self._made(i, slot, raw)
                 yield i, block
                 if self.stays(i):
                     self._kept[i] = block
                     continue
                 block.clear()  # the caller's loop variable still names the module: let go of its weights now
                 if not self._copies:
-                    self._free.append(slot)
-        finally:
-            if coming:  # left in the middle: nobody may still be writing into a slot that is free
-                coming[1]()
-                self._free.append(coming[0])
+                    self._blocks.free.append(slot)
 
-    def _begin(self, i: int) -> tuple[_Slot, Callable[[], None]]:
-        slot = self._free.pop() if self._free else _Slot(self._slot_bytes)
-        parts = []
-        for e in self._layouts[i].extents:
-            parts.append((e.file, e.begin, e.end, slot.view[e.at : e.at + pages(e.end - e.begin)]))
-        return slot, self._reader.begin(parts)
+    def _made(self, i: int, slot: _Slot, raw: dict[str, mx.array]) -> nn.Module:
+        each = partial(self._each_expert, i) if self._experts else None
+        block = load.block(self.checkpoint, i, self.args, self.dtype, self._own(raw), each)
+        return self._checked_once(block, f"model.layers.{i}.", slot, self._blocks)
 
-    def _make(self, i: int, slot: _Slot) -> nn.Module:
-        raw = slot.arrays(self._tensors[i], self._layouts[i])
-        if self._copies:  # times 1: the few that need no conversion must leave the slot too
-            raw = {n: a * 1 if a.dtype == self.dtype else a for n, a in raw.items()}
-        block = load.block(self.checkpoint, i, self.args, self.dtype, raw)
-        if i in self._checked:
-            mx.eval(block.parameters())
+    def _own(self, raw: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Tensors that may leave their slot, if any do: times 1 the few that need no conversion."""
+        return {n: a * 1 if a.dtype == self.dtype else a for n, a in raw.items()} if self._copies else raw
+
+    def _checked_once(self, module: Any, name: str, slot: _Slot, slots: _Slots) -> Any:
+        """A module evaluated, and at its first time looked at; then its slot is free, where it has left that."""
+        if name in self._checked:
+            mx.eval(module.parameters())
         else:
-            load_checked(block, f"{self.checkpoint.path}: model.layers.{i}.")
-            self._checked.add(i)
-        return block
+            load_checked(module, f"{self.checkpoint.path}: {name}")
+            self._checked.add(name)
+        if self._copies:
+            slots.free.append(slot)
+        return module
+
+    def _each_expert(self, i: int, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+        """Those of block i: the ones in memory first, as the last used ones are, then the others from disk."""
+        assert self._experts
+        for e in (here := [e for e in numbers if (i, e) in self._hot]):
+            self._hot.move_to_end((i, e))
+            yield e, self._hot[i, e][0]
+        coming = self._experts.each([(i, e) for e in numbers if e not in here])
+        with closing(coming):
+            for (_, e), slot, raw in coming:
+                expert = load.expert(self.checkpoint, i, e, self.dtype, self._own(raw))
+                self._checked_once(expert, f"model.layers.{i}.expert {e}.", slot, self._experts)
+                yield e, expert
+                self._hot[i, e] = expert, slot
+                if len(self._hot) > self.keeps_experts:
+                    _, (_, slot) = self._hot.popitem(last=False)
+                    if not self._copies:
+                        self._experts.free.append(slot)
 
     def embed(self, batches: Batches, hidden: Hidden | None = None) -> Hidden:
         """Token ids [(B, T)] -> hidden states [(B, T, D)] at the input of the first block.
@@ -242,9 +299,46 @@ class Stream:
 
     def through(self, block: nn.Module, hidden: Hidden) -> Hidden:
         """Every batch's hidden states (B, T, D) through one block, in place, evaluated batch by batch."""
-        for b, out in enumerate(lanes.each(lambda into: block(into, load.mask(self.args, block, into)), hidden)):
+        outs = self.mixed(block, hidden) if self._experts else None
+        outs = outs or lanes.each(lambda into: block(into, load.mask(self.args, block, into)), hidden)
+        for b, out in enumerate(outs):
             hidden[b] = self.finite(out) if b == 0 else out
         return hidden
+
+    def mixed(self, block: nn.Module, hidden: Hidden, visit: Visit | None = None) -> Iterator[mx.array]:
+        """Every batch's hidden states (B, T, D) behind a block that has experts, of which each is read once for as many
+        batches as GROUP_BYTES hold the outputs of.
+
+        visit(batch, expert, gates (n,), neurons (n, F), outputs (n, D)): what the expert did for the n tokens of a
+        batch that chose it; gates sum to 1 for every token."""
+        of = family(self.checkpoint.config)
+        part, experts = block[of.mlp], of_block(of, block)
+        assert experts
+        each = hidden[0].nbytes * self.checkpoint.config["num_experts_per_tok"] if len(hidden) else 1
+        for first in range(0, len(hidden), size := max(1, GROUP_BYTES // each)):
+            beside, inputs, chosen, gates = [], list[mx.array](), [], list[np.ndarray]()
+            for b in range(first, min(first + size, len(hidden))):
+                x = hidden[b]
+                beside.append(x + block.self_attn(block.input_layernorm(x), load.mask(self.args, block, x), None))
+                inputs.append(block.post_attention_layernorm(beside[-1]))
+                chosen.append(experts.chosen(part, inputs[-1]))
+                mx.eval(beside[-1], inputs[-1], chosen[-1])
+                if visit:
+                    odds = part.gate(inputs[-1]).astype(mx.float32).reshape(*chosen[-1].shape[:-1], -1)
+                    odds = mx.take_along_axis(odds, chosen[-1], axis=-1)
+                    gates.append(np.array(mx.softmax(odds, axis=-1)).reshape(-1))
+
+            def seen(
+                b: int, e: int, places: np.ndarray, *made: mx.array, gates: Any = gates, first: int = first
+            ) -> None:
+                assert visit
+                visit(first + b, e, gates[b][places], *made)
+
+            experts.ready = experts.outputs(inputs, chosen, seen if visit else None)
+            for h, x in zip(beside, inputs, strict=True):
+                out = h + part(x)
+                mx.eval(out)
+                yield out
 
     def finite(self, out: mx.array) -> mx.array:
         """`out`, which the last block gave for a pass's first batch. NotNumbers where it holds NaN or infinity."""

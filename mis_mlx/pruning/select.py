@@ -18,7 +18,7 @@ from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.models import arch, distributed, families, load, model_writer, policy
-from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.config import MOST_EXPERTS, Shape, shape_of
 from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.models.stream import Batches
 from mis_mlx.pruning import calibrate, rotate
@@ -36,7 +36,7 @@ CUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hidden": (("o_proj", "down_proj", "norm", "input_layernorm", "post_attention_layernorm"),
                (*arch.READERS["norm1"][1], *arch.READERS["norm2"][1], "embed_tokens", "lm_head")),
 }  # fmt: skip
-Scenario = Literal["redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
+Scenario = Literal["stado", "redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,17 @@ class PruningConfig(ThermalFlags, VocabularyConfig):
     scenario: Scenario | None = None
     """sizes as ratios: redyk (half of the vocabulary, a third of the FFN), gazda (half of the FFN, few layers), or
     table 1 of the paper: goral (layers, FFN), baca (hidden), halny (FFN), juhas (layers), zbojnik (layers, FFN);
-    default: redyk where the vocabulary is an eighth of the model or more, else gazda"""
+    default: stado (three quarters of the experts) for a mixture of experts, redyk where the vocabulary is an eighth of
+    the model or more, else gazda"""
     layers: Count | None = None
     """keep this many layers"""
     ffn: Count | None = None
     """keep this many FFN neurons a layer"""
+    experts: str | None = None
+    """experts of a mixture that stay in every block: a number, or a share such as 0.75x"""
+    experts_by: Literal["reap", "frequency", "random"] = "reap"
+    """how experts are ranked: by gate times norm of output, mean over the tokens that choose one (reap, with the
+    weather under aais); by how many choose it; by lot"""
     heads: Count | None = None
     """keep this many query heads"""
     kv_heads: Count | None = None
@@ -79,6 +85,11 @@ def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
     altitude = statistics.altitude_m or 1.0
 
     def scores(key: Key) -> np.ndarray:
+        i, axis = key
+        if axis == "experts" and cut.experts_by != "reap":
+            routed = statistics.routed[i]
+            by_lot = np.random.default_rng([i, *routed.astype(int)])  # another one for every calibration
+            return routed if cut.experts_by == "frequency" else by_lot.random(len(routed))
         sums = _sums(statistics, key)
         if cut.importance == "activation":
             return importance.activation(sums)
@@ -92,7 +103,8 @@ def _sums(statistics: Statistics, key: Key) -> importance.Sums:
     if axis == "hidden":
         assert statistics.hidden is not None
         return statistics.hidden
-    return statistics.ffn[i] if axis == "ffn" else statistics.heads[i]
+    of: dict[int, importance.Sums] = getattr(statistics, axis)
+    return of[i]
 
 
 def select_units(config: Mapping[str, Any], statistics: Statistics, cut: PruningConfig) -> tuple[Shape, KeptUnits]:
@@ -117,11 +129,15 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
     def groups(s: np.ndarray) -> tuple[int, ...]:
         return importance.top(importance.group_scores(s, before.kv_heads), shape.kv_heads)
 
+    experts = max(1, before.experts)  # of which equally many neurons stay of each
+    picks: dict[str, Callable[[np.ndarray], tuple[int, ...]]] = {
+        "experts": partial(importance.top, keep=shape.experts),
+        "ffn": partial(importance.top_in_groups, groups=experts, keep=experts * shape.ffn),
+        "heads": lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, groups(s)),
+    }
     for i in layers:
-        if shape.ffn < before.ffn:
-            choice((i, "ffn"), partial(importance.top, keep=shape.ffn))
-        if shape.heads < before.heads:
-            choice((i, "heads"), lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, groups(s)))
+        for axis in (axis for axis in picks if getattr(shape, axis) < getattr(before, axis)):
+            choice((i, axis), picks[axis])
         if shape.kv_heads < before.kv_heads:
             each = before.heads // before.kv_heads
             kept[i, "kv_heads"] = tuple(sorted({h // each for h in kept[i, "heads"]}))
@@ -145,7 +161,8 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
 def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[str, Any]:
     """{"layer/axis": {"kept": the share of its importance that stays}} of all of the teacher's layers."""
     shares = {}
-    for axis, layers in (("ffn", statistics.ffn), ("heads", statistics.heads)):
+    for axis in ("ffn", "heads", "experts"):
+        layers: dict[int, importance.Sums] = getattr(statistics, axis)
         for i in sorted(layers):
             all_of = np.abs(scores((i, axis)))
             stays = all_of[list(keep.kept.get((i, axis), range(len(all_of))))].sum() * (i in keep.layers)
@@ -155,8 +172,9 @@ def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[st
 
 def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
-    exact = {axis: getattr(cut, axis) for axis in families.ALL}
     ratios, before = arch.SCENARIOS.get(cut.scenario or "gazda", {}), shape_of(config)
+    exact = {axis: getattr(cut, axis) for axis in families.ALL}
+    exact["experts"] = arch.count("--experts", cut.experts, before.experts or MOST_EXPERTS, "experts")
     shape = arch.target_shape(config, ratios, **exact)
     if cut.scenario != "none" and shape == before:
         raise MisError(
@@ -169,6 +187,8 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
 def _cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array) -> mx.array:
     """The kept part of one teacher tensor: rows, of each of joined matrices, where an axis is written, else columns."""
     module, kind = name.split(".")[-2:]
+    if before.experts:
+        return _mixed_cut(name, layer, before, keep, weight)
     for axis, (rows, columns) in CUTS.items():
         kept = keep.kept.get((layer if axis != "hidden" else -1, axis))
         unit = before.head_dim if axis.endswith("heads") else 1  # rows that go together
@@ -181,6 +201,17 @@ def _cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array
         elif module in columns and kind == "weight":
             weight = mx.take(weight, indices, axis=1)
     return weight
+
+
+def _mixed_cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array) -> mx.array:
+    """The same of a tensor of a mixture: rows of the router are experts, neurons are an expert's own."""
+    if arch.is_router(name) and len(weight) == before.experts and (kept := keep.kept.get((layer, "experts"))):
+        return mx.take(weight, mx.array(kept), axis=0)
+    first, neurons = (arch.expert_of(name) or 0) * before.ffn, keep.kept.get((layer, "ffn"))
+    if arch.expert_of(name) is None or neurons is None:
+        return weight
+    own = mx.array([n - first for n in neurons if first <= n < first + before.ffn])
+    return mx.take(weight, own, axis=int(name.split(".")[-2] in ("down_proj", "w2")))
 
 
 def write_student(
@@ -203,6 +234,8 @@ def write_student(
             return _cut(name, -1, before, keep, whole(name))
         layer = keep.layers[number]
         source = name.replace(f".layers.{number}.", f".layers.{layer}.")
+        if (e := arch.expert_of(name)) is not None and (chosen := keep.kept.get((layer, "experts"))):
+            source = source.replace(f".experts.{e}.", f".experts.{chosen[e]}.")
         return _cut(source, layer, before, keep, whole(source))
 
     model_writer.write_model(config, take, teacher.path, out, dtype, files, model_writer.keep_files(keep))
@@ -251,6 +284,7 @@ def prune(
     directions = cache(lambda: rotate.measured(checkpoint, batches, policy.compute_dtype(checkpoint), spool or list))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in families.ALL}
+        sizes["experts"] = str(shape.experts) if shape.experts else None
         as_plain = replace(cut, importance="rms", target="fixed", scenario="none", **sizes)
         _, plain = select_units(checkpoint.config, statistics, as_plain)
         mark = f"-{os.getpid()}"  # so that it is swept where we are killed

@@ -4,7 +4,6 @@ That teacher is a folder of the rows that stay and their tokenizer; all else of 
 sees an ordinary model of a smaller vocabulary. Its losses are not the teacher's own, which reads longer tokens."""
 
 import json
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -56,13 +55,9 @@ class VocabularyConfig:
 def size(asked: str | None, model: Path | None, rows: int) -> int:
     """The rows that --vocab leaves of `rows`. MisError where that is no number of them, or fewer than must stay of the
     tokenizer in the folder `model`, if there is one."""
-    if asked is None:
+    if (wanted := arch.count("--vocab", asked, rows, "tokens")) is None:
         return rows
-    match = re.fullmatch(r"\s*(\d+|(?:\d*\.)?\d+(?=x))(x?)\s*", asked)
-    wanted = float(match[1]) * (rows if match[2] else 1) if match else 0.0
-    if not 1 <= wanted <= rows:
-        raise MisError(f"--vocab {asked} is no number of tokens from 1 to {rows:,}: give one, or a share such as 0.5x")
-    rounded = min(rows, -(-int(wanted) // MULTIPLE) * MULTIPLE)
+    rounded = min(rows, -(-wanted // MULTIPLE) * MULTIPLE)
     if rounded == rows or model is None:
         return rounded
     least = len(needed(Vocabulary(model), model))
@@ -77,6 +72,8 @@ def defaults(name: str | None, asked: str | None, config: Mapping[str, Any], mod
     if there is one: redyk where --vocab is a cut, or can be one that pays, else gazda. redyk has its own --vocab."""
     s = shape_of(config)
     share = s.vocab * s.hidden * (1 if s.tied else 2) / arch.params(config)
+    if s.experts and name is None:
+        name = "stado"
     own = {known: f"{ratios['vocab']}x" for known, ratios in arch.SCENARIOS.items() if "vocab" in ratios}
     if name is None:
         wanted, name = asked or (own["redyk"] if share >= PAYS else None), "gazda"

@@ -1,0 +1,89 @@
+"""A block's experts one after the other, instead of stacked as in mlx-lm's SwitchGLU, whose place this takes.
+
+So each can be read from disk when it is needed, has its own name as on disk, and gives the same bits wherever its
+weights come from: in memory or read, a batch at a time or many."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.models.families import Family
+
+Visit = Callable[[int, int, np.ndarray, mx.array, mx.array], None]  # see `Experts.outputs`
+
+
+class Expert(nn.Module):
+    """One gated MLP. Its matrices are called as on disk."""
+
+    def __init__(self, of: Family, hidden: int, ffn: int, activation: Callable[[mx.array, mx.array], mx.array]):
+        super().__init__()
+        self._names, self._activation = of.matrices, activation
+        for name, (into, out) in zip(of.matrices, ((hidden, ffn), (hidden, ffn), (ffn, hidden)), strict=True):
+            self[name] = nn.Linear(into, out, bias=False)
+
+    def neurons(self, x: mx.array) -> mx.array:
+        """What its last matrix reads: x (n, D) -> (n, F)."""
+        gate, up, _ = (self[name] for name in self._names)
+        return self._activation(up(x), gate(x))
+
+    def narrowed(self, neurons: mx.array) -> mx.array:
+        """(n, F) -> (n, D)."""
+        out: mx.array = self[self._names[2]](neurons)
+        return out
+
+
+class Experts:
+    """Called as SwitchGLU is: x (..., D), chosen (..., k) -> (..., k, D).
+
+    each(numbers): those experts in turn; one may be gone when the next one is asked for, if `passing`."""
+
+    def __init__(self, each: Callable[[Sequence[int]], Iterator[tuple[int, Expert]]], passing: bool = False):
+        self.each, self.passing = each, passing
+        self.ready: list[mx.array] = []  # what the next calls give
+        self._asked: list[mx.array] | None = None  # what the calls of `chosen` were made with
+
+    def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """See the class."""
+        if self._asked is not None:
+            self._asked.append(chosen)
+            return mx.zeros((*chosen.shape, x.shape[-1]), x.dtype)
+        return self.ready.pop(0) if self.ready else self.outputs([x], [chosen])[0]
+
+    def chosen(self, part: nn.Module, x: mx.array) -> mx.array:
+        """Which experts (..., k) the router of `part`, whose experts these are, chooses for x (..., D). Lazy."""
+        self._asked = asked = list[mx.array]()
+        part(x)
+        self._asked = None
+        return asked[0]
+
+    def outputs(
+        self, inputs: Sequence[mx.array], chosen: Sequence[mx.array], visit: Visit | None = None
+    ) -> list[mx.array]:
+        """[(..., k, D)] of several batches' inputs [(..., D)] and experts [(..., k)]: each expert is asked for once.
+
+        visit(batch, expert, places (n,) in the flat choice, neurons (n, F), outputs (n, D)): looks at what was made."""
+        flat = [np.array(c).reshape(-1) for c in chosen]
+        places, pieces = [list[np.ndarray]() for _ in flat], [list[mx.array]() for _ in flat]
+        for e, expert in self.each(np.unique(np.concatenate(flat)).tolist()):
+            for b, (x, numbers, c) in enumerate(zip(inputs, flat, chosen, strict=True)):
+                if not len(where := np.flatnonzero(numbers == e)):
+                    continue
+                neurons = expert.neurons(x.reshape(-1, x.shape[-1])[mx.array(where // c.shape[-1])])
+                made = expert.narrowed(neurons)
+                if visit:
+                    visit(b, e, where, neurons, made)
+                if self.passing:
+                    mx.eval(made)
+                places[b].append(where)
+                pieces[b].append(made)
+        back = (mx.array(np.argsort(np.concatenate(of))) for of in places)
+        outs = (mx.concatenate(of)[order] for of, order in zip(pieces, back, strict=True))
+        return [out.reshape(*c.shape, -1) for out, c in zip(outs, chosen, strict=True)]
+
+
+def of_block(of: Family, block: nn.Module) -> Experts | None:
+    """The experts of a block that `load` has made; None where it has an MLP."""
+    part = block.get(of.mlp)
+    return getattr(part, "switch_mlp", None) if of.experts and part else None
