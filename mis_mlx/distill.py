@@ -19,6 +19,7 @@ from mis_mlx.planner import estimates, machines, phases
 from mis_mlx.planner.job import PLAIN, spec_of
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import select, vocabulary
+from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import FILE_ONLY, Budget, Checkpoint, Count, MisError, Row, Whole
@@ -52,6 +53,7 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     hidden_by: Annotated[Literal["importance", "pca"], FILE_ONLY] = "pca"
     target: Annotated[Literal["fixed", "conditions"], FILE_ONLY] = "fixed"
     temperature_unit: Annotated[Literal["kelvin", "celsius"], FILE_ONLY] = "kelvin"
+    experts_by: Annotated[Literal["reap", "frequency", "random"], FILE_ONLY] = "reap"
     vocab_text: Annotated[str | None, FILE_ONLY] = None
     languages: Annotated[tuple[str, ...], FILE_ONLY] = ()
     # And of quantization; `quantize` has a flag for it.
@@ -208,6 +210,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s.check()
     trackers.check(s.report_to)
     teacher = run_loop.opened(s, s.teacher, "teacher")
+    s = replace(s, **packed_format.of_mixture(teacher.config, s))
     if s.student is None:
         s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, teacher.config, teacher.path))
     rows = vocabulary.rows_left(teacher, s, s.student)

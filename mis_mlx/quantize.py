@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command."""
     s = settings
     checkpoint = run_loop.opened(s, s.model, place=s.mlx_path, new="--mlx-path")
+    s = replace(s, **packed_format.of_mixture(checkpoint.config, s))
     if s.looks and s.num_samples < 1:
         flag = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"
         raise MisError(f"{flag} looks at text, --num-samples is {s.num_samples}: give 1 or more")

@@ -110,18 +110,19 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
     mended, keep = dict[str, mx.array](), model_writer.read_keep(pruned.path)
     if not (c.plan.job.repair and keep):
         return mended
-    cli.say("reconstruct: refit every down_proj to the teacher's stream")
+    name = reconstruct.mended_name(pruned)
+    cli.say(f"reconstruct: refit every block's {name.removesuffix('.weight')} to the teacher's stream")
     planned, windows = next(p for p in c.plan.phases if p.name == "repair"), c.pick(c.plan.job.repair, 2)
     c.files.require_space(c.folder, planned.spooled_bytes, "the spool of hidden states")
     spool = partial(Spool, c.folder, c.plan.held_windows("repair"), c.files) if parts else None
     with c.phase("repair"):
-        for j, wide, error in reconstruct.by_block(c.teacher, pruned, keep, windows, spool, c.direct):
+        for j, weight, error in reconstruct.by_block(c.teacher, pruned, keep, windows, spool, c.direct):
             if parts and error < 1.0:
                 block = load.block(parts, j, load.model_args(parts.config), mx.float32)
-                block.mlp.down_proj.weight = wide
+                block.load_weights([(name, weight)], strict=False)
                 model_writer.replace_block(parts, j, dict(tree_flatten(block.parameters())), c.files)
             elif error < 1.0:
-                mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
+                mended[f"model.layers.{j}.{name}"] = weight
     return mended
 
 

@@ -37,8 +37,9 @@ def readers(block: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
     return {axis: (part, names) for axis, (part, names) in found.items() if names}
 
 
-def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names (without `model.layers.N.`) and shapes (out, in) of one block's tensors, in forward order."""
+def layer_tensors(config: Mapping[str, Any], stacked: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names (without `model.layers.N.`) and shapes (out, in) of one block's tensors, in forward order. stacked: all
+    experts' matrices in one (E, out, in), as mlx-lm has them."""
     s, of = shape_of(config), family(config)
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     tensors: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (s.hidden,)}
@@ -57,7 +58,7 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     if of.sandwich:
         tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
     if of.experts:
-        return tensors | _expert_tensors(config)
+        return tensors | _expert_tensors(config, stacked)
     wide = (("gate_up_proj", 2 * s.ffn),) if of.joined else (("gate_proj", s.ffn), ("up_proj", s.ffn))
     for name, out, into in (*((name, out, s.hidden) for name, out in wide), ("down_proj", s.hidden, s.ffn)):
         tensors[f"mlp.{name}.weight"] = (out, into)
@@ -66,7 +67,7 @@ def layer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def _expert_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _expert_tensors(config: Mapping[str, Any], stacked: bool) -> dict[str, tuple[int, ...]]:
     """What a mixture has in the place of an MLP: a router, experts one by one, perhaps one that every token meets."""
     s, of = shape_of(config), family(config)
 
@@ -74,7 +75,9 @@ def _expert_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {f"{name}.weight": (s.hidden, ffn) if name == names[2] else (ffn, s.hidden) for name in names}
 
     inside: dict[str, tuple[int, ...]] = {"gate.weight": (s.experts, s.hidden)}
-    for e in range(s.experts):
+    if stacked:
+        inside |= {f"switch_mlp.{name}": (s.experts, *shape) for name, shape in gated(GATED, s.ffn).items()}
+    for e in range(0 if stacked else s.experts):
         inside |= {f"experts.{e}.{name}": shape for name, shape in gated(of.matrices, s.ffn).items()}
     if of.shared_expert:
         beside = gated(GATED, config[of.shared_expert])
@@ -87,6 +90,15 @@ def expert_of(name: str) -> int | None:
     """The number of the expert in its block that a tensor or module belongs to; None outside of experts."""
     found = re.search(r"\bexperts\.(\d+)\.", name)
     return int(found[1]) if found else None
+
+
+def one_by_one(path: str, config: Mapping[str, Any]) -> list[str]:
+    """What the parts of a matrix that `stacked` names are called; another path alone."""
+    stem, _, name = path.partition("switch_mlp.")
+    if not name:
+        return [path]
+    own = name.replace(kind := name.split(".")[0], family(config).matrices[GATED.index(kind)])
+    return [f"{stem}experts.{e}.{own}" for e in range(shape_of(config).experts)]
 
 
 def stacked(path: str, config: Mapping[str, Any]) -> str:
@@ -111,10 +123,11 @@ def block_of(name: str) -> int | None:
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
-def tensors_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an unquantized model of this config: Hugging Face name -> shape, in forward order."""
+def tensors_of(config: Mapping[str, Any], stacked: bool = False) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an unquantized model of this config: Hugging Face name -> shape, in forward order. stacked: as of
+    `layer_tensors`."""
     s = shape_of(config)
-    block = layer_tensors(config)
+    block = layer_tensors(config, stacked)
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
     for i in range(s.layers):
         tensors |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}

@@ -41,6 +41,7 @@ class Experts:
 
     def __init__(self, each: Callable[[Sequence[int]], Iterator[tuple[int, Expert]]], passing: bool = False):
         self.each, self.passing = each, passing
+        self.said: mx.array | None = None  # (n, E, D), what every expert gives for all tokens of every call
         self.ready: list[mx.array] = []  # what the next calls give
         self._asked: list[mx.array] | None = None  # what the calls of `chosen` were made with
 
@@ -49,6 +50,9 @@ class Experts:
         if self._asked is not None:
             self._asked.append(chosen)
             return mx.zeros((*chosen.shape, x.shape[-1]), x.dtype)
+        if self.said is not None:
+            every = self.said.reshape(*chosen.shape[:-1], *self.said.shape[-2:])
+            return mx.take_along_axis(every, chosen[..., None], axis=-2)
         return self.ready.pop(0) if self.ready else self.outputs([x], [chosen])[0]
 
     def chosen(self, part: nn.Module, x: mx.array) -> mx.array:

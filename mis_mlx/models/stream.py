@@ -318,9 +318,9 @@ class Stream:
         for first in range(0, len(hidden), size := max(1, GROUP_BYTES // each)):
             beside, inputs, chosen, gates = [], list[mx.array](), [], list[np.ndarray]()
             for b in range(first, min(first + size, len(hidden))):
-                x = hidden[b]
-                beside.append(x + block.self_attn(block.input_layernorm(x), load.mask(self.args, block, x), None))
-                inputs.append(block.post_attention_layernorm(beside[-1]))
+                h, into = before_experts(block, hidden[b], load.mask(self.args, block, hidden[b]))
+                beside.append(h)
+                inputs.append(into)
                 chosen.append(experts.chosen(part, inputs[-1]))
                 mx.eval(beside[-1], inputs[-1], chosen[-1])
                 if visit:
@@ -355,6 +355,13 @@ class Stream:
         for _, block in self.blocks():
             self.through(block, hidden)
         return self.norm(hidden)
+
+
+def before_experts(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array]:
+    """(x behind attention, that behind the second norm), both (B, T, D): the block's output is the first and what its
+    experts make of the second. Lazy."""
+    h = x + block.self_attn(block.input_layernorm(x), mask, None)
+    return h, block.post_attention_layernorm(h)
 
 
 def evaluate_now(*arrays: Any) -> None:

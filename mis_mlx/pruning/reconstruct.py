@@ -15,7 +15,9 @@ import numpy as np
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import load, policy, stream
+from mis_mlx.models.families import family
 from mis_mlx.models.stream import Batches, Hidden
+from mis_mlx.pruning import router
 from mis_mlx.types import Checkpoint, KeptUnits
 
 HELD_OUT = 4
@@ -27,11 +29,18 @@ def reconstruct(
     """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)]."""
     mended: dict[str, mx.array] = {}
     left: list[float] = []
-    for j, wide, error in by_block(teacher, student, keep, batches):
+    name = mended_name(student)
+    for j, weight, error in by_block(teacher, student, keep, batches):
         if error < 1.0:
-            mended[f"model.layers.{j}.mlp.down_proj.weight"] = wide
+            mended[f"model.layers.{j}.{name}"] = weight
         left.append(error)
     return mended, left
+
+
+def mended_name(student: Checkpoint) -> str:
+    """Of what changes in a block: the last matrix of its MLP, or the router of its experts."""
+    of = family(student.config)
+    return f"{of.mlp}.{'gate' if of.experts else 'down_proj'}.weight"
 
 
 def by_block(
@@ -42,20 +51,24 @@ def by_block(
     spool: Callable[[], Hidden] | None = None,
     direct: bool = False,
 ) -> Iterator[tuple[int, mx.array, float]]:
-    """(number of a block, its down_proj (out, in) float32, share of error left) of every block, in turn. spool(): a
+    """(number of a block, its `mended_name` (out, in) float32, share of error left) of every block, in turn. spool(): a
     place other than memory for hidden states; then a block's output is computed anew, and its inputs are not kept
     meanwhile. direct: read past the page cache."""
     columns, place = kept_columns(keep), spool or list[mx.array]
     big, small = (stream.Stream(model, policy.compute_dtype(model), direct=direct) for model in (teacher, student))
     target, own = big.embed(batches, place()), small.embed(batches, place())
-    marching = groups(big, keep, target)
+    marching, mixed = groups(big, keep, target), bool(family(student.config).experts)
     for j, block in small.blocks():
         next(marching)
-        wide, error = refit(block, small.args, own, target, columns, onwards=not spool)
-        if spool:
+        if mixed:
+            goals = [narrow(want, columns) for want in target]
+            weight, error = router.heal(small, block, list(own), goals, judges(len(goals)))
+        else:
+            weight, error = refit(block, small.args, own, target, columns, onwards=not spool)
+        if spool or mixed:
             small.through(block, own)
         small.finite(own[0])
-        yield j, wide, error
+        yield j, weight, error
 
 
 def groups(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[int]:

@@ -13,6 +13,8 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, model_writer
+from mis_mlx.models.families import family
+from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import Spec, spec_bytes
 from mis_mlx.types import Checkpoint, MisError
@@ -43,11 +45,12 @@ class Format(NamedTuple):
         """A matrix (out, in) rounded to nearest values. Lazy."""
         return rounding.nearest(weight, self.group, self.bits, self.mode)
 
-    def specs(self, path: str, rows: int, columns: int) -> dict[str, Spec]:
-        """{tensor's name: (type, shape)} of one packed matrix (rows, columns)."""
-        groups = rows, columns // self.group
+    def specs(self, path: str, *shape: int) -> dict[str, Spec]:
+        """{tensor's name: (type, shape)} of one packed matrix (rows, columns), or of as many as lie stacked."""
+        *rows, columns = shape
+        groups = *rows, columns // self.group
         kinds = {"scales": "F16", "biases": "F16"} if self.mode == "affine" else {"scales": "U8"}
-        weight: dict[str, Spec] = {f"{path}.weight": ("U32", (rows, columns * self.bits // 32))}
+        weight: dict[str, Spec] = {f"{path}.weight": ("U32", (*rows, columns * self.bits // 32))}
         return weight | {f"{path}.{part}": (kind, groups) for part, kind in kinds.items()}
 
 
@@ -68,6 +71,15 @@ def blocks_after_removed(checkpoint: Checkpoint) -> tuple[int, ...]:
     return (*jumps, len(keep.layers) - 1) if jumps else ()
 
 
+def of_mixture(config: Mapping[str, Any], how: QuantizationConfig) -> dict[str, Any]:
+    """What of `how` is another for a mixture of experts: its weights are rounded, nothing is measured or learned."""
+    if not family(config).experts:
+        return {}
+    if how.q_method != "round" or how.target_bpw is not None or how.q_iters:
+        cli.say("a mixture of experts is rounded to 4 bits: gptq, --target-bpw and --q-iters are for models without")
+    return {"q_method": "round", "target_bpw": None, "q_iters": 0}
+
+
 def layout(
     config: Mapping[str, Any], group_size: int, wide: tuple[int, ...] = (), mode: rounding.Mode = "affine"
 ) -> dict[str, Format]:
@@ -75,12 +87,13 @@ def layout(
 
     MisError when a matrix cannot be cut into groups."""
     eight = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens", "lm_head"}
-    shapes = {n.removesuffix(".weight"): d for n, d in arch.tensors_of(config).items() if len(d) == 2}
+    matrices = {n: d for n, d in arch.tensors_of(config, True).items() if len(d) > 1 and not arch.is_router(n)}
+    shapes = {n.removesuffix(".weight"): d for n, d in matrices.items()}
     four = Format(BITS, GROUPS.get(mode, group_size), mode)
     plan = {path: Format(WIDE_BITS, group_size) if path in eight else four for path in shapes}
-    for path, (_, columns) in shapes.items():
+    for path, (*_, columns) in shapes.items():
         if columns % (group := max(plan[path].group, 32)):  # MLX packs no rows of less
-            fits = [g for g in (64, 32) if all(d[1] % g == 0 for d in shapes.values())]
+            fits = [g for g in (64, 32) if all(d[-1] % g == 0 for d in shapes.values())]
             remedy = f"use --q-group-size {fits[0]}" if fits else "prune that axis to a multiple of 32, or --quantize 0"
             raise MisError(f"{path}.weight has rows of {columns} weights, which {group} does not divide: {remedy}")
     return plan
@@ -107,7 +120,7 @@ def write_quantized(
     settings |= {path: kind.settings for path, kind in plan.items() if kind != common}
     config = {**checkpoint.config, "quantization": settings, "quantization_config": settings}
     specs: dict[str, Spec] = {}
-    for name, shape in arch.tensors_of(checkpoint.config).items():
+    for name, shape in arch.tensors_of(checkpoint.config, True).items():
         path = name.removesuffix(".weight")
         specs |= plan[path].specs(path, *shape) if path in plan else {name: (checkpoint.tensors[name].dtype, shape)}
     tensors = _packed(checkpoint, plan, rounded)
@@ -124,7 +137,7 @@ def write_quantized(
 
 def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> Iterator[tuple[str, mx.array]]:
     """(name, tensor) of everything in the folder to be written."""
-    names, coming, block = arch.tensors_of(checkpoint.config), None, dict[str, rounding.Packed]()
+    names, coming, block = arch.tensors_of(checkpoint.config, True), None, dict[str, rounding.Packed]()
     for name in cli.counted("tensor", names, len(names)):
         path = name.removesuffix(".weight")
         if path not in plan:
@@ -133,11 +146,17 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
         while rounded and arch.block_of(name) is not None and path not in block:
             coming = coming or rounded(plan)
             block = dict(next(coming))
-        parts = block.pop(path, None) or plan[path].nearest(_finite(checkpoint, name))
+        parts = block.pop(path, None) or _nearest(checkpoint, plan[path], name)
         for part, array in zip((name, f"{path}.scales", f"{path}.biases"), parts, strict=False):
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
                 raise MisError(f"{checkpoint.path}: {name}: {rounding.BEYOND}")
             yield part, array
+
+
+def _nearest(checkpoint: Checkpoint, how: Format, name: str) -> rounding.Packed:
+    """A matrix, or those of all experts stacked, rounded to nearest values."""
+    every = [how.nearest(_finite(checkpoint, one)) for one in arch.one_by_one(name, checkpoint.config)]
+    return every[0] if len(every) == 1 else tuple(mx.stack(list(part)) for part in zip(*every, strict=True))
 
 
 def formats(checkpoint: Checkpoint) -> dict[str, Format]:
@@ -155,7 +174,7 @@ def check_dense(checkpoint: Checkpoint) -> None:
 
 def block_bits(config: Mapping[str, Any], plan: Layout) -> float:
     """Bits for a weight of the blocks' matrices, scales and biases included."""
-    shapes = arch.tensors_of(config)
+    shapes = arch.tensors_of(config, True)
     sizes = {path: math.prod(shapes[f"{path}.weight"]) for path in plan if arch.block_of(path) is not None}
     return sum(plan[path].bits_per_weight * n for path, n in sizes.items()) / sum(sizes.values())
 

@@ -30,6 +30,8 @@ QUICK = mostly_slow(tiny.MODELS, *tiny.FAMILIES, "Bielik-4.5B-v3", "PLLuM-12B")
 def stock_of(folder: Path) -> nn.Module:
     """As mlx_lm opens it."""
     model: nn.Module = load.mlx_lm("utils").load(str(folder))[0]
+    if family(read_config(folder)).experts:
+        model.set_dtype(mx.float32)  # MLX's CPU gathers products of no other type
     return model
 
 
@@ -53,7 +55,7 @@ def one_by_one(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict
 
 def narrower(config: Mapping[str, Any]) -> int:
     """Two thirds of a model's neurons, in whole groups of 32."""
-    return int(config["intermediate_size"]) * 2 // 3 // 32 * 32
+    return int(config[family(config).ffn]) * 2 // 3 // 32 * 32
 
 
 def test_every_row_has_a_tiny_model() -> None:
@@ -137,8 +139,7 @@ def test_cut_along_every_axis_it_opens_in_stock(models: Models, kind: str, tmp_p
         sizes |= {"heads": None, "kv_heads": None, "hidden": None}
     if before["num_key_value_heads"] == 1:
         sizes["kv_heads"] = None
-    if of.experts:
-        sizes |= {"experts": "0.75x", "ffn": 32}
+    sizes["experts"] = "0.75x"
     asked = {axis: n for axis, n in sizes.items() if axis in of.axes}
     prune.run(prune.Settings(
         model=str(models(kind).path), mlx_path=str(tmp_path / "cut"), scenario="none", data=str(text_folder),
@@ -155,7 +156,7 @@ def test_cut_along_every_axis_it_opens_in_stock(models: Models, kind: str, tmp_p
     assert mx.abs(streamed(student, tokens) - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item() + 1e-6
 
 
-@pytest.mark.parametrize("kind", mostly_slow(tiny.MODELS, "granite", "phi3", "Bielik-4.5B-v3"))
+@pytest.mark.parametrize("kind", mostly_slow(tiny.MODELS, "granite", "phi3", "Bielik-4.5B-v3", "qwen2_moe", "mixtral"))
 def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: Path) -> None:
     """Every family and every Polish model; gemma3_text in the short run too, as the text part of a model that sees."""
     the_whole_way(models(kind).path, tmp_path, text_folder)
@@ -163,10 +164,12 @@ def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: P
 
 def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path, layers: int = 5) -> None:
     """`distill` with its defaults at a small size: every folder opens in stock mlx_lm, and training lowers the KL."""
+    config = load.open_checkpoint(teacher).config
     result = distill.run(distill.Settings(
-        teacher=str(teacher), data=str(text_folder), out=str(tmp_path / "run"), iters=8, num_samples=2,
+        experts="0.75x" if family(config).experts else None, teacher=str(teacher), data=str(text_folder),
+        out=str(tmp_path / "run"), iters=8, num_samples=2,
         max_seq_length=32, eval_windows=2, reconstruct_samples=2, bench_tokens=2, learning_rate=1e-4, warmup=1,
-        q_iters=2, q_group_size=32, layers=layers, ffn=narrower(load.open_checkpoint(teacher).config), scenario="none",
+        q_iters=2, q_group_size=32, layers=layers, ffn=narrower(config), scenario="none",
     ))  # fmt: skip
     for name in ("pruned", "distilled", "model"):
         assert np.isfinite(np.array(stock_of(tmp_path / "run" / name)(mx.array([[1, 2, 3]])).astype(mx.float32))).all()

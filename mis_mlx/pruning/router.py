@@ -1,0 +1,75 @@
+"""Heal the routers of a mixture that has lost experts: their rows learn to choose among those that are left.
+
+A block's experts are asked once, each for all tokens; then the router alone is trained on what they said, towards the
+teacher's stream behind the block, with everything else frozen (asked for in CerebrasResearch/reap, issue 3)."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from mis_mlx.models import load, stream
+from mis_mlx.models.experts import of_block
+from mis_mlx.models.families import family
+
+STEPS, LOOK = 60, 5  # of Adam on all tokens at once, and between looks at those held out
+RATE = 0.02  # of Adam, times the root mean square of the router's weights
+BYTES = 2**28  # of outputs of all experts, (n, E, D): as many windows as these hold
+
+
+def heal(
+    source: stream.Stream, block: nn.Module, hidden: Sequence[mx.array], goals: Sequence[mx.array],
+    held_out: Sequence[int],
+) -> tuple[mx.array, float]:  # fmt: skip
+    """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)]: (its rows (E, D) float32, the
+    share of the error that they leave on batches `held_out`). It stays as it is, and 1 is left, where none does better
+    there. Tokens are weighted by 1 / rms of the goal, as in `reconstruct.refit`."""
+    of = family(source.checkpoint.config)
+    part, experts = block[of.mlp], of_block(of, block)
+    assert experts
+    old, kind = part.gate.weight, hidden[0].dtype
+    most = max(2, BYTES // (hidden[0].nbytes * len(old)))
+    sets = [[b for b in range(len(hidden)) if (b in held_out) == held][:most] for held in (False, True)]
+    parts = [_Asked(source, block, [hidden[b] for b in of_set], [goals[b] for b in of_set]) for of_set in sets]
+
+    def error(weight: mx.array, at: _Asked) -> mx.array:
+        part.gate.weight = weight.astype(kind)
+        experts.said = at.said
+        out = at.beside + part(at.inputs).reshape(at.beside.shape).astype(mx.float32)
+        return mx.square((at.goal - out) * at.weight).sum()
+
+    best = weight = old.astype(mx.float32)
+    least = before = float(error(weight, parts[1]))
+    adam = optim.Adam(RATE * float(mx.sqrt(mx.square(weight).mean())))
+    for step in range(1, STEPS + 1):
+        slope = mx.grad(error)(weight, parts[0])
+        weight = adam.apply_gradients({"gate": slope}, {"gate": weight})["gate"]
+        stream.evaluate_now(weight, adam.state)
+        if step % LOOK == 0 and (now := float(error(weight, parts[1]))) < least:
+            best, least = weight, now
+    experts.said, part.gate.weight = None, best.astype(old.dtype) if least < before else old
+    return best, least / before if before else 1.0
+
+
+class _Asked:
+    """What all experts of a block say to some batches' tokens, and what would be right. Rows (n, ...)."""
+
+    def __init__(self, source: stream.Stream, block: nn.Module, hidden: Sequence[mx.array], goals: Sequence[mx.array]):
+        of = family(source.checkpoint.config)
+        part, experts = block[of.mlp], of_block(of, block)
+        assert experts
+        beside, inputs = list[mx.array](), list[mx.array]()
+        for x in hidden:
+            h, n = stream.before_experts(block, x, load.mask(source.args, block, x))
+            stream.evaluate_now(h, n)
+            beside.append(h)
+            inputs.append(n)
+        self.inputs = mx.concatenate([n.reshape(1, -1, n.shape[-1]) for n in inputs], axis=1)
+        self.beside = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in beside]).astype(mx.float32)
+        self.goal = mx.concatenate([g.reshape(-1, g.shape[-1]) for g in goals]).astype(mx.float32)
+        self.weight = 1.0 / mx.maximum(mx.sqrt(mx.square(self.goal).mean(axis=-1, keepdims=True)), 1e-6)
+        every = mx.array(np.broadcast_to(np.arange(len(part.gate.weight)), (1, len(self.goal), len(part.gate.weight))))
+        self.said = experts.outputs([self.inputs], [every])[0]
+        stream.evaluate_now(self.inputs, self.beside, self.goal, self.weight, self.said)
