@@ -24,7 +24,7 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
 from mis_mlx.maths import importance
 from mis_mlx.models import arch, load, policy, resolve
-from mis_mlx.pruning import calibrate, select
+from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.storage.files import DISK
 
 REPLAY = Path(__file__).resolve().parents[1] / "tests" / "data" / "halny.jsonl"
@@ -66,7 +66,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             models = {"teacher": checkpoint}
             for name, (shape, keep) in chosen.items():
-                select.write_student(checkpoint, shape, keep, Path(folder) / name, "bfloat16", DISK)
+                slicing.write_student(checkpoint, shape, keep, Path(folder) / name, "bfloat16", DISK)
                 models[name] = load.open_checkpoint(Path(folder) / name)
             found = comparison.compare(models, held_out)
         for name, (_, keep) in chosen.items():

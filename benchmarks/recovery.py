@@ -32,7 +32,7 @@ from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, model_writer, policy, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner.recipe import DistillationConfig
-from mis_mlx.pruning import calibrate, reconstruct, select
+from mis_mlx.pruning import calibrate, reconstruct, select, slicing
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
@@ -202,7 +202,7 @@ class Bench(Laboratory):
         whole, tensor = self.checkpoint, None
         if arm.graft:
             whole, tensor = GRAFTS[arm.graft](whole, keep, self.measured(seed)[0])
-        select.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor)
+        slicing.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor)
         return load.open_checkpoint(out)
 
     def begun(

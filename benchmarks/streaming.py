@@ -31,7 +31,7 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from mis_mlx.models import arch, load, stream
+from mis_mlx.models import arch, load, slots, stream
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint
@@ -90,18 +90,26 @@ def synthetic(folder: Path, sizes: dict[str, int], bits: int = 0) -> Path:
     return folder
 
 
-class Still(stream.Stream):
-    """A stream whose slots are filled once: what it takes to compute, without a disk."""
+class Filled(slots.Slots):
+    """Slots that are filled once."""
 
     filled = 0
 
-    def _begin(self, i: int) -> Any:
+    def _begin(self, key: Any) -> Any:
         if self.filled < 2:
             self.filled += 1
-            slot, wait = super()._begin(i)
+            _, slot, wait = super()._begin(key)
             wait()
-            return slot, lambda: None
-        return self._free.pop(), lambda: None
+            return key, slot, lambda: None
+        return key, self.free.pop(), lambda: None
+
+
+class Still(stream.Stream):
+    """A stream that reads two blocks alone: what it takes to compute, without a disk."""
+
+    def __init__(self, *of: Any, **how: Any):
+        super().__init__(*of, **how)
+        self._blocks.__class__ = Filled
 
 
 def forget(path: Path) -> None:

@@ -143,8 +143,9 @@ def speaking(module: Module) -> list[str]:
 
 
 def evaluating(module: Module) -> list[str]:
-    """mx.eval: only models/stream.py, what trains or times, hardware/clock.py, hardware/lanes.py and commands."""
-    here = ("models.stream", "hardware.clock", "hardware.lanes")
+    """mx.eval: only models/stream.py and its slots.py, what trains or times, hardware/clock.py, hardware/lanes.py and
+    commands."""
+    here = ("models.stream", "models.slots", "hardware.clock", "hardware.lanes")
     trains = module.zone in ("distillation", "alignment", "checks") or module.name.startswith("evaluation.speed")
     if module.is_command or trains or module.name in here:
         return []

@@ -25,7 +25,7 @@ from mis_mlx.distillation import candidate_trials, search_report
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, policy
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.pruning import calibrate, reconstruct, select, shape_search
+from mis_mlx.pruning import calibrate, reconstruct, select, shape_search, slicing
 from mis_mlx.pruning.shape_search import Decoding
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage import run_folder
@@ -128,7 +128,7 @@ def by_hand(s: search.Settings, record: dict[str, Any], folder: Path, repaired: 
     cut = select.PruningConfig(scenario="none", importance="rms", **{a: record[a] for a in shape_search.AXES})
     statistics, _ = calibrate.calibrate(teacher, picked(1, 4), policy.usual_dtype())
     shape, keep = select.select_units(dict(teacher.config), statistics, cut)
-    select.write_student(teacher, shape, keep, folder / "s", "bfloat16", DISK)
+    slicing.write_student(teacher, shape, keep, folder / "s", "bfloat16", DISK)
     student = load.open_checkpoint(folder / "s")
     if repaired:
         mended, _ = reconstruct.reconstruct(teacher, student, keep, picked(2, repaired))

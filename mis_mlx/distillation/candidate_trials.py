@@ -29,7 +29,7 @@ from mis_mlx.models.config import Shape
 from mis_mlx.models.stream import Batches
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.job import spec_of
-from mis_mlx.pruning import calibrate, reconstruct, rotate, select, shape_search
+from mis_mlx.pruning import calibrate, reconstruct, rotate, select, shape_search, slicing
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import reported
@@ -91,7 +91,7 @@ class CandidateTrials:
         teacher = self.run.teacher
         made, keep = select.select_units(teacher.config, self.statistics, cut)
         keep, tensor = select.turned(teacher, made, keep, lambda: self._directions)
-        select.write_student(teacher, made, keep, out, self.dtype, self.run.files, tensor)
+        slicing.write_student(teacher, made, keep, out, self.dtype, self.run.files, tensor)
         return load.open_checkpoint(out)
 
     def score(self, shape: Shape) -> float:

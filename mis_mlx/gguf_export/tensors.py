@@ -6,7 +6,7 @@ and those of 5 bits Q5_1 (scale · q + bias, repeated in a group's blocks of 32)
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -87,12 +87,14 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     names = gguf_names(config)
     heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.gguf in INTERLEAVED else {}
     every = []
-    for name, shape in arch.tensors_of(config).items():
-        kind, exact = _kind(checkpoint, name, wanted, shape[1]) if len(shape) == 2 else ("F32", False)
+    for name, shape in arch.tensors_of(config, True).items():
+        one = arch.one_by_one(name, config)[0]
+        plain = len(shape) == 1 or arch.is_router(name)
+        kind, exact = ("F32", False) if plain else _kind(checkpoint, one, wanted, shape[-1])
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
         if shape[-1] % block:
             why = f"which {kind}'s block of {block} does not divide"
-            raise MisError(f"{name} has rows of {shape[1]} weights, {why}: use --out-type f16")
+            raise MisError(f"{name} has rows of {shape[-1]} weights, {why}: use --out-type f16")
         if (gguf_name := names[name]) is None:
             raise MisError(f"llama.cpp's {of.gguf} has no place for {name}: use --format hf")
         every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
@@ -138,6 +140,13 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
     if not part.source:
         yield _freqs(checkpoint.config).view(np.uint8)
         return
+    for source in arch.one_by_one(part.source, checkpoint.config):
+        yield from _rows_of(checkpoint, replace(part, source=source, shape=part.shape[-2:]), tally)
+    mx.clear_cache()
+
+
+def _rows_of(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np.ndarray]:
+    """`rows` of one matrix, of several that are stacked, or of a vector."""
     stem = part.source.removesuffix(".weight")
     stored = [n for n in (part.source, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
     raw = safetensors.lazy(checkpoint.tensors, stored)
@@ -148,8 +157,6 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
         slab = {name: array[index] for name, array in raw.items()}
         convert = _rewrapped if part.exact else _converted
         yield np.ascontiguousarray(convert(checkpoint, part, slab, tally)).view(np.uint8)
-    del raw
-    mx.clear_cache()
 
 
 def _finite(part: Part, *arrays: np.ndarray) -> None:
@@ -247,6 +254,10 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
     if type(c.get("max_position_embeddings")) is not int:
         raise MisError("config.json has no max_position_embeddings, which llama.cpp needs: add it")
     rope, scaling = _rope(config)
+    if of.experts and c.get("norm_topk_prob", of.gates_sum_to_1) != of.gates_sum_to_1:
+        raise MisError(
+            f"norm_topk_prob is {not of.gates_sum_to_1}, llama.cpp's {of.gguf} knows the other: use --format hf"
+        )
     words = {
         "type": "model", "name": name, "size_label": gguf.size_label(arch.params(config), 0, 0, 0),
         "file_type": gguf.LlamaFileType[FILE_TYPES.get(wanted, f"MOSTLY_{wanted.upper()}")],
@@ -266,6 +277,11 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         words["rope_scaling_attn_factors"] = math.sqrt(1 + math.log(max(1, c["max_position_embeddings"] / old), old))
     if of.scaled_queries:
         words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
+    if of.experts:
+        words |= {"expert_count": s.experts, "expert_used_count": c["num_experts_per_tok"]}
+        words |= {"expert_feed_forward_length": s.ffn}
+    if of.shared_expert:
+        words["expert_shared_feed_forward_length"] = c[of.shared_expert]
     if of.period:
         words["sliding_window"] = load.model_args(config).sliding_window
     for word, value in words.items():

@@ -4,6 +4,7 @@ So each can be read from disk when it is needed, has its own name as on disk, an
 weights come from: in memory or read, a batch at a time or many."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +21,7 @@ class Expert(nn.Module):
     def __init__(self, of: Family, hidden: int, ffn: int, activation: Callable[[mx.array, mx.array], mx.array]):
         super().__init__()
         self._names, self._activation = of.matrices, activation
+        self.settle: Callable[[mx.array], None] = lambda _: None  # of what it gave, if its weights go elsewhere then
         for name, (into, out) in zip(of.matrices, ((hidden, ffn), (hidden, ffn), (ffn, hidden)), strict=True):
             self[name] = nn.Linear(into, out, bias=False)
 
@@ -34,13 +36,16 @@ class Expert(nn.Module):
         return out
 
 
+Each = Callable[[Sequence[int]], Iterator[tuple[int, Expert]]]
+
+
 class Experts:
     """Called as SwitchGLU is: x (..., D), chosen (..., k) -> (..., k, D).
 
-    each(numbers): those experts in turn; one may be gone when the next one is asked for, if `passing`."""
+    each(numbers): those experts in turn; one may be gone when the next one is asked for."""
 
-    def __init__(self, each: Callable[[Sequence[int]], Iterator[tuple[int, Expert]]], passing: bool = False):
-        self.each, self.passing = each, passing
+    def __init__(self, each: Each):
+        self._each = each
         self.said: mx.array | None = None  # (n, E, D), what every expert gives for all tokens of every call
         self.ready: list[mx.array] = []  # what the next calls give
         self._asked: list[mx.array] | None = None  # what the calls of `chosen` were made with
@@ -70,7 +75,7 @@ class Experts:
         visit(batch, expert, places (n,) in the flat choice, neurons (n, F), outputs (n, D)): looks at what was made."""
         flat = [np.array(c).reshape(-1) for c in chosen]
         places, pieces = [list[np.ndarray]() for _ in flat], [list[mx.array]() for _ in flat]
-        for e, expert in self.each(np.unique(np.concatenate(flat)).tolist()):
+        for e, expert in self._each(np.unique(np.concatenate(flat)).tolist()):
             for b, (x, numbers, c) in enumerate(zip(inputs, flat, chosen, strict=True)):
                 if not len(where := np.flatnonzero(numbers == e)):
                     continue
@@ -78,13 +83,19 @@ class Experts:
                 made = expert.narrowed(neurons)
                 if visit:
                     visit(b, e, where, neurons, made)
-                if self.passing:
-                    mx.eval(made)
+                expert.settle(made)
                 places[b].append(where)
                 pieces[b].append(made)
         back = (mx.array(np.argsort(np.concatenate(of))) for of in places)
         outs = (mx.concatenate(of)[order] for of, order in zip(pieces, back, strict=True))
         return [out.reshape(*c.shape, -1) for out, c in zip(outs, chosen, strict=True)]
+
+
+def before(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array]:
+    """(x behind attention, that behind the second norm), both (B, T, D): the block's output is the first and what its
+    experts make of the second. Lazy."""
+    h = x + block.self_attn(block.input_layernorm(x), mask, None)
+    return h, block.post_attention_layernorm(h)
 
 
 def of_block(of: Family, block: nn.Module) -> Experts | None:

@@ -3,7 +3,7 @@
 A new family is a new row; nothing else asks for a model's type. Does not read configs (models/config) or weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ALL = ("layers", "ffn", "experts", "heads", "kv_heads", "hidden")
@@ -41,8 +41,11 @@ class Family:
     experts: str = ""  # the config's key of how many experts are in there, of which a router (`gate`) chooses some
     ffn: str = "intermediate_size"  # the config's key of FFN neurons, of one expert where there are several
     matrices: tuple[str, str, str] = GATED  # of an expert: gate, up, down
+    gates_sum_to_1: bool = False  # over the experts that a token meets, in llama.cpp
     shared_expert: str = ""  # the config's key of the width of one more, which every token meets
-    only: tuple[tuple[str, Any], ...] = ()  # keys whose other values mlx-lm does not compute: what it takes
+    only: tuple[tuple[str, Any], ...] = field(
+        default=(), hash=False
+    )  # keys whose other values mlx-lm does not compute: what it takes
     axes: tuple[str, ...] = DENSE
     why: str = "it has none"  # the others are not offered
 
@@ -50,7 +53,7 @@ class Family:
     def own(self) -> set[str]:
         """The keys of config.json that it is told by."""
         keys = {self.kinds, self.period, self.embedding_scale, self.logit_divisor, self.experts, self.shared_expert}
-        return {*keys, *self.numbers, *(key for key, _ in self.only)} - {"", "sqrt"}
+        return {*keys, *self.numbers} - {"", "sqrt"}
 
 
 MIXED = ("layers", "ffn", "experts")
@@ -85,7 +88,7 @@ ROWS = (
     Family(
         "qwen3_moe", "qwen3_moe", "qwen3moe", qkv_bias=False, other_biases=False, head_norms="each", rope_theta=1e6,
         heads_fill_hidden=False, experts="num_experts", ffn="moe_intermediate_size", numbers=("num_experts_per_tok",),
-        only=(("mlp_only_layers", []), ("decoder_sparse_step", 1)), axes=MIXED, why=MIXED_WHY,
+        gates_sum_to_1=True, only=(("mlp_only_layers", []), ("decoder_sparse_step", 1)), axes=MIXED, why=MIXED_WHY,
     ),
     Family(
         "qwen2_moe", "qwen2_moe", "qwen2moe", qkv_bias=True, other_biases=False, rope_theta=1e6, head_dim_follows=True,
@@ -96,6 +99,7 @@ ROWS = (
     Family(
         "mixtral", "mixtral", "llama", qkv_bias=False, other_biases=False, rope_theta=1e6, head_dim_follows=True,
         mlp="block_sparse_moe", experts="num_local_experts", matrices=("w1", "w3", "w2"),
+        gates_sum_to_1=True,
         numbers=("num_experts_per_tok",), only=(("sliding_window", None),), axes=MIXED, why=MIXED_WHY,
     ),
     Family(

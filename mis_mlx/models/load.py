@@ -4,7 +4,7 @@ import importlib
 import inspect
 import re
 import resource
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,15 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, policy, tokenizer_check
+from mis_mlx.models import arch, lookup, policy, tokenizer_check
 from mis_mlx.models.config import normalised, read_config, say_once, shape_of
-from mis_mlx.models.experts import Expert, Experts
+from mis_mlx.models.experts import Each, Expert, Experts
 from mis_mlx.models.families import Family, family
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError
 
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
-Each = Callable[[Sequence[int]], Iterator[tuple[int, Expert]]]
 EMBEDDING, NORM = "model.embed_tokens.", "model.norm."
 SETTINGS = ("group_size", "bits", "mode")
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
@@ -143,7 +142,7 @@ def _apart(block: nn.Module, config: Mapping[str, Any], each: Each | None = None
     activation = part.pop("switch_mlp").activation
     if each is None:
         part.experts = [Expert(of, s.hidden, s.ffn, activation) for _ in range(s.experts)]
-    part.switch_mlp = Experts(each or (lambda numbers: ((e, part.experts[e]) for e in numbers)), each is not None)
+    part.switch_mlp = Experts(each or (lambda numbers: ((e, part.experts[e]) for e in numbers)))
 
 
 def _new_block(of: Family, args: Any, i: int) -> nn.Module:
@@ -244,45 +243,11 @@ def logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
     return head_module.as_linear(hidden) if hasattr(head_module, "as_linear") else head_module(hidden)
 
 
-@mx.custom_function
-def rows(table: mx.array, ids: mx.array) -> mx.array:
-    """table (V, D), ids (...) -> (..., D). The gradient is summed in a fixed order: the same bits at every run, where
-    MLX's own adds rows up with atomic operations on a GPU, in whatever order they come."""
-    return table[ids]
-
-
-@rows.vjp
-def _rows_vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    """Sorted by id, every row takes in those behind it that have its id: of 1, 2, 4 ... rows after each turn. Then the
-    first of each id holds the sum, and the others go on as zeros, which may be added to it in any order."""
-    table, ids = primals
-    flat, n = ids.reshape(-1).astype(mx.int64), ids.size
-    order = mx.argsort(flat * n + mx.arange(n, dtype=mx.int64))  # keys without ties: equal ids stay in their order
-    flat, sums = flat[order], cotangent.reshape(n, -1).astype(mx.float32)[order]
-    reach = 1
-    while reach < n:
-        same = (flat[reach:] == flat[:-reach])[:, None]
-        sums = mx.concatenate([sums[:-reach] + mx.where(same, sums[reach:], 0.0), sums[-reach:]])
-        reach *= 2
-    first = mx.concatenate([mx.array([True]), flat[1:] != flat[:-1]])
-    found = mx.where(first[:, None], sums, 0.0).astype(table.dtype)
-    return mx.zeros_like(table).at[flat].add(found), mx.zeros_like(ids)
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding with a gradient that has the same bits at every run."""
-
-    def __call__(self, ids: mx.array) -> mx.array:
-        """ids (...) -> (..., D)."""
-        found: Any = rows(self.weight, ids)
-        return found
-
-
 def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it against the budget. `model.model`
     gives what goes into the head, as everywhere here."""
     model = _model_module(checkpoint.config).Model(model_args(checkpoint.config))
-    model.model.embed_tokens = Embedding(*model.model.embed_tokens.weight.shape)
+    model.model.embed_tokens = lookup.Embedding(*model.model.embed_tokens.weight.shape)
     for block in model.model.layers if family(checkpoint.config).experts else ():
         _apart(block, checkpoint.config)
     named = weights(checkpoint, "", dtype)

@@ -4,8 +4,8 @@ Every batch goes through block i before block i+1 comes, so weights are read onc
 As many blocks as there is room for stay in memory and are read once."""
 
 import math
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, MutableSequence, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -17,13 +17,13 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
-from mis_mlx.models import arch, load, policy
+from mis_mlx.models import arch, experts, load, policy, slots
 from mis_mlx.models.config import shape_of
-from mis_mlx.models.experts import Expert, Visit, of_block
+from mis_mlx.models.experts import Expert, Visit
 from mis_mlx.models.families import family
-from mis_mlx.storage.block_reader import PAGE, Layout, Reader, layout, pages
-from mis_mlx.storage.header_check import DTYPES
-from mis_mlx.types import Checkpoint, MisError, TensorAt, gib
+from mis_mlx.models.slots import Slot, Slots
+from mis_mlx.storage.block_reader import PAGE, Reader
+from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 GROUP_BYTES = 2**27  # of outputs of experts, (B, T, k, D), at a time
 Batches = Sequence[mx.array]  # token ids [(B, T)]
@@ -58,66 +58,6 @@ class InputRecorder(nn.Module):
         return self._seen.pop(0)
 
 
-class _Slot:
-    """A buffer that blocks are read into again and again; new memory for each would cost 4x the time."""
-
-    def __init__(self, nbytes: int):
-        if nbytes + PAGE >= 2**31:
-            raise MisError(f"One block takes {gib(nbytes)} on disk, the most is 2 GiB: quantize the model first")
-        self._whole = mx.zeros((nbytes + PAGE,), mx.uint8)
-        mx.eval(self._whole)
-        whole: Any = self._whole
-        view = memoryview(whole)
-        self._first = -np.frombuffer(view, np.uint8).ctypes.data % PAGE
-        self.view = view[self._first : self._first + nbytes]
-
-    def arrays(self, tensors: dict[str, TensorAt], where: Layout) -> dict[str, mx.array]:
-        """The tensors as stored. They share this buffer: all that reads them is evaluated before a refill."""
-        arrays = {}
-        for name, t in tensors.items():
-            begin = self._first + where.at[name]
-            raw = self._whole[begin : begin + t.nbytes]
-            attribute, size = DTYPES[t.dtype]
-            if t.offset % size:  # Metal and vector units want whole elements at whole addresses: copy
-                raw = raw * 1
-            arrays[name] = raw.view(getattr(mx, attribute)).reshape(t.shape)
-        mx.eval(arrays)
-        return arrays
-
-
-class _Slots:
-    """Groups of tensors read from disk one after the other, the next while one is used."""
-
-    def __init__(self, reader: Reader, groups: Mapping[Any, dict[str, TensorAt]]):
-        self._reader, self._groups = reader, groups
-        self._layouts = {key: layout(tensors) for key, tensors in groups.items()}
-        self.nbytes = max(at.nbytes for at in self._layouts.values())
-        self.free: list[_Slot] = []
-
-    def each(self, keys: Iterable[Any]) -> Generator[tuple[Any, _Slot, dict[str, mx.array]]]:
-        """(key, slot, its tensors as stored) in turn. Whoever is done with a slot puts it among those `free`."""
-        todo = deque(keys)
-        coming = self._begin(todo.popleft()) if todo else None
-        try:
-            while coming:
-                key, slot, wait = coming
-                coming = None
-                wait()
-                coming = self._begin(todo.popleft()) if todo else None
-                yield key, slot, slot.arrays(self._groups[key], self._layouts[key])
-        finally:
-            if coming:  # left in the middle: nobody may still be writing into a slot that is free
-                coming[2]()
-                self.free.append(coming[1])
-
-    def _begin(self, key: Any) -> tuple[Any, _Slot, Callable[[], None]]:
-        slot = self.free.pop() if self.free else _Slot(self.nbytes)
-        parts = []
-        for e in self._layouts[key].extents:
-            parts.append((e.file, e.begin, e.end, slot.view[e.at : e.at + pages(e.end - e.begin)]))
-        return key, slot, self._reader.begin(parts)
-
-
 class Stream:
     """One model on disk, gone through in blocks.
 
@@ -130,14 +70,14 @@ class Stream:
         self.layers = int(checkpoint.config["num_hidden_layers"])
         self._reader = Reader(checkpoint.tensors, direct)
         blocks: dict[int, dict[str, TensorAt]] = {i: {} for i in range(self.layers)}
-        experts = defaultdict[tuple[int, int], dict[str, TensorAt]](dict)
+        apart = defaultdict[tuple[int, int], dict[str, TensorAt]](dict)
         for name, t in checkpoint.tensors.items():
             if (i := arch.block_of(name)) is not None:
                 e = arch.expert_of(name)
-                (blocks[i] if e is None else experts[i, e])[name] = t
-        self._blocks = _Slots(self._reader, blocks)
-        self._experts = _Slots(self._reader, experts) if experts else None
-        self._hot = OrderedDict[tuple[int, int], tuple[Expert, _Slot]]()  # those in memory, the last used at the end
+                (blocks[i] if e is None else apart[i, e])[name] = t
+        self._blocks = Slots(self._reader, blocks)
+        self._experts = Slots(self._reader, apart) if apart else None
+        self._hot = OrderedDict[tuple[int, int], tuple[Expert, Slot]]()  # those in memory, the last used at the end
         kind = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
         stored = {t.dtype for n, t in checkpoint.tensors.items() if arch.block_of(n) is not None}
         packed = "U32" in stored
@@ -202,7 +142,7 @@ class Stream:
                 if not self._copies:
                     self._blocks.free.append(slot)
 
-    def _made(self, i: int, slot: _Slot, raw: dict[str, mx.array]) -> nn.Module:
+    def _made(self, i: int, slot: Slot, raw: dict[str, mx.array]) -> nn.Module:
         each = partial(self._each_expert, i) if self._experts else None
         block = load.block(self.checkpoint, i, self.args, self.dtype, self._own(raw), each)
         return self._checked_once(block, f"model.layers.{i}.", slot, self._blocks)
@@ -211,7 +151,7 @@ class Stream:
         """Tensors that may leave their slot, if any do: times 1 the few that need no conversion."""
         return {n: a * 1 if a.dtype == self.dtype else a for n, a in raw.items()} if self._copies else raw
 
-    def _checked_once(self, module: Any, name: str, slot: _Slot, slots: _Slots) -> Any:
+    def _checked_once(self, module: Any, name: str, slot: Slot, slots: Slots) -> Any:
         """A module evaluated, and at its first time looked at; then its slot is free, where it has left that."""
         if name in self._checked:
             mx.eval(module.parameters())
@@ -232,6 +172,7 @@ class Stream:
         with closing(coming):
             for (_, e), slot, raw in coming:
                 expert = load.expert(self.checkpoint, i, e, self.dtype, self._own(raw))
+                expert.settle = evaluate_now
                 self._checked_once(expert, f"model.layers.{i}.expert {e}.", slot, self._experts)
                 yield e, expert
                 self._hot[i, e] = expert, slot
@@ -249,7 +190,7 @@ class Stream:
         scale = load.embedding_scale(self.checkpoint.config, self.dtype)
         for tokens in batches:
             ids, inverse = np.unique(np.array(tokens), return_inverse=True)
-            rows = {name: self._rows(t, ids) for name, t in tensors.items()}
+            rows = {name: slots.rows(self._reader, t, ids) for name, t in tensors.items()}
             table = load.embedding(self.checkpoint, self.dtype, rows)
             load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
             out = table(mx.array(inverse.reshape(tokens.shape).astype(np.int32)))
@@ -261,20 +202,7 @@ class Stream:
     def _stored(self, prefix: str) -> dict[str, mx.array]:
         """All tensors of this prefix as stored, in memory of their own."""
         tensors = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(prefix)}
-        return {name: self._rows(t, np.arange(t.shape[0])) for name, t in tensors.items()}
-
-    def _rows(self, t: TensorAt, ids: np.ndarray) -> mx.array:
-        """Rows `ids` (rising) of a stored matrix, or elements of a vector, in one new array."""
-        size = t.nbytes // t.shape[0]
-        rows: Any = mx.zeros((len(ids) * size,), mx.uint8)
-        mx.eval(rows)
-        view, wanted = memoryview(rows), []
-        starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)  # of runs of neighbours
-        for a, b in zip(starts, [*starts[1:], len(ids)], strict=True):
-            at = t.offset + int(ids[a]) * size
-            wanted.append((t.file, at, at + int(b - a) * size, view[a * size : b * size]))
-        self._reader.begin(wanted)()
-        return rows.view(getattr(mx, DTYPES[t.dtype][0])).reshape(len(ids), *t.shape[1:])
+        return {name: slots.rows(self._reader, t, np.arange(t.shape[0])) for name, t in tensors.items()}
 
     def norm(self, hidden: Hidden) -> Hidden:
         """Every batch after the last RMSNorm, in place."""
@@ -312,16 +240,16 @@ class Stream:
         visit(batch, expert, gates (n,), neurons (n, F), outputs (n, D)): what the expert did for the n tokens of a
         batch that chose it; gates sum to 1 for every token."""
         of = family(self.checkpoint.config)
-        part, experts = block[of.mlp], of_block(of, block)
-        assert experts
+        part, inside = block[of.mlp], experts.of_block(of, block)
+        assert inside
         each = hidden[0].nbytes * self.checkpoint.config["num_experts_per_tok"] if len(hidden) else 1
         for first in range(0, len(hidden), size := max(1, GROUP_BYTES // each)):
             beside, inputs, chosen, gates = [], list[mx.array](), [], list[np.ndarray]()
             for b in range(first, min(first + size, len(hidden))):
-                h, into = before_experts(block, hidden[b], load.mask(self.args, block, hidden[b]))
+                h, into = experts.before(block, hidden[b], load.mask(self.args, block, hidden[b]))
                 beside.append(h)
                 inputs.append(into)
-                chosen.append(experts.chosen(part, inputs[-1]))
+                chosen.append(inside.chosen(part, inputs[-1]))
                 mx.eval(beside[-1], inputs[-1], chosen[-1])
                 if visit:
                     odds = part.gate(inputs[-1]).astype(mx.float32).reshape(*chosen[-1].shape[:-1], -1)
@@ -334,7 +262,7 @@ class Stream:
                 assert visit
                 visit(first + b, e, gates[b][places], *made)
 
-            experts.ready = experts.outputs(inputs, chosen, seen if visit else None)
+            inside.ready = inside.outputs(inputs, chosen, seen if visit else None)
             for h, x in zip(beside, inputs, strict=True):
                 out = h + part(x)
                 mx.eval(out)
@@ -355,13 +283,6 @@ class Stream:
         for _, block in self.blocks():
             self.through(block, hidden)
         return self.norm(hidden)
-
-
-def before_experts(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array]:
-    """(x behind attention, that behind the second norm), both (B, T, D): the block's output is the first and what its
-    experts make of the second. Lazy."""
-    h = x + block.self_attn(block.input_layernorm(x), mask, None)
-    return h, block.post_attention_layernorm(h)
 
 
 def evaluate_now(*arrays: Any) -> None:

@@ -5,6 +5,7 @@ what a file states, and MLX's own crashes on a damaged one."""
 
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.hardware.wheels import download_wheel
 from mis_mlx.models import arch
-from mis_mlx.models.families import family
+from mis_mlx.models.families import GATED, family
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import CHUNK, DISK, reported
 from mis_mlx.storage.header_check import DTYPES
@@ -126,12 +127,20 @@ def write_weights(
 
 
 def gguf_names(config: Mapping[str, Any]) -> dict[str, str | None]:
-    """{name of a tensor: llama.cpp's, "blk.3.attn_q.weight", None where it has no place} of all that the config has."""
+    """{name of a tensor: llama.cpp's, "blk.3.attn_q.weight", None where it has no place} of all that the config has,
+    experts stacked."""
     import gguf
 
+    of = family(config)
+    matrices = dict(zip(GATED, of.matrices, strict=True))
+
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[family(config).gguf], config["num_hidden_layers"])
-    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in arch.tensors_of(config)}
+    names = gguf.get_tensor_name_map(known[of.gguf], config["num_hidden_layers"])
+    found = dict[str, str | None]()
+    for name in arch.tensors_of(config, True):
+        theirs = re.sub(r"switch_mlp\.(\w+)", lambda m: f"experts.{matrices[m[1]]}", name)
+        found[name] = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+    return found
 
 
 def row_order(count: int, heads: int) -> np.ndarray:

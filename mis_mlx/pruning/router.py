@@ -11,7 +11,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mis_mlx.models import load, stream
-from mis_mlx.models.experts import of_block
+from mis_mlx.models.experts import before, of_block
 from mis_mlx.models.families import family
 
 STEPS, LOOK = 60, 5  # of Adam on all tokens at once, and between looks at those held out
@@ -41,7 +41,7 @@ def heal(
         return mx.square((at.goal - out) * at.weight).sum()
 
     best = weight = old.astype(mx.float32)
-    least = before = float(error(weight, parts[1]))
+    least = first = float(error(weight, parts[1]))
     adam = optim.Adam(RATE * float(mx.sqrt(mx.square(weight).mean())))
     for step in range(1, STEPS + 1):
         slope = mx.grad(error)(weight, parts[0])
@@ -49,8 +49,8 @@ def heal(
         stream.evaluate_now(weight, adam.state)
         if step % LOOK == 0 and (now := float(error(weight, parts[1]))) < least:
             best, least = weight, now
-    experts.said, part.gate.weight = None, best.astype(old.dtype) if least < before else old
-    return best, least / before if before else 1.0
+    experts.said, part.gate.weight = None, best.astype(old.dtype) if least < first else old
+    return best, least / first if first else 1.0
 
 
 class _Asked:
@@ -62,7 +62,7 @@ class _Asked:
         assert experts
         beside, inputs = list[mx.array](), list[mx.array]()
         for x in hidden:
-            h, n = stream.before_experts(block, x, load.mask(source.args, block, x))
+            h, n = before(block, x, load.mask(source.args, block, x))
             stream.evaluate_now(h, n)
             beside.append(h)
             inputs.append(n)

@@ -9,7 +9,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import mlx.core as mx
 import numpy as np
 
 from mis_mlx.data.token_windows import Windows
@@ -17,25 +16,17 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.models import arch, distributed, families, load, model_writer, policy
+from mis_mlx.models import arch, distributed, families, load, policy
 from mis_mlx.models.config import MOST_EXPERTS, Shape, shape_of
 from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.models.stream import Batches
-from mis_mlx.pruning import calibrate, rotate
+from mis_mlx.pruning import calibrate, rotate, slicing
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
 
 BULKY = ("block_importance", "differing", "profile")  # in a report, for pictures: not for a line of JSON
-# axis -> modules whose weights have a row for each unit of it (and biases a number), and those with a column for each
-CUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "ffn": (arch.READERS["norm2"][1], arch.READERS["ffn"][1]),
-    "heads": (("q_proj",), arch.READERS["heads"][1]),
-    "kv_heads": (("k_proj", "v_proj"), ()),
-    "hidden": (("o_proj", "down_proj", "norm", "input_layernorm", "post_attention_layernorm"),
-               (*arch.READERS["norm1"][1], *arch.READERS["norm2"][1], "embed_tokens", "lm_head")),
-}  # fmt: skip
 Scenario = Literal["stado", "redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
 
 
@@ -75,7 +66,6 @@ class PruningConfig(ThermalFlags, VocabularyConfig):
     """unit of T_env in AAIS; celsius is the paper to the letter and refuses 0 and below"""
 
 
-Tensor = Callable[[str], mx.array]  # a model's, by name
 Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the highest stay
 
 
@@ -184,66 +174,9 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     return shape
 
 
-def _cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array) -> mx.array:
-    """The kept part of one teacher tensor: rows, of each of joined matrices, where an axis is written, else columns."""
-    module, kind = name.split(".")[-2:]
-    if before.experts:
-        return _mixed_cut(name, layer, before, keep, weight)
-    for axis, (rows, columns) in CUTS.items():
-        kept = keep.kept.get((layer if axis != "hidden" else -1, axis))
-        unit = before.head_dim if axis.endswith("heads") else 1  # rows that go together
-        size = getattr(before, axis) * unit
-        if kept is None or len(kept) * unit == size:
-            continue
-        indices = mx.array([i * unit + u for i in kept for u in range(unit)], dtype=mx.int32)
-        if module in rows:
-            weight = mx.take(weight, mx.concatenate([indices + n for n in range(0, len(weight), size)]), axis=0)
-        elif module in columns and kind == "weight":
-            weight = mx.take(weight, indices, axis=1)
-    return weight
-
-
-def _mixed_cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array) -> mx.array:
-    """The same of a tensor of a mixture: rows of the router are experts, neurons are an expert's own."""
-    if arch.is_router(name) and len(weight) == before.experts and (kept := keep.kept.get((layer, "experts"))):
-        return mx.take(weight, mx.array(kept), axis=0)
-    first, neurons = (arch.expert_of(name) or 0) * before.ffn, keep.kept.get((layer, "ffn"))
-    if arch.expert_of(name) is None or neurons is None:
-        return weight
-    own = mx.array([n - first for n in neurons if first <= n < first + before.ffn])
-    return mx.take(weight, own, axis=int(name.split(".")[-2] in ("down_proj", "w2")))
-
-
-def write_student(
-    teacher: Checkpoint,
-    shape: Shape,
-    keep: KeptUnits,
-    out: Path,
-    dtype: str,
-    files: Files,
-    tensor: Tensor | None = None,
-) -> None:
-    """Commit the pruned model to the new folder `out`. tensor(name): the teacher's tensor that is cut, where it is not
-    the one on disk (rotated, merged). Memory: the largest tensor, twice."""
-    config = arch.student_config(teacher.config, shape, keep.layers, dtype)
-    before = shape_of(teacher.config)
-    whole = tensor or partial(load.dense, teacher)
-
-    def take(name: str) -> mx.array:
-        if (number := arch.block_of(name)) is None:
-            return _cut(name, -1, before, keep, whole(name))
-        layer = keep.layers[number]
-        source = name.replace(f".layers.{number}.", f".layers.{layer}.")
-        if (e := arch.expert_of(name)) is not None and (chosen := keep.kept.get((layer, "experts"))):
-            source = source.replace(f".experts.{e}.", f".experts.{chosen[e]}.")
-        return _cut(source, layer, before, keep, whole(source))
-
-    model_writer.write_model(config, take, teacher.path, out, dtype, files, model_writer.keep_files(keep))
-
-
 def turned(
     teacher: Checkpoint, shape: Shape, keep: KeptUnits, directions: Callable[[], rotate.Directions]
-) -> tuple[KeptUnits, Tensor | None]:
+) -> tuple[KeptUnits, slicing.Tensor | None]:
     """(`keep`, `tensor`) for `write_student`. directions(): asked for where hidden is cut, but `keep` does not say by
     which channels; then it gets the rotation that they give."""
     if shape.hidden == shape_of(teacher.config).hidden or (-1, "hidden") in keep.kept:
@@ -292,13 +225,13 @@ def prune(
             both = {}
             for name, kept in (("aais", keep), ("plain", plain)):
                 kept, tensor = turned(checkpoint, shape, kept, directions)
-                write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files, tensor)
+                slicing.write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files, tensor)
                 both[name] = load.open_checkpoint(Path(temp) / name)
             measured = comparison.compare(both, held_out)
         losses = {f"nll_{name}": float(measured[name, "nll"].mean()) for name in both}
         keep = replace(keep, report={**keep.report, **losses})
     keep, tensor = turned(checkpoint, shape, keep, directions)
-    write_student(checkpoint, shape, keep, out, dtype, files, tensor)
+    slicing.write_student(checkpoint, shape, keep, out, dtype, files, tensor)
     config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
     return {
         "params_before": arch.params(checkpoint.config),

@@ -17,7 +17,7 @@ from mis_mlx.distillation import sharded
 from mis_mlx.gguf_export import tensors
 from mis_mlx.models import arch, load, lora, model_writer
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import reconstruct, rotate, select
+from mis_mlx.pruning import reconstruct, rotate, slicing
 from mis_mlx.quantization import bit_allocation, gptq, grid, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
@@ -135,7 +135,7 @@ def test_sharded(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
 def test_reconstruct(model: Checkpoint, tmp_path: Path) -> None:
     """A student from which nothing was cut: nothing to mend."""
     keep, student = KeptUnits((0, 1, 2), {}, ""), tmp_path / "student"
-    select.write_student(model, shape_of(model.config), keep, student, "float32", DISK)
+    slicing.write_student(model, shape_of(model.config), keep, student, "float32", DISK)
     pruned = load.open_checkpoint(student)
     mended, left = reconstruct.reconstruct(model, pruned, keep, WINDOWS)
     assert not mended and left == [1.0] * 3
@@ -161,7 +161,7 @@ def test_slice(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     keep = KeptUnits((0, 1, 2), {(i, "ffn"): neurons for i in range(3)}, "")
     cut = arch.target_shape(model.config, {}, ffn=len(neurons))
     assert cut.heads == size.heads
-    select.write_student(model, cut, keep, tmp_path / "cut", "float32", DISK)
+    slicing.write_student(model, cut, keep, tmp_path / "cut", "float32", DISK)
     gone = mx.array([n not in neurons for n in range(768)])
     for block in (zeroed := load.resident(model, mx.float32)).model.layers:
         block.mlp.down_proj.weight = mx.where(gone[None], 0, block.mlp.down_proj.weight)

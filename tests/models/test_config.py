@@ -105,17 +105,16 @@ def test_no_config_at_all(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02, "sliding_window": None}
-UNKNOWN: list[tuple[dict[str, Any], list[str], str]] = [  # PLLuM-8x7B is a mixtral
+UNKNOWN: list[tuple[dict[str, Any], list[str], str]] = [
     (
-        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, **EXPERTS},
-        ["self_attn.q_proj", "block_sparse_moe.gate", "block_sparse_moe.experts.0.w1", "block_sparse_moe.experts.1.w1"],
-        "'mixtral' is not supported, the nearest is mistral, which knows nothing of num_experts_per_tok, "
-        "num_local_experts, router_aux_loss_coef, block_sparse_moe.experts.w1, block_sparse_moe.gate; supported",
+        {"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2, "swiglu_limit": 7.0},
+        ["self_attn.sinks", "mlp.router", "mlp.experts.gate_up_proj"],
+        "'gpt_oss' is not supported, the nearest is mixtral, which knows nothing of swiglu_limit, "
+        "mlp.experts.gate_up_proj, mlp.router, self_attn.sinks; supported",
     ),
     (
         {"model_type": "olmo2", "clip_qkv": None}, ["self_attn.q_norm", "post_attention_layernorm"],
-        "the nearest is llama, which knows nothing of clip_qkv, self_attn.q_norm; supported",
+        "the nearest is olmoe, which knows nothing of clip_qkv, self_attn.q_norm; supported",
     ),
     (
         {"model_type": "gemma2", "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0}, [],
@@ -123,7 +122,7 @@ UNKNOWN: list[tuple[dict[str, Any], list[str], str]] = [  # PLLuM-8x7B is a mixt
     ),
     ({"model_type": "strange", **{f"k{i}": i for i in range(10)}}, [], "knows nothing of k0, k1, k2, k3, k4, k5, k6, k7"
      ", 2 more; supported"),
-    ({"model_type": "qwen3_moe"}, [], "the nearest is qwen3; supported are llama, mistral, "),
+    ({"model_type": "qwen4"}, [], "the nearest is qwen2; supported are llama, mistral, "),
 ]  # fmt: skip
 
 

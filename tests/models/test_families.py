@@ -339,13 +339,14 @@ def test_what_a_family_needs_is_asked_for(kind: str, change: dict[str, Any], sai
 
 def table() -> str:
     """That of docs/families.md, from the rows."""
-    head = ["model_type", "layers", "ffn", "heads", "kv_heads", "hidden", "repair", "on Metal in", "GGUF"]
+    head = ["model_type", *ALL, "repair", "on Metal in", "GGUF"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in FAMILIES.values():
         axes = ["yes" if axis in row.axes else "no" for axis in ALL]
         if row.head_dim_follows and "heads" in row.axes:  # heads, their groups and the hidden size, by the quotient
-            axes = [*axes[:2], *["together"] * 3]
-        rest = ["no" if row.sandwich else "yes", "float16" if row.float16 else "bfloat16", row.gguf]
+            axes = [*axes[:3], *["together"] * 3]
+        repair = "router" if row.experts else "no" if row.sandwich else "yes"
+        rest = [repair, "float16" if row.float16 else "bfloat16", row.gguf]
         lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")
     return "\n".join(lines)
 

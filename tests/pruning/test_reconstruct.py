@@ -12,7 +12,7 @@ import pytest
 from mis_mlx.maths.reconstruction import RIDGES
 from mis_mlx.models import load, model_writer, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import reconstruct, select
+from mis_mlx.pruning import reconstruct, slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 
@@ -28,7 +28,7 @@ def windows() -> list[mx.array]:
 
 def student_of(teacher: Checkpoint, keep: KeptUnits, out: Path, **sizes: int) -> Checkpoint:
     shape = replace(shape_of(teacher.config), layers=len(keep.layers), **sizes)
-    select.write_student(teacher, shape, keep, out, "float32", DISK)
+    slicing.write_student(teacher, shape, keep, out, "float32", DISK)
     return load.open_checkpoint(out)
 
 

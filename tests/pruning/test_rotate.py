@@ -17,7 +17,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import reconstruct, rotate, select
+from mis_mlx.pruning import reconstruct, rotate, select, slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError, Reading
 from tests import tiny
@@ -50,7 +50,7 @@ def student_of(teacher: Checkpoint, rotation: rotate.Rotation, out: Path, dtype:
     """The teacher cut by nothing but `rotation`."""
     shape = replace(shape_of(teacher.config), hidden=rotation.basis.shape[1])
     keep = rotate.by(KeptUnits(ALL, {}, ""), rotation)
-    select.write_student(teacher, shape, keep, out, dtype, DISK, rotate.rotated(teacher, rotation))
+    slicing.write_student(teacher, shape, keep, out, dtype, DISK, rotate.rotated(teacher, rotation))
     return load.open_checkpoint(out)
 
 

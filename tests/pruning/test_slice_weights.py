@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.models import load, model_writer
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import select
+from mis_mlx.pruning import slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
@@ -36,7 +36,7 @@ def cut(
 ) -> Checkpoint:
     """The student of a Keep written by hand, opened by our gate."""
     shape = replace(shape_of(teacher.config), layers=len(layers), **sizes)
-    select.write_student(teacher, shape, KeptUnits(layers, kept, "by hand"), out, "float32", DISK)
+    slicing.write_student(teacher, shape, KeptUnits(layers, kept, "by hand"), out, "float32", DISK)
     return load.open_checkpoint(out)
 
 
@@ -159,7 +159,7 @@ def test_all_cuts_at_once_and_biases(tmp_path: Path, batches: list[mx.array]) ->
 
 def test_types_are_cast_and_said(tmp_path: Path, llama: Checkpoint) -> None:
     """bfloat16: half the bytes, and config.json says so."""
-    select.write_student(llama, shape_of(llama.config), KeptUnits(ALL, {}, ""), tmp_path / "s", "bfloat16", DISK)
+    slicing.write_student(llama, shape_of(llama.config), KeptUnits(ALL, {}, ""), tmp_path / "s", "bfloat16", DISK)
     student = load.open_checkpoint(tmp_path / "s")
     assert 2 * student.nbytes == llama.nbytes and student.config["torch_dtype"] == "bfloat16"
     assert {at.dtype for at in student.tensors.values()} == {"BF16"}
@@ -168,7 +168,7 @@ def test_types_are_cast_and_said(tmp_path: Path, llama: Checkpoint) -> None:
 def test_keep_survives_on_disk(tmp_path: Path, llama: Checkpoint) -> None:
     """keep.json gives back the Keep; a folder without one gives None; tokenizer files came along."""
     keep = KeptUnits((0, 2), {(0, "ffn"): tuple(range(512)), (2, "ffn"): tuple(range(256, 768))}, "why", {"a": 1.5})
-    select.write_student(
+    slicing.write_student(
         llama, replace(shape_of(llama.config), layers=2, ffn=512), keep, tmp_path / "s", "float32", DISK
     )
     assert model_writer.read_keep(tmp_path / "s") == keep

@@ -15,7 +15,7 @@ import pytest
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import select
+from mis_mlx.pruning import slicing
 from mis_mlx.quantization import gptq, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
@@ -118,7 +118,7 @@ def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) 
     """down_proj of the blocks that stand for removed ones is what plain rounding makes of it."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=4))
     shape = replace(shape_of(teacher.config), layers=3)
-    select.write_student(teacher, shape, KeptUnits((0, 2, 3), {}, ""), tmp_path / "s", "float32", DISK)
+    slicing.write_student(teacher, shape, KeptUnits((0, 2, 3), {}, ""), tmp_path / "s", "float32", DISK)
     student = load.open_checkpoint(tmp_path / "s")
     made = write(student, tmp_path / "q4", batches)
     assert packed_format.blocks_after_removed(student) == (0, 2)

@@ -12,7 +12,7 @@ import pytest
 
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import select
+from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
@@ -62,7 +62,7 @@ def test_bridges_get_eight_bits(tmp_path: Path, layers: tuple[int, ...], wide: t
     """Blocks before a gap, and then the last one: their down_proj has 8 bits, and stock mlx-lm is told so."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=6))
     shape = replace(shape_of(teacher.config), layers=len(layers))
-    select.write_student(teacher, shape, KeptUnits(layers, {}, ""), tmp_path / "s", "float32", DISK)
+    slicing.write_student(teacher, shape, KeptUnits(layers, {}, ""), tmp_path / "s", "float32", DISK)
     packed_format.write_quantized(load.open_checkpoint(tmp_path / "s"), tmp_path / "q4", 64, DISK)
     settings = json.loads((tmp_path / "q4" / "config.json").read_text())["quantization"]
     paths = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens"}
