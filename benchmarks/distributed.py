@@ -38,9 +38,8 @@ from mis_mlx.hardware import memory, rates
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, distributed, load, pipeline_parallel, policy, resolve, stream
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.job import DistillationSpec, spec_of
 from mis_mlx.planner.phases import MemoryPlan
-from mis_mlx.planner.recipe import DistillationConfig
+from mis_mlx.planner.recipe import DistillationConfig, DistillationSpec, spec_of
 
 ACKED = 120  # where struct tcp_info of Linux has the bytes that were sent and have arrived; those received follow
 AIR_BYTES = memory.budget(None, rates.M1_AIR.room_bytes).limit_bytes  # what a run takes of an 8 GB Air

@@ -15,8 +15,8 @@ from mis_mlx.hardware import memory, rates
 from mis_mlx.models import arch
 from mis_mlx.models.arch import MIS_137B
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.job import spec_of
 from mis_mlx.planner.phases import MemoryPlan
+from mis_mlx.planner.recipe import spec_of
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import duration, gib
 

@@ -27,13 +27,13 @@ from laboratory import stored, write
 
 from mis_mlx import cli, export, quantize
 from mis_mlx.data import preparation
-from mis_mlx.distillation import live_teacher, scale_tuning
+from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, resolve
 from mis_mlx.models.wheel_model import gguf_names, row_order
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import grid
+from mis_mlx.quantization import packed_format
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
@@ -94,11 +94,11 @@ class Bench:
         rounded = out.parent / "rounded" if how.q_iters else out
         quantize.quantize(self.path, rounded, how, DISK, self.batches, len(self.batches))
         if how.q_iters:
-            r = scale_tuning.recipe_of(DistillationConfig(), how.q_iters, how.q_learning_rate)
+            r = pipeline.tuning_recipe(DistillationConfig(), how.q_iters, how.q_learning_rate)
             checkpoint = load.open_checkpoint(rounded)
             with vocabulary.shared(load.open_checkpoint(taught) if taught else self.dense, [self.dense]) as teacher:
                 source = live_teacher.StreamedTeacher(teacher, None)
-                grid.write(checkpoint, scale_tuning.learned(checkpoint, source, self.train, r), out, DISK)
+                packed_format.write_learned(checkpoint, pipeline.tuned(checkpoint, source, self.train, r), out, DISK)
 
     def opened(self) -> tuple[Any, Any, dict[str, Any]]:
         """As mlx_lm opens it, in float32: (model, tokenizer, config)."""

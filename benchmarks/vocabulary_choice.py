@@ -28,7 +28,7 @@ from mis_mlx.data import preparation, sources
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
-from mis_mlx.planner.job import VOCABULARY_WINDOWS
+from mis_mlx.planner.recipe import VOCABULARY_WINDOWS
 from mis_mlx.pruning import vocabulary
 
 WINDOW, BEFORE = 384, 128  # tokens that are judged at once, and that are read before them

@@ -10,14 +10,13 @@ import mlx.core as mx
 
 from mis_mlx import bench, cli, plan, prune, quantize
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import pipeline, run_loop, scale_tuning, summary, trackers
+from mis_mlx.distillation import pipeline, run_loop, summary, trackers
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.models import arch, distributed, load, mlx_generate, model_writer, pipeline_parallel, policy
 from mis_mlx.planner import estimates, machines, phases
-from mis_mlx.planner.job import PLAIN, spec_of
-from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import progress, text
@@ -113,7 +112,7 @@ def _quantize(s: Settings, c: pipeline.Run, dense: Path) -> None:
     if not distributed.broadcast_json(out.exists):
         distributed.broadcast_folder(rounded, c.files)
         cli.say(f"tune: {steps} steps of scales, biases and norms")
-        scale_tuning.tune(c, rounded, out, scale_tuning.recipe_of(c.recipe, steps, s.q_learning_rate))
+        pipeline.tune(c, rounded, out, pipeline.tuning_recipe(c.recipe, steps, s.q_learning_rate))
 
 
 def _quality(
@@ -223,16 +222,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         if note := battery(s):  # a run says it when it begins
             cli.say(note)
-        return {
-            "teacher": str(teacher.path),
-            "params_teacher": arch.params(teacher.config),
-            "params_student": arch.params(small),
-            "mode": made.mode,
-            "peak_bytes": made.peak_bytes,
-            "budget_bytes": budget.limit_bytes,
-            "seconds": round(made.seconds),
-            "check_failed": not made.fits,
-        }
+        return plan.outcome(made, str(teacher.path))
     if not made.fits:
         raise MisError(phases.remedy(made))
     if folder is None:

@@ -6,17 +6,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.distillation import search_report
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
 from mis_mlx.models.config import read_config, shape_of
 from mis_mlx.planner import compression_size, estimates, phases, training_size
-from mis_mlx.planner.job import PLAIN, spec_of
-from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
-from mis_mlx.pruning import vocabulary
+from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
+from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.pruning.select import Scenario
+from mis_mlx.reporting import html
 from mis_mlx.reporting.text import aligned, markdown_table
 from mis_mlx.types import Checkpoint, duration, gib
 
@@ -24,14 +23,12 @@ LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple p
 
 
 def table(plan: phases.MemoryPlan) -> str:
-    """For people: what will be made, how long and how much memory each phase takes, how; with -v every byte of it."""
-    job, phase = plan.job, {p.name: p for p in plan.phases}
-    whole, packed = job.shown or job.teacher, compression_size.packed_bytes(job.student, job.rounding)
-    before, after = (arch.params(m.config) for m in (whole, job.student))
-    what = f"{before / 1e6:,.1f}M -> {after / 1e6:,.1f}M parameters ({after / before - 1:+.0%}): "
-    what += search_report.words(job.student.shape, whole.shape)
-    what += f"; {packed / 1e6:,.1f} MB when quantized" if "quantize" in phase else ""
-    if cli.DETAILS in os.environ:
+    """For people: what will be made, how long and how much memory each phase takes, how; or that nothing fits, and what
+    would. With -v every byte of it."""
+    job, phase, verbose = plan.job, {p.name: p for p in plan.phases}, cli.DETAILS in os.environ
+    whole, hot = job.shown or job.teacher, sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
+    hours = duration(plan.seconds) + (f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else "")
+    if verbose:
         one = estimates.token(job.teacher, job.length, plan.budget_bytes)
         head = ["phase", "read", "written", "peak memory", "operations", "time", "of an SSD's life"]
         rows = [
@@ -42,8 +39,30 @@ def table(plan: phases.MemoryPlan) -> str:
     else:
         head = ["phase", "time", "peak memory"]
         rows = [[name, duration(p.seconds(plan.rates)), gib(p.peak_bytes)] for name, p in phase.items()]
-        rows.append(["all", _hours(plan), f"{gib(plan.peak_bytes)} of {gib(plan.budget_bytes)}"])
-    return f"{what}\n\n{markdown_table(head, rows)}\n\n{decision(plan)}"
+        rows.append(["all", hours, f"{gib(plan.peak_bytes)} of {gib(plan.budget_bytes)}"])
+    return html.document("plan.md", {
+        "plan": plan, "before": arch.params(whole.config), "after": arch.params(job.student.config), "gib": gib,
+        "words": shape_search.words(job.student.shape, whole.shape), "verbose": verbose, "hours": hours,
+        "packed": compression_size.packed_bytes(job.student, job.rounding) if "quantize" in phase else 0,
+        "table": markdown_table(head, rows), "remedy": phases.remedy(plan), "disk": disk_bytes(plan),
+        "visit": phases.steps_per_shard(job, plan.shard_layers or job.student.shape.layers), "life": LIFE_BYTES,
+        "spooled": max(p.spooled_bytes for p in plan.phases), "written": sum(p.written_bytes for p in plan.phases),
+    })  # fmt: skip
+
+
+def outcome(plan: phases.MemoryPlan, teacher: str) -> dict[str, Any]:
+    """For machines: what `distill --dry-run` says in its last line, too. teacher: its path or name."""
+    whole, small = plan.job.shown or plan.job.teacher, plan.job.student
+    return {
+        "teacher": teacher,
+        "params_teacher": arch.params(whole.config),
+        "params_student": arch.params(small.config),
+        "mode": plan.mode,
+        "peak_bytes": plan.peak_bytes,
+        "budget_bytes": plan.budget_bytes,
+        "seconds": round(plan.seconds),
+        "check_failed": not plan.fits,
+    }
 
 
 def disk_bytes(plan: phases.MemoryPlan) -> int:
@@ -55,35 +74,6 @@ def disk_bytes(plan: phases.MemoryPlan) -> int:
     run = 2 * saved + (4 * params if plan.shard_layers else 0)
     kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
-
-
-def _hours(plan: phases.MemoryPlan) -> str:
-    hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
-    return duration(plan.seconds) + (f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else "")
-
-
-def decision(plan: phases.MemoryPlan) -> str:
-    """What was chosen and what it comes to; or that nothing fits, and what would."""
-    if not plan.fits:
-        return f"This does NOT fit: {phases.remedy(plan)}."
-    job, layers = plan.job, plan.job.student.shape.layers
-    named = {"blocks": "training of all blocks, one after the other", "lora": "training of adapters"}.get(plan.mode)
-    named = named or f"{plan.mode} training"
-    how = f"{named}, micro-batches of {plan.micro_batch} of {job.batch} windows"
-    if plan.mode == "sharded":
-        visit = phases.steps_per_shard(job, plan.shard_layers)
-        how += f", {plan.shard_layers} of {layers} student blocks trainable at a time for {visit} steps"
-    where = f"is streamed from disk at every step, {plan.pinned} of its {job.teacher.shape.layers} blocks kept"
-    where = "stays in memory" if plan.teacher_resident else "has left its logits" if job.targets == "cached" else where
-    spooled = max(p.spooled_bytes for p in plan.phases)
-    hidden = f"up to {gib(spooled)} of hidden states on disk" if spooled else "hidden states in memory"
-    how += f"; the teacher {where}; up to {gib(disk_bytes(plan))} of files"
-    if cli.DETAILS not in os.environ:
-        return f"{how}. -v: bytes, operations, SSD wear"
-    written = sum(p.written_bytes for p in plan.phases)
-    wear = f"{written / LIFE_BYTES:.2%} of an SSD's life of {LIFE_BYTES / 1e12:.0f} TB"
-    fits = f"Peak {gib(plan.peak_bytes)} fits the budget of {gib(plan.budget_bytes)}"
-    return f"{fits}: {how}; {hidden}. About {_hours(plan)} in all, {gib(written)} written, {wear}."
 
 
 @dataclass(frozen=True)
@@ -144,15 +134,10 @@ def run(settings: Settings) -> dict[str, Any]:
     job = spec_of(teacher, student, settings, settings if settings.quantize else PLAIN, shown=whole)
     budget = memory.budget(settings.budget_bytes, at.room_bytes)
     plan = phases.make(job, budget.limit_bytes, at)
-    params = [arch.params(m.config) for m in (whole, job.student)]
     print(aligned(table(plan)))
     if settings.machine == "here" and (said := battery(ThermalFlags())):
         print(f"\nThis machine is {said}.")
-    return {
-        "teacher": name,
-        "params_teacher": params[0],
-        "params_student": params[1],
-        "mode": plan.mode,
+    return outcome(plan, name) | {
         "micro_batch": plan.micro_batch,
         "shard_layers": plan.shard_layers,
         "pinned": plan.pinned,
@@ -160,12 +145,8 @@ def run(settings: Settings) -> dict[str, Any]:
         "read_bytes": sum(p.read_bytes for p in plan.phases),
         "written_bytes": sum(p.written_bytes for p in plan.phases),
         "disk_bytes": disk_bytes(plan),
-        "peak_bytes": plan.peak_bytes,
-        "budget_bytes": plan.budget_bytes,
         "least_budget_bytes": phases.least_bytes(job, at),
-        "seconds": round(plan.seconds),
         "rates": at.source,
-        "check_failed": not plan.fits,
     }
 
 

@@ -14,15 +14,14 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, run_loop, scale_tuning
+from mis_mlx.distillation import live_teacher, pipeline, run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, model_writer, policy, resolve
 from mis_mlx.models.stream import Batches
 from mis_mlx.planner import compression_size, estimates, phases
-from mis_mlx.planner.job import DistillationSpec
-from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.planner.recipe import DistillationConfig, DistillationSpec, QuantizationConfig
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import bit_allocation, gptq, grid, packed_format
+from mis_mlx.quantization import bit_allocation, gptq, packed_format
 from mis_mlx.reporting import progress
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
@@ -105,8 +104,8 @@ def _tuned(s: Settings, rounded: Path, other: Checkpoint, data: Windows, pinned:
     room = None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
     source = live_teacher.StreamedTeacher(other, room)
     recipe = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
-    recipe = scale_tuning.recipe_of(recipe, s.steps(False), s.q_learning_rate)
-    grid.write(checkpoint, scale_tuning.learned(checkpoint, source, data, recipe), out, files)
+    recipe = pipeline.tuning_recipe(recipe, s.steps(False), s.q_learning_rate)
+    packed_format.write_learned(checkpoint, pipeline.tuned(checkpoint, source, data, recipe), out, files)
 
 
 def run(settings: Settings) -> dict[str, Any]:

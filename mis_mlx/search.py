@@ -3,31 +3,36 @@
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+
 from mis_mlx import cli
-from mis_mlx.distillation import candidate_trials, run_loop, search_report
+from mis_mlx.distillation import candidate_trials, run_loop
 from mis_mlx.distillation.candidate_trials import CandidateTrials
 from mis_mlx.distillation.pipeline import Run
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
+from mis_mlx.maths.stats import interval
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.pruning.vocabulary import VocabularyConfig
-from mis_mlx.reporting import progress
-from mis_mlx.reporting.text import aligned, markdown_table
+from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage import run_folder
-from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Whole, Within, duration, gib
+from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Whole, Within, duration, gib
 
 # Settings that may differ when a search is resumed: none of them changes what is measured.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
+OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
+METRICS = text.metrics("search")
 UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of one never finds the other
 
 
@@ -108,7 +113,7 @@ def work_table(planned: Sequence[estimates.StageCost], at: Rates) -> str:
     _, read, written, peak, seconds = zip(*parts, strict=True)
     rows = [*parts, ("all", sum(read), sum(written), max(peak), sum(seconds))]
     lines = [[name, *map(gib, sizes), duration(time_s)] for name, *sizes, time_s in rows]
-    return markdown_table(["phase", "read", "written", "peak memory", "time"], lines)
+    return text.markdown_table(["phase", "read", "written", "peak memory", "time"], lines)
 
 
 def rank(s: Settings, c: CandidateTrials, shapes: Sequence[Shape], first: Sequence[Shape]) -> list[Shape]:
@@ -128,25 +133,98 @@ def rank(s: Settings, c: CandidateTrials, shapes: Sequence[Shape], first: Sequen
     return ranked
 
 
+def unstable(record: Mapping[str, Any]) -> str:
+    """Why a finalist's training was not stable, or nothing."""
+    if record["diverged"] or None in record["kl_distilled"] or None in record["nll_distilled"]:
+        return "its loss became no number"
+    meddled = record["skipped"] + record["clipped"]
+    if meddled > OFTEN * record["steps"]:
+        return f"the guard had to step in at {meddled} of {record['steps']} steps"
+    before, after = (float(np.mean(record[f"kl_{m}"])) for m in ("pruned", "distilled"))
+    return f"its KL rose from {before:.3f} to {after:.3f}" if after > before else ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """best: the stable finalist of least KL after distillation. gap: of the next one above it, (mean, low, high)
+    over the same windows. None where there is none."""
+
+    best: int | None
+    second: int | None
+    gap: tuple[float, float, float] | None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the best is better by more than the noise, or alone."""
+        return self.best is not None and (self.gap is None or self.gap[1] > 0)
+
+
+def best_candidate(records: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Which finalist, by its number in `records`, and how sure that is: the least sure of all comparisons counts."""
+    stable = [i for i, record in enumerate(records) if not unstable(record)]
+    kl: dict[int | None, np.ndarray] = {i: np.array(records[i]["kl_distilled"]) for i in stable}
+    best = min(kl, key=lambda i: kl[i].mean(), default=None)
+    gaps = {i: interval(kl[i] - kl[best]) for i in kl if i != best}
+    second = min(gaps, key=lambda i: gaps[i][1], default=None)
+    return Verdict(best, second, gaps.get(second))
+
+
+def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], teacher_s: float | None) -> str:
+    """Markdown: a column for each finalist, means with 95 % intervals. teacher_s: its seconds a token, if timed."""
+    rows = []
+    for record, name in zip(records, names, strict=True):
+        rows.append(Row(name, "params", record["params"] / 1e6))
+        rows.append(Row(name, "meddled", record["skipped"] + record["clipped"]))
+        if teacher_s and "decode_s" in record:
+            rows.append(Row(name, "speed", teacher_s / record["decode_s"]))
+        for metric, _, _ in METRICS:
+            if isinstance(values := record.get(metric), list) and None not in values:
+                rows.append(Row(name, metric, *interval(np.array(values)), len(values)))
+    return text.table(rows, names, METRICS)
+
+
+def advice(found: Verdict, records: Sequence[Mapping[str, Any]], names: Sequence[str], lines: Sequence[str]) -> str:
+    """The recommendation. names, lines: of the finalists, for people, and the commands that make them."""
+    best = {} if found.best is None else {**records[found.best], "name": names[found.best], "line": lines[found.best]}
+    second = None if found.second is None else names[found.second]
+    values = {"found": found, "best": best, "second": second, "why": zip(names, map(unstable, records), strict=True)}
+    return html.document("search.md", values)
+
+
+def _command_line(s: Settings, shape: Shape, before: Shape) -> str:
+    """The `distill` that makes this student."""
+    given = ("teacher", s.teacher), ("data", s.data), ("vocab", s.vocab)
+    parts = ["scripts/mis distill", *(f"--{name} {shlex.quote(value)}" for name, value in given if value)]
+    cut = {a: getattr(shape, a) for a in shape_search.AXES if getattr(shape, a) != getattr(before, a)}
+    parts += ["--scenario none", *(f"--{axis} {size}" for axis, size in cut.items())]
+    return " ".join(parts + {64: [], 32: ["--q-group-size 32"], 0: ["--quantize 0"]}[shape_search.group_of(shape)])
+
+
+def _means(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A finalist for a run's JSON: means in place of windows."""
+    lists = {k: v for k, v in record.items() if isinstance(v, list)}
+    means = {k: None if None in v else float(np.mean(v)) for k, v in lists.items()}
+    return {**record, **means, "unstable": unstable(record)}
+
+
 def report(
     s: Settings, c: CandidateTrials, aim: shape_search.Aim, finalists: Mapping[Shape, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Print the table and the sentence; write table.md and return what goes into the JSON line."""
     run, records = c.run, [*finalists.values()]
     candidates, before = run_folder.records(run.folder / candidate_trials.CANDIDATES), shape_of(run.teacher.config)
-    verdict = search_report.best_candidate(records)
-    names = [search_report.words(x, before) for x in finalists]
-    lines = [search_report.command_line(x, before, s.teacher, s.data, s.vocab) for x in finalists]
-    sentence = search_report.sentence(verdict, records, names, lines)
+    verdict = best_candidate(records)
+    names = [shape_search.words(x, before) for x in finalists]
+    lines = [_command_line(s, x, before) for x in finalists]
+    sentence = advice(verdict, records, names, lines)
     head = f"{len(names)} finalists of {len(candidates)} shapes measured, {aim.flag}: {s.iters} steps of distillation, "
     head += f"{len(c.judging.tokens)} windows of {s.max_seq_length} tokens held out, ± 95 %"
-    table = search_report.table(records, names, aim.teacher if s.decode else None)
-    page = f"{head}\n\n{table}\n\n{sentence}"
-    print(aligned(page))
+    page = f"{head}\n\n{table(records, names, aim.teacher if s.decode else None)}\n\n{sentence}"
+    print(text.aligned(page))
     run.files.replace_text(run.folder / "table.md", page + "\n")
     return {
         "candidates": candidates,
-        "finalists": [search_report.summary(r) for r in records],
+        "finalists": [_means(r) for r in records],
         "clear": verdict.clear,
         "sentence": sentence,
         "command": None if verdict.best is None else lines[verdict.best],
@@ -164,7 +242,7 @@ def run(settings: Settings) -> dict[str, Any]:
     seen = vocabulary.first_rows(teacher, rows)
     shapes, first = field_of(s, seen.config, aim)
     planned, made = candidate_trials.work(s, teacher, seen, shapes, limit)
-    cli.say(f"{aligned(work_table(planned, made.rates))}\n{made.rates}")
+    cli.say(f"{text.aligned(work_table(planned, made.rates))}\n{made.rates}")
     peak, seconds = max(p.peak_bytes for p in planned), candidate_trials.seconds(planned, made.rates)
     result = {"teacher": str(teacher.path), "vocab": rows, "aim": aim.flag, "shapes": len(shapes),
               "evaluated": min(s.evaluations, len(shapes)), "peak_bytes": peak,

@@ -16,12 +16,11 @@ import pytest
 
 from mis_mlx import quantize
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, scale_tuning
+from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate
 from mis_mlx.planner import compression_size, estimates, phases
-from mis_mlx.planner.job import DistillationSpec
-from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.planner.recipe import DistillationConfig, DistillationSpec, QuantizationConfig
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint
@@ -192,9 +191,7 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
 
     def tune() -> None:
         source = live_teacher.StreamedTeacher(checkpoint, None)
-        scale_tuning.learned(
-            load.open_checkpoint(tmp_path / "q4"), source, text, DistillationConfig(iters=2, batch_size=1)
-        )
+        pipeline.tuned(load.open_checkpoint(tmp_path / "q4"), source, text, DistillationConfig(iters=2, batch_size=1))
 
     for phase, work in zip(
         planned, (lambda: quantize.quantize(checkpoint.path, tmp_path / "q4", how, DISK, batches, 6), tune), strict=True

@@ -21,7 +21,7 @@ import pytest
 from mis_mlx import search
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import candidate_trials, search_report
+from mis_mlx.distillation import candidate_trials
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, policy
 from mis_mlx.models.config import Shape, shape_of
@@ -90,7 +90,7 @@ def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Check
     out, run = done
     records = run_folder.records(out / candidate_trials.FINALISTS)
     lines = {cells[1].strip(): cells[2:-1] for line in run.stdout.splitlines() if len(cells := line.split("|")) > 3}
-    for metric, label, form in search_report.METRICS:
+    for metric, label, form in search.METRICS:
         if isinstance(records[0].get(metric), list):
             assert [c.split("±")[0].strip() for c in lines[label]] == [
                 format(np.mean(r[metric]), form) for r in records
@@ -100,7 +100,7 @@ def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Check
     before = shape_of(llama.config)
     sizes = [replace(before, **{a: r[a] for a in shape_search.AXES}) for r in records]
     header = next(line for line in run.stdout.splitlines() if line.startswith("| | "))
-    assert header == f"| | {' | '.join(search_report.words(s, before) for s in sizes)} |"
+    assert header == f"| | {' | '.join(shape_search.words(s, before) for s in sizes)} |"
 
 
 def test_the_line_it_recommends_is_one_that_distill_takes(
@@ -453,23 +453,23 @@ def finalist(kl: list[float | None], **changes: Any) -> dict[str, Any]:
 def test_the_verdict_by_pencil() -> None:
     """Paired: windows that differ by 1 nat hide no steady gap of 0.1; a gap with both signs is noise."""
     clear = [finalist([0.2, 0.4, 0.1, 0.6]), finalist([0.3, 0.5, 0.2, 0.7])]
-    found = search_report.best_candidate(clear)
+    found = search.best_candidate(clear)
     assert (found.best, found.second, found.clear) == (0, 1, True)
     assert found.gap is not None and found.gap[0] == pytest.approx(0.1) == found.gap[1]
-    said = search_report.sentence(found, clear, ["A", "B"], ["line a", "line b"])
+    said = search.advice(found, clear, ["A", "B"], ["line a", "line b"])
     assert said.startswith("A is best, by 0.100 nats") and said.endswith(": line a")
     noisy = [finalist([0.5, 0.1, 0.5, 0.1]), finalist([0.1, 0.5, 0.15, 0.5])]
-    found = search_report.best_candidate(noisy)
+    found = search.best_candidate(noisy)
     assert (found.best, found.clear) == (0, False)
-    said = search_report.sentence(found, noisy, ["A", "B"], ["line a", "line b"])
+    said = search.advice(found, noisy, ["A", "B"], ["line a", "line b"])
     assert "Between A and B the difference is smaller than the noise" in said and "line a" in said
-    assert search_report.best_candidate([clear[0]]).clear and search_report.best_candidate([]).best is None
+    assert search.best_candidate([clear[0]]).clear and search.best_candidate([]).best is None
 
 
 def test_the_least_sure_comparison_counts() -> None:
     """Third place may be hard to tell from the first where second place is not."""
     records = [finalist([0.2, 0.2, 0.2, 0.2]), finalist([0.3, 0.3, 0.3, 0.3]), finalist([0.0, 0.9, 0.1, 0.8])]
-    found = search_report.best_candidate(records)
+    found = search.best_candidate(records)
     assert (found.best, found.second, found.clear) == (0, 2, False)
 
 
@@ -486,7 +486,7 @@ def test_the_least_sure_comparison_counts() -> None:
 )
 def test_unstable_by_pencil(record: dict[str, Any], why: str) -> None:
     """Not finite, the guard too often (more than a tenth of the steps), or worse than before."""
-    assert search_report.unstable(record) == why
+    assert search.unstable(record) == why
 
 
 def test_scenarios_that_meet_the_aim() -> None:

@@ -14,8 +14,7 @@ from mis_mlx.distillation.live_teacher import MicroBatch, StreamedTeacher
 from mis_mlx.maths import losses
 from mis_mlx.models import distributed
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner.job import SAMPLES
-from mis_mlx.planner.recipe import TrainingConfig
+from mis_mlx.planner.recipe import SAMPLES, TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Batch, Checkpoint, MisError

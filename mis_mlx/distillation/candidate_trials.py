@@ -28,7 +28,7 @@ from mis_mlx.models import arch, load, mlx_generate, model_writer, policy
 from mis_mlx.models.config import Shape
 from mis_mlx.models.stream import Batches
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.job import spec_of
+from mis_mlx.planner.recipe import spec_of
 from mis_mlx.pruning import calibrate, reconstruct, rotate, select, shape_search, slicing
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder

@@ -1,10 +1,13 @@
-"""A student's training, from where it stands to its end: repaired, then distilled."""
+"""A student's training, from where it stands to its end: repaired, then distilled; once rounded, its scales tuned.
+
+mlx-lm's DWQ learns from the same model before rounding; here the teacher may be another, bigger one."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,11 +21,11 @@ from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, lora, model_writer, stream
-from mis_mlx.planner.job import ADAPTERS
 from mis_mlx.planner.phases import MemoryPlan, steps_per_shard
-from mis_mlx.planner.recipe import DistillationConfig
+from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig
 from mis_mlx.pruning import reconstruct, vocabulary
-from mis_mlx.reporting import progress
+from mis_mlx.quantization import packed_format
+from mis_mlx.reporting import progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, Step
@@ -193,3 +196,30 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     with c.phase("distil"):
         training.finish(steps, start, r.schedule.iters, every, student)
     return student.take
+
+
+def tuning_recipe(asked: DistillationConfig, iters: int, learning_rate: float) -> DistillationConfig:
+    """Steps and learning rate of scales, no decay, for a scale has no reason to be small; batches, windows and seed as
+    asked for."""
+    return replace(asked, iters=iters, learning_rate=learning_rate, warmup=min(3, iters), weight_decay=0.0)
+
+
+def tuned(
+    rounded: Checkpoint, source: live_teacher.TargetSource, data: token_windows.Windows, recipe: DistillationConfig
+) -> nn.Module:
+    """The packed model in memory after its steps, in one go: scales, biases and norms learn, integers stay."""
+    model = packed_format.resident(rounded)
+    model.train()
+    with progress.bar("tune", recipe.schedule.iters) as show:
+        for step in live_teacher.steps(model, source, data, recipe, GuardedAdamW(weight_decay=recipe.weight_decay)):
+            show(step.number, text.step_text(step))
+    return model
+
+
+def tune(c: Run, rounded: Path, out: Path, recipe: DistillationConfig) -> None:
+    """Write the folder `out`: `rounded` after its steps. Killed on the way, it goes on from its checkpoints."""
+    checkpoint = load.open_checkpoint(rounded)
+    model = packed_format.resident(checkpoint)
+    train_whole(replace(c, recipe=recipe), model, source_of(c), lambda: None, tuned=True)
+    if distributed.is_main():
+        packed_format.write_learned(checkpoint, model, out, c.files)

@@ -2,13 +2,13 @@
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import arch, mlx_generate, model_writer, policy
+from mis_mlx.models import arch, model_writer, policy
 from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.pruning import select
 from mis_mlx.reporting import html, text
@@ -65,42 +65,32 @@ def begun(plan: MemoryPlan, flags: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _texts(quality: Mapping[str, list[Row]], losses: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """For templates: every text, with each model's loss by the first measure that it has."""
+    texts = []
+    for name, rows in quality.items():
+        metric, unit = next((m, u) for m, u in losses if any(r.metric == m for r in rows))
+        loss = {r.model: r.value for r in rows if r.metric == metric}
+        texts.append({"name": name, "windows": rows[0].n, "metric": metric, "unit": unit, "loss": loss})
+    return texts
+
+
 def page(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]], length: int) -> str:
     """Markdown: sizes and speeds, then one table a text; `length` is the tokens of a held-out window."""
-    names = list(models)
-    parts = [text.table(sizes, names, (("params", "parameters, millions", ".1f"), *mlx_generate.METRICS))]
-    for name, rows in quality.items():
-        head = f"{name}, {rows[0].n} windows of {length} tokens held out, ± 95 %"
-        parts.append(head + "\n\n" + text.table(rows, names, comparison.METRICS))
-        metric, unit = next((m, u) for m, u in LOSSES if any(r.metric == m for r in rows))
-        loss = {r.model: r.value for r in rows if r.metric == metric}
-        parts += [comparison.ACROSS] if metric == "bpb" else []
-        if loss["distilled"] > loss["pruned"]:
-            parts.append(
-                f"**On {name} distillation made the student worse**: {loss['distilled']:.3f} {unit}, where it had "
-                f"{loss['pruned']:.3f} as pruned. Train longer (--iters), on such text (--data), or take `pruned/`."
-            )
-    if not policy.keeps_packed() and "4-bit" in models:
-        parts.append(
-            "The 4-bit loss is computed from the de-quantized weights, which are the same numbers; speeds are those "
-            "of stock mlx-lm with float32 activations, 4-bit kernels included."
-        )
-    return "\n\n".join([*parts, won(models, sizes, quality)])
+    names, texts = list(models), _texts(quality, LOSSES)
+    for each in texts:
+        each["table"] = text.table(quality[each["name"]], names, comparison.METRICS)
+    values = {"sizes": text.table(sizes, names, text.metrics("sizes")), "texts": texts, "length": length}
+    values |= {"across": comparison.ACROSS, "dequantized": not policy.keeps_packed() and "4-bit" in models}
+    return html.document("table.md", {**values, "won": won(models, sizes, quality)})
 
 
 def won(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]]) -> str:
     """A sentence: what the student gained over the teacher, and what it costs."""
-    size, *_, last = ({r.metric: r.value for r in sizes if r.model == name} for name in models)
+    teacher, *_, student = ({r.metric: r.value for r in sizes if r.model == name} for name in models)
     fast = {r.model: r.value for r in sizes if r.metric == "decode_tps"}
-    said = f"{1 - last['params'] / size['params']:.0%} fewer parameters"
-    said += f", {size['bytes']:.1f} -> {last['bytes']:.1f} MB" if "bytes" in size else ""
-    said += f", decodes {fast['distilled'] / fast['teacher']:.1f}x as fast unquantized" if len(fast) > 2 else ""
-    for name, rows in quality.items():
-        metric, unit = next((m, u) for m, u in reversed(LOSSES) if any(r.metric == m for r in rows))
-        loss = {r.model: r.value for r in rows if r.metric == metric}
-        said += f"; {name} {loss['distilled'] - loss['teacher']:+.3f} {unit}"
-        said += f", 4 bits add {loss['4-bit'] - loss['distilled']:.3f}" if "4-bit" in loss else ""
-    return f"The student against its teacher: {said}."
+    values = {"teacher": teacher, "student": student, "fast": fast, "texts": _texts(quality, LOSSES[::-1])}
+    return html.document("won.md", values)
 
 
 def next_steps(folder: Path) -> str:

@@ -15,11 +15,6 @@ from mis_mlx.models.stream import evaluate_now
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) -> tokens (B,)
 PROMPTS = {"English": "The for statement is used to", "Polish": "Baca wyszedł rano z owcami na halę i"}
-METRICS = (
-    ("ttft_ms", "time to first token, ms", ".0f"),
-    ("decode_tps", "decode, tokens/s", ".1f"),
-    ("bytes", "weights on disk, MB (10^6)", ".1f"),
-)
 
 
 def open_model(folder: Path) -> tuple[nn.Module, Any]:

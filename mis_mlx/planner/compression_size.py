@@ -10,8 +10,7 @@ from mis_mlx.maths.rounding import BITS, HELD_BYTES, SLAB
 from mis_mlx.models import arch
 from mis_mlx.planner import estimates, training_size
 from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
-from mis_mlx.planner.job import VOCABULARY_WINDOWS, DistillationSpec
-from mis_mlx.planner.recipe import QuantizationConfig
+from mis_mlx.planner.recipe import VOCABULARY_WINDOWS, DistillationSpec, QuantizationConfig
 
 BIAS_BITS = 32  # scale and bias of a group
 

@@ -16,8 +16,7 @@ from mis_mlx.models import arch
 from mis_mlx.planner import compression_size, estimates, training_size
 from mis_mlx.planner.compression_size import prune, repair, repair_parts
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
-from mis_mlx.planner.job import ADAPTERS, DistillationSpec, Mode
-from mis_mlx.planner.recipe import DistillationConfig
+from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, DistillationSpec, Mode
 from mis_mlx.planner.training_size import STATE_BYTES
 from mis_mlx.types import gib
 
@@ -67,8 +66,8 @@ def _way_back(job: DistillationSpec, micro: int, rank: int = 0) -> int:
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
-    """The packed student whole in memory, its scales learning (quantization/grid): integers; these and values as floats
-    for the way back, in every lane; and one block's gradient."""
+    """The packed student whole in memory, its scales learning: integers; these and values as floats for the way back,
+    in every lane; and one block's gradient."""
     m, s = job.student, job.student.shape
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
     nbytes = compression_size.packed_bytes(m, job.rounding)

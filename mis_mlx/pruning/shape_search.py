@@ -22,12 +22,19 @@ AXES = ("layers", "ffn", "heads", "hidden")
 GROUPS = (64, 32)  # weights that share a scale in 4 bits; one of them has to divide every row
 WIDTHS = 24  # hidden sizes tried at the most: of 4096 they are multiples of 256, as Minitron's
 POPULATION, CHILDREN = 3, 2  # mu and lambda
+FORMS = {"layers": "{} layers", "ffn": "FFN {}", "heads": "{} heads", "hidden": "hidden {}", "vocab": "{:,} tokens"}
 JUMPS = (-2, -1, 1, 2)  # places along an axis that a mutation goes
 
 
 def label(shape: Shape) -> str:
     """Short, and a file name: '20l-1280f-9h-576d'."""
     return f"{shape.layers}l-{shape.ffn}f-{shape.heads}h-{shape.hidden}d"
+
+
+def words(shape: Shape, before: Shape) -> str:
+    """What of the teacher's shape is cut: '20 layers, FFN 1280'."""
+    cut = [form.format(getattr(shape, a)) for a, form in FORMS.items() if getattr(shape, a) != getattr(before, a)]
+    return ", ".join(cut) or "the teacher's own"
 
 
 def group_of(shape: Shape) -> int:

@@ -25,7 +25,7 @@ from mis_mlx.models import arch, distributed, load, trimmed_tokenizer
 from mis_mlx.models.config import read_config, shape_of
 from mis_mlx.models.tokenizer_check import ROWS
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
-from mis_mlx.planner.job import VOCABULARY_WINDOWS
+from mis_mlx.planner.recipe import VOCABULARY_WINDOWS
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import DISK, Files

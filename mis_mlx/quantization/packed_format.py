@@ -1,4 +1,5 @@
-"""Write a model's weights in MLX's quantized formats, one tensor at a time. Every matrix, or an error.
+"""Write a model's weights in MLX's quantized formats, one tensor at a time: every matrix, or an error. And a packed
+model whole in memory, whose scales, biases and norms can learn; integers, embedding and head stay.
 
 mlx-lm leaves a matrix that the group does not divide unquantized without a word; here that is an error and a remedy."""
 
@@ -9,16 +10,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, model_writer
+from mis_mlx.models import arch, load, model_writer, stream
 from mis_mlx.models.families import family
 from mis_mlx.planner.recipe import QuantizationConfig
+from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import Spec, spec_bytes
 from mis_mlx.types import Checkpoint, MisError
 
+PARTS = ("weight", "scales", "biases")
 SENSITIVITY = "sensitivity.json"  # beside a mixed model: what every matrix would cost in every number of bits
 BITS = 4
 WIDE_BITS = 8  # where 4 bits cost most: the embedding, which makes the logits too when it is tied, and `bridges`
@@ -147,7 +152,7 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
             coming = coming or rounded(plan)
             block = dict(next(coming))
         parts = block.pop(path, None) or _nearest(checkpoint, plan[path], name)
-        for part, array in zip((name, f"{path}.scales", f"{path}.biases"), parts, strict=False):
+        for part, array in zip((f"{path}.{part}" for part in PARTS), parts, strict=False):
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
                 raise MisError(f"{checkpoint.path}: {name}: {rounding.BEYOND}")
             yield part, array
@@ -184,3 +189,56 @@ def _finite(checkpoint: Checkpoint, name: str) -> mx.array:
     if bad := (~mx.isfinite(weight)).sum().item():
         raise MisError(f"{checkpoint.path}: {name} holds {bad} values that are not numbers: download the model again")
     return weight
+
+
+class TrainableQuantizedLinear(nn.Module):
+    """A linear layer of values integer * scale + bias: integers (out, groups, group), the others (out, groups).
+
+    added: the layer's own bias (out,), which is no group's and learns too; None where it has none."""
+
+    def __init__(self, packed: rounding.Packed, kind: Format, added: mx.array | None = None):
+        super().__init__()
+        whole = rounding.integers(packed[0], kind.group, kind.bits)
+        self._integers = whole.reshape(len(whole), -1, kind.group)  # underscore: not a parameter
+        self.scales, self.biases = (a.astype(mx.float32) for a in packed[1:])
+        if added is not None:
+            self.bias = added
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (..., in) -> (..., out)."""
+        weight = self._integers.astype(mx.float32) * self.scales[..., None] + self.biases[..., None]
+        weight = weight.reshape(len(weight), -1).T
+        return mx.addmm(self.bias, x, weight) if "bias" in self else x @ weight
+
+
+def resident(checkpoint: Checkpoint) -> nn.Module:
+    """mlx-lm's Model of an affinely quantized folder, float32, evaluated: every matrix of the blocks can learn."""
+    model = load.resident(checkpoint, mx.float32)
+    for path, kind in formats(checkpoint).items():
+        if (layer := arch.block_of(path)) is None:
+            continue
+        *owners, name = path.split(".")[3:]
+        owner = model.model.layers[layer]
+        for step in owners:
+            owner = owner[step]
+        stored = safetensors.lazy(checkpoint.tensors, names := [f"{path}.{part}" for part in PARTS])
+        owner[name] = grid = TrainableQuantizedLinear(tuple(stored[n] for n in names), kind, owner[name].get("bias"))
+        stream.evaluate_now(grid._integers, grid.scales, grid.biases)  # whatever stays lazy keeps its file open
+    for fixed in (model.model.embed_tokens, *([model.lm_head] if hasattr(model, "lm_head") else [])):
+        fixed.freeze()
+    return stream.load_checked(model, f"{checkpoint.path}: ")
+
+
+def write_learned(checkpoint: Checkpoint, model: nn.Module, out: Path, files: Files) -> None:
+    """Commit the folder `out`: `checkpoint` with what the model has learned, in the types that it stores."""
+    specs = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
+    learned = dict(tree_flatten(model.trainable_parameters()))
+
+    def tensors() -> Iterator[tuple[str, mx.array]]:
+        for name in specs:
+            stored = safetensors.lazy(checkpoint.tensors, [name])[name]
+            yield name, learned[name].astype(stored.dtype) if name in learned else stored
+
+    costs = checkpoint.path / SENSITIVITY
+    extra = {costs.name: costs.read_bytes()} if costs.is_file() else {}
+    model_writer.write_folder(checkpoint.config, specs, tensors(), checkpoint.path, out, files, extra)

