@@ -11,7 +11,7 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.gguf_export import gguf_writer, model_card, tensors, vocab
-from mis_mlx.hardware import llama_cpp, memory
+from mis_mlx.hardware import memory, programs
 from mis_mlx.models import arch, load, model_writer, policy, resolve, tokenizer_check
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.families import family
@@ -98,7 +98,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     name, config = model_card.name_of(checkpoint.path), checkpoint.config
     k_quant = wanted == K_QUANT
     if k_quant:
-        llama_cpp.quantizer()  # its absence is said before the work
+        programs.quantizer()  # its absence is said before the work
     parts = tensors.parts(checkpoint, wanted)
     staged = tensors.parts(checkpoint, "f16") if k_quant else parts
     writer = gguf.GGUFWriter(None, family(config).gguf)
@@ -118,7 +118,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         gguf_writer.write(folder / (STAGED if k_quant else file), head, staged, rows, DISK)
         final = parts
         if k_quant:
-            llama_cpp.quantize(folder / STAGED, folder / file, wanted.upper())
+            programs.quantize(folder / STAGED, folder / file, wanted.upper())
             DISK.remove_tree(folder / STAGED)
             chosen = {t.name: t.tensor_type.name for t in gguf.GGUFReader(folder / file).tensors}  # by its own version
             final = [replace(p, kind=chosen[p.name]) for p in parts]

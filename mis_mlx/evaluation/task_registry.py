@@ -14,7 +14,7 @@ from mis_mlx import cli
 from mis_mlx.data import rows, sources
 from mis_mlx.evaluation import questions, rewards
 from mis_mlx.evaluation.sets import dialects, polish_exams
-from mis_mlx.hardware.wheels import download_wheel, unpack_debian
+from mis_mlx.hardware.programs import download_wheel, unpack_debian
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError

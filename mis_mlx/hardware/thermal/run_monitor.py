@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,6 +57,50 @@ def battery(flags: ThermalFlags) -> str:
     return f"on battery{'' if percent is None else f', {percent:.0f} %'}: --governor {flags.governor} {does}"
 
 
+@dataclass
+class PauseCounter:
+    """The account of a run; a checkpoint keeps it, and a resumed run goes on with it."""
+
+    count: int = 0
+    seconds: float = 0.0  # in pauses
+    napped_s: float = 0.0  # between steps, for the duty
+    reasons: dict[str, int] = field(default_factory=dict)  # cause -> pauses
+
+    def as_json(self) -> dict[str, Any]:
+        """`tea_breaks`, `throttled_s` (all seconds held back) and `tea_reasons`, for a run's JSON."""
+        held_s = round(self.seconds + self.napped_s, 1)
+        return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
+
+
+def after_step(
+    monitor: thermal_monitor.Monitor, judge: governor.Governor, breaks: PauseCounter, step_s: float
+) -> Iterator[governor.Decision]:
+    """Ask the governor after a step of `step_s` seconds and wait as it says.
+
+    Gives each decision before its wait is served, about one a second in a pause, so that the caller can
+    log it, write the checkpoint it asks for, or end the run by leaving the `for`. The last one given is
+    "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more than a few
+    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step."""
+    clock = monitor.clock
+    decision = judge.decide(monitor.reading(), clock.monotonic(), step_s)
+    if decision.action == "pause":
+        breaks.count += 1
+        breaks.reasons[decision.cause] = breaks.reasons.get(decision.cause, 0) + 1
+    saved = False
+    while decision.action == "pause":
+        yield replace(decision, checkpoint=decision.checkpoint and not saved)  # one checkpoint a pause
+        saved = saved or decision.checkpoint
+        since_s = clock.monotonic()
+        clock.sleep(decision.sleep_s)
+        reading = monitor.reading()
+        breaks.seconds += clock.monotonic() - since_s
+        decision = judge.decide(reading, clock.monotonic())
+    yield decision
+    if decision.sleep_s:
+        clock.sleep(decision.sleep_s)
+        breaks.napped_s += decision.sleep_s
+
+
 class ThermalMonitor:
     """Use in a `with` statement. `breaks` is the account of tea breaks; it survives in a checkpoint."""
 
@@ -65,7 +109,7 @@ class ThermalMonitor:
         self.monitor = thermal_monitor.Monitor(
             replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m
         )
-        self.breaks = governor.PauseCounter()
+        self.breaks = PauseCounter()
         self._mode, self._log, self._files = flags.governor, log, files
         self._governor: governor.Governor | None = None
 
@@ -106,7 +150,7 @@ class ThermalMonitor:
                 cli.say(f"governor: {self._mode}, but blind: {self.monitor.reasons.get('die_c', 'no die temperature')}")
         seconds = VIRTUAL_STEP_S if self.monitor.replayed else step.seconds
         pauses = self.breaks.count
-        for decision in governor.after_step(self.monitor, self._governor, self.breaks, seconds):
+        for decision in after_step(self.monitor, self._governor, self.breaks, seconds):
             if self.breaks.count > pauses:
                 pauses = self.breaks.count
                 cli.say(f"tea break after step {step.number}: {decision.reason}")
