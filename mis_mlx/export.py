@@ -22,10 +22,8 @@ from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Checkpoint, MisError, gib
 
-OutType = Annotated[
-    Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "mxfp4", "nvfp4"] | None,
-    tyro.conf.arg(aliases=["--outtype"]),
-]  # llama.cpp's spelling too
+Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "mxfp4", "nvfp4"]
+OutType = Annotated[Type | None, tyro.conf.arg(aliases=["--outtype"])]  # llama.cpp's spelling too
 K_QUANT = "q4_k_m"  # which llama.cpp makes
 STAGED = "float16.gguf"  # what it makes it of
 THEIR_BYTES = 128 * 2**20  # of a process with llama.cpp in it, beside a model's tensors

@@ -27,7 +27,6 @@ def _run(command: Sequence[str], folder: Path | None = None) -> tuple[int, list[
 
 
 def _download(command: Sequence[str], what: str, remedy: str = "", folder: Path | None = None) -> None:
-    """MisError with the program's last line when it fails."""
     code, lines = _run(command, folder)
     if code:
         last = lines[-1].removeprefix("ERROR: ")[:200] if lines else f"exit code {code}"

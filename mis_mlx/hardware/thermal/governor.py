@@ -160,7 +160,6 @@ class Governor:
         return decision
 
     def _take(self, reading: Reading, now_s: float) -> None:
-        """Feed filter and watches."""
         fresh = reading.time_s != self._sample_s
         self._sample_s = reading.time_s
         seen = reading.die_c is not None and now_s - reading.time_s <= LOST_S
@@ -254,10 +253,8 @@ def governor_for(mode: Mode, first: Reading, reasons: Mapping[str, str], *, appl
     allowed, as nobody would notice it cooking; elsewhere (a virtual machine) it is blind and says so."""
     blind = first.die_c is None
     if blind and apple and mode != "observe":
-        raise MisError(
-            f"no die temperature can be read ({reasons.get('die_c', 'no reason')}), so mode {mode} cannot "
-            "protect this Mac: see `python -m mis_mlx.thermal doctor`, or choose mode observe and stay by it"
-        )
+        why = f"no die temperature can be read ({reasons.get('die_c', 'no reason')}), so mode {mode} cannot protect"
+        raise MisError(f"{why} this Mac: see `python -m mis_mlx.thermal doctor`, or choose mode observe and stay by it")
     return Governor(mode, blind=blind)
 
 

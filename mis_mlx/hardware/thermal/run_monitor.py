@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mis_mlx import cli
-from mis_mlx.hardware.thermal import ambient, governor, thermal_monitor
+from mis_mlx.hardware.thermal import ambient, governor
+from mis_mlx.hardware.thermal.governor import Decision, Governor
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor, battery_charge
 from mis_mlx.maths.losses import halny_sigma
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Celsius, Metres, MisError, Reading, Step
@@ -45,7 +47,7 @@ class ThermalFlags:
 
 def battery(flags: ThermalFlags) -> str:
     """What the governor makes of a battery that this machine runs on now, in a sentence; empty when it does not."""
-    percent, plugged = thermal_monitor.battery_charge()
+    percent, plugged = battery_charge()
     if flags.thermal_replay or plugged is not False:
         return ""
     low, enough = governor.BATTERY_LOW_PERCENT, governor.BATTERY_ENOUGH_PERCENT
@@ -72,9 +74,7 @@ class PauseCounter:
         return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
 
 
-def after_step(
-    monitor: thermal_monitor.Monitor, judge: governor.Governor, breaks: PauseCounter, step_s: float
-) -> Iterator[governor.Decision]:
+def after_step(monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: float) -> Iterator[Decision]:
     """Ask the governor after a step of `step_s` seconds and wait as it says.
 
     Gives each decision before its wait is served, about one a second in a pause, so that the caller can
@@ -105,13 +105,12 @@ class ThermalMonitor:
     """Use in a `with` statement. `breaks` is the account of tea breaks; it survives in a checkpoint."""
 
     def __init__(self, flags: ThermalFlags, log: Path | None = None, files: Files = DISK):
+        by_hand: dict[str, Any] = {"given_ambient_c": flags.temperature_c, "altitude_m": flags.altitude_m}
         replay = None if flags.thermal_replay is None else Path(flags.thermal_replay)
-        self.monitor = thermal_monitor.Monitor(
-            replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m
-        )
+        self.monitor = Monitor(replay=replay, **by_hand)
         self.breaks = PauseCounter()
         self._mode, self._log, self._files = flags.governor, log, files
-        self._governor: governor.Governor | None = None
+        self._governor: Governor | None = None
 
     def __enter__(self) -> ThermalMonitor:
         self.monitor.__enter__()
@@ -139,7 +138,7 @@ class ThermalMonitor:
         measured = air and ambient.t_env_kind(self.monitor.history()[-1]) == "measured"
         return halny_sigma(statistics.pstdev(air) if measured else None)
 
-    def after(self, step: Step) -> Iterator[governor.Decision]:
+    def after(self, step: Step) -> Iterator[Decision]:
         """Ask the governor after a step, wait as it says, log each decision. The last one is run or stop."""
         if self.monitor.replayed and self.monitor.ended:
             return
@@ -163,13 +162,13 @@ class ThermalMonitor:
 
     def account(self) -> dict[str, Any]:
         """For a run's JSON: tea breaks, and where T_env and altitude came from."""
-        reading = self.last()
-        sources = dict(reading.sources) if reading else {}
+        reading = self.last() or Reading(0.0)
+        none = "none: " + self.monitor.reasons.get("ambient_c", "not asked")
         return {
             **self.breaks.as_json(),
-            "t_env_c": reading.ambient_c if reading else None,
-            "t_env_sigma_c": reading.ambient_sigma_c if reading else None,
-            "t_env_source": sources.get("ambient_c", "none: " + self.monitor.reasons.get("ambient_c", "not asked")),
-            "altitude_m": reading.altitude_m if reading else None,
-            "altitude_source": sources.get("altitude_m", "none"),
+            "t_env_c": reading.ambient_c,
+            "t_env_sigma_c": reading.ambient_sigma_c,
+            "t_env_source": reading.sources.get("ambient_c", none),
+            "altitude_m": reading.altitude_m,
+            "altitude_source": reading.sources.get("altitude_m", "none"),
         }
