@@ -24,7 +24,7 @@ import numpy as np
 from laboratory import resumed, start, write
 
 from mis_mlx import cli, distill, evaluate, synthesize
-from mis_mlx.hardware.wheels import unpack_debian
+from mis_mlx.hardware.programs import unpack_debian
 
 PACKAGES = ("vim-runtime", "fortunes", "fortunes-pl", "manpages-pl")
 SEEDS = (0, 1, 2)

@@ -11,12 +11,6 @@ from pathlib import Path
 from mis_mlx import __version__
 
 USAGE = "Makes a language model smaller on the laptop it will run on. Usage: scripts/mis COMMAND [flags]"
-GROUPS = {
-    "Make a model smaller": "distill prune quantize search plan",
-    "Teach it": "synthesize sft dpo grpo",
-    "Use and judge it": "generate export evaluate bench report",
-    "This machine": "doctor thermal",
-}
 NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help")
 
 
@@ -32,7 +26,7 @@ def commands() -> dict[str, str]:
 def main() -> None:
     """Run the command that we are called by (`mis_mlx.distill`) or with (`mis_mlx distill`), else list them all."""
     try:
-        from mis_mlx import cli
+        from mis_mlx import cli, flag_help
 
         known, name = commands(), Path(sys.argv[0]).name.removeprefix("mis_mlx.")
         if name not in known:
@@ -47,7 +41,7 @@ def main() -> None:
                 sys.exit(2)
             else:
                 print(USAGE)
-                for title, names in GROUPS.items():
+                for title, names in flag_help.GROUPS["commands"].items():
                     print(f"\n{title}")
                     for command in names.split():
                         print(f"  {command:<10} {known[command]}")

@@ -144,10 +144,8 @@ class Bench:
 
 def _unfit(reading: Reading) -> str | None:
     """Why times taken now are not the model's own; None where they are."""
-    load_average = psutil.getloadavg()[0]
-    busy = (
-        f"load average {load_average:.1f}, more than there are cores" if load_average > (os.cpu_count() or 1) else None
-    )
+    load = psutil.getloadavg()[0]
+    busy = f"load average {load:.1f}, more than there are cores" if load > (os.cpu_count() or 1) else None
     return governor.unfit_for_timing(reading) or busy
 
 
@@ -171,13 +169,8 @@ def run(settings: Settings) -> dict[str, Any]:
     print(text.table(rounds.rows(fixed["models"], measured), list(measured), rounds.METRICS))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
-    result = {
-        **fixed,
-        "machine": rates.about(),
-        "hot": hot,
-        "stopped": bench.stopped,
-        "measured": {"models": measured, "roof": asdict(at)},
-    }
+    result = {**fixed, "machine": rates.about(), "hot": hot, "stopped": bench.stopped}
+    result |= {"measured": {"models": measured, "roof": asdict(at)}}
     bench.write(result)
     return result
 

@@ -163,7 +163,6 @@ def check_ranges(settings: Any) -> None:
 
 
 def _ranges(hint: Any) -> Iterator[Within]:
-    """All ranges in an annotation."""
     if isinstance(hint, Within):
         yield hint
     for part in () if get_origin(hint) is Literal else (*getattr(hint, "__metadata__", ()), *get_args(hint)):

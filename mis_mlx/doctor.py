@@ -109,7 +109,6 @@ def _guarded(work: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
 
 
 def _machine(folder: Path) -> list[str]:
-    """This machine, a line for what belongs together."""
     a, room, disk = rates.about(), psutil.virtual_memory(), shutil.disk_usage(folder)
     recommended = float(mx.device_info().get("max_recommended_working_set_size", 0))
     metal = f"Metal recommends {gib(recommended)}" if recommended else "without Metal"

@@ -14,6 +14,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
+from mis_mlx.alignment.sequence_packing import OfStep
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import run_loop
 from mis_mlx.distillation.live_teacher import labels
@@ -113,9 +114,7 @@ def visited(pairs: Sequence[Pair], iters: int, batch_size: int, parts: int, seed
     return np.unique(np.concatenate(steps))
 
 
-def micro_batches(
-    pairs: Sequence[Pair], logps: np.ndarray, batch_size: int, parts: int, seed: int
-) -> Callable[[int], list[tuple[mx.array, ...]]]:
+def micro_batches(pairs: Sequence[Pair], logps: np.ndarray, batch_size: int, parts: int, seed: int) -> OfStep:
     """Those of any step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
     lengths = [longest(pair) for pair in pairs]
 
@@ -126,17 +125,15 @@ def micro_batches(
     return of_step
 
 
-def measure(
-    student: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndarray, batch_size: int
-) -> dict[str, float]:
+def measure(model: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndarray, batch: int) -> dict[str, float]:
     """Means over pairs of the loss and all that `Settings.loss` tells beside it, and by how much the chosen answers
     became likelier than under the reference ("chosen_gain", nats an answer). With dpop also `OF_MEANS`, by which
     checkpoints are judged: it falls where the margin grows and the chosen answers do not become less likely on the
     whole. The mean of the losses rises as soon as one chosen answer does, and on held-out pairs one always does."""
     sums = dict[str, float]()
-    for at in sequence_packing.by_length("held out: batch", list(map(longest, pairs)), batch_size):
+    for at in sequence_packing.by_length("held out: batch", list(map(longest, pairs)), batch):
         tokens, learn = rectangle([pairs[i] for i in at])
-        total, _, more = s.loss(student, tokens, learn, mx.array(logps[at].T.reshape(-1)), frozen_head=True)
+        total, _, more = s.loss(model, tokens, learn, mx.array(logps[at].T.reshape(-1)), frozen_head=True)
         for name, value in {"loss": total, **more}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     sums.pop("tokens")

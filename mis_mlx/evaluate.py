@@ -14,6 +14,8 @@ from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.evaluation import answering, comparison, lm_eval_tasks, questions, recovery_table, task_registry
 from mis_mlx.evaluation.comparison import Models
+from mis_mlx.evaluation.recovery_table import Outcome
+from mis_mlx.evaluation.task_registry import EvaluationSet
 from mis_mlx.hardware import memory
 from mis_mlx.models import distributed, load, policy, resolve
 from mis_mlx.models.stream import Stream
@@ -24,6 +26,8 @@ from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Tokens, Within, duration, gib
 
 LENGTH = 256  # tokens in a window
+Hashes = Mapping[str, str]  # of the models, by name
+Text = tuple[str, str, Windows, comparison.Opened]  # name, title, chosen windows, what opens a model
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,8 @@ def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opene
     return result
 
 
-def _texts(
-    s: Settings, models: Models, tokenizer: Any, limit: Budget, length: int
-) -> Iterator[tuple[str, str, Windows, comparison.Opened]]:
-    """(name, title, chosen windows, what opens a model) of every held-out text, used within the budget, if it fits."""
+def _texts(s: Settings, models: Models, tokenizer: Any, limit: Budget, length: int) -> Iterator[Text]:
+    """Every held-out text, used within the budget, if it fits."""
     planned = estimates.compared([estimates.model_of(m) for m in models.values()], s.eval_windows, length)
     estimates.fit(limit, planned)
     # One pass is made of each model: blocks stay in memory only to take the next windows while others work.
@@ -115,9 +117,7 @@ def _held_out(s: Settings, models: Models, seen: Checkpoint, limit: Budget) -> t
     return "\n\n".join(parts), said
 
 
-def _plan(
-    s: Settings, wanted: task_registry.EvaluationSet, models: Models, hashes: Mapping[str, str], limit: Budget
-) -> dict[str, Any]:
+def _plan(s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes, limit: Budget) -> dict[str, Any]:
     """Peak and time of what is still to be asked, but lm-eval's; said aloud. MisError where something does not fit."""
     shapes = [estimates.model_of(m) for m in models.values()]
     for m, model in zip(shapes, models.values(), strict=True) if wanted.harness else ():
@@ -136,9 +136,7 @@ def _plan(
     return {"peak_bytes": peak, "seconds": seconds}
 
 
-def _outcomes(
-    s: Settings, wanted: task_registry.EvaluationSet, models: Models, hashes: Mapping[str, str], limit: Budget
-) -> Iterator[recovery_table.Outcome]:
+def _outcomes(s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes, limit: Budget) -> Iterator[Outcome]:
     """Our tasks, then lm-eval's; each model is asked all of them before the next one."""
     layers, tasks = s.spread == "layers", wanted.tasks
     marks = {name: [answering.scores(m, hashes[name], t, limit, layers) for t in tasks] for name, m in models.items()}
@@ -146,18 +144,17 @@ def _outcomes(
         chance = np.array([q.chance for q in task.questions])
         by_model, constant = {name: marks[name][at] for name in models}, questions.best_constant_answer(task)
         more = wanted.known.overlap(task), task.sha256, answering.uniform(models["teacher"], task)
-        yield recovery_table.Outcome(task.name, task.about, by_model, chance, constant, *more)
+        yield Outcome(task.name, task.about, by_model, chance, constant, *more)
     if wanted.harness:
         ask = answering.by_harness
         theirs = [ask(m, hashes[name], wanted.harness, s.num_questions) for name, m in models.items()]
         for rows in zip(*theirs, strict=True):
             about = f"lm-eval {lm_eval_tasks.version()}, {rows[0]['metric']}"
             by_model = {name: np.array(row["marks"]) for name, row in zip(models, rows, strict=True)}
-            yield recovery_table.Outcome(rows[0]["task"], about, by_model, np.array(rows[0]["chance"]))
+            yield Outcome(rows[0]["task"], about, by_model, np.array(rows[0]["chance"]))
 
 
-def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Mapping[str, str], limit: Budget) -> dict[str, Any]:
-    """The recovery table, printed and written."""
+def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Hashes, limit: Budget) -> dict[str, Any]:
     began = time.monotonic()
     wanted = task_registry.find(s.tasks, s.num_questions, s.data)
     if wanted.harness:
@@ -185,7 +182,7 @@ def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Mapping[str,
     return {"recovered": recovered, "held_out": held_out} | ({"out": s.out} if s.out else {})
 
 
-def _write(out: Path, outcomes: list[recovery_table.Outcome], page: str, result: dict[str, Any]) -> None:
+def _write(out: Path, outcomes: list[Outcome], page: str, result: dict[str, Any]) -> None:
     picture, title = recovery_table.figure(outcomes), "The recovery table"
     body = f"<h1>{title}</h1>" + html.markdown(page) + html.part("figures", pictures=[picture])
     if picture:

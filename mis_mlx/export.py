@@ -11,7 +11,7 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.gguf_export import gguf_writer, model_card, tensors, vocab
-from mis_mlx.hardware import llama_cpp, memory
+from mis_mlx.hardware import memory, programs
 from mis_mlx.models import arch, load, model_writer, policy, resolve, tokenizer_check
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.families import family
@@ -22,10 +22,8 @@ from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Checkpoint, MisError, gib
 
-OutType = Annotated[
-    Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "mxfp4", "nvfp4"] | None,
-    tyro.conf.arg(aliases=["--outtype"]),
-]  # llama.cpp's spelling too
+Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "mxfp4", "nvfp4"]
+OutType = Annotated[Type | None, tyro.conf.arg(aliases=["--outtype"])]  # llama.cpp's spelling too
 K_QUANT = "q4_k_m"  # which llama.cpp makes
 STAGED = "float16.gguf"  # what it makes it of
 THEIR_BYTES = 128 * 2**20  # of a process with llama.cpp in it, beside a model's tensors
@@ -98,7 +96,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     name, config = model_card.name_of(checkpoint.path), checkpoint.config
     k_quant = wanted == K_QUANT
     if k_quant:
-        llama_cpp.quantizer()  # its absence is said before the work
+        programs.quantizer()  # its absence is said before the work
     parts = tensors.parts(checkpoint, wanted)
     staged = tensors.parts(checkpoint, "f16") if k_quant else parts
     writer = gguf.GGUFWriter(None, family(config).gguf)
@@ -118,7 +116,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         gguf_writer.write(folder / (STAGED if k_quant else file), head, staged, rows, DISK)
         final = parts
         if k_quant:
-            llama_cpp.quantize(folder / STAGED, folder / file, wanted.upper())
+            programs.quantize(folder / STAGED, folder / file, wanted.upper())
             DISK.remove_tree(folder / STAGED)
             chosen = {t.name: t.tensor_type.name for t in gguf.GGUFReader(folder / file).tensors}  # by its own version
             final = [replace(p, kind=chosen[p.name]) for p in parts]

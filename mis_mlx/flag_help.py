@@ -2,26 +2,19 @@
 
 import ast
 import inspect
+import json
 import shutil
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mis_mlx.types import FILE_ONLY
 
-# Titles and the flags under them, in this order; those that no group names come last.
-GROUPS = {
-    "model, data, memory": "model models teacher students student data budget out mlx_path",
-    "data": "num_samples max_seq_length eval_windows eval_rows seed",
-    "shape": "scenario layers ffn hidden heads kv_heads vocab vocab_text languages importance hidden_by target "
-    "temperature_unit",
-    "training": "iters batch_size grad_accumulation_steps learning_rate reconstruct_samples targets train",
-    "quantization": "quantize target_bpw q_group_size q_mode q_method q_iters",
-    "output": "resume dry_run config save_every keep_steps bench_tokens report_to",
-    "machine": "compute_dtype governor temperature_c altitude_m thermal_replay spread",
-}
+# Titles and the commands or flags under them, in this order; flags that no group names come last.
+GROUPS = json.loads((Path(__file__).parent / "help.json").read_text("utf-8"))
 INDENT, NARROW = 30, 60
 WORDS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
@@ -62,7 +55,7 @@ def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:
     """(title, names) of the groups that have flags."""
     file_only = quiet(kind)
     rest = [f.name for f in fields(kind) if f.name not in file_only]
-    for title, names in GROUPS.items():
+    for title, names in GROUPS["flags"].items():
         if mine := [name for name in names.split() if name in rest]:
             yield title, mine
             rest = [name for name in rest if name not in mine]

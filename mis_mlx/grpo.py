@@ -19,12 +19,11 @@ from mis_mlx.planner import estimates, training_size
 from mis_mlx.types import Checkpoint, MisError
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
+# Rows to train on, token ids of their prompts, held-out rows, theirs, what is known of the data.
+Questions = tuple[list[Row], list[list[int]], list[Row], list[list[int]], dict[str, Any]]
 
 
-def _questions(
-    s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.Function]
-) -> tuple[list[Row], list[list[int]], list[Row], list[list[int]], dict[str, Any]]:
-    """(rows to train on, token ids of their prompts, held-out rows, theirs, what is known of the data); all checked."""
+def _questions(s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.Function]) -> Questions:
     kinds = [name.strip() for name in s.tasks.split(",")]
     data = examples.load(s.data, ("answer",), s.data_licence, s.scrub_pii, kinds)
     tokenizer, room = load.tokenizer(checkpoint.path), s.max_seq_length - s.max_completion_length + 1

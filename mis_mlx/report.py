@@ -15,11 +15,6 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import Count, MisError
 
-SECTIONS: tuple[Callable[[run_reader.RunRecord, str], str], ...] = (
-    sections.summary, sections.recovery, sections.course, sections.cost, sections.pruning,
-    sections.samples, sections.origins,
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -46,7 +41,7 @@ def render(stories: Sequence[run_reader.RunRecord], every_s: int | None = None) 
     for number, (name, story) in enumerate(zip(names, stories, strict=True)):
         if len(stories) > 1:
             parts.append(html.part("heading", text=name))
-        parts += [_part(make.__name__, partial(make, story, f"r{number}-")) for make in SECTIONS]
+        parts += [_part(make.__name__, partial(make, story, f"r{number}-")) for make in sections.OF_RUN]
         parts.append(html.part("missing", lines=story.missing))
     return html.page(f"{', '.join(names)}: mis_mlx", "".join(parts), every_s)
 

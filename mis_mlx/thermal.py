@@ -11,8 +11,9 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.hardware.thermal.ambient import find_altitude
-from mis_mlx.hardware.thermal.governor import Mode, PauseCounter, after_step, governor_for
+from mis_mlx.hardware.thermal.governor import Mode, governor_for
 from mis_mlx.hardware.thermal.recording import Header, recorder
+from mis_mlx.hardware.thermal.run_monitor import PauseCounter, after_step
 from mis_mlx.hardware.thermal.thermal_monitor import Live, Monitor, examined
 from mis_mlx.storage.files import need_place
 from mis_mlx.types import Celsius, Metres, Positive, Seconds

@@ -47,13 +47,9 @@ class AlignmentRun(OpenRun):
     best: tuple[int, float] | None = None  # (step, its held-out figure)
 
     def train(
-        self,
-        micro_batches: Callable[[int], Any],
-        loss: train_loop.Loss,
-        held_out: Callable[[], Mapping[str, float]],
-        train: Callable[..., Iterator[Step]] = train_loop.train,
-        judge: str = "loss",
-    ) -> dict[str, Any]:
+        self, micro_batches: Callable[[int], Any], loss: train_loop.Loss, held_out: Callable[[], Mapping[str, float]],
+        train: Callable[..., Iterator[Step]] = train_loop.train, judge: str = "loss",
+    ) -> dict[str, Any]:  # fmt: skip
         """Train from wherever the run stands to its end, write the best student, return the run's result.
         micro_batches, loss: as of `train_loop.train`; pure functions of the step and of the model. held_out(): what is
         measured of `model` at every checkpoint; the one with the lowest `judge` is kept. train: called as

@@ -14,6 +14,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan
+from mis_mlx.data.rows import Row
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
 from mis_mlx.evaluation import rewards
@@ -25,6 +26,7 @@ from mis_mlx.planner.recipe import Schedule
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
 Rollout = tuple[list[tuple[Any, ...]], dict[str, float]]  # micro-batches of a step, for `Settings.loss`; facts of it
+Group = list[list[int]]  # the answers to a prompt, as token ids
 SAMPLES = "samples.jsonl"
 SAMPLED_TOGETHER = 32  # answers; decoding reads all weights once a token, for one answer or for many
 COUNTS = ("unscored", "kept", "groups")  # of facts
@@ -80,14 +82,9 @@ class Settings(alignment_plan.Alignment):
         return token_logps(hidden, head, targets, self.temperature, frozen_head).reshape(b.targets.shape)
 
     def loss(
-        self,
-        model: nn.Module,
-        b: attention_masks.Branches,
-        advantage: mx.array,
-        old: mx.array | None = None,
-        reference: mx.array | None = None,
-        frozen_head: bool = False,
-    ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        self, model: nn.Module, b: attention_masks.Branches, advantage: mx.array, old: mx.array | None = None,
+        reference: mx.array | None = None, frozen_head: bool = False,
+    ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:  # fmt: skip
         """(sum, count, further sums) over the answers of one micro-batch; old None: the model as it is now."""
         new = self.logps(model, b, frozen_head)
         before = mx.stop_gradient(new) if old is None else old
@@ -105,8 +102,8 @@ class Sampler:
 
     settings: Settings
     model: nn.Module
-    rows: Sequence[Mapping[str, Any]]
-    prompts: Sequence[Sequence[int]]
+    rows: Sequence[Row]
+    prompts: Sequence[list[int]]
     tokenizer: Any
     functions: Sequence[rewards.Function]
     reference: stream.Stream | None = None
@@ -126,10 +123,8 @@ class Sampler:
         scores = rewards.score(self.functions, [self.rows[i] for i in at], texts)
         totals, notes = _totals(scores), [note for score in scores for note in score.notes]
         if np.isnan(totals).all():
-            raise MisError(
-                f"step {step + 1}: none of {totals.size} answers could be scored "
-                f"({notes[0] if notes else 'every function returned None'}): fix the reward functions or the answers"
-            )
+            why = f"none of {totals.size} answers could be scored ({(notes or ['every function returned None'])[0]})"
+            raise MisError(f"step {step + 1}: {why}: fix the reward functions or the answers")
         kept = policy.teaches(totals)
         judged = zip(at, texts, scores, kept, strict=True)
         lines = [_record(step, self.rows[i], group, score, bool(keeps)) for i, group, score, keeps in judged]
@@ -145,7 +140,7 @@ class Sampler:
         stop = self.tokenizer.eos_token_ids
         return str(self.tokenizer.decode([t for t in answer if t not in stop]))
 
-    def _parts(self, chosen: Sequence[tuple[int, list[list[int]], np.ndarray]]) -> list[tuple[Any, ...]]:
+    def _parts(self, chosen: Sequence[tuple[int, Group, np.ndarray]]) -> list[tuple[Any, ...]]:
         s, parts = self.settings, list[tuple[Any, ...]]()
         references = self._references([(i, group) for i, group, _ in chosen])
         for (i, group, advantage), reference in zip(chosen, references, strict=True):
@@ -157,7 +152,7 @@ class Sampler:
                 parts.append((b, mx.array(advantage[cut]), old, ref))
         return parts
 
-    def _references(self, chosen: Sequence[tuple[int, list[list[int]]]]) -> list[mx.array | None]:
+    def _references(self, chosen: Sequence[tuple[int, Group]]) -> list[mx.array | None]:
         """(G, T) log-probabilities of each group under the reference, in one pass over its weights."""
         if self.reference is None or not chosen:
             return [None] * len(chosen)
@@ -173,7 +168,7 @@ class Sampler:
         return logps
 
 
-def _record(step: int, row: Mapping[str, Any], texts: Sequence[str], score: rewards.Scores, kept: bool) -> str:
+def _record(step: int, row: Row, texts: Sequence[str], score: rewards.Scores, kept: bool) -> str:
     answers = [
         {"text": text, "reward": total, **{name: values[n] for name, values in score.parts.items()}}
         for n, (text, total) in enumerate(zip(texts, score.totals, strict=True))
@@ -188,9 +183,7 @@ def _totals(scores: Sequence[rewards.Scores]) -> np.ndarray:
     return np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
 
 
-def _facts(
-    scores: Sequence[rewards.Scores], answers: Sequence[list[list[int]]], kept: np.ndarray, most: int
-) -> dict[str, float]:
+def _facts(scores: Sequence[rewards.Scores], answers: list[Group], kept: np.ndarray, most: int) -> dict[str, float]:
     """What a step's metrics hold beside its loss. Means are over answers that were scored."""
     totals, lengths = _totals(scores), np.array([len(answer) for group in answers for answer in group])
     facts = {"reward": float(np.nanmean(totals))}
@@ -216,14 +209,9 @@ def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def train(
-    model: nn.Module,
-    rollouts: Callable[[int], Rollout],
-    loss: train_loop.Loss,
-    optimizer: GuardedAdamW,
-    schedule: Schedule,
-    start: int = 0,
-    updates: int = 1,
-) -> Iterator[Step]:
+    model: nn.Module, rollouts: Callable[[int], Rollout], loss: train_loop.Loss, optimizer: GuardedAdamW,
+    schedule: Schedule, start: int = 0, updates: int = 1,
+) -> Iterator[Step]:  # fmt: skip
     """Steps as `train_loop.train` gives them; each samples, then takes `updates` updates on what it sampled. A step of
     which every group has equal rewards leaves weights and moments as they are. One line of the table a step."""
     cli.say("  step  " + "  ".join(f"{name:>13}" for name, _ in TABLE))
@@ -246,9 +234,7 @@ def train(
         yield replace(done, seconds=seconds, peak_bytes=peak, more=facts)
 
 
-def measure(
-    sampler: Sampler, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Sequence[int]], samples: int = 0
-) -> dict[str, float]:
+def measure(sampler: Sampler, rows: Sequence[Row], prompts: Sequence[list[int]], samples: int = 0) -> dict[str, float]:
     """Means over answers to held-out rows, greedy or `samples` drawn for each; "loss", minus the reward, judges."""
     s, ends, most = sampler.settings, sampler.tokenizer.eos_token_ids, sampler.settings.max_completion_length
     draw = mlx_generate.sampler(s.temperature if samples else 0.0, s.seed)

@@ -21,6 +21,7 @@ from mis_mlx.types import Batch
 
 MULTIPLE = 8  # that a padded length is of: fewer different shapes, for which memory is kept
 PADDING = -1  # the row that padding is of
+OfStep = Callable[[int], list[MicroBatch]]
 
 
 def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -53,13 +54,9 @@ def rectangle(windows: Sequence[Sequence[Sequenced]]) -> tuple[mx.array, mx.arra
 
 
 def drawn(
-    lengths: Sequence[int],
-    batch_size: int,
-    parts: int,
-    step: int,
-    seed: int,
+    lengths: Sequence[int], batch_size: int, parts: int, step: int, seed: int,
     share: Callable[[Any], Any] = lambda at: at,
-) -> list[np.ndarray]:
+) -> list[np.ndarray]:  # fmt: skip
     """The indices of a step's `parts` micro-batches: a pure function of its arguments. Those of like length come
     together, which saves padding and changes nothing: a step is one sum. share: picks those that are wanted here."""
     at = order(len(lengths), batch_size * parts, step, seed)
@@ -85,9 +82,7 @@ class PackedDataset:
         self.windows = [[rows[i] for i in window] for window in shared]
         self.lengths = [sum(lengths[i] for i in window) for window in shared]
 
-    def micro_batches(
-        self, source: TargetSource, batch_size: int, parts: int, seed: int
-    ) -> Callable[[int], list[MicroBatch]]:
+    def micro_batches(self, source: TargetSource, batch_size: int, parts: int, seed: int) -> OfStep:
         """Those of any step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
 
         def of_step(step: int) -> list[MicroBatch]:

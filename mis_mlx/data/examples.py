@@ -33,9 +33,8 @@ PESEL = re.compile(r"(?<![\d-])\d{11}(?![\d-])")
 NIP = re.compile(r"(?<![\d-])(?:PL ?)?(?:\d{10}|\d{3}-\d{3}-\d{2}-\d{2}|\d{3}-\d{2}-\d{2}-\d{3})(?![\d-])")
 # Abroad: + and 7 to 14 digits. Poland: perhaps +48, then 3-3-3 of a mobile or 2-3-2-2 of a landline, in groups.
 MOBILE = r"(?:45|5[0137]|6[069]|7[2389]|88)\d[ -]\d{3}[ -]\d{3}"
-LANDLINE = (
-    r"\(?(?:1[2-8]|2[2-59]|3[234]|4[1-468]|5[24-689]|6[1-3578]|7[14-7]|8[1-79]|9[145])\)?[ -]\d{3}[ -]\d{2}[ -]\d{2}"
-)
+AREA = r"\(?(?:1[2-8]|2[2-59]|3[234]|4[1-468]|5[24-689]|6[1-3578]|7[14-7]|8[1-79]|9[145])\)?"
+LANDLINE = rf"{AREA}[ -]\d{{3}}[ -]\d{{2}}[ -]\d{{2}}"
 PHONE = re.compile(rf"(?<![\d+-])(?:(?:\+|00)\d(?:[ -]?\(?\d\)?){{7,13}}|{MOBILE}|{LANDLINE})(?![\d-])")
 Sequenced = tuple[np.ndarray, np.ndarray]  # token ids (T,) int32, learn (T,) float32: 1 on tokens to be predicted
 
@@ -106,7 +105,7 @@ def _read(path: Path, shapes: Sequence[str]) -> tuple[list[Placed], list[str]]:
             return "no message is the assistant's"
         return "chosen and rejected are the same" if "chosen" in row and row["chosen"] == row.get("rejected") else None
 
-    good, problems = rows.judged(path, fault)
+    good, problems = rows.judged(rows.parsed(path), f"{path.name} line", fault)
     return good, problems if good or problems else [f"{path.name}: it has no rows"]
 
 

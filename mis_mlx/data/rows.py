@@ -18,6 +18,7 @@ PROBLEMS_LISTED = 10  # of rows that stop a command
 Row = dict[str, Any]
 Placed = tuple[Row, str]  # and where it stands, for people: "train.jsonl line 3"
 Numbered = tuple[int, object, str | None]  # number, value, None; or number, None, why it is no JSON
+Judge = Callable[[object], str | None]  # why a value is no row to use; None: it is one
 T = TypeVar("T")
 Shapes = Mapping[str, Sequence[str]]  # what a row may be, by the keys that make it; the first that fits counts
 
@@ -49,25 +50,19 @@ def read(path: Path) -> Reading:
 
 def collect(name: str, unit: str, numbered: Iterable[Numbered]) -> Reading:
     """Training text out of values, without keys that nothing reads; `unit` is what their numbers count ("line")."""
-    good, problems = _sorted_out(name, unit, numbered, lambda row: fault(row, TEXT))
+    good, problems = judged(numbered, f"{name} {unit}", lambda row: fault(row, TEXT))
     return Reading(name, tuple(_bare(row) for row, _ in good), problems)
 
 
-def judged(path: Path, judge: Callable[[object], str | None]) -> tuple[list[Placed], list[str]]:
-    """(rows in which `judge` finds no fault, with their places; what is wrong with the others) of a .jsonl file."""
-    return _sorted_out(path.name, "line", parsed(path), judge)
-
-
-def _sorted_out(
-    name: str, unit: str, numbered: Iterable[Numbered], judge: Callable[[object], str | None]
-) -> tuple[list[Placed], list[str]]:
+def judged(numbered: Iterable[Numbered], where: str, judge: Judge) -> tuple[list[Placed], list[str]]:
+    """(rows in which `judge` finds no fault, with their places; what is wrong with the others). where: what their
+    numbers count, such as "train.jsonl line"."""
     good, problems = list[Placed](), list[str]()
     for number, value, unread in numbered:
-        at = f"{name} {unit} {number}"
         if why := unread or judge(value):
-            problems.append(f"{at}: {why}")
+            problems.append(f"{where} {number}: {why}")
         elif isinstance(value, dict):
-            good.append((value, at))
+            good.append((value, f"{where} {number}"))
     return good, problems
 
 

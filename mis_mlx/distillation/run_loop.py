@@ -16,8 +16,7 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.thermal.governor import PauseCounter
-from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor, battery
+from mis_mlx.hardware.thermal.run_monitor import PauseCounter, ThermalMonitor, battery
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import distributed, load, policy, resolve
 from mis_mlx.reporting import progress, text

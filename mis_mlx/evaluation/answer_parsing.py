@@ -46,7 +46,6 @@ Value = Quantity | tuple[str, ...]  # the words of a list of names, in lower cas
 
 @cache
 def _units() -> dict[str, tuple[str, int]]:
-    """{name of a unit: (kind, factor)}."""
     kinds = json.loads(UNITS.read_text("utf-8"))
     return {n: (kind, int(f)) for kind, factors in kinds.items() for f, names in factors.items() for n in names.split()}
 

@@ -26,6 +26,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError
 VERSION = 2  # of how marks come about: kept ones of another version are not used
 PART = 4096  # tokens of questions between two looks at the disk, where the whole model stays in memory
 AT_ONCE = 16  # answers written together
+Writer = Callable[[Sequence[list[int]]], list[list[int]]]  # prompts to their continuations
 Asked = dict[int, dict[str, Any]]  # question number: {"ll": [...]} or {"text", "mark"}
 Asking = tuple[estimates.StageCost, Callable[[], Iterator[dict[str, Any]]]]  # what it takes; what does it, in a budget
 
@@ -190,10 +191,7 @@ def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bud
     return phase, ask
 
 
-def _writer(
-    checkpoint: Checkpoint, whole: bool, room: int, ends: set[int], count: int, limit: Budget
-) -> Callable[[Sequence[list[int]]], list[list[int]]]:
-    """Greedy continuations of prompts."""
+def _writer(checkpoint: Checkpoint, whole: bool, room: int, ends: set[int], count: int, limit: Budget) -> Writer:
     dtype = policy.compute_dtype(checkpoint)
     if whole:
         model = load_checked(load.resident(checkpoint, dtype), f"{checkpoint.path}: ")
@@ -211,7 +209,4 @@ def _checked(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]
     return [float(s.totals[0] or 0.0) for s in scored]
 
 
-ASKING: dict[str, Callable[..., Asking]] = {
-    "choice": _choosing,
-    "checked": _writing,
-}  # MisError where it cannot be done
+ASKING: dict[str, Callable[..., Asking]] = {"choice": _choosing, "checked": _writing}  # MisError: it cannot be done

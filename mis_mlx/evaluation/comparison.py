@@ -21,6 +21,8 @@ from mis_mlx.types import Checkpoint, MisError, Row
 
 Models = Mapping[str, Checkpoint]  # by name
 Opened = Callable[[Checkpoint], stream.Stream]  # for one pass
+Means = Mapping[tuple[str, str], np.ndarray]  # (model, metric): of each window
+Passed = tuple[Checkpoint, stream.Hidden]  # a model, and its final states [(1, T, D)] of every window
 METRICS, KLD_METRICS = text.metrics("held-out"), text.metrics("kld")
 ACROSS = (
     "The teacher reads its own tokens, the others fewer kinds of them. KL and same top token: against a teacher that "
@@ -52,22 +54,20 @@ def own(held_out: Windows) -> Windows:
     return Windows(distributed.shard(held_out.tokens), distributed.shard(held_out.learn))
 
 
-def together(models: Models, held_out: Windows, opened: Opened) -> dict[tuple[str, str], np.ndarray]:
+def together(models: Models, held_out: Windows, opened: Opened) -> Means:
     """What `compare` gives, every machine having compared its own windows."""
     mine = compare(models, own(held_out), opened=opened)
     keys = [(name, metric) for name, metric in distributed.broadcast_json(lambda: list(mine))]
     return {key: np.array(distributed.all_gather_items(mine.get(key, np.zeros(0)).tolist())) for key in keys}
 
 
-def compare(
-    models: Models, held_out: Windows, teacher_hidden: stream.Hidden | None = None, opened: Opened = alone
-) -> dict[tuple[str, str], np.ndarray]:
+def compare(models: Models, held_out: Windows, hidden: stream.Hidden | None = None, opened: Opened = alone) -> Means:
     """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed. One block of one
-    model in memory at a time, then the teacher's head and one student's, window by window. teacher_hidden: what
+    model in memory at a time, then the teacher's head and one student's, window by window. hidden: what
     `final_hidden` gave for the teacher, where many students come one after the other."""
     (teacher, base), *students = models.items()
-    mine = final_hidden(base, held_out, opened) if teacher_hidden is None else teacher_hidden
-    means_of = dict[tuple[str, str], np.ndarray]()
+    mine = final_hidden(base, held_out, opened) if hidden is None else hidden
+    means_of: dict[tuple[str, str], np.ndarray] = {}
     for name, model in students or [(teacher, base)]:
         theirs = mine if model is base else final_hidden(model, held_out, opened)
         means = [v.mean(axis=0) if len(v) else np.zeros(4) for v in by_window((base, mine), (model, theirs), held_out)]
@@ -78,11 +78,9 @@ def compare(
     return means_of
 
 
-def by_window(
-    base: tuple[Checkpoint, stream.Hidden], other: tuple[Checkpoint, stream.Hidden], held_out: Windows
-) -> Iterator[np.ndarray]:
+def by_window(base: Passed, other: Passed, held_out: Windows) -> Iterator[np.ndarray]:
     """(n, 4) float64 of the n predictions that count in each window: the base's nll, the other's, KL(base || other), in
-    nats, whether the top token is the same. Of either: checkpoint, final states [(1, T, D)]. Logits come in chunks."""
+    nats, whether the top token is the same. Logits come in chunks."""
     heads = [alone(model).head() for model, _ in (base, other)]
     vocab = min(shape_of(model.config).vocab for model, _ in (base, other))
     rows = losses.chunk_rows(vocab) // 2
@@ -97,7 +95,7 @@ def by_window(
         yield np.concatenate(values, dtype=np.float64)
 
 
-def rows_of(figures: Mapping[tuple[str, str], np.ndarray], held_out: Windows | None = None) -> list[Row]:
+def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
     """One row per model and metric, with its 95 % interval over windows; perplexity from the loss, and bits per byte
     where the bytes of `held_out` were counted: those of all windows over their bytes, a ratio's error linearised."""
     rows, nbytes = [], held_out.text_bytes if held_out else None
@@ -115,7 +113,7 @@ def rows_of(figures: Mapping[tuple[str, str], np.ndarray], held_out: Windows | N
     return rows
 
 
-def across(rows: Sequence[Row], teacher: Mapping[tuple[str, str], np.ndarray], own: Windows) -> list[Row]:
+def across(rows: Sequence[Row], teacher: Means, own: Windows) -> list[Row]:
     """Rows of models that read other tokens than the teacher, and of it on its `own` windows; none is per token."""
     ((name, _),) = teacher
     both = [*rows_of(teacher, own), *(r for r in rows if r.model != name)]

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def folder(path: Path) -> list[Task]:
 
 def file(path: Path) -> Task:
     """One file's rows as a task."""
-    good, problems = rows.judged(path, fault)
+    good, problems = rows.judged(rows.parsed(path), f"{path.name} line", fault)
     if not good and not problems:
         raise MisError(f"{path} is empty: put questions there, one JSON object per line, or remove it")
     kinds = sorted({rows.shape_of(row, SHAPES) or "" for row, _ in good})
@@ -153,6 +153,13 @@ def some(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
     """`count` different items in drawn order, by rng.random() alone: a seed means the same under every Python."""
     left = list(items)
     return [left.pop(int(rng.random() * len(left))) for _ in range(count)]
+
+
+def among_others(seed: str, text: str, right: str, answers: Sequence[str], others: int = 3) -> dict[str, Any]:
+    """A row of a cloze: the right answer among `others` wrong ones, drawn from the answers to other questions."""
+    rng = random.Random(seed)
+    wrong = some(rng, [answer for answer in answers if answer != right], others)
+    return {"text": text, "options": some(rng, [right, *wrong], others + 1), "answer": right}
 
 
 def words(text: str) -> list[str]:

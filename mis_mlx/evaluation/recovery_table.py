@@ -120,7 +120,5 @@ def figure(outcomes: Sequence[Outcome]) -> str:
     if not known or not names:
         return ""
     rows, limits = {o.task: [o.recovered(name) for name in names] for o in known}, {"chance": 0.0, "teacher": 1.0}
-    about = (
-        "Share of what the teacher knows above chance that a student still knows, with 95 % intervals; 0 % is chance."
-    )
+    about = "Share of what the teacher knows above chance that a student still knows, ± 95 % intervals; 0 % is chance."
     return figures.intervals(("recovery", "Recovered", about), "recovered", rows, names, limits)

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from mis_mlx.data.rows import Row
 from mis_mlx.evaluation import answer_parsing
 from mis_mlx.hardware import child_process
 from mis_mlx.types import MisError
@@ -21,22 +22,19 @@ CHARACTERS = 20_000  # of a completion; no answer to our tasks needs a tenth of 
 FORMAT_REWARD = 0.1
 SECONDS, MEMORY_BYTES = 10.0, 2**30  # of ours; the user's functions have no limit on memory
 _LABEL = re.compile(
-    r"[\s>#*_-]{0,8}(?:odp\.(?=\s)|(?:(?:the |my )?(?:final )?answer(?: is)?|(?:ostateczna )?odpowiedź(?: to)?|odp\.?|"
-    r"wynik|result)[*_]{0,2}\s?[:=])[*_]{0,2}(.*)",
-    re.I,
+    r"(?i)[\s>#*_-]{0,8}(?:odp\.(?=\s)|(?:(?:the |my )?(?:final )?answer(?: is)?|(?:ostateczna )?odpowiedź(?: to)?|"
+    r"odp\.?|wynik|result)[*_]{0,2}\s?[:=])[*_]{0,2}(.*)"
 )
 _BOX = "\\boxed{"
 _UNREADABLE = "?"
 _DOUBT = re.compile(
-    r"\b(?:nie|not|never|nigdy|ani|nor|or|either|albo|lub|czy|może|maybe|perhaps|probably|chyba|około|about|"
+    r"(?i)\b(?:nie|not|never|nigdy|ani|nor|or|either|albo|lub|czy|może|maybe|perhaps|probably|chyba|około|about|"
     r"approximately|roughly|almost|prawie|between|między|wrong|false|incorrect|błędn\w*|zła|złe|fałsz\w*|unless|except|"
-    r"oprócz|guess|zgaduję|none|żaden|żadna|żadne)\b|n['’]t\b|[≠≈?]",
-    re.I,
+    r"oprócz|guess|zgaduję|none|żaden|żadna|żadne)\b|n['’]t\b|[≠≈?]"
 )
 _BOUND = re.compile(
-    r"(?:\b(?:less|more|mniej|więcej|niż|than|under|over|above|below|least|most|poniżej|powyżej|najmniej|najwyżej|do|"
-    r"od|from|minus|[0-9] to)|[<>~≤≥+*/·−–-]|[0-9][.,]?)[\s$]*$",
-    re.I,
+    r"(?i)(?:\b(?:less|more|mniej|więcej|niż|than|under|over|above|below|least|most|poniżej|powyżej|najmniej|najwyżej|do|"
+    r"od|from|minus|[0-9] to)|[<>~≤≥+*/·−–-]|[0-9][.,]?)[\s$]*$"
 )
 
 
@@ -103,19 +101,17 @@ def well_formed(completion: str, answer: str, language: answer_parsing.Language 
     return float(answer_parsing.value(said or "", language, right) is not None)
 
 
+Texts = Sequence[str]
 Languages = Sequence[answer_parsing.Language | None]
+Values = list[float | None]  # of completions; None: it could not be scored
 
 
-def correct(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Languages = ()
-) -> list[float | None]:
+def correct(prompts: Texts, completions: Texts, answer: Texts, language: Languages = ()) -> Values:
     """`accuracy` of every completion; another language than Polish and English counts as not known."""
     return list(map(accuracy, completions, answer, language or repeat(None)))
 
 
-def formatted(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], language: Languages = ()
-) -> list[float | None]:
+def formatted(prompts: Texts, completions: Texts, answer: Texts, language: Languages = ()) -> Values:
     """`well_formed` of every completion, times 0.1: never worth more than being right."""
     scores = map(well_formed, completions, answer, language or repeat(None))
     return [score and FORMAT_REWARD * score for score in scores]
@@ -164,7 +160,7 @@ def _public(file: str) -> list[str]:
     return found
 
 
-def unanswerable(functions: Sequence[Function], rows: Sequence[Mapping[str, Any]], where: Sequence[str]) -> list[str]:
+def unanswerable(functions: Sequence[Function], rows: Sequence[Row], where: Texts) -> list[str]:
     """What is wrong with rows whose right answer our functions, if they are asked for, could never find."""
     if all(f.source != __name__ for f in functions):
         return []
@@ -175,9 +171,7 @@ def unanswerable(functions: Sequence[Function], rows: Sequence[Mapping[str, Any]
     ]
 
 
-def score(
-    functions: Sequence[Function], rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[str]]
-) -> list[Scores]:
+def score(functions: Sequence[Function], rows: Sequence[Row], groups: Sequence[Texts]) -> list[Scores]:
     """Rewards of each row's group of completions. MisError where a function returns something else than it owes."""
     by_name = {f.name: _values(f, rows, groups) for f in functions}
     scores = []
@@ -189,9 +183,7 @@ def score(
     return scores
 
 
-def _values(
-    f: Function, rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[str]]
-) -> list[tuple[list[float | None], str]]:
+def _values(f: Function, rows: Sequence[Row], groups: Sequence[Texts]) -> list[tuple[Values, str]]:
     """(values, why there are none) of each group: asked about all at once; where that fails, about each alone."""
     try:
         flat = iter(_asked(f, rows, groups))
@@ -202,8 +194,7 @@ def _values(
     return [([next(flat) for _ in group], "") for group in groups]
 
 
-def _asked(f: Function, rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[str]]) -> list[float | None]:
-    """One call of a function about all completions of these rows."""
+def _asked(f: Function, rows: Sequence[Row], groups: Sequence[Texts]) -> Values:
     each = [(row, text) for row, group in zip(rows, groups, strict=True) for text in group]
     keys = sorted(set().union(*rows) - {"prompt", "completion"})
     arguments = {key: [row.get(key) for row, _ in each] for key in keys}

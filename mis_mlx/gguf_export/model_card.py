@@ -13,10 +13,7 @@ from mis_mlx.storage import hub, run_folder
 from mis_mlx.types import Checkpoint
 
 STAGES = ("model", "distilled", "pruned")  # the folders of a run
-TOLD = (
-    "scenario", "vocab", "languages", "importance", "iters", "learning_rate", "max_seq_length", "reconstruct_samples",
-    "quantize",
-)  # fmt: skip
+TOLD = "scenario vocab languages importance iters learning_rate max_seq_length reconstruct_samples quantize"
 
 
 def run_of(folder: Path) -> Path | None:
@@ -83,7 +80,7 @@ def _recipe(folder: Path, run: Path | None) -> list[str]:
         lines.append(f"pruned ({keep.why}); teacher's blocks kept: {', '.join(map(str, keep.layers))}")
     if run is not None:
         stored = run_folder.stored_settings(run)
-        told = {key: stored[key] for key in TOLD if stored.get(key) not in (None, [])}
+        told = {key: stored[key] for key in TOLD.split() if stored.get(key) not in (None, [])}
         settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in told.items())
         lines.append(f"settings of the run: {settings}")
     return lines

@@ -3,10 +3,12 @@
 What MLX packed is not rounded again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1 blocks
 and those of 5 bits Q5_1 (scale · q + bias, repeated in a group's blocks of 32), mxfp4 and nvfp4 MXFP4 and NVFP4."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -29,17 +31,10 @@ EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of t
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
 FILE_TYPES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}  # the others are MOSTLY_ and their name
 F16_MAX = 65504.0
-FREQS = {"llama3": ("freqs",), "longrope": ("factors_long", "factors_short")}  # what frequencies are divided by
-YARN = {  # of stretched positions: their keys, and the `GGUFWriter`'s words
-    "factor": "factor", "original_max_position_embeddings": "orig_ctx_len", "beta_fast": "yarn_beta_fast",
-    "beta_slow": "yarn_beta_slow", "mscale_all_dim": "yarn_log_mul",
-}  # fmt: skip
-INTERLEAVED = ("llama", "smollm3", "granite", "mistral3")  # which turn neighbours in a row of q and k
-OWN = {  # a family's own keys, and the `GGUFWriter`'s word for each
-    "embedding_multiplier": "embedding_scale", "logits_scaling": "logit_scale",
-    "residual_multiplier": "residual_scale", "attention_multiplier": "attention_scale",
-    "rope_local_base_freq": "rope_freq_base_swa", "sliding_window_pattern": "sliding_window_pattern",
-}  # fmt: skip
+# interleaved: kinds of model that turn neighbours in a row of q and k. freqs: what frequencies are divided by. yarn:
+# keys of stretched positions; own: a family's own ones; with the `GGUFWriter`'s word for each.
+WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
+YARN, OWN = WORDS["yarn"], WORDS["own"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
 
     config, s, of = checkpoint.config, shape_of(checkpoint.config), family(checkpoint.config)
     names = gguf_names(config)
-    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.gguf in INTERLEAVED else {}
+    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.gguf in WORDS["interleaved"] else {}
     every = []
     for name, shape in arch.tensors_of(config, True).items():
         one = arch.one_by_one(name, config)[0]
@@ -100,7 +95,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
         every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
     if wanted in ("mxfp4", "nvfp4") and not any(p.exact and p.kind == wanted.upper() for p in every):
         raise MisError(f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another --out-type")
-    freqs = FREQS.get(_rope(config)[0], ())
+    freqs = WORDS["freqs"].get(_rope(config)[0], ())
     return every + [Part(f"rope_{name}.weight", "", _freqs(config).shape, "F32") for name in freqs]
 
 
@@ -216,10 +211,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     rope = scaling.get("rope_type") or scaling.get("type") or "default"
     usual = [int(i % 4 != 3) for i in range(c["num_hidden_layers"])]
     if of.kinds and (c[of.kinds] != usual or c.get("attention_bias") or c.get("mlp_bias")):
-        raise MisError(
-            f"llama.cpp's {arch} has no biases, and rotary positions in all blocks but every fourth, unlike this "
-            "model: use --format hf, which transformers and mlx-lm open"
-        )
+        why = f"llama.cpp's {arch} has no biases, and rotary positions in all blocks but every fourth"
+        raise MisError(f"{why}, unlike this model: use --format hf, which transformers and mlx-lm open")
     if "sliding_attention" in (config.get("layer_types") or ()) and not of.period:
         raise MisError(f"llama.cpp's {arch} has no sliding windows, some layers here do: use --format hf")
     known = {"type", "rope_type", "rope_theta", *YARN} - {"mscale_all_dim"}

@@ -36,9 +36,7 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     spm = kind == "llama"
     pieces |= _added(spec, spm)
     if (last := max(pieces)) >= size:
-        raise MisError(
-            f"{folder}: the tokenizer has token {last}, the embedding {size} rows: they belong to two models"
-        )
+        raise MisError(f"{folder}: the tokenizer has token {last}, the embedding {size} rows: they are of two models")
     rows = [pieces.get(i, (f"[PAD{i}]", NO_SCORE, UNUSED)) for i in range(size)]
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(pre)
@@ -52,10 +50,8 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
         writer.add_add_space_prefix(space)
     try:
         special = gguf.SpecialVocab(folder, load_merges=not spm, n_vocab=size)
-    except ValueError as error:
-        raise MisError(
-            f"{folder}: the tokenizer's settings are damaged ({str(error)[:120]}): copy them again"
-        ) from None
+    except ValueError as why:
+        raise MisError(f"{folder}: the tokenizer's settings are damaged ({str(why)[:120]}): copy them again") from None
     if "bos" not in special.add_special_token:
         special.add_special_token["bos"] = letter[:1] == [special.special_token_ids.get("bos")]
     special.add_to_gguf(writer, quiet=True)

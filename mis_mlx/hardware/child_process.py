@@ -75,7 +75,6 @@ def _waited(process: subprocess.Popen[bytes], question: bytes, seconds: float, m
 
 
 def _held(number: int) -> int:
-    """Bytes in memory of a process and all that it started."""
     total = 0
     with contextlib.suppress(psutil.Error):
         first = psutil.Process(number)

@@ -5,13 +5,13 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from ctypes import c_int, c_uint64, c_void_p
+from ctypes import c_uint64
 from typing import Any
 
 import mlx.core as mx
 import psutil
 
-from mis_mlx.hardware.thermal import apple_frameworks
+from mis_mlx.hardware.thermal import apple_sensors
 from mis_mlx.types import GIB, Budget, MisError, gib
 
 DEFAULT_BYTES = 5 * GIB
@@ -62,10 +62,8 @@ def held_bytes() -> tuple[int, int]:
     """(now, most so far) of this process: its physical footprint on a Mac, as Activity Monitor shows it, buffers of
     the GPU among it, which the resident set has only in part; elsewhere the resident set."""
     try:
-        system = apple_frameworks.load().system
-        ask = apple_frameworks.foreign(system, "proc_pid_rusage", c_int, c_int, c_int, c_void_p)
         answer = (c_uint64 * (2 + 35))()
-        if ask(os.getpid(), RUSAGE_V4, answer):
+        if apple_sensors.functions("memory").proc_pid_rusage(os.getpid(), RUSAGE_V4, answer):
             raise OSError("proc_pid_rusage does not answer")
         return int(answer[FOOTPRINT]), int(answer[MOST_FOOTPRINT])
     except OSError:

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.hardware.wheels import download_wheel
+from mis_mlx.hardware.programs import download_wheel
 from mis_mlx.models import arch
 from mis_mlx.models.families import GATED, family
 from mis_mlx.storage import hub

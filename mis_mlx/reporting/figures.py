@@ -20,6 +20,7 @@ from mis_mlx.types import MisError
 WIDTH, HEIGHT = 420, 260  # in a viewBox; letters of 11 in it are readable on a phone
 MUTED = "#5b6470"
 Caption = tuple[str, str, str]  # key, with which the ids in a picture begin, unique on the page; title; description
+Lines = Mapping[str, Sequence[Point]]  # by name
 COLORS = ("#1f6fb2", "#c2410c", "#2e7d4f", "#8b5cb8")
 
 
@@ -56,9 +57,7 @@ def _html(figure: Any, caption: Caption) -> str:
     return html.part("picture", **words, width=width, height=height, inside=svg)
 
 
-def over_time(
-    caption: Caption, panels: Mapping[str, Mapping[str, Sequence[Point]]], shaded: Sequence[tuple[float, float]] = ()
-) -> str:
+def over_time(caption: Caption, panels: Mapping[str, Lines], shaded: Sequence[tuple[float, float]] = ()) -> str:
     """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}. shaded: stretches of time."""
     more = len(panels) - 1
     with _figure(HEIGHT + 110 * more, 1 + more, squeeze=False, height_ratios=[2, *[1] * more]) as (figure, axes):
@@ -81,12 +80,9 @@ def over_time(
 
 
 def intervals(
-    caption: Caption,
-    label: str,
-    rows: Mapping[str, Sequence[tuple[float, float, float] | None]],
-    names: Sequence[str],
-    limits: Mapping[str, float],
-) -> str:
+    caption: Caption, label: str, rows: Mapping[str, Sequence[tuple[float, float, float] | None]],
+    names: Sequence[str], limits: Mapping[str, float],
+) -> str:  # fmt: skip
     """A point with its interval (value, low, high), as shares, for each row and name. limits: lines across."""
     with _figure(90 + (16 * len(names) + 12) * len(rows)) as (figure, axes):
         place = np.arange(len(rows))[::-1]

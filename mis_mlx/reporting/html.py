@@ -12,10 +12,9 @@ from typing import Any
 def _templates() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-    folder, how = Path(__file__).parent / "templates", dict[str, Any](trim_blocks=True, lstrip_blocks=True)
-    return Environment(
-        loader=FileSystemLoader(folder), autoescape=select_autoescape(), undefined=StrictUndefined, **how
-    )
+    files = FileSystemLoader(Path(__file__).parent / "templates")
+    how = dict[str, Any](trim_blocks=True, lstrip_blocks=True)
+    return Environment(loader=files, autoescape=select_autoescape(), undefined=StrictUndefined, **how)
 
 
 def document(file: str, values: dict[str, Any]) -> str:

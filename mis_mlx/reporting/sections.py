@@ -4,7 +4,7 @@ Each takes the story and a key, with which the ids of its pictures begin. A part
 out. KeyError, TypeError or ValueError where values are not this version's: whoever puts the page together says so."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -42,7 +42,7 @@ def course(story: RunRecord, key: str) -> str:
     loss = _since(story, steps.series["loss"].points())
     if not loss:
         return ""
-    panels: dict[str, Mapping[str, Sequence[Point]]] = {"loss, nats a token": {"loss": loss}}
+    panels: dict[str, figures.Lines] = {"loss, nats a token": {"loss": loss}}
     warm = {n: _since(story, air.series[c].points()) for n, c in (("die", "die_c"), ("air", "ambient_c"))}
     if any(warm.values()):
         panels["°C"] = warm
@@ -156,3 +156,6 @@ def _cell(value: Any, first: Any) -> str:
     if type(first) not in (int, float) or value == first:
         return format(value, form)
     return f"{value:{form}} ({value - first:+{form}})"
+
+
+OF_RUN = (summary, recovery, course, cost, pruning, samples, origins)  # in the page's order

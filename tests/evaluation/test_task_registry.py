@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.evaluation import task_registry
-from mis_mlx.evaluation.sets import dialects, polish_exams
+from mis_mlx.evaluation.sets import polish
 from mis_mlx.types import MisError
 from tests.evaluation.sets.test_dialects import POLISH, SILESIAN, pack
 
@@ -91,12 +91,12 @@ def test_a_slot_is_filled_by_a_folder(tmp_path: Path, cache: Path) -> None:
         task_registry.find(["kashubian"], 10)
     for folder in (cache / "dialects" / "kashubian", tmp_path / "mine" / "kashubian"):
         folder.mkdir(parents=True)
-        dialects.write(pairs, folder)
+        polish.write_pairs(pairs, folder)
     kept, brought = (task_registry.find([n], 10) for n in ("kashubian", str(tmp_path / "mine" / "kashubian")))
     assert [task.name for task in kept.tasks] == ["kashubian-label", "kashubian-text"]
     assert [task.sha256 for task in kept.tasks] == [task.sha256 for task in brought.tasks]
     assert len(task_registry.find(["dialects"], 10).tasks) == 2
-    (cache / "dialects" / "kashubian" / dialects.PAIRS).write_text('{"polish": "Idę"}\n')
+    (cache / "dialects" / "kashubian" / polish.PAIRS).write_text('{"polish": "Idę"}\n')
     with pytest.raises(MisError, match="pairs.jsonl line 1: has no 'polish' and 'dialect'"):
         task_registry.find(["dialects"], 10)
 
@@ -132,7 +132,7 @@ def test_polish_offline_out_of_the_real_wheel(monkeypatch: pytest.MonkeyPatch) -
         "polish-proverbs": 33,
         "polish-sums": 100,
     }
-    assert set(polish_exams.SETS) == {task.name for task in found.tasks}
+    assert set(polish.SETS) == {task.name for task in found.tasks}
     keys = Counter(q.right for q in found.tasks[0].questions)
     assert {len(q.options) for q in found.tasks[0].questions} == {4} and all(370 < keys[k] < 420 for k in range(4))
     assert not any(re.search(r"[ \n]$", q.context) for task in found.tasks for q in task.questions)

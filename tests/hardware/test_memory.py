@@ -12,7 +12,7 @@ import pytest
 
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import M1_AIR
-from mis_mlx.hardware.thermal import apple_frameworks
+from mis_mlx.hardware.thermal import apple_sensors
 from mis_mlx.types import GIB, Budget, MisError
 from tests.hardware.conftest import FakeApple
 
@@ -126,8 +126,8 @@ def test_what_others_use_is_left_to_them() -> None:
 
 def test_the_peak_is_the_footprint_on_a_mac(fake_apple: FakeApple, monkeypatch: pytest.MonkeyPatch) -> None:
     """rusage_info_v4's physical footprint, now and at most: the GPU's buffers, numpy and MLX's cache together."""
-    fakes = apple_frameworks.load(fake_apple.path)
-    monkeypatch.setattr(apple_frameworks, "load", lambda: fakes)
+    fakes = apple_sensors.functions("memory", fake_apple.path)
+    monkeypatch.setattr(apple_sensors, "functions", lambda group: fakes)
     fake_apple.footprint(300 * MIB, 400 * MIB)
     assert memory.held_bytes() == (300 * MIB, 400 * MIB)
     peak = memory.Peak()

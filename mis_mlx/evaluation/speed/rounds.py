@@ -160,16 +160,9 @@ def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
 
 
 def rounds(
-    openers: Openers,
-    together: bool,
-    count: int,
-    r: Request,
-    seed: int = 0,
-    delay: float = 0.0,
-    monitor: Monitor | None = None,
-    peaks: bool = False,
-    warm_up: Request | None = None,
-) -> Iterator[tuple[Loaded, Measurement]]:
+    openers: Openers, together: bool, count: int, r: Request, seed: int = 0, delay: float = 0.0,
+    monitor: Monitor | None = None, peaks: bool = False, warm_up: Request | None = None,
+) -> Iterator[tuple[Loaded, Measurement]]:  # fmt: skip
     """Every trial as it ends, but the warm-up, a whole prompt: all models in turn, A B A B; or, where they do not fit
     in memory together, model after model. No model is handed on: whoever took one would keep it in memory."""
     first = warm_up or r._replace(answer=min(r.answer, WARM_UP))
@@ -250,13 +243,11 @@ def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
     return rates.M1_AIR.memory_bytes_per_s / (nbytes + estimates.keys_bytes(m, seen))
 
 
-def beside(
-    checkpoint: Checkpoint, weight_bytes: int, r: Request, at: rates.Roof, tokens_per_s: float
-) -> dict[str, Any]:
+def beside(checkpoint: Checkpoint, weight_bytes: int, r: Request, at: rates.Roof, tps: float) -> dict[str, Any]:
     """MB a token moves, the best times there could be, the share reached, and what the limit is. weight_bytes: read."""
     token, first = (f(checkpoint, weight_bytes, r) for f in (decoding, first_token))
     best = {"decode_best_tps": 1 / at.seconds(*token), "ttft_best_ms": 1000 * at.seconds(*first)}
-    reached = tokens_per_s * at.seconds(*token)
+    reached = tps * at.seconds(*token)
     return {"moved_mb": token[0] / 1e6, **best, "reached": reached, "bound": at.bound(*token)}
 
 

@@ -4,14 +4,25 @@ HID has some 57 thermometers on an M1 Air, by calls that are private, and stable
 fermion-star/apple_sensors, vladkens/macmon, exelban/stats). No key is ever written (command 6 does not exist here)."""
 
 import ctypes
+import json
+import platform
 import struct
-from ctypes import POINTER, byref, c_char_p, c_double, c_int32, c_int64, c_long, c_size_t, c_uint8, c_uint32, c_void_p
+import sys
+from ctypes import byref, c_int32, c_size_t, c_uint8, c_uint32, c_void_p
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from mis_mlx.hardware.thermal.apple_frameworks import UTF8, Frameworks, foreign, load
 from mis_mlx.hardware.thermal.recording import Raw, Rows
 
+# Group, library: functions, with types of result and arguments in C ("void_p": any pointer); variables ("data").
+DECLARED = json.loads((Path(__file__).parent / "apple.json").read_text("utf-8"))
+PATHS = {
+    "System": "/usr/lib/libSystem.B.dylib",  # these files are only in the dyld cache; they load
+    **{name: f"/System/Library/Frameworks/{name}.framework/{name}" for name in ("IOKit", "CoreFoundation")},
+}
+UTF8 = 0x08000100  # kCFStringEncodingUTF8
 APPLE_VENDOR_PAGE, TEMPERATURE_USAGE, TEMPERATURE_EVENT = 0xFF00, 5, 15
 SINT32 = 3  # kCFNumberSInt32Type
 HANDLE_EVENT = 2  # kSMCHandleYPCEvent
@@ -22,80 +33,88 @@ KEYS = ("TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "PSTR")
 PRESSURE_NAME = b"com.apple.system.thermalpressurelevel"
 
 
+@cache
+def functions(group: str, library: Path | None = None) -> Any:
+    """All of a group of `DECLARED` by name, with their types: ctypes' default int would cut every pointer to 32 bits.
+    library: in place of Apple's (the compiled fake of the tests). OSError with a sentence where this is no Mac with
+    Apple silicon, or its macOS has dropped a private function; ValueError for a variable."""
+    if library is None and sys.platform != "darwin":
+        raise OSError("not a Mac")
+    if library is None and platform.machine() != "arm64":
+        raise OSError(f"Python runs as {platform.machine()} (Intel or Rosetta), the sensors need arm64")
+    found = SimpleNamespace()
+    for place, names in DECLARED[group].items():
+        opened = ctypes.CDLL(str(library or PATHS[place]))
+        for name, types in names.items():
+            returns, *takes = (getattr(ctypes, f"c_{word}", None) for word in types.split())
+            if types.startswith("data "):
+                setattr(found, name, getattr(ctypes, f"c_{types.split()[1]}").in_dll(opened, name))
+                continue
+            if (function := getattr(opened, name, None)) is None:
+                raise OSError(f"{name} is missing from this macOS")
+            function.restype, function.argtypes = returns, takes
+            setattr(found, name, function)
+    return found
+
+
 class Hid:
     """One client of the HID event system, matched to thermometers. Raises OSError when there is none."""
 
-    def __init__(self, libraries: Frameworks):
-        self._declare(libraries)
-        client = self._create_client(None)
-        if not client:
+    def __init__(self, library: Path | None = None):
+        self._c = functions("Hid", library)
+        self._client = self._c.IOHIDEventSystemClientCreate(None)
+        if not self._client:
             raise OSError("IOHIDEventSystemClientCreate gave nothing")
-        self._client = client
-        self._product = self._string(None, b"Product", UTF8)
-        self._match_thermometers(libraries)
+        self._product = self._string(b"Product")
+        self._match_thermometers()
 
-    def _declare(self, libraries: Frameworks) -> None:
-        iokit, cf = libraries.iokit, libraries.foundation
-        self._string = foreign(cf, "CFStringCreateWithCString", c_void_p, c_void_p, c_char_p, c_uint32)
-        self._text = foreign(cf, "CFStringGetCString", c_uint8, c_void_p, c_char_p, c_long, c_uint32)
-        self._count = foreign(cf, "CFArrayGetCount", c_long, c_void_p)
-        self._item = foreign(cf, "CFArrayGetValueAtIndex", c_void_p, c_void_p, c_long)
-        self._release = foreign(cf, "CFRelease", None, c_void_p)
-        self._create_client = foreign(iokit, "IOHIDEventSystemClientCreate", c_void_p, c_void_p)
-        self._copy_services = foreign(iokit, "IOHIDEventSystemClientCopyServices", c_void_p, c_void_p)
-        self._copy_property = foreign(iokit, "IOHIDServiceClientCopyProperty", c_void_p, c_void_p, c_void_p)
-        self._copy_event = foreign(iokit, "IOHIDServiceClientCopyEvent", c_void_p, c_void_p, c_int64, c_int32, c_int64)
-        self._float_value = foreign(iokit, "IOHIDEventGetFloatValue", c_double, c_void_p, c_int32)
+    def _string(self, text: bytes) -> Any:
+        return self._c.CFStringCreateWithCString(None, text, UTF8)
 
-    def _match_thermometers(self, libraries: Frameworks) -> None:
+    def _match_thermometers(self) -> None:
         """Ask for {"PrimaryUsagePage": 0xff00, "PrimaryUsage": 5} only."""
-        iokit, cf = libraries.iokit, libraries.foundation
-        array = ctypes.POINTER(c_void_p)
-        number = foreign(cf, "CFNumberCreate", c_void_p, c_void_p, c_long, c_void_p)
-        dictionary = foreign(cf, "CFDictionaryCreate", c_void_p, c_void_p, array, array, c_long, c_void_p, c_void_p)
-        set_matching = foreign(iokit, "IOHIDEventSystemClientSetMatching", c_int32, c_void_p, c_void_p)
-        keys = (c_void_p * 2)(*(self._string(None, k, UTF8) for k in (b"PrimaryUsagePage", b"PrimaryUsage")))
+        c = self._c
+        keys = (c_void_p * 2)(*map(self._string, (b"PrimaryUsagePage", b"PrimaryUsage")))
         numbers = (c_int32(APPLE_VENDOR_PAGE), c_int32(TEMPERATURE_USAGE))
-        values = (c_void_p * 2)(*(number(None, SINT32, byref(n)) for n in numbers))
-        callbacks = [
-            ctypes.addressof(ctypes.c_char.in_dll(cf, name))
-            for name in ("kCFTypeDictionaryKeyCallBacks", "kCFTypeDictionaryValueCallBacks")
-        ]
-        wanted = dictionary(None, keys, values, 2, *callbacks)
-        set_matching(self._client, wanted)
+        values = (c_void_p * 2)(*(c.CFNumberCreate(None, SINT32, byref(n)) for n in numbers))
+        callbacks = byref(c.kCFTypeDictionaryKeyCallBacks), byref(c.kCFTypeDictionaryValueCallBacks)
+        wanted = c.CFDictionaryCreate(None, keys, values, 2, *callbacks)
+        c.IOHIDEventSystemClientSetMatching(self._client, wanted)
         for owned in (wanted, *keys, *values):
-            self._release(owned)
+            c.CFRelease(owned)
 
     def read(self) -> Rows:
         """`(name, value)` of every thermometer that answers; takes 20 to 50 ms. Names repeat."""
-        services = self._copy_services(self._client)
+        c = self._c
+        services = c.IOHIDEventSystemClientCopyServices(self._client)
         if not services:
             return ()
         try:
-            rows = (self._row(self._item(services, i)) for i in range(self._count(services)))
+            rows = (self._row(c.CFArrayGetValueAtIndex(services, i)) for i in range(c.CFArrayGetCount(services)))
             return tuple(row for row in rows if row is not None)
         finally:
-            self._release(services)
+            c.CFRelease(services)
 
     def _row(self, service: Any) -> tuple[str, float] | None:
         """One service, which is borrowed from its array and must not be released; its parts are ours."""
-        event = self._copy_event(service, TEMPERATURE_EVENT, 0, 0)
+        c = self._c
+        event = c.IOHIDServiceClientCopyEvent(service, TEMPERATURE_EVENT, 0, 0)
         if not event:  # some services have no event
             return None
-        value = float(self._float_value(event, TEMPERATURE_EVENT << 16))
-        self._release(event)
-        name = self._copy_property(service, self._product)
+        value = float(c.IOHIDEventGetFloatValue(event, TEMPERATURE_EVENT << 16))
+        c.CFRelease(event)
+        name = c.IOHIDServiceClientCopyProperty(service, self._product)
         if not name:
             return "", value
         buffer = ctypes.create_string_buffer(256)
-        known = self._text(name, buffer, 256, UTF8)
-        self._release(name)
+        known = c.CFStringGetCString(name, buffer, 256, UTF8)
+        c.CFRelease(name)
         return (buffer.value.decode("utf8", "replace") if known else ""), value
 
     def close(self) -> None:
         """Give back what this client owns."""
         for owned in (self._product, self._client):
-            self._release(owned)
+            self._c.CFRelease(owned)
 
 
 class KeyInfo(ctypes.Structure):
@@ -132,23 +151,35 @@ def decode(text: str) -> float | None:
 class Smc:
     """One connection to the controller. Raises OSError when it cannot be opened."""
 
-    def __init__(self, libraries: Frameworks):
-        iokit = libraries.iokit
-        pointer = c_void_p
-        self._call = foreign(
-            iokit,
-            "IOConnectCallStructMethod",
-            *(c_int32, c_uint32, c_uint32, pointer, c_size_t, pointer, POINTER(c_size_t)),
-        )
-        self._shut = foreign(iokit, "IOServiceClose", c_int32, c_uint32)
-        self._connection = _connect(libraries)
+    def __init__(self, library: Path | None = None):
+        self._c = functions("Smc", library)
+        self._connection = self._connect()
         self._info: dict[str, KeyInfo | None] = {}
         # On some machines KEY_INFO finds nothing until one call by index was made on the connection.
         self._ask(KeyData(command=KEY_BY_INDEX, index=0))
 
+    def _connect(self) -> int:
+        """A connection to the keys endpoint if there is one, else to the first AppleSMC service that opens."""
+        c, iterator, connection = self._c, c_uint32(0), c_uint32(0)
+        if c.IOServiceGetMatchingServices(0, c.IOServiceMatching(b"AppleSMC"), byref(iterator)):  # eats the dictionary
+            raise OSError("IOServiceGetMatchingServices failed")
+        buffer, services = ctypes.create_string_buffer(128), []
+        while service := c.IOIteratorNext(iterator.value):
+            c.IORegistryEntryGetName(service, buffer)
+            services.append((buffer.value != KEYS_ENDPOINT, service))
+        c.IOObjectRelease(iterator.value)
+        task = c.mach_task_self_.value
+        opened = any(not c.IOServiceOpen(s, task, 0, byref(connection)) for _, s in sorted(services))
+        for _, service in services:
+            c.IOObjectRelease(service)
+        if not opened:
+            raise OSError(f"none of {len(services)} AppleSMC services could be opened")
+        return connection.value
+
     def _ask(self, question: KeyData) -> KeyData:
         answer, size = KeyData(), c_size_t(ctypes.sizeof(KeyData))
-        code = self._call(self._connection, HANDLE_EVENT, byref(question), size.value, byref(answer), byref(size))
+        call = self._c.IOConnectCallStructMethod
+        code = call(self._connection, HANDLE_EVENT, byref(question), size.value, byref(answer), byref(size))
         if code:
             raise OSError(f"IOConnectCallStructMethod answered 0x{code & 0xFFFFFFFF:08x}")
         return answer
@@ -177,72 +208,40 @@ class Smc:
 
     def close(self) -> None:
         """Shut the connection."""
-        self._shut(self._connection)
-
-
-def _connect(libraries: Frameworks) -> int:
-    """A connection to the keys endpoint if there is one, else to the first AppleSMC service that opens."""
-    iokit = libraries.iokit
-    matching = foreign(iokit, "IOServiceMatching", c_void_p, c_char_p)
-    find = foreign(iokit, "IOServiceGetMatchingServices", c_int32, c_uint32, c_void_p, POINTER(c_uint32))
-    following = foreign(iokit, "IOIteratorNext", c_uint32, c_uint32)
-    name_of = foreign(iokit, "IORegistryEntryGetName", c_int32, c_uint32, c_char_p)
-    open_ = foreign(iokit, "IOServiceOpen", c_int32, c_uint32, c_uint32, c_uint32, POINTER(c_uint32))
-    release = foreign(iokit, "IOObjectRelease", c_int32, c_uint32)
-    task = c_uint32.in_dll(libraries.system, "mach_task_self_").value
-    iterator = c_uint32(0)
-    if find(0, matching(b"AppleSMC"), byref(iterator)):  # eats the matching dictionary
-        raise OSError("IOServiceGetMatchingServices failed")
-    buffer, services = ctypes.create_string_buffer(128), []
-    while service := following(iterator.value):
-        name_of(service, buffer)
-        services.append((buffer.value != KEYS_ENDPOINT, service))
-    release(iterator.value)
-    connection = c_uint32(0)
-    opened = any(not open_(s, task, 0, byref(connection)) for _, s in sorted(services))
-    for _, service in services:
-        release(service)
-    if not opened:
-        raise OSError(f"none of {len(services)} AppleSMC services could be opened")
-    return connection.value
+        self._c.IOServiceClose(self._connection)
 
 
 class Pressure:
     """notify(3) thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping. An M1 may say 0 at 100 °C."""
 
-    def __init__(self, libraries: Frameworks):
-        system = libraries.system
-        register = foreign(system, "notify_register_check", c_uint32, c_char_p, POINTER(ctypes.c_int))
-        self._get = foreign(system, "notify_get_state", c_uint32, ctypes.c_int, POINTER(ctypes.c_uint64))
-        self._cancel = foreign(system, "notify_cancel", c_uint32, ctypes.c_int)
+    def __init__(self, library: Path | None = None):
+        self._c = functions("Pressure", library)
         self._token = ctypes.c_int(-1)
-        code = register(PRESSURE_NAME, byref(self._token))
-        if code:
+        if code := self._c.notify_register_check(PRESSURE_NAME, byref(self._token)):
             raise OSError(f"notify_register_check answered {code}")
 
     def read(self) -> int:
         """The level now; takes 10 µs."""
         state = ctypes.c_uint64(0)
-        code = self._get(self._token, byref(state))
-        if code:
+        if code := self._c.notify_get_state(self._token, byref(state)):
             raise OSError(f"notify_get_state answered {code}")
         return int(state.value)
 
     def close(self) -> None:
         """Give the token back."""
-        self._cancel(self._token)
+        self._c.notify_cancel(self._token)
 
 
 class Apple:
     """All mechanisms of this Mac; `refused`: why those are not there that are not. OSError where there is no Mac."""
 
     def __init__(self, library: Path | None = None):
-        self._libraries = load(library)
+        self._c = functions("Apple", library)
         self._open: dict[str, Hid | Smc | Pressure] = {}
         self.refused: dict[str, str] = {}
         for name, mechanism in (("IOHID", Hid), ("SMC", Smc), ("pressure", Pressure)):
             try:
-                self._open[name] = mechanism(self._libraries)
+                self._open[name] = mechanism(library)
             except (OSError, ValueError) as error:  # ValueError: a data symbol is missing
                 self.refused[name] = str(error)
 
@@ -259,9 +258,8 @@ class Apple:
 
     def system(self, name: str) -> str | None:
         """A text `sysctl`, such as "hw.model" or "kern.osversion"; `None` when it has no such name."""
-        types = (ctypes.c_int, c_char_p, c_void_p, POINTER(c_size_t), c_void_p, c_size_t)
         buffer, size = ctypes.create_string_buffer(256), c_size_t(256)
-        if foreign(self._libraries.system, "sysctlbyname", *types)(name.encode("ascii"), buffer, byref(size), None, 0):
+        if self._c.sysctlbyname(name.encode("ascii"), buffer, byref(size), None, 0):
             return None
         return buffer.value.decode("utf8", "replace")
 

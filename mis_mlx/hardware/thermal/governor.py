@@ -1,14 +1,15 @@
 """The governor: looks at a reading and says run, pause or stop, and how much to nap after a step.
 
 Pure: `(reading, now) -> decision`. Sensor loss counts as hot, never as cool. An M1 Air lives at 95 to 105 °C under
-load, so 95 °C is no reason to stop. `after_step` waits as it says, and `PauseCounter` counts what that took."""
+load, so 95 °C is no reason to stop. Its parts: a filter, a PI loop on the duty, and a watch."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Literal, get_args
 
-from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held
-from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.types import MisError, Reading
 
 Mode = Literal["observe", "throughput", "steady", "cool"]
@@ -28,6 +29,86 @@ APART_S = 10.0  # least time between a pause and what follows it
 LONGEST_NAP_S = 5.0  # naps of 2 s keep the die within 4 K, of 10 s within 14 K
 PAUSE_LOOK_S = 1.0
 LAP = f"--governor cool, which runs on battery down to {BATTERY_LOW_PERCENT:.0f} %"
+
+
+class DieFilter:
+    """Median of three samples, then an exponential mean of 2 s, with a look ahead of 3 s at its slope."""
+
+    SMOOTH_S = 2.0
+    AHEAD_S = 3.0
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=3)
+        self._time_s = 0.0
+        self._value: float | None = None
+        self.ahead_c = 0.0  # where the die will be in 3 s if it goes on rising; never below where it is
+
+    def add(self, time_s: float, die_c: float) -> None:
+        """One fresh sample."""
+        self._last.append(die_c)
+        middle = median(self._last)
+        elapsed = time_s - self._time_s
+        self._time_s = time_s
+        if self._value is None or elapsed <= 0:
+            self._value = self.ahead_c = middle
+            return
+        change = (middle - self._value) * (1 - math.exp(-elapsed / self.SMOOTH_S))
+        self._value += change
+        self.ahead_c = self._value + self.AHEAD_S * max(change / elapsed, 0.0)
+
+
+class Duty:
+    """PI control of the share of time that work runs: falls at once, rises by 0.05 a second at most."""
+
+    KP, KI = 0.02, 0.0015  # per K, per K·s
+    LOW, RISE_PER_S = 0.2, 0.05
+    LONGEST_S = 5.0  # a longer time between looks is integrated as this
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self._integral = 1.0
+
+    def update(self, room_k: float, elapsed_s: float, ceiling: float = 1.0) -> float:
+        """The duty after a look: `room_k`: set-point minus temperature, `ceiling`: a limit from elsewhere."""
+        elapsed_s = min(elapsed_s, self.LONGEST_S)
+        wanted = self._integral + self.KP * room_k
+        winds_up = (wanted >= 1.0 and room_k > 0) or (wanted <= self.LOW and room_k < 0)
+        if not winds_up:
+            self._integral = self._clip(self._integral + self.KI * room_k * elapsed_s)
+        wanted = min(self._integral + self.KP * room_k, ceiling, self.value + self.RISE_PER_S * elapsed_s)
+        self.value = self._clip(wanted)
+        return self.value
+
+    def hold(self, ceiling: float) -> float:
+        """The duty when there is no temperature to go by: no higher than it was, nor than `ceiling`."""
+        self.value = self._clip(min(self.value, ceiling))
+        return self.value
+
+    def _clip(self, duty: float) -> float:
+        return min(1.0, max(self.LOW, duty))
+
+
+class Held:
+    """For how long, and over how many fresh samples, something has been true without a break."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+        self.samples = 0
+        self.seconds = 0.0
+
+    def update(self, true: bool, now_s: float, fresh: bool = True) -> None:
+        """Feed one look; a look that brought no fresh sample counts as time, not as a sample."""
+        if not true:
+            self._since_s, self.samples, self.seconds = None, 0, 0.0
+            return
+        if self._since_s is None:
+            self._since_s = now_s
+        self.seconds = now_s - self._since_s
+        self.samples += fresh
+
+    def lasted(self, seconds: float, samples: int = 1) -> bool:
+        """Whether it has been true that long and that often."""
+        return self.samples >= samples and self.seconds >= seconds
 
 
 @dataclass(frozen=True)
@@ -79,7 +160,6 @@ class Governor:
         return decision
 
     def _take(self, reading: Reading, now_s: float) -> None:
-        """Feed filter and watches."""
         fresh = reading.time_s != self._sample_s
         self._sample_s = reading.time_s
         seen = reading.die_c is not None and now_s - reading.time_s <= LOST_S
@@ -173,10 +253,8 @@ def governor_for(mode: Mode, first: Reading, reasons: Mapping[str, str], *, appl
     allowed, as nobody would notice it cooking; elsewhere (a virtual machine) it is blind and says so."""
     blind = first.die_c is None
     if blind and apple and mode != "observe":
-        raise MisError(
-            f"no die temperature can be read ({reasons.get('die_c', 'no reason')}), so mode {mode} cannot "
-            "protect this Mac: see `python -m mis_mlx.thermal doctor`, or choose mode observe and stay by it"
-        )
+        why = f"no die temperature can be read ({reasons.get('die_c', 'no reason')}), so mode {mode} cannot protect"
+        raise MisError(f"{why} this Mac: see `python -m mis_mlx.thermal doctor`, or choose mode observe and stay by it")
     return Governor(mode, blind=blind)
 
 
@@ -189,45 +267,3 @@ def unfit_for_timing(reading: Reading) -> str | None:
     if reading.battery_c is not None and reading.battery_c >= BATTERY_WARM_C:
         return f"battery {reading.battery_c:.1f} °C, {BATTERY_WARM_C:.0f} or more"
     return None
-
-
-@dataclass
-class PauseCounter:
-    """The account of a run; a checkpoint keeps it, and a resumed run goes on with it."""
-
-    count: int = 0
-    seconds: float = 0.0  # in pauses
-    napped_s: float = 0.0  # between steps, for the duty
-    reasons: dict[str, int] = field(default_factory=dict)  # cause -> pauses
-
-    def as_json(self) -> dict[str, Any]:
-        """`tea_breaks`, `throttled_s` (all seconds held back) and `tea_reasons`, for a run's JSON."""
-        held_s = round(self.seconds + self.napped_s, 1)
-        return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
-
-
-def after_step(monitor: Monitor, governor: Governor, breaks: PauseCounter, step_s: float) -> Iterator[Decision]:
-    """Ask the governor after a step of `step_s` seconds and wait as it says.
-
-    Gives each decision before its wait is served, about one a second in a pause, so that the caller can
-    log it, write the checkpoint it asks for, or end the run by leaving the `for`. The last one given is
-    "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more than a few
-    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step."""
-    clock = monitor.clock
-    decision = governor.decide(monitor.reading(), clock.monotonic(), step_s)
-    if decision.action == "pause":
-        breaks.count += 1
-        breaks.reasons[decision.cause] = breaks.reasons.get(decision.cause, 0) + 1
-    saved = False
-    while decision.action == "pause":
-        yield replace(decision, checkpoint=decision.checkpoint and not saved)  # one checkpoint a pause
-        saved = saved or decision.checkpoint
-        since_s = clock.monotonic()
-        clock.sleep(decision.sleep_s)
-        reading = monitor.reading()
-        breaks.seconds += clock.monotonic() - since_s
-        decision = governor.decide(reading, clock.monotonic())
-    yield decision
-    if decision.sleep_s:
-        clock.sleep(decision.sleep_s)
-        breaks.napped_s += decision.sleep_s

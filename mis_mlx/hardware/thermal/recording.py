@@ -132,7 +132,6 @@ class Replay:
         return replace(self._last, mono_s=self.clock.monotonic())
 
     def _wait_s(self, raw: Raw) -> float:
-        """Seconds until a record is due."""
         return raw.mono_s + self._offset_s - self.clock.monotonic()
 
     def close(self) -> None:
@@ -147,10 +146,8 @@ def _check(path: Path) -> tuple[Header, int]:
     for raw in lines:
         count += 1
         if raw.mono_s < last_s:
-            raise MisError(
-                f"{path} line {count + 1}: the time {raw.mono_s} s comes after {last_s} s, so this is more than "
-                "one recording: give each a file of its own"
-            )
+            why = f"{path} line {count + 1}: the time {raw.mono_s} s comes after {last_s} s"
+            raise MisError(f"{why}, so this is more than one recording: give each a file of its own")
         last_s = raw.mono_s
     if not count:
         raise MisError(f"{path} has a header and no record after line 1: record again for longer")

@@ -6,12 +6,14 @@ import json
 import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from mis_mlx import cli
-from mis_mlx.hardware.thermal import ambient, governor, thermal_monitor
+from mis_mlx.hardware.thermal import ambient, governor
+from mis_mlx.hardware.thermal.governor import Decision, Governor
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor, battery_charge
 from mis_mlx.maths.losses import halny_sigma
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Celsius, Metres, MisError, Reading, Step
@@ -45,7 +47,7 @@ class ThermalFlags:
 
 def battery(flags: ThermalFlags) -> str:
     """What the governor makes of a battery that this machine runs on now, in a sentence; empty when it does not."""
-    percent, plugged = thermal_monitor.battery_charge()
+    percent, plugged = battery_charge()
     if flags.thermal_replay or plugged is not False:
         return ""
     low, enough = governor.BATTERY_LOW_PERCENT, governor.BATTERY_ENOUGH_PERCENT
@@ -57,17 +59,58 @@ def battery(flags: ThermalFlags) -> str:
     return f"on battery{'' if percent is None else f', {percent:.0f} %'}: --governor {flags.governor} {does}"
 
 
+@dataclass
+class PauseCounter:
+    """The account of a run; a checkpoint keeps it, and a resumed run goes on with it."""
+
+    count: int = 0
+    seconds: float = 0.0  # in pauses
+    napped_s: float = 0.0  # between steps, for the duty
+    reasons: dict[str, int] = field(default_factory=dict)  # cause -> pauses
+
+    def as_json(self) -> dict[str, Any]:
+        """`tea_breaks`, `throttled_s` (all seconds held back) and `tea_reasons`, for a run's JSON."""
+        held_s = round(self.seconds + self.napped_s, 1)
+        return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
+
+
+def after_step(monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: float) -> Iterator[Decision]:
+    """Ask the governor after a step of `step_s` seconds and wait as it says.
+
+    Gives each decision before its wait is served, about one a second in a pause, so that the caller can
+    log it, write the checkpoint it asks for, or end the run by leaving the `for`. The last one given is
+    "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more than a few
+    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step."""
+    clock = monitor.clock
+    decision = judge.decide(monitor.reading(), clock.monotonic(), step_s)
+    if decision.action == "pause":
+        breaks.count += 1
+        breaks.reasons[decision.cause] = breaks.reasons.get(decision.cause, 0) + 1
+    saved = False
+    while decision.action == "pause":
+        yield replace(decision, checkpoint=decision.checkpoint and not saved)  # one checkpoint a pause
+        saved = saved or decision.checkpoint
+        since_s = clock.monotonic()
+        clock.sleep(decision.sleep_s)
+        reading = monitor.reading()
+        breaks.seconds += clock.monotonic() - since_s
+        decision = judge.decide(reading, clock.monotonic())
+    yield decision
+    if decision.sleep_s:
+        clock.sleep(decision.sleep_s)
+        breaks.napped_s += decision.sleep_s
+
+
 class ThermalMonitor:
     """Use in a `with` statement. `breaks` is the account of tea breaks; it survives in a checkpoint."""
 
     def __init__(self, flags: ThermalFlags, log: Path | None = None, files: Files = DISK):
+        by_hand: dict[str, Any] = {"given_ambient_c": flags.temperature_c, "altitude_m": flags.altitude_m}
         replay = None if flags.thermal_replay is None else Path(flags.thermal_replay)
-        self.monitor = thermal_monitor.Monitor(
-            replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m
-        )
-        self.breaks = governor.PauseCounter()
+        self.monitor = Monitor(replay=replay, **by_hand)
+        self.breaks = PauseCounter()
         self._mode, self._log, self._files = flags.governor, log, files
-        self._governor: governor.Governor | None = None
+        self._governor: Governor | None = None
 
     def __enter__(self) -> ThermalMonitor:
         self.monitor.__enter__()
@@ -95,7 +138,7 @@ class ThermalMonitor:
         measured = air and ambient.t_env_kind(self.monitor.history()[-1]) == "measured"
         return halny_sigma(statistics.pstdev(air) if measured else None)
 
-    def after(self, step: Step) -> Iterator[governor.Decision]:
+    def after(self, step: Step) -> Iterator[Decision]:
         """Ask the governor after a step, wait as it says, log each decision. The last one is run or stop."""
         if self.monitor.replayed and self.monitor.ended:
             return
@@ -106,7 +149,7 @@ class ThermalMonitor:
                 cli.say(f"governor: {self._mode}, but blind: {self.monitor.reasons.get('die_c', 'no die temperature')}")
         seconds = VIRTUAL_STEP_S if self.monitor.replayed else step.seconds
         pauses = self.breaks.count
-        for decision in governor.after_step(self.monitor, self._governor, self.breaks, seconds):
+        for decision in after_step(self.monitor, self._governor, self.breaks, seconds):
             if self.breaks.count > pauses:
                 pauses = self.breaks.count
                 cli.say(f"tea break after step {step.number}: {decision.reason}")
@@ -119,13 +162,13 @@ class ThermalMonitor:
 
     def account(self) -> dict[str, Any]:
         """For a run's JSON: tea breaks, and where T_env and altitude came from."""
-        reading = self.last()
-        sources = dict(reading.sources) if reading else {}
+        reading = self.last() or Reading(0.0)
+        none = "none: " + self.monitor.reasons.get("ambient_c", "not asked")
         return {
             **self.breaks.as_json(),
-            "t_env_c": reading.ambient_c if reading else None,
-            "t_env_sigma_c": reading.ambient_sigma_c if reading else None,
-            "t_env_source": sources.get("ambient_c", "none: " + self.monitor.reasons.get("ambient_c", "not asked")),
-            "altitude_m": reading.altitude_m if reading else None,
-            "altitude_source": sources.get("altitude_m", "none"),
+            "t_env_c": reading.ambient_c,
+            "t_env_sigma_c": reading.ambient_sigma_c,
+            "t_env_source": reading.sources.get("ambient_c", none),
+            "altitude_m": reading.altitude_m,
+            "altitude_source": reading.sources.get("altitude_m", "none"),
         }

@@ -27,16 +27,12 @@ HISTORY_S = 3600.0
 LONG_SLEEP_S = 5400.0  # after which everything in the case has the air's temperature
 JUST_BOOTED_S = 600.0
 VIRTUAL_SIGMA_C, VIRTUAL_SIGMA_LATER_C = 2.5, 4.0  # of TVA0: M1 and M2, later chips
+Fact = tuple[float | int | bool | None, str, str]  # value, source, the reason where it is None
 SHOWN = {
-    "die_c": ("die", "°C"),
-    "battery_c": ("battery", "°C"),
-    "ambient_c": ("air outside", "°C"),
-    "pressure_level": ("thermal pressure", ""),
-    "power_w": ("power", "W"),
-    "battery_percent": ("charge", "%"),
-    "plugged": ("plugged in", ""),
-    "altitude_m": ("height", "m above sea level"),
-}
+    "die_c": ("die", "°C"), "battery_c": ("battery", "°C"), "ambient_c": ("air outside", "°C"),
+    "pressure_level": ("thermal pressure", ""), "power_w": ("power", "W"), "battery_percent": ("charge", "%"),
+    "plugged": ("plugged in", ""), "altitude_m": ("height", "m above sea level"),
+}  # fmt: skip
 
 
 class Live:
@@ -176,12 +172,9 @@ class Monitor:
                     self._history.popleft()
         return reading
 
-    def _facts(
-        self, raw: Raw, values: Values, air: Estimate | None, stuck: bool
-    ) -> dict[str, tuple[float | int | bool | None, str, str]]:
-        """{field of Reading: (value, source, the reason where it is None)}."""
+    def _facts(self, raw: Raw, values: Values, air: Estimate | None, stuck: bool) -> dict[str, Fact]:
         no_air = "no --temperature-c, no start after a long rest, no SMC TVA0, no calm battery to tell it from"
-        facts: dict[str, tuple[float | int | bool | None, str, str]] = {
+        facts: dict[str, Fact] = {
             name: (getattr(values, name), values.sources.get(name, ""), values.reasons.get(name, ""))
             for name in ("die_c", "battery_c", "power_w")
         }
@@ -204,9 +197,8 @@ def temperatures() -> Rows:
         chips: dict[str, Any] = getattr(psutil, "sensors_temperatures", dict)()
     except (OSError, ValueError):
         return ()
-    return tuple(
-        (f"psutil {chip} {part.label}".strip(), float(part.current)) for chip, parts in chips.items() for part in parts
-    )
+    parts = [(chip, part) for chip, of_chip in chips.items() for part in of_chip]
+    return tuple((f"psutil {chip} {part.label}".strip(), float(part.current)) for chip, part in parts)
 
 
 def battery_charge() -> tuple[float | None, bool | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.evaluation.sets import dialects
+from mis_mlx.evaluation.sets import polish
 from mis_mlx.types import MisError
 
 POLISH = """# a comment
@@ -57,7 +57,7 @@ def test_pairs_out_of_language_packs(tmp_path: Path) -> None:
     """What has one name in both and was translated; not what is short, the same, English, or has cases."""
     pack(tmp_path / "pl", "pl", POLISH, "# no\nquit=Czy na pewno zamknąć %S?\n")
     pack(tmp_path / "szl", "szl", SILESIAN, "quit=Na zicher zawrzić %S już?\n")
-    assert dialects.from_firefox(tmp_path) == [
+    assert polish.from_firefox(tmp_path) == [
         ("Otwórz tę stronę w nowej karcie", "Ôtwōrz ta strōna we nowyj karcie"),
         ("Otwórz kartę obok", "Ôtwōrz karta wedle tego"),
         (
@@ -72,34 +72,34 @@ def test_pairs_out_of_language_packs(tmp_path: Path) -> None:
 def test_pairs_survive_their_file(tmp_path: Path) -> None:
     """Written and read back; blank lines are fine."""
     pairs = [("Dzień dobry", "Dobry dziyń"), ("Idę do domu", "Ida do dōm")]
-    dialects.write(pairs, tmp_path)
-    (tmp_path / dialects.PAIRS).write_text((tmp_path / dialects.PAIRS).read_text() + "\n \n")
-    assert dialects.read("silesian", tmp_path) == pairs
+    polish.write_pairs(pairs, tmp_path)
+    (tmp_path / polish.PAIRS).write_text((tmp_path / polish.PAIRS).read_text() + "\n \n")
+    assert polish.read_pairs("silesian", tmp_path) == pairs
 
 
 def test_the_validator_names_the_row(tmp_path: Path) -> None:
     """Nothing is asked with pairs that are none."""
     rows = [{"polish": "Idę", "dialect": "Ida"}, {"polish": "Idę", "dialect": "Idę "}, {"polish": "Idę"}]
-    (tmp_path / dialects.PAIRS).write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / polish.PAIRS).write_text("\n".join(map(json.dumps, rows)))
     why = "line 2: both sentences are the same; pairs.jsonl line 3: has no 'polish' and 'dialect'"
     with pytest.raises(MisError, match=why):
-        dialects.read("silesian", tmp_path)
+        polish.read_pairs("silesian", tmp_path)
 
 
 def test_an_empty_slot_says_what_to_bring(tmp_path: Path) -> None:
     """Seven slots; none is filled with text of our own."""
-    slot = list(dialects.SLOTS)[6]
+    slot = list(polish.SLOTS)[6]
     with pytest.raises(MisError, match=f"the slot {slot} is empty: put attested pairs into .*pairs.jsonl"):
-        dialects.read(slot, tmp_path)
-    (tmp_path / dialects.PAIRS).write_text("\n")
+        polish.read_pairs(slot, tmp_path)
+    (tmp_path / polish.PAIRS).write_text("\n")
     with pytest.raises(MisError, match="is empty: put attested pairs there"):
-        dialects.read(slot, tmp_path)
+        polish.read_pairs(slot, tmp_path)
 
 
 def test_two_tasks_of_the_pairs() -> None:
     """Half Polish, half dialect, each from its own pair; the dialect's place among the two says nothing."""
     pairs = [(f"Po polsku {n}", f"Po śląsku {n}") for n in range(100)]
-    label, text = dialects.tasks("silesian", pairs, "made for this test")
+    label, text = polish.dialect("silesian", pairs, "made for this test")
     assert (label.name, text.name) == ("silesian-label", "silesian-text")
     assert Counter(q.answer for q in label.questions) == {"śląskim": 50, "polskim": 50}
     for n, q in enumerate(label.questions):

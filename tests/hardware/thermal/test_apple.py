@@ -9,8 +9,7 @@ from functools import partial
 import pytest
 
 from mis_mlx import thermal
-from mis_mlx.hardware.thermal.apple_frameworks import foreign, load
-from mis_mlx.hardware.thermal.apple_sensors import Apple, Hid, KeyData, Smc, decode
+from mis_mlx.hardware.thermal.apple_sensors import DECLARED, Apple, Hid, KeyData, Smc, decode, functions
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 
 
@@ -29,7 +28,7 @@ def test_hid_names_values_and_services_without_an_event(fake_apple):
     fake_apple.hid("PMU tdev1", -9202.86)
     fake_apple.hid("silent", 1.0, event=False)
     fake_apple.hid("", 0.0)
-    hid = Hid(load(fake_apple.path))
+    hid = Hid(fake_apple.path)
     names = ("pACC MTR Temp Sensor2", "gas gauge battery", "gas gauge battery", "PMU tdev1", "")
     assert hid.read() == tuple(zip(names, (35.1, 32.5, 32.6, -9202.86, 0.0), strict=True))
     hid.close()
@@ -40,7 +39,7 @@ def test_reads_leak_nothing(fake_apple):
     for number in range(20):
         fake_apple.hid(f"PMU tdie{number}", 40.0 + number, event=number % 3 > 0)
     before = fake_apple.live()
-    hid = Hid(load(fake_apple.path))
+    hid = Hid(fake_apple.path)
     opened = fake_apple.live()
     for _ in range(100):
         assert len(hid.read()) == 13
@@ -52,7 +51,7 @@ def test_reads_leak_nothing(fake_apple):
 def test_smc_reads_floats_and_knows_a_missing_key(fake_apple):
     """A missing key is None, also when asked again."""
     fake_apple.smc_float("TCMz", 58.47)
-    smc = Smc(load(fake_apple.path))
+    smc = Smc(fake_apple.path)
     assert decode(smc.value("TCMz")) == pytest.approx(58.47, abs=1e-4)
     assert [smc.value("Tp01") for _ in range(2)] == [None, None]
     smc.close()
@@ -62,7 +61,7 @@ def test_smc_primes_its_connection(fake_apple):
     """A machine that answers 'not found' until one call by index was made is read all the same."""
     fake_apple.require_prime()
     fake_apple.smc_float("TB0T", 30.2)
-    smc = Smc(load(fake_apple.path))
+    smc = Smc(fake_apple.path)
     assert decode(smc.value("TB0T")) == pytest.approx(30.2, abs=1e-4)
     smc.close()
 
@@ -110,10 +109,11 @@ def test_two_samplers_at_once_do_not_disturb_each_other(fake_apple):
     assert "TCMz" in look.smc
 
 
-def test_a_function_that_macos_dropped_is_named(fake_apple):
+def test_a_function_that_macos_dropped_is_named(fake_apple, monkeypatch):
     """A missing private function is an OSError with its name, so that the look can give the reason."""
+    monkeypatch.setitem(DECLARED, "newer", {"IOKit": {"IOHIDNoSuchThing": "void_p"}})
     with pytest.raises(OSError, match="IOHIDNoSuchThing is missing"):
-        foreign(load(fake_apple.path).iokit, "IOHIDNoSuchThing", None)
+        functions("newer", fake_apple.path)
 
 
 def test_doctor_on_a_mac(fake_apple, monkeypatch, capsys):

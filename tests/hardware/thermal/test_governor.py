@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.hardware.thermal.duty_control import DieFilter, Duty, Held
 from mis_mlx.hardware.thermal.governor import (
     Decision,
+    DieFilter,
+    Duty,
     Governor,
+    Held,
     Mode,
-    PauseCounter,
-    after_step,
     governor_for,
     unfit_for_timing,
 )
+from mis_mlx.hardware.thermal.run_monitor import PauseCounter, after_step
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.types import MisError, Reading
 from tests.hardware.plant import Plant, PlantMonitor

