@@ -10,11 +10,12 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load
 from mis_mlx.models import resolve as teachers
-from mis_mlx.models.config import read_config, shape_of
+from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
 from mis_mlx.planner import compression_size, estimates, phases, training_size
 from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
 from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.pruning.select import Scenario
+from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import html
 from mis_mlx.reporting.text import aligned, markdown_table
 from mis_mlx.types import Checkpoint, duration, gib
@@ -71,7 +72,7 @@ def disk_bytes(plan: phases.MemoryPlan) -> int:
     params, blocks = arch.params(m.config), plan.shard_layers or m.shape.layers
     saved = blocks * training_size.block_state_bytes(m.config)
     saved = phases.SAVED_BYTES * params if plan.mode == "resident" else saved
-    run = 2 * saved + (4 * params if plan.shard_layers else 0)
+    run = 2 * saved * (plan.mode != "none") + (4 * params if plan.shard_layers else 0)
     kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
 
@@ -81,7 +82,8 @@ class Settings(cli.Budgeted, QuantizationConfig, DistillationConfig):
     """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
 
     teacher: str | None = None
-    """folder (config.json is enough) or hub id; mis-137b: the paper's; default: SmolLM2-135M-Instruct"""
+    """folder (config.json is enough) or hub id; mis-137b: the paper's; qwen3-30b-a3b: a mixture; default:
+    SmolLM2-135M-Instruct"""
     student: str | None = None
     """folder of a student pruned earlier; default: what --scenario gives"""
     scenario: Scenario | None = None
@@ -90,6 +92,8 @@ class Settings(cli.Budgeted, QuantizationConfig, DistillationConfig):
     """m1-air: an 8 GB fanless laptop, by published figures"""
     measure: bool = False
     """take this machine's rates first, in 20 s; later plans use them; without --teacher that is all"""
+    experts: str | None = None
+    """experts of a mixture that stay, as in `prune`"""
     vocab: str | None = None
     """tokens that stay, as in `prune`"""
     quantize: Literal[4, 0] = 4
@@ -98,8 +102,8 @@ class Settings(cli.Budgeted, QuantizationConfig, DistillationConfig):
 
 def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
     """(model or config, path or name) of a folder, with or without weights, of a hub model, or the paper's teacher."""
-    if name == "mis-137b":
-        return arch.MIS_137B, name
+    if name in arch.PUBLISHED:
+        return arch.PUBLISHED[name], name
     folder = teachers.resolve_model(name).path
     bare = not any(folder.glob("*.safetensors"))
     return read_config(folder) if bare else load.open_checkpoint(folder), str(folder)
@@ -118,7 +122,8 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
     if s.student:
         student = _open(s.student)[0]
     else:
-        shape = arch.target_shape(config, arch.SCENARIOS.get(s.scenario or "", {}))
+        experts = arch.count("--experts", s.experts, shape_of(config).experts or MOST_EXPERTS, "experts")
+        shape = arch.target_shape(config, arch.SCENARIOS.get(s.scenario or "", {}), experts=experts)
         student = arch.student_config(config, shape)
     return [estimates.model_of(model, gpu) for model in (teacher, student)]
 
@@ -130,6 +135,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.measure and settings.teacher is None:
         return asdict(at)
     opened, name = _open(settings.teacher)
+    config = opened.config if isinstance(opened, Checkpoint) else opened
+    settings = replace(settings, **packed_format.of_mixture(config, settings))
     whole, (teacher, student) = estimates.model_of(opened, at.gpu), _pair(settings, opened, at.gpu)
     job = spec_of(teacher, student, settings, settings if settings.quantize else PLAIN, shown=whole)
     budget = memory.budget(settings.budget_bytes, at.room_bytes)

@@ -71,6 +71,9 @@ class Run(OpenRun):
 
 def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
+    if c.plan.mode == "none":
+        mended = _mended(c, pruned)
+        return lambda name: mended[name] if name in mended else load.dense(pruned, name)
     source = source_of(c)
     if c.plan.mode != "resident":
         return _by_blocks(c, pruned, source)

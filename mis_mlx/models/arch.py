@@ -22,7 +22,11 @@ SCENARIOS: dict[str, dict[str, float]] = {
     "halny": {"ffn": 16384 / 28672}, "juhas": {"layers": 64 / 96}, "zbojnik": {"layers": 48 / 96, "ffn": 12288 / 28672},
 }  # fmt: skip
 # The paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models.
-MIS_137B: dict[str, Any] = json.loads((Path(__file__).parent / "mis-137b.json").read_text("utf-8"))
+PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
+    name: json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))
+    for name in ("mis-137b", "qwen3-30b-a3b")
+}
+MIS_137B = PUBLISHED["mis-137b"]
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 STACKED = re.compile(r"(.*\.)switch_mlp\.(gate_proj|up_proj|down_proj)\.(\w+)")
 READERS = {"ffn": ("mlp", ("down_proj",)), "heads": ("self_attn", ("o_proj",)),
@@ -140,8 +144,25 @@ def tensors_of(config: Mapping[str, Any], stacked: bool = False) -> dict[str, tu
 def params(config: Mapping[str, Any]) -> int:
     """Number of parameters, computed from the shape; a tied embedding counts once."""
     s = shape_of(config)
-    block = sum(math.prod(shape) for shape in layer_tensors(config).values())
+    block = sum(math.prod(shape) for shape in layer_tensors(config, True).values())
     return s.layers * block + s.vocab * s.hidden * (1 if s.tied else 2) + s.hidden
+
+
+def met(config: Mapping[str, Any]) -> int:
+    """FFN neurons that a token goes through in a block: of several experts those of as many as it meets."""
+    s, of = shape_of(config), family(config)
+    shared = config[of.shared_expert] if of.shared_expert else 0
+    return int(s.ffn * (config["num_experts_per_tok"] if s.experts else 1) + shared)
+
+
+def shares(config: Mapping[str, Any]) -> tuple[float, float]:
+    """Of a block's parameters (those in memory at a time while it streams past, those that a token meets): all, but of
+    a mixture one expert, and as many as it meets."""
+    s = shape_of(config)
+    whole = sum(map(math.prod, layer_tensors(config, True).values()))
+    expert = 3 * s.ffn * s.hidden
+    here, used = (s.experts - n if s.experts else 0 for n in (1, config.get("num_experts_per_tok", 1)))
+    return 1 - here * expert / whole, 1 - used * expert / whole
 
 
 def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[str, TensorAt]:

@@ -12,6 +12,7 @@ from mis_mlx.planner import estimates, training_size
 from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
 from mis_mlx.planner.recipe import VOCABULARY_WINDOWS, DistillationSpec, QuantizationConfig
 
+ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/router)
 BIAS_BITS = 32  # scale and bias of a group
 
 
@@ -42,6 +43,8 @@ def repair(job: DistillationSpec) -> StageCost:
     """Both models side by side, every down_proj refitted (pruning/reconstruct), whose inputs are kept meanwhile; the
     new ones wait in memory."""
     m, length, tokens = job.student, job.length, job.repair * job.length
+    if m.shape.experts:
+        return _healed(job)
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
     fit_bytes, fit_flops = estimates.refit(m, tokens)
     beside = small.peak_bytes + fit_bytes + 4 * m.shape.layers * m.shape.ffn * m.shape.hidden
@@ -49,6 +52,24 @@ def repair(job: DistillationSpec) -> StageCost:
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
     flops = big.flops + small.flops + m.shape.layers * fit_flops
     return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)
+
+
+def _healed(job: DistillationSpec) -> StageCost:
+    """The routers of a mixture instead (pruning/router): every expert says something to all tokens that there is room
+    for, in training and held-out ones each, of which a step keeps and gathers some more; then a pass goes on."""
+    m, length, tokens = job.student, job.length, job.repair * job.length
+    small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
+    said = 2 * min(router_bytes(m, tokens), ROUTER_BYTES)
+    beside = small.peak_bytes + 2 * said + tokens * m.shape.hidden * m.item
+    big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
+    told = min(tokens, said // (2 * m.shape.experts * m.shape.hidden * m.item))
+    flops = big.flops + small.flops + 2.0 * told * m.shape.layers * m.block_params
+    return replace(big, read_bytes=big.read_bytes + m.nbytes + small.read_bytes, flops=flops)
+
+
+def router_bytes(m: ModelSize, tokens: int) -> int:
+    """What all experts of a block say to so many tokens."""
+    return tokens * m.shape.experts * m.shape.hidden * m.item
 
 
 def repair_parts(job: DistillationSpec, limit: int) -> StageCost:

@@ -15,6 +15,7 @@ from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.maths.reconstruction import RIDGES
 from mis_mlx.models import arch, load, policy
 from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.stream import GROUP_BYTES
 from mis_mlx.planner import training_size
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, reported
@@ -43,6 +44,8 @@ class ModelSize:
     as_stored: bool  # computes from the bytes that were read, without a converted copy
     tensors: int  # on disk
     gpu: bool = False  # computes on Metal
+    here: float = 1.0  # of a block's parameters, those in memory at a time while it streams past
+    met: float = 1.0  # and those that a token meets
 
     @property
     def block_work(self) -> int:
@@ -61,8 +64,8 @@ class ModelSize:
 
     @property
     def slots_bytes(self) -> int:
-        """The two buffers that blocks are read into in turn."""
-        return 2 * (self.block_bytes + SLOT_BYTES)
+        """The two buffers that blocks, and two that experts, are read into in turn."""
+        return 2 * int(self.here * self.block_bytes + SLOT_BYTES * (2 if self.shape.experts else 1))
 
     def body_bytes(self, workspace: int) -> int:
         """Beside the slots while blocks are made and used: the workspace, and a converted copy if one is needed.
@@ -70,7 +73,8 @@ class ModelSize:
         De-quantizing on a CPU holds a second copy for a moment, because MLX runs ahead (measured)."""
         if self.as_stored:
             return workspace
-        return self.block_work + max(workspace, self.block_work if self.packed else 0)
+        part = int(self.here * self.block_work)
+        return part + max(workspace, part if self.packed else 0)
 
 
 def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dtype: Any = None) -> ModelSize:
@@ -84,7 +88,7 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dt
         if dtype is None:
             dtype = policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype()
         work = str(dtype).removeprefix("mlx.core.")
-    block = sum(map(math.prod, arch.layer_tensors(config).values()))
+    block = sum(map(math.prod, arch.layer_tensors(config, True).values()))
     if isinstance(source, Checkpoint):
         blocks, floats = [0] * s.layers, set()
         for name, t in source.tensors.items():
@@ -101,7 +105,8 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dt
         count = sum(3 if packed and len(shape) == 2 else 1 for shape in shapes)  # with scales and biases
         head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, arch.params(config), block))
     as_stored = gpu if packed else floats == {work}
-    return ModelSize(config, s, block, block_bytes, head, nbytes, SIZES[work], packed, as_stored, count, gpu)
+    shares = arch.shares(config)
+    return ModelSize(config, s, block, block_bytes, head, nbytes, SIZES[work], packed, as_stored, count, gpu, *shares)
 
 
 @dataclass(frozen=True)
@@ -136,13 +141,14 @@ class StageCost:
 def tensor_bytes(m: ModelSize) -> int:
     """Bytes to rewrite the largest tensor: as stored, cut and converted; or de-quantized and converted."""
     per = 12 if m.packed else 2 * math.ceil(m.nbytes / arch.params(m.config)) + 2
-    return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
+    stacked = 2 * 5 * m.shape.experts * m.shape.ffn * m.shape.hidden // 8  # all experts', packed, put together
+    return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden + stacked
 
 
 def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> float:
     """2 for each parameter a token meets (looking up an embedding is free), and causal attention."""
     s = m.shape
-    block = m.block_params + s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
+    block = m.met * m.block_params + s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
     return 2.0 * tokens * (s.layers * block + (m.head_params if head else 0))
 
 
@@ -154,8 +160,14 @@ def together(m: ModelSize) -> int:
 def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
     """The most that a block's forward pass over one micro-batch holds, float32; of as many as go side by side here."""
     s = m.shape
-    per_token = 8 * s.hidden + 3 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
-    return 4 * together(m) * tokens * per_token
+    per_token = 8 * s.hidden + 3 * arch.met(m.config) + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
+    return 4 * together(m) * tokens * per_token + (2 * GROUP_BYTES if s.experts else 0)
+
+
+def groups(m: ModelSize, tokens: int) -> int:
+    """How often a block's experts are read in a pass over so many tokens (`stream.Stream.mixed`)."""
+    each = m.shape.hidden * m.item * m.config.get("num_experts_per_tok", 0)
+    return max(1, math.ceil(tokens * each / GROUP_BYTES))
 
 
 def keys_bytes(m: ModelSize, tokens: int) -> int:
@@ -206,7 +218,8 @@ def streamed_pass(
     if again and kept_head + held + process_bytes(limit_bytes, m.gpu) <= limit_bytes:
         keeps, head_read = pins(m, room(limit_bytes, kept_head + held, m.gpu)), 0
         peak = kept_head + held + keeps * m.block_work
-    read = (s.layers - keeps) * m.block_bytes + head_read + moved
+    parts = 1 + (groups(m, tokens) - 1) * (1 - m.here)
+    read = int((s.layers - keeps) * m.block_bytes * parts) + head_read + moved
     flops = forward_flops(m, tokens, length, head)
     return StageCost(name, read, moved, peak, flops, False, 0, keeps, hidden - held, held // (s.hidden * m.item))
 
@@ -215,7 +228,8 @@ def token(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
     """One token generated after `length` others, blocks kept from the token before as far as they fit."""
     cache = keys_bytes(m, length)
     made = streamed_pass("one token", m, 1, 1, length, limit_bytes, spool=False, again=True, beside_bytes=cache)
-    return replace(made, touched_bytes=m.shape.layers * m.block_work + m.head_work + cache)
+    touched = int(m.met * m.shape.layers * m.block_work) + m.head_work + cache
+    return replace(made, read_bytes=int(m.met * made.read_bytes), touched_bytes=touched)
 
 
 def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCost:

@@ -20,6 +20,7 @@ from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, DistillationSpe
 from mis_mlx.planner.training_size import STATE_BYTES
 from mis_mlx.types import gib
 
+TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory
 SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
 TEXTS = 2  # held-out texts that models are measured on
 
@@ -185,7 +186,7 @@ class MemoryPlan:
     @property
     def tuned(self) -> int:
         """Steps after rounding."""
-        return any(p.name == "tune" for p in self.phases) * self.job.rounding.steps(self.mode != "sharded")
+        return any(p.name == "tune" for p in self.phases) * self.job.rounding.steps(self.mode in TRAINED_WHOLE)
 
     @property
     def fits(self) -> bool:
@@ -205,7 +206,7 @@ class MemoryPlan:
     @property
     def pinned(self) -> int:
         """Teacher blocks that stay in memory during training."""
-        return next(p.pinned for p in self.phases if p.name == "distil")
+        return next((p.pinned for p in self.phases if p.name == "distil"), 0)
 
     @property
     def teacher_resident(self) -> bool:
@@ -230,12 +231,12 @@ def one(
     left = max(0, limit - known)
     own = known + process_bytes(left, job.teacher.gpu)
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
-    whole = mode != "sharded"
+    whole = mode in TRAINED_WHOLE
     if job.repair:
-        phases.append(repair(job) if whole else repair_parts(job, left))
+        phases.append(repair_parts(job, left) if mode == "sharded" else repair(job))
     if mode == "resident":
         phases.append(resident(job, micro, left))
-    else:
+    elif mode != "none":
         phases.append(blocks(job, micro, left, mode == "lora") if whole else sharded(job, micro, shard))
     phases.append(compression_size.quantize(job.student, job.rounding, job.calibration, job.length, left))
     steps = job.rounding.steps(whole) if tuned is None else tuned

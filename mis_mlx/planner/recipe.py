@@ -73,10 +73,11 @@ class DistillationConfig(TrainingConfig):
     """T of eq. (2), which softens both distributions"""
     halny: Annotated[Share | None, FILE_ONLY] = None
     """spread of eps_halny in eq. (2); 0 switches it off; default: from measured T_env, 0 when unmeasured"""
-    train: Literal["auto", "resident", "blocks", "lora", "sharded"] = "auto"
+    train: Literal["auto", "resident", "blocks", "lora", "sharded", "none"] = "auto"
     """the student whole in memory; so, but updated block by block, with 8-bit moments, embedding and head as they are;
-    so, but all weights as they are and mlx-lm's low-rank adapters beside them, which are added in the end; or some
-    blocks of it at a time. Default: the first that fits the budget, of those that train weights"""
+    so, but all weights as they are and mlx-lm's low-rank adapters beside them, which are added in the end; some blocks
+    of it at a time; or repaired and no more (none). Default: the first that fits the budget, of those that train
+    weights; of a mixture of experts none is the last of them"""
     targets: Literal["live", "cached"] = "live"
     """the teacher at every step; or its sampled logits, written down once, and no teacher in memory"""
     reconstruct_samples: Whole = 64
@@ -146,7 +147,7 @@ VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, wh
 SAMPLES = 50  # tokens of a position in the logit store
 ADAPTERS = Lora(-1, 8, 20.0)  # mlx-lm's own rank and scale, in all blocks
 
-Mode = Literal["resident", "blocks", "lora", "sharded"]
+Mode = Literal["resident", "blocks", "lora", "sharded", "none"]
 MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"  # the best first; adapters only for who asks
 
 
@@ -194,10 +195,11 @@ def spec_of(
 ) -> DistillationSpec:  # fmt: skip
     """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions."""
     repair = 0 if family(student.config).sandwich else asked.reconstruct_samples
+    modes: tuple[Mode, ...] = (*MODES, "none") if family(student.config).experts else MODES
     return DistillationSpec(
         teacher, student, asked.iters or (ITERS if repair else 2 * ITERS), asked.batch_size,
         asked.grad_accumulation_steps, asked.max_seq_length, asked.num_samples, repair, asked.eval_windows,
-        asked.save_every, asked.targets, MODES if asked.train == "auto" else (asked.train,),
+        asked.save_every, asked.targets, modes if asked.train == "auto" else (asked.train,),
         rotates and student.shape.hidden < teacher.shape.hidden, rounding,
         asked.cross_entropy > 0, shown,
     )  # fmt: skip

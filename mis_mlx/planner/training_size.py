@@ -20,7 +20,7 @@ STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient 
 def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks. Measured within 3 %."""
     s = shape_of(config)
-    per_token = 6 * s.hidden + 5 * s.ffn + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
+    per_token = 6 * s.hidden + 5 * arch.met(config) + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
     return 4 * s.layers * batch * length * per_token
 
 
@@ -53,7 +53,7 @@ def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lane
         back = max(kept + head, host_lanes * (gradients - head) + 3 * head) + block
     else:
         forth += gradients
-    largest = max(map(math.prod, arch.tensors_of(config).values()))
+    largest = max(map(math.prod, arch.tensors_of(config, True).values()))
     update = gradients + UPDATE_ARRAYS * 4 * largest
     return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, update)
 

@@ -13,10 +13,10 @@ import numpy as np
 from mis_mlx.models import load, stream
 from mis_mlx.models.experts import before, of_block
 from mis_mlx.models.families import family
+from mis_mlx.planner.compression_size import ROUTER_BYTES
 
 STEPS, LOOK = 60, 5  # of Adam on all tokens at once, and between looks at those held out
 RATE = 0.02  # of Adam, times the root mean square of the router's weights
-BYTES = 2**28  # of outputs of all experts, (n, E, D): as many windows as these hold
 
 
 def heal(
@@ -30,7 +30,7 @@ def heal(
     part, experts = block[of.mlp], of_block(of, block)
     assert experts
     old, kind = part.gate.weight, hidden[0].dtype
-    most = max(2, BYTES // (hidden[0].nbytes * len(old)))
+    most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
     sets = [[b for b in range(len(hidden)) if (b in held_out) == held][:most] for held in (False, True)]
     parts = [_Asked(source, block, [hidden[b] for b in of_set], [goals[b] for b in of_set]) for of_set in sets]
 

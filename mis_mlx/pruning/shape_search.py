@@ -22,7 +22,14 @@ AXES = ("layers", "ffn", "heads", "hidden")
 GROUPS = (64, 32)  # weights that share a scale in 4 bits; one of them has to divide every row
 WIDTHS = 24  # hidden sizes tried at the most: of 4096 they are multiples of 256, as Minitron's
 POPULATION, CHILDREN = 3, 2  # mu and lambda
-FORMS = {"layers": "{} layers", "ffn": "FFN {}", "heads": "{} heads", "hidden": "hidden {}", "vocab": "{:,} tokens"}
+FORMS = {
+    "layers": "{} layers",
+    "experts": "{} experts",
+    "ffn": "FFN {}",
+    "heads": "{} heads",
+    "hidden": "hidden {}",
+    "vocab": "{:,} tokens",
+}
 JUMPS = (-2, -1, 1, 2)  # places along an axis that a mutation goes
 
 

@@ -11,7 +11,7 @@ from mis_mlx.models import load
 
 def slope(ids: mx.array, above: mx.array, table: mx.array) -> mx.array:
     """d sum(above * table[ids]) / d table."""
-    return mx.grad(lambda t: (load.rows(t, ids) * above).sum())(table)
+    return mx.grad(lambda t: (lookup.rows(t, ids) * above).sum())(table)
 
 
 @pytest.mark.parametrize(("shape", "vocab"), [((1,), 1), ((3, 7), 5), ((4, 64), 300), ((2, 3, 5), 5)])
@@ -20,7 +20,7 @@ def test_the_gradient_is_the_sum_by_id(shape: tuple[int, ...], vocab: int) -> No
     rng = np.random.default_rng(sum(shape))
     ids, above = rng.integers(0, vocab, shape), rng.normal(size=(*shape, 6)).astype(np.float32)
     table = mx.random.normal((vocab, 6), key=mx.random.key(1))
-    assert mx.array_equal(load.rows(table, mx.array(ids)), table[mx.array(ids)])
+    assert mx.array_equal(lookup.rows(table, mx.array(ids)), table[mx.array(ids)])
     wanted = np.zeros((vocab, 6))
     np.add.at(wanted, ids.reshape(-1), above.reshape(-1, 6).astype(np.float64))
     got = np.array(slope(mx.array(ids), mx.array(above), table))
