@@ -78,6 +78,7 @@ FAMILIES |= {
         "num_experts": 8,
         "intermediate_size": 64,
         "norm_topk_prob": False,
+        "num_key_value_heads": 4,
     },
 }
 FAMILIES = {name: {"model_type": name, "num_hidden_layers": 7, **row} for name, row in FAMILIES.items()}

@@ -247,6 +247,8 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
     if type(c.get("max_position_embeddings")) is not int:
         raise MisError("config.json has no max_position_embeddings, which llama.cpp needs: add it")
     rope, scaling = _rope(config)
+    if of.head_norms == "all" and s.kv_heads != s.heads:
+        raise MisError(f"llama.cpp's {of.gguf} has a key-value head for every head, this model fewer: use --format hf")
     if of.experts and c.get("norm_topk_prob", of.gates_sum_to_1) != of.gates_sum_to_1:
         raise MisError(
             f"norm_topk_prob is {not of.gates_sum_to_1}, llama.cpp's {of.gguf} knows the other: use --format hf"

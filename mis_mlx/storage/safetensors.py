@@ -104,8 +104,12 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
         for name in wanted:
             at = tensors[name]
             stored, whole = at.stored or (name, at)
-            first = 0 if at.shape == whole.shape else (at.offset - whole.offset) * whole.shape[0] // whole.nbytes
-            arrays[name] = content[stored] if at.shape == whole.shape else content[stored][first : first + at.shape[0]]
+            first = (at.offset - whole.offset) * whole.shape[0] // whole.nbytes if at.stored and whole.nbytes else 0
+            if at.shape != whole.shape:  # rows of it; or one of those that are stacked in it
+                part = slice(first, first + at.shape[0]) if len(at.shape) == len(whole.shape) else first
+                arrays[name] = content[stored][part]
+            else:
+                arrays[name] = content[stored]
         del content  # an array, once evaluated, stays in memory as long as a dict that holds it
     return arrays
 

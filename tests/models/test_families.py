@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import distill, prune
+from mis_mlx import distill, prune, quantize
 from mis_mlx.distillation import live_teacher
 from mis_mlx.models import arch, load, stream
-from mis_mlx.models.config import _opened_as, check_config, normalised, read_config
+from mis_mlx.models.config import _opened_as, check_config, normalised, read_config, shape_of
 from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
 from mis_mlx.types import Batch, Checkpoint, MisError
 from tests import tiny
@@ -96,6 +96,56 @@ def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], 
         theirs = stock(tokens)
         for z in (load.logits(source.head(), hidden), ours(tokens), hidden @ load.head_weight(ours).T):
             assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
+
+
+MIXTURES = [name for name, row in FAMILIES.items() if row.experts]
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_four_bits_of_a_mixture_are_stock(
+    models: Models, batches: list[mx.array], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stacked as mlx_lm has them, by our reading the same numbers: streamed, whole, and with weights kept packed."""
+    quantize.run(quantize.Settings(model=str(models(kind).path), mlx_path=str(tmp_path / "four"), q_group_size=32))
+    four, tokens = load.open_checkpoint(tmp_path / "four"), batches[0]
+    assert any(at.stored for at in four.tensors.values())
+    theirs = stock_of(four.path)(tokens)
+    whole = load.resident(four, mx.float32)(tokens)
+    assert mx.abs(whole - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
+    assert mx.array_equal(streamed(four, tokens), whole)
+    monkeypatch.setenv("MIS_MLX_POLICY", "metal")
+    assert mx.abs(streamed(four, tokens) - theirs).max().item() <= 2e-2 * mx.abs(theirs).max().item()
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_read_once_for_many_batches(models: Models, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits in groups of any size; a pass reads the routed experts of a group, and no others; those that there
+    is room for are not read again."""
+    checkpoint, s = models(kind), shape_of(models(kind).config)
+    tokens = [mx.random.randint(0, 512, (1, 3), key=mx.random.key(b)) for b in range(4)]
+    whole = [load.resident(checkpoint, mx.float32).model(t) for t in tokens]
+    expert = 3 * 4 * s.ffn * s.hidden
+    sizes = [at.nbytes for name, at in checkpoint.tensors.items() if arch.block_of(name) is not None]
+    dense, read = sum(sizes) - expert * s.experts * s.layers, {}
+    for windows in (1, 2, 4):
+        monkeypatch.setattr(stream, "GROUP_BYTES", windows * 3 * 2 * 4 * s.hidden)
+        source = stream.Stream(checkpoint, mx.float32)
+        hidden = source.embed(tokens)
+        before = source.read_bytes
+        for _, block in source.blocks():
+            source.through(block, hidden)
+        read[windows] = source.read_bytes - before
+        assert all(mx.array_equal(a, b) for a, b in zip(source.norm(hidden), whole, strict=True))
+    assert dense < read[4] < read[2] < read[1] and read[4] <= sum(sizes) + 4096 * len(sizes)
+    assert read[1] <= dense + 4 * s.layers * 6 * (expert + 3 * 8192) + 4096 * len(sizes)  # 3 tokens x 2 experts each
+    source = stream.Stream(checkpoint, mx.float32, None)
+    source.forward(tokens)
+    before = source.read_bytes
+    source.forward(tokens)
+    rows = 4 * s.hidden * len({int(t) for b in tokens for t in np.array(b).reshape(-1)})
+    assert source.read_bytes - before <= 4 * rows
 
 
 @pytest.mark.usefixtures("cpu_policy")

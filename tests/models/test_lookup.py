@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.models import load
+from mis_mlx.models import lookup
 
 
 def slope(ids: mx.array, above: mx.array, table: mx.array) -> mx.array:
@@ -43,7 +43,7 @@ def test_the_head_may_be_the_same_matrix() -> None:
         return mx.square(look(t, ids) @ t.T).sum()  # type: ignore[operator]
 
     want = mx.grad(lambda t: loss(t, lambda t, i: t[i]))(table)
-    ours = mx.grad(lambda t: loss(t, load.rows))
+    ours = mx.grad(lambda t: loss(t, lookup.rows))
     for made in (ours(table), mx.compile(ours)(table)):
         assert mx.abs(made - want).max().item() < 1e-6 * mx.abs(want).max().item()
 

@@ -1,0 +1,223 @@
+"""Mixtures of experts: which are kept, by pencil; routers healed; little memory; a run that was stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx import distill, plan, prune
+from mis_mlx.maths import importance
+from mis_mlx.models import arch, load, model_writer
+from mis_mlx.models.config import check_config, shape_of
+from mis_mlx.pruning import calibrate, reconstruct, router
+from mis_mlx.types import MisError
+from tests import tiny
+
+MIXTURE = tiny.MODELS["qwen3_moe"]
+
+
+def cut(model: Path, out: Path, text: Path, **how: Any) -> dict[str, Any]:
+    """`prune` of a few short windows, and no axis but those asked for."""
+    return prune.run(prune.Settings(
+        model=str(model), mlx_path=str(out), data=str(text), scenario="none", num_samples=4, max_seq_length=24,
+        dtype="float32", **how,
+    ))  # fmt: skip
+
+
+def test_scores_by_pencil() -> None:
+    """Two tokens choose expert 0 by halves, outputs of norm 5 and 1; one chooses expert 2 wholly; 1 is left alone."""
+    sums = importance.ExpertSums.zeros(3)
+    sums.add(0, np.array([0.5, 0.5]), mx.array([[3.0, 4.0], [1.0, 0.0]]), 2.0)
+    sums.add(2, np.array([1.0]), mx.array([[0.0, 2.0]]), 4.0)
+    scores = sums.scores()
+    assert importance.rms(scores).tolist() == [1.5, 0.0, 2.0]
+    assert importance.aais(scores, 2.0).tolist() == [1.5, 0.0, 4.0]
+    assert sums.routed.tolist() == [2, 0, 1]
+
+
+def test_scores_are_those_of_plain_mlx(tmp_path: Path, batches: list[mx.array]) -> None:
+    """Gate times norm by mlx_lm's own experts, and a neuron's activations under its gate."""
+    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
+    found, _ = calibrate.calibrate(checkpoint, batches, mx.float32)
+    stock = load.mlx_lm("utils").load(str(checkpoint.path))[0]
+    s, k = shape_of(checkpoint.config), MIXTURE["num_experts_per_tok"]
+    gated, routed, neurons = np.zeros(s.experts), np.zeros(s.experts), np.zeros((s.experts, s.ffn))
+    for tokens in batches:
+        x, first = stock.model.embed_tokens(tokens), stock.model.layers[0]
+        h = x + first.self_attn(first.input_layernorm(x), load.mask(stock.args, first, x))
+        n = first.post_attention_layernorm(h).reshape(-1, s.hidden)
+        odds = mx.softmax(first.mlp.gate(n), axis=-1)
+        for token, row in zip(n, np.array(odds), strict=True):
+            chosen = np.argsort(-row)[:k]
+            for e in chosen:
+                w = {
+                    name: getattr(first.mlp.switch_mlp, f"{name}_proj").weight[int(e)]
+                    for name in ("gate", "up", "down")
+                }
+                wide = mx.sigmoid(token @ w["gate"].T) * (token @ w["gate"].T) * (token @ w["up"].T)
+                gate = row[e] / row[chosen].sum()
+                gated[e] += gate * float(np.linalg.norm(np.array(wide @ w["down"].T)))
+                routed[e] += 1
+                neurons[e] += np.square(gate * np.array(wide)) / (tokens.shape[0] * tokens.shape[1])
+    assert found.routed[0].tolist() == routed.tolist()
+    np.testing.assert_allclose(importance.rms(found.experts[0]), gated / np.maximum(routed, 1), rtol=1e-4)
+    np.testing.assert_allclose(found.ffn[0].square.reshape(s.experts, -1), neurons, rtol=1e-3, atol=1e-9)
+
+
+def test_the_weather_weighs_experts(tmp_path: Path, text_folder: Path) -> None:
+    """A constant T_env cannot change which stay; it is said that AAIS ranked them."""
+    model = tiny.make(tmp_path / "m", **MIXTURE)
+    plain = cut(model, tmp_path / "plain", text_folder, experts="4", importance="rms")
+    warm = cut(model, tmp_path / "warm", text_folder, experts="4", temperature_c=12.0, altitude_m=800.0)
+    kept = [model_writer.read_keep(tmp_path / name) for name in ("plain", "warm")]
+    assert kept[0] and kept[1] and kept[0].kept == kept[1].kept
+    assert (plain["importance"], warm["importance"]) == ("rms", "aais")
+
+
+@pytest.mark.parametrize("by", ["reap", "frequency", "random"])
+def test_what_stays_is_the_teachers(tmp_path: Path, text_folder: Path, by: str) -> None:
+    """Experts with their rows of the router, in order; nothing else changes."""
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
+    report = cut(teacher.path, tmp_path / "cut", text_folder, experts="0.5x", experts_by=by)
+    student, keep = load.open_checkpoint(tmp_path / "cut"), model_writer.read_keep(tmp_path / "cut")
+    assert student.config["num_experts"] == 4 and report["params"] < report["params_before"] and keep
+    for name in arch.tensors_of(student.config):
+        own, i = load.dense(student, name), arch.block_of(name)
+        chosen = keep.kept[i, "experts"] if i is not None else ()
+        if (e := arch.expert_of(name)) is not None:
+            assert mx.array_equal(own, load.dense(teacher, name.replace(f"experts.{e}.", f"experts.{chosen[e]}.")))
+        elif arch.is_router(name):
+            assert mx.array_equal(own, load.dense(teacher, name)[mx.array(chosen)])
+        else:
+            assert mx.array_equal(own, load.dense(teacher, name))
+
+
+def test_routers_are_healed(tmp_path: Path, text_folder: Path, batches: list[mx.array]) -> None:
+    """A router that was shuffled finds its way back, judged on windows it did not see; one that nothing is wrong with
+    stays as it is, to the bit."""
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **{**MIXTURE, "num_hidden_layers": 2}))
+    cut(teacher.path, tmp_path / "whole", text_folder, layers=2)
+    whole, keep = load.open_checkpoint(tmp_path / "whole"), model_writer.read_keep(tmp_path / "whole")
+    assert keep
+    windows = [mx.random.randint(0, 512, (1, 48), key=mx.random.key(b)) for b in range(8)]
+    assert reconstruct.reconstruct(teacher, whole, keep, windows)[0] == {}
+    weights = dict(load.weights(whole, "", mx.float32))
+    for i in range(2):
+        name = f"model.layers.{i}.mlp.gate.weight"
+        weights[name] = weights[name] + 0.03 * mx.random.normal(weights[name].shape, key=mx.random.key(i))
+    mx.save_safetensors(str(whole.path / "model.safetensors"), weights)
+    mended, left = reconstruct.reconstruct(teacher, load.open_checkpoint(whole.path), keep, windows)
+    assert mended and min(left) < 0.9 and max(left) <= 1.0
+    assert all(name.endswith(".mlp.gate.weight") for name in mended)
+
+
+def test_few_tokens_fit_the_memory(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where outputs of all experts are many, fewer windows are asked: of those to learn from and of those to judge."""
+    asked, old = list[int](), router._Asked.__init__
+
+    def counted(self: Any, source: Any, block: Any, hidden: Any, goals: Any) -> None:
+        asked.append(len(hidden))
+        old(self, source, block, hidden, goals)
+
+    monkeypatch.setattr(router._Asked, "__init__", counted)
+    monkeypatch.setattr(router, "ROUTER_BYTES", 1)
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
+    cut(teacher.path, tmp_path / "cut", text_folder, experts="6")
+    student, keep = load.open_checkpoint(tmp_path / "cut"), model_writer.read_keep(tmp_path / "cut")
+    assert keep
+    windows = [mx.random.randint(0, 512, (1, 16), key=mx.random.key(b)) for b in range(12)]
+    reconstruct.reconstruct(teacher, student, keep, windows)
+    assert max(asked) == 2 and min(asked) >= 1
+
+
+def test_an_eighth_of_the_model(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration and cut of 75 MB of experts take less memory than an eighth of the model above what MLX held."""
+    monkeypatch.setattr("mis_mlx.models.stream.GROUP_BYTES", 2**20)
+    big = {**MIXTURE, "num_experts": 64, "moe_intermediate_size": 256, "num_hidden_layers": 6}
+    model = tiny.make(tmp_path / "m", **big)
+    nbytes = load.open_checkpoint(model).nbytes
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    cut(model, tmp_path / "cut", text_folder, experts="0.5x")
+    assert nbytes > 70e6 and mx.get_peak_memory() - before < nbytes / 8
+
+
+def test_stopped_and_resumed_to_the_same_bits(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the healing; the run goes on from the pruned folder."""
+    model, old, calls = tiny.make(tmp_path / "m", **MIXTURE), router.heal, list[int]()
+    how: dict[str, Any] = {
+        "teacher": str(model), "data": str(text_folder), "num_samples": 2, "max_seq_length": 24, "eval_windows": 2,
+        "reconstruct_samples": 4, "bench_tokens": 0, "q_group_size": 32, "experts": "0.5x", "train": "none",
+    }  # fmt: skip
+
+    def stopped(*of: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return old(*of)
+
+    whole = distill.run(distill.Settings(out=str(tmp_path / "whole"), **how))
+    assert whole["mode"] == "none" and "nll_student" in whole
+    monkeypatch.setattr(router, "heal", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(distill.Settings(out=str(tmp_path / "run"), **how))
+    distill.run(distill.Settings(out=str(tmp_path / "run"), resume=True))
+    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "run")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_experts_per_tok": 9}, "a token meets 9 experts (num_experts_per_tok), there are 8"),
+        ({"num_experts": 0}, "num_experts is 0, plausible is 1 to 4096"),
+        ({"num_experts": None}, "num_experts is None, plausible is 1 to 4096"),
+        ({"mlp_only_layers": [1]}, "mlp_only_layers is [1], of a qwen3_moe only [] can be computed here"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, of a qwen3_moe only 1 can be computed here"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0, plausible is 1 to"),
+    ],
+)
+def test_configs_that_do_not_fit(change: dict[str, Any], said: str) -> None:
+    """One sentence."""
+    with pytest.raises(MisError) as caught:
+        check_config({**tiny.CONFIG, **MIXTURE, **change}, Path("config.json"))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "said"),
+    [
+        ("qwen3_moe", "1", "--experts leaves 1, a token meets 2 of them: keep 2 or more"),
+        ("qwen3_moe", "9", "--experts 9 is no number of experts from 1 to 8"),
+        ("qwen3_moe", "2.5x", "--experts 2.5x is no number of experts from 1 to 8"),
+        ("qwen3_moe", "half", "--experts half is no number of experts from 1 to 8"),
+        ("qwen3", "4", "experts of a qwen3 cannot be cut: it has none"),
+    ],
+)
+def test_numbers_that_do_not_fit(tmp_path: Path, text_folder: Path, kind: str, asked: str, said: str) -> None:
+    """One sentence, before anything is read."""
+    model = tiny.make(tmp_path / "m", **{**tiny.KINDS, **tiny.MODELS}[kind])
+    with pytest.raises(MisError) as caught:
+        cut(model, tmp_path / "out", text_folder, experts=asked)
+    assert said in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_large_mixture(capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen3-30B-A3B by its shape: as many parameters as published, in 5 GiB; half of the experts, half of the bytes."""
+    found = {}
+    for asked in ("0.75x", "0.5x"):
+        found[asked] = plan.run(plan.Settings(
+            teacher="qwen3-30b-a3b", budget="5GiB", machine="m1-air", experts=asked
+        ))  # fmt: skip
+        out = capsys.readouterr().out
+        assert ("no training, for which there is no room" in out and "9,328.2 MB" in out) or asked == "0.75x"
+        assert found[asked]["params_teacher"] == 30_532_122_624 and not found[asked]["check_failed"]
+        assert found[asked]["peak_bytes"] < 5 * 2**30
+    assert found["0.5x"]["params_student"] == 16_030_316_544 < found["0.75x"]["params_student"]
