@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import distill, prune, quantize
 from mis_mlx.distillation import live_teacher
-from mis_mlx.models import arch, load, stream
+from mis_mlx.models import arch, load, stream, streamed_decode
 from mis_mlx.models.config import _opened_as, check_config, normalised, read_config, shape_of
 from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
 from mis_mlx.types import Batch, Checkpoint, MisError
@@ -96,6 +96,24 @@ def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], 
         theirs = stock(tokens)
         for z in (load.logits(source.head(), hidden), ours(tokens), hidden @ load.head_weight(ours).T):
             assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe"])
+def test_a_mixture_writes_what_stock_writes(models: Models, kind: str) -> None:
+    """Greedy tokens with nothing kept, with room for some experts, and for all; fewer bytes the more room there is."""
+    checkpoint, read = models(kind), []
+    model, prompt, want = load.resident(checkpoint, mx.float32), [5, 9, 300, 17], list[int]()
+    for _ in range(8):
+        want.append(int(mx.argmax(model(mx.array([[*prompt, *want]]))[0, -1])))
+    s = shape_of(checkpoint.config)
+    head = 4 * s.vocab * s.hidden
+    for room in (0, head + checkpoint.nbytes // 2, None):
+        source = stream.Stream(checkpoint, mx.float32, room)
+        got = [token for new in streamed_decode.decode(source, prompt, 8) for token in new]
+        assert got == want
+        read.append(source.read_bytes)
+    assert read[0] > 1.5 * read[1] > 1.5 * read[2]
 
 
 MIXTURES = [name for name, row in FAMILIES.items() if row.experts]
