@@ -241,9 +241,11 @@ def run(settings: Settings) -> dict[str, Any]:
     rows = vocabulary.rows_left(teacher, s)
     seen = vocabulary.first_rows(teacher, rows)
     shapes, first = field_of(s, seen.config, aim)
-    planned, made = candidate_trials.work(s, teacher, seen, shapes, limit)
+    work, made = candidate_trials.work(s, teacher, seen, shapes, limit)
+    planned = [*work["rank"], *work["finalists"]]
+    seconds = {name: sum(p.seconds(made.rates) for p in part) for name, part in work.items()}
     cli.say(f"{text.aligned(work_table(planned, made.rates))}\n{made.rates}")
-    peak, seconds = max(p.peak_bytes for p in planned), candidate_trials.seconds(planned, made.rates)
+    peak = max(p.peak_bytes for p in planned)
     result = {"teacher": str(teacher.path), "vocab": rows, "aim": aim.flag, "shapes": len(shapes),
               "evaluated": min(s.evaluations, len(shapes)), "peak_bytes": peak,
               "budget_bytes": limit.limit_bytes}  # fmt: skip

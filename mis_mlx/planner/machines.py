@@ -20,11 +20,9 @@ def agreed(made: MemoryPlan) -> MemoryPlan:
     job = made.job
     made = phases.one(job, made.budget_bytes, made.rates, **distributed.broadcast_json(lambda: made.way))
     if made.mode == "sharded":
-        raise MisError(
-            f"{distributed.size()} machines train a student that each has whole in memory, and within "
-            f"{gib(made.budget_bytes)} this one is to be trained one part of it at a time: "
-            "give more --budget, leave out --train, or use one machine"
-        )
+        why = f"{distributed.size()} machines train a student that each has whole in memory, and within "
+        why += f"{gib(made.budget_bytes)} this one is to be trained one part of it at a time"
+        raise MisError(f"{why}: give more --budget, leave out --train, or use one machine")
     return made
 
 
