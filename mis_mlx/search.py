@@ -24,7 +24,6 @@ from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import shape_search, vocabulary
-from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Whole, Within, duration, gib
@@ -37,7 +36,7 @@ UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of
 
 
 @dataclass(frozen=True)
-class Settings(cli.Resumable, Computing, ThermalFlags, VocabularyConfig, DistillationConfig):
+class Settings(cli.Resumable, Computing, ThermalFlags, vocabulary.VocabularyConfig, DistillationConfig):
     """One of --params, --memory, --decode says what the student may cost; default: --params 0.667x."""
 
     params: str | None = None

@@ -6,7 +6,6 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -128,8 +127,7 @@ class CandidateTrials:
             record = self._measured(shape, sub, cached)
             self.run.files.append(log, json.dumps(record))
         if sub.exists():
-            with suppress(OSError):
-                self.run.files.remove_tree(sub)
+            self.run.files.discard(sub)
         return record
 
     def _measured(self, shape: Shape, sub: Path, cached: int | None) -> dict[str, Any]:

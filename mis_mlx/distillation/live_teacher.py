@@ -3,11 +3,13 @@
 The teacher stays in memory or is streamed, by the plan; either way what crosses over is its final hidden states, and
 the vocabulary is met chunk by chunk (maths/losses). Or it is read once, and its sparse targets are on disk."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,18 +30,6 @@ from mis_mlx.storage.files import Files
 from mis_mlx.types import Batch, Checkpoint, MisError, Step
 
 MicroBatch = tuple[mx.array, ...]  # tokens (B, T), learn (B * T,), then the targets of these B * T positions
-
-
-class TargetSource(Protocol):
-    """Where a step's targets come from: the teacher itself, the text, or what the teacher left on disk."""
-
-    def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray]) -> list[MicroBatch]:
-        """What a step's micro-batches are. windows: which ones of the data each of them holds, (B,)."""
-
-    def kl_sum(
-        self, hidden: mx.array, head: mx.array, learn: mx.array, *target: mx.array, frozen_head: bool = False
-    ) -> mx.array:
-        """Sum of KL(target || student) in nats, of final hidden states (n, D) and a head (V, D)."""
 
 
 class StreamedTeacher:
@@ -280,7 +270,7 @@ class Cached:
             raise ValueError(f"{len(self._windows)} windows for a store of {store.spec.windows}")
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray]) -> list[MicroBatch]:
-        """Tokens, learn, ids and weights (B * T, m)."""
+        """Tokens, learn, ids and weights (B * T, m). windows: which of the data each batch holds, (B,)."""
         made = []
         for batch, wanted in zip(batches, windows, strict=True):
             rows = np.searchsorted(self._windows, wanted)
@@ -298,3 +288,6 @@ class Cached:
             raise MisError(f"the targets are for {vocab} tokens, the student has {head.shape[0]}: use its teacher")
         ids, weights = target
         return losses.sampled_kl_sum(hidden, head, ids, weights, learn, frozen_head=frozen_head)
+
+
+TargetSource = StreamedTeacher | TextTargets | Cached  # where a step's targets come from

@@ -104,10 +104,8 @@ class Sharded:
         i = arch.block_of(name)
         if i is None or i not in self.blocks:
             return load.dense(self._student, name)
-        *owners, last = name.split(".")[3:]
-        owner = self.shard.layers[i - self.blocks.start]
-        for step in owners:
-            owner = owner[step]
+        inside, _, last = name.split(".", 3)[3].rpartition(".")
+        owner = dict(self.shard.layers[i - self.blocks.start].named_modules())[inside]
         return (owner.fuse() if hasattr(owner, "fuse") else owner)[last]  # a LoRALinear's weights with its adapter
 
     def _check(self, visit: int) -> None:

@@ -118,9 +118,8 @@ def write_quantized(
     tensors = _packed(checkpoint, plan, rounded)
     model_writer.write_folder(config, specs, tensors, checkpoint.path, out, files, extra)
     nbytes = sum(map(spec_bytes, specs.values()))
-    count = sum(math.prod(s) for s in arch.tensors_of(checkpoint.config).values())
     return {
-        "bits_per_weight": 8 * nbytes / count,
+        "bits_per_weight": 8 * nbytes / arch.params(checkpoint.config),
         "bits_per_block_weight": block_bits(checkpoint.config, plan),
         "nbytes": nbytes,
         "group_size": common.group,
@@ -198,10 +197,8 @@ def resident(checkpoint: Checkpoint) -> nn.Module:
     for path, kind in formats(checkpoint).items():
         if (layer := arch.block_of(path)) is None:
             continue
-        *owners, name = path.split(".")[3:]
-        owner = model.model.layers[layer]
-        for step in owners:
-            owner = owner[step]
+        inside, _, name = path.split(".", 3)[3].rpartition(".")
+        owner = dict(model.model.layers[layer].named_modules())[inside]
         stored = safetensors.lazy(checkpoint.tensors, names := [f"{path}.{part}" for part in PARTS])
         owner[name] = grid = TrainableQuantizedLinear(tuple(stored[n] for n in names), kind, owner[name].get("bias"))
         stream.evaluate_now(grid._integers, grid.scales, grid.biases)  # whatever stays lazy keeps its file open

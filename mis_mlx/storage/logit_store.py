@@ -128,7 +128,6 @@ class Targets:
         return data if hashlib.sha256(data).hexdigest() == facts["sha256"] else None
 
     def _within(self, number: int) -> range:
-        """Windows of a part."""
         start = number * self.spec.part_windows
         return range(start, min(start + self.spec.part_windows, self.spec.windows))
 
@@ -189,7 +188,6 @@ class Targets:
 
 
 def _manifest(folder: Path) -> tuple[Spec, dict[int, dict[str, Any]]]:
-    """What targets.json says."""
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
         parts = {int(n): {key: facts[key] for key in ("bytes", "sha256")} for n, facts in content.pop("parts").items()}
