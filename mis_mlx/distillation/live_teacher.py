@@ -37,14 +37,9 @@ class StreamedTeacher:
     `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        room_bytes: int | None = 0,
-        direct: bool = False,
-        temperature: float = 1.0,
-        cross_entropy: float = 0.0,
-        shares: Sequence[int] = (),
-    ):
+        self, checkpoint: Checkpoint, room_bytes: int | None = 0, direct: bool = False, temperature: float = 1.0,
+        cross_entropy: float = 0.0, shares: Sequence[int] = (),
+    ):  # fmt: skip
         where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, direct
         self._source = Relay(*where, shares) if shares else stream.Stream(*where)
         self._head, self.temperature, self._cross_entropy = self._source.head(), temperature, cross_entropy
@@ -171,14 +166,9 @@ def step_micro_batches(
 
 
 def steps(
-    student: nn.Module,
-    source: TargetSource,
-    data: Windows,
-    recipe: TrainingConfig,
-    optimizer: GuardedAdamW,
-    start: int = 0,
-    factor: Callable[[int], float] = lambda step: 1.0,
-) -> Iterator[Step]:
+    student: nn.Module, source: TargetSource, data: Windows, recipe: TrainingConfig, optimizer: GuardedAdamW,
+    start: int = 0, factor: Callable[[int], float] = lambda step: 1.0,
+) -> Iterator[Step]:  # fmt: skip
     """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`."""
     micro_batches, loss = step_micro_batches(source, data, recipe), loss_of(source)
     quicker = source.gradient_of(student) if isinstance(source, StreamedTeacher) else None
@@ -193,18 +183,10 @@ def visited(n_windows: int, recipe: TrainingConfig) -> np.ndarray:
 
 
 def write_store(
-    checkpoint: Checkpoint,
-    teacher: Callable[[], StreamedTeacher],
-    data: Windows,
-    folder: Path,
-    files: Files,
-    *,
-    count: int = SAMPLES,
-    seed: int = 0,
-    windows_per_pass: int = 64,
-    show: Callable[[int, str], None] = lambda done, text: None,
-    together: bool = False,
-) -> logit_store.Targets:
+    checkpoint: Checkpoint, teacher: Callable[[], StreamedTeacher], data: Windows, folder: Path, files: Files, *,
+    count: int = SAMPLES, seed: int = 0, windows_per_pass: int = 64,
+    show: Callable[[int, str], None] = lambda done, text: None, together: bool = False,
+) -> logit_store.Targets:  # fmt: skip
     """The finished store of `data`'s targets in `folder`: made, or what is missing of it. Hold the run's lock.
 
     A window's targets depend on the teacher, the window and the seed alone: not on how many windows went through the

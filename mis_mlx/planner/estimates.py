@@ -174,18 +174,9 @@ def pins(m: ModelSize, room_bytes: int) -> int:
 
 
 def streamed_pass(
-    name: str,
-    m: ModelSize,
-    tokens: int,
-    micro_tokens: int,
-    length: int,
-    limit_bytes: int = 0,
-    *,
-    head: bool = True,
-    spool: bool = True,
-    again: bool = False,
-    beside_bytes: int = 0,
-) -> StageCost:
+    name: str, m: ModelSize, tokens: int, micro_tokens: int, length: int, limit_bytes: int = 0, *, head: bool = True,
+    spool: bool = True, again: bool = False, beside_bytes: int = 0,
+) -> StageCost:  # fmt: skip
     """One pass from disk over `tokens`, block by block, all micro-batches in each: what `stream.Stream` does.
 
     head: with logits at the end. spool: hidden states that find no room are written and read once a block.

@@ -92,13 +92,9 @@ def layout(
 
 
 def write_quantized(
-    checkpoint: Checkpoint,
-    out: Path,
-    plan: Layout | int,
-    files: Files,
-    rounded: Rounded | None = None,
+    checkpoint: Checkpoint, out: Path, plan: Layout | int, files: Files, rounded: Rounded | None = None,
     extra: Mapping[str, bytes] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
 
     plan: of every matrix; or a group size, for 4 bits and `blocks_after_removed` in 8. rounded: the blocks' matrices,
