@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 from mis_mlx import cli, distill
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import cached_targets, live_teacher
+from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, model_writer, resolve, stream
@@ -87,13 +87,13 @@ def train(
     with tempfile.TemporaryDirectory() as temp:
         target: live_teacher.TargetSource = source
         if count:
-            began, at = time.monotonic(), cached_targets.visited(len(data.tokens), recipe)
+            began, at = time.monotonic(), live_teacher.visited(len(data.tokens), recipe)
             picked = Windows(data.tokens[at], data.learn[at])
-            store = cached_targets.write(
+            store = live_teacher.write_store(
                 checkpoint, lambda: source, picked, Path(temp), DISK, count=count, seed=recipe.seed
             )
             cost = {"bytes_per_token": round(store.bytes_per_token, 1), "write_s": round(time.monotonic() - began, 1)}
-            target = cached_targets.Cached(store, at)
+            target = live_teacher.Cached(store, at)
         model = stream.load_checked(load.resident(student, mx.float32))
         model.train()
         steps = list(live_teacher.steps(model, target, data, recipe, GuardedAdamW()))

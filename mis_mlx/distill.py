@@ -14,7 +14,7 @@ from mis_mlx.distillation import pipeline, run_loop, summary, trackers
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
-from mis_mlx.models import arch, distributed, load, mlx_generate, model_writer, pipeline_parallel, policy
+from mis_mlx.models import arch, distributed, load, mlx_generate, pipeline_parallel, policy
 from mis_mlx.planner import estimates, machines, phases
 from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
 from mis_mlx.pruning import select, vocabulary
@@ -88,18 +88,6 @@ def _prune(s: Settings, c: pipeline.Run, data: preparation.Data, before: int) ->
     return load.open_checkpoint(out)
 
 
-def _distil(s: Settings, c: pipeline.Run, pruned: Checkpoint) -> Path:
-    """Train to the end from wherever the run stands, then write the student's folder."""
-    out = c.folder / ("distilled" if s.quantize else "model")
-    if not distributed.broadcast_json(out.exists):
-        take = pipeline.train(c, pruned)
-        config = {**pruned.config, "torch_dtype": DTYPE}
-        extra = model_writer.keep_files(model_writer.read_keep(pruned.path))
-        if distributed.is_main():
-            model_writer.write_model(config, take, pruned.path, out, DTYPE, c.files, extra)
-    return out
-
-
 def _quantize(s: Settings, c: pipeline.Run, dense: Path) -> None:
     """Round the student, then let its scales learn; what is there is not made again."""
     out = c.folder / "model"
@@ -158,7 +146,8 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Check
     """(the table, the result); nothing on machines beside the first one. teacher: with its own vocabulary."""
     folder = c.folder
     models = {"teacher": teacher, "pruned": _prune(s, c, data, arch.params(teacher.config))}
-    distilled = _distil(s, c, models["pruned"])
+    distilled = folder / ("distilled" if s.quantize else "model")
+    pipeline.distil(c, models["pruned"], distilled, DTYPE)
     if s.quantize:
         _quantize(s, c, distilled)
     if not distributed.is_main() and not c.shares:  # what is left to do, the first one does

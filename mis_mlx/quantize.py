@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -138,14 +137,12 @@ def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, An
             done = quantize(checkpoint.path, out, s, files, batches, held, s.seed)
         else:
             rounded = out.absolute().with_name(f".tmp-{out.name}-rounded-{os.getpid()}")  # swept where we are killed
-            with suppress(OSError):  # left behind by a process of the same number
-                files.remove_tree(rounded)
+            files.discard(rounded)  # left behind by a process of the same number
             try:
                 done = quantize(checkpoint.path, rounded, s, files, batches, held, s.seed)
                 _tuned(s, rounded, other, data, planned[1].pinned, out, files)
             finally:
-                with suppress(OSError):
-                    files.remove_tree(rounded)
+                files.discard(rounded)
     cli.say(f"{out}: {done['bits_per_weight']:.2f} bits per weight, {done['bits_per_block_weight']:.2f} in blocks")
     return {"model": str(checkpoint.path), "mlx_path": s.mlx_path, "method": s.q_method, **done}
 

@@ -24,7 +24,6 @@ from mis_mlx.models.policy import Computing
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import shape_search, vocabulary
-from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Whole, Within, duration, gib
@@ -37,7 +36,7 @@ UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of
 
 
 @dataclass(frozen=True)
-class Settings(cli.Resumable, Computing, ThermalFlags, VocabularyConfig, DistillationConfig):
+class Settings(cli.Resumable, Computing, ThermalFlags, vocabulary.VocabularyConfig, DistillationConfig):
     """One of --params, --memory, --decode says what the student may cost; default: --params 0.667x."""
 
     params: str | None = None
@@ -241,9 +240,11 @@ def run(settings: Settings) -> dict[str, Any]:
     rows = vocabulary.rows_left(teacher, s)
     seen = vocabulary.first_rows(teacher, rows)
     shapes, first = field_of(s, seen.config, aim)
-    planned, made = candidate_trials.work(s, teacher, seen, shapes, limit)
+    work, made = candidate_trials.work(s, teacher, seen, shapes, limit)
+    planned = [*work["rank"], *work["finalists"]]
+    seconds = {name: sum(p.seconds(made.rates) for p in part) for name, part in work.items()}
     cli.say(f"{text.aligned(work_table(planned, made.rates))}\n{made.rates}")
-    peak, seconds = max(p.peak_bytes for p in planned), candidate_trials.seconds(planned, made.rates)
+    peak = max(p.peak_bytes for p in planned)
     result = {"teacher": str(teacher.path), "vocab": rows, "aim": aim.flag, "shapes": len(shapes),
               "evaluated": min(s.evaluations, len(shapes)), "peak_bytes": peak,
               "budget_bytes": limit.limit_bytes}  # fmt: skip

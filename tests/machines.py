@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.alignment import sequence_packing
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import cached_targets, live_teacher, train_loop
+from mis_mlx.distillation import live_teacher, train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, pipeline_parallel, stream
 from mis_mlx.planner.recipe import TrainingConfig
@@ -157,7 +157,7 @@ def work(teacher: Path, student: Path, out: Path) -> None:
     made["read"], made["kept"] = passed(big, shares, 0), passed(big, shares, None)
     made["calibrated in layers"], made["distilled in layers"] = calibrated(big, shares), distilled(big, small, shares)
     rank = distributed.shard(range(distributed.size()))[0]
-    Teacher, write = live_teacher.StreamedTeacher, cached_targets.write
+    Teacher, write = live_teacher.StreamedTeacher, live_teacher.write_store
     store = write(big, lambda: Teacher(big), uneven(80), out / f"targets-{rank}", DISK, count=20, windows_per_pass=7)
     other = write(big, lambda: Teacher(big, 0, shares=shares), uneven(80), out / f"layers-{rank}", DISK, count=20,
                   windows_per_pass=9, together=bool(shares))  # fmt: skip

@@ -6,7 +6,6 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -21,7 +20,6 @@ from mis_mlx.distillation import pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.rates import Rates
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import arch, load, mlx_generate, model_writer, policy
@@ -129,8 +127,7 @@ class CandidateTrials:
             record = self._measured(shape, sub, cached)
             self.run.files.append(log, json.dumps(record))
         if sub.exists():
-            with suppress(OSError):
-                self.run.files.remove_tree(sub)
+            self.run.files.discard(sub)
         return record
 
     def _measured(self, shape: Shape, sub: Path, cached: int | None) -> dict[str, Any]:
@@ -159,16 +156,12 @@ class CandidateTrials:
     def _train(self, c: pipeline.Run, pruned: Checkpoint) -> Checkpoint | None:
         """The distilled student; None where three steps in a row were no numbers."""
         out = c.folder / "distilled"
-        if out.exists():
-            return load.open_checkpoint(out)
         try:
-            take = pipeline.train(c, pruned)
+            pipeline.distil(c, pruned, out, self.dtype)
         except Diverged:
             return None
         except MisError as error:  # what can be resumed is the search, not the finalist's own folder
             raise MisError(str(error).replace(str(c.folder), str(self.run.folder))) from error.__cause__
-        config = {**pruned.config, "torch_dtype": self.dtype}
-        model_writer.write_model(config, take, pruned.path, out, self.dtype, c.files)
         return load.open_checkpoint(out)
 
 
@@ -221,9 +214,9 @@ def timed(folder: Path, cached: int, halves: bool = True) -> shape_search.Decodi
 
 def work(
     s: Any, whole: Checkpoint, checkpoint: Checkpoint, shapes: Sequence[Shape], limit: Budget
-) -> tuple[list[estimates.StageCost], phases.MemoryPlan]:
-    """What a search with these settings takes, each student counted as the largest one; and that one's distillation.
-    checkpoint: `whole` with the tokens that stay."""
+) -> tuple[dict[str, list[estimates.StageCost]], phases.MemoryPlan]:
+    """What a search with these settings takes to rank and to train and judge finalists, each student counted as the
+    largest one; and that one's distillation. checkpoint: `whole` with the tokens that stay."""
     shown, length, rates = estimates.model_of(whole), s.max_seq_length, estimates.machine_rates()
     t = estimates.model_of(checkpoint, dtype=policy.compute_dtype(whole))  # nobody can read these first rows
     configs = [arch.student_config(checkpoint.config, x) for x in shapes]
@@ -239,22 +232,14 @@ def work(
                        peak_bytes=p.peak_bytes + beside)  # fmt: skip
 
     prune = next(p for p in made.phases if p.name == "prune")
-    stages = [times(prune, 1, "calibrate", prune.written_bytes - m.nbytes, 0)]
+    rank = [times(prune, 1, "calibrate", prune.written_bytes - m.nbytes, 0)]
     one = estimates.compared([t, m], s.rank_windows, length)
     one = replace(one, peak_bytes=max(one.peak_bytes, estimates.tensor_bytes(t)))
-    stages.append(times(one, count, f"rank {count} candidates", m.nbytes))
+    rank.append(times(one, count, f"rank {count} candidates", m.nbytes))
     if s.repair_samples:
         mend = phases.repair(replace(made.job, repair=s.repair_samples))
-        stages.append(times(mend, count, "repair each of them", m.nbytes))
-    for p in made.phases:
-        if p.name not in NOT_OURS:
-            stages.append(times(p, finals, f"{p.name}, {finals} finalists", p.written_bytes, 0))
+        rank.append(times(mend, count, "repair each of them", m.nbytes))
+    ours = [p for p in made.phases if p.name not in NOT_OURS]
+    trained = [times(p, finals, f"{p.name}, {finals} finalists", p.written_bytes, 0) for p in ours]
     judged = estimates.compared([t, m, m], s.eval_windows, length)
-    return [*stages, times(judged, finals, "judge them", 2 * m.nbytes)], made
-
-
-def seconds(stages: Sequence[estimates.StageCost], at: Rates) -> dict[str, float]:
-    """Of `work`, by what a search does: rank, then train and judge finalists."""
-    count = next(n for n, phase in enumerate(stages) if "finalists" in phase.name)
-    parts = {"rank": stages[:count], "finalists": stages[count:]}
-    return {name: sum(p.seconds(at) for p in part) for name, part in parts.items()}
+    return {"rank": rank, "finalists": [*trained, times(judged, finals, "judge them", 2 * m.nbytes)]}, made

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import cached_targets, live_teacher, sharded, train_loop
+from mis_mlx.distillation import live_teacher, sharded, train_loop
 from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -69,6 +69,16 @@ class Run(OpenRun):
             self.files.append(self.folder / run_folder.PHASES, json.dumps(record))
 
 
+def distil(c: Run, pruned: Checkpoint, out: Path, dtype: str) -> None:
+    """Train to the end from wherever the run stands, then write the student's folder `out`, unless it is there."""
+    if not distributed.broadcast_json(out.exists):
+        take = train(c, pruned)
+        config = {**pruned.config, "torch_dtype": dtype}
+        extra = model_writer.keep_files(model_writer.read_keep(pruned.path))
+        if distributed.is_main():
+            model_writer.write_model(config, take, pruned.path, out, dtype, c.files, extra)
+
+
 def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
     if c.plan.mode == "none":
@@ -97,17 +107,19 @@ def source_of(c: Run) -> live_teacher.TargetSource:
     if r.targets == "live":
         return teacher(None if c.plan.teacher_resident else c.plan.pinned * m.block_work + m.head_work)
     longest = max(r.schedule.iters, c.plan.tuned)  # of training and tuning
-    at = cached_targets.visited(len(c.data.tokens), replace(r, iters=longest))
+    at = live_teacher.visited(len(c.data.tokens), replace(r, iters=longest))
     data = token_windows.Windows(c.data.tokens[at], c.data.learn[at])
     cli.say(f"logit store: {len(at)} windows")
     with c.phase("logit store"), progress.bar("targets", len(at)) as show:
         at_once = max(1, c.plan.held_windows("logit store") // max(1, len(c.shares)))
-        store = cached_targets.write(c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files, seed=r.seed,
-                                     windows_per_pass=at_once, show=show, together=bool(c.shares))  # fmt: skip
+        store = live_teacher.write_store(
+            c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files, seed=r.seed, windows_per_pass=at_once,
+            show=show, together=bool(c.shares),
+        )  # fmt: skip
     cost = f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets"
     cli.say(*store.notes, cost)
     mx.clear_cache()
-    return cached_targets.Cached(store, at)
+    return live_teacher.Cached(store, at)
 
 
 def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:

@@ -47,16 +47,9 @@ class Sharded:
     half of that, and one damaged checkpoint can be done without at any time."""
 
     def __init__(
-        self,
-        student: Checkpoint,
-        shard_layers: int,
-        steps_per_shard: int,
-        weight_decay: float,
-        files: Files,
-        room_bytes: int = 0,
-        direct: bool = False,
-        adapters: Callable[[nn.Module], None] | None = None,
-    ):
+        self, student: Checkpoint, shard_layers: int, steps_per_shard: int, weight_decay: float, files: Files,
+        room_bytes: int = 0, direct: bool = False, adapters: Callable[[nn.Module], None] | None = None,
+    ):  # fmt: skip
         self._student, self._files, self._adapters = student, files, adapters
         self._shard_layers, self._steps_per_shard, self._weight_decay = shard_layers, steps_per_shard, weight_decay
         self._stream = partial(stream.Stream, student, mx.float32, room_bytes, direct)
@@ -104,10 +97,8 @@ class Sharded:
         i = arch.block_of(name)
         if i is None or i not in self.blocks:
             return load.dense(self._student, name)
-        *owners, last = name.split(".")[3:]
-        owner = self.shard.layers[i - self.blocks.start]
-        for step in owners:
-            owner = owner[step]
+        inside, _, last = name.split(".", 3)[3].rpartition(".")
+        owner = dict(self.shard.layers[i - self.blocks.start].named_modules())[inside]
         return (owner.fuse() if hasattr(owner, "fuse") else owner)[last]  # a LoRALinear's weights with its adapter
 
     def _check(self, visit: int) -> None:
@@ -149,14 +140,9 @@ class Sharded:
                 o.bad, o.passed, o.calm = before.bad, before.passed, before.calm
 
     def steps(
-        self,
-        micro_batches: Callable[[int], Sequence[MicroBatch]],
-        loss: Loss,
-        schedule: Schedule,
-        start: int = 0,
-        factor: Callable[[int], float] = lambda step: 1.0,
-        slopes: Slopes | None = None,
-    ) -> Iterator[Step]:
+        self, micro_batches: Callable[[int], Sequence[MicroBatch]], loss: Loss, schedule: Schedule, start: int = 0,
+        factor: Callable[[int], float] = lambda step: 1.0, slopes: Slopes | None = None,
+    ) -> Iterator[Step]:  # fmt: skip
         """Run steps `start` to `schedule.iters` as `train_loop.train` does; after the last one the student is
         trained."""
 
@@ -238,13 +224,9 @@ class Sharded:
         return self._norm(out).reshape(-1, out.shape[-1])
 
     def _back(
-        self,
-        i: int,
-        block: nn.Module,
-        kept: stream.Hidden,
-        ends: Sequence[Callable[[mx.array], mx.array] | None],
+        self, i: int, block: nn.Module, kept: stream.Hidden, ends: Sequence[Callable[[mx.array], mx.array] | None],
         slopes: Callable[[int, mx.array], tuple[float, mx.array]] | None = None,
-    ) -> tuple[float, dict[str, mx.array]]:
+    ) -> tuple[float, dict[str, mx.array]]:  # fmt: skip
         """All micro-batches back through block i, computed again: (sum of losses, gradients if in the shard). ends: for
         the last block, what makes a loss of its output; else its cotangent is in `kept`. slopes: of the b-th batch's
         final hidden states the loss and its gradient, where the ends make no more than these: the way back is laid out

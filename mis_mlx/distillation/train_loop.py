@@ -25,15 +25,10 @@ Loss = Callable[..., tuple[Any, ...]]
 
 
 def train(
-    model: nn.Module,
-    micro_batches: Callable[[int], Sequence[tuple[Any, ...]]],
-    loss: Loss,
-    optimizer: GuardedAdamW,
-    schedule: Schedule,
-    start: int = 0,
-    factor: Callable[[int], float] = lambda step: 1.0,
+    model: nn.Module, micro_batches: Callable[[int], Sequence[tuple[Any, ...]]], loss: Loss, optimizer: GuardedAdamW,
+    schedule: Schedule, start: int = 0, factor: Callable[[int], float] = lambda step: 1.0,
     gradient_of: Callable[..., Any] | None = None,
-) -> Iterator[Step]:
+) -> Iterator[Step]:  # fmt: skip
     """Run steps `start` to `schedule.iters`, yielding each as it is done (`Step.number` counts from 1).
 
     micro_batches(step): what makes up a step, as argument tuples for `loss`. factor(step): eq. (2)'s (1 + eps_halny);

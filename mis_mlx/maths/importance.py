@@ -54,10 +54,8 @@ def weight_of(reading: Reading | None, unit: str) -> float | None:
     if unit == "kelvin":
         return reading.ambient_c + KELVIN
     if reading.ambient_c <= 0:
-        raise MisError(
-            f"the air is {reading.ambient_c:g} °C and --temperature-unit celsius needs more than 0 °C, "
-            "a negative weight would reverse the ranking: use --temperature-unit kelvin"
-        )
+        why = f"the air is {reading.ambient_c:g} °C and --temperature-unit celsius needs more than 0 °C"
+        raise MisError(f"{why}, a negative weight would reverse the ranking: use --temperature-unit kelvin")
     return reading.ambient_c
 
 
@@ -159,8 +157,7 @@ def top_in_groups(
     kept_groups = range(groups) if kept_groups is None else kept_groups
     each, kept = len(scores) // groups, list[int]()
     for g in kept_groups:
-        inside = top(scores[g * each : (g + 1) * each], keep // len(kept_groups))
-        kept += [g * each + i for i in inside]
+        kept += [g * each + i for i in top(scores[g * each : (g + 1) * each], keep // len(kept_groups))]
     return tuple(kept)
 
 

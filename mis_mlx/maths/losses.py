@@ -32,17 +32,10 @@ def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def kl_sum(
-    student: mx.array,
-    head: mx.array,
-    teacher: mx.array,
-    teacher_logits: Logits,
-    learn: mx.array,
-    temperature: float = 1.0,
-    rows: int | None = None,
-    frozen_head: bool = False,
-    labels: mx.array | None = None,
+    student: mx.array, head: mx.array, teacher: mx.array, teacher_logits: Logits, learn: mx.array,
+    temperature: float = 1.0, rows: int | None = None, frozen_head: bool = False, labels: mx.array | None = None,
     cross_entropy: float = 0.0,
-) -> mx.array:
+) -> mx.array:  # fmt: skip
     """Sum over positions of KL(softmax(z_t / T) || softmax(z_s / T)) in nats, differentiable in student, head.
 
     student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  teacher: (n, D_t), constant.
@@ -70,14 +63,9 @@ def kl_sum(
 
 
 def sum_by_chunks(
-    formula: Formula,
-    student: mx.array,
-    head: mx.array,
-    targets: tuple[mx.array, ...],
-    learn: mx.array,
-    rows: int | None,
-    frozen_head: bool,
-) -> mx.array:
+    formula: Formula, student: mx.array, head: mx.array, targets: tuple[mx.array, ...], learn: mx.array,
+    rows: int | None, frozen_head: bool,
+) -> mx.array:  # fmt: skip
     """Sum of `formula`'s losses over chunks of positions; its gradients are carried to the backward pass as (n, D)
     and (V, D) arrays, so logits are never recomputed and never kept."""
     rows = rows or chunk_rows(head.shape[0])
@@ -131,14 +119,9 @@ def sample(logits: mx.array, count: int, seed: int, first: int) -> tuple[np.ndar
 
 
 def sampled_kl_sum(
-    student: mx.array,
-    head: mx.array,
-    ids: mx.array,
-    weights: mx.array,
-    learn: mx.array,
-    rows: int | None = None,
+    student: mx.array, head: mx.array, ids: mx.array, weights: mx.array, learn: mx.array, rows: int | None = None,
     frozen_head: bool = False,
-) -> mx.array:
+) -> mx.array:  # fmt: skip
     """Sum over positions of KL(w || softmax(z_s)) in nats, differentiable in student and head.
 
     student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  ids, weights: (n, m), the tokens of the
@@ -157,13 +140,9 @@ def sampled_kl_sum(
 
 
 def token_logps(
-    hidden: mx.array,
-    head: mx.array,
-    targets: mx.array,
-    temperature: float = 1.0,
-    frozen_head: bool = False,
+    hidden: mx.array, head: mx.array, targets: mx.array, temperature: float = 1.0, frozen_head: bool = False,
     rows: int | None = None,
-) -> mx.array:
+) -> mx.array:  # fmt: skip
     """log softmax(hidden @ head.T / temperature) at `targets`: (n,) float32, differentiable in hidden and head. Each
     position has its own value and its own cotangent, so the way back makes a chunk's logits again.
 

@@ -38,14 +38,9 @@ def teaches(rewards: np.ndarray) -> np.ndarray:
 
 
 def token_losses(
-    new: mx.array,
-    old: mx.array,
-    advantage: mx.array,
-    epsilon: float,
-    epsilon_high: float,
-    reference: mx.array | None = None,
-    beta: float = 0.0,
-) -> mx.array:
+    new: mx.array, old: mx.array, advantage: mx.array, epsilon: float, epsilon_high: float,
+    reference: mx.array | None = None, beta: float = 0.0,
+) -> mx.array:  # fmt: skip
     """-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta k3 of every token, (B, T); rho = pi_new / pi_old.
 
     new, old, reference: (B, T) log-probabilities, all at the sampling temperature; only `new` has a gradient.
@@ -79,14 +74,9 @@ def loss_sum(losses: mx.array, mask: mx.array, kind: LossType, max_tokens: int) 
 
 
 def pair_losses(
-    chosen: mx.array,
-    rejected: mx.array,
-    beta: float,
-    kind: PairLoss = "dpop",
-    dpop_lambda: float = 5.0,
-    chosen_tokens: mx.array | float = 1.0,
-    rejected_tokens: mx.array | float = 1.0,
-) -> mx.array:
+    chosen: mx.array, rejected: mx.array, beta: float, kind: PairLoss = "dpop", dpop_lambda: float = 5.0,
+    chosen_tokens: mx.array | float = 1.0, rejected_tokens: mx.array | float = 1.0,
+) -> mx.array:  # fmt: skip
     """(B,) losses of pairs whose answers have rewards r_w, chosen, and r_l, rejected, (B,) each, and so many tokens.
 
     r = log pi(y|x) - log pi_ref(y|x): DPO's implicit reward over beta.

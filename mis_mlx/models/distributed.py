@@ -212,7 +212,6 @@ def check_same(what: Mapping[str, Any]) -> None:
     for number, other in enumerate(everyone):
         for name, value in everyone[0].items():
             if other[name] != value:
-                raise MisError(
-                    f"machine {number} has another {name} than machine 0 ({str(other[name])[:12]}, not "
-                    f"{str(value)[:12]}): give all of them the same"
-                )
+                why = f"machine {number} has another {name} than machine 0"
+                both = f"{str(other[name])[:12]}, not {str(value)[:12]}"
+                raise MisError(f"{why} ({both}): give all of them the same")

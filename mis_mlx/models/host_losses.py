@@ -66,14 +66,9 @@ def _kl(temperature: float, z: np.ndarray, target: np.ndarray, learn: np.ndarray
 
 
 def kl_gradients(
-    student: mx.array,
-    head: mx.array,
-    teacher: mx.array,
-    teacher_logits: Logits,
-    learn: mx.array,
-    temperature: float = 1.0,
-    frozen_head: bool = False,
-) -> tuple[float, mx.array, mx.array | None]:
+    student: mx.array, head: mx.array, teacher: mx.array, teacher_logits: Logits, learn: mx.array,
+    temperature: float = 1.0, frozen_head: bool = False,
+) -> tuple[float, mx.array, mx.array | None]:  # fmt: skip
     """`losses.kl_sum` without labels: (the sum, its gradients in student (n, D) and in a head (V, D) not frozen)."""
     loss, dh, dw = 0.0, list[mx.array](), None if frozen_head else mx.zeros_like(head)
     weights, kl = np.array(learn, np.float32), partial(_kl, temperature)

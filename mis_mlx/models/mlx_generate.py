@@ -90,14 +90,9 @@ def sampler(temperature: float, seed: int) -> Sampler:
 
 
 def groups(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    count: int,
-    max_tokens: int,
-    stop: Collection[int],
-    draw: Sampler,
-    at_once: int,
-) -> list[list[list[int]]]:
+    model: nn.Module, prompts: Sequence[Sequence[int]], count: int, max_tokens: int, stop: Collection[int],
+    draw: Sampler, at_once: int,
+) -> list[list[list[int]]]:  # fmt: skip
     """`count` completions of each prompt as token ids; each ends with its stop token, or after `max_tokens`.
 
     at_once: completions generated together; a prompt's come in one batch, so that it is read once."""

@@ -179,13 +179,9 @@ def _odds(draft: Context, text: list[int], vocab: int, nodes: Sequence[Node]) ->
 
 
 def decode(
-    model: Stream,
-    ids: Sequence[int],
-    count: int,
-    ends: Container[int] = (),
-    draft: Stream | None = None,
+    model: Stream, ids: Sequence[int], count: int, ends: Container[int] = (), draft: Stream | None = None,
     size: int = SIZE,
-) -> Iterator[list[int]]:
+) -> Iterator[list[int]]:  # fmt: skip
     """The model's own greedy continuation of token ids, up to `count` tokens or one of `ends`, pass by pass.
 
     Each item is what one pass of the model settled: one token or, with a draft, the guesses that were right

@@ -42,9 +42,8 @@ def check_tokenizer(folder: Path) -> None:
     try:
         child_process.ask(__name__, "attempt", {"folder": str(folder)}, SECONDS, MEMORY_BYTES)
     except child_process.NoAnswer as why:
-        raise MisError(
-            f"{folder}: the tokenizer does not open ({why}): copy its files again, from a model that you trust"
-        ) from None
+        remedy = "copy its files again, from a model that you trust"
+        raise MisError(f"{folder}: the tokenizer does not open ({why}): {remedy}") from None
     PASSED.add(digest.digest())
 
 

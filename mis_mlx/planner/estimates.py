@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import process_bytes
-from mis_mlx.hardware.rates import Rates
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.maths.reconstruction import RIDGES
 from mis_mlx.models import arch, load, policy
@@ -125,7 +124,7 @@ class StageCost:
     held_tokens: int = 0  # whose hidden states stay in memory
     updated: int = 0  # parameters that the optimizer changes, in all steps together
 
-    def seconds(self, at: Rates, hot: bool = False) -> float:
+    def seconds(self, at: rates.Rates, hot: bool = False) -> float:
         """What takes longest: the disk, the arithmetic, or fetching weights from memory; they overlap. The
         optimizer's updates come on top of the arithmetic, which ends before one begins."""
         disk = self.read_bytes / at.read_bytes_per_s + self.written_bytes / at.write_bytes_per_s
@@ -133,7 +132,7 @@ class StageCost:
         work = self.flops / (flops_per_s * (at.hot if hot else 1.0)) + self.update_seconds(at)
         return max(disk, work, self.touched_bytes / at.memory_bytes_per_s)
 
-    def update_seconds(self, at: Rates) -> float:
+    def update_seconds(self, at: rates.Rates) -> float:
         """Of all the optimizer's updates; a CPU's training rate has them in it (rates.ELEMENTWISE)."""
         return UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s if at.gpu else 0.0
 
@@ -187,18 +186,9 @@ def pins(m: ModelSize, room_bytes: int) -> int:
 
 
 def streamed_pass(
-    name: str,
-    m: ModelSize,
-    tokens: int,
-    micro_tokens: int,
-    length: int,
-    limit_bytes: int = 0,
-    *,
-    head: bool = True,
-    spool: bool = True,
-    again: bool = False,
-    beside_bytes: int = 0,
-) -> StageCost:
+    name: str, m: ModelSize, tokens: int, micro_tokens: int, length: int, limit_bytes: int = 0, *, head: bool = True,
+    spool: bool = True, again: bool = False, beside_bytes: int = 0,
+) -> StageCost:  # fmt: skip
     """One pass from disk over `tokens`, block by block, all micro-batches in each: what `stream.Stream` does.
 
     head: with logits at the end. spool: hidden states that find no room are written and read once a block.
@@ -265,7 +255,7 @@ def fit(budget: Budget, *phases: StageCost, remedy: str = "") -> None:
     budget.need(worst.peak_bytes, worst.name, remedy or default)
 
 
-def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = False) -> Rates:
+def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = False) -> rates.Rates:
     """Documented rates of an M1 Air, or this machine's: measured now, measured earlier, or assumed.
 
     What is measured is kept in the cache folder for every later plan."""

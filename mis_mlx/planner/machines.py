@@ -8,27 +8,23 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import distributed, pipeline_parallel, policy
 from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.estimates import ModelSize
-from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 
-def agreed(made: MemoryPlan) -> MemoryPlan:
+def agreed(made: phases.MemoryPlan) -> phases.MemoryPlan:
     """The way of the first machine's plan, for each with its own budget; MisError where the student is not whole."""
     if distributed.size() == 1:
         return made
     job = made.job
     made = phases.one(job, made.budget_bytes, made.rates, **distributed.broadcast_json(lambda: made.way))
     if made.mode == "sharded":
-        raise MisError(
-            f"{distributed.size()} machines train a student that each has whole in memory, and within "
-            f"{gib(made.budget_bytes)} this one is to be trained one part of it at a time: "
-            "give more --budget, leave out --train, or use one machine"
-        )
+        why = f"{distributed.size()} machines train a student that each has whole in memory, and within "
+        why += f"{gib(made.budget_bytes)} this one is to be trained one part of it at a time"
+        raise MisError(f"{why}: give more --budget, leave out --train, or use one machine")
     return made
 
 
-def shares(made: MemoryPlan) -> tuple[int, ...]:
+def shares(made: phases.MemoryPlan) -> tuple[int, ...]:
     """How many of the teacher's blocks each machine has; () where there is one machine."""
     if distributed.size() == 1:
         return ()
@@ -52,7 +48,7 @@ def opened(checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, 
     return pipeline_parallel.Relay(*where, pipeline_parallel.shared(m.shape.layers, keeps, cost))
 
 
-def reading(m: ModelSize, tokens: int, length: int, at: Rates) -> float:
+def reading(m: estimates.ModelSize, tokens: int, length: int, at: Rates) -> float:
     """What reading a block takes, where passing `tokens` through it takes 1."""
     work = estimates.forward_flops(m, tokens, length, False) / m.shape.layers / at.forward_flops_per_s
     return m.block_bytes / at.read_bytes_per_s / work

@@ -105,10 +105,8 @@ def memory_aim(config: Mapping[str, Any], text: str, limit: int, tolerance: floa
     """At most `limit` bytes of memory in use, and at least twice `tolerance` of the teacher's less."""
     teacher = memory_bytes(arch.student_config(config, shape_of(config)), cached)
     if limit >= teacher:
-        raise MisError(
-            f"--memory {text}: the teacher takes {gib(teacher)} in 4 bits with {cached} tokens of context, which fits: "
-            "ask for less"
-        )
+        why = f"the teacher takes {gib(teacher)} in 4 bits with {cached} tokens of context, which fits"
+        raise MisError(f"--memory {text}: {why}: ask for less")
     return Aim(f"--memory {text}", teacher, limit - 2 * tolerance * teacher, limit,
                lambda shape: memory_bytes(arch.student_config(config, shape), cached), gib)  # fmt: skip
 
@@ -195,15 +193,11 @@ def field(config: Mapping[str, Any], aim: Aim) -> list[Shape]:
     cheapest, target = min(map(aim.cost, least)), (aim.low + aim.high) / 2
     fixed = f" ({stuck(config)} cannot be cut)" if stuck(config) else ""
     if cheapest > aim.high or not near:
-        raise MisError(
-            f"{aim.flag}: that is {aim.words(aim.high)} at the most, the smallest shape this teacher can be cut to has "
-            f"{aim.words(cheapest)}{fixed}: ask for less of a cut"
-        )
+        why = f"that is {aim.words(aim.high)} at the most, the smallest shape this teacher can be cut to has "
+        raise MisError(f"{aim.flag}: {why}{aim.words(cheapest)}{fixed}: ask for less of a cut")
     nearest = min(map(aim.cost, near), key=lambda cost: abs(cost - target))
-    raise MisError(
-        f"{aim.flag}: no shape lies between {aim.words(aim.low)} and {aim.words(aim.high)}, the nearest has "
-        f"{aim.words(nearest)}{fixed}: widen --tolerance, or ask for that"
-    )
+    why = f"no shape lies between {aim.words(aim.low)} and {aim.words(aim.high)}, the nearest has {aim.words(nearest)}"
+    raise MisError(f"{aim.flag}: {why}{fixed}: widen --tolerance, or ask for that")
 
 
 def scenarios(config: Mapping[str, Any], aim: Aim) -> list[Shape]:

@@ -191,16 +191,15 @@ class _Ends:
         self.squares[self.table] += float((along * np.array(self.variances[self.table][mx.array(rows)])).sum())
 
 
-class _Shifted(nn.Module):
+class _Shifted(stream.InputRecorder):
     """`inner` with `shift` (B, T, out) added to what comes out: its gradient is the cotangent there."""
 
     def __init__(self, inner: nn.Module, shift: mx.array):
-        super().__init__()
-        self.inner, self.shift = inner, shift
+        super().__init__(inner)
+        self.shift = shift
 
     def __call__(self, x: mx.array) -> mx.array:
-        self.into = x
-        return self.inner(x) + self.shift
+        return super().__call__(x) + self.shift
 
 
 def _back(
@@ -214,7 +213,7 @@ def _back(
         for (part, name, _), linear, shift in zip(matrices, linears, shifts, strict=True):
             block[part][name] = _Shifted(linear, shift)
         out = block(x, mask)
-        return [out, *(mx.stop_gradient(block[part][name].into) for part, name, _ in matrices)]
+        return [out, *(mx.stop_gradient(block[part][name].take()) for part, name, _ in matrices)]
 
     shifts = [mx.zeros((*x.shape[:2], len(linear.weight)), x.dtype) for linear in linears]
     outs, (below, *cotangents) = mx.vjp(run, [x, *shifts], [above])

@@ -105,13 +105,9 @@ def layout(
 
 
 def write_quantized(
-    checkpoint: Checkpoint,
-    out: Path,
-    plan: Layout | int,
-    files: Files,
-    rounded: Rounded | None = None,
+    checkpoint: Checkpoint, out: Path, plan: Layout | int, files: Files, rounded: Rounded | None = None,
     extra: Mapping[str, bytes] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
 
     plan: of every matrix; or a group size, for 4 bits and `blocks_after_removed` in 8. rounded: the blocks' matrices,
@@ -131,9 +127,8 @@ def write_quantized(
     tensors = _packed(checkpoint, plan, rounded)
     model_writer.write_folder(config, specs, tensors, checkpoint.path, out, files, extra)
     nbytes = sum(map(spec_bytes, specs.values()))
-    count = sum(math.prod(s) for s in arch.tensors_of(checkpoint.config).values())
     return {
-        "bits_per_weight": 8 * nbytes / count,
+        "bits_per_weight": 8 * nbytes / arch.params(checkpoint.config),
         "bits_per_block_weight": block_bits(checkpoint.config, plan),
         "nbytes": nbytes,
         "group_size": common.group,
@@ -217,10 +212,8 @@ def resident(checkpoint: Checkpoint) -> nn.Module:
     for path, kind in formats(checkpoint).items():
         if (layer := arch.block_of(path)) is None:
             continue
-        *owners, name = path.split(".")[3:]
-        owner = model.model.layers[layer]
-        for step in owners:
-            owner = owner[step]
+        inside, _, name = path.split(".", 3)[3].rpartition(".")
+        owner = dict(model.model.layers[layer].named_modules())[inside]
         stored = safetensors.lazy(checkpoint.tensors, names := [f"{path}.{part}" for part in PARTS])
         owner[name] = grid = TrainableQuantizedLinear(tuple(stored[n] for n in names), kind, owner[name].get("bias"))
         stream.evaluate_now(grid._integers, grid.scales, grid.biases)  # whatever stays lazy keeps its file open

@@ -64,8 +64,7 @@ def commit_folder(
             files.rename(tmp, final)
             files.fsync(final.parent)  # from here on the folder survives a power cut
         except BaseException:
-            with contextlib.suppress(OSError):  # give the space back; what stays is swept at the next start
-                files.remove_tree(tmp)
+            files.discard(tmp)  # give the space back; what stays is swept at the next start
             raise
 
 
@@ -133,8 +132,7 @@ def sweep(folder: Path, files: Files = DISK) -> None:
     """Delete what a crash left half-made or half-deleted in `folder`. Hold the `lock` of the run."""
     for path in folder.iterdir():
         if path.name.startswith(LEFTOVER):
-            with contextlib.suppress(OSError):
-                files.remove_tree(path)
+            files.discard(path)
 
 
 @contextlib.contextmanager
@@ -167,8 +165,7 @@ def _sweep_for(name: str, tmp: Path, files: Files) -> None:
         if left == tmp:
             files.remove_tree(left)
         elif number.isdigit() and not psutil.pid_exists(int(number)):
-            with contextlib.suppress(OSError):  # it may be another user's, and is only in the way of the disk
-                files.remove_tree(left)
+            files.discard(left)  # it may be another user's
 
 
 def _numbers(steps_dir: Path) -> list[int]:

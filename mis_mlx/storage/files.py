@@ -107,6 +107,11 @@ class Files:
         with reported(path.parent, f"the log {path.name}"):
             self.add_line(path, line)
 
+    def discard(self, path: Path) -> None:
+        """`remove_tree` of what is in nobody's way but the disk's: where it refuses, it stays."""
+        with contextlib.suppress(OSError):
+            self.remove_tree(path)
+
     def make_folder(self, path: Path) -> None:
         """Make `path` and its missing parents durable; nothing happens when it is there."""
         if not path.is_dir():
@@ -125,8 +130,7 @@ class Files:
             self.rename(temp, path)
             self.fsync(path.parent)
         except BaseException:
-            with contextlib.suppress(OSError):
-                self.remove_tree(temp)
+            self.discard(temp)
             raise
 
     def replace_text(self, path: Path, text: str) -> None:

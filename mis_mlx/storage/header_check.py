@@ -62,7 +62,7 @@ def _read_header(path: Path) -> tuple[bytes, int]:
     """The header's bytes and the size of the file."""
     try:
         # Opening a named pipe must not wait for a writer.
-        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise Refused("it is not a regular file")
@@ -74,9 +74,7 @@ def _read_header(path: Path) -> tuple[bytes, int]:
                 raise Refused(f"it claims a header of {nbytes} bytes, {MAX_HEADER_BYTES} are allowed")
             if 8 + nbytes > size:
                 raise Refused(f"it claims a header of {nbytes} bytes but has only {size}, an incomplete download")
-            text = b""
-            while len(text) < nbytes and (piece := file.read(nbytes - len(text))):
-                text += piece
+            text = file.read(nbytes)
             after = os.fstat(file.fileno())
     except OSError as error:
         raise Refused(f"it cannot be read ({error.strerror})") from None

@@ -58,22 +58,20 @@ def create(folder: Path, spec: Spec, files: Files) -> Targets:
     with reported(folder, "the targets"):
         files.make_folder(folder)
     sweep(folder, files)
-    if not (folder / MANIFEST).exists():
-        store = Targets(folder, spec, {}, files)
-        store.save()
-        return store
-    there, parts = _manifest(folder)
+    new = not (folder / MANIFEST).exists()
+    there, parts = (spec, {}) if new else _manifest(folder)
     for name, wanted in asdict(spec).items():
         if (other := getattr(there, name)) != wanted:
-            raise MisError(
-                f"{folder} holds targets of another {name.replace('_', ' ')} ({str(other)[:12]}, not "
-                f"{str(wanted)[:12]}): delete it, or choose another folder"
-            )
+            both = f"{str(other)[:12]}, not {str(wanted)[:12]}"
+            why = f"{folder} holds targets of another {name.replace('_', ' ')} ({both})"
+            raise MisError(f"{why}: delete it, or choose another folder")
     store = Targets(folder, spec, parts, files)
     for number in sorted(parts):
         if store.sound(number) is None:
             store.notes.append(f"{store.path(number).name} of the targets is damaged: it is made again")
             del parts[number]
+    if new:
+        store.save()
     return store
 
 
@@ -130,7 +128,6 @@ class Targets:
         return data if hashlib.sha256(data).hexdigest() == facts["sha256"] else None
 
     def _within(self, number: int) -> range:
-        """Windows of a part."""
         start = number * self.spec.part_windows
         return range(start, min(start + self.spec.part_windows, self.spec.windows))
 
@@ -191,7 +188,6 @@ class Targets:
 
 
 def _manifest(folder: Path) -> tuple[Spec, dict[int, dict[str, Any]]]:
-    """What targets.json says."""
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
         parts = {int(n): {key: facts[key] for key in ("bytes", "sha256")} for n, facts in content.pop("parts").items()}

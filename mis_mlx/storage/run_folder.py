@@ -25,13 +25,9 @@ SAMPLE_BYTES = 4096
 
 
 def create(
-    out: str | None,
-    name: str,
-    settings: Mapping[str, Any],
-    origin: Mapping[str, str],
-    plan: Mapping[str, Any],
+    out: str | None, name: str, settings: Mapping[str, Any], origin: Mapping[str, str], plan: Mapping[str, Any],
     files: Files,
-) -> Path:
+) -> Path:  # fmt: skip
     """A new run folder (`out`, or the next free runs/NAME-001) with its settings, for `-c` too, what it was made from,
     and how it trains. MisError when `out` holds a run already."""
     if out is None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.data.token_windows import Windows, order
-from mis_mlx.distillation import cached_targets, live_teacher
+from mis_mlx.distillation import live_teacher
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load
 from mis_mlx.planner.recipe import TrainingConfig
@@ -45,7 +45,7 @@ def some(n: int = 80) -> Windows:
 
 
 def write(llama: Checkpoint, data: Windows, folder: Path, **more: object) -> logit_store.Targets:
-    return cached_targets.write(llama, lambda: live_teacher.StreamedTeacher(llama), data, folder, DISK, **more)  # type: ignore[arg-type]
+    return live_teacher.write_store(llama, lambda: live_teacher.StreamedTeacher(llama), data, folder, DISK, **more)  # type: ignore[arg-type]
 
 
 def train(
@@ -72,7 +72,7 @@ def test_the_store_is_the_same_however_windows_pass(tmp_path: Path, llama: Check
     seen = []
     teacher = live_teacher.StreamedTeacher(llama, None)
     how = {"count": 20, "windows_per_pass": 7, "show": lambda n, text: seen.append((n, text))}
-    cached_targets.write(llama, lambda: teacher, some(), tmp_path, DISK, **how)
+    live_teacher.write_store(llama, lambda: teacher, some(), tmp_path, DISK, **how)
     assert bytes_of(tmp_path) == bytes_of(whole)
     assert [n for n, _ in seen] == list(range(1, 81)) and seen[-1][1].endswith(" bytes/token")
 
@@ -100,18 +100,18 @@ def near(live: list[Step]) -> Any:
 def test_only_visited_windows_need_targets(tmp_path: Path, llama: Checkpoint, student: Checkpoint) -> None:
     """Of 80 windows a run of six steps visits 24: a store of those trains as it should, others are a bug."""
     data = some()
-    at = cached_targets.visited(80, RECIPE)
+    at = live_teacher.visited(80, RECIPE)
     steps = [order(80, 4, step, RECIPE.seed) for step in range(6)]
     assert len(at) == 24 and set(at) == {int(w) for s in steps for w in s} and (np.diff(at) > 0).all()
     picked = Windows(data.tokens[at], data.learn[at])
-    source = cached_targets.Cached(write(llama, picked, tmp_path, count=MANY), at)
+    source = live_teacher.Cached(write(llama, picked, tmp_path, count=MANY), at)
     live = train(student, live_teacher.StreamedTeacher(llama, None), data)[1]
     assert [s.loss for s in train(student, source, data)[1]] == near(live)
     other = next(w for w in range(80) if w not in at)
     with pytest.raises(ValueError, match="are not all in"):
         source.micro_batches([Batch(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([other])])
     with pytest.raises(ValueError, match="5 windows for a store of 24"):
-        cached_targets.Cached(opened(tmp_path), at[:5])
+        live_teacher.Cached(opened(tmp_path), at[:5])
 
 
 def test_another_teacher_other_data_or_another_seed_are_refused(
@@ -134,7 +134,7 @@ def test_a_damaged_part_is_made_again_from_the_teacher(tmp_path: Path, llama: Ch
     """One bit flipped: training refuses it, writing mends it and says so."""
     folder = shutil.copytree(whole, tmp_path / "t")
     flip(folder / "part-00001.safetensors")
-    source = cached_targets.Cached(opened(folder))
+    source = live_teacher.Cached(opened(folder))
     with pytest.raises(MisError, match=r"part-00001.safetensors is damaged"):
         source.micro_batches([Batch(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([40])])
     store = write(llama, some(), folder, count=20)
@@ -147,14 +147,14 @@ def test_a_finished_store_does_not_open_its_teacher(llama: Checkpoint, whole: Pa
     def teacher() -> live_teacher.StreamedTeacher:
         raise AssertionError("opened")
 
-    assert cached_targets.write(llama, teacher, some(), whole, DISK, count=20).missing() == []
+    assert live_teacher.write_store(llama, teacher, some(), whole, DISK, count=20).missing() == []
     with pytest.raises(AssertionError, match="opened"):
-        cached_targets.write(llama, teacher, some(3), whole.parent / "new", DISK)
+        live_teacher.write_store(llama, teacher, some(3), whole.parent / "new", DISK)
 
 
 def test_what_a_store_cannot_do_is_said(whole: Path, student: Checkpoint) -> None:
     """A student of another vocabulary needs its own."""
-    source = cached_targets.Cached(opened(whole))
+    source = live_teacher.Cached(opened(whole))
     model = load.resident(student, mx.float32)
     model.model.embed_tokens.weight = model.model.embed_tokens.weight[:500]
     arguments = source.micro_batches([Batch(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])])[0]
