@@ -76,8 +76,7 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text) or {}
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise MisError(f"{path}: cannot be read ({error.strerror}): give an existing file to -c") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -11,7 +11,6 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
 from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.data import examples, rows
-from mis_mlx.data.rows import Row
 from mis_mlx.distillation import run_loop
 from mis_mlx.evaluation import rewards
 from mis_mlx.models import distributed, load, stream
@@ -20,7 +19,7 @@ from mis_mlx.types import Checkpoint, MisError
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
 # Rows to train on, token ids of their prompts, held-out rows, theirs, what is known of the data.
-Questions = tuple[list[Row], list[list[int]], list[Row], list[list[int]], dict[str, Any]]
+Questions = tuple[list[rows.Row], list[list[int]], list[rows.Row], list[list[int]], dict[str, Any]]
 
 
 def _questions(s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.Function]) -> Questions:

@@ -13,9 +13,8 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models import arch, distributed, lora, policy
-from mis_mlx.planner import estimates, training_size
+from mis_mlx.planner import estimates, recipe, training_size
 from mis_mlx.planner.phases import SAVED_BYTES
-from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Tokens, Within, duration, gib
 
@@ -26,7 +25,7 @@ S = TypeVar("S", bound="Alignment")
 
 
 @dataclass(frozen=True)
-class Alignment(cli.Resumable, policy.Computing, ThermalFlags, TrainingConfig):
+class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingConfig):
     """The flags that sft, dpo and grpo share."""
 
     batch_size: Count = 4
@@ -61,8 +60,7 @@ class Alignment(cli.Resumable, policy.Computing, ThermalFlags, TrainingConfig):
     @property
     def lora(self) -> lora.Lora | None:
         """The adapters asked for, if any."""
-        wanted = lora.Lora(self.num_layers, self.rank, self.scale)
-        return wanted if self.fine_tune_type == "lora" else None
+        return lora.Lora(self.num_layers, self.rank, self.scale) if self.fine_tune_type == "lora" else None
 
 
 def opened(s: Alignment) -> Checkpoint:

@@ -100,8 +100,7 @@ class PackedDataset:
             student: nn.Module, tokens: mx.array, rows: mx.array, learn: mx.array, *target: mx.array
         ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
             hidden = self.hidden(student, tokens, rows)
-            head = load.head_weight(student)
-            total = source.kl_sum(hidden, head, learn, *target, frozen_head=frozen_head)
+            total = source.kl_sum(hidden, load.head_weight(student), learn, *target, frozen_head=frozen_head)
             return total, learn.sum(), {"tokens": (rows != PADDING).sum()}
 
         return loss
@@ -116,8 +115,7 @@ class PackedDataset:
         total, count = 0.0, 0.0
         for at in by_length("held out: batch", self.lengths, batch_size):
             tokens, learn, rows = rectangle([self.windows[i] for i in at])
-            hidden = self.hidden(student, tokens, rows)
-            logps = token_logps(hidden, load.head_weight(student), labels(tokens))
+            logps = token_logps(self.hidden(student, tokens, rows), load.head_weight(student), labels(tokens))
             total -= float((logps * learn.reshape(-1)).sum())
             count += float(learn.sum())
         return {"loss": total / max(count, 1.0)}

@@ -12,7 +12,6 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths import losses, rounding
-from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import load, policy
 from mis_mlx.quantization.packed_format import Format
@@ -141,7 +140,7 @@ def chunked_kl(dtype: mx.Dtype) -> Found:
 def logps(dtype: mx.Dtype) -> Found:
     """Log-probabilities of given tokens and their gradients, behind a cast and under a float32 head, as LoRA has it."""
     h, w, ids = drawn(0, 40, 64, dtype=dtype).astype(mx.float32), drawn(1, 512, 64) / 8, mx.arange(40) * 7
-    work = mx.value_and_grad(lambda h, w: token_logps(h.astype(dtype), w, ids, rows=8).sum(), [0, 1])
+    work = mx.value_and_grad(lambda h, w: losses.token_logps(h.astype(dtype), w, ids, rows=8).sum(), [0, 1])
     value, slopes = work(h, w)
     q, log_q = _softmax(wide(h) @ wide(w).T)
     there = np.eye(512)[np.array(ids)] - q

@@ -179,10 +179,8 @@ def encode(
         sequences = list[Sequenced]()
         for one in [{"prompt": row["prompt"], "completion": row[key]} for key in answers] or [row]:
             try:
-                if templated or "messages" in one:
-                    ids, learn = token_windows.conversation(one, tokenizer, mask_prompt)
-                else:
-                    ids, learn = token_windows.plain(one, tokenizer, mask_prompt)
+                how = token_windows.conversation if templated or "messages" in one else token_windows.plain
+                ids, learn = how(one, tokenizer, mask_prompt)
             except Exception as error:  # a template is a program that came with the model: it can raise anything
                 problems.append(f"{at}: the chat template refuses it ({' '.join(str(error).split())[:80]})")
                 break

@@ -149,9 +149,8 @@ def value(text: str, language: Language | None, like: Value | None = None) -> Va
     """A right answer's value as a data set writes it; or an answer's, read as what `like` is. None where it is none."""
     line = _plain(clean(text) or "")
     if like is None:
-        if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line):
-            return clock(line)
-        return quantity(line, language) or names(line)
+        is_time = re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line)
+        return clock(line) if is_time else quantity(line, language) or names(line)
     if isinstance(like, tuple):
         return names(line)
     return clock(line) if like.kind == "clock" else quantity(line, language)

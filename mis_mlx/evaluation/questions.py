@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from mis_mlx.data import rows, sources
+from mis_mlx.data import preparation, rows
 from mis_mlx.types import MisError
 
 Kind = Literal["choice", "checked"]
@@ -169,8 +169,8 @@ def words(text: str) -> list[str]:
 
 def training_words(data: str | None) -> list[str]:
     """All words of a data source's training rows; None: both built-in texts."""
-    names = [data] if data else [None, sources.MIS]
-    return [word for name in names for row in sources.load(name).train for word in words(text_of(row))]
+    names = [data] if data else [None, preparation.MIS]
+    return [word for name in names for row in preparation.load(name).train for word in words(text_of(row))]
 
 
 def text_of(row: Mapping) -> str:

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.maths.stats import interval, recovery
-from mis_mlx.reporting import figures, html
-from mis_mlx.reporting.text import markdown_table
+from mis_mlx.reporting import figures, html, text
 
 Three = tuple[float, float, float]  # value, low, high
 
@@ -73,9 +72,10 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     alike = [o for o in outcomes if any(len(set(marks)) == 1 for marks in o.marks.values())]
     constants = [(o, *o.constant) for o in knows if o.constant]
     overlaps = [(o.task, *o.overlap) for o in outcomes if o.overlap]
+    head = ["", "n", "chance", "U Zośki", "uniform", teacher, *names]
     values = {
-        "scores": markdown_table(["", "n", "chance", "U Zośki", "uniform", teacher, *names], map(_scores, outcomes)),
-        "recovered": markdown_table(["", *names], cells) if names else "",
+        "scores": text.markdown_table(head, map(_scores, outcomes)),
+        "recovered": text.markdown_table(["", *names], cells) if names else "",
         "tables": tables,
         "outcomes": outcomes,
         "ignorant": [o.task for o in outcomes if not o.beats_chance],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.data import rows, sources
+from mis_mlx.data import preparation, rows
 from mis_mlx.evaluation import questions, rewards
 from mis_mlx.evaluation.sets import polish
 from mis_mlx.hardware.programs import download_wheel, unpack_debian
@@ -61,8 +61,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Evaluatio
 
 def _brought(name: str) -> list[questions.Task]:
     if name in polish.SETS:
-        kept = hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}"
-        return [polish.exam(name, _fetched(kept, 2_000_000, _exams))]
+        return [polish.exam(name, _fetched(hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}", 2_000_000, _exams))]
     if name in ("dialects", *polish.SLOTS):
         return _dialects() if name == "dialects" else _dialect(name)
     folder = Path(name).expanduser()
@@ -78,10 +77,10 @@ def _brought(name: str) -> list[questions.Task]:
 
 def _continued(data: str | None, known: questions.Known) -> list[questions.Task]:
     """Of both built-in texts, or of the user's. Places that the training text has too are left out."""
-    texts = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": sources.MIS}
+    texts = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": preparation.MIS}
     tasks = []
     for name, source in texts.items():
-        places = _places([questions.text_of(row) for row in sources.load(source).test])
+        places = _places([questions.text_of(row) for row in preparation.load(source).test])
         task = questions.task(name, places, "", per_character=True)
         new = tuple(q for q in task.questions if not known.holds(q))
         if len(new) < 2:

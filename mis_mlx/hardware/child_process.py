@@ -89,21 +89,16 @@ def _serve() -> None:
     question = json.loads(sys.stdin.buffer.read())
     with os.fdopen(os.dup(1), "wb") as out, contextlib.redirect_stdout(sys.stderr):
         os.dup2(2, 1)
-        _limit(resource.RLIMIT_CPU, (question["seconds"] + 1) * (os.cpu_count() or 1))  # should nobody end it
-        _limit(resource.RLIMIT_CORE, 0)
-        if question["bytes"]:
-            _limit(resource.RLIMIT_AS, question["bytes"])
+        limits = {resource.RLIMIT_CPU: (question["seconds"] + 1) * (os.cpu_count() or 1), resource.RLIMIT_CORE: 0}
+        for what, most in (limits | ({resource.RLIMIT_AS: question["bytes"]} if question["bytes"] else {})).items():
+            with contextlib.suppress(ValueError, OSError):  # macOS does not let everybody
+                resource.setrlimit(what, (most, most))
         try:
             answer = {"value": _call(**{k: question[k] for k in ("source", "function", "arguments")})}
             text = json.dumps(answer, allow_nan=False)
         except BaseException as error:
             text = json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
         out.write(text.encode())
-
-
-def _limit(what: int, most: int) -> None:
-    with contextlib.suppress(ValueError, OSError):  # macOS does not let everybody
-        resource.setrlimit(what, (most, most))
 
 
 def _call(source: str, function: str, arguments: Mapping[str, Any]) -> Any:

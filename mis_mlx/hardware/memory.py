@@ -41,9 +41,8 @@ def left_bytes(seen: Any = None) -> int:
 
 def _recommended(device: Any) -> int | None:
     """Metal's recommended working set in bytes; None where nothing is computed on Metal."""
-    if device.default_device() != device.gpu:
-        return None
-    return device.device_info().get("max_recommended_working_set_size")
+    on_metal = device.default_device() == device.gpu
+    return device.device_info().get("max_recommended_working_set_size") if on_metal else None
 
 
 def budget(asked_bytes: int | None, room: int | None = None, left: int | None = None) -> Budget:

@@ -69,8 +69,7 @@ def fuse(witnesses: list[Estimate]) -> Estimate | None:
     heard: list[Estimate] = []
     celsius = variance = 0.0
     for witness in sorted(witnesses, key=lambda w: w.sigma_c):
-        away = abs(witness.celsius - celsius)
-        if heard and away > OUTLIER_SIGMAS * math.sqrt(witness.sigma_c**2 + variance):
+        if heard and abs(witness.celsius - celsius) > OUTLIER_SIGMAS * math.sqrt(witness.sigma_c**2 + variance):
             continue
         heard.append(witness)
         weights = [w.sigma_c**-2 for w in heard]

@@ -133,7 +133,6 @@ class Governor:
             raise MisError(f"governor mode {mode!r} is not one of {', '.join(get_args(Mode))}: choose one")
         self.mode = mode
         self.blind = blind
-        self._set_c = SET_POINT_C[mode]
         self._filter, self._duty = DieFilter(), Duty()
         self._hot, self._cool, self._boiling, self._lost = Held(), Held(), Held(), Held()
         self._battery_hot = Held()
@@ -237,11 +236,11 @@ class Governor:
             cause, reason = "sensor lost", f"no die temperature for {LOST_S:.0f} s: duty {LOST_DUTY} at most"
         else:
             heavy = (reading.pressure_level or 0) >= HEAVY_PRESSURE
-            room_k = self._set_c - self._filter.ahead_c
-            duty = self._duty.update(room_k, elapsed_s, HEAVY_DUTY if heavy else 1.0)
+            set_c = SET_POINT_C[self.mode]
+            duty = self._duty.update(set_c - self._filter.ahead_c, elapsed_s, HEAVY_DUTY if heavy else 1.0)
             if duty < 1.0:
                 cause = "pressure" if heavy else "warm"
-                reason = f"duty {duty:.2f}: die {self._filter.ahead_c:.1f} °C, set {self._set_c:.0f}"
+                reason = f"duty {duty:.2f}: die {self._filter.ahead_c:.1f} °C, set {set_c:.0f}"
         if not cause and (reading.battery_c or 0.0) >= BATTERY_WARM_C:
             cause, reason = "battery warm", f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}"
         nap_s = min((step_s or 0.0) * (1 - duty) / duty, LONGEST_NAP_S)
