@@ -189,8 +189,7 @@ def prepare() -> None:
 
 
 def device_trouble(error: RuntimeError, config_type: Any = None) -> str:
-    """What MLX's error about the GPU or its memory means, and the way out of it with the flags of `config_type`; empty
-    where the error is about something else."""
+    """What MLX's error about the GPU or memory means, the way out with flags of `config_type`; else empty."""
     text = " ".join(str(error).split())
     if not DEVICE.search(text):
         return ""

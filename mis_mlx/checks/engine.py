@@ -21,8 +21,7 @@ from mis_mlx.models import arch, load, lora, mlx_generate, policy, stream, strea
 from mis_mlx.planner import estimates, recipe
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
-from mis_mlx.storage.files import DISK
-from mis_mlx.storage.safetensors import write_tensors
+from mis_mlx.storage import files, safetensors
 from mis_mlx.types import Checkpoint
 
 CONFIG = json.loads((Path(__file__).parent / "model.json").read_text("utf-8"))
@@ -37,12 +36,12 @@ def make(folder: Path) -> Models:
     shapes = arch.tensors_of(CONFIG)
     noise = ((name, drawn(seed, *shape)) for seed, (name, shape) in enumerate(shapes.items()))
     tensors = ((name, (1 + 0.1 * x if "norm" in name else 0.08 * x).astype(mx.bfloat16)) for name, x in noise)
-    write_tensors(dense, {name: ("BF16", shape) for name, shape in shapes.items()}, tensors, DISK)
+    safetensors.write_tensors(dense, {name: ("BF16", shape) for name, shape in shapes.items()}, tensors, files.DISK)
     (dense / "config.json").write_text(json.dumps(CONFIG))
     models = {"bf16": load.open_checkpoint(dense)}
     for kind, mode in MODES.items():
         plan = packed_format.layout(CONFIG, 64, (), mode)  # type: ignore[arg-type]
-        packed_format.write_quantized(models["bf16"], folder / kind, plan, DISK)
+        packed_format.write_quantized(models["bf16"], folder / kind, plan, files.DISK)
         models[kind] = load.open_checkpoint(folder / kind)
     return models
 

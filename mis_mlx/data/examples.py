@@ -128,7 +128,6 @@ def _prompt(row: Row) -> str:
 
 
 def _scrubbed(value: Any, removed: Counter[str]) -> Any:
-    """The same row, message or text without personal data."""
     if isinstance(value, dict):
         return {key: _scrubbed(part, removed) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,8 +1,7 @@
 """Text from where it is, in three splits; token windows of it: train, and held-out sets that share nothing with it.
 
-From folders in mlx-lm's format, the hub, or built in, for work offline: Python's own manual in English (`pydoc_data`)
-and the Polish Miś texts, which benchmarks/polish_text made. Every row is judged (`rows`) before any is used; the notes
-say what was dropped."""
+From folders in mlx-lm's format, the hub, or built in, for work offline: Python's manual in English (`pydoc_data`) and
+the Polish Miś texts (benchmarks/polish_text). Every row is judged before any is used; notes say what was dropped."""
 
 import hashlib
 import re

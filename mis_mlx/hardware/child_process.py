@@ -34,7 +34,6 @@ def ask(
     watched: bool = sys.platform == "darwin",
 ) -> Any:  # fmt: skip
     """What `function` of `source` (a module's dotted name, or a path to a .py file) returns for these arguments.
-
     Arguments that its signature does not name are left out. memory_bytes: of its address space, limited by the
     kernel; or where it is `watched` by us, as macOS has no such limit, of what it and its children hold; 0: no limit.
     NoAnswer when it raises, ends its process, answers what JSON has no word for, or takes more than it may."""

@@ -127,15 +127,9 @@ class KeyData(ctypes.Structure):
     """The 80 bytes of every call. Another size is a 'bad argument', which looks like a privilege wall and is none."""
 
     _fields_ = (
-        ("key", c_uint32),
-        ("version_and_limits", c_uint8 * 24),  # never used here
-        ("info", KeyInfo),
-        ("result", c_uint8),
-        ("status", c_uint8),
-        ("command", c_uint8),
-        ("index", c_uint32),
-        ("bytes", c_uint8 * 32),
-    )
+        ("key", c_uint32), ("version_and_limits", c_uint8 * 24), ("info", KeyInfo), ("result", c_uint8),
+        ("status", c_uint8), ("command", c_uint8), ("index", c_uint32), ("bytes", c_uint8 * 32),
+    )  # fmt: skip
 
 
 def decode(text: str) -> float | None:

@@ -75,12 +75,10 @@ class PauseCounter:
 
 
 def after_step(monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: float) -> Iterator[Decision]:
-    """Ask the governor after a step of `step_s` seconds and wait as it says.
-
-    Gives each decision before its wait is served, about one a second in a pause, so that the caller can
-    log it, write the checkpoint it asks for, or end the run by leaving the `for`. The last one given is
-    "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more than a few
-    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step."""
+    """Ask the governor after a step of `step_s` seconds and wait as it says. Gives each decision before its wait, about
+    one a second in a pause, so that the caller can log it, write the checkpoint it asks for, or end the run by leaving
+    the `for`; the last one is "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more
+    than a few seconds heats the die from cool to hot before anyone looks: call it after each part of such a step."""
     clock = monitor.clock
     decision = judge.decide(monitor.reading(), clock.monotonic(), step_s)
     if decision.action == "pause":

@@ -76,7 +76,6 @@ class Live:
 class Monitor:
     """Readings of this machine, or of the recording `replay`. In a `with` statement a live one samples once a second
     in a daemon thread; a replay has no thread: each `reading()` is the next record, and `clock` is virtual.
-
     config: ~/.config/mis_mlx.toml. clock, apple_library: what tests put in their places. MisError for impossible values
     and bad recordings. Sample in the parent process only: Apple's libraries do not survive a fork."""
 
