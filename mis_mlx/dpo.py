@@ -16,7 +16,7 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
 from mis_mlx.alignment.sequence_packing import OfStep
 from mis_mlx.data.examples import Sequenced
-from mis_mlx.distillation import live_teacher, run_loop
+from mis_mlx.distillation import live_teacher
 from mis_mlx.maths import losses, policy
 from mis_mlx.models import distributed, load
 from mis_mlx.planner import estimates
@@ -145,8 +145,7 @@ def measure(model: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndar
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, ask the reference, train, write the best student."""
-    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
-    checkpoint = alignment_plan.opened(s)
+    s, folder, checkpoint = alignment_plan.opened(settings)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
     def training(parts: Settings) -> estimates.StageCost:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import gguf
 import mlx.core as mx
 import tyro
 
@@ -90,8 +91,6 @@ def _check_upload(s: Settings, checkpoint: Checkpoint) -> None:
 
 def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md. A K-quant: llama.cpp makes it of a float16 file there."""
-    import gguf
-
     name, config = model_card.name_of(checkpoint.path), checkpoint.config
     k_quant = wanted == K_QUANT
     if k_quant:

@@ -11,7 +11,6 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
 from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.data import examples, rows
-from mis_mlx.distillation import run_loop
 from mis_mlx.evaluation import rewards
 from mis_mlx.models import distributed, load, stream
 from mis_mlx.planner import estimates, training_size
@@ -65,8 +64,8 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimate
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data and the reward functions, plan, sample and learn, write the best."""
-    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
-    checkpoint, most = alignment_plan.opened(s), s.max_completion_length
+    s, folder, checkpoint = alignment_plan.opened(settings)
+    most = s.max_completion_length
     if most >= s.max_seq_length:
         why = f"--max-completion-length {most} leaves no room for a prompt in --max-seq-length {s.max_seq_length}"
         raise MisError(f"{why}: lower the one or raise the other")

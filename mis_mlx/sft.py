@@ -5,7 +5,7 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
-from mis_mlx.distillation import live_teacher, run_loop
+from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, resolve
@@ -46,8 +46,7 @@ def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, lengt
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, train, write the best student."""
-    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
-    checkpoint = alignment_plan.opened(s)
+    s, folder, checkpoint = alignment_plan.opened(settings)
     beside = None
     if s.teacher is not None:
         beside = comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.resolve_model(s.teacher).path))

@@ -63,8 +63,10 @@ class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingCo
         return lora.Lora(self.num_layers, self.rank, self.scale) if self.fine_tune_type == "lora" else None
 
 
-def opened(s: Alignment) -> Checkpoint:
-    """The model to align, through the gate. MisError where it cannot be trained as asked for."""
+def opened(settings: S) -> tuple[S, Path | None, Checkpoint]:
+    """(settings and folder of the run, which may be one that goes on; the model to align, through the gate). MisError
+    where it cannot be trained as asked for."""
+    s, folder = run_loop.resumed(settings, FREE)
     checkpoint = run_loop.opened(s, s.model)
     if s.lora:
         s.lora.check(int(checkpoint.config["num_hidden_layers"]))
@@ -72,7 +74,7 @@ def opened(s: Alignment) -> Checkpoint:
         raise MisError(f"{checkpoint.path} is quantized and cannot be trained whole: use --fine-tune-type lora")
     if s.max_seq_length > (most := int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)):
         raise MisError(f"--max-seq-length is {s.max_seq_length}, the model's window {most}: give {most} or less")
-    return checkpoint
+    return s, folder, checkpoint
 
 
 def dtype_of(s: Alignment, checkpoint: Checkpoint) -> mx.Dtype:

@@ -17,7 +17,6 @@ from mis_mlx.models import load, policy
 from mis_mlx.quantization.packed_format import Format
 
 Found = tuple[float, float]
-Check = Callable[[], Found]
 # Largest error as a share of the largest value: rounding of the result, and of sums of some hundred products.
 ROUNDING = {mx.float32: 2e-5, mx.float16: 8e-3, mx.bfloat16: 3e-2}
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -175,7 +174,7 @@ def closed_form() -> Found:
 BY_TYPE = {"matrix product": product, "RMSNorm": rms_norm, "RoPE": rope, "attention": attention,
            "packed products": packed_products, "chunked KL, gradients": chunked_kl,
            "log-probabilities": logps}  # fmt: skip
-CHECKS: dict[str, Check] = {
+CHECKS: dict[str, Callable[[], Found]] = {
     **{f"{name}, float32": partial(work, mx.float32) for name, work in BY_TYPE.items()},
     **{f"{name}, float16": partial(work, mx.float16) for name, work in BY_TYPE.items()},
     **{f"packing and values of {name}": partial(unpacked, name) for name in FORMATS},

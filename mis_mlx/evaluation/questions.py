@@ -8,8 +8,6 @@ A file holds rows of one kind and is one task, named like the file:
 
 "answer" is one of the options. "language" may be "pl" or "en" and decides between "Odpowiedź:" and "Answer:"."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
@@ -18,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 
@@ -71,7 +69,7 @@ class Task:
         decisive = [self.kind, self.max_tokens, [[q.context, q.answer, q.language, *q.options] for q in self.questions]]
         return hashlib.sha256(json.dumps(decisive, ensure_ascii=False).encode()).hexdigest()
 
-    def chosen(self, count: int) -> Task:
+    def chosen(self, count: int) -> Self:
         """`count` of its questions, spread evenly, or all when there are fewer."""
         n = len(self.questions)
         at = np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int))

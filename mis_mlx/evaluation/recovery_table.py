@@ -71,11 +71,8 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     alike = [o for o in outcomes if any(len(set(marks)) == 1 for marks in o.marks.values())]
     constants = [(o, *o.constant) for o in knows if o.constant]
     overlaps = [(o.task, *o.overlap) for o in outcomes if o.overlap]
-    values = {
-        "names": names,
-        "interval": interval,
-        "tables": tables,
-        "outcomes": outcomes,
+    values: dict[str, Any] = {"names": names, "interval": interval, "tables": tables, "outcomes": outcomes}
+    values |= {
         "ignorant": [o.task for o in outcomes if not o.beats_chance],
         "counting": [o.task for o in outcomes if o.beats_chance and not o.knows],
         "constant": [f"{o.task} ({a})" for o, share, a in constants if interval(o.teacher - share)[1] <= 0],

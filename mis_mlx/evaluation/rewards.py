@@ -72,9 +72,7 @@ def _bare(answer: str) -> str:
     return re.sub(r"[\s*_$]", "", answer).rstrip(".")
 
 
-@cache
-def _right(answer: str, language: answer_parsing.Language | None) -> answer_parsing.Value | None:
-    return answer_parsing.value(answer, language)
+_right = cache(answer_parsing.value)  # of an answer of the data, which many completions are compared with
 
 
 def accuracy(completion: str, answer: str, language: answer_parsing.Language | None = None) -> float | None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import mlx.core as mx
 import numpy as np
+from gguf.gguf_writer import WriterState
 
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, families, load, wheel_model
@@ -49,8 +51,6 @@ class Part:
     @property
     def byte_shape(self) -> tuple[int, ...]:
         """(rows, bytes of a row). ValueError when a row cannot be cut into the type's blocks."""
-        import gguf
-
         return gguf.quant_shape_to_byte_shape(self.shape, gguf.GGMLQuantizationType[self.kind])
 
     @property
@@ -73,8 +73,6 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     """Every tensor of the GGUF in order. `wanted`: --out-type. Vectors are float32. Of a packed model q4_1, mxfp4 and
     nvfp4 keep exactly what some type of llama.cpp holds; other matrices get Q8_0. q4_k_m: the types that llama.cpp will
     choose. MisError where rows do not divide by a block, or nothing is packed in the mode that was asked for."""
-    import gguf
-
     config, s, of = checkpoint.config, shape_of(checkpoint.config), families.family(checkpoint.config)
     names = wheel_model.gguf_names(config)
     heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.gguf in WORDS["interleaved"] else {}
@@ -150,15 +148,13 @@ def _finite(part: Part, *arrays: np.ndarray) -> None:
 
 
 def _converted(checkpoint: Checkpoint, part: Part, slab: load.Raw, _: Counter[str]) -> np.ndarray:
-    from gguf import GGMLQuantizationType, quantize
-
     values = np.array(load.dense(checkpoint, part.source, slab).astype(mx.float32))
     if "norm" in part.source:
         values = (values + families.family(checkpoint.config).gain_offset) * _query_gain(checkpoint.config, part.name)
     _finite(part, values)
     if part.kind == "F16" and values.size and np.abs(values).max() > F16_MAX:
         raise MisError(f"{part.source} has {np.abs(values).max():.4g}, float16 ends at {F16_MAX:.0f}: use bf16")
-    return quantize(values, GGMLQuantizationType[part.kind])
+    return gguf.quantize(values, gguf.GGMLQuantizationType[part.kind])
 
 
 def _rewrapped(checkpoint: Checkpoint, part: Part, slab: load.Raw, tally: Counter[str]) -> np.ndarray:
@@ -231,8 +227,6 @@ def _freqs(config: Mapping[str, Any]) -> np.ndarray:
 
 def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> None:
     """Put every key that llama.cpp's loader reads of these models, tokenizer aside, into the `GGUFWriter`."""
-    import gguf
-
     s, c, of = shape_of(config), normalised(config), families.family(config)
     if type(c.get("max_position_embeddings")) is not int:
         raise MisError("config.json has no max_position_embeddings, which llama.cpp needs: add it")
@@ -270,11 +264,8 @@ def padded_bytes(parts: Iterable[Part]) -> int:
 def head(writer: Any, parts: Iterable[Part]) -> bytes:
     """Everything in front of the first tensor: the facts given to the `GGUFWriter` so far, the table of tensors.
     The writer gets a buffer in place of its file, so that every byte goes through `Files`."""
-    from gguf import GGMLQuantizationType
-    from gguf.gguf_writer import WriterState
-
     for part in parts:
-        type_ = GGMLQuantizationType[part.kind]
+        type_ = gguf.GGMLQuantizationType[part.kind]
         writer.add_tensor_info(part.name, part.byte_shape, np.dtype(np.uint8), part.nbytes, raw_dtype=type_)
     buffer = io.BytesIO()
     writer.fout, writer.state = [buffer], WriterState.EMPTY

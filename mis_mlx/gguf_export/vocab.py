@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from mis_mlx.models.tokenizer_check import ROWS, read_json
 from mis_mlx.types import MisError
 
@@ -21,7 +23,7 @@ KNOWN = read_json(Path(__file__).parent / "pre_tokenizers.json")
 def add(writer: Any, folder: Path, size: int) -> list[str]:
     """Put the tokenizer into the writer, padded to `size` tokens, the rows of the embedding. Returns notes for people.
     The trap: an absent add_bos_token means true to llama.cpp for some pre-tokenizers, so it is always written."""
-    import gguf
+    import gguf  # which prune and distill do not need
 
     spec, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
     if not spec:
@@ -101,8 +103,6 @@ def _steps(spec: dict[str, Any]) -> list[str]:
 
 
 def _ids(folder: Path, text: str) -> list[int]:
-    from tokenizers import Tokenizer
-
     try:
         return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
     except Exception as error:  # the library raises bare Exception

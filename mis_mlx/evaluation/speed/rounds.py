@@ -149,9 +149,6 @@ def _again(model: nn.Module, ids: list[int], kept: list[Any]) -> float | None:
     return taken
 
 
-Openers = Mapping[str, Callable[[], BenchmarkModel]]
-
-
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
     """One model whole in stock mlx-lm, its cache, and a piece of the prompt under way."""
     m = estimates.model_of(checkpoint)
@@ -160,8 +157,8 @@ def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
 
 
 def rounds(
-    openers: Openers, together: bool, count: int, r: Request, seed: int = 0, delay: float = 0.0,
-    monitor: Monitor | None = None, peaks: bool = False, warm_up: Request | None = None,
+    openers: Mapping[str, Callable[[], BenchmarkModel]], together: bool, count: int, r: Request, seed: int = 0,
+    delay: float = 0.0, monitor: Monitor | None = None, peaks: bool = False, warm_up: Request | None = None,
 ) -> Iterator[tuple[Loaded, Measurement]]:  # fmt: skip
     """Every trial as it ends, but the warm-up, a whole prompt: all models in turn, A B A B; or, where they do not fit
     in memory together, model after model. No model is handed on: whoever took one would keep it in memory."""

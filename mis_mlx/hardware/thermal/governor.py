@@ -179,7 +179,9 @@ class Governor:
             return stop
         may_turn = now_s - self._turned_s >= APART_S
         if self._waiting is not None:
-            if not (may_turn and self._may_resume(reading)):
+            powered = self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is None
+            cool = self._waiting.cause != "hot" or self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES)
+            if not (may_turn and powered and cool):
                 return self._waiting
             self._waiting, self._turned_s = None, now_s
         elif may_turn and (pause := self._pause(reading)) is not None:
@@ -211,12 +213,6 @@ class Governor:
             reason = f"die {reading.die_c:.1f} °C, pause at {PAUSE_C:.0f}, go on at {RESUME_C:.0f}"
             return Decision("pause", self._duty.value, PAUSE_LOOK_S, "hot", reason)
         return None
-
-    def _may_resume(self, reading: Reading) -> bool:
-        if self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is not None:
-            return False
-        hot = self._waiting is not None and self._waiting.cause == "hot"
-        return not hot or self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES)
 
     def _power_trouble(self, reading: Reading, enough_percent: float) -> tuple[str, str] | None:
         """`(cause, reason)`. Mode `cool` is for the lap: it runs on battery until that is low."""

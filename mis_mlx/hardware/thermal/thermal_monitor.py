@@ -2,8 +2,6 @@
 
 Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C. Needs no root."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time
@@ -11,7 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -115,7 +113,7 @@ class Monitor:
         """Whether a recording has given its last record; never for a live machine."""
         return self.source.ended
 
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> Self:
         if not self.replayed:
             self.look()
             self._thread = threading.Thread(target=self._sample, name="thermometers", daemon=True)
@@ -208,14 +206,7 @@ def examined(monitor: Monitor) -> dict[str, Any]:
     """What one look finds, as JSON allows it; reporting/templates/sensors.md has a sentence for each fact."""
     began = time.perf_counter()
     reading = monitor.look()
-    look_s = time.perf_counter() - began
-    header = monitor.source.header
-    return {
-        "model": header.model,
-        "chip": header.chip,
-        "build": header.build,
-        "look_ms": round(1000 * look_s, 1),
-        "t_env": t_env_kind(reading),
-        "reading": asdict(reading),
-        "reasons": dict(monitor.reasons),
-    }
+    look_ms, header = round(1000 * (time.perf_counter() - began), 1), monitor.source.header
+    about = {"model": header.model, "chip": header.chip, "build": header.build, "look_ms": look_ms}
+    found = {"t_env": t_env_kind(reading), "reading": asdict(reading), "reasons": dict(monitor.reasons)}
+    return {**about, **found}
