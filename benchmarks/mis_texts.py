@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from polish_text import documents
 
-from mis_mlx.data import sources
+from mis_mlx.data import preparation
 
 if __name__ == "__main__":
-    documents.write(sources.MIS_FOLDER)
+    documents.write(preparation.MIS_FOLDER)

@@ -24,7 +24,7 @@ import vocabulary as kinds
 from laboratory import start, write
 
 from mis_mlx import cli
-from mis_mlx.data import preparation, sources
+from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
@@ -47,8 +47,8 @@ class Settings:
 
 def texts(characters: int) -> dict[str, str]:
     """By name."""
-    found = {"Python's manual": "\n\n".join(str(row["text"]) for row in sources.load(None).test)}
-    found["Miś texts"] = "\n\n".join(str(row.get("text") or row) for row in sources.load("mis").test)
+    found = {"Python's manual": "\n\n".join(str(row["text"]) for row in preparation.load(None).test)}
+    found["Miś texts"] = "\n\n".join(str(row.get("text") or row) for row in preparation.load("mis").test)
     found |= kinds.other_texts() | {"Vim's tutor in German": kinds.tutor("tutor1.de.utf-8")}
     found["GNU GPL 3"] = LICENCE.read_text("utf-8")
     return {name: text[2000 : 2000 + characters] for name, text in found.items()}

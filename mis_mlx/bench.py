@@ -16,9 +16,7 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory, rates
-from mis_mlx.hardware.thermal import governor
-from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
-from mis_mlx.hardware.thermal.thermal_monitor import Monitor
+from mis_mlx.hardware.thermal import governor, run_monitor, thermal_monitor
 from mis_mlx.models import arch, load, policy, resolve
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage.files import DISK, need_place
@@ -28,7 +26,7 @@ IDLE_S = 5.0  # of rest, whose power is taken off
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, policy.Computing, ThermalFlags):
+class Settings(cli.Budgeted, policy.Computing, run_monitor.ThermalFlags):
     """The same texts and lengths for every model, in turn (A B A B), so that drift hits all alike."""
 
     model: tuple[str, ...] = ()
@@ -54,8 +52,7 @@ def measure(
     r, trials = rounds.Request(prompt_tokens, max(tokens, 2)), dict[str, list[rounds.Measurement]]()
     openers = {name: partial(rounds.opened, folder, name) for folder, name in zip(folders, names, strict=True)}
     together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
-    timed = cli.counted("trial", rounds.rounds(openers, together, count, r), count * len(folders))
-    for subject, done in timed:
+    for subject, done in cli.counted("trial", rounds.rounds(openers, together, count, r), count * len(folders)):
         trials.setdefault(subject.name, []).append(done)
     rows = []
     for name, every in trials.items():
@@ -89,11 +86,10 @@ class Bench:
         self.loaded: dict[str, rounds.Loaded] = {}
         self.stopped = False
 
-    def go(self, monitor: Monitor | None) -> None:
+    def go(self, monitor: thermal_monitor.Monitor | None) -> None:
         """All trials. Ctrl-C ends them; those that are finished stay."""
-        total = self.s.num_trials * len(self.models)
+        s, total = self.s, self.s.num_trials * len(self.models)
         openers = {name: partial(rounds.opened, m.path, name) for name, m in self.models.items()}
-        s = self.s
         every = rounds.rounds(openers, self.together, s.num_trials, self.r, s.seed, s.delay, monitor, peaks=True)
         try:
             with progress.bar("trials", total) as show:
@@ -136,8 +132,7 @@ class Bench:
         figures: dict[str, dict[str, Any]] = {}
         for name, done in self.done.items():
             known, values = self.loaded[name], rounds.figures(done, self.r, idle_w)
-            median = values["decode_tps"]["median"]
-            beside = rounds.beside(self.models[name], known.read_bytes, self.r, at, median)
+            beside = rounds.beside(self.models[name], known.read_bytes, self.r, at, values["decode_tps"]["median"])
             figures[name] = {"load_s": known.load_s, **values, **beside}
         return figures
 
@@ -153,7 +148,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command. A machine that is hot at the start or the end, or slows down, is said to be, in the JSON too."""
     policy.use(settings.compute_dtype)
     bench = Bench(settings)
-    with ThermalMonitor(settings) as weather:
+    with run_monitor.ThermalMonitor(settings) as weather:
         at = rates.measure_roof()
         first = weather.reading()
         idle_w = None  # what this machine takes at rest, where something measures power

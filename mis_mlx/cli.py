@@ -76,8 +76,7 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text) or {}
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise MisError(f"{path}: cannot be read ({error.strerror}): give an existing file to -c") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -190,8 +189,7 @@ def prepare() -> None:
 
 
 def device_trouble(error: RuntimeError, config_type: Any = None) -> str:
-    """What MLX's error about the GPU or its memory means, and the way out of it with the flags of `config_type`; empty
-    where the error is about something else."""
+    """What MLX's error about the GPU or memory means, the way out with flags of `config_type`; else empty."""
     text = " ".join(str(error).split())
     if not DEVICE.search(text):
         return ""

@@ -22,6 +22,7 @@ from mis_mlx.checks import engine, kernels
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, examined
 from mis_mlx.models import policy
+from mis_mlx.reporting import html
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK, need_place, reported
 from mis_mlx.types import duration, gib
@@ -46,44 +47,37 @@ class Row(NamedTuple):
     bound: float | None = None
     error: str = ""
 
-    def cells(self) -> list[str]:
-        """The line of the report's table."""
-        number = self.error or ("not a number" if self.number is None else f"{self.number:,.3g}")
-        bound = "" if self.bound is None else f"{self.bound:,.3g}"
-        return ["✓" if self.passed else "✗", self.name, number, bound]
-
 
 def run(settings: Settings) -> dict[str, Any]:
     """Examine, print the report, and say what failed."""
     if settings.out:
         need_place("--out", settings.out, "new")
     policy.use(settings.compute_dtype)
-    began, peak = time.monotonic(), memory.Peak()
-    with tempfile.TemporaryDirectory() as name, memory.limited(memory.budget(None), memory.WIRED_MARGIN_BYTES):
-        head = [*_machine(Path(name)), *_guarded(_sensors, lambda error: [f"sensors: {error}"])]
-        rows = list(_examined(Path(name)))
+    began, peak, budget = time.monotonic(), memory.Peak(), memory.budget(None)
+    with tempfile.TemporaryDirectory() as name, memory.limited(budget, memory.WIRED_MARGIN_BYTES):
+        room, disk = psutil.virtual_memory(), shutil.disk_usage(name)
+        sensors, rows = _guarded(_sensors, "sensors: {}".format), list(_examined(Path(name)))
         speeds = _guarded(lambda: _speeds(Path(name)), lambda error: [[error, "", ""]])
-    took, packed = duration(time.monotonic() - began), "stay packed" if policy.keeps_packed() else "are de-quantized"
-    failed = [row.name for row in rows if not row.passed]
-    head += [f"took {took}, and at most {gib(peak.nbytes)} beyond what the process began with"]
-    on = f"computed on the {rates.about()['computes_on']} by the policy {policy.name()}, in {policy.usual_dtype()}"
-    lines = [f"### mis_mlx doctor: {len(rows) - len(failed)} of {len(rows)} checks passed\n", *(f"- {h}" for h in head)]
-    lines += [f"- {on}; packed weights {packed}\n"]
-    lines += [markdown_table(["", "check", "found", "at most"], [row.cells() for row in rows], words=2), ""]
-    lines += [markdown_table(["rate", "here", "MacBook Air M1, published"], speeds)]
-    report = _public("\n".join(lines)) + "\n"
+    failed, about = [row.name for row in rows if not row.passed], rates.about()
+    values = {
+        "rows": rows, "failed": failed, "about": about, "room": room, "disk": disk, "budget": budget.limit_bytes,
+        "recommended": float(mx.device_info().get("max_recommended_working_set_size", 0)), "sensors": sensors,
+        "took": duration(time.monotonic() - began), "peak": peak.nbytes, "policy": policy, "gib": gib,
+        "speeds": markdown_table(["rate", "here", "MacBook Air M1, published"], speeds),
+    }  # fmt: skip
+    report = _public(html.document("doctor.md", values)) + "\n"
     print(report)
     if settings.out:
         with reported(settings.out, "the report"):
             DISK.make_folder(settings.out.absolute().parent)
             DISK.replace_text(settings.out, report)
     facts = {"checks": len(rows), "failed": failed, "check_failed": bool(failed), "policy": policy.name()}
-    return facts | {"device": rates.about()["computes_on"], "rows": [row._asdict() for row in rows]}
+    return facts | {"device": about["computes_on"], "rows": [row._asdict() for row in rows]}
 
 
 def _examined(folder: Path) -> Iterator[Row]:
     """Every check's row; what raises is one that failed, and the others go on."""
-    models = _guarded(lambda: engine.make(folder), lambda error: error)
+    models = _guarded(lambda: engine.make(folder), str)
     todo: dict[str, Callable[[], Any]] = dict(kernels.CHECKS)
     if isinstance(models, str):
         yield Row("a model made on the spot", False, error=models)
@@ -91,7 +85,7 @@ def _examined(folder: Path) -> Iterator[Row]:
         todo |= {name: partial(check, models) for name, check in engine.CHECKS.items()}
     for count, (name, check) in enumerate(todo.items(), 1):
         cli.say(f"{count} of {len(todo)}: {name}")  # before: where the process dies, this was it
-        found = _guarded(check, lambda error: error)
+        found = _guarded(check, str)
         if isinstance(found, str):
             yield Row(name, False, error=found)
             continue
@@ -108,22 +102,9 @@ def _guarded(work: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
         return otherwise(_public(f"{type(error).__name__}: {line}"[:200].replace("|", "¦")))
 
 
-def _machine(folder: Path) -> list[str]:
-    a, room, disk = rates.about(), psutil.virtual_memory(), shutil.disk_usage(folder)
-    recommended = float(mx.device_info().get("max_recommended_working_set_size", 0))
-    metal = f"Metal recommends {gib(recommended)}" if recommended else "without Metal"
-    budget = gib(memory.budget(None).limit_bytes)
-    return [
-        f"{a['chip']}, {a['cores']} cores, {a['system']}, {a['release']}",
-        ", ".join(f"{name} {a[name]}" for name in ("mis-mlx", "mlx", "mlx-lm", "numpy", "python")),
-        f"memory {gib(room.total)}, {metal}, free {gib(room.available)}, default budget {budget}",
-        f"disk {gib(disk.total)}, free {gib(disk.free)}",
-    ]
-
-
-def _sensors() -> list[str]:
+def _sensors() -> str:
     with Monitor() as monitor:
-        return examined(monitor)[0]
+        return html.document("sensors.md", {**examined(monitor), "monitor": monitor})
 
 
 def _speeds(folder: Path) -> list[list[str]]:

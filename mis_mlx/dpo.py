@@ -16,10 +16,8 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
 from mis_mlx.alignment.sequence_packing import OfStep
 from mis_mlx.data.examples import Sequenced
-from mis_mlx.distillation import run_loop
-from mis_mlx.distillation.live_teacher import labels
-from mis_mlx.maths import policy
-from mis_mlx.maths.losses import token_logps
+from mis_mlx.distillation import live_teacher
+from mis_mlx.maths import losses, policy
 from mis_mlx.models import distributed, load
 from mis_mlx.planner import estimates
 from mis_mlx.storage import checkpoint as protocol
@@ -70,7 +68,7 @@ def _sums(student: nn.Module, tokens: mx.array, learn: mx.array, frozen_head: bo
     """Of rows (B, T): (the sum of log-probabilities where `learn` is 1, how many tokens these are), (B,) each."""
     hidden = student.model(tokens)
     flat, head = hidden.reshape(-1, hidden.shape[-1]), load.head_weight(student)
-    logps = token_logps(flat, head, labels(tokens), frozen_head=frozen_head)
+    logps = losses.token_logps(flat, head, live_teacher.labels(tokens), frozen_head=frozen_head)
     return (logps.reshape(tokens.shape) * learn).sum(axis=-1), learn.sum(axis=-1)
 
 
@@ -147,8 +145,7 @@ def measure(model: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndar
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, ask the reference, train, write the best student."""
-    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
-    checkpoint = alignment_plan.opened(s)
+    s, folder, checkpoint = alignment_plan.opened(settings)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
     def training(parts: Settings) -> estimates.StageCost:

@@ -11,14 +11,12 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.evaluation import answering, comparison, lm_eval_tasks, questions, recovery_table, task_registry
 from mis_mlx.evaluation.comparison import Models
 from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.evaluation.task_registry import EvaluationSet
 from mis_mlx.hardware import memory
-from mis_mlx.models import distributed, load, policy, resolve
-from mis_mlx.models.stream import Stream
+from mis_mlx.models import distributed, load, policy, resolve, stream
 from mis_mlx.planner import estimates, machines
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import figures, html, progress, text
@@ -27,7 +25,7 @@ from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Tokens
 
 LENGTH = 256  # tokens in a window
 Hashes = Mapping[str, str]  # of the models, by name
-Text = tuple[str, str, Windows, comparison.Opened]  # name, title, chosen windows, what opens a model
+Text = tuple[str, str, token_windows.Windows, comparison.Opened]  # name, title, chosen windows, what opens a model
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,12 @@ def _print(words: str) -> None:
         print(text.aligned(words))
 
 
-def _kld(models: Models, held_out: Windows, title: str, opened: comparison.Opened) -> dict[str, Any]:
+def _kld(models: Models, held_out: token_windows.Windows, title: str, opened: comparison.Opened) -> dict[str, Any]:
     """Print the report on all models but the first, the reference; the same for the JSON line."""
     held_out = comparison.second_half(held_out)
     base, *names = models
     report = comparison.kld(models[base], {name: models[name] for name in names}, held_out, opened)
-    tokens, sha256 = int((held_out.learn > 0).sum()), fingerprint(held_out)
+    tokens, sha256 = int((held_out.learn > 0).sum()), token_windows.fingerprint(held_out)
     rows, result = [], dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
     for name, of in report.items():
         for metric, (value, error) in of.items():
@@ -92,12 +90,12 @@ def _texts(s: Settings, models: Models, tokenizer: Any, limit: Budget, length: i
     room = estimates.room(limit.limit_bytes, planned.peak_bytes) if s.spread == "layers" else 0
     tokens = s.eval_windows * length
 
-    def opened(model: Checkpoint) -> Stream:
+    def opened(model: Checkpoint) -> stream.Stream:
         return machines.opened(model, limit, room, tokens, length, s.spread == "layers")
 
     for name, held_out in preparation.prepare(s.data, tokenizer, length).held_out.items():
         chosen = comparison.chosen(held_out, s.eval_windows)
-        distributed.check_same({name: fingerprint(chosen)})
+        distributed.check_same({name: token_windows.fingerprint(chosen)})
         with memory.limited(limit):
             yield name, f"{name}, {len(chosen.tokens)} windows of {length} tokens", chosen, opened
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import gguf
 import mlx.core as mx
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.gguf_export import gguf_writer, model_card, tensors, vocab
+from mis_mlx.gguf_export import model_card, tensors, vocab
 from mis_mlx.hardware import memory, programs
-from mis_mlx.models import arch, load, model_writer, policy, resolve, tokenizer_check
+from mis_mlx.models import arch, families, load, model_writer, policy, resolve, tokenizer_check
 from mis_mlx.models.config import shape_of
-from mis_mlx.models.families import family
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
@@ -91,20 +91,18 @@ def _check_upload(s: Settings, checkpoint: Checkpoint) -> None:
 
 def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md. A K-quant: llama.cpp makes it of a float16 file there."""
-    import gguf
-
     name, config = model_card.name_of(checkpoint.path), checkpoint.config
     k_quant = wanted == K_QUANT
     if k_quant:
         programs.quantizer()  # its absence is said before the work
     parts = tensors.parts(checkpoint, wanted)
     staged = tensors.parts(checkpoint, "f16") if k_quant else parts
-    writer = gguf.GGUFWriter(None, family(config).gguf)
+    writer = gguf.GGUFWriter(None, families.family(config).gguf)
     tensors.describe(writer, config, name, wanted)
     notes = vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}
-    head, file = gguf_writer.head(writer, staged), f"{name}-{wanted.upper()}.gguf"
-    nbytes, tally = len(head) + gguf_writer.padded_bytes(parts), Counter[str]()
+    head, file = tensors.head(writer, staged), f"{name}-{wanted.upper()}.gguf"
+    nbytes, tally = len(head) + tensors.padded_bytes(parts), Counter[str]()
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
     if s.dry_run:
         return {**result, "notes": [*_facts(parts, checkpoint)[:1], *notes]}
@@ -113,7 +111,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
 
     def fill(folder: Path) -> None:
         rows = (tensors.rows(checkpoint, part, tally) for part in cli.counted("tensor", staged, len(staged)))
-        gguf_writer.write(folder / (STAGED if k_quant else file), head, staged, rows, DISK)
+        tensors.write(folder / (STAGED if k_quant else file), head, staged, rows, DISK)
         final = parts
         if k_quant:
             programs.quantize(folder / STAGED, folder / file, wanted.upper())
@@ -125,7 +123,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         DISK.write(folder / "Modelfile", f"{html.document('Modelfile', words)}\n".encode())
         DISK.write(folder / "README.md", model_card.readme(checkpoint, base, file, notes, s.license or "").encode())
 
-    room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(staged) if k_quant else 0)
+    room = nbytes + PAPERS_BYTES + (tensors.padded_bytes(staged) if k_quant else 0)
     protocol.commit_folder(Path(s.out), fill, DISK, room, "the GGUF")
     result["nbytes"] = (Path(s.out) / file).stat().st_size
     return {**result, "inexact_scales": tally["inexact"], "notes": notes}

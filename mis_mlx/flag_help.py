@@ -46,9 +46,7 @@ def metavar(hint: Any) -> str:
         return "{" + ",".join(map(str, inner)) + "}"
     if kind in (Union, UnionType):
         return metavar(next(i for i in inner if i is not NoneType))
-    if kind is tuple:
-        return f"[{metavar(inner[0])} ...]"
-    return WORDS.get(hint, "")
+    return f"[{metavar(inner[0])} ...]" if kind is tuple else WORDS.get(hint, "")
 
 
 def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:

@@ -7,8 +7,7 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, policy, resolve, streamed_decode
-from mis_mlx.models.stream import Stream
+from mis_mlx.models import load, mlx_generate, policy, resolve, stream, streamed_decode
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.types import Count, Whole, gib
@@ -58,8 +57,8 @@ def run(settings: Settings) -> dict[str, Any]:
     estimates.fit(limit, plan, remedy="give a larger --budget, fewer --max-tokens or --num-draft-tokens")
     began, peak, tokens, passes, text = time.monotonic(), memory.Peak(), list[int](), 0, ""
     with memory.limited(limit), progress.bar("generate", s.max_tokens) as show:
-        big = Stream(checkpoint, policy.compute_dtype(checkpoint), room, checkpoint.nbytes > limit.limit_bytes)
-        guesser = Stream(small, policy.compute_dtype(small), None) if small else None
+        big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), room, checkpoint.nbytes > limit.limit_bytes)
+        guesser = stream.Stream(small, policy.compute_dtype(small), None) if small else None
         ends, size = tokenizer.eos_token_ids, s.num_draft_tokens + 1
         for new in streamed_decode.decode(big, ids, s.max_tokens, ends, guesser, size):
             tokens += [t for t in new if t not in ends]

@@ -11,8 +11,6 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
 from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.data import examples, rows
-from mis_mlx.data.rows import Row
-from mis_mlx.distillation import run_loop
 from mis_mlx.evaluation import rewards
 from mis_mlx.models import distributed, load, stream
 from mis_mlx.planner import estimates, training_size
@@ -20,7 +18,7 @@ from mis_mlx.types import Checkpoint, MisError
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
 # Rows to train on, token ids of their prompts, held-out rows, theirs, what is known of the data.
-Questions = tuple[list[Row], list[list[int]], list[Row], list[list[int]], dict[str, Any]]
+Questions = tuple[list[rows.Row], list[list[int]], list[rows.Row], list[list[int]], dict[str, Any]]
 
 
 def _questions(s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.Function]) -> Questions:
@@ -66,8 +64,8 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimate
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data and the reward functions, plan, sample and learn, write the best."""
-    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
-    checkpoint, most = alignment_plan.opened(s), s.max_completion_length
+    s, folder, checkpoint = alignment_plan.opened(settings)
+    most = s.max_completion_length
     if most >= s.max_seq_length:
         why = f"--max-completion-length {most} leaves no room for a prompt in --max-seq-length {s.max_seq_length}"
         raise MisError(f"{why}: lower the one or raise the other")

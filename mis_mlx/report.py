@@ -11,8 +11,7 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.reporting import figures, html, run_reader, sections
-from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK, need_place
+from mis_mlx.storage import files, run_folder
 from mis_mlx.types import Count, MisError
 
 
@@ -69,13 +68,13 @@ def run(settings: Settings) -> dict[str, Any]:
             raise MisError("There is no run under runs/: name a run folder, or make one with distill")
         folders = [max(configs, key=lambda path: path.stat().st_mtime).parent]
     out = Path(s.out) if s.out else folders[0] / "report.html"
-    need_place("--out", out, "file")
+    files.need_place("--out", out, "file")
     while True:
         stories = [run_reader.read(folder) for folder in folders]
         going = s.watch and not all(one.result for one in stories)
-        DISK.make_folder(out.absolute().parent)
+        files.DISK.make_folder(out.absolute().parent)
         page = render(stories, s.every_s if going else None)
-        DISK.replace_text(out, page)
+        files.DISK.replace_text(out, page)
         if not going:
             break
         cli.say(f"{out}: {', '.join(f'{o.steps.lines} steps of {o.name}' for o in stories)}; Ctrl-C ends the watch")

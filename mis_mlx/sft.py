@@ -4,9 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_plan, alignment_run
-from mis_mlx.alignment.sequence_packing import PackedDataset
-from mis_mlx.distillation import live_teacher, run_loop
+from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
+from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, resolve
@@ -45,26 +44,15 @@ def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, lengt
     return replace(alone, peak_bytes=peak + keeps * t.block_work, flops=flops, read_bytes=read, pinned=keeps)
 
 
-def _source(s: Settings, beside: Checkpoint | None, pinned: int) -> live_teacher.TargetSource:
-    """What the steps learn from: the text, or a teacher `pinned` blocks of which stay in memory."""
-    if beside is None:
-        return live_teacher.TextTargets()
-    t = estimates.model_of(beside)
-    direct = beside.nbytes > memory.budget(s.budget_bytes).limit_bytes
-    room = pinned * t.block_work + t.head_work
-    return live_teacher.StreamedTeacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
-
-
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, train, write the best student."""
-    s, folder = run_loop.resumed(settings, alignment_plan.FREE)
-    checkpoint = alignment_plan.opened(s)
+    s, folder, checkpoint = alignment_plan.opened(settings)
     beside = None
     if s.teacher is not None:
         beside = comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.resolve_model(s.teacher).path))
     *splits, card = alignment_run.data(s, checkpoint, SHAPES, mask_prompt=s.mask_prompt)
     room = s.max_seq_length if s.packing and not s.teacher else 0
-    train, valid = (PackedDataset([row[0] for row in rows], room) for rows in splits)
+    train, valid = (sequence_packing.PackedDataset([row[0] for row in rows], room) for rows in splits)
     length = max(train.lengths)
     cli.say(f"{len(splits[0])} rows in {len(train.windows)} windows of at most {length} tokens")
     parts = alignment_plan.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))
@@ -73,7 +61,11 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return {"model": str(checkpoint.path), "windows": len(train.windows), **plan.result()}
     with alignment_run.running(s, folder, checkpoint, plan, card, "sft") as r:
-        source = _source(s, beside, phase.pinned)
+        source: live_teacher.TargetSource = live_teacher.TextTargets()
+        if beside is not None:
+            t, direct = estimates.model_of(beside), beside.nbytes > plan.budget.limit_bytes
+            room = phase.pinned * t.block_work + t.head_work
+            source = live_teacher.StreamedTeacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
         each = train.micro_batches(source, parts.batch_size, parts.grad_accumulation_steps, s.seed)
         loss = train.loss_of(source, frozen_head=s.lora is not None)
         return r.train(each, loss, lambda: valid.measure(r.model, parts.batch_size))

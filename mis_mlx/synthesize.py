@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.data import sources
+from mis_mlx.data import preparation
 from mis_mlx.data.rows import Row
 from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import memory
@@ -166,10 +166,10 @@ def run(settings: Settings) -> dict[str, Any]:
     planned = {"peak_bytes": need, "budget_bytes": limit.limit_bytes}
     if s.dry_run:
         return planned
-    given, part = sources.load(s.data), out.absolute().with_name(f".{out.name}.part.jsonl")
+    given, part = preparation.load(s.data), out.absolute().with_name(f".{out.name}.part.jsonl")
     with progress.run("synthesize", {"text": seconds}), progress.phase("text"), memory.limited(limit):
         texts = _texts(s, checkpoint.path, part, at_once)
-    built_in = sources.load(sources.MIS).train if s.data is None else []
+    built_in = preparation.load(preparation.MIS).train if s.data is None else []
     other = _pieces([*given.train, *built_in], sum(map(len, texts)) * s.mix / max(1e-9, 1 - s.mix), s.seed)
     train = [{"text": text} for text in texts] + other
 

@@ -10,11 +10,10 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.hardware.clock import Clock
-from mis_mlx.hardware.thermal.ambient import find_altitude
+from mis_mlx.hardware.thermal import ambient, recording, run_monitor
 from mis_mlx.hardware.thermal.governor import Mode, governor_for
-from mis_mlx.hardware.thermal.recording import Header, recorder
-from mis_mlx.hardware.thermal.run_monitor import PauseCounter, after_step
 from mis_mlx.hardware.thermal.thermal_monitor import Live, Monitor, examined
+from mis_mlx.reporting import html
 from mis_mlx.storage.files import need_place
 from mis_mlx.types import Celsius, Metres, Positive, Seconds
 
@@ -61,8 +60,8 @@ def run(settings: Record | Replay | Doctor) -> dict[str, Any]:
     if not isinstance(s := settings, Doctor):
         return record(s) if isinstance(s, Record) else replay_decisions(s)
     with Monitor(replay=s.thermal_replay, given_ambient_c=s.temperature_c, altitude_m=s.altitude_m) as monitor:
-        lines, facts = examined(monitor)
-    print("\n".join(lines))
+        facts = examined(monitor)
+        print(html.document("sensors.md", {**facts, "monitor": monitor}))
     return facts
 
 
@@ -71,9 +70,9 @@ def record(settings: Record) -> dict[str, Any]:
     need_place("FILE", settings.file, "new")
     clock = Clock()
     source = Live(clock)
-    altitude_m, _ = find_altitude(settings.altitude_m, Header())
+    altitude_m, _ = ambient.find_altitude(settings.altitude_m, recording.Header())
     header, start_s, looks = replace(source.header, altitude_m=altitude_m), clock.monotonic(), 0
-    with closing(source), recorder(settings.file, header) as add, suppress(KeyboardInterrupt):
+    with closing(source), recording.recorder(settings.file, header) as add, suppress(KeyboardInterrupt):
         while settings.seconds is None or clock.monotonic() - start_s <= settings.seconds:
             add(source.look())
             looks += 1
@@ -83,7 +82,7 @@ def record(settings: Record) -> dict[str, Any]:
 
 def replay_decisions(settings: Replay) -> dict[str, Any]:
     """Feed a recording to the governor in virtual time; returns its tea breaks."""
-    breaks, steps, action = PauseCounter(), 0, ""
+    breaks, steps, action = run_monitor.PauseCounter(), 0, ""
     with Monitor(replay=settings.file) as monitor:
         governor = governor_for(settings.mode, monitor.reading(), monitor.reasons, apple=False)
         if governor.blind:
@@ -91,7 +90,7 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
         while not monitor.ended and action != "stop":
             monitor.clock.sleep(settings.step_s)
             steps += 1
-            for decision in after_step(monitor, governor, breaks, settings.step_s):
+            for decision in run_monitor.after_step(monitor, governor, breaks, settings.step_s):
                 if decision.action != action:
                     seen = {name: getattr(monitor.history(0.0)[-1], name) for name in ("time_s", "die_c", "ambient_c")}
                     print(json.dumps({**seen, **asdict(decision)}, ensure_ascii=False, allow_nan=False))

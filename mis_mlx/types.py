@@ -6,8 +6,6 @@ Axis letters used in every docstring:
     L layers (blocks)           N windows of held-out text
 Units are in the names: `_bytes`, `_s` (seconds), `_c` (degrees Celsius), `_m` (metres above sea level)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +78,7 @@ class TensorAt:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    stored: tuple[str, TensorAt] | None = None  # what the file has there, where it is rows of that, or called otherwise
+    stored: "tuple[str, TensorAt] | None" = None  # what the file has there, where it is rows of it, or named otherwise
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx import export, quantize
-from mis_mlx.data import sources
+from mis_mlx.data import preparation
 from mis_mlx.gguf_export import tensors, vocab
 from mis_mlx.models import load, resolve
 from tests import tiny
@@ -218,7 +218,7 @@ def texts() -> list[str]:
 
     code = Path(vocab.__file__).read_text(encoding="utf-8")
     found = [topics[name][i : i + 300] for name in sorted(topics)[:40] for i in (0, 700)]
-    found += [row["text"][i : i + 200] for row in sources.load("mis").train[:40] for i in (0, 200)]
+    found += [row["text"][i : i + 200] for row in preparation.load("mis").train[:40] for i in (0, 200)]
     found = [t for t in [*found, *(code[i : i + 200] for i in range(0, 6000, 200)), *ODD.split("|")] if t]
     assert len(set(found)) > 200
     return found

@@ -276,7 +276,7 @@ def test_a_dry_run_writes_nothing_and_says_what_it_takes(
 def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: Path) -> None:
     """A budget for half a batch: the same step to rounding, in two parts; resumed under a big budget, still in two."""
     wide = settings_of(sft, small, tmp_path / "wide", packing=False, iters=2)
-    checkpoint = alignment_plan.opened(wide)
+    *_, checkpoint = alignment_plan.opened(wide)
 
     def phase(s: sft.Settings) -> estimates.StageCost:
         return sft._phase(s, checkpoint, None, 32)

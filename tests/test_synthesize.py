@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import synthesize
-from mis_mlx.data import sources
+from mis_mlx.data import preparation
 from mis_mlx.models import mlx_generate
 from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint, MisError
@@ -85,7 +85,7 @@ def test_end_to_end(llama: Checkpoint, text_folder: Path, tmp_path: Path, anythi
     assert lengths[0] <= lengths[1] <= lengths[0] + synthesize.PIECE * 2
     assert all(any(row["text"] in other["text"] for other in rows(text_folder)) for row in mixed)
     assert rows(out, "test") == rows(text_folder, "test")
-    assert [row for row in sources.load(str(out)).train if row in mixed] == mixed
+    assert [row for row in preparation.load(str(out)).train if row in mixed] == mixed
     assert not list(tmp_path.glob(".text*"))
     alone = synthesize.Settings(model=str(llama.path), out=str(tmp_path / "b"), data=str(text_folder), mix=0.0, **QUICK)
     assert synthesize.run(alone)["mixed_in"] == 0 and rows(tmp_path / "b") == written

@@ -13,9 +13,8 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models import arch, distributed, lora, policy
-from mis_mlx.planner import estimates, training_size
+from mis_mlx.planner import estimates, recipe, training_size
 from mis_mlx.planner.phases import SAVED_BYTES
-from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Tokens, Within, duration, gib
 
@@ -26,7 +25,7 @@ S = TypeVar("S", bound="Alignment")
 
 
 @dataclass(frozen=True)
-class Alignment(cli.Resumable, policy.Computing, ThermalFlags, TrainingConfig):
+class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingConfig):
     """The flags that sft, dpo and grpo share."""
 
     batch_size: Count = 4
@@ -61,12 +60,13 @@ class Alignment(cli.Resumable, policy.Computing, ThermalFlags, TrainingConfig):
     @property
     def lora(self) -> lora.Lora | None:
         """The adapters asked for, if any."""
-        wanted = lora.Lora(self.num_layers, self.rank, self.scale)
-        return wanted if self.fine_tune_type == "lora" else None
+        return lora.Lora(self.num_layers, self.rank, self.scale) if self.fine_tune_type == "lora" else None
 
 
-def opened(s: Alignment) -> Checkpoint:
-    """The model to align, through the gate. MisError where it cannot be trained as asked for."""
+def opened(settings: S) -> tuple[S, Path | None, Checkpoint]:
+    """(settings and folder of the run, which may be one that goes on; the model to align, through the gate). MisError
+    where it cannot be trained as asked for."""
+    s, folder = run_loop.resumed(settings, FREE)
     checkpoint = run_loop.opened(s, s.model)
     if s.lora:
         s.lora.check(int(checkpoint.config["num_hidden_layers"]))
@@ -74,7 +74,7 @@ def opened(s: Alignment) -> Checkpoint:
         raise MisError(f"{checkpoint.path} is quantized and cannot be trained whole: use --fine-tune-type lora")
     if s.max_seq_length > (most := int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)):
         raise MisError(f"--max-seq-length is {s.max_seq_length}, the model's window {most}: give {most} or less")
-    return checkpoint
+    return s, folder, checkpoint
 
 
 def dtype_of(s: Alignment, checkpoint: Checkpoint) -> mx.Dtype:

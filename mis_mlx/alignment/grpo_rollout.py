@@ -137,8 +137,7 @@ class Sampler:
 
     def text(self, answer: Sequence[int]) -> str:
         """An answer as the reward functions read it, without its stop token."""
-        stop = self.tokenizer.eos_token_ids
-        return str(self.tokenizer.decode([t for t in answer if t not in stop]))
+        return str(self.tokenizer.decode([t for t in answer if t not in self.tokenizer.eos_token_ids]))
 
     def _parts(self, chosen: Sequence[tuple[int, Group, np.ndarray]]) -> list[tuple[Any, ...]]:
         s, parts = self.settings, list[tuple[Any, ...]]()

@@ -11,17 +11,15 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.data.examples import Sequenced
-from mis_mlx.data.token_windows import order
-from mis_mlx.distillation.live_teacher import MicroBatch, TargetSource, labels
-from mis_mlx.distillation.train_loop import Loss
+from mis_mlx.data import examples, token_windows
+from mis_mlx.distillation import live_teacher, train_loop
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.models import attention_masks, distributed, load
 from mis_mlx.types import Batch
 
 MULTIPLE = 8  # that a padded length is of: fewer different shapes, for which memory is kept
 PADDING = -1  # the row that padding is of
-OfStep = Callable[[int], list[MicroBatch]]
+OfStep = Callable[[int], list[live_teacher.MicroBatch]]
 
 
 def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -37,7 +35,7 @@ def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
     return windows
 
 
-def rectangle(windows: Sequence[Sequence[Sequenced]]) -> tuple[mx.array, mx.array, mx.array]:
+def rectangle(windows: Sequence[Sequence[examples.Sequenced]]) -> tuple[mx.array, mx.array, mx.array]:
     """(tokens, learn, rows), (B, T) each: one window a line, its sequences one after the other, then padding. learn is
     1 where the prediction made there, of the next token, counts. rows numbers the sequences of a window."""
     longest = max(sum(len(ids) for ids, _ in window) for window in windows)
@@ -59,7 +57,7 @@ def drawn(
 ) -> list[np.ndarray]:  # fmt: skip
     """The indices of a step's `parts` micro-batches: a pure function of its arguments. Those of like length come
     together, which saves padding and changes nothing: a step is one sum. share: picks those that are wanted here."""
-    at = order(len(lengths), batch_size * parts, step, seed)
+    at = token_windows.order(len(lengths), batch_size * parts, step, seed)
     at = share(at[np.argsort([lengths[i] for i in at], kind="stable")])
     return [at[i : i + batch_size] for i in range(0, len(at), batch_size)]
 
@@ -75,17 +73,17 @@ def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[l
 class PackedDataset:
     """Rows of (ids, learn) as windows to draw micro-batches from. room: tokens of a shared window; 0: one row each."""
 
-    def __init__(self, rows: Sequence[Sequenced], room: int = 0):
+    def __init__(self, rows: Sequence[examples.Sequenced], room: int = 0):
         lengths = [len(ids) for ids, _ in rows]
         shared = packed(lengths, room) if room else [[i] for i in range(len(rows))]
         self.shared = bool(room)
         self.windows = [[rows[i] for i in window] for window in shared]
         self.lengths = [sum(lengths[i] for i in window) for window in shared]
 
-    def micro_batches(self, source: TargetSource, batch_size: int, parts: int, seed: int) -> OfStep:
+    def micro_batches(self, source: live_teacher.TargetSource, batch_size: int, parts: int, seed: int) -> OfStep:
         """Those of any step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
 
-        def of_step(step: int) -> list[MicroBatch]:
+        def of_step(step: int) -> list[live_teacher.MicroBatch]:
             at = drawn(self.lengths, batch_size, parts, step, seed, distributed.shard)
             cut = [rectangle([self.windows[i] for i in part]) for part in at]
             signal = source.micro_batches([Batch(tokens, learn) for tokens, learn, _ in cut], at)
@@ -93,15 +91,14 @@ class PackedDataset:
 
         return of_step
 
-    def loss_of(self, source: TargetSource, frozen_head: bool) -> Loss:
+    def loss_of(self, source: live_teacher.TargetSource, frozen_head: bool) -> train_loop.Loss:
         """`loss(student, tokens, rows, learn, *target)` -> (sum in nats, tokens that count, {"tokens": all})."""
 
         def loss(
             student: nn.Module, tokens: mx.array, rows: mx.array, learn: mx.array, *target: mx.array
         ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
             hidden = self.hidden(student, tokens, rows)
-            head = load.head_weight(student)
-            total = source.kl_sum(hidden, head, learn, *target, frozen_head=frozen_head)
+            total = source.kl_sum(hidden, load.head_weight(student), learn, *target, frozen_head=frozen_head)
             return total, learn.sum(), {"tokens": (rows != PADDING).sum()}
 
         return loss
@@ -116,8 +113,8 @@ class PackedDataset:
         total, count = 0.0, 0.0
         for at in by_length("held out: batch", self.lengths, batch_size):
             tokens, learn, rows = rectangle([self.windows[i] for i in at])
-            hidden = self.hidden(student, tokens, rows)
-            logps = token_logps(hidden, load.head_weight(student), labels(tokens))
+            hidden, targets = self.hidden(student, tokens, rows), live_teacher.labels(tokens)
+            logps = token_logps(hidden, load.head_weight(student), targets)
             total -= float((logps * learn.reshape(-1)).sum())
             count += float(learn.sum())
         return {"loss": total / max(count, 1.0)}

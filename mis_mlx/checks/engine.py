@@ -16,23 +16,15 @@ from mlx.utils import tree_flatten
 from mis_mlx.checks.kernels import Found, drawn, off, on_cpu, wide
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.maths import losses
-from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, lora, mlx_generate, policy, stream, streamed_decode
-from mis_mlx.planner import estimates
-from mis_mlx.planner.recipe import Schedule
+from mis_mlx.planner import estimates, recipe
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
-from mis_mlx.storage.files import DISK
-from mis_mlx.storage.safetensors import write_tensors
+from mis_mlx.storage import files, safetensors
 from mis_mlx.types import Checkpoint
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256,
-    "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "rms_norm_eps": 1e-5,
-    "vocab_size": 256, "max_position_embeddings": 512, "rope_theta": 10000.0, "tie_word_embeddings": True,
-    "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "bfloat16",
-}  # fmt: skip
+CONFIG = json.loads((Path(__file__).parent / "model.json").read_text("utf-8"))
 MODES = {"4-bit": "affine", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 TOKENS = mx.array(np.random.default_rng(0).integers(0, 16, (1, 16)))  # most of them several times
 Models = dict[str, Checkpoint]
@@ -44,12 +36,12 @@ def make(folder: Path) -> Models:
     shapes = arch.tensors_of(CONFIG)
     noise = ((name, drawn(seed, *shape)) for seed, (name, shape) in enumerate(shapes.items()))
     tensors = ((name, (1 + 0.1 * x if "norm" in name else 0.08 * x).astype(mx.bfloat16)) for name, x in noise)
-    write_tensors(dense, {name: ("BF16", shape) for name, shape in shapes.items()}, tensors, DISK)
+    safetensors.write_tensors(dense, {name: ("BF16", shape) for name, shape in shapes.items()}, tensors, files.DISK)
     (dense / "config.json").write_text(json.dumps(CONFIG))
     models = {"bf16": load.open_checkpoint(dense)}
     for kind, mode in MODES.items():
         plan = packed_format.layout(CONFIG, 64, (), mode)  # type: ignore[arg-type]
-        packed_format.write_quantized(models["bf16"], folder / kind, plan, DISK)
+        packed_format.write_quantized(models["bf16"], folder / kind, plan, files.DISK)
         models[kind] = load.open_checkpoint(folder / kind)
     return models
 
@@ -78,8 +70,7 @@ def _bound(float32: float, half: float) -> float:
 
 def states(kind: str, models: Models) -> np.ndarray:
     """Final states of a streamed pass."""
-    source = stream.Stream(models[kind], policy.compute_dtype(models[kind]))
-    return wide(source.forward([TOKENS])[0])
+    return wide(stream.Stream(models[kind], policy.compute_dtype(models[kind])).forward([TOKENS])[0])
 
 
 def greedy(models: Models) -> Found:
@@ -99,14 +90,14 @@ def _loss(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
     hidden, head = model.model(tokens)[0], load.head_weight(model)
     target, theirs, ones = drawn(7, len(hidden), 128), drawn(8, 256, 128) / 12, mx.ones(len(hidden))
     kl = losses.kl_sum(hidden, head, target, lambda x: x @ theirs.T, ones)
-    return kl - token_logps(hidden[:-1], head, tokens[0, 1:]).sum(), ones.sum()
+    return kl - losses.token_logps(hidden[:-1], head, tokens[0, 1:]).sum(), ones.sum()
 
 
 def _trained(model: nn.Module) -> tuple[list[float], dict[str, np.ndarray]]:
     """([loss, gradient's norm, fall of the loss in two steps], weights and moments after three). AdamW does not see how
     long a gradient is, so the norm stands for that; moments keep its last bits."""
     optimizer = GuardedAdamW()
-    steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, Schedule(3, 1e-3, 0)))
+    steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, recipe.Schedule(3, 1e-3, 0)))
     after = dict(tree_flatten(model.trainable_parameters())) | optimizer.arrays()
     first, fall = steps[0], steps[0].loss - steps[-1].loss
     return [first.loss, first.grad_norm, fall], {name: wide(array) for name, array in after.items()}

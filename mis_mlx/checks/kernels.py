@@ -12,13 +12,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths import losses, rounding
-from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import load, policy
 from mis_mlx.quantization.packed_format import Format
 
 Found = tuple[float, float]
-Check = Callable[[], Found]
 # Largest error as a share of the largest value: rounding of the result, and of sums of some hundred products.
 ROUNDING = {mx.float32: 2e-5, mx.float16: 8e-3, mx.bfloat16: 3e-2}
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -141,7 +139,7 @@ def chunked_kl(dtype: mx.Dtype) -> Found:
 def logps(dtype: mx.Dtype) -> Found:
     """Log-probabilities of given tokens and their gradients, behind a cast and under a float32 head, as LoRA has it."""
     h, w, ids = drawn(0, 40, 64, dtype=dtype).astype(mx.float32), drawn(1, 512, 64) / 8, mx.arange(40) * 7
-    work = mx.value_and_grad(lambda h, w: token_logps(h.astype(dtype), w, ids, rows=8).sum(), [0, 1])
+    work = mx.value_and_grad(lambda h, w: losses.token_logps(h.astype(dtype), w, ids, rows=8).sum(), [0, 1])
     value, slopes = work(h, w)
     q, log_q = _softmax(wide(h) @ wide(w).T)
     there = np.eye(512)[np.array(ids)] - q
@@ -176,7 +174,7 @@ def closed_form() -> Found:
 BY_TYPE = {"matrix product": product, "RMSNorm": rms_norm, "RoPE": rope, "attention": attention,
            "packed products": packed_products, "chunked KL, gradients": chunked_kl,
            "log-probabilities": logps}  # fmt: skip
-CHECKS: dict[str, Check] = {
+CHECKS: dict[str, Callable[[], Found]] = {
     **{f"{name}, float32": partial(work, mx.float32) for name, work in BY_TYPE.items()},
     **{f"{name}, float16": partial(work, mx.float16) for name, work in BY_TYPE.items()},
     **{f"packing and values of {name}": partial(unpacked, name) for name in FORMATS},

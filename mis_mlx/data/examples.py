@@ -128,7 +128,6 @@ def _prompt(row: Row) -> str:
 
 
 def _scrubbed(value: Any, removed: Counter[str]) -> Any:
-    """The same row, message or text without personal data."""
     if isinstance(value, dict):
         return {key: _scrubbed(part, removed) for key, part in value.items()}
     if isinstance(value, list):
@@ -179,10 +178,8 @@ def encode(
         sequences = list[Sequenced]()
         for one in [{"prompt": row["prompt"], "completion": row[key]} for key in answers] or [row]:
             try:
-                if templated or "messages" in one:
-                    ids, learn = token_windows.conversation(one, tokenizer, mask_prompt)
-                else:
-                    ids, learn = token_windows.plain(one, tokenizer, mask_prompt)
+                how = token_windows.conversation if templated or "messages" in one else token_windows.plain
+                ids, learn = how(one, tokenizer, mask_prompt)
             except Exception as error:  # a template is a program that came with the model: it can raise anything
                 problems.append(f"{at}: the chat template refuses it ({' '.join(str(error).split())[:80]})")
                 break

@@ -1,17 +1,124 @@
-"""Token windows of a data source for one tokenizer: train, and held-out sets that share nothing with it."""
+"""Text from where it is, in three splits; token windows of it: train, and held-out sets that share nothing with it.
 
-from collections.abc import Sequence
+From folders in mlx-lm's format, the hub, or built in, for work offline: Python's manual in English (`pydoc_data`) and
+the Polish Miś texts (benchmarks/polish_text). Every row is judged before any is used; notes say what was dropped."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.data import sources, token_windows
-from mis_mlx.data.rows import Row
+from mis_mlx.data import token_windows
+from mis_mlx.data.rows import Reading, Row, collect, key, read, split_off
 from mis_mlx.data.token_windows import Windows
+from mis_mlx.types import MisError
 
+MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
+MIS_FOLDER = Path(__file__).parent / "polish" / MIS
+SPLITS = ("train", "valid", "test")
 MIS_SHARE = 1 / 8  # of the built-in training windows: Polish enough to matter, English enough to measure
+
+
+class Texts(NamedTuple):
+    """Rows per split, and sentences on where all this came from."""
+
+    train: Sequence[Row]
+    valid: Sequence[Row]
+    test: Sequence[Row]
+    notes: Sequence[str]
+
+
+def load(data: str | None = None) -> Texts:
+    """The rows of `data`: None = the English text built in, "mis" = the Polish one, a folder, or a hub id."""
+    if data is None:
+        return _manual()
+    if data == MIS:
+        splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
+        shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
+        return Texts(**splits, notes=[f"built-in Polish text: the Miś dataset, {_counts(splits)} documents; {shared}"])
+    folder = Path(data).expanduser()
+    if folder.is_dir():  # mlx-lm's: train.jsonl and perhaps valid.jsonl, test.jsonl
+        if not (folder / "train.jsonl").exists():
+            raise MisError(f"{folder} has no train.jsonl: put one there, one JSON object per line")
+        paths = {name: folder / f"{name}.jsonl" for name in SPLITS}
+        return _splits({name: read(path) for name, path in paths.items() if path.exists()}, str(folder))
+    if folder.exists():
+        raise MisError(f"{folder} is a file: --data takes the folder that holds train.jsonl")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data):
+        raise MisError(f"there is no folder {folder}: --data takes a folder with train.jsonl, or a hub id")
+    return _from_hub(data)
+
+
+def _manual() -> Texts:
+    """One document per help topic of Python's manual; the split depends on the topic's name alone."""
+    from pydoc_data.topics import topics
+
+    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    for name in _without_repeats(topics):
+        bucket = int(hashlib.sha256(f"GÓRAL-{name}".encode()).hexdigest()[:8], 16) % 100
+        splits["train" if bucket < 80 else "valid" if bucket < 85 else "test"].append({"text": topics[name]})
+    version = ".".join(map(str, sys.version_info[:3]))
+    note = f"built-in English text: the manual of Python {version}, {_counts(splits)} documents"
+    return Texts(**splits, notes=[note])
+
+
+def _without_repeats(topics: Mapping[str, str]) -> list[str]:
+    """Sorted names of the topics that are not mostly a part of a longer one: a quarter of the manual is there twice."""
+    kept, seen = [], set[str]()
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        paragraphs = [" ".join(p.split()) for p in topics[name].split("\n\n") if len(p.strip()) > 40]
+        if 2 * sum(len(p) for p in paragraphs if p in seen) <= sum(map(len, paragraphs)):
+            kept.append(name)
+        seen.update(paragraphs)
+    return sorted(kept)
+
+
+def _counts(splits: Mapping[str, Sequence[Row]]) -> str:
+    return ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
+
+
+def _from_hub(name: str) -> Texts:
+    try:
+        import datasets
+    except ImportError as error:
+        why = f"'{name}' is no folder here, and reading it from the hub needs the datasets package"
+        raise MisError(f"{why}: pip install 'mis-mlx[data]'") from error
+    try:
+        found = datasets.load_dataset(name)
+    except Exception as error:  # the package raises dozens of kinds, all of them "could not get it"
+        raise MisError(f"the hub did not give the dataset '{name}' ({error}): check its name") from error
+    readings = {}
+    for split, spellings in {"train": ["train"], "valid": ["valid", "validation"], "test": ["test"]}.items():
+        for spelling in [s for s in spellings if s in found][:1]:
+            parsed = ((i, dict(row), None) for i, row in enumerate(found[spelling], 1))
+            readings[split] = collect(f"{name}[{spelling}]", "row", parsed)
+    if "train" not in readings:
+        raise MisError(f"the dataset '{name}' has no split called train (it has {', '.join(found)}): choose another")
+    return _splits(readings, name)
+
+
+def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
+    """Texts out of one to three readings, the missing splits filled in and everything doubtful said."""
+    for reading in readings.values():
+        if not reading.rows:
+            first = f" ({reading.problems[0]})" if reading.problems else ""
+            bad = f"{len(reading.problems)} bad ones{first}"
+            raise MisError(f"{source}: {reading.name} has 0 usable rows and {bad}: fix that file")
+    notes = [note for reading in readings.values() for note in reading.notes()]
+    rows = {name: list(reading.rows) for name, reading in readings.items()}
+    if "valid" not in rows:
+        rows["train"], rows["valid"] = split_off(rows["train"], [key(row) for row in rows["train"]])
+        notes.append(f"no valid split: {len(rows['valid'])} rows of train are held out for it, by hash")
+    if "test" not in rows:
+        rows["test"] = rows["valid"]
+        notes.append(f"no test split: the {len(rows['valid'])} rows of valid serve as test too")
+    return Texts(**rows, notes=notes)
 
 
 class Data(NamedTuple):
@@ -38,7 +145,7 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     def windows(rows: Sequence[Row]) -> Windows:
         return token_windows.windows(token_windows.tokenize(rows, tokenizer), length, token_windows.start_of(tokenizer))
 
-    texts = sources.load(data)
+    texts = load(data)
     train, test = windows(texts.train), windows(texts.test)
     test, removed = token_windows.without_overlap(test, train)
     notes = [
@@ -48,7 +155,7 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     ]
     if data is not None:
         return Data(train, {"held-out": counted(test)}, tuple(notes))
-    polish = sources.load(sources.MIS)
+    polish = load(MIS)
     extra = windows(polish.train)
     count = min(len(extra.tokens), round(len(train.tokens) * MIS_SHARE / (1 - MIS_SHARE)))
     joined = (np.concatenate([a, b[:count]]) for a, b in ((train.tokens, extra.tokens), (train.learn, extra.learn)))

@@ -55,8 +55,7 @@ def collect(name: str, unit: str, numbered: Iterable[Numbered]) -> Reading:
 
 
 def judged(numbered: Iterable[Numbered], where: str, judge: Judge) -> tuple[list[Placed], list[str]]:
-    """(rows in which `judge` finds no fault, with their places; what is wrong with the others). where: what their
-    numbers count, such as "train.jsonl line"."""
+    """(rows without fault, with their places; what is wrong with the others). where: before a number, "x.jsonl row"."""
     good, problems = list[Placed](), list[str]()
     for number, value, unread in numbered:
         if why := unread or judge(value):

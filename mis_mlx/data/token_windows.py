@@ -1,7 +1,5 @@
 """Text for training and measuring: token windows, the bytes they stand for, batch order."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -23,7 +21,7 @@ class Windows:
     learn: np.ndarray
     text_bytes: np.ndarray | None = None
 
-    def pick(self, at: Any) -> Windows:
+    def pick(self, at: Any) -> "Windows":
         """Some of the windows: indices or a slice."""
         return Windows(self.tokens[at], self.learn[at], None if self.text_bytes is None else self.text_bytes[at])
 

@@ -8,7 +8,6 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -17,7 +16,9 @@ Language = Literal["pl", "en"]
 
 TEXT_LIMIT, DIGIT_LIMIT = 160, 30  # characters of a value; digits of a number
 
-UNITS = Path(__file__).parent / "units.json"  # kind: factor to the kind's smallest unit: its names
+_KINDS = json.loads((Path(__file__).parent / "units.json").read_text("utf-8"))
+# Name of a unit: its kind, and its factor to the smallest one of that.
+_UNITS = {n: (kind, int(f)) for kind, factors in _KINDS.items() for f, names in factors.items() for n in names.split()}
 _SPACES = "\u00a0\u2009\u202f"  # no-break, thin and narrow no-break spaces, as typeset numbers have them
 _NUMBER = re.compile(
     r"(?P<sign>[-+−–]|minus )? ?"
@@ -42,12 +43,6 @@ class Quantity:
 
 
 Value = Quantity | tuple[str, ...]  # the words of a list of names, in lower case
-
-
-@cache
-def _units() -> dict[str, tuple[str, int]]:
-    kinds = json.loads(UNITS.read_text("utf-8"))
-    return {n: (kind, int(f)) for kind, factors in kinds.items() for f, names in factors.items() for n in names.split()}
 
 
 def clean(text: str) -> str | None:
@@ -110,9 +105,9 @@ def quantity(text: str, language: Language | None) -> Quantity | None:
         if not (match := _NUMBER.match(text, at)) or (amount := _fraction(match, language)) is None:
             return None
         rest = _UNIT.match(text, match.end())
-        if rest is None or (rest[1] and rest[1].lower() not in _units()):
+        if rest is None or (rest[1] and rest[1].lower() not in _UNITS):
             return None
-        kind, factor = _units()[rest[1].lower()] if rest[1] else ("", 1)
+        kind, factor = _UNITS[rest[1].lower()] if rest[1] else ("", 1)
         parts.append((factor, Quantity(amount * factor, kind, amount)))
         at = rest.end()
     if len(parts) < 2:
@@ -149,9 +144,8 @@ def value(text: str, language: Language | None, like: Value | None = None) -> Va
     """A right answer's value as a data set writes it; or an answer's, read as what `like` is. None where it is none."""
     line = _plain(clean(text) or "")
     if like is None:
-        if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line):
-            return clock(line)
-        return quantity(line, language) or names(line)
+        is_time = re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line)
+        return clock(line) if is_time else quantity(line, language) or names(line)
     if isinstance(like, tuple):
         return names(line)
     return clock(line) if like.kind == "clock" else quantity(line, language)

@@ -12,10 +12,8 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.maths import losses
-from mis_mlx.maths.stats import interval
-from mis_mlx.models import distributed, host_losses, load, policy, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.maths import losses, stats
+from mis_mlx.models import config, distributed, host_losses, load, policy, stream
 from mis_mlx.reporting import text
 from mis_mlx.types import Checkpoint, MisError, Row
 
@@ -82,7 +80,7 @@ def by_window(base: Passed, other: Passed, held_out: Windows) -> Iterator[np.nda
     """(n, 4) float64 of the n predictions that count in each window: the base's nll, the other's, KL(base || other), in
     nats, whether the top token is the same. Logits come in chunks."""
     heads = [alone(model).head() for model, _ in (base, other)]
-    vocab = min(shape_of(model.config).vocab for model, _ in (base, other))
+    vocab = min(config.shape_of(model.config).vocab for model, _ in (base, other))
     rows = losses.chunk_rows(vocab) // 2
     for w, tokens in enumerate(held_out.tokens):
         counted, values = np.flatnonzero(held_out.learn[w, :-1]), [np.zeros((0, 4))]  # nothing follows the last
@@ -100,7 +98,7 @@ def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
     where the bytes of `held_out` were counted: those of all windows over their bytes, a ratio's error linearised."""
     rows, nbytes = [], held_out.text_bytes if held_out else None
     for (name, metric), values in figures.items():
-        mean, low, high = interval(values)
+        mean, low, high = stats.interval(values)
         rows.append(Row(name, metric, mean, low, high, len(values)))
         if metric == "nll":
             rows.append(Row(name, "ppl", math.exp(mean), math.exp(low), math.exp(high), len(values)))
@@ -108,7 +106,7 @@ def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
             tokens = (held_out.learn[:, :-1] > 0).sum(axis=1)
             bits = values * tokens / math.log(2)
             ratio = bits.sum() / nbytes.sum()
-            rows.append(Row(name, "bpb", *interval(ratio + (bits - ratio * nbytes) / nbytes.mean()), len(values)))
+            rows.append(Row(name, "bpb", *stats.interval(ratio + (bits - ratio * nbytes) / nbytes.mean()), len(values)))
             rows.append(Row(name, "tpb", float(tokens.sum() / nbytes.sum()), n=len(values)))
     return rows
 
@@ -144,8 +142,7 @@ def kld(base: Checkpoint, others: Models, held_out: Windows, opened: Opened = al
     held_out = own(held_out)
     mine, report = final_hidden(base, held_out, opened), {}
     for name, other in cli.counted("model", others.items(), len(others)):
-        theirs = final_hidden(other, held_out, opened)
-        values = by_window((base, mine), (other, theirs), held_out)
+        values = by_window((base, mine), (other, final_hidden(other, held_out, opened)), held_out)
         each = distributed.all_gather([row for window in values for row in window.tolist()])
         report[name] = figures(*np.array([row for part in each for row in part]).T)
     return report

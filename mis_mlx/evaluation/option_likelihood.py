@@ -9,8 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import attention_masks, distributed, load, pipeline_parallel
-from mis_mlx.models.config import shape_of
+from mis_mlx.models import attention_masks, config, distributed, load, pipeline_parallel
 from mis_mlx.models.stream import Stream, evaluate_now
 from mis_mlx.types import MisError
 
@@ -100,7 +99,7 @@ def score(stream: Stream, encoded: Sequence[Encoded], rows: int = ROWS) -> list[
             hidden[b] = attention_masks.through(block, hidden[b], p.sees, p.positions, window)
             evaluate_now(hidden[b])
     hidden = stream.norm(hidden)
-    head, vocab = stream.head(), shape_of(stream.checkpoint.config).vocab
+    head, vocab = stream.head(), config.shape_of(stream.checkpoint.config).vocab
     sums = [[0.0] * len(options) for _, options in encoded]
     for b, p in enumerate(own):
         for (question, option), value in zip(p.owner, _logps(head, hidden[b][0], p, vocab), strict=True):

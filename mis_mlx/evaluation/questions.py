@@ -8,8 +8,6 @@ A file holds rows of one kind and is one task, named like the file:
 
 "answer" is one of the options. "language" may be "pl" or "en" and decides between "Odpowiedź:" and "Answer:"."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
@@ -18,11 +16,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 
-from mis_mlx.data import rows, sources
+from mis_mlx.data import preparation, rows
 from mis_mlx.types import MisError
 
 Kind = Literal["choice", "checked"]
@@ -71,7 +69,7 @@ class Task:
         decisive = [self.kind, self.max_tokens, [[q.context, q.answer, q.language, *q.options] for q in self.questions]]
         return hashlib.sha256(json.dumps(decisive, ensure_ascii=False).encode()).hexdigest()
 
-    def chosen(self, count: int) -> Task:
+    def chosen(self, count: int) -> Self:
         """`count` of its questions, spread evenly, or all when there are fewer."""
         n = len(self.questions)
         at = np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int))
@@ -169,8 +167,8 @@ def words(text: str) -> list[str]:
 
 def training_words(data: str | None) -> list[str]:
     """All words of a data source's training rows; None: both built-in texts."""
-    names = [data] if data else [None, sources.MIS]
-    return [word for name in names for row in sources.load(name).train for word in words(text_of(row))]
+    names = [data] if data else [None, preparation.MIS]
+    return [word for name in names for row in preparation.load(name).train for word in words(text_of(row))]
 
 
 def text_of(row: Mapping) -> str:

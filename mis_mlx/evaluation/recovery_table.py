@@ -8,7 +8,6 @@ import numpy as np
 
 from mis_mlx.maths.stats import interval, recovery
 from mis_mlx.reporting import figures, html
-from mis_mlx.reporting.text import markdown_table
 
 Three = tuple[float, float, float]  # value, low, high
 
@@ -68,16 +67,12 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     """Two tables, one line a task and one column a model, and what can be said. tables: more, from elsewhere."""
     if not outcomes:
         return tables
-    knows, (teacher, *names) = [o for o in outcomes if o.knows], list(outcomes[0].marks)
-    cells = [[o.task, *(_share(o.recovered(name)) for name in names)] for o in outcomes]
+    knows, names = [o for o in outcomes if o.knows], list(outcomes[0].marks)[1:]
     alike = [o for o in outcomes if any(len(set(marks)) == 1 for marks in o.marks.values())]
     constants = [(o, *o.constant) for o in knows if o.constant]
     overlaps = [(o.task, *o.overlap) for o in outcomes if o.overlap]
-    values = {
-        "scores": markdown_table(["", "n", "chance", "U Zośki", "uniform", teacher, *names], map(_scores, outcomes)),
-        "recovered": markdown_table(["", *names], cells) if names else "",
-        "tables": tables,
-        "outcomes": outcomes,
+    values: dict[str, Any] = {"names": names, "interval": interval, "tables": tables, "outcomes": outcomes}
+    values |= {
         "ignorant": [o.task for o in outcomes if not o.beats_chance],
         "counting": [o.task for o in outcomes if o.beats_chance and not o.knows],
         "constant": [f"{o.task} ({a})" for o, share, a in constants if interval(o.teacher - share)[1] <= 0],
@@ -88,18 +83,6 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
         "looked_up": sum(total for *_, total in overlaps),
     }
     return html.document("recovery.md", values)
-
-
-def _share(found: Three | None) -> str:
-    return f"{found[0]:.0%} [{found[1]:.0%}, {found[2]:.0%}]" if found else "–"
-
-
-def _scores(o: Outcome) -> list[str]:
-    intervals = [interval(marks) for marks in o.marks.values()]
-    cells = [f"{mean:.1%} ± {(high - low) / 2:.1%}" for mean, low, high in intervals]
-    constant = f"{o.constant[0]:.1%}" if o.constant else "–"
-    uniform = "–" if o.uniform is None else f"{o.uniform.mean():.1%}"
-    return [o.task, str(len(o.chance)), f"{o.chance.mean():.1%}", constant, uniform, *cells]
 
 
 def _student(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:

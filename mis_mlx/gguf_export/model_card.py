@@ -6,8 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from mis_mlx.models import arch, model_writer, resolve
-from mis_mlx.models.config import shape_of
+from mis_mlx.models import arch, config, model_writer, resolve
 from mis_mlx.reporting import html
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.types import Checkpoint
@@ -53,34 +52,19 @@ def readme(checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[
     run, library = run_of(checkpoint.path), "gguf" if file else "transformers"
     front = {"base_model": base, "license": licence or licence_of(base), "library_name": library, "tags": ["mis_mlx"],
              "pipeline_tag": "text-generation"}  # fmt: skip
-    table = run / "table.md" if run else None
+    data, table = checkpoint.path / run_folder.DATA, run / "table.md" if run else None
+    stored = run_folder.stored_settings(run) if run else {}
+    folders = [checkpoint.path, *(run / stage for stage in STAGES if run)]
     values = {
         "front": yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False).strip(),
         "name": name_of(checkpoint.path),
         "base": base,
-        "size": f"{arch.params(checkpoint.config) / 1e6:.1f} million parameters: {shape_of(checkpoint.config)}",
-        "recipe": [*facts, *_recipe(checkpoint.path, run)],
+        "size": f"{arch.params(checkpoint.config) / 1e6:.1f} million parameters: {config.shape_of(checkpoint.config)}",
+        "facts": facts,
+        "data": json.loads(data.read_text("utf-8")) if data.is_file() else None,
+        "keep": next(filter(None, map(model_writer.read_keep, folders)), None),
+        "settings": {k: stored[k] for k in TOLD.split() if stored.get(k) not in (None, [])} if run else None,
         "table": table.read_text("utf-8").strip() if table and table.is_file() else "",
         "file": file,
     }
     return html.document("model_card.md", values) + "\n"
-
-
-def _recipe(folder: Path, run: Path | None) -> list[str]:
-    """A line each for the alignment, the pruning and the settings of the run; none where nothing is known."""
-    lines = []
-    if (folder / run_folder.DATA).is_file():
-        data = json.loads((folder / run_folder.DATA).read_text("utf-8"))
-        removed = ", ".join(f"{count} {kind}" for kind, count in data["pii_removed"].items())
-        gone = f"; personal data replaced: {removed}" if removed else ""
-        learned = f"aligned on {data['train_rows']} rows of {data['source']}"
-        lines.append(f"{learned}; licence or consent: {data['licence']}{gone}")
-    folders = [folder] + ([run / stage for stage in STAGES] if run else [])
-    if keep := next(filter(None, map(model_writer.read_keep, folders)), None):
-        lines.append(f"pruned ({keep.why}); teacher's blocks kept: {', '.join(map(str, keep.layers))}")
-    if run is not None:
-        stored = run_folder.stored_settings(run)
-        told = {key: stored[key] for key in TOLD.split() if stored.get(key) not in (None, [])}
-        settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in told.items())
-        lines.append(f"settings of the run: {settings}")
-    return lines

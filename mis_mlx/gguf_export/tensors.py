@@ -1,40 +1,39 @@
-"""A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for.
+"""A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for; the file.
 
 What MLX packed is not rounded again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1 blocks
 and those of 5 bits Q5_1 (scale · q + bias, repeated in a group's blocks of 32), mxfp4 and nvfp4 MXFP4 and NVFP4."""
 
+import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import mlx.core as mx
 import numpy as np
+from gguf.gguf_writer import WriterState
 
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load
+from mis_mlx.models import arch, families, load, wheel_model
 from mis_mlx.models.config import normalised, shape_of
-from mis_mlx.models.families import family
-from mis_mlx.models.wheel_model import gguf_names, row_order
 from mis_mlx.storage import safetensors
+from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError
 
+ALIGNMENT = 32  # bytes, GGUF's default: where every tensor begins
 BLOCK = 32  # weights of a Q4_1 or Q5_1 block
-REWRAPPED = {  # (MLX's mode, bits): ggml's type of the same numbers
-    ("affine", 2): "Q4_1", ("affine", 3): "Q4_1", ("affine", 4): "Q4_1", ("affine", 5): "Q5_1",
-    ("mxfp4", 4): "MXFP4", ("nvfp4", 4): "NVFP4",
-}  # fmt: skip
 EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of these is re-wrapped where that is exact
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
-FILE_TYPES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}  # the others are MOSTLY_ and their name
 F16_MAX = 65504.0
-# interleaved: kinds of model that turn neighbours in a row of q and k. freqs: what frequencies are divided by. yarn:
-# keys of stretched positions; own: a family's own ones; with the `GGUFWriter`'s word for each.
+# rewrapped: MLX's mode and bits, and ggml's type of the same numbers. interleaved: models that turn neighbours in a
+# row of q and k. freqs: what frequencies are divided by. yarn: keys of stretched positions; own: a family's own ones;
+# with the `GGUFWriter`'s word for each. file_types: those that are not MOSTLY_ and their name.
 WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
-YARN, OWN = WORDS["yarn"], WORDS["own"]
+REWRAPPED, YARN, OWN = WORDS["rewrapped"], WORDS["yarn"], WORDS["own"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,6 @@ class Part:
     @property
     def byte_shape(self) -> tuple[int, ...]:
         """(rows, bytes of a row). ValueError when a row cannot be cut into the type's blocks."""
-        import gguf
-
         return gguf.quant_shape_to_byte_shape(self.shape, gguf.GGMLQuantizationType[self.kind])
 
     @property
@@ -67,7 +64,7 @@ def out_type(checkpoint: Checkpoint) -> str:
     if not arch.is_quantized(checkpoint.tensors):
         return "f16"
     packed = [own for name in arch.tensors_of(checkpoint.config) if (own := load.packing(checkpoint, name))]
-    exact = [own["mode"] for own in packed if (own["mode"], own["bits"]) in REWRAPPED]
+    exact = [own["mode"] for own in packed if f"{own['mode']} {own['bits']}" in REWRAPPED]
     most = Counter(exact).most_common(1)[0][0] if exact else "q8_0"
     return "q4_1" if most == "affine" else most
 
@@ -76,10 +73,8 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     """Every tensor of the GGUF in order. `wanted`: --out-type. Vectors are float32. Of a packed model q4_1, mxfp4 and
     nvfp4 keep exactly what some type of llama.cpp holds; other matrices get Q8_0. q4_k_m: the types that llama.cpp will
     choose. MisError where rows do not divide by a block, or nothing is packed in the mode that was asked for."""
-    import gguf
-
-    config, s, of = checkpoint.config, shape_of(checkpoint.config), family(checkpoint.config)
-    names = gguf_names(config)
+    config, s, of = checkpoint.config, shape_of(checkpoint.config), families.family(checkpoint.config)
+    names = wheel_model.gguf_names(config)
     heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.gguf in WORDS["interleaved"] else {}
     every = []
     for name, shape in arch.tensors_of(config, True).items():
@@ -109,7 +104,7 @@ def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple
     bits, group, mode = (own.get(key, 0) for key in ("bits", "group_size", "mode"))
     if wanted in EXACT_TYPES and arch.is_quantized(checkpoint.tensors):
         whole = group % BLOCK == 0 if mode == "affine" else columns % (64 if mode == "nvfp4" else BLOCK) == 0
-        exact = REWRAPPED.get((mode, bits)) if whole else None
+        exact = REWRAPPED.get(f"{mode} {bits}") if whole else None
         return exact or "Q8_0", exact is not None
     wide = name in (load.EMBEDDING + "weight", "lm_head.weight") or (own and 4 < bits != common["bits"])
     return "Q8_0" if wide else wanted.upper(), False
@@ -145,7 +140,7 @@ def _rows_of(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterato
     stem = part.source.removesuffix(".weight")
     stored = [n for n in (part.source, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
     raw = safetensors.lazy(checkpoint.tensors, stored)
-    count, order = part.shape[0], row_order(part.shape[0], part.heads) if part.heads else None
+    count, order = part.shape[0], wheel_model.row_order(part.shape[0], part.heads) if part.heads else None
     step = max(1, SLAB_BYTES // (4 * math.prod(part.shape[1:])))
     for at in range(0, count, step):
         index = slice(at, at + step) if order is None else mx.array(order[at : at + step])
@@ -160,15 +155,13 @@ def _finite(part: Part, *arrays: np.ndarray) -> None:
 
 
 def _converted(checkpoint: Checkpoint, part: Part, slab: load.Raw, _: Counter[str]) -> np.ndarray:
-    from gguf import GGMLQuantizationType, quantize
-
     values = np.array(load.dense(checkpoint, part.source, slab).astype(mx.float32))
     if "norm" in part.source:
-        values = (values + family(checkpoint.config).gain_offset) * _query_gain(checkpoint.config, part.name)
+        values = (values + families.family(checkpoint.config).gain_offset) * _query_gain(checkpoint.config, part.name)
     _finite(part, values)
     if part.kind == "F16" and values.size and np.abs(values).max() > F16_MAX:
         raise MisError(f"{part.source} has {np.abs(values).max():.4g}, float16 ends at {F16_MAX:.0f}: use bf16")
-    return quantize(values, GGMLQuantizationType[part.kind])
+    return gguf.quantize(values, gguf.GGMLQuantizationType[part.kind])
 
 
 def _rewrapped(checkpoint: Checkpoint, part: Part, slab: load.Raw, tally: Counter[str]) -> np.ndarray:
@@ -198,7 +191,7 @@ def _halves(q: np.ndarray, block: int) -> np.ndarray:
 
 def _query_gain(config: Mapping[str, Any], name: str) -> float:
     """For query_pre_attn_scalar, in queries' norm: llama.cpp's gemma3 divides by head_dim, or hidden / heads."""
-    if not name.endswith("attn_q_norm.weight") or "query_pre_attn_scalar" not in family(config).numbers:
+    if not name.endswith("attn_q_norm.weight") or "query_pre_attn_scalar" not in families.family(config).numbers:
         return 1.0
     s = shape_of(config)
     return math.sqrt((s.hidden // s.heads if s.layers == 62 else s.head_dim) / config["query_pre_attn_scalar"])
@@ -206,7 +199,7 @@ def _query_gain(config: Mapping[str, Any], name: str) -> float:
 
 def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """(kind of rotary positions, its settings). MisError for one that llama.cpp cannot be told of."""
-    of, c = family(config), normalised(config)
+    of, c = families.family(config), normalised(config)
     arch, scaling = of.gguf, c.get("rope_scaling") or {}
     rope = scaling.get("rope_type") or scaling.get("type") or "default"
     usual = [int(i % 4 != 3) for i in range(c["num_hidden_layers"])]
@@ -241,9 +234,7 @@ def _freqs(config: Mapping[str, Any]) -> np.ndarray:
 
 def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> None:
     """Put every key that llama.cpp's loader reads of these models, tokenizer aside, into the `GGUFWriter`."""
-    import gguf
-
-    s, c, of = shape_of(config), normalised(config), family(config)
+    s, c, of = shape_of(config), normalised(config), families.family(config)
     if type(c.get("max_position_embeddings")) is not int:
         raise MisError("config.json has no max_position_embeddings, which llama.cpp needs: add it")
     rope, scaling = _rope(config)
@@ -255,7 +246,7 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         )
     words = {
         "type": "model", "name": name, "size_label": gguf.size_label(arch.params(config), 0, 0, 0),
-        "file_type": gguf.LlamaFileType[FILE_TYPES.get(wanted, f"MOSTLY_{wanted.upper()}")],
+        "file_type": gguf.LlamaFileType[WORDS["file_types"].get(wanted, f"MOSTLY_{wanted.upper()}")],
         "quantization_version": gguf.GGML_QUANT_VERSION,
         "context_length": c["max_position_embeddings"], "embedding_length": s.hidden, "block_count": s.layers,
         "feed_forward_length": s.ffn, "vocab_size": s.vocab, "head_count": s.heads, "head_count_kv": s.kv_heads,
@@ -281,3 +272,36 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         words["sliding_window"] = load.model_args(config).sliding_window
     for word, value in words.items():
         getattr(writer, f"add_{word}")(value)
+
+
+def padded_bytes(parts: Iterable[Part]) -> int:
+    """Bytes of all tensors in the file, padding included."""
+    return sum(part.nbytes + -part.nbytes % ALIGNMENT for part in parts)
+
+
+def head(writer: Any, parts: Iterable[Part]) -> bytes:
+    """Everything in front of the first tensor: the facts given to the `GGUFWriter` so far, the table of tensors.
+    The writer gets a buffer in place of its file, so that every byte goes through `Files`."""
+    for part in parts:
+        type_ = gguf.GGMLQuantizationType[part.kind]
+        writer.add_tensor_info(part.name, part.byte_shape, np.dtype(np.uint8), part.nbytes, raw_dtype=type_)
+    buffer = io.BytesIO()
+    writer.fout, writer.state = [buffer], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return buffer.getvalue() + bytes(-buffer.tell() % ALIGNMENT)
+
+
+def write(path: Path, head: bytes, parts: Sequence[Part], rows: Iterable[Iterator[np.ndarray]], files: Files) -> None:
+    """Write the new file `path`; `rows` gives, for each part in turn, its bytes slab by slab.
+    ValueError when a tensor has other than its due bytes. Use it inside `checkpoint.commit_folder`."""
+    files.write(path, head)
+    for part, slabs in zip(parts, rows, strict=True):
+        count = 0
+        for slab in slabs:
+            files.extend(path, slab.data.cast("B"))
+            count += slab.nbytes
+        if count != part.nbytes:
+            raise ValueError(f"{part.name}: {count} bytes came, {part.nbytes} were due")
+        files.extend(path, bytes(-count % ALIGNMENT))

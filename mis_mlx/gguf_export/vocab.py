@@ -4,9 +4,10 @@ Writes into a `gguf.GGUFWriter`, not to disk. Follows llama.cpp's conversion/bas
 
 import hashlib
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from mis_mlx.models.tokenizer_check import ROWS, read_json
 from mis_mlx.types import MisError
@@ -14,19 +15,15 @@ from mis_mlx.types import MisError
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # GGUF's token types
 ADDED_SCORE, NO_SCORE = -1000.0, -10000.0  # what llama.cpp's converter gives an added token, and a hole
 Piece = tuple[str, float, int]  # text, score, type
-
-
-@cache
-def known() -> dict[str, Any]:
-    """llama.cpp's pre-tokenizers: the text "probe", and "names", those of our families, by the sha256 of its ids. A
-    vocabulary of one's own has another hash, but is cut by the same "rules": steps of tokenizer.json, ignore_merges."""
-    return read_json(Path(__file__).parent / "pre_tokenizers.json")
+# llama.cpp's pre-tokenizers: the text "probe"; "names", those of our families, by the sha256 of its ids. A vocabulary
+# of one's own has another hash, but is cut by the same "rules": steps of tokenizer.json, ignore_merges.
+KNOWN = read_json(Path(__file__).parent / "pre_tokenizers.json")
 
 
 def add(writer: Any, folder: Path, size: int) -> list[str]:
     """Put the tokenizer into the writer, padded to `size` tokens, the rows of the embedding. Returns notes for people.
     The trap: an absent add_bos_token means true to llama.cpp for some pre-tokenizers, so it is always written."""
-    import gguf
+    import gguf  # which prune and distill do not need
 
     spec, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
     if not spec:
@@ -64,9 +61,9 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
     if (kind := model.get("type")) != "BPE":
         raise MisError(f"{folder}: a tokenizer of type {kind} has no place in a GGUF of these models: use --format hf")
     if not model.get("byte_fallback"):
-        digest = hashlib.sha256(str(_ids(folder, known()["probe"])).encode()).hexdigest()
+        digest = hashlib.sha256(str(_ids(folder, KNOWN["probe"])).encode()).hexdigest()
         rule = {"steps": _steps(spec), "ignore_merges": bool(model.get("ignore_merges"))}
-        pre = known()["names"].get(digest) or next((r["name"] for r in known()["rules"] if r == r | rule), None)
+        pre = KNOWN["names"].get(digest) or next((r["name"] for r in KNOWN["rules"] if r == r | rule), None)
         pre = read_json(folder / ROWS).get("pre_tokenizer") or pre  # a trimmed vocabulary is cut by its parent's rules
         pieces = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
         unknown = f"the pre-tokenizer is none that is known here by llama.cpp's hash ({digest[:12]}) or by its rules: "
@@ -106,8 +103,6 @@ def _steps(spec: dict[str, Any]) -> list[str]:
 
 
 def _ids(folder: Path, text: str) -> list[int]:
-    from tokenizers import Tokenizer
-
     try:
         return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
     except Exception as error:  # the library raises bare Exception

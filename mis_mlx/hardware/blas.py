@@ -2,8 +2,7 @@
 
 MLX's CPU build brings the reference BLAS, 20 to 50 times slower than OpenBLAS, and takes one that is preloaded instead.
 The index has OpenBLAS in scipy-openblas32, with kernels for every processor, but all its names begin with `scipy_`:
-`renamed` takes that off, in a copy of its own. Runs as a file, before mlx is imported; imports nothing of the package.
-"""
+`renamed` takes that off, in a copy. Runs as a file, before mlx is imported; imports nothing of the package."""
 
 import ctypes
 import os

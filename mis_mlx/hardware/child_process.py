@@ -34,7 +34,6 @@ def ask(
     watched: bool = sys.platform == "darwin",
 ) -> Any:  # fmt: skip
     """What `function` of `source` (a module's dotted name, or a path to a .py file) returns for these arguments.
-
     Arguments that its signature does not name are left out. memory_bytes: of its address space, limited by the
     kernel; or where it is `watched` by us, as macOS has no such limit, of what it and its children hold; 0: no limit.
     NoAnswer when it raises, ends its process, answers what JSON has no word for, or takes more than it may."""
@@ -89,21 +88,16 @@ def _serve() -> None:
     question = json.loads(sys.stdin.buffer.read())
     with os.fdopen(os.dup(1), "wb") as out, contextlib.redirect_stdout(sys.stderr):
         os.dup2(2, 1)
-        _limit(resource.RLIMIT_CPU, (question["seconds"] + 1) * (os.cpu_count() or 1))  # should nobody end it
-        _limit(resource.RLIMIT_CORE, 0)
-        if question["bytes"]:
-            _limit(resource.RLIMIT_AS, question["bytes"])
+        limits = {resource.RLIMIT_CPU: (question["seconds"] + 1) * (os.cpu_count() or 1), resource.RLIMIT_CORE: 0}
+        for what, most in (limits | ({resource.RLIMIT_AS: question["bytes"]} if question["bytes"] else {})).items():
+            with contextlib.suppress(ValueError, OSError):  # macOS does not let everybody
+                resource.setrlimit(what, (most, most))
         try:
             answer = {"value": _call(**{k: question[k] for k in ("source", "function", "arguments")})}
             text = json.dumps(answer, allow_nan=False)
         except BaseException as error:
             text = json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
         out.write(text.encode())
-
-
-def _limit(what: int, most: int) -> None:
-    with contextlib.suppress(ValueError, OSError):  # macOS does not let everybody
-        resource.setrlimit(what, (most, most))
 
 
 def _call(source: str, function: str, arguments: Mapping[str, Any]) -> Any:

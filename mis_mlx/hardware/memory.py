@@ -41,9 +41,8 @@ def left_bytes(seen: Any = None) -> int:
 
 def _recommended(device: Any) -> int | None:
     """Metal's recommended working set in bytes; None where nothing is computed on Metal."""
-    if device.default_device() != device.gpu:
-        return None
-    return device.device_info().get("max_recommended_working_set_size")
+    on_metal = device.default_device() == device.gpu
+    return device.device_info().get("max_recommended_working_set_size") if on_metal else None
 
 
 def budget(asked_bytes: int | None, room: int | None = None, left: int | None = None) -> Budget:
@@ -94,11 +93,9 @@ def cache_bytes(limit_bytes: int, gpu: bool) -> int:
 
 
 def process_bytes(limit_bytes: int, gpu: bool | None = None) -> int:
-    """What a process takes of a budget beside its arrays: what Python and libraries grow by, and MLX's cache, which
-    on Metal is emptied before arrays and cache pass MLX's limit. gpu: as this process computes, if not said.
-
-    The growth was measured on a CPU at 13 to 20 MiB, whatever the model; budgets of under 144 MiB are met in
-    tests only, where a sixth of them does."""
+    """What a process takes of a budget beside its arrays: what Python and libraries grow by (measured on a CPU: 13 to
+    20 MiB, whatever the model; of budgets under 144 MiB, met in tests only, a sixth), and MLX's cache, which on Metal
+    is emptied before arrays and cache pass MLX's limit. gpu: as this process computes, if not said."""
     gpu = mx.default_device() == mx.gpu if gpu is None else gpu
     return _grown(limit_bytes, gpu) + (0 if gpu else cache_bytes(limit_bytes, gpu))
 
@@ -109,11 +106,9 @@ def _grown(limit_bytes: int, gpu: bool) -> int:
 
 @contextmanager
 def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[None]:
-    """MLX throttles itself at the budget, less what the process grows by, and keeps little freed memory; its own
-    limits come back after.
-
-    wired_bytes: what a job is planned to take that trains a model whole in memory: on Metal that much is wired, so
-    that macOS does not page it out between two passes. device: `mlx.core`, or what a test puts in its place."""
+    """MLX throttles itself at the budget, less what the process grows by, and keeps little freed memory; its own limits
+    come back after. wired_bytes: what a job is planned to take that trains a model whole in memory: on Metal that much
+    is wired, so that macOS does not page it out between two passes. device: `mlx.core`, or what a test takes for it."""
     _open_more_files()
     gpu = device.default_device() == device.gpu
     memory = device.set_memory_limit(limit.limit_bytes - _grown(limit.limit_bytes, gpu))
@@ -129,7 +124,6 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
 
 
 def _open_more_files() -> None:
-    """From now on up to OPEN_FILES at once, as far as the system lets us."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

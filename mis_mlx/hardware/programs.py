@@ -50,8 +50,8 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: 
 
 
 def unpack_debian(names: Sequence[str], into: Path) -> list[str]:
-    """Names and today's versions of Debian packages, unpacked into the folder `into`, without root. MisError where
-    there is no apt, or it has none of these."""
+    """Names and today's versions of Debian packages, unpacked into `into` without root. MisError: apt has none, or is
+    not here."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise MisError(f"this system has no apt to bring {' and '.join(names)}")
     _download(["apt-get", "download", "-qq", *names], f"apt could not download {' and '.join(names)}", folder=into)
@@ -63,8 +63,7 @@ def unpack_debian(names: Sequence[str], into: Path) -> list[str]:
 
 
 def quantizer() -> list[str]:
-    """llama-quantize, or Python's llama-cpp-python: the command that takes `source target type`. MisError, with what
-    to install, when there is none."""
+    """The command that takes `source target type`. MisError, with what to install, when there is none."""
     if program := shutil.which("llama-quantize"):
         return [program]
     if importlib.util.find_spec("llama_cpp"):

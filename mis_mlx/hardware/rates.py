@@ -20,8 +20,7 @@ import psutil
 
 from mis_mlx import __version__
 from mis_mlx.hardware.memory import recommended_bytes
-from mis_mlx.storage.block_reader import F_NOCACHE, Reader
-from mis_mlx.storage.files import DISK
+from mis_mlx.storage import block_reader, files
 from mis_mlx.types import GIB, MisError, gib
 
 # On a CPU a pass over a model takes this many times its matrix products, forwards or in training, the rest being
@@ -134,7 +133,7 @@ def quickest(work: Callable[[], object], seconds: float) -> float:
 def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
     """(read, written) bytes per second, past the page cache, of a new file in `folder` that goes again; of fewer bytes
     where the disk has little room or is slow. MisError when there is no room at all."""
-    free, piece = DISK.free_bytes(folder), min(nbytes, PIECE)
+    free, piece = files.DISK.free_bytes(folder), min(nbytes, PIECE)
     if free < 4 * piece:
         raise MisError(f"{folder} has {gib(free)} free, a measurement wants {gib(4 * piece)}: free some")
     path = folder / f".tmp-rates-{os.getpid()}"
@@ -150,16 +149,16 @@ def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
     began, written = time.perf_counter(), 0
     with path.open("wb", buffering=0) as file:
         if sys.platform == "darwin":
-            fcntl.fcntl(file.fileno(), F_NOCACHE, 1)  # pages that are cached once are read from the cache, whoever asks
+            fcntl.fcntl(file.fileno(), block_reader.F_NOCACHE, 1)  # pages cached once are read from there, whoever asks
         while written < count * len(piece) and time.perf_counter() - began < PATIENCE_S:
             written += file.write(piece)
-    DISK.fsync(path)
+    files.DISK.fsync(path)
     return written, time.perf_counter() - began
 
 
 def _read(path: Path, nbytes: int) -> float:
     """Bytes per second, read past the page cache by two threads, as passes over a model do."""
-    reader, room = Reader({}, direct=True, also=[path]), memoryview(mmap.mmap(-1, PIECE))
+    reader, room = block_reader.Reader({}, direct=True, also=[path]), memoryview(mmap.mmap(-1, PIECE))
     room[:] = bytes(PIECE)  # pages that exist: their first touch is no part of the disk's time
     began, done = time.perf_counter(), 0
     while done < nbytes and time.perf_counter() - began < PATIENCE_S:

@@ -16,21 +16,15 @@ APPLE_IDLE, APPLE_DROP = 0x10, 0x80  # TCP_KEEPALIVE, TCP_RXT_CONNDROPTIME of ma
 def notice_the_dead() -> int:
     """Ask so on every TCP connection of this process; returns how many there are."""
     connected = [each for each in psutil.Process().net_connections("tcp") if each.raddr]
-    for each in connected:
-        with socket.socket(fileno=os.dup(each.fd)) as end:
-            _ask(end)
-    return len(connected)
-
-
-def _ask(end: socket.socket) -> None:
-    limit_s = IDLE_S + EVERY_S * TIMES
-    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, EVERY_S)
-    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, TIMES)
+    limit_s, options = IDLE_S + EVERY_S * TIMES, {socket.TCP_KEEPINTVL: EVERY_S, socket.TCP_KEEPCNT: TIMES}
     # The second of each pair: how long what was sent may stay unanswered.
     if sys.platform == "darwin":
-        end.setsockopt(socket.IPPROTO_TCP, APPLE_IDLE, IDLE_S)
-        end.setsockopt(socket.IPPROTO_TCP, APPLE_DROP, limit_s)
+        options |= {APPLE_IDLE: IDLE_S, APPLE_DROP: limit_s}
     else:
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_s * 1000)
+        options |= {socket.TCP_KEEPIDLE: IDLE_S, socket.TCP_USER_TIMEOUT: limit_s * 1000}
+    for each in connected:
+        with socket.socket(fileno=os.dup(each.fd)) as end:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in options.items():
+                end.setsockopt(socket.IPPROTO_TCP, option, value)
+    return len(connected)

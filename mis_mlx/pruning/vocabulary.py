@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.data import sources, token_windows
+from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.preparation import Data, prepare
 from mis_mlx.evaluation import comparison
 from mis_mlx.gguf_export import vocab as gguf_vocabulary
@@ -138,7 +138,7 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
     counts = np.bincount(train.tokens.reshape(-1), minlength=shape_of(teacher.config).vocab)
     tokenizer, listed = load.tokenizer(teacher.path), np.zeros(len(counts))
     if how.vocab_text is not None:
-        for ids in token_windows.tokenize(sources.load(how.vocab_text).train, tokenizer):
+        for ids in token_windows.tokenize(preparation.load(how.vocab_text).train, tokenizer):
             counts += np.bincount(ids, minlength=len(counts))
     for word, share in words(how.languages).items():
         np.add.at(listed, tokenizer.encode(f" {word}", add_special_tokens=False), share)

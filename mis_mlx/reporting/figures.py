@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from mis_mlx.reporting import html
-from mis_mlx.reporting.run_reader import Point
+from mis_mlx.reporting import html, run_reader
 from mis_mlx.types import MisError
 
 WIDTH, HEIGHT = 420, 260  # in a viewBox; letters of 11 in it are readable on a phone
 MUTED = "#5b6470"
 Caption = tuple[str, str, str]  # key, with which the ids in a picture begin, unique on the page; title; description
-Lines = Mapping[str, Sequence[Point]]  # by name
+Lines = Mapping[str, Sequence[run_reader.Point]]  # by name
 COLORS = ("#1f6fb2", "#c2410c", "#2e7d4f", "#8b5cb8")
 
 

@@ -13,7 +13,7 @@ from benchmarks.polish_text.documents import SPLITS, documents, write
 from benchmarks.polish_text.inflection import FORMS, Count
 from benchmarks.polish_text.money import Money
 from benchmarks.polish_text.stories import STORIES
-from mis_mlx.data import sources
+from mis_mlx.data import preparation
 
 NUMBER = r"\d+(?:,\d\d)?"
 
@@ -55,10 +55,11 @@ def test_the_files_that_ship_are_what_it_writes(tmp_path: Path) -> None:
     """To the byte, and read back they are its documents; nothing else lies in the folder."""
     write(tmp_path)
     names = {f"{name}.jsonl" for name in SPLITS}
-    assert {path.name for path in sources.MIS_FOLDER.iterdir()} == {path.name for path in tmp_path.iterdir()} == names
+    built_in = preparation.MIS_FOLDER
+    assert {path.name for path in built_in.iterdir()} == {path.name for path in tmp_path.iterdir()} == names
     for name in names:
-        assert (sources.MIS_FOLDER / name).read_bytes() == (tmp_path / name).read_bytes(), name
-    texts = sources.load(sources.MIS)
+        assert (built_in / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    texts = preparation.load(preparation.MIS)
     for name, (seed, count) in SPLITS.items():
         assert [row["text"] for row in getattr(texts, name)] == documents(seed, count)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mis_mlx.data import sources
-from mis_mlx.data.sources import load
+from mis_mlx.data import preparation
+from mis_mlx.data.preparation import load
 from mis_mlx.types import MisError
 
 
@@ -182,4 +182,4 @@ def test_mostly_repeated_topics_are_dropped() -> None:
     """Pencil example: the topic that is a part of a longer one goes, one that shares a little stays."""
     one, two, three = ("x" * 50, "y" * 50, "z" * 120)
     topics = {"big": f"{one}\n\n{two}", "part": two, "own": f"{two}\n\n{three}"}
-    assert sources._without_repeats(topics) == ["big", "own"]
+    assert preparation._without_repeats(topics) == ["big", "own"]

@@ -22,7 +22,7 @@ TALKATIVE = {"socket", "http", "urllib", "requests", "httpx", "socketserver", "s
 # Who may, and what for.
 MAY = {
     "storage/hub.py": "a model from the Hugging Face hub",
-    "data/sources.py": "a data set from the hub",
+    "data/preparation.py": "a data set from the hub",
     "evaluation/questions.py": "a data set from the hub",
     "hardware/sockets.py": "asks of connections that mlx.launch made whether the other end lives; opens none",
 }

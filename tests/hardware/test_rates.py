@@ -44,7 +44,7 @@ def test_a_failed_measurement_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def broken(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(rates.Reader, "begin", broken)
+    monkeypatch.setattr(rates.block_reader.Reader, "begin", broken)
     with pytest.raises(OSError, match="Input/output"):
         rates.disk_bytes(tmp_path, MIB)
     assert not list(tmp_path.iterdir())
@@ -111,7 +111,7 @@ def test_a_sample_is_not_cached_on_a_mac(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(rates.fcntl, "fcntl", fcntl)
     monkeypatch.setattr(rates.fcntl, "F_FULLFSYNC", 51, raising=False)
     rates._write(tmp_path / "file", bytes(MIB), 3)
-    assert asked == [(rates.F_NOCACHE, 0), (51, 3 * MIB)]
+    assert asked == [(rates.block_reader.F_NOCACHE, 0), (51, 3 * MIB)]
 
 
 def test_the_longer_of_two() -> None:

@@ -19,12 +19,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mis_mlx.data import sources
+from mis_mlx.data import preparation
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
-from mis_mlx.models import load, mlx_generate
-from mis_mlx.models.stream import evaluate_now, load_checked
+from mis_mlx.models import load, mlx_generate, stream
 from mis_mlx.planner import estimates, phases
 from mis_mlx.reporting import text
 from mis_mlx.types import Checkpoint, Row
@@ -91,17 +90,18 @@ def opened(folder: Path, name: str) -> BenchmarkModel:
     """A model whole in memory, with the time that took: from files that the system may have in its page cache."""
     began = time.perf_counter()
     model, tokenizer = mlx_generate.open_model(folder)
-    evaluate_now(model.parameters())
+    stream.evaluate_now(model.parameters())
     seconds, arrays = time.perf_counter() - began, dict[str, mx.array](tree_flatten(model.parameters()))
     unread = ("model.embed_tokens.",) if hasattr(model, "lm_head") else ()
     nbytes = sum(a.nbytes for a in arrays.values())
     read_bytes = sum(a.nbytes for n, a in arrays.items() if not n.startswith(unread))
-    return BenchmarkModel(Loaded(name, seconds, nbytes, read_bytes), load_checked(model, f"{folder}: "), tokenizer)
+    stream.load_checked(model, f"{folder}: ")
+    return BenchmarkModel(Loaded(name, seconds, nbytes, read_bytes), model, tokenizer)
 
 
 def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
     """`count` token ids of Python's manual, from a topic that `seed` chooses."""
-    rows = [f"\n\n{row['text']}" for row in sources.load(None).train]
+    rows = [f"\n\n{row['text']}" for row in preparation.load(None).train]
     start = int(np.random.default_rng(list(seed)).integers(len(rows)))
     text = "".join(rows[start:] + rows[:start])[: 10 * count]  # a token has 3 to 5 letters
     return [int(i) for i in np.array(mlx_generate.prompt_ids(tokenizer, text, count))]
@@ -117,7 +117,7 @@ def trial(
         mx.reset_peak_memory()
     stamps, tokens = clocked(mlx_generate.greedy(s.model, asked, r.answer, kept))
     watts = mean_watts(monitor, stamps[-1] - stamps[0]) if monitor else None
-    evaluate_now([c.state for c in kept])  # mlx-lm has begun a token too many: it is not to run into the next trial
+    stream.evaluate_now([c.state for c in kept])  # mlx-lm has begun one more token: not to run into the next trial
     peak = mx.get_peak_memory() - before + s.loaded.nbytes if peaks else None
     cached = _again(s.model, asked, kept)
     mx.clear_cache()
@@ -145,11 +145,8 @@ def _again(model: nn.Module, ids: list[int], kept: list[Any]) -> float | None:
     next(steps)
     taken = time.perf_counter() - began
     steps.close()
-    evaluate_now([c.state for c in kept])
+    stream.evaluate_now([c.state for c in kept])
     return taken
-
-
-Openers = Mapping[str, Callable[[], BenchmarkModel]]
 
 
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
@@ -160,8 +157,8 @@ def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
 
 
 def rounds(
-    openers: Openers, together: bool, count: int, r: Request, seed: int = 0, delay: float = 0.0,
-    monitor: Monitor | None = None, peaks: bool = False, warm_up: Request | None = None,
+    openers: Mapping[str, Callable[[], BenchmarkModel]], together: bool, count: int, r: Request, seed: int = 0,
+    delay: float = 0.0, monitor: Monitor | None = None, peaks: bool = False, warm_up: Request | None = None,
 ) -> Iterator[tuple[Loaded, Measurement]]:  # fmt: skip
     """Every trial as it ends, but the warm-up, a whole prompt: all models in turn, A B A B; or, where they do not fit
     in memory together, model after model. No model is handed on: whoever took one would keep it in memory."""

@@ -69,8 +69,7 @@ def fuse(witnesses: list[Estimate]) -> Estimate | None:
     heard: list[Estimate] = []
     celsius = variance = 0.0
     for witness in sorted(witnesses, key=lambda w: w.sigma_c):
-        away = abs(witness.celsius - celsius)
-        if heard and away > OUTLIER_SIGMAS * math.sqrt(witness.sigma_c**2 + variance):
+        if heard and abs(witness.celsius - celsius) > OUTLIER_SIGMAS * math.sqrt(witness.sigma_c**2 + variance):
             continue
         heard.append(witness)
         weights = [w.sigma_c**-2 for w in heard]
@@ -137,12 +136,8 @@ class BatteryNode:
         slope = float(away @ temperatures) / spread
         if abs(slope) * self.WINDOW_S > self.STEEPEST_C or charges[-1] > charges[0]:  # charging heats from inside
             return None
-        variance = (
-            self.NOISE_C**2 / len(times)
-            + (self.TAU_S * self.NOISE_C) ** 2 / spread
-            + (self.TAU_ERROR * self.TAU_S * slope) ** 2
-            + self.MODEL_ERROR_C**2
-        )
+        noise = self.NOISE_C**2 * (1 / len(times) + self.TAU_S**2 / spread)
+        variance = noise + (self.TAU_ERROR * self.TAU_S * slope) ** 2 + self.MODEL_ERROR_C**2
         air_c, sigma_c = self._correct(float(temperatures.mean()) + self.TAU_S * slope, variance, power_w)
         floor = self.LOAD_FLOOR_C if power_w > self.IDLE_W else self.IDLE_FLOOR_C
         return Estimate(air_c, max(sigma_c, floor), "battery model")

@@ -16,21 +16,15 @@ from typing import Any
 
 from mis_mlx.hardware.thermal.recording import Raw, Rows
 
-# Group, library: functions, with types of result and arguments in C ("void_p": any pointer); variables ("data").
+# Group, file: functions, with types of result and arguments in C ("void_p": any pointer); variables ("data").
 DECLARED = json.loads((Path(__file__).parent / "apple.json").read_text("utf-8"))
-PATHS = {
-    "System": "/usr/lib/libSystem.B.dylib",  # these files are only in the dyld cache; they load
-    **{name: f"/System/Library/Frameworks/{name}.framework/{name}" for name in ("IOKit", "CoreFoundation")},
-}
 UTF8 = 0x08000100  # kCFStringEncodingUTF8
 APPLE_VENDOR_PAGE, TEMPERATURE_USAGE, TEMPERATURE_EVENT = 0xFF00, 5, 15
 SINT32 = 3  # kCFNumberSInt32Type
 HANDLE_EVENT = 2  # kSMCHandleYPCEvent
 READ_BYTES, KEY_BY_INDEX, KEY_INFO = 5, 8, 9
-KEYS_ENDPOINT = b"AppleSMCKeysEndpoint"
 # TCMz, the firmware's own hottest spot of the die, exists from M1 on.
 KEYS = ("TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "PSTR")
-PRESSURE_NAME = b"com.apple.system.thermalpressurelevel"
 
 
 @cache
@@ -43,8 +37,8 @@ def functions(group: str, library: Path | None = None) -> Any:
     if library is None and platform.machine() != "arm64":
         raise OSError(f"Python runs as {platform.machine()} (Intel or Rosetta), the sensors need arm64")
     found = SimpleNamespace()
-    for place, names in DECLARED[group].items():
-        opened = ctypes.CDLL(str(library or PATHS[place]))
+    for file, names in DECLARED[group].items():  # which is only in the dyld cache, and loads
+        opened = ctypes.CDLL(str(library or file))
         for name, types in names.items():
             returns, *takes = (getattr(ctypes, f"c_{word}", None) for word in types.split())
             if types.startswith("data "):
@@ -127,15 +121,9 @@ class KeyData(ctypes.Structure):
     """The 80 bytes of every call. Another size is a 'bad argument', which looks like a privilege wall and is none."""
 
     _fields_ = (
-        ("key", c_uint32),
-        ("version_and_limits", c_uint8 * 24),  # never used here
-        ("info", KeyInfo),
-        ("result", c_uint8),
-        ("status", c_uint8),
-        ("command", c_uint8),
-        ("index", c_uint32),
-        ("bytes", c_uint8 * 32),
-    )
+        ("key", c_uint32), ("version_and_limits", c_uint8 * 24), ("info", KeyInfo), ("result", c_uint8),
+        ("status", c_uint8), ("command", c_uint8), ("index", c_uint32), ("bytes", c_uint8 * 32),
+    )  # fmt: skip
 
 
 def decode(text: str) -> float | None:
@@ -166,7 +154,7 @@ class Smc:
         buffer, services = ctypes.create_string_buffer(128), []
         while service := c.IOIteratorNext(iterator.value):
             c.IORegistryEntryGetName(service, buffer)
-            services.append((buffer.value != KEYS_ENDPOINT, service))
+            services.append((buffer.value != b"AppleSMCKeysEndpoint", service))
         c.IOObjectRelease(iterator.value)
         task = c.mach_task_self_.value
         opened = any(not c.IOServiceOpen(s, task, 0, byref(connection)) for _, s in sorted(services))
@@ -217,7 +205,7 @@ class Pressure:
     def __init__(self, library: Path | None = None):
         self._c = functions("Pressure", library)
         self._token = ctypes.c_int(-1)
-        if code := self._c.notify_register_check(PRESSURE_NAME, byref(self._token)):
+        if code := self._c.notify_register_check(b"com.apple.system.thermalpressurelevel", byref(self._token)):
             raise OSError(f"notify_register_check answered {code}")
 
     def read(self) -> int:

@@ -133,7 +133,6 @@ class Governor:
             raise MisError(f"governor mode {mode!r} is not one of {', '.join(get_args(Mode))}: choose one")
         self.mode = mode
         self.blind = blind
-        self._set_c = SET_POINT_C[mode]
         self._filter, self._duty = DieFilter(), Duty()
         self._hot, self._cool, self._boiling, self._lost = Held(), Held(), Held(), Held()
         self._battery_hot = Held()
@@ -180,7 +179,9 @@ class Governor:
             return stop
         may_turn = now_s - self._turned_s >= APART_S
         if self._waiting is not None:
-            if not (may_turn and self._may_resume(reading)):
+            powered = self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is None
+            cool = self._waiting.cause != "hot" or self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES)
+            if not (may_turn and powered and cool):
                 return self._waiting
             self._waiting, self._turned_s = None, now_s
         elif may_turn and (pause := self._pause(reading)) is not None:
@@ -213,12 +214,6 @@ class Governor:
             return Decision("pause", self._duty.value, PAUSE_LOOK_S, "hot", reason)
         return None
 
-    def _may_resume(self, reading: Reading) -> bool:
-        if self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is not None:
-            return False
-        hot = self._waiting is not None and self._waiting.cause == "hot"
-        return not hot or self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES)
-
     def _power_trouble(self, reading: Reading, enough_percent: float) -> tuple[str, str] | None:
         """`(cause, reason)`. Mode `cool` is for the lap: it runs on battery until that is low."""
         if reading.plugged is False and self.mode != "cool":
@@ -237,11 +232,11 @@ class Governor:
             cause, reason = "sensor lost", f"no die temperature for {LOST_S:.0f} s: duty {LOST_DUTY} at most"
         else:
             heavy = (reading.pressure_level or 0) >= HEAVY_PRESSURE
-            room_k = self._set_c - self._filter.ahead_c
-            duty = self._duty.update(room_k, elapsed_s, HEAVY_DUTY if heavy else 1.0)
+            set_c = SET_POINT_C[self.mode]
+            duty = self._duty.update(set_c - self._filter.ahead_c, elapsed_s, HEAVY_DUTY if heavy else 1.0)
             if duty < 1.0:
                 cause = "pressure" if heavy else "warm"
-                reason = f"duty {duty:.2f}: die {self._filter.ahead_c:.1f} °C, set {self._set_c:.0f}"
+                reason = f"duty {duty:.2f}: die {self._filter.ahead_c:.1f} °C, set {set_c:.0f}"
         if not cause and (reading.battery_c or 0.0) >= BATTERY_WARM_C:
             cause, reason = "battery warm", f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}"
         nap_s = min((step_s or 0.0) * (1 - duty) / duty, LONGEST_NAP_S)

@@ -107,7 +107,6 @@ class Replay:
     sees, and a wait costs nothing. After the last record its values stay, one second a look."""
 
     def __init__(self, path: Path, clock: VirtualClock):
-        self.path = path
         self.clock = clock
         self.header, self.count = _check(path)
         self._records = _lines(path)

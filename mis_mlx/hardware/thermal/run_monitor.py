@@ -1,18 +1,16 @@
 """The weather of one run: thermometers, governor, tea breaks, and what of it goes to disk."""
 
-from __future__ import annotations
-
 import json
 import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 from mis_mlx import cli
 from mis_mlx.hardware.thermal import ambient, governor
-from mis_mlx.hardware.thermal.governor import Decision, Governor
+from mis_mlx.hardware.thermal.governor import Decision, Governor, Mode
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, battery_charge
 from mis_mlx.maths.losses import halny_sigma
 from mis_mlx.storage.files import DISK, Files
@@ -22,12 +20,12 @@ HOUR_S = 3600.0
 VIRTUAL_STEP_S = 1.0  # in a replay every step takes this long, so that a replay gives the same run everywhere
 
 
-def default_mode() -> governor.Mode:
+def default_mode() -> Mode:
     """MIS_MLX_GOVERNOR, or steady: tests train with observe, so that they do not wait for a plug."""
-    for mode in get_args(governor.Mode):
+    for mode in get_args(Mode):
         if mode == os.environ.get("MIS_MLX_GOVERNOR", "steady"):
             return mode
-    raise MisError(f"MIS_MLX_GOVERNOR is not one of {', '.join(get_args(governor.Mode))}: set it to one, or not at all")
+    raise MisError(f"MIS_MLX_GOVERNOR is not one of {', '.join(get_args(Mode))}: set it to one, or not at all")
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class ThermalFlags:
     """metres above sea level; default: altitude_m in ~/.config/mis_mlx.toml"""
     thermal_replay: str | None = None
     """a recording of `thermal record` to use in place of this machine's thermometers"""
-    governor: governor.Mode = field(default_factory=default_mode)
+    governor: Mode = field(default_factory=default_mode)
     """observe: only watch; throughput, steady, cool: pause for tea at 97, 92, 85 °C set points; on battery only
     observe and cool go on; default: MIS_MLX_GOVERNOR, or steady"""
 
@@ -75,12 +73,10 @@ class PauseCounter:
 
 
 def after_step(monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: float) -> Iterator[Decision]:
-    """Ask the governor after a step of `step_s` seconds and wait as it says.
-
-    Gives each decision before its wait is served, about one a second in a pause, so that the caller can
-    log it, write the checkpoint it asks for, or end the run by leaving the `for`. The last one given is
-    "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more than a few
-    seconds heats the die from cool to hot before anyone looks: call it after each part of such a step."""
+    """Ask the governor after a step of `step_s` seconds and wait as it says. Gives each decision before its wait, about
+    one a second in a pause, so that the caller can log it, write the checkpoint it asks for, or end the run by leaving
+    the `for`; the last one is "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more
+    than a few seconds heats the die from cool to hot before anyone looks: call it after each part of such a step."""
     clock = monitor.clock
     decision = judge.decide(monitor.reading(), clock.monotonic(), step_s)
     if decision.action == "pause":
@@ -112,7 +108,7 @@ class ThermalMonitor:
         self._mode, self._log, self._files = flags.governor, log, files
         self._governor: Governor | None = None
 
-    def __enter__(self) -> ThermalMonitor:
+    def __enter__(self) -> Self:
         self.monitor.__enter__()
         return self
 

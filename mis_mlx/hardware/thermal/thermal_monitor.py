@@ -2,8 +2,6 @@
 
 Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C. Needs no root."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time
@@ -11,7 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -28,11 +26,6 @@ LONG_SLEEP_S = 5400.0  # after which everything in the case has the air's temper
 JUST_BOOTED_S = 600.0
 VIRTUAL_SIGMA_C, VIRTUAL_SIGMA_LATER_C = 2.5, 4.0  # of TVA0: M1 and M2, later chips
 Fact = tuple[float | int | bool | None, str, str]  # value, source, the reason where it is None
-SHOWN = {
-    "die_c": ("die", "°C"), "battery_c": ("battery", "°C"), "ambient_c": ("air outside", "°C"),
-    "pressure_level": ("thermal pressure", ""), "power_w": ("power", "W"), "battery_percent": ("charge", "%"),
-    "plugged": ("plugged in", ""), "altitude_m": ("height", "m above sea level"),
-}  # fmt: skip
 
 
 class Live:
@@ -81,7 +74,6 @@ class Live:
 class Monitor:
     """Readings of this machine, or of the recording `replay`. In a `with` statement a live one samples once a second
     in a daemon thread; a replay has no thread: each `reading()` is the next record, and `clock` is virtual.
-
     config: ~/.config/mis_mlx.toml. clock, apple_library: what tests put in their places. MisError for impossible values
     and bad recordings. Sample in the parent process only: Apple's libraries do not survive a fork."""
 
@@ -121,7 +113,7 @@ class Monitor:
         """Whether a recording has given its last record; never for a live machine."""
         return self.source.ended
 
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> Self:
         if not self.replayed:
             self.look()
             self._thread = threading.Thread(target=self._sample, name="thermometers", daemon=True)
@@ -158,8 +150,7 @@ class Monitor:
             raw = self.source.look()
             values = judge(raw)
             estimate = self._ambient.update(values, raw.mono_s, raw.rested)
-            stuck = self._frozen.stuck(raw.mono_s, values.die_c, values.power_w)
-            facts = self._facts(raw, values, estimate, stuck)
+            facts = self._facts(raw, values, estimate, self._frozen.stuck(raw.mono_s, values.die_c, values.power_w))
             sources = {name: source for name, (value, source, _) in facts.items() if value is not None}
             reading = Reading(
                 raw.mono_s, ambient_sigma_c=estimate.sigma_c if estimate else None, sources=sources,
@@ -211,44 +202,11 @@ def battery_charge() -> tuple[float | None, bool | None]:
     return (None, None) if battery is None else (float(battery.percent), battery.power_plugged)
 
 
-def examined(monitor: Monitor) -> tuple[list[str], dict[str, Any]]:
-    """(the findings, a sentence each; the same as JSON allows it) of one look."""
+def examined(monitor: Monitor) -> dict[str, Any]:
+    """What one look finds, as JSON allows it; reporting/templates/sensors.md has a sentence for each fact."""
     began = time.perf_counter()
     reading = monitor.look()
-    look_s = time.perf_counter() - began
-    header, kind = monitor.source.header, t_env_kind(reading)
-    what = "recording from" if monitor.replayed else "this machine:"
-    lines = [f"{what} {header.model or 'unknown model'}, {header.chip or 'unknown chip'}, {header.build or '?'}"]
-    if isinstance(monitor.source, Live):
-        lines.append(f"one look takes {1000 * look_s:.0f} ms; a look a second needs no root")
-        if monitor.source.apple is not None:
-            lines += [f"missing: {name}: {why}" for name, why in monitor.source.apple.refused.items()]
-    for name, (label, _) in SHOWN.items():
-        if getattr(reading, name) is None:
-            lines.append(f"missing: {label}: {monitor.reasons.get(name, 'not measured')}")
-        else:
-            lines.append(f"{label}: {_text(name, reading)} from {reading.sources[name]}")
-    line = "AAIS has no T_env: it is plain importance here; give --temperature-c or let the machine rest 90 min"
-    if kind != "none":
-        line = f"AAIS has a {kind} T_env: {_text('ambient_c', reading)} ({reading.sources['ambient_c']})"
-    lines.append(line if reading.altitude_m is not None else f"{line}; it has no altitude: give --altitude-m")
-    return lines, {
-        "model": header.model,
-        "chip": header.chip,
-        "build": header.build,
-        "look_ms": round(1000 * look_s, 1),
-        "t_env": kind,
-        "reading": asdict(reading),
-        "reasons": dict(monitor.reasons),
-    }
-
-
-def _text(name: str, reading: Reading) -> str:
-    """One value of SHOWN for people, with its unit."""
-    value = getattr(reading, name)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    shown = f"{value:.1f}" if isinstance(value, float) else str(value)
-    if name == "ambient_c":
-        shown += f" ± {reading.ambient_sigma_c:.1f}"
-    return f"{shown} {SHOWN[name][1]}".strip()
+    look_ms, header = round(1000 * (time.perf_counter() - began), 1), monitor.source.header
+    about = {"model": header.model, "chip": header.chip, "build": header.build, "look_ms": look_ms}
+    found = {"t_env": t_env_kind(reading), "reading": asdict(reading), "reasons": dict(monitor.reasons)}
+    return {**about, **found}
