@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx import cli, prune
-from mis_mlx.data import preparation, sources
+from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer
 from mis_mlx.pruning import reconstruct
@@ -90,7 +90,7 @@ def tokenizer(folder: Path) -> None:
         vocab_size=SIZES["vocab_size"], special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    rows = [*sources.load(None).train, *sources.load(sources.MIS).train]
+    rows = [*preparation.load(None).train, *preparation.load(preparation.MIS).train]
     made.train_from_iterator((str(row["text"]) for row in rows), trainer)
     made.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}

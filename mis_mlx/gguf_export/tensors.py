@@ -1,13 +1,12 @@
-"""A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for; the file.
+"""A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for.
 
 What MLX packed is not rounded again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1 blocks
 and those of 5 bits Q5_1 (scale · q + bias, repeated in a group's blocks of 32), mxfp4 and nvfp4 MXFP4 and NVFP4."""
 
-import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,13 @@ from typing import Any
 import gguf
 import mlx.core as mx
 import numpy as np
-from gguf.gguf_writer import WriterState
 
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, families, load, wheel_model
+from mis_mlx.models import arch, expert_names, families, load, wheel_model
 from mis_mlx.models.config import normalised, shape_of
 from mis_mlx.storage import safetensors
-from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError
 
-ALIGNMENT = 32  # bytes, GGUF's default: where every tensor begins
 BLOCK = 32  # weights of a Q4_1 or Q5_1 block
 EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of these is re-wrapped where that is exact
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
@@ -78,8 +74,8 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.gguf in WORDS["interleaved"] else {}
     every = []
     for name, shape in arch.tensors_of(config, True).items():
-        one = arch.one_by_one(name, config)[0]
-        plain = len(shape) == 1 or arch.is_router(name)
+        one = expert_names.one_by_one(name, config)[0]
+        plain = len(shape) == 1 or expert_names.is_router(name)
         kind, exact = ("F32", False) if plain else _kind(checkpoint, one, wanted, shape[-1])
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
         if shape[-1] % block:
@@ -130,7 +126,7 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
     if not part.source:
         yield _freqs(checkpoint.config).view(np.uint8)
         return
-    for source in arch.one_by_one(part.source, checkpoint.config):
+    for source in expert_names.one_by_one(part.source, checkpoint.config):
         yield from _rows_of(checkpoint, replace(part, source=source, shape=part.shape[-2:]), tally)
     mx.clear_cache()
 
@@ -232,18 +228,27 @@ def _freqs(config: Mapping[str, Any]) -> np.ndarray:
     return (1 / ((1 - smooth) / r["factor"] + smooth)).astype(np.float32)
 
 
+def _of_mixture(c: Mapping[str, Any]) -> dict[str, int]:
+    """What llama.cpp is told of experts, by the `GGUFWriter`'s words. MisError where it would compute another thing."""
+    s, of = shape_of(c), families.family(c)
+    if not of.experts:
+        return {}
+    if of.head_norms == "all" and s.kv_heads != s.heads:
+        raise MisError(f"llama.cpp's {of.gguf} has a key-value head for every head, this model fewer: use --format hf")
+    if c.get("norm_topk_prob", of.gates_sum_to_1) != of.gates_sum_to_1:
+        other = f"norm_topk_prob is {not of.gates_sum_to_1}, of which llama.cpp's {of.gguf} knows the other"
+        raise MisError(f"{other}: use --format hf")
+    words = {"count": s.experts, "used_count": c["num_experts_per_tok"], "feed_forward_length": s.ffn}
+    words |= {"shared_feed_forward_length": c[of.shared_expert]} if of.shared_expert else {}
+    return {f"expert_{word}": value for word, value in words.items()}
+
+
 def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> None:
     """Put every key that llama.cpp's loader reads of these models, tokenizer aside, into the `GGUFWriter`."""
     s, c, of = shape_of(config), normalised(config), families.family(config)
     if type(c.get("max_position_embeddings")) is not int:
         raise MisError("config.json has no max_position_embeddings, which llama.cpp needs: add it")
     rope, scaling = _rope(config)
-    if of.head_norms == "all" and s.kv_heads != s.heads:
-        raise MisError(f"llama.cpp's {of.gguf} has a key-value head for every head, this model fewer: use --format hf")
-    if of.experts and c.get("norm_topk_prob", of.gates_sum_to_1) != of.gates_sum_to_1:
-        raise MisError(
-            f"norm_topk_prob is {not of.gates_sum_to_1}, llama.cpp's {of.gguf} knows the other: use --format hf"
-        )
     words = {
         "type": "model", "name": name, "size_label": gguf.size_label(arch.params(config), 0, 0, 0),
         "file_type": gguf.LlamaFileType[WORDS["file_types"].get(wanted, f"MOSTLY_{wanted.upper()}")],
@@ -252,7 +257,7 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         "feed_forward_length": s.ffn, "vocab_size": s.vocab, "head_count": s.heads, "head_count_kv": s.kv_heads,
         "key_length": s.head_dim, "value_length": s.head_dim, "layer_norm_rms_eps": c["rms_norm_eps"],
         "rope_dimension_count": int(s.head_dim * c.get("partial_rotary_factor", 1)), "rope_freq_base": c["rope_theta"],
-        **{OWN[key]: c.get(key) or 1.0 for key in sorted(of.own & OWN.keys())},
+        **{OWN[key]: c.get(key) or 1.0 for key in sorted(of.own & OWN.keys())}, **_of_mixture(c),
     }  # fmt: skip
     if rope in ("linear", "yarn"):
         words["rope_scaling_type"] = gguf.RopeScalingType(rope)
@@ -263,45 +268,7 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         words["rope_scaling_attn_factors"] = math.sqrt(1 + math.log(max(1, c["max_position_embeddings"] / old), old))
     if of.scaled_queries:
         words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
-    if of.experts:
-        words |= {"expert_count": s.experts, "expert_used_count": c["num_experts_per_tok"]}
-        words |= {"expert_feed_forward_length": s.ffn}
-    if of.shared_expert:
-        words["expert_shared_feed_forward_length"] = c[of.shared_expert]
     if of.period:
         words["sliding_window"] = load.model_args(config).sliding_window
     for word, value in words.items():
         getattr(writer, f"add_{word}")(value)
-
-
-def padded_bytes(parts: Iterable[Part]) -> int:
-    """Bytes of all tensors in the file, padding included."""
-    return sum(part.nbytes + -part.nbytes % ALIGNMENT for part in parts)
-
-
-def head(writer: Any, parts: Iterable[Part]) -> bytes:
-    """Everything in front of the first tensor: the facts given to the `GGUFWriter` so far, the table of tensors.
-    The writer gets a buffer in place of its file, so that every byte goes through `Files`."""
-    for part in parts:
-        type_ = gguf.GGMLQuantizationType[part.kind]
-        writer.add_tensor_info(part.name, part.byte_shape, np.dtype(np.uint8), part.nbytes, raw_dtype=type_)
-    buffer = io.BytesIO()
-    writer.fout, writer.state = [buffer], WriterState.EMPTY
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    return buffer.getvalue() + bytes(-buffer.tell() % ALIGNMENT)
-
-
-def write(path: Path, head: bytes, parts: Sequence[Part], rows: Iterable[Iterator[np.ndarray]], files: Files) -> None:
-    """Write the new file `path`; `rows` gives, for each part in turn, its bytes slab by slab.
-    ValueError when a tensor has other than its due bytes. Use it inside `checkpoint.commit_folder`."""
-    files.write(path, head)
-    for part, slabs in zip(parts, rows, strict=True):
-        count = 0
-        for slab in slabs:
-            files.extend(path, slab.data.cast("B"))
-            count += slab.nbytes
-        if count != part.nbytes:
-            raise ValueError(f"{part.name}: {count} bytes came, {part.nbytes} were due")
-        files.extend(path, bytes(-count % ALIGNMENT))

@@ -3,13 +3,14 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mis_mlx.models import expert_names
 from mis_mlx.models.config import Shape, inside_names, keys_of, normalised, shape_of
-from mis_mlx.models.families import ALL, GATED, family
+from mis_mlx.models.families import ALL, family
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 # A ratio per axis, kept / before. redyk and gazda: what was measured best at GÓRAL's size on SmolLM2-135M, with half of
@@ -28,7 +29,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
 }
 MIS_137B = PUBLISHED["mis-137b"]
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
-STACKED = re.compile(r"(.*\.)switch_mlp\.(gate_proj|up_proj|down_proj)\.(\w+)")
 READERS = {"ffn": ("mlp", ("down_proj",)), "heads": ("self_attn", ("o_proj",)),
            "norm1": ("self_attn", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
            "norm2": ("mlp", ("gate_proj", "up_proj", "gate_up_proj"))}  # axis -> part, its readers  # fmt: skip
@@ -62,58 +62,13 @@ def layer_tensors(config: Mapping[str, Any], stacked: bool = False) -> dict[str,
     if of.sandwich:
         tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
     if of.experts:
-        return tensors | _expert_tensors(config, stacked)
+        return tensors | expert_names.tensors_of(config, stacked)
     wide = (("gate_up_proj", 2 * s.ffn),) if of.joined else (("gate_proj", s.ffn), ("up_proj", s.ffn))
     for name, out, into in (*((name, out, s.hidden) for name, out in wide), ("down_proj", s.hidden, s.ffn)):
         tensors[f"mlp.{name}.weight"] = (out, into)
         if of.other_biases and config.get("mlp_bias"):
             tensors[f"mlp.{name}.bias"] = (out,)
     return tensors
-
-
-def _expert_tensors(config: Mapping[str, Any], stacked: bool) -> dict[str, tuple[int, ...]]:
-    """What a mixture has in the place of an MLP: a router, experts one by one, perhaps one that every token meets."""
-    s, of = shape_of(config), family(config)
-
-    def gated(names: Sequence[str], ffn: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (s.hidden, ffn) if name == names[2] else (ffn, s.hidden) for name in names}
-
-    inside: dict[str, tuple[int, ...]] = {"gate.weight": (s.experts, s.hidden)}
-    if stacked:
-        inside |= {f"switch_mlp.{name}": (s.experts, *shape) for name, shape in gated(GATED, s.ffn).items()}
-    for e in range(0 if stacked else s.experts):
-        inside |= {f"experts.{e}.{name}": shape for name, shape in gated(of.matrices, s.ffn).items()}
-    if of.shared_expert:
-        beside = gated(GATED, config[of.shared_expert])
-        inside |= {f"shared_expert.{name}": shape for name, shape in beside.items()}
-        inside["shared_expert_gate.weight"] = (1, s.hidden)
-    return {f"{of.mlp}.{name}": shape for name, shape in inside.items()}
-
-
-def expert_of(name: str) -> int | None:
-    """The number of the expert in its block that a tensor or module belongs to; None outside of experts."""
-    found = re.search(r"\bexperts\.(\d+)\.", name)
-    return int(found[1]) if found else None
-
-
-def one_by_one(path: str, config: Mapping[str, Any]) -> list[str]:
-    """What the parts of a matrix that `stacked` names are called; another path alone."""
-    stem, _, name = path.partition("switch_mlp.")
-    if not name:
-        return [path]
-    own = name.replace(kind := name.split(".")[0], family(config).matrices[GATED.index(kind)])
-    return [f"{stem}experts.{e}.{own}" for e in range(shape_of(config).experts)]
-
-
-def stacked(path: str, config: Mapping[str, Any]) -> str:
-    """What mlx-lm calls the matrix, of all experts, that an expert's is part of; another path as it is."""
-    found = re.fullmatch(r"(.*\.)experts\.\d+\.(\w+)", path)
-    return f"{found[1]}switch_mlp.{GATED[family(config).matrices.index(found[2])]}" if found else path
-
-
-def is_router(name: str) -> bool:
-    """Whether this matrix decides which experts a token meets, or how much of the shared one: it is never quantized."""
-    return re.search(r"\.(mlp|block_sparse_moe)\.(gate|shared_expert_gate)(\.weight)?$", name) is not None
 
 
 def places(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -169,8 +124,8 @@ def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[s
     """Tensors by the names of the config's family. Matrices that lie joined are rows of one, in their order."""
     found, due = dict[str, TensorAt](), tensors_of(config)
     for name, at in tensors.items():
-        if stacked := STACKED.fullmatch(name):
-            found |= dict(_unstacked(stacked, name, at, config))
+        if stacked := expert_names.STACKED.fullmatch(name):
+            found |= dict(expert_names.apart(stacked, name, at, config))
             continue
         if len(names := [name] if family(config).joined else inside_names(name)) == 1:
             found[names[0]] = at if names == [name] else replace(at, stored=(name, at))
@@ -183,19 +138,6 @@ def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[s
         if first != at.shape[0]:
             raise MisError(f"{at.file}: {name} has {at.shape[0]} rows, config.json makes it {first}: download it again")
     return found
-
-
-def _unstacked(
-    stacked: re.Match[str], name: str, at: TensorAt, config: Mapping[str, Any]
-) -> Iterator[tuple[str, TensorAt]]:
-    """Of experts that mlx_lm.convert has stacked, (E, out, in): each expert's part, by its own name."""
-    of, count = family(config), shape_of(config).experts
-    if at.shape[0] != count:
-        raise MisError(f"{at.file}: {name} has {at.shape[0]} experts, config.json makes it {count}: download it again")
-    matrix, size = of.matrices[GATED.index(stacked[2])], at.nbytes // count
-    for e in range(count):
-        part = replace(at, shape=at.shape[1:], offset=at.offset + e * size, nbytes=size)
-        yield f"{stacked[1]}experts.{e}.{matrix}.{stacked[3]}", replace(part, stored=(name, at))
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:

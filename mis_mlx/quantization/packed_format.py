@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, model_writer, stream
+from mis_mlx.models import arch, expert_names, load, model_writer, stream
 from mis_mlx.models.families import family
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.storage import safetensors
@@ -92,7 +92,7 @@ def layout(
 
     MisError when a matrix cannot be cut into groups."""
     eight = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens", "lm_head"}
-    matrices = {n: d for n, d in arch.tensors_of(config, True).items() if len(d) > 1 and not arch.is_router(n)}
+    matrices = {n: d for n, d in arch.tensors_of(config, True).items() if len(d) > 1 and not expert_names.is_router(n)}
     shapes = {n.removesuffix(".weight"): d for n, d in matrices.items()}
     four = Format(BITS, GROUPS.get(mode, group_size), mode)
     plan = {path: Format(WIDE_BITS, group_size) if path in eight else four for path in shapes}
@@ -155,7 +155,7 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
 
 def _nearest(checkpoint: Checkpoint, how: Format, name: str) -> rounding.Packed:
     """A matrix, or those of all experts stacked, rounded to nearest values."""
-    every = [how.nearest(_finite(checkpoint, one)) for one in arch.one_by_one(name, checkpoint.config)]
+    every = [how.nearest(_finite(checkpoint, one)) for one in expert_names.one_by_one(name, checkpoint.config)]
     return every[0] if len(every) == 1 else tuple(mx.stack(list(part)) for part in zip(*every, strict=True))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mis_mlx import distill, plan, prune
 from mis_mlx.maths import importance
-from mis_mlx.models import arch, load, model_writer
+from mis_mlx.models import arch, expert_names, load, model_writer
 from mis_mlx.models.config import check_config, shape_of
 from mis_mlx.pruning import calibrate, reconstruct, router
 from mis_mlx.types import MisError
@@ -88,9 +88,9 @@ def test_what_stays_is_the_teachers(tmp_path: Path, text_folder: Path, by: str) 
     for name in arch.tensors_of(student.config):
         own, i = load.dense(student, name), arch.block_of(name)
         chosen = keep.kept[i, "experts"] if i is not None else ()
-        if (e := arch.expert_of(name)) is not None:
+        if (e := expert_names.expert_of(name)) is not None:
             assert mx.array_equal(own, load.dense(teacher, name.replace(f"experts.{e}.", f"experts.{chosen[e]}.")))
-        elif arch.is_router(name):
+        elif expert_names.is_router(name):
             assert mx.array_equal(own, load.dense(teacher, name)[mx.array(chosen)])
         else:
             assert mx.array_equal(own, load.dense(teacher, name))
