@@ -72,6 +72,16 @@ FAMILIES |= {
         "norm_topk_prob": False,
     },
     "mixtral": {"architectures": ["MixtralForCausalLM"], **MIXTURE, "num_local_experts": 4, "intermediate_size": 64},
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        **MIXTURE,
+        "num_local_experts": 8,
+        "intermediate_size": 64,
+        "attention_bias": True,
+        "swiglu_limit": 7.0,
+        "sliding_window": 7,
+        "layer_types": [*["sliding_attention", "full_attention"] * 3, "sliding_attention"],
+    },
     "olmoe": {
         "architectures": ["OlmoeForCausalLM"],
         **MIXTURE,
@@ -176,7 +186,7 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
     """Write the model; `changes` go over CONFIG. Weights are N(0, 0.05), norms near 1, all from `seed`."""
     config = {**CONFIG, **changes}
     folder.mkdir(parents=True)
-    tensors = arch.tensors_of(config)
+    tensors = arch.tensors_of(config, family(config).stacked)
     kind = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}[dtype]
 
     def drawn() -> Iterator[tuple[str, mx.array]]:

@@ -58,6 +58,8 @@ def layer_tensors(config: Mapping[str, Any], stacked: bool = False) -> dict[str,
     tensors["self_attn.o_proj.weight"] = (s.hidden, q)
     if of.other_biases and config.get("attention_bias"):
         tensors["self_attn.o_proj.bias"] = (s.hidden,)
+    if of.sinks:
+        tensors["self_attn.sinks"] = (s.heads,)
     tensors["post_attention_layernorm.weight"] = (s.hidden,)
     if of.sandwich:
         tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
@@ -124,6 +126,8 @@ def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[s
     """Tensors by the names of the config's family. Matrices that lie joined are rows of one, in their order."""
     found, due = dict[str, TensorAt](), tensors_of(config)
     for name, at in tensors.items():
+        if name.endswith("_proj_blocks"):
+            raise MisError(f"{at.file}: experts lie as openai packs them: run mlx_lm.convert on the model first")
         if stacked := expert_names.STACKED.fullmatch(name):
             found |= dict(expert_names.apart(stacked, name, at, config))
             continue

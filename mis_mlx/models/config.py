@@ -237,6 +237,8 @@ def _check_experts(config: Mapping[str, Any], where: Path) -> None:
     for key, value in of.only:
         if (found := config.get(key)) not in (None, value):
             raise MisError(f"{where}: {key} is {found!r}, of a {of.name} only {value!r} can be computed here")
+    if of.sinks and not config.get("layer_types"):
+        raise MisError(f"{where}: layer_types is missing, which says which blocks see all tokens")
     if of.experts:
         experts, met = (_whole(config, key, MOST_EXPERTS, where) for key in (of.experts, "num_experts_per_tok"))
         if met > experts:

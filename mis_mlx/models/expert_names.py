@@ -9,7 +9,7 @@ from mis_mlx.models.config import shape_of
 from mis_mlx.models.families import GATED, family
 from mis_mlx.types import MisError, TensorAt
 
-STACKED = re.compile(r"(.*\.)switch_mlp\.(gate_proj|up_proj|down_proj)\.(\w+)")
+STACKED = re.compile(r"(.*\.)(?:switch_mlp|experts)\.(gate_proj|up_proj|down_proj)\.(\w+)")
 
 
 def tensors_of(config: Mapping[str, Any], together: bool) -> dict[str, tuple[int, ...]]:
@@ -20,11 +20,15 @@ def tensors_of(config: Mapping[str, Any], together: bool) -> dict[str, tuple[int
     def gated(names: Sequence[str], ffn: int) -> dict[str, tuple[int, ...]]:
         return {f"{name}.weight": (s.hidden, ffn) if name == names[2] else (ffn, s.hidden) for name in names}
 
-    inside: dict[str, tuple[int, ...]] = {"gate.weight": (s.experts, s.hidden)}
-    if together:
-        inside |= {f"switch_mlp.{name}": (s.experts, *shape) for name, shape in gated(GATED, s.ffn).items()}
+    def biased(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {name: shape, **({name.replace("weight", "bias"): shape[:-1]} if of.expert_bias else {})}
+
+    inside = biased(f"{of.router}.weight", (s.experts, s.hidden))
+    for name, shape in gated(GATED, s.ffn).items() if together else ():
+        inside |= biased(f"{of.switch}.{name}", (s.experts, *shape))
     for e in range(0 if together else s.experts):
-        inside |= {f"experts.{e}.{name}": shape for name, shape in gated(of.matrices, s.ffn).items()}
+        for name, shape in gated(of.matrices, s.ffn).items():
+            inside |= biased(f"experts.{e}.{name}", shape)
     if of.shared_expert:
         beside = gated(GATED, config[of.shared_expert])
         inside |= {f"shared_expert.{name}": shape for name, shape in beside.items()}
@@ -40,22 +44,24 @@ def expert_of(name: str) -> int | None:
 
 def one_by_one(path: str, config: Mapping[str, Any]) -> list[str]:
     """What the parts of a matrix that `stacked` names are called; another path alone."""
-    stem, _, name = path.partition("switch_mlp.")
-    if not name:
+    of = family(config)
+    stem, _, name = path.partition(f"{of.switch}.")
+    if (kind := name.split(".")[0]) not in GATED:
         return [path]
-    own = name.replace(kind := name.split(".")[0], family(config).matrices[GATED.index(kind)])
+    own = name.replace(kind, of.matrices[GATED.index(kind)])
     return [f"{stem}experts.{e}.{own}" for e in range(shape_of(config).experts)]
 
 
 def stacked(path: str, config: Mapping[str, Any]) -> str:
     """What mlx-lm calls the matrix, of all experts, that an expert's is part of; another path as it is."""
     found = re.fullmatch(r"(.*\.)experts\.\d+\.(\w+)", path)
-    return f"{found[1]}switch_mlp.{GATED[family(config).matrices.index(found[2])]}" if found else path
+    of = family(config)
+    return f"{found[1]}{of.switch}.{GATED[of.matrices.index(found[2])]}" if found else path
 
 
 def is_router(name: str) -> bool:
     """Whether this matrix decides which experts a token meets, or how much of the shared one: it is never quantized."""
-    return re.search(r"\.(mlp|block_sparse_moe)\.(gate|shared_expert_gate)(\.weight)?$", name) is not None
+    return re.search(r"\.(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)(\.weight|\.bias)?$", name) is not None
 
 
 def apart(stacked: re.Match[str], name: str, at: TensorAt, config: Mapping[str, Any]) -> Iterator[tuple[str, TensorAt]]:

@@ -23,7 +23,7 @@ class Expert(nn.Module):
         self._names, self._activation = of.matrices, activation
         self.settle: Callable[[mx.array], None] = lambda _: None  # of what it gave, if its weights go elsewhere then
         for name, (into, out) in zip(of.matrices, ((hidden, ffn), (hidden, ffn), (ffn, hidden)), strict=True):
-            self[name] = nn.Linear(into, out, bias=False)
+            self[name] = nn.Linear(into, out, bias=of.expert_bias)
 
     def neurons(self, x: mx.array) -> mx.array:
         """What its last matrix reads: x (n, D) -> (n, F)."""
@@ -37,6 +37,17 @@ class Expert(nn.Module):
 
 
 Each = Callable[[Sequence[int]], Iterator[tuple[int, Expert]]]
+
+
+class Called(list[Expert]):
+    """Experts as parts of a block, in whose place mlx-lm calls all of them."""
+
+    experts: Any = None
+
+    def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """As `Experts`."""
+        out: mx.array = self.experts(x, chosen)
+        return out
 
 
 class Experts:
@@ -101,4 +112,5 @@ def before(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array
 def of_block(of: Family, block: nn.Module) -> Experts | None:
     """The experts of a block that `load` has made; None where it has an MLP."""
     part = block.get(of.mlp)
-    return getattr(part, "switch_mlp", None) if of.experts and part else None
+    found = getattr(part, of.switch, None) if of.experts and part else None
+    return found.experts if isinstance(found, Called) else found

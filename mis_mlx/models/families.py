@@ -41,6 +41,11 @@ class Family:
     experts: str = ""  # the config's key of how many experts are in there, of which a router (`gate`) chooses some
     ffn: str = "intermediate_size"  # the config's key of FFN neurons, of one expert where there are several
     matrices: tuple[str, str, str] = GATED  # of an expert: gate, up, down
+    router: str = "gate"  # what chooses among them
+    switch: str = "switch_mlp"  # what mlx-lm calls all of them, stacked
+    stacked: bool = False  # so they lie on disk, too: stock loaders open no other form
+    expert_bias: bool = False  # theirs and the router's; their activation is gpt_oss's then
+    sinks: bool = False  # a number for each head, in the softmax over positions; kinds of attention by layer_types
     gates_sum_to_1: bool = False  # over the experts that a token meets, in llama.cpp
     shared_expert: str = ""  # the config's key of the width of one more, which every token meets
     only: tuple[tuple[str, Any], ...] = field(
@@ -101,6 +106,12 @@ ROWS = (
         mlp="block_sparse_moe", experts="num_local_experts", matrices=("w1", "w3", "w2"),
         gates_sum_to_1=True,
         numbers=("num_experts_per_tok",), only=(("sliding_window", None),), axes=MIXED, why=MIXED_WHY,
+    ),
+    Family(
+        "gpt_oss", "gpt_oss", "gpt-oss", rope_theta=150_000.0, heads_fill_hidden=False, experts="num_local_experts",
+        gates_sum_to_1=True, router="router", switch="experts", stacked=True, expert_bias=True, sinks=True,
+        float16=False, numbers=("num_experts_per_tok",), only=(("attention_bias", True), ("swiglu_limit", 7.0),
+        ("tie_word_embeddings", False)), axes=("ffn", "experts"), why=MIXED_WHY,
     ),
     Family(
         "olmoe", "olmoe", "olmoe", other_biases=False, head_norms="all", head_dim_follows=True, experts="num_experts",

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, expert_names, lookup, policy, tokenizer_check
 from mis_mlx.models.config import normalised, read_config, say_once, shape_of
-from mis_mlx.models.experts import Each, Expert, Experts
+from mis_mlx.models.experts import Called, Each, Expert, Experts
 from mis_mlx.models.families import Family, family
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError
@@ -129,7 +129,8 @@ def block(
 def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, raw: Raw) -> Expert:
     """Expert `e` of block `i` with its weights, lazy. `raw` as in `weights`."""
     s, of = shape_of(checkpoint.config), family(checkpoint.config)
-    new = Expert(of, s.hidden, s.ffn, mlx_lm("models.switch_layers").SwiGLU())
+    oai = mlx_lm("models.activations").SwigluOAI if of.expert_bias else None
+    new = Expert(of, s.hidden, s.ffn, oai() if oai else mlx_lm("models.switch_layers").SwiGLU())
     _quantize(new, prefix := f"model.layers.{i}.{of.mlp}.experts.{e}.", checkpoint)
     new.load_weights(weights(checkpoint, prefix, dtype, raw))
     return new
@@ -139,10 +140,14 @@ def _apart(block: nn.Module, config: Mapping[str, Any], each: Each | None = None
     """Experts one by one where mlx-lm has them stacked; `each` as of `Experts`, default: modules of this block."""
     s, of = shape_of(config), family(config)
     part = block[of.mlp]
-    activation = part.pop("switch_mlp").activation
+    activation = part.pop(of.switch).activation
     if each is None:
-        part.experts = [Expert(of, s.hidden, s.ffn, activation) for _ in range(s.experts)]
-    part.switch_mlp = Experts(each or (lambda numbers: ((e, part.experts[e]) for e in numbers)))
+        part.experts = Called(Expert(of, s.hidden, s.ffn, activation) for _ in range(s.experts))
+    found = Experts(each or (lambda numbers: ((e, part.experts[e]) for e in numbers)))
+    if each is None:
+        part.experts.experts = found
+    if each or of.switch != "experts":
+        setattr(part, of.switch, found)
 
 
 def _new_block(of: Family, args: Any, i: int) -> nn.Module:
@@ -153,7 +158,10 @@ def _new_block(of: Family, args: Any, i: int) -> nn.Module:
         new: nn.Module = kind(args, layer_idx=i)
         return new
     types = getattr(args, "layer_types", None)
-    new = kind(args, **({"use_sliding": types[i] == "sliding_attention"} if types else {}))
+    slides = {"use_sliding": types[i] == "sliding_attention"} if types else {}
+    new = kind(args, **({} if of.sinks else slides))
+    if of.sinks:
+        new.use_sliding = slides["use_sliding"]
     if of.kinds and not getattr(args, of.kinds)[i]:
         new.self_attn.rope = mlx_lm(f"models.{of.mlx}").NoPE()
     return _uniform(new) if of.scaled_queries else new

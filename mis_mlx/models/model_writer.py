@@ -12,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.models import arch, load, policy, tokenizer_check
+from mis_mlx.models import arch, expert_names, load, policy, tokenizer_check
+from mis_mlx.models.families import family
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files, reported
 from mis_mlx.storage.safetensors import Spec, spec_bytes, spec_of, write_arrays, write_tensors
@@ -100,9 +101,15 @@ def write_model(
     extra: Mapping[str, Any] | None = None, file_per_block: bool = False,
 ) -> None:  # fmt: skip
     """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`."""
-    specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in arch.tensors_of(config).items()}
+    shapes = arch.tensors_of(config, family(config).stacked)
+    specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in shapes.items()}
     names = cli.counted("tensor", specs, len(specs))
-    tensors = ((name, take(name).astype(policy.DTYPES[dtype])) for name in names)
+
+    def whole(name: str) -> mx.array:
+        parts = [take(one).astype(policy.DTYPES[dtype]) for one in expert_names.one_by_one(name, config)]
+        return mx.stack(parts) if len(parts) > 1 else parts[0]
+
+    tensors = ((name, whole(name)) for name in names)
     by_block = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
     shards = [dict(group) for _, group in by_block] if file_per_block else None
     write_folder(config, specs, tensors, source, out, files, extra, shards)

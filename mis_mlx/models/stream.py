@@ -252,7 +252,7 @@ class Stream:
                 chosen.append(inside.chosen(part, inputs[-1]))
                 mx.eval(beside[-1], inputs[-1], chosen[-1])
                 if visit:
-                    odds = part.gate(inputs[-1]).astype(mx.float32).reshape(*chosen[-1].shape[:-1], -1)
+                    odds = part[of.router](inputs[-1]).astype(mx.float32).reshape(*chosen[-1].shape[:-1], -1)
                     odds = mx.take_along_axis(odds, chosen[-1], axis=-1)
                     gates.append(np.array(mx.softmax(odds, axis=-1)).reshape(-1))
 

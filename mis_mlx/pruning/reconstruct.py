@@ -40,7 +40,7 @@ def reconstruct(
 def mended_name(student: Checkpoint) -> str:
     """Of what changes in a block: the last matrix of its MLP, or the router of its experts."""
     of = family(student.config)
-    return f"{of.mlp}.{'gate' if of.experts else 'down_proj'}.weight"
+    return f"{of.mlp}.{of.router if of.experts else 'down_proj'}.weight"
 
 
 def by_block(

@@ -29,13 +29,14 @@ def heal(
     of = family(source.checkpoint.config)
     part, experts = block[of.mlp], of_block(of, block)
     assert experts
-    old, kind = part.gate.weight, hidden[0].dtype
+    router = part[of.router]
+    old, kind = router.weight, hidden[0].dtype
     most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
     sets = [[b for b in range(len(hidden)) if (b in held_out) == held][:most] for held in (False, True)]
     parts = [_Asked(source, block, [hidden[b] for b in of_set], [goals[b] for b in of_set]) for of_set in sets]
 
     def error(weight: mx.array, at: _Asked) -> mx.array:
-        part.gate.weight = weight.astype(kind)
+        router.weight = weight.astype(kind)
         experts.said = at.said
         out = at.beside + part(at.inputs).reshape(at.beside.shape).astype(mx.float32)
         return mx.square((at.goal - out) * at.weight).sum()
@@ -49,7 +50,7 @@ def heal(
         stream.evaluate_now(weight, adam.state)
         if step % LOOK == 0 and (now := float(error(weight, parts[1]))) < least:
             best, least = weight, now
-    experts.said, part.gate.weight = None, best.astype(old.dtype) if least < first else old
+    experts.said, router.weight = None, best.astype(old.dtype) if least < first else old
     return best, least / first if first else 1.0
 
 
@@ -70,6 +71,7 @@ class _Asked:
         self.beside = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in beside]).astype(mx.float32)
         self.goal = mx.concatenate([g.reshape(-1, g.shape[-1]) for g in goals]).astype(mx.float32)
         self.weight = 1.0 / mx.maximum(mx.sqrt(mx.square(self.goal).mean(axis=-1, keepdims=True)), 1e-6)
-        every = mx.array(np.broadcast_to(np.arange(len(part.gate.weight)), (1, len(self.goal), len(part.gate.weight))))
+        count = len(part[of.router].weight)
+        every = mx.array(np.broadcast_to(np.arange(count), (1, len(self.goal), count)))
         self.said = experts.outputs([self.inputs], [every])[0]
         stream.evaluate_now(self.inputs, self.beside, self.goal, self.weight, self.said)

@@ -49,7 +49,9 @@ def _mixed_cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx
     if expert_names.expert_of(name) is None or neurons is None:
         return weight
     own = mx.array([n - first for n in neurons if first <= n < first + before.ffn])
-    return mx.take(weight, own, axis=int(name.split(".")[-2] in ("down_proj", "w2")))
+    if (last := name.split(".")[-2] in ("down_proj", "w2")) and weight.ndim == 1:
+        return weight
+    return mx.take(weight, own, axis=int(last))
 
 
 def write_student(

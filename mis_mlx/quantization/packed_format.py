@@ -92,7 +92,8 @@ def layout(
 
     MisError when a matrix cannot be cut into groups."""
     eight = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens", "lm_head"}
-    matrices = {n: d for n, d in arch.tensors_of(config, True).items() if len(d) > 1 and not expert_names.is_router(n)}
+    every = ((n, d) for n, d in arch.tensors_of(config, True).items() if len(d) > 1 and not n.endswith(".bias"))
+    matrices = {name: shape for name, shape in every if not expert_names.is_router(name)}
     shapes = {n.removesuffix(".weight"): d for n, d in matrices.items()}
     four = Format(BITS, GROUPS.get(mode, group_size), mode)
     plan = {path: Format(WIDE_BITS, group_size) if path in eight else four for path in shapes}
@@ -123,7 +124,8 @@ def write_quantized(
     specs: dict[str, Spec] = {}
     for name, shape in arch.tensors_of(checkpoint.config, True).items():
         path = name.removesuffix(".weight")
-        specs |= plan[path].specs(path, *shape) if path in plan else {name: (checkpoint.tensors[name].dtype, shape)}
+        kind = checkpoint.tensors[expert_names.one_by_one(name, checkpoint.config)[0]].dtype
+        specs |= plan[path].specs(path, *shape) if path in plan else {name: (kind, shape)}
     tensors = _packed(checkpoint, plan, rounded)
     model_writer.write_folder(config, specs, tensors, checkpoint.path, out, files, extra)
     nbytes = sum(map(spec_bytes, specs.values()))
@@ -141,7 +143,8 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
     for name in cli.counted("tensor", names, len(names)):
         path = name.removesuffix(".weight")
         if path not in plan:
-            yield name, _finite(checkpoint, name)
+            plain = [_finite(checkpoint, one) for one in expert_names.one_by_one(name, checkpoint.config)]
+            yield name, mx.stack(plain) if len(plain) > 1 else plain[0]
             continue
         while rounded and arch.block_of(name) is not None and path not in block:
             coming = coming or rounded(plan)
