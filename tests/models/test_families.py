@@ -234,11 +234,12 @@ def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: P
 def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path, layers: int = 5) -> None:
     """`distill` with its defaults at a small size: every folder opens in stock mlx_lm, and training lowers the KL."""
     config = load.open_checkpoint(teacher).config
+    sizes = {"layers": layers, "ffn": narrower(config), "experts": "0.75x"}
+    asked: dict[str, Any] = {axis: size for axis, size in sizes.items() if axis in family(config).axes}
     result = distill.run(distill.Settings(
-        experts="0.75x" if family(config).experts else None, teacher=str(teacher), data=str(text_folder),
-        out=str(tmp_path / "run"), iters=8, num_samples=2,
+        teacher=str(teacher), data=str(text_folder), out=str(tmp_path / "run"), iters=8, num_samples=2,
         max_seq_length=32, eval_windows=2, reconstruct_samples=2, bench_tokens=2, learning_rate=1e-4, warmup=1,
-        q_iters=2, q_group_size=32, layers=layers, ffn=narrower(config), scenario="none",
+        q_iters=2, q_group_size=32, scenario="none", **asked,
     ))  # fmt: skip
     for name in ("pruned", "distilled", "model"):
         assert np.isfinite(np.array(stock_of(tmp_path / "run" / name)(mx.array([[1, 2, 3]])).astype(mx.float32))).all()
