@@ -75,7 +75,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     every = []
     for name, shape in arch.tensors_of(config, True).items():
         one = expert_names.one_by_one(name, config)[0]
-        plain = len(shape) == 1 or expert_names.is_router(name)
+        plain = len(shape) == 1 or name.endswith(".bias") or expert_names.is_router(name)
         kind, exact = ("F32", False) if plain else _kind(checkpoint, one, wanted, shape[-1])
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
         if shape[-1] % block:
@@ -202,7 +202,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     if of.kinds and (c[of.kinds] != usual or c.get("attention_bias") or c.get("mlp_bias")):
         why = f"llama.cpp's {arch} has no biases, and rotary positions in all blocks but every fourth"
         raise MisError(f"{why}, unlike this model: use --format hf, which transformers and mlx-lm open")
-    if "sliding_attention" in (config.get("layer_types") or ()) and not of.period:
+    slides = [kind == "sliding_attention" for kind in config.get("layer_types") or ()]
+    if any(slides) and not of.period and not (of.sinks and slides == [i % 2 == 0 for i in range(len(slides))]):
         raise MisError(f"llama.cpp's {arch} has no sliding windows, some layers here do: use --format hf")
     known = {"type", "rope_type", "rope_theta", *YARN} - {"mscale_all_dim"}
     if of.scaled_queries:  # llama.cpp takes mscale for 1
@@ -268,7 +269,7 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         words["rope_scaling_attn_factors"] = math.sqrt(1 + math.log(max(1, c["max_position_embeddings"] / old), old))
     if of.scaled_queries:
         words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
-    if of.period:
+    if of.period or of.sinks:
         words["sliding_window"] = load.model_args(config).sliding_window
     for word, value in words.items():
         getattr(writer, f"add_{word}")(value)

@@ -147,7 +147,8 @@ def gguf_names(config: Mapping[str, Any]) -> dict[str, str | None]:
     found = dict[str, str | None]()
     for name in arch.tensors_of(config, True):
         theirs = re.sub(r"switch_mlp\.(\w+)", lambda m: f"experts.{matrices[m[1]]}", name)
-        found[name] = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+        own = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+        found[name] = f"{own}.weight" if own and not theirs.endswith((".weight", ".bias")) else own  # of sinks
     return found
 
 
