@@ -19,7 +19,7 @@ import pytest
 from mis_mlx import cli
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import load, policy
+from mis_mlx.models import load, policy, tokenizer_check
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 from tests import forks, tiny
@@ -97,6 +97,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
     def get(kind: str) -> Checkpoint:
         if kind not in made:
             made[kind] = load.open_checkpoint(tiny.make(root / kind, **{**tiny.KINDS, **tiny.MODELS}[kind]))
+            tokenizer_check.check_tokenizer(made[kind].path)  # here, once, and not in every fork
         return made[kind]
 
     return get
