@@ -1,9 +1,9 @@
 """Python processes that start in no time: on Linux forks of one that has imported mlx_lm and computed nothing.
 
 What `start` gives is used like a `subprocess.Popen` in text mode. Process id, environment, folder, files, exit code,
-signals and the clean-up at the end are its own. What differs from a start: modules are there already, tokenizers that
-our process has tried are not tried again, and strings hash alike in all forks of a server. Libraries read some of the
-environment while they are imported, so each such part has a server of its own. On macOS, where Metal does not live
+signals and the clean-up at the end are its own. What differs from a start: modules are there already, strings hash
+alike in all forks of a server, and a tokenizer that one of them has tried is not tried again. Libraries read some of
+the environment while they are imported, so each such part has a server of its own. On macOS, where Metal does not live
 through a fork, `start` starts a process. Whoever tests start-up itself uses `subprocess`.
 """
 
@@ -88,7 +88,6 @@ class Fork:
             ends = [self._end(number, what, stack) for number, what in enumerate((stdin, stdout, stderr))]
             self.stdin, self.stdout, self.stderr = (ours for ours, _ in ends)
             request = {"argv": self.args[1:], "env": {**env, "PYTHONPATH": str(ROOT)}, "cwd": str(cwd or Path.cwd())}
-            request["tried"] = [digest.hex() for digest in tokenizer_check.PASSED]
             self.pid = server(request["env"]).fork(request, [*(theirs for _, theirs in ends), status])
 
     @staticmethod
@@ -193,15 +192,21 @@ def serve() -> None:
     importlib.import_module("tests.faults.preloaded")
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread, which no fork would have"
     gc.freeze()
+    log = os.memfd_create("tokenizers that forks have tried")  # all forks write at the end of it
     request = _forked(door)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    tokenizer_check.PASSED.update(map(bytes.fromhex, request["tried"]))
+    tried = os.pread(log, 1 << 20, 0)
+    known = {tried[at : at + 32] for at in range(0, len(tried), 32)}
+    tokenizer_check.PASSED.update(known)
     sys.orig_argv = [sys.executable, *request["argv"]]  # what a command that starts itself anew goes by
     with _left_at_once():
-        _become(*request["argv"])
+        try:
+            _become(*request["argv"])
+        finally:
+            os.write(log, b"".join(tokenizer_check.PASSED - known))
 
 
 def _become(what: str, *argv: str) -> None:
