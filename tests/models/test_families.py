@@ -297,10 +297,13 @@ def test_what_of_phi_is_refused(change: dict[str, Any], why: str, tmp_path: Path
         ("phi3", {"hidden": 32, "scenario": "none"}, "hidden of a phi3 cannot be cut"),
     ],
 )
-def test_an_axis_that_is_not_safe(models: Models, kind: str, flags: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_an_axis_that_is_not_safe(
+    models: Models, kind: str, flags: dict[str, Any], said: str, tmp_path: Path, text_folder: Path
+) -> None:
     """One sentence that says why, before anything is read."""
+    where = {"model": str(models(kind).path), "mlx_path": str(tmp_path / "x"), "data": str(text_folder)}
     with pytest.raises(MisError, match=said):
-        prune.run(prune.Settings(model=str(models(kind).path), mlx_path=str(tmp_path / "x"), **flags))
+        prune.run(prune.Settings(**where, **flags))
 
 
 @pytest.mark.parametrize(
