@@ -133,7 +133,7 @@ def _sizes(s: Settings, c: pipeline.Run, models: dict[str, Checkpoint]) -> list[
     """Rows of size and speed. The models that are timed also write something, for the report."""
     sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
     sizes += [Row(n, "bytes", m.nbytes / 1e6) for n, m in models.items()]
-    fit = {n: m.path for n, m in models.items() if phases.timed_bytes(m.config) <= c.plan.budget_bytes}
+    fit = {n: m.path for n, m in models.items() if phases.timed_bytes(arch.params(m.config)) <= c.plan.budget_bytes}
     if s.bench_tokens:
         cli.say(f"measure: speed of {', '.join(fit) or 'none: no model fits the budget whole'}")
         sizes += bench.measure(list(fit.values()), list(fit), 2 * s.bench_tokens, s.bench_tokens, 2, c.plan.peak_bytes)

@@ -85,7 +85,7 @@ def aim_of(
     if folder:
         speed = shape_search.Decoding(**run_folder.stored_plan(folder))
     else:
-        need = phases.timed_bytes(teacher.config)
+        need = phases.timed_bytes(estimates.model_of(teacher).params)
         limit.need(need, "timing the teacher, whole in memory,", "give --params or --memory in place of --decode")
         cli.say("timing the teacher, whole and with half of its blocks")
         with memory.limited(limit):

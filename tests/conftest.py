@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from mis_mlx.types import Checkpoint
 from tests import forks, tiny
 
 Done = subprocess.CompletedProcess[str]
+Once = Callable[[str, Callable[[Path], object]], Path]
 # For this process and all that it starts: a laptop on battery would wait for its plug, and bits are stated for a CPU.
 os.environ["MIS_MLX_GOVERNOR"], os.environ["MIS_MLX_DEVICE"] = "observe", "cpu"
 ITERS, EVERY = 30, 7
@@ -90,13 +93,31 @@ def near(float32: float, half: float) -> float:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: the folder or file `make` writes, made by whichever of pytest-xdist's processes is first."""
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        with (root / f"{name}.lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not lock.seek(0, os.SEEK_END):
+                make(root / name)
+                lock.write("made")
+        return root / name
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def models(once: Once) -> Callable[[str], Checkpoint]:
     """`models(kind)`: the tiny float32 model of a kind in tiny.KINDS or MODELS, made once a session."""
-    root, made = tmp_path_factory.mktemp("models"), dict[str, Checkpoint]()
+    made = dict[str, Checkpoint]()
 
     def get(kind: str) -> Checkpoint:
         if kind not in made:
-            made[kind] = load.open_checkpoint(tiny.make(root / kind, **{**tiny.KINDS, **tiny.MODELS}[kind]))
+            sizes = {**tiny.KINDS, **tiny.MODELS}[kind]
+            made[kind] = load.open_checkpoint(once(kind, lambda folder: tiny.make(folder, **sizes)))
         return made[kind]
 
     return get
@@ -115,15 +136,18 @@ def batches() -> list[mx.array]:
 
 
 @pytest.fixture(scope="session")
-def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_folder(once: Once) -> Path:
     """A data folder in mlx-lm's format: some pages of Python's manual."""
     from pydoc_data.topics import topics
 
-    folder, names = tmp_path_factory.mktemp("text"), sorted(topics)
-    for split, chosen in (("train", names[:12]), ("valid", names[30:32]), ("test", names[40:44])):
-        rows = [json.dumps({"text": topics[name][:3000]}) for name in chosen]
-        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        names = sorted(topics)
+        for split, chosen in (("train", names[:12]), ("valid", names[30:32]), ("test", names[40:44])):
+            rows = [json.dumps({"text": topics[name][:3000]}) for name in chosen]
+            (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+
+    return once("text", write)
 
 
 @pytest.fixture(scope="session")
@@ -155,19 +179,31 @@ def flags(llama: Checkpoint, text_folder: Path) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="session")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, flags: tuple[object, ...], own_home: dict[str, str]
-) -> tuple[Path, Done]:
+def finished(once: Once, flags: tuple[object, ...], own_home: dict[str, str]) -> tuple[Path, Done]:
     """(run folder, process) of one undisturbed `distill`, made once a session; do not write into it.
 
     A process from its start, not a fork: so strings hash otherwise than in those it is compared with.
     """
-    out = tmp_path_factory.mktemp("distill") / "run"
-    line = [sys.executable, "-m", "mis_mlx.distill", *flags, "--out", out, "--bench-tokens", 3]
-    env = {**own_home, "PYTHONPATH": str(forks.ROOT)}
-    done = subprocess.run([*map(str, line)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return out, done
+
+    def distil(folder: Path) -> None:
+        folder.mkdir()
+        line = [sys.executable, "-m", "mis_mlx.distill", *flags, "--out", folder / "run", "--bench-tokens", 3]
+        env = {**own_home, "PYTHONPATH": str(forks.ROOT)}
+        done = subprocess.run([*map(str, line)], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (folder / "process.json").write_text(json.dumps(vars(done)))
+
+    folder = once("distill", distil)
+    return folder / "run", Done(**json.loads((folder / "process.json").read_text()))
+
+
+def scratch_folder(folder: Path) -> Path:
+    """A new folder for TMPDIR, empty but for the kernels that MLX has had compiled: g++ takes a second for each."""
+    kernels = Path(tempfile.gettempdir(), "mlx")
+    kernels.mkdir(exist_ok=True)
+    folder.mkdir()
+    (folder / "mlx").symlink_to(kernels)
+    return folder
 
 
 @contextlib.contextmanager

@@ -103,11 +103,8 @@ def distilled(teacher: Checkpoint, student: Checkpoint, shares: Sequence[int] = 
 def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     """Ten steps on rows of uneven lengths, 5 a step: of 3 machines one has fewer."""
     model, optimizer, rows, text = (
-        load.resident(student, mx.float32),
-        GuardedAdamW(),
-        lesson(),
-        live_teacher.TextTargets(),
-    )
+        load.resident(student, mx.float32), GuardedAdamW(), lesson(), live_teacher.TextTargets(),
+    )  # fmt: skip
     batches = rows.micro_batches(text, 5, 1, 0)
     return _learned(
         model, list(train_loop.train(model, batches, rows.loss_of(text, False), optimizer, RECIPE.schedule))

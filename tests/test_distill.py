@@ -124,10 +124,11 @@ def refused(out: Path, **changes: Any) -> str:
     return str(caught.value)
 
 
-def test_a_run_in_use_is_refused(finished: tuple[Path, Done]) -> None:
+def test_a_run_in_use_is_refused(tmp_path: Path, finished: tuple[Path, Done]) -> None:
     """Two on one folder: the second names the first's process and stops."""
-    with protocol.lock(finished[0]):
-        assert f"is already in use by process {os.getpid()}" in refused(finished[0])
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    with protocol.lock(out):
+        assert f"is already in use by process {os.getpid()}" in refused(out)
 
 
 def test_a_resume_must_be_the_same_run(

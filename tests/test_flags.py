@@ -133,26 +133,9 @@ def test_no_word_is_empty(kind: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "size",
-    [
-        "-3GiB",
-        "nan",
-        "inf",
-        "5e999GiB",
-        "1e308GiB",
-        "0",
-        "0.0",
-        "0.1",
-        "",
-        "9" * 400,
-        "-0",
-        "GiB",
-        "five",
-        "5 GiB please",
-        "5TB",
-        "1.2.3GiB",
-        ".",
-    ],
-)
+    ["-3GiB", "nan", "inf", "5e999GiB", "1e308GiB", "0", "0.0", "0.1", "", "9" * 400, "-0", "GiB", "five",
+     "5 GiB please", "5TB", "1.2.3GiB", "."],
+)  # fmt: skip
 @pytest.mark.parametrize("flag", ["--budget", "--memory"])
 def test_sizes_that_are_none(size: str, flag: str) -> None:
     """Negative, no number, nothing, more than any machine has: one sentence that names the flag."""
@@ -290,14 +273,9 @@ def asked_before(name: str) -> set[str]:
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "plan" else n for n in DRY_RUNS])
 def test_the_ends_of_every_range_can_be_planned(
-    name: str,
-    every: bool,
-    llama: Checkpoint,
-    text_folder: Path,
-    rows: dict[str, str],
-    tmp_path: Path,
+    name: str, every: bool, llama: Checkpoint, text_folder: Path, rows: dict[str, str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     """A dry run gives a result that JSON holds, or one sentence. every: flags again that another command had, as all of
     `plan` are `distill`'s."""
     monkeypatch.setattr(rates, "matmul_flops", lambda *_: 1e11)  # which takes a third of a second, for every number

@@ -30,10 +30,12 @@ print(json.dumps({"clean": clean, "folder": result.folder, "mode": result["mode"
 """
 
 
-def test_prune_quantize_open(llama: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_quantize_open(
+    llama: Checkpoint, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two stages as functions, paths as Path; nothing goes to stdout; what comes out opens."""
     made = mis_mlx.prune(model=llama.path, mlx_path=tmp_path / "small", scenario="none", ffn=256, num_samples=4,
-                         max_seq_length=32)  # fmt: skip
+                         max_seq_length=32, data=text_folder)  # fmt: skip
     assert made.folder == tmp_path / "small" and made["params"] < made["params_before"]
     plain = dict(target_bpw=None, q_iters=0, num_samples=2, max_seq_length=32)
     packed = mis_mlx.quantize(model=made.folder, mlx_path=tmp_path / "packed", **plain)
@@ -68,9 +70,12 @@ def test_keywords_are_the_flags() -> None:
         assert keywords.keys() == {f.name for f in fields(function.Settings)} and "budget" in keywords
 
 
-def test_importing_does_nothing_and_the_first_call_brings_fast_products(llama: Checkpoint) -> None:
+def test_importing_does_nothing_and_the_first_call_brings_fast_products(
+    llama: Checkpoint, own_home: dict[str, str]
+) -> None:
     """In a process of its own, without `scripts/mis`: no library before it is used; then, on Linux, OpenBLAS."""
     env = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "MIS_MLX_BLAS", "OPENBLAS_NUM_THREADS")}
+    env["MIS_MLX_CACHE"] = own_home["MIS_MLX_CACHE"]  # which has this machine's rates
     line = [sys.executable, "-c", PROGRAM, str(llama.path)]
     done: Done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

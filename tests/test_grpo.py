@@ -33,15 +33,8 @@ def vowels(prompts, completions, answer):
     return [sum(c in "aeiouy" for c in text) / max(1, len(text)) for text in completions]
 """
 QUESTIONS = [
-    "what is",
-    "how many",
-    "where is the with statement",
-    "name one",
-    "who was",
-    "when will it be",
-    "why",
-    "how",
-]
+    "what is", "how many", "where is the with statement", "name one", "who was", "when will it be", "why", "how",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", name="folder")
@@ -138,14 +131,9 @@ def sampler(checkpoint: Checkpoint, folder: Path, **changes: Any) -> training.Sa
     mx.eval(model.parameters())
     functions = training.rewards.functions(None, str(folder / "vowels.py"))
     settings = training.Settings(
-        beta=0.1,
-        max_completion_length=8,
-        temperature=0.8,
-        group_size=4,
-        grad_accumulation_steps=3,
-        batch_size=4,
+        beta=0.1, max_completion_length=8, temperature=0.8, group_size=4, grad_accumulation_steps=3, batch_size=4,
         seed=1,
-    )
+    )  # fmt: skip
     tokenizer = load.tokenizer(checkpoint.path)
     prompts = [mlx_generate.encode(tokenizer, q) for q in QUESTIONS]
     rows = [{"prompt": q, "answer": "1"} for q in QUESTIONS]

@@ -41,6 +41,11 @@ class Module:
         """The file's syntax tree."""
         return ast.parse(self.source)
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All of the tree, which most rules look at."""
+        return list(ast.walk(self.tree))
+
     @property
     def zone(self) -> str:
         """The folder, or the module itself when it lies on top."""
@@ -69,7 +74,7 @@ def floor(zone: str) -> int:
 def imports(module: Module, nodes: Iterable[ast.AST] | None = None) -> Iterator[str]:
     """Dotted names of everything imported: `import a.b`, `from a import b` and `from .c import d` alike."""
     parents = ["mis_mlx", *module.name.split(".")]
-    for node in ast.walk(module.tree) if nodes is None else nodes:
+    for node in module.nodes if nodes is None else nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -131,7 +136,7 @@ def machine_door(module: Module) -> list[str]:
 
 def calls(module: Module) -> list[str]:
     """Everything called, as written: 'print', 'mx.eval'."""
-    return [ast.unparse(n.func) for n in ast.walk(module.tree) if isinstance(n, ast.Call)]
+    return [ast.unparse(n.func) for n in module.nodes if isinstance(n, ast.Call)]
 
 
 def speaking(module: Module) -> list[str]:
@@ -169,7 +174,7 @@ def sizes(module: Module) -> list[str]:
     """No file over 300 lines, no function over 60."""
     lines = module.source.count("\n")
     long = [f"{lines} lines"] if lines > FILE_LINES else []
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             if (length := node.end_lineno - node.lineno + 1) > FUNCTION_LINES:
@@ -199,21 +204,21 @@ def names(module: Module) -> list[str]:
 
 def _functions(module: Module) -> list[ast.AST]:
     """Every function, and all that stands outside of them as one more."""
-    inside = [n for n in ast.walk(module.tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = [n for n in module.nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     outside = ast.Module([n for n in module.tree.body if n not in inside], [])
     return [*inside, outside]
 
 
 def doubles(module: Module) -> list[str]:
     """Metal has no float64: who makes one for MLX puts what is done with it on the CPU's stream, in that function."""
-    written = [ast.unparse(f) for f in _functions(module)]
+    written = [ast.unparse(f) for f in _functions(module) if "float64" in module.source]
     named = [name for name in imports(module) if name == "mlx.core.float64"]
     return named + [t.splitlines()[0] for t in written if "mx.float64" in t and "stream=mx.cpu" not in t]
 
 
 def decompositions(module: Module) -> list[str]:
     """mx.linalg's decompositions have no Metal version: numpy, or the CPU's stream."""
-    found = [n for n in ast.walk(module.tree) if isinstance(n, ast.Call) and "mx.linalg." in ast.unparse(n.func)]
+    found = [n for n in module.nodes if isinstance(n, ast.Call) and "mx.linalg." in ast.unparse(n.func)]
     named = [name for name in imports(module) if name.startswith("mlx.core.linalg")]
     return named + [c for c in map(ast.unparse, found) if "stream=mx.cpu" not in c]
 
@@ -222,7 +227,7 @@ def casts(module: Module) -> list[str]:
     """What was read from disk (`raw`, `arrays`, mx.load, safetensors.lazy) may be integers: packed weights, or the
     scales of mxfp4. It is cast only in a function that asks mx.issubdtype."""
     read, bad = r"(raw|arrays)(\[|\.(items|values|get)\()|(mx\.load|safetensors\.lazy)\(", []
-    for function in _functions(module):
+    for function in _functions(module) if "astype" in module.source else []:
         drawn = {"a name that no variable has"}  # in a loop over what was read
         for node in ast.walk(function):
             if isinstance(node, ast.For | ast.comprehension) and re.match(read, ast.unparse(node.iter)):
@@ -239,8 +244,8 @@ def families(module: Module) -> list[str]:
     """What a config's model_type means stands in models/families.py; models/config.py judges it."""
     if module.name in ("models.families", "models.config"):
         return []
-    reads = [n.slice for n in ast.walk(module.tree) if isinstance(n, ast.Subscript)]
-    reads += [n.args[0] for n in ast.walk(module.tree) if isinstance(n, ast.Call) and _called(n) == "get" and n.args]
+    reads = [n.slice for n in module.nodes if isinstance(n, ast.Subscript)]
+    reads += [n.args[0] for n in module.nodes if isinstance(n, ast.Call) and _called(n) == "get" and n.args]
     return [f"line {n.lineno}" for n in reads if isinstance(n, ast.Constant) and n.value == "model_type"]
 
 
@@ -249,9 +254,9 @@ def systems(module: Module) -> list[str]:
     and models/load.py keeps mlx_lm from changing a limit."""
     if module.zone == "hardware":
         return []
-    nodes = list(ast.walk(module.tree))
-    texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    used = [*(n.attr for n in nodes if isinstance(n, ast.Attribute)), *(i.split(".")[-1] for i in imports(module))]
+    texts = [n.value for n in module.nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    used = [n.attr for n in module.nodes if isinstance(n, ast.Attribute)]
+    used += [i.split(".")[-1] for i in imports(module)]
     allowed = {"models.policy": "default_device", "models.load": "setrlimit"}.get(module.name)
     bad = [name for name in used if name in ("default_device", "setrlimit") and name != allowed]
     return bad + [text for text in texts if re.search(r"/proc\b", text)]

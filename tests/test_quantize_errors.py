@@ -16,9 +16,9 @@ from tests import tiny
 from tests.conftest import Done, sentence
 
 
-def made(model: Path, out: Path, method: Any = "round") -> dict[str, Any]:
-    """`quantize` with little text."""
-    flags = {"q_method": method, "target_bpw": None, "num_samples": 2, "max_seq_length": 32}
+def made(model: Path, out: Path, method: Any = "round", text: Path | None = None) -> dict[str, Any]:
+    """`quantize` with little text, which rounding does not need."""
+    flags = {"q_method": method, "target_bpw": None, "num_samples": 2, "max_seq_length": 32, "data": text and str(text)}
     return quantize.run(quantize.Settings(model=str(model), mlx_path=str(out), **flags))
 
 
@@ -67,13 +67,13 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 @pytest.mark.parametrize("method", ["round", "gptq"])
 @pytest.mark.parametrize("what", sorted(BAD))
-def test_quantize(tmp_path: Path, what: str, method: str) -> None:
+def test_quantize(tmp_path: Path, what: str, method: str, text_folder: Path) -> None:
     """The folder that the result would lie in stays empty."""
     make, why = BAD[what]
     model, place = make(tmp_path / "model"), tmp_path / "place"
     place.mkdir()
     with pytest.raises(MisError, match=why):
-        made(model, place / "out", method)
+        made(model, place / "out", method, text_folder)
     assert not list(place.iterdir())
 
 

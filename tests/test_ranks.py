@@ -19,7 +19,7 @@ from mis_mlx.alignment import grpo_rollout
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 from tests import tiny
-from tests.conftest import Done, last_line, losses
+from tests.conftest import Done, last_line, losses, scratch_folder
 from tests.machines import ROOT, Processes, ended, ports, started
 from tests.test_grpo import _folder, _small  # noqa: F401  fixtures
 from tests.test_sft import answers  # noqa: F401  a fixture
@@ -94,8 +94,7 @@ def test_mlx_launch_starts_machines_that_work_together(
     tmp_path: Path, alone: tuple[Path, Done], brief: tuple[object, ...], own_home: dict[str, str]
 ) -> None:
     """A short run, as a user starts it: the pruned student is that of one machine, bit for bit."""
-    out, scratch = tmp_path / "run", tmp_path / "scratch"
-    scratch.mkdir()
+    out, scratch = tmp_path / "run", scratch_folder(tmp_path / "scratch")
     short = (*brief, *DENSE, "--iters", 1)
     done = launched({**own_home, "TMPDIR": str(scratch)}, 2, "distill", *short, "--out", out)
     one_voice(done, scratch)
@@ -109,8 +108,7 @@ def test_two_machines_give_the_run_of_one(
     how: str, tmp_path: Path, alone: tuple[Path, Done], brief: tuple[object, ...], own_home: dict[str, str]
 ) -> None:
     """Calibration to table: the same files, the pruned student bit for bit, every loss to 1e-4 (measured: 5e-6)."""
-    out, scratch = tmp_path / "run", tmp_path / "scratch"
-    scratch.mkdir()
+    out, scratch = tmp_path / "run", scratch_folder(tmp_path / "scratch")
     env = {**own_home, "TMPDIR": str(scratch)}
     if how == "started":
         with started(2, ["-m", "mis_mlx.distill", *brief, "--out", out], env) as made:
@@ -173,8 +171,7 @@ def test_the_one_that_writes_dies(
     tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str], command: Callable[..., Done]
 ) -> None:
     """The first of three is killed: the others end with a sentence, leave nothing, and the last checkpoint goes on."""
-    out, scratch = tmp_path / "run", tmp_path / "scratch"
-    scratch.mkdir()
+    out, scratch = tmp_path / "run", scratch_folder(tmp_path / "scratch")
     env = {**own_home, "TMPDIR": str(scratch)}
     with started(3, ["-m", "mis_mlx.distill", *flags, *DENSE, "--out", out], env) as made:
         wait_for(9, out, made)

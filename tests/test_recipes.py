@@ -91,8 +91,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory, teacher: Path, own_home: dict[str, str]) -> dict[str, str]:
-    """A model cache that holds every teacher of the page."""
+    """A model cache that holds every teacher of the page, and this machine's rates."""
     cache = tmp_path_factory.mktemp("cache")
+    shutil.copy(Path(own_home["MIS_MLX_CACHE"]) / "rates.json", cache)
     for name in TEACHERS:
         shutil.copytree(teacher, cache / name)
     return {**own_home, policy.POLICY: os.environ.get(policy.POLICY, ""), "MIS_MLX_CACHE": str(cache)}

@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from mis_mlx.types import gib
 
 LOOK_S = 0.05  # between two looks at the memory of a child that the kernel does not limit
@@ -74,6 +72,8 @@ def _waited(process: subprocess.Popen[bytes], question: bytes, seconds: float, m
 
 
 def _held(number: int) -> int:
+    import psutil  # not in the child, which starts the sooner
+
     total = 0
     with contextlib.suppress(psutil.Error):
         first = psutil.Process(number)

@@ -1,7 +1,7 @@
 """What the tensors of a mixture's experts are called: one by one, as on the hub and here, or stacked, as in mlx-lm."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,21 +17,19 @@ def tensors_of(config: Mapping[str, Any], together: bool) -> dict[str, tuple[int
     `together`, perhaps one that every token meets."""
     s, of = shape_of(config), family(config)
 
-    def gated(names: Sequence[str], ffn: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (s.hidden, ffn) if name == names[2] else (ffn, s.hidden) for name in names}
+    def biased(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:-1]} if of.expert_bias else {})
 
-    def biased(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        return {name: shape, **({name.replace("weight", "bias"): shape[:-1]} if of.expert_bias else {})}
-
-    inside = biased(f"{of.router}.weight", (s.experts, s.hidden))
-    for name, shape in gated(GATED, s.ffn).items() if together else ():
-        inside |= biased(f"{of.switch}.{name}", (s.experts, *shape))
-    for e in range(0 if together else s.experts):
-        for name, shape in gated(of.matrices, s.ffn).items():
-            inside |= biased(f"experts.{e}.{name}", shape)
-    if of.shared_expert:
-        beside = gated(GATED, config[of.shared_expert])
-        inside |= {f"shared_expert.{name}": shape for name, shape in beside.items()}
+    inside, wide = biased(of.router, s.experts, s.hidden), int(config.get(of.shared_expert) or 0)
+    each = [(f"experts.{e}", of.matrices, tuple[int, ...]()) for e in range(s.experts)]
+    for place, names, stacked in [(of.switch, GATED, (s.experts,))] if together else each:
+        for name in names:
+            inside |= biased(
+                f"{place}.{name}", *stacked, *((s.hidden, s.ffn) if name == names[2] else (s.ffn, s.hidden))
+            )
+    for name in GATED if wide else ():
+        inside[f"shared_expert.{name}.weight"] = (s.hidden, wide) if name == "down_proj" else (wide, s.hidden)
+    if wide:
         inside["shared_expert_gate.weight"] = (1, s.hidden)
     return {f"{of.mlp}.{name}": shape for name, shape in inside.items()}
 

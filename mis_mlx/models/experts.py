@@ -3,7 +3,7 @@
 So each can be read from disk when it is needed, has its own name as on disk, and gives the same bits wherever its
 weights come from: in memory or read, a batch at a time or many."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -20,43 +20,28 @@ class Expert(nn.Module):
 
     def __init__(self, of: Family, hidden: int, ffn: int, activation: Callable[[mx.array, mx.array], mx.array]):
         super().__init__()
-        self._names, self._activation = of.matrices, activation
+        self.names, self._activation = of.matrices, activation
         self.settle: Callable[[mx.array], None] = lambda _: None  # of what it gave, if its weights go elsewhere then
         for name, (into, out) in zip(of.matrices, ((hidden, ffn), (hidden, ffn), (ffn, hidden)), strict=True):
             self[name] = nn.Linear(into, out, bias=of.expert_bias)
 
     def neurons(self, x: mx.array) -> mx.array:
         """What its last matrix reads: x (n, D) -> (n, F)."""
-        gate, up, _ = (self[name] for name in self._names)
+        gate, up, _ = (self[name] for name in self.names)
         return self._activation(up(x), gate(x))
-
-    def narrowed(self, neurons: mx.array) -> mx.array:
-        """(n, F) -> (n, D)."""
-        out: mx.array = self[self._names[2]](neurons)
-        return out
 
 
 Each = Callable[[Sequence[int]], Iterator[tuple[int, Expert]]]
 
 
-class Called(list[Expert]):
-    """Experts as parts of a block, in whose place mlx-lm calls all of them."""
+class Experts(list[Expert]):
+    """Parts of a block, called as SwitchGLU is: x (..., D), chosen (..., k) -> (..., k, D).
 
-    experts: Any = None
+    each(numbers): those experts in turn, where they are no parts of it: one may be gone when the next is asked for."""
 
-    def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """As `Experts`."""
-        out: mx.array = self.experts(x, chosen)
-        return out
-
-
-class Experts:
-    """Called as SwitchGLU is: x (..., D), chosen (..., k) -> (..., k, D).
-
-    each(numbers): those experts in turn; one may be gone when the next one is asked for."""
-
-    def __init__(self, each: Each):
-        self._each = each
+    def __init__(self, parts: Iterable[Expert] = (), each: Each | None = None):
+        super().__init__(parts)
+        self._each = each or (lambda numbers: ((e, self[e]) for e in numbers))
         self.said: mx.array | None = None  # (n, E, D), what every expert gives for all tokens of every call
         self.ready: list[mx.array] = []  # what the next calls give
         self._asked: list[mx.array] | None = None  # what the calls of `chosen` were made with
@@ -91,7 +76,7 @@ class Experts:
                 if not len(where := np.flatnonzero(numbers == e)):
                     continue
                 neurons = expert.neurons(x.reshape(-1, x.shape[-1])[mx.array(where // c.shape[-1])])
-                made = expert.narrowed(neurons)
+                made = expert[expert.names[2]](neurons)
                 if visit:
                     visit(b, e, where, neurons, made)
                 expert.settle(made)
@@ -111,6 +96,5 @@ def before(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array
 
 def of_block(of: Family, block: nn.Module) -> Experts | None:
     """The experts of a block that `load` has made; None where it has an MLP."""
-    part = block.get(of.mlp)
-    found = getattr(part, of.switch, None) if of.experts and part else None
-    return found.experts if isinstance(found, Called) else found
+    found: Experts | None = block[of.mlp].get("experts") if of.experts else None
+    return found

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, expert_names, lookup, policy, tokenizer_check
 from mis_mlx.models.config import normalised, read_config, say_once, shape_of
-from mis_mlx.models.experts import Called, Each, Expert, Experts
+from mis_mlx.models.experts import Each, Expert, Experts
 from mis_mlx.models.families import Family, family
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError
@@ -141,13 +141,10 @@ def _apart(block: nn.Module, config: Mapping[str, Any], each: Each | None = None
     s, of = shape_of(config), family(config)
     part = block[of.mlp]
     activation = part.pop(of.switch).activation
-    if each is None:
-        part.experts = Called(Expert(of, s.hidden, s.ffn, activation) for _ in range(s.experts))
-    found = Experts(each or (lambda numbers: ((e, part.experts[e]) for e in numbers)))
-    if each is None:
-        part.experts.experts = found
-    if each or of.switch != "experts":
-        setattr(part, of.switch, found)
+    parts = (Expert(of, s.hidden, s.ffn, activation) for _ in range(0 if each else s.experts))
+    part.experts = Experts(parts, each)
+    if of.switch != "experts":  # an attribute beside the module's tree, in which they are once
+        object.__setattr__(part, of.switch, part.experts)
 
 
 def _new_block(of: Family, args: Any, i: int) -> nn.Module:

@@ -133,7 +133,9 @@ class Stream:
                     yield i, self._kept[i]
                     continue
                 _, slot, raw = next(coming)
-                block = self._made(i, slot, raw)
+                each = partial(self._each_expert, i) if self._experts else None
+                made = load.block(self.checkpoint, i, self.args, self.dtype, self._own(raw), each)
+                block = self._checked_once(made, f"model.layers.{i}.", slot, self._blocks)
                 yield i, block
                 if self.stays(i):
                     self._kept[i] = block
@@ -141,11 +143,6 @@ class Stream:
                 block.clear()  # the caller's loop variable still names the module: let go of its weights now
                 if not self._copies:
                     self._blocks.free.append(slot)
-
-    def _made(self, i: int, slot: Slot, raw: dict[str, mx.array]) -> nn.Module:
-        each = partial(self._each_expert, i) if self._experts else None
-        block = load.block(self.checkpoint, i, self.args, self.dtype, self._own(raw), each)
-        return self._checked_once(block, f"model.layers.{i}.", slot, self._blocks)
 
     def _own(self, raw: dict[str, mx.array]) -> dict[str, mx.array]:
         """Tensors that may leave their slot, if any do: times 1 the few that need no conversion."""
@@ -241,7 +238,7 @@ class Stream:
         batch that chose it; gates sum to 1 for every token."""
         of = family(self.checkpoint.config)
         part, inside = block[of.mlp], experts.of_block(of, block)
-        assert inside
+        assert inside is not None
         each = hidden[0].nbytes * self.checkpoint.config["num_experts_per_tok"] if len(hidden) else 1
         for first in range(0, len(hidden), size := max(1, GROUP_BYTES // each)):
             beside, inputs, chosen, gates = [], list[mx.array](), [], list[np.ndarray]()

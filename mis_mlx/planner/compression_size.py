@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, SLAB
-from mis_mlx.models import arch
 from mis_mlx.planner import estimates, training_size
 from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
 from mis_mlx.planner.recipe import VOCABULARY_WINDOWS, DistillationSpec, QuantizationConfig
@@ -59,17 +58,13 @@ def _healed(job: DistillationSpec) -> StageCost:
     for, in training and held-out ones each, of which a step keeps and gathers some more; then a pass goes on."""
     m, length, tokens = job.student, job.length, job.repair * job.length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
-    said = 2 * min(router_bytes(m, tokens), ROUTER_BYTES)
+    each = m.shape.experts * m.shape.hidden * m.item  # of what all say to a token
+    said = 2 * min(tokens * each, ROUTER_BYTES)
     beside = small.peak_bytes + 2 * said + tokens * m.shape.hidden * m.item
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
-    told = min(tokens, said // (2 * m.shape.experts * m.shape.hidden * m.item))
+    told = min(tokens, said // (2 * each))
     flops = big.flops + small.flops + 2.0 * told * m.shape.layers * m.block_params
     return replace(big, read_bytes=big.read_bytes + m.nbytes + small.read_bytes, flops=flops)
-
-
-def router_bytes(m: ModelSize, tokens: int) -> int:
-    """What all experts of a block say to so many tokens."""
-    return tokens * m.shape.experts * m.shape.hidden * m.item
 
 
 def repair_parts(job: DistillationSpec, limit: int) -> StageCost:
@@ -84,7 +79,7 @@ def repair_parts(job: DistillationSpec, limit: int) -> StageCost:
     held = min(tokens, estimates.room(limit, peak, t.gpu) // (length * (theirs + ours)) * length)
     moved = (tokens - held) * (theirs * (t.shape.layers + 1) + ours * (m.shape.layers + 1))
     read, written = t.shape.layers * t.block_bytes + m.nbytes + moved, moved
-    written += 4 * (arch.params(m.config) + m.shape.layers * m.block_params)
+    written += 4 * (m.params + m.shape.layers * m.block_params)
     flops = estimates.forward_flops(t, tokens, length, False) + 2 * estimates.forward_flops(m, tokens, length, False)
     return StageCost(
         "repair", read, written, peak + held * (theirs + ours), flops + m.shape.layers * fit_flops,
@@ -96,7 +91,7 @@ def packed_bytes(m: ModelSize, how: QuantizationConfig | None = None) -> int:
     """Of a model in the mean bits asked for; or in 4 bits, the embedding and the head in 8."""
     how = (how or QuantizationConfig()).affine
     head = 0 if how.target_bpw else m.head_params * (1 if m.shape.tied else 2)
-    return int(((how.target_bpw or 4 + BIAS_BITS / how.q_group_size) * arch.params(m.config) + 4 * head) / 8)
+    return int(((how.target_bpw or 4 + BIAS_BITS / how.q_group_size) * m.params + 4 * head) / 8)
 
 
 def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, limit: int) -> StageCost:

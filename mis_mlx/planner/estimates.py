@@ -34,6 +34,7 @@ class ModelSize:
 
     config: Mapping[str, Any]
     shape: Shape
+    params: int  # a tied embedding counts once
     block_params: int
     block_bytes: int  # on disk, of the largest block
     head_bytes: int  # on disk
@@ -87,7 +88,7 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dt
         if dtype is None:
             dtype = policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype()
         work = str(dtype).removeprefix("mlx.core.")
-    block = sum(map(math.prod, arch.layer_tensors(config, True).values()))
+    block, params = sum(map(math.prod, arch.layer_tensors(config, True).values())), arch.params(config)
     if isinstance(source, Checkpoint):
         blocks, floats = [0] * s.layers, set()
         for name, t in source.tensors.items():
@@ -102,10 +103,10 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dt
         per = settings["bits"] / 8 + 4 / settings["group_size"] if packed else SIZES[min(floats)]
         shapes = arch.tensors_of(config).values()
         count = sum(3 if packed and len(shape) == 2 else 1 for shape in shapes)  # with scales and biases
-        head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, arch.params(config), block))
+        head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, params, block))
     as_stored = gpu if packed else floats == {work}
-    shares = arch.shares(config)
-    return ModelSize(config, s, block, block_bytes, head, nbytes, SIZES[work], packed, as_stored, count, gpu, *shares)
+    known = SIZES[work], packed, as_stored, count, gpu, *arch.shares(config)
+    return ModelSize(config, s, params, block, block_bytes, head, nbytes, *known)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class StageCost:
 
 def tensor_bytes(m: ModelSize) -> int:
     """Bytes to rewrite the largest tensor: as stored, cut and converted; or de-quantized and converted."""
-    per = 12 if m.packed else 2 * math.ceil(m.nbytes / arch.params(m.config)) + 2
+    per = 12 if m.packed else 2 * math.ceil(m.nbytes / m.params) + 2
     stacked = 2 * 5 * m.shape.experts * m.shape.ffn * m.shape.hidden // 8  # all experts', packed, put together
     return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden + stacked
 

@@ -5,14 +5,13 @@ moments of 8 bits and one block's gradient. `lora`: with adapters alone that cha
 blocks of it trainable at a time."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import arch
 from mis_mlx.planner import compression_size, estimates, training_size
 from mis_mlx.planner.compression_size import prune, repair, repair_parts
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
@@ -41,7 +40,7 @@ def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
     m = job.student
     nbytes = training_size.training_bytes(m.config, micro, job.length, job.host_lanes)
-    work, trained = training_size.activation_bytes(m.config, micro, job.length), arch.params(m.config)
+    work, trained = training_size.activation_bytes(m.config, micro, job.length), m.params
     plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, job.length), True)
     return _taught(job, plain, micro, limit, job.iters, trained, SAVED_BYTES * trained, work)
 
@@ -139,17 +138,17 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     four = replace(job.student, nbytes=compression_size.packed_bytes(job.student, job.rounding), packed=True)
     models = [job.shown or job.teacher, job.student, job.student, four]
     one = estimates.compared(models, job.held_out, job.length)
-    whole = [m.nbytes if m.packed else arch.params(m.config) * m.item for m in models]
-    alone = [n for m, n in zip(models, whole, strict=True) if timed_bytes(m.config) <= limit]
-    timed = sum(whole) if sum(timed_bytes(m.config) for m in models) <= most_bytes else max(alone, default=0)
+    whole = [m.nbytes if m.packed else m.params * m.item for m in models]
+    alone = [n for m, n in zip(models, whole, strict=True) if timed_bytes(m.params) <= limit]
+    timed = sum(whole) if sum(timed_bytes(m.params) for m in models) <= most_bytes else max(alone, default=0)
     stored = 2 * models[0].head_params if timed else 0  # the largest tensor, while it is converted
     one = replace(one, peak_bytes=max(one.peak_bytes, stored + timed))
     return replace(one, read_bytes=TEXTS * one.read_bytes, flops=TEXTS * one.flops)
 
 
-def timed_bytes(config: Mapping[str, Any]) -> int:
-    """Memory of stock mlx-lm with the model whole: as stored, and as float32."""
-    return 6 * arch.params(config)
+def timed_bytes(params: int) -> int:
+    """Memory of stock mlx-lm with a model of so many parameters whole: as stored, and as float32."""
+    return 6 * params
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,8 @@ class MemoryPlan:
 
 def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
     """(mode, micro-batch, shard) of all that could be tried; a micro-batch divides the one asked for."""
-    for micro in (n for n in range(job.batch, 0, -1) if job.batch % n == 0):
+    small = [n for n in range(1, math.isqrt(job.batch) + 1) if job.batch % n == 0]
+    for micro in sorted({*small, *(job.batch // n for n in small)}, reverse=True):
         for mode in job.modes:
             for shard in range(max(1, job.student.shape.layers - 1), 0, -1) if mode == "sharded" else (0,):
                 yield mode, micro, shard

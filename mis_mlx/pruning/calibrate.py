@@ -84,14 +84,10 @@ class _Mixture:
 
 
 def calibrate(
-    checkpoint: Checkpoint,
-    batches: stream.Batches,
-    dtype: mx.Dtype,
-    reading: Callable[[], Reading | None] = lambda: None,
-    unit: str = "kelvin",
-    hidden: stream.Hidden | None = None,
+    checkpoint: Checkpoint, batches: stream.Batches, dtype: mx.Dtype,
+    reading: Callable[[], Reading | None] = lambda: None, unit: str = "kelvin", hidden: stream.Hidden | None = None,
     relay: Relay | None = None,
-) -> tuple[Statistics, stream.Hidden]:
+) -> tuple[Statistics, stream.Hidden]:  # fmt: skip
     """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states [(B, T, D)].
 
     `reading()` is asked once per batch, as the batch enters the model: its T_b weighs that batch in AAIS. If any batch
@@ -115,10 +111,8 @@ def calibrate(
             return after, _look(block, s.heads, into, after)
 
         mixture = _Mixture(experts[i], out.ffn[i], air) if s.experts else None
-        seen_by_batch = (
-            mixture.looked(source, block, hidden, s) if mixture else lanes.each(enter, range(len(hidden)), hidden)
-        )
-        for b, (after, samples) in enumerate(seen_by_batch):
+        looked = mixture and mixture.looked(source, block, hidden, s)
+        for b, (after, samples) in enumerate(looked or lanes.each(enter, range(len(hidden)), hidden)):
             hidden[b] = source.finite(after) if b == 0 else after
             seen = {name: np.array(sample, np.float64) for name, sample in samples.items()}
             distances.append(seen["block"])

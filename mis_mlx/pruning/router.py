@@ -28,7 +28,7 @@ def heal(
     there. Tokens are weighted by 1 / rms of the goal, as in `reconstruct.refit`."""
     of = family(source.checkpoint.config)
     part, experts = block[of.mlp], of_block(of, block)
-    assert experts
+    assert experts is not None
     router = part[of.router]
     old, kind = router.weight, hidden[0].dtype
     most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
@@ -60,7 +60,7 @@ class _Asked:
     def __init__(self, source: stream.Stream, block: nn.Module, hidden: Sequence[mx.array], goals: Sequence[mx.array]):
         of = family(source.checkpoint.config)
         part, experts = block[of.mlp], of_block(of, block)
-        assert experts
+        assert experts is not None
         beside, inputs = list[mx.array](), list[mx.array]()
         for x in hidden:
             h, n = before(block, x, load.mask(source.args, block, x))

@@ -127,11 +127,8 @@ def test_polish_offline_out_of_the_real_wheel(monkeypatch: pytest.MonkeyPatch) -
     except MisError as error:
         pytest.skip(f"no package index: {error}")
     assert {task.name: len(task.questions) for task in found.tasks} == {
-        "polish-exams": 1576,
-        "polish-lexicon": 142,
-        "polish-proverbs": 33,
-        "polish-sums": 100,
-    }
+        "polish-exams": 1576, "polish-lexicon": 142, "polish-proverbs": 33, "polish-sums": 100,
+    }  # fmt: skip
     assert set(polish.SETS) == {task.name for task in found.tasks}
     keys = Counter(q.right for q in found.tasks[0].questions)
     assert {len(q.options) for q in found.tasks[0].questions} == {4} and all(370 < keys[k] < 420 for k in range(4))

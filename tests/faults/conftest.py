@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mis_mlx.hardware.rates import Roof
 from mis_mlx.planner import estimates
 from tests.faults import NOTES, jobs, verdicts
 
@@ -41,7 +42,7 @@ def all_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Job]:
 def one_set_of_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured once for all tests here, and for no test elsewhere."""
     monkeypatch.setattr(estimates, "machine_rates", lambda *_: verdicts.rates())
-    monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", verdicts.roof)
+    monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,11 @@
 Nothing is computed here: threads do not survive a fork, and MLX computes in threads.
 """
 
+from mis_mlx import cli, prune
 from mis_mlx.models import load
 from tests.faults import verdicts
 
 __all__ = ["verdicts"]
 
 load.mlx_lm("utils")
+cli.parse(prune.Settings, [])  # tyro imports half of itself when it is first used

@@ -38,16 +38,10 @@ def odd(): return {1, 2}
 def fine(): return 7
 """
 ENDS = {
-    "quiet": "ended with 0",
-    "loud": "ended with 0",
-    "forged": "ended with 0",
-    "gone": "SystemExit",
-    "crash": "ended with -11",
-    "sleep": "no answer in 3 s",
-    "greedy": "MemoryError",
-    "nan": "ValueError",
+    "quiet": "ended with 0", "loud": "ended with 0", "forged": "ended with 0", "gone": "SystemExit",
+    "crash": "ended with -11", "sleep": "no answer in 3 s", "greedy": "MemoryError", "nan": "ValueError",
     "odd": "TypeError",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("function", ENDS)
@@ -87,17 +81,11 @@ def _runs(process: int) -> bool:
 
 
 ESCAPES = [
-    ESCAPE,
-    "{{ lipsum.__globals__['os'].system('true') }}",
-    "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "{{ '{0.__class__}'.format(1) | length // 0 }}",
-    "{{ messages.append(1) }}",
-    "{% include '/etc/passwd' %}",
-    "{{ ''|attr('__class__')|attr('__mro__') }}",
-    "{{ self.__init__.__globals__ }}",
-    "{{ range(10 ** 9) | list }}",
+    ESCAPE, "{{ lipsum.__globals__['os'].system('true') }}", "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{{ '{0.__class__}'.format(1) | length // 0 }}", "{{ messages.append(1) }}", "{% include '/etc/passwd' %}",
+    "{{ ''|attr('__class__')|attr('__mro__') }}", "{{ self.__init__.__globals__ }}", "{{ range(10 ** 9) | list }}",
     "{{ 'a' * 3000000 }}",
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("template", ESCAPES)

@@ -20,7 +20,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx.hardware import rates as speeds
 from mis_mlx.planner import estimates
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
@@ -33,8 +32,7 @@ from tests.faults.power import cuts, recorded
 FATES: dict[str, int | str] = {"disk full": errno.ENOSPC, "I/O error": errno.EIO, "end of the process": KILLED}
 
 
-# How quick the machine is: how long a run may take, what stands beside a benchmark, and nothing else.
-rates, roof = cache(estimates.machine_rates), cache(speeds.measure_roof)
+rates = cache(estimates.machine_rates)  # how quick the machine is: how long a run may take, and nothing else
 
 
 Whole = tuple[Outcome, int, float]  # what a job that nothing happens to ends with, its file operations, its seconds

@@ -36,14 +36,14 @@ atexit.register(note)
 
 
 class Bare:
-    """Runs Python as from a shell that has set nothing of ours."""
+    """Runs Python as from a shell that has set nothing of ours. cache: has this machine's rates."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, cache: str):
         (folder / "sitecustomize.py").write_text(WITNESS)
         self.notes = folder / "notes"
         self.env = {name: value for name, value in os.environ.items() if name not in OURS}
         self.env |= {"PYTHONPATH": f"{folder}:{ROOT}", "WITNESS": str(self.notes), "HOME": str(folder)}
-        self.env |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+        self.env |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache"), "MIS_MLX_CACHE": cache}
 
     def run(self, *argv: object, **env: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
         """What came of `python ARGV`, and how each of its Python processes ended."""
@@ -54,9 +54,9 @@ class Bare:
 
 
 @pytest.fixture
-def bare(tmp_path: Path) -> Bare:
+def bare(tmp_path: Path, own_home: dict[str, str]) -> Bare:
     """A shell of its own."""
-    return Bare(tmp_path)
+    return Bare(tmp_path, own_home["MIS_MLX_CACHE"])
 
 
 @pytest.fixture(scope="module")

@@ -17,26 +17,14 @@ from mis_mlx.types import Checkpoint, MisError, TensorAt
 from tests import tiny
 
 SMOLLM2: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49_152,
-    "tie_word_embeddings": True,
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49_152, "tie_word_embeddings": True,
     "rms_norm_eps": 1e-5,
-}
+}  # fmt: skip
 PAPER = {
-    **SMOLLM2,
-    "hidden_size": 8192,
-    "intermediate_size": 28_672,
-    "num_hidden_layers": 96,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128_256,
-    "tie_word_embeddings": False,
-}
+    **SMOLLM2, "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 96, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def test_params_of_smollm2_by_pencil() -> None:

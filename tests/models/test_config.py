@@ -107,10 +107,10 @@ def test_no_config_at_all(tmp_path: Path) -> None:
 
 UNKNOWN: list[tuple[dict[str, Any], list[str], str]] = [
     (
-        {"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2, "swiglu_limit": 7.0},
-        ["self_attn.sinks", "mlp.router", "mlp.experts.gate_up_proj"],
-        "'gpt_oss' is not supported, the nearest is mixtral, which knows nothing of swiglu_limit, "
-        "mlp.experts.gate_up_proj, mlp.router, self_attn.sinks; supported",
+        {"model_type": "qwen3_next", "num_experts": 8, "num_experts_per_tok": 2, "linear_num_key_heads": 4},
+        ["self_attn.q_proj", "linear_attn.in_proj_qkvz", "mlp.experts.0.gate_proj", "mlp.experts.1.gate_proj"],
+        "'qwen3_next' is not supported, the nearest is qwen3_moe, which knows nothing of linear_num_key_heads, "
+        "linear_attn.in_proj_qkvz, mlp.experts.gate_proj; supported",
     ),
     (
         {"model_type": "olmo2", "clip_qkv": None}, ["self_attn.q_norm", "post_attention_layernorm"],

@@ -216,7 +216,8 @@ def test_cut_along_every_axis_it_opens_in_stock(models: Models, kind: str, tmp_p
     ))  # fmt: skip
     student = load.open_checkpoint(tmp_path / "cut")
     kept = json.loads((student.path / "keep.json").read_text())["layers"]
-    assert len(kept) == (4 if "layers" in of.axes else 7) and [arch.places(before)[i] for i in kept] == list(arch.places(student.config))
+    assert len(kept) == (4 if "layers" in of.axes else 7)
+    assert [arch.places(before)[i] for i in kept] == list(arch.places(student.config))
     for key in ("layer_types", "no_rope_layers"):
         if normalised(before).get(key):
             assert student.config[key] == [normalised(before)[key][i] for i in kept]
@@ -384,10 +385,13 @@ def test_what_of_phi_is_refused(change: dict[str, Any], why: str, tmp_path: Path
         ("phi3", {"hidden": 32, "scenario": "none"}, "hidden of a phi3 cannot be cut"),
     ],
 )
-def test_an_axis_that_is_not_safe(models: Models, kind: str, flags: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_an_axis_that_is_not_safe(
+    models: Models, kind: str, flags: dict[str, Any], said: str, tmp_path: Path, text_folder: Path
+) -> None:
     """One sentence that says why, before anything is read."""
+    where = {"model": str(models(kind).path), "mlx_path": str(tmp_path / "x"), "data": str(text_folder)}
     with pytest.raises(MisError, match=said):
-        prune.run(prune.Settings(model=str(models(kind).path), mlx_path=str(tmp_path / "x"), **flags))
+        prune.run(prune.Settings(**where, **flags))
 
 
 @pytest.mark.parametrize(

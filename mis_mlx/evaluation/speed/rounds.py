@@ -152,7 +152,7 @@ def _again(model: nn.Module, ids: list[int], kept: list[Any]) -> float | None:
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
     """One model whole in stock mlx-lm, its cache, and a piece of the prompt under way."""
     m = estimates.model_of(checkpoint)
-    own = phases.timed_bytes(checkpoint.config) + estimates.keys_bytes(m, r.prompt + r.answer)
+    own = phases.timed_bytes(m.params) + estimates.keys_bytes(m, r.prompt + r.answer)
     return own + estimates.workspace_bytes(m, min(r.prompt, PREFILL), r.prompt)
 
 

@@ -68,12 +68,9 @@ def odd_laptop(seed: int) -> tuple[Plant, float]:
     """A laptop of plausible but random make, in an alpine winter or a heat wave, and its step time."""
     pick = random.Random(seed)
     plant = Plant(
-        air_c=pick.uniform(-15, 42),
-        die_to_chassis=pick.uniform(4.5, 6.0),
-        chassis_to_air=pick.uniform(1.2, 2.2),
-        gpu_w=pick.uniform(9, 15),
-        firmware_c=pick.uniform(98, 103),
-    )
+        air_c=pick.uniform(-15, 42), die_to_chassis=pick.uniform(4.5, 6.0), chassis_to_air=pick.uniform(1.2, 2.2),
+        gpu_w=pick.uniform(9, 15), firmware_c=pick.uniform(98, 103),
+    )  # fmt: skip
     return plant, pick.choice([0.3, 1.0, 4.0, 8.0])
 
 

@@ -14,17 +14,10 @@ from mis_mlx.types import MisError
 
 DATA = Path(__file__).parents[2] / "data"
 FULL = Raw(
-    mono_s=3.5,
-    wall_s=1e9,
-    hid=(("PMU tdie1", 42.900001525878906), ("", -9202.86), ("gas gauge battery", 32.5)),
-    smc={"TCMz": "flt :33b36b42"},
-    linux=(("psutil coretemp", 51.0),),
-    pressure=0,
-    battery_percent=80.0,
-    plugged=False,
-    rested=True,
-    missing={"SMC": "gone"},
-)
+    mono_s=3.5, wall_s=1e9, hid=(("PMU tdie1", 42.900001525878906), ("", -9202.86), ("gas gauge battery", 32.5)),
+    smc={"TCMz": "flt :33b36b42"}, linux=(("psutil coretemp", 51.0),), pressure=0, battery_percent=80.0,
+    plugged=False, rested=True, missing={"SMC": "gone"},
+)  # fmt: skip
 
 
 def replay_of(path: Path) -> tuple[Replay, VirtualClock]:
