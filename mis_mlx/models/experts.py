@@ -94,7 +94,7 @@ def before(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array
     return h, block.post_attention_layernorm(h)
 
 
-def of_block(of: Family, block: nn.Module) -> Experts | None:
-    """The experts of a block that `load` has made; None where it has an MLP."""
-    found: Experts | None = block[of.mlp].get("experts") if of.experts else None
+def of_block(of: Family, block: nn.Module) -> Experts:
+    """The experts of a block that `load` has made, of a mixture."""
+    found: Experts = block[of.mlp]["experts"]
     return found

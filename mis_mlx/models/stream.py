@@ -238,7 +238,6 @@ class Stream:
         batch that chose it; gates sum to 1 for every token."""
         of = family(self.checkpoint.config)
         part, inside = block[of.mlp], experts.of_block(of, block)
-        assert inside is not None
         each = hidden[0].nbytes * self.checkpoint.config["num_experts_per_tok"] if len(hidden) else 1
         for first in range(0, len(hidden), size := max(1, GROUP_BYTES // each)):
             beside, inputs, chosen, gates = [], list[mx.array](), [], list[np.ndarray]()

@@ -15,20 +15,19 @@ from mis_mlx.models.experts import before, of_block
 from mis_mlx.models.families import family
 from mis_mlx.planner.compression_size import ROUTER_BYTES
 
+Some = Sequence[mx.array]
 STEPS, LOOK = 60, 5  # of Adam on all tokens at once, and between looks at those held out
 RATE = 0.02  # of Adam, times the root mean square of the router's weights
 
 
 def heal(
-    source: stream.Stream, block: nn.Module, hidden: Sequence[mx.array], goals: Sequence[mx.array],
-    held_out: Sequence[int],
-) -> tuple[mx.array, float]:  # fmt: skip
+    source: stream.Stream, block: nn.Module, hidden: Some, goals: Some, held_out: Sequence[int]
+) -> tuple[mx.array, float]:
     """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)]: (its rows (E, D) float32, the
     share of the error that they leave on batches `held_out`). It stays as it is, and 1 is left, where none does better
     there. Tokens are weighted by 1 / rms of the goal, as in `reconstruct.refit`."""
     of = family(source.checkpoint.config)
     part, experts = block[of.mlp], of_block(of, block)
-    assert experts is not None
     router = part[of.router]
     old, kind = router.weight, hidden[0].dtype
     most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
@@ -57,10 +56,9 @@ def heal(
 class _Asked:
     """What all experts of a block say to some batches' tokens, and what would be right. Rows (n, ...)."""
 
-    def __init__(self, source: stream.Stream, block: nn.Module, hidden: Sequence[mx.array], goals: Sequence[mx.array]):
+    def __init__(self, source: stream.Stream, block: nn.Module, hidden: Some, goals: Some):
         of = family(source.checkpoint.config)
         part, experts = block[of.mlp], of_block(of, block)
-        assert experts is not None
         beside, inputs = list[mx.array](), list[mx.array]()
         for x in hidden:
             h, n = before(block, x, load.mask(source.args, block, x))

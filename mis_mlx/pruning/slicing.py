@@ -55,14 +55,9 @@ def _mixed_cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx
 
 
 def write_student(
-    teacher: Checkpoint,
-    shape: Shape,
-    keep: KeptUnits,
-    out: Path,
-    dtype: str,
-    files: Files,
+    teacher: Checkpoint, shape: Shape, keep: KeptUnits, out: Path, dtype: str, files: Files,
     tensor: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Commit the pruned model to the new folder `out`. tensor(name): the teacher's tensor that is cut, where it is not
     the one on disk (rotated, merged). Memory: the largest tensor, twice."""
     config = arch.student_config(teacher.config, shape, keep.layers, dtype)
