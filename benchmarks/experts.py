@@ -1,12 +1,12 @@
 """Experts that go from a mixture: chosen by REAP, by how many tokens choose them, by lot; before and after healing.
 
-    scripts/mis benchmarks/experts.py    # a quarter of an hour on 2 cores; finished rows are not run again
+    scripts/mis benchmarks/experts.py    # half an hour on 2 cores; finished seeds are not run again
 
 No real mixture is at hand: one is trained here, from random weights, on the built-in text (Python's manual and Polish
 texts; SIZES below, a tokenizer of its own), by plain AdamW with the usual loss for even loads. Three seeds, a mixture
-each. Of each 25 and 50 % of the experts go; then the routers of what is left are healed, block by block. Bits per byte
-of held-out text. What such a small mixture says of a large one is open. Writes
-benchmarks/results/<machine>/experts.json after every row.
+each. Of each 25 and 50 % of the experts go; then the routers of what is left are healed, block by block; at last
+`distill` does all of it with its defaults. Bits per byte of held-out text. What such a small mixture says of a large
+one is open. Writes benchmarks/results/<machine>/experts.json after every seed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,10 +26,10 @@ from laboratory import resumed, start, write
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mis_mlx import cli, prune
+from mis_mlx import cli, distill, prune
 from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import arch, load, model_writer
+from mis_mlx.models import arch, families, load, model_writer
 from mis_mlx.pruning import reconstruct
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Checkpoint
@@ -41,6 +41,7 @@ SIZES: dict[str, Any] = {
     "decoder_sparse_step": 1, "mlp_only_layers": [], "rms_norm_eps": 1e-6, "rope_theta": 1e4,
     "max_position_embeddings": 512, "tie_word_embeddings": True, "torch_dtype": "float32", "eos_token_id": 0,
 }  # fmt: skip
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
 WAYS: tuple[Any, ...] = ("reap", "frequency", "random")
 EVEN = 0.01  # weight of the loss for even loads (arXiv 2101.03961, eq. 4)
 
@@ -59,6 +60,10 @@ class Settings:
     """held out, of each text"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of weights, batches and calibration"""
+    family: Literal["qwen3_moe", "mixtral"] = "qwen3_moe"
+    """of the mixture"""
+    place: str | None = None
+    """folder in which trained mixtures stay, and are found again; default: they are thrown away"""
 
 
 class Gate(nn.Module):
@@ -99,19 +104,21 @@ def tokenizer(folder: Path) -> None:
 
 def mixture(s: Settings, seed: int, folder: Path) -> Checkpoint:
     """Train one and put it into `folder`."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     tokenizer(folder)
-    (folder / "config.json").write_text(json.dumps(SIZES))
+    config = SIZES | (MIXTRAL if s.family == "mixtral" else {})
+    (folder / "config.json").write_text(json.dumps(config))
     named = {}
-    for number, (name, shape) in enumerate(arch.tensors_of(SIZES).items()):
+    for number, (name, shape) in enumerate(arch.tensors_of(config).items()):
         noise = mx.random.normal(shape, key=mx.random.key(1000 * seed + number))
         named[name] = mx.ones(shape) if "norm" in name else 0.02 * noise
     mx.save_safetensors(str(folder / "model.safetensors"), named)
     model = load.resident(load.open_checkpoint(folder), mx.float32)
     gates = []
     for block in model.model.layers:
-        block.mlp.gate = Gate(block.mlp.gate)
-        gates.append(block.mlp.gate)
+        part = block[families.family(config).mlp]
+        part.gate = Gate(part.gate)
+        gates.append(part.gate)
     tokens = preparation.prepare(None, load.tokenizer(folder), s.tokens).train.tokens
     rates = optim.schedulers.join_schedules(
         [optim.linear_schedule(0.0, 2e-3, 50), optim.cosine_decay(2e-3, s.iters - 50, 1e-4)], [50]
@@ -162,7 +169,8 @@ def healed(s: Settings, data: preparation.Data, teacher: Checkpoint, student: Ch
 
 def seed_rows(s: Settings, seed: int, place: Path) -> dict[str, Any]:
     """{row: {text: bits per byte}} of one mixture."""
-    teacher = mixture(s, seed, place / "mixture")
+    kept = Path(s.place or place) / f"{s.family}-{seed}"
+    teacher = load.open_checkpoint(kept) if kept.exists() else mixture(s, seed, kept)
     data = preparation.prepare(None, load.tokenizer(teacher.path), s.tokens)
     rows = {"teacher": bits(s, data, teacher)}
     for share in ("0.75x", "0.5x"):
@@ -175,6 +183,12 @@ def seed_rows(s: Settings, seed: int, place: Path) -> dict[str, Any]:
             student = load.open_checkpoint(out)
             rows[f"{share}, {by}"] = bits(s, data, student)
             rows[f"{share}, {by}, healed"] = bits(s, data, healed(s, data, teacher, student, seed))
+        distill.run(distill.Settings(
+            teacher=str(teacher.path), out=str(place / share), experts=share, seed=seed, max_seq_length=s.tokens,
+            bench_tokens=0,
+        ))  # fmt: skip
+        rows[f"{share}, distill's defaults"] = bits(s, data, load.open_checkpoint(place / share / "distilled"))
+        rows[f"{share}, the same in 4 bits"] = bits(s, data, load.open_checkpoint(place / share / "model"))
     return rows
 
 
@@ -194,13 +208,14 @@ def table(seeds: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def main(s: Settings) -> None:
     """Every seed that is not there yet."""
+    name = "experts" + ("" if s.family == "qwen3_moe" else f"-{s.family}")
     given = {"iters": s.iters, "tokens": s.tokens, "windows": s.windows, "eval_windows": s.eval_windows, "sizes": SIZES}
-    seeds = resumed("experts", given, ["seeds"]).get("seeds", {})
+    seeds = resumed(name, given, ["seeds"]).get("seeds", {})
     for seed in s.seeds:
         if str(seed) not in seeds:
             with tempfile.TemporaryDirectory() as temp:
                 seeds[str(seed)] = seed_rows(s, seed, Path(temp))
-            write("experts", "scripts/mis benchmarks/experts.py", {"given": given, "seeds": seeds})
+            write(name, "scripts/mis benchmarks/experts.py", {"given": given, "seeds": seeds})
     print(table(seeds))
 
 
