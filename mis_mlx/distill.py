@@ -38,7 +38,7 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     RARE: ClassVar = frozenset({
         "num_samples", "eval_windows", "heads", "targets", "train", "reconstruct_samples", "q_group_size",
         "q_method", "q_iters", "save_every", "keep_steps", "report_to", "compute_dtype", "altitude_m",
-        "thermal_replay", "spread",
+        "thermal_replay",
     })  # fmt: skip
     teacher: str | None = None
     """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default: SmolLM2-135M-Instruct"""
@@ -63,7 +63,7 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     """tokens timed per model, which then writes twice as many for `report`; 0 leaves both out"""
     report_to: str | None = None
     """tensorboard, wandb or swanlab, which must be installed: told of every step"""
-    spread: Literal["whole", "layers"] = "whole"
+    spread: Annotated[Literal["whole", "layers"], FILE_ONLY] = "whole"
     """whole: each of several machines passes its own windows through all of the teacher; layers: all windows through
     its own blocks"""
     keep_steps: bool = False

@@ -27,7 +27,7 @@ from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
 
 BULKY = ("block_importance", "differing", "profile")  # in a report, for pictures: not for a line of JSON
-Scenario = Literal["stado", "redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik", "none"]
+Scenario = Literal["redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik", "stado", "none"]
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,8 @@ def test_two_machines(
     tmp_path: Path, finished: tuple[Path, Done], small: tuple[object, ...], own_home: dict[str, str], spread: str
 ) -> None:
     """One chooses the rows and writes them, the other gets them: the table of one machine."""
-    done = launched(own_home, 2, "distill", *small, "--spread", spread, "--out", tmp_path / "run")
+    (tmp_path / "how.yaml").write_text(f"spread: {spread}\n")
+    done = launched(own_home, 2, "distill", *small, "-c", tmp_path / "how.yaml", "--out", tmp_path / "run")
     result, alone = last_line(done), last_line(finished[1])
     for name in ("teacher", "pruned", "distilled", "4-bit"):
         assert result[f"bits_per_byte_{name}"] == pytest.approx(alone[f"bits_per_byte_{name}"], rel=1e-3)

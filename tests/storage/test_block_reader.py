@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.models import stream
+from mis_mlx.models import slots, stream
 from mis_mlx.storage import block_reader
 from mis_mlx.storage.block_reader import GAP, PAGE, PIECE, Extent, Reader, layout
 from mis_mlx.storage.files import DISK
@@ -90,13 +90,13 @@ def test_a_pass_uses_two_buffers_however_often_it_is_made(
     llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that computes, one that fills: three passes over three blocks make no more, and the same numbers."""
-    slots, new = [], stream._Slot
-    monkeypatch.setattr(stream, "_Slot", lambda nbytes: slots.append(new(nbytes)) or slots[-1])
+    made, new = [], slots.Slot
+    monkeypatch.setattr(slots, "Slot", lambda nbytes: made.append(new(nbytes)) or made[-1])
     source = stream.Stream(llama, mx.float32)
     first = source.forward(batches)
     for _ in range(2):
         assert all(mx.array_equal(a, b) for a, b in zip(source.forward(batches), first, strict=True))
-    assert len(slots) == 2
+    assert len(made) == 2
 
 
 def test_direct_reading_falls_back_where_the_file_system_cannot(
