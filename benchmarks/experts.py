@@ -55,7 +55,7 @@ class Settings:
     tokens: int = 128
     """in a window"""
     windows: int = 32
-    """to calibrate on, and as many others to heal on"""
+    """to calibrate on, and twice as many others to heal on"""
     eval_windows: int = 48
     """held out, of each text"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -155,7 +155,7 @@ def healed(s: Settings, data: preparation.Data, teacher: Checkpoint, student: Ch
     """The student with its routers healed, in a folder beside it; the shares of error left are said."""
     keep = model_writer.read_keep(student.path)
     assert keep
-    windows = preparation.calibration(data.train, s.windows, seed, 2)
+    windows = preparation.calibration(data.train, 2 * s.windows, seed, 2)
     changed, left = reconstruct.reconstruct(teacher, student, keep, windows)
     cli.say(f"{student.path.name}: error left in each block {', '.join(f'{share:.2f}' for share in left)}")
     weights = dict(load.weights(student, "", mx.float32)) | changed

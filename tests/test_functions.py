@@ -30,6 +30,13 @@ print(json.dumps({"clean": clean, "folder": result.folder, "mode": result["mode"
 """
 
 
+@pytest.fixture(autouse=True)
+def as_a_user_meets_it() -> None:
+    """Other tests of this process import the commands' modules by themselves, which only our own code does."""
+    for name in mis_mlx.FUNCTIONS:
+        vars(mis_mlx).pop(name, None)
+
+
 def test_prune_quantize_open(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

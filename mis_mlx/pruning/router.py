@@ -17,7 +17,7 @@ from mis_mlx.planner.compression_size import ROUTER_BYTES
 
 Some = Sequence[mx.array]
 STEPS, LOOK = 60, 5  # of Adam on all tokens at once, and between looks at those held out
-RATE = 0.02  # of Adam, times the root mean square of the router's weights
+RATE = 5e-4  # of Adam, times the root mean square of the router's weights: ten times as much unlearns what is rare
 
 
 def heal(
