@@ -101,7 +101,7 @@ def write_model(
     extra: Mapping[str, Any] | None = None, file_per_block: bool = False,
 ) -> None:  # fmt: skip
     """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`."""
-    shapes = arch.tensors_of(config, family(config).stacked)
+    shapes = arch.tensors_of(config, family(config).stacked and not file_per_block)  # parts are for us alone
     specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in shapes.items()}
     names = cli.counted("tensor", specs, len(specs))
 

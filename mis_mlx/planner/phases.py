@@ -233,7 +233,8 @@ def one(
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
     whole = mode in TRAINED_WHOLE
     if job.repair:
-        phases.append(repair_parts(job, left) if mode == "sharded" else repair(job))
+        parts = mode == "sharded" and not job.student.shape.experts
+        phases.append(repair_parts(job, left) if parts else repair(job))
     if mode == "resident":
         phases.append(resident(job, micro, left))
     elif mode != "none":

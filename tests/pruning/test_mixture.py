@@ -221,3 +221,17 @@ def test_the_plan_of_a_large_mixture(capsys: pytest.CaptureFixture[str]) -> None
         assert found[asked]["params_teacher"] == 30_532_122_624 and not found[asked]["check_failed"]
         assert found[asked]["peak_bytes"] < 5 * 2**30
     assert found["0.5x"]["params_student"] == 16_030_316_544 < found["0.75x"]["params_student"]
+
+
+@pytest.mark.parametrize(("kind", "way"), [("gpt_oss", "sharded"), ("mixtral", "blocks")])
+def test_trained_in_other_ways(tmp_path: Path, text_folder: Path, kind: str, way: Any) -> None:
+    """In shards, whose files hold experts one by one whatever the family has; all blocks with moments of 8 bits. The
+    student that was trained is not the pruned one, and it opens."""
+    model = tiny.make(tmp_path / "m", **tiny.MODELS[kind])
+    result = distill.run(distill.Settings(
+        teacher=str(model), data=str(text_folder), out=str(tmp_path / "run"), iters=2, num_samples=2, max_seq_length=24,
+        eval_windows=2, reconstruct_samples=4, bench_tokens=0, q_group_size=32, experts="0.5x", train=way,
+    ))  # fmt: skip
+    students = [load.open_checkpoint(tmp_path / "run" / name) for name in ("pruned", "distilled")]
+    name = next(n for n in students[0].tensors if expert_names.expert_of(n) is not None)
+    assert result["mode"] == way and not mx.array_equal(*(load.dense(student, name) for student in students))
