@@ -61,8 +61,7 @@ def by_block(
     for j, block in small.blocks():
         next(marching)
         if mixed:
-            goals = [narrow(want, columns) for want in target]
-            weight, error = router.heal(small, block, list(own), goals, judges(len(goals)))
+            weight, error = router.heal(small, block, own, target, judges(len(target)))
         else:
             weight, error = refit(block, small.args, own, target, columns, onwards=not spool)
         if spool or mixed:

@@ -25,7 +25,7 @@ def heal(
 ) -> tuple[mx.array, float]:
     """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)]: (its rows (E, D) float32, the
     share of the error that they leave on batches `held_out`). It stays as it is, and 1 is left, where none does better
-    there. Tokens are weighted by 1 / rms of the goal, as in `reconstruct.refit`."""
+    there. Tokens are weighted by 1 / rms of the goal, as in `reconstruct.refit`. Unused batches are not fetched."""
     of = family(source.checkpoint.config)
     part, experts = block[of.mlp], of_block(of, block)
     router = part[of.router]
