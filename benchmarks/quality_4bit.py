@@ -25,7 +25,7 @@ import numpy as np
 from gguf import GGUFReader, dequantize
 from laboratory import stored, write
 
-from mis_mlx import cli, export, quantize
+from mis_mlx import cli, export
 from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import comparison
@@ -33,7 +33,7 @@ from mis_mlx.models import arch, load, model_writer, resolve
 from mis_mlx.models.wheel_model import gguf_names, row_order
 from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import packed_format
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
@@ -92,7 +92,7 @@ class Bench:
     def ours(self, out: Path, how: QuantizationConfig, taught: str | None = None) -> None:
         """`quantize`, then steps against the model itself or the folder `taught`."""
         rounded = out.parent / "rounded" if how.q_iters else out
-        quantize.quantize(self.path, rounded, how, DISK, self.batches, len(self.batches))
+        stage.quantize(self.path, rounded, how, DISK, self.batches, len(self.batches))
         if how.q_iters:
             r = pipeline.tuning_recipe(DistillationConfig(), how.q_iters, how.q_learning_rate)
             checkpoint = load.open_checkpoint(rounded)

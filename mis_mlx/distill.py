@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import mlx.core as mx
 
-from mis_mlx import bench, cli, plan, prune, quantize
+from mis_mlx import bench, cli, plan, prune, search
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import pipeline, run_loop, summary, trackers
 from mis_mlx.evaluation import comparison
@@ -18,7 +18,7 @@ from mis_mlx.models import arch, distributed, load, mlx_generate, pipeline_paral
 from mis_mlx.planner import estimates, machines, phases
 from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
 from mis_mlx.pruning import select, vocabulary
-from mis_mlx.quantization import packed_format
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import FILE_ONLY, Budget, Checkpoint, Count, MisError, Row, Whole
@@ -29,6 +29,7 @@ FREE = frozenset({
     "governor", "thermal_replay", "spread", "keep_steps",
 })  # fmt: skip
 DTYPE = "bfloat16"  # of unquantized weights on disk
+AXES = "layers", "ffn", "experts", "heads", "kv_heads", "hidden"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     RARE: ClassVar = frozenset({
         "num_samples", "eval_windows", "heads", "targets", "train", "reconstruct_samples", "q_group_size",
         "q_method", "q_iters", "save_every", "keep_steps", "report_to", "compute_dtype", "altitude_m",
-        "thermal_replay",
     })  # fmt: skip
     teacher: str | None = None
     """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default: SmolLM2-135M-Instruct"""
@@ -46,6 +46,8 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     """folder of a student pruned earlier; default: prune now"""
     data: str | None = None
     """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in text"""
+    bytes: str | None = None
+    """weights of the result on disk, such as 50MB: `search` chooses sizes and bits for it first, as pruned"""
     # What a YAML file may say of pruning; `prune`, whose folder --student takes, has flags for it.
     kv_heads: Annotated[Count | None, FILE_ONLY] = None
     importance: Annotated[Literal["aais", "rms", "activation"], FILE_ONLY] = "aais"
@@ -53,6 +55,7 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     target: Annotated[Literal["fixed", "conditions"], FILE_ONLY] = "fixed"
     temperature_unit: Annotated[Literal["kelvin", "celsius"], FILE_ONLY] = "kelvin"
     experts_by: Annotated[Literal["reap", "frequency", "random"], FILE_ONLY] = "reap"
+    thermal_replay: Annotated[str | None, FILE_ONLY] = None
     vocab_text: Annotated[str | None, FILE_ONLY] = None
     languages: Annotated[tuple[str, ...], FILE_ONLY] = ()
     # And of quantization; `quantize` has a flag for it.
@@ -96,7 +99,7 @@ def _quantize(s: Settings, c: pipeline.Run, dense: Path) -> None:
     if distributed.is_main() and not rounded.exists() and not out.exists():
         batches, held = c.pick(s.num_samples * s.looks, 1), c.plan.held_windows("quantize")
         with c.phase("quantize"):
-            quantize.quantize(dense, rounded, s, c.files, batches, held, s.seed)
+            stage.quantize(dense, rounded, s, c.files, batches, held, s.seed)
     if not distributed.broadcast_json(out.exists):
         distributed.broadcast_folder(rounded, c.files)
         cli.say(f"tune: {steps} steps of scales, biases and norms")
@@ -192,19 +195,41 @@ def _plan(
     return machines.agreed(phases.make(job, budget.limit_bytes, at))
 
 
+def _search(s: Settings) -> search.Settings:
+    """The search for what --bytes asks for. MisError where a flag has chosen already."""
+    given = {name: getattr(s, name) for name in ("student", "scenario", *AXES, "q_mode")}
+    defaults = asdict(Settings())
+    if taken := [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value != defaults[name]]:
+        raise MisError(f"--bytes {s.bytes} chooses sizes and bits: leave out {', '.join(taken)}, or --bytes")
+    if not s.quantize:
+        raise MisError(f"--bytes {s.bytes} chooses bits, --quantize 0 wants none: leave one of them out")
+    shared = {f.name for f in fields(search.Settings)} & {f.name for f in fields(s)}
+    own = {"out", "resume", "iters", "eval_windows"}  # other things to a search
+    return search.Settings(**{name: getattr(s, name) for name in shared - own}, finalists=0)
+
+
+def _chosen(s: Settings) -> dict[str, Any]:
+    """Settings of the student that --bytes asks for."""
+    return dict(search.run(_search(s))["best"])
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, plan, prune, repair, distil, quantize, measure."""
     s, folder = run_loop.resumed(settings, FREE)
     s.check()
     trackers.check(s.report_to)
     teacher = run_loop.opened(s, s.teacher, "teacher")
+    if s.bytes and folder is None:
+        if s.dry_run:
+            return search.run(_search(s))
+        s = replace(s, **_chosen(s))
     s = replace(s, **packed_format.of_mixture(teacher.config, s))
     if s.student is None:
         s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, teacher.config, teacher.path))
     rows = vocabulary.rows_left(teacher, s, s.student)
     small = _student(s, vocabulary.first_rows(teacher, rows))
     if s.quantize:
-        quantize.check(small, s)
+        stage.check(small, s)
     budget = memory.budget(s.budget_bytes)
     made = _plan(s, teacher, rows, small, budget, folder)
     cli.say(text.aligned(plan.table(made)))

@@ -1,10 +1,7 @@
 """Quantize a model so that every linear is really quantized and stock mlx-lm opens the result."""
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +13,12 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, pipeline, run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, model_writer, policy, resolve
-from mis_mlx.models.stream import Batches
 from mis_mlx.planner import compression_size, estimates, phases
 from mis_mlx.planner.recipe import DistillationConfig, DistillationSpec, QuantizationConfig
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import bit_allocation, gptq, packed_format
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting import progress
 from mis_mlx.storage.files import Files
-from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole
 
 
@@ -49,38 +44,6 @@ class Settings(cli.Budgeted, policy.Computing, QuantizationConfig):
     """which windows, and which tokens the model draws after them"""
 
 
-def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
-    """Refuse, before hours of work, a shape that cannot be quantized whole and a target out of reach."""
-    packed_format.layout(config, how.q_group_size, mode=how.q_mode)
-    bit_allocation.check(how.affine.target_bpw, how.q_group_size)
-
-
-def quantize(
-    folder: Path, out: Path, how: QuantizationConfig, files: Files, batches: Batches = (), held: int = 0, seed: int = 0
-) -> dict[str, Any]:
-    """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
-    batches: token ids [(B, T)] to look at, hidden states of the first `held` in memory, others in a file beside it."""
-    checkpoint, how = load.open_checkpoint(folder), how.affine
-    packed_format.check_dense(checkpoint)
-    files.make_folder(out.absolute().parent)
-    layers = checkpoint.config["num_hidden_layers"]
-
-    def hidden(passes: int) -> Spool | None:
-        count = held * passes
-        return Spool(out.absolute().parent, count, files) if held < len(batches) else None
-
-    wide = packed_format.blocks_after_removed(checkpoint) if how.q_mode == "affine" else ()
-    plan: packed_format.Layout = packed_format.layout(checkpoint.config, how.q_group_size, wide, how.q_mode)
-    extra = {}
-    if how.target_bpw is not None:
-        cli.say("sensitivity: what every matrix costs in fewer bits")
-        plan, found = bit_allocation.mixed(checkpoint, batches, how, seed, hidden(layers))
-        extra[packed_format.SENSITIVITY] = json.dumps(found).encode()
-
-    rounded = partial(gptq.rounded_blocks, checkpoint, batches, hidden=hidden(1)) if how.q_method == "gptq" else None
-    return packed_format.write_quantized(checkpoint, out, plan, files, rounded, extra)
-
-
 def _planned(
     s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget
 ) -> list[estimates.StageCost]:
@@ -92,8 +55,8 @@ def _planned(
         job = DistillationSpec(estimates.model_of(other), m, steps, s.batch_size, 1, s.max_seq_length, count, 0, 0,
                                steps, rounding=s)  # fmt: skip
         stages.append(phases.tune(job, s.batch_size, limit.limit_bytes, steps))
-    for stage, remedy in zip(stages, remedies, strict=False):
-        estimates.fit(limit, stage, remedy=f"give --budget {estimates.flag(stage.peak_bytes)} or more{remedy}")
+    for planned, remedy in zip(stages, remedies, strict=False):
+        estimates.fit(limit, planned, remedy=f"give --budget {estimates.flag(planned.peak_bytes)} or more{remedy}")
     return stages
 
 
@@ -117,7 +80,7 @@ def run(settings: Settings) -> dict[str, Any]:
         raise MisError(f"{flag} looks at text, --num-samples is {s.num_samples}: give 1 or more")
     packed_format.check_dense(checkpoint)
     model_writer.need_tokenizer(checkpoint.path)
-    check(checkpoint.config, s)
+    stage.check(checkpoint.config, s)
     other = load.open_checkpoint(resolve.resolve_model(s.teacher).path) if s.teacher else checkpoint
     with vocabulary.shared(other, [checkpoint]) as seen:
         return _run(s, checkpoint, seen)
@@ -134,12 +97,12 @@ def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, An
     with progress.run("quantize"), memory.limited(limit):
         held = planned[0].held_tokens // s.max_seq_length
         if not steps:
-            done = quantize(checkpoint.path, out, s, files, batches, held, s.seed)
+            done = stage.quantize(checkpoint.path, out, s, files, batches, held, s.seed)
         else:
             rounded = out.absolute().with_name(f".tmp-{out.name}-rounded-{os.getpid()}")  # swept where we are killed
             files.discard(rounded)  # left behind by a process of the same number
             try:
-                done = quantize(checkpoint.path, rounded, s, files, batches, held, s.seed)
+                done = stage.quantize(checkpoint.path, rounded, s, files, batches, held, s.seed)
                 _tuned(s, rounded, other, data, planned[1].pinned, out, files)
             finally:
                 files.discard(rounded)

@@ -1,4 +1,5 @@
-"""Search for the shape to prune to, by size, memory or speed: many as pruned, the best after a short distillation."""
+"""Search for the student that loses least within limits on bytes, memory and time: layers, neurons, heads, vocabulary
+and bits chosen together."""
 
 import itertools
 import json
@@ -6,104 +7,120 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-
 from mis_mlx import cli
-from mis_mlx.distillation import candidate_trials, run_loop
-from mis_mlx.distillation.candidate_trials import CandidateTrials
+from mis_mlx.distillation import candidates, finalists, run_loop
+from mis_mlx.distillation.candidates import Candidates
 from mis_mlx.distillation.pipeline import Run
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
-from mis_mlx.maths.stats import interval
 from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.families import family
 from mis_mlx.models.policy import Computing
-from mis_mlx.planner import estimates, phases
+from mis_mlx.planner import estimates, phases, search_size
 from mis_mlx.planner.recipe import DistillationConfig
+from mis_mlx.pruning import limits as limiting
 from mis_mlx.pruning import shape_search, vocabulary
-from mis_mlx.reporting import html, progress, text
+from mis_mlx.pruning.limits import Limit, Timing
+from mis_mlx.pruning.shape_search import Choice
+from mis_mlx.reporting import progress, text
 from mis_mlx.storage import run_folder
-from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Whole, Within, duration, gib
+from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Whole, Within, duration, gib
 
 # Settings that may differ when a search is resumed: none of them changes what is measured.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
 OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
 METRICS = text.metrics("search")
 UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of one never finds the other
+LIMITS = "bytes", "memory", "params", "decode", "ttft"
+Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 
 @dataclass(frozen=True)
 class Settings(cli.Resumable, Computing, ThermalFlags, vocabulary.VocabularyConfig, DistillationConfig):
-    """One of --params, --memory, --decode says what the student may cost; default: --params 0.667x."""
+    """What the student may cost at the most: one or more of --bytes, --memory, --params, --decode, --ttft; default:
+    --params 0.667x."""
 
+    bytes: str | None = None
+    """weights on disk, such as 50MB"""
+    memory: str | None = None
+    """memory in use, such as 3GiB: weights, and keys and values of --max-kv-size tokens"""
     params: str | None = None
     """parameters: a share of the teacher's, such as 0.667x, or a number, such as 90M"""
-    memory: str | None = None
-    """memory in use, such as 3GiB: weights in 4 bits, and keys and values of --max-kv-size tokens"""
     decode: str | None = None
     """decoding speed, such as 1.5x the teacher's here with --max-kv-size tokens in its cache: estimated from two
     timings of the teacher; finalists are timed"""
-    tolerance: Annotated[float, Within(0.0, 0.49)] = 0.02
-    """share of the teacher: params may be this much off, memory and time a token down to twice this below"""
+    ttft: str | None = None
+    """time to the first token of a prompt of --prompt-tokens, such as 1.5x the teacher's speed; estimated likewise"""
     max_kv_size: Count = 2048
     """tokens of context in --memory and --decode"""
+    prompt_tokens: Count = 512
+    """tokens of the prompt in --ttft"""
+    axes: tuple[Axis, ...] = ("layers", "ffn", "heads", "vocab", "bits")
+    """what may be cut: layers, ffn, heads, hidden, vocab, bits; bits only where a limit is one of bytes"""
     teacher: str | None = None
     """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default: SmolLM2-135M-Instruct"""
     data: str | None = None
     """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in text"""
-    evaluations: Count = 24
-    """candidates measured as pruned: all there are, if no more, else those that evolution finds"""
-    finalists: Count = 3
-    """the best of them, distilled for --iters steps"""
+    evaluations: Count = 10
+    """students measured as pruned and rounded: those that should lose least by what each axis costs alone"""
+    finalists: Whole = 3
+    """the best of them, distilled for --iters steps and rounded; 0: the best as pruned is recommended"""
     iters: Count = 20
     """optimizer steps of each finalist; Minitron's rankings were stable after about 300, 20 are a first look"""
-    repair_samples: Whole = 0
-    """windows for the closed-form repair of every candidate before it is ranked; 0: ranked as pruned"""
     rank_windows: Count = 6
-    """held-out windows that rank candidates"""
+    """held-out windows that rank; a third as many of every other text"""
     eval_windows: Annotated[int, Within(2, MOST)] = 24
-    """other held-out windows, that judge finalists"""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """type of the candidates' weights"""
+    """other held-out windows, that judge finalists; a third as many of every other text"""
 
 
-def aim_of(
-    s: Settings, teacher: Checkpoint, folder: Path | None, limit: Budget
-) -> tuple[shape_search.Aim, shape_search.Decoding | None]:
-    """What the student may cost; for --decode also the teacher's speed, timed now or when the run in `folder` began."""
-    given = [f"--{name} {value}" for name in ("params", "memory", "decode") if (value := getattr(s, name))]
-    if len(given) > 1:
-        raise MisError(f"{' and '.join(given)} are two aims: give one")
+def limits_of(
+    s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget
+) -> tuple[list[Limit], dict[str, Any]]:
+    """What the student may cost; and the teacher's speed, timed now or when the run in `folder` began, by flag."""
+    config, limits = teacher.config, list[Limit]()
+    stored: dict[str, Any] = run_folder.stored_plan(folder) if folder else {}
+    if s.bytes:
+        limits.append(limiting.bytes_limit(config, s.bytes, cli.parse_bytes(s.bytes, "--bytes")))
     if s.memory:
-        most_bytes = cli.parse_bytes(s.memory, "--memory")
-        return shape_search.memory_aim(teacher.config, s.memory, most_bytes, s.tolerance, s.max_kv_size), None
-    if not s.decode:
-        return shape_search.params_aim(teacher.config, s.params or "0.667x", s.tolerance), None
-    if folder:
-        speed = shape_search.Decoding(**run_folder.stored_plan(folder))
-    else:
-        need = phases.timed_bytes(estimates.model_of(teacher).params)
-        limit.need(need, "timing the teacher, whole in memory,", "give --params or --memory in place of --decode")
-        cli.say("timing the teacher, whole and with half of its blocks")
-        with memory.limited(limit):
-            speed = candidate_trials.timed(teacher.path, s.max_kv_size)
-    return shape_search.decode_aim(teacher.config, s.decode, s.tolerance, s.max_kv_size, speed), speed
+        most = cli.parse_bytes(s.memory, "--memory")
+        limits.append(limiting.memory_limit(config, s.memory, most, s.max_kv_size))
+    if s.params or not any(getattr(s, name) for name in LIMITS):
+        limits.append(limiting.params_limit(config, s.params or "0.667x"))
+    of_time = {"decode": (s.max_kv_size, limiting.decode_work), "ttft": (s.prompt_tokens, limiting.prompt_work)}
+    speeds = dict[str, Any]()
+    for name, (tokens, work) in of_time.items():
+        if not (asked := getattr(s, name)):
+            continue
+        if name not in stored:
+            need = phases.timed_bytes(estimates.model_of(teacher).params)
+            budget.need(need, "timing the teacher, whole in memory,", "give limits of size alone")
+            cli.say("timing the teacher, whole and with half of its blocks")
+            with memory.limited(budget):
+                at = (tokens, 0) if name == "decode" else (0, tokens)
+                stored[name] = asdict(finalists.timed(teacher.path, *at))
+        speeds[name], count = stored[name], partial(work, tokens=tokens)
+        limits.append(limiting.time_limit(config, f"--{name}", asked, Timing(**speeds[name]), count))
+    return limits, speeds
 
 
-def field_of(s: Settings, config: Mapping[str, Any], aim: shape_search.Aim) -> tuple[list[Shape], list[Shape]]:
-    """(all shapes that meet the aim, those of them that have a name), and what is done with them said."""
-    first = shape_search.scenarios(config, aim)
-    shapes = list(dict.fromkeys([*shape_search.field(config, aim), *first]))
-    how = f"evolution measures {s.evaluations} of them (seed {s.seed})"
-    if len(shapes) <= s.evaluations:
-        how = f"all are measured, no more than --evaluations {s.evaluations}"
-    cli.say(f"shapes that meet {aim.flag}, {aim.words(aim.low)} to {aim.words(aim.high)}: {len(shapes)}; {how}")
-    if stuck := shape_search.stuck(config):
-        cli.say(f"this teacher cannot be cut along every axis: {stuck} stay as they are")
-    return shapes, first
+def sizes_of(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Sizes of every axis that are tried, and what cannot be cut said."""
+    if family(teacher.config).experts:
+        raise MisError("a mixture of experts is cut by --experts of prune and distill: search chooses of dense models")
+    config, whole = teacher.config, shape_of(teacher.config).vocab
+    rows = candidates.vocabularies(teacher) if "vocab" in s.axes else []
+    sizes = shape_search.axis_sizes(config, s.axes, rows)
+    if s.vocab:
+        sizes["vocab"] = (vocabulary.rows_left(teacher, s),)
+    stuck = [f"{axis} {values[0]:,}" for axis, values in sizes.items() if axis in s.axes and len(values) == 1]
+    if stuck and not (s.vocab and len(stuck) == 1 and sizes["vocab"] != (whole,)):
+        cli.say(f"this teacher cannot be cut along every axis: {', '.join(stuck)} stay as they are")
+    return sizes
 
 
 def work_table(planned: Sequence[estimates.StageCost], at: Rates) -> str:
@@ -115,139 +132,102 @@ def work_table(planned: Sequence[estimates.StageCost], at: Rates) -> str:
     return text.markdown_table(["phase", "read", "written", "peak memory", "time"], lines)
 
 
-def rank(s: Settings, c: CandidateTrials, shapes: Sequence[Shape], first: Sequence[Shape]) -> list[Shape]:
-    """The shapes that were measured, the best first; those whose loss is no number are left out."""
-    count, numbers = min(s.evaluations, len(shapes)), itertools.count(1)
-    with progress.phase("rank"), progress.bar("rank", count) as show:
-
-        def score(shape: Shape) -> float:
-            value = c.score(shape)
-            show(next(numbers), f"{shape_search.label(shape)}  KL {value:.3f}")
-            return value
-
-        scores = shape_search.evolve(shapes, first, score, s.seed, s.evaluations)
+def rank(s: Settings, c: Candidates, within: Sequence[Choice], sizes: Mapping[str, Sequence[int]]) -> list[Choice]:
+    """The students that were measured, the best first; those whose loss is no number are left out."""
+    with progress.phase("rank"):
+        losses = c.losses(sizes)
+        likely, numbers = shape_search.best(within, sizes, losses, s.evaluations), itertools.count(1)
+        scores = dict[Choice, float]()
+        with progress.bar("rank", len(likely)) as show:
+            for choice in likely:
+                scores[choice] = c.score(choice, losses)
+                show(next(numbers), f"{choice.name}  {scores[choice] / math.log(2):.3f} bits a byte")
     ranked = sorted((x for x, value in scores.items() if math.isfinite(value)), key=lambda x: scores[x])
     if not ranked:
-        raise MisError(f"none of {count} candidates has a loss that is a number: ask for less")
+        raise MisError(f"none of {len(scores)} candidates has a loss that is a number: ask for less of a cut")
     return ranked
 
 
-def unstable(record: Mapping[str, Any]) -> str:
-    """Why a finalist's training was not stable, or nothing."""
-    if record["diverged"] or None in record["kl_distilled"] or None in record["nll_distilled"]:
-        return "its loss became no number"
-    meddled = record["skipped"] + record["clipped"]
-    if meddled > OFTEN * record["steps"]:
-        return f"the guard had to step in at {meddled} of {record['steps']} steps"
-    before, after = (float(np.mean(record[f"kl_{m}"])) for m in ("pruned", "distilled"))
-    return f"its KL rose from {before:.3f} to {after:.3f}" if after > before else ""
+def flags_of(choice: Choice, before: Shape) -> dict[str, Any]:
+    """Settings of `distill` that make this student."""
+    group = shape_search.group_of(choice.shape)
+    cut = {axis: getattr(choice.shape, axis) for axis in shape_search.CUTS}
+    cut = {axis: size for axis, size in cut.items() if size != getattr(before, axis)}
+    if "vocab" in cut:
+        cut["vocab"] = str(cut["vocab"])
+    return {"scenario": "none", **cut, "target_bpw": choice.bpw, **({"q_group_size": group} if group != 64 else {})}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """best: the stable finalist of least KL after distillation. gap: of the next one above it, (mean, low, high)
-    over the same windows. None where there is none."""
-
-    best: int | None
-    second: int | None
-    gap: tuple[float, float, float] | None
-
-    @property
-    def clear(self) -> bool:
-        """Whether the best is better by more than the noise, or alone."""
-        return self.best is not None and (self.gap is None or self.gap[1] > 0)
-
-
-def best_candidate(records: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Which finalist, by its number in `records`, and how sure that is: the least sure of all comparisons counts."""
-    stable = [i for i, record in enumerate(records) if not unstable(record)]
-    kl: dict[int | None, np.ndarray] = {i: np.array(records[i]["kl_distilled"]) for i in stable}
-    best = min(kl, key=lambda i: kl[i].mean(), default=None)
-    gaps = {i: interval(kl[i] - kl[best]) for i in kl if i != best}
-    second = min(gaps, key=lambda i: gaps[i][1], default=None)
-    return Verdict(best, second, gaps.get(second))
-
-
-def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], teacher_s: float | None) -> str:
-    """Markdown: a column for each finalist, means with 95 % intervals. teacher_s: its seconds a token, if timed."""
-    rows = []
-    for record, name in zip(records, names, strict=True):
-        rows.append(Row(name, "params", record["params"] / 1e6))
-        rows.append(Row(name, "meddled", record["skipped"] + record["clipped"]))
-        if teacher_s and "decode_s" in record:
-            rows.append(Row(name, "speed", teacher_s / record["decode_s"]))
-        for metric, _, _ in METRICS:
-            if isinstance(values := record.get(metric), list) and None not in values:
-                rows.append(Row(name, metric, *interval(np.array(values)), len(values)))
-    return text.table(rows, names, METRICS)
-
-
-def advice(found: Verdict, records: Sequence[Mapping[str, Any]], names: Sequence[str], lines: Sequence[str]) -> str:
-    """The recommendation. names, lines: of the finalists, for people, and the commands that make them."""
-    best = {} if found.best is None else {**records[found.best], "name": names[found.best], "line": lines[found.best]}
-    second = None if found.second is None else names[found.second]
-    values = {"found": found, "best": best, "second": second, "why": zip(names, map(unstable, records), strict=True)}
-    return html.document("search.md", values)
-
-
-def _command_line(s: Settings, shape: Shape, before: Shape) -> str:
+def _command_line(s: Settings, choice: Choice, before: Shape) -> str:
     """The `distill` that makes this student."""
-    given = ("teacher", s.teacher), ("data", s.data), ("vocab", s.vocab)
-    parts = ["scripts/mis distill", *(f"--{name} {shlex.quote(value)}" for name, value in given if value)]
-    cut = {a: getattr(shape, a) for a in shape_search.AXES if getattr(shape, a) != getattr(before, a)}
-    parts += ["--scenario none", *(f"--{axis} {size}" for axis, size in cut.items())]
-    return " ".join(parts + {64: [], 32: ["--q-group-size 32"], 0: ["--quantize 0"]}[shape_search.group_of(shape)])
-
-
-def _means(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A finalist for a run's JSON: means in place of windows."""
-    lists = {k: v for k, v in record.items() if isinstance(v, list)}
-    means = {k: None if None in v else float(np.mean(v)) for k, v in lists.items()}
-    return {**record, **means, "unstable": unstable(record)}
+    parts = ["scripts/mis distill"]
+    given = {"teacher": s.teacher, "data": s.data}
+    for name, value in {**{k: v for k, v in given.items() if v}, **flags_of(choice, before)}.items():
+        parts.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
+    return " ".join(parts)
 
 
 def report(
-    s: Settings, c: CandidateTrials, aim: shape_search.Aim, finalists: Mapping[Shape, Mapping[str, Any]]
-) -> dict[str, Any]:
+    s: Settings, c: Candidates, limits: Sequence[Limit], speeds: Mapping[str, Any],
+    ranked: Sequence[Choice], records: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
     """Print the table and the sentence; write table.md and return what goes into the JSON line."""
-    run, records = c.run, [*finalists.values()]
-    candidates, before = run_folder.records(run.folder / candidate_trials.CANDIDATES), shape_of(run.teacher.config)
-    verdict = best_candidate(records)
-    names = [shape_search.words(x, before) for x in finalists]
-    lines = [_command_line(s, x, before) for x in finalists]
-    sentence = advice(verdict, records, names, lines)
-    head = f"{len(names)} finalists of {len(candidates)} shapes measured, {aim.flag}: {s.iters} steps of distillation, "
-    head += f"{len(c.judging.tokens)} windows of {s.max_seq_length} tokens held out, ± 95 %"
-    page = f"{head}\n\n{table(records, names, aim.teacher if s.decode else None)}\n\n{sentence}"
+    run, before = c.run, shape_of(c.run.teacher.config)
+    measured = run_folder.records(run.folder / candidates.CANDIDATES)
+    names = [f"{shape_search.words(x.shape, before)}, {x.bpw:.2f} bits" for x in ranked]
+    lines = [_command_line(s, x, before) for x in ranked]
+    verdict = finalists.best_candidate(records)
+    best = verdict.best if records else 0
+    flags = " ".join(limit.flag for limit in limits)
+    sentence = f"The best as pruned and rounded: {names[0]}: {lines[0]}"
+    page = f"{len(measured)} students measured, {flags}\n\n{sentence}"
+    if records:
+        names, whole = names[: len(records)], {flag: sum_of(before, Timing(**t)) for flag, t in speeds.items()}
+        sentence = finalists.advice(verdict, records, names, lines)
+        head = f"{len(names)} finalists of {len(measured)} students measured, {flags}: {s.iters} steps each, "
+        head += f"{len(c.judging.tokens)} windows of held-out text, ± 95 %; bits and KL are those of a byte of text"
+        page = f"{head}\n\n{finalists.table(records, names, whole)}\n\n{sentence}"
     print(text.aligned(page))
     run.files.replace_text(run.folder / "table.md", page + "\n")
     return {
-        "candidates": candidates,
-        "finalists": [_means(r) for r in records],
+        "candidates": measured,
+        "finalists": [finalists.means(r) for r in records],
         "clear": verdict.clear,
         "sentence": sentence,
-        "command": None if verdict.best is None else lines[verdict.best],
+        "best": None if best is None else flags_of(ranked[best], before),
+        "command": None if best is None else lines[best],
     }
 
 
+def sum_of(before: Shape, timed: Timing) -> float:
+    """Seconds of the whole teacher."""
+    return before.layers * timed.block_s + timed.rest_s
+
+
 def run(settings: Settings) -> dict[str, Any]:
-    """The command: aim, list, plan, calibrate once, rank, distil the best, judge."""
+    """The command: limits, students within them, calibrate once, measure axes, rank, distil the best, judge."""
     s, folder = run_loop.resumed(settings, FREE, UNDER)
     s.check()
     teacher = run_loop.opened(s, s.teacher, "teacher", UNDER)
     limit = memory.budget(s.budget_bytes)
-    aim, speed = aim_of(s, teacher, folder, limit)
-    rows = vocabulary.rows_left(teacher, s)
-    seen = vocabulary.first_rows(teacher, rows)
-    shapes, first = field_of(s, seen.config, aim)
-    work, made = candidate_trials.work(s, teacher, seen, shapes, limit)
+    sizes = sizes_of(s, teacher)
+    limits, speeds = limits_of(s, teacher, folder, limit)
+    bits = "bits" in s.axes
+    within = list(shape_search.choices(teacher.config, sizes, limits, bits))
+    if not within:
+        shape_search.refuse(teacher.config, sizes, limits, bits)
+    flags = " ".join(each.flag for each in limits)
+    cli.say(f"students within {flags}: {len(within):,}; {min(s.evaluations, len(within))} are measured")
+    most = max(within, key=lambda x: sum(limiting.weights_of(teacher.config, x.shape))).shape
+    how = shape_search.rounding_of(Choice(most, shape_search.USUAL_BPW))
+    probes = sum(len(shape_search.probed(sizes[axis])) for axis in shape_search.CUTS[:-1]) + len(sizes["vocab"]) - 1
+    work, made = search_size.work(s, teacher, most, how, probes, limit)
     planned = [*work["rank"], *work["finalists"]]
-    seconds = {name: sum(p.seconds(made.rates) for p in part) for name, part in work.items()}
+    seconds = {name: sum(p.seconds(made.rates) for p in part) for name, part in work.items() if part}
     cli.say(f"{text.aligned(work_table(planned, made.rates))}\n{made.rates}")
     peak = max(p.peak_bytes for p in planned)
-    result = {"teacher": str(teacher.path), "vocab": rows, "aim": aim.flag, "shapes": len(shapes),
-              "evaluated": min(s.evaluations, len(shapes)), "peak_bytes": peak,
-              "budget_bytes": limit.limit_bytes}  # fmt: skip
+    result = {"teacher": str(teacher.path), "limits": [each.flag for each in limits], "students": len(within),
+              "peak_bytes": peak, "budget_bytes": limit.limit_bytes}  # fmt: skip
     if s.dry_run:
         moved = {f"{n}_bytes": sum(getattr(p, f"{n}_bytes") for p in planned) for n in ("read", "written")}
         failed = not made.fits or peak > limit.limit_bytes
@@ -257,22 +237,31 @@ def run(settings: Settings) -> dict[str, Any]:
     estimates.fit(limit, *planned)
     if folder is None:
         cli.say(progress.promise(sum(seconds.values())))
+    return {**result, **_measure(s, folder, teacher, made, (within, sizes, limits, speeds), seconds, limit)}
+
+
+def _measure(
+    s: Settings, folder: Path | None, teacher: Checkpoint, made: phases.MemoryPlan, field: tuple[Any, ...],
+    seconds: Mapping[str, float], limit: Budget,
+) -> dict[str, Any]:  # fmt: skip
+    """Open the run and measure. field: of `run`."""
+    within, sizes, limits, speeds = field
     data, origin = run_loop.prepared(s, teacher)
-    name, way = f"{UNDER.name}/{teacher.path.name}", asdict(speed) if speed else {}
     wired = made.peak_bytes if made.mode != "sharded" else 0
-    opening = run_loop.open_run(s, folder, name, origin, way, limit, wired)
+    opening = run_loop.open_run(s, folder, f"{UNDER.name}/{teacher.path.name}", origin, speeds, limit, wired)
     with progress.run("search", seconds), opening as place:
-        seen, data = vocabulary.of_run(teacher, None, rows, data, s, s.data, place.folder, place.files)
-        ranking, judging = candidate_trials.split(next(iter(data.held_out.values())), s.rank_windows, s.eval_windows)
-        course = Run(**vars(place), recipe=s, teacher=seen, data=data.train, plan=made)
-        samples, repair = course.pick(s.num_samples, 1), course.pick(s.repair_samples, 2)
-        c = CandidateTrials(course, s.dtype, samples, repair, ranking, judging)
-        best, records = rank(s, c, shapes, first)[: s.finalists], {}
-        with progress.phase("finalists"):
-            for shape in cli.counted("finalist", best, len(best)):
-                cli.say(f"finalist {shape_search.label(shape)}")
-                records[shape] = c.final(shape, s.max_kv_size if s.decode else None)
-        result |= report(s, c, aim, records)
+        ranking, judging = candidates.split(data.held_out, s.rank_windows, s.eval_windows)
+        course = Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=made)
+        c = Candidates(course, data, ranking, judging, s)
+        ranked, records = rank(s, c, within, sizes), list[dict[str, Any]]()
+        if s.finalists:
+            with progress.phase("finalists"):
+                whole = {"decode": (s.max_kv_size, 0), "ttft": (0, s.prompt_tokens)}
+                timed_at = {name: whole[name] for name in speeds}
+                for choice in cli.counted("finalist", ranked[: s.finalists], min(s.finalists, len(ranked))):
+                    cli.say(f"finalist {choice.name}")
+                    records.append(finalists.final(c, choice, timed_at))
+        result = report(s, c, limits, speeds, ranked, records)
         result |= {"run": str(course.folder), **course.account(limit.limit_bytes)}
         course.files.replace_text(course.folder / run_folder.RESULT, json.dumps(result, indent=2))
     return result

@@ -18,7 +18,7 @@ from mis_mlx import __main__, cli, flag_help, quantize, thermal
 from mis_mlx.hardware import rates
 from mis_mlx.models import policy
 from mis_mlx.planner.recipe import QuantizationConfig
-from mis_mlx.quantization import bit_allocation
+from mis_mlx.quantization import bit_allocation, stage
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Within
 
@@ -202,7 +202,7 @@ def test_a_place_that_takes_nothing_is_refused_first(
 def test_a_parent_that_is_missing_is_made(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
     """`quantize` spools beside its result, in a folder that is not there yet."""
     out = tmp_path / "new" / "deep" / "four"
-    quantize.quantize(llama.path, out, QuantizationConfig(), DISK, batches, 0)
+    stage.quantize(llama.path, out, QuantizationConfig(), DISK, batches, 0)
     assert [p.name for p in out.parent.iterdir()] == ["four"]
 
 

@@ -14,14 +14,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import quantize
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate
 from mis_mlx.planner import compression_size, estimates, phases
 from mis_mlx.planner.recipe import DistillationConfig, DistillationSpec, QuantizationConfig
-from mis_mlx.quantization import packed_format
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint
 from tests import tiny
@@ -70,7 +69,7 @@ def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(tmp_path: Path, lla
     """Hidden states of one window in memory, of three in a file without a name."""
     batches = [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(4)]
     for name, held in (("all", 4), ("one", 1)):
-        quantize.quantize(llama.path, tmp_path / name, FOUR, DISK, batches, held)
+        stage.quantize(llama.path, tmp_path / name, FOUR, DISK, batches, held)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
     assert files[0] == files[1] and len(list(tmp_path.iterdir())) == 2
 
@@ -107,7 +106,7 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
     tracemalloc.start()
     with memory.limited(Budget(before + planned.peak_bytes)):
         mx.set_cache_limit(0)
-        quantize.quantize(checkpoint.path, tmp_path / "q4", FOUR, DISK, batches, 6)
+        stage.quantize(checkpoint.path, tmp_path / "q4", FOUR, DISK, batches, 6)
     peak = mx.get_peak_memory() - before + tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak / 2**20, planned.peak_bytes / 2**20)
@@ -194,7 +193,7 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
         pipeline.tuned(load.open_checkpoint(tmp_path / "q4"), source, text, DistillationConfig(iters=2, batch_size=1))
 
     for phase, work in zip(
-        planned, (lambda: quantize.quantize(checkpoint.path, tmp_path / "q4", how, DISK, batches, 6), tune), strict=True
+        planned, (lambda: stage.quantize(checkpoint.path, tmp_path / "q4", how, DISK, batches, 6), tune), strict=True
     ):
         mx.clear_cache()
         before = mx.get_active_memory()

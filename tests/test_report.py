@@ -74,7 +74,8 @@ def warm(
     out = tmp_path_factory.mktemp("warm") / "run"
     cut = ("--scenario", "none", "--layers", 2, "--ffn", 512, "--heads", 2, "--q-group-size", 32, "--q-iters", 1)
     flags = ("--teacher", llama.path, "--data", text_folder, *SMALL, *cut, "--num-samples", 24, "--iters", 40)
-    air = ("--thermal-replay", DATA / "halny.jsonl", "--altitude-m", 832, "--governor", "steady")
+    (weather := out.with_name("air.yaml")).write_text(f"thermal_replay: {DATA / 'halny.jsonl'}\n")
+    air = ("-c", weather, "--altitude-m", 832, "--governor", "steady")
     done = command("distill", *flags, *air, "--out", out)
     assert done.returncode == 0, done.stderr
     return out

@@ -21,9 +21,22 @@ class Windows:
     learn: np.ndarray
     text_bytes: np.ndarray | None = None
 
+    @property
+    def counted_bytes(self) -> np.ndarray:
+        """`text_bytes`, where they were counted."""
+        assert self.text_bytes is not None
+        return self.text_bytes
+
     def pick(self, at: Any) -> "Windows":
         """Some of the windows: indices or a slice."""
         return Windows(self.tokens[at], self.learn[at], None if self.text_bytes is None else self.text_bytes[at])
+
+
+def joined(parts: Sequence[Windows]) -> Windows:
+    """Windows of one length, one text's after the other's; their bytes where all have them counted."""
+    sizes = [part.text_bytes for part in parts if part.text_bytes is not None]
+    tokens, learn = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "learn"))
+    return Windows(tokens, learn, np.concatenate(sizes) if len(sizes) == len(parts) else None)
 
 
 def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[list[int]]:

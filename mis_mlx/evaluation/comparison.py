@@ -93,6 +93,16 @@ def by_window(base: Passed, other: Passed, held_out: Windows) -> Iterator[np.nda
         yield np.concatenate(values, dtype=np.float64)
 
 
+def nats_of(values: np.ndarray, windows: Windows) -> np.ndarray:
+    """(N,) nats of each window's text, from means over its tokens."""
+    return values * (windows.learn[:, :-1] > 0).sum(axis=1)
+
+
+def per_byte(values: np.ndarray, windows: Windows) -> float:
+    """Nats a byte of the text of all windows together, from means over each one's tokens."""
+    return float(nats_of(values, windows).sum() / windows.counted_bytes.sum())
+
+
 def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
     """One row per model and metric, with its 95 % interval over windows; perplexity from the loss, and bits per byte
     where the bytes of `held_out` were counted: those of all windows over their bytes, a ratio's error linearised."""

@@ -17,14 +17,16 @@ import pytest
 
 from mis_mlx import distill, prune, report
 from mis_mlx.data import preparation, token_windows
+from mis_mlx.distillation import candidates
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import arch, load, policy
+from mis_mlx.models import load, policy
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.stream import Stream
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
+from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
@@ -407,21 +409,25 @@ def test_the_teacher_knows_words_that_did_not_come_up(big: Checkpoint, text_fold
     assert inside.any() and sums[unseen[inside]].mean() > sums[unseen[~inside]].mean()
 
 
-def test_search_with_fewer_tokens(
+def test_search_over_vocabularies(
     big: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
 ) -> None:
-    """Shapes of the trimmed teacher, parameters as a share of the whole one's; the line it recommends trims as well."""
-    flags = ("--teacher", big.path, "--data", text_folder, "--vocab", "0.5x", "--params", "0.4x", "--tolerance", "0.1")
+    """Numbers of tokens are an axis: what fewer of them cost is measured, folders of the teacher's rows are made for
+    them alone, and the line that is recommended trims as well. --vocab says which."""
+    flags = ("--teacher", big.path, "--data", text_folder, "--bytes", "200KB", "--axes", "vocab", "ffn", "bits")
     few = ("--max-seq-length", 32, "--num-samples", 4, "--rank-windows", 2, "--eval-windows", 8, "--iters", 8)
     more = ("--reconstruct-samples", 0, "--evaluations", 2, "--finalists", 1, "--learning-rate", "2e-4")
     done = command("search", *flags, *few, *more, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    result, total = last_line(done), arch.params(big.config)
-    assert result["vocab"] == KEPT and (tmp_path / "run" / vocabulary.FOLDER / vocabulary.ROWS).exists()
-    assert all(abs(c["params"] / total - 0.4) <= 0.1 for c in result["candidates"])
-    assert "--vocab 0.5x" in (result["command"] or ""), result["sentence"]
+    result = last_line(done)
+    assert {c["vocab"] for c in result["candidates"]} <= {KEPT, ROWS}
+    probes = run_folder.records(tmp_path / "run" / candidates.PROBES)
+    assert [p["size"] for p in probes if p["axis"] == "vocab"] == [KEPT]
+    assert (tmp_path / "run" / f"{vocabulary.FOLDER}-{KEPT}" / vocabulary.FOLDER / vocabulary.ROWS).exists()
     dry = command("distill", *result["command"].split()[2:], "--dry-run", "--max-seq-length", 32)
     assert last_line(dry)["params_student"] == result["finalists"][0]["params"]
+    only = command("search", *flags[:-4], "--axes", "ffn", "--vocab", "0.5x", *few, "--dry-run")
+    assert only.returncode == 0 and "cannot be cut" not in only.stderr
 
 
 def test_words_of_a_language(big: Checkpoint, text_folder: Path) -> None:

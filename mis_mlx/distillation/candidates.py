@@ -1,0 +1,260 @@
+"""Students measured as pruned and rounded, and what each axis costs by itself: in nats a byte of text, which students
+of other vocabularies have in common.
+
+Every measurement is a line in a log before the next begins, so a search that was killed goes on from there."""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.data import token_windows
+from mis_mlx.data.preparation import Data
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import pipeline
+from mis_mlx.evaluation import comparison
+from mis_mlx.maths import rounding
+from mis_mlx.maths.importance import Statistics
+from mis_mlx.models import arch, load, model_writer, policy
+from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.stream import Batches
+from mis_mlx.planner import search_size
+from mis_mlx.pruning import calibrate, rotate, select, shape_search, slicing, vocabulary
+from mis_mlx.pruning.shape_search import Choice, Losses
+from mis_mlx.quantization import bit_allocation, packed_format
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.hidden_spool import Spool
+from mis_mlx.types import Checkpoint, MisError
+
+PROBES, CANDIDATES = "probes.jsonl", "candidates.jsonl"
+VOCABULARIES = "0.5x", "0.25x", "0.125x"  # of the teacher's rows, that a search tries
+DTYPE = "bfloat16"  # of weights before they are rounded
+WORST = 100.0  # nats a byte, of what has no loss that is a number
+
+
+def split(held_out: Mapping[str, Windows], ranking: int, judging: int) -> tuple[Windows, Windows]:
+    """(windows that rank candidates, others that judge finalists): what was selected on does not judge. Of the first
+    text so many, of every other one a third."""
+    parts = list[tuple[Windows, Windows]]()
+    for name, windows in held_out.items():
+        share, count = 3 if parts else 1, len(windows.tokens)
+        if count < 4:
+            raise MisError(f"the text {name} has {count} windows held out, a search takes 4 or more: bring more text")
+        most = min(-(-ranking // share), count // 2)
+        at = np.unique(np.linspace(0, count - 1, most).round().astype(int))
+        rest = np.setdiff1d(np.arange(count), at)
+        parts.append((windows.pick(at), comparison.chosen(windows.pick(rest), -(-judging // share))))
+    first, second = zip(*parts, strict=True)
+    return token_windows.joined(first), token_windows.joined(second)
+
+
+def vocabularies(teacher: Checkpoint) -> list[int]:
+    """Numbers of rows that a student may have beside the teacher's own; none where its tokenizer cannot be trimmed."""
+    rows, whole = set[int](), shape_of(teacher.config).vocab
+    with suppress(MisError):
+        rows = {vocabulary.size(share, teacher.path, whole) for share in VOCABULARIES}
+    return sorted(rows - {whole})
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The teacher with the vocabulary of some students, and the texts in its tokens. lost: nats a byte that it loses by
+    that on the windows that rank."""
+
+    teacher: Checkpoint
+    train: Windows
+    ranking: Windows
+    judging: Windows
+    hidden: Any
+    lost: float
+
+
+@dataclass
+class Candidates:
+    """What the measurements share. run: of the whole teacher. data: all text, in its tokens."""
+
+    run: pipeline.Run
+    data: Data
+    ranking: Windows
+    judging: Windows
+    settings: Any
+
+    def __post_init__(self) -> None:
+        self._readers = dict[int, Reader]()
+
+    @property
+    def _spool(self) -> Callable[[], Spool] | None:
+        """Makes a place for hidden states of calibration, where memory does not hold them."""
+        held = self.run.plan.held_windows("prune")
+        return None if held >= len(self.samples) else partial(Spool, self.run.folder, held, self.run.files)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether bits are chosen; else matrices are rounded to the usual ones."""
+        return "bits" in self.settings.axes and bool(self.settings.bytes or self.settings.memory)
+
+    @cached_property
+    def samples(self) -> Batches:
+        """Windows of calibration."""
+        return self.run.pick(self.run.recipe.num_samples, 1)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """One streamed calibration, for all candidates. Without the weather: shapes must not depend on the wind."""
+        teacher, place = self.run.teacher, self._spool() if self._spool else None
+        return calibrate.calibrate(teacher, self.samples, policy.compute_dtype(teacher), hidden=place)[0]
+
+    @cached_property
+    def sensitivity(self) -> dict[str, dict[int, float]]:
+        """{module path: {bits: nats a token}} of the teacher; from the run's folder where it stands there."""
+        run, path = self.run, self.run.folder / packed_format.SENSITIVITY
+        if not path.exists():
+            group = shape_search.group_of(shape_of(run.teacher.config))
+            held = self._spool() if self._spool else None
+            nats = bit_allocation.costs(
+                run.teacher, self.samples[: search_size.SENSED], group, rounding.BITS, run.recipe.seed, held
+            )
+            run.files.replace_text(path, json.dumps(nats))
+        stored = json.loads(path.read_text("utf-8"))
+        return {name: {int(bits): cost for bits, cost in costs.items()} for name, costs in stored.items()}
+
+    @cached_property
+    def _directions(self) -> rotate.Directions:
+        """Of the stream, measured when the first candidate is narrower than the teacher."""
+        teacher = self.run.teacher
+        return rotate.measured(teacher, self.samples, policy.compute_dtype(teacher), self._spool or list)
+
+    @cached_property
+    def _own_nats(self) -> tuple[Any, float]:
+        """The teacher's final states of the ranking windows, and its nats a byte there."""
+        hidden = comparison.final_hidden(self.run.teacher, self.ranking)
+        values = comparison.compare({"teacher": self.run.teacher}, self.ranking, hidden)
+        return hidden, comparison.per_byte(values["teacher", "nll"], self.ranking)
+
+    def reader(self, rows: int) -> Reader:
+        """The teacher of so many rows, made once."""
+        if rows not in self._readers:
+            self._readers[rows] = self._read_by(rows)
+        return self._readers[rows]
+
+    def _read_by(self, rows: int) -> Reader:
+        run, s, (hidden, own) = self.run, self.settings, self._own_nats
+        if rows == shape_of(run.teacher.config).vocab:
+            return Reader(run.teacher, run.data, self.ranking, self.judging, hidden, 0.0)
+        place = run.folder / f"{vocabulary.FOLDER}-{rows}"
+        run.files.make_folder(place)
+        seen, data = vocabulary.of_run(run.teacher, None, rows, self.data, s, s.data, place, run.files)
+        tokenizers = [load.tokenizer(model.path) for model in (run.teacher, seen)]
+        ranking, judging = (token_windows.reread(each, *tokenizers) for each in (self.ranking, self.judging))
+        hidden = comparison.final_hidden(seen, ranking)
+        nats = comparison.per_byte(comparison.compare({"teacher": seen}, ranking, hidden)["teacher", "nll"], ranking)
+        return Reader(seen, data.train, ranking, judging, hidden, nats - own)
+
+    def losses(self, sizes: Mapping[str, Sequence[int]]) -> Losses:
+        """What every axis costs by itself, measured; from the log where it stands there."""
+        before = shape_of(self.run.teacher.config)
+        points = {axis: list[tuple[float, float]]() for axis in shape_search.AXES}
+        wanted = [(axis, size) for axis in shape_search.CUTS[:-1] for size in shape_search.probed(sizes[axis])]
+        wanted += [("vocab", rows) for rows in sizes["vocab"] if rows != before.vocab]
+        for axis, size in cli.counted("axis alone", wanted, len(wanted)):
+            points[axis].append((size, self._probe(shape_search.cut(before, {axis: size}), axis, size)))
+        if self.mixed:
+            points["bits"] = self._bits(before)
+        return Losses(before, points)
+
+    def _bits(self, before: Shape) -> list[tuple[float, float]]:
+        """(bits a weight, nats a byte) of the teacher rounded to so many."""
+        tokens_a_byte = float((self.ranking.learn[:, :-1] > 0).sum() / self.ranking.counted_bytes.sum())
+        points = list[tuple[float, float]]()
+        for bpw in np.arange(*shape_search.bpw_range(shape_search.group_of(before)), 0.125):
+            bits = self._allocated(Choice(before, float(bpw)), tuple(range(before.layers)))
+            nats = sum(self.sensitivity[path][each] for path, each in bits.items())
+            points.append((float(bpw), nats * tokens_a_byte))
+        return points
+
+    def _probe(self, shape: Shape, axis: str, size: int) -> float:
+        log, sizes = self.run.folder / PROBES, {"axis": axis, "size": size}
+        if (record := find(log, sizes)) is None:
+            reader = self.reader(shape.vocab)
+            nats = reader.lost
+            if axis != "vocab":
+                with self._place() as place:
+                    nats = self._kl(self.prune(shape, Path(place) / "pruned"), reader)
+            record = {**sizes, "nats": finite(nats)}
+            self.run.files.append(log, json.dumps(record))
+        return WORST if record["nats"] is None else float(record["nats"])
+
+    def _place(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder)
+
+    def _kl(self, student: Checkpoint, reader: Reader) -> float:
+        """KL(teacher || student) in nats a byte of the ranking windows."""
+        both = {"teacher": reader.teacher, "student": student}
+        values = comparison.compare(both, reader.ranking, reader.hidden)
+        return comparison.per_byte(values["student", "kl"], reader.ranking)
+
+    def prune(self, shape: Shape, out: Path) -> Checkpoint:
+        """The teacher cut to `shape` by plain importance, as the new folder `out`."""
+        sizes = {axis: getattr(shape, axis) for axis in shape_search.CUTS[:-1]}
+        cut = select.PruningConfig(scenario="none", importance="rms", **sizes)
+        teacher = self.reader(shape.vocab).teacher
+        made, keep = select.select_units(teacher.config, self.statistics, cut)
+        keep, tensor = select.turned(teacher, made, keep, lambda: self._directions)
+        slicing.write_student(teacher, made, keep, out, DTYPE, self.run.files, tensor)
+        return load.open_checkpoint(out)
+
+    def _allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:
+        """{module path of the student: bits}: what its blocks cost in the teacher, by the weights that they still have.
+        layers: the teacher's, that stay."""
+        before, config = self.run.teacher.config, arch.student_config(self.run.teacher.config, choice.shape, layers)
+        whole, sizes, costs = arch.tensors_of(before), dict[str, int](), dict[str, dict[int, float]]()
+        for name, size in arch.tensors_of(config).items():
+            path, block = name.removesuffix(".weight"), arch.block_of(name)
+            source = path if block is None else path.replace(f".{block}.", f".{layers[block]}.", 1)
+            if source in self.sensitivity:
+                sizes[path] = math.prod(size)
+                share = sizes[path] / math.prod(whole[f"{source}.weight"])
+                costs[path] = {bits: share * nats for bits, nats in self.sensitivity[source].items()}
+        scales = packed_format.Format(0, shape_search.group_of(choice.shape)).bits_per_weight
+        return bit_allocation.allocate(costs, sizes, choice.bpw - scales)
+
+    def score(self, choice: Choice, losses: Losses) -> float:
+        """Nats a byte that should be left of what the student loses as pruned and rounded; from the log where it stands
+        there. What its axes cost together, over the sum of what each costs alone, is that of before it learns."""
+        log = self.run.folder / CANDIDATES
+        if (record := find(log, choice.sizes)) is None:
+            reader = self.reader(choice.shape.vocab)
+            with self._place() as temp:
+                pruned = self.prune(choice.shape, Path(temp) / "pruned")
+                keep = model_writer.read_keep(pruned.path)
+                assert keep is not None
+                group = shape_search.group_of(choice.shape)
+                bits = self._allocated(choice, keep.layers) if self.mixed else {}
+                layout = {path: packed_format.Format(each, group) for path, each in bits.items()} or group
+                out = Path(temp) / "rounded"
+                packed_format.write_quantized(pruned, out, layout, self.run.files)
+                student = load.open_checkpoint(out)
+                nats = self._kl(student, reader) + reader.lost
+                record = {**choice.sizes, "params": arch.params(pruned.config), "bytes": student.nbytes,
+                          "nats": finite(nats), "predicted": losses.raw(choice)}  # fmt: skip
+            self.run.files.append(log, json.dumps(record))
+        if record["nats"] is None:
+            return math.inf
+        return losses.expected(choice) * max(record["nats"], 0.0) / max(losses.raw(choice), 1e-9)
+
+
+def find(log: Path, sizes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The line of these sizes; None where there is none yet."""
+    return next((r for r in run_folder.records(log) if all(r.get(a) == n for a, n in sizes.items())), None)
+
+
+def finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

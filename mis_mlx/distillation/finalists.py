@@ -1,0 +1,198 @@
+"""The best candidates of a search, once they have learned for a few steps and are rounded: measured, and judged."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mis_mlx.distillation import pipeline
+from mis_mlx.distillation.candidates import DTYPE, Candidates, find, finite
+from mis_mlx.evaluation import comparison
+from mis_mlx.evaluation.speed import rounds
+from mis_mlx.maths.optimizer import Diverged
+from mis_mlx.maths.stats import interval
+from mis_mlx.models import arch, load, mlx_generate
+from mis_mlx.planner import estimates, phases
+from mis_mlx.planner.recipe import spec_of
+from mis_mlx.pruning import shape_search
+from mis_mlx.pruning.limits import Timing
+from mis_mlx.pruning.shape_search import Choice
+from mis_mlx.quantization import stage
+from mis_mlx.reporting import html, text
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import reported
+from mis_mlx.types import Checkpoint, MisError, Row
+
+FINALISTS = "finalists.jsonl"
+OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
+METRICS = text.metrics("search")
+TOKENS = 16  # decoded for one timing
+ROUNDS = 3  # of timings, the quickest counts
+
+
+def final(c: Candidates, choice: Choice, timed_at: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """The record of a finalist: distilled for a few steps and rounded, judged all along; from the log if there.
+    timed_at: tokens in the KV cache and in the prompt of each timing, by its name."""
+    log, sub = c.run.folder / FINALISTS, c.run.folder / "finalists" / choice.name
+    if (record := find(log, choice.sizes)) is None:
+        record = _measured(c, choice, sub, timed_at)
+        c.run.files.append(log, json.dumps(record))
+    if sub.exists():
+        c.run.files.discard(sub)
+    return record
+
+
+def _measured(c: Candidates, choice: Choice, sub: Path, timed_at: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """Distil and round a finalist in the folder `sub`; a training that has begun there goes on in its own way."""
+    run, reader = c.run, c.reader(choice.shape.vocab)
+    with reported(run.folder, "the folder of a finalist"):
+        run.files.make_folder(sub)
+    protocol.sweep(sub, run.files)
+    folder, how = sub / "pruned", shape_search.rounding_of(choice)
+    pruned = load.open_checkpoint(folder) if folder.exists() else c.prune(choice.shape, folder)
+    small = estimates.model_of(arch.student_config(reader.teacher.config, choice.shape))
+    job = spec_of(estimates.model_of(reader.teacher), small, run.recipe, how)
+    if not (sub / run_folder.PLAN).exists():
+        way = phases.make(job, run.plan.budget_bytes, run.plan.rates).way
+        run.files.replace_text(sub / run_folder.PLAN, json.dumps(way))
+    plan = phases.one(job, run.plan.budget_bytes, run.plan.rates, **run_folder.stored_plan(sub))
+    own = replace(run, recipe=plan.recipe(run.recipe), folder=sub, plan=plan, teacher=reader.teacher)
+    own.data = reader.train
+    trained = _train(own, pruned, c.run.folder)
+    record = {**choice.sizes, "params": arch.params(pruned.config), **guarded(run_folder.metrics(sub), trained)}
+    models = {"teacher": reader.teacher, "pruned": pruned}
+    if trained:
+        out, samples = sub / "model", own.pick(run.recipe.num_samples, 1)
+        if not out.exists():
+            held = plan.held_windows("quantize")
+            stage.quantize(trained.path, out, how, run.files, samples, held, run.recipe.seed)
+        models |= {"distilled": trained, "rounded": load.open_checkpoint(out)}
+        record["bytes"] = models["rounded"].nbytes
+    for (model, metric), values in comparison.compare(models, reader.judging).items():
+        bits = comparison.nats_of(values, reader.judging) / reader.judging.counted_bytes / math.log(2)
+        record[f"{metric}_{model}"] = [finite(v) for v in bits]
+    if timed_at and trained:
+        seconds = {name: timed(trained.path, *at, halves=False).block_s for name, at in timed_at.items()}
+        record["seconds"] = seconds
+    return record
+
+
+def _train(run: pipeline.Run, pruned: Checkpoint, whole: Path) -> Checkpoint | None:
+    """The distilled student; None where three steps in a row were no numbers. whole: folder of the search."""
+    out = run.folder / "distilled"
+    try:
+        pipeline.distil(run, pruned, out, DTYPE)
+    except Diverged:
+        return None
+    except MisError as error:  # what can be resumed is the search, not the finalist's own folder
+        raise MisError(str(error).replace(str(run.folder), str(whole))) from error.__cause__
+    return load.open_checkpoint(out)
+
+
+def guarded(steps: Sequence[Mapping[str, Any]], trained: object) -> dict[str, Any]:
+    """What the guard did in a training: steps skipped and clipped, and whether it had to stop it."""
+    notes = [str(r.get("note", "")) for r in steps]
+    skipped, clipped = (sum(word in note for note in notes) for word in ("skipped", "clipped"))
+    return {"steps": len(notes), "skipped": skipped, "clipped": clipped, "diverged": trained is None}
+
+
+def timed(folder: Path, cached: int, prompt: int, halves: bool = True) -> Timing:
+    """Seconds of a token, with `cached` tokens in the KV cache, or of a prompt of so many tokens up to the first one
+    (prompt 0: of a token), by the quickest of some, stock mlx-lm. halves: a second timing with half of the blocks says
+    what a block takes; else all counts as one block."""
+    model, tokenizer = mlx_generate.open_model(folder)
+    ids = mlx_generate.prompt_ids(tokenizer, "In the evening the wind came down from the pass.", prompt or 8)
+    layers = model.model.layers
+
+    def quickest(count: int) -> float:
+        model.model.layers = layers[:count]
+        try:
+            cache = mlx_generate.filled_cache(model, cached)
+            stamps, _ = rounds.clocked(mlx_generate.greedy(model, ids, 1 if prompt else TOKENS, cache))
+        finally:
+            model.model.layers = layers
+        return stamps[0] if prompt else min(b - a for a, b in pairwise(stamps))
+
+    total, half = len(layers), max(1, len(layers) // 2)
+    if not halves:
+        return Timing(min(quickest(total), quickest(total)), 0.0)
+    pairs = [(quickest(total), quickest(half)) for _ in range(ROUNDS)]  # in turn, so that a slow spell hits both
+    whole, part = map(min, zip(*pairs, strict=True))
+    block = whole / total  # all that there is: one block, or a machine too busy to tell half of the blocks from all
+    if part < whole and half < total:
+        block = min((whole - part) / (total - half), block)
+    return Timing(block, max(0.0, whole - total * block))
+
+
+def unstable(record: Mapping[str, Any]) -> str:
+    """Why a finalist's training was not stable, or nothing."""
+    if record["diverged"] or None in record["kl_distilled"] or None in record["nll_rounded"]:
+        return "its loss became no number"
+    meddled = record["skipped"] + record["clipped"]
+    if meddled > OFTEN * record["steps"]:
+        return f"the guard had to step in at {meddled} of {record['steps']} steps"
+    before, after = (float(np.mean(record[f"kl_{m}"])) for m in ("pruned", "distilled"))
+    return f"its KL rose from {before:.3f} to {after:.3f}" if after > before else ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """best: the stable finalist of fewest bits a byte once rounded. gap: of the next one above it, (mean, low, high)
+    over the same windows. None where there is none."""
+
+    best: int | None
+    second: int | None
+    gap: tuple[float, float, float] | None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the best is better by more than the noise, or alone."""
+        return self.best is not None and (self.gap is None or self.gap[1] > 0)
+
+
+def best_candidate(records: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Which finalist, by its number in `records`, and how sure that is: the least sure of all comparisons counts."""
+    stable = [i for i, record in enumerate(records) if not unstable(record)]
+    bits: dict[int | None, np.ndarray] = {i: np.array(records[i]["nll_rounded"]) for i in stable}
+    best = min(bits, key=lambda i: bits[i].mean(), default=None)
+    gaps = {i: interval(bits[i] - bits[best]) for i in bits if i != best}
+    second = min(gaps, key=lambda i: gaps[i][1], default=None)
+    return Verdict(best, second, gaps.get(second))
+
+
+def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], speeds: Mapping[str, float]) -> str:
+    """Markdown: a column for each finalist, means over windows with 95 % intervals. speeds: the teacher's seconds."""
+    rows = []
+    for record, name in zip(records, names, strict=True):
+        rows.append(Row(name, "params", record["params"] / 1e6))
+        rows.append(Row(name, "meddled", record["skipped"] + record["clipped"]))
+        if "bytes" in record:
+            rows.append(Row(name, "bytes", record["bytes"] / 1e6))
+        for flag, teacher_s in speeds.items():
+            if flag in record.get("seconds", {}):
+                rows.append(Row(name, flag, teacher_s / record["seconds"][flag]))
+        for metric, _, _ in METRICS:
+            if isinstance(values := record.get(metric), list) and None not in values:
+                rows.append(Row(name, metric, *interval(np.array(values)), len(values)))
+    return text.table(rows, names, METRICS)
+
+
+def advice(found: Verdict, records: Sequence[Mapping[str, Any]], names: Sequence[str], lines: Sequence[str]) -> str:
+    """The recommendation. names, lines: of the finalists, for people, and the commands that make them."""
+    best = {} if found.best is None else {**records[found.best], "name": names[found.best], "line": lines[found.best]}
+    second = None if found.second is None else names[found.second]
+    values = {"found": found, "best": best, "second": second, "why": zip(names, map(unstable, records), strict=True)}
+    return html.document("search.md", values)
+
+
+def means(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A finalist for a run's JSON: means in place of windows."""
+    lists = {k: v for k, v in record.items() if isinstance(v, list)}
+    means = {k: None if None in v else float(np.mean(v)) for k, v in lists.items()}
+    return {**record, **means, "unstable": unstable(record)}

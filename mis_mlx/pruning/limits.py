@@ -1,0 +1,125 @@
+"""What a student may cost at the most: bytes, memory, parameters, time. Arithmetic on configs."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mis_mlx.models import arch
+from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.planner import estimates
+from mis_mlx.types import MisError, gib
+
+TENSOR_BYTES = 3 * 100  # of a matrix in a file's header: weight, scales, biases
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a student may cost at the most: parameters, bytes, or seconds. in_bytes: the weights, in their bits, count
+    beside `cost`, which is what else takes bytes."""
+
+    flag: str  # as it was given: '--bytes 50MB'
+    most: float
+    cost: Callable[[Shape], float]
+    words: Callable[[float], str]
+    in_bytes: bool = False
+
+    def of(self, shape: Shape, bpw: float, weights: int) -> float:
+        """What a student of so many `weights` in so many bits costs."""
+        return self.cost(shape) + (bpw / 8 * weights if self.in_bytes else 0.0)
+
+
+def _number(flag: str, text: str, units: Mapping[str, float], example: str) -> tuple[float, str]:
+    match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
+    if not match or match[2] not in units or not 0 < float(match[1]) < 1e18:
+        raise MisError(f"{flag} {text!r} is not understood: write {example}")
+    return float(match[1]) * units[match[2]], match[2]
+
+
+def params_limit(config: Mapping[str, Any], text: str) -> Limit:
+    """'0.667x' of the teacher's parameters, or '90M'."""
+    units = {"x": 1.0, "": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
+    value, unit = _number("--params", text, units, "a share of the teacher, such as 0.667x, or a number, such as 90M")
+    teacher = arch.params(config)
+    target = value * teacher if unit == "x" else value
+    if target >= teacher:
+        given = f"that is {count(target)} parameters, the teacher has {count(teacher)}"
+        raise MisError(f"--params {text}: {given}: ask for fewer")
+    return Limit(f"--params {text}", target, lambda shape: sum(weights_of(config, shape)),
+                 lambda cost: f"{count(cost)} parameters ({cost / teacher:.3f}x)")  # fmt: skip
+
+
+def count(n: float) -> str:
+    """Parameters for people: '90.3M'."""
+    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n / 1e3:.0f}k"
+
+
+def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
+    """(weights of matrices, other numbers) of a student of this shape."""
+    block = arch.layer_tensors(arch.student_config(config, shape)).values()
+    matrices = sum(math.prod(size) for size in block if len(size) > 1)
+    others = sum(math.prod(size) for size in block if len(size) == 1)
+    ends = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    return shape.layers * matrices + ends, shape.layers * others + shape.hidden
+
+
+def _beside_weights(config: Mapping[str, Any], shape: Shape) -> int:
+    """Bytes of a file beside its matrices: other numbers in 2 bytes, and the header."""
+    matrices = sum(len(size) > 1 for size in arch.layer_tensors(config).values())
+    return 2 * weights_of(config, shape)[1] + TENSOR_BYTES * (shape.layers * matrices + 2)
+
+
+def bytes_limit(config: Mapping[str, Any], text: str, most: int) -> Limit:
+    """At most so many bytes of weights on disk."""
+    return Limit(f"--bytes {text}", most, lambda shape: _beside_weights(config, shape),
+                 lambda cost: f"{cost / 1e6:.4g} MB", in_bytes=True)  # fmt: skip
+
+
+def memory_limit(config: Mapping[str, Any], text: str, most: int, cached: int) -> Limit:
+    """At most so many bytes in use: weights, and keys and values of `cached` tokens in 2 bytes each."""
+
+    def cost(shape: Shape) -> float:
+        m = estimates.model_of(arch.student_config(config, shape), gpu=True)
+        return _beside_weights(config, shape) + estimates.keys_bytes(m, cached)
+
+    return Limit(f"--memory {text}", most, cost, gib, in_bytes=True)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the teacher, for a token or for a prompt, by two timings: one block, and all that is not a block."""
+
+    block_s: float
+    rest_s: float
+
+
+def time_limit(
+    config: Mapping[str, Any], flag: str, text: str, timed: Timing, work: Callable[[Mapping[str, Any]], float]
+) -> Limit:
+    """'1.5x' the teacher's speed or more. A block's seconds grow with its `work` (decode_work, prompt_work), the rest
+    with the width of the stream and the vocabulary."""
+    value, _ = _number(flag, text, {"x": 1.0}, "how many times as quick as the teacher, such as 1.5x")
+    if value <= 1:
+        raise MisError(f"{flag} {text}: the teacher itself has 1x: ask for more than 1x")
+    before = shape_of(config)
+    whole = work(config)
+
+    def cost(shape: Shape) -> float:
+        blocks = shape.layers * timed.block_s * work(arch.student_config(config, shape)) / whole
+        return blocks + timed.rest_s * shape.hidden * shape.vocab / (before.hidden * before.vocab)
+
+    teacher = cost(before)
+    return Limit(f"{flag} {text}", teacher / value, cost, lambda seconds: f"{teacher / seconds:.2f}x")
+
+
+def decode_work(config: Mapping[str, Any], tokens: int) -> float:
+    """Numbers that a block takes from memory for one token: weights, keys and values of so many tokens."""
+    s = shape_of(config)
+    return sum(map(math.prod, arch.layer_tensors(config).values())) + 2 * tokens * s.kv_heads * s.head_dim
+
+
+def prompt_work(config: Mapping[str, Any], tokens: int) -> float:
+    """Products of a block for a prompt of so many tokens, each of which looks back on half of them."""
+    s = shape_of(config)
+    return tokens * (sum(map(math.prod, arch.layer_tensors(config).values())) + tokens * s.heads * s.head_dim)
