@@ -160,6 +160,26 @@ def test_the_score_is_that_of_a_student_by_hand(
     assert both["student"].nbytes == record["bytes"]
 
 
+def test_distill_in_so_many_bytes(
+    tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """`distill --bytes`: a search without finalists, then a run with its sizes and bits, which a resumed one keeps; the
+    file is no larger than asked for."""
+    few = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 2, "--eval-windows", 2, "--q-iters", 1)
+    flags = ("--teacher", llama.path, "--data", text_folder, *few, "--iters", 4, "--bench-tokens", 0)
+    done = command("distill", *flags, "--bytes", "190KB", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    result = last_line(done)
+    size = (tmp_path / "run" / "model" / "model.safetensors").stat().st_size
+    assert 0.9 * 190_000 < size <= 190_000
+    stored = run_folder.stored_settings(tmp_path / "run")
+    assert stored["bytes"] == "190KB" and stored["scenario"] == "none" and stored["target_bpw"] > 3.5
+    assert result["params_student"] < arch.params(llama.config)
+    refused = {("--layers", 2): "leave out --layers 2, or --bytes", ("--quantize", 0): "--quantize 0 wants none"}
+    for more, why in refused.items():
+        assert why in sentence(command("distill", *flags, "--bytes", "190KB", *more))
+
+
 def kill_at(out: Path, flags: list[object], env: dict[str, str], reached: Callable[[], bool]) -> None:
     """Start or resume a search and SIGKILL it once `reached`."""
     process = forks.start(["-m", "mis_mlx.search", *flags, "--out", out], env, stderr=subprocess.DEVNULL)

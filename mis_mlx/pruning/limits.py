@@ -11,7 +11,7 @@ from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner import estimates
 from mis_mlx.types import MisError, gib
 
-TENSOR_BYTES = 3 * 100  # of a matrix in a file's header: weight, scales, biases
+TENSOR_BYTES = 120  # in a file's header
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
 
 def _beside_weights(config: Mapping[str, Any], shape: Shape) -> int:
     """Bytes of a file beside its matrices: other numbers in 2 bytes, and the header."""
-    matrices = sum(len(size) > 1 for size in arch.layer_tensors(config).values())
-    return 2 * weights_of(config, shape)[1] + TENSOR_BYTES * (shape.layers * matrices + 2)
+    tensors = sum(3 if len(size) > 1 else 1 for size in arch.layer_tensors(config).values())  # with scales and biases
+    return 2 * weights_of(config, shape)[1] + TENSOR_BYTES * (shape.layers * tensors + 7)
 
 
 def bytes_limit(config: Mapping[str, Any], text: str, most: int) -> Limit:
