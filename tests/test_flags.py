@@ -287,7 +287,7 @@ def test_the_ends_of_every_range_can_be_planned(
         {"data": rows.get(name, str(text_folder))} if name not in ("export", "plan", "generate") else {}
     )
     more |= {} if name == "plan" else {"dry_run": True}
-    more |= {"search": {"tolerance": 0.15}, "evaluate": {"tasks": ("builtin",)}}.get(name, {})
+    more |= {"evaluate": {"tasks": ("builtin",)}}.get(name, {})
     if name == "grpo":
         more |= {"max_completion_length": 32, "max_seq_length": 128}
     base = module.Settings(**{at: str(llama.path), **more})

@@ -57,10 +57,11 @@ def split(held_out: Mapping[str, Windows], ranking: int, judging: int) -> tuple[
 
 
 def vocabularies(teacher: Checkpoint) -> list[int]:
-    """Numbers of rows that a student may have beside the teacher's own; none where its tokenizer cannot be trimmed."""
+    """Numbers of rows that a student may have beside the teacher's own: what tokenizer, special tokens and bytes allow."""
     rows, whole = set[int](), shape_of(teacher.config).vocab
-    with suppress(MisError):
-        rows = {vocabulary.size(share, teacher.path, whole) for share in VOCABULARIES}
+    for share in VOCABULARIES:
+        with suppress(MisError):
+            rows.add(vocabulary.size(share, teacher.path, whole))
     return sorted(rows - {whole})
 
 
@@ -257,4 +258,5 @@ def find(log: Path, sizes: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def finite(value: float) -> float | None:
+    """The number; None, which JSON has, for what is none."""
     return float(value) if math.isfinite(value) else None

@@ -1,0 +1,182 @@
+"""Bits per byte of text against bytes of weights: the teacher in fewer bits, pruned and rounded, and `distill --bytes`.
+
+    scripts/mis benchmarks/frontier.py                           # hours on 2 cores; finished rows are not run again
+    scripts/mis benchmarks/frontier.py --teacher gemma-3-270m
+    scripts/mis benchmarks/frontier.py --table                   # what there is, and the curve again
+
+Rows: the teacher; it as `mlx_lm.convert -q` rounds it to 8, 6, 5, 4 and 3 bits in groups of 64; the default scenario
+pruned and rounded to 4 bits, nothing learned; ours at the bytes of the 6-, 4- and 3-bit teacher and at half of the
+4-bit one's. Every model reads its own tokens. Texts: held-out windows of the kind trained on, English and Polish, and
+three kinds that nobody trained on (benchmarks/vocabulary.py). Excess is over the teacher, the mean of all texts.
+Writes benchmarks/results/<machine>/frontier-<teacher>.json after every row, and the curve.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laboratory import picture, stored, write
+from laboratory import start as begin
+from vocabulary import texts
+
+from mis_mlx import cli, distill, evaluate, prune
+from mis_mlx.models import load, resolve
+from mis_mlx.pruning import vocabulary
+from mis_mlx.quantization import packed_format
+from mis_mlx.reporting.text import markdown_table
+from mis_mlx.storage.files import DISK
+
+PLAIN = (8, 6, 5, 4, 3)
+OURS = {"6-bit": (6, 1.0), "4-bit": (4, 1.0), "3-bit": (3, 1.0), "half of 4-bit": (4, 0.5)}
+SCALES = 0.5  # bits of a weight, of scale and bias in groups of 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one teacher."""
+
+    teacher: str | None = None
+    """folder, hub id or gemma-3-270m; default: SmolLM2-135M-Instruct"""
+    sizes: tuple[str, ...] = ("half of 4-bit", "3-bit", "4-bit", "6-bit")
+    """of ours: the bytes of which teacher"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """of ours"""
+    eval_windows: int = 32
+    """of each text"""
+    table: bool = False
+    """print what there is, and make nothing"""
+
+
+def judged(teacher: Path, folder: Path, places: dict[str, Path], windows: int) -> dict[str, Any]:
+    """{text: bits per byte} of a model and of the teacher."""
+    found: dict[str, dict[str, float]] = {"model": {}, "teacher": {}}
+    for name, data in {"built in": None, **places}.items():
+        asked = evaluate.Settings(teacher=str(teacher), students=(str(folder),), eval_windows=windows,
+                                  data=str(data) if data else None)  # fmt: skip
+        for text, values in evaluate.run(asked).items():
+            if isinstance(values, dict) and "bpb_teacher" in values:
+                kind = text if data is None else name
+                found["teacher"][kind] = values["bpb_teacher"]
+                found["model"][kind] = next(v for k, v in values.items() if k.startswith("bpb_") and "teacher" not in k)
+    return found
+
+
+def excess(row: dict[str, Any]) -> float:
+    """Bits a byte above the teacher's, the mean of all texts."""
+    return sum(row["model"][text] - row["teacher"][text] for text in row["model"]) / len(row["model"])
+
+
+class Rows:
+    """What is made, one folder at a time."""
+
+    def __init__(self, s: Settings, place: Path):
+        self.s, self.place = s, place
+        self.teacher = resolve.resolve_model(s.teacher).path
+        self.name = f"frontier-{self.teacher.name}"
+        before = stored(self.name)
+        self.given = {"eval_windows": s.eval_windows}
+        self.rows: dict[str, Any] = before["rows"] if before.get("given") == self.given else {}
+        self.texts = texts(place)
+
+    def add(self, label: str, make: Any) -> None:
+        """Make a model's folder, judge it, and keep the numbers."""
+        if label in self.rows:
+            return
+        with tempfile.TemporaryDirectory(dir=self.place) as temp:
+            folder, more = make(Path(temp) / "made")
+            row = {"bytes": load.open_checkpoint(folder).nbytes, **more}
+            self.rows[label] = row | judged(self.teacher, folder, self.texts, self.s.eval_windows)
+        cli.say(f"{label}: {self.rows[label]['bytes'] / 1e6:.1f} MB, {excess(self.rows[label]):+.3f} bits a byte")
+        command = "scripts/mis benchmarks/frontier.py" + (f" --teacher {self.s.teacher}" if self.s.teacher else "")
+        write(self.name, command, {"given": self.given, "rows": self.rows})
+
+    def plain(self, bits: int) -> Any:
+        """mlx_lm.convert -q."""
+
+        def make(out: Path) -> tuple[Path, dict[str, Any]]:
+            convert = load.mlx_lm("convert").convert
+            convert(str(self.teacher), str(out), quantize=True, q_group_size=64, q_bits=bits, dtype="float16")
+            return out, {}
+
+        return make
+
+    def pruned(self, out: Path) -> tuple[Path, dict[str, Any]]:
+        """The default scenario, rounded to 4 bits."""
+        teacher = load.open_checkpoint(self.teacher)
+        scenario = vocabulary.defaults(None, None, teacher.config, self.teacher)
+        prune.run(prune.Settings(model=self.s.teacher, mlx_path=str(out.with_name("pruned")), **scenario))
+        packed_format.write_quantized(load.open_checkpoint(out.with_name("pruned")), out, 64, DISK)
+        return out, scenario
+
+    def ours(self, nbytes: int, seed: int) -> Any:
+        """distill --bytes."""
+
+        def make(out: Path) -> tuple[Path, dict[str, Any]]:
+            asked = distill.Settings(teacher=self.s.teacher, bytes=str(nbytes), seed=seed, out=str(out),
+                                     eval_windows=3, bench_tokens=0)  # fmt: skip
+            result = distill.run(asked)
+            model = load.open_checkpoint(out / "model")
+            config = {key: model.config[key] for key in ("num_hidden_layers", "intermediate_size", "vocab_size",
+                                                         "num_attention_heads")}  # fmt: skip
+            return out / "model", {"params": result["params_student"], "config": config, "seed": seed}
+
+        return make
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Markdown: bytes, excess in all texts and in each."""
+    kinds = list(next(iter(rows.values()))["model"]) if rows else []
+    lines = []
+    for label, row in sorted(rows.items(), key=lambda item: -item[1]["bytes"]):
+        each = (f"{row['model'][k] - row['teacher'][k]:+.3f}" for k in kinds)
+        lines.append([label, f"{row['bytes'] / 1e6:.1f}", f"{excess(row):+.3f}", *each])
+    return markdown_table(["", "MB", "excess, mean", *kinds], lines)
+
+
+def draw(rows: dict[str, Any]) -> Any:
+    """The curve: a line for the teacher in fewer bits, points for all else."""
+
+    def on(axes: Any) -> None:
+        plain = sorted(
+            (row["bytes"] / 1e6, excess(row)) for label, row in rows.items() if label.startswith("teacher in")
+        )
+        axes.plot(*zip(*plain, strict=True), "o-", color="#777777", label="the teacher in 8 to 3 bits (mlx_lm.convert)")
+        for label, row in rows.items():
+            if label.startswith("pruned"):
+                axes.plot(
+                    row["bytes"] / 1e6, excess(row), "s", color="#c0504d", label="pruned, 4 bits, nothing learned"
+                )
+        ours = [(row["bytes"] / 1e6, excess(row)) for label, row in rows.items() if label.startswith("ours")]
+        if ours:
+            axes.plot(*zip(*sorted(ours), strict=True), "D", color="#1f6f43", label="distill --bytes")
+        axes.set_xlabel("MB of weights")
+        axes.set_ylabel("bits per byte above the teacher")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
+
+    return on
+
+
+def main(s: Settings) -> None:
+    """Every row that is not there yet."""
+    with tempfile.TemporaryDirectory() as temp:
+        rows = Rows(s, Path(temp))
+        if not s.table:
+            for bits in PLAIN:
+                rows.add(f"teacher in {bits} bits", rows.plain(bits))
+            rows.add("pruned, 4 bits", rows.pruned)
+            for seed in s.seeds:
+                for size in s.sizes:
+                    bits, share = OURS[size]
+                    nbytes = int(share * rows.rows[f"teacher in {bits} bits"]["bytes"])
+                    rows.add(f"ours, {size}, seed {seed}", rows.ours(nbytes, seed))
+        print(table(rows.rows))
+        picture(rows.name, draw(rows.rows))
+
+
+if __name__ == "__main__":
+    begin(Settings, main)
