@@ -13,6 +13,7 @@ Writes benchmarks/results/<machine>/frontier-<teacher>.json after every row, and
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from laboratory import picture, stored, write
 from laboratory import start as begin
 from vocabulary import texts
 
-from mis_mlx import cli, distill, evaluate, prune
+from mis_mlx import cli, distill, prune
+from mis_mlx.data import preparation, token_windows
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
@@ -44,29 +48,37 @@ class Settings:
     """of ours: the bytes of which teacher"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of ours"""
-    eval_windows: int = 32
+    eval_windows: int = 8
     """of each text"""
     table: bool = False
     """print what there is, and make nothing"""
 
 
-def judged(teacher: Path, folder: Path, places: dict[str, Path], windows: int) -> dict[str, Any]:
-    """{text: bits per byte} of a model and of the teacher."""
-    found: dict[str, dict[str, float]] = {"model": {}, "teacher": {}}
-    for name, data in {"built in": None, **places}.items():
-        asked = evaluate.Settings(teacher=str(teacher), students=(str(folder),), eval_windows=windows,
-                                  data=str(data) if data else None)  # fmt: skip
-        for text, values in evaluate.run(asked).items():
-            if isinstance(values, dict) and "bpb_teacher" in values:
-                kind = text if data is None else name
-                found["teacher"][kind] = values["bpb_teacher"]
-                found["model"][kind] = next(v for k, v in values.items() if k.startswith("bpb_") and "teacher" not in k)
-    return found
+class Judge:
+    """Bits per byte of any model on windows of every text, each in its own tokens."""
+
+    def __init__(self, teacher: Path, places: dict[str, Path], count: int):
+        self.tokenizer = load.tokenizer(teacher)
+        self.windows = dict[str, Windows]()
+        for name, data in {"": None, **places}.items():
+            held_out = preparation.prepare(str(data) if data else None, self.tokenizer, 256).held_out
+            for text, windows in held_out.items():
+                self.windows[name or f"built in, {text}"] = comparison.chosen(windows, count)
+
+    def bits(self, folder: Path) -> dict[str, float]:
+        """{text: bits per byte}."""
+        model, found = load.open_checkpoint(folder), dict[str, float]()
+        trimmed = vocabulary.rows_of(folder) is not None
+        for name, windows in self.windows.items():
+            own = token_windows.reread(windows, self.tokenizer, load.tokenizer(folder)) if trimmed else windows
+            values = comparison.compare({"model": model}, own)["model", "nll"]
+            found[name] = comparison.per_byte(values, own) / math.log(2)
+        return found
 
 
-def excess(row: dict[str, Any]) -> float:
+def excess(row: dict[str, Any], teacher: dict[str, Any]) -> float:
     """Bits a byte above the teacher's, the mean of all texts."""
-    return sum(row["model"][text] - row["teacher"][text] for text in row["model"]) / len(row["model"])
+    return sum(row["bits"][text] - teacher["bits"][text] for text in row["bits"]) / len(row["bits"])
 
 
 class Rows:
@@ -79,7 +91,7 @@ class Rows:
         before = stored(self.name)
         self.given = {"eval_windows": s.eval_windows}
         self.rows: dict[str, Any] = before["rows"] if before.get("given") == self.given else {}
-        self.texts = texts(place)
+        self.judge = Judge(self.teacher, texts(place), s.eval_windows)
 
     def add(self, label: str, make: Any) -> None:
         """Make a model's folder, judge it, and keep the numbers."""
@@ -88,8 +100,9 @@ class Rows:
         with tempfile.TemporaryDirectory(dir=self.place) as temp:
             folder, more = make(Path(temp) / "made")
             row = {"bytes": load.open_checkpoint(folder).nbytes, **more}
-            self.rows[label] = row | judged(self.teacher, folder, self.texts, self.s.eval_windows)
-        cli.say(f"{label}: {self.rows[label]['bytes'] / 1e6:.1f} MB, {excess(self.rows[label]):+.3f} bits a byte")
+            self.rows[label] = row | {"bits": self.judge.bits(folder)}
+        over = excess(self.rows[label], self.rows["teacher"])
+        cli.say(f"{label}: {self.rows[label]['bytes'] / 1e6:.1f} MB, {over:+.3f} bits a byte")
         command = "scripts/mis benchmarks/frontier.py" + (f" --teacher {self.s.teacher}" if self.s.teacher else "")
         write(self.name, command, {"given": self.given, "rows": self.rows})
 
@@ -128,11 +141,11 @@ class Rows:
 
 def table(rows: dict[str, Any]) -> str:
     """Markdown: bytes, excess in all texts and in each."""
-    kinds = list(next(iter(rows.values()))["model"]) if rows else []
+    kinds = list(rows["teacher"]["bits"])
     lines = []
     for label, row in sorted(rows.items(), key=lambda item: -item[1]["bytes"]):
-        each = (f"{row['model'][k] - row['teacher'][k]:+.3f}" for k in kinds)
-        lines.append([label, f"{row['bytes'] / 1e6:.1f}", f"{excess(row):+.3f}", *each])
+        each = (f"{row['bits'][k] - rows['teacher']['bits'][k]:+.3f}" for k in kinds)
+        lines.append([label, f"{row['bytes'] / 1e6:.1f}", f"{excess(row, rows['teacher']):+.3f}", *each])
     return markdown_table(["", "MB", "excess, mean", *kinds], lines)
 
 
@@ -140,18 +153,15 @@ def draw(rows: dict[str, Any]) -> Any:
     """The curve: a line for the teacher in fewer bits, points for all else."""
 
     def on(axes: Any) -> None:
-        plain = sorted(
-            (row["bytes"] / 1e6, excess(row)) for label, row in rows.items() if label.startswith("teacher in")
-        )
-        axes.plot(*zip(*plain, strict=True), "o-", color="#777777", label="the teacher in 8 to 3 bits (mlx_lm.convert)")
-        for label, row in rows.items():
-            if label.startswith("pruned"):
-                axes.plot(
-                    row["bytes"] / 1e6, excess(row), "s", color="#c0504d", label="pruned, 4 bits, nothing learned"
-                )
-        ours = [(row["bytes"] / 1e6, excess(row)) for label, row in rows.items() if label.startswith("ours")]
-        if ours:
-            axes.plot(*zip(*sorted(ours), strict=True), "D", color="#1f6f43", label="distill --bytes")
+        kinds = {
+            "teacher in": ("o-", "the teacher in 8 to 3 bits (mlx_lm.convert)"),
+            "pruned": ("s", "pruned, 4 bits, nothing learned"),
+            "ours": ("D", "distill --bytes"),
+        }
+        for kind, (mark, label) in kinds.items():
+            mine = [row for name, row in rows.items() if name.startswith(kind)]
+            points = sorted((row["bytes"] / 1e6, excess(row, rows["teacher"])) for row in mine)
+            axes.plot([x for x, _ in points], [y for _, y in points], mark, label=label)
         axes.set_xlabel("MB of weights")
         axes.set_ylabel("bits per byte above the teacher")
         axes.set_yscale("log")
@@ -166,6 +176,7 @@ def main(s: Settings) -> None:
     with tempfile.TemporaryDirectory() as temp:
         rows = Rows(s, Path(temp))
         if not s.table:
+            rows.add("teacher", lambda _: (rows.teacher, {}))
             for bits in PLAIN:
                 rows.add(f"teacher in {bits} bits", rows.plain(bits))
             rows.add("pruned, 4 bits", rows.pruned)

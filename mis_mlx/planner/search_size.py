@@ -32,12 +32,14 @@ def work(
 
     prune = next(p for p in made.phases if p.name == "prune")
     sensed = compression_size.quantize(t, replace(how, q_method="round"), SENSED, length, limit.limit_bytes)
-    one = estimates.compared([t, m], 2 * s.rank_windows, length)
-    one = replace(one, peak_bytes=max(one.peak_bytes, estimates.tensor_bytes(t)))
+    windows, judging = (-(-4 * n // 3) for n in (s.rank_windows, s.eval_windows))  # of two texts
+    one = estimates.compared([t, m], windows, length)
+    passed = estimates.forward_flops(t, windows * length, length, False)  # the teacher's pass, which is done once
+    one = replace(one, peak_bytes=max(one.peak_bytes, estimates.tensor_bytes(t)), flops=one.flops - passed)
     rank = [times(prune, 1, "calibrate", prune.written_bytes - m.nbytes, 0), times(sensed, 1, "sensitivity", 0)]
     rank += [times(one, probes, f"{probes} axes alone", m.nbytes), times(one, count, f"rank {count}", 2 * m.nbytes)]
     ours = [p for p in made.phases if p.name not in NOT_OURS]
     trained = [times(p, finals, f"{p.name}, {finals} finalists", p.written_bytes, 0) for p in ours]
-    judged = estimates.compared([t, m, m, m], 2 * s.eval_windows, length)
+    judged = estimates.compared([t, m, m, m], judging, length)
     trained.append(times(judged, finals, "judge them", 2 * m.nbytes))
     return {"rank": rank, "finalists": trained if finals else []}, made
