@@ -139,14 +139,6 @@ class KeptUnits:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Token ids (B, T) int32 and learn mask (B, T) float32: 1 where the prediction made there counts."""
-
-    tokens: Any
-    learn: Any
-
-
-@dataclass(frozen=True)
 class Step:
     """One optimizer step, as the loop yields it. `loss` in nats per token, before eq. (2)'s factor. Alignment's losses
     are per what they count (tokens, pairs, answers); `more` holds further means of theirs."""
