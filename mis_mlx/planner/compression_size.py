@@ -40,31 +40,23 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
 
 def repair(job: DistillationSpec) -> StageCost:
     """Both models side by side, every down_proj refitted (pruning/reconstruct), whose inputs are kept meanwhile; the
-    new ones wait in memory."""
+    new ones wait in memory. Of a mixture the routers instead (pruning/router): every expert says something to all
+    tokens that there is room for, in training and held-out ones each, of which a step keeps and gathers some more; then
+    a pass goes on."""
     m, length, tokens = job.student, job.length, job.repair * job.length
+    small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
+    beside, read = small.peak_bytes, m.nbytes
     if m.shape.experts:
-        return _healed(job)
-    small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
-    fit_bytes, fit_flops = estimates.refit(m, tokens)
-    beside = small.peak_bytes + fit_bytes + 4 * m.shape.layers * m.shape.ffn * m.shape.hidden
-    beside += tokens * m.shape.ffn * m.item
+        each = m.shape.experts * m.shape.hidden * m.item  # of what all say to a token
+        said = 2 * min(tokens * each, ROUTER_BYTES)
+        beside, read = beside + 2 * said + tokens * m.shape.hidden * m.item, read + small.read_bytes
+        flops = 2.0 * min(tokens, said // (2 * each)) * m.shape.layers * m.block_params
+    else:
+        fit_bytes, fit_flops = estimates.refit(m, tokens)
+        beside += fit_bytes + (4 * m.shape.layers * m.shape.hidden + tokens * m.item) * m.shape.ffn
+        flops = m.shape.layers * fit_flops
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
-    flops = big.flops + small.flops + m.shape.layers * fit_flops
-    return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)
-
-
-def _healed(job: DistillationSpec) -> StageCost:
-    """The routers of a mixture instead (pruning/router): every expert says something to all tokens that there is room
-    for, in training and held-out ones each, of which a step keeps and gathers some more; then a pass goes on."""
-    m, length, tokens = job.student, job.length, job.repair * job.length
-    small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
-    each = m.shape.experts * m.shape.hidden * m.item  # of what all say to a token
-    said = 2 * min(tokens * each, ROUTER_BYTES)
-    beside = small.peak_bytes + 2 * said + tokens * m.shape.hidden * m.item
-    big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
-    told = min(tokens, said // (2 * each))
-    flops = big.flops + small.flops + 2.0 * told * m.shape.layers * m.block_params
-    return replace(big, read_bytes=big.read_bytes + m.nbytes + small.read_bytes, flops=flops)
+    return replace(big, read_bytes=big.read_bytes + read, flops=big.flops + small.flops + flops)
 
 
 def repair_parts(job: DistillationSpec, limit: int) -> StageCost:
