@@ -77,8 +77,7 @@ def load(
         keys = [_prompt(row) for row, _ in train]
         train, valid = rows.split_off(train, keys)
         if not valid:
-            why = f"{len(train)} rows with {len(set(keys))} prompts: nothing can be held out"
-            raise MisError(f"{why}: put valid.jsonl beside them")
+            raise MisError(f"{len(train)} rows with {len(set(keys))} prompts: nothing can be held out: add valid.jsonl")
         notes.append(f"no valid.jsonl: {len(valid)} rows of train are held out for it, by hash of their prompts")
     removed: Counter[str] = Counter()
     if scrub:
@@ -185,8 +184,9 @@ def encode(
                 break
             if not any(learn[1:length]):
                 taken = next((i for i, flag in enumerate(learn) if flag), len(ids))
-                why = f"the prompt takes {taken} tokens, --max-seq-length is {length}"
-                problems.append(f"{at}: {why}: no answer is left")
+                problems.append(
+                    f"{at}: the prompt takes {taken} of {length} tokens, --max-seq-length: no answer is left"
+                )
                 break
             cut += len(ids) > length
             sequences.append((np.array(ids[:length], np.int32), np.array(learn[:length], np.float32)))

@@ -97,10 +97,8 @@ def by_harness(checkpoint: Checkpoint, model_sha256: str, ids: Sequence[str], co
     return distributed.broadcast_json(lambda: [row for name in ids for row in rows_of(name)])
 
 
-@lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> Any:
-    """Opened once for all tasks: models come one after the other, in planning and in asking."""
-    return load.tokenizer(folder)
+# Opened once for all tasks: models come one after the other, in planning and in asking.
+_tokenizer = lru_cache(maxsize=1)(load.tokenizer)
 
 
 def _lengths(task: Task, number: int) -> list[int]:
@@ -135,8 +133,8 @@ def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bu
     lengths = list(map(option_likelihood.length, encoded))
     longest, total = max(lengths), sum(lengths)
     if longest > (most := checkpoint.config.get("max_position_embeddings") or longest):
-        which = f"{task.name} question {left[lengths.index(longest)] + 1}"
-        raise MisError(f"{which} takes {longest} tokens, {checkpoint.path} reads {most}: shorten or remove it")
+        n = left[lengths.index(longest)] + 1
+        raise MisError(f"{task.name} question {n} takes {longest} tokens, {checkpoint.path} reads {most}: shorten it")
     rows = max(longest, option_likelihood.ROWS)
     how: dict[str, Any] = {"micro_tokens": rows, "length": rows, "limit_bytes": limit.limit_bytes, "spool": False}
     phase = partial(estimates.streamed_pass, task.name, m, **how)

@@ -122,8 +122,7 @@ def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
     """A student judged token by token must share the tokenizer: `other`, if the files are equal byte for byte."""
     a, b = (m.path / "tokenizer.json" for m in (teacher, other))
     if a.is_file() and b.is_file() and a.read_bytes() != b.read_bytes():
-        why = f"{other.path} has another tokenizer than {teacher.path}: token losses of the two cannot be compared"
-        raise MisError(f"{why}; use a student made from this teacher, with the same tokens")
+        raise MisError(f"{other.path} has another tokenizer than {teacher.path}: use a student of this teacher")
     return other
 
 

@@ -46,16 +46,12 @@ class Outcome:
         """Of what the teacher knows; None where it knows nothing."""
         return recovery(self.marks[model], self.teacher, self.chance) if self.knows else None
 
-    def difference(self, model: str) -> Three:
-        """Model less teacher, paired."""
-        return interval(self.marks[model] - self.teacher)
-
     def json(self) -> dict[str, Any]:
         """Everything of it, numbers not rounded."""
         models = {}
         for name, marks in self.marks.items():
             models[name] = {"score": interval(marks), "recovery": self.recovered(name), "marks": marks.tolist()}
-            models[name] |= {"less_teacher": self.difference(name)}
+            models[name] |= {"less_teacher": interval(marks - self.teacher)}
         about = {"task": self.task, "about": self.about, "sha256": self.sha256, "n": len(self.chance)}
         about |= {"chance": float(self.chance.mean())}
         about["u_zoski"] = self.constant and dict(zip(("share", "answer"), self.constant, strict=True))
@@ -87,7 +83,7 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
 
 def _student(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Tasks on which it is worse than the teacher, the same as far as one can tell, better, and clearly better."""
-    less = {o.task: o.difference(name) for o in outcomes}
+    less = {o.task: interval(o.marks[name] - o.teacher) for o in outcomes}
     return {
         "name": name,
         "below": [task for task, (_, _, high) in less.items() if high < 0],

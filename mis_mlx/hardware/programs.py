@@ -68,8 +68,7 @@ def quantizer() -> list[str]:
         return [program]
     if importlib.util.find_spec("llama_cpp"):
         return [sys.executable, "-c", QUANTIZE]
-    why = "K-quants are made by llama.cpp, which is not here"
-    raise MisError(f"{why}: `brew install llama.cpp`, or `pip install llama-cpp-python`, or another --out-type")
+    raise MisError("no llama.cpp: `brew install llama.cpp`, or `pip install llama-cpp-python`, or another --out-type")
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:

@@ -18,8 +18,7 @@ def agreed(made: phases.MemoryPlan) -> phases.MemoryPlan:
     job = made.job
     made = phases.one(job, made.budget_bytes, made.rates, **distributed.broadcast_json(lambda: made.way))
     if made.mode == "sharded":
-        why = f"{distributed.size()} machines train a student that each has whole in memory, and within "
-        why += f"{gib(made.budget_bytes)} this one is to be trained one part of it at a time"
+        why = f"{distributed.size()} machines train a student whole, {gib(made.budget_bytes)} hold a part of this one"
         raise MisError(f"{why}: give more --budget, leave out --train, or use one machine")
     return made
 

@@ -95,8 +95,7 @@ class DistillationConfig(TrainingConfig):
         if self.targets == "cached" and self.temperature != 1.0:
             raise MisError(f"--targets cached are those of temperature 1, not {self.temperature:g}: use --targets live")
         if self.targets == "cached" and self.cross_entropy:
-            why = "cross_entropy needs the teacher itself, --targets cached its samples only"
-            raise MisError(f"{why}: use --targets live")
+            raise MisError("cross_entropy needs the teacher itself, --targets cached has samples: use --targets live")
 
 
 TUNE_ITERS = 20
