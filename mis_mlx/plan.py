@@ -17,35 +17,23 @@ from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.pruning.select import Scenario
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import html
-from mis_mlx.reporting.text import aligned, markdown_table
+from mis_mlx.reporting.text import aligned
 from mis_mlx.types import Checkpoint, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
 
 def table(plan: phases.MemoryPlan) -> str:
-    """For people: what will be made, how long and how much memory each phase takes, how; or that nothing fits, and what
-    would. With -v every byte of it."""
-    job, phase, verbose = plan.job, {p.name: p for p in plan.phases}, cli.DETAILS in os.environ
+    """For people: what is made, time and memory of each phase, how; or what would fit. With -v every byte of it."""
+    job, names = plan.job, [p.name for p in plan.phases]
     whole, hot = job.shown or job.teacher, sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
     hours = duration(plan.seconds) + (f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else "")
-    if verbose:
-        one = estimates.token(job.teacher, job.length, plan.budget_bytes)
-        head = ["phase", "read", "written", "peak memory", "operations", "time", "of an SSD's life"]
-        rows = [
-            [p.name, *map(gib, (p.read_bytes, p.written_bytes, p.peak_bytes)), f"{p.flops:.1e}",
-             duration(p.seconds(plan.rates)), f"{p.written_bytes / LIFE_BYTES:.4%}"]
-            for p in (*plan.phases, one)
-        ]  # fmt: skip
-    else:
-        head = ["phase", "time", "peak memory"]
-        rows = [[name, duration(p.seconds(plan.rates)), gib(p.peak_bytes)] for name, p in phase.items()]
-        rows.append(["all", hours, f"{gib(plan.peak_bytes)} of {gib(plan.budget_bytes)}"])
     return html.document("plan.md", {
         "plan": plan, "before": arch.params(whole.config), "after": arch.params(job.student.config), "gib": gib,
-        "words": shape_search.words(job.student.shape, whole.shape), "verbose": verbose, "hours": hours,
-        "packed": compression_size.packed_bytes(job.student, job.rounding) if "quantize" in phase else 0,
-        "table": markdown_table(head, rows), "remedy": phases.remedy(plan), "disk": disk_bytes(plan),
+        "words": shape_search.words(job.student.shape, whole.shape), "hours": hours, "duration": duration,
+        "packed": compression_size.packed_bytes(job.student, job.rounding) if "quantize" in names else 0,
+        "one": estimates.token(job.teacher, job.length, plan.budget_bytes), "verbose": cli.DETAILS in os.environ,
+        "remedy": phases.remedy(plan), "disk": disk_bytes(plan),
         "visit": phases.steps_per_shard(job, plan.shard_layers or job.student.shape.layers), "life": LIFE_BYTES,
         "spooled": max(p.spooled_bytes for p in plan.phases), "written": sum(p.written_bytes for p in plan.phases),
     })  # fmt: skip

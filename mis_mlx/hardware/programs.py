@@ -50,8 +50,7 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: 
 
 
 def unpack_debian(names: Sequence[str], into: Path) -> list[str]:
-    """Names and today's versions of Debian packages, unpacked into `into` without root. MisError: apt has none, or is
-    not here."""
+    """Names and versions of Debian packages, unpacked into `into` without root. MisError: apt is absent or has none."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise MisError(f"this system has no apt to bring {' and '.join(names)}")
     _download(["apt-get", "download", "-qq", *names], f"apt could not download {' and '.join(names)}", folder=into)

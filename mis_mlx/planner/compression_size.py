@@ -40,9 +40,8 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
 
 def repair(job: DistillationSpec) -> StageCost:
     """Both models side by side, every down_proj refitted (pruning/reconstruct), whose inputs are kept meanwhile; the
-    new ones wait in memory. Of a mixture the routers instead (pruning/router): every expert says something to all
-    tokens that there is room for, in training and held-out ones each, of which a step keeps and gathers some more; then
-    a pass goes on."""
+    new ones wait in memory. Of a mixture the routers (pruning/router): every expert says something to all tokens that
+    there is room for, in training and held-out ones each, of which a step gathers some more; then a pass goes on."""
     m, length, tokens = job.student, job.length, job.repair * job.length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
     beside, read = small.peak_bytes, m.nbytes
@@ -97,10 +96,9 @@ def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, l
 
 
 def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit_bytes: int) -> StageCost:
-    """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/gptq).
-
-    In numpy: a block's gram matrices, five of the largest to take its factor, and 28 bytes for each weight of the
-    largest set of matrices with the same inputs."""
+    """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/gptq). In
+    numpy: a block's gram matrices, five of the largest to take its factor, and 28 bytes for each weight of the largest
+    set of matrices with the same inputs."""
     s = m.shape
     queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
     sides = [(s.hidden, queries + 2 * keys), (queries, s.hidden), (s.hidden, 2 * s.ffn), (s.ffn, s.hidden)]  # in, out
@@ -116,7 +114,6 @@ def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit
 
 def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int) -> StageCost:
     """`then`, after a pass forwards and one back (bit_allocation), inputs of all blocks spooled if need be.
-
     Beside the block: it once more in float32, in all formats together (26 bits and scales), what its matrices see of
     some windows, and a slab of gradients and errors. Traffic and operations are those of its docstring."""
     window = length * m.shape.hidden * m.item

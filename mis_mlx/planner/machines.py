@@ -1,7 +1,6 @@
 """Several machines on one job: the plan they agree on, and which of a model's blocks are whose.
 
-Does not know how they find each other (models/distributed) nor how blocks are passed through
-(models/pipeline_parallel)."""
+Not how they find each other (models/distributed), nor how blocks are passed through (models/pipeline_parallel)."""
 
 from mis_mlx import cli
 from mis_mlx.hardware.rates import Rates
@@ -36,7 +35,6 @@ def shares(made: phases.MemoryPlan) -> tuple[int, ...]:
 
 def opened(checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, length: int, layers: bool) -> Stream:
     """A model for passes of `tokens` that all machines make: whole for each, or its blocks shared out (`layers`).
-
     room_bytes: of this machine, for the head and for blocks that stay."""
     where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, checkpoint.nbytes > limit.limit_bytes
     if distributed.size() == 1 or not layers:

@@ -1,8 +1,7 @@
 """The phases of a distillation in bytes, operations and memory, and which way of training fits a budget.
 
-Does not know flags, nor how the work is done. `resident`: the student fits with gradients and moments. `blocks`: with
-moments of 8 bits and one block's gradient. `lora`: with adapters alone that change. `sharded`: it is streamed, some
-blocks of it trainable at a time."""
+Knows no flags, nor how the work is done. `resident`: the student fits with gradients and moments. `blocks`: with 8-bit
+moments and one block's gradient. `lora`: only adapters change. `sharded`: streamed, some blocks trainable at a time."""
 
 import math
 from collections.abc import Iterator
@@ -66,8 +65,7 @@ def _way_back(job: DistillationSpec, micro: int, rank: int = 0) -> int:
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
-    """The packed student whole in memory, its scales learning: integers; these and values as floats for the way back,
-    in every lane; and one block's gradient."""
+    """The packed student whole in memory, its scales learning: integers; float copies a lane; one block's gradient."""
     m, s = job.student, job.student.shape
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
     nbytes = compression_size.packed_bytes(m, job.rounding)
@@ -84,8 +82,7 @@ def _taught(
     job: DistillationSpec, plain: StageCost, micro: int, limit: int, iters: int, trained: int, saved: int, work: int
 ) -> StageCost:
     """`plain`, a student whole in memory and one step of it, with all its steps that train so many parameters, its
-    checkpoints of `saved` bytes, and its teacher. work: of its bytes those that it holds only after the teacher's
-    pass."""
+    checkpoints of `saved` bytes, its teacher. work: of its bytes those held only after the teacher's pass."""
     t, length, peak, flops = job.teacher, job.length, plain.peak_bytes, plain.flops
     keeps, read = 0, iters * job.step * job.target_bytes
     if job.targets == "live":
@@ -225,8 +222,7 @@ def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
 def one(
     job: DistillationSpec, limit: int, rates: Rates, mode: Mode, micro: int, shard: int, tuned: int | None = None
 ) -> MemoryPlan:
-    """The plan of one way, whether it fits or not. tuned: steps after rounding; None: those asked for, or, where
-    nobody asked, the usual ones if they fit."""
+    """The plan of one way, fit or not. tuned: steps after rounding; None: as asked for, else the usual if they fit."""
     known = TENSOR_BYTES * job.teacher.tensors
     left = max(0, limit - known)
     own = known + process_bytes(left, job.teacher.gpu)

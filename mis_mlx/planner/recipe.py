@@ -1,5 +1,4 @@
-"""What a training is asked for: the flags that training commands have; a distillation in sizes and counts, as plans are
-made of it. Does not know what it takes (planner/phases) nor what fits."""
+"""What a training is asked for: its flags; a distillation in sizes and counts. Not what it takes (planner/phases)."""
 
 from __future__ import annotations
 
@@ -98,9 +97,6 @@ class DistillationConfig(TrainingConfig):
             raise MisError("cross_entropy needs the teacher itself, --targets cached has samples: use --targets live")
 
 
-TUNE_ITERS = 20
-
-
 @dataclass(frozen=True)
 class QuantizationConfig:
     """How a model is quantized: mlx-lm's names, where it has them."""
@@ -139,6 +135,7 @@ class QuantizationConfig:
         return TUNE_ITERS * whole if asked is None else asked
 
 
+TUNE_ITERS = 20
 ITERS = 30  # steps of a repaired student; a Gemma, unrepaired, was worse in Polish after so few than before
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay

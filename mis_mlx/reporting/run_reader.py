@@ -1,7 +1,6 @@
 """What a run folder tells, as far as it goes: every file may be missing, torn, or of another version.
 
-Nothing in here is to be trusted as HTML. Logs are thinned line by line: a million take no more memory than a thousand,
-and no spike is lost."""
+Nothing in here is safe as HTML. Logs are thinned line by line: a million take a thousand's memory, no spike is lost."""
 
 import json
 import math

@@ -142,8 +142,7 @@ class Replay:
 
 
 def _lines(path: Path) -> Generator[Any, None, None]:
-    """The header, then the records one by one, so that days of recording need no memory. MisError with a line number
-    for what is neither, and where time runs backwards."""
+    """The header, then the records one by one: days need no memory. MisError names the line that is wrong, or early."""
     lines, last_s = rows.parsed(path), -math.inf
     _, header, _ = next(lines, (1, None, None))
     yield _header(path, header)
