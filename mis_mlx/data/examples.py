@@ -184,9 +184,8 @@ def encode(
                 break
             if not any(learn[1:length]):
                 taken = next((i for i, flag in enumerate(learn) if flag), len(ids))
-                problems.append(
-                    f"{at}: the prompt takes {taken} of {length} tokens, --max-seq-length: no answer is left"
-                )
+                why = f"the prompt takes {taken} tokens, --max-seq-length is {length}"
+                problems.append(f"{at}: {why}: no answer is left")
                 break
             cut += len(ids) > length
             sequences.append((np.array(ids[:length], np.int32), np.array(learn[:length], np.float32)))

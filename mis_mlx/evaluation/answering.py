@@ -133,8 +133,8 @@ def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bu
     lengths = list(map(option_likelihood.length, encoded))
     longest, total = max(lengths), sum(lengths)
     if longest > (most := checkpoint.config.get("max_position_embeddings") or longest):
-        n = left[lengths.index(longest)] + 1
-        raise MisError(f"{task.name} question {n} takes {longest} tokens, {checkpoint.path} reads {most}: shorten it")
+        which = f"{task.name} question {left[lengths.index(longest)] + 1}"
+        raise MisError(f"{which} takes {longest} tokens, {checkpoint.path} reads {most}: shorten or remove it")
     rows = max(longest, option_likelihood.ROWS)
     how: dict[str, Any] = {"micro_tokens": rows, "length": rows, "limit_bytes": limit.limit_bytes, "spool": False}
     phase = partial(estimates.streamed_pass, task.name, m, **how)
