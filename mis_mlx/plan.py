@@ -70,8 +70,7 @@ class Settings(cli.Budgeted, QuantizationConfig, DistillationConfig):
     """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
 
     teacher: str | None = None
-    """folder (config.json is enough) or hub id; mis-137b: the paper's; qwen3-30b-a3b: a mixture; default:
-    SmolLM2-135M-Instruct"""
+    """folder (config.json is enough), hub id, mis-137b (the paper's), qwen3-30b-a3b; default: SmolLM2-135M-Instruct"""
     student: str | None = None
     """folder of a student pruned earlier; default: what --scenario gives"""
     scenario: Scenario | None = None
@@ -98,8 +97,7 @@ def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
 
 
 def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> list[estimates.ModelSize]:
-    """[the teacher with the vocabulary that --vocab leaves, the student]: as `distill` makes them where flags are left
-    out, but that the paper's teacher becomes the paper's student."""
+    """[teacher with the vocabulary of --vocab, student], as `distill` makes them; of the paper's teacher the paper's."""
     config, folder = (opened.config, opened.path) if isinstance(opened, Checkpoint) else (opened, None)
     if not s.student:
         name = s.scenario or ("goral" if s.teacher == "mis-137b" else None)

@@ -69,8 +69,6 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     overlaps = [(o.task, *o.overlap) for o in outcomes if o.overlap]
     values: dict[str, Any] = {"names": names, "interval": interval, "tables": tables, "outcomes": outcomes}
     values |= {
-        "ignorant": [o.task for o in outcomes if not o.beats_chance],
-        "counting": [o.task for o in outcomes if o.beats_chance and not o.knows],
         "constant": [f"{o.task} ({a})" for o, share, a in constants if interval(o.teacher - share)[1] <= 0],
         "alike": [o.task for o in alike],
         "fewest": min((len(o.chance) for o in alike), default=0),

@@ -6,7 +6,6 @@ moments and one block's gradient. `lora`: only adapters change. `sharded`: strea
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 from mis_mlx.hardware.memory import process_bytes
@@ -69,9 +68,8 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     m, s = job.student, job.student.shape
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
     nbytes = compression_size.packed_bytes(m, job.rounding)
-    head = m.head_params * 4 * (1 if s.tied else 2) + training_size.logit_bytes(
-        s.vocab, micro * job.length, bool(job.host_lanes)
-    )
+    head = m.head_params * 4 * (1 if s.tied else 2)
+    head += training_size.logit_bytes(s.vocab, micro * job.length, bool(job.host_lanes))
     work = training_size.activation_bytes(m.config, micro, job.length)
     peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
     plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.length), True)
@@ -246,8 +244,7 @@ def one(
 
 
 def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
-    """The best plan that fits: by its mode, as in `job.modes`, then the largest micro-batch, then the one that reads
-    least; if none fits, the one that needs least memory."""
+    """The best plan that fits: first by `job.modes`, then micro-batch, then bytes read; else that of least memory."""
     plans = [one(job, budget_bytes, rates, *way) for way in ways(job)]
     fitting = [p for p in plans if p.fits]
     if not fitting:
@@ -259,9 +256,10 @@ def least_bytes(job: DistillationSpec, rates: Rates) -> int:
     """The smallest budget in which some way of doing the job fits."""
     arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
     known = TENSOR_BYTES * job.teacher.tensors
-    return reduce(
-        lambda least, _: arrays + process_bytes(least - known, job.teacher.gpu), range(20), arrays
-    )  # its own share grows, but slower
+    least = arrays
+    for _ in range(20):  # its own share grows, but slower
+        least = arrays + process_bytes(least - known, job.teacher.gpu)
+    return least
 
 
 def remedy(plan: MemoryPlan) -> str:

@@ -30,8 +30,7 @@ def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
 
 
 def logit_bytes(vocab: int, tokens: int, host: bool = False) -> int:
-    """The chunks of logits under way at once, five float32 arrays each (maths/losses); or, on the host, the teacher's
-    and the student's of one chunk (models/host_losses)."""
+    """Logits under way: chunks of five float32 arrays (maths/losses); on the host two, of one chunk (host_losses)."""
     rows = chunk_rows(vocab)
     if host:
         return 2 * min(tokens, rows) * vocab * 4

@@ -84,8 +84,7 @@ class Header:
 
 @contextmanager
 def recorder(path: Path, header: Header) -> Iterator[Callable[[Raw], None]]:
-    """What adds a look to a new recording, called `FILE.part` until it is done. Every line is on its way to the disk
-    when it is added, so an interrupted recording is a recording too."""
+    """What adds a look to a new recording, `FILE.part` until it is done; an interrupted one has all looks so far."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf8") as file:
 
