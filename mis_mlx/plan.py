@@ -97,7 +97,7 @@ def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
 
 
 def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> list[estimates.ModelSize]:
-    """[teacher with the vocabulary of --vocab, student], as `distill` makes them; of the paper's teacher the paper's."""
+    """[teacher with the vocabulary of --vocab, student], as in `distill`; of the paper's teacher the paper's."""
     config, folder = (opened.config, opened.path) if isinstance(opened, Checkpoint) else (opened, None)
     if not s.student:
         name = s.scenario or ("goral" if s.teacher == "mis-137b" else None)
