@@ -174,9 +174,9 @@ def _terminal() -> Iterator[Any]:
 @contextmanager
 def run(label: str, planned: Mapping[str, float] | None = None) -> Iterator[Display]:
     """What a command does from here on, and its phases; inside of what is shown already, if anything is."""
-    for display in cli.SHOWN:
-        with display.level(label):
-            yield display
+    if cli.SHOWN:
+        with cli.SHOWN[0].level(label):
+            yield cli.SHOWN[0]
         return
     cli.SHOWN.append(display := Display(planned or {}))
     try:
