@@ -68,11 +68,6 @@ class Roof:
         """The least that moving `nbytes` and doing `flops` takes: they overlap (Williams et al. 2009)."""
         return max(nbytes / self.memory_bytes_per_s, flops / self.flops_per_s)
 
-    def bound(self, nbytes: float, flops: float) -> str:
-        """Which of the two takes longer."""
-        memory = nbytes / self.memory_bytes_per_s >= flops / self.flops_per_s
-        return "memory bandwidth" if memory else "arithmetic"
-
 
 _PUBLISHED = json.loads((Path(__file__).parent / "m1-air.json").read_text("utf-8"))
 M1_AIR = Rates(**_PUBLISHED, room_bytes=recommended_bytes(8 * GIB))
