@@ -107,12 +107,10 @@ def history_of(path: Path, names: Sequence[str]) -> History:
 
 def _number(value: Any) -> float | None:
     """A finite number, or None for anything else that JSON can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            return float(value) if math.isfinite(value) else None
+    return None
 
 
 class RunRecord(NamedTuple):

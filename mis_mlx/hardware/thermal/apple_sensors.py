@@ -173,8 +173,7 @@ class Smc:
 
     def read(self) -> dict[str, str]:
         """{key: its value} of those of KEYS that there are."""
-        values = {key: self.value(key) for key in KEYS}
-        return {key: value for key, value in values.items() if value is not None}
+        return {key: value for key in KEYS if (value := self.value(key)) is not None}
 
     def value(self, key: str) -> str | None:
         """ "type:bytes in hex" of a key such as "TCMz"; `None` when the machine has no such key."""
