@@ -125,8 +125,7 @@ def run(settings: Settings) -> dict[str, Any]:
     settings = replace(settings, **packed_format.of_mixture(config, settings))
     whole, (teacher, student) = estimates.model_of(opened, at.gpu), _pair(settings, opened, at.gpu)
     job = spec_of(teacher, student, settings, settings if settings.quantize else PLAIN, shown=whole)
-    budget = memory.budget(settings.budget_bytes, at.room_bytes)
-    plan = phases.make(job, budget.limit_bytes, at)
+    plan = phases.make(job, memory.budget(settings.budget_bytes, at.room_bytes).limit_bytes, at)
     print(aligned(table(plan)))
     if settings.machine == "here" and (said := battery(ThermalFlags())):
         print(f"\nThis machine is {said}.")

@@ -218,8 +218,7 @@ def without_overlap(held_out: Windows, train: Windows, span: int = 32) -> tuple[
     count = len(held_out.tokens)
     if len(shared) == count:
         raise MisError(f"all {count} held-out windows share {span} tokens in a row with train: bring other test text")
-    keep = np.setdiff1d(np.arange(count), shared)
-    return held_out.pick(keep), len(shared)
+    return held_out.pick(np.setdiff1d(np.arange(count), shared)), len(shared)
 
 
 def fingerprint(windows: Windows) -> str:

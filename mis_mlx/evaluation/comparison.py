@@ -33,8 +33,7 @@ Figures = dict[str, tuple[float, float | None]]  # {metric: (value, its standard
 def chosen(held_out: Windows, count: int) -> Windows:
     """`count` windows spread evenly over the held-out text, or all when there are fewer."""
     n = len(held_out.tokens)
-    at = np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int))
-    return held_out.pick(at)
+    return held_out.pick(np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)))
 
 
 def alone(model: Checkpoint) -> stream.Stream:

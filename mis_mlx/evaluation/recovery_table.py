@@ -9,8 +9,6 @@ import numpy as np
 from mis_mlx.maths.stats import interval, recovery
 from mis_mlx.reporting import figures, html
 
-Three = tuple[float, float, float]  # value, low, high
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -42,8 +40,8 @@ class Outcome:
         counts = self.uniform is not None and interval(self.teacher - self.uniform)[1] <= 0
         return self.beats_chance and not counts
 
-    def recovered(self, model: str) -> Three | None:
-        """Of what the teacher knows; None where it knows nothing."""
+    def recovered(self, model: str) -> tuple[float, float, float] | None:
+        """(share, low, high) of what the teacher knows; None where it knows nothing."""
         return recovery(self.marks[model], self.teacher, self.chance) if self.knows else None
 
     def json(self) -> dict[str, Any]:

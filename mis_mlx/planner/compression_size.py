@@ -88,8 +88,7 @@ def packed_bytes(m: ModelSize, how: QuantizationConfig | None = None) -> int:
 def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, limit: int) -> StageCost:
     """Tensor by tensor; passes over `windows` before it say what bits cost, one beside it makes up for errors."""
     how = how.affine
-    plain = estimates.tensor_bytes(m) + 2 * m.head_params
-    made = StageCost("quantize", m.nbytes, packed_bytes(m, how), plain, 0.0)
+    made = StageCost("quantize", m.nbytes, packed_bytes(m, how), estimates.tensor_bytes(m) + 2 * m.head_params, 0.0)
     if how.q_method == "gptq":
         made = _compensated(made, m, windows * length, length, limit)
     return _sensed(made, m, windows, length, limit) if how.target_bpw is not None else made
@@ -129,13 +128,12 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     touched = windows * (12 + 4 * formats) + math.ceil(windows / batch) * 20 * formats
     held = min(windows, estimates.room(limit, peak, m.gpu) // (window * m.shape.layers))
     spooled = (windows - held) * window * m.shape.layers
-    flops = 4 * estimates.forward_flops(m, windows * length, length)
     return replace(
         then,
         read_bytes=then.read_bytes + 2 * m.nbytes + spooled,
         written_bytes=then.written_bytes + spooled,
         peak_bytes=max(then.peak_bytes, peak + held * window * m.shape.layers),
-        flops=then.flops + flops,
+        flops=then.flops + 4 * estimates.forward_flops(m, windows * length, length),
         touched_bytes=then.touched_bytes + touched * s.layers * m.block_params,
         held_tokens=min(then.held_tokens or windows * length, held * length),
     )

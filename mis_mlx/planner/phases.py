@@ -27,8 +27,7 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
     t, length, steps = job.teacher, job.length, max(job.iters, job.rounding.steps(True))
     windows = steps * job.batch * job.accumulate
     one = streamed_pass("", t, length, length, length, spool=False)
-    more = room(limit, one.peak_bytes, t.gpu) // (length * t.shape.hidden * t.item)
-    at_once = 1 + min(more, windows - 1)
+    at_once = 1 + min(room(limit, one.peak_bytes, t.gpu) // (length * t.shape.hidden * t.item), windows - 1)
     read, written = math.ceil(windows / at_once) * one.read_bytes, windows * length * job.target_bytes
     peak = one.peak_bytes + (at_once - 1) * length * t.shape.hidden * t.item
     return StageCost("logit store", read, written, peak, windows * one.flops, held_tokens=at_once * length)
@@ -85,8 +84,7 @@ def _taught(
     keeps, read = 0, iters * job.step * job.target_bytes
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
-        body = t.body_bytes(estimates.workspace_bytes(t, micro * length, length))
-        peak += max(0, body - work)
+        peak += max(0, t.body_bytes(estimates.workspace_bytes(t, micro * length, length)) - work)
         peak += t.slots_bytes + t.head_work + job.step * t.shape.hidden * t.item
         keeps = estimates.pins(t, room(limit, peak, t.gpu))
         read = t.head_bytes + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))

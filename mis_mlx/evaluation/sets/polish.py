@@ -58,12 +58,10 @@ def dialect(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[questi
     adverb, language = SLOTS[slot]
     labels, texts = [], []
     for number, (polish, dialect) in enumerate(pairs):
-        rng = random.Random(f"{slot}-{number}")
-        is_dialect = number % 2 == 0
-        label = {True: language, False: "polskim"}[is_dialect]
-        text = f"Tekst: {dialect if is_dialect else polish}\nTo jest tekst w języku {questions.BLANK}"
+        shown, label = (polish, "polskim") if number % 2 else (dialect, language)
+        text = f"Tekst: {shown}\nTo jest tekst w języku {questions.BLANK}"
         labels.append({"text": text, "options": ["polskim", language], "answer": label})
-        both = questions.some(rng, (polish, dialect), 2)
+        both = questions.some(random.Random(f"{slot}-{number}"), (polish, dialect), 2)
         texts.append({"text": f"To samo {adverb}: {questions.BLANK}", "options": both, "answer": dialect})
     about = f"{len(pairs)} pairs, {origin}"
     return [
