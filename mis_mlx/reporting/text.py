@@ -8,9 +8,13 @@ from pathlib import Path
 
 from mis_mlx.types import Row, Step, gib
 
+TABLES = json.loads((Path(__file__).parent / "templates" / "tables.json").read_text("utf-8"))
 Metrics = Sequence[tuple[str, str, str]]  # of a table's lines: name in rows, label, number format
-TABLES: dict[str, Metrics] = json.loads((Path(__file__).parent / "templates" / "tables.json").read_text("utf-8"))
-metrics = TABLES.__getitem__  # of the table of this name
+
+
+def metrics(name: str) -> Metrics:
+    """Those of the table of this name in templates/tables.json."""
+    return [(metric, label, form) for metric, (label, form) in TABLES[name].items()]
 
 
 def step_text(step: Step, budget_bytes: int | None = None, planned_tps: float | None = None) -> str:
