@@ -19,10 +19,7 @@ STEPS = ("number", "loss", "tokens", "seconds", "peak_bytes")
 AIR = ("die_c", "ambient_c")
 KEEPS = ("pruned/keep.json", "distilled/keep.json", "model/keep.json")  # the first that is there
 MAPPINGS = run_folder.CONFIG, run_folder.ORIGIN, run_folder.RESULT
-# With each file of a run, in the order of `read`.
-LOST = ("the plan, and what each phase took", "the settings", "versions and hashes",
-        "the result; the run has not come to its end", "who was kept", "texts of the models", "the recovery table",
-        "the steps", "temperatures; no thermometer was read")  # fmt: skip
+LOST: dict[str, str] = yaml.safe_load((Path(__file__).parent / "templates" / "lost.yaml").read_text("utf-8"))
 MOST_POINTS = 2400  # that a series keeps: when it has more, its runs become twice as long
 LINE_BYTES = 1 << 16  # what is longer is no record of ours
 MOST = 1000  # pauses that are kept one by one
@@ -169,8 +166,8 @@ def read(folder: Path) -> RunRecord:
         "thermal.jsonl": history_of(folder / "thermal.jsonl", AIR),
     }
     missing = list[str]()
-    for (name, held), what in zip(files.items(), LOST, strict=True):
-        log = held if isinstance(held, History) else None
+    for name, held in files.items():
+        log, what = held if isinstance(held, History) else None, LOST[Path(name).name]
         if not (folder / name).is_file() or (log and not log.lines):
             missing.append(f"{name} is missing: {what}")
         elif held is None:
