@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -29,7 +29,7 @@ SWITCHES = {ACCEPT: {"MIS_MLX_ACCEPT": "gemma"}, "-v": {DETAILS: "1"}, "--verbos
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set by mlx.launch and mpirun, of several processes together
 DEVICE = re.compile(r"\[METAL\]|\[metal::|\[malloc|kIOGPU")  # how errors of MLX begin that are the device's
 MEMORY_GONE = re.compile(r"\[malloc|\[metal::malloc\]|Insufficient Memory|OutOfMemory")
-BARS = list[Callable[[str, int], AbstractContextManager[Callable[[int], None]]]]()  # (label, total), on display now
+SHOWN = list[Any]()  # the display of what this process does (reporting/progress.Display), if there is one
 MOST_BYTES = 2**50
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": GIB}
 
@@ -98,7 +98,8 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
         if type(value) is int and not _fits(value, hints[name]) and _fits(str(value), hints[name]):
             value = str(value)  # `vocab: 16384`
         if not _fits(value, hints[name]):
-            raise MisError(f"{path}: {key} is {value!r}, the setting takes {_words(hints[name])}: mend that line")
+            takes = flag_help.metavar(hints[name]) or "true or false"
+            raise MisError(f"{path}: {key} is {value!r}, the setting takes {takes}: mend that line")
         result[name] = tuple(value) if isinstance(value, list) else value
     return result
 
@@ -113,17 +114,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is tuple:
         return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
     return type(value) in ((int, float) if hint is float else (hint,))
-
-
-def _words(hint: Any) -> str:
-    """A type for people: 'goral, baca or none', 'a whole number'."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind is Literal:
-        return " or ".join(map(str, inner))
-    if kind in (Union, UnionType):
-        return " or ".join(map(_words, inner))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "nothing"}
-    return names.get(hint, "a list")
 
 
 def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None = None) -> Any:
@@ -272,7 +262,7 @@ def say(*lines: str) -> None:
 
 def counted(label: str, items: Iterable[T], total: int) -> Iterator[T]:
     """The items, one after the other; how many are done is on display, where there is one (reporting/progress)."""
-    with BARS[-1](label, total) if BARS else nullcontext(lambda done: None) as show:
+    with SHOWN[0].level(label, total) if SHOWN else nullcontext(lambda done: None) as show:
         for done, item in enumerate(items):
             show(done)
             yield item

@@ -88,10 +88,9 @@ def _texts(s: Settings, models: Models, tokenizer: Any, limit: Budget, length: i
     estimates.fit(limit, planned)
     # One pass is made of each model: blocks stay in memory only to take the next windows while others work.
     room = estimates.room(limit.limit_bytes, planned.peak_bytes) if s.spread == "layers" else 0
-    tokens = s.eval_windows * length
 
     def opened(model: Checkpoint) -> stream.Stream:
-        return machines.opened(model, limit, room, tokens, length, s.spread == "layers")
+        return machines.opened(model, limit, room, s.eval_windows * length, length, s.spread == "layers")
 
     for name, held_out in preparation.prepare(s.data, tokenizer, length).held_out.items():
         chosen = comparison.chosen(held_out, s.eval_windows)
@@ -144,8 +143,7 @@ def _outcomes(s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes
         more = wanted.known.overlap(task), task.sha256, answering.uniform(models["teacher"], task)
         yield Outcome(task.name, task.about, by_model, chance, constant, *more)
     if wanted.harness:
-        ask = answering.by_harness
-        theirs = [ask(m, hashes[name], wanted.harness, s.num_questions) for name, m in models.items()]
+        theirs = [answering.by_harness(m, hashes[name], wanted.harness, s.num_questions) for name, m in models.items()]
         for rows in zip(*theirs, strict=True):
             about = f"lm-eval {lm_eval_tasks.version()}, {rows[0]['metric']}"
             by_model = {name: np.array(row["marks"]) for name, row in zip(models, rows, strict=True)}

@@ -1,6 +1,5 @@
 """--help and --help-all of a command: its settings as flags, in groups, with what their docstrings say."""
 
-import ast
 import inspect
 import json
 import shutil
@@ -10,6 +9,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from docstring_parser import parse_from_object
 
 from mis_mlx.types import FILE_ONLY
 
@@ -29,11 +30,7 @@ def docs(kind: type) -> dict[str, str]:
     """{field: the string under it in the source}, of the class and those it is made of."""
     texts = dict[str, str]()
     for one in reversed(kind.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, text in zip(body.body, body.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                texts[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+        texts |= {p.arg_name: " ".join((p.description or "").split()) for p in parse_from_object(one).params}
     return texts
 
 

@@ -17,35 +17,23 @@ from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.pruning.select import Scenario
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import html
-from mis_mlx.reporting.text import aligned, markdown_table
+from mis_mlx.reporting.text import aligned
 from mis_mlx.types import Checkpoint, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
 
 def table(plan: phases.MemoryPlan) -> str:
-    """For people: what will be made, how long and how much memory each phase takes, how; or that nothing fits, and what
-    would. With -v every byte of it."""
-    job, phase, verbose = plan.job, {p.name: p for p in plan.phases}, cli.DETAILS in os.environ
+    """For people: what is made, time and memory of each phase, how; or what would fit. With -v every byte of it."""
+    job, names = plan.job, [p.name for p in plan.phases]
     whole, hot = job.shown or job.teacher, sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
     hours = duration(plan.seconds) + (f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else "")
-    if verbose:
-        one = estimates.token(job.teacher, job.length, plan.budget_bytes)
-        head = ["phase", "read", "written", "peak memory", "operations", "time", "of an SSD's life"]
-        rows = [
-            [p.name, *map(gib, (p.read_bytes, p.written_bytes, p.peak_bytes)), f"{p.flops:.1e}",
-             duration(p.seconds(plan.rates)), f"{p.written_bytes / LIFE_BYTES:.4%}"]
-            for p in (*plan.phases, one)
-        ]  # fmt: skip
-    else:
-        head = ["phase", "time", "peak memory"]
-        rows = [[name, duration(p.seconds(plan.rates)), gib(p.peak_bytes)] for name, p in phase.items()]
-        rows.append(["all", hours, f"{gib(plan.peak_bytes)} of {gib(plan.budget_bytes)}"])
     return html.document("plan.md", {
         "plan": plan, "before": arch.params(whole.config), "after": arch.params(job.student.config), "gib": gib,
-        "words": shape_search.words(job.student.shape, whole.shape), "verbose": verbose, "hours": hours,
-        "packed": compression_size.packed_bytes(job.student, job.rounding) if "quantize" in phase else 0,
-        "table": markdown_table(head, rows), "remedy": phases.remedy(plan), "disk": disk_bytes(plan),
+        "words": shape_search.words(job.student.shape, whole.shape), "hours": hours, "duration": duration,
+        "packed": compression_size.packed_bytes(job.student, job.rounding) if "quantize" in names else 0,
+        "one": estimates.token(job.teacher, job.length, plan.budget_bytes), "verbose": cli.DETAILS in os.environ,
+        "remedy": phases.remedy(plan), "disk": disk_bytes(plan),
         "visit": phases.steps_per_shard(job, plan.shard_layers or job.student.shape.layers), "life": LIFE_BYTES,
         "spooled": max(p.spooled_bytes for p in plan.phases), "written": sum(p.written_bytes for p in plan.phases),
     })  # fmt: skip
@@ -82,8 +70,7 @@ class Settings(cli.Budgeted, QuantizationConfig, DistillationConfig):
     """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
 
     teacher: str | None = None
-    """folder (config.json is enough) or hub id; mis-137b: the paper's; qwen3-30b-a3b: a mixture; default:
-    SmolLM2-135M-Instruct"""
+    """folder (config.json is enough), hub id, mis-137b (the paper's), qwen3-30b-a3b; default: SmolLM2-135M-Instruct"""
     student: str | None = None
     """folder of a student pruned earlier; default: what --scenario gives"""
     scenario: Scenario | None = None
@@ -110,8 +97,7 @@ def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
 
 
 def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> list[estimates.ModelSize]:
-    """[the teacher with the vocabulary that --vocab leaves, the student]: as `distill` makes them where flags are left
-    out, but that the paper's teacher becomes the paper's student."""
+    """[teacher with the vocabulary of --vocab, student], as in `distill`; of the paper's teacher the paper's."""
     config, folder = (opened.config, opened.path) if isinstance(opened, Checkpoint) else (opened, None)
     if not s.student:
         name = s.scenario or ("goral" if s.teacher == "mis-137b" else None)
@@ -139,8 +125,7 @@ def run(settings: Settings) -> dict[str, Any]:
     settings = replace(settings, **packed_format.of_mixture(config, settings))
     whole, (teacher, student) = estimates.model_of(opened, at.gpu), _pair(settings, opened, at.gpu)
     job = spec_of(teacher, student, settings, settings if settings.quantize else PLAIN, shown=whole)
-    budget = memory.budget(settings.budget_bytes, at.room_bytes)
-    plan = phases.make(job, budget.limit_bytes, at)
+    plan = phases.make(job, memory.budget(settings.budget_bytes, at.room_bytes).limit_bytes, at)
     print(aligned(table(plan)))
     if settings.machine == "here" and (said := battery(ThermalFlags())):
         print(f"\nThis machine is {said}.")

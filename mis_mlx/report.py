@@ -33,7 +33,8 @@ class Settings:
 
 def render(stories: Sequence[run_reader.RunRecord], every_s: int | None = None) -> str:
     """The page. every_s: how often a browser is to open it anew."""
-    names = sections.labels(stories)
+    names = [s.name for s in stories]
+    names = [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]  # no two alike
     parts = [html.part("heading", text=" and ".join(names))]
     if len(stories) > 1:
         parts.append(_part("comparison", partial(sections.comparison, stories, names)))

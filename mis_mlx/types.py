@@ -127,23 +127,14 @@ class Reading:
 @dataclass(frozen=True)
 class KeptUnits:
     """What a pruning keeps, and why; saved beside the model as `keep.json`. `layers`: teacher layers kept, in order.
-    `kept[(layer, space)]`: sorted indices kept in that teacher layer; `kept[(-1, "hidden")]` for the residual stream,
-    which all layers share. basis: where the stream was rotated before the cut, the teacher's channels to the student's,
-    an array (D, d); saved as `rotation.npy`."""
+    `kept[(layer, space)]`: sorted indices kept in that teacher layer; `kept[(-1, "hidden")]`: of the residual stream of
+    all layers. basis (D, d): where that was rotated before the cut, teacher's to student's channels; `rotation.npy`."""
 
     layers: tuple[int, ...]
     kept: Mapping[tuple[int, str], tuple[int, ...]]
     why: str
     report: Mapping[str, Any] = field(default_factory=dict)
     basis: Any = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids (B, T) int32 and learn mask (B, T) float32: 1 where the prediction made there counts."""
-
-    tokens: Any
-    learn: Any
 
 
 @dataclass(frozen=True)

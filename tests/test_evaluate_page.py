@@ -33,7 +33,7 @@ def test_recovery_by_hand() -> None:
 def test_the_interval_is_paired() -> None:
     """A student that loses two of the teacher's answers is judged by these two, not by the luck of the questions."""
     o = outcome(teacher=80, student=78)
-    _, low, high = o.difference("student")
+    _, low, high = interval(o.marks["student"] - o.teacher)
     assert -0.06 < low < 0 and high <= 0
     apart = interval(o.teacher)
     assert high - low < (apart[2] - apart[1]) / 2

@@ -15,7 +15,6 @@ from mis_mlx.data import examples, token_windows
 from mis_mlx.distillation import live_teacher, train_loop
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.models import attention_masks, distributed, load
-from mis_mlx.types import Batch
 
 MULTIPLE = 8  # that a padded length is of: fewer different shapes, for which memory is kept
 PADDING = -1  # the row that padding is of
@@ -86,7 +85,7 @@ class PackedDataset:
         def of_step(step: int) -> list[live_teacher.MicroBatch]:
             at = drawn(self.lengths, batch_size, parts, step, seed, distributed.shard)
             cut = [rectangle([self.windows[i] for i in part]) for part in at]
-            signal = source.micro_batches([Batch(tokens, learn) for tokens, learn, _ in cut], at)
+            signal = source.micro_batches([(tokens, learn) for tokens, learn, _ in cut], at)
             return [(tokens, rows, *rest) for (_, _, rows), (tokens, *rest) in zip(cut, signal, strict=True)]
 
         return of_step

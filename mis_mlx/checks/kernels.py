@@ -1,6 +1,4 @@
-"""This device's kernels, and our own arithmetic on it, beside numpy in float64.
-
-A check gives (what was found, the most that is right); NaN is never right."""
+"""This device's kernels and our arithmetic beside numpy in float64: (found, the most that is right); NaN never is."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -9,12 +9,13 @@ numbers stay; a telephone number must be written as one: with +, in groups, with
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from mis_mlx.data import rows, token_windows
 from mis_mlx.data.rows import Placed, Row
@@ -28,14 +29,7 @@ SHAPES: rows.Shapes = {
 }
 BUILT_IN = Path(__file__).parent / "tasks"  # with answers worked, right and wrong; benchmarks/task_files.py made them
 LICENCE_CHARACTERS = 500  # of a licence file, kept as a note
-EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
-PESEL = re.compile(r"(?<![\d-])\d{11}(?![\d-])")
-NIP = re.compile(r"(?<![\d-])(?:PL ?)?(?:\d{10}|\d{3}-\d{3}-\d{2}-\d{2}|\d{3}-\d{2}-\d{2}-\d{3})(?![\d-])")
-# Abroad: + and 7 to 14 digits. Poland: perhaps +48, then 3-3-3 of a mobile or 2-3-2-2 of a landline, in groups.
-MOBILE = r"(?:45|5[0137]|6[069]|7[2389]|88)\d[ -]\d{3}[ -]\d{3}"
-AREA = r"\(?(?:1[2-8]|2[2-59]|3[234]|4[1-468]|5[24-689]|6[1-3578]|7[14-7]|8[1-79]|9[145])\)?"
-LANDLINE = rf"{AREA}[ -]\d{{3}}[ -]\d{{2}}[ -]\d{{2}}"
-PHONE = re.compile(rf"(?<![\d+-])(?:(?:\+|00)\d(?:[ -]?\(?\d\)?){{7,13}}|{MOBILE}|{LANDLINE})(?![\d-])")
+PERSONAL: dict[str, str] = yaml.safe_load((Path(__file__).parent / "personal.yaml").read_text("utf-8"))
 Sequenced = tuple[np.ndarray, np.ndarray]  # token ids (T,) int32, learn (T,) float32: 1 on tokens to be predicted
 
 
@@ -77,8 +71,7 @@ def load(
         keys = [_prompt(row) for row, _ in train]
         train, valid = rows.split_off(train, keys)
         if not valid:
-            why = f"{len(train)} rows with {len(set(keys))} prompts: nothing can be held out"
-            raise MisError(f"{why}: put valid.jsonl beside them")
+            raise MisError(f"{len(train)} rows with {len(set(keys))} prompts: nothing can be held out: add valid.jsonl")
         notes.append(f"no valid.jsonl: {len(valid)} rows of train are held out for it, by hash of their prompts")
     removed: Counter[str] = Counter()
     if scrub:
@@ -148,18 +141,11 @@ def is_nip(text: str) -> bool:
     return any(digits) and total % 11 == digits[9]
 
 
-KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
-    "e-mail": (EMAIL, bool),
-    "PESEL": (PESEL, is_pesel),
-    "NIP": (NIP, is_nip),
-    "telephone": (PHONE, bool),
-}
-
-
 def scrub(text: str, removed: Counter[str]) -> str:
     """`text` with "[e-mail]", "[PESEL]" and so on in their places; `removed` counts them by kind."""
-    for kind, (pattern, valid) in KINDS.items():
-        for match in reversed([m for m in pattern.finditer(text) if valid(m[0])]):
+    for kind, pattern in PERSONAL.items():
+        valid = {"PESEL": is_pesel, "NIP": is_nip}.get(kind, bool)
+        for match in reversed([m for m in re.finditer(pattern, text) if valid(m[0])]):
             text = f"{text[: match.start()]}[{kind}]{text[match.end() :]}"
             removed[kind] += 1
     return text

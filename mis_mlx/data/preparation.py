@@ -87,8 +87,7 @@ def _from_hub(name: str) -> Texts:
     try:
         import datasets
     except ImportError as error:
-        why = f"'{name}' is no folder here, and reading it from the hub needs the datasets package"
-        raise MisError(f"{why}: pip install 'mis-mlx[data]'") from error
+        raise MisError(f"'{name}' is no folder here, the hub needs datasets: pip install 'mis-mlx[data]'") from error
     try:
         found = datasets.load_dataset(name)
     except Exception as error:  # the package raises dozens of kinds, all of them "could not get it"

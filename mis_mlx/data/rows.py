@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -135,40 +136,33 @@ def _bare(row: Row) -> Row:
 
 
 def parsed(path: Path) -> Iterator[Numbered]:
-    """Every line that is not blank. MisError when the disk fails."""
-    for number, line in _lines(path):
-        if line is None:
-            yield number, None, f"longer than {LINE_LIMIT_BYTES} bytes"
-            continue
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.rstrip(b"\r\n").decode("utf-8")), None
-        except UnicodeDecodeError as error:
-            yield number, None, f"not UTF-8 (byte {error.start + 1})"
-        except RecursionError:
-            yield number, None, "not valid JSON (nested too deeply)"
-        except json.JSONDecodeError as error:
-            yield number, None, f"not valid JSON ({error.msg}, column {error.colno})"
-        except ValueError:
-            yield number, None, "not valid JSON (a number with thousands of digits)"
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(number from 1, bytes of the line), None where it is over the limit, which is never held whole."""
+    """Every line that is not blank; one over the limit is never held whole. MisError when the disk fails."""
     try:
         with path.open("rb") as file:
-            number = 0
-            while line := file.readline(LINE_LIMIT_BYTES + 1):
-                number += 1
+            for number, raw in enumerate(iter(partial(file.readline, LINE_LIMIT_BYTES + 1), b""), 1):
+                line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
                 if len(line) > LINE_LIMIT_BYTES and not line.endswith(b"\n"):
                     while (rest := file.readline(2**16)) and not rest.endswith(b"\n"):
                         pass
-                    yield number, None
-                else:
-                    yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                    yield number, None, f"longer than {LINE_LIMIT_BYTES} bytes"
+                elif line.strip():
+                    yield number, *_value(line.rstrip(b"\r\n"))
     except OSError as error:
         raise MisError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
+
+
+def _value(line: bytes) -> tuple[object, str | None]:
+    """(what it says, None) or (None, why it says nothing)."""
+    try:
+        return json.loads(line.decode("utf-8")), None
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8 (byte {error.start + 1})"
+    except RecursionError:
+        return None, "not valid JSON (nested too deeply)"
+    except json.JSONDecodeError as error:
+        return None, f"not valid JSON ({error.msg}, column {error.colno})"
+    except ValueError:
+        return None, "not valid JSON (a number with thousands of digits)"
 
 
 def key(value: object) -> str:

@@ -53,8 +53,7 @@ def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[list[int]]:
         except MisError:
             raise
         except Exception as error:  # a template is a program that came with the model: it can raise anything
-            why = f"the tokenizer's chat template refuses row {number} ({error})"
-            raise MisError(f"{why}: fix the row, or use a model with a chat template, or rows of plain text") from error
+            raise MisError(f"the chat template refuses row {number} ({error}): fix it, or use plain text") from error
     return tokenized
 
 
@@ -231,10 +230,8 @@ def without_overlap(held_out: Windows, train: Windows, span: int = 32) -> tuple[
     shared = overlap(train, held_out, span)
     count = len(held_out.tokens)
     if len(shared) == count:
-        why = f"all {count} held-out windows share {span} tokens in a row with the training text"
-        raise MisError(f"{why}: bring other test text")
-    keep = np.setdiff1d(np.arange(count), shared)
-    return held_out.pick(keep), len(shared)
+        raise MisError(f"all {count} held-out windows share {span} tokens in a row with train: bring other test text")
+    return held_out.pick(np.setdiff1d(np.arange(count), shared)), len(shared)
 
 
 def fingerprint(windows: Windows) -> str:

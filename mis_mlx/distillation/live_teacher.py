@@ -27,8 +27,9 @@ from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.planner.recipe import SAMPLES, TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
-from mis_mlx.types import Batch, Checkpoint, MisError, Step
+from mis_mlx.types import Checkpoint, MisError, Step
 
+Batch = tuple[mx.array, mx.array]  # token ids (B, T) int32; learn (B, T) float32: 1 where the prediction there counts
 MicroBatch = tuple[mx.array, ...]  # tokens (B, T), learn (B * T,), then the targets of these B * T positions
 
 
@@ -55,12 +56,12 @@ class StreamedTeacher:
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
         """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); for cross-entropy labels (B * T,)."""
         micro = []
-        pieces = [lanes.cut(b.tokens) for b in batches]
+        pieces = [lanes.cut(tokens) for tokens, _ in batches]
         coming = iter(self.hidden(list(chain.from_iterable(pieces))))
-        for batch, parts in zip(batches, pieces, strict=True):
+        for (tokens, learn), parts in zip(batches, pieces, strict=True):
             hidden = mx.concatenate([next(coming) for _ in parts])
-            label = [labels(batch.tokens)] if self._cross_entropy else []
-            micro.append((batch.tokens, batch.learn.reshape(-1), hidden.reshape(-1, hidden.shape[-1]), *label))
+            label = [labels(tokens)] if self._cross_entropy else []
+            micro.append((tokens, learn.reshape(-1), hidden.reshape(-1, hidden.shape[-1]), *label))
         return micro
 
     def gradient_of(self, student: nn.Module) -> Callable[..., Any] | None:
@@ -92,7 +93,7 @@ class TextTargets:
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
         """Tokens (B, T), learn and labels (B * T,)."""
-        return [(b.tokens, b.learn.reshape(-1), labels(b.tokens)) for b in batches]
+        return [(tokens, learn.reshape(-1), labels(tokens)) for tokens, learn in batches]
 
     def kl_sum(
         self, hidden: mx.array, head: mx.array, learn: mx.array, *target: mx.array, frozen_head: bool = False
@@ -160,7 +161,7 @@ def step_micro_batches(
     def micro_batches(step: int) -> list[MicroBatch]:
         at = distributed.shard(order(len(data.tokens), each, step, recipe.seed))
         parts = [at[i : i + recipe.batch_size] for i in range(0, len(at), recipe.batch_size)]
-        return source.micro_batches([Batch(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts], parts)
+        return source.micro_batches([(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts], parts)
 
     return micro_batches
 
@@ -254,12 +255,12 @@ class Cached:
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray]) -> list[MicroBatch]:
         """Tokens, learn, ids and weights (B * T, m). windows: which of the data each batch holds, (B,)."""
         made = []
-        for batch, wanted in zip(batches, windows, strict=True):
+        for (tokens, learn), wanted in zip(batches, windows, strict=True):
             rows = np.searchsorted(self._windows, wanted)
             if not np.array_equal(np.take(self._windows, rows, mode="clip"), wanted):
                 raise ValueError(f"windows {wanted} are not all in {self._store.folder}")
-            flat = [mx.array(a.reshape(batch.learn.size, -1)) for a in self._store.windows(rows)]
-            made.append((batch.tokens, batch.learn.reshape(-1), *flat))
+            flat = [mx.array(a.reshape(learn.size, -1)) for a in self._store.windows(rows)]
+            made.append((tokens, learn.reshape(-1), *flat))
         return made
 
     def kl_sum(

@@ -19,7 +19,7 @@ TEXT_LIMIT, DIGIT_LIMIT = 160, 30  # characters of a value; digits of a number
 _KINDS = json.loads((Path(__file__).parent / "units.json").read_text("utf-8"))
 # Name of a unit: its kind, and its factor to the smallest one of that.
 _UNITS = {n: (kind, int(f)) for kind, factors in _KINDS.items() for f, names in factors.items() for n in names.split()}
-_SPACES = "\u00a0\u2009\u202f"  # no-break, thin and narrow no-break spaces, as typeset numbers have them
+_SPACES = "[\u00a0\u2009\u202f]"  # no-break, thin and narrow no-break spaces, as typeset numbers have them
 _NUMBER = re.compile(
     r"(?P<sign>[-+−–]|minus )? ?"
     r"(?:(?P<whole>[0-9]+) (?:i |and )?(?P<top>[0-9]{1,2}) ?/ ?(?P<bottom>[0-9]{1,3})(?![0-9.,])"
@@ -49,9 +49,7 @@ def clean(text: str) -> str | None:
     """One line without markup and doubled spaces; None where it is too long or holds characters one cannot see."""
     if len(text) > TEXT_LIMIT:
         return None
-    text = unicodedata.normalize("NFC", text)
-    for space in _SPACES:
-        text = text.replace(space, " ")
+    text = re.sub(_SPACES, " ", unicodedata.normalize("NFC", text))
     if any(unicodedata.category(c) in ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp") and c != "\t" for c in text):
         return None
     for wrapped in (r"\text{", r"\mathrm{", r"\textbf{"):

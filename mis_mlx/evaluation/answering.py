@@ -97,10 +97,8 @@ def by_harness(checkpoint: Checkpoint, model_sha256: str, ids: Sequence[str], co
     return distributed.broadcast_json(lambda: [row for name in ids for row in rows_of(name)])
 
 
-@lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> Any:
-    """Opened once for all tasks: models come one after the other, in planning and in asking."""
-    return load.tokenizer(folder)
+# Opened once for all tasks: models come one after the other, in planning and in asking.
+_tokenizer = lru_cache(maxsize=1)(load.tokenizer)
 
 
 def _lengths(task: Task, number: int) -> list[int]:

@@ -33,8 +33,7 @@ Figures = dict[str, tuple[float, float | None]]  # {metric: (value, its standard
 def chosen(held_out: Windows, count: int) -> Windows:
     """`count` windows spread evenly over the held-out text, or all when there are fewer."""
     n = len(held_out.tokens)
-    at = np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int))
-    return held_out.pick(at)
+    return held_out.pick(np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)))
 
 
 def alone(model: Checkpoint) -> stream.Stream:
@@ -132,8 +131,7 @@ def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
     """A student judged token by token must share the tokenizer: `other`, if the files are equal byte for byte."""
     a, b = (m.path / "tokenizer.json" for m in (teacher, other))
     if a.is_file() and b.is_file() and a.read_bytes() != b.read_bytes():
-        why = f"{other.path} has another tokenizer than {teacher.path}: token losses of the two cannot be compared"
-        raise MisError(f"{why}; use a student made from this teacher, with the same tokens")
+        raise MisError(f"{other.path} has another tokenizer than {teacher.path}: use a student of this teacher")
     return other
 
 

@@ -60,10 +60,9 @@ def samples(folder: Path, ids: Sequence[str], count: int, tasks_folder: Path | N
         try:
             found = lm_eval.simple_evaluate(adapter, tasks=list(ids), task_manager=_manager(tasks_folder), **how)
         except (OSError, ValueError, RuntimeError) as error:  # as hub, datasets and requests say that nothing comes
-            reason = " ".join(str(error).split())[:160]
-            why = f"lm-eval could not run {', '.join(ids)} ({type(error).__name__}: {reason})"
-            remedy = "its data come from the Hugging Face hub, so check the network, or take --tasks polish-offline"
-            raise MisError(f"{why}: {remedy}") from None
+            why = f"{', '.join(ids)} ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+            remedy = "check the network, for the hub's data, or take --tasks polish-offline"
+            raise MisError(f"lm-eval could not run {why}: {remedy}") from None
     return found["samples"]
 
 
@@ -72,8 +71,7 @@ def marks(name: str, found: Sequence[Sample]) -> dict[str, Any]:
     ordered = sorted((s for s in found if s.get("filter") == found[0].get("filter")), key=lambda s: s["doc_id"])
     metric = next((m for m in METRICS if m in ordered[0]), None)
     if metric is None:
-        why = f"{name} is scored by none of {', '.join(METRICS)}"
-        raise MisError(f"{why}: its marks cannot be compared question by question")
+        raise MisError(f"{name} is scored by none of {', '.join(METRICS)}: take a task that is")
     choice = ordered[0].get("resps") and metric == "acc"
     chance = [1 / len(s["resps"]) if choice and len(s["resps"]) > 1 else 0.0 for s in ordered]
     return {"task": name, "marks": [float(np.mean(s[metric])) for s in ordered], "chance": chance, "metric": metric}

@@ -23,7 +23,6 @@ import numpy as np
 from mis_mlx.data import preparation, rows
 from mis_mlx.types import MisError
 
-Kind = Literal["choice", "checked"]
 SHAPES: rows.Shapes = {
     "choice": ("question", "options", "answer"),
     "cloze": ("text", "options", "answer"),
@@ -57,7 +56,7 @@ class Task:
     log-likelihood per character, as in lm-eval's acc_norm; otherwise by their sums, as in its acc."""
 
     name: str
-    kind: Kind
+    kind: Literal["choice", "checked"]
     questions: tuple[Question, ...]
     about: str = ""
     per_character: bool = False

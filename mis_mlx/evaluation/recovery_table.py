@@ -9,8 +9,6 @@ import numpy as np
 from mis_mlx.maths.stats import interval, recovery
 from mis_mlx.reporting import figures, html
 
-Three = tuple[float, float, float]  # value, low, high
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -42,20 +40,16 @@ class Outcome:
         counts = self.uniform is not None and interval(self.teacher - self.uniform)[1] <= 0
         return self.beats_chance and not counts
 
-    def recovered(self, model: str) -> Three | None:
-        """Of what the teacher knows; None where it knows nothing."""
+    def recovered(self, model: str) -> tuple[float, float, float] | None:
+        """(share, low, high) of what the teacher knows; None where it knows nothing."""
         return recovery(self.marks[model], self.teacher, self.chance) if self.knows else None
-
-    def difference(self, model: str) -> Three:
-        """Model less teacher, paired."""
-        return interval(self.marks[model] - self.teacher)
 
     def json(self) -> dict[str, Any]:
         """Everything of it, numbers not rounded."""
         models = {}
         for name, marks in self.marks.items():
             models[name] = {"score": interval(marks), "recovery": self.recovered(name), "marks": marks.tolist()}
-            models[name] |= {"less_teacher": self.difference(name)}
+            models[name] |= {"less_teacher": interval(marks - self.teacher)}
         about = {"task": self.task, "about": self.about, "sha256": self.sha256, "n": len(self.chance)}
         about |= {"chance": float(self.chance.mean())}
         about["u_zoski"] = self.constant and dict(zip(("share", "answer"), self.constant, strict=True))
@@ -73,8 +67,6 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     overlaps = [(o.task, *o.overlap) for o in outcomes if o.overlap]
     values: dict[str, Any] = {"names": names, "interval": interval, "tables": tables, "outcomes": outcomes}
     values |= {
-        "ignorant": [o.task for o in outcomes if not o.beats_chance],
-        "counting": [o.task for o in outcomes if o.beats_chance and not o.knows],
         "constant": [f"{o.task} ({a})" for o, share, a in constants if interval(o.teacher - share)[1] <= 0],
         "alike": [o.task for o in alike],
         "fewest": min((len(o.chance) for o in alike), default=0),
@@ -87,7 +79,7 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
 
 def _student(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Tasks on which it is worse than the teacher, the same as far as one can tell, better, and clearly better."""
-    less = {o.task: o.difference(name) for o in outcomes}
+    less = {o.task: interval(o.marks[name] - o.teacher) for o in outcomes}
     return {
         "name": name,
         "below": [task for task, (_, _, high) in less.items() if high < 0],

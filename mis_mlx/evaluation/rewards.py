@@ -43,7 +43,8 @@ def answer_in(text: str) -> str | None:
     said, last = _said(lines[-1]), lines[-1]
     if said is None:
         return last if len(lines) == 1 else None
-    if len({_bare(a) for line in lines if (a := _said(line)) is not None}) != 1:
+    answers = [answer for line in lines if (answer := _said(line)) is not None]
+    if len({re.sub(r"[\s*_$]", "", answer).rstrip(".") for answer in answers}) != 1:
         return None
     lead = last.partition(_BOX)[0] if _BOX in last else ""
     # "None of these is right:" or "certainly not", and the answer on a line of its own.
@@ -66,10 +67,6 @@ def _said(line: str) -> str | None:
         return _UNREADABLE
     lead = line[label.start(1) : start].strip(" \t$*_") if label else ""
     return f"{lead} {inner} {tail}".strip()
-
-
-def _bare(answer: str) -> str:
-    return re.sub(r"[\s*_$]", "", answer).rstrip(".")
 
 
 _right = cache(answer_parsing.value)  # of an answer of the data, which many completions are compared with

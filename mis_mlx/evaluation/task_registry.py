@@ -83,9 +83,8 @@ def _continued(data: str | None, known: questions.Known) -> list[questions.Task]
         task = questions.task(name, places, "", per_character=True)
         new = tuple(q for q in task.questions if not known.holds(q))
         if len(new) < 2:
-            why = f"{len(new)} share no 13 words with the training text, the task {CONTINUE} needs 2"
-            remedy = "give another test.jsonl, or leave the task out"
-            raise MisError(f"of {len(places)} places in the held-out text {why}: {remedy}")
+            why = f"of {len(places)} places in the held-out text {len(new)} share no 13 words with the training text"
+            raise MisError(f"{why}, the task {CONTINUE} needs 2: give another test.jsonl, or leave the task out")
         about = "held-out text; the next 6 words of 30 against three endings from elsewhere; places that share "
         about += f"13 words in a row with the training text left out, {len(places) - len(new)} of {len(places)}"
         tasks.append(replace(task, questions=new, about=about))

@@ -23,7 +23,6 @@ SLOW = (
 
 def renamed(library: bytes) -> bytes:
     """A 64-bit ELF library whose exported names have lost PREFIX. One of OTHERWISE where it is built otherwise.
-
     A name is an offset into a table of texts: it moves on by the prefix's length. The table that finds names by
     their hash must be made anew; the older, plainer kind (System V ABI, "Hash Table") fits where the GNU one was."""
     data = bytearray(library)
@@ -75,9 +74,8 @@ def prepared() -> Path | None:
 
 
 def threads() -> tuple[str, str]:
-    """Threads for OpenBLAS and the reason: the cores we may use, less those that others keep busy at this moment (the
-    last minute's load may have been ours), shared with the processes of our own MLX ring on this machine. One too many
-    is ten times slower than one too few."""
+    """Threads for OpenBLAS and the reason: the cores we may use, less those that others keep busy now (the last
+    minute's load may be ours), shared with our own MLX ring here. One too many is ten times slower than one too few."""
     mine, ring, load = float(len(os.sched_getaffinity(0))), 1, 0.0
     with suppress(OSError, ValueError):  # no control group, or "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()

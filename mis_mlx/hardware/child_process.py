@@ -3,12 +3,13 @@
 For functions that read a stranger's text, or that a user brought: what hangs, crashes or eats memory ends there."""
 
 import contextlib
-import importlib.util
+import importlib
 import inspect
 import json
 import math
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -102,13 +103,9 @@ def _serve() -> None:
 
 def _call(source: str, function: str, arguments: Mapping[str, Any]) -> Any:
     if source.endswith(".py"):
-        spec = importlib.util.spec_from_file_location("rewards_of_the_user", source)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        called = runpy.run_path(source)[function]
     else:
-        module = importlib.import_module(source)
-    called = getattr(module, function)
+        called = getattr(importlib.import_module(source), function)
     parameters = inspect.signature(called).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}

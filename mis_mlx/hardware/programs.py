@@ -50,8 +50,7 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: 
 
 
 def unpack_debian(names: Sequence[str], into: Path) -> list[str]:
-    """Names and today's versions of Debian packages, unpacked into `into` without root. MisError: apt has none, or is
-    not here."""
+    """Names and versions of Debian packages, unpacked into `into` without root. MisError: apt is absent or has none."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise MisError(f"this system has no apt to bring {' and '.join(names)}")
     _download(["apt-get", "download", "-qq", *names], f"apt could not download {' and '.join(names)}", folder=into)
@@ -68,8 +67,7 @@ def quantizer() -> list[str]:
         return [program]
     if importlib.util.find_spec("llama_cpp"):
         return [sys.executable, "-c", QUANTIZE]
-    why = "K-quants are made by llama.cpp, which is not here"
-    raise MisError(f"{why}: `brew install llama.cpp`, or `pip install llama-cpp-python`, or another --out-type")
+    raise MisError("no llama.cpp: `brew install llama.cpp`, or `pip install llama-cpp-python`, or another --out-type")
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:

@@ -68,11 +68,6 @@ class Roof:
         """The least that moving `nbytes` and doing `flops` takes: they overlap (Williams et al. 2009)."""
         return max(nbytes / self.memory_bytes_per_s, flops / self.flops_per_s)
 
-    def bound(self, nbytes: float, flops: float) -> str:
-        """Which of the two takes longer."""
-        memory = nbytes / self.memory_bytes_per_s >= flops / self.flops_per_s
-        return "memory bandwidth" if memory else "arithmetic"
-
 
 _PUBLISHED = json.loads((Path(__file__).parent / "m1-air.json").read_text("utf-8"))
 M1_AIR = Rates(**_PUBLISHED, room_bytes=recommended_bytes(8 * GIB))
@@ -183,17 +178,13 @@ def assumed() -> Rates:
 def measure(folder: Path, nbytes: int | None = None) -> Rates:
     """All rates, within 20 s, with a temporary file of `nbytes` (default 512 MiB) in the existing `folder`."""
     read, written = disk_bytes(folder, SAMPLE_BYTES if nbytes is None else nbytes)
-    return _rates(read, written, memory_bytes(), _today())
+    return _rates(read, written, memory_bytes(), f"measured {datetime.date.today()}")
 
 
 def measure_roof() -> Roof:
     """Memory and arithmetic here and now, in about 2 s."""
     threads = f"{cores()} cores, OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'not set')}"
-    return Roof(device_name(), threads, memory_bytes(), matmul_flops(0.5), _today())
-
-
-def _today() -> str:
-    return f"measured {datetime.date.today().isoformat()}"
+    return Roof(device_name(), threads, memory_bytes(), matmul_flops(0.5), f"measured {datetime.date.today()}")
 
 
 def _rates(read: float, written: float, memory: float, source: str) -> Rates:

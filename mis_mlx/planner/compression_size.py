@@ -40,31 +40,22 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
 
 def repair(job: DistillationSpec) -> StageCost:
     """Both models side by side, every down_proj refitted (pruning/reconstruct), whose inputs are kept meanwhile; the
-    new ones wait in memory."""
+    new ones wait in memory. Of a mixture the routers (pruning/router): every expert says something to all tokens that
+    there is room for, in training and held-out ones each, of which a step gathers some more; then a pass goes on."""
     m, length, tokens = job.student, job.length, job.repair * job.length
+    small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
+    beside, read = small.peak_bytes, m.nbytes
     if m.shape.experts:
-        return _healed(job)
-    small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
-    fit_bytes, fit_flops = estimates.refit(m, tokens)
-    beside = small.peak_bytes + fit_bytes + 4 * m.shape.layers * m.shape.ffn * m.shape.hidden
-    beside += tokens * m.shape.ffn * m.item
+        each = m.shape.experts * m.shape.hidden * m.item  # of what all say to a token
+        said = 2 * min(tokens * each, ROUTER_BYTES)
+        beside, read = beside + 2 * said + tokens * m.shape.hidden * m.item, read + small.read_bytes
+        flops = 2.0 * min(tokens, said // (2 * each)) * m.shape.layers * m.block_params
+    else:
+        fit_bytes, fit_flops = estimates.refit(m, tokens)
+        beside += fit_bytes + (4 * m.shape.layers * m.shape.hidden + tokens * m.item) * m.shape.ffn
+        flops = m.shape.layers * fit_flops
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
-    flops = big.flops + small.flops + m.shape.layers * fit_flops
-    return replace(big, read_bytes=big.read_bytes + m.nbytes, flops=flops)
-
-
-def _healed(job: DistillationSpec) -> StageCost:
-    """The routers of a mixture instead (pruning/router): every expert says something to all tokens that there is room
-    for, in training and held-out ones each, of which a step keeps and gathers some more; then a pass goes on."""
-    m, length, tokens = job.student, job.length, job.repair * job.length
-    small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
-    each = m.shape.experts * m.shape.hidden * m.item  # of what all say to a token
-    said = 2 * min(tokens * each, ROUTER_BYTES)
-    beside = small.peak_bytes + 2 * said + tokens * m.shape.hidden * m.item
-    big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
-    told = min(tokens, said // (2 * each))
-    flops = big.flops + small.flops + 2.0 * told * m.shape.layers * m.block_params
-    return replace(big, read_bytes=big.read_bytes + m.nbytes + small.read_bytes, flops=flops)
+    return replace(big, read_bytes=big.read_bytes + read, flops=big.flops + small.flops + flops)
 
 
 def repair_parts(job: DistillationSpec, limit: int) -> StageCost:
@@ -97,18 +88,16 @@ def packed_bytes(m: ModelSize, how: QuantizationConfig | None = None) -> int:
 def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, limit: int) -> StageCost:
     """Tensor by tensor; passes over `windows` before it say what bits cost, one beside it makes up for errors."""
     how = how.affine
-    plain = estimates.tensor_bytes(m) + 2 * m.head_params
-    made = StageCost("quantize", m.nbytes, packed_bytes(m, how), plain, 0.0)
+    made = StageCost("quantize", m.nbytes, packed_bytes(m, how), estimates.tensor_bytes(m) + 2 * m.head_params, 0.0)
     if how.q_method == "gptq":
         made = _compensated(made, m, windows * length, length, limit)
     return _sensed(made, m, windows, length, limit) if how.target_bpw is not None else made
 
 
 def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit_bytes: int) -> StageCost:
-    """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/gptq).
-
-    In numpy: a block's gram matrices, five of the largest to take its factor, and 28 bytes for each weight of the
-    largest set of matrices with the same inputs."""
+    """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/gptq). In
+    numpy: a block's gram matrices, five of the largest to take its factor, and 28 bytes for each weight of the largest
+    set of matrices with the same inputs."""
     s = m.shape
     queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
     sides = [(s.hidden, queries + 2 * keys), (queries, s.hidden), (s.hidden, 2 * s.ffn), (s.ffn, s.hidden)]  # in, out
@@ -124,7 +113,6 @@ def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit
 
 def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int) -> StageCost:
     """`then`, after a pass forwards and one back (bit_allocation), inputs of all blocks spooled if need be.
-
     Beside the block: it once more in float32, in all formats together (26 bits and scales), what its matrices see of
     some windows, and a slab of gradients and errors. Traffic and operations are those of its docstring."""
     window = length * m.shape.hidden * m.item
@@ -140,13 +128,12 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     touched = windows * (12 + 4 * formats) + math.ceil(windows / batch) * 20 * formats
     held = min(windows, estimates.room(limit, peak, m.gpu) // (window * m.shape.layers))
     spooled = (windows - held) * window * m.shape.layers
-    flops = 4 * estimates.forward_flops(m, windows * length, length)
     return replace(
         then,
         read_bytes=then.read_bytes + 2 * m.nbytes + spooled,
         written_bytes=then.written_bytes + spooled,
         peak_bytes=max(then.peak_bytes, peak + held * window * m.shape.layers),
-        flops=then.flops + flops,
+        flops=then.flops + 4 * estimates.forward_flops(m, windows * length, length),
         touched_bytes=then.touched_bytes + touched * s.layers * m.block_params,
         held_tokens=min(then.held_tokens or windows * length, held * length),
     )

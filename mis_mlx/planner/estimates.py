@@ -69,7 +69,6 @@ class ModelSize:
 
     def body_bytes(self, workspace: int) -> int:
         """Beside the slots while blocks are made and used: the workspace, and a converted copy if one is needed.
-
         De-quantizing on a CPU holds a second copy for a moment, because MLX runs ahead (measured)."""
         if self.as_stored:
             return workspace
@@ -79,7 +78,6 @@ class ModelSize:
 
 def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dtype: Any = None) -> ModelSize:
     """The sizes of a checkpoint; or of a config alone, stored as its dtype or its quantization says.
-
     gpu: whether it is to compute on Metal; default: as this process does. dtype: what it is to compute in here."""
     here, gpu = gpu is None, policy.keeps_packed() if gpu is None else gpu
     config = source.config if isinstance(source, Checkpoint) else source
@@ -176,8 +174,7 @@ def keys_bytes(m: ModelSize, tokens: int) -> int:
 
 
 def room(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
-    """What a budget leaves for what is welcome but not needed, once the process has its own share. gpu: as of
-    `memory.process_bytes`."""
+    """What a budget leaves for what is welcome but not needed, after `memory.process_bytes`, whose `gpu` it is."""
     return max(0, limit_bytes - process_bytes(limit_bytes, gpu) - taken_bytes)
 
 
@@ -190,11 +187,9 @@ def streamed_pass(
     name: str, m: ModelSize, tokens: int, micro_tokens: int, length: int, limit_bytes: int = 0, *, head: bool = True,
     spool: bool = True, again: bool = False, beside_bytes: int = 0,
 ) -> StageCost:  # fmt: skip
-    """One pass from disk over `tokens`, block by block, all micro-batches in each: what `stream.Stream` does.
-
-    head: with logits at the end. spool: hidden states that find no room are written and read once a block.
-    again: one of many alike, so that what the budget leaves holds the head and then blocks 0, 1, 2 ... from
-    the pass before. beside_bytes: memory that others hold meanwhile."""
+    """One pass from disk over `tokens`, block by block, all micro-batches in each, as `stream.Stream` does. head: with
+    logits at the end. spool: hidden states that find no room are written and read once a block. again: one of many
+    alike: what the budget leaves holds the head, then blocks 0, 1 ... of the last. beside_bytes: held by others."""
     s, head_work = m.shape, m.head_work if head else 0
     body = m.body_bytes(workspace_bytes(m, micro_tokens, length))
     logits = training_size.logit_bytes(s.vocab, micro_tokens) if head else 0
@@ -237,8 +232,7 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
 
 
 def refit(m: ModelSize, tokens: int) -> tuple[int, float]:
-    """(bytes, operations) of a closed-form fit: normal equations in float64, those held out, the solution for every
-    ridge, batches in float32."""
+    """(bytes, operations) of a closed-form fit: float64 normal equations, held-out ones, float32 batches, ridges."""
     f, d = m.shape.ffn, m.shape.hidden
     solved = (len(RIDGES) + 1) * f * f * (2 / 3 * f + 4 * d)
     return (40 + 4 * together(m)) * f * (f + d), 2.0 * tokens * f * (f + d) + solved
@@ -257,9 +251,7 @@ def fit(budget: Budget, *phases: StageCost, remedy: str = "") -> None:
 
 
 def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = False) -> rates.Rates:
-    """Documented rates of an M1 Air, or this machine's: measured now, measured earlier, or assumed.
-
-    What is measured is kept in the cache folder for every later plan."""
+    """Published rates of an M1 Air, or this machine's: measured now, earlier (kept in the cache folder), or assumed."""
     if name == "m1-air":
         if measure:
             raise MisError("--measure measures this machine, --machine m1-air is another: leave one of them out")

@@ -1,7 +1,6 @@
 """Several machines on one job: the plan they agree on, and which of a model's blocks are whose.
 
-Does not know how they find each other (models/distributed) nor how blocks are passed through
-(models/pipeline_parallel)."""
+Not how they find each other (models/distributed), nor how blocks are passed through (models/pipeline_parallel)."""
 
 from mis_mlx import cli
 from mis_mlx.hardware.rates import Rates
@@ -18,8 +17,7 @@ def agreed(made: phases.MemoryPlan) -> phases.MemoryPlan:
     job = made.job
     made = phases.one(job, made.budget_bytes, made.rates, **distributed.broadcast_json(lambda: made.way))
     if made.mode == "sharded":
-        why = f"{distributed.size()} machines train a student that each has whole in memory, and within "
-        why += f"{gib(made.budget_bytes)} this one is to be trained one part of it at a time"
+        why = f"{distributed.size()} machines train a student whole, {gib(made.budget_bytes)} hold a part of this one"
         raise MisError(f"{why}: give more --budget, leave out --train, or use one machine")
     return made
 
@@ -37,7 +35,6 @@ def shares(made: phases.MemoryPlan) -> tuple[int, ...]:
 
 def opened(checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, length: int, layers: bool) -> Stream:
     """A model for passes of `tokens` that all machines make: whole for each, or its blocks shared out (`layers`).
-
     room_bytes: of this machine, for the head and for blocks that stay."""
     where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, checkpoint.nbytes > limit.limit_bytes
     if distributed.size() == 1 or not layers:

@@ -1,13 +1,11 @@
 """The phases of a distillation in bytes, operations and memory, and which way of training fits a budget.
 
-Does not know flags, nor how the work is done. `resident`: the student fits with gradients and moments. `blocks`: with
-moments of 8 bits and one block's gradient. `lora`: with adapters alone that change. `sharded`: it is streamed, some
-blocks of it trainable at a time."""
+Knows no flags, nor how the work is done. `resident`: the student fits with gradients and moments. `blocks`: with 8-bit
+moments and one block's gradient. `lora`: only adapters change. `sharded`: streamed, some blocks trainable at a time."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 from mis_mlx.hardware.memory import process_bytes
@@ -29,8 +27,7 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
     t, length, steps = job.teacher, job.length, max(job.iters, job.rounding.steps(True))
     windows = steps * job.batch * job.accumulate
     one = streamed_pass("", t, length, length, length, spool=False)
-    more = room(limit, one.peak_bytes, t.gpu) // (length * t.shape.hidden * t.item)
-    at_once = 1 + min(more, windows - 1)
+    at_once = 1 + min(room(limit, one.peak_bytes, t.gpu) // (length * t.shape.hidden * t.item), windows - 1)
     read, written = math.ceil(windows / at_once) * one.read_bytes, windows * length * job.target_bytes
     peak = one.peak_bytes + (at_once - 1) * length * t.shape.hidden * t.item
     return StageCost("logit store", read, written, peak, windows * one.flops, held_tokens=at_once * length)
@@ -66,14 +63,12 @@ def _way_back(job: DistillationSpec, micro: int, rank: int = 0) -> int:
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
-    """The packed student whole in memory, its scales learning: integers; these and values as floats for the way back,
-    in every lane; and one block's gradient."""
+    """The packed student whole in memory, its scales learning: integers; float copies a lane; one block's gradient."""
     m, s = job.student, job.student.shape
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
     nbytes = compression_size.packed_bytes(m, job.rounding)
-    head = m.head_params * 4 * (1 if s.tied else 2) + training_size.logit_bytes(
-        s.vocab, micro * job.length, bool(job.host_lanes)
-    )
+    head = m.head_params * 4 * (1 if s.tied else 2)
+    head += training_size.logit_bytes(s.vocab, micro * job.length, bool(job.host_lanes))
     work = training_size.activation_bytes(m.config, micro, job.length)
     peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
     plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.length), True)
@@ -84,14 +79,12 @@ def _taught(
     job: DistillationSpec, plain: StageCost, micro: int, limit: int, iters: int, trained: int, saved: int, work: int
 ) -> StageCost:
     """`plain`, a student whole in memory and one step of it, with all its steps that train so many parameters, its
-    checkpoints of `saved` bytes, and its teacher. work: of its bytes those that it holds only after the teacher's
-    pass."""
+    checkpoints of `saved` bytes, its teacher. work: of its bytes those held only after the teacher's pass."""
     t, length, peak, flops = job.teacher, job.length, plain.peak_bytes, plain.flops
     keeps, read = 0, iters * job.step * job.target_bytes
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
-        body = t.body_bytes(estimates.workspace_bytes(t, micro * length, length))
-        peak += max(0, body - work)
+        peak += max(0, t.body_bytes(estimates.workspace_bytes(t, micro * length, length)) - work)
         peak += t.slots_bytes + t.head_work + job.step * t.shape.hidden * t.item
         keeps = estimates.pins(t, room(limit, peak, t.gpu))
         read = t.head_bytes + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))
@@ -225,8 +218,7 @@ def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
 def one(
     job: DistillationSpec, limit: int, rates: Rates, mode: Mode, micro: int, shard: int, tuned: int | None = None
 ) -> MemoryPlan:
-    """The plan of one way, whether it fits or not. tuned: steps after rounding; None: those asked for, or, where
-    nobody asked, the usual ones if they fit."""
+    """The plan of one way, fit or not. tuned: steps after rounding; None: as asked for, else the usual if they fit."""
     known = TENSOR_BYTES * job.teacher.tensors
     left = max(0, limit - known)
     own = known + process_bytes(left, job.teacher.gpu)
@@ -250,8 +242,7 @@ def one(
 
 
 def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
-    """The best plan that fits: by its mode, as in `job.modes`, then the largest micro-batch, then the one that reads
-    least; if none fits, the one that needs least memory."""
+    """The best plan that fits: first by `job.modes`, then micro-batch, then bytes read; else that of least memory."""
     plans = [one(job, budget_bytes, rates, *way) for way in ways(job)]
     fitting = [p for p in plans if p.fits]
     if not fitting:
@@ -263,9 +254,10 @@ def least_bytes(job: DistillationSpec, rates: Rates) -> int:
     """The smallest budget in which some way of doing the job fits."""
     arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
     known = TENSOR_BYTES * job.teacher.tensors
-    return reduce(
-        lambda least, _: arrays + process_bytes(least - known, job.teacher.gpu), range(20), arrays
-    )  # its own share grows, but slower
+    least = arrays
+    for _ in range(20):  # its own share grows, but slower
+        least = arrays + process_bytes(least - known, job.teacher.gpu)
+    return least
 
 
 def remedy(plan: MemoryPlan) -> str:

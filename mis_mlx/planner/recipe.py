@@ -1,5 +1,4 @@
-"""What a training is asked for: the flags that training commands have; a distillation in sizes and counts, as plans are
-made of it. Does not know what it takes (planner/phases) nor what fits."""
+"""What a training is asked for: its flags; a distillation in sizes and counts. Not what it takes (planner/phases)."""
 
 from __future__ import annotations
 
@@ -74,10 +73,9 @@ class DistillationConfig(TrainingConfig):
     halny: Annotated[Share | None, FILE_ONLY] = None
     """spread of eps_halny in eq. (2); 0 switches it off; default: from measured T_env, 0 when unmeasured"""
     train: Literal["auto", "resident", "blocks", "lora", "sharded", "none"] = "auto"
-    """the student whole in memory; so, but updated block by block, with 8-bit moments, embedding and head as they are;
-    so, but all weights as they are and mlx-lm's low-rank adapters beside them, which are added in the end; some blocks
-    of it at a time; or repaired and no more (none). Default: the first that fits the budget, of those that train
-    weights; of a mixture of experts none is the last of them"""
+    """the student whole in memory; so, but block by block, with 8-bit moments, embedding and head as they are; so, but
+    only mlx-lm's low-rank adapters, which are added in the end; some blocks of it at a time; or repaired and no more
+    (none). Default: the first that fits, of those that train weights; of a mixture of experts none is the last"""
     targets: Literal["live", "cached"] = "live"
     """the teacher at every step; or its sampled logits, written down once, and no teacher in memory"""
     reconstruct_samples: Whole = 64
@@ -95,11 +93,7 @@ class DistillationConfig(TrainingConfig):
         if self.targets == "cached" and self.temperature != 1.0:
             raise MisError(f"--targets cached are those of temperature 1, not {self.temperature:g}: use --targets live")
         if self.targets == "cached" and self.cross_entropy:
-            why = "cross_entropy needs the teacher itself, --targets cached its samples only"
-            raise MisError(f"{why}: use --targets live")
-
-
-TUNE_ITERS = 20
+            raise MisError("cross_entropy needs the teacher itself, --targets cached has samples: use --targets live")
 
 
 @dataclass(frozen=True)
@@ -116,8 +110,7 @@ class QuantizationConfig:
     q_method: Literal["round", "gptq"] = "gptq"
     """every weight to its nearest value (round), or so that outputs on num_samples windows change least (gptq)"""
     q_iters: Whole | None = None
-    """steps of distillation of scales, biases and norms after rounding; integers stay. Default: 20 in `distill` where
-    the student is trained whole, else 0"""
+    """steps of distilling scales, biases and norms; integers stay; default: 20 in `distill` of a student in memory"""
     q_learning_rate: Annotated[Rate, FILE_ONLY] = 4e-6
     """peak, of those steps; falls to a tenth along a cosine"""
 
@@ -140,6 +133,7 @@ class QuantizationConfig:
         return TUNE_ITERS * whole if asked is None else asked
 
 
+TUNE_ITERS = 20
 ITERS = 30  # steps of a repaired student; a Gemma, unrepaired, was worse in Polish after so few than before
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay

@@ -30,8 +30,7 @@ def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
 
 
 def logit_bytes(vocab: int, tokens: int, host: bool = False) -> int:
-    """The chunks of logits under way at once, five float32 arrays each (maths/losses); or, on the host, the teacher's
-    and the student's of one chunk (models/host_losses)."""
+    """Logits under way: chunks of five float32 arrays (maths/losses); on the host two, of one chunk (host_losses)."""
     rows = chunk_rows(vocab)
     if host:
         return 2 * min(tokens, rows) * vocab * 4
@@ -39,11 +38,9 @@ def logit_bytes(vocab: int, tokens: int, host: bool = False) -> int:
 
 
 def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0) -> int:
-    """A student whole in memory: weights and moments, and what is largest of: activations and the vocabulary's part of
-    the loss; the way back; the update.
-
-    host_lanes: of the way where numpy computes the loss between the two passes (live_teacher), in so many lanes, each
-    with gradients of its own; 0: all in one graph, of which the least that can be promised is the sum."""
+    """A student whole in memory: weights and moments, and the largest of: activations and the vocabulary's part of the
+    loss; the way back; the update. host_lanes: of the way where numpy computes the loss between the passes
+    (live_teacher), each with gradients; 0: all in one graph, of which the least that can be promised is the sum."""
     s, params = shape_of(config), arch.params(config)
     kept, head = activation_bytes(config, batch, length), 4 * s.vocab * s.hidden
     block = backward_bytes(config, batch, length) - kept // s.layers
@@ -71,9 +68,8 @@ def way_back_bytes(
     config: Mapping[str, Any], batch: int, parts: int, length: int, lanes: int, host: bool, rank: int = 0
 ) -> int:
     """What a step of `parts` micro-batches holds while a student is trained block by block (distillation/sharded),
-    beside its weights and moments: what entered each block, the head, and what is largest of: the loss, the way back
-    through a block, its update. lanes: windows side by side, each with a gradient. host: as of `logit_bytes`. rank:
-    of adapters, where only these are trained."""
+    beside its weights and moments: what entered each block, the head, and the largest of: the loss, the way back of a
+    block, its update. lanes: windows side by side, a gradient each. host: as of `logit_bytes`. rank: of adapters."""
     s, shapes = shape_of(config), arch.layer_tensors(config).values()
     sizes = [rank * sum(shape) if rank else math.prod(shape) for shape in shapes]
     gradient, side_by_side = 4 * sum(sizes), min(lanes, batch)

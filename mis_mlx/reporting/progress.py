@@ -171,25 +171,19 @@ def _terminal() -> Iterator[Any]:
         yield bar
 
 
-SHOWN = list[Display]()  # the one, if any
-
-
 @contextmanager
 def run(label: str, planned: Mapping[str, float] | None = None) -> Iterator[Display]:
     """What a command does from here on, and its phases; inside of what is shown already, if anything is."""
-    if SHOWN:
-        with SHOWN[-1].level(label):
-            yield SHOWN[-1]
+    if cli.SHOWN:
+        with cli.SHOWN[0].level(label):
+            yield cli.SHOWN[0]
         return
-    display = Display(planned or {})
-    SHOWN.append(display)
-    cli.BARS.append(display.level)
+    cli.SHOWN.append(display := Display(planned or {}))
     try:
         with display.level(label), _terminal() as display.bar, display.beating():
             yield display
     finally:
-        cli.BARS.pop()
-        SHOWN.pop()
+        cli.SHOWN.pop()
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What a run folder tells, as far as it goes: every file may be missing, torn, or of another version.
 
-Nothing in here is to be trusted as HTML. Logs are thinned line by line: a million take no more memory than a thousand,
-and no spike is lost."""
+Nothing in here is safe as HTML. Logs are thinned line by line: a million take a thousand's memory, no spike is lost."""
 
 import json
 import math
@@ -19,6 +18,8 @@ from mis_mlx.types import MisError
 STEPS = ("number", "loss", "tokens", "seconds", "peak_bytes")
 AIR = ("die_c", "ambient_c")
 KEEPS = ("pruned/keep.json", "distilled/keep.json", "model/keep.json")  # the first that is there
+MAPPINGS = run_folder.CONFIG, run_folder.ORIGIN, run_folder.RESULT
+LOST: dict[str, str] = yaml.safe_load((Path(__file__).parent / "templates" / "lost.yaml").read_text("utf-8"))
 MOST_POINTS = 2400  # that a series keeps: when it has more, its runs become twice as long
 LINE_BYTES = 1 << 16  # what is longer is no record of ours
 MOST = 1000  # pauses that are kept one by one
@@ -103,12 +104,10 @@ def history_of(path: Path, names: Sequence[str]) -> History:
 
 def _number(value: Any) -> float | None:
     """A finite number, or None for anything else that JSON can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            return float(value) if math.isfinite(value) else None
+    return None
 
 
 class RunRecord(NamedTuple):
@@ -139,63 +138,47 @@ class RunRecord(NamedTuple):
         return min((s for s in first if s is not None), default=0.0)
 
 
-@dataclass
-class _Files:
-    """The files of a run folder, and a sentence for each that is missing or damaged; `what` is lost with it."""
+def _text(path: Path) -> str | None:
+    """None where the file is not there, or cannot be read."""
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace")
+    return None
 
-    folder: Path
-    missing: list[str] = field(default_factory=list)
 
-    def text(self, name: str, what: str) -> str:
-        with suppress(OSError):
-            return (self.folder / name).read_text(encoding="utf-8", errors="replace")
-        self.missing.append(f"{name} is missing: {what}")
-        return ""
-
-    def mapping(self, name: str, what: str) -> Mapping[str, Any]:
-        before, text = len(self.missing), self.text(name, what)
-        with suppress(ValueError, RecursionError, yaml.YAMLError):
-            value = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
-            if isinstance(value, dict):
-                return {str(k): v for k, v in value.items()}
-        if len(self.missing) == before:
-            self.missing.append(f"{name} is damaged: {what}")
-        return {}
-
-    def records(self, name: str, what: str) -> list[dict[str, Any]]:
-        if not (self.folder / name).is_file():
-            self.missing.append(f"{name} is missing: {what}")
-        return run_folder.records(self.folder / name)
-
-    def history(self, name: str, names: Sequence[str], what: str) -> History:
-        history = history_of(self.folder / name, names)
-        if not history.lines:
-            self.missing.append(f"{name} is missing: {what}")
-        elif history.torn:
-            lines = f"{history.torn} of {history.lines} lines that are no records"
-            self.missing.append(f"{name} has {lines}; passed over")
-        return history
+def _mapping(path: Path) -> dict[str, Any] | None:
+    """Of a YAML or JSON file; None where it holds none."""
+    with suppress(ValueError, RecursionError, yaml.YAMLError):
+        text = _text(path) or ""
+        value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        return {str(k): v for k, v in value.items()} if isinstance(value, dict) else None
+    return None
 
 
 def read(folder: Path) -> RunRecord:
     """Everything that is there. MisError when nothing of a run is."""
-    files = _Files(folder)
     keep = next((name for name in KEEPS if (folder / name).is_file()), KEEPS[0])
-    phases = files.records(run_folder.PHASES, "the plan, and what each phase took")
-    record = RunRecord(
-        folder=folder,
-        config=files.mapping(run_folder.CONFIG, "the settings"),
-        origin=files.mapping(run_folder.ORIGIN, "versions and hashes"),
-        result=files.mapping(run_folder.RESULT, "the result; the run has not come to its end"),
-        keep=files.mapping(keep, "who was kept"),
-        begun=next((r for r in phases if isinstance(r.get("planned"), list)), {}),
-        phases=[r for r in phases if isinstance(r.get("phase"), str)],
-        samples=[r for r in files.records(run_folder.SAMPLES, "texts of the models") if "text" in r],
-        table=files.text("table.md", "the recovery table"),
-        steps=files.history(run_folder.METRICS, STEPS, "the steps"),
-        air=files.history("thermal.jsonl", AIR, "temperatures; no thermometer was read"),
-        missing=files.missing,
-    )
-    if not (record.config or record.origin or record.result or record.keep or phases or record.steps.lines):
+    files: dict[str, Any] = {
+        run_folder.PHASES: run_folder.records(folder / run_folder.PHASES),
+        **{name: _mapping(folder / name) for name in (*MAPPINGS, keep)},
+        run_folder.SAMPLES: run_folder.records(folder / run_folder.SAMPLES),
+        "table.md": _text(folder / "table.md"),
+        run_folder.METRICS: history_of(folder / run_folder.METRICS, STEPS),
+        "thermal.jsonl": history_of(folder / "thermal.jsonl", AIR),
+    }
+    missing = list[str]()
+    for name, held in files.items():
+        log, what = held if isinstance(held, History) else None, LOST[Path(name).name]
+        if not (folder / name).is_file() or (log and not log.lines):
+            missing.append(f"{name} is missing: {what}")
+        elif held is None:
+            missing.append(f"{name} is damaged: {what}")
+        elif log and log.torn:
+            missing.append(f"{name} has {log.torn} of {log.lines} lines that are no records; passed over")
+    phases, *mappings, samples, table, steps, air = files.values()
+    if not (phases or any(mappings) or steps.lines):
         raise MisError(f"{folder} holds nothing of a run: give a run folder, such as runs/NAME-001")
-    return record
+    begun: Mapping[str, Any] = next((r for r in phases if isinstance(r.get("planned"), list)), {})
+    phases = [r for r in phases if isinstance(r.get("phase"), str)]
+    samples = [r for r in samples if "text" in r]
+    config, origin, result, kept = (m or {} for m in mappings)
+    return RunRecord(folder, config, origin, result, kept, begun, phases, samples, table or "", steps, air, missing)

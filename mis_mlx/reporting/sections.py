@@ -17,13 +17,6 @@ def _since(story: RunRecord, points: Sequence[Point], scale: float = 1.0) -> lis
     return [(x - story.began_s, y * scale) for x, y in points]
 
 
-def _range(points: Sequence[Point], form: str = ".3f") -> str:
-    """'from A to B, between C and D', in words for who cannot see the picture."""
-    values = [y for _, y in points]
-    first, last, low, high = (format(y, form) for y in (values[0], values[-1], min(values), max(values)))
-    return f"from {first} to {last}, between {low} and {high}"
-
-
 def summary(story: RunRecord, key: str) -> str:
     """Two sentences: what was done, and what came of it; or how far it is."""
     teacher = PurePath(str(story.result.get("teacher") or story.config.get("teacher") or "the default teacher")).name
@@ -56,7 +49,7 @@ def course(story: RunRecord, key: str) -> str:
     budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
     values = {"loss": loss, "count": steps.series["loss"].count, "warm": warm, "breaks": breaks, "speed": speed,
               "causes": sorted({cause for _, _, cause in air.pauses}), "planned": _known("{:.0f}".format, planned),
-              "memory": memory, "budget": _known(gib, budget), "range": _range}  # fmt: skip
+              "memory": memory, "budget": _known(gib, budget)}  # fmt: skip
     words = " ".join(html.document("course.md", values).split())
     caption = f"{key}course", "Loss, temperature, tea breaks, speed, memory", words
     return html.part("course", pictures=[figures.over_time(caption, panels, shaded=breaks)])
@@ -140,12 +133,6 @@ def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
         if len(set(values)) > 1:
             settings.append([name, *values])
     return html.part("comparison", picture=picture, names=names, numbers=numbers, settings=settings)
-
-
-def labels(stories: Sequence[RunRecord]) -> list[str]:
-    """A name for each run, no two alike."""
-    names = [s.name for s in stories]
-    return [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
 
 
 def _cell(value: Any, first: Any) -> str:

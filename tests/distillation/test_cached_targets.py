@@ -18,7 +18,7 @@ from mis_mlx.models import load
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage import logit_store
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Batch, Checkpoint, MisError, Step
+from mis_mlx.types import Checkpoint, MisError, Step
 from tests import conftest, tiny
 from tests.storage.test_checkpoint import flip
 from tests.storage.test_logit_store import opened
@@ -109,7 +109,7 @@ def test_only_visited_windows_need_targets(tmp_path: Path, llama: Checkpoint, st
     assert [s.loss for s in train(student, source, data)[1]] == near(live)
     other = next(w for w in range(80) if w not in at)
     with pytest.raises(ValueError, match="are not all in"):
-        source.micro_batches([Batch(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([other])])
+        source.micro_batches([(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([other])])
     with pytest.raises(ValueError, match="5 windows for a store of 24"):
         live_teacher.Cached(opened(tmp_path), at[:5])
 
@@ -136,7 +136,7 @@ def test_a_damaged_part_is_made_again_from_the_teacher(tmp_path: Path, llama: Ch
     flip(folder / "part-00001.safetensors")
     source = live_teacher.Cached(opened(folder))
     with pytest.raises(MisError, match=r"part-00001.safetensors is damaged"):
-        source.micro_batches([Batch(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([40])])
+        source.micro_batches([(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([40])])
     store = write(llama, some(), folder, count=20)
     assert len(store.notes) == 1 and bytes_of(folder) == bytes_of(whole)
 
@@ -157,6 +157,6 @@ def test_what_a_store_cannot_do_is_said(whole: Path, student: Checkpoint) -> Non
     source = live_teacher.Cached(opened(whole))
     model = load.resident(student, mx.float32)
     model.model.embed_tokens.weight = model.model.embed_tokens.weight[:500]
-    arguments = source.micro_batches([Batch(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])])[0]
+    arguments = source.micro_batches([(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])])[0]
     with pytest.raises(MisError, match="for 512 tokens, the student has 500"):
         live_teacher.loss_of(source)(model, *arguments)

@@ -19,7 +19,7 @@ from mis_mlx.maths.losses import loss_noise_factor
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, policy
 from mis_mlx.planner.recipe import TrainingConfig
-from mis_mlx.types import Batch, Checkpoint, Step
+from mis_mlx.types import Checkpoint, Step
 from tests import tiny
 
 
@@ -134,6 +134,6 @@ def test_micro_batches_line_up(llama: Checkpoint) -> None:
     tokens = mx.random.randint(0, 512, (2, 8), key=mx.random.key(0))
     learn = mx.array([[1.0] * 7 + [0.0], [0.0] * 8])
     teacher = live_teacher.StreamedTeacher(llama, None)
-    ((got, mask, hidden),) = teacher.micro_batches([Batch(tokens, learn)])
+    ((got, mask, hidden),) = teacher.micro_batches([(tokens, learn)])
     assert mx.array_equal(got, tokens) and mask.tolist() == [1.0] * 7 + [0.0] * 9
     assert mx.array_equal(hidden, teacher.hidden([tokens])[0].reshape(16, 64))

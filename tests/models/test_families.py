@@ -18,7 +18,7 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.models import arch, expert_names, load, policy, stream, streamed_decode
 from mis_mlx.models.config import _opened_as, check_config, normalised, read_config, shape_of
 from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
-from mis_mlx.types import Batch, Checkpoint, MisError
+from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import mostly_slow
 
@@ -175,7 +175,7 @@ def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_p
     student, teacher = load.resident(models(kind), mx.float32), live_teacher.StreamedTeacher(seven)
     student.train()
     tokens, learn = mx.random.randint(0, 512, (2, 12), key=mx.random.key(3)), mx.ones((2, 12))
-    (batch,) = teacher.micro_batches([Batch(tokens, learn)])
+    (batch,) = teacher.micro_batches([(tokens, learn)])
     stock, wise = stock_of(models(kind).path), stock_of(seven.path)(tokens)
 
     def plain(model: nn.Module) -> mx.array:

@@ -58,12 +58,10 @@ def dialect(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[questi
     adverb, language = SLOTS[slot]
     labels, texts = [], []
     for number, (polish, dialect) in enumerate(pairs):
-        rng = random.Random(f"{slot}-{number}")
-        is_dialect = number % 2 == 0
-        label = {True: language, False: "polskim"}[is_dialect]
-        text = f"Tekst: {dialect if is_dialect else polish}\nTo jest tekst w języku {questions.BLANK}"
+        shown, label = (polish, "polskim") if number % 2 else (dialect, language)
+        text = f"Tekst: {shown}\nTo jest tekst w języku {questions.BLANK}"
         labels.append({"text": text, "options": ["polskim", language], "answer": label})
-        both = questions.some(rng, (polish, dialect), 2)
+        both = questions.some(random.Random(f"{slot}-{number}"), (polish, dialect), 2)
         texts.append({"text": f"To samo {adverb}: {questions.BLANK}", "options": both, "answer": dialect})
     about = f"{len(pairs)} pairs, {origin}"
     return [
@@ -75,13 +73,7 @@ def dialect(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[questi
 def from_firefox(folder: Path) -> list[tuple[str, str]]:
     """(Polish, Silesian) sentences that Firefox's two language packs in a folder have under one name. Left out: fewer
     than four words, the same in both, no letter that English lacks (never translated), cases to choose from."""
-    languages = []
-    for start in PACKS:
-        packs = sorted(folder.rglob(f"{start}*.xpi"))
-        if not packs:
-            raise MisError(f"{folder} has no {start}*.xpi: put Firefox's language packs for pl and szl there")
-        languages.append(_messages(packs[0]))
-    polish, silesian = languages
+    polish, silesian = (_messages(folder, start) for start in PACKS)
     pairs = dict[str, str]()
     for key, raw in silesian.items():
         one, other = _plain(polish.get(key, "")), _plain(raw)
@@ -100,10 +92,12 @@ def _write(path: Path, lines: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), encoding="utf-8")
 
 
-def _messages(pack: Path) -> dict[tuple[str, str], str]:
-    """{(file, key): message} of all Fluent and properties files of a language pack."""
-    messages: dict[tuple[str, str], str] = {}
-    with zipfile.ZipFile(pack) as archive:
+def _messages(folder: Path, start: str) -> dict[tuple[str, str], str]:
+    """{(file, key): message} of all Fluent and properties files of the language pack whose name begins so."""
+    messages, packs = dict[tuple[str, str], str](), sorted(folder.rglob(f"{start}*.xpi"))
+    if not packs:
+        raise MisError(f"{folder} has no {start}*.xpi: put Firefox's language packs for pl and szl there")
+    with zipfile.ZipFile(packs[0]) as archive:
         for name in archive.namelist():
             if name.endswith((".properties", ".ftl")):
                 text, place = archive.read(name).decode(), re.sub(r"\b(pl|szl)/", "", name)

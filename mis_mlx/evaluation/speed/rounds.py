@@ -140,13 +140,9 @@ def _again(model: nn.Module, ids: list[int], kept: list[Any]) -> float | None:
     if not caches.can_trim_prompt_cache(kept):
         return None
     caches.trim_prompt_cache(kept, kept[0].offset - (len(ids) - 1))
-    steps = load.mlx_lm("generate").generate_step(mx.array(ids[-1:]), model, max_tokens=1, prompt_cache=kept)
-    began = time.perf_counter()
-    next(steps)
-    taken = time.perf_counter() - began
-    steps.close()
+    (first_s,), _ = clocked(mlx_generate.greedy(model, ids[-1:], 1, kept))
     stream.evaluate_now([c.state for c in kept])
-    return taken
+    return first_s
 
 
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
@@ -244,8 +240,9 @@ def beside(checkpoint: Checkpoint, weight_bytes: int, r: Request, at: rates.Roof
     """MB a token moves, the best times there could be, the share reached, and what the limit is. weight_bytes: read."""
     token, first = (f(checkpoint, weight_bytes, r) for f in (decoding, first_token))
     best = {"decode_best_tps": 1 / at.seconds(*token), "ttft_best_ms": 1000 * at.seconds(*first)}
-    reached = tps * at.seconds(*token)
-    return {"moved_mb": token[0] / 1e6, **best, "reached": reached, "bound": at.bound(*token)}
+    reached, moving_s = tps * at.seconds(*token), token[0] / at.memory_bytes_per_s
+    bound = "memory bandwidth" if moving_s >= at.seconds(*token) else "arithmetic"
+    return {"moved_mb": token[0] / 1e6, **best, "reached": reached, "bound": bound}
 
 
 def kind(checkpoint: Checkpoint, dtype: str) -> str:

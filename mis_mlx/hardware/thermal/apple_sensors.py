@@ -142,7 +142,6 @@ class Smc:
     def __init__(self, library: Path | None = None):
         self._c = functions("Smc", library)
         self._connection = self._connect()
-        self._info: dict[str, KeyInfo | None] = {}
         # On some machines KEY_INFO finds nothing until one call by index was made on the connection.
         self._ask(KeyData(command=KEY_BY_INDEX, index=0))
 
@@ -174,17 +173,13 @@ class Smc:
 
     def read(self) -> dict[str, str]:
         """{key: its value} of those of KEYS that there are."""
-        values = {key: self.value(key) for key in KEYS}
-        return {key: value for key, value in values.items() if value is not None}
+        return {key: value for key in KEYS if (value := self.value(key)) is not None}
 
     def value(self, key: str) -> str | None:
         """ "type:bytes in hex" of a key such as "TCMz"; `None` when the machine has no such key."""
         number = int.from_bytes(key.encode("ascii"), "big")
-        if key not in self._info:
-            info = self._ask(KeyData(key=number, command=KEY_INFO)).info
-            self._info[key] = info if 0 < info.size <= 32 and info.type else None
-        known = self._info[key]
-        if known is None:
+        known = self._ask(KeyData(key=number, command=KEY_INFO)).info
+        if not (0 < known.size <= 32 and known.type):
             return None
         question = KeyData(key=number, command=READ_BYTES)  # a fresh struct: leftovers are refused
         question.info.size, question.info.type = known.size, known.type

@@ -13,7 +13,6 @@ from typing import Literal, get_args
 from mis_mlx.types import MisError, Reading
 
 Mode = Literal["observe", "throughput", "steady", "cool"]
-Action = Literal["run", "pause", "stop"]
 
 SET_POINT_C: dict[str, float] = {"observe": 92.0, "throughput": 97.0, "steady": 92.0, "cool": 85.0}
 PAUSE_C, PAUSE_HOLD_S = 101.0, 3.0
@@ -116,7 +115,7 @@ class Decision:
     """What the loop has to do after this optimizer step. `run`: sleep `sleep_s`, go on; `pause`: write a checkpoint if
     `checkpoint`, sleep, ask again; `stop`: write one and end. `cause`: a word to count by; `reason`: a sentence."""
 
-    action: Action
+    action: Literal["run", "pause", "stop"]
     duty: float = 1.0
     sleep_s: float = 0.0
     cause: str = ""

@@ -84,8 +84,7 @@ class Header:
 
 @contextmanager
 def recorder(path: Path, header: Header) -> Iterator[Callable[[Raw], None]]:
-    """What adds a look to a new recording, called `FILE.part` until it is done. Every line is on its way to the disk
-    when it is added, so an interrupted recording is a recording too."""
+    """What adds a look to a new recording, `FILE.part` until it is done; an interrupted one has all looks so far."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf8") as file:
 
@@ -108,7 +107,10 @@ class Replay:
 
     def __init__(self, path: Path, clock: VirtualClock):
         self.clock = clock
-        self.header, self.count = _check(path)
+        lines = _lines(path)
+        self.header, self.count = next(lines), sum(1 for _ in lines)
+        if not self.count:
+            raise MisError(f"{path} has a header and no record after line 1: record again for longer")
         self._records = _lines(path)
         next(self._records)  # the header
         self._last: Raw = next(self._records)
@@ -138,34 +140,24 @@ class Replay:
         self._records.close()
 
 
-def _check(path: Path) -> tuple[Header, int]:
-    """Header and number of records; every line is read once. Raises MisError with the line number."""
-    lines = _lines(path)
-    header, last_s, count = next(lines), -math.inf, 0
-    for raw in lines:
-        count += 1
-        if raw.mono_s < last_s:
-            why = f"{path} line {count + 1}: the time {raw.mono_s} s comes after {last_s} s"
-            raise MisError(f"{why}, so this is more than one recording: give each a file of its own")
-        last_s = raw.mono_s
-    if not count:
-        raise MisError(f"{path} has a header and no record after line 1: record again for longer")
-    return header, count
-
-
 def _lines(path: Path) -> Generator[Any, None, None]:
-    """The header, then the records one by one, so that days of recording need no memory."""
-    lines = rows.parsed(path)
+    """The header, then the records one by one: days need no memory. MisError names the line that is wrong, or early."""
+    lines, last_s = rows.parsed(path), -math.inf
     _, header, _ = next(lines, (1, None, None))
     yield _header(path, header)
     for number, record, unread in lines:
         try:
             if unread:
                 raise ValueError(unread)
-            yield from_json(record)
+            raw = from_json(record)
         except ValueError as error:
             why = f"{path} line {number} is not a record ({error})"
             raise MisError(f"{why}: record again, or delete from that line on") from None
+        if raw.mono_s < last_s:
+            why = f"{path} line {number}: the time {raw.mono_s} s comes after {last_s} s"
+            raise MisError(f"{why}, so this is more than one recording: give each a file of its own")
+        last_s = raw.mono_s
+        yield raw
 
 
 def _header(path: Path, header: Any) -> Header:

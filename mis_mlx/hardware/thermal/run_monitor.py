@@ -101,9 +101,8 @@ class ThermalMonitor:
     """Use in a `with` statement. `breaks` is the account of tea breaks; it survives in a checkpoint."""
 
     def __init__(self, flags: ThermalFlags, log: Path | None = None, files: Files = DISK):
-        by_hand: dict[str, Any] = {"given_ambient_c": flags.temperature_c, "altitude_m": flags.altitude_m}
         replay = None if flags.thermal_replay is None else Path(flags.thermal_replay)
-        self.monitor = Monitor(replay=replay, **by_hand)
+        self.monitor = Monitor(replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m)
         self.breaks = PauseCounter()
         self._mode, self._log, self._files = flags.governor, log, files
         self._governor: Governor | None = None

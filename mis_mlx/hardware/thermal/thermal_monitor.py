@@ -208,5 +208,4 @@ def examined(monitor: Monitor) -> dict[str, Any]:
     reading = monitor.look()
     look_ms, header = round(1000 * (time.perf_counter() - began), 1), monitor.source.header
     about = {"model": header.model, "chip": header.chip, "build": header.build, "look_ms": look_ms}
-    found = {"t_env": t_env_kind(reading), "reading": asdict(reading), "reasons": dict(monitor.reasons)}
-    return {**about, **found}
+    return {**about, "t_env": t_env_kind(reading), "reading": asdict(reading), "reasons": dict(monitor.reasons)}
