@@ -25,9 +25,9 @@ BLOCK = 32  # weights of a Q4_1 or Q5_1 block
 EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of these is re-wrapped where that is exact
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
 F16_MAX = 65504.0
-# rewrapped: MLX's mode and bits, and ggml's type of the same numbers. interleaved: models that turn neighbours in a
-# row of q and k. freqs: what frequencies are divided by. yarn: keys of stretched positions; own: a family's own ones;
-# with the `GGUFWriter`'s word for each. file_types: those that are not MOSTLY_ and their name.
+# rewrapped: MLX's mode and bits, and ggml's type of the same numbers. freqs: what frequencies are divided by. yarn:
+# keys of stretched positions; own: a family's own ones; with the `GGUFWriter`'s word for each. file_types: those that
+# are not MOSTLY_ and their name.
 WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
 REWRAPPED, YARN, OWN = WORDS["rewrapped"], WORDS["yarn"], WORDS["own"]
 
@@ -71,7 +71,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     choose. MisError where rows do not divide by a block, or nothing is packed in the mode that was asked for."""
     config, s, of = checkpoint.config, shape_of(checkpoint.config), families.family(checkpoint.config)
     names = wheel_model.gguf_names(config)
-    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.gguf in WORDS["interleaved"] else {}
+    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.interleaved else {}
     every = []
     for name, shape in arch.tensors_of(config, True).items():
         one = expert_names.one_by_one(name, config)[0]
