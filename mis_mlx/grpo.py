@@ -77,7 +77,7 @@ def run(settings: Settings) -> dict[str, Any]:
         remedy = f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
         raise MisError(f"{what}: {remedy}")
     if s.dry_run:
-        return {"model": str(checkpoint.path), "questions": len(train), **plan.result()}
+        return {"model": str(checkpoint.path), "questions": len(train), **plan.result}
     with alignment_run.running(s, folder, checkpoint, plan, card, "grpo") as r:
         dtype = alignment_plan.dtype_of(s, checkpoint)
         direct = checkpoint.nbytes > plan.budget.limit_bytes
