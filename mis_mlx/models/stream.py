@@ -237,7 +237,7 @@ class Stream:
         visit(batch, expert, gates (n,), neurons (n, F), outputs (n, D)): what the expert did for the n tokens of a
         batch that chose it; gates sum to 1 for every token."""
         of = family(self.checkpoint.config)
-        part, inside = block[of.mlp], experts.of_block(of, block)
+        part, inside = block[of.mlp], block[of.mlp].experts
         each = hidden[0].nbytes * self.checkpoint.config["num_experts_per_tok"] if len(hidden) else 1
         for first in range(0, len(hidden), size := max(1, GROUP_BYTES // each)):
             beside, inputs, chosen, gates = [], list[mx.array](), [], list[np.ndarray]()

@@ -31,11 +31,11 @@ def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> dict[s
 def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> None:
     """Sums of this machine's batches become those of all machines', and blocks' sums means."""
     sums = [of[i] for of in (out.ffn, out.heads) for i in sorted(of)] + ([out.hidden] if out.hidden else [])
-    fields: list[tuple[Any, str]] = [(s, name) for s in sums for name in ("mean", "square", "warm", "batches")]
+    fields: list[tuple[Any, str]] = [(s, name) for s in sums for name in ("mean", "square", "warm")]
     fields += [(experts[i], name) for i in sorted(experts) for name in ("routed", "gated", "warm")]
-    whole = distributed.all_reduce_sums([np.asarray(getattr(owner, name)) for owner, name in fields])
+    whole = distributed.all_reduce_sums([getattr(owner, name) for owner, name in fields])
     for (owner, name), value in zip(fields, whole, strict=True):
-        setattr(owner, name, int(value) if name == "batches" else value)
+        setattr(owner, name, value)
     mine = [np.array([out.block[i] for i in sorted(out.block)]), np.array(batches)]
     distances, count = distributed.all_reduce_sums(mine)
     out.block = {i: float(d / count) for i, d in enumerate(distances)}
