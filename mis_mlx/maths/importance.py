@@ -111,7 +111,7 @@ class ExpertSums:
 
 @dataclass
 class Statistics:
-    """What calibration gathers. `ffn`, `heads`, `experts`, `block` by layer number; `hidden` sums over all layer norms.
+    """What calibration gathers, by layer number; at -1 `hidden`, which sums over all layer norms.
 
     Of a mixture `ffn` has the neurons of all experts of a layer, one expert's after another's. `experts`: REAP's score
     of each, its square that is; `routed`: how many tokens chose each."""
@@ -121,7 +121,7 @@ class Statistics:
     routed: dict[int, np.ndarray] = field(default_factory=dict)
     heads: dict[int, Sums] = field(default_factory=dict)
     block: dict[int, float] = field(default_factory=dict)
-    hidden: Sums | None = None
+    hidden: dict[int, Sums] = field(default_factory=dict)
     altitude_m: float | None = None
     measured: bool = False  # whether every batch had a T_env
     ambient_c: list[float] = field(default_factory=list)

@@ -37,18 +37,13 @@ class Diverged(MisError):
 Lane = Callable[[int], AbstractContextManager[Any]]  # where MLX computes the i-th of several things
 
 
-def nowhere(i: int) -> AbstractContextManager[Any]:
-    """One lane, and that where everything is computed."""
-    return nullcontext()
-
-
 def _lightest(loads: list[int], size: int) -> int:
     """The lane of the next thing, of this size."""
     loads[i := loads.index(min(loads))] += size
     return i
 
 
-def global_norm(gradients: Any, lane: Lane = nowhere) -> mx.array:
+def global_norm(gradients: Any, lane: Lane = nullcontext) -> mx.array:
     """Euclidean norm over all gradients, a scalar. Sums each tensor's last axis first: float32 sums drift."""
     squares, loads = list[mx.array](), [0, 0]
     named: dict[str, mx.array] = tree_flatten(gradients, destination={})  # type: ignore[assignment]
@@ -188,7 +183,7 @@ class GuardedAdamW:
 
     def update(
         self, model: nn.Module, gradients: Any, loss: float, norm: float, learning_rate: float, batch: int = 0,
-        scale: float = 1.0, lane: Lane = nowhere,
+        scale: float = 1.0, lane: Lane = nullcontext,
     ) -> str:  # fmt: skip
         """One step on `model`'s trainable parameters, lazily. Returns what the dog did ('' = it slept).
 
