@@ -88,9 +88,9 @@ class Settings(alignment_plan.Alignment):
         """(sum, count, further sums) over the answers of one micro-batch; old None: the model as it is now."""
         new = self.logps(model, b, frozen_head)
         before = mx.stop_gradient(new) if old is None else old
-        losses = policy.token_losses(new, before, advantage, self.epsilon, self.epsilon_high, reference, self.beta)
+        bounds = self.epsilon, self.epsilon_high
+        losses, held = policy.token_losses(new, before, advantage, *bounds, reference, self.beta)
         total, count = policy.loss_sum(losses, b.mask, self.loss_type, self.max_completion_length)
-        held = policy.clipped(new, before, advantage, self.epsilon, self.epsilon_high)
         clipped, _ = policy.loss_sum(held, b.mask, self.loss_type, self.max_completion_length)
         return total, count, {"clipped": clipped, "tokens": mx.array(float(b.tokens.size))}
 
