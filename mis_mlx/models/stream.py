@@ -25,6 +25,7 @@ from mis_mlx.models.slots import Slot, Slots
 from mis_mlx.storage.block_reader import PAGE, Reader
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
+evaluate_now = mx.eval  # what these were made of may be freed, or changed, after this line
 GROUP_BYTES = 2**27  # of outputs of experts, (B, T, k, D), at a time
 Batches = Sequence[mx.array]  # token ids [(B, T)]
 Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a list, or a disk.spool.Spool
@@ -279,11 +280,6 @@ class Stream:
         for _, block in self.blocks():
             self.through(block, hidden)
         return self.norm(hidden)
-
-
-def evaluate_now(*arrays: Any) -> None:
-    """Evaluate now: what these were made of may be freed, or changed, after this line."""
-    mx.eval(*arrays)
 
 
 def load_checked(module: nn.Module, where: str = "") -> nn.Module:

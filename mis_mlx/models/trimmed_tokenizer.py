@@ -5,7 +5,7 @@ Ids are rows of the embedding. Does not know which tokens are worth their row (p
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -149,15 +149,13 @@ def _moved(part: Any, new: Mapping[int, int], ids: bool = False) -> Any:
 
 def _ids(settings: Mapping[str, Any]) -> Iterator[int]:
     """Every id in a config.json or generation_config.json."""
-
-    def inside(value: Any) -> Iterable[int]:
+    todo = [value for key, value in settings.items() if ID_KEYS.search(key)]
+    while todo:
+        value = todo.pop()
         if isinstance(value, list):
-            return chain.from_iterable(map(inside, value))
-        return [value] if type(value) is int else []
-
-    for key, value in settings.items():
-        if ID_KEYS.search(key):
-            yield from inside(value)
+            todo += value
+        elif type(value) is int:
+            yield value
 
 
 def _text(token: Any) -> Any:
