@@ -86,22 +86,21 @@ def sizes(s: Alignment, checkpoint: Checkpoint) -> estimates.ModelSize:
     return estimates.model_of(checkpoint, dtype=dtype_of(s, checkpoint))
 
 
-def weight_bytes(s: Alignment, checkpoint: Checkpoint) -> int:
+def weight_bytes(m: estimates.ModelSize) -> int:
     """The model in memory, before anything is done with it."""
-    m = sizes(s, checkpoint)
-    return m.nbytes if m.packed and m.as_stored else arch.params(checkpoint.config) * m.item
+    return m.nbytes if m.packed and m.as_stored else m.params * m.item
 
 
 def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> estimates.StageCost:
     """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
-    m, params = sizes(s, checkpoint), arch.params(checkpoint.config)
-    trained, peak = params, training_size.training_bytes(m.config, rows, length)
+    m = sizes(s, checkpoint)
+    trained, peak = m.params, training_size.training_bytes(m.config, rows, length)
     if s.lora:
         trained = s.lora.params(m.config)
-        peak = weight_bytes(s, checkpoint) + training_size.STATE_BYTES * trained
+        peak = weight_bytes(m) + training_size.STATE_BYTES * trained
         peak += training_size.activation_bytes(m.config, rows, length)
         peak += training_size.logit_bytes(m.shape.vocab, rows * length)
-    written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + estimates.SIZES[s.dtype] * params
+    written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + estimates.SIZES[s.dtype] * m.params
     flops = s.iters * 3 * estimates.forward_flops(m, s.grad_accumulation_steps * rows * length, length)
     return estimates.StageCost(name, m.nbytes, written, peak, flops, True, updated=s.iters * trained)
 

@@ -95,6 +95,7 @@ TINY = 1e-30  # a scale where all of them are 0
 # In 8 bits m, and the root of v, are the square of a share of the group's largest: no step of that code is much wider
 # than what it stands for. Simulated gradients chose it: updates are 3 % off, 4 to 60 % by shares that are not squared.
 _weight_of_root = mx.compile(lambda p, m, r, rate, root, kept, eps: p * kept - rate * m / (r * root + eps))
+_code_of_root = mx.compile(lambda r, steps: mx.maximum(mx.sqrt(r * steps) + 0.5, 1).astype(mx.uint8))  # divides: no 0
 
 
 @mx.compile
@@ -113,11 +114,6 @@ def _root_of_code(c: mx.array, top: mx.array, g: mx.array, scale: mx.array, b2: 
 def _code_of_first(m: mx.array, steps: mx.array) -> mx.array:
     code = mx.sqrt(mx.abs(m) * steps) + 0.5
     return mx.where(m < 0, -code, code).astype(mx.int8)
-
-
-@mx.compile
-def _code_of_root(r: mx.array, steps: mx.array) -> mx.array:
-    return mx.maximum(mx.sqrt(r * steps) + 0.5, 1).astype(mx.uint8)  # what divides is not 0
 
 
 def group_of(shape: Sequence[int]) -> int:

@@ -84,8 +84,8 @@ class Stream:
         packed = "U32" in stored
         # Weights stored as they are computed with are used where they were read; others are converted. Packed ones that
         # stay packed need their slot as long as the block lives, whatever type its norms have.
-        others = packed or any(kind.get(d, dtype) != dtype for d in stored)
-        self._copies = others and not (packed and policy.keeps_packed())
+        others = any(kind.get(d, dtype) != dtype for d in stored)
+        self._copies = not policy.keeps_packed() if packed else others
         self._kept: dict[int, nn.Module] = {}
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
