@@ -50,12 +50,8 @@ def mlx_lm(module: str) -> ModuleType:
 
 def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
     """Swap the linears and embeddings under `prefix` whose weights are packed on disk for quantized ones."""
-
-    def settings_of(path: str, child: nn.Module) -> bool | dict[str, Any]:
-        return packing(checkpoint, prefix + path) if hasattr(child, "to_quantized") else False
-
     if arch.is_quantized(checkpoint.tensors) and policy.keeps_packed():
-        nn.quantize(module, class_predicate=settings_of)
+        nn.quantize(module, class_predicate=lambda p, m: hasattr(m, "to_quantized") and packing(checkpoint, prefix + p))
 
 
 def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
