@@ -80,21 +80,12 @@ def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
             routed = statistics.routed[i]
             by_lot = np.random.default_rng([i, *routed.astype(int)])  # another one for every calibration
             return routed if cut.experts_by == "frequency" else by_lot.random(len(routed))
-        sums = _sums(statistics, key)
+        sums: importance.Sums = getattr(statistics, axis)[i]
         if cut.importance == "activation":
             return importance.activation(sums)
         return importance.aais(sums, altitude) if weather else importance.rms(sums)
 
     return scores, cut.importance if cut.importance != "aais" or weather else "rms (no T_env or altitude known)"
-
-
-def _sums(statistics: Statistics, key: Key) -> importance.Sums:
-    i, axis = key
-    if axis == "hidden":
-        assert statistics.hidden is not None
-        return statistics.hidden
-    of: dict[int, importance.Sums] = getattr(statistics, axis)
-    return of[i]
 
 
 def select_units(config: Mapping[str, Any], statistics: Statistics, cut: PruningConfig) -> tuple[Shape, KeptUnits]:
@@ -114,7 +105,7 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
     def choice(key: Key, pick: Callable[[np.ndarray], tuple[int, ...]], name: str = "") -> None:
         i, axis = key
         kept[i, name or axis] = pick(scores(key))
-        differ[key] = len(set(kept[i, name or axis]) - set(pick(importance.rms(_sums(statistics, key)))))
+        differ[key] = len(set(kept[i, name or axis]) - set(pick(importance.rms(getattr(statistics, axis)[i]))))
 
     def groups(s: np.ndarray) -> tuple[int, ...]:
         return importance.top(importance.group_scores(s, before.kv_heads), shape.kv_heads)
