@@ -91,6 +91,8 @@ class Rows:
         before = stored(self.name)
         self.given = {"eval_windows": s.eval_windows}
         self.rows: dict[str, Any] = before["rows"] if before.get("given") == self.given else {}
+        for row in self.rows.values():
+            row["excess"] = excess(row, self.rows["teacher"])
         self.judge = Judge(self.teacher, texts(place), s.eval_windows)
 
     def add(self, label: str, make: Any) -> None:
@@ -101,8 +103,12 @@ class Rows:
             folder, more = make(Path(temp) / "made")
             row = {"bytes": load.open_checkpoint(folder).nbytes, **more}
             self.rows[label] = row | {"bits": self.judge.bits(folder)}
-        over = excess(self.rows[label], self.rows["teacher"])
+        over = self.rows[label]["excess"] = excess(self.rows[label], self.rows["teacher"])
         cli.say(f"{label}: {self.rows[label]['bytes'] / 1e6:.1f} MB, {over:+.3f} bits a byte")
+        self.keep()
+
+    def keep(self) -> None:
+        """Write what there is."""
         command = "scripts/mis benchmarks/frontier.py" + (f" --teacher {self.s.teacher}" if self.s.teacher else "")
         write(self.name, command, {"given": self.given, "rows": self.rows})
 
@@ -145,7 +151,7 @@ def table(rows: dict[str, Any]) -> str:
     lines = []
     for label, row in sorted(rows.items(), key=lambda item: -item[1]["bytes"]):
         each = (f"{row['bits'][k] - rows['teacher']['bits'][k]:+.3f}" for k in kinds)
-        lines.append([label, f"{row['bytes'] / 1e6:.1f}", f"{excess(row, rows['teacher']):+.3f}", *each])
+        lines.append([label, f"{row['bytes'] / 1e6:.1f}", f"{row['excess']:+.3f}", *each])
     return markdown_table(["", "MB", "excess, mean", *kinds], lines)
 
 
@@ -160,7 +166,7 @@ def draw(rows: dict[str, Any]) -> Any:
         }
         for kind, (mark, label) in kinds.items():
             mine = [row for name, row in rows.items() if name.startswith(kind)]
-            points = sorted((row["bytes"] / 1e6, excess(row, rows["teacher"])) for row in mine)
+            points = sorted((row["bytes"] / 1e6, row["excess"]) for row in mine)
             axes.plot([x for x, _ in points], [y for _, y in points], mark, label=label)
         axes.set_xlabel("MB of weights")
         axes.set_ylabel("bits per byte above the teacher")
@@ -185,6 +191,7 @@ def main(s: Settings) -> None:
                     bits, share = OURS[size]
                     nbytes = int(share * rows.rows[f"teacher in {bits} bits"]["bytes"])
                     rows.add(f"ours, {size}, seed {seed}", rows.ours(nbytes, seed))
+        rows.keep()
         print(table(rows.rows))
         picture(rows.name, draw(rows.rows))
 
