@@ -16,7 +16,7 @@ from mis_mlx.models import arch, distributed, lora, policy
 from mis_mlx.planner import estimates, recipe, training_size
 from mis_mlx.planner.phases import SAVED_BYTES
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Tokens, Within, duration, gib
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Tokens, Within, gib
 
 # Settings that may differ when a run is resumed: none of them changes a weight. `save_every` does: by it the best
 # checkpoint is looked for.
@@ -141,9 +141,7 @@ class AlignmentPlan:
 def plan(s: Alignment, *phases: estimates.StageCost) -> AlignmentPlan:
     """The plan of these phases under the budget asked for, told in a line each. s: with the micro-batches to come."""
     whole = AlignmentPlan(phases, memory.budget(s.budget_bytes), estimates.machine_rates(), s.batch_size)
-    for p in phases:
-        moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
-        cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(whole.rates))}")
+    cli.say(*(p.told(whole.rates) for p in phases))
     fits = "fits" if whole.peak_bytes <= whole.budget.limit_bytes else "does not fit"
     cli.say(f"peak {gib(whole.peak_bytes)} {fits} the budget of {gib(whole.budget.limit_bytes)}")
     return whole

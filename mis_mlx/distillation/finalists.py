@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.distillation import pipeline
-from mis_mlx.distillation.candidates import DTYPE, Candidates, find, finite
+from mis_mlx.distillation.candidates import DTYPE, Candidates, finite, once
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths.optimizer import Diverged
@@ -39,10 +39,8 @@ ROUNDS = 3  # of timings, the quickest counts
 def final(c: Candidates, choice: Choice, timed_at: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """The record of a finalist: distilled for a few steps and rounded, judged all along; from the log if there.
     timed_at: tokens in the KV cache and in the prompt of each timing, by its name."""
-    log, sub = c.run.folder / FINALISTS, c.run.folder / "finalists" / choice.name
-    if (record := find(log, choice.sizes)) is None:
-        record = _measured(c, choice, sub, timed_at)
-        c.run.files.append(log, json.dumps(record))
+    sub = c.run.folder / "finalists" / choice.name
+    record = once(c.run, FINALISTS, choice.sizes, lambda: _measured(c, choice, sub, timed_at))
     if sub.exists():
         c.run.files.discard(sub)
     return record
@@ -65,7 +63,7 @@ def _measured(c: Candidates, choice: Choice, sub: Path, timed_at: Mapping[str, t
     own = replace(run, recipe=plan.recipe(run.recipe), folder=sub, plan=plan, teacher=reader.teacher)
     own.data = reader.train
     trained = _train(own, pruned, c.run.folder)
-    record = {**choice.sizes, "params": arch.params(pruned.config), **guarded(run_folder.metrics(sub), trained)}
+    record: dict[str, Any] = {"params": arch.params(pruned.config), **guarded(run_folder.metrics(sub), trained)}
     models = {"teacher": reader.teacher, "pruned": pruned}
     if trained:
         out, samples = sub / "model", own.pick(run.recipe.num_samples, 1)
@@ -78,8 +76,7 @@ def _measured(c: Candidates, choice: Choice, sub: Path, timed_at: Mapping[str, t
         bits = comparison.nats_of(values, reader.judging) / reader.judging.counted_bytes / math.log(2)
         record[f"{metric}_{model}"] = [finite(v) for v in bits]
     if timed_at and trained:
-        seconds = {name: timed(trained.path, *at, halves=False).block_s for name, at in timed_at.items()}
-        record["seconds"] = seconds
+        record["seconds"] = {name: timed(trained.path, *at, halves=False).block_s for name, at in timed_at.items()}
     return record
 
 

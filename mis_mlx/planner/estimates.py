@@ -18,7 +18,7 @@ from mis_mlx.models.stream import GROUP_BYTES
 from mis_mlx.planner import training_size
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, reported
-from mis_mlx.types import Budget, Checkpoint, MisError
+from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
 
 SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
@@ -130,6 +130,11 @@ class StageCost:
         flops_per_s = at.training_flops_per_s if self.training else at.forward_flops_per_s
         work = self.flops / (flops_per_s * (at.hot if hot else 1.0)) + self.update_seconds(at)
         return max(disk, work, self.touched_bytes / at.memory_bytes_per_s)
+
+    def told(self, at: rates.Rates) -> str:
+        """In a line, for people."""
+        moved = f"{gib(self.read_bytes)} read, {gib(self.written_bytes)} written"
+        return f"{self.name}: {gib(self.peak_bytes)} of memory, {moved}, about {duration(self.seconds(at))}"
 
     def update_seconds(self, at: rates.Rates) -> float:
         """Of all the optimizer's updates; a CPU's training rate has them in it (rates.ELEMENTWISE)."""

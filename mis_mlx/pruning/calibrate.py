@@ -95,7 +95,7 @@ def calibrate(
     machines each bring their own batches and get the statistics of all; of a `relay` each looks at its own blocks."""
     s = shape_of(checkpoint.config)
     out = Statistics(hidden=(norms := Sums.zeros(s.hidden)))
-    source = relay or stream.Stream(checkpoint, dtype, direct=hidden is not None)
+    source = relay or stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list | None))
     hidden, air, experts = source.embed(batches, hidden), _Air(reading, unit), dict[int, ExpertSums]()
     for i in range(s.layers):  # those that another machine looks at stay zero
         out.ffn[i], out.heads[i], out.block[i] = Sums.zeros(s.ffn * max(1, s.experts)), Sums.zeros(s.heads), 0.0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mis_mlx import cli
 from mis_mlx.models import arch
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner import estimates
@@ -70,20 +71,21 @@ def _beside_weights(config: Mapping[str, Any], shape: Shape) -> int:
     return 2 * weights_of(config, shape)[1] + TENSOR_BYTES * (shape.layers * tensors + 7)
 
 
-def bytes_limit(config: Mapping[str, Any], text: str, most: int) -> Limit:
+def bytes_limit(config: Mapping[str, Any], text: str) -> Limit:
     """At most so many bytes of weights on disk."""
+    most = cli.parse_bytes(text, "--bytes")
     return Limit(f"--bytes {text}", most, lambda shape: _beside_weights(config, shape),
                  lambda cost: f"{cost / 1e6:.4g} MB", in_bytes=True)  # fmt: skip
 
 
-def memory_limit(config: Mapping[str, Any], text: str, most: int, cached: int) -> Limit:
+def memory_limit(config: Mapping[str, Any], text: str, cached: int) -> Limit:
     """At most so many bytes in use: weights, and keys and values of `cached` tokens in 2 bytes each."""
 
     def cost(shape: Shape) -> float:
         m = estimates.model_of(arch.student_config(config, shape), gpu=True)
         return _beside_weights(config, shape) + estimates.keys_bytes(m, cached)
 
-    return Limit(f"--memory {text}", most, cost, gib, in_bytes=True)
+    return Limit(f"--memory {text}", cli.parse_bytes(text, "--memory"), cost, gib, in_bytes=True)
 
 
 @dataclass(frozen=True)
