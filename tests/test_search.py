@@ -192,8 +192,9 @@ def test_sensitivity_keeps_to_the_plan_of_its_own(
     for name, budget_bytes in (("much", 2**30), ("little", 2**20)):
         (tmp_path / name).mkdir()
         plan = SimpleNamespace(budget_bytes=budget_bytes, held_windows=lambda _: 8)
-        run: Any = SimpleNamespace(teacher=llama, folder=tmp_path / name, files=DISK, plan=plan, pick=lambda *_: windows,
-                                   recipe=SimpleNamespace(num_samples=8, seed=0))  # fmt: skip
+        asked, place = SimpleNamespace(num_samples=8, seed=0), tmp_path / name
+        run: Any = SimpleNamespace(teacher=llama, folder=place, files=DISK, plan=plan, recipe=asked)
+        run.pick = lambda *_: windows
         nothing: Any = None
         assert Candidates(run, nothing, nothing, nothing, nothing).sensitivity == {}
     assert seen[0] is None and isinstance(seen[1], Spool)
@@ -299,7 +300,9 @@ def test_times_are_measured_on_the_teacher_and_on_finalists(
     for flag, of in work.items():
         limit = limits.time_limit(deep.config, f"--{flag}", "1.2x", Timing(**stored[flag]), of)
         for record in result["candidates"]:
-            assert limit.cost(replace(shape_of(deep.config), **{a: record[a] for a in shape_search.CUTS})) <= limit.most
+            assert (
+                limit.cost(replace(shape_of(deep.config), **{a: record[a] for a in shape_search.CUTS}), 0) <= limit.most
+            )
         assert stored[flag]["block_s"] > 0 <= stored[flag]["rest_s"]
         assert all(each["seconds"][flag] > 0 for each in result["finalists"])
     out = capsys.readouterr().out
@@ -325,10 +328,10 @@ def test_bytes_and_memory_are_what_is_written(tmp_path: Path, llama: Checkpoint)
     each key and value."""
     four = {path: packed_format.Format(4, 64) for path in packed_format.layout(llama.config, 64)}
     packed_format.write_quantized(llama, tmp_path / "q4", four, DISK)
-    before, (weights, _) = shape_of(llama.config), limits.weights_of(llama.config, shape_of(llama.config))
-    on_disk = limits.bytes_limit(llama.config, "1MB").of(before, 4.5, weights)
+    before = shape_of(llama.config)
+    on_disk = limits.bytes_limit(llama.config, "1MB").cost(before, 4.5)
     assert on_disk == pytest.approx((tmp_path / "q4" / "model.safetensors").stat().st_size, rel=0.01)
-    in_use = limits.memory_limit(llama.config, "1MB", 1000).of(before, 4.5, weights)
+    in_use = limits.memory_limit(llama.config, "1MB", 1000).cost(before, 4.5)
     assert in_use - on_disk == 1000 * 3 * 2 * (2 * 16) * 2
 
 
@@ -351,9 +354,9 @@ def test_times_by_pencil() -> None:
     before, block = shape_of(SMOLLM2), 3_540_096
     short = partial(limits.decode_work, tokens=0)
     limit = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.001, 0.0), short)
-    assert limit.most == pytest.approx(0.015) == limit.cost(replace(before, layers=15))
+    assert limit.most == pytest.approx(0.015) == limit.cost(replace(before, layers=15), 0)
     rest = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.0, 0.006), short)
-    assert rest.cost(replace(before, hidden=288)) == pytest.approx(0.003)
+    assert rest.cost(replace(before, hidden=288), 0) == pytest.approx(0.003)
     narrow, cut = arch.student_config(SMOLLM2, replace(before, ffn=512)), 3 * 1024 * 576
     long = [limits.decode_work(config, 4096) for config in (narrow, SMOLLM2)]
     cache = 2 * 4096 * 3 * 64
@@ -381,15 +384,14 @@ def test_choices_are_all_that_meet_the_limits() -> None:
             shape = arch.target_shape(SMOLLM2, {}, layers=layers, ffn=ffn, heads=heads, hidden=hidden)
         except MisError:
             continue
-        if limit.of(shape := replace(shape, vocab=vocab), 3.5, limits.weights_of(SMOLLM2, shape)[0]) <= 45_000_000:
+        if limit.cost(shape := replace(shape, vocab=vocab), 3.5) <= 45_000_000:
             tried.add(shape)
     assert {choice.shape for choice in found} == tried and len(found) == len(tried) > 20
     for choice in found:
-        weights, _ = limits.weights_of(SMOLLM2, choice.shape)
-        assert limit.of(*choice, weights) <= 45_000_000
+        assert limit.cost(*choice) <= 45_000_000
         assert (
             choice.bpw == 8.5
-            or limit.of(choice.shape, choice.bpw + 0.01, weights) > 45_000_000
+            or limit.cost(choice.shape, choice.bpw + 0.01) > 45_000_000
             or (shape_search.group_of(choice.shape) == 32)
         )
     usual = list(shape_search.choices(SMOLLM2, few, [limit], False))

@@ -38,7 +38,6 @@ from mis_mlx.types import Checkpoint, MisError
 
 PROBES, CANDIDATES = "probes.jsonl", "candidates.jsonl"
 VOCABULARIES = "0.5x", "0.25x", "0.125x"  # of the teacher's rows, that a search tries
-DTYPE = "bfloat16"  # of weights before they are rounded
 WORST = 100.0  # nats a byte, of what has no loss that is a number
 
 
@@ -205,7 +204,7 @@ class Candidates:
         teacher = self.reader(shape.vocab).teacher
         made, keep = select.select_units(teacher.config, self.statistics, cut)
         keep, tensor = select.turned(teacher, made, keep, lambda: self._directions)
-        slicing.write_student(teacher, made, keep, out, DTYPE, self.run.files, tensor)
+        slicing.write_student(teacher, made, keep, out, pipeline.DTYPE, self.run.files, tensor)
         return load.open_checkpoint(out)
 
     def _allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:

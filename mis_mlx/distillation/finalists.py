@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.distillation import pipeline
-from mis_mlx.distillation.candidates import DTYPE, Candidates, finite, once
+from mis_mlx.distillation.candidates import Candidates, finite, once
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths.optimizer import Diverged
@@ -84,7 +84,7 @@ def _train(run: pipeline.Run, pruned: Checkpoint, whole: Path) -> Checkpoint | N
     """The distilled student; None where three steps in a row were no numbers. whole: folder of the search."""
     out = run.folder / "distilled"
     try:
-        pipeline.distil(run, pruned, out, DTYPE)
+        pipeline.distil(run, pruned, out)
     except Diverged:
         return None
     except MisError as error:  # what can be resumed is the search, not the finalist's own folder

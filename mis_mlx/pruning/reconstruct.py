@@ -24,13 +24,13 @@ HELD_OUT = 4
 
 
 def reconstruct(
-    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches
+    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches, direct: bool = False
 ) -> tuple[dict[str, mx.array], list[float]]:
     """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)]."""
     mended: dict[str, mx.array] = {}
     left: list[float] = []
     name = mended_name(student)
-    for j, weight, error in by_block(teacher, student, keep, batches):
+    for j, weight, error in by_block(teacher, student, keep, batches, direct=direct):
         if error < 1.0:
             mended[f"model.layers.{j}.{name}"] = weight
         left.append(error)

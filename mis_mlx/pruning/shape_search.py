@@ -155,7 +155,7 @@ def choices(
             continue
         weights, _ = limits.weights_of(config, shape)
         fewest, most = bpw_range(group) if bits else (USUAL_BPW, USUAL_BPW)
-        costs = {limit: limit.of(shape, fewest, weights) for limit in within}
+        costs = {limit: limit.cost(shape, fewest) for limit in within}
         least = {limit: min(cost, least[limit]) for limit, cost in costs.items()}
         if all(cost <= limit.most for limit, cost in costs.items()) and (bits or shape != before):
             more = (8 * (limit.most - costs[limit]) / weights for limit in in_bytes)
