@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 
-from mis_mlx import bench, cli, plan, prune, search
+from mis_mlx import bench, cli, plan, search
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import pipeline, run_loop, summary, trackers
 from mis_mlx.evaluation import comparison
@@ -19,7 +19,7 @@ from mis_mlx.planner import estimates, machines, phases
 from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import packed_format, stage
-from mis_mlx.reporting import progress, text
+from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, Whole
 
@@ -76,7 +76,7 @@ def _prune(s: Settings, c: pipeline.Run, data: preparation.Data, before: int) ->
                 files=c.files, held=c.plan.held_windows("prune"), shares=c.shares,
             )  # fmt: skip
         if distributed.is_main():
-            cli.say(prune.sentence({**report, "params_before": before}))
+            cli.say(html.document("pruned.md", {**report, "params_before": before}))
     distributed.broadcast_folder(out, c.files)
     return load.open_checkpoint(out)
 

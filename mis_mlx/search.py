@@ -114,6 +114,9 @@ def sizes_of(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     if family(teacher.config).experts:
         raise MisError("a mixture of experts is cut by --experts of prune and distill: search chooses of dense models")
     config, whole = teacher.config, shape_of(teacher.config).vocab
+    if "bits" in s.axes and (s.bytes or s.memory) and not shape_search.group_of(shape_of(config)):
+        why = "32 does not divide the rows of this teacher's matrices, so what bits cost cannot be measured"
+        raise MisError(f"{why}: leave bits out of the --axes of search, or limit --params")
     rows = candidates.vocabularies(teacher) if "vocab" in s.axes else []
     sizes = shape_search.axis_sizes(config, s.axes, rows)
     if s.vocab:
@@ -168,7 +171,7 @@ def report(
     sentence = f"The best as pruned and rounded: {names[0]}: {lines[0]}"
     page = f"{told}\n\n{sentence}"
     if records:
-        whole = {flag: before.layers * timed.block_s + timed.rest_s for flag, timed in speeds.items()}
+        whole = {flag: timed.seconds(before.layers) for flag, timed in speeds.items()}
         names = names[: len(records)]
         sentence = finalists.advice(verdict, records, names, lines)
         head = f"{len(names)} finalists of {told}: {s.iters} steps each, {len(c.judging.tokens)} windows of held-out "

@@ -470,6 +470,14 @@ def test_a_teacher_that_cannot_be_cut_everywhere(tmp_path: Path, command: Callab
     assert "the smallest student within reach has" in said and "let ffn, heads, hidden, vocab be cut too" in said
 
 
+def test_a_teacher_that_cannot_be_packed(tmp_path: Path) -> None:
+    """No group divides an FFN of 1000: said before any work; of students in the usual bits it can be the teacher."""
+    odd = search.Settings(teacher=str(tiny.make(tmp_path / "odd", intermediate_size=1000)), bytes="190KB", dry_run=True)
+    with pytest.raises(MisError, match="32 does not divide the rows of this teacher's matrices"):
+        search.run(replace(odd, max_seq_length=32))
+    assert search.run(replace(odd, max_seq_length=32, bytes=None, params="0.667x"))["students"] > 0
+
+
 def test_mixtures_are_for_other_commands(models: Callable[[str], Checkpoint]) -> None:
     """One sentence, with the flag that cuts them."""
     with pytest.raises(MisError, match="a mixture of experts is cut by --experts"):

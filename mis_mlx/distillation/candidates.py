@@ -29,7 +29,7 @@ from mis_mlx.models import arch, load, model_writer, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner import estimates, search_size
-from mis_mlx.pruning import calibrate, rotate, select, shape_search, slicing, vocabulary
+from mis_mlx.pruning import calibrate, rotate, select, shape_search, vocabulary
 from mis_mlx.pruning.shape_search import Choice, Losses
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage import run_folder
@@ -134,11 +134,8 @@ class Candidates:
 
     def reader(self, rows: int) -> Reader:
         """The teacher of so many rows, made once."""
-        if rows not in self._readers:
-            self._readers[rows] = self._read_by(rows)
-        return self._readers[rows]
-
-    def _read_by(self, rows: int) -> Reader:
+        if rows in self._readers:
+            return self._readers[rows]
         run, s, whole = self.run, self.settings, shape_of(self.run.teacher.config).vocab
         seen, train, ranking, judging = run.teacher, run.data, self.ranking, self.judging
         if rows != whole:
@@ -150,7 +147,8 @@ class Candidates:
         hidden = comparison.final_hidden(seen, ranking)
         nats = comparison.per_byte(comparison.compare({"teacher": seen}, ranking, hidden)["teacher", "nll"], ranking)
         lost = 0.0 if rows == whole else nats - self.reader(whole).nats
-        return Reader(seen, train, ranking, judging, hidden, nats, lost)
+        self._readers[rows] = Reader(seen, train, ranking, judging, hidden, nats, lost)
+        return self._readers[rows]
 
     def losses(self, sizes: Mapping[str, Sequence[int]]) -> Losses:
         """What every axis costs by itself, measured; from the log where it stands there."""
@@ -182,14 +180,11 @@ class Candidates:
             reader = self.reader(shape.vocab)
             if axis == "vocab":
                 return {"nats": finite(reader.lost)}
-            with self._place() as place:
+            with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as place:
                 return {"nats": finite(self._kl(self.prune(shape, Path(place) / "pruned"), reader))}
 
         nats = once(self.run, PROBES, {"axis": axis, "size": size}, measured)["nats"]
         return WORST if nats is None else float(nats)
-
-    def _place(self) -> tempfile.TemporaryDirectory[str]:
-        return tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder)
 
     def _kl(self, student: Checkpoint, reader: Reader) -> float:
         """KL(teacher || student) in nats a byte of the ranking windows."""
@@ -203,8 +198,7 @@ class Candidates:
         cut = select.PruningConfig(scenario="none", importance="rms", **sizes)
         teacher = self.reader(shape.vocab).teacher
         made, keep = select.select_units(teacher.config, self.statistics, cut)
-        keep, tensor = select.turned(teacher, made, keep, lambda: self._directions)
-        slicing.write_student(teacher, made, keep, out, pipeline.DTYPE, self.run.files, tensor)
+        select.write(teacher, made, keep, out, pipeline.DTYPE, self.run.files, lambda: self._directions)
         return load.open_checkpoint(out)
 
     def _allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:
@@ -228,7 +222,7 @@ class Candidates:
 
         def measured() -> dict[str, Any]:
             reader, group = self.reader(choice.shape.vocab), shape_search.group_of(choice.shape)
-            with self._place() as temp:
+            with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as temp:
                 pruned, out = self.prune(choice.shape, Path(temp) / "pruned"), Path(temp) / "rounded"
                 keep = model_writer.read_keep(pruned.path)
                 assert keep is not None

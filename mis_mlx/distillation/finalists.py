@@ -41,8 +41,7 @@ def final(c: Candidates, choice: Choice, timed_at: Mapping[str, tuple[int, int]]
     timed_at: tokens in the KV cache and in the prompt of each timing, by its name."""
     sub = c.run.folder / "finalists" / choice.name
     record = once(c.run, FINALISTS, choice.sizes, lambda: _measured(c, choice, sub, timed_at))
-    if sub.exists():
-        c.run.files.discard(sub)
+    c.run.files.discard(sub)
     return record
 
 
@@ -76,7 +75,8 @@ def _measured(c: Candidates, choice: Choice, sub: Path, timed_at: Mapping[str, t
         bits = comparison.nats_of(values, reader.judging) / reader.judging.counted_bytes / math.log(2)
         record[f"{metric}_{model}"] = [finite(v) for v in bits]
     if timed_at and trained:
-        record["seconds"] = {name: timed(trained.path, *at, halves=False).block_s for name, at in timed_at.items()}
+        times = {name: timed(trained.path, *at) for name, at in timed_at.items()}
+        record["seconds"] = {name: each.seconds(choice.shape.layers) for name, each in times.items()}
     return record
 
 
@@ -99,10 +99,9 @@ def guarded(steps: Sequence[Mapping[str, Any]], trained: object) -> dict[str, An
     return {"steps": len(notes), "skipped": skipped, "clipped": clipped, "diverged": trained is None}
 
 
-def timed(folder: Path, cached: int, prompt: int, halves: bool = True) -> Timing:
+def timed(folder: Path, cached: int, prompt: int) -> Timing:
     """Seconds of a token, with `cached` tokens in the KV cache, or of a prompt of so many tokens up to the first one
-    (prompt 0: of a token), by the quickest of some, stock mlx-lm. halves: a second timing with half of the blocks says
-    what a block takes; else all counts as one block."""
+    (prompt 0: of a token), by the quickest of some, stock mlx-lm. Half of the blocks, timed too, say what one takes."""
     model, tokenizer = mlx_generate.open_model(folder)
     ids = mlx_generate.prompt_ids(tokenizer, "In the evening the wind came down from the pass.", prompt or 8)
     layers = model.model.layers
@@ -117,8 +116,6 @@ def timed(folder: Path, cached: int, prompt: int, halves: bool = True) -> Timing
         return stamps[0] if prompt else min(b - a for a, b in pairwise(stamps))
 
     total, half = len(layers), max(1, len(layers) // 2)
-    if not halves:
-        return Timing(min(quickest(total), quickest(total)), 0.0)
     pairs = [(quickest(total), quickest(half)) for _ in range(ROUNDS)]  # in turn, so that a slow spell hits both
     whole, part = map(min, zip(*pairs, strict=True))
     block = whole / total  # all that there is: one block, or a machine too busy to tell half of the blocks from all
@@ -167,13 +164,10 @@ def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], speeds: Ma
     """Markdown: a column for each finalist, means over windows with 95 % intervals. speeds: the teacher's seconds."""
     rows = []
     for record, name in zip(records, names, strict=True):
-        rows.append(Row(name, "params", record["params"] / 1e6))
-        rows.append(Row(name, "meddled", record["skipped"] + record["clipped"]))
-        if "bytes" in record:
-            rows.append(Row(name, "bytes", record["bytes"] / 1e6))
-        for flag, teacher_s in speeds.items():
-            if flag in record.get("seconds", {}):
-                rows.append(Row(name, flag, teacher_s / record["seconds"][flag]))
+        values = {flag: speeds[flag] / seconds for flag, seconds in record.get("seconds", {}).items()}
+        values |= {"params": record["params"] / 1e6, "meddled": record["skipped"] + record["clipped"]}
+        values |= {"bytes": record["bytes"] / 1e6} if "bytes" in record else {}
+        rows += [Row(name, metric, value) for metric, value in values.items()]
         for metric, _, _ in METRICS:
             if isinstance(values := record.get(metric), list) and None not in values:
                 rows.append(Row(name, metric, *interval(np.array(values)), len(values)))

@@ -93,6 +93,10 @@ class Timing:
     block_s: float
     rest_s: float
 
+    def seconds(self, layers: int) -> float:
+        """Of a model with so many such blocks."""
+        return layers * self.block_s + self.rest_s
+
 
 def time_limit(
     config: Mapping[str, Any], flag: str, text: str, timed: Timing, work: Callable[[Mapping[str, Any]], float]

@@ -111,11 +111,6 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
     kept: dict[Key, tuple[int, ...]] = {}
     differ: dict[Key, int] = {}
 
-    def choice(key: Key, pick: Callable[[np.ndarray], tuple[int, ...]], name: str = "") -> None:
-        i, axis = key
-        kept[i, name or axis] = pick(scores(key))
-        differ[key] = len(set(kept[i, name or axis]) - set(pick(importance.rms(_sums(statistics, key)))))
-
     def groups(s: np.ndarray) -> tuple[int, ...]:
         return importance.top(importance.group_scores(s, before.kv_heads), shape.kv_heads)
 
@@ -124,15 +119,23 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
         "experts": partial(importance.top, keep=shape.experts),
         "ffn": partial(importance.top_in_groups, groups=experts, keep=experts * shape.ffn),
         "heads": lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, groups(s)),
+        "hidden": partial(importance.top, keep=shape.hidden),
     }
+
+    def choose(key: Key) -> None:
+        pick = picks[key[1]]
+        kept[key] = pick(scores(key))
+        differ[key] = len(set(kept[key]) - set(pick(importance.rms(_sums(statistics, key)))))
+
     for i in layers:
-        for axis in (axis for axis in picks if getattr(shape, axis) < getattr(before, axis)):
-            choice((i, axis), picks[axis])
+        for axis in ("experts", "ffn", "heads"):
+            if getattr(shape, axis) < getattr(before, axis):
+                choose((i, axis))
         if shape.kv_heads < before.kv_heads:
             each = before.heads // before.kv_heads
             kept[i, "kv_heads"] = tuple(sorted({h // each for h in kept[i, "heads"]}))
     if shape.hidden < before.hidden and cut.hidden_by == "importance":
-        choice((-1, "hidden"), partial(importance.top, keep=shape.hidden))
+        choose((-1, "hidden"))
     air = statistics.ambient_c
     report = {
         "importance": used,
@@ -174,15 +177,18 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     return shape
 
 
-def turned(
-    teacher: Checkpoint, shape: Shape, keep: KeptUnits, directions: Callable[[], rotate.Directions]
-) -> tuple[KeptUnits, slicing.Tensor | None]:
-    """(`keep`, `tensor`) for `write_student`. directions(): asked for where hidden is cut, but `keep` does not say by
-    which channels; then it gets the rotation that they give."""
-    if shape.hidden == shape_of(teacher.config).hidden or (-1, "hidden") in keep.kept:
-        return keep, None
-    rotation = directions().kept(teacher, shape.hidden)
-    return rotate.by(keep, rotation), rotate.rotated(teacher, rotation)
+def write(
+    teacher: Checkpoint, shape: Shape, keep: KeptUnits, out: Path, dtype: str, files: Files,
+    directions: Callable[[], rotate.Directions],
+) -> KeptUnits:  # fmt: skip
+    """Commit the pruned model to the new folder `out`: what is kept. directions(): asked for where hidden is cut, but
+    `keep` does not say by which channels; then it is by the rotation that they give."""
+    tensor = None
+    if shape.hidden < shape_of(teacher.config).hidden and (-1, "hidden") not in keep.kept:
+        rotation = directions()(shape.hidden)
+        keep, tensor = rotate.by(keep, rotation), rotate.rotated(teacher, rotation)
+    slicing.write_student(teacher, shape, keep, out, dtype, files, tensor)
+    return keep
 
 
 def prune(
@@ -224,14 +230,12 @@ def prune(
         with tempfile.TemporaryDirectory(mark, f".tmp-{out.name}-", out.absolute().parent) as temp:
             both = {}
             for name, kept in (("aais", keep), ("plain", plain)):
-                kept, tensor = turned(checkpoint, shape, kept, directions)
-                slicing.write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files, tensor)
+                write(checkpoint, shape, kept, Path(temp) / name, dtype, files, directions)
                 both[name] = load.open_checkpoint(Path(temp) / name)
             measured = comparison.compare(both, held_out)
         losses = {f"nll_{name}": float(measured[name, "nll"].mean()) for name in both}
         keep = replace(keep, report={**keep.report, **losses})
-    keep, tensor = turned(checkpoint, shape, keep, directions)
-    slicing.write_student(checkpoint, shape, keep, out, dtype, files, tensor)
+    keep = write(checkpoint, shape, keep, out, dtype, files, directions)
     config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
     return {
         "params_before": arch.params(checkpoint.config),
