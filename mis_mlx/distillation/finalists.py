@@ -164,10 +164,10 @@ def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], speeds: Ma
     """Markdown: a column for each finalist, means over windows with 95 % intervals. speeds: the teacher's seconds."""
     rows = []
     for record, name in zip(records, names, strict=True):
-        values = {flag: speeds[flag] / seconds for flag, seconds in record.get("seconds", {}).items()}
-        values |= {"params": record["params"] / 1e6, "meddled": record["skipped"] + record["clipped"]}
-        values |= {"bytes": record["bytes"] / 1e6} if "bytes" in record else {}
-        rows += [Row(name, metric, value) for metric, value in values.items()]
+        plain = {flag: speeds[flag] / seconds for flag, seconds in record.get("seconds", {}).items()}
+        plain |= {"params": record["params"] / 1e6, "meddled": record["skipped"] + record["clipped"]}
+        plain |= {"bytes": record["bytes"] / 1e6} if "bytes" in record else {}
+        rows += [Row(name, metric, value) for metric, value in plain.items()]
         for metric, _, _ in METRICS:
             if isinstance(values := record.get(metric), list) and None not in values:
                 rows.append(Row(name, metric, *interval(np.array(values)), len(values)))

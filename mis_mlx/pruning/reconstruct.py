@@ -44,13 +44,9 @@ def mended_name(student: Checkpoint) -> str:
 
 
 def by_block(
-    teacher: Checkpoint,
-    student: Checkpoint,
-    keep: KeptUnits,
-    batches: Batches,
-    spool: Callable[[], Hidden] | None = None,
-    direct: bool = False,
-) -> Iterator[tuple[int, mx.array, float]]:
+    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches,
+    spool: Callable[[], Hidden] | None = None, direct: bool = False,
+) -> Iterator[tuple[int, mx.array, float]]:  # fmt: skip
     """(number of a block, its `mended_name` (out, in) float32, share of error left) of every block, in turn. spool(): a
     place other than memory for hidden states; then a block's output is computed anew, and its inputs are not kept
     meanwhile. direct: read past the page cache."""

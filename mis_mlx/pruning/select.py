@@ -192,18 +192,9 @@ def write(
 
 
 def prune(
-    checkpoint: Checkpoint,
-    batches: Batches,
-    held_out: Windows,
-    out: Path,
-    cut: PruningConfig,
-    *,
-    dtype: str,
-    reading: Callable[[], Reading | None],
-    files: Files,
-    held: int | None = None,
-    shares: Sequence[int] = (),
-) -> dict[str, Any]:
+    checkpoint: Checkpoint, batches: Batches, held_out: Windows, out: Path, cut: PruningConfig, *, dtype: str,
+    reading: Callable[[], Reading | None], files: Files, held: int | None = None, shares: Sequence[int] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line.
 
     Where AAIS keeps other channels than plain importance, a plain student is made too and the two are compared on

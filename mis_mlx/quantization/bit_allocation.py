@@ -226,12 +226,9 @@ def _flat(x: mx.array) -> mx.array:
 
 
 def _along(
-    dense: mx.array,
-    packed: Sequence[rounding.Packed],
-    pairs: Sequence[tuple[mx.array, mx.array]],
-    group: int,
+    dense: mx.array, packed: Sequence[rounding.Packed], pairs: Sequence[tuple[mx.array, mx.array]], group: int,
     bits: Sequence[int],
-) -> mx.array:
+) -> mx.array:  # fmt: skip
     """(windows, formats): <d log p / dW, error> of a matrix (out, in) in each format. pairs: (input, cotangent).
 
     The gradient is made before the product with the errors: <above, error a> token by token is F products as large as
