@@ -93,7 +93,6 @@ def stored_reference(folder: Path, fingerprint: str, files: Files, make: Callabl
     if saved is not None and saved.state["fingerprint"] == fingerprint:
         return np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
     values = make()
-    files.make_folder(folder / REFERENCE)
     number = saved.number + 1 if saved else 0
     arrays = {"logps": {"chosen_rejected": mx.array(values)}}
     protocol.save_step(folder / REFERENCE, number, arrays, {"fingerprint": fingerprint}, files)
@@ -103,13 +102,6 @@ def stored_reference(folder: Path, fingerprint: str, files: Files, make: Callabl
 def longest(pair: Pair) -> int:
     """Tokens of the longer answer of a pair, its prompt included."""
     return max(len(ids) for ids, _ in pair)
-
-
-def visited(pairs: Sequence[Pair], iters: int, batch_size: int, parts: int, seed: int) -> np.ndarray:
-    """The pairs that the steps of a run train on, rising: those that need the reference."""
-    lengths = list(map(longest, pairs))
-    steps = [np.concatenate(sequence_packing.drawn(lengths, batch_size, parts, step, seed)) for step in range(iters)]
-    return np.unique(np.concatenate(steps))
 
 
 def micro_batches(pairs: Sequence[Pair], logps: np.ndarray, batch_size: int, parts: int, seed: int) -> OfStep:
@@ -153,14 +145,13 @@ def run(settings: Settings) -> dict[str, Any]:
         return alignment_plan.training(parts, checkpoint, 2 * parts.batch_size, length, "dpo")
 
     parts = alignment_plan.cut(s, folder, training)
-    drawing = (parts.batch_size, parts.grad_accumulation_steps, s.seed)
-    seen = visited(train, s.iters, *drawing)
+    seen = live_teacher.visited(len(train), parts)  # who needs the reference
     compared = [*(train[i] for i in seen), *valid]
     tokens, phase = sum(2 * longest(pair) for pair in compared), training(parts)
     asking = estimates.forward_flops(alignment_plan.sizes(s, checkpoint), tokens, s.max_seq_length)
     plan = alignment_plan.plan(parts, replace(phase, flops=phase.flops + asking))
     if s.dry_run:
-        return {"model": str(checkpoint.path), "pairs": len(train), **plan.result()}
+        return {"model": str(checkpoint.path), "pairs": len(train), **plan.result}
     with alignment_run.running(s, folder, checkpoint, plan, card, "dpo") as r:
         logps = np.zeros((len(compared), 2), np.float32)
         if distributed.is_main():
@@ -169,7 +160,7 @@ def run(settings: Settings) -> dict[str, Any]:
         logps = np.array(distributed.broadcast_array(mx.array(logps)))
         of_train = np.full((len(train), 2), np.nan, np.float32)
         of_train[seen] = logps[: len(seen)]
-        each = micro_batches(train, of_train, *drawing)
+        each = micro_batches(train, of_train, parts.batch_size, parts.grad_accumulation_steps, s.seed)
         loss = partial(s.loss, frozen_head=s.lora is not None)
         held_out = partial(measure, r.model, s, valid, logps[len(seen) :], parts.batch_size)
         judge = OF_MEANS if s.loss_type == "dpop" else "loss"

@@ -53,7 +53,7 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimate
     flops = estimates.forward_flops(m, tokens, length)
     play = estimates.StageCost("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
     if s.beta:
-        beside = 3 * alignment_plan.weight_bytes(s, checkpoint)  # moments too
+        beside = 3 * alignment_plan.weight_bytes(m)  # moments too
         size = answers * length
         one = estimates.streamed_pass("", m, size, size, length, spool=False, beside_bytes=beside)
         read, peak = s.iters * one.read_bytes, max(one.peak_bytes, play.peak_bytes + m.slots_bytes)
@@ -77,7 +77,7 @@ def run(settings: Settings) -> dict[str, Any]:
         remedy = f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
         raise MisError(f"{what}: {remedy}")
     if s.dry_run:
-        return {"model": str(checkpoint.path), "questions": len(train), **plan.result()}
+        return {"model": str(checkpoint.path), "questions": len(train), **plan.result}
     with alignment_run.running(s, folder, checkpoint, plan, card, "grpo") as r:
         dtype = alignment_plan.dtype_of(s, checkpoint)
         direct = checkpoint.nbytes > plan.budget.limit_bytes

@@ -199,17 +199,13 @@ def planned(
     work, made = search_size.work(s, teacher, most, how, probes, limit)
     stages = [stage for part in work.values() for stage in part]
     seconds = {name: sum(stage.seconds(made.rates) for stage in part) for name, part in work.items() if part}
-    cli.say(*(stage.told(made.rates) for stage in stages), str(made.rates))
-    peak = max(stage.peak_bytes for stage in stages)
+    outcome = estimates.told(stages, limit.limit_bytes, made.rates)
+    cli.say(str(made.rates))
     if not s.dry_run:
         if not made.fits:
             raise MisError(phases.remedy(made))
         estimates.fit(limit, *stages)
-    return made, seconds, {
-        "peak_bytes": peak, "budget_bytes": limit.limit_bytes, "read_bytes": sum(stage.read_bytes for stage in stages),
-        "written_bytes": sum(stage.written_bytes for stage in stages), "seconds": round(sum(seconds.values())),
-        "check_failed": not made.fits or peak > limit.limit_bytes,
-    }  # fmt: skip
+    return made, seconds, outcome | {"check_failed": outcome["check_failed"] or not made.fits}
 
 
 def run(settings: Settings) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def run(settings: Settings) -> dict[str, Any]:
     phase = _phase(parts, checkpoint, beside, length)
     plan = alignment_plan.plan(parts, phase)
     if s.dry_run:
-        return {"model": str(checkpoint.path), "windows": len(train.windows), **plan.result()}
+        return {"model": str(checkpoint.path), "windows": len(train.windows), **plan.result}
     with alignment_run.running(s, folder, checkpoint, plan, card, "sft") as r:
         source: live_teacher.TargetSource = live_teacher.TextTargets()
         if beside is not None:

@@ -137,8 +137,8 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
     own = pipeline_parallel.Relay(teacher, mx.float32, 0, False, shares) if shares else None
     s, _ = calibrate.calibrate(teacher, distributed.shard(whole), mx.float32, lambda: next(air), relay=own)
     found = {f"{axis} {i} {key}": np.asarray(getattr(sums, key), np.float64)
-             for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", {-1: s.hidden}))
-             for i, sums in of.items() for key in ("mean", "square", "warm", "batches")}  # fmt: skip
+             for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", s.hidden))
+             for i, sums in of.items() for key in ("mean", "square", "warm")}  # fmt: skip
     return found | {
         "block": np.array([s.block[i] for i in sorted(s.block)]),
         "measured": np.array(s.measured),

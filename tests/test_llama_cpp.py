@@ -226,7 +226,7 @@ def texts() -> list[str]:
 
 def split(name: str) -> Any:
     """Qwen's and Llama 3's way: one regular expression, then bytes without one."""
-    pattern = next(rule["steps"][0] for rule in vocab.KNOWN["rules"] if rule["name"] == name)
+    pattern = next(rule["steps"][0]["pattern"]["Regex"] for rule in vocab.KNOWN["rules"] if rule["name"] == name)
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 

@@ -110,9 +110,8 @@ def pencil_statistics() -> Statistics:
     def both(mean: np.ndarray) -> np.ndarray:
         return np.stack([mean, mean**2])
 
-    made = Statistics(hidden=Sums.zeros(64), block={0: 0.5, 1: 0.1, 2: 0.3})
-    assert made.hidden is not None
-    made.hidden.add(*both(np.arange(64)[::-1] + 1.0), 1.0)
+    made = Statistics(hidden={-1: Sums.zeros(64)}, block={0: 0.5, 1: 0.1, 2: 0.3})
+    made.hidden[-1].add(*both(np.arange(64)[::-1] + 1.0), 1.0)
     for i in range(3):
         made.ffn[i], made.heads[i] = Sums.zeros(768), Sums.zeros(4)
         made.ffn[i].add(*both(np.roll(np.arange(768)[::-1] + 1.0, i)), 1.0)

@@ -108,24 +108,17 @@ def moving(moments: dict[Key, Moments], head_dim: int) -> Scores:
 def random(statistics: Statistics, seed: int) -> Scores:
     """Drawn layer by layer, each axis by itself."""
     draws = {axis: np.random.default_rng(seed) for axis in ("ffn", "heads", "hidden")}
-    return lambda key: draws[key[1]].random(len(_sums(statistics, key).square))
-
-
-def _sums(statistics: Statistics, key: Key) -> Sums:
-    if key[1] == "hidden":
-        assert statistics.hidden is not None
-        return statistics.hidden
-    return {"ffn": statistics.ffn, "heads": statistics.heads}[key[1]][key[0]]
+    return lambda key: draws[key[1]].random(len(getattr(statistics, key[1])[key[0]].square))
 
 
 def by(statistics: Statistics, scores: Scores) -> Statistics:
     """Statistics whose `importance.activation` are these scores."""
 
     def put(key: Key) -> Sums:
-        return replace(_sums(statistics, key), mean=scores(key) ** 2)
+        return replace(getattr(statistics, key[1])[key[0]], mean=scores(key) ** 2)
 
     ffn, heads = ({i: put((i, axis)) for i in sorted(statistics.ffn)} for axis in ("ffn", "heads"))
-    return replace(statistics, ffn=ffn, heads=heads, hidden=put((-1, "hidden")))
+    return replace(statistics, ffn=ffn, heads=heads, hidden={-1: put((-1, "hidden"))})
 
 
 def keeping(statistics: Statistics, layers: Iterable[int]) -> Statistics:

@@ -1,6 +1,6 @@
 """The flags that sft, dpo and grpo share, and what a run with these takes: bytes, hours, memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -10,7 +10,6 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models import arch, distributed, lora, policy
 from mis_mlx.planner import estimates, recipe, training_size
@@ -87,64 +86,45 @@ def sizes(s: Alignment, checkpoint: Checkpoint) -> estimates.ModelSize:
     return estimates.model_of(checkpoint, dtype=dtype_of(s, checkpoint))
 
 
-def weight_bytes(s: Alignment, checkpoint: Checkpoint) -> int:
+def weight_bytes(m: estimates.ModelSize) -> int:
     """The model in memory, before anything is done with it."""
-    m = sizes(s, checkpoint)
-    return m.nbytes if m.packed and m.as_stored else arch.params(checkpoint.config) * m.item
+    return m.nbytes if m.packed and m.as_stored else m.params * m.item
 
 
 def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> estimates.StageCost:
     """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
-    m, params = sizes(s, checkpoint), arch.params(checkpoint.config)
-    trained, peak = params, training_size.training_bytes(m.config, rows, length)
+    m = sizes(s, checkpoint)
+    trained, peak = m.params, training_size.training_bytes(m.config, rows, length)
     if s.lora:
         trained = s.lora.params(m.config)
-        peak = weight_bytes(s, checkpoint) + training_size.STATE_BYTES * trained
+        peak = weight_bytes(m) + training_size.STATE_BYTES * trained
         peak += training_size.activation_bytes(m.config, rows, length)
         peak += training_size.logit_bytes(m.shape.vocab, rows * length)
-    written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + estimates.SIZES[s.dtype] * params
+    written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + estimates.SIZES[s.dtype] * m.params
     flops = s.iters * 3 * estimates.forward_flops(m, s.grad_accumulation_steps * rows * length, length)
     return estimates.StageCost(name, m.nbytes, written, peak, flops, True, updated=s.iters * trained)
 
 
 @dataclass(frozen=True)
 class AlignmentPlan:
-    """The phases of a run under a budget, on a machine of these rates."""
+    """What a run takes on this machine, and may take."""
 
-    phases: Sequence[estimates.StageCost]
     budget: Budget
-    rates: Rates
     micro_batch: int  # rows, pairs or answers
-
-    @property
-    def peak_bytes(self) -> int:
-        """Of the largest phase, with the process's own share."""
-        return max(p.peak_bytes for p in self.phases) + memory.process_bytes(self.budget.limit_bytes)
-
-    @property
-    def seconds(self) -> float:
-        """Of all phases."""
-        return sum(p.seconds(self.rates) for p in self.phases)
-
-    def result(self) -> dict[str, Any]:
-        """The result of a --dry-run."""
-        return {
-            "peak_bytes": self.peak_bytes,
-            "budget_bytes": self.budget.limit_bytes,
-            "read_bytes": sum(p.read_bytes for p in self.phases),
-            "written_bytes": sum(p.written_bytes for p in self.phases),
-            "seconds": round(self.seconds),
-            "check_failed": self.peak_bytes > self.budget.limit_bytes,
-        }
+    largest: str  # phase
+    peak_bytes: int  # of that phase, with the process's own share
+    seconds: float  # of all phases
+    result: dict[str, Any]  # of a --dry-run
 
 
 def plan(s: Alignment, *phases: estimates.StageCost) -> AlignmentPlan:
     """The plan of these phases under the budget asked for, told in a line each. s: with the micro-batches to come."""
-    whole = AlignmentPlan(phases, memory.budget(s.budget_bytes), estimates.machine_rates(), s.batch_size)
-    cli.say(*(p.told(whole.rates) for p in phases))
-    fits = "fits" if whole.peak_bytes <= whole.budget.limit_bytes else "does not fit"
-    cli.say(f"peak {gib(whole.peak_bytes)} {fits} the budget of {gib(whole.budget.limit_bytes)}")
-    return whole
+    budget, rates = memory.budget(s.budget_bytes), estimates.machine_rates()
+    limit, seconds = budget.limit_bytes, sum(p.seconds(rates) for p in phases)
+    result = estimates.told(phases, limit, rates, memory.process_bytes(limit))
+    fits, largest = "does not fit" if result["check_failed"] else "fits", max(phases, key=lambda p: p.peak_bytes)
+    cli.say(f"peak {gib(result['peak_bytes'])} {fits} the budget of {gib(limit)}")
+    return AlignmentPlan(budget, s.batch_size, largest.name, result["peak_bytes"], seconds, result)
 
 
 def cut(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) -> S:

@@ -26,7 +26,6 @@ from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import reported
 from mis_mlx.types import Checkpoint, MisError, Step
 
 BEST, MODEL, ADAPTERS = "best", "model", "adapters"
@@ -56,10 +55,6 @@ class AlignmentRun(OpenRun):
         `train_loop.train`, yields the steps; what `micro_batches` gives is between these two."""
         s, mine = self.settings, (self.model, self.optimizer)
 
-        def begin() -> None:
-            with reported(self.folder, "the folder of checkpoints"):
-                self.files.make_folder(self.folder / BEST)
-
         def remember(number: int) -> dict[str, Any]:
             # Measured only where every run of these settings is: a stop does not change the best.
             if distributed.is_main() and (number % s.save_every == 0 or number == s.iters):
@@ -73,7 +68,7 @@ class AlignmentRun(OpenRun):
             self, partial(train_loop.arrays_of, *mine), self.optimizer.memory, partial(train_loop.restore, *mine),
             remember, recall, label=self.name, budget_bytes=self.plan.budget.limit_bytes,
         )  # fmt: skip
-        start = training.start(begin)
+        start = training.start(lambda: None)
         self.model.train()
         steps = partial(train, self.model, micro_batches, loss, self.optimizer, s.schedule)
         training.finish(steps, start, s.iters, s.save_every, self.optimizer)
@@ -149,10 +144,9 @@ def running(
 ) -> Iterator[AlignmentRun]:
     """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint".
     MisError with both numbers where the plan does not fit the budget."""
-    worst = max(plan.phases, key=lambda p: p.peak_bytes)
     remedy = f"give --budget {estimates.flag(plan.peak_bytes)} or more, lower --batch-size or --max-seq-length, "
     remedy += "or use --fine-tune-type lora; alignment trains whole models in memory"
-    plan.budget.need(plan.peak_bytes, worst.name, remedy)
+    plan.budget.need(plan.peak_bytes, plan.largest, remedy)
     if folder is None:
         cli.say(progress.promise(plan.seconds))
     way, origin = {"mode": "resident", "micro": plan.micro_batch}, run_folder.origin(checkpoint, card["fingerprint"])

@@ -88,9 +88,9 @@ class Settings(alignment_plan.Alignment):
         """(sum, count, further sums) over the answers of one micro-batch; old None: the model as it is now."""
         new = self.logps(model, b, frozen_head)
         before = mx.stop_gradient(new) if old is None else old
-        losses = policy.token_losses(new, before, advantage, self.epsilon, self.epsilon_high, reference, self.beta)
+        bounds = self.epsilon, self.epsilon_high
+        losses, held = policy.token_losses(new, before, advantage, *bounds, reference, self.beta)
         total, count = policy.loss_sum(losses, b.mask, self.loss_type, self.max_completion_length)
-        held = policy.clipped(new, before, advantage, self.epsilon, self.epsilon_high)
         clipped, _ = policy.loss_sum(held, b.mask, self.loss_type, self.max_completion_length)
         return total, count, {"clipped": clipped, "tokens": mx.array(float(b.tokens.size))}
 
@@ -179,7 +179,7 @@ def _record(step: int, row: Row, texts: Sequence[str], score: rewards.Scores, ke
 
 def _totals(scores: Sequence[rewards.Scores]) -> np.ndarray:
     """(prompts, answers) float64; NaN where an answer is not scored."""
-    return np.array([[np.nan if r is None else r for r in s.totals] for s in scores], np.float64)
+    return np.array([s.totals for s in scores], np.float64)
 
 
 def _facts(scores: Sequence[rewards.Scores], answers: list[Group], kept: np.ndarray, most: int) -> dict[str, float]:
@@ -220,12 +220,9 @@ def train(
         parts, facts = rollouts(step)
         peak = mx.get_peak_memory()
 
-        def same(_: int, parts: Sequence[tuple[Any, ...]] = parts) -> Sequence[tuple[Any, ...]]:
-            return parts
-
         done = Step(step + 1, 0.0, 0.0, schedule.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
         for _ in range(updates if distributed.any_rank(parts) else 0):
-            done = next(train_loop.train(model, same, loss, optimizer, schedule, step))
+            done = next(train_loop.train(model, {step: parts}.__getitem__, loss, optimizer, schedule, step))
         facts = {**done.more, **facts}
         seconds, peak = train_loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)
         cells = "  ".join(f"{facts[n]:>13{form}}" if n in facts else " " * 13 for n, form in TABLE)

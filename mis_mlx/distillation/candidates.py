@@ -58,7 +58,7 @@ def split(held_out: Mapping[str, Windows], ranking: int, judging: int) -> tuple[
 
 
 def vocabularies(teacher: Checkpoint) -> list[int]:
-    """Numbers of rows that a student may have beside the teacher's: what tokenizer, special tokens and bytes allow."""
+    """Numbers of rows that a student may have beside the teacher's own, as far as its tokenizer allows."""
     rows, whole = set[int](), shape_of(teacher.config).vocab
     for share in VOCABULARIES:
         with suppress(MisError):

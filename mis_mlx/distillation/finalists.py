@@ -72,8 +72,9 @@ def _measured(c: Candidates, choice: Choice, sub: Path, timed_at: Mapping[str, t
         models |= {"distilled": trained, "rounded": load.open_checkpoint(out)}
         record["bytes"] = models["rounded"].nbytes
     for (model, metric), values in comparison.compare(models, reader.judging).items():
-        bits = comparison.nats_of(values, reader.judging) / reader.judging.counted_bytes / math.log(2)
-        record[f"{metric}_{model}"] = [finite(v) for v in bits]
+        if metric in ("nll", "kl"):
+            bits = comparison.nats_of(values, reader.judging) / reader.judging.counted_bytes / math.log(2)
+            record[f"{metric}_{model}"] = [finite(v) for v in bits]
     if timed_at and trained:
         times = {name: timed(trained.path, *at) for name, at in timed_at.items()}
         record["seconds"] = {name: each.seconds(choice.shape.layers) for name, each in times.items()}

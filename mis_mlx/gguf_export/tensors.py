@@ -25,9 +25,9 @@ BLOCK = 32  # weights of a Q4_1 or Q5_1 block
 EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of these is re-wrapped where that is exact
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
 F16_MAX = 65504.0
-# rewrapped: MLX's mode and bits, and ggml's type of the same numbers. interleaved: models that turn neighbours in a
-# row of q and k. freqs: what frequencies are divided by. yarn: keys of stretched positions; own: a family's own ones;
-# with the `GGUFWriter`'s word for each. file_types: those that are not MOSTLY_ and their name.
+# rewrapped: MLX's mode and bits, and ggml's type of the same numbers. freqs: what frequencies are divided by. yarn:
+# keys of stretched positions; own: a family's own ones; with the `GGUFWriter`'s word for each. file_types: those that
+# are not MOSTLY_ and their name.
 WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
 REWRAPPED, YARN, OWN = WORDS["rewrapped"], WORDS["yarn"], WORDS["own"]
 
@@ -71,7 +71,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     choose. MisError where rows do not divide by a block, or nothing is packed in the mode that was asked for."""
     config, s, of = checkpoint.config, shape_of(checkpoint.config), families.family(checkpoint.config)
     names = wheel_model.gguf_names(config)
-    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.gguf in WORDS["interleaved"] else {}
+    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.interleaved else {}
     every = []
     for name, shape in arch.tensors_of(config, True).items():
         one = expert_names.one_by_one(name, config)[0]
@@ -126,23 +126,18 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
     if not part.source:
         yield _freqs(checkpoint.config).view(np.uint8)
         return
-    for source in expert_names.one_by_one(part.source, checkpoint.config):
-        yield from _rows_of(checkpoint, replace(part, source=source, shape=part.shape[-2:]), tally)
+    convert, shape = _rewrapped if part.exact else _converted, part.shape[-2:]
+    step = max(1, SLAB_BYTES // (4 * math.prod(shape[1:])))
+    order = wheel_model.row_order(shape[0], part.heads) if part.heads else np.arange(shape[0])
+    for source in expert_names.one_by_one(part.source, checkpoint.config):  # one, or several that are stacked
+        one, stem = replace(part, source=source, shape=shape), source.removesuffix(".weight")
+        stored = [n for n in (source, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
+        raw = safetensors.lazy(checkpoint.tensors, stored)
+        for at in range(0, shape[0], step):
+            index = mx.array(order[at : at + step]) if part.heads else slice(at, at + step)
+            slab = {name: array[index] for name, array in raw.items()}
+            yield np.ascontiguousarray(convert(checkpoint, one, slab, tally)).view(np.uint8)
     mx.clear_cache()
-
-
-def _rows_of(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np.ndarray]:
-    """`rows` of one matrix, of several that are stacked, or of a vector."""
-    stem = part.source.removesuffix(".weight")
-    stored = [n for n in (part.source, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
-    raw = safetensors.lazy(checkpoint.tensors, stored)
-    count, order = part.shape[0], wheel_model.row_order(part.shape[0], part.heads) if part.heads else None
-    step = max(1, SLAB_BYTES // (4 * math.prod(part.shape[1:])))
-    for at in range(0, count, step):
-        index = slice(at, at + step) if order is None else mx.array(order[at : at + step])
-        slab = {name: array[index] for name, array in raw.items()}
-        convert = _rewrapped if part.exact else _converted
-        yield np.ascontiguousarray(convert(checkpoint, part, slab, tally)).view(np.uint8)
 
 
 def _finite(part: Part, *arrays: np.ndarray) -> None:

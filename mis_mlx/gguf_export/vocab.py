@@ -15,8 +15,9 @@ from mis_mlx.types import MisError
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # GGUF's token types
 ADDED_SCORE, NO_SCORE = -1000.0, -10000.0  # what llama.cpp's converter gives an added token, and a hole
 Piece = tuple[str, float, int]  # text, score, type
+USUAL = ("use_regex", True), ("trim_offsets", True), ("trim_offsets", False)  # the last two change no cut
 # llama.cpp's pre-tokenizers: the text "probe"; "names", those of our families, by the sha256 of its ids. A vocabulary
-# of one's own has another hash, but is cut by the same "rules": steps of tokenizer.json, ignore_merges.
+# of one's own has another hash, but is cut by the same "rules": steps of tokenizer.json but for USUAL, ignore_merges.
 KNOWN = read_json(Path(__file__).parent / "pre_tokenizers.json")
 
 
@@ -62,7 +63,10 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
         raise MisError(f"{folder}: a tokenizer of type {kind} has no place in a GGUF of these models: use --format hf")
     if not model.get("byte_fallback"):
         digest = hashlib.sha256(str(_ids(folder, KNOWN["probe"])).encode()).hexdigest()
-        rule = {"steps": _steps(spec), "ignore_merges": bool(model.get("ignore_merges"))}
+        first = spec.get("pre_tokenizer") or {}
+        every = first.get("pretokenizers") or [first]
+        steps = [{k: v for k, v in step.items() if (k, v) not in USUAL} for step in every]
+        rule = {"steps": steps, "ignore_merges": bool(model.get("ignore_merges"))}
         pre = KNOWN["names"].get(digest) or next((r["name"] for r in KNOWN["rules"] if r == r | rule), None)
         pre = read_json(folder / ROWS).get("pre_tokenizer") or pre  # a trimmed vocabulary is cut by its parent's rules
         pieces = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
@@ -81,25 +85,6 @@ def pre_tokenizer(folder: Path) -> str | None:
     spec = read_json(folder / "tokenizer.json")
     named = _pieces(folder, spec)[1] if (spec.get("model") or {}).get("type") == "BPE" else "default"
     return None if named == "default" else named
-
-
-def _steps(spec: dict[str, Any]) -> list[str]:
-    """What a tokenizer.json does to a text before its merges, in the words of the "rules"."""
-    first = spec.get("pre_tokenizer") or {}
-    words = []
-    for step in first.get("pretokenizers") or [first]:
-        match step:
-            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
-                words.append(pattern)
-            case {"type": "Digits", "individual_digits": True}:
-                words.append("Digits one by one")
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
-                words.append("ByteLevel")
-            case {"type": "ByteLevel", "add_prefix_space": False}:
-                words.append("ByteLevel with its regex")
-            case _:
-                words.append("something else")
-    return words
 
 
 def _ids(folder: Path, text: str) -> list[int]:

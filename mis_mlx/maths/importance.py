@@ -61,26 +61,24 @@ def weight_of(reading: Reading | None, unit: str) -> float | None:
 
 @dataclass
 class Sums:
-    """Sums over calibration batches of one layer's channels, and how many there were.
+    """Sums over calibration batches of one layer's channels.
 
     mean: squares of means over tokens of |a|. square: means of a^2. warm: those times T_b^2."""
 
     mean: np.ndarray
     square: np.ndarray
     warm: np.ndarray
-    batches: int = 0
 
     @classmethod
     def zeros(cls, size: int) -> Sums:
         """No batch seen yet."""
-        return cls(np.zeros(size), np.zeros(size), np.zeros(size))
+        return cls(*np.zeros((3, size)))
 
     def add(self, mean: np.ndarray, square: np.ndarray, weight: float) -> None:
         """One batch's means over tokens of |a| and of a^2, both (units,), measured at T_env = weight."""
         self.mean += np.asarray(mean, np.float64) ** 2
         self.square += square
         self.warm += square * weight**2
-        self.batches += 1
 
 
 @dataclass
@@ -108,12 +106,12 @@ class ExpertSums:
     def scores(self) -> Sums:
         """Their squares, as `rms` and `aais` take them; 0 of an expert that no token has chosen."""
         square, warm = (np.square(total / np.maximum(self.routed, 1)) for total in (self.gated, self.warm))
-        return Sums(square, square, warm, 1)
+        return Sums(square, square, warm)
 
 
 @dataclass
 class Statistics:
-    """What calibration gathers. `ffn`, `heads`, `experts`, `block` by layer number; `hidden` sums over all layer norms.
+    """What calibration gathers, by layer number; at -1 `hidden`, which sums over all layer norms.
 
     Of a mixture `ffn` has the neurons of all experts of a layer, one expert's after another's. `experts`: REAP's score
     of each, its square that is; `routed`: how many tokens chose each."""
@@ -123,7 +121,7 @@ class Statistics:
     routed: dict[int, np.ndarray] = field(default_factory=dict)
     heads: dict[int, Sums] = field(default_factory=dict)
     block: dict[int, float] = field(default_factory=dict)
-    hidden: Sums | None = None
+    hidden: dict[int, Sums] = field(default_factory=dict)
     altitude_m: float | None = None
     measured: bool = False  # whether every batch had a T_env
     ambient_c: list[float] = field(default_factory=list)

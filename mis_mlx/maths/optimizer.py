@@ -37,18 +37,13 @@ class Diverged(MisError):
 Lane = Callable[[int], AbstractContextManager[Any]]  # where MLX computes the i-th of several things
 
 
-def nowhere(i: int) -> AbstractContextManager[Any]:
-    """One lane, and that where everything is computed."""
-    return nullcontext()
-
-
 def _lightest(loads: list[int], size: int) -> int:
     """The lane of the next thing, of this size."""
     loads[i := loads.index(min(loads))] += size
     return i
 
 
-def global_norm(gradients: Any, lane: Lane = nowhere) -> mx.array:
+def global_norm(gradients: Any, lane: Lane = nullcontext) -> mx.array:
     """Euclidean norm over all gradients, a scalar. Sums each tensor's last axis first: float32 sums drift."""
     squares, loads = list[mx.array](), [0, 0]
     named: dict[str, mx.array] = tree_flatten(gradients, destination={})  # type: ignore[assignment]
@@ -100,6 +95,7 @@ TINY = 1e-30  # a scale where all of them are 0
 # In 8 bits m, and the root of v, are the square of a share of the group's largest: no step of that code is much wider
 # than what it stands for. Simulated gradients chose it: updates are 3 % off, 4 to 60 % by shares that are not squared.
 _weight_of_root = mx.compile(lambda p, m, r, rate, root, kept, eps: p * kept - rate * m / (r * root + eps))
+_code_of_root = mx.compile(lambda r, steps: mx.maximum(mx.sqrt(r * steps) + 0.5, 1).astype(mx.uint8))  # divides: no 0
 
 
 @mx.compile
@@ -118,11 +114,6 @@ def _root_of_code(c: mx.array, top: mx.array, g: mx.array, scale: mx.array, b2: 
 def _code_of_first(m: mx.array, steps: mx.array) -> mx.array:
     code = mx.sqrt(mx.abs(m) * steps) + 0.5
     return mx.where(m < 0, -code, code).astype(mx.int8)
-
-
-@mx.compile
-def _code_of_root(r: mx.array, steps: mx.array) -> mx.array:
-    return mx.maximum(mx.sqrt(r * steps) + 0.5, 1).astype(mx.uint8)  # what divides is not 0
 
 
 def group_of(shape: Sequence[int]) -> int:
@@ -188,7 +179,7 @@ class GuardedAdamW:
 
     def update(
         self, model: nn.Module, gradients: Any, loss: float, norm: float, learning_rate: float, batch: int = 0,
-        scale: float = 1.0, lane: Lane = nowhere,
+        scale: float = 1.0, lane: Lane = nullcontext,
     ) -> str:  # fmt: skip
         """One step on `model`'s trainable parameters, lazily. Returns what the dog did ('' = it slept).
 

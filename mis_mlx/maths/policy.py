@@ -40,8 +40,9 @@ def teaches(rewards: np.ndarray) -> np.ndarray:
 def token_losses(
     new: mx.array, old: mx.array, advantage: mx.array, epsilon: float, epsilon_high: float,
     reference: mx.array | None = None, beta: float = 0.0,
-) -> mx.array:  # fmt: skip
+) -> tuple[mx.array, mx.array]:  # fmt: skip
     """-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta k3 of every token, (B, T); rho = pi_new / pi_old.
+    And (B, T): 1 where the bound holds a token's gradient back, else 0.
 
     new, old, reference: (B, T) log-probabilities, all at the sampling temperature; only `new` has a gradient.
     advantage: (B,). DAPO's clip-higher is an epsilon_high above epsilon. k3 = e^d - d - 1, d = log pi_ref - log pi_new:
@@ -51,13 +52,8 @@ def token_losses(
     if beta and reference is not None:
         apart = mx.stop_gradient(reference) - new
         losses = losses + beta * (mx.exp(apart) - apart - 1)
-    return losses
-
-
-def clipped(new: mx.array, old: mx.array, advantage: mx.array, epsilon: float, epsilon_high: float) -> mx.array:
-    """(B, T): 1 where the bound holds a token's gradient back, else 0."""
-    ratio, each = mx.exp(new - old), advantage[:, None]
-    return (((ratio > 1 + epsilon_high) & (each > 0)) | ((ratio < 1 - epsilon) & (each < 0))).astype(mx.float32)
+    held = ((ratio > 1 + epsilon_high) & (each > 0)) | ((ratio < 1 - epsilon) & (each < 0))
+    return losses, held.astype(mx.float32)
 
 
 def loss_sum(losses: mx.array, mask: mx.array, kind: LossType, max_tokens: int) -> tuple[mx.array, mx.array]:

@@ -67,7 +67,10 @@ def compensated(weight: np.ndarray, gram: np.ndarray, group: int, bits: int) -> 
             w[j + 1 : end] -= u[j, j + 1 : end, None] * error[j - start]
         w[end:] -= u[start:end, end:].T @ error
     scales, biases = (mx.concatenate(list(part), axis=1).astype(mx.float16) for part in zip(*grids, strict=True))
-    return _packed(chosen, bits), scales, biases
+    # As MLX packs integers: one stream of bits a row, the lowest first.
+    each = chosen.T.astype(np.uint8)[..., None] >> np.arange(bits, dtype=np.uint8) & 1
+    packed = np.packbits(each.reshape(len(each), -1), axis=1, bitorder="little").view(np.uint32)
+    return mx.array(packed), scales, biases
 
 
 def inverse_factor(gram: np.ndarray) -> np.ndarray:
@@ -76,9 +79,3 @@ def inverse_factor(gram: np.ndarray) -> np.ndarray:
     turned.flat[:: len(gram) + 1] += DAMPING * np.trace(gram) / len(gram) or 1.0
     turned = np.linalg.cholesky(turned)
     return np.linalg.inv(turned[::-1, ::-1])
-
-
-def _packed(chosen: np.ndarray, bits: int) -> mx.array:
-    """Integers (in, out) as MLX packs them: (out, in * bits / 32) uint32, one stream of bits, the lowest first."""
-    each = chosen.T.astype(np.uint8)[..., None] >> np.arange(bits, dtype=np.uint8) & 1
-    return mx.array(np.packbits(each.reshape(len(each), -1), axis=1, bitorder="little").view(np.uint32))

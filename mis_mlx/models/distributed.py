@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,42 +32,37 @@ class Lost(MisError):
     """A machine beside this one is gone. From here on this one counts as alone."""
 
 
-@dataclass
-class _World:
-    rank: int
-    size: int
-
-
 @cache
-def _world() -> _World:
+def _world() -> list[int]:
+    """[which of the machines this is, from 0; how many there are, 1 once another one is lost]."""
     if cli.rank() is None:
-        return _World(0, 1)
+        return [0, 1]
     try:
         group = mx.distributed.init(strict=True)
     except (RuntimeError, ValueError) as error:
         raise MisError(f"the machines do not reach each other ({error}): look at the hosts and cables") from None
     sockets.notice_the_dead()
-    return _World(group.rank(), group.size())
+    return [group.rank(), group.size()]
 
 
 def size() -> int:
     """How many machines work together."""
-    return _world().size
+    return _world()[1]
 
 
 def rank() -> int:
     """Which of them this is, from 0."""
-    return _world().rank
+    return _world()[0]
 
 
 def is_main() -> bool:
     """Whether this is the machine that writes checkpoints, metrics and models, and speaks."""
-    return _world().rank == 0
+    return rank() == 0
 
 
 def shard(items: Any) -> Any:
     """This machine's part of a sequence, what a step or a pass is made of: every `size`-th item; perhaps none."""
-    return items[_world().rank :: size()]
+    return items[rank() :: size()]
 
 
 def _settled(arrays: Any) -> Any:
@@ -78,7 +72,7 @@ def _settled(arrays: Any) -> Any:
     except RuntimeError as error:
         if size() == 1 or cli.device_trouble(error):  # this machine's own
             raise
-        _world().size = 1
+        _world()[1] = 1
         raise Lost(f"a machine beside this one is gone ({error}): resume on as many as there are") from None
     return arrays
 
@@ -140,7 +134,7 @@ def broadcast_bytes(data: np.ndarray, root: int = 0) -> np.ndarray:
     """The bytes (n,) uint8 that `root` has; n is the same everywhere, what others have does not count."""
     if size() == 1:
         return data
-    mine = mx.array(data) if _world().rank == root else mx.zeros(data.shape, mx.uint8)
+    mine = mx.array(data) if rank() == root else mx.zeros(data.shape, mx.uint8)
     return np.array(_settled(mx.distributed.all_sum(mine)))
 
 

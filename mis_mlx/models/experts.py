@@ -92,9 +92,3 @@ def before(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array
     experts make of the second. Lazy."""
     h = x + block.self_attn(block.input_layernorm(x), mask, None)
     return h, block.post_attention_layernorm(h)
-
-
-def of_block(of: Family, block: nn.Module) -> Experts:
-    """The experts of a block that `load` has made, of a mixture."""
-    found: Experts = block[of.mlp]["experts"]
-    return found

@@ -48,18 +48,10 @@ def mlx_lm(module: str) -> ModuleType:
         resource.setrlimit = setrlimit
 
 
-def _model_module(config: Mapping[str, Any]) -> ModuleType:
-    return mlx_lm(f"models.{family(config).mlx}")
-
-
 def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
     """Swap the linears and embeddings under `prefix` whose weights are packed on disk for quantized ones."""
-
-    def settings_of(path: str, child: nn.Module) -> bool | dict[str, Any]:
-        return packing(checkpoint, prefix + path) if hasattr(child, "to_quantized") else False
-
     if arch.is_quantized(checkpoint.tensors) and policy.keeps_packed():
-        nn.quantize(module, class_predicate=settings_of)
+        nn.quantize(module, class_predicate=lambda p, m: hasattr(m, "to_quantized") and packing(checkpoint, prefix + p))
 
 
 def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
@@ -108,7 +100,7 @@ def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array
 
 def model_args(config: Mapping[str, Any]) -> Any:
     """mlx-lm's ModelArgs of a config."""
-    return _model_module(config).ModelArgs.from_dict(normalised(config))
+    return mlx_lm(f"models.{family(config).mlx}").ModelArgs.from_dict(normalised(config))
 
 
 def block(
@@ -221,7 +213,7 @@ def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """The last RMSNorm, lazy. `raw` as in `weights`."""
     config, of = checkpoint.config, family(checkpoint.config)
-    kind = _model_module(config).RMSNorm if of.gain_offset else nn.RMSNorm
+    kind = mlx_lm(f"models.{of.mlx}").RMSNorm if of.gain_offset else nn.RMSNorm
     norm = kind(config["hidden_size"], eps=config["rms_norm_eps"])
     norm.load_weights(weights(checkpoint, NORM, dtype, raw))
     return _divided(norm, config)
@@ -251,19 +243,20 @@ def logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
 def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it against the budget. `model.model`
     gives what goes into the head, as everywhere here."""
-    model = _model_module(checkpoint.config).Model(model_args(checkpoint.config))
+    of = family(checkpoint.config)
+    model = mlx_lm(f"models.{of.mlx}").Model(model_args(checkpoint.config))
     model.model.embed_tokens = lookup.Embedding(*model.model.embed_tokens.weight.shape)
-    for block in model.model.layers if family(checkpoint.config).experts else ():
+    for block in model.model.layers if of.experts else ():
         _apart(block, checkpoint.config)
     named = weights(checkpoint, "", dtype)
-    if hasattr(model, "sanitize") and not family(checkpoint.config).experts:
+    if hasattr(model, "sanitize") and not of.experts:
         model.sanitize(dict(named))  # Gemma finds out in there whether it has a head
     _quantize(model, "", checkpoint)
     model.load_weights(named)
     model.eval()
-    if family(checkpoint.config).scaled_queries:
+    if of.scaled_queries:
         model.model.layers = [_uniform(block) for block in model.model.layers]
-    if family(checkpoint.config).logit_divisor:
+    if of.logit_divisor:
         model.model.norm, model.logits_scaling = _divided(model.model.norm, checkpoint.config), 1.0
     model._embedding_scale = embedding_scale(checkpoint.config, dtype)  # for `embedded`
     return model

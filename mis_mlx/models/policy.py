@@ -64,11 +64,10 @@ def usual_dtype() -> mx.Dtype:
 
 def compute_dtype(model: Checkpoint) -> mx.Dtype:
     """What this model computes in: the usual type, or bfloat16 where float16 does not hold its activations."""
-    if _used or (usual := usual_dtype()) != mx.float16:
-        return usual_dtype()
-    if not family(model.config).float16:
-        return mx.bfloat16
-    return mx.bfloat16 if overflows(model) else usual
+    usual = usual_dtype()
+    if _used or usual != mx.float16:
+        return usual
+    return usual if family(model.config).float16 and not overflows(model) else mx.bfloat16
 
 
 def overflows(model: Checkpoint) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.storage.block_reader import PAGE, Layout, Reader, layout, pages
+from mis_mlx.storage.block_reader import PAGE, Layout, Reader, pages
 from mis_mlx.storage.header_check import DTYPES
 from mis_mlx.types import MisError, TensorAt, gib
 
@@ -44,7 +44,7 @@ class Slots:
 
     def __init__(self, reader: Reader, groups: Mapping[Any, dict[str, TensorAt]]):
         self._reader, self._groups = reader, groups
-        self._layouts = {key: layout(tensors) for key, tensors in groups.items()}
+        self._layouts = {key: Layout(tensors) for key, tensors in groups.items()}
         self.nbytes = max(at.nbytes for at in self._layouts.values())
         self.free: list[Slot] = []
 

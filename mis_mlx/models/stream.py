@@ -25,6 +25,7 @@ from mis_mlx.models.slots import Slot, Slots
 from mis_mlx.storage.block_reader import PAGE, Reader
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
+evaluate_now = mx.eval  # what these were made of may be freed, or changed, after this line
 GROUP_BYTES = 2**27  # of outputs of experts, (B, T, k, D), at a time
 Batches = Sequence[mx.array]  # token ids [(B, T)]
 Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a list, or a disk.spool.Spool
@@ -83,8 +84,8 @@ class Stream:
         packed = "U32" in stored
         # Weights stored as they are computed with are used where they were read; others are converted. Packed ones that
         # stay packed need their slot as long as the block lives, whatever type its norms have.
-        others = packed or any(kind.get(d, dtype) != dtype for d in stored)
-        self._copies = others and not (packed and policy.keeps_packed())
+        others = any(kind.get(d, dtype) != dtype for d in stored)
+        self._copies = not policy.keeps_packed() if packed else others
         self._kept: dict[int, nn.Module] = {}
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
@@ -237,7 +238,7 @@ class Stream:
         visit(batch, expert, gates (n,), neurons (n, F), outputs (n, D)): what the expert did for the n tokens of a
         batch that chose it; gates sum to 1 for every token."""
         of = family(self.checkpoint.config)
-        part, inside = block[of.mlp], experts.of_block(of, block)
+        part, inside = block[of.mlp], block[of.mlp].experts
         each = hidden[0].nbytes * self.checkpoint.config["num_experts_per_tok"] if len(hidden) else 1
         for first in range(0, len(hidden), size := max(1, GROUP_BYTES // each)):
             beside, inputs, chosen, gates = [], list[mx.array](), [], list[np.ndarray]()
@@ -279,11 +280,6 @@ class Stream:
         for _, block in self.blocks():
             self.through(block, hidden)
         return self.norm(hidden)
-
-
-def evaluate_now(*arrays: Any) -> None:
-    """Evaluate now: what these were made of may be freed, or changed, after this line."""
-    mx.eval(*arrays)
 
 
 def load_checked(module: nn.Module, where: str = "") -> nn.Module:

@@ -5,7 +5,7 @@ Ids are rows of the embedding. Does not know which tokens are worth their row (p
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class Vocabulary:
         left = {text for text, i in self.ids.items() if i in new}
         if self.unigram:
             model["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in new]
-            model["unk_id"] = _mapped(model.get("unk_id"), new)
+            model["unk_id"] = _moved(model.get("unk_id"), new, True)
         else:
             model["vocab"] = {text: new[i] for text, i in self.ids.items() if i in new}
             merges = zip(model["merges"], self.pairs, strict=True)
@@ -134,36 +134,28 @@ class Vocabulary:
 
 def moved_ids(settings: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
     """A config.json or generation_config.json whose ids are the new ones."""
-    return {key: _mapped(value, new) if ID_KEYS.search(key) else value for key, value in settings.items()}
+    return {key: _moved(value, new, True) if ID_KEYS.search(key) else value for key, value in settings.items()}
 
 
-def _mapped(value: Any, new: Mapping[int, int]) -> Any:
-    if isinstance(value, list):
-        return [_mapped(each, new) for each in value]
-    return new.get(value, value) if type(value) is int else value
-
-
-def _moved(part: Any, new: Mapping[int, int]) -> Any:
-    """A post-processor or padding: {"ids": [2]}, {"sep": ["</s>", 2]}, {"pad_id": 0}, at any depth."""
+def _moved(part: Any, new: Mapping[int, int], ids: bool = False) -> Any:
+    """Numbers that are `ids` become new ones; of a post-processor or padding those in {"ids": [2]},
+    {"sep": ["</s>", 2]}, {"pad_id": 0}, at any depth."""
     if isinstance(part, list):
-        return [_moved(each, new) for each in part]
-    if not isinstance(part, dict):
-        return part
-    return {key: _mapped(value, new) if key in ("ids", "sep", "cls", "pad_id") else _moved(value, new)
-            for key, value in part.items()}  # fmt: skip
+        return [_moved(each, new, ids) for each in part]
+    if isinstance(part, dict):
+        return {key: _moved(each, new, key in ("ids", "sep", "cls", "pad_id")) for key, each in part.items()}
+    return new.get(part, part) if ids and type(part) is int else part
 
 
 def _ids(settings: Mapping[str, Any]) -> Iterator[int]:
     """Every id in a config.json or generation_config.json."""
-
-    def inside(value: Any) -> Iterable[int]:
+    todo = [value for key, value in settings.items() if ID_KEYS.search(key)]
+    while todo:
+        value = todo.pop()
         if isinstance(value, list):
-            return chain.from_iterable(map(inside, value))
-        return [value] if type(value) is int else []
-
-    for key, value in settings.items():
-        if ID_KEYS.search(key):
-            yield from inside(value)
+            todo += value
+        elif type(value) is int:
+            yield value
 
 
 def _text(token: Any) -> Any:

@@ -23,9 +23,9 @@ from mis_mlx import cli
 from mis_mlx.hardware.programs import download_wheel
 from mis_mlx.models import arch
 from mis_mlx.models.families import GATED, family
+from mis_mlx.models.model_writer import SAFETENSORS_NAMES
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import CHUNK, DISK, reported
-from mis_mlx.storage.header_check import DTYPES
 from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import MisError
 
@@ -75,63 +75,49 @@ def _joined(pinned: Pinned, temp: Path) -> Path:
 
 
 def convert_smollm2(pinned: Pinned, gguf: Path, folder: Path) -> None:
-    """Write the folder, inside `commit_folder`. MisError when the GGUF has another sha256 than it is pinned to. Memory:
-    the embedding in float32."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    """Write the folder, inside `commit_folder`."""
+    from tokenizers import AddedToken, Tokenizer
 
-    facts, tensors = opened(gguf, pinned.gguf_sha256)
-    config = pinned.files["config.json"]
-    heads = {"q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])}
-
-    def in_our_order(name: str, values: np.ndarray) -> np.ndarray:
-        count = heads.get(name.split(".")[-2])
-        return values[np.argsort(row_order(len(values), count))] if count else values
-
-    write_files(pinned, tensors, folder, in_our_order)
-    merges: Any = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
+    facts = write_model(pinned, gguf, folder)
     vocab = {piece: i for i, piece in enumerate(facts["tokenizer.ggml.tokens"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    model = {"type": "BPE", "vocab": vocab, "merges": facts["tokenizer.ggml.merges"]}
     # Its config says PreTrainedTokenizerFast: transformers 5 would rebuild a GPT2Tokenizer and lose the digits.
-    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    # The stubs miss that these are properties that can be set.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer = Tokenizer.from_str(json.dumps({**WHEELS["byte_level"], "model": model}))
     control = pinned.files["tokenizer_config.json"]["additional_special_tokens"]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def opened(gguf: Path, expected: str) -> tuple[dict[str, Any], list[Any]]:
-    """(facts by key, tensors) of the file with this sha256. MisError when it has another."""
+def write_model(pinned: Pinned, gguf: Path, folder: Path) -> dict[str, Any]:
+    """Write the pinned files, and the weights one tensor at a time; what else the GGUF says, by key. MisError when it
+    has another sha256 than it is pinned to. Memory: the embedding in float32."""
     from gguf import GGUFReader
-
-    if (got := hub.sha256(gguf)) != expected:
-        why = f"{gguf} has sha256 {got}, expected {expected}"
-        raise MisError(f"{why}: GGUF from elsewhere is not read here, use the safetensors model it was made from")
-    reader = GGUFReader(gguf)
-    return {key: field.contents() for key, field in reader.fields.items()}, reader.tensors
-
-
-def write_files(
-    pinned: Pinned, tensors: Sequence[Any], folder: Path, change: Callable[[str, np.ndarray], np.ndarray]
-) -> None:
-    """Write the pinned files, and what `change(Hugging Face name, float32 values)` gives, one tensor at a time."""
     from gguf.quants import dequantize
 
+    if (got := hub.sha256(gguf)) != pinned.gguf_sha256:
+        why = f"{gguf} has sha256 {got}, expected {pinned.gguf_sha256}"
+        raise MisError(f"{why}: GGUF from elsewhere is not read here, use the safetensors model it was made from")
+    reader = GGUFReader(gguf)
     for name, content in pinned.files.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     config = pinned.files["config.json"]
-    dtype = next(name for name, (attribute, _) in DTYPES.items() if attribute == config["torch_dtype"])
+    of, dtype = family(config), SAFETENSORS_NAMES[config["torch_dtype"]]
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]} if of.interleaved else {}
     ours = {theirs: name for name, theirs in gguf_names(config).items()}
     # GGUF states shapes innermost first; reversed they are (out, in), as in the Hugging Face layout.
-    specs = {ours[t.name]: (dtype, tuple(int(n) for n in reversed(t.shape))) for t in tensors}
+    specs = {ours[t.name]: (dtype, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors}
 
     def unpacked(name: str, tensor: Any) -> tuple[str, mx.array]:
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        return name, mx.array(change(name, values)).astype(getattr(mx, config["torch_dtype"]))
+        if count := heads.get(name.split(".")[-2]):
+            values = values[np.argsort(row_order(len(values), count))]
+        if "norm" in name:
+            values = values - of.gain_offset  # llama.cpp stores what multiplies
+        return name, mx.array(values).astype(getattr(mx, config["torch_dtype"]))
 
-    write_tensors(folder, specs, map(unpacked, specs, tensors), DISK)
+    write_tensors(folder, specs, map(unpacked, specs, reader.tensors), DISK)
+    return {key: field.contents() for key, field in reader.fields.items()}
 
 
 def gguf_names(config: Mapping[str, Any]) -> dict[str, str | None]:
@@ -166,9 +152,7 @@ def convert_gemma(pinned: Pinned, gguf: Path, folder: Path) -> None:
     from tokenizers import processors
     from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
 
-    facts, tensors = opened(gguf, pinned.gguf_sha256)
-    # llama.cpp stores what multiplies, Hugging Face 1 less
-    write_files(pinned, tensors, folder, lambda name, values: values - 1.0 if "norm" in name else values)
+    facts = write_model(pinned, gguf, folder)
     names = mapping.GGUF_TOKENIZER_MAPPING["tokenizer"]
     known = {name: facts[f"tokenizer.{key}"] for key, name in names.items() if f"tokenizer.{key}" in facts}
     tokenizer, _ = mapping.convert_gguf_tokenizer("gemma3", known)

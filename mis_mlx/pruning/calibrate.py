@@ -30,12 +30,12 @@ def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> dict[s
 
 def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> None:
     """Sums of this machine's batches become those of all machines', and blocks' sums means."""
-    sums = [of[i] for of in (out.ffn, out.heads) for i in sorted(of)] + ([out.hidden] if out.hidden else [])
-    fields: list[tuple[Any, str]] = [(s, name) for s in sums for name in ("mean", "square", "warm", "batches")]
+    sums = [of[i] for of in (out.ffn, out.heads, out.hidden) for i in sorted(of)]
+    fields: list[tuple[Any, str]] = [(s, name) for s in sums for name in ("mean", "square", "warm")]
     fields += [(experts[i], name) for i in sorted(experts) for name in ("routed", "gated", "warm")]
-    whole = distributed.all_reduce_sums([np.asarray(getattr(owner, name)) for owner, name in fields])
+    whole = distributed.all_reduce_sums([getattr(owner, name) for owner, name in fields])
     for (owner, name), value in zip(fields, whole, strict=True):
-        setattr(owner, name, int(value) if name == "batches" else value)
+        setattr(owner, name, value)
     mine = [np.array([out.block[i] for i in sorted(out.block)]), np.array(batches)]
     distances, count = distributed.all_reduce_sums(mine)
     out.block = {i: float(d / count) for i, d in enumerate(distances)}
@@ -94,7 +94,7 @@ def calibrate(
     has no T_b, all weigh 1, and `measured` is False. hidden: a place for the hidden states other than memory. Several
     machines each bring their own batches and get the statistics of all; of a `relay` each looks at its own blocks."""
     s = shape_of(checkpoint.config)
-    out = Statistics(hidden=(norms := Sums.zeros(s.hidden)))
+    out = Statistics(hidden={-1: (norms := Sums.zeros(s.hidden))})
     source = relay or stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list | None))
     hidden, air, experts = source.embed(batches, hidden), _Air(reading, unit), dict[int, ExpertSums]()
     for i in range(s.layers):  # those that another machine looks at stay zero

@@ -11,7 +11,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mis_mlx.models import load, stream
-from mis_mlx.models.experts import before, of_block
+from mis_mlx.models.experts import before
 from mis_mlx.models.families import family
 from mis_mlx.planner.compression_size import ROUTER_BYTES
 
@@ -27,7 +27,7 @@ def heal(
     share of the error that they leave on batches `held_out`). It stays as it is, and 1 is left, where none does better
     there. Tokens are weighted by 1 / rms of the goal, as in `reconstruct.refit`. Unused batches are not fetched."""
     of = family(source.checkpoint.config)
-    part, experts = block[of.mlp], of_block(of, block)
+    part = block[of.mlp]
     router = part[of.router]
     old, kind = router.weight, hidden[0].dtype
     most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
@@ -36,7 +36,7 @@ def heal(
 
     def error(weight: mx.array, at: _Asked) -> mx.array:
         router.weight = weight.astype(kind)
-        experts.said = at.said
+        part.experts.said = at.said
         out = at.beside + part(at.inputs).reshape(at.beside.shape).astype(mx.float32)
         return mx.square((at.goal - out) * at.weight).sum()
 
@@ -49,7 +49,7 @@ def heal(
         stream.evaluate_now(weight, adam.state)
         if step % LOOK == 0 and (now := float(error(weight, parts[1]))) < least:
             best, least = weight, now
-    experts.said, router.weight = None, best.astype(old.dtype) if least < first else old
+    part.experts.said, router.weight = None, best.astype(old.dtype) if least < first else old
     return best, least / first if first else 1.0
 
 
@@ -58,7 +58,7 @@ class _Asked:
 
     def __init__(self, source: stream.Stream, block: nn.Module, hidden: Some, goals: Some):
         of = family(source.checkpoint.config)
-        part, experts = block[of.mlp], of_block(of, block)
+        part = block[of.mlp]
         beside, inputs = list[mx.array](), list[mx.array]()
         for x in hidden:
             h, n = before(block, x, load.mask(source.args, block, x))
@@ -71,5 +71,5 @@ class _Asked:
         self.weight = 1.0 / mx.maximum(mx.sqrt(mx.square(self.goal).mean(axis=-1, keepdims=True)), 1e-6)
         count = len(part[of.router].weight)
         every = mx.array(np.broadcast_to(np.arange(count), (1, len(self.goal), count)))
-        self.said = experts.outputs([self.inputs], [every])[0]
+        self.said = part.experts.outputs([self.inputs], [every])[0]
         stream.evaluate_now(self.inputs, self.beside, self.goal, self.weight, self.said)

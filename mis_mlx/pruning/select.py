@@ -80,21 +80,12 @@ def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
             routed = statistics.routed[i]
             by_lot = np.random.default_rng([i, *routed.astype(int)])  # another one for every calibration
             return routed if cut.experts_by == "frequency" else by_lot.random(len(routed))
-        sums = _sums(statistics, key)
+        sums: importance.Sums = getattr(statistics, axis)[i]
         if cut.importance == "activation":
             return importance.activation(sums)
         return importance.aais(sums, altitude) if weather else importance.rms(sums)
 
     return scores, cut.importance if cut.importance != "aais" or weather else "rms (no T_env or altitude known)"
-
-
-def _sums(statistics: Statistics, key: Key) -> importance.Sums:
-    i, axis = key
-    if axis == "hidden":
-        assert statistics.hidden is not None
-        return statistics.hidden
-    of: dict[int, importance.Sums] = getattr(statistics, axis)
-    return of[i]
 
 
 def select_units(config: Mapping[str, Any], statistics: Statistics, cut: PruningConfig) -> tuple[Shape, KeptUnits]:
@@ -125,7 +116,7 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
     def choose(key: Key) -> None:
         pick = picks[key[1]]
         kept[key] = pick(scores(key))
-        differ[key] = len(set(kept[key]) - set(pick(importance.rms(_sums(statistics, key)))))
+        differ[key] = len(set(kept[key]) - set(pick(importance.rms(getattr(statistics, key[1])[key[0]]))))
 
     for i in layers:
         for axis in ("experts", "ffn", "heads"):

@@ -19,7 +19,7 @@ GAP = 1 << 16  # bytes between two tensors of a block that are read along rather
 F_NOCACHE = 48  # macOS; Python's fcntl has no name for it
 
 
-@dataclass(frozen=True)
+@dataclass
 class Extent:
     """Bytes [begin, end) of a file that go to `at` in the destination; begin and at are multiples of PAGE."""
 
@@ -29,30 +29,21 @@ class Extent:
     at: int
 
 
-@dataclass(frozen=True)
 class Layout:
-    """Where a group of tensors goes in one buffer of `nbytes`: each keeps its offset's remainder by PAGE."""
+    """Where a group of tensors goes in one buffer of `nbytes`: each keeps its offset's remainder by PAGE. Neighbours in
+    a file are merged into few extents, and those laid out page by page."""
 
-    extents: tuple[Extent, ...]
-    at: Mapping[str, int]
-    nbytes: int
-
-
-def layout(tensors: Mapping[str, TensorAt]) -> Layout:
-    """Merge neighbours in a file into few extents, and lay those out page by page."""
-    extents: list[Extent] = []
-    at: dict[str, int] = {}
-    for name, t in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-        last = extents[-1] if extents else None
-        if last and last.file == t.file and last.begin <= t.offset <= last.end + GAP:
-            extents[-1] = last = Extent(t.file, last.begin, max(last.end, t.offset + t.nbytes), last.at)
-        else:
-            free = last.at + pages(last.end - last.begin) if last else 0
-            last = Extent(t.file, t.offset // PAGE * PAGE, t.offset + t.nbytes, free)
-            extents.append(last)
-        at[name] = last.at + t.offset - last.begin
-    nbytes = extents[-1].at + pages(extents[-1].end - extents[-1].begin) if extents else 0
-    return Layout(tuple(extents), at, nbytes)
+    def __init__(self, tensors: Mapping[str, TensorAt]):
+        self.extents, self.at, self.nbytes = list[Extent](), dict[str, int](), 0
+        for name, t in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
+            last = self.extents[-1] if self.extents else None
+            if last and last.file == t.file and last.begin <= t.offset <= last.end + GAP:
+                last.end = max(last.end, t.offset + t.nbytes)
+            else:
+                last = Extent(t.file, t.offset // PAGE * PAGE, t.offset + t.nbytes, self.nbytes)
+                self.extents.append(last)
+            self.at[name] = last.at + t.offset - last.begin
+            self.nbytes = last.at + pages(last.end - last.begin)
 
 
 def pages(nbytes: int) -> int:

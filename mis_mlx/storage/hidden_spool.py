@@ -21,7 +21,7 @@ class Spool(MutableSequence[mx.array]):
 
     def __init__(self, folder: Path, held: int, files: Files):
         self._folder, self._held, self._files = folder, held, files
-        self._memory: list[mx.array] = []
+        self._memory: dict[int, mx.array] = {}
         self._count, self._fd = 0, -1
         self._kind: tuple[tuple[int, ...], mx.Dtype] | None = None
         self._nbytes = 0  # of one array
@@ -44,22 +44,18 @@ class Spool(MutableSequence[mx.array]):
         return mx.array(np.frombuffer(data, np.uint8)).view(dtype).reshape(shape)
 
     def __setitem__(self, b: Any, array: Any) -> None:
-        b = range(self._count)[b]
-        if b < self._held:
-            self._memory[b] = array
-        else:
-            self._write(b, array)
+        self._put(range(self._count)[b], array)
 
     def insert(self, b: int, array: mx.array) -> None:
         """Only at the end: this is `append`."""
         assert b == self._count, "a spool grows at its end"
-        if b < self._held:
-            self._memory.append(array)
-        else:
-            self._write(b, array)
+        self._put(b, array)
         self._count += 1
 
-    def _write(self, b: int, array: mx.array) -> None:
+    def _put(self, b: int, array: mx.array) -> None:
+        if b < self._held:
+            self._memory[b] = array
+            return
         kind = tuple(array.shape), array.dtype
         if self._kind is None:
             self._kind, self._nbytes = kind, array.nbytes

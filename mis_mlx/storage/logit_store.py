@@ -24,7 +24,6 @@ from mis_mlx.types import MisError
 
 MANIFEST = "targets.json"
 KEPT_PARTS = 4  # parts that a reader holds in memory
-NUMPY = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -181,10 +180,8 @@ class Targets:
         if (data := self.sound(number)) is None:
             raise MisError(f"{path} is damaged: write the targets again, the other parts are kept")
         tensors, _ = check(path)
-        return {
-            name: np.frombuffer(data, NUMPY[t.dtype], int(np.prod(t.shape)), t.offset).reshape(t.shape)
-            for name, t in tensors.items()
-        }
+        kinds = self.spec.dtypes()
+        return {name: np.frombuffer(data, kinds[name], t.shape[0], t.offset) for name, t in tensors.items()}
 
 
 def _manifest(folder: Path) -> tuple[Spec, dict[int, dict[str, Any]]]:

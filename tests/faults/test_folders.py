@@ -172,7 +172,7 @@ def run(command: str, folder: Path, good: Path, text: Path, out: Path) -> object
             evaluate.Settings(str(good), (str(folder),), str(text), eval_windows=2, max_seq_length=32)
         ),
         "search": lambda: search.run(
-            search.Settings(params="0.95x", tolerance=0.05, teacher=str(folder), out=str(out), data=str(text))
+            search.Settings(params="0.95x", teacher=str(folder), out=str(out), data=str(text))
         ),
         "plan": lambda: plan.run(plan.Settings(teacher=str(folder))),
         "bench": lambda: bench.run(bench.Settings(model=(str(folder),), generation_tokens=2, num_trials=1)),
