@@ -159,8 +159,7 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Check
     result = {**summary.result(folder, models, sizes, quality), "mode": c.plan.mode, **c.account(c.plan.budget_bytes)}
     c.files.replace_text(folder / run_folder.RESULT, json.dumps(result, indent=2))
     for name in () if s.keep_steps else pipeline.LEFT:
-        if (folder / name).exists():
-            c.files.remove_tree(folder / name)
+        c.files.discard(folder / name)
     return table, result
 
 
@@ -168,8 +167,7 @@ def _student(s: Settings, teacher: Checkpoint) -> Mapping[str, Any]:
     """The config of the student to come of a teacher with its vocabulary."""
     if s.student:
         return load.open_checkpoint(s.student).config
-    shape = select.wanted_shape(teacher.config, s)
-    return arch.student_config(teacher.config, shape, tuple(range(shape.layers)), pipeline.DTYPE)
+    return arch.student_config(teacher.config, select.wanted_shape(teacher.config, s), dtype=pipeline.DTYPE)
 
 
 def _plan(
@@ -193,6 +191,8 @@ def _search(s: Settings) -> search.Settings:
         raise MisError(f"--bytes {s.bytes} chooses sizes and bits: leave out {', '.join(taken)}, or --bytes")
     if not s.quantize:
         raise MisError(f"--bytes {s.bytes} chooses bits, --quantize 0 wants none: leave one of them out")
+    if distributed.size() > 1:
+        raise MisError(f"--bytes {s.bytes} is searched for on one machine: run `search` there, then the line it prints")
     shared = {f.name for f in fields(search.Settings)} & {f.name for f in fields(s)}
     own = {"out", "resume", "iters", "eval_windows"}  # other things to a search
     return search.Settings(**{name: getattr(s, name) for name in shared - own}, finalists=0)

@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import search
+from mis_mlx import distill, search
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import candidates, finalists
@@ -198,6 +198,13 @@ def test_sensitivity_keeps_to_the_plan_of_its_own(
         nothing: Any = None
         assert Candidates(run, nothing, nothing, nothing, nothing).sensitivity == {}
     assert seen[0] is None and isinstance(seen[1], Spool)
+
+
+def test_distill_in_so_many_bytes_is_for_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search measures on one machine; several would each say what they found."""
+    monkeypatch.setattr(distill.distributed, "size", lambda: 2)
+    with pytest.raises(MisError, match="--bytes 50MB is searched for on one machine"):
+        distill._search(distill.Settings(bytes="50MB"))
 
 
 def kill_at(out: Path, flags: list[object], env: dict[str, str], reached: Callable[[], bool]) -> None:

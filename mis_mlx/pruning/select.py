@@ -19,7 +19,7 @@ from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.models import arch, distributed, families, load, policy
 from mis_mlx.models.config import MOST_EXPERTS, Shape, shape_of
 from mis_mlx.models.pipeline_parallel import Relay
-from mis_mlx.models.stream import Batches
+from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.pruning import calibrate, rotate, slicing
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.storage.files import Files
@@ -193,16 +193,16 @@ def prune(
     held: batches whose hidden states stay in memory (default: all)."""
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
-    spool = None if held is None or held >= len(batches) else partial(Spool, out.absolute().parent, held, files)
-    mine, place, kind = distributed.shard(batches), spool() if spool else None, policy.compute_dtype(checkpoint)
-    relay = Relay(checkpoint, kind, 0, bool(spool), shares) if shares else None
-    statistics, _ = calibrate.calibrate(checkpoint, mine, kind, reading, cut.temperature_unit, place, relay)
+    short, kind = held is not None and held < len(batches), policy.compute_dtype(checkpoint)
+    states: Callable[[], Hidden] = partial(Spool, out.absolute().parent, held or 0, files) if short else list
+    relay, mine = Relay(checkpoint, kind, 0, short, shares) if shares else None, distributed.shard(batches)
+    statistics, _ = calibrate.calibrate(checkpoint, mine, kind, reading, cut.temperature_unit, states(), relay)
     if not distributed.is_main():  # who has brought its part; the student is the first one's to make
         return {}
     shape, keep = select_units(checkpoint.config, statistics, cut)
     scores, _ = ranking(statistics, cut)
     keep = replace(keep, report={**keep.report, "profile": profile(statistics, keep, scores)})
-    directions = cache(lambda: rotate.measured(checkpoint, batches, policy.compute_dtype(checkpoint), spool or list))
+    directions = cache(lambda: rotate.measured(checkpoint, batches, kind, states))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in families.ALL}
         sizes["experts"] = str(shape.experts) if shape.experts else None
