@@ -32,7 +32,6 @@ from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Whole, With
 # Settings that may differ when a search is resumed: none of them changes what is measured.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
 UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of one never finds the other
-LIMITS = "bytes", "memory", "params", "decode", "ttft"
 WORK = {"decode": limiting.decode_work, "ttft": limiting.prompt_work}  # of a block, that its time grows with
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
@@ -90,7 +89,7 @@ def limits_of(
         limits.append(limiting.bytes_limit(config, s.bytes))
     if s.memory:
         limits.append(limiting.memory_limit(config, s.memory, s.max_kv_size))
-    if s.params or not any(getattr(s, name) for name in LIMITS):
+    if s.params or not (limits or s.timed_at):
         limits.append(limiting.params_limit(config, s.params or "0.667x"))
     speeds = _speeds(s, teacher, folder, budget) if s.timed_at else {}
     for flag, timed in speeds.items():
@@ -158,11 +157,11 @@ def _command_line(s: Settings, choice: Choice, before: Shape) -> str:
 
 
 def report(
-    s: Settings, c: Candidates, flags: Sequence[str], speeds: Mapping[str, Timing], ranked: Sequence[Choice],
+    c: Candidates, flags: Sequence[str], speeds: Mapping[str, Timing], ranked: Sequence[Choice],
     records: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     """Print the table and the sentence; write table.md and return what goes into the JSON line."""
-    run, before = c.run, shape_of(c.run.teacher.config)
+    run, s, before = c.run, c.settings, shape_of(c.run.teacher.config)
     measured = run_folder.records(run.folder / candidates.CANDIDATES)
     names = [f"{shape_search.words(x.shape, before)}, {x.bpw:.2f} bits" for x in ranked]
     lines = [_command_line(s, x, before) for x in ranked]
@@ -195,7 +194,8 @@ def planned(
     """(plan of the largest finalist; seconds by phase of the run; what a --dry-run says), told in a line a stage."""
     most = max(within, key=lambda x: sum(limiting.weights_of(teacher.config, x.shape))).shape
     how = shape_search.rounding_of(Choice(most, shape_search.USUAL_BPW))
-    probes = sum(len(shape_search.probed(sizes[axis])) for axis in shape_search.CUTS[:-1]) + len(sizes["vocab"]) - 1
+    probes = sum(len(shape_search.probed(sizes[axis])) for axis in shape_search.CUTS[:-1])
+    probes += sum(rows != shape_of(teacher.config).vocab for rows in sizes["vocab"])
     work, made = search_size.work(s, teacher, most, how, probes, limit)
     stages = [stage for part in work.values() for stage in part]
     seconds = {name: sum(stage.seconds(made.rates) for stage in part) for name, part in work.items() if part}
@@ -238,8 +238,8 @@ def run(settings: Settings) -> dict[str, Any]:
             with progress.phase("finalists"):
                 for choice in cli.counted("finalist", ranked[: s.finalists], min(s.finalists, len(ranked))):
                     cli.say(f"finalist {choice.name}")
-                    records.append(finalists.final(c, choice, s.timed_at))
-        result |= report(s, c, flags, speeds, ranked, records)
+                    records.append(finalists.final(c, choice))
+        result |= report(c, flags, speeds, ranked, records)
         result |= {"run": str(course.folder), **course.account(limit.limit_bytes)}
         course.files.replace_text(course.folder / run_folder.RESULT, json.dumps(result, indent=2))
     return result

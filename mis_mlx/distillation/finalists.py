@@ -36,16 +36,15 @@ TOKENS = 16  # decoded for one timing
 ROUNDS = 3  # of timings, the quickest counts
 
 
-def final(c: Candidates, choice: Choice, timed_at: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """The record of a finalist: distilled for a few steps and rounded, judged all along; from the log if there.
-    timed_at: tokens in the KV cache and in the prompt of each timing, by its name."""
+def final(c: Candidates, choice: Choice) -> dict[str, Any]:
+    """The record of a finalist: distilled for a few steps and rounded, judged all along; from the log if there."""
     sub = c.run.folder / "finalists" / choice.name
-    record = once(c.run, FINALISTS, choice.sizes, lambda: _measured(c, choice, sub, timed_at))
+    record = once(c.run, FINALISTS, choice.sizes, lambda: _measured(c, choice, sub))
     c.run.files.discard(sub)
     return record
 
 
-def _measured(c: Candidates, choice: Choice, sub: Path, timed_at: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def _measured(c: Candidates, choice: Choice, sub: Path) -> dict[str, Any]:
     """Distil and round a finalist in the folder `sub`; a training that has begun there goes on in its own way."""
     run, reader = c.run, c.reader(choice.shape.vocab)
     with reported(run.folder, "the folder of a finalist"):
@@ -75,8 +74,8 @@ def _measured(c: Candidates, choice: Choice, sub: Path, timed_at: Mapping[str, t
         if metric in ("nll", "kl"):
             bits = comparison.nats_of(values, reader.judging) / reader.judging.counted_bytes / math.log(2)
             record[f"{metric}_{model}"] = [finite(v) for v in bits]
-    if timed_at and trained:
-        times = {name: timed(trained.path, *at) for name, at in timed_at.items()}
+    if c.settings.timed_at and trained:
+        times = {name: timed(trained.path, *at) for name, at in c.settings.timed_at.items()}
         record["seconds"] = {name: each.seconds(choice.shape.layers) for name, each in times.items()}
     return record
 
