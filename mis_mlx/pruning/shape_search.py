@@ -32,7 +32,7 @@ FORMS = {
     "hidden": "hidden {}",
     "vocab": "{:,} tokens",
 }
-# What learning leaves of a loss, by the axis that it comes from. ffn, bits: finalists of `--bytes 50MB` (distilled for 20
+# What learning leaves of a loss, by the axis that it comes from. ffn, bits: finalists of `--bytes 50MB` (distilled, 20
 # steps, rounded by gptq); layers, heads, hidden: less a third of each, from pruned to distilled (benchmarks/README.md).
 # vocab: that loss is told on text like that which chose the tokens; five texts of other kinds lose 5 times as much
 # (24,576 and 12,288 tokens: 0.017 and 0.087 bits a byte). All of SmolLM2-135M, one seed.
