@@ -151,8 +151,9 @@ def test_the_score_is_that_of_a_student_by_hand(
             weights[path] = math.prod(size)
             share = weights[path] / math.prod(arch.tensors_of(teacher.config)[f"{source}.weight"])
             costs[path] = {bits: share * cost for bits, cost in nats[source].items()}
-    bits = bit_allocation.allocate(costs, weights, record["bits"] - 0.5)
-    layout = {path: packed_format.Format(each, 64) for path, each in bits.items()}
+    group = shape_search.group_of(shape)
+    bits = bit_allocation.allocate(costs, weights, record["bits"] - 32 / group)
+    layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
     packed_format.write_quantized(student, tmp_path / "m", layout, DISK)
     held_out = comparison.chosen(data.held_out["held-out"], 3)
     both = {"teacher": teacher, "student": load.open_checkpoint(tmp_path / "m")}
