@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 from mis_mlx import cli, distill
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, model_writer, resolve, stream
@@ -62,7 +62,7 @@ def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, o
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp) / "pruned"
         samples = pick(s.num_samples, 1)
-        select.prune(checkpoint, samples, held_out, folder, s, dtype=distill.DTYPE, reading=lambda: None, files=DISK)
+        select.prune(checkpoint, samples, held_out, folder, s, dtype=pipeline.DTYPE, reading=lambda: None, files=DISK)
         pruned, keep = load.open_checkpoint(folder), model_writer.read_keep(folder)
         assert keep is not None
         mended, _ = reconstruct.reconstruct(checkpoint, pruned, keep, pick(s.reconstruct_samples, 2))

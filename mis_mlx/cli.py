@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 from mis_mlx import __version__, flag_help
-from mis_mlx.types import FILE_ONLY, GIB, MisError, Within
+from mis_mlx.types import GIB, MisError, Within
 
 T = TypeVar("T")
 ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
@@ -141,9 +141,10 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
 
 def check_ranges(settings: Any) -> None:
     """MisError where a number lies outside of what its field's annotation says (`types.Within`), or a text is empty."""
+    file_only = flag_help.quiet(type(settings))
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
-        shown = name if FILE_ONLY in getattr(hint, "__metadata__", ()) else f"--{name.replace('_', '-')}"
+        shown = name if name in file_only else f"--{name.replace('_', '-')}"
         if "" in (value if isinstance(value, tuple) else (value,)) and value != getattr(type(settings), name, None):
             raise MisError(f"{shown} is empty: give a word, or leave it out")
         for limits in _ranges(hint):

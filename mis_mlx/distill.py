@@ -4,32 +4,30 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 
-from mis_mlx import bench, cli, plan, prune, search
+from mis_mlx import bench, cli, plan, search
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import pipeline, run_loop, summary, trackers
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
-from mis_mlx.models import arch, distributed, load, mlx_generate, pipeline_parallel, policy
+from mis_mlx.models import arch, distributed, families, load, mlx_generate, pipeline_parallel, policy
 from mis_mlx.planner import estimates, machines, phases
 from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import packed_format, stage
-from mis_mlx.reporting import progress, text
+from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage import run_folder
-from mis_mlx.types import FILE_ONLY, Budget, Checkpoint, Count, MisError, Row, Whole
+from mis_mlx.types import Budget, Checkpoint, MisError, Row, Whole
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset({
     "out", "resume", "dry_run", "config", "budget", "eval_windows", "bench_tokens", "report_to", "save_every",
     "governor", "thermal_replay", "spread", "keep_steps",
 })  # fmt: skip
-DTYPE = "bfloat16"  # of unquantized weights on disk
-AXES = "layers", "ffn", "experts", "heads", "kv_heads", "hidden"
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,10 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
         "num_samples", "eval_windows", "heads", "targets", "train", "reconstruct_samples", "q_group_size",
         "q_method", "q_iters", "save_every", "keep_steps", "report_to", "compute_dtype", "altitude_m",
     })  # fmt: skip
+    FILE_ONLY: ClassVar = frozenset({  # most are flags of `prune`, whose folder --student takes, or of `quantize`
+        "kv_heads", "importance", "hidden_by", "target", "temperature_unit", "experts_by", "thermal_replay",
+        "vocab_text", "languages", "q_mode", "spread",
+    })  # fmt: skip
     teacher: str | None = None
     """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default: SmolLM2-135M-Instruct"""
     student: str | None = None
@@ -48,25 +50,13 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in text"""
     bytes: str | None = None
     """weights of the result on disk, such as 50MB: `search` chooses sizes and bits for it first, as pruned"""
-    # What a YAML file may say of pruning; `prune`, whose folder --student takes, has flags for it.
-    kv_heads: Annotated[Count | None, FILE_ONLY] = None
-    importance: Annotated[Literal["aais", "rms", "activation"], FILE_ONLY] = "aais"
-    hidden_by: Annotated[Literal["importance", "pca"], FILE_ONLY] = "pca"
-    target: Annotated[Literal["fixed", "conditions"], FILE_ONLY] = "fixed"
-    temperature_unit: Annotated[Literal["kelvin", "celsius"], FILE_ONLY] = "kelvin"
-    experts_by: Annotated[Literal["reap", "frequency", "random"], FILE_ONLY] = "reap"
-    thermal_replay: Annotated[str | None, FILE_ONLY] = None
-    vocab_text: Annotated[str | None, FILE_ONLY] = None
-    languages: Annotated[tuple[str, ...], FILE_ONLY] = ()
-    # And of quantization; `quantize` has a flag for it.
-    q_mode: Annotated[Literal["affine", "mxfp4", "nvfp4"], FILE_ONLY] = "affine"
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
     bench_tokens: Whole = 16
     """tokens timed per model, which then writes twice as many for `report`; 0 leaves both out"""
     report_to: str | None = None
     """tensorboard, wandb or swanlab, which must be installed: told of every step"""
-    spread: Annotated[Literal["whole", "layers"], FILE_ONLY] = "whole"
+    spread: Literal["whole", "layers"] = "whole"
     """whole: each of several machines passes its own windows through all of the teacher; layers: all windows through
     its own blocks"""
     keep_steps: bool = False
@@ -82,11 +72,11 @@ def _prune(s: Settings, c: pipeline.Run, data: preparation.Data, before: int) ->
         held_out = comparison.chosen(next(iter(data.held_out.values())), s.eval_windows)
         with c.phase("prune"):
             report = select.prune(
-                c.teacher, c.pick(s.num_samples, 1), held_out, out, s, dtype=DTYPE, reading=c.weather.reading,
+                c.teacher, c.pick(s.num_samples, 1), held_out, out, s, dtype=pipeline.DTYPE, reading=c.weather.reading,
                 files=c.files, held=c.plan.held_windows("prune"), shares=c.shares,
             )  # fmt: skip
         if distributed.is_main():
-            cli.say(prune.sentence({**report, "params_before": before}))
+            cli.say(html.document("pruned.md", {**report, "params_before": before}))
     distributed.broadcast_folder(out, c.files)
     return load.open_checkpoint(out)
 
@@ -150,7 +140,7 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Check
     folder = c.folder
     models = {"teacher": teacher, "pruned": _prune(s, c, data, arch.params(teacher.config))}
     distilled = folder / ("distilled" if s.quantize else "model")
-    pipeline.distil(c, models["pruned"], distilled, DTYPE)
+    pipeline.distil(c, models["pruned"], distilled)
     if s.quantize:
         _quantize(s, c, distilled)
     if not distributed.is_main() and not c.shares:  # what is left to do, the first one does
@@ -169,8 +159,7 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Check
     result = {**summary.result(folder, models, sizes, quality), "mode": c.plan.mode, **c.account(c.plan.budget_bytes)}
     c.files.replace_text(folder / run_folder.RESULT, json.dumps(result, indent=2))
     for name in () if s.keep_steps else pipeline.LEFT:
-        if (folder / name).exists():
-            c.files.remove_tree(folder / name)
+        c.files.discard(folder / name)
     return table, result
 
 
@@ -178,8 +167,7 @@ def _student(s: Settings, teacher: Checkpoint) -> Mapping[str, Any]:
     """The config of the student to come of a teacher with its vocabulary."""
     if s.student:
         return load.open_checkpoint(s.student).config
-    shape = select.wanted_shape(teacher.config, s)
-    return arch.student_config(teacher.config, shape, tuple(range(shape.layers)), DTYPE)
+    return arch.student_config(teacher.config, select.wanted_shape(teacher.config, s), dtype=pipeline.DTYPE)
 
 
 def _plan(
@@ -197,20 +185,17 @@ def _plan(
 
 def _search(s: Settings) -> search.Settings:
     """The search for what --bytes asks for. MisError where a flag has chosen already."""
-    given = {name: getattr(s, name) for name in ("student", "scenario", *AXES, "q_mode")}
+    given = {name: getattr(s, name) for name in ("student", "scenario", *families.ALL, "q_mode")}
     defaults = asdict(Settings())
     if taken := [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value != defaults[name]]:
         raise MisError(f"--bytes {s.bytes} chooses sizes and bits: leave out {', '.join(taken)}, or --bytes")
     if not s.quantize:
         raise MisError(f"--bytes {s.bytes} chooses bits, --quantize 0 wants none: leave one of them out")
+    if distributed.size() > 1:
+        raise MisError(f"--bytes {s.bytes} is searched for on one machine: run `search` there, then the line it prints")
     shared = {f.name for f in fields(search.Settings)} & {f.name for f in fields(s)}
     own = {"out", "resume", "iters", "eval_windows"}  # other things to a search
     return search.Settings(**{name: getattr(s, name) for name in shared - own}, finalists=0)
-
-
-def _chosen(s: Settings) -> dict[str, Any]:
-    """Settings of the student that --bytes asks for."""
-    return dict(search.run(_search(s))["best"])
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -222,7 +207,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.bytes and folder is None:
         if s.dry_run:
             return search.run(_search(s))
-        s = replace(s, **_chosen(s))
+        s = replace(s, **search.run(_search(s))["best"])
     s = replace(s, **packed_format.of_mixture(teacher.config, s))
     if s.student is None:
         s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, teacher.config, teacher.path))

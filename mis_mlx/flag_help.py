@@ -22,8 +22,8 @@ WORDS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 def quiet(kind: type) -> frozenset[str]:
     """The settings that are no flags: a YAML file and Python may give them."""
-    hints = get_type_hints(kind, include_extras=True)
-    return frozenset(name for name, hint in hints.items() if FILE_ONLY in getattr(hint, "__metadata__", ()))
+    hints, listed = get_type_hints(kind, include_extras=True), getattr(kind, "FILE_ONLY", frozenset[str]())
+    return listed | {name for name, hint in hints.items() if FILE_ONLY in getattr(hint, "__metadata__", ())}
 
 
 def docs(kind: type) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Prune a model: drop blocks, FFN neurons, heads, hidden channels or tokens by an importance that knows the weather."""
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,11 +38,6 @@ class Settings(cli.Budgeted, policy.Computing, select.PruningConfig):
     seed: Seed = 0
 
 
-def sentence(report: Mapping[str, Any]) -> str:
-    """What a pruning did, for people."""
-    return html.document("pruned.md", dict(report))
-
-
 def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
     s, files = settings, Files()
@@ -69,7 +63,7 @@ def run(settings: Settings) -> dict[str, Any]:
             held=planned.held_tokens // length,
         )  # fmt: skip
         report["params_before"] = arch.params(checkpoint.config)
-        cli.say(sentence(report))
+        cli.say(html.document("pruned.md", report))
         return {"model": str(checkpoint.path), "mlx_path": s.mlx_path, **report, **weather.account()}
 
 

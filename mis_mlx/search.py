@@ -1,7 +1,6 @@
 """Search for the student that loses least within limits on bytes, memory and time: layers, neurons, heads, vocabulary
 and bits chosen together."""
 
-import itertools
 import json
 import math
 import shlex
@@ -16,7 +15,6 @@ from mis_mlx.distillation import candidates, finalists, run_loop
 from mis_mlx.distillation.candidates import Candidates
 from mis_mlx.distillation.pipeline import Run
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.families import family
@@ -29,14 +27,12 @@ from mis_mlx.pruning.limits import Limit, Timing
 from mis_mlx.pruning.shape_search import Choice
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage import run_folder
-from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Whole, Within, duration, gib
+from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Whole, Within
 
 # Settings that may differ when a search is resumed: none of them changes what is measured.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
-OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
-METRICS = text.metrics("search")
 UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of one never finds the other
-LIMITS = "bytes", "memory", "params", "decode", "ttft"
+WORK = {"decode": limiting.decode_work, "ttft": limiting.prompt_work}  # of a block, that its time grows with
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 
@@ -77,35 +73,39 @@ class Settings(cli.Resumable, Computing, ThermalFlags, vocabulary.VocabularyConf
     eval_windows: Annotated[int, Within(2, MOST)] = 24
     """other held-out windows, that judge finalists; a third as many of every other text"""
 
+    @property
+    def timed_at(self) -> dict[str, tuple[int, int]]:
+        """(tokens in the KV cache, tokens of the prompt) of every speed that is asked for, by its flag."""
+        at = {"decode": (self.max_kv_size, 0), "ttft": (0, self.prompt_tokens)}
+        return {flag: tokens for flag, tokens in at.items() if getattr(self, flag)}
+
 
 def limits_of(
     s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget
-) -> tuple[list[Limit], dict[str, Any]]:
+) -> tuple[list[Limit], dict[str, Timing]]:
     """What the student may cost; and the teacher's speed, timed now or when the run in `folder` began, by flag."""
     config, limits = teacher.config, list[Limit]()
-    stored: dict[str, Any] = run_folder.stored_plan(folder) if folder else {}
     if s.bytes:
-        limits.append(limiting.bytes_limit(config, s.bytes, cli.parse_bytes(s.bytes, "--bytes")))
+        limits.append(limiting.bytes_limit(config, s.bytes))
     if s.memory:
-        most = cli.parse_bytes(s.memory, "--memory")
-        limits.append(limiting.memory_limit(config, s.memory, most, s.max_kv_size))
-    if s.params or not any(getattr(s, name) for name in LIMITS):
+        limits.append(limiting.memory_limit(config, s.memory, s.max_kv_size))
+    if s.params or not (limits or s.timed_at):
         limits.append(limiting.params_limit(config, s.params or "0.667x"))
-    of_time = {"decode": (s.max_kv_size, limiting.decode_work), "ttft": (s.prompt_tokens, limiting.prompt_work)}
-    speeds = dict[str, Any]()
-    for name, (tokens, work) in of_time.items():
-        if not (asked := getattr(s, name)):
-            continue
-        if name not in stored:
-            need = phases.timed_bytes(estimates.model_of(teacher).params)
-            budget.need(need, "timing the teacher, whole in memory,", "give limits of size alone")
-            cli.say("timing the teacher, whole and with half of its blocks")
-            with memory.limited(budget):
-                at = (tokens, 0) if name == "decode" else (0, tokens)
-                stored[name] = asdict(finalists.timed(teacher.path, *at))
-        speeds[name], count = stored[name], partial(work, tokens=tokens)
-        limits.append(limiting.time_limit(config, f"--{name}", asked, Timing(**speeds[name]), count))
+    speeds = _speeds(s, teacher, folder, budget) if s.timed_at else {}
+    for flag, timed in speeds.items():
+        work = partial(WORK[flag], tokens=sum(s.timed_at[flag]))
+        limits.append(limiting.time_limit(config, f"--{flag}", getattr(s, flag), timed, work))
     return limits, speeds
+
+
+def _speeds(s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget) -> dict[str, Timing]:
+    if folder:
+        return {flag: Timing(**timed) for flag, timed in run_folder.stored_plan(folder).items()}
+    need = phases.timed_bytes(estimates.model_of(teacher).params)
+    budget.need(need, "timing the teacher, whole in memory,", "give limits of size alone")
+    cli.say("timing the teacher, whole and with half of its blocks")
+    with memory.limited(budget):
+        return {flag: finalists.timed(teacher.path, *at) for flag, at in s.timed_at.items()}
 
 
 def sizes_of(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -113,6 +113,9 @@ def sizes_of(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     if family(teacher.config).experts:
         raise MisError("a mixture of experts is cut by --experts of prune and distill: search chooses of dense models")
     config, whole = teacher.config, shape_of(teacher.config).vocab
+    if "bits" in s.axes and (s.bytes or s.memory) and not shape_search.group_of(shape_of(config)):
+        why = "32 does not divide the rows of this teacher's matrices, so what bits cost cannot be measured"
+        raise MisError(f"{why}: leave bits out of the --axes of search, or limit --params")
     rows = candidates.vocabularies(teacher) if "vocab" in s.axes else []
     sizes = shape_search.axis_sizes(config, s.axes, rows)
     if s.vocab:
@@ -123,25 +126,15 @@ def sizes_of(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def work_table(planned: Sequence[estimates.StageCost], at: Rates) -> str:
-    """Markdown: every phase, then all of them."""
-    parts = [(p.name, p.read_bytes, p.written_bytes, p.peak_bytes, p.seconds(at)) for p in planned]
-    _, read, written, peak, seconds = zip(*parts, strict=True)
-    rows = [*parts, ("all", sum(read), sum(written), max(peak), sum(seconds))]
-    lines = [[name, *map(gib, sizes), duration(time_s)] for name, *sizes, time_s in rows]
-    return text.markdown_table(["phase", "read", "written", "peak memory", "time"], lines)
-
-
 def rank(s: Settings, c: Candidates, within: Sequence[Choice], sizes: Mapping[str, Sequence[int]]) -> list[Choice]:
     """The students that were measured, the best first; those whose loss is no number are left out."""
     with progress.phase("rank"):
         losses = c.losses(sizes)
-        likely, numbers = shape_search.best(within, sizes, losses, s.evaluations), itertools.count(1)
-        scores = dict[Choice, float]()
+        likely, scores = shape_search.best(within, sizes, losses, s.evaluations), dict[Choice, float]()
         with progress.bar("rank", len(likely)) as show:
-            for choice in likely:
+            for number, choice in enumerate(likely, 1):
                 scores[choice] = c.score(choice, losses)
-                show(next(numbers), f"{choice.name}  {scores[choice] / math.log(2):.3f} bits a byte")
+                show(number, f"{choice.name}  {scores[choice] / math.log(2):.3f} bits a byte")
     ranked = sorted((x for x, value in scores.items() if math.isfinite(value)), key=lambda x: scores[x])
     if not ranked:
         raise MisError(f"none of {len(scores)} candidates has a loss that is a number: ask for less of a cut")
@@ -151,41 +144,37 @@ def rank(s: Settings, c: Candidates, within: Sequence[Choice], sizes: Mapping[st
 def flags_of(choice: Choice, before: Shape) -> dict[str, Any]:
     """Settings of `distill` that make this student."""
     group = shape_search.group_of(choice.shape)
-    cut = {axis: getattr(choice.shape, axis) for axis in shape_search.CUTS}
-    cut = {axis: size for axis, size in cut.items() if size != getattr(before, axis)}
-    if "vocab" in cut:
-        cut["vocab"] = str(cut["vocab"])
+    sizes = {axis: getattr(choice.shape, axis) for axis in shape_search.CUTS}
+    cut = {a: str(n) if a == "vocab" else n for a, n in sizes.items() if n != getattr(before, a)}
     return {"scenario": "none", **cut, "target_bpw": choice.bpw, **({"q_group_size": group} if group != 64 else {})}
 
 
 def _command_line(s: Settings, choice: Choice, before: Shape) -> str:
     """The `distill` that makes this student."""
-    parts = ["scripts/mis distill"]
-    given = {"teacher": s.teacher, "data": s.data}
-    for name, value in {**{k: v for k, v in given.items() if v}, **flags_of(choice, before)}.items():
-        parts.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
-    return " ".join(parts)
+    given = {"teacher": s.teacher, "data": s.data, **flags_of(choice, before)}
+    flags = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None]
+    return " ".join(["scripts/mis distill", *flags])
 
 
 def report(
-    s: Settings, c: Candidates, limits: Sequence[Limit], speeds: Mapping[str, Any],
-    ranked: Sequence[Choice], records: Sequence[Mapping[str, Any]],
+    c: Candidates, flags: Sequence[str], speeds: Mapping[str, Timing], ranked: Sequence[Choice],
+    records: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     """Print the table and the sentence; write table.md and return what goes into the JSON line."""
-    run, before = c.run, shape_of(c.run.teacher.config)
+    run, s, before = c.run, c.settings, shape_of(c.run.teacher.config)
     measured = run_folder.records(run.folder / candidates.CANDIDATES)
     names = [f"{shape_search.words(x.shape, before)}, {x.bpw:.2f} bits" for x in ranked]
     lines = [_command_line(s, x, before) for x in ranked]
     verdict = finalists.best_candidate(records)
-    best = verdict.best if records else 0
-    flags = " ".join(limit.flag for limit in limits)
+    best, told = verdict.best if records else 0, f"{len(measured)} students measured, {' '.join(flags)}"
     sentence = f"The best as pruned and rounded: {names[0]}: {lines[0]}"
-    page = f"{len(measured)} students measured, {flags}\n\n{sentence}"
+    page = f"{told}\n\n{sentence}"
     if records:
-        names, whole = names[: len(records)], {flag: sum_of(before, Timing(**t)) for flag, t in speeds.items()}
+        whole = {flag: timed.seconds(before.layers) for flag, timed in speeds.items()}
+        names = names[: len(records)]
         sentence = finalists.advice(verdict, records, names, lines)
-        head = f"{len(names)} finalists of {len(measured)} students measured, {flags}: {s.iters} steps each, "
-        head += f"{len(c.judging.tokens)} windows of held-out text, ± 95 %; bits and KL are those of a byte of text"
+        head = f"{len(names)} finalists of {told}: {s.iters} steps each, {len(c.judging.tokens)} windows of held-out "
+        head += "text, ± 95 %; bits and KL are those of a byte of text"
         page = f"{head}\n\n{finalists.table(records, names, whole)}\n\n{sentence}"
     print(text.aligned(page))
     run.files.replace_text(run.folder / "table.md", page + "\n")
@@ -199,9 +188,24 @@ def report(
     }
 
 
-def sum_of(before: Shape, timed: Timing) -> float:
-    """Seconds of the whole teacher."""
-    return before.layers * timed.block_s + timed.rest_s
+def planned(
+    s: Settings, teacher: Checkpoint, within: Sequence[Choice], sizes: Mapping[str, Sequence[int]], limit: Budget
+) -> tuple[phases.MemoryPlan, dict[str, float], dict[str, Any]]:
+    """(plan of the largest finalist; seconds by phase of the run; what a --dry-run says), told in a line a stage."""
+    most = max(within, key=lambda x: sum(limiting.weights_of(teacher.config, x.shape))).shape
+    how = shape_search.rounding_of(Choice(most, shape_search.USUAL_BPW))
+    probes = sum(len(shape_search.probed(sizes[axis])) for axis in shape_search.CUTS[:-1])
+    probes += sum(rows != shape_of(teacher.config).vocab for rows in sizes["vocab"])
+    work, made = search_size.work(s, teacher, most, how, probes, limit)
+    stages = [stage for part in work.values() for stage in part]
+    seconds = {name: sum(stage.seconds(made.rates) for stage in part) for name, part in work.items() if part}
+    outcome = estimates.told(stages, limit.limit_bytes, made.rates)
+    cli.say(str(made.rates))
+    if not s.dry_run:
+        if not made.fits:
+            raise MisError(phases.remedy(made))
+        estimates.fit(limit, *stages)
+    return made, seconds, outcome | {"check_failed": outcome["check_failed"] or not made.fits}
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -212,43 +216,19 @@ def run(settings: Settings) -> dict[str, Any]:
     limit = memory.budget(s.budget_bytes)
     sizes = sizes_of(s, teacher)
     limits, speeds = limits_of(s, teacher, folder, limit)
-    bits = "bits" in s.axes
-    within = list(shape_search.choices(teacher.config, sizes, limits, bits))
-    if not within:
-        shape_search.refuse(teacher.config, sizes, limits, bits)
-    flags = " ".join(each.flag for each in limits)
-    cli.say(f"students within {flags}: {len(within):,}; {min(s.evaluations, len(within))} are measured")
-    most = max(within, key=lambda x: sum(limiting.weights_of(teacher.config, x.shape))).shape
-    how = shape_search.rounding_of(Choice(most, shape_search.USUAL_BPW))
-    probes = sum(len(shape_search.probed(sizes[axis])) for axis in shape_search.CUTS[:-1]) + len(sizes["vocab"]) - 1
-    work, made = search_size.work(s, teacher, most, how, probes, limit)
-    planned = [*work["rank"], *work["finalists"]]
-    seconds = {name: sum(p.seconds(made.rates) for p in part) for name, part in work.items() if part}
-    cli.say(f"{text.aligned(work_table(planned, made.rates))}\n{made.rates}")
-    peak = max(p.peak_bytes for p in planned)
-    result = {"teacher": str(teacher.path), "limits": [each.flag for each in limits], "students": len(within),
-              "peak_bytes": peak, "budget_bytes": limit.limit_bytes}  # fmt: skip
+    within = shape_search.choices(teacher.config, sizes, limits, "bits" in s.axes)
+    flags = [each.flag for each in limits]
+    cli.say(f"students within {' '.join(flags)}: {len(within):,}; {min(s.evaluations, len(within))} are measured")
+    made, seconds, outcome = planned(s, teacher, within, sizes, limit)
+    result = {"teacher": str(teacher.path), "limits": flags, "students": len(within)}
     if s.dry_run:
-        moved = {f"{n}_bytes": sum(getattr(p, f"{n}_bytes") for p in planned) for n in ("read", "written")}
-        failed = not made.fits or peak > limit.limit_bytes
-        return {**result, **moved, "seconds": round(sum(seconds.values())), "check_failed": failed}
-    if not made.fits:
-        raise MisError(phases.remedy(made))
-    estimates.fit(limit, *planned)
+        return {**result, **outcome}
     if folder is None:
         cli.say(progress.promise(sum(seconds.values())))
-    return {**result, **_measure(s, folder, teacher, made, (within, sizes, limits, speeds), seconds, limit)}
-
-
-def _measure(
-    s: Settings, folder: Path | None, teacher: Checkpoint, made: phases.MemoryPlan, field: tuple[Any, ...],
-    seconds: Mapping[str, float], limit: Budget,
-) -> dict[str, Any]:  # fmt: skip
-    """Open the run and measure. field: of `run`."""
-    within, sizes, limits, speeds = field
     data, origin = run_loop.prepared(s, teacher)
     wired = made.peak_bytes if made.mode != "sharded" else 0
-    opening = run_loop.open_run(s, folder, f"{UNDER.name}/{teacher.path.name}", origin, speeds, limit, wired)
+    way = {flag: asdict(timed) for flag, timed in speeds.items()}
+    opening = run_loop.open_run(s, folder, f"{UNDER.name}/{teacher.path.name}", origin, way, limit, wired)
     with progress.run("search", seconds), opening as place:
         ranking, judging = candidates.split(data.held_out, s.rank_windows, s.eval_windows)
         course = Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=made)
@@ -256,12 +236,10 @@ def _measure(
         ranked, records = rank(s, c, within, sizes), list[dict[str, Any]]()
         if s.finalists:
             with progress.phase("finalists"):
-                whole = {"decode": (s.max_kv_size, 0), "ttft": (0, s.prompt_tokens)}
-                timed_at = {name: whole[name] for name in speeds}
                 for choice in cli.counted("finalist", ranked[: s.finalists], min(s.finalists, len(ranked))):
                     cli.say(f"finalist {choice.name}")
-                    records.append(finalists.final(c, choice, timed_at))
-        result = report(s, c, limits, speeds, ranked, records)
+                    records.append(finalists.final(c, choice))
+        result |= report(c, flags, speeds, ranked, records)
         result |= {"run": str(course.folder), **course.account(limit.limit_bytes)}
         course.files.replace_text(course.folder / run_folder.RESULT, json.dumps(result, indent=2))
     return result

@@ -15,7 +15,7 @@ from mis_mlx.models import arch, distributed, lora, policy
 from mis_mlx.planner import estimates, recipe, training_size
 from mis_mlx.planner.phases import SAVED_BYTES
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Tokens, Within, duration, gib
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Tokens, Within, gib
 
 # Settings that may differ when a run is resumed: none of them changes a weight. `save_every` does: by it the best
 # checkpoint is looked for.
@@ -120,22 +120,11 @@ class AlignmentPlan:
 def plan(s: Alignment, *phases: estimates.StageCost) -> AlignmentPlan:
     """The plan of these phases under the budget asked for, told in a line each. s: with the micro-batches to come."""
     budget, rates = memory.budget(s.budget_bytes), estimates.machine_rates()
-    for p in phases:
-        moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
-        cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(rates))}")
     limit, seconds = budget.limit_bytes, sum(p.seconds(rates) for p in phases)
-    largest = max(phases, key=lambda p: p.peak_bytes)
-    peak = largest.peak_bytes + memory.process_bytes(limit)
-    cli.say(f"peak {gib(peak)} {'fits' if peak <= limit else 'does not fit'} the budget of {gib(limit)}")
-    result = {
-        "peak_bytes": peak,
-        "budget_bytes": limit,
-        "read_bytes": sum(p.read_bytes for p in phases),
-        "written_bytes": sum(p.written_bytes for p in phases),
-        "seconds": round(seconds),
-        "check_failed": peak > limit,
-    }
-    return AlignmentPlan(budget, s.batch_size, largest.name, peak, seconds, result)
+    result = estimates.told(phases, limit, rates, memory.process_bytes(limit))
+    fits, largest = "does not fit" if result["check_failed"] else "fits", max(phases, key=lambda p: p.peak_bytes)
+    cli.say(f"peak {gib(result['peak_bytes'])} {fits} the budget of {gib(limit)}")
+    return AlignmentPlan(budget, s.batch_size, largest.name, result["peak_bytes"], seconds, result)
 
 
 def cut(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) -> S:

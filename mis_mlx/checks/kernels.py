@@ -87,7 +87,7 @@ def unpacked(name: str) -> Found:
     """A format's integers and values, taken apart bit by bit; and whether each weight got a near one. MLX cuts off up
     to a step at one end of an affine group, and scales in float16 move 8 bits by a quarter of one."""
     kind, weight = FORMATS[name], drawn(0, 32, 256)
-    packed = kind.nearest(weight)
+    packed = rounding.nearest(weight, kind.group, kind.bits, kind.mode)
     bits = np.unpackbits(np.array(packed[0]).view(np.uint8), axis=1, bitorder="little")
     codes = bits.reshape(32, -1, kind.bits) @ (1 << np.arange(kind.bits))
     scale, *bias = (np.repeat(np.array(part), kind.group, axis=1) for part in packed[1:])

@@ -8,11 +8,12 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
@@ -20,14 +21,15 @@ from mis_mlx.data import token_windows
 from mis_mlx.data.preparation import Data
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline
+from mis_mlx.distillation.run_loop import OpenRun
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.models import arch, load, model_writer, policy
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.stream import Batches
-from mis_mlx.planner import search_size
-from mis_mlx.pruning import calibrate, rotate, select, shape_search, slicing, vocabulary
+from mis_mlx.models.stream import Batches, Hidden
+from mis_mlx.planner import estimates, search_size
+from mis_mlx.pruning import calibrate, rotate, select, shape_search, vocabulary
 from mis_mlx.pruning.shape_search import Choice, Losses
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage import run_folder
@@ -36,7 +38,6 @@ from mis_mlx.types import Checkpoint, MisError
 
 PROBES, CANDIDATES = "probes.jsonl", "candidates.jsonl"
 VOCABULARIES = "0.5x", "0.25x", "0.125x"  # of the teacher's rows, that a search tries
-DTYPE = "bfloat16"  # of weights before they are rounded
 WORST = 100.0  # nats a byte, of what has no loss that is a number
 
 
@@ -67,14 +68,15 @@ def vocabularies(teacher: Checkpoint) -> list[int]:
 
 @dataclass(frozen=True)
 class Reader:
-    """The teacher with the vocabulary of some students, and the texts in its tokens. lost: nats a byte that it loses by
-    that on the windows that rank."""
+    """The teacher with the vocabulary of some students, and the texts in its tokens. nats: a byte of the windows that
+    rank. lost: how many more that are than with its own vocabulary."""
 
     teacher: Checkpoint
     train: Windows
     ranking: Windows
     judging: Windows
-    hidden: Any
+    hidden: Hidden
+    nats: float
     lost: float
 
 
@@ -87,15 +89,7 @@ class Candidates:
     ranking: Windows
     judging: Windows
     settings: Any
-
-    def __post_init__(self) -> None:
-        self._readers = dict[int, Reader]()
-
-    @property
-    def _spool(self) -> Callable[[], Spool] | None:
-        """Makes a place for hidden states of calibration, where memory does not hold them."""
-        held = self.run.plan.held_windows("prune")
-        return None if held >= len(self.samples) else partial(Spool, self.run.folder, held, self.run.files)
+    _readers: dict[int, Reader] = field(default_factory=dict)
 
     @property
     def mixed(self) -> bool:
@@ -107,23 +101,28 @@ class Candidates:
         """Windows of calibration."""
         return self.run.pick(self.run.recipe.num_samples, 1)
 
+    def _states(self) -> Hidden:
+        """A place for hidden states of calibration: in a file, as far as memory does not hold them."""
+        held = self.run.plan.held_windows("prune")
+        return list[mx.array]() if held >= len(self.samples) else Spool(self.run.folder, held, self.run.files)
+
     @cached_property
     def statistics(self) -> Statistics:
         """One streamed calibration, for all candidates. Without the weather: shapes must not depend on the wind."""
-        teacher, place = self.run.teacher, self._spool() if self._spool else None
-        return calibrate.calibrate(teacher, self.samples, policy.compute_dtype(teacher), hidden=place)[0]
+        teacher = self.run.teacher
+        return calibrate.calibrate(teacher, self.samples, policy.compute_dtype(teacher), hidden=self._states())[0]
 
     @cached_property
     def sensitivity(self) -> dict[str, dict[int, float]]:
         """{module path: {bits: nats a token}} of the teacher; from the run's folder where it stands there."""
         run, path = self.run, self.run.folder / packed_format.SENSITIVITY
         if not path.exists():
-            group = shape_search.group_of(shape_of(run.teacher.config))
-            held = self._spool() if self._spool else None
-            nats = bit_allocation.costs(
-                run.teacher, self.samples[: search_size.SENSED], group, rounding.BITS, run.recipe.seed, held
-            )
-            run.files.replace_text(path, json.dumps(nats))
+            shape, some = shape_of(run.teacher.config), self.samples[: search_size.SENSED]
+            size, length = estimates.model_of(run.teacher), some[0].size
+            held = search_size.sensitivity(size, length, run.plan.budget_bytes).held_tokens // length
+            states = None if held >= len(some) else Spool(run.folder, held * shape.layers, run.files)
+            how = shape_search.group_of(shape), rounding.BITS, run.recipe.seed, states
+            run.files.replace_text(path, json.dumps(bit_allocation.costs(run.teacher, some, *how)))
         stored = json.loads(path.read_text("utf-8"))
         return {name: {int(bits): cost for bits, cost in costs.items()} for name, costs in stored.items()}
 
@@ -131,33 +130,25 @@ class Candidates:
     def _directions(self) -> rotate.Directions:
         """Of the stream, measured when the first candidate is narrower than the teacher."""
         teacher = self.run.teacher
-        return rotate.measured(teacher, self.samples, policy.compute_dtype(teacher), self._spool or list)
-
-    @cached_property
-    def _own_nats(self) -> tuple[Any, float]:
-        """The teacher's final states of the ranking windows, and its nats a byte there."""
-        hidden = comparison.final_hidden(self.run.teacher, self.ranking)
-        values = comparison.compare({"teacher": self.run.teacher}, self.ranking, hidden)
-        return hidden, comparison.per_byte(values["teacher", "nll"], self.ranking)
+        return rotate.measured(teacher, self.samples, policy.compute_dtype(teacher), self._states)
 
     def reader(self, rows: int) -> Reader:
         """The teacher of so many rows, made once."""
-        if rows not in self._readers:
-            self._readers[rows] = self._read_by(rows)
-        return self._readers[rows]
-
-    def _read_by(self, rows: int) -> Reader:
-        run, s, (hidden, own) = self.run, self.settings, self._own_nats
-        if rows == shape_of(run.teacher.config).vocab:
-            return Reader(run.teacher, run.data, self.ranking, self.judging, hidden, 0.0)
-        place = run.folder / f"{vocabulary.FOLDER}-{rows}"
-        run.files.make_folder(place)
-        seen, data = vocabulary.of_run(run.teacher, None, rows, self.data, s, s.data, place, run.files)
-        tokenizers = [load.tokenizer(model.path) for model in (run.teacher, seen)]
-        ranking, judging = (token_windows.reread(each, *tokenizers) for each in (self.ranking, self.judging))
+        if rows in self._readers:
+            return self._readers[rows]
+        run, s, whole = self.run, self.settings, shape_of(self.run.teacher.config).vocab
+        seen, train, ranking, judging = run.teacher, run.data, self.ranking, self.judging
+        if rows != whole:
+            place = run.folder / f"{vocabulary.FOLDER}-{rows}"
+            run.files.make_folder(place)
+            seen, data = vocabulary.of_run(seen, None, rows, self.data, s, s.data, place, run.files)
+            tokenizers = [load.tokenizer(model.path) for model in (run.teacher, seen)]
+            train, (ranking, judging) = data.train, (token_windows.reread(w, *tokenizers) for w in (ranking, judging))
         hidden = comparison.final_hidden(seen, ranking)
         nats = comparison.per_byte(comparison.compare({"teacher": seen}, ranking, hidden)["teacher", "nll"], ranking)
-        return Reader(seen, data.train, ranking, judging, hidden, nats - own)
+        lost = 0.0 if rows == whole else nats - self.reader(whole).nats
+        self._readers[rows] = Reader(seen, train, ranking, judging, hidden, nats, lost)
+        return self._readers[rows]
 
     def losses(self, sizes: Mapping[str, Sequence[int]]) -> Losses:
         """What every axis costs by itself, measured; from the log where it stands there."""
@@ -166,7 +157,7 @@ class Candidates:
         wanted = [(axis, size) for axis in shape_search.CUTS[:-1] for size in shape_search.probed(sizes[axis])]
         wanted += [("vocab", rows) for rows in sizes["vocab"] if rows != before.vocab]
         for axis, size in cli.counted("axis alone", wanted, len(wanted)):
-            points[axis].append((size, self._probe(shape_search.cut(before, {axis: size}), axis, size)))
+            points[axis].append((size, self._probe(axis, size)))
         if self.mixed:
             points["bits"] = self._bits(before)
         return Losses(before, points)
@@ -181,20 +172,19 @@ class Candidates:
             points.append((float(bpw), nats * tokens_a_byte))
         return points
 
-    def _probe(self, shape: Shape, axis: str, size: int) -> float:
-        log, sizes = self.run.folder / PROBES, {"axis": axis, "size": size}
-        if (record := find(log, sizes)) is None:
-            reader = self.reader(shape.vocab)
-            nats = reader.lost
-            if axis != "vocab":
-                with self._place() as place:
-                    nats = self._kl(self.prune(shape, Path(place) / "pruned"), reader)
-            record = {**sizes, "nats": finite(nats)}
-            self.run.files.append(log, json.dumps(record))
-        return WORST if record["nats"] is None else float(record["nats"])
+    def _probe(self, axis: str, size: int) -> float:
+        sizes: dict[str, Any] = {axis: size}
+        shape = replace(shape_of(self.run.teacher.config), **sizes)
 
-    def _place(self) -> tempfile.TemporaryDirectory[str]:
-        return tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder)
+        def measured() -> dict[str, Any]:
+            reader = self.reader(shape.vocab)
+            if axis == "vocab":
+                return {"nats": finite(reader.lost)}
+            with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as place:
+                return {"nats": finite(self._kl(self.prune(shape, Path(place) / "pruned"), reader))}
+
+        nats = once(self.run, PROBES, {"axis": axis, "size": size}, measured)["nats"]
+        return WORST if nats is None else float(nats)
 
     def _kl(self, student: Checkpoint, reader: Reader) -> float:
         """KL(teacher || student) in nats a byte of the ranking windows."""
@@ -208,8 +198,7 @@ class Candidates:
         cut = select.PruningConfig(scenario="none", importance="rms", **sizes)
         teacher = self.reader(shape.vocab).teacher
         made, keep = select.select_units(teacher.config, self.statistics, cut)
-        keep, tensor = select.turned(teacher, made, keep, lambda: self._directions)
-        slicing.write_student(teacher, made, keep, out, DTYPE, self.run.files, tensor)
+        select.write(teacher, made, keep, out, pipeline.DTYPE, self.run.files, lambda: self._directions)
         return load.open_checkpoint(out)
 
     def _allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:
@@ -230,31 +219,35 @@ class Candidates:
     def score(self, choice: Choice, losses: Losses) -> float:
         """Nats a byte that should be left of what the student loses as pruned and rounded; from the log where it stands
         there. What its axes cost together, over the sum of what each costs alone, is that of before it learns."""
-        log = self.run.folder / CANDIDATES
-        if (record := find(log, choice.sizes)) is None:
-            reader = self.reader(choice.shape.vocab)
-            with self._place() as temp:
-                pruned = self.prune(choice.shape, Path(temp) / "pruned")
+
+        def measured() -> dict[str, Any]:
+            reader, group = self.reader(choice.shape.vocab), shape_search.group_of(choice.shape)
+            with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as temp:
+                pruned, out = self.prune(choice.shape, Path(temp) / "pruned"), Path(temp) / "rounded"
                 keep = model_writer.read_keep(pruned.path)
                 assert keep is not None
-                group = shape_search.group_of(choice.shape)
                 bits = self._allocated(choice, keep.layers) if self.mixed else {}
                 layout = {path: packed_format.Format(each, group) for path, each in bits.items()} or group
-                out = Path(temp) / "rounded"
                 packed_format.write_quantized(pruned, out, layout, self.run.files)
                 student = load.open_checkpoint(out)
-                nats = self._kl(student, reader) + reader.lost
-                record = {**choice.sizes, "params": arch.params(pruned.config), "bytes": student.nbytes,
-                          "nats": finite(nats), "predicted": losses.raw(choice)}  # fmt: skip
-            self.run.files.append(log, json.dumps(record))
-        if record["nats"] is None:
+                nats = finite(self._kl(student, reader) + reader.lost)
+                sizes = {"params": arch.params(pruned.config), "bytes": student.nbytes}
+                return {**sizes, "nats": nats, "predicted": losses.raw(choice)}
+
+        nats = once(self.run, CANDIDATES, choice.sizes, measured)["nats"]
+        if nats is None:
             return math.inf
-        return losses.expected(choice) * max(record["nats"], 0.0) / max(losses.raw(choice), 1e-9)
+        return losses.expected(choice) * max(nats, 0.0) / max(losses.raw(choice), 1e-9)
 
 
-def find(log: Path, sizes: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The line of these sizes; None where there is none yet."""
-    return next((r for r in run_folder.records(log) if all(r.get(a) == n for a, n in sizes.items())), None)
+def once(run: OpenRun, log: str, sizes: Mapping[str, Any], measured: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The line of these sizes in a log of the run; where there is none yet it is measured, and written."""
+    lines = run_folder.records(run.folder / log)
+    record = next((line for line in lines if all(line.get(a) == n for a, n in sizes.items())), None)
+    if record is None:
+        record = {**sizes, **measured()}
+        run.files.append(run.folder / log, json.dumps(record))
+    return record
 
 
 def finite(value: float) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.distillation import pipeline
-from mis_mlx.distillation.candidates import DTYPE, Candidates, find, finite
+from mis_mlx.distillation.candidates import Candidates, finite, once
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths.optimizer import Diverged
@@ -36,19 +36,15 @@ TOKENS = 16  # decoded for one timing
 ROUNDS = 3  # of timings, the quickest counts
 
 
-def final(c: Candidates, choice: Choice, timed_at: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """The record of a finalist: distilled for a few steps and rounded, judged all along; from the log if there.
-    timed_at: tokens in the KV cache and in the prompt of each timing, by its name."""
-    log, sub = c.run.folder / FINALISTS, c.run.folder / "finalists" / choice.name
-    if (record := find(log, choice.sizes)) is None:
-        record = _measured(c, choice, sub, timed_at)
-        c.run.files.append(log, json.dumps(record))
-    if sub.exists():
-        c.run.files.discard(sub)
+def final(c: Candidates, choice: Choice) -> dict[str, Any]:
+    """The record of a finalist: distilled for a few steps and rounded, judged all along; from the log if there."""
+    sub = c.run.folder / "finalists" / choice.name
+    record = once(c.run, FINALISTS, choice.sizes, lambda: _measured(c, choice, sub))
+    c.run.files.discard(sub)
     return record
 
 
-def _measured(c: Candidates, choice: Choice, sub: Path, timed_at: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def _measured(c: Candidates, choice: Choice, sub: Path) -> dict[str, Any]:
     """Distil and round a finalist in the folder `sub`; a training that has begun there goes on in its own way."""
     run, reader = c.run, c.reader(choice.shape.vocab)
     with reported(run.folder, "the folder of a finalist"):
@@ -65,7 +61,7 @@ def _measured(c: Candidates, choice: Choice, sub: Path, timed_at: Mapping[str, t
     own = replace(run, recipe=plan.recipe(run.recipe), folder=sub, plan=plan, teacher=reader.teacher)
     own.data = reader.train
     trained = _train(own, pruned, c.run.folder)
-    record = {**choice.sizes, "params": arch.params(pruned.config), **guarded(run_folder.metrics(sub), trained)}
+    record: dict[str, Any] = {"params": arch.params(pruned.config), **guarded(run_folder.metrics(sub), trained)}
     models = {"teacher": reader.teacher, "pruned": pruned}
     if trained:
         out, samples = sub / "model", own.pick(run.recipe.num_samples, 1)
@@ -78,9 +74,9 @@ def _measured(c: Candidates, choice: Choice, sub: Path, timed_at: Mapping[str, t
         if metric in ("nll", "kl"):
             bits = comparison.nats_of(values, reader.judging) / reader.judging.counted_bytes / math.log(2)
             record[f"{metric}_{model}"] = [finite(v) for v in bits]
-    if timed_at and trained:
-        seconds = {name: timed(trained.path, *at, halves=False).block_s for name, at in timed_at.items()}
-        record["seconds"] = seconds
+    if c.settings.timed_at and trained:
+        times = {name: timed(trained.path, *at) for name, at in c.settings.timed_at.items()}
+        record["seconds"] = {name: each.seconds(choice.shape.layers) for name, each in times.items()}
     return record
 
 
@@ -88,7 +84,7 @@ def _train(run: pipeline.Run, pruned: Checkpoint, whole: Path) -> Checkpoint | N
     """The distilled student; None where three steps in a row were no numbers. whole: folder of the search."""
     out = run.folder / "distilled"
     try:
-        pipeline.distil(run, pruned, out, DTYPE)
+        pipeline.distil(run, pruned, out)
     except Diverged:
         return None
     except MisError as error:  # what can be resumed is the search, not the finalist's own folder
@@ -103,10 +99,9 @@ def guarded(steps: Sequence[Mapping[str, Any]], trained: object) -> dict[str, An
     return {"steps": len(notes), "skipped": skipped, "clipped": clipped, "diverged": trained is None}
 
 
-def timed(folder: Path, cached: int, prompt: int, halves: bool = True) -> Timing:
+def timed(folder: Path, cached: int, prompt: int) -> Timing:
     """Seconds of a token, with `cached` tokens in the KV cache, or of a prompt of so many tokens up to the first one
-    (prompt 0: of a token), by the quickest of some, stock mlx-lm. halves: a second timing with half of the blocks says
-    what a block takes; else all counts as one block."""
+    (prompt 0: of a token), by the quickest of some, stock mlx-lm. Half of the blocks, timed too, say what one takes."""
     model, tokenizer = mlx_generate.open_model(folder)
     ids = mlx_generate.prompt_ids(tokenizer, "In the evening the wind came down from the pass.", prompt or 8)
     layers = model.model.layers
@@ -121,8 +116,6 @@ def timed(folder: Path, cached: int, prompt: int, halves: bool = True) -> Timing
         return stamps[0] if prompt else min(b - a for a, b in pairwise(stamps))
 
     total, half = len(layers), max(1, len(layers) // 2)
-    if not halves:
-        return Timing(min(quickest(total), quickest(total)), 0.0)
     pairs = [(quickest(total), quickest(half)) for _ in range(ROUNDS)]  # in turn, so that a slow spell hits both
     whole, part = map(min, zip(*pairs, strict=True))
     block = whole / total  # all that there is: one block, or a machine too busy to tell half of the blocks from all
@@ -171,13 +164,10 @@ def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], speeds: Ma
     """Markdown: a column for each finalist, means over windows with 95 % intervals. speeds: the teacher's seconds."""
     rows = []
     for record, name in zip(records, names, strict=True):
-        rows.append(Row(name, "params", record["params"] / 1e6))
-        rows.append(Row(name, "meddled", record["skipped"] + record["clipped"]))
-        if "bytes" in record:
-            rows.append(Row(name, "bytes", record["bytes"] / 1e6))
-        for flag, teacher_s in speeds.items():
-            if flag in record.get("seconds", {}):
-                rows.append(Row(name, flag, teacher_s / record["seconds"][flag]))
+        plain = {flag: speeds[flag] / seconds for flag, seconds in record.get("seconds", {}).items()}
+        plain |= {"params": record["params"] / 1e6, "meddled": record["skipped"] + record["clipped"]}
+        plain |= {"bytes": record["bytes"] / 1e6} if "bytes" in record else {}
+        rows += [Row(name, metric, value) for metric, value in plain.items()]
         for metric, _, _ in METRICS:
             if isinstance(values := record.get(metric), list) and None not in values:
                 rows.append(Row(name, metric, *interval(np.array(values)), len(values)))

@@ -30,6 +30,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, Step
 
+DTYPE = "bfloat16"  # of unquantized weights on disk
 TUNE_STEPS, TUNE_LOG = "tune-steps", "tune.jsonl"
 LEFT = ("steps", TUNE_STEPS, "rounded", "parts", "targets", vocabulary.FOLDER)  # nobody needs them once a run is done
 
@@ -44,6 +45,7 @@ class Run(OpenRun):
     plan: MemoryPlan
     report: Callable[[Step], None] | None = None  # somebody who is told of every step of the distillation
     shares: tuple[int, ...] = ()  # how many of the teacher's blocks each machine has; (): each has it whole
+    sigma: float = 0.0  # spread of eps_halny: fixed from one checkpoint to the next, so that a resumed run has the same
 
     @property
     def direct(self) -> bool:
@@ -53,6 +55,20 @@ class Run(OpenRun):
     def pick(self, count: int, use: int) -> list[mx.array]:
         """`count` training windows (1, T) for one use; different uses get different ones."""
         return preparation.calibration(self.data, count, self.recipe.seed, use)
+
+    def remember(self, number: int) -> dict[str, Any]:
+        """Look at the weather, on the first machine: what a checkpoint keeps of it."""
+        halny = self.recipe.halny
+        self.sigma = distributed.broadcast_json(lambda: self.weather.sigma() if halny is None else halny)
+        return {"halny_sigma": self.sigma}
+
+    def recall(self, state: dict[str, Any]) -> None:
+        """What the checkpoint kept."""
+        self.sigma = state["halny_sigma"]
+
+    def factor(self, step: int) -> float:
+        """Eq. (2)'s (1 + eps_halny) of a step, counted from 0."""
+        return losses.loss_noise_factor(self.sigma, self.recipe.seed, step)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -69,14 +85,14 @@ class Run(OpenRun):
             self.files.append(self.folder / run_folder.PHASES, json.dumps(record))
 
 
-def distil(c: Run, pruned: Checkpoint, out: Path, dtype: str) -> None:
+def distil(c: Run, pruned: Checkpoint, out: Path) -> None:
     """Train to the end from wherever the run stands, then write the student's folder `out`, unless it is there."""
     if not distributed.broadcast_json(out.exists):
         take = train(c, pruned)
-        config = {**pruned.config, "torch_dtype": dtype}
+        config = {**pruned.config, "torch_dtype": DTYPE}
         extra = model_writer.keep_files(model_writer.read_keep(pruned.path))
         if distributed.is_main():
-            model_writer.write_model(config, take, pruned.path, out, dtype, c.files, extra)
+            model_writer.write_model(config, take, pruned.path, out, DTYPE, c.files, extra)
 
 
 def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
@@ -125,23 +141,22 @@ def source_of(c: Run) -> live_teacher.TargetSource:
 def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
     """What the closed-form repair changes, by name. parts: the student's folder, where these go at once; then hidden
     states are on disk as far as memory does not hold them."""
-    mended, keep = dict[str, mx.array](), model_writer.read_keep(pruned.path)
-    if not (c.plan.job.repair and keep):
-        return mended
+    if not (c.plan.job.repair and (keep := model_writer.read_keep(pruned.path))):
+        return {}
     name = reconstruct.mended_name(pruned)
     cli.say(f"reconstruct: refit every block's {name.removesuffix('.weight')} to the teacher's stream")
     planned, windows = next(p for p in c.plan.phases if p.name == "repair"), c.pick(c.plan.job.repair, 2)
     c.files.require_space(c.folder, planned.spooled_bytes, "the spool of hidden states")
-    spool = partial(Spool, c.folder, c.plan.held_windows("repair"), c.files) if parts else None
     with c.phase("repair"):
+        if parts is None:
+            return reconstruct.reconstruct(c.teacher, pruned, keep, windows, c.direct)[0]
+        spool = partial(Spool, c.folder, c.plan.held_windows("repair"), c.files)
         for j, weight, error in reconstruct.by_block(c.teacher, pruned, keep, windows, spool, c.direct):
-            if parts and error < 1.0:
+            if error < 1.0:
                 block = load.block(parts, j, load.model_args(parts.config), mx.float32)
                 block.load_weights([(name, weight)], strict=False)
                 model_writer.replace_block(parts, j, dict(tree_flatten(block.parameters())), c.files)
-            elif error < 1.0:
-                mended[f"model.layers.{j}.{name}"] = weight
-    return mended
+    return {}
 
 
 def train_whole(
@@ -149,16 +164,16 @@ def train_whole(
 ) -> None:
     """All of `c.recipe`'s steps of a student in memory, from wherever they stand. begin: before the first of them.
     tuned: of a packed student, whose checkpoints and log are its own."""
-    wind, optimizer = Wind(c), GuardedAdamW(weight_decay=c.recipe.weight_decay)
+    optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay)
     mine, how = (student, optimizer), {} if tuned else _beside_the_plan(c)
     if tuned:
         how = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": "tune", "budget_bytes": c.plan.budget_bytes}
     arrays, restore = partial(train_loop.arrays_of, *mine), partial(train_loop.restore, *mine)
-    training = CheckpointedTraining(c, arrays, optimizer.memory, restore, wind.remember, wind.recall, **how)
+    training = CheckpointedTraining(c, arrays, optimizer.memory, restore, c.remember, c.recall, **how)
     start = training.start(begin)
     student.train()
     steps = partial(live_teacher.steps, student, source, c.data, c.recipe, optimizer)
-    steps = steps if tuned else partial(steps, factor=wind.factor)
+    steps = steps if tuned else partial(steps, factor=c.factor)
     with c.phase(training.label):
         training.finish(steps, start, c.recipe.schedule.iters, c.recipe.save_every, optimizer)
 
@@ -169,28 +184,6 @@ def _beside_the_plan(c: Run) -> dict[str, Any]:
     return {"budget_bytes": c.plan.budget_bytes, "planned_tps": tps, "report": c.report}
 
 
-@dataclass
-class Wind:
-    """The spread of eps_halny: fixed from one checkpoint to the next, so that a resumed run meets the same."""
-
-    run: Run
-    sigma: float = 0.0
-
-    def remember(self, number: int) -> dict[str, Any]:
-        """Look at the weather, on the first machine: what a checkpoint keeps of it."""
-        halny = self.run.recipe.halny
-        self.sigma = distributed.broadcast_json(lambda: self.run.weather.sigma() if halny is None else halny)
-        return {"halny_sigma": self.sigma}
-
-    def recall(self, state: dict[str, Any]) -> None:
-        """What the checkpoint kept."""
-        self.sigma = state["halny_sigma"]
-
-    def factor(self, step: int) -> float:
-        """Eq. (2)'s (1 + eps_halny) of a step, counted from 0."""
-        return losses.loss_noise_factor(self.sigma, self.run.recipe.seed, step)
-
-
 def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
     r, job, whole = c.recipe, c.plan.job, c.plan.mode != "sharded"
     begun = pruned if whole else model_writer.by_block(pruned, c.folder / "parts", c.files)
@@ -199,14 +192,13 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     shard = job.student.shape.layers if whole else c.plan.shard_layers
     adapters = partial(lora.insert, lora=ADAPTERS, seed=r.seed) if c.plan.mode == "lora" else None
     student = sharded.Sharded(begun, shard, visit, r.weight_decay, c.files, room, c.direct, adapters)
-    wind = Wind(c)
     mine = student.arrays, student.memory, student.restore
-    training = CheckpointedTraining(c, *mine, wind.remember, wind.recall, **_beside_the_plan(c))
+    training = CheckpointedTraining(c, *mine, c.remember, c.recall, **_beside_the_plan(c))
     start = training.start(lambda: student.begin(_mended(c, pruned, None if whole else begun)))
     micro_batches = live_teacher.step_micro_batches(source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)
     slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None
-    steps = partial(student.steps, micro_batches, loss, r.schedule, factor=wind.factor, slopes=slopes)
+    steps = partial(student.steps, micro_batches, loss, r.schedule, factor=c.factor, slopes=slopes)
     every = r.save_every if whole else min(r.save_every, max(1, visit // 2))  # two of every visit: see Sharded
     with c.phase("distil"):
         training.finish(steps, start, r.schedule.iters, every, student)

@@ -17,6 +17,8 @@ from mis_mlx.types import Checkpoint, Row
 
 LOSSES = (("nll", "nats/token"), ("bpb", "bits per byte"))  # the second where models read different tokens
 
+NAMES = {"teacher": "teacher", "pruned": "pruned", "student": "distilled", "quantized": "4-bit"}  # in the JSON: a model
+
 
 def result(
     folder: Path, models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]]
@@ -35,10 +37,7 @@ def result(
         "run": str(folder),
         "params_teacher": arch.params(models["teacher"].config),
         "params_student": arch.params(models["distilled"].config),
-        "nll_teacher": main.get(("teacher", "nll")),  # none where the student reads other tokens
-        "nll_pruned": main.get(("pruned", "nll")),
-        "nll_student": main.get(("distilled", "nll")),
-        "nll_quantized": main.get(("4-bit", "nll")),
+        **{f"nll_{key}": main.get((name, "nll")) for key, name in NAMES.items()},  # none where it reads other tokens
         **{f"bits_per_byte_{name}": main.get((name, "bpb")) for name in models},
         "gap_closed": (main["pruned", loss] - main["distilled", loss]) / gap if gap else None,
         "kl_pruned": main["pruned", "kl"],

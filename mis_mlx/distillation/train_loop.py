@@ -68,20 +68,18 @@ def _gradients(
     model: nn.Module, gradient_of: Callable[..., Any], parts: Sequence[tuple[Any, ...]]
 ) -> tuple[float, float, Any, dict[str, float]]:
     """(loss per token in nats, tokens, gradients of the *sum* over tokens, further means) of one step, evaluated."""
-    total, count, gradients, sums = mx.array(0.0), mx.array(0.0), None, dict[str, mx.array]()
+    gradients, sums = None, {"loss, summed": mx.array(0.0), "tokens that count": mx.array(0.0)}
     for arguments in parts:
         (part, n, *more), grads = gradient_of(*arguments)
         gradients = grads if gradients is None else tree_map(mx.add, gradients, grads)
-        total, count = total + part, count + n
-        for name, value in (more[0] if more else {}).items():
-            sums[name] = sums.get(name, mx.array(0.0)) + value
-        mx.eval(total, count, gradients, sums)
+        found = {"loss, summed": part, "tokens that count": n, **(more[0] if more else {})}
+        sums |= {name: sums.get(name, mx.array(0.0)) + value for name, value in found.items()}
+        mx.eval(gradients, sums)
         del grads
     if gradients is None:  # a machine without a part in this step
         gradients = tree_map(mx.zeros_like, model.trainable_parameters())
-    mine = {name: float(value) for name, value in {"loss, summed": total, "tokens that count": count, **sums}.items()}
     whole = dict[str, float]()
-    for machine in distributed.all_gather(mine):
+    for machine in distributed.all_gather({name: float(value) for name, value in sums.items()}):
         for name, value in machine.items():
             whole[name] = whole.get(name, 0.0) + value
     tokens = max(whole.pop("tokens that count"), 1.0)

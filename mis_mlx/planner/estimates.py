@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from mis_mlx import cli
 from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.maths.losses import chunk_rows
@@ -18,7 +19,7 @@ from mis_mlx.models.stream import GROUP_BYTES
 from mis_mlx.planner import training_size
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, reported
-from mis_mlx.types import Budget, Checkpoint, MisError
+from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
 
 SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
@@ -248,6 +249,22 @@ def fit(budget: Budget, *phases: StageCost, remedy: str = "") -> None:
     worst = max(phases, key=lambda p: p.peak_bytes)
     default = f"give --budget {flag(worst.peak_bytes)} or more, or lower --max-seq-length or --batch-size"
     budget.need(worst.peak_bytes, worst.name, remedy or default)
+
+
+def told(phases: Sequence[StageCost], limit_bytes: int, at: rates.Rates, own_bytes: int = 0) -> dict[str, Any]:
+    """Say what each phase takes; returned is what a --dry-run says of them. own_bytes: of the process, in no phase."""
+    for p in phases:
+        moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
+        cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(at))}")
+    peak = max(p.peak_bytes for p in phases) + own_bytes
+    return {
+        "peak_bytes": peak,
+        "budget_bytes": limit_bytes,
+        "read_bytes": sum(p.read_bytes for p in phases),
+        "written_bytes": sum(p.written_bytes for p in phases),
+        "seconds": round(sum(p.seconds(at) for p in phases)),
+        "check_failed": peak > limit_bytes,
+    }
 
 
 def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = False) -> rates.Rates:

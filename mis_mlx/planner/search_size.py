@@ -31,7 +31,7 @@ def work(
                        peak_bytes=p.peak_bytes + beside)  # fmt: skip
 
     prune = next(p for p in made.phases if p.name == "prune")
-    sensed = compression_size.quantize(t, replace(how, q_method="round"), SENSED, length, limit.limit_bytes)
+    sensed = sensitivity(t, length, limit.limit_bytes)
     windows, judging = (-(-4 * n // 3) for n in (s.rank_windows, s.eval_windows))  # of two texts
     one = estimates.compared([t, m], windows, length)
     passed = estimates.forward_flops(t, windows * length, length, False)  # the teacher's pass, which is done once
@@ -43,3 +43,8 @@ def work(
     judged = estimates.compared([t, m, m, m], judging, length)
     trained.append(times(judged, finals, "judge them", 2 * m.nbytes))
     return {"rank": rank, "finalists": trained if finals else []}, made
+
+
+def sensitivity(teacher: estimates.ModelSize, length: int, limit_bytes: int) -> estimates.StageCost:
+    """To see on SENSED windows what every matrix of the teacher costs in fewer bits."""
+    return compression_size.quantize(teacher, QuantizationConfig(q_method="round"), SENSED, length, limit_bytes)

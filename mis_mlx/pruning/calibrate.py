@@ -1,7 +1,6 @@
 """One streamed calibration pass: statistics of every axis that can shrink, for all batches."""
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,7 +12,7 @@ from mis_mlx.hardware import lanes
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
 from mis_mlx.models import arch, distributed, load, stream
-from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.config import shape_of
 from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.types import Checkpoint, Reading
 
@@ -43,44 +42,37 @@ def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> 
     out.routed = {i: of.routed for i, of in experts.items()}
 
 
-class _Air:
-    """T_env of every batch, measured once, as it enters the model."""
-
-    def __init__(self, reading: Callable[[], Reading | None], unit: str):
-        self._reading, self._unit = reading, unit
-        self.readings: list[Reading | None] = []
-        self.weights: list[float | None] = []
-
-    def at(self, batch: int) -> float | None:
-        """Its weight in AAIS."""
-        while len(self.weights) <= batch:
-            self.readings.append(self._reading())
-            self.weights.append(importance.weight_of(self.readings[-1], self._unit))
-        return self.weights[batch]
+def _air(out: Statistics, readings: Sequence[Reading | None], unit: str) -> None:
+    """The air and altitude of all machines' batches; where one has no T_env, none weighs more than another."""
+    out.measured = not distributed.any_rank(None in [importance.weight_of(r, unit) for r in readings])
+    if not out.measured:
+        for sums in (*out.ffn.values(), *out.heads.values(), *out.experts.values(), *out.hidden.values()):
+            sums.warm = sums.square.copy()
+    known = [r for r in readings if r is not None]
+    celsius = distributed.all_gather([r.ambient_c for r in known if r.ambient_c is not None])
+    out.ambient_c = list(chain.from_iterable(celsius))
+    altitudes = distributed.all_gather(known[-1].altitude_m if known else None)
+    out.altitude_m = next((m for m in altitudes if m is not None), None)
 
 
-class _Mixture:
-    """What a block's experts do on all batches: scores of them, and of their neurons, whose activations count as their
-    expert's gate lets them."""
+def _mixed(
+    source: stream.Stream, block: nn.Module, hidden: stream.Hidden, experts: ExpertSums, neurons: Sums,
+    weight: Callable[[int], float],
+) -> Iterator[tuple[mx.array, dict[str, mx.array]]]:  # fmt: skip
+    """Every batch behind a block of experts, and what it says of the block beside these. Added up meanwhile: scores of
+    the experts, and of their neurons, whose activations count as their expert's gate lets them."""
+    s, sums = shape_of(source.checkpoint.config), dict[int, np.ndarray]()  # of a batch: of |a| and a^2, (2, E, F)
 
-    def __init__(self, experts: ExpertSums, neurons: Sums, air: _Air):
-        self._experts, self._sums, self._air = experts, neurons, air
-        self._neurons = dict[int, np.ndarray]()  # of a batch: sums over tokens of |a| and a^2, (2, E, F)
-
-    def looked(
-        self, source: stream.Stream, block: nn.Module, hidden: stream.Hidden, s: Shape
-    ) -> Iterator[tuple[mx.array, dict[str, mx.array]]]:
-        """Every batch behind the block, and what it says of the block beside."""
-        for b, after in enumerate(source.mixed(block, hidden, partial(self._meet, s))):
-            mean, square = self._neurons.pop(b).reshape(2, -1) / (after.shape[0] * after.shape[1])
-            self._sums.add(mean, square, self._air.at(b) or 1.0)
-            yield after, _look(block, s.heads, hidden[b], after)
-
-    def _meet(self, s: Shape, b: int, e: int, gates: np.ndarray, neurons: mx.array, made: mx.array) -> None:
-        self._experts.add(e, gates, made, self._air.at(b) or 1.0)
-        gated = mx.abs(neurons.astype(mx.float32)) * mx.array(gates)[:, None]
-        seen = self._neurons.setdefault(b, np.zeros((2, s.experts, s.ffn)))
+    def meet(b: int, e: int, gates: np.ndarray, activations: mx.array, made: mx.array) -> None:
+        experts.add(e, gates, made, weight(b))
+        gated = mx.abs(activations.astype(mx.float32)) * mx.array(gates)[:, None]
+        seen = sums.setdefault(b, np.zeros((2, s.experts, s.ffn)))
         seen[:, e] = np.array(mx.stack([gated.sum(axis=0), mx.square(gated).sum(axis=0)]))
+
+    for b, after in enumerate(source.mixed(block, hidden, meet)):
+        mean, square = sums.pop(b).reshape(2, -1) / (after.shape[0] * after.shape[1])
+        neurons.add(mean, square, weight(b))
+        yield after, _look(block, s.heads, hidden[b], after)
 
 
 def calibrate(
@@ -95,8 +87,14 @@ def calibrate(
     machines each bring their own batches and get the statistics of all; of a `relay` each looks at its own blocks."""
     s = shape_of(checkpoint.config)
     out = Statistics(hidden={-1: (norms := Sums.zeros(s.hidden))})
-    source = relay or stream.Stream(checkpoint, dtype, direct=hidden is not None)
-    hidden, air, experts = source.embed(batches, hidden), _Air(reading, unit), dict[int, ExpertSums]()
+    source = relay or stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list | None))
+    hidden, experts, readings = source.embed(batches, hidden), dict[int, ExpertSums](), list[Reading | None]()
+
+    def weight(batch: int) -> float:  # its T_env, measured once, as it enters the model; 1 where nothing is known
+        while len(readings) <= batch:
+            readings.append(reading())
+        return importance.weight_of(readings[batch], unit) or 1.0
+
     for i in range(s.layers):  # those that another machine looks at stay zero
         out.ffn[i], out.heads[i], out.block[i] = Sums.zeros(s.ffn * max(1, s.experts)), Sums.zeros(s.heads), 0.0
         experts |= {i: ExpertSums.zeros(s.experts)} if s.experts else {}
@@ -106,12 +104,11 @@ def calibrate(
         distances = []
 
         def enter(b: int, into: mx.array, block: nn.Module = block) -> tuple[mx.array, dict[str, mx.array]]:
-            air.at(b)
+            weight(b)
             after = block(into, load.mask(source.args, block, into))
             return after, _look(block, s.heads, into, after)
 
-        mixture = _Mixture(experts[i], out.ffn[i], air) if s.experts else None
-        looked = mixture and mixture.looked(source, block, hidden, s)
+        looked = _mixed(source, block, hidden, experts[i], out.ffn[i], weight) if s.experts else None
         for b, (after, samples) in enumerate(looked or lanes.each(enter, range(len(hidden)), hidden)):
             hidden[b] = source.finite(after) if b == 0 else after
             seen = {name: np.array(sample, np.float64) for name, sample in samples.items()}
@@ -120,17 +117,8 @@ def calibrate(
                 if axis in seen:
                     squares, tokens = seen[axis + " squares"], after.shape[0] * after.shape[1]
                     square = squares.reshape(len(seen[axis]), -1).sum(axis=-1) / tokens  # of a head: its channels'
-                    sums.add(seen[axis], square, air.at(b) or 1.0)
+                    sums.add(seen[axis], square, weight(b))
         out.block[i] = float(np.sum(distances))
     _merge(out, experts, len(batches))
-    readings, weights = air.readings, air.weights
-    out.measured = not distributed.any_rank(None in weights)
-    if not out.measured:
-        for sums in (*out.ffn.values(), *out.heads.values(), *out.experts.values(), norms):
-            sums.warm = sums.square.copy()
-    known = [r for r in readings if r is not None]
-    celsius = distributed.all_gather([r.ambient_c for r in known if r.ambient_c is not None])
-    out.ambient_c = list(chain.from_iterable(celsius))
-    altitudes = distributed.all_gather(known[-1].altitude_m if known else None)
-    out.altitude_m = next((m for m in altitudes if m is not None), None)
+    _air(out, readings, unit)
     return out, source.norm(hidden)

@@ -4,8 +4,10 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from mis_mlx import cli
 from mis_mlx.models import arch
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner import estimates
@@ -16,18 +18,14 @@ TENSOR_BYTES = 120  # in a file's header
 
 @dataclass(frozen=True)
 class Limit:
-    """What a student may cost at the most: parameters, bytes, or seconds. in_bytes: the weights, in their bits, count
-    beside `cost`, which is what else takes bytes."""
+    """What a student may cost at the most: parameters, bytes, or seconds. cost: of a shape, whose weights have so many
+    bits each. in_bytes: these count."""
 
     flag: str  # as it was given: '--bytes 50MB'
     most: float
-    cost: Callable[[Shape], float]
+    cost: Callable[[Shape, float], float]
     words: Callable[[float], str]
     in_bytes: bool = False
-
-    def of(self, shape: Shape, bpw: float, weights: int) -> float:
-        """What a student of so many `weights` in so many bits costs."""
-        return self.cost(shape) + (bpw / 8 * weights if self.in_bytes else 0.0)
 
 
 def _number(flag: str, text: str, units: Mapping[str, float], example: str) -> tuple[float, str]:
@@ -46,7 +44,7 @@ def params_limit(config: Mapping[str, Any], text: str) -> Limit:
     if target >= teacher:
         given = f"that is {count(target)} parameters, the teacher has {count(teacher)}"
         raise MisError(f"--params {text}: {given}: ask for fewer")
-    return Limit(f"--params {text}", target, lambda shape: sum(weights_of(config, shape)),
+    return Limit(f"--params {text}", target, lambda shape, _: sum(weights_of(config, shape)),
                  lambda cost: f"{count(cost)} parameters ({cost / teacher:.3f}x)")  # fmt: skip
 
 
@@ -64,26 +62,28 @@ def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
     return shape.layers * matrices + ends, shape.layers * others + shape.hidden
 
 
-def _beside_weights(config: Mapping[str, Any], shape: Shape) -> int:
-    """Bytes of a file beside its matrices: other numbers in 2 bytes, and the header."""
+def _file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
+    """Of matrices in so many bits a weight, other numbers in 2 bytes, and the header."""
+    weights, others = weights_of(config, shape)
     tensors = sum(3 if len(size) > 1 else 1 for size in arch.layer_tensors(config).values())  # with scales and biases
-    return 2 * weights_of(config, shape)[1] + TENSOR_BYTES * (shape.layers * tensors + 7)
+    return bpw / 8 * weights + 2 * others + TENSOR_BYTES * (shape.layers * tensors + 7)
 
 
-def bytes_limit(config: Mapping[str, Any], text: str, most: int) -> Limit:
+def bytes_limit(config: Mapping[str, Any], text: str) -> Limit:
     """At most so many bytes of weights on disk."""
-    return Limit(f"--bytes {text}", most, lambda shape: _beside_weights(config, shape),
+    most = cli.parse_bytes(text, "--bytes")
+    return Limit(f"--bytes {text}", most, partial(_file_bytes, config),
                  lambda cost: f"{cost / 1e6:.4g} MB", in_bytes=True)  # fmt: skip
 
 
-def memory_limit(config: Mapping[str, Any], text: str, most: int, cached: int) -> Limit:
+def memory_limit(config: Mapping[str, Any], text: str, cached: int) -> Limit:
     """At most so many bytes in use: weights, and keys and values of `cached` tokens in 2 bytes each."""
 
-    def cost(shape: Shape) -> float:
+    def cost(shape: Shape, bpw: float) -> float:
         m = estimates.model_of(arch.student_config(config, shape), gpu=True)
-        return _beside_weights(config, shape) + estimates.keys_bytes(m, cached)
+        return _file_bytes(config, shape, bpw) + estimates.keys_bytes(m, cached)
 
-    return Limit(f"--memory {text}", most, cost, gib, in_bytes=True)
+    return Limit(f"--memory {text}", cli.parse_bytes(text, "--memory"), cost, gib, in_bytes=True)
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,10 @@ class Timing:
 
     block_s: float
     rest_s: float
+
+    def seconds(self, layers: int) -> float:
+        """Of a model with so many such blocks."""
+        return layers * self.block_s + self.rest_s
 
 
 def time_limit(
@@ -105,11 +109,11 @@ def time_limit(
     before = shape_of(config)
     whole = work(config)
 
-    def cost(shape: Shape) -> float:
+    def cost(shape: Shape, _: float) -> float:
         blocks = shape.layers * timed.block_s * work(arch.student_config(config, shape)) / whole
         return blocks + timed.rest_s * shape.hidden * shape.vocab / (before.hidden * before.vocab)
 
-    teacher = cost(before)
+    teacher = cost(before, 0.0)
     return Limit(f"{flag} {text}", teacher / value, cost, lambda seconds: f"{teacher / seconds:.2f}x")
 
 

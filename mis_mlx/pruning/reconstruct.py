@@ -24,13 +24,13 @@ HELD_OUT = 4
 
 
 def reconstruct(
-    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches
+    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches, direct: bool = False
 ) -> tuple[dict[str, mx.array], list[float]]:
     """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)]."""
     mended: dict[str, mx.array] = {}
     left: list[float] = []
     name = mended_name(student)
-    for j, weight, error in by_block(teacher, student, keep, batches):
+    for j, weight, error in by_block(teacher, student, keep, batches, direct=direct):
         if error < 1.0:
             mended[f"model.layers.{j}.{name}"] = weight
         left.append(error)
@@ -44,13 +44,9 @@ def mended_name(student: Checkpoint) -> str:
 
 
 def by_block(
-    teacher: Checkpoint,
-    student: Checkpoint,
-    keep: KeptUnits,
-    batches: Batches,
-    spool: Callable[[], Hidden] | None = None,
-    direct: bool = False,
-) -> Iterator[tuple[int, mx.array, float]]:
+    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches,
+    spool: Callable[[], Hidden] | None = None, direct: bool = False,
+) -> Iterator[tuple[int, mx.array, float]]:  # fmt: skip
     """(number of a block, its `mended_name` (out, in) float32, share of error left) of every block, in turn. spool(): a
     place other than memory for hidden states; then a block's output is computed anew, and its inputs are not kept
     meanwhile. direct: read past the page cache."""

@@ -34,6 +34,9 @@ class Rotation:
     energy: Mapping[str, float]
 
 
+Directions = Callable[[int], Rotation]  # for a cut to so many channels
+
+
 def _entering(
     checkpoint: Checkpoint, batches: Batches, dtype: mx.Dtype, hidden: Hidden
 ) -> Iterator[tuple[str, mx.array]]:
@@ -73,28 +76,9 @@ def turned(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return basis @ turn
 
 
-@dataclass(frozen=True)
-class Directions:
-    """What calibration saw of the residual stream, for a cut to any size. float64.
-
-    moments (D, D): sums of x x^T over all norms' inputs. basis (D, D): its eigenvectors as columns, by falling
-    eigenvalue. shares: {name of a norm's weight: the share (D,) of the stream's square along each of them}."""
-
-    moments: np.ndarray
-    basis: np.ndarray
-    shares: Mapping[str, np.ndarray]
-
-    def kept(self, teacher: Checkpoint, size: int) -> Rotation:
-        """The leading `size` of them; for a tied head `turned` for the last norm's gain."""
-        basis = self.basis[:, :size]
-        if shape_of(teacher.config).tied:
-            basis = turned(basis, np.array(load.dense(teacher, FINAL).astype(mx.float32), np.float64))
-            basis = basis[:, np.argsort(-np.einsum("ij,ij->j", basis, self.moments @ basis), kind="stable")]
-        return Rotation(basis, {name: float(share[:size].sum()) for name, share in self.shares.items()})
-
-
 def measured(teacher: Checkpoint, batches: Batches, dtype: mx.Dtype, hidden: Callable[[], Hidden] = list) -> Directions:
-    """The principal directions of what enters all norms over token ids [(B, T)], all norms alike.
+    """The principal directions of what enters all norms over token ids [(B, T)], all norms alike; for a tied head
+    `turned` for the last norm's gain.
 
     Two streamed passes: the second sees how much of each norm's input they hold. Products of one batch are float32,
     sums over batches float64. hidden: makes a place for the hidden states of a pass."""
@@ -106,7 +90,16 @@ def measured(teacher: Checkpoint, batches: Batches, dtype: mx.Dtype, hidden: Cal
     held: dict[str, np.ndarray] = {}
     for name, x in _entering(teacher, batches, dtype, hidden()):
         held[name] = held.get(name, 0.0) + np.array(mx.square(x @ turn).sum(axis=0), np.float64)
-    return Directions(moments, basis, {name: square / square.sum() for name, square in held.items()})
+
+    def kept(size: int) -> Rotation:
+        some = basis[:, :size]
+        if shape_of(teacher.config).tied:
+            some = turned(some, np.array(load.dense(teacher, FINAL).astype(mx.float32), np.float64))
+            some = some[:, np.argsort(-np.einsum("ij,ij->j", some, moments @ some), kind="stable")]
+        energy = {name: float((square / square.sum())[:size].sum()) for name, square in held.items()}
+        return Rotation(some, energy)
+
+    return kept
 
 
 def by(keep: KeptUnits, rotation: Rotation) -> KeptUnits:

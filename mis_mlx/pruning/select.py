@@ -19,7 +19,7 @@ from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.models import arch, distributed, families, load, policy
 from mis_mlx.models.config import MOST_EXPERTS, Shape, shape_of
 from mis_mlx.models.pipeline_parallel import Relay
-from mis_mlx.models.stream import Batches
+from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.pruning import calibrate, rotate, slicing
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.storage.files import Files
@@ -102,11 +102,6 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
     kept: dict[Key, tuple[int, ...]] = {}
     differ: dict[Key, int] = {}
 
-    def choice(key: Key, pick: Callable[[np.ndarray], tuple[int, ...]], name: str = "") -> None:
-        i, axis = key
-        kept[i, name or axis] = pick(scores(key))
-        differ[key] = len(set(kept[i, name or axis]) - set(pick(importance.rms(getattr(statistics, axis)[i]))))
-
     def groups(s: np.ndarray) -> tuple[int, ...]:
         return importance.top(importance.group_scores(s, before.kv_heads), shape.kv_heads)
 
@@ -115,15 +110,23 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
         "experts": partial(importance.top, keep=shape.experts),
         "ffn": partial(importance.top_in_groups, groups=experts, keep=experts * shape.ffn),
         "heads": lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, groups(s)),
+        "hidden": partial(importance.top, keep=shape.hidden),
     }
+
+    def choose(key: Key) -> None:
+        pick = picks[key[1]]
+        kept[key] = pick(scores(key))
+        differ[key] = len(set(kept[key]) - set(pick(importance.rms(getattr(statistics, key[1])[key[0]]))))
+
     for i in layers:
-        for axis in (axis for axis in picks if getattr(shape, axis) < getattr(before, axis)):
-            choice((i, axis), picks[axis])
+        for axis in ("experts", "ffn", "heads"):
+            if getattr(shape, axis) < getattr(before, axis):
+                choose((i, axis))
         if shape.kv_heads < before.kv_heads:
             each = before.heads // before.kv_heads
             kept[i, "kv_heads"] = tuple(sorted({h // each for h in kept[i, "heads"]}))
     if shape.hidden < before.hidden and cut.hidden_by == "importance":
-        choice((-1, "hidden"), partial(importance.top, keep=shape.hidden))
+        choose((-1, "hidden"))
     air = statistics.ambient_c
     report = {
         "importance": used,
@@ -165,30 +168,24 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     return shape
 
 
-def turned(
-    teacher: Checkpoint, shape: Shape, keep: KeptUnits, directions: Callable[[], rotate.Directions]
-) -> tuple[KeptUnits, slicing.Tensor | None]:
-    """(`keep`, `tensor`) for `write_student`. directions(): asked for where hidden is cut, but `keep` does not say by
-    which channels; then it gets the rotation that they give."""
-    if shape.hidden == shape_of(teacher.config).hidden or (-1, "hidden") in keep.kept:
-        return keep, None
-    rotation = directions().kept(teacher, shape.hidden)
-    return rotate.by(keep, rotation), rotate.rotated(teacher, rotation)
+def write(
+    teacher: Checkpoint, shape: Shape, keep: KeptUnits, out: Path, dtype: str, files: Files,
+    directions: Callable[[], rotate.Directions],
+) -> KeptUnits:  # fmt: skip
+    """Commit the pruned model to the new folder `out`: what is kept. directions(): asked for where hidden is cut, but
+    `keep` does not say by which channels; then it is by the rotation that they give."""
+    tensor = None
+    if shape.hidden < shape_of(teacher.config).hidden and (-1, "hidden") not in keep.kept:
+        rotation = directions()(shape.hidden)
+        keep, tensor = rotate.by(keep, rotation), rotate.rotated(teacher, rotation)
+    slicing.write_student(teacher, shape, keep, out, dtype, files, tensor)
+    return keep
 
 
 def prune(
-    checkpoint: Checkpoint,
-    batches: Batches,
-    held_out: Windows,
-    out: Path,
-    cut: PruningConfig,
-    *,
-    dtype: str,
-    reading: Callable[[], Reading | None],
-    files: Files,
-    held: int | None = None,
-    shares: Sequence[int] = (),
-) -> dict[str, Any]:
+    checkpoint: Checkpoint, batches: Batches, held_out: Windows, out: Path, cut: PruningConfig, *, dtype: str,
+    reading: Callable[[], Reading | None], files: Files, held: int | None = None, shares: Sequence[int] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line.
 
     Where AAIS keeps other channels than plain importance, a plain student is made too and the two are compared on
@@ -196,16 +193,16 @@ def prune(
     held: batches whose hidden states stay in memory (default: all)."""
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
-    spool = None if held is None or held >= len(batches) else partial(Spool, out.absolute().parent, held, files)
-    mine, place, kind = distributed.shard(batches), spool() if spool else None, policy.compute_dtype(checkpoint)
-    relay = Relay(checkpoint, kind, 0, bool(spool), shares) if shares else None
-    statistics, _ = calibrate.calibrate(checkpoint, mine, kind, reading, cut.temperature_unit, place, relay)
+    short, kind = held is not None and held < len(batches), policy.compute_dtype(checkpoint)
+    states: Callable[[], Hidden] = partial(Spool, out.absolute().parent, held or 0, files) if short else list
+    relay, mine = Relay(checkpoint, kind, 0, short, shares) if shares else None, distributed.shard(batches)
+    statistics, _ = calibrate.calibrate(checkpoint, mine, kind, reading, cut.temperature_unit, states(), relay)
     if not distributed.is_main():  # who has brought its part; the student is the first one's to make
         return {}
     shape, keep = select_units(checkpoint.config, statistics, cut)
     scores, _ = ranking(statistics, cut)
     keep = replace(keep, report={**keep.report, "profile": profile(statistics, keep, scores)})
-    directions = cache(lambda: rotate.measured(checkpoint, batches, policy.compute_dtype(checkpoint), spool or list))
+    directions = cache(lambda: rotate.measured(checkpoint, batches, kind, states))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in families.ALL}
         sizes["experts"] = str(shape.experts) if shape.experts else None
@@ -215,14 +212,12 @@ def prune(
         with tempfile.TemporaryDirectory(mark, f".tmp-{out.name}-", out.absolute().parent) as temp:
             both = {}
             for name, kept in (("aais", keep), ("plain", plain)):
-                kept, tensor = turned(checkpoint, shape, kept, directions)
-                slicing.write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files, tensor)
+                write(checkpoint, shape, kept, Path(temp) / name, dtype, files, directions)
                 both[name] = load.open_checkpoint(Path(temp) / name)
             measured = comparison.compare(both, held_out)
         losses = {f"nll_{name}": float(measured[name, "nll"].mean()) for name in both}
         keep = replace(keep, report={**keep.report, **losses})
-    keep, tensor = turned(checkpoint, shape, keep, directions)
-    slicing.write_student(checkpoint, shape, keep, out, dtype, files, tensor)
+    keep = write(checkpoint, shape, keep, out, dtype, files, directions)
     config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
     return {
         "params_before": arch.params(checkpoint.config),

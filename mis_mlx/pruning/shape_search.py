@@ -32,7 +32,7 @@ FORMS = {
     "hidden": "hidden {}",
     "vocab": "{:,} tokens",
 }
-# What learning leaves of a loss, by the axis that it comes from. ffn, bits: finalists of `--bytes 50MB` (distilled for 20
+# What learning leaves of a loss, by the axis that it comes from. ffn, bits: finalists of `--bytes 50MB` (distilled, 20
 # steps, rounded by gptq); layers, heads, hidden: less a third of each, from pruned to distilled (benchmarks/README.md).
 # vocab: that loss is told on text like that which chose the tokens; five texts of other kinds lose 5 times as much
 # (24,576 and 12,288 tokens: 0.017 and 0.087 bits a byte). All of SmolLM2-135M, one seed.
@@ -63,11 +63,6 @@ def words(shape: Shape, before: Shape) -> str:
     return ", ".join(cut) or "the teacher's own"
 
 
-def cut(shape: Shape, sizes: Mapping[str, Any]) -> Shape:
-    """The shape with other sizes of some axes."""
-    return replace(shape, **sizes)
-
-
 def group_of(shape: Shape) -> int:
     """The largest group that cuts every matrix (quantization/packed_format); 0: none does."""
     rows = (shape.hidden, shape.ffn, shape.heads * shape.head_dim)
@@ -88,7 +83,7 @@ def axis_sizes(config: Mapping[str, Any], axes: Sequence[str], vocab: Sequence[i
     for axis, step in steps.items():
         whole = getattr(s, axis)
         steps_of = range(step, whole, step) if axis in axes else ()
-        fits = [n for n in steps_of if n >= LEAST_SHARE * whole and _possible(config, axis, n)]
+        fits = [n for n in steps_of if n >= LEAST_SHARE * whole and _shape(config, {axis: n})]
         if axis == "heads":
             fits = [n for n in fits if n * s.head_dim % group == 0]
         at = np.linspace(0, max(0, len(fits) - 1), min(SIZES, len(fits))).round().astype(int)
@@ -96,13 +91,12 @@ def axis_sizes(config: Mapping[str, Any], axes: Sequence[str], vocab: Sequence[i
     return sizes | {"vocab": (*sorted(vocab), s.vocab) if "vocab" in axes else (s.vocab,)}
 
 
-def _possible(config: Mapping[str, Any], axis: str, size: int) -> bool:
-    """Whether a loader accepts the teacher cut to this size."""
+def _shape(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Shape | None:
+    """The teacher's shape cut to these sizes; None where no loader accepts it."""
     try:
-        arch.target_shape(config, {}, **{axis: size})
+        return arch.target_shape(config, {}, **sizes)
     except MisError:
-        return False
-    return True
+        return None
 
 
 def probed(sizes: Sequence[int]) -> list[int]:
@@ -151,65 +145,53 @@ class Losses:
 
 def choices(
     config: Mapping[str, Any], sizes: Mapping[str, Sequence[int]], within: Sequence[Limit], bits: bool
-) -> Iterator[Choice]:
+) -> list[Choice]:
     """Every student within the limits, in the most bits that they allow; in the usual ones where `bits` are not to be
-    chosen, or none of the limits is in bytes."""
-    before = shape_of(config)
+    chosen, or none of the limits is in bytes. MisError where there is none: the smallest number within reach, and which
+    axes are not open."""
+    before, found, least = shape_of(config), list[Choice](), dict.fromkeys(within, math.inf)
     in_bytes = [limit for limit in within if limit.in_bytes]
     for shape in shapes(config, sizes):
-        group = group_of(shape)
-        if not group or (shape == before and not bits):
+        if not (group := group_of(shape)):
             continue
         weights, _ = limits.weights_of(config, shape)
-        least, most = bpw_range(group)
-        wanted = USUAL_BPW if not bits or not in_bytes else most
-        bpw = min([wanted, *(8 * (each.most - each.cost(shape)) / weights for each in in_bytes)])
-        enough = bpw >= (least if bits else USUAL_BPW)
-        if enough and all(each.in_bytes or each.cost(shape) <= each.most for each in within):
-            yield Choice(shape, math.floor(100 * bpw) / 100)
+        fewest, most = bpw_range(group) if bits else (USUAL_BPW, USUAL_BPW)
+        costs = {limit: limit.cost(shape, fewest) for limit in within}
+        least = {limit: min(cost, least[limit]) for limit, cost in costs.items()}
+        if all(cost <= limit.most for limit, cost in costs.items()) and (bits or shape != before):
+            more = (8 * (limit.most - costs[limit]) / weights for limit in in_bytes)
+            bpw = min([most, *(fewest + each for each in more)]) if in_bytes else USUAL_BPW
+            found.append(Choice(shape, math.floor(100 * bpw) / 100))
+    if found:
+        return found
+    closed = [axis for axis in CUTS if len(sizes[axis]) == 1] + ([] if bits else ["bits"])
+    remedy = "ask for less of a cut" + (f", or let {', '.join(closed)} be cut too (--axes)" if closed else "")
+    for limit, reach in least.items():
+        if reach > limit.most:
+            why = f"that is {limit.words(limit.most)}, the smallest student within reach has {limit.words(reach)}"
+            raise MisError(f"{limit.flag}: {why}: {remedy}")
+    flags = " and ".join(limit.flag for limit in within)
+    raise MisError(f"{flags}: each can be met, no student meets all of them: {remedy}")
 
 
 def shapes(config: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -> Iterator[Shape]:
     """All combinations that a loader accepts."""
     for layers, ffn, heads, hidden in itertools.product(*(sizes[axis] for axis in CUTS[:-1])):
-        try:
-            shape = arch.target_shape(config, {}, layers=layers, ffn=ffn, heads=heads, hidden=hidden)
-        except MisError:
-            continue
-        for vocab in sizes["vocab"]:
-            yield replace(shape, vocab=vocab)
-
-
-def refuse(config: Mapping[str, Any], sizes: Mapping[str, Sequence[int]], within: Sequence[Limit], bits: bool) -> None:
-    """MisError for limits that no student meets: the smallest number within reach, and which axes are not open."""
-    least, flags = dict[str, float](), " and ".join(limit.flag for limit in within)
-    for shape in shapes(config, sizes):
-        group, (weights, _) = group_of(shape), limits.weights_of(config, shape)
-        if group:
-            bpw = bpw_range(group)[0] if bits else USUAL_BPW
-            for limit in within:
-                least[limit.flag] = min(least.get(limit.flag, math.inf), limit.of(shape, bpw, weights))
-    closed = [axis for axis in CUTS if len(sizes[axis]) == 1] + ([] if bits else ["bits"])
-    remedy = "ask for less of a cut" + (f", or let {', '.join(closed)} be cut too (--axes)" if closed else "")
-    for limit in within:
-        if not least or least[limit.flag] > limit.most:
-            reach = limit.words(least.get(limit.flag, math.inf))
-            why = f"that is {limit.words(limit.most)}, the smallest student within reach has {reach}"
-            raise MisError(f"{limit.flag}: {why}: {remedy}")
-    raise MisError(f"{flags}: each can be met, no student meets all of them: {remedy}")
+        if shape := _shape(config, {"layers": layers, "ffn": ffn, "heads": heads, "hidden": hidden}):
+            for vocab in sizes["vocab"]:
+                yield replace(shape, vocab=vocab)
 
 
 def best(candidates: Iterable[Choice], sizes: Mapping[str, Sequence[int]], losses: Losses, count: int) -> list[Choice]:
     """The `count` of which least is expected to be lost, the best first; no two are a step along one axis apart."""
-    chosen = list[Choice]()
+    chosen = dict[Choice, np.ndarray]()  # and where each stands among the sizes
     for choice in sorted(candidates, key=losses.expected):
-        at = [sizes[axis].index(getattr(choice.shape, axis)) for axis in CUTS]
-        others = [[sizes[axis].index(getattr(other.shape, axis)) for axis in CUTS] for other in chosen]
-        if all(sum(abs(a - b) for a, b in zip(at, other, strict=True)) > 1 for other in others):
-            chosen.append(choice)
+        at = np.array([sizes[axis].index(getattr(choice.shape, axis)) for axis in CUTS])
+        if all(abs(at - other).sum() > 1 for other in chosen.values()):
+            chosen[choice] = at
         if len(chosen) == count:
             break
-    return chosen
+    return list(chosen)
 
 
 def rounding_of(choice: Choice) -> QuantizationConfig:

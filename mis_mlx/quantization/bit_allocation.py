@@ -11,7 +11,7 @@ there a slab of rows at a time. 32 windows of 256 tokens, 7B, 5 formats: 9 TB, a
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -102,11 +102,8 @@ def check(target_bpw: float | None, group: int) -> None:
     raise MisError(f"--target-bpw {target_bpw:g} is {limit}: {remedy}")
 
 
-class _Seen(NamedTuple):
-    """One window in a block: what went into its matrices, {axis: (T, in)}, and d log p / d output, [(T, out)]."""
-
-    inputs: dict[str, mx.array]
-    above: list[mx.array]
+# One window in a block: what went into its matrices, {axis: (T, in)}, and d log p / d output, [(T, out)].
+Seen = tuple[dict[str, mx.array], list[mx.array]]
 
 
 def costs(
@@ -123,12 +120,12 @@ def costs(
         every = ((w, b) for w in dense for b in bits)
         rounded = list(lanes.each(lambda of: rounding.nearest(of[0], group, of[1]), every))
         packed = [rounded[k : k + len(bits)] for k in range(0, len(rounded), len(bits))]
-        seen, sums, done = list[_Seen](), [mx.zeros((len(bits),)) for _ in matrices], 0
+        seen, sums, done = list[Seen](), [mx.zeros((len(bits),)) for _ in matrices], 0
         held = max(rounding.HELD_BYTES, sum(w.nbytes for w in dense))
 
         def take_in() -> None:
             for k, (_, _, axis) in enumerate(matrices):
-                pairs = [(w.inputs[axis], w.above[k]) for w in seen]
+                pairs = [(inputs[axis], above[k]) for inputs, above in seen]
                 sums[k] = sums[k] + mx.square(_along(dense[k], packed[k], pairs, group, bits)).sum(axis=0)
             stream.evaluate_now(sums)
             seen.clear()
@@ -140,7 +137,7 @@ def costs(
                 below.append(under)
                 seen.append(window)
             done += len(below)
-            each = sum(a.nbytes for a in (*window.inputs.values(), *window.above))
+            each = sum(a.nbytes for a in (*window[0].values(), *window[1]))
             if done == len(batches) or (len(seen) + len(below)) * each > held:
                 take_in()
             if done == len(batches):
@@ -204,7 +201,7 @@ class _Shifted(stream.InputRecorder):
 
 def _back(
     args: object, block: nn.Module, matrices: Sequence[tuple[str, str, str]], x: mx.array, above: mx.array
-) -> tuple[mx.array, _Seen]:
+) -> tuple[mx.array, Seen]:
     """(cotangent at the block's input x (B, T, D), what its `matrices` saw), lazy; no weight gets a gradient."""
     linears = [block[part][name] for part, name, _ in matrices]
     mask = load.mask(args, block, x)
@@ -220,8 +217,7 @@ def _back(
     for (part, name, _), linear in zip(matrices, linears, strict=True):
         block[part][name] = linear
     inputs = {axis: _flat(a) for (_, _, axis), a in zip(matrices, outs[1:], strict=True)}
-    window = _Seen(inputs, [_flat(c) for c in cotangents])
-    return below, window
+    return below, (inputs, [_flat(c) for c in cotangents])
 
 
 def _flat(x: mx.array) -> mx.array:
@@ -230,12 +226,9 @@ def _flat(x: mx.array) -> mx.array:
 
 
 def _along(
-    dense: mx.array,
-    packed: Sequence[rounding.Packed],
-    pairs: Sequence[tuple[mx.array, mx.array]],
-    group: int,
+    dense: mx.array, packed: Sequence[rounding.Packed], pairs: Sequence[tuple[mx.array, mx.array]], group: int,
     bits: Sequence[int],
-) -> mx.array:
+) -> mx.array:  # fmt: skip
     """(windows, formats): <d log p / dW, error> of a matrix (out, in) in each format. pairs: (input, cotangent).
 
     The gradient is made before the product with the errors: <above, error a> token by token is F products as large as

@@ -46,10 +46,6 @@ class Format(NamedTuple):
         """With scales, and the biases that affine groups have."""
         return self.bits + (32 if self.mode == "affine" else 8) / self.group
 
-    def nearest(self, weight: mx.array) -> rounding.Packed:
-        """A matrix (out, in) rounded to nearest values. Lazy."""
-        return rounding.nearest(weight, self.group, self.bits, self.mode)
-
     def specs(self, path: str, *shape: int) -> dict[str, Spec]:
         """{tensor's name: (type, shape)} of one packed matrix (rows, columns), or of as many as lie stacked."""
         *rows, columns = shape
@@ -158,7 +154,8 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
 
 def _nearest(checkpoint: Checkpoint, how: Format, name: str) -> rounding.Packed:
     """A matrix, or those of all experts stacked, rounded to nearest values."""
-    every = [how.nearest(_finite(checkpoint, one)) for one in expert_names.one_by_one(name, checkpoint.config)]
+    whole = [_finite(checkpoint, one) for one in expert_names.one_by_one(name, checkpoint.config)]
+    every = [rounding.nearest(each, how.group, how.bits, how.mode) for each in whole]
     return every[0] if len(every) == 1 else tuple(mx.stack(list(part)) for part in zip(*every, strict=True))
 
 

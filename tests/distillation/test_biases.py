@@ -95,7 +95,7 @@ def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
     mine = load.block(model, 1, args, mx.float32)
     matrices = [(part, name, axis) for axis, (part, names) in arch.readers(mine).items() for name in names]
     got, seen = bit_allocation._back(args, mine, matrices, x, above)
-    assert same(got, below) and same(seen.above[0].T @ seen.inputs["ffn"], slope, 1e-4)
+    assert same(got, below) and same(seen[1][0].T @ seen[0]["ffn"], slope, 1e-4)
     ours = load.block(model, 1, args, mx.float32)
     gated = {a: fisher._Gated((ours[p] if p else ours)[n], not p) for a, (p, n) in fisher.GATES.items()}
     for axis, (part, name) in fisher.GATES.items():

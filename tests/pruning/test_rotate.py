@@ -95,7 +95,7 @@ def test_what_is_measured_is_what_enters_the_norms(
     1e-4: the stream itself is float32. With a tied head the columns are turned, the subspace is the same.
     """
     teacher = models(kind)
-    found = rotate.measured(teacher, windows, mx.float32).kept(teacher, 48)
+    found = rotate.measured(teacher, windows, mx.float32)(48)
     seen = entering(teacher, windows)
     np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(48), atol=1e-12)
     values, vectors = np.linalg.eigh(sum(x.T @ x for x in seen.values()))
@@ -158,7 +158,7 @@ def test_turned_for_a_tied_head_the_cut_costs_less(tmp_path: Path, windows: list
     arrays[rotate.FINAL] = 1 + 0.5 * mx.random.normal((64,), key=mx.random.key(9))
     model_writer.write_model(teacher.config, arrays.__getitem__, teacher.path, tmp_path / "g", "float32", DISK)
     teacher = load.open_checkpoint(tmp_path / "g")
-    found = rotate.measured(teacher, windows, mx.float32).kept(teacher, 60)
+    found = rotate.measured(teacher, windows, mx.float32)(60)
     plain = replace(found, basis=found.basis @ orthogonal(60))  # the same subspace, turned anyhow
     before = stock(teacher, windows[0])
     off = [
@@ -268,7 +268,7 @@ def test_repair_brings_every_block_nearer_to_the_rotated_stream(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
 ) -> None:
     """On a bfloat16 student read back from disk; measured apart, in float64, against Q^T times the teacher's stream."""
-    rotation = rotate.measured(llama, windows, mx.float32).kept(llama, 32)
+    rotation = rotate.measured(llama, windows, mx.float32)(32)
     student = student_of(llama, rotation, tmp_path / "s", "bfloat16")
     keep = model_writer.read_keep(student.path)
     assert keep is not None
