@@ -185,7 +185,7 @@ def _plan(
 
 def _search(s: Settings) -> search.Settings:
     """The search for what --bytes asks for. MisError where a flag has chosen already."""
-    given = {name: getattr(s, name) for name in ("student", "scenario", *families.ALL, "q_mode")}
+    given = {name: getattr(s, name) for name in ("student", "scenario", *families.ALL, "target_bpw", "q_mode")}
     defaults = asdict(Settings())
     if taken := [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value != defaults[name]]:
         raise MisError(f"--bytes {s.bytes} chooses sizes and bits: leave out {', '.join(taken)}, or --bytes")

@@ -101,6 +101,8 @@ def limits_of(
 def _speeds(s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget) -> dict[str, Timing]:
     if folder:
         return {flag: Timing(**timed) for flag, timed in run_folder.stored_plan(folder).items()}
+    for flag in s.timed_at:
+        limiting.speed(f"--{flag}", getattr(s, flag))
     need = phases.timed_bytes(estimates.model_of(teacher).params)
     budget.need(need, "timing the teacher, whole in memory,", "give limits of size alone")
     cli.say("timing the teacher, whole and with half of its blocks")
@@ -242,6 +244,8 @@ def run(settings: Settings) -> dict[str, Any]:
         result |= report(c, flags, speeds, ranked, records)
         result |= {"run": str(course.folder), **course.account(limit.limit_bytes)}
         course.files.replace_text(course.folder / run_folder.RESULT, json.dumps(result, indent=2))
+        for rows in course.folder.glob(f"{vocabulary.FOLDER}-*"):  # nobody needs them once a search is done
+            course.files.remove_tree(rows)
     return result
 
 

@@ -178,7 +178,10 @@ def test_distill_in_so_many_bytes(
     stored = run_folder.stored_settings(tmp_path / "run")
     assert stored["bytes"] == "190KB" and stored["scenario"] == "none" and stored["target_bpw"] > 3.5
     assert result["params_student"] < arch.params(llama.config)
-    refused = {("--layers", 2): "leave out --layers 2, or --bytes", ("--quantize", 0): "--quantize 0 wants none"}
+    refused = {
+        ("--layers", 2): "leave out --layers 2, or --bytes", ("--target-bpw", 5): "leave out --target-bpw 5.0, or",
+        ("--quantize", 0): "--quantize 0 wants none",
+    }  # fmt: skip
     for more, why in refused.items():
         assert why in sentence(command("distill", *flags, "--bytes", "190KB", *more))
 
@@ -280,6 +283,13 @@ def test_a_stop_in_a_training_names_the_search(
     with pytest.raises(MisError, match=f"go on with --out {out} --resume$") as caught:
         search.run(search.Settings(resume=True, out=str(out)))
     assert caught.value.__cause__ is by_hand  # which the exit code goes by
+
+
+def test_gradients_that_are_no_numbers(tmp_path: Path, small: search.Settings) -> None:
+    """What bits cost is made of them: one sentence, with the way out."""
+    loud = tiny.loud(load.open_checkpoint(str(small.teacher)), tmp_path / "loud")
+    with pytest.raises(MisError, match="what bits cost this teacher is no number"):
+        search.run(replace(small, teacher=str(loud), out=str(tmp_path / "run")))
 
 
 def test_a_training_that_diverges_is_unstable_and_not_the_end(

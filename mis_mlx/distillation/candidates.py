@@ -122,7 +122,11 @@ class Candidates:
             held = search_size.sensitivity(size, length, run.plan.budget_bytes).held_tokens // length
             states = None if held >= len(some) else Spool(run.folder, held * shape.layers, run.files)
             how = shape_search.group_of(shape), rounding.BITS, run.recipe.seed, states
-            run.files.replace_text(path, json.dumps(bit_allocation.costs(run.teacher, some, *how)))
+            nats = bit_allocation.costs(run.teacher, some, *how)
+            if not all(math.isfinite(cost) for costs in nats.values() for cost in costs.values()):
+                why = "what bits cost this teacher is no number, its gradients are too large"
+                raise MisError(f"{why}: leave bits out of the --axes of search, or limit --params")
+            run.files.replace_text(path, json.dumps(nats))
         stored = json.loads(path.read_text("utf-8"))
         return {name: {int(bits): cost for bits, cost in costs.items()} for name, costs in stored.items()}
 
@@ -226,8 +230,9 @@ class Candidates:
                 pruned, out = self.prune(choice.shape, Path(temp) / "pruned"), Path(temp) / "rounded"
                 keep = model_writer.read_keep(pruned.path)
                 assert keep is not None
-                bits = self._allocated(choice, keep.layers) if self.mixed else {}
-                layout = {path: packed_format.Format(each, group) for path, each in bits.items()} or group
+                usual = dict.fromkeys(packed_format.layout(pruned.config, group), packed_format.BITS)
+                bits = self._allocated(choice, keep.layers) if self.mixed else usual
+                layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
                 packed_format.write_quantized(pruned, out, layout, self.run.files)
                 student = load.open_checkpoint(out)
                 nats = finite(self._kl(student, reader) + reader.lost)

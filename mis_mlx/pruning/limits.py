@@ -98,14 +98,19 @@ class Timing:
         return layers * self.block_s + self.rest_s
 
 
+def speed(flag: str, text: str) -> float:
+    """'1.5x' as a number above 1."""
+    value, _ = _number(flag, text, {"x": 1.0}, "how many times as quick as the teacher, such as 1.5x")
+    if value <= 1:
+        raise MisError(f"{flag} {text}: the teacher itself has 1x: ask for more than 1x")
+    return value
+
+
 def time_limit(
     config: Mapping[str, Any], flag: str, text: str, timed: Timing, work: Callable[[Mapping[str, Any]], float]
 ) -> Limit:
     """'1.5x' the teacher's speed or more. A block's seconds grow with its `work` (decode_work, prompt_work), the rest
     with the width of the stream and the vocabulary."""
-    value, _ = _number(flag, text, {"x": 1.0}, "how many times as quick as the teacher, such as 1.5x")
-    if value <= 1:
-        raise MisError(f"{flag} {text}: the teacher itself has 1x: ask for more than 1x")
     before = shape_of(config)
     whole = work(config)
 
@@ -114,7 +119,7 @@ def time_limit(
         return blocks + timed.rest_s * shape.hidden * shape.vocab / (before.hidden * before.vocab)
 
     teacher = cost(before, 0.0)
-    return Limit(f"{flag} {text}", teacher / value, cost, lambda seconds: f"{teacher / seconds:.2f}x")
+    return Limit(f"{flag} {text}", teacher / speed(flag, text), cost, lambda seconds: f"{teacher / seconds:.2f}x")
 
 
 def decode_work(config: Mapping[str, Any], tokens: int) -> float:
