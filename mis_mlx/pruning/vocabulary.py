@@ -35,6 +35,7 @@ PAYS = 1 / 8  # of all parameters: a smaller vocabulary is left whole, since lon
 MULTIPLE = 256  # rows: Metal's fast kernels and GGUF's K-quants need it
 TENSORS = (load.EMBEDDING, "lm_head.")  # what the names of tensors with a row a token begin with
 FOLDER = "vocabulary"  # in a run, of the teacher's rows
+EXPECTED = dict[tuple[Path, str], np.ndarray]()  # what a teacher expects in windows: a search asks for each vocabulary
 PLAIN = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
 
 
@@ -143,7 +144,10 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
     for word, share in words(how.languages).items():
         np.add.at(listed, tokenizer.encode(f" {word}", add_special_tokens=False), share)
     tokens = Vocabulary(teacher.path)
-    used, also = np.count_nonzero(counts), expected(teacher, comparison.chosen(train, VOCABULARY_WINDOWS))
+    some = comparison.chosen(train, VOCABULARY_WINDOWS)
+    if (key := (teacher.path, token_windows.fingerprint(some))) not in EXPECTED:
+        EXPECTED[key] = expected(teacher, some)
+    used, also = np.count_nonzero(counts), EXPECTED[key]
     weights = counts / counts.sum() + also / also.sum() + listed
     kept = tokens.chosen(needed(tokens, teacher.path), weights, rows)
     share = counts[kept].sum() / max(1, counts.sum())
