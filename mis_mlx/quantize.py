@@ -1,7 +1,6 @@
 """Quantize a model so that every linear is really quantized and stock mlx-lm opens the result."""
 
 import os
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,13 +94,18 @@ def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, An
     if s.looks or steps:
         data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), s.max_seq_length).train
         batches = preparation.calibration(data, count, s.seed)
-    files.make_folder(out.absolute().parent)
-    place = tempfile.TemporaryDirectory(f"-{os.getpid()}", f".tmp-{out.name}-", out.absolute().parent)
-    with progress.run("quantize"), memory.limited(limit), place as temp:  # by its name it is swept where we are killed
-        held, rounded = planned[0].held_tokens // s.max_seq_length, Path(temp) / "rounded" if steps else out
-        done = stage.quantize(checkpoint.path, rounded, s, files, batches, held, s.seed)
-        if steps:
-            _tuned(s, rounded, other, data, planned[1].pinned, out, files)
+    with progress.run("quantize"), memory.limited(limit):
+        held = planned[0].held_tokens // s.max_seq_length
+        if not steps:
+            done = stage.quantize(checkpoint.path, out, s, files, batches, held, s.seed)
+        else:
+            rounded = out.absolute().with_name(f".tmp-{out.name}-rounded-{os.getpid()}")  # swept where we are killed
+            files.discard(rounded)  # left behind by a process of the same number
+            try:
+                done = stage.quantize(checkpoint.path, rounded, s, files, batches, held, s.seed)
+                _tuned(s, rounded, other, data, planned[1].pinned, out, files)
+            finally:
+                files.discard(rounded)
     cli.say(f"{out}: {done['bits_per_weight']:.2f} bits per weight, {done['bits_per_block_weight']:.2f} in blocks")
     return {"model": str(checkpoint.path), "mlx_path": s.mlx_path, "method": s.q_method, **done}
 
