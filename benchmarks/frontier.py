@@ -160,13 +160,13 @@ def draw(rows: dict[str, Any]) -> Any:
 
     def on(axes: Any) -> None:
         kinds = {
-            "teacher in": ("o-", "the teacher in 8 to 3 bits (mlx_lm.convert)"),
+            "teacher in": ("o-", "the teacher in fewer bits (mlx_lm.convert)"),
             "pruned": ("s", "pruned, 4 bits, nothing learned"),
             "ours": ("D", "distill --bytes"),
         }
         for kind, (mark, label) in kinds.items():
             mine = [row for name, row in rows.items() if name.startswith(kind)]
-            points = sorted((row["bytes"] / 1e6, row["excess"]) for row in mine)
+            points = sorted((row["bytes"] / 1e6, row["excess"]) for row in mine if row["excess"] > 0)
             axes.plot([x for x, _ in points], [y for _, y in points], mark, label=label)
         axes.set_xlabel("MB of weights")
         axes.set_ylabel("bits per byte above the teacher")
