@@ -205,6 +205,7 @@ def run(settings: Settings) -> dict[str, Any]:
     trackers.check(s.report_to)
     teacher = run_loop.opened(s, s.teacher, "teacher")
     if s.bytes and folder is None:
+        cli.say(f"--bytes {s.bytes}: a search chooses sizes and bits first; the plan of the rest follows when it has")
         if s.dry_run:
             return search.run(_search(s))
         s = replace(s, **search.run(_search(s))["best"])
