@@ -197,8 +197,8 @@ def planned(
     most = max(within, key=lambda x: sum(limiting.weights_of(teacher.config, x.shape))).shape
     how = shape_search.rounding_of(Choice(most, shape_search.USUAL_BPW))
     probes = sum(len(shape_search.probed(sizes[axis])) for axis in shape_search.CUTS[:-1])
-    probes += sum(rows != shape_of(teacher.config).vocab for rows in sizes["vocab"])
-    work, made = search_size.work(s, teacher, most, how, probes, limit)
+    fewer = sum(rows != shape_of(teacher.config).vocab for rows in sizes["vocab"])
+    work, made = search_size.work(s, teacher, most, how, probes + fewer, fewer > 0, limit)
     stages = [stage for part in work.values() for stage in part]
     seconds = {name: sum(stage.seconds(made.rates) for stage in part) for name, part in work.items() if part}
     outcome = estimates.told(stages, limit.limit_bytes, made.rates)

@@ -15,10 +15,11 @@ NOT_OURS = ("prune", "measure")  # phases of a distillation that a finalist does
 
 
 def work(
-    s: Any, teacher: Checkpoint, most: Shape, how: QuantizationConfig, probes: int, limit: Budget
+    s: Any, teacher: Checkpoint, most: Shape, how: QuantizationConfig, probes: int, rows: bool, limit: Budget
 ) -> tuple[dict[str, list[estimates.StageCost]], phases.MemoryPlan]:
     """What a search with these settings takes to rank, and to train, round and judge finalists, each student counted as
-    one of the shape `most`, rounded as `how` says; and that one's distillation. probes: axes measured alone."""
+    one of the shape `most`, rounded as `how` says; and that one's distillation. probes: axes measured alone.
+    rows: whether some students have fewer tokens."""
     t, length, rates = estimates.model_of(teacher), s.max_seq_length, estimates.machine_rates()
     small = estimates.model_of(arch.student_config(teacher.config, most))
     made = phases.make(spec_of(t, small, s, how), limit.limit_bytes, rates)
@@ -38,6 +39,8 @@ def work(
     one = replace(one, peak_bytes=max(one.peak_bytes, estimates.tensor_bytes(t)), flops=one.flops - passed)
     rank = [times(prune, 1, "calibrate", prune.written_bytes - m.nbytes, 0), times(sensed, 1, "sensitivity", 0)]
     rank += [times(one, probes, f"{probes} axes alone", m.nbytes), times(one, count, f"rank {count}", 2 * m.nbytes)]
+    if rows:
+        rank.append(times(compression_size.vocabulary(t, length, limit.limit_bytes), 1, "choose tokens", 0))
     ours = [p for p in made.phases if p.name not in NOT_OURS]
     trained = [times(p, finals, f"{p.name}, {finals} finalists", p.written_bytes, 0) for p in ours]
     judged = estimates.compared([t, m, m, m], judging, length)
