@@ -9,20 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.models.families import FAMILIES, OPENED_AS, TABLE, family
+from mis_mlx.models.families import FAMILIES, OPENED_AS, family
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.header_check import Refused, json_object
 from mis_mlx.types import MisError
 
 MOST_BYTES = 10_000_000
+KEYS = {  # of a `Shape`, as config.json calls them
+    "layers": "num_hidden_layers", "hidden": "hidden_size", "ffn": "intermediate_size",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "vocab": "vocab_size", "tied": "tie_word_embeddings",
+}  # fmt: skip
 MOST_EXPERTS = 4096
-KEYS: dict[str, str] = TABLE["keys"]
-SIZES: dict[str, int] = TABLE["sizes"]
-ROPE_NEEDS: dict[Any, list[str]] = TABLE["rotary"]
+SIZES = {  # that a config must have, and the most that is plausible
+    "num_hidden_layers": 1000, "hidden_size": 65_536, "intermediate_size": 1_000_000, "vocab_size": 2_000_000,
+    "num_attention_heads": 1024,
+}  # fmt: skip
+ROPE_NEEDS: dict[Any, tuple[str, ...]] = {  # kinds of rotary positions, and the numbers each cannot do without
+    "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}  # fmt: skip
 LONG_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 ATTENTION = {"full_attention", "sliding_attention"}
 say_once = cache(cli.say)
-SHARED = re.compile("|".join(TABLE["shared"]))
+SHARED = re.compile(  # keys and modules that no family is told by
+    r"architectures|.*_token_id|(torch_)?dtype|.*version|use_cache|initializer_range|.*dropout|.*pdrop|pretraining_tp|"
+    r"quantization.*|model_type|max_position_.*|hidden_act.*|rms_norm_eps|rope_.*|(attention|mlp)_bias|layer_types|"
+    r"sliding_window|(self_attn|mlp)\.([qkvo]|gate|up|down)_proj|embed_tokens|norm|lm_head|(input|post_attention)_layernorm"
+)
 
 
 @dataclass(frozen=True)
@@ -180,7 +194,7 @@ def _check_positions(config: Mapping[str, Any], where: Path) -> None:
     for key, rope in _ropes(config):
         if (kind := _rope_kind(rope)) not in kinds:
             raise MisError(f"{where}: {key} is {rope if kind is None else kind!r}, supported are {', '.join(kinds)}")
-        for needed in [*ROPE_NEEDS.get(kind, ()), *(("rope_theta",) if "rope_theta" in rope else ())]:
+        for needed in ROPE_NEEDS.get(kind, ()) + (("rope_theta",) if "rope_theta" in rope else ()):
             _positive(rope.get(needed), f"{key}.{needed}", where)
         if kind == "longrope":
             _check_long(config, key, rope, turned // 2, where)
@@ -220,7 +234,7 @@ def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
 def _check_experts(config: Mapping[str, Any], where: Path) -> None:
     """What a family takes one value of; how many experts there are, and how many of them a token meets."""
     of = family(config)
-    for key, value in of.only.items():
+    for key, value in of.only:
         if (found := config.get(key)) not in (None, value):
             raise MisError(f"{where}: {key} is {found!r}, of a {of.name} only {value!r} can be computed here")
     if of.sinks and not config.get("layer_types"):
