@@ -74,6 +74,11 @@ class Settings(cli.Resumable, Computing, ThermalFlags, vocabulary.VocabularyConf
     """other held-out windows, that judge finalists; a third as many of every other text"""
 
     @property
+    def mixed(self) -> bool:
+        """Whether bits are chosen; else matrices are rounded to the usual ones."""
+        return "bits" in self.axes and bool(self.bytes or self.memory)
+
+    @property
     def timed_at(self) -> dict[str, tuple[int, int]]:
         """(tokens in the KV cache, tokens of the prompt) of every speed that is asked for, by its flag."""
         at = {"decode": (self.max_kv_size, 0), "ttft": (0, self.prompt_tokens)}
@@ -115,7 +120,7 @@ def sizes_of(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     if family(teacher.config).experts:
         raise MisError("a mixture of experts is cut by --experts of prune and distill: search chooses of dense models")
     config, whole = teacher.config, shape_of(teacher.config).vocab
-    if "bits" in s.axes and (s.bytes or s.memory) and not shape_search.group_of(shape_of(config)):
+    if s.mixed and not shape_search.group_of(shape_of(config)):
         why = "32 does not divide the rows of this teacher's matrices, so what bits cost cannot be measured"
         raise MisError(f"{why}: leave bits out of the --axes of search, or limit --params")
     rows = candidates.vocabularies(teacher) if "vocab" in s.axes else []

@@ -157,7 +157,6 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     polish = load(MIS)
     extra = windows(polish.train)
     count = min(len(extra.tokens), round(len(train.tokens) * MIS_SHARE / (1 - MIS_SHARE)))
-    joined = (np.concatenate([a, b[:count]]) for a, b in ((train.tokens, extra.tokens), (train.learn, extra.learn)))
-    train = Windows(*joined)
+    train = token_windows.joined([train, extra.pick(slice(count))])
     notes += [*polish.notes, f"{count} of the training windows are Polish"]
     return Data(train, {"English": counted(test), "Polish": counted(windows(polish.test))}, tuple(notes))

@@ -91,11 +91,6 @@ class Candidates:
     settings: Any
     _readers: dict[int, Reader] = field(default_factory=dict)
 
-    @property
-    def mixed(self) -> bool:
-        """Whether bits are chosen; else matrices are rounded to the usual ones."""
-        return "bits" in self.settings.axes and bool(self.settings.bytes or self.settings.memory)
-
     @cached_property
     def samples(self) -> Batches:
         """Windows of calibration."""
@@ -162,13 +157,13 @@ class Candidates:
         wanted += [("vocab", rows) for rows in sizes["vocab"] if rows != before.vocab]
         for axis, size in cli.counted("axis alone", wanted, len(wanted)):
             points[axis].append((size, self._probe(axis, size)))
-        if self.mixed:
+        if self.settings.mixed:
             points["bits"] = self._bits(before)
         return Losses(before, points)
 
     def _bits(self, before: Shape) -> list[tuple[float, float]]:
         """(bits a weight, nats a byte) of the teacher rounded to so many."""
-        tokens_a_byte = float((self.ranking.learn[:, :-1] > 0).sum() / self.ranking.counted_bytes.sum())
+        tokens_a_byte = comparison.per_byte(np.ones(len(self.ranking.tokens)), self.ranking)
         points = list[tuple[float, float]]()
         for bpw in np.arange(*shape_search.bpw_range(shape_search.group_of(before)), 0.125):
             bits = self._allocated(Choice(before, float(bpw)), tuple(range(before.layers)))
@@ -231,12 +226,12 @@ class Candidates:
                 keep = model_writer.read_keep(pruned.path)
                 assert keep is not None
                 usual = dict.fromkeys(packed_format.layout(pruned.config, group), packed_format.BITS)
-                bits = self._allocated(choice, keep.layers) if self.mixed else usual
+                bits = self._allocated(choice, keep.layers) if self.settings.mixed else usual
                 layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
                 packed_format.write_quantized(pruned, out, layout, self.run.files)
                 student = load.open_checkpoint(out)
-                nats = finite(self._kl(student, reader) + reader.lost)
                 sizes = {"params": arch.params(pruned.config), "bytes": student.nbytes}
+                nats = finite(self._kl(student, reader) + reader.lost)
                 return {**sizes, "nats": nats, "predicted": losses.raw(choice)}
 
         nats = once(self.run, CANDIDATES, choice.sizes, measured)["nats"]

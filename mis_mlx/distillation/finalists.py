@@ -58,8 +58,7 @@ def _measured(c: Candidates, choice: Choice, sub: Path) -> dict[str, Any]:
         way = phases.make(job, run.plan.budget_bytes, run.plan.rates).way
         run.files.replace_text(sub / run_folder.PLAN, json.dumps(way))
     plan = phases.one(job, run.plan.budget_bytes, run.plan.rates, **run_folder.stored_plan(sub))
-    own = replace(run, recipe=plan.recipe(run.recipe), folder=sub, plan=plan, teacher=reader.teacher)
-    own.data = reader.train
+    own = replace(run, recipe=plan.recipe(run.recipe), folder=sub, plan=plan, teacher=reader.teacher, data=reader.train)
     trained = _train(own, pruned, c.run.folder)
     record: dict[str, Any] = {"params": arch.params(pruned.config), **guarded(run_folder.metrics(sub), trained)}
     models = {"teacher": reader.teacher, "pruned": pruned}

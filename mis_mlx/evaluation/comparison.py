@@ -112,11 +112,10 @@ def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
         if metric == "nll":
             rows.append(Row(name, "ppl", math.exp(mean), math.exp(low), math.exp(high), len(values)))
         if metric == "nll" and held_out and nbytes is not None and nbytes.any():
-            tokens = (held_out.learn[:, :-1] > 0).sum(axis=1)
-            bits = values * tokens / math.log(2)
+            bits = nats_of(values, held_out) / math.log(2)
             ratio = bits.sum() / nbytes.sum()
             rows.append(Row(name, "bpb", *stats.interval(ratio + (bits - ratio * nbytes) / nbytes.mean()), len(values)))
-            rows.append(Row(name, "tpb", float(tokens.sum() / nbytes.sum()), n=len(values)))
+            rows.append(Row(name, "tpb", per_byte(np.ones(len(values)), held_out), n=len(values)))
     return rows
 
 

@@ -78,8 +78,7 @@ ROWS = (
     ),
     Family(
         "granite", "granite", "granite", embedding_scale="embedding_multiplier", logit_divisor="logits_scaling",
-        head_dim_follows=True, numbers=("residual_multiplier", "attention_multiplier"),
-        interleaved=True,
+        head_dim_follows=True, numbers=("residual_multiplier", "attention_multiplier"), interleaved=True,
     ),
     Family(
         "phi3", "phi3", "phi3", qkv_bias=False, other_biases=False, joined=True, own_positions=True,

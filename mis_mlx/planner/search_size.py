@@ -32,12 +32,12 @@ def work(
                        peak_bytes=p.peak_bytes + beside)  # fmt: skip
 
     prune = next(p for p in made.phases if p.name == "prune")
-    sensed = sensitivity(t, length, limit.limit_bytes)
     windows, judging = (-(-4 * n // 3) for n in (s.rank_windows, s.eval_windows))  # of two texts
     one = estimates.compared([t, m], windows, length)
     passed = estimates.forward_flops(t, windows * length, length, False)  # the teacher's pass, which is done once
     one = replace(one, peak_bytes=max(one.peak_bytes, estimates.tensor_bytes(t)), flops=one.flops - passed)
-    rank = [times(prune, 1, "calibrate", prune.written_bytes - m.nbytes, 0), times(sensed, 1, "sensitivity", 0)]
+    rank = [times(prune, 1, "calibrate", prune.written_bytes - m.nbytes, 0)]
+    rank += [times(sensitivity(t, length, limit.limit_bytes), 1, "sensitivity", 0)] if s.mixed else []
     rank += [times(one, probes, f"{probes} axes alone", m.nbytes), times(one, count, f"rank {count}", 2 * m.nbytes)]
     if rows:
         rank.append(times(compression_size.vocabulary(t, length, limit.limit_bytes), 1, "choose tokens", 0))
