@@ -1,5 +1,6 @@
 """Distil: teacher in, small recovered 4-bit student out, with a table of what it cost. The main job."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -8,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 
-from mis_mlx import bench, cli, plan, search
+from mis_mlx import bench, cli, plan, search, synthesize
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import pipeline, run_loop, summary, trackers
 from mis_mlx.evaluation import comparison
@@ -21,6 +22,7 @@ from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, Whole
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
@@ -28,6 +30,7 @@ FREE = frozenset({
     "out", "resume", "dry_run", "config", "budget", "eval_windows", "bench_tokens", "report_to", "save_every",
     "governor", "thermal_replay", "spread", "keep_steps",
 })  # fmt: skip
+WRITTEN, TEXT_TOKENS = Path("runs/text"), 200  # folders of what teachers write; tokens of such a text, about
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     student: str | None = None
     """folder of a student pruned earlier; default: prune now"""
     data: str | None = None
-    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in text"""
+    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; teacher: half of it the teacher writes now;
+    default: built-in text"""
     bytes: str | None = None
     """weights of the result on disk, such as 50MB: `search` chooses sizes and bits for it first, as pruned"""
     quantize: Literal[4, 0] = 4
@@ -183,6 +187,22 @@ def _plan(
     return machines.agreed(phases.make(job, budget.limit_bytes, at))
 
 
+def _text(s: Settings, teacher: Checkpoint) -> str | None:
+    """--data; of the teacher's own text the folder, which `synthesize` writes once for a teacher, a seed and a size."""
+    if s.data != preparation.TEACHER:
+        return s.data
+    visited = (s.iters or 0) * s.batch_size * s.grad_accumulation_steps * s.max_seq_length
+    texts = max(synthesize.Settings.num_samples, visited // (2 * TEXT_TOKENS))
+    out = WRITTEN / f"{teacher.path.name}-{run_folder.origin(teacher, '')['teacher'][:8]}-{s.seed}-{texts}"
+    shared = {name: getattr(s, name) for name in ("budget", "compute_dtype", "seed", "dry_run")}
+    if distributed.is_main() and not out.exists():
+        cli.say(f"--data teacher: the teacher writes first, into {out}")
+        synthesize.run(synthesize.Settings(model=str(teacher.path), out=str(out), num_samples=texts, **shared))
+    if not s.dry_run:
+        distributed.broadcast_folder(out, DISK)
+    return str(out)
+
+
 def _search(s: Settings) -> search.Settings:
     """The search for what --bytes asks for. MisError where a flag has chosen already."""
     given = {name: getattr(s, name) for name in ("student", "scenario", *families.ALL, "target_bpw", "q_mode")}
@@ -198,6 +218,15 @@ def _search(s: Settings) -> search.Settings:
     return search.Settings(**{name: getattr(s, name) for name in shared - own}, finalists=0)
 
 
+def _searched(asked: search.Settings, teacher: Checkpoint) -> dict[str, Any]:
+    """What the search chooses; one with the same settings that was stopped goes on."""
+    same = {name: value for name, value in asdict(asked).items() if name not in search.FREE}
+    digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
+    out = search.UNDER / f"{teacher.path.name}-{digest}"
+    begun = (out / run_folder.CONFIG).is_file()
+    return dict(search.run(replace(asked, out=str(out), resume=begun))["best"])
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, plan, prune, repair, distil, quantize, measure."""
     s, folder = run_loop.resumed(settings, FREE)
@@ -206,9 +235,10 @@ def run(settings: Settings) -> dict[str, Any]:
     teacher = run_loop.opened(s, s.teacher, "teacher")
     if s.bytes and folder is None:
         cli.say(f"--bytes {s.bytes}: a search chooses sizes and bits first; the plan of the rest follows when it has")
+        data = _text(s, teacher)
         if s.dry_run:
             return search.run(_search(s))
-        s = replace(s, **search.run(_search(s))["best"])
+        s = replace(s, **_searched(_search(replace(s, data=data)), teacher))
     s = replace(s, **packed_format.of_mixture(teacher.config, s))
     if s.student is None:
         s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, teacher.config, teacher.path))
@@ -220,6 +250,7 @@ def run(settings: Settings) -> dict[str, Any]:
     made = _plan(s, teacher, rows, small, budget, folder)
     cli.say(text.aligned(plan.table(made)))
     if s.dry_run:
+        _text(s, teacher)
         if note := battery(s):  # a run says it when it begins
             cli.say(note)
         return plan.outcome(made, str(teacher.path))
@@ -240,7 +271,8 @@ def _begin(
 ) -> tuple[str, dict[str, Any]]:
     """Read the data, enter the run folder, go through all stages."""
     shares = machines.shares(made) if s.spread == "layers" else ()
-    data, origin = run_loop.prepared(s, teacher)
+    folder_of_text = _text(s, teacher)
+    data, origin = run_loop.prepared(replace(s, data=folder_of_text), teacher)
     name = f"{teacher.path.name}-{s.scenario or 'student'}"
     wired = made.peak_bytes if made.mode != "sharded" else 0
     with run_loop.open_run(s, folder, name, origin, made.way, budget, wired) as place:
@@ -249,7 +281,7 @@ def _begin(
         begun = json.dumps({**place.weather.now(), **summary.begun(made, flags)})
         place.files.append(place.folder / run_folder.PHASES, begun)
         told = trackers.reporter(s.report_to if distributed.is_main() else None, place.folder, given)
-        seen, data = vocabulary.of_run(teacher, s.student, rows, data, s, s.data, place.folder, place.files)
+        seen, data = vocabulary.of_run(teacher, s.student, rows, data, s, folder_of_text, place.folder, place.files)
         c = pipeline.Run(**vars(place), recipe=made.recipe(s), teacher=seen, data=data.train, plan=made, report=told,
                 shares=shares)  # fmt: skip
         return _stages(s, c, data, teacher)

@@ -1,16 +1,17 @@
 """Generate text with a model, also one bigger than memory; a small draft makes each pass of its weights count."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, policy, resolve, stream, streamed_decode
-from mis_mlx.planner import estimates
+from mis_mlx.models import arch, load, mlx_generate, policy, resolve, stream, streamed_decode
+from mis_mlx.planner import estimates, phases
 from mis_mlx.reporting import progress
-from mis_mlx.types import Count, Whole, gib
+from mis_mlx.types import Budget, Checkpoint, Count, Whole, gib
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,34 @@ class Settings(cli.Budgeted, policy.Computing):
     """give the prompt as it is"""
     dry_run: bool = False
     """print bytes and memory, and stop"""
+
+
+Settled = tuple[Iterator[list[int]], Callable[[], int]]  # tokens, pass by pass; bytes read so far
+
+
+def _whole_bytes(m: estimates.ModelSize, checkpoint: Checkpoint, length: int, limit: Budget) -> int:
+    """Memory of the model whole in mlx-lm, whose step takes a fraction of a streamed one's time; 0 where it does not
+    fit, or where mlx-lm's kernels of packed weights are slower than this program's copies."""
+    need = memory.process_bytes(limit.limit_bytes) + phases.timed_bytes(arch.params(checkpoint.config))
+    need += estimates.keys_bytes(m, 256 * -(-length // 256))  # mlx-lm's cache grows by 256
+    slow = m.shape.experts or (m.packed and not policy.keeps_packed())
+    return 0 if slow or need > limit.limit_bytes else need
+
+
+def _streamed(
+    s: Settings, checkpoint: Checkpoint, small: Checkpoint | None, ids: Sequence[int], room: int, direct: bool,
+    ends: set[int],
+) -> Settled:  # fmt: skip
+    """Read from disk as far as there is no room, with the guesses of a draft."""
+    big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), room, direct)
+    guesser = stream.Stream(small, policy.compute_dtype(small), None) if small else None
+    return streamed_decode.decode(big, ids, s.max_tokens, ends, guesser, s.num_draft_tokens + 1), lambda: big.read_bytes
+
+
+def _whole(s: Settings, checkpoint: Checkpoint, ids: Sequence[int]) -> Settled:
+    """By mlx-lm."""
+    model, _ = mlx_generate.open_model(checkpoint.path)
+    return ([token] for token in mlx_generate.greedy(model, ids, s.max_tokens)), lambda: checkpoint.nbytes
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -50,25 +79,33 @@ def run(settings: Settings) -> dict[str, Any]:
     rows = max(min(len(ids), streamed_decode.ROWS), s.num_draft_tokens + 1)
     plan = estimates.streamed_pass("one pass", m, max(len(ids), rows), rows, length, spool=False, beside_bytes=beside)
     room = estimates.room(limit.limit_bytes, plan.peak_bytes)
-    cli.say(f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(room)} are left to keep some of it")
+    if whole_bytes := 0 if small else _whole_bytes(m, checkpoint, length, limit):
+        plan = replace(plan, read_bytes=0, peak_bytes=whole_bytes)
+        cli.say(f"the model is whole in memory, {gib(whole_bytes)} of {gib(limit.limit_bytes)}")
+    else:
+        cli.say(f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(room)} are left to keep some")
     if s.dry_run:
         sizes = {"read_bytes_per_pass": plan.read_bytes, "peak_bytes": plan.peak_bytes}
         return {**sizes, "budget_bytes": limit.limit_bytes, "check_failed": plan.peak_bytes > limit.limit_bytes}
     estimates.fit(limit, plan, remedy="give a larger --budget, fewer --max-tokens or --num-draft-tokens")
     began, peak, tokens, passes, text = time.monotonic(), memory.Peak(), list[int](), 0, ""
     with memory.limited(limit), progress.bar("generate", s.max_tokens) as show:
-        big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), room, checkpoint.nbytes > limit.limit_bytes)
-        guesser = stream.Stream(small, policy.compute_dtype(small), None) if small else None
-        ends, size = tokenizer.eos_token_ids, s.num_draft_tokens + 1
-        for new in streamed_decode.decode(big, ids, s.max_tokens, ends, guesser, size):
+        ends, direct = set(tokenizer.eos_token_ids), checkpoint.nbytes > limit.limit_bytes
+        if whole_bytes:
+            settled, read = _whole(s, checkpoint, ids)
+        else:
+            settled, read = _streamed(s, checkpoint, small, ids, room, direct, ends)
+        for new in settled:
             tokens += [t for t in new if t not in ends]
             passes += 1
             whole = tokenizer.decode(tokens)
             if not whole.endswith("\ufffd"):  # half of a letter waits for its other half
                 print(whole[len(text) :], end="", flush=True)
                 text = whole
-            per_token = gib(big.read_bytes / max(1, len(tokens)))
+            per_token = gib(read() / max(1, len(tokens)))
             show(len(tokens), f"{len(tokens) / passes:.1f} tokens/pass  {per_token}/token")
+            if ends.intersection(new):
+                break
     seconds, whole = time.monotonic() - began, tokenizer.decode(tokens)
     print(whole[len(text) :])
     return {
@@ -76,7 +113,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "tokens": len(tokens),
         "passes": passes,
         "tokens_per_pass": round(len(tokens) / max(passes, 1), 3),
-        "read_bytes": big.read_bytes,
+        "read_bytes": read(),
         "peak_bytes": peak.nbytes,
         "budget_bytes": limit.limit_bytes,
         "seconds": round(seconds, 2),

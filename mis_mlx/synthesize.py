@@ -1,14 +1,15 @@
 """Synthesize text: a model writes what it knows, mixed with other text; a folder for --data of distill and the rest.
 
-Half of the texts begin with nothing, half with an opening. They are drawn from the model's own probabilities, so they
-are the text that it expects; loops, repeats and what is hardly words are left out."""
+Half of the texts begin with nothing, half with an opening; a chat model gets every second one as a question. They are
+drawn from the model's own probabilities, so they are the text that it expects; loops, repeats and what is hardly words
+are left out."""
 
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -18,18 +19,19 @@ from mis_mlx.data import preparation
 from mis_mlx.data.rows import Row
 from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import memory
-from mis_mlx.models import mlx_generate, policy
+from mis_mlx.models import load, mlx_generate, policy, streamed_decode
+from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import DISK
-from mis_mlx.types import Count, MisError, Positive, Seed, Share, Tokens, duration, gib
+from mis_mlx.storage.files import DISK, reported
+from mis_mlx.types import Budget, Count, MisError, Positive, Seed, Share, Tokens, duration, gib
 
 PLACE_BYTES = 2**26  # of a folder of text, generously
-PIECE = 1200  # characters of a long text
+PIECE = 1200  # characters of a passage of a long text, at least
 OPENINGS = Path(__file__).parent / "data" / "openings"
 DOCUMENT = "<|endoftext|>"  # what stands between documents, where a vocabulary has it
-AT_ONCE = 48  # texts; a token of all of them reads the weights once
+AT_ONCE = 48, 16, 4, 1  # texts, as many as fit; a token of all of them reads the weights once
 TRIES = 4  # batches for each one that would do if every text were usable
 SHORT, LEAST, WORDLIKE = 120, 0.28, 0.6  # characters; share left by compression; share of letters and blanks
 
@@ -89,64 +91,126 @@ def need_bytes(m: estimates.ModelSize, at_once: int, tokens: int) -> int:
     return weights + at_once * (3 * estimates.keys_bytes(m, places) + 4 * 4 * m.shape.vocab)
 
 
-def write(s: Settings, model: Any, tokenizer: Any, batches: range, at_once: int) -> Iterator[tuple[str, int]]:
-    """(usable text, its batch), of these batches. Every batch has its own random numbers."""
+class Way(NamedTuple):
+    """How many texts are written side by side, and by what: the model whole, or streamed with some of it kept."""
+
+    at_once: int
+    peak_bytes: int
+    seconds: float
+    room_bytes: int | None  # of a streamed one
+    direct: bool = False
+
+    def opened(self, folder: Path) -> tuple[Any, Any]:
+        """(model, tokenizer)."""
+        if self.room_bytes is None:
+            return mlx_generate.open_model(folder)
+        checkpoint = load.open_checkpoint(folder)
+        return Stream(checkpoint, policy.compute_dtype(checkpoint), self.room_bytes, self.direct), load.tokenizer(
+            folder
+        )
+
+
+def way_of(s: Settings, m: estimates.ModelSize, limit: Budget) -> Way:
+    """The first that fits, the most texts at once first; whole before streamed. MisError where none does."""
+    own, rates = memory.process_bytes(limit.limit_bytes), estimates.machine_rates()
+    for n in AT_ONCE:
+        if (need := own + need_bytes(m, n, s.max_tokens)) <= limit.limit_bytes:
+            flops = estimates.forward_flops(m, s.num_samples * s.max_tokens, s.max_tokens)
+            return Way(n, need, flops / rates.forward_flops_per_s, None)
+    for n in AT_ONCE:
+        beside, passes = n * estimates.keys_bytes(m, s.max_tokens), s.max_tokens * -(-s.num_samples // n)
+        one = estimates.streamed_pass("a token", m, n, n, s.max_tokens, spool=False, beside_bytes=beside)
+        if (need := own + one.peak_bytes) <= limit.limit_bytes:
+            room = estimates.room(limit.limit_bytes, one.peak_bytes)
+            return Way(n, need, passes * one.seconds(rates), room, m.nbytes > limit.limit_bytes)
+    limit.need(need, "a model that writes, read from disk,", f"give --budget {estimates.flag(need)}")
+    raise AssertionError
+
+
+def write(s: Settings, model: Any, tokenizer: Any, batches: range, at_once: int) -> Iterator[tuple[Row, int]]:
+    """(row of usable text, its batch), of these batches. Every batch has its own random numbers."""
     begun = openings(s.languages, s.openings)
     named = tokenizer.get_vocab().get(DOCUMENT, tokenizer.bos_token_id)
     start, stop = [tokenizer.eos_token_id if named is None else named], set(tokenizer.eos_token_ids)
     for batch in batches:
         rng = np.random.default_rng([s.seed, batch])
         texts = [str(rng.choice(begun)) if begun and i % 2 else "" for i in range(at_once)]
+        asked = [bool(i % 4 == 3 and tokenizer.has_chat_template) for i in range(at_once)]
         heads = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        prompts = [mlx_generate.encode(tokenizer, text) if chat else start + head
+                   for text, chat, head in zip(texts, asked, heads, strict=True)]  # fmt: skip
         draw = mlx_generate.sampler(s.temp, int(rng.integers(2**31)))
-        prompts = [start + head for head in heads]
-        completions = mlx_generate.groups(model, prompts, 1, s.max_tokens, stop, draw, at_once)
-        for head, (ids,) in zip(heads, completions, strict=True):  # read as one: a piece alone may lose its blank
-            text = tokenizer.decode([token for token in head + ids if token not in stop]).strip()
-            if usable(text):
-                yield text, batch
+        if isinstance(model, Stream):
+            completions = streamed_decode.sampled(model, prompts, s.max_tokens, stop, draw)
+        else:
+            completions = [ids for (ids,) in mlx_generate.groups(model, prompts, 1, s.max_tokens, stop, draw, at_once)]
+        for text, chat, head, ids in zip(texts, asked, heads, completions, strict=True):
+            said = [token for token in ids if token not in stop]
+            if chat and usable(answer := tokenizer.decode(said).strip()):
+                yield {"prompt": text, "completion": answer}, batch
+            elif not chat and usable(text := tokenizer.decode(head + said).strip()):  # apart they may lose a blank
+                yield {"text": text}, batch
         mx.clear_cache()
 
 
-def _written(s: Settings, folder: Path, part: Path, at_once: int, batches: int) -> Iterator[tuple[str, int]]:
+def _written(s: Settings, folder: Path, part: Path, way: Way, batches: int) -> Iterator[tuple[Row, int]]:
     """Texts of a run that was stopped, all but its last batch; then new ones, each kept in the file `part`."""
-    head = json.dumps({**asdict(s), "model": str(folder), "budget": 0, "out": "", "at_once": at_once}, sort_keys=True)
+    head = json.dumps(
+        {**asdict(s), "model": str(folder), "budget": 0, "out": "", "at_once": way.at_once}, sort_keys=True
+    )
     lines = part.read_text("utf-8").splitlines() if part.is_file() else []
     found = [json.loads(line) for line in lines[1:-1]] if lines[:1] == [head] else []  # the last one may be torn
     first = found[-1][1] if found else 0
     kept = [one for one in found if one[1] < first]
     DISK.replace_text(part, "".join(f"{line}\n" for line in (head, *map(json.dumps, kept))))
     yield from kept
-    for one in write(s, *mlx_generate.open_model(folder), range(first, batches), at_once):
+    for one in write(s, *way.opened(folder), range(first, batches), way.at_once):
         DISK.append(part, json.dumps(one))
         yield one
 
 
-def _texts(s: Settings, folder: Path, part: Path, at_once: int) -> list[str]:
+def _texts(s: Settings, folder: Path, part: Path, way: Way) -> list[Row]:
     """As many different ones as are asked for. MisError where hardly any is usable."""
-    texts, most = dict[str, None](), TRIES * (1 + s.num_samples // at_once)
+    texts, most = dict[str, Row](), TRIES * (1 + s.num_samples // way.at_once)
     with progress.bar("text", s.num_samples) as show:
-        for text, _ in _written(s, folder, part, at_once, most):
-            texts[text] = None
+        for row, _ in _written(s, folder, part, way, most):
+            texts[json.dumps(row)] = row
             show(len(texts))
             if len(texts) == s.num_samples:
-                return list(texts)
-    why = f"of {most * at_once} texts of this model only {len(texts)} are usable, {s.num_samples} were asked for"
+                return list(texts.values())
+    why = f"of {most * way.at_once} texts of this model only {len(texts)} are usable, {s.num_samples} were asked for"
     raise MisError(f"{why}: ask for fewer with --num-samples, or try another --temp or --openings")
 
 
-def _pieces(rows: Sequence[Row], most: float, seed: int) -> list[Row]:
-    """Rows of other text, about `most` characters of them, drawn by chance; long texts in pieces."""
-    pieces = list[Row]()
-    for row in rows:
-        text = row.get("text", "")
-        pieces += [{"text": text[i : i + PIECE]} for i in range(0, len(text), PIECE)] or [row]
+def _passages(row: Row) -> Iterator[Row]:
+    """A long text in passages of PIECE characters or more, whole paragraphs each; another row as it is."""
+    if "text" not in row:
+        yield row
+        return
+    passage = ""
+    for paragraph in row["text"].split("\n\n"):
+        passage += ("\n\n" if passage else "") + paragraph
+        if len(passage) >= PIECE:
+            yield {"text": passage}
+            passage = ""
+    if passage.strip():
+        yield {"text": passage}
+
+
+def _length(row: Row) -> int:
+    """Characters, of all that it says."""
+    return len("".join(map(str, row.values())))
+
+
+def _drawn(rows: Sequence[Row], most: float, seed: int) -> list[Row]:
+    """Passages of other text, about `most` characters of them, drawn by chance."""
+    passages = [passage for row in rows for passage in _passages(row)]
     drawn, length = list[Row](), 0
-    for i in np.random.default_rng(seed).permutation(len(pieces)):
+    for i in np.random.default_rng(seed).permutation(len(passages)):
         if length >= most:
             break
-        drawn.append(pieces[i])
-        length += len("".join(map(str, pieces[i].values())))
+        drawn.append(passages[i])
+        length += _length(passages[i])
     return drawn
 
 
@@ -156,26 +220,27 @@ def run(settings: Settings) -> dict[str, Any]:
     checkpoint = run_loop.opened(s, s.model, place=s.out, new="--out")
     openings(s.languages, s.openings)
     limit, m = memory.budget(s.budget_bytes), estimates.model_of(checkpoint)
-    own = memory.process_bytes(limit.limit_bytes)
-    needs = {n: own + need_bytes(m, n, s.max_tokens) for n in (AT_ONCE, 16, 4, 1)}
-    at_once, need = next(((n, b) for n, b in needs.items() if b <= limit.limit_bytes), (1, needs[1]))
-    limit.need(need, "a model that writes, whole in memory,", f"give --budget {estimates.flag(need)}")
-    flops = estimates.forward_flops(m, s.num_samples * s.max_tokens, s.max_tokens)
-    seconds = flops / estimates.machine_rates().forward_flops_per_s
-    cli.say(f"{s.num_samples} texts, {at_once} at once: {gib(need)} of {gib(limit.limit_bytes)}, {duration(seconds)}")
-    planned = {"peak_bytes": need, "budget_bytes": limit.limit_bytes}
+    way = way_of(s, m, limit)
+    how = "" if way.room_bytes is None else ", read from disk for every token of them"
+    size = f"{gib(way.peak_bytes)} of {gib(limit.limit_bytes)}, {duration(way.seconds)}"
+    cli.say(f"{s.num_samples} texts, {way.at_once} at once{how}: {size}")
+    planned = {"peak_bytes": way.peak_bytes, "budget_bytes": limit.limit_bytes}
     if s.dry_run:
         return planned
     given, part = preparation.load(s.data), out.absolute().with_name(f".{out.name}.part.jsonl")
-    with progress.run("synthesize", {"text": seconds}), progress.phase("text"), memory.limited(limit):
-        texts = _texts(s, checkpoint.path, part, at_once)
+    with reported(part.parent, "the text"):
+        DISK.make_folder(part.parent)
+    with progress.run("synthesize", {"text": way.seconds}), progress.phase("text"), memory.limited(limit):
+        texts = _texts(s, checkpoint.path, part, way)
     built_in = preparation.load(preparation.MIS).train if s.data is None else []
-    other = _pieces([*given.train, *built_in], sum(map(len, texts)) * s.mix / max(1e-9, 1 - s.mix), s.seed)
-    train = [{"text": text} for text in texts] + other
+    other = _drawn([*given.train, *built_in], sum(map(_length, texts)) * s.mix / max(1e-9, 1 - s.mix), s.seed)
+    train = texts + other
 
     def fill(folder: Path) -> None:
         for name, split in (("train", train), ("valid", given.valid), ("test", given.test)):
             DISK.write(folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in split).encode())
+        source = {**asdict(s), "model": str(checkpoint.path), "written": len(texts)}
+        DISK.write(folder / preparation.SOURCE, json.dumps(source, indent=1).encode())
 
     protocol.commit_folder(out, fill, DISK, PLACE_BYTES, "the text")
     DISK.remove_tree(part)

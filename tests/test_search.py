@@ -39,7 +39,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks, tiny
-from tests.conftest import Done, last_line, sentence
+from tests.conftest import Done, last_line, sentence, weights
 
 SMALL: dict[str, Any] = dict(
     bytes="190KB", max_seq_length=32, num_samples=4, reconstruct_samples=0, rank_windows=3, eval_windows=6, iters=8,
@@ -170,9 +170,15 @@ def test_distill_in_so_many_bytes(
     file is no larger than asked for."""
     few = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 2, "--eval-windows", 2, "--q-iters", 1)
     flags = ("--teacher", llama.path, "--data", text_folder, *few, "--iters", 4, "--bench-tokens", 0)
-    done = command("distill", *flags, "--bytes", "190KB", "--out", tmp_path / "run")
+    done = command("distill", *flags, "--bytes", "190KB", "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
+    (searched,) = (tmp_path / "runs" / "search").iterdir()
+    (searched / run_folder.RESULT).unlink()  # as if it had been stopped at its end
+    measured = {path: path.stat().st_mtime_ns for path in searched.rglob("*.json*")}
+    again = command("distill", *flags, "--bytes", "190KB", "--out", tmp_path / "again", cwd=tmp_path)
+    assert again.returncode == 0 and weights(tmp_path / "again") == weights(tmp_path / "run")
+    assert [path.name for path, at in measured.items() if path.stat().st_mtime_ns != at] == []
     size = (tmp_path / "run" / "model" / "model.safetensors").stat().st_size
     assert 0.9 * 190_000 < size <= 190_000
     stored = run_folder.stored_settings(tmp_path / "run")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from mis_mlx import synthesize
+from mis_mlx import distill, synthesize
 from mis_mlx.data import preparation
-from mis_mlx.models import mlx_generate
+from mis_mlx.hardware import memory
+from mis_mlx.models import load, mlx_generate, stream, streamed_decode
 from mis_mlx.planner import estimates
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Budget, Checkpoint, MisError
+from tests import tiny
 from tests.conftest import Done, last_line
 
 QUICK: dict[str, Any] = {"num_samples": 6, "max_tokens": 40}
@@ -61,20 +65,60 @@ def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_pa
     first = list(synthesize.write(asked, model, tokenizer, range(3), 4))
     again = list(synthesize.write(asked, model, tokenizer, range(1, 2), 4))
     assert [one for one in first if one[1] == 1] == again and len(again) == 4 and len(first) == 12
-    assert sum(text.startswith("A shepherd") for text, _ in first) == 6
+    assert sum(str(row.get("prompt") or row["text"]).startswith("A shepherd") for row, _ in first) == 6
     sure = replace(asked, temp=0.0)
-    (greedy,) = {t for t, _ in synthesize.write(sure, model, tokenizer, range(1), 4) if t.startswith("A shepherd")}
+    texts = [row.get("text", "") for row, _ in synthesize.write(sure, model, tokenizer, range(1), 4)]
+    (greedy,) = {text for text in texts if text.startswith("A shepherd")}
     start = tokenizer.get_vocab().get(synthesize.DOCUMENT, tokenizer.bos_token_id)
     ids = [start, *tokenizer.encode("A shepherd", add_special_tokens=False)]
     wanted = [t for t in mlx_generate.greedy(model, ids, 24) if t not in tokenizer.eos_token_ids]
     assert greedy == ("A shepherd" + tokenizer.decode(wanted)).strip()
 
 
+def test_a_streamed_model_writes_the_same(llama: Checkpoint, anything_goes: None, tmp_path: Path) -> None:
+    """Read from disk for every token, it says greedily what it says whole, after prompts of several lengths; a text
+    that has ended waits for the others."""
+    (tmp_path / "openings.txt").write_text("A shepherd\nIn the early morning, before the sun was up, he\n")
+    asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, temp=0.0)
+    model, tokenizer = mlx_generate.open_model(llama.path)
+    whole = list(synthesize.write(asked, model, tokenizer, range(2), 4))
+    streamed = stream.Stream(llama, mx.float32)
+    assert list(synthesize.write(asked, streamed, tokenizer, range(2), 4)) == whole and len(whole) == 8
+    prompts = [[5], [7, 9, 11], [3, 4]]
+    free = streamed_decode.sampled(streamed, prompts, 8, (), partial(mx.argmax, axis=-1))
+    assert free == [list(mlx_generate.greedy(model, prompt, 8)) for prompt in prompts]
+    ended = streamed_decode.sampled(streamed, prompts, 8, {free[1][2]}, partial(mx.argmax, axis=-1))
+    assert ended[1] == free[1][: free[1].index(free[1][2]) + 1]
+
+
+def test_what_does_not_fit_is_streamed(tmp_path: Path) -> None:
+    """Many at once while the model fits, then fewer, then from disk with what there is room for."""
+    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
+    m, s = estimates.model_of(deep), synthesize.Settings(max_tokens=64)
+    whole = next(
+        n for n in range(2**20, 2**30, 2**12) if n >= memory.process_bytes(n) + synthesize.need_bytes(m, 1, 64)
+    )
+    ways = [synthesize.way_of(s, m, Budget(nbytes)) for nbytes in (2**34, whole + 2**20, whole - 2**12)]
+    assert [way.at_once for way in ways[:2]] == [48, 1] and ways[0].room_bytes is ways[1].room_bytes is None
+    assert ways[2].room_bytes is not None and all(way.seconds > 0 for way in ways)
+
+
+def test_questions_are_asked_through_the_template(llama: Checkpoint, anything_goes: None, tmp_path: Path) -> None:
+    """A chat model answers half of the openings as questions: such a row is one of mlx-lm's."""
+    shutil.copytree(llama.path, chat := tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    model, tokenizer = mlx_generate.open_model(chat)
+    rows_ = [row for row, _ in synthesize.write(synthesize.Settings(max_tokens=16), model, tokenizer, range(1), 8)]
+    asked = [row for row in rows_ if "prompt" in row]
+    assert tokenizer.has_chat_template and len(asked) == 2 and len(rows_) == 8
+    assert all(row["prompt"] in synthesize.openings(("en", "pl")) and row["completion"] for row in asked)
+
+
 def test_end_to_end(llama: Checkpoint, text_folder: Path, tmp_path: Path, anything_goes: None) -> None:
     """Texts of the model and pieces of the other text, half each by characters; held-out splits are the other text's;
     the folder is one that --data takes."""
     s = synthesize.Settings(model=str(llama.path), out=str(tmp_path / "text"), data=str(text_folder), **QUICK)
-    before, most = mx.get_active_memory(), synthesize.need_bytes(estimates.model_of(llama), synthesize.AT_ONCE, 40)
+    before, most = mx.get_active_memory(), synthesize.need_bytes(estimates.model_of(llama), synthesize.AT_ONCE[0], 40)
     mx.reset_peak_memory()
     found, out = synthesize.run(s), tmp_path / "text"
     assert mx.get_peak_memory() - before < most < found["peak_bytes"] <= found["budget_bytes"]
@@ -91,11 +135,36 @@ def test_end_to_end(llama: Checkpoint, text_folder: Path, tmp_path: Path, anythi
     assert synthesize.run(alone)["mixed_in"] == 0 and rows(tmp_path / "b") == written
 
 
+def test_distill_has_its_teacher_write(
+    llama: Checkpoint, tmp_path: Path, anything_goes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--data teacher`: once for a teacher and a seed, half built-in text beside, judged on the built-in texts; more
+    steps need more of it. Other commands say who takes that word."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(synthesize.Settings, "num_samples", 6)
+    monkeypatch.setattr(distill, "TEXT_TOKENS", 16)
+    small: dict[str, Any] = {"max_seq_length": 32, "num_samples": 4, "reconstruct_samples": 4, "eval_windows": 3}
+    s = distill.Settings(teacher=str(llama.path), data="teacher", scenario="goral", out="run", iters=2, quantize=0,
+                         bench_tokens=0, **small)  # fmt: skip
+    assert distill.run(replace(s, dry_run=True)) and not Path("runs/text").exists()
+    result = distill.run(s)
+    (folder,) = Path("runs/text").iterdir()
+    source = json.loads((folder / preparation.SOURCE).read_text())
+    assert source["written"] == 6 and source["data"] is None and source["model"] == str(llama.path)
+    table = Path("run/table.md").read_text()
+    assert "English, " in table and "Polish, " in table
+    assert distill.run(replace(s, resume=True))["params_student"] == result["params_student"]
+    distill.run(replace(s, iters=8, out="longer", dry_run=False))
+    assert sorted(int(path.name.rpartition("-")[2]) for path in Path("runs/text").iterdir()) == [6, 16]
+    with pytest.raises(MisError, match="--data teacher is for distill"):
+        preparation.load("teacher")
+
+
 def test_stopped_and_started_again_it_writes_the_same(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, anything_goes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a stop left is used, but for the batch that it fell into; other settings begin anew."""
-    monkeypatch.setattr(synthesize, "AT_ONCE", 2)
+    monkeypatch.setattr(synthesize, "AT_ONCE", (2,))
     s = {"model": str(llama.path), "data": str(text_folder), **QUICK}
     synthesize.run(synthesize.Settings(out=str(tmp_path / "whole"), **s))
     part, kept = tmp_path / ".half.part.jsonl", list[str]()
@@ -105,7 +174,7 @@ def test_stopped_and_started_again_it_writes_the_same(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(synthesize, "_pieces", stop)
+        patch.setattr(synthesize, "_drawn", stop)
         synthesize.run(synthesize.Settings(out=str(tmp_path / "half"), **s))
     part.write_text("\n".join(kept[:-2]) + "\n", "utf-8")  # as if it had come sooner
     written = list[int]()

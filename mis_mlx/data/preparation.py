@@ -4,6 +4,7 @@ From folders in mlx-lm's format, the hub, or built in, for work offline: Python'
 the Polish Miś texts (benchmarks/polish_text). Every row is judged before any is used; notes say what was dropped."""
 
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.types import MisError
 
 MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
+TEACHER = "teacher"  # `--data teacher` of distill, which has the teacher write first
+SOURCE = "source.json"  # in a folder that `synthesize` wrote: of what --data its held-out splits are
 MIS_FOLDER = Path(__file__).parent / "polish" / MIS
 SPLITS = ("train", "valid", "test")
 MIS_SHARE = 1 / 8  # of the built-in training windows: Polish enough to matter, English enough to measure
@@ -42,6 +45,8 @@ def load(data: str | None = None) -> Texts:
         splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
         shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
         return Texts(**splits, notes=[f"built-in Polish text: the Miś dataset, {_counts(splits)} documents; {shared}"])
+    if data == TEACHER:
+        raise MisError("--data teacher is for distill: let `synthesize` write, and give its folder here")
     folder = Path(data).expanduser()
     if folder.is_dir():  # mlx-lm's: train.jsonl and perhaps valid.jsonl, test.jsonl
         if not (folder / "train.jsonl").exists():
@@ -134,9 +139,18 @@ def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.a
     return [mx.array(data.tokens[i][None]) for i in at]
 
 
+def _beside_ours(source: Path) -> bool:
+    """Whether a teacher's own text was mixed with the built-in one, by the file `synthesize` leaves."""
+    try:
+        return json.loads(source.read_text("utf-8"))["data"] is None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     """Windows of `length` tokens; held-out ones that overlap training are removed. data None: Python's manual (English)
-    with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays."""
+    with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays.
+    What a teacher wrote beside these is held against the same texts."""
 
     def counted(held_out: Windows) -> Windows:
         return replace(held_out, text_bytes=token_windows.text_bytes(held_out, tokenizer))
@@ -152,11 +166,12 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
         f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out; "
         f"{removed} more held-out windows shared 32 tokens in a row with training and were removed",
     ]
-    if data is not None:
+    if data is not None and not _beside_ours(Path(data) / SOURCE):
         return Data(train, {"held-out": counted(test)}, tuple(notes))
     polish = load(MIS)
-    extra = windows(polish.train)
-    count = min(len(extra.tokens), round(len(train.tokens) * MIS_SHARE / (1 - MIS_SHARE)))
-    train = token_windows.joined([train, extra.pick(slice(count))])
-    notes += [*polish.notes, f"{count} of the training windows are Polish"]
+    if data is None:
+        extra = windows(polish.train)
+        count = min(len(extra.tokens), round(len(train.tokens) * MIS_SHARE / (1 - MIS_SHARE)))
+        train = token_windows.joined([train, extra.pick(slice(count))])
+        notes += [*polish.notes, f"{count} of the training windows are Polish"]
     return Data(train, {"English": counted(test), "Polish": counted(windows(polish.test))}, tuple(notes))

@@ -1,8 +1,9 @@
-"""Greedy decoding of a streamed model, with keys and values kept: one pass of the weights settles a token or more.
+"""Decoding of a streamed model, with keys and values kept: one pass of the weights settles a token or more.
 
-A small resident draft proposes a tree of continuations, one pass of the model reads all of it, and the longest branch
-that the model itself would have chosen is kept (arXiv 2305.09781). Tokens are those of plain greedy decoding, except
-after an exact tie: logits of a pass over n tokens differ in their last bits from those of n passes."""
+Many texts are sampled side by side. One is decoded greedily: a small resident draft proposes a tree of continuations,
+one pass of the model reads all of it, and the longest branch that the model itself would have chosen is kept (arXiv
+2305.09781). Tokens are those of plain greedy decoding, except after an exact tie: logits of a pass over n tokens differ
+in their last bits from those of n passes."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -204,3 +206,32 @@ def decode(
         if stop < len(new) or new[-1] in ends:
             return
         text, left = text + new, left - len(new)
+
+
+def sampled(
+    model: Stream, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Container[int],
+    draw: Callable[[mx.array], mx.array],
+) -> list[list[int]]:  # fmt: skip
+    """A completion of each prompt, as `mlx_generate.groups`: one pass of the weights for a token of all of them. Every
+    text stands at the same place, so that none needs a mask; a longer prompt is read while others write."""
+    cache = load.mlx_lm("models.cache")
+    texts, keys = [list(prompt) for prompt in prompts], list[Any]()
+    open_ = set(range(len(texts)))
+    for at in range(max(map(len, prompts)) + max_tokens - 1):
+        tokens = mx.array([[text[min(at, len(text) - 1)]] for text in texts])
+        hidden = model.embed([tokens])[0]
+        for i, block in model.blocks():
+            if i == len(keys):
+                window = load.window(model.args, block)
+                keys.append(cache.RotatingKVCache(window) if window else cache.KVCache())
+            hidden = block(hidden, None, keys[i])
+            evaluate_now(hidden, keys[i].state)
+        logits = load.logits(model.head(), model.norm([model.finite(hidden)])[0][:, 0]).astype(mx.float32)
+        drawn = np.array(draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
+        for n in [n for n in open_ if at == len(texts[n]) - 1]:
+            texts[n].append(int(drawn[n]))
+            if texts[n][-1] in stop or len(texts[n]) == len(prompts[n]) + max_tokens:
+                open_.remove(n)
+        if not open_:
+            break
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]

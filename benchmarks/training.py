@@ -1,0 +1,219 @@
+"""Speed and memory of a training step: ours, beside what one would write with mlx and mlx-lm alone.
+
+    scripts/mis benchmarks/training.py            # 20 minutes on 2 cores; nothing else may run
+    scripts/mis benchmarks/training.py --table
+
+The default student (redyk) and its teacher in the same vocabulary, both of `prune`. A step is of 2 x 256, 1 x 1,024 or
+4 x 512 tokens. `naive`: both models whole in float32, full logits, KL, mlx's AdamW. `mlx_lm.lora`: mlx-lm's own command
+with --fine-tune-type full on the same student, whose target is the text, so no teacher takes part: the floor. Ours: the
+four ways of `--train`; sharded trains half of the blocks at a time, the others stay on disk, and so does the teacher.
+
+Every cell is a process of its own, and all ways take turns in `--rounds`. Seconds are the median step without the
+first; peaks are MLX's and the process's (its highest resident set, so libraries and pages of files are in it).
+Writes benchmarks/results/<machine>/training.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from laboratory import busy, resumed, start, write
+
+from mis_mlx import cli, prune
+from mis_mlx.data import preparation, token_windows
+from mis_mlx.distillation import live_teacher, sharded
+from mis_mlx.hardware.clock import Clock
+from mis_mlx.maths.optimizer import GuardedAdamW
+from mis_mlx.models import load, lora, model_writer, resolve, stream
+from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig
+from mis_mlx.reporting.text import markdown_table
+from mis_mlx.storage.files import DISK
+
+SHAPES = ((2, 256), (1, 1024), (4, 512))  # windows, tokens of each
+OURS = ("resident", "blocks", "lora", "sharded")
+WAYS = ("naive", "mlx_lm.lora", *OURS)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much."""
+
+    steps: int = 4
+    """timed, after a first one"""
+    rounds: int = 2
+    """how often every way has its turn; seconds are the least of them, for noise only adds"""
+    ways: tuple[str, ...] = WAYS
+    """which"""
+    table: bool = False
+    """print what there is, and make nothing"""
+    work: str | None = None
+    """one cell, set by the program itself: way, windows, tokens, and the folder of models"""
+
+
+Timed = Iterator[tuple[float, int]]  # seconds and MLX's peak bytes of every step
+
+
+def naive(teacher: Path, student: Path, batches: list[mx.array]) -> Timed:
+    """What one would write."""
+    both = [load.mlx_lm("utils").load_model(folder)[0] for folder in (teacher, student)]
+    for model in both:
+        model.set_dtype(mx.float32)
+    big, small = both
+    optimizer = optim.AdamW(learning_rate=1e-4)
+
+    def loss(model: nn.Module, tokens: mx.array) -> mx.array:
+        theirs, mine = big(tokens)[:, :-1], model(tokens)[:, :-1]
+        theirs, mine = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (theirs, mine))
+        return (mx.exp(theirs) * (theirs - mine)).sum(axis=-1).mean()
+
+    gradients = nn.value_and_grad(small, loss)
+    for tokens in batches:
+        began = Clock().monotonic()
+        mx.reset_peak_memory()
+        value, found = gradients(small, tokens)
+        optimizer.update(small, found)
+        mx.eval(value, small.parameters(), optimizer.state)
+        yield Clock().monotonic() - began, mx.get_peak_memory()
+
+
+def ours(way: str, teacher: Path, student: Path, data: token_windows.Windows, windows: int, steps: int) -> Timed:
+    """A way of `--train`, without what a run does beside: no checkpoint, no repair."""
+    big, small = load.open_checkpoint(teacher), load.open_checkpoint(student)
+    recipe = DistillationConfig(iters=steps, batch_size=windows, max_seq_length=data.tokens.shape[1])
+    source = live_teacher.StreamedTeacher(big, 0 if way == "sharded" else None)
+    if way == "resident":
+        model = load.resident(small, mx.float32)
+        stream.load_checked(model)
+        yield from ((s.seconds, s.peak_bytes) for s in live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
+        return
+    with tempfile.TemporaryDirectory() as temp:
+        layers = int(small.config["num_hidden_layers"])
+        if way == "sharded":
+            small, layers = model_writer.by_block(small, Path(temp) / "parts", DISK), -(-layers // 2)
+        adapters = partial(lora.insert, lora=ADAPTERS, seed=0) if way == "lora" else None
+        trained = sharded.Sharded(small, layers, steps, 0.01, DISK, adapters=adapters)
+        trained.begin()
+        micro = live_teacher.step_micro_batches(source, data, recipe)
+        loss, slopes = partial(source.kl_sum, frozen_head=True), source.frozen_slopes()
+        yield from ((s.seconds, s.peak_bytes) for s in trained.steps(micro, loss, recipe.schedule, slopes=slopes))
+
+
+def cell(work: str, steps: int) -> dict[str, Any]:
+    """In a process of its own: seconds of every step and the highest peak of MLX."""
+    way, windows, length, place = json.loads(work)
+    teacher, student = Path(place) / "teacher", Path(place) / "student"
+    data = preparation.prepare(None, load.tokenizer(teacher), length).train
+    if way == "naive":
+        timed = naive(teacher, student, [mx.array(data.tokens[i * windows :][:windows]) for i in range(steps)])
+    else:
+        timed = ours(way, teacher, student, data, windows, steps)
+    seconds, peaks = zip(*timed, strict=True)
+    return {"seconds": seconds, "peak_bytes": max(peaks)}
+
+
+def mlx_lm_lora(place: Path, windows: int, length: int, steps: int) -> list[str]:
+    """The command of mlx-lm; its report has a line a step."""
+    flags = {"model": place / "student", "data": place / "data", "fine-tune-type": "full", "num-layers": -1,
+             "batch-size": windows, "iters": steps, "max-seq-length": length, "steps-per-report": 1, "val-batches": 0,
+             "adapter-path": place / "adapters", "save-every": 1000, "optimizer": "adamw"}  # fmt: skip
+    return ["-m", "mlx_lm", "lora", "--train", *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def measured(s: Settings, place: Path, way: str, windows: int, length: int) -> dict[str, Any]:
+    """A cell: {"seconds", "peak_bytes", "process_bytes"}."""
+    if way == "mlx_lm.lora":
+        command = mlx_lm_lora(place, windows, length, s.steps + 1)
+    else:
+        command = [__file__, f"--steps={s.steps + 1}", f"--work={json.dumps([way, windows, length, str(place)])}"]
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        output = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{way}, {windows} x {length}: its process ended with {process.returncode}")
+    if way == "mlx_lm.lora":
+        found = re.findall(r"It/sec ([\d.]+),.*Peak mem ([\d.]+) GB", output)
+        seconds, peak = [1 / float(rate) for rate, _ in found], max(float(size) for _, size in found) * 1e9
+    else:
+        one = json.loads(output.splitlines()[-1])
+        seconds, peak = one["seconds"], one["peak_bytes"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"seconds": round(statistics.median(seconds[1:]), 3), "peak_bytes": int(peak),
+            "process_bytes": used.ru_maxrss * unit}  # fmt: skip
+
+
+def models(place: Path) -> None:
+    """The teacher of the default student's vocabulary, that student, and text for mlx-lm, whose rows fill a window."""
+    common = {"num_samples": 16, "eval_windows": 3}
+    name = str(resolve.resolve_model(None).path)
+    prune.run(prune.Settings(model=name, mlx_path=str(place / "teacher"), scenario="none", vocab="0.5x", **common))  # type: ignore[arg-type]
+    sizes = {"layers": "29", "ffn": "1024"}
+    prune.run(prune.Settings(model=str(place / "teacher"), mlx_path=str(place / "student"), scenario="none",
+                             **sizes, **common))  # type: ignore[arg-type]  # fmt: skip
+    for model in (place / "teacher", place / "student"):  # mlx-lm computes in what is written, half of it emulated here
+        load.mlx_lm("convert").convert(str(model), str(place / "float32"), dtype="float32")
+        DISK.remove_tree(model)
+        (place / "float32").rename(model)
+    text = "\n\n".join(str(row["text"]) for row in preparation.load(None).train)
+    (place / "data").mkdir()
+    rows = "".join(json.dumps({"text": text[i : i + 8000]}) + "\n" for i in range(0, len(text) - 8000, 8000))
+    for split in ("train", "valid"):
+        (place / "data" / f"{split}.jsonl").write_text(rows)
+
+
+def table(cells: dict[str, dict[str, Any]]) -> str:
+    """Markdown: tokens a second and peaks, and both beside the naive step's."""
+    lines = []
+    for name, one in cells.items():
+        way, _, shape = name.partition(", ")
+        tokens, naive_step = eval(shape.replace("x", "*")), cells[f"naive, {shape}"]  # digits of our own
+        lines.append([shape, way, f"{tokens / one['seconds']:.0f}", f"{naive_step['seconds'] / one['seconds']:.2f}x",
+                      f"{one['peak_bytes'] / 1e6:,.0f}", f"{one['peak_bytes'] / naive_step['peak_bytes']:.2f}x",
+                      f"{one['process_bytes'] / 1e6:,.0f}"])  # fmt: skip
+    head = ["tokens", "", "tokens/s", "speed", "MLX's peak, MB", "of the naive", "process, MB"]
+    return markdown_table(head, sorted(lines, key=lambda line: line[0]))
+
+
+def main(s: Settings) -> None:
+    """All cells, in turns."""
+    if s.work:
+        print(json.dumps(cell(s.work, s.steps)))
+        return
+    given = {"steps": s.steps, "rounds": s.rounds}
+    before = resumed("training", given, ["cells", "busy"])
+    cells, noted = before.get("cells", {}), before.get("busy", [])
+    missing = [(way, *shape) for shape in SHAPES for way in s.ways if f"{way}, {shape[0]} x {shape[1]}" not in cells]
+    if missing and not s.table:
+        with tempfile.TemporaryDirectory() as temp:
+            models(place := Path(temp))
+            rounds = list[dict[str, Any]]()
+            for number in range(s.rounds):
+                noted += busy(f"round {number + 1}")
+                rounds.append({})
+                for way, windows, length in missing:
+                    one = measured(s, place, way, windows, length)
+                    cli.say(f"{way}, {windows} x {length}: {one}")
+                    rounds[-1][f"{way}, {windows} x {length}"] = one
+        for name in rounds[0]:
+            cells[name] = {key: min(found[name][key] for found in rounds) for key in rounds[0][name]}
+        write("training", "scripts/mis benchmarks/training.py", {"given": given, "busy": noted, "cells": cells})
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    start(Settings, main)
