@@ -32,6 +32,7 @@ PIECE = 1200  # characters of a passage of a long text, at least
 OPENINGS = Path(__file__).parent / "data" / "openings"
 DOCUMENT = "<|endoftext|>"  # what stands between documents, where a vocabulary has it
 AT_ONCE = 48, 16, 4, 1  # texts, as many as fit; a token of all of them reads the weights once
+SPARE = 4  # more than are missing, for some are not usable
 TRIES = 4  # batches for each one that would do if every text were usable
 SHORT, LEAST, WORDLIKE = 120, 0.28, 0.6  # characters; share left by compression; share of letters and blanks
 
@@ -127,33 +128,34 @@ def way_of(s: Settings, m: estimates.ModelSize, limit: Budget) -> Way:
     raise AssertionError
 
 
-def write(s: Settings, model: Any, tokenizer: Any, batches: range, at_once: int) -> Iterator[tuple[Row, int]]:
-    """(row of usable text, its batch), of these batches. Every batch has its own random numbers."""
-    begun = openings(s.languages, s.openings)
+def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> list[Row]:
+    """What is usable of a batch. Every batch has its own random numbers."""
+    begun, rng = openings(s.languages, s.openings), np.random.default_rng([s.seed, batch])
     named = tokenizer.get_vocab().get(DOCUMENT, tokenizer.bos_token_id)
     start, stop = [tokenizer.eos_token_id if named is None else named], set(tokenizer.eos_token_ids)
-    for batch in batches:
-        rng = np.random.default_rng([s.seed, batch])
-        texts = [str(rng.choice(begun)) if begun and i % 2 else "" for i in range(at_once)]
-        asked = [bool(i % 4 == 3 and tokenizer.has_chat_template) for i in range(at_once)]
-        heads = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-        prompts = [mlx_generate.encode(tokenizer, text) if chat else start + head
-                   for text, chat, head in zip(texts, asked, heads, strict=True)]  # fmt: skip
-        draw = mlx_generate.sampler(s.temp, int(rng.integers(2**31)))
-        if isinstance(model, Stream):
-            completions = streamed_decode.sampled(model, prompts, s.max_tokens, stop, draw)
-        else:
-            completions = [ids for (ids,) in mlx_generate.groups(model, prompts, 1, s.max_tokens, stop, draw, at_once)]
-        for text, chat, head, ids in zip(texts, asked, heads, completions, strict=True):
-            said = [token for token in ids if token not in stop]
-            if chat and usable(answer := tokenizer.decode(said).strip()):
-                yield {"prompt": text, "completion": answer}, batch
-            elif not chat and usable(text := tokenizer.decode(head + said).strip()):  # apart they may lose a blank
-                yield {"text": text}, batch
-        mx.clear_cache()
+    texts = [str(rng.choice(begun)) if begun and i % 2 else "" for i in range(at_once)]
+    asked = [bool(i % 4 == 3 and tokenizer.has_chat_template) for i in range(at_once)]
+    heads = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    prompts = [
+        mlx_generate.encode(tokenizer, text) if chat else start + head
+        for text, chat, head in zip(texts, asked, heads, strict=True)
+    ]
+    draw = mlx_generate.sampler(s.temp, int(rng.integers(2**31)))
+    if isinstance(model, Stream):
+        completions = streamed_decode.sampled(model, prompts, s.max_tokens, stop, draw)
+    else:
+        completions = [ids for (ids,) in mlx_generate.groups(model, prompts, 1, s.max_tokens, stop, draw, at_once)]
+    rows = list[Row]()
+    for text, chat, head, ids in zip(texts, asked, heads, completions, strict=True):
+        said = [token for token in ids if token not in stop]
+        whole = tokenizer.decode(said if chat else head + said).strip()  # head and rest apart may lose a blank
+        if usable(whole):
+            rows.append({"prompt": text, "completion": whole} if chat else {"text": whole})
+    mx.clear_cache()
+    return rows
 
 
-def _written(s: Settings, folder: Path, part: Path, way: Way, batches: int) -> Iterator[tuple[Row, int]]:
+def _written(s: Settings, folder: Path, part: Path, way: Way, batches: int) -> Iterator[Row]:
     """Texts of a run that was stopped, all but its last batch; then new ones, each kept in the file `part`."""
     head = json.dumps(
         {**asdict(s), "model": str(folder), "budget": 0, "out": "", "at_once": way.at_once}, sort_keys=True
@@ -163,17 +165,21 @@ def _written(s: Settings, folder: Path, part: Path, way: Way, batches: int) -> I
     first = found[-1][1] if found else 0
     kept = [one for one in found if one[1] < first]
     DISK.replace_text(part, "".join(f"{line}\n" for line in (head, *map(json.dumps, kept))))
-    yield from kept
-    for one in write(s, *way.opened(folder), range(first, batches), way.at_once):
-        DISK.append(part, json.dumps(one))
-        yield one
+    yield from (row for row, _ in kept)
+    opened, count = way.opened(folder), len(kept)
+    for batch in range(first, batches):
+        size = min(way.at_once, SPARE + max(0, s.num_samples - count))  # the last one: what is missing
+        for row in write(s, *opened, batch, size):
+            DISK.append(part, json.dumps([row, batch]))
+            count += 1
+            yield row
 
 
 def _texts(s: Settings, folder: Path, part: Path, way: Way) -> list[Row]:
     """As many different ones as are asked for. MisError where hardly any is usable."""
     texts, most = dict[str, Row](), TRIES * (1 + s.num_samples // way.at_once)
     with progress.bar("text", s.num_samples) as show:
-        for row, _ in _written(s, folder, part, way, most):
+        for row in _written(s, folder, part, way, most):
             texts[json.dumps(row)] = row
             show(len(texts))
             if len(texts) == s.num_samples:

@@ -62,12 +62,12 @@ def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_pa
     model, tokenizer = mlx_generate.open_model(llama.path)
     (tmp_path / "openings.txt").write_text("A shepherd\n")
     asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, seed=5)
-    first = list(synthesize.write(asked, model, tokenizer, range(3), 4))
-    again = list(synthesize.write(asked, model, tokenizer, range(1, 2), 4))
-    assert [one for one in first if one[1] == 1] == again and len(again) == 4 and len(first) == 12
-    assert sum(str(row.get("prompt") or row["text"]).startswith("A shepherd") for row, _ in first) == 6
+    first = [synthesize.write(asked, model, tokenizer, batch, 4) for batch in range(3)]
+    assert synthesize.write(asked, model, tokenizer, 1, 4) == first[1] != first[0]
+    written = [*first[0], *first[1], *first[2]]
+    assert len(written) == 12 and sum(row["text"].startswith("A shepherd") for row in written) == 6
     sure = replace(asked, temp=0.0)
-    texts = [row.get("text", "") for row, _ in synthesize.write(sure, model, tokenizer, range(1), 4)]
+    texts = [row.get("text", "") for row in synthesize.write(sure, model, tokenizer, 0, 4)]
     (greedy,) = {text for text in texts if text.startswith("A shepherd")}
     start = tokenizer.get_vocab().get(synthesize.DOCUMENT, tokenizer.bos_token_id)
     ids = [start, *tokenizer.encode("A shepherd", add_special_tokens=False)]
@@ -81,9 +81,8 @@ def test_a_streamed_model_writes_the_same(llama: Checkpoint, anything_goes: None
     (tmp_path / "openings.txt").write_text("A shepherd\nIn the early morning, before the sun was up, he\n")
     asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, temp=0.0)
     model, tokenizer = mlx_generate.open_model(llama.path)
-    whole = list(synthesize.write(asked, model, tokenizer, range(2), 4))
-    streamed = stream.Stream(llama, mx.float32)
-    assert list(synthesize.write(asked, streamed, tokenizer, range(2), 4)) == whole and len(whole) == 8
+    streamed, whole = stream.Stream(llama, mx.float32), synthesize.write(asked, model, tokenizer, 0, 8)
+    assert synthesize.write(asked, streamed, tokenizer, 0, 8) == whole and len(whole) == 8
     prompts = [[5], [7, 9, 11], [3, 4]]
     free = streamed_decode.sampled(streamed, prompts, 8, (), partial(mx.argmax, axis=-1))
     assert free == [list(mlx_generate.greedy(model, prompt, 8)) for prompt in prompts]
@@ -108,9 +107,9 @@ def test_questions_are_asked_through_the_template(llama: Checkpoint, anything_go
     shutil.copytree(llama.path, chat := tmp_path / "chat")
     (chat / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     model, tokenizer = mlx_generate.open_model(chat)
-    rows_ = [row for row, _ in synthesize.write(synthesize.Settings(max_tokens=16), model, tokenizer, range(1), 8)]
-    asked = [row for row in rows_ if "prompt" in row]
-    assert tokenizer.has_chat_template and len(asked) == 2 and len(rows_) == 8
+    written = synthesize.write(synthesize.Settings(max_tokens=16), model, tokenizer, 0, 8)
+    asked = [row for row in written if "prompt" in row]
+    assert tokenizer.has_chat_template and len(asked) == 2 and len(written) == 8
     assert all(row["prompt"] in synthesize.openings(("en", "pl")) and row["completion"] for row in asked)
 
 
@@ -179,7 +178,7 @@ def test_stopped_and_started_again_it_writes_the_same(
     part.write_text("\n".join(kept[:-2]) + "\n", "utf-8")  # as if it had come sooner
     written = list[int]()
     real = synthesize.write
-    monkeypatch.setattr(synthesize, "write", lambda *a: written.append(a[3].start) or real(*a))
+    monkeypatch.setattr(synthesize, "write", lambda *a: written.append(a[3]) or real(*a))
     synthesize.run(synthesize.Settings(out=str(tmp_path / "half"), **s))
     assert rows(tmp_path / "half") == rows(tmp_path / "whole") and written[0] > 0 and not part.exists()
 
