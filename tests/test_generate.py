@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from mis_mlx.models import load
 from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.conftest import Done, last_line, sentence
 
 
-def test_the_same_text_under_any_budget_and_draft(
-    tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]
-) -> None:
-    """With little memory more bytes are read; with a draft fewer passes are made; the text, first on stdout, stays."""
-    common = ("--model", llama.path, "--prompt", "if x", "--max-tokens", 12)
+def test_the_same_text_under_any_budget_and_draft(tmp_path: Path, command: Callable[..., Done]) -> None:
+    """A model that fits is read once; with little memory more bytes are read; with a draft fewer passes are made; the
+    text, first on stdout, stays."""
+    deep = tiny.make(tmp_path / "deep", num_hidden_layers=24)
+    common = ("--model", deep, "--prompt", "if x", "--max-tokens", 12)
     done = command("generate", *common)
     plain = last_line(done)
-    poor = last_line(command("generate", *common, "--budget", "4MiB"))
-    drafted = last_line(command("generate", *common, "--draft-model", llama.path))
-    assert done.stdout.startswith(plain["text"].replace("\ufffd", "")[:3])
+    assert "the model is whole in memory" in done.stderr
+    assert plain["read_bytes"] == load.open_checkpoint(deep).nbytes and plain["peak_bytes"] < plain["budget_bytes"]
+    poor = last_line(command("generate", *common, "--budget", "8MiB"))
+    drafted = last_line(command("generate", *common, "--draft-model", deep))
+    assert done.stdout.startswith(plain["text"])
     assert plain["text"] == poor["text"] == drafted["text"] != ""
     assert plain["passes"] == plain["tokens"] == 12 > drafted["passes"]
     assert poor["read_bytes"] > plain["read_bytes"]

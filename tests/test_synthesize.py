@@ -16,7 +16,7 @@ import pytest
 from mis_mlx import distill, synthesize
 from mis_mlx.data import preparation
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, stream, streamed_decode
+from mis_mlx.models import load, mlx_generate, policy, stream, streamed_decode
 from mis_mlx.planner import estimates
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
@@ -81,7 +81,7 @@ def test_a_streamed_model_writes_the_same(llama: Checkpoint, anything_goes: None
     (tmp_path / "openings.txt").write_text("A shepherd\nIn the early morning, before the sun was up, he\n")
     asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, temp=0.0)
     model, tokenizer = mlx_generate.open_model(llama.path)
-    streamed, whole = stream.Stream(llama, mx.float32), synthesize.write(asked, model, tokenizer, 0, 8)
+    streamed, whole = stream.Stream(llama, policy.compute_dtype(llama)), synthesize.write(asked, model, tokenizer, 0, 8)
     assert synthesize.write(asked, streamed, tokenizer, 0, 8) == whole and len(whole) == 8
     prompts = [[5], [7, 9, 11], [3, 4]]
     free = streamed_decode.sampled(streamed, prompts, 8, (), partial(mx.argmax, axis=-1))
