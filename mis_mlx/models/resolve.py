@@ -31,6 +31,8 @@ def resolve_model(name: str | None = None) -> Found:
     built_in, folder = name in (DEFAULT, GEMMA), Path(name).expanduser()
     if name and not built_in and folder.is_dir():
         return Found(folder, f"folder {folder}")
+    if folder.is_file():
+        raise MisError(f"{name} is a file, a model is a folder with config.json: give that, or owner/model")
     if not (built_in or REPO_ID.fullmatch(name)):
         raise MisError(f"{name} is no model folder here and no owner/model of the Hugging Face hub: check the path")
     folder = hub.cache_root() / (name.split("/")[-1] if built_in else name.replace("/", "--"))

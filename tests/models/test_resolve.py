@@ -35,7 +35,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_is_used_as_it_is(tmp_path: Path, cache: Path) -> None:
-    """A path that exists is the teacher; nothing is cached."""
+    """A path that exists is the teacher; nothing is cached. A file, such as a GGUF, is none: the hub is not asked."""
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(MisError, match=r"x.gguf is a file, a model is a folder"):
+        resolve.resolve_model(str(tmp_path / "x.gguf"))
     assert resolve.resolve_model(str(tmp_path)) == resolve.Found(tmp_path, f"folder {tmp_path}")
     assert not cache.exists()
 
