@@ -1,13 +1,15 @@
-"""Text that the teacher wrote itself: students distilled alike on the built-in text, and on half of each.
+"""Built-in text with and without what a teacher wrote: students distilled alike on either.
 
-    scripts/mis benchmarks/teacher_text.py    # about an hour on 2 cores; finished rows are not run again
+    scripts/mis benchmarks/teacher_text.py --seed 0    # 25 minutes on 2 cores; then 1 and 2
 
-The default student of SmolLM2-135M-Instruct with two thirds of the default's steps and half of its windows for the
-repair, seeds 0 to 2; `synthesize` writes the text once, as `distill --data teacher` does. Judged in bits per byte above
-the teacher's, on texts of kinds that neither the built-in text nor anybody's vocabulary saw: Vim's tutor, aphorisms
-(fortunes) and manual pages in Polish, of Debian's packages, which apt downloads and nobody installs, and numpy's
-docstrings. Beside them, apart from the mean: the teacher's answers to questions that nobody asked in training, and the
-held-out parts of the built-in texts. Writes benchmarks/results/<machine>/teacher_text.json after every row.
+The default student of SmolLM2-135M-Instruct, or of another teacher, with two thirds of the default's steps and half of
+its windows for the repair. `before`: Python's manual and one part in eight of Polish Miś texts, which was the built-in
+text. `now`: five parts of the manual, one of Miś texts, two of what SmolLM2-135M-Instruct wrote once
+(mis_mlx/data/written). Judged in bits per byte above the teacher's, on texts of kinds that neither has: Vim's tutor,
+aphorisms (fortunes) and manual pages in Polish, of Debian's packages, which apt downloads and nobody installs, and
+numpy's docstrings. Beside them, apart from the mean: the teacher's answers to questions that nobody asked in training
+(of a model with a chat template), and the held-out parts of the built-in texts.
+Writes benchmarks/results/<machine>/teacher_text-<seed>.json after every row.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from typing import Any
 import numpy as np
 from laboratory import resumed, start, write
 
-from mis_mlx import cli, distill, evaluate, synthesize
+from mis_mlx import cli, distill, evaluate
+from mis_mlx.data import preparation
 from mis_mlx.hardware.programs import unpack_debian
 from mis_mlx.models import mlx_generate, resolve
 
 PACKAGES = ("vim-runtime", "fortunes", "fortunes-pl", "manpages-pl")
-SEEDS = (0, 1, 2)
+SHARES = {"before": 0.0, "now": preparation.WRITTEN_SHARE}
 NO_TRAINING = "Nothing is trained on this. " * 200
 ANSWERS, BUILT_IN = "the teacher's answers", "built-in text"
 QUESTIONS = (
@@ -47,6 +50,9 @@ QUESTIONS = (
 class Settings:
     """How much."""
 
+    seed: int = 0
+    teacher: str | None = None
+    """default: SmolLM2-135M-Instruct"""
     iters: int = 20
     """steps of distillation"""
     eval_windows: int = 6
@@ -74,9 +80,11 @@ def other_texts(share: Path) -> dict[str, str]:
     return found
 
 
-def answers() -> list[dict[str, str]]:
-    """What the teacher says to every question."""
-    model, tokenizer = mlx_generate.open_model(resolve.resolve_model(None).path)
+def answers(teacher: str | None) -> list[dict[str, str]]:
+    """What the teacher says to every question; nothing where it has no chat template."""
+    model, tokenizer = mlx_generate.open_model(resolve.resolve_model(teacher).path)
+    if not tokenizer.has_chat_template:
+        return []
     stop, draw = set(tokenizer.eos_token_ids), mlx_generate.sampler(0.7, 1)
     prompts = [mlx_generate.encode(tokenizer, question) for question in QUESTIONS]
     said = mlx_generate.groups(model, prompts, 1, 256, stop, draw, len(prompts))
@@ -84,14 +92,14 @@ def answers() -> list[dict[str, str]]:
     return [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, words, strict=True) if a]
 
 
-def texts(place: Path) -> dict[str, Path]:
+def texts(place: Path, teacher: str | None) -> dict[str, Path]:
     """Folders that --data takes, by name."""
     (packages := place / "packages").mkdir()
     unpack_debian(PACKAGES, packages)
     rows: dict[str, list[dict[str, str]]] = {
         name: [{"text": text}] for name, text in other_texts(packages / "usr" / "share").items()
     }
-    rows[ANSWERS] = answers()
+    rows |= {ANSWERS: said} if (said := answers(teacher)) else {}
     folders = {}
     for name, test in rows.items():
         (folder := place / name).mkdir()
@@ -101,15 +109,15 @@ def texts(place: Path) -> dict[str, Path]:
     return folders
 
 
-def row(s: Settings, data: str | None, seed: int, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
+def row(s: Settings, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
     """A student, and what it and its teacher have on every text."""
-    began, more = time.process_time(), {"quantize": 0, "bench_tokens": 0, "reconstruct_samples": 32, "eval_windows": 3}
-    distill.run(distill.Settings(out=str(run), data=data, seed=seed, iters=s.iters, **more))  # type: ignore[arg-type]
+    began = time.process_time()
+    more = {"quantize": 0, "bench_tokens": 0, "reconstruct_samples": 32, "eval_windows": 3}
+    distill.run(distill.Settings(teacher=s.teacher, out=str(run), seed=s.seed, iters=s.iters, **more))  # type: ignore[arg-type]
     found: dict[str, Any] = {"cpu_seconds": round(time.process_time() - began, 1)}
     for name, folder in {**folders, BUILT_IN: None}.items():
-        asked = evaluate.Settings(
-            students=(str(run / "model"),), data=folder and str(folder), eval_windows=s.eval_windows
-        )
+        asked = evaluate.Settings(teacher=s.teacher, students=(str(run / "model"),), data=folder and str(folder),
+                                  eval_windows=s.eval_windows)  # fmt: skip
         for text, judged in evaluate.run(asked).items():
             if isinstance(judged, dict) and "bpb_model" in judged:
                 label = name if folder else f"{name}, {text}"
@@ -119,20 +127,24 @@ def row(s: Settings, data: str | None, seed: int, run: Path, folders: dict[str, 
 
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
-    given = {"iters": s.iters, "eval_windows": s.eval_windows, "written": synthesize.Settings.num_samples}
-    command = "scripts/mis benchmarks/teacher_text.py"
-    rows = resumed("teacher_text", given, ["rows"]).get("rows", {})
+    given = {"teacher": s.teacher, "seed": s.seed, "iters": s.iters, "eval_windows": s.eval_windows}
+    name = f"teacher_text-{s.seed}" if s.teacher is None else f"teacher_text-{Path(s.teacher).name}-{s.seed}"
+    command = "scripts/mis benchmarks/teacher_text.py" + "".join(
+        f" --{k} {given[k]}" for k in ("teacher", "seed") if given[k] is not None
+    )
+    rows = resumed(name, given, ["rows"]).get("rows", {})
     with tempfile.TemporaryDirectory() as temp:
-        folders, written = texts(Path(temp)), Path(temp) / "written"
-        began = time.process_time()
-        synthesize.run(synthesize.Settings(out=str(written)))
-        cost = {"writing_cpu_seconds": round(time.process_time() - began, 1)}
-        for seed in SEEDS:
-            for name, data in (("built in", None), ("half the teacher's", str(written))):
-                if (label := f"{name}, seed {seed}") not in rows:
-                    rows[label] = row(s, data, seed, Path(temp) / label, folders)
-                    cli.say(f"{label}: {rows[label]}")
-                    write("teacher_text", command, {"given": given, **cost, "rows": rows})
+        folders = texts(Path(temp), s.teacher)
+        for label, share in SHARES.items():
+            if label not in rows:
+                preparation.WRITTEN_SHARE = share
+                rows[label] = row(s, Path(temp) / label, folders)
+                kinds = [k for k in folders if k != ANSWERS]
+                rows[label]["mean excess"] = sum(
+                    rows[label][k]["student"] - rows[label][k]["teacher"] for k in kinds
+                ) / len(kinds)
+                cli.say(f"{label}: {rows[label]}")
+                write(name, command, {"given": given, "rows": rows})
 
 
 if __name__ == "__main__":

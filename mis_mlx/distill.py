@@ -50,7 +50,7 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     student: str | None = None
     """folder of a student pruned earlier; default: prune now"""
     data: str | None = None
-    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; teacher: half of it the teacher writes now;
+    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; teacher: it writes a quarter of it first;
     default: built-in text"""
     bytes: str | None = None
     """weights of the result on disk, such as 50MB: `search` chooses sizes and bits for it first, as pruned"""
@@ -192,7 +192,7 @@ def _text(s: Settings, teacher: Checkpoint) -> str | None:
     if s.data != preparation.TEACHER:
         return s.data
     visited = (s.iters or 0) * s.batch_size * s.grad_accumulation_steps * s.max_seq_length
-    texts = max(synthesize.Settings.num_samples, visited // (2 * TEXT_TOKENS))
+    texts = max(synthesize.Settings.num_samples, visited // (4 * TEXT_TOKENS))
     out = WRITTEN / f"{teacher.path.name}-{run_folder.origin(teacher, '')['teacher'][:8]}-{s.seed}-{texts}"
     shared = {name: getattr(s, name) for name in ("budget", "compute_dtype", "seed", "dry_run")}
     if distributed.is_main() and not out.exists():

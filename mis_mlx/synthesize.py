@@ -47,7 +47,7 @@ class Settings(cli.Budgeted, policy.Computing):
     """folder to write"""
     data: str | None = None
     """text that is mixed in, and of which the held-out splits are; default: built in"""
-    mix: Share = 0.5
+    mix: Share = 0.75
     """share of the characters in train.jsonl that are of --data"""
     num_samples: Count = 144
     """texts that the model writes"""

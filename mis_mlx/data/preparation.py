@@ -1,7 +1,8 @@
 """Text from where it is, in three splits; token windows of it: train, and held-out sets that share nothing with it.
 
-From folders in mlx-lm's format, the hub, or built in, for work offline: Python's manual in English (`pydoc_data`) and
-the Polish Miś texts (benchmarks/polish_text). Every row is judged before any is used; notes say what was dropped."""
+From folders in mlx-lm's format, the hub, or built in, for work offline: Python's manual in English (`pydoc_data`), the
+Polish Miś texts (benchmarks/polish_text), and what the default teacher wrote. Every row is judged before any is used;
+notes say what was dropped."""
 
 import hashlib
 import json
@@ -25,7 +26,8 @@ TEACHER = "teacher"  # `--data teacher` of distill, which has the teacher write 
 SOURCE = "source.json"  # in a folder that `synthesize` wrote: of what --data its held-out splits are
 MIS_FOLDER = Path(__file__).parent / "polish" / MIS
 SPLITS = ("train", "valid", "test")
-MIS_SHARE = 1 / 8  # of the built-in training windows: Polish enough to matter, English enough to measure
+WRITTEN = Path(__file__).parent / "written" / "train.jsonl"  # ABOUT says by whom
+MIS_SHARE, WRITTEN_SHARE = 1 / 8, 1 / 4  # of the built-in training windows (benchmarks/teacher_text.py)
 
 
 class Texts(NamedTuple):
@@ -139,6 +141,16 @@ def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.a
     return [mx.array(data.tokens[i][None]) for i in at]
 
 
+def _written(tokenizer: Any) -> list[Row]:
+    """What the default teacher wrote; its answers are plain text where there is no chat template that takes them."""
+    rows = list(read(WRITTEN).rows)
+    try:
+        token_windows.tokenize([row for row in rows if "prompt" in row], tokenizer)
+    except MisError:
+        rows = [{"text": row.get("text") or "\n".join(row.values())} for row in rows]
+    return rows
+
+
 def _beside_ours(source: Path) -> bool:
     """Whether a teacher's own text was mixed with the built-in one, by the file `synthesize` leaves."""
     try:
@@ -149,8 +161,9 @@ def _beside_ours(source: Path) -> bool:
 
 def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     """Windows of `length` tokens; held-out ones that overlap training are removed. data None: Python's manual (English)
-    with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays.
-    What a teacher wrote beside these is held against the same texts."""
+    with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays;
+    and two in eight of what a small model wrote, which shows more kinds of text. What a teacher wrote beside manual and
+    Miś texts is held against the same texts."""
 
     def counted(held_out: Windows) -> Windows:
         return replace(held_out, text_bytes=token_windows.text_bytes(held_out, tokenizer))
@@ -170,8 +183,14 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
         return Data(train, {"held-out": counted(test)}, tuple(notes))
     polish = load(MIS)
     if data is None:
-        extra = windows(polish.train)
-        count = min(len(extra.tokens), round(len(train.tokens) * MIS_SHARE / (1 - MIS_SHARE)))
-        train = token_windows.joined([train, extra.pick(slice(count))])
-        notes += [*polish.notes, f"{count} of the training windows are Polish"]
+        whole = len(train.tokens) / (1 - MIS_SHARE - WRITTEN_SHARE)
+        notes += polish.notes
+        for what, rows, share in (
+            ("Polish", polish.train, MIS_SHARE),
+            ("a model's", _written(tokenizer), WRITTEN_SHARE),
+        ):
+            extra = windows(rows)
+            count = min(len(extra.tokens), round(whole * share))
+            train = token_windows.joined([train, extra.pick(slice(count))])
+            notes.append(f"{count} of the training windows are {what}")
     return Data(train, {"English": counted(test), "Polish": counted(windows(polish.test))}, tuple(notes))
