@@ -187,7 +187,7 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
         notes += polish.notes
         for what, rows, share in (
             ("Polish", polish.train, MIS_SHARE),
-            ("a model's", _written(tokenizer), WRITTEN_SHARE),
+            ("written by a model", _written(tokenizer), WRITTEN_SHARE),
         ):
             extra = windows(rows)
             count = min(len(extra.tokens), round(whole * share))
