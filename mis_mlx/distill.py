@@ -129,7 +129,7 @@ def _sizes(s: Settings, c: pipeline.Run, models: dict[str, Checkpoint]) -> list[
     fit = {n: m.path for n, m in models.items() if phases.timed_bytes(arch.params(m.config)) <= c.plan.budget_bytes}
     if s.bench_tokens:
         cli.say(f"measure: speed of {', '.join(fit) or 'none: no model fits the budget whole'}")
-        sizes += bench.measure(list(fit.values()), list(fit), 2 * s.bench_tokens, s.bench_tokens, 2, c.plan.peak_bytes)
+        sizes += bench.measure(fit, 2 * s.bench_tokens, s.bench_tokens, 2, c.plan.peak_bytes)
         lines = [json.dumps(one, ensure_ascii=False) for one in mlx_generate.samples(fit, 2 * s.bench_tokens)]
         c.files.replace_text(c.folder / run_folder.SAMPLES, "\n".join([*lines, ""]))
     return sizes
