@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
+from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.alignment.sequence_packing import OfStep
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher
@@ -31,7 +31,7 @@ Pair = Sequence[Sequenced]  # (chosen, rejected), prompts included
 
 
 @dataclass(frozen=True)
-class Settings(alignment_plan.Alignment):
+class Settings(alignment_run.Alignment):
     """One run. Rows: {"prompt", "chosen", "rejected"}."""
 
     learning_rate: Rate = 5e-6
@@ -137,19 +137,19 @@ def measure(model: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndar
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, ask the reference, train, write the best student."""
-    s, folder, checkpoint = alignment_plan.opened(settings)
+    s, folder, checkpoint = alignment_run.opened(settings)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
     def training(parts: Settings) -> estimates.StageCost:
         length = max(map(longest, [*train, *valid]))
-        return alignment_plan.training(parts, checkpoint, 2 * parts.batch_size, length, "dpo")
+        return alignment_run.training(parts, checkpoint, 2 * parts.batch_size, length, "dpo")
 
-    parts = alignment_plan.cut(s, folder, training)
+    parts = alignment_run.cut(s, folder, training)
     seen = live_teacher.visited(len(train), parts)  # who needs the reference
     compared = [*(train[i] for i in seen), *valid]
     tokens, phase = sum(2 * longest(pair) for pair in compared), training(parts)
-    asking = estimates.forward_flops(alignment_plan.sizes(s, checkpoint), tokens, s.max_seq_length)
-    plan = alignment_plan.plan(parts, replace(phase, flops=phase.flops + asking))
+    asking = estimates.forward_flops(alignment_run.sizes(s, checkpoint), tokens, s.max_seq_length)
+    plan = alignment_run.plan(parts, replace(phase, flops=phase.flops + asking))
     if s.dry_run:
         return {"model": str(checkpoint.path), "pairs": len(train), **plan.result}
     with alignment_run.running(s, folder, checkpoint, plan, card, "dpo") as r:

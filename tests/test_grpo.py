@@ -16,7 +16,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import dpo, grpo
-from mis_mlx.alignment import alignment_plan, alignment_run
+from mis_mlx.alignment import alignment_run
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.distillation import train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -254,5 +254,5 @@ def test_the_reference_is_planned_in_the_type_of_training(
     same: in DPO's plan and in GRPO's."""
     monkeypatch.setenv(policy.POLICY, "metal")
     for settings in (dpo.Settings(fine_tune_type=kind), grpo.Settings(fine_tune_type=kind)):
-        assert alignment_plan.sizes(settings, llama).item == item
-        assert alignment_plan.dtype_of(settings, llama).size == item
+        assert alignment_run.sizes(settings, llama).item == item
+        assert alignment_run.dtype_of(settings, llama).size == item

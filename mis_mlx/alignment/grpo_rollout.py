@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_plan
+from mis_mlx.alignment import alignment_run
 from mis_mlx.data.rows import Row
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
@@ -34,7 +34,7 @@ TABLE = (("reward", ".3f"), ("answer_tokens", ".1f"), ("kept", ".0f"), ("groups"
 
 
 @dataclass(frozen=True)
-class Settings(alignment_plan.Alignment):
+class Settings(alignment_run.Alignment):
     """One run. Rows: {"prompt", "answer"}."""
 
     learning_rate: Rate = 1e-6
