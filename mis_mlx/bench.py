@@ -157,7 +157,7 @@ def run(settings: Settings) -> dict[str, Any]:
     hot = [f"{when}: {why}" for when, why in unfit.items() if why]
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
     fixed, measured = bench.fixed(), bench.measured(at, idle_w)
-    print(text.table(rounds.rows(fixed["models"], measured), list(measured), rounds.METRICS))
+    print(text.table(rounds.rows(fixed["models"], measured), list(measured), text.TABLES["bench"]))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
     result = {**fixed, "machine": rates.about(), "hot": hot, "stopped": bench.stopped}

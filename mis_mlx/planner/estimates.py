@@ -129,12 +129,10 @@ class StageCost:
         optimizer's updates come on top of the arithmetic, which ends before one begins."""
         disk = self.read_bytes / at.read_bytes_per_s + self.written_bytes / at.write_bytes_per_s
         flops_per_s = at.training_flops_per_s if self.training else at.forward_flops_per_s
-        work = self.flops / (flops_per_s * (at.hot if hot else 1.0)) + self.update_seconds(at)
+        work = self.flops / (flops_per_s * (at.hot if hot else 1.0))
+        if at.gpu:  # a CPU's training rate has the updates in it (rates.ELEMENTWISE)
+            work += UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s
         return max(disk, work, self.touched_bytes / at.memory_bytes_per_s)
-
-    def update_seconds(self, at: rates.Rates) -> float:
-        """Of all the optimizer's updates; a CPU's training rate has them in it (rates.ELEMENTWISE)."""
-        return UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s if at.gpu else 0.0
 
 
 def tensor_bytes(m: ModelSize) -> int:

@@ -25,13 +25,11 @@ from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
 from mis_mlx.models import load, mlx_generate, stream
 from mis_mlx.planner import estimates, phases
-from mis_mlx.reporting import text
 from mis_mlx.types import Checkpoint, Row
 
 WARM_UP = 4  # tokens after the whole prompt, timed by nobody
 PREFILL = 2048  # mlx-lm's prefill_step_size
 SLOWED = 0.9  # the last trial's speed over the first's, below which something throttles
-METRICS = text.metrics("bench")
 Facts = Mapping[str, Mapping[str, Any]]  # by model
 
 
