@@ -116,7 +116,7 @@ def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name:
         peak += training_size.logit_bytes(m.shape.vocab, rows * length)
     written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + estimates.SIZES[s.dtype] * m.params
     flops = s.iters * 3 * estimates.forward_flops(m, s.grad_accumulation_steps * rows * length, length)
-    return estimates.StageCost(name, m.nbytes, written, peak, flops, True, updated=s.iters * trained)
+    return estimates.StageCost(name, m.nbytes, written, peak, flops, updated=s.iters * trained)
 
 
 @dataclass(frozen=True)

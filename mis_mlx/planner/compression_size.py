@@ -3,7 +3,6 @@
 Arithmetic on sizes. Does not know how it is done (pruning, quantization), nor the training between (planner/phases)."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, SLAB
@@ -137,13 +136,3 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
         touched_bytes=then.touched_bytes + touched * s.layers * m.block_params,
         held_tokens=min(then.held_tokens or windows * length, held * length),
     )
-
-
-def cheaper(job: DistillationSpec) -> Iterator[tuple[str, DistillationSpec]]:
-    """(flags, the job with them) of what takes less memory."""
-    how = job.rounding
-    if how.looks:
-        flags = "--q-method round" + (" without --target-bpw" if how.target_bpw is not None else "")
-        yield flags, replace(job, rounding=replace(how, q_method="round", target_bpw=None))
-    if how.steps(True):
-        yield "--q-iters 0", replace(job, rounding=replace(how, q_iters=0))

@@ -117,7 +117,6 @@ class StageCost:
     written_bytes: int
     peak_bytes: int
     flops: float
-    training: bool = False
     touched_bytes: int = 0  # weights fetched from memory; counts where there is little to do with each
     pinned: int = 0
     spooled_bytes: int = 0
@@ -128,7 +127,7 @@ class StageCost:
         """What takes longest: the disk, the arithmetic, or fetching weights from memory; they overlap. The
         optimizer's updates come on top of the arithmetic, which ends before one begins."""
         disk = self.read_bytes / at.read_bytes_per_s + self.written_bytes / at.write_bytes_per_s
-        flops_per_s = at.training_flops_per_s if self.training else at.forward_flops_per_s
+        flops_per_s = at.training_flops_per_s if self.updated else at.forward_flops_per_s
         work = self.flops / (flops_per_s * (at.hot if hot else 1.0))
         if at.gpu:  # a CPU's training rate has the updates in it (rates.ELEMENTWISE)
             work += UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s
@@ -159,12 +158,6 @@ def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
     s = m.shape
     per_token = 8 * s.hidden + 3 * arch.met(m.config) + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
     return 4 * together(m) * tokens * per_token + (2 * GROUP_BYTES if s.experts else 0)
-
-
-def groups(m: ModelSize, tokens: int) -> int:
-    """How often a block's experts are read in a pass over so many tokens (`stream.Stream.mixed`)."""
-    each = m.shape.hidden * m.item * m.config.get("num_experts_per_tok", 0)
-    return max(1, math.ceil(tokens * each / GROUP_BYTES))
 
 
 def keys_bytes(m: ModelSize, tokens: int) -> int:
@@ -203,10 +196,11 @@ def streamed_pass(
     if again and kept_head + held + process_bytes(limit_bytes, m.gpu) <= limit_bytes:
         keeps, head_read = pins(m, room(limit_bytes, kept_head + held, m.gpu)), 0
         peak = kept_head + held + keeps * m.block_work
-    parts = 1 + (groups(m, tokens) - 1) * (1 - m.here)
+    # A block's experts are read once a group of tokens (stream.Stream.mixed).
+    parts = 1 + max(0, math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES) - 1) * (1 - m.here)
     read = int((s.layers - keeps) * m.block_bytes * parts) + head_read + moved
     flops = forward_flops(m, tokens, length, head)
-    return StageCost(name, read, moved, peak, flops, False, 0, keeps, hidden - held, held // (s.hidden * m.item))
+    return StageCost(name, read, moved, peak, flops, 0, keeps, hidden - held, held // (s.hidden * m.item))
 
 
 def token(m: ModelSize, length: int, limit_bytes: int) -> StageCost:

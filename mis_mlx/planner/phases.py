@@ -38,7 +38,7 @@ def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     m = job.student
     nbytes = training_size.training_bytes(m.config, micro, job.length, job.host_lanes)
     work, trained = training_size.activation_bytes(m.config, micro, job.length), m.params
-    plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, job.length), True)
+    plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, job.length))
     return _taught(job, plain, micro, limit, job.iters, trained, SAVED_BYTES * trained, work)
 
 
@@ -52,7 +52,7 @@ def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) ->
         trained = ADAPTERS.params(m.config) // layers
         state = layers * (m.block_params * m.item + STATE_BYTES * trained)
     flops = 4 * forward_flops(m, job.step, job.length, False) + 4.0 * job.step * m.head_params
-    plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops, True)
+    plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops)
     work -= 4 * m.head_params
     return _taught(job, plain, micro, limit, job.iters, layers * trained, state, work)
 
@@ -71,7 +71,7 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     head += training_size.logit_bytes(s.vocab, micro * job.length, bool(job.host_lanes))
     work = training_size.activation_bytes(m.config, micro, job.length)
     peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
-    plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.length), True)
+    plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.length))
     return _taught(job, plain, micro, limit, iters, trained, SAVED_BYTES * trained, work)
 
 
@@ -117,7 +117,7 @@ def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     trained = 4 * b * min(s.layers, visits * shard)
     read = job.iters * read + visits * 4 * m.head_params + trained
     written, updated = trained + state * saves, job.iters * b * shard
-    return StageCost("distil", int(read), written, peak, job.iters * flops, True, updated=updated)
+    return StageCost("distil", int(read), written, peak, job.iters * flops, updated=updated)
 
 
 def steps_per_shard(job: DistillationSpec, shard: int) -> int:
@@ -268,7 +268,11 @@ def remedy(plan: MemoryPlan) -> str:
     least = estimates.flag(least_bytes(job, plan.rates))
     text = f"{worst.name} needs {gib(worst.peak_bytes)}, the budget is {gib(plan.budget_bytes)}: give --budget {least}"
     tries = [("--reconstruct-samples 0", replace(job, repair=0))] if job.repair else []
-    tries += compression_size.cheaper(job)
+    if job.rounding.looks:
+        flags = "--q-method round" + (" without --target-bpw" if job.rounding.target_bpw is not None else "")
+        tries.append((flags, replace(job, rounding=replace(job.rounding, q_method="round", target_bpw=None))))
+    if job.rounding.steps(True):
+        tries.append(("--q-iters 0", replace(job, rounding=replace(job.rounding, q_iters=0))))
     shorter = [n for n in (job.length >> k for k in range(1, 8)) if n >= 16]
     tries += [(f"--max-seq-length {n} instead of {job.length}", replace(job, length=n)) for n in shorter]
     fitting = [name for name, other in tries if make(other, plan.budget_bytes, plan.rates).fits]
