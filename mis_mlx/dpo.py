@@ -14,7 +14,6 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, sequence_packing
-from mis_mlx.alignment.sequence_packing import OfStep
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths import losses, policy
@@ -104,15 +103,11 @@ def longest(pair: Pair) -> int:
     return max(len(ids) for ids, _ in pair)
 
 
-def micro_batches(pairs: Sequence[Pair], logps: np.ndarray, batch_size: int, parts: int, seed: int) -> OfStep:
-    """Those of any step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
-    lengths = [longest(pair) for pair in pairs]
-
-    def of_step(step: int) -> list[tuple[mx.array, ...]]:
-        at = sequence_packing.drawn(lengths, batch_size, parts, step, seed, distributed.shard)
-        return [(*rectangle([pairs[i] for i in part]), mx.array(logps[part].T.reshape(-1))) for part in at]
-
-    return of_step
+def micro_batches(s: Settings, pairs: Sequence[Pair], logps: np.ndarray, step: int) -> list[tuple[mx.array, ...]]:
+    """Those of a step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
+    lengths = list(map(longest, pairs))
+    at = sequence_packing.drawn(lengths, s.batch_size, s.grad_accumulation_steps, step, s.seed)
+    return [(*rectangle([pairs[i] for i in part]), mx.array(logps[part].T.reshape(-1))) for part in at]
 
 
 def measure(model: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndarray, batch: int) -> dict[str, float]:
@@ -160,7 +155,7 @@ def run(settings: Settings) -> dict[str, Any]:
         logps = np.array(distributed.broadcast_array(mx.array(logps)))
         of_train = np.full((len(train), 2), np.nan, np.float32)
         of_train[seen] = logps[: len(seen)]
-        each = micro_batches(train, of_train, parts.batch_size, parts.grad_accumulation_steps, s.seed)
+        each = partial(micro_batches, parts, train, of_train)
         loss = partial(s.loss, frozen_head=s.lora is not None)
         held_out = partial(measure, r.model, s, valid, logps[len(seen) :], parts.batch_size)
         judge = OF_MEANS if s.loss_type == "dpop" else "loss"

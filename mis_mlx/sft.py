@@ -1,6 +1,7 @@
 """Supervised fine-tuning: a model learns the answers of conversations, whole or with LoRA, perhaps beside a teacher."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mis_mlx import cli
@@ -66,8 +67,8 @@ def run(settings: Settings) -> dict[str, Any]:
             t, direct = estimates.model_of(beside), beside.nbytes > plan.budget.limit_bytes
             room = phase.pinned * t.block_work + t.head_work
             source = live_teacher.StreamedTeacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
-        each = train.micro_batches(source, parts.batch_size, parts.grad_accumulation_steps, s.seed)
-        loss = train.loss_of(source, frozen_head=s.lora is not None)
+        each = partial(train.micro_batches, source, parts.batch_size, parts.grad_accumulation_steps, s.seed)
+        loss = partial(train.loss, source, s.lora is not None)
         return r.train(each, loss, lambda: valid.measure(r.model, parts.batch_size))
 
 

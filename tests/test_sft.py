@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,9 @@ def rows_of(found: dict[str, np.ndarray]) -> list[Sequenced]:
 def step(lesson: PackedDataset, model: nn.Module, batch_size: int, parts: int) -> tuple[float, float, Any]:
     """(sum, count, gradients of the sum) of the first step, micro-batches added as the loop adds them."""
     source = live_teacher.TextTargets()
-    loss = lesson.loss_of(source, frozen_head=False)
+    loss = partial(lesson.loss, source, False)
     total, count, gradients = 0.0, 0.0, None
-    for arguments in lesson.micro_batches(source, batch_size, parts, 0)(0):
+    for arguments in lesson.micro_batches(source, batch_size, parts, 0, 0):
         (part, n, _), made = nn.value_and_grad(model, loss)(model, *arguments)
         total, count = total + float(part), count + float(n)
         gradients = made if gradients is None else tree_map(mx.add, gradients, made)
@@ -241,8 +242,8 @@ def test_packed_weights_in_memory_take_adapters(tmp_path: Path, monkeypatch: pyt
     lora.insert(model, lora.Lora(-1, 4, 2.0), 0)
     rows = [(np.arange(3, 9, dtype=np.int32), np.ones(6, np.float32))]
     lesson, source = PackedDataset(rows), live_teacher.TextTargets()
-    (arguments,) = lesson.micro_batches(source, 1, 1, 0)(0)
-    _, gradients = nn.value_and_grad(model, lesson.loss_of(source, True))(model, *arguments)
+    (arguments,) = lesson.micro_batches(source, 1, 1, 0, 0)
+    _, gradients = nn.value_and_grad(model, partial(lesson.loss, source, True))(model, *arguments)
     flat = dict(tree_flatten(gradients))
     assert flat and all(name.endswith(("lora_a", "lora_b")) for name in flat)
     assert any(float(mx.abs(g).max()) > 0 for name, g in flat.items() if name.endswith("lora_b"))

@@ -177,23 +177,18 @@ def test_a_tuning_run_goes_back_too(
 ) -> None:
     """`sft` with batches 4 to 6 of no number: back to its checkpoint at step 3, and the best model has numbers only."""
     model, text = all_jobs["sft"].made
-    each, loss_of = PackedDataset.micro_batches, PackedDataset.loss_of
+    each, loss = PackedDataset.micro_batches, PackedDataset.loss
 
-    def poisoned(*arguments: Any) -> Callable[[int], list[Any]]:
-        made = each(*arguments)
-        return lambda step: [(*p, mx.array(math.nan if step + 1 in (4, 5, 6) else 1.0)) for p in made(step)]
+    def poisoned(*arguments: Any) -> list[Any]:
+        factor = mx.array(math.nan if arguments[-1] + 1 in (4, 5, 6) else 1.0)
+        return [(*part, factor) for part in each(*arguments)]
 
-    def bitter(*arguments: Any, **more: Any) -> Callable[..., Any]:
-        loss = loss_of(*arguments, **more)
-
-        def with_poison(student: Any, *parts: mx.array) -> Any:
-            total, *rest = loss(student, *parts[:-1])
-            return (total * parts[-1], *rest)
-
-        return with_poison
+    def bitter(*arguments: Any) -> Any:
+        total, *rest = loss(*arguments[:-1])
+        return (total * arguments[-1], *rest)
 
     monkeypatch.setattr(PackedDataset, "micro_batches", poisoned)
-    monkeypatch.setattr(PackedDataset, "loss_of", bitter)
+    monkeypatch.setattr(PackedDataset, "loss", bitter)
     out = tmp_path / "sft"
     lessons = str(text.parent / "lessons")
     sft.run(
