@@ -8,8 +8,7 @@ from typing import Any, Literal
 from mis_mlx import cli
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
-from mis_mlx.models import arch, load
-from mis_mlx.models import resolve as teachers
+from mis_mlx.models import arch, load, resolve
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
 from mis_mlx.planner import compression_size, estimates, phases, training_size
 from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
@@ -91,7 +90,7 @@ def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
     """(model or config, path or name) of a folder, with or without weights, of a hub model, or the paper's teacher."""
     if name in arch.PUBLISHED:
         return arch.PUBLISHED[name], name
-    folder = teachers.resolve_model(name).path
+    folder = resolve.resolve_model(name).path
     bare = not any(folder.glob("*.safetensors"))
     return read_config(folder) if bare else load.open_checkpoint(folder), str(folder)
 
