@@ -107,9 +107,7 @@ def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
         load.resident(student, mx.float32), GuardedAdamW(), lesson(), live_teacher.TextTargets(),
     )  # fmt: skip
     batches = partial(rows.micro_batches, text, 5, 1, 0)
-    return _learned(
-        model, list(train_loop.train(model, batches, partial(rows.loss, text, False), optimizer, RECIPE.schedule))
-    )
+    return _learned(model, list(train_loop.train(model, batches, partial(rows.loss, text, False), optimizer, RECIPE)))
 
 
 def _learned(model: object, steps: Sequence[object]) -> dict[str, np.ndarray]:

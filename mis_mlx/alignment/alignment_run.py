@@ -197,7 +197,7 @@ class AlignmentRun(run_loop.OpenRun):
         )  # fmt: skip
         start = training.start(lambda: None)
         self.model.train()
-        steps = partial(train, self.model, micro_batches, loss, self.optimizer, s.schedule)
+        steps = partial(train, self.model, micro_batches, loss, self.optimizer, s)
         training.finish(steps, start, s.iters, s.save_every, self.optimizer)
         return self._finish() if distributed.is_main() else {}
 

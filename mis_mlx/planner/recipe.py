@@ -15,23 +15,6 @@ from mis_mlx.types import FILE_ONLY, Bits, Count, MisError, Positive, Rate, Seed
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How many steps, and the learning rate of each: linear warm-up, then cosine to `floor` of the peak."""
-
-    iters: int
-    peak: float
-    warmup: int
-    floor: float = 0.1
-
-    def rate(self, step: int) -> float:
-        """Learning rate of 0-based `step`."""
-        if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.iters - 1 - self.warmup)
-        return self.peak * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-@dataclass(frozen=True)
 class TrainingConfig:
     """Steps, batches, learning rate: mlx-lm's names."""
 
@@ -54,10 +37,13 @@ class TrainingConfig:
     seed: Seed = 0
     """of batch order, calibration windows and eps_halny"""
 
-    @property
-    def schedule(self) -> Schedule:
-        """The learning rate of every step."""
-        return Schedule(self.iters, self.learning_rate, min(self.warmup, self.iters))
+    def rate(self, step: int) -> float:
+        """Learning rate of 0-based `step`: linear warm-up, then a cosine to a tenth of the peak."""
+        warmup = min(self.warmup, self.iters)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.iters - 1 - warmup)
+        return self.learning_rate * (0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def test_three_in_a_row_go_back_and_on_without_them(
     assert "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the learning rate" in said
     assert notes(str(s.out)) == dict.fromkeys((6, 7, 8), "skipped: not a number before")
     rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
-    assert rates[5] == pytest.approx(s.schedule.rate(4) / 2) and rates[4] == pytest.approx(s.schedule.rate(3))
+    assert rates[5] == pytest.approx(s.rate(4) / 2) and rates[4] == pytest.approx(s.rate(3))
     assert all_numbers(Path(str(s.out)) / "model")
     note("B2 three in a row", "distill", {"back to step 4": 1, "the end": 1}, 0,
          "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the learning rate")  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_sharded_run_goes_back_too(
     noted = notes(str(s.out))
     assert set(noted) == bad and noted[first + 2] == "skipped: not a number before"
     rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
-    assert rates[ITERS] == pytest.approx(s.schedule.rate(ITERS - 1) / 2)
+    assert rates[ITERS] == pytest.approx(s.rate(ITERS - 1) / 2)
     assert all_numbers(Path(str(s.out)) / "model")
     _stopped_at(9, cut)
     distill.run(distill.Settings(out=cut.out, resume=True))

@@ -32,7 +32,6 @@ from mis_mlx.planner.recipe import (
     DistillationConfig,
     DistillationSpec,
     QuantizationConfig,
-    Schedule,
     TrainingConfig,
     spec_of,
 )
@@ -328,7 +327,7 @@ def test_training_by_blocks_stays_under_the_plan(
         student = sharded.Sharded(models[1], 4, 2, 0.01, DISK, 4 * small.head_params, adapters=adapters)
         student.begin()
         micro_batches = live_teacher.step_micro_batches(source, data, recipe)
-        how = partial(source.kl_sum, frozen_head=True), recipe.schedule
+        how = partial(source.kl_sum, frozen_head=True), recipe
         steps = list(student.steps(micro_batches, *how, slopes=source.frozen_slopes()))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (5 if resident else 0)
@@ -357,7 +356,7 @@ def test_sharded_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Check
             return [(t, mx.ones(32), mx.random.normal((32, 256), key=k)) for t, k in zip(tokens, keys, strict=True)]
 
         loss = partial(_against_itself, head=load.head(wide[0], mx.float32))
-        steps = list(made.steps(micro_batches, loss, Schedule(6, 1e-3, 1)))
+        steps = list(made.steps(micro_batches, loss, tiny.schedule(6, 1e-3, 1)))
         del made
     peak, array = max(s.peak_bytes for s in steps) - before, 4 * 256 * 1536
     assert planned / 2 < peak < planned + array, (peak / MIB, planned / MIB)
