@@ -31,8 +31,8 @@ def table(plan: phases.MemoryPlan) -> str:
         "plan": plan, "before": arch.params(whole.config), "after": arch.params(job.student.config), "gib": gib,
         "words": shape_search.words(job.student.shape, whole.shape), "hours": hours, "duration": duration,
         "packed": compression_size.packed_bytes(job.student, job.rounding) if "quantize" in names else 0,
-        "one": estimates.token(job.teacher, job.length, plan.budget_bytes), "verbose": cli.DETAILS in os.environ,
-        "remedy": phases.remedy(plan), "disk": disk_bytes(plan),
+        "one": estimates.token(job.teacher, job.max_seq_length, plan.budget_bytes), "remedy": phases.remedy(plan),
+        "disk": disk_bytes(plan), "verbose": cli.DETAILS in os.environ,
         "visit": phases.steps_per_shard(job, plan.shard_layers or job.student.shape.layers), "life": LIFE_BYTES,
         "spooled": max(p.spooled_bytes for p in plan.phases), "written": sum(p.written_bytes for p in plan.phases),
     })  # fmt: skip

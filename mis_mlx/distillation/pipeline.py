@@ -141,11 +141,11 @@ def source_of(c: Run) -> live_teacher.TargetSource:
 def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
     """What the closed-form repair changes, by name. parts: the student's folder, where these go at once; then hidden
     states are on disk as far as memory does not hold them."""
-    if not (c.plan.job.repair and (keep := model_writer.read_keep(pruned.path))):
+    if not (c.plan.job.reconstruct_samples and (keep := model_writer.read_keep(pruned.path))):
         return {}
     name = reconstruct.mended_name(pruned)
     cli.say(f"reconstruct: refit every block's {name.removesuffix('.weight')} to the teacher's stream")
-    planned, windows = next(p for p in c.plan.phases if p.name == "repair"), c.pick(c.plan.job.repair, 2)
+    planned, windows = next(p for p in c.plan.phases if p.name == "repair"), c.pick(c.plan.job.reconstruct_samples, 2)
     c.files.require_space(c.folder, planned.spooled_bytes, "the spool of hidden states")
     with c.phase("repair"):
         if parts is None:

@@ -21,8 +21,8 @@ def vocabulary(teacher: ModelSize, length: int, limit: int) -> StageCost:
 
 def prune(job: DistillationSpec, limit: int) -> StageCost:
     """Choose the tokens, calibrate, then copy what is kept, tensor by tensor."""
-    t, length = job.teacher, job.length
-    p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
+    t, length = job.teacher, job.max_seq_length
+    p = streamed_pass("prune", t, job.num_samples * length, length, length, limit, head=False)
     peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
     copied = estimates.tensor_bytes(job.shown or t)
     if job.shown and job.shown.shape != t.shape:
@@ -31,7 +31,7 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
     if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
         square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
         peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide
-        turn = 4.0 * square * (t.shape.layers + 1) * job.calibration * length
+        turn = 4.0 * square * (t.shape.layers + 1) * job.num_samples * length
         read, written, flops = read + 2 * p.read_bytes, written + 2 * p.written_bytes, flops + 2 * p.flops + turn
     peak, read, written = max(peak, copied), read + t.nbytes, written + job.student.nbytes
     return replace(p, peak_bytes=peak, read_bytes=read, written_bytes=written, flops=flops)
@@ -41,7 +41,7 @@ def repair(job: DistillationSpec) -> StageCost:
     """Both models side by side, every down_proj refitted (pruning/reconstruct), whose inputs are kept meanwhile; the
     new ones wait in memory. Of a mixture the routers (pruning/router): every expert says something to all tokens that
     there is room for, in training and held-out ones each, of which a step gathers some more; then a pass goes on."""
-    m, length, tokens = job.student, job.length, job.repair * job.length
+    m, length, tokens = job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
     beside, read = small.peak_bytes, m.nbytes
     if m.shape.experts:
@@ -60,7 +60,7 @@ def repair(job: DistillationSpec) -> StageCost:
 def repair_parts(job: DistillationSpec, limit: int) -> StageCost:
     """The same for a student in parts, each of which is written: a window at a time, hidden states on disk as far as
     they find no room, and a block's output computed once more."""
-    t, m, length, tokens = job.teacher, job.student, job.length, job.repair * job.length
+    t, m, length, tokens = job.teacher, job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     fit_bytes, fit_flops = estimates.refit(m, tokens)
     body = max(each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (t, m))
     peak = t.slots_bytes + m.slots_bytes + body + max(fit_bytes, 4 * m.block_params) + estimates.SMALL_BYTES

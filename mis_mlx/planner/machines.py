@@ -27,7 +27,7 @@ def shares(made: phases.MemoryPlan) -> tuple[int, ...]:
     if distributed.size() == 1:
         return ()
     job = made.job
-    counts = _shared(job.teacher, made.pinned, job.step, job.length, made.rates)
+    counts = _shared(job.teacher, made.pinned, job.step, job.max_seq_length, made.rates)
     cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
     return tuple(counts)
 
