@@ -85,7 +85,7 @@ def _check_upload(s: Settings, checkpoint: Checkpoint) -> None:
         raise MisError(f"--upload-repo sends a Hugging Face folder, --format is {s.format}: add --format hf")
     if not resolve.REPO_ID.fullmatch(s.upload_repo or ""):
         raise MisError(f"--upload-repo {s.upload_repo!r} is no repository of the hub: write NAME/MODEL")
-    if not (s.license or model_card.licence_of(s.base_model or model_card.base_of(checkpoint.path))):
+    if not s.license and (s.base_model or model_card.base_of(checkpoint.path)) != resolve.DEFAULT:
         raise MisError("--upload-repo publishes weights, and their licence is not known: say it with --license")
 
 
