@@ -226,7 +226,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if not made.fits:
         raise MisError(phases.remedy(made))
     if folder is None:
-        cli.say(progress.promise(made.seconds))
+        cli.say(progress.promise(sum(made.planned.values())))
     with progress.run("distill", made.planned):
         table, result = _begin(replace(s, iters=made.job.iters), folder, teacher, rows, made, budget)
     if table:

@@ -26,7 +26,7 @@ def table(plan: phases.MemoryPlan) -> str:
     """For people: what is made, time and memory of each phase, how; or what would fit. With -v every byte of it."""
     job, names = plan.job, [p.name for p in plan.phases]
     whole, hot = job.shown or job.teacher, sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
-    hours = duration(plan.seconds) + (f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else "")
+    hours = duration(sum(plan.planned.values())) + (f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else "")
     return html.document("plan.md", {
         "plan": plan, "before": arch.params(whole.config), "after": arch.params(job.student.config), "gib": gib,
         "words": shape_search.words(job.student.shape, whole.shape), "hours": hours, "duration": duration,
@@ -48,7 +48,7 @@ def outcome(plan: phases.MemoryPlan, teacher: str) -> dict[str, Any]:
         "mode": plan.mode,
         "peak_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
-        "seconds": round(plan.seconds),
+        "seconds": round(sum(plan.planned.values())),
         "check_failed": not plan.fits,
     }
 

@@ -121,7 +121,7 @@ def source_of(c: Run) -> live_teacher.TargetSource:
         return live_teacher.StreamedTeacher(c.teacher, room_bytes, c.direct, r.temperature, r.cross_entropy, c.shares)
 
     if r.targets == "live":
-        return teacher(None if c.plan.teacher_resident else c.plan.pinned * m.block_work + m.head_work)
+        return teacher(None if c.plan.pinned == m.shape.layers else c.plan.pinned * m.block_work + m.head_work)
     longest = max(c.plan.job.iters, c.plan.tuned)  # of training and tuning
     at = live_teacher.visited(len(c.data.tokens), replace(r, iters=longest))
     data = token_windows.Windows(c.data.tokens[at], c.data.learn[at])

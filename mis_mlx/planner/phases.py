@@ -187,24 +187,14 @@ class MemoryPlan:
         return self.peak_bytes <= self.budget_bytes
 
     @property
-    def seconds(self) -> float:
-        """Of all phases, the machine cool."""
-        return sum(self.planned.values())
-
-    @property
     def planned(self) -> dict[str, float]:
-        """Seconds by phase, in their order."""
+        """Seconds by phase, in their order, the machine cool."""
         return {p.name: p.seconds(self.rates) for p in self.phases}
 
     @property
     def pinned(self) -> int:
         """Teacher blocks that stay in memory during training."""
         return next((p.pinned for p in self.phases if p.name == "distil"), 0)
-
-    @property
-    def teacher_resident(self) -> bool:
-        """Whether all of them do."""
-        return self.pinned == self.job.teacher.shape.layers
 
 
 def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:

@@ -62,7 +62,7 @@ def test_resident_by_pencil() -> None:
     """10 steps of 384 tokens: forward and twice back for the student, forward for the teacher; four checkpoints."""
     plan = phases.make(JOB, GIB, M1_AIR)
     p = named(plan)["distil"]
-    assert (plan.mode, plan.micro_batch, plan.pinned, plan.teacher_resident) == ("resident", 4, 6, True)
+    assert (plan.mode, plan.micro_batch, plan.pinned) == ("resident", 4, 6)
     assert p.flops == 10 * (3 * forward_flops(SMALL, 384, 32) + forward_flops(BIG, 384, 32))
     assert p.read_bytes == SMALL.nbytes + BIG.head_bytes + 6 * BIG.block_bytes
     assert p.written_bytes == 4 * 12 * arch.params(SMALL.config) + SMALL.nbytes
@@ -159,7 +159,7 @@ def test_budgets_choose() -> None:
     seen = []
     for budget in range(1, 100):
         plan = phases.make(BLOCKY, budget * MIB, M1_AIR)
-        seen.append((plan.fits, plan.mode, plan.teacher_resident))
+        seen.append((plan.fits, plan.mode, plan.pinned == BIG.shape.layers))
         assert plan.peak_bytes <= budget * MIB or not plan.fits
     order = list(dict.fromkeys(seen))
     assert order[0] == (False, "sharded", False) and order[-1] == (True, "resident", True) and len(order) > 3
