@@ -88,13 +88,11 @@ def reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> np.nd
 
 def stored_reference(folder: Path, fingerprint: str, files: Files, make: Callable[[], np.ndarray]) -> np.ndarray:
     """What `make()` gave, (N, 2): from the run folder, hashes checked, where it lies there; else made and put there."""
-    saved = protocol.newest(folder / REFERENCE, files)
-    if saved is not None and saved.state["fingerprint"] == fingerprint:
+    if saved := protocol.newest(folder / REFERENCE, files):  # of the same data: a run is not resumed with others
         return np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
     values = make()
-    number = saved.number + 1 if saved else 0
     arrays = {"logps": {"chosen_rejected": mx.array(values)}}
-    protocol.save_step(folder / REFERENCE, number, arrays, {"fingerprint": fingerprint}, files)
+    protocol.save_step(folder / REFERENCE, 0, arrays, {"fingerprint": fingerprint}, files)
     return values
 
 
