@@ -3,8 +3,11 @@
 Arithmetic on sizes. Does not know how it is done (pruning, quantization), nor the training between (planner/phases)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, SLAB
 from mis_mlx.planner import estimates, training_size
 from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
@@ -12,6 +15,8 @@ from mis_mlx.planner.recipe import VOCABULARY_WINDOWS, DistillationSpec, Quantiz
 
 ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/router)
 BIAS_BITS = 32  # scale and bias of a group
+SENSED = 8  # windows that say what bits cost
+NOT_OURS = ("prune", "measure")  # phases of a distillation that a finalist does not go through
 
 
 def vocabulary(teacher: ModelSize, length: int, limit: int) -> StageCost:
@@ -136,3 +141,39 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
         touched_bytes=then.touched_bytes + touched * s.layers * m.block_params,
         held_tokens=min(then.held_tokens or windows * length, held * length),
     )
+
+
+def sensitivity(teacher: ModelSize, length: int, limit: int) -> StageCost:
+    """To see on SENSED windows what every matrix of the teacher costs in fewer bits."""
+    return quantize(teacher, QuantizationConfig(q_method="round"), SENSED, length, limit)
+
+
+def search(
+    s: Any, job: DistillationSpec, planned: Sequence[StageCost], probes: int, rows: bool, limit: int
+) -> dict[str, list[StageCost]]:
+    """What a search with these settings takes to rank, and to train, round and judge finalists, each student counted as
+    `job`'s, whose phases are `planned`. probes: axes measured alone. rows: whether some students have fewer tokens."""
+    t, m, length = job.teacher, job.student, job.max_seq_length
+    known = estimates.TENSOR_BYTES * t.tensors
+    own = known + process_bytes(max(0, limit - known))  # as in a plan, whose phases have it
+
+    def times(p: StageCost, n: int, name: str, written: int, beside: int = own) -> StageCost:
+        return replace(p, name=name, read_bytes=n * p.read_bytes, written_bytes=n * written, flops=n * p.flops,
+                       peak_bytes=p.peak_bytes + beside)  # fmt: skip
+
+    cut = next(p for p in planned if p.name == "prune")
+    windows, judging = (-(-4 * n // 3) for n in (s.rank_windows, s.eval_windows))  # of two texts
+    one = estimates.compared([t, m], windows, length)
+    passed = estimates.forward_flops(t, windows * length, length, False)  # the teacher's pass, which is done once
+    one = replace(one, peak_bytes=max(one.peak_bytes, estimates.tensor_bytes(t)), flops=one.flops - passed)
+    rank = [times(cut, 1, "calibrate", cut.written_bytes - m.nbytes, 0)]
+    rank += [times(sensitivity(t, length, limit), 1, "sensitivity", 0)] if s.mixed else []
+    rank.append(times(one, probes, f"{probes} axes alone", m.nbytes))
+    rank.append(times(one, s.evaluations, f"rank {s.evaluations}", 2 * m.nbytes))
+    if rows:
+        rank.append(times(vocabulary(t, length, limit), 1, "choose tokens", 0))
+    ours = [p for p in planned if p.name not in NOT_OURS]
+    trained = [times(p, s.finalists, f"{p.name}, {s.finalists} finalists", p.written_bytes, 0) for p in ours]
+    judged = estimates.compared([t, m, m, m], judging, length)
+    trained.append(times(judged, s.finalists, "judge them", 2 * m.nbytes))
+    return {"rank": rank, "finalists": trained if s.finalists else []}
