@@ -142,10 +142,11 @@ def run(settings: Settings) -> dict[str, Any]:
     compared = [*(train[i] for i in seen), *valid]
     tokens, phase = sum(2 * longest(pair) for pair in compared), training(parts)
     asking = estimates.forward_flops(alignment_run.sizes(s, checkpoint), tokens, s.max_seq_length)
-    plan = alignment_run.plan(parts, replace(phase, flops=phase.flops + asking))
+    phases = [replace(phase, flops=phase.flops + asking)]
+    planned = alignment_run.planned(s, phases)
     if s.dry_run:
-        return {"model": str(checkpoint.path), "pairs": len(train), **plan.result}
-    with alignment_run.running(s, folder, checkpoint, plan, card, "dpo") as r:
+        return {"model": str(checkpoint.path), "pairs": len(train), **planned}
+    with alignment_run.running(s, folder, checkpoint, parts.batch_size, phases, card, "dpo") as r:
         logps = np.zeros((len(compared), 2), np.float32)
         if distributed.is_main():
             ask = partial(reference, r.model, compared, parts.batch_size)

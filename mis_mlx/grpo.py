@@ -71,16 +71,17 @@ def run(settings: Settings) -> dict[str, Any]:
         raise MisError(f"{why}: lower the one or raise the other")
     functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
     train, prompts, valid, valid_prompts, card = _questions(s, checkpoint, functions)
-    plan = alignment_run.plan(s, *_phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts]))))
+    phases = _phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts])))
+    planned = alignment_run.planned(s, phases)
     if (n := distributed.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
         what = f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}"
         remedy = f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
         raise MisError(f"{what}: {remedy}")
     if s.dry_run:
-        return {"model": str(checkpoint.path), "questions": len(train), **plan.result}
-    with alignment_run.running(s, folder, checkpoint, plan, card, "grpo") as r:
+        return {"model": str(checkpoint.path), "questions": len(train), **planned}
+    with alignment_run.running(s, folder, checkpoint, s.batch_size, phases, card, "grpo") as r:
         dtype = alignment_run.dtype_of(s, checkpoint)
-        direct = checkpoint.nbytes > plan.budget.limit_bytes
+        direct = checkpoint.nbytes > r.budget.limit_bytes
         reference = stream.Stream(checkpoint, dtype, 0, direct) if s.beta else None
         log = partial(r.files.append, r.folder / grpo_rollout.SAMPLES)
         tokenizer = load.tokenizer(checkpoint.path)

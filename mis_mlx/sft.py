@@ -58,13 +58,13 @@ def run(settings: Settings) -> dict[str, Any]:
     cli.say(f"{len(splits[0])} rows in {len(train.windows)} windows of at most {length} tokens")
     parts = alignment_run.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))
     phase = _phase(parts, checkpoint, beside, length)
-    plan = alignment_run.plan(parts, phase)
+    planned = alignment_run.planned(s, [phase])
     if s.dry_run:
-        return {"model": str(checkpoint.path), "windows": len(train.windows), **plan.result}
-    with alignment_run.running(s, folder, checkpoint, plan, card, "sft") as r:
+        return {"model": str(checkpoint.path), "windows": len(train.windows), **planned}
+    with alignment_run.running(s, folder, checkpoint, parts.batch_size, [phase], card, "sft") as r:
         source: live_teacher.TargetSource = live_teacher.TextTargets()
         if beside is not None:
-            t, direct = estimates.model_of(beside), beside.nbytes > plan.budget.limit_bytes
+            t, direct = estimates.model_of(beside), beside.nbytes > r.budget.limit_bytes
             room = phase.pinned * t.block_work + t.head_work
             source = live_teacher.StreamedTeacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
         each = partial(train.micro_batches, source, parts.batch_size, parts.grad_accumulation_steps, s.seed)

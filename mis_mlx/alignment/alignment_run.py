@@ -119,26 +119,13 @@ def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name:
     return estimates.StageCost(name, m.nbytes, written, peak, flops, updated=s.iters * trained)
 
 
-@dataclass(frozen=True)
-class AlignmentPlan:
-    """What a run takes on this machine, and may take."""
-
-    budget: Budget
-    micro_batch: int  # rows, pairs or answers
-    largest: str  # phase
-    peak_bytes: int  # of that phase, with the process's own share
-    seconds: float  # of all phases
-    result: dict[str, Any]  # of a --dry-run
-
-
-def plan(s: Alignment, *phases: estimates.StageCost) -> AlignmentPlan:
-    """The plan of these phases under the budget asked for, told in a line each. s: with the micro-batches to come."""
-    budget, rates = memory.budget(s.budget_bytes), estimates.machine_rates()
-    limit, seconds = budget.limit_bytes, sum(p.seconds(rates) for p in phases)
-    result = estimates.told(phases, limit, rates, memory.process_bytes(limit))
-    fits, largest = "does not fit" if result["check_failed"] else "fits", max(phases, key=lambda p: p.peak_bytes)
+def planned(s: Alignment, phases: Sequence[estimates.StageCost]) -> dict[str, Any]:
+    """What a --dry-run says of these phases under the budget asked for, told in a line each."""
+    limit = memory.budget(s.budget_bytes).limit_bytes
+    result = estimates.told(phases, limit, estimates.machine_rates(), memory.process_bytes(limit))
+    fits = "does not fit" if result["check_failed"] else "fits"
     cli.say(f"peak {gib(result['peak_bytes'])} {fits} the budget of {gib(limit)}")
-    return AlignmentPlan(budget, s.batch_size, largest.name, result["peak_bytes"], seconds, result)
+    return result
 
 
 def cut(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) -> S:
@@ -168,7 +155,7 @@ class AlignmentRun(run_loop.OpenRun):
     checkpoint: Checkpoint
     model: nn.Module
     optimizer: GuardedAdamW
-    plan: AlignmentPlan
+    budget: Budget
     card: Mapping[str, Any]  # of the data: what it is, its licence
     best: tuple[int, float] | None = None  # (step, its held-out figure)
 
@@ -193,7 +180,7 @@ class AlignmentRun(run_loop.OpenRun):
 
         training = run_loop.CheckpointedTraining(
             self, partial(train_loop.arrays_of, *mine), self.optimizer.memory, partial(train_loop.restore, *mine),
-            remember, recall, label=self.name, budget_bytes=self.plan.budget.limit_bytes,
+            remember, recall, label=self.name, budget_bytes=self.budget.limit_bytes,
         )  # fmt: skip
         start = training.start(lambda: None)
         self.model.train()
@@ -246,7 +233,7 @@ class AlignmentRun(run_loop.OpenRun):
             "held_out_best": by_step.get(best.number),
             "tokens": tokens,
             "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-            **self.account(self.plan.budget.limit_bytes),
+            **self.account(self.budget.limit_bytes),
         }
         self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(result, indent=2))
         return result
@@ -267,21 +254,24 @@ def data(
 
 @contextmanager
 def running(
-    s: Alignment, folder: Path | None, checkpoint: Checkpoint, plan: AlignmentPlan, card: Mapping[str, Any], name: str
-) -> Iterator[AlignmentRun]:
-    """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint".
-    MisError with both numbers where the plan does not fit the budget."""
-    remedy = f"give --budget {estimates.flag(plan.peak_bytes)} or more, lower --batch-size or --max-seq-length, "
+    s: Alignment, folder: Path | None, checkpoint: Checkpoint, micro: int, phases: Sequence[estimates.StageCost],
+    card: Mapping[str, Any], name: str,
+) -> Iterator[AlignmentRun]:  # fmt: skip
+    """The run, new or continued (`folder`), with its student in memory. micro: rows, pairs or answers in a micro-batch.
+    card: of the data, with its "fingerprint". MisError with both numbers where a phase does not fit the budget."""
+    budget, rates = memory.budget(s.budget_bytes), estimates.machine_rates()
+    seconds, largest = sum(p.seconds(rates) for p in phases), max(phases, key=lambda p: p.peak_bytes)
+    peak = largest.peak_bytes + memory.process_bytes(budget.limit_bytes)
+    remedy = f"give --budget {estimates.flag(peak)} or more, lower --batch-size or --max-seq-length, "
     remedy += "or use --fine-tune-type lora; alignment trains whole models in memory"
-    plan.budget.need(plan.peak_bytes, plan.largest, remedy)
+    budget.need(peak, largest.name, remedy)
     if folder is None:
-        cli.say(progress.promise(plan.seconds))
-    way, origin = {"mode": "resident", "micro": plan.micro_batch}, run_folder.origin(checkpoint, card["fingerprint"])
+        cli.say(progress.promise(seconds))
+    way, origin = {"mode": "resident", "micro": micro}, run_folder.origin(checkpoint, card["fingerprint"])
+    title = f"{name_of(checkpoint.path)}-{name}"
     with (
-        progress.run(name, {name: plan.seconds}),
-        run_loop.open_run(
-            s, folder, f"{name_of(checkpoint.path)}-{name}", origin, way, plan.budget, plan.peak_bytes
-        ) as place,
+        progress.run(name, {name: seconds}),
+        run_loop.open_run(s, folder, title, origin, way, budget, peak) as place,
     ):
         if not (place.folder / run_folder.DATA).exists():
             about = json.dumps(dict(card), indent=2, ensure_ascii=False)
@@ -293,6 +283,6 @@ def running(
             mx.eval(model.parameters())
         optimizer = GuardedAdamW(weight_decay=s.weight_decay)
         yield AlignmentRun(
-            **vars(place), name=name, settings=s, checkpoint=checkpoint, model=model, optimizer=optimizer, plan=plan,
-            card=card,
+            **vars(place), name=name, settings=s, checkpoint=checkpoint, model=model, optimizer=optimizer,
+            budget=budget, card=card,
         )  # fmt: skip
