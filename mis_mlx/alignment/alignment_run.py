@@ -114,7 +114,7 @@ def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name:
         peak = weight_bytes(m) + training_size.STATE_BYTES * trained
         peak += training_size.activation_bytes(m.config, rows, length)
         peak += training_size.logit_bytes(m.shape.vocab, rows * length)
-    written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + estimates.SIZES[s.dtype] * m.params
+    written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + policy.DTYPES[s.dtype].size * m.params
     flops = s.iters * 3 * estimates.forward_flops(m, s.grad_accumulation_steps * rows * length, length)
     return estimates.StageCost(name, m.nbytes, written, peak, flops, updated=s.iters * trained)
 

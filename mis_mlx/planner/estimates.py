@@ -25,7 +25,6 @@ SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
 TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
 UPDATE_TRAFFIC = 28  # bytes of a parameter that one update moves: these four read, three written, in one kernel
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -80,13 +79,11 @@ class ModelSize:
 def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dtype: Any = None) -> ModelSize:
     """The sizes of a checkpoint; or of a config alone, stored as its dtype or its quantization says.
     gpu: whether it is to compute on Metal; default: as this process does. dtype: what it is to compute in here."""
-    here, gpu = gpu is None, policy.keeps_packed() if gpu is None else gpu
     config = source.config if isinstance(source, Checkpoint) else source
-    s, work = shape_of(config), "float16" if gpu else "float32"
-    if here:
-        if dtype is None:
-            dtype = policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype()
-        work = str(dtype).removeprefix("mlx.core.")
+    if gpu is None:
+        gpu = policy.keeps_packed()
+        dtype = dtype or (policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype())
+    s, dtype = shape_of(config), dtype or policy.DTYPES["float16" if gpu else "float32"]
     block, params = sum(map(math.prod, arch.layer_tensors(config, True).values())), arch.params(config)
     if isinstance(source, Checkpoint):
         blocks, floats = [0] * s.layers, set()
@@ -98,13 +95,13 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dt
         packed, nbytes, block_bytes, count = "U32" in floats, source.nbytes, max(blocks), len(source.tensors)
     else:
         settings, kind = config.get("quantization") or {}, config.get("torch_dtype") or config.get("dtype")
-        packed, floats = "bits" in settings, {kind if kind in SIZES else "bfloat16"}
-        per = settings["bits"] / 8 + 4 / settings["group_size"] if packed else SIZES[min(floats)]
+        packed, floats = "bits" in settings, {kind if kind in policy.DTYPES else "bfloat16"}
+        per = settings["bits"] / 8 + 4 / settings["group_size"] if packed else policy.DTYPES[min(floats)].size
         shapes = arch.tensors_of(config).values()
         count = sum(3 if packed and len(shape) == 2 else 1 for shape in shapes)  # with scales and biases
         head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, params, block))
-    as_stored = gpu if packed else floats == {work}
-    known = SIZES[work], packed, as_stored, count, gpu, *arch.shares(config)
+    as_stored = gpu if packed else floats == {str(dtype).removeprefix("mlx.core.")}
+    known = dtype.size, packed, as_stored, count, gpu, *arch.shares(config)
     return ModelSize(config, s, params, block, block_bytes, head, nbytes, *known)
 
 
